@@ -1,0 +1,74 @@
+"""The errors a user of kdcache can meet.
+
+    KDCacheError
+    ├── StoreError          something about a store
+    │   ├── IncompleteError     it is half built
+    │   ├── CorruptError        its bytes are not what was written
+    │   ├── MismatchError       it was made from something else
+    │   └── VersionError        it has a format this version does not read
+    ├── DataError           images, labels, class lists, data folders
+    ├── RecipeError         flags, recipe files, run folders
+    └── ModelError          model specs, weights, teachers, non-finite losses
+
+Each names the rule, what was received and the remedy. The command line prints them in one panel
+and exits with 2.
+"""
+
+
+class KDCacheError(Exception):
+    """Base of every error that kdcache raises on purpose.
+
+    Args:
+        rule: what must hold, in one sentence.
+        received: what was found instead.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
+        super().__init__(rule, received, remedy)
+        self.rule = rule
+        self.received = received
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.rule, self.received, self.remedy)
+
+
+def _rebuild(kind: type[KDCacheError], rule: str, received: str, remedy: str) -> KDCacheError:
+    """Let an error cross a process boundary (a DataLoader worker) with its parts."""
+    return kind(rule, received=received, remedy=remedy)
+
+
+class StoreError(KDCacheError):
+    """Something about a store is wrong."""
+
+
+class IncompleteError(StoreError):
+    """The store is half built."""
+
+
+class CorruptError(StoreError):
+    """The store's bytes are not what was written."""
+
+
+class MismatchError(StoreError):
+    """The store was made from something else."""
+
+
+class VersionError(StoreError):
+    """The store has a format that this version does not read."""
+
+
+class DataError(KDCacheError):
+    """Images, labels, class lists or a data folder are wrong."""
+
+
+class RecipeError(KDCacheError):
+    """Flags, a recipe file or a run folder are wrong."""
+
+
+class ModelError(KDCacheError):
+    """A model spec, its weights or its output are wrong."""
