@@ -1,1 +1,58 @@
-"""."""
+"""kdcache: pay for the teacher once.
+
+A segmentation teacher runs over a data set one time; what it said is kept in a Zarr store; students are trained
+from that store.
+
+    cache = kdcache.open_cache("camvid.zarr")
+    dataset = kdcache.CacheDataset(cache)                        # (pixels, label, target), for any DataLoader
+    criterion = kdcache.DistillLoss(cache, temperature=2.0)      # criterion(logits, label, target).loss
+
+Names are imported when they are first used, so that `import kdcache` is quick and loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdcache.data import open_split as open_split
+    from kdcache.distill import DistillLoss as DistillLoss
+    from kdcache.distill import Target as Target
+    from kdcache.errors import KDCacheError as KDCacheError
+    from kdcache.evaluate import evaluate_model as evaluate_model
+    from kdcache.models import build_model as build_model
+    from kdcache.models.run import load_run as load_run
+    from kdcache.store import open_cache as open_cache
+    from kdcache.teacher import BuildOptions as BuildOptions
+    from kdcache.teacher import build_cache as build_cache
+    from kdcache.teacher import load_teacher as load_teacher
+    from kdcache.train import CacheDataset as CacheDataset
+    from kdcache.train import LabelledDataset as LabelledDataset
+
+_HOMES = {
+    "BuildOptions": "kdcache.teacher",
+    "CacheDataset": "kdcache.train",
+    "DistillLoss": "kdcache.distill",
+    "KDCacheError": "kdcache.errors",
+    "LabelledDataset": "kdcache.train",
+    "Target": "kdcache.distill",
+    "build_cache": "kdcache.teacher",
+    "build_model": "kdcache.models",
+    "evaluate_model": "kdcache.evaluate",
+    "load_run": "kdcache.models.run",
+    "load_teacher": "kdcache.teacher",
+    "open_cache": "kdcache.store",
+    "open_split": "kdcache.data",
+}
+
+__all__ = list(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,1 +1,39 @@
-"""."""
+"""Data: samples and their layouts, procedural scenes, rendering of views, augmentation, checks.
+
+    open_split(data, split) -> Split          ids, classes, image(i), label(i)
+    render(image, label, window, ...)         the one rendering that teacher pass and training share
+    draw_window, colour_jitter                what is random for the student
+    prefetch                                  ordered results from a bounded pool of threads
+    check, class_weights                      a report on a whole data set, and weights from its counts
+
+Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
+"""
+
+from kdcache.data.augment import Augmentation, colour_jitter, draw_window
+from kdcache.data.check import CheckReport, SplitReport, check, class_weights
+from kdcache.data.layout import list_splits, open_split
+from kdcache.data.prefetch import prefetch
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Split
+from kdcache.data.scenes import write_scenes
+from kdcache.data.view import OUTSIDE_RGB, Window, pixel_checksum, render
+
+__all__ = [
+    "IGNORE_INDEX",
+    "OUTSIDE_RGB",
+    "Augmentation",
+    "CheckReport",
+    "ClassList",
+    "Split",
+    "SplitReport",
+    "Window",
+    "check",
+    "class_weights",
+    "colour_jitter",
+    "draw_window",
+    "list_splits",
+    "open_split",
+    "pixel_checksum",
+    "prefetch",
+    "render",
+    "write_scenes",
+]

@@ -1,1 +1,5 @@
-"""."""
+"""Losses of a student. Tensors in, tensors out: no store, no data."""
+
+from kdcache.distill.loss import DistillLoss, Target, TargetFormat
+
+__all__ = ["DistillLoss", "Target", "TargetFormat"]

@@ -1,1 +1,28 @@
-"""."""
+"""Segmentation networks: logits at their native stride, feature taps, weights.
+
+    build_model("torchvision:fcn_resnet50", None, weights="default")     # a published teacher, 21 classes
+    build_model("kdcache:tiny", 11)                                      # a small student
+    build_model("my_models:build", 11, weights="run/best.safetensors")   # anything else
+
+Importing this package imports torch, but no model zoo.
+"""
+
+from kdcache.models.class_map import ClassMapped, read_class_map
+from kdcache.models.native import LoadReport, NativeOutput, SegmentationModel
+from kdcache.models.registry import ModelInfo, TapInfo, build_model, list_models
+from kdcache.models.weights import load_weights, read_state_dict, state_digest
+
+__all__ = [
+    "ClassMapped",
+    "LoadReport",
+    "ModelInfo",
+    "NativeOutput",
+    "SegmentationModel",
+    "TapInfo",
+    "build_model",
+    "list_models",
+    "load_weights",
+    "read_class_map",
+    "read_state_dict",
+    "state_digest",
+]

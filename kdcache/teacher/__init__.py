@@ -1,1 +1,26 @@
-"""."""
+"""The teacher's one pass: where it comes from, what it will write, the build, and checks against it.
+
+source.py        a run, SPEC@FILE, SPEC@default; class maps
+forward.py       one way to run it
+fingerprint.py   what identifies it
+plan.py          the manifest, before the first shard
+build.py         the pass
+check.py         scores from the store; the store against the teacher
+"""
+
+from kdcache.teacher.build import BuildResult, build_cache
+from kdcache.teacher.check import Agreement, compare_teacher, score_cache
+from kdcache.teacher.plan import BuildOptions, plan_manifest
+from kdcache.teacher.source import Teacher, load_teacher
+
+__all__ = [
+    "Agreement",
+    "BuildOptions",
+    "BuildResult",
+    "Teacher",
+    "build_cache",
+    "compare_teacher",
+    "load_teacher",
+    "plan_manifest",
+    "score_cache",
+]

@@ -1,1 +1,35 @@
-"""."""
+"""Distillation loss kernels for segmentation: from low-resolution logits to a loss at label resolution.
+
+This package knows tensors only: no store, no models, no command line, and nothing of kdcache.
+`distill_loss` is the loss, `pack` and `densify` the form in which targets are stored, `choose_k` how many
+classes that form must keep, `target_argmax_confidence` what gates and audits look at. Everything runs on the
+CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
+
+    parts = distill_loss(student_logits, labels, target, kl_weight=1.0, temperature=2.0)
+    parts.loss.backward()
+"""
+
+from .choose import choose_k, gradient_error
+from .errors import KernelError, ShapeError, ValueRangeError
+from .ops import IMPLEMENTATIONS, distill_denominators, distill_loss, target_argmax_confidence
+from .reference import Denominators, LossParts, distill_loss_reference
+from .topk import LOGIT_LIMIT, PackedTarget, densify, pack
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "LOGIT_LIMIT",
+    "Denominators",
+    "KernelError",
+    "LossParts",
+    "PackedTarget",
+    "ShapeError",
+    "ValueRangeError",
+    "choose_k",
+    "densify",
+    "distill_denominators",
+    "distill_loss",
+    "distill_loss_reference",
+    "gradient_error",
+    "pack",
+    "target_argmax_confidence",
+]

@@ -1,0 +1,83 @@
+"""The Typer app and its one door: errors become a panel and an exit code."""
+
+import sys
+
+import typer
+from rich.panel import Panel
+from rich.text import Text
+
+from kdcache.errors import KDCacheError
+from kdcache_cli import cache, data, demo, evaluate, models, train
+from kdcache_cli.console import ERRORS
+
+app = typer.Typer(
+    name="kdcache",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Pay for the teacher once: run a segmentation teacher one time, keep what it said in a Zarr store, "
+    "train any number of students from it.\n\n"
+    "The usual way: [bold]train-teacher[/], [bold]build-teacher-cache[/], [bold]train-student[/], "
+    "[bold]evaluate[/]. New here? [bold]kdcache demo[/] does all of it in three minutes.",
+)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error instead of a panel."),
+) -> None:
+    """Options of every verb; `main` looks for --debug itself, for it must work when parsing fails."""
+
+
+app.add_typer(data.app, name="data", rich_help_panel="Look")
+app.command("models", rich_help_panel="Look")(models.models)
+app.command("train-teacher", rich_help_panel="Work")(train.train_teacher)
+app.command("build-teacher-cache", rich_help_panel="Work")(cache.build_teacher_cache)
+app.command("train-student", rich_help_panel="Work")(train.train_student)
+app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
+app.command("inspect", rich_help_panel="Look")(cache.inspect)
+app.command("verify", rich_help_panel="Look")(cache.verify)
+app.command("demo", rich_help_panel="Look")(demo.demo)
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        # Allowed after the verb too, where people add it.
+        sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
+    try:
+        app()
+    except KDCacheError as error:
+        if debug:
+            raise
+        _show(error.rule, error.received, error.remedy)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        ERRORS.print("\nInterrupted. What was finished is kept: run the same command again to go on.")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        rule, received, remedy = _foreign(error)
+        _show(rule, received, remedy)
+        sys.exit(2)
+
+
+def _foreign(error: Exception) -> tuple[str, str, str]:
+    """Rule, received, remedy of an error that is not kdcache's own; the kernels' errors carry theirs."""
+    parts = [getattr(error, name, None) for name in ("rule", "received", "remedy")]
+    if all(isinstance(part, str) for part in parts):
+        return str(parts[0]), str(parts[1]), str(parts[2])
+    if isinstance(error, PermissionError):
+        return "files must be readable and folders writable", str(error), "check the permissions"
+    return (
+        "this should not have happened",
+        f"{type(error).__name__}: {error}",
+        "run again with --debug and report the traceback",
+    )
+
+
+def _show(rule: str, received: str, remedy: str) -> None:
+    body = Text.assemble((rule, "bold"), "\n", ("received  ", "dim"), received, "\n", ("remedy    ", "dim"), remedy)
+    ERRORS.print(Panel(body, title="error", title_align="left", border_style="red"))

@@ -1,0 +1,68 @@
+"""`kdcache data ...`: looking at data sets."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from kdcache_cli.console import OUT, progress_bar
+
+if TYPE_CHECKING:
+    from kdcache.data import SplitReport
+
+app = typer.Typer(no_args_is_help=True, help="Look at data sets.", rich_markup_mode="rich")
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `check` a verb of its own while it is the only one."""
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(help="Data folder, or [bold]scenes[/].")],
+    split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here too.")] = None,
+) -> None:
+    """Read a data set once and say what is in it and what is wrong with it.
+
+    Classes and their share of pixels, ids out of range, images without labels, sizes, a digest. Exits with 1
+    when something must be mended before training.
+    """
+    from kdcache.data import check as check_data
+
+    with progress_bar() as bar:
+        tasks: dict[str, object] = {}
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(f"reading {name}", total=total, note="")
+            bar.update(tasks[name], completed=done)  # type: ignore[arg-type]
+
+        report = check_data(data, split, progress=progress)
+    for name, part in report.splits.items():
+        _print_split(name, part, report.classes.names)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    for problem in report.problems:
+        OUT.print(f"[red]problem[/] {problem}")
+    if report.problems:
+        raise typer.Exit(1)
+    OUT.print("[green]nothing wrong[/]")
+
+
+def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None:
+    sizes = ", ".join(f"{count} of {size}" for size, count in list(part.sizes.items())[:4])
+    OUT.print(f"[bold]{name}[/]: {part.images} images, {part.labelled} labelled; sizes {sizes}")
+    if part.digest:
+        OUT.print(f"digest {part.digest[:16]}")
+    if not part.labelled:
+        return
+    shares, void = part.shares()
+    table = Table("id", "class", "pixels %", box=None, header_style="dim")
+    for index, (title, share) in enumerate(zip(names, shares, strict=True)):
+        table.add_row(str(index), title, f"{100 * share:.2f}")
+    table.add_row("255", "void", f"{100 * void:.2f}")
+    OUT.print(table)

@@ -1,0 +1,5 @@
+"""`kdcache demo`."""
+
+
+def demo() -> None:
+    """Soon."""

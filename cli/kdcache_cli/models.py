@@ -1,0 +1,43 @@
+"""`kdcache models`: what can teach and learn."""
+
+import json as json_module
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from kdcache_cli.console import OUT
+
+
+def models(
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List model specs: parameters, native stride, feature taps.
+
+    Beside these, [bold]module:function[/] or [bold]path/to/file.py:function[/] names a function of yours that
+    takes num_classes and returns a torch module. Nothing is downloaded.
+    """
+    from kdcache.models import list_models
+
+    found = list_models()
+    if json:
+        rows = [
+            {
+                "spec": info.spec,
+                "parameters": info.parameters,
+                "stride": info.stride,
+                "align_corners": info.align_corners,
+                "taps": {tap: {"channels": t.channels, "stride": t.stride} for tap, t in info.taps.items()},
+            }
+            for info in found
+        ]
+        typer.echo(json_module.dumps(rows, indent=1))
+        return
+    table = Table("spec", "parameters", "stride", "taps (channels @ stride)", box=None, header_style="dim")
+    table.columns[0].no_wrap = True
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for info in found:
+        taps = ", ".join(f"{tap} {t.channels}@{t.stride}" for tap, t in info.taps.items())
+        table.add_row(info.spec, f"{info.parameters / 1e6:.2f} M", str(info.stride), taps)
+    OUT.print(table)
+    OUT.print("\nYours: [bold]module:function[/] or [bold]path/to/file.py:function[/], called with num_classes=...")

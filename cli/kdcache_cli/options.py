@@ -1,0 +1,89 @@
+"""Flags that several verbs share, and recipe files as their defaults."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcache.errors import RecipeError
+
+
+def parse_size(text: str | None, flag: str = "--size") -> tuple[int, int] | None:
+    """'288x384' as (288, 384): height, then width."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise RecipeError(
+            f"{flag} is HEIGHTxWIDTH in pixels", received=repr(text), remedy=f"for instance {flag} 288x384"
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def parse_rgb(text: str | None, flag: str) -> tuple[float, float, float] | None:
+    """'0.485,0.456,0.406' as three floats."""
+    if text is None:
+        return None
+    try:
+        red, green, blue = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise RecipeError(
+            f"{flag} is three numbers for R,G,B in 0..1", received=repr(text), remedy=f"for instance {flag} 0.5,0.5,0.5"
+        ) from error
+    return red, green, blue
+
+
+def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
+    """Let the keys of a TOML file stand for flags that are not given: the flag wins."""
+    if path is None:
+        return None
+    try:
+        recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(
+            "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
+        ) from error
+    verb = recipe.pop("verb", context.info_name)
+    if verb != context.info_name:
+        raise RecipeError(
+            "a recipe is used with its own verb",
+            received=f"{path} is for {verb}, the command is {context.info_name}",
+            remedy=f"run kdcache {verb} --recipe {path}",
+        )
+    known = {parameter.name for parameter in context.command.params if parameter.name}
+    values = {}
+    for key, value in recipe.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise RecipeError(
+                "a recipe's keys are the verb's flags",
+                received=f"{key!r} in {path}",
+                remedy=f"did you mean {near[0].replace('_', '-')!r}?" if near else f"see kdcache {verb} --help",
+            )
+        values[name] = value
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        callback=_load_recipe,
+        is_eager=True,
+        help="TOML file with these flags as keys; a flag given here wins.",
+    ),
+]
+Data = Annotated[str, typer.Option("--data", help="Data folder, or [bold]scenes[/] for the built-in procedural set.")]
+OptionalData = Annotated[
+    str | None, typer.Option("--data", help="Data folder; needed for a store built with --pixels source.")
+]
+Split = Annotated[str, typer.Option("--split", help="Which split of it.")]
+Size = Annotated[
+    str | None, typer.Option("--size", metavar="HxW", help="Height and width of the pixels, e.g. 288x384.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 lets torch choose.")]

@@ -1,0 +1,39 @@
+"""A training on the terminal. Imports torch: the verbs import it when they run, not for --help."""
+
+from rich.progress import Progress, TaskID
+
+from kdcache.evaluate import Metrics
+from kdcache.train import Observer
+from kdcache_cli.console import ERRORS
+
+
+class TrainingProgress(Observer):
+    """A training on the terminal: a bar with losses and time left, a line per validation."""
+
+    def __init__(self, bar: Progress, title: str) -> None:
+        self._bar = bar
+        self._title = title
+        self._task: TaskID | None = None
+        self._miou = ""
+
+    def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        self._task = self._bar.add_task(self._title, total=iterations, completed=step, note="")
+        ERRORS.print(f"{self._title}: {parameters / 1e6:.2f} M parameters, iterations {step} to {iterations}")
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        assert self._task is not None
+        terms = " ".join(f"{name} {values[name]:.3f}" for name in ("ce", "kl") if values[name])
+        speed = f"{values['images_per_second']:.1f} img/s, {100 * values['wait_share']:.0f} % waiting"
+        self._bar.update(self._task, completed=step, note=f"loss {values['loss']:.3f} {terms} {speed}{self._miou}")
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
+        ERRORS.print(f"  gradient norms at {step}: {shown}")
+
+    def validating(self, done: int, total: int) -> None:
+        assert self._task is not None
+        self._bar.update(self._task, note=f"validating {done}/{total}{self._miou}")
+
+    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        self._miou = f" mIoU {100 * metrics.miou:.2f}"
+        ERRORS.print(f"  iteration {step}:{self._miou}{' (best)' if best else ''}")

@@ -1,0 +1,256 @@
+"""`check`: read a whole data set once and report everything that would go wrong, or go unnoticed, later.
+
+Opening a split refuses at the first defect; this collects all of them. The pixel counts it makes also
+give the class weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.data.classes import read_classes
+from kdcache.data.folder import FolderSplit, describe_sizes, describe_some, scan_split
+from kdcache.data.layout import list_splits, open_split
+from kdcache.data.prefetch import prefetch
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, ids_out_of_range
+from kdcache.data.scenes import is_scenes
+from kdcache.errors import DataError
+
+WeightKind = Literal["none", "median", "sqrt"]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class SplitReport:
+    """What one split holds. Lists name samples by id, files by their path in the split's folder.
+
+    Attributes:
+        images, labelled: samples, and those with a label file.
+        class_pixels: pixels per class id; void_pixels: pixels of 255; over all readable labels.
+        sizes: "HxW" -> number of images of that upright size.
+        out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
+        without_label: samples without one; no problem by itself.
+        without_image: label files that no image has (a wrong suffix included).
+        clashes: image files whose id another image already has.
+        unreadable: sample -> why its image or label could not be read.
+        mismatched: sample -> both sizes, where a label has not its image's size.
+        digest: SHA-256 over class names, ids and contents; None when contents were not read or a
+            file could not be.
+    """
+
+    split: str
+    images: int = 0
+    labelled: int = 0
+    class_pixels: list[int] = field(default_factory=list)
+    void_pixels: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    out_of_range: dict[str, dict[str, int]] = field(default_factory=dict)
+    without_label: list[str] = field(default_factory=list)
+    without_image: list[str] = field(default_factory=list)
+    clashes: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    mismatched: dict[str, str] = field(default_factory=dict)
+    digest: str | None = None
+
+    def shares(self) -> tuple[list[float], float]:
+        """Share of the labelled pixels per class, and of void; zeros without any."""
+        total = max(sum(self.class_pixels) + self.void_pixels, 1)
+        return [count / total for count in self.class_pixels], self.void_pixels / total
+
+    def problems(self) -> list[str]:
+        """One sentence per kind of defect, with how many and the first few."""
+        kinds = (
+            (self.clashes, "images share their id with another image"),
+            (self.without_image, "labels belong to no image"),
+            (list(self.unreadable), "samples cannot be read"),
+            (list(self.mismatched), "labels have another size than their image"),
+            (list(self.out_of_range), "labels have ids that are no class"),
+        )
+        return [f"{self.split}: {len(names)} {what}: {describe_some(names)}" for names, what in kinds if names]
+
+
+@dataclass
+class CheckReport:
+    """The reports of all checked splits.
+
+    Attributes:
+        problems: sentences, empty for a data set that can be trained on as it is.
+    """
+
+    data: str
+    classes: ClassList
+    splits: dict[str, SplitReport]
+    problems: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON types, with pixel shares beside the counts."""
+        splits = {}
+        for name, report in self.splits.items():
+            class_shares, void_share = report.shares()
+            splits[name] = asdict(report) | {"class_shares": class_shares, "void_share": void_share}
+        return {
+            "data": self.data,
+            "classes": self.classes.to_json(),
+            "splits": splits,
+            "problems": list(self.problems),
+        }
+
+
+@dataclass
+class _Reading:
+    """What one thread found out about one sample."""
+
+    size: tuple[int, int] | None = None
+    counts: npt.NDArray[np.int64] | None = None
+    out_of_range: dict[int, int] = field(default_factory=dict)
+    digests: tuple[str, str | None] | None = None
+    unreadable: str = ""
+    mismatched: str = ""
+
+
+def check(
+    data: str | os.PathLike[str],
+    splits: Sequence[str] | None = None,
+    *,
+    contents: bool = True,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> CheckReport:
+    """Examine a data set.
+
+    Args:
+        data: as for `open_split`.
+        splits: which; all by default.
+        contents: decode and hash every file; else only names are compared.
+        progress: called with (split, samples done, samples) after every sample.
+        threads: decoding threads; by default one per core, at most 8.
+    Raises: DataError where nothing can be examined: no folder, no such split, no images, no class list.
+    """
+    data = os.fspath(data)
+    threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+    reports: dict[str, SplitReport] = {}
+    where: dict[str, list[str]] = {}
+    classes: ClassList | None = None
+    for name in splits if splits is not None else list_splits(data):
+        split, report = _open(data, name)
+        classes = split.classes
+        if contents:
+            for sample, image_digest in _read_split(split, report, progress, threads):
+                where.setdefault(image_digest, []).append(f"{name}/{sample}")
+        reports[name] = report
+    if classes is None:
+        raise DataError(
+            "A check needs at least one split.",
+            received=f"none of {data}",
+            remedy="Name a split, or add data.",
+        )
+    problems = [problem for report in reports.values() for problem in report.problems()]
+    return CheckReport(data, classes, reports, problems + _repeats(where))
+
+
+def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: WeightKind) -> npt.NDArray[np.float64]:
+    """Weights of the classes for cross-entropy, from their pixel counts.
+
+    Args:
+        counts: pixels per class (void not among them), for instance `SplitReport.class_pixels`.
+        kind: `none` (all 1), `median` (median frequency / frequency, over the classes that occur; Eigen and
+            Fergus 2015 with frequencies over the whole split), `sqrt` (its square root, far milder for
+            rare classes).
+    Returns: float64 (C,), scaled so that the mean over pixels is 1, which keeps the loss's scale. A
+        class that does not occur gets 1: neutral, should it turn up in other data.
+    Raises: ValueError for another kind, or negative counts.
+    """
+    pixels = np.asarray(counts, np.float64)
+    if kind not in ("none", "median", "sqrt") or pixels.ndim != 1 or (pixels < 0).any():
+        raise ValueError(f"class_weights takes counts >= 0 and none, median or sqrt; got {kind!r}, {counts}")
+    weights = np.ones_like(pixels)
+    present = pixels > 0
+    if kind == "none" or not present.any():
+        return weights
+    frequency = pixels[present] / pixels.sum()
+    raw = np.median(frequency) / frequency
+    raw = np.sqrt(raw) if kind == "sqrt" else raw
+    weights[present] = raw / (raw * frequency).sum()
+    return weights
+
+
+def _open(data: str, name: str) -> tuple[Split, SplitReport]:
+    """The split, opened in spite of defects in its file names, which go into the report."""
+    report = SplitReport(name)
+    split: Split
+    if is_scenes(data):
+        split = open_split(data, name)
+    else:
+        root = Path(data).expanduser()
+        scan = scan_split(root, name)
+        split = FolderSplit(data, name, read_classes(root), scan)
+        report.clashes = [path for _, _, path in scan.clashes]
+        report.without_image = scan.orphans + scan.foreign
+    report.images = len(split)
+    report.without_label = [sample for i, sample in enumerate(split.ids) if not split.has_label(i)]
+    report.labelled = len(split) - len(report.without_label)
+    report.class_pixels = [0] * len(split.classes)
+    return split, report
+
+
+def _read_split(split: Split, report: SplitReport, progress: Progress | None, threads: int) -> list[tuple[str, str]]:
+    """Fill the report from the contents; returns (sample, digest of its image)."""
+    counts = np.zeros(256, np.int64)
+    sizes: Counter[tuple[int, int]] = Counter()
+    total = hashlib.sha256(split.digest().encode("ascii"))
+    images = []
+    readings = prefetch(lambda i: _read(split, i), range(len(split)), threads=threads, ahead=2 * threads + 1)
+    for index, (sample, reading) in enumerate(zip(split.ids, readings, strict=True)):
+        if reading.size is not None:
+            sizes[reading.size] += 1
+        if reading.counts is not None:
+            counts += reading.counts
+        if reading.out_of_range:
+            report.out_of_range[sample] = {str(i): count for i, count in reading.out_of_range.items()}
+        if reading.unreadable:
+            report.unreadable[sample] = reading.unreadable
+        if reading.mismatched:
+            report.mismatched[sample] = reading.mismatched
+        if reading.digests is not None:
+            total.update(repr(reading.digests).encode("ascii"))
+            images.append((sample, reading.digests[0]))
+        if progress is not None:
+            progress(split.split, index + 1, len(split))
+    report.class_pixels = counts[: len(split.classes)].tolist()
+    report.void_pixels = int(counts[IGNORE_INDEX])
+    report.sizes = {f"{h}x{w}": count for (h, w), count in sorted(sizes.items())}
+    report.digest = total.hexdigest() if len(images) == len(split) else None
+    return images
+
+
+def _read(split: Split, index: int) -> _Reading:
+    reading = _Reading()
+    try:
+        reading.digests = split.content_digests(index)
+        image = split.image(index)
+        reading.size = (image.shape[0], image.shape[1])
+        label = split.raw_label(index)
+        if label is not None and label.shape != reading.size:
+            reading.mismatched = describe_sizes(label.shape, reading.size)
+        elif label is not None:
+            reading.counts = np.bincount(label.reshape(-1), minlength=256).astype(np.int64)
+            reading.out_of_range = ids_out_of_range(label, len(split.classes))
+    except DataError as error:
+        reading.unreadable = error.received
+    return reading
+
+
+def _repeats(where: dict[str, list[str]]) -> list[str]:
+    """Images that are, byte for byte, in more than one split: they falsify every score."""
+    across = [places for places in where.values() if len({place.partition("/")[0] for place in places}) > 1]
+    shown = describe_some([" = ".join(places) for places in across])
+    return [f"{len(across)} images are in more than one split: {shown}"] if across else []

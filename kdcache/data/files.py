@@ -1,0 +1,110 @@
+"""Decoding one image or label file, and refusing what would decode to something else than meant.
+
+Pillow is forgiving where training must not be: it clips 16-bit pictures to white, stretches the ids of
+4-bit grey labels (5 becomes 85) and ignores the camera's rotation. All of that is settled here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from kdcache.data.sample import Pixels
+from kdcache.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""Compared in lower case."""
+
+LABEL_SUFFIX = ".png"
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_QUARTER_TURNS = (5, 6, 7, 8)
+"""EXIF orientations that swap height and width."""
+
+
+def read_image(path: Path) -> Pixels:
+    """Decode an image file to uint8 (H, W, 3) RGB, turned upright by its EXIF orientation.
+
+    Alpha is dropped, grey and palette images become RGB.
+
+    Raises: DataError for an unreadable file or one with more than 8 bits per channel.
+    """
+    with _opened(path, "image") as image:
+        if image.mode.startswith(("I", "F")):
+            raise DataError(
+                "Images have 8 bits per channel.",
+                received=f"mode {image.mode} in {path}",
+                remedy="Convert the image to 8-bit RGB with the scaling that your data needs.",
+            )
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "P" and "transparency" in image.info:
+            return np.array(image.convert("RGBA").convert("RGB"))  # straight to RGB, Pillow warns
+        return np.array(image.convert("RGB"))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of `read_image(path)`, from the file's header where the format allows it."""
+    with _opened(path, "image") as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        width, height = image.size
+        return (width, height) if turned else (height, width)
+
+
+def read_label(path: Path) -> Pixels:
+    """Decode a label to uint8 (H, W) ids: an 8-bit grey PNG, or a palette PNG, whose indices count.
+
+    Raises: DataError for an unreadable file or another kind of PNG.
+    """
+    with _opened(path, "label") as image:
+        kind = _png_kind(path)
+        if kind not in ("8-bit grey", "8-bit palette", "4-bit palette", "2-bit palette", "1-bit palette"):
+            raise DataError(
+                "A label is a PNG of class ids: 8-bit grey or palette.",
+                received=f"{kind} in {path}",
+                remedy="Save the ids as an 8-bit single-channel PNG (255 = void), not their colours.",
+            )
+        return np.array(image, dtype=np.uint8)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, "file", error) from error
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+        raise _unreadable(path, what, error) from error
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> DataError:
+    return DataError(
+        f"Every {what} of a data set can be read.",
+        received=f"{path}: {error or type(error).__name__}",
+        remedy="Restore the file from its source, or remove the sample; `check` lists all such files.",
+    )
+
+
+def _png_kind(path: Path) -> str:
+    """Bit depth and colour type from the IHDR chunk: Pillow's mode does not tell 4-bit grey from 8-bit."""
+    with path.open("rb") as file:
+        header = file.read(26)
+    if not header.startswith(_PNG_SIGNATURE):
+        return "no PNG"
+    depth, colour_type = header[24], header[25]
+    return f"{depth}-bit {_PNG_COLOUR_TYPES.get(colour_type, f'colour type {colour_type}')}"

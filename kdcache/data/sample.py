@@ -1,0 +1,161 @@
+"""What every data set is to the rest of kdcache: class names and, per split, samples with stable ids.
+
+A `Split` is the one interface that the teacher pass, the trainer and the checks read from. It holds
+paths or seeds, never pixels, so it is small, picklable (DataLoader workers use forkserver) and cheap to
+open. `image` and `label` return arrays of their own: a caller may write into them.
+
+Labels are uint8 with 255 for void, which bounds a class list at 255 classes. Every published
+segmentation benchmark in use fits, and the label of a 1024 x 2048 image stays at 2 MiB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.errors import DataError
+
+IGNORE_INDEX = 255
+"""The id of void pixels in every label: no class, no loss, no metric."""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Class names in the order of their ids, and a colour for each.
+
+    Args:
+        names: 2 to 255 unique, non-empty names; the position is the id.
+        colours: RGB, 0 to 255, one per name; left out, distinct ones are made.
+
+    Raises: DataError.
+    """
+
+    names: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        colours = tuple((int(r), int(g), int(b)) for r, g, b in self.colours)
+        object.__setattr__(self, "colours", colours or default_colours(len(self.names)))
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain JSON types; `from_json` reverses it."""
+        return {"names": list(self.names), "colours": [list(colour) for colour in self.colours]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ClassList:
+        """The class list that `to_json` described."""
+        colours = tuple((r, g, b) for r, g, b in value.get("colours", ()))
+        return cls(tuple(value["names"]), colours)
+
+    def _check(self) -> None:
+        if not 2 <= len(self.names) < IGNORE_INDEX + 1:
+            raise DataError(
+                f"A class list has 2 to {IGNORE_INDEX} classes ({IGNORE_INDEX} is the id of void).",
+                received=f"{len(self.names)} classes",
+                remedy="List every class once; give unused pixels the id 255 instead of a class.",
+            )
+        bad = sorted(name for name, n in Counter(self.names).items() if n > 1 or not name.strip())
+        if bad:
+            raise DataError(
+                "Class names are unique and not empty.",
+                received=", ".join(f"{name!r} {self.names.count(name)} times" for name in bad),
+                remedy="Rename or remove the repeated or empty entries.",
+            )
+        channels = [channel for colour in self.colours for channel in colour]
+        if len(self.colours) != len(self.names) or any(not 0 <= c <= 255 for c in channels):
+            raise DataError(
+                "Class colours are one RGB triple of 0 to 255 per class.",
+                received=f"{len(self.colours)} colours for {len(self.names)} classes: {self.colours}",
+                remedy="Give every class a colour, or none.",
+            )
+
+
+class Split(ABC):
+    """One split of a data set: an ordered list of samples.
+
+    Attributes:
+        data: the spec or folder as the user gave it.
+        split: the split's name.
+        classes: names and colours of the label ids.
+        ids: stable unique sample ids, sorted; `index` below counts in this order.
+
+    Subclasses set these and write `image`, `label` and `has_label`.
+    """
+
+    data: str
+    split: str
+    classes: ClassList
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def image(self, index: int) -> Pixels:
+        """The image: uint8 (H, W, 3), RGB, EXIF-upright, contiguous, the caller's own.
+
+        Raises: DataError naming the file.
+        """
+
+    @abstractmethod
+    def label(self, index: int) -> Pixels | None:
+        """The class ids: uint8 (H, W) of the image's size, 255 for void; None without a label.
+
+        Raises: DataError for a file that is no label of this image, or ids beyond the classes.
+        """
+
+    @abstractmethod
+    def has_label(self, index: int) -> bool:
+        """Whether the sample has a label; reads no file."""
+
+    def raw_label(self, index: int) -> Pixels | None:
+        """`label` as it is, compared with neither image nor classes, for reports on broken data."""
+        return self.label(index)
+
+    def content_digests(self, index: int) -> tuple[str, str | None]:
+        """SHA-256 of what the image and the label (None without one) hold: here of their arrays."""
+        label = self.label(index)
+        return _array_digest(self.image(index)), None if label is None else _array_digest(label)
+
+    def digest(self) -> str:
+        """SHA-256 over class names and sample ids. Cheap: it reads no file, so it cannot see contents."""
+        text = json.dumps([list(self.classes.names), list(self.ids)], ensure_ascii=True)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
+    """Ids of a uint8 label that are neither a class nor void, with their pixel counts."""
+    counts = np.bincount(label.reshape(-1), minlength=256)
+    return {int(i): int(counts[i]) for i in np.flatnonzero(counts[:IGNORE_INDEX]) if i >= classes}
+
+
+def default_colours(count: int, taken: Iterable[tuple[int, int, int]] = ()) -> tuple[tuple[int, int, int], ...]:
+    """`count` distinct RGB colours: the PASCAL VOC colour map from 1 on (0 is black), less `taken`."""
+    used = set(taken)
+    free = [colour for colour in (_voc_colour(i) for i in range(1, 256 + len(used))) if colour not in used]
+    return tuple(free[:count])
+
+
+def _voc_colour(index: int) -> tuple[int, int, int]:
+    """Bits 0, 3, 6 of the index are the high bits of red, bits 1, 4, 7 of green, 2, 5, 8 of blue."""
+    r, g, b = (sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
+    return r, g, b
+
+
+def _array_digest(array: Pixels) -> str:
+    return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -1,0 +1,93 @@
+"""Evaluating a model on a labelled split, at the labels' own size."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.data import IGNORE_INDEX, Split, Window, prefetch, render
+from kdcache.errors import DataError
+from kdcache.evaluate.metrics import ConfusionMatrix, Metrics
+from kdcache.models import SegmentationModel
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    pixels: Tensor  # uint8 (H, W, 3), at the run's size
+    label: Tensor  # uint8, at its own size (or the run's, with at_size)
+
+
+def evaluate_model(
+    model: SegmentationModel,
+    split: Split,
+    size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 8,
+    at_size: bool = False,
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> Metrics:
+    """Confusion matrix of `model` over the labelled samples of `split`.
+
+    Images are resized to `size`, logits are upsampled to each label's own size (`at_size`: the label is
+    resized instead, which is cheaper and not comparable with published figures).
+
+    Args:
+        size: (H, W) the model sees.
+        progress: called with (images done, images).
+    Raises: DataError when nothing is labelled or an image cannot be read.
+    """
+    labelled = [index for index in range(len(split)) if split.has_label(index)]
+    if not labelled:
+        raise DataError(
+            "evaluation needs labels",
+            received=f"{split.data}, split {split.split!r}: none of {len(split)} images has one",
+            remedy="give a labelled split with --split",
+        )
+    confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
+    samples = prefetch(
+        lambda index: _load(split, index, size, at_size), labelled, threads=threads, ahead=4 * batch_size
+    )
+    was_training = model.training
+    model.eval()
+    done = 0
+    try:
+        with torch.inference_mode():
+            for batch in _batches(samples, batch_size):
+                pixels = torch.stack([sample.pixels for sample in batch]).to(device)
+                logits = model(model.normalise(pixels)).logits.float()
+                for logits_Chw, sample in zip(logits, batch, strict=True):
+                    height, width = sample.label.shape
+                    full = model.upsample(logits_Chw[None], (height, width))[0]
+                    confusion.update(full.argmax(0).cpu(), sample.label)
+                done += len(batch)
+                if progress is not None:
+                    progress(done, len(labelled))
+    finally:
+        model.train(was_training)
+    return confusion.metrics()
+
+
+def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sample:
+    image, label = split.image(index), split.label(index)
+    assert label is not None, index
+    window = Window.full(*image.shape[:2])
+    pixels, small = render(image, label, window, flip=False, size=size)
+    chosen = small if at_size else np.ascontiguousarray(label)
+    return _Sample(torch.from_numpy(pixels), torch.from_numpy(chosen))
+
+
+def _batches(samples: Iterable[_Sample], size: int) -> Iterable[list[_Sample]]:
+    batch: list[_Sample] = []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

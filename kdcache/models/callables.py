@@ -1,0 +1,257 @@
+"""Any network as `module:function` or `path/to/file.py:function`.
+
+The function is called with `num_classes=` and returns a module. A `SegmentationModel` is used as it is;
+anything
+else is wrapped: it may answer with a tensor, a mapping with `out` (or `logits`), or an object with `.logits`.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kdcache.errors import ModelError
+from kdcache.models.native import NativeOutput, SegmentationModel
+
+_PROBE_PX = 128  # side of the image that finds the stride; deep enough for stride 32 and a few cells
+
+
+class WrappedModel(SegmentationModel):
+    """A foreign network behind the interface; its state dict keeps the network's own names.
+
+    Taps are dotted module names, any whose output is (B, c, h, w); `taps` lists the network's direct children
+    of that kind in the order they ran. They are read by forward hooks that exist only while a tap is asked
+    for, see only the calls of their own thread, and copy the feature, which a later in-place layer would
+    overwrite.
+
+    The module's attributes `align_corners` (False when absent), `mean` and `std` are honoured.
+    """
+
+    def __init__(self, spec: str, network: nn.Module, num_classes: int | None) -> None:
+        logits, children = _probe(spec, network)
+        if num_classes is not None and logits.shape[1] != num_classes:
+            raise ModelError(
+                "a model must return one channel per class",
+                received=f"{logits.shape[1]} channels for {num_classes} classes from {spec}",
+                remedy="use the num_classes that the function is given",
+            )
+        super().__init__(
+            spec=spec,
+            num_classes=logits.shape[1],
+            stride=max(1, round(_PROBE_PX / logits.shape[-2])),
+            taps=children,
+            align_corners=bool(getattr(network, "align_corners", False)),
+        )
+        if getattr(network, "mean", None) is not None:
+            self.mean = _floats(network.mean)
+        if getattr(network, "std", None) is not None:
+            self.std = _floats(network.std)
+        self.network = network
+        self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        self.check_taps(taps)
+        if not taps:
+            return NativeOutput(_logits(self.spec, self.network(x_B3HW)), {})
+        with _recorded(self.network, taps) as outputs:
+            logits = _logits(self.spec, self.network(x_B3HW))
+        features = {}
+        for tap in taps:
+            feature = outputs.get(tap)
+            if not isinstance(feature, Tensor) or feature.ndim != 4:
+                found = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+                raise ModelError(
+                    "a tapped module must run and return a (B, c, h, w) tensor",
+                    received=f"{tap!r} of {self.spec} returned {found}",
+                    remedy=f"tap another module, for example {', '.join(self.taps) or 'a convolution'}",
+                )
+            features[tap] = feature
+        return NativeOutput(logits, features)
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        modules = {name for name, _ in self.network.named_modules() if name}
+        for tap in taps:
+            if tap not in modules:
+                super().check_taps([tap])
+
+
+def build(spec: str, num_classes: int | None) -> SegmentationModel:
+    """Import the function that `spec` names and build its model.
+
+    Args:
+        num_classes: None calls the function without it; it must then have a default of its own.
+    Raises: ModelError when the import fails, when what was found cannot be called or returns no module, when
+        the model fails on an image, or when it has another number of classes.
+    """
+    place, _, name = spec.rpartition(":")
+    with _working_folder_on_path():
+        function = getattr(_import(place, spec), name, None)
+        if not callable(function):
+            found = "no such name" if function is None else f"of type {type(function).__name__}"
+            raise ModelError(
+                "a model must be module:function with a function that returns the network",
+                received=f"{spec}: {name} is {found}",
+                remedy=f"define {name}(num_classes) there",
+            )
+        network = _call(spec, function, num_classes)
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            "a model function must return a torch.nn.Module",
+            received=f"{type(network).__name__} from {spec}",
+            remedy="return the network itself",
+        )
+    if not isinstance(network, SegmentationModel):
+        return WrappedModel(spec, network, num_classes)
+    network.spec = spec
+    if num_classes is not None and network.num_classes != num_classes:
+        raise ModelError(
+            "a model must have the number of classes that it is asked for",
+            received=f"{network.num_classes} instead of {num_classes} from {spec}",
+            remedy="use the num_classes that the function is given",
+        )
+    return network
+
+
+def _import(place: str, spec: str) -> ModuleType:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).resolve(strict=True)
+        # The path is part of the name: two files called model.py are two modules.
+        found = importlib.util.spec_from_file_location(f"kdcache_user{path.with_suffix('')}".replace("/", "_"), path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # dataclasses and pickling look their module up there
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(
+            "the module of a model spec must import",
+            received=f"{spec}: {type(error).__name__}: {error}",
+            remedy="fix the import, or install the module, or give path/to/file.py:function",
+        ) from error
+    return module
+
+
+def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> object:
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        given = ", ".join(f"{k}={v}" for k, v in arguments.items()) or "no argument, as no num_classes is known"
+        raise ModelError(
+            "a model function must be callable with num_classes, or without when it knows its own",
+            received=f"{spec} with {given}: {error}",
+            remedy="write it as def build(num_classes=21), or give the number of classes",
+        ) from error
+    except ValueError:  # a builtin without a signature: the call itself will tell
+        pass
+    return function(**arguments)
+
+
+@contextmanager
+def _working_folder_on_path() -> Iterator[None]:
+    """Let `my_models:build` find ./my_models.py: a console script does not look there by itself.
+
+    At the end of the path, so that a local file never hides an installed module.
+    """
+    folder = os.getcwd()
+    if folder in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _logits(spec: str, answer: object) -> Tensor:
+    logits = answer
+    if not isinstance(logits, Tensor):
+        if isinstance(answer, Mapping):
+            logits = answer.get("out", answer.get("logits"))
+        else:
+            logits = getattr(answer, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 4:
+        shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        raise ModelError(
+            "a model must return logits (B, C, h, w), as a tensor, under 'out' or as .logits",
+            received=f"{type(answer).__name__}{shape} from {spec}",
+            remedy="return the class scores of every cell, without softmax or argmax",
+        )
+    return logits
+
+
+@contextmanager
+def _recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Outputs of submodules by name, for calls of this thread inside the block; the last call counts."""
+    outputs: dict[str, Any] = {}
+    thread = threading.get_ident()
+
+    def hook(name: str) -> RemovableHandle:
+        def record(_module: nn.Module, _inputs: object, output: Any) -> None:
+            if threading.get_ident() == thread:
+                first = output[0] if isinstance(output, tuple) and output else output
+                outputs[name] = first.clone() if isinstance(first, Tensor) else first
+
+        return network.get_submodule(name).register_forward_hook(record)
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(hook(name).remove)
+        yield outputs
+
+
+def _probe(spec: str, network: nn.Module) -> tuple[Tensor, list[str]]:
+    """Logits of one black image and the direct children with (B, c, h, w) outputs, in the order they ran."""
+    modes = {module: module.training for module in network.modules()}
+    like = next(network.parameters(), torch.empty(0))
+    image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
+    network.eval()  # BatchNorm must not learn from the probe
+    try:
+        with torch.no_grad(), _recorded(network, [name for name, _ in network.named_children()]) as outputs:
+            logits = _logits(spec, network(image))
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"a model must run on a float image of shape {tuple(image.shape)}",
+            received=f"{spec}: {type(error).__name__}: {error}",
+            remedy="accept any height and width",
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return logits, [name for name, y in outputs.items() if isinstance(y, Tensor) and y.ndim == 4]
+
+
+def _floats(values: Any) -> list[float]:
+    """Of a tuple, or of a tensor of any shape with three numbers."""
+    return [float(v) for v in torch.as_tensor(values).flatten().tolist()]
+
+
+_PREFIX = "network."
+
+
+def _strip_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for key in [k for k in state if k.startswith(prefix + _PREFIX)]:
+        state[prefix + key[len(prefix + _PREFIX) :]] = state.pop(key)
+
+
+def _add_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)

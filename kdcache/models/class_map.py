@@ -1,0 +1,171 @@
+"""A teacher's classes as the data's classes: several teacher classes may become one, some may be dropped."""
+
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import ModelError
+from kdcache.models.native import NativeOutput, SegmentationModel
+
+DROPPED = -1
+_VOID = "void"
+
+
+def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence[str]) -> Tensor:
+    """Read which data class each teacher class becomes.
+
+    A text file has one line per teacher class, `<teacher id> <data class name or id or void>`; `#` starts a
+    comment. A JSON file holds the same as {"0": "Sky", "1": "void", ...}. Names may contain spaces; a name
+    that is spelt like a number or like `void` wins over the number or the word.
+
+    Args:
+        teacher_classes: how many the teacher has; every one must be listed once.
+        class_names: the data's; every one must be hit at least once.
+    Returns: int64 (teacher_classes,), data class id or -1 for a dropped class.
+    Raises: ModelError naming the file and the line, the class or the name.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            "a class map must be a text file", received=f"{path}: {error}", remedy="check the path"
+        ) from error
+    entries = _json_entries(path, text) if text.lstrip().startswith("{") else _text_entries(path, text)
+    table: dict[int, int] = {}
+    for where, teacher, target in entries:
+        index = int(teacher) if teacher.isdecimal() else -1
+        if not 0 <= index < teacher_classes:
+            _refuse(f"teacher ids are 0 to {teacher_classes - 1}", f"{teacher!r} in {where}", "correct the id")
+        if index in table:
+            _refuse("every teacher class is listed once", f"{index} again in {where}", "delete one of the lines")
+        table[index] = _target(target, where, class_names)
+    absent = [str(i) for i in range(teacher_classes) if i not in table]
+    if absent:
+        _refuse(
+            "every teacher class must be listed",
+            f"{path} without {_some(absent)}",
+            "add them, with void to drop one",
+        )
+    unhit = [name for i, name in enumerate(class_names) if i not in table.values()]
+    if unhit:
+        _refuse(
+            "every data class needs a teacher class",
+            f"{path} gives none to {_some(unhit)}",
+            "map one to it: the teacher could never teach it",
+        )
+    return torch.tensor([table[i] for i in range(teacher_classes)], dtype=torch.int64)
+
+
+class ClassMapped(SegmentationModel):
+    """A model that speaks the data's classes: probabilities of merged classes are summed.
+
+    The logit of a data class is the logsumexp of its source classes' logits, so the softmax over the data's
+    classes is the sum of the sources' probabilities, renormalised when classes are dropped. This is exact at
+    the native stride; a bilinear resize of the result differs slightly from mapping after the resize.
+
+    Args:
+        model: the teacher; its taps, stride, mean and std are kept.
+        class_map: int64 (model.num_classes,), see `read_class_map`.
+    Raises: ModelError when the map does not fit the model or leaves a class without a source.
+    """
+
+    sources: Tensor
+    absent: Tensor
+
+    def __init__(self, model: SegmentationModel, class_map: Tensor) -> None:
+        targets = [int(c) for c in class_map.tolist()]
+        count = max(targets, default=-1) + 1
+        if len(targets) != model.num_classes or count < 1 or set(targets) - {DROPPED} != set(range(count)):
+            _refuse(
+                f"a class map must send {model.num_classes} teacher classes to 0..n-1, each hit, or to -1",
+                f"{targets} for {model.spec}",
+                "make it with read_class_map",
+            )
+        super().__init__(
+            spec=model.spec,
+            num_classes=count,
+            stride=model.stride,
+            taps=model.taps,
+            align_corners=model.align_corners,
+        )
+        self.model = model
+        self.mean, self.std = model.mean, model.std
+        groups = [[i for i, c in enumerate(targets) if c == target] for target in range(count)]
+        most = max(len(g) for g in groups)
+        # A table of fixed size, so that the forward is one gather whatever the map. In the state dict, so
+        # that another map is another digest.
+        self.register_buffer("sources", torch.tensor([g + [0] * (most - len(g)) for g in groups]))
+        self.register_buffer("absent", torch.tensor([[j >= len(g) for j in range(most)] for g in groups]))
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        logits, features = self.model(x_B3HW, taps)
+        return NativeOutput(self.map_logits(logits), features)
+
+    def map_logits(self, logits_BChw: Tensor) -> Tensor:
+        """Teacher logits (B, teacher classes, h, w) to (B, num_classes, h, w) of the same dtype."""
+        wide = logits_BChw if logits_BChw.dtype == torch.float64 else logits_BChw.float()
+        gathered = wide[:, self.sources]  # (B, num_classes, most, h, w)
+        gathered = gathered.masked_fill(self.absent[:, :, None, None], -torch.inf)
+        return gathered.logsumexp(2).to(logits_BChw.dtype)
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        self.model.check_taps(taps)
+
+
+def _text_entries(path: Path, text: str) -> list[tuple[str, str, str]]:
+    entries = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        content = line.split("#", 1)[0].strip()
+        if content:
+            teacher, _, target = content.partition(" ") if "\t" not in content else content.partition("\t")
+            entries.append((f"line {number} of {path}", teacher.strip(), target.strip()))
+    return entries
+
+
+def _json_entries(path: Path, text: str) -> list[tuple[str, str, str]]:
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)  # a list keeps an id that is there twice
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            'a class map in JSON must be {"<teacher id>": "<data class>", ...}',
+            received=f"{path}: {error}",
+            remedy="correct it there, or write one `<id> <name>` per line",
+        ) from error
+    for key, value in pairs:
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            _refuse("a data class is a name, an id or void", f"{value!r} for {key} in {path}", "correct it")
+    return [(str(path), key, str(value)) for key, value in pairs]
+
+
+def _target(target: str, where: str, class_names: Sequence[str]) -> int:
+    names = list(class_names)
+    if target in names:
+        return names.index(target)
+    lowered = [name.lower() for name in names]
+    if lowered.count(target.lower()) == 1:
+        return lowered.index(target.lower())
+    if target.lower() == _VOID:
+        return DROPPED
+    if target.isdecimal() and int(target) < len(names):
+        return int(target)
+    near = difflib.get_close_matches(target.lower(), lowered, n=1)
+    hint = f"did you mean {names[lowered.index(near[0])]}?" if near else f"classes: {', '.join(names)}; or void"
+    raise ModelError(
+        "a data class must be one of the data's names or ids, or void",
+        received=f"{target!r} in {where}",
+        remedy=hint,
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _refuse(rule: str, received: str, remedy: str) -> NoReturn:
+    raise ModelError(rule, received=received, remedy=remedy)

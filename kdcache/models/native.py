@@ -1,0 +1,187 @@
+"""The one interface of every segmentation model: logits at the head's native stride, features by name.
+
+Most heads end in a bilinear resize to the image's size. That resize is deterministic, so it is left out here:
+storing and distilling what comes before it costs 16 to 64 times less. `SegmentationModel.upsample` is the
+resize.
+
+Shapes: B batch, C classes, H W image, h w native stride, c channels of a feature.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcache.errors import ModelError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class NativeOutput(NamedTuple):
+    """What a model says about a batch."""
+
+    logits: Tensor  # (B, C, h, w) at the native stride, not upsampled
+    features: dict[str, Tensor]  # tap -> (B, c, h', w'); exactly the taps that were asked for
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading weights did to a model; names of tensors in the state dict."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...] = ()  # only counters that do not matter (num_batches_tracked)
+    unexpected: tuple[str, ...] = ()  # of an image classifier's head, dropped when its backbone is taken
+    unused_auxiliary: tuple[str, ...] = ()  # auxiliary heads, which serve training only
+    reinitialised: tuple[str, ...] = ()  # left at their random initialisation
+
+
+class SegmentationModel(nn.Module):
+    """A network from normalised pixels to logits at its native stride.
+
+    Subclasses implement `forward`. Nothing set here enters the state dict, so a subclass decides the names in
+    it.
+
+    Attributes:
+        spec: the name that `build_model` was given.
+        num_classes: C.
+        stride: nominal native stride in pixels; sizes, never the stride, set the exact ratio.
+        align_corners: of the head's final bilinear resize.
+        taps: names of the features on offer, most useful last.
+        backbone_prefix: of the backbone's names in the state dict; "" when it is not known.
+        classifier_keys: prefixes of the tensors whose first axis is the classes; () when they are not known.
+        load_report: what `build_model` loaded; None when the weights are random.
+    """
+
+    spec: str
+    num_classes: int
+    stride: int
+    align_corners: bool
+    taps: tuple[str, ...]
+    backbone_prefix: str
+    classifier_keys: tuple[str, ...]
+    load_report: LoadReport | None
+
+    def __init__(
+        self,
+        *,
+        spec: str,
+        num_classes: int,
+        stride: int,
+        taps: Sequence[str],
+        align_corners: bool = False,
+        backbone_prefix: str = "",
+        classifier_keys: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.num_classes = num_classes
+        self.stride = stride
+        self.align_corners = align_corners
+        self.taps = tuple(taps)
+        self.backbone_prefix = backbone_prefix
+        self.classifier_keys = tuple(classifier_keys)
+        self.load_report = None
+        self._mean: tuple[float, float, float] = IMAGENET_MEAN
+        self._std: tuple[float, float, float] = IMAGENET_STD
+        # Not buffers: they would follow `model.half()` and lose the precision of the pixels.
+        self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    if TYPE_CHECKING:  # nn.Module types its call as Any
+
+        def __call__(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput: ...
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        """Run the network.
+
+        Args:
+            x_B3HW: floating, already normalised (see `normalise`).
+            taps: names out of `self.taps`.
+        Returns: logits (B, C, h, w) at the native stride and the features asked for.
+        Raises: ModelError for an unknown tap.
+        """
+        raise NotImplementedError
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Of RGB in 0..1; ImageNet's unless it was set."""
+        return self._mean
+
+    @mean.setter
+    def mean(self, value: Iterable[float]) -> None:
+        self._mean = _rgb("mean", value)
+        self._moments = {}
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Of RGB in 0..1, above 0; ImageNet's unless it was set."""
+        return self._std
+
+    @std.setter
+    def std(self, value: Iterable[float]) -> None:
+        std = _rgb("std", value)
+        if min(std) <= 0:
+            raise ModelError("std must be above 0", received=str(std), remedy="give std of RGB in 0..1")
+        self._std = std
+        self._moments = {}
+
+    def normalise(self, pixels_BHW3: Tensor) -> Tensor:
+        """Turn uint8 RGB into the network's input: (pixels / 255 - mean) / std.
+
+        Args:
+            pixels_BHW3: uint8, on any device.
+        Returns: float32 (B, 3, H, W) on the same device, in channels_last memory format (the pixels' own
+            order, so nothing is transposed).
+        Raises: ModelError for another dtype or shape.
+        """
+        if pixels_BHW3.dtype != torch.uint8 or pixels_BHW3.ndim != 4 or pixels_BHW3.shape[-1] != 3:
+            raise ModelError(
+                "pixels must be uint8 of shape (B, H, W, 3)",
+                received=f"{pixels_BHW3.dtype} {tuple(pixels_BHW3.shape)}",
+                remedy="pass RGB bytes with the channels last",
+            )
+        mean, std = self._moments_on(pixels_BHW3.device)
+        x_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+        return x_B3HW.div_(255).sub_(mean).div_(std)
+
+    def upsample(self, logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resize logits to (H, W) = `size` as the head itself would: bilinear, with its `align_corners`."""
+        if tuple(logits_BChw.shape[-2:]) == tuple(size):
+            return logits_BChw
+        return F.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=self.align_corners)
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        """Raise ModelError for the first name that is no tap of this model."""
+        for tap in taps:
+            if tap not in self.taps:
+                near = difflib.get_close_matches(tap, self.taps, n=3)
+                raise ModelError(
+                    f"a tap must be one of the model's: {', '.join(self.taps)}",
+                    received=f"{tap!r} for {self.spec}",
+                    remedy=f"did you mean {' or '.join(near)}?" if near else "pick one of these names",
+                )
+
+    def _moments_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and std as (3, 1, 1) on `device`, kept: a copy to the GPU per batch would synchronise."""
+        found = self._moments.get(device)
+        if found is None:
+            mean = torch.tensor(self._mean, dtype=torch.float32, device=device).view(3, 1, 1)
+            std = torch.tensor(self._std, dtype=torch.float32, device=device).view(3, 1, 1)
+            found = self._moments[device] = (mean, std)
+        return found
+
+
+def _rgb(name: str, value: Iterable[float]) -> tuple[float, float, float]:
+    numbers = tuple(float(v) for v in value)
+    if len(numbers) != 3 or not all(math.isfinite(v) for v in numbers):
+        raise ModelError(
+            f"{name} must be three finite numbers",
+            received=str(numbers),
+            remedy="give red, green and blue in 0..1, for example 0.485 0.456 0.406",
+        )
+    return numbers[0], numbers[1], numbers[2]

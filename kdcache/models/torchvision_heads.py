@@ -1,0 +1,140 @@
+"""torchvision's segmentation networks with their final resize taken off.
+
+The backbone and the classifier are torchvision's own modules under their own names, so its published state
+dicts load as they are. The forward walks them stage by stage, which gives the taps without hooks. Auxiliary
+heads are
+not built: they serve torchvision's own training only.
+
+torchvision is imported when a model is built, never with this module.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcache.errors import ModelError
+from kdcache.models.native import NativeOutput, SegmentationModel
+
+NAMES = (
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "deeplabv3_mobilenet_v3_large",
+    "lraspp_mobilenet_v3_large",
+)
+
+# tap -> child of torchvision's backbone; the last block of each width of MobileNetV3-Large, then its last
+# 1x1.
+_RESNET_TAPS = {"layer1": "layer1", "layer2": "layer2", "layer3": "layer3", "layer4": "layer4"}
+_MOBILENET_TAPS = {
+    "stage1": "1",
+    "stage2": "3",
+    "stage3": "6",
+    "stage4": "12",
+    "stage5": "15",
+    "backbone": "16",
+}
+
+
+class TorchvisionModel(SegmentationModel):
+    """FCN or DeepLabV3: a backbone, then a `Sequential` head whose last layer is the 1x1 classifier.
+
+    Taps: the backbone's stages, and `head`: the classifier's input, before dropout.
+    """
+
+    backbone: nn.ModuleDict
+    classifier: nn.Module
+
+    def __init__(self, name: str, num_classes: int, network: nn.Module) -> None:
+        stages = _RESNET_TAPS if "resnet" in name else _MOBILENET_TAPS
+        super().__init__(
+            spec=f"torchvision:{name}",
+            num_classes=num_classes,
+            stride=16 if name == "deeplabv3_mobilenet_v3_large" else 8,
+            taps=(*stages, "head"),
+            backbone_prefix="backbone.",
+            classifier_keys=classifier_keys(name),
+        )
+        self.backbone = network.get_submodule("backbone")  # type: ignore[assignment]
+        self.classifier = network.get_submodule("classifier")
+        self._tap_of = {child: tap for tap, child in stages.items()}
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        self.check_taps(taps)
+        x = x_B3HW
+        found: dict[str, Tensor] = {}  # of every stage that is tapped or that the head reads
+        read: dict[str, str] = self.backbone.return_layers  # type: ignore[assignment]
+        for child, module in self.backbone.items():
+            x = module(x)
+            if child in read:
+                found[f"read/{read[child]}"] = x
+            tap = self._tap_of.get(child, "")
+            if tap in taps:
+                found[tap] = x
+        logits, found["head"] = self._head(found)
+        return NativeOutput(logits, {tap: found[tap] for tap in taps})
+
+    def _head(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        x = head = found["read/out"]
+        *body, classifier = self.classifier.children()
+        for module in body:
+            x = module(x)
+            if not isinstance(module, nn.Dropout):
+                head = x
+        return classifier(x), head
+
+
+class LRASPPModel(TorchvisionModel):
+    """LRASPP: two classifiers, at strides 8 and 16, that meet at stride 8.
+
+    The sum of the two is the last operation before the final resize, so the native stride is 8 although the
+    deep branch comes from stride 16. `head` is the deep branch after its gate, at stride 8: the input of
+    `high_classifier` (the shallow classifier reads the backbone directly).
+    """
+
+    def _head(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        low, high = found["read/low"], found["read/high"]
+        head: Any = self.classifier  # torchvision's LRASPPHead
+        x = head.cbr(high) * head.scale(high)
+        x = F.interpolate(x, size=low.shape[-2:], mode="bilinear", align_corners=False)
+        return head.low_classifier(low) + head.high_classifier(x), x
+
+
+def classifier_keys(name: str) -> tuple[str, ...]:
+    """Prefixes of the tensors whose first axis is the classes; the first one has a `weight`."""
+    if name.startswith("lraspp"):
+        return ("classifier.low_classifier.", "classifier.high_classifier.")
+    return ("classifier.4.",)
+
+
+def build(name: str, num_classes: int) -> SegmentationModel:
+    """Build one of NAMES with random weights; nothing is downloaded."""
+    from torchvision.models import segmentation
+
+    # Both are None on purpose: torchvision downloads the backbone's weights by default.
+    network = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=num_classes)
+    kind = LRASPPModel if name.startswith("lraspp") else TorchvisionModel
+    return kind(name, num_classes, network)
+
+
+def default_state(name: str) -> dict[str, Tensor]:
+    """The published weights (COCO with VOC's 21 classes): downloaded once, then from torch's hub cache.
+
+    Raises: ModelError when the download fails or its digest is wrong, with the address.
+    """
+    from torchvision.models import get_model_weights
+
+    published = get_model_weights(name).DEFAULT
+    try:
+        state: dict[str, Tensor] = published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise ModelError(
+            "weights 'default' must be downloaded once",
+            received=f"{published.url}: {error}",
+            remedy="check the network, or fetch that file yourself and give its path as the weights",
+        ) from error
+    return dict(state)

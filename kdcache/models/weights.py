@@ -1,0 +1,242 @@
+"""Weights: read from a file without running code from it, fit to a model by name, digest.
+
+Nothing is ever left out in silence: what a file has too much or too little is refused and named, except for
+what the report lists. A teacher is loaded strictly; a student may start from weights whose head is another
+one.
+"""
+
+import hashlib
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.models.native import LoadReport, SegmentationModel
+
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_AUXILIARY = ("aux_classifier.", "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
+_COUNTER = "num_batches_tracked"  # absent from old files, and unused while BatchNorm has a momentum
+_NAMED = 4  # names shown per kind of misfit
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a weights file onto the CPU.
+
+    Takes `.safetensors`, or torch files read with `weights_only=True`. A dictionary under `state_dict`,
+    `model` and the like is unwrapped, and so are the prefixes that DistributedDataParallel and torch.compile
+    put before names.
+
+    Raises: ModelError naming the file: missing, of another kind, truncated, or holding pickled objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError("weights must be a file", received=str(path), remedy="check the path")
+    if path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    elif path.suffix in _TORCH_SUFFIXES:
+        content = _read_torch(path)
+    else:
+        raise ModelError(
+            f"weights must be .safetensors or one of {', '.join(_TORCH_SUFFIXES)}",
+            received=str(path),
+            remedy="save the state dict with safetensors.torch.save_file",
+        )
+    return _unwrap(content, path)
+
+
+def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, strict_head: bool) -> LoadReport:
+    """Copy `state` into `model` by name. The model is untouched when an error is raised.
+
+    Auxiliary heads (`aux_classifier.*` and the like) that the model does not have are listed, never refused.
+
+    Args:
+        strict_head: True for a teacher: every tensor must be there. False for an initialisation: a classifier
+            of another number of classes keeps its random values, a backbone alone fits too (also an image
+            classifier's, as torchvision publishes them), and the report's `reinitialised` names what was left
+            out.
+    Raises: ModelError naming missing and unexpected tensors, other shapes, or both numbers of classes.
+    """
+    own: dict[str, Tensor] = model.state_dict()
+    dropped: list[str] = []
+    if not strict_head:
+        state, dropped = _as_backbone(model, state)
+    auxiliary = [k for k in state if k not in own and k.startswith(_AUXILIARY)]
+    unexpected = [k for k in state if k not in own and not k.startswith(_AUXILIARY)]
+    counters = [k for k in own if k not in state and k.endswith(_COUNTER)]
+    missing = [k for k in own if k not in state and not k.endswith(_COUNTER)]
+    reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
+    recounted = [k for k in reshaped if _differs_in_classes(model, k, own[k], state[k])]
+    reshaped = [k for k in reshaped if k not in recounted]
+    reinitialised: list[str] = []
+    if not strict_head:
+        absent_head = [k for k in missing if _is_head(model, k, own[k])]
+        missing = [k for k in missing if k not in absent_head]
+        reinitialised = [k for k in own if k in absent_head or k in recounted]
+    if missing or unexpected or reshaped:
+        shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in reshaped]
+        _refuse_misfit(model, missing, unexpected, shapes)
+    if strict_head and recounted:
+        _refuse_classes(model, state[recounted[0]].shape[0])
+    loaded = [k for k in own if k in state and k not in reinitialised]
+    model.load_state_dict({k: state[k] for k in loaded}, strict=False)
+    return LoadReport(
+        loaded=tuple(loaded),
+        missing=tuple(counters),
+        unexpected=tuple(dropped),
+        unused_auxiliary=tuple(auxiliary),
+        reinitialised=tuple(reinitialised),
+    )
+
+
+def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -> int:
+    """The number of classes of the classifier in `state`; ModelError when it has none."""
+    name = f"{classifier_keys[0]}weight"
+    if name not in state:
+        raise ModelError(
+            "the number of classes must be given, or readable from the weights",
+            received=f"weights without {name} (found {_names(list(state))})",
+            remedy="give the number of classes, or the weights of the whole model",
+        )
+    return int(state[name].shape[0])
+
+
+def state_digest(module: nn.Module) -> str:
+    """SHA-256 (hexadecimal) over names, dtypes, shapes and bytes of the state dict, buffers included.
+
+    Independent of the device, of the memory format and of the order of the names.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                "a state dict must hold tensors to have a digest",
+                received=f"{name} of type {type(value).__name__}",
+                remedy="drop get_extra_state from that module",
+            )
+        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        row_major = value.detach().cpu().contiguous()
+        digest.update(row_major.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_safetensors(path: Path) -> object:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: a refusal follows where it matters
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
+        if found is None:
+            raise _damaged(path, error) from error
+        raise ModelError(
+            "weights must hold tensors only: unpickling other objects can run code",
+            received=f"{path} with a pickled {found[1]}",
+            remedy="if you trust it, load it yourself with weights_only=False and save its state dict alone",
+        ) from error
+    except Exception as error:  # torch meets a damaged file with anything from KeyError to OSError
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ModelError(
+        "a weights file must be whole and of the kind that its suffix says",
+        received=f"{path} of {path.stat().st_size} bytes ({reason})",
+        remedy="copy or download it again",
+    )
+
+
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        inner = next((content[k] for k in _CONTAINERS if isinstance(content.get(k), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise _not_a_state_dict(path, f"{type(content).__name__} without tensors")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise _not_a_state_dict(path, f"{name!r} of type {type(value).__name__}")
+    state: dict[str, Tensor] = dict(content)
+    while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), ""):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+def _not_a_state_dict(path: Path, found: str) -> ModelError:
+    return ModelError(
+        "weights must be a dictionary of names and tensors",
+        received=f"{path} with {found}",
+        remedy="save model.state_dict() alone",
+    )
+
+
+def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """An image classifier's state under this model's backbone, and the names of its own head."""
+    prefix = model.backbone_prefix
+    if not prefix or any(k.startswith(prefix) for k in state):
+        return state, []
+    trunk, head = ("features.", "classifier.") if any(k.startswith("features.") for k in state) else ("", "fc.")
+    dropped = [k for k in state if k.startswith(head)]
+    kept = {prefix + k.removeprefix(trunk): v for k, v in state.items() if k not in dropped}
+    # Names that do not become the backbone's are shown as the file has them.
+    own = model.state_dict()
+    return (kept, dropped) if any(k in own for k in kept) else (state, [])
+
+
+def _is_head(model: SegmentationModel, name: str, value: Tensor) -> bool:
+    if model.backbone_prefix:
+        return not name.startswith(model.backbone_prefix)
+    return _is_classifier(model, name, value)
+
+
+def _is_classifier(model: SegmentationModel, name: str, value: Tensor) -> bool:
+    if model.classifier_keys:
+        return name.startswith(model.classifier_keys)
+    return value.ndim > 0 and value.shape[0] == model.num_classes
+
+
+def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, given: Tensor) -> bool:
+    """Whether two shapes differ in nothing but the number of classes."""
+    same_rest = own.ndim == given.ndim > 0 and own.shape[1:] == given.shape[1:]
+    return same_rest and _is_classifier(model, name, own)
+
+
+def _refuse_classes(model: SegmentationModel, found: int) -> None:
+    raise ModelError(
+        "a teacher's weights must have the data's number of classes",
+        received=f"{found} classes in the weights, {model.num_classes} in the data, for {model.spec}",
+        remedy="map the teacher's classes to the data's with --class-map FILE",
+    )
+
+
+def _refuse_misfit(model: SegmentationModel, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    found = "; ".join(f"{len(names)} {kind}: {_names(names)}" for kind, names in kinds.items() if names)
+    raise ModelError(
+        f"the weights must be those of {model.spec}",
+        received=found,
+        remedy="check the model's name (kdcache models lists them) and the file",
+    )
+
+
+def _names(names: list[str]) -> str:
+    more = ", ..." if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

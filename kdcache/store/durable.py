@@ -1,0 +1,71 @@
+"""Writes that survive a power cut: temporary file, fsync, rename, fsync of the folder.
+
+zarr-python renames its files into place but never syncs them, so a machine that loses power can keep
+the name and lose the bytes. The store's ledger is only worth something when what it lists is on disk.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import StoreError
+
+
+def sync_path(path: Path) -> None:
+    """Flush one file or one folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_with_parents(path: Path, top: Path) -> None:
+    """Flush `path` and every folder between it and `top`, inclusive: a file is found only by its folders."""
+    sync_path(path)
+    for folder in path.parents:
+        sync_path(folder)
+        if folder == top:
+            return
+
+
+def write_json_durably(path: Path, content: Any) -> None:
+    """Publish a JSON file whole or not at all; sorted keys, so that equal content gives equal bytes."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_path(path.parent)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_space_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's 'no space' into a StoreError that says what is safe and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StoreError(
+            "the disk must have room for what is written",
+            received=f"no space left while writing {path}",
+            remedy="free some space and run the same command again: finished shards are kept, it continues",
+        ) from error

@@ -1,0 +1,176 @@
+"""Opening and reading a store.
+
+Opening checks presence, sizes and the seal; the first read of a chunk checks its crc32c (Zarr's codec does);
+`verify` checks every byte. Reads go through zarr-python.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from kdcache.errors import IncompleteError, StoreError
+from kdcache.store import ledger
+from kdcache.store.manifest import Head, Manifest, parse_manifest
+from kdcache.store.schema import ArraySpec, metadata_keys, record_arrays
+
+Array = np.ndarray[Any, Any]
+
+
+class Cache:
+    """A complete store, open for reading. Safe to pickle: a worker process opens it again.
+
+    Attributes:
+        path: the store's folder.
+        manifest: who made it, from what and how.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.specs = {spec.path: spec for spec in record_arrays(manifest)}
+        self._group = _open_group(path)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return self.manifest.records
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Cache, (self.path, self.manifest)
+
+    @property
+    def head(self) -> Head:
+        """The segmentation head."""
+        return self.manifest.heads["segmentation"]
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.classes
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """(H, W) of the rendered views."""
+        return self.manifest.view.size
+
+    @property
+    def align_corners(self) -> bool:
+        """Of the teacher's resize from native stride to the view."""
+        return self.head.align_corners
+
+    @property
+    def pixels_stored(self) -> bool:
+        return self.manifest.view.pixels == "stored"
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Sample ids, in sample order."""
+        text = self._whole("samples/id_bytes").tobytes()
+        ends = self._whole("samples/id_ends").tolist()
+        return tuple(text[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
+
+    def column(self, name: str) -> Array:
+        """`records/<name>` of all records, (R, ...)."""
+        return self._whole(f"records/{name}")
+
+    def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
+        """Rows of one record, path -> array of the schema's shape and type, each with memory of its own.
+
+        Raises: CorruptError naming the array when its bytes fail their checksum.
+        """
+        if not 0 <= record < len(self):
+            raise IndexError(f"record {record} of {len(self)}")
+        return {path: self._read(path, record) for path in paths}
+
+    def target_paths(self) -> list[str]:
+        """Arrays that make up the segmentation target: values, and for top-k indices and tail."""
+        return [path for path in self.specs if path.startswith("targets/segmentation/")]
+
+    def _read(self, path: str, rows: int | slice) -> Array:
+        try:
+            return np.asarray(self._array(path)[rows])
+        except (ValueError, RuntimeError, OSError, TypeError) as error:
+            raise ledger.damaged(self.path / path, f"rows {rows} cannot be read ({error})") from error
+
+    def _whole(self, path: str) -> Array:
+        return self._read(path, slice(None))
+
+    def _array(self, path: str) -> zarr.Array[Any]:
+        if path not in self._arrays:
+            array = self._group.get(path)
+            if not isinstance(array, zarr.Array):
+                raise StoreError(
+                    "a reader asks for arrays that the store has",
+                    received=f"{self.path} has no array {path}; it has {', '.join(self.specs)}",
+                    remedy="build the store with what the run needs (see build-teacher-cache --help)",
+                )
+            spec = self.specs.get(path)
+            if spec is not None:
+                _check_array(self.path, array, spec, len(self))
+            self._arrays[path] = array
+        return self._arrays[path]
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a complete store.
+
+    Raises:
+        IncompleteError: it is half built (the message says how far).
+        CorruptError: files are missing, of another size, or metadata was changed.
+        VersionError, StoreError: it is of another format, or no store.
+    """
+    store = Path(path)
+    manifest = read_manifest(store)
+    completion = require_complete(store, manifest)
+    ledger.check_metadata(store, completion, metadata_keys(manifest))
+    ledger.check_ledger(store, completion, manifest.shards)
+    for shard in range(manifest.shards):
+        record = ledger.read_shard_record(store, shard)
+        assert record is not None, shard  # check_ledger has read it
+        ledger.check_sizes(store, record)
+    return Cache(store, manifest)
+
+
+def require_complete(path: Path, manifest: Manifest) -> ledger.Completion:
+    """The seal of a finished store. Raises IncompleteError saying how far the build came."""
+    completion = ledger.read_completion(path)
+    if completion is None:
+        done = sum(ledger.record_path(path, shard).exists() for shard in range(manifest.shards))
+        raise IncompleteError(
+            "a store is used when it is complete",
+            received=f"{path} has {done} of {manifest.shards} shards",
+            remedy="run the same build-teacher-cache command again: it continues where it stopped",
+        )
+    return completion
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a store, complete or not."""
+    return parse_manifest(_open_group(path).attrs.asdict(), str(path))
+
+
+def _open_group(path: Path) -> zarr.Group:
+    """The Zarr group of a store, read only."""
+    if not (path / "zarr.json").is_file():
+        raise StoreError(
+            "a store is a folder that build-teacher-cache wrote",
+            received=f"{path} " + ("has no zarr.json" if path.exists() else "does not exist"),
+            remedy="check the path, or build one with kdcache build-teacher-cache (see its --help)",
+        )
+    try:
+        return zarr.open_group(path, mode="r")
+    except (ValueError, TypeError, KeyError, zarr.errors.BaseZarrError) as error:
+        raise ledger.damaged(path / "zarr.json", f"not the metadata of a Zarr group ({error})") from error
+
+
+def _check_array(store: Path, array: zarr.Array[Any], spec: ArraySpec, records: int) -> None:
+    """The array has the shape and type that the manifest implies."""
+    expected = (records, *spec.shape)
+    if array.shape != expected or array.dtype != np.dtype(spec.dtype):
+        raise ledger.damaged(
+            store / spec.path,
+            f"{array.dtype} of shape {array.shape}, the manifest implies {spec.dtype} {expected}",
+        )

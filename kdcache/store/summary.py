@@ -1,0 +1,150 @@
+"""What `kdcache inspect` says of a store, complete or not."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.store import ledger
+from kdcache.store.manifest import Manifest
+from kdcache.store.reader import Cache, open_cache, read_manifest
+from kdcache.store.schema import record_arrays
+
+_MASS_RECORDS = 16  # records whose tails are read for the top-k mass
+
+
+@dataclass(frozen=True)
+class ArraySummary:
+    """One array: the shape of a record, and bytes over the shards written so far."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes_plain: int
+    bytes_on_disk: int
+
+    @property
+    def ratio(self) -> float:
+        """Plain bytes over bytes on disk."""
+        return self.bytes_plain / self.bytes_on_disk if self.bytes_on_disk else 0.0
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """Sizes of a store. Bytes per record count what is on disk."""
+
+    path: str
+    manifest: Manifest
+    complete: bool
+    shards_written: int
+    records_written: int
+    arrays: tuple[ArraySummary, ...]
+    topk_mass: float | None  # mean probability inside the top k; None for dense targets
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(array.bytes_on_disk for array in self.arrays)
+
+    @property
+    def bytes_per_record(self) -> float:
+        return self.bytes_on_disk / max(self.records_written, 1)
+
+    @property
+    def target_bytes_per_record(self) -> float:
+        targets = sum(array.bytes_on_disk for array in self.arrays if array.path.startswith("targets/"))
+        return targets / max(self.records_written, 1)
+
+    @property
+    def full_resolution_bytes(self) -> int:
+        """fp16 logits of every class at view size, per record: what storing them naively would take."""
+        height, width = self.manifest.view.size
+        return sum(head.classes for head in self.manifest.heads.values()) * height * width * 2
+
+    @property
+    def saving(self) -> float:
+        """Full-resolution bytes over target bytes."""
+        return self.full_resolution_bytes / self.target_bytes_per_record if self.records_written else 0.0
+
+    def facts(self) -> list[tuple[str, str]]:
+        """(name, value) rows for a person."""
+        m = self.manifest
+        head = m.heads["segmentation"]
+        state = "complete" if self.complete else "half built: run the same build-teacher-cache command to go on"
+        kept = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
+        rows = [
+            ("store", f"{self.path} (format {m.version}, {m.created_by}, {m.created})"),
+            ("state", f"{state}; {self.shards_written} of {m.shards} shards, {self.records_written} records"),
+            ("data", f"{m.dataset.name}, split {m.dataset.split}: {m.dataset.samples} samples, "
+                     f"{m.dataset.labelled} labelled, {len(m.dataset.class_names)} classes"),
+            ("view", f"{m.view.kind} at {m.view.size[0]}x{m.view.size[1]}, pixels {m.view.pixels}"),
+            ("teacher", f"{m.teacher.spec}, {m.teacher.precision}, weights {m.teacher.weights[:12]}"),
+            ("targets", f"{kept} at {head.size[0]}x{head.size[1]} (native stride)"),
+            ("built", f"batch {m.build.batch_size}, {m.build.device}, {m.build.threads} threads, "
+                      f"shards of {m.build.shard_records} records"),
+            ("size", f"{self.bytes_on_disk:,} bytes, {self.bytes_per_record:,.0f} per record, "
+                     f"targets {self.target_bytes_per_record:,.0f}: full-resolution fp16 logits would be "
+                     f"{self.full_resolution_bytes:,}, {self.saving:.1f} times as much"),
+        ]  # fmt: skip
+        if m.features:
+            taps = ", ".join(f"{tap} {f.channels}x{f.size[0]}x{f.size[1]}" for tap, f in m.features.items())
+            rows.insert(6, ("features", taps))
+        if self.topk_mass is not None:
+            rows.append(("top-k mass", f"{100 * self.topk_mass:.3f} % of the probability is inside the kept classes"))
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "complete": self.complete,
+            "shards_written": self.shards_written,
+            "records_written": self.records_written,
+            "bytes_on_disk": self.bytes_on_disk,
+            "bytes_per_record": self.bytes_per_record,
+            "target_bytes_per_record": self.target_bytes_per_record,
+            "full_resolution_bytes": self.full_resolution_bytes,
+            "topk_mass": self.topk_mass,
+            "arrays": [{**asdict(array), "ratio": array.ratio} for array in self.arrays],
+            "manifest": self.manifest.model_dump(mode="json"),
+        }
+
+
+def inspect_store(path: str | Path) -> StoreSummary:
+    """Summary of a store that may still be half built.
+
+    Raises: StoreError, VersionError, CorruptError.
+    """
+    store = Path(path)
+    manifest = read_manifest(store)
+    if ledger.read_completion(store) is not None:
+        return summarise(open_cache(store))
+    return _summary(store, manifest, None)
+
+
+def summarise(cache: Cache) -> StoreSummary:
+    """Summary of an open store."""
+    return _summary(cache.path, cache.manifest, cache)
+
+
+def _summary(store: Path, manifest: Manifest, cache: Cache | None) -> StoreSummary:
+    records = [record for shard in range(manifest.shards) if (record := ledger.read_shard_record(store, shard))]
+    written = sum(record.records[1] - record.records[0] for record in records)
+    sizes: dict[str, int] = {}
+    for record in records:
+        for key, file in record.files.items():
+            array = key.rsplit("/c/", 1)[0]
+            sizes[array] = sizes.get(array, 0) + file.bytes
+    arrays = tuple(
+        ArraySummary(spec.path, spec.shape, spec.dtype, spec.record_bytes * written, sizes.get(spec.path, 0))
+        for spec in record_arrays(manifest)
+    )
+    mass = None if cache is None or cache.head.dense else _topk_mass(cache)
+    return StoreSummary(str(store), manifest, cache is not None, len(records), written, arrays, mass)
+
+
+def _topk_mass(cache: Cache) -> float:
+    """Mean probability inside the top k, over a few records: sigmoid of minus the tail's log-odds."""
+    path = "targets/segmentation/tail"
+    chosen = np.linspace(0, len(cache) - 1, min(_MASS_RECORDS, len(cache))).round().astype(int)
+    tails = np.stack([cache.read(int(record), [path])[path] for record in chosen]).astype(np.float64)
+    return float(np.mean(1.0 / (1.0 + np.exp(np.clip(tails, -700, 700)))))

@@ -1,0 +1,160 @@
+"""Is what the store holds what the teacher says? Scores against labels, and a sample against the teacher itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdcache.data import IGNORE_INDEX, Split
+from kdcache.errors import MismatchError
+from kdcache.evaluate import ConfusionMatrix, Metrics
+from kdcache.store import Cache
+from kdcache.teacher.build import Array, pack_batch, render_record
+from kdcache.teacher.fingerprint import fingerprint
+from kdcache.teacher.forward import Precision, teach
+from kdcache.teacher.source import Teacher
+from kdcache_kernels import PackedTarget, densify, target_argmax_confidence
+
+# Other hardware rounds differently; another teacher differs by orders of magnitude more.
+MIN_AGREEMENT = 0.995
+MAX_KL = 1e-3
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Stored targets beside the teacher's own, over a sample of records.
+
+    Attributes:
+        fingerprint: what differs between the store's teacher and this one, in words.
+        drifted: records whose pixels are no longer those that were taught on.
+        argmax: share of target pixels with the same best class.
+        kl: mean KL(teacher || stored) in nats at T = 1; largest_error: of any probability-relevant logit.
+    """
+
+    records: int
+    fingerprint: tuple[str, ...]
+    drifted: tuple[str, ...]
+    argmax: float
+    kl: float
+    largest_error: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.fingerprint and not self.drifted and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
+
+
+def spread_records(cache: Cache, limit: int) -> list[int]:
+    """At most `limit` record numbers, evenly spread."""
+    count = min(limit, len(cache))
+    return sorted({int(index) for index in np.linspace(0, len(cache) - 1, count).round()})
+
+
+def score_cache(cache: Cache, split: Split | None, limit: int = 512) -> Metrics | None:
+    """The teacher's metrics on the labels at view size, read back from the store; None without labels.
+
+    Args:
+        split: gives the labels of a store that keeps none.
+    """
+    labelled = cache.column("labelled")
+    confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
+    for record in spread_records(cache, limit):
+        if not labelled[record]:
+            continue
+        target = packed_target(cache, [record])
+        argmax, _ = target_argmax_confidence(target, cache.view_size)
+        confusion.update(argmax[0], torch.from_numpy(_label(cache, split, record)))
+    return confusion.metrics() if confusion.counts.sum() else None
+
+
+def packed_target(cache: Cache, records: list[int]) -> PackedTarget:
+    """The segmentation target of some records, as the kernels take it."""
+    rows = [cache.read(record, cache.target_paths()) for record in records]
+    parts = {
+        path.rsplit("/", 1)[1]: torch.from_numpy(np.stack([r[path] for r in rows])) for path in cache.target_paths()
+    }
+    return PackedTarget(
+        values=parts["values"],
+        indices=parts.get("indices"),
+        tail=parts.get("tail"),
+        num_classes=cache.num_classes,
+        view_size=cache.view_size,
+        align_corners=cache.align_corners,
+    )
+
+
+def compare_teacher(
+    cache: Cache, teacher: Teacher, split: Split | None, device: torch.device, limit: int = 16
+) -> Agreement:
+    """Run the teacher again on a sample of records and compare.
+
+    Args:
+        split: the data set; needed when the store keeps no pixels, used to find drift otherwise.
+    Raises: MismatchError when the store keeps no pixels and no data set is given.
+    """
+    precision: Precision = cache.manifest.teacher.precision  # type: ignore[assignment]
+    teacher.model.eval().to(device)
+    differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
+    agreeing = pixels_seen = 0
+    kl_sum = largest = 0.0
+    drifted = []
+    records = spread_records(cache, limit)
+    for record, pixels, drift in _pixels(cache, split, records):
+        if drift:
+            drifted.append(cache.ids[record])
+        logits, _ = teach(teacher.model, torch.from_numpy(pixels)[None], (), precision, device)
+        again = pack_batch(logits.cpu(), {}, cache.head.k)
+        stored = packed_target(cache, [record])
+        if again["targets/segmentation/values"].shape != stored.values.shape:
+            differences.append("targets: the teacher gives another number of classes or another size")
+            break
+        now = densify(
+            again["targets/segmentation/values"],
+            again.get("targets/segmentation/indices"),
+            again.get("targets/segmentation/tail"),
+            cache.num_classes,
+        ).double()
+        then = densify(stored.values, stored.indices, stored.tail, cache.num_classes).double()
+        agreeing += int((now.argmax(1) == then.argmax(1)).sum())
+        pixels_seen += now[0, 0].numel()
+        p = now.softmax(1)
+        kl_sum += float((p * (now.log_softmax(1) - then.log_softmax(1))).sum())
+        # Far below the maximum a logit carries no probability, and fp16 is coarse there.
+        relevant = (now > -20) | (then > -20)
+        largest = max(largest, float((now - then).abs()[relevant].max()))
+    return Agreement(
+        records=len(records),
+        fingerprint=tuple(differences),
+        drifted=tuple(drifted),
+        argmax=agreeing / max(pixels_seen, 1),
+        kl=kl_sum / max(pixels_seen, 1),
+        largest_error=largest,
+    )
+
+
+def _pixels(cache: Cache, split: Split | None, records: list[int]) -> Iterator[tuple[int, Array, bool]]:
+    """(record, pixels as taught, whether the data set now renders other pixels)."""
+    if split is None and not cache.pixels_stored:
+        raise MismatchError(
+            "a store without pixels is compared with the help of its data set",
+            received=f"{cache.path} was built with --pixels source, and no data set was given",
+            remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
+        )
+    checksums = cache.column("pixel_checksum")
+    for record in records:
+        drift = False
+        pixels = None
+        if split is not None:
+            rendered = render_record(split, record, cache.view_size)
+            pixels, drift = rendered.pixels, rendered.checksum != int(checksums[record])
+        if cache.pixels_stored:
+            pixels = cache.read(record, ["pixels/image"])["pixels/image"]
+        assert pixels is not None
+        yield record, pixels, drift
+
+
+def _label(cache: Cache, split: Split | None, record: int) -> Array:
+    if cache.pixels_stored:
+        return cache.read(record, ["labels/segmentation"])["labels/segmentation"]
+    assert split is not None
+    return render_record(split, record, cache.view_size).label

@@ -1,0 +1,93 @@
+"""Where a teacher comes from: a run folder, `SPEC@FILE` or `SPEC@default`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdcache.data import ClassList
+from kdcache.errors import MismatchError, ModelError
+from kdcache.models import ClassMapped, SegmentationModel, build_model, read_class_map
+from kdcache.models.run import DESCRIPTION, load_run
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model in eval mode that speaks the data set's classes.
+
+    Attributes:
+        origin: what the user gave.
+        size: (H, W) it was trained at, when known.
+        class_map: data class of each of its own classes (-1 dropped), when it was mapped.
+        notes: what a user should know, such as auxiliary heads that were left out.
+    """
+
+    model: SegmentationModel
+    origin: str
+    size: tuple[int, int] | None = None
+    class_map: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+def load_teacher(
+    origin: str,
+    classes: ClassList,
+    *,
+    class_map: str | Path | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+) -> Teacher:
+    """Load a teacher for a data set.
+
+    Args:
+        origin: a run folder, `SPEC@FILE` (weights trained elsewhere) or `SPEC@default` (the library's own,
+            downloaded now).
+        classes: of the data set.
+        class_map: file that says which data class each teacher class becomes; probabilities are summed.
+        mean, std: of RGB in 0..1; default the model's own.
+    Raises: ModelError, MismatchError, RecipeError naming what does not fit.
+    """
+    size, names, notes = None, None, list[str]()
+    if "@" in origin and not (Path(origin) / DESCRIPTION).is_file():
+        spec, _, weights = origin.rpartition("@")
+        model = build_model(spec, None, weights=weights, mean=mean, std=std)
+        report = model.load_report
+        if report is not None and report.unused_auxiliary:
+            notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
+    else:
+        _refuse_bare_spec(origin)
+        model, about = load_run(origin)
+        size, names = about.size, about.class_names
+        model.mean, model.std = mean or model.mean, std or model.std
+    mapped = None
+    if class_map is not None:
+        table = read_class_map(class_map, model.num_classes, classes.names)
+        model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
+    else:
+        _check_classes(origin, model.num_classes, names, classes)
+    return Teacher(model.eval(), origin, size, mapped, tuple(notes))
+
+
+def _refuse_bare_spec(origin: str) -> None:
+    if ":" in origin and not Path(origin).exists():
+        raise ModelError(
+            "a teacher has weights: a run folder, SPEC@FILE or SPEC@default",
+            received=f"{origin!r}, a model without weights",
+            remedy=f"give {origin}@FILE, or {origin}@default for the library's own weights (downloaded)",
+        )
+
+
+def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:
+    if count != len(classes):
+        raise ModelError(
+            "a teacher has as many classes as the data set",
+            received=f"{origin} has {count}, the data set has {len(classes)}",
+            remedy="give --class-map FILE, which says for each teacher class which class of the data it becomes",
+        )
+    if names is not None and tuple(names) != classes.names:
+        raise MismatchError(
+            "a teacher's classes are the data set's, in the same order",
+            received=f"{', '.join(names)} against {', '.join(classes.names)}",
+            remedy="give --class-map FILE to say which is which, or correct classes.txt",
+        )

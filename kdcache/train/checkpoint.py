@@ -1,0 +1,41 @@
+"""The full state of a training in one file, replaced whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.errors import RecipeError
+from kdcache.store.durable import disk_space_errors, sync_path
+
+FILE = "checkpoint.pt"
+
+
+def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
+    """Write model, optimizer, schedule, random state, step and best so far."""
+    partial = run / f".{FILE}.partial"
+    with disk_space_errors(run):
+        torch.save(state, partial)
+        sync_path(partial)
+        os.replace(partial, run / FILE)
+        sync_path(run)
+
+
+def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
+    """The last saved state, None when nothing was saved yet. Tensors and plain values only: no pickled code.
+
+    Raises: RecipeError when the file cannot be read.
+    """
+    path = run / FILE
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise RecipeError(
+            "a checkpoint must be readable",
+            received=f"{path}: {str(error).splitlines()[0]}",
+            remedy="delete that file to begin the run again, or restore it from a copy",
+        ) from error
+    return state

@@ -1,0 +1,148 @@
+"""The settings of a training: one strict model, whose keys are the command line's flags."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from kdcache.errors import RecipeError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+DEFAULT_ITERATIONS = 4000
+
+
+def parse_size(value: Any) -> Any:
+    """'144x192' as (144, 192): height, then width; anything else is left for the type check."""
+    return tuple(value.lower().split("x")) if isinstance(value, str) else value
+
+
+def parse_range(value: Any) -> Any:
+    """'0.5:2' as (0.5, 2.0)."""
+    return tuple(value.split(":")) if isinstance(value, str) else value
+
+
+Size = Annotated[tuple[Count, Count], BeforeValidator(parse_size), PlainSerializer(lambda size: f"{size[0]}x{size[1]}")]
+Range = Annotated[
+    tuple[Positive, Positive], BeforeValidator(parse_range), PlainSerializer(lambda ends: f"{ends[0]}:{ends[1]}")
+]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a training. Written whole into the run folder as `recipe.toml`.
+
+    Sizes are (H, W) in pixels; `iterations` are optimizer steps; a recipe file has the same keys with dashes and
+    values as one types them. What depends on the data (None here) is filled in by `resolved`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, alias_generator=_flag, populate_by_name=True)
+
+    # what
+    verb: Literal["train-teacher", "train-student"]
+    model: str
+    data: str | None = None
+    split: str = "train"
+    val: str | None = None
+    val_split: str = "val"
+    cache: str | None = None
+    method: Literal["none", "kl"] = "none"
+    size: Size | None = None
+    init: str | None = None
+
+    # the loss
+    ce_weight: Weight = 1.0
+    kl_weight: Weight = 1.0
+    temperature: Positive = 2.0
+    distill_void: bool = True
+    class_weights: Literal["none", "median", "sqrt"] = "none"
+
+    # the optimization
+    iterations: Count | None = None
+    epochs: Count | None = None
+    batch_size: Count = 8
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    weight_decay: Weight = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    schedule: Literal["poly", "plateau", "constant"] = "poly"
+    power: Positive = 0.9
+    warmup: Annotated[int, Field(ge=0)] = 0
+    clip_grad: Weight = 0.0
+    amp: Literal["auto", "off", "bf16"] = "auto"
+
+    # the pixels
+    augment: Literal["warp", "replay", "none"] = "warp"
+    scale: Range = (0.5, 2.0)
+    flip: bool = True
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.3
+
+    # the machine
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    threads: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    val_every: Count | None = None
+    log_every: Count = 20
+    gradients_every: Annotated[int, Field(ge=0)] = 500
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale runs from small to large, got {self.scale[0]}:{self.scale[1]}")
+        if self.ce_weight == 0 and (self.method == "none" or self.kl_weight == 0):
+            raise ValueError("every loss weight is 0: nothing would be learnt")
+        if self.iterations is not None and self.epochs is not None:
+            raise ValueError("give iterations or epochs, not both")
+        return self
+
+    def resolved(self, samples: int, size: tuple[int, int]) -> "TrainConfig":
+        """With size, iterations and val_every filled in.
+
+        Args:
+            samples: of the training data, for epochs.
+            size: (H, W) to use when none was given.
+        """
+        iterations = self.iterations or DEFAULT_ITERATIONS
+        if self.epochs is not None:
+            iterations = -(-self.epochs * samples // self.batch_size)
+        val_every = self.val_every or max(1, iterations // 10)
+        settings = self.model_dump() | {"size": self.size or size, "iterations": iterations, "epochs": None}
+        return TrainConfig(**settings | {"val_every": val_every})
+
+    def to_toml(self) -> str:
+        """As a recipe file; what is not set is left out, for TOML has no null."""
+        return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def make_config(**settings: Any) -> TrainConfig:
+    """Check settings. Raises RecipeError naming the flag."""
+    try:
+        return TrainConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the flags"
+        raise RecipeError(
+            "every setting of a training must be within its range",
+            received=f"{flag}: {first['msg']}" + (f" (got {first['input']!r})" if first["loc"] else ""),
+            remedy="see the flag's line in --help",
+        ) from error
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The resolved recipe of a run. Raises RecipeError when it is missing or malformed."""
+    path = run / "recipe.toml"
+    try:
+        return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+        raise RecipeError(
+            "a run has a resolved recipe",
+            received=f"{path}: {str(error).splitlines()[0]}",
+            remedy="give the --out of a training that was begun with this version",
+        ) from error

@@ -1,0 +1,79 @@
+"""The order of a training and its loader.
+
+Draw n of a training is sample `permutation(seed, n // N)[n % N]`, augmented by a generator seeded with
+(seed, n). Step s takes draws s*B to (s+1)*B: batches straddle epochs, none is short, and a run that resumes at
+step s needs no history.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kdcache.train.dataset import DrawnDataset, Sample
+
+
+class Draws(Dataset[Sample]):
+    """The endless sequence of draws of a dataset, as a map from draw number to item."""
+
+    def __init__(self, dataset: DrawnDataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def sample_index(self, draw: int) -> int:
+        epoch, position = divmod(draw, len(self.dataset))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+            self._epoch = epoch
+        return int(self._order[position])
+
+    def sample_ids(self, step: int, batch_size: int) -> list[str]:
+        """Ids of the samples of one step, for messages."""
+        draws = range(step * batch_size, (step + 1) * batch_size)
+        return [self.dataset.sample_id(self.sample_index(draw)) for draw in draws]
+
+    def __getitem__(self, draw: int) -> Sample:
+        # The third word keeps these generators apart from those of the permutations.
+        rng = np.random.default_rng((self.seed, draw, 1))
+        return self.dataset.draw(self.sample_index(draw), draw // len(self.dataset), rng)
+
+
+class _Steps:
+    """Batch sampler: draw numbers of the steps [first, last)."""
+
+    def __init__(self, first: int, last: int, batch_size: int) -> None:
+        self.steps = range(first, last)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def make_loader(
+    draws: Draws, *, first: int, last: int, batch_size: int, workers: int, pin_memory: bool
+) -> DataLoader[Sample]:
+    """Batches of the steps [first, last), in order.
+
+    Args:
+        workers: processes that render ahead; 0 renders between steps. Forkserver, for CUDA and thread pools do
+            not survive a fork.
+    """
+    return DataLoader(
+        draws,
+        batch_sampler=_Steps(first, last, batch_size),
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_one_thread if workers else None,
+        pin_memory=pin_memory,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,82 @@
+"""What a run leaves to read: `metrics.jsonl`, `environment.json`, `result.json`; and who watches it."""
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.evaluate import Metrics
+
+METRICS = "metrics.jsonl"
+
+
+class Observer:
+    """Watches a training; every method may be overridden. The command line's progress is one."""
+
+    def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        """Training begins, or goes on at `step`."""
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        """Every `log_every` steps: loss, its terms, lr, images_per_second, wait_share."""
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        """Now and then: norm of each weighted term's gradient over the student's parameters."""
+
+    def validating(self, done: int, total: int) -> None:
+        """Images validated so far."""
+
+    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        """A validation ended."""
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl; on resume, forgets what came after the checkpoint."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        path = run / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def environment() -> dict[str, Any]:
+    """Machine and library versions, for whoever wants to repeat a run."""
+    packages = ("kdcache", "torch", "torchvision", "triton", "zarr", "numcodecs", "numba", "numpy", "pillow")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": found,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _step(line: str) -> int:
+    """Step of a line; a line cut short by a kill counts as later than everything."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 2**63

@@ -1,0 +1,235 @@
+"""From settings to a trained run: what `train-teacher` and `train-student` do."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcache.data import Augmentation, ClassList, Split, class_weights, open_split, prefetch
+from kdcache.distill import DistillLoss
+from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.evaluate import Metrics, evaluate_model
+from kdcache.models import SegmentationModel, build_model
+from kdcache.models.run import RunModel, write_run_model
+from kdcache.store import Cache, open_cache
+from kdcache.store.durable import disk_space_errors
+from kdcache.train.config import TrainConfig, read_config
+from kdcache.train.dataset import CacheDataset, DrawnDataset, LabelledDataset
+from kdcache.train.loader import Draws
+from kdcache.train.log import Observer, environment, write_json
+from kdcache.train.trainer import Trainer
+
+# What may change between a run's start and its resumption without changing what it learns.
+FREE_ON_RESUME = {"workers", "threads", "log_every", "device", "data", "val", "cache"}
+
+
+def train(
+    config: TrainConfig, out: str | Path, *, resume: bool = False, observer: Observer | None = None
+) -> dict[str, Any]:
+    """Train as `config` says into the folder `out`; returns the content of its result.json.
+
+    A student (`config.cache` set) is trained from the store alone: no teacher is imported, loaded or run.
+
+    Args:
+        resume: go on from the last checkpoint of the same settings; from the beginning when there is none.
+    Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
+        Interrupted when the user stops it.
+    """
+    run = Path(out)
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    dataset, classes, cache = _open_dataset(config)
+    config = config.resolved(len(dataset), dataset.size)
+    _check_folder(config, run, resume)
+    val = _open_validation(config, classes)
+    # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher.
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    criterion = _criterion(config, model, dataset, cache)
+    _write_beginning(config, run, model, classes)
+    trainer = Trainer(
+        model,
+        Draws(dataset, config.seed),
+        criterion,
+        config,
+        run,
+        device=device,
+        validate=None if val is None else _validator(val, config, device, observer or Observer()),
+        observer=observer,
+    )
+    return trainer.train(resume=resume)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU when there is one. Raises RecipeError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise RecipeError(
+            "--device is auto, cpu or cuda",
+            received=f"{name!r}" + ("" if torch.cuda.is_available() else "; this machine has no usable GPU"),
+            remedy="use --device auto",
+        )
+    return torch.device(name)
+
+
+def label_counts(cache: Cache) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Pixels per class (C,) over the labels that a store keeps."""
+    path = "labels/segmentation"
+    rows = prefetch(lambda record: cache.read(record, [path])[path], range(len(cache)), threads=2, ahead=8)
+    return _count(rows, cache.num_classes)
+
+
+def _split_counts(split: Split) -> np.ndarray[Any, np.dtype[np.int64]]:
+    indices = [index for index in range(len(split)) if split.has_label(index)]
+    labels = prefetch(split.label, indices, threads=2, ahead=8)
+    return _count((label for label in labels if label is not None), len(split.classes))
+
+
+def _count(labels: Iterable[np.ndarray[Any, Any]], classes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    counts = np.zeros(256, np.int64)
+    for label in labels:
+        counts += np.bincount(label.reshape(-1), minlength=256)
+    return counts[:classes]
+
+
+def _open_dataset(config: TrainConfig) -> tuple[DrawnDataset, ClassList, Cache | None]:
+    augmentation = (
+        Augmentation(scale=config.scale, flip=config.flip, jitter=config.jitter)
+        if config.augment != "none"
+        else Augmentation.off()
+    )
+    if config.cache is None:
+        assert config.data is not None
+        split = open_split(config.data, config.split)
+        if config.size is None:
+            raise RecipeError(
+                "training from a data folder needs the size of its pixels",
+                received="no --size",
+                remedy="add --size HxW, for instance --size 288x384",
+            )
+        labelled = LabelledDataset(split, config.size, augmentation)
+        if len(labelled) == 0:
+            raise DataError(
+                "training needs labelled images",
+                received=f"{config.data}, split {config.split!r}: none of {len(split)} images has a label",
+                remedy="give a labelled split with --split",
+            )
+        return labelled, split.classes, None
+    cache = open_cache(config.cache)
+    source = open_split(config.data, config.split) if config.data and not cache.pixels_stored else None
+    dataset = CacheDataset(
+        cache,
+        augment=config.augment,
+        size=config.size,
+        targets=config.method != "none",
+        split=source,
+        augmentation=augmentation,
+    )
+    about = cache.manifest.dataset
+    return dataset, ClassList(about.class_names, about.class_colours), cache
+
+
+def _open_validation(config: TrainConfig, classes: ClassList) -> Split | None:
+    if config.val is None:
+        return None
+    split = open_split(config.val, config.val_split)
+    if split.classes.names != classes.names:
+        raise MismatchError(
+            "training and validation have the same classes in the same order",
+            received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",
+            remedy="give the validation data of the same class list",
+        )
+    return split
+
+
+def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer) -> Any:
+    def validate(model: SegmentationModel) -> Metrics:
+        assert config.size is not None
+        return evaluate_model(
+            model, val, config.size, device=device, batch_size=config.batch_size, progress=observer.validating
+        )
+
+    return validate
+
+
+def _criterion(
+    config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset, cache: Cache | None
+) -> DistillLoss:
+    weights = None
+    if config.class_weights != "none":
+        if isinstance(dataset, CacheDataset) and dataset.split is None:
+            counts = label_counts(dataset.cache)
+        else:
+            split = dataset.split  # type: ignore[attr-defined]
+            counts = _split_counts(split)
+        weights = torch.as_tensor(class_weights(counts, config.class_weights), dtype=torch.float32)
+    return DistillLoss(
+        cache,
+        ce_weight=config.ce_weight,
+        kl_weight=config.kl_weight if config.method == "kl" else 0.0,
+        temperature=config.temperature,
+        class_weight=weights,
+        distill_void=config.distill_void,
+        align_corners=model.align_corners,
+    )
+
+
+def _check_folder(config: TrainConfig, run: Path, resume: bool) -> None:
+    """The run folder is new or empty, or holds this very run and may be resumed."""
+    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+        return
+    if not (run / "recipe.toml").is_file():
+        raise RecipeError(
+            "--out is a new or empty folder, or a run to resume",
+            received=f"{run} holds something else",
+            remedy="give another --out",
+        )
+    if not resume:
+        raise RecipeError(
+            "a run is not overwritten",
+            received=f"{run} holds a run already",
+            remedy="add --resume to go on with it, or give another --out",
+        )
+    before = read_config(run)
+    changed = [
+        f"--{name.replace('_', '-')} {getattr(config, name)} (was {getattr(before, name)})"
+        for name in TrainConfig.model_fields
+        if name not in FREE_ON_RESUME and getattr(config, name) != getattr(before, name)
+    ]
+    if changed:
+        raise RecipeError(
+            "a run resumes with the settings it was begun with",
+            received=", ".join(changed),
+            remedy="repeat the first command and add --resume, or give another --out",
+        )
+
+
+def _write_beginning(config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList) -> None:
+    """What a reader of the folder needs, before the first step."""
+    assert config.size is not None
+    with disk_space_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        about = RunModel(
+            spec=config.model,
+            class_names=classes.names,
+            class_colours=classes.colours,
+            size=config.size,
+            mean=model.mean,
+            std=model.std,
+        )
+        write_run_model(run, about)
+        write_json(run / "environment.json", environment())
+        # Last: its presence says that the folder is a run.
+        (run / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
+
+
+def default_workers(device: torch.device) -> int:
+    """Loader processes: beside a GPU as many as cores up to 8; on a CPU the cores are the model's."""
+    return min(8, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 0

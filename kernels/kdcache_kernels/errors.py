@@ -1,0 +1,43 @@
+"""The errors a user of kdcache_kernels can meet.
+
+    KernelError (a ValueError)
+    ├── ShapeError          a tensor has the wrong shape, dtype or device
+    └── ValueRangeError     a number, a class id or a name is outside its range
+
+They are laid out as kdcache's own errors are, without importing them: this package knows tensors only.
+"""
+
+
+class KernelError(ValueError):
+    """Base of every error that kdcache_kernels raises on purpose.
+
+    Args:
+        rule: what must hold, naming the argument, in one sentence.
+        received: what was found instead.
+        remedy: what the caller can do about it.
+    """
+
+    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
+        super().__init__(rule, received, remedy)
+        self.rule = rule
+        self.received = received
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.rule, self.received, self.remedy)
+
+
+def _rebuild(kind: type[KernelError], rule: str, received: str, remedy: str) -> KernelError:
+    """Let an error cross a process boundary (a DataLoader worker) with its parts."""
+    return kind(rule, received=received, remedy=remedy)
+
+
+class ShapeError(KernelError):
+    """A tensor has the wrong shape, dtype or device."""
+
+
+class ValueRangeError(KernelError):
+    """A number, a class id or a name is outside its range."""

@@ -1,0 +1,262 @@
+"""The distillation loss in plain PyTorch: the oracle of every test, and what runs until the fused kernels do.
+
+It upsamples both sets of logits and lets autograd do the rest, so it holds up to eight tensors at label
+resolution; in return it is short, works on any device and dtype, and differentiates twice. Three things set
+it apart from the usual two lines around `F.kl_div`:
+
+- Geometry. The target is sampled through a window and a flip per sample (`window.py`).
+- Non-finite logits. They are taken out before the resize, and every pixel whose interpolation they would have
+  entered is marked. A marked pixel that counts makes the loss and its whole gradient NaN; one that does not
+  count changes nothing. In the usual code 0 * NaN leaks from ignored pixels into the gradient, and a masked
+  NaN can leave it.
+- Determinism, without a host synchronisation: no atomic addition, no data-dependent branch.
+
+Legend: B batch, C classes, H W label size, h w the student's or the target's own size.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .topk import PackedTarget, compute_dtype
+from .window import Size, ViewPositions, resample, view_positions
+
+
+class LossParts(NamedTuple):
+    """The loss and its two terms, 0-dimensional tensors.
+
+    Attributes:
+        loss: ce_weight * ce + kl_weight * kl; the one to call `backward` on, though each carries a gradient.
+        ce: cross-entropy with the labels, nats per pixel.
+        kl: T^2 * KL(teacher || student) at temperature T, nats per pixel.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+class Denominators(NamedTuple):
+    """What the two terms are divided by, 0-dimensional float64 tensors.
+
+    Attributes:
+        ce: the sum of the class weights of the labelled pixels (their number without class weights).
+        kl: the number of pixels that the KL term counts.
+    """
+
+    ce: Tensor
+    kl: Tensor
+
+
+def distill_loss_reference(
+    student_logits_BChw: Tensor,
+    labels_BHW: Tensor | None,
+    target: PackedTarget | None,
+    *,
+    size: Size,
+    ce_weight: float,
+    kl_weight: float,
+    temperature: float,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    window_B4: Tensor | None,
+    flip_B: Tensor | None,
+    pixel_weight_BHW: Tensor | None,
+    distill_void: bool,
+    align_corners: bool,
+    ce_denominator: Tensor | float | None,
+    kl_denominator: Tensor | float | None,
+) -> LossParts:
+    """Compute what `kdcache_kernels.distill_loss` documents, from arguments that it has checked.
+
+    Float32 throughout, whatever autocast says; float64 for float64 logits. A class id out of range makes CE
+    NaN.
+    """
+    dtype = compute_dtype(student_logits_BChw.dtype)
+    with torch.autocast(student_logits_BChw.device.type, enabled=False):
+        # An empty slice: zero, attached to the graph, and zero gradient even from NaN.
+        zero = student_logits_BChw[:0].sum(dtype=dtype)
+        use_ce = labels_BHW is not None and ce_weight > 0
+        use_kl = target is not None and kl_weight > 0
+        if not (use_ce or use_kl):
+            return LossParts(zero, zero, zero)
+        positions = view_positions(None, None, size, size, student_logits_BChw.device)
+        student = _Upsampled.of(student_logits_BChw.to(dtype), positions, size, align_corners, temperature)
+        log_p_BCHW = None
+        ce = kl = zero
+        if use_ce:
+            assert labels_BHW is not None
+            log_p_BCHW = student.logits.log_softmax(1)
+            ce = zero + _cross_entropy(
+                log_p_BCHW, student.lost, labels_BHW.long(), class_weight, ignore_index, ce_denominator
+            )
+        if use_kl:
+            assert target is not None
+            if log_p_BCHW is None or temperature != 1:
+                scaled_BCHW = student.logits if temperature == 1 else student.logits / temperature
+                log_p_BCHW = scaled_BCHW.log_softmax(1)
+            counted_BHW, positions = kl_pixels(target, labels_BHW, size, ignore_index, window_B4, flip_B, distill_void)
+            kl = zero + temperature**2 * _kl_divergence(
+                log_p_BCHW,
+                student.lost,
+                _Upsampled.of_target(target, positions, size, dtype, temperature),
+                counted_BHW,
+                pixel_weight_BHW,
+                kl_denominator,
+            )
+        return LossParts(ce_weight * ce + kl_weight * kl, ce, kl)
+
+
+class _Upsampled(NamedTuple):
+    """Finite (B, C, H, W) logits, and the (B, H, W) pixels that a non-finite one would have entered.
+
+    The target's are divided by the temperature already: at its own size that costs nothing.
+    """
+
+    logits: Tensor
+    lost: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        logits_BChw: Tensor,
+        positions: ViewPositions,
+        size: Size,
+        align_corners: bool,
+        temperature: float,
+    ) -> "_Upsampled":
+        # Beyond this bound a difference of two logits, divided by the temperature, overflows.
+        limit = torch.finfo(logits_BChw.dtype).max / 8 * min(1.0, temperature)
+        usable_B1hw = (logits_BChw.detach().abs() <= limit).all(1, keepdim=True)
+        lost_B1hw = (~usable_B1hw).to(logits_BChw.dtype)
+        finite_BChw = torch.where(usable_B1hw, logits_BChw, 0).contiguous()
+        logits_BCHW = _resize(finite_BChw, positions, size, align_corners)
+        return cls(logits_BCHW, _resize(lost_B1hw, positions, size, align_corners)[:, 0] > 0)
+
+    @classmethod
+    def of_target(
+        cls,
+        target: PackedTarget,
+        positions: ViewPositions,
+        size: Size,
+        dtype: torch.dtype,
+        temperature: float,
+    ) -> "_Upsampled":
+        with torch.no_grad():
+            scaled_BChw = target.densify(dtype) / temperature
+            return cls.of(scaled_BChw, positions, size, target.align_corners, 1.0)
+
+
+def _resize(x_BChw: Tensor, positions: ViewPositions, size: Size, align_corners: bool) -> Tensor:
+    """Resample through `positions`; on the CPU a whole view goes the quicker way through `F.interpolate`.
+
+    Not so on CUDA, where the backward of `F.interpolate` adds atomically, nor in float64, where the matrices
+    are the oracle.
+    """
+    # With aligned corners, F.interpolate takes the pixels of the result to be those of the view.
+    whole = positions.is_whole_view and (not align_corners or positions.view_size == size)
+    if whole and x_BChw.dtype == torch.float32 and x_BChw.device.type == "cpu":
+        return F.interpolate(x_BChw, size, mode="bilinear", align_corners=align_corners)
+    grid = (x_BChw.shape[2], x_BChw.shape[3])
+    return resample(x_BChw, *positions.hat_matrices(grid, align_corners, x_BChw.dtype))
+
+
+def _cross_entropy(
+    log_p_BCHW: Tensor,
+    lost_BHW: Tensor,
+    labels_BHW: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    denominator: Tensor | float | None,
+) -> Tensor:
+    num_classes, dtype = log_p_BCHW.shape[1], log_p_BCHW.dtype
+    counted_BHW = labels_BHW != ignore_index
+    wrong_BHW = counted_BHW & ((labels_BHW < 0) | (labels_BHW >= num_classes))
+    weight_C = None if class_weight is None else class_weight.to(dtype)
+    # Wrong ids are hidden from nll_loss: on CUDA they would end the process. No reduction: its sum is atomic.
+    labels_BHW = labels_BHW.masked_fill(wrong_BHW, ignore_index)
+    loss_BHW = F.nll_loss(log_p_BCHW, labels_BHW, weight_C, ignore_index=ignore_index, reduction="none")
+    if denominator is None:
+        denominator = ce_weight_sum(labels_BHW, weight_C, ignore_index, num_classes)
+    spoilt = (counted_BHW & (lost_BHW | wrong_BHW)).any()
+    return _divide(loss_BHW.sum(), denominator, spoilt)
+
+
+def _kl_divergence(
+    log_p_BCHW: Tensor,
+    lost_BHW: Tensor,
+    teacher: _Upsampled,
+    counted_BHW: Tensor,
+    pixel_weight_BHW: Tensor | None,
+    denominator: Tensor | float | None,
+) -> Tensor:
+    log_q_BCHW = teacher.logits.log_softmax(1)
+    q_BCHW = log_q_BCHW.exp()
+    # Finite even where q is 0, for both logarithms are. The difference first: exactly 0 when they are equal.
+    loss_BHW = (q_BCHW * (log_q_BCHW - log_p_BCHW)).sum(1)
+    factor_BHW = counted_BHW.to(loss_BHW.dtype)
+    if pixel_weight_BHW is not None:
+        factor_BHW = torch.where(counted_BHW, pixel_weight_BHW.to(loss_BHW.dtype), 0)
+    if denominator is None:
+        denominator = counted_BHW.sum()
+    spoilt = (counted_BHW & (lost_BHW | teacher.lost)).any()
+    return _divide((loss_BHW * factor_BHW).sum(), denominator, spoilt)
+
+
+def upsampled_image(
+    target: PackedTarget, sample: int, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one sample's (C, H, W) float32 logits, and which (H, W) pixels are lost and in the view."""
+    one = slice(sample, sample + 1)
+    part = replace(
+        target,
+        values=target.values[one],
+        indices=None if target.indices is None else target.indices[one],
+        tail=None if target.tail is None else target.tail[one],
+    )
+    window_14 = None if window_B4 is None else window_B4[one]
+    flip_1 = None if flip_B is None else flip_B[one]
+    with torch.autocast(target.device.type, enabled=False):
+        positions = view_positions(window_14, flip_1, target.view_size, size, target.device)
+        teacher = _Upsampled.of_target(part, positions, size, torch.float32, 1.0)
+    return teacher.logits[0], teacher.lost[0], positions.inside()[0]
+
+
+def kl_pixels(
+    target: PackedTarget,
+    labels_BHW: Tensor | None,
+    size: Size,
+    ignore_index: int,
+    window_B4: Tensor | None,
+    flip_B: Tensor | None,
+    distill_void: bool,
+) -> tuple[Tensor, ViewPositions]:
+    """Return the (B, H, W) bool pixels that the KL term counts, and where they lie in the target's view."""
+    positions = view_positions(window_B4, flip_B, target.view_size, size, target.device)
+    counted_BHW = positions.inside().expand(target.batch_size, *size)
+    if not distill_void and labels_BHW is not None:
+        counted_BHW = counted_BHW & (labels_BHW.long() != ignore_index)
+    return counted_BHW, positions
+
+
+def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index: int, num_classes: int) -> Tensor:
+    """Return the sum of the class weights of the labelled pixels, or without weights their number."""
+    counted_BHW = (labels_BHW != ignore_index) & (labels_BHW >= 0) & (labels_BHW < num_classes)
+    if class_weight is None:
+        return counted_BHW.sum()
+    weight_BHW = class_weight[labels_BHW.masked_fill(~counted_BHW, 0)]
+    return torch.where(counted_BHW, weight_BHW, 0).sum(dtype=torch.float64)
+
+
+def _divide(total: Tensor, denominator: Tensor | float, spoilt: Tensor) -> Tensor:
+    """Return total / denominator, 0 / 0 being 0, or NaN in value and gradient when spoilt."""
+    if isinstance(denominator, float | int):
+        divisor = torch.full((), float(denominator), dtype=torch.float64, device=total.device)
+    else:
+        divisor = denominator.detach().to(torch.float64)
+    divisor = divisor.masked_fill(divisor == 0, 1)
+    scale = divisor.reciprocal().masked_fill(spoilt, torch.nan)
+    return total * scale.to(total.dtype)

@@ -1,0 +1,241 @@
+"""Packed targets: what a teacher said about a batch, as a store keeps it.
+
+A packed target holds, per target pixel, the k largest logits minus the largest one in float16, their class
+ids, and the log-odds of the mass outside them. With k = C it is dense, in class order, without ids and tail.
+Keeping 8 of 150 classes stores 4.5 times fewer bytes than dense float16 and makes a quarter of the gradient
+wrong at T = 1 (`choose.py` measures it), which is why the tail is stored and why dense is the rule up to 32
+classes.
+
+Legend: B batch, C classes, k kept classes, h w target pixels.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError, ValueRangeError
+
+LOGIT_LIMIT = 6e4
+"""Bound of stored values and tails: exact in float16, far below its overflow, and 0 after any softmax."""
+
+
+@dataclass(frozen=True)
+class PackedTarget:
+    """Packed teacher logits of a batch, at the teacher's own resolution.
+
+    Attributes:
+        values: (B, k, h, w) float16, logit minus the pixel's maximum over classes.
+        indices: (B, k, h, w) uint8 (uint16 above 256 classes), class ids; None when k = C.
+        tail: (B, h, w) float16, log-odds of the mass outside the top k; None when k = C.
+        num_classes: C.
+        view_size: (H, W), pixels of the view that the h x w target pixels cover.
+        align_corners: of the resize that the teacher's head would have ended with.
+    Raises: ShapeError, ValueRangeError naming the attribute.
+    """
+
+    values: Tensor
+    indices: Tensor | None
+    tail: Tensor | None
+    num_classes: int
+    view_size: tuple[int, int]
+    align_corners: bool = False
+
+    def __post_init__(self) -> None:
+        check_packed(self.values, self.indices, self.tail, self.num_classes)
+        if self.values.dtype != torch.float16:
+            raise ShapeError(
+                "values is float16.",
+                received=str(self.values.dtype),
+                remedy="Pack raw logits with kdcache_kernels.pack.",
+            )
+        if len(self.view_size) != 2 or min(self.view_size) < 1:
+            raise ValueRangeError(
+                "view_size is (height, width) in pixels, each at least 1.",
+                received=repr(self.view_size),
+                remedy="Pass the size at which the teacher saw the view.",
+            )
+
+    @property
+    def k(self) -> int:
+        """Classes kept per target pixel."""
+        return self.values.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Records in the batch."""
+        return self.values.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.values.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedTarget":
+        """Return the same target with its tensors on `device`; `non_blocking` as in `Tensor.to`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            values=self.values.to(device, non_blocking=non_blocking),
+            indices=move(self.indices),
+            tail=move(self.tail),
+        )
+
+    def densify(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return (B, C, h, w) logits; see `kdcache_kernels.densify`."""
+        return densify(self.values, self.indices, self.tail, self.num_classes, dtype)
+
+
+def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Keep the k largest classes of every pixel, and how much mass the others had.
+
+    Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf comes out as NaN
+    in
+    every value and in the tail: looking for it here would synchronise with the device, so the caller looks at
+    the values it is about to write. A single -inf is the finite -6e4.
+
+    Args:
+        logits_BChw: any floating dtype, any strides; computed in float32, in float64 when it is float64.
+        k: 1 to C; C keeps everything in class order.
+    Returns: (values, indices, tail) as in `PackedTarget`; indices and tail are None when k = C. When k < C,
+        the classes are sorted from the largest to the smallest.
+    Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
+    Memory: O(B*C*h*w), 12 bytes per element more when k < C.
+    """
+    if logits_BChw.dim() != 4 or not logits_BChw.is_floating_point():
+        raise ShapeError(
+            "logits_BChw is a (B, C, h, w) tensor of floats.",
+            received=f"{tuple(logits_BChw.shape)} {logits_BChw.dtype}",
+            remedy="Pass the raw output of one head, before any softmax.",
+        )
+    num_classes = logits_BChw.shape[1]
+    if not 1 <= k <= num_classes:
+        raise ValueRangeError(
+            "k lies between 1 and the number of classes.",
+            received=f"k={k} with {num_classes} classes",
+            remedy=f"Choose k up to {num_classes}; that keeps every class.",
+        )
+    logits_BChw = logits_BChw.detach().to(compute_dtype(logits_BChw.dtype))
+    largest_B1hw = logits_BChw.amax(1, keepdim=True)
+    # +inf - +inf is NaN in its own class alone; the whole pixel must be seen to be lost.
+    largest_B1hw = torch.where(largest_B1hw.isfinite(), largest_B1hw, torch.nan)
+    relative_BChw = logits_BChw - largest_B1hw
+    if k == num_classes:
+        return _to_float16(relative_BChw), None, None
+    sorted_BChw, order_BChw = relative_BChw.sort(dim=1, descending=True, stable=True)
+    tail = sorted_BChw[:, k:].logsumexp(1) - sorted_BChw[:, :k].logsumexp(1)
+    indices = order_BChw[:, :k].to(index_dtype(num_classes))
+    return _to_float16(sorted_BChw[:, :k]), indices, _to_float16(tail)
+
+
+def densify(
+    values: Tensor,
+    indices: Tensor | None,
+    tail: Tensor | None,
+    num_classes: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return logits of every class, up to a constant per pixel.
+
+    The classes that were not kept share the tail's mass evenly: each gets LSE(kept) + tail - log(C - k),
+    clamped to +-6e4.
+
+    Args:
+        values, indices, tail: as in `PackedTarget`.
+        num_classes: C.
+        dtype: of the result and of the arithmetic.
+    Returns: (B, C, h, w); contiguous when k < C.
+    Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU;
+        on CUDA, where looking would synchronise, the pixel is NaN.
+    """
+    check_packed(values, indices, tail, num_classes)
+    values = values.to(dtype)
+    if indices is None or tail is None:
+        return values
+    log_missing = math.log(num_classes - values.shape[1])
+    fill_Bhw = values.logsumexp(1) + tail.to(dtype) - log_missing
+    fill_BChw = fill_Bhw.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)[:, None].expand(-1, num_classes, -1, -1)
+    ids_BKhw = indices.long()
+    if ids_BKhw.device.type == "cpu":
+        _check_ids(ids_BKhw, num_classes)
+    else:
+        values = values.masked_fill(ids_BKhw >= num_classes, torch.nan)
+        ids_BKhw = ids_BKhw.clamp(max=num_classes - 1)
+    return fill_BChw.scatter(1, ids_BKhw, values)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, float32 for every narrower float."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def index_dtype(num_classes: int) -> torch.dtype:
+    """Return the dtype of stored class ids."""
+    return torch.uint8 if num_classes <= 256 else torch.uint16
+
+
+def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
+    """Check shapes, dtypes and devices, never values: nothing here waits for a device."""
+    if values.dim() != 4 or not values.is_floating_point():
+        raise ShapeError(
+            "values is a (B, k, h, w) tensor of floats.",
+            received=f"{tuple(values.shape)} {values.dtype}",
+            remedy="Pass the values that kdcache_kernels.pack returned.",
+        )
+    B, k, h, w = values.shape
+    if not 1 <= k <= num_classes or min(h, w) < 1:
+        raise ShapeError(
+            "values keeps 1 to num_classes classes of at least one pixel.",
+            received=f"{tuple(values.shape)} with num_classes={num_classes}",
+            remedy="Pass the number of classes of the teacher that was packed.",
+        )
+    if k == num_classes:
+        if indices is not None or tail is not None:
+            raise ShapeError(
+                "A target that keeps every class has neither indices nor tail.",
+                received=f"k = num_classes = {k} with indices or tail",
+                remedy="Pass None for both; the values are in class order.",
+            )
+        return
+    ids = index_dtype(num_classes)
+    _check_part("indices", indices, (B, k, h, w), (ids,), values.device)
+    _check_part("tail", tail, (B, h, w), (torch.float16, torch.float32, torch.float64), values.device)
+
+
+def _check_part(
+    name: str,
+    part: Tensor | None,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    if part is None or tuple(part.shape) != shape or part.dtype not in dtypes:
+        raise ShapeError(
+            f"{name} is {shape} of {dtypes[0]} where not every class is kept.",
+            received="None" if part is None else f"{tuple(part.shape)} {part.dtype}",
+            remedy="Pass values, indices and tail of one call of kdcache_kernels.pack.",
+        )
+    if part.device != device:
+        raise ShapeError(
+            f"{name} is on the device of values.",
+            received=f"{part.device} and {device}",
+            remedy="Move the whole target with PackedTarget.to.",
+        )
+
+
+def _check_ids(ids: Tensor, num_classes: int) -> None:
+    if ids.numel() and int(ids.max()) >= num_classes:
+        wrong = sorted(set(ids[ids >= num_classes].tolist()))[:8]
+        raise ValueRangeError(
+            f"indices holds class ids below {num_classes}.",
+            received=f"{wrong}",
+            remedy="Check num_classes against the teacher that was packed; else the store is damaged.",
+        )
+
+
+def _to_float16(x: Tensor) -> Tensor:
+    return x.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).to(torch.float16)

@@ -1,0 +1,173 @@
+"""Windows, pixel positions and bilinear resampling as a product of hat matrices.
+
+A bilinear resize along one axis is `A[x, k] = relu(1 - |clamp(src(x), 0, n - 1) - k|)`, whatever the ratio,
+crop or flip; two of them resample an image, and their transposes carry the gradient back. Against a gather
+of four taps this costs `n` multiplications instead of two, but its adjoint needs no atomic addition, so that
+every result is bitwise repeatable on CUDA.
+
+Legend: B batch, C channels, N output pixels of one axis, n input cells of that axis, H W output, h w input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+class ViewPositions(NamedTuple):
+    """Where the centres of the output pixels lie in a view.
+
+    Attributes:
+        y, x: (B, H) and (B, W) float64 edge coordinates, in pixels of the view; the centre of its first
+            pixel is at 0.5.
+        view_size: (height, width) of the view in pixels.
+        is_whole_view: known without looking at the values to be the whole view, unflipped.
+    """
+
+    y: Tensor
+    x: Tensor
+    view_size: Size
+    is_whole_view: bool
+
+    def inside(self) -> Tensor:
+        """Return (B, H, W) bool: the pixels that lie in the view, its edges included.
+
+        Written as 'not outside' so that a NaN window counts and shows in the loss.
+        """
+        height, width = self.view_size
+        outside_y_BH = (self.y < 0) | (self.y > height)
+        outside_x_BW = (self.x < 0) | (self.x > width)
+        return ~(outside_y_BH[:, :, None] | outside_x_BW[:, None, :])
+
+    def hat_matrices(self, grid: Size, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return (B, H, h) and (B, W, w): the resampling of a grid of h x w cells that covers the view."""
+        return (
+            hat_matrix(self.y, self.view_size[0], grid[0], align_corners, dtype),
+            hat_matrix(self.x, self.view_size[1], grid[1], align_corners, dtype),
+        )
+
+
+def view_positions(
+    window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, size: Size, device: torch.device
+) -> ViewPositions:
+    """Return the positions in the view of every row and column of a label-sized image.
+
+    Args:
+        window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges in pixels of the view; None is the whole
+            view.
+        flip_B: (B,) bool; column j of the image is column W - 1 - j of the window. None flips nothing.
+        view_size: (height, width) of the view in pixels.
+        size: (H, W) of the image in pixels.
+        device: where the positions are wanted.
+    Returns: positions with a batch axis of B, or of 1 when neither a window nor a flip is given.
+    """
+    H, W = size
+    # Divided in this order, not multiplied by a ratio: at H == height the centres come out exact.
+    row_H = torch.arange(H, dtype=torch.float64, device=device) + 0.5
+    column_W = torch.arange(W, dtype=torch.float64, device=device) + 0.5
+    if window_B4 is None:
+        y_BH = (row_H * view_size[0] / H)[None]
+        x_BW = (column_W * view_size[1] / W)[None]
+    else:
+        y0_B1, x0_B1, y1_B1, x1_B1 = window_B4.to(torch.float64).mT[..., None].unbind()
+        y_BH = y0_B1 + row_H * (y1_B1 - y0_B1) / H
+        x_BW = x0_B1 + column_W * (x1_B1 - x0_B1) / W
+    if flip_B is not None:
+        x_BW = torch.where(flip_B[:, None], x_BW.flip(-1), x_BW)
+        y_BH = y_BH.expand(x_BW.shape[0], H)
+    return ViewPositions(y_BH, x_BW, view_size, window_B4 is None and flip_B is None)
+
+
+def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """Return the (B, N, n) bilinear weights of positions on one axis of a view.
+
+    Args:
+        position_BN: float64 edge coordinates in pixels of the view.
+        n_view: pixels of the view along this axis.
+        n_in: cells that cover the view along this axis.
+        align_corners: as in `torch.nn.functional.interpolate`: whether the centres of the first and last
+            pixel fall on the centres of the first and last cell, or the outer edges fall on the outer edges.
+        dtype: of the result; the arithmetic before it is float64.
+    Returns: rows that sum to 1 with at most two entries that are not 0; beyond the last centre the edge
+        repeats.
+    """
+    if not align_corners:
+        source_BN = position_BN * n_in / n_view - 0.5
+    elif n_view == 1:
+        source_BN = torch.zeros_like(position_BN)
+    else:
+        source_BN = (position_BN - 0.5) * (n_in - 1) / (n_view - 1)
+    cell_n = torch.arange(n_in, dtype=torch.float64, device=position_BN.device)
+    source_BN1 = source_BN.clamp(0, n_in - 1)[..., None]
+    return (1 - (source_BN1 - cell_n).abs()).clamp_min(0).to(dtype)
+
+
+def resample(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
+    """Return `rows @ x @ columns^T`, (B, C, H, W) and contiguous; float32 is never cut to TF32.
+
+    Args:
+        x_BChw: float32 or float64; receives the gradient (differentiable any number of times).
+        rows_BHh: (B or 1, H, h), same dtype.
+        columns_BWw: (B or 1, W, w), same dtype.
+    """
+    result: Tensor = _Resample.apply(x_BChw, rows_BHh, columns_BWw)
+    return result
+
+
+class _Resample(torch.autograd.Function):
+    """The product as one linear operation, so that the backward too runs at full precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_BHh, columns_BWw)
+        with full_float32():
+            return _contract(x_BChw, rows_BHh, columns_BWw)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        rows_BHh, columns_BWw = ctx.saved_tensors
+        return resample(gradients[0], rows_BHh.mT, columns_BWw.mT), None, None
+
+
+def _contract(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
+    """Contract one axis at a time as a batch of plain matrix products.
+
+    `matmul` would copy a per-sample matrix once per channel, and `einsum` may choose another order.
+    Enlarging, the rows come first, while the columns are few; shrinking, in the backward, they come last.
+    """
+    B, C, h, w = x_BChw.shape
+    H, W = rows_BHh.shape[1], columns_BWw.shape[1]
+    rows_BHh = rows_BHh.expand(B, H, h)
+    columns_BwW = columns_BWw.mT.expand(B, w, W)
+    if h < H:
+        x_BhCw = x_BChw.transpose(1, 2).reshape(B, h, C * w)
+        x_BHCw = torch.bmm(rows_BHh, x_BhCw).view(B, H, C, w)
+        x_BCHw = x_BHCw.transpose(1, 2).reshape(B, C * H, w)
+        return torch.bmm(x_BCHw, columns_BwW).view(B, C, H, W)
+    x_BChW = torch.bmm(x_BChw.reshape(B, C * h, w), columns_BwW).view(B, C, h, W)
+    x_BhCW = x_BChW.transpose(1, 2).reshape(B, h, C * W)
+    return torch.bmm(rows_BHh, x_BhCW).view(B, H, C, W).transpose(1, 2).contiguous()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Forbid TF32 and bfloat16 inside float32 matrix products: they keep 10 and 7 bits of a logit.
+
+    The settings are the process's own, so they are put back at once and left alone when they are right
+    already.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [(backend, backend.fp32_precision) for backend in backends]
+    changed = [(backend, precision) for backend, precision in before if precision not in ("ieee", "none")]
+    try:
+        for backend, _ in changed:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in changed:
+            backend.fp32_precision = precision

@@ -1,0 +1,79 @@
+"""Class lists, and the arithmetic of labels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kdcache.data import ClassList, Split
+from kdcache.data.sample import default_colours, ids_out_of_range
+from kdcache.errors import DataError
+
+
+class OnlyIds(Split):
+    def __init__(self, names: tuple[str, ...], ids: tuple[str, ...]) -> None:
+        self.data, self.split, self.classes, self.ids = "memory", "train", ClassList(names), ids
+
+    def image(self, index: int) -> np.ndarray:
+        return np.full((2, 3, 3), index, np.uint8)
+
+    def label(self, index: int) -> np.ndarray | None:
+        return np.zeros((2, 3), np.uint8) if self.has_label(index) else None
+
+    def has_label(self, index: int) -> bool:
+        return index == 0
+
+
+def test_default_colours_are_distinct_and_kept_through_json() -> None:
+    classes = ClassList(tuple(f"class {i}" for i in range(255)))
+    assert len(set(classes.colours)) == 255 == len(classes)
+    assert ClassList.from_json(classes.to_json()) == classes
+    assert ClassList.from_json({"names": ["a", "b"]}) == ClassList(("a", "b"))
+
+
+def test_default_colours_avoid_the_taken_ones() -> None:
+    taken = default_colours(4)[::2]
+    assert not set(default_colours(255 - 2, taken=taken)) & set(taken)
+    assert default_colours(2) == ((128, 0, 0), (0, 128, 0))
+
+
+@pytest.mark.parametrize(
+    ("names", "colours", "rule"),
+    [
+        (("a",), (), "2 to 255"),
+        (tuple(map(str, range(256))), (), "2 to 255"),
+        (("a", "b", "a"), (), "unique"),
+        (("a", " "), (), "not empty"),
+        (("a", "b"), ((1, 2, 3),), "one RGB triple"),
+        (("a", "b"), ((1, 2, 3), (0, 0, 256)), "one RGB triple"),
+    ],
+)
+def test_malformed_class_lists_are_refused(names, colours, rule) -> None:
+    with pytest.raises(DataError, match=rule):
+        ClassList(names, colours)
+
+
+def test_digest_sees_names_and_ids_and_where_they_end() -> None:
+    splits = [
+        OnlyIds(("a", "b"), ("1", "2")),
+        OnlyIds(("a", "c"), ("1", "2")),
+        OnlyIds(("a", "b"), ("12",)),
+        OnlyIds(("a", "b", "1"), ("2",)),
+    ]
+    assert len({split.digest() for split in splits}) == len(splits)
+    assert splits[0].digest() == OnlyIds(("a", "b"), ("1", "2")).digest()
+
+
+def test_default_content_digests_cover_arrays() -> None:
+    split = OnlyIds(("a", "b"), ("1", "2"))
+    (image0, label0), (image1, label1) = split.content_digests(0), split.content_digests(1)
+    assert image0 != image1
+    assert label0 is not None
+    assert label1 is None
+    assert np.array_equal(split.raw_label(0), split.label(0))
+
+
+def test_ids_out_of_range_spare_void() -> None:
+    label = np.array([[0, 1, 2], [2, 254, 255]], np.uint8)
+    assert ids_out_of_range(label, 2) == {2: 2, 254: 1}
+    assert ids_out_of_range(label, 255) == {}

@@ -1,0 +1,185 @@
+"""Every bad argument has its own error: the rule names the argument, and a remedy is offered."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kdcache_kernels
+from kdcache_kernels import (
+    KernelError,
+    PackedTarget,
+    ShapeError,
+    ValueRangeError,
+    choose_k,
+    densify,
+    distill_denominators,
+    distill_loss,
+    gradient_error,
+    pack,
+    target_argmax_confidence,
+)
+
+C, SIZE = 5, (8, 8)
+LOGITS = torch.zeros(2, C, 2, 2)
+LABELS = torch.zeros(2, *SIZE, dtype=torch.uint8)
+TARGET = PackedTarget(torch.zeros(2, C, 2, 2, dtype=torch.float16), None, None, C, SIZE)
+WINDOW = torch.tensor([[0.0, 0, 8, 8]] * 2, dtype=torch.float64)
+NAN = float("nan")
+
+
+def with_row(row):
+    window = WINDOW.clone()
+    window[1] = torch.tensor(row)
+    return window
+
+
+BAD_ARGUMENTS = {
+    "student_logits_BChw": [
+        ({"student_logits_BChw": LOGITS[0]}, ShapeError),
+        ({"student_logits_BChw": LOGITS.long()}, ShapeError),
+        ({"student_logits_BChw": LOGITS[:, :0]}, ShapeError),
+    ],
+    "labels_BHW": [
+        ({"labels_BHW": LABELS[:, None]}, ShapeError),
+        ({"labels_BHW": LABELS[:1]}, ShapeError),
+        ({"labels_BHW": LABELS.float()}, ShapeError),
+        ({"labels_BHW": LABELS.to("meta")}, ShapeError),
+        ({"labels_BHW": LABELS + C}, ValueRangeError),
+    ],
+    "size": [
+        ({"size": (8, 9)}, ShapeError),
+        ({"labels_BHW": None}, ShapeError),
+        ({"labels_BHW": None, "size": (0, 8)}, ShapeError),
+    ],
+    "temperature": [({"temperature": T}, ValueRangeError) for T in (0.0, -1.0, NAN, float("inf"))],
+    "ce_weight": [({"ce_weight": x}, ValueRangeError) for x in (-1.0, NAN)],
+    "kl_weight": [({"kl_weight": x}, ValueRangeError) for x in (-1.0, float("inf"))],
+    "class_weight": [
+        ({"class_weight": torch.ones(C + 1)}, ShapeError),
+        ({"class_weight": torch.ones(C, dtype=torch.int64)}, ShapeError),
+        ({"class_weight": -torch.ones(C)}, ValueRangeError),
+        ({"class_weight": torch.full((C,), NAN)}, ValueRangeError),
+    ],
+    "window_B4": [
+        ({"window_B4": WINDOW[:1]}, ShapeError),
+        ({"window_B4": WINDOW.float()}, ShapeError),
+        ({"window_B4": with_row([0.0, 0, 0, 8])}, ValueRangeError),
+        ({"window_B4": with_row([0.0, 8, 8, 0])}, ValueRangeError),
+        ({"window_B4": with_row([0.0, NAN, 8, 8])}, ValueRangeError),
+    ],
+    "flip_B": [
+        ({"flip_B": torch.zeros(3, dtype=torch.bool)}, ShapeError),
+        ({"flip_B": torch.zeros(2)}, ShapeError),
+    ],
+    "pixel_weight_BHW": [({"pixel_weight_BHW": torch.ones(2, 4, 4)}, ShapeError)],
+    "target": [
+        ({"target": PackedTarget(TARGET.values[:1], None, None, C, SIZE)}, ShapeError),
+        ({"target": PackedTarget(TARGET.values[:, :4], None, None, 4, SIZE)}, ShapeError),
+        ({"target": TARGET.to("meta")}, ShapeError),
+    ],
+    "ce_denominator": [
+        ({"ce_denominator": torch.ones(1)}, ShapeError),
+        ({"ce_denominator": -1.0}, ValueRangeError),
+    ],
+    "kl_denominator": [({"kl_denominator": NAN}, ValueRangeError)],
+    "impl": [({"impl": "triton"}, ValueRangeError)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind"),
+    [(name, change, kind) for name, cases in BAD_ARGUMENTS.items() for change, kind in cases],
+)
+def test_distill_loss_refuses(name, change, kind):
+    arguments = {"student_logits_BChw": LOGITS, "labels_BHW": LABELS, "target": TARGET, "kl_weight": 1.0}
+    distill_loss(**arguments)
+    with pytest.raises(kind) as caught:
+        distill_loss(**{**arguments, **change})
+    assert caught.value.rule.startswith((name, f"size is given where {name}"))
+    assert caught.value.remedy
+
+
+def test_impl_lists_what_exists():
+    with pytest.raises(ValueRangeError, match=r"(?s)'numba'.*auto, reference"):
+        distill_loss(LOGITS, LABELS, impl="numba")
+
+
+VALUES, INDICES, TAIL = pack(torch.randn(2, 9, 2, 2, generator=torch.Generator().manual_seed(0)), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind"),
+    [
+        ("values", (VALUES[0], INDICES, TAIL, 9, SIZE), ShapeError),
+        ("values", (VALUES.float(), INDICES, TAIL, 9, SIZE), ShapeError),
+        ("values", (VALUES, INDICES, TAIL, 2, SIZE), ShapeError),
+        ("values", (VALUES[:, :0], INDICES, TAIL, 9, SIZE), ShapeError),
+        ("indices", (VALUES, None, TAIL, 9, SIZE), ShapeError),
+        ("indices", (VALUES, INDICES.long(), TAIL, 9, SIZE), ShapeError),
+        ("indices", (VALUES, INDICES[:, :2], TAIL, 9, SIZE), ShapeError),
+        ("indices", (VALUES, INDICES.to("meta"), TAIL, 9, SIZE), ShapeError),
+        ("tail", (VALUES, INDICES, None, 9, SIZE), ShapeError),
+        ("tail", (VALUES, INDICES, TAIL[:, None], 9, SIZE), ShapeError),
+        ("A target that keeps every class", (VALUES, INDICES, TAIL, 3, SIZE), ShapeError),
+        ("view_size", (VALUES, INDICES, TAIL, 9, (0, 8)), ValueRangeError),
+    ],
+)
+def test_packed_target_refuses(name, arguments, kind):
+    with pytest.raises(kind) as caught:
+        PackedTarget(*arguments)
+    assert caught.value.rule.startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: pack(LOGITS[0], 1), ShapeError),
+        (lambda: pack(LOGITS.long(), 1), ShapeError),
+        (lambda: pack(LOGITS, 0), ValueRangeError),
+        (lambda: pack(LOGITS, C + 1), ValueRangeError),
+        (lambda: densify(VALUES, None, None, 9), ShapeError),
+        (lambda: gradient_error(LOGITS, 2, 0.0, SIZE), ValueRangeError),
+        (lambda: gradient_error(LOGITS, 9, 1.0, SIZE), ValueRangeError),
+        (lambda: choose_k(LOGITS, SIZE, 6), ShapeError),
+        (lambda: target_argmax_confidence(TARGET, (0, 8)), ShapeError),
+        (lambda: target_argmax_confidence(TARGET, SIZE, WINDOW[:1]), ShapeError),
+        (lambda: distill_denominators(num_classes=C), ShapeError),
+        (lambda: distill_denominators(num_classes=C, size=SIZE), ShapeError),
+        (lambda: distill_denominators(LABELS, TARGET, num_classes=9), ShapeError),
+    ],
+)
+def test_other_functions_refuse(call, kind):
+    with pytest.raises(kind):
+        call()
+
+
+def test_message_layout_and_pickle():
+    error = ShapeError("The rule.", received="this", remedy="Do that.")
+    assert str(error) == "The rule.\n  received: this\n  remedy:   Do that."
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (ShapeError, str(error))
+    assert issubclass(ShapeError, KernelError)
+    assert issubclass(KernelError, ValueError)
+
+
+def test_exported_names():
+    assert kdcache_kernels.__all__ == sorted(kdcache_kernels.__all__, key=lambda n: (not n.isupper(), n))
+    assert set(kdcache_kernels.__all__) == {
+        *("IMPLEMENTATIONS", "LOGIT_LIMIT", "Denominators", "KernelError", "LossParts", "PackedTarget"),
+        *("ShapeError", "ValueRangeError", "choose_k", "densify", "distill_denominators", "distill_loss"),
+        *("distill_loss_reference", "gradient_error", "pack", "target_argmax_confidence"),
+    }
+    assert all(hasattr(kdcache_kernels, name) for name in kdcache_kernels.__all__)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, torch; before = set(sys.modules); import kdcache_kernels; "
+        "new = set(sys.modules) - before; "
+        "print([m for m in new if m.split('.')[0] in ('triton', 'numba', 'kdcache', 'zarr', 'torchvision')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
