@@ -23,9 +23,8 @@ def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table; the first column is left-aligned, the rest to the right."""
-    lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    first, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    return "\n".join([first, "| --- |" + " ---: |" * (len(header) - 1), *rest]) + "\n"
 
 
 def metrics_markdown(title: str, metrics: Metrics) -> str:

@@ -45,7 +45,8 @@ def write_run_model(run: Path, about: RunModel) -> None:
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
     """Write `best` or `last`; the file is replaced whole or not at all."""
     partial = run / f".{which}.safetensors.partial"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    # Copies: the format takes no two tensors that share memory, as tied weights do.
+    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, partial)
     partial.replace(weights_path(run, which))
 
 

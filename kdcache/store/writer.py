@@ -54,7 +54,8 @@ class StoreWriter:
         Raises: StoreError when the disk is full; nothing half written counts as written.
         """
         first, last = self.manifest.shard_range(shard)
-        with disk_space_errors(self.path):
+        # A task per chunk costs more than encoding it: let Zarr take the chunks of a shard together.
+        with disk_space_errors(self.path), zarr.config.set({"codec_pipeline.batch_size": last - first}):
             for spec in self._specs:
                 rows = arrays[spec.path]
                 assert rows.shape == (last - first, *spec.shape), (spec.path, rows.shape)

@@ -10,6 +10,7 @@ from kdcache.errors import RecipeError
 from kdcache.store.durable import disk_space_errors, sync_path
 
 FILE = "checkpoint.pt"
+PARTS = {"model", "optimizer", "schedule", "progress", "random"}
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
@@ -33,9 +34,15 @@ def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise RecipeError(
-            "a checkpoint must be readable",
-            received=f"{path}: {str(error).splitlines()[0]}",
-            remedy="delete that file to begin the run again, or restore it from a copy",
-        ) from error
+        raise _unreadable(path, f"{error or type(error).__name__}".splitlines()[0]) from error
+    if not isinstance(state, dict) or state.keys() != PARTS:
+        raise _unreadable(path, "it holds something else")
     return state
+
+
+def _unreadable(path: Path, what: str) -> RecipeError:
+    return RecipeError(
+        "a checkpoint must be readable",
+        received=f"{path}: {what}",
+        remedy="delete that file to begin the run again, or restore it from a copy",
+    )

@@ -13,6 +13,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 DEFAULT_ITERATIONS = 4000
+RECIPE = "recipe.toml"
 
 
 def parse_size(value: Any) -> Any:
@@ -100,6 +101,12 @@ class TrainConfig(BaseModel):
             raise ValueError("every loss weight is 0: nothing would be learnt")
         if self.iterations is not None and self.epochs is not None:
             raise ValueError("give iterations or epochs, not both")
+        if self.cache is None and self.data is None:
+            raise ValueError("nothing to train on: give data or cache")
+        if self.cache is None and self.method != "none":
+            raise ValueError(f"method {self.method} learns from a store: give cache")
+        if self.schedule == "plateau" and self.val is None:
+            raise ValueError("schedule plateau watches validations: give val")
         return self
 
     def resolved(self, samples: int, size: tuple[int, int]) -> "TrainConfig":
@@ -137,10 +144,10 @@ def make_config(**settings: Any) -> TrainConfig:
 
 def read_config(run: Path) -> TrainConfig:
     """The resolved recipe of a run. Raises RecipeError when it is missing or malformed."""
-    path = run / "recipe.toml"
+    path = run / RECIPE
     try:
         return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError, ValidationError) as error:
+    except (OSError, ValueError) as error:  # no file, no UTF-8, no TOML, not these settings
         raise RecipeError(
             "a run has a resolved recipe",
             received=f"{path}: {str(error).splitlines()[0]}",

@@ -5,6 +5,7 @@ Draw n of a training is sample `permutation(seed, n // N)[n % N]`, augmented by 
 step s needs no history.
 """
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -70,10 +71,12 @@ def make_loader(
         batch_sampler=_Steps(first, last, batch_size),
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         pin_memory=pin_memory,
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the trainer answers it, and ends its workers afterwards."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

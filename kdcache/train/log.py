@@ -1,6 +1,7 @@
 """What a run leaves to read: `metrics.jsonl`, `environment.json`, `result.json`; and who watches it."""
 
 import json
+import math
 import os
 import platform
 from importlib import metadata
@@ -34,17 +35,21 @@ class Observer:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; on resume, forgets what came after the checkpoint."""
+    """Appends to metrics.jsonl; on resume, forgets what came after the checkpoint. NaN and infinity become null."""
 
     def __init__(self, run: Path, step: int) -> None:
         path = run / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if _step(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # Replaced whole: a kill in between loses no history.
+        partial = run / f".{METRICS}.partial"
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -78,5 +83,5 @@ def _step(line: str) -> int:
     """Step of a line; a line cut short by a kill counts as later than everything."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return 2**63

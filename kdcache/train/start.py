@@ -16,12 +16,13 @@ from kdcache.models import SegmentationModel, build_model
 from kdcache.models.run import RunModel, write_run_model
 from kdcache.store import Cache, open_cache
 from kdcache.store.durable import disk_space_errors
-from kdcache.train.config import TrainConfig, read_config
+from kdcache.train.config import RECIPE, TrainConfig, read_config
 from kdcache.train.dataset import CacheDataset, DrawnDataset, LabelledDataset
 from kdcache.train.loader import Draws
 from kdcache.train.log import Observer, environment, write_json
 from kdcache.train.trainer import Trainer
 
+RECIPE_PARTIAL = f".{RECIPE}.partial"
 # What may change between a run's start and its resumption without changing what it learns.
 FREE_ON_RESUME = {"workers", "threads", "log_every", "device", "data", "val", "cache"}
 
@@ -183,9 +184,9 @@ def _criterion(
 
 def _check_folder(config: TrainConfig, run: Path, resume: bool) -> None:
     """The run folder is new or empty, or holds this very run and may be resumed."""
-    if not run.exists() or (run.is_dir() and not any(run.iterdir())):
+    if not run.exists() or (run.is_dir() and all(path.name == RECIPE_PARTIAL for path in run.iterdir())):
         return
-    if not (run / "recipe.toml").is_file():
+    if not (run / RECIPE).is_file():
         raise RecipeError(
             "--out is a new or empty folder, or a run to resume",
             received=f"{run} holds something else",
@@ -216,6 +217,9 @@ def _write_beginning(config: TrainConfig, run: Path, model: SegmentationModel, c
     assert config.size is not None
     with disk_space_errors(run):
         run.mkdir(parents=True, exist_ok=True)
+        # First and whole: its presence says that the folder is a run, which may be resumed whatever else is missing.
+        (run / RECIPE_PARTIAL).write_text(config.to_toml(), encoding="utf-8")
+        (run / RECIPE_PARTIAL).replace(run / RECIPE)
         about = RunModel(
             spec=config.model,
             class_names=classes.names,
@@ -226,8 +230,6 @@ def _write_beginning(config: TrainConfig, run: Path, model: SegmentationModel, c
         )
         write_run_model(run, about)
         write_json(run / "environment.json", environment())
-        # Last: its presence says that the folder is a run.
-        (run / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
 
 
 def default_workers(device: torch.device) -> int:

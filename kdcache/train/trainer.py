@@ -105,13 +105,16 @@ class Trainer:
         batches = iter(loader)
         if random_state is not None:
             # After iter(): a DataLoader takes a number from this generator when it starts.
-            torch.set_rng_state(random_state.cpu())
+            self._set_random_state(random_state)
         self.model.train()
         try:
             with _stop_requests() as stop:
                 for step in range(first, iterations):
                     self._one_step(step, batches, log)
-                    if (step + 1) % self._val_every == 0 or step + 1 == iterations:
+                    interval = (step + 1) % self._val_every == 0 or step + 1 == iterations
+                    if interval or stop.is_set():
+                        self._check_finite()
+                    if interval:
                         self._end_of_interval(log)
                     elif stop.is_set():
                         self._save()
@@ -131,15 +134,17 @@ class Trainer:
         pixels = self.model.normalise(batch.pixels.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             logits = self.model(pixels).logits
+        norms = None
         if config.gradients_every and step % config.gradients_every == 0:
             norms = self._gradient_norms(self.criterion.terms(logits, label, target))
-            log.write("gradients", step + 1, norms)
-            self.observer.gradients(step + 1, norms)
         parts = self.criterion(logits, label, target)
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
         self._unchecked.append((step, torch.stack([part.detach() for part in parts])))
         # On a GPU a look at every loss would stall the queue: look when we log.
-        values = self._check_finite() if logged or self.device.type == "cpu" else []
+        values = self._check_finite() if logged or norms or self.device.type == "cpu" else []
+        if norms:
+            log.write("gradients", step + 1, norms)
+            self.observer.gradients(step + 1, norms)
         parts.loss.backward()
         if config.clip_grad > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -160,6 +165,8 @@ class Trainer:
 
     def _check_finite(self) -> list[float]:
         """Look at the losses since the last look; returns the newest as (loss, ce, kl)."""
+        if not self._unchecked:
+            return []
         rows = torch.stack([row for _, row in self._unchecked]).tolist()
         for (step, _), row in zip(self._unchecked, rows, strict=True):
             if not all(map(math.isfinite, row)):
@@ -205,30 +212,47 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "progress": vars(self._now),
-            "random": torch.get_rng_state(),
+            "random": self._random_state(),
         }
         save_checkpoint(self.run, state)
 
-    def _restore(self) -> Tensor | None:
+    def _restore(self) -> dict[str, Tensor] | None:
         state = load_checkpoint(self.run, self.device)
         if state is None:
             return None
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ModelError(
+                "a run resumes with the model it was begun with",
+                received=f"{self.config.model} has other tensors than the checkpoint in {self.run}",
+                remedy="restore the model's code, or give another --out",
+            ) from error
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._now = _Progress(**state["progress"])
-        random: Tensor = state["random"]
+        random: dict[str, Tensor] = state["random"]
         return random
+
+    def _random_state(self) -> dict[str, Tensor]:
+        """Of the generators that a model draws from: dropout takes the device's own."""
+        state = {"cpu": torch.get_rng_state()}
+        return state | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def _set_random_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"].cpu())
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
 
     def _finish(self) -> dict[str, Any]:
         now = self._now
         write_weights(self.run, "last", self.model)
-        if self._validate is None:
+        if not now.best_step:  # nothing validated, or nothing that could be scored
             write_weights(self.run, "best", self.model)
         result = {
             "iterations": now.step,
-            "best_miou": now.best_miou if self._validate is not None else None,
-            "best_step": now.best_step if self._validate is not None else now.step,
+            "best_miou": now.best_miou if now.best_step else None,
+            "best_step": now.best_step or now.step,
             "seconds": round(now.seconds, 3),
             "images_per_second": round(self.config.batch_size * now.step / max(now.seconds, 1e-9), 3),
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),

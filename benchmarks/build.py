@@ -1,0 +1,167 @@
+"""Does the build keep the teacher busy, and is its memory flat?
+
+For each teacher, in one run and taking turns: bare inference on tensors in memory at the build's batch size, the
+writer alone (packed arrays from memory to synced shards), and the whole build. The ratio is the build's images/s over
+the smaller of the two others. Memory: peak resident set of builds of N and 4N records, each in a fresh process.
+
+    python benchmarks/build.py --data camvid --json benchmarks/results/build.json
+"""
+
+import argparse
+import itertools
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import header, spread, synchronise, write
+from kdcache.data import Split, open_split
+from kdcache.models import build_model
+from kdcache.store import open_writer
+from kdcache.teacher import BuildOptions, Teacher, build_cache, plan_manifest
+from kdcache.teacher.build import _batches, _ShardQueue, pack_batch, render_record
+from kdcache.teacher.forward import teach
+
+
+class Cycled(Split):
+    """The first `count` samples of a split, repeated when it has fewer."""
+
+    def __init__(self, inner: Split, count: int) -> None:
+        self.data, self.split, self.classes = inner.data, inner.split, inner.classes
+        self.ids = tuple(f"{index:06d}" for index in range(count))
+        self._inner = inner
+
+    def image(self, index: int) -> np.ndarray[Any, Any]:
+        return self._inner.image(index % len(self._inner))
+
+    def label(self, index: int) -> np.ndarray[Any, Any] | None:
+        return self._inner.label(index % len(self._inner))
+
+    def has_label(self, index: int) -> bool:
+        return self._inner.has_label(index % len(self._inner))
+
+
+def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count: int) -> float:
+    """images/s of the forward pass on pixels in memory: uint8 in, native logits out."""
+    records = [render_record(split, index, options.size) for index in range(options.batch_size)]
+    pixels = torch.from_numpy(np.stack([record.pixels for record in records])).to(options.device)
+    batches = max(1, count // options.batch_size)
+    synchronise(options.device)
+    began = time.perf_counter()
+    for _ in range(batches):
+        teach(teacher.model, pixels, options.features, options.precision, options.device)
+    synchronise(options.device)
+    return batches * options.batch_size / (time.perf_counter() - began)
+
+
+def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: Path) -> float:
+    """images/s from packed arrays in memory to synced shards; the arrays are those of one real batch."""
+    manifest = plan_manifest(split, teacher, options)
+    first = [render_record(split, index, options.size) for index in range(options.batch_size)]
+    pixels = torch.from_numpy(np.stack([record.pixels for record in first]))
+    logits, features = teach(teacher.model, pixels, options.features, options.precision, options.device)
+    packed = {
+        path: t.cpu().numpy() for path, t in pack_batch(logits, features, manifest.heads["segmentation"].k).items()
+    }
+    shutil.rmtree(folder, ignore_errors=True)
+    with open_writer(folder, manifest, split.ids) as writer:
+        began = time.perf_counter()
+        with _ShardQueue(writer) as queue:
+            for batch in itertools.chain.from_iterable(_batches(manifest, shard) for shard in writer.missing):
+                inputs = [
+                    type(item)(record, item.pixels, item.label, item.window, item.checksum, item.labelled)
+                    for record, item in zip(batch, first, strict=False)
+                ]
+                queue.add(inputs, {path: rows[: len(inputs)] for path, rows in packed.items()})
+        return len(split) / (time.perf_counter() - began)
+
+
+def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    height, width = map(int, arguments.size.split("x"))
+    device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
+    inner = open_split(arguments.data, arguments.split)
+    count = arguments.records if spec.startswith("kdcache:") else max(arguments.batch_size, arguments.records // 8)
+    split = Cycled(inner, count)
+    torch.manual_seed(0)
+    teacher = Teacher(build_model(spec, len(split.classes)).eval().to(device), spec)
+    options = BuildOptions(
+        size=(height, width), batch_size=arguments.batch_size, device=device, render_threads=arguments.render_threads
+    )
+    bare_inference(split, teacher, options, 2 * options.batch_size)  # warm-up
+    bare, alone, whole = [], [], []
+    for _ in range(arguments.repeats):
+        bare.append(bare_inference(split, teacher, options, count))
+        alone.append(writer_alone(split, teacher, options, folder))
+        shutil.rmtree(folder)
+        whole.append(build_cache(split, teacher, folder, options).images_per_second)
+        shutil.rmtree(folder)
+    ratios = [w / min(b, a) for w, b, a in zip(whole, bare, alone, strict=True)]
+    row: dict[str, Any] = {
+        "teacher": spec,
+        "records": count,
+        "bare_inference_images_per_s": spread(bare),
+        "writer_alone_images_per_s": spread(alone),
+        "build_images_per_s": spread(whole),
+        "ratio": spread(ratios),
+    }
+    medians = {name: row[name]["p50"] for name in row if isinstance(row[name], dict)}
+    print(spec, ", ".join(f"{name} {median:.2f}" for name, median in medians.items()))
+    return row
+
+
+def peak_memory_mib(arguments: argparse.Namespace, records: int, folder: Path) -> float:
+    """Peak resident set of a build of `records` records by kdcache:tiny, in a fresh process."""
+    command = [sys.executable, __file__, "--peak-memory", str(records), "--out", str(folder), "--data", arguments.data]
+    command += ["--split", arguments.split, "--size", arguments.size, "--device", arguments.device]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    shutil.rmtree(folder)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def build_and_report_memory(arguments: argparse.Namespace) -> None:
+    height, width = map(int, arguments.size.split("x"))
+    device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
+    split = Cycled(open_split(arguments.data, arguments.split), arguments.peak_memory)
+    teacher = Teacher(build_model("kdcache:tiny", len(split.classes)).eval().to(device), "kdcache:tiny")
+    options = BuildOptions(size=(height, width), shard_records=32, device=device)
+    build_cache(split, teacher, arguments.out, options)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="scenes:360x480,train=64,val=4")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--size", default="288x384")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--records", type=int, default=256, help="for kdcache models; an eighth for the others")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--render-threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--teachers", nargs="+", default=["torchvision:fcn_resnet50", "kdcache:tiny"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak-memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak_memory:
+        build_and_report_memory(arguments)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "store"
+        rows = [measure(spec, arguments, folder) for spec in arguments.teachers]
+        counts = [arguments.records // 2, 2 * arguments.records]
+        memory = {str(count): peak_memory_mib(arguments, count, folder) for count in counts}
+    print("peak memory, MiB over records:", memory)
+    if arguments.json:
+        write(arguments.json, {**header("build"), "builds": rows, "peak_memory_mib_over_records": memory})
+
+
+if __name__ == "__main__":
+    main()

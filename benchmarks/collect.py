@@ -1,0 +1,50 @@
+"""One result file from the runs that benchmarks/camvid.sh left: recipe, time, metrics of each.
+
+python benchmarks/collect.py OUT --data camvid --json benchmarks/results/camvid.json
+"""
+
+import argparse
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from common import header, write
+from kdcache.evaluate import markdown_table
+from kdcache.store import inspect_store
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", required=True, help="as it was given to camvid.sh, for the command")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    runs = {}
+    for recipe in sorted(arguments.out.glob("*/recipe.toml")):
+        run = recipe.parent
+        settings = tomllib.loads(recipe.read_text(encoding="utf-8"))
+        settings = {key: value for key, value in settings.items() if key not in ("data", "val", "cache")}
+        runs[run.name] = {
+            "recipe": settings,
+            "result": read(run / "result.json"),
+            "evaluation": read(run / "evaluation-val.json"),
+        }
+    store = inspect_store(arguments.out / "camvid.zarr").to_json()
+    for key in ("path", "arrays", "manifest"):
+        store.pop(key)
+    rows = []
+    for name, run in runs.items():
+        if run["evaluation"]:
+            run["evaluation"] = {k: v for k, v in run["evaluation"].items() if k not in ("run", "data")}
+            rows.append([name, *(f"{100 * run['evaluation'][key]:.2f}" for key in ("miou", "macc", "aacc"))])
+    print(markdown_table(("run", "mIoU", "mAcc", "aAcc"), rows))
+    write(arguments.json, {**header("training"), "made_by": "benchmarks/camvid.sh", "store": store, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Every GPU check and benchmark of the project, in under 8 minutes on one GPU:
+#     benchmarks/gpu.sh [DATA] [RESULTS]
+# DATA is a data set in the folder layout with splits train and val; procedural scenes when left out. JSON goes to RESULTS
+# (default benchmarks/results), named after the GPU. Needs no installed package: the import roots are set here. Exits with 1
+# when a check fails, after running the rest.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+data=${1:-scenes:360x480,train=192,val=32,seed=0}
+results=${2:-benchmarks/results}
+export PYTHONPATH=$PWD:$PWD/kernels:$PWD/cli${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3}
+"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no usable GPU")' || exit 1
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$results"
+failed=()
+step() {
+  local name=$1 began=$SECONDS
+  shift
+  echo "== $name"
+  "$@" || failed+=("$name")
+  echo "== $name: $((SECONDS - began)) s"
+}
+
+if "$python" -c 'import pytest' 2>/dev/null; then
+  step tests timeout 120 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib tests/kernels
+fi
+step build timeout 120 "$python" benchmarks/build.py --device cuda --data "$data" --size 288x384 --render-threads 8 \
+  --batch-size 16 --records 512 --repeats 3 --json "$results/build-$gpu.json"
+PYTHON=$python step camvid timeout 300 benchmarks/camvid.sh "$data" "$work" 288x384 1500 0
+step gradients timeout 60 "$python" benchmarks/gradients.py --device cuda --data "$data" --cache "$work/camvid.zarr" \
+  --teacher "$work/teacher" --student "$work/student-kl" --json "$results/gradients-$gpu.json"
+"$python" benchmarks/collect.py "$work" --data "$data" --json "$results/training-$gpu.json"
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
