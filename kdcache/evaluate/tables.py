@@ -7,6 +7,7 @@ from kdcache.evaluate.metrics import Metrics
 
 
 def percent(value: float) -> str:
+    """A fraction in percent with two digits; NaN as '-'."""
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -57,7 +58,7 @@ def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Mani
         created_by=f"kdcache {_version('kdcache')}",
         records=len(split),
         dataset=Dataset(
-            name=split.data,
+            name=Path(split.data).resolve().name,  # not the path: it is nobody else's business, and may change
             split=split.split,
             samples=len(split),
             labelled=sum(split.has_label(index) for index in range(len(split))),

@@ -34,7 +34,7 @@ def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise _unreadable(path, f"{error or type(error).__name__}".splitlines()[0]) from error
+        raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error
     if not isinstance(state, dict) or state.keys() != PARTS:
         raise _unreadable(path, "it holds something else")
     return state

@@ -95,7 +95,7 @@ class CacheDataset(DrawnDataset):
         size: (H, W) of the pixels; default the view's.
         targets: False reads no targets (same draws, empty target).
         split: the data set, needed when the store keeps no pixels. Its rendering is compared with the store's
-            checksum at a sample's first visit.
+            checksum at a sample's first visit by this process, also of a run that resumes.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class CacheDataset(DrawnDataset):
         self.split = None if cache.pixels_stored else _matching(cache, split)
         self._paths = cache.target_paths() if targets else []
         self._checksums = cache.column("pixel_checksum") if self.split is not None else None
+        self._checked = set[int]()
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -131,18 +132,18 @@ class CacheDataset(DrawnDataset):
         if self.split is None:
             pixels, label = render(rows["pixels/image"], rows["labels/segmentation"], window, flip=flip, size=self.size)
         else:
-            pixels, label = self._from_source(index, epoch, window, flip)
+            pixels, label = self._from_source(index, window, flip)
         pixels = colour_jitter(rng, pixels, self.augmentation.jitter)
         target = _target(rows, window, flip) if self._paths else no_target()
         return Sample(torch.from_numpy(pixels), torch.from_numpy(label), target)
 
-    def _from_source(self, index: int, epoch: int, window: Window, flip: bool) -> tuple[Array, Array]:
+    def _from_source(self, index: int, window: Window, flip: bool) -> tuple[Array, Array]:
         """Crop the source itself, which is sharper than enlarging the view; `window` is in pixels of the view."""
         assert self.split is not None
         assert self._checksums is not None
         image, label = self.split.image(index), self.split.label(index)
         height, width = image.shape[:2]
-        if epoch == 0:
+        if index not in self._checked:
             view, _ = render(image, None, Window.full(height, width), flip=False, size=self.cache.view_size)
             if pixel_checksum(view) != int(self._checksums[index]):
                 raise MismatchError(
@@ -150,6 +151,7 @@ class CacheDataset(DrawnDataset):
                     received=f"{self.sample_id(index)} renders differently: the file or an image library has changed",
                     remedy="restore the image, build the store again, or build with --pixels stored",
                 )
+            self._checked.add(index)
         view_height, view_width = self.cache.view_size
         source = window.scaled(height / view_height, width / view_width)
         return render(image, label, source, flip=flip, size=self.size)

@@ -1,0 +1,248 @@
+"""DistillLoss against plain float64 PyTorch: interpolate, grid_sample, cross_entropy, kl_div."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from kdcache.data import Augmentation
+from kdcache.distill import DistillLoss, Target
+from kdcache.errors import ModelError
+from kdcache.store import Cache
+from kdcache.train import CacheDataset
+
+C, LABEL, GRID = 5, (23, 37), (6, 9)
+VIEW = (22, 34)
+
+
+class Format:
+    """What a store tells of its targets."""
+
+    def __init__(self, align_corners: bool = False) -> None:
+        self.num_classes, self.view_size, self.align_corners = C, VIEW, align_corners
+
+
+def dense_target(batch: int = 3, *, moved: bool = True, seed: int = 1) -> Target:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(batch, C, *GRID, generator=generator)
+    window = torch.tensor([0.0, 0.0, *VIEW], dtype=torch.float64).repeat(batch, 1)
+    flip = torch.zeros(batch, dtype=torch.bool)
+    if moved:
+        window[1] = torch.tensor([3.3, 5.25, 14.8, 22.0])  # inside
+        window[2] = torch.tensor([-6.5, -3.0, 30.0, 50.5])  # around
+        flip[1] = True
+    empty = torch.empty(0, dtype=torch.float16)
+    values = (logits - logits.amax(1, keepdim=True)).half()
+    return Target(values, torch.empty(0, dtype=torch.uint8), empty, window, flip)
+
+
+def top_k(target: Target, k: int = 2) -> Target:
+    values, indices = target.values.double().topk(k, 1)
+    rest = target.values.double().scatter(1, indices, -math.inf)
+    tail = rest.logsumexp(1) - values.logsumexp(1)
+    return target._replace(values=values.half(), indices=indices.to(torch.uint8), tail=tail.half())
+
+
+def densified(target: Target) -> Tensor:
+    """A missing class gets LSE(kept) + tail - log(C - k)."""
+    values = target.values.double()
+    if not target.indices.numel():
+        return values
+    missing = values.logsumexp(1) + target.tail.double() - math.log(C - values.shape[1])
+    return missing[:, None].repeat(1, C, 1, 1).scatter(1, target.indices.long(), values)
+
+
+def upsampled(target: Target, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """The target at label size through its windows, and which pixels lie in the view."""
+    logits, images, inside = densified(target), [], []
+    for one, window, flip in zip(logits, target.window, target.flip, strict=True):
+        y0, x0, y1, x1 = window.tolist()
+        y = y0 + (torch.arange(LABEL[0], dtype=torch.float64) + 0.5) * (y1 - y0) / LABEL[0]
+        x = x0 + (torch.arange(LABEL[1], dtype=torch.float64) + 0.5) * (x1 - x0) / LABEL[1]
+        x = x.flip(0) if flip else x
+        # grid_sample counts from -1 to 1 between outer edges, or between the outermost centres.
+        gy, gx = (
+            (2 * (p - 0.5) / (n - 1) if align_corners else 2 * p / n) - 1 for p, n in ((y, VIEW[0]), (x, VIEW[1]))
+        )
+        grid = torch.stack([gx.expand(*LABEL), gy[:, None].expand(*LABEL)], -1)[None]
+        images.append(F.grid_sample(one[None], grid, padding_mode="border", align_corners=align_corners)[0])
+        inside.append(((y >= 0) & (y <= VIEW[0]))[:, None] & ((x >= 0) & (x <= VIEW[1]))[None])
+    return torch.stack(images), torch.stack(inside)
+
+
+def oracle(
+    student: Tensor,
+    label: Tensor,
+    target: Target | None,
+    *,
+    ce_weight: float = 1.0,
+    kl_weight: float = 1.0,
+    temperature: float = 2.0,
+    class_weight: Tensor | None = None,
+    distill_void: bool = True,
+    align_corners: bool = False,
+    teacher_align: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = F.interpolate(student.double(), LABEL, mode="bilinear", align_corners=align_corners)
+    weight = None if class_weight is None else class_weight.double()
+    ce = F.cross_entropy(z, label.long(), weight, ignore_index=255) if ce_weight else torch.zeros(())
+    kl = torch.zeros(())
+    if target is not None and kl_weight:
+        t, counted = upsampled(target, teacher_align)
+        if not distill_void:
+            counted = counted & (label != 255)
+        p, q = ((x / temperature).log_softmax(1) for x in (z, t))
+        kl = temperature**2 * F.kl_div(p, q, reduction="none", log_target=True).sum(1)[counted].mean()
+    return ce_weight * ce + kl_weight * kl, ce, kl
+
+
+def inputs(seed: int = 0, batch: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student = 2 * torch.randn(batch, C, 7, 10, generator=generator)
+    label = torch.randint(0, C, (batch, *LABEL), generator=generator, dtype=torch.uint8)
+    label[torch.rand(batch, *LABEL, generator=generator) < 0.2] = 255
+    return student, label
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hot": {"temperature": 7.5},
+    "cold": {"temperature": 1.0},
+    "weighted": {"ce_weight": 0.3, "kl_weight": 2.5},
+    "classes": {"class_weight": torch.tensor([0.2, 3.0, 1.0, 0.0, 0.5])},
+    "no void": {"distill_void": False},
+    "ce alone": {"kl_weight": 0.0},
+    "kl alone": {"ce_weight": 0.0},
+    "aligned student": {"align_corners": True},
+    "aligned teacher": {"teacher_align": True},
+}
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["whole view", "windows"])
+@pytest.mark.parametrize("kind", ["dense", "top-k"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loss_and_gradient_are_those_of_float64(name: str, kind: str, moved: bool) -> None:
+    options = dict(OPTIONS[name])
+    student, label = inputs()
+    target = dense_target(moved=moved)
+    target = top_k(target) if kind == "top-k" else target
+    reference = student.double().requires_grad_()
+    expected = oracle(reference, label, target, **options)
+    (wanted,) = torch.autograd.grad(expected[0], reference)
+    criterion = DistillLoss(Format(options.pop("teacher_align", False)), **options)
+    student.requires_grad_()
+    parts = criterion(student, label, target)
+    (gradient,) = torch.autograd.grad(parts.loss, student)
+    assert [part.item() for part in parts] == pytest.approx([part.item() for part in expected], rel=3e-6, abs=1e-7)
+    assert (gradient - wanted).norm() <= 3e-6 * wanted.norm()
+
+
+def test_a_whole_view_is_an_interpolation() -> None:
+    """The independent sampling above agrees with the resize that everyone uses."""
+    target = dense_target(moved=False)
+    sampled, inside = upsampled(target, False)
+    assert inside.all()
+    assert (sampled - F.interpolate(target.values.double(), LABEL, mode="bilinear")).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("absent", ["no target", "no values", "no weight", "no format"])
+def test_without_a_teacher_there_is_cross_entropy_alone(absent: str) -> None:
+    student, label = inputs()
+    target: Target | None = dense_target()
+    if absent == "no target":
+        target = None
+    elif absent == "no values":
+        assert target is not None
+        target = target._replace(values=torch.empty(3, 0, dtype=torch.float16))
+    criterion = DistillLoss(
+        None if absent == "no format" else Format(), kl_weight=0.0 if absent == "no weight" else 1.0, ce_weight=0.5
+    )
+    parts = criterion(student, label, target)
+    ce = oracle(student, label, None)[1].item()
+    assert [part.item() for part in parts] == pytest.approx([0.5 * ce, ce, 0], rel=1e-6)
+    assert set(criterion.terms(student, label, target)) == {"ce"}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_terms_sum_to_the_loss_with_their_gradients(name: str) -> None:
+    options = dict(OPTIONS[name])
+    criterion = DistillLoss(Format(options.pop("teacher_align", False)), **options)
+    student, label = inputs(3)
+    target = dense_target()
+    student.requires_grad_()
+    terms = criterion.terms(student, label, target)
+    assert list(terms) == [t for t in ("ce", "kl") if options.get(f"{t}_weight", 1.0) > 0]
+    loss = criterion(student, label, target).loss
+    assert sum(term.item() for term in terms.values()) == pytest.approx(loss.item(), rel=1e-6)
+    whole = torch.autograd.grad(loss, student)[0]
+    parts = sum(torch.autograd.grad(term, student)[0] for term in terms.values())
+    assert torch.allclose(parts, whole, rtol=1e-5, atol=1e-9)
+
+
+def test_gradients_reach_the_student_alone() -> None:
+    student, label = inputs()
+    target = dense_target()
+    target.values.requires_grad_()
+    student.requires_grad_()
+    DistillLoss(Format())(student, label, target).loss.backward()
+    assert student.grad is not None
+    assert student.grad.abs().sum() > 0
+    assert target.values.grad is None
+
+
+def test_unlabelled_batches_teach_too() -> None:
+    student, label = inputs()
+    target = dense_target()
+    void = torch.full_like(label, 255)
+    teaching, silent = (DistillLoss(Format(), distill_void=flag)(student, void, target) for flag in (True, False))
+    assert teaching.ce.item() == 0
+    assert teaching.kl.item() == pytest.approx(oracle(student, void, target, ce_weight=0)[2].item(), rel=1e-5)
+    assert silent.loss.item() == 0
+
+
+def test_class_weights_follow_the_module_and_stay_out_of_its_state() -> None:
+    criterion = DistillLoss(Format(), class_weight=torch.ones(C))
+    assert not criterion.state_dict()
+    assert criterion.double().class_weight.dtype == torch.float64
+
+
+def test_targets_move_between_devices_whole() -> None:
+    target = top_k(dense_target())
+    moved = target.to("meta")
+    assert isinstance(moved, Target)
+    assert all(part.device.type == "meta" for part in moved)
+    assert [part.shape for part in moved] == [part.shape for part in target]
+    assert all(torch.equal(a, b) for a, b in zip(target.to("cpu"), target, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("augment", ["warp", "replay", "none"])
+def test_a_collated_batch_of_a_store_is_what_the_loss_takes(
+    kind: str, augment: str, request: pytest.FixtureRequest
+) -> None:
+    cache: Cache = request.getfixturevalue(kind)
+    torch.manual_seed(0)
+    dataset = CacheDataset(cache, augment=augment, augmentation=Augmentation(scale=(0.5, 2.0)))
+    batch = default_collate([dataset[index] for index in range(3)])
+    assert isinstance(batch.target, Target)
+    student = torch.randn(3, 7, 16, 24, requires_grad=True)
+    parts = DistillLoss(cache, temperature=3.0)(student, batch.label, batch.target)
+    parts.loss.backward()
+    assert all(part.isfinite() for part in parts)
+    assert parts.kl > 0
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    plain = default_collate([CacheDataset(cache, targets=False)[index] for index in range(3)])
+    assert DistillLoss(cache)(student, plain.label, plain.target).kl.item() == 0
+
+
+def test_a_student_of_another_class_list_is_refused(dense: Cache) -> None:
+    batch = default_collate([CacheDataset(dense, augment="none")[0]])
+    with pytest.raises((ValueError, ModelError), match=r"7|8"):
+        DistillLoss(dense, ce_weight=0.0)(torch.randn(1, 8, 16, 24), batch.label, batch.target)

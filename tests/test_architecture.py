@@ -1,0 +1,263 @@
+"""The rooms of DESIGN.md: which way imports run, what is exported, how large a file grows, what is never used."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "kdcache": ROOT / "kdcache",
+    "kdcache_kernels": ROOT / "kernels" / "kdcache_kernels",
+    "kdcache_cli": ROOT / "cli" / "kdcache_cli",
+}
+MODULES = {
+    ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+    for package, folder in PACKAGES.items()
+    for path in sorted(folder.rglob("*.py"))
+}
+MOST_LINES = 450
+PICKLE_ERRORS = {"UnpicklingError", "PickleError"}  # which torch raises: to name them is no use of pickle
+
+KERNELS, CLI = "kdcache_kernels", "kdcache_cli"
+ALLOWED = {
+    "errors": set[str](),
+    "data": {"errors"},
+    "models": {"errors"},
+    "store": {"errors"},
+    "distill": {KERNELS},
+    "evaluate": {"data", "models", "errors", KERNELS},
+    "teacher": {"data", "models", "store", "evaluate", "errors", KERNELS},
+    "train": {"data", "models", "store", "evaluate", "distill", "errors"},
+}
+"""Room -> rooms it may import from."""
+
+EXPORTED = [
+    "BuildOptions",
+    "CacheDataset",
+    "DistillLoss",
+    "KDCacheError",
+    "LabelledDataset",
+    "Target",
+    "build_cache",
+    "build_model",
+    "evaluate_model",
+    "load_run",
+    "load_teacher",
+    "open_cache",
+    "open_split",
+]
+
+
+def room_of(module: str) -> str:
+    """`kdcache.data.view` is in the room `data`; the other packages are rooms themselves."""
+    package, _, rest = module.partition(".")
+    return (rest.partition(".")[0] or "kdcache") if package == "kdcache" else package
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Dotted names that a module imports, at any depth of its code; relative ones made absolute."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            # `from kdcache import errors` imports a room, not a name.
+            names = [f"{base}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES else base for name in names)
+
+
+def ours(name: str) -> bool:
+    return name.partition(".")[0] in PACKAGES
+
+
+def rooms_used(module: str) -> set[str]:
+    return {room_of(name) for name in imports_of(module) if ours(name)} - {room_of(module)}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_walk_finds_modules_and_imports() -> None:
+    assert {"kdcache", "kdcache.errors", "kdcache.train.trainer", "kdcache_kernels.ops", "kdcache_cli.app"} <= set(
+        MODULES
+    )
+    assert "kdcache_kernels.checks" in set(imports_of("kdcache_kernels.ops"))
+    assert rooms_used("kdcache.train.start") >= {"data", "store", "models", "distill", "evaluate", "errors"}
+
+
+def test_every_room_is_in_the_table() -> None:
+    assert {room_of(module) for module in MODULES} == {*ALLOWED, "kdcache", KERNELS, CLI}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_arrows_run_one_way(room: str) -> None:
+    wrong = {
+        module: sorted(used)
+        for module in MODULES
+        if room_of(module) == room and (used := rooms_used(module) - ALLOWED[room])
+    }
+    assert not wrong
+
+
+def test_rooms_form_no_circle() -> None:
+    def below(room: str, path: tuple[str, ...] = ()) -> None:
+        assert room not in path, path
+        for other in ALLOWED.get(room, ()):
+            below(other, (*path, room))
+
+    for room in ALLOWED:
+        below(room)
+
+
+def test_kernels_know_nothing_of_kdcache() -> None:
+    assert all(not rooms_used(module) for module in MODULES if room_of(module) == KERNELS)
+
+
+def test_kernels_serve_three_rooms() -> None:
+    users = {room_of(module) for module in MODULES if KERNELS in rooms_used(module)}
+    assert users <= {"distill", "teacher", "evaluate"}
+
+
+def test_nothing_imports_the_command_line() -> None:
+    assert not [module for module in MODULES if CLI in rooms_used(module)]
+
+
+def test_the_command_line_imports_the_library_alone() -> None:
+    assert not [module for module in MODULES if room_of(module) == CLI and KERNELS in rooms_used(module)]
+
+
+@pytest.mark.parametrize("foreign", ["torch", "torchvision", "triton"])
+def test_the_store_knows_no_models(foreign: str) -> None:
+    names = {name.partition(".")[0] for m in MODULES if room_of(m) == "store" for name in imports_of(m)}
+    assert foreign not in names
+
+
+def test_the_losses_know_tensors_alone() -> None:
+    roots = {n.partition(".")[0] for m in MODULES if room_of(m) in ("distill", KERNELS) for n in imports_of(m)}
+    assert not roots & {"zarr", "PIL", "torchvision", "pydantic", "typer", "safetensors"}
+
+
+def test_exported_names() -> None:
+    import kdcache
+
+    assert sorted(kdcache.__all__) == EXPORTED
+    for name in EXPORTED:
+        assert getattr(kdcache, name).__name__ == name
+    assert set(EXPORTED) <= set(dir(kdcache))
+    with pytest.raises(AttributeError, match="nothing"):
+        kdcache.nothing  # noqa: B018
+
+
+def test_type_checkers_see_what_is_exported() -> None:
+    tree = ast.parse(MODULES["kdcache"].read_text(encoding="utf-8"))
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module for node in guarded.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    import kdcache
+
+    assert seen == kdcache._HOMES
+
+
+@pytest.mark.parametrize("module", [m for m, path in MODULES.items() if path.name == "__init__.py"])
+def test_every_exported_name_is_there_with_a_docstring(module: str) -> None:
+    found = importlib.import_module(module)
+    names = getattr(found, "__all__", [])
+    assert len(set(names)) == len(names)
+    bare = []
+    for name in names:
+        value = getattr(found, name)
+        code = inspect.isfunction(value) or inspect.isclass(value)
+        # A dataclass without a docstring gets its signature as one.
+        if code and (not value.__doc__ or value.__doc__.startswith(f"{name}(")):
+            bare.append(name)
+    assert not bare
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    import tomllib
+
+    import kdcache
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert kdcache.__version__ == project["version"]
+
+
+def test_packages_are_all_listed_for_installation() -> None:
+    import tomllib
+
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert sorted(setup["packages"]) == sorted(m for m, path in MODULES.items() if path.name == "__init__.py")
+    assert setup["package-dir"] == {name: str(folder.relative_to(ROOT)) for name, folder in PACKAGES.items()}
+
+
+HEAVY = ("torch", "triton", "matplotlib", "torchvision", "zarr", "numba")
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import kdcache", HEAVY),
+        ("import kdcache_cli.app", HEAVY),
+        ("import kdcache.store", ("torch", "triton", "matplotlib", "torchvision")),
+        ("import kdcache.data", ("torch", "triton", "matplotlib", "zarr")),
+        ("import kdcache.models", ("torchvision", "matplotlib", "zarr")),
+        ("import kdcache.distill", ("torchvision", "matplotlib", "zarr", "kdcache.store", "kdcache.models")),
+        ("import kdcache.train", ("torchvision", "matplotlib", "kdcache.teacher")),
+    ],
+)
+def test_importing_is_light(code: str, absent: tuple[str, ...]) -> None:
+    done = run(f"import sys\n{code}\nprint([name for name in {absent!r} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_is_shown_without_torch() -> None:
+    code = (
+        "import sys\nsys.argv = ['kdcache', 'train-student', '--help']\nfrom kdcache_cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"found = [name for name in {HEAVY!r} if name in sys.modules]\nassert not found, found"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "--temperature" in done.stdout
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_described_and_not_too_long(module: str) -> None:
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    assert (ast.get_docstring(ast.parse(text)) or "").strip()
+
+
+def test_nothing_is_loaded_with_pickle() -> None:
+    wrong = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                function = ast.unparse(node.func)
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                unsafe = function.startswith(("pickle.", "dill.", "joblib.")) or keywords.get("allow_pickle") == "True"
+                unsafe |= function == "torch.load" and keywords.get("weights_only") != "True"
+                wrong += [(module, node.lineno, function)] if unsafe else []
+            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pickle."):
+                wrong += [(module, node.lineno, node.attr)] if node.attr not in PICKLE_ERRORS else []
+        wrong += [(module, name) for name in imports_of(module) if name in ("dill", "joblib", "shelve", "marshal")]
+    assert not wrong

@@ -1,0 +1,272 @@
+"""Small stores, small runs, and a process that trains in children which may be killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache.data import open_split
+from kdcache.models import build_model
+from kdcache.store import Cache, open_cache
+from kdcache.teacher import BuildOptions, Teacher, build_cache
+from kdcache.train import TrainConfig, make_config
+
+SCENES = "scenes:32x48,train=6,val=3"
+SIZE = (32, 48)
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bit for bit comparisons need equal thread counts, and a training makes torch deterministic for good."""
+    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def scenes() -> str:
+    """Six training and three validation images of 32 x 48."""
+    return SCENES
+
+
+@pytest.fixture(scope="session")
+def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a store and returns its path; by default of `scenes`, at 32 x 48, by a random but decided teacher."""
+
+    def make(data: str = SCENES, split: str = "train", model: torch.nn.Module | None = None, **options: Any) -> Path:
+        samples = open_split(data, split)
+        if model is None:
+            torch.manual_seed(11)
+            model = build_model("kdcache:tiny", len(samples.classes))
+            with torch.no_grad():
+                model.classifier.weight.mul_(60)
+        path = tmp_path_factory.mktemp("store") / "cache.zarr"
+        chosen = {"size": SIZE, "batch_size": 4, "shard_records": 4, **options}
+        build_cache(samples, Teacher(model.eval(), "test"), path, BuildOptions(**chosen))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cache_path(make_cache: Callable[..., Path]) -> Path:
+    """A dense store of `scenes` with its pixels."""
+    return make_cache()
+
+
+@pytest.fixture(scope="session")
+def cache(cache_path: Path) -> Cache:
+    return open_cache(cache_path)
+
+
+@pytest.fixture(scope="session")
+def source_path(make_cache: Callable[..., Path]) -> Path:
+    """A top-3 store of `scenes` without pixels."""
+    return make_cache(top_k=3, pixels="source")
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """Of a short run on labels alone; update it as needed."""
+    return {
+        "verb": "train-teacher",
+        "model": "kdcache:tiny",
+        "data": SCENES,
+        "val": SCENES,
+        "size": "32x48",
+        "iterations": 6,
+        "val_every": 3,
+        "log_every": 1,
+        "batch_size": 2,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture
+def student(cache_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a short distillation from a store."""
+    changed = {"verb": "train-student", "data": None, "size": None, "cache": str(cache_path), "method": "kl"}
+    return settings | changed
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> Callable[..., TrainConfig]:
+    """The short run's settings with some changed."""
+    return lambda **changes: make_config(**(settings | changes))
+
+
+@pytest.fixture
+def read_metrics() -> Callable[..., list[dict[str, Any]]]:
+    """Lines of a run's metrics.jsonl, of one kind if asked. Strict JSON: NaN is refused."""
+
+    def refuse(word: str) -> Any:
+        raise AssertionError(f"{word} is no JSON")
+
+    def read(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line, parse_constant=refuse) for line in lines]
+        return [row for row in rows if kind in (None, row["kind"])]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs code in a fresh interpreter with one thread, warnings being errors."""
+
+    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", "-c", code, *arguments]
+        return subprocess.run(
+            command, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+_NURSERY = """
+import json, os, sys, traceback
+import torch
+torch.set_num_threads(1)
+from kdcache.train import Interrupted, make_config, train
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        code = 0
+        try:
+            train(make_config(**job["settings"]), job["out"], resume=job["resume"])
+        except Interrupted as stop:
+            code = 130
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        os._exit(code)
+    print(pid, flush=True)
+    _, status = os.waitpid(pid, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Nursery:
+    """A process that has everything imported and forks a child for each training: quick to start, real to kill."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", _NURSERY],
+            env=os.environ | ONE_THREAD,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, settings: dict[str, Any], out: Path, *, resume: bool = False) -> int:
+        """Begin a training; returns its process id, which leads a process group of its own."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"settings": settings, "out": str(out), "resume": resume}) + "\n")
+        self._process.stdin.flush()
+        return self._line()
+
+    def wait(self) -> int:
+        """Exit code of the training; -9 after SIGKILL."""
+        return self._line()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+    def _line(self) -> int:
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Starts trainings in processes of their own."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def copy_run(tmp_path: Path) -> Callable[[Path], Path]:
+    """A copy of a run that a test may spoil."""
+
+    def copy(run: Path) -> Path:
+        return Path(shutil.copytree(run, tmp_path / f"copy-of-{run.name}"))
+
+    return copy
+
+
+_DROPOUT = """
+from torch import nn
+
+def build(num_classes=7):
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 5, 4, 2), nn.BatchNorm2d(12), nn.ReLU(), nn.Dropout(0.4), nn.Conv2d(12, num_classes, 1)
+    )
+"""
+
+_NAN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Conv2d(3, num_classes, 3, 4, 1)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        y = self.body(x)
+        return y * torch.nan if self.calls == 3 else y
+
+def build(num_classes=7):
+    return Net(num_classes)
+"""
+
+_TIED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, 4, 1)
+        self.left, self.right = nn.Conv2d(8, num_classes, 1), nn.Conv2d(8, num_classes, 1)
+        self.right.weight = self.left.weight
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.left(y) + self.right(-y)
+
+def build(num_classes=7):
+    return Net(num_classes)
+"""
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Spec of a model of one's own: `dropout`, `nan` (in the third training step) or `tied` weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, code in {"dropout": _DROPOUT, "nan": _NAN, "tied": _TIED}.items():
+        (folder / f"{name}.py").write_text(code)
+    return lambda name: f"{folder / name}.py:build"

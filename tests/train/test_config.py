@@ -1,0 +1,187 @@
+"""Settings of a training: ranges, recipe files, what the data fills in."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from kdcache.errors import RecipeError
+from kdcache.train import TrainConfig, make_config, read_config
+
+BASE: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": "x.zarr", "val": "x"}
+NAN, INFINITY = float("nan"), float("inf")
+
+WRONG = {
+    "verb": ["train", None],
+    "model": [None, 3],
+    "method": ["at", ""],
+    "size": ["32", "0x48", "32x", "32x48x3", "axb", (32,), (-1, 4)],
+    "ce_weight": [-0.1, NAN, INFINITY, "much"],
+    "kl_weight": [-1, NAN, INFINITY],
+    "temperature": [0, -1, NAN, INFINITY],
+    "distill_void": ["perhaps"],
+    "class_weights": ["mean"],
+    "iterations": [0, -5, 1.5],
+    "epochs": [0, -1],
+    "batch_size": [0, -1, 2.5],
+    "optimizer": ["lion"],
+    "lr": [0, -1e-3, NAN, INFINITY],
+    "weight_decay": [-1, NAN],
+    "momentum": [-0.1, 1.0, NAN],
+    "schedule": ["cosine"],
+    "power": [0, -1, NAN],
+    "warmup": [-1],
+    "clip_grad": [-1, NAN, INFINITY],
+    "amp": ["fp16"],
+    "augment": ["mixup"],
+    "scale": ["2:1", "0:1", "1", "1:2:3", (0.5,), (2.0, 0.5), (1.0, INFINITY)],
+    "flip": ["sideways"],
+    "jitter": [-0.1, 1.1, NAN],
+    "seed": [-1, 2**63],
+    "workers": [-1, 257],
+    "threads": [-1],
+    "val_every": [0],
+    "log_every": [0],
+    "gradients_every": [-1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_value_out_of_range_names_its_flag(name: str, value: object) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_config(**{**BASE, name: value})
+    flag = "--" + name.replace("_", "-")
+    # The order of a scale's ends is a rule over the whole, whose message names it.
+    assert flag in caught.value.received or (name == "scale" and "scale runs from small" in caught.value.received)
+
+
+def test_every_field_with_a_range_is_in_the_table() -> None:
+    free = {"data", "split", "val", "val_split", "cache", "init", "device"}
+    assert set(WRONG) == set(TrainConfig.model_fields) - free
+
+
+def test_unknown_settings_are_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match="--learning-rate"):
+        make_config(**BASE, learning_rate=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"iterations": 5, "epochs": 2}, "iterations or epochs"),
+        ({"ce_weight": 0, "method": "none"}, "every loss weight is 0"),
+        ({"ce_weight": 0, "kl_weight": 0, "method": "kl"}, "every loss weight is 0"),
+        ({"cache": None, "data": "x", "method": "kl"}, "cache"),
+        ({"cache": None}, "data"),
+        ({"schedule": "plateau", "val": None}, "val"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_config(**(BASE | changes))
+    assert named in caught.value.received
+
+
+floats = st.floats(1e-9, 1e6)
+names = st.text("abcXYZ019 äß/\\\"'#=:.-_\n", min_size=1, max_size=12)
+VALID = {
+    "verb": st.sampled_from(["train-teacher", "train-student"]),
+    "model": names,
+    "split": names,
+    "val": names,
+    "val_split": names,
+    "cache": names,
+    "data": st.none() | names,
+    "method": st.sampled_from(["none", "kl"]),
+    "size": st.none() | st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+    "init": st.none() | names,
+    "ce_weight": floats,
+    "kl_weight": st.just(0.0) | floats,
+    "temperature": floats,
+    "distill_void": st.booleans(),
+    "class_weights": st.sampled_from(["none", "median", "sqrt"]),
+    "batch_size": st.integers(1, 512),
+    "optimizer": st.sampled_from(["adamw", "adam", "sgd"]),
+    "lr": floats,
+    "weight_decay": st.just(0.0) | floats,
+    "momentum": st.floats(0, 1, exclude_max=True),
+    "schedule": st.sampled_from(["poly", "plateau", "constant"]),
+    "power": floats,
+    "warmup": st.integers(0, 1000),
+    "clip_grad": st.just(0.0) | floats,
+    "amp": st.sampled_from(["auto", "off", "bf16"]),
+    "augment": st.sampled_from(["warp", "replay", "none"]),
+    "scale": st.tuples(floats, floats).map(sorted).map(tuple),
+    "flip": st.booleans(),
+    "jitter": st.floats(0, 1),
+    "seed": st.integers(0, 2**63 - 1),
+    "workers": st.integers(0, 256),
+    "threads": st.integers(0, 64),
+    "device": st.sampled_from(["auto", "cpu", "cuda:1"]),
+    "val_every": st.none() | st.integers(1, 1000),
+    "log_every": st.integers(1, 1000),
+    "gradients_every": st.integers(0, 1000),
+}
+length = st.one_of(
+    st.fixed_dictionaries({"iterations": st.integers(1, 10**6)}),
+    st.fixed_dictionaries({"epochs": st.integers(1, 1000)}),
+    st.just({}),
+)
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(values=st.fixed_dictionaries({}, optional=VALID), extra=length)
+def test_a_recipe_file_reads_back_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], extra: dict[str, int]
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    config = make_config(**(BASE | values | extra))
+    (run / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert read_config(run) == config
+    assert not any("_" in key for key in tomllib.loads(config.to_toml()))
+
+
+def test_recipes_hold_what_one_types(config: Callable[..., TrainConfig]) -> None:
+    recipe = tomllib.loads(config(size="144x192", scale="0.5:2").to_toml())
+    assert recipe["size"] == "144x192"
+    assert recipe["scale"] == "0.5:2.0"
+    assert make_config(**BASE, size="144X192").size == (144, 192)
+
+
+def test_the_data_fills_in_size_and_iterations() -> None:
+    plain = make_config(**BASE).resolved(50, (32, 48))
+    assert (plain.size, plain.iterations, plain.val_every) == ((32, 48), 4000, 400)
+    given_size = make_config(**BASE, size="16x24", iterations=7).resolved(50, (32, 48))
+    assert (given_size.size, given_size.iterations, given_size.val_every) == ((16, 24), 7, 1)
+    assert make_config(**BASE, val_every=3).resolved(50, (32, 48)).val_every == 3
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch_size", "iterations"), [(3, 10, 4, 8), (1, 8, 8, 1), (1, 3, 8, 1), (10, 7, 7, 10)]
+)
+def test_epochs_round_up_to_whole_steps(epochs: int, samples: int, batch_size: int, iterations: int) -> None:
+    resolved = make_config(**BASE, epochs=epochs, batch_size=batch_size).resolved(samples, (8, 8))
+    assert resolved.iterations == iterations
+    assert resolved.epochs is None
+    assert resolved.resolved(samples, (8, 8)) == resolved
+
+
+@pytest.mark.parametrize("text", [None, "", "model = ", 'model = "x"', 'verb = "train-teacher"\nmodel = "m"\nlr = -1'])
+def test_a_broken_recipe_is_refused(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe\.toml"):
+        read_config(tmp_path)
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(RecipeError, match=r"recipe\.toml"):
+        read_config(tmp_path)

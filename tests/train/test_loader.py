@@ -1,0 +1,98 @@
+"""The order of a training: a pure function of seed and step, whoever renders."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from kdcache.data import open_split
+from kdcache.store import Cache, open_cache
+from kdcache.train import CacheDataset, LabelledDataset, Sample
+from kdcache.train.loader import Draws, make_loader
+
+
+def batches(dataset: CacheDataset, first: int, last: int, *, workers: int = 0, seed: int = 5) -> list[Sample]:
+    loader = make_loader(Draws(dataset, seed), first=first, last=last, batch_size=4, workers=workers, pin_memory=False)
+    return list(loader)
+
+
+def same(one: Sample, two: Sample) -> bool:
+    parts = zip((*one[:2], *one.target), (*two[:2], *two.target), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in parts)
+
+
+def test_a_loader_started_in_mid_run_goes_on_with_the_same_batches(cache: Cache) -> None:
+    dataset = CacheDataset(cache)
+    whole = batches(dataset, 0, 8)
+    assert len(whole) == 8
+    for first in (1, 3, 7):
+        rest = batches(dataset, first, 8)
+        assert all(same(a, b) for a, b in zip(rest, whole[first:], strict=True))
+    assert not batches(dataset, 8, 8)
+    assert not same(whole[0], batches(dataset, 0, 1, seed=6)[0])
+
+
+def test_the_same_sample_is_drawn_anew_each_epoch(cache: Cache) -> None:
+    draws = Draws(CacheDataset(cache), 0)
+    first = next(draw for draw in range(6) if draws.sample_index(draw) == 2)
+    second = next(draw for draw in range(6, 12) if draws.sample_index(draw) == 2)
+    assert not torch.equal(draws[first].target.window, draws[second].target.window)
+    windows = {tuple(draws[draw].target.window.tolist()) for draw in range(30)}
+    assert len(windows) == 30
+
+
+def test_an_epoch_visits_each_sample_once_and_batches_straddle_epochs(cache: Cache) -> None:
+    draws = Draws(CacheDataset(cache), 1)
+    steps = [draws.sample_ids(step, 4) for step in range(9)]
+    assert all(len(ids) == 4 for ids in steps)
+    order = list(itertools.chain.from_iterable(steps))
+    epochs = [order[at : at + 6] for at in range(0, 36, 6)]
+    assert all(Counter(epoch) == Counter(cache.ids) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_ids_of_a_step_are_those_of_its_samples(cache: Cache) -> None:
+    dataset = CacheDataset(cache, augment="none")
+    stored = {cache.ids[i]: torch.from_numpy(cache.read(i, ["pixels/image"])["pixels/image"]) for i in range(6)}
+    for step, batch in enumerate(batches(dataset, 0, 4)):
+        ids = Draws(dataset, 5).sample_ids(step, 4)
+        assert all(torch.equal(pixels, stored[name]) for pixels, name in zip(batch.pixels, ids, strict=True))
+
+
+def test_order_does_not_depend_on_what_was_asked_before(cache: Cache) -> None:
+    dataset = CacheDataset(cache)
+    forward = [Draws(dataset, 9).sample_index(draw) for draw in range(24)]
+    draws = Draws(dataset, 9)
+    backward = [draws.sample_index(draw) for draw in reversed(range(24))]
+    assert forward == backward[::-1]
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 + 7, 2**63 - 1])
+def test_every_seed_gives_an_order(cache: Cache, seed: int) -> None:
+    draws = Draws(CacheDataset(cache), seed)
+    assert sorted(draws.sample_index(draw) for draw in range(6)) == list(range(6))
+    assert draws[3].pixels.shape == (32, 48, 3)
+
+
+def test_worker_processes_give_the_same_batches(source_path: Path, scenes: str) -> None:
+    dataset = CacheDataset(open_cache(source_path), split=open_split(scenes, "train"))
+    alone = batches(dataset, 2, 6)
+    helped = batches(dataset, 2, 6, workers=2)
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_a_labelled_dataset_needs_no_target(scenes: str) -> None:
+    batch = batches(LabelledDataset(open_split(scenes, "train"), (32, 48)), 0, 1)[0]
+    assert batch.pixels.shape == (4, 32, 48, 3)
+    assert batch.target.values.numel() == 0
+    assert batch.target.window.shape == (4, 4)
+
+
+def test_an_ordinary_data_loader_takes_the_datasets(cache: Cache) -> None:
+    sizes = [len(batch.label) for batch in DataLoader(CacheDataset(cache), batch_size=4, shuffle=True)]
+    assert sizes == [4, 2]
