@@ -1,5 +1,6 @@
 """A trained model in its run folder: what it is (`model.json`) and its weights (`best`, `last`)."""
 
+import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +24,7 @@ class RunModel(BaseModel):
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
 
     def check_classes(self, names: tuple[str, ...], where: str) -> None:
         """Raises MismatchError when data has other classes than this model."""
@@ -47,6 +49,8 @@ def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
     partial = run / f".{which}.safetensors.partial"
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
     partial.replace(weights_path(run, which))
 
 

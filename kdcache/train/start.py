@@ -1,7 +1,8 @@
 """From settings to a trained run: what `train-teacher` and `train-student` do."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from kdcache.distill import DistillLoss
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.evaluate import Metrics, evaluate_model
 from kdcache.models import SegmentationModel, build_model
-from kdcache.models.run import RunModel, write_run_model
+from kdcache.models.run import DESCRIPTION, RunModel, read_run_model, write_run_model
 from kdcache.store import Cache, open_cache
 from kdcache.store.durable import disk_space_errors
+from kdcache.store.ledger import read_completion
 from kdcache.train.config import RECIPE, TrainConfig, read_config
 from kdcache.train.dataset import CacheDataset, DrawnDataset, LabelledDataset
 from kdcache.train.loader import Draws
@@ -45,15 +47,13 @@ def train(
         torch.set_num_threads(config.threads)
     dataset, classes, cache = _open_dataset(config)
     config = config.resolved(len(dataset), dataset.size)
-    _check_folder(config, run, resume)
+    _check_folder(config, run, resume, _trained_on(dataset, cache))
     val = _open_validation(config, classes)
     # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher.
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
     criterion = _criterion(config, model, dataset, cache)
-    _write_beginning(config, run, model, classes)
+    _write_beginning(config, run, model, classes, _trained_on(dataset, cache))
     trainer = Trainer(
         model,
         Draws(dataset, config.seed),
@@ -64,7 +64,19 @@ def train(
         validate=None if val is None else _validator(val, config, device, observer or Observer()),
         observer=observer,
     )
-    return trainer.train(resume=resume)
+    with _deterministic(device):
+        return trainer.train(resume=resume)
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a CPU a run repeats to the bit; the setting is the process's own, so it is put back."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def pick_device(name: str) -> torch.device:
@@ -182,7 +194,7 @@ def _criterion(
     )
 
 
-def _check_folder(config: TrainConfig, run: Path, resume: bool) -> None:
+def _check_folder(config: TrainConfig, run: Path, resume: bool, trained_on: str) -> None:
     """The run folder is new or empty, or holds this very run and may be resumed."""
     if not run.exists() or (run.is_dir() and all(path.name == RECIPE_PARTIAL for path in run.iterdir())):
         return
@@ -204,6 +216,11 @@ def _check_folder(config: TrainConfig, run: Path, resume: bool) -> None:
         for name in TrainConfig.model_fields
         if name not in FREE_ON_RESUME and getattr(config, name) != getattr(before, name)
     ]
+    # Folders may move, what is in them may not change.
+    if (config.val is None) != (before.val is None):
+        changed.append(f"--val {config.val} (was {before.val})")
+    if (run / DESCRIPTION).is_file() and read_run_model(run).trained_on not in ("", trained_on):
+        changed.append("another store or data set than it was begun with")
     if changed:
         raise RecipeError(
             "a run resumes with the settings it was begun with",
@@ -212,7 +229,19 @@ def _check_folder(config: TrainConfig, run: Path, resume: bool) -> None:
         )
 
 
-def _write_beginning(config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList) -> None:
+def _trained_on(dataset: DrawnDataset, cache: Cache | None) -> str:
+    """What identifies the samples of a run: the seal of its store, or the ids and classes of its data."""
+    if cache is None:
+        assert isinstance(dataset, LabelledDataset)
+        return f"data {dataset.split.digest()}"
+    completion = read_completion(cache.path)
+    assert completion is not None
+    return f"store {completion.ledger_sha256}"
+
+
+def _write_beginning(
+    config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList, trained_on: str
+) -> None:
     """What a reader of the folder needs, before the first step."""
     assert config.size is not None
     with disk_space_errors(run):
@@ -227,6 +256,7 @@ def _write_beginning(config: TrainConfig, run: Path, model: SegmentationModel, c
             size=config.size,
             mean=model.mean,
             std=model.std,
+            trained_on=trained_on,
         )
         write_run_model(run, about)
         write_json(run / "environment.json", environment())

@@ -218,6 +218,22 @@ def test_changed_settings_are_refused_and_named(
     assert content(run) == before
 
 
+def test_another_store_or_a_dropped_validation_is_refused(
+    finished: tuple[dict[str, Any], Path], make_cache: Callable[..., Path]
+) -> None:
+    settings, run = finished
+    before = content(run)
+    for changes, what in (({"cache": str(make_cache(top_k=3))}, "another store"), ({"val": None}, "--val None")):
+        with pytest.raises(RecipeError) as caught:
+            go(settings | changes, run, resume=True)
+        assert what in caught.value.received
+    assert content(run) == before
+
+
+def test_the_process_keeps_its_own_determinism_setting(finished: tuple[dict[str, Any], Path]) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_what_changes_no_number_may_change_on_resume(finished: tuple[dict[str, Any], Path]) -> None:
     settings, run = finished
     weights = (run / WEIGHTS[0]).read_bytes()
