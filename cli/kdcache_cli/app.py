@@ -1,17 +1,33 @@
 """The Typer app and its one door: errors become a panel and an exit code."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.panel import Panel
 from rich.text import Text
+from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
 from kdcache_cli import cache, data, demo, evaluate, models, train
 from kdcache_cli.console import ERRORS
 
+
+class _Verbs(TyperGroup):
+    """Says what Ctrl-C leaves behind; Typer itself would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ERRORS.print("\nInterrupted. What was finished is kept: run the same command again to go on.")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="kdcache",
+    cls=_Verbs,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -40,22 +56,23 @@ app.command("verify", rich_help_panel="Look")(cache.verify)
 app.command("demo", rich_help_panel="Look")(demo.demo)
 
 
-def main() -> None:
-    """Run the command line: 0 done, 1 a check failed, 2 wrong input, 130 interrupted."""
-    debug = "--debug" in sys.argv[1:]
-    if debug:
-        # Allowed after the verb too, where people add it.
-        sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.
+
+    Args:
+        args: the words after `kdcache`; default the process's own.
+    """
+    given = sys.argv[1:] if args is None else args
+    # Allowed after the verb too, where people add it.
+    words = [word for word in given if word != "--debug"]
+    debug = len(words) < len(given)
     try:
-        app()
+        app(args=words)
     except KDCacheError as error:
         if debug:
             raise
         _show(error.rule, error.received, error.remedy)
         sys.exit(2)
-    except KeyboardInterrupt:
-        ERRORS.print("\nInterrupted. What was finished is kept: run the same command again to go on.")
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise

@@ -45,6 +45,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         raise RecipeError(
             "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
         ) from error
+    # A run's own recipe names its verb and every setting there is, also those that this verb has no flag for.
+    resolved = "verb" in recipe
     verb = recipe.pop("verb", context.info_name)
     if verb != context.info_name:
         raise RecipeError(
@@ -57,6 +59,8 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in recipe.items():
         name = key.replace("-", "_")
         if name not in known:
+            if resolved and name in _of_any_training():
+                continue
             near = difflib.get_close_matches(name, known, n=1)
             raise RecipeError(
                 "a recipe's keys are the verb's flags",
@@ -66,6 +70,12 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         values[name] = value
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _of_any_training() -> set[str]:
+    from kdcache.train import TrainConfig  # imports torch
+
+    return set(TrainConfig.model_fields)
 
 
 Recipe = Annotated[

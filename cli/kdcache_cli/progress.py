@@ -22,7 +22,7 @@ class TrainingProgress(Observer):
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
         assert self._task is not None
-        terms = " ".join(f"{name} {values[name]:.3f}" for name in ("ce", "kl") if values[name])
+        terms = " ".join(f"{name} {values[name]:.3f}" for name in ("ce", "kl") if values["kl"])
         speed = f"{values['images_per_second']:.1f} img/s, {100 * values['wait_share']:.0f} % waiting"
         self._bar.update(self._task, completed=step, note=f"loss {values['loss']:.3f} {terms} {speed}{self._miou}")
 
@@ -35,5 +35,7 @@ class TrainingProgress(Observer):
         self._bar.update(self._task, note=f"validating {done}/{total}{self._miou}")
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        assert self._task is not None
         self._miou = f" mIoU {100 * metrics.miou:.2f}"
+        self._bar.update(self._task, completed=step, note=self._miou.strip())
         ERRORS.print(f"  iteration {step}:{self._miou}{' (best)' if best else ''}")

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import StoreError
+
+_ROOM_BYTES = 2**20  # with less, a failed write is taken for a full disk
 
 
 def sync_path(path: Path) -> None:
@@ -61,11 +64,20 @@ def disk_space_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's 'no space' into a StoreError that says what is safe and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if not _is_full(error, path):
             raise
         raise StoreError(
             "the disk must have room for what is written",
             received=f"no space left while writing {path}",
             remedy="free some space and run the same command again: finished shards are kept, it continues",
         ) from error
+
+
+def _is_full(error: Exception, path: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors and torch.save lose the error number; torch the words as well.
+    if "No space left" in str(error):
+        return True
+    return "inline_container" in str(error) and shutil.disk_usage(path.parent).free < _ROOM_BYTES

@@ -71,7 +71,7 @@ def check_sizes(store: Path, record: ShardRecord) -> None:
         path = store / key
         try:
             size = path.stat().st_size
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise damaged(path, "the file is missing") from error
         if size != expected.bytes:
             raise damaged(path, f"it has {size} bytes, the ledger says {expected.bytes}")
@@ -82,7 +82,9 @@ def damaged_files(store: Path, record: ShardRecord) -> list[str]:
     return [
         key
         for key, expected in record.files.items()
-        if not (store / key).is_file() or file_digest(store / key) != expected.sha256
+        if not (store / key).is_file()
+        or (store / key).stat().st_size != expected.bytes
+        or file_digest(store / key) != expected.sha256
     ]
 
 
@@ -128,11 +130,15 @@ def check_metadata(store: Path, completion: Completion, metadata_keys: Iterable[
     for key in metadata_keys:
         path = store / key
         if not path.is_file() or file_digest(path) != completion.metadata.get(key):
-            raise CorruptError(
-                "a store's metadata must be what was sealed",
-                received=f"{path} was changed or removed",
-                remedy="restore that file from a copy of the store, or build into a new folder",
-            )
+            raise damaged_metadata(path)
+
+
+def damaged_metadata(path: Path) -> CorruptError:
+    return CorruptError(
+        "a store's metadata must be what was written",
+        received=f"{path} was changed or removed",
+        remedy="restore that file from a copy of the store, or build into a new folder",
+    )
 
 
 def damaged(path: Path, what: str) -> CorruptError:

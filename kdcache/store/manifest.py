@@ -5,6 +5,7 @@ is misread teaches the wrong thing without a sound.
 """
 
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,9 +91,10 @@ class Fingerprint(Part):
             for name in ("spec", "weights", "precision", "mean", "std", "class_map")
             if getattr(self, name) != getattr(other, name)
         ]
-        scale = max((abs(value) for value in self.probe), default=0.0)
+        scale = max((abs(value) for value in self.probe if math.isfinite(value)), default=0.0)
         far = len(self.probe) != len(other.probe) or any(
-            abs(a - b) > 0.01 * scale + 1e-4 for a, b in zip(self.probe, other.probe, strict=True)
+            repr(a) != repr(b) and not abs(a - b) <= 0.01 * scale + 1e-4  # NaN is no less than anything
+            for a, b in zip(self.probe, other.probe, strict=True)
         )
         if far:
             found.append("probe: the same weights give other logits on the two fixed images")
@@ -123,6 +125,12 @@ class Manifest(Part):
     features: dict[Name, Feature] = {}
     teacher: Fingerprint
     build: Build
+
+    @model_validator(mode="after")
+    def _has_the_head_that_is_read(self) -> "Manifest":
+        if "segmentation" not in self.heads:
+            raise ValueError("heads has no 'segmentation'")
+        return self
 
     @model_validator(mode="after")
     def _records_are_views_of_samples(self) -> "Manifest":

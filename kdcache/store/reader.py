@@ -6,6 +6,7 @@ Opening checks presence, sizes and the seal; the first read of a chunk checks it
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import zarr
 from kdcache.errors import IncompleteError, StoreError
 from kdcache.store import ledger
 from kdcache.store.manifest import Head, Manifest, parse_manifest
-from kdcache.store.schema import ArraySpec, metadata_keys, record_arrays
+from kdcache.store.schema import SAMPLE_ARRAYS, ArraySpec, metadata_keys, record_arrays
 
 Array = np.ndarray[Any, Any]
+# What zarr-python raises over malformed JSON, unknown codecs, failed checksums and missing nodes.
+_ZARR_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zarr.errors.BaseZarrError)
 
 
 class Cache:
@@ -68,9 +71,7 @@ class Cache:
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """Sample ids, in sample order."""
-        text = self._whole("samples/id_bytes").tobytes()
-        ends = self._whole("samples/id_ends").tolist()
-        return tuple(text[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=True)) if ends else ()
+        return read_ids(self.path)
 
     def column(self, name: str) -> Array:
         """`records/<name>` of all records, (R, ...)."""
@@ -92,7 +93,7 @@ class Cache:
     def _read(self, path: str, rows: int | slice) -> Array:
         try:
             return np.asarray(self._array(path)[rows])
-        except (ValueError, RuntimeError, OSError, TypeError) as error:
+        except (*_ZARR_ERRORS, OSError) as error:
             raise ledger.damaged(self.path / path, f"rows {rows} cannot be read ({error})") from error
 
     def _whole(self, path: str) -> Array:
@@ -100,17 +101,14 @@ class Cache:
 
     def _array(self, path: str) -> zarr.Array[Any]:
         if path not in self._arrays:
-            array = self._group.get(path)
-            if not isinstance(array, zarr.Array):
+            spec = self.specs.get(path)
+            if spec is None:
                 raise StoreError(
                     "a reader asks for arrays that the store has",
                     received=f"{self.path} has no array {path}; it has {', '.join(self.specs)}",
                     remedy="build the store with what the run needs (see build-teacher-cache --help)",
                 )
-            spec = self.specs.get(path)
-            if spec is not None:
-                _check_array(self.path, array, spec, len(self))
-            self._arrays[path] = array
+            self._arrays[path] = open_array(self.path, self._group, spec, len(self))
         return self._arrays[path]
 
 
@@ -162,15 +160,28 @@ def _open_group(path: Path) -> zarr.Group:
         )
     try:
         return zarr.open_group(path, mode="r")
-    except (ValueError, TypeError, KeyError, zarr.errors.BaseZarrError) as error:
+    except _ZARR_ERRORS as error:
         raise ledger.damaged(path / "zarr.json", f"not the metadata of a Zarr group ({error})") from error
 
 
-def _check_array(store: Path, array: zarr.Array[Any], spec: ArraySpec, records: int) -> None:
-    """The array has the shape and type that the manifest implies."""
-    expected = (records, *spec.shape)
-    if array.shape != expected or array.dtype != np.dtype(spec.dtype):
-        raise ledger.damaged(
-            store / spec.path,
-            f"{array.dtype} of shape {array.shape}, the manifest implies {spec.dtype} {expected}",
-        )
+def open_array(store: Path, group: zarr.Group, spec: ArraySpec, records: int) -> zarr.Array[Any]:
+    """An array of the schema. Raises CorruptError when it has not the shape and type that the manifest implies."""
+    try:
+        array = group[spec.path]
+    except _ZARR_ERRORS as error:
+        raise ledger.damaged_metadata(store / spec.path / "zarr.json") from error
+    shape = (records, *spec.shape)
+    if not isinstance(array, zarr.Array) or array.shape != shape or array.dtype != np.dtype(spec.dtype):
+        raise ledger.damaged_metadata(store / spec.path / "zarr.json")
+    return array
+
+
+def read_ids(store: Path) -> tuple[str, ...]:
+    """Sample ids, in sample order; of a store that may still be half built."""
+    group = _open_group(store)
+    try:
+        text, ends = (np.asarray(group[path][...]) for path in SAMPLE_ARRAYS)  # type: ignore[index]
+        starts = [0, *ends.tolist()]
+        return tuple(text[a:b].tobytes().decode() for a, b in pairwise(starts))
+    except _ZARR_ERRORS as error:
+        raise ledger.damaged_metadata(store / "samples") from error

@@ -7,7 +7,8 @@ that dies leaves finished shards, which a later one keeps, and at most one unfin
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kdcache.errors import CorruptError, MismatchError, StoreError
 from kdcache.store import ledger
 from kdcache.store.durable import disk_space_errors, sync_path, sync_with_parents
 from kdcache.store.manifest import Manifest
-from kdcache.store.reader import read_manifest
+from kdcache.store.reader import open_array, read_ids, read_manifest
 from kdcache.store.schema import create_arrays, metadata_keys, record_arrays, shard_key
 
 
@@ -38,7 +39,7 @@ class StoreWriter:
         self._specs = record_arrays(manifest)
         with zarr.config.set({"array.write_empty_chunks": True}):
             group = zarr.open_group(path, mode="r+")
-            self._arrays = {spec.path: _array(group, spec.path) for spec in self._specs}
+            self._arrays = {spec.path: open_array(path, group, spec, manifest.records) for spec in self._specs}
 
     @property
     def missing(self) -> list[int]:
@@ -54,14 +55,16 @@ class StoreWriter:
         Raises: StoreError when the disk is full; nothing half written counts as written.
         """
         first, last = self.manifest.shard_range(shard)
+        keys = [shard_key(spec, shard) for spec in self._specs]
         # A task per chunk costs more than encoding it: let Zarr take the chunks of a shard together.
         with disk_space_errors(self.path), zarr.config.set({"codec_pipeline.batch_size": last - first}):
-            for spec in self._specs:
+            for spec, key in zip(self._specs, keys, strict=True):
                 rows = arrays[spec.path]
                 assert rows.shape == (last - first, *spec.shape), (spec.path, rows.shape)
                 assert rows.dtype == spec.dtype, (spec.path, rows.dtype)
+                # Zarr reads a shard that is there before it writes, and fails on a damaged one.
+                (self.path / key).unlink(missing_ok=True)
                 self._arrays[spec.path][first:last] = rows
-            keys = [shard_key(spec, shard) for spec in self._specs]
             for key in keys:
                 sync_with_parents(self.path / key, self.path)
             ledger.publish_shard(self.path, shard, (first, last), keys)
@@ -93,8 +96,13 @@ def open_writer(path: Path, manifest: Manifest, ids: Sequence[str]) -> StoreWrit
         StoreError: the folder holds something else, or another process is building here.
         MismatchError: a store is there that was begun with other inputs; it is left as it is.
     """
-    if not (path / "zarr.json").exists():
-        _create(path, manifest, ids)
+    _check_place(path)
+    with disk_space_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Of several processes that start at once, one makes the store.
+        with _locked(path.parent):
+            if not (path / "zarr.json").exists():
+                _create(path, manifest, ids)
     lock = _lock(path)
     try:
         present = read_manifest(path)
@@ -105,9 +113,7 @@ def open_writer(path: Path, manifest: Manifest, ids: Sequence[str]) -> StoreWrit
                 received=f"{path} differs in " + "; ".join(differences),
                 remedy="repeat the first command exactly, or give another --out",
             )
-        completion = ledger.read_completion(path)
-        if completion is not None:
-            ledger.check_metadata(path, completion, metadata_keys(present))
+        _check_metadata(path, present, ids)
         for leftover in path.rglob("*.partial"):
             leftover.unlink()
         writer = StoreWriter(path, present, lock)
@@ -118,28 +124,60 @@ def open_writer(path: Path, manifest: Manifest, ids: Sequence[str]) -> StoreWrit
     return writer
 
 
-def _create(path: Path, manifest: Manifest, ids: Sequence[str]) -> None:
-    """Make an empty store beside its place and move it there whole: a crash leaves no half-made folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+def _check_place(path: Path) -> None:
+    """A store is made in a new or empty folder; what else is there is the user's."""
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir() or (there == path and not (path / "zarr.json").exists() and any(path.iterdir())):
         raise StoreError(
             "--out is a new or empty folder, or a store to continue",
-            received=f"{path} holds something else",
+            received=f"{there} holds something else" if there.is_dir() else f"{there} is a file",
             remedy="give another --out, or empty it yourself if nothing in it is needed",
         )
-    with disk_space_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        begun = path.with_name(f".{path.name}.begun")
+
+
+def _create(path: Path, manifest: Manifest, ids: Sequence[str]) -> None:
+    """Make an empty store beside its place and move it there whole: a crash leaves no half-made folder."""
+    begun = path.with_name(f".{path.name}.begun")
+    shutil.rmtree(begun, ignore_errors=True)
+    try:
+        group = zarr.open_group(begun, mode="w", attributes={"kdcache": manifest.model_dump(mode="json")})
+        create_arrays(group, manifest, ids)
+        (begun / ledger.FOLDER).mkdir()
+        for key in metadata_keys(manifest):
+            sync_with_parents(begun / key, begun)
+        begun.rename(path)
+    finally:
         shutil.rmtree(begun, ignore_errors=True)
-        try:
-            group = zarr.open_group(begun, mode="w", attributes={"kdcache": manifest.model_dump(mode="json")})
-            create_arrays(group, manifest, ids)
-            (begun / ledger.FOLDER).mkdir()
-            for key in metadata_keys(manifest):
-                sync_with_parents(begun / key, begun)
-            begun.rename(path)
-        finally:
-            shutil.rmtree(begun, ignore_errors=True)
-        sync_path(path.parent)
+    sync_path(path.parent)
+
+
+def _check_metadata(path: Path, manifest: Manifest, ids: Sequence[str]) -> None:
+    """What a build does not write again is as it was made: by the seal, or by what it must say."""
+    keys = metadata_keys(manifest)
+    try:
+        completion = ledger.read_completion(path)
+    except CorruptError:
+        completion = None
+        (path / ledger.COMPLETE).unlink()
+    if completion is not None:
+        ledger.check_metadata(path, completion, keys)
+        return
+    for key in keys:
+        if not (path / key).is_file():
+            raise ledger.damaged_metadata(path / key)
+    if read_ids(path) != tuple(ids):
+        raise ledger.damaged_metadata(path / "samples")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for and hold the lock of a folder."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lock(path: Path) -> int:
@@ -159,23 +197,23 @@ def _lock(path: Path) -> int:
 
 def _whole_shards(path: Path, manifest: Manifest) -> set[int]:
     """Shards that the ledger lists and whose files hold what was written. The rest lose their record."""
-    whole = set[int]()
-    for shard in range(manifest.shards):
-        try:
-            record = ledger.read_shard_record(path, shard)
-        except CorruptError:
-            record = None
-        if record is not None and not ledger.damaged_files(path, record):
-            whole.add(shard)
-            continue
-        if ledger.record_path(path, shard).exists():
-            # Unseal first: a store with a shard in doubt must not open.
-            (path / ledger.COMPLETE).unlink(missing_ok=True)
-            ledger.record_path(path, shard).unlink()
+    whole = {shard for shard in range(manifest.shards) if _is_whole(path, manifest, shard)}
+    if len(whole) < manifest.shards:
+        # Unseal first: a store with a shard in doubt must not open.
+        (path / ledger.COMPLETE).unlink(missing_ok=True)
+    for shard in set(range(manifest.shards)) - whole:
+        ledger.record_path(path, shard).unlink(missing_ok=True)
     return whole
 
 
-def _array(group: zarr.Group, path: str) -> zarr.Array[Any]:
-    array = group[path]
-    assert isinstance(array, zarr.Array), path
-    return array
+def _is_whole(path: Path, manifest: Manifest, shard: int) -> bool:
+    try:
+        record = ledger.read_shard_record(path, shard)
+    except CorruptError:
+        return False
+    return (
+        record is not None
+        and (record.shard, record.records) == (shard, manifest.shard_range(shard))
+        and set(record.files) == {shard_key(spec, shard) for spec in record_arrays(manifest)}
+        and not ledger.damaged_files(path, record)
+    )

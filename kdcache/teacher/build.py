@@ -99,9 +99,9 @@ def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int) -> dict
     packed = {"targets/segmentation/values": values}
     if indices is not None and tail is not None:
         packed |= {"targets/segmentation/indices": indices, "targets/segmentation/tail": tail}
-    # fp16 ends at 65504: beyond, a feature saturates instead of becoming infinite.
+    # fp16 ends at 65504: beyond, a finite feature saturates. An infinite one stays so, to be refused.
     limit = torch.finfo(torch.float16).max
-    packed |= {f"features/{tap}": f.clamp(-limit, limit).half() for tap, f in features.items()}
+    packed |= {f"features/{tap}": f.clamp(-limit, limit).where(f.isfinite(), f).half() for tap, f in features.items()}
     return packed
 
 
@@ -133,10 +133,10 @@ def _taught(
             raise out_of_memory(options.batch_size, error) from error
         following = (inputs, *_to_host(packed, options.device))
         if launched is not None:
-            yield launched[0], _fetch(*launched)
+            yield launched[0], _fetch(split, *launched)
         launched = following
     if launched is not None:
-        yield launched[0], _fetch(*launched)
+        yield launched[0], _fetch(split, *launched)
 
 
 def _batches(manifest: Manifest, shard: int) -> list[range]:
@@ -154,7 +154,9 @@ def _to_host(packed: dict[str, Tensor], device: torch.device) -> tuple[dict[str,
     return host, event
 
 
-def _fetch(inputs: list[Rendered], packed: dict[str, Tensor], event: torch.cuda.Event | None) -> dict[str, Array]:
+def _fetch(
+    split: Split, inputs: list[Rendered], packed: dict[str, Tensor], event: torch.cuda.Event | None
+) -> dict[str, Array]:
     """The arrays of a batch, once its copy is through. Raises ModelError for logits that are no numbers."""
     if event is not None:
         event.synchronize()
@@ -165,7 +167,7 @@ def _fetch(inputs: list[Rendered], packed: dict[str, Tensor], event: torch.cuda.
                 bad = inputs[int((~finite).nonzero()[0])].record
                 raise ModelError(
                     "a teacher's output must be finite",
-                    received=f"NaN or infinity in {path} of record {bad}",
+                    received=f"NaN or infinity in {path} of record {bad}, {split.ids[bad]}",
                     remedy="check the teacher's weights and normalisation; use --precision float32",
                 )
     return {path: tensor.numpy() for path, tensor in packed.items()}

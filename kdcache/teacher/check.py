@@ -90,8 +90,10 @@ def compare_teacher(
 
     Args:
         split: the data set; needed when the store keeps no pixels, used to find drift otherwise.
-    Raises: MismatchError when the store keeps no pixels and no data set is given.
+    Raises: MismatchError when the store keeps no pixels and no data set is given, or another one than it was
+        built from.
     """
+    _check_split(cache, split)
     precision: Precision = cache.manifest.teacher.precision  # type: ignore[assignment]
     teacher.model.eval().to(device)
     differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
@@ -132,14 +134,27 @@ def compare_teacher(
     )
 
 
-def _pixels(cache: Cache, split: Split | None, records: list[int]) -> Iterator[tuple[int, Array, bool]]:
-    """(record, pixels as taught, whether the data set now renders other pixels)."""
+def _check_split(cache: Cache, split: Split | None) -> None:
+    """A store without pixels needs its data set; record n of a store is sample n of that one only."""
+    about = cache.manifest.dataset
     if split is None and not cache.pixels_stored:
         raise MismatchError(
             "a store without pixels is compared with the help of its data set",
             received=f"{cache.path} was built with --pixels source, and no data set was given",
-            remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
+            remedy=f"add --data (the folder of {about.name!r})",
         )
+    if split is not None and split.digest() != about.ids_digest:
+        raise MismatchError(
+            "a store is compared with the data set it was built from",
+            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes) "
+            f"against {about.name!r}, split {about.split!r} ({about.samples} samples, "
+            f"{len(about.class_names)} classes)",
+            remedy="give the original data set with --data and --split",
+        )
+
+
+def _pixels(cache: Cache, split: Split | None, records: list[int]) -> Iterator[tuple[int, Array, bool]]:
+    """(record, pixels as taught, whether the data set now renders other pixels)."""
     checksums = cache.column("pixel_checksum")
     for record in records:
         drift = False

@@ -1,5 +1,6 @@
 """Where a teacher comes from: a run folder, `SPEC@FILE` or `SPEC@default`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from kdcache.models import ClassMapped, SegmentationModel, build_model, read_cla
 from kdcache.models.run import DESCRIPTION, load_run
 
 RGB = tuple[float, float, float]
+# The first @ after a spec's last part, which is a name: either path may have one of its own.
+_SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ def load_teacher(
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
     size, names, notes = None, None, list[str]()
-    if "@" in origin and not (Path(origin) / DESCRIPTION).is_file():
-        spec, _, weights = origin.rpartition("@")
+    weighted = _SPEC_WITH_WEIGHTS.fullmatch(origin)
+    if weighted and not (Path(origin) / DESCRIPTION).is_file():
+        spec, weights = weighted.groups()
         model = build_model(spec, None, weights=weights, mean=mean, std=std)
         report = model.load_report
         if report is not None and report.unused_auxiliary:

@@ -1,0 +1,88 @@
+"""A small world that the command line itself has made, and ways to run the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdcache.data import write_scenes
+from kdcache_cli.app import main
+from kdcache_cli.console import ERRORS, OUT
+
+WIDTH = 300  # of a line, so that no message is broken where a test looks
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def in_process(*words: object) -> Ended:
+    out, err = io.StringIO(), io.StringIO()
+    widths = OUT.width, ERRORS.width
+    OUT.width = ERRORS.width = WIDTH
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+    finally:
+        OUT.width, ERRORS.width = widths
+        torch.use_deterministic_algorithms(deterministic)
+    return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Ended]:
+    """cli(word, ...): the command line in this process, errors and all."""
+    return in_process
+
+
+@pytest.fixture(scope="session")
+def spawn() -> Callable[..., subprocess.Popen[str]]:
+    """spawn(word, ...): `python -m kdcache_cli` on its own."""
+
+    def start(*words: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": str(WIDTH)}
+        command = [sys.executable, "-m", "kdcache_cli", *map(str, words)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/ (a folder), teacher/ (a run), store.zarr, source.zarr (without pixels): made once, not to be touched."""
+    root = tmp_path_factory.mktemp("made")
+    write_scenes(root / "data", "scenes:36x52,train=6,val=2")
+    teacher = f"train-teacher --data {root}/data --model kdcache:tiny --size 32x48 --iterations 4 --batch-size 2"
+    build = f"build-teacher-cache --data {root}/data --teacher {root}/teacher --shard-records 4"
+    for command in (
+        f"{teacher} --val-every 4 --out {root}/teacher",
+        f"{build} --out {root}/store.zarr",
+        f"{build} --pixels source --out {root}/source.zarr",
+    ):
+        ended = in_process(*command.split())
+        assert ended.code == 0, ended.err
+    return root
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of all of it, to be damaged."""
+    return shutil.copytree(made, tmp_path / "world")

@@ -1,0 +1,75 @@
+"""What every room's tests share: one thread, folders compared byte for byte, a disk that fills up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+Tree = dict[str, bytes]
+
+_MEMORY = Path("/dev/shm")
+_MEMORY_BYTES = 2**30  # a container's 64 MiB are too few
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary folders in memory where there is room: a store syncs every file, and a disk takes its time."""
+    if config.option.basetemp is None and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES:
+        config.option.basetemp = tempfile.mkdtemp(prefix="kdcache-tests-", dir=_MEMORY)
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], Tree]:
+    """Every file below a folder with its bytes; empty for a folder that is not there."""
+    return lambda top: {p.relative_to(top).as_posix(): p.read_bytes() for p in sorted(top.rglob("*")) if p.is_file()}
+
+
+class SmallDisk:
+    """A file system in memory that is `size_kib` large and can grow."""
+
+    def __init__(self, path: Path, size_kib: int) -> None:
+        self.path = path
+        self._mount("-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs")
+
+    def grow(self, size_kib: int) -> None:
+        self._mount("-o", f"remount,size={size_kib}k")
+
+    def _mount(self, *options: str) -> None:
+        subprocess.run(["mount", *options, str(self.path)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], SmallDisk]]:
+    """A function that mounts a small disk (KiB); unmounted at the end."""
+    mounted = []
+
+    def mount(size_kib: int) -> SmallDisk:
+        if os.geteuid() != 0:
+            pytest.skip("only root can mount a small tmpfs")
+        path = tmp_path / f"disk{len(mounted)}"
+        path.mkdir()
+        try:
+            disk = SmallDisk(path, size_kib)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"tmpfs cannot be mounted here: {error}")
+        mounted.append(path)
+        return disk
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)

@@ -1,0 +1,142 @@
+"""Small stores made of synthetic arrays, through the writer alone: no teacher, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdcache.store import Manifest, open_writer
+from kdcache.store.manifest import Build, Dataset, Feature, Fingerprint, Head, View
+from kdcache.store.schema import record_arrays
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass
+class Plan:
+    """A manifest, the ids and every array whole; `write` makes a store of them."""
+
+    manifest: Manifest
+    ids: list[str]
+    arrays: Arrays
+
+    def rows(self, shard: int) -> Arrays:
+        first, last = self.manifest.shard_range(shard)
+        return {path: array[first:last] for path, array in self.arrays.items()}
+
+    def write(self, path: Path, order: list[int] | None = None, *, seal: bool = True) -> Path:
+        """Write the shards of `order` (default: what is missing); sealed when all are there."""
+        with open_writer(path, self.manifest, self.ids) as writer:
+            for shard in writer.missing if order is None else order:
+                writer.write_shard(shard, self.rows(shard))
+            if seal and not writer.missing:
+                writer.seal()
+        return path
+
+    def changed(self, **parts: dict[str, Any]) -> Plan:
+        """The same plan with other fields in parts of its manifest."""
+        parts = {name: getattr(self.manifest, name).model_copy(update=part) for name, part in parts.items()}
+        return Plan(self.manifest.model_copy(update=parts), self.ids, self.arrays)
+
+
+def make_manifest(*, k: int, classes: int, records: int, shard_records: int, features: bool, pixels: str) -> Manifest:
+    names = tuple(f"class {index}" for index in range(classes))
+    return Manifest(
+        created="2026-01-01T00:00:00+00:00",
+        created_by="kdcache test",
+        records=records,
+        dataset=Dataset(
+            name="synthetic",
+            split="train",
+            samples=records,
+            labelled=records - 1,
+            ids_digest="0" * 64,
+            class_names=names,
+            class_colours=tuple((index % 256, 0, 0) for index in range(classes)),
+        ),
+        view=View(size=(24, 32), pixels=pixels),
+        heads={"segmentation": Head(classes=classes, k=k, size=(6, 8), align_corners=False)},
+        features={"head": Feature(channels=3, size=(6, 8)), "stage1": Feature(channels=40, size=(5, 7))}
+        if features
+        else {},
+        teacher=Fingerprint(
+            spec="kdcache:tiny",
+            weights="1" * 64,
+            precision="float32",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.2, 0.2, 0.2),
+            probe=(1.0, -2.0, 3.0),
+        ),
+        build=Build(batch_size=2, shard_records=shard_records, device="cpu", threads=1, libraries={"python": "3"}),
+    )
+
+
+def make_arrays(manifest: Manifest, seed: int = 0) -> Arrays:
+    rng = np.random.default_rng(seed)
+    records = manifest.records
+    arrays: Arrays = {}
+    for spec in record_arrays(manifest):
+        shape = (records, *spec.shape)
+        if spec.dtype.startswith("float"):
+            arrays[spec.path] = rng.normal(size=shape).astype(spec.dtype)
+        else:
+            high = min(np.iinfo(spec.dtype).max, 2**63 - 1)
+            arrays[spec.path] = rng.integers(0, high, shape, endpoint=True).astype(spec.dtype)
+    # A record of zeros in every array: its chunk must be stored to be believed.
+    for array in arrays.values():
+        array[min(2, records - 1)] = 0
+    arrays["records/sample"] = np.arange(records, dtype=np.int64)
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def plan() -> Any:
+    """plan(k=..., ...): what a small store shall hold. 10 records in shards of 4, so that the last is short."""
+
+    def make(
+        k: int = 3,
+        classes: int = 5,
+        records: int = 10,
+        shard_records: int = 4,
+        features: bool = True,
+        pixels: str = "stored",
+        seed: int = 0,
+    ) -> Plan:
+        manifest = make_manifest(
+            k=k, classes=classes, records=records, shard_records=shard_records, features=features, pixels=pixels
+        )
+        ids = [f"folder/ä {index}" for index in range(records)]
+        return Plan(manifest, ids, make_arrays(manifest, seed))
+
+    return make
+
+
+VARIANTS = {
+    "dense": {"k": 5},
+    "top-k": {"k": 3},
+    "wide ids": {"k": 4, "classes": 300},
+    "source": {"k": 3, "features": False, "pixels": "source"},
+    "one record": {"k": 5, "records": 1},
+}
+
+
+@pytest.fixture(scope="session", params=VARIANTS.values(), ids=list(VARIANTS))
+def variant(request: pytest.FixtureRequest, plan: Any) -> Plan:
+    """Each kind of store in turn."""
+    return plan(**request.param)
+
+
+@pytest.fixture(scope="session")
+def variant_store(variant: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete store of `variant`; for reading only."""
+    return variant.write(tmp_path_factory.mktemp("variant") / "store.zarr")
+
+
+@pytest.fixture
+def store(plan: Any, tmp_path: Path) -> Path:
+    """A complete top-k store of its own, to be damaged."""
+    return plan().write(tmp_path / "store.zarr")

@@ -1,0 +1,237 @@
+"""Opening and reading: what is not whole, or not ours, is refused with a remedy and never read wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdcache.errors import CorruptError, IncompleteError, KDCacheError, StoreError, VersionError
+from kdcache.store import inspect_store, open_cache, open_writer, read_manifest, verify_files
+
+CHUNKED = "pixels/image/c/0/0/0/0"
+
+
+def flip(path: Path, position: int, mask: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= mask
+    path.write_bytes(content)
+
+
+def refusal(kind: type[KDCacheError], action) -> KDCacheError:
+    with pytest.raises(KDCacheError) as caught:
+        action()
+    assert type(caught.value) is kind, caught.value
+    assert caught.value.rule
+    assert caught.value.remedy
+    return caught.value
+
+
+def read_all(path: Path) -> None:
+    cache = open_cache(path)
+    for record in range(len(cache)):
+        cache.read(record, list(cache.specs))
+
+
+def test_a_half_built_store_says_how_far(plan, tmp_path) -> None:
+    path = plan().write(tmp_path / "s.zarr", [0, 2])
+    for action in (open_cache, verify_files):
+        assert "2 of 3 shards" in refusal(IncompleteError, lambda action=action: action(path)).received
+    plan().write(path, [1], seal=False)  # every shard, no seal
+    assert "3 of 3 shards" in refusal(IncompleteError, lambda: open_cache(path)).received
+
+
+@pytest.mark.parametrize("name", [CHUNKED, "records/labelled/c/2", "features/stage1/c/1/0/0/0"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "extended"])
+def test_a_shard_of_another_size_is_refused_at_opening(store, name, how) -> None:
+    path = store / name
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if how == "truncated" else path.read_bytes() + b"\0")
+    error = refusal(CorruptError, lambda: open_cache(store))
+    assert name in error.received
+    assert "same build-teacher-cache command" in error.remedy
+    assert verify_files(store).damaged == [name]
+
+
+def test_a_folder_in_the_place_of_a_shard(store) -> None:
+    path = store / CHUNKED
+    path.unlink()
+    path.mkdir()
+    refusal(CorruptError, lambda: open_cache(store))
+    assert verify_files(store).damaged == [CHUNKED]
+    path.rmdir()
+    path.parent.rmdir()
+    path.parent.touch()
+    refusal(CorruptError, lambda: open_cache(store))
+
+
+@pytest.mark.parametrize(
+    "name", [CHUNKED, "targets/segmentation/values/c/0/0/0/0", "records/window/c/0/0", "features/head/c/0/0/0/0"]
+)
+def test_a_flipped_byte_of_a_shard_is_never_read(store, plan, name) -> None:
+    """At any position: an error that names the array, or (in what no reader looks at) the right bits."""
+    wanted, array = plan().arrays, name.partition("/c/")[0]
+    size = (store / name).stat().st_size
+    caught = 0
+    for position in {*range(0, size, max(1, size // 60)), size - 1, size - 5}:
+        flip(store / name, position)
+        cache = open_cache(store)  # sizes are right: the checksums find it
+        for record in range(4):
+            try:
+                row = cache.read(record, [array])[array]
+            except CorruptError as error:
+                caught += array in error.received
+            else:
+                assert np.array_equal(row, wanted[array][record]), position
+        assert verify_files(store).damaged == [name], position
+        flip(store / name, position)
+    assert caught >= 60
+    assert verify_files(store).damaged == []
+
+
+METADATA = ["zarr.json", "targets/zarr.json", "pixels/image/zarr.json", "samples/id_bytes/c/0", "samples/id_ends/c/0"]
+
+
+@pytest.mark.parametrize("name", [*METADATA, "ledger/00000001.json", "complete.json"])
+@pytest.mark.parametrize("mask", [1, 0x80])
+def test_a_flipped_byte_of_anything_else_is_refused_at_opening(store, name, mask) -> None:
+    path = store / name
+    size = path.stat().st_size
+    for position in range(0, size, max(1, size // 25)):
+        flip(path, position, mask)
+        for action in (open_cache, verify_files):
+            with pytest.raises(StoreError) as caught:
+                action(store)
+            assert caught.value.remedy
+            assert str(store) in caught.value.received
+        flip(path, position, mask)
+    read_all(store)
+
+
+@pytest.mark.parametrize("name", [*METADATA, "ledger/00000001.json"])
+def test_a_missing_file_is_refused_at_opening(store, name) -> None:
+    (store / name).unlink()
+    with pytest.raises(StoreError) as caught:
+        open_cache(store)
+    assert str(store) in caught.value.received
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, [1]])
+def test_another_version(store, version) -> None:
+    content = json.loads((store / "zarr.json").read_bytes())
+    content["attributes"]["kdcache"]["version"] = version
+    (store / "zarr.json").write_text(json.dumps(content))
+    for action in (open_cache, verify_files, inspect_store, read_manifest):
+        error = refusal(VersionError, lambda action=action: action(store))
+        assert repr(version) in error.received
+        assert "created_by" in error.remedy
+
+
+def test_what_is_no_store(tmp_path) -> None:
+    assert "does not exist" in refusal(StoreError, lambda: open_cache(tmp_path / "nowhere")).received
+    assert "no zarr.json" in refusal(StoreError, lambda: open_cache(tmp_path)).received
+    zarr.create_group(tmp_path / "group", attributes={"kdcache": "no"})
+    zarr.create_array(tmp_path / "array", shape=(3,), dtype="i4")
+    zarr.create_group(tmp_path / "old", zarr_format=2)
+    (tmp_path / "file").touch()
+    for name, kind in (("group", CorruptError), ("array", CorruptError), ("old", StoreError), ("file", StoreError)):
+        for action in (open_cache, inspect_store, verify_files):
+            assert name in refusal(kind, lambda name=name, action=action: action(tmp_path / name)).received
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b"[" * 100_000, b"{}", b"1e999"])
+def test_rubbish_for_metadata(store, content) -> None:
+    (store / "zarr.json").write_bytes(content)
+    for action in (open_cache, inspect_store, verify_files):
+        refusal(CorruptError, lambda action=action: action(store))
+
+
+def test_an_array_that_the_store_has_not(store) -> None:
+    error = refusal(StoreError, lambda: open_cache(store).read(0, ["features/elsewhere"]))
+    assert "features/elsewhere" in error.received
+    assert "features/head" in error.received
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 5),
+    st.sampled_from([2**31, 2**31 + 1, 2**63, 10**30]),
+    st.floats(),
+    st.text(max_size=3),
+    st.sampled_from(["../../etc", "a/b", "segmentation", "stored", "0" * 64]),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)
+
+
+def places(value, at=()):
+    """Paths of everything below a JSON value."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*at, key)
+        yield from places(child, (*at, key))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(plan, tmp_path_factory) -> Path:
+    """A half-built store: no seal yet that would catch a change of its manifest."""
+    return plan(features=True).write(tmp_path_factory.mktemp("fuzz") / "s.zarr", [0])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mutated_manifest_is_refused_or_read_never_a_crash(fuzzed, plan, data) -> None:
+    file = fuzzed / "zarr.json"
+    whole = file.read_bytes()
+    content = json.loads(whole)
+    manifest = content["attributes"]["kdcache"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        *way, last = data.draw(st.sampled_from(sorted(places(manifest), key=repr)))
+        parent = manifest
+        for step in way:
+            parent = parent[step]
+        what = data.draw(st.sampled_from(["replace", "delete", "rename", "copy"]))
+        if what == "replace" or isinstance(parent, list):
+            parent[last] = data.draw(VALUES)
+        elif what == "copy":
+            parent[data.draw(st.text(max_size=3))] = copy.deepcopy(parent[last])
+        else:
+            value = parent.pop(last)
+            if what == "rename":
+                parent[data.draw(st.text(max_size=3))] = value
+    wanted = plan()
+    file.write_text(json.dumps(content))
+    try:
+        for action in (
+            open_cache,
+            verify_files,
+            lambda path: [inspect_store(path).facts(), json.dumps(inspect_store(path).to_json())],
+            lambda path: open_writer(path, wanted.manifest, wanted.ids).close(),
+        ):
+            with contextlib.suppress(KDCacheError):
+                action(fuzzed)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_a_manifest_without_its_head_is_refused(fuzzed) -> None:
+    file = fuzzed / "zarr.json"
+    whole = file.read_bytes()
+    try:
+        for heads in ({}, {"depth": json.loads(whole)["attributes"]["kdcache"]["heads"]["segmentation"]}):
+            content = json.loads(whole)
+            content["attributes"]["kdcache"]["heads"] = heads
+            file.write_text(json.dumps(content))
+            refusal(CorruptError, lambda: inspect_store(fuzzed))
+    finally:
+        file.write_bytes(whole)

@@ -1,0 +1,374 @@
+"""Building a store: any order, any interruption, one builder, nothing of the user's touched."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from kdcache.errors import CorruptError, MismatchError, StoreError
+from kdcache.store import inspect_store, open_cache, open_writer, verify_files
+
+# Reads a plan (manifest.json, arrays.npz) and writes what is missing of a store.
+BUILD = """
+import json, os, signal, sys
+import numpy as np
+from pathlib import Path
+from kdcache.store import Manifest, open_writer
+
+plan, store = Path(sys.argv[1]), Path(sys.argv[2])
+manifest = Manifest.model_validate_json((plan / "manifest.json").read_bytes())
+ids = json.loads((plan / "ids.json").read_text())
+arrays = dict(np.load(plan / "arrays.npz"))
+
+def build(store):
+    with open_writer(store, manifest, ids) as writer:
+        for shard in writer.missing:
+            first, last = manifest.shard_range(shard)
+            writer.write_shard(shard, {path: array[first:last] for path, array in arrays.items()})
+        writer.seal()
+"""
+
+
+def save_plan(plan, folder: Path) -> Path:
+    import numpy as np
+
+    folder.mkdir()
+    (folder / "manifest.json").write_text(plan.manifest.model_dump_json())
+    (folder / "ids.json").write_text(json.dumps(plan.ids))
+    np.savez(folder / "arrays.npz", **plan.arrays)
+    return folder
+
+
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    script = BUILD + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def small(plan):
+    """Top-k with pixels and without features: fewer files, every kind of array."""
+    return plan(features=False)
+
+
+@pytest.fixture(scope="module")
+def clean(small, tree, tmp_path_factory):
+    """Files of an uninterrupted build of `small`."""
+    return tree(small.write(tmp_path_factory.mktemp("clean") / "store.zarr"))
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0]])
+def test_the_order_of_shards_does_not_show(small, clean, tree, tmp_path, order) -> None:
+    assert tree(small.write(tmp_path / "s.zarr", order)) == clean
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2, 3])
+def test_a_build_goes_on_after_any_shard(small, clean, tree, tmp_path, finished) -> None:
+    path = small.write(tmp_path / "s.zarr", list(range(finished)), seal=False)
+    report = inspect_store(path)
+    assert not report.complete
+    assert report.shards_written == finished
+    with open_writer(path, small.manifest, small.ids) as writer:
+        assert writer.missing == list(range(finished, 3))
+    assert tree(small.write(path)) == clean
+    assert verify_files(path).damaged == []
+
+
+def test_created_is_that_of_the_first_start(small, clean, tree, tmp_path) -> None:
+    path = small.write(tmp_path / "s.zarr", [0])
+    later = small.manifest.model_copy(update={"created": "2027-01-01T00:00:00+00:00"})
+    with open_writer(path, later, small.ids) as writer:
+        assert writer.manifest.created == small.manifest.created
+        for shard in writer.missing:
+            writer.write_shard(shard, small.rows(shard))
+        writer.seal()
+    assert tree(path) == clean
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(small, clean, tree, tmp_path) -> None:
+    """SIGKILL before the n-th fsync or the n-th rename of a build, for n over the whole build.
+
+    Each kill is that of a forked process; another one then builds on without help.
+    """
+    plan = save_plan(small, tmp_path / "plan")
+    code = """
+    import pathlib, zarr
+
+    def kill_before(name, owner, count):
+        original, calls = getattr(owner, name), 0
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+        setattr(owner, name, counted)
+
+    def in_child(action):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                action()
+                code = 0
+            finally:
+                os._exit(code)
+        return os.waitpid(child, 0)[1]
+
+    def doomed(name, owner, count, path):
+        kill_before(name, owner, count)
+        build(path)
+
+    for name, owner, step in (("fsync", os, 17), ("replace", pathlib.Path, 6), ("rename", pathlib.Path, 1)):
+        count = 1
+        while True:
+            path = store / f"{name}-{count:03d}.zarr"
+            killed = in_child(lambda: doomed(name, owner, count, path))
+            assert os.WIFSIGNALED(killed) or killed == 0, killed
+            ledger = len(list(path.glob("ledger/*.json")))
+            partial = len([*path.rglob("*.partial")])
+            assert in_child(lambda: build(path)) == 0
+            print(name, count, os.WIFSIGNALED(killed), ledger, partial)
+            if not os.WIFSIGNALED(killed):
+                break
+            count += step
+    """
+    stores = tmp_path / "stores"
+    stores.mkdir()
+    done = run(code, plan, stores)
+    assert done.returncode == 0, done.stderr
+    # The kills were spread over the build, and some left an unfinished file behind.
+    shards = {int(line.split()[3]) for line in done.stdout.splitlines() if line.split()[2] == "True"}
+    assert shards >= {0, 1, 2}
+    assert any(int(line.split()[4]) for line in done.stdout.splitlines()), done.stdout
+    built = sorted(stores.iterdir())
+    assert len(built) == len(done.stdout.splitlines()) >= 15
+    for path in built:
+        assert tree(path) == clean, path.name
+
+
+def test_left_over_partial_files_are_removed(small, clean, tree, tmp_path) -> None:
+    path = small.write(tmp_path / "s.zarr", [0])
+    for folder in (path, path / "records" / "view" / "c", path / "ledger"):
+        (folder / "0.0123456789abcdef.partial").write_bytes(b"half")
+    assert tree(small.write(path)) == clean
+
+
+def test_two_builders_at_once(small, tree, tmp_path) -> None:
+    path = tmp_path / "s.zarr"
+    with open_writer(path, small.manifest, small.ids) as writer:
+        before = tree(path)
+        with pytest.raises(StoreError, match="another process is building") as caught:
+            open_writer(path, small.manifest, small.ids)
+        assert "s.zarr" in caught.value.received
+        assert tree(path) == before
+        for shard in writer.missing:
+            writer.write_shard(shard, small.rows(shard))
+        writer.seal()
+    open_writer(path, small.manifest, small.ids).close()
+    assert len(open_cache(path)) == 10
+
+
+def test_many_builders_start_at_once(small, clean, tree, tmp_path) -> None:
+    """One of them builds; the others are refused, whatever it is doing just then."""
+    plan = save_plan(small, tmp_path / "plan")
+    code = """
+    import time
+    from kdcache.errors import StoreError
+    while not Path(sys.argv[3]).exists():
+        time.sleep(0.001)
+    try:
+        with open_writer(store, manifest, ids) as writer:
+            time.sleep(1)
+            for shard in writer.missing:
+                first, last = manifest.shard_range(shard)
+                writer.write_shard(shard, {path: array[first:last] for path, array in arrays.items()})
+            writer.seal()
+        print("built")
+    except StoreError as error:
+        print("refused" if "another process is building" in error.received else error)
+    """
+    script = [sys.executable, "-c", BUILD + textwrap.dedent(code), plan, tmp_path / "s.zarr", tmp_path / "go"]
+    builders = [subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    (tmp_path / "go").touch()
+    said = [builder.communicate(timeout=120) for builder in builders]
+    assert sorted(out.strip() for out, _ in said) == ["built"] + ["refused"] * 3, said
+    assert tree(tmp_path / "s.zarr") == clean
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["go", "plan", "s.zarr"]
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder with a file", "a folder with a hidden file", "another store"])
+def test_an_out_that_holds_something_else_is_untouched(small, tree, tmp_path, what) -> None:
+    out = tmp_path / "out"
+    if what == "a file":
+        out.write_text("thesis")
+    elif what == "another store":
+        import zarr
+
+        zarr.create_group(out, attributes={"mine": 1}).create_array("x", shape=(3,), dtype="i4")
+    else:
+        out.mkdir()
+        (out / (".git" if "hidden" in what else "thesis.tex")).write_text("thesis")
+    before = tree(tmp_path) if out.is_dir() else out.read_bytes()
+    with pytest.raises(StoreError) as caught:
+        open_writer(out, small.manifest, small.ids)
+    assert str(out) in caught.value.received
+    assert (tree(tmp_path) if out.is_dir() else out.read_bytes()) == before
+
+
+def test_an_empty_out_is_used(small, clean, tree, tmp_path) -> None:
+    (tmp_path / "s.zarr").mkdir()
+    assert tree(small.write(tmp_path / "s.zarr")) == clean
+    assert tree(small.write(tmp_path / "new" / "deep" / "s.zarr")) == clean
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("weights", {"teacher": {"weights": "2" * 64}}),
+        ("spec", {"teacher": {"spec": "kdcache:base"}}),
+        ("mean", {"teacher": {"mean": (0.4, 0.5, 0.5)}}),
+        ("class_map", {"teacher": {"class_map": (0, 1, 2)}}),
+        ("probe", {"teacher": {"probe": (1.0, -2.0, 3.5)}}),
+        ("dataset.ids_digest", {"dataset": {"ids_digest": "5" * 64}}),
+        ("dataset.class_names", {"dataset": {"class_names": ("a", "b", "c", "d", "e")}}),
+        ("view.pixels", {"view": {"pixels": "source"}}),
+        ("view.size", {"view": {"size": (24, 33)}}),
+        ("build.batch_size", {"build": {"batch_size": 3}}),
+        ("build.shard_records", {"build": {"shard_records": 5}}),
+        ("build.threads", {"build": {"threads": 2}}),
+        ("heads", {}),
+        ("features", {}),
+    ],
+)
+@pytest.mark.parametrize("finished", [[0], None], ids=["half built", "complete"])
+def test_another_manifest_is_refused_by_the_field(small, tree, tmp_path, field, change, finished) -> None:
+    path = small.write(tmp_path / "s.zarr", finished)
+    other = small.changed(**change)
+    if field == "heads":
+        head = small.manifest.heads["segmentation"].model_copy(update={"k": 2})
+        other.manifest = small.manifest.model_copy(update={"heads": {"segmentation": head}})
+    if field == "features":
+        from kdcache.store.manifest import Feature
+
+        other.manifest = small.manifest.model_copy(update={"features": {"head": Feature(channels=1, size=(1, 1))}})
+    before = tree(path)
+    with pytest.raises(MismatchError) as caught:
+        open_writer(path, other.manifest, small.ids)
+    assert re.search(rf"differs in (.*; )?{re.escape(field)}: ", caught.value.received)
+    assert "--out" in caught.value.remedy
+    assert tree(path) == before
+
+
+def test_a_probe_within_rounding_continues(small, tmp_path) -> None:
+    """Other hardware rounds differently; that is the same teacher."""
+    path = small.write(tmp_path / "s.zarr", [0])
+    open_writer(path, small.changed(teacher={"probe": (1.001, -2.002, 3.01)}).manifest, small.ids).close()
+
+
+SHARD_FILE = "targets/segmentation/values/c/1/0/0/0"
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[:-3])
+    elif how == "extended":
+        path.write_bytes(content + b"\0")
+    elif how == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        raise ValueError(how)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "extended", "flipped", "empty"])
+@pytest.mark.parametrize("name", [SHARD_FILE, "records/labelled/c/1", "ledger/00000001.json"])
+def test_a_damaged_shard_is_unsealed_and_redone(small, clean, tree, tmp_path, name, how) -> None:
+    path = small.write(tmp_path / "s.zarr")
+    damage(path / name, how)
+    with open_writer(path, small.manifest, small.ids) as writer:
+        assert writer.missing == [1]
+        assert not (path / "complete.json").exists()
+    assert tree(small.write(path)) == clean
+    assert len(open_cache(path)) == 10
+
+
+@pytest.mark.parametrize("key", ["bytes", "records", "shard", "files"])
+def test_a_ledger_record_that_lies_is_redone(small, clean, tree, tmp_path, key) -> None:
+    """Well formed, yet not what a build of this store publishes."""
+    path = small.write(tmp_path / "s.zarr")
+    record = json.loads((path / "ledger/00000001.json").read_bytes())
+    if key == "bytes":
+        record["files"][SHARD_FILE]["bytes"] += 1
+    elif key == "files":
+        del record["files"][SHARD_FILE]
+    else:
+        record[key] = {"records": [4, 7], "shard": 2}[key]
+    (path / "ledger/00000001.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptError, match="same build-teacher-cache command"):
+        open_cache(path)
+    assert tree(small.write(path)) == clean
+    assert len(open_cache(path)) == 10
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "missing"])
+def test_a_damaged_seal_is_made_again(small, clean, tree, tmp_path, how) -> None:
+    path = small.write(tmp_path / "s.zarr")
+    damage(path / "complete.json", how)
+    with pytest.raises(StoreError, match="same build-teacher-cache command"):
+        open_cache(path)
+    assert tree(small.write(path)) == clean
+
+
+@pytest.mark.parametrize("name", ["records/view/zarr.json", "targets/zarr.json", "zarr.json", "samples/id_ends/c/0"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty"])
+@pytest.mark.parametrize("finished", [[0], None], ids=["half built", "complete"])
+def test_damaged_metadata_is_refused(small, tree, tmp_path, name, how, finished) -> None:
+    """What a build cannot write again it does not guess."""
+    if finished and name == "targets/zarr.json" and how != "missing":
+        pytest.skip("there is no seal yet, and Zarr opens the arrays below it without it")
+    path = small.write(tmp_path / "s.zarr", finished)
+    damage(path / name, how)
+    before = tree(path)
+    with pytest.raises(StoreError) as caught:
+        open_writer(path, small.manifest, small.ids)
+    assert caught.value.remedy
+    assert str(path) in caught.value.received
+    assert tree(path) == before
+
+
+def test_a_full_disk_loses_nothing(small, clean, tree, small_disk) -> None:
+    """The message says space; with more of it the same call completes."""
+    needed = sum(-(-len(content) // 4096) * 4 for content in clean.values())  # KiB of whole blocks
+    disk = small_disk(needed - 32)
+    path = disk.path / "s.zarr"
+    with pytest.raises(StoreError, match="no space left") as caught:
+        small.write(path)
+    assert "space" in caught.value.remedy
+    finished = len(list(path.glob("ledger/*.json")))
+    disk.grow(100 * needed)
+    with open_writer(path, small.manifest, small.ids) as writer:
+        assert len(writer.finished) == finished >= 1
+    assert tree(small.write(path)) == clean
+    assert verify_files(path).damaged == []
+
+
+def test_a_disk_that_is_full_from_the_start(small, clean, tree, small_disk) -> None:
+    disk = small_disk(4)
+    with pytest.raises(StoreError, match="no space left"):
+        small.write(disk.path / "s.zarr")
+    assert list(disk.path.iterdir()) == []
+    disk.grow(8192)
+    assert tree(small.write(disk.path / "s.zarr")) == clean
