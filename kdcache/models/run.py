@@ -48,10 +48,14 @@ def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
     """Write `best` or `last`; the file is replaced whole or not at all."""
     partial = run / f".{which}.safetensors.partial"
     # Copies: the format takes no two tensors that share memory, as tied weights do.
-    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
-    partial.replace(weights_path(run, which))
+    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(tensors, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
+        partial.replace(weights_path(run, which))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_run_model(run: Path) -> RunModel:

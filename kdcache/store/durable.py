@@ -70,7 +70,7 @@ def disk_space_errors(path: Path) -> Iterator[None]:
         raise StoreError(
             "the disk must have room for what is written",
             received=f"no space left while writing {path}",
-            remedy="free some space and run the same command again: finished shards are kept, it continues",
+            remedy="free some space and run the same command again (a training with --resume): nothing is lost",
         ) from error
 
 

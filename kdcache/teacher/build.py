@@ -20,7 +20,7 @@ from kdcache.data import Split, Window, pixel_checksum, prefetch, render
 from kdcache.errors import ModelError
 from kdcache.store import Manifest, StoreWriter, open_writer
 from kdcache.store.schema import record_arrays
-from kdcache.teacher.forward import out_of_memory, teach
+from kdcache.teacher.forward import out_of_memory, place, teach
 from kdcache.teacher.plan import BuildOptions, plan_manifest
 from kdcache.teacher.source import Teacher
 from kdcache_kernels import pack
@@ -66,7 +66,7 @@ def build_cache(
     """
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    teacher.model.eval().to(options.device)
+    place(teacher.model, options.device)
     manifest = plan_manifest(split, teacher, options)
     with open_writer(Path(out), manifest, split.ids) as writer:
         todo = writer.missing

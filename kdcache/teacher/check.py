@@ -12,7 +12,7 @@ from kdcache.evaluate import ConfusionMatrix, Metrics
 from kdcache.store import Cache
 from kdcache.teacher.build import Array, pack_batch, render_record
 from kdcache.teacher.fingerprint import fingerprint
-from kdcache.teacher.forward import Precision, teach
+from kdcache.teacher.forward import Precision, place, teach
 from kdcache.teacher.source import Teacher
 from kdcache_kernels import PackedTarget, densify, target_argmax_confidence
 
@@ -95,7 +95,7 @@ def compare_teacher(
     """
     _check_split(cache, split)
     precision: Precision = cache.manifest.teacher.precision  # type: ignore[assignment]
-    teacher.model.eval().to(device)
+    place(teacher.model, device)
     differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0

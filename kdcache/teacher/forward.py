@@ -13,6 +13,11 @@ Precision = Literal["float32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def place(model: SegmentationModel, device: torch.device) -> None:
+    """Make a model ready to teach: eval mode, on the device, weights in the channels-last order of its pixels."""
+    model.eval().to(device).to(memory_format=torch.channels_last)
+
+
 def teach(
     model: SegmentationModel,
     pixels_BHW3: Tensor,

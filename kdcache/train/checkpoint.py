@@ -1,6 +1,5 @@
 """The full state of a training in one file, replaced whole or not at all."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,12 @@ def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
     """Write model, optimizer, schedule, random state, step and best so far."""
     partial = run / f".{FILE}.partial"
     with disk_space_errors(run):
-        torch.save(state, partial)
-        sync_path(partial)
-        os.replace(partial, run / FILE)
+        try:
+            torch.save(state, partial)
+            sync_path(partial)
+            partial.replace(run / FILE)
+        finally:
+            partial.unlink(missing_ok=True)  # what does not fit must not keep the disk full
         sync_path(run)
 
 

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from kdcache.errors import KDCacheError
 from kdcache.train.dataset import DrawnDataset, Sample
 
 
-class Draws(Dataset[Sample]):
+class Draws(Dataset[Sample | KDCacheError]):
     """The endless sequence of draws of a dataset, as a map from draw number to item."""
 
     def __init__(self, dataset: DrawnDataset, seed: int) -> None:
@@ -36,10 +37,14 @@ class Draws(Dataset[Sample]):
         draws = range(step * batch_size, (step + 1) * batch_size)
         return [self.dataset.sample_id(self.sample_index(draw)) for draw in draws]
 
-    def __getitem__(self, draw: int) -> Sample:
+    def __getitem__(self, draw: int) -> Sample | KDCacheError:
+        """The draw, or what is wrong with it: DataLoader can raise a worker's error again only as a RuntimeError."""
         # The third word keeps these generators apart from those of the permutations.
         rng = np.random.default_rng((self.seed, draw, 1))
-        return self.dataset.draw(self.sample_index(draw), draw // len(self.dataset), rng)
+        try:
+            return self.dataset.draw(self.sample_index(draw), draw // len(self.dataset), rng)
+        except KDCacheError as error:
+            return error
 
 
 class _Steps:
@@ -59,8 +64,8 @@ class _Steps:
 
 def make_loader(
     draws: Draws, *, first: int, last: int, batch_size: int, workers: int, pin_memory: bool
-) -> DataLoader[Sample]:
-    """Batches of the steps [first, last), in order.
+) -> DataLoader[Sample | KDCacheError]:
+    """Batches of the steps [first, last), in order; `next_batch` takes them.
 
     Args:
         workers: processes that render ahead; 0 renders between steps. Forkserver, for CUDA and thread pools do
@@ -68,12 +73,27 @@ def make_loader(
     """
     return DataLoader(
         draws,
+        collate_fn=_collate,
         batch_sampler=_Steps(first, last, batch_size),
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_start_worker if workers else None,
         pin_memory=pin_memory,
     )
+
+
+def next_batch(batches: Iterator[Sample | KDCacheError]) -> Sample:
+    """The next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
+    batch = next(batches)
+    if isinstance(batch, KDCacheError):
+        raise batch
+    return batch
+
+
+def _collate(items: list[Sample | KDCacheError]) -> Sample | KDCacheError:
+    failed = next((item for item in items if isinstance(item, KDCacheError)), None)
+    batch: Sample | KDCacheError = default_collate(items) if failed is None else failed
+    return batch
 
 
 def _start_worker(_: int) -> None:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from kdcache.distill import DistillLoss
-from kdcache.errors import ModelError
+from kdcache.errors import KDCacheError, ModelError
 from kdcache.evaluate import Metrics
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
+from kdcache.store.durable import disk_space_errors
 from kdcache.train.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.train.config import TrainConfig
 from kdcache.train.dataset import Sample
-from kdcache.train.loader import Draws, make_loader
+from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.log import MetricsLog, Observer, write_json
 from kdcache.train.schedule import Schedule, make_optimizer
 
@@ -67,7 +68,7 @@ class Trainer:
         observer: Observer | None = None,
     ) -> None:
         # Pixels come channels last: the weights in the same order spare a transposition at every layer.
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self.draws = draws
         self.criterion = criterion.to(device)
         assert config.iterations is not None, "resolve the settings first"
@@ -125,10 +126,10 @@ class Trainer:
             log.close()
         return self._finish()
 
-    def _one_step(self, step: int, batches: Iterator[Sample], log: MetricsLog) -> None:
+    def _one_step(self, step: int, batches: Iterator[Sample | KDCacheError], log: MetricsLog) -> None:
         config = self.config
         began = time.perf_counter()
-        batch = next(batches)
+        batch = next_batch(batches)
         waited = time.perf_counter() - began
         label = batch.label.to(self.device, non_blocking=True)
         target = batch.target.to(self.device, non_blocking=True)
@@ -201,11 +202,15 @@ class Trainer:
             best = metrics.miou > self._now.best_miou
             if best:
                 self._now.best_miou, self._now.best_step = metrics.miou, self._now.step
-                write_weights(self.run, "best", self.model)
+                self._write_weights("best")
             self._schedule.after_validation(metrics.miou)
             log.write("validation", self._now.step, metrics.to_json())
             self.observer.validated(self._now.step, metrics, best)
         self._save()
+
+    def _write_weights(self, which: str) -> None:
+        with disk_space_errors(self.run):
+            write_weights(self.run, which, self.model)
 
     def _save(self) -> None:
         state = {
@@ -247,9 +252,9 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         now = self._now
-        write_weights(self.run, "last", self.model)
+        self._write_weights("last")
         if not now.best_step:  # nothing validated, or nothing that could be scored
-            write_weights(self.run, "best", self.model)
+            self._write_weights("best")
         result = {
             "iterations": now.step,
             "best_miou": now.best_miou if now.best_step else None,

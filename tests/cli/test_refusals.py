@@ -172,17 +172,9 @@ CASES = {
 }  # fmt: skip
 
 
-XFAIL = {
-    "flipped byte, loader process": "torch's DataLoader cannot raise a KDCacheError again: errors.py, train/loader.py"
-}
-
-
 @pytest.mark.parametrize(
     ("prepare", "command", "received"),
-    [
-        pytest.param(*case, id=name, marks=[pytest.mark.xfail(reason=XFAIL[name])] if name in XFAIL else [])
-        for name, case in CASES.items()
-    ],
+    [pytest.param(*case, id=name) for name, case in CASES.items()],
 )
 def test_wrong_input(world, cli, tree, prepare, command, received) -> None:
     prepare(world)
@@ -268,13 +260,8 @@ def test_a_full_disk(world, cli, small_disk) -> None:
     assert cli("verify", disk.path / "s.zarr").code == 0
 
 
-WEIGHTS_FIRST = pytest.param(
-    TEACHER, 400, marks=pytest.mark.xfail(reason="the trainer writes weights outside of disk_space_errors")
-)
-
-
 @pytest.mark.parametrize(
-    ("command", "size_kib"), [(TEACHER, 4), (TEACHER, 1500), (STUDENT, 4), (STUDENT, 400), WEIGHTS_FIRST]
+    ("command", "size_kib"), [(TEACHER, 4), (TEACHER, 1500), (STUDENT, 4), (STUDENT, 400), (TEACHER, 400)]
 )
 def test_a_full_disk_while_training(world, cli, small_disk, command, size_kib) -> None:
     disk = small_disk(size_kib)

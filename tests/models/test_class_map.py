@@ -23,9 +23,7 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "text", [TEXT, '{"0": "Sky", "1": "Traffic light", "2": "void", "3": 2, "4": "road"}']
-)
+@pytest.mark.parametrize("text", [TEXT, '{"0": "Sky", "1": "Traffic light", "2": "void", "3": 2, "4": "road"}'])
 def test_reads_text_and_json(tmp_path: Path, text: str) -> None:
     table = read_class_map(_write(tmp_path / "map", text), 5, NAMES)
     assert table.dtype == torch.int64

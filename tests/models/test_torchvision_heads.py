@@ -18,9 +18,7 @@ STRIDES = {"deeplabv3_mobilenet_v3_large": 16}  # 8 for the others
 def _original(name: str, aux: bool) -> nn.Module:
     torch.manual_seed(0)
     more = {"aux_loss": True} if aux else {}
-    network: nn.Module = getattr(segmentation, name)(
-        weights=None, weights_backbone=None, num_classes=CLASSES, **more
-    )
+    network: nn.Module = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=CLASSES, **more)
     for module in network.modules():  # fresh statistics would leave the deep nets' activations to explode
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
@@ -56,9 +54,7 @@ def test_auxiliary_heads_are_listed(name: str) -> None:
     assert set(report.loaded) | set(report.unused_auxiliary) == set(state)
 
 
-@pytest.mark.parametrize(
-    "name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
-)
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_taps(name: str) -> None:
     torch.manual_seed(0)
     model = build_model(f"torchvision:{name}", CLASSES).eval()

@@ -77,9 +77,7 @@ class _Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_code_is_refused_and_not_run(
-    tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if zipped:
         torch.save({"model": _state(), "x": _Payload()}, "evil.pth")
@@ -93,9 +91,7 @@ def test_pickled_code_is_refused_and_not_run(
 @pytest.mark.parametrize("content", [argparse.Namespace(lr=1), nn.Conv2d(1, 1, 1)], ids=["args", "module"])
 def test_pickled_object_is_named_with_the_remedy(tmp_path: Path, content: object) -> None:
     torch.save({"model": _state(), "args": content}, tmp_path / "w.pth")
-    with pytest.raises(
-        ModelError, match=r"pickled (argparse\.Namespace|torch\.nn\.\S+)[\s\S]*state dict alone"
-    ):
+    with pytest.raises(ModelError, match=r"pickled (argparse\.Namespace|torch\.nn\.\S+)[\s\S]*state dict alone"):
         read_state_dict(tmp_path / "w.pth")
 
 
