@@ -1,8 +1,9 @@
 """Does the build keep the teacher busy, and is its memory flat?
 
-For each teacher, in one run and taking turns: bare inference on tensors in memory at the build's batch size, the
-writer alone (packed arrays from memory to synced shards), and the whole build. The ratio is the build's images/s over
-the smaller of the two others. Memory: peak resident set of builds of N and 4N records, each in a fresh process.
+For each teacher, in one run and taking turns: bare inference on tensors in memory at the build's batch size, decoding
+and rendering alone, the writer alone (packed arrays from memory to synced shards), and the whole build. The ratio is
+the build's images/s over the smaller of bare inference and the writer. On a CPU all of them share the cores, so their
+CPU time per image is printed too: its sum over the number of cores is the least time a build can take. Memory: peak resident set of builds of N and 4N records, each in a fresh process.
 
     python benchmarks/build.py --data camvid --json benchmarks/results/build.json
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ import numpy as np
 import torch
 
 from common import header, spread, synchronise, write
-from kdcache.data import Split, open_split
+from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_writer
 from kdcache.teacher import BuildOptions, Teacher, build_cache, plan_manifest
 from kdcache.teacher.build import _batches, _ShardQueue, pack_batch, render_record
-from kdcache.teacher.forward import teach
+from kdcache.teacher.forward import place, teach
 
 
 class Cycled(Split):
@@ -83,6 +85,15 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
         return len(split) / (time.perf_counter() - began)
 
 
+def render_alone(split: Split, options: BuildOptions) -> float:
+    """images/s of decoding and rendering alone, by the build's threads."""
+    began = time.perf_counter()
+    work = lambda index: render_record(split, index, options.size)  # noqa: E731
+    for _ in prefetch(work, range(len(split)), threads=options.render_threads, ahead=4 * options.batch_size):
+        pass
+    return len(split) / (time.perf_counter() - began)
+
+
 def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     height, width = map(int, arguments.size.split("x"))
     device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
@@ -90,29 +101,43 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     count = arguments.records if spec.startswith("kdcache:") else max(arguments.batch_size, arguments.records // 8)
     split = Cycled(inner, count)
     torch.manual_seed(0)
-    teacher = Teacher(build_model(spec, len(split.classes)).eval().to(device), spec)
+    teacher = Teacher(build_model(spec, len(split.classes)), spec)
+    place(teacher.model, device)
     options = BuildOptions(
         size=(height, width), batch_size=arguments.batch_size, device=device, render_threads=arguments.render_threads
     )
-    bare_inference(split, teacher, options, 2 * options.batch_size)  # warm-up
-    bare, alone, whole = [], [], []
+
+    def whole() -> float:
+        shutil.rmtree(folder, ignore_errors=True)
+        return build_cache(split, teacher, folder, options).images_per_second
+
+    parts: dict[str, Callable[[], float]] = {
+        "bare_inference": lambda: bare_inference(split, teacher, options, count),
+        "render_alone": lambda: render_alone(split, options),
+        "writer_alone": lambda: writer_alone(split, teacher, options, folder),
+        "build": whole,
+    }
+    parts["bare_inference"]()  # warm-up
+    speed: dict[str, list[float]] = {name: [] for name in parts}
+    cpu: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(arguments.repeats):
-        bare.append(bare_inference(split, teacher, options, count))
-        alone.append(writer_alone(split, teacher, options, folder))
-        shutil.rmtree(folder)
-        whole.append(build_cache(split, teacher, folder, options).images_per_second)
-        shutil.rmtree(folder)
-    ratios = [w / min(b, a) for w, b, a in zip(whole, bare, alone, strict=True)]
-    row: dict[str, Any] = {
+        for name, run in parts.items():
+            began = time.process_time()
+            speed[name].append(run())
+            cpu[name].append(1e3 * (time.process_time() - began) / count)
+    shutil.rmtree(folder)
+    pairs = zip(speed["build"], speed["bare_inference"], speed["writer_alone"], strict=True)
+    row = {
         "teacher": spec,
         "records": count,
-        "bare_inference_images_per_s": spread(bare),
-        "writer_alone_images_per_s": spread(alone),
-        "build_images_per_s": spread(whole),
-        "ratio": spread(ratios),
+        "threads": torch.get_num_threads(),
+        **{f"{name}_images_per_s": spread(values) for name, values in speed.items()},
+        "ratio": spread([build / min(bare, alone) for build, bare, alone in pairs]),
+        "cpu_ms_per_image": {name: round(spread(values)["p50"], 3) for name, values in cpu.items()},
     }
-    medians = {name: row[name]["p50"] for name in row if isinstance(row[name], dict)}
+    medians = {name: value["p50"] for name, value in row.items() if isinstance(value, dict) and "p50" in value}
     print(spec, ", ".join(f"{name} {median:.2f}" for name, median in medians.items()))
+    print("  CPU ms per image:", row["cpu_ms_per_image"])
     return row
 
 
@@ -144,12 +169,15 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=256, help="for kdcache models; an eighth for the others")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--render-threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its default")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--teachers", nargs="+", default=["torchvision:fcn_resnet50", "kdcache:tiny"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if arguments.peak_memory:
         build_and_report_memory(arguments)
         return
