@@ -3,7 +3,10 @@
 For each teacher, in one run and taking turns: bare inference on tensors in memory at the build's batch size, decoding
 and rendering alone, the writer alone (packed arrays from memory to synced shards), and the whole build. The ratio is
 the build's images/s over the smaller of bare inference and the writer. On a CPU all of them share the cores, so their
-CPU time per image is printed too: its sum over the number of cores is the least time a build can take. Memory: peak resident set of builds of N and 4N records, each in a fresh process.
+CPU time per image is printed too: its sum over the number of cores is the least time a build can take. The build's own
+CPU time includes its plan (a fingerprint and a few forward passes).
+
+Memory: peak resident set of builds of N and 4N records, each in a fresh process.
 
     python benchmarks/build.py --data camvid --json benchmarks/results/build.json
 """
@@ -18,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,21 +53,39 @@ class Cycled(Split):
         return self._inner.has_label(index % len(self._inner))
 
 
-def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count: int) -> float:
-    """images/s of the forward pass on pixels in memory: uint8 in, native logits out."""
+class Measured(NamedTuple):
+    """One measurement over some images."""
+
+    images_per_s: float
+    cpu_ms: float  # of the whole process, per image
+
+
+class Stopwatch:
+    """Wall and CPU time since its creation."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def over(self, images: int) -> Measured:
+        cpu = time.process_time() - self._cpu
+        return Measured(images / (time.perf_counter() - self._wall), 1e3 * cpu / images)
+
+
+def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count: int) -> Measured:
+    """The forward pass on pixels in memory: uint8 in, native logits out."""
     records = [render_record(split, index, options.size) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in records])).to(options.device)
     batches = max(1, count // options.batch_size)
     synchronise(options.device)
-    began = time.perf_counter()
+    watch = Stopwatch()
     for _ in range(batches):
         teach(teacher.model, pixels, options.features, options.precision, options.device)
     synchronise(options.device)
-    return batches * options.batch_size / (time.perf_counter() - began)
+    return watch.over(batches * options.batch_size)
 
 
-def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: Path) -> float:
-    """images/s from packed arrays in memory to synced shards; the arrays are those of one real batch."""
+def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: Path) -> Measured:
+    """From packed arrays in memory to synced shards; the arrays are those of one real batch."""
     manifest = plan_manifest(split, teacher, options)
     first = [render_record(split, index, options.size) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in first]))
@@ -74,7 +95,7 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
     }
     shutil.rmtree(folder, ignore_errors=True)
     with open_writer(folder, manifest, split.ids) as writer:
-        began = time.perf_counter()
+        watch = Stopwatch()
         with _ShardQueue(writer) as queue:
             for batch in itertools.chain.from_iterable(_batches(manifest, shard) for shard in writer.missing):
                 inputs = [
@@ -82,16 +103,16 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
                     for record, item in zip(batch, first, strict=False)
                 ]
                 queue.add(inputs, {path: rows[: len(inputs)] for path, rows in packed.items()})
-        return len(split) / (time.perf_counter() - began)
+        return watch.over(len(split))
 
 
-def render_alone(split: Split, options: BuildOptions) -> float:
-    """images/s of decoding and rendering alone, by the build's threads."""
-    began = time.perf_counter()
+def render_alone(split: Split, options: BuildOptions) -> Measured:
+    """Decoding and rendering alone, by the build's threads."""
+    watch = Stopwatch()
     work = lambda index: render_record(split, index, options.size)  # noqa: E731
     for _ in prefetch(work, range(len(split)), threads=options.render_threads, ahead=4 * options.batch_size):
         pass
-    return len(split) / (time.perf_counter() - began)
+    return watch.over(len(split))
 
 
 def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -107,11 +128,13 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         size=(height, width), batch_size=arguments.batch_size, device=device, render_threads=arguments.render_threads
     )
 
-    def whole() -> float:
+    def whole() -> Measured:
         shutil.rmtree(folder, ignore_errors=True)
-        return build_cache(split, teacher, folder, options).images_per_second
+        watch = Stopwatch()
+        result = build_cache(split, teacher, folder, options)
+        return Measured(result.images_per_second, watch.over(count).cpu_ms)
 
-    parts: dict[str, Callable[[], float]] = {
+    parts: dict[str, Callable[[], Measured]] = {
         "bare_inference": lambda: bare_inference(split, teacher, options, count),
         "render_alone": lambda: render_alone(split, options),
         "writer_alone": lambda: writer_alone(split, teacher, options, folder),
@@ -122,9 +145,9 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     cpu: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(arguments.repeats):
         for name, run in parts.items():
-            began = time.process_time()
-            speed[name].append(run())
-            cpu[name].append(1e3 * (time.process_time() - began) / count)
+            measured = run()
+            speed[name].append(measured.images_per_s)
+            cpu[name].append(measured.cpu_ms)
     shutil.rmtree(folder)
     pairs = zip(speed["build"], speed["bare_inference"], speed["writer_alone"], strict=True)
     row = {
