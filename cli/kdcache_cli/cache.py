@@ -47,7 +47,10 @@ def build_teacher_cache(
     precision: Annotated[str, _Option("--precision", help="float32, bf16 or fp16.")] = "float32",
     batch_size: Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
     shard_records: Annotated[int, _Option("--shard-records", min=1, max=65536, help="Records per shard file.")] = 64,
-    render_threads: Annotated[int, _Option("--render-threads", min=0, help="Threads that decode images ahead.")] = 2,
+    render_threads: Annotated[
+        int | None,
+        _Option("--render-threads", min=0, help="Threads that decode and resize [default: the cores, at most 8]."),
+    ] = None,
     threads: options.Threads = 0,
     device: options.Device = "auto",
 ) -> None:
@@ -92,7 +95,7 @@ def build_teacher_cache(
         shard_records=shard_records,
         precision=_one_of("--precision", precision, ("float32", "bf16", "fp16")),  # type: ignore[arg-type]
         device=pick_device(device),
-        render_threads=render_threads,
+        **({} if render_threads is None else {"render_threads": render_threads}),
     )
     with progress_bar() as bar:
         task = bar.add_task("teacher's pass", total=len(source), note="")

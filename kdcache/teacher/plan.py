@@ -1,6 +1,7 @@
 """What a build will write, known before its first shard: sizes from one forward pass, k from a few records."""
 
 import datetime
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class BuildOptions:
     shard_records: int = 64
     precision: Precision = "float32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    render_threads: int = 2
+    render_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
 
 def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Manifest:
