@@ -20,6 +20,9 @@ class TrainingProgress(Observer):
         self._task = self._bar.add_task(self._title, total=iterations, completed=step, note="")
         ERRORS.print(f"{self._title}: {parameters / 1e6:.2f} M parameters, iterations {step} to {iterations}")
 
+    def note(self, text: str) -> None:
+        ERRORS.print(f"note: {text}")
+
     def stepped(self, step: int, values: dict[str, float]) -> None:
         assert self._task is not None
         terms = " ".join(f"{name} {values[name]:.3f}" for name in ("ce", "kl") if values["kl"])

@@ -21,6 +21,9 @@ class Observer:
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
         """Training begins, or goes on at `step`."""
 
+    def note(self, text: str) -> None:
+        """Something about this run that a user should know."""
+
     def stepped(self, step: int, values: dict[str, float]) -> None:
         """Every `log_every` steps: loss, its terms, lr, images_per_second, wait_share."""
 

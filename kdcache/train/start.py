@@ -54,6 +54,9 @@ def train(
     model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
     criterion = _criterion(config, model, dataset, cache)
     _write_beginning(config, run, model, classes, _trained_on(dataset, cache))
+    observer = observer or Observer()
+    for text in _notes(config, model, cache):
+        observer.note(text)
     trainer = Trainer(
         model,
         Draws(dataset, config.seed),
@@ -61,11 +64,23 @@ def train(
         config,
         run,
         device=device,
-        validate=None if val is None else _validator(val, config, device, observer or Observer()),
+        validate=None if val is None else _validator(val, config, device, observer),
         observer=observer,
     )
     with _deterministic(device):
         return trainer.train(resume=resume)
+
+
+def _notes(config: TrainConfig, model: SegmentationModel, cache: Cache | None) -> Iterator[str]:
+    """What initialisation left out, and what warp works on."""
+    report = model.load_report
+    if report is not None and report.reinitialised:
+        yield f"--init leaves at random: {', '.join(report.reinitialised)}"
+    if report is not None and report.unused_auxiliary:
+        yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
+    if cache is not None and config.augment == "warp":
+        source = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
+        yield f"augmentation warp {source}, and moves the targets alike"
 
 
 @contextmanager

@@ -273,6 +273,29 @@ def test_losses_not_yet_looked_at_are_checked_before_a_checkpoint(
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "best.safetensors").values())
 
 
+def test_what_an_initialisation_leaves_at_random_is_said(
+    student: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    class Notes(Observer):
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.texts.append(text)
+
+    torch.manual_seed(1)
+    other = build_model("kdcache:tiny", 3)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    notes = Notes()
+    go(
+        student | {"init": str(tmp_path / "other.pth"), "iterations": 1, "val_every": 1},
+        tmp_path / "run",
+        observer=notes,
+    )
+    assert any("classifier" in text and "at random" in text for text in notes.texts)
+    assert any("enlarges the stored views" in text for text in notes.texts)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
