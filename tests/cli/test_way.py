@@ -149,7 +149,7 @@ assert not {"torch", "zarr", "matplotlib", "numba"} & set(sys.modules)
 def test_interrupted_at_the_keyboard(tmp_path, world, spawn, cli) -> None:
     """130, a sentence, and finished shards that the same command keeps."""
     words = [
-        *f"build-teacher-cache --data scenes:36x52,train=160 --teacher {world}/teacher --size 32x48".split(),
+        *f"build-teacher-cache --data scenes:36x52,train=800 --teacher {world}/teacher --size 32x48".split(),
         *f"--batch-size 1 --shard-records 4 --out {tmp_path}/s.zarr".split(),
     ]
     running = spawn(*words)
