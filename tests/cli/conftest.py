@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import shutil
 import subprocess
 import sys
@@ -58,9 +59,14 @@ def spawn() -> Callable[..., subprocess.Popen[str]]:
     def start(*words: object, cwd: Path | None = None) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": str(WIDTH)}
         command = [sys.executable, "-m", "kdcache_cli", *map(str, words)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
-        )
+        # Tests that run in a shell's background inherit an ignored SIGINT, and their children would too.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     return start
 
