@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
