@@ -109,9 +109,8 @@ def build_teacher_cache(
     cache = open_cache(out)
     summary = summarise(cache)
     kept = f" ({result.kept} were there)" if result.kept else ""
-    OUT.print(
-        f"[bold]{out}[/]: {len(cache)} records{kept} in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s"
-    )
+    speed = f" in {result.seconds:.1f} s, {result.images_per_second:.1f} images/s" if result.records else ""
+    OUT.print(f"[bold]{out}[/]: {len(cache)} records{kept}{speed}")
     OUT.print(
         f"{bytes_text(summary.bytes_on_disk)} on disk, {bytes_text(summary.bytes_per_record)} per record, "
         f"of which targets {bytes_text(summary.target_bytes_per_record)}; full-resolution fp16 logits would be "

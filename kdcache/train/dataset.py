@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from kdcache.data import Augmentation, Split, Window, colour_jitter, draw_window, pixel_checksum, render
 from kdcache.distill import Target
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import Cache
 
 Size = tuple[int, int]
+AUGMENTS = ("warp", "replay", "none")
 Array = np.ndarray[Any, Any]
 
 
@@ -108,6 +109,10 @@ class CacheDataset(DrawnDataset):
         split: Split | None = None,
         augmentation: Augmentation | None = None,
     ) -> None:
+        if augment not in AUGMENTS:
+            raise RecipeError(
+                f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use warp, the default"
+            )
         chosen = Augmentation() if augmentation is None else augmentation
         super().__init__(cache.view_size if size is None else size, chosen if augment != "none" else Augmentation.off())
         self.cache = cache

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from kdcache.data import IGNORE_INDEX, OUTSIDE_RGB, Augmentation, open_split, write_scenes
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, RecipeError
 from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.store import Cache, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, Sample
@@ -317,3 +317,8 @@ def test_a_labelled_dataset_leaves_out_what_has_no_label(tmp_path: Path) -> None
     assert np.array_equal(sample.pixels, image)
     assert np.array_equal(sample.label, label)
     assert sample.target.values.numel() == 0
+
+
+def test_an_unknown_augmentation_is_refused(cache: Cache) -> None:
+    with pytest.raises(RecipeError, match="wrap"):
+        CacheDataset(cache, augment="wrap")
