@@ -11,9 +11,18 @@ CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
 
 from .choose import choose_k, gradient_error
 from .errors import KernelError, ShapeError, ValueRangeError
-from .ops import IMPLEMENTATIONS, distill_denominators, distill_loss, target_argmax_confidence
+from .ops import (
+    IMPLEMENTATIONS,
+    ReferenceWarning,
+    densify,
+    distill_denominators,
+    distill_loss,
+    pack,
+    target_argmax_confidence,
+)
+from .problem import LossProblem
 from .reference import Denominators, LossParts, distill_loss_reference
-from .topk import LOGIT_LIMIT, PackedTarget, densify, pack
+from .topk import LOGIT_LIMIT, PackedTarget
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -21,7 +30,9 @@ __all__ = [
     "Denominators",
     "KernelError",
     "LossParts",
+    "LossProblem",
     "PackedTarget",
+    "ReferenceWarning",
     "ShapeError",
     "ValueRangeError",
     "choose_k",

@@ -1,22 +1,36 @@
 """Checks of the arguments of the public functions.
 
 Shapes, dtypes and Python numbers are checked everywhere. Values inside tensors are checked on the CPU alone:
-elsewhere looking would wait for the device, and the loss comes out as NaN instead.
+elsewhere looking would wait for the device, and the loss comes out as NaN instead. With KDCACHE_DEBUG=1 in the
+environment they are checked on every device, and a loss that is not finite raises with the position of its cause.
 
 Legend: B batch, C classes, H W label size, h w the student's own size.
 """
 
 import math
+import os
 
 import torch
 from torch import Tensor
 
 from .errors import ShapeError, ValueRangeError
-from .topk import PackedTarget
+from .problem import LossProblem
+from .topk import PackedTarget, check_ids
+from .window import window_misses_view
 
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SHOWN = 8
 """Wrong values that a message lists at most."""
+
+
+def debugging() -> bool:
+    """Whether KDCACHE_DEBUG=1 asks to look at values that are on a device."""
+    return os.environ.get("KDCACHE_DEBUG", "0") not in ("", "0")
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at: free on the CPU, a wait elsewhere."""
+    return tensor.device.type == "cpu" or debugging()
 
 
 def check_number(name: str, value: float, *, above_zero: bool = False) -> None:
@@ -93,8 +107,8 @@ def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int
 
 
 def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse, on the CPU, a class id that is neither below C nor `ignore_index`."""
-    if labels.device.type != "cpu":
+    """Refuse a class id that is neither below C nor `ignore_index`."""
+    if not may_look(labels):
         return
     wrong = (labels < 0) | (labels >= num_classes) if labels.dtype.is_signed else labels >= num_classes
     # A comparison with a number that the dtype cannot hold is false for every pixel.
@@ -103,17 +117,21 @@ def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None
         ids = sorted(set(labels[wrong].tolist()))[:SHOWN]
         raise ValueRangeError(
             f"labels_BHW holds class ids below {num_classes}, or {ignore_index} for void.",
-            received=f"ids {ids} in {int(wrong.sum())} pixels",
+            received=f"ids {ids} in {int(wrong.sum())} pixels, the first at (b, y, x) = {_first(wrong)}",
             remedy="Map the labels to the student's classes, or set ignore_index.",
         )
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int, device: torch.device) -> None:
-    """Refuse class weights that are not C floats, or (on the CPU) negative or not finite."""
+    """Refuse class weights that are not C floats."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     remedy = "Pass one weight for each of the student's classes."
     check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, remedy)
-    if class_weight is None or class_weight.device.type != "cpu":
+
+
+def check_class_weight_values(class_weight: Tensor | None) -> None:
+    """Refuse class weights that are negative or not finite."""
+    if class_weight is None or not may_look(class_weight):
         return
     wrong = ~((class_weight >= 0) & class_weight.isfinite())
     if wrong.any():
@@ -125,11 +143,15 @@ def check_class_weight(class_weight: Tensor | None, num_classes: int, device: to
 
 
 def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device: torch.device) -> None:
-    """Refuse windows that are not (B, 4) float64, or (on the CPU) empty, reversed or not finite."""
+    """Refuse windows that are not (B, 4) float64 and flips that are not (B,) bool."""
     remedy = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
     check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, remedy)
     check_tensor("flip_B", flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
-    if window is None or window.device.type != "cpu":
+
+
+def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None) -> None:
+    """Refuse windows that are empty, reversed or not finite, or that show nothing of a view of `view_size`."""
+    if window is None or not may_look(window):
         return
     good = window.isfinite().all(1) & (window[:, 2:] > window[:, :2]).all(1)
     if not good.all():
@@ -138,6 +160,16 @@ def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device:
             "window_B4 is finite, with y0 < y1 and x0 < x1.",
             received=f"{window[sample].tolist()} for sample {sample}",
             remedy="A flip is said with flip_B, never by reversing the edges.",
+        )
+    if view_size is None:
+        return
+    outside = window_misses_view(window, view_size)
+    if outside.any():
+        sample = int(outside.nonzero()[0])
+        raise ValueRangeError(
+            "window_B4 shows a part of the target's view.",
+            received=f"{window[sample].tolist()} for sample {sample}, the view is {view_size}",
+            remedy="Give the edges in pixels of the view that the teacher saw; they may reach over its edge.",
         )
 
 
@@ -157,9 +189,53 @@ def check_target(target: PackedTarget, num_classes: int, batch: int, device: tor
         )
 
 
+def check_weight(name: str, value: Tensor | float, device: torch.device) -> None:
+    """Refuse the weight of a term that is neither a number of at least 0 nor a 0-dimensional tensor."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, (), (), device, "Pass a 0-dimensional tensor, such as a scheduled weight.")
+    else:
+        check_number(name, value)
+
+
 def check_denominator(name: str, value: Tensor | float | None, device: torch.device) -> None:
     """Refuse what is neither a number of at least 0 nor a 0-dimensional tensor on the device."""
     if isinstance(value, Tensor):
         check_tensor(name, value, (), (), device, "Pass a 0-dimensional tensor, such as a sum reduced over ranks.")
     elif value is not None:
         check_number(name, value)
+
+
+def check_values(problem: LossProblem) -> None:
+    """Refuse the values inside tensors that no kernel can use, where they may be looked at."""
+    check_class_weight_values(problem.class_weight)
+    if problem.use_ce:
+        assert problem.labels is not None
+        check_class_ids(problem.labels, problem.student.shape[1], problem.ignore_index)
+    if problem.target is not None:
+        check_window_values(problem.window, problem.target.view_size)
+        if problem.target.indices is not None and may_look(problem.target.indices):
+            check_ids(problem.target.indices, problem.target.num_classes)
+
+
+def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
+    """In debugging, raise for a loss that is not finite, with the position of what made it so."""
+    if not debugging() or bool(loss.isfinite()):
+        return
+    suspects = {"student_logits_BChw": problem.student, "pixel_weight_BHW": problem.pixel_weight}
+    if problem.target is not None:
+        suspects |= {"target.values": problem.target.values, "target.tail": problem.target.tail}
+    found = []
+    for name, tensor in suspects.items():
+        wrong = None if tensor is None else ~tensor.isfinite()
+        if tensor is not None and wrong is not None and wrong.any():
+            position = _first(wrong)
+            found.append(f"{name}{list(position)} is {tensor[position].item()} ({int(wrong.sum())} of them)")
+    raise ValueRangeError(
+        "The loss is finite.",
+        received=f"{loss.item()}; " + ("; ".join(found) or "logits so large that logits / temperature overflow"),
+        remedy="Look at those positions; in training, lower the learning rate or clip the gradient.",
+    )
+
+
+def _first(wrong: Tensor) -> tuple[int, ...]:
+    return tuple(wrong.nonzero()[0].tolist())

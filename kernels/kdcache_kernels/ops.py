@@ -1,27 +1,44 @@
 """The public functions: they check their arguments and pick an implementation.
 
-Every implementation computes the same numbers to rounding; `impl="reference"` is the oracle. Fused kernels
-for CUDA (Triton) and the CPU (numba) will join behind these functions; `impl="auto"` will then pick them.
+| impl | runs on | what it is |
+| --- | --- | --- |
+| triton | CUDA (and the CPU under TRITON_INTERPRET=1) | fused kernels; nothing of label size times classes |
+| numba | CPU | the same for the CPU |
+| reference | anything, float64 too | plain PyTorch, the oracle; several tensors of label size times classes |
+| auto | | the fused family of the device; for what it cannot take the reference, with a warning that says so |
 
-Legend: B batch, C classes, H W label size, h w the student's or the target's own size.
+Legend: B batch, C classes, k kept classes, H W label size, h w the student's or the target's own size.
 """
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, library, topk
 from .errors import ShapeError, ValueRangeError
+from .problem import LossProblem
 from .reference import (
     Denominators,
     LossParts,
+    argmax_confidence_reference,
     ce_weight_sum,
     distill_loss_reference,
     kl_pixels,
-    upsampled_image,
 )
 from .topk import PackedTarget
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DEVICES = {"triton": "cuda", "numba": "cpu"}
+_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVICES}
+
+
+class ReferenceWarning(UserWarning):
+    """`impl="auto"` computes with the reference, for a reason that the message gives."""
 
 
 def distill_loss(
@@ -30,8 +47,8 @@ def distill_loss(
     target: PackedTarget | None = None,
     *,
     size: tuple[int, int] | None = None,
-    ce_weight: float = 1.0,
-    kl_weight: float = 0.0,
+    ce_weight: Tensor | float = 1.0,
+    kl_weight: Tensor | float = 0.0,
     temperature: float = 1.0,
     class_weight: Tensor | None = None,
     ignore_index: int = 255,
@@ -54,43 +71,44 @@ def distill_loss(
     pixel makes the term and its gradient NaN; elsewhere it changes nothing.
 
     Args:
-        student_logits_BChw: raw logits, any floating dtype and strides; receives the gradient, alone.
-            Computed in float32, in float64 when it is float64, also under autocast.
+        student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides; alone gets a gradient.
+            Computed in float32 (the reference: in float64 when it is float64), also under autocast.
         labels_BHW: class ids, uint8 or a signed integer; None for an unlabelled batch.
         target: packed teacher logits of the same batch; None for CE alone.
         size: (H, W) in pixels; needed without labels.
-        ce_weight, kl_weight: >= 0, dimensionless.
+        ce_weight, kl_weight: >= 0, dimensionless. A number of 0 leaves the term out; a 0-dimensional tensor on the
+            device is never looked at, so that a schedule can fill it under a CUDA graph.
         temperature: > 0, dimensionless.
         class_weight: (C,) floats >= 0, for CE; None weighs every class 1.
         ignore_index: the void id, which may be one that the labels' dtype cannot hold.
-        window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges in pixels of the target's view, which the
-            image shows; it may reach over the view's edge. None is the whole view. Without a target, it has
-            no effect.
+        window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges in pixels of the target's view, which the image
+            shows; it may reach over the view's edge, but shows some of it. None is the whole view. Without a target, it
+            has no effect.
         flip_B: (B,) bool, whether the image shows its window mirrored left to right; None mirrors nothing.
-        pixel_weight_BHW: gate of the KL term, any dtype, taken as a number (uint8: 0 or 1, not 0 to 255). It
-            multiplies a pixel's KL and does not shrink the denominator. A non-finite weight of a counted
-            pixel makes KL NaN.
-        distill_void: whether void pixels teach too. False needs labels to find them; a batch without counts
-            all.
+        pixel_weight_BHW: gate of the KL term, any dtype, taken as a number (uint8: 0 or 1, not 0 to 255). It multiplies
+            a pixel's KL and does not shrink the denominator. A non-finite weight of a counted pixel makes KL NaN.
+        distill_void: whether void pixels teach too. False needs labels to find them; a batch without counts all.
         align_corners: of the student's resize; the target carries its own.
-        ce_denominator, kl_denominator: replace the counts of this batch, 0-dimensional tensors on the device
-            or numbers: the global batch's, from `distill_denominators`, summed over ranks and accumulation
-                steps.
-        impl: "auto" or "reference".
-    Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel; kl includes T^2.
-    Raises: ShapeError, ValueRangeError naming the argument. What is wrong inside a tensor is an error on the
-        CPU; on CUDA, a class id out of range or a NaN window makes the loss NaN. Nothing waits for the
-        device.
-    Memory: the reference keeps three (B, C, H, W) tensors for the backward, two at T = 1; eight at its peak.
+        ce_denominator, kl_denominator: replace the counts of this batch, 0-dimensional tensors on the device or
+            numbers: the global batch's, from `distill_denominators`, summed over ranks and accumulation steps.
+        impl: "auto", "triton", "numba" or "reference"; the module's docstring has the table.
+    Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel; kl includes T^2. The loss alone carries a
+        gradient, once; twice with the reference.
+    Raises: ShapeError, ValueRangeError naming the argument. What is wrong inside a tensor is an error on the CPU; on
+        CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or beside the view
+        makes the loss NaN. KDCACHE_DEBUG=1 in the environment looks on every device, and raises for a loss that is not
+        finite with the position of its cause.
+    Memory: fused, two float32 copies of the low-resolution logits and the gradient; never anything of label size times
+        classes. The reference keeps three (B, C, H, W) tensors for the backward and has eight at its peak.
     Source: Hinton et al. 2015, section 2. Oracle: kdcache_kernels.reference.
     """
-    check_implementation(impl)
     checks.check_student(student_logits_BChw)
     B, num_classes = student_logits_BChw.shape[:2]
     device = student_logits_BChw.device
+    family = choose_implementation(impl, device, student_logits_BChw.dtype)
     checks.check_number("temperature", temperature, above_zero=True)
-    checks.check_number("ce_weight", ce_weight)
-    checks.check_number("kl_weight", kl_weight)
+    checks.check_weight("ce_weight", ce_weight, device)
+    checks.check_weight("kl_weight", kl_weight, device)
     size = checks.check_size(labels_BHW, size)
     remedy = "Pass one value per pixel of the label."
     checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
@@ -99,28 +117,43 @@ def distill_loss(
     checks.check_window(window_B4, flip_B, B, device)
     checks.check_denominator("ce_denominator", ce_denominator, device)
     checks.check_denominator("kl_denominator", kl_denominator, device)
-    if labels_BHW is not None and ce_weight > 0:
-        checks.check_class_ids(labels_BHW, num_classes, ignore_index)
     if target is not None:
         checks.check_target(target, num_classes, B, device)
-    return distill_loss_reference(
-        student_logits_BChw,
-        labels_BHW,
-        target,
+    use_ce = labels_BHW is not None and (isinstance(ce_weight, Tensor) or ce_weight > 0)
+    use_kl = target is not None and (isinstance(kl_weight, Tensor) or kl_weight > 0)
+
+    def scalar(value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.detach()
+        return torch.full((), value, dtype=torch.float64, device=device)
+
+    problem = LossProblem(
+        student=student_logits_BChw,
+        labels=labels_BHW,
+        target=target if use_kl else None,
         size=size,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        temperature=temperature,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        window_B4=window_B4,
-        flip_B=flip_B,
-        pixel_weight_BHW=pixel_weight_BHW,
+        use_ce=use_ce,
+        ce_weight=scalar(ce_weight),
+        kl_weight=scalar(kl_weight),
+        ce_denominator=None if ce_denominator is None else scalar(ce_denominator),
+        kl_denominator=None if kl_denominator is None else scalar(kl_denominator),
+        temperature=float(temperature),
+        class_weight=None if class_weight is None else class_weight.detach(),
+        ignore_index=int(ignore_index),
+        window=window_B4 if use_kl else None,
+        flip=flip_B if use_kl else None,
+        pixel_weight=None if pixel_weight_BHW is None or not use_kl else pixel_weight_BHW.detach(),
         distill_void=distill_void,
         align_corners=align_corners,
-        ce_denominator=ce_denominator,
-        kl_denominator=kl_denominator,
+        need_gradient=student_logits_BChw.requires_grad and torch.is_grad_enabled(),
     )
+    if family == "reference":
+        if not torch.compiler.is_compiling():
+            checks.check_values(problem)
+        parts = distill_loss_reference(problem)
+        checks.explain_non_finite(problem, parts.loss)
+        return parts
+    return library.call_distill_loss(problem, family)
 
 
 @torch.no_grad()
@@ -173,6 +206,8 @@ def target_argmax_confidence(
     size: tuple[int, int],
     window_B4: Tensor | None = None,
     flip_B: Tensor | None = None,
+    *,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The teacher's class and its probability (T = 1) at label size: for gates, pseudo labels and audits.
 
@@ -180,33 +215,139 @@ def target_argmax_confidence(
         target: packed teacher logits.
         size: (H, W) of the result in pixels.
         window_B4, flip_B: as in `distill_loss`.
+        impl: one of IMPLEMENTATIONS.
     Returns: (argmax, confidence), (B, H, W) each: uint8 (int16 above 256 classes), the lowest id of equal
         ones; and float16. Outside the view the argmax is that of the nearest edge and the confidence 0.
         Where a NaN of the target enters, the confidence is NaN.
     Raises: ShapeError, ValueRangeError naming the argument.
-    Memory: O(C*H*w + B*H*W): one image at a time.
+    Memory: the results, and a few rows of classes; the reference O(C*H*W): one image at a time.
     """
     size = checks.check_size(None, size)
-    B = target.batch_size
-    checks.check_window(window_B4, flip_B, B, target.device)
-    dtype = torch.uint8 if target.num_classes <= 256 else torch.int16
-    argmax_BHW = torch.empty((B, *size), dtype=dtype, device=target.device)
-    confidence_BHW = torch.empty((B, *size), dtype=torch.float16, device=target.device)
-    for sample in range(B):
-        logits_CHW, lost_HW, inside_HW = upsampled_image(target, sample, size, window_B4, flip_B)
-        largest_HW, ids_HW = logits_CHW.max(0)
-        argmax_BHW[sample] = ids_HW
-        probability_HW = (largest_HW - logits_CHW.logsumexp(0)).exp()
-        probability_HW = probability_HW.masked_fill(lost_HW, torch.nan).masked_fill(~inside_HW, 0)
-        confidence_BHW[sample] = probability_HW
+    checks.check_window(window_B4, flip_B, target.batch_size, target.device)
+    checks.check_window_values(window_B4, None)
+    family = choose_implementation(impl, target.device, torch.float32)
+    if family == "reference":
+        return argmax_confidence_reference(target, size, window_B4, flip_B)
+    nothing = library.absent(target.values)
+    argmax_BHW, confidence_BHW = library.argmax_confidence(
+        target.values,
+        nothing if target.indices is None else target.indices,
+        nothing if target.tail is None else target.tail,
+        nothing if window_B4 is None else window_B4,
+        nothing if flip_B is None else flip_B,
+        target.num_classes,
+        list(target.view_size),
+        target.align_corners,
+        list(size),
+        family,
+    )
     return argmax_BHW, confidence_BHW
 
 
-def check_implementation(impl: str) -> None:
-    """Refuse a name that is not in IMPLEMENTATIONS."""
+@torch.no_grad()
+def pack(logits_BChw: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Keep the k largest classes of every pixel, and how much mass the others had.
+
+    Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf comes out as NaN in
+    every value and in the tail: looking for it here would synchronise with the device, so the caller looks at
+    the values it is about to write. A single -inf is the finite -6e4.
+
+    Args:
+        logits_BChw: any floating dtype, any strides; computed in float32, in float64 when it is float64.
+        k: 1 to C; C keeps everything in class order.
+        impl: one of IMPLEMENTATIONS.
+    Returns: (values, indices, tail) as in `PackedTarget`; indices and tail are None when k = C. When k < C,
+        the classes are sorted from the largest to the smallest.
+    Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
+    Memory: the result; the reference O(B*C*h*w), 12 bytes per element more when k < C.
+    """
+    topk.check_logits(logits_BChw, k)
+    family = choose_implementation(impl, logits_BChw.device, logits_BChw.dtype)
+    if family == "reference":
+        return topk.pack(logits_BChw, k)
+    values, indices, tail = library.pack(logits_BChw.detach(), k, family)
+    return (values, None, None) if k == logits_BChw.shape[1] else (values, indices, tail)
+
+
+@torch.no_grad()
+def densify(
+    values: Tensor,
+    indices: Tensor | None,
+    tail: Tensor | None,
+    num_classes: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Return logits of every class, up to a constant per pixel.
+
+    The classes that were not kept share the tail's mass evenly: each gets LSE(kept) + tail - log(C - k),
+    clamped to +-6e4.
+
+    Args:
+        values, indices, tail: as in `PackedTarget`.
+        num_classes: C.
+        dtype: of the result; float32 takes the fused kernels, another dtype the reference.
+        impl: one of IMPLEMENTATIONS.
+    Returns: (B, C, h, w); contiguous when k < C.
+    Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU;
+        on CUDA, where looking would synchronise, the pixel is NaN.
+    """
+    topk.check_packed(values, indices, tail, num_classes)
+    dense = indices is None or tail is None
+    family = "reference" if dense or dtype != torch.float32 else choose_implementation(impl, values.device, dtype)
+    if family == "reference" or indices is None or tail is None:
+        return topk.densify(values, indices, tail, num_classes, dtype)
+    result: Tensor = library.densify(values, indices, tail, num_classes, family)
+    return result
+
+
+def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return "triton", "numba" or "reference" for tensors of this device and dtype.
+
+    Raises: ValueRangeError for an implementation that does not exist or cannot take them.
+    """
     if impl not in IMPLEMENTATIONS:
         raise ValueRangeError(
             "impl names an implementation that exists.",
             received=repr(impl),
             remedy=f"Choose one of {', '.join(IMPLEMENTATIONS)}.",
         )
+    if impl == "reference":
+        return impl
+    if impl == "auto" and family_is_missing("numba_loss"):
+        return "reference"  # until the fused families are complete
+    family = {"cuda": "triton", "cpu": "numba"}.get(device.type, "") if impl == "auto" else impl
+    reason = _refusal(family, device, dtype)
+    if reason is None:
+        return family
+    if impl != "auto":
+        raise ValueRangeError(
+            f"impl={impl!r} can take the tensors that are given.",
+            received=reason,
+            remedy="Pass impl='auto', or impl='reference', which takes everything.",
+        )
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"kdcache_kernels computes with the slow reference: {reason}.", ReferenceWarning, stacklevel=3)
+    return "reference"
+
+
+def family_is_missing(module: str) -> bool:
+    """Whether a part of a fused family is not written yet."""
+    return not (Path(__file__).parent / f"{module}.py").exists()
+
+
+def _refusal(family: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a fused family cannot take tensors of this device and dtype; None when it can."""
+    if not family:
+        return f"there are no fused kernels for {device.type} tensors"
+    if family_is_missing(f"{family}_loss"):
+        return f"the {family} kernels are not complete"
+    if not _INSTALLED[family]:
+        return f"{family} is not installed"
+    if dtype not in FUSED_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not among float32, float16 and bfloat16"
+    interpreted = family == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != _DEVICES[family] and not interpreted:
+        return f"{family} runs on {_DEVICES[family]}, the tensors are on {device.type}"
+    return None

@@ -1,4 +1,4 @@
-"""The distillation loss in plain PyTorch: the oracle of every test, and what runs until the fused kernels do.
+"""The distillation loss in plain PyTorch: the oracle of every test, and what runs where no fused kernel does.
 
 It upsamples both sets of logits and lets autograd do the rest, so it holds up to eight tensors at label
 resolution; in return it is short, works on any device and dtype, and differentiates twice. Three things set
@@ -21,15 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .problem import LossProblem
 from .topk import PackedTarget, compute_dtype
-from .window import Size, ViewPositions, resample, view_positions
+from .window import Size, ViewPositions, resample, view_positions, window_misses_view
 
 
 class LossParts(NamedTuple):
     """The loss and its two terms, 0-dimensional tensors.
 
     Attributes:
-        loss: ce_weight * ce + kl_weight * kl; the one to call `backward` on, though each carries a gradient.
+        loss: ce_weight * ce + kl_weight * kl; the one to call `backward` on, for it alone carries a gradient.
         ce: cross-entropy with the labels, nats per pixel.
         kl: T^2 * KL(teacher || student) at temperature T, nats per pixel.
     """
@@ -51,63 +52,46 @@ class Denominators(NamedTuple):
     kl: Tensor
 
 
-def distill_loss_reference(
-    student_logits_BChw: Tensor,
-    labels_BHW: Tensor | None,
-    target: PackedTarget | None,
-    *,
-    size: Size,
-    ce_weight: float,
-    kl_weight: float,
-    temperature: float,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    window_B4: Tensor | None,
-    flip_B: Tensor | None,
-    pixel_weight_BHW: Tensor | None,
-    distill_void: bool,
-    align_corners: bool,
-    ce_denominator: Tensor | float | None,
-    kl_denominator: Tensor | float | None,
-) -> LossParts:
+def distill_loss_reference(problem: LossProblem) -> LossParts:
     """Compute what `kdcache_kernels.distill_loss` documents, from arguments that it has checked.
 
     Float32 throughout, whatever autocast says; float64 for float64 logits. A class id out of range makes CE
     NaN.
     """
-    dtype = compute_dtype(student_logits_BChw.dtype)
-    with torch.autocast(student_logits_BChw.device.type, enabled=False):
+    logits_BChw, labels_BHW, target = problem.student, problem.labels, problem.target
+    size, temperature = problem.size, problem.temperature
+    dtype = compute_dtype(logits_BChw.dtype)
+    with torch.autocast(logits_BChw.device.type, enabled=False):
         # An empty slice: zero, attached to the graph, and zero gradient even from NaN.
-        zero = student_logits_BChw[:0].sum(dtype=dtype)
-        use_ce = labels_BHW is not None and ce_weight > 0
-        use_kl = target is not None and kl_weight > 0
-        if not (use_ce or use_kl):
-            return LossParts(zero, zero, zero)
-        positions = view_positions(None, None, size, size, student_logits_BChw.device)
-        student = _Upsampled.of(student_logits_BChw.to(dtype), positions, size, align_corners, temperature)
+        ce = kl = zero = logits_BChw[:0].sum(dtype=dtype)
+        if not (problem.use_ce or problem.use_kl):
+            return LossParts(zero, zero.detach(), zero.detach())
+        positions = view_positions(None, None, size, size, logits_BChw.device)
+        student = _Upsampled.of(logits_BChw.to(dtype), positions, size, problem.align_corners, temperature)
         log_p_BCHW = None
-        ce = kl = zero
-        if use_ce:
+        if problem.use_ce:
             assert labels_BHW is not None
             log_p_BCHW = student.logits.log_softmax(1)
-            ce = zero + _cross_entropy(
-                log_p_BCHW, student.lost, labels_BHW.long(), class_weight, ignore_index, ce_denominator
-            )
-        if use_kl:
-            assert target is not None
+            ce = zero + _cross_entropy(log_p_BCHW, student.lost, labels_BHW.long(), problem)
+        if target is not None:
             if log_p_BCHW is None or temperature != 1:
                 scaled_BCHW = student.logits if temperature == 1 else student.logits / temperature
                 log_p_BCHW = scaled_BCHW.log_softmax(1)
-            counted_BHW, positions = kl_pixels(target, labels_BHW, size, ignore_index, window_B4, flip_B, distill_void)
-            kl = zero + temperature**2 * _kl_divergence(
-                log_p_BCHW,
-                student.lost,
-                _Upsampled.of_target(target, positions, size, dtype, temperature),
-                counted_BHW,
-                pixel_weight_BHW,
-                kl_denominator,
+            window_B4 = _nan_where_it_misses(problem.window, target)
+            counted_BHW, positions = kl_pixels(
+                target, labels_BHW, size, problem.ignore_index, window_B4, problem.flip, problem.distill_void
             )
-        return LossParts(ce_weight * ce + kl_weight * kl, ce, kl)
+            teacher = _Upsampled.of_target(target, positions, size, dtype, temperature)
+            kl = zero + temperature**2 * _kl_divergence(log_p_BCHW, student.lost, teacher, counted_BHW, problem)
+        loss = problem.ce_weight * ce + problem.kl_weight * kl
+        return LossParts(loss.to(dtype), ce.detach(), kl.detach())
+
+
+def _nan_where_it_misses(window_B4: Tensor | None, target: PackedTarget) -> Tensor | None:
+    """A window beside the view is a mistake that must not pass for a sample without a teacher."""
+    if window_B4 is None:
+        return None
+    return window_B4.masked_fill(window_misses_view(window_B4, target.view_size)[:, None], torch.nan)
 
 
 class _Upsampled(NamedTuple):
@@ -168,17 +152,17 @@ def _cross_entropy(
     log_p_BCHW: Tensor,
     lost_BHW: Tensor,
     labels_BHW: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    denominator: Tensor | float | None,
+    problem: LossProblem,
 ) -> Tensor:
     num_classes, dtype = log_p_BCHW.shape[1], log_p_BCHW.dtype
+    ignore_index, class_weight = problem.ignore_index, problem.class_weight
     counted_BHW = labels_BHW != ignore_index
     wrong_BHW = counted_BHW & ((labels_BHW < 0) | (labels_BHW >= num_classes))
     weight_C = None if class_weight is None else class_weight.to(dtype)
     # Wrong ids are hidden from nll_loss: on CUDA they would end the process. No reduction: its sum is atomic.
     labels_BHW = labels_BHW.masked_fill(wrong_BHW, ignore_index)
     loss_BHW = F.nll_loss(log_p_BCHW, labels_BHW, weight_C, ignore_index=ignore_index, reduction="none")
+    denominator = problem.ce_denominator
     if denominator is None:
         denominator = ce_weight_sum(labels_BHW, weight_C, ignore_index, num_classes)
     spoilt = (counted_BHW & (lost_BHW | wrong_BHW)).any()
@@ -190,23 +174,39 @@ def _kl_divergence(
     lost_BHW: Tensor,
     teacher: _Upsampled,
     counted_BHW: Tensor,
-    pixel_weight_BHW: Tensor | None,
-    denominator: Tensor | float | None,
+    problem: LossProblem,
 ) -> Tensor:
     log_q_BCHW = teacher.logits.log_softmax(1)
     q_BCHW = log_q_BCHW.exp()
     # Finite even where q is 0, for both logarithms are. The difference first: exactly 0 when they are equal.
     loss_BHW = (q_BCHW * (log_q_BCHW - log_p_BCHW)).sum(1)
     factor_BHW = counted_BHW.to(loss_BHW.dtype)
-    if pixel_weight_BHW is not None:
-        factor_BHW = torch.where(counted_BHW, pixel_weight_BHW.to(loss_BHW.dtype), 0)
-    if denominator is None:
-        denominator = counted_BHW.sum()
+    if problem.pixel_weight is not None:
+        factor_BHW = torch.where(counted_BHW, problem.pixel_weight.to(loss_BHW.dtype), 0)
+    denominator = counted_BHW.sum() if problem.kl_denominator is None else problem.kl_denominator
     spoilt = (counted_BHW & (lost_BHW | teacher.lost)).any()
     return _divide((loss_BHW * factor_BHW).sum(), denominator, spoilt)
 
 
-def upsampled_image(
+def argmax_confidence_reference(
+    target: PackedTarget, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute what `kdcache_kernels.target_argmax_confidence` documents; O(C*H*W): one image at a time."""
+    B = target.batch_size
+    dtype = torch.uint8 if target.num_classes <= 256 else torch.int16
+    argmax_BHW = torch.empty((B, *size), dtype=dtype, device=target.device)
+    confidence_BHW = torch.empty((B, *size), dtype=torch.float16, device=target.device)
+    for sample in range(B):
+        logits_CHW, lost_HW, inside_HW = _upsampled_image(target, sample, size, window_B4, flip_B)
+        largest_HW, ids_HW = logits_CHW.max(0)
+        argmax_BHW[sample] = ids_HW
+        probability_HW = (largest_HW - logits_CHW.logsumexp(0)).exp()
+        probability_HW = probability_HW.masked_fill(lost_HW, torch.nan).masked_fill(~inside_HW, 0)
+        confidence_BHW[sample] = probability_HW
+    return argmax_BHW, confidence_BHW
+
+
+def _upsampled_image(
     target: PackedTarget, sample: int, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return one sample's (C, H, W) float32 logits, and which (H, W) pixels are lost and in the view."""
@@ -251,12 +251,9 @@ def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index:
     return torch.where(counted_BHW, weight_BHW, 0).sum(dtype=torch.float64)
 
 
-def _divide(total: Tensor, denominator: Tensor | float, spoilt: Tensor) -> Tensor:
+def _divide(total: Tensor, denominator: Tensor, spoilt: Tensor) -> Tensor:
     """Return total / denominator, 0 / 0 being 0, or NaN in value and gradient when spoilt."""
-    if isinstance(denominator, float | int):
-        divisor = torch.full((), float(denominator), dtype=torch.float64, device=total.device)
-    else:
-        divisor = denominator.detach().to(torch.float64)
+    divisor = denominator.to(torch.float64)
     divisor = divisor.masked_fill(divisor == 0, 1)
     scale = divisor.reciprocal().masked_fill(spoilt, torch.nan)
     return total * scale.to(total.dtype)

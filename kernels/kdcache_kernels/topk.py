@@ -91,34 +91,9 @@ class PackedTarget:
 
 
 def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Keep the k largest classes of every pixel, and how much mass the others had.
-
-    Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf comes out as NaN
-    in
-    every value and in the tail: looking for it here would synchronise with the device, so the caller looks at
-    the values it is about to write. A single -inf is the finite -6e4.
-
-    Args:
-        logits_BChw: any floating dtype, any strides; computed in float32, in float64 when it is float64.
-        k: 1 to C; C keeps everything in class order.
-    Returns: (values, indices, tail) as in `PackedTarget`; indices and tail are None when k = C. When k < C,
-        the classes are sorted from the largest to the smallest.
-    Raises: ShapeError for a tensor that is not (B, C, h, w) of floats, ValueRangeError for k.
-    Memory: O(B*C*h*w), 12 bytes per element more when k < C.
-    """
-    if logits_BChw.dim() != 4 or not logits_BChw.is_floating_point():
-        raise ShapeError(
-            "logits_BChw is a (B, C, h, w) tensor of floats.",
-            received=f"{tuple(logits_BChw.shape)} {logits_BChw.dtype}",
-            remedy="Pass the raw output of one head, before any softmax.",
-        )
+    """The reference of `kdcache_kernels.pack`; any device, float64 computed in float64."""
+    check_logits(logits_BChw, k)
     num_classes = logits_BChw.shape[1]
-    if not 1 <= k <= num_classes:
-        raise ValueRangeError(
-            "k lies between 1 and the number of classes.",
-            received=f"k={k} with {num_classes} classes",
-            remedy=f"Choose k up to {num_classes}; that keeps every class.",
-        )
     logits_BChw = logits_BChw.detach().to(compute_dtype(logits_BChw.dtype))
     largest_B1hw = logits_BChw.amax(1, keepdim=True)
     # +inf - +inf is NaN in its own class alone; the whole pixel must be seen to be lost.
@@ -139,19 +114,7 @@ def densify(
     num_classes: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return logits of every class, up to a constant per pixel.
-
-    The classes that were not kept share the tail's mass evenly: each gets LSE(kept) + tail - log(C - k),
-    clamped to +-6e4.
-
-    Args:
-        values, indices, tail: as in `PackedTarget`.
-        num_classes: C.
-        dtype: of the result and of the arithmetic.
-    Returns: (B, C, h, w); contiguous when k < C.
-    Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU;
-        on CUDA, where looking would synchronise, the pixel is NaN.
-    """
+    """The reference of `kdcache_kernels.densify`; any device, any dtype."""
     check_packed(values, indices, tail, num_classes)
     values = values.to(dtype)
     if indices is None or tail is None:
@@ -161,7 +124,7 @@ def densify(
     fill_BChw = fill_Bhw.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)[:, None].expand(-1, num_classes, -1, -1)
     ids_BKhw = indices.long()
     if ids_BKhw.device.type == "cpu":
-        _check_ids(ids_BKhw, num_classes)
+        check_ids(ids_BKhw, num_classes)
     else:
         values = values.masked_fill(ids_BKhw >= num_classes, torch.nan)
         ids_BKhw = ids_BKhw.clamp(max=num_classes - 1)
@@ -176,6 +139,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def index_dtype(num_classes: int) -> torch.dtype:
     """Return the dtype of stored class ids."""
     return torch.uint8 if num_classes <= 256 else torch.uint16
+
+
+def check_logits(logits_BChw: Tensor, k: int) -> None:
+    """Refuse logits that are not (B, C, h, w) floats, and k outside 1 to C."""
+    if logits_BChw.dim() != 4 or not logits_BChw.is_floating_point():
+        raise ShapeError(
+            "logits_BChw is a (B, C, h, w) tensor of floats.",
+            received=f"{tuple(logits_BChw.shape)} {logits_BChw.dtype}",
+            remedy="Pass the raw output of one head, before any softmax.",
+        )
+    num_classes = logits_BChw.shape[1]
+    if not 1 <= k <= num_classes:
+        raise ValueRangeError(
+            "k lies between 1 and the number of classes.",
+            received=f"k={k} with {num_classes} classes",
+            remedy=f"Choose k up to {num_classes}; that keeps every class.",
+        )
 
 
 def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
@@ -227,7 +207,9 @@ def _check_part(
         )
 
 
-def _check_ids(ids: Tensor, num_classes: int) -> None:
+def check_ids(ids: Tensor, num_classes: int) -> None:
+    """Refuse class ids of num_classes or more; waits for the device."""
+    ids = ids.long()  # uint16 has no comparisons
     if ids.numel() and int(ids.max()) >= num_classes:
         wrong = sorted(set(ids[ids >= num_classes].tolist()))[:8]
         raise ValueRangeError(

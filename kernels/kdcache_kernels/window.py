@@ -82,6 +82,12 @@ def view_positions(
     return ViewPositions(y_BH, x_BW, view_size, window_B4 is None and flip_B is None)
 
 
+def window_misses_view(window_B4: Tensor, view_size: Size) -> Tensor:
+    """Return (B,) bool: the windows that show no part of a view of `view_size` (height, width) pixels."""
+    y0_B, x0_B, y1_B, x1_B = window_B4.unbind(-1)
+    return (y0_B >= view_size[0]) | (x0_B >= view_size[1]) | (y1_B <= 0) | (x1_B <= 0)
+
+
 def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
     """Return the (B, N, n) bilinear weights of positions on one axis of a view.
 

@@ -1,11 +1,84 @@
-"""Shared by the kernel tests: the devices they run on."""
+"""Shared by the kernel tests: the devices they run on and the implementations that must agree.
+
+Without a GPU, the Triton kernels run in Triton's interpreter: the same code, some thousand times slower. It is chosen
+by an environment variable that Triton reads when it is imported, hence here.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import kdcache_kernels
+import kdcache_kernels.ops
+
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+HAS_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_CUDA)])
+class Backend(NamedTuple):
+    """An implementation on a device."""
+
+    impl: str
+    device: torch.device
+
+    @property
+    def interpreted(self) -> bool:
+        return self.impl == "triton" and self.device.type == "cpu"
+
+
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference-cpu"),
+    pytest.param(("numba", "cpu"), id="numba-cpu"),
+    pytest.param(("triton", "cpu"), id="triton-interpreted", marks=[HAS_CUDA, pytest.mark.slow]),
+    pytest.param(("reference", "cuda"), id="reference-cuda", marks=NO_CUDA),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=NO_CUDA),
+]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of every backend runs on the backend's device, another one that asks for a device on every device."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS, indirect=True)
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Backend:
+    impl, device = request.param
+    if impl != "reference" and kdcache_kernels.ops.family_is_missing(f"{impl}_loss"):
+        pytest.skip(f"the {impl} kernels are not complete")
+    return Backend(impl, torch.device(device))
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+    if hasattr(request, "param"):
+        return torch.device(request.param)
+    found: Backend = request.getfixturevalue("backend")
+    return found.device
+
+
+@pytest.fixture
+def distill_loss(backend: Backend) -> Callable[..., kdcache_kernels.LossParts]:
+    """`kdcache_kernels.distill_loss` by the backend under test; float64 is the reference's alone."""
+
+    @functools.wraps(kdcache_kernels.distill_loss)
+    def call(logits: torch.Tensor, *args: object, **options: object) -> kdcache_kernels.LossParts:
+        if backend.impl != "reference" and logits.dtype == torch.float64:
+            pytest.skip("float64 is computed by the reference alone")
+        if backend.interpreted and logits.dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter truncates bfloat16")
+        return kdcache_kernels.distill_loss(logits, *args, impl=backend.impl, **options)
+
+    return call

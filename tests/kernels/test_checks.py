@@ -11,6 +11,7 @@ import kdcache_kernels
 from kdcache_kernels import (
     KernelError,
     PackedTarget,
+    ReferenceWarning,
     ShapeError,
     ValueRangeError,
     choose_k,
@@ -18,6 +19,7 @@ from kdcache_kernels import (
     distill_denominators,
     distill_loss,
     gradient_error,
+    ops,
     pack,
     target_argmax_confidence,
 )
@@ -69,6 +71,7 @@ BAD_ARGUMENTS = {
         ({"window_B4": with_row([0.0, 0, 0, 8])}, ValueRangeError),
         ({"window_B4": with_row([0.0, 8, 8, 0])}, ValueRangeError),
         ({"window_B4": with_row([0.0, NAN, 8, 8])}, ValueRangeError),
+        ({"window_B4": with_row([0.0, 8, 8, 16])}, ValueRangeError),
     ],
     "flip_B": [
         ({"flip_B": torch.zeros(3, dtype=torch.bool)}, ShapeError),
@@ -85,7 +88,7 @@ BAD_ARGUMENTS = {
         ({"ce_denominator": -1.0}, ValueRangeError),
     ],
     "kl_denominator": [({"kl_denominator": NAN}, ValueRangeError)],
-    "impl": [({"impl": "triton"}, ValueRangeError)],
+    "impl": [({"impl": "cutlass"}, ValueRangeError)],
 }
 
 
@@ -103,8 +106,31 @@ def test_distill_loss_refuses(name, change, kind):
 
 
 def test_impl_lists_what_exists():
-    with pytest.raises(ValueRangeError, match=r"(?s)'numba'.*auto, reference"):
+    with pytest.raises(ValueRangeError, match=r"(?s)'cutlass'.*auto, triton, numba, reference"):
+        distill_loss(LOGITS, LABELS, impl="cutlass")
+
+
+FUSED = pytest.mark.skipif(ops.family_is_missing("numba_loss"), reason="the numba kernels are not complete")
+
+
+@FUSED
+def test_a_family_refuses_what_it_cannot_take(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueRangeError, match=r"(?s)impl='triton'.*triton runs on cuda, the tensors are on cpu"):
+        distill_loss(LOGITS, LABELS, impl="triton")
+    with pytest.raises(ValueRangeError, match=r"(?s)impl='numba'.*float64 is not among"):
+        distill_loss(LOGITS.double(), LABELS, impl="numba")
+    monkeypatch.setitem(ops._INSTALLED, "numba", False)
+    with pytest.raises(ValueRangeError, match="numba is not installed"):
         distill_loss(LOGITS, LABELS, impl="numba")
+    with pytest.warns(ReferenceWarning, match="slow reference: numba is not installed"):
+        distill_loss(LOGITS, LABELS)
+
+
+@FUSED
+def test_auto_names_why_it_takes_the_reference():
+    with pytest.warns(ReferenceWarning, match="slow reference: float64 is not among float32, float16 and bfloat16"):
+        distill_loss(LOGITS.double(), LABELS)
 
 
 VALUES, INDICES, TAIL = pack(torch.randn(2, 9, 2, 2, generator=torch.Generator().manual_seed(0)), 3)
@@ -168,9 +194,10 @@ def test_message_layout_and_pickle():
 def test_exported_names():
     assert kdcache_kernels.__all__ == sorted(kdcache_kernels.__all__, key=lambda n: (not n.isupper(), n))
     assert set(kdcache_kernels.__all__) == {
-        *("IMPLEMENTATIONS", "LOGIT_LIMIT", "Denominators", "KernelError", "LossParts", "PackedTarget"),
-        *("ShapeError", "ValueRangeError", "choose_k", "densify", "distill_denominators", "distill_loss"),
-        *("distill_loss_reference", "gradient_error", "pack", "target_argmax_confidence"),
+        *("IMPLEMENTATIONS", "LOGIT_LIMIT", "Denominators", "KernelError", "LossParts", "LossProblem"),
+        *("PackedTarget", "ReferenceWarning", "ShapeError", "ValueRangeError", "choose_k", "densify"),
+        *("distill_denominators", "distill_loss", "distill_loss_reference", "gradient_error", "pack"),
+        "target_argmax_confidence",
     }
     assert all(hasattr(kdcache_kernels, name) for name in kdcache_kernels.__all__)
 

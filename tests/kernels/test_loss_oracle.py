@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache_kernels import PackedTarget, densify, distill_loss, pack
+from kdcache_kernels import PackedTarget, densify, pack
 
 LOSS_RELATIVE, LOSS_ABSOLUTE = 1e-6, 1e-7
 GRADIENT_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -84,7 +84,7 @@ def assert_matches(parts, gradient, expected, expected_gradient, temperature):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"C{s[1]}_{s[2][0]}x{s[2][1]}_to_{s[4][0]}x{s[4][1]}")
 @pytest.mark.parametrize("dtype", GRADIENT_ERROR, ids=str)
-def test_shapes_and_dtypes(shape, dtype, device):
+def test_shapes_and_dtypes(distill_loss, shape, dtype, device):
     z, y, target = random_case(shape, dtype, device)
     parts = distill_loss(z, y, target, ce_weight=0.7, kl_weight=0.3, temperature=2.5)
     parts.loss.backward()
@@ -96,7 +96,7 @@ def test_shapes_and_dtypes(shape, dtype, device):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 2.0, 2.5, 4.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_temperatures(temperature, dtype, device):
+def test_temperatures(distill_loss, temperature, dtype, device):
     z, y, target = random_case((2, 19, (5, 7), (5, 7), (20, 28)), dtype, device)
     parts = distill_loss(z, y, target, kl_weight=1.0, temperature=temperature)
     parts.loss.backward()
@@ -107,7 +107,7 @@ def test_temperatures(temperature, dtype, device):
 @pytest.mark.parametrize("student_aligned", [False, True])
 @pytest.mark.parametrize("target_aligned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_align_corners(student_aligned, target_aligned, dtype, device):
+def test_align_corners(distill_loss, student_aligned, target_aligned, dtype, device):
     z, y, target = random_case(SHAPES[2], dtype, device, align_corners=target_aligned)
     parts = distill_loss(z, y, target, kl_weight=2.0, align_corners=student_aligned)
     parts.loss.backward()
@@ -116,7 +116,7 @@ def test_align_corners(student_aligned, target_aligned, dtype, device):
 
 
 @pytest.mark.parametrize("k", [1, 8, 21])
-def test_kept_classes(k, device):
+def test_kept_classes(distill_loss, k, device):
     z, y, target = random_case(SHAPES[3], torch.float32, device, k=k)
     parts = distill_loss(z, y, target, kl_weight=1.0, temperature=2.0)
     parts.loss.backward()
@@ -125,7 +125,7 @@ def test_kept_classes(k, device):
 
 
 @pytest.mark.parametrize("scale", [0.0, 30.0, 90.0, 6e4])
-def test_value_ranges(scale, device):
+def test_value_ranges(distill_loss, scale, device):
     z, y, target = random_case(SHAPES[2], torch.float32, device)
     z = (z.detach().clamp(-1, 1) * scale).requires_grad_()
     parts = distill_loss(z, y, target, kl_weight=1.0)
@@ -139,7 +139,7 @@ def test_value_ranges(scale, device):
 
 @pytest.mark.parametrize("distill_void", [True, False])
 @pytest.mark.parametrize("gate", [torch.float32, torch.uint8, torch.bool], ids=str)
-def test_gate_void_and_class_weight(distill_void, gate, device):
+def test_gate_void_and_class_weight(distill_loss, distill_void, gate, device):
     z, y, target = random_case(SHAPES[2], torch.float32, device)
     class_weight = torch.linspace(0, 2, 19, device=device)
     pixel_weight = (torch.rand(y.shape, device=device) * 2).to(gate)
@@ -167,7 +167,7 @@ def test_gate_void_and_class_weight(distill_void, gate, device):
     assert_matches(parts, z.grad, *expected, temperature=1)
 
 
-def test_gradcheck(device):
+def test_gradcheck(distill_loss, device):
     z, y, target = random_case((2, 3, (2, 3), (3, 2), (5, 7)), torch.float64, device)
     window = torch.tensor([[1.0, -2.0, 4.5, 6.0], [0, 0, 5, 7]], dtype=torch.float64, device=device)
     flip = torch.tensor([True, False], device=device)
@@ -180,16 +180,15 @@ def test_gradcheck(device):
     assert torch.autograd.gradgradcheck(loss, (z,))
 
 
-def test_gradient_follows_each_term(device):
-    z, y, target = random_case(SHAPES[0], torch.float64, device)
+def test_the_loss_alone_carries_a_gradient(distill_loss, device):
+    z, y, target = random_case(SHAPES[0], torch.float32, device)
     parts = distill_loss(z, y, target, ce_weight=0.25, kl_weight=3.0, temperature=2.0)
-    ce, kl, loss = (torch.autograd.grad(part, z, retain_graph=True)[0] for part in (parts.ce, parts.kl, parts.loss))
-    torch.testing.assert_close(loss, 0.25 * ce + 3.0 * kl)
+    assert [part.requires_grad for part in parts] == [True, False, False]
     torch.testing.assert_close(parts.loss, 0.25 * parts.ce + 3.0 * parts.kl)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_equal_student_has_no_kl(temperature, device):
+def test_equal_student_has_no_kl(distill_loss, temperature, device):
     z, _, target = random_case((2, 11, (5, 5), (5, 5), (20, 20)), torch.float32, device)
     z = target.densify().requires_grad_()
     parts = distill_loss(z, None, target, size=(20, 20), kl_weight=1.0, temperature=temperature)
@@ -198,7 +197,7 @@ def test_equal_student_has_no_kl(temperature, device):
     assert z.grad.abs().max().item() <= 1e-8
 
 
-def test_layouts_give_the_same_bits(device):
+def test_layouts_give_the_same_bits(distill_loss, device):
     z, y, target = random_case(SHAPES[2], torch.float32, device)
     big = torch.zeros(4, 20, 10, 14, device=device)
     big[::2, 1:, ::2, ::2] = z.detach()
@@ -212,7 +211,7 @@ def test_layouts_give_the_same_bits(device):
         assert torch.equal(gradient, results[0][1])
 
 
-def test_bitwise_repeat(device):
+def test_bitwise_repeat(distill_loss, device):
     z, y, target = random_case((4, 21, (16, 16), (16, 16), (64, 64)), torch.float32, device)
     window = torch.tensor([[0.5, 3, 40, 60.25]] * 4, dtype=torch.float64, device=device)
     runs = []
@@ -223,7 +222,7 @@ def test_bitwise_repeat(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_changes_nothing(dtype, device):
+def test_autocast_changes_nothing(distill_loss, dtype, device):
     z, y, target = random_case(SHAPES[2], torch.float32, device)
     flip = torch.tensor([True, False], device=device)
     options = {"kl_weight": 1.0, "flip_B": flip}
@@ -233,7 +232,7 @@ def test_autocast_changes_nothing(dtype, device):
     assert torch.equal(torch.autograd.grad(loss, z)[0], plain)
 
 
-def test_low_matmul_precision_changes_nothing(device):
+def test_low_matmul_precision_changes_nothing(distill_loss, device):
     z, y, target = random_case((2, 21, (16, 16), (16, 16), (64, 64)), torch.float32, device)
     flip = torch.tensor([True, False], device=device)
 
@@ -249,7 +248,7 @@ def test_low_matmul_precision_changes_nothing(device):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_scaled_half_gradient(device):
+def test_scaled_half_gradient(distill_loss, device):
     z, y, target = random_case(SHAPES[3], torch.float16, device)
     (65536.0 * distill_loss(z, y, target, kl_weight=1.0).loss).backward()
     expected = oracle(z, y, target, ce_weight=1.0, kl_weight=1.0, temperature=1.0)[1]
@@ -257,7 +256,7 @@ def test_scaled_half_gradient(device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_no_host_synchronisation():
+def test_no_host_synchronisation(distill_loss):
     z, y, target = random_case(SHAPES[2], torch.float32, torch.device("cuda"), k=8)
     window = torch.tensor([[0.0, 0, 17, 23]] * 2, dtype=torch.float64, device="cuda")
     flip = torch.tensor([True, False], device="cuda")

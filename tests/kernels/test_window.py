@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache_kernels import PackedTarget, distill_denominators, distill_loss, pack, target_argmax_confidence
+from kdcache_kernels import PackedTarget, distill_denominators, pack, target_argmax_confidence
 from kdcache_kernels.window import full_float32, hat_matrix, resample, view_positions
 
 VIEW = (12, 20)
@@ -64,8 +64,8 @@ def batch(device):
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("name", WINDOWS)
-def test_kl_through_a_window(name, flip, align_corners, batch, device):
+@pytest.mark.parametrize("name", [name for name in WINDOWS if name != "outside"])
+def test_kl_through_a_window(distill_loss, backend, name, flip, align_corners, batch, device):
     z, values = batch
     size, T = (7, 9), 2.0
     target = PackedTarget(values, None, None, 4, VIEW, align_corners)
@@ -81,12 +81,14 @@ def test_kl_through_a_window(name, flip, align_corners, batch, device):
     flip_B = torch.tensor([flip, False], device=device)
     options = {"size": size, "window_B4": window_B4, "flip_B": flip_B}
     for x, tolerance in ((z, 1e-12), (z.float(), 2e-6)):
+        if x.dtype == torch.float64 and backend.impl != "reference":
+            continue
         kl = distill_loss(x, None, target, kl_weight=1.0, temperature=T, **options).kl
         assert kl.item() == pytest.approx(T * T * total / count, rel=tolerance)
     assert distill_denominators(None, target, num_classes=4, **options).kl.item() == count
 
 
-def test_view_of_another_size_than_the_label(batch, device):
+def test_view_of_another_size_than_the_label(distill_loss, batch, device):
     z, values = batch
     size = (7, 9)
     for align_corners in (False, True):
@@ -97,14 +99,15 @@ def test_view_of_another_size_than_the_label(batch, device):
         assert without.item() == pytest.approx(with_window.item(), rel=1e-6)
 
 
-def test_flip_is_a_mirrored_image(batch, device):
+def test_flip_is_a_mirrored_image(distill_loss, batch, device):
     z, values = batch
     target = PackedTarget(values, None, None, 4, VIEW)
     window = torch.tensor([WINDOWS["fraction"]] * 2, dtype=torch.float64, device=device)
     flip = torch.tensor([True, True], device=device)
+    z = z.float()
     straight = distill_loss(z, None, target, size=VIEW, kl_weight=1.0, window_B4=window).kl
     mirrored = distill_loss(z.flip(-1), None, target, size=VIEW, kl_weight=1.0, window_B4=window, flip_B=flip).kl
-    torch.testing.assert_close(straight, mirrored, rtol=1e-12, atol=0)
+    torch.testing.assert_close(straight, mirrored, rtol=1e-6, atol=0)
 
 
 def test_aligned_crop_is_a_slice(device):

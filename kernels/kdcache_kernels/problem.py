@@ -1,0 +1,83 @@
+"""What one call of a fused loss kernel gets and returns, the same for every family.
+
+The public functions check their arguments and turn them into a `LossProblem`; a family (numba on the CPU, Triton on
+CUDA) turns it into a `LossResult`. Nothing in between is of label size times classes.
+
+Legend: B batch, C classes, k kept classes, H W label size, h w the student's own size.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .topk import PackedTarget
+
+
+@dataclass(frozen=True)
+class LossProblem:
+    """The arguments of `kdcache_kernels.distill_loss`, checked.
+
+    Attributes:
+        student: (B, C, h, w) float32, float16 or bfloat16, any strides; float64 for the reference alone.
+        labels: (B, H, W) uint8 or signed integers, any strides; None without.
+        target: packed teacher logits; not None exactly when KL is computed.
+        size: (H, W) in pixels.
+        use_ce: whether CE is computed; labels are there then. (Without it, they may still mask the KL.)
+        ce_weight, kl_weight: 0-dimensional floats on the device of the student.
+        ce_denominator, kl_denominator: 0-dimensional floats on the device; None counts this batch.
+        temperature: > 0.
+        class_weight: (C,) floats, contiguous; None weighs every class 1.
+        ignore_index: the void id.
+        window: (B, 4) float64, pixels of the target's view; None is the whole view.
+        flip: (B,) bool; None mirrors nothing.
+        pixel_weight: (B, H, W), any dtype and strides; None weighs every pixel 1.
+        distill_void: whether pixels of label `ignore_index` count in the KL.
+        align_corners: of the student's resize; the target carries its own.
+        need_gradient: whether the gradient is wanted.
+    """
+
+    student: Tensor
+    labels: Tensor | None
+    target: PackedTarget | None
+    size: tuple[int, int]
+    use_ce: bool
+    ce_weight: Tensor
+    kl_weight: Tensor
+    ce_denominator: Tensor | None
+    kl_denominator: Tensor | None
+    temperature: float
+    class_weight: Tensor | None
+    ignore_index: int
+    window: Tensor | None
+    flip: Tensor | None
+    pixel_weight: Tensor | None
+    distill_void: bool
+    align_corners: bool
+    need_gradient: bool
+
+    @property
+    def use_kl(self) -> bool:
+        """Whether KL is computed."""
+        return self.target is not None
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of the gradient that a family returns; an averaged gradient in float16 would flush to 0."""
+        return torch.bfloat16 if self.student.dtype == torch.bfloat16 else torch.float32
+
+
+class LossResult(NamedTuple):
+    """What a family returns.
+
+    Attributes:
+        loss, ce, kl: 0-dimensional float32; NaN when a counted pixel is lost.
+        gradient: (B, C, h, w) contiguous in `gradient_dtype`, d loss / d student, meaningless where the loss is NaN;
+            (0,) when it was not wanted.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    gradient: Tensor

@@ -1,0 +1,199 @@
+"""Every implementation against the reference in float64, on inputs that hypothesis draws."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kdcache_kernels
+from kdcache_kernels import LossParts, PackedTarget, pack
+
+GRADIENT_ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn: sizes and choices; the numbers follow from the seed."""
+
+    batch: int
+    classes: int
+    student: tuple[int, int]
+    grid: tuple[int, int]
+    size: tuple[int, int]
+    kept: int
+    temperature: float
+    window: str
+    flip: bool
+    dtype: torch.dtype
+    layout: str
+    labels: str
+    scale: float
+    ce_weight: float
+    kl_weight: float
+    class_weight: bool
+    gate: str
+    distill_void: bool
+    align_corners: tuple[bool, bool]
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    student = (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+    stride = draw(st.sampled_from([1, 2, 4, 8, 3, None]))
+    size = tuple(n * stride for n in student) if stride else (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    same_grid = draw(st.booleans())
+    grid = student if same_grid else (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+    classes = draw(st.sampled_from([2, 3, 5, 19, 33]))
+    weights = draw(st.sampled_from([(1.0, 1.0), (0.3, 2.0), (0.0, 1.0), (1.0, 0.0)]))
+    return Case(
+        batch=draw(st.integers(1, 3)),
+        classes=classes,
+        student=student,
+        grid=grid,
+        size=size,
+        kept=draw(st.sampled_from([1, 2, classes, classes])),
+        temperature=draw(st.sampled_from([0.05, 0.5, 1.0, 2.0, 2.5, 3.0, 4.0, 100.0])),
+        window=draw(st.sampled_from(["none", "whole", "crop", "aligned", "over_the_edge"])),
+        flip=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16])),
+        layout=draw(st.sampled_from(["contiguous", "channels_last", "slice"])),
+        labels=draw(st.sampled_from(["some void", "all void", "one image void", "one pixel", "none"])),
+        scale=draw(st.sampled_from([0.0, 1.0, 3.0, 10.0, 40.0])),
+        ce_weight=weights[0],
+        kl_weight=weights[1],
+        class_weight=draw(st.booleans()),
+        gate=draw(st.sampled_from(["none", "uint8", "float"])),
+        distill_void=draw(st.booleans()),
+        align_corners=(draw(st.booleans()), draw(st.booleans())) if stride is None else (False, False),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def windows(case: Case, generator: torch.Generator) -> Tensor | None:
+    """One row per sample; "aligned" moves by whole cells of the target at the student's scale."""
+    H, W = case.size
+    if case.window == "none":
+        return None
+    whole = torch.tensor([[0.0, 0.0, H, W]] * case.batch, dtype=torch.float64)
+    if case.window == "aligned":
+        cell = torch.tensor([H / case.grid[0], W / case.grid[1]] * 2, dtype=torch.float64)
+        shift = torch.randint(0, 2, (case.batch, 2), generator=generator).repeat(1, 2) * cell
+        # Half a cell less than the view, so that something of it shows.
+        return whole + shift.clamp(max=min(H, W) / 2)
+    if case.window == "crop":
+        low = torch.rand(case.batch, 2, generator=generator, dtype=torch.float64) * 0.4
+        return torch.cat([low, low + 0.55], 1) * torch.tensor([H, W] * 2)
+    if case.window == "over_the_edge":
+        return whole + torch.tensor([-0.4 * H, 0.3 * W, 0.35 * H, 0.5 * W])
+    return whole
+
+
+def labels_of(case: Case, generator: torch.Generator) -> Tensor | None:
+    if case.labels == "none":
+        return None
+    shape = (case.batch, *case.size)
+    labels = torch.randint(0, case.classes, shape, generator=generator, dtype=torch.uint8)
+    if case.labels == "some void":
+        labels[torch.rand(shape, generator=generator) < 0.3] = 255
+    elif case.labels == "one image void":
+        labels[0] = 255
+    elif case.labels in ("all void", "one pixel"):
+        first = labels[0, 0, 0].clone()
+        labels[:] = 255
+        if case.labels == "one pixel":
+            labels[0, 0, 0] = first
+    return labels
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "slice":
+        big = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2] + 2, 2 * x.shape[3]), torch.nan)
+        big[:, 1:, 2:, ::2] = x
+        return big[:, 1:, 2:, ::2]
+    return x
+
+
+def run(case: Case, impl: str, device: torch.device) -> tuple[LossParts, Tensor]:
+    generator = torch.Generator().manual_seed(case.seed)
+    z = (torch.randn(case.batch, case.classes, *case.student, generator=generator) * case.scale).to(case.dtype)
+    t = torch.randn(case.batch, case.classes, *case.grid, generator=generator) * max(case.scale, 1)
+    labels = labels_of(case, generator)
+    window = windows(case, generator)
+    gate = torch.rand(case.batch, *case.size, generator=generator) * 2
+    z = laid_out(z.to(device), case.layout) if impl != "reference" else z.to(device).double()
+    target = PackedTarget(*pack(t, case.kept, impl="reference"), case.classes, case.size, case.align_corners[1])
+    flip = torch.arange(case.batch, device=device) % 2 == 0 if case.flip else None
+    weight = torch.linspace(0, 2, case.classes, device=device) if case.class_weight else None
+    z = z.detach().requires_grad_()
+    parts = kdcache_kernels.distill_loss(
+        z,
+        None if labels is None else labels.to(device),
+        target.to(device),
+        size=case.size,
+        ce_weight=case.ce_weight,
+        kl_weight=case.kl_weight,
+        temperature=case.temperature,
+        class_weight=weight,
+        window_B4=None if window is None else window.to(device),
+        flip_B=flip,
+        pixel_weight_BHW=None if case.gate == "none" else gate.to(getattr(torch, case.gate)).to(device),
+        distill_void=case.distill_void,
+        align_corners=case.align_corners[0],
+        impl=impl,
+    )
+    (gradient,) = torch.autograd.grad(parts.loss, z)
+    return LossParts(*(part.detach() for part in parts)), gradient
+
+
+def compare(case: Case, backend) -> None:
+    """Loss and gradient at the tolerances of the project; a repeat to the bit."""
+    if backend.interpreted and case.dtype == torch.bfloat16:
+        return
+    expected, expected_gradient = run(case, "reference", backend.device)
+    found, gradient = run(case, backend.impl, backend.device)
+    T = max(case.temperature, 1.0)
+    for name, a, b in zip(expected._fields, found, expected, strict=True):
+        allowed = 1e-6 * abs(b.item()) + 1e-7 * T * T * max(1.0, case.scale / case.temperature / 10)
+        assert abs(a.item() - b.item()) <= allowed, (name, a.item(), b.item())
+    assert gradient.dtype == case.dtype
+    largest = expected_gradient.abs().max().item()
+    # A float32 logit is rounded to 6e-8 of itself; divided by the temperature, that is an error of a probability.
+    allowed = GRADIENT_ERROR[case.dtype] + 1e-7 * case.scale / min(case.temperature, 1.0)
+    error = (gradient.double() - expected_gradient).abs().max().item()
+    assert error <= allowed * largest + 1e-9, (error, largest)
+    again, gradient_again = run(case, backend.impl, backend.device)
+    assert torch.equal(gradient_again, gradient)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
+COMMON = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+
+
+@settings(max_examples=200, **COMMON)
+@given(case=cases())
+def _many(backend, case: Case) -> None:
+    compare(case, backend)
+
+
+@settings(max_examples=40, **COMMON)
+@given(case=cases())
+def _some(backend, case: Case) -> None:
+    compare(case, backend)
+
+
+@pytest.mark.timeout(900)
+def test_any_case(backend):
+    if backend.impl == "reference":
+        pytest.skip("the reference is compared with other people's code elsewhere")
+    (_some if backend.interpreted else _many)(backend)
