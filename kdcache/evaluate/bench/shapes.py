@@ -1,0 +1,203 @@
+"""What is measured: shapes, their presets, and the tensors of one case.
+
+Logits are random with a spread of 3, a tenth of the labels is void, and the seed is fixed: a case is the same tensors
+in every process and on every device. What a rival may have before the clock starts is prepared here too (int64 labels,
+the mask of the labelled pixels, dense float32 teacher logits), so a rival never pays for our storage format.
+
+Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import RecipeError
+from kdcache_kernels import PackedTarget, pack
+
+VOID_SHARE = 0.1
+LOGIT_SPREAD = 3.0
+MOST_DENSE = 32
+"""Classes up to which a store keeps all of them."""
+KEPT = 8
+"""Classes kept above."""
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of label images and the stride of the logits; written 16x21x512x512/4."""
+
+    batch: int
+    num_classes: int
+    height: int
+    width: int
+    stride: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.height, self.width
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """(h, w) in pixels; 500 pixels at stride 8 are 63."""
+        return math.ceil(self.height / self.stride), math.ceil(self.width / self.stride)
+
+    @property
+    def ignore_index(self) -> int:
+        """The void id: 255, where that is no class."""
+        return 255 if self.num_classes <= 255 else -1
+
+    @property
+    def divides(self) -> bool:
+        """Whether the stride divides the label size."""
+        return self.height % self.stride == 0 and self.width % self.stride == 0
+
+    @property
+    def class_pixels(self) -> int:
+        """B*C*H*W: what every tensor of a rival holds."""
+        return self.batch * self.num_classes * self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.num_classes}x{self.height}x{self.width}/{self.stride}"
+
+
+def _shapes(*texts: str) -> tuple[Shape, ...]:
+    return tuple(_parse(text) for text in texts)
+
+
+def _parse(text: str) -> Shape:
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)/(\d+)", text.strip().lower())
+    numbers = [int(group) for group in found.groups()] if found else []
+    if not numbers or min(numbers) < 1:
+        near = difflib.get_close_matches(text, PRESETS, n=1)
+        raise RecipeError(
+            "--shapes lists BxCxHxW/STRIDE at label size, or presets",
+            received=repr(text),
+            remedy=f"did you mean {near[0]!r}?"
+            if near
+            else f"for instance 16x21x512x512/4; presets: {', '.join(PRESETS)}",
+        )
+    return Shape(*numbers)
+
+
+PRESETS: dict[str, tuple[Shape, ...]] = {
+    "voc": _shapes("16x21x512x512/4"),
+    "ade": _shapes("16x150x512x512/4"),
+    "cityscapes": _shapes("8x19x768x768/4"),
+    "stride8": _shapes("16x21x512x512/8"),
+    "binary": _shapes("16x2x512x512/4"),
+    "single": _shapes("1x21x512x512/4"),
+    "camvid": _shapes("4x11x288x288/4"),
+    "memory": _shapes("4x21x512x512/4"),
+    "cpu": _shapes("4x11x288x288/4", "2x21x512x512/4", "1x150x512x512/4"),
+    "cuda": _shapes(
+        "16x21x512x512/4", "16x150x512x512/4", "8x19x768x768/4", "16x21x512x512/8", "16x2x512x512/4", "1x21x512x512/4"
+    ),
+}
+"""Named lists of shapes; `cuda` and `cpu` are the defaults of their devices."""
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Parse '4x11x288x288/4,voc'; presets and shapes may be mixed, repetitions are dropped.
+
+    Raises: RecipeError naming the part that is neither.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    found = [shape for part in parts for shape in (PRESETS.get(part) or (_parse(part),))]
+    return tuple(dict.fromkeys(found or [_parse(text)]))
+
+
+def parse_names(text: str, flag: str, known: Collection[str]) -> tuple[str, ...]:
+    """Parse a comma list of names.
+
+    Raises: RecipeError naming the flag and the nearest known name.
+    """
+    names = [part.strip().lower() for part in text.split(",") if part.strip()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise RecipeError(
+                f"{flag} lists some of {', '.join(known)}",
+                received=repr(name),
+                remedy=f"did you mean {near[0]!r}?" if near else f"leave out {name!r}",
+            )
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a benchmark; names instead of torch objects, so that it can cross a process boundary as JSON."""
+
+    shape: Shape
+    dtype: str = "fp32"
+    layout: str = "nchw"
+    temperature: float = 2.0
+    kept: int | None = None
+
+    @property
+    def k(self) -> int:
+        """Classes that the target keeps: as a store would by default unless `kept` says otherwise."""
+        C = self.shape.num_classes
+        if self.kept is None:
+            return C if C <= MOST_DENSE else KEPT
+        return min(self.kept, C)
+
+    @property
+    def integer_temperature(self) -> bool:
+        """Whether one exponential serves both temperatures: exp(u) = exp(u / T)**T."""
+        return self.temperature in (1, 2, 3, 4)
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype} {self.layout} T={self.temperature:g} k={self.k}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one case.
+
+    Attributes:
+        student: (B, C, h, w), the leaf that receives the gradient.
+        labels: (B, H, W) uint8, int16 where 255 is a class.
+        target: packed teacher logits.
+        teacher: (B, C, h, w) float32, the same target dense; for the rivals.
+        labels_int64: (B, H, W), for the rivals.
+        mask: (B, H, W) float32, 1 where a pixel is labelled; for the rivals.
+    """
+
+    student: Tensor
+    labels: Tensor
+    target: PackedTarget
+    teacher: Tensor
+    labels_int64: Tensor
+    mask: Tensor
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw the tensors of a case."""
+    B, C = case.shape.batch, case.shape.num_classes
+    generator = torch.Generator().manual_seed(0)
+
+    def logits() -> Tensor:
+        return (torch.randn(B, C, *case.shape.native, generator=generator) * LOGIT_SPREAD).to(device)
+
+    student = logits().to(DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]).requires_grad_()
+    target = PackedTarget(*pack(logits(), case.k), C, case.shape.size)
+    labels = torch.randint(0, C, (B, *case.shape.size), generator=generator).to(device)
+    void = torch.rand(B, *case.shape.size, generator=generator) < VOID_SHARE
+    labels[void.to(device)] = case.shape.ignore_index
+    return Inputs(
+        student,
+        labels.to(torch.uint8 if case.shape.ignore_index == 255 else torch.int16),
+        target,
+        target.densify().contiguous(),
+        labels,
+        (labels != case.shape.ignore_index).float(),
+    )
