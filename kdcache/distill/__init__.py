@@ -1,5 +1,5 @@
 """Losses of a student. Tensors in, tensors out: no store, no data."""
 
-from kdcache.distill.loss import DistillLoss, Target, TargetFormat
+from kdcache.distill.loss import DistillLoss, KernelError, LossParts, Target, TargetFormat
 
-__all__ = ["DistillLoss", "Target", "TargetFormat"]
+__all__ = ["DistillLoss", "KernelError", "LossParts", "Target", "TargetFormat"]

@@ -9,7 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache_kernels import LossParts, PackedTarget, distill_loss
+from kdcache_kernels import KernelError as KernelError
+from kdcache_kernels import LossParts as LossParts
+from kdcache_kernels import PackedTarget, distill_loss
 
 
 class TargetFormat(Protocol):

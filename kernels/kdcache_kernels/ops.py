@@ -34,6 +34,8 @@ from .topk import PackedTarget
 IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = {"triton": "cuda", "numba": "cpu"}
+_MISSING = {name for name in _DEVICES if not (Path(__file__).parent / f"{name}_loss.py").exists()}
+"""Families that are not written yet."""
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVICES}
 
 
@@ -315,7 +317,7 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -
         )
     if impl == "reference":
         return impl
-    if impl == "auto" and family_is_missing("numba_loss"):
+    if impl == "auto" and _MISSING:
         return "reference"  # until the fused families are complete
     family = {"cuda": "triton", "cpu": "numba"}.get(device.type, "") if impl == "auto" else impl
     reason = _refusal(family, device, dtype)
@@ -332,16 +334,11 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -
     return "reference"
 
 
-def family_is_missing(module: str) -> bool:
-    """Whether a part of a fused family is not written yet."""
-    return not (Path(__file__).parent / f"{module}.py").exists()
-
-
 def _refusal(family: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a fused family cannot take tensors of this device and dtype; None when it can."""
     if not family:
         return f"there are no fused kernels for {device.type} tensors"
-    if family_is_missing(f"{family}_loss"):
+    if family in _MISSING:
         return f"the {family} kernels are not complete"
     if not _INSTALLED[family]:
         return f"{family} is not installed"
