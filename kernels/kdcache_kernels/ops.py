@@ -317,9 +317,9 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -
         )
     if impl == "reference":
         return impl
-    if impl == "auto" and _MISSING:
-        return "reference"  # until the fused families are complete
     family = {"cuda": "triton", "cpu": "numba"}.get(device.type, "") if impl == "auto" else impl
+    if impl == "auto" and family in _MISSING:
+        return "reference"  # until that family is complete
     reason = _refusal(family, device, dtype)
     if reason is None:
         return family

@@ -158,15 +158,23 @@ def compare(case: Case, backend) -> None:
     expected, expected_gradient = run(case, "reference", backend.device)
     found, gradient = run(case, backend.impl, backend.device)
     T = max(case.temperature, 1.0)
+    # KL is what two numbers of some bits leave of each other: roundings average out over pixels if these differ.
+    roundings = 1 + 8 / (case.student[0] * case.student[1]) ** 0.5
     for name, a, b in zip(expected._fields, found, expected, strict=True):
-        allowed = 1e-6 * abs(b.item()) + 1e-7 * T * T * max(1.0, case.scale / case.temperature / 10)
+        allowed = 1e-6 * abs(b.item()) + 1e-7 * T * T * max(1, case.kl_weight) * max(
+            roundings, case.scale / case.temperature / 10
+        )
         assert abs(a.item() - b.item()) <= allowed, (name, a.item(), b.item())
     assert gradient.dtype == case.dtype
     largest = expected_gradient.abs().max().item()
     # A float32 logit is rounded to 6e-8 of itself; divided by the temperature, that is an error of a probability.
     allowed = GRADIENT_ERROR[case.dtype] + 1e-7 * case.scale / min(case.temperature, 1.0)
+    # And the difference of two probabilities carries their roundings, however small it is; it is multiplied by T.
+    few = case.labels == "one pixel" or case.window == "over_the_edge"
+    logit_pixels = 1 if few else case.student[0] * case.student[1]
+    least = 1e-7 * (case.ce_weight + case.kl_weight * T) / logit_pixels
     error = (gradient.double() - expected_gradient).abs().max().item()
-    assert error <= allowed * largest + 1e-9, (error, largest)
+    assert error <= allowed * largest + least + 1e-9, (error, largest)
     again, gradient_again = run(case, backend.impl, backend.device)
     assert torch.equal(gradient_again, gradient)
     assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))

@@ -47,7 +47,7 @@ def test_round_trip(case, seed):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_dense_is_the_logits_minus_their_maximum(dtype, device):
     logits = random_logits((2, 21, 3, 5), device).to(dtype)
-    values, indices, tail = pack(logits, 21)
+    values, indices, tail = pack(logits, 21, impl="reference" if dtype == torch.float64 else "auto")
     assert indices is None
     assert tail is None
     wide = logits.double()
@@ -154,7 +154,7 @@ def test_gradient_error_is_what_it_says():
     logits = random_logits((1, 12, 1, 1), "cpu").double()
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(20), dtype=torch.float64)
     p, student = (logits / 2).softmax(1), ((logits + noise) / 2).softmax(1)
-    kept = (densify(*pack(logits, 4), 12, torch.float64) / 2).softmax(1)
+    kept = (densify(*pack(logits, 4, impl="reference"), 12, torch.float64) / 2).softmax(1)
     expected = ((kept - p).norm() / (student - p).norm()).item()
     assert gradient_error(logits, 4, 2.0, (1, 1)) == pytest.approx(expected, rel=1e-12)
 

@@ -1,0 +1,114 @@
+"""A pool of threads for compiled CPU kernels that release the GIL.
+
+A kernel is serial: `kernel(first, last, *arguments)` does the tasks first, ..., last - 1, and no two tasks write to the
+same place, so that the result does not depend on who did what. `run` cuts the tasks into chunks and lets the calling
+thread and the pool take one after the other. It takes the place of numba's own threading layers: of those, omp kills
+forked children and workqueue aborts on concurrent calls. A chunk costs some 15 microseconds of Python and a wake-up
+some 50, so a chunk should be worth a tenth of a millisecond or more.
+"""
+
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CHUNKS_PER_THREAD = 4
+"""Enough for threads to even out when the machine gives one of them less time."""
+
+
+def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any) -> None:
+    """Do the tasks 0, ..., num_tasks - 1 on as many threads as torch uses, and return when all are done.
+
+    Args:
+        kernel: called as kernel(first, last, *arguments), concurrently; what it returns is dropped.
+        num_tasks: none is a call that does nothing.
+    Raises: the first error that a call raised, after the calls under way have ended; the others are left out.
+    """
+    threads = min(torch.get_num_threads(), num_tasks)
+    if num_tasks == 0:
+        return
+    if threads == 1:
+        kernel(0, num_tasks, *arguments)
+        return
+    chunks = min(num_tasks, threads * CHUNKS_PER_THREAD)
+    edges = [chunk * num_tasks // chunks for chunk in range(chunks + 1)]
+    _Job(kernel, edges, arguments).run(threads - 1)
+
+
+class _Job:
+    """One call of `run`: chunks that any thread may take."""
+
+    def __init__(self, kernel: Callable[..., Any], edges: list[int], arguments: tuple[Any, ...]) -> None:
+        self.kernel = kernel
+        self.edges = edges
+        self.arguments = arguments
+        self.taken = itertools.count()
+        self.error: BaseException | None = None
+        self.lock = threading.Lock()
+        self.running = 1  # threads inside `work`; the calling one from the start
+        self.idle = threading.Condition(self.lock)
+
+    def run(self, helpers: int) -> None:
+        _POOL.ask(self, helpers)
+        self.work()
+        with self.idle:
+            self.running -= 1
+            self.idle.wait_for(lambda: self.running == 0)
+        if self.error is not None:
+            raise self.error
+
+    def help(self) -> None:
+        """Join in, unless the job was done before this thread woke up."""
+        with self.lock:
+            if self.running == 0:
+                return
+            self.running += 1
+        self.work()
+        with self.idle:
+            self.running -= 1
+            self.idle.notify_all()
+
+    def work(self) -> None:
+        chunks = len(self.edges) - 1
+        while self.error is None and (chunk := next(self.taken)) < chunks:
+            try:
+                self.kernel(self.edges[chunk], self.edges[chunk + 1], *self.arguments)
+            except BaseException as error:
+                self.error = error
+
+
+class _Pool:
+    """Threads that wait for jobs, as many as were ever needed at once by one job."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self.lock = threading.Lock()
+        self.size = 0
+
+    def ask(self, job: _Job, helpers: int) -> None:
+        with self.lock:
+            for index in range(self.size, helpers):
+                threading.Thread(target=self._serve, name=f"kdcache-kernel-{index}", daemon=True).start()
+            self.size = max(self.size, helpers)
+        for _ in range(helpers):
+            self.jobs.put(job)
+
+    def _serve(self) -> None:
+        while True:
+            self.jobs.get().help()
+
+
+_POOL = _Pool()
+
+
+def _renew() -> None:
+    """A fork takes no threads along, and perhaps a lock that one of them held."""
+    global _POOL
+    _POOL = _Pool()
+
+
+os.register_at_fork(after_in_child=_renew)
