@@ -9,6 +9,9 @@ Two habits of numba decide whether a loop is vectorised at all, at a factor of 5
 compared with 0 for every element: so loops run from 0 along rows, with offsets that are constants. And a division by
 zero raises, unless the error model is numpy's.
 
+Everything is inlined by force. A function of its own would exist twice in a process that compiles, once by itself and
+once within the kernel, with other roundings, and which one is called would depend on where the kernel came from.
+
 Legend: C classes, P phases, n pixels of a tile and phase; see `numba_loss.py` for tiles and phases.
 """
 
@@ -23,7 +26,7 @@ from numba.extending import intrinsic
 
 LN2 = float(np.log(2))
 FASTMATH = {"contract", "nsz", "arcp"}
-OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH, "nogil": True}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH, "nogil": True, "forceinline": True}
 
 _SOURCES = [(p.name, p.stat().st_mtime, p.stat().st_size) for p in sorted(Path(__file__).parent.glob("numba_*.py"))]
 
@@ -97,7 +100,7 @@ def log2(x):
     return _exponent(x) + m * (m * p + _L0)
 
 
-@njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, nogil=True)
+@njit(**{**OPTIONS, "fastmath": FASTMATH | {"reassoc"}})
 def total(x, start, n):
     """The float64 sum of n elements; LLVM chooses its order, once, when it compiles."""
     part = x[start : start + n]

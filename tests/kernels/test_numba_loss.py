@@ -1,5 +1,6 @@
 """What is particular to the CPU kernels: threads, tiles, the two layouts, the cache on disk."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -142,3 +143,30 @@ def test_machine_code_is_kept_until_any_source_changes(tmp_path):
     helper = package / "numba_math.py"
     helper.write_text(helper.read_text() + "\n# changed\n")
     assert [hits(), hits()] == [0, 1]
+
+
+LOSS = """
+import hashlib, torch
+from kdcache_kernels import PackedTarget, distill_loss, pack
+for size in ((16, 24), (17, 23)):
+    for temperature in (1.0, 2.0, 3.0):
+        torch.manual_seed(0)
+        student, teacher = torch.randn(2, 2, 5, 4, 6)
+        target = PackedTarget(*pack(teacher, 5, impl="reference"), 5, size, False)
+        labels = torch.randint(0, 5, (2, *size))
+        student.requires_grad_()
+        loss = distill_loss(student, labels, target, kl_weight=1.0, temperature=temperature, impl="numba").loss
+        loss.backward()
+        print(hashlib.sha256(student.grad.numpy().tobytes()).hexdigest(), loss.item().hex())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_computes_what_later_ones_do(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", LOSS]
+    outputs = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
+    assert outputs[0].count("\n") == 6
+    assert outputs[0] == outputs[1]
