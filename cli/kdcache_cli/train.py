@@ -24,6 +24,15 @@ Power = Annotated[float, _Option("--power", help="Of poly.")]
 Warmup = Annotated[int, _Option("--warmup", help="Steps of linear warm-up.")]
 ClipGrad = Annotated[float, _Option("--clip-grad", help="Largest gradient norm; 0 does not clip.")]
 Amp = Annotated[str, _Option("--amp", help="auto (bf16 on a GPU), off or bf16.")]
+Step = Annotated[
+    str,
+    _Option(
+        "--step",
+        help="How a training step runs: eager, compiled (torch.compile: up to a minute at first, then faster) or "
+        "graphed (compiled and replayed as one CUDA graph: a small student waits for launches otherwise). "
+        "auto: graphed on a GPU, eager on a CPU.",
+    ),
+]
 ClassWeights = Annotated[
     str, _Option("--class-weights", help="Of the cross-entropy: none, median (median frequency) or sqrt of that.")
 ]
@@ -61,6 +70,7 @@ def train_teacher(
     warmup: Warmup = 0,
     clip_grad: ClipGrad = 0.0,
     amp: Amp = "auto",
+    step: Step = "auto",
     class_weights: ClassWeights = "none",
     scale: Scale = "0.5:2.0",
     flip: Flip = True,
@@ -117,6 +127,7 @@ def train_student(
     warmup: Warmup = 0,
     clip_grad: ClipGrad = 0.0,
     amp: Amp = "auto",
+    step: Step = "auto",
     class_weights: ClassWeights = "none",
     scale: Scale = "0.5:2.0",
     flip: Flip = True,

@@ -4,6 +4,8 @@ config.py      the settings (= the flags, = recipe.toml)
 dataset.py     samples from a data set or a store, through drawn windows
 loader.py      the order of draws; DataLoader
 schedule.py    optimizers and learning rates
+step.py        one optimizer step, eager or compiled
+graph.py       the same as a CUDA graph
 trainer.py     the loop
 checkpoint.py  full state, replaced whole
 log.py         metrics.jsonl, environment, observers

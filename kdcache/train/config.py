@@ -77,6 +77,7 @@ class TrainConfig(BaseModel):
     warmup: Annotated[int, Field(ge=0)] = 0
     clip_grad: Weight = 0.0
     amp: Literal["auto", "off", "bf16"] = "auto"
+    step: Literal["auto", "eager", "compiled", "graphed"] = "auto"
 
     # the pixels
     augment: Literal["warp", "replay", "none"] = "warp"

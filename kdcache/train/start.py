@@ -22,11 +22,12 @@ from kdcache.train.config import RECIPE, TrainConfig, read_config
 from kdcache.train.dataset import CacheDataset, DrawnDataset, LabelledDataset
 from kdcache.train.loader import Draws
 from kdcache.train.log import Observer, environment, write_json
+from kdcache.train.step import choose_step
 from kdcache.train.trainer import Trainer
 
 RECIPE_PARTIAL = f".{RECIPE}.partial"
 # What may change between a run's start and its resumption without changing what it learns.
-FREE_ON_RESUME = {"workers", "threads", "log_every", "device", "data", "val", "cache"}
+FREE_ON_RESUME = {"workers", "threads", "log_every", "device", "step", "data", "val", "cache"}
 
 
 def train(
@@ -43,6 +44,7 @@ def train(
     """
     run = Path(out)
     device = pick_device(config.device)
+    choose_step(config.step, device)
     if config.threads:
         torch.set_num_threads(config.threads)
     dataset, classes, cache = _open_dataset(config)

@@ -24,7 +24,8 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.dataset import Sample
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.log import MetricsLog, Observer, write_json
-from kdcache.train.schedule import Schedule, make_optimizer
+from kdcache.train.schedule import Schedule, load_optimizer, make_optimizer
+from kdcache.train.step import EagerStep, Step, choose_step, make_step, random_state, set_random_state
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
@@ -44,6 +45,7 @@ class _Progress:
     best_step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    prepared: float = 0.0
 
 
 class Trainer:
@@ -79,9 +81,18 @@ class Trainer:
         self.device = device
         self.observer = observer or Observer()
         self._validate = validate
-        self._optimizer = make_optimizer(self.model, config)
+        self._kind = choose_step(config.step, device)
+        self._optimizer = make_optimizer(self.model, config, capturable=self._kind == "graphed")
         self._schedule = Schedule(self._optimizer, config)
-        self._bf16 = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
+        self._eager = EagerStep(
+            self.model,
+            self.criterion,
+            self._optimizer,
+            device=device,
+            bf16=config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda"),
+            clip_grad=config.clip_grad,
+        )
+        self._step: Step | None = None  # made from the first batch
         self._now = _Progress()
         self._unchecked: list[tuple[int, Tensor]] = []
 
@@ -91,7 +102,7 @@ class Trainer:
         Raises: ModelError when a loss is not finite; Interrupted after SIGINT or SIGTERM, with the state saved.
         """
         torch.manual_seed(self.config.seed)
-        random_state = self._restore() if resume else None
+        random = self._restore() if resume else None
         iterations, first = self._iterations, self._now.step
         log = MetricsLog(self.run, first)
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -105,9 +116,9 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         batches = iter(loader)
-        if random_state is not None:
+        if random is not None:
             # After iter(): a DataLoader takes a number from this generator when it starts.
-            self._set_random_state(random_state)
+            set_random_state(self.device, random)
         self.model.train()
         try:
             with _stop_requests() as stop:
@@ -131,39 +142,41 @@ class Trainer:
         began = time.perf_counter()
         batch = next_batch(batches)
         waited = time.perf_counter() - began
-        label = batch.label.to(self.device, non_blocking=True)
-        target = batch.target.to(self.device, non_blocking=True)
-        pixels = self.model.normalise(batch.pixels.to(self.device, non_blocking=True))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            logits = self.model(pixels).logits
+        prepared = self._prepare(batch)
         norms = None
         if config.gradients_every and step % config.gradients_every == 0:
-            norms = self._gradient_norms(self.criterion.terms(logits, label, target))
-        parts = self.criterion(logits, label, target)
+            losses, norms = self._eager.with_norms(batch)
+        else:
+            assert self._step is not None
+            losses = self._step(batch)
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
-        self._unchecked.append((step, torch.stack([part.detach() for part in parts])))
+        self._unchecked.append((step, losses))
         # On a GPU a look at every loss would stall the queue: look when we log.
         values = self._check_finite() if logged or norms or self.device.type == "cpu" else []
         if norms:
             log.write("gradients", step + 1, norms)
             self.observer.gradients(step + 1, norms)
-        parts.loss.backward()
-        if config.clip_grad > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         lr = self._schedule.lr
         self._schedule.after_step()
-        self._now.step = step + 1
-        self._now.seconds += time.perf_counter() - began
-        self._now.waited += waited
+        now = self._now
+        now.step = step + 1
+        now.seconds += time.perf_counter() - began - prepared
+        now.waited += waited
+        now.prepared += prepared
         if logged:
-            now = self._now
             speed = config.batch_size * now.step / now.seconds
             report = dict(zip(("loss", "ce", "kl"), values, strict=True))
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
             log.write("train", now.step, report)
             self.observer.stepped(now.step, report)
+
+    def _prepare(self, batch: Sample) -> float:
+        """Make the step from the first batch; returns the seconds that it took, which are no training."""
+        if self._step is not None:
+            return 0.0
+        began = time.perf_counter()
+        self._step = make_step(self._kind, self._eager, batch, self.observer.note)
+        return time.perf_counter() - began
 
     def _check_finite(self) -> list[float]:
         """Look at the losses since the last look; returns the newest as (loss, ce, kl)."""
@@ -184,16 +197,6 @@ class Trainer:
                 )
         self._unchecked.clear()
         return list(rows[-1])
-
-    def _gradient_norms(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        """L2 norm over the student's parameters of each weighted term's gradient, on this batch."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norms = {}
-        for name, term in terms.items():
-            grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            squares = [g.float().square().sum() for g in grads if g is not None]
-            norms[name] = float(torch.stack(squares).sum().sqrt())
-        return norms
 
     def _end_of_interval(self, log: MetricsLog) -> None:
         """Validate, keep the best, save."""
@@ -218,7 +221,7 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "progress": vars(self._now),
-            "random": self._random_state(),
+            "random": random_state(self.device),
         }
         save_checkpoint(self.run, state)
 
@@ -234,21 +237,11 @@ class Trainer:
                 received=f"{self.config.model} has other tensors than the checkpoint in {self.run}",
                 remedy="restore the model's code, or give another --out",
             ) from error
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self._optimizer, state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._now = _Progress(**state["progress"])
         random: dict[str, Tensor] = state["random"]
         return random
-
-    def _random_state(self) -> dict[str, Tensor]:
-        """Of the generators that a model draws from: dropout takes the device's own."""
-        state = {"cpu": torch.get_rng_state()}
-        return state | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
-
-    def _set_random_state(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"].cpu())
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
 
     def _finish(self) -> dict[str, Any]:
         now = self._now
@@ -262,6 +255,7 @@ class Trainer:
             "seconds": round(now.seconds, 3),
             "images_per_second": round(self.config.batch_size * now.step / max(now.seconds, 1e-9), 3),
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
+            "prepared_seconds": round(now.prepared, 3),
         }
         write_json(self.run / "result.json", result)
         return result

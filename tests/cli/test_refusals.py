@@ -152,6 +152,9 @@ CASES = {
     "--method foo": (nothing, STUDENT + " --method foo", "'foo'"),
     "--augment foo": (nothing, STUDENT + " --augment foo", "'foo'"),
     "--scale 2:1": (nothing, STUDENT + " --scale 2:1", "2.0:1.0"),
+    "--step foo": (nothing, STUDENT + " --step foo", "'foo'"),
+    "--step graphed without a GPU": (
+        nothing, STUDENT + " --step graphed --device cpu", "--step graphed on the device cpu"),
     "--lr -1": (nothing, STUDENT + " --lr -1", "--lr"),
     "--iterations 0": (nothing, STUDENT + " --iterations 0", "--iterations"),
     "nothing to learn": (nothing, STUDENT + " --ce-weight 0 --kl-weight 0", "every loss weight is 0"),

@@ -13,12 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from kdcache.data import open_split
+from kdcache.distill import DistillLoss
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import TrainConfig, make_config
+from kdcache.train import CacheDataset, TrainConfig, make_config
+from kdcache.train.dataset import Sample
+from kdcache.train.loader import Draws
+from kdcache.train.schedule import make_optimizer
+from kdcache.train.step import EagerStep
 
 SCENES = "scenes:32x48,train=6,val=3"
 SIZE = (32, 48)
@@ -95,6 +101,46 @@ def student(cache_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def config(settings: dict[str, Any]) -> Callable[..., TrainConfig]:
     """The short run's settings with some changed."""
     return lambda **changes: make_config(**(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def batches(cache: Cache) -> list[Sample]:
+    """Six batches of two records."""
+    draws = Draws(CacheDataset(cache), 0)
+    return [default_collate([draws[2 * number], draws[2 * number + 1]]) for number in range(6)]
+
+
+@pytest.fixture
+def eager_step(cache: Cache, config: Callable[..., TrainConfig]) -> Callable[..., EagerStep]:
+    """A fresh step of a store, the same each time: eager_step(model spec, device, settings of a run)."""
+
+    def make(spec: str = "kdcache:tiny", device: str = "cpu", *, capturable: bool = False, **changes: Any) -> EagerStep:
+        chosen, place = config(**{"lr": 0.01, **changes}), torch.device(device)
+        torch.manual_seed(3)
+        model = build_model(spec, cache.num_classes).to(place).train().to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(model, chosen, capturable=capturable)
+        return EagerStep(model, DistillLoss(cache), optimizer, device=place, clip_grad=chosen.clip_grad)
+
+    return make
+
+
+class Backend:
+    """A compiler that compiles nothing, and counts: tracing is what most tests are about."""
+
+    def __init__(self) -> None:
+        self.programs = 0
+
+    def __call__(self, program: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        self.programs += 1
+        return program.forward
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Traced programs run as they are; the machine's compiler is left to the slow tests."""
+    found = Backend()
+    monkeypatch.setattr("kdcache.train.step.BACKEND", found)
+    return found
 
 
 @pytest.fixture

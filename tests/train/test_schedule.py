@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdcache.train import TrainConfig
 from kdcache.train.schedule import Schedule, make_optimizer
@@ -79,6 +80,24 @@ def test_the_state_goes_on_where_it_was_saved(config: Callable[..., TrainConfig]
     schedule.load_state_dict(state["schedule"])
     assert first + go_on(optimizer, schedule, range(17, 40)) == whole
     assert len(set(whole)) > 1
+
+
+def test_states_of_torch_s_own_schedules_go_on(config: Callable[..., TrainConfig]) -> None:
+    """Checkpoints of earlier versions hold them."""
+    optimizer, schedule = new(config(iterations=40, lr=0.02, power=2.0))
+    schedule.load_state_dict({"last_epoch": 10})
+    assert schedule.lr == optimizer.param_groups[0]["lr"] == 0.02 * 0.75**2
+    chosen = config(iterations=40, lr=0.8, schedule="plateau")
+    before, _ = new(chosen)
+    torchs = ReduceLROnPlateau(before, mode="max", factor=0.5, patience=5)
+    scores = [0.3, 0.2, 0.1, *[0.2] * 11]
+    for number, score in enumerate(scores):
+        optimizer, schedule = new(chosen)
+        schedule.load_state_dict(torchs.state_dict())
+        torchs.step(score)
+        schedule.after_validation(score)
+        assert schedule.lr == optimizer.param_groups[1]["lr"] == before.param_groups[0]["lr"], number
+    assert schedule.lr == 0.2
 
 
 @pytest.mark.parametrize(

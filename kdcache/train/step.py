@@ -1,0 +1,249 @@
+"""One optimizer step (forward, loss, backward, clipping, optimizer) and the ways to run it.
+
+| --step | what runs | before the first step |
+| --- | --- | --- |
+| eager | PyTorch, one operation after the other | nothing |
+| compiled | forward and loss as one program, their backward as another (`torch.compile`) | compiling |
+| graphed | all of that, recorded as one CUDA graph and replayed (graph.py) | compiling and recording |
+
+They compute the same up to the rounding of fused operations. Compiling takes 20 s to a minute and saves passes over
+memory; a graph saves the launches, of which the step of kdcache:tiny has a few hundred and which a GPU waits for.
+Preparing tries the step on the first batch and puts back everything that it changed, so that a run resumes bitwise
+in each way. What cannot be compiled or recorded runs in the next simpler way, after a line that says why.
+
+A compiled step follows a model that behaves differently from step to step by running that step eagerly; a graph
+replays what it saw. Such a model needs `--step eager`.
+"""
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdcache.distill import DistillLoss, KernelError, LossParts, Target
+from kdcache.errors import KDCacheError, RecipeError
+from kdcache.models import SegmentationModel
+from kdcache.train.dataset import Sample
+
+BACKEND = "inductor"
+SHOWN = 160
+"""Characters of a foreign error message that a note repeats at most."""
+
+Step = Callable[[Sample], Tensor]
+"""Learns from a batch of the loader; returns its (loss, ce, kl) on the device, detached and its own."""
+
+
+def choose_step(name: str, device: torch.device) -> str:
+    """The way that `--step` means on a device. Raises RecipeError for a graph where there is no CUDA."""
+    if name == "graphed" and device.type != "cuda":
+        raise RecipeError(
+            "--step graphed records a CUDA graph, which takes a GPU",
+            received=f"--step graphed on the device {device.type}",
+            remedy="leave --step out, or use --step compiled",
+        )
+    if name == "auto":
+        return "graphed" if device.type == "cuda" else "eager"
+    return name
+
+
+class EagerStep:
+    """The step as PyTorch runs it, operation by operation.
+
+    Args:
+        model, criterion: on `device`.
+        optimizer: of the model's parameters.
+        bf16: whether the model runs under autocast.
+        clip_grad: largest norm of the gradient; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        criterion: DistillLoss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        bf16: bool = False,
+        clip_grad: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.device = device
+        self._bf16 = bf16
+        self._clip_grad = clip_grad
+
+    def __call__(self, batch: Sample) -> Tensor:
+        return self.learn(self.forward(self.to_device(batch)))
+
+    def with_norms(self, batch: Sample) -> tuple[Tensor, dict[str, float]]:
+        """The same step, and the L2 norm of each weighted term's gradient over the model's parameters."""
+        batch = self.to_device(batch)
+        logits_BChw = self.logits(batch.pixels)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norms = {}
+        for name, term in self.criterion.terms(logits_BChw, batch.label, batch.target).items():
+            grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            squares = [g.float().square().sum() for g in grads if g is not None]
+            norms[name] = float(torch.stack(squares).sum().sqrt())
+        return self.learn(self.criterion(logits_BChw, batch.label, batch.target)), norms
+
+    def to_device(self, batch: Sample) -> Sample:
+        return Sample(
+            batch.pixels.to(self.device, non_blocking=True),
+            batch.label.to(self.device, non_blocking=True),
+            batch.target.to(self.device, non_blocking=True),
+        )
+
+    def logits(self, pixels_BHW3: Tensor) -> Tensor:
+        """What the model says of uint8 pixels on the device, at its native stride."""
+        x_B3HW = self.model.normalise(pixels_BHW3)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            return self.model(x_B3HW).logits
+
+    def forward(self, batch: Sample) -> LossParts:
+        """The differentiable loss of a batch on the device."""
+        parts: LossParts = self.criterion(self.logits(batch.pixels), batch.label, batch.target)
+        return parts
+
+    def learn(self, parts: LossParts) -> Tensor:
+        """Backward to optimizer; the gradients are gone afterwards."""
+        torch.autograd.backward(parts.loss)
+        if self._clip_grad > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack([part.detach() for part in parts])
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Steps inside leave no trace: parameters, buffers, optimizer and random numbers are put back.
+
+        State that the optimizer did not have yet stays, as zeros at the address that a graph records: a first update
+        from zeros is that from nothing (Adam, and SGD without dampening).
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        kept = [tensor.detach().clone() for tensor in tensors]
+        moments = {
+            parameter: {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+            for parameter, state in self.optimizer.state.items()
+        }
+        random = random_state(self.device)
+        try:
+            with warnings.catch_warnings():
+                # Advice of compiler, optimizer and debugger about their own use.
+                warnings.filterwarnings("ignore", module=r"torch\.")
+                warnings.filterwarnings("ignore", message=".*capturable=True")
+                warnings.filterwarnings("ignore", message="Synchronization debug mode")
+                yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for tensor, before in zip(tensors, kept, strict=True):
+                    tensor.copy_(before)
+                for parameter, state in self.optimizer.state.items():
+                    for name, value in state.items():
+                        if isinstance(value, Tensor):
+                            known = moments.get(parameter, {}).get(name)
+                            value.zero_() if known is None else value.copy_(known)
+            set_random_state(self.device, random)
+
+
+class CompiledStep:
+    """A step whose forward and backward are compiled for the shapes of `batch`; other shapes run eagerly.
+
+    Raises: what the compiler raises for a model that it cannot trace as a whole, or would compile at every step.
+    """
+
+    def __init__(self, eager: EagerStep, batch: Sample) -> None:
+        def forward(batch: Sample) -> LossParts:
+            return eager.forward(batch)
+
+        # The compiler keeps its programs, and counts them against a limit, by code object: each run has its own.
+        forward.__code__ = forward.__code__.replace()
+        self._eager = eager
+        self._compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND)
+        on_device = eager.to_device(batch)
+        eager.model.normalise(on_device.pixels)  # copies its constants to the device: not a part of the program
+        with eager.rehearsal():
+            torch.autograd.backward(self._compiled(on_device).loss)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                torch.autograd.backward(self._compiled(on_device).loss)
+
+    def __call__(self, batch: Sample) -> Tensor:
+        return self._eager.learn(self.forward(self._eager.to_device(batch)))
+
+    def forward(self, batch: Sample) -> LossParts:
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self._compiled(batch)
+
+
+def make_step(kind: str, eager: EagerStep, batch: Sample, note: Callable[[str], None]) -> Step:
+    """The step of a kind, tried on the first batch; or the next simpler one that runs.
+
+    Args:
+        kind: eager, compiled or graphed.
+        batch: as the loader gives them all.
+        note: is told what was made, how long it took, and what did not work.
+    """
+    if kind == "eager":
+        return eager
+    began = time.perf_counter()
+    step: EagerStep | CompiledStep = eager
+    try:
+        step = CompiledStep(eager, batch)
+    except (KDCacheError, KernelError):
+        raise  # a fault of the batch
+    except Exception as error:
+        note(f"--step {kind}: the model is not compiled, its operations run one by one ({_reason(error)})")
+    made: Step = step
+    if kind == "graphed":
+        from kdcache.train.graph import GraphedStep
+
+        try:
+            made = GraphedStep(eager, step.forward, batch)
+        except (KDCacheError, KernelError):
+            raise
+        except Exception as error:
+            note(f"--step graphed: the step is not recorded as a CUDA graph, it is launched anew ({_reason(error)})")
+    if made is not eager:
+        note(f"--step {kind}: prepared in {time.perf_counter() - began:.1f} s")
+    return made
+
+
+def parts_of(batch: Sample) -> list[Tensor]:
+    """The tensors of a batch in a fixed order."""
+    return [batch.pixels, batch.label, *batch.target]
+
+
+def batch_of(parts: list[Tensor]) -> Sample:
+    """The batch of `parts_of`."""
+    return Sample(parts[0], parts[1], Target(*parts[2:]))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that a model draws from: dropout takes the device's own."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Put the generators back to a `random_state`, also one of another device."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a foreign error, and the place in the model's code where the compiler says it."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+    text = f"{type(error).__name__}: {lines[0].strip() if lines else 'without a message'}"
+    text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    _, _, trace = str(error).partition("from user code:")
+    places = re.findall(r'File "(.+)", line (\d+)', trace)
+    return f"{text}, at {Path(places[-1][0]).name}:{places[-1][1]}" if places else text
