@@ -13,7 +13,6 @@ Legend: B batch, C classes, k kept classes, H W label size, h w the student's or
 import importlib.util
 import os
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ from .topk import PackedTarget
 IMPLEMENTATIONS = ("auto", "triton", "numba", "reference")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = {"triton": "cuda", "numba": "cpu"}
-_MISSING = {name for name in _DEVICES if not (Path(__file__).parent / f"{name}_loss.py").exists()}
-"""Families that are not written yet."""
 _INSTALLED = {name: importlib.util.find_spec(name) is not None for name in _DEVICES}
 
 
@@ -222,7 +219,7 @@ def target_argmax_confidence(
         ones; and float16. Outside the view the argmax is that of the nearest edge and the confidence 0.
         Where a NaN of the target enters, the confidence is NaN.
     Raises: ShapeError, ValueRangeError naming the argument.
-    Memory: the results, and a few rows of classes; the reference O(C*H*W): one image at a time.
+    Memory: the results, and the target once in float32; the reference O(C*H*W): one image at a time.
     """
     size = checks.check_size(None, size)
     checks.check_window(window_B4, flip_B, target.batch_size, target.device)
@@ -318,8 +315,6 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -
     if impl == "reference":
         return impl
     family = {"cuda": "triton", "cpu": "numba"}.get(device.type, "") if impl == "auto" else impl
-    if impl == "auto" and family in _MISSING:
-        return "reference"  # until that family is complete
     reason = _refusal(family, device, dtype)
     if reason is None:
         return family
@@ -338,8 +333,6 @@ def _refusal(family: str, device: torch.device, dtype: torch.dtype) -> str | Non
     """Why a fused family cannot take tensors of this device and dtype; None when it can."""
     if not family:
         return f"there are no fused kernels for {device.type} tensors"
-    if family in _MISSING:
-        return f"the {family} kernels are not complete"
     if not _INSTALLED[family]:
         return f"{family} is not installed"
     if dtype not in FUSED_DTYPES:

@@ -252,8 +252,7 @@ def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index:
 
 
 def _divide(total: Tensor, denominator: Tensor, spoilt: Tensor) -> Tensor:
-    """Return total / denominator, 0 / 0 being 0, or NaN in value and gradient when spoilt."""
+    """Return total / denominator, anything / 0 being 0, or NaN in value and gradient when spoilt."""
     divisor = denominator.to(torch.float64)
-    divisor = divisor.masked_fill(divisor == 0, 1)
-    scale = divisor.reciprocal().masked_fill(spoilt, torch.nan)
+    scale = divisor.reciprocal().masked_fill(divisor == 0, 0).masked_fill(spoilt, torch.nan)
     return total * scale.to(total.dtype)

@@ -110,10 +110,6 @@ def test_impl_lists_what_exists():
         distill_loss(LOGITS, LABELS, impl="cutlass")
 
 
-FUSED = pytest.mark.skipif(bool(ops._MISSING), reason="the numba kernels are not complete")
-
-
-@FUSED
 def test_a_family_refuses_what_it_cannot_take(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueRangeError, match=r"(?s)impl='triton'.*triton runs on cuda, the tensors are on cpu"):
@@ -127,7 +123,6 @@ def test_a_family_refuses_what_it_cannot_take(monkeypatch):
         distill_loss(LOGITS, LABELS)
 
 
-@FUSED
 def test_auto_names_why_it_takes_the_reference():
     with pytest.warns(ReferenceWarning, match="slow reference: float64 is not among float32, float16 and bfloat16"):
         distill_loss(LOGITS.double(), LABELS)

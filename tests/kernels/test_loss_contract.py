@@ -194,7 +194,7 @@ def _many(backend, case: Case) -> None:
     compare(case, backend)
 
 
-@settings(max_examples=40, **COMMON)
+@settings(max_examples=10, **COMMON)
 @given(case=cases())
 def _some(backend, case: Case) -> None:
     compare(case, backend)

@@ -1,0 +1,301 @@
+"""What the Triton kernels become on a GPU, without one: registers, spills, shared memory, instructions by class.
+
+The package's own launch code runs on meta tensors, and where it would launch a kernel the kernel is compiled instead,
+for a GPU that need not be there: signatures, constants and options are those of a real call. That meta tensors pass
+also shows that nothing on the way looks at a value, which would wait for the device.
+
+Counts are static, of the whole kernel and of its innermost loops; what a spill costs depends on where it is. Writes
+benchmarks/results/sass-sm80.json and sass-sm90.json in about three minutes each, most of it for tiles.
+
+    python benchmarks/sass.py
+    python benchmarks/sass.py --compile-only   # more variants, no disassembler needed; a test runs this
+"""
+
+import argparse
+import collections
+import importlib
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import kdcache_kernels
+from common import RESULTS, header, write
+from kdcache_kernels import LossProblem, PackedTarget, triton_argmax, triton_loss, triton_topk
+from kdcache_kernels.topk import index_dtype
+
+CAPABILITIES = (80, 90)
+BATCH, CLASSES, KEPT, LABELS = 16, 21, 8, 512
+CELLS = {"stride 1": 512, "stride 2": 256, "stride 4": 128, "stride 8": 64, "any ratio": 100}
+"""Logits along an axis of LABELS pixels; the last is for tiles alone."""
+CLASS_OF_OPCODE = {
+    "MUFU": ("MUFU",),
+    "LDG/STG": ("LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "RED"),
+    "LDS/STS": ("LDS", "STS", "LDSM", "STSM", "ATOMS"),
+    "LDL/STL": ("LDL", "STL"),
+    "LDC": ("LDC", "ULDC", "LDCU"),
+    "SHFL": ("SHFL",),
+    "BAR": ("BAR", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "MEMBAR"),
+    "branch": ("BRA", "BRX", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "EXIT", "YIELD", "BMOV", "WARPGROUP"),
+}
+REST = "FMA/ALU"
+
+
+Call = tuple[str, Callable[[], object]]
+"""What it is, and what launches kernels."""
+
+
+class Compiled(NamedTuple):
+    """A kernel as one call launches it."""
+
+    name: str
+    variant: str
+    kernel: Any
+
+
+class _Driver:
+    """Stands for the driver of a GPU. Triton keeps kernels by device, so the capability doubles as its number."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_instead(capability: int) -> list[tuple[str, Any]]:
+    """From now on a launch compiles for `capability` and runs nothing; returns where it puts (name, what came out)."""
+    kernels: list[tuple[str, Any]] = []
+
+    def launch(self: Any, grid: Any) -> Callable[..., None]:
+        def compile_only(*args: Any, **options: Any) -> None:
+            kernels.append((self.fn.__name__, self.run(*args, grid=grid, warmup=True, **options)))
+
+        return compile_only
+
+    JITFunction.__getitem__ = launch
+    triton.runtime.driver.set_active(_Driver(capability))
+    return kernels
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def packed_target(cells: int, num_classes: int = CLASSES, k: int = KEPT) -> PackedTarget:
+    values = empty(BATCH, k, cells, cells, dtype=torch.float16)
+    indices = tail = None
+    if k < num_classes:
+        indices = empty(BATCH, k, cells, cells, dtype=index_dtype(num_classes))
+        tail = empty(BATCH, cells, cells, dtype=torch.float16)
+    return PackedTarget(values, indices, tail, num_classes, (LABELS, LABELS))
+
+
+def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
+    """CE and KL at T = 2 of a dense target, the default up to 32 classes."""
+    arguments: dict[str, Any] = {
+        "student": empty(BATCH, CLASSES, cells, cells, dtype=dtype),
+        "labels": empty(BATCH, LABELS, LABELS, dtype=torch.uint8),
+        "target": packed_target(cells, k=CLASSES),
+        "size": (LABELS, LABELS),
+        "use_ce": True,
+        "ce_weight": empty(),
+        "kl_weight": empty(),
+        "ce_denominator": None,
+        "kl_denominator": None,
+        "temperature": 2.0,
+        "class_weight": None,
+        "ignore_index": 255,
+        "window": None,
+        "flip": None,
+        "pixel_weight": None,
+        "distill_void": True,
+        "align_corners": False,
+        "need_gradient": True,
+    }
+    return LossProblem(**{**arguments, **changes})
+
+
+def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
+    """Calls that together launch every kernel, for a student of each dtype, whose gradient has it too."""
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        for geometry, cells in CELLS.items():
+            yield f"{geometry}, {name}", partial(triton_loss.distill_loss, problem(cells, dtype))
+        logits = empty(BATCH, CLASSES, 128, 128, dtype=dtype)
+        yield name, partial(triton_loss.scale_gradient, logits, empty(), dtype)
+        yield f"k = {KEPT}, {name}", partial(triton_topk.pack, logits, KEPT)
+        yield f"dense, {name}", partial(triton_topk.pack, logits, CLASSES)
+    target = packed_target(128)
+    yield f"k = {KEPT}", partial(triton_topk.densify, target.values, target.indices, target.tail, CLASSES)
+    yield f"k = {KEPT}", partial(triton_argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
+
+
+def other_calls() -> Iterator[Call]:
+    """More of what a user can ask for, spread over the geometries; float16, whose gradient is float32."""
+    window, flip = empty(BATCH, 4, dtype=torch.float64), empty(BATCH, dtype=torch.bool)
+    gate = empty(BATCH, LABELS, LABELS, dtype=torch.bool)
+    denominators = {"ce_denominator": empty(), "kl_denominator": empty()}
+    changes: dict[str, dict[str, Any]] = {
+        "stride 1": {"pixel_weight": gate, "class_weight": empty(CLASSES), "temperature": 1.0},
+        "stride 2": {"window": window, "flip": flip, "distill_void": False, "target": packed_target(256)},
+        "stride 4": {"target": None, "need_gradient": False, "labels": empty(BATCH, LABELS, LABELS, dtype=torch.int64)},
+        "stride 8": {"use_ce": False, "labels": None, "temperature": 2.5},
+        "any ratio": {"pixel_weight": gate.float(), "class_weight": empty(CLASSES), **denominators},
+    }
+    for geometry, cells in CELLS.items():
+        yield (
+            f"{geometry}, varied",
+            partial(triton_loss.distill_loss, problem(cells, torch.float16, **changes[geometry])),
+        )
+    many = packed_target(128, 300)
+    yield "300 classes", partial(triton_topk.pack, empty(BATCH, 300, 128, 128), KEPT)
+    yield "300 classes", partial(triton_topk.densify, many.values, many.indices, many.tail, 300)
+    yield "300 classes, window", partial(triton_argmax.argmax_confidence, many, (LABELS, LABELS), window, flip)
+
+
+def compile_all(capability: int, calls: Iterator[Call]) -> list[Compiled]:
+    """Compile what the calls launch, each variant once."""
+    compiled: dict[str, Compiled] = {}
+    kernels = compile_instead(capability)
+    for variant, call in calls:
+        call()
+        for name, kernel in kernels:
+            compiled.setdefault(kernel.hash, Compiled(name, variant, kernel))
+        kernels.clear()
+    return list(compiled.values())
+
+
+def kernels_of_the_package() -> set[str]:
+    """Names of the functions that are launched: those that end with `_kernel`."""
+    found = set()
+    for module in pkgutil.iter_modules(kdcache_kernels.__path__):
+        if module.name.startswith("triton_"):
+            members = vars(importlib.import_module(f"kdcache_kernels.{module.name}")).values()
+            names = {member.fn.__name__ for member in members if isinstance(member, JITFunction)}
+            found |= {name for name in names if name.endswith("_kernel")}
+    return found
+
+
+def find_tool(name: str) -> Path:
+    """A tool of CUDA: in Triton's wheel, NVIDIA's wheels or a toolkit."""
+    packages = Path(sysconfig.get_paths()["purelib"])
+    candidates = [
+        Path(triton.__file__).parent / "backends/nvidia/bin" / name,
+        *sorted(packages.glob(f"nvidia/**/bin/{name}")),
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name,
+    ]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if on_path := shutil.which(name):
+        return Path(on_path)
+    places = "\n".join(f"  {candidate}" for candidate in candidates)
+    sys.exit(
+        f"{name} is missing: it reads the machine code. It was looked for on the PATH and in\n{places}\n"
+        "Install a CUDA toolkit and set CUDA_HOME, or run with --compile-only, which does without."
+    )
+
+
+def describe(compiled: Compiled, cuobjdump: Path, nvdisasm: Path) -> dict[str, Any]:
+    """The numbers of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.kernel.asm["cubin"])
+        file.flush()
+        usage = _output(cuobjdump, "--dump-resource-usage", file.name)
+        listing = _output(nvdisasm, "-c", file.name)
+    opcodes, loops = read_listing(listing)
+    used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert used is not None, usage
+    return {
+        "kernel": compiled.name,
+        "variant": compiled.variant,
+        "warps": compiled.kernel.metadata.num_warps,
+        "registers": int(used[1]),
+        "spilled_bytes": int(used[2]),  # the stack: the kernels have no arrays to put there
+        "shared_bytes": compiled.kernel.metadata.shared,
+        "instructions": count(opcodes),
+        "innermost_loops": [count(opcodes[first : last + 1]) for first, last in loops],
+    }
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def read_listing(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The opcodes of a disassembly, and the first and last index of each loop without a loop inside."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, int]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*?);", line):
+            target = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
+            if instruction[1] == "BRA" and target and labels.get(target[1], sys.maxsize) < len(opcodes):
+                jumps.append((labels[target[1]], len(opcodes)))
+            opcodes.append(instruction[1])
+    inside = lambda a, b: a != b and b[0] <= a[0] and a[1] <= b[1]  # noqa: E731
+    return opcodes, [loop for loop in jumps if not any(inside(other, loop) for other in jumps)]
+
+
+def count(opcodes: list[str]) -> dict[str, int]:
+    """Instructions in total and by class; padding left out."""
+    class_of = {opcode: name for name, members in CLASS_OF_OPCODE.items() for opcode in members}
+    counts = collections.Counter(class_of.get(opcode, REST) for opcode in opcodes if opcode != "NOP")
+    return {"total": counts.total(), **{name: counts[name] for name in (REST, *CLASS_OF_OPCODE) if counts[name]}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80 is sm_80")
+    parser.add_argument("--compile-only", action="store_true", help="compile every variant and write nothing")
+    arguments = parser.parse_args()
+    tools = [] if arguments.compile_only else [find_tool("cuobjdump"), find_tool("nvdisasm")]
+    for capability in arguments.capability:
+        dtypes = (torch.bfloat16,) if arguments.compile_only else (torch.bfloat16, torch.float32)
+        compiled = compile_all(capability, main_calls(*dtypes))
+        if missing := kernels_of_the_package() - {kernel.name for kernel in compiled}:
+            sys.exit(f"No call of this script launches {', '.join(sorted(missing))}; add one.")
+        if arguments.compile_only:
+            compiled += compile_all(capability, other_calls())
+            print(f"sm_{capability}: compiled {len(compiled)} variants of {len({c.name for c in compiled})} kernels")
+            continue
+        result = header("registers and instructions of the Triton kernels")
+        result |= {"capability": capability, "triton": triton.__version__, "B": BATCH, "C": CLASSES, "temperature": 2.0}
+        result["kernels"] = [describe(kernel, tools[0], tools[1]) for kernel in compiled]
+        for row in result["kernels"]:
+            print(f"sm_{capability} {row['kernel']:16} {row['variant']:22}", *_short(row))
+        write(RESULTS / f"sass-sm{capability}.json", result)
+
+
+def _short(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['registers']} registers, {row['spilled_bytes']} B spilled, {row['instructions']['total']} instructions"
+    ]
+
+
+if __name__ == "__main__":
+    main()

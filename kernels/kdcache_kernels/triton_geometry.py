@@ -1,0 +1,221 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+"""Where every pixel lies in the two grids of logits, which kernel takes an image, and what pixels are multiplied by.
+
+One program per image writes tables of taps in float64, in the order of operations of `window.py` and without fused
+multiplications, so that they are bit for bit those of the reference; a further program turns counts into factors.
+Everything depends on values on the device (windows, ranges of logits), so the host never learns the route: both loss
+kernels are launched and each returns at once from the images of the other.
+
+Legend: B batch, H W label size, h w student's size, ht wt target's size, S stride.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_NATS = tl.constexpr(80.0)
+"""Range of a pixel's logits, over min(T, 1), up to which exp2 of normalised logits stays a normal float32."""
+ALIGNED = tl.constexpr(1e-9)
+"""Cells by which a window may miss the grid and still count as aligned with it."""
+
+
+class Taps(NamedTuple):
+    """One axis of a bilinear resize: output pixel n reads cells `index` and, with weight `fraction`, `index + 1`.
+
+    Attributes:
+        index: int32, the lower cell; the upper one is `index + (fraction > 0)`, so never outside the grid.
+        fraction: float32 in [0, 1], weight of the upper cell; NaN (and index 0) from a NaN window.
+        inside: uint8, whether the pixel's centre lies in the view along this axis; the student's are unused.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a tuple's method, which nobody calls
+    fraction: Tensor
+    inside: Tensor
+
+
+@triton.jit
+def _double(x):
+    """A scalar in float64; a method would not do, for Triton makes a constant of an argument that is 1."""
+    return x * tl.full((), 1.0, tl.float64)
+
+
+@triton.jit
+def load_window(window_ptr, view_height, view_width, HAS_WINDOW: tl.constexpr):
+    """(y0, x0, y1, x1) of an image; NaN where it shows no part of the view, which must show in the loss."""
+    if HAS_WINDOW:
+        y0 = tl.load(window_ptr)
+        x0 = tl.load(window_ptr + 1)
+        y1 = tl.load(window_ptr + 2)
+        x1 = tl.load(window_ptr + 3)
+        misses = (y0 >= view_height) | (x0 >= view_width) | (y1 <= 0) | (x1 <= 0)
+        y0 = tl.where(misses, float("nan"), y0)
+        x0 = tl.where(misses, float("nan"), x0)
+    else:
+        y0 = _double(0)
+        x0 = y0
+        y1 = _double(view_height)
+        x1 = _double(view_width)
+    return y0, x0, y1, x1
+
+
+@triton.jit
+def view_positions(offs_n, size, view, start, end, HAS_WINDOW: tl.constexpr):
+    """Positions in the view of pixels `offs_n` of an axis of `size` pixels that shows `start` to `end`."""
+    centre = offs_n.to(tl.float64) + 0.5
+    return start + centre * (end - start) / _double(size) if HAS_WINDOW else centre * _double(view) / _double(size)
+
+
+@triton.jit
+def is_inside(position, view):
+    """Whether positions lie in the view, its edges included; so does NaN, which must show in the loss."""
+    return ((position < 0) | (position > _double(view))) == 0
+
+
+@triton.jit
+def _store_taps(
+    index_ptr, fraction_ptr, inside_ptr, size, view, cells, view_start, view_end, flip,
+    HAS_WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, size, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        exists = offs_n < size
+        pixel = tl.where(flip, size - 1 - offs_n, offs_n)
+        position = view_positions(pixel, size, view, view_start, view_end, HAS_WINDOW)
+        if not ALIGN:
+            source = position * _double(cells) / _double(view) - 0.5
+        elif view == 1:
+            source = position * 0.0
+        else:
+            source = (position - 0.5) * _double(cells - 1) / _double(view - 1)
+        # Written so that NaN stays NaN.
+        last = _double(cells - 1)
+        source = tl.where(source < 0, 0.0, source)
+        source = tl.where(source > last, last, source)
+        lower = tl.floor(tl.where(source == source, source, 0.0))
+        # The reference's hat function at the upper cell, so that its weight is 0 exactly when theirs is.
+        fraction = 1.0 - tl.abs(source - (lower + 1.0))
+        fraction = tl.where(fraction < 0, 0.0, fraction)
+        tl.store(index_ptr + offs_n, lower.to(tl.int32), mask=exists)
+        tl.store(fraction_ptr + offs_n, fraction.to(tl.float32), mask=exists)
+        tl.store(inside_ptr + offs_n, is_inside(position, view).to(tl.uint8), mask=exists)
+
+
+@triton.jit
+def _shift(size, cells, view, start, end):
+    """Offset, in cells, of a window's first cell, and whether the window meets the target's grid cell by cell."""
+    offset = start * _double(cells) / _double(view)
+    extent = (end - start) * _double(cells) / _double(view)
+    nearest = tl.floor(offset + 0.5)
+    aligned = (tl.abs(offset - nearest) <= ALIGNED) & (tl.abs(extent - _double(size)) <= ALIGNED)
+    aligned = aligned & (tl.abs(offset) < 2**24)
+    return tl.where(aligned, nearest, 0.0).to(tl.int32), aligned
+
+
+@triton.jit
+def _store_factors(
+    counts_ptr, num_counts, known_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
+    kl_denominator_ptr, temperature,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CE_DENOMINATOR: tl.constexpr, HAS_KL_DENOMINATOR: tl.constexpr,
+    COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    ce = tl.zeros((BLOCK,), tl.float64)
+    kl = tl.zeros((BLOCK,), tl.float64)
+    if COUNTS_CE or COUNTS_KL:
+        for start in range(0, num_counts, BLOCK):
+            offs_n = start + tl.arange(0, BLOCK)
+            exists = offs_n < num_counts
+            ce += tl.load(counts_ptr + 2 * offs_n, mask=exists, other=0.0)
+            kl += tl.load(counts_ptr + 2 * offs_n + 1, mask=exists, other=0.0)
+    ce_count = tl.sum(ce, 0)
+    kl_count = tl.sum(kl, 0)
+    if not COUNTS_KL:
+        kl_count = _double(known_count)
+    if HAS_CE_DENOMINATOR:
+        ce_count = tl.load(ce_denominator_ptr).to(tl.float64)
+    if HAS_KL_DENOMINATOR:
+        kl_count = tl.load(kl_denominator_ptr).to(tl.float64)
+    ce_inverse = tl.where(ce_count == 0, 0.0, 1.0 / tl.where(ce_count == 0, 1.0, ce_count))
+    kl_inverse = tl.where(kl_count == 0, 0.0, 1.0 / tl.where(kl_count == 0, 1.0, kl_count))
+    if not USE_CE:
+        ce_inverse *= 0.0
+    if not USE_KL:
+        kl_inverse *= 0.0
+    T = _double(temperature)
+    tl.store(factors_ptr, (tl.load(ce_weight_ptr).to(tl.float64) * ce_inverse).to(tl.float32))
+    tl.store(factors_ptr + 1, (tl.load(kl_weight_ptr).to(tl.float64) * T * kl_inverse).to(tl.float32))
+    tl.store(factors_ptr + 2, ce_inverse.to(tl.float32))
+    tl.store(factors_ptr + 3, (T * T * kl_inverse).to(tl.float32))
+
+
+@triton.jit
+def geometry_kernel(
+    window_ptr, flip_ptr, ranges_ptr, counts_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
+    kl_denominator_ptr,
+    student_row_ptr, student_row_fraction_ptr, student_row_inside_ptr, student_column_ptr, student_column_fraction_ptr,
+    student_column_inside_ptr, target_row_ptr, target_row_fraction_ptr, target_row_inside_ptr, target_column_ptr,
+    target_column_fraction_ptr, target_column_inside_ptr, route_ptr, shift_ptr, factors_ptr,
+    B, h, w, ht, wt, H, W, view_height, view_width, num_ranges, num_counts, known_count, temperature,
+    HAS_WINDOW: tl.constexpr, HAS_FLIP: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
+    STUDENT_ALIGN: tl.constexpr, TARGET_ALIGN: tl.constexpr, FAST: tl.constexpr, GUARD_RANGE: tl.constexpr,
+    HAS_CE_DENOMINATOR: tl.constexpr, HAS_KL_DENOMINATOR: tl.constexpr, COUNTS_CE: tl.constexpr,
+    COUNTS_KL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs 0 to B - 1 do an image each, program B the factors.
+
+    With FAST, an image takes the fast kernel when the target's grid, seen through its window, meets the student's
+    cell by cell and, with GUARD_RANGE, no pixel's logits span too much.
+    """
+    image = tl.program_id(0)
+    if image == B:
+        _store_factors(
+            counts_ptr, num_counts, known_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
+            kl_denominator_ptr, temperature, USE_CE, USE_KL, HAS_CE_DENOMINATOR, HAS_KL_DENOMINATOR,
+            COUNTS_CE, COUNTS_KL, BLOCK,
+        )  # fmt: skip
+        return
+    if image == 0:
+        _store_taps(
+            student_row_ptr, student_row_fraction_ptr, student_row_inside_ptr, H, H, h, image, image, image < 0,
+            False, STUDENT_ALIGN, BLOCK,
+        )  # fmt: skip
+        _store_taps(
+            student_column_ptr, student_column_fraction_ptr, student_column_inside_ptr, W, W, w, image, image,
+            image < 0, False, STUDENT_ALIGN, BLOCK,
+        )  # fmt: skip
+    fast = image >= 0
+    flip = image < 0
+    if USE_KL:
+        if HAS_WINDOW:
+            window_ptr += image * 4
+        y0, x0, y1, x1 = load_window(window_ptr, view_height, view_width, HAS_WINDOW)
+        if HAS_FLIP:
+            flip = tl.load(flip_ptr + image) != 0
+        if HAS_WINDOW or HAS_FLIP or image == 0:
+            _store_taps(
+                target_row_ptr + image * H, target_row_fraction_ptr + image * H, target_row_inside_ptr + image * H,
+                H, view_height, ht, y0, y1, image < 0, HAS_WINDOW, TARGET_ALIGN, BLOCK,
+            )  # fmt: skip
+            _store_taps(
+                target_column_ptr + image * W, target_column_fraction_ptr + image * W,
+                target_column_inside_ptr + image * W, W, view_width, wt, x0, x1, flip,
+                HAS_WINDOW, TARGET_ALIGN, BLOCK,
+            )  # fmt: skip
+        row, row_aligned = _shift(h, ht, view_height, y0, y1)
+        column, column_aligned = _shift(w, wt, view_width, x0, x1)
+        fast = fast & row_aligned & column_aligned
+        tl.store(shift_ptr + 3 * image, row)
+        tl.store(shift_ptr + 3 * image + 1, column)
+        tl.store(shift_ptr + 3 * image + 2, flip.to(tl.int32))
+    if FAST:
+        if GUARD_RANGE:
+            widest = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, num_ranges, BLOCK):
+                offs_n = start + tl.arange(0, BLOCK)
+                found = tl.load(ranges_ptr + image * num_ranges + offs_n, mask=offs_n < num_ranges, other=0.0)
+                widest = tl.maximum(widest, found)
+            fast = fast & (tl.max(widest, 0) <= MOST_NATS)
+        tl.store(route_ptr + image, fast.to(tl.int32))
+    else:
+        tl.store(route_ptr + image, 0)
