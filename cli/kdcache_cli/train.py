@@ -33,6 +33,14 @@ Step = Annotated[
         "auto: graphed on a GPU, eager on a CPU.",
     ),
 ]
+Impl = Annotated[
+    str,
+    _Option(
+        "--impl",
+        help="What computes the loss: triton (a GPU), numba (a CPU) or reference (plain PyTorch: slow and large, for "
+        "doubters). auto: the first that runs here.",
+    ),
+]
 ClassWeights = Annotated[
     str, _Option("--class-weights", help="Of the cross-entropy: none, median (median frequency) or sqrt of that.")
 ]
@@ -128,6 +136,7 @@ def train_student(
     clip_grad: ClipGrad = 0.0,
     amp: Amp = "auto",
     step: Step = "auto",
+    impl: Impl = "auto",
     class_weights: ClassWeights = "none",
     scale: Scale = "0.5:2.0",
     flip: Flip = True,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdcache_kernels import KernelError as KernelError
 from kdcache_kernels import LossParts as LossParts
 from kdcache_kernels import PackedTarget, distill_loss
+from kdcache_kernels.ops import choose_implementation as choose_implementation
 
 
 class TargetFormat(Protocol):

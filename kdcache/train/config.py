@@ -78,6 +78,7 @@ class TrainConfig(BaseModel):
     clip_grad: Weight = 0.0
     amp: Literal["auto", "off", "bf16"] = "auto"
     step: Literal["auto", "eager", "compiled", "graphed"] = "auto"
+    impl: Literal["auto", "triton", "numba", "reference"] = "auto"
 
     # the pixels
     augment: Literal["warp", "replay", "none"] = "warp"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kdcache.data import Augmentation, ClassList, Split, class_weights, open_split, prefetch
-from kdcache.distill import DistillLoss
+from kdcache.distill import DistillLoss, choose_implementation
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.evaluate import Metrics, evaluate_model
 from kdcache.models import SegmentationModel, build_model
@@ -27,7 +27,7 @@ from kdcache.train.trainer import Trainer
 
 RECIPE_PARTIAL = f".{RECIPE}.partial"
 # What may change between a run's start and its resumption without changing what it learns.
-FREE_ON_RESUME = {"workers", "threads", "log_every", "device", "step", "data", "val", "cache"}
+FREE_ON_RESUME = {"workers", "threads", "log_every", "device", "step", "impl", "data", "val", "cache"}
 
 
 def train(
@@ -45,6 +45,7 @@ def train(
     run = Path(out)
     device = pick_device(config.device)
     choose_step(config.step, device)
+    choose_implementation(config.impl, device, torch.float32)
     if config.threads:
         torch.set_num_threads(config.threads)
     dataset, classes, cache = _open_dataset(config)
@@ -208,6 +209,7 @@ def _criterion(
         class_weight=weights,
         distill_void=config.distill_void,
         align_corners=model.align_corners,
+        impl=config.impl,
     )
 
 

@@ -152,6 +152,9 @@ CASES = {
     "--method foo": (nothing, STUDENT + " --method foo", "'foo'"),
     "--augment foo": (nothing, STUDENT + " --augment foo", "'foo'"),
     "--scale 2:1": (nothing, STUDENT + " --scale 2:1", "2.0:1.0"),
+    "--impl foo": (nothing, STUDENT + " --impl foo", "'foo'"),
+    "--impl triton without a GPU": (
+        nothing, STUDENT + " --impl triton --device cpu", "triton runs on cuda, the tensors are on cpu"),
     "--step foo": (nothing, STUDENT + " --step foo", "'foo'"),
     "--step graphed without a GPU": (
         nothing, STUDENT + " --step graphed --device cpu", "--step graphed on the device cpu"),
