@@ -26,12 +26,16 @@ step() {
 
 if "$python" -c 'import pytest' 2>/dev/null; then
   step tests timeout 120 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib tests/kernels
+  step graphs timeout 120 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib \
+    tests/train/test_graph.py
 fi
 step build timeout 120 "$python" benchmarks/build.py --device cuda --data "$data" --size 288x384 --render-threads 8 \
   --batch-size 16 --records 512 --repeats 3 --json "$results/build-$gpu.json"
 PYTHON=$python step camvid timeout 300 benchmarks/camvid.sh "$data" "$work" 288x384 1500 0
 step gradients timeout 60 "$python" benchmarks/gradients.py --device cuda --data "$data" --cache "$work/camvid.zarr" \
   --teacher "$work/teacher" --student "$work/student-kl" --json "$results/gradients-$gpu.json"
+step steps timeout 120 "$python" benchmarks/steps.py --device cuda --cache "$work/camvid.zarr" --batch-size 16 \
+  --seconds 1 --iterations 300 --json "$results/steps-$gpu.json"
 "$python" benchmarks/collect.py "$work" --data "$data" --json "$results/training-$gpu.json"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

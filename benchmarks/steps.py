@@ -1,0 +1,267 @@
+"""How many steps a second, eager, compiled and as a CUDA graph; and what the loss takes of one.
+
+    steps     one batch that is on the device already, learnt from again and again: forward, loss, backward, optimizer.
+              The ways take turns within one run.
+    training  the same from a store, with loader and logging: what a user gets.
+    profile   an eager step with impl="reference" and with impl="auto", part by part: time by torch.profiler (of the
+              kernels on a GPU, of the operators on a CPU), and peak memory of the whole step above what it starts with.
+
+Without --cache, a store of procedural scenes and a random teacher is built first.
+
+    python benchmarks/steps.py --device cpu --json benchmarks/results/steps-cpu.json
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import default_collate
+
+from common import header, spread, synchronise, write
+from kdcache.data import open_split
+from kdcache.distill import DistillLoss, Target
+from kdcache.evaluate.bench.memory import peak_in_process, peak_on_device
+from kdcache.models import build_model
+from kdcache.store import Cache, open_cache
+from kdcache.teacher import BuildOptions, Teacher, build_cache
+from kdcache.train import CacheDataset, Observer, make_config, train
+from kdcache.train.dataset import Sample
+from kdcache.train.loader import Draws
+from kdcache.train.schedule import make_optimizer
+from kdcache.train.start import default_workers
+from kdcache.train.step import EagerStep, Step, make_step
+
+IMPLEMENTATIONS = ("reference", "auto")
+PROFILED = 5
+"""Repetitions of a part under the profiler."""
+
+
+def make_cache(folder: Path, size: tuple[int, int], top_k: int | None) -> Path:
+    """A store of 32 scenes, by a teacher that knows nothing: for speed, what is in it does not matter."""
+    split = open_split(f"scenes:{size[0]}x{size[1]},train=32", "train")
+    torch.manual_seed(0)
+    teacher = Teacher(build_model("kdcache:base", len(split.classes)).eval(), "random kdcache:base")
+    build_cache(split, teacher, folder, BuildOptions(size=size, top_k=top_k))
+    return folder
+
+
+def first_batch(cache: Cache, batch_size: int) -> Sample:
+    draws = Draws(CacheDataset(cache), 0)
+    batch: Sample = default_collate([draws[number] for number in range(batch_size)])
+    return batch
+
+
+def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto", graphed: bool = False) -> EagerStep:
+    device = torch.device(arguments.device)
+    config = make_config(verb="train-student", model=arguments.student, cache=str(cache.path), method="kl")
+    torch.manual_seed(0)
+    model = build_model(arguments.student, cache.num_classes).to(device).train()
+    model = model.to(memory_format=torch.channels_last)
+    criterion = DistillLoss(cache, impl=impl, align_corners=model.align_corners).to(device)
+    optimizer = make_optimizer(model, config, capturable=graphed)
+    return EagerStep(model, criterion, optimizer, device=device, bf16=device.type == "cuda")
+
+
+# --- steps -------------------------------------------------------------------------------------------------
+
+
+def measure_steps(cache: Cache, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    device = torch.device(arguments.device)
+    rows: list[dict[str, Any]] = []
+    steps: list[Step] = []
+    for kind in kinds(device):
+        eager = fresh_step(cache, arguments, graphed=kind == "graphed")
+        batch = eager.to_device(first_batch(cache, arguments.batch_size))
+        synchronise(device)
+        notes: list[str] = []
+        began = time.perf_counter()
+        steps.append(make_step(kind, eager, batch, notes.append))
+        synchronise(device)
+        rows.append({"step": kind, "prepared_s": round(time.perf_counter() - began, 2), "notes": notes})
+    counts = [max(3, round(arguments.seconds * rate(step, batch, device, 3))) for step in steps]
+    found: list[list[float]] = [[] for _ in steps]
+    for _ in range(arguments.repeats):
+        for values, step, count in zip(found, steps, counts, strict=True):
+            values.append(rate(step, batch, device, count))
+    for row, values in zip(rows, found, strict=True):
+        row["steps_per_s"] = spread(values)
+        row["over_eager"] = round(row["steps_per_s"]["p50"] / rows[0]["steps_per_s"]["p50"], 3)
+        print(
+            f"{row['step']}: {row['steps_per_s']['p50']:.1f} steps/s, {row['over_eager']:.2f} of eager", *row["notes"]
+        )
+    return rows
+
+
+def kinds(device: torch.device) -> tuple[str, ...]:
+    return ("eager", "compiled", "graphed") if device.type == "cuda" else ("eager", "compiled")
+
+
+def rate(step: Step, batch: Sample, device: torch.device, count: int) -> float:
+    """Steps per second over `count` steps after a first one."""
+    step(batch)
+    synchronise(device)
+    began = time.perf_counter()
+    for _ in range(count):
+        step(batch)
+    synchronise(device)
+    return count / (time.perf_counter() - began)
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        if text.startswith("--step"):
+            self.texts.append(text)
+
+
+def measure_training(cache: Cache, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    device = torch.device(arguments.device)
+    rows = []
+    for kind in kinds(device):
+        config = make_config(
+            verb="train-student",
+            model=arguments.student,
+            cache=str(cache.path),
+            method="kl",
+            batch_size=arguments.batch_size,
+            iterations=arguments.iterations,
+            val_every=arguments.iterations,
+            gradients_every=0,
+            workers=default_workers(device),
+            device=arguments.device,
+            step=kind,
+        )
+        notes = Notes()
+        result = train(config, folder / kind, observer=notes)
+        picked = {key: result[key] for key in ("images_per_second", "wait_share", "prepared_seconds")}
+        steps_per_s = round(result["iterations"] / result["seconds"], 2)
+        rows.append(
+            {"step": kind, "steps_per_s": steps_per_s, **picked, "workers": config.workers, "notes": notes.texts}
+        )
+        print(f"training, {kind}: {steps_per_s:.1f} steps/s, waits {100 * result['wait_share']:.0f} % for data")
+    return rows
+
+
+# --- profile -----------------------------------------------------------------------------------------------
+
+
+def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dict[str, Any]:
+    """Milliseconds of student, loss and optimizer in an eager step, and the step's peak memory in MiB."""
+    device = torch.device(arguments.device)
+    eager = fresh_step(cache, arguments, impl=impl)
+    batch = eager.to_device(first_batch(cache, arguments.batch_size))
+    logits_BChw = eager.logits(batch.pixels)
+    leaf = logits_BChw.detach().requires_grad_()
+
+    def loss() -> torch.Tensor:
+        return torch.autograd.grad(eager.criterion(leaf, batch.label, batch.target).loss, leaf)[0]
+
+    gradient = loss()
+
+    def student() -> None:
+        torch.autograd.backward(eager.logits(batch.pixels), gradient)
+
+    parts = {"student": student, "loss": loss, "optimizer": eager.optimizer.step}
+    times = {name: busy_ms(part, device) for name, part in parts.items()}
+    share = times["loss"] / sum(times.values())
+    peak = peak_mib(impl, arguments, cache, lambda: eager(batch))
+    shown = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
+    print(f"impl={impl}: {shown}; the loss is {100 * share:.1f} %; peak memory {peak:.1f} MiB")
+    rounded = {name: round(value, 4) for name, value in times.items()}
+    return {"impl": impl, "ms": rounded, "loss_share": round(share, 4), "peak_mib": round(peak, 1)}
+
+
+def busy_ms(part: Callable[[], Any], device: torch.device) -> float:
+    """Time of all kernels (CPU: operators) that a call runs, in ms."""
+    part()
+    synchronise(device)
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])) as found:
+        for _ in range(PROFILED):
+            part()
+        synchronise(device)
+    events = found.key_averages()
+    if cuda:
+        total = sum(event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA)
+    else:
+        total = sum(event.self_cpu_time_total for event in events)
+    return float(total) / 1e3 / PROFILED
+
+
+def peak_mib(impl: str, arguments: argparse.Namespace, cache: Cache, step: Callable[[], Any]) -> float:
+    if arguments.device == "cuda":
+        step()
+        return peak_on_device(step)
+    command = [sys.executable, __file__, "--peak-of", impl, "--cache", str(cache.path), "--student", arguments.student]
+    command += ["--batch-size", str(arguments.batch_size), "--threads", str(arguments.threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def report_peak(cache: Cache, arguments: argparse.Namespace) -> None:
+    """In a process of its own: a loss of a few pixels loads the code, then the first whole step is weighed."""
+    eager = fresh_step(cache, arguments, impl=arguments.peak_of)
+    batch = first_batch(cache, arguments.batch_size)
+    few = torch.zeros(1, cache.num_classes, 2, 2, requires_grad=True)
+    one = Target(*(field[:1] for field in batch.target))
+    torch.autograd.backward(eager.criterion(few, batch.label[:1, :8, :8].contiguous(), one).loss)
+    print(peak_in_process(lambda: eager(batch)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cache", type=Path, help="default: a store of scenes, built for this run")
+    parser.add_argument("--size", default="144x192", help="of the scenes")
+    parser.add_argument("--top-k", type=int, help="of the store of scenes; default dense")
+    parser.add_argument("--student", default="kdcache:tiny")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement of steps")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=100, help="of a training")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its default")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        height, width = map(int, arguments.size.split("x"))
+        folder = arguments.cache or make_cache(Path(scratch) / "cache.zarr", (height, width), arguments.top_k)
+        cache = open_cache(folder)
+        if arguments.peak_of:
+            report_peak(cache, arguments)
+            return
+        settings = {
+            "student": arguments.student,
+            "batch_size": arguments.batch_size,
+            "size": list(cache.view_size),
+            "classes": cache.num_classes,
+            "kept": cache.head.k,
+            "threads": torch.get_num_threads(),
+        }
+        result = {
+            "settings": settings,
+            "steps": measure_steps(cache, arguments),
+            "training": measure_training(cache, arguments, Path(scratch)),
+            "profile": [measure_parts(cache, arguments, impl) for impl in IMPLEMENTATIONS],
+        }
+    if arguments.json:
+        write(arguments.json, {**header("steps"), **result})
+
+
+if __name__ == "__main__":
+    main()
