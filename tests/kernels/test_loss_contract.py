@@ -188,20 +188,16 @@ COMMON = {
 }
 
 
-@settings(max_examples=200, **COMMON)
-@given(case=cases())
-def _many(backend, case: Case) -> None:
-    compare(case, backend)
-
-
-@settings(max_examples=10, **COMMON)
-@given(case=cases())
-def _some(backend, case: Case) -> None:
-    compare(case, backend)
-
-
 @pytest.mark.timeout(900)
 def test_any_case(backend):
     if backend.impl == "reference":
         pytest.skip("the reference is compared with other people's code elsewhere")
-    (_some if backend.interpreted else _many)(backend)
+    # The interpreter takes seconds for an example, and so does the compiler for a GPU.
+    examples = 10 if backend.interpreted else 25 if backend.device.type == "cuda" else 200
+
+    @settings(max_examples=examples, **COMMON)
+    @given(case=cases())
+    def check(case: Case) -> None:
+        compare(case, backend)
+
+    check()
