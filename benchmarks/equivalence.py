@@ -1,8 +1,9 @@
 """Does a student learn the same from the fused loss as from the reference?
 
-Trains the same student from the same weights with `--impl auto` and `--impl reference`, then the reference again from
-weights that are moved by one rounding each, and asks two things: that the first 20 losses agree within 1e-4, and that
-the final mIoU of the fused run lies inside the range of the perturbed reference runs. Exits with 1 when it does not.
+Trains the same student, with the settings of benchmarks/camvid.sh, from the same weights with `--impl auto` and
+`--impl reference`, then the reference again from weights that are moved by one rounding each, and asks two things: that
+the first 20 losses agree within 1e-4, and that the final mIoU of the fused run lies inside the range of the perturbed
+reference runs. Exits with 1 when it does not.
 
     python benchmarks/equivalence.py --cache camvid.zarr --val camvid --json benchmarks/results/equivalence-cpu.json
 """
@@ -57,8 +58,10 @@ def run(arguments: argparse.Namespace, folder: Path, impl: str, seed: int) -> di
         iterations=arguments.iterations,
         val_every=arguments.iterations,
         log_every=1,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
+        batch_size=8,
+        lr=2e-3,
+        warmup=100,
+        class_weights="sqrt",
         seed=arguments.seed,
         device=arguments.device,
     )
@@ -76,8 +79,6 @@ def main() -> None:
     parser.add_argument("--val", required=True)
     parser.add_argument("--model", default="kdcache:tiny")
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=5, help="perturbed reference runs")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

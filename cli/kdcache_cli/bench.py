@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for to
 _Option = typer.Option
 MISSING = "-"
 MISSES_SHOWN = 10
+EVERY = 4
+"""Of the points of the accuracy grid."""
 
 
 def bench_kernels(
@@ -120,7 +122,7 @@ def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path
     from kdcache.evaluate.bench import DTYPES, CheckSettings, check, parse_names, resolved, summary
 
     dtypes = parse_names(dtype or ",".join(DTYPES), "--dtype", DTYPES)
-    settings = CheckSettings(device=device, impl=impl, dtypes=dtypes)
+    settings = CheckSettings(device=device, impl=impl, dtypes=dtypes, every=EVERY)
     with progress_bar() as bar:
         task = bar.add_task("checking", total=None, note="")
         judged = check(settings, lambda done, total: bar.update(task, completed=done, total=total))

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ def part(**options: object) -> CheckSettings:
 def test_the_grid_is_the_product_of_its_factors() -> None:
     points = list(CheckSettings(CPU).points())
     assert len(points) == len(set(points)) == 3 * 5 * 6 * 5 * 5 * 3
+
+
+def test_a_thinned_grid_pairs_every_value_with_every_other() -> None:
+    axes = [field.name for field in fields(accuracy.Point)]
+    all_points, some = (list(CheckSettings(CPU, every=every).points()) for every in (1, 4))
+    assert len(some) < len(all_points) / 3.9
+    for a, b in itertools.combinations(axes, 2):
+        pairs, found = ({(getattr(p, a), getattr(p, b)) for p in points} for points in (all_points, some))
+        assert found == pairs
 
 
 def test_the_reference_passes() -> None:
