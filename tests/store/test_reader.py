@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numcodecs import zstd
+from zarr.codecs import Crc32cCodec, GzipCodec
 
 from kdcache.errors import CorruptError, IncompleteError, KDCacheError, StoreError, VersionError
-from kdcache.store import inspect_store, open_cache, open_writer, read_manifest, verify_files
+from kdcache.store import Cache, inspect_store, open_cache, open_writer, read_manifest, verify_files
 
 CHUNKED = "pixels/image/c/0/0/0/0"
 
@@ -96,6 +100,92 @@ def test_a_flipped_byte_of_a_shard_is_never_read(store, plan, name) -> None:
         flip(store / name, position)
     assert caught >= 60
     assert verify_files(store).damaged == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", ["link", "pipe", "nothing"])
+@pytest.mark.parametrize("name", [CHUNKED, "records/window/c/0/0"])
+def test_a_shard_that_goes_after_opening(store, tmp_path, name, what) -> None:
+    cache, array = open_cache(store), name.partition("/c/")[0]
+    (store / name).rename(tmp_path / "moved")
+    if what == "link":
+        (store / name).symlink_to(tmp_path / "moved")
+    elif what == "pipe":
+        os.mkfifo(store / name)
+    for action in (lambda: cache.read(0, [array]), lambda: copy.deepcopy(cache).read(0, [array])):
+        assert name in refusal(CorruptError, action).received
+
+
+def test_rows_are_read_into_given_buffers(variant, variant_store) -> None:
+    cache = open_cache(variant_store)
+    for path, spec in cache.specs.items():
+        out = np.empty(spec.shape, spec.dtype)
+        for record in range(len(cache)):
+            cache.read_into(record, path, out)
+            assert np.array_equal(out, variant.arrays[path][record])
+        for wrong in (np.empty((*spec.shape, 1), spec.dtype), np.empty(spec.shape, "complex64")):
+            assert (
+                "C-contiguous" in refusal(StoreError, lambda path=path, out=wrong: cache.read_into(0, path, out)).rule
+            )
+        for record in (-1, len(cache)):
+            with pytest.raises(IndexError):
+                cache.read_into(record, path, out)
+
+
+def rewrite(store: Path, path: str, values: np.ndarray, **options) -> None:
+    """The same array, made by zarr-python in another way."""
+    shape = values.shape
+    array = zarr.create_array(store / path, shape=shape, dtype=values.dtype, overwrite=True, filters=None, **options)
+    array[...] = values
+
+
+@pytest.mark.parametrize("array", ["targets/segmentation/values", "records/pixel_checksum"])
+@pytest.mark.parametrize("how", ["gzip", "no shards", "chunks across records"])
+def test_an_array_of_another_kind_is_read_through_zarr(store, plan, caplog, array, how) -> None:
+    """With equal rows, equal errors, and one line in the log."""
+    wanted = plan().arrays[array]
+    shape = wanted.shape[1:]
+    options = {
+        "gzip": {"chunks": (1, *shape), "shards": (4, *shape), "compressors": (GzipCodec(), Crc32cCodec())},
+        "no shards": {"chunks": (1, *shape), "compressors": (Crc32cCodec(),)},
+        "chunks across records": {"chunks": (3, *(1 for _ in shape)), "compressors": (Crc32cCodec(),)},
+    }
+    rewrite(store, array, wanted, **options[how])
+    with caplog.at_level("WARNING"):
+        cache = Cache(store, read_manifest(store))  # open_cache would miss the seal
+        for record in range(len(cache)):
+            row = cache.read(record, [array])[array]
+            assert (row.dtype, row.shape) == (wanted.dtype, shape)
+            assert np.array_equal(row, wanted[record])
+        if array.startswith("records/"):
+            assert np.array_equal(cache.column("pixel_checksum"), wanted)
+    assert [(line.name, array in line.getMessage()) for line in caplog.records] == [("kdcache.store", True)]
+    assert "zarr-python" in caplog.text
+    for record in (-1, len(cache)):
+        with pytest.raises(IndexError):
+            cache.read(record, [array])
+    refusal(StoreError, lambda: cache.read_into(0, array, np.empty((*shape, 2), wanted.dtype)))
+    for file in (store / array / "c").rglob("*"):
+        if file.is_file():
+            flip(file, file.stat().st_size // 3)
+    assert array in refusal(CorruptError, lambda: cache.read(1, [array])).received
+
+
+def test_a_chunk_that_only_zarr_reads(store, plan, caplog) -> None:
+    """The array is of our kind, a frame in it is not: zarr-python reads it, and from then on the array."""
+    wanted = plan().arrays["features/stage1"]
+    file = store / "features/stage1/c/0/0/0/0"
+    chunks = [bytes(zstd.compress(row, 1)) for row in wanted[:4]]
+    raw = wanted[1].tobytes()  # a frame of one raw block, without its size
+    chunks[1] = b"\x28\xb5\x2f\xfd\0\x18" + (len(raw) << 3 | 1).to_bytes(3, "little") + raw
+    sealed = [chunk + google_crc32c.value(chunk).to_bytes(4, "little") for chunk in chunks]
+    starts = np.cumsum([0, *map(len, sealed[:-1])])
+    index = np.stack([starts, [len(chunk) for chunk in sealed]], 1).astype("<u8").tobytes()
+    file.write_bytes(b"".join(sealed) + index + google_crc32c.value(index).to_bytes(4, "little"))
+    cache = Cache(store, read_manifest(store))
+    for record in [0, 1, 0, 1, 9]:
+        assert np.array_equal(cache.read(record, ["features/stage1"])["features/stage1"], wanted[record])
+    assert [str(file) in line.getMessage() for line in caplog.records] == [True]
 
 
 METADATA = ["zarr.json", "targets/zarr.json", "pixels/image/zarr.json", "samples/id_bytes/c/0", "samples/id_ends/c/0"]
