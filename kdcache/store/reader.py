@@ -1,9 +1,11 @@
 """Opening and reading a store.
 
-Opening checks presence, sizes and the seal; the first read of a chunk checks its crc32c (Zarr's codec does);
-`verify` checks every byte. Reads go through zarr-python.
+Opening checks presence, sizes and the seal; the first read of a chunk checks its crc32c; `verify` checks every byte.
+Reads go straight to the shards (shard.py). An array of another kind than our writer's is read through zarr-python,
+some fifty times slower, and said so once in the log.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -13,18 +15,22 @@ from typing import Any
 import numpy as np
 import zarr
 
-from kdcache.errors import IncompleteError, StoreError
+from kdcache.errors import IncompleteError, StoreError, VersionError
 from kdcache.store import ledger
 from kdcache.store.manifest import Head, Manifest, parse_manifest
 from kdcache.store.schema import SAMPLE_ARRAYS, ArraySpec, metadata_keys, record_arrays
+from kdcache.store.shard import ShardArray, check_buffer
 
+_log = logging.getLogger("kdcache.store")
 Array = np.ndarray[Any, Any]
 # What zarr-python raises over malformed JSON, unknown codecs, failed checksums and missing nodes.
 _ZARR_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zarr.errors.BaseZarrError)
 
 
 class Cache:
-    """A complete store, open for reading. Safe to pickle: a worker process opens it again.
+    """A complete store, open for reading.
+
+    Many threads may read at once. Safe to fork, and to pickle: a worker process opens it again.
 
     Attributes:
         path: the store's folder.
@@ -35,8 +41,7 @@ class Cache:
         self.path = path
         self.manifest = manifest
         self.specs = {spec.path: spec for spec in record_arrays(manifest)}
-        self._group = _open_group(path)
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._arrays: dict[str, ShardArray | _ZarrArray] = {}
 
     def __len__(self) -> int:
         """Number of records."""
@@ -75,32 +80,41 @@ class Cache:
 
     def column(self, name: str) -> Array:
         """`records/<name>` of all records, (R, ...)."""
-        return self._whole(f"records/{name}")
+        path = f"records/{name}"
+        try:
+            return self._array(path).read_all()
+        except VersionError as error:
+            return self._through_zarr(path, error).read_all()
 
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
         """Rows of one record, path -> array of the schema's shape and type, each with memory of its own.
 
-        Raises: CorruptError naming the array when its bytes fail their checksum.
+        Raises: CorruptError naming the file when its bytes fail their checksum.
         """
-        if not 0 <= record < len(self):
-            raise IndexError(f"record {record} of {len(self)}")
-        return {path: self._read(path, record) for path in paths}
+        rows = {}
+        for path in paths:
+            array = self._array(path)
+            rows[path] = np.empty(array.shape[1:], array.dtype)
+            self.read_into(record, path, rows[path])
+        return rows
+
+    def read_into(self, record: int, path: str, out: Array) -> None:
+        """Decode the row of one record into `out`: the schema's shape and type, C-contiguous.
+
+        Raises: CorruptError as `read` (`out` is undefined then), IndexError, StoreError for a wrong `out`.
+        """
+        try:
+            self._array(path).read_into(record, out)
+        except VersionError as error:
+            self._through_zarr(path, error).read_into(record, out)
 
     def target_paths(self) -> list[str]:
         """Arrays that make up the segmentation target: values, and for top-k indices and tail."""
         return [path for path in self.specs if path.startswith("targets/segmentation/")]
 
-    def _read(self, path: str, rows: int | slice) -> Array:
-        try:
-            return np.asarray(self._array(path)[rows])
-        except (*_ZARR_ERRORS, OSError) as error:
-            raise ledger.damaged(self.path / path, f"rows {rows} cannot be read ({error})") from error
-
-    def _whole(self, path: str) -> Array:
-        return self._read(path, slice(None))
-
-    def _array(self, path: str) -> zarr.Array[Any]:
-        if path not in self._arrays:
+    def _array(self, path: str) -> "ShardArray | _ZarrArray":
+        array = self._arrays.get(path)
+        if array is None:
             spec = self.specs.get(path)
             if spec is None:
                 raise StoreError(
@@ -108,8 +122,45 @@ class Cache:
                     received=f"{self.path} has no array {path}; it has {', '.join(self.specs)}",
                     remedy="build the store with what the run needs (see build-teacher-cache --help)",
                 )
-            self._arrays[path] = open_array(self.path, self._group, spec, len(self))
-        return self._arrays[path]
+            try:
+                array = ShardArray(self.path / path)
+            except VersionError as error:
+                return self._through_zarr(path, error)
+            if array.shape != (len(self), *spec.shape) or array.dtype != np.dtype(spec.dtype):
+                raise ledger.damaged_metadata(self.path / path / "zarr.json")
+            self._arrays[path] = array
+        return array
+
+    def _through_zarr(self, path: str, reason: VersionError) -> "_ZarrArray":
+        """The array for all further reads, by zarr-python."""
+        _log.warning("%s is read through zarr-python, which is slow: %s", self.path / path, reason.received)
+        array = _ZarrArray(self.path, open_array(self.path, _open_group(self.path), self.specs[path], len(self)))
+        self._arrays[path] = array
+        return array
+
+
+class _ZarrArray:
+    """What ShardArray does, through zarr-python: for any layout and codecs."""
+
+    def __init__(self, store: Path, array: zarr.Array[Any]) -> None:
+        self._path = store / array.path
+        self._array = array
+        self.shape, self.dtype = array.shape, array.dtype.newbyteorder("=")
+
+    def read_into(self, record: int, out: Array) -> None:
+        if not 0 <= record < self.shape[0]:
+            raise IndexError(f"record {record} of {self.shape[0]} in {self._path}")
+        check_buffer(out, self.shape[1:], self.dtype)
+        out[...] = self._rows(record)
+
+    def read_all(self) -> Array:
+        return self._rows(slice(None))
+
+    def _rows(self, rows: int | slice) -> Array:
+        try:
+            return np.asarray(self._array[rows])
+        except (*_ZARR_ERRORS, OSError) as error:
+            raise ledger.damaged(self._path, f"rows {rows} cannot be read ({error})") from error
 
 
 def open_cache(path: str | Path) -> Cache:

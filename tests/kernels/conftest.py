@@ -21,8 +21,8 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 HAS_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 
-MOST_INTERPRETED = 4000
-"""Classes times label pixels beyond which a case takes half a minute and more in the interpreter."""
+MOST_INTERPRETED = 2000
+"""Classes times label pixels beyond which a test takes half a minute and more in the interpreter."""
 
 
 class Backend(NamedTuple):

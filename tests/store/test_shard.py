@@ -440,6 +440,16 @@ def test_metadata_that_is_none(tmp_path, content) -> None:
     refused(file, lambda: ShardArray(tmp_path / "a"))
 
 
+def test_metadata_that_is_nested_deeply(tmp_path) -> None:
+    """What json still reads may be too deep to be printed."""
+    path = Case().write(tmp_path / "a")
+    whole = (path / "zarr.json").read_text().replace('"codecs": [', '"codecs": %s, "attributes": [', 1)
+    for depth in range(700, 1000, 3):
+        (path / "zarr.json").write_text(whole.replace("%s", "[" * depth + "]" * depth))
+        with pytest.raises((CorruptError, VersionError)):
+            ShardArray(path)
+
+
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
