@@ -4,83 +4,25 @@ Without a GPU it runs in Triton's interpreter, where its time grows with the pro
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import triton_cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from triton_cases import DEVICE, INTERPRETED, VOID, Result, assert_close, exact, same_bits, slow, windows
 
-from kdcache_kernels import PackedTarget, pack
-from kdcache_kernels.problem import LossProblem
-from kdcache_kernels.reference import distill_loss_reference
+from kdcache_kernels import LossProblem
 
 if TYPE_CHECKING:
     from kdcache_kernels.triton_pixels import Tiling
 
 pytest.importorskip("triton")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOID = 255
-INTERPRETED = DEVICE.type == "cpu"
 
 
-def slow(*values: object) -> object:
-    """A set of parameters that the interpreter takes long for."""
-    return pytest.param(*values, marks=pytest.mark.slow if INTERPRETED else ())
-
-
-class Result(NamedTuple):
-    """Terms and gradient; the gradient is None when it was not asked for."""
-
-    ce: float
-    kl: float
-    gradient: Tensor | None
-
-
-def make_problem(
-    grid: tuple[int, int] = (3, 5),
-    *,
-    B: int = 1,
-    C: int = 3,
-    target_size: tuple[int, int] | None = None,
-    kept: int | None = None,
-    scale: float = 3.0,
-    seed: int = 0,
-    terms: str = "both",
-    dtype: torch.dtype = torch.float32,
-    **changes: object,
-) -> LossProblem:
-    """Random logits and labels, a fifth of them void; the target is one of pixels of the same size."""
-    generator = torch.Generator().manual_seed(seed)
-    cells = target_size or grid
-    student = (torch.randn(B, C, *grid, generator=generator) * scale).to(dtype)
-    teacher = torch.randn(B, C, *cells, generator=generator) * scale
-    dtype_of_labels = torch.uint8 if C <= VOID else torch.int16
-    labels = torch.randint(0, C, (B, *grid), generator=generator, dtype=dtype_of_labels)
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = VOID
-    target = PackedTarget(*pack(teacher, kept or C, impl="reference"), C, cells).to(DEVICE)
-    problem = LossProblem(
-        student=student.to(DEVICE),
-        labels=labels.to(DEVICE),
-        target=None if terms == "ce" else target,
-        size=grid,
-        use_ce=terms != "kl",
-        ce_weight=torch.tensor(0.7, device=DEVICE),
-        kl_weight=torch.tensor(0.3, device=DEVICE),
-        ce_denominator=None,
-        kl_denominator=None,
-        temperature=2.0,
-        class_weight=None,
-        ignore_index=VOID,
-        window=None,
-        flip=None,
-        pixel_weight=None,
-        distill_void=True,
-        align_corners=False,
-        need_gradient=True,
-    )
-    return dataclasses.replace(problem, **changes)
+def make_problem(grid: tuple[int, int] = (3, 5), **options: object) -> LossProblem:
+    return triton_cases.make_problem(1, grid, **options)
 
 
 def run(problem: LossProblem, tiling: "Tiling | None" = None) -> Result:
@@ -100,39 +42,16 @@ def run(problem: LossProblem, tiling: "Tiling | None" = None) -> Result:
     return Result(ce, kl, gradient)
 
 
-def exact(problem: LossProblem) -> Result:
-    student = problem.student.double().requires_grad_()
-    parts = distill_loss_reference(dataclasses.replace(problem, student=student))
-    (gradient,) = torch.autograd.grad(parts.loss, student)
-    return Result(parts.ce.item(), parts.kl.item(), gradient)
-
-
 def assert_exact(problem: LossProblem, gradient_error: float = 2e-6, tiling: "Tiling | None" = None) -> Result:
-    """Terms to 1e-6 of themselves, the gradient to `gradient_error` of its largest element."""
-    found, expected = run(problem, tiling), exact(problem)
-    T = problem.temperature
-    assert found.ce == pytest.approx(expected.ce, rel=1e-6, abs=1e-7)
-    assert found.kl == pytest.approx(expected.kl, rel=1e-6, abs=1e-7 * max(T, 1) ** 2)
-    assert found.gradient.dtype == problem.gradient_dtype
-    largest = expected.gradient.abs().max().item()
-    error = (found.gradient.double() - expected.gradient).abs().max().item()
-    # With one class the gradient is 0, and what is left is the rounding of a probability of 1.
-    assert error <= gradient_error * (largest if problem.student.shape[1] > 1 else 1)
+    found = run(problem, tiling)
+    assert_close(found, problem, gradient_error)
     return found
-
-
-def same_bits(a: Result, b: Result) -> bool:
-    return a[:2] == b[:2] and torch.equal(a.gradient, b.gradient)
 
 
 def tiling(classes: int, pixels: int, programs: int = 1000, num_warps: int = 1) -> "Tiling":
     from kdcache_kernels.triton_pixels import Tiling
 
     return Tiling(classes, pixels, programs, num_warps)
-
-
-def windows(*rows: list[int]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64, device=DEVICE)
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 2.0, 2.5, slow(3.0), 4.0])
@@ -195,7 +114,7 @@ WINDOWS = {
 def test_windows(place, flipped):
     """Whole pixels of a target of 5 x 7; pixels beyond its edge do not count."""
     flip = torch.tensor([True, False], device=DEVICE) if flipped else None
-    assert_exact(make_problem(B=2, target_size=(5, 7), window=windows(*WINDOWS[place]), flip=flip))
+    assert_exact(make_problem(B=2, target_grid=(5, 7), window=windows(*WINDOWS[place]), flip=flip))
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 1)], ids=str)
@@ -328,7 +247,7 @@ def test_images_of_another_kernel_are_passed_by():
     from kdcache_kernels import triton_loss, triton_pixels
     from kdcache_kernels.triton_prep import prepare
 
-    problem = make_problem(B=2, target_size=(5, 7), window=windows([0, 0, 3, 5], [0.5, 1, 3.5, 6]))
+    problem = make_problem(B=2, target_grid=(5, 7), window=windows([0, 0, 3, 5], [0.5, 1, 3.5, 6]))
     prepared = prepare(problem)
     assert prepared.route.tolist() == [1, 0]
     gradient = torch.full(problem.student.shape, torch.nan, device=DEVICE)
@@ -362,7 +281,7 @@ def cases(draw: st.DrawFn) -> LossProblem:
         grid,
         B=B,
         C=C,
-        target_size=target_size,
+        target_grid=target_size,
         kept=draw(st.integers(1, C)),
         seed=seed,
         scale=draw(st.sampled_from([0.5, 3.0, 100.0])),
