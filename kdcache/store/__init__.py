@@ -6,6 +6,8 @@
     ledger.py     which shards are finished, and the seal
     writer.py     whole shards by one owner
     reader.py     open_cache, Cache
+    shard.py      records straight from shards, at the decoder's speed
+    layout.py     which arrays that can be done with
     verify.py     every byte against the ledger
     summary.py    what `kdcache inspect` says
 

@@ -22,15 +22,15 @@ class Draws(Dataset[Sample | KDCacheError]):
     def __init__(self, dataset: DrawnDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
-        self._epoch = -1
-        self._order = np.empty(0, np.int64)
+        self._latest = (-1, np.empty(0, np.int64))
 
     def sample_index(self, draw: int) -> int:
-        epoch, position = divmod(draw, len(self.dataset))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
-            self._epoch = epoch
-        return int(self._order[position])
+        wanted, position = divmod(draw, len(self.dataset))
+        epoch, order = self._latest  # read and replaced as one: threads may be in different epochs
+        if epoch != wanted:
+            order = np.random.default_rng((self.seed, wanted)).permutation(len(self.dataset))
+            self._latest = (wanted, order)
+        return int(order[position])
 
     def sample_ids(self, step: int, batch_size: int) -> list[str]:
         """Ids of the samples of one step, for messages."""

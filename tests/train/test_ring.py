@@ -1,0 +1,108 @@
+"""The ring of buffers: the batches of DataLoader, from threads, in memory that is used again."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from kdcache.errors import CorruptError, KDCacheError
+from kdcache.store import Cache
+from kdcache.train import CacheDataset, Sample
+from kdcache.train.loader import Draws, make_loader
+from kdcache.train.ring import Items, Ring
+
+
+def tensors(batch: Sample) -> list[torch.Tensor]:
+    return [batch.pixels, batch.label, *batch.target]
+
+
+def copied(batch: Sample | KDCacheError) -> list[torch.Tensor]:
+    assert not isinstance(batch, KDCacheError)
+    return [part.clone() for part in tensors(batch)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_the_batches_of_a_data_loader(cache: Cache, threads: int, depth: int) -> None:
+    draws = Draws(CacheDataset(cache), 5)
+    span = {"first": 3, "last": 12, "batch_size": 4}
+    expected = [copied(batch) for batch in make_loader(draws, **span, workers=0, pin_memory=False)]
+    found = [copied(batch) for batch in Ring(draws, **span, threads=threads, depth=depth)]
+    assert len(found) == len(expected) == 9
+    for one, two in zip(found, expected, strict=True):
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_memory_is_used_again(cache: Cache) -> None:
+    ring = Ring(Draws(CacheDataset(cache), 0), first=0, last=12, batch_size=2, threads=2, depth=3)
+    places = [batch.pixels.data_ptr() for batch in ring if isinstance(batch, Sample)]
+    assert len(places) == 12
+    assert len(set(places)) == 3
+
+
+def test_a_batch_stays_until_the_next_is_asked_for(cache: Cache) -> None:
+    draws = Draws(CacheDataset(cache), 0)
+    batches = iter(Ring(draws, first=0, last=6, batch_size=2, threads=3, depth=2))
+    for step in range(6):
+        batch = next(batches)
+        assert isinstance(batch, Sample)
+        again = [draws[2 * step + row] for row in range(2)]
+        assert all(
+            isinstance(item, Sample) and torch.equal(item.pixels, batch.pixels[row]) for row, item in enumerate(again)
+        )
+
+
+def test_nothing_to_draw(cache: Cache) -> None:
+    assert not list(Ring(Draws(CacheDataset(cache), 0), first=4, last=4, batch_size=2))
+
+
+class Faulty:
+    """Draws of which one is damaged and one is a mistake of ours."""
+
+    def __init__(self, draws: Draws, damaged: int = -1, mistaken: int = -1) -> None:
+        self.draws, self.damaged, self.mistaken = draws, damaged, mistaken
+
+    def __getitem__(self, draw: int) -> Sample | KDCacheError:
+        if draw == self.mistaken:
+            raise ArithmeticError("ours")
+        if draw == self.damaged:
+            return CorruptError("a record is whole", received="half of it", remedy="build it again")
+        return self.draws[draw]
+
+
+@pytest.mark.parametrize("damaged", [0, 5, 11])
+def test_the_error_of_a_sample_comes_in_its_batch_s_place(cache: Cache, damaged: int) -> None:
+    draws: Items = Faulty(Draws(CacheDataset(cache), 0), damaged=damaged)
+    batches = Ring(draws, first=0, last=6, batch_size=2, threads=2)
+    kinds = [isinstance(batch, KDCacheError) for batch in itertools.islice(batches, damaged // 2 + 1)]
+    assert kinds == [False] * (damaged // 2) + [True]
+
+
+def test_a_mistake_is_raised_and_no_thread_stays(cache: Cache) -> None:
+    draws: Items = Faulty(Draws(CacheDataset(cache), 0), mistaken=7)
+    with pytest.raises(ArithmeticError, match="ours"):
+        list(Ring(draws, first=0, last=6, batch_size=2, threads=2))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-loader")]
+
+
+def test_leaving_early_ends_the_threads(cache: Cache) -> None:
+    batches = iter(Ring(Draws(CacheDataset(cache), 0), first=0, last=10**9, batch_size=2, threads=3))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-loader")]
+
+
+def test_threads_in_different_epochs_share_the_order(cache: Cache) -> None:
+    """6 samples and batches of 4: buffers ahead are epochs ahead."""
+    draws = Draws(CacheDataset(cache), 3)
+    ring = Ring(draws, first=0, last=60, batch_size=4, threads=6, depth=6)
+    alone = Draws(CacheDataset(cache), 3)
+    for step, batch in enumerate(ring):
+        assert isinstance(batch, Sample)
+        item = alone[4 * step + 3]
+        assert isinstance(item, Sample)
+        assert torch.equal(item.target.window, batch.target.window[3])
+        assert torch.equal(item.pixels, batch.pixels[3])
