@@ -48,7 +48,14 @@ Scale = Annotated[str, _Option("--scale", metavar="MIN:MAX", help="Random zoom."
 Flip = Annotated[bool, _Option("--flip/--no-flip", help="Random horizontal flip.")]
 Jitter = Annotated[float, _Option("--jitter", help="Strength of colour jitter; 0 is off.")]
 Seed = Annotated[int, _Option("--seed", help="Of weights, order and augmentation.")]
-Workers = Annotated[int | None, _Option("--workers", help="Loader processes [default: 0 on a CPU].")]
+Workers = Annotated[
+    int | None,
+    _Option(
+        "--workers",
+        help="Who draws ahead: threads from a store, processes from image files; 0 draws between steps (and is the "
+        "default on a CPU).",
+    ),
+]
 ValEvery = Annotated[
     int | None, _Option("--val-every", help="Steps between validations and checkpoints [default: a tenth].")
 ]

@@ -2,7 +2,8 @@
 
 config.py      the settings (= the flags, = recipe.toml)
 dataset.py     samples from a data set or a store, through drawn windows
-loader.py      the order of draws; DataLoader
+loader.py      the order of draws, and who draws ahead
+ring.py        threads that draw into buffers used again
 schedule.py    optimizers and learning rates
 step.py        one optimizer step, eager or compiled
 graph.py       the same as a CUDA graph

@@ -43,6 +43,11 @@ class DrawnDataset(Dataset[Sample], ABC):
         self.size = size
         self.augmentation = augmentation
 
+    @property
+    def threads_suffice(self) -> bool:
+        """Whether a draw leaves the GIL to others for most of its time, so that processes would gain nothing."""
+        return False
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -121,6 +126,10 @@ class CacheDataset(DrawnDataset):
         self._paths = cache.target_paths() if targets else []
         self._checksums = cache.column("pixel_checksum") if self.split is not None else None
         self._checked = set[int]()
+
+    @property
+    def threads_suffice(self) -> bool:
+        return self.split is None
 
     def __len__(self) -> int:
         return len(self.cache)

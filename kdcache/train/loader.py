@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdcache.errors import KDCacheError
 from kdcache.train.dataset import DrawnDataset, Sample
+from kdcache.train.ring import Ring
 
 
 class Draws(Dataset[Sample | KDCacheError]):
@@ -64,13 +65,15 @@ class _Steps:
 
 def make_loader(
     draws: Draws, *, first: int, last: int, batch_size: int, workers: int, pin_memory: bool
-) -> DataLoader[Sample | KDCacheError]:
+) -> Ring | DataLoader[Sample | KDCacheError]:
     """Batches of the steps [first, last), in order; `next_batch` takes them.
 
     Args:
-        workers: processes that render ahead; 0 renders between steps. Forkserver, for CUDA and thread pools do
-            not survive a fork.
+        workers: who draws ahead: threads for samples that come from a store, processes for files that must be decoded
+            and rendered (forkserver, for CUDA and thread pools do not survive a fork). 0 draws between steps.
     """
+    if workers and draws.dataset.threads_suffice:
+        return Ring(draws, first=first, last=last, batch_size=batch_size, threads=workers, pin_memory=pin_memory)
     return DataLoader(
         draws,
         collate_fn=_collate,

@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,8 @@ class Trainer:
                         raise Interrupted(step + 1)
         finally:
             log.close()
+            if isinstance(batches, Generator):
+                batches.close()  # and with it the threads that draw ahead
         return self._finish()
 
     def _one_step(self, step: int, batches: Iterator[Sample | KDCacheError], log: MetricsLog) -> None:
