@@ -1,0 +1,278 @@
+"""docs/format.md against built stores: its tables say what is there; its reader needs neither kdcache nor zarr."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.store import open_cache
+from kdcache_kernels import densify, pack
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+ALLOWED = {"json", "sys", "pathlib", "google_crc32c", "numcodecs", "numpy"}
+# The document's script as a process that has no kdcache and no zarr.
+ALONE = """
+import runpy, sys
+sys.modules |= {"kdcache": None, "kdcache_kernels": None, "zarr": None, "torch": None}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+IS_TYPE = {
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: type(value) is int,
+    "number": lambda value: type(value) in (int, float),
+    "boolean": lambda value: isinstance(value, bool),
+    "null": lambda value: value is None,
+}
+
+
+def fenced(mark: str) -> str:
+    """The code block that follows `<!-- mark -->`."""
+    found = re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert found is not None, mark
+    return found[1]
+
+
+def table(first: str) -> list[list[str]]:
+    """Rows of the table whose first column is headed so."""
+    found = re.search(rf"^\| {re.escape(first)} \|.*\n\|[ |-]*\n((?:\|.*\n)*)", DOCUMENT, re.MULTILINE)
+    assert found is not None, first
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[1].splitlines()]
+
+
+def fields(first: str) -> dict[str, tuple[str, Any]]:
+    """Field -> (type, example) of a table of fields."""
+    rows = table(first)
+    return {
+        name: (kind, json.loads(example.strip("`")))
+        for cell, kind, example, _ in rows
+        for name in re.findall("`([^`]+)`", cell)
+    }
+
+
+def has_type(value: Any, kind: str) -> bool:
+    """`string`, `2 integers`, `list of KIND`, `object of KIND`, `KIND or KIND`."""
+    if " or " in kind:
+        return any(has_type(value, one) for one in kind.split(" or "))
+    if kind.startswith("list of "):
+        return isinstance(value, list) and all(has_type(item, kind.removeprefix("list of ")) for item in value)
+    if kind.startswith("object of "):
+        return isinstance(value, dict) and all(has_type(v, kind.removeprefix("object of ")) for v in value.values())
+    several = re.fullmatch(r"(\d) integers", kind)
+    if several is not None:
+        return has_type(value, "list of integer") and len(value) == int(several[1])
+    return IS_TYPE[kind](value)
+
+
+def leaves(value: Any, known: set[str], path: str = "") -> dict[str, Any]:
+    """Every field of some JSON by its dotted path; what `known` names is a leaf though it may be an object."""
+    if path in known or not isinstance(value, dict):
+        return {path: value}
+    found: dict[str, Any] = {}
+    for name, part in value.items():
+        found |= leaves(part, known, f"{path}.{name}".removeprefix("."))
+    return found
+
+
+def check_fields(first: str, content: Any, named: dict[str, str]) -> None:
+    """The table and the JSON have the same fields, of the types that it says. `named`: a name -> its placeholder."""
+    written = fields(first)
+    found: dict[str, Any] = {}
+    # A tap or a path may have dots of its own: placeholders first, then names are joined by dots.
+    for path, value in leaves(renamed(content, named), set(written)).items():
+        assert path in written, f"{path} is not in the table of {first}"
+        assert has_type(value, written[path][0]), (path, value)
+        found[path] = value
+    absent = {path for path in written if path not in found}
+    assert all(path.startswith("features.<tap>.") for path in absent), absent
+    for path, (kind, example) in written.items():
+        assert has_type(example, kind), (path, kind, example)
+
+
+def renamed(content: Any, named: dict[str, str]) -> Any:
+    if not isinstance(content, dict):
+        return content
+    return {named.get(name, name): renamed(part, named) for name, part in content.items()}
+
+
+def metadata(array: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((array / "zarr.json").read_bytes())
+    return content
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("document") / "reader.py"
+    path.write_text(fenced("reader"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def reader(script: Path) -> ModuleType:
+    """The document's functions."""
+    spec = importlib.util.spec_from_file_location("document_reader", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def taught(plan: Any) -> Any:
+    """taught(path, ...): a store whose targets are packed logits."""
+
+    def write(path: Path, k: int, classes: int) -> Path:
+        wanted = plan(k=k, classes=classes, features=False)
+        generator = torch.Generator().manual_seed(5)
+        logits = 6 * torch.randn(wanted.manifest.records, classes, 6, 8, generator=generator)
+        for name, part in zip(("values", "indices", "tail"), pack(logits, k, impl="reference"), strict=True):
+            if part is not None:
+                wanted.arrays[f"targets/segmentation/{name}"] = part.numpy()
+        return wanted.write(path)
+
+    return write
+
+
+def run(script: Path, store: Path, record: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", ALONE, str(script), str(store), str(record)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
+
+
+def test_the_reader_uses_what_the_document_allows() -> None:
+    imported = set()
+    for node in ast.walk(ast.parse(fenced("reader"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported == ALLOWED
+
+
+@pytest.mark.parametrize(("k", "classes"), [(5, 5), (3, 5), (4, 300)], ids=["dense", "top-k", "wide ids"])
+def test_the_reader_prints_dense_logits(script, taught, tmp_path, k, classes) -> None:
+    store = taught(tmp_path / "store.zarr", k, classes)
+    cache = open_cache(store)
+    record = len(cache) - 1  # in the short shard
+    ran = run(script, store, record)
+    assert ran.returncode == 0, ran.stderr
+    rows = cache.read(record, cache.target_paths())
+    parts = [rows.get(f"targets/segmentation/{name}") for name in ("values", "indices", "tail")]
+    packed = [None if part is None else torch.from_numpy(part)[None] for part in parts]
+    wanted = densify(*packed, classes, torch.float64)[0].numpy()
+    printed = np.array(json.loads(ran.stdout))
+    assert printed.shape == wanted.shape == (classes, 6, 8)
+    assert np.abs(printed - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
+def test_the_reader_reads_every_row(reader, variant_store) -> None:
+    cache = open_cache(variant_store)
+    for record in range(len(cache)):
+        for path, wanted in cache.read(record, list(cache.specs)).items():
+            row = reader.read(variant_store / path, record)
+            assert row.dtype == wanted.dtype
+            assert row.tobytes() == wanted.tobytes(), (path, record)
+
+
+def test_the_reader_refuses(script, reader, store) -> None:
+    """Damage in a chunk and in an index, an empty chunk, another version, a store without its seal."""
+    array = store / "targets" / "segmentation" / "values"
+    shard = array.joinpath("c", "0", "0", "0", "0")
+    whole = shard.read_bytes()
+    for at in (10, len(whole) - 10):
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            reader.read(array, 0)
+    empty = b"\xff" * 16
+    shard.write_bytes(empty + reader.google_crc32c.value(empty).to_bytes(4, "little"))
+    with pytest.raises(ValueError, match="never written"):
+        reader.read(array, 0)
+    group = store / "zarr.json"
+    about = group.read_text()
+    group.write_text(about.replace('"version": 1', '"version": 2'))
+    assert "no complete store" in run(script, store, 0).stderr
+    group.write_text(about)
+    (store / "complete.json").unlink()
+    assert "no complete store" in run(script, store, 0).stderr
+
+
+def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None:
+    manifest = variant.manifest
+    head = manifest.heads["segmentation"]
+    size = {"R": manifest.records, "N": manifest.dataset.samples, "k": head.k, "h": head.size[0], "w": head.size[1]}
+    size |= {"H": manifest.view.size[0], "W": manifest.view.size[1], "3": 3, "4": 4}
+    size["U"] = sum(len(sample.encode()) for sample in variant.ids)
+    present = {
+        "always": True,
+        "k < C": not head.dense,
+        "per tap": True,
+        "pixels stored": manifest.view.pixels == "stored",
+    }
+    described = {}
+    for cell, shape, dtype, when, _ in table("array"):
+        path = cell.strip("`").replace("<head>", "segmentation")
+        if not present[when]:
+            continue
+        plain, _, wide = dtype.partition(", ")
+        if wide:
+            assert wide == "uint16 above 256 classes"
+            plain = "uint16" if head.classes > 256 else plain
+        for tap in manifest.features if "<tap>" in path else [""]:
+            if tap:
+                feature = manifest.features[tap]
+                size |= {"c": feature.channels, "h'": feature.size[0], "w'": feature.size[1]}
+            described[path.replace("<tap>", tap)] = ([size[s] for s in shape.strip("()").split(", ")], plain)
+    found = {
+        path.parent.relative_to(variant_store).as_posix(): (about["shape"], about["data_type"])
+        for path in variant_store.rglob("zarr.json")
+        if (about := metadata(path.parent))["node_type"] == "array"
+    }
+    assert described == found
+
+
+def test_the_codecs_are_those_of_a_store(variant, variant_store) -> None:
+    names = [re.findall(r"`(\w+)`", cell)[:3] for _, cell in table("arrays")]
+    patterns = [cell for cell, _ in table("arrays")]
+    assert patterns == ["`features/*`", "`samples/*`", "all others"]
+    for path in (path.parent for path in variant_store.rglob("zarr.json")):
+        about = metadata(path)
+        if about["node_type"] == "array":
+            folder = path.relative_to(variant_store).parts[0]
+            chain = about["codecs"] if folder == "samples" else about["codecs"][0]["configuration"]["codecs"]
+            row = {"features": 0, "samples": 1}.get(folder, 2)
+            assert [codec["name"] for codec in chain] == names[row], path
+            level = {"features": 1, "samples": 0}.get(folder)
+            assert chain[1]["configuration"].get("level") == level, path
+    shown = json.loads(fenced("codecs"))
+    real = metadata(variant_store / "targets" / "segmentation" / "values")["codecs"]
+    for chain in (shown, real):
+        del chain[0]["configuration"]["chunk_shape"]
+    assert shown == real
+
+
+def test_the_fields_are_those_of_a_store(variant, variant_store) -> None:
+    manifest = metadata(variant_store)["attributes"]["kdcache"]
+    if not manifest["features"]:
+        del manifest["features"]  # {}, as the table says
+    taps = dict.fromkeys(variant.manifest.features, "<tap>")
+    # A tap may be called like a field: these names stand below `heads` and `features` only.
+    for part, named in (("heads", {"segmentation": "<head>"}), ("features", taps)):
+        if part in manifest:
+            manifest[part] = renamed(manifest[part], named)
+    check_fields("field", manifest, {})
+    for path in (variant_store / "ledger").iterdir():
+        record = json.loads(path.read_bytes())
+        check_fields("field of a ledger record", record, dict.fromkeys(record["files"], "<path>"))
+    seal = json.loads((variant_store / "complete.json").read_bytes())
+    check_fields("field of `complete.json`", seal, dict.fromkeys(seal["metadata"], "<path>"))
