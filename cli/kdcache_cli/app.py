@@ -10,7 +10,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
-from kdcache_cli import bench, cache, data, demo, evaluate, models, train
+from kdcache_cli import bench, bench_loader, cache, data, demo, evaluate, models, train
 from kdcache_cli.console import ERRORS
 
 
@@ -54,6 +54,7 @@ app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
 app.command("inspect", rich_help_panel="Look")(cache.inspect)
 app.command("verify", rich_help_panel="Look")(cache.verify)
 app.command("bench-kernels", rich_help_panel="Look")(bench.bench_kernels)
+app.command("bench-loader", rich_help_panel="Look")(bench_loader.bench_loader)
 app.command("demo", rich_help_panel="Look")(demo.demo)
 
 

@@ -115,7 +115,8 @@ class Ring:
         if buffer.copied is not None:
             buffer.copied.synchronize()
         for whole, part in zip(_tensors(buffer.batch), _tensors(item), strict=True):
-            whole[row].copy_(part)
+            # numpy's copy: torch's would bring threads of its own, which take the cores from the step's.
+            whole.numpy()[row] = part.numpy()
         return None
 
 

@@ -1,0 +1,182 @@
+"""Ways to load whole samples (pixels, label, target), batch after batch.
+
+| name | who draws |
+| --- | --- |
+| inline | the trainer itself, between steps: `DataLoader` without workers |
+| dataloader | `DataLoader` with worker processes |
+| ring | threads of this process, into buffers used again (`kdcache.train.ring`) |
+
+Each is endless and stays open, for worker processes take seconds to start. Before one is timed, its batches must be
+those that the draws give one by one.
+"""
+
+import gc
+import multiprocessing
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from kdcache.errors import KDCacheError, StoreError
+from kdcache.evaluate.bench.memory import peak_in_process
+from kdcache.train.dataset import CacheDataset, Sample
+from kdcache.train.loader import Draws, make_loader, next_batch
+from kdcache.train.ring import DEPTH
+from kdcache.train.step import parts_of
+
+ENDLESS = 2**40
+CHECKED = 3
+"""Batches that are compared."""
+_KIB = 1024
+
+
+class _ByProcesses(CacheDataset):
+    """Drawn ahead by processes, whatever would be faster."""
+
+    @property
+    def threads_suffice(self) -> bool:
+        return False
+
+
+class _ByThreads(CacheDataset):
+    """Drawn ahead by threads, whatever would be faster."""
+
+    @property
+    def threads_suffice(self) -> bool:
+        return True
+
+
+LOADERS: dict[str, tuple[str, type[CacheDataset]]] = {
+    "inline": ("inline", CacheDataset),
+    "dataloader": ("DataLoader, {workers} workers", _ByProcesses),
+    "ring": ("ring, {threads} threads", _ByThreads),
+}
+"""Name -> title, the dataset that `make_loader` loads in that way."""
+
+
+class Stream:
+    """A loader that is open: batches in order, from draw 0.
+
+    Args:
+        make: the dataset, of one of the types of LOADERS.
+        workers, threads: of the loaders that have them.
+    Attributes:
+        processes: ids of its workers.
+        ahead: batches that it holds ready at most.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[type[CacheDataset]], CacheDataset],
+        *,
+        batch_size: int,
+        workers: int,
+        threads: int,
+        pin_memory: bool = False,
+    ) -> None:
+        title, kind = LOADERS[name]
+        self.name, self.title = name, title.format(workers=workers, threads=threads)
+        self._batch_size = batch_size
+        drawing = {"inline": 0, "dataloader": workers, "ring": threads}[name]
+        loader = make_loader(
+            Draws(make(kind), 0),
+            first=0,
+            last=ENDLESS,
+            batch_size=batch_size,
+            workers=drawing,
+            pin_memory=pin_memory,
+        )
+        before = set(multiprocessing.active_children())
+        self._batches: Iterator[Sample | KDCacheError] | None = iter(loader)
+        self._step = 0
+        started = set(multiprocessing.active_children()) - before
+        self.processes = tuple(child.pid for child in started if child.pid is not None)
+        self.ahead = {"inline": 0, "dataloader": 2 * workers, "ring": DEPTH - 1}[name]
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End its threads and processes."""
+        batches, self._batches = self._batches, None
+        if isinstance(batches, Generator):
+            batches.close()
+        del batches  # a DataLoader's iterator ends its workers when it goes
+        gc.collect()
+
+    def take(self) -> Sample:
+        """The next batch; of a ring it is valid until the one after. Raises: what the sample raises."""
+        assert self._batches is not None
+        self._step += 1
+        return next_batch(self._batches)
+
+    def skip(self, count: int) -> None:
+        for _ in range(count):
+            self.take()
+
+    def verify(self, draws: Draws) -> None:
+        """The next batches are those of `draws`. Raises StoreError: a benchmark must not time the wrong thing."""
+        for _ in range(CHECKED):
+            step = self._step
+            given = parts_of(self.take())
+            wanted = parts_of(reference_batch(draws, step, self._batch_size))
+            if not all(
+                a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(given, wanted, strict=True)
+            ):
+                raise StoreError(
+                    "loaders are timed when they give the same batches",
+                    received=f"{self.title}: batch {step} differs from its samples drawn one by one",
+                    remedy="run kdcache verify on the store; if it is sound, report this",
+                )
+
+
+def reference_batch(draws: Draws, step: int, batch_size: int) -> Sample:
+    """A batch, sample by sample. Raises: what a sample raises."""
+    items = [draws[draw] for draw in range(step * batch_size, (step + 1) * batch_size)]
+    for item in items:
+        if isinstance(item, KDCacheError):
+            raise item
+    batch: Sample = default_collate(items)
+    return batch
+
+
+def open_and_weigh(make: Callable[[], Stream], batches: int) -> tuple[Stream, float | None]:
+    """Open a stream and take some batches: by how many MiB that raised the peak of the resident set.
+
+    Its worker processes count with their proportional share of memory after the last batch, most of which are the
+    libraries that each of them loads. None where the system does not say.
+    """
+    opened: list[Stream] = []
+
+    def work() -> None:
+        opened.append(make())
+        opened[0].skip(batches)
+
+    try:
+        grown = peak_in_process(work)
+        shares = [_share_mib(process) for process in opened[0].processes]
+    except OSError:
+        if not opened:
+            work()
+        return opened[0], None
+    except BaseException:
+        for stream in opened:
+            stream.__exit__(None, None, None)
+        raise
+    return opened[0], grown + sum(shares)
+
+
+def _share_mib(process: int) -> float:
+    """Of memory that processes share, each has its part."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii", errors="replace").splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / _KIB
+
+
+def _bits(tensor: torch.Tensor) -> Any:
+    """Bytes, so that NaN equals itself; shapes count."""
+    flat = tensor.contiguous()
+    return flat.unsqueeze(-1).view(torch.uint8) if flat.dtype != torch.bool else flat
