@@ -1,12 +1,9 @@
 """What every result says of itself: theme, machine, commit, date, command."""
 
-import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kdcache.evaluate.bench.header import header as bench_header
 from kdcache.train.log import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,13 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def header(theme: str) -> dict[str, Any]:
     """The first keys of a result file."""
-    return {
-        "theme": theme,
-        "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "command": "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **environment()},
-    }
+    command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return bench_header(theme, command, environment())
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -46,20 +39,3 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _memory_gib() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

@@ -155,6 +155,12 @@ def test_flips_without_a_window():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("C", [19, 21, 32, 33, 150, 171])
+def test_many_classes(C):
+    check(make(B=1, C=C, student=(1, 2), grid=(2, 1), size=(2, 3)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("terms", ["ce kl", "ce", "kl"])
 @pytest.mark.parametrize("temperature", [0.05, 1, 2, 2.5, 3, 4, 100])
 def test_temperatures_and_terms(temperature, terms):
