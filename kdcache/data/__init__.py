@@ -3,13 +3,14 @@
     open_split(data, split) -> Split          ids, classes, image(i), label(i)
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     draw_window, colour_jitter                what is random for the student
+    draw_view, id_hash                        what is drawn once, for the views of a store
     prefetch                                  ordered results from a bounded pool of threads
     check, class_weights                      a report on a whole data set, and weights from its counts
 
 Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
 """
 
-from kdcache.data.augment import Augmentation, colour_jitter, draw_window
+from kdcache.data.augment import Augmentation, colour_jitter, draw_view, draw_window, id_hash
 from kdcache.data.check import CheckReport, SplitReport, check, class_weights
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.prefetch import prefetch
@@ -29,7 +30,9 @@ __all__ = [
     "check",
     "class_weights",
     "colour_jitter",
+    "draw_view",
     "draw_window",
+    "id_hash",
     "list_splits",
     "open_split",
     "pixel_checksum",

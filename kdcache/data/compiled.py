@@ -1,0 +1,35 @@
+# mypy: allow-untyped-decorators, allow-untyped-calls
+"""How the CPU kernels of this room are compiled: once per machine, for one signature, when first imported.
+
+Whoever needs a kernel imports its module inside the function that calls it, so that `import kdcache.data` brings no
+numba. Compiling is part of that import: Python's import lock makes it safe for threads that come first at once, and
+later processes load the machine code from disk. One signature spares the seconds that numba would take for every other
+kind of array (read-only, strided); writable arrays pass as read-only ones.
+
+numba's cache watches the file of the kernel alone, so everything that a kernel calls or freezes as a constant stands in
+its own file. No `fastmath`, and so nothing is fused or reordered: float results are those of the formulas as written,
+on every machine, and whether a process compiled a helper, inlined it or loaded it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit, types
+
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+
+BYTES = {ndim: types.Array(types.uint8, ndim, "C") for ndim in (2, 3)}
+READ_ONLY_BYTES = {ndim: types.Array(types.uint8, ndim, "C", readonly=True) for ndim in (2, 3)}
+
+
+def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that compiles a function for arguments of these types, and keeps the machine code on disk."""
+
+    def compile_now(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            compiled: Callable[..., Any] = njit([arguments], cache=True, **OPTIONS)(function)
+        except RuntimeError:  # nowhere to write
+            compiled = njit([arguments], **OPTIONS)(function)
+        return compiled
+
+    return compile_now
