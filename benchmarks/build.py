@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +31,12 @@ from common import header, spread, synchronise, write
 from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_writer
+from kdcache.store.manifest import View
 from kdcache.teacher import BuildOptions, Teacher, build_cache, plan_manifest
-from kdcache.teacher.build import _batches, _ShardQueue, pack_batch, render_record
+from kdcache.teacher.build import pack_batch
 from kdcache.teacher.forward import place, teach
+from kdcache.teacher.records import Rendered, _batches, render_records
+from kdcache.teacher.shards import ShardQueue
 
 
 class Cycled(Split):
@@ -71,9 +75,13 @@ class Stopwatch:
         return Measured(images / (time.perf_counter() - self._wall), 1e3 * cpu / images)
 
 
+def _rendered(split: Split, index: int, options: BuildOptions) -> Rendered:
+    return render_records(split, View(size=options.size, pixels="stored"), [index])[0]
+
+
 def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count: int) -> Measured:
     """The forward pass on pixels in memory: uint8 in, native logits out."""
-    records = [render_record(split, index, options.size) for index in range(options.batch_size)]
+    records = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in records])).to(options.device)
     batches = max(1, count // options.batch_size)
     synchronise(options.device)
@@ -87,7 +95,7 @@ def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count:
 def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: Path) -> Measured:
     """From packed arrays in memory to synced shards; the arrays are those of one real batch."""
     manifest = plan_manifest(split, teacher, options)
-    first = [render_record(split, index, options.size) for index in range(options.batch_size)]
+    first = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in first]))
     logits, features = teach(teacher.model, pixels, options.features, options.precision, options.device)
     packed = {
@@ -96,12 +104,9 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
     shutil.rmtree(folder, ignore_errors=True)
     with open_writer(folder, manifest, split.ids) as writer:
         watch = Stopwatch()
-        with _ShardQueue(writer) as queue:
+        with ShardQueue(writer) as queue:
             for batch in itertools.chain.from_iterable(_batches(manifest, shard) for shard in writer.missing):
-                inputs = [
-                    type(item)(record, item.pixels, item.label, item.window, item.checksum, item.labelled)
-                    for record, item in zip(batch, first, strict=False)
-                ]
+                inputs = [replace(item, record=record) for record, item in zip(batch, first, strict=False)]
                 queue.add(inputs, {path: rows[: len(inputs)] for path, rows in packed.items()})
         return watch.over(len(split))
 
@@ -109,7 +114,7 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
 def render_alone(split: Split, options: BuildOptions) -> Measured:
     """Decoding and rendering alone, by the build's threads."""
     watch = Stopwatch()
-    work = lambda index: render_record(split, index, options.size)  # noqa: E731
+    work = lambda index: _rendered(split, index, options)  # noqa: E731
     for _ in prefetch(work, range(len(split)), threads=options.render_threads, ahead=4 * options.batch_size):
         pass
     return watch.over(len(split))

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +74,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], SmallDisk]]:
     yield mount
     for path in mounted:
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Any]:
+    """An S3 server on loopback that counts what it is asked, and goes wrong on demand (tests/store/s3.py)."""
+    from s3 import ObjectStore
+
+    server = ObjectStore()
+    with server.serving():
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The server, in the environment of this test. Copies go to a folder of the test's own."""
+    s3_server.reset()
+    s3_server.enter(monkeypatch, tmp_path / "copies")
+    return s3_server

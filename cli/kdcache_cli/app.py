@@ -10,8 +10,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
-from kdcache_cli import bench, bench_loader, cache, data, demo, evaluate, models, train
+from kdcache_cli import bench, bench_loader, cache, data, demo, evaluate, extend, models, store, train
 from kdcache_cli.console import ERRORS
+from kdcache_cli.ranks import one_voice
 
 
 class _Verbs(TyperGroup):
@@ -51,8 +52,10 @@ app.command("train-teacher", rich_help_panel="Work")(train.train_teacher)
 app.command("build-teacher-cache", rich_help_panel="Work")(cache.build_teacher_cache)
 app.command("train-student", rich_help_panel="Work")(train.train_student)
 app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
-app.command("inspect", rich_help_panel="Look")(cache.inspect)
-app.command("verify", rich_help_panel="Look")(cache.verify)
+app.command("extend", rich_help_panel="Work")(extend.extend)
+app.command("copy", rich_help_panel="Work")(store.copy)
+app.command("inspect", rich_help_panel="Look")(store.inspect)
+app.command("verify", rich_help_panel="Look")(store.verify)
 app.command("bench-kernels", rich_help_panel="Look")(bench.bench_kernels)
 app.command("bench-loader", rich_help_panel="Look")(bench_loader.bench_loader)
 app.command("demo", rich_help_panel="Look")(demo.demo)
@@ -69,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> None:
     words = [word for word in given if word != "--debug"]
     debug = len(words) < len(given)
     try:
-        app(args=words)
+        with one_voice():
+            app(args=words)
     except KDCacheError as error:
         if debug:
             raise

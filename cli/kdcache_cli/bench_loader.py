@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for to
 
 _Option = typer.Option
 MISSING = "-"
-EVERYTHING = "memcpy,decoder,direct,tensorstore,zarr,files,inline,dataloader,ring"
+EVERYTHING = "memcpy,decoder,direct,tensorstore,zarr,files,inline,dataloader,ring,resident"
 AUGMENTS = {"none": ("none",), "warp": ("none", "warp")}
 TITLES = {
     "readers": "Readers: targets of random records, page cache warm",
@@ -30,13 +30,14 @@ TITLES = {
 
 
 def bench_loader(
-    cache: Annotated[Path, _Option("--cache", help="The store to read.")],
+    cache: Annotated[str, _Option("--cache", help="The store to read, a folder or s3://BUCKET/PREFIX.")],
     against: Annotated[
         str,
         _Option(
             "--against",
             help="Readers: memcpy and decoder (the floors: bytes in memory), direct (ours), tensorstore, zarr, "
-            "files (a .pt file per sample). Loaders: inline (DataLoader without workers), dataloader, ring (ours).",
+            "files (a .pt file per sample). Loaders: inline (between steps), dataloader, ring (ours), "
+            "resident (ring, records in memory).",
         ),
     ] = EVERYTHING,
     records: Annotated[int, _Option("--records", min=1, help="Records per repeat; they are held in memory.")] = 256,
@@ -55,6 +56,8 @@ def bench_loader(
     data: options.OptionalData = None,
     split: options.Split = "train",
     json_file: Annotated[Path | None, _Option("--json", help="Write the figures, the machine and the commit.")] = None,
+    cache_dir: options.CacheDir = None,
+    cache_bytes: options.CacheBytes = None,
 ) -> None:
     """Time readers and loaders of a store side by side on this machine.
 
@@ -85,7 +88,10 @@ def bench_loader(
         raise RecipeError("--augment is none or warp", received=repr(augment), remedy="use --augment warp for both")
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise RecipeError("--json is a file in a folder that exists", received=str(json_file), remedy="make the folder")
-    store = open_cache(cache)
+    store = open_cache(options.open_place(cache, cache_dir, cache_bytes))
+    for shard in range(store.manifest.shards if store.remote else 0):
+        for path in store.specs:
+            store.fetch(shard, path)  # other readers know the copies alone
     settings = Settings(
         against=names,
         records=records,

@@ -23,8 +23,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
     threads: options.Threads = 0,
     device: options.Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="[default: RUN/evaluation-SPLIT.json]")] = None,
-    markdown: Annotated[Path | None, typer.Option("--markdown", help="[default: RUN/evaluation-SPLIT.md]")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="(default: RUN/evaluation-SPLIT.json)")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="(default: RUN/evaluation-SPLIT.md)")] = None,
 ) -> None:
     """mIoU, mAcc, aAcc and IoU per class, by mmsegmentation's convention.
 

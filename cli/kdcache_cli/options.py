@@ -3,11 +3,14 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcache.errors import RecipeError
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+    from kdcache.store.place import Place
 
 
 def parse_size(text: str | None, flag: str = "--size") -> tuple[int, int] | None:
@@ -33,6 +36,23 @@ def parse_rgb(text: str | None, flag: str) -> tuple[float, float, float] | None:
             f"{flag} is three numbers for R,G,B in 0..1", received=repr(text), remedy=f"for instance {flag} 0.5,0.5,0.5"
         ) from error
     return red, green, blue
+
+
+def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value`, when it is one of those allowed."""
+    if value not in allowed:
+        raise RecipeError(
+            f"{flag} is one of {', '.join(allowed)}", received=repr(value), remedy=f"use {flag} {allowed[0]}"
+        )
+    return value
+
+
+def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "Place":
+    """Where a store is, with the folder for copies when that is elsewhere."""
+    from kdcache.store.mirror import parse_bytes
+    from kdcache.store.place import open_place
+
+    return open_place(store, None if cache_dir is None else Path(cache_dir), parse_bytes(cache_bytes))
 
 
 def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
@@ -97,3 +117,28 @@ Size = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 lets torch choose.")]
+Worker = Annotated[
+    str | None,
+    typer.Option(
+        "--worker",
+        metavar="I/N",
+        help="This process is number I, from 0, of N that write the store together, on any machines.",
+    ),
+]
+CacheDir = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dir",
+        help="Where copies of a remote store's shards are kept (default: $KDCACHE_CACHE_DIR, or kdcache in your cache "
+        "folder).",
+    ),
+]
+CacheBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-bytes",
+        metavar="SIZE",
+        help="How much they may take, e.g. 50GiB or 200MB; what was not used for longest makes room (default: half of "
+        "what is free there).",
+    ),
+]

@@ -7,14 +7,15 @@ import typer
 
 from kdcache_cli import options
 from kdcache_cli.console import ERRORS, OUT, progress_bar
+from kdcache_cli.ranks import shared_errors
 
 _Option = typer.Option
 Model = Annotated[str, _Option("--model", help="What to train; see [bold]kdcache models[/].")]
 Out = Annotated[Path, _Option("--out", help="Run folder: new, empty, or with --resume the run itself.")]
 Init = Annotated[str | None, _Option("--init", help="Start from a weights FILE, or [bold]default[/] (downloads).")]
-Iterations = Annotated[int | None, _Option("--iterations", help="Optimizer steps [default: 4000].")]
+Iterations = Annotated[int | None, _Option("--iterations", help="Optimizer steps (default: 4000).")]
 Epochs = Annotated[int | None, _Option("--epochs", help="Instead of --iterations: visits of every sample.")]
-BatchSize = Annotated[int, _Option("--batch-size", help="Samples per step.")]
+BatchSize = Annotated[int, _Option("--batch-size", help="Samples per step, of all processes together.")]
 Optimizer = Annotated[str, _Option("--optimizer", help="adamw, adam or sgd.")]
 Lr = Annotated[float, _Option("--lr", help="Learning rate at its highest.")]
 WeightDecay = Annotated[float, _Option("--weight-decay", help="Not applied to biases and normalisations.")]
@@ -56,8 +57,24 @@ Workers = Annotated[
         "default on a CPU).",
     ),
 ]
+Shuffle = Annotated[
+    str,
+    _Option(
+        "--shuffle",
+        help="Order of an epoch: full (all records), or window (a few shards at a time, for a store that is far away). "
+        "auto: window for a remote store, else full.",
+    ),
+]
+Resident = Annotated[
+    str,
+    _Option(
+        "--resident",
+        help="Where decoded records stay: ram (after their first reading), gpu (targets) or off. "
+        "auto: gpu, else ram, where they take at most half of what is free.",
+    ),
+]
 ValEvery = Annotated[
-    int | None, _Option("--val-every", help="Steps between validations and checkpoints [default: a tenth].")
+    int | None, _Option("--val-every", help="Steps between validations and checkpoints (default: a tenth).")
 ]
 ValSplit = Annotated[str, _Option("--val-split", help="Split to validate on.")]
 LogEvery = Annotated[int, _Option("--log-every", help="Steps between log lines.")]
@@ -106,12 +123,13 @@ def train_teacher(
 
     [dim]kdcache train-teacher --data camvid --model kdcache:base --size 288x384 --iterations 8000 --out runs/teacher[/]
     """
-    settings = _settings(locals())
-    _train({**settings, "verb": "train-teacher", "val": data}, out, resume)
+    _train({**locals(), "verb": "train-teacher", "val": data}, out, resume)
 
 
 def train_student(
-    cache: Annotated[str, _Option("--cache", help="Store that build-teacher-cache wrote.")],
+    cache: Annotated[
+        str, _Option("--cache", help="Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
+    ],
     model: Model,
     out: Out,
     method: Annotated[str, _Option("--method", help="none (labels only, same pixels) or kl.")] = "kl",
@@ -150,6 +168,10 @@ def train_student(
     jitter: Jitter = 0.3,
     seed: Seed = 0,
     workers: Workers = None,
+    cache_dir: options.CacheDir = None,
+    cache_bytes: options.CacheBytes = None,
+    shuffle: Shuffle = "auto",
+    resident: Resident = "auto",
     threads: options.Threads = 0,
     device: options.Device = "auto",
     val_every: ValEvery = None,
@@ -163,10 +185,12 @@ def train_student(
     With --method none and kl the student sees identical pixels in identical order, so that two runs differ
     by what the teacher said alone.
 
+    Several processes share every batch and train as one would:
+    torchrun --nproc-per-node 2 -m kdcache_cli train-student and the same flags.
+
     [dim]kdcache train-student --cache camvid.zarr --model kdcache:tiny --val camvid --out runs/student[/]
     """
-    settings = _settings(locals())
-    _train({**settings, "verb": "train-student"}, out, resume)
+    _train({**locals(), "verb": "train-student"}, out, resume)
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -176,17 +200,18 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _train(settings: dict[str, Any], out: Path, resume: bool) -> None:
+def _train(given: dict[str, Any], out: Path, resume: bool) -> None:
     from kdcache.evaluate import percent
     from kdcache.train import Interrupted, make_config, pick_device, train
-    from kdcache.train.start import default_workers
+    from kdcache.train.distributed import default_workers
     from kdcache_cli.progress import TrainingProgress
 
-    if settings["workers"] is None:
-        settings["workers"] = default_workers(pick_device(settings["device"]))
-    config = make_config(**settings)
     try:
-        with progress_bar() as bar:
+        with shared_errors(), progress_bar() as bar:
+            settings = _settings(given)
+            if settings["workers"] is None:
+                settings["workers"] = default_workers(pick_device(settings["device"]))
+            config = make_config(**settings)
             result = train(config, out, resume=resume, observer=TrainingProgress(bar, settings["verb"]))
     except Interrupted as stop:
         ERRORS.print(f"Stopped after {stop.step} iterations; the state is saved. Add --resume to go on.")

@@ -4,14 +4,15 @@
 `kdcache_kernels.distill_loss`. Temperature and weights are choices of the training, never of the store.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kdcache_kernels import KernelError as KernelError
 from kdcache_kernels import LossParts as LossParts
-from kdcache_kernels import PackedTarget, distill_loss
+from kdcache_kernels import PackedTarget, distill_denominators, distill_loss
 from kdcache_kernels.ops import choose_implementation as choose_implementation
 
 
@@ -54,6 +55,10 @@ class DistillLoss(nn.Module):
         distill_void: whether pixels without a label teach too.
         align_corners: of the student's own final resize.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
+    Attributes:
+        average: mean of a tensor over the processes that share a batch; None when there is one. The denominators are
+            then the whole batch's over the number of processes, so that the processes' losses, and their gradients,
+            average to the whole batch's.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
     """
 
@@ -81,6 +86,7 @@ class DistillLoss(nn.Module):
         self.distill_void = distill_void
         self.align_corners = align_corners
         self.impl = impl
+        self.average: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(
@@ -113,20 +119,30 @@ class DistillLoss(nn.Module):
         self, logits: Tensor, labels: Tensor | None, target: Target | None, ce_weight: float, kl_weight: float
     ) -> LossParts:
         teaching = target if kl_weight > 0 and self._has(target) else None
+        packed = None if teaching is None else self._packed(teaching)
+        counted: dict[str, Any] = {
+            "class_weight": self.class_weight,
+            "ignore_index": self.ignore_index,
+            "window_B4": None if teaching is None else teaching.window,
+            "flip_B": None if teaching is None else teaching.flip,
+            "distill_void": self.distill_void,
+        }
+        ce_denominator, kl_denominator = None, None
+        if self.average is not None:
+            own = distill_denominators(labels, packed, num_classes=logits.shape[1], **counted)
+            ce_denominator, kl_denominator = self.average(torch.stack(own)).unbind()
         return distill_loss(
             logits,
             labels,
-            None if teaching is None else self._packed(teaching),
+            packed,
             ce_weight=ce_weight,
             kl_weight=0.0 if teaching is None else kl_weight,
             temperature=self.temperature,
-            class_weight=self.class_weight,
-            ignore_index=self.ignore_index,
-            window_B4=None if teaching is None else teaching.window,
-            flip_B=None if teaching is None else teaching.flip,
-            distill_void=self.distill_void,
             align_corners=self.align_corners,
+            ce_denominator=ce_denominator,
+            kl_denominator=kl_denominator,
             impl=self.impl,
+            **counted,
         )
 
     def _packed(self, target: Target) -> PackedTarget:

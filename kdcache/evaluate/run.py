@@ -42,6 +42,36 @@ def evaluate_model(
         progress: called with (images done, images).
     Raises: DataError when nothing is labelled or an image cannot be read.
     """
+    confusion = count_pixels(
+        model,
+        split,
+        size,
+        device=device,
+        batch_size=batch_size,
+        at_size=at_size,
+        threads=threads,
+        progress=progress,
+    )
+    return confusion.metrics()
+
+
+def count_pixels(
+    model: SegmentationModel,
+    split: Split,
+    size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 8,
+    at_size: bool = False,
+    threads: int = 2,
+    progress: Progress | None = None,
+    part: tuple[int, int] = (0, 1),
+) -> ConfusionMatrix:
+    """The counts of `evaluate_model`, which several processes may share out: they add up to the whole.
+
+    Args:
+        part: (i, n) takes every n-th labelled sample from the i-th on.
+    """
     labelled = [index for index in range(len(split)) if split.has_label(index)]
     if not labelled:
         raise DataError(
@@ -50,9 +80,8 @@ def evaluate_model(
             remedy="give a labelled split with --split",
         )
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
-    samples = prefetch(
-        lambda index: _load(split, index, size, at_size), labelled, threads=threads, ahead=4 * batch_size
-    )
+    mine = labelled[part[0] :: part[1]]
+    samples = prefetch(lambda index: _load(split, index, size, at_size), mine, threads=threads, ahead=4 * batch_size)
     was_training = model.training
     model.eval()
     done = 0
@@ -67,10 +96,10 @@ def evaluate_model(
                     confusion.update(full.argmax(0).cpu(), sample.label)
                 done += len(batch)
                 if progress is not None:
-                    progress(done, len(labelled))
+                    progress(done, len(mine))
     finally:
         model.train(was_training)
-    return confusion.metrics()
+    return confusion
 
 
 def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sample:

@@ -1,36 +1,56 @@
 """The store: a Zarr v3 group that holds what a teacher said, with a manifest and a ledger.
 
     manifest.py   who made it, from what, how; the teacher's fingerprint
-    schema.py     arrays, chunks, codecs
+    schema.py     arrays, chunks
+    codec.py      how they are compressed, and what is rounded before
+    place.py      where the files are: a folder, an object store
     durable.py    writes that survive a power cut
     ledger.py     which shards are finished, and the seal
+    damage.py     what to say of a file that is not what was written
     writer.py     whole shards by one owner
+    copy.py       a store into another codec, other shards, in part
+    part.py       which samples a part has
     reader.py     open_cache, Cache
     shard.py      records straight from shards, at the decoder's speed
     layout.py     which arrays that can be done with
+    samples.py    the ids
     verify.py     every byte against the ledger
     summary.py    what `kdcache inspect` says
 
 It knows tensors as numpy arrays and no models.
 """
 
-from kdcache.store.manifest import Fingerprint, Manifest
-from kdcache.store.reader import Cache, open_cache, read_manifest
+from kdcache.store.codec import round_targets
+from kdcache.store.copy import CopyChanges, CopyResult, copy_store
+from kdcache.store.manifest import Codec, Fidelity, Fingerprint, Manifest
+from kdcache.store.part import samples_of_ids, spread_samples
+from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
 from kdcache.store.verify import VerifyReport, verify_files
-from kdcache.store.writer import StoreWriter, open_writer
+from kdcache.store.writer import StoreWriter, Worker, open_writer, worker_of
 
 __all__ = [
     "Cache",
+    "Codec",
+    "CopyChanges",
+    "CopyResult",
+    "Fidelity",
     "Fingerprint",
     "Manifest",
     "StoreSummary",
     "StoreWriter",
     "VerifyReport",
+    "Worker",
+    "copy_store",
     "inspect_store",
     "open_cache",
     "open_writer",
     "read_manifest",
+    "round_targets",
+    "samples_of_ids",
+    "spread_samples",
+    "store_exists",
     "summarise",
     "verify_files",
+    "worker_of",
 ]

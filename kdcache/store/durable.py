@@ -6,17 +6,17 @@ the name and lose the bytes. The store's ledger is only worth something when wha
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from kdcache.errors import StoreError
 
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written; what a crash leaves of it means nothing."""
 _ROOM_BYTES = 2**20  # with less, a failed write is taken for a full disk
 
 
@@ -38,13 +38,12 @@ def sync_with_parents(path: Path, top: Path) -> None:
             return
 
 
-def write_json_durably(path: Path, content: Any) -> None:
-    """Publish a JSON file whole or not at all; sorted keys, so that equal content gives equal bytes."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+def write_durably(path: Path, content: bytes) -> None:
+    """Publish a file whole or not at all, in a folder that exists."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.write("\n")
+        with partial.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -53,19 +52,19 @@ def write_json_durably(path: Path, content: Any) -> None:
     sync_path(path.parent)
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_digest(file: Path | int) -> str:
+    """sha256 of a file's bytes, as hex; of a descriptor, which is closed then."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager
-def disk_space_errors(path: Path) -> Iterator[None]:
+def disk_space_errors(path: Path | str) -> Iterator[None]:
     """Turn the operating system's 'no space' into a StoreError that says what is safe and what to do."""
     try:
         yield
     except Exception as error:
-        if not _is_full(error, path):
+        if not _is_full(error, Path(path)):
             raise
         raise StoreError(
             "the disk must have room for what is written",

@@ -7,7 +7,6 @@
 Whatever else zarr.json holds, a setting that is not known included, is refused: it could change what the bytes mean.
 """
 
-import errno
 import json
 import math
 import os
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import KDCacheError, StoreError, VersionError
-from kdcache.store import ledger
-from kdcache.store.manifest import MAX_RECORDS
+from kdcache.errors import VersionError
+from kdcache.store.damage import unreadable_metadata
+from kdcache.store.manifest import MAX_RECORD_BYTES, MAX_RECORDS
 
 CRC_BYTES = 4
 _MAX_METADATA_BYTES = 2**20  # what is longer is cut, and no JSON then
-_MAX_CHUNK_BYTES = 2**30  # decoded
 _MAX_SHARD_CHUNKS = 2**16
 _DTYPE = re.compile("bool|u?int(8|16|32|64)|float(16|32|64)")
 _FIELDS = {"zarr_format", "node_type", "shape", "data_type", "fill_value", "chunk_grid", "chunk_key_encoding"}
@@ -38,7 +36,6 @@ _SETTINGS: dict[str, set[str]] = {
     "zstd": {"level", "checksum"},
     "crc32c": set(),
 }
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)  # no fault of the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +78,6 @@ def open_file(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def unreadable(path: Path, what: str, error: Exception) -> KDCacheError:
-    """What to raise for a file of a store: it is damaged, or this process may not or cannot open it."""
-    number = getattr(error, "errno", None)
-    if number in _OURS:
-        return StoreError(
-            "the files of a store must be readable",
-            received=f"{path}: {error}",
-            remedy="check its permissions; for too many open files raise ulimit -n",
-        )
-    return ledger.damaged(path, f"{what} ({error}{'; links are not followed' if number == errno.ELOOP else ''})")
-
-
 def read_layout(array: Path) -> Layout:
     """Of the array in a folder.
 
@@ -108,8 +93,7 @@ def read_layout(array: Path) -> Layout:
         finally:
             os.close(handle)
     except (OSError, ValueError, RecursionError) as error:
-        ours = getattr(error, "errno", None) in _OURS
-        raise (unreadable(path, "", error) if ours else ledger.damaged_metadata(path)) from error
+        raise unreadable_metadata(path, error) from error
     try:
         return _parse(about)
     except (ValueError, RecursionError) as error:
@@ -156,7 +140,7 @@ def _parse(about: Any) -> Layout:
         index_at_end=location == "end",
         separator=separator,
     )
-    _require(layout.chunk_bytes <= _MAX_CHUNK_BYTES, "bytes of a chunk", layout.chunk_bytes)
+    _require(layout.chunk_bytes <= MAX_RECORD_BYTES, "bytes of a chunk", layout.chunk_bytes)
     return layout
 
 

@@ -1,28 +1,40 @@
 """The ledger: one small JSON file per finished shard, and `complete.json` when all are there.
 
 A shard counts when its ledger record exists, and a record is published only after the shard's files are
-synced. `complete.json` seals the rest: digests of the ledger and of every metadata file.
+synced. When all are there, `ledger.jsonl` has them one per line, so that a reader needs one file and parses what it
+uses; `complete.json` seals the rest, with digests of `ledger.jsonl` and of every metadata file.
 """
 
 import hashlib
-from collections.abc import Iterable
-from pathlib import Path
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdcache.errors import CorruptError
-from kdcache.store.durable import file_digest, write_json_durably
+from kdcache.errors import StoreError
+from kdcache.store.damage import damaged, damaged_metadata, unreadable, unreadable_metadata
+from kdcache.store.manifest import Manifest
+from kdcache.store.place import Place
+from kdcache.store.schema import record_arrays, shard_key
 
 COMPLETE = "complete.json"
-FOLDER = "ledger"
+WHOLE = "ledger.jsonl"
+# Through no folder above the store: what a ledger lists is looked for on this machine.
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$", max_length=500)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileRecord(BaseModel):
+    """A file of a shard. `crc32c` has the 4 bytes that end each of its chunks, in their order: they tell a reader that
+    a chunk, whole in itself, is the one that was written there, without reading the file for its sha256.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     bytes: Annotated[int, Field(ge=0)]
     sha256: Digest
+    crc32c: Annotated[str, Field(pattern=r"^([0-9a-f]{8})*$")]
 
 
 class ShardRecord(BaseModel):
@@ -31,11 +43,11 @@ class ShardRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     shard: Annotated[int, Field(ge=0)]
     records: tuple[int, int]
-    files: dict[str, FileRecord]
+    files: dict[Key, FileRecord]
 
 
 class Completion(BaseModel):
-    """The seal of a finished store."""
+    """The seal of a finished store. `ledger_sha256` also tells the content of one store from another's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     shards: Annotated[int, Field(ge=0)]
@@ -43,107 +55,167 @@ class Completion(BaseModel):
     metadata: dict[str, Digest]
 
 
-def record_path(store: Path, shard: int) -> Path:
-    return store / FOLDER / f"{shard:08d}.json"
+class Ledger:
+    """The ledger of a sealed store, read when it is first asked."""
+
+    def __init__(self, place: Place, completion: Completion) -> None:
+        self.place = place
+        self.completion = completion
+        self._records: dict[int, ShardRecord] = {}
+
+    def __len__(self) -> int:
+        return self.completion.shards
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Ledger, (self.place, self.completion)
+
+    def record(self, shard: int) -> ShardRecord:
+        """Raises: CorruptError."""
+        found = self._records.get(shard)
+        if found is None:
+            found = _parse_record(self.place, WHOLE, self._lines[shard])
+            if found.shard != shard:
+                raise damaged(self.place.describe(WHOLE), f"line {shard} is of shard {found.shard}")
+            self._records[shard] = found
+        return found
+
+    @cached_property
+    def _lines(self) -> list[bytes]:
+        file = self.place.describe(WHOLE)
+        try:
+            content = self.place.sealed(WHOLE, self.completion.ledger_sha256)
+        except (OSError, ValueError) as error:
+            raise unreadable(file, "the ledger cannot be read", error) from error
+        found = content.count(b"\n")  # before each takes memory of its own
+        if found != len(self) or not content.endswith(b"\n"):
+            raise damaged(file, f"it has {found} records, the seal says {len(self)}")
+        return content.split(b"\n")[:-1]
+
+    def file(self, shard: int, key: str) -> FileRecord:
+        """What a shard's file must be. Raises CorruptError."""
+        found = self.record(shard).files.get(key)
+        if found is None:
+            raise damaged(self.place.describe(WHOLE), f"it lists no {key}")
+        return found
+
+    def check_files(self) -> None:
+        """Every file of every shard is there with its size. Raises CorruptError naming the first that is not."""
+        files = {key: file.bytes for shard in range(len(self)) for key, file in self.record(shard).files.items()}
+        for (key, expected), size in zip(files.items(), self.place.sizes(files), strict=True):
+            if size is None:
+                raise damaged(self.place.describe(key), "the file is missing")
+            if size != expected:
+                raise damaged(self.place.describe(key), f"it has {size} bytes, the ledger says {expected}")
 
 
-def publish_shard(store: Path, shard: int, records: tuple[int, int], files: Iterable[str]) -> None:
-    """Write the ledger record of a shard whose files are already synced."""
-    listed = {key: FileRecord(bytes=(store / key).stat().st_size, sha256=file_digest(store / key)) for key in files}
-    record = ShardRecord(shard=shard, records=records, files=listed)
-    write_json_durably(record_path(store, shard), record.model_dump(mode="json"))
+def record_key(shard: int) -> str:
+    return f"ledger/{shard:08d}.json"
 
 
-def read_shard_record(store: Path, shard: int) -> ShardRecord | None:
+def publish_shard(place: Place, shard: int, records: tuple[int, int], files: Mapping[str, FileRecord]) -> None:
+    """Write the ledger record of a shard whose files are published already.
+
+    Raises: StoreError when another worker has published the shard with other bytes.
+    """
+    record = ShardRecord(shard=shard, records=records, files=dict(files))
+    if not place.announce(record_key(shard), _json(record)) and read_shard_record(place, shard) != record:
+        for key in (COMPLETE, record_key(shard)):  # its files may be some of each
+            place.remove(key)
+        raise StoreError(
+            "one worker writes a shard",
+            received=f"{place.describe(record_key(shard))} was published by another, with other bytes",
+            remedy="give every worker its own number with --worker I/N, and run the same build again: "
+            "it redoes what is damaged",
+        )
+
+
+def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
+    """Whether a record is that of a shard of this store."""
+    keys = {shard_key(spec, shard) for spec in record_arrays(manifest)}
+    return (record.shard, record.records, set(record.files)) == (shard, manifest.shard_range(shard), keys)
+
+
+def is_published(place: Place, record: ShardRecord) -> bool:
+    """Whether the shard's own ledger record is there and says the same."""
+    try:
+        return place.read(record_key(record.shard)) == _json(record)
+    except (OSError, ValueError):
+        return False
+
+
+def read_shard_record(place: Place, shard: int) -> ShardRecord | None:
     """The record of a shard, None when it is not finished. Raises CorruptError when it cannot be read."""
-    path = record_path(store, shard)
+    key = record_key(shard)
     try:
-        return ShardRecord.model_validate_json(path.read_bytes())
+        return _parse_record(place, key, place.read(key))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise unreadable(place.describe(key), "the ledger record cannot be read", error) from error
+
+
+def _parse_record(place: Place, key: str, content: bytes) -> ShardRecord:
+    try:
+        return ShardRecord.model_validate_json(content)
+    except ValidationError as error:
+        raise damaged(place.describe(key), "the ledger record is malformed") from error
+
+
+def damaged_files(place: Place, records: Sequence[ShardRecord], *, digests: bool = True) -> Iterator[list[str]]:
+    """Of each shard, the files whose bytes are not those that were written; reads them all.
+
+    Args:
+        digests: False compares sizes alone.
+    """
+    sizes = place.sizes([key for record in records for key in record.files])
+    for record in records:
+        yield [
+            key
+            for key, expected in record.files.items()
+            if next(sizes) != expected.bytes or (digests and place.digest(key) != expected.sha256)
+        ]
+
+
+def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
+    """Write complete.json: from here on the store is whole. False when a shard is not finished."""
+    try:
+        whole = b"".join(place.read(record_key(shard)) for shard in range(shards))
+    except FileNotFoundError:
+        return False
+    metadata = {key: place.digest(key) for key in metadata_keys}
+    missing = next((key for key, digest in metadata.items() if digest is None), None)
+    if missing is not None:
+        raise damaged_metadata(place.describe(missing))
+    ledger_sha256 = hashlib.sha256(whole).hexdigest()
+    completion = {"shards": shards, "ledger_sha256": ledger_sha256, "metadata": metadata}
+    with place.alone():  # processes that finish together would tidy away what the other is writing
+        place.tidy()
+        place.publish(WHOLE, whole)
+        place.publish(COMPLETE, (json.dumps(completion, indent=1, sort_keys=True) + "\n").encode())
+    return True
+
+
+def read_completion(place: Place) -> Completion | None:
+    """The seal, None while the build is not finished. Raises CorruptError when it cannot be read."""
+    try:
+        return Completion.model_validate_json(place.read(COMPLETE))
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise damaged(path, "the ledger record is malformed") from error
+        raise damaged(place.describe(COMPLETE), "the seal is malformed") from error
+    except (OSError, ValueError) as error:
+        raise unreadable(place.describe(COMPLETE), "the seal cannot be read", error) from error
 
 
-def check_sizes(store: Path, record: ShardRecord) -> None:
-    """Every file of a shard is there with its size. Raises CorruptError naming the first that is not."""
-    for key, expected in record.files.items():
-        path = store / key
-        try:
-            size = path.stat().st_size
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise damaged(path, "the file is missing") from error
-        if size != expected.bytes:
-            raise damaged(path, f"it has {size} bytes, the ledger says {expected.bytes}")
-
-
-def damaged_files(store: Path, record: ShardRecord) -> list[str]:
-    """Files of a shard whose bytes are not those that were written; reads them all."""
-    return [
-        key
-        for key, expected in record.files.items()
-        if not (store / key).is_file()
-        or (store / key).stat().st_size != expected.bytes
-        or file_digest(store / key) != expected.sha256
-    ]
-
-
-def ledger_digest(store: Path, shards: int) -> str:
-    """sha256 over all ledger records, in order."""
-    digest = hashlib.sha256()
-    for shard in range(shards):
-        try:
-            digest.update(record_path(store, shard).read_bytes())
-        except FileNotFoundError as error:
-            raise damaged(record_path(store, shard), "the ledger record is missing") from error
-    return digest.hexdigest()
-
-
-def seal(store: Path, shards: int, metadata_keys: Iterable[str]) -> None:
-    """Write complete.json: from here on the store is whole."""
-    metadata = {key: file_digest(store / key) for key in metadata_keys}
-    completion = Completion(shards=shards, ledger_sha256=ledger_digest(store, shards), metadata=metadata)
-    write_json_durably(store / COMPLETE, completion.model_dump(mode="json"))
-
-
-def read_completion(store: Path) -> Completion | None:
-    """The seal, None for a store that is still being built."""
-    path = store / COMPLETE
-    try:
-        return Completion.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise damaged(path, "the seal is malformed") from error
-
-
-def check_ledger(store: Path, completion: Completion, shards: int) -> None:
-    """The ledger is the one that was sealed. Raises CorruptError."""
-    if completion.shards != shards:
-        raise damaged(store / COMPLETE, f"it seals {completion.shards} shards, the manifest has {shards}")
-    if ledger_digest(store, shards) != completion.ledger_sha256:
-        raise damaged(store / FOLDER, "a ledger record was changed after the store was sealed")
-
-
-def check_metadata(store: Path, completion: Completion, metadata_keys: Iterable[str]) -> None:
+def check_metadata(place: Place, completion: Completion, metadata_keys: Iterable[str]) -> None:
     """Manifest, array metadata and ids are those that were sealed. Raises CorruptError naming the file."""
     for key in metadata_keys:
-        path = store / key
-        if not path.is_file() or file_digest(path) != completion.metadata.get(key):
-            raise damaged_metadata(path)
+        try:
+            place.sealed(key, completion.metadata.get(key, ""))
+        except (OSError, ValueError) as error:
+            raise unreadable_metadata(place.describe(key), error) from error
 
 
-def damaged_metadata(path: Path) -> CorruptError:
-    return CorruptError(
-        "a store's metadata must be what was written",
-        received=f"{path} was changed or removed",
-        remedy="restore that file from a copy of the store, or build into a new folder",
-    )
-
-
-def damaged(path: Path, what: str) -> CorruptError:
-    return CorruptError(
-        "a store's files must be those that were written",
-        received=f"{path}: {what}",
-        remedy="run the same build-teacher-cache command again: it redoes what is damaged and keeps the rest",
-    )
+def _json(record: ShardRecord) -> bytes:
+    """One line; sorted keys, so that equal content gives equal bytes."""
+    return (json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n").encode()

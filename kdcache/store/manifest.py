@@ -13,11 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from kdcache.errors import CorruptError, VersionError
 
 FORMAT_VERSION = 1
-MAX_RECORDS = 2**31  # what a claim of more would ask of memory is an attack or an accident
+# What a claim of more would ask of memory is an attack or an accident.
+MAX_RECORDS = 2**31
+MAX_SHARDS = 2**20
+MAX_RECORD_BYTES = 2**28
+"""Of a record in one array, decoded."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_RECORDS)]
 Side = Annotated[int, Field(ge=1, le=65536)]
 Size = tuple[Side, Side]
+Codec = Literal["default", "small", "none"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=200)]
 
 
@@ -37,13 +42,42 @@ class Dataset(Part):
     class_colours: tuple[tuple[int, int, int], ...]
 
 
+Zoom = Annotated[float, Field(ge=1, le=1024)]
+
+
+class Drawn(Part):
+    """How the views after the first are drawn: each from `seed`, the sample's id and its own number alone.
+
+    Attributes:
+        scale: a view shows 1/s of the image's height and width; s is uniform in this range.
+        flip: whether half of them are mirrored.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    scale: tuple[Zoom, Zoom]
+    flip: bool
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> "Drawn":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {self.scale[0]}:{self.scale[1]} is no range")
+        return self
+
+
 class View(Part):
-    """How a sample is rendered. `full` is the whole image resized to `size` (H, W)."""
+    """How a sample is rendered: view 0 is `full`, the whole image resized to `size` (H, W); others are drawn."""
 
     kind: Literal["full"] = "full"
     size: Size
     views_per_sample: Annotated[int, Field(ge=1, le=4096)] = 1
+    drawn: Drawn | None = None
     pixels: Literal["stored", "source"]
+
+    @model_validator(mode="after")
+    def _views_after_the_first_are_drawn(self) -> "View":
+        if (self.views_per_sample > 1) != (self.drawn is not None):
+            raise ValueError(f"views_per_sample is {self.views_per_sample}, drawn is {_short(self.drawn)}")
+        return self
 
 
 class Head(Part):
@@ -111,8 +145,33 @@ class Build(Part):
     libraries: dict[str, str]
 
 
+Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Fidelity(Part):
+    """What storing lost, on a few records: the stored target beside the teacher's raw logits, at the view's size.
+
+    Attributes:
+        kl_t1, kl_t4: KL(teacher || stored) at T = 1 and 4, mean over the pixels. kl_t1_max: of the worst pixel.
+        argmax_agreement: share of pixels with the same best class.
+    """
+
+    records: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
+    kl_t1: Nats
+    kl_t1_max: Nats
+    kl_t4: Nats
+    argmax_agreement: Annotated[float, Field(ge=0, le=1)]
+
+    def describe(self) -> str:
+        """In one line, for a person."""
+        return (
+            f"KL {self.kl_t1:.1e} nats at T = 1 (worst pixel {self.kl_t1_max:.1e}), {self.kl_t4:.1e} at T = 4; "
+            f"argmax agreement {100 * self.argmax_agreement:.3f} %; on {self.records} records, at the view's size"
+        )
+
+
 class Manifest(Part):
-    """Everything about a store but its ids and arrays."""
+    """Everything about a store but its ids and arrays. Without `fidelity` nothing was measured."""
 
     format: Literal["kdcache"] = "kdcache"
     version: int = FORMAT_VERSION
@@ -121,10 +180,12 @@ class Manifest(Part):
     records: Count
     dataset: Dataset
     view: View
-    heads: dict[Name, Head]
-    features: dict[Name, Feature] = {}
+    heads: Annotated[dict[Name, Head], Field(max_length=256)]
+    features: Annotated[dict[Name, Feature], Field(max_length=256)] = {}
     teacher: Fingerprint
     build: Build
+    codec: Codec = "default"
+    fidelity: Fidelity | None = None
 
     @model_validator(mode="after")
     def _has_the_head_that_is_read(self) -> "Manifest":
@@ -138,6 +199,17 @@ class Manifest(Part):
             raise ValueError("records is not samples times views_per_sample")
         return self
 
+    @model_validator(mode="after")
+    def _sizes_are_possible(self) -> "Manifest":
+        if self.shards > MAX_SHARDS:
+            raise ValueError(f"{self.shards} shards are more than {MAX_SHARDS}")
+        parts = {f"heads.{name}": (2, head.k, *head.size) for name, head in self.heads.items()}
+        parts |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
+        for name, sizes in {**parts, "view": (3, *self.view.size)}.items():
+            if math.prod(sizes) > MAX_RECORD_BYTES:
+                raise ValueError(f"{name}: a record of {math.prod(sizes)} bytes is larger than {MAX_RECORD_BYTES}")
+        return self
+
     @property
     def shards(self) -> int:
         return -(-self.records // self.build.shard_records)
@@ -147,8 +219,17 @@ class Manifest(Part):
         first = shard * self.build.shard_records
         return first, min(first + self.build.shard_records, self.records)
 
+    def record(self, sample: int, view: int = 0) -> int:
+        """The record of a view: all views of a sample follow each other."""
+        return sample * self.view.views_per_sample + view
+
+    def shard_records(self, shard: int) -> int:
+        """How many records a shard holds."""
+        first, last = self.shard_range(shard)
+        return last - first
+
     def differences(self, other: "Manifest") -> list[str]:
-        """What keeps `other` from continuing this build, in words; time stamps do not count."""
+        """What keeps `other` from continuing this build, in words; time stamps and `fidelity` do not count."""
         found = self.teacher.differences(other.teacher)
         for part in ("dataset", "view", "build"):
             found += part_differences(part, getattr(self, part), getattr(other, part))
@@ -156,6 +237,8 @@ class Manifest(Part):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 found.append(f"{name}: {_short(_plain(mine))} against {_short(_plain(theirs))}")
+        if self.codec != other.codec:
+            found.append(f"codec: {self.codec} against {other.codec}")
         return found
 
 

@@ -1,24 +1,31 @@
 """Opening and reading a store.
 
-Opening checks presence, sizes and the seal; the first read of a chunk checks its crc32c; `verify` checks every byte.
+Opening checks the manifest, the seal and all metadata; a shard's first use checks its ledger record, its files' sizes
+and their crc32c; `check_files` looks for every file beforehand, and `verify` checks every byte.
 Reads go straight to the shards (shard.py). An array of another kind than our writer's is read through zarr-python,
 some fifty times slower, and said so once in the log.
 """
 
+import json
 import logging
-from collections.abc import Sequence
-from functools import cached_property
-from itertools import pairwise
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
-from kdcache.errors import IncompleteError, StoreError, VersionError
+from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError
 from kdcache.store import ledger
+from kdcache.store.damage import damaged, damaged_metadata, unreadable
+from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import Head, Manifest, parse_manifest
-from kdcache.store.schema import SAMPLE_ARRAYS, ArraySpec, metadata_keys, record_arrays
+from kdcache.store.place import Place, open_place
+from kdcache.store.samples import read_ids
+from kdcache.store.schema import ArraySpec, metadata_keys, record_arrays, shard_key
 from kdcache.store.shard import ShardArray, check_buffer
 
 _log = logging.getLogger("kdcache.store")
@@ -33,13 +40,15 @@ class Cache:
     Many threads may read at once. Safe to fork, and to pickle: a worker process opens it again.
 
     Attributes:
-        path: the store's folder.
+        place: where its files are.
         manifest: who made it, from what and how.
+        ledger: what its files must be; None for a store that is not sealed.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, place: Place | Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
+        self.place = open_place(place)
         self.manifest = manifest
+        self.ledger = ledger
         self.specs = {spec.path: spec for spec in record_arrays(manifest)}
         self._arrays: dict[str, ShardArray | _ZarrArray] = {}
 
@@ -48,7 +57,12 @@ class Cache:
         return self.manifest.records
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Cache, (self.path, self.manifest)
+        return Cache, (self.place, self.manifest, self.ledger)
+
+    @property
+    def path(self) -> Path:
+        """The store's folder; of a remote one, the folder of its copies on this machine."""
+        return self.place.folder
 
     @property
     def head(self) -> Head:
@@ -73,14 +87,35 @@ class Cache:
     def pixels_stored(self) -> bool:
         return self.manifest.view.pixels == "stored"
 
+    @property
+    def remote(self) -> bool:
+        """Whether a read may have to fetch a shard from elsewhere: then order matters."""
+        return self.place.remote
+
     @cached_property
     def ids(self) -> tuple[str, ...]:
         """Sample ids, in sample order."""
-        return read_ids(self.path)
+        return read_ids(self.place, self.manifest)
+
+    def check_files(self) -> None:
+        """Every file is there with its size: better known before a training than in it.
+
+        Raises: CorruptError naming the first that is not.
+        """
+        if self.ledger is not None:
+            self.ledger.check_files()
 
     def column(self, name: str) -> Array:
         """`records/<name>` of all records, (R, ...)."""
         path = f"records/{name}"
+        try:
+            return self._read_all(path)
+        except CorruptError:
+            if not self._forget(path, range(self.manifest.shards)):
+                raise
+            return self._read_all(path)
+
+    def _read_all(self, path: str) -> Array:
         try:
             return self._array(path).read_all()
         except VersionError as error:
@@ -103,14 +138,38 @@ class Cache:
 
         Raises: CorruptError as `read` (`out` is undefined then), IndexError, StoreError for a wrong `out`.
         """
+
+        try:
+            self._read_into(record, path, out)
+        except CorruptError:
+            if not self._forget(path, [record // self.manifest.build.shard_records]):
+                raise
+            self._read_into(record, path, out)
+
+    def _read_into(self, record: int, path: str, out: Array) -> None:
         try:
             self._array(path).read_into(record, out)
         except VersionError as error:
             self._through_zarr(path, error).read_into(record, out)
 
+    def fetch(self, shard: int, path: str) -> None:
+        """Have a shard of an array on this machine, for reads to come. Raises: as `read`."""
+        key = shard_key(self.specs[path], shard)
+        try:
+            os.close(self._open_shard(path, shard, key.removeprefix(f"{path}/"))[0])
+        except (OSError, ValueError) as error:
+            raise unreadable(self.place.describe(key), "the shard cannot be opened", error) from error
+
     def target_paths(self) -> list[str]:
         """Arrays that make up the segmentation target: values, and for top-k indices and tail."""
         return [path for path in self.specs if path.startswith("targets/segmentation/")]
+
+    def _forget(self, path: str, shards: Sequence[int]) -> bool:
+        """Drop the copies of remote shards when one is damaged; False when there are none: the files themselves are."""
+        dropped = [self.place.forget(shard_key(self.specs[path], shard)) for shard in shards]
+        if any(dropped):
+            self._arrays.pop(path, None)
+        return any(dropped)
 
     def _array(self, path: str) -> "ShardArray | _ZarrArray":
         array = self._arrays.get(path)
@@ -119,22 +178,32 @@ class Cache:
             if spec is None:
                 raise StoreError(
                     "a reader asks for arrays that the store has",
-                    received=f"{self.path} has no array {path}; it has {', '.join(self.specs)}",
+                    received=f"{self.place} has no array {path}; it has {', '.join(self.specs)}",
                     remedy="build the store with what the run needs (see build-teacher-cache --help)",
                 )
+            if self.remote and self.ledger is not None:  # its copy may have made room for others
+                ledger.check_metadata(self.place, self.ledger.completion, [f"{path}/zarr.json"])
             try:
-                array = ShardArray(self.path / path)
+                array = ShardArray(self.path / path, partial(self._open_shard, path), self.place.describe(path))
             except VersionError as error:
                 return self._through_zarr(path, error)
             if array.shape != (len(self), *spec.shape) or array.dtype != np.dtype(spec.dtype):
-                raise ledger.damaged_metadata(self.path / path / "zarr.json")
+                raise damaged_metadata(self.place.describe(f"{path}/zarr.json"))
             self._arrays[path] = array
         return array
+
+    def _open_shard(self, path: str, shard: int, below: str) -> tuple[int, bytes]:
+        """Descriptor of a shard of an array, which is as long as the ledger says, and what its chunks end with."""
+        key = f"{path}/{below}"
+        if self.ledger is None:
+            return self.place.open(key), b""
+        expected = self.ledger.file(shard, key)
+        return self.place.open(key, expected.bytes, expected.sha256), bytes.fromhex(expected.crc32c)
 
     def _through_zarr(self, path: str, reason: VersionError) -> "_ZarrArray":
         """The array for all further reads, by zarr-python."""
         _log.warning("%s is read through zarr-python, which is slow: %s", self.path / path, reason.received)
-        array = _ZarrArray(self.path, open_array(self.path, _open_group(self.path), self.specs[path], len(self)))
+        array = _ZarrArray(self, self.specs[path])
         self._arrays[path] = array
         return array
 
@@ -142,97 +211,117 @@ class Cache:
 class _ZarrArray:
     """What ShardArray does, through zarr-python: for any layout and codecs."""
 
-    def __init__(self, store: Path, array: zarr.Array[Any]) -> None:
-        self._path = store / array.path
+    def __init__(self, cache: Cache, spec: ArraySpec) -> None:
+        self._path = cache.path / spec.path
+        try:
+            array = zarr.open_array(self._path, mode="r")
+        except (*_ZARR_ERRORS, OSError) as error:
+            raise damaged_metadata(self._path / "zarr.json") from error
+        if array.shape != (len(cache), *spec.shape) or array.dtype != np.dtype(spec.dtype):
+            raise damaged_metadata(self._path / "zarr.json")
         self._array = array
+        self._cache, self._spec = cache, spec
+        self._there = set[int]()
         self.shape, self.dtype = array.shape, array.dtype.newbyteorder("=")
 
     def read_into(self, record: int, out: Array) -> None:
         if not 0 <= record < self.shape[0]:
             raise IndexError(f"record {record} of {self.shape[0]} in {self._path}")
         check_buffer(out, self.shape[1:], self.dtype)
-        out[...] = self._rows(record)
+        out[...] = self._rows(record, record // self._cache.manifest.build.shard_records)
 
     def read_all(self) -> Array:
-        return self._rows(slice(None))
+        manifest = self._cache.manifest
+        ranges = [manifest.shard_range(shard) for shard in range(manifest.shards)]
+        return np.concatenate([self._rows(slice(*ends), shard) for shard, ends in enumerate(ranges)])
 
-    def _rows(self, rows: int | slice) -> Array:
+    def _rows(self, rows: int | slice, shard: int) -> Array:
         try:
-            return np.asarray(self._array[rows])
+            while True:
+                with self._held(shard) as still_there:
+                    content = np.asarray(self._array[rows])
+                    if still_there():
+                        return content
         except (*_ZARR_ERRORS, OSError) as error:
-            raise ledger.damaged(self._path, f"rows {rows} cannot be read ({error})") from error
+            file = self._cache.place.describe(self._spec.path)
+            raise damaged(file, f"rows {rows} cannot be read ({error})") from error
+
+    @contextmanager
+    def _held(self, shard: int) -> Iterator[Callable[[], bool]]:
+        """To Zarr a file that is missing is full of zeros: fetch it if it is remote, and tell whether it stayed."""
+        ledger, place = self._cache.ledger, self._cache.place
+        if shard in self._there or ledger is None:
+            yield lambda: True
+            return
+        key = shard_key(self._spec, shard)
+        expected = ledger.file(shard, key)
+        handle = place.open(key, expected.bytes, expected.sha256)
+        try:
+            yield lambda: not place.remote or os.fstat(handle).st_nlink > 0  # a copy may have to make room for others
+        finally:
+            os.close(handle)
+        if not place.remote:
+            self._there.add(shard)
 
 
-def open_cache(path: str | Path) -> Cache:
+def open_cache(
+    location: str | Path | Place, *, cache_dir: str | Path | None = None, cache_bytes: int | None = None
+) -> Cache:
     """Open a complete store.
 
+    Args:
+        location: its folder, or an address such as s3://bucket/prefix.
+        cache_dir: where copies of a remote store's shards are kept; default kdcache in the user's cache folder.
+        cache_bytes: how much of them; default half of what is free there.
     Raises:
         IncompleteError: it is half built (the message says how far).
-        CorruptError: files are missing, of another size, or metadata was changed.
+        CorruptError: the seal or metadata were changed.
         VersionError, StoreError: it is of another format, or no store.
     """
-    store = Path(path)
-    manifest = read_manifest(store)
-    completion = require_complete(store, manifest)
-    ledger.check_metadata(store, completion, metadata_keys(manifest))
-    ledger.check_ledger(store, completion, manifest.shards)
-    for shard in range(manifest.shards):
-        record = ledger.read_shard_record(store, shard)
-        assert record is not None, shard  # check_ledger has read it
-        ledger.check_sizes(store, record)
-    return Cache(store, manifest)
+    place = open_place(location, None if cache_dir is None else Path(cache_dir), cache_bytes)
+    manifest = read_manifest(place)
+    completion = require_complete(place, manifest)
+    place = place.at(completion.ledger_sha256)
+    ledger.check_metadata(place, completion, metadata_keys(manifest))
+    return Cache(place, manifest, Ledger(place, completion))
 
 
-def require_complete(path: Path, manifest: Manifest) -> ledger.Completion:
+def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
     """The seal of a finished store. Raises IncompleteError saying how far the build came."""
-    completion = ledger.read_completion(path)
+    completion = ledger.read_completion(place)
     if completion is None:
-        done = sum(ledger.record_path(path, shard).exists() for shard in range(manifest.shards))
+        sizes = place.sizes(ledger.record_key(shard) for shard in range(manifest.shards))
         raise IncompleteError(
             "a store is used when it is complete",
-            received=f"{path} has {done} of {manifest.shards} shards",
-            remedy="run the same build-teacher-cache command again: it continues where it stopped",
+            received=f"{place} has {sum(size is not None for size in sizes)} of {manifest.shards} shards",
+            remedy="run the command that began it (build-teacher-cache, extend or copy) again: it goes on",
         )
+    if completion.shards != manifest.shards:
+        what = f"it seals {completion.shards} shards, the manifest has {manifest.shards}"
+        raise damaged(place.describe(ledger.COMPLETE), what)
     return completion
 
 
-def read_manifest(path: Path) -> Manifest:
+def store_exists(location: str | Path | Place) -> bool:
+    """Whether a store was begun there."""
+    return next(open_place(location).sizes(["zarr.json"])) is not None
+
+
+def read_manifest(location: str | Path | Place) -> Manifest:
     """The manifest of a store, complete or not."""
-    return parse_manifest(_open_group(path).attrs.asdict(), str(path))
-
-
-def _open_group(path: Path) -> zarr.Group:
-    """The Zarr group of a store, read only."""
-    if not (path / "zarr.json").is_file():
+    place = open_place(location)
+    file = place.describe("zarr.json")
+    try:
+        about = json.loads(place.read("zarr.json"))
+        group = isinstance(about, dict) and (about.get("zarr_format"), about.get("node_type")) == (3, "group")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(
             "a store is a folder that build-teacher-cache wrote",
-            received=f"{path} " + ("has no zarr.json" if path.exists() else "does not exist"),
+            received=f"{place} " + ("has no zarr.json" if place.remote or place.folder.exists() else "does not exist"),
             remedy="check the path, or build one with kdcache build-teacher-cache (see its --help)",
-        )
-    try:
-        return zarr.open_group(path, mode="r")
-    except _ZARR_ERRORS as error:
-        raise ledger.damaged(path / "zarr.json", f"not the metadata of a Zarr group ({error})") from error
-
-
-def open_array(store: Path, group: zarr.Group, spec: ArraySpec, records: int) -> zarr.Array[Any]:
-    """An array of the schema. Raises CorruptError when it has not the shape and type that the manifest implies."""
-    try:
-        array = group[spec.path]
-    except _ZARR_ERRORS as error:
-        raise ledger.damaged_metadata(store / spec.path / "zarr.json") from error
-    shape = (records, *spec.shape)
-    if not isinstance(array, zarr.Array) or array.shape != shape or array.dtype != np.dtype(spec.dtype):
-        raise ledger.damaged_metadata(store / spec.path / "zarr.json")
-    return array
-
-
-def read_ids(store: Path) -> tuple[str, ...]:
-    """Sample ids, in sample order; of a store that may still be half built."""
-    group = _open_group(store)
-    try:
-        text, ends = (np.asarray(group[path][...]) for path in SAMPLE_ARRAYS)  # type: ignore[index]
-        starts = [0, *ends.tolist()]
-        return tuple(text[a:b].tobytes().decode() for a, b in pairwise(starts))
-    except _ZARR_ERRORS as error:
-        raise ledger.damaged_metadata(store / "samples") from error
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(file, "not the metadata of a Zarr group", error) from error
+    if not group:
+        raise damaged(file, "not the metadata of a Zarr group")
+    return parse_manifest(about.get("attributes"), file)

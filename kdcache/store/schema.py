@@ -1,4 +1,4 @@
-"""The arrays of a store: names, shapes, types, chunks and codecs. One table; writer and reader both use it.
+"""The arrays of a store: names, shapes, types, chunks. One table; writer and reader both use it.
 
     targets/<head>/values    (R, k, h, w)   float16   logit minus the pixel's maximum over classes
     targets/<head>/indices   (R, k, h, w)   uint8     class ids (uint16 above 256); absent if k = C
@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from kdcache.store.codec import compressors
 from kdcache.store.manifest import Manifest
 
 SAMPLE_ARRAYS = ("samples/id_bytes", "samples/id_ends")
@@ -72,18 +73,22 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
     return arrays
 
 
+def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
+    """Records in a chunk."""
+    return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
+
+
 def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> None:
     """Create every array of an empty store; only the sample ids get content."""
     shard = manifest.build.shard_records
     for spec in record_arrays(manifest):
-        rows = shard if spec.record_bytes <= SMALL_BYTES else 1
         group.create_array(
             spec.path,
             shape=(manifest.records, *spec.shape),
-            chunks=(rows, *spec.shape),
+            chunks=(chunk_records(spec, manifest), *spec.shape),
             shards=(shard, *spec.shape),
             dtype=spec.dtype,
-            compressors=_compressors(spec),
+            compressors=compressors(spec.path, manifest.codec),
             filters=None,
             fill_value=0,
             # A missing chunk reads as zeros without an error: a chunk of zeros must be there to be believed.
@@ -105,13 +110,6 @@ def metadata_keys(manifest: Manifest) -> list[str]:
 def shard_key(spec: ArraySpec, shard: int) -> str:
     """Path of a shard's file below the store."""
     return "/".join([spec.path, "c", str(shard), *("0" for _ in spec.shape)])
-
-
-def _compressors(spec: ArraySpec) -> tuple[Any, ...]:
-    """Standard Zarr v3 codecs, which any Zarr library reads. The checksum makes a flipped bit an error."""
-    if spec.path.startswith("features/"):
-        return (ZstdCodec(level=1), Crc32cCodec())
-    return (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec())
 
 
 def _create_flat(group: zarr.Group, path: str, content: np.ndarray[Any, Any]) -> None:

@@ -27,12 +27,14 @@ import numpy as np
 from numcodecs import blosc, zstd
 
 from kdcache.errors import StoreError, VersionError
-from kdcache.store.layout import CRC_BYTES, Layout, open_file, read_layout, unreadable
+from kdcache.store.damage import unreadable
+from kdcache.store.layout import CRC_BYTES, Layout, open_file, read_layout
 
 # Blosc's own threads survive no fork and serve one caller at a time. zarr-python switches them off as well.
 blosc.use_threads = False
 
 Array = np.ndarray[Any, Any]
+OpenShard = Callable[[int, str], tuple[int, bytes]]
 
 _ENTRY = struct.Struct("<QQ")  # of an index: offset, bytes
 _EMPTY = 2**64 - 1
@@ -47,6 +49,9 @@ class ShardArray:
 
     Args:
         path: the array's folder.
+        open_shard: a store's own way to open a shard, by its number and its path below the folder. Returns a descriptor
+            and what its chunks must end with (4 bytes each, empty when that is not known).
+        name: how messages name the folder; default its path.
     Attributes:
         shape: (R, ...). dtype: little endian.
     Raises:
@@ -55,8 +60,10 @@ class ShardArray:
     Memory: 3 KB per shard of 128 chunks that was read, and the last chunk of an array with several records in one.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, open_shard: OpenShard | None = None, name: str = "") -> None:
         self.path = Path(path)
+        self._name = name or str(path)
+        self._open_shard = open_shard
         self._layout = layout = read_layout(self.path)
         self.shape, self.dtype = layout.shape, layout.dtype
         self._decode = _DECODERS[layout.compressor]
@@ -67,7 +74,7 @@ class ShardArray:
         return self.shape[0]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return ShardArray, (self.path,)
+        return ShardArray, (self.path, self._open_shard, self._name)
 
     def read_into(self, record: int, out: Array) -> None:
         """Decode one record into `out`: shape[1:], dtype, C-contiguous.
@@ -77,7 +84,7 @@ class ShardArray:
             StoreError for a wrong `out`. VersionError: the chunk may be fine, but only zarr-python may say.
         """
         if not 0 <= record < self.shape[0]:
-            raise IndexError(f"record {record} of {len(self)} in {self.path}")
+            raise IndexError(f"record {record} of {len(self)} in {self._name}")
         check_buffer(out, self.shape[1:], self.dtype)
         if self._layout.chunk_rows == 1:
             self._read_chunk(record, out)
@@ -87,14 +94,13 @@ class ShardArray:
 
     def read_all(self) -> Array:
         """Every record, (R, ...). Raises: as `read_into`."""
-        whole = np.empty(self.shape, self.dtype)
         step = self._layout.chunk_rows
-        for first in range(0, len(self), step):
-            if first + step <= len(self):
-                self._read_chunk(first // step, whole[first : first + step])
-            else:
-                whole[first:] = self._rows(first // step)[: len(self) - first]
-        return whole
+        parts = [np.empty((0, *self.shape[1:]), self.dtype)]
+        for first in range(0, len(self), step):  # what is not there takes no memory, whatever zarr.json claims
+            part = np.empty((step, *self.shape[1:]), self.dtype)
+            self._read_chunk(first // step, part)
+            parts.append(part[: len(self) - first])
+        return np.concatenate(parts)
 
     def _rows(self, chunk: int) -> Array:
         """The records (chunk_rows, ...) of a chunk that holds several. Shared: not to be written to."""
@@ -122,6 +128,8 @@ class ShardArray:
                 data = os.pread(file.handle, size, offset)
                 if google_crc32c.value(data) != _CRC_RESIDUE:
                     raise ValueError("its crc32c is not the one stored with it")
+                if shard.ends and data[-CRC_BYTES:] != shard.ends[CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]:
+                    raise ValueError("it is another chunk than the ledger lists")
                 payload = memoryview(data)[:-CRC_BYTES]
             if len(payload) != payload_bytes:
                 raise ValueError("the file was shortened")
@@ -130,26 +138,30 @@ class ShardArray:
         except NotImplementedError as error:
             raise VersionError(
                 "direct reads know zstd frames that say how much they hold",
-                received=f"{shard.path}: chunk {chunk} does not",
+                received=f"{shard.name}: chunk {chunk} does not",
                 remedy="read this array through zarr-python",
             ) from error
         except (ValueError, RuntimeError, struct.error, OSError) as error:
-            raise unreadable(shard.path, f"chunk {chunk} cannot be read", error) from error
+            raise unreadable(shard.name, f"chunk {chunk} cannot be read", error) from error
 
     def _open(self, number: int) -> "tuple[_Shard, _File]":
         """Open a shard, or open it again: if it is the same file still, its index is known, and what was checked."""
-        path = self.path / self._layout.key(number)
+        key = self._layout.key(number)
+        name = f"{self._name}/{key}"
         try:
-            file = _File(open_file(path))
+            opened = (open_file(self.path / key), b"") if self._open_shard is None else self._open_shard(number, key)
+            file, ends = _File(opened[0]), opened[1]
             status = os.fstat(file.handle)
             identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             shard = self._shards.get(number)
             if shard is None or shard.identity != identity:
                 index = _read_index(file.handle, status.st_size, self._layout, number)
                 unchecked = bytearray([not self._layout.crc_bytes]) * self._layout.shard_chunks
-                shard = _Shard(path, identity, index, unchecked)
+                if ends and len(ends) != self._layout.crc_bytes * self._layout.used_chunks(number):
+                    raise ValueError(f"the ledger lists {len(ends) // CRC_BYTES} checksums of its chunks")
+                shard = _Shard(name, identity, index, unchecked, ends)
         except (ValueError, OSError) as error:
-            raise unreadable(path, "the shard cannot be opened", error) from error
+            raise unreadable(name, "the shard cannot be opened", error) from error
         shard.file = file
         self._shards[number] = shard
         _keep_open(shard)
@@ -178,12 +190,16 @@ class _File:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Shard:
-    """What is known of a shard: `identity` tells its file from another, `checked` marks chunks that were verified."""
+    """What is known of a shard: `identity` tells its file from another, `checked` marks chunks that were verified.
 
-    path: Path
+    `ends` has what they must end with, empty when that is not known.
+    """
+
+    name: str
     identity: tuple[int, ...]
     index: bytes
     checked: bytearray
+    ends: bytes
     file: _File | None = None
 
 
@@ -203,6 +219,14 @@ def _keep_open(shard: _Shard) -> None:
             first = _opened.popleft()()
             if first is not None:
                 first.file = None
+
+
+def let_go_of_removed() -> None:
+    """Close shards whose files are gone: an open file would go on taking its room on the disk."""
+    for shard in [known for reference in list(_opened) if (known := reference()) is not None]:
+        file = shard.file
+        if file is not None and os.fstat(file.handle).st_nlink == 0:
+            shard.file = None
 
 
 def _read_index(handle: int, size: int, layout: Layout, number: int) -> bytes:
@@ -225,6 +249,18 @@ def _read_index(handle: int, size: int, layout: Layout, number: int) -> bytes:
     return index[:index_bytes]
 
 
+def chunk_checksums(content: bytes, chunks: int) -> bytes:
+    """The 4 bytes that end each chunk of a shard as our writer makes them, in the order of the chunks.
+
+    Args:
+        content: the whole file, whose index is at its end.
+        chunks: of a whole shard; those that were never written are left out.
+    """
+    index = memoryview(content)[-16 * chunks - CRC_BYTES : -CRC_BYTES]
+    ends = (offset + size for offset, size in _ENTRY.iter_unpack(index) if offset != _EMPTY)
+    return b"".join(content[end - CRC_BYTES : end] for end in ends)
+
+
 def _copy(payload: Any, out: Array) -> None:
     out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
 
@@ -237,7 +273,7 @@ def _decode_blosc(payload: Any, out: Array) -> None:
     blosc.decompress(payload, out)
 
 
-def _decode_zstd(payload: Any, out: Array) -> None:
+def decode_zstd(payload: Any, out: Array) -> None:
     # A frame that holds less than was asked for is no error to zstd: the rest of `out` would stay what it was.
     # One that does not say what it holds would be decoded to its end, whatever that takes.
     magic, descriptor = _ZSTD_HEADER.unpack_from(payload)
@@ -253,4 +289,4 @@ def _decode_zstd(payload: Any, out: Array) -> None:
     zstd.decompress(payload, out)
 
 
-_DECODERS: dict[str, Callable[[Any, Array], None]] = {"": _copy, "blosc": _decode_blosc, "zstd": _decode_zstd}
+_DECODERS: dict[str, Callable[[Any, Array], None]] = {"": _copy, "blosc": _decode_blosc, "zstd": decode_zstd}

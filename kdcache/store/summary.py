@@ -1,5 +1,6 @@
 """What `kdcache inspect` says of a store, complete or not."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from kdcache.store import ledger
+from kdcache.store.ledger import ShardRecord
 from kdcache.store.manifest import Manifest
+from kdcache.store.place import Place, open_place
 from kdcache.store.reader import Cache, open_cache, read_manifest
 from kdcache.store.schema import record_arrays
 
@@ -70,22 +73,25 @@ class StoreSummary:
         """(name, value) rows for a person."""
         m = self.manifest
         head = m.heads["segmentation"]
-        state = "complete" if self.complete else "half built: run the same build-teacher-cache command to go on"
+        state = "complete" if self.complete else "half built: run the same command again to go on"
         kept = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
         rows = [
             ("store", f"{self.path} (format {m.version}, {m.created_by}, {m.created})"),
             ("state", f"{state}; {self.shards_written} of {m.shards} shards, {self.records_written} records"),
             ("data", f"{m.dataset.name}, split {m.dataset.split}: {m.dataset.samples} samples, "
                      f"{m.dataset.labelled} labelled, {len(m.dataset.class_names)} classes"),
-            ("view", f"{m.view.kind} at {m.view.size[0]}x{m.view.size[1]}, pixels {m.view.pixels}"),
+            ("view", f"{m.view.kind} at {m.view.size[0]}x{m.view.size[1]}, pixels {m.view.pixels}{_drawn(m)}"),
             ("teacher", f"{m.teacher.spec}, {m.teacher.precision}, weights {m.teacher.weights[:12]}"),
             ("targets", f"{kept} at {head.size[0]}x{head.size[1]} (native stride)"),
+            ("codec", m.codec),
             ("built", f"batch {m.build.batch_size}, {m.build.device}, {m.build.threads} threads, "
                       f"shards of {m.build.shard_records} records"),
             ("size", f"{self.bytes_on_disk:,} bytes, {self.bytes_per_record:,.0f} per record, "
                      f"targets {self.target_bytes_per_record:,.0f}: full-resolution fp16 logits would be "
                      f"{self.full_resolution_bytes:,}, {self.saving:.1f} times as much"),
         ]  # fmt: skip
+        if m.fidelity is not None:
+            rows.insert(7, ("fidelity", m.fidelity.describe()))
         if m.features:
             taps = ", ".join(f"{tap} {f.channels}x{f.size[0]}x{f.size[1]}" for tap, f in m.features.items())
             rows.insert(6, ("features", taps))
@@ -109,25 +115,27 @@ class StoreSummary:
         }
 
 
-def inspect_store(path: str | Path) -> StoreSummary:
+def inspect_store(location: str | Path | Place) -> StoreSummary:
     """Summary of a store that may still be half built.
 
     Raises: StoreError, VersionError, CorruptError.
     """
-    store = Path(path)
-    manifest = read_manifest(store)
-    if ledger.read_completion(store) is not None:
-        return summarise(open_cache(store))
-    return _summary(store, manifest, None)
+    place = open_place(location)
+    manifest = read_manifest(place)
+    if ledger.read_completion(place) is not None:
+        return summarise(open_cache(place))
+    records = [record for shard in range(manifest.shards) if (record := ledger.read_shard_record(place, shard))]
+    return _summary(str(place), manifest, records, None)
 
 
 def summarise(cache: Cache) -> StoreSummary:
-    """Summary of an open store."""
-    return _summary(cache.path, cache.manifest, cache)
+    """Summary of an open store, whose files must all be there."""
+    cache.check_files()
+    records = [] if cache.ledger is None else [cache.ledger.record(shard) for shard in range(len(cache.ledger))]
+    return _summary(str(cache.place), cache.manifest, records, cache)
 
 
-def _summary(store: Path, manifest: Manifest, cache: Cache | None) -> StoreSummary:
-    records = [record for shard in range(manifest.shards) if (record := ledger.read_shard_record(store, shard))]
+def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cache: Cache | None) -> StoreSummary:
     written = sum(record.records[1] - record.records[0] for record in records)
     sizes: dict[str, int] = {}
     for record in records:
@@ -139,7 +147,17 @@ def _summary(store: Path, manifest: Manifest, cache: Cache | None) -> StoreSumma
         for spec in record_arrays(manifest)
     )
     mass = None if cache is None or cache.head.dense else _topk_mass(cache)
-    return StoreSummary(str(store), manifest, cache is not None, len(records), written, arrays, mass)
+    return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass)
+
+
+def _drawn(manifest: Manifest) -> str:
+    drawn = manifest.view.drawn
+    if drawn is None:
+        return ""
+    return (
+        f"; {manifest.view.views_per_sample} per sample, crops zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times"
+        f"{', half of them mirrored' if drawn.flip else ''}, seed {drawn.seed}"
+    )
 
 
 def _topk_mass(cache: Cache) -> float:

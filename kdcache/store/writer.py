@@ -2,25 +2,51 @@
 
 The order is what makes a crash harmless: array files, fsync, ledger record; `complete.json` last. A process
 that dies leaves finished shards, which a later one keeps, and at most one unfinished shard, which it redoes.
+
+Any number of processes may build one store. On a disk each takes the next shard that nobody has claimed, and a claim
+ends with its process; workers with numbers (`Worker`) keep to their own shards, which needs no claims: on an object
+store there are none. Who finishes the last shard seals the store.
 """
 
-import fcntl
+import hashlib
 import os
-import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.storage import MemoryStore
 
 from kdcache.errors import CorruptError, MismatchError, StoreError
 from kdcache.store import ledger
-from kdcache.store.durable import disk_space_errors, sync_path, sync_with_parents
+from kdcache.store.damage import damaged_metadata, unreadable_metadata
+from kdcache.store.ledger import FileRecord, ShardRecord
 from kdcache.store.manifest import Manifest
-from kdcache.store.reader import open_array, read_ids, read_manifest
-from kdcache.store.schema import create_arrays, metadata_keys, record_arrays, shard_key
+from kdcache.store.place import Place, Release, open_place
+from kdcache.store.reader import read_manifest
+from kdcache.store.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
+from kdcache.store.shard import chunk_checksums
+
+Array = np.ndarray[Any, Any]
+_POLL_SECONDS = 0.5  # between looks at the shards of others
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Number `index` of `count` processes that build a store together: shard k is that of worker k mod count."""
+
+    index: int = 0
+    count: int = 1
+
+    def owns(self, shard: int) -> bool:
+        return shard % self.count == self.index
+
+    def describe(self, what: str) -> str:
+        """What this worker does, for messages."""
+        return what if self.count == 1 else f"{what}, worker {self.index} of {self.count}"
 
 
 class StoreWriter:
@@ -28,57 +54,82 @@ class StoreWriter:
 
     Attributes:
         manifest: of the store on disk (its `created` is that of the first start).
-        finished: shards whose files were found whole.
+        finished: shards whose files were found whole, or are published since.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, lock: int) -> None:
-        self.path = path
+    def __init__(self, place: Place, manifest: Manifest, worker: Worker) -> None:
+        self.place = place
         self.manifest = manifest
+        self.worker = worker
         self.finished = set[int]()
-        self._lock = lock
+        self._claims: dict[int, Release] = {}
         self._specs = record_arrays(manifest)
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            group = zarr.open_group(path, mode="r+")
-            self._arrays = {spec.path: open_array(path, group, spec, manifest.records) for spec in self._specs}
+        self._encoder = _Encoder(manifest)
 
     @property
     def missing(self) -> list[int]:
-        """Shards still to be written, in order."""
-        return [shard for shard in range(self.manifest.shards) if shard not in self.finished]
+        """Shards of this worker still to be written, in order."""
+        return [
+            shard for shard in range(self.manifest.shards) if self.worker.owns(shard) and shard not in self.finished
+        ]
 
-    def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def claimed(self) -> Iterator[int]:
+        """The missing shards, one by one, each as this process gets it; those that other processes have are left out.
+
+        Some may be missing afterwards: see `wait`.
+        """
+        for shard in self.missing:
+            release = self.place.claim(shard, [shard_key(spec, shard) for spec in self._specs])
+            if release is None:
+                continue
+            if ledger.read_shard_record(self.place, shard) is None:
+                self._claims[shard] = release
+                yield shard
+            else:
+                self.finished.add(shard)
+                release()
+
+    def wait(self) -> None:
+        """Between two passes over `claimed`: others are at work, and one that dies leaves its shards to who waits."""
+        time.sleep(_POLL_SECONDS)
+
+    def write_shard(self, shard: int, arrays: Mapping[str, Array | bytes]) -> None:
         """Write one whole shard of every array and publish it.
 
         Args:
             shard: its number.
-            arrays: path -> (records of the shard, ...) in the schema's type.
+            arrays: path -> (records of the shard, ...) in the schema's type, or the file as it was encoded before.
         Raises: StoreError when the disk is full; nothing half written counts as written.
         """
         first, last = self.manifest.shard_range(shard)
-        keys = [shard_key(spec, shard) for spec in self._specs]
-        # A task per chunk costs more than encoding it: let Zarr take the chunks of a shard together.
-        with disk_space_errors(self.path), zarr.config.set({"codec_pipeline.batch_size": last - first}):
-            for spec, key in zip(self._specs, keys, strict=True):
-                rows = arrays[spec.path]
-                assert rows.shape == (last - first, *spec.shape), (spec.path, rows.shape)
-                assert rows.dtype == spec.dtype, (spec.path, rows.dtype)
-                # Zarr reads a shard that is there before it writes, and fails on a damaged one.
-                (self.path / key).unlink(missing_ok=True)
-                self._arrays[spec.path][first:last] = rows
-            for key in keys:
-                sync_with_parents(self.path / key, self.path)
-            ledger.publish_shard(self.path, shard, (first, last), keys)
+        files = {}
+        for spec in self._specs:
+            rows = arrays[spec.path]
+            content = rows if isinstance(rows, bytes) else self._encoder.encode(spec, shard, rows)
+            key = shard_key(spec, shard)
+            chunks = self.manifest.build.shard_records // chunk_records(spec, self.manifest)
+            files[key] = FileRecord(
+                bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                crc32c=chunk_checksums(content, chunks).hex(),
+            )
+            self.place.publish(key, content)
+        ledger.publish_shard(self.place, shard, (first, last), files)
         self.finished.add(shard)
+        release = self._claims.pop(shard, None)
+        if release is not None:
+            release()
 
-    def seal(self) -> None:
-        """Declare the store whole; every shard must be finished."""
+    def seal(self) -> bool:
+        """Declare the store whole, if every worker has finished its shards; this one must have."""
         assert not self.missing, self.missing
-        with disk_space_errors(self.path):
-            ledger.seal(self.path, self.manifest.shards, metadata_keys(self.manifest))
+        return ledger.seal(self.place, self.manifest.shards, metadata_keys(self.manifest))
 
     def close(self) -> None:
-        """Release the lock. Nothing is lost: what counts is on disk already."""
-        os.close(self._lock)
+        """Release what is claimed. Nothing is lost: what counts is on disk already."""
+        for release in self._claims.values():
+            release()
+        self._claims.clear()
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -87,133 +138,127 @@ class StoreWriter:
         self.close()
 
 
-def open_writer(path: Path, manifest: Manifest, ids: Sequence[str]) -> StoreWriter:
+def open_writer(
+    location: str | Path, manifest: Manifest, ids: Sequence[str], worker: Worker | None = None
+) -> StoreWriter:
     """Create the store, or continue one that an equal command began.
 
-    Shards whose files are not what their ledger record says are redone.
+    Shards of this worker whose files are not what their ledger record says are redone.
 
     Raises:
-        StoreError: the folder holds something else, or another process is building here.
+        StoreError: the place holds something else.
         MismatchError: a store is there that was begun with other inputs; it is left as it is.
     """
-    _check_place(path)
-    with disk_space_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Of several processes that start at once, one makes the store.
-        with _locked(path.parent):
-            if not (path / "zarr.json").exists():
-                _create(path, manifest, ids)
-    lock = _lock(path)
-    try:
-        present = read_manifest(path)
-        differences = present.differences(manifest)
-        if differences:
-            raise MismatchError(
-                "a build continues only a store that was begun with the same inputs",
-                received=f"{path} differs in " + "; ".join(differences),
-                remedy="repeat the first command exactly, or give another --out",
-            )
-        _check_metadata(path, present, ids)
-        for leftover in path.rglob("*.partial"):
-            leftover.unlink()
-        writer = StoreWriter(path, present, lock)
-        writer.finished = _whole_shards(path, present)
-    except BaseException:
-        os.close(lock)
-        raise
+    place = open_place(location)
+    place.begin(_metadata(manifest, ids))
+    present = read_manifest(place)
+    differences = present.differences(manifest)
+    if differences:
+        raise MismatchError(
+            "a store is continued with the inputs that it was begun with",
+            received=f"{place} differs in " + "; ".join(differences),
+            remedy="repeat the first command exactly, or give another --out (kdcache copy: another DESTINATION)",
+        )
+    _check_metadata(place, present, ids)
+    writer = StoreWriter(place, present, worker or Worker())
+    writer.finished = _whole_shards(place, present, writer.worker)
     return writer
 
 
-def _check_place(path: Path) -> None:
-    """A store is made in a new or empty folder; what else is there is the user's."""
-    there = next(part for part in (path, *path.absolute().parents) if part.exists())
-    if not there.is_dir() or (there == path and not (path / "zarr.json").exists() and any(path.iterdir())):
-        raise StoreError(
-            "--out is a new or empty folder, or a store to continue",
-            received=f"{there} holds something else" if there.is_dir() else f"{there} is a file",
-            remedy="give another --out, or empty it yourself if nothing in it is needed",
-        )
+class _Encoder:
+    """Arrays to the bytes of their shards, by zarr-python in memory."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._files: dict[str, Any] = {}
+        group = zarr.open_group(MemoryStore(self._files), mode="w")
+        create_arrays(group, manifest, ())
+        with zarr.config.set({"array.write_empty_chunks": True}):  # read when an array is opened
+            self._arrays = {spec.path: group[spec.path] for spec in record_arrays(manifest)}
+
+    def encode(self, spec: ArraySpec, shard: int, rows: Array) -> bytes:
+        array: Any = self._arrays[spec.path]
+        first = shard * array.shards[0]
+        assert rows.shape == (min(array.shards[0], array.shape[0] - first), *spec.shape), (spec.path, rows.shape)
+        assert rows.dtype == spec.dtype, (spec.path, rows.dtype)
+        # A task per chunk costs more than encoding it: let Zarr take the chunks of a shard together.
+        with zarr.config.set({"codec_pipeline.batch_size": len(rows)}):
+            array[first : first + len(rows)] = rows
+        content: bytes = self._files.pop(shard_key(spec, shard)).to_bytes()
+        return content
 
 
-def _create(path: Path, manifest: Manifest, ids: Sequence[str]) -> None:
-    """Make an empty store beside its place and move it there whole: a crash leaves no half-made folder."""
-    begun = path.with_name(f".{path.name}.begun")
-    shutil.rmtree(begun, ignore_errors=True)
-    try:
-        group = zarr.open_group(begun, mode="w", attributes={"kdcache": manifest.model_dump(mode="json")})
-        create_arrays(group, manifest, ids)
-        (begun / ledger.FOLDER).mkdir()
-        for key in metadata_keys(manifest):
-            sync_with_parents(begun / key, begun)
-        begun.rename(path)
-    finally:
-        shutil.rmtree(begun, ignore_errors=True)
-    sync_path(path.parent)
+def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
+    """Every file of a store that has no shards yet; the one that makes it a store is the last."""
+    files: dict[str, Any] = {}
+    attributes: Any = {"kdcache": manifest.model_dump(mode="json")}
+    create_arrays(zarr.open_group(MemoryStore(files), mode="w", attributes=attributes), manifest, ids)
+    keys = sorted(metadata_keys(manifest), key=lambda key: key == "zarr.json")
+    return {key: files[key].to_bytes() for key in keys}
 
 
-def _check_metadata(path: Path, manifest: Manifest, ids: Sequence[str]) -> None:
+def _check_metadata(place: Place, manifest: Manifest, ids: Sequence[str]) -> None:
     """What a build does not write again is as it was made: by the seal, or by what it must say."""
-    keys = metadata_keys(manifest)
     try:
-        completion = ledger.read_completion(path)
+        completion = ledger.read_completion(place)
     except CorruptError:
         completion = None
-        (path / ledger.COMPLETE).unlink()
+        place.remove(ledger.COMPLETE)
+    files = _metadata(manifest, ids)
     if completion is not None:
-        ledger.check_metadata(path, completion, keys)
+        ledger.check_metadata(place, completion, files)
         return
-    for key in keys:
-        if not (path / key).is_file():
-            raise ledger.damaged_metadata(path / key)
-    if read_ids(path) != tuple(ids):
-        raise ledger.damaged_metadata(path / "samples")
+    del files["zarr.json"]  # it was read already
+    for key, content in files.items():
+        try:
+            same = place.read(key, most=len(content)) == content
+        except (OSError, ValueError) as error:
+            raise unreadable_metadata(place.describe(key), error) from error
+        if not same:
+            raise damaged_metadata(place.describe(key))
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait for and hold the lock of a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(path: Path) -> int:
-    """One builder per store. A lock on the folder itself leaves no file behind and dies with its process."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise StoreError(
-            "one process builds a store at a time",
-            received=f"another process is building {path}",
-            remedy="wait for it to end, or give another --out",
-        ) from error
-    return handle
-
-
-def _whole_shards(path: Path, manifest: Manifest) -> set[int]:
-    """Shards that the ledger lists and whose files hold what was written. The rest lose their record."""
-    whole = {shard for shard in range(manifest.shards) if _is_whole(path, manifest, shard)}
-    if len(whole) < manifest.shards:
-        # Unseal first: a store with a shard in doubt must not open.
-        (path / ledger.COMPLETE).unlink(missing_ok=True)
-    for shard in set(range(manifest.shards)) - whole:
-        ledger.record_path(path, shard).unlink(missing_ok=True)
+def _whole_shards(place: Place, manifest: Manifest, worker: Worker) -> set[int]:
+    """Shards of a worker that the ledger lists and whose files hold what was written. Others lose their record."""
+    was_sealed = next(place.sizes([ledger.COMPLETE])) is not None
+    mine = [shard for shard in range(manifest.shards) if worker.owns(shard)]
+    listed: list[ShardRecord] = []
+    wrong = []
+    for shard in mine:
+        try:
+            record = ledger.read_shard_record(place, shard)
+        except CorruptError:
+            wrong.append(shard)
+            continue
+        if record is not None:  # else another process may be about to publish it
+            if ledger.is_of(manifest, shard, record):
+                listed.append(record)
+            else:
+                wrong.append(shard)
+    # An object store keeps what it took: its bytes are not fetched to be looked at again.
+    damaged = ledger.damaged_files(place, listed, digests=not place.remote)
+    states = {record.shard: not files for record, files in zip(listed, damaged, strict=True)}
+    whole = {shard for shard, fine in states.items() if fine}
+    doubtful = {*wrong, *states} - whole
+    if doubtful or (was_sealed and len(whole) < len(mine)):
+        # Unseal first: a store with a shard in doubt must not open. What others have sealed meanwhile stays.
+        place.remove(ledger.COMPLETE)
+    for shard in doubtful:
+        place.remove(ledger.record_key(shard))
     return whole
 
 
-def _is_whole(path: Path, manifest: Manifest, shard: int) -> bool:
-    try:
-        record = ledger.read_shard_record(path, shard)
-    except CorruptError:
-        return False
-    return (
-        record is not None
-        and (record.shard, record.records) == (shard, manifest.shard_range(shard))
-        and set(record.files) == {shard_key(spec, shard) for spec in record_arrays(manifest)}
-        and not ledger.damaged_files(path, record)
-    )
+def worker_of(text: str | None) -> Worker:
+    """'2/8' as the third of eight workers; None as torchrun numbers this process, or as the only one.
+
+    Raises: StoreError.
+    """
+    if text is None:
+        return Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise StoreError(
+            "--worker is I/N: number I, from 0, of N workers",
+            received=repr(text),
+            remedy="for instance --worker 0/4 on the first of four machines",
+        )
+    return Worker(int(index), int(count))

@@ -4,13 +4,20 @@ source.py        a run, SPEC@FILE, SPEC@default; class maps
 forward.py       one way to run it
 fingerprint.py   what identifies it
 plan.py          the manifest, before the first shard
+fidelity.py      what storing loses
+copied.py        what a copy loses
+records.py       views of samples, rendered
+shards.py        records into whole shards
+reuse.py         what an earlier store says already
 build.py         the pass
 check.py         scores from the store; the store against the teacher
 """
 
 from kdcache.teacher.build import BuildResult, build_cache
 from kdcache.teacher.check import Agreement, compare_teacher, score_cache
+from kdcache.teacher.copied import copied_fidelity
 from kdcache.teacher.plan import BuildOptions, plan_manifest
+from kdcache.teacher.reuse import options_of
 from kdcache.teacher.source import Teacher, load_teacher
 
 __all__ = [
@@ -20,7 +27,9 @@ __all__ = [
     "Teacher",
     "build_cache",
     "compare_teacher",
+    "copied_fidelity",
     "load_teacher",
+    "options_of",
     "plan_manifest",
     "score_cache",
 ]

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdcache.data import IGNORE_INDEX, Split
+from kdcache.data import IGNORE_INDEX, Split, pixel_checksum
 from kdcache.errors import MismatchError
 from kdcache.evaluate import ConfusionMatrix, Metrics
 from kdcache.store import Cache
-from kdcache.teacher.build import Array, pack_batch, render_record
+from kdcache.teacher.build import pack_batch
 from kdcache.teacher.fingerprint import fingerprint
 from kdcache.teacher.forward import Precision, place, teach
+from kdcache.teacher.records import Array, render_again
 from kdcache.teacher.source import Teacher
 from kdcache_kernels import PackedTarget, densify, target_argmax_confidence
 
@@ -44,21 +45,20 @@ class Agreement:
         return not self.fingerprint and not self.drifted and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
 
 
-def spread_records(cache: Cache, limit: int) -> list[int]:
-    """At most `limit` record numbers, evenly spread."""
-    count = min(limit, len(cache))
-    return sorted({int(index) for index in np.linspace(0, len(cache) - 1, count).round()})
+def _spread(there: int, limit: int) -> list[int]:
+    """At most `limit` numbers below `there`, evenly spread."""
+    return sorted({int(number) for number in np.linspace(0, there - 1, min(limit, there)).round()})
 
 
 def score_cache(cache: Cache, split: Split | None, limit: int = 512) -> Metrics | None:
-    """The teacher's metrics on the labels at view size, read back from the store; None without labels.
+    """The teacher's metrics on the labels of whole images at view size, read back; None without labels.
 
     Args:
         split: gives the labels of a store that keeps none.
     """
     labelled = cache.column("labelled")
     confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
-    for record in spread_records(cache, limit):
+    for record in map(cache.manifest.record, _spread(cache.manifest.dataset.samples, limit)):
         if not labelled[record]:
             continue
         target = packed_target(cache, [record])
@@ -100,10 +100,10 @@ def compare_teacher(
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0
     drifted = []
-    records = spread_records(cache, limit)
+    records = _spread(len(cache), limit)
     for record, pixels, drift in _pixels(cache, split, records):
         if drift:
-            drifted.append(cache.ids[record])
+            drifted.append(cache.ids[record // cache.manifest.view.views_per_sample])
         logits, _ = teach(teacher.model, torch.from_numpy(pixels)[None], (), precision, device)
         again = pack_batch(logits.cpu(), {}, cache.head.k)
         stored = packed_target(cache, [record])
@@ -160,8 +160,8 @@ def _pixels(cache: Cache, split: Split | None, records: list[int]) -> Iterator[t
         drift = False
         pixels = None
         if split is not None:
-            rendered = render_record(split, record, cache.view_size)
-            pixels, drift = rendered.pixels, rendered.checksum != int(checksums[record])
+            pixels, _ = render_again(split, cache, record)
+            drift = pixel_checksum(pixels) != int(checksums[record])
         if cache.pixels_stored:
             pixels = cache.read(record, ["pixels/image"])["pixels/image"]
         assert pixels is not None
@@ -172,4 +172,4 @@ def _label(cache: Cache, split: Split | None, record: int) -> Array:
     if cache.pixels_stored:
         return cache.read(record, ["labels/segmentation"])["labels/segmentation"]
     assert split is not None
-    return render_record(split, record, cache.view_size).label
+    return render_again(split, cache, record)[1]

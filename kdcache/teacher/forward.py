@@ -46,3 +46,12 @@ def out_of_memory(batch_size: int, error: Exception) -> ModelError:
         received=f"out of memory at batch size {batch_size}",
         remedy=f"use --batch-size {max(1, batch_size // 2)} or --device cpu",
     )
+
+
+def not_finite(what: str, record: int, sample: str) -> ModelError:
+    """A teacher that says NaN or infinity; -inf for a single class is finite once packed."""
+    return ModelError(
+        "a teacher's output must be finite",
+        received=f"NaN or infinity in {what} of record {record}, {sample}",
+        remedy="check the teacher's weights and normalisation; use --precision float32",
+    )

@@ -2,11 +2,18 @@
 
 config.py      the settings (= the flags, = recipe.toml)
 dataset.py     samples from a data set or a store, through drawn windows
-loader.py      the order of draws, and who draws ahead
-ring.py        threads that draw into buffers used again
+records.py     decoded records that stay, in memory or on a GPU
+resident.py    whether they do
+order.py       which record a draw takes
+loader.py      draws by number, and who draws ahead
+ring.py        buffers used again, and threads that draw into them
+feed.py        the way of a batch to the device
 schedule.py    optimizers and learning rates
 step.py        one optimizer step, eager or compiled
 graph.py       the same as a CUDA graph
+distributed.py the processes of torchrun, and what they agree on
+parallel.py    the step of one of several processes
+stop.py        asking a training to stop
 trainer.py     the loop
 checkpoint.py  full state, replaced whole
 log.py         metrics.jsonl, environment, observers
@@ -15,9 +22,10 @@ start.py       from settings to a run
 
 from kdcache.train.config import TrainConfig, make_config, read_config
 from kdcache.train.dataset import CacheDataset, LabelledDataset, Sample
+from kdcache.train.distributed import pick_device
 from kdcache.train.log import Observer
-from kdcache.train.start import pick_device, train
-from kdcache.train.trainer import Interrupted
+from kdcache.train.start import train
+from kdcache.train.stop import Interrupted
 
 __all__ = [
     "CacheDataset",

@@ -8,6 +8,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from kdcache.errors import RecipeError
+from kdcache.store.mirror import parse_bytes
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -30,6 +31,7 @@ Size = Annotated[tuple[Count, Count], BeforeValidator(parse_size), PlainSerializ
 Range = Annotated[
     tuple[Positive, Positive], BeforeValidator(parse_range), PlainSerializer(lambda ends: f"{ends[0]}:{ends[1]}")
 ]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 
 
 def _flag(name: str) -> str:
@@ -53,6 +55,8 @@ class TrainConfig(BaseModel):
     val: str | None = None
     val_split: str = "val"
     cache: str | None = None
+    cache_dir: str | None = None
+    cache_bytes: Bytes | None = None
     method: Literal["none", "kl"] = "none"
     size: Size | None = None
     init: str | None = None
@@ -87,6 +91,8 @@ class TrainConfig(BaseModel):
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.3
 
     # the machine
+    shuffle: Literal["auto", "full", "window"] = "auto"
+    resident: Literal["auto", "ram", "gpu", "off"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     threads: Annotated[int, Field(ge=0)] = 0
@@ -111,18 +117,20 @@ class TrainConfig(BaseModel):
             raise ValueError("schedule plateau watches validations: give val")
         return self
 
-    def resolved(self, samples: int, size: tuple[int, int]) -> "TrainConfig":
-        """With size, iterations and val_every filled in.
+    def resolved(self, samples: int, size: tuple[int, int], shuffle: str = "full") -> "TrainConfig":
+        """With size, iterations, val_every and shuffle filled in.
 
         Args:
             samples: of the training data, for epochs.
             size: (H, W) to use when none was given.
+            shuffle: what auto means for the data; a run keeps it, also where its store moves.
         """
         iterations = self.iterations or DEFAULT_ITERATIONS
         if self.epochs is not None:
             iterations = -(-self.epochs * samples // self.batch_size)
         val_every = self.val_every or max(1, iterations // 10)
         settings = self.model_dump() | {"size": self.size or size, "iterations": iterations, "epochs": None}
+        settings["shuffle"] = shuffle if self.shuffle == "auto" else self.shuffle
         return TrainConfig(**settings | {"val_every": val_every})
 
     def to_toml(self) -> str:

@@ -86,22 +86,15 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[]
 
 
 class _Inputs:
-    """The tensors that the graph reads, and two slots on the way there.
-
-    A batch crosses the bus on a stream of its own into the slot that is free, while the graph still works on the
-    batch before; a copy on the device then moves it to where the graph reads.
+    """The tensors that the graph reads.
 
     Attributes:
-        batch: what the graph reads.
+        batch: them.
     """
 
     def __init__(self, like: Sample, device: torch.device) -> None:
-        self._static, *self._slots = ([torch.empty_like(p, device=device) for p in parts_of(like)] for _ in range(3))
+        self._static = [torch.empty_like(part, device=device) for part in parts_of(like)]
         self.batch = batch_of(self._static)
-        self._free = [torch.cuda.Event() for _ in self._slots]  # type: ignore[no-untyped-call]
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream())  # which may still use the memory that the slots got
-        self._turn = 0
 
     def fit(self, batch: Sample) -> bool:
         return all(
@@ -110,17 +103,9 @@ class _Inputs:
         )
 
     def fill(self, batch: Sample) -> None:
-        """Queue the copies of a batch; its host memory, when pinned, is held by torch until it was read."""
-        slot, free = self._slots[self._turn], self._free[self._turn]
-        self._turn ^= 1
-        with torch.cuda.stream(self._stream):
-            free.wait()  # nothing to wait for before it was first recorded
-            for there, part in zip(slot, parts_of(batch), strict=True):
-                there.copy_(part, non_blocking=True)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        for static, here in zip(self._static, slot, strict=True):
-            static.copy_(here)
-        free.record()
+        """Queue the copies of a batch, mostly from a slot on the device (feed.py)."""
+        for static, part in zip(self._static, parts_of(batch), strict=True):
+            static.copy_(part, non_blocking=True)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The order of a training and its loader.
+"""The loader of a training: who draws the batches of its steps.
 
-Draw n of a training is sample `permutation(seed, n // N)[n % N]`, augmented by a generator seeded with
-(seed, n). Step s takes draws s*B to (s+1)*B: batches straddle epochs, none is short, and a run that resumes at
-step s needs no history.
+Draw n is the record that the order gives (order.py), augmented by a generator seeded with (seed, n). Step s takes draws
+s*B to (s+1)*B: batches straddle epochs, none is short, a run that resumes at step s needs no history, and processes
+that share a batch draw together what one would draw alone.
 """
 
 import signal
@@ -13,74 +13,93 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdcache.errors import KDCacheError
-from kdcache.train.dataset import DrawnDataset, Sample
+from kdcache.train.ahead import Ahead, reads_ahead
+from kdcache.train.dataset import CacheDataset, DrawnDataset, Row, Sample
+from kdcache.train.order import Order, Steps, choose_shuffle
 from kdcache.train.ring import Ring
 
 
 class Draws(Dataset[Sample | KDCacheError]):
-    """The endless sequence of draws of a dataset, as a map from draw number to item."""
+    """The endless sequence of draws of a dataset, as a map from draw number to item.
 
-    def __init__(self, dataset: DrawnDataset, seed: int) -> None:
+    Args:
+        seed: of order and augmentation.
+        shuffle: auto, full or window (order.py); auto reads a remote store by windows.
+    """
+
+    def __init__(self, dataset: DrawnDataset, seed: int, shuffle: str = "auto") -> None:
         self.dataset = dataset
         self.seed = seed
-        self._latest = (-1, np.empty(0, np.int64))
+        self.by_window = choose_shuffle(shuffle, dataset) == "window"
+        self._order = Order(len(dataset), seed, dataset.shard_records if self.by_window else None)
 
     def sample_index(self, draw: int) -> int:
-        wanted, position = divmod(draw, len(self.dataset))
-        epoch, order = self._latest  # read and replaced as one: threads may be in different epochs
-        if epoch != wanted:
-            order = np.random.default_rng((self.seed, wanted)).permutation(len(self.dataset))
-            self._latest = (wanted, order)
-        return int(order[position])
+        return self._order.record(draw)
 
     def sample_ids(self, step: int, batch_size: int) -> list[str]:
         """Ids of the samples of one step, for messages."""
         draws = range(step * batch_size, (step + 1) * batch_size)
         return [self.dataset.sample_id(self.sample_index(draw)) for draw in draws]
 
-    def __getitem__(self, draw: int) -> Sample | KDCacheError:
-        """The draw, or what is wrong with it: DataLoader can raise a worker's error again only as a RuntimeError."""
+    def empty(self, *leading: int, pin_memory: bool = False) -> Sample:
+        """Memory for draws, as `DrawnDataset.empty`."""
+        return self.dataset.empty(*leading, pin_memory=pin_memory)
+
+    def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
+        """Draw into given memory; what is wrong with the sample is returned, for threads that work ahead."""
         # The third word keeps these generators apart from those of the permutations.
         rng = np.random.default_rng((self.seed, draw, 1))
         try:
-            return self.dataset.draw(self.sample_index(draw), draw // len(self.dataset), rng)
+            self.dataset.draw_into(self.sample_index(draw), draw // len(self.dataset), rng, out)
         except KDCacheError as error:
             return error
+        return None
 
-
-class _Steps:
-    """Batch sampler: draw numbers of the steps [first, last)."""
-
-    def __init__(self, first: int, last: int, batch_size: int) -> None:
-        self.steps = range(first, last)
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
-
-    def __len__(self) -> int:
-        return len(self.steps)
+    def __getitem__(self, draw: int) -> Sample | KDCacheError:
+        """The draw, or what is wrong with it: DataLoader can raise a worker's error again only as a RuntimeError."""
+        sample = self.empty()
+        return self.draw_into(draw, Row.of(sample)) or sample
 
 
 def make_loader(
-    draws: Draws, *, first: int, last: int, batch_size: int, workers: int, pin_memory: bool
-) -> Ring | DataLoader[Sample | KDCacheError]:
-    """Batches of the steps [first, last), in order; `next_batch` takes them.
+    draws: Draws,
+    *,
+    first: int,
+    last: int,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world: int = 1,
+) -> Ring | DataLoader[Sample | KDCacheError] | Ahead[Sample | KDCacheError]:
+    """Batches of the steps [first, last), in order; `next_batch` takes them. A batch is valid until the next.
 
     Args:
+        batch_size: of all processes together.
         workers: who draws ahead: threads for samples that come from a store, processes for files that must be decoded
             and rendered (forkserver, for CUDA and thread pools do not survive a fork). 0 draws between steps.
+        rank, world: this process's part of each batch is its rank-th of `world` equal ones.
+    Raises: RecipeError when `world` does not divide the batch.
     """
-    if workers and draws.dataset.threads_suffice:
-        return Ring(draws, first=first, last=last, batch_size=batch_size, threads=workers, pin_memory=pin_memory)
+    steps = Steps(first, last, batch_size, rank, world)
+    loader = _make_loader(draws, steps, workers, pin_memory)
+    if draws.by_window and isinstance(draws.dataset, CacheDataset) and reads_ahead(draws.dataset):
+        return Ahead(loader, draws, draws.dataset, steps)
+    return loader
+
+
+def _make_loader(
+    draws: Draws, steps: Steps, workers: int, pin_memory: bool
+) -> Ring | DataLoader[Sample | KDCacheError]:
+    if not workers or draws.dataset.threads_suffice:
+        return Ring(draws, steps, threads=workers, pin_memory=pin_memory)
     return DataLoader(
         draws,
         collate_fn=_collate,
-        batch_sampler=_Steps(first, last, batch_size),
+        batch_sampler=steps,  # type: ignore[arg-type] # ranges of draws are as good as lists
         num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_start_worker if workers else None,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_start_worker,
         pin_memory=pin_memory,
     )
 

@@ -1,6 +1,5 @@
 """From settings to a trained run: what `train-teacher` and `train-student` do."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,22 +11,39 @@ import torch
 from kdcache.data import Augmentation, ClassList, Split, class_weights, open_split, prefetch
 from kdcache.distill import DistillLoss, choose_implementation
 from kdcache.errors import DataError, MismatchError, RecipeError
-from kdcache.evaluate import Metrics, evaluate_model
+from kdcache.evaluate import Metrics
+from kdcache.evaluate.run import count_pixels
 from kdcache.models import SegmentationModel, build_model
 from kdcache.models.run import DESCRIPTION, RunModel, read_run_model, write_run_model
 from kdcache.store import Cache, open_cache
 from kdcache.store.durable import disk_space_errors
-from kdcache.store.ledger import read_completion
+from kdcache.train.ahead import check_room
 from kdcache.train.config import RECIPE, TrainConfig, read_config
 from kdcache.train.dataset import CacheDataset, DrawnDataset, LabelledDataset
+from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.loader import Draws
 from kdcache.train.log import Observer, environment, write_json
+from kdcache.train.order import choose_shuffle
+from kdcache.train.resident import keep_records
 from kdcache.train.step import choose_step
 from kdcache.train.trainer import Trainer
 
 RECIPE_PARTIAL = f".{RECIPE}.partial"
 # What may change between a run's start and its resumption without changing what it learns.
-FREE_ON_RESUME = {"workers", "threads", "log_every", "device", "step", "impl", "data", "val", "cache"}
+FREE_ON_RESUME = {
+    "workers",
+    "threads",
+    "log_every",
+    "device",
+    "step",
+    "impl",
+    "resident",
+    "data",
+    "val",
+    "cache",
+    "cache_dir",
+    "cache_bytes",
+}
 
 
 def train(
@@ -35,43 +51,58 @@ def train(
 ) -> dict[str, Any]:
     """Train as `config` says into the folder `out`; returns the content of its result.json.
 
-    A student (`config.cache` set) is trained from the store alone: no teacher is imported, loaded or run.
+    A student (`config.cache` set) is trained from the store alone: no teacher is imported, loaded or run. Every process
+    that torchrun starts calls this, with the same arguments; all return or raise the same.
 
     Args:
         resume: go on from the last checkpoint of the same settings; from the beginning when there is none.
     Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
         Interrupted when the user stops it.
     """
-    run = Path(out)
-    device = pick_device(config.device)
-    choose_step(config.step, device)
-    choose_implementation(config.impl, device, torch.float32)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    dataset, classes, cache = _open_dataset(config)
-    config = config.resolved(len(dataset), dataset.size)
-    _check_folder(config, run, resume, _trained_on(dataset, cache))
-    val = _open_validation(config, classes)
-    # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher.
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
-    criterion = _criterion(config, model, dataset, cache)
-    _write_beginning(config, run, model, classes, _trained_on(dataset, cache))
-    observer = observer or Observer()
-    for text in _notes(config, model, cache):
-        observer.note(text)
-    trainer = Trainer(
-        model,
-        Draws(dataset, config.seed),
-        criterion,
-        config,
-        run,
-        device=device,
-        validate=None if val is None else _validator(val, config, device, observer),
-        observer=observer,
-    )
-    with _deterministic(device):
-        return trainer.train(resume=resume)
+    with processes() as world:
+        watching = observer if observer is not None and world.first else Observer()
+        trainer = _make_trainer(config, Path(out), world, watching, resume=resume)
+        with _deterministic(trainer.device):
+            return trainer.train(resume=resume)
+
+
+def _make_trainer(config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool) -> Trainer:
+    """Check everything, then begin the run folder."""
+    with world.together():
+        world.check_batch_size(config.batch_size)
+        device = pick_device(config.device, world)
+        choose_step(config.step, device, world.size)
+        choose_implementation(config.impl, device, torch.float32)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        dataset, classes, cache = _open_dataset(config)
+        config = config.resolved(len(dataset), dataset.size, choose_shuffle(config.shuffle, dataset))
+        if world.first:
+            _check_folder(config, run, resume, _trained_on(dataset, cache))
+        val = _open_validation(config, classes)
+        # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
+        # and on every process.
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
+        criterion = _criterion(config, model, dataset, cache)
+        keep_records(dataset, config.resident, device, workers=config.workers, note=observer.note)
+        check_room(dataset, config.shuffle, observer.note)
+    with world.together():
+        if world.first:
+            _write_beginning(config, run, model, classes, _trained_on(dataset, cache), world.size)
+        for text in _notes(config, model, cache):
+            observer.note(text)
+        return Trainer(
+            model,
+            Draws(dataset, config.seed, config.shuffle),
+            criterion,
+            config,
+            run,
+            device=device,
+            validate=None if val is None else _validator(val, config, device, observer, world),
+            observer=observer,
+            world=world,
+        )
 
 
 def _notes(config: TrainConfig, model: SegmentationModel, cache: Cache | None) -> Iterator[str]:
@@ -81,6 +112,10 @@ def _notes(config: TrainConfig, model: SegmentationModel, cache: Cache | None) -
         yield f"--init leaves at random: {', '.join(report.reinitialised)}"
     if report is not None and report.unused_auxiliary:
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
+    views = 1 if cache is None else cache.manifest.view.views_per_sample
+    if views > 1:
+        rest = "an epoch shows one of each sample" if config.augment == "replay" else "only the whole images are used"
+        yield f"the store has {views} views of a sample; with --augment {config.augment} {rest}"
     if cache is not None and config.augment == "warp":
         source = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
         yield f"augmentation warp {source}, and moves the targets alike"
@@ -97,23 +132,11 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU when there is one. Raises RecipeError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise RecipeError(
-            "--device is auto, cpu or cuda",
-            received=f"{name!r}" + ("" if torch.cuda.is_available() else "; this machine has no usable GPU"),
-            remedy="use --device auto",
-        )
-    return torch.device(name)
-
-
 def label_counts(cache: Cache) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Pixels per class (C,) over the labels that a store keeps."""
+    """Pixels per class (C,) over the labels that a store keeps, of whole images: crops would count some twice."""
     path = "labels/segmentation"
-    rows = prefetch(lambda record: cache.read(record, [path])[path], range(len(cache)), threads=2, ahead=8)
+    whole = range(0, len(cache), cache.manifest.view.views_per_sample)
+    rows = prefetch(lambda record: cache.read(record, [path])[path], whole, threads=2, ahead=8)
     return _count(rows, cache.num_classes)
 
 
@@ -153,7 +176,8 @@ def _open_dataset(config: TrainConfig) -> tuple[DrawnDataset, ClassList, Cache |
                 remedy="give a labelled split with --split",
             )
         return labelled, split.classes, None
-    cache = open_cache(config.cache)
+    cache = open_cache(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+    cache.check_files()
     source = open_split(config.data, config.split) if config.data and not cache.pixels_stored else None
     dataset = CacheDataset(
         cache,
@@ -180,12 +204,23 @@ def _open_validation(config: TrainConfig, classes: ClassList) -> Split | None:
     return split
 
 
-def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer) -> Any:
+def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
+    """Each process validates its part of the samples; pixels are counted, so that all know the very same score."""
+
     def validate(model: SegmentationModel) -> Metrics:
         assert config.size is not None
-        return evaluate_model(
-            model, val, config.size, device=device, batch_size=config.batch_size, progress=observer.validating
-        )
+        with world.together():
+            confusion = count_pixels(
+                model,
+                val,
+                config.size,
+                device=device,
+                batch_size=config.batch_size // world.size,
+                progress=observer.validating,
+                part=(world.rank, world.size),
+            )
+        confusion.counts = world.total(confusion.counts)
+        return confusion.metrics()
 
     return validate
 
@@ -253,13 +288,12 @@ def _trained_on(dataset: DrawnDataset, cache: Cache | None) -> str:
     if cache is None:
         assert isinstance(dataset, LabelledDataset)
         return f"data {dataset.split.digest()}"
-    completion = read_completion(cache.path)
-    assert completion is not None
-    return f"store {completion.ledger_sha256}"
+    assert cache.ledger is not None
+    return f"store {cache.ledger.completion.ledger_sha256}"
 
 
 def _write_beginning(
-    config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList, trained_on: str
+    config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList, trained_on: str, processes: int
 ) -> None:
     """What a reader of the folder needs, before the first step."""
     assert config.size is not None
@@ -278,9 +312,4 @@ def _write_beginning(
             trained_on=trained_on,
         )
         write_run_model(run, about)
-        write_json(run / "environment.json", environment())
-
-
-def default_workers(device: torch.device) -> int:
-    """Loader processes: beside a GPU as many as cores up to 8; on a CPU the cores are the model's."""
-    return min(8, max(1, (os.cpu_count() or 1) - 1)) if device.type == "cuda" else 0
+        write_json(run / "environment.json", environment() | {"processes": processes})

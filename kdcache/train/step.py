@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcache.distill import DistillLoss, KernelError, LossParts, Target
 from kdcache.errors import KDCacheError, RecipeError
@@ -38,8 +38,16 @@ Step = Callable[[Sample], Tensor]
 """Learns from a batch of the loader; returns its (loss, ce, kl) on the device, detached and its own."""
 
 
-def choose_step(name: str, device: torch.device) -> str:
+def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
     """The way that `--step` means on a device. Raises RecipeError for a graph where there is no CUDA."""
+    if processes > 1:
+        if name in ("compiled", "graphed"):
+            raise RecipeError(
+                "several processes train in eager steps, between whose operations they exchange what they know",
+                received=f"--step {name} with {processes} processes",
+                remedy="leave --step out, or use one process",
+            )
+        return "eager"
     if name == "graphed" and device.type != "cuda":
         raise RecipeError(
             "--step graphed records a CUDA graph, which takes a GPU",
@@ -59,6 +67,9 @@ class EagerStep:
         optimizer: of the model's parameters.
         bf16: whether the model runs under autocast.
         clip_grad: largest norm of the gradient; 0 does not clip.
+    Attributes:
+        network: what runs forward: the model, or what shares its gradients with other processes.
+        average: mean of a tensor over the processes; None when there is one.
     """
 
     def __init__(
@@ -72,6 +83,8 @@ class EagerStep:
         clip_grad: float = 0.0,
     ) -> None:
         self.model = model
+        self.network: nn.Module = model
+        self.average: Callable[[Tensor], Tensor] | None = None
         self.criterion = criterion
         self.optimizer = optimizer
         self.device = device
@@ -89,7 +102,8 @@ class EagerStep:
         norms = {}
         for name, term in self.criterion.terms(logits_BChw, batch.label, batch.target).items():
             grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            squares = [g.float().square().sum() for g in grads if g is not None]
+            whole = [g if self.average is None else self.average(g) for g in grads if g is not None]
+            squares = [g.float().square().sum() for g in whole]
             norms[name] = float(torch.stack(squares).sum().sqrt())
         return self.learn(self.criterion(logits_BChw, batch.label, batch.target)), norms
 
@@ -104,7 +118,8 @@ class EagerStep:
         """What the model says of uint8 pixels on the device, at its native stride."""
         x_B3HW = self.model.normalise(pixels_BHW3)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            return self.model(x_B3HW).logits
+            logits: Tensor = self.network(x_B3HW).logits
+        return logits
 
     def forward(self, batch: Sample) -> LossParts:
         """The differentiable loss of a batch on the device."""

@@ -1,11 +1,8 @@
 """One trainer for teachers and students: the loop, its checkpoints, its honesty about time."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdcache.distill import DistillLoss
-from kdcache.errors import KDCacheError, ModelError
+from kdcache.errors import KDCacheError, ModelError, RecipeError
 from kdcache.evaluate import Metrics
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
@@ -22,18 +19,14 @@ from kdcache.store.durable import disk_space_errors
 from kdcache.train.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.train.config import TrainConfig
 from kdcache.train.dataset import Sample
+from kdcache.train.distributed import World
+from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.log import MetricsLog, Observer, write_json
+from kdcache.train.parallel import distribute
 from kdcache.train.schedule import Schedule, load_optimizer, make_optimizer
 from kdcache.train.step import EagerStep, Step, choose_step, make_step, random_state, set_random_state
-
-
-class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
-    """The user asked to stop; the state at `step` is saved."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after {step} iterations")
-        self.step = step
+from kdcache.train.stop import Interrupted, stop_requests
 
 
 @dataclass
@@ -55,6 +48,7 @@ class Trainer:
         criterion: gives loss, ce and kl from native-stride logits.
         validate: metrics of the model as it stands, or None to train without validation.
         run: an existing folder; receives checkpoint.pt, best/last.safetensors, metrics.jsonl, result.json.
+        world: the processes that train together, each with its part of every batch; the first writes the run.
     """
 
     def __init__(
@@ -68,6 +62,7 @@ class Trainer:
         device: torch.device,
         validate: Callable[[SegmentationModel], Metrics] | None = None,
         observer: Observer | None = None,
+        world: World | None = None,
     ) -> None:
         # Pixels come channels last: the weights in the same order spare a transposition at every layer.
         self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -81,7 +76,8 @@ class Trainer:
         self.device = device
         self.observer = observer or Observer()
         self._validate = validate
-        self._kind = choose_step(config.step, device)
+        self._world = world or World()
+        self._kind = choose_step(config.step, device, self._world.size)
         self._optimizer = make_optimizer(self.model, config, capturable=self._kind == "graphed")
         self._schedule = Schedule(self._optimizer, config)
         self._eager = EagerStep(
@@ -93,6 +89,7 @@ class Trainer:
             clip_grad=config.clip_grad,
         )
         self._step: Step | None = None  # made from the first batch
+        self._log: MetricsLog | None = None  # of the first process
         self._now = _Progress()
         self._unchecked: list[tuple[int, Tensor]] = []
 
@@ -101,10 +98,13 @@ class Trainer:
 
         Raises: ModelError when a loss is not finite; Interrupted after SIGINT or SIGTERM, with the state saved.
         """
-        torch.manual_seed(self.config.seed)
-        random = self._restore() if resume else None
-        iterations, first = self._iterations, self._now.step
-        log = MetricsLog(self.run, first)
+        world = self._world
+        with world.together():
+            random = self._restore() if resume else None
+            iterations, first = self._iterations, self._now.step
+            self._log = MetricsLog(self.run, first) if world.first else None
+        self._check_same(first)
+        torch.manual_seed(world.seed(self.config.seed, first))
         parameters = sum(p.numel() for p in self.model.parameters())
         self.observer.started(step=first, iterations=iterations, parameters=parameters)
         loader = make_loader(
@@ -114,35 +114,41 @@ class Trainer:
             batch_size=self.config.batch_size,
             workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
+            rank=world.rank,
+            world=world.size,
         )
-        batches = iter(loader)
+        batches = feed(loader, self.device, self.draws.dataset.on_device)
         if random is not None:
-            # After iter(): a DataLoader takes a number from this generator when it starts.
+            # After feed(): a DataLoader takes a number from this generator when it starts.
             set_random_state(self.device, random)
         self.model.train()
         try:
-            with _stop_requests() as stop:
+            with stop_requests() as stop:
                 for step in range(first, iterations):
-                    self._one_step(step, batches, log)
+                    stopping = self._one_step(step, batches, stop.is_set())
                     interval = (step + 1) % self._val_every == 0 or step + 1 == iterations
-                    if interval or stop.is_set():
+                    if world.size == 1:  # nobody to agree with: not even the step that it came in need be awaited
+                        stopping = stop.is_set()
+                    if interval or stopping:
                         self._check_finite()
                     if interval:
-                        self._end_of_interval(log)
-                    elif stop.is_set():
+                        self._end_of_interval()
+                    elif stopping:
                         self._save()
-                    if stop.is_set() and step + 1 < iterations:
+                    if stopping and step + 1 < iterations:
                         raise Interrupted(step + 1)
         finally:
-            log.close()
-            if isinstance(batches, Generator):
-                batches.close()  # and with it the threads that draw ahead
+            if self._log is not None:
+                self._log.close()
+            batches.close()  # and with it the threads that draw ahead
         return self._finish()
 
-    def _one_step(self, step: int, batches: Iterator[Sample | KDCacheError], log: MetricsLog) -> None:
+    def _one_step(self, step: int, batches: Iterator[Sample | KDCacheError], stop: bool) -> bool:
+        """Take a step; returns whether any process was asked to stop before it."""
         config = self.config
         began = time.perf_counter()
-        batch = next_batch(batches)
+        with self._world.together(stop=stop) as agreed:
+            batch = next_batch(batches)
         waited = time.perf_counter() - began
         prepared = self._prepare(batch)
         norms = None
@@ -156,7 +162,7 @@ class Trainer:
         # On a GPU a look at every loss would stall the queue: look when we log.
         values = self._check_finite() if logged or norms or self.device.type == "cpu" else []
         if norms:
-            log.write("gradients", step + 1, norms)
+            self._write_line("gradients", step + 1, norms)
             self.observer.gradients(step + 1, norms)
         lr = self._schedule.lr
         self._schedule.after_step()
@@ -169,14 +175,17 @@ class Trainer:
             speed = config.batch_size * now.step / now.seconds
             report = dict(zip(("loss", "ce", "kl"), values, strict=True))
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
-            log.write("train", now.step, report)
+            self._write_line("train", now.step, report)
             self.observer.stepped(now.step, report)
+        return agreed.stop
 
     def _prepare(self, batch: Sample) -> float:
         """Make the step from the first batch; returns the seconds that it took, which are no training."""
         if self._step is not None:
             return 0.0
         began = time.perf_counter()
+        if self._world.size > 1:
+            distribute(self._eager, batch, self._world)
         self._step = make_step(self._kind, self._eager, batch, self.observer.note)
         return time.perf_counter() - began
 
@@ -184,7 +193,7 @@ class Trainer:
         """Look at the losses since the last look; returns the newest as (loss, ce, kl)."""
         if not self._unchecked:
             return []
-        rows = torch.stack([row for _, row in self._unchecked]).tolist()
+        rows = self._world.mean(torch.stack([row for _, row in self._unchecked])).tolist()
         for (step, _), row in zip(self._unchecked, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 parts = dict(zip(("loss", "ce", "kl"), row, strict=True))
@@ -200,7 +209,7 @@ class Trainer:
         self._unchecked.clear()
         return list(rows[-1])
 
-    def _end_of_interval(self, log: MetricsLog) -> None:
+    def _end_of_interval(self) -> None:
         """Validate, keep the best, save."""
         if self._validate is not None:
             metrics = self._validate(self.model)
@@ -209,25 +218,34 @@ class Trainer:
                 self._now.best_miou, self._now.best_step = metrics.miou, self._now.step
                 self._write_weights("best")
             self._schedule.after_validation(metrics.miou)
-            log.write("validation", self._now.step, metrics.to_json())
+            self._write_line("validation", self._now.step, metrics.to_json())
             self.observer.validated(self._now.step, metrics, best)
         self._save()
 
+    def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(kind, step, values)
+
     def _write_weights(self, which: str) -> None:
-        with disk_space_errors(self.run):
-            write_weights(self.run, which, self.model)
+        with self._world.together(), disk_space_errors(self.run):
+            if self._world.first:
+                write_weights(self.run, which, self.model)
 
     def _save(self) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "progress": vars(self._now),
-            "random": random_state(self.device),
-        }
-        save_checkpoint(self.run, state)
+        own, *others = self._world.gather(random_state(self.device))
+        with self._world.together():
+            if self._world.first:
+                state = {
+                    "model": self.model.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "schedule": self._schedule.state_dict(),
+                    "progress": vars(self._now),
+                    "random": {**own, "others": others} if others else own,
+                }
+                save_checkpoint(self.run, state)
 
     def _restore(self) -> dict[str, Tensor] | None:
+        """Go on from the checkpoint; returns this process's random state, None when there was no such process."""
         state = load_checkpoint(self.run, self.device)
         if state is None:
             return None
@@ -242,8 +260,17 @@ class Trainer:
         load_optimizer(self._optimizer, state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._now = _Progress(**state["progress"])
-        random: dict[str, Tensor] = state["random"]
-        return random
+        states = [state["random"], *state["random"].get("others", [])]
+        return states[self._world.rank] if self._world.rank < len(states) else None
+
+    def _check_same(self, first: int) -> None:
+        steps = self._world.gather(first)
+        if len(set(steps)) > 1:
+            raise RecipeError(
+                "all processes go on from the same checkpoint",
+                received=f"they begin at the steps {', '.join(map(str, steps))}",
+                remedy=f"let every machine see the folder {self.run}, under this path",
+            )
 
     def _finish(self) -> dict[str, Any]:
         now = self._now
@@ -259,27 +286,7 @@ class Trainer:
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
             "prepared_seconds": round(now.prepared, 3),
         }
-        write_json(self.run / "result.json", result)
+        with self._world.together(), disk_space_errors(self.run):
+            if self._world.first:
+                write_json(self.run / "result.json", result)
         return result
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask for a stop between two steps; a second SIGINT stops at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, _: object) -> None:
-        if stop.is_set():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -144,6 +144,7 @@ CASES = {
     "--top-k 0": (nothing, BUILD + " --top-k 0", "0"),
     "--top-k 8": (nothing, BUILD + " --top-k 8", "8"),
     "--pixels foo": (nothing, BUILD + " --pixels foo", "'foo'"),
+    "--codec foo": (nothing, BUILD + " --codec foo", "'foo'"),
     "--precision foo": (nothing, BUILD + " --precision foo", "'foo'"),
     "--mean 1,2": (nothing, BUILD + " --mean 1,2", "'1,2'"),
     "--features foo": (nothing, BUILD + " --features foo", "foo"),

@@ -94,6 +94,30 @@ def test_a_store_without_pixels_trains_with_its_data(world, cli) -> None:
     assert cli(*words.split()).code == 0
 
 
+def test_codecs(world, cli) -> None:
+    """The build measures what storing loses; inspect says it again, also for machines."""
+    figures = {}
+    build = f"build-teacher-cache --data {world}/data --teacher {world}/teacher"
+    for codec in ("default", "small", "none"):
+        words = f"{build} --codec {codec} --out {world}/{codec}"
+        built = cli(*words.split())
+        assert built.code == 0, built.err
+        about = json.loads(cli("inspect", world / codec, "--json").out)
+        assert about["manifest"]["codec"] == codec
+        figures[codec] = about["manifest"]["fidelity"]
+        told = f"KL {figures[codec]['kl_t1']:.1e} nats at T = 1"
+        assert told in built.out
+        assert told in cli("inspect", world / codec).out
+        checked = cli("verify", world / codec, "--teacher", world / "teacher", "--data", world / "data")
+        assert checked.code == 0, checked.out
+    assert figures["default"] == figures["none"]
+    assert 100 * figures["default"]["kl_t1"] < figures["small"]["kl_t1"] < 1e-3
+    assert figures["small"]["records"] == 6
+    other = cli(*words.replace("--codec none", "--codec small").split())
+    assert other.code == 2
+    assert "codec: none against small" in other.err
+
+
 def test_models(cli) -> None:
     listed = cli("models", "--json")
     assert listed.code == 0

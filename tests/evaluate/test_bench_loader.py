@@ -18,8 +18,9 @@ from kdcache.errors import CorruptError, MismatchError, ModelError, RecipeError,
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import CacheDataset, Sample
+from kdcache.train import CacheDataset
 from kdcache.train.bench import LOADERS, READERS, Settings, Table, measure, readers, run, streams, turns
+from kdcache.train.dataset import Row
 from kdcache.train.loader import Draws
 
 SCENES = "scenes:32x48,train=6,val=2"
@@ -203,7 +204,12 @@ def test_loaders_load_the_same(store: Cache) -> None:
 def test_worker_processes_load_the_same_and_count(store: Cache) -> None:
     told = table(store, *LOADERS, augments=("warp",), workers=1, records=4)
     assert told.augment == "warp"
-    assert [row.title for row in told.rows] == ["inline", "DataLoader, 1 workers", "ring, 2 threads"]
+    assert [row.title for row in told.rows] == [
+        "inline",
+        "DataLoader, 1 workers",
+        "ring, 2 threads",
+        "ring, 2 threads, records in memory",
+    ]
     for row in told.rows:
         assert row.pace is not None
         assert row.pace.cpu is not None
@@ -215,11 +221,10 @@ def test_worker_processes_load_the_same_and_count(store: Cache) -> None:
 class Darker(CacheDataset):
     """Right but for one pixel of one sample."""
 
-    def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Sample:
-        sample = super().draw(index, epoch, rng)
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        super().draw_into(index, epoch, rng, out)
         if index == 3:
-            sample.pixels[-1, -1, -1] ^= 1
-        return sample
+            out.pixels[-1, -1, -1] ^= 1
 
 
 @pytest.mark.parametrize("name", ["ring", "inline"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from kdcache.store import Manifest, open_writer
-from kdcache.store.manifest import Build, Dataset, Feature, Fingerprint, Head, View
+from kdcache.store.durable import file_digest
+from kdcache.store.manifest import Build, Dataset, Drawn, Feature, Fidelity, Fingerprint, Head, View
 from kdcache.store.schema import record_arrays
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -43,7 +46,18 @@ class Plan:
         return Plan(self.manifest.model_copy(update=parts), self.ids, self.arrays)
 
 
-def make_manifest(*, k: int, classes: int, records: int, shard_records: int, features: bool, pixels: str) -> Manifest:
+def make_manifest(
+    *,
+    k: int,
+    classes: int,
+    records: int,
+    views: int,
+    shard_records: int,
+    features: bool,
+    pixels: str,
+    codec: str,
+    fidelity: bool,
+) -> Manifest:
     names = tuple(f"class {index}" for index in range(classes))
     return Manifest(
         created="2026-01-01T00:00:00+00:00",
@@ -52,13 +66,18 @@ def make_manifest(*, k: int, classes: int, records: int, shard_records: int, fea
         dataset=Dataset(
             name="synthetic",
             split="train",
-            samples=records,
-            labelled=records - 1,
+            samples=records // views,
+            labelled=records // views - 1,
             ids_digest="0" * 64,
             class_names=names,
             class_colours=tuple((index % 256, 0, 0) for index in range(classes)),
         ),
-        view=View(size=(24, 32), pixels=pixels),
+        view=View(
+            size=(24, 32),
+            views_per_sample=views,
+            drawn=Drawn(seed=3, scale=(1, 2), flip=True) if views > 1 else None,
+            pixels=pixels,
+        ),
         heads={"segmentation": Head(classes=classes, k=k, size=(6, 8), align_corners=False)},
         features={"head": Feature(channels=3, size=(6, 8)), "stage1": Feature(channels=40, size=(5, 7))}
         if features
@@ -72,6 +91,8 @@ def make_manifest(*, k: int, classes: int, records: int, shard_records: int, fea
             probe=(1.0, -2.0, 3.0),
         ),
         build=Build(batch_size=2, shard_records=shard_records, device="cpu", threads=1, libraries={"python": "3"}),
+        codec=codec,
+        fidelity=Fidelity(records=16, kl_t1=6e-9, kl_t1_max=3e-7, kl_t4=2e-8, argmax_agreement=1) if fidelity else None,
     )
 
 
@@ -89,7 +110,9 @@ def make_arrays(manifest: Manifest, seed: int = 0) -> Arrays:
     # A record of zeros in every array: its chunk must be stored to be believed.
     for array in arrays.values():
         array[min(2, records - 1)] = 0
-    arrays["records/sample"] = np.arange(records, dtype=np.int64)
+    views = manifest.view.views_per_sample
+    arrays["records/sample"] = np.arange(records, dtype=np.int64) // views
+    arrays["records/view"] = (np.arange(records) % views).astype(np.int32)
     return arrays
 
 
@@ -101,15 +124,26 @@ def plan() -> Any:
         k: int = 3,
         classes: int = 5,
         records: int = 10,
+        views: int = 1,
         shard_records: int = 4,
         features: bool = True,
         pixels: str = "stored",
+        codec: str = "default",
+        fidelity: bool = True,
         seed: int = 0,
     ) -> Plan:
         manifest = make_manifest(
-            k=k, classes=classes, records=records, shard_records=shard_records, features=features, pixels=pixels
+            k=k,
+            classes=classes,
+            records=records,
+            views=views,
+            shard_records=shard_records,
+            features=features,
+            pixels=pixels,
+            codec=codec,
+            fidelity=fidelity,
         )
-        ids = [f"folder/ä {index}" for index in range(records)]
+        ids = [f"folder/ä {index}" for index in range(manifest.dataset.samples)]
         return Plan(manifest, ids, make_arrays(manifest, seed))
 
     return make
@@ -119,8 +153,11 @@ VARIANTS = {
     "dense": {"k": 5},
     "top-k": {"k": 3},
     "wide ids": {"k": 4, "classes": 300},
-    "source": {"k": 3, "features": False, "pixels": "source"},
+    "source": {"k": 3, "features": False, "pixels": "source", "fidelity": False},
+    "small": {"k": 3, "codec": "small"},
+    "none": {"k": 5, "codec": "none"},
     "one record": {"k": 5, "records": 1},
+    "views": {"k": 5, "views": 2},
 }
 
 
@@ -140,3 +177,53 @@ def variant_store(variant: Plan, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def store(plan: Any, tmp_path: Path) -> Path:
     """A complete top-k store of its own, to be damaged."""
     return plan().write(tmp_path / "store.zarr")
+
+
+def reseal(store: Path) -> Path:
+    """Make ledger and seal fit whatever the files are now, as one may who hands out a forged store."""
+    files = {path.relative_to(store).as_posix(): path for path in sorted(store.rglob("*")) if path.is_file()}
+    records = {name: path for name, path in files.items() if name.startswith("ledger/")}
+    known = {json.loads(path.read_bytes())["shard"]: json.loads(path.read_bytes()) for path in records.values()}
+    for record in known.values():
+        for key in record["files"]:
+            if key in files:
+                size, sha256 = files[key].stat().st_size, file_digest(files[key])
+                record["files"][key] = {"bytes": size, "sha256": sha256, "crc32c": ""}
+    write_ledger(store, [known[shard] for shard in sorted(known)])
+    return store
+
+
+def write_ledger(store: Path, records: list[dict[str, Any]], **seal: Any) -> None:
+    """Ledger records, given as JSON, and a seal over them and all metadata; `seal` has its fields replaced."""
+    lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
+    for index, line in enumerate(lines):
+        (store / f"ledger/{index:08d}.json").write_text(line)
+    (store / "ledger.jsonl").write_text("".join(lines))
+    metadata = [*store.rglob("zarr.json"), *store.glob("samples/*/c/0")]
+    completion = {
+        "shards": len(lines),
+        "ledger_sha256": file_digest(store / "ledger.jsonl"),
+        "metadata": {path.relative_to(store).as_posix(): file_digest(path) for path in metadata if path.is_file()},
+    }
+    (store / "complete.json").write_text(json.dumps(completion | seal))
+
+
+@dataclass(frozen=True)
+class Forger:
+    """What changes a store and makes it consistent again."""
+
+    reseal = staticmethod(reseal)
+    write_ledger = staticmethod(write_ledger)
+
+    @staticmethod
+    def edit(file: Path, change: Callable[[Any], Any]) -> None:
+        """Change a JSON file in place, or replace it by what `change` returns."""
+        content = json.loads(file.read_bytes())
+        returned = change(content)
+        file.write_text(json.dumps(content if returned is None else returned))
+
+
+@pytest.fixture(scope="session")
+def forger() -> Forger:
+    """Forges stores."""
+    return Forger()

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 
 import pytest
 
 from kdcache.errors import StoreError
-from kdcache.store.durable import disk_space_errors, file_digest, write_json_durably
+from kdcache.store.durable import disk_space_errors, file_digest, write_durably
 
 
-def test_json_is_whole_or_not_there(tmp_path) -> None:
+def test_a_file_is_whole_or_not_there(tmp_path) -> None:
     path = tmp_path / "a.json"
-    write_json_durably(path, {"b": 1, "a": [1, 2]})
-    assert json.loads(path.read_text()) == {"a": [1, 2], "b": 1}
+    write_durably(path, b"first")
     digest = file_digest(path)
-    write_json_durably(path, {"a": [1, 2], "b": 1})
-    assert file_digest(path) == digest
     with pytest.raises(TypeError):
-        write_json_durably(path, {"a": {1, 2}})  # after "a" was begun
-    assert file_digest(path) == digest
+        write_durably(path, "no bytes")
+    assert (path.read_bytes(), file_digest(path)) == (b"first", digest)
+    write_durably(path, b"second")
+    assert path.read_bytes() == b"second"
     assert os.listdir(tmp_path) == ["a.json"]
 
 

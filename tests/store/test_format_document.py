@@ -95,7 +95,7 @@ def check_fields(first: str, content: Any, named: dict[str, str]) -> None:
         assert has_type(value, written[path][0]), (path, value)
         found[path] = value
     absent = {path for path in written if path not in found}
-    assert all(path.startswith("features.<tap>.") for path in absent), absent
+    assert all(path.startswith(("features.<tap>.", "fidelity.", "view.drawn.")) for path in absent), absent
     for path, (kind, example) in written.items():
         assert has_type(example, kind), (path, kind, example)
 
@@ -131,10 +131,10 @@ def reader(script: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def taught(plan: Any) -> Any:
-    """taught(path, ...): a store whose targets are packed logits."""
+    """taught(path, ...): a store whose targets are packed logits, not rounded."""
 
-    def write(path: Path, k: int, classes: int) -> Path:
-        wanted = plan(k=k, classes=classes, features=False)
+    def write(path: Path, k: int, classes: int, codec: str = "default") -> Path:
+        wanted = plan(k=k, classes=classes, features=False, codec=codec)
         generator = torch.Generator().manual_seed(5)
         logits = 6 * torch.randn(wanted.manifest.records, classes, 6, 8, generator=generator)
         for name, part in zip(("values", "indices", "tail"), pack(logits, k, impl="reference"), strict=True):
@@ -160,9 +160,13 @@ def test_the_reader_uses_what_the_document_allows() -> None:
     assert imported == ALLOWED
 
 
-@pytest.mark.parametrize(("k", "classes"), [(5, 5), (3, 5), (4, 300)], ids=["dense", "top-k", "wide ids"])
-def test_the_reader_prints_dense_logits(script, taught, tmp_path, k, classes) -> None:
-    store = taught(tmp_path / "store.zarr", k, classes)
+@pytest.mark.parametrize(
+    ("k", "classes", "codec"),
+    [(5, 5, "default"), (3, 5, "default"), (4, 300, "default"), (3, 5, "small"), (5, 5, "none")],
+    ids=["dense", "top-k", "wide ids", "small", "none"],
+)
+def test_the_reader_prints_dense_logits(script, taught, tmp_path, k, classes, codec) -> None:
+    store = taught(tmp_path / "store.zarr", k, classes, codec)
     cache = open_cache(store)
     record = len(cache) - 1  # in the short shard
     ran = run(script, store, record)
@@ -241,30 +245,51 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
     assert described == found
 
 
+def described_compressor(cell: str) -> dict[str, Any] | None:
+    """What `blosc` (lz4, level 5) means; None for no compressor."""
+    if cell == "no compressor":
+        return None
+    found = re.fullmatch(r"`(\w+)` \((?:(\w+), )?level (\d)\)", cell)
+    assert found is not None, cell
+    name, inner, level = found[1], found[2], int(found[3])
+    if name == "blosc":
+        return {"name": name, "cname": inner, "clevel": level, "shuffle": "shuffle", "blocksize": 0}
+    return {"name": name, "level": level, "checksum": False}
+
+
 def test_the_codecs_are_those_of_a_store(variant, variant_store) -> None:
-    names = [re.findall(r"`(\w+)`", cell)[:3] for _, cell in table("arrays")]
-    patterns = [cell for cell, _ in table("arrays")]
-    assert patterns == ["`features/*`", "`samples/*`", "all others"]
+    header = re.search(r"^\| arrays \|(.*)\|$", DOCUMENT, re.MULTILINE)
+    assert header is not None
+    column = re.findall(r"`(\w+)`", header[1]).index(variant.manifest.codec) + 1
+    rows = {row[0]: described_compressor(row[column]) for row in table("arrays")}
+    assert list(rows) == ["`features/*`", "`samples/*`", "all others"]
     for path in (path.parent for path in variant_store.rglob("zarr.json")):
         about = metadata(path)
         if about["node_type"] == "array":
             folder = path.relative_to(variant_store).parts[0]
             chain = about["codecs"] if folder == "samples" else about["codecs"][0]["configuration"]["codecs"]
-            row = {"features": 0, "samples": 1}.get(folder, 2)
-            assert [codec["name"] for codec in chain] == names[row], path
-            level = {"features": 1, "samples": 0}.get(folder)
-            assert chain[1]["configuration"].get("level") == level, path
-    shown = json.loads(fenced("codecs"))
-    real = metadata(variant_store / "targets" / "segmentation" / "values")["codecs"]
-    for chain in (shown, real):
-        del chain[0]["configuration"]["chunk_shape"]
-    assert shown == real
+            assert (chain[0]["name"], chain[-1]["name"]) == ("bytes", "crc32c")
+            found = [{"name": codec["name"], **codec["configuration"]} for codec in chain[1:-1]]
+            wanted = rows.get(f"`{folder}/*`", rows["all others"])
+            if wanted is not None and wanted["name"] == "blosc":
+                wanted = {**wanted, "typesize": np.dtype(about["data_type"]).itemsize}
+            assert found == ([] if wanted is None else [wanted]), path
+    if variant.manifest.codec == "default":
+        shown = json.loads(fenced("codecs"))
+        real = metadata(variant_store / "targets" / "segmentation" / "values")["codecs"]
+        for chain in (shown, real):
+            del chain[0]["configuration"]["chunk_shape"]
+        assert shown == real
 
 
 def test_the_fields_are_those_of_a_store(variant, variant_store) -> None:
     manifest = metadata(variant_store)["attributes"]["kdcache"]
     if not manifest["features"]:
         del manifest["features"]  # {}, as the table says
+    if manifest["fidelity"] is None:
+        del manifest["fidelity"]  # as the text says
+    if manifest["view"]["drawn"] is None:
+        del manifest["view"]["drawn"]  # likewise
     taps = dict.fromkeys(variant.manifest.features, "<tap>")
     # A tap may be called like a field: these names stand below `heads` and `features` only.
     for part, named in (("heads", {"segmentation": "<head>"}), ("features", taps)):

@@ -38,8 +38,15 @@ def refusal(kind: type[KDCacheError], action) -> KDCacheError:
     return caught.value
 
 
-def read_all(path: Path) -> None:
+def open_whole(path: Path) -> Cache:
+    """Open as a training does."""
     cache = open_cache(path)
+    cache.check_files()
+    return cache
+
+
+def read_all(path: Path) -> None:
+    cache = open_whole(path)
     for record in range(len(cache)):
         cache.read(record, list(cache.specs))
 
@@ -54,15 +61,18 @@ def test_a_half_built_store_says_how_far(plan, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", [CHUNKED, "records/labelled/c/2", "features/stage1/c/1/0/0/0"])
 @pytest.mark.parametrize("how", ["missing", "truncated", "extended"])
-def test_a_shard_of_another_size_is_refused_at_opening(store, name, how) -> None:
+def test_a_shard_of_another_size_is_refused(store, name, how) -> None:
+    """Before a training, and wherever it is read."""
     path = store / name
     if how == "missing":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] if how == "truncated" else path.read_bytes() + b"\0")
-    error = refusal(CorruptError, lambda: open_cache(store))
-    assert name in error.received
-    assert "same build-teacher-cache command" in error.remedy
+    array, _, place = name.partition("/c/")
+    for action in (open_whole, lambda store: open_cache(store).read(4 * int(place[0]), [array])):
+        error = refusal(CorruptError, lambda action=action: action(store))
+        assert name in error.received
+        assert "(build-teacher-cache, extend or copy) again" in error.remedy
     assert verify_files(store).damaged == [name]
 
 
@@ -70,12 +80,29 @@ def test_a_folder_in_the_place_of_a_shard(store) -> None:
     path = store / CHUNKED
     path.unlink()
     path.mkdir()
-    refusal(CorruptError, lambda: open_cache(store))
+    for action in (open_whole, read_all):
+        refusal(CorruptError, lambda action=action: action(store))
     assert verify_files(store).damaged == [CHUNKED]
     path.rmdir()
     path.parent.rmdir()
     path.parent.touch()
-    refusal(CorruptError, lambda: open_cache(store))
+    for action in (open_whole, read_all):
+        refusal(CorruptError, lambda action=action: action(store))
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "complete.json", "ledger.jsonl", "pixels", "pixels/image"])
+def test_links_are_not_followed(store, tmp_path, name) -> None:
+    """Neither of a file nor of a folder above it: a store is data from elsewhere, and stays within itself."""
+    (store / name).rename(tmp_path / "elsewhere")
+    (store / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError) as caught:
+        read_all(store)
+    assert str(store) in caught.value.received
+
+
+def test_the_store_itself_may_be_a_link(store, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(store)
+    read_all(tmp_path / "link")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +133,7 @@ def test_a_flipped_byte_of_a_shard_is_never_read(store, plan, name) -> None:
 @pytest.mark.parametrize("what", ["link", "pipe", "nothing"])
 @pytest.mark.parametrize("name", [CHUNKED, "records/window/c/0/0"])
 def test_a_shard_that_goes_after_opening(store, tmp_path, name, what) -> None:
-    cache, array = open_cache(store), name.partition("/c/")[0]
+    cache, array = open_whole(store), name.partition("/c/")[0]
     (store / name).rename(tmp_path / "moved")
     if what == "link":
         (store / name).symlink_to(tmp_path / "moved")
@@ -191,14 +218,14 @@ def test_a_chunk_that_only_zarr_reads(store, plan, caplog) -> None:
 METADATA = ["zarr.json", "targets/zarr.json", "pixels/image/zarr.json", "samples/id_bytes/c/0", "samples/id_ends/c/0"]
 
 
-@pytest.mark.parametrize("name", [*METADATA, "ledger/00000001.json", "complete.json"])
+@pytest.mark.parametrize("name", [*METADATA, "ledger.jsonl", "complete.json"])
 @pytest.mark.parametrize("mask", [1, 0x80])
 def test_a_flipped_byte_of_anything_else_is_refused_at_opening(store, name, mask) -> None:
     path = store / name
     size = path.stat().st_size
     for position in range(0, size, max(1, size // 25)):
         flip(path, position, mask)
-        for action in (open_cache, verify_files):
+        for action in (open_whole, verify_files):
             with pytest.raises(StoreError) as caught:
                 action(store)
             assert caught.value.remedy
@@ -207,11 +234,11 @@ def test_a_flipped_byte_of_anything_else_is_refused_at_opening(store, name, mask
     read_all(store)
 
 
-@pytest.mark.parametrize("name", [*METADATA, "ledger/00000001.json"])
+@pytest.mark.parametrize("name", [*METADATA, "ledger.jsonl"])
 def test_a_missing_file_is_refused_at_opening(store, name) -> None:
     (store / name).unlink()
     with pytest.raises(StoreError) as caught:
-        open_cache(store)
+        open_whole(store)
     assert str(store) in caught.value.received
 
 

@@ -84,10 +84,14 @@ def folder_data(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def options() -> Callable[..., BuildOptions]:
-    """Options of a small build; shards of 3, so that 7 records make 3 shards and the last is short."""
+    """Options of a small build; shards of 3, so that 7 records make 3 shards and the last is short.
+
+    Nothing is measured unless a test asks for it: `test_fidelity.py` does.
+    """
 
     def make(**changes: object) -> BuildOptions:
-        settings = {"size": SIZE, "batch_size": 2, "shard_records": 3, "render_threads": 1} | changes
+        settings = {"size": SIZE, "batch_size": 2, "shard_records": 3, "render_threads": 1, "fidelity": False}
+        settings |= changes
         return BuildOptions(**settings)
 
     return make

@@ -46,6 +46,9 @@ WRONG = {
     "scale": ["2:1", "0:1", "1", "1:2:3", (0.5,), (2.0, 0.5), (1.0, INFINITY)],
     "flip": ["sideways"],
     "jitter": [-0.1, 1.1, NAN],
+    "shuffle": ["epoch", None],
+    "resident": ["disk", None],
+    "cache_bytes": [0, -1, 1.5],
     "seed": [-1, 2**63],
     "workers": [-1, 257],
     "threads": [-1],
@@ -65,7 +68,7 @@ def test_a_value_out_of_range_names_its_flag(name: str, value: object) -> None:
 
 
 def test_every_field_with_a_range_is_in_the_table() -> None:
-    free = {"data", "split", "val", "val_split", "cache", "init", "device"}
+    free = {"data", "split", "val", "val_split", "cache", "cache_dir", "init", "device"}
     assert set(WRONG) == set(TrainConfig.model_fields) - free
 
 
@@ -165,6 +168,12 @@ def test_the_data_fills_in_size_and_iterations() -> None:
     given_size = make_config(**BASE, size="16x24", iterations=7).resolved(50, (32, 48))
     assert (given_size.size, given_size.iterations, given_size.val_every) == ((16, 24), 7, 1)
     assert make_config(**BASE, val_every=3).resolved(50, (32, 48)).val_every == 3
+
+
+def test_a_run_keeps_the_order_that_auto_meant() -> None:
+    far = make_config(**BASE).resolved(50, (32, 48), "window")
+    assert far.shuffle == far.resolved(50, (32, 48), "full").shuffle == "window"
+    assert make_config(**BASE, shuffle="full").resolved(50, (32, 48), "window").shuffle == "full"
 
 
 @pytest.mark.parametrize(

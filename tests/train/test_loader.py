@@ -11,14 +11,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from kdcache.data import open_split
+from kdcache.errors import RecipeError
 from kdcache.store import Cache, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, Sample
 from kdcache.train.loader import Draws, make_loader
+from kdcache.train.step import batch_of, parts_of
 
 
 def batches(dataset: CacheDataset, first: int, last: int, *, workers: int = 0, seed: int = 5) -> list[Sample]:
     loader = make_loader(Draws(dataset, seed), first=first, last=last, batch_size=4, workers=workers, pin_memory=False)
-    return list(loader)
+    return [batch_of([part.clone() for part in parts_of(batch)]) for batch in loader]
 
 
 def same(one: Sample, two: Sample) -> bool:
@@ -80,10 +82,40 @@ def test_every_seed_gives_an_order(cache: Cache, seed: int) -> None:
 
 
 def test_worker_processes_give_the_same_batches(source_path: Path, scenes: str) -> None:
+    """Here those of the second of two ranks."""
     dataset = CacheDataset(open_cache(source_path), split=open_split(scenes, "train"))
     alone = batches(dataset, 2, 6)
-    helped = batches(dataset, 2, 6, workers=2)
-    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+    helped = make_loader(Draws(dataset, 5), first=2, last=6, batch_size=4, workers=2, pin_memory=False, rank=1, world=2)
+    for one, two in zip(alone, helped, strict=True):
+        assert isinstance(two, Sample)
+        assert same(batch_of([part[2:] for part in parts_of(one)]), two)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_draw_together_what_one_draws_alone(cache: Cache, workers: int, world: int) -> None:
+    draws = Draws(CacheDataset(cache), 5)
+    together = assemble(draws, world, workers)
+    assert all(same(a, b) for a, b in zip(together, batches(CacheDataset(cache), 2, 7), strict=True))
+
+
+def assemble(draws: Draws, world: int, workers: int) -> list[Sample]:
+    """Steps 2 to 7, put together from what each rank draws."""
+    shares = []
+    for rank in range(world):
+        loader = make_loader(
+            draws, first=2, last=7, batch_size=4, workers=workers, pin_memory=False, rank=rank, world=world
+        )
+        assert len(loader) == 5
+        shares.append([[part.clone() for part in parts_of(batch)] for batch in loader])
+    return [batch_of([torch.cat(parts) for parts in zip(*ranks, strict=True)]) for ranks in zip(*shares, strict=True)]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(cache: Cache) -> None:
+    with pytest.raises(RecipeError, match="equally"):
+        make_loader(
+            Draws(CacheDataset(cache), 0), first=0, last=1, batch_size=4, workers=0, pin_memory=False, rank=1, world=3
+        )
 
 
 def test_a_labelled_dataset_needs_no_target(scenes: str) -> None:

@@ -1,4 +1,4 @@
-"""The ring of buffers: the batches of DataLoader, from threads, in memory that is used again."""
+"""The ring of buffers: the batches of DataLoader, from threads or the caller, in memory that is used again."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import threading
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import Cache
 from kdcache.train import CacheDataset, Sample
-from kdcache.train.loader import Draws, make_loader
+from kdcache.train.dataset import Row
+from kdcache.train.loader import Draws
+from kdcache.train.order import Steps
 from kdcache.train.ring import Items, Ring
 
 
@@ -24,28 +27,28 @@ def copied(batch: Sample | KDCacheError) -> list[torch.Tensor]:
     return [part.clone() for part in tensors(batch)]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [0, 1, 2, 5])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_the_batches_of_a_data_loader(cache: Cache, threads: int, depth: int) -> None:
     draws = Draws(CacheDataset(cache), 5)
-    span = {"first": 3, "last": 12, "batch_size": 4}
-    expected = [copied(batch) for batch in make_loader(draws, **span, workers=0, pin_memory=False)]
-    found = [copied(batch) for batch in Ring(draws, **span, threads=threads, depth=depth)]
+    expected = [tensors(default_collate([draws[4 * step + row] for row in range(4)])) for step in range(3, 12)]
+    found = [copied(batch) for batch in Ring(draws, Steps(3, 12, 4), threads=threads, depth=depth)]
     assert len(found) == len(expected) == 9
     for one, two in zip(found, expected, strict=True):
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_memory_is_used_again(cache: Cache) -> None:
-    ring = Ring(Draws(CacheDataset(cache), 0), first=0, last=12, batch_size=2, threads=2, depth=3)
+@pytest.mark.parametrize(("threads", "buffers"), [(2, 3), (0, 1)])
+def test_memory_is_used_again(cache: Cache, threads: int, buffers: int) -> None:
+    ring = Ring(Draws(CacheDataset(cache), 0), Steps(0, 12, 2), threads=threads, depth=3)
     places = [batch.pixels.data_ptr() for batch in ring if isinstance(batch, Sample)]
     assert len(places) == 12
-    assert len(set(places)) == 3
+    assert len(set(places)) == buffers
 
 
 def test_a_batch_stays_until_the_next_is_asked_for(cache: Cache) -> None:
     draws = Draws(CacheDataset(cache), 0)
-    batches = iter(Ring(draws, first=0, last=6, batch_size=2, threads=3, depth=2))
+    batches = iter(Ring(draws, Steps(0, 6, 2), threads=3, depth=2))
     for step in range(6):
         batch = next(batches)
         assert isinstance(batch, Sample)
@@ -56,7 +59,7 @@ def test_a_batch_stays_until_the_next_is_asked_for(cache: Cache) -> None:
 
 
 def test_nothing_to_draw(cache: Cache) -> None:
-    assert not list(Ring(Draws(CacheDataset(cache), 0), first=4, last=4, batch_size=2))
+    assert not list(Ring(Draws(CacheDataset(cache), 0), Steps(4, 4, 2)))
 
 
 class Faulty:
@@ -65,18 +68,22 @@ class Faulty:
     def __init__(self, draws: Draws, damaged: int = -1, mistaken: int = -1) -> None:
         self.draws, self.damaged, self.mistaken = draws, damaged, mistaken
 
-    def __getitem__(self, draw: int) -> Sample | KDCacheError:
+    def empty(self, *leading: int, pin_memory: bool) -> Sample:
+        return self.draws.empty(*leading, pin_memory=pin_memory)
+
+    def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
         if draw == self.mistaken:
             raise ArithmeticError("ours")
         if draw == self.damaged:
             return CorruptError("a record is whole", received="half of it", remedy="build it again")
-        return self.draws[draw]
+        return self.draws.draw_into(draw, out)
 
 
+@pytest.mark.parametrize("threads", [0, 2, 3])
 @pytest.mark.parametrize("damaged", [0, 5, 11])
-def test_the_error_of_a_sample_comes_in_its_batch_s_place(cache: Cache, damaged: int) -> None:
+def test_the_error_of_a_sample_comes_in_its_batch_s_place(cache: Cache, damaged: int, threads: int) -> None:
     draws: Items = Faulty(Draws(CacheDataset(cache), 0), damaged=damaged)
-    batches = Ring(draws, first=0, last=6, batch_size=2, threads=2)
+    batches = Ring(draws, Steps(0, 6, 2), threads=threads)
     kinds = [isinstance(batch, KDCacheError) for batch in itertools.islice(batches, damaged // 2 + 1)]
     assert kinds == [False] * (damaged // 2) + [True]
 
@@ -84,12 +91,12 @@ def test_the_error_of_a_sample_comes_in_its_batch_s_place(cache: Cache, damaged:
 def test_a_mistake_is_raised_and_no_thread_stays(cache: Cache) -> None:
     draws: Items = Faulty(Draws(CacheDataset(cache), 0), mistaken=7)
     with pytest.raises(ArithmeticError, match="ours"):
-        list(Ring(draws, first=0, last=6, batch_size=2, threads=2))
+        list(Ring(draws, Steps(0, 6, 2), threads=2))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-loader")]
 
 
 def test_leaving_early_ends_the_threads(cache: Cache) -> None:
-    batches = iter(Ring(Draws(CacheDataset(cache), 0), first=0, last=10**9, batch_size=2, threads=3))
+    batches = iter(Ring(Draws(CacheDataset(cache), 0), Steps(0, 10**9, 2), threads=3))
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kdcache-loader")]
@@ -98,7 +105,7 @@ def test_leaving_early_ends_the_threads(cache: Cache) -> None:
 def test_threads_in_different_epochs_share_the_order(cache: Cache) -> None:
     """6 samples and batches of 4: buffers ahead are epochs ahead."""
     draws = Draws(CacheDataset(cache), 3)
-    ring = Ring(draws, first=0, last=60, batch_size=4, threads=6, depth=6)
+    ring = Ring(draws, Steps(0, 60, 4), threads=6, depth=6)
     alone = Draws(CacheDataset(cache), 3)
     for step, batch in enumerate(ring):
         assert isinstance(batch, Sample)

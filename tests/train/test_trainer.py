@@ -226,15 +226,14 @@ def test_a_target_that_is_no_number_is_named_as_kl(
     student: dict[str, Any], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = int(np.random.default_rng((0, 0)).permutation(6)[3])
-    read = Cache.read
+    read_into = Cache.read_into
 
-    def spoilt(self: Cache, record: int, paths: Any) -> dict[str, Any]:
-        rows = read(self, record, paths)
-        if record == bad:
-            rows["targets/segmentation/values"][:, 1, 1] = np.nan
-        return rows
+    def spoilt(self: Cache, record: int, path: str, out: Any) -> None:
+        read_into(self, record, path, out)
+        if record == bad and path == "targets/segmentation/values":
+            out[:, 1, 1] = np.nan
 
-    monkeypatch.setattr(Cache, "read", spoilt)
+    monkeypatch.setattr(Cache, "read_into", spoilt)
     with pytest.raises(ModelError) as caught:
         go(student | {"augment": "none"}, tmp_path)
     assert "term kl is nan at iteration 2" in caught.value.received

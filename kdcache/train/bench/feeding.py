@@ -5,6 +5,7 @@ Waiting for a batch is only a part of that: a loader that draws ahead takes core
 """
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from kdcache.train.bench.streams import Stream, reference_batch
 from kdcache.train.bench.turns import Contestant
 from kdcache.train.config import make_config
 from kdcache.train.dataset import Sample
-from kdcache.train.loader import Draws
+from kdcache.train.feed import feed
+from kdcache.train.loader import Draws, next_batch
 from kdcache.train.schedule import make_optimizer
 from kdcache.train.step import EagerStep, Step, batch_of, choose_step, make_step, parts_of
 
-FED_BY = ("ring", "inline")
+FED_BY = ("ring", "inline", "resident")
 """Loaders of LOADERS that feed steps."""
 _SEED = 0
 
@@ -61,6 +63,7 @@ def step_contestants(
     batch = reference_batch(draws, 0, batch_size)
     if device.type == "cuda":
         batch = batch_of([part.pin_memory() for part in parts_of(batch)])
+    memory = feed(repeat(batch), device)
 
     def learner(take: Callable[[], Sample]) -> Callable[[int], None]:
         def learn(count: int) -> None:
@@ -77,4 +80,4 @@ def step_contestants(
         return Contestant(name, title, lambda: learn(steps), steps, before=lambda: learn(warm_up))
 
     fed = [contestant(one.name, f"fed by {one.title}", one.take, one.ahead + 1) for one in streams]
-    return [contestant(MEMORY, "one batch from memory", lambda: batch, 1), *fed]
+    return [contestant(MEMORY, "one batch from memory", lambda: next_batch(memory), 1), *fed]

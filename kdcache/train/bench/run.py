@@ -13,16 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdcache.data import Split
 from kdcache.evaluate.bench.rivals import UnavailableError
 from kdcache.store import Cache
 from kdcache.train.bench.feeding import FED_BY, make_student_step, step_contestants
 from kdcache.train.bench.readers import READERS, Reader, Source, open_source, verify
 from kdcache.train.bench.report import MEMORY, Measured, Report, Settings, Table
-from kdcache.train.bench.streams import LOADERS, Stream, open_and_weigh, reference_batch
+from kdcache.train.bench.streams import CPU, LOADERS, Stream, open_and_weigh, reference_batch
 from kdcache.train.bench.turns import Contestant, in_turn
 from kdcache.train.dataset import CacheDataset
 from kdcache.train.loader import Draws
+from kdcache.train.records import decoded_bytes
+from kdcache.train.resident import free_bytes
 
 Note = Callable[[str], None]
 LEAST_BATCHES = 4
@@ -44,6 +48,9 @@ def measure(cache: Cache, settings: Settings, split: Split | None = None, note: 
     assert {*settings.against} <= {*READERS, *LOADERS}
     readers = [name for name in READERS if name in settings.against]
     loaders = [name for name in LOADERS if name in settings.against]
+    if "resident" in loaders and decoded_bytes(cache, tuple(cache.specs)) > free_bytes() // 2:
+        note("resident: left out, the decoded records are more than half of what is free")
+        loaders.remove("resident")
     fed_by = [name for name in FED_BY if name in loaders and settings.steps]
     # What may be wrong with the input is told before anything is measured.
     dataset = partial(_dataset, cache=cache, split=split)
@@ -142,8 +149,7 @@ def _measure_steps(
 ) -> Table:
     draws, device = Draws(dataset(CacheDataset), 0), settings.device
     with ExitStack() as open_streams:
-        pinned = device.type == "cuda"
-        streams = [open_streams.enter_context(_open(name, dataset, settings, pinned)) for name in names]
+        streams = [open_streams.enter_context(_open(name, dataset, settings, device)) for name in names]
         for stream in streams:
             stream.verify(draws)
         step = student(reference_batch(draws, 0, settings.batch_size), note)
@@ -164,14 +170,14 @@ def _measure_steps(
     return Table("steps", (MEMORY,), tuple(rows), settings.augments[-1])
 
 
-def _open(name: str, dataset: Callable[..., CacheDataset], settings: Settings, pin_memory: bool = False) -> Stream:
+def _open(name: str, dataset: Callable[..., CacheDataset], settings: Settings, device: torch.device = CPU) -> Stream:
     return Stream(
         name,
         dataset,
         batch_size=settings.batch_size,
         workers=settings.workers,
         threads=settings.threads,
-        pin_memory=pin_memory,
+        device=device,
     )
 
 

@@ -2,9 +2,10 @@
 
 | name | who draws |
 | --- | --- |
-| inline | the trainer itself, between steps: `DataLoader` without workers |
+| inline | the trainer itself, between steps |
 | dataloader | `DataLoader` with worker processes |
 | ring | threads of this process, into buffers used again (`kdcache.train.ring`) |
+| resident | the same from records that stay decoded in memory (`--resident ram`) |
 
 Each is endless and stays open, for worker processes take seconds to start. Before one is timed, its batches must be
 those that the draws give one by one.
@@ -12,7 +13,7 @@ those that the draws give one by one.
 
 import gc
 import multiprocessing
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,12 +23,16 @@ from torch.utils.data import default_collate
 
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.evaluate.bench.memory import peak_in_process
+from kdcache.store import Cache
 from kdcache.train.dataset import CacheDataset, Sample
+from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
+from kdcache.train.records import RamRecords
 from kdcache.train.ring import DEPTH
 from kdcache.train.step import parts_of
 
 ENDLESS = 2**40
+CPU = torch.device("cpu")
 CHECKED = 3
 """Batches that are compared."""
 _KIB = 1024
@@ -49,10 +54,19 @@ class _ByThreads(CacheDataset):
         return True
 
 
+class _Resident(_ByThreads):
+    """Drawn from records in memory."""
+
+    def __init__(self, cache: Cache, **options: Any) -> None:
+        super().__init__(cache, **options)
+        self.records = RamRecords(cache, self.paths)
+
+
 LOADERS: dict[str, tuple[str, type[CacheDataset]]] = {
     "inline": ("inline", CacheDataset),
     "dataloader": ("DataLoader, {workers} workers", _ByProcesses),
     "ring": ("ring, {threads} threads", _ByThreads),
+    "resident": ("ring, {threads} threads, records in memory", _Resident),
 }
 """Name -> title, the dataset that `make_loader` loads in that way."""
 
@@ -63,6 +77,7 @@ class Stream:
     Args:
         make: the dataset, of one of the types of LOADERS.
         workers, threads: of the loaders that have them.
+        device: where the batches go.
     Attributes:
         processes: ids of its workers.
         ahead: batches that it holds ready at most.
@@ -76,26 +91,26 @@ class Stream:
         batch_size: int,
         workers: int,
         threads: int,
-        pin_memory: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         title, kind = LOADERS[name]
         self.name, self.title = name, title.format(workers=workers, threads=threads)
         self._batch_size = batch_size
-        drawing = {"inline": 0, "dataloader": workers, "ring": threads}[name]
+        drawing = {"inline": 0, "dataloader": workers, "ring": threads, "resident": threads}[name]
         loader = make_loader(
             Draws(make(kind), 0),
             first=0,
             last=ENDLESS,
             batch_size=batch_size,
             workers=drawing,
-            pin_memory=pin_memory,
+            pin_memory=device.type == "cuda",
         )
         before = set(multiprocessing.active_children())
-        self._batches: Iterator[Sample | KDCacheError] | None = iter(loader)
+        self._batches: Generator[Sample | KDCacheError, None, None] | None = feed(loader, device)
         self._step = 0
         started = set(multiprocessing.active_children()) - before
         self.processes = tuple(child.pid for child in started if child.pid is not None)
-        self.ahead = {"inline": 0, "dataloader": 2 * workers, "ring": DEPTH - 1}[name]
+        self.ahead = {"inline": 0, "dataloader": 2 * workers, "ring": DEPTH - 1, "resident": DEPTH - 1}[name]
 
     def __enter__(self) -> "Stream":
         return self
@@ -103,13 +118,13 @@ class Stream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """End its threads and processes."""
         batches, self._batches = self._batches, None
-        if isinstance(batches, Generator):
+        if batches is not None:
             batches.close()
         del batches  # a DataLoader's iterator ends its workers when it goes
         gc.collect()
 
     def take(self) -> Sample:
-        """The next batch; of a ring it is valid until the one after. Raises: what the sample raises."""
+        """The next batch, valid until the one after. Raises: what the sample raises."""
         assert self._batches is not None
         self._step += 1
         return next_batch(self._batches)
@@ -122,7 +137,7 @@ class Stream:
         """The next batches are those of `draws`. Raises StoreError: a benchmark must not time the wrong thing."""
         for _ in range(CHECKED):
             step = self._step
-            given = parts_of(self.take())
+            given = [part.cpu() for part in parts_of(self.take())]
             wanted = parts_of(reference_batch(draws, step, self._batch_size))
             if not all(
                 a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(given, wanted, strict=True)

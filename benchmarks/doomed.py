@@ -1,0 +1,130 @@
+"""Processes that run the command line, to be killed at a drawn moment.
+
+They are forked from one that has everything imported: their life is their work, and not the imports.
+"""
+
+import importlib
+import os
+import pkgutil
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kdcache
+import kdcache_kernels
+from kdcache_cli.app import main as command_line
+
+LIMIT_S = 300  # of one process: beyond, it hangs
+
+
+class DifferenceError(Exception):
+    """Something is not as in the uninterrupted work."""
+
+
+@dataclass
+class Process:
+    """A command line of its own."""
+
+    pid: int
+    log: Path
+    code: int | None = None
+
+    @classmethod
+    def start(cls, words: Sequence[object], log: Path) -> "Process":
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            return cls(pid, log)
+        code: Any = 1
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            command_line([str(word) for word in words])
+        except SystemExit as ended:
+            code = ended.code or 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+
+    def ended(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is not None
+
+    def wait(self) -> int:
+        """Exit code. Raises DifferenceError when it takes too long."""
+        until = time.monotonic() + LIMIT_S
+        while not self.ended():
+            if time.monotonic() > until:
+                self.kill()
+                raise DifferenceError(f"a process hung for {LIMIT_S} s: {self.said()}")
+            time.sleep(0.002)
+        assert self.code is not None
+        return self.code
+
+    def kill(self) -> bool:
+        """Whether it was alive still."""
+        if self.ended():
+            return False
+        os.kill(self.pid, signal.SIGKILL)
+        while not self.ended():
+            time.sleep(0.0005)
+        return self.code == -signal.SIGKILL
+
+    def finish(self) -> None:
+        """Raises DifferenceError unless it does what it was asked for."""
+        if self.wait():
+            raise DifferenceError(f"exit code {self.code}: {self.said()}")
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")[-1500:]
+
+
+@dataclass
+class Doom:
+    """When to kill: `seconds` after there are `steps` of a work (shards, iterations), whatever that took."""
+
+    steps: int
+    seconds: float
+
+    @classmethod
+    def draw(cls, rng: random.Random, done: int, total: int, each_s: float, start_s: float) -> "Doom":
+        steps = rng.randint(done, min(total, done + 1 + total // 4))
+        # Before its first step a process starts up; after the last it has little to do.
+        most = start_s + each_s if steps == done else each_s if steps < total else each_s / 4
+        return cls(steps, rng.uniform(0, most))
+
+    def wait(self, count: Callable[[], int], processes: Sequence[Process]) -> None:
+        while count() < self.steps and not all(process.ended() for process in processes):
+            time.sleep(0.0005)
+        time.sleep(self.seconds)
+
+
+@dataclass
+class Tally:
+    """What happened, for the result file."""
+
+    kills: list[dict[str, Any]] = field(default_factory=list)
+    finished: int = 0
+
+    def killed(self, **about: Any) -> None:
+        self.kills.append(about)
+        print(f"kill {len(self.kills)}: " + ", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+
+
+def import_everything() -> None:
+    """What the command line imports when it needs it, so that a forked child has it; starts no threads."""
+    importlib.import_module("torch._dynamo")
+    for package in (kdcache, kdcache_kernels):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads: set OMP_NUM_THREADS=1"

@@ -1,0 +1,107 @@
+"""`kdcache extend`: a larger store, in which nothing is taught twice."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdcache.errors import RecipeError
+from kdcache_cli import options
+from kdcache_cli.cache import (
+    ClassMap,
+    Out,
+    RenderThreads,
+    Teacher,
+    ViewFlip,
+    Views,
+    ViewScale,
+    ViewSeed,
+    teach_and_tell,
+    view_options,
+)
+from kdcache_cli.console import ERRORS
+
+if TYPE_CHECKING:
+    from kdcache.store import Manifest
+
+_Option = typer.Option
+
+
+def extend(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A complete store, which is only read.")],
+    data: options.Data,
+    teacher: Teacher,
+    out: Out,
+    split: Annotated[str | None, _Option("--split", help="Which split of it (default: OLD's).")] = None,
+    views: Views = None,
+    view_seed: ViewSeed = None,
+    view_scale: ViewScale = None,
+    view_flip: ViewFlip = None,
+    features: Annotated[str, _Option("--features", help="Comma-separated taps to store besides OLD's.")] = "",
+    pixels: Annotated[str | None, _Option("--pixels", help="stored or source (default: as OLD).")] = None,
+    codec: Annotated[str | None, _Option("--codec", help="default, small or none (default: OLD's).")] = None,
+    class_map: ClassMap = None,
+    batch_size: Annotated[
+        int | None, _Option("--batch-size", min=1, help="Images per forward (default: OLD's).")
+    ] = None,
+    shard_records: Annotated[
+        int | None, _Option("--shard-records", min=1, max=65536, help="Records per shard file (default: OLD's).")
+    ] = None,
+    render_threads: RenderThreads = None,
+    worker: options.Worker = None,
+    threads: options.Threads = 0,
+    device: options.Device = "auto",
+    cache_dir: options.CacheDir = None,
+    cache_bytes: options.CacheBytes = None,
+) -> None:
+    """Build a store with more samples, views or taps than OLD has, without teaching again what OLD says.
+
+    What is not given is as in OLD: size, classes kept, precision, normalisation. Images are rendered and compared with
+    OLD's checksums: what changed is taught anew, what is equal is taken over. A new tap sends every image through the
+    teacher once more, but keeps OLD's targets. OLD is never written to; interrupted, the same command continues.
+
+    [dim]kdcache extend camvid.zarr --data camvid-more --teacher runs/teacher --out camvid-more.zarr[/]
+    [dim]kdcache extend camvid.zarr --data camvid --teacher runs/teacher --views 4 --out camvid-4.zarr[/]
+    """
+    import torch
+
+    from kdcache.data import open_split
+    from kdcache.store import open_cache, worker_of
+    from kdcache.teacher import load_teacher, options_of
+    from kdcache.train import pick_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    earlier = open_cache(options.open_place(old, cache_dir, cache_bytes))
+    about = earlier.manifest
+    _check_place(old, out)
+    source = open_split(data, split or about.dataset.split)
+    loaded = load_teacher(teacher, source.classes, class_map=class_map, mean=about.teacher.mean, std=about.teacher.std)
+    for note in loaded.notes:
+        ERRORS.print(f"note: {note}")
+    changes = {
+        "features": _taps(about, features),
+        "pixels": None if pixels is None else options.one_of("--pixels", pixels, ("stored", "source")),
+        "codec": None if codec is None else options.one_of("--codec", codec, ("default", "small", "none")),
+        "batch_size": batch_size,
+        "shard_records": shard_records,
+        "render_threads": render_threads,
+        "device": pick_device(device),
+        **view_options(views, view_seed, view_scale, view_flip),
+    }
+    chosen = options_of(about, **{name: value for name, value in changes.items() if value is not None})
+    teach_and_tell(source, loaded, out, chosen, worker_of(worker), earlier)
+
+
+def _taps(about: "Manifest", features: str) -> tuple[str, ...]:
+    """OLD's, and the further ones."""
+    return tuple(dict.fromkeys([*about.features, *(tap for tap in features.split(",") if tap)]))
+
+
+def _check_place(old: str, out: str) -> None:
+    if old.rstrip("/") == out.rstrip("/") or ("://" not in old + out and Path(old).resolve() == Path(out).resolve()):
+        raise RecipeError(
+            "a store is extended into a new one",
+            received=f"--out {out}, which is OLD itself",
+            remedy="give a new folder or address with --out; OLD may be removed when it is complete",
+        )

@@ -1,0 +1,203 @@
+"""`kdcache inspect`, `verify`, `copy`: a store that is there."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from kdcache.errors import RecipeError
+from kdcache_cli import options
+from kdcache_cli.console import OUT, bytes_text, progress_bar
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+    from kdcache.store import Cache
+
+_Option = typer.Option
+
+
+def inspect(
+    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    json: Annotated[bool, _Option("--json", help="Machine-readable.")] = False,
+    cache_dir: options.CacheDir = None,
+    cache_bytes: options.CacheBytes = None,
+) -> None:
+    """Say what a store is: from what, how big, complete or not, compression, top-k mass."""
+    from kdcache.store import inspect_store
+
+    report = inspect_store(options.open_place(store, cache_dir, cache_bytes))
+    if json:
+        typer.echo(json_module.dumps(report.to_json(), indent=1))
+        return
+    facts = Table(box=None, show_header=False)
+    facts.add_column(style="dim")
+    for name, value in report.facts():
+        facts.add_row(name, value)
+    OUT.print(facts)
+    table = Table("array", "record", "type", "on disk", "per record", "ratio", box=None, header_style="dim")
+    for array in report.arrays:
+        per_record = bytes_text(array.bytes_on_disk / max(report.records_written, 1))
+        shape = "x".join(map(str, array.shape)) or "1"
+        table.add_row(array.path, shape, array.dtype, bytes_text(array.bytes_on_disk), per_record, f"{array.ratio:.2f}")
+    OUT.print(table)
+
+
+def verify(
+    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    teacher: Annotated[str | None, _Option("--teacher", help="Run this teacher again on a sample of records.")] = None,
+    records: Annotated[int, _Option("--records", min=1, help="How many records to run it on.")] = 16,
+    data: options.OptionalData = None,
+    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    class_map: Annotated[Path | None, _Option("--class-map", help="As at the build.")] = None,
+    device: options.Device = "auto",
+    cache_dir: options.CacheDir = None,
+    cache_bytes: options.CacheBytes = None,
+) -> None:
+    """Check every byte of a store; with --teacher, also that it holds what that teacher says.
+
+    Exits with 1 when something is off.
+    """
+    from kdcache.data import ClassList, open_split
+    from kdcache.store import open_cache, read_manifest, verify_files
+    from kdcache.teacher import compare_teacher, load_teacher
+    from kdcache.train import pick_device
+
+    place = options.open_place(store, cache_dir, cache_bytes)
+    with progress_bar() as bar:
+        task = bar.add_task("checking files", total=None, note="")
+        report = verify_files(place, lambda done, total: bar.update(task, completed=done, total=total))
+    OUT.print(f"{report.files} files, {bytes_text(report.bytes)} of shards: ", end="")
+    OUT.print("[green]as written[/]" if not report.damaged else f"[red]{len(report.damaged)} damaged[/]")
+    for name in report.damaged:
+        OUT.print(f"  [red]damaged[/] {place.describe(name)}")
+    if report.damaged:
+        first = "Delete these files, then run" if place.remote else "Run"
+        OUT.print(
+            f"{first} the command that wrote it (build-teacher-cache, extend or copy) again: "
+            "it redoes these shards alone."
+        )
+        raise typer.Exit(1)
+    if teacher is None:
+        return
+    dataset = read_manifest(place).dataset
+    source = open_split(data, split or dataset.split) if data else None
+    loaded = load_teacher(teacher, ClassList(dataset.class_names, dataset.class_colours), class_map=class_map)
+    agreement = compare_teacher(open_cache(place), loaded, source, pick_device(device), records)
+    for line in agreement.fingerprint:
+        OUT.print(f"  [red]another teacher[/] {line}")
+    for name in agreement.drifted:
+        OUT.print(f"  [red]drifted pixels[/] {name}")
+    OUT.print(
+        f"{agreement.records} records against the teacher: argmax agreement {100 * agreement.argmax:.3f} %, "
+        f"KL {agreement.kl:.2e} nats, largest logit error {agreement.largest_error:.2e}"
+    )
+    OUT.print("[green]the store holds what this teacher says[/]" if agreement.ok else "[red]it does not[/]")
+    if not agreement.ok:
+        raise typer.Exit(1)
+
+
+def copy(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A complete store, a folder or s3://BUCKET/PREFIX (gs://, az://).")
+    ],
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="Where to: a new folder or address, or a copy to go on with.")
+    ],
+    codec: Annotated[
+        str | None, _Option("--codec", help="default, small or none, as at the build (default: the source's).")
+    ] = None,
+    shard_records: Annotated[
+        int | None, _Option("--shard-records", min=1, max=65536, help="Records per shard file (default: the source's).")
+    ] = None,
+    samples: Annotated[
+        int | None, _Option("--samples", min=1, help="Only so many samples, evenly spread over the source.")
+    ] = None,
+    ids: Annotated[
+        Path | None, _Option("--ids", help="Only the samples whose ids this file lists, one a line.")
+    ] = None,
+    features: Annotated[
+        str | None, _Option("--features", help="Only these taps, comma-separated; '' for none (default: all).")
+    ] = None,
+    pixels: Annotated[
+        str | None, _Option("--pixels", help="source: without images and labels, which the data set gives then.")
+    ] = None,
+    worker: options.Worker = None,
+    cache_dir: options.CacheDir = None,
+    cache_bytes: options.CacheBytes = None,
+) -> None:
+    """Copy a store, to another disk or object store, into another codec or other shards, in part.
+
+    What stays as it is, is copied byte for byte, and every file is compared with its digest: fast, and exact.
+    Interrupted, the same command continues; a finished copy is checked and left as it is. --codec small rounds
+    targets, and the copy says what that loses; nothing brings back what was rounded.
+
+    [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]
+    [dim]kdcache copy ade20k.zarr ade20k-small.zarr --codec small[/]
+    [dim]kdcache copy ade20k.zarr tenth.zarr --samples 2000 --features ''[/]
+    """
+    from kdcache.store import CopyChanges, copy_store, open_cache, store_exists, summarise, worker_of
+    from kdcache.store.copy import rounds
+
+    cache = open_cache(options.open_place(source, cache_dir, cache_bytes))
+    changes = CopyChanges(
+        codec=None if codec is None else options.one_of("--codec", codec, ("default", "small", "none")),  # type: ignore[arg-type]
+        shard_records=shard_records,
+        samples=_samples(cache, samples, ids),
+        features=None if features is None else tuple(tap for tap in features.split(",") if tap),
+        pixels=None if pixels is None else options.one_of("--pixels", pixels, ("stored", "source")),  # type: ignore[arg-type]
+    )
+    fidelity = None
+    if rounds(cache.manifest, changes.codec) and not store_exists(destination):  # a copy that was begun has its figures
+        from kdcache.teacher import copied_fidelity  # which imports torch
+
+        fidelity = copied_fidelity(cache, changes.codec)
+    part = worker_of(worker)
+    with progress_bar() as bar:
+        task = bar.add_task(part.describe("copying"), total=None, note="")
+        result = copy_store(
+            cache,
+            destination,
+            changes,
+            fidelity=fidelity,
+            worker=part,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if not result.complete:
+        OUT.print(f"[bold]{destination}[/]: {part.describe('done')}; the copy is finished by the worker that ends last")
+        return
+    report = summarise(open_cache(options.open_place(destination, cache_dir, cache_bytes)))
+    kept = f" ({result.kept} were there)" if result.kept else ""
+    speed = f" in {result.seconds:.1f} s, {result.records / result.seconds:.0f} records/s" if result.records else ""
+    OUT.print(
+        f"[bold]{destination}[/]: {result.manifest.records} records{kept}{speed}; {bytes_text(report.bytes_on_disk)}, "
+        f"the source has {bytes_text(summarise(cache).bytes_on_disk)}"
+    )
+    if result.manifest.fidelity is not None:
+        OUT.print(
+            f"what codec {result.manifest.codec} stored, beside the teacher: {result.manifest.fidelity.describe()}"
+        )
+    elif cache.manifest.fidelity is not None:
+        OUT.print("what is lost beside the teacher is not known: the source itself keeps less than the teacher said")
+
+
+def _samples(cache: "Cache", count: int | None, ids: Path | None) -> list[int] | None:
+    from kdcache.store import samples_of_ids, spread_samples
+
+    if count is not None and ids is not None:
+        raise RecipeError(
+            "a part of a store is so many samples, or those of a list",
+            received=f"--samples {count} and --ids {ids}",
+            remedy="give one of them",
+        )
+    if count is not None:
+        return spread_samples(cache, count)
+    if ids is None:
+        return None
+    try:
+        lines = ids.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            "--ids is a text file with one id per line", received=f"{ids}: {error}", remedy="check the path"
+        ) from error
+    return samples_of_ids(cache, [line.strip() for line in lines if line.strip()])

@@ -1,0 +1,257 @@
+"""Copying a store: into another codec, into other shards, in part, without some arrays; to and from object stores.
+
+An array whose shards stay what they are is copied file by file, each compared with the ledger's digest: exact, and as
+fast as disk and network are. Any other is read row by row, rounded when the codec says so, and encoded again.
+
+A copy is written like any store, so it goes on where it was interrupted, and several workers may share it. It keeps the
+source's `created`: that is when its teacher spoke, and it tells a copy of this store from one of another.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kdcache.errors import MismatchError, StoreError
+from kdcache.store.codec import round_targets
+from kdcache.store.damage import damaged, unreadable
+from kdcache.store.manifest import Codec, Dataset, Fidelity, Manifest
+from kdcache.store.part import ids_digest
+from kdcache.store.place import open_place
+from kdcache.store.reader import Cache
+from kdcache.store.schema import ArraySpec, record_arrays, shard_key
+from kdcache.store.writer import StoreWriter, Worker, open_writer
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class CopyChanges:
+    """What a copy has otherwise than its source; None keeps it.
+
+    Attributes:
+        samples: numbers of the samples to keep, in ascending order, with all their views.
+        features: the taps to keep.
+        pixels: `source` leaves images and labels out.
+    """
+
+    codec: Codec | None = None
+    shard_records: int | None = None
+    samples: Sequence[int] | None = None
+    features: Sequence[str] | None = None
+    pixels: Literal["stored", "source"] | None = None
+
+
+@dataclass(frozen=True)
+class CopyResult:
+    """What a copy did; `records` were copied now, `kept` were there already.
+
+    `complete` is False when other workers have still to finish their shards.
+    """
+
+    manifest: Manifest
+    records: int
+    kept: int
+    seconds: float
+    complete: bool
+
+
+def copy_store(
+    source: Cache,
+    destination: str | Path,
+    changes: CopyChanges | None = None,
+    *,
+    fidelity: Fidelity | None = None,
+    worker: Worker | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CopyResult:
+    """Copy an open store. Interrupted, the same call continues; a finished copy is checked and left.
+
+    Args:
+        destination: a folder or an address, new or empty, or of a copy to go on with.
+        fidelity: figures of a copy that rounds what its source did not (`rounds`); others keep the source's.
+        worker: which part of a copy that several processes share; default all of it.
+        progress: called with (records done, records), those that were there already included.
+    Raises:
+        CorruptError naming the file of the source that is damaged; its shard does not count as copied.
+        StoreError, MismatchError: changes that cannot be, or another store in the destination.
+    """
+    changes = changes or CopyChanges()
+    _check_elsewhere(source, destination)
+    numbers = list(_chosen(source, changes))
+    manifest = _manifest(source, changes, numbers, fidelity)
+    with open_writer(destination, manifest, [source.ids[number] for number in numbers], worker) as writer:
+        if writer.manifest.created != manifest.created:
+            raise MismatchError(
+                "a copy is continued from the store that it was begun with",
+                received=f"{writer.place} holds what was built {writer.manifest.created}, "
+                f"{source.place} was built {manifest.created}",
+                remedy="copy into a new or empty place",
+            )
+        copying = _Copying(source, writer, numbers)
+        mine = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
+        kept = mine - sum(map(manifest.shard_records, writer.missing))
+        copied = 0
+        began = time.perf_counter()
+        while writer.missing:
+            for shard in writer.claimed():
+                writer.write_shard(shard, _Shard(copying, shard))
+                copied += manifest.shard_records(shard)
+                if progress is not None:
+                    progress(kept + copied, mine)
+            if writer.missing:
+                writer.wait()
+        seconds = time.perf_counter() - began
+        return CopyResult(writer.manifest, copied, mine - copied, seconds, writer.seal())
+
+
+def _check_elsewhere(source: Cache, destination: str | Path) -> None:
+    """A damaged store that is copied onto itself would lose its seal."""
+    place = open_place(destination)
+    same = str(place).rstrip("/") == str(source.place).rstrip("/")
+    if same or (not place.remote and not source.remote and place.folder.resolve() == source.path.resolve()):
+        raise StoreError(
+            "a copy goes to another place than its source",
+            received=f"{place} for both",
+            remedy="give another folder or address",
+        )
+
+
+def rounds(source: Manifest, codec: Codec | None) -> bool:
+    """Whether a copy into `codec` rounds targets that the source's codec did not."""
+    return codec == "small" and source.codec != "small"
+
+
+def _chosen(source: Cache, changes: CopyChanges) -> Sequence[int]:
+    every = range(source.manifest.dataset.samples)
+    return every if changes.samples is None else changes.samples
+
+
+def _manifest(source: Cache, changes: CopyChanges, numbers: Sequence[int], fidelity: Fidelity | None) -> Manifest:
+    about = source.manifest
+    _check(source, changes)
+    kept = about.features if changes.features is None else set(changes.features)
+    pixels = changes.pixels or about.view.pixels
+    return about.model_copy(
+        update={
+            "records": len(numbers) * about.view.views_per_sample,
+            "dataset": about.dataset if changes.samples is None else _part_of_dataset(source, numbers),
+            "view": about.view.model_copy(update={"pixels": pixels}),
+            "features": {tap: feature for tap, feature in about.features.items() if tap in kept},
+            "build": about.build.model_copy(
+                update={"shard_records": changes.shard_records or about.build.shard_records}
+            ),
+            "codec": changes.codec or about.codec,
+            "fidelity": fidelity if rounds(about, changes.codec) else about.fidelity,
+        }
+    )
+
+
+def _part_of_dataset(source: Cache, numbers: Sequence[int]) -> Dataset:
+    about = source.manifest
+    labelled = source.column("labelled")[[about.record(number) for number in numbers]]
+    return about.dataset.model_copy(
+        update={
+            "samples": len(numbers),
+            "labelled": int(np.count_nonzero(labelled)),
+            "ids_digest": ids_digest(about.dataset.class_names, [source.ids[number] for number in numbers]),
+        }
+    )
+
+
+def _check(source: Cache, changes: CopyChanges) -> None:
+    """Whether the source has what the copy shall have. Raises StoreError."""
+    about = source.manifest
+    unknown = sorted(set(changes.features or ()) - set(about.features))
+    if unknown:
+        raise StoreError(
+            "a copy keeps taps that its source has",
+            received=f"{', '.join(unknown)}; {source.place} has {', '.join(about.features) or 'no taps'}",
+            remedy="name some of these; kdcache extend adds taps",
+        )
+    if changes.pixels == "stored" and about.view.pixels != "stored":
+        raise StoreError(
+            "a copy has pixels only when its source has",
+            received=f"{source.place} was built with --pixels source",
+            remedy="kdcache extend --pixels stored renders them from the data set",
+        )
+    if changes.samples is not None and (changes.pixels or about.view.pixels) == "source":
+        raise StoreError(
+            "a store without pixels is used with exactly the data set that it was built from",
+            received="some of the samples, and no pixels",
+            remedy="copy all samples, or some of a store that was built with --pixels stored",
+        )
+
+
+class _Copying:
+    """Where the shards of a copy come from.
+
+    Args:
+        numbers: of the samples that are copied.
+    """
+
+    def __init__(self, source: Cache, writer: StoreWriter, numbers: Sequence[int]) -> None:
+        self.source = source
+        self.manifest = writer.manifest
+        self.specs = {spec.path: spec for spec in record_arrays(writer.manifest)}
+        self.numbers = numbers
+        self.whole = set[str]()
+        if source.ledger is not None and len(numbers) == source.manifest.dataset.samples:
+            theirs = source.ledger.completion.metadata
+            same_codec = source.manifest.codec == self.manifest.codec  # then nothing is rounded
+            self.whole = {
+                path
+                for path in self.specs
+                if (same_codec or not path.startswith("targets/"))
+                and writer.place.digest(f"{path}/zarr.json") == theirs.get(f"{path}/zarr.json")
+            }
+
+    def content(self, path: str, shard: int) -> Array | bytes:
+        """A shard of an array: the source's own file, or its rows."""
+        spec = self.specs[path]
+        return self._file(spec, shard) if path in self.whole else self._rows(spec, shard)
+
+    def _file(self, spec: ArraySpec, shard: int) -> bytes:
+        """Raises: CorruptError for a file that is not what the ledger says."""
+        assert self.source.ledger is not None
+        place, key = self.source.place, shard_key(spec, shard)
+        expected = self.source.ledger.file(shard, key)
+        for _ in range(2 if place.remote else 1):  # what was spoiled on its way is asked for again
+            try:
+                content = place.read(key, most=expected.bytes)
+            except (OSError, ValueError) as error:
+                raise unreadable(place.describe(key), "the file cannot be read", error) from error
+            if hashlib.sha256(content).hexdigest() == expected.sha256:
+                return content
+        raise damaged(place.describe(key), "its bytes are not those that were written")
+
+    def _rows(self, spec: ArraySpec, shard: int) -> Array:
+        first, last = self.manifest.shard_range(shard)
+        views = self.manifest.view.views_per_sample
+        if spec.path == "records/sample":
+            return np.arange(first, last, dtype=spec.dtype) // views
+        rows = np.empty((last - first, *spec.shape), spec.dtype)
+        for place, record in enumerate(range(first, last)):
+            theirs = self.source.manifest.record(self.numbers[record // views], record % views)
+            self.source.read_into(theirs, spec.path, rows[place, ...])
+        return round_targets({spec.path: rows}, self.manifest.codec)[spec.path]
+
+
+class _Shard(Mapping[str, Array | bytes]):
+    """The arrays of one shard, each made when it is asked for: memory holds one of them."""
+
+    def __init__(self, copying: _Copying, shard: int) -> None:
+        self._copying, self._number = copying, shard
+
+    def __getitem__(self, path: str) -> Array | bytes:
+        return self._copying.content(path, self._number)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._copying.specs)
+
+    def __len__(self) -> int:
+        return len(self._copying.specs)

@@ -1,0 +1,313 @@
+"""Where the files of a store are: a folder, or a prefix of an object store. Keys are paths below it.
+
+The rest of the room works on a `Place` alone. What it promises: `publish` is whole or not at all, and on return on
+the disk; `read` and `open` follow no link below the store's own folder; `claim` gives a shard to one process at a time.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kdcache.errors import StoreError
+from kdcache.store.durable import PARTIAL, disk_space_errors, file_digest, sync_path, sync_with_parents, write_durably
+
+Release = Callable[[], None]
+MAX_JSON_BYTES = 2**23
+"""Of a manifest, a seal or a ledger record. What is longer is an attack or an accident."""
+MAX_SEALED_BYTES = 2**28
+"""Of the whole ledger, or of the ids of all samples: 120,000 shards, or 50 million ids."""
+LOCK = ".lock"
+
+
+class Place(ABC):
+    """The files of one store.
+
+    Attributes:
+        folder: where `open` finds files on this machine; a copy in part when the store is elsewhere.
+        remote: whether it is elsewhere, so that reads in any order are slow.
+    """
+
+    folder: Path
+    remote: bool
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """As the user named it, for messages."""
+
+    def describe(self, key: str) -> str:
+        """A file as messages name it."""
+        return f"{str(self).rstrip('/')}/{key}"
+
+    def at(self, version: str) -> "Place":
+        """The same place, known to hold the store that `version` identifies: copies of another one do not count."""
+        return self
+
+    @abstractmethod
+    def read(self, key: str, most: int = MAX_JSON_BYTES) -> bytes:
+        """The whole file. Raises: OSError; FileNotFoundError when it is not there; ValueError beyond `most` bytes."""
+
+    @abstractmethod
+    def sealed(self, key: str, sha256: str) -> bytes:
+        """The whole of a file that never changes; afterwards it lies in `folder`.
+
+        Raises: OSError; ValueError when it is another file.
+        """
+
+    @abstractmethod
+    def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
+        """Bytes of each file, None for one that is not there."""
+
+    @abstractmethod
+    def digest(self, key: str) -> str | None:
+        """sha256 of a file, None when it is not there; reads all of it."""
+
+    @abstractmethod
+    def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
+        """Descriptor of a file, for reading. Size and digest are what the ledger says, where that is known.
+
+        Raises: OSError; ValueError for a file of another size.
+        """
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of copies that are kept of files that are elsewhere; None where there are none."""
+        return None
+
+    def forget(self, key: str) -> bool:
+        """Drop the copy of a file that proved damaged; False when there is none: the file itself is."""
+        return False
+
+    @abstractmethod
+    def begin(self, files: Mapping[str, bytes]) -> None:
+        """Make the store of its metadata, unless it is there already: of many that try at once, one does.
+
+        Raises: StoreError when something else is in the place.
+        """
+
+    @abstractmethod
+    def publish(self, key: str, content: bytes) -> None:
+        """Write a file, whole or not at all, and to the disk."""
+
+    @abstractmethod
+    def announce(self, key: str, content: bytes) -> bool:
+        """`publish` a file that nobody else may have published; False when somebody did."""
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Remove a file that may not be there."""
+
+    @abstractmethod
+    def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
+        """Take a shard for writing its files `keys`; None when another process has it. Ends with the process."""
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """Remove what interrupted writes left; when nobody writes."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Wait until no other process is in here too. What is created in one request needs no waiting."""
+        return nullcontext()
+
+
+class Folder(Place):
+    """A store on a disk."""
+
+    remote = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._synced: set[Path] = set()
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, key: str, most: int = MAX_JSON_BYTES) -> bytes:
+        handle = self.open(key)
+        try:
+            size = os.fstat(handle).st_size
+            if size > most:
+                raise ValueError(f"{size} bytes are more than the {most} that it may have")
+            return _read_all(handle, size)
+        finally:
+            os.close(handle)
+
+    def sealed(self, key: str, sha256: str) -> bytes:
+        content = self.read(key, most=MAX_SEALED_BYTES)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError("it was changed after the store was sealed")
+        return content
+
+    def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
+        for key in keys:
+            yield self._size(key)
+
+    def _size(self, key: str) -> int | None:
+        try:
+            status = os.stat(f"{self.folder}/{key}", follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                return None
+            raise
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def digest(self, key: str) -> str | None:
+        if self._size(key) is None:
+            return None
+        try:
+            handle = self.open(key)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):  # a link above it
+                return None
+            raise
+        return file_digest(handle)
+
+    def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
+        handle = _open_below(self.folder, key)
+        found = os.fstat(handle).st_size
+        if size is not None and found != size:
+            os.close(handle)
+            raise ValueError(f"it has {found} bytes, the ledger says {size}")
+        return handle
+
+    def begin(self, files: Mapping[str, bytes]) -> None:
+        self._check_place()
+        with disk_space_errors(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder.parent):
+                if not (self.folder / "zarr.json").exists():
+                    self._make(files)
+
+    def _check_place(self) -> None:
+        """A store is made in a new or empty folder; what else is there is the user's."""
+        path = self.folder
+        there = next(part for part in (path, *path.absolute().parents) if part.exists())
+        if not there.is_dir() or (there == path and not (path / "zarr.json").exists() and any(path.iterdir())):
+            raise StoreError(
+                "a store is written into a new or empty folder, or goes on where it was begun",
+                received=f"{there} holds something else" if there.is_dir() else f"{there} is a file",
+                remedy="give another folder, or empty it yourself if nothing in it is needed",
+            )
+
+    def _make(self, files: Mapping[str, bytes]) -> None:
+        """Make it beside its place and move it there whole: a crash leaves no half-made folder."""
+        begun = self.folder.with_name(f".{self.folder.name}.begun")
+        shutil.rmtree(begun, ignore_errors=True)
+        try:
+            for key, content in files.items():
+                (begun / key).parent.mkdir(parents=True, exist_ok=True)
+                (begun / key).write_bytes(content)
+                sync_with_parents(begun / key, begun)
+            begun.rename(self.folder)
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
+        sync_path(self.folder.parent)
+
+    def publish(self, key: str, content: bytes) -> None:
+        path = self.folder / key
+        with disk_space_errors(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, content)
+            self._sync_above(path.parent)
+
+    def _sync_above(self, folder: Path) -> None:
+        """Sync the entries of the folders between a file's own and the store's, once per process."""
+        while folder != self.folder and folder not in self._synced:
+            sync_path(folder.parent)
+            self._synced.add(folder)
+            folder = folder.parent
+
+    def announce(self, key: str, content: bytes) -> bool:
+        self.publish(key, content)  # its shard is claimed: there is nobody else
+        return True
+
+    def remove(self, key: str) -> None:
+        (self.folder / key).unlink(missing_ok=True)
+
+    def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
+        (self.folder / "ledger").mkdir(exist_ok=True)
+        lock = FileLock(self.folder / "ledger" / f"{shard:08d}{LOCK}", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            return None
+        for path in (self.folder / key for key in keys):
+            for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):
+                left.unlink()
+        return partial(_release, lock)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return _locked(self.folder)
+
+    def tidy(self) -> None:
+        for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}")):
+            with suppress(FileNotFoundError):  # somebody else's tidying
+                left.unlink()
+
+
+def open_place(location: "str | Path | Place", cache_dir: Path | None = None, cache_bytes: int | None = None) -> Place:
+    """A folder, or the address of a prefix in an object store: s3://bucket/prefix, gs:// and az:// likewise.
+
+    Args:
+        cache_dir, cache_bytes: where copies of a remote store are kept, and how much of them; default kdcache in the
+            user's cache folder, and half of what is free there.
+    Raises: StoreError for an address that is not understood, or without the extra `remote`.
+    """
+    if isinstance(location, Place):
+        return location
+    if "://" not in str(location):
+        return Folder(Path(location))
+    from kdcache.store.bucket import Bucket
+    from kdcache.store.mirror import Mirror, default_base
+
+    return Bucket(str(location), Mirror(cache_dir or default_base(), cache_bytes))
+
+
+def _release(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is still there
+    lock.release()
+
+
+def _read_all(handle: int, size: int) -> bytes:
+    parts = []
+    at = 0
+    while at < size and (part := os.pread(handle, size - at, at)):  # Linux reads at most 2 GiB at once
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)
+
+
+def _open_below(folder: Path, key: str) -> int:
+    """Descriptor of a file below a folder, through no link. A pipe opens at once, and cannot be read at an offset."""
+    *folders, name = key.split("/")
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in folders:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for and hold the lock of a folder, which leaves no file behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,115 @@
+"""Taking over what an earlier store says: a teacher need not repeat itself.
+
+A record is taken over when the same view of the same sample renders to the very pixels that were taught on, in a store
+of the same teacher, classes, size and head. A tap that the earlier store does not have sends every record through the
+teacher once more, for that tap alone: the target stays the stored one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kdcache.data import Split
+from kdcache.errors import MismatchError
+from kdcache.store import Cache, Manifest, round_targets
+from kdcache.store.copy import rounds
+from kdcache.teacher.plan import BuildOptions, plan_manifest
+from kdcache.teacher.records import Array, Rendered
+from kdcache.teacher.source import Teacher
+
+
+class Reuse:
+    """What the store `old` says that one of `manifest` would say again.
+
+    Attributes:
+        complete: whether a record that is taken over needs the teacher no more.
+    """
+
+    def __init__(self, old: Cache, manifest: Manifest) -> None:
+        self._old = old
+        self._codec = manifest.codec
+        theirs = old.manifest.features
+        taps = [tap for tap, feature in manifest.features.items() if theirs.get(tap) == feature]
+        self.complete = len(taps) == len(manifest.features)
+        self._paths = [*old.target_paths(), *(f"features/{tap}" for tap in taps)]
+        self._samples = {sample: number for number, sample in enumerate(old.ids)}
+        self._checksums, self._windows = old.column("pixel_checksum"), old.column("window")
+        self._flips = old.column("flip")
+
+    def find(self, item: Rendered, sample: str) -> int | None:
+        """The record of the earlier store that is this one.
+
+        Args:
+            sample: the item's sample id.
+        """
+        number = self._samples.get(sample)
+        if number is None or item.view >= self._old.manifest.view.views_per_sample:
+            return None
+        record = self._old.manifest.record(number, item.view)
+        same = (
+            int(self._checksums[record]) == item.checksum
+            and tuple(self._windows[record].tolist()) == item.window.as_tuple()
+            and bool(self._flips[record]) == item.flip
+        )
+        return record if same else None
+
+    def rows(self, records: Sequence[int]) -> dict[str, Array]:
+        """What is taken over of some records of the earlier store: path -> rows. Raises CorruptError."""
+        read = [self._old.read(record, self._paths) for record in records]
+        return round_targets({path: np.stack([row[path] for row in read]) for path in self._paths}, self._codec)
+
+
+def options_of(old: Manifest, **changes: Any) -> BuildOptions:
+    """The options that a store was built with, but for `changes` (fields of BuildOptions)."""
+    drawn = old.view.drawn
+    views = {} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}
+    options = {
+        "size": old.view.size,
+        "top_k": old.heads["segmentation"].k,
+        "features": tuple(old.features),
+        "views": old.view.views_per_sample,
+        "pixels": old.view.pixels,
+        "codec": old.codec,
+        "batch_size": old.build.batch_size,
+        "shard_records": old.build.shard_records,
+        "precision": old.teacher.precision,
+    }
+    return BuildOptions(**{**options, **views, **changes})
+
+
+def plan_extended(split: Split, teacher: Teacher, options: BuildOptions, old: Cache) -> Manifest:
+    """`plan_manifest` of a store that takes over `old`, whose figures hold as long as nothing more is rounded.
+
+    Raises: MismatchError naming every field that differs.
+    """
+    about = old.manifest
+    found = []
+    if about.dataset.class_names != split.classes.names:
+        found.append(f"classes: {_some(about.dataset.class_names)} against {_some(split.classes.names)}")
+    if about.view.size != tuple(options.size):
+        found.append(f"view.size: {about.view.size} against {tuple(options.size)}")
+    if about.codec == "small" and options.codec != "small":
+        found.append(f"codec: small rounded its targets, {options.codec} does not")
+    _refuse(old, found)
+    keeps_figures = about.fidelity is not None and not rounds(about, options.codec)
+    manifest = plan_manifest(split, teacher, replace(options, fidelity=options.fidelity and not keeps_figures))
+    found = about.teacher.differences(manifest.teacher)
+    if about.heads != manifest.heads:
+        found.append(f"heads: {about.heads} against {manifest.heads}")
+    _refuse(old, found)
+    return manifest.model_copy(update={"fidelity": about.fidelity}) if keeps_figures else manifest
+
+
+def _refuse(old: Cache, found: Sequence[str]) -> None:
+    if found:
+        raise MismatchError(
+            "a store takes over what the same teacher said, of the same classes at the same size",
+            received=f"{old.place} differs in " + "; ".join(found),
+            remedy="give the teacher and the settings that it was built with, or build anew: build-teacher-cache",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

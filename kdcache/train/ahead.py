@@ -1,0 +1,131 @@
+"""Shards of a remote store, fetched while the steps before them still train.
+
+A window of an epoch (order.py) begins with all of its shards at once: without reading ahead the step that draws first
+waits for a download. The loader's order is known, so a thread walks over it, a window's length before the trainer, and
+has the shards it meets copied to this machine. What goes wrong there goes wrong again where it is read, and is told.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import Protocol, TypeVar
+
+from kdcache.errors import KDCacheError
+from kdcache.train.dataset import CacheDataset, DrawnDataset
+from kdcache.train.order import WINDOW_RECORDS, WINDOW_SHARDS, Steps
+from kdcache.train.records import PIXEL_PATHS
+
+T = TypeVar("T")
+THREADS = 4
+"""Files under way at once."""
+
+
+class Order(Protocol):
+    """Which sample a draw takes."""
+
+    def sample_index(self, draw: int) -> int: ...
+
+
+class Ahead(Iterable[T]):
+    """A loader's batches, while shards of those to come are fetched.
+
+    Args:
+        loader: of the batches of `steps`.
+        order: which sample each of their draws takes.
+    """
+
+    def __init__(self, loader: Iterable[T], order: Order, dataset: CacheDataset, steps: Steps) -> None:
+        self._loader = loader
+        self._order = order
+        self._dataset = dataset
+        self._steps = steps
+        self._ahead = max(1, window_samples(dataset) // steps.batch_size)
+
+    def __len__(self) -> int:
+        assert isinstance(self._loader, Sized)
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[T]:
+        return self._read(iter(self._loader))  # here, not at the first batch: see feed.py
+
+    def _read(self, batches: Iterator[T]) -> Iterator[T]:
+        free, ended = threading.Semaphore(self._ahead), threading.Event()
+        pool = ThreadPoolExecutor(1 + THREADS, thread_name_prefix="kdcache-ahead")
+        pool.submit(self._walk, pool, free, ended)
+        try:
+            for batch in batches:
+                free.release()
+                yield batch
+        finally:
+            ended.set()
+            free.release()
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(batches, Generator):
+                batches.close()
+
+    def _walk(self, pool: ThreadPoolExecutor, free: threading.Semaphore, ended: threading.Event) -> None:
+        met: dict[int, int] = {}  # shard -> the last step that reads it
+        for step, draws in enumerate(self._steps):
+            free.acquire()
+            for shard in map(self._shard, draws):
+                if ended.is_set():
+                    return
+                if self._is_due(met.get(shard), step):
+                    wait([pool.submit(self._fetch, shard, path) for path in read_paths(self._dataset)])
+                met[shard] = step
+
+    def _is_due(self, last: int | None, step: int) -> bool:
+        """Whether a shard may have made room since the step that last met it; records in memory need none again."""
+        kept = self._dataset.records is not self._dataset.cache
+        return last is None or (step - last > self._ahead and not kept)
+
+    def _shard(self, draw: int) -> int:
+        record = self._dataset.record(self._order.sample_index(draw), draw // len(self._dataset))
+        return record // self._dataset.cache.manifest.build.shard_records
+
+    def _fetch(self, shard: int, path: str) -> None:
+        with suppress(KDCacheError):
+            self._dataset.cache.fetch(shard, path)
+
+
+def reads_ahead(dataset: DrawnDataset) -> bool:
+    """Whether a window and what is read ahead of it fit into the copies: else each would make room for the other."""
+    if not isinstance(dataset, CacheDataset) or not dataset.remote:
+        return False
+    room = dataset.cache.place.room
+    return room is None or _bytes(dataset, 3 * window_samples(dataset)) <= room
+
+
+def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
+    """Tell when the copies of a remote store must make room for one another all the time."""
+    if not isinstance(dataset, CacheDataset) or not dataset.remote:
+        return
+    room = dataset.cache.place.room
+    needed = _bytes(dataset, 2 * window_samples(dataset) if shuffle == "window" else len(dataset))
+    if room is not None and needed > room:
+        note(
+            f"--cache-bytes: {room:,} bytes of copies are fewer than the {needed:,} that are read in turns; "
+            "shards will be fetched again and again"
+        )
+
+
+def window_samples(dataset: CacheDataset) -> int:
+    """The least that a window of an epoch has; it may have up to twice as many."""
+    return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * dataset.shard_records))
+
+
+def read_paths(dataset: CacheDataset) -> tuple[str, ...]:
+    """The arrays that draws read from the store."""
+    return dataset.paths if dataset.on_device is None else tuple(p for p in dataset.paths if p in PIXEL_PATHS)
+
+
+def _bytes(dataset: CacheDataset, samples: int) -> int:
+    """What the shards of so many samples take, as they are stored."""
+    ledger = dataset.cache.ledger
+    if ledger is None:
+        return 0
+    prefixes = tuple(f"{path}/c/" for path in read_paths(dataset))
+    files = [file for shard in range(len(ledger)) for file in ledger.record(shard).files.items()]
+    total = sum(about.bytes for key, about in files if key.startswith(prefixes))
+    return -(-total * min(samples, len(dataset)) // len(dataset))

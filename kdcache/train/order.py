@@ -1,0 +1,139 @@
+"""Which record a draw takes: a pure function of seed and draw number.
+
+Draw n is at position n % R of epoch n // R, so draws straddle epochs and every record comes once in each. Two orders:
+
+| shuffle | an epoch is | reads |
+| --- | --- | --- |
+| full | one permutation of all records | any shard at any time |
+| window | shards in random order, their records permuted a few shards at a time | shard after shard |
+
+A remote store is downloaded by shards into a bounded cache, where a full permutation would fetch a shard for every
+record. A window mixes what several shards hold: records that were neighbours when the store was built, frames of one
+drive for instance, still spread over hundreds of batches.
+
+Legend: R records.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from kdcache.errors import RecipeError
+
+SHUFFLES = ("auto", "full", "window")
+WINDOW_RECORDS = 2048
+"""Least records of a window: 256 batches of 8, far beyond the memory of batch statistics and of an optimizer."""
+WINDOW_SHARDS = 8
+"""Least shards of a window, so that large shards are mixed, too."""
+
+Records = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Order:
+    """The order of `records` records over all epochs.
+
+    Args:
+        seed: of the permutations.
+        shard_records: of a shard, to shuffle in windows; None shuffles all records at once.
+    Memory: two epochs, 16 bytes per record: threads that draw ahead may be in the next one.
+    """
+
+    def __init__(self, records: int, seed: int, shard_records: int | None = None) -> None:
+        self._records = records
+        self._seed = seed
+        self._shard_records = shard_records
+        self._known: tuple[tuple[int, Records], ...] = ()
+
+    def record(self, draw: int) -> int:
+        """The record of a draw. Many threads may ask at once."""
+        epoch, position = divmod(draw, self._records)
+        for known, order in self._known:  # replaced as one, never changed
+            if known == epoch:
+                return int(order[position])
+        order = epoch_order(self._seed, epoch, self._records, self._shard_records)
+        self._known = ((epoch, order), *self._known[:1])
+        return int(order[position])
+
+
+def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None = None) -> Records:
+    """Every record once (R,); by windows of shards when `shard_records` is given."""
+    rng = np.random.default_rng((seed, epoch))
+    if shard_records is None:
+        return rng.permutation(records)
+    shards = rng.permutation(-(-records // shard_records))
+    by_shard = (shards[:, None] * shard_records + np.arange(shard_records)).reshape(-1)
+    order = by_shard[by_shard < records]  # the last shard may be shorter
+    # Windows of as equal a length as there are shards for: a short one at the end would hardly be shuffled.
+    windows = max(1, len(shards) // max(WINDOW_SHARDS, -(-WINDOW_RECORDS // shard_records)))
+    lengths = np.minimum(shard_records, records - shards * shard_records)
+    ends = [int(lengths[part].sum()) for part in np.array_split(np.arange(len(shards)), windows)]
+    for window in np.split(order, np.cumsum(ends)[:-1]):
+        rng.shuffle(window)  # a view: in place
+    return order
+
+
+class Shuffled(Protocol):
+    """What must be known of a dataset to choose its order."""
+
+    @property
+    def remote(self) -> bool: ...
+    @property
+    def shard_records(self) -> int | None: ...
+
+
+def choose_shuffle(shuffle: str, dataset: Shuffled) -> str:
+    """`full` or `window`. Raises RecipeError for windows of what has no shards."""
+    if shuffle == "auto":
+        return "window" if dataset.remote else "full"
+    if shuffle not in SHUFFLES:
+        raise RecipeError(
+            f"--shuffle is one of {', '.join(SHUFFLES)}", received=repr(shuffle), remedy="leave it out: auto"
+        )
+    if shuffle == "window" and dataset.shard_records is None:
+        raise RecipeError(
+            "--shuffle window reads a store shard after shard",
+            received="--shuffle window for a data folder, which has no shards",
+            remedy="leave --shuffle out, or train from a store",
+        )
+    return shuffle
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Draw numbers of the steps [first, last), of one process of several: step s takes draws s*B to (s+1)*B.
+
+    Args:
+        batch_size: B, of all processes together.
+        rank, world: this process takes draws [rank*B/world, (rank+1)*B/world) of each step.
+    Raises: RecipeError when `world` does not divide the batch.
+    """
+
+    first: int
+    last: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world
+        if self.batch_size % self.world:
+            raise RecipeError(
+                "--batch-size is that of all processes together, which share it equally",
+                received=f"--batch-size {self.batch_size} for {self.world} processes",
+                remedy=f"use a multiple of {self.world}",
+            )
+
+    @property
+    def rows(self) -> int:
+        """Draws of a step that are this process's."""
+        return self.batch_size // self.world
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first)
+
+    def __iter__(self) -> Iterator[range]:
+        for step in range(self.first, self.last):
+            first = step * self.batch_size + self.rank * self.rows
+            yield range(first, first + self.rows)

@@ -1,0 +1,119 @@
+"""Decoded records that stay: in memory, filled as they are first read, or on a GPU, filled before the first step.
+
+Legend: R records of a store, B samples of a batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.data import prefetch
+from kdcache.store import Cache
+
+TARGET_PARTS = ("values", "indices", "tail")
+"""Of a target, in their order; the last two are absent from a dense one."""
+PIXEL_PATHS = ("pixels/image", "labels/segmentation")
+Array = np.ndarray[Any, Any]
+
+
+class RecordSource(Protocol):
+    """Reads rows of records into given memory: a cache, or something before it. Many threads may read at once."""
+
+    def read_into(self, record: int, path: str, out: Array) -> None: ...
+
+
+class RamRecords:
+    """Decoded rows of a store's arrays in memory: a row is read from the store once, and copied from then on.
+
+    Threads need no lock: a row is marked after it is whole, and two that fill it at once write the same bytes. Memory
+    is taken up as it is filled. Pickles empty: every worker process fills its own.
+
+    Args:
+        paths: the arrays that are kept.
+    Memory: `decoded_bytes(cache, paths)`.
+    """
+
+    def __init__(self, cache: Cache, paths: Sequence[str]) -> None:
+        self._cache = cache
+        self._kept = {
+            path: (np.empty((len(cache), *cache.specs[path].shape), cache.specs[path].dtype), bytearray(len(cache)))
+            for path in paths
+        }
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RamRecords, (self._cache, tuple(self._kept))
+
+    def read_into(self, record: int, path: str, out: Array) -> None:
+        """A row of one of `paths`. Raises: as `Cache.read_into` when it is read from the store."""
+        rows, whole = self._kept[path]
+        if not whole[record]:
+            self._cache.read_into(record, path, rows[record])
+            whole[record] = 1
+        out[...] = rows[record]
+
+
+class DeviceTargets:
+    """The targets of all records on a device, where those of a batch are gathered by record number.
+
+    Pickles empty: worker processes draw the numbers alone.
+
+    Args:
+        parts: values, indices and tail of all records (R, ...); (R, 0) for what is absent.
+    """
+
+    def __init__(self, parts: Sequence[Tensor] = ()) -> None:
+        self._parts = tuple(parts)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return DeviceTargets, ()
+
+    @classmethod
+    def load(cls, cache: Cache, device: torch.device, *, threads: int = 2) -> "DeviceTargets":
+        """Read every target of a store. Raises: what reading raises."""
+        paths = target_paths(cache)
+        specs = [cache.specs[paths[name]] if name in paths else None for name in TARGET_PARTS]
+        parts = [
+            torch.empty((len(cache), 0), dtype=torch.uint8, device=device)
+            if spec is None
+            else torch.empty((len(cache), *spec.shape), dtype=getattr(torch, spec.dtype), device=device)
+            for spec in specs
+        ]
+        rows = prefetch(lambda n: cache.read(n, tuple(paths.values())), range(len(cache)), threads=threads, ahead=16)
+        for record, row in enumerate(rows):
+            for part, spec in zip(parts, specs, strict=True):
+                if spec is not None:
+                    part[record].copy_(torch.from_numpy(row[spec.path]))
+        return cls(parts)
+
+    def empty(self, batch_size: int) -> list[Tensor]:
+        """Memory for the target of a batch (B, ...)."""
+        return [part.new_empty((batch_size, *part.shape[1:])) for part in self._parts]
+
+    def gather_into(self, records_B: Tensor, out: Sequence[Tensor]) -> None:
+        """The targets of a batch, into what `empty` gave.
+
+        Args:
+            records_B: int64, on the device.
+        """
+        for part, there in zip(self._parts, out, strict=True):
+            if part.numel():
+                torch.index_select(_selectable(part), 0, records_B, out=_selectable(there))
+
+
+def target_paths(cache: Cache) -> dict[str, str]:
+    """Name -> array of the parts of a store's targets, in their order."""
+    stored = cache.target_paths()
+    return {name: path for name in TARGET_PARTS if (path := f"targets/segmentation/{name}") in stored}
+
+
+def decoded_bytes(cache: Cache, paths: Sequence[str]) -> int:
+    """What all records of some arrays take in memory."""
+    return len(cache) * sum(cache.specs[path].record_bytes for path in paths)
+
+
+def _selectable(part: Tensor) -> Tensor:
+    """uint16 as int16 of the same bits: torch gathers no unsigned types wider than a byte."""
+    return part.view(torch.int16) if part.dtype == torch.uint16 else part

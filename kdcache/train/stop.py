@@ -1,0 +1,36 @@
+"""Stopping a training that was asked to stop: between two steps, with its state saved."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
+    """The user asked to stop; the state at `step` is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after {step} iterations")
+        self.step = step
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM ask for a stop between two steps; a second SIGINT stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _: object) -> None:
+        if stop.is_set():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,230 @@
+"""An object store on loopback: moto's S3 server behind a proxy that counts requests and spoils answers on demand."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import obstore
+import pytest
+from obstore.store import from_url
+
+BUCKET = "kdcache-test"
+SECRET = "a-very-secret-key"
+TOKEN = "a-very-secret-token"
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_SESSION_TOKEN": TOKEN,
+    "AWS_REGION": "us-east-1",
+}
+_DROPPED = {"connection", "transfer-encoding", "content-length", "keep-alive", "date", "server"}
+
+
+class Request(NamedTuple):
+    method: str
+    key: str  # below the bucket; empty for a listing
+
+
+@dataclass
+class Fault:
+    """What happens to the next `times` requests of `method` whose key ends with `key`.
+
+    `kind`: a status such as "503"; "slow" (to answer), "drip" (a slow body), "cut" (the body ends half-way), "short"
+    and "long" (a Content-Length that is too small or too large), "flip" (a wrong byte), "echo" (403 that
+    repeats the headers).
+    """
+
+    kind: str
+    key: str = ""
+    times: int = 1
+    method: str = "GET"
+    seconds: float = 0.3
+
+
+class ObjectStore:
+    """The server, its proxy, what was asked of it and what shall go wrong."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.faults: list[Fault] = []
+        self._lock = threading.Lock()
+        self._port = 0
+        self.endpoint = ""
+
+    def fail(self, kind: str, key: str = "", times: int = 1, **others: Any) -> Fault:
+        fault = Fault(kind, key, times, **others)
+        self.faults.append(fault)
+        return fault
+
+    def reset(self) -> None:
+        with self._lock:
+            self.requests.clear()
+            self.faults.clear()
+
+    def counted(self, method: str = "", key: str = "") -> int:
+        """Requests of a method whose key contains `key`."""
+        return sum(method in ("", request.method) and key in request.key for request in list(self.requests))
+
+    def enter(self, patch: pytest.MonkeyPatch, copies: Path) -> None:
+        """Let the environment name this server, and a folder for copies."""
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}.items():
+            patch.setenv(name, value)
+        patch.setenv("KDCACHE_CACHE_DIR", str(copies))
+
+    def address(self, name: str = "") -> str:
+        """Of a place; without a name of one where nothing is yet."""
+        return f"s3://{BUCKET}/{name or uuid.uuid4().hex}/store.zarr"
+
+    def objects(self, address: str) -> dict[str, bytes]:
+        """What lies below an address, asked past the proxy."""
+        store = self._past(address)
+        keys = sorted(found["path"] for page in obstore.list(store) for found in page)
+        return {key: bytes(obstore.get(store, key).bytes()) for key in keys}
+
+    def put(self, address: str, key: str, content: bytes | None) -> None:
+        """Write an object past the proxy, or remove it."""
+        if content is None:
+            obstore.delete(self._past(address), key)
+        else:
+            obstore.put(self._past(address), key, content)
+
+    def make_bucket(self, name: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        connection.request("PUT", f"/{name}")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+    def _past(self, address: str) -> Any:
+        return from_url(
+            address,
+            endpoint=f"http://127.0.0.1:{self._port}",
+            access_key_id="testing",
+            secret_access_key=SECRET,
+            client_options={"allow_http": True},
+        )
+
+    def seen(self, method: str, path: str) -> Fault | None:
+        """Note a request; the fault that is due, if any."""
+        key = unquote(urlsplit(path).path).removeprefix(f"/{BUCKET}").lstrip("/")
+        with self._lock:
+            self.requests.append(Request(method, key))
+            for fault in self.faults:
+                if fault.times and fault.method == method and key.endswith(fault.key):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """While both run."""
+        self._port = port = _free_port()
+        command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+            try:
+                _wait_for(port)
+                self.make_bucket(BUCKET)
+                proxy = _proxy(self, port)
+                threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+                self.endpoint = f"http://127.0.0.1:{proxy.server_port}"
+                yield
+                proxy.shutdown()
+                proxy.server_close()
+            finally:
+                server.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(600):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10):
+            return
+        time.sleep(0.1)
+    raise TimeoutError("moto does not answer")
+
+
+def _proxy(store: ObjectStore, port: int) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+        timeout = 60
+
+        def do_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fault = store.seen(self.command, self.path)
+            kind = fault.kind if fault else ""
+            if fault and kind.isdigit():
+                self.answer(int(kind), [], b"<Error><Code>InternalError</Code></Error>")
+            elif kind == "echo":
+                self.answer(403, [], f"<Error><Code>SignatureDoesNotMatch</Code>{self.headers}</Error>".encode())
+            else:
+                if fault and kind == "slow":
+                    time.sleep(fault.seconds)
+                status, headers, content = self.ask(body)
+                self.answer(status, headers, content, fault)
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = do_any  # noqa: N815
+
+        def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+            while True:
+                with suppress(ConnectionError, http.client.HTTPException):  # a busy server drops some
+                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                    connection.request(self.command, self.path, body, dict(self.headers))
+                    response = connection.getresponse()
+                    return response.status, response.getheaders(), response.read()
+
+        def answer(
+            self, status: int, headers: list[tuple[str, str]], content: bytes, fault: Fault | None = None
+        ) -> None:
+            length = next((int(value) for name, value in headers if name.lower() == "content-length"), len(content))
+            kind = fault.kind if fault else ""
+            if kind == "flip":
+                content = content[: length // 2] + bytes([content[length // 2] ^ 1]) + content[length // 2 + 1 :]
+            shown = {"short": length - 5, "long": length + 5}.get(kind, length)
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in _DROPPED:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(shown))
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            if fault and kind == "drip":
+                for at in range(0, length, -(-length // 4)):
+                    self.wfile.write(content[at : at - (-length // 4)])
+                    self.wfile.flush()
+                    time.sleep(fault.seconds / 4)
+                return
+            self.wfile.write(content[: length // 2] if kind == "cut" else content)
+            self.close_connection = self.close_connection or kind in ("cut", "short", "long")
+
+        def log_message(self, *_: object) -> None:
+            """Tests print no requests."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            """A client that went away is no news."""
+
+    return Server(("127.0.0.1", 0), Handler)

@@ -1,0 +1,191 @@
+"""Any file of a store, damaged in any way: refused by name, or harmless; never a wrong record, and repaired or left."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import Crc32cCodec, GzipCodec
+
+from kdcache.errors import KDCacheError
+from kdcache.store import open_cache, open_writer, verify_files
+
+ARRAYS_BYTES = "targets/segmentation/values"
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
+    "flipped": flipped,
+    "truncated": lambda content, rng: content[: rng.randrange(len(content))],
+    "zeroed": lambda content, rng: bytes(len(content)),
+    "removed": lambda content, rng: None,
+}
+
+
+class Patient:
+    """A store that is damaged again and again, and what it must say."""
+
+    def __init__(self, store: Path, plan: Any, tree: Callable[[Path], dict[str, bytes]]) -> None:
+        self.store, self.plan, self.tree = store, plan, tree
+        self.files = tree(store)
+        self.refused = self.harmless = 0
+
+    def put(self, name: str, content: bytes | None) -> None:
+        path = self.store / name
+        if content is None:
+            path.unlink()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def examine(self, damaged: dict[str, bytes | None], *, repairs: bool = True) -> None:
+        """Damage some files, look at every record, verify, build on; the store is whole again afterwards."""
+        damaged = {name: content for name, content in damaged.items() if content != self.files[name]}
+        for name, content in damaged.items():
+            self.put(name, content)
+        self._read(damaged)
+        self._verify(damaged)
+        if repairs:
+            self._build(damaged)
+        for name, content in self.files.items():
+            if not (self.store / name).exists() or name in damaged:
+                self.put(name, content)
+        assert self.tree(self.store) == self.files, list(damaged)
+
+    def _read(self, damaged: dict[str, bytes | None]) -> None:
+        try:
+            cache = open_cache(self.store)
+            cache.check_files()
+            assert cache.ids == tuple(self.plan.ids), list(damaged)
+            assert cache.manifest == self.plan.manifest, list(damaged)
+        except KDCacheError as error:
+            self._named(damaged, error)
+            return
+        refused = False
+        for path, wanted in self.plan.arrays.items():
+            refused |= self._read_array(cache, path, wanted, damaged)
+        self.refused += refused
+        self.harmless += not refused
+
+    def _read_array(self, cache: Any, path: str, wanted: Any, damaged: dict[str, bytes | None]) -> bool:
+        """Whether a record of an array was refused. Every one that is not must be right."""
+        reads = [(partial(cache.read, record, [path]), wanted[record]) for record in range(len(wanted))]
+        if path.startswith("records/"):
+            reads.append((lambda: {path: cache.column(path.rpartition("/")[2])}, wanted))
+        errors = []
+        for read, expected in reads:
+            try:
+                found = read()[path]
+            except KDCacheError as error:
+                errors.append(str(error))
+            else:
+                assert np.array_equal(found, expected), (path, list(damaged))
+        assert all(path in error for error in errors), (errors, list(damaged))
+        assert not errors or any(name.startswith(path) for name in damaged), (errors, list(damaged))
+        return bool(errors)
+
+    def _verify(self, damaged: dict[str, bytes | None]) -> None:
+        try:
+            found = verify_files(self.store).damaged
+        except KDCacheError as error:
+            self._named(damaged, error)
+        else:
+            assert sorted(found) == sorted(damaged)
+
+    def _build(self, damaged: dict[str, bytes | None]) -> None:
+        try:
+            with open_writer(self.store, self.plan.manifest, self.plan.ids) as writer:
+                for shard in writer.missing:
+                    writer.write_shard(shard, self.plan.rows(shard))
+                assert writer.seal()
+        except KDCacheError as error:
+            self._named(damaged, error)
+        else:
+            assert self.tree(self.store) == self.files, list(damaged)
+
+    def _named(self, damaged: dict[str, bytes | None], error: KDCacheError) -> None:
+        self.refused += 1
+        assert error.remedy
+        # A seal that is missing is no file to name; a wrong one makes others look wrong.
+        named = [self.store] if "complete.json" in damaged else [self.store / name for name in damaged]
+        assert any(str(path) in str(error) for path in named), (str(error), list(damaged))
+
+
+@pytest.fixture(scope="module")
+def patient(plan, tree, tmp_path_factory) -> Patient:
+    """Top-k, with features and pixels: every kind of file. Whole between the tests."""
+    wanted = plan()
+    return Patient(wanted.write(tmp_path_factory.mktemp("patient") / "s.zarr"), wanted, tree)
+
+
+def damage_all(patient: Patient, rng: random.Random, hows: Callable[[], list[str]], **options: bool) -> None:
+    for name, content in patient.files.items():
+        for how in hows():
+            patient.examine({name: DAMAGES[how](content, rng)}, **options)
+
+
+def test_one_damage_of_every_file(patient) -> None:
+    rng = random.Random(0)
+    damage_all(patient, rng, lambda: rng.sample(list(DAMAGES), 1))
+    assert patient.refused > len(patient.files)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_every_damage_of_every_file(patient, seed) -> None:
+    damage_all(patient, random.Random(seed), lambda: list(DAMAGES))
+
+
+def test_200_flipped_bytes(patient) -> None:
+    """Spread over all bytes of a store, as a failing disk does it."""
+    rng = random.Random(1)
+    names = rng.choices(list(patient.files), [len(content) for content in patient.files.values()], k=200)
+    for name in names:
+        patient.examine({name: flipped(patient.files[name], rng)}, repairs=False)
+
+
+@pytest.mark.parametrize("codec", ["default", "none"])
+def test_files_in_each_other_s_place(plan, tree, tmp_path, codec) -> None:
+    """Two shards of an array, each whole in itself and often of one size."""
+    wanted = plan(codec=codec)
+    patient = Patient(wanted.write(tmp_path / "s.zarr"), wanted, tree)
+    for path in wanted.arrays:
+        one, other = (name for name in patient.files if name.startswith(f"{path}/c/") and "/c/2" not in name)
+        patient.examine({one: patient.files[other], other: patient.files[one]})
+
+
+@pytest.mark.parametrize("codec", ["default", "none"])
+def test_a_file_of_another_store(plan, tree, tmp_path, codec) -> None:
+    wanted, other = plan(codec=codec), plan(codec=codec, seed=1)
+    patient = Patient(wanted.write(tmp_path / "s.zarr"), wanted, tree)
+    others = tree(other.write(tmp_path / "other.zarr"))
+    for name, content in others.items():
+        patient.examine({name: content})
+
+
+@pytest.mark.parametrize("array", [ARRAYS_BYTES, "records/window"])
+def test_an_array_that_only_zarr_reads(plan, tree, forger, tmp_path, array) -> None:
+    """Through zarr-python the same holds."""
+    wanted = plan()
+    store, values = wanted.write(tmp_path / "s.zarr"), wanted.arrays[array]
+    shape = values.shape[1:]
+    layout: dict[str, Any] = {"chunks": (1, *shape), "shards": (4, *shape), "compressors": (GzipCodec(), Crc32cCodec())}
+    kind = {"shape": values.shape, "dtype": values.dtype}
+    zarr.create_array(store / array, overwrite=True, filters=None, **kind, **layout)[...] = values
+    patient = Patient(forger.reseal(store), wanted, tree)
+    rng = random.Random(2)
+    for name in [name for name in patient.files if name.startswith(array)]:
+        for how, damage in DAMAGES.items():
+            for _ in range(3 if how == "flipped" else 1):
+                patient.examine({name: damage(patient.files[name], rng)}, repairs=False)
+    assert patient.refused > 3 * len(DAMAGES)

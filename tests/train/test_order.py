@@ -1,0 +1,148 @@
+"""Orders of epochs: every record once, a function of seed and epoch alone, and windows that stay in their shards."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcache.data import open_split
+from kdcache.errors import RecipeError
+from kdcache.store import Cache
+from kdcache.train import CacheDataset, LabelledDataset
+from kdcache.train.loader import Draws
+from kdcache.train.order import WINDOW_RECORDS, WINDOW_SHARDS, Order, Steps, choose_shuffle, epoch_order
+
+
+@given(
+    records=st.integers(1, 6000),
+    shard_records=st.none() | st.integers(1, 300),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 2**40),
+)
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_has_every_record_once(records: int, shard_records: int | None, seed: int, epoch: int) -> None:
+    order = epoch_order(seed, epoch, records, shard_records)
+    assert np.array_equal(np.sort(order), np.arange(records))
+    assert np.array_equal(order, epoch_order(seed, epoch, records, shard_records))
+
+
+def test_full_is_the_permutation_that_runs_were_begun_with() -> None:
+    assert np.array_equal(epoch_order(7, 3, 500), np.random.default_rng((7, 3)).permutation(500))
+
+
+@pytest.mark.parametrize(
+    ("records", "shard_records", "shards_of_window"),
+    [(20_000, 128, 16), (20_001, 128, 16), (40_000, 1024, WINDOW_SHARDS), (9000, 32, 64), (5000, 1, 2048)],
+)
+def test_a_window_reads_a_few_shards_and_all_of_them(records: int, shard_records: int, shards_of_window: int) -> None:
+    order = epoch_order(1, 2, records, shard_records)
+    shards = order // shard_records
+    first, last = np.full(-(-records // shard_records), -1), np.full(-(-records // shard_records), -1)
+    for position, shard in enumerate(shards):
+        first[shard] = position if first[shard] < 0 else first[shard]
+        last[shard] = position
+    longest = 2 * shards_of_window * shard_records  # windows are of equal length, at least that of one
+    assert (last - first).max() < longest
+    open_at_once = max(((first <= at) & (last >= at)).sum() for at in range(0, records, 97))
+    assert open_at_once <= 2 * shards_of_window
+    beginning = shards[: WINDOW_RECORDS // 2]
+    assert len(np.unique(beginning)) >= min(shards_of_window, len(beginning)), "mixed from the start"
+
+
+def test_windows_mix_what_shards_hold() -> None:
+    order = epoch_order(0, 0, 16_384, 128)
+    neighbours = np.abs(np.diff(order)) == 1
+    assert neighbours.sum() < 40
+    batches = (order // 128)[:8192].reshape(-1, 8)
+    assert np.mean([len(set(batch.tolist())) for batch in batches]) > 5.5
+
+
+def test_a_store_of_few_records_is_one_window() -> None:
+    order = epoch_order(0, 0, 300, 32)
+    assert len(np.unique(order[:40] // 32)) >= 8
+
+
+@pytest.mark.parametrize("shard_records", [None, 4])
+def test_epochs_and_seeds_differ_and_draws_find_their_epoch(shard_records: int | None) -> None:
+    orders = [epoch_order(seed, epoch, 90, shard_records).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 6
+    order = Order(90, 1, shard_records)
+    assert [order.record(draw) for draw in range(90, 180)] == orders[4]
+    assert order.record(90 * 10**6 + 3) == epoch_order(1, 10**6, 90, shard_records)[3]
+
+
+def test_epochs_that_are_drawn_from_in_turns_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(
+        "kdcache.train.order.epoch_order", lambda seed, epoch, *_: made.append(epoch) or epoch_order(seed, epoch, 10)
+    )
+    order = Order(10, 0)
+    for _ in range(5):
+        order.record(9)
+        order.record(10)
+    order.record(25)
+    assert made == [0, 1, 2]
+
+
+def test_threads_in_different_epochs_get_their_own(cache: Cache) -> None:
+    order = Order(6, 3, 2)
+    draws = np.random.default_rng(0).integers(0, 600, 4000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(order.record, draws))
+    assert found == [int(epoch_order(3, draw // 6, 6, 2)[draw % 6]) for draw in draws]
+
+
+class Far(CacheDataset):
+    """A store that says it is on another continent."""
+
+    @property
+    def remote(self) -> bool:
+        return True
+
+
+def test_auto_reads_a_remote_store_by_windows(cache: Cache) -> None:
+    near, far = CacheDataset(cache), Far(cache)
+    assert not near.remote
+    assert (choose_shuffle("auto", near), choose_shuffle("auto", far)) == ("full", "window")
+    assert (choose_shuffle("window", near), choose_shuffle("full", far)) == ("window", "full")
+
+    def epoch(dataset: CacheDataset, shuffle: str) -> list[int]:
+        draws = Draws(dataset, 2, shuffle)
+        return [draws.sample_index(draw) for draw in range(6, 12)]
+
+    assert epoch(near, "auto") == epoch(far, "full") == epoch_order(2, 1, 6).tolist()
+    assert epoch(far, "auto") == epoch(near, "window") == epoch_order(2, 1, 6, near.shard_records).tolist()
+
+
+def test_a_store_s_own_word_on_where_it_is(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(cache), "remote", True, raising=False)
+    assert CacheDataset(cache).remote
+
+
+def test_what_has_no_shards_has_no_windows(scenes: str, cache: Cache) -> None:
+    labelled = LabelledDataset(open_split(scenes, "train"), (32, 48))
+    assert choose_shuffle("auto", labelled) == "full"
+    with pytest.raises(RecipeError, match="shard after shard"):
+        choose_shuffle("window", labelled)
+    with pytest.raises(RecipeError, match="one of auto"):
+        choose_shuffle("some", CacheDataset(cache))
+
+
+@given(world=st.integers(1, 8), rows=st.integers(1, 5), first=st.integers(0, 10**9), count=st.integers(0, 4))
+@settings(max_examples=50, deadline=None)
+def test_ranks_share_every_step(world: int, rows: int, first: int, count: int) -> None:
+    batch_size, last = world * rows, first + count
+    alone = [list(draws) for draws in Steps(first, last, batch_size)]
+    ranks = [[list(draws) for draws in Steps(first, last, batch_size, rank, world)] for rank in range(world)]
+    assert all(len(steps) == count for steps in (alone, *ranks, Steps(first, last, batch_size)))
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone  # noqa: RUF017
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(RecipeError, match="equally") as caught:
+        Steps(0, 1, 8, 0, 3)
+    assert "multiple of 3" in caught.value.remedy
