@@ -13,6 +13,7 @@
     reader.py     open_cache, Cache
     shard.py      records straight from shards, at the decoder's speed
     layout.py     which arrays that can be done with
+    fallback.py   the others, through zarr-python
     samples.py    the ids
     verify.py     every byte against the ledger
     summary.py    what `kdcache inspect` says

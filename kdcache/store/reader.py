@@ -9,29 +9,26 @@ some fifty times slower, and said so once in the log.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError
 from kdcache.store import ledger
 from kdcache.store.damage import damaged, damaged_metadata, unreadable
+from kdcache.store.fallback import ZarrArray
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import Head, Manifest, parse_manifest
 from kdcache.store.place import Place, open_place
 from kdcache.store.samples import read_ids
-from kdcache.store.schema import ArraySpec, metadata_keys, record_arrays, shard_key
-from kdcache.store.shard import ShardArray, check_buffer
+from kdcache.store.schema import metadata_keys, record_arrays, shard_key
+from kdcache.store.shard import ShardArray
 
 _log = logging.getLogger("kdcache.store")
 Array = np.ndarray[Any, Any]
-# What zarr-python raises over malformed JSON, unknown codecs, failed checksums and missing nodes.
-_ZARR_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zarr.errors.BaseZarrError)
 
 
 class Cache:
@@ -50,7 +47,7 @@ class Cache:
         self.manifest = manifest
         self.ledger = ledger
         self.specs = {spec.path: spec for spec in record_arrays(manifest)}
-        self._arrays: dict[str, ShardArray | _ZarrArray] = {}
+        self._arrays: dict[str, ShardArray | ZarrArray] = {}
 
     def __len__(self) -> int:
         """Number of records."""
@@ -171,7 +168,7 @@ class Cache:
             self._arrays.pop(path, None)
         return any(dropped)
 
-    def _array(self, path: str) -> "ShardArray | _ZarrArray":
+    def _array(self, path: str) -> ShardArray | ZarrArray:
         array = self._arrays.get(path)
         if array is None:
             spec = self.specs.get(path)
@@ -200,68 +197,22 @@ class Cache:
         expected = self.ledger.file(shard, key)
         return self.place.open(key, expected.bytes, expected.sha256), bytes.fromhex(expected.crc32c)
 
-    def _through_zarr(self, path: str, reason: VersionError) -> "_ZarrArray":
+    def _through_zarr(self, path: str, reason: VersionError) -> ZarrArray:
         """The array for all further reads, by zarr-python."""
-        _log.warning("%s is read through zarr-python, which is slow: %s", self.path / path, reason.received)
-        array = _ZarrArray(self, self.specs[path])
+        name = self.place.describe(path)
+        _log.warning("%s is read through zarr-python, which is slow: %s", name, reason.received)
+        array = ZarrArray(self.manifest, self.specs[path], partial(self._open_for_zarr, path), name)
         self._arrays[path] = array
         return array
 
-
-class _ZarrArray:
-    """What ShardArray does, through zarr-python: for any layout and codecs."""
-
-    def __init__(self, cache: Cache, spec: ArraySpec) -> None:
-        self._path = cache.path / spec.path
-        try:
-            array = zarr.open_array(self._path, mode="r")
-        except (*_ZARR_ERRORS, OSError) as error:
-            raise damaged_metadata(self._path / "zarr.json") from error
-        if array.shape != (len(cache), *spec.shape) or array.dtype != np.dtype(spec.dtype):
-            raise damaged_metadata(self._path / "zarr.json")
-        self._array = array
-        self._cache, self._spec = cache, spec
-        self._there = set[int]()
-        self.shape, self.dtype = array.shape, array.dtype.newbyteorder("=")
-
-    def read_into(self, record: int, out: Array) -> None:
-        if not 0 <= record < self.shape[0]:
-            raise IndexError(f"record {record} of {self.shape[0]} in {self._path}")
-        check_buffer(out, self.shape[1:], self.dtype)
-        out[...] = self._rows(record, record // self._cache.manifest.build.shard_records)
-
-    def read_all(self) -> Array:
-        manifest = self._cache.manifest
-        ranges = [manifest.shard_range(shard) for shard in range(manifest.shards)]
-        return np.concatenate([self._rows(slice(*ends), shard) for shard, ends in enumerate(ranges)])
-
-    def _rows(self, rows: int | slice, shard: int) -> Array:
-        try:
-            while True:
-                with self._held(shard) as still_there:
-                    content = np.asarray(self._array[rows])
-                    if still_there():
-                        return content
-        except (*_ZARR_ERRORS, OSError) as error:
-            file = self._cache.place.describe(self._spec.path)
-            raise damaged(file, f"rows {rows} cannot be read ({error})") from error
-
-    @contextmanager
-    def _held(self, shard: int) -> Iterator[Callable[[], bool]]:
-        """To Zarr a file that is missing is full of zeros: fetch it if it is remote, and tell whether it stayed."""
-        ledger, place = self._cache.ledger, self._cache.place
-        if shard in self._there or ledger is None:
-            yield lambda: True
-            return
-        key = shard_key(self._spec, shard)
-        expected = ledger.file(shard, key)
-        handle = place.open(key, expected.bytes, expected.sha256)
-        try:
-            yield lambda: not place.remote or os.fstat(handle).st_nlink > 0  # a copy may have to make room for others
-        finally:
-            os.close(handle)
-        if not place.remote:
-            self._there.add(shard)
+    def _open_for_zarr(self, path: str, below: str) -> int:
+        """Descriptor of any file of an array."""
+        number = below.replace(".", "/").split("/")[1]
+        if below == "zarr.json" or self.ledger is None:
+            return self.place.open(f"{path}/{below}")
+        if not number.isdecimal() or int(number) >= len(self.ledger):
+            raise damaged(self.place.describe(f"{path}/{below}"), "the ledger does not list it")
+        return self._open_shard(path, int(number), below)[0]
 
 
 def open_cache(

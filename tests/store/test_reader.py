@@ -162,7 +162,8 @@ def test_rows_are_read_into_given_buffers(variant, variant_store) -> None:
 def rewrite(store: Path, path: str, values: np.ndarray, **options) -> None:
     """The same array, made by zarr-python in another way."""
     shape = values.shape
-    array = zarr.create_array(store / path, shape=shape, dtype=values.dtype, overwrite=True, filters=None, **options)
+    options |= {"filters": None, "config": {"write_empty_chunks": True}}
+    array = zarr.create_array(store / path, shape=shape, dtype=values.dtype, overwrite=True, **options)
     array[...] = values
 
 
@@ -196,6 +197,27 @@ def test_an_array_of_another_kind_is_read_through_zarr(store, plan, caplog, arra
         if file.is_file():
             flip(file, file.stat().st_size // 3)
     assert array in refusal(CorruptError, lambda: cache.read(1, [array])).received
+
+
+@pytest.mark.parametrize("how", ["missing", "link", "longer"])
+def test_zarr_too_reads_only_what_the_ledger_lists(store, plan, forger, tmp_path, how) -> None:
+    """To Zarr what is missing is full of zeros, and a link is a file."""
+    array = "targets/segmentation/values"
+    wanted = plan().arrays[array]
+    chunks = {"chunks": (1, *wanted.shape[1:]), "shards": (4, *wanted.shape[1:])}
+    rewrite(store, array, wanted, compressors=(GzipCodec(), Crc32cCodec()), **chunks)
+    forger.reseal(store)
+    read_all(store)
+    file = store / array / "c/1/0/0/0"
+    if how == "longer":
+        file.write_bytes(file.read_bytes() + b"\0")
+    else:
+        file.rename(tmp_path / "moved")
+    if how == "link":
+        file.symlink_to(tmp_path / "moved")
+    cache = open_cache(store)
+    assert np.array_equal(cache.read(0, [array])[array], wanted[0])
+    assert array in refusal(CorruptError, lambda: cache.read(4, [array])).received
 
 
 def test_a_chunk_that_only_zarr_reads(store, plan, caplog) -> None:
