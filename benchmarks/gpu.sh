@@ -33,7 +33,7 @@ if "$python" -c 'import pytest' 2>/dev/null; then
   processes=()
   "$python" -c 'import xdist' 2>/dev/null && processes=(-n 12)
   step tests 200 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${processes[@]}" \
-    -k "cuda or graph or triton" tests/kernels tests/train/test_graph.py
+    -k "cuda or graph or triton or gpu or feed" tests/kernels tests/train/test_{graph,feed,resident}.py
 fi
 step build 60 "$python" benchmarks/build.py --device cuda --data "$data" --size 288x384 --render-threads 8 \
   --batch-size 16 --records 512 --repeats 3 --json "$results/build-$gpu.json"
@@ -42,6 +42,8 @@ step gradients 40 "$python" benchmarks/gradients.py --device cuda --data "$data"
   --teacher "$work/teacher" --student "$work/student-kl" --json "$results/gradients-$gpu.json"
 step steps 60 "$python" benchmarks/steps.py --device cuda --cache "$work/camvid.zarr" --batch-size 16 \
   --seconds 1 --iterations 300 --json "$results/steps-$gpu.json"
+step loader 60 "$python" -m kdcache_cli bench-loader --cache "$work/camvid.zarr" --device cuda --batch-size 16 \
+  --json "$results/loader-$gpu.json"
 "$python" benchmarks/collect.py "$work" --data "$data" --json "$results/training-$gpu.json"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

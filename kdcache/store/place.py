@@ -24,8 +24,8 @@ from kdcache.store.durable import PARTIAL, disk_space_errors, file_digest, sync_
 Release = Callable[[], None]
 MAX_JSON_BYTES = 2**23
 """Of a manifest, a seal or a ledger record. What is longer is an attack or an accident."""
-MAX_SEALED_BYTES = 2**28
-"""Of the whole ledger, or of the ids of all samples: 120,000 shards, or 50 million ids."""
+MAX_SEALED_BYTES = 2**30
+"""Of the whole ledger, or of the ids of all samples: 13 million records in shards of 128."""
 LOCK = ".lock"
 
 
