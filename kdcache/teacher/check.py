@@ -140,7 +140,7 @@ def _check_split(cache: Cache, split: Split | None) -> None:
     if split is None and not cache.pixels_stored:
         raise MismatchError(
             "a store without pixels is compared with the help of its data set",
-            received=f"{cache.path} was built with --pixels source, and no data set was given",
+            received=f"{cache.place} was built with --pixels source, and no data set was given",
             remedy=f"add --data (the folder of {about.name!r})",
         )
     if split is not None and split.digest() != about.ids_digest:

@@ -208,7 +208,7 @@ class CacheDataset(DrawnDataset):
 
     @property
     def remote(self) -> bool:
-        return bool(getattr(self.cache, "remote", False))
+        return self.cache.remote
 
     @property
     def target_paths(self) -> tuple[str, ...]:
@@ -305,7 +305,7 @@ def _matching(cache: Cache, split: Split | None) -> Split:
     if split is None:
         raise MismatchError(
             "a store built with --pixels source needs its data set beside it",
-            received=f"{cache.path} keeps no pixels, and no data set was given",
+            received=f"{cache.place} keeps no pixels, and no data set was given",
             remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
         )
     dataset = cache.manifest.dataset
