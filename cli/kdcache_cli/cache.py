@@ -86,8 +86,9 @@ def build_teacher_cache(
 ) -> None:
     """Run a teacher over a split once and keep what it said.
 
-    Interrupted, the same command continues; a finished store is checked and left as it is. Started several times on one
-    disk, the processes share the work. On an object store, or to divide it beforehand, number them with --worker;
+    Interrupted, the same command continues; a finished store is checked and left
+    as it is. Started several times on one disk, the processes share the work. On
+    an object store, or to divide it beforehand, number them with --worker;
     torchrun does so by itself. The last one finishes the store.
 
     [dim]kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr[/]

@@ -54,11 +54,14 @@ def extend(
     cache_dir: options.CacheDir = None,
     cache_bytes: options.CacheBytes = None,
 ) -> None:
-    """Build a store with more samples, views or taps than OLD has, without teaching again what OLD says.
+    """Build a store with more samples, views or taps than OLD has, without teaching
+    again what OLD says.
 
-    What is not given is as in OLD: size, classes kept, precision, normalisation. Images are rendered and compared with
-    OLD's checksums: what changed is taught anew, what is equal is taken over. A new tap sends every image through the
-    teacher once more, but keeps OLD's targets. OLD is never written to; interrupted, the same command continues.
+    What is not given is as in OLD: size, classes kept, precision, normalisation.
+    Images are rendered and compared with OLD's checksums: what changed is taught
+    anew, what is equal is taken over. A new tap sends every image through the
+    teacher once more, but keeps OLD's targets. OLD is never written to;
+    interrupted, the same command continues.
 
     [dim]kdcache extend camvid.zarr --data camvid-more --teacher runs/teacher --out camvid-more.zarr[/]
     [dim]kdcache extend camvid.zarr --data camvid --teacher runs/teacher --views 4 --out camvid-4.zarr[/]

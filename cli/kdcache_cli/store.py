@@ -23,7 +23,9 @@ def inspect(
     cache_dir: options.CacheDir = None,
     cache_bytes: options.CacheBytes = None,
 ) -> None:
-    """Say what a store is: from what, how big, complete or not, compression, top-k mass."""
+    """Say what a store is: from what, how big, complete or not, compression, top-k
+    mass.
+    """
     from kdcache.store import inspect_store
 
     report = inspect_store(options.open_place(store, cache_dir, cache_bytes))
@@ -54,7 +56,8 @@ def verify(
     cache_dir: options.CacheDir = None,
     cache_bytes: options.CacheBytes = None,
 ) -> None:
-    """Check every byte of a store; with --teacher, also that it holds what that teacher says.
+    """Check every byte of a store; with --teacher, also that it holds what that
+    teacher says.
 
     Exits with 1 when something is off.
     """
@@ -126,11 +129,13 @@ def copy(
     cache_dir: options.CacheDir = None,
     cache_bytes: options.CacheBytes = None,
 ) -> None:
-    """Copy a store, to another disk or object store, into another codec or other shards, in part.
+    """Copy a store, to another disk or object store, into another codec or other
+    shards, in part.
 
-    What stays as it is, is copied byte for byte, and every file is compared with its digest: fast, and exact.
-    Interrupted, the same command continues; a finished copy is checked and left as it is. --codec small rounds
-    targets, and the copy says what that loses; nothing brings back what was rounded.
+    What stays as it is, is copied byte for byte, and every file is compared with
+    its digest: fast, and exact. Interrupted, the same command continues; a
+    finished copy is checked and left as it is. --codec small rounds targets, and
+    the copy says what that loses; nothing brings back what was rounded.
 
     [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]
     [dim]kdcache copy ade20k.zarr ade20k-small.zarr --codec small[/]

@@ -119,7 +119,8 @@ def train_teacher(
 ) -> None:
     """Train a model on labels alone: the teacher, or a baseline.
 
-    Random scale, crop, flip and colour jitter; validated by mIoU at the labels' own size, best and last kept.
+    Random scale, crop, flip and colour jitter; validated by mIoU at the labels'
+    own size, best and last kept.
 
     [dim]kdcache train-teacher --data camvid --model kdcache:base --size 288x384 --iterations 8000 --out runs/teacher[/]
     """
@@ -182,11 +183,11 @@ def train_student(
 ) -> None:
     """Train a student from a store: no teacher is loaded or run.
 
-    With --method none and kl the student sees identical pixels in identical order, so that two runs differ
-    by what the teacher said alone.
+    With --method none and kl the student sees identical pixels in identical
+    order, so that two runs differ by what the teacher said alone.
 
-    Several processes share every batch and train as one would:
-    torchrun --nproc-per-node 2 -m kdcache_cli train-student and the same flags.
+    Several processes share every batch and train as one would: torchrun
+    --nproc-per-node 2 -m kdcache_cli train-student and the same flags.
 
     [dim]kdcache train-student --cache camvid.zarr --model kdcache:tiny --val camvid --out runs/student[/]
     """
