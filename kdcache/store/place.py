@@ -196,7 +196,7 @@ class Folder(Place):
         if not there.is_dir() or (there == path and not (path / "zarr.json").exists() and any(path.iterdir())):
             raise StoreError(
                 "a store is written into a new or empty folder, or goes on where it was begun",
-                received=f"{there} holds something else" if there.is_dir() else f"{there} is a file",
+                received=f"{there} holds something else, and no zarr.json" if there.is_dir() else f"{there} is a file",
                 remedy="give another folder, or empty it yourself if nothing in it is needed",
             )
 

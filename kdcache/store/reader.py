@@ -268,7 +268,7 @@ def read_manifest(location: str | Path | Place) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(
             "a store is a folder that build-teacher-cache wrote",
-            received=f"{place} " + ("has no zarr.json" if place.remote or place.folder.exists() else "does not exist"),
+            received=(file if place.remote or place.folder.exists() else str(place)) + " does not exist",
             remedy="check the path, or build one with kdcache build-teacher-cache (see its --help)",
         ) from error
     except (OSError, ValueError, RecursionError) as error:

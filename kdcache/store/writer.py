@@ -152,6 +152,7 @@ def open_writer(
     place = open_place(location)
     place.begin(_metadata(manifest, ids))
     present = read_manifest(place)
+    sealed = _check_seal(place, present)
     differences = present.differences(manifest)
     if differences:
         raise MismatchError(
@@ -159,7 +160,8 @@ def open_writer(
             received=f"{place} differs in " + "; ".join(differences),
             remedy="repeat the first command exactly, or give another --out (kdcache copy: another DESTINATION)",
         )
-    _check_metadata(place, present, ids)
+    if not sealed:
+        _check_metadata(place, present, ids)
     writer = StoreWriter(place, present, worker or Worker())
     writer.finished = _whole_shards(place, present, writer.worker)
     return writer
@@ -196,17 +198,21 @@ def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
     return {key: files[key].to_bytes() for key in keys}
 
 
-def _check_metadata(place: Place, manifest: Manifest, ids: Sequence[str]) -> None:
-    """What a build does not write again is as it was made: by the seal, or by what it must say."""
+def _check_seal(place: Place, manifest: Manifest) -> bool:
+    """Whether the store has a seal, which its metadata fits. Raises CorruptError when that was changed."""
     try:
         completion = ledger.read_completion(place)
     except CorruptError:
         completion = None
         place.remove(ledger.COMPLETE)
-    files = _metadata(manifest, ids)
     if completion is not None:
-        ledger.check_metadata(place, completion, files)
-        return
+        ledger.check_metadata(place, completion, metadata_keys(manifest))
+    return completion is not None
+
+
+def _check_metadata(place: Place, manifest: Manifest, ids: Sequence[str]) -> None:
+    """What a build does not write again is what it must be, also without a seal."""
+    files = _metadata(manifest, ids)
     del files["zarr.json"]  # it was read already
     for key, content in files.items():
         try:

@@ -119,7 +119,7 @@ CASES = {
     "run not overwritten": (nothing, TEACHER.replace("/new", "/teacher"), "holds a run already"),
     "run resumed otherwise": (nothing, TEACHER.replace("/new", "/teacher") + " --resume --lr 0.5", "--lr 0.5"),
     "store that is nowhere": (nothing, STUDENT.replace("store.zarr", "none.zarr"), "none.zarr does not exist"),
-    "store that is none": (nothing, STUDENT.replace("store.zarr", "data"), "data has no zarr.json"),
+    "store that is none": (nothing, STUDENT.replace("store.zarr", "data"), "data/zarr.json does not exist"),
     "half-built store": (half_built, STUDENT, "1 of 2 shards"),
     "half-built store, verify": (half_built, "verify {w}/store.zarr", "1 of 2 shards"),
     "store of another version": (other_version, STUDENT, "has format 7"),

@@ -131,7 +131,7 @@ def test_views(world, cli, pixels) -> None:
 
 CASES = {
     "copy of nothing": ("copy {w}/none.zarr {w}/new", "none.zarr does not exist"),
-    "copy of what is none": ("copy {w}/data {w}/new", "data has no zarr.json"),
+    "copy of what is none": ("copy {w}/data {w}/new", "data/zarr.json does not exist"),
     "copy into something else": ("copy {w}/store.zarr {w}/data", "data holds something else"),
     "copy onto another": ("copy {w}/store.zarr {w}/source.zarr", "source.zarr"),
     "copy onto itself": ("copy {w}/store.zarr {w}/./store.zarr", "for both"),

@@ -379,7 +379,7 @@ def test_verify_looks_at_the_files_and_not_at_copies(s3, small, built) -> None:
 
 def test_a_place_where_nothing_is(s3) -> None:
     address = s3.address()
-    with pytest.raises(StoreError, match=r"has no zarr\.json") as caught:
+    with pytest.raises(StoreError, match=r"zarr\.json does not exist") as caught:
         open_cache(address)
     assert address in caught.value.received
 
