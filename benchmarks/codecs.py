@@ -1,0 +1,58 @@
+"""What each codec keeps and loses: bytes per record, and the stored targets beside the teacher's own.
+
+Builds one store per codec from the same teacher and split, and reports what their manifests and ledgers say.
+
+    python benchmarks/codecs.py --data camvid --teacher runs/teacher --json benchmarks/results/codecs-cpu.json
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import header, write
+from kdcache.data import Split, open_split
+from kdcache.store import open_cache, summarise
+from kdcache.teacher import BuildOptions, Teacher, build_cache, load_teacher
+
+CODECS = ("default", "small", "none")
+
+
+def built(split: Split, teacher: Teacher, options: BuildOptions, out: Path) -> dict[str, Any]:
+    """Sizes and fidelity of one store."""
+    build_cache(split, teacher, out, options)
+    summary = summarise(open_cache(out))
+    assert summary.manifest.fidelity is not None
+    arrays = {array.path: round(array.ratio, 3) for array in summary.arrays if "records/" not in array.path}
+    return {
+        "codec": options.codec,
+        "records": summary.manifest.records,
+        "bytes_per_record": round(summary.bytes_per_record),
+        "target_bytes_per_record": round(summary.target_bytes_per_record),
+        "full_resolution_bytes": summary.full_resolution_bytes,
+        "compression": arrays,
+        "fidelity": summary.manifest.fidelity.model_dump(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    split = open_split(arguments.data, "train")
+    teacher = load_teacher(arguments.teacher, split.classes)
+    assert teacher.size is not None
+    found = []
+    with tempfile.TemporaryDirectory() as work:
+        for codec in CODECS:
+            found.append(built(split, teacher, BuildOptions(teacher.size, codec=codec), Path(work, codec)))
+            print(json.dumps(found[-1]))
+    if arguments.json is not None:
+        write(arguments.json, {**header("codecs"), "size": list(teacher.size), "codecs": found})
+
+
+if __name__ == "__main__":
+    main()
