@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for to
 
 _Option = typer.Option
 MISSING = "-"
-EVERYTHING = "memcpy,decoder,direct,tensorstore,zarr,files,inline,dataloader,ring,resident"
+EVERYTHING = "memcpy,decoder,direct,tensorstore,zarr,files,inline,dataloader,ring,resident,default"
 AUGMENTS = {"none": ("none",), "warp": ("none", "warp")}
 TITLES = {
     "readers": "Readers: targets of random records, page cache warm",
@@ -37,7 +37,7 @@ def bench_loader(
             "--against",
             help="Readers: memcpy and decoder (the floors: bytes in memory), direct (ours), tensorstore, zarr, "
             "files (a .pt file per sample). Loaders: inline (between steps), dataloader, ring (ours), "
-            "resident (ring, records in memory).",
+            "resident (ring, records in memory), default (inline, records in memory: what a training on a CPU does).",
         ),
     ] = EVERYTHING,
     records: Annotated[int, _Option("--records", min=1, help="Records per repeat; they are held in memory.")] = 256,

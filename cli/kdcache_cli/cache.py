@@ -1,12 +1,11 @@
 """`kdcache build-teacher-cache`: the teacher's pass, and what `extend` shares with it."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdcache.errors import RecipeError
-from kdcache_cli import options
+from kdcache_cli import building, options
 from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
@@ -17,45 +16,66 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher import Teacher as LoadedTeacher
 
 _Option = typer.Option
-Teacher = Annotated[
-    str, _Option("--teacher", help="A run folder, SPEC@FILE (weights trained elsewhere) or SPEC@default (downloads).")
-]
-Out = Annotated[
-    str, _Option("--out", help="Store to write, a folder or s3://BUCKET/PREFIX; an interrupted one is continued.")
-]
-ClassMap = Annotated[Path | None, _Option("--class-map", help="Which class of the data each teacher class becomes.")]
-Views = Annotated[
-    int | None,
-    _Option("--views", min=1, max=4096, help="Per sample: the whole image and seeded crops of it, for replay."),
-]
-ViewSeed = Annotated[int | None, _Option("--view-seed", min=0, help="Of the crops.")]
-ViewScale = Annotated[
-    str | None, _Option("--view-scale", metavar="LOW:HIGH", help="Zoom of the crops: 2 shows a quarter of the image.")
-]
-ViewFlip = Annotated[
-    bool | None, _Option("--view-flip/--no-view-flip", help="Mirror half of the crops.", show_default=False)
-]
-RenderThreads = Annotated[
-    int | None,
-    _Option("--render-threads", min=0, help="Threads that decode and resize (default: the cores, at most 8)."),
-]
 
 
 def build_teacher_cache(
     data: options.Data,
-    teacher: Teacher,
-    out: Out,
+    teacher: building.Teachers,
+    out: building.Out,
     split: options.Split = "train",
     size: options.Size = None,
+    teacher_weights: Annotated[
+        str | None, _Option("--teacher-weights", metavar="W,W", help="Of several teachers (default: equal).")
+    ] = None,
+    tta: Annotated[
+        str | None,
+        _Option(
+            "--tta",
+            metavar="WORDS",
+            help="What a teacher says is the mean over mirrored and rescaled images, e.g. flip,scales=0.75:1:1.25.",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        _Option(
+            "--folds",
+            help="Cross-fitting: of K teachers, number I was trained with --fold I/K and speaks of fold I, which it "
+            "has not seen.",
+        ),
+    ] = None,
+    teacher_size: Annotated[
+        str | None,
+        _Option("--teacher-size", metavar="HxW", help="What the teacher sees of the same window; free in training."),
+    ] = None,
+    teacher_grid: Annotated[
+        str,
+        _Option(
+            "--teacher-grid",
+            help="own: targets on the grid that comes of --teacher-size and --tta. view: averaged to that of the view, "
+            "which takes no more room than without them.",
+        ),
+    ] = "own",
     top_k: Annotated[
         str,
         _Option("--top-k", help="Classes kept per pixel: auto (all up to 32, else as many as it takes) or a number."),
     ] = "auto",
     features: Annotated[str, _Option("--features", help="Comma-separated taps to store; see kdcache models.")] = "",
-    views: Views = 1,
-    view_seed: ViewSeed = 0,
-    view_scale: ViewScale = "1:2",
-    view_flip: ViewFlip = True,
+    statistics: building.Statistics = "",
+    raw_logits: Annotated[
+        bool, _Option("--raw-logits", help="Keep every pixel's largest logit too, for terms over positions (cwd).")
+    ] = False,
+    views: building.Views = None,
+    crop: Annotated[
+        str | None,
+        _Option(
+            "--crop",
+            metavar="HxW",
+            help="Views are crops of so many pixels out of the image at zoom times --size (default: views of --size).",
+        ),
+    ] = None,
+    view_seed: building.ViewSeed = 0,
+    view_scale: building.ViewScale = "1:2",
+    view_flip: building.ViewFlip = True,
     pixels: Annotated[
         str,
         _Option(
@@ -71,7 +91,7 @@ def build_teacher_cache(
             "teacher). none: uncompressed; a quarter more, a third of the CPU. The build measures what storing loses.",
         ),
     ] = "default",
-    class_map: ClassMap = None,
+    class_map: building.ClassMap = None,
     mean: Annotated[
         str | None, _Option("--mean", metavar="R,G,B", help="Normalisation, if not the model's own.")
     ] = None,
@@ -79,7 +99,7 @@ def build_teacher_cache(
     precision: Annotated[str, _Option("--precision", help="float32, bf16 or fp16.")] = "float32",
     batch_size: Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
     shard_records: Annotated[int, _Option("--shard-records", min=1, max=65536, help="Records per shard file.")] = 64,
-    render_threads: RenderThreads = None,
+    render_threads: building.RenderThreads = None,
     worker: options.Worker = None,
     threads: options.Threads = 0,
     device: options.Device = "auto",
@@ -92,39 +112,52 @@ def build_teacher_cache(
     torchrun does so by itself. The last one finishes the store.
 
     [dim]kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr[/]
+    [dim]kdcache build-teacher-cache ... --teacher runs/a --teacher runs/b --tta flip --teacher-size 576x768[/]
+    [dim]kdcache build-teacher-cache ... --views 8 --crop 288x288 --view-scale 0.5:2[/]
     [dim]torchrun --nproc-per-node 8 -m kdcache_cli build-teacher-cache --data ... --out s3://bucket/camvid.zarr[/]
     """
     import torch
 
     from kdcache.data import open_split
+    from kdcache.models import Tta
     from kdcache.store import worker_of
-    from kdcache.teacher import BuildOptions, load_teacher
+    from kdcache.teacher import BuildOptions, check_cross_fit, load_teachers
     from kdcache.train import pick_device
 
     if threads:
         torch.set_num_threads(threads)
     source = open_split(data, split)
-    loaded = load_teacher(
+    loaded = load_teachers(
         teacher,
         source.classes,
+        weights=building.parse_weights(teacher_weights),
+        tta=None if tta is None else Tta.parse(tta),
+        folds=folds,
         class_map=class_map,
         mean=options.parse_rgb(mean, "--mean"),
         std=options.parse_rgb(std, "--std"),
     )
+    if folds is not None:
+        check_cross_fit(teacher, source)
     for note in loaded.notes:
         ERRORS.print(f"note: {note}")
     chosen = options.parse_size(size) or loaded.size
     if chosen is None:
         raise RecipeError(
-            "a teacher that is no run of kdcache needs the size of its images",
+            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
             received="no --size",
             remedy="add --size HxW, for instance --size 288x384",
         )
     build_options = BuildOptions(
         size=chosen,
-        top_k=_top_k(top_k),
-        features=tuple(tap for tap in features.split(",") if tap),
-        **view_options(views, view_seed, view_scale, view_flip),
+        top_k=building.parse_top_k(top_k),
+        features=building.comma_separated(features),
+        statistics=building.comma_separated(statistics),
+        raw_logits=raw_logits,
+        crop=options.parse_size(crop, "--crop"),
+        teacher_size=options.parse_size(teacher_size, "--teacher-size"),
+        teacher_grid=options.one_of("--teacher-grid", teacher_grid, ("own", "view")),  # type: ignore[arg-type]
+        **building.view_options(views, view_seed, view_scale, view_flip, crop),
         pixels=options.one_of("--pixels", pixels, ("stored", "source")),  # type: ignore[arg-type]
         codec=options.one_of("--codec", codec, ("default", "small", "none")),  # type: ignore[arg-type]
         batch_size=batch_size,
@@ -178,44 +211,16 @@ def teach_and_tell(
         OUT.print(
             f"what codec {summary.manifest.codec} stored, beside the teacher: {summary.manifest.fidelity.describe()}"
         )
-    _print_score(score_cache(cache, source))
+    _print_score(score_cache(cache, source), "first crops" if cache.manifest.view.kind == "crop" else "labels")
 
 
-def _print_score(metrics: "Metrics | None") -> None:
+def _print_score(metrics: "Metrics | None", of: str) -> None:
     from kdcache.evaluate import percent
 
     if metrics is None:
         OUT.print("no labels: the teacher's mIoU is unknown")
         return
     OUT.print(
-        f"the teacher on these labels, read back from the store: mIoU {percent(metrics.miou)}, "
+        f"the teacher on these {of}, read back from the store: mIoU {percent(metrics.miou)}, "
         f"aAcc {percent(metrics.aacc)}"
     )
-
-
-def view_options(views: int | None, seed: int | None, scale: str | None, flip: bool | None) -> dict[str, Any]:
-    """Options of a build; what is None is left out."""
-    chosen = {"views": views, "view_seed": seed, "view_scale": _scale(scale), "view_flip": flip}
-    return {name: value for name, value in chosen.items() if value is not None}
-
-
-def _scale(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(":"))
-    except ValueError as error:
-        raise RecipeError(
-            "--view-scale is LOW:HIGH, 1 for the whole image",
-            received=repr(text),
-            remedy="for instance --view-scale 1:2",
-        ) from error
-    return low, high
-
-
-def _top_k(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdigit():
-        raise RecipeError("--top-k is auto or a number of classes", received=repr(text), remedy="use --top-k auto")
-    return int(text)

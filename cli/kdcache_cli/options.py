@@ -87,9 +87,17 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
                 received=f"{key!r} in {path}",
                 remedy=f"did you mean {near[0].replace('_', '-')!r}?" if near else f"see kdcache {verb} --help",
             )
-        values[name] = value
+        values[name] = list(map(_one_line, value)) if isinstance(value, list) else value
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def _one_line(table: Any) -> Any:
+    """A table of a recipe, such as [[term]], as its flag takes it: the kind first, then the options."""
+    if not isinstance(table, dict):
+        return table
+    options = [f"{key.replace('-', '_')}={value}" for key, value in table.items() if key != "kind"]
+    return ",".join([str(table.get("kind", "")), *options])
 
 
 def _of_any_training() -> set[str]:

@@ -25,9 +25,16 @@ class TrainingProgress(Observer):
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
         assert self._task is not None
-        terms = " ".join(f"{name} {values[name]:.3f}" for name in ("ce", "kl") if values["kl"])
+        terms = " ".join(f"{name} {values[name]:.3f}" for name in self._terms(values))
         speed = f"{values['images_per_second']:.1f} img/s, {100 * values['wait_share']:.0f} % waiting"
         self._bar.update(self._task, completed=step, note=f"loss {values['loss']:.3f} {terms} {speed}{self._miou}")
+
+    @staticmethod
+    def _terms(values: dict[str, float]) -> list[str]:
+        """Parts of the loss that are worth showing: none when cross-entropy is all there is."""
+        beside = ("loss", "lr", "images_per_second", "wait_share")
+        found = [name for name, value in values.items() if name not in beside and value]
+        return found if len(found) > 1 else []
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())

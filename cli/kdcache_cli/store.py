@@ -20,12 +20,41 @@ _Option = typer.Option
 def inspect(
     store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
     json: Annotated[bool, _Option("--json", help="Machine-readable.")] = False,
+    teacher_report: Annotated[
+        bool, _Option("--teacher-report", help="Audit the teacher by what the store holds; writes pictures.")
+    ] = False,
+    data: options.OptionalData = None,
+    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    out: Annotated[
+        Path | None,
+        _Option(
+            "--out", help="Where the report goes (default: STORE-report beside the store; for a remote one, here)."
+        ),
+    ] = None,
+    worst: Annotated[
+        int, _Option("--worst", min=0, max=1000, help="Pictures of so many images where the teacher loses most.")
+    ] = 10,
     cache_dir: options.CacheDir = None,
     cache_bytes: options.CacheBytes = None,
 ) -> None:
     """Say what a store is: from what, how big, complete or not, compression, top-k
     mass.
+
+    With --teacher-report, say what its teacher is worth, on whole images at view
+    size: IoU and accuracy per class, which classes it confuses, whether it is as
+    sure as it is right, what pseudo labels of it would keep, what --top-k would
+    cost. Tables here; report.json and pictures in --out. Needs the labels: those
+    in the store, or --data for a store built with --pixels source.
+
+    [dim]kdcache inspect camvid.zarr[/]
+    [dim]kdcache inspect camvid.zarr --teacher-report --out camvid-report[/]
     """
+    if teacher_report:
+        from kdcache_cli.report import report_teacher
+
+        report_teacher(options.open_place(store, cache_dir, cache_bytes), data, split, out, worst, json)
+        return
+    _refuse_alone({"--data": data, "--split": split, "--out": out})
     from kdcache.store import inspect_store
 
     report = inspect_store(options.open_place(store, cache_dir, cache_bytes))
@@ -45,9 +74,21 @@ def inspect(
     OUT.print(table)
 
 
+def _refuse_alone(flags: dict[str, object]) -> None:
+    if given := [name for name, value in flags.items() if value is not None]:
+        raise RecipeError(
+            "some flags of inspect belong to --teacher-report",
+            received=f"{', '.join(given)} without it",
+            remedy="add --teacher-report",
+        )
+
+
 def verify(
     store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
-    teacher: Annotated[str | None, _Option("--teacher", help="Run this teacher again on a sample of records.")] = None,
+    teacher: Annotated[
+        list[str] | None,
+        _Option("--teacher", help="Run it again on a sample of records. Of several, give all, in their order."),
+    ] = None,
     records: Annotated[int, _Option("--records", min=1, help="How many records to run it on.")] = 16,
     data: options.OptionalData = None,
     split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
@@ -63,7 +104,7 @@ def verify(
     """
     from kdcache.data import ClassList, open_split
     from kdcache.store import open_cache, read_manifest, verify_files
-    from kdcache.teacher import compare_teacher, load_teacher
+    from kdcache.teacher import compare_teacher, load_like
     from kdcache.train import pick_device
 
     place = options.open_place(store, cache_dir, cache_bytes)
@@ -81,11 +122,13 @@ def verify(
             "it redoes these shards alone."
         )
         raise typer.Exit(1)
-    if teacher is None:
+    if not teacher:
         return
-    dataset = read_manifest(place).dataset
+    manifest = read_manifest(place)
+    dataset = manifest.dataset
     source = open_split(data, split or dataset.split) if data else None
-    loaded = load_teacher(teacher, ClassList(dataset.class_names, dataset.class_colours), class_map=class_map)
+    classes = ClassList(dataset.class_names, dataset.class_colours)
+    loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map)
     agreement = compare_teacher(open_cache(place), loaded, source, pick_device(device), records)
     for line in agreement.fingerprint:
         OUT.print(f"  [red]another teacher[/] {line}")

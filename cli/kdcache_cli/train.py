@@ -73,6 +73,20 @@ Resident = Annotated[
         "auto: gpu, else ram, where they take at most half of what is free.",
     ),
 ]
+Fold = Annotated[
+    str | None,
+    _Option(
+        "--fold", metavar="I/K", help="Leave out fold I, from 0, of K: to teach it (--folds), or to be judged on it."
+    ),
+]
+ValFold = Annotated[str | None, _Option("--val-fold", metavar="I/K", help="Validate on that fold of the split alone.")]
+LimitSamples = Annotated[
+    float | None, _Option("--limit-samples", metavar="N", help="Use so many samples, below 1 a share; always the same.")
+]
+Mix = Annotated[
+    str | None,
+    _Option("--mix", help="Paste between the samples of a batch: cutmix or classmix, with a share as cutmix:0.5."),
+]
 ValEvery = Annotated[
     int | None, _Option("--val-every", help="Steps between validations and checkpoints (default: a tenth).")
 ]
@@ -107,6 +121,10 @@ def train_teacher(
     scale: Scale = "0.5:2.0",
     flip: Flip = True,
     jitter: Jitter = 0.3,
+    mix: Mix = None,
+    limit_samples: LimitSamples = None,
+    fold: Fold = None,
+    val_fold: ValFold = None,
     seed: Seed = 0,
     workers: Workers = None,
     threads: options.Threads = 0,
@@ -133,13 +151,60 @@ def train_student(
     ],
     model: Model,
     out: Out,
-    method: Annotated[str, _Option("--method", help="none (labels only, same pixels) or kl.")] = "kl",
+    method: Annotated[
+        str,
+        _Option(
+            "--method",
+            help="none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
+            "cwd, dist, dkd.",
+        ),
+    ] = "kl",
+    term: Annotated[
+        list[str] | None,
+        _Option(
+            "--term",
+            metavar="KIND,OPTION=X,...",
+            help="One more term with options of its own, e.g. cosine,weight=0.1,teacher_tap=layer4 (in a recipe: "
+            "a [[term]] each). May be repeated.",
+        ),
+    ] = None,
     temperature: Annotated[float, _Option("--temperature", help="Of the KL term.")] = 2.0,
     kl_weight: Annotated[float, _Option("--kl-weight", help="Weight of T^2 * KL.")] = 1.0,
     ce_weight: Annotated[float, _Option("--ce-weight", help="Weight of the cross-entropy.")] = 1.0,
     distill_void: Annotated[
         bool, _Option("--distill-void/--no-distill-void", help="Whether void pixels teach too.")
     ] = True,
+    distill_on: Annotated[
+        str, _Option("--distill-on", help="all: images without a label teach through their targets; or labelled.")
+    ] = "all",
+    gate: Annotated[
+        str,
+        _Option(
+            "--gate",
+            help="Which pixels teach: none (all), correct (not where the label says otherwise) or confidence:X.",
+        ),
+    ] = "none",
+    class_trust: Annotated[
+        str | None,
+        _Option(
+            "--class-trust",
+            metavar="FILE|auto",
+            help="Weight of each class that the teacher says: from a file, or by how far it beats --trust-against.",
+        ),
+    ] = None,
+    trust_against: Annotated[
+        str | None, _Option("--trust-against", metavar="RUN", help="A run without a teacher that left out a --fold.")
+    ] = None,
+    class_balance: Annotated[
+        str,
+        _Option("--class-balance", help="Weigh what the teacher says by how rare its class is: none, median or sqrt."),
+    ] = "none",
+    limit_labels: Annotated[
+        float | None, _Option("--limit-labels", metavar="N", help="Of the samples, use the labels of so many.")
+    ] = None,
+    limit_views: Annotated[
+        int | None, _Option("--limit-views", min=1, metavar="N", help="Replay the first so many views of a sample.")
+    ] = None,
     augment: Annotated[
         str, _Option("--augment", help="warp (zoom, crop, flip pixels and targets alike), replay (as stored) or none.")
     ] = "warp",
@@ -167,6 +232,10 @@ def train_student(
     scale: Scale = "0.5:2.0",
     flip: Flip = True,
     jitter: Jitter = 0.3,
+    mix: Mix = None,
+    limit_samples: LimitSamples = None,
+    fold: Fold = None,
+    val_fold: ValFold = None,
     seed: Seed = 0,
     workers: Workers = None,
     cache_dir: options.CacheDir = None,
@@ -198,6 +267,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The flags as settings of a training."""
     settings = {name: value for name, value in given.items() if name not in ("out", "resume", "recipe")}
     settings["size"] = options.parse_size(settings["size"])
+    settings["term"] = settings.get("term") or ()
     return settings
 
 

@@ -3,15 +3,17 @@
     open_split(data, split) -> Split          ids, classes, image(i), label(i)
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     draw_window, colour_jitter                what is random for the student
-    draw_view, id_hash                        what is drawn once, for the views of a store
+    draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
+    folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen
     prefetch                                  ordered results from a bounded pool of threads
     check, class_weights                      a report on a whole data set, and weights from its counts
 
 Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
 """
 
-from kdcache.data.augment import Augmentation, colour_jitter, draw_view, draw_window, id_hash
+from kdcache.data.augment import Augmentation, colour_jitter, draw_view, draw_window, id_hash, inside_rectangle
 from kdcache.data.check import CheckReport, SplitReport, check, class_weights
+from kdcache.data.folds import check_folds, fold_alone, folds_of, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Split
@@ -28,13 +30,18 @@ __all__ = [
     "SplitReport",
     "Window",
     "check",
+    "check_folds",
     "class_weights",
     "colour_jitter",
     "draw_view",
     "draw_window",
+    "fold_alone",
+    "folds_of",
     "id_hash",
+    "inside_rectangle",
     "list_splits",
     "open_split",
+    "parse_fold",
     "pixel_checksum",
     "prefetch",
     "render",

@@ -66,7 +66,13 @@ class Window:
 
 
 def render(
-    image_HW3: Pixels, label_HW: Pixels | None, window: Window, *, flip: bool, size: tuple[int, int]
+    image_HW3: Pixels,
+    label_HW: Pixels | None,
+    window: Window,
+    *,
+    flip: bool,
+    size: tuple[int, int],
+    out: tuple[Pixels, Pixels] | None = None,
 ) -> tuple[Pixels, Pixels]:
     """Cut `window` out of an image and its label, resize to `size`, then flip.
 
@@ -76,7 +82,8 @@ def render(
         window: in source pixels; may reach beyond the source.
         flip: mirror left and right after the resize (column j becomes W-1-j).
         size: (height, width) of the result.
-    Returns: uint8 (height, width, 3) and uint8 (height, width), contiguous, memory of their own.
+        out: pixels and label of that size to write to, contiguous; default memory of their own.
+    Returns: uint8 (height, width, 3) and uint8 (height, width).
     Raises: ValueError for shapes or types that do not fit, and for a window longer than 2**24 pixels.
     """
     _check(image_HW3, label_HW, window, size)
@@ -84,10 +91,11 @@ def render(
 
     height, width = image_HW3.shape[:2]
     y0, x0, y1, x1 = map(float, window.as_tuple())
+    pixels, label = (np.empty((*size, 3), np.uint8), np.empty(size, np.uint8)) if out is None else out
     if not flip and (height, width) == tuple(size) and (y0, x0, y1, x1) == (0.0, 0.0, height, width):
-        label = np.full(size, IGNORE_INDEX, np.uint8) if label_HW is None else label_HW.copy()
-        return image_HW3.copy(), label
-    pixels, label = np.empty((*size, 3), np.uint8), np.empty(size, np.uint8)
+        pixels[...] = image_HW3
+        label[...] = IGNORE_INDEX if label_HW is None else label_HW
+        return pixels, label
     render_window(
         np.ascontiguousarray(image_HW3).reshape(height, -1),
         _NO_LABEL if label_HW is None else np.ascontiguousarray(label_HW),

@@ -8,17 +8,21 @@ Importing this package imports torch, but no model zoo.
 """
 
 from kdcache.models.class_map import ClassMapped, read_class_map
+from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
 from kdcache.models.native import LoadReport, NativeOutput, SegmentationModel
 from kdcache.models.registry import ModelInfo, TapInfo, build_model, list_models
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
 
 __all__ = [
+    "AGREEMENT",
     "ClassMapped",
+    "EnsembleModel",
     "LoadReport",
     "ModelInfo",
     "NativeOutput",
     "SegmentationModel",
     "TapInfo",
+    "Tta",
     "build_model",
     "list_models",
     "load_weights",

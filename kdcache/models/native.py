@@ -149,6 +149,11 @@ class SegmentationModel(nn.Module):
         x_B3HW = pixels_BHW3.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
         return x_B3HW.div_(255).sub_(mean).div_(std)
 
+    def standardise(self, x_B3HW: Tensor) -> Tensor:
+        """The second half of `normalise`, on RGB in 0..1: (x - mean) / std, in new memory."""
+        mean, std = self._moments_on(x_B3HW.device)
+        return x_B3HW.sub(mean).div_(std)
+
     def upsample(self, logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize logits to (H, W) = `size` as the head itself would: bilinear, with its `align_corners`."""
         if tuple(logits_BChw.shape[-2:]) == tuple(size):

@@ -18,9 +18,11 @@ MAX_RECORDS = 2**31
 MAX_SHARDS = 2**20
 MAX_RECORD_BYTES = 2**28
 """Of a record in one array, decoded."""
+MOST_SIDE, MOST_VIEWS = 65536, 4096
+LEAST_ZOOM, MOST_ZOOM = 1 / 64, 1024
 
 Count = Annotated[int, Field(ge=0, le=MAX_RECORDS)]
-Side = Annotated[int, Field(ge=1, le=65536)]
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 Size = tuple[Side, Side]
 Codec = Literal["default", "small", "none"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=200)]
@@ -42,14 +44,15 @@ class Dataset(Part):
     class_colours: tuple[tuple[int, int, int], ...]
 
 
-Zoom = Annotated[float, Field(ge=1, le=1024)]
+Zoom = Annotated[float, Field(ge=LEAST_ZOOM, le=MOST_ZOOM)]
 
 
 class Drawn(Part):
-    """How the views after the first are drawn: each from `seed`, the sample's id and its own number alone.
+    """How views are drawn: each from `seed`, the sample's id and its own number alone.
 
     Attributes:
-        scale: a view shows 1/s of the image's height and width; s is uniform in this range.
+        scale: a view shows 1/s of the image's height and width, below 1 all of it amid grey. s is uniform in this
+            range.
         flip: whether half of them are mirrored.
     """
 
@@ -65,29 +68,58 @@ class Drawn(Part):
 
 
 class View(Part):
-    """How a sample is rendered: view 0 is `full`, the whole image resized to `size` (H, W); others are drawn."""
+    """How a sample is rendered to `size` (H, W).
 
-    kind: Literal["full"] = "full"
+    Attributes:
+        kind: `full`: view 0 is the whole image resized, the others are drawn. `crop`: all are drawn, each a crop of
+            `size` pixels out of the image at s times `image_size`.
+        teacher_size: (H, W) of what the teacher saw of the same windows, when that was another size.
+    """
+
+    kind: Literal["full", "crop"] = "full"
     size: Size
-    views_per_sample: Annotated[int, Field(ge=1, le=4096)] = 1
+    image_size: Size | None = None
+    teacher_size: Size | None = None
+    views_per_sample: Annotated[int, Field(ge=1, le=MOST_VIEWS)] = 1
     drawn: Drawn | None = None
     pixels: Literal["stored", "source"]
 
     @model_validator(mode="after")
     def _views_after_the_first_are_drawn(self) -> "View":
-        if (self.views_per_sample > 1) != (self.drawn is not None):
+        if (self.kind == "crop" or self.views_per_sample > 1) != (self.drawn is not None):
             raise ValueError(f"views_per_sample is {self.views_per_sample}, drawn is {_short(self.drawn)}")
+        if (self.kind == "crop") != (self.image_size is not None):
+            raise ValueError(f"kind is {self.kind}, image_size is {self.image_size}")
         return self
+
+    @property
+    def share(self) -> tuple[float, float] | None:
+        """Of crops, what one shows at scale 1, as a part of the image's height and width."""
+        if self.image_size is None:
+            return None
+        return self.size[0] / self.image_size[0], self.size[1] / self.image_size[1]
+
+    @property
+    def reaches_beyond(self) -> bool:
+        """Whether a view may show what lies beyond its image, which is grey and must not teach."""
+        return self.drawn is not None and max(self.share or (1.0, 1.0)) > self.drawn.scale[0]
 
 
 class Head(Part):
-    """One output of the teacher: `k` of `classes` logits kept on an (h, w) grid."""
+    """One output of the teacher: `k` of `classes` logits kept on an (h, w) grid.
+
+    Attributes:
+        raw: the largest logit of every pixel is kept too, which the others are stored without.
+        resampled: the grid is coarser than the teacher's own: its probabilities were averaged.
+    """
 
     kind: Literal["categorical"] = "categorical"
     classes: Annotated[int, Field(ge=1, le=65535)]
     k: Annotated[int, Field(ge=1, le=65535)]
     size: Size
     align_corners: bool
+    raw: bool = False
+    resampled: bool = False
 
     @model_validator(mode="after")
     def _k_within_classes(self) -> "Head":
@@ -107,8 +139,47 @@ class Feature(Part):
     size: Size
 
 
+class Statistic(Part):
+    """A number per target pixel or feature position, from 0 up: (h, w) float16 per record.
+
+    Attributes:
+        kind: `at`: sum of squares over the channels of `tap`, divided by its largest. Of the distribution, at the
+            target's grid: `confidence` (its largest probability), `entropy` (nats), `agreement` (weight of the members
+            of an ensemble whose best class is the ensemble's).
+    """
+
+    kind: Literal["at", "confidence", "entropy", "agreement"]
+    tap: str | None = None
+    size: Size
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Member(Part):
+    """One of several teachers; `share` is its weight, of 1."""
+
+    spec: str
+    weights: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    share: Share
+
+
+class Augmented(Part):
+    """Test-time augmentation: the teacher's word is the mean over these renderings of a view."""
+
+    flip: bool
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], Field(min_length=1)]
+
+
 class Fingerprint(Part):
-    """What identifies a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code."""
+    """What identifies a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code.
+
+    Attributes:
+        members: of an ensemble, whose probabilities are averaged; `weights` is then the digest of all together.
+        folds: the members do not speak together: each spoke of the samples of one fold, which it had not seen.
+    """
 
     spec: str
     weights: str
@@ -116,13 +187,22 @@ class Fingerprint(Part):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     class_map: tuple[int, ...] | None = None
+    members: Annotated[tuple[Member, ...], Field(max_length=255)] = ()
+    tta: Augmented | None = None
+    folds: Annotated[int, Field(ge=2, le=255)] | None = None
     probe: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _one_member_per_fold(self) -> "Fingerprint":
+        if self.folds is not None and self.folds != len(self.members):
+            raise ValueError(f"{self.folds} folds of {len(self.members)} members")
+        return self
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """What differs, in words. The probe may differ by 1 % of its largest value: hardware rounds."""
         found = [
             f"{name}: {_short(getattr(self, name))} against {_short(getattr(other, name))}"
-            for name in ("spec", "weights", "precision", "mean", "std", "class_map")
+            for name in ("spec", "weights", "precision", "mean", "std", "class_map", "members", "tta", "folds")
             if getattr(self, name) != getattr(other, name)
         ]
         scale = max((abs(value) for value in self.probe if math.isfinite(value)), default=0.0)
@@ -182,6 +262,7 @@ class Manifest(Part):
     view: View
     heads: Annotated[dict[Name, Head], Field(max_length=256)]
     features: Annotated[dict[Name, Feature], Field(max_length=256)] = {}
+    statistics: Annotated[dict[Name, Statistic], Field(max_length=256)] = {}
     teacher: Fingerprint
     build: Build
     codec: Codec = "default"
@@ -203,8 +284,10 @@ class Manifest(Part):
     def _sizes_are_possible(self) -> "Manifest":
         if self.shards > MAX_SHARDS:
             raise ValueError(f"{self.shards} shards are more than {MAX_SHARDS}")
-        parts = {f"heads.{name}": (2, head.k, *head.size) for name, head in self.heads.items()}
+        parts: dict[str, tuple[int, ...]]
+        parts = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.heads.items()}
         parts |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
+        parts |= {f"statistics.{name}": (2, *about.size) for name, about in self.statistics.items()}
         for name, sizes in {**parts, "view": (3, *self.view.size)}.items():
             if math.prod(sizes) > MAX_RECORD_BYTES:
                 raise ValueError(f"{name}: a record of {math.prod(sizes)} bytes is larger than {MAX_RECORD_BYTES}")
@@ -233,7 +316,7 @@ class Manifest(Part):
         found = self.teacher.differences(other.teacher)
         for part in ("dataset", "view", "build"):
             found += part_differences(part, getattr(self, part), getattr(other, part))
-        for name in ("heads", "features"):
+        for name in ("heads", "features", "statistics"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 found.append(f"{name}: {_short(_plain(mine))} against {_short(_plain(theirs))}")

@@ -3,10 +3,13 @@
     targets/<head>/values    (R, k, h, w)   float16   logit minus the pixel's maximum over classes
     targets/<head>/indices   (R, k, h, w)   uint8     class ids (uint16 above 256); absent if k = C
     targets/<head>/tail      (R, h, w)      float16   log-odds of the mass outside the k; absent if k = C
+    targets/<head>/max       (R, h, w)      float32   that maximum; with --raw-logits
     features/<tap>           (R, c, h, w)   float16
+    statistics/<name>        (R, h, w)      float16
     labels/segmentation      (R, H, W)      uint8     255 is void; with --pixels stored
     pixels/image             (R, H, W, 3)   uint8     with --pixels stored
-    records/*                (R, ...)                 sample, view, window, flip, pixel_checksum, labelled
+    records/*                (R, ...)                 sample, view, window, flip, pixel_checksum, labelled;
+                                                      source_size of views that reach beyond it; fold of cross-fitting
     samples/id_bytes, id_ends                         the ids, UTF-8, end to end
 
 Chunks hold one record in image-sized arrays and a whole shard in small ones, so that a random read decodes
@@ -43,7 +46,7 @@ class ArraySpec:
 
 
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
-    """values, and for a top-k head indices and tail."""
+    """values, for a top-k head indices and tail, for raw logits their maximum."""
     about = manifest.heads[head]
     height, width = about.size
     arrays = [ArraySpec(f"targets/{head}/values", (about.k, height, width), "float16")]
@@ -51,6 +54,8 @@ def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
         index_type = "uint8" if about.classes <= 256 else "uint16"
         arrays.append(ArraySpec(f"targets/{head}/indices", (about.k, height, width), index_type))
         arrays.append(ArraySpec(f"targets/{head}/tail", (height, width), "float16"))
+    if about.raw:
+        arrays.append(ArraySpec(f"targets/{head}/max", (height, width), "float32"))
     return arrays
 
 
@@ -59,6 +64,7 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
     arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
     for tap, feature in manifest.features.items():
         arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), "float16"))
+    arrays += [ArraySpec(f"statistics/{name}", about.size, "float16") for name, about in manifest.statistics.items()]
     if manifest.view.pixels == "stored":
         arrays.append(ArraySpec("labels/segmentation", manifest.view.size, "uint8"))
         arrays.append(ArraySpec("pixels/image", (*manifest.view.size, 3), "uint8"))
@@ -70,6 +76,10 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
         ArraySpec("records/pixel_checksum", (), "uint64"),
         ArraySpec("records/labelled", (), "uint8"),
     ]
+    if manifest.view.reaches_beyond:
+        arrays.append(ArraySpec("records/source_size", (2,), "int32"))
+    if manifest.teacher.folds is not None:
+        arrays.append(ArraySpec("records/fold", (), "uint8"))
     return arrays
 
 

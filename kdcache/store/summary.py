@@ -80,9 +80,10 @@ class StoreSummary:
             ("state", f"{state}; {self.shards_written} of {m.shards} shards, {self.records_written} records"),
             ("data", f"{m.dataset.name}, split {m.dataset.split}: {m.dataset.samples} samples, "
                      f"{m.dataset.labelled} labelled, {len(m.dataset.class_names)} classes"),
-            ("view", f"{m.view.kind} at {m.view.size[0]}x{m.view.size[1]}, pixels {m.view.pixels}{_drawn(m)}"),
-            ("teacher", f"{m.teacher.spec}, {m.teacher.precision}, weights {m.teacher.weights[:12]}"),
-            ("targets", f"{kept} at {head.size[0]}x{head.size[1]} (native stride)"),
+            ("view", f"{m.view.kind} at {_size(m.view.size)}, pixels {m.view.pixels}{_drawn(m)}"),
+            ("teacher", f"{m.teacher.spec}, {m.teacher.precision}, weights {m.teacher.weights[:12]}{_several(m)}"),
+            ("targets", f"{kept} at {_size(head.size)} ({'averaged' if head.resampled else 'native stride'})"
+                        + (", and every pixel's largest logit" if head.raw else "")),
             ("codec", m.codec),
             ("built", f"batch {m.build.batch_size}, {m.build.device}, {m.build.threads} threads, "
                       f"shards of {m.build.shard_records} records"),
@@ -95,6 +96,9 @@ class StoreSummary:
         if m.features:
             taps = ", ".join(f"{tap} {f.channels}x{f.size[0]}x{f.size[1]}" for tap, f in m.features.items())
             rows.insert(6, ("features", taps))
+        if m.statistics:
+            names = ", ".join(f"{name} {_size(about.size)}" for name, about in m.statistics.items())
+            rows.insert(6, ("statistics", names))
         if self.topk_mass is not None:
             rows.append(("top-k mass", f"{100 * self.topk_mass:.3f} % of the probability is inside the kept classes"))
         return rows
@@ -150,12 +154,30 @@ def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cach
     return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass)
 
 
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _several(manifest: Manifest) -> str:
+    """The members of an ensemble, and how they speak."""
+    about = manifest.teacher
+    parts = [", ".join(f"{member.share:.0%} {member.spec}" for member in about.members)] if about.members else []
+    if about.folds is not None:
+        parts.append(f"one for each of {about.folds} folds")
+    if about.tta is not None:
+        scales = ", ".join(f"{scale:g}" for scale in about.tta.scales)
+        parts.append(f"at scales {scales}" + (" and mirrored" if about.tta.flip else ""))
+    return "".join(f"; {part}" for part in parts)
+
+
 def _drawn(manifest: Manifest) -> str:
-    drawn = manifest.view.drawn
+    view, drawn = manifest.view, manifest.view.drawn
+    seen = f", taught at {_size(view.teacher_size)}" if view.teacher_size else ""
+    seen += f", of images at {_size(view.image_size)}" if view.image_size else ""
     if drawn is None:
-        return ""
+        return seen
     return (
-        f"; {manifest.view.views_per_sample} per sample, crops zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times"
+        f"{seen}; {view.views_per_sample} per sample, crops zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times"
         f"{', half of them mirrored' if drawn.flip else ''}, seed {drawn.seed}"
     )
 

@@ -21,11 +21,14 @@ from torch import Tensor
 from kdcache.data import Split
 from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, store_exists
 from kdcache.teacher.forward import not_finite, out_of_memory, place, teach
-from kdcache.teacher.plan import BuildOptions, plan_manifest
+from kdcache.teacher.options import BuildOptions
+from kdcache.teacher.plan import plan_manifest
 from kdcache.teacher.records import Array, Rendered, render_batches
 from kdcache.teacher.reuse import Reuse, plan_extended
+from kdcache.teacher.several import folds_of_split
 from kdcache.teacher.shards import ShardQueue
 from kdcache.teacher.source import Teacher
+from kdcache.teacher.statistics import measure, taps_of
 from kdcache_kernels import pack
 
 Progress = Callable[[int, int], None]
@@ -110,12 +113,18 @@ def build_cache(
     return BuildResult(writer.manifest, taught, share - done, seconds, complete, reused)
 
 
-def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """What the store keeps of a teacher's output: path -> tensor with a leading B, on the same device."""
+def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int, *, raw: bool = False) -> dict[str, Tensor]:
+    """What the store keeps of a teacher's output: path -> tensor with a leading B, on the same device.
+
+    Args:
+        raw: also the largest logit of every pixel.
+    """
     values, indices, tail = pack(logits_BChw, k)
     packed = {"targets/segmentation/values": values}
     if indices is not None and tail is not None:
         packed |= {"targets/segmentation/indices": indices, "targets/segmentation/tail": tail}
+    if raw:
+        packed["targets/segmentation/max"] = logits_BChw.float().amax(1)
     # fp16 ends at 65504: beyond, a finite feature saturates. An infinite one stays so, to be refused.
     limit = torch.finfo(torch.float16).max
     packed |= {f"features/{tap}": f.clamp(-limit, limit).where(f.isfinite(), f).half() for tap, f in features.items()}
@@ -130,6 +139,8 @@ class _Pass:
     ) -> None:
         self._split, self._teacher, self._manifest, self._options = split, teacher, manifest, options
         self._reuse = reuse
+        self._folds = folds_of_split(teacher, split)
+        self._taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
 
     def batches(self, shards: Iterable[int]) -> Iterator[_Batch]:
         """Every record of the shards, shard after shard.
@@ -147,27 +158,32 @@ class _Pass:
             yield launched()
 
     def _sorted_out(self, shards: Iterable[int]) -> Iterator[tuple[list[Rendered], bool]]:
-        """Batches for the teacher (True), and batches that an earlier store knows."""
+        """Batches for the teacher (True), each of one fold, and batches that an earlier store knows."""
         manifest, reuse, options = self._manifest, self._reuse, self._options
-        waiting: dict[bool, list[Rendered]] = {True: [], False: []}
+        waiting: dict[tuple[bool, int | None], list[Rendered]] = {}
         ahead = options.device.type != "cpu"
         for item in render_batches(self._split, manifest, shards, threads=options.render_threads, ahead=ahead):
             if reuse is not None:
                 item = replace(item, old=reuse.find(item, self._split.ids[item.sample]))
-            waiting[reuse is None or item.old is None or not reuse.complete].append(item)
+            if self._folds is not None:
+                item = replace(item, fold=self._folds[item.sample])
+            unknown = reuse is None or item.old is None or not reuse.complete
+            waiting.setdefault((unknown, item.fold if unknown else None), []).append(item)
             ended = item.record + 1 == manifest.shard_range(item.record // manifest.build.shard_records)[1]
-            for unknown, items in waiting.items():
-                if len(items) == manifest.build.batch_size or (items and ended):
-                    yield items, unknown
-                    waiting[unknown] = []
+            for kind, items in list(waiting.items()):
+                if ended or len(items) == manifest.build.batch_size:
+                    yield waiting.pop(kind), kind[0]
 
     def _launch(self, items: list[Rendered]) -> Callable[[], _Batch]:
         """Start a batch; what is returned waits for its result."""
-        options = self._options
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items]))
+        options, head = self._options, self._manifest.heads["segmentation"]
+        pixels = torch.from_numpy(np.stack([item.taught for item in items]))
+        model, grid = self._teacher.speaker(items[0].fold), head.size if head.resampled else None
         try:
-            logits, features = teach(self._teacher.model, pixels, options.features, options.precision, options.device)
-            packed = pack_batch(logits, features, self._manifest.heads["segmentation"].k)
+            logits, features = teach(model, pixels, self._taps, options.precision, options.device, grid)
+            kept = {tap: features[tap] for tap in options.features}
+            packed = pack_batch(logits, kept, head.k, raw=head.raw)
+            packed |= measure(self._manifest.statistics, logits, features)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(options.batch_size, error) from error
         return partial(self._fetch, items, *_to_host(packed, options.device))

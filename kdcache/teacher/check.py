@@ -53,6 +53,8 @@ def _spread(there: int, limit: int) -> list[int]:
 def score_cache(cache: Cache, split: Split | None, limit: int = 512) -> Metrics | None:
     """The teacher's metrics on the labels of whole images at view size, read back; None without labels.
 
+    Of a store that has crops alone, on the first crop of each image.
+
     Args:
         split: gives the labels of a store that keeps none.
     """
@@ -97,6 +99,8 @@ def compare_teacher(
     precision: Precision = cache.manifest.teacher.precision  # type: ignore[assignment]
     place(teacher.model, device)
     differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
+    folds = cache.column("fold").tolist() if teacher.folds and "records/fold" in cache.specs else [None] * len(cache)
+    grid = cache.head.size if cache.head.resampled else None
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0
     drifted = []
@@ -104,7 +108,8 @@ def compare_teacher(
     for record, pixels, drift in _pixels(cache, split, records):
         if drift:
             drifted.append(cache.ids[record // cache.manifest.view.views_per_sample])
-        logits, _ = teach(teacher.model, torch.from_numpy(pixels)[None], (), precision, device)
+        model = teacher.speaker(folds[record])
+        logits, _ = teach(model, torch.from_numpy(pixels)[None], (), precision, device, grid)
         again = pack_batch(logits.cpu(), {}, cache.head.k)
         stored = packed_target(cache, [record])
         if again["targets/segmentation/values"].shape != stored.values.shape:
@@ -136,7 +141,13 @@ def compare_teacher(
 
 def _check_split(cache: Cache, split: Split | None) -> None:
     """A store without pixels needs its data set; record n of a store is sample n of that one only."""
-    about = cache.manifest.dataset
+    about, taught = cache.manifest.dataset, cache.manifest.view.teacher_size
+    if split is None and taught is not None:
+        raise MismatchError(
+            "a teacher is asked again about what it saw, which no store keeps where it was larger than the views",
+            received=f"{cache.place} was taught at {taught[0]}x{taught[1]}, and no data set was given",
+            remedy=f"add --data (the folder of {about.name!r})",
+        )
     if split is None and not cache.pixels_stored:
         raise MismatchError(
             "a store without pixels is compared with the help of its data set",
@@ -154,15 +165,22 @@ def _check_split(cache: Cache, split: Split | None) -> None:
 
 
 def _pixels(cache: Cache, split: Split | None, records: list[int]) -> Iterator[tuple[int, Array, bool]]:
-    """(record, pixels as taught, whether the data set now renders other pixels)."""
-    checksums = cache.column("pixel_checksum")
+    """(record, pixels as taught, whether the data set now renders other pixels).
+
+    The checksum is of the view alone: both renderings are of one image, and what moves no byte of the student's is
+    no drift to it.
+    """
+    checksums, teacher_size = cache.column("pixel_checksum"), cache.manifest.view.teacher_size
     for record in records:
         drift = False
         pixels = None
         if split is not None:
             pixels, _ = render_again(split, cache, record)
             drift = pixel_checksum(pixels) != int(checksums[record])
-        if cache.pixels_stored:
+        if teacher_size is not None:
+            assert split is not None
+            pixels, _ = render_again(split, cache, record, teacher_size)
+        elif cache.pixels_stored:
             pixels = cache.read(record, ["pixels/image"])["pixels/image"]
         assert pixels is not None
         yield record, pixels, drift

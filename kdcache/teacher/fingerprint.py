@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from kdcache.models import state_digest
+from kdcache.models import EnsembleModel, SegmentationModel, state_digest
 from kdcache.store import Fingerprint
+from kdcache.store.manifest import Augmented, Member
 from kdcache.teacher.forward import Precision, teach
 from kdcache.teacher.source import Teacher
 
@@ -25,8 +26,26 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
         mean=model.mean,
         std=model.std,
         class_map=teacher.class_map,
+        members=_members(model),
+        tta=_augmented(model),
+        folds=teacher.folds,
         probe=tuple(float(f"{value:.6g}") for value in pooled.tolist()),
     )
+
+
+def _members(model: SegmentationModel) -> tuple[Member, ...]:
+    if not isinstance(model, EnsembleModel):
+        return ()
+    return tuple(
+        Member(spec=member.spec, weights=state_digest(member), mean=member.mean, std=member.std, share=share)
+        for member, share in zip(model.parts, model.shares, strict=True)
+    )
+
+
+def _augmented(model: SegmentationModel) -> Augmented | None:
+    if not isinstance(model, EnsembleModel) or model.tta is None:
+        return None
+    return Augmented(flip=model.tta.flip, scales=model.tta.scales)
 
 
 def _probe_images() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

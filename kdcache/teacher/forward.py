@@ -24,19 +24,49 @@ def teach(
     taps: Sequence[str],
     precision: Precision,
     device: torch.device,
+    grid: tuple[int, int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits (B, C, h, w) float32 at native stride and the tapped features, on `device`.
 
     Args:
         pixels_BHW3: uint8, on any device.
+        grid: (h, w), coarser than the teacher's own, that its word is averaged to.
     """
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST),
-    ):
-        pixels = pixels_BHW3.to(device, non_blocking=True)
-        output = model(model.normalise(pixels), taps)
-    return output.logits.float(), output.features
+    with torch.inference_mode():
+        with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
+            pixels = pixels_BHW3.to(device, non_blocking=True)
+            output = model(model.normalise(pixels), taps)
+        logits = output.logits.float()
+        return logits if grid is None else coarser(logits, grid), output.features
+
+
+def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Logits on a coarser grid: of the mean probabilities in each of its cells, float32.
+
+    A teacher at 288x384 whose word is kept on the grid of 144x192 (CamVid, 34 images): KL to its own grid 0.012 nats,
+    against 0.019 for antialiased logits, 0.013 for their means, and the best likelihood of the labels of these.
+    The mean of the log-sum-exp is added back: raw logits stay about what they were.
+    """
+    if tuple(logits_BChw.shape[-2:]) == tuple(grid):
+        return logits_BChw
+    logits = logits_BChw.float()
+    mass_B1hw = logits.logsumexp(1, keepdim=True)
+    p_BChw = area_mean((logits - mass_B1hw).exp(), grid)
+    return p_BChw.clamp(min=torch.finfo(torch.float32).tiny).log() + area_mean(mass_B1hw, grid)
+
+
+def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Means over the cells of a coarser grid, of any ratio: a cell counts by how much of it lies inside."""
+    rows_ih, columns_jw = (_overlaps(n_in, n_out, x_BChw) for n_in, n_out in zip(x_BChw.shape[-2:], grid, strict=True))
+    return rows_ih @ x_BChw @ columns_jw.mT
+
+
+def _overlaps(n_in: int, n_out: int, like: Tensor) -> Tensor:
+    """(n_out, n_in): the share that each of n_in cells has in each of n_out, which cover the same."""
+    edges = torch.arange(n_out + 1, dtype=torch.float64) * n_in / n_out
+    cells = torch.arange(n_in, dtype=torch.float64)
+    inside = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+    return (inside.clamp(min=0) * n_out / n_in).to(like)
 
 
 def out_of_memory(batch_size: int, error: Exception) -> ModelError:

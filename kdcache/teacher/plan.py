@@ -1,56 +1,26 @@
 """What a build will write, known before its first shard: sizes from one forward pass, the rest from a few records."""
 
 import datetime
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from kdcache.data import Split, Window, render
-from kdcache.errors import ModelError, RecipeError
-from kdcache.models import NativeOutput
-from kdcache.store import Codec, Fidelity, Manifest
-from kdcache.store.manifest import Build, Dataset, Drawn, Feature, Head, View
+from kdcache.data import Split
+from kdcache.errors import RecipeError
+from kdcache.store import Fidelity, Manifest
+from kdcache.store.manifest import Build, Dataset, Feature, Head
+from kdcache.teacher.asking import Asking
 from kdcache.teacher.fidelity import measure_fidelity
 from kdcache.teacher.fingerprint import fingerprint
-from kdcache.teacher.forward import Precision, not_finite, out_of_memory, teach
+from kdcache.teacher.options import BuildOptions, view_of
 from kdcache.teacher.source import Teacher
+from kdcache.teacher.statistics import statistics_of
 from kdcache_kernels import choose_k
 
 SAMPLE_RECORDS = 16  # of the real teacher, on which `--top-k auto` and the fidelity are measured
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Choices of a build.
-
-    Attributes:
-        size: (H, W). top_k: keeps that many classes, None measures how many it takes.
-        views: of each sample: the whole image, and views - 1 that are drawn.
-        view_scale: range of the zoom of drawn views, from 1; view_flip: whether half of them are mirrored.
-        fidelity: measure what storing loses; the figures go into the manifest, nothing else depends on them.
-    """
-
-    size: tuple[int, int]
-    top_k: int | None = None
-    features: Sequence[str] = ()
-    views: int = 1
-    view_seed: int = 0
-    view_scale: tuple[float, float] = (1.0, 2.0)
-    view_flip: bool = True
-    pixels: Literal["stored", "source"] = "stored"
-    codec: Codec = "default"
-    fidelity: bool = True
-    batch_size: int = 8
-    shard_records: int = 64
-    precision: Precision = "float32"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    render_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
 
 def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Manifest:
@@ -59,16 +29,20 @@ def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Mani
     The teacher must be on the options' device already.
     Raises: RecipeError for a k or a size that cannot be; ModelError for unknown taps.
     """
-    output = _probe(split, teacher, options)
+    view = view_of(options)
+    asking = Asking(split, teacher, view, options)
+    output = asking.probe()
     classes, height, width = output.logits.shape[1:]
-    k, fidelity = _kept_and_fidelity(split, teacher, options, classes)
+    k, fidelity = _kept_and_fidelity(asking, options, classes)
     head = Head(
         classes=classes,
         k=k,
         size=(height, width),
         align_corners=teacher.model.align_corners,
+        raw=options.raw_logits,
+        resampled=asking.grid is not None,
     )
-    features = {tap: Feature(channels=f.shape[1], size=(f.shape[2], f.shape[3])) for tap, f in output.features.items()}
+    features = {tap: _feature(said) for tap, said in output.features.items()}
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=f"kdcache {_version('kdcache')}",
@@ -82,9 +56,10 @@ def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Mani
             class_names=split.classes.names,
             class_colours=split.classes.colours,
         ),
-        view=_view(options),
+        view=view,
         heads={"segmentation": head},
-        features=features,
+        features={tap: features[tap] for tap in options.features},
+        statistics=statistics_of(options.statistics, head.size, output.features),
         teacher=fingerprint(teacher, options.precision, options.device),
         build=Build(
             batch_size=options.batch_size,
@@ -101,34 +76,7 @@ def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Mani
     )
 
 
-def _view(options: BuildOptions) -> View:
-    low, high = options.view_scale
-    if options.views < 1 or options.view_seed < 0 or not 1 <= low <= high <= 1024:
-        raise RecipeError(
-            "a sample has at least one view, and those that are drawn show a part of it: 1 <= LOW <= HIGH",
-            received=f"{options.views} views, scale {low:g}:{high:g}, seed {options.view_seed}",
-            remedy="for instance --views 4 --view-scale 1:2",
-        )
-    drawn = Drawn(seed=options.view_seed, scale=(low, high), flip=options.view_flip) if options.views > 1 else None
-    return View(size=options.size, views_per_sample=options.views, drawn=drawn, pixels=options.pixels)
-
-
-def _probe(split: Split, teacher: Teacher, options: BuildOptions) -> NativeOutput:
-    """What the teacher gives for the first image: shapes of everything."""
-    teacher.model.check_taps(options.features)
-    logits, features = _teach_records(split, teacher, options, [0], options.features)
-    if logits.shape[1] != len(split.classes):
-        raise ModelError(
-            "a teacher gives one logit per class of the data set",
-            received=f"{teacher.origin} gives {logits.shape[1]}, the data set has {len(split.classes)} classes",
-            remedy="give --class-map FILE, or another teacher",
-        )
-    return NativeOutput(logits, features)
-
-
-def _kept_and_fidelity(
-    split: Split, teacher: Teacher, options: BuildOptions, classes: int
-) -> tuple[int, Fidelity | None]:
+def _kept_and_fidelity(asking: Asking, options: BuildOptions, classes: int) -> tuple[int, Fidelity | None]:
     """Classes to keep, and what is lost by keeping only them. The sample goes through the teacher once for both."""
     if options.top_k is not None and not 1 <= options.top_k <= classes:
         raise RecipeError(
@@ -136,40 +84,22 @@ def _kept_and_fidelity(
             received=str(options.top_k),
             remedy="use --top-k auto, which measures how many classes it takes",
         )
-    align_corners = teacher.model.align_corners
-    sample: Iterable[torch.Tensor] = _sampled_logits(split, teacher, options)
+    there = len(asking.split)
+    samples = torch.linspace(0, there - 1, min(SAMPLE_RECORDS, there), dtype=torch.float64).round().int().tolist()
+    align_corners, size = asking.teacher.model.align_corners, options.crop or options.size
+    sample: Iterable[torch.Tensor] = asking.logits(samples)
     k = options.top_k or classes
     if options.top_k is None and classes > 32:
         sample = [logits.cpu() for logits in sample]
-        k = choose_k(torch.stack(sample), options.size, classes, align_corners=align_corners)[0]
+        k = choose_k(torch.stack(sample), size, classes, align_corners=align_corners)[0]
     if not options.fidelity:
         return k, None
     on_device = (logits.to(options.device) for logits in sample)
-    return k, measure_fidelity(on_device, k, options.codec, options.size, align_corners=align_corners)
+    return k, measure_fidelity(on_device, k, options.codec, size, align_corners=align_corners)
 
 
-def _sampled_logits(split: Split, teacher: Teacher, options: BuildOptions) -> Iterator[torch.Tensor]:
-    """Raw logits (C, h, w) of up to SAMPLE_RECORDS records, evenly spread over the split."""
-    records = torch.linspace(0, len(split) - 1, min(SAMPLE_RECORDS, len(split)), dtype=torch.float64)
-    for batch in torch.split(records.round().int(), options.batch_size):
-        logits, _ = _teach_records(split, teacher, options, batch.tolist(), ())
-        for record, raw in zip(batch.tolist(), logits, strict=True):
-            if not raw.amax(0).isfinite().all():
-                raise not_finite("the logits", record, split.ids[record])
-            yield raw
-
-
-def _teach_records(
-    split: Split, teacher: Teacher, options: BuildOptions, records: Sequence[int], taps: Sequence[str]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    images = [split.image(index) for index in records]
-    rendered = [
-        torch.from_numpy(render(i, None, Window.full(*i.shape[:2]), flip=False, size=options.size)[0]) for i in images
-    ]
-    try:
-        return teach(teacher.model, torch.stack(rendered), taps, options.precision, options.device)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(options.batch_size, error) from error
+def _feature(said_Bchw: torch.Tensor) -> Feature:
+    return Feature(channels=said_Bchw.shape[1], size=(said_Bchw.shape[2], said_Bchw.shape[3]))
 
 
 def _device_name(device: torch.device) -> str:

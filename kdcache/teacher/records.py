@@ -16,18 +16,26 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Rendered:
-    """One record before the teacher sees it; `old` is the record of an earlier store that says it already."""
+    """One record before the teacher sees it.
+
+    Attributes:
+        taught: what the teacher looks at: the pixels, or a larger rendering of the same window.
+        old: the record of an earlier store that says it already. fold: whose teacher speaks of it.
+    """
 
     record: int
     sample: int
     view: int
     pixels: Array  # uint8 (H, W, 3)
+    taught: Array  # uint8 (H', W', 3)
     label: Array  # uint8 (H, W), 255 where unlabelled
     window: Window  # in pixels of the source
     flip: bool
+    source_size: tuple[int, int]
     checksum: int
     labelled: bool
     old: int | None = None
+    fold: int | None = None
 
 
 def render_records(split: Split, view: View, records: Iterable[int]) -> list[Rendered]:
@@ -36,21 +44,38 @@ def render_records(split: Split, view: View, records: Iterable[int]) -> list[Ren
     sample = numbers[0] // view.views_per_sample
     image, label = split.image(sample), split.label(sample)
     found = []
+    source_size = image.shape[0], image.shape[1]
     for record in numbers:
         number = record - sample * view.views_per_sample
-        window, flip = _drawn(split, view, sample, number, (image.shape[0], image.shape[1]))
+        window, flip = _drawn(split, view, sample, number, source_size)
         pixels, small = render(image, label, window, flip=flip, size=view.size)
-        checksum = pixel_checksum(pixels)
-        found.append(Rendered(record, sample, number, pixels, small, window, flip, checksum, label is not None))
+        taught = pixels
+        if view.teacher_size is not None:
+            taught, _ = render(image, None, window, flip=flip, size=view.teacher_size)
+        found.append(
+            Rendered(
+                record=record,
+                sample=sample,
+                view=number,
+                pixels=pixels,
+                taught=taught,
+                label=small,
+                window=window,
+                flip=flip,
+                source_size=source_size,
+                checksum=pixel_checksum(pixels),
+                labelled=label is not None,
+            )
+        )
     return found
 
 
-def render_again(split: Split, cache: Cache, record: int) -> tuple[Array, Array]:
-    """Pixels and label of a record as a store says that it lies in its source."""
+def render_again(split: Split, cache: Cache, record: int, size: tuple[int, int] | None = None) -> tuple[Array, Array]:
+    """Pixels and label of a record as a store says that it lies in its source; `size` (H, W), default the view's."""
     about = cache.read(record, ["records/sample", "records/window", "records/flip"])
     sample, flip = int(about["records/sample"]), bool(about["records/flip"])
     window = Window(*about["records/window"].tolist())
-    return render(split.image(sample), split.label(sample), window, flip=flip, size=cache.view_size)
+    return render(split.image(sample), split.label(sample), window, flip=flip, size=size or cache.view_size)
 
 
 def render_batches(
@@ -88,4 +113,5 @@ def _by_sample(records: Sequence[int], views: int) -> list[list[int]]:
 def _drawn(split: Split, view: View, sample: int, number: int, image_size: tuple[int, int]) -> tuple[Window, bool]:
     if view.drawn is None:
         return Window.full(*image_size), False
-    return draw_view(view.drawn.seed, split.ids[sample], number, image_size, view.drawn.scale, view.drawn.flip)
+    drawn = view.drawn
+    return draw_view(drawn.seed, split.ids[sample], number, image_size, drawn.scale, drawn.flip, view.share)

@@ -1,8 +1,8 @@
 """Taking over what an earlier store says: a teacher need not repeat itself.
 
 A record is taken over when the same view of the same sample renders to the very pixels that were taught on, in a store
-of the same teacher, classes, size and head. A tap that the earlier store does not have sends every record through the
-teacher once more, for that tap alone: the target stays the stored one.
+of the same teacher, classes, size and head. A tap or statistic that the earlier store does not have sends every record
+through the teacher once more, for that alone: the target stays the stored one.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from kdcache.data import Split
 from kdcache.errors import MismatchError
 from kdcache.store import Cache, Manifest, round_targets
 from kdcache.store.copy import rounds
-from kdcache.teacher.plan import BuildOptions, plan_manifest
+from kdcache.teacher.options import BuildOptions
+from kdcache.teacher.plan import plan_manifest
 from kdcache.teacher.records import Array, Rendered
 from kdcache.teacher.source import Teacher
 
@@ -32,8 +33,9 @@ class Reuse:
         self._codec = manifest.codec
         theirs = old.manifest.features
         taps = [tap for tap, feature in manifest.features.items() if theirs.get(tap) == feature]
-        self.complete = len(taps) == len(manifest.features)
-        self._paths = [*old.target_paths(), *(f"features/{tap}" for tap in taps)]
+        maps = [name for name, about in manifest.statistics.items() if old.manifest.statistics.get(name) == about]
+        self.complete = (len(taps), len(maps)) == (len(manifest.features), len(manifest.statistics))
+        self._paths = [*old.target_paths(), *(f"features/{tap}" for tap in taps), *(f"statistics/{n}" for n in maps)]
         self._samples = {sample: number for number, sample in enumerate(old.ids)}
         self._checksums, self._windows = old.column("pixel_checksum"), old.column("window")
         self._flips = old.column("flip")
@@ -63,12 +65,19 @@ class Reuse:
 
 def options_of(old: Manifest, **changes: Any) -> BuildOptions:
     """The options that a store was built with, but for `changes` (fields of BuildOptions)."""
-    drawn = old.view.drawn
-    views = {} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}
+    drawn, head = old.view.drawn, old.heads["segmentation"]
+    views: dict[str, Any] = (
+        {} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}
+    )
     options = {
-        "size": old.view.size,
-        "top_k": old.heads["segmentation"].k,
+        "size": old.view.image_size or old.view.size,
+        "crop": None if old.view.image_size is None else old.view.size,
+        "teacher_size": old.view.teacher_size,
+        "teacher_grid": "view" if head.resampled else "own",
+        "top_k": head.k,
+        "raw_logits": head.raw,
         "features": tuple(old.features),
+        "statistics": tuple(f"at:{about.tap}" if about.tap else about.kind for about in old.statistics.values()),
         "views": old.view.views_per_sample,
         "pixels": old.view.pixels,
         "codec": old.codec,
@@ -88,8 +97,15 @@ def plan_extended(split: Split, teacher: Teacher, options: BuildOptions, old: Ca
     found = []
     if about.dataset.class_names != split.classes.names:
         found.append(f"classes: {_some(about.dataset.class_names)} against {_some(split.classes.names)}")
-    if about.view.size != tuple(options.size):
-        found.append(f"view.size: {about.view.size} against {tuple(options.size)}")
+    for name, mine, theirs in (
+        ("view.size", about.view.size, options.crop or options.size),
+        ("view.image_size", about.view.image_size, options.size if options.crop else None),
+        ("view.teacher_size", about.view.teacher_size, options.teacher_size),
+    ):
+        if mine != (None if theirs is None else tuple(theirs)):
+            found.append(f"{name}: {mine} against {theirs}")
+    if about.teacher.folds is not None and about.dataset.ids_digest != split.digest():
+        found.append("samples: the folds of a larger split are others, and its teachers too")
     if about.codec == "small" and options.codec != "small":
         found.append(f"codec: small rounded its targets, {options.codec} does not")
     _refuse(old, found)

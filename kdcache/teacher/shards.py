@@ -63,6 +63,10 @@ def _record_rows(batch: Sequence[Rendered], manifest: Manifest) -> dict[str, Any
         "records/pixel_checksum": np.array([item.checksum for item in batch], np.uint64),
         "records/labelled": [item.labelled for item in batch],
     }
+    if manifest.view.reaches_beyond:
+        rows["records/source_size"] = [item.source_size for item in batch]
+    if manifest.teacher.folds is not None:
+        rows["records/fold"] = [item.fold for item in batch]
     if manifest.view.pixels == "stored":
         rows["labels/segmentation"] = [item.label for item in batch]
         rows["pixels/image"] = [item.pixels for item in batch]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdcache.data import ClassList
 from kdcache.errors import MismatchError, ModelError
-from kdcache.models import ClassMapped, SegmentationModel, build_model, read_class_map
+from kdcache.models import ClassMapped, EnsembleModel, SegmentationModel, build_model, read_class_map
 from kdcache.models.run import DESCRIPTION, load_run
 
 RGB = tuple[float, float, float]
@@ -24,6 +24,7 @@ class Teacher:
         size: (H, W) it was trained at, when known.
         class_map: data class of each of its own classes (-1 dropped), when it was mapped.
         notes: what a user should know, such as auxiliary heads that were left out.
+        folds: how many folds the members of an ensemble have divided among them, when they do not speak together.
     """
 
     model: SegmentationModel
@@ -31,6 +32,13 @@ class Teacher:
     size: tuple[int, int] | None = None
     class_map: tuple[int, ...] | None = None
     notes: tuple[str, ...] = field(default=())
+    folds: int | None = None
+
+    def speaker(self, fold: int | None) -> SegmentationModel:
+        """Who speaks of the samples of a fold; None: all together, which is whom a fingerprint is of."""
+        if fold is None or not isinstance(self.model, EnsembleModel):
+            return self.model
+        return self.model.member(fold)
 
 
 def load_teacher(

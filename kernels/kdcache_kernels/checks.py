@@ -29,8 +29,8 @@ def debugging() -> bool:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at: free on the CPU, a wait elsewhere."""
-    return tensor.device.type == "cpu" or debugging()
+    """Whether the values of a tensor may be looked at: free on the CPU, a wait elsewhere, not there while tracing."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or debugging())
 
 
 def check_number(name: str, value: float, *, above_zero: bool = False) -> None:

@@ -153,7 +153,7 @@ CASES = {
     "extend by another teacher": (EXTEND.replace("{w}/teacher", "kdcache:tiny"), "a model without weights"),
     "extend --features foo": (EXTEND + " --features foo", "foo"),
     "extend --view-scale 2": (EXTEND + " --views 2 --view-scale 2", "'2'"),
-    "extend --view-scale 0.5:2": (EXTEND + " --views 2 --view-scale 0.5:2", "0.5:2"),
+    "extend --view-scale 0:2": (EXTEND + " --views 2 --view-scale 0:2", "0:2"),
     "extend no such split": (EXTEND + " --split test", "there are: train, val"),
 }
 

@@ -20,8 +20,8 @@ from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset
 from kdcache.train.bench import LOADERS, READERS, Settings, Table, measure, readers, run, streams, turns
-from kdcache.train.dataset import Row
 from kdcache.train.loader import Draws
+from kdcache.train.sample import Row
 
 SCENES = "scenes:32x48,train=6,val=2"
 SMALL: dict[str, Any] = {"records": 8, "batch_size": 2, "repeats": 2, "steps": 0}
@@ -209,6 +209,7 @@ def test_worker_processes_load_the_same_and_count(store: Cache) -> None:
         "DataLoader, 1 workers",
         "ring, 2 threads",
         "ring, 2 threads, records in memory",
+        "inline, records in memory",
     ]
     for row in told.rows:
         assert row.pace is not None

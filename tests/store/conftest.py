@@ -13,9 +13,22 @@ import pytest
 
 from kdcache.store import Manifest, open_writer
 from kdcache.store.durable import file_digest
-from kdcache.store.manifest import Build, Dataset, Drawn, Feature, Fidelity, Fingerprint, Head, View
+from kdcache.store.manifest import (
+    Augmented,
+    Build,
+    Dataset,
+    Drawn,
+    Feature,
+    Fidelity,
+    Fingerprint,
+    Head,
+    Member,
+    Statistic,
+    View,
+)
 from kdcache.store.schema import record_arrays
 
+MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
@@ -57,6 +70,7 @@ def make_manifest(
     pixels: str,
     codec: str,
     fidelity: bool,
+    several: bool,
 ) -> Manifest:
     names = tuple(f"class {index}" for index in range(classes))
     return Manifest(
@@ -75,12 +89,21 @@ def make_manifest(
         view=View(
             size=(24, 32),
             views_per_sample=views,
-            drawn=Drawn(seed=3, scale=(1, 2), flip=True) if views > 1 else None,
+            drawn=Drawn(seed=3, scale=(0.5 if several else 1, 2), flip=True) if views > 1 else None,
             pixels=pixels,
+            **({"kind": "crop", "image_size": (24, 36), "teacher_size": (48, 64)} if several else {}),
         ),
-        heads={"segmentation": Head(classes=classes, k=k, size=(6, 8), align_corners=False)},
+        heads={
+            "segmentation": Head(classes=classes, k=k, size=(6, 8), align_corners=False, raw=several, resampled=several)
+        },
         features={"head": Feature(channels=3, size=(6, 8)), "stage1": Feature(channels=40, size=(5, 7))}
         if features
+        else {},
+        statistics={
+            "at.stage1": Statistic(kind="at", tap="stage1", size=(5, 7)),
+            "entropy": Statistic(kind="entropy", size=(6, 8)),
+        }
+        if several
         else {},
         teacher=Fingerprint(
             spec="kdcache:tiny",
@@ -88,6 +111,9 @@ def make_manifest(
             precision="float32",
             mean=(0.5, 0.5, 0.5),
             std=(0.2, 0.2, 0.2),
+            members=(MEMBER, MEMBER) if several else (),
+            tta=Augmented(flip=True, scales=(0.5, 1.0)) if several else None,
+            folds=2 if several else None,
             probe=(1.0, -2.0, 3.0),
         ),
         build=Build(batch_size=2, shard_records=shard_records, device="cpu", threads=1, libraries={"python": "3"}),
@@ -130,6 +156,7 @@ def plan() -> Any:
         pixels: str = "stored",
         codec: str = "default",
         fidelity: bool = True,
+        several: bool = False,
         seed: int = 0,
     ) -> Plan:
         manifest = make_manifest(
@@ -142,6 +169,7 @@ def plan() -> Any:
             pixels=pixels,
             codec=codec,
             fidelity=fidelity,
+            several=several,
         )
         ids = [f"folder/ä {index}" for index in range(manifest.dataset.samples)]
         return Plan(manifest, ids, make_arrays(manifest, seed))
@@ -158,6 +186,7 @@ VARIANTS = {
     "none": {"k": 5, "codec": "none"},
     "one record": {"k": 5, "records": 1},
     "views": {"k": 5, "views": 2},
+    "several": {"k": 3, "views": 2, "several": True},
 }
 
 

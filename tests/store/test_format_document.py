@@ -34,6 +34,10 @@ IS_TYPE = {
     "number": lambda value: type(value) in (int, float),
     "boolean": lambda value: isinstance(value, bool),
     "null": lambda value: value is None,
+    "member": lambda value: (
+        value.keys() == fields("field of a member").keys()
+        and all(has_type(value[name], kind) for name, (kind, _) in fields("field of a member").items())
+    ),
 }
 
 
@@ -95,7 +99,8 @@ def check_fields(first: str, content: Any, named: dict[str, str]) -> None:
         assert has_type(value, written[path][0]), (path, value)
         found[path] = value
     absent = {path for path in written if path not in found}
-    assert all(path.startswith(("features.<tap>.", "fidelity.", "view.drawn.")) for path in absent), absent
+    may_be_absent = ("features.<tap>.", "fidelity.", "statistics.<name>.", "teacher.tta.", "view.drawn.")
+    assert all(path.startswith(may_be_absent) for path in absent), absent
     for path, (kind, example) in written.items():
         assert has_type(example, kind), (path, kind, example)
 
@@ -215,13 +220,17 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
     manifest = variant.manifest
     head = manifest.heads["segmentation"]
     size = {"R": manifest.records, "N": manifest.dataset.samples, "k": head.k, "h": head.size[0], "w": head.size[1]}
-    size |= {"H": manifest.view.size[0], "W": manifest.view.size[1], "3": 3, "4": 4}
+    size |= {"H": manifest.view.size[0], "W": manifest.view.size[1], "2": 2, "3": 3, "4": 4}
     size["U"] = sum(len(sample.encode()) for sample in variant.ids)
     present = {
         "always": True,
         "k < C": not head.dense,
         "per tap": True,
+        "per statistic": True,
+        "raw logits": head.raw,
         "pixels stored": manifest.view.pixels == "stored",
+        "views beyond": manifest.view.drawn is not None and manifest.view.drawn.scale[0] < 1,
+        "folds": manifest.teacher.folds is not None,
     }
     described = {}
     for cell, shape, dtype, when, _ in table("array"):
@@ -232,11 +241,14 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
         if wide:
             assert wide == "uint16 above 256 classes"
             plain = "uint16" if head.classes > 256 else plain
-        for tap in manifest.features if "<tap>" in path else [""]:
-            if tap:
-                feature = manifest.features[tap]
-                size |= {"c": feature.channels, "h'": feature.size[0], "w'": feature.size[1]}
-            described[path.replace("<tap>", tap)] = ([size[s] for s in shape.strip("()").split(", ")], plain)
+        several = manifest.features if "<tap>" in path else manifest.statistics if "<name>" in path else [""]
+        for name in several:
+            if name in manifest.features:
+                size["c"] = manifest.features[name].channels
+            if name:
+                size |= dict(zip(("h'", "w'"), several[name].size, strict=True))
+            whole = path.replace("<tap>", name).replace("<name>", name)
+            described[whole] = ([size[s] for s in shape.strip("()").split(", ")], plain)
     found = {
         path.parent.relative_to(variant_store).as_posix(): (about["shape"], about["data_type"])
         for path in variant_store.rglob("zarr.json")
@@ -284,15 +296,18 @@ def test_the_codecs_are_those_of_a_store(variant, variant_store) -> None:
 
 def test_the_fields_are_those_of_a_store(variant, variant_store) -> None:
     manifest = metadata(variant_store)["attributes"]["kdcache"]
-    if not manifest["features"]:
-        del manifest["features"]  # {}, as the table says
+    for part in ("features", "statistics"):
+        if not manifest[part]:
+            del manifest[part]  # {}, as the table says
     if manifest["fidelity"] is None:
         del manifest["fidelity"]  # as the text says
-    if manifest["view"]["drawn"] is None:
-        del manifest["view"]["drawn"]  # likewise
+    for part, field in (("view", "drawn"), ("teacher", "tta")):
+        if manifest[part][field] is None:
+            del manifest[part][field]  # likewise
     taps = dict.fromkeys(variant.manifest.features, "<tap>")
-    # A tap may be called like a field: these names stand below `heads` and `features` only.
-    for part, named in (("heads", {"segmentation": "<head>"}), ("features", taps)):
+    maps = dict.fromkeys(variant.manifest.statistics, "<name>")
+    # A tap may be called like a field: these names stand below `heads`, `features` and `statistics` only.
+    for part, named in (("heads", {"segmentation": "<head>"}), ("features", taps), ("statistics", maps)):
         if part in manifest:
             manifest[part] = renamed(manifest[part], named)
     check_fields("field", manifest, {})

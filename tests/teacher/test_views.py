@@ -20,8 +20,8 @@ from kdcache.store.manifest import Drawn, View
 from kdcache.teacher import build_cache, compare_teacher, plan_manifest, score_cache
 from kdcache.train import CacheDataset
 from kdcache.train.loader import Draws
+from kdcache.train.objective import label_counts
 from kdcache.train.records import DeviceTargets, RamRecords
-from kdcache.train.start import label_counts
 from kdcache_kernels import pack
 
 VIEWS = {"views": 3, "view_seed": 7, "view_scale": (1.5, 3.0)}
@@ -148,7 +148,7 @@ def test_one_view_is_what_it_was(tmp_path, teacher, split, options, tree, thread
 def test_options_that_cannot_be(teacher, split, options) -> None:
     for change in (
         {"views": 0},
-        {"views": 2, "view_scale": (0.5, 2)},
+        {"views": 2, "view_scale": (0.01, 2)},
         {"views": 2, "view_scale": (3, 2)},
         {"view_seed": -1},
     ):
@@ -241,7 +241,7 @@ def test_warp_and_none_take_whole_images(tmp_path, viewed, teacher, options, pix
 
 
 def _flat(sample) -> list[torch.Tensor]:
-    return [sample.pixels, sample.label, *sample.target]
+    return [sample.pixels, sample.label, *sample.target[:5]]
 
 
 def test_records_that_stay_in_memory(viewed) -> None:

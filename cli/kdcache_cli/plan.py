@@ -1,0 +1,241 @@
+"""`kdcache plan`: what a build will cost, before it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from kdcache.errors import RecipeError
+from kdcache_cli import building, options
+from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.teacher.estimate import Estimate
+
+_Option = typer.Option
+
+
+def plan(
+    data: options.Data,
+    teacher: building.Teachers,
+    split: options.Split = "train",
+    size: options.Size = None,
+    teacher_weights: Annotated[str | None, _Option("--teacher-weights", metavar="W,W", help="Of several.")] = None,
+    tta: Annotated[str | None, _Option("--tta", metavar="flip,scales=S:S", help="Mirrored and rescaled too.")] = None,
+    folds: Annotated[int | None, _Option("--folds", help="Cross-fitting with K teachers.")] = None,
+    teacher_size: Annotated[
+        str | None, _Option("--teacher-size", metavar="HxW", help="What the teacher sees of the same window.")
+    ] = None,
+    teacher_grid: Annotated[str, _Option("--teacher-grid", help="own or view.")] = "own",
+    top_k: Annotated[str, _Option("--top-k", help="Classes kept per pixel: auto or a number.")] = "auto",
+    features: Annotated[str, _Option("--features", help="Comma-separated taps to store; see kdcache models.")] = "",
+    statistics: building.Statistics = "",
+    raw_logits: Annotated[bool, _Option("--raw-logits", help="Keep every pixel's largest logit too.")] = False,
+    views: building.Views = None,
+    crop: Annotated[str | None, _Option("--crop", metavar="HxW", help="Views are crops of so many pixels.")] = None,
+    view_seed: building.ViewSeed = 0,
+    view_scale: building.ViewScale = "1:2",
+    view_flip: building.ViewFlip = True,
+    pixels: Annotated[str, _Option("--pixels", help="stored or source.")] = "stored",
+    codec: Annotated[str, _Option("--codec", help="default, small or none.")] = "default",
+    class_map: building.ClassMap = None,
+    mean: Annotated[str | None, _Option("--mean", metavar="R,G,B", help="If not the model's own.")] = None,
+    std: Annotated[str | None, _Option("--std", metavar="R,G,B", help="If not the model's own.")] = None,
+    precision: Annotated[str, _Option("--precision", help="float32, bf16 or fp16.")] = "float32",
+    batch_size: Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
+    shard_records: Annotated[int, _Option("--shard-records", min=1, max=65536, help="Records per shard file.")] = 64,
+    render_threads: building.RenderThreads = None,
+    threads: options.Threads = 0,
+    device: options.Device = "auto",
+    out: Annotated[
+        str, _Option("--out", help="Where the store would go: says whether it fits on that disk (default: here).")
+    ] = ".",
+    records: Annotated[int, _Option("--records", min=8, max=32, help="Records to teach to find out.")] = 16,
+    student: Annotated[str | None, _Option("--student", help="Model whose training is to be foretold too.")] = None,
+    epochs: Annotated[int, _Option("--epochs", min=1, help="Of that training.")] = 100,
+    json_file: Annotated[Path | None, _Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Say what build-teacher-cache would cost, before it: bytes, files, hours, and
+    after how many epochs it has paid for itself.
+
+    Takes the flags of build-teacher-cache, which explains them. The teacher runs on
+    a few images, evenly spread over the data; what they take in a small store,
+    which is removed again, is scaled to all. Below the chosen setting stand others
+    that differ from it in one thing.
+
+    [dim]kdcache plan --data camvid --teacher runs/teacher --out camvid.zarr[/]
+    [dim]kdcache plan --data ade20k --teacher runs/b5 --views 4 --student kdcache:tiny --epochs 50[/]
+    """
+    import torch
+
+    from kdcache.data import open_split
+    from kdcache.models import Tta
+    from kdcache.teacher import BuildOptions, check_cross_fit, load_teachers
+    from kdcache.teacher.estimate import estimate, student_seconds
+    from kdcache.train import pick_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    source = open_split(data, split)
+    loaded = load_teachers(
+        teacher,
+        source.classes,
+        weights=building.parse_weights(teacher_weights),
+        tta=None if tta is None else Tta.parse(tta),
+        folds=folds,
+        class_map=class_map,
+        mean=options.parse_rgb(mean, "--mean"),
+        std=options.parse_rgb(std, "--std"),
+    )
+    if folds is not None:
+        check_cross_fit(teacher, source)
+    for note in loaded.notes:
+        ERRORS.print(f"note: {note}")
+    chosen = options.parse_size(size) or loaded.size
+    if chosen is None:
+        raise RecipeError(
+            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
+            received="no --size",
+            remedy="add --size HxW, for instance --size 288x384",
+        )
+    build_options = BuildOptions(
+        size=chosen,
+        top_k=building.parse_top_k(top_k),
+        features=building.comma_separated(features),
+        statistics=building.comma_separated(statistics),
+        raw_logits=raw_logits,
+        crop=options.parse_size(crop, "--crop"),
+        teacher_size=options.parse_size(teacher_size, "--teacher-size"),
+        teacher_grid=options.one_of("--teacher-grid", teacher_grid, ("own", "view")),  # type: ignore[arg-type]
+        **building.view_options(views, view_seed, view_scale, view_flip, crop),
+        pixels=options.one_of("--pixels", pixels, ("stored", "source")),  # type: ignore[arg-type]
+        codec=options.one_of("--codec", codec, ("default", "small", "none")),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        shard_records=shard_records,
+        precision=options.one_of("--precision", precision, ("float32", "bf16", "fp16")),  # type: ignore[arg-type]
+        device=pick_device(device),
+        **({} if render_threads is None else {"render_threads": render_threads}),  # type: ignore[arg-type]
+    )
+    learning = None if student is None else student_seconds(student, len(source.classes), build_options)
+    with progress_bar() as bar:
+        found = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).tell)
+    free = _free_bytes(out)
+    _print_settings(found)
+    _print_time(found)
+    if learning is not None:
+        _print_training(found, str(student), learning, epochs)
+    _print_room(found, free, out)
+    if json_file is not None:
+        content = {"data": data, "teachers": teacher, **found.to_json(), "free_bytes": free}
+        if learning is not None:
+            live, cached = found.training_seconds(epochs, learning)
+            content["training"] = {
+                "student": student,
+                "epochs": epochs,
+                "student_seconds_per_image": learning,
+                "live_seconds": live,
+                "cached_seconds": cached,
+            }
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class _Stages:
+    """A bar for each stage."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._tasks = bar, dict[str, object]()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total, note="")
+        self._bar.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
+
+
+def _print_settings(found: "Estimate") -> None:
+    chosen = found.chosen
+    kept = "all" if chosen.setting.k == found.classes else f"the top {chosen.setting.k} of"
+    OUT.print(
+        f"[bold]{bytes_text(chosen.bytes)}[/] in {chosen.files:,} files, {chosen.records:,} records of "
+        f"{bytes_text(chosen.bytes_per_record)}, keeping {kept} {found.classes} classes; the teacher's pass takes "
+        f"[bold]{_time(chosen.seconds)}[/] on this machine. From {found.taught} records."
+    )
+    table = Table("array", "per record", "in all", box=None, header_style="dim")
+    for path, size in chosen.sizes.items():
+        if not path.startswith("records/"):
+            table.add_row(path, bytes_text(size), bytes_text(size * chosen.records))
+    _right(table)
+    table = Table("otherwise", "per record", "in all", "times", "files", "pass", box=None, header_style="dim")
+    for cost in found.neighbours:
+        ratio = f"{cost.bytes / chosen.bytes:.2f}"
+        flags = cost.setting.flags(chosen.setting)
+        table.add_row(
+            flags,
+            bytes_text(cost.bytes_per_record),
+            bytes_text(cost.bytes),
+            ratio,
+            f"{cost.files:,}",
+            _time(cost.seconds),
+        )
+    _right(table)
+
+
+def _right(table: Table) -> None:
+    for column in table.columns[1:]:
+        column.justify = "right"
+    OUT.print()
+    OUT.print(table)
+
+
+def _print_time(found: "Estimate") -> None:
+    each = found.seconds
+    stages = {"rendering": each.render, "the teacher": each.teach, "writing": each.write}
+    OUT.print(
+        f"\nA record takes {_time(each.build)} of the pass. On its own: "
+        + ", ".join(f"{name} {_time(value)}" for name, value in stages.items())
+        + f"; a student reads its target in {_time(each.read)}."
+    )
+    if found.payback_epochs == float("inf"):
+        OUT.print("[yellow]Reading takes as long as this teacher does: the store saves memory, and no time.[/]")
+        return
+    epochs = f"{found.payback_epochs:.1f}"
+    OUT.print(f"Beside a teacher in every step it has paid for itself after [bold]{epochs}[/] epochs of students.")
+
+
+def _print_training(found: "Estimate", student: str, learning: float, epochs: int) -> None:
+    live, cached = found.training_seconds(epochs, learning)
+    OUT.print(
+        f"{epochs} epochs of {student} ({_time(learning)} an image, forward and backward): {_time(live)} with the "
+        f"teacher in every step, {_time(cached)} from the store with its build: {live / cached:.1f} times as fast. "
+        f"Every further student: {_time(cached - found.chosen.seconds)}."
+    )
+
+
+def _print_room(found: "Estimate", free: int | None, out: str) -> None:
+    if free is None:
+        OUT.print(f"How much is free at {out} is not known here.")
+    elif found.chosen.bytes <= free:
+        OUT.print(f"{bytes_text(free)} are free where it would go.")
+    else:
+        ERRORS.print(
+            f"[bold red]It will not fit[/]: {bytes_text(found.chosen.bytes)} are needed, {bytes_text(free)} are free "
+            f"at {out}. Take a smaller setting of the table, or another disk with --out."
+        )
+
+
+def _free_bytes(out: str) -> int | None:
+    """Of the disk that a path would be on; None for an address."""
+    if "://" in out:
+        return None
+    path = Path(out).absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{1e6 * seconds:.0f} us"

@@ -1,0 +1,107 @@
+"""Folds of a split: parts of equal size, each of which another teacher has not seen (cross-fitting).
+
+A teacher is almost always right on the labels that it was trained on, and says so with a confidence that it has
+nowhere else. Its targets are more honest where it has not seen the labels: K teachers, each trained without one of K
+folds, teach that fold. Frames of one video are scattered over the folds, so the teacher of one has seen its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.data.prefetch import prefetch
+from kdcache.data.sample import Pixels, Split
+from kdcache.errors import RecipeError
+
+MOST_FOLDS = 255
+
+
+def folds_of(ids: Sequence[str], folds: int) -> npt.NDArray[np.int64]:
+    """The fold of every sample, (N,): ids are ranked by a hash and dealt out in turn, so sizes differ by at most one.
+
+    The hash is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id in UTF-8: neither the order of the ids nor
+    what they are called matters. A further sample may move others into another fold.
+
+    Raises: RecipeError unless there are 2 to 255 folds, and a sample for each.
+    """
+    if not 2 <= folds <= min(MOST_FOLDS, len(ids)):
+        raise RecipeError(
+            f"a split has 2 to {MOST_FOLDS} folds, none of them empty",
+            received=f"{folds} folds of {len(ids)} samples",
+            remedy="use --folds 2, or a number up to the samples",
+        )
+    ranked = sorted(range(len(ids)), key=lambda number: (_key(ids[number]), ids[number]))
+    found = np.empty(len(ids), np.int64)
+    found[ranked] = np.arange(len(ids)) % folds
+    return found
+
+
+def parse_fold(text: str) -> tuple[int, int]:
+    """'1/4' as (1, 4): the second of four folds, which are counted from 0. Raises RecipeError."""
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) and int(second) >= 2):
+        raise RecipeError(
+            "--fold is I/K: leave out fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4"
+        )
+    return int(first), int(second)
+
+
+def fold_alone(split: Split, fold: int, folds: int) -> Split:
+    """The samples of one fold, on which a model that was trained without it can be judged."""
+    return SplitPart(split, np.flatnonzero(folds_of(split.ids, folds) == fold).tolist())
+
+
+def check_folds(split: Split, folds: int) -> None:
+    """Refuse folds whose absence leaves a class without a labelled pixel: its teacher could never teach that class.
+
+    Reads every label. Raises: RecipeError; DataError for a label that cannot be read.
+    """
+    fold_of = folds_of(split.ids, folds)
+    labelled = [index for index in range(len(split)) if split.has_label(index)]
+    counts = np.zeros((folds, 256), np.int64)
+    for index, label in zip(labelled, prefetch(split.label, labelled, threads=2, ahead=8), strict=True):
+        if label is not None:
+            counts[fold_of[index]] += np.bincount(label.reshape(-1), minlength=256)
+    counts = counts[:, : len(split.classes)]
+    alone = [
+        f"{split.classes.names[c]} is in fold {fold} alone"
+        for fold, c in np.argwhere((counts == counts.sum(0)) & (counts > 0))
+    ]
+    if alone:
+        raise RecipeError(
+            "every class has labelled pixels outside of each fold, or the teacher of a fold could not know it",
+            received="; ".join(alone[:5]) + f" of {folds}" + (f", and {len(alone) - 5} more" if len(alone) > 5 else ""),
+            remedy="use another number of folds, or label more images of the class",
+        )
+
+
+class SplitPart(Split):
+    """Some of the samples of a split, which stay in its order."""
+
+    def __init__(self, whole: Split, numbers: Sequence[int]) -> None:
+        self.data, self.split, self.classes = whole.data, whole.split, whole.classes
+        self.ids = tuple(whole.ids[number] for number in numbers)
+        self._whole, self._numbers = whole, list(numbers)
+
+    def image(self, index: int) -> Pixels:
+        return self._whole.image(self._numbers[index])
+
+    def label(self, index: int) -> Pixels | None:
+        return self._whole.label(self._numbers[index])
+
+    def has_label(self, index: int) -> bool:
+        return self._whole.has_label(self._numbers[index])
+
+    def raw_label(self, index: int) -> Pixels | None:
+        return self._whole.raw_label(self._numbers[index])
+
+    def content_digests(self, index: int) -> tuple[str, str | None]:
+        return self._whole.content_digests(self._numbers[index])
+
+
+def _key(sample: str) -> bytes:
+    return hashlib.blake2b(sample.encode(), digest_size=8, key=b"kdcache folds").digest()

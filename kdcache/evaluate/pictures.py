@@ -1,0 +1,116 @@
+"""Pictures of results: figures without a display, and labels in the colours of their classes.
+
+matplotlib is imported when a picture is made. Figures are made without pyplot: no global state, no window.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kdcache.data import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = np.ndarray[Any, Any]
+Colours = Sequence[tuple[int, int, int]]
+VOID_RGB = (224, 224, 192)  # as in PASCAL VOC; black is a class there
+WRONG_RGB = (225, 30, 45)
+INK = "#303030"
+_DOTS_PER_INCH = 120
+
+
+def new_figure(width: float, height: float, title: str) -> "Figure":
+    """An empty figure in inches; what is put on it is laid out without overlaps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=13, color=INK)
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
+    """Titles, a light grid behind what is drawn, and no box around it."""
+    axes.set_title(title, fontsize=11, color=INK)
+    axes.set_xlabel(x, fontsize=10)
+    axes.set_ylabel(y, fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return axes
+
+
+def hex_colours(colours: Colours) -> list[str]:
+    """As matplotlib takes them."""
+    return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
+
+
+def class_bars(
+    axes: "Axes", names: Sequence[str], colours: Colours, solid: Sequence[float], outlined: Sequence[float]
+) -> None:
+    """Two bars per class, the first class on top: one filled in its colour, one outlined below it."""
+    places = np.arange(len(names))
+    fills = hex_colours(colours)
+    above, below = 100 * np.array(solid), 100 * np.array(outlined)
+    axes.barh(places - 0.2, np.nan_to_num(above), 0.38, color=fills, edgecolor=INK, linewidth=0.6)
+    axes.barh(places + 0.2, np.nan_to_num(below), 0.38, color="white", edgecolor=fills, linewidth=1.4, hatch="////")
+    for offset, values in ((-0.2, above), (0.2, below)):
+        for place, value in enumerate(values):
+            text = "none" if np.isnan(value) else f"{value:.1f}"
+            axes.text(np.nan_to_num(value) + 1, place + offset, text, va="center", fontsize=7, color=INK)
+    axes.set_yticks(places, names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, 112)
+    axes.grid(axis="y", visible=False)
+
+
+def colour_ids(ids_HW: Array, colours: Colours) -> Array:
+    """Class ids as uint8 (H, W, 3) in the colours of the classes."""
+    table = np.full((256, 3), VOID_RGB, np.uint8)
+    table[: len(colours)] = colours
+    return table[ids_HW]
+
+
+def mark_wrong(pixels_HW3: Array, label_HW: Array, said_HW: Array) -> Array:
+    """The image in dark grey, what was said wrongly in red, void as in labels."""
+    grey_HW1 = pixels_HW3.mean(2, keepdims=True)
+    marked_HW3 = np.broadcast_to(30 + 0.5 * grey_HW1, pixels_HW3.shape).astype(np.uint8)
+    marked_HW3[label_HW != said_HW] = WRONG_RGB
+    marked_HW3[label_HW == IGNORE_INDEX] = VOID_RGB
+    return marked_HW3
+
+
+def panels(
+    title: str, pictures: Sequence[tuple[str, Array]], legend: Sequence[tuple[str, tuple[int, int, int]]]
+) -> "Figure":
+    """Pictures of one size in two columns, and what the colours mean beside them."""
+    from matplotlib.patches import Patch
+
+    height, width = pictures[0][1].shape[:2]
+    rows = -(-len(pictures) // 2)
+    figure = new_figure(11.5, 0.8 + rows * (4.6 * height / width + 0.35), title)
+    for number, (name, picture) in enumerate(pictures, 1):
+        axes = figure.add_subplot(rows, 2, number)
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(name, fontsize=11, color=INK)
+        axes.set_axis_off()
+    handles = [Patch(facecolor=colour, edgecolor=INK, linewidth=0.5, label=name) for (name, _), colour in zip(
+        legend, hex_colours([colour for _, colour in legend]), strict=True)]  # fmt: skip
+    figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
+    return figure

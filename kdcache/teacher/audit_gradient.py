@@ -1,0 +1,94 @@
+"""The error that keeping only k classes would make in the gradient of the KL term, on what a teacher said.
+
+The gradient of T^2 KL(p_t || p_s) by the student's logits is T (p_s - p_t), so the relative error is
+||p_t' - p_t|| / ||p_s - p_t|| over every pixel at view size, with t' what is left of t: its k largest classes and the
+log-odds of all others. Two students bracket a training: one that knows nothing (uniform) and one that is the teacher
+plus unit Gaussian noise, as in `kdcache_kernels.gradient_error`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count, takewhile
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache_kernels import densify, pack
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+SEED = 20
+
+
+@dataclass(frozen=True)
+class GradientErrors:
+    """Relative errors, `uniform[k][T]` for a student that knows nothing and `noisy[k][T]` for one near its teacher.
+
+    Attributes:
+        kept: classes that were there to be left out; fewer than the teacher has when the store keeps the top k.
+    """
+
+    records: int
+    kept: int
+    uniform: dict[int, dict[float, float]]
+    noisy: dict[int, dict[float, float]]
+
+
+def candidates(kept: int) -> tuple[int, ...]:
+    """1, 2, 4, 8 ... below the number of classes that are there."""
+    return tuple(takewhile(lambda k: k < kept, (2**n for n in count())))
+
+
+@torch.inference_mode()
+def gradient_errors(
+    logits: Iterable[Tensor], kept: int, size: tuple[int, int], *, align_corners: bool
+) -> GradientErrors:
+    """Measure every candidate k at T = 1, 2 and 4.
+
+    Args:
+        logits: (C, h, w) of each record, dense.
+        kept: classes of them that a smaller k can leave out.
+        size: (H, W) of the view in pixels. align_corners: of the head's resize.
+    Memory: O(C*H*W).
+    """
+    ks = candidates(kept)
+    errors = torch.zeros(len(ks), len(TEMPERATURES), dtype=torch.float64)
+    students = torch.zeros(2, len(TEMPERATURES), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(SEED)
+    records = 0
+    for teacher_Chw in logits:
+        records += 1
+        classes = teacher_Chw.shape[0]
+        noise_Chw = torch.randn(teacher_Chw.shape, generator=generator, dtype=teacher_Chw.dtype)
+        up_CHW = _resize(teacher_Chw, size, align_corners)
+        noisy_CHW = _resize(teacher_Chw + noise_Chw, size, align_corners)
+        exact = [(up_CHW / T).softmax(0) for T in TEMPERATURES]
+        for column, (T, p_CHW) in enumerate(zip(TEMPERATURES, exact, strict=True)):
+            students[0, column] += _squares(p_CHW - 1 / classes)
+            students[1, column] += _squares((noisy_CHW / T).softmax(0) - p_CHW)
+        for row, k in enumerate(ks):
+            left_CHW = _resize(densify(*pack(teacher_Chw[None], k), classes)[0], size, align_corners)
+            for column, (T, p_CHW) in enumerate(zip(TEMPERATURES, exact, strict=True)):
+                errors[row, column] += _squares((left_CHW / T).softmax(0) - p_CHW)
+    uniform, noisy = (
+        {
+            k: {T: _relative(float(e), float(g)) for T, e, g in zip(TEMPERATURES, row, student, strict=True)}
+            for k, row in zip(ks, errors, strict=True)
+        }
+        for student in students
+    )
+    return GradientErrors(records, kept, uniform, noisy)
+
+
+def _resize(x_Chw: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    return F.interpolate(x_Chw[None], size, mode="bilinear", align_corners=align_corners)[0]
+
+
+def _squares(x_CHW: Tensor) -> float:
+    # Summed in float32 by pairs, then added up in float64: a record has too few numbers to lose digits that matter.
+    return float(x_CHW.square().sum())
+
+
+def _relative(error: float, gradient: float) -> float:
+    return math.sqrt(error / gradient) if gradient else 0.0

@@ -1,0 +1,124 @@
+"""Whole images of a store: what the teacher said of each at view size, beside its pixels and its label.
+
+Of a store that has crops alone, the first crop of each image stands for it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from kdcache.data import Split, inside_rectangle, pixel_checksum
+from kdcache.errors import CorruptError, MismatchError
+from kdcache.store import Cache
+from kdcache.teacher.check import packed_target
+from kdcache.teacher.records import Array, render_again
+from kdcache_kernels import PackedTarget, target_argmax_confidence
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One record that shows a whole image, or the first crop of one.
+
+    Attributes:
+        argmax: (H, W), the class of every pixel of the view. confidence: its probability at T = 1, float16.
+        inside: (H, W) bool, where the view shows its image; None for everywhere.
+        label: (H, W) uint8, 255 is void; None without a label, or when nobody knows it.
+    """
+
+    record: int
+    sample: str
+    target: PackedTarget
+    argmax: Tensor
+    confidence: Tensor
+    inside: Array | None
+    label: Array | None
+
+
+def check_data(cache: Cache, split: Split | None, *, needed: bool) -> None:
+    """Refuse a data set that the store was not built from, and none for a store without pixels where it is needed.
+
+    Raises: MismatchError.
+    """
+    about = cache.manifest.dataset
+    if split is None and needed and not cache.pixels_stored:
+        raise MismatchError(
+            "images and labels come from the store, or from the data set that it was built from",
+            received=f"{cache.place} was built with --pixels source, and no data set was given",
+            remedy=f"add --data (the folder of {about.name!r})",
+        )
+    if split is not None and split.digest() != about.ids_digest:
+        raise MismatchError(
+            "images and labels of a store come from the data set that it was built from",
+            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes) "
+            f"against {about.name!r}, split {about.split!r} ({about.samples} samples, "
+            f"{len(about.class_names)} classes)",
+            remedy="give the original data set with --data and --split",
+        )
+
+
+def whole_records(cache: Cache) -> list[int]:
+    """The first view of every sample: the whole image, unless all views are crops."""
+    return [cache.manifest.record(sample) for sample in range(cache.manifest.dataset.samples)]
+
+
+def read_whole(cache: Cache, split: Split | None, record: int, *, labelled: bool) -> Whole:
+    """Read one record.
+
+    Args:
+        split: gives the labels of a store that keeps none.
+        labelled: whether it has a label (`records/labelled`).
+    Raises: MismatchError when the split renders other pixels than the teacher saw; CorruptError.
+    """
+    target = packed_target(cache, [record])
+    argmax_1HW, confidence_1HW = target_argmax_confidence(target, cache.view_size)
+    if not bool((confidence_1HW <= 1).all()):
+        raise CorruptError(
+            "a store's targets are finite",
+            received=f"NaN or infinity in the target of record {record} of {cache.place}",
+            remedy="build the store again",
+        )
+    known = labelled and (cache.pixels_stored or split is not None)
+    label = read_view(cache, split, record)[1] if known else None
+    sample = cache.ids[record // cache.manifest.view.views_per_sample]
+    return Whole(record, sample, target, argmax_1HW[0], confidence_1HW[0], _inside(cache, record), label)
+
+
+def read_wholes(cache: Cache, split: Split | None) -> Iterator[Whole]:
+    """Every whole image of a store, in order; as `read_whole`."""
+    labelled = cache.column("labelled")
+    for record in whole_records(cache):
+        yield read_whole(cache, split, record, labelled=bool(labelled[record]))
+
+
+def _inside(cache: Cache, record: int) -> Array | None:
+    if not cache.manifest.view.reaches_beyond:
+        return None
+    paths = ["records/window", "records/flip", "records/source_size"]
+    window, flip, source_size = cache.read(record, paths).values()
+    height, width = cache.view_size
+    y0, x0, y1, x1 = inside_rectangle(window, flip, source_size, cache.view_size)
+    y_H, x_W = np.arange(height) + 0.5, np.arange(width) + 0.5
+    inside: Array = ((y0 <= y_H) & (y_H < y1))[:, None] & ((x0 <= x_W) & (x_W < x1))
+    return inside
+
+
+def read_view(cache: Cache, split: Split | None, record: int) -> tuple[Array, Array]:
+    """Pixels and label of a record, from the store or from the data set that it was built from.
+
+    Raises: MismatchError as `read_whole`.
+    """
+    if cache.pixels_stored:
+        rows = cache.read(record, ["pixels/image", "labels/segmentation"])
+        return rows["pixels/image"], rows["labels/segmentation"]
+    assert split is not None
+    pixels, label = render_again(split, cache, record)
+    if pixel_checksum(pixels) != int(cache.read(record, ["records/pixel_checksum"])["records/pixel_checksum"]):
+        sample = cache.ids[record // cache.manifest.view.views_per_sample]
+        raise MismatchError(
+            "an image must render to the pixels that the teacher saw",
+            received=f"{sample!r} of {split.data} renders differently",
+            remedy="restore the images that the store was built from, or build it again",
+        )
+    return pixels, label

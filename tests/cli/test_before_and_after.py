@@ -1,0 +1,183 @@
+"""`kdcache plan`, `inspect --teacher-report` and `export-pseudo-labels`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcache.data import open_split
+from kdcache.teacher.estimate import Cost, Estimate, Setting
+from kdcache.teacher.estimate_trial import Seconds
+
+PLAN = "plan --data {w}/data --teacher {w}/teacher"
+REPORT = "inspect {w}/store.zarr --teacher-report --out {w}/new"
+PSEUDO = "export-pseudo-labels {w}/store.zarr --out {w}/new"
+
+
+@pytest.mark.parametrize(
+    ("verb", "taught"),
+    [
+        ("plan", "kdcache plan --data camvid"),
+        ("inspect", "kdcache inspect camvid.zarr --teacher-report"),
+        ("export-pseudo-labels", "kdcache export-pseudo-labels camvid.zarr"),
+    ],
+)
+def test_help(cli, verb, taught) -> None:
+    shown = cli(verb, "--help")
+    assert shown.code == 0
+    assert taught in shown.out
+
+
+@pytest.fixture
+def sketched(monkeypatch) -> None:
+    """Pictures are not drawn: that takes seconds, and tests/teacher looks at them."""
+    monkeypatch.setattr("kdcache.teacher.audit_pictures.save_figure", lambda _, path: sketch(path))
+
+
+def sketch(path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+
+
+@pytest.mark.usefixtures("sketched")
+def test_a_report(world, cli) -> None:
+    """On the terminal, as JSON and as pictures, which agree; beside the store unless told otherwise."""
+    told = cli("inspect", world / "store.zarr", "--teacher-report", "--worst", "1")
+    assert told.code == 0, told.err
+    report = json.loads((world / "store-report/report.json").read_text())
+    assert f"mIoU {100 * report['teacher']['miou']:.2f}" in told.out
+    assert f"ECE {100 * report['calibration']['ece']:.2f}" in told.out
+    for text in (
+        "Most confused",
+        "Pseudo labels over thresholds",
+        "Error of the KL gradient",
+        "6 labelled images of 6",
+    ):
+        assert text in told.out
+    assert len(list((world / "store-report").rglob("*.png"))) == 6
+    machine = cli("inspect", world / "store.zarr", "--teacher-report", "--worst", "0", "--json", "--out", world / "new")
+    assert json.loads(machine.out)["teacher"] == report["teacher"]
+    sizes = cli("inspect", world / "store.zarr")
+    assert "full-resolution" in sizes.out
+
+
+@pytest.mark.usefixtures("sketched")
+def test_a_report_from_the_data_set(world, cli) -> None:
+    found = []
+    for store, more in (("store", ()), ("source", ("--data", world / "data"))):
+        words = ("--teacher-report", "--json", "--worst", "0", "--out", world / f"{store}-new")
+        told = cli("inspect", world / f"{store}.zarr", *words, *more)
+        assert told.code == 0, told.err
+        found.append(json.loads(told.out))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("rule", [("--threshold", "0.3"), ("--quantile", "0.5")])
+def test_pseudo_labels(world, cli, tree, rule) -> None:
+    words = (*PSEUDO.format(w=world).split(), *rule, "--images", "--json", world / "kept.json")
+    told = cli(*words)
+    assert told.code == 0, told.err
+    assert "6 label files written" in told.out
+    kept = json.loads((world / "kept.json").read_text())
+    files = sorted((world / "new/labels/train").glob("*.png"))
+    ids = np.stack([np.asarray(Image.open(path)) for path in files])
+    assert kept["share"] == pytest.approx((ids != 255).mean())
+    assert [row["kept"] for row in kept["classes"]] == [int((ids == c).sum()) for c in range(7)]
+    assert kept[rule[0].removeprefix("--")] == float(rule[1])
+    assert len(open_split(world / "new", "train")) == 6
+    before = tree(world / "new")
+    again = cli(*words)
+    assert "0 label files written (6 were there)" in again.out
+    assert tree(world / "new") == before
+
+
+def test_a_plan(world, cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # in memory: small stores are synced
+    words = f"{PLAN} --records 8 --student kdcache:tiny --epochs 3 --json {{w}}/plan.json --out {{w}}/new/deep"
+    told = cli(*words.format(w=world).split(), "--shard-records", "4")
+    assert told.code == 0, told.err
+    found = json.loads((world / "plan.json").read_text())
+    real = json.loads(cli("inspect", world / "store.zarr", "--json").out)
+    assert found["chosen"]["bytes"] == pytest.approx(real["bytes_on_disk"], rel=0.15)
+    assert found["chosen"]["files"] == sum(path.is_file() for path in (world / "store.zarr").rglob("*"))
+    assert found["training"]["epochs"] == 3
+    assert found["free_bytes"] > 0
+    assert "From 6 records" in told.out
+    assert "--codec small" in told.out
+    assert "are free where it would go" in told.out
+    assert not (world / "new").exists()
+
+
+def test_a_plan_that_does_not_fit_and_does_not_pay(world, cli, monkeypatch) -> None:
+    """Said in so many words: no error, for it is but a plan."""
+    setting = Setting(7, "default", 1, (), "stored")
+    cost = Cost(setting, {"targets/segmentation/values": 2.0**60}, 6, 82, 7200.0)
+    dear = Estimate(cost, (), Seconds(1200.0, 0.1, 0.2, 0.1, 0.2), 6, 6, 7)
+    monkeypatch.setattr("kdcache.teacher.estimate.estimate", lambda *_, **__: dear)
+    told = cli(*PLAN.format(w=world).split())
+    assert told.code == 0, told.err
+    assert "2.0 h on this machine" in told.out
+    assert "saves memory, and no time" in told.out
+    assert "It will not fit" in told.err
+    elsewhere = cli(*PLAN.format(w=world).split(), "--out", "s3://bucket/store.zarr")
+    assert "is not known here" in elsewhere.out
+
+
+@pytest.mark.slow
+def test_a_plan_that_is_stopped_leaves_nothing(world, tmp_path, spawn, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    running = spawn(*PLAN.format(w=world).split())
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("kdcache-plan-*/*")):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    assert not list(tmp_path.glob("kdcache-plan-*"))
+
+
+CASES = {
+    "report of nothing": (REPORT.replace("store.zarr", "none.zarr"), "none.zarr does not exist"),
+    "report without labels": (REPORT.replace("store.zarr", "source.zarr"), "no data set was given"),
+    "report over something": (REPORT.replace("new", "data"), "data holds something else"),
+    "report into a file": (REPORT.replace("new", "data/classes.txt"), "classes.txt is no folder"),
+    "report of other data": (REPORT + " --data {w}/data --split val", "2 samples"),
+    "flags of a report alone": ("inspect {w}/store.zarr --out {w}/new", "--out without it"),
+    "pseudo without a rule": (PSEUDO, "--threshold None"),
+    "pseudo by two rules": (PSEUDO + " --threshold 0.5 --quantile 0.5", "--threshold 0.5, --quantile 0.5"),
+    "pseudo --threshold 1": (PSEUDO + " --threshold 1", "--threshold 1.0"),
+    "pseudo --threshold 0": (PSEUDO + " --threshold 0", "--threshold 0.0"),
+    "pseudo --quantile nan": (PSEUDO + " --quantile nan", "--quantile nan"),
+    "pseudo over something": (PSEUDO.replace("new", "data") + " --threshold 0.5", "data holds something else"),
+    "pseudo of nothing": (PSEUDO.replace("store.zarr", "none.zarr") + " --threshold 0.5", "none.zarr does not exist"),
+    "pseudo images of nowhere": (
+        PSEUDO.replace("store.zarr", "source.zarr") + " --threshold 0.5 --images",
+        "no data set was given",
+    ),
+    "plan of no data": (PLAN.replace("/data", "/nowhere"), "nowhere is no folder"),
+    "plan of no teacher": (PLAN.replace("/teacher", "/none"), "none does not exist"),
+    "plan --top-k 99": (PLAN + " --top-k 99", "99"),
+    "plan --codec foo": (PLAN + " --codec foo", "'foo'"),
+    "plan --features foo": (PLAN + " --features foo", "foo"),
+    "plan --student foo": (PLAN + " --student kdcache:foo", "foo"),
+    "plan --views 0": (PLAN + " --views 0", "0"),
+}
+
+
+@pytest.mark.parametrize(("command", "received"), [pytest.param(*case, id=name) for name, case in CASES.items()])
+def test_wrong_input(world, cli, tree, command, received) -> None:
+    before = tree(world)
+    ended = cli(*command.format(w=world).split())
+    assert ended.code == 2, (ended.out, ended.err)
+    assert received in ended.err
+    assert ended.err.count("remedy") == 1
+    assert "Traceback" not in ended.err
+    assert "should not have happened" not in ended.err
+    assert tree(world) == before

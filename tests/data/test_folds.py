@@ -1,0 +1,77 @@
+"""Folds: equal, stable, and none that leaves a class out."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.data import check_folds, fold_alone, folds_of, open_split, parse_fold, write_scenes
+from kdcache.errors import RecipeError
+
+
+@given(ids=st.lists(st.text(min_size=1), min_size=2, max_size=40, unique=True), data=st.data())
+def test_folds_are_equal_and_of_the_ids_alone(ids, data) -> None:
+    folds = data.draw(st.integers(2, len(ids)))
+    found = folds_of(ids, folds)
+    counts = np.bincount(found, minlength=folds)
+    assert len(counts) == folds
+    assert counts.max() - counts.min() <= 1
+    order = data.draw(st.permutations(range(len(ids))))
+    assert folds_of([ids[n] for n in order], folds).tolist() == found[list(order)].tolist()
+    ranked = sorted(ids, key=lambda i: hashlib.blake2b(i.encode(), digest_size=8, key=b"kdcache folds").digest())
+    assert [found[ids.index(sample)] for sample in ranked] == [n % folds for n in range(len(ids))]
+
+
+@pytest.mark.parametrize(("ids", "folds"), [("abc", 1), ("abc", 0), ("abc", -2), ("abc", 4), ("", 2)])
+def test_folds_that_cannot_be(ids, folds) -> None:
+    with pytest.raises(RecipeError, match="folds") as caught:
+        folds_of(ids, folds)
+    assert caught.value.received == f"{folds} folds of {len(ids)} samples"
+
+
+def test_a_fold_by_its_name() -> None:
+    assert parse_fold("1/4") == (1, 4)
+    for text in ("", "4/4", "-1/4", "1", "0/1", "1/4/5", "a/b", "1.0/4"):
+        with pytest.raises(RecipeError, match="--fold"):
+            parse_fold(text)
+
+
+def test_folds_are_parts_of_a_split() -> None:
+    split = open_split("scenes:36x52,train=7", "train")
+    parts = [fold_alone(split, fold, 3) for fold in range(3)]
+    assert sorted(sample for part in parts for sample in part.ids) == list(split.ids)
+    for fold, part in enumerate(parts):
+        assert [folds_of(split.ids, 3)[split.ids.index(sample)] for sample in part.ids] == [fold] * len(part)
+        assert part.ids == tuple(sorted(part.ids))
+        number = split.ids.index(part.ids[-1])
+        assert np.array_equal(part.image(len(part) - 1), split.image(number))
+        assert np.array_equal(part.label(len(part) - 1), split.label(number))
+        assert part.has_label(0)
+
+
+def test_a_class_in_one_fold_alone(tmp_path) -> None:
+    from PIL import Image
+
+    folder = write_scenes(tmp_path / "data", "scenes:36x52,train=6,val=1")
+    labels = sorted((folder / "labels/train").iterdir())
+    for path in labels:
+        Image.fromarray(np.full((36, 52), 1, np.uint8)).save(path)
+    split = open_split(folder, "train")
+    check_folds(split, 2)  # classes that nobody has are nobody's loss
+    rare = np.full((36, 52), 1, np.uint8)
+    rare[3, 4] = 6
+    Image.fromarray(rare).save(labels[2])
+    fold = folds_of(split.ids, 2)[2]
+    with pytest.raises(RecipeError, match="every class") as caught:
+        check_folds(split, 2)
+    assert f"{split.classes.names[6]} is in fold {fold} alone" in caught.value.received
+    other = int(np.flatnonzero(folds_of(split.ids, 2) != fold)[0])
+    Image.fromarray(rare).save(labels[other])
+    check_folds(split, 2)
+    labels[other].unlink()  # an image without a label counts for nothing
+    with pytest.raises(RecipeError, match="every class"):
+        check_folds(open_split(folder, "train"), 2)

@@ -1,0 +1,177 @@
+"""What a plan says against what a build does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+
+import pytest
+
+from kdcache.data import open_split
+from kdcache.errors import KDCacheError
+from kdcache.store import open_cache, summarise
+from kdcache.teacher import build_cache
+from kdcache.teacher.estimate import Cost, Estimate, Setting, estimate, student_seconds
+from kdcache.teacher.estimate_trial import Seconds
+
+MANY = "scenes:36x52,train=40,seed=5"
+MOST_OFF = 0.15
+SMALL = {"labels/segmentation"}  # of crops, whose records share chunks
+
+
+@pytest.fixture(autouse=True)
+def _in_memory(tmp_path, monkeypatch) -> None:
+    """Small stores are synced, and a disk takes its time."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+
+
+def built(split, teacher, options, out):
+    """(bytes per array, bytes, files) of a real build."""
+    build_cache(split, teacher, out, options)
+    summary = summarise(open_cache(out))
+    files = sum(len(names) for _, _, names in os.walk(out))
+    return {array.path: array.bytes_on_disk for array in summary.arrays}, summary.bytes_on_disk, files
+
+
+SETTINGS = {
+    "small": {"codec": "small", "shard_records": 16},
+    "none": {"codec": "none", "pixels": "source"},
+    "features": {"features": ("head",), "codec": "small", "views": 2},
+    "crops": {"views": 3, "crop": (16, 24), "view_scale": (0.7, 2.0)},
+    "richer": {"raw_logits": True, "statistics": ("confidence", "at:head"), "teacher_size": (64, 96)},
+}
+QUICK = {"top-k, drawn views": {"top_k": 3, "views": 3, "shard_records": 32}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(pytest.param(c, id=name) for name, c in QUICK.items()),
+        *(pytest.param(c, id=name, marks=pytest.mark.slow) for name, c in SETTINGS.items()),
+    ],
+)
+def test_bytes_and_files_are_those_of_the_build(changes, teacher, options, tmp_path) -> None:
+    """Within 15 %, also of every array that matters and is stored record by record; files to the last one."""
+    split = open_split(MANY, "train")
+    chosen = options(**{"shard_records": 64, **changes})
+    found = estimate(split, teacher, chosen, records=16).chosen
+    arrays, total, files = built(split, teacher, chosen, tmp_path / "s.zarr")
+    assert set(found.sizes) == set(arrays)
+    assert found.bytes == pytest.approx(total, rel=MOST_OFF)
+    for path, size in arrays.items():
+        if size > 0.02 * total and not path.startswith("records/") and path not in SMALL:
+            assert found.sizes[path] * found.records == pytest.approx(size, rel=MOST_OFF), path
+    assert found.files == files
+    assert found.records == 40 * chosen.views
+
+
+@pytest.mark.slow
+def test_neighbours_are_what_they_would_be(teacher, options, tmp_path) -> None:
+    """Every other setting that is told is built for real."""
+    split = open_split(MANY, "train")
+    chosen = options(shard_records=64)
+    found = estimate(split, teacher, chosen, records=16)
+    told = {cost.setting.flags(found.chosen.setting): cost for cost in found.neighbours}
+    assert {"--top-k 4", "--codec small", "--codec none", "--views 4", "--pixels source"} <= set(told)
+    changes = {
+        "--top-k 4": {"top_k": 4},
+        "--codec small": {"codec": "small"},
+        "--features head": {"features": ("head",)},
+        "--pixels source": {"pixels": "source"},
+    }
+    for flags, change in changes.items():
+        _, total, files = built(split, teacher, replace(chosen, **change), tmp_path / flags.replace(" ", ""))
+        assert told[flags].bytes == pytest.approx(total, rel=MOST_OFF), flags
+        assert told[flags].files == files, flags
+    assert told["--views 4"].seconds == pytest.approx(4 * found.chosen.seconds)
+    assert told["--views 4"].records == 160
+
+
+@pytest.mark.slow
+def test_what_is_chosen_has_neighbours_too(teacher, options) -> None:
+    chosen = options(top_k=3, views=4, features=("head",), pixels="source", codec="none")
+    found = estimate(open_split(MANY, "train"), teacher, chosen, records=8)
+    assert found.chosen.setting == Setting(3, "none", 4, ("head",), "source")
+    flags = {cost.setting.flags(found.chosen.setting) for cost in found.neighbours}
+    assert {"--top-k 2", "--top-k 4", "--top-k 7", "--codec default", "--views 1", "--views 2", "--views 8"} <= flags
+    assert {"--features ''", "--pixels stored"} <= flags
+    assert found.taught == 8
+
+
+@pytest.mark.slow
+def test_few_images_are_all_taught(teacher, split, options) -> None:
+    found = estimate(split, teacher, options(), records=32)
+    assert (found.taught, found.samples, found.classes) == (7, 7, 7)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, None])
+def test_nothing_is_left_behind(teacher, split, options, tmp_path, end) -> None:
+    told, seen = [], []
+
+    def tell(*what):
+        told.append(what)
+        seen.extend(tmp_path.glob("tmp/*"))
+        if end is not None:
+            raise end
+
+    with contextlib.nullcontext() if end is None else pytest.raises(end):
+        estimate(split, teacher, options(views=2), progress=tell)
+    assert seen
+    assert not list((tmp_path / "tmp").iterdir())
+    if end is None:
+        assert ("teaching a few images", 3, 3) in told
+        assert any(what.startswith("and views") for what, _, _ in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"top_k": 99}, "99"), ({"features": ("foo",)}, "foo"), ({"views": 0}, "0 views")]
+)
+def test_what_cannot_be_built_cannot_be_planned(teacher, split, options, changes, said) -> None:
+    with pytest.raises(KDCacheError, match=said):
+        estimate(split, teacher, options(**changes))
+
+
+def priced(build: float, teach: float, read: float, views: int = 1) -> Estimate:
+    cost = Cost(Setting(7, "default", views, (), "stored"), {"a": 3.0}, 10 * views, 1, 10 * views * build)
+    return Estimate(cost, (), Seconds(build, 0, teach, 0, read), 8, 10, 7)
+
+
+def test_it_pays_when_the_teacher_is_dearer_than_the_read() -> None:
+    """10 images, 4 views of 3 s each: 120 s, of which every epoch saves 10 x (2.5 - 0.5) s."""
+    found = priced(build=3.0, teach=2.5, read=0.5, views=4)
+    assert found.payback_epochs == pytest.approx(6)
+    live, cached = found.training_seconds(6, student=1.0)
+    assert (live, cached) == (pytest.approx(60 * 3.5), pytest.approx(120 + 60 * 1.5))
+    assert live == pytest.approx(cached)
+    assert found.to_json()["payback_epochs"] == pytest.approx(6)
+    never = priced(build=3.0, teach=0.5, read=0.5)
+    assert never.payback_epochs == float("inf")
+    assert never.to_json()["payback_epochs"] is None
+
+
+@pytest.mark.slow
+def test_times_are_those_of_this_machine(teacher, options, monkeypatch) -> None:
+    """A teacher that is slowed down by 50 ms an image is seen to be."""
+    import time
+
+    plain = teacher.model.forward
+
+    def slow(x, taps=()):
+        time.sleep(0.05 * len(x))
+        return plain(x, taps)
+
+    monkeypatch.setattr(teacher.model, "forward", slow)
+    found = estimate(open_split(MANY, "train"), teacher, options(), records=8)
+    assert 0.05 < found.seconds.teach < 0.2
+    assert found.seconds.build > 0.05
+    assert found.chosen.seconds == pytest.approx(40 * found.seconds.build)
+    assert 0 < found.seconds.read < 0.05
+    assert found.payback_epochs >= 0.5
+
+
+def test_a_student_is_timed(options) -> None:
+    assert 0 < student_seconds("kdcache:tiny", 7, options(crop=(16, 24))) < 1
+    with pytest.raises(KDCacheError):
+        student_seconds("kdcache:none", 7, options())
