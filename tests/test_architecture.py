@@ -33,7 +33,7 @@ ALLOWED = {
     "data": {"errors"},
     "models": {"errors"},
     "store": {"errors"},
-    "distill": {KERNELS},
+    "distill": {KERNELS, "errors"},
     "evaluate": {"data", "models", "errors", KERNELS},
     "teacher": {"data", "models", "store", "evaluate", "errors", KERNELS},
     "train": {"data", "models", "store", "evaluate", "distill", "errors"},
@@ -99,7 +99,7 @@ def test_the_walk_finds_modules_and_imports() -> None:
         MODULES
     )
     assert "kdcache_kernels.checks" in set(imports_of("kdcache_kernels.ops"))
-    assert rooms_used("kdcache.train.start") >= {"data", "store", "models", "distill", "evaluate", "errors"}
+    assert rooms_used("kdcache.train.start") >= {"data", "store", "models", "distill", "evaluate"}
 
 
 def test_every_room_is_in_the_table() -> None:

@@ -1,51 +1,38 @@
-"""The loss of a student: cross-entropy beside KL to the cached teacher.
+"""The loss of a student: cross-entropy beside KL to the cached teacher, and further terms.
 
-`loss = ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t)/T) || softmax(up(z)/T))`, computed by
-`kdcache_kernels.distill_loss`. Temperature and weights are choices of the training, never of the store.
+`loss = ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t)/T) || softmax(up(z)/T)) + sum of weight * term`.
+The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and weights are choices of the training,
+never of the store.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kdcache_kernels import KernelError as KernelError
-from kdcache_kernels import LossParts as LossParts
-from kdcache_kernels import PackedTarget, distill_denominators, distill_loss
-from kdcache_kernels.ops import choose_implementation as choose_implementation
+from kdcache.distill.gate import Gate
+from kdcache.distill.target import INSIDE, Target, TargetFormat, neighbours
+from kdcache_kernels import distill_denominators, distill_loss
+from kdcache_kernels.window import ViewPositions, view_positions
+
+if TYPE_CHECKING:
+    from kdcache.distill.terms import Term, TermBatch
+
+Average = Callable[[Tensor], Tensor]
 
 
-class TargetFormat(Protocol):
-    """What must be known of a store to read its targets; an open cache is one."""
+class Losses(NamedTuple):
+    """Scalars, float32: the loss, which alone carries a gradient, and its parts before weighting."""
 
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def view_size(self) -> tuple[int, int]: ...
-    @property
-    def align_corners(self) -> bool: ...
-
-
-class Target(NamedTuple):
-    """What the teacher said about a batch, as the store holds it, and the window that the student looks through.
-
-    An empty tensor means absent: no indices and tail for a dense target, no values when no target was read.
-    """
-
-    values: Tensor  # (B, k, h, w) float16: logit minus the pixel's maximum
-    indices: Tensor  # (B, k, h, w) uint8 or uint16, or empty
-    tail: Tensor  # (B, h, w) float16 log-odds of the mass outside the top k, or empty
-    window: Tensor  # (B, 4) float64 (y0, x0, y1, x1), edge coordinates in pixels of the view
-    flip: Tensor  # (B,) bool
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Target":
-        """The same on another device."""
-        return Target(*(part.to(device, non_blocking=non_blocking) for part in self))
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    terms: tuple[Tensor, ...] = ()  # in the order of DistillLoss.further
 
 
 class DistillLoss(nn.Module):
-    """CE + KL of a batch, from low-resolution student logits and a packed target.
+    """CE + KL of a batch, from low-resolution student logits and a packed target, and further terms.
 
     Args:
         targets: an open cache (number of classes, view size and resize rule of its targets).
@@ -54,6 +41,8 @@ class DistillLoss(nn.Module):
         class_weight: (C,) weights of the cross-entropy.
         distill_void: whether pixels without a label teach too.
         align_corners: of the student's own final resize.
+        gate: which pixels the teacher's terms count, and how much; default all alike.
+        further: other terms (`kdcache.distill.terms`), each with its own weight.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
     Attributes:
         average: mean of a tensor over the processes that share a batch; None when there is one. The denominators are
@@ -75,6 +64,8 @@ class DistillLoss(nn.Module):
         ignore_index: int = 255,
         distill_void: bool = True,
         align_corners: bool = False,
+        gate: Gate | None = None,
+        further: "Sequence[Term]" = (),
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -86,73 +77,213 @@ class DistillLoss(nn.Module):
         self.distill_void = distill_void
         self.align_corners = align_corners
         self.impl = impl
-        self.average: Callable[[Tensor], Tensor] | None = None
+        self.gate = gate or Gate()
+        self.further = nn.ModuleList(further)
+        self.average: Average | None = None
         self.register_buffer("class_weight", class_weight, persistent=False)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts, in the order of `Losses` without its loss. A kind that is there twice is numbered."""
+        kinds = [term.kind for term in self._terms()]
+        counted = [
+            f"{kind}_{kinds[:at].count(kind) + 1}" if kind in kinds[:at] else kind for at, kind in enumerate(kinds)
+        ]
+        return ("ce", "kl", *counted)
+
+    @property
+    def student_taps(self) -> tuple[str, ...]:
+        """What the student must give besides logits."""
+        return tuple(dict.fromkeys(tap for term in self._terms() for tap in term.student_taps()))
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """What a target must hold in its `extras`."""
+        return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
+
+    def share(self, average: Average, gather: Callable[[Tensor], Tensor]) -> None:
+        """Let the loss be that of a batch which several processes share.
+
+        Args:
+            average: mean of a tensor over the processes, without a gradient.
+            gather: rows of all processes in their order, with the gradient of the own ones.
+        """
+        self.average = average
+        for term in self._terms():
+            term.average, term.gather = average, gather
+
     def forward(
-        self, student_logits_BChw: Tensor, labels_BHW: Tensor | None, target: Target | None = None
-    ) -> LossParts:
+        self,
+        student_logits_BChw: Tensor,
+        labels_BHW: Tensor | None,
+        target: Target | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        own_BHW: Tensor | None = None,
+    ) -> Losses:
         """Loss, and its parts before weighting: all scalars, float32.
 
         Args:
             student_logits_BChw: at the head's native stride; receives the gradient.
             labels_BHW: uint8, `ignore_index` is void.
-            target: of the same batch; not needed when kl_weight is 0.
+            target: of the same batch; not needed when no term of the teacher is computed.
+            features: the student's taps (B, c, h, w) that `student_taps` names.
+            own_BHW: bool, False where a pixel was pasted from the neighbour in the batch (rows 2n and 2n + 1 are
+                neighbours), whose target counts there.
         """
-        return self._loss(student_logits_BChw, labels_BHW, target, self.ce_weight, self.kl_weight)
+        loss, ce, kl = self._fused(student_logits_BChw, labels_BHW, target, own_BHW, self.ce_weight, self.kl_weight)
+        if not len(self.further):
+            return Losses(loss, ce, kl)
+        batch = self._batch(student_logits_BChw, labels_BHW, target, features)
+        values = [term(batch) for term in self._terms()]
+        for term, value in zip(self._terms(), values, strict=True):
+            loss = loss + term.weight * value
+        return Losses(loss, ce, kl, tuple(value.detach() for value in values))
 
-    def terms(
-        self, student_logits_BChw: Tensor, labels_BHW: Tensor | None, target: Target | None = None
+    def parts(
+        self,
+        student_logits_BChw: Tensor,
+        labels_BHW: Tensor | None,
+        target: Target | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        own_BHW: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Every active term on its own, weighted and differentiable: name -> scalar. For gradient norms."""
+        fused = (student_logits_BChw, labels_BHW, target, own_BHW)
         found = {}
         if self.ce_weight > 0:
-            found["ce"] = self._loss(student_logits_BChw, labels_BHW, target, self.ce_weight, 0.0).loss
-        if self.kl_weight > 0 and self._has(target):
-            found["kl"] = self._loss(student_logits_BChw, labels_BHW, target, 0.0, self.kl_weight).loss
+            found["ce"] = self._fused(*fused, self.ce_weight, 0.0)[0]
+        if self.kl_weight > 0 and self._teaches(target):
+            found["kl"] = self._fused(*fused, 0.0, self.kl_weight)[0]
+        if len(self.further):
+            batch = self._batch(student_logits_BChw, labels_BHW, target, features)
+            for name, term in zip(self.names[2:], self._terms(), strict=True):
+                found[name] = term.weight * term(batch)
         return found
 
-    def _has(self, target: Target | None) -> bool:
-        return target is not None and self.targets is not None and target.values.numel() > 0
+    def _terms(self) -> "list[Term]":
+        return list(self.further)  # type: ignore[arg-type]
 
-    def _loss(
-        self, logits: Tensor, labels: Tensor | None, target: Target | None, ce_weight: float, kl_weight: float
-    ) -> LossParts:
-        teaching = target if kl_weight > 0 and self._has(target) else None
-        packed = None if teaching is None else self._packed(teaching)
-        counted: dict[str, Any] = {
+    def _teaches(self, target: Target | None) -> bool:
+        return target is not None and self.targets is not None and target.present()
+
+    def _batch(
+        self, logits: Tensor, labels: Tensor | None, target: Target | None, features: Mapping[str, Tensor] | None
+    ) -> "TermBatch":
+        from kdcache.distill.terms import TermBatch
+
+        assert labels is not None
+        size = (labels.shape[1], labels.shape[2])
+        weight = None if target is None else self._pixel_weight(target, labels, size)
+        shown = None if target is None else self._shown(target, size)
+        if shown is not None:
+            weight = shown.float() if weight is None else weight * shown
+        if not self.distill_void:
+            kept = (labels != self.ignore_index).float()
+            weight = kept if weight is None else weight * kept
+        extras = {} if target is None else target.extras
+        return TermBatch(
+            logits=logits,
+            features=features or {},
+            labels=labels,
+            target=target,
+            stored=extras,
+            pixel_weight=weight,
+            size=size,
+        )
+
+    def _fused(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        target: Target | None,
+        own: Tensor | None,
+        ce_weight: float,
+        kl_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        teaching = target if kl_weight > 0 and self._teaches(target) else None
+        if teaching is None or labels is None or (own is None and INSIDE not in teaching.extras):
+            return self._call(logits, labels, teaching, None, None, ce_weight, kl_weight)
+        # A pasted pixel's target is the neighbour's: two calls, each of which counts its part of the pixels.
+        other = None if own is None else teaching.map(neighbours)
+        counted = self._counted(teaching, labels, own)
+        rest = None if own is None or other is None else self._counted(other, labels, ~own)
+        count = counted.sum(dtype=torch.float32) + (0 if rest is None else rest.sum(dtype=torch.float32))
+        if self.average is not None:
+            count = self.average(count)
+        one = self._call(logits, labels, teaching, counted, count, ce_weight, kl_weight)
+        if rest is None:
+            return one
+        two = self._call(logits, labels, other, rest, count, 0.0, kl_weight)
+        return one[0] + two[0], one[1], one[2] + two[2]
+
+    def _call(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        target: Target | None,
+        counted: Tensor | None,
+        kl_denominator: Tensor | None,
+        ce_weight: float,
+        kl_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        packed = None if target is None or self.targets is None else target.packed(self.targets)
+        shared: dict[str, Any] = {
             "class_weight": self.class_weight,
             "ignore_index": self.ignore_index,
-            "window_B4": None if teaching is None else teaching.window,
-            "flip_B": None if teaching is None else teaching.flip,
+            "window_B4": None if target is None else target.window,
+            "flip_B": None if target is None else target.flip,
             "distill_void": self.distill_void,
         }
-        ce_denominator, kl_denominator = None, None
+        ce_denominator = None
         if self.average is not None:
-            own = distill_denominators(labels, packed, num_classes=logits.shape[1], **counted)
-            ce_denominator, kl_denominator = self.average(torch.stack(own)).unbind()
+            own = distill_denominators(labels, packed, num_classes=logits.shape[1], **shared)
+            ce_denominator, averaged = self.average(torch.stack(own)).unbind()
+            kl_denominator = averaged if kl_denominator is None else kl_denominator
+        weight = None
+        if target is not None and labels is not None:
+            weight = self._pixel_weight(target, labels, (labels.shape[1], labels.shape[2]))
+        if counted is not None:
+            weight = counted.float() if weight is None else weight * counted
         return distill_loss(
             logits,
             labels,
             packed,
             ce_weight=ce_weight,
-            kl_weight=0.0 if teaching is None else kl_weight,
+            kl_weight=0.0 if packed is None else kl_weight,
             temperature=self.temperature,
+            pixel_weight_BHW=weight,
             align_corners=self.align_corners,
             ce_denominator=ce_denominator,
             kl_denominator=kl_denominator,
             impl=self.impl,
-            **counted,
+            **shared,
         )
 
-    def _packed(self, target: Target) -> PackedTarget:
+    def _pixel_weight(self, target: Target, labels: Tensor, size: tuple[int, int]) -> Tensor | None:
+        if self.targets is None or self.gate.open or not target.present():
+            return None
+        weight: Tensor | None = self.gate(target, self.targets, labels, size, impl=self.impl)
+        return weight
+
+    def _counted(self, target: Target, labels: Tensor, own_BHW: Tensor | None) -> Tensor:
+        """Which pixels (B, H, W) of a part of the batch the KL counts."""
+        size = (labels.shape[1], labels.shape[2])
+        counted_BHW = self._positions(target, size).inside()
+        shown_BHW = self._shown(target, size)
+        for mask_BHW in (own_BHW, shown_BHW, None if self.distill_void else labels != self.ignore_index):
+            if mask_BHW is not None:
+                counted_BHW = counted_BHW & mask_BHW
+        return counted_BHW
+
+    def _shown(self, target: Target, size: tuple[int, int]) -> Tensor | None:
+        """Which pixels show the image, where a view may reach beyond it."""
+        if INSIDE not in target.extras:
+            return None
+        at = self._positions(target, size)
+        y0_B1, x0_B1, y1_B1, x1_B1 = target.extras[INSIDE].mT[..., None].unbind()
+        rows_BH, columns_BW = (at.y >= y0_B1) & (at.y < y1_B1), (at.x >= x0_B1) & (at.x < x1_B1)
+        return rows_BH[:, :, None] & columns_BW[:, None, :]
+
+    def _positions(self, target: Target, size: tuple[int, int]) -> ViewPositions:
         assert self.targets is not None
-        sparse = target.indices.numel() > 0
-        return PackedTarget(
-            values=target.values,
-            indices=target.indices if sparse else None,
-            tail=target.tail if sparse else None,
-            num_classes=self.targets.num_classes,
-            view_size=self.targets.view_size,
-            align_corners=self.targets.align_corners,
-        )
+        return view_positions(target.window, target.flip, self.targets.view_size, size, target.window.device)

@@ -20,10 +20,12 @@ log.py         metrics.jsonl, environment, observers
 start.py       from settings to a run
 """
 
+from kdcache.train.cached import CacheDataset
 from kdcache.train.config import TrainConfig, make_config, read_config
-from kdcache.train.dataset import CacheDataset, LabelledDataset, Sample
+from kdcache.train.dataset import LabelledDataset
 from kdcache.train.distributed import pick_device
 from kdcache.train.log import Observer
+from kdcache.train.sample import Sample
 from kdcache.train.start import train
 from kdcache.train.stop import Interrupted
 

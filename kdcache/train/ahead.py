@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from kdcache.errors import KDCacheError
-from kdcache.train.dataset import CacheDataset, DrawnDataset
+from kdcache.train.cached import CacheDataset
+from kdcache.train.dataset import DrawnDataset
 from kdcache.train.order import WINDOW_RECORDS, WINDOW_SHARDS, Steps
 from kdcache.train.records import PIXEL_PATHS
 

@@ -9,11 +9,11 @@ from kdcache.errors import RecipeError
 from kdcache.store.durable import disk_space_errors, sync_path
 
 FILE = "checkpoint.pt"
-PARTS = {"model", "optimizer", "schedule", "progress", "random"}
+PARTS = {"model", "criterion", "optimizer", "schedule", "progress", "random"}
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
-    """Write model, optimizer, schedule, random state, step and best so far."""
+    """Write model, projections of the loss, optimizer, schedule, random state, step and best so far."""
     partial = run / f".{FILE}.partial"
     with disk_space_errors(run):
         try:

@@ -7,8 +7,12 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from kdcache.data import parse_fold
+from kdcache.distill import parse_gate
+from kdcache.distill.terms import TermSpec, parse_method
 from kdcache.errors import RecipeError
 from kdcache.store.mirror import parse_bytes
+from kdcache.train.mix import Mix
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -27,10 +31,27 @@ def parse_range(value: Any) -> Any:
     return tuple(value.split(":")) if isinstance(value, str) else value
 
 
+def parse_term(value: Any) -> Any:
+    """'cosine,weight=0.1,teacher_tap=layer4' or a table of a recipe as a term."""
+    if isinstance(value, str):
+        kind, *options = value.split(",")
+        value = {"kind": kind, **dict(map(_option, options))}
+    return TermSpec.of(value) if isinstance(value, dict) else value
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key.strip(), float(value)
+    except ValueError:
+        return key.strip(), value.strip()
+
+
 Size = Annotated[tuple[Count, Count], BeforeValidator(parse_size), PlainSerializer(lambda size: f"{size[0]}x{size[1]}")]
 Range = Annotated[
     tuple[Positive, Positive], BeforeValidator(parse_range), PlainSerializer(lambda ends: f"{ends[0]}:{ends[1]}")
 ]
+Terms = Annotated[tuple[TermSpec, ...], BeforeValidator(lambda terms: tuple(map(parse_term, terms)))]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 
 
@@ -57,7 +78,8 @@ class TrainConfig(BaseModel):
     cache: str | None = None
     cache_dir: str | None = None
     cache_bytes: Bytes | None = None
-    method: Literal["none", "kl"] = "none"
+    method: str = "none"
+    term: Terms = ()
     size: Size | None = None
     init: str | None = None
 
@@ -66,6 +88,11 @@ class TrainConfig(BaseModel):
     kl_weight: Weight = 1.0
     temperature: Positive = 2.0
     distill_void: bool = True
+    distill_on: Literal["labelled", "all"] = "all"
+    gate: str = "none"
+    class_trust: str | None = None
+    trust_against: str | None = None
+    class_balance: Literal["none", "median", "sqrt"] = "none"
     class_weights: Literal["none", "median", "sqrt"] = "none"
 
     # the optimization
@@ -89,6 +116,14 @@ class TrainConfig(BaseModel):
     scale: Range = (0.5, 2.0)
     flip: bool = True
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.3
+    mix: str | None = None
+
+    # the samples
+    limit_samples: Positive | None = None
+    limit_labels: Positive | None = None
+    limit_views: Count | None = None
+    fold: str | None = None
+    val_fold: str | None = None
 
     # the machine
     shuffle: Literal["auto", "full", "window"] = "auto"
@@ -105,17 +140,50 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> "TrainConfig":
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale runs from small to large, got {self.scale[0]}:{self.scale[1]}")
-        if self.ce_weight == 0 and (self.method == "none" or self.kl_weight == 0):
-            raise ValueError("every loss weight is 0: nothing would be learnt")
+        self._check_terms()
         if self.iterations is not None and self.epochs is not None:
             raise ValueError("give iterations or epochs, not both")
         if self.cache is None and self.data is None:
             raise ValueError("nothing to train on: give data or cache")
-        if self.cache is None and self.method != "none":
+        if self.cache is None and self.teaches:
             raise ValueError(f"method {self.method} learns from a store: give cache")
         if self.schedule == "plateau" and self.val is None:
             raise ValueError("schedule plateau watches validations: give val")
         return self
+
+    def _check_terms(self) -> None:
+        """Raises: RecipeError, ValueError for terms, gates and parts that cannot be."""
+        parse_gate(self.gate)
+        for fold in (self.fold, self.val_fold):
+            if fold is not None:
+                parse_fold(fold)
+        kl = parse_method(self.method).kl and self.kl_weight > 0
+        if self.ce_weight == 0 and not kl and all(term.weight == 0 for term in self.terms):
+            raise ValueError("every loss weight is 0: nothing would be learnt")
+        if not self.teaches and (self.gate != "none" or self.class_trust or self.class_balance != "none"):
+            raise ValueError("gate, class-trust and class-balance weigh what a teacher says: method none has none")
+        if (self.class_trust == "auto") != (self.trust_against is not None):
+            raise ValueError("class-trust auto compares the teacher with a plain run: give both it and trust-against")
+        if self.mix is not None:
+            Mix(self.mix)
+            if self.terms:
+                names = ", ".join(term.kind for term in self.terms)
+                raise ValueError(f"mix pastes labels and logits, which {names} cannot follow: leave one of them out")
+
+    @property
+    def wants_kl(self) -> bool:
+        """Whether KL is a part of the loss."""
+        return parse_method(self.method).kl
+
+    @property
+    def terms(self) -> tuple[TermSpec, ...]:
+        """The terms beside CE and KL: those of the method, then those listed one by one."""
+        return (*parse_method(self.method).terms, *self.term)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether anything is learnt from a teacher."""
+        return self.wants_kl or bool(self.terms)
 
     def resolved(self, samples: int, size: tuple[int, int], shuffle: str = "full") -> "TrainConfig":
         """With size, iterations, val_every and shuffle filled in.

@@ -64,6 +64,15 @@ class World:
             dist.all_reduce(found)
         return found
 
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, as many of each, in the order of their ranks; those of this one with gradient."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.detach().contiguous())
+        parts[self.rank] = tensor
+        return torch.cat(parts)
+
     def gather(self, thing: T) -> list[T]:
         """A small object of every process, in the order of their ranks."""
         if self.size == 1:
@@ -96,14 +105,16 @@ class World:
             told = self.gather(None if own is None else self._tellable(own))
             raise next(one for one in told if one is not None) from own
 
-    def check_batch_size(self, batch_size: int) -> None:
-        """Raises RecipeError for a batch that the processes cannot share evenly."""
-        if batch_size % self.size:
-            less = batch_size - batch_size % self.size
-            sizes = f"{less} or {less + self.size}" if less else f"{self.size}"
+    def check_batch_size(self, batch_size: int, together: int = 1) -> None:
+        """Raises RecipeError for a batch that the processes cannot share evenly, `together` samples staying so."""
+        unit = self.size * together
+        if batch_size % unit:
+            less = batch_size - batch_size % unit
+            sizes = f"{less} or {less + unit}" if less else f"{unit}"
             raise RecipeError(
                 "--batch-size is that of all processes together, which share it evenly",
-                received=f"--batch-size {batch_size} for {self.size} processes",
+                received=f"--batch-size {batch_size} for {self.size} processes"
+                + (f", which hold {together} samples together" if together > 1 else ""),
                 remedy=f"use --batch-size {sizes}, or another number of processes",
             )
 

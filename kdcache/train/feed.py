@@ -22,9 +22,8 @@ from itertools import cycle
 import torch
 
 from kdcache.errors import KDCacheError
-from kdcache.train.dataset import Sample
 from kdcache.train.records import DeviceTargets
-from kdcache.train.step import batch_of, parts_of
+from kdcache.train.sample import Sample, batch_of, parts_of
 
 SLOTS = 2
 _TARGET = slice(2, 5)  # of the parts of a batch: values, indices, tail
@@ -101,7 +100,7 @@ class _Slot:
         parts = list(self._arrived)
         if targets is not None:
             parts[_TARGET] = targets.empty(len(like.pixels))
-        self.batch = batch_of(parts)
+        self.batch = batch_of(parts, like)
         self.free: torch.cuda.Event | None = None
 
     def fill(self, batch: Sample) -> None:

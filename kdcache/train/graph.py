@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kdcache.distill import LossParts
-from kdcache.train.dataset import Sample
-from kdcache.train.step import EagerStep, batch_of, parts_of
+from kdcache.distill import Losses
+from kdcache.train.sample import Sample, batch_of, parts_of
+from kdcache.train.step import EagerStep
 
 WARM_UP = 3
 """Steps before recording: kernels are compiled and loaded, library handles and optimizer state are made."""
@@ -31,7 +31,7 @@ class GraphedStep:
     Raises: RuntimeError when the step waits for the device, or does anything else that a graph cannot hold.
     """
 
-    def __init__(self, eager: EagerStep, forward: Callable[[Sample], LossParts], batch: Sample) -> None:
+    def __init__(self, eager: EagerStep, forward: Callable[[Sample], Losses], batch: Sample) -> None:
         self._eager = eager
         with torch.cuda.device(eager.device), eager.rehearsal():
             self._inputs = _Inputs(batch, eager.device)
@@ -94,7 +94,7 @@ class _Inputs:
 
     def __init__(self, like: Sample, device: torch.device) -> None:
         self._static = [torch.empty_like(part, device=device) for part in parts_of(like)]
-        self.batch = batch_of(self._static)
+        self.batch = batch_of(self._static, like)
 
     def fit(self, batch: Sample) -> bool:
         return all(

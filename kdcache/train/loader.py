@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from kdcache.errors import KDCacheError
 from kdcache.train.ahead import Ahead, reads_ahead
-from kdcache.train.dataset import CacheDataset, DrawnDataset, Row, Sample
+from kdcache.train.cached import CacheDataset
+from kdcache.train.dataset import DrawnDataset
 from kdcache.train.order import Order, Steps, choose_shuffle
 from kdcache.train.ring import Ring
+from kdcache.train.sample import Row, Sample
 
 
 class Draws(Dataset[Sample | KDCacheError]):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.train.dataset import Sample
 from kdcache.train.distributed import World
+from kdcache.train.sample import Sample
 from kdcache.train.step import EagerStep
 
 
@@ -31,7 +31,8 @@ def distribute(eager: EagerStep, batch: Sample, world: World) -> None:
         batch: this process's part of a batch; tried, to find parameters that get no gradient, which
             DistributedDataParallel must be told of, for looking for them costs time at every step.
     """
-    eager.average = eager.criterion.average = world.mean
+    eager.average = world.mean
+    eager.criterion.share(world.mean, world.rows)
     share_statistics(eager.model, eager.device)
     with eager.rehearsal():
         torch.autograd.backward(eager.forward(eager.to_device(batch)).loss)

@@ -20,7 +20,8 @@ import psutil
 import torch
 
 from kdcache.errors import RecipeError
-from kdcache.train.dataset import CacheDataset, DrawnDataset
+from kdcache.train.cached import CacheDataset
+from kdcache.train.dataset import DrawnDataset
 from kdcache.train.records import DeviceTargets, RamRecords, decoded_bytes
 
 CHOICES = ("auto", "ram", "gpu", "off")

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from kdcache.errors import KDCacheError
-from kdcache.train.dataset import Row, Sample
 from kdcache.train.order import Steps
+from kdcache.train.sample import Row, Sample
 
 DEPTH = 4
 """Buffers: three batches ahead of the one in use."""

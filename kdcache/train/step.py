@@ -21,21 +21,24 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill import DistillLoss, KernelError, LossParts, Target
+from kdcache.distill import DistillLoss, KernelError, Losses, Target
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.models import SegmentationModel
-from kdcache.train.dataset import Sample
+from kdcache.train.dataset import DICE
+from kdcache.train.mix import Mix
+from kdcache.train.sample import Sample
 
 BACKEND = "inductor"
 SHOWN = 160
 """Characters of a foreign error message that a note repeats at most."""
 
 Step = Callable[[Sample], Tensor]
-"""Learns from a batch of the loader; returns its (loss, ce, kl) on the device, detached and its own."""
+"""Learns from a batch of the loader; returns its loss and the parts of it on the device, detached and its own."""
 
 
 def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
@@ -59,14 +62,25 @@ def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
     return name
 
 
+class Asked(NamedTuple):
+    """The arguments of the loss, in its order."""
+
+    logits: Tensor
+    label: Tensor
+    target: Target
+    features: dict[str, Tensor]
+    own: Tensor | None
+
+
 class EagerStep:
     """The step as PyTorch runs it, operation by operation.
 
     Args:
-        model, criterion: on `device`.
-        optimizer: of the model's parameters.
+        model, criterion: on `device`; both may have parameters.
+        optimizer: of them.
         bf16: whether the model runs under autocast.
         clip_grad: largest norm of the gradient; 0 does not clip.
+        mix: what is pasted between the samples of a batch.
     Attributes:
         network: what runs forward: the model, or what shares its gradients with other processes.
         average: mean of a tensor over the processes; None when there is one.
@@ -81,6 +95,7 @@ class EagerStep:
         device: torch.device,
         bf16: bool = False,
         clip_grad: float = 0.0,
+        mix: Mix | None = None,
     ) -> None:
         self.model = model
         self.network: nn.Module = model
@@ -88,24 +103,25 @@ class EagerStep:
         self.criterion = criterion
         self.optimizer = optimizer
         self.device = device
+        self._taps = criterion.student_taps
         self._bf16 = bf16
         self._clip_grad = clip_grad
+        self._mix = mix
 
     def __call__(self, batch: Sample) -> Tensor:
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: Sample) -> tuple[Tensor, dict[str, float]]:
         """The same step, and the L2 norm of each weighted term's gradient over the model's parameters."""
-        batch = self.to_device(batch)
-        logits_BChw = self.logits(batch.pixels)
+        given = self._asked(self.to_device(batch))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norms = {}
-        for name, term in self.criterion.terms(logits_BChw, batch.label, batch.target).items():
+        for name, term in self.criterion.parts(*given).items():
             grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
             whole = [g if self.average is None else self.average(g) for g in grads if g is not None]
             squares = [g.float().square().sum() for g in whole]
-            norms[name] = float(torch.stack(squares).sum().sqrt())
-        return self.learn(self.criterion(logits_BChw, batch.label, batch.target)), norms
+            norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        return self.learn(self.criterion(*given)), norms
 
     def to_device(self, batch: Sample) -> Sample:
         return Sample(
@@ -114,26 +130,34 @@ class EagerStep:
             batch.target.to(self.device, non_blocking=True),
         )
 
-    def logits(self, pixels_BHW3: Tensor) -> Tensor:
-        """What the model says of uint8 pixels on the device, at its native stride."""
-        x_B3HW = self.model.normalise(pixels_BHW3)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            logits: Tensor = self.network(x_B3HW).logits
-        return logits
-
-    def forward(self, batch: Sample) -> LossParts:
+    def forward(self, batch: Sample) -> Losses:
         """The differentiable loss of a batch on the device."""
-        parts: LossParts = self.criterion(self.logits(batch.pixels), batch.label, batch.target)
-        return parts
+        losses: Losses = self.criterion(*self._asked(batch))
+        return losses
 
-    def learn(self, parts: LossParts) -> Tensor:
+    def _asked(self, batch: Sample) -> Asked:
+        """What the loss looks at: the model's answer, and what it is compared with."""
+        pixels, label, own = batch.pixels, batch.label, None
+        if self._mix is not None:
+            pixels, label, own = self._mix(pixels, label, batch.target.extras[DICE])
+        x_B3HW = self.model.normalise(pixels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            answer = self.network(x_B3HW, self._taps)
+        return Asked(answer.logits, label, batch.target, answer.features, own)
+
+    def learn(self, losses: Losses) -> Tensor:
         """Backward to optimizer; the gradients are gone afterwards."""
-        torch.autograd.backward(parts.loss)
+        torch.autograd.backward(losses.loss)
+        parameters = [*self.model.parameters(), *self.criterion.parameters()]
+        if self.average is not None:
+            for parameter in self.criterion.parameters():  # the model's are averaged by what shares it
+                if parameter.grad is not None:
+                    parameter.grad = self.average(parameter.grad)
         if self._clip_grad > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_grad)
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([part.detach() for part in parts])
+        return torch.stack([part.detach() for part in (*losses[:3], *losses.terms)])
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -142,7 +166,7 @@ class EagerStep:
         State that the optimizer did not have yet stays, as zeros at the address that a graph records: a first update
         from zeros is that from nothing (Adam, and SGD without dampening).
         """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.criterion.parameters()]
         kept = [tensor.detach().clone() for tensor in tensors]
         moments = {
             parameter: {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
@@ -176,7 +200,7 @@ class CompiledStep:
     """
 
     def __init__(self, eager: EagerStep, batch: Sample) -> None:
-        def forward(batch: Sample) -> LossParts:
+        def forward(batch: Sample) -> Losses:
             return eager.forward(batch)
 
         # The compiler keeps its programs, and counts them against a limit, by code object: each run has its own.
@@ -193,7 +217,7 @@ class CompiledStep:
     def __call__(self, batch: Sample) -> Tensor:
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
-    def forward(self, batch: Sample) -> LossParts:
+    def forward(self, batch: Sample) -> Losses:
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._compiled(batch)
 
@@ -229,16 +253,6 @@ def make_step(kind: str, eager: EagerStep, batch: Sample, note: Callable[[str], 
     if made is not eager:
         note(f"--step {kind}: prepared in {time.perf_counter() - began:.1f} s")
     return made
-
-
-def parts_of(batch: Sample) -> list[Tensor]:
-    """The tensors of a batch in a fixed order."""
-    return [batch.pixels, batch.label, *batch.target]
-
-
-def batch_of(parts: list[Tensor]) -> Sample:
-    """The batch of `parts_of`."""
-    return Sample(parts[0], parts[1], Target(*parts[2:]))
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -18,15 +18,19 @@ from kdcache.models.run import write_weights
 from kdcache.store.durable import disk_space_errors
 from kdcache.train.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.train.config import TrainConfig
-from kdcache.train.dataset import Sample
 from kdcache.train.distributed import World
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.log import MetricsLog, Observer, write_json
+from kdcache.train.mix import Mix
 from kdcache.train.parallel import distribute
+from kdcache.train.sample import Sample
 from kdcache.train.schedule import Schedule, load_optimizer, make_optimizer
 from kdcache.train.step import EagerStep, Step, choose_step, make_step, random_state, set_random_state
 from kdcache.train.stop import Interrupted, stop_requests
+
+LITTLE, MUCH = 0.01, 10.0
+"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
 
 
 @dataclass
@@ -45,10 +49,12 @@ class Trainer:
     """Trains `model` on `draws` until `config.iterations`.
 
     Args:
-        criterion: gives loss, ce and kl from native-stride logits.
+        criterion: gives the loss and its parts from native-stride logits and features.
         validate: metrics of the model as it stands, or None to train without validation.
         run: an existing folder; receives checkpoint.pt, best/last.safetensors, metrics.jsonl, result.json.
         world: the processes that train together, each with its part of every batch; the first writes the run.
+    Attributes:
+        eager: the step that the others are made from.
     """
 
     def __init__(
@@ -78,20 +84,29 @@ class Trainer:
         self._validate = validate
         self._world = world or World()
         self._kind = choose_step(config.step, device, self._world.size)
-        self._optimizer = make_optimizer(self.model, config, capturable=self._kind == "graphed")
+        # What is trained: also the projections that some terms bring.
+        learning = torch.nn.ModuleList([self.model, self.criterion])
+        self._optimizer = make_optimizer(learning, config, capturable=self._kind == "graphed")
         self._schedule = Schedule(self._optimizer, config)
-        self._eager = EagerStep(
+        self.eager = EagerStep(
             self.model,
             self.criterion,
             self._optimizer,
             device=device,
             bf16=config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda"),
             clip_grad=config.clip_grad,
+            mix=None if config.mix is None else Mix(config.mix),
         )
+        self._names = ("loss", *criterion.names)
         self._step: Step | None = None  # made from the first batch
         self._log: MetricsLog | None = None  # of the first process
         self._now = _Progress()
         self._unchecked: list[tuple[int, Tensor]] = []
+        self._told = {"ce"}
+
+    def use(self, step: EagerStep) -> None:
+        """Train with another eager step, made of `eager`'s own parts."""
+        self.eager = step
 
     def train(self, *, resume: bool) -> dict[str, Any]:
         """Run to the end and return the content of result.json.
@@ -153,7 +168,7 @@ class Trainer:
         prepared = self._prepare(batch)
         norms = None
         if config.gradients_every and step % config.gradients_every == 0:
-            losses, norms = self._eager.with_norms(batch)
+            losses, norms = self.eager.with_norms(batch)
         else:
             assert self._step is not None
             losses = self._step(batch)
@@ -164,6 +179,8 @@ class Trainer:
         if norms:
             self._write_line("gradients", step + 1, norms)
             self.observer.gradients(step + 1, norms)
+            for text in self._lopsided(norms):
+                self.observer.note(text)
         lr = self._schedule.lr
         self._schedule.after_step()
         now = self._now
@@ -173,11 +190,22 @@ class Trainer:
         now.prepared += prepared
         if logged:
             speed = config.batch_size * now.step / now.seconds
-            report = dict(zip(("loss", "ce", "kl"), values, strict=True))
+            report = dict(zip(self._names, values, strict=True))
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
             self._write_line("train", now.step, report)
             self.observer.stepped(now.step, report)
         return agreed.stop
+
+    def _lopsided(self, norms: dict[str, float]) -> Iterator[str]:
+        """What to tell, once, of terms that do next to nothing beside cross-entropy, or next to everything."""
+        ce = norms.get("ce", 0.0)
+        for name, norm in norms.items():
+            share = norm / ce if ce else 1.0
+            if LITTLE <= share <= MUCH or name in self._told:
+                continue
+            self._told.add(name)
+            verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
+            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy; change its weight"
 
     def _prepare(self, batch: Sample) -> float:
         """Make the step from the first batch; returns the seconds that it took, which are no training."""
@@ -185,8 +213,8 @@ class Trainer:
             return 0.0
         began = time.perf_counter()
         if self._world.size > 1:
-            distribute(self._eager, batch, self._world)
-        self._step = make_step(self._kind, self._eager, batch, self.observer.note)
+            distribute(self.eager, batch, self._world)
+        self._step = make_step(self._kind, self.eager, batch, self.observer.note)
         return time.perf_counter() - began
 
     def _check_finite(self) -> list[float]:
@@ -196,8 +224,8 @@ class Trainer:
         rows = self._world.mean(torch.stack([row for _, row in self._unchecked])).tolist()
         for (step, _), row in zip(self._unchecked, rows, strict=True):
             if not all(map(math.isfinite, row)):
-                parts = dict(zip(("loss", "ce", "kl"), row, strict=True))
-                terms = [name for name in ("ce", "kl") if not math.isfinite(parts[name])] or ["loss"]
+                parts = dict(zip(self._names, row, strict=True))
+                terms = [name for name in self._names[1:] if not math.isfinite(parts[name])] or ["loss"]
                 ids = self.draws.sample_ids(step, self.config.batch_size)
                 raise ModelError(
                     "a loss must stay finite",
@@ -237,6 +265,7 @@ class Trainer:
             if self._world.first:
                 state = {
                     "model": self.model.state_dict(),
+                    "criterion": self.criterion.state_dict(),
                     "optimizer": self._optimizer.state_dict(),
                     "schedule": self._schedule.state_dict(),
                     "progress": vars(self._now),
@@ -251,6 +280,7 @@ class Trainer:
             return None
         try:
             self.model.load_state_dict(state["model"])
+            self.criterion.load_state_dict(state["criterion"])
         except RuntimeError as error:
             raise ModelError(
                 "a run resumes with the model it was begun with",

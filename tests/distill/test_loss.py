@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
+from target_oracle import LABEL, C, Format, dense_target, inputs, top_k, upsampled
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -16,64 +16,6 @@ from kdcache.distill import DistillLoss, Target
 from kdcache.errors import ModelError
 from kdcache.store import Cache
 from kdcache.train import CacheDataset
-
-C, LABEL, GRID = 5, (23, 37), (6, 9)
-VIEW = (22, 34)
-
-
-class Format:
-    """What a store tells of its targets."""
-
-    def __init__(self, align_corners: bool = False) -> None:
-        self.num_classes, self.view_size, self.align_corners = C, VIEW, align_corners
-
-
-def dense_target(batch: int = 3, *, moved: bool = True, seed: int = 1) -> Target:
-    generator = torch.Generator().manual_seed(seed)
-    logits = 4 * torch.randn(batch, C, *GRID, generator=generator)
-    window = torch.tensor([0.0, 0.0, *VIEW], dtype=torch.float64).repeat(batch, 1)
-    flip = torch.zeros(batch, dtype=torch.bool)
-    if moved:
-        window[1] = torch.tensor([3.3, 5.25, 14.8, 22.0])  # inside
-        window[2] = torch.tensor([-6.5, -3.0, 30.0, 50.5])  # around
-        flip[1] = True
-    empty = torch.empty(0, dtype=torch.float16)
-    values = (logits - logits.amax(1, keepdim=True)).half()
-    return Target(values, torch.empty(0, dtype=torch.uint8), empty, window, flip)
-
-
-def top_k(target: Target, k: int = 2) -> Target:
-    values, indices = target.values.double().topk(k, 1)
-    rest = target.values.double().scatter(1, indices, -math.inf)
-    tail = rest.logsumexp(1) - values.logsumexp(1)
-    return target._replace(values=values.half(), indices=indices.to(torch.uint8), tail=tail.half())
-
-
-def densified(target: Target) -> Tensor:
-    """A missing class gets LSE(kept) + tail - log(C - k)."""
-    values = target.values.double()
-    if not target.indices.numel():
-        return values
-    missing = values.logsumexp(1) + target.tail.double() - math.log(C - values.shape[1])
-    return missing[:, None].repeat(1, C, 1, 1).scatter(1, target.indices.long(), values)
-
-
-def upsampled(target: Target, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """The target at label size through its windows, and which pixels lie in the view."""
-    logits, images, inside = densified(target), [], []
-    for one, window, flip in zip(logits, target.window, target.flip, strict=True):
-        y0, x0, y1, x1 = window.tolist()
-        y = y0 + (torch.arange(LABEL[0], dtype=torch.float64) + 0.5) * (y1 - y0) / LABEL[0]
-        x = x0 + (torch.arange(LABEL[1], dtype=torch.float64) + 0.5) * (x1 - x0) / LABEL[1]
-        x = x.flip(0) if flip else x
-        # grid_sample counts from -1 to 1 between outer edges, or between the outermost centres.
-        gy, gx = (
-            (2 * (p - 0.5) / (n - 1) if align_corners else 2 * p / n) - 1 for p, n in ((y, VIEW[0]), (x, VIEW[1]))
-        )
-        grid = torch.stack([gx.expand(*LABEL), gy[:, None].expand(*LABEL)], -1)[None]
-        images.append(F.grid_sample(one[None], grid, padding_mode="border", align_corners=align_corners)[0])
-        inside.append(((y >= 0) & (y <= VIEW[0]))[:, None] & ((x >= 0) & (x <= VIEW[1]))[None])
-    return torch.stack(images), torch.stack(inside)
 
 
 def oracle(
@@ -100,14 +42,6 @@ def oracle(
         p, q = ((x / temperature).log_softmax(1) for x in (z, t))
         kl = temperature**2 * F.kl_div(p, q, reduction="none", log_target=True).sum(1)[counted].mean()
     return ce_weight * ce + kl_weight * kl, ce, kl
-
-
-def inputs(seed: int = 0, batch: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    student = 2 * torch.randn(batch, C, 7, 10, generator=generator)
-    label = torch.randint(0, C, (batch, *LABEL), generator=generator, dtype=torch.uint8)
-    label[torch.rand(batch, *LABEL, generator=generator) < 0.2] = 255
-    return student, label
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -139,7 +73,7 @@ def test_loss_and_gradient_are_those_of_float64(name: str, kind: str, moved: boo
     student.requires_grad_()
     parts = criterion(student, label, target)
     (gradient,) = torch.autograd.grad(parts.loss, student)
-    assert [part.item() for part in parts] == pytest.approx([part.item() for part in expected], rel=3e-6, abs=1e-7)
+    assert [part.item() for part in parts[:3]] == pytest.approx([part.item() for part in expected], rel=3e-6, abs=1e-7)
     assert (gradient - wanted).norm() <= 3e-6 * wanted.norm()
 
 
@@ -165,8 +99,8 @@ def test_without_a_teacher_there_is_cross_entropy_alone(absent: str) -> None:
     )
     parts = criterion(student, label, target)
     ce = oracle(student, label, None)[1].item()
-    assert [part.item() for part in parts] == pytest.approx([0.5 * ce, ce, 0], rel=1e-6)
-    assert set(criterion.terms(student, label, target)) == {"ce"}
+    assert [part.item() for part in parts[:3]] == pytest.approx([0.5 * ce, ce, 0], rel=1e-6)
+    assert set(criterion.parts(student, label, target)) == {"ce"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -176,7 +110,7 @@ def test_terms_sum_to_the_loss_with_their_gradients(name: str) -> None:
     student, label = inputs(3)
     target = dense_target()
     student.requires_grad_()
-    terms = criterion.terms(student, label, target)
+    terms = criterion.parts(student, label, target)
     assert list(terms) == [t for t in ("ce", "kl") if options.get(f"{t}_weight", 1.0) > 0]
     loss = criterion(student, label, target).loss
     assert sum(term.item() for term in terms.values()) == pytest.approx(loss.item(), rel=1e-6)
@@ -216,9 +150,9 @@ def test_targets_move_between_devices_whole() -> None:
     target = top_k(dense_target())
     moved = target.to("meta")
     assert isinstance(moved, Target)
-    assert all(part.device.type == "meta" for part in moved)
-    assert [part.shape for part in moved] == [part.shape for part in target]
-    assert all(torch.equal(a, b) for a, b in zip(target.to("cpu"), target, strict=True))
+    assert all(part.device.type == "meta" for part in moved[:5])
+    assert [part.shape for part in moved[:5]] == [part.shape for part in target[:5]]
+    assert all(torch.equal(a, b) for a, b in zip(target.to("cpu")[:5], target[:5], strict=True))
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -234,7 +168,7 @@ def test_a_collated_batch_of_a_store_is_what_the_loss_takes(
     student = torch.randn(3, 7, 16, 24, requires_grad=True)
     parts = DistillLoss(cache, temperature=3.0)(student, batch.label, batch.target)
     parts.loss.backward()
-    assert all(part.isfinite() for part in parts)
+    assert all(part.isfinite() for part in parts[:3])
     assert parts.kl > 0
     assert student.grad is not None
     assert student.grad.isfinite().all()

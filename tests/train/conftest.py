@@ -21,8 +21,8 @@ from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, TrainConfig, make_config
-from kdcache.train.dataset import Sample
 from kdcache.train.loader import Draws
+from kdcache.train.sample import Sample
 from kdcache.train.schedule import make_optimizer
 from kdcache.train.step import EagerStep
 

@@ -13,7 +13,7 @@ import pytest
 from kdcache.errors import CorruptError
 from kdcache.train import ahead
 from kdcache.train.ahead import Ahead, check_room, reads_ahead
-from kdcache.train.dataset import CacheDataset
+from kdcache.train.cached import CacheDataset
 from kdcache.train.order import Steps, epoch_order
 
 SHARD_RECORDS, RECORDS, BYTES = 4, 48, 1000

@@ -24,13 +24,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdcache.data import write_scenes
-from kdcache.distill import DistillLoss, Target
+from kdcache.distill import DistillLoss
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
 from kdcache.train import read_config
-from kdcache.train.dataset import Sample
 from kdcache.train.distributed import World, pick_device
+from kdcache.train.sample import Sample, batch_of, parts_of
 from kdcache.train.step import choose_step
 
 Read = Callable[..., list[dict[str, Any]]]
@@ -305,10 +305,8 @@ def test_a_teacher_trains_on_two_processes_and_more_than_there_are_images_to_val
 
 def halves(sample: Sample) -> list[Sample]:
     size = len(sample.pixels) // 2
-    return [
-        Sample(sample.pixels[part], sample.label[part], Target(*(field[part] for field in sample.target)))
-        for part in (slice(0, size), slice(size, None))
-    ]
+    rows = (slice(0, size), slice(size, None))
+    return [batch_of([field[part] for field in parts_of(sample)], sample) for part in rows]
 
 
 @pytest.mark.parametrize("distill_void", [True, False])
@@ -338,8 +336,8 @@ def test_the_losses_of_parts_average_to_the_whole_s(
     assert not torch.equal(*counted)
     loss.average = lambda _: mean
     parts = [loss(z, part.label, part.target) for part, z in zip(halves(batch), logits.split(1), strict=True)]
-    found = torch.stack([torch.stack(list(part)) for part in parts]).mean(0)
-    torch.testing.assert_close(found, torch.stack(list(whole)), rtol=2e-6, atol=0)
+    found = torch.stack([torch.stack(list(part[:3])) for part in parts]).mean(0)
+    torch.testing.assert_close(found, torch.stack(list(whole[:3])), rtol=2e-6, atol=0)
     (gradient,) = torch.autograd.grad((parts[0].loss + parts[1].loss) / 2, logits)
     assert (gradient - expected).norm() <= 2e-6 * expected.norm()
 

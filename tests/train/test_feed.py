@@ -22,7 +22,7 @@ from kdcache.train.feed import SLOTS, _over_side_stream, feed
 from kdcache.train.loader import Draws, make_loader
 from kdcache.train.order import Steps
 from kdcache.train.records import DeviceTargets
-from kdcache.train.step import batch_of, parts_of
+from kdcache.train.sample import batch_of, parts_of
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kdcache.train import Observer, TrainConfig, graph, make_config, train
-from kdcache.train.dataset import Sample
 from kdcache.train.graph import GraphedStep
+from kdcache.train.sample import Sample
 from kdcache.train.schedule import Schedule
 from kdcache.train.step import CompiledStep, EagerStep, make_step
 
@@ -97,7 +97,7 @@ def _deterministic() -> Iterator[None]:
 
 def part_of(batch: Sample) -> Sample:
     """The first record of a batch."""
-    return Sample(batch.pixels[:1], batch.label[:1], type(batch.target)(*(field[:1] for field in batch.target)))
+    return Sample(batch.pixels[:1], batch.label[:1], batch.target.map(lambda field: field[:1]))
 
 
 def state_of(eager: EagerStep) -> list[Tensor]:

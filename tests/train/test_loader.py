@@ -15,7 +15,7 @@ from kdcache.errors import RecipeError
 from kdcache.store import Cache, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, Sample
 from kdcache.train.loader import Draws, make_loader
-from kdcache.train.step import batch_of, parts_of
+from kdcache.train.sample import batch_of, parts_of
 
 
 def batches(dataset: CacheDataset, first: int, last: int, *, workers: int = 0, seed: int = 5) -> list[Sample]:
@@ -24,7 +24,7 @@ def batches(dataset: CacheDataset, first: int, last: int, *, workers: int = 0, s
 
 
 def same(one: Sample, two: Sample) -> bool:
-    parts = zip((*one[:2], *one.target), (*two[:2], *two.target), strict=True)
+    parts = zip(parts_of(one), parts_of(two), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in parts)
 
 

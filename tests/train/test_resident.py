@@ -22,7 +22,7 @@ from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader
 from kdcache.train.records import DeviceTargets, RamRecords, decoded_bytes
 from kdcache.train.resident import free_bytes, keep_records
-from kdcache.train.step import parts_of
+from kdcache.train.sample import parts_of
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdcache.errors import RecipeError
-from kdcache.train import make_config, start, train
+from kdcache.train import folder, make_config, start, train
 
 ITERATIONS, VAL_EVERY = 60, 10
 WEIGHTS = ("last.safetensors", "best.safetensors")
@@ -160,10 +160,10 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("write_run_model", "write_json", "Trainer"):
+    for module, name in ((folder, "write_run_model"), (folder, "write_json"), (start, "Trainer")):
         run = tmp_path / f"died-at-{name}"
         with monkeypatch.context() as patch:
-            patch.setattr(start, name, die)
+            patch.setattr(module, name, die)
             with pytest.raises(KeyboardInterrupt):
                 go(settings, run)
         go(settings, run, resume=True)

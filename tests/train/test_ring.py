@@ -12,14 +12,14 @@ from torch.utils.data import default_collate
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import Cache
 from kdcache.train import CacheDataset, Sample
-from kdcache.train.dataset import Row
 from kdcache.train.loader import Draws
 from kdcache.train.order import Steps
 from kdcache.train.ring import Items, Ring
+from kdcache.train.sample import Row
 
 
 def tensors(batch: Sample) -> list[torch.Tensor]:
-    return [batch.pixels, batch.label, *batch.target]
+    return [batch.pixels, batch.label, *batch.target[:5]]
 
 
 def copied(batch: Sample | KDCacheError) -> list[torch.Tensor]:

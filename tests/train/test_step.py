@@ -15,7 +15,7 @@ from torch import nn
 
 from kdcache.errors import RecipeError
 from kdcache.train import Observer, TrainConfig, make_config, train, trainer
-from kdcache.train.dataset import Sample
+from kdcache.train.sample import Sample
 from kdcache.train.schedule import load_optimizer, make_optimizer
 from kdcache.train.step import CompiledStep, EagerStep, choose_step, make_step
 from kdcache_kernels import KernelError
@@ -143,7 +143,7 @@ def test_a_batch_of_another_size_runs_eagerly_and_right(
     eager_step: Callable[..., EagerStep], batches: list[Sample], backend: Any
 ) -> None:
     def part(batch: Sample) -> Sample:
-        return Sample(batch.pixels[:1], batch.label[:1], type(batch.target)(*(field[:1] for field in batch.target)))
+        return Sample(batch.pixels[:1], batch.label[:1], batch.target.map(lambda field: field[:1]))
 
     mixed = [batches[0], part(batches[1]), batches[2], part(batches[3])]
     plain, other = eager_step(), eager_step()

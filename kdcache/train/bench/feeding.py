@@ -17,13 +17,13 @@ from kdcache.train.bench.report import MEMORY
 from kdcache.train.bench.streams import Stream, reference_batch
 from kdcache.train.bench.turns import Contestant
 from kdcache.train.config import make_config
-from kdcache.train.dataset import Sample
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, next_batch
+from kdcache.train.sample import Sample, batch_of, parts_of
 from kdcache.train.schedule import make_optimizer
-from kdcache.train.step import EagerStep, Step, batch_of, choose_step, make_step, parts_of
+from kdcache.train.step import EagerStep, Step, choose_step, make_step
 
-FED_BY = ("ring", "inline", "resident")
+FED_BY = ("ring", "inline", "resident", "default")
 """Loaders of LOADERS that feed steps."""
 _SEED = 0
 
@@ -62,7 +62,7 @@ def step_contestants(
     """
     batch = reference_batch(draws, 0, batch_size)
     if device.type == "cuda":
-        batch = batch_of([part.pin_memory() for part in parts_of(batch)])
+        batch = batch_of([part.pin_memory() for part in parts_of(batch)], batch)
     memory = feed(repeat(batch), device)
 
     def learner(take: Callable[[], Sample]) -> Callable[[int], None]:

@@ -23,7 +23,7 @@ from kdcache.train.bench.readers import READERS, Reader, Source, open_source, ve
 from kdcache.train.bench.report import MEMORY, Measured, Report, Settings, Table
 from kdcache.train.bench.streams import CPU, LOADERS, Stream, open_and_weigh, reference_batch
 from kdcache.train.bench.turns import Contestant, in_turn
-from kdcache.train.dataset import CacheDataset
+from kdcache.train.cached import CacheDataset
 from kdcache.train.loader import Draws
 from kdcache.train.records import decoded_bytes
 from kdcache.train.resident import free_bytes
@@ -50,7 +50,7 @@ def measure(cache: Cache, settings: Settings, split: Split | None = None, note: 
     loaders = [name for name in LOADERS if name in settings.against]
     if "resident" in loaders and decoded_bytes(cache, tuple(cache.specs)) > free_bytes() // 2:
         note("resident: left out, the decoded records are more than half of what is free")
-        loaders.remove("resident")
+        loaders = [name for name in loaders if name not in ("resident", "default")]
     fed_by = [name for name in FED_BY if name in loaders and settings.steps]
     # What may be wrong with the input is told before anything is measured.
     dataset = partial(_dataset, cache=cache, split=split)

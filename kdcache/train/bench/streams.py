@@ -6,6 +6,7 @@
 | dataloader | `DataLoader` with worker processes |
 | ring | threads of this process, into buffers used again (`kdcache.train.ring`) |
 | resident | the same from records that stay decoded in memory (`--resident ram`) |
+| default | the trainer itself, from such records: what a training on a CPU does |
 
 Each is endless and stays open, for worker processes take seconds to start. Before one is timed, its batches must be
 those that the draws give one by one.
@@ -24,12 +25,12 @@ from torch.utils.data import default_collate
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.evaluate.bench.memory import peak_in_process
 from kdcache.store import Cache
-from kdcache.train.dataset import CacheDataset, Sample
+from kdcache.train.cached import CacheDataset
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.records import RamRecords
 from kdcache.train.ring import DEPTH
-from kdcache.train.step import parts_of
+from kdcache.train.sample import Sample, parts_of
 
 ENDLESS = 2**40
 CPU = torch.device("cpu")
@@ -67,6 +68,7 @@ LOADERS: dict[str, tuple[str, type[CacheDataset]]] = {
     "dataloader": ("DataLoader, {workers} workers", _ByProcesses),
     "ring": ("ring, {threads} threads", _ByThreads),
     "resident": ("ring, {threads} threads, records in memory", _Resident),
+    "default": ("inline, records in memory", _Resident),
 }
 """Name -> title, the dataset that `make_loader` loads in that way."""
 
@@ -96,7 +98,7 @@ class Stream:
         title, kind = LOADERS[name]
         self.name, self.title = name, title.format(workers=workers, threads=threads)
         self._batch_size = batch_size
-        drawing = {"inline": 0, "dataloader": workers, "ring": threads, "resident": threads}[name]
+        drawing = {"inline": 0, "dataloader": workers, "ring": threads, "resident": threads, "default": 0}[name]
         loader = make_loader(
             Draws(make(kind), 0),
             first=0,
@@ -110,7 +112,9 @@ class Stream:
         self._step = 0
         started = set(multiprocessing.active_children()) - before
         self.processes = tuple(child.pid for child in started if child.pid is not None)
-        self.ahead = {"inline": 0, "dataloader": 2 * workers, "ring": DEPTH - 1, "resident": DEPTH - 1}[name]
+        self.ahead = {"inline": 0, "dataloader": 2 * workers, "ring": DEPTH - 1, "resident": DEPTH - 1, "default": 0}[
+            name
+        ]
 
     def __enter__(self) -> "Stream":
         return self

@@ -1,0 +1,142 @@
+"""Distilling from the store beside distilling with the teacher in the loop: the same training but for that.
+
+Pairs of runs share seed, initialisation, pixels and order. One takes its targets from the store (warped with the
+pixels), the other asks the teacher about the pixels that the student gets. Reported are the paired difference of mIoU
+with its 95 % interval (Student's t), the time of both, what the cached run had reached when the live one was through a
+part of its steps, and their peak memory.
+
+    python benchmarks/live.py --data camvid --teacher runs/teacher --cache camvid.zarr --pairs 5 \
+        --json benchmarks/results/live-cpu.json
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import header, write
+from kdcache.data import open_split
+from kdcache.teacher import load_teacher
+from kdcache.train import make_config
+from kdcache.train.distributed import World
+from kdcache.train.log import Observer
+from kdcache.train.start import make_trainer
+from live_teacher import LiveStep
+
+# Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def run(arguments: argparse.Namespace, seed: int, live: bool, out: Path) -> None:
+    """One training, in a process of its own: its peak memory is its own too."""
+    torch.set_num_threads(arguments.threads)
+    config = make_config(
+        verb="train-student",
+        model=arguments.student,
+        cache=arguments.cache,
+        val=arguments.data,
+        method="kl",
+        kl_weight=arguments.kl_weight,
+        temperature=arguments.temperature,
+        class_weights="sqrt",
+        augment=arguments.augment,
+        lr=arguments.lr,
+        warmup=100,
+        iterations=arguments.iterations,
+        val_every=max(1, arguments.iterations // 10),
+        gradients_every=0,
+        step="eager",
+        seed=seed,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+    trainer = make_trainer(config, out, World(), Observer(), resume=out.exists())
+    if live:
+        teacher = load_teacher(arguments.teacher, open_split(arguments.data, "train").classes)
+        trainer.use(LiveStep(trainer.eager, teacher.model))
+    trainer.train(resume=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if arguments.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    (out / "peak.json").write_text(json.dumps(round(peak, 1)))
+
+
+def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, Any]:
+    """A run's result; what was finished earlier is not repeated."""
+    out = Path(arguments.out, f"{'live' if live else 'cached'}-{seed}")
+    if not (out / "peak.json").is_file():
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(arguments, seed, live, out))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(process.exitcode)
+    result = json.loads((out / "result.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: 100 * line["miou"] for line in lines if line["kind"] == "validation"}
+    return {
+        "seed": seed,
+        "miou": scores[max(scores)],
+        "best_miou": 100 * result["best_miou"],
+        "by_step": scores,
+        "seconds": result["seconds"],
+        "peak_mib": json.loads((out / "peak.json").read_text()),
+    }
+
+
+def paired(differences: list[float]) -> dict[str, float]:
+    """Mean and 95 % interval of paired differences."""
+    mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1)) if len(differences) > 1 else np.nan
+    half = T95[len(differences) - 2] * spread / len(differences) ** 0.5 if len(differences) > 1 else np.nan
+    return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
+
+
+def at_equal_time(cached: dict[str, Any], live: dict[str, Any]) -> float:
+    """Live mIoU at its last validation within the time that the cached run took."""
+    share = min(1.0, cached["seconds"] / live["seconds"])
+    steps = [step for step in live["by_step"] if step <= share * max(live["by_step"])]
+    return float(live["by_step"][max(steps)]) if steps else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--cache", required=True)
+    parser.add_argument("--out", default="live-runs", help="folder of the runs; those that are there are kept")
+    parser.add_argument("--student", default="kdcache:tiny")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--kl-weight", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--augment", choices=("warp", "replay"), default="warp")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    pairs = []
+    for seed in range(arguments.pairs):
+        cached, live = finished(arguments, seed, False), finished(arguments, seed, True)
+        pairs.append({"cached": cached, "live": live})
+        print(f"seed {seed}: cached {cached['miou']:.2f} in {cached['seconds']:.0f} s, live {live['miou']:.2f} in "
+              f"{live['seconds']:.0f} s", flush=True)  # fmt: skip
+    found = {
+        "cached_minus_live": paired([pair["cached"]["miou"] - pair["live"]["miou"] for pair in pairs]),
+        "at_equal_time": paired([p["cached"]["miou"] - at_equal_time(p["cached"], p["live"]) for p in pairs]),
+        "live_over_cached_seconds": round(
+            float(np.median([p["live"]["seconds"] / p["cached"]["seconds"] for p in pairs])), 3
+        ),
+    }
+    print(json.dumps(found))
+    if arguments.json is not None:
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out", "cache")}
+        write(arguments.json, {**header("live"), "settings": settings, **found, "pairs": pairs})
+
+
+if __name__ == "__main__":
+    main()

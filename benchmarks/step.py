@@ -1,0 +1,173 @@
+"""What does distilling cost a training step, from the store and with the teacher in the loop?
+
+Contestants take turns in one run, each with data, forward, loss, backward and optimizer:
+
+    none    labels alone: the fused operation, which reads no targets
+    kl      the same pixels, and targets from the store
+    live    the same pixels, and a forward pass of the teacher
+
+Peak memory is that of a fresh process per contestant (on a GPU, of its allocator). The teacher's weights are random:
+what it says does not matter to the clock.
+
+    python benchmarks/step.py --data camvid --json benchmarks/results/step-cpu.json
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from common import header, synchronise, write
+from kdcache.data import open_split
+from kdcache.distill import DistillLoss
+from kdcache.models import SegmentationModel, build_model
+from kdcache.store import Cache, open_cache
+from kdcache.teacher import BuildOptions, Teacher, build_cache
+from kdcache.train import CacheDataset, make_config
+from kdcache.train.bench.turns import Contestant, in_turn
+from kdcache.train.feed import feed
+from kdcache.train.loader import Draws, make_loader, next_batch
+from kdcache.train.sample import Sample
+from kdcache.train.schedule import make_optimizer
+from kdcache.train.step import EagerStep, Step, choose_step, make_step
+from live_teacher import LiveStep
+
+KINDS = ("none", "kl", "live")
+MANY = 10**6  # steps that a loader offers
+BOUNDS = {"cpu": 1.10, "cuda": 1.05}
+
+
+def teacher_of(spec: str, classes: int) -> SegmentationModel:
+    torch.manual_seed(0)
+    return build_model(spec, classes).eval()
+
+
+def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
+    split = open_split(arguments.data, "train")
+    options = BuildOptions(size=arguments.size, device=torch.device(arguments.device), fidelity=False)
+    build_cache(split, Teacher(teacher_of(arguments.teacher, len(split.classes)), "random"), folder, options)
+    return folder
+
+
+def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[Any]:
+    device = torch.device(arguments.device)
+    dataset = CacheDataset(cache, augment="warp", targets=kind == "kl")
+    loader = make_loader(
+        Draws(dataset, 0),
+        first=0,
+        last=MANY,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        pin_memory=device.type == "cuda",
+    )
+    return feed(loader, device)
+
+
+def make(cache: Cache, kind: str, batch: Sample, arguments: argparse.Namespace) -> Step:
+    device = torch.device(arguments.device)
+    config = make_config(verb="train-student", model=arguments.student, cache=str(cache.path), method="kl")
+    way = choose_step("auto", device)
+    torch.manual_seed(0)
+    model = build_model(arguments.student, cache.num_classes).to(device).train().to(memory_format=torch.channels_last)
+    criterion = DistillLoss(cache, kl_weight=0.0 if kind == "none" else 1.0, align_corners=model.align_corners)
+    optimizer = make_optimizer(model, config, capturable=way == "graphed" and kind != "live")
+    eager = EagerStep(model, criterion.to(device), optimizer, device=device, bf16=device.type == "cuda")
+    if kind == "live":
+        return LiveStep(eager, teacher_of(arguments.teacher, cache.num_classes))
+    return make_step(way, eager, batch, print)
+
+
+def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Callable[[int], None]:
+    """What takes so many steps."""
+    source = batches(cache, kind, arguments)
+    step = make(cache, kind, next_batch(source), arguments)
+
+    def learn(count: int) -> None:
+        for _ in range(count):
+            step(next_batch(source))
+        synchronise(torch.device(arguments.device))
+
+    learn(2)
+    return learn
+
+
+def peak_mib(cache: Cache, kind: str, arguments: argparse.Namespace) -> float:
+    """Of this process, which does nothing else."""
+    cuda = arguments.device == "cuda"
+    before = 0 if cuda else psutil.Process().memory_info().rss
+    learner(cache, kind, arguments)(4)
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak_rss() - before
+    return round(peak / 2**20, 1)
+
+
+def _peak_rss() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def peak_elsewhere(store: Path, kind: str) -> float:
+    command = [sys.executable, *sys.argv, "--store", str(store), "--weigh", kind]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(json.loads(answer.splitlines()[-1]))
+
+
+def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    cache = open_cache(store)
+    learners = {kind: learner(cache, kind, arguments) for kind in KINDS}
+    contestants = [
+        Contestant(kind, kind, lambda learn=learn: learn(arguments.steps), arguments.steps)  # type: ignore[misc]
+        for kind, learn in learners.items()
+    ]
+    paces = in_turn(contestants, arguments.repeats)
+    ms = {kind: pace.time.p50 for kind, pace in paces.items()}
+    memory = {kind: peak_elsewhere(store, kind) for kind in KINDS}
+    for kind in KINDS:
+        print(f"{kind}: {ms[kind]:.1f} ms a step, {ms[kind] / ms['none']:.3f} of none, peak {memory[kind]} MiB")
+    bound = BOUNDS[arguments.device]
+    return {
+        "ms_per_step": {kind: vars(pace.time) for kind, pace in paces.items()},
+        "kl_over_none": round(ms["kl"] / ms["none"], 4),
+        "bound": bound,
+        "met": ms["kl"] <= bound * ms["none"],
+        "live_over_none": round(ms["live"] / ms["none"], 3),
+        "live_over_kl": round(ms["live"] / ms["kl"], 3),
+        "peak_mib": memory,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--teacher", default="torchvision:fcn_resnet50")
+    parser.add_argument("--student", default="torchvision:lraspp_mobilenet_v3_large")
+    parser.add_argument("--size", type=lambda text: tuple(map(int, text.split("x"))), default=(288, 384))
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3, help="of a turn")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--store", type=Path, help="built already")
+    parser.add_argument("--weigh", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.weigh:
+        print(peak_mib(open_cache(arguments.store), arguments.weigh, arguments))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        store = arguments.store or make_store(arguments, Path(work, "store.zarr"))
+        found = measure(store, arguments)
+    if arguments.json is not None:
+        about = {"teacher": arguments.teacher, "student": arguments.student, "size": list(arguments.size)}
+        write(arguments.json, {**header("step"), **about, "batch_size": arguments.batch_size, **found})
+    sys.exit(0 if found["met"] else 1)
+
+
+if __name__ == "__main__":
+    main()

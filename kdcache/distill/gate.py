@@ -1,0 +1,95 @@
+"""Where the teacher is listened to: a weight per pixel on its terms.
+
+| part | weight of a pixel | wants |
+| --- | --- | --- |
+| `correct` | 0 where the teacher's best class is not the label; pixels without a label count | labels |
+| `confidence:X` | 1 where its highest probability is at least X | |
+| class weights | that of the teacher's best class: how far it is trusted, how rare it is | (C,) numbers |
+
+They are multiplied. The denominators of the terms stay those of all pixels: a gate takes away, it does not make what is
+left louder. Sources: confidence as in FixMatch (Sohn 2020, arXiv 2001.07685); `correct` drops what is known to be
+wrong.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.distill.target import Target, TargetFormat
+from kdcache.errors import RecipeError
+
+KINDS = ("none", "correct", "confidence:X")
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """A gate by name. `threshold` is that of `confidence`."""
+
+    kind: str = "none"
+    threshold: float = 0.0
+
+
+def parse_gate(text: str) -> GateSpec:
+    """'none', 'correct' or 'confidence:0.7'. Raises: RecipeError."""
+    kind, _, number = text.partition(":")
+    try:
+        threshold = float(number) if kind == "confidence" else 0.0
+    except ValueError:
+        threshold = math.nan
+    known = kind == "confidence" or text in ("none", "correct")
+    if not known or (kind == "confidence" and not 0 < threshold < 1):
+        raise RecipeError(
+            "a gate is none, correct or confidence:X with X between 0 and 1",
+            received=repr(text),
+            remedy="for instance --gate confidence:0.7",
+        )
+    return GateSpec(kind, threshold)
+
+
+class Gate(nn.Module):
+    """Pixel weights from what the teacher says of a batch.
+
+    Args:
+        spec: which pixels pass.
+        class_weight: (C,) of the teacher's best class, at least 0; None weighs all alike.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self, spec: GateSpec | None = None, class_weight: Tensor | None = None, ignore_index: int = 255
+    ) -> None:
+        super().__init__()
+        self.spec = spec or GateSpec()
+        self.ignore_index = ignore_index
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    @property
+    def open(self) -> bool:
+        """Whether every pixel passes with weight 1."""
+        return self.spec.kind == "none" and self.class_weight is None
+
+    @torch.no_grad()
+    def forward(
+        self,
+        target: Target,
+        form: TargetFormat,
+        labels_BHW: Tensor | None,
+        size: tuple[int, int],
+        *,
+        impl: str = "auto",
+    ) -> Tensor | None:
+        """Weights (B, H, W) float32, or None when all are 1. Never waits for the device."""
+        if self.open:
+            return None
+        said_BHW, confidence_BHW = target.said(form, size, impl=impl)
+        weight_BHW = torch.ones(said_BHW.shape, device=said_BHW.device)
+        if self.spec.kind == "confidence":
+            weight_BHW = (confidence_BHW >= self.spec.threshold).float()
+        elif self.spec.kind == "correct" and labels_BHW is not None:
+            weight_BHW = ((said_BHW == labels_BHW) | (labels_BHW == self.ignore_index)).float()
+        if self.class_weight is not None:
+            weight_BHW = weight_BHW * self.class_weight[said_BHW.long()]
+        return weight_BHW

@@ -1,0 +1,35 @@
+"""Loss terms beside CE and KL, one module per family.
+
+| kind | compares | on |
+| --- | --- | --- |
+| `pseudo` | student's classes with the teacher's best, where it is sure | the label's pixels |
+| `at` | maps of attention | the teacher's cells |
+| `sp` | which images of the batch are alike | each one's own cells |
+| `hint`, `cosine` | features, the student's projected | the teacher's cells |
+| `cwd` | where each class (or channel of a tap) is strong | the teacher's cells |
+| `dist` | how predictions vary over classes and over cells | the target's cells |
+| `dkd` | target class and other classes apart | the target's cells |
+
+    check_terms(specs, cache.manifest)
+    term = make_term(TermSpec("cosine"), targets=cache, student_taps={"head": 32})
+    loss = loss + term.weight * term(TermBatch(logits, features, labels, target, stored, pixel_weight, size))
+"""
+
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets
+from kdcache.distill.terms.make import make_term
+from kdcache.distill.terms.needs import arrays_of, check_terms, resolve_taps
+from kdcache.distill.terms.spec import KINDS, Method, TermSpec, parse_method
+
+__all__ = [
+    "KINDS",
+    "Method",
+    "Term",
+    "TermBatch",
+    "TermSpec",
+    "TermTargets",
+    "arrays_of",
+    "check_terms",
+    "make_term",
+    "parse_method",
+    "resolve_taps",
+]

@@ -1,0 +1,200 @@
+"""What a term is: one loss between a student and what the store holds, on its own and unweighted."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.distill.target import Target, TargetFormat
+from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
+from kdcache.distill.terms.spec import TermSpec, compares_features
+from kdcache_kernels.topk import compute_dtype
+from kdcache_kernels.window import Size
+
+MAXIMUM = "targets/segmentation/max"
+
+
+class TermTargets(TargetFormat, Protocol):
+    """What must be known of a store to make terms for it; an open cache is one."""
+
+    @property
+    def manifest(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class TermBatch:
+    """What a term may look at. Shapes: B batch, C classes, H W the student's image, c channels of a feature.
+
+    Attributes:
+        logits: (B, C, h, w) of the student at its native stride; receives the gradient.
+        features: student's tap -> (B, c, h', w'); receive the gradient.
+        labels: (B, H, W) uint8, 255 is void; None for an unlabelled batch.
+        target: the teacher's packed logits, and the window and flip of the batch; None is the whole view, unflipped.
+        stored: other arrays of the store by path: features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
+            targets/segmentation/max (B, h, w).
+        pixel_weight: (B, H, W) gate of the teacher's terms; None is 1.
+        size: (H, W).
+    """
+
+    logits: Tensor
+    features: Mapping[str, Tensor]
+    labels: Tensor | None
+    target: Target | None
+    stored: Mapping[str, Tensor]
+    pixel_weight: Tensor | None
+    size: Size
+
+    @property
+    def window(self) -> Tensor | None:
+        return None if self.target is None else self.target.window
+
+    @property
+    def flip(self) -> Tensor | None:
+        return None if self.target is None else self.target.flip
+
+
+class Term(nn.Module):
+    """One loss; its parameters (projections of the student) are trained with the student and never exported.
+
+    Float32 whatever autocast says, float64 for float64 inputs; no host synchronisation, no data-dependent shape. A gate
+    weighs a pixel and does not shrink the denominator. Without counted pixels the loss is 0 and so is its gradient.
+
+    Args:
+        spec: whose taps are filled in.
+        targets: an open cache.
+        arrays: paths of the store that it needs.
+    Attributes:
+        weight, temperature: the spec's, or the kind's default. Default weights give a gradient over the student's
+            parameters that compares with CE's. The docstrings say how: mean over batches of CamVid at 144x192, teacher
+            kdcache:base at stride 4, student kdcache:tiny after 150 and 650 steps.
+        average: mean of a tensor over the processes that share a batch; None when there is one. As in `DistillLoss`,
+            the processes' losses, and their gradients, average to the whole batch's.
+        gather: concatenates a tensor over the processes along its first axis, in which the own part alone carries a
+            gradient; None when there is one.
+    """
+
+    default_weight: ClassVar[float] = 1.0
+    default_temperature: ClassVar[float] = 1.0
+
+    def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.spec = spec
+        self.kind = spec.kind
+        self.weight = self.default_weight if spec.weight is None else spec.weight
+        self.temperature = self.default_temperature if spec.temperature is None else spec.temperature
+        self.targets = targets
+        self.average: Callable[[Tensor], Tensor] | None = None
+        self.gather: Callable[[Tensor], Tensor] | None = None
+        self._arrays = arrays
+        self._student_tap = spec.student_tap or "logits"
+        self._said: str | None = None
+
+    def arrays(self) -> tuple[str, ...]:
+        """Paths of the store that `TermBatch.stored` must hold."""
+        return self._arrays
+
+    @property
+    def reads_target(self) -> bool:
+        """Whether `TermBatch.target` must hold the teacher's logits."""
+        return not compares_features(self.spec)
+
+    def student_taps(self) -> tuple[str, ...]:
+        """The student's features that it needs."""
+        return () if self.spec.student_tap is None else (self.spec.student_tap,)
+
+    def describe(self) -> str | None:
+        """What is resized or projected, in words; known after `prepare` or the first batch. None when nothing is."""
+        return self._said
+
+    def prepare(self, batch: TermBatch) -> None:
+        """Look at the shapes of a batch for `describe`."""
+
+    def note_resize(self, student: Tensor, teacher: Tensor, of: str = "", then: str = "") -> None:
+        """What becomes of a student's map whose size is not the teacher's."""
+        told = [then] if then else []
+        if grid_of(student) != grid_of(teacher):
+            told.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
+        self._said = f"{self.kind}: {of}the student's {self._student_tap} is {' and '.join(told)}" if told else None
+
+    def forward(self, batch: TermBatch) -> Tensor:
+        """The loss of a batch: a scalar, not weighted."""
+        if not torch.compiler.is_compiling():
+            self.prepare(batch)
+        with torch.autocast(batch.logits.device.type, enabled=False):
+            return self.loss(batch)
+
+    def loss(self, batch: TermBatch) -> Tensor:
+        """What `forward` returns, at full precision."""
+        raise NotImplementedError
+
+    def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
+        """How much every cell of a grid over the student's image counts."""
+        return lay_cells(
+            batch.window,
+            batch.flip,
+            batch.pixel_weight,
+            batch_size=batch.logits.shape[0],
+            view_size=self.targets.view_size,
+            size=batch.size,
+            grid=grid,
+            like=like,
+        )
+
+    def seen(self, batch: TermBatch, map_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
+        """A map of the view as the student's image shows it, on as many cells."""
+        return sample_view(map_Bchw, batch.window, batch.flip, self.targets.view_size, dtype)
+
+    def both_logits(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
+        """Student's and teacher's logits (B, C, h, w) on the target's cells, and how much those count."""
+        assert batch.target is not None  # `reads_target` says so
+        student_BChw = wide(batch.logits)
+        teacher_BChw = batch.target.packed(self.targets).densify(student_BChw.dtype)
+        if MAXIMUM in self._arrays:
+            teacher_BChw = teacher_BChw + batch.stored[MAXIMUM][:, None].to(student_BChw.dtype)
+        teacher_BChw = self.seen(batch, teacher_BChw, student_BChw.dtype)
+        grid = grid_of(teacher_BChw)
+        return resize(student_BChw, grid), teacher_BChw, self.cells(batch, grid, student_BChw)
+
+    def mean(self, loss_Bhw: Tensor, cells: Cells) -> Tensor:
+        """Over the counted cells."""
+        return self.divide((loss_Bhw * cells.weight).sum(), cells.counted.sum())
+
+    def divide(self, total: Tensor, count: Tensor) -> Tensor:
+        """By the count, of several processes by its mean over them; anything by 0 is 0."""
+        count = count if self.average is None else self.average(count)
+        return total * count.reciprocal().masked_fill(count == 0, 0)
+
+    def of_all(self, rows_Nx: Tensor) -> Tensor:
+        """The rows of all processes, those of the own with gradient."""
+        return rows_Nx if self.gather is None else self.gather(rows_Nx)
+
+
+def wide(x: Tensor) -> Tensor:
+    """As float32, or float64 as it is."""
+    return x.to(compute_dtype(x.dtype))
+
+
+def grid_of(map_Bchw: Tensor) -> Size:
+    """(h, w) of a map."""
+    return map_Bchw.shape[-2], map_Bchw.shape[-1]
+
+
+def unit(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Divide by the norm over some dimensions; zero stays zero and gets no gradient."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)
+
+
+def shared(loss: Tensor, own: int, all_rows: int) -> Tensor:
+    """A loss that every process computes whole, its gradient times the number of processes.
+
+    Each process has the gradient of its own part alone; their mean is to be the sum of these.
+    """
+    return loss + (all_rows / own - 1) * (loss - loss.detach())
+
+
+def shape_text(map_Bchw: Tensor) -> str:
+    """'36x48'."""
+    return "x".join(str(side) for side in map_Bchw.shape[-2:])

@@ -1,0 +1,102 @@
+"""The grid on which a term compares two maps: the teacher's cells, laid over the student's image.
+
+The teacher's array has h x w cells that tile its view. The same number of cells tile the student's image, which shows a
+window of that view, maybe mirrored. The teacher is sampled at their centres through the window; of a whole view,
+unmirrored, that is the array itself. The student's map tiles the same image in cells of its own and is resized. A cell
+counts by the share of its pixels that lie in the view.
+
+Whatever a head's own resize does at the corners, cells are areas here: both sides are resampled with
+`align_corners=False`. Everything is a product of matrices, so that the gradient needs no atomic addition.
+
+Legend: B batch, c channels, h w the teacher's cells, H W the student's image in pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdcache_kernels.window import Size, view_positions
+from kdcache_kernels.window import resample as resample_eagerly
+
+
+class Cells(NamedTuple):
+    """How much every cell of a grid counts, 0 to 1.
+
+    Attributes:
+        counted: (B, h, w) share of the cell's pixels that lie in the view.
+        weight: the same, every pixel times its gate.
+    """
+
+    counted: Tensor
+    weight: Tensor
+
+
+def lay_cells(
+    window_B4: Tensor | None,
+    flip_B: Tensor | None,
+    pixel_weight_BHW: Tensor | None,
+    *,
+    batch_size: int,
+    view_size: Size,
+    size: Size,
+    grid: Size,
+    like: Tensor,
+) -> Cells:
+    """Count the pixels of an image's cells.
+
+    Args:
+        window_B4, flip_B, view_size: as in `kdcache_kernels.distill_loss`.
+        pixel_weight_BHW: gate; None is 1 everywhere.
+        size: (H, W) of the student's image.
+        grid: (h, w).
+        like: has the device and the dtype that are wanted.
+    """
+    inside_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().to(like.dtype)
+    inside_BHW = inside_BHW.expand(batch_size, *size)
+    shares = [area_matrix(cells, pixels, like)[None] for cells, pixels in zip(grid, size, strict=True)]
+    counted_Bhw = resample(inside_BHW[:, None], *shares)[:, 0]
+    if pixel_weight_BHW is None:
+        return Cells(counted_Bhw, counted_Bhw)
+    # Where, not times: a gate that is not finite outside the view is none of the term's business.
+    gated_BHW = torch.where(inside_BHW > 0, pixel_weight_BHW.detach().to(like.dtype), 0)
+    return Cells(counted_Bhw, resample(gated_BHW[:, None], *shares)[:, 0])
+
+
+def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """Return (cells, pixels): the share that each pixel has of each cell along an axis; rows sum to 1."""
+    edges = torch.arange(cells + 1, dtype=torch.float64, device=like.device) * pixels / cells
+    left = torch.arange(pixels, dtype=torch.float64, device=like.device)
+    overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
+    return (overlap.clamp_min(0) * cells / pixels).to(like.dtype)
+
+
+def sample_view(
+    map_Bchw: Tensor, window_B4: Tensor | None, flip_B: Tensor | None, view_size: Size, dtype: torch.dtype
+) -> Tensor:
+    """Sample a map of the view at the centres of as many cells of the window, (B, c, h, w); carries no gradient."""
+    grid = (map_Bchw.shape[2], map_Bchw.shape[3])
+    positions = view_positions(window_B4, flip_B, view_size, grid, map_Bchw.device)
+    found_Bchw = map_Bchw.detach().to(dtype)
+    return found_Bchw if positions.is_whole_view else resample(found_Bchw, *positions.hat_matrices(grid, False, dtype))
+
+
+def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
+    """Resize a student's map bilinearly to (h, w) = `grid`, with gradient; float32 or float64."""
+    own = (map_Bchw.shape[2], map_Bchw.shape[3])
+    if own == grid:
+        return map_Bchw
+    # The positions are counted in the grid's own units: with aligned corners these are the pixels of the result.
+    positions = view_positions(None, None, grid, grid, map_Bchw.device)
+    return resample(map_Bchw, *positions.hat_matrices(own, align_corners, map_Bchw.dtype))
+
+
+def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
+    """`rows @ map @ columns^T`, (B, c, H, W), as `kdcache_kernels.window.resample` has it.
+
+    What that one does to the precision of products cannot be traced: a compiled program multiplies with the precision
+    of its process, which by torch's default is float32 too.
+    """
+    if torch.compiler.is_compiling():
+        return torch.einsum("bcij,bhi,bwj->bchw", map_Bchw, rows_BHh, columns_BWw)
+    return resample_eagerly(map_Bchw, rows_BHh, columns_BWw)

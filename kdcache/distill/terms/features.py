@@ -1,0 +1,84 @@
+"""Feature terms: the student's features, projected to the teacher's channels, beside the teacher's."""
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets, grid_of, wide
+from kdcache.distill.terms.cells import Cells, resize
+from kdcache.distill.terms.spec import TermSpec
+
+TINY = 1e-24
+"""A sum of squares up to here is taken to be 0."""
+
+
+class Projected(Term):
+    """A term that looks at the student through a trained 1x1 convolution.
+
+    Args:
+        student_channels, teacher_channels: of the taps.
+    """
+
+    def __init__(
+        self,
+        spec: TermSpec,
+        targets: TermTargets,
+        arrays: tuple[str, ...],
+        *,
+        student_channels: int,
+        teacher_channels: int,
+    ) -> None:
+        super().__init__(spec, targets, arrays)
+        self.projection: nn.Module = nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def prepare(self, batch: TermBatch) -> None:
+        student, teacher = batch.features[self._student_tap], batch.stored[self._arrays[0]]
+        projected = f"projected from {student.shape[1]} to {teacher.shape[1]} channels"
+        self.note_resize(student, teacher, then=projected if isinstance(self.projection, nn.Conv2d) else "")
+
+    def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
+        """Student's and teacher's features (B, c, h, w) on the teacher's cells, and how much those count."""
+        student_Bchw = wide(batch.features[self._student_tap])
+        teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
+        grid = grid_of(teacher_Bchw)
+        cells = self.cells(batch, grid, student_Bchw)
+        # A 1x1 convolution and a resize commute: the student's own grid is mostly the smaller one.
+        return resize(self.projection(student_Bchw), grid), teacher_Bchw, cells
+
+
+class Hint(Projected):
+    """`hint`: mean over channels and cells of (P(F_s) - F_t)^2, P a trained 1x1 convolution.
+
+    The teacher's features are taken as they are, so that the term's size depends on theirs.
+
+    Default weight 1 (mean over every element; FitNets halves the sum): a gradient of 0.2 to 0.7 of CE's.
+    Source: Romero et al. 2015, arXiv 1412.6550, section 2.2.
+    """
+
+    default_weight = 1.0
+
+    def loss(self, batch: TermBatch) -> Tensor:
+        student_Bchw, teacher_Bchw, cells = self.both_features(batch)
+        return self.mean((student_Bchw - teacher_Bchw).square().mean(1), cells)
+
+
+class Cosine(Projected):
+    """`cosine`: mean over cells of 1 - cos(P(F_s), F_t), P a trained 1x1 convolution.
+
+    A cell of zeros on either side has the cosine 0 and no gradient.
+
+    Default weight 2 (mean over cells): a gradient of 0.5 to 0.8 of CE's.
+    Source: as the feature loss of PyTorch's knowledge distillation tutorial, which compares whole images.
+    """
+
+    default_weight = 2.0
+
+    def loss(self, batch: TermBatch) -> Tensor:
+        student_Bchw, teacher_Bchw, cells = self.both_features(batch)
+        return self.mean(1 - cosine(student_Bchw, teacher_Bchw), cells)
+
+
+def cosine(a_Bchw: Tensor, b_Bchw: Tensor) -> Tensor:
+    """(B, h, w): over the channels. Sums first: a quarter of the time of dividing each map by its norm."""
+    ab, aa, bb = ((x * y).sum(1) for x, y in ((a_Bchw, b_Bchw), (a_Bchw, a_Bchw), (b_Bchw, b_Bchw)))
+    usable = (aa > TINY) & (bb > TINY)
+    return torch.where(usable, ab * torch.where(usable, aa, 1).rsqrt() * torch.where(usable, bb, 1).rsqrt(), 0)

@@ -1,0 +1,58 @@
+"""From what a user asks for to the modules that compute it."""
+
+from collections.abc import Mapping
+
+from kdcache.distill.terms.attention import Attention
+from kdcache.distill.terms.base import Term, TermTargets
+from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
+from kdcache.distill.terms.decoupled import Decoupled
+from kdcache.distill.terms.features import Cosine, Hint, Projected
+from kdcache.distill.terms.needs import arrays_of, resolve_taps
+from kdcache.distill.terms.pseudo import Pseudo
+from kdcache.distill.terms.relations import Relations
+from kdcache.distill.terms.similarity import Similarity
+from kdcache.distill.terms.spec import TermSpec, compares_features
+
+_PROJECTED: dict[str, type[Projected]] = {"hint": Hint, "cosine": Cosine, "cwd": ChannelFeatures}
+_PLAIN: dict[str, type[Term]] = {
+    "at": Attention,
+    "sp": Similarity,
+    "cwd": ChannelLogits,
+    "dist": Relations,
+    "dkd": Decoupled,
+}
+
+
+def make_term(
+    spec: TermSpec,
+    *,
+    targets: TermTargets,
+    student_taps: Mapping[str, int],
+    align_corners: bool = False,
+    impl: str = "auto",
+) -> Term:
+    """Make the module of a term, on the CPU.
+
+    Projections are drawn from torch's global generator.
+
+    Args:
+        targets: an open cache.
+        student_taps: the student's features -> channels, most useful last.
+        align_corners: of the student's own final resize.
+        impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
+    Raises: RecipeError for a store that cannot serve it, naming the build flag, and for unknown taps.
+    """
+    spec = resolve_taps(spec, targets.manifest, list(student_taps))
+    arrays = arrays_of(spec, targets.manifest)
+    if spec.kind == "pseudo":
+        return Pseudo(spec, targets, arrays, align_corners=align_corners, impl=impl)
+    if spec.kind in _PROJECTED and compares_features(spec):
+        assert spec.student_tap is not None and spec.teacher_tap is not None  # noqa: PT018 - just resolved
+        return _PROJECTED[spec.kind](
+            spec,
+            targets,
+            arrays,
+            student_channels=student_taps[spec.student_tap],
+            teacher_channels=targets.manifest.features[spec.teacher_tap].channels,
+        )
+    return _PLAIN[spec.kind](spec, targets, arrays)

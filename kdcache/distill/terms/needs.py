@@ -1,0 +1,107 @@
+"""What a term needs of a store: which arrays, and the build flags that would have written those that are missing."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from kdcache.distill.terms.base import MAXIMUM
+from kdcache.distill.terms.spec import TermSpec, compares_features
+from kdcache.errors import RecipeError
+
+
+class Missing(NamedTuple):
+    """Something that a store lacks, in words, and the flag of `kdcache build-teacher-cache` that adds it."""
+
+    what: str
+    flag: str
+
+
+def check_terms(specs: Iterable[TermSpec], manifest: Any) -> None:
+    """Raise RecipeError when a store cannot serve some terms, naming all build flags that would help.
+
+    Args:
+        manifest: an open cache's.
+    """
+    found = [(spec.kind, lack) for spec in specs for lack in missing(spec, manifest)]
+    if found:
+        flags = " ".join(dict.fromkeys(lack.flag for _, lack in found))
+        raise RecipeError(
+            "a term learns from arrays that the store has",
+            received="; ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(found)),
+            remedy=f"build the store with {flags} as well, or leave the term out",
+        )
+
+
+def resolve_taps(spec: TermSpec, manifest: Any, student_taps: Sequence[str]) -> TermSpec:
+    """Fill in the taps of a term that compares features; any other term comes back as it is.
+
+    The teacher's is the last that the store has, the student's the one of the same name, else its last.
+
+    Args:
+        student_taps: the student's, most useful last.
+    Raises: RecipeError for taps that are not there.
+    """
+    check_terms([spec], manifest)
+    if not compares_features(spec):
+        return spec
+    teacher_tap = spec.teacher_tap or _offered(spec, manifest)[-1]
+    student_tap = spec.student_tap or (teacher_tap if teacher_tap in student_taps else "".join(student_taps[-1:]))
+    if student_tap not in student_taps:
+        raise RecipeError(
+            f"student_tap of a term is one of the student's: {', '.join(student_taps) or 'it has none'}",
+            received=f"{student_tap!r} of {spec.kind}",
+            remedy=_near(student_tap, student_taps) or "pick one of these, or a student that has taps (kdcache models)",
+        )
+    return replace(spec, student_tap=student_tap, teacher_tap=teacher_tap)
+
+
+def arrays_of(spec: TermSpec, manifest: Any) -> tuple[str, ...]:
+    """Paths of the arrays that a term with taps filled in reads beside the packed target."""
+    if compares_features(spec):
+        # Of an attention map and the features that it was made from, the map is smaller.
+        mapped = spec.kind == "at" and spec.teacher_tap in _maps(manifest)
+        return (f"statistics/at.{spec.teacher_tap}" if mapped else f"features/{spec.teacher_tap}",)
+    return (MAXIMUM,) if spec.kind == "cwd" else ()
+
+
+def missing(spec: TermSpec, manifest: Any) -> list[Missing]:
+    """What a store lacks for a term; [] when it serves it."""
+    if compares_features(spec):
+        return _missing_feature(spec, manifest)
+    head, lacks = manifest.heads["segmentation"], []
+    if spec.kind in ("cwd", "dkd") and head.k < head.classes:
+        what = f"the logits of all {head.classes} classes, of which {head.k} are kept"
+        lacks.append(Missing(what, f"--top-k {head.classes}"))
+    if spec.kind == "cwd" and not getattr(head, "raw", False):
+        lacks.append(Missing(f"raw logits ({MAXIMUM})", "--raw-logits"))
+    return lacks
+
+
+def _missing_feature(spec: TermSpec, manifest: Any) -> list[Missing]:
+    offered, tap = _offered(spec, manifest), spec.teacher_tap
+    if offered and (tap is None or tap in offered):
+        return []
+    name = tap or "TAP"
+    what = f"the attention map or features of {name}" if spec.kind == "at" else f"features/{name}"
+    has = f"the store has {', '.join(offered)}" if offered else "the store has none"
+    return [Missing(f"{what} ({has})", f"--statistics at:{name}" if spec.kind == "at" else f"--features {name}")]
+
+
+def _offered(spec: TermSpec, manifest: Any) -> list[str]:
+    """Teacher's taps that a term can use, most useful last; for `at` those with a stored map come after all others."""
+    taps = list(manifest.features)
+    if spec.kind == "at":
+        taps += _maps(manifest)
+    return taps
+
+
+def _maps(manifest: Any) -> list[str]:
+    """Taps whose attention map is stored."""
+    statistics: Mapping[str, Any] = getattr(manifest, "statistics", {})
+    return [name.removeprefix("at.") for name in statistics if name.startswith("at.")]
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else ""

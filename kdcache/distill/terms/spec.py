@@ -1,0 +1,165 @@
+"""What a user asks for: terms by kind, weight and taps, or a method such as `kl+at`."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from kdcache.errors import RecipeError
+
+_TAPS = ("student_tap", "teacher_tap")
+KINDS: dict[str, tuple[str, ...]] = {
+    "pseudo": ("threshold", "quantile"),
+    "at": _TAPS,
+    "sp": _TAPS,
+    "hint": _TAPS,
+    "cosine": _TAPS,
+    "cwd": (*_TAPS, "temperature"),
+    "dist": ("temperature", "beta", "gamma"),
+    "dkd": ("temperature", "alpha", "beta"),
+}
+"""Kind of term -> options it has beside its weight. `ce` and `kl` are DistillLoss's own."""
+FUSED = ("ce", "kl")
+
+
+@dataclass(frozen=True)
+class TermSpec:
+    """One term of a recipe; what is None is chosen by the kind, the store and the student.
+
+    Attributes:
+        kind: one of KINDS.
+        weight: at least 0.
+        student_tap, teacher_tap: features to compare. `cwd` without taps compares logits.
+        temperature: above 0, dimensionless.
+        alpha, beta, gamma: weights of the parts of `dkd` (alpha, beta) and `dist` (beta, gamma).
+        threshold: of `pseudo`: the least probability of a pseudo label, in (0, 1).
+        quantile: of `pseudo`, instead: the share of each class's pixels that is kept, the most confident ones.
+    Raises: RecipeError for anything else.
+    """
+
+    kind: str
+    weight: float | None = None
+    student_tap: str | None = None
+    teacher_tap: str | None = None
+    temperature: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    threshold: float | None = None
+    quantile: float | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        for option, value in self.options().items():
+            if option not in ("weight", *KINDS[self.kind]):
+                _refuse_option(self.kind, option)
+            _check_value(self.kind, option, value)
+        if self.threshold is not None and self.quantile is not None:
+            raise RecipeError(
+                "pseudo labels are chosen by a threshold or by a quantile",
+                received=f"threshold {self.threshold} and quantile {self.quantile}",
+                remedy="leave one of them out",
+            )
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> "TermSpec":
+        """From a `[[term]]` of a recipe; keys may have dashes."""
+        named = {key.replace("-", "_"): value for key, value in table.items()}
+        kind = named.get("kind")
+        if not isinstance(kind, str):
+            raise RecipeError(
+                "a term says its kind", received=f"{dict(table)}", remedy=f"add kind, one of {', '.join(KINDS)}"
+            )
+        check_kind(kind)
+        for option in named:
+            if option not in {part.name for part in fields(cls)}:
+                _refuse_option(kind, option)
+        return cls(**named)
+
+    def options(self) -> dict[str, Any]:
+        """What was given beside the kind."""
+        return {key: value for key, value in asdict(self).items() if key != "kind" and value is not None}
+
+    def table(self) -> dict[str, Any]:
+        """As `of` takes it."""
+        return {"kind": self.kind, **self.options()}
+
+
+class Method(NamedTuple):
+    """A parsed `--method`: whether KL is on, and the terms beside it."""
+
+    kl: bool
+    terms: tuple[TermSpec, ...]
+
+
+def parse_method(text: str) -> Method:
+    """`none`, or a sum of `kl` and kinds of terms such as `kl+at`, in any order.
+
+    Raises: RecipeError for an unknown kind (with the nearest name), a kind twice, or `none` beside another.
+    """
+    kinds = [part.strip() for part in text.split("+")]
+    if kinds == ["none"]:
+        return Method(False, ())
+    known = ("none", "kl", *KINDS)
+    for kind in kinds:
+        if kind not in known:
+            near = difflib.get_close_matches(kind, known, n=1)
+            raise RecipeError(
+                f"--method is none or a sum of {', '.join(known[1:])}",
+                received=repr(text),
+                remedy=f"did you mean {near[0]}?" if near else "write for example kl or kl+at",
+            )
+    if len(set(kinds)) < len(kinds) or "none" in kinds:
+        raise RecipeError(
+            "--method names each of its terms once, and none stands alone",
+            received=repr(text),
+            remedy="several terms of a kind, with taps of their own, are written as [[term]] in a recipe",
+        )
+    return Method("kl" in kinds, tuple(TermSpec(kind) for kind in kinds if kind != "kl"))
+
+
+def compares_features(spec: TermSpec) -> bool:
+    """Whether a term looks at taps, not at logits."""
+    if spec.kind == "cwd":
+        return spec.teacher_tap is not None or spec.student_tap is not None
+    return KINDS[spec.kind] == _TAPS
+
+
+def check_kind(kind: str) -> None:
+    """Raise RecipeError, with the nearest name, for what is no kind of term."""
+    if kind in KINDS:
+        return
+    near = difflib.get_close_matches(kind, KINDS, n=1)
+    if kind in FUSED:
+        remedy = f"its weight is a flag: --{kind}-weight"
+    else:
+        remedy = f"did you mean {near[0]}?" if near else "pick one of these"
+    raise RecipeError(f"a term is one of {', '.join(KINDS)}", received=repr(kind), remedy=remedy)
+
+
+def _refuse_option(kind: str, option: str) -> None:
+    known = ("weight", *KINDS[kind])
+    near = difflib.get_close_matches(option, known, n=1)
+    raise RecipeError(
+        f"the options of {kind} are {', '.join(known)}",
+        received=repr(option),
+        remedy=f"did you mean {near[0]}?" if near else "leave it out",
+    )
+
+
+def _check_value(kind: str, option: str, value: Any) -> None:
+    if option in _TAPS:
+        good, rule = isinstance(value, str) and bool(value), "the name of a tap"
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        good, rule = False, "a finite number"
+    elif option in ("threshold", "quantile"):
+        good, rule = 0 < value < 1, "above 0 and below 1"
+    elif option == "temperature":
+        good, rule = value > 0, "above 0"
+    else:
+        good, rule = value >= 0, "at least 0"
+    if not good:
+        raise RecipeError(
+            f"{option} of a term is {rule}", received=f"{option} = {value!r} of {kind}", remedy="correct it"
+        )

@@ -1,0 +1,256 @@
+"""The samples of a store, as a dataset: warped, replayed or as they are."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kdcache.data import (
+    IGNORE_INDEX,
+    Augmentation,
+    ClassList,
+    Split,
+    Window,
+    colour_jitter,
+    id_hash,
+    inside_rectangle,
+    pixel_checksum,
+    render,
+)
+from kdcache.distill.target import INSIDE
+from kdcache.errors import MismatchError, RecipeError
+from kdcache.store import Cache
+from kdcache.train.dataset import ABSENT, DrawnDataset, Field, Size
+from kdcache.train.part import Part
+from kdcache.train.records import PIXEL_PATHS, TARGET_PARTS, RecordSource, target_paths
+from kdcache.train.sample import Array, Row
+
+AUGMENTS = ("warp", "replay", "none")
+
+
+class CacheDataset(DrawnDataset):
+    """The samples of a store: (pixels, label, target).
+
+    Args:
+        cache: an open store.
+        augment: `warp` draws a window of the stored whole image and moves the target with it; `replay` gives the views
+            as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
+        size: (H, W) of the pixels; default the view's.
+        targets: False reads no targets (same draws, empty target).
+        split: the data set, needed when the store keeps no pixels. Its rendering is compared with the store's
+            checksum at a sample's first visit by this process, also of a run that resumes.
+        extras: paths of further arrays that a sample brings (features, statistics).
+        part: which samples, labels and views are used; default all.
+        labelled_only: whether samples without a label are left out.
+    Attributes:
+        records: where decoded rows come from: the store, or what keeps them.
+        indices: the samples of the store that are drawn.
+        extras: may be changed before the first draw.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        augment: str = "warp",
+        size: Size | None = None,
+        targets: bool = True,
+        split: Split | None = None,
+        augmentation: Augmentation | None = None,
+        extras: Sequence[str] = (),
+        part: Part | None = None,
+        labelled_only: bool = False,
+    ) -> None:
+        if augment not in AUGMENTS:
+            raise RecipeError(
+                f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use warp, the default"
+            )
+        chosen = Augmentation() if augmentation is None else augmentation
+        if cache.manifest.view.kind == "crop" and augment != "replay":
+            raise RecipeError(
+                "a store of crops is replayed: warp and none begin with the whole image",
+                received=f"--augment {augment} for {cache.place}",
+                remedy="use --augment replay",
+            )
+        super().__init__(cache.view_size if size is None else size, chosen if augment != "none" else Augmentation.off())
+        self.cache = cache
+        self.augment = augment
+        self.split = None if cache.pixels_stored else _matching(cache, split)
+        self.records: RecordSource = cache
+        self._targets = target_paths(cache) if targets else {}
+        self.extras = tuple(extras)
+        chosen_part = Part() if part is None else part
+        chosen_samples = chosen_part.choose(cache.ids)
+        labelled = cache.column("labelled")[:: cache.manifest.view.views_per_sample]
+        self._labelled = frozenset(number for number in chosen_samples.labelled if labelled[number])
+        self.indices = [n for n in chosen_samples.samples if n in self._labelled or not labelled_only]
+        self._views = _views(cache, chosen_part.views)
+        # Samples begin with different views, so that an epoch has about as many of each.
+        turning = augment == "replay" and self._views > 1
+        self._turns = [id_hash(cache.ids[number]) % self._views for number in self.indices] if turning else None
+        replayed_grey = augment == "replay" and cache.manifest.view.reaches_beyond
+        self._inside = _inside(cache) if replayed_grey else None
+        self._rendered = None if self.split is None else _Rendered(cache)
+        self._checked = set[int]()
+
+    @property
+    def classes(self) -> ClassList:
+        about = self.cache.manifest.dataset
+        return ClassList(about.class_names, about.class_colours)
+
+    @property
+    def threads_suffice(self) -> bool:
+        return self.split is None
+
+    @property
+    def shard_records(self) -> int:
+        return max(1, self.cache.manifest.build.shard_records // self.cache.manifest.view.views_per_sample)
+
+    @property
+    def remote(self) -> bool:
+        return self.cache.remote
+
+    @property
+    def target_paths(self) -> tuple[str, ...]:
+        """The arrays of its target; none when it reads none."""
+        return tuple(self._targets.values())
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All arrays that a sample is read from."""
+        return (*self.target_paths, *self.extras, *(() if self.split else PIXEL_PATHS))
+
+    @property
+    def labelled(self) -> list[int]:
+        """Samples of the store whose labels are used."""
+        return [number for number in self.indices if number in self._labelled]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def sample_id(self, index: int) -> str:
+        return self.cache.ids[self.indices[index]]
+
+    def record(self, index: int, epoch: int) -> int:
+        """What a visit of a sample reads."""
+        view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
+        return self.cache.manifest.record(self.indices[index], view)
+
+    def target_fields(self) -> tuple[Field, ...]:
+        if self.on_device is not None:
+            return ((), torch.int64), *ABSENT[1:]
+        fields = list(ABSENT)
+        for name, path in self._targets.items():
+            spec = self.cache.specs[path]
+            fields[TARGET_PARTS.index(name)] = spec.shape, getattr(torch, spec.dtype)
+        return tuple(fields)
+
+    def extra_fields(self) -> dict[str, Field]:
+        specs = {path: self.cache.specs[path] for path in self.extras}
+        stored = {path: (spec.shape, getattr(torch, spec.dtype)) for path, spec in specs.items()}
+        grey: dict[str, Field] = {} if self._inside is None else {INSIDE: ((4,), torch.float64)}
+        return stored | grey | super().extra_fields()
+
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        record = self.record(index, epoch)
+        height, width = self.cache.view_size
+        warped = self.augment == "warp"
+        window, flip = self._window(rng, height, width) if warped else (Window.full(height, width), False)
+        if self.split is None:
+            image, label = self._read(record, PIXEL_PATHS[0]), self._read(record, PIXEL_PATHS[1])
+            render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
+        else:
+            self._from_source(index, record, window, flip, out)
+        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
+        out.window[...] = (window.y0, window.x0, window.y1, window.x1)
+        out.flip[...] = flip
+        if self.indices[index] not in self._labelled:
+            out.label[...] = IGNORE_INDEX
+        for path in self.extras:
+            self.records.read_into(record, path, out.extras[path])
+        if self._inside is not None:
+            out.extras[INSIDE][...] = self._inside[record]
+        self._roll(rng, out)
+        if self.on_device is not None:
+            out.values[...] = record
+            return
+        for name, path in self._targets.items():
+            self.records.read_into(record, path, getattr(out, name))
+
+    def _read(self, record: int, path: str) -> Array:
+        spec = self.cache.specs[path]
+        row = np.empty(spec.shape, spec.dtype)
+        self.records.read_into(record, path, row)
+        return row
+
+    def _from_source(self, index: int, record: int, window: Window, flip: bool, out: Row) -> None:
+        """Crop the source itself, which is sharper than enlarging the view; `window` is in pixels of the view."""
+        assert self.split is not None
+        assert self._rendered is not None
+        number = self.indices[index]
+        image, label = self.split.image(number), self.split.label(number)
+        source, mirrored = self._rendered.window(record)
+        if record not in self._checked:
+            view, _ = render(image, None, source, flip=mirrored, size=self.cache.view_size)
+            if pixel_checksum(view) != self._rendered.checksum(record):
+                raise MismatchError(
+                    "an image must render to the pixels that the teacher saw",
+                    received=f"{self.sample_id(index)} renders differently: the file or an image library has changed",
+                    remedy="restore the image, build the store again, or build with --pixels stored",
+                )
+            self._checked.add(record)
+        if self.augment == "warp":  # of view 0, which is the whole image
+            (height, width), (view_height, view_width) = image.shape[:2], self.cache.view_size
+            source, mirrored = window.scaled(height / view_height, width / view_width), flip
+        render(image, label, source, flip=mirrored, size=self.size, out=(out.pixels, out.label))
+
+
+def _views(cache: Cache, limit: int | None) -> int:
+    there = cache.manifest.view.views_per_sample
+    if limit is not None and limit > there:
+        raise RecipeError(
+            "--limit-views is at most the views of the store",
+            received=f"{limit} of {there}",
+            remedy="leave it out, or build with more --views",
+        )
+    return limit or there
+
+
+def _inside(cache: Cache) -> Array:
+    """Where every view shows its image, which alone is to teach."""
+    window, flip, source_size = (cache.column(name) for name in ("window", "flip", "source_size"))
+    return inside_rectangle(window, flip, source_size, cache.view_size)
+
+
+class _Rendered:
+    """Where a store's records lie in their sources, and what they rendered to."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._windows, self._flips = cache.column("window"), cache.column("flip")
+        self._checksums = cache.column("pixel_checksum")
+
+    def window(self, record: int) -> tuple[Window, bool]:
+        return Window(*self._windows[record].tolist()), bool(self._flips[record])
+
+    def checksum(self, record: int) -> int:
+        return int(self._checksums[record])
+
+
+def _matching(cache: Cache, split: Split | None) -> Split:
+    """The split that a store without pixels was built from."""
+    if split is None:
+        raise MismatchError(
+            "a store built with --pixels source needs its data set beside it",
+            received=f"{cache.place} keeps no pixels, and no data set was given",
+            remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
+        )
+    dataset = cache.manifest.dataset
+    if split.digest() != dataset.ids_digest:
+        raise MismatchError(
+            "a store built with --pixels source is used with the data set it was built from",
+            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes) "
+            f"against {dataset.name!r}, split {dataset.split!r} ({dataset.samples} samples, "
+            f"{len(dataset.class_names)} classes)",
+            remedy="give the original data set with --data and --split, or build a store of this one",
+        )
+    return split

@@ -1,0 +1,102 @@
+"""What a training draws from: a store, or a data folder; and what it is validated on."""
+
+from kdcache.data import Augmentation, ClassList, Split, check_folds, fold_alone, open_split, parse_fold
+from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.store import Cache, open_cache
+from kdcache.train.cached import CacheDataset
+from kdcache.train.config import TrainConfig
+from kdcache.train.dataset import DrawnDataset, LabelledDataset
+from kdcache.train.mix import Mix
+from kdcache.train.part import Part
+
+
+def open_store(config: TrainConfig) -> Cache | None:
+    """The store of a training, its files checked; None when it draws from a data folder."""
+    if config.cache is None:
+        return None
+    cache = open_cache(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
+    cache.check_files()
+    return cache
+
+
+def open_dataset(config: TrainConfig, cache: Cache | None) -> DrawnDataset:
+    """The samples of a training."""
+    dataset = _of_folder(config) if cache is None else _of_store(config, cache)
+    if config.mix is not None:
+        dataset.dice = Mix(config.mix).dice
+    return dataset
+
+
+def open_validation(config: TrainConfig, classes: ClassList) -> Split | None:
+    """The split that a training is validated on, or the fold of it that is named."""
+    if config.val is None:
+        return None
+    split = open_split(config.val, config.val_split)
+    if split.classes.names != classes.names:
+        raise MismatchError(
+            "training and validation have the same classes in the same order",
+            received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",
+            remedy="give the validation data of the same class list",
+        )
+    return split if config.val_fold is None else fold_alone(split, *parse_fold(config.val_fold))
+
+
+def source_split(config: TrainConfig, cache: Cache) -> Split | None:
+    """The data set of a store that keeps no pixels."""
+    return open_split(config.data, config.split) if config.data and not cache.pixels_stored else None
+
+
+def _part(config: TrainConfig) -> Part:
+    return Part(
+        samples=config.limit_samples,
+        labels=config.limit_labels,
+        without=None if config.fold is None else parse_fold(config.fold),
+        views=config.limit_views,
+    )
+
+
+def _augmentation(config: TrainConfig) -> Augmentation:
+    if config.augment == "none":
+        return Augmentation.off()
+    return Augmentation(scale=config.scale, flip=config.flip, jitter=config.jitter)
+
+
+def _of_folder(config: TrainConfig) -> LabelledDataset:
+    assert config.data is not None
+    split = open_split(config.data, config.split)
+    if config.size is None:
+        raise RecipeError(
+            "training from a data folder needs the size of its pixels",
+            received="no --size",
+            remedy="add --size HxW, for instance --size 288x384",
+        )
+    if config.fold is not None:
+        check_folds(split, parse_fold(config.fold)[1])
+    dataset = LabelledDataset(split, config.size, _augmentation(config), part=_part(config))
+    if len(dataset) == 0:
+        raise DataError(
+            "training needs labelled images",
+            received=f"{config.data}, split {config.split!r}: none of {len(split)} images has a label",
+            remedy="give a labelled split with --split",
+        )
+    return dataset
+
+
+def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
+    dataset = CacheDataset(
+        cache,
+        augment=config.augment,
+        size=config.size,
+        targets=config.teaches,
+        split=source_split(config, cache),
+        augmentation=_augmentation(config),
+        part=_part(config),
+        labelled_only=not config.teaches or config.distill_on == "labelled",
+    )
+    if len(dataset) == 0:
+        raise DataError(
+            "training on labels needs labelled samples",
+            received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label",
+            remedy="use --method kl with --distill-on all, which learns from targets alone",
+        )
+    return dataset

@@ -1,0 +1,221 @@
+"""Terms as a user names them: methods, recipes, taps, and what a store must have been built with."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache.distill.terms import (
+    KINDS,
+    Method,
+    TermSpec,
+    arrays_of,
+    check_terms,
+    make_term,
+    parse_method,
+    resolve_taps,
+)
+from kdcache.errors import RecipeError
+from kdcache.store import Cache
+
+STUDENT = {"stage1": 8, "stage2": 16, "head": 32}
+
+
+def manifest(*, k: int = 7, features: tuple[str, ...] = (), maps: tuple[str, ...] = (), raw: bool | None = None) -> Any:
+    head = SimpleNamespace(k=k, classes=7, size=(6, 9)) if raw is None else SimpleNamespace(k=k, classes=7, raw=raw)
+    found = SimpleNamespace(
+        heads={"segmentation": head}, features={tap: SimpleNamespace(channels=5, size=(3, 4)) for tap in features}
+    )
+    if maps:
+        found.statistics = {"confidence": SimpleNamespace()} | {
+            f"at.{tap}": SimpleNamespace(size=(72, 72)) for tap in maps
+        }
+    return found
+
+
+def store(**options: Any) -> Any:
+    about = manifest(**options)
+    return SimpleNamespace(num_classes=7, view_size=(24, 36), align_corners=False, manifest=about)
+
+
+def test_methods() -> None:
+    assert parse_method("none") == Method(False, ())
+    assert parse_method("kl") == Method(True, ())
+    assert parse_method("kl + at+dkd") == Method(True, (TermSpec("at"), TermSpec("dkd")))
+    assert parse_method("cwd").terms == (TermSpec("cwd"),)
+    for kind in KINDS:
+        assert [spec.kind for spec in parse_method(f"{kind}+kl").terms] == [kind]
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("kll", "did you mean kl"),
+        ("kl+cosin", "did you mean cosine"),
+        ("kl+kl", r"\[\[term\]\]"),
+        ("at+at", r"\[\[term\]\]"),
+        ("none+kl", "none stands alone"),
+        ("", "for example"),
+        ("kl+", "for example"),
+        ("ce+kl", "did you mean|for example"),
+    ],
+)
+def test_what_is_no_method_is_refused(text: str, remedy: str) -> None:
+    with pytest.raises(RecipeError, match=remedy):
+        parse_method(text)
+
+
+def test_a_spec_goes_through_a_recipe() -> None:
+    spec = TermSpec.of({"kind": "cosine", "weight": 0.1, "student-tap": "head", "teacher_tap": "stage4"})
+    assert spec == TermSpec("cosine", 0.1, "head", "stage4")
+    assert TermSpec.of(spec.table()) == spec
+    assert TermSpec("pseudo", quantile=0.5).table() == {"kind": "pseudo", "quantile": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"weight": 1.0}, "add kind"),
+        ({"kind": "attn"}, "a term is one of"),
+        ({"kind": "dst"}, "did you mean dist"),
+        ({"kind": "kl"}, "--kl-weight"),
+        ({"kind": "dkd", "alhpa": 1.0}, "did you mean alpha"),
+        ({"kind": "sp", "temperature": 2.0}, "options of sp are weight, student_tap, teacher_tap"),
+        ({"kind": "at", "weight": -1.0}, "at least 0"),
+        ({"kind": "at", "weight": math.nan}, "finite"),
+        ({"kind": "at", "weight": "1"}, "finite"),
+        ({"kind": "at", "weight": True}, "finite"),
+        ({"kind": "cwd", "temperature": 0.0}, "above 0"),
+        ({"kind": "dkd", "beta": math.inf}, "finite"),
+        ({"kind": "hint", "teacher_tap": 4}, "name of a tap"),
+        ({"kind": "pseudo", "threshold": 1.0}, "above 0 and below 1"),
+        ({"kind": "pseudo", "quantile": 0.0}, "above 0 and below 1"),
+        ({"kind": "pseudo", "threshold": 0.5, "quantile": 0.5}, "leave one of them out"),
+    ],
+)
+def test_what_is_no_term_is_refused(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TermSpec.of(table)
+
+
+@pytest.mark.parametrize(
+    ("kind", "about", "flag"),
+    [
+        ("sp", {}, "--features TAP"),
+        ("hint", {}, "--features TAP"),
+        ("cosine", {"maps": ("deep",)}, "--features TAP"),
+        ("at", {}, "--statistics at:TAP"),
+        ("cwd", {}, "--raw-logits"),
+        ("cwd", {"raw": False}, "--raw-logits"),
+        ("cwd", {"raw": False, "k": 3}, "--top-k 7 --raw-logits"),
+        ("dkd", {"k": 3}, "--top-k 7"),
+    ],
+)
+def test_a_store_without_the_arrays_is_refused_with_the_flag(kind: str, about: dict[str, Any], flag: str) -> None:
+    with pytest.raises(RecipeError, match="a term learns from arrays that the store has") as raised:
+        check_terms([TermSpec("pseudo"), TermSpec(kind)], manifest(**about))
+    assert f"build the store with {flag} as well" in raised.value.remedy
+    assert raised.value.received.startswith(f"{kind} needs ")
+    with pytest.raises(RecipeError):
+        make_term(TermSpec(kind), targets=store(**about), student_taps=STUDENT)
+
+
+def test_all_that_is_missing_is_said_at_once() -> None:
+    specs = [TermSpec("at"), TermSpec("cosine", teacher_tap="head"), TermSpec("hint", teacher_tap="head")]
+    with pytest.raises(RecipeError) as raised:
+        check_terms([*specs, TermSpec("cwd")], manifest(features=("stage1",)))
+    assert "with --features head --raw-logits as well" in raised.value.remedy
+    assert "features/head (the store has stage1)" in raised.value.received
+
+
+def test_a_store_that_has_all_serves_all() -> None:
+    check_terms([TermSpec(kind) for kind in KINDS], manifest(features=("deep",), raw=True))
+    check_terms([TermSpec("dist"), TermSpec("pseudo")], manifest(k=2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "about", "taps"),
+    [
+        (TermSpec("hint"), {"features": ("stage2",)}, ("stage2", "stage2")),
+        (TermSpec("hint"), {"features": ("stage2", "deep")}, ("head", "deep")),
+        (TermSpec("hint", teacher_tap="stage1"), {"features": ("stage1", "deep")}, ("stage1", "stage1")),
+        (TermSpec("hint", student_tap="stage1"), {"features": ("stage2",)}, ("stage1", "stage2")),
+        (TermSpec("at"), {"features": ("stage2",), "maps": ("stage1",)}, ("stage1", "stage1")),
+        (TermSpec("cwd", student_tap="head"), {"features": ("stage2",)}, ("head", "stage2")),
+        (TermSpec("cwd"), {"features": ("stage2",), "raw": True}, (None, None)),
+        (TermSpec("dist"), {}, (None, None)),
+    ],
+)
+def test_default_taps(spec: TermSpec, about: dict[str, Any], taps: tuple[str | None, str | None]) -> None:
+    found = resolve_taps(spec, manifest(**about), list(STUDENT))
+    assert (found.student_tap, found.teacher_tap) == taps
+
+
+def test_unknown_taps_of_the_student_are_refused() -> None:
+    with pytest.raises(RecipeError, match="did you mean stage2"):
+        resolve_taps(TermSpec("at", student_tap="stage22"), manifest(features=("deep",)), list(STUDENT))
+    with pytest.raises(RecipeError, match="it has none"):
+        resolve_taps(TermSpec("at"), manifest(features=("deep",)), [])
+
+
+def test_what_a_term_reads() -> None:
+    about = manifest(features=("deep",), maps=("deep",), raw=True)
+    reads = {
+        kind: arrays_of(resolve_taps(TermSpec(kind), about, list(STUDENT)), about)
+        for kind in ("at", "sp", "cwd", "dkd")
+    }
+    assert reads == {
+        "at": ("statistics/at.deep",),  # a tenth of the features
+        "sp": ("features/deep",),
+        "cwd": ("targets/segmentation/max",),
+        "dkd": (),
+    }
+    targets = store(features=("deep",), maps=("deep",), raw=True)
+    for kind in KINDS:
+        term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT)
+        assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
+        assert term.student_taps() == (() if term.reads_target else ("head",))
+        assert (term.average, term.gather, term.describe()) == (None, None, None)
+
+
+def test_weights_of_the_spec_and_of_the_kind() -> None:
+    targets = store(features=("deep",), raw=True)
+    weights = {kind: make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).weight for kind in KINDS}
+    assert all(weight > 0 for weight in weights.values())
+    assert weights["at"] == 6
+    mapped = make_term(TermSpec("at"), targets=store(maps=("deep",)), student_taps=STUDENT)
+    assert mapped.weight == 2592
+    term = make_term(TermSpec("cwd", weight=0.25, temperature=1.5), targets=targets, student_taps=STUDENT)
+    assert (term.weight, term.temperature) == (0.25, 1.5)
+
+
+def test_projections_are_the_terms_own_parameters() -> None:
+    targets = store(features=("deep",), raw=True)
+    shapes = {
+        kind: [tuple(p.shape) for p in make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).parameters()]
+        for kind in KINDS
+    }
+    assert {kind for kind, found in shapes.items() if found} == {"hint", "cosine"}
+    assert shapes["hint"] == [(5, 32, 1, 1), (5,)]
+    spec = TermSpec("cwd", teacher_tap="deep")
+    term = make_term(spec, targets=targets, student_taps=STUDENT)
+    assert [tuple(p.shape) for p in term.parameters()] == [(5, 32, 1, 1)]
+    assert not list(make_term(spec, targets=targets, student_taps={"head": 5}).parameters())
+    torch.manual_seed(1)
+    one = make_term(TermSpec("hint"), targets=targets, student_taps=STUDENT)
+    torch.manual_seed(1)
+    two = make_term(TermSpec("hint"), targets=targets, student_taps=STUDENT)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(one.state_dict()["projection.weight"], two.state_dict()["projection.weight"])
+
+
+def test_a_store_of_today_serves_what_it_can(dense: Cache, sparse: Cache) -> None:
+    check_terms([TermSpec("pseudo"), TermSpec("dist"), TermSpec("dkd")], dense.manifest)
+    with pytest.raises(RecipeError, match="--top-k 7"):
+        check_terms([TermSpec("dkd")], sparse.manifest)
+    with pytest.raises(RecipeError, match="--raw-logits"):
+        make_term(TermSpec("cwd"), targets=dense, student_taps={})
