@@ -101,6 +101,10 @@ class DistillLoss(nn.Module):
         """What a target must hold in its `extras`."""
         return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
 
+    def describe(self) -> list[str]:
+        """What terms resize or project, in words; known after the first batch."""
+        return [text for term in self._terms() if (text := term.describe())]
+
     def share(self, average: Average, gather: Callable[[Tensor], Tensor]) -> None:
         """Let the loss be that of a batch which several processes share.
 

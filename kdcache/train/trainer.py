@@ -103,6 +103,7 @@ class Trainer:
         self._now = _Progress()
         self._unchecked: list[tuple[int, Tensor]] = []
         self._told = {"ce"}
+        self._described = False
 
     def use(self, step: EagerStep) -> None:
         """Train with another eager step, made of `eager`'s own parts."""
@@ -172,6 +173,7 @@ class Trainer:
         else:
             assert self._step is not None
             losses = self._step(batch)
+        self._describe()
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
         self._unchecked.append((step, losses))
         # On a GPU a look at every loss would stall the queue: look when we log.
@@ -195,6 +197,13 @@ class Trainer:
             self._write_line("train", now.step, report)
             self.observer.stepped(now.step, report)
         return agreed.stop
+
+    def _describe(self) -> None:
+        """Tell once what the terms resize or project."""
+        if not self._described:
+            self._described = True
+            for text in self.criterion.describe():
+                self.observer.note(text)
 
     def _lopsided(self, norms: dict[str, float]) -> Iterator[str]:
         """What to tell, once, of terms that do next to nothing beside cross-entropy, or next to everything."""

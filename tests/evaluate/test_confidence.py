@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.classification import MulticlassCalibrationError
 
 from kdcache.evaluate.confidence import VALUES_V, ConfidenceCounts
 
@@ -43,6 +42,8 @@ def test_the_error_is_that_of_torchmetrics(bins) -> None:
     probabilities = np.full((len(said), CLASSES), 0.0, np.float64)
     probabilities[:] = ((1 - confidence.astype(np.float64)) / (CLASSES - 1))[:, None]
     probabilities[np.arange(len(said)), said] = confidence
+    from torchmetrics.classification import MulticlassCalibrationError  # which imports Triton
+
     judge = MulticlassCalibrationError(num_classes=CLASSES, n_bins=bins, ignore_index=255)
     judge.update(torch.from_numpy(probabilities), torch.from_numpy(label.astype(np.int64)))
     found = counted(said, confidence, label).calibration(bins)

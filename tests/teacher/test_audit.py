@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from kdcache.data import OUTSIDE_RGB, open_split
 from kdcache.errors import CorruptError, MismatchError, RecipeError
@@ -68,6 +67,8 @@ def test_every_figure(audited) -> None:
     sure = np.stack([p.max(0) for p in everything])
     truth = np.stack(labels).astype(np.int64)
     assert (found.images, found.labelled) == (7, 5)
+    from torchmetrics.classification import MulticlassConfusionMatrix  # which imports Triton
+
     judge = MulticlassConfusionMatrix(7, ignore_index=255)
     counts = judge(torch.from_numpy(said), torch.from_numpy(truth)).numpy()
     # Ties of rounded logits may fall either way; a pixel here and there.
@@ -99,6 +100,8 @@ def test_every_figure(audited) -> None:
     # Images by mIoU, the worst first.
     mious = {}
     for sample in (0, 2, 3, 5, 6):
+        from torchmetrics.classification import MulticlassJaccardIndex
+
         one = MulticlassJaccardIndex(7, average="none", ignore_index=255)
         classes = one(torch.from_numpy(said[sample])[None], torch.from_numpy(truth[sample])[None]).numpy()
         occurs = np.isin(np.arange(7), [*truth[sample][known[sample]], *said[sample][known[sample]]])

@@ -116,7 +116,8 @@ class Term(nn.Module):
         told = [then] if then else []
         if grid_of(student) != grid_of(teacher):
             told.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
-        self._said = f"{self.kind}: {of}the student's {self._student_tap} is {' and '.join(told)}" if told else None
+        verb = "are" if self._student_tap == "logits" else "is"
+        self._said = f"{self.kind}: {of}the student's {self._student_tap} {verb} {' and '.join(told)}" if told else None
 
     def forward(self, batch: TermBatch) -> Tensor:
         """The loss of a batch: a scalar, not weighted."""

@@ -1,0 +1,253 @@
+"""When does distilling help? A queue of short runs on CamVid that goes on where it stopped.
+
+Phases, each skipped where it is done already:
+
+    teachers   trained on all of train, and without fold 0 of 5 (which judges everything that is chosen)
+    stores     what they say: as it is, at twice the size, as an ensemble with test-time augmentation, in 16 views
+    search     one seed or two of every arm, trained without fold 0 and scored on it; val is not looked at
+    final      the best arm and the stronger plain one with fresh seeds on all of train, scored on val
+
+A finished run is a row of the result file and is not repeated, wherever the queue goes on: rows name what decides a
+run. Teachers and stores are made anew where they are missing; on one kind of machine they come out the same.
+
+    python benchmarks/effect.py --data camvid --out effect-runs --json benchmarks/results/effect-cpu.json
+
+Runs take one thread each, as many side by side as there are cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import header, write
+from live import paired
+
+HELD_OUT = "0/5"
+TEACHER = "--model kdcache:base --iterations {t} --batch-size 8 --lr 2e-3 --warmup 100 --class-weights sqrt"
+STUDENT = "--model kdcache:tiny --batch-size 8 --warmup 100 --class-weights sqrt --gradients-every 0"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the student.
+
+    Attributes:
+        store: whose pixels and targets; "" trains from the data folder.
+        flags: beside those of all students.
+        seeds: of the search.
+    """
+
+    name: str
+    store: str
+    flags: str
+    seeds: int = 1
+
+    @property
+    def plain(self) -> bool:
+        return self.store == "" or "--method none" in self.flags
+
+
+STORES = {
+    "one": "--teacher {a}",
+    "large": "--teacher {a} --teacher-size {large} --teacher-grid view --raw-logits --features head",
+    "ensemble": "--teacher {a} --teacher {b} --tta flip --teacher-size {large} --teacher-grid view",
+    "views": "--teacher {a} --teacher-size {large} --teacher-grid view --views 16 --view-scale 1:2",
+}
+
+ARMS = (
+    # Plain: as many trials of the learning rate as the recipe gets of its weights.
+    *(Arm(f"plain lr {lr:g}", "one", f"--method none --lr {lr:g}", 2) for lr in (1e-3, 2e-3, 4e-3, 8e-3)),
+    *(Arm(f"plain from files, lr {lr:g}", "", f"--lr {lr:g}") for lr in (2e-3, 4e-3)),
+    *(Arm(f"kl w {w:g} T {t:g}", "one", f"--method kl --lr 4e-3 --kl-weight {w:g} --temperature {t:g}")
+      for w in (0.1, 0.3, 1.0) for t in (1.0, 2.0, 4.0)),
+    Arm("kl balanced", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt", 2),
+    Arm("kl gate correct", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --gate correct"),
+    Arm("kl trusted", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --class-trust auto --trust-against {plain}"),
+    Arm("kl from a larger rendering", "large", "--method kl --lr 4e-3 --kl-weight 0.3", 2),
+    Arm("kl from a larger rendering, balanced", "large",
+        "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt", 2),
+    Arm("kl from an ensemble", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3", 2),
+    Arm("kl from an ensemble, balanced", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt", 2),
+    Arm("dist", "large", "--method dist --lr 4e-3"),
+    Arm("cwd", "large", "--method cwd --lr 4e-3"),
+    Arm("at", "large", "--method at --lr 4e-3"),
+    Arm("sp", "large", "--method sp --lr 4e-3"),
+    Arm("plain, 16 views", "views", "--method none --augment replay --lr 4e-3"),
+    Arm("kl, 16 views", "views", "--method kl --augment replay --lr 4e-3 --kl-weight 0.3"),
+    Arm("plain, a quarter of the labels", "one", "--method none --lr 4e-3 --limit-samples 0.25"),
+    Arm("kl on all, a quarter of the labels", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --limit-labels 0.25"),
+    Arm("plain, cutmix", "one", "--method none --lr 4e-3 --mix cutmix:0.5"),
+    Arm("kl, cutmix", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --mix cutmix:0.5"),
+)  # fmt: skip
+
+
+class Queue:
+    """Runs, stores and teachers below a folder, and the rows of the result file."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out = Path(arguments.out)
+        self.lock = threading.Lock()
+        self.rows: list[dict[str, Any]] = []
+        self.ends = time.monotonic() + 60 * arguments.minutes
+        if arguments.json.is_file():
+            self.rows = json.loads(arguments.json.read_text())["rows"]
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.ends
+
+    def kdcache(self, words: str) -> None:
+        """A verb of the command line, with one thread."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "kdcache_cli", *words.split()]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if found.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{found.stderr}")
+
+    def side_by_side(self, jobs: list[Any]) -> None:
+        with ThreadPoolExecutor(self.arguments.parallel) as pool:
+            for done in [pool.submit(job) for job in jobs]:
+                done.result()
+
+    # --- teachers and stores -------------------------------------------------------------------------------
+
+    def teachers(self) -> None:
+        self.side_by_side([
+            lambda seed=seed, fold=fold: self.teacher(seed, fold) for fold in (HELD_OUT, None) for seed in (0, 1)
+        ])  # fmt: skip
+
+    def folder(self, kind: str, name: str, fold: str | None) -> Path:
+        return self.out / kind / (name + ("" if fold is None else "-held-out"))
+
+    def teacher(self, seed: int, fold: str | None) -> None:
+        out, a = self.folder("teachers", f"base-{seed}", fold), self.arguments
+        if (out / "result.json").is_file() or self.late:
+            return
+        words = f"train-teacher --data {a.data} --size {a.size} --out {out} --seed {seed} --threads 1 --resume "
+        words += TEACHER.format(t=a.teacher_iterations) + (f" --fold {fold}" if fold else "")
+        self.kdcache(words + (f" --val-split train --val-fold {fold}" if fold else ""))
+
+    def store(self, name: str, fold: str | None) -> Path:
+        out, a = self.folder("stores", f"{name}.zarr", fold), self.arguments
+        with self.lock:  # the first run that needs it makes it
+            if not (out / "complete.json").is_file():
+                teachers = {key: self.folder("teachers", f"base-{seed}", fold) for key, seed in (("a", 0), ("b", 1))}
+                flags = STORES[name].format(large=a.large, **teachers)
+                self.kdcache(f"build-teacher-cache --data {a.data} --size {a.size} --out {out} --threads 1 {flags}")
+        return out
+
+    # --- runs ----------------------------------------------------------------------------------------------
+
+    def search(self) -> None:
+        self.plain_run()
+        jobs = [(arm, seed) for seed in (0, 1) for arm in ARMS if seed < arm.seeds]
+        self.side_by_side([lambda arm=arm, seed=seed: self.run("search", arm, seed, HELD_OUT) for arm, seed in jobs])
+
+    def plain_run(self) -> Path:
+        """What trust is measured against."""
+        return self.run("search", next(arm for arm in ARMS if arm.name == "plain lr 0.004"), 0, HELD_OUT, again=True)
+
+    def final(self) -> None:
+        plain, best = self.choose()
+        print(f"final: {best.name} against {plain.name}")
+        seeds = range(100, 100 + self.arguments.seeds)
+        self.side_by_side([
+            lambda arm=arm, seed=seed: self.run("final", arm, seed, None) for seed in seeds for arm in (plain, best)
+        ])  # fmt: skip
+
+    def choose(self) -> tuple[Arm, Arm]:
+        """The stronger plain arm and the best other, on all labels, by the mean over the search's seeds."""
+        means = {name: scores for name, scores in self.means("search").items() if "quarter" not in name}
+        arms = {arm.name: arm for arm in ARMS}
+        ranked = sorted((arms[name] for name in means if name in arms), key=lambda arm: -means[arm.name])
+        return next(arm for arm in ranked if arm.plain), next(arm for arm in ranked if not arm.plain)
+
+    def run(self, phase: str, arm: Arm, seed: int, fold: str | None, again: bool = False) -> Path:
+        """Train an arm, unless its row is there."""
+        a = self.arguments
+        out = self.out / phase / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}"
+        iterations = a.iterations if phase == "search" else a.final_iterations
+        key = {"phase": phase, "arm": arm.name, "seed": seed, "iterations": iterations, "size": a.size}
+        known = any(key.items() <= row.items() for row in self.rows)
+        if (known and not (again and not (out / "result.json").is_file())) or self.late:
+            return out
+        flags = arm.flags.format(plain=self.out / "search" / "plain-lr-0.004-0")
+        if arm.store:
+            words = f"train-student --cache {self.store(arm.store, fold)} "
+        else:
+            words = f"train-teacher --data {a.data} --size {a.size} "
+        words += f"--out {out} --seed {seed} --threads 1 --iterations {iterations} --resume {STUDENT} {flags} "
+        words += f"--val-every {iterations} "
+        if fold:
+            words += f"--fold {fold} " + (f"--val {a.data} " if arm.store else "")
+            words += f"--val-split train --val-fold {fold}"
+        else:
+            words += f"--val {a.data}" if arm.store else ""
+        self.kdcache(words)
+        result = json.loads((out / "result.json").read_text())
+        if not known:
+            self.add({**key, "flags": arm.flags, "store": arm.store, "miou": round(100 * result["best_miou"], 3),
+                      "seconds": round(result["seconds"])})  # fmt: skip
+        return out
+
+    # --- rows ----------------------------------------------------------------------------------------------
+
+    def add(self, row: dict[str, Any]) -> None:
+        with self.lock:
+            self.rows.append(row)
+            self.save()
+        print(f"{row['phase']}: {row['arm']}, seed {row['seed']}: {row['miou']:.2f} ({row['seconds']} s)", flush=True)
+
+    def means(self, phase: str) -> dict[str, float]:
+        scores: dict[str, list[float]] = {}
+        for row in self.rows:
+            if row["phase"] == phase:
+                scores.setdefault(row["arm"], []).append(row["miou"])
+        return {name: float(np.mean(values)) for name, values in scores.items()}
+
+    def save(self) -> None:
+        found: dict[str, Any] = {"search": self.means("search"), "final": self.means("final")}
+        finals = [row for row in self.rows if row["phase"] == "final"]
+        names = list(dict.fromkeys(row["arm"] for row in finals))
+        if len(names) == 2:
+            by = {(row["arm"], row["seed"]): row["miou"] for row in finals}
+            plain = next(arm.name for arm in ARMS if arm.name in names and arm.plain)
+            other = next(name for name in names if name != plain)
+            seeds = sorted({seed for _, seed in by})
+            pairs = [by[other, s] - by[plain, s] for s in seeds if (other, s) in by and (plain, s) in by]
+            found["gain"] = {"arm": other, "over": plain, "pairs": len(pairs), **paired(pairs)} if pairs else None
+        write(self.arguments.json, {**header("effect"), **found, "rows": self.rows})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", default="effect-runs")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--size", default="144x192")
+    parser.add_argument("--large", default="288x384", help="what teachers look at")
+    parser.add_argument("--teacher-iterations", type=int, default=4000)
+    parser.add_argument("--iterations", type=int, default=2000, help="of a run of the search")
+    parser.add_argument("--final-iterations", type=int, default=4000)
+    parser.add_argument("--seeds", type=int, default=8, help="of the final comparison")
+    parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after so long")
+    parser.add_argument("--phases", default="teachers,search,final")
+    queue = Queue(parser.parse_args())
+    for phase in queue.arguments.phases.split(","):
+        getattr(queue, phase)()
+
+
+if __name__ == "__main__":
+    main()
