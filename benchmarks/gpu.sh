@@ -33,7 +33,8 @@ if "$python" -c 'import pytest' 2>/dev/null; then
   processes=()
   "$python" -c 'import xdist' 2>/dev/null && processes=(-n 12)
   step tests 200 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${processes[@]}" \
-    -k "cuda or graph or triton or gpu or feed" tests/kernels tests/train/test_{graph,feed,resident}.py
+    -k "cuda or graph or triton or gpu or feed" tests/kernels tests/train/test_{graph,feed,resident}.py \
+    tests/distill
 fi
 step build 60 "$python" benchmarks/build.py --device cuda --data "$data" --size 288x384 --render-threads 8 \
   --batch-size 16 --records 512 --repeats 3 --json "$results/build-$gpu.json"
@@ -44,6 +45,10 @@ step steps 60 "$python" benchmarks/steps.py --device cuda --cache "$work/camvid.
   --seconds 1 --iterations 300 --json "$results/steps-$gpu.json"
 step loader 60 "$python" -m kdcache_cli bench-loader --cache "$work/camvid.zarr" --device cuda --batch-size 16 \
   --json "$results/loader-$gpu.json"
+step step 60 "$python" benchmarks/step.py --device cuda --data "$data" --batch-size 16 --steps 20 --workers 2 \
+  --json "$results/step-$gpu.json"
+step live 60 "$python" benchmarks/live.py --device cuda --data "$data" --cache "$work/camvid.zarr" \
+  --teacher "$work/teacher" --out "$work/live" --pairs 2 --iterations 200 --json "$results/live-$gpu.json"
 "$python" benchmarks/collect.py "$work" --data "$data" --json "$results/training-$gpu.json"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

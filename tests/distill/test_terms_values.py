@@ -581,3 +581,29 @@ def test_a_compiled_term_is_the_same(name: str) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for one, other in zip(torch.autograd.grad(loss, tensors), wanted, strict=True):
         assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("name", SPECS)
+def test_a_gpu_says_what_the_cpu_says_without_waiting(name: str) -> None:
+    """In float32; while nothing may wait for the device, as inside a CUDA graph."""
+    device = torch.device("cuda")
+    batch = batch_of(gated=True, dtype=torch.float32)
+    expected = term_of(name)(batch_of(gated=True)).item()
+    moved = TermBatch(
+        batch.logits.to(device).requires_grad_(),
+        {tap: feature.to(device) for tap, feature in batch.features.items()},
+        None if batch.labels is None else batch.labels.to(device),
+        None if batch.target is None else batch.target.to(device),
+        {path: array.to(device) for path, array in batch.stored.items()},
+        None if batch.pixel_weight is None else batch.pixel_weight.to(device),
+        batch.size,
+    )
+    term = term_of(name, torch.float32).to(device)
+    term(moved)  # first uses may wait: constants are copied, kernels compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = term(moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
