@@ -15,6 +15,10 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     data: options.Data,
     split: options.Split = "val",
+    fold: Annotated[
+        str | None,
+        typer.Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out."),
+    ] = None,
     weights: Annotated[str, typer.Option("--weights", help="best or last.")] = "best",
     size: options.Size = None,
     at_size: Annotated[
@@ -32,7 +36,7 @@ def evaluate(
     """
     import torch
 
-    from kdcache.data import open_split
+    from kdcache.data import fold_alone, open_split, parse_fold
     from kdcache.evaluate import class_rows, evaluate_model, metrics_markdown, percent
     from kdcache.models.run import load_run
     from kdcache.train import pick_device
@@ -42,6 +46,9 @@ def evaluate(
     model, about = load_run(run, weights)
     source = open_split(data, split)
     about.check_classes(source.classes.names, data)
+    name = split
+    if fold is not None:
+        source, name = fold_alone(source, *parse_fold(fold)), f"{split}-fold-{fold.replace('/', '-of-')}"
     chosen = options.parse_size(size) or about.size
     where = pick_device(device)
     with progress_bar() as bar:
@@ -62,8 +69,8 @@ def evaluate(
         table.add_row(*row)
     OUT.print(table)
     OUT.print(f"[bold]mIoU {percent(metrics.miou)}[/]  mAcc {percent(metrics.macc)}  aAcc {percent(metrics.aacc)}")
-    about_json = {"run": str(run), "weights": weights, "data": data, "split": split, "size": list(chosen)}
-    json_path = json_file or run / f"evaluation-{split}.json"
+    about_json = {"run": str(run), "weights": weights, "data": data, "split": split, "fold": fold, "size": list(chosen)}
+    json_path = json_file or run / f"evaluation-{name}.json"
     json_path.write_text(json_module.dumps({**about_json, **metrics.to_json()}, indent=1) + "\n", encoding="utf-8")
-    markdown_path = markdown or run / f"evaluation-{split}.md"
-    markdown_path.write_text(metrics_markdown(f"{run} on {data}, {split}", metrics), encoding="utf-8")
+    markdown_path = markdown or run / f"evaluation-{name}.md"
+    markdown_path.write_text(metrics_markdown(f"{run} on {data}, {name}", metrics), encoding="utf-8")

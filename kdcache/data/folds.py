@@ -45,7 +45,7 @@ def parse_fold(text: str) -> tuple[int, int]:
     first, _, second = text.partition("/")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) and int(second) >= 2):
         raise RecipeError(
-            "--fold is I/K: leave out fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4"
+            "--fold is I/K: fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4"
         )
     return int(first), int(second)
 

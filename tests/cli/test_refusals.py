@@ -174,6 +174,25 @@ CASES = {
         recipe('verb = "train-teacher"\nfoo = 1\n'), TEACHER + " --recipe {w}/recipe.toml", "'foo' in"),
     "recipe that is no TOML": (recipe("= 3"), STUDENT + " --recipe {w}/recipe.toml", "recipe.toml"),
     "recipe that is nowhere": (nothing, STUDENT + " --recipe {w}/none.toml", "none.toml"),
+    "unknown method": (nothing, STUDENT + " --method kll", "'kll'"),
+    "term that the store cannot serve": (nothing, STUDENT + " --method hint", "--features TAP"),
+    "term without raw logits": (nothing, STUDENT + " --method kl+cwd", "--raw-logits"),
+    "negative weight of a term": (nothing, STUDENT + " --term dist,weight=-1", "-1"),
+    "weight of a term that is no number": (nothing, STUDENT + " --term dist,weight=nan", "nan"),
+    "unknown option of a term": (nothing, STUDENT + " --term dist,temprature=2", "'temprature'"),
+    "[[term]] of an unknown kind": (
+        recipe('[[term]]\nkind = "dost"\n'), STUDENT + " --recipe {w}/recipe.toml", "'dost'"),
+    "gate beyond its range": (nothing, STUDENT + " --gate confidence:1.5", "'confidence:1.5'"),
+    "trust file that is nowhere": (nothing, STUDENT + " --class-trust {w}/none.toml", "none.toml"),
+    "trust against nothing": (nothing, STUDENT + " --class-trust auto", "trust-against"),
+    "trust against a run without a fold": (
+        nothing, STUDENT + " --class-trust auto --trust-against {w}/teacher", "no --fold"),
+    "more samples than there are": (nothing, STUDENT + " --limit-samples 70", "70 of 6 samples"),
+    "more views than there are": (nothing, STUDENT + " --augment replay --limit-views 2", "2 of 1"),
+    "fold that cannot be": (nothing, STUDENT + " --fold 7/7", "'7/7'"),
+    "mixed odd batches": (nothing, STUDENT + " --mix cutmix --batch-size 5", "--batch-size 5"),
+    "mix of nothing known": (nothing, STUDENT + " --mix mixup", "'mixup'"),
+    "mix beside features": (nothing, STUDENT + " --mix cutmix --method dist", "dist cannot follow"),
     "recipe with a wrong value": (
         recipe("temperature = -1.0\n"), STUDENT + " --recipe {w}/recipe.toml", "--temperature"),
 }  # fmt: skip
