@@ -1,5 +1,6 @@
 """Flags of a build, as build-teacher-cache and extend share them: teachers, views, what is stored."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,9 @@ import typer
 from kdcache.errors import RecipeError
 
 _Option = typer.Option
+teacher_option = partial(typer.Option, rich_help_panel="What the teacher looks at")
+view_option = partial(typer.Option, rich_help_panel="Views of an image")
+store_option = partial(typer.Option, rich_help_panel="What is stored")
 Teachers = Annotated[
     list[str],
     _Option(
@@ -19,19 +23,21 @@ Teachers = Annotated[
 Out = Annotated[
     str, _Option("--out", help="Store to write, a folder or s3://BUCKET/PREFIX; an interrupted one is continued.")
 ]
-ClassMap = Annotated[Path | None, _Option("--class-map", help="Which class of the data each teacher class becomes.")]
+ClassMap = Annotated[
+    Path | None, teacher_option("--class-map", help="Which class of the data each teacher class becomes.")
+]
 Views = Annotated[
     str | None,
-    _Option(
+    view_option(
         "--views",
         metavar="N|full",
         help="Per sample: the whole image (full, or 1) and seeded crops of it, for replay; with --crop, crops alone.",
     ),
 ]
-ViewSeed = Annotated[int | None, _Option("--view-seed", min=0, help="Of the crops.")]
+ViewSeed = Annotated[int | None, view_option("--view-seed", min=0, help="Of the crops.")]
 ViewScale = Annotated[
     str | None,
-    _Option(
+    view_option(
         "--view-scale",
         metavar="LOW:HIGH",
         help="Zoom of the crops: 2 shows a quarter of the image, 0.5 all of it at half its size amid grey, which "
@@ -40,11 +46,11 @@ ViewScale = Annotated[
 ]
 ViewFlip = Annotated[
     bool | None,
-    _Option("--view-flip/--no-view-flip", help="Mirror half of the crops.", show_default=False),
+    view_option("--view-flip/--no-view-flip", help="Mirror half of the crops.", show_default=False),
 ]
 Statistics = Annotated[
     str,
-    _Option(
+    store_option(
         "--statistics",
         help="Comma-separated maps to store: at:TAP (attention), confidence, entropy, agreement (of several teachers).",
     ),

@@ -25,11 +25,12 @@ def build_teacher_cache(
     split: options.Split = "train",
     size: options.Size = None,
     teacher_weights: Annotated[
-        str | None, _Option("--teacher-weights", metavar="W,W", help="Of several teachers (default: equal).")
+        str | None,
+        building.teacher_option("--teacher-weights", metavar="W,W", help="Of several teachers (default: equal)."),
     ] = None,
     tta: Annotated[
         str | None,
-        _Option(
+        building.teacher_option(
             "--tta",
             metavar="WORDS",
             help="What a teacher says is the mean over mirrored and rescaled images, e.g. flip,scales=0.75:1:1.25.",
@@ -37,7 +38,7 @@ def build_teacher_cache(
     ] = None,
     folds: Annotated[
         int | None,
-        _Option(
+        building.teacher_option(
             "--folds",
             help="Cross-fitting: of K teachers, number I was trained with --fold I/K and speaks of fold I, which it "
             "has not seen.",
@@ -45,11 +46,13 @@ def build_teacher_cache(
     ] = None,
     teacher_size: Annotated[
         str | None,
-        _Option("--teacher-size", metavar="HxW", help="What the teacher sees of the same window; free in training."),
+        building.teacher_option(
+            "--teacher-size", metavar="HxW", help="What the teacher sees of the same window; free in training."
+        ),
     ] = None,
     teacher_grid: Annotated[
         str,
-        _Option(
+        building.teacher_option(
             "--teacher-grid",
             help="own: targets on the grid that comes of --teacher-size and --tta. view: averaged to that of the view, "
             "which takes no more room than without them.",
@@ -57,17 +60,24 @@ def build_teacher_cache(
     ] = "own",
     top_k: Annotated[
         str,
-        _Option("--top-k", help="Classes kept per pixel: auto (all up to 32, else as many as it takes) or a number."),
+        building.store_option(
+            "--top-k", help="Classes kept per pixel: auto (all up to 32, else as many as it takes) or a number."
+        ),
     ] = "auto",
-    features: Annotated[str, _Option("--features", help="Comma-separated taps to store; see kdcache models.")] = "",
+    features: Annotated[
+        str, building.store_option("--features", help="Comma-separated taps to store; see kdcache models.")
+    ] = "",
     statistics: building.Statistics = "",
     raw_logits: Annotated[
-        bool, _Option("--raw-logits", help="Keep every pixel's largest logit too, for terms over positions (cwd).")
+        bool,
+        building.store_option(
+            "--raw-logits", help="Keep every pixel's largest logit too, for terms over positions (cwd)."
+        ),
     ] = False,
     views: building.Views = None,
     crop: Annotated[
         str | None,
-        _Option(
+        building.view_option(
             "--crop",
             metavar="HxW",
             help="Views are crops of so many pixels out of the image at zoom times --size (default: views of --size).",
@@ -78,13 +88,13 @@ def build_teacher_cache(
     view_flip: building.ViewFlip = True,
     pixels: Annotated[
         str,
-        _Option(
+        building.store_option(
             "--pixels", help="stored: images and labels go into the store, which then needs no data set; or source."
         ),
     ] = "stored",
     codec: Annotated[
         str,
-        _Option(
+        building.store_option(
             "--codec",
             help="default: lz4, float16 as it is. small: targets rounded to 5 bits of mantissa, zstd; half the bytes "
             "of targets, 3 to 5 times the CPU per read, gradients off by 1 to 3 % (more for a student very near its "
@@ -93,12 +103,16 @@ def build_teacher_cache(
     ] = "default",
     class_map: building.ClassMap = None,
     mean: Annotated[
-        str | None, _Option("--mean", metavar="R,G,B", help="Normalisation, if not the model's own.")
+        str | None, building.teacher_option("--mean", metavar="R,G,B", help="Normalisation, if not the model's own.")
     ] = None,
-    std: Annotated[str | None, _Option("--std", metavar="R,G,B", help="Normalisation, if not the model's own.")] = None,
-    precision: Annotated[str, _Option("--precision", help="float32, bf16 or fp16.")] = "float32",
+    std: Annotated[
+        str | None, building.teacher_option("--std", metavar="R,G,B", help="Normalisation, if not the model's own.")
+    ] = None,
+    precision: Annotated[str, building.teacher_option("--precision", help="float32, bf16 or fp16.")] = "float32",
     batch_size: Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
-    shard_records: Annotated[int, _Option("--shard-records", min=1, max=65536, help="Records per shard file.")] = 64,
+    shard_records: Annotated[
+        int, building.store_option("--shard-records", min=1, max=65536, help="Records per shard file.")
+    ] = 64,
     render_threads: building.RenderThreads = None,
     worker: options.Worker = None,
     threads: options.Threads = 0,

@@ -23,16 +23,21 @@ def extend(
     view_seed: building.ViewSeed = None,
     view_scale: building.ViewScale = None,
     view_flip: building.ViewFlip = None,
-    features: Annotated[str, _Option("--features", help="Comma-separated taps to store besides OLD's.")] = "",
+    features: Annotated[
+        str, building.store_option("--features", help="Comma-separated taps to store besides OLD's.")
+    ] = "",
     statistics: building.Statistics = "",
-    pixels: Annotated[str | None, _Option("--pixels", help="stored or source (default: as OLD).")] = None,
-    codec: Annotated[str | None, _Option("--codec", help="default, small or none (default: OLD's).")] = None,
+    pixels: Annotated[str | None, building.store_option("--pixels", help="stored or source (default: as OLD).")] = None,
+    codec: Annotated[
+        str | None, building.store_option("--codec", help="default, small or none (default: OLD's).")
+    ] = None,
     class_map: building.ClassMap = None,
     batch_size: Annotated[
         int | None, _Option("--batch-size", min=1, help="Images per forward (default: OLD's).")
     ] = None,
     shard_records: Annotated[
-        int | None, _Option("--shard-records", min=1, max=65536, help="Records per shard file (default: OLD's).")
+        int | None,
+        building.store_option("--shard-records", min=1, max=65536, help="Records per shard file (default: OLD's)."),
     ] = None,
     render_threads: building.RenderThreads = None,
     worker: options.Worker = None,

@@ -24,30 +24,47 @@ def plan(
     teacher: building.Teachers,
     split: options.Split = "train",
     size: options.Size = None,
-    teacher_weights: Annotated[str | None, _Option("--teacher-weights", metavar="W,W", help="Of several.")] = None,
-    tta: Annotated[str | None, _Option("--tta", metavar="flip,scales=S:S", help="Mirrored and rescaled too.")] = None,
-    folds: Annotated[int | None, _Option("--folds", help="Cross-fitting with K teachers.")] = None,
-    teacher_size: Annotated[
-        str | None, _Option("--teacher-size", metavar="HxW", help="What the teacher sees of the same window.")
+    teacher_weights: Annotated[
+        str | None, building.teacher_option("--teacher-weights", metavar="W,W", help="Of several.")
     ] = None,
-    teacher_grid: Annotated[str, _Option("--teacher-grid", help="own or view.")] = "own",
-    top_k: Annotated[str, _Option("--top-k", help="Classes kept per pixel: auto or a number.")] = "auto",
-    features: Annotated[str, _Option("--features", help="Comma-separated taps to store; see kdcache models.")] = "",
+    tta: Annotated[
+        str | None, building.teacher_option("--tta", metavar="flip,scales=S:S", help="Mirrored and rescaled too.")
+    ] = None,
+    folds: Annotated[int | None, building.teacher_option("--folds", help="Cross-fitting with K teachers.")] = None,
+    teacher_size: Annotated[
+        str | None,
+        building.teacher_option("--teacher-size", metavar="HxW", help="What the teacher sees of the same window."),
+    ] = None,
+    teacher_grid: Annotated[str, building.teacher_option("--teacher-grid", help="own or view.")] = "own",
+    top_k: Annotated[str, building.store_option("--top-k", help="Classes kept per pixel: auto or a number.")] = "auto",
+    features: Annotated[
+        str, building.store_option("--features", help="Comma-separated taps to store; see kdcache models.")
+    ] = "",
     statistics: building.Statistics = "",
-    raw_logits: Annotated[bool, _Option("--raw-logits", help="Keep every pixel's largest logit too.")] = False,
+    raw_logits: Annotated[
+        bool, building.store_option("--raw-logits", help="Keep every pixel's largest logit too.")
+    ] = False,
     views: building.Views = None,
-    crop: Annotated[str | None, _Option("--crop", metavar="HxW", help="Views are crops of so many pixels.")] = None,
+    crop: Annotated[
+        str | None, building.view_option("--crop", metavar="HxW", help="Views are crops of so many pixels.")
+    ] = None,
     view_seed: building.ViewSeed = 0,
     view_scale: building.ViewScale = "1:2",
     view_flip: building.ViewFlip = True,
-    pixels: Annotated[str, _Option("--pixels", help="stored or source.")] = "stored",
-    codec: Annotated[str, _Option("--codec", help="default, small or none.")] = "default",
+    pixels: Annotated[str, building.store_option("--pixels", help="stored or source.")] = "stored",
+    codec: Annotated[str, building.store_option("--codec", help="default, small or none.")] = "default",
     class_map: building.ClassMap = None,
-    mean: Annotated[str | None, _Option("--mean", metavar="R,G,B", help="If not the model's own.")] = None,
-    std: Annotated[str | None, _Option("--std", metavar="R,G,B", help="If not the model's own.")] = None,
-    precision: Annotated[str, _Option("--precision", help="float32, bf16 or fp16.")] = "float32",
+    mean: Annotated[
+        str | None, building.teacher_option("--mean", metavar="R,G,B", help="If not the model's own.")
+    ] = None,
+    std: Annotated[
+        str | None, building.teacher_option("--std", metavar="R,G,B", help="If not the model's own.")
+    ] = None,
+    precision: Annotated[str, building.teacher_option("--precision", help="float32, bf16 or fp16.")] = "float32",
     batch_size: Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
-    shard_records: Annotated[int, _Option("--shard-records", min=1, max=65536, help="Records per shard file.")] = 64,
+    shard_records: Annotated[
+        int, building.store_option("--shard-records", min=1, max=65536, help="Records per shard file.")
+    ] = 64,
     render_threads: building.RenderThreads = None,
     threads: options.Threads = 0,
     device: options.Device = "auto",

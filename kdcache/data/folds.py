@@ -44,9 +44,7 @@ def parse_fold(text: str) -> tuple[int, int]:
     """'1/4' as (1, 4): the second of four folds, which are counted from 0. Raises RecipeError."""
     first, _, second = text.partition("/")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) and int(second) >= 2):
-        raise RecipeError(
-            "--fold is I/K: fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4"
-        )
+        raise RecipeError("--fold is I/K: fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4")
     return int(first), int(second)
 
 

@@ -88,11 +88,14 @@ def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
     return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
 
 
-def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> None:
-    """Create every array of an empty store; only the sample ids get content."""
-    shard = manifest.build.shard_records
+def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
+    """Create every array of an empty store, of which the sample ids alone get content.
+
+    Returns: those with a row per record, by path. They write chunks of zeros too; opened again they would not.
+    """
+    shard, created = manifest.build.shard_records, {}
     for spec in record_arrays(manifest):
-        group.create_array(
+        created[spec.path] = group.create_array(
             spec.path,
             shape=(manifest.records, *spec.shape),
             chunks=(chunk_records(spec, manifest), *spec.shape),
@@ -107,6 +110,7 @@ def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> 
     encoded = [sample.encode() for sample in ids]
     _create_flat(group, SAMPLE_ARRAYS[0], np.frombuffer(b"".join(encoded), np.uint8))
     _create_flat(group, SAMPLE_ARRAYS[1], np.cumsum([len(part) for part in encoded], dtype=np.int64))
+    return created
 
 
 def metadata_keys(manifest: Manifest) -> list[str]:

@@ -10,6 +10,7 @@ store there are none. Who finishes the last shard seals the store.
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from kdcache.store.schema import ArraySpec, chunk_records, create_arrays, metada
 from kdcache.store.shard import chunk_checksums
 
 Array = np.ndarray[Any, Any]
+_SETTING = threading.Lock()
 _POLL_SECONDS = 0.5  # between looks at the shards of others
 
 
@@ -173,17 +175,16 @@ class _Encoder:
     def __init__(self, manifest: Manifest) -> None:
         self._files: dict[str, Any] = {}
         group = zarr.open_group(MemoryStore(self._files), mode="w")
-        create_arrays(group, manifest, ())
-        with zarr.config.set({"array.write_empty_chunks": True}):  # read when an array is opened
-            self._arrays = {spec.path: group[spec.path] for spec in record_arrays(manifest)}
+        self._arrays = create_arrays(group, manifest, ())
 
     def encode(self, spec: ArraySpec, shard: int, rows: Array) -> bytes:
         array: Any = self._arrays[spec.path]
         first = shard * array.shards[0]
         assert rows.shape == (min(array.shards[0], array.shape[0] - first), *spec.shape), (spec.path, rows.shape)
         assert rows.dtype == spec.dtype, (spec.path, rows.dtype)
-        # A task per chunk costs more than encoding it: let Zarr take the chunks of a shard together.
-        with zarr.config.set({"codec_pipeline.batch_size": len(rows)}):
+        # A task per chunk costs more than encoding it: let Zarr take the chunks of a shard together. The setting is the
+        # process's own: threads that put it back in another order than they changed it would leave it changed.
+        with _SETTING, zarr.config.set({"codec_pipeline.batch_size": len(rows)}):
             array[first : first + len(rows)] = rows
         content: bytes = self._files.pop(shard_key(spec, shard)).to_bytes()
         return content

@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import zarr
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files, worker_of
@@ -269,8 +272,6 @@ def test_an_out_that_holds_something_else_is_untouched(small, tree, tmp_path, wh
     if what == "a file":
         out.write_text("thesis")
     elif what == "another store":
-        import zarr
-
         zarr.create_group(out, attributes={"mine": 1}).create_array("x", shape=(3,), dtype="i4")
     else:
         out.mkdir()
@@ -428,3 +429,16 @@ def test_a_disk_that_is_full_from_the_start(small, clean, tree, small_disk) -> N
     assert list(disk.path.iterdir()) == []
     disk.grow(8192)
     assert tree(small.write(disk.path / "s.zarr")) == clean
+
+
+def test_writers_in_threads_leave_the_settings_of_zarr_alone(plan, tmp_path) -> None:
+    names = ("array.write_empty_chunks", "codec_pipeline.batch_size")
+    before = [zarr.config.get(name) for name in names]
+    wanted = [plan(seed=seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda number: wanted[number].write(tmp_path / f"{number}.zarr"), range(8)))
+    assert [zarr.config.get(name) for name in names] == before
+    for number, store in enumerate(stores):
+        cache = open_cache(store)
+        for path, rows in wanted[number].arrays.items():
+            assert np.array_equal(cache.read(1, [path])[path], rows[1])
