@@ -15,7 +15,6 @@ from kdcache.errors import KDCacheError
 from kdcache.train.cached import CacheDataset
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.order import WINDOW_RECORDS, WINDOW_SHARDS, Steps
-from kdcache.train.records import PIXEL_PATHS
 
 T = TypeVar("T")
 THREADS = 4
@@ -118,7 +117,8 @@ def window_samples(dataset: CacheDataset) -> int:
 
 def read_paths(dataset: CacheDataset) -> tuple[str, ...]:
     """The arrays that draws read from the store."""
-    return dataset.paths if dataset.on_device is None else tuple(p for p in dataset.paths if p in PIXEL_PATHS)
+    kept = () if dataset.on_device is None else dataset.target_paths
+    return tuple(path for path in dataset.paths if path not in kept)
 
 
 def _bytes(dataset: CacheDataset, samples: int) -> int:

@@ -265,8 +265,10 @@ def build(num_classes=7):
         {},
         {"clip_grad": 0.1, "workers": 2, "distill_void": True, "optimizer": "adam", "lr": 1e-4},
         {"model": "spare", "method": "none"},
+        {"method": "kl+dist+pseudo", "batch_size": 4},
+        {"mix": "classmix", "gate": "confidence:0.5", "class_balance": "sqrt", "batch_size": 4},
     ],
-    ids=["uneven", "clipped", "unused parameters"],
+    ids=["uneven", "clipped", "unused parameters", "terms", "mixed"],
 )
 def test_two_processes_train_as_one(
     changes: dict[str, Any],
@@ -291,6 +293,23 @@ def test_two_processes_train_as_one(
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
     files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+def test_projections_of_terms_are_learnt_together(
+    student: dict[str, Any], make_cache: Callable[..., Path], go: Callable[..., Ended], tmp_path: Path
+) -> None:
+    """Processes that each followed their own half would end far apart."""
+    settings = student | {"cache": str(make_cache(features=("head",))), "method": "kl+hint+sp", "val": None}
+    settings |= {"batch_size": 4, "iterations": 4, "lr": 1e-3}
+    states = []
+    for name, ranks, iterations in (("begun", 1, 1), ("one", 1, 4), ("two", 2, 4)):
+        ended = go(settings | {"iterations": iterations, "val_every": 1}, tmp_path / name, ranks)
+        assert ended.codes == [0] * ranks, ended.err
+        state = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["criterion"]
+        states.append(torch.cat([tensor.flatten() for tensor in state.values()]))
+    begun, one, two = states
+    assert (one - begun).norm() > 0
+    assert (two - one).norm() <= 0.05 * (one - begun).norm()
 
 
 def test_a_teacher_trains_on_two_processes_and_more_than_there_are_images_to_validate(
