@@ -7,7 +7,7 @@ has the shards it meets copied to this machine. What goes wrong there goes wrong
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
@@ -72,7 +72,10 @@ class Ahead(Iterable[T]):
                 if ended.is_set():
                     return
                 if self._is_due(met.get(shard), step):
-                    wait([pool.submit(self._fetch, shard, path) for path in read_paths(self._dataset)])
+                    fetches = [pool.submit(self._fetch, shard, path) for path in read_paths(self._dataset)]
+                    with suppress(CancelledError):  # at the end; `wait` would not see it, and wait for ever
+                        for fetch in fetches:
+                            fetch.result()
                 met[shard] = step
 
     def _is_due(self, last: int | None, step: int) -> bool:

@@ -48,6 +48,7 @@ class FarDataset(CacheDataset):
     remote = True  # type: ignore[assignment]
     shard_records = SHARD_RECORDS  # type: ignore[assignment]
     paths = PATHS  # type: ignore[assignment]
+    target_paths = PATHS[:1]  # type: ignore[assignment]
 
     def __init__(self, cache: FarCache) -> None:
         self.cache = self.records = cache  # type: ignore[assignment]
@@ -165,6 +166,26 @@ def test_a_loader_that_is_left_early_ends_it() -> None:
     batches.close()
     assert closed == [True]
     assert ended()
+
+
+def test_leaving_while_fetches_wait_for_their_turn_ends_it() -> None:
+    """More fetches than threads: some are cancelled before they begin, and nobody may wait for them."""
+    slow = threading.Event()
+
+    class SlowCache(FarCache):
+        def fetch(self, shard: int, path: str) -> None:
+            slow.wait(0.05)
+            super().fetch(shard, path)
+
+    class Wide(FarDataset):
+        paths = tuple(f"features/{tap}" for tap in range(12))  # type: ignore[assignment]
+
+    for _ in range(5):
+        batches = iter(Ahead(range(100), Windows(), Wide(SlowCache()), Steps(0, 100, 2)))
+        next(batches)
+        time.sleep(0.02)
+        batches.close()
+        assert ended()
 
 
 @pytest.mark.parametrize(("room", "ahead_too"), [(None, True), (12_000, True), (11_999, False)])
