@@ -21,7 +21,7 @@ from kdcache.distill.target import INSIDE
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import Cache
 from kdcache.train.dataset import ABSENT, DrawnDataset, Field, Size
-from kdcache.train.part import Part
+from kdcache.train.part import Chosen, Part
 from kdcache.train.records import PIXEL_PATHS, TARGET_PARTS, RecordSource, target_paths
 from kdcache.train.sample import Array, Row
 
@@ -80,10 +80,14 @@ class CacheDataset(DrawnDataset):
         self._targets = target_paths(cache) if targets else {}
         self.extras = tuple(extras)
         chosen_part = Part() if part is None else part
-        chosen_samples = chosen_part.choose(cache.ids)
-        labelled = cache.column("labelled")[:: cache.manifest.view.views_per_sample]
-        self._labelled = frozenset(number for number in chosen_samples.labelled if labelled[number])
-        self.indices = [n for n in chosen_samples.samples if n in self._labelled or not labelled_only]
+        everything = range(cache.manifest.dataset.samples)
+        used = Chosen(everything, everything) if chosen_part.whole else chosen_part.choose(cache.ids)
+        self._labels_used = used.labelled
+        self._labels_there = cache.column("labelled")[:: cache.manifest.view.views_per_sample].astype(bool)
+        complete = bool(self._labels_there.all()) and chosen_part.labels is None
+        self.indices = used.samples
+        if labelled_only and not complete:
+            self.indices = [number for number in used.samples if self._has_label(number)]
         self._views = _views(cache, chosen_part.views)
         # Samples begin with different views, so that an epoch has about as many of each.
         turning = augment == "replay" and self._views > 1
@@ -123,7 +127,7 @@ class CacheDataset(DrawnDataset):
     @property
     def labelled(self) -> list[int]:
         """Samples of the store whose labels are used."""
-        return [number for number in self.indices if number in self._labelled]
+        return [number for number in self.indices if self._has_label(number)]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -164,7 +168,7 @@ class CacheDataset(DrawnDataset):
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
         out.window[...] = (window.y0, window.x0, window.y1, window.x1)
         out.flip[...] = flip
-        if self.indices[index] not in self._labelled:
+        if not self._has_label(self.indices[index]):
             out.label[...] = IGNORE_INDEX
         for path in self.extras:
             self.records.read_into(record, path, out.extras[path])
@@ -176,6 +180,9 @@ class CacheDataset(DrawnDataset):
             return
         for name, path in self._targets.items():
             self.records.read_into(record, path, getattr(out, name))
+
+    def _has_label(self, number: int) -> bool:
+        return number in self._labels_used and bool(self._labels_there[number])
 
     def _read(self, record: int, path: str) -> Array:
         spec = self.cache.specs[path]

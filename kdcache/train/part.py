@@ -4,7 +4,7 @@ Samples are ranked by a hash of their ids and the first ones are taken, so a lar
 the labelled ones are among those that are used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ from kdcache.errors import RecipeError
 
 
 class Chosen(NamedTuple):
-    """Numbers of samples, in their order."""
+    """Numbers of samples, in their order, and those of them whose labels are used."""
 
-    samples: list[int]
-    labelled: frozenset[int]
+    samples: Sequence[int]
+    labelled: Collection[int]
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,16 @@ class Part:
     without: tuple[int, int] | None = None
     views: int | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether all samples and labels are used, for which nobody needs to know ids."""
+        return self.samples is None and self.labels is None and self.without is None
+
     def choose(self, ids: Sequence[str]) -> Chosen:
         """Raises: RecipeError when nothing is left, or for folds that cannot be."""
         there = range(len(ids))
+        if self.whole:
+            return Chosen(there, there)
         if self.without is not None:
             fold, folds = self.without
             there_of = folds_of(ids, folds)
