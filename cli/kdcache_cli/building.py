@@ -2,11 +2,19 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcache.errors import RecipeError
+from kdcache_cli import options
+from kdcache_cli.console import ERRORS
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.data import Split
+    from kdcache.teacher import BuildOptions
+    from kdcache.teacher import Teacher as LoadedTeacher
 
 _Option = typer.Option
 teacher_option = partial(typer.Option, rich_help_panel="What the teacher looks at")
@@ -123,3 +131,62 @@ def parse_top_k(text: str) -> int | None:
     if not text.isdigit():
         raise RecipeError("--top-k is auto or a number of classes", received=repr(text), remedy="use --top-k auto")
     return int(text)
+
+
+def prepare(given: dict[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOptions]":
+    """What a build works on, from the flags that build-teacher-cache and plan share, by name."""
+    import torch
+
+    from kdcache.data import open_split
+    from kdcache.models import Tta
+    from kdcache.teacher import BuildOptions, check_cross_fit, load_teachers
+    from kdcache.train import pick_device
+
+    flags = SimpleNamespace(**given)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    source = open_split(flags.data, flags.split)
+    loaded = load_teachers(
+        flags.teacher,
+        source.classes,
+        weights=parse_weights(flags.teacher_weights),
+        tta=None if flags.tta is None else Tta.parse(flags.tta),
+        folds=flags.folds,
+        class_map=flags.class_map,
+        mean=options.parse_rgb(flags.mean, "--mean"),
+        std=options.parse_rgb(flags.std, "--std"),
+    )
+    if flags.folds is not None:
+        check_cross_fit(flags.teacher, source)
+    for note in loaded.notes:
+        ERRORS.print(f"note: {note}")
+    chosen = options.parse_size(flags.size) or loaded.size
+    if chosen is None:
+        raise RecipeError(
+            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
+            received="no --size",
+            remedy="add --size HxW, for instance --size 288x384",
+        )
+    threads = {} if flags.render_threads is None else {"render_threads": flags.render_threads}
+    return (
+        source,
+        loaded,
+        BuildOptions(
+            size=chosen,
+            top_k=parse_top_k(flags.top_k),
+            features=comma_separated(flags.features),
+            statistics=comma_separated(flags.statistics),
+            raw_logits=flags.raw_logits,
+            crop=options.parse_size(flags.crop, "--crop"),
+            teacher_size=options.parse_size(flags.teacher_size, "--teacher-size"),
+            teacher_grid=options.one_of("--teacher-grid", flags.teacher_grid, ("own", "view")),  # type: ignore[arg-type]
+            **view_options(flags.views, flags.view_seed, flags.view_scale, flags.view_flip, flags.crop),
+            pixels=options.one_of("--pixels", flags.pixels, ("stored", "source")),  # type: ignore[arg-type]
+            codec=options.one_of("--codec", flags.codec, ("default", "small", "none")),  # type: ignore[arg-type]
+            batch_size=flags.batch_size,
+            shard_records=flags.shard_records,
+            precision=options.one_of("--precision", flags.precision, ("float32", "bf16", "fp16")),  # type: ignore[arg-type]
+            device=pick_device(flags.device),
+            **threads,
+        ),
+    )

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdcache.errors import RecipeError
 from kdcache_cli import building, options
-from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
+from kdcache_cli.console import OUT, bytes_text, progress_bar
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.data import Split
@@ -130,56 +129,9 @@ def build_teacher_cache(
     [dim]kdcache build-teacher-cache ... --views 8 --crop 288x288 --view-scale 0.5:2[/]
     [dim]torchrun --nproc-per-node 8 -m kdcache_cli build-teacher-cache --data ... --out s3://bucket/camvid.zarr[/]
     """
-    import torch
-
-    from kdcache.data import open_split
-    from kdcache.models import Tta
     from kdcache.store import worker_of
-    from kdcache.teacher import BuildOptions, check_cross_fit, load_teachers
-    from kdcache.train import pick_device
 
-    if threads:
-        torch.set_num_threads(threads)
-    source = open_split(data, split)
-    loaded = load_teachers(
-        teacher,
-        source.classes,
-        weights=building.parse_weights(teacher_weights),
-        tta=None if tta is None else Tta.parse(tta),
-        folds=folds,
-        class_map=class_map,
-        mean=options.parse_rgb(mean, "--mean"),
-        std=options.parse_rgb(std, "--std"),
-    )
-    if folds is not None:
-        check_cross_fit(teacher, source)
-    for note in loaded.notes:
-        ERRORS.print(f"note: {note}")
-    chosen = options.parse_size(size) or loaded.size
-    if chosen is None:
-        raise RecipeError(
-            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
-            received="no --size",
-            remedy="add --size HxW, for instance --size 288x384",
-        )
-    build_options = BuildOptions(
-        size=chosen,
-        top_k=building.parse_top_k(top_k),
-        features=building.comma_separated(features),
-        statistics=building.comma_separated(statistics),
-        raw_logits=raw_logits,
-        crop=options.parse_size(crop, "--crop"),
-        teacher_size=options.parse_size(teacher_size, "--teacher-size"),
-        teacher_grid=options.one_of("--teacher-grid", teacher_grid, ("own", "view")),  # type: ignore[arg-type]
-        **building.view_options(views, view_seed, view_scale, view_flip, crop),
-        pixels=options.one_of("--pixels", pixels, ("stored", "source")),  # type: ignore[arg-type]
-        codec=options.one_of("--codec", codec, ("default", "small", "none")),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        shard_records=shard_records,
-        precision=options.one_of("--precision", precision, ("float32", "bf16", "fp16")),  # type: ignore[arg-type]
-        device=pick_device(device),
-        **({} if render_threads is None else {"render_threads": render_threads}),  # type: ignore[arg-type]
-    )
+    source, loaded, build_options = building.prepare({**locals()})
     teach_and_tell(source, loaded, out, build_options, worker_of(worker))
 
 

@@ -9,7 +9,6 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from kdcache.errors import RecipeError
 from kdcache_cli import building, options
 from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
 
@@ -87,56 +86,9 @@ def plan(
     [dim]kdcache plan --data camvid --teacher runs/teacher --out camvid.zarr[/]
     [dim]kdcache plan --data ade20k --teacher runs/b5 --views 4 --student kdcache:tiny --epochs 50[/]
     """
-    import torch
-
-    from kdcache.data import open_split
-    from kdcache.models import Tta
-    from kdcache.teacher import BuildOptions, check_cross_fit, load_teachers
     from kdcache.teacher.estimate import estimate, student_seconds
-    from kdcache.train import pick_device
 
-    if threads:
-        torch.set_num_threads(threads)
-    source = open_split(data, split)
-    loaded = load_teachers(
-        teacher,
-        source.classes,
-        weights=building.parse_weights(teacher_weights),
-        tta=None if tta is None else Tta.parse(tta),
-        folds=folds,
-        class_map=class_map,
-        mean=options.parse_rgb(mean, "--mean"),
-        std=options.parse_rgb(std, "--std"),
-    )
-    if folds is not None:
-        check_cross_fit(teacher, source)
-    for note in loaded.notes:
-        ERRORS.print(f"note: {note}")
-    chosen = options.parse_size(size) or loaded.size
-    if chosen is None:
-        raise RecipeError(
-            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
-            received="no --size",
-            remedy="add --size HxW, for instance --size 288x384",
-        )
-    build_options = BuildOptions(
-        size=chosen,
-        top_k=building.parse_top_k(top_k),
-        features=building.comma_separated(features),
-        statistics=building.comma_separated(statistics),
-        raw_logits=raw_logits,
-        crop=options.parse_size(crop, "--crop"),
-        teacher_size=options.parse_size(teacher_size, "--teacher-size"),
-        teacher_grid=options.one_of("--teacher-grid", teacher_grid, ("own", "view")),  # type: ignore[arg-type]
-        **building.view_options(views, view_seed, view_scale, view_flip, crop),
-        pixels=options.one_of("--pixels", pixels, ("stored", "source")),  # type: ignore[arg-type]
-        codec=options.one_of("--codec", codec, ("default", "small", "none")),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        shard_records=shard_records,
-        precision=options.one_of("--precision", precision, ("float32", "bf16", "fp16")),  # type: ignore[arg-type]
-        device=pick_device(device),
-        **({} if render_threads is None else {"render_threads": render_threads}),  # type: ignore[arg-type]
-    )
+    source, loaded, build_options = building.prepare({**locals()})
     learning = None if student is None else student_seconds(student, len(source.classes), build_options)
     with progress_bar() as bar:
         found = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).tell)
