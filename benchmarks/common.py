@@ -18,8 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def header(theme: str) -> dict[str, Any]:
-    """The first keys of a result file."""
-    command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    """The first keys of a result file. Where folders lie on one machine is nobody's business: their names stay."""
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *words])
     return bench_header(theme, command, environment())
 
 

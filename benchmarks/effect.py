@@ -1,14 +1,13 @@
 """When does distilling help? A queue of short runs on CamVid that goes on where it stopped.
 
-Phases, each skipped where it is done already:
+All train on four fifths of train; fold 0 of 5 judges everything that is chosen, val the final comparison alone.
 
-    teachers   trained on all of train, and without fold 0 of 5 (which judges everything that is chosen)
-    stores     what they say: as it is, at twice the size, as an ensemble with test-time augmentation, in 16 views
-    search     one seed or two of every arm, trained without fold 0 and scored on it; val is not looked at
-    final      the best arm and the stronger plain one with fresh seeds on all of train, scored on val
+    search     one seed or two of every arm, scored on fold 0
+    final      the best arm and the stronger plain one with fresh seeds and more iterations, scored on val
 
 A finished run is a row of the result file and is not repeated, wherever the queue goes on: rows name what decides a
-run. Teachers and stores are made anew where they are missing; on one kind of machine they come out the same.
+run. Teachers, and stores of what they say, are made where a run needs them and they are missing; on one kind of machine
+they come out the same.
 
     python benchmarks/effect.py --data camvid --out effect-runs --json benchmarks/results/effect-cpu.json
 
@@ -33,7 +32,12 @@ from common import header, write
 from live import paired
 
 HELD_OUT = "0/5"
-TEACHER = "--model kdcache:base --iterations {t} --batch-size 8 --lr 2e-3 --warmup 100 --class-weights sqrt"
+TEACHER = "--model kdcache:base --batch-size 8 --lr 2e-3 --warmup 100 --class-weights sqrt"
+# "base" sees what students see; "sharp" crops at twice to four times the resolution, for looks at --large.
+TEACHERS = {
+    "base-0": "--seed 0 --iterations {t}",
+    "sharp-0": "--seed 0 --iterations {longer} --scale 1:4",
+}
 STUDENT = "--model kdcache:tiny --batch-size 8 --warmup 100 --class-weights sqrt --gradients-every 0"
 
 
@@ -54,38 +58,48 @@ class Arm:
 
     @property
     def plain(self) -> bool:
-        return self.store == "" or "--method none" in self.flags
+        return self.store == "" or ("--method none" in self.flags and "--term" not in self.flags)
 
 
 STORES = {
-    "one": "--teacher {a}",
-    "large": "--teacher {a} --teacher-size {large} --teacher-grid view --raw-logits --features head",
-    "ensemble": "--teacher {a} --teacher {b} --tta flip --teacher-size {large} --teacher-grid view",
-    "views": "--teacher {a} --teacher-size {large} --teacher-grid view --views 16 --view-scale 1:2",
+    "one": "--teacher {base-0}",
+    "large": "--teacher {sharp-0} --teacher-size {large} --teacher-grid view --raw-logits --features head",
+    "ensemble": "--teacher {sharp-0} --teacher {base-0} --tta flip --teacher-size {large} --teacher-grid view",
+    "views": "--teacher {sharp-0} --teacher-size {large} --teacher-grid view --views 16 --view-scale 1:2",
 }
 
+# In the order in which they are run: what is most likely to matter first.
 ARMS = (
-    # Plain: as many trials of the learning rate as the recipe gets of its weights.
-    *(Arm(f"plain lr {lr:g}", "one", f"--method none --lr {lr:g}", 2) for lr in (1e-3, 2e-3, 4e-3, 8e-3)),
+    # Plain: about as many trials of the learning rate as the recipe gets of its weights.
+    Arm("plain lr 0.004", "one", "--method none --lr 4e-3", 2),
+    *(Arm(f"plain lr {lr:g}", "one", f"--method none --lr {lr:g}") for lr in (1e-3, 2e-3, 8e-3)),
     *(Arm(f"plain from files, lr {lr:g}", "", f"--lr {lr:g}") for lr in (2e-3, 4e-3)),
-    *(Arm(f"kl w {w:g} T {t:g}", "one", f"--method kl --lr 4e-3 --kl-weight {w:g} --temperature {t:g}")
-      for w in (0.1, 0.3, 1.0) for t in (1.0, 2.0, 4.0)),
-    Arm("kl balanced", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt", 2),
+    Arm("kl w 0.3 T 2", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --temperature 2"),
+    Arm("kl from an ensemble, balanced", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt"),
+    Arm("kl from an ensemble", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3"),
+    Arm("kl from an ensemble, fading", "ensemble", "--method kl --lr 4e-3 --kl-weight 1 --distill-schedule fade"),
+    Arm("kl balanced", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt"),
+    Arm("dist", "ensemble", "--method dist --lr 4e-3"),
+    Arm("cwd", "large", "--method cwd --lr 4e-3"),
+    Arm("dist w 3", "ensemble", "--method none --term dist,weight=3 --lr 4e-3"),
+    Arm("dist, one teacher", "one", "--method dist --lr 4e-3"),
+    Arm("kl w 1 T 2", "one", "--method kl --lr 4e-3 --kl-weight 1 --temperature 2"),
+    Arm("dist and cwd", "large", "--method dist+cwd --lr 4e-3"),
+    Arm("kl w 0.1 T 2", "one", "--method kl --lr 4e-3 --kl-weight 0.1 --temperature 2"),
     Arm("kl gate correct", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --gate correct"),
     Arm("kl trusted", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --class-trust auto --trust-against {plain}"),
-    Arm("kl from a larger rendering", "large", "--method kl --lr 4e-3 --kl-weight 0.3", 2),
-    Arm("kl from a larger rendering, balanced", "large",
-        "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt", 2),
-    Arm("kl from an ensemble", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3", 2),
-    Arm("kl from an ensemble, balanced", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt", 2),
-    Arm("dist", "large", "--method dist --lr 4e-3"),
-    Arm("cwd", "large", "--method cwd --lr 4e-3"),
+    Arm("kl from a larger rendering", "large", "--method kl --lr 4e-3 --kl-weight 0.3"),
     Arm("at", "large", "--method at --lr 4e-3"),
     Arm("sp", "large", "--method sp --lr 4e-3"),
-    Arm("plain, 16 views", "views", "--method none --augment replay --lr 4e-3"),
-    Arm("kl, 16 views", "views", "--method kl --augment replay --lr 4e-3 --kl-weight 0.3"),
     Arm("plain, a quarter of the labels", "one", "--method none --lr 4e-3 --limit-samples 0.25"),
     Arm("kl on all, a quarter of the labels", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --limit-labels 0.25"),
+    Arm("plain, 16 views", "views", "--method none --augment replay --lr 4e-3"),
+    Arm("kl, 16 views", "views", "--method kl --augment replay --lr 4e-3 --kl-weight 0.3"),
+    Arm("kl w 0.3 T 1", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --temperature 1"),
+    Arm("kl w 0.3 T 4", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --temperature 4"),
+    Arm("kl from a larger rendering, balanced", "large",
+        "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt"),
+    Arm("kl from an ensemble, w 1", "ensemble", "--method kl --lr 4e-3 --kl-weight 1"),
     Arm("plain, cutmix", "one", "--method none --lr 4e-3 --mix cutmix:0.5"),
     Arm("kl, cutmix", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --mix cutmix:0.5"),
 )  # fmt: skip
@@ -98,6 +112,7 @@ class Queue:
         self.arguments = arguments
         self.out = Path(arguments.out)
         self.lock = threading.Lock()
+        self.makes = {name: threading.Lock() for name in (*TEACHERS, *STORES, "plain")}
         self.rows: list[dict[str, Any]] = []
         self.ends = time.monotonic() + 60 * arguments.minutes
         if arguments.json.is_file():
@@ -122,27 +137,20 @@ class Queue:
 
     # --- teachers and stores -------------------------------------------------------------------------------
 
-    def teachers(self) -> None:
-        self.side_by_side([
-            lambda seed=seed, fold=fold: self.teacher(seed, fold) for fold in (HELD_OUT, None) for seed in (0, 1)
-        ])  # fmt: skip
+    def teacher(self, name: str) -> Path:
+        out, a = self.out / "teachers" / name, self.arguments
+        words = f"train-teacher --data {a.data} --size {a.size} --out {out} --threads 1 --resume {TEACHER} "
+        words += TEACHERS[name].format(t=a.teacher_iterations, longer=3 * a.teacher_iterations // 2)
+        with self.makes[name]:  # the first that needs it makes it
+            if not (out / "result.json").is_file():
+                self.kdcache(f"{words} --fold {HELD_OUT} --val-split train --val-fold {HELD_OUT}")
+        return out
 
-    def folder(self, kind: str, name: str, fold: str | None) -> Path:
-        return self.out / kind / (name + ("" if fold is None else "-held-out"))
-
-    def teacher(self, seed: int, fold: str | None) -> None:
-        out, a = self.folder("teachers", f"base-{seed}", fold), self.arguments
-        if (out / "result.json").is_file() or self.late:
-            return
-        words = f"train-teacher --data {a.data} --size {a.size} --out {out} --seed {seed} --threads 1 --resume "
-        words += TEACHER.format(t=a.teacher_iterations) + (f" --fold {fold}" if fold else "")
-        self.kdcache(words + (f" --val-split train --val-fold {fold}" if fold else ""))
-
-    def store(self, name: str, fold: str | None) -> Path:
-        out, a = self.folder("stores", f"{name}.zarr", fold), self.arguments
-        with self.lock:  # the first run that needs it makes it
+    def store(self, name: str) -> Path:
+        out, a = self.out / "stores" / f"{name}.zarr", self.arguments
+        with self.makes[name]:
             if not (out / "complete.json").is_file():
-                teachers = {key: self.folder("teachers", f"base-{seed}", fold) for key, seed in (("a", 0), ("b", 1))}
+                teachers = {known: self.teacher(known) for known in TEACHERS if f"{{{known}}}" in STORES[name]}
                 flags = STORES[name].format(large=a.large, **teachers)
                 self.kdcache(f"build-teacher-cache --data {a.data} --size {a.size} --out {out} --threads 1 {flags}")
         return out
@@ -150,21 +158,21 @@ class Queue:
     # --- runs ----------------------------------------------------------------------------------------------
 
     def search(self) -> None:
-        self.plain_run()
         jobs = [(arm, seed) for seed in (0, 1) for arm in ARMS if seed < arm.seeds]
-        self.side_by_side([lambda arm=arm, seed=seed: self.run("search", arm, seed, HELD_OUT) for arm, seed in jobs])
+        teachers = [lambda name=name: self.teacher(name) for name in TEACHERS]
+        self.side_by_side(teachers + [lambda arm=arm, seed=seed: self.run("search", arm, seed) for arm, seed in jobs])
 
     def plain_run(self) -> Path:
         """What trust is measured against."""
-        return self.run("search", next(arm for arm in ARMS if arm.name == "plain lr 0.004"), 0, HELD_OUT, again=True)
+        with self.makes["plain"]:
+            return self.run("search", next(arm for arm in ARMS if arm.name == "plain lr 0.004"), 0, again=True)
 
     def final(self) -> None:
         plain, best = self.choose()
         print(f"final: {best.name} against {plain.name}")
         seeds = range(100, 100 + self.arguments.seeds)
-        self.side_by_side([
-            lambda arm=arm, seed=seed: self.run("final", arm, seed, None) for seed in seeds for arm in (plain, best)
-        ])  # fmt: skip
+        jobs = [(arm, seed) for seed in seeds for arm in (plain, best)]
+        self.side_by_side([lambda arm=arm, seed=seed: self.run("final", arm, seed) for arm, seed in jobs])
 
     def choose(self) -> tuple[Arm, Arm]:
         """The stronger plain arm and the best other, on all labels, by the mean over the search's seeds."""
@@ -173,27 +181,24 @@ class Queue:
         ranked = sorted((arms[name] for name in means if name in arms), key=lambda arm: -means[arm.name])
         return next(arm for arm in ranked if arm.plain), next(arm for arm in ranked if not arm.plain)
 
-    def run(self, phase: str, arm: Arm, seed: int, fold: str | None, again: bool = False) -> Path:
+    def run(self, phase: str, arm: Arm, seed: int, again: bool = False) -> Path:
         """Train an arm, unless its row is there."""
         a = self.arguments
         out = self.out / phase / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}"
         iterations = a.iterations if phase == "search" else a.final_iterations
         key = {"phase": phase, "arm": arm.name, "seed": seed, "iterations": iterations, "size": a.size}
         known = any(key.items() <= row.items() for row in self.rows)
-        if (known and not (again and not (out / "result.json").is_file())) or self.late:
+        done = (out / "result.json").is_file() if again else known
+        if (done and known) or self.late:
             return out
-        flags = arm.flags.format(plain=self.out / "search" / "plain-lr-0.004-0")
+        flags = arm.flags.format(plain=self.plain_run()) if "{plain}" in arm.flags else arm.flags
         if arm.store:
-            words = f"train-student --cache {self.store(arm.store, fold)} "
+            words = f"train-student --cache {self.store(arm.store)} --val {a.data} "
         else:
             words = f"train-teacher --data {a.data} --size {a.size} "
         words += f"--out {out} --seed {seed} --threads 1 --iterations {iterations} --resume {STUDENT} {flags} "
-        words += f"--val-every {iterations} "
-        if fold:
-            words += f"--fold {fold} " + (f"--val {a.data} " if arm.store else "")
-            words += f"--val-split train --val-fold {fold}"
-        else:
-            words += f"--val {a.data}" if arm.store else ""
+        words += f"--val-every {iterations} --fold {HELD_OUT} "
+        words += f"--val-split train --val-fold {HELD_OUT}" if phase == "search" else ""
         self.kdcache(words)
         result = json.loads((out / "result.json").read_text())
         if not known:
@@ -238,12 +243,12 @@ def main() -> None:
     parser.add_argument("--size", default="144x192")
     parser.add_argument("--large", default="288x384", help="what teachers look at")
     parser.add_argument("--teacher-iterations", type=int, default=4000)
-    parser.add_argument("--iterations", type=int, default=2000, help="of a run of the search")
-    parser.add_argument("--final-iterations", type=int, default=4000)
+    parser.add_argument("--iterations", type=int, default=1500, help="of a run of the search")
+    parser.add_argument("--final-iterations", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=8, help="of the final comparison")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after so long")
-    parser.add_argument("--phases", default="teachers,search,final")
+    parser.add_argument("--phases", default="search,final")
     queue = Queue(parser.parse_args())
     for phase in queue.arguments.phases.split(","):
         getattr(queue, phase)()

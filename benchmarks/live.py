@@ -21,15 +21,13 @@ import torch
 
 from common import header, write
 from kdcache.data import open_split
+from kdcache.evaluate.spread import t_quantile
 from kdcache.teacher import load_teacher
 from kdcache.train import make_config
 from kdcache.train.distributed import World
 from kdcache.train.log import Observer
 from kdcache.train.start import make_trainer
 from live_teacher import LiveStep
-
-# Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def run(arguments: argparse.Namespace, seed: int, live: bool, out: Path) -> None:
@@ -91,7 +89,7 @@ def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, 
 def paired(differences: list[float]) -> dict[str, float]:
     """Mean and 95 % interval of paired differences."""
     mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1)) if len(differences) > 1 else np.nan
-    half = T95[len(differences) - 2] * spread / len(differences) ** 0.5 if len(differences) > 1 else np.nan
+    half = t_quantile(len(differences) - 1) * spread / len(differences) ** 0.5 if len(differences) > 1 else np.nan
     return {"mean": round(mean, 3), "low": round(mean - half, 3), "high": round(mean + half, 3)}
 
 

@@ -37,6 +37,7 @@ ALLOWED = {
     "evaluate": {"data", "models", "errors", KERNELS},
     "teacher": {"data", "models", "store", "evaluate", "errors", KERNELS},
     "train": {"data", "models", "store", "evaluate", "distill", "errors"},
+    "sweep": {"data", "evaluate", "errors"},
 }
 """Room -> rooms it may import from."""
 

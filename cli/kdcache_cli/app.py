@@ -10,7 +10,25 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
-from kdcache_cli import bench, bench_loader, cache, data, demo, evaluate, extend, models, plan, pseudo, store, train
+from kdcache_cli import (
+    bench,
+    bench_loader,
+    cache,
+    compare,
+    data,
+    demo,
+    evaluate,
+    extend,
+    models,
+    page,
+    plan,
+    pseudo,
+    ship,
+    store,
+    sweep,
+    train,
+    visualise,
+)
 from kdcache_cli.console import ERRORS
 from kdcache_cli.ranks import one_voice
 
@@ -52,10 +70,16 @@ app.command("train-teacher", rich_help_panel="Work")(train.train_teacher)
 app.command("plan", rich_help_panel="Work")(plan.plan)
 app.command("build-teacher-cache", rich_help_panel="Work")(cache.build_teacher_cache)
 app.command("train-student", rich_help_panel="Work")(train.train_student)
+app.command("sweep", rich_help_panel="Work")(sweep.sweep)
 app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
 app.command("extend", rich_help_panel="Work")(extend.extend)
 app.command("copy", rich_help_panel="Work")(store.copy)
 app.command("export-pseudo-labels", rich_help_panel="Work")(pseudo.export_pseudo_labels)
+app.command("compare", rich_help_panel="Look")(compare.compare)
+app.command("visualise", rich_help_panel="Look")(visualise.visualise)
+app.command("report", rich_help_panel="Look")(page.report)
+app.command("export", rich_help_panel="Work")(ship.export)
+app.command("predict", rich_help_panel="Work")(ship.predict)
 app.command("inspect", rich_help_panel="Look")(store.inspect)
 app.command("verify", rich_help_panel="Look")(store.verify)
 app.command("bench-kernels", rich_help_panel="Look")(bench.bench_kernels)

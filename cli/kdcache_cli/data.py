@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
+from kdcache.errors import RecipeError
 from kdcache_cli.console import OUT, progress_bar
 
 if TYPE_CHECKING:
@@ -22,17 +24,29 @@ def _group() -> None:
 
 @app.command()
 def check(
-    data: Annotated[str, typer.Argument(help="Data folder, or [bold]scenes[/].")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]; folder, camvid, voc, "
+            "cityscapes, gta5, ade20k), or [bold]scenes[/]."
+        ),
+    ],
     split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here too.")] = None,
+    fetch: Annotated[
+        bool,
+        typer.Option("--download", help="Fetch the data set into the folder first, if it is not there: voc:DIR alone."),
+    ] = False,
 ) -> None:
     """Read a data set once and say what is in it and what is wrong with it.
 
-    Classes and their share of pixels, ids out of range, images without labels, sizes, a digest. Exits with 1
-    when something must be mended before training.
+    Its layout, classes and their share of pixels, ids out of range, images without labels, sizes, a digest. Exits with
+    1 when something must be mended before training.
     """
     from kdcache.data import check as check_data
 
+    if fetch:
+        _download(data)
     with progress_bar() as bar:
         tasks: dict[str, object] = {}
 
@@ -42,15 +56,28 @@ def check(
             bar.update(tasks[name], completed=done)  # type: ignore[arg-type]
 
         report = check_data(data, split, progress=progress)
+    OUT.print(f"layout [bold]{report.layout}[/]" + (f" in {escape(report.folder)}" if report.folder else ""))
     for name, part in report.splits.items():
         _print_split(name, part, report.classes.names)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     for problem in report.problems:
-        OUT.print(f"[red]problem[/] {problem}")
+        OUT.print(f"[red]problem[/] {escape(problem)}")
     if report.problems:
         raise typer.Exit(1)
     OUT.print("[green]nothing wrong[/]")
+
+
+def _download(data: str) -> None:
+    from kdcache.data import download
+
+    layout, colon, folder = data.partition(":")
+    if not colon or not folder:
+        raise RecipeError(
+            "--download takes a layout and a folder", received=repr(data), remedy="for instance voc:/data --download"
+        )
+    OUT.print(f"fetching {escape(layout)} into {escape(folder)}, unless it is there")
+    download(layout, folder)
 
 
 def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ _step = partial(typer.Option, rich_help_panel="Optimization")
 _run = partial(typer.Option, rich_help_panel="How it runs")
 
 Model = Annotated[str, _Option("--model", help="What to train; see [bold]kdcache models[/].")]
+Name = Annotated[str | None, _Option("--name", help="What tables and pictures call it (default: what it does).")]
 Out = Annotated[Path, _Option("--out", help="Run folder: new, empty, or with --resume the run itself.")]
 Init = Annotated[str | None, _Option("--init", help="Start from a weights FILE, or [bold]default[/] (downloads).")]
 ValSplit = Annotated[str, _Option("--val-split", help="Split to validate on.")]
@@ -57,6 +58,10 @@ Impl = Annotated[
 DistillVoid = Annotated[bool, _gate("--distill-void/--no-distill-void", help="Whether void pixels teach too.")]
 DistillOn = Annotated[
     str, _gate("--distill-on", help="all: images without a label teach through their targets; or labelled.")
+]
+DistillSchedule = Annotated[
+    str,
+    _gate("--distill-schedule", help="constant, or fade: the teacher's weight goes to nothing, on a line."),
 ]
 Gate = Annotated[
     str,
@@ -112,6 +117,16 @@ ValFold = Annotated[str | None, _part("--val-fold", metavar="I/K", help="Validat
 Iterations = Annotated[int | None, _step("--iterations", help="Optimizer steps (default: 4000).")]
 Epochs = Annotated[int | None, _step("--epochs", help="Instead of --iterations: visits of every sample.")]
 BatchSize = Annotated[int, _step("--batch-size", help="Samples per step, of all processes together.")]
+Accumulate = Annotated[
+    int,
+    _step(
+        "--accumulate",
+        min=1,
+        metavar="N",
+        help="Learn from a batch in N parts, one after the other, in about an Nth of the memory: gradients add up to "
+        "those of the whole batch, except that BatchNorm sees each part alone.",
+    ),
+]
 Optimizer = Annotated[str, _step("--optimizer", help="adamw, adam or sgd.")]
 Lr = Annotated[float, _step("--lr", help="Learning rate at its highest.")]
 WeightDecay = Annotated[float, _step("--weight-decay", help="Not applied to biases and normalisations.")]
@@ -161,3 +176,21 @@ ValEvery = Annotated[
 ]
 LogEvery = Annotated[int, _run("--log-every", help="Steps between log lines.")]
 GradientsEvery = Annotated[int, _run("--gradients-every", help="Steps between gradient norms per term; 0 is off.")]
+KeepEvery = Annotated[
+    str | None,
+    _run(
+        "--keep-every",
+        metavar="N|Ne",
+        help="Also keep the full state every N iterations (500), or N epochs (5e), as checkpoints/step-000500.pt; one "
+        "that is renamed to checkpoint.pt is gone on from by --resume.",
+    ),
+]
+Log = Annotated[
+    list[str] | None,
+    _run(
+        "--log",
+        metavar="WHERE",
+        help="Beside metrics.jsonl: tensorboard, wandb or trackio, as a list (a,b) or repeated. Nothing is sent unless "
+        "you have configured that with wandb or trackio.",
+    ),
+]

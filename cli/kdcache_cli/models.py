@@ -4,9 +4,16 @@ import json as json_module
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache_cli.console import OUT
+
+_NOTES = (
+    "Yours: [bold]module:function[/] or [bold]path/to/file.py:function[/], called with num_classes=...",
+    "smp: any ARCH-ENCODER of segmentation_models_pytorch, also tu-* encoders of timm.",
+    "Weights 'default' of segformer:* and of mit_* encoders are NVIDIA's: for research, not for commerce.",
+)
 
 
 def models(
@@ -17,9 +24,9 @@ def models(
     Beside these, [bold]module:function[/] or [bold]path/to/file.py:function[/] names a function of yours that
     takes num_classes and returns a torch module. Nothing is downloaded.
     """
-    from kdcache.models import list_models
+    from kdcache.models import list_models, missing_models
 
-    found = list_models()
+    found, missing = list_models(), missing_models()
     if json:
         rows = [
             {
@@ -31,6 +38,7 @@ def models(
             }
             for info in found
         ]
+        rows += [{"spec": spec, "install": command} for command, specs in missing.items() for spec in specs]
         typer.echo(json_module.dumps(rows, indent=1))
         return
     table = Table("spec", "parameters", "stride", "taps (channels @ stride)", box=None, header_style="dim")
@@ -40,4 +48,6 @@ def models(
         taps = ", ".join(f"{tap} {t.channels}@{t.stride}" for tap, t in info.taps.items())
         table.add_row(info.spec, f"{info.parameters / 1e6:.2f} M", str(info.stride), taps)
     OUT.print(table)
-    OUT.print("\nYours: [bold]module:function[/] or [bold]path/to/file.py:function[/], called with num_classes=...")
+    for command, specs in missing.items():
+        OUT.print(f"\nWith {escape(command)}:\n  {', '.join(specs)}", highlight=False)
+    OUT.print("\n" + "\n".join(_NOTES))

@@ -38,6 +38,18 @@ def parse_rgb(text: str | None, flag: str) -> tuple[float, float, float] | None:
     return red, green, blue
 
 
+def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
+    """'0,1,2' as three whole numbers from 0, each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise RecipeError(
+            f"{flag} is whole numbers from 0, with commas between",
+            received=repr(text),
+            remedy=f"for instance {flag} 0,1",
+        )
+    return tuple(dict.fromkeys(map(int, words)))
+
+
 def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
     """`value`, when it is one of those allowed."""
     if value not in allowed:
@@ -115,7 +127,14 @@ Recipe = Annotated[
         help="TOML file with these flags as keys; a flag given here wins.",
     ),
 ]
-Data = Annotated[str, typer.Option("--data", help="Data folder, or [bold]scenes[/] for the built-in procedural set.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Data folder: your own, CamVid, VOC, Cityscapes, GTA5 or ADE20K (found by what lies in it, or named as in "
+        "[bold]voc:DIR[/]); or [bold]scenes[/] for the built-in procedural set.",
+    ),
+]
 OptionalData = Annotated[
     str | None, typer.Option("--data", help="Data folder; needed for a store built with --pixels source.")
 ]

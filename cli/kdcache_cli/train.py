@@ -17,10 +17,12 @@ def train_teacher(
     size: options.Size = None,
     split: options.Split = "train",
     val_split: flags.ValSplit = "val",
+    name: flags.Name = None,
     init: flags.Init = None,
     iterations: flags.Iterations = None,
     epochs: flags.Epochs = None,
     batch_size: flags.BatchSize = 8,
+    accumulate: flags.Accumulate = 1,
     optimizer: flags.Optimizer = "adamw",
     lr: flags.Lr = 1e-3,
     weight_decay: flags.WeightDecay = 0.01,
@@ -46,6 +48,8 @@ def train_teacher(
     val_every: flags.ValEvery = None,
     log_every: flags.LogEvery = 20,
     gradients_every: flags.GradientsEvery = 500,
+    keep_every: flags.KeepEvery = None,
+    log: flags.Log = None,
     resume: flags.Resume = False,
     recipe: options.Recipe = None,
 ) -> None:
@@ -70,6 +74,7 @@ def train_student(
     ce_weight: flags.CeWeight = 1.0,
     distill_void: flags.DistillVoid = True,
     distill_on: flags.DistillOn = "all",
+    distill_schedule: flags.DistillSchedule = "constant",
     gate: flags.Gate = "none",
     class_trust: flags.ClassTrust = None,
     trust_against: flags.TrustAgainst = None,
@@ -82,10 +87,12 @@ def train_student(
     data: options.OptionalData = None,
     split: options.Split = "train",
     size: options.Size = None,
+    name: flags.Name = None,
     init: flags.Init = None,
     iterations: flags.Iterations = None,
     epochs: flags.Epochs = None,
     batch_size: flags.BatchSize = 8,
+    accumulate: flags.Accumulate = 1,
     optimizer: flags.Optimizer = "adamw",
     lr: flags.Lr = 1e-3,
     weight_decay: flags.WeightDecay = 0.01,
@@ -116,6 +123,8 @@ def train_student(
     val_every: flags.ValEvery = None,
     log_every: flags.LogEvery = 20,
     gradients_every: flags.GradientsEvery = 500,
+    keep_every: flags.KeepEvery = None,
+    log: flags.Log = None,
     resume: flags.Resume = False,
     recipe: options.Recipe = None,
 ) -> None:
@@ -136,7 +145,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The flags as settings of a training."""
     settings = {name: value for name, value in given.items() if name not in ("out", "resume", "recipe")}
     settings["size"] = options.parse_size(settings["size"])
-    settings["term"] = settings.get("term") or ()
+    settings |= {name: settings.get(name) or () for name in ("term", "log")}
     return settings
 
 

@@ -1,6 +1,7 @@
 """Data: samples and their layouts, procedural scenes, rendering of views, augmentation, checks.
 
-    open_split(data, split) -> Split          ids, classes, image(i), label(i)
+    open_split(data, split) -> Split          ids, classes, image(i), label(i); of a folder, VOC, Cityscapes, ...
+    download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     draw_window, colour_jitter                what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
@@ -15,6 +16,7 @@ from kdcache.data.augment import Augmentation, colour_jitter, draw_view, draw_wi
 from kdcache.data.check import CheckReport, SplitReport, check, class_weights
 from kdcache.data.folds import check_folds, fold_alone, folds_of, parse_fold
 from kdcache.data.layout import list_splits, open_split
+from kdcache.data.layouts.download import download
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Split
 from kdcache.data.scenes import write_scenes
@@ -33,6 +35,7 @@ __all__ = [
     "check_folds",
     "class_weights",
     "colour_jitter",
+    "download",
     "draw_view",
     "draw_window",
     "fold_alone",

@@ -7,19 +7,19 @@ give the class weights.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.classes import read_classes
-from kdcache.data.folder import FolderSplit, describe_sizes, describe_some, scan_split
 from kdcache.data.layout import list_splits, open_split
+from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
+from kdcache.data.layouts.registry import Found, find_layout
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, ids_out_of_range
 from kdcache.data.scenes import is_scenes
@@ -40,8 +40,9 @@ class SplitReport:
         out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
         without_label: samples without one; no problem by itself.
         without_image: label files that no image has (a wrong suffix included).
-        clashes: image files whose id another image already has.
-        unreadable: sample -> why its image or label could not be read.
+        clashes: image files (or lines of a list) whose id another image already has.
+        missing: files that a list names, or their siblings call for, and that are not there.
+        unreadable: sample -> why its image or label could not be read, or its numbers not be taken for ids.
         mismatched: sample -> both sizes, where a label has not its image's size.
         digest: SHA-256 over class names, ids and contents; None when contents were not read or a
             file could not be.
@@ -57,6 +58,7 @@ class SplitReport:
     without_label: list[str] = field(default_factory=list)
     without_image: list[str] = field(default_factory=list)
     clashes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     mismatched: dict[str, str] = field(default_factory=dict)
     digest: str | None = None
@@ -71,11 +73,14 @@ class SplitReport:
         kinds = (
             (self.clashes, "images share their id with another image"),
             (self.without_image, "labels belong to no image"),
+            (self.missing, "files are missing"),
             (list(self.unreadable), "samples cannot be read"),
             (list(self.mismatched), "labels have another size than their image"),
             (list(self.out_of_range), "labels have ids that are no class"),
         )
-        return [f"{self.split}: {len(names)} {what}: {describe_some(names)}" for names, what in kinds if names]
+        found = [f"{self.split}: {len(names)} {what}: {describe_some(names)}" for names, what in kinds if names]
+        reason = next(iter(self.unreadable.values()), "")
+        return [f"{sentence} ({reason})" if "cannot be read" in sentence else sentence for sentence in found]
 
 
 @dataclass
@@ -83,10 +88,14 @@ class CheckReport:
     """The reports of all checked splits.
 
     Attributes:
+        layout: its name, `scenes` for the built-in set.
+        folder: where the data set begins, which may be below the folder that was named; empty for scenes.
         problems: sentences, empty for a data set that can be trained on as it is.
     """
 
     data: str
+    layout: str
+    folder: str
     classes: ClassList
     splits: dict[str, SplitReport]
     problems: list[str]
@@ -99,6 +108,7 @@ class CheckReport:
             splits[name] = asdict(report) | {"class_shares": class_shares, "void_share": void_share}
         return {
             "data": self.data,
+            "layout": self.layout,
             "classes": self.classes.to_json(),
             "splits": splits,
             "problems": list(self.problems),
@@ -136,12 +146,13 @@ def check(
     Raises: DataError where nothing can be examined: no folder, no such split, no images, no class list.
     """
     data = os.fspath(data)
+    found = None if is_scenes(data) else find_layout(data)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
     reports: dict[str, SplitReport] = {}
     where: dict[str, list[str]] = {}
     classes: ClassList | None = None
     for name in splits if splits is not None else list_splits(data):
-        split, report = _open(data, name)
+        split, report = _open(data, name, found)
         classes = split.classes
         if contents:
             for sample, image_digest in _read_split(split, report, progress, threads):
@@ -154,7 +165,8 @@ def check(
             remedy="Name a split, or add data.",
         )
     problems = [problem for report in reports.values() for problem in report.problems()]
-    return CheckReport(data, classes, reports, problems + _repeats(where))
+    place = ("scenes", "") if found is None else (found.layout.name, str(found.root))
+    return CheckReport(data, *place, classes, reports, problems + _repeats(where, found))
 
 
 def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: WeightKind) -> npt.NDArray[np.float64]:
@@ -183,18 +195,19 @@ def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: We
     return weights
 
 
-def _open(data: str, name: str) -> tuple[Split, SplitReport]:
+def _open(data: str, name: str, found: Found | None) -> tuple[Split, SplitReport]:
     """The split, opened in spite of defects in its file names, which go into the report."""
     report = SplitReport(name)
     split: Split
-    if is_scenes(data):
+    if found is None:
         split = open_split(data, name)
     else:
-        root = Path(data).expanduser()
-        scan = scan_split(root, name)
-        split = FolderSplit(data, name, read_classes(root), scan)
+        layout, root = found
+        scan = layout.scan(root, name)
+        split = FileSplit(data, name, layout.classes(root), root, scan)
         report.clashes = [path for _, _, path in scan.clashes]
         report.without_image = scan.orphans + scan.foreign
+        report.missing = scan.missing
     report.images = len(split)
     report.without_label = [sample for i, sample in enumerate(split.ids) if not split.has_label(i)]
     report.labelled = len(split) - len(report.without_label)
@@ -249,8 +262,12 @@ def _read(split: Split, index: int) -> _Reading:
     return reading
 
 
-def _repeats(where: dict[str, list[str]]) -> list[str]:
-    """Images that are, byte for byte, in more than one split: they falsify every score."""
-    across = [places for places in where.values() if len({place.partition("/")[0] for place in places}) > 1]
+def _repeats(where: dict[str, list[str]], found: Found | None) -> list[str]:
+    """Images that are, byte for byte, in two splits that should share none: they falsify every score."""
+    across = [places for places in where.values() if _falsify({place.partition("/")[0] for place in places}, found)]
     shown = describe_some([" = ".join(places) for places in across])
     return [f"{len(across)} images are in more than one split: {shown}"] if across else []
+
+
+def _falsify(splits: set[str], found: Found | None) -> bool:
+    return any(found is None or not found.layout.may_share(*pair) for pair in itertools.combinations(splits, 2))

@@ -82,6 +82,7 @@ class SplitPart(Split):
 
     def __init__(self, whole: Split, numbers: Sequence[int]) -> None:
         self.data, self.split, self.classes = whole.data, whole.split, whole.classes
+        self.label_map = whole.label_map
         self.ids = tuple(whole.ids[number] for number in numbers)
         self._whole, self._numbers = whole, list(numbers)
 

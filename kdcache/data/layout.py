@@ -1,10 +1,10 @@
-"""From what the user typed to splits: a folder, or the built-in procedural `scenes`."""
+"""From what the user typed to splits: a folder in one of the layouts, or the built-in procedural `scenes`."""
 
 from __future__ import annotations
 
 import os
 
-from kdcache.data.folder import list_folder_splits, open_folder
+from kdcache.data.layouts.registry import find_layout
 from kdcache.data.sample import Split
 from kdcache.data.scenes import ScenesSpec, ScenesSplit, is_scenes
 
@@ -13,19 +13,28 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
     """Open one split of a data set.
 
     Args:
-        data: a folder in the `folder` layout, or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`
-            (a folder of that name is `./scenes`).
+        data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, camvid, voc,
+            cityscapes, gta5, ade20k; or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0` (a folder of that
+            name is `./scenes`).
         split: its name, such as `train`.
     Raises: DataError with what is missing or malformed.
     """
     data = os.fspath(data)
-    return ScenesSplit(data, split) if is_scenes(data) else open_folder(data, split)
+    if is_scenes(data):
+        return ScenesSplit(data, split)
+    layout, root = find_layout(data)
+    return layout.open(data, root, split)
 
 
 def list_splits(data: str | os.PathLike[str]) -> list[str]:
     """Names of the splits that `open_split` would find, sorted.
 
-    Raises: DataError for a malformed spec or a folder without `images`.
+    Some hold the same images on purpose, as `trainval` of VOC does.
+
+    Raises: DataError for a malformed spec or a folder of no known layout.
     """
     data = os.fspath(data)
-    return ScenesSpec.parse(data).splits() if is_scenes(data) else list_folder_splits(data)
+    if is_scenes(data):
+        return ScenesSpec.parse(data).splits()
+    layout, root = find_layout(data)
+    return layout.splits(root)

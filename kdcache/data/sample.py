@@ -93,6 +93,7 @@ class Split(ABC):
         split: the split's name.
         classes: names and colours of the label ids.
         ids: stable unique sample ids, sorted; `index` below counts in this order.
+        label_map: uint8 (256,), the class id of every number in the label files; None where they are class ids already.
 
     Subclasses set these and write `image`, `label` and `has_label`.
     """
@@ -101,6 +102,7 @@ class Split(ABC):
     split: str
     classes: ClassList
     ids: tuple[str, ...]
+    label_map: Pixels | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -124,7 +126,10 @@ class Split(ABC):
         """Whether the sample has a label; reads no file."""
 
     def raw_label(self, index: int) -> Pixels | None:
-        """`label` as it is, compared with neither image nor classes, for reports on broken data."""
+        """`label`, compared with neither image nor classes, for reports on broken data.
+
+        Numbers that no class has stay as they are in the file.
+        """
         return self.label(index)
 
     def content_digests(self, index: int) -> tuple[str, str | None]:
@@ -133,9 +138,11 @@ class Split(ABC):
         return _array_digest(self.image(index)), None if label is None else _array_digest(label)
 
     def digest(self) -> str:
-        """SHA-256 over class names and sample ids. Cheap: it reads no file, so it cannot see contents."""
-        text = json.dumps([list(self.classes.names), list(self.ids)], ensure_ascii=True)
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
+        """SHA-256 over class names, sample ids and `label_map`. Cheap: it reads no file, so it cannot see contents."""
+        about: list[list[str] | list[int]] = [list(self.classes.names), list(self.ids)]
+        if self.label_map is not None:
+            about.append(self.label_map.tolist())
+        return hashlib.sha256(json.dumps(about, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
 def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
@@ -147,12 +154,12 @@ def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
 def default_colours(count: int, taken: Iterable[tuple[int, int, int]] = ()) -> tuple[tuple[int, int, int], ...]:
     """`count` distinct RGB colours: the PASCAL VOC colour map from 1 on (0 is black), less `taken`."""
     used = set(taken)
-    free = [colour for colour in (_voc_colour(i) for i in range(1, 256 + len(used))) if colour not in used]
+    free = [colour for colour in (voc_colour(i) for i in range(1, 256 + len(used))) if colour not in used]
     return tuple(free[:count])
 
 
-def _voc_colour(index: int) -> tuple[int, int, int]:
-    """Bits 0, 3, 6 of the index are the high bits of red, bits 1, 4, 7 of green, 2, 5, 8 of blue."""
+def voc_colour(index: int) -> tuple[int, int, int]:
+    """An id's colour in the PASCAL VOC colour map, RGB: its bits 0, 3, 6 are the high bits of red, 1, 4, 7 of green."""
     r, g, b = (sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
     return r, g, b
 

@@ -5,7 +5,8 @@ The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and
 never of the store.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class DistillLoss(nn.Module):
         align_corners: of the student's own final resize.
         gate: which pixels the teacher's terms count, and how much; default all alike.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
+        scheduled: whether `listen` may change how much the teacher counts while training.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
     Attributes:
         average: mean of a tensor over the processes that share a batch; None when there is one. The denominators are
@@ -52,6 +54,7 @@ class DistillLoss(nn.Module):
     """
 
     class_weight: Tensor | None
+    strength: Tensor | None
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class DistillLoss(nn.Module):
         align_corners: bool = False,
         gate: Gate | None = None,
         further: "Sequence[Term]" = (),
+        scheduled: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -80,7 +84,10 @@ class DistillLoss(nn.Module):
         self.gate = gate or Gate()
         self.further = nn.ModuleList(further)
         self.average: Average | None = None
+        self._counting = False
         self.register_buffer("class_weight", class_weight, persistent=False)
+        # On the device, and changed in place: a CUDA graph reads this very tensor.
+        self.register_buffer("strength", torch.ones(()) if scheduled else None, persistent=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,6 +108,11 @@ class DistillLoss(nn.Module):
         """What a target must hold in its `extras`."""
         return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
 
+    def listen(self, strength: float) -> None:
+        """Multiply the weights of KL and of all terms by `strength` from now on. Only for `scheduled`."""
+        assert self.strength is not None
+        self.strength.fill_(strength)
+
     def describe(self) -> list[str]:
         """What terms resize or project, in words; known after the first batch."""
         return [text for term in self._terms() if (text := term.describe())]
@@ -115,6 +127,25 @@ class DistillLoss(nn.Module):
         self.average = average
         for term in self._terms():
             term.average, term.gather = average, gather
+
+    @contextmanager
+    def averaging(self, average: Average, *, counting: bool = False) -> Iterator[None]:
+        """Ask another `average` inside, which is asked for the same counts in the same order by every equal batch.
+
+        Args:
+            counting: whether the counts are all that matters, so that CE and KL themselves are not computed.
+        """
+        askers: list[DistillLoss | Term] = [self, *self._terms()]
+        before = [asker.average for asker in askers]
+        for asker in askers:
+            asker.average = average
+        self._counting = counting
+        try:
+            yield
+        finally:
+            self._counting = False
+            for asker, own in zip(askers, before, strict=True):
+                asker.average = own
 
     def forward(
         self,
@@ -140,7 +171,7 @@ class DistillLoss(nn.Module):
         batch = self._batch(student_logits_BChw, labels_BHW, target, features)
         values = [term(batch) for term in self._terms()]
         for term, value in zip(self._terms(), values, strict=True):
-            loss = loss + term.weight * value
+            loss = loss + self._now(term.weight) * value
         return Losses(loss, ce, kl, tuple(value.detach() for value in values))
 
     def parts(
@@ -161,8 +192,11 @@ class DistillLoss(nn.Module):
         if len(self.further):
             batch = self._batch(student_logits_BChw, labels_BHW, target, features)
             for name, term in zip(self.names[2:], self._terms(), strict=True):
-                found[name] = term.weight * term(batch)
+                found[name] = self._now(term.weight) * term(batch)
         return found
+
+    def _now(self, weight: float) -> Tensor | float:
+        return weight if self.strength is None else weight * self.strength
 
     def _terms(self) -> "list[Term]":
         return list(self.further)  # type: ignore[arg-type]
@@ -243,6 +277,9 @@ class DistillLoss(nn.Module):
             own = distill_denominators(labels, packed, num_classes=logits.shape[1], **shared)
             ce_denominator, averaged = self.average(torch.stack(own)).unbind()
             kl_denominator = averaged if kl_denominator is None else kl_denominator
+        if self._counting:
+            nothing = logits.new_zeros((), dtype=torch.float32)
+            return nothing, nothing, nothing
         weight = None
         if target is not None and labels is not None:
             weight = self._pixel_weight(target, labels, (labels.shape[1], labels.shape[2]))
@@ -253,7 +290,7 @@ class DistillLoss(nn.Module):
             labels,
             packed,
             ce_weight=ce_weight,
-            kl_weight=0.0 if packed is None else kl_weight,
+            kl_weight=0.0 if packed is None else self._now(kl_weight),
             temperature=self.temperature,
             pixel_weight_BHW=weight,
             align_corners=self.align_corners,

@@ -3,6 +3,7 @@
 matplotlib is imported when a picture is made. Figures are made without pyplot: no global state, no window.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from kdcache.data import IGNORE_INDEX
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 Array = np.ndarray[Any, Any]
 Colours = Sequence[tuple[int, int, int]]
@@ -85,6 +87,24 @@ def colour_ids(ids_HW: Array, colours: Colours) -> Array:
     table = np.full((256, 3), VOID_RGB, np.uint8)
     table[: len(colours)] = colours
     return table[ids_HW]
+
+
+def palette_png(ids_HW: Array, colours: Colours) -> bytes:
+    """A PNG whose pixels are the class ids; a viewer shows the classes' colours."""
+    from PIL import Image
+
+    image = Image.fromarray(ids_HW)
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(colours)], palette[IGNORE_INDEX] = colours, VOID_RGB
+    image.putpalette(palette.tobytes())
+    return png_bytes(image)
+
+
+def png_bytes(image: "Image") -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def mark_wrong(pixels_HW3: Array, label_HW: Array, said_HW: Array) -> Array:

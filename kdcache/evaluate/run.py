@@ -1,6 +1,7 @@
 """Evaluating a model on a labelled split, at the labels' own size."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,17 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """A sample, by its number in the split: what is said of every pixel, and the label; uint8, of the label's size."""
+
+    number: int
+    argmax: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
 class _Sample:
+    number: int
     pixels: Tensor  # uint8 (H, W, 3), at the run's size
     label: Tensor  # uint8, at its own size (or the run's, with at_size)
 
@@ -81,25 +92,56 @@ def count_pixels(
         )
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
     mine = labelled[part[0] :: part[1]]
-    samples = prefetch(lambda index: _load(split, index, size, at_size), mine, threads=threads, ahead=4 * batch_size)
+    batches = predictions(
+        model, split, mine, size, device=device, batch_size=batch_size, at_size=at_size, threads=threads
+    )
+    done = 0
+    with closing(batches):
+        for batch in batches:
+            for said in batch:
+                confusion.update(said.argmax, said.label)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(mine))
+    return confusion
+
+
+def predictions(
+    model: SegmentationModel,
+    split: Split,
+    numbers: Sequence[int],
+    size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 8,
+    at_size: bool = False,
+    threads: int = 2,
+) -> Generator[list[Predicted], None, None]:
+    """What `model` says of labelled samples, a batch at a time; close it, and the model is back in its mode.
+
+    Args:
+        numbers: of samples in `split`, in the order in which they come.
+    """
+    samples = prefetch(lambda index: _load(split, index, size, at_size), numbers, threads=threads, ahead=4 * batch_size)
     was_training = model.training
     model.eval()
-    done = 0
     try:
-        with torch.inference_mode():
-            for batch in _batches(samples, batch_size):
-                pixels = torch.stack([sample.pixels for sample in batch]).to(device)
-                logits = model(model.normalise(pixels)).logits.float()
-                for logits_Chw, sample in zip(logits, batch, strict=True):
-                    height, width = sample.label.shape
-                    full = model.upsample(logits_Chw[None], (height, width))[0]
-                    confusion.update(full.argmax(0).cpu(), sample.label)
-                done += len(batch)
-                if progress is not None:
-                    progress(done, len(mine))
+        for batch in _batches(samples, batch_size):
+            yield _predict(model, batch, device)
     finally:
         model.train(was_training)
-    return confusion
+
+
+@torch.inference_mode()
+def _predict(model: SegmentationModel, batch: list[_Sample], device: torch.device | str) -> list[Predicted]:
+    pixels = torch.stack([sample.pixels for sample in batch]).to(device)
+    logits = model(model.normalise(pixels)).logits.float()
+    found = []
+    for logits_Chw, sample in zip(logits, batch, strict=True):
+        height, width = sample.label.shape
+        full = model.upsample(logits_Chw[None], (height, width))[0]
+        found.append(Predicted(sample.number, full.argmax(0).to(torch.uint8).cpu(), sample.label))
+    return found
 
 
 def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sample:
@@ -108,7 +150,7 @@ def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sa
     window = Window.full(*image.shape[:2])
     pixels, small = render(image, label, window, flip=False, size=size)
     chosen = small if at_size else np.ascontiguousarray(label)
-    return _Sample(torch.from_numpy(pixels), torch.from_numpy(chosen))
+    return _Sample(index, torch.from_numpy(pixels), torch.from_numpy(chosen))
 
 
 def _batches(samples: Iterable[_Sample], size: int) -> Iterable[list[_Sample]]:

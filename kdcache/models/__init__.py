@@ -10,7 +10,7 @@ Importing this package imports torch, but no model zoo.
 from kdcache.models.class_map import ClassMapped, read_class_map
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
 from kdcache.models.native import LoadReport, NativeOutput, SegmentationModel
-from kdcache.models.registry import ModelInfo, TapInfo, build_model, list_models
+from kdcache.models.registry import ModelInfo, TapInfo, build_model, list_models, missing_models
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "build_model",
     "list_models",
     "load_weights",
+    "missing_models",
     "read_class_map",
     "read_state_dict",
     "state_digest",

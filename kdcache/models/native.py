@@ -9,7 +9,7 @@ Shapes: B batch, C classes, H W image, h w native stride, c channels of a featur
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -170,6 +170,10 @@ class SegmentationModel(nn.Module):
                     received=f"{tap!r} for {self.spec}",
                     remedy=f"did you mean {' or '.join(near)}?" if near else "pick one of these names",
                 )
+
+    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors of a weights file under this model's names, where other versions of a library name them otherwise."""
+        return state
 
     def _moments_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and std as (3, 1, 1) on `device`, kept: a copy to the GPU per batch would synchronise."""

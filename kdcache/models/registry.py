@@ -1,19 +1,22 @@
-"""Models by name: `torchvision:...`, `kdcache:...`, `module:function`, `path/to/file.py:function`."""
+"""Models by name: `torchvision:`, `kdcache:`, `segformer:`, `smp:`, `module:function`, `path/to/file.py:function`."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from kdcache.errors import ModelError
-from kdcache.models import callables, tiny, torchvision_heads
+from kdcache.models import callables, deeplab, segformer, smp, tiny, torchvision_heads
 from kdcache.models.native import SegmentationModel
-from kdcache.models.weights import count_classes, load_weights, read_state_dict
+from kdcache.models.weights import count_classes, load_weights, read_metadata, read_state_dict
 
 _LISTED_CLASSES = 21
 _LISTED_PX = 256
@@ -26,10 +29,17 @@ class _Family(Protocol):
     def NAMES(self) -> tuple[str, ...]: ...  # noqa: N802
     def classifier_keys(self, name: str) -> tuple[str, ...]: ...
     def build(self, name: str, num_classes: int) -> SegmentationModel: ...
-    def default_state(self, name: str) -> dict[str, Tensor]: ...
+    def default_state(self, name: str, whole: bool) -> dict[str, Tensor]: ...
 
 
-_FAMILIES: dict[str, _Family] = {"torchvision": torchvision_heads, "kdcache": tiny}
+_FAMILIES: dict[str, tuple[_Family, ...]] = {
+    "torchvision": (torchvision_heads,),
+    "kdcache": (tiny, deeplab),
+    "segformer": (segformer,),
+    "smp": (smp,),
+}
+_NEEDS = {"segformer": "transformers", "smp": "segmentation_models_pytorch"}
+"""Family, which is also the name of the extra that brings it -> the module that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +76,20 @@ def build_model(
         spec: a name that `list_models` shows, `module:function` or `path/to/file.py:function`.
         num_classes: None takes the number that the weights have, or a `module:function`'s own.
         weights: None initialises at random and downloads nothing; `default` downloads the library's own
-            weights once; anything else is a file (see `read_state_dict`). What was loaded is
+            weights once; anything else is a file or folder (see `read_state_dict`). What was loaded is
             `model.load_report`.
-        mean, std: of RGB in 0..1; the model's own (ImageNet's for every listed model) when None.
+        mean, std: of RGB in 0..1; None takes those that a file of `kdcache export` carries, else the model's
+            own (ImageNet's but for some encoders' `default` weights).
         strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a
             teacher as it was published) and False with it (an initialisation; see `load_weights`).
     Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, or a foreign
         function that fails.
     """
-    family, _, name = spec.rpartition(":")
-    known = _FAMILIES.get(family)
-    if not family or (known is not None and name not in known.NAMES):
-        _refuse_unknown(spec)
+    known, name = _home(spec)
     if num_classes is not None and num_classes < 1:
         raise ModelError("num_classes must be at least 1", received=str(num_classes), remedy="count the data's classes")
-    state = _state(spec, weights)
+    strict = num_classes is None if strict_head is None else strict_head
+    state = _state(spec, weights, whole=strict)
     if known is None:
         model = callables.build(spec, num_classes)
     else:
@@ -91,8 +100,11 @@ def build_model(
             count = count_classes(state, known.classifier_keys(name))
         model = known.build(name, count)
     if state is not None:
-        strict = num_classes is None if strict_head is None else strict_head
         model.load_report = load_weights(model, state, strict_head=strict)
+    if known is smp and weights == "default":
+        model.mean, model.std = smp.default_moments(name)
+    elif weights is not None and weights != "default" and (moments := _exported_moments(weights)):
+        model.mean, model.std = moments
     if mean is not None:
         model.mean = mean
     if std is not None:
@@ -101,14 +113,33 @@ def build_model(
 
 
 def list_models() -> list[ModelInfo]:
-    """Every model with a name, built without memory or arithmetic (meta device). Imports torchvision."""
-    return [_describe(f"{family}:{name}") for family, known in _FAMILIES.items() for name in known.NAMES]
+    """Models with a name whose library is installed, built without memory or arithmetic (meta device).
+
+    Imports those libraries. For `smp:` these are examples: it has many more.
+    """
+    return [_describe(spec) for family in _FAMILIES if not _lacking(family) for spec in _specs(family)]
+
+
+def missing_models() -> dict[str, list[str]]:
+    """Specs that need an extra, by the pip command that installs it; empty when all are there."""
+    return {_pip(family): list(_specs(family)) for family in _NEEDS if _lacking(family)}
+
+
+class _CountsOnCpu(TorchFunctionMode):
+    """torch.linspace on the CPU: some networks read numbers from it, and on the meta device there are none."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.linspace:
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
 
 
 def _describe(spec: str) -> ModelInfo:
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"), _CountsOnCpu():
         model = build_model(spec, _LISTED_CLASSES).eval()
-        features = model(torch.empty(1, 3, _LISTED_PX, _LISTED_PX), model.taps).features
+    with torch.inference_mode():
+        features = model(torch.empty(1, 3, _LISTED_PX, _LISTED_PX, device="meta"), model.taps).features
     taps = {tap: TapInfo(f.shape[1], _LISTED_PX // f.shape[2]) for tap, f in features.items()}
     return ModelInfo(
         spec=spec,
@@ -119,23 +150,67 @@ def _describe(spec: str) -> ModelInfo:
     )
 
 
-def _state(spec: str, weights: str | Path | None) -> dict[str, Tensor] | None:
+def _home(spec: str) -> tuple[_Family | None, str]:
+    """The module that builds a spec, None for a function of the user's, and the name in it."""
+    family, _, name = spec.rpartition(":")
+    if family in _FAMILIES:
+        found = next((module for module in _FAMILIES[family] if name in module.NAMES), None)
+        if found is not None or family == "smp":
+            if _lacking(family):
+                _refuse_lacking(spec, family)
+            if found is None:
+                smp.check_name(name)
+            return found or smp, name
+    if not family or family in _FAMILIES or _misspelt(family):
+        _refuse_unknown(spec)
+    return None, name
+
+
+def _misspelt(family: str) -> bool:
+    """Whether it is no module, but nearly a family."""
+    if "." in family or "/" in family or not difflib.get_close_matches(family, _FAMILIES, n=1, cutoff=0.75):
+        return False
+    return importlib.util.find_spec(family) is None and not any(Path(family + end).exists() for end in ("", ".py"))
+
+
+def _specs(family: str) -> Iterator[str]:
+    return (f"{family}:{name}" for module in _FAMILIES[family] for name in module.NAMES)
+
+
+def _lacking(family: str) -> bool:
+    return family in _NEEDS and importlib.util.find_spec(_NEEDS[family]) is None
+
+
+def _pip(family: str) -> str:
+    return f"pip install kdcache[{family}]"
+
+
+def _state(spec: str, weights: str | Path | None, whole: bool) -> dict[str, Tensor] | None:
     if weights is None:
         return None
     if weights != "default":
         return read_state_dict(weights)
-    family, _, name = spec.rpartition(":")
-    if family not in _FAMILIES:
+    known, name = _home(spec)
+    if known is None:
         raise ModelError(
             "weights 'default' are a library's published ones",
             received=f"{spec}, which is your own function",
             remedy="load them in the function, or give a file",
         )
-    return _FAMILIES[family].default_state(name)
+    return known.default_state(name, whole)
+
+
+def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | None:
+    """Mean and std that a file of `kdcache export` carries: weights mean nothing under another normalisation."""
+    told = read_metadata(weights)
+    try:
+        return (json.loads(told["mean"]), json.loads(told["std"])) if {"mean", "std", "spec"} <= set(told) else None
+    except ValueError:  # somebody else's words for something else
+        return None
 
 
 def _refuse_unknown(spec: str) -> NoReturn:
-    specs = [f"{family}:{name}" for family, known in _FAMILIES.items() for name in known.NAMES]
+    specs = [spec for family in _FAMILIES for spec in _specs(family)]
     names = {s.partition(":")[2]: s for s in specs}
     near = difflib.get_close_matches(spec, specs, n=3, cutoff=0.5)
     near += [names[n] for n in difflib.get_close_matches(spec.rpartition(":")[2], names, n=3)]
@@ -144,6 +219,14 @@ def _refuse_unknown(spec: str) -> NoReturn:
         "a model is one that `kdcache models` lists, module:function, or path/to/file.py:function",
         received=repr(spec),
         remedy=f"did you mean {hint}?" if near else f"known names: {hint}",
+    )
+
+
+def _refuse_lacking(spec: str, family: str) -> NoReturn:
+    raise ModelError(
+        f"{family}:* needs {_NEEDS[family]}, which an extra of kdcache brings",
+        received=f"{spec}, and no such module",
+        remedy=_pip(family),
     )
 
 

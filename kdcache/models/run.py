@@ -1,17 +1,33 @@
-"""A trained model in its run folder: what it is (`model.json`) and its weights (`best`, `last`)."""
+"""A trained model: in its run folder (`model.json`, weights `best` and `last`), or as SPEC@FILE or SPEC@default."""
 
+import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 
-from kdcache.errors import MismatchError, RecipeError
+from kdcache.errors import MismatchError, ModelError, RecipeError
+from kdcache.models.class_map import ClassMapped, read_class_map
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
-from kdcache.models.weights import load_weights, read_state_dict
+from kdcache.models.weights import load_weights, read_metadata, read_state_dict
 
 DESCRIPTION = "model.json"
+# The first @ after a spec's last part, which is a name: either path may have one of its own.
+_SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
+
+
+class Classes(Protocol):
+    """Names and colours in the order of the ids, such as a data set's class list."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def colours(self) -> tuple[tuple[int, int, int], ...]: ...
 
 
 class RunModel(BaseModel):
@@ -34,6 +50,26 @@ class RunModel(BaseModel):
                 received=f"{', '.join(names)} in {where} against {', '.join(self.class_names)}",
                 remedy="give the data set it was trained for",
             )
+
+    def metadata(self) -> dict[str, str]:
+        """As exported files carry it: text as it is, everything else as JSON. What it was trained on stays behind."""
+        fields = self.model_dump(mode="json", exclude={"trained_on"})
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
+        """The reverse of `metadata`; None for a file that kdcache did not write. Raises ModelError when damaged."""
+        if not {"spec", "class_names"} <= set(metadata):
+            return None
+        said = {name: metadata[name] for name in cls.model_fields if name in metadata}
+        try:
+            return cls.model_validate({n: value if n == "spec" else json.loads(value) for n, value in said.items()})
+        except ValueError as error:  # of json and of pydantic
+            raise ModelError(
+                "the description in a weights file must be as kdcache export wrote it",
+                received=f"{path}: {str(error).splitlines()[0]}",
+                remedy="export it again",
+            ) from error
 
 
 def weights_path(run: Path, which: str) -> Path:
@@ -97,3 +133,84 @@ def load_run(run: str | Path, which: str = "best") -> tuple[SegmentationModel, R
     model = build_model(about.spec, len(about.class_names), mean=about.mean, std=about.std)
     load_weights(model, read_state_dict(path), strict_head=True)
     return model.eval(), about
+
+
+def split_spec(text: str) -> tuple[str, str] | None:
+    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Raises ModelError for a spec alone."""
+    weighted = _SPEC_WITH_WEIGHTS.fullmatch(text)
+    if weighted and not (Path(text) / DESCRIPTION).is_file():
+        return weighted[1], weighted[2]
+    if ":" in text and not Path(text).exists():
+        raise ModelError(
+            "a trained model comes with weights: a run folder, SPEC@FILE or SPEC@default",
+            received=f"{text!r}, a model without weights",
+            remedy=f"give {text}@FILE, or {text}@default for the library's own weights (downloaded)",
+        )
+    return None
+
+
+def open_model(
+    text: str,
+    classes: Classes | Callable[[int], Classes],
+    size: tuple[int, int] | None = None,
+    which: str = "best",
+    *,
+    class_map: str | Path | None = None,
+) -> tuple[SegmentationModel, RunModel]:
+    """A trained model from wherever it is, in eval mode, on the CPU.
+
+    Args:
+        text: a run folder, `SPEC@FILE` (weights trained elsewhere, or written by `kdcache export`) or
+            `SPEC@default` (the library's own, downloaded now). Every tensor must be in the weights.
+        classes: of the data, or a function from their number to them where there is no data. A run and an exported
+            file keep their own unless they are mapped (see `RunModel.check_classes`).
+        size: (H, W) of the pixels it is used at; default a run's or an exported file's own.
+        which: of a run's weights, `best` or `last`.
+        class_map: file that says which data class each of its classes becomes (see `read_class_map`).
+    Raises: RecipeError, ModelError, MismatchError naming what is missing or does not fit.
+    """
+    parts = split_spec(text)
+    told = read_run_model(Path(text)) if parts is None else _description(*parts)
+    chosen = size if told is None else size or told.size
+    if chosen is None:
+        raise RecipeError(
+            "a model that is no run needs the size of its images",
+            received=f"{text} and no --size",
+            remedy="add --size HxW, for instance --size 288x384",
+        )
+    if parts is None:
+        model, _ = load_run(text, which)
+    else:
+        # The number that a map or a missing list goes by is that of the weights.
+        count = None if callable(classes) or class_map is not None else len(classes.names)
+        model = build_model(parts[0], count, weights=parts[1], strict_head=True).eval()
+    if class_map is None and told is not None:
+        names, colours = told.class_names, told.class_colours
+    else:
+        known = classes(model.num_classes) if callable(classes) else classes
+        names, colours = known.names, known.colours
+    if class_map is not None:
+        model = ClassMapped(model, read_class_map(class_map, model.num_classes, names)).eval()
+    return model, RunModel(
+        spec=model.spec,
+        class_names=names,
+        class_colours=colours,
+        size=chosen,
+        mean=model.mean,
+        std=model.std,
+        trained_on="" if told is None else told.trained_on,
+    )
+
+
+def _description(spec: str, weights: str) -> RunModel | None:
+    """What a file that kdcache exported says of itself."""
+    if weights == "default":
+        return None
+    told = RunModel.from_metadata(read_metadata(weights), Path(weights))
+    if told is not None and told.spec != spec:
+        raise ModelError(
+            "weights are used with the model that they were exported from",
+            received=f"{spec} with {weights}, which is of {told.spec}",
+            remedy=f"give {told.spec}@{weights}",
+        )
+    return told

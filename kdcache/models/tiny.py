@@ -148,7 +148,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
     )
 
 
-def default_state(name: str) -> dict[str, Tensor]:
+def default_state(name: str, whole: bool) -> dict[str, Tensor]:
     """There is none: these models are trained by the user."""
     raise ModelError(
         "weights 'default' are the library's published ones",

@@ -30,7 +30,7 @@ NAMES = (
 # tap -> child of torchvision's backbone; the last block of each width of MobileNetV3-Large, then its last
 # 1x1.
 _RESNET_TAPS = {"layer1": "layer1", "layer2": "layer2", "layer3": "layer3", "layer4": "layer4"}
-_MOBILENET_TAPS = {
+MOBILENET_TAPS = {
     "stage1": "1",
     "stage2": "3",
     "stage3": "6",
@@ -50,7 +50,7 @@ class TorchvisionModel(SegmentationModel):
     classifier: nn.Module
 
     def __init__(self, name: str, num_classes: int, network: nn.Module) -> None:
-        stages = _RESNET_TAPS if "resnet" in name else _MOBILENET_TAPS
+        stages = _RESNET_TAPS if "resnet" in name else MOBILENET_TAPS
         super().__init__(
             spec=f"torchvision:{name}",
             num_classes=num_classes,
@@ -121,7 +121,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
     return kind(name, num_classes, network)
 
 
-def default_state(name: str) -> dict[str, Tensor]:
+def default_state(name: str, whole: bool) -> dict[str, Tensor]:
     """The published weights (COCO with VOC's 21 classes): downloaded once, then from torch's hub cache.
 
     Raises: ModelError when the download fails or its digest is wrong, with the address.

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from kdcache.errors import ModelError
 from kdcache.models.native import LoadReport, SegmentationModel
 
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What a folder of weights holds, as Hugging Face's hub has them; the first that is there is read."""
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _AUXILIARY = ("aux_classifier.", "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
+_IMAGE_HEADS = ("classifier.", "fc.")
 _COUNTER = "num_batches_tracked"  # absent from old files, and unused while BatchNorm has a momentum
 _NAMED = 4  # names shown per kind of misfit
 
@@ -29,13 +32,13 @@ _NAMED = 4  # names shown per kind of misfit
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file onto the CPU.
 
-    Takes `.safetensors`, or torch files read with `weights_only=True`. A dictionary under `state_dict`,
-    `model` and the like is unwrapped, and so are the prefixes that DistributedDataParallel and torch.compile
-    put before names.
+    Takes `.safetensors`, or torch files read with `weights_only=True`, or a folder with one of HUB_FILES. A
+    dictionary under `state_dict`, `model` and the like is unwrapped, and so are the prefixes that
+    DistributedDataParallel and torch.compile put before names.
 
     Raises: ModelError naming the file: missing, of another kind, truncated, or holding pickled objects.
     """
-    path = Path(path)
+    path = _in_folder(Path(path))
     if not path.is_file():
         raise ModelError("weights must be a file", received=str(path), remedy="check the path")
     if path.suffix == ".safetensors":
@@ -51,6 +54,20 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return _unwrap(content, path)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in the header of a `.safetensors` file or a folder with one; empty for other files."""
+    path = _in_folder(Path(path))
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
 def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, strict_head: bool) -> LoadReport:
     """Copy `state` into `model` by name. The model is untouched when an error is raised.
 
@@ -64,6 +81,7 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     Raises: ModelError naming missing and unexpected tensors, other shapes, or both numbers of classes.
     """
     own: dict[str, Tensor] = model.state_dict()
+    state = model.adopt_names(state)
     dropped: list[str] = []
     if not strict_head:
         state, dropped = _as_backbone(model, state)
@@ -124,6 +142,19 @@ def state_digest(module: nn.Module) -> str:
         row_major = value.detach().cpu().contiguous()
         digest.update(row_major.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _in_folder(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise ModelError(
+            f"weights must be a file, or a folder with {' or '.join(HUB_FILES)}",
+            received=f"{path}, which has neither",
+            remedy="check the path, or give the file itself",
+        )
+    return found
 
 
 def _read_safetensors(path: Path) -> object:
@@ -191,13 +222,17 @@ def _not_a_state_dict(path: Path, found: str) -> ModelError:
 def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
     """An image classifier's state under this model's backbone, and the names of its own head."""
     prefix = model.backbone_prefix
-    if not prefix or any(k.startswith(prefix) for k in state):
+    own = model.state_dict()
+    if not prefix:
         return state, []
-    trunk, head = ("features.", "classifier.") if any(k.startswith("features.") for k in state) else ("", "fc.")
-    dropped = [k for k in state if k.startswith(head)]
+    if any(k.startswith(prefix) for k in state):
+        head = [k for k in state if not k.startswith(prefix)]
+        foreign = head and all(k.startswith(_IMAGE_HEADS) and k not in own for k in head)
+        return ({k: v for k, v in state.items() if k not in head}, head) if foreign else (state, [])
+    trunk, head_prefix = ("features.", "classifier.") if any(k.startswith("features.") for k in state) else ("", "fc.")
+    dropped = [k for k in state if k.startswith(head_prefix)]
     kept = {prefix + k.removeprefix(trunk): v for k, v in state.items() if k not in dropped}
     # Names that do not become the backbone's are shown as the file has them.
-    own = model.state_dict()
     return (kept, dropped) if any(k in own for k in kept) else (state, [])
 
 
@@ -221,9 +256,9 @@ def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, given:
 
 def _refuse_classes(model: SegmentationModel, found: int) -> None:
     raise ModelError(
-        "a teacher's weights must have the data's number of classes",
+        "a trained model's weights must have the data's number of classes",
         received=f"{found} classes in the weights, {model.num_classes} in the data, for {model.spec}",
-        remedy="map the teacher's classes to the data's with --class-map FILE",
+        remedy="map the model's classes to the data's with --class-map FILE",
     )
 
 

@@ -14,10 +14,10 @@ import torch
 from kdcache.data import IGNORE_INDEX, Split
 from kdcache.evaluate import ConfusionMatrix, Metrics
 from kdcache.evaluate.confidence import Array, Calibration, ConfidenceCounts, Coverage
-from kdcache.store import Cache, spread_samples
+from kdcache.store import Cache, check_origin, spread_samples
 from kdcache.teacher.audit_gradient import GradientErrors, gradient_errors
 from kdcache.teacher.check import packed_target
-from kdcache.teacher.whole import Whole, check_data, read_wholes, whole_records
+from kdcache.teacher.whole import Whole, read_wholes, whole_records
 
 Progress = Callable[[int, int], None]
 THRESHOLDS = (*(round(0.5 + 0.05 * step, 2) for step in range(10)), 0.97, 0.99)
@@ -123,7 +123,7 @@ def audit_cache(
         progress: called with (images done, images).
     Raises: MismatchError for a missing, another or a changed data set; CorruptError.
     """
-    check_data(cache, split, needed=True)
+    check_origin(cache, split, needed=True)
     names = cache.manifest.dataset.class_names
     confusion = ConfusionMatrix(names, IGNORE_INDEX)
     confidences = ConfidenceCounts(len(names))

@@ -21,6 +21,7 @@ from kdcache.evaluate.pictures import (
     panels,
     save_figure,
 )
+from kdcache.evaluate.score_pictures import draw_confusion
 from kdcache.store import Cache
 from kdcache.teacher.audit import THRESHOLDS, Audit, Scored
 from kdcache.teacher.audit_gradient import TEMPERATURES
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 _WORST = "worst"
-_SHOWN = 40  # classes of a matrix that still has readable names
 _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d")
 
 
@@ -65,7 +65,8 @@ def write_report(audit: Audit, cache: Cache, split: Split | None, folder: Path) 
         figures["gradient.png"] = _gradient(audit)
     if audit.metrics is not None:
         figures |= {"classes.png": _classes(audit), "calibration.png": _calibration(audit)}
-        figures["confusion.png"] = _confusion(audit)
+        title = "What the teacher says of each label, % of the label's pixels"
+        figures["confusion.png"] = draw_confusion(audit.counts, audit.class_names, title)
     for name, figure in figures.items():
         save_figure(figure, folder / name)
     written = [folder / name for name in figures]
@@ -126,34 +127,6 @@ def _calibration(audit: Audit) -> "Figure":
         figure.add_subplot(grid[:, 1]), "filled: right when it says this class; outlined: its mean confidence"
     )
     class_bars(right, names, audit.class_colours, found.precision, found.confidence)
-    return figure
-
-
-def _confusion(audit: Audit) -> "Figure":
-    """Shares of each label's pixels; of very many classes, those that are found least."""
-    counts = audit.counts
-    labelled = counts.sum(1)
-    shares = counts / np.maximum(labelled, 1)[:, None]
-    chosen = np.flatnonzero(labelled)
-    if len(chosen) > _SHOWN:
-        chosen = np.sort(chosen[np.argsort(shares[chosen, chosen])[:_SHOWN]])
-    names = [audit.class_names[place] for place in chosen]
-    shares = shares[np.ix_(chosen, chosen)]
-    side = 3 + 0.48 * len(names)
-    title = "What the teacher says of each label, % of the label's pixels"
-    if len(names) < np.count_nonzero(labelled):
-        title += f"; the {_SHOWN} classes that it finds least"
-    figure = new_figure(side + 1, side, title)
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=9)
-    axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.set_xlabel("the teacher says", fontsize=10)
-    axes.set_ylabel("label", fontsize=10)
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.005:
-            colour = "white" if share > 0.55 else INK
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     return figure
 
 

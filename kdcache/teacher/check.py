@@ -9,7 +9,7 @@ import torch
 from kdcache.data import IGNORE_INDEX, Split, pixel_checksum
 from kdcache.errors import MismatchError
 from kdcache.evaluate import ConfusionMatrix, Metrics
-from kdcache.store import Cache
+from kdcache.store import Cache, check_origin
 from kdcache.teacher.build import pack_batch
 from kdcache.teacher.fingerprint import fingerprint
 from kdcache.teacher.forward import Precision, place, teach
@@ -140,7 +140,7 @@ def compare_teacher(
 
 
 def _check_split(cache: Cache, split: Split | None) -> None:
-    """A store without pixels needs its data set; record n of a store is sample n of that one only."""
+    """What the teacher saw must be there."""
     about, taught = cache.manifest.dataset, cache.manifest.view.teacher_size
     if split is None and taught is not None:
         raise MismatchError(
@@ -148,20 +148,7 @@ def _check_split(cache: Cache, split: Split | None) -> None:
             received=f"{cache.place} was taught at {taught[0]}x{taught[1]}, and no data set was given",
             remedy=f"add --data (the folder of {about.name!r})",
         )
-    if split is None and not cache.pixels_stored:
-        raise MismatchError(
-            "a store without pixels is compared with the help of its data set",
-            received=f"{cache.place} was built with --pixels source, and no data set was given",
-            remedy=f"add --data (the folder of {about.name!r})",
-        )
-    if split is not None and split.digest() != about.ids_digest:
-        raise MismatchError(
-            "a store is compared with the data set it was built from",
-            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes) "
-            f"against {about.name!r}, split {about.split!r} ({about.samples} samples, "
-            f"{len(about.class_names)} classes)",
-            remedy="give the original data set with --data and --split",
-        )
+    check_origin(cache, split, needed=True)
 
 
 def _pixels(cache: Cache, split: Split | None, records: list[int]) -> Iterator[tuple[int, Array, bool]]:

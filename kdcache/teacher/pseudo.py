@@ -9,7 +9,6 @@ Two passes over the store: the first counts confidences, which gives every class
 kept; the second writes the files that are not there yet, each whole or not at all.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -24,10 +23,10 @@ from kdcache.data import IGNORE_INDEX, ClassList, Split
 from kdcache.data.classes import write_classes
 from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.evaluate.confidence import Array, ConfidenceCounts, Coverage
-from kdcache.evaluate.pictures import VOID_RGB
-from kdcache.store import Cache
+from kdcache.evaluate.pictures import palette_png, png_bytes
+from kdcache.store import Cache, check_origin
 from kdcache.store.durable import disk_space_errors, write_durably
-from kdcache.teacher.whole import Whole, check_data, read_view, read_wholes
+from kdcache.teacher.whole import Whole, read_view, read_wholes
 
 Progress = Callable[[str, int, int], None]
 SETTINGS = "pseudo-labels.json"
@@ -78,7 +77,7 @@ def export_pseudo_labels(
         progress: called with (what, samples done, samples).
     Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another store or rule.
     """
-    check_data(cache, split, needed=images)
+    check_origin(cache, split, needed=images)
     _check_views(cache)
     about = cache.manifest.dataset
     classes = ClassList(about.class_names, about.class_colours)
@@ -100,10 +99,10 @@ def export_pseudo_labels(
             files, _told(read_wholes(cache, None), "writing labels", len(files), progress), strict=True
         ):
             if not (path := labels / file).exists():
-                _write(path, _palette_png(pseudo_label(whole, least_C), classes))
+                _write(path, palette_png(pseudo_label(whole, least_C), classes.colours))
                 written += 1
             if images and not (path := pictures / file).exists():
-                _write(path, _png(Image.fromarray(read_view(cache, split, whole.record)[0])))
+                _write(path, png_bytes(Image.fromarray(read_view(cache, split, whole.record)[0])))
     return Exported(classes.names, coverage, written, len(files) - written)
 
 
@@ -192,21 +191,6 @@ def _told(wholes: Iterator[Whole], what: str, total: int, progress: Progress | N
         yield whole
         if progress is not None:
             progress(what, done, total)
-
-
-def _palette_png(ids_HW: Array, classes: ClassList) -> bytes:
-    """Pixels are the ids; a viewer shows the classes' colours."""
-    image = Image.fromarray(ids_HW)
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(classes)], palette[IGNORE_INDEX] = classes.colours, VOID_RGB
-    image.putpalette(palette.tobytes())
-    return _png(image)
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _write(path: Path, content: bytes) -> None:

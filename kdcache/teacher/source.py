@@ -1,6 +1,5 @@
 """Where a teacher comes from: a run folder, `SPEC@FILE` or `SPEC@default`."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +7,9 @@ from pathlib import Path
 from kdcache.data import ClassList
 from kdcache.errors import MismatchError, ModelError
 from kdcache.models import ClassMapped, EnsembleModel, SegmentationModel, build_model, read_class_map
-from kdcache.models.run import DESCRIPTION, load_run
+from kdcache.models.run import load_run, split_spec
 
 RGB = tuple[float, float, float]
-# The first @ after a spec's last part, which is a name: either path may have one of its own.
-_SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
 
 
 @dataclass(frozen=True)
@@ -60,15 +57,13 @@ def load_teacher(
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
     size, names, notes = None, None, list[str]()
-    weighted = _SPEC_WITH_WEIGHTS.fullmatch(origin)
-    if weighted and not (Path(origin) / DESCRIPTION).is_file():
-        spec, weights = weighted.groups()
+    if (weighted := split_spec(origin)) is not None:
+        spec, weights = weighted
         model = build_model(spec, None, weights=weights, mean=mean, std=std)
         report = model.load_report
         if report is not None and report.unused_auxiliary:
             notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
     else:
-        _refuse_bare_spec(origin)
         model, about = load_run(origin)
         size, names = about.size, about.class_names
         model.mean, model.std = mean or model.mean, std or model.std
@@ -79,15 +74,6 @@ def load_teacher(
     else:
         _check_classes(origin, model.num_classes, names, classes)
     return Teacher(model.eval(), origin, size, mapped, tuple(notes))
-
-
-def _refuse_bare_spec(origin: str) -> None:
-    if ":" in origin and not Path(origin).exists():
-        raise ModelError(
-            "a teacher has weights: a run folder, SPEC@FILE or SPEC@default",
-            received=f"{origin!r}, a model without weights",
-            remedy=f"give {origin}@FILE, or {origin}@default for the library's own weights (downloaded)",
-        )
 
 
 def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:

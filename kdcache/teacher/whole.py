@@ -36,28 +36,6 @@ class Whole:
     label: Array | None
 
 
-def check_data(cache: Cache, split: Split | None, *, needed: bool) -> None:
-    """Refuse a data set that the store was not built from, and none for a store without pixels where it is needed.
-
-    Raises: MismatchError.
-    """
-    about = cache.manifest.dataset
-    if split is None and needed and not cache.pixels_stored:
-        raise MismatchError(
-            "images and labels come from the store, or from the data set that it was built from",
-            received=f"{cache.place} was built with --pixels source, and no data set was given",
-            remedy=f"add --data (the folder of {about.name!r})",
-        )
-    if split is not None and split.digest() != about.ids_digest:
-        raise MismatchError(
-            "images and labels of a store come from the data set that it was built from",
-            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes) "
-            f"against {about.name!r}, split {about.split!r} ({about.samples} samples, "
-            f"{len(about.class_names)} classes)",
-            remedy="give the original data set with --data and --split",
-        )
-
-
 def whole_records(cache: Cache) -> list[int]:
     """The first view of every sample: the whole image, unless all views are crops."""
     return [cache.manifest.record(sample) for sample in range(cache.manifest.dataset.samples)]

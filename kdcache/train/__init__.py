@@ -11,12 +11,15 @@ feed.py        the way of a batch to the device
 schedule.py    optimizers and learning rates
 step.py        one optimizer step, eager or compiled
 graph.py       the same as a CUDA graph
+accumulate.py  the same from parts of a batch
 distributed.py the processes of torchrun, and what they agree on
 parallel.py    the step of one of several processes
 stop.py        asking a training to stop
 trainer.py     the loop
 checkpoint.py  full state, replaced whole
+memory.py      running out of it, and what would have fitted
 log.py         metrics.jsonl, environment, observers
+loggers.py     TensorBoard, W&B, Trackio
 start.py       from settings to a run
 """
 
@@ -24,6 +27,7 @@ from kdcache.train.cached import CacheDataset
 from kdcache.train.config import TrainConfig, make_config, read_config
 from kdcache.train.dataset import LabelledDataset
 from kdcache.train.distributed import pick_device
+from kdcache.train.loader import sample_loader
 from kdcache.train.log import Observer
 from kdcache.train.sample import Sample
 from kdcache.train.start import train
@@ -39,5 +43,6 @@ __all__ = [
     "make_config",
     "pick_device",
     "read_config",
+    "sample_loader",
     "train",
 ]

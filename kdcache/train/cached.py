@@ -19,10 +19,10 @@ from kdcache.data import (
 )
 from kdcache.distill.target import INSIDE
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.store import Cache
+from kdcache.store import Cache, check_origin
 from kdcache.train.dataset import ABSENT, DrawnDataset, Field, Size
 from kdcache.train.part import Chosen, Part
-from kdcache.train.records import PIXEL_PATHS, TARGET_PARTS, RecordSource, target_paths
+from kdcache.train.records import PIXEL_PATHS, TARGET_PARTS, RamRecords, RecordSource, target_paths
 from kdcache.train.sample import Array, Row
 
 AUGMENTS = ("warp", "replay", "none")
@@ -75,7 +75,8 @@ class CacheDataset(DrawnDataset):
         super().__init__(cache.view_size if size is None else size, chosen if augment != "none" else Augmentation.off())
         self.cache = cache
         self.augment = augment
-        self.split = None if cache.pixels_stored else _matching(cache, split)
+        self.split = None if cache.pixels_stored else split
+        check_origin(cache, self.split, needed=True)
         self.records: RecordSource = cache
         self._targets = target_paths(cache) if targets else {}
         self.extras = tuple(extras)
@@ -185,6 +186,9 @@ class CacheDataset(DrawnDataset):
         return number in self._labels_used and bool(self._labels_there[number])
 
     def _read(self, record: int, path: str) -> Array:
+        """A row that is only looked at."""
+        if isinstance(self.records, RamRecords):
+            return self.records.row(record, path)
         spec = self.cache.specs[path]
         row = np.empty(spec.shape, spec.dtype)
         self.records.read_into(record, path, row)
@@ -241,23 +245,3 @@ class _Rendered:
 
     def checksum(self, record: int) -> int:
         return int(self._checksums[record])
-
-
-def _matching(cache: Cache, split: Split | None) -> Split:
-    """The split that a store without pixels was built from."""
-    if split is None:
-        raise MismatchError(
-            "a store built with --pixels source needs its data set beside it",
-            received=f"{cache.place} keeps no pixels, and no data set was given",
-            remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
-        )
-    dataset = cache.manifest.dataset
-    if split.digest() != dataset.ids_digest:
-        raise MismatchError(
-            "a store built with --pixels source is used with the data set it was built from",
-            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes) "
-            f"against {dataset.name!r}, split {dataset.split!r} ({dataset.samples} samples, "
-            f"{len(dataset.class_names)} classes)",
-            remedy="give the original data set with --data and --split, or build a store of this one",
-        )
-    return split

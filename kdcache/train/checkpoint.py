@@ -1,5 +1,7 @@
 """The full state of a training in one file, replaced whole or not at all."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from kdcache.errors import RecipeError
 from kdcache.store.durable import disk_space_errors, sync_path
 
 FILE = "checkpoint.pt"
+KEPT = "checkpoints"
 PARTS = {"model", "criterion", "optimizer", "schedule", "progress", "random"}
 
 
@@ -23,6 +26,27 @@ def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
         finally:
             partial.unlink(missing_ok=True)  # what does not fit must not keep the disk full
         sync_path(run)
+
+
+def keep_checkpoint(run: Path, step: int) -> None:
+    """Keep the state that was just saved under a name of its own, whole or not at all: one file with two names, a copy
+    where the file system knows no such thing. The next save leaves it as it is, for that replaces the name alone.
+    """
+    path = run / KEPT / f"step-{step:06}.pt"
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_space_errors(run):
+        path.parent.mkdir(exist_ok=True)
+        partial.unlink(missing_ok=True)  # of a kill in between
+        try:
+            try:
+                os.link(run / FILE, partial)
+            except OSError:
+                shutil.copyfile(run / FILE, partial)
+                sync_path(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        sync_path(path.parent)
 
 
 def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The settings of a training: one strict model, whose keys are the command line's flags."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, parse_method
 from kdcache.errors import RecipeError
 from kdcache.store.mirror import parse_bytes
+from kdcache.train.loggers import parse_logs
 from kdcache.train.mix import Mix
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -39,6 +41,14 @@ def parse_term(value: Any) -> Any:
     return TermSpec.of(value) if isinstance(value, dict) else value
 
 
+def parse_every(value: Any) -> Any:
+    """'500' as 500 steps; '5e', epochs, stays as it is until the data is known."""
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9][0-9]*e?", str(value)):
+        raise ValueError("a number of iterations such as 500, or of epochs such as 5e")
+    text = str(value)
+    return text if text.endswith("e") else int(text)
+
+
 def _option(text: str) -> tuple[str, Any]:
     key, _, value = text.partition("=")
     try:
@@ -52,6 +62,8 @@ Range = Annotated[
     tuple[Positive, Positive], BeforeValidator(parse_range), PlainSerializer(lambda ends: f"{ends[0]}:{ends[1]}")
 ]
 Terms = Annotated[tuple[TermSpec, ...], BeforeValidator(lambda terms: tuple(map(parse_term, terms)))]
+Logs = Annotated[tuple[str, ...], BeforeValidator(parse_logs)]
+Every = Annotated[int | str, BeforeValidator(parse_every)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 
 
@@ -70,6 +82,7 @@ class TrainConfig(BaseModel):
 
     # what
     verb: Literal["train-teacher", "train-student"]
+    name: str | None = None
     model: str
     data: str | None = None
     split: str = "train"
@@ -89,6 +102,7 @@ class TrainConfig(BaseModel):
     temperature: Positive = 2.0
     distill_void: bool = True
     distill_on: Literal["labelled", "all"] = "all"
+    distill_schedule: Literal["constant", "fade"] = "constant"
     gate: str = "none"
     class_trust: str | None = None
     trust_against: str | None = None
@@ -99,6 +113,7 @@ class TrainConfig(BaseModel):
     iterations: Count | None = None
     epochs: Count | None = None
     batch_size: Count = 8
+    accumulate: Count = 1
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Positive = 1e-3
     weight_decay: Weight = 0.01
@@ -135,6 +150,8 @@ class TrainConfig(BaseModel):
     val_every: Count | None = None
     log_every: Count = 20
     gradients_every: Annotated[int, Field(ge=0)] = 500
+    keep_every: Every | None = None
+    log: Logs = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -147,6 +164,9 @@ class TrainConfig(BaseModel):
             raise ValueError("nothing to train on: give data or cache")
         if self.cache is None and self.teaches:
             raise ValueError(f"method {self.method} learns from a store: give cache")
+        if self.accumulate > 1 and self.whole_batch:
+            names = ", ".join(self.whole_batch)
+            raise ValueError(f"accumulate sees a part of a batch at a time, {names} compares all of it: leave one out")
         if self.schedule == "plateau" and self.val is None:
             raise ValueError("schedule plateau watches validations: give val")
         return self
@@ -162,6 +182,8 @@ class TrainConfig(BaseModel):
             raise ValueError("every loss weight is 0: nothing would be learnt")
         if not self.teaches and (self.gate != "none" or self.class_trust or self.class_balance != "none"):
             raise ValueError("gate, class-trust and class-balance weigh what a teacher says: method none has none")
+        if not self.teaches and self.distill_schedule != "constant":
+            raise ValueError("distill-schedule is of what a teacher says: method none has none")
         if (self.class_trust == "auto") != (self.trust_against is not None):
             raise ValueError("class-trust auto compares the teacher with a plain run: give both it and trust-against")
         if self.mix is not None:
@@ -181,12 +203,17 @@ class TrainConfig(BaseModel):
         return (*parse_method(self.method).terms, *self.term)
 
     @property
+    def whole_batch(self) -> tuple[str, ...]:
+        """Kinds of terms whose value is no mean over the samples of a batch."""
+        return tuple(term.kind for term in self.terms if term.kind in ("sp", "dist") or term.quantile is not None)
+
+    @property
     def teaches(self) -> bool:
         """Whether anything is learnt from a teacher."""
         return self.wants_kl or bool(self.terms)
 
     def resolved(self, samples: int, size: tuple[int, int], shuffle: str = "full") -> "TrainConfig":
-        """With size, iterations, val_every and shuffle filled in.
+        """With size, iterations, val_every and shuffle filled in, and everything counted in iterations.
 
         Args:
             samples: of the training data, for epochs.
@@ -199,6 +226,8 @@ class TrainConfig(BaseModel):
         val_every = self.val_every or max(1, iterations // 10)
         settings = self.model_dump() | {"size": self.size or size, "iterations": iterations, "epochs": None}
         settings["shuffle"] = shuffle if self.shuffle == "auto" else self.shuffle
+        if isinstance(self.keep_every, str):
+            settings["keep_every"] = -(-int(self.keep_every[:-1]) * samples // self.batch_size)
         return TrainConfig(**settings | {"val_every": val_every})
 
     def to_toml(self) -> str:

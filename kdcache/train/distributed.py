@@ -105,17 +105,24 @@ class World:
             told = self.gather(None if own is None else self._tellable(own))
             raise next(one for one in told if one is not None) from own
 
-    def check_batch_size(self, batch_size: int, together: int = 1) -> None:
-        """Raises RecipeError for a batch that the processes cannot share evenly, `together` samples staying so."""
-        unit = self.size * together
+    def check_batch_size(self, batch_size: int, together: int = 1, parts: int = 1) -> None:
+        """Raises RecipeError for a batch that processes and parts cannot share evenly, `together` samples staying so.
+
+        Args:
+            parts: in which each process learns from its share (`--accumulate`).
+        """
+        unit = self.size * together * parts
         if batch_size % unit:
             less = batch_size - batch_size % unit
             sizes = f"{less} or {less + unit}" if less else f"{unit}"
+            whole = "--batch-size is that of all processes together, which share it evenly"
             raise RecipeError(
-                "--batch-size is that of all processes together, which share it evenly",
+                whole if parts == 1 else f"{whole}; --accumulate takes that in equal parts",
                 received=f"--batch-size {batch_size} for {self.size} processes"
-                + (f", which hold {together} samples together" if together > 1 else ""),
-                remedy=f"use --batch-size {sizes}, or another number of processes",
+                + (f", which hold {together} samples together" if together > 1 else "")
+                + (f", and --accumulate {parts}" if parts > 1 else ""),
+                remedy=f"use --batch-size {sizes}, or another number of processes"
+                + (" or of parts" if parts > 1 else ""),
             )
 
     def seed(self, seed: int, step: int) -> int:

@@ -15,9 +15,12 @@ from kdcache.train.log import environment, write_json
 RECIPE_PARTIAL = f".{RECIPE}.partial"
 # What may change between a run's start and its resumption without changing what it learns.
 FREE_ON_RESUME = {
+    "name",
     "workers",
     "threads",
+    "log",
     "log_every",
+    "keep_every",
     "device",
     "step",
     "impl",

@@ -106,6 +106,28 @@ def _make_loader(
     )
 
 
+def sample_loader(
+    dataset: DrawnDataset, *, batch_size: int, iterations: int, seed: int = 0, shuffle: str = "auto", workers: int = 0
+) -> DataLoader[Sample]:
+    """The batches that a training with these settings sees, in its order, for a loop of one's own.
+
+    Args:
+        iterations: how many batches there are; they straddle epochs, and none is short.
+        seed: of order and augmentation.
+        shuffle: auto, full or window (order.py).
+        workers: processes that draw ahead; 0 draws between steps.
+    Raises: KDCacheError of a sample that could not be drawn, by a worker wrapped into a RuntimeError.
+    """
+    return DataLoader(
+        Draws(dataset, seed, shuffle),  # type: ignore[arg-type] # errors among the samples are raised
+        collate_fn=_collate_or_raise,
+        batch_sampler=Steps(0, iterations, batch_size),  # type: ignore[arg-type] # ranges are as good as lists
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+    )
+
+
 def next_batch(batches: Iterator[Sample | KDCacheError]) -> Sample:
     """The next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
     batch = next(batches)
@@ -117,6 +139,13 @@ def next_batch(batches: Iterator[Sample | KDCacheError]) -> Sample:
 def _collate(items: list[Sample | KDCacheError]) -> Sample | KDCacheError:
     failed = next((item for item in items if isinstance(item, KDCacheError)), None)
     batch: Sample | KDCacheError = default_collate(items) if failed is None else failed
+    return batch
+
+
+def _collate_or_raise(items: list[Sample | KDCacheError]) -> Sample:
+    batch = _collate(items)
+    if isinstance(batch, KDCacheError):
+        raise batch
     return batch
 
 

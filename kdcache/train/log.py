@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,44 @@ class Observer:
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
         """A validation ended."""
+
+    def ended(self, *, completed: bool) -> None:
+        """The training ended: at its last step, or before it by an error or by the user's wish."""
+
+
+class Observers(Observer):
+    """Several at once, told in their order."""
+
+    def __init__(self, several: Sequence[Observer]) -> None:
+        self._several = tuple(several)
+
+    def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        for one in self._several:
+            one.started(step=step, iterations=iterations, parameters=parameters)
+
+    def note(self, text: str) -> None:
+        for one in self._several:
+            one.note(text)
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        for one in self._several:
+            one.stepped(step, values)
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        for one in self._several:
+            one.gradients(step, norms)
+
+    def validating(self, done: int, total: int) -> None:
+        for one in self._several:
+            one.validating(done, total)
+
+    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        for one in self._several:
+            one.validated(step, metrics, best)
+
+    def ended(self, *, completed: bool) -> None:
+        for one in self._several:
+            one.ended(completed=completed)
 
 
 class MetricsLog:

@@ -57,6 +57,7 @@ def make_criterion(
         align_corners=model.align_corners,
         gate=gate,
         further=terms,
+        scheduled=config.distill_schedule != "constant",
         impl=config.impl,
     )
 

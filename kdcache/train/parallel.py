@@ -35,7 +35,7 @@ def distribute(eager: EagerStep, batch: Sample, world: World) -> None:
     eager.criterion.share(world.mean, world.rows)
     share_statistics(eager.model, eager.device)
     with eager.rehearsal():
-        torch.autograd.backward(eager.forward(eager.to_device(batch)).loss)
+        torch.autograd.backward(eager.forward(eager.to_device(eager.held(batch))).loss)
         idle = any(p.requires_grad and p.grad is None for p in eager.model.parameters())
     eager.network = DistributedDataParallel(
         eager.model,

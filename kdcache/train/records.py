@@ -48,11 +48,16 @@ class RamRecords:
 
     def read_into(self, record: int, path: str, out: Array) -> None:
         """A row of one of `paths`. Raises: as `Cache.read_into` when it is read from the store."""
+        out[...] = self.row(record, path)
+
+    def row(self, record: int, path: str) -> Array:
+        """The kept row itself, which is not to be written to. Raises: as `read_into`."""
         rows, whole = self._kept[path]
+        row: Array = rows[record]
         if not whole[record]:
-            self._cache.read_into(record, path, rows[record])
+            self._cache.read_into(record, path, row)
             whole[record] = 1
-        out[...] = rows[record]
+        return row
 
 
 class DeviceTargets:

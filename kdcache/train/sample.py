@@ -4,6 +4,7 @@ A sample is drawn into memory that the caller gives, mostly a row of a batch (`R
 and stacking them, would cost as much as reading does.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,20 @@ class Sample(NamedTuple):
     pixels: Tensor  # uint8 (H, W, 3) RGB
     label: Tensor  # uint8 (H, W), 255 void
     target: Target
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Flat, for loops that take a batch apart by its names; what else the target brings is named by its path."""
+        target = self.target._asdict()
+        extras = target.pop("extras")
+        return {"pixels": self.pixels, "label": self.label, **target, **extras}
+
+    @classmethod
+    def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Sample":
+        """Of a `to_dict`, wherever its tensors have been moved."""
+        named = {"pixels", "label", *Target._fields}
+        extras = {name: tensor for name, tensor in tensors.items() if name not in named}
+        target = Target.of([tensors[name] for name in Target._fields[:5]], extras)
+        return cls(tensors["pixels"], tensors["label"], target)
 
 
 class Row(NamedTuple):
@@ -48,6 +63,11 @@ class Row(NamedTuple):
 def parts_of(batch: Sample) -> list[Tensor]:
     """The tensors of a batch in a fixed order."""
     return [batch.pixels, batch.label, *batch.target[:5], *batch.target.extras.values()]
+
+
+def rows_of(batch: Sample, count: int, first: int = 0) -> Sample:
+    """So many samples of a batch, in memory of the batch."""
+    return batch_of([part[first : first + count] for part in parts_of(batch)], batch)
 
 
 def batch_of(parts: list[Tensor], like: Sample | None = None) -> Sample:

@@ -56,6 +56,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                     moments["step"] = moments["step"].cpu()
 
 
+def strength(config: TrainConfig, step: int) -> float:
+    """How much of its weight the teacher has at a step: `fade` goes from 1 to 0 on a line (Clark et al. 2019,
+    arXiv 1907.04829, section 3.3: teacher annealing)."""
+    assert config.iterations is not None, "resolve the settings first"
+    return 1.0 if config.distill_schedule == "constant" else max(0.0, 1.0 - step / config.iterations)
+
+
 class Schedule:
     """The learning rate: per step (`poly`, `constant`, both with warm-up), or after a validation (`plateau`).
 

@@ -10,7 +10,8 @@ import torch
 from kdcache.data import Split
 from kdcache.distill import choose_implementation
 from kdcache.evaluate import Metrics
-from kdcache.evaluate.run import count_pixels
+from kdcache.evaluate.metrics import ConfusionMatrix
+from kdcache.evaluate.run import Progress, count_pixels
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache
 from kdcache.train.ahead import check_room
@@ -19,7 +20,9 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.folder import check_folder, trained_on, write_beginning
 from kdcache.train.loader import Draws
-from kdcache.train.log import Observer
+from kdcache.train.log import Observer, Observers
+from kdcache.train.loggers import Loggers, check_loggers
+from kdcache.train.memory import asked_for, is_out_of_memory, largest_fitting, memory_error, memory_errors
 from kdcache.train.objective import make_criterion, needed_arrays
 from kdcache.train.order import choose_shuffle
 from kdcache.train.resident import keep_records
@@ -41,7 +44,7 @@ def train(
     Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
         Interrupted when the user stops it.
     """
-    with processes() as world:
+    with memory_errors(config), processes() as world:
         watching = observer if observer is not None and world.first else Observer()
         trainer = make_trainer(config, Path(out), world, watching, resume=resume)
         with _deterministic(trainer.device):
@@ -51,7 +54,8 @@ def train(
 def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool) -> Trainer:
     """Check everything, then begin the run folder."""
     with world.together():
-        world.check_batch_size(config.batch_size, 1 if config.mix is None else 2)
+        world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
+        check_loggers(config.log)
         device = pick_device(config.device, world)
         choose_step(config.step, device, world.size)
         choose_implementation(config.impl, device, torch.float32)
@@ -78,6 +82,10 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
             write_beginning(config, run, model, classes, trained_on(dataset, cache), world.size)
         for text in _notes(config, model, cache):
             observer.note(text)
+        watching = observer
+        if config.log and world.first:
+            recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+            watching = Observers([observer, Loggers(config.log, run, recipe, observer.note)])
         return Trainer(
             model,
             Draws(dataset, config.seed, config.shuffle),
@@ -86,7 +94,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
             run,
             device=device,
             validate=None if val is None else _validator(val, config, device, observer, world),
-            observer=observer,
+            observer=watching,
             world=world,
         )
 
@@ -119,20 +127,36 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
-    """Each process validates its part of the samples; pixels are counted, so that all know the very same score."""
+    """Each process validates its part of the samples; pixels are counted, so that all know the very same score.
+
+    As many go through the model at once as in training.
+    """
+    at_once = config.batch_size // (world.size * config.accumulate)
+    together = 1 if config.mix is None else 2
+
+    def count(
+        model: SegmentationModel, at_once: int, part: tuple[int, int], progress: Progress | None = None
+    ) -> ConfusionMatrix:
+        assert config.size is not None
+        return count_pixels(model, val, config.size, device=device, batch_size=at_once, part=part, progress=progress)
+
+    def count_mine(model: SegmentationModel) -> ConfusionMatrix:
+        try:
+            return count(model, at_once, (world.rank, world.size), observer.validating)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = asked_for(error)
+
+        def attempt(size: int) -> None:
+            count(model, size, (0, max(1, len(val) // size)))  # about so many images, evenly spread
+
+        # Here, where the handler no longer holds what was made; each process on its own, for none waits for another.
+        raise memory_error(config, device, asked, largest_fitting(attempt, at_once, device, together), world.size)
 
     def validate(model: SegmentationModel) -> Metrics:
-        assert config.size is not None
         with world.together():
-            confusion = count_pixels(
-                model,
-                val,
-                config.size,
-                device=device,
-                batch_size=config.batch_size // world.size,
-                progress=observer.validating,
-                part=(world.rank, world.size),
-            )
+            confusion = count_mine(model)
         confusion.counts = world.total(confusion.counts)
         return confusion.metrics()
 

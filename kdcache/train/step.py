@@ -114,14 +114,21 @@ class EagerStep:
     def with_norms(self, batch: Sample) -> tuple[Tensor, dict[str, float]]:
         """The same step, and the L2 norm of each weighted term's gradient over the model's parameters."""
         given = self._asked(self.to_device(batch))
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norms = {}
-        for name, term in self.criterion.parts(*given).items():
-            grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            whole = [g if self.average is None else self.average(g) for g in grads if g is not None]
-            squares = [g.float().square().sum() for g in whole]
-            norms[name] = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        norms = {name: self._norm(gradients) for name, gradients in self._term_gradients(given)}
         return self.learn(self.criterion(*given)), norms
+
+    def _term_gradients(self, given: Asked) -> Iterator[tuple[str, list[Tensor]]]:
+        """Of each weighted term over the model's parameters that it reaches; the graph stays."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for name, term in self.criterion.parts(*given).items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            yield name, [gradient for gradient in gradients if gradient is not None]
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """Of a gradient, over all its parameters, averaged over the processes."""
+        whole = [g if self.average is None else self.average(g) for g in gradients]
+        squares = [g.float().square().sum() for g in whole]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
     def to_device(self, batch: Sample) -> Sample:
         return Sample(
@@ -137,17 +144,30 @@ class EagerStep:
 
     def _asked(self, batch: Sample) -> Asked:
         """What the loss looks at: the model's answer, and what it is compared with."""
-        pixels, label, own = batch.pixels, batch.label, None
-        if self._mix is not None:
-            pixels, label, own = self._mix(pixels, label, batch.target.extras[DICE])
+        pixels, label, own = self._mixed(batch)
         x_B3HW = self.model.normalise(pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             answer = self.network(x_B3HW, self._taps)
         return Asked(answer.logits, label, batch.target, answer.features, own)
 
+    def _mixed(self, batch: Sample) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pixels and label as they are learnt from, and which of them are a sample's own; None is all."""
+        if self._mix is None:
+            return batch.pixels, batch.label, None
+        return self._mix(batch.pixels, batch.label, batch.target.extras[DICE])
+
+    def held(self, batch: Sample) -> Sample:
+        """What of a batch goes through the model at once: all of it."""
+        return batch
+
     def learn(self, losses: Losses) -> Tensor:
         """Backward to optimizer; the gradients are gone afterwards."""
         torch.autograd.backward(losses.loss)
+        self._update()
+        return row(losses)
+
+    def _update(self) -> None:
+        """Learn from the gradients, which are gone afterwards."""
         parameters = [*self.model.parameters(), *self.criterion.parameters()]
         if self.average is not None:
             for parameter in self.criterion.parameters():  # the model's are averaged by what shares it
@@ -157,7 +177,14 @@ class EagerStep:
             torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([part.detach() for part in (*losses[:3], *losses.terms)])
+
+    def attempt(self, batch: Sample, norms: bool) -> None:
+        """A step on what goes through the model at once, without a trace, to see whether it fits into memory."""
+        with self.rehearsal():
+            given = self._asked(self.to_device(batch))
+            if norms:
+                list(self._term_gradients(given))
+            self.learn(self.criterion(*given))
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -253,6 +280,11 @@ def make_step(kind: str, eager: EagerStep, batch: Sample, note: Callable[[str], 
     if made is not eager:
         note(f"--step {kind}: prepared in {time.perf_counter() - began:.1f} s")
     return made
+
+
+def row(losses: Losses) -> Tensor:
+    """The loss and its parts, detached."""
+    return torch.stack([part.detach() for part in (*losses[:3], *losses.terms)])
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

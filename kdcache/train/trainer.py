@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ from kdcache.evaluate import Metrics
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
 from kdcache.store.durable import disk_space_errors
-from kdcache.train.checkpoint import load_checkpoint, save_checkpoint
+from kdcache.train.accumulate import AccumulatedStep
+from kdcache.train.checkpoint import keep_checkpoint, load_checkpoint, save_checkpoint
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.log import MetricsLog, Observer, write_json
+from kdcache.train.memory import asked_for, is_out_of_memory, largest_fitting, memory_error
 from kdcache.train.mix import Mix
 from kdcache.train.parallel import distribute
-from kdcache.train.sample import Sample
-from kdcache.train.schedule import Schedule, load_optimizer, make_optimizer
+from kdcache.train.sample import Sample, rows_of
+from kdcache.train.schedule import Schedule, load_optimizer, make_optimizer, strength
 from kdcache.train.step import EagerStep, Step, choose_step, make_step, random_state, set_random_state
 from kdcache.train.stop import Interrupted, stop_requests
 
@@ -84,11 +87,15 @@ class Trainer:
         self._validate = validate
         self._world = world or World()
         self._kind = choose_step(config.step, device, self._world.size)
+        if config.accumulate > 1 and self._kind != "eager":
+            self.observer.note(f"--accumulate learns from the parts of a batch in eager steps, not {self._kind}")
+            self._kind = "eager"
         # What is trained: also the projections that some terms bring.
         learning = torch.nn.ModuleList([self.model, self.criterion])
         self._optimizer = make_optimizer(learning, config, capturable=self._kind == "graphed")
         self._schedule = Schedule(self._optimizer, config)
-        self.eager = EagerStep(
+        made = EagerStep if config.accumulate == 1 else partial(AccumulatedStep, parts=config.accumulate)
+        self.eager = made(
             self.model,
             self.criterion,
             self._optimizer,
@@ -117,12 +124,13 @@ class Trainer:
         world = self._world
         with world.together():
             random = self._restore() if resume else None
-            iterations, first = self._iterations, self._now.step
+            iterations, first, keep_every = self._iterations, self._now.step, self.config.keep_every
+            assert not isinstance(keep_every, str), "resolve the settings first"
             self._log = MetricsLog(self.run, first) if world.first else None
         self._check_same(first)
-        torch.manual_seed(world.seed(self.config.seed, first))
         parameters = sum(p.numel() for p in self.model.parameters())
         self.observer.started(step=first, iterations=iterations, parameters=parameters)
+        torch.manual_seed(world.seed(self.config.seed, first))  # whatever an observer has drawn
         loader = make_loader(
             self.draws,
             first=first,
@@ -138,6 +146,7 @@ class Trainer:
             # After feed(): a DataLoader takes a number from this generator when it starts.
             set_random_state(self.device, random)
         self.model.train()
+        completed = False
         try:
             with stop_requests() as stop:
                 for step in range(first, iterations):
@@ -145,18 +154,23 @@ class Trainer:
                     interval = (step + 1) % self._val_every == 0 or step + 1 == iterations
                     if world.size == 1:  # nobody to agree with: not even the step that it came in need be awaited
                         stopping = stop.is_set()
-                    if interval or stopping:
+                    keeping = keep_every is not None and (step + 1) % keep_every == 0
+                    if interval or stopping or keeping:
                         self._check_finite()
                     if interval:
                         self._end_of_interval()
-                    elif stopping:
+                    elif stopping or keeping:
                         self._save()
+                    if keeping:
+                        self._keep()
                     if stopping and step + 1 < iterations:
                         raise Interrupted(step + 1)
+            completed = True
         finally:
             if self._log is not None:
                 self._log.close()
             batches.close()  # and with it the threads that draw ahead
+            self.observer.ended(completed=completed)
         return self._finish()
 
     def _one_step(self, step: int, batches: Iterator[Sample | KDCacheError], stop: bool) -> bool:
@@ -166,13 +180,7 @@ class Trainer:
         with self._world.together(stop=stop) as agreed:
             batch = next_batch(batches)
         waited = time.perf_counter() - began
-        prepared = self._prepare(batch)
-        norms = None
-        if config.gradients_every and step % config.gradients_every == 0:
-            losses, norms = self.eager.with_norms(batch)
-        else:
-            assert self._step is not None
-            losses = self._step(batch)
+        prepared, losses, norms = self._learn(step, batch)
         self._describe()
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
         self._unchecked.append((step, losses))
@@ -197,6 +205,31 @@ class Trainer:
             self._write_line("train", now.step, report)
             self.observer.stepped(now.step, report)
         return agreed.stop
+
+    def _learn(self, step: int, batch: Sample) -> tuple[float, Tensor, dict[str, float] | None]:
+        """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
+        every = self.config.gradients_every
+        measured = every > 0 and step % every == 0
+        try:
+            prepared = self._prepare(batch)
+            if self.criterion.strength is not None:
+                self.criterion.listen(strength(self.config, step))
+            if measured:
+                return prepared, *self.eager.with_norms(batch)
+            assert self._step is not None
+            return prepared, self._step(batch), None
+        except (RuntimeError, MemoryError) as error:
+            # Several processes wait for each other: one alone cannot try what fits.
+            if self._world.size > 1 or not is_out_of_memory(error):
+                raise
+            asked = asked_for(error)
+        # Here, where the handler no longer holds what the step had made.
+        self._step = None
+        held, together = self.eager.held(batch), 1 if self.config.mix is None else 2
+        fits = largest_fitting(
+            lambda size: self.eager.attempt(rows_of(held, size), measured), len(held.pixels), self.device, together
+        )
+        raise memory_error(self.config, self.device, asked, fits)
 
     def _describe(self) -> None:
         """Tell once what the terms resize or project."""
@@ -281,6 +314,11 @@ class Trainer:
                     "random": {**own, "others": others} if others else own,
                 }
                 save_checkpoint(self.run, state)
+
+    def _keep(self) -> None:
+        with self._world.together():
+            if self._world.first:
+                keep_checkpoint(self.run, self._now.step)
 
     def _restore(self) -> dict[str, Tensor] | None:
         """Go on from the checkpoint; returns this process's random state, None when there was no such process."""

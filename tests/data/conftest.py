@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,3 +58,9 @@ def builder(tmp_path: Path) -> Builder:
 def new_builder(tmp_path: Path) -> Callable[[str], Builder]:
     """Further empty folders, without a class list."""
     return lambda name: Builder(tmp_path / name)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The writer of tiny data sets in each layout: tiny.write(layout, root) and what else tiny.py has."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))

@@ -21,7 +21,7 @@ def refusal(action) -> DataError:
 def test_no_folder(tmp_path) -> None:
     error = refusal(lambda: open_split(tmp_path / "nowhere", "train"))
     assert "nowhere is no folder" in error.received
-    assert "has no folder images" in refusal(lambda: list_splits(tmp_path)).received
+    assert "folder: images/SPLIT/ and classes.txt" in refusal(lambda: list_splits(tmp_path)).received
 
 
 def test_a_missing_split_names_those_that_exist(builder) -> None:

@@ -8,7 +8,16 @@ import torch
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError
-from kdcache.models import build_model, list_models, tiny, torchvision_heads
+from kdcache.models import (
+    build_model,
+    deeplab,
+    list_models,
+    missing_models,
+    segformer,
+    smp,
+    tiny,
+    torchvision_heads,
+)
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -100,7 +109,13 @@ def test_upsample_obeys_align_corners() -> None:
 
 def test_list_models() -> None:
     infos = {info.spec: info for info in list_models()}
-    families = {"torchvision": torchvision_heads.NAMES, "kdcache": tiny.NAMES}
+    families = {
+        "torchvision": torchvision_heads.NAMES,
+        "kdcache": (*tiny.NAMES, *deeplab.NAMES),
+        "segformer": segformer.NAMES,
+        "smp": smp.NAMES,
+    }
+    assert missing_models() == {}
     assert set(infos) == {f"{family}:{name}" for family, names in families.items() for name in names}
     assert 0.1e6 < infos["kdcache:tiny"].parameters < 0.2e6
     assert 2.5e6 < infos["kdcache:base"].parameters < 3.5e6
@@ -118,6 +133,9 @@ def test_list_models() -> None:
         ("deeplabv3_resnet50", "torchvision:deeplabv3_resnet50"),
         ("kdcache:tyny", "kdcache:tiny"),
         ("zzz", "kdcache:base"),
+        ("kdcache:deeplab_mobilenet", "kdcache:deeplab-mobilenet"),
+        ("segformer:b7", "segformer:b"),
+        ("segfromer:b2", "segformer:b2"),
     ],
 )
 def test_unknown_spec_names_the_nearest(spec: str, near: str) -> None:
@@ -135,6 +153,7 @@ def test_count_of_classes_must_be_known() -> None:
 
 
 def test_importing_the_room_imports_no_model_zoo() -> None:
-    code = "import sys, kdcache.models; print(sorted({'torchvision', 'transformers'} & set(sys.modules)))"
+    zoos = {"torchvision", "transformers", "segmentation_models_pytorch", "timm", "huggingface_hub"}
+    code = f"import sys, kdcache.models; print(sorted({zoos!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

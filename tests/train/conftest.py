@@ -280,6 +280,38 @@ def build(num_classes=7):
     return Net(num_classes)
 """
 
+_HUNGRY = """
+import os
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, error):
+        super().__init__()
+        self.body = nn.Conv2d(3, num_classes, 3, 4, 1)
+        self.error = error
+
+    def forward(self, x):
+        limit = int(os.environ["LIMIT" if self.training else "LIMIT_EVAL"])
+        if len(x) > limit:
+            raise self.error
+        return self.body(x)
+
+def cuda(num_classes=7):
+    text = "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 79.11 GiB, 3 MiB is free"
+    return Net(num_classes, torch.OutOfMemoryError(text))
+
+def host(num_classes=7):
+    return Net(num_classes, MemoryError())
+
+def allocator(num_classes=7):
+    text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8589934592 bytes. Error code 12"
+    return Net(num_classes, RuntimeError(text))
+
+def other(num_classes=7):
+    return Net(num_classes, RuntimeError("a fault of the model's own"))
+"""
+
 _TIED = """
 from torch import nn
 
@@ -300,9 +332,11 @@ def build(num_classes=7):
 
 
 @pytest.fixture(scope="session")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Spec of a model of one's own: `dropout`, `nan` (in the third training step) or `tied` weights."""
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Spec of a model of one's own: `dropout`, `nan` (in the third training step), `tied` weights, or `hungry`, which
+    runs out of memory beyond LIMIT (LIMIT_EVAL) samples, as its function says.
+    """
     folder = tmp_path_factory.mktemp("models")
-    for name, code in {"dropout": _DROPOUT, "nan": _NAN, "tied": _TIED}.items():
+    for name, code in {"dropout": _DROPOUT, "nan": _NAN, "tied": _TIED, "hungry": _HUNGRY}.items():
         (folder / f"{name}.py").write_text(code)
-    return lambda name: f"{folder / name}.py:build"
+    return lambda name, function="build": f"{folder / name}.py:{function}"

@@ -24,6 +24,7 @@ WRONG = {
     "method": ["", "kll", "kl+kl", "none+kl", "kl,at"],
     "term": [["focal"], ["at,weight=-1"], ["at,temperature=2"], ["pseudo,threshold=1.5"], [{"weight": 1}], "at"],
     "distill_on": ["void"],
+    "distill_schedule": ["linear"],
     "gate": ["wrong", "confidence", "confidence:1", "confidence:nan", "correct:0.5"],
     "class_balance": ["mean"],
     "mix": ["mixup", "cutmix:0", "classmix:2", "cutmix:x"],
@@ -41,6 +42,7 @@ WRONG = {
     "iterations": [0, -5, 1.5],
     "epochs": [0, -1],
     "batch_size": [0, -1, 2.5],
+    "accumulate": [0, -2, 1.5],
     "optimizer": ["lion"],
     "lr": [0, -1e-3, NAN, INFINITY],
     "weight_decay": [-1, NAN],
@@ -65,6 +67,8 @@ WRONG = {
     "val_every": [0],
     "log_every": [0],
     "gradients_every": [-1],
+    "keep_every": [0, -1, 1.5, True, "e", "0e", "5 epochs", "1.5e"],
+    "log": ["tensorbord", "tensorboard,", ["wandb", "mlflow"], 3],
 }
 
 
@@ -85,6 +89,7 @@ def test_a_value_out_of_range_names_its_flag(name: str, value: object) -> None:
 
 def test_every_field_with_a_range_is_in_the_table() -> None:
     free = {"data", "split", "val", "val_split", "cache", "cache_dir", "init", "device", "class_trust", "trust_against"}
+    free |= {"name"}
     assert set(WRONG) == set(TrainConfig.model_fields) - free
 
 
@@ -102,6 +107,7 @@ def test_unknown_settings_are_refused_by_name() -> None:
         ({"cache": None, "data": "x", "method": "kl"}, "cache"),
         ({"cache": None}, "data"),
         ({"schedule": "plateau", "val": None}, "val"),
+        ({"method": "none", "distill_schedule": "fade"}, "distill-schedule"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], named: str) -> None:
@@ -200,6 +206,28 @@ def test_epochs_round_up_to_whole_steps(epochs: int, samples: int, batch_size: i
     assert resolved.iterations == iterations
     assert resolved.epochs is None
     assert resolved.resolved(samples, (8, 8)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [(500, 500), ("500", 500), ("5e", 23), ("1e", 5), (None, None)]
+)  # 18 samples in batches of 4
+def test_what_is_kept_is_counted_in_iterations(given: Any, steps: int | None) -> None:
+    resolved = make_config(**BASE, keep_every=given, batch_size=4).resolved(18, (32, 48))
+    assert resolved.keep_every == steps
+    assert tomllib.loads(resolved.to_toml()).get("keep-every") == steps
+
+
+@pytest.mark.parametrize("given", ["wandb,tensorboard", ["wandb", "tensorboard"], [" wandb , tensorboard", "wandb"]])
+def test_loggers_are_listed_or_repeated(given: Any) -> None:
+    config = make_config(**BASE, log=given)
+    assert config.log == ("wandb", "tensorboard")
+    assert tomllib.loads(config.to_toml())["log"] == ["wandb", "tensorboard"]
+    assert make_config(**BASE).log == ()
+
+
+def test_a_logger_s_nearest_name_is_said() -> None:
+    with pytest.raises(RecipeError, match="did you mean tensorboard"):
+        make_config(**BASE, log="tensorbord")
 
 
 @pytest.mark.parametrize("text", [None, "", "model = ", 'model = "x"', 'verb = "train-teacher"\nmodel = "m"\nlr = -1'])

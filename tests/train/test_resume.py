@@ -205,6 +205,7 @@ def test_a_folder_with_something_else_is_refused(settings: dict[str, Any], tmp_p
         ({"kl_weight": 0.25, "temperature": 3.0}, "--kl-weight 0.25"),
         ({"size": "16x24"}, "--size (16, 24)"),
         ({"augment": "replay"}, "--augment replay"),
+        ({"distill_schedule": "fade"}, "--distill-schedule fade"),
     ],
 )
 def test_changed_settings_are_refused_and_named(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdcache.train import TrainConfig
-from kdcache.train.schedule import Schedule, make_optimizer
+from kdcache.train.schedule import Schedule, make_optimizer, strength
 
 
 def new(config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
@@ -54,6 +54,13 @@ def test_plateau_halves_when_the_score_has_not_risen_for_five_validations(
         schedule.after_validation(score)
         seen.append(schedule.lr)
     assert seen == pytest.approx([0.8] * 8 + [0.4] * 8 + [0.2])
+
+
+def test_the_teacher_fades_on_a_line(config: Callable[..., TrainConfig]) -> None:
+    taught = {"verb": "train-student", "cache": "x.zarr", "data": None, "method": "kl", "iterations": 8}
+    fading = config(**taught, distill_schedule="fade")
+    assert [strength(fading, step) for step in range(9)] == pytest.approx([1 - step / 8 for step in range(9)])
+    assert strength(config(**taught), 8) == 1
 
 
 @pytest.mark.parametrize("name", ["poly", "constant", "plateau"])

@@ -171,6 +171,25 @@ def test_students_with_and_without_a_teacher_start_from_the_same_loss(
     assert plain[1]["ce"] != taught[1]["ce"]
 
 
+def test_a_teacher_that_fades_is_all_there_at_first_and_gone_at_the_end(
+    student: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    settings = student | {"term": ["pseudo,threshold=0.01,weight=0.7"], "ce_weight": 0.5, "kl_weight": 2.0}
+    settings |= {"iterations": 4, "log_every": 1, "gradients_every": 1}
+    for name in ("constant", "fade"):
+        go(settings | {"distill_schedule": name}, tmp_path / name)
+    fading, norms = (read_metrics(tmp_path / "fade", kind) for kind in ("train", "gradients"))
+    for step, row in enumerate(fading):
+        strength = 1 - step / 4
+        assert row["loss"] == pytest.approx(
+            0.5 * row["ce"] + strength * (2 * row["kl"] + 0.7 * row["pseudo"]), rel=1e-5
+        )
+    constant = read_metrics(tmp_path / "constant", "gradients")
+    assert norms[0] == constant[0]
+    for term in ("kl", "pseudo"):
+        assert norms[3][term] < 0.5 * constant[3][term]
+
+
 def test_observers_see_everything(student: dict[str, Any], tmp_path: Path) -> None:
     class Seen(Observer):
         def __init__(self) -> None:

@@ -1,0 +1,159 @@
+"""`kdcache compare`: runs side by side."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kdcache_cli import options
+from kdcache_cli.console import ERRORS, OUT, progress_bar
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.evaluate.comparison import Comparison
+    from kdcache.evaluate.evaluation import Judging
+
+_Option = typer.Option
+Runs = Annotated[list[str], typer.Argument(help="Run folders, folders that hold runs, or SPEC@FILE.", metavar="RUN...")]
+OptionalData = Annotated[
+    str | None, _Option("--data", help="Data to judge on (default: what the runs' recipes validate on).")
+]
+OptionalSplit = Annotated[str | None, _Option("--split", help="Which split of it (default: theirs, or val).")]
+Teacher = Annotated[str | None, _Option("--teacher", metavar="RUN", help="A run or SPEC@FILE, shown apart.")]
+Weights = Annotated[str, _Option("--weights", help="best or last.")]
+BatchSize = Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")]
+Baseline = Annotated[
+    str | None,
+    _Option(
+        "--baseline",
+        metavar="NAME",
+        help="A row, or a run of it, to measure against (default: the same model with --method none).",
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    _Option("--ignore", metavar="KEY", help="A setting, besides seed and fold, that does not tell rows apart."),
+]
+OwnFold = Annotated[
+    bool, _Option("--own-fold", help="Judge each run on the fold of the split that its --fold left out.")
+]
+Repeats = Annotated[int, _Option("--repeats", min=0, help="Timed calls per model; 0 times none.")]
+Fresh = Annotated[bool, _Option("--fresh", help="Evaluate again what was evaluated before.")]
+_WIDEST = 7
+"""Rows beside each other in the table of classes: a terminal is higher than it is wide."""
+
+
+def compare(
+    runs: Runs,
+    data: OptionalData = None,
+    split: OptionalSplit = None,
+    teacher: Teacher = None,
+    baseline: Baseline = None,
+    ignore: Ignore = None,
+    own_fold: OwnFold = False,
+    weights: Weights = "best",
+    size: options.Size = None,
+    batch_size: BatchSize = 8,
+    repeats: Repeats = 50,
+    threads: options.Threads = 0,
+    device: options.Device = "auto",
+    fresh: Fresh = False,
+    markdown: Annotated[Path | None, _Option("--markdown", help="Write the tables as Markdown.")] = None,
+    csv: Annotated[Path | None, _Option("--csv", help="Write a line per row, plain numbers.")] = None,
+    json_file: Annotated[Path | None, _Option("--json", help="Write everything that is known.")] = None,
+    text: Annotated[
+        Path | None, _Option("--text", help="Write the small table: mIoU, parameters, milliseconds.")
+    ] = None,
+) -> None:
+    """Runs side by side: IoU per class, distance to the baseline and its noise, cost.
+
+    Runs that differ only in seed and fold are one row, with mean and standard
+    deviation. Evaluations are kept in the run folders and used again while
+    weights and data are the same.
+
+    [dim]kdcache compare runs/ --teacher teacher --markdown comparison.md[/]
+    """
+    from kdcache.evaluate import compare_tables
+    from kdcache.evaluate.compare import CompareOptions
+    from kdcache.evaluate.compare import compare as compare_runs
+
+    judged = judging(weights, size, batch_size, device, threads, fresh)
+    chosen = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats)
+    with progress_bar() as bar:
+        task = bar.add_task("comparing", total=None, note="")
+        found = compare_runs(
+            runs,
+            data,
+            split,
+            chosen,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    _show(found)
+    contents = (
+        (markdown, compare_tables.to_markdown),
+        (csv, compare_tables.to_csv),
+        (text, compare_tables.to_text),
+        (json_file, _to_json),
+    )
+    for path, content in contents:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content(found), encoding="utf-8")
+            ERRORS.print(f"written: {path}")
+
+
+def judging(
+    weights: str, size: str | None, batch_size: int, device: str, threads: int, fresh: bool = False
+) -> "Judging":
+    """How runs are evaluated, as the flags say it; sets torch's threads."""
+    import torch
+
+    from kdcache.evaluate.evaluation import Judging
+    from kdcache.train import pick_device
+
+    options.one_of("--weights", weights, ("best", "last"))
+    if threads:
+        torch.set_num_threads(threads)
+    return Judging(weights, options.parse_size(size), batch_size, str(pick_device(device)), fresh)
+
+
+def _to_json(found: "Comparison") -> str:
+    return json_module.dumps(found.to_json(), indent=1) + "\n"
+
+
+def _show(found: "Comparison") -> None:
+    from kdcache.evaluate.compare_tables import class_table, cost_table, legend, score_table
+
+    bold = ("[bold]", "[/]")
+    _print("mIoU and what is noise", found, *score_table(found, bold))
+    header, rows = class_table(found, bold)
+    (_, *names), *columns = zip(header, *rows, strict=True)
+    for first in range(0, len(names), _WIDEST):
+        shown = slice(first, first + _WIDEST)
+        table = Table("IoU %", *map(escape, names[shown]), box=None, header_style="dim")
+        _align(table)
+        for class_name, *cells in columns[: len(found.class_names)]:
+            table.add_row(escape(class_name), *cells[shown])
+        OUT.print()
+        OUT.print(table)
+    _print("Cost of one image", found, *cost_table(found))
+    OUT.print()
+    for line in legend(found):
+        OUT.print(f"[dim]{escape(line)}[/]", highlight=False)
+
+
+def _print(title: str, found: "Comparison", header: list[str], rows: list[list[str]]) -> None:
+    table = Table(*header, title=f"\n{title}", title_style="bold", title_justify="left", box=None, header_style="dim")
+    _align(table)
+    for row, cells in zip(found.rows, rows, strict=True):
+        if row.teacher:
+            table.add_section()
+        table.add_row(escape(cells[0]), *cells[1:])
+    OUT.print(table)
+
+
+def _align(table: Table) -> None:
+    for column in table.columns[1:]:
+        column.justify = "right"

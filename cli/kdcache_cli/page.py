@@ -1,0 +1,89 @@
+"""`kdcache report`: runs side by side as a page to read."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdcache_cli import options
+from kdcache_cli.compare import (
+    Baseline,
+    BatchSize,
+    Fresh,
+    Ignore,
+    OptionalData,
+    OptionalSplit,
+    OwnFold,
+    Repeats,
+    Runs,
+    Teacher,
+    Weights,
+    judging,
+)
+from kdcache_cli.console import OUT, bytes_text, progress_bar
+
+_Option = typer.Option
+
+
+def report(
+    runs: Runs,
+    out: Annotated[Path, _Option("--out", help="The page, an .html file; one that is there is replaced.")] = Path(
+        "report.html"
+    ),
+    data: OptionalData = None,
+    split: OptionalSplit = None,
+    teacher: Teacher = None,
+    baseline: Baseline = None,
+    ignore: Ignore = None,
+    own_fold: OwnFold = False,
+    title: Annotated[str | None, _Option("--title", help="Of the page (default: of the data's name).")] = None,
+    num: Annotated[int, _Option("--num", min=0, help="Best and worst images; 0 shows none.")] = 3,
+    audit: Annotated[
+        Path | None,
+        _Option("--audit", metavar="FILE", help="report.json of inspect --teacher-report: the teacher's audit."),
+    ] = None,
+    pictures: Annotated[
+        Path | None, _Option("--pictures", metavar="DIR", help="Folder of visualise, which the page mentions.")
+    ] = None,
+    weights: Weights = "best",
+    size: options.Size = None,
+    batch_size: BatchSize = 8,
+    repeats: Repeats = 50,
+    threads: options.Threads = 0,
+    device: options.Device = "auto",
+    fresh: Fresh = False,
+) -> None:
+    """One HTML page of a comparison: did it help, scores, curves, pictures, recipes.
+
+    The page is one file that opens without network or server. Rows and baseline
+    are those of [bold]kdcache compare[/]; evaluations are kept and used again.
+
+    [dim]kdcache report runs/ --teacher teacher --out report.html[/]
+    """
+    from kdcache.evaluate.compare import CompareOptions
+    from kdcache.evaluate.report import ReportOptions, make_report
+    from kdcache.evaluate.report.summary import headline
+
+    judged = judging(weights, size, batch_size, device, threads, fresh)
+    compared = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats)
+    chosen = ReportOptions(compared, title, num, audit, pictures, _command())
+    with progress_bar() as bar:
+        task = bar.add_task("comparing", total=None, note="")
+        found = make_report(
+            runs,
+            data,
+            split,
+            out,
+            chosen,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    answer, sentence, _ = headline(found)
+    OUT.print(f"{answer} {sentence}", markup=False, highlight=False)
+    OUT.print(f"{out}: {bytes_text(out.stat().st_size)}", markup=False, highlight=False)
+
+
+def _command() -> str | None:
+    """What was typed; None where another program calls the verb."""
+    return shlex.join(["kdcache", *sys.argv[1:]]) if sys.argv[1:2] == ["report"] else None

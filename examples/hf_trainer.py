@@ -1,0 +1,77 @@
+"""A SegFormer of transformers trained from a store by its Trainer.
+
+Three lines, marked `distilled`, are all that a teacher takes; without --cache the network learns from labels alone. The
+Trainer takes batches apart by their names, so they travel as dictionaries.
+
+    python examples/hf_trainer.py --cache camvid.zarr --data camvid --iterations 1000
+"""
+
+import argparse
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainingArguments, set_seed
+
+from kdcache import CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
+from kdcache.train import Sample
+
+
+class LossTrainer(Trainer):
+    """A Trainer whose loss is a DistillLoss."""
+
+    def __init__(self, criterion: DistillLoss, **named: Any) -> None:
+        super().__init__(data_collator=lambda samples: default_collate(samples).to_dict(), **named)
+        self.criterion = criterion.to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        batch = Sample.from_dict(inputs)
+        outputs = model(pixel_values=batch.pixels.permute(0, 3, 1, 2).float() / 255)
+        losses = self.criterion(outputs.logits, batch.label, batch.target)
+        print(f"iteration {self.state.global_step + 1} loss {losses.loss.item():.8f} kl {losses.kl.item():.8f}")
+        return (losses.loss, outputs) if return_outputs else losses.loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a small SegFormer on labels and on what a store's teacher said."
+    )
+    parser.add_argument("--data", default="scenes", help="labelled images")
+    parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
+    )
+    parser.add_argument("--iterations", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--out", default="runs/hf", help="where the Trainer keeps what it writes")
+    options = parser.parse_args()
+
+    set_seed(0)
+    classes = open_split(options.data, "train").classes
+    model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=len(classes)))  # of the size of a B0
+
+    dataset = LabelledDataset(open_split(options.data, "train"), tuple(options.size))
+    criterion = DistillLoss()
+    if options.cache:
+        cache = open_cache(options.cache)  # distilled
+        dataset = CacheDataset(cache)  # distilled
+        criterion = DistillLoss(cache)  # distilled
+
+    arguments = TrainingArguments(
+        output_dir=options.out,
+        max_steps=options.iterations,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.lr,
+        remove_unused_columns=False,  # a dataset's own names, which the Trainer compares with the model's
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    LossTrainer(criterion, model=model, args=arguments, train_dataset=dataset).train()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A student trained from a store by Lightning; any network that maps images to class logits will do.
+
+Three lines, marked `distilled`, are all that a teacher takes; without --cache the network learns from labels alone. Its
+logits may be of any size: the loss resizes them to that of the labels on the fly.
+
+    python examples/lightning_module.py --cache camvid.zarr --data camvid --iterations 1000
+"""
+
+import argparse
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from kdcache import CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
+from kdcache.train import Sample, sample_loader
+
+
+class Student(lightning.LightningModule):
+    """A network and its loss."""
+
+    def __init__(self, network: nn.Module, criterion: DistillLoss, lr: float) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = criterion
+        self.lr = lr
+
+    def training_step(self, batch: Sample, number: int) -> Tensor:
+        logits = self.network(batch.pixels.permute(0, 3, 1, 2).float() / 255)
+        losses = self.criterion(logits, batch.label, batch.target)
+        self.log("loss", losses.loss, batch_size=len(logits))
+        print(f"iteration {number + 1} loss {losses.loss.item():.8f} kl {losses.kl.item():.8f}")
+        return losses.loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def small_network(classes: int) -> nn.Module:
+    """Logits at a quarter of the size."""
+    layers: list[nn.Module] = []
+    for before, after, stride in ((3, 24, 2), (24, 48, 2), (48, 48, 1), (48, 48, 1)):
+        layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(48, classes, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a small network on labels and on what a store's teacher said.")
+    parser.add_argument("--data", default="scenes", help="labelled images")
+    parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
+    )
+    parser.add_argument("--iterations", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    options = parser.parse_args()
+
+    lightning.seed_everything(0, verbose=False)
+    classes = open_split(options.data, "train").classes
+
+    dataset = LabelledDataset(open_split(options.data, "train"), tuple(options.size))
+    criterion = DistillLoss()
+    if options.cache:
+        cache = open_cache(options.cache)  # distilled
+        dataset = CacheDataset(cache)  # distilled
+        criterion = DistillLoss(cache)  # distilled
+
+    student = Student(small_network(len(classes)), criterion, options.lr)
+    loader = sample_loader(dataset, batch_size=options.batch_size, iterations=options.iterations)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(student, loader)
+
+
+if __name__ == "__main__":
+    main()

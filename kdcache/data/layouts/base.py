@@ -1,0 +1,119 @@
+"""What every layout answers: is it this one, which splits are there, what is in them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from kdcache.data.files import IMAGE_SUFFIXES
+from kdcache.data.layouts.file_split import FileSplit, describe_some
+from kdcache.data.layouts.scan import Scan
+from kdcache.data.sample import ClassList
+from kdcache.errors import DataError
+
+
+class Layout(ABC):
+    """One way in which data sets lie on disk. Stateless: `root` is the folder that `find` returned.
+
+    Attributes:
+        name: the prefix of `--data`.
+        looks_for: what makes a folder one of this layout, for messages.
+        homes: where it may begin below the folder that the user names; first come, first served.
+        split_is: what a split is, for messages.
+        pairing: which label belongs to which image, for messages.
+        listed: splits are lists that may name an image twice on purpose.
+    """
+
+    name: ClassVar[str]
+    looks_for: ClassVar[str]
+    homes: ClassVar[tuple[str, ...]] = ("",)
+    split_is: ClassVar[str]
+    pairing: ClassVar[str] = "Every label is a PNG with the path of its image (another suffix)."
+    listed: ClassVar[bool] = False
+
+    @abstractmethod
+    def matches(self, root: Path) -> bool:
+        """Whether a data set of this layout begins in `root`; reads folders, no files."""
+
+    @abstractmethod
+    def splits(self, root: Path) -> list[str]:
+        """Names of the splits, sorted."""
+
+    @abstractmethod
+    def classes(self, root: Path) -> ClassList:
+        """Names and colours. Raises: DataError where they are read from a file that is not as it should be."""
+
+    @abstractmethod
+    def _scan(self, root: Path, split: str) -> Scan:
+        """What there is of a split that `splits` names. Raises: DataError for a list that cannot be read."""
+
+    def find(self, folder: Path) -> Path | None:
+        """Where the data set begins, in `folder` or one of its `homes`; None when it is not of this layout."""
+        return next((folder / home for home in self.homes if self.matches(folder / home)), None)
+
+    def scan(self, root: Path, split: str) -> Scan:
+        """Find the images and labels of a split; refuses only a split that is missing or without images.
+
+        Raises: DataError.
+        """
+        if split not in (names := self.splits(root)):
+            raise DataError(
+                f"A split is {self.split_is}.",
+                received=f"{split!r} in {root}; there are: {', '.join(names) or 'none'}",
+                remedy="Name one of the splits that exist.",
+            )
+        found = self._scan(root, split)
+        if not found.images and found.missing:
+            raise self._missing(root, split, found)
+        if not found.images:
+            raise DataError(
+                "A split has at least one image.",
+                received=f"none in {root / found.image_place}" + (f" for split {split!r}" if self.listed else ""),
+                remedy=f"Put images there ({', '.join(IMAGE_SUFFIXES)})"
+                + (", and their names into the list." if self.listed else "."),
+            )
+        return found
+
+    def open(self, data: str, root: Path, split: str) -> FileSplit:
+        """Open a split for use.
+
+        Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels that belong to no
+            image, or files that a list names and that are not there.
+        """
+        found = self.scan(root, split)
+        if found.missing:
+            raise self._missing(root, split, found)
+        if found.clashes:
+            sample, first, second = found.clashes[0]
+            raise DataError(
+                "Sample ids (paths without the last suffix) are unique in a split.",
+                received=f"{first} and {second} are both {sample!r} ({len(found.clashes)} clashes) "
+                f"in {root / found.image_place}",
+                remedy="Rename or remove one file of each pair"
+                + (", or the repeated lines of the list." if self.listed else "."),
+            )
+        if found.orphans or found.foreign:
+            raise DataError(
+                self.pairing,
+                received=f"{describe_some(found.orphans + found.foreign)} in {root / found.label_place}",
+                remedy=f"Give each label its image's name, as in {next(iter(found.images.values()))!r}; "
+                "remove the labels that have no image.",
+            )
+        return FileSplit(data, split, self.classes(root), root, found)
+
+    def may_share(self, one: str, other: str) -> bool:
+        """Whether two splits may hold the same images: `trainval` is train and val, `trainaug` holds train."""
+        if not self.listed:
+            return False
+        names = {one, other}
+        held_out = {name for name in names if not name.startswith("train")}
+        return not held_out or ("trainval" in names and all(name.startswith("val") for name in held_out))
+
+    def _missing(self, root: Path, split: str, found: Scan) -> DataError:
+        return DataError(
+            "Every file that a split calls for is there.",
+            received=f"no {describe_some(found.missing)} in {root}, split {split!r}",
+            remedy="Restore the files from their source"
+            + (", or take their lines out of the list." if self.listed else "."),
+        )

@@ -1,0 +1,114 @@
+"""CamVid as the SegNet tutorial hands it out: 11 classes, one list per split.
+
+    train.txt                       lines such as /SegNet/CamVid/train/a.png /SegNet/CamVid/trainannot/a.png
+    train/a.png                     images
+    trainannot/a.png                8-bit ids 0 to 10, 11 = void
+
+The lists carry the paths of their authors' machine, so the last two parts count, below the folder of the lists. A line
+without an annotation is a sample without a label.
+Source: Badrinarayanan et al. 2017; Brostow et al. 2009. Colours are those of SegNet's own scripts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.label_ids import LabelIds, id_table
+from kdcache.data.layouts.scan import Scan, lists_in, read_list
+from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.errors import DataError
+
+CLASSES = ClassList(
+    (
+        "Sky",
+        "Building",
+        "Pole",
+        "Road",
+        "Pavement",
+        "Tree",
+        "SignSymbol",
+        "Fence",
+        "Car",
+        "Pedestrian",
+        "Bicyclist",
+    ),
+    (
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (60, 40, 222),
+        (128, 128, 0),
+        (192, 128, 128),
+        (64, 64, 128),
+        (64, 0, 128),
+        (64, 64, 0),
+        (0, 128, 192),
+    ),
+)
+UNLABELLED = 11
+
+LABEL_IDS = LabelIds(
+    "CamVid's annotations hold ids 0 to 10, and 11 or 255 for void.",
+    "Use the annotations of the SegNet tutorial, or the folder layout with a classes.txt.",
+    id_table({**{index: index for index in range(len(CLASSES))}, UNLABELLED: IGNORE_INDEX}),
+)
+
+SPLITS = ("train", "val", "test", "trainval")
+
+
+class CamVid(Layout):
+    """SegNet's CamVid."""
+
+    name: ClassVar[str] = "camvid"
+    looks_for: ClassVar[str] = "train.txt, val.txt or test.txt beside a folder such as trainannot/, here or in CamVid/"
+    homes: ClassVar[tuple[str, ...]] = ("", "CamVid")
+    split_is: ClassVar[str] = "a list (train.txt, val.txt, test.txt, trainval.txt)"
+    listed: ClassVar[bool] = True
+
+    def matches(self, root: Path) -> bool:
+        return bool(self.splits(root)) and any((root / f"{split}annot").is_dir() for split in SPLITS)
+
+    def splits(self, root: Path) -> list[str]:
+        return lists_in(root, SPLITS)
+
+    def classes(self, root: Path) -> ClassList:
+        return CLASSES
+
+    def _scan(self, root: Path, split: str) -> Scan:
+        listing = f"{split}.txt"
+        images: dict[str, str] = {}
+        labels: dict[str, str] = {}
+        clashes, missing = [], []
+        for number, words in read_list(root / listing):
+            image, *annotation = _paths(root, listing, number, words)
+            missing += [path for path in (image, *annotation) if not (root / path).is_file()]
+            sample = PurePosixPath(image).stem
+            if sample in images:
+                clashes.append((sample, images[sample], f"{image} (line {number} of {listing})"))
+            elif image not in missing:
+                images[sample] = image
+                labels.update((sample, path) for path in annotation if path not in missing)
+        ordered = dict(sorted(images.items()))
+        return Scan(ordered, labels, LABEL_IDS, split, f"{split}annot", clashes=clashes, missing=missing)
+
+
+def _paths(root: Path, listing: str, number: int, words: list[str]) -> list[str]:
+    """Paths of the image and, where the line has one, its annotation."""
+    if len(words) > 2:
+        raise DataError(
+            "A line of a CamVid list is the path of an image and that of its annotation, without spaces.",
+            received=f"{len(words)} words in line {number} of {root / listing}",
+            remedy="Correct the line, or rename files that have spaces in their names.",
+        )
+    return [_resolve(root, word) for word in words]
+
+
+def _resolve(root: Path, word: str) -> str:
+    """A path of a list as it is where that exists, else its last two parts; below `root` unless absolute."""
+    path = PurePosixPath(word.replace("\\", "/"))
+    if (root / path).is_file():  # an absolute path takes the place of root
+        return str(path)
+    return "/".join(path.parts[-2:])

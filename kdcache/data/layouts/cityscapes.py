@@ -1,0 +1,120 @@
+"""Cityscapes: 19 classes of the ids 0 to 33 that its labels hold.
+
+    leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png
+    gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png          ids of all 34 kinds
+    gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png     class ids already: used where there are no labelIds
+
+labelIds are mapped to the 19 classes when they are read, once. Mapped twice, road (0) would be void, a traffic sign (7)
+road and a person (11) building, and training would go on with what is left; so files that show it are refused.
+Source: Cordts et al. 2016; ids and colours as in cityscapesScripts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from kdcache.data.files import LABEL_SUFFIX
+from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
+from kdcache.data.layouts.scan import Scan, folders_in, scan_folders
+from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.errors import DataError
+
+_KINDS = (
+    (7, "road", (128, 64, 128)),
+    (8, "sidewalk", (244, 35, 232)),
+    (11, "building", (70, 70, 70)),
+    (12, "wall", (102, 102, 156)),
+    (13, "fence", (190, 153, 153)),
+    (17, "pole", (153, 153, 153)),
+    (19, "traffic light", (250, 170, 30)),
+    (20, "traffic sign", (220, 220, 0)),
+    (21, "vegetation", (107, 142, 35)),
+    (22, "terrain", (152, 251, 152)),
+    (23, "sky", (70, 130, 180)),
+    (24, "person", (220, 20, 60)),
+    (25, "rider", (255, 0, 0)),
+    (26, "car", (0, 0, 142)),
+    (27, "truck", (0, 0, 70)),
+    (28, "bus", (0, 60, 100)),
+    (31, "train", (0, 80, 100)),
+    (32, "motorcycle", (0, 0, 230)),
+    (33, "bicycle", (119, 11, 32)),
+)
+"""labelId, name and colour of the classes, in the order of their train ids."""
+
+CLASSES = ClassList(tuple(name for _, name, _ in _KINDS), tuple(colour for _, _, colour in _KINDS))
+MOST_LABEL_ID = 33
+_SELDOM = (5, 9, 10, 14, 18)
+"""dynamic, parking, rail track, guard rail, pole group; as train ids: pole, terrain, sky, truck, bicycle."""
+
+IMAGES, LABELS = "leftImg8bit", "gtFine"
+_IMAGE_END, _IDS_END, _TRAIN_IDS_END = "_leftImg8bit", "_gtFine_labelIds", "_gtFine_labelTrainIds"
+
+
+def to_classes(most_label_id: int) -> dict[int, int]:
+    """labelId -> class id, of all labelIds up to the last one; what is no class is void."""
+    classes = {label_id: index for index, (label_id, _, _) in enumerate(_KINDS)}
+    return {label_id: classes.get(label_id, IGNORE_INDEX) for label_id in range(most_label_id + 1)}
+
+
+def refuse_train_ids(seen: Seen, path: Path) -> None:
+    """Refuse numbers that are train ids, not labelIds.
+
+    Nearly every street shows an id from 19 up: vegetation, sky, a car, a sign. Where there is none, these tell: 255,
+    which labelIds never have and train ids have wherever something is void; or two of the ids that are seldom seen,
+    and never without plants, sky and cars, but are poles, terrain, sky, trucks and bicycles as train ids.
+
+    Raises: DataError.
+    """
+    if seen[len(CLASSES) : IGNORE_INDEX].any() or not (seen[IGNORE_INDEX] or seen[list(_SELDOM)].sum() >= 2):
+        return
+    raise DataError(
+        f"Labels are mapped to class ids once: labelIds are 0 to {MOST_LABEL_ID}, and streets show some from 19 up.",
+        received=f"train ids, mapped already: {', '.join(map(str, seen.nonzero()[0]))} in {path}",
+        remedy="Restore the labelIds; or keep train ids as *_gtFine_labelTrainIds.png without labelIds (Cityscapes), "
+        "or in the folder layout with a classes.txt of the 19 classes.",
+    )
+
+
+LABEL_IDS = LabelIds(
+    f"Cityscapes' labelIds are 0 to {MOST_LABEL_ID} (255 is void too).",
+    "Restore the labels from their source, or use the folder layout with a classes.txt.",
+    id_table(to_classes(MOST_LABEL_ID)),
+    refuse_train_ids,
+)
+TRAIN_IDS = LabelIds(
+    "Cityscapes' train ids are 0 to {last}, and 255 for void.",
+    "Make the files again with cityscapesScripts, or keep the labelIds beside them.",
+)
+
+
+class Cityscapes(Layout):
+    """Cityscapes with fine annotations."""
+
+    name: ClassVar[str] = "cityscapes"
+    looks_for: ClassVar[str] = f"{IMAGES}/SPLIT/CITY/ (and {LABELS}/SPLIT/CITY/)"
+    split_is: ClassVar[str] = f"a folder below {IMAGES}"
+    pairing: ClassVar[str] = f"The label of CITY/NAME{_IMAGE_END}.png is CITY/NAME{_IDS_END}.png."
+
+    def matches(self, root: Path) -> bool:
+        return bool(folders_in(root / IMAGES))
+
+    def splits(self, root: Path) -> list[str]:
+        return folders_in(root / IMAGES)
+
+    def classes(self, root: Path) -> ClassList:
+        return CLASSES
+
+    def _scan(self, root: Path, split: str) -> Scan:
+        places = f"{IMAGES}/{split}", f"{LABELS}/{split}"
+        fine = scan_folders(root, *places, LABEL_IDS, image_end=_IMAGE_END, label_end=_IDS_END)
+        train = scan_folders(root, *places, TRAIN_IDS, image_end=_IMAGE_END, label_end=_TRAIN_IDS_END)
+        if not fine.labels and not fine.orphans:
+            return train
+        # One kind for all: a sample that has train ids alone would pass for one without a label.
+        lost = sorted(train.labels.keys() - fine.labels.keys())
+        ends = [f"{places[1]}/{sample.removesuffix(_IMAGE_END)}{_IDS_END}{LABEL_SUFFIX}" for sample in lost]
+        return replace(fine, missing=ends)

@@ -1,0 +1,105 @@
+"""The samples of a split that lie in files, read one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdcache.data.files import file_digest, image_size, read_image, read_label
+from kdcache.data.layouts.label_ids import numbers_in
+from kdcache.data.layouts.scan import Scan
+from kdcache.data.sample import ClassList, Pixels, Split, ids_out_of_range
+from kdcache.errors import DataError
+
+
+class FileSplit(Split):
+    """One split of a data set on disk; reads a file only when asked for its sample.
+
+    Args:
+        data: as the user gave it.
+        root: the data set's folder, which the paths of `scan` begin in.
+    """
+
+    def __init__(self, data: str, split: str, classes: ClassList, root: Path, scan: Scan) -> None:
+        self.data = data
+        self.split = split
+        self.classes = classes
+        self.ids = tuple(scan.images)
+        self.label_map = scan.label_ids.table
+        # Absolute, because a worker process may run in another directory.
+        self._root = root.absolute()
+        self._label_ids = scan.label_ids
+        self._image_files = tuple(scan.images.values())
+        self._label_files = tuple(scan.labels.get(sample) for sample in self.ids)
+        self._sizes: dict[int, tuple[int, int]] = {}
+
+    def image_path(self, index: int) -> Path:
+        """The image's file."""
+        return self._root / self._image_files[index]
+
+    def label_path(self, index: int) -> Path | None:
+        """The label's file; None without one."""
+        name = self._label_files[index]
+        return None if name is None else self._root / name
+
+    def image(self, index: int) -> Pixels:
+        pixels = read_image(self.image_path(index))
+        self._sizes[index] = (pixels.shape[0], pixels.shape[1])
+        return pixels
+
+    def has_label(self, index: int) -> bool:
+        return self._label_files[index] is not None
+
+    def label(self, index: int) -> Pixels | None:
+        label = self.raw_label(index)
+        if label is None:
+            return None
+        path, size = self.label_path(index), self._size(index)
+        if label.shape != size:
+            raise DataError(
+                "A label has the size of its image (upright by EXIF).",
+                received=f"{describe_sizes(label.shape, size)}: {path}, {self.image_path(index)}",
+                remedy="Resize the labels (nearest) or restore the images they were drawn on.",
+            )
+        if bad := ids_out_of_range(label, len(self.classes)):
+            raise DataError(
+                self._label_ids.rule.format(last=len(self.classes) - 1),
+                received=f"{describe_ids(bad)} in {path}",
+                remedy=self._label_ids.remedy,
+            )
+        return label
+
+    def raw_label(self, index: int) -> Pixels | None:
+        path = self.label_path(index)
+        if path is None:
+            return None
+        label = read_label(path)
+        if self._label_ids.check is not None:
+            self._label_ids.check(numbers_in(label), path)
+        return label if self.label_map is None else self.label_map.take(label)
+
+    def content_digests(self, index: int) -> tuple[str, str | None]:
+        """SHA-256 of the bytes of the image file and of the label file (None without one)."""
+        path = self.label_path(index)
+        return file_digest(self.image_path(index)), None if path is None else file_digest(path)
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """Remembered from `image`, because a PNG's header does not tell its rotation without decoding it."""
+        if index not in self._sizes:
+            self._sizes[index] = image_size(self.image_path(index))
+        return self._sizes[index]
+
+
+def describe_ids(bad: dict[int, int]) -> str:
+    """`id 11 in 250 pixels, id 12 in 3 pixels`."""
+    return ", ".join(f"id {i} in {count} pixel{'s' * (count != 1)}" for i, count in bad.items())
+
+
+def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
+    """Both sizes of a label that does not fit."""
+    return f"label {label[0]} x {label[1]}, image {image[0]} x {image[1]} (height x width)"
+
+
+def describe_some(names: list[str], most: int = 3) -> str:
+    """The first few names and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + rest

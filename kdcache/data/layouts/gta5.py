@@ -1,0 +1,54 @@
+"""GTA5 ("Playing for Data"): game frames with Cityscapes' ids.
+
+    images/00001.png
+    labels/00001.png                    palette PNG of labelIds, 34 = license plate
+    train.txt, val.txt, test.txt        names, one a line; without lists all of it is `train`
+
+Some labels of the public release have another size than their image; they are refused when read, and `data check` names
+all of them. Source: Richter et al. 2016.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.cityscapes import CLASSES, refuse_train_ids, to_classes
+from kdcache.data.layouts.label_ids import LabelIds, id_table
+from kdcache.data.layouts.scan import Scan, holds_pictures, keep_listed, lists_in, scan_folders
+from kdcache.data.sample import ClassList
+
+IMAGES, LABELS = "images", "labels"
+SPLITS = ("train", "val", "test", "trainval")
+WHOLE = "train"
+MOST_LABEL_ID = 34
+
+LABEL_IDS = LabelIds(
+    f"GTA5's labelIds are 0 to {MOST_LABEL_ID} (255 is void too).",
+    "Restore the labels from their source, or use the folder layout with a classes.txt.",
+    id_table(to_classes(MOST_LABEL_ID)),
+    refuse_train_ids,
+)
+
+
+class Gta5(Layout):
+    """Playing for Data."""
+
+    name: ClassVar[str] = "gta5"
+    looks_for: ClassVar[str] = f"pictures right in {IMAGES}/ and in {LABELS}/"
+    split_is: ClassVar[str] = f"a list (train.txt, val.txt, ...); without lists, {WHOLE!r} is all of it"
+    listed: ClassVar[bool] = True
+
+    def matches(self, root: Path) -> bool:
+        return holds_pictures(root / IMAGES) and holds_pictures(root / LABELS)
+
+    def splits(self, root: Path) -> list[str]:
+        return lists_in(root, SPLITS) or [WHOLE]
+
+    def classes(self, root: Path) -> ClassList:
+        return CLASSES
+
+    def _scan(self, root: Path, split: str) -> Scan:
+        everything = scan_folders(root, IMAGES, LABELS, LABEL_IDS)
+        return keep_listed(everything, root, f"{split}.txt") if lists_in(root, SPLITS) else everything

@@ -1,0 +1,53 @@
+"""From the numbers in a layout's label files to class ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.data.sample import IGNORE_INDEX, Pixels
+
+Seen = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelIds:
+    """What the numbers in label files mean.
+
+    Args:
+        rule: which numbers there may be, for messages; `{last}` is the last class id.
+        remedy: what to do about others.
+        table: uint8 (256,), the class id of every number; None when they are class ids already.
+        check: raises DataError when the numbers seen in a file, bool (256,), show that it cannot be what it is called;
+            it gets the file's path too.
+    """
+
+    rule: str
+    remedy: str
+    table: Pixels | None = None
+    check: Callable[[Seen, Path], None] | None = None
+
+
+def id_table(known: Mapping[int, int]) -> Pixels:
+    """A table of 256 entries, uint8, not writable: `known` maps numbers to class ids or void.
+
+    Other numbers stay as they are, so that they are refused as the numbers that the file has; 255 is void in any file.
+    """
+    table = np.arange(256, dtype=np.uint8)
+    table[list(known)] = list(known.values())
+    classes = {index for index in known.values() if index != IGNORE_INDEX}
+    # A number that is not listed must never pass for a class.
+    assert not classes & (set(range(IGNORE_INDEX)) - set(known)), known
+    table.flags.writeable = False
+    return table
+
+
+def numbers_in(label: Pixels) -> Seen:
+    """Which of the 256 numbers occur in a label, bool (256,)."""
+    seen = np.zeros(256, np.bool_)
+    seen[label.reshape(-1)] = True
+    return seen

@@ -1,0 +1,102 @@
+"""Which layout a data set has: named by a prefix (`voc:/data/VOC2012`), or found by what lies in the folder."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from kdcache.data.folder import Folder
+from kdcache.data.layouts.ade20k import Ade20k
+from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.camvid import CamVid
+from kdcache.data.layouts.cityscapes import Cityscapes
+from kdcache.data.layouts.gta5 import Gta5
+from kdcache.data.layouts.voc import Voc
+from kdcache.errors import DataError
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (Folder(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k())
+}
+
+# Two characters at least: one is a Windows drive.
+_PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
+
+
+class Found(NamedTuple):
+    """A layout, and the folder in which a data set of it begins."""
+
+    layout: Layout
+    root: Path
+
+
+def find_layout(data: str) -> Found:
+    """The layout of a data set on disk, and where it begins.
+
+    Args:
+        data: a folder, or LAYOUT:FOLDER.
+    Raises: DataError when the folder or the layout does not exist, or when none or several of them fit.
+    """
+    name, folder = split_prefix(data)
+    if not folder.is_dir():
+        raise DataError(
+            "A data set is a folder.",
+            received=f"{folder} {'is a file' if folder.exists() else 'is no folder'}",
+            remedy="Check the path. What kdcache reads: " + ", ".join(LAYOUTS) + ", or the built-in scenes.",
+        )
+    if name is not None:
+        return _named(LAYOUTS[name], folder)
+    found = [Found(layout, root) for layout in LAYOUTS.values() if (root := layout.find(folder)) is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            "A folder holds a data set of one layout.",
+            received=f"{folder} holds " + ", ".join(f"{layout.name} ({root})" for layout, root in found),
+            remedy="Name the one that is meant: " + " or ".join(f"{layout.name}:{folder}" for layout, _ in found),
+        )
+    raise DataError(
+        "A data folder has a layout that kdcache knows.",
+        received=f"{folder}, which has none of\n"
+        + "\n".join(f"  {layout.name}: {layout.looks_for}" for layout in LAYOUTS.values()),
+        remedy="Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
+    )
+
+
+def split_prefix(data: str) -> tuple[str | None, Path]:
+    """The layout that `data` names (None without one) and the folder. What exists under the whole of it is a folder.
+
+    Raises: DataError for a prefix that is no layout, or one without a folder.
+    """
+    whole = Path(data).expanduser()
+    match = _PREFIXED.fullmatch(data)
+    if match is None or whole.exists():
+        return None, whole
+    name, path = match["name"], match["path"]
+    if name not in LAYOUTS:
+        near = difflib.get_close_matches(name.lower(), LAYOUTS, n=1, cutoff=0.5)
+        raise DataError(
+            f"What stands before the colon is a layout: {', '.join(LAYOUTS)}, or scenes.",
+            received=f"{name!r} in {data!r} (and there is no such folder)",
+            remedy=f"Did you mean {near[0]}:{path}?" if near else "Name a layout, or check the path; data lie on disk.",
+        )
+    if not path:
+        raise DataError(
+            "A layout is followed by the folder of the data set.",
+            received=repr(data),
+            remedy=f"For instance {name}:/data/{name}.",
+        )
+    return name, Path(path).expanduser()
+
+
+def _named(layout: Layout, folder: Path) -> Found:
+    root = layout.find(folder)
+    if root is not None:
+        return Found(layout, root)
+    fits = [other.name for other in LAYOUTS.values() if other.find(folder) is not None]
+    raise DataError(
+        f"A folder of layout {layout.name} has {layout.looks_for}.",
+        received=f"{folder}, which has not" + (f", but is of layout {fits[0]}" if fits else ""),
+        remedy=f"Name it {fits[0]}:{folder}." if fits else "Check the path, or restore what is missing.",
+    )

@@ -1,0 +1,156 @@
+"""Finding the images and labels of a split, by folder or by list, before anything is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kdcache.data.files import IMAGE_SUFFIXES, LABEL_SUFFIX
+from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.errors import DataError
+
+Line = tuple[int, list[str]]
+"""Number of a line, from 1, and its words."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a split has on disk.
+
+    Attributes:
+        images: id -> path below the data set's folder, sorted by id.
+        labels: id -> path, of ids that have an image.
+        label_ids: what the numbers in the labels mean.
+        image_place, label_place: where they were looked for, below the data set's folder.
+        orphans: labels that no image has, below `label_place`.
+        foreign: pictures below `label_place` that are no PNG.
+        clashes: (id, first, second) of images with one id; the first is in `images`.
+        missing: files that a list or their siblings call for and that are not there.
+    """
+
+    images: dict[str, str]
+    labels: dict[str, str]
+    label_ids: LabelIds
+    image_place: str
+    label_place: str
+    orphans: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    clashes: list[tuple[str, str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def scan_folders(
+    root: Path, image_place: str, label_place: str, label_ids: LabelIds, *, image_end: str = "", label_end: str = ""
+) -> Scan:
+    """Pair the images below one folder with the labels below another, by their paths without suffix.
+
+    Args:
+        image_end, label_end: what the names of images and labels end with before the suffix; files whose names do
+            not are no part of it. A label's path with `image_end` for `label_end` is the id of its image.
+    """
+    scan = Scan({}, {}, label_ids, image_place, label_place)
+    for sample, path in sorted(_pictures(root / image_place)):
+        if not sample.endswith(image_end):
+            continue
+        if sample in scan.images:
+            first = scan.images[sample].removeprefix(f"{image_place}/")
+            scan.clashes.append((sample, first, path))
+        scan.images.setdefault(sample, f"{image_place}/{path}")
+    for name, path in sorted(_pictures(root / label_place)):
+        if not name.endswith(label_end):
+            continue
+        sample = name.removesuffix(label_end) + image_end
+        if not path.lower().endswith(LABEL_SUFFIX):
+            scan.foreign.append(path)
+        elif sample not in scan.images or sample in scan.labels:
+            scan.orphans.append(path)
+        else:
+            scan.labels[sample] = f"{label_place}/{path}"
+    return scan
+
+
+def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
+    """The samples of a scan that a list names, one a line: by id, by file name, or by a path (its label beside it).
+
+    Where one listed sample has a label all must: the labels of the others are missing. A test list has none at all.
+
+    Raises: DataError for a list that cannot be read.
+    """
+    lines: dict[str, int] = {}
+    clashes = []
+    for number, words in read_list(root / listing):
+        sample = _listed_id(words[0])
+        if sample in lines:
+            clashes.append((sample, f"line {lines[sample]}", f"line {number} of {listing}"))
+        lines.setdefault(sample, number)
+    images = {sample: scan.images[sample] for sample in sorted(lines) if sample in scan.images}
+    labels = {sample: scan.labels[sample] for sample in images if sample in scan.labels}
+    missing = [f"{scan.image_place}/{sample}" for sample in sorted(lines.keys() - images.keys())]
+    if labels:
+        missing += [f"{scan.label_place}/{sample}{LABEL_SUFFIX}" for sample in images if sample not in labels]
+    clashes += [clash for clash in scan.clashes if clash[0] in lines]
+    return replace(scan, images=images, labels=labels, orphans=[], foreign=[], clashes=clashes, missing=missing)
+
+
+def read_list(path: Path) -> list[Line]:
+    """Lines of a list that are not blank, as words. Raises: DataError."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "The list of a split is a text file in UTF-8.",
+            received=f"{path}: {error}",
+            remedy="Restore the file from its source.",
+        ) from error
+    return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def lists_in(folder: Path, names: Sequence[str] | None = None) -> list[str]:
+    """Names of the lists (`<name>.txt`) in a folder, sorted; of those in `names` when given."""
+    if not folder.is_dir():
+        return []
+    found = (path.stem for path in folder.iterdir() if path.suffix == ".txt" and not path.name.startswith("."))
+    return sorted(name for name in found if names is None or name in names)
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:  # which asks nothing more about each of 25,000 pictures
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Whether a picture lies in the folder itself; looks no further than the first."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(is_picture(entry.name) and entry.is_file() for entry in entries)
+
+
+def is_picture(name: str) -> bool:
+    """By its suffix. Hidden files are never data: macOS leaves `._a.jpg` beside `a.jpg`."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _listed_id(word: str) -> str:
+    """`a`, `a.png` and `/images/a.png` are all `a`; a name of another kind keeps its dots."""
+    name = word.replace("\\", "/").rpartition("/")[2]
+    return name[: name.rindex(".")] if is_picture(name) else name
+
+
+def _pictures(top: Path) -> Iterator[tuple[str, str]]:
+    """(id, posix path) below `top`, through links (data sets are often linked together), each folder once."""
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(top, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in filter(is_picture, names):
+            path = (Path(folder) / name).relative_to(top).as_posix()
+            yield path[: path.rindex(".")], path

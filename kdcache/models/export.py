@@ -1,0 +1,292 @@
+"""A trained model as a file for deployment: its weights alone, an ONNX graph, or a torch.export program.
+
+Graphs take what a camera gives, RGB in 0..1 as float32 (B, 3, H, W), and answer with logits (B, C, H, W): the
+normalisation and the resize, which are easily done wrong elsewhere, are inside. Batch, height and width are free where
+the exporter can keep them so. Every file carries class names, colours, mean, std, size and spec, and is compared with
+the model itself before it gets its name.
+
+Only what answers is exported: what served training (projections of features, auxiliary heads) is no part of a model.
+"""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcache.errors import ModelError, RecipeError
+from kdcache.models.native import SegmentationModel
+from kdcache.models.registry import build_model
+from kdcache.models.run import RunModel
+
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
+"""What a file of each format ends with."""
+PROGRAM_METADATA = "kdcache.json"
+"""Name of the metadata among the extra files of a torch.export program."""
+TOLERANCE = 1e-4
+"""Of a logit, as a part of the largest: float32 graphs differ by 1e-6 to 1e-5."""
+_LEAST = torch.finfo(torch.float32).tiny
+_TRACED = (2, 160, 224)  # batch, height and width all differ, or the exporter takes them for one number
+_FREE = ((0, 2, 3), (0,), ())  # axes that may vary, the most first
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        checked_by: who ran the file; None when nobody could, see `unchecked`.
+        difference: largest difference from the model's own logits, absolute. relative: to the largest logit.
+        free: names of the axes that may have any size.
+    """
+
+    path: Path
+    format: str
+    size_bytes: int
+    free: tuple[str, ...]
+    checked_by: str | None
+    unchecked: str
+    difference: float
+    relative: float
+
+
+class Deployed(nn.Module):
+    """The model between the image and its answer.
+
+    Args:
+        raw: logits at the native stride, for those who resize elsewhere.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: SegmentationModel, raw: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.raw = raw
+        self.register_buffer("mean", torch.tensor(model.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(model.std).view(3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """float32 RGB in 0..1 (B, 3, H, W) to logits (B, C, H, W), or (B, C, h, w) with `raw`."""
+        logits: Tensor = self.model((image - self.mean) / self.std).logits
+        if self.raw:
+            return logits
+        return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
+
+
+def export_model(
+    model: SegmentationModel,
+    about: RunModel,
+    out: str | Path,
+    *,
+    format: str | None = None,
+    raw: bool = False,
+    tolerance: float = TOLERANCE,
+) -> Exported:
+    """Write a model to `out`, checked against itself.
+
+    Args:
+        model: on the CPU; it is left in eval mode.
+        about: what the file says of it; its size is where the file is checked.
+        format: one of SUFFIXES; default by the suffix of `out`.
+        raw: logits at the native stride; not for `safetensors`, which holds no graph.
+        tolerance: largest difference allowed, as a part of the largest logit.
+    Raises: RecipeError for a format, suffix or place that cannot be; ModelError when the model cannot be exported, the
+        library is missing, or the file answers otherwise. Nothing is left behind then.
+    """
+    out = Path(out)
+    chosen = _format(out, format)
+    _check_place(out)
+    if raw and chosen == "safetensors":
+        raise RecipeError(
+            "raw logits are of a graph", received="--raw with safetensors, which holds weights alone",
+            remedy="leave out --raw: whoever builds the model from its weights gets native-stride logits anyway",
+        )  # fmt: skip
+    deployed = Deployed(model.eval(), raw).eval()
+    metadata = {**about.metadata(), **_interface(model, raw)} if chosen != "safetensors" else about.metadata()
+    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # exporters deprecate their own insides
+            free, run, unchecked = _WRITERS[chosen](deployed, about, metadata, partial)
+            difference, relative = 0.0, 0.0
+            if run is not None:
+                difference, relative = _compare(deployed, run, about, free, raw or chosen == "safetensors")
+        if not relative <= tolerance:  # also when it is NaN
+            raise ModelError(
+                f"an exported file answers as the model does, up to {tolerance:g} of its largest logit",
+                received=f"{out.name} differs by {difference:.3g}, {relative:.3g} of the largest",
+                remedy="export in another format, or raise --tolerance if you can accept that",
+            )
+        size_bytes = partial.stat().st_size
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    names = tuple(name for axis, name in ((0, "batch"), (2, "height"), (3, "width")) if axis in free)
+    return Exported(
+        out, chosen, size_bytes, names, None if unchecked else _CHECKERS[chosen], unchecked, difference, relative
+    )
+
+
+def _write_weights(deployed: Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
+    # Copies: the format takes no two tensors that share memory, as tied weights do.
+    tensors = {name: tensor.contiguous().clone() for name, tensor in deployed.model.state_dict().items()}
+    save_file(tensors, path, {"format": "pt", **metadata})
+    again = build_model(about.spec, len(about.class_names), weights=path, strict_head=True).eval()
+    return (0, 2, 3), Deployed(again, raw=True), ""
+
+
+def _write_program(deployed: Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
+    program, free = _trace(deployed, about)
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={PROGRAM_METADATA: json.dumps(metadata)})
+    with path.open("rb") as file:
+        return free, torch.export.load(file).module(), ""
+
+
+def _write_onnx(deployed: Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
+    lacking = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise ModelError(
+            "ONNX files are written by onnx and onnxscript",
+            received=f"no module {' and '.join(lacking)}",
+            remedy="pip install kdcache[onnx]",
+        )
+    program, free = _trace(deployed, about)
+    made = torch.onnx.export(program, (), input_names=["image"], output_names=["logits"], dynamo=True, verbose=False)
+    assert made is not None
+    made.model.metadata_props.update(metadata)
+    _name_axes(made.model, deployed.raw, free)
+    made.save(path, external_data=False)
+    if importlib.util.find_spec("onnxruntime") is None:
+        return free, None, "onnxruntime is not installed (pip install kdcache[onnx])"
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path.read_bytes(), settings, providers=["CPUExecutionProvider"])
+    return free, lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0]), ""
+
+
+_Written = tuple[tuple[int, ...], Callable[[Tensor], Tensor] | None, str]
+"""Free axes, the file as a function (None when nothing can run it), and why not."""
+_WRITERS: dict[str, Callable[[Deployed, RunModel, dict[str, str], Path], _Written]] = {
+    "safetensors": _write_weights,
+    "onnx": _write_onnx,
+    "torch.export": _write_program,
+}
+_CHECKERS = {"safetensors": "a model built from it", "onnx": "onnxruntime", "torch.export": "torch.export.load"}
+
+
+def _trace(deployed: Deployed, about: RunModel) -> tuple[Any, tuple[int, ...]]:
+    """The program with as many free axes as the model allows, and which."""
+    failure: Exception | None = None
+    for free in _FREE:
+        batch, height, width = _TRACED if 2 in free else (_TRACED[0] if free else 1, *about.size)
+        axes: dict[int, Any] = dict.fromkeys(free, torch.export.Dim.AUTO)
+        image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+        try:
+            program = torch.export.export(deployed, (image,), dynamic_shapes={"image": axes})
+            # Where the model needs one size, AUTO says so by a number.
+            shape = next(node for node in program.graph.nodes if node.name == "image").meta["val"].shape
+            if not any(isinstance(shape[axis], int) for axis in free):
+                program.module()(torch.zeros(1, 3, *about.size))  # what was traced may exclude small images
+                return program, free
+        except Exception as error:  # of the model, of Dynamo, of the exporter
+            failure = error
+    raise ModelError(
+        "a model is exported by tracing it with torch.export",
+        received=f"{about.spec}: {type(failure).__name__}: {(str(failure).strip() or '-').splitlines()[0]}",
+        remedy="export --format safetensors, or rewrite what torch.export cannot trace",
+    ) from failure
+
+
+def _compare(
+    deployed: Deployed, run: Callable[[Tensor], Tensor], about: RunModel, free: tuple[int, ...], raw: bool
+) -> tuple[float, float]:
+    """Largest difference at the size of use and, where it may be another, at another one; also relative to a logit."""
+    sizes = [(1, *about.size)]
+    if 2 in free:
+        sizes.append((2, _other(about.size[0]), _other(about.size[1])))
+    own = Deployed(deployed.model, raw).eval()
+    differences = []
+    for number, (batch, height, width) in enumerate(sizes):
+        image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(number))
+        expected = own(image)
+        try:
+            found = run(image)
+        except Exception as error:
+            raise ModelError(
+                "an exported file runs",
+                received=f"{type(error).__name__} at {batch}x3x{height}x{width}: {str(error).splitlines()[0]}",
+                remedy="export in another format",
+            ) from error
+        if found.shape != expected.shape:
+            raise ModelError(
+                "an exported file answers in the model's shape",
+                received=f"{tuple(found.shape)} instead of {tuple(expected.shape)}",
+                remedy="export in another format",
+            )
+        difference = (found - expected).abs().max()
+        differences.append(torch.stack([difference, difference / expected.abs().max().clamp(min=_LEAST)]))
+    worst, relative = torch.stack(differences).amax(0).tolist()  # NaN stays NaN
+    return worst, relative
+
+
+def _other(side: int) -> int:
+    """Another side: about two thirds, a multiple of 32 for those models that need one, and at least 64."""
+    other = 32 * max(2, side // 48)
+    return other + 32 if other == side else other
+
+
+def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
+    """What a reader of a graph must know to use it."""
+    answer = f"logits (B, C, h, w) at stride {model.stride}" if raw else "logits (B, C, H, W)"
+    return {
+        "input": "image: float32 RGB in 0..1 (B, 3, H, W); normalisation is inside",
+        "output": f"{answer}; argmax over C is the class id",
+        "stride": str(model.stride),
+        "align_corners": json.dumps(model.align_corners),
+    }
+
+
+def _name_axes(graph_model: Any, raw: bool, free: tuple[int, ...]) -> None:
+    """Free axes by names that a reader understands."""
+    for value, sides in (
+        (graph_model.graph.inputs[0], ("height", "width")),
+        (graph_model.graph.outputs[0], ("logits_height", "logits_width") if raw else ("height", "width")),
+    ):
+        names = dict(zip((0, 2, 3), ("batch", *sides), strict=True))
+        for axis in free:
+            value.shape[axis] = names[axis]
+
+
+def _format(out: Path, format: str | None) -> str:
+    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
+    allowed = ", ".join(f"{name} ({suffix})" for name, suffix in SUFFIXES.items())
+    if format is not None and format not in SUFFIXES:
+        raise RecipeError(f"--format is one of {allowed}", received=repr(format), remedy="pick one of them")
+    if out.suffix not in by_suffix or by_suffix[out.suffix] != (format or by_suffix[out.suffix]):
+        raise RecipeError(
+            f"a file's suffix says its format: {allowed}",
+            received=f"--out {out}" + (f" with --format {format}" if format else ""),
+            remedy=f"for instance --out {out.with_suffix(SUFFIXES[format or 'onnx'])}" if out.name else "give a file",
+        )
+    return by_suffix[out.suffix]
+
+
+def _check_place(out: Path) -> None:
+    if out.exists() or not out.parent.is_dir():
+        raise RecipeError(
+            "a model is exported to a new file in a folder that is there",
+            received=f"{out} is there already" if out.exists() else f"no folder {out.parent}",
+            remedy="give another --out, or remove that file" if out.exists() else f"mkdir -p {out.parent}",
+        )

@@ -1,0 +1,40 @@
+"""Weights from Hugging Face's hub, when they are asked for as `default`."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kdcache.errors import ModelError
+from kdcache.models.weights import HUB_FILES, read_state_dict
+
+
+def download_state(repository: str) -> dict[str, Tensor]:
+    """The tensors of a repository of the hub: downloaded once, then from huggingface_hub's cache.
+
+    Raises: ModelError naming the repository: no network, no such file, or no tensors in it.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in HUB_FILES:
+        try:
+            return read_state_dict(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError as error:  # offline, and a subclass of the next
+            raise not_downloaded(repository, error) from error
+        except EntryNotFoundError:
+            continue
+        except ModelError:
+            raise
+        except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
+            raise not_downloaded(repository, error) from error
+    raise not_downloaded(repository, FileNotFoundError(f"it has none of {', '.join(HUB_FILES)}"))
+
+
+def not_downloaded(repository: str, error: Any) -> ModelError:
+    """The error of a download that failed."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ModelError(
+        "weights 'default' must be downloaded once",
+        received=f"https://huggingface.co/{repository}: {reason}",
+        remedy="check the network, or fetch that repository yourself and give its folder as the weights",
+    )

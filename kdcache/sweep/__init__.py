@@ -1,0 +1,16 @@
+"""Sweeps: a recipe of many runs that share teachers and stores, and everything that comes of them.
+
+recipe.py    what a recipe file says; the recipes that are shipped
+plan.py      from a recipe to jobs: commands, what each makes, what it needs
+run.py       doing the jobs: one by one, side by side, or shared out by torchrun
+summary.py   each run's best iteration and scores, fold by fold
+
+A job is a command of `kdcache`, so that a sweep does nothing that its user could not do by hand. How a command is run
+is the caller's choice.
+"""
+
+from kdcache.sweep.plan import Job, Sweep, plan_sweep
+from kdcache.sweep.recipe import Recipe, list_recipes, read_recipe
+from kdcache.sweep.run import Watcher, run_jobs
+
+__all__ = ["Job", "Recipe", "Sweep", "Watcher", "list_recipes", "plan_sweep", "read_recipe", "run_jobs"]

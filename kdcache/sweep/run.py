@@ -1,0 +1,183 @@
+"""Doing the jobs of a sweep. What is done is not repeated; what was interrupted goes on.
+
+One process does them in order. `parallel` runs several side by side; torchrun's processes share them out by their
+numbers, without talking to each other: whoever needs a job of another waits for the file that it leaves.
+"""
+
+import os
+import shlex
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import tomli_w
+
+from kdcache.errors import RecipeError
+from kdcache.sweep.plan import Job, Sweep
+from kdcache.sweep.summary import write_details
+
+RECORD = "sweep.toml"
+_POLL_SECONDS = 1.0
+
+Runner = Callable[[Job], None]
+"""Does a job; raises when it fails."""
+
+
+class Watcher:
+    """Watches a sweep; every method may be overridden."""
+
+    def started(self, job: Job, number: int, total: int) -> None:
+        """A job begins."""
+
+    def kept(self, job: Job, number: int, total: int) -> None:
+        """A job was done before."""
+
+    def finished(self, job: Job, number: int, total: int, seconds: float) -> None:
+        """A job has been done."""
+
+
+def run_jobs(
+    sweep: Sweep,
+    runner: Runner,
+    *,
+    parallel: int = 1,
+    part: tuple[int, int] = (0, 1),
+    watcher: Watcher | None = None,
+) -> None:
+    """Do the jobs of a sweep that are not done yet.
+
+    Args:
+        parallel: how many side by side; their runner must be safe to call from several threads.
+        part: (i, n) does every n-th job of the trainings, from the i-th on; what shows them is done by the first.
+    Raises: what a runner raises, after the jobs that were begun beside it have ended; RecipeError for a folder of
+        another sweep.
+    """
+    if part[0] == 0:
+        _record(sweep)
+    watching = watcher or Watcher()
+    if parallel == 1 and part[1] == 1:
+        for number, job in enumerate(sweep.jobs, 1):
+            _do(sweep, job, number, runner, watching)
+    else:
+        _Shared(sweep, runner, watching, part).run(parallel)
+    if part[0] == 0:
+        write_details(sweep)
+
+
+def is_done(job: Job) -> bool:
+    return job.done is not None and job.done.is_file()
+
+
+def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher) -> None:
+    total = len(sweep.jobs)
+    if is_done(job):
+        watcher.kept(job, number, total)
+        return
+    began = time.monotonic()
+    watcher.started(job, number, total)
+    runner(job)
+    watcher.finished(job, number, total, time.monotonic() - began)
+
+
+class _Shared:
+    """Jobs that are begun as soon as what they need is done, here or by another process."""
+
+    def __init__(self, sweep: Sweep, runner: Runner, watcher: Watcher, part: tuple[int, int]) -> None:
+        self._sweep, self._runner, self._watcher = sweep, runner, watcher
+        self._by_name = {job.name: job for job in sweep.jobs}
+        trainings = [job for job in sweep.jobs if job.done is not None]
+        mine = trainings[part[0] :: part[1]] + ([] if part[0] else [job for job in sweep.jobs if job.done is None])
+        self._waiting = [job for job in sweep.jobs if job in mine]
+        self._ended: set[str] = set()
+
+    def run(self, parallel: int) -> None:
+        under_way: dict[Future[None], Job] = {}
+        with ThreadPoolExecutor(parallel) as pool:
+            while self._waiting or under_way:
+                for job in [job for job in self._waiting if self._ready(job)][: parallel - len(under_way)]:
+                    self._waiting.remove(job)
+                    under_way[pool.submit(self._one, job)] = job
+                if not under_way:
+                    time.sleep(_POLL_SECONDS)  # for another process
+                    continue
+                ended, _ = wait(under_way, _POLL_SECONDS, FIRST_COMPLETED)
+                for future in ended:
+                    job = under_way.pop(future)
+                    if (error := future.exception()) is not None:
+                        self._waiting.clear()  # what is under way may end
+                        wait(under_way)
+                        raise error
+                    self._ended.add(job.name)
+
+    def _one(self, job: Job) -> None:
+        _do(self._sweep, job, self._sweep.jobs.index(job) + 1, self._runner, self._watcher)
+
+    def _ready(self, job: Job) -> bool:
+        return all(name in self._ended or is_done(self._by_name[name]) for name in job.needs)
+
+
+def _record(sweep: Sweep) -> None:
+    """Write what is swept into its folder, or see that the folder is of the same sweep."""
+    path = sweep.out / RECORD
+    jobs = {job.name: shlex.join(job.words) for job in sweep.jobs if job.done is not None}
+    if path.is_file():
+        before = tomllib.loads(path.read_text(encoding="utf-8"))["jobs"]
+        if before != jobs:
+            raise RecipeError(
+                "a sweep goes on with the recipe, data and flags that it was begun with",
+                received=f"{sweep.out}: {_first_difference(before, jobs)}",
+                remedy="repeat the first command, or give another --out",
+            )
+        return
+    if sweep.out.is_dir() and any(sweep.out.iterdir()):
+        raise RecipeError(
+            "--out is a new or empty folder, or a sweep to go on with",
+            received=f"{sweep.out} holds something else",
+            remedy="give another --out",
+        )
+    sweep.out.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{RECORD}.partial")
+    about = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "jobs": jobs}
+    partial.write_text(tomli_w.dumps(about), encoding="utf-8")
+    partial.replace(path)
+
+
+def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
+    """In words: a job that is new, gone, or has other flags."""
+    for name in [*now, *before]:
+        if name not in before or name not in now:
+            return f"{name!r} is {'new' if name in now else 'gone'}"
+        old, new = shlex.split(before[name]), shlex.split(now[name])
+        if old != new:
+            flags = [_flags_of(given) for given in (new, old)]
+            changed = [part for part in flags[0] if part not in flags[1]]
+            return f"{name!r} with {', '.join(changed) or 'fewer flags'} (was {shlex.join(old)})"
+    return "the jobs are in another order"
+
+
+def _flags_of(given: Sequence[str]) -> list[str]:
+    """Flags with their values, as one types them."""
+    return [part.strip() for part in " ".join(given).split(" --")]
+
+
+def logs_of(out: Path) -> Path:
+    """Where the output of jobs goes that run side by side."""
+    return out / "logs"
+
+
+def share_of_torchrun() -> tuple[int, int]:
+    """(rank, processes) when torchrun started this process, else (0, 1)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def without_torchrun(environment: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """An environment for a job's own process: it trains alone, on this process's GPU."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    kept = {key: value for key, value in environment if not key.startswith(own)}
+    local = dict(environment).get("LOCAL_RANK")
+    if local is not None:
+        visible = kept.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        kept["CUDA_VISIBLE_DEVICES"] = visible[int(local)] if len(visible) > int(local) and visible[0] else local
+    return kept

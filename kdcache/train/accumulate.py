@@ -1,0 +1,111 @@
+"""One optimizer step from several parts of a batch, for a batch that does not fit into memory as a whole.
+
+The parts go through the model one after the other, and their gradients add up to those of the whole batch. A mean of
+the parts' own means would not do: a part with few labelled pixels would count as much as one with many. So the
+denominators of the loss are the whole batch's, as where several processes share one (parallel.py), and they are
+counted first:
+
+    labels and targets of every part --criterion, without a student--> counted pixels, their mean over the parts
+    each part --model, criterion with those counts--> loss / parts --backward--> gradients, which add up
+
+Terms whose value is no mean over samples (`sp`, `dist`) are refused by the settings. Samples are pasted into each other
+(mix.py) within pairs, so within a part. BatchNorm alone differs: its statistics are those of a part.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kdcache.train.sample import Sample, rows_of
+from kdcache.train.step import Asked, EagerStep, row
+
+
+class AccumulatedStep(EagerStep):
+    """An eager step that learns from its batches in equal parts.
+
+    Args:
+        parts: how many; they divide every batch, into pairs where samples are mixed.
+        others, named: those of EagerStep.
+    """
+
+    def __init__(self, *others: Any, parts: int, **named: Any) -> None:
+        super().__init__(*others, **named)
+        self._parts = parts
+
+    def __call__(self, batch: Sample) -> Tensor:
+        return self._learn_parts(batch, None)
+
+    def with_norms(self, batch: Sample) -> tuple[Tensor, dict[str, float]]:
+        total: dict[str, list[Tensor]] = {}
+        losses = self._learn_parts(batch, total)
+        return losses, {name: self._norm(gradients) for name, gradients in total.items()}
+
+    def held(self, batch: Sample) -> Sample:
+        return self._part(batch, 0)
+
+    def _learn_parts(self, batch: Sample, total: dict[str, list[Tensor]] | None) -> Tensor:
+        """The step; adds each term's gradient to `total`, when that is wanted."""
+        whole, criterion = self.to_device(batch), self.criterion
+        rows, counts, counts_of_terms = [], None, None
+        for number in range(self._parts):
+            with self._alone() if number + 1 < self._parts else nullcontext():
+                given = self._asked(self._part(whole, number))
+                if total is not None:
+                    counts_of_terms = counts_of_terms or self._count(whole, criterion.parts, given)
+                    with self._counted(counts_of_terms):
+                        self._add_gradients(total, given)
+                counts = counts or self._count(whole, criterion, given)
+                with self._counted(counts):
+                    losses = criterion(*given)
+                torch.autograd.backward(losses.loss / self._parts)
+            rows.append(row(losses))
+        self._update()
+        return torch.stack(rows).mean(0)
+
+    def _part(self, batch: Sample, number: int) -> Sample:
+        size = len(batch.pixels) // self._parts
+        return rows_of(batch, size, number * size)
+
+    @torch.no_grad()
+    def _count(self, whole: Sample, ask: Callable[..., Any], like: Asked) -> list[Tensor]:
+        """What the criterion divides by, in the order in which `ask` asks for it: the mean over parts and processes.
+
+        Args:
+            like: the answer to a part, for its shapes.
+        """
+        logits, features = torch.zeros_like(like.logits), {k: torch.zeros_like(v) for k, v in like.features.items()}
+        found: list[Tensor] = []
+
+        def note(count: Tensor) -> Tensor:
+            found.append(count)
+            return count
+
+        with self.criterion.averaging(note, counting=True):
+            for number in range(self._parts):
+                part = self._part(whole, number)
+                _, label, own = self._mixed(part)
+                ask(logits, label, part.target, features, own)
+        each = len(found) // self._parts
+        means = [torch.stack(found[at::each]).mean(0) for at in range(each)]
+        return means if self.average is None else [self.average(mean) for mean in means]
+
+    @contextmanager
+    def _counted(self, counts: list[Tensor]) -> Iterator[None]:
+        """Inside, the criterion is told these counts in the place of its own."""
+        told = iter(counts)
+        with self.criterion.averaging(lambda _: next(told)):
+            yield
+
+    def _add_gradients(self, total: dict[str, list[Tensor]], given: Asked) -> None:
+        for name, gradients in self._term_gradients(given):
+            own = [gradient / self._parts for gradient in gradients]
+            known = total.get(name)
+            total[name] = own if known is None else [a + b for a, b in zip(known, own, strict=True)]
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Inside, gradients are not yet exchanged between processes."""
+        return self.network.no_sync() if isinstance(self.network, DistributedDataParallel) else nullcontext()

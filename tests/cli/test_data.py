@@ -1,0 +1,95 @@
+"""`kdcache data check` and --data with the layouts of public data sets."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torchvision.datasets
+
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data" / "tiny.py")))
+
+
+@pytest.mark.parametrize("layout", ["folder", "camvid", "voc", "cityscapes", "gta5", "ade20k"])
+def test_a_check_says_which_layout_it_found(layout, cli, tmp_path) -> None:
+    root = TINY.write(layout, tmp_path / "set [x]")
+    looked = cli("data", "check", root, "--json", tmp_path / "report.json")
+    assert looked.code == 0, looked.out + looked.err
+    assert f"layout {layout} in {root}" in looked.out
+    assert "nothing wrong" in looked.out
+    assert json.loads((tmp_path / "report.json").read_text())["layout"] == layout
+    named = cli("data", "check", f"{layout}:{root}", "--split", "val")
+    assert named.code == 0
+    assert "val: 1 images, 1 labelled" in named.out
+    assert "layout scenes" in cli("data", "check", "scenes:32x48,train=1,val=1").out
+
+
+def test_a_defect_ends_a_check_with_1_and_is_explained(cli, tmp_path) -> None:
+    root = TINY.write("cityscapes", tmp_path / "set")
+    path = root / "gtFine/train/trainstadt/trainstadt_a_gtFine_labelIds.png"
+    TINY.save_label(path, TINY.numbers("voc") % 19)
+    looked = cli("data", "check", root)
+    assert looked.code == 1
+    assert "problem train: 1 samples cannot be read" in looked.out
+    assert "mapped already" in looked.out
+
+
+@pytest.mark.parametrize(
+    ("words", "received", "remedy"),
+    [
+        ("data check vco:{w}/voc", "'vco'", "voc:{w}/voc?"),
+        ("data check voc:{w}/nowhere", "nowhere is no folder", "Check the path"),
+        ("data check {w}", "ade20k: images/training/", "Check the path"),
+        ("data check {w}/voc --download", "'{w}/voc'", "voc:/data --download"),
+        ("data check cityscapes:{w}/voc --download", "'cityscapes'", "registration"),
+        (
+            "train-teacher --data camvid:{w}/voc --model kdcache:tiny --size 32x48 --out {w}/run",
+            "layout voc",
+            "voc:{w}/voc",
+        ),
+    ],
+)
+def test_wrong_words_end_in_one_panel(words, received, remedy, cli, tmp_path) -> None:
+    TINY.write("voc", tmp_path / "voc")
+    ended = cli(*words.format(w=tmp_path).split())
+    assert ended.code == 2
+    assert received.format(w=tmp_path) in ended.err
+    assert remedy.format(w=tmp_path) in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_download_fetches_and_then_looks(cli, tmp_path, monkeypatch) -> None:
+    def fetch(root: str, **_: object) -> None:
+        TINY.write("voc", Path(root) / "VOCdevkit/VOC2012")
+
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fetch)
+    looked = cli("data", "check", f"voc:{tmp_path}/new", "--download")
+    assert looked.code == 0, looked.err
+    assert f"layout voc in {tmp_path}/new/VOCdevkit/VOC2012" in looked.out
+
+    def fail(root: str, **_: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fail)
+    failed = cli("data", "check", f"voc:{tmp_path}/other", "--download")
+    assert failed.code == 2
+    assert "no route to host" in failed.err
+
+
+def test_a_training_from_voc(cli, tmp_path) -> None:
+    """From the folder above VOCdevkit, as it is unpacked: train, build a store, evaluate."""
+    TINY.write("voc", tmp_path / "data/VOCdevkit/VOC2012")
+    data = f"voc:{tmp_path}/data"
+    train = f"train-teacher --data {data} --model kdcache:tiny --size 32x48 --iterations 2 --batch-size 2"
+    trained = cli(*f"{train} --val-every 2 --out {tmp_path}/teacher".split())
+    assert trained.code == 0, trained.err
+    assert "best mIoU" in trained.out
+    built = cli(*f"build-teacher-cache --data {data} --teacher {tmp_path}/teacher --out {tmp_path}/s.zarr".split())
+    assert built.code == 0, built.err
+    scored = cli(*f"evaluate {tmp_path}/teacher --data {data} --split val".split())
+    assert scored.code == 0, scored.err
+    assert "tvmonitor" in scored.out

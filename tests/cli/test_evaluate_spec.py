@@ -1,0 +1,114 @@
+"""`kdcache evaluate` of weights that are no run, and `kdcache models` without its extras."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SPEC = "kdcache:tiny@{w}/teacher/best.safetensors"
+FLAGS = "--data {w}/data --size 32x48"
+
+
+def words(command: str, world) -> list[str]:
+    return command.format(w=world).split()
+
+
+def test_a_run_and_its_weights_score_the_same(world, cli, monkeypatch) -> None:
+    run = cli(*words("evaluate {w}/teacher --data {w}/data", world))
+    assert run.code == 0, run.err
+    (world / "here").mkdir()
+    monkeypatch.chdir(world / "here")
+    spec = cli(*words(f"evaluate {SPEC} {FLAGS}", world))
+    assert spec.code == 0, spec.err
+    assert "written: evaluation-val.json, evaluation-val.md" in spec.out
+    one = json.loads((world / "teacher/evaluation-val.json").read_text())
+    two = json.loads((world / "here/evaluation-val.json").read_text())
+    assert one["miou"] == two["miou"]
+    assert (one["run"], one["weights"], one["size"]) == (f"{world}/teacher", "best", [32, 48])
+    assert (two["run"], two["weights"]) == (SPEC.format(w=world), None)
+
+
+def test_a_class_map(world, cli) -> None:
+    names = [line.rsplit(maxsplit=3)[0] for line in (world / "data/classes.txt").read_text().splitlines()]
+    (world / "map.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
+    command = f"evaluate {SPEC} {FLAGS} --json {{w}}/new.json --markdown {{w}}/new.md"
+    plain = cli(*words(command, world))
+    mapped = cli(*words(command + " --class-map {w}/map.txt", world))
+    assert (plain.code, mapped.code) == (0, 0), mapped.err
+    assert plain.out == mapped.out
+
+
+CASES = {
+    "no size": (f"evaluate {SPEC} --data {{w}}/data", "no --size"),
+    "spec alone": ("evaluate kdcache:tiny --data {w}/data", "a model without weights"),
+    "another model": (f"evaluate kdcache:base@{{w}}/teacher/best.safetensors {FLAGS}", "missing"),
+    "no file": (f"evaluate kdcache:tiny@{{w}}/none.pth {FLAGS}", "none.pth"),
+    "unknown model": (f"evaluate kdcache:tyni@{{w}}/teacher/best.safetensors {FLAGS}", "'kdcache:tyni'"),
+    "class map that lacks classes": (f"evaluate {SPEC} {FLAGS} --class-map {{w}}/data/classes.txt", "teacher ids"),
+    "unknown weights": ("evaluate {w}/teacher --data {w}/data --weights bset", "'bset'"),
+    "no run": ("evaluate {w}/none --data {w}/data", "none does not exist"),
+}
+
+
+@pytest.mark.parametrize(("command", "received"), [pytest.param(*case, id=name) for name, case in CASES.items()])
+def test_wrong_input(world, cli, tree, command, received) -> None:
+    before = tree(world)
+    ended = cli(*words(command, world))
+    assert ended.code == 2, (ended.out, ended.err)
+    assert received in ended.err
+    assert ended.err.count("remedy") == 1
+    assert "should not have happened" not in ended.err
+    assert tree(world) == before
+
+
+def test_fewer_classes_in_the_data(world, cli) -> None:
+    lines = (world / "data/classes.txt").read_text().splitlines()
+    (world / "data/classes.txt").write_text("\n".join(lines[:-1]))
+    ended = cli(*words(f"evaluate {SPEC} {FLAGS}", world))
+    assert ended.code == 2
+    assert "7 classes in the weights, 6 in the data" in ended.err
+    assert "--class-map" in ended.err
+
+
+@pytest.mark.slow
+def test_segformer_teaches_and_learns(world, cli) -> None:
+    """The whole way with a model of an extra: train, build, distil a feature of it, evaluate its export."""
+    small = "--size 32x48 --iterations 2 --batch-size 2"
+    for command in (
+        f"train-teacher --data {{w}}/data --model segformer:b0 {small} --out {{w}}/t",
+        "build-teacher-cache --data {w}/data --teacher {w}/t --features stage4 --out {w}/t.zarr",
+        "train-student --cache {w}/t.zarr --model kdcache:deeplab-mobilenet --method kl --iterations 2 --batch-size 2 "
+        "--out {w}/s",
+        "train-student --cache {w}/store.zarr --model segformer:b0 --method kl --iterations 2 --batch-size 2 "
+        "--init {w}/t/best.safetensors --out {w}/s2",
+        "export {w}/s2 --out {w}/s2.safetensors",
+        "evaluate segformer:b0@{w}/s2.safetensors --data {w}/data --json {w}/e.json --markdown {w}/e.md",
+        "verify {w}/t.zarr --teacher {w}/t",
+    ):
+        ended = cli(*words(command, world))
+        assert ended.code == 0, (command, ended.err)
+    assert json.loads((world / "e.json").read_text())["size"] == [32, 48]
+
+
+def test_models_without_the_extras_name_the_command() -> None:
+    code = (
+        "import importlib.util as u\nreal = u.find_spec\n"
+        "gone = ('transformers', 'segmentation_models_pytorch')\n"
+        "u.find_spec = lambda name, *a: None if name in gone else real(name, *a)\n"
+        "from kdcache_cli.app import main\nmain({words})"
+    )
+    results = [
+        subprocess.run(
+            [sys.executable, "-c", code.replace("{words}", repr(words))], capture_output=True, text=True, check=True
+        ).stdout
+        for words in (["models"], ["models", "--json"])
+    ]
+    assert "segformer:b0" in results[0]
+    assert "pip install kdcache[segformer]" in results[0]
+    assert "pip install kdcache[smp]" in results[0]
+    rows = {row["spec"]: row for row in json.loads(results[1])}
+    assert rows["segformer:b2"] == {"spec": "segformer:b2", "install": "pip install kdcache[segformer]"}
+    assert rows["kdcache:tiny"]["parameters"] == 142269

@@ -1,0 +1,138 @@
+"""`kdcache sweep`: the shipped recipes, small and whole, with everything that the people they are for end with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+RUNS = {
+    "camvid-segformer": ["B0", "KD(KL) w=1.0", "KD(KL) w=0.5", "KD(AT)", "KD(SP)"],
+    "voc-compare": ["Without KD (Baseline)", "Response-Based", "Feature-Based"],
+    "voc-deeplab-mobilenet": ["no_distill", "response_distill", "feature_distill"],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recipe_leaves_all_that_its_user_would_have(name: str, cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    told = cli("sweep", name, "--smoke", "--out", out)
+    assert told.code == 0, told.err
+    found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    rows = [row["name"] for row in found["rows"]]
+    assert rows == [*RUNS[name], "teacher"]
+    assert [row["name"] for row in found["rows"] if row["baseline"]] == RUNS[name][:1]
+    for row in found["rows"]:
+        assert row["cost"]["parameters"] > 0
+        assert row["cost"]["latency"]["mean_ms"] > 0
+    for table in ("comparison.md", "comparison.csv", "details.md", "kd_comparison_results.txt"):
+        text = (out / table).read_text(encoding="utf-8")
+        assert all(row in text for row in rows), table
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert found["classes"][0]["name"] in page
+    _check_pictures(out / "pictures", len(RUNS[name]))
+    if name == "camvid-segformer":
+        assert all(len(row["runs"]) == 2 for row in found["rows"])
+        assert len(re.findall(r"^\| fold \d/2, seed 0 \| \d+ \|", (out / "details.md").read_text(), re.M)) == 12
+    if name == "voc-deeplab-mobilenet":
+        assert len(list((out / "runs" / "response_distill" / "checkpoints").iterdir())) == 2
+    if name == "voc-compare":
+        _check_that_nothing_is_done_twice(name, out, cli)
+
+
+def _check_that_nothing_is_done_twice(name: str, out: Path, cli) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
+    again = cli("sweep", name, "--smoke", "--out", out, "--set", "show.num=1")
+    assert again.code == 0, again.err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def _check_pictures(pictures: Path, runs: int) -> None:
+    """What the document lists: ranks and scores in the names, panels, distribution, metrics, curves."""
+    folders = [path for path in pictures.iterdir() if path.is_dir() and path.name != "side_by_side"]
+    assert len(folders) == runs
+    for folder in folders:
+        for kind, names in (("success", "successful_cases"), ("failure", "failure_cases")):
+            drawn = sorted((folder / names).iterdir())
+            assert re.fullmatch(rf"{kind}_rank1_.+_iou\d\.\d{{4}}\.png", drawn[0].name)
+            with Image.open(drawn[0]) as image:
+                assert min(image.size) > 300
+        for file in ("iou_distribution.png", "confusion.png", "curves.png", "evaluation_metrics.txt"):
+            assert (folder / file).stat().st_size > 0
+    side = [path.name.partition("_")[0] for path in (pictures / "side_by_side").iterdir()]
+    assert sorted(side) == ["failure", "success", "success"]
+
+
+def test_without_a_recipe_they_are_listed(cli) -> None:
+    told = cli("sweep")
+    assert told.code == 0
+    assert all(name in told.out for name in RUNS)
+
+
+def test_a_dry_run_shows_commands_and_makes_nothing(cli, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    told = cli("sweep", "camvid-segformer", "--data", "CamVid", "--out", out, "--seeds", "0,1", "--dry-run")
+    assert told.code == 0
+    assert told.out.count("kdcache train-student") == 20
+    assert "--iterations 40000" in told.out
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("voc-compar", "--smoke", "--out", "OUT"), "did you mean voc-compare"),
+        (("voc-compare", "--out", "OUT"), "--data"),
+        (("voc-compare", "--smoke"), "--out"),
+        (("voc-compare", "--smoke", "--out", "OUT", "--set", "student.itertions=1"), "did you mean iterations"),
+        (("voc-compare", "--smoke", "--out", "OUT", "--set", "nonsense"), "TABLE.KEY=VALUE"),
+        (("voc-compare", "--smoke", "--out", "OUT", "--seeds", "a"), "--seeds"),
+        (("voc-compare", "--data", "NOWHERE", "--out", "OUT"), "NOWHERE"),
+    ],
+)
+def test_what_is_wrong_is_said(words: tuple[str, ...], named: str, cli, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = cli("sweep", *words)
+    assert told.code == 2
+    assert named in told.err
+    assert "Traceback" not in told.err
+
+
+@pytest.mark.slow
+def test_the_cure_weighs_classes_by_trust_and_names_every_combination(cli, tmp_path: Path) -> None:
+    told = cli("sweep", "camvid-segformer-cure", "--smoke", "--out", tmp_path / "out")
+    assert told.code == 0, told.err
+    assert "trust in the teacher: sky" in told.err
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
+    rows = [row["name"] for row in found["rows"]]
+    assert len(rows) == 11
+    assert {"B0", "KL w=0.1 T=4.0", "KL, trusted by class, w=0.5 T=1.0", "teacher"} <= set(rows)
+    assert found["split"] == "val"
+
+
+@pytest.mark.slow
+def test_a_sweep_side_by_side_that_fails_says_why_and_goes_on(cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        'title = "mine"\n[data]\npath = "scenes:32x48,train=8,val=4"\n'
+        '[teacher]\nmodel = "kdcache:base"\nsize = "32x48"\niterations = 2\nbatch-size = 4\n'
+        '[student]\nmodel = "kdcache:tiny"\niterations = 2\nbatch-size = 4\n'
+        '[[arm]]\nname = "plain"\nmethod = "none"\n[[arm]]\nname = "wide"\nmethod = "kl"\nkl-weight = [0.5, 1.0]\n'
+        "[show]\nnum = 1\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "out"
+    told = cli("sweep", recipe, "--out", out, "--parallel", "2", "--set", "student.init=none.pt")
+    assert told.code == 2
+    assert "none.pt" in told.err
+    assert (out / "teachers" / "teacher" / "result.json").is_file()
+    refused = cli("sweep", recipe, "--out", out, "--parallel", "2")
+    assert refused.code == 2
+    assert "was begun with" in refused.err
+    whole = cli("sweep", recipe, "--out", tmp_path / "new", "--parallel", "2")
+    assert whole.code == 0, whole.err
+    assert (tmp_path / "new" / "report.html").is_file()
+    assert len(list((tmp_path / "new" / "logs").iterdir())) == 8

@@ -1,0 +1,136 @@
+"""The site: it builds without a warning, fetches nothing, and its figures are those of the result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+TEXTS = {
+    page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+
+
+def rival(row: int, name: str, what: str) -> Callable[[Any], float]:
+    """A rival of the loss, in times of ours."""
+    return lambda d: next(r for r in d["rows"][row]["rivals"] if r["name"] == name)["ratio"][what]  # type: ignore[no-any-return]
+
+
+def pace(kind: str, name: str, over: str) -> Callable[[Any], float]:
+    """A reader's or a loader's speed beside another's."""
+    return lambda d: next(r for t in d["tables"] if t["kind"] == kind for r in t["rows"] if r["name"] == name)["ratio"][
+        over
+    ]  # type: ignore[no-any-return]
+
+
+FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
+    ("step-cpu.json", lambda d: d["kl_over_none"], "1.04", ("README.md", "docs/index.md", "docs/bottleneck.md")),
+    ("step-cpu.json", lambda d: d["live_over_none"], "8.4", ("README.md", "docs/index.md")),
+    ("gradients-cpu.json", lambda d: max(row["worst"] for row in d["rows"]), "1.3e-4", ("README.md", "docs/index.md")),
+    (
+        "camvid-cpu.json",
+        lambda d: d["store"]["target_bytes_per_record"] / 1024,
+        "30.0 KiB",
+        ("README.md", "docs/index.md"),
+    ),
+    (
+        "camvid-cpu.json",
+        lambda d: d["store"]["full_resolution_bytes"] / 1024,
+        "594.0 KiB",
+        ("README.md", "docs/index.md"),
+    ),
+    *(
+        ("camvid-cpu.json", lambda d, run=run: 100 * d["runs"][run]["evaluation"]["miou"], text, pages)
+        for pages in [("README.md", "docs/index.md", "docs/methods.md")]
+        for run, text in (("teacher", "59.1"), ("student-none", "56.0"), ("student-kl", "54.0"))
+    ),
+    ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", ("README.md", "docs/index.md", "docs/kernels.md")),
+    ("kernels-cpu.json", rival(0, "chunked", "best"), "5.0", ("README.md", "docs/index.md", "docs/kernels.md")),
+    ("kernels-cpu.json", rival(0, "compile", "best"), "8.3", ("README.md", "docs/index.md", "docs/kernels.md")),
+    ("kernels-cpu.json", rival(2, "eager", "memory"), "11.9", ("README.md", "docs/index.md", "docs/kernels.md")),
+    ("kernels-cpu.json", rival(2, "compile", "memory"), "5.6", ("README.md", "docs/index.md", "docs/kernels.md")),
+    (
+        "build-cpu.json",
+        lambda d: d["builds"][0]["ratio"]["p50"],
+        "0.94",
+        ("README.md", "docs/index.md", "docs/bottleneck.md"),
+    ),
+    ("loader-cpu.json", pace("readers", "direct", "zarr"), "63", ("README.md", "docs/index.md")),
+    ("loader-cpu.json", pace("loaders", "default", "inline"), "2.4", ("docs/bottleneck.md",)),
+    (
+        "loader-cpu.json",
+        pace("steps", "default", "memory"),
+        "1.06",
+        ("README.md", "docs/index.md", "docs/bottleneck.md"),
+    ),
+    ("loader-cpu-288.json", pace("steps", "resident", "memory"), "1.02", ("README.md", "docs/index.md")),
+    ("crash-cpu.json", lambda d: len(d["builds"]["kills"]), "50 kills", ("docs/index.md", "docs/scale.md")),
+    ("crash-cpu.json", lambda d: d["builds"]["finished"], "14 stores", ("docs/scale.md",)),
+    ("equivalence-cpu.json", lambda d: d["largest_difference"], "9.5e-7", ("docs/kernels.md",)),
+    ("codecs-cpu.json", lambda d: d["codecs"][1]["target_bytes_per_record"], "15,288", ("docs/choosing.md",)),
+    ("codecs-cpu.json", lambda d: d["codecs"][1]["fidelity"]["kl_t1"], "5.9e-6", ("docs/choosing.md",)),
+    ("steps-cpu.json", lambda d: 100 * d["profile"][1]["loss_share"], "26 %", ("docs/bottleneck.md",)),
+]
+"""Result file, where the figure is in it, how it is written, on which pages."""
+
+
+@pytest.mark.parametrize(("file", "find", "text", "pages"), FIGURES, ids=[f"{f}-{t}" for f, _, t, _ in FIGURES])
+def test_figures_are_the_results(file: str, find: Callable[[Any], float], text: str, pages: tuple[str, ...]) -> None:
+    value = find(json.loads((RESULTS / file).read_text(encoding="utf-8")))
+    written = float(re.match(r"[\d.,e-]+", text)[0].replace(",", ""))  # type: ignore[index]
+    digits = len(re.sub(r"e.*|\D", "", text.split()[0]).lstrip("0"))
+    assert float(f"{value:.{digits}g}") == written, f"{file} says {value}"
+    for page in pages:
+        assert re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.]*\d)", TEXTS[page]), f"{page} does not say {text}"
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_pages_name_files_that_exist_and_no_machine(page: str) -> None:
+    text = TEXTS[page]
+    for name in re.findall(r"`([\w-]+-(?:cpu|gpu|sm\d\d)[\w-]*\.json)`", text):
+        assert (RESULTS / name).is_file(), f"{page}: no result {name}"
+    for name in re.findall(r"`((?:benchmarks|tests|examples|scripts)/[\w/.-]*\w)`", text):
+        assert (ROOT / name).exists(), f"{page}: no file {name}"
+    for link in re.findall(r"\]\(((?!https?://)[^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: no page {link}"
+    assert not re.search(r"(?<![\w.])/(work|home|root|tmp|mnt)/", text), f"{page} names a machine's path"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(f"docs/{name}" for name in listed) == sorted(set(TEXTS) - {"README.md"})
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
+    where = Path(sys.executable).parent
+    if shutil.which("mkdocs", path=str(where)) is None:
+        pytest.skip("mkdocs is not installed: pip install '.[docs]'")
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "docs", "--site-dir", tmp_path / "site"],
+        env=os.environ | {"PATH": f"{where}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(TEXTS) - 2
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        fetched = re.findall(r"<(?:script|img|iframe|source)[^>]* src=\"?(https?://[^\s\">]+)", text)
+        fetched += re.findall(r"<link[^>]* href=\"?(https?://[^\s\">]+)[^>]*stylesheet", text)
+        assert not fetched, f"{page.name} fetches {fetched}"
+        assert "unpkg.com" not in text, f"{page.name} fetches from unpkg.com"
+    assert "open_cache" in (tmp_path / "site" / "api" / "store.html").read_text(encoding="utf-8")

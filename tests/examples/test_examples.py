@@ -1,0 +1,134 @@
+"""The programs in examples/: each runs with and without a store, and differs by three lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcache.data import open_split
+from kdcache.models import build_model
+from kdcache.store import open_cache
+from kdcache.teacher import BuildOptions, Teacher, build_cache
+from kdcache.train import CacheDataset, Sample, make_config, sample_loader, train
+from kdcache.train.loader import Draws
+
+FOLDER = Path(__file__).parents[2] / "examples"
+NAMES = ("plain_loop", "lightning_module", "hf_trainer")
+SCENES = "scenes:32x48,train=6,val=3"
+LINE = re.compile(r"^iteration (\d+) loss ([0-9.]+) (?:ce [0-9.]+ )?kl ([0-9.]+)$", re.MULTILINE)
+FOREIGN = ["-W", "ignore"]  # what Lightning and transformers warn of themselves and each other is theirs
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of six scenes."""
+    samples = open_split(SCENES, "train")
+    torch.manual_seed(11)
+    teacher = Teacher(build_model("kdcache:tiny", len(samples.classes)).eval(), "test")
+    path = tmp_path_factory.mktemp("store") / "cache.zarr"
+    build_cache(samples, teacher, path, BuildOptions(size=(32, 48), batch_size=4))
+    return path
+
+
+def run(name: str, folder: Path, *words: object) -> list[tuple[int, float, float]]:
+    """What an example prints: (iteration, loss, kl)."""
+    given = ["--data", SCENES, "--size", 32, 48, "--iterations", STEPS, "--batch-size", 2, *words]
+    command = [sys.executable, *(FOREIGN if name != "plain_loop" else ["-W", "error"]), str(FOLDER / f"{name}.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *map(str, given)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [(int(number), float(loss), float(kl)) for number, loss, kl in LINE.findall(done.stdout)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_teacher_takes_three_lines_of_the_public_interface(name: str) -> None:
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert text.count("  # distilled\n") == 3
+    imported = re.findall(r"^from (kdcache[\w.]*) import (.+)$", text, re.MULTILINE)
+    assert {module for module, _ in imported} <= {"kdcache", "kdcache.train"}
+    for module, names in imported:
+        for one in names.split(", "):
+            assert one in sys.modules[module].__all__, one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_with_a_store_and_without(name: str, store: Path, tmp_path: Path) -> None:
+    taught, alone = run(name, tmp_path, "--cache", store), run(name, tmp_path)
+    for rows in (taught, alone):
+        assert [number for number, _, _ in rows] == list(range(1, STEPS + 1))
+    assert all(kl > 0 for _, _, kl in taught)
+    assert all(kl == 0 for _, _, kl in alone)
+    assert taught[0][1] > alone[0][1]
+
+
+@pytest.mark.slow
+def test_the_plain_loop_is_the_trainer(store: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": str(store), "method": "kl"}
+    settings |= {"iterations": STEPS, "batch_size": 2, "schedule": "constant", "weight_decay": 0.0, "device": "cpu"}
+    settings |= {"log_every": 1, "lr": 1e-3}
+    train(make_config(**settings), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = [(line["step"], line["loss"], line["kl"]) for line in lines if line["kind"] == "train"]
+    for found, wanted in zip(run("plain_loop", tmp_path, "--cache", store), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+# --- what the loops are made of ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_loader_gives_the_batches_of_a_training(workers: int, store: Path) -> None:
+    dataset = CacheDataset(open_cache(store))
+    loader = sample_loader(dataset, batch_size=4, iterations=3, seed=7, workers=workers)
+    draws = Draws(dataset, 7)
+    assert len(loader) == 3
+    for number, batch in enumerate(loader):
+        for row in range(4):
+            expected = draws[4 * number + row]
+            assert isinstance(expected, Sample)
+            assert torch.equal(batch.pixels[row], expected.pixels)
+            assert torch.equal(batch.target.values[row], expected.target.values)
+    assert number == 2
+
+
+def test_a_damaged_record_is_an_error_of_the_loader(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdcache.errors import DataError
+
+    def fail(*_: object) -> None:
+        raise DataError("an image must be readable", received="x", remedy="y")
+
+    dataset = CacheDataset(open_cache(store))
+    monkeypatch.setattr(dataset, "draw_into", fail)
+    with pytest.raises(DataError, match="an image must be readable"):
+        next(iter(sample_loader(dataset, batch_size=2, iterations=1)))
+
+
+def test_a_batch_survives_as_a_dictionary(store: Path) -> None:
+    dataset = CacheDataset(open_cache(store), extras=("labels/segmentation",))
+    (batch,) = sample_loader(dataset, batch_size=2, iterations=1)
+    named = batch.to_dict()
+    assert set(named) == {
+        "pixels", "label", "values", "indices", "tail", "window", "flip", "labels/segmentation",
+    }  # fmt: skip
+    again = Sample.from_dict(dict(reversed(named.items())))
+    assert all(a is b for a, b in zip(again[:2], batch[:2], strict=True))
+    assert all(a is b for a, b in zip(again.target[:5], batch.target[:5], strict=True))
+    assert again.target.extras.keys() == batch.target.extras.keys() == {"labels/segmentation"}

@@ -1,0 +1,222 @@
+"""Exported files, read by the tools that deploy them: onnx, onnxruntime, torch.export, safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcache.errors import ModelError, RecipeError
+from kdcache.models import SegmentationModel, build_model
+from kdcache.models import export as room
+from kdcache.models.export import PROGRAM_METADATA, SUFFIXES, export_model
+from kdcache.models.run import RunModel
+
+NAMES, COLOURS = ("road", "car", "sky"), ((128, 64, 128), (0, 0, 142), (70, 130, 180))
+MEAN, STD = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+
+
+def trained(spec: str, size: tuple[int, int] = (64, 96)) -> tuple[SegmentationModel, RunModel]:
+    torch.manual_seed(0)
+    model = build_model(spec, 3, mean=MEAN, std=STD)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 2.0)
+    about = RunModel(spec=spec, class_names=NAMES, class_colours=COLOURS, size=size, mean=MEAN, std=STD, trained_on="x")
+    return model.eval(), about
+
+
+def expected(model: SegmentationModel, image: Tensor, raw: bool = False) -> Tensor:
+    with torch.inference_mode():
+        x = (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        logits = model(x).logits
+        if raw:
+            return logits
+        return F.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=model.align_corners)
+
+
+def session(path: Path) -> Any:
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_onnx_runs_at_any_size_and_says_what_it_is(tmp_path: Path, raw: bool) -> None:
+    model, about = trained("kdcache:tiny")
+    done = export_model(model, about, tmp_path / "m.onnx", raw=raw)
+    assert (done.format, done.free, done.checked_by) == ("onnx", ("batch", "height", "width"), "onnxruntime")
+    assert 0 <= done.difference < 1e-4
+    runs = session(tmp_path / "m.onnx")
+    for shape in [(1, 3, 64, 96), (3, 3, 97, 130), (2, 3, 200, 168)]:
+        image = torch.rand(shape)
+        found = torch.from_numpy(runs.run(None, {"image": image.numpy()})[0])
+        torch.testing.assert_close(found, expected(model, image, raw), rtol=1e-4, atol=1e-5)
+    graph = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    axes = [d.dim_param or d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim]
+    assert axes == ["batch", 3, "height", "width"]
+    told = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(told["class_names"]) == list(NAMES)
+    assert json.loads(told["class_colours"]) == [list(colour) for colour in COLOURS]
+    assert (json.loads(told["mean"]), json.loads(told["std"])) == (list(MEAN), list(STD))
+    assert (json.loads(told["size"]), told["spec"]) == ([64, 96], "kdcache:tiny")
+    assert ("at stride 4" in told["output"]) == raw
+    assert "trained_on" not in told
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_program_runs_where_it_is_loaded(tmp_path: Path, raw: bool) -> None:
+    model, about = trained("kdcache:tiny")
+    done = export_model(model, about, tmp_path / "m.pt2", raw=raw)
+    assert done.free == ("batch", "height", "width")
+    told = {PROGRAM_METADATA: ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=told)
+    for shape in [(1, 3, 64, 96), (3, 3, 97, 130)]:
+        image = torch.rand(shape)
+        assert torch.equal(program.module()(image), expected(model, image, raw))
+    assert json.loads(json.loads(told[PROGRAM_METADATA])["class_names"]) == list(NAMES)
+
+
+def test_weights_carry_the_description(tmp_path: Path) -> None:
+    model, about = trained("kdcache:tiny")
+    done = export_model(model, about, tmp_path / "m.safetensors")
+    assert (done.difference, done.size_bytes) == (0.0, (tmp_path / "m.safetensors").stat().st_size)
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+        assert RunModel.from_metadata(file.metadata(), tmp_path) == about.model_copy(update={"trained_on": ""})
+        assert file.metadata()["format"] == "pt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "segformer:b0",
+        "kdcache:deeplab-mobilenet",
+        "torchvision:lraspp_mobilenet_v3_large",
+        "smp:deeplabv3plus-resnet18",
+    ],
+)
+def test_every_family_is_exported(tmp_path: Path, spec: str, suffix: str) -> None:
+    model, about = trained(spec)
+    done = export_model(model, about, tmp_path / f"m{suffix}")
+    assert done.free == ("batch", "height", "width")
+    image = torch.rand(2, 3, 96, 128)
+    if suffix == ".onnx":
+        found = torch.from_numpy(session(tmp_path / "m.onnx").run(None, {"image": image.numpy()})[0])
+    else:
+        found = torch.export.load(tmp_path / "m.pt2").module()(image)
+    torch.testing.assert_close(found, expected(model, image), rtol=1e-3, atol=1e-4)
+
+
+def test_small_images_that_a_free_graph_would_exclude_fix_the_size(tmp_path: Path) -> None:
+    """At 32 x 32 the deepest stage is one cell, which takes another way through the network."""
+    model, about = trained("kdcache:tiny", (32, 32))
+    assert export_model(model, about, tmp_path / "m.pt2").free == ("batch",)
+    image = torch.rand(3, 3, 32, 32)
+    assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(image), expected(model, image))
+
+
+class _OneSize(SegmentationModel):
+    """Takes one height and width only, and one image at a time when asked."""
+
+    def __init__(self, batch: int | None) -> None:
+        super().__init__(spec="my:model", num_classes=3, stride=1, taps=())
+        self.batch = batch
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x_B3HW: Tensor, taps: Any = ()) -> Any:
+        from kdcache.models import NativeOutput
+
+        if x_B3HW.shape[-2:] != (64, 96) or x_B3HW.shape[0] != (self.batch or x_B3HW.shape[0]):
+            raise ValueError("another size")
+        return NativeOutput(self.layer(x_B3HW), {})
+
+
+@pytest.mark.parametrize(("batch", "free"), [(None, ("batch",)), (1, ())])
+def test_a_model_of_one_size_is_exported_as_such(tmp_path: Path, batch: int | None, free: tuple[str, ...]) -> None:
+    _, about = trained("kdcache:tiny")
+    assert export_model(_OneSize(batch), about, tmp_path / "m.pt2").free == free
+
+
+class _Untraceable(_OneSize):
+    def forward(self, x_B3HW: Tensor, taps: Any = ()) -> Any:
+        if float(x_B3HW.sum()) > 1e9:
+            raise ValueError
+        return super().forward(x_B3HW, taps)
+
+
+def test_what_cannot_be_traced_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    _, about = trained("kdcache:tiny")
+    with pytest.raises(ModelError, match=r"kdcache:tiny: [\s\S]*--format safetensors"):
+        export_model(_Untraceable(None), about, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
+@pytest.mark.parametrize("wrong", [0.01, float("nan"), "shape", "crash"])
+def test_a_file_that_answers_otherwise_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, wrong: Any
+) -> None:
+    model, about = trained("kdcache:tiny")
+    name = next(name for name, end in SUFFIXES.items() if end == suffix)
+
+    def written(deployed: room.Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> Any:
+        path.write_bytes(b"something")
+        own = room.Deployed(deployed.model, raw=name == "safetensors")
+
+        def run(image: Tensor) -> Tensor:
+            if wrong == "crash":
+                raise RuntimeError("no such kernel")
+            answer = own(image)
+            return answer[..., 1:] if wrong == "shape" else answer + wrong
+
+        return (0, 2, 3), run, ""
+
+    monkeypatch.setitem(room._WRITERS, name, written)
+    with pytest.raises(ModelError):
+        export_model(model, about, tmp_path / f"m{suffix}")
+    assert list(tmp_path.iterdir()) == []
+    if wrong == 0.01:
+        assert export_model(model, about, tmp_path / f"m{suffix}", tolerance=1.0).difference == pytest.approx(0.01)
+
+
+def test_without_onnxruntime_it_says_that_nobody_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = room.importlib.util.find_spec
+    model, about = trained("kdcache:tiny")
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find(n))
+    done = export_model(model, about, tmp_path / "m.onnx")
+    assert done.checked_by is None
+    assert "onnxruntime" in done.unchecked
+    image = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
+    assert session(tmp_path / "m.onnx").run(None, {"image": image})[0].shape == (1, 3, 64, 96)
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda n: None if n == "onnx" else find(n))
+    with pytest.raises(ModelError, match=r"pip install kdcache\[onnx\]"):
+        export_model(model, about, tmp_path / "n.onnx")
+
+
+def test_wrong_places_and_formats(tmp_path: Path) -> None:
+    model, about = trained("kdcache:tiny")
+    (tmp_path / "thesis.onnx").write_text("thesis")
+    for out, options, received in [
+        ("m.tflite", {}, r"m\.tflite"),
+        ("m.onnx", {"format": "torch.export"}, r"m\.onnx with --format torch\.export[\s\S]*m\.pt2"),
+        ("m.onnx", {"format": "onix"}, "'onix'"),
+        ("thesis.onnx", {}, "is there already"),
+        ("none/m.onnx", {}, "no folder"),
+        ("m.safetensors", {"raw": True}, "weights alone"),
+    ]:
+        with pytest.raises(RecipeError, match=received):
+            export_model(model, about, tmp_path / out, **options)  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.onnx"]
+    assert (tmp_path / "thesis.onnx").read_text() == "thesis"

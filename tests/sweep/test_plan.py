@@ -1,0 +1,133 @@
+"""Plans: which commands, in which order, with which folders; and what cannot be planned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache.errors import RecipeError
+from kdcache.sweep import Recipe, Sweep, list_recipes, plan_sweep, read_recipe
+from kdcache.sweep.plan import folder_name, words
+from kdcache.sweep.recipe import Arm
+from kdcache_cli.sweep import _flags
+
+KNOWN = _flags()
+RECIPE = Recipe(
+    name="r",
+    title="R",
+    about="",
+    data={},
+    teacher={"model": "kdcache:base"},
+    store={},
+    student={"model": "kdcache:tiny"},
+    arms=(Arm("plain", {"method": "none"}), Arm("kl", {"method": "kl"})),
+)
+
+
+def plan(**changes: Any) -> Sweep:
+    return plan_sweep(replace(RECIPE, **changes), "scenes", Path("out"), KNOWN)
+
+
+def value(given: tuple[str, ...], flag: str) -> str:
+    return given[given.index(flag) + 1]
+
+
+def test_each_job_comes_after_what_it_needs() -> None:
+    for name in list_recipes():
+        for smoke in (False, True):
+            sweep = plan_sweep(read_recipe(name, smoke=smoke), "scenes", Path("out"), KNOWN)
+            seen = set[str]()
+            for job in sweep.jobs:
+                assert set(job.needs) <= seen, job
+                assert job.name not in seen
+                seen.add(job.name)
+            assert [job.words[0] for job in sweep.jobs[-3:]] == ["compare", "visualise", "report"]
+            done = [job.done for job in sweep.jobs if job.done is not None]
+            assert len(set(done)) == len(done)
+
+
+def test_folds_have_teachers_and_stores_of_their_own() -> None:
+    sweep = plan(data={"folds": 2}, seeds=(0, 5))
+    by_name = {job.name: job.words for job in sweep.jobs}
+    assert len(sweep.runs["kl"]) == 4
+    for fold in (0, 1):
+        teacher, store, run = (
+            by_name[f"teacher, fold {fold}"],
+            by_name[f"store, fold {fold}"],
+            by_name[f"kl, fold {fold}, seed 5"],
+        )
+        for given in (teacher, run):
+            assert (value(given, "--fold"), value(given, "--val-fold")) == (f"{fold}/2", f"{fold}/2")
+            assert value(given, "--val-split") == "train"
+        assert value(store, "--teacher") == value(teacher, "--out")
+        assert value(run, "--cache") == value(store, "--out")
+        assert value(run, "--seed") == "5"
+    assert "--own-fold" in by_name["comparison"]
+
+
+def test_a_run_that_another_names_comes_first_with_its_fold_and_seed() -> None:
+    arms = (Arm("trusted", {"method": "kl", "class-trust": "auto", "trust-against": "@plain"}), *RECIPE.arms)
+    sweep = plan(arms=arms, data={"held-out": "0/5"}, seeds=(0, 1))
+    names = [job.name for job in sweep.jobs]
+    assert names.index("plain, seed 1") < names.index("trusted, seed 1")
+    trusted = next(job for job in sweep.jobs if job.name == "trusted, seed 1")
+    plain = next(job for job in sweep.jobs if job.name == "plain, seed 1")
+    assert value(trusted.words, "--trust-against") == value(plain.words, "--out")
+    assert plain.name in trusted.needs
+    assert value(plain.words, "--fold") == "0/5"
+    assert value(next(job for job in sweep.jobs if job.words[0] == "compare").words, "--split") == "val"
+
+
+def test_a_teacher_that_exists_is_not_trained() -> None:
+    sweep = plan(teacher={"spec": "torchvision:fcn_resnet50@default"})
+    assert [job.words[0] for job in sweep.jobs][:2] == ["build-teacher-cache", "train-student"]
+    for verb in ("build-teacher-cache", "compare", "visualise"):
+        given = next(job.words for job in sweep.jobs if job.words[0] == verb)
+        assert value(given, "--teacher") == "torchvision:fcn_resnet50@default"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"student": {"modle": "x"}}, "model"),
+        ({"teacher": {"kl-weight": 1}}, "class-weights"),
+        ({"store": {"feature": "x"}}, "features"),
+        ({"student": {"out": "x"}}, "there are"),
+        ({"arms": (Arm("a", {"metod": "kl"}),)}, "method"),
+        ({"arms": (Arm("a", {"init": "@b"}),)}, "there are: a"),
+        ({"arms": (Arm("a", {"init": "@b"}), Arm("b", {"init": "@a"}))}, "'@' values"),
+        ({"data": {"folds": 1}}, "leave it out"),
+        ({"data": {"folds": 2, "held-out": "0/5"}}, "leave out"),
+        ({"data": {"held-out": "5/5"}}, ""),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan(**changes)
+    assert named in caught.value.remedy
+
+
+def test_without_data_the_layout_is_named() -> None:
+    with pytest.raises(RecipeError, match="camvid"):
+        plan_sweep(read_recipe("camvid-segformer"), None, Path("out"), KNOWN)
+
+
+def test_flags_are_as_one_types_them() -> None:
+    flags = {
+        "flip": False,
+        "resume": True,
+        "init": "",
+        "lr": 1e-3,
+        "term": [{"kind": "at", "weight": 2, "student_tap": "s"}],
+    }
+    given = ["--no-flip", "--resume", "--lr", "0.001", "--term", "at,weight=2,student_tap=s"]
+    assert list(words(flags)) == given
+
+
+def test_names_of_folders() -> None:
+    assert folder_name("KD(KL) w=0.5") == "KD-KL-w=0.5"
+    assert folder_name("../ä/..") not in ("", ".", "..")
+    assert "/" not in folder_name("a/b")

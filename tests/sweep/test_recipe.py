@@ -1,0 +1,128 @@
+"""Recipes: what is read, what is refused and how, and that the shipped ones name flags that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdcache.errors import RecipeError
+from kdcache.sweep import list_recipes, read_recipe
+
+TEXT = """
+title = "T"
+seeds = [0, 3]
+[data]
+path = "scenes"
+[teacher]
+model = "kdcache:base"
+[student]
+model = "kdcache:tiny"
+lr = [1e-3, 2e-3]
+[[arm]]
+name = "plain {lr}"
+method = "none"
+[[arm]]
+name = "kl"
+lr = 4e-3
+kl-weight = [0.5, 1]
+temperature = [1.0, 4.0]
+term = [{ kind = "cosine", weight = 0.1 }]
+[smoke]
+seeds = [7]
+[smoke.student]
+lr = 0.1
+[smoke.teacher]
+iterations = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "mine.toml"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+def test_lists_are_choices_and_every_combination_is_an_arm(recipe: str) -> None:
+    arms = read_recipe(recipe).arms
+    assert [arm.name for arm in arms] == [
+        "plain 0.001",
+        "plain 0.002",
+        "kl, kl-weight 0.5, temperature 1.0",
+        "kl, kl-weight 0.5, temperature 4.0",
+        "kl, kl-weight 1, temperature 1.0",
+        "kl, kl-weight 1, temperature 4.0",
+    ]
+    assert arms[1].flags == {"method": "none", "lr": 2e-3}
+    assert arms[5].flags["term"] == [{"kind": "cosine", "weight": 0.1}]
+    assert (arms[5].flags["kl-weight"], arms[5].flags["lr"]) == (1, 4e-3)
+
+
+def test_smoke_replaces_keys_and_the_teacher_as_a_whole(recipe: str) -> None:
+    small = read_recipe(recipe, smoke=True)
+    assert (small.seeds, small.student["lr"], small.student["model"]) == ((7,), 0.1, "kdcache:tiny")
+    assert small.teacher == {"iterations": 2}
+    assert small.arms[0].name == "plain 0.1"
+
+
+def test_changes_are_values_of_toml_or_words(recipe: str) -> None:
+    changed = read_recipe(
+        recipe, changes=["student.iterations=5", "teacher.model=kdcache:tiny", "student.lr=[0.5, 0.25]", "seeds=[1]"]
+    )
+    assert changed.student["iterations"] == 5
+    assert changed.teacher["model"] == "kdcache:tiny"
+    assert [arm.name for arm in changed.arms][:2] == ["plain 0.5", "plain 0.25"]
+    assert changed.seeds == (1,)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('title = "T"', "titel = 1", "title"),
+        ("[data]\npath", "[data]\npaht", "path"),
+        ("[smoke.student]", "[smoke.studnet]", "student"),
+        ("seeds = [0, 3]", "seeds = 3", "seeds = [0, 1, 2]"),
+        ("seeds = [0, 3]", "seeds = [-1]", "seeds = [0, 1, 2]"),
+        ('name = "kl"', 'nam = "kl"', "name = ..."),
+        ('name = "plain {lr}"', 'name = "kl"\nlr = 1', "{kl-weight}"),
+        ("[teacher]", "[teacher", "correct that line"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_remedy(recipe: str, old: str, new: str, named: str) -> None:
+    path = Path(recipe)
+    text = path.read_text(encoding="utf-8")
+    if new.startswith('name = "kl"'):
+        text = text.replace("kl-weight = [0.5, 1]\ntemperature = [1.0, 4.0]\n", "")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(recipe)
+    assert named in caught.value.remedy
+
+
+@pytest.mark.parametrize("change", ["iterations=5", "student", "studnet.lr=1", "student.=1"])
+def test_changes_that_are_none_are_refused(recipe: str, change: str) -> None:
+    with pytest.raises(RecipeError):
+        read_recipe(recipe, changes=[change])
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="voc-compare"):
+        read_recipe("voc-compar")
+
+
+def test_a_recipe_without_a_small_form_says_so(recipe: str) -> None:
+    path = Path(recipe)
+    path.write_text(path.read_text(encoding="utf-8").partition("[smoke]")[0], encoding="utf-8")
+    with pytest.raises(RecipeError, match="smoke"):
+        read_recipe(recipe, smoke=True)
+
+
+def test_the_shipped_recipes_are_read_whole_and_small() -> None:
+    names = list_recipes()
+    assert {"camvid-segformer", "camvid-segformer-cure", "voc-compare", "voc-deeplab-mobilenet"} <= set(names)
+    for name, title in names.items():
+        for smoke in (False, True):
+            read = read_recipe(name, smoke=smoke)
+            assert (read.title, len(read.arms) > 1) == (title, True)

@@ -1,0 +1,135 @@
+"""Doing jobs: order, resumption, side by side, shared by processes; a folder of another sweep."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_plan import RECIPE
+
+from kdcache.errors import RecipeError
+from kdcache.sweep import Job, Sweep, Watcher, run_jobs
+from kdcache.sweep.run import RECORD, without_torchrun
+
+
+def sweep_of(out: Path, jobs: dict[str, tuple[str, ...]]) -> Sweep:
+    """Jobs by what they need; a name with a capital leaves no file."""
+    planned = [Job(name, ("verb", name), None if name.isupper() else out / name, needs) for name, needs in jobs.items()]
+    return Sweep(RECIPE, out, tuple(planned), {})
+
+
+class Doing:
+    """Makes the file of a job; notes the order and how many ran at once."""
+
+    def __init__(self, fail: str = "") -> None:
+        self.done: list[str] = []
+        self.most = self._now = 0
+        self._fail, self._lock = fail, threading.Lock()
+        self.both = threading.Barrier(2, timeout=20)
+
+    def __call__(self, job: Job) -> None:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        if job.name.startswith("pair"):
+            self.both.wait()
+        with self._lock:
+            self._now -= 1
+            if job.name == self._fail:
+                raise RuntimeError(job.name)
+            self.done.append(job.name)
+        if job.done is not None:
+            job.done.write_text("")
+
+
+JOBS = {"teacher": (), "pair1": ("teacher",), "pair2": ("teacher",), "last": ("pair1", "pair2"), "TABLE": ("last",)}
+ALONE = {name.replace("pair", "run"): tuple(n.replace("pair", "run") for n in needs) for name, needs in JOBS.items()}
+
+
+def test_in_order_and_only_what_is_not_done(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path / "out", ALONE)
+    with pytest.raises(RuntimeError):
+        run_jobs(sweep, Doing("last"))
+    second = Doing()
+    run_jobs(sweep, second)
+    assert second.done == ["last", "TABLE"]
+    third = Doing()
+    run_jobs(sweep, third)
+    assert third.done == ["TABLE"]
+
+
+def test_side_by_side_after_what_they_need(tmp_path: Path) -> None:
+    doing = Doing()
+    run_jobs(sweep_of(tmp_path / "out", JOBS), doing, parallel=2)
+    assert doing.most == 2
+    assert doing.done[0] == "teacher"
+    assert doing.done[3:] == ["last", "TABLE"]
+
+
+def test_a_job_that_fails_lets_the_other_end_and_begins_no_more(tmp_path: Path) -> None:
+    doing = Doing("pair1")
+    with pytest.raises(RuntimeError, match="pair1"):
+        run_jobs(sweep_of(tmp_path / "out", JOBS), doing, parallel=2)
+    assert doing.done == ["teacher", "pair2"]
+
+
+def test_processes_share_the_trainings_and_the_first_shows_them(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path / "out", ALONE)
+    doing = [Doing(), Doing()]
+    others = threading.Thread(target=run_jobs, args=(sweep, doing[1]), kwargs={"part": (1, 2)})
+    run = threading.Thread(target=run_jobs, args=(sweep, doing[0]), kwargs={"part": (0, 2)})
+    run.start()
+    others.start()
+    run.join(60)
+    others.join(60)
+    assert doing[0].done == ["teacher", "run2", "TABLE"]
+    assert doing[1].done == ["run1", "last"]
+
+
+def test_another_sweep_s_folder_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep = sweep_of(out, ALONE)
+    run_jobs(sweep, Doing())
+    before = (out / RECORD).read_bytes()
+    changed = replace(sweep, jobs=(replace(sweep.jobs[0], words=("verb", "other")), *sweep.jobs[1:]))
+    with pytest.raises(RecipeError, match="other"):
+        run_jobs(changed, Doing())
+    assert (out / RECORD).read_bytes() == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(RecipeError, match="something else"):
+        run_jobs(sweep_of(mine, ALONE), Doing())
+
+
+def test_watchers_hear_what_begins_ends_and_is_kept(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    class Noting(Watcher):
+        def started(self, job: Job, number: int, total: int) -> None:
+            heard.append(f"{number}/{total} {job.name}")
+
+        def kept(self, job: Job, number: int, total: int) -> None:
+            heard.append(f"kept {job.name}")
+
+    sweep = sweep_of(tmp_path / "out", {"a": (), "b": ()})
+    run_jobs(sweep, Doing(), watcher=Noting())
+    run_jobs(sweep, Doing(), watcher=Noting())
+    assert heard == ["1/2 a", "2/2 b", "kept a", "kept b"]
+
+
+def test_a_job_s_process_trains_alone_on_its_gpu() -> None:
+    given = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "x",
+        "TORCHELASTIC_RUN_ID": "y",
+        "HOME": "/h",
+    }
+    assert without_torchrun(list(given.items())) == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "1"}
+    chosen = without_torchrun([*given.items(), ("CUDA_VISIBLE_DEVICES", "5,7")])
+    assert chosen["CUDA_VISIBLE_DEVICES"] == "7"
+    assert without_torchrun([("HOME", "/h")]) == {"HOME": "/h"}
