@@ -16,6 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, and many a library imports Triton: hence before every other import.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 Tree = dict[str, bytes]
 
 _MEMORY = Path("/dev/shm")

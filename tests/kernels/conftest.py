@@ -1,19 +1,15 @@
 """Shared by the kernel tests: the devices they run on and the implementations that must agree.
 
 Without a GPU, the Triton kernels run in Triton's interpreter: the same code, some thousand times slower. It is chosen
-by an environment variable that Triton reads when it is imported, hence here.
+by an environment variable, in the conftest of all tests.
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 import kdcache_kernels
 
