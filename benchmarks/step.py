@@ -37,7 +37,8 @@ from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.sample import Sample
 from kdcache.train.schedule import make_optimizer
-from kdcache.train.step import EagerStep, Step, choose_step, make_step
+from kdcache.train.step import EagerStep, Step
+from kdcache.train.ways import choose_step, make_step
 from live_teacher import LiveStep
 
 KINDS = ("none", "kl", "live")

@@ -37,7 +37,8 @@ from kdcache.train.distributed import default_workers
 from kdcache.train.loader import Draws
 from kdcache.train.sample import Sample
 from kdcache.train.schedule import make_optimizer
-from kdcache.train.step import EagerStep, Step, make_step
+from kdcache.train.step import EagerStep, Step
+from kdcache.train.ways import make_step
 
 IMPLEMENTATIONS = ("reference", "auto")
 PROFILED = 5

@@ -9,13 +9,16 @@ loader.py      draws by number, and who draws ahead
 ring.py        buffers used again, and threads that draw into them
 feed.py        the way of a batch to the device
 schedule.py    optimizers and learning rates
-step.py        one optimizer step, eager or compiled
-graph.py       the same as a CUDA graph
+step.py        one optimizer step, operation by operation
+ways.py        the ways to run it: eager, compiled, graphed
+graph.py       as a CUDA graph
 accumulate.py  the same from parts of a batch
 distributed.py the processes of torchrun, and what they agree on
 parallel.py    the step of one of several processes
 stop.py        asking a training to stop
 trainer.py     the loop
+watch.py       losses that are not finite, terms that do nothing
+state.py       what a run leaves and goes on from
 checkpoint.py  full state, replaced whole
 memory.py      running out of it, and what would have fitted
 log.py         metrics.jsonl, environment, observers

@@ -27,8 +27,8 @@ from kdcache.train.objective import make_criterion, needed_arrays
 from kdcache.train.order import choose_shuffle
 from kdcache.train.resident import keep_records
 from kdcache.train.sources import open_dataset, open_store, open_validation
-from kdcache.train.step import choose_step
 from kdcache.train.trainer import Trainer
+from kdcache.train.ways import choose_step
 
 
 def train(

@@ -1,9 +1,7 @@
 """One trainer for teachers and students: the loop, its checkpoints, its honesty about time."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,40 +10,25 @@ import torch
 from torch import Tensor
 
 from kdcache.distill import DistillLoss
-from kdcache.errors import KDCacheError, ModelError, RecipeError
+from kdcache.errors import KDCacheError
 from kdcache.evaluate import Metrics
 from kdcache.models import SegmentationModel
-from kdcache.models.run import write_weights
-from kdcache.store.durable import disk_space_errors
 from kdcache.train.accumulate import AccumulatedStep
-from kdcache.train.checkpoint import keep_checkpoint, load_checkpoint, save_checkpoint
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
-from kdcache.train.log import MetricsLog, Observer, write_json
+from kdcache.train.log import MetricsLog, Observer
 from kdcache.train.memory import asked_for, is_out_of_memory, largest_fitting, memory_error
 from kdcache.train.mix import Mix
 from kdcache.train.parallel import distribute
 from kdcache.train.sample import Sample, rows_of
-from kdcache.train.schedule import Schedule, load_optimizer, make_optimizer, strength
-from kdcache.train.step import EagerStep, Step, choose_step, make_step, random_state, set_random_state
+from kdcache.train.schedule import Schedule, make_optimizer, strength
+from kdcache.train.state import RunState
+from kdcache.train.step import EagerStep, Step, set_random_state
 from kdcache.train.stop import Interrupted, stop_requests
-
-LITTLE, MUCH = 0.01, 10.0
-"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
-
-
-@dataclass
-class _Progress:
-    """What a checkpoint holds besides tensors' owners."""
-
-    step: int = 0
-    best_miou: float = -1.0
-    best_step: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    prepared: float = 0.0
+from kdcache.train.watch import Watch
+from kdcache.train.ways import choose_step, make_step
 
 
 class Trainer:
@@ -92,24 +75,24 @@ class Trainer:
             self._kind = "eager"
         # What is trained: also the projections that some terms bring.
         learning = torch.nn.ModuleList([self.model, self.criterion])
-        self._optimizer = make_optimizer(learning, config, capturable=self._kind == "graphed")
-        self._schedule = Schedule(self._optimizer, config)
+        optimizer = make_optimizer(learning, config, capturable=self._kind == "graphed")
+        self._schedule = Schedule(optimizer, config)
         made = EagerStep if config.accumulate == 1 else partial(AccumulatedStep, parts=config.accumulate)
         self.eager = made(
             self.model,
             self.criterion,
-            self._optimizer,
+            optimizer,
             device=device,
             bf16=config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda"),
             clip_grad=config.clip_grad,
             mix=None if config.mix is None else Mix(config.mix),
         )
-        self._names = ("loss", *criterion.names)
+        self._state = RunState(run, config, self.eager, self._schedule, self._world)
+        self._watch = Watch(
+            ("loss", *criterion.names), self._world, lambda step: draws.sample_ids(step, config.batch_size)
+        )
         self._step: Step | None = None  # made from the first batch
         self._log: MetricsLog | None = None  # of the first process
-        self._now = _Progress()
-        self._unchecked: list[tuple[int, Tensor]] = []
-        self._told = {"ce"}
         self._described = False
 
     def use(self, step: EagerStep) -> None:
@@ -123,11 +106,11 @@ class Trainer:
         """
         world = self._world
         with world.together():
-            random = self._restore() if resume else None
-            iterations, first, keep_every = self._iterations, self._now.step, self.config.keep_every
+            random = self._state.restore() if resume else None
+            iterations, first, keep_every = self._iterations, self._state.now.step, self.config.keep_every
             assert not isinstance(keep_every, str), "resolve the settings first"
             self._log = MetricsLog(self.run, first) if world.first else None
-        self._check_same(first)
+        self._state.check_same()
         parameters = sum(p.numel() for p in self.model.parameters())
         self.observer.started(step=first, iterations=iterations, parameters=parameters)
         torch.manual_seed(world.seed(self.config.seed, first))  # whatever an observer has drawn
@@ -156,13 +139,13 @@ class Trainer:
                         stopping = stop.is_set()
                     keeping = keep_every is not None and (step + 1) % keep_every == 0
                     if interval or stopping or keeping:
-                        self._check_finite()
+                        self._watch.check_finite()
                     if interval:
                         self._end_of_interval()
                     elif stopping or keeping:
-                        self._save()
+                        self._state.save()
                     if keeping:
-                        self._keep()
+                        self._state.keep()
                     if stopping and step + 1 < iterations:
                         raise Interrupted(step + 1)
             completed = True
@@ -171,7 +154,7 @@ class Trainer:
                 self._log.close()
             batches.close()  # and with it the threads that draw ahead
             self.observer.ended(completed=completed)
-        return self._finish()
+        return self._state.finish()
 
     def _one_step(self, step: int, batches: Iterator[Sample | KDCacheError], stop: bool) -> bool:
         """Take a step; returns whether any process was asked to stop before it."""
@@ -183,24 +166,24 @@ class Trainer:
         prepared, losses, norms = self._learn(step, batch)
         self._describe()
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
-        self._unchecked.append((step, losses))
+        self._watch.add(step, losses)
         # On a GPU a look at every loss would stall the queue: look when we log.
-        values = self._check_finite() if logged or norms or self.device.type == "cpu" else []
+        values = self._watch.check_finite() if logged or norms or self.device.type == "cpu" else []
         if norms:
             self._write_line("gradients", step + 1, norms)
             self.observer.gradients(step + 1, norms)
-            for text in self._lopsided(norms):
+            for text in self._watch.lopsided(norms):
                 self.observer.note(text)
         lr = self._schedule.lr
         self._schedule.after_step()
-        now = self._now
+        now = self._state.now
         now.step = step + 1
         now.seconds += time.perf_counter() - began - prepared
         now.waited += waited
         now.prepared += prepared
         if logged:
             speed = config.batch_size * now.step / now.seconds
-            report = dict(zip(self._names, values, strict=True))
+            report = dict(zip(self._watch.names, values, strict=True))
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
             self._write_line("train", now.step, report)
             self.observer.stepped(now.step, report)
@@ -238,17 +221,6 @@ class Trainer:
             for text in self.criterion.describe():
                 self.observer.note(text)
 
-    def _lopsided(self, norms: dict[str, float]) -> Iterator[str]:
-        """What to tell, once, of terms that do next to nothing beside cross-entropy, or next to everything."""
-        ce = norms.get("ce", 0.0)
-        for name, norm in norms.items():
-            share = norm / ce if ce else 1.0
-            if LITTLE <= share <= MUCH or name in self._told:
-                continue
-            self._told.add(name)
-            verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
-            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy; change its weight"
-
     def _prepare(self, batch: Sample) -> float:
         """Make the step from the first batch; returns the seconds that it took, which are no training."""
         if self._step is not None:
@@ -259,111 +231,20 @@ class Trainer:
         self._step = make_step(self._kind, self.eager, batch, self.observer.note)
         return time.perf_counter() - began
 
-    def _check_finite(self) -> list[float]:
-        """Look at the losses since the last look; returns the newest as (loss, ce, kl)."""
-        if not self._unchecked:
-            return []
-        rows = self._world.mean(torch.stack([row for _, row in self._unchecked])).tolist()
-        for (step, _), row in zip(self._unchecked, rows, strict=True):
-            if not all(map(math.isfinite, row)):
-                parts = dict(zip(self._names, row, strict=True))
-                terms = [name for name in self._names[1:] if not math.isfinite(parts[name])] or ["loss"]
-                ids = self.draws.sample_ids(step, self.config.batch_size)
-                raise ModelError(
-                    "a loss must stay finite",
-                    received=f"term {' and '.join(terms)} is {parts[terms[0]]} at iteration {step + 1}, "
-                    f"records {', '.join(ids)}",
-                    remedy="lower --lr, set --clip-grad 1, add --warmup, or look at those records; "
-                    "the last checkpoint is untouched",
-                )
-        self._unchecked.clear()
-        return list(rows[-1])
-
     def _end_of_interval(self) -> None:
         """Validate, keep the best, save."""
         if self._validate is not None:
             metrics = self._validate(self.model)
-            best = metrics.miou > self._now.best_miou
+            now = self._state.now
+            best = metrics.miou > now.best_miou
             if best:
-                self._now.best_miou, self._now.best_step = metrics.miou, self._now.step
-                self._write_weights("best")
+                now.best_miou, now.best_step = metrics.miou, now.step
+                self._state.write_weights("best")
             self._schedule.after_validation(metrics.miou)
-            self._write_line("validation", self._now.step, metrics.to_json())
-            self.observer.validated(self._now.step, metrics, best)
-        self._save()
+            self._write_line("validation", now.step, metrics.to_json())
+            self.observer.validated(now.step, metrics, best)
+        self._state.save()
 
     def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(kind, step, values)
-
-    def _write_weights(self, which: str) -> None:
-        with self._world.together(), disk_space_errors(self.run):
-            if self._world.first:
-                write_weights(self.run, which, self.model)
-
-    def _save(self) -> None:
-        own, *others = self._world.gather(random_state(self.device))
-        with self._world.together():
-            if self._world.first:
-                state = {
-                    "model": self.model.state_dict(),
-                    "criterion": self.criterion.state_dict(),
-                    "optimizer": self._optimizer.state_dict(),
-                    "schedule": self._schedule.state_dict(),
-                    "progress": vars(self._now),
-                    "random": {**own, "others": others} if others else own,
-                }
-                save_checkpoint(self.run, state)
-
-    def _keep(self) -> None:
-        with self._world.together():
-            if self._world.first:
-                keep_checkpoint(self.run, self._now.step)
-
-    def _restore(self) -> dict[str, Tensor] | None:
-        """Go on from the checkpoint; returns this process's random state, None when there was no such process."""
-        state = load_checkpoint(self.run, self.device)
-        if state is None:
-            return None
-        try:
-            self.model.load_state_dict(state["model"])
-            self.criterion.load_state_dict(state["criterion"])
-        except RuntimeError as error:
-            raise ModelError(
-                "a run resumes with the model it was begun with",
-                received=f"{self.config.model} has other tensors than the checkpoint in {self.run}",
-                remedy="restore the model's code, or give another --out",
-            ) from error
-        load_optimizer(self._optimizer, state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._now = _Progress(**state["progress"])
-        states = [state["random"], *state["random"].get("others", [])]
-        return states[self._world.rank] if self._world.rank < len(states) else None
-
-    def _check_same(self, first: int) -> None:
-        steps = self._world.gather(first)
-        if len(set(steps)) > 1:
-            raise RecipeError(
-                "all processes go on from the same checkpoint",
-                received=f"they begin at the steps {', '.join(map(str, steps))}",
-                remedy=f"let every machine see the folder {self.run}, under this path",
-            )
-
-    def _finish(self) -> dict[str, Any]:
-        now = self._now
-        self._write_weights("last")
-        if not now.best_step:  # nothing validated, or nothing that could be scored
-            self._write_weights("best")
-        result = {
-            "iterations": now.step,
-            "best_miou": now.best_miou if now.best_step else None,
-            "best_step": now.best_step or now.step,
-            "seconds": round(now.seconds, 3),
-            "images_per_second": round(self.config.batch_size * now.step / max(now.seconds, 1e-9), 3),
-            "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
-            "prepared_seconds": round(now.prepared, 3),
-        }
-        with self._world.together(), disk_space_errors(self.run):
-            if self._world.first:
-                write_json(self.run / "result.json", result)
-        return result

@@ -139,7 +139,7 @@ class Backend:
 def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Traced programs run as they are; the machine's compiler is left to the slow tests."""
     found = Backend()
-    monkeypatch.setattr("kdcache.train.step.BACKEND", found)
+    monkeypatch.setattr("kdcache.train.ways.BACKEND", found)
     return found
 
 

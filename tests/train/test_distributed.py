@@ -31,7 +31,7 @@ from kdcache.store import open_cache
 from kdcache.train import read_config
 from kdcache.train.distributed import World, pick_device
 from kdcache.train.sample import Sample, batch_of, parts_of
-from kdcache.train.step import choose_step
+from kdcache.train.ways import choose_step
 
 Read = Callable[..., list[dict[str, Any]]]
 LOSS, NORM, WEIGHT = 1e-5, 1e-3, 1e-3

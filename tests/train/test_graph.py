@@ -15,7 +15,8 @@ from kdcache.train import Observer, TrainConfig, graph, make_config, train
 from kdcache.train.graph import GraphedStep
 from kdcache.train.sample import Sample
 from kdcache.train.schedule import Schedule
-from kdcache.train.step import CompiledStep, EagerStep, make_step
+from kdcache.train.step import EagerStep
+from kdcache.train.ways import CompiledStep, make_step
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 Read = Callable[..., list[dict[str, Any]]]

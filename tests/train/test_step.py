@@ -17,7 +17,8 @@ from kdcache.errors import RecipeError
 from kdcache.train import Observer, TrainConfig, make_config, train, trainer
 from kdcache.train.sample import Sample
 from kdcache.train.schedule import load_optimizer, make_optimizer
-from kdcache.train.step import CompiledStep, EagerStep, choose_step, make_step
+from kdcache.train.step import EagerStep
+from kdcache.train.ways import CompiledStep, choose_step, make_step
 from kdcache_kernels import KernelError
 
 WEIGHTS = "last.safetensors"
@@ -318,7 +319,7 @@ def test_a_compiler_that_breaks_is_named(
     def broken(*_: object) -> None:
         raise OSError("no such compiler: c++\nand 200 lines more")
 
-    monkeypatch.setattr("kdcache.train.step.BACKEND", broken)
+    monkeypatch.setattr("kdcache.train.ways.BACKEND", broken)
     notes: list[str] = []
     eager, plain = eager_step(), eager_step()
     made = make_step("compiled", eager, batches[0], notes.append)

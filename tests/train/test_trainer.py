@@ -276,11 +276,12 @@ def test_losses_not_yet_looked_at_are_checked_before_a_checkpoint(
 
     class Late(Trainer):
         def _one_step(self, *arguments: Any) -> None:
-            check, self._check_finite = self._check_finite, lambda: []  # type: ignore[method-assign]
+            watch = self._watch
+            check, watch.check_finite = watch.check_finite, lambda: []  # type: ignore[method-assign]
             try:
                 super()._one_step(*arguments)
             finally:
-                self._check_finite = check  # type: ignore[method-assign]
+                watch.check_finite = check  # type: ignore[method-assign]
 
     monkeypatch.setattr("kdcache.train.start.Trainer", Late)
     chosen = settings | {"model": model_file("nan"), "val_every": 2, "log_every": 5, "gradients_every": 0}

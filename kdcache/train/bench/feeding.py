@@ -21,7 +21,8 @@ from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, next_batch
 from kdcache.train.sample import Sample, batch_of, parts_of
 from kdcache.train.schedule import make_optimizer
-from kdcache.train.step import EagerStep, Step, choose_step, make_step
+from kdcache.train.step import EagerStep, Step
+from kdcache.train.ways import choose_step, make_step
 
 FED_BY = ("ring", "inline", "resident", "default")
 """Loaders of LOADERS that feed steps."""

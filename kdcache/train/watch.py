@@ -1,0 +1,67 @@
+"""Watching the numbers of a training: losses that must stay finite, terms whose weight is worth a word."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import ModelError
+from kdcache.train.distributed import World
+
+LITTLE, MUCH = 0.01, 10.0
+"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
+
+
+class Watch:
+    """Looks at losses when it is asked to: on a GPU, a look at every one would stall the queue.
+
+    Args:
+        names: of the loss and its parts.
+        sample_ids: of the batch of a step.
+    """
+
+    def __init__(self, names: Sequence[str], world: World, sample_ids: Callable[[int], Sequence[str]]) -> None:
+        self.names = names
+        self._world = world
+        self._sample_ids = sample_ids
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self._told = {"ce"}
+
+    def add(self, step: int, losses: Tensor) -> None:
+        """Losses of a step, on their device, to be looked at later."""
+        self._unchecked.append((step, losses))
+
+    def check_finite(self) -> list[float]:
+        """Look at the losses since the last look; returns the newest, in the order of the names.
+
+        Raises: ModelError when one is not finite, with its term, iteration and records.
+        """
+        if not self._unchecked:
+            return []
+        rows = self._world.mean(torch.stack([row for _, row in self._unchecked])).tolist()
+        for (step, _), row in zip(self._unchecked, rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                parts = dict(zip(self.names, row, strict=True))
+                terms = [name for name in self.names[1:] if not math.isfinite(parts[name])] or ["loss"]
+                ids = self._sample_ids(step)
+                raise ModelError(
+                    "a loss must stay finite",
+                    received=f"term {' and '.join(terms)} is {parts[terms[0]]} at iteration {step + 1}, "
+                    f"records {', '.join(ids)}",
+                    remedy="lower --lr, set --clip-grad 1, add --warmup, or look at those records; "
+                    "the last checkpoint is untouched",
+                )
+        self._unchecked.clear()
+        return list(rows[-1])
+
+    def lopsided(self, norms: dict[str, float]) -> Iterator[str]:
+        """What to tell, once, of terms that do next to nothing beside cross-entropy, or next to everything."""
+        ce = norms.get("ce", 0.0)
+        for name, norm in norms.items():
+            share = norm / ce if ce else 1.0
+            if LITTLE <= share <= MUCH or name in self._told:
+                continue
+            self._told.add(name)
+            verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
+            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy; change its weight"
