@@ -31,7 +31,7 @@ from common import header, spread, synchronise, write
 from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_writer
-from kdcache.store.manifest import View
+from kdcache.store.parts import View
 from kdcache.teacher import BuildOptions, Teacher, build_cache, plan_manifest
 from kdcache.teacher.build import pack_batch
 from kdcache.teacher.forward import place, teach

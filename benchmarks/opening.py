@@ -25,7 +25,7 @@ import psutil
 from common import header, spread, write
 from kdcache.data import Augmentation
 from kdcache.store import Manifest, open_cache, open_writer
-from kdcache.store.manifest import Build, Dataset, Fingerprint, Head, View
+from kdcache.store.parts import Build, Dataset, Fingerprint, Head, View
 from kdcache.store.schema import record_arrays
 from kdcache.train import CacheDataset
 from kdcache.train.loader import Draws, make_loader, next_batch

@@ -1,6 +1,7 @@
 """The store: a Zarr v3 group that holds what a teacher said, with a manifest and a ledger.
 
-    manifest.py   who made it, from what, how; the teacher's fingerprint
+    manifest.py   who made it, from what, how
+    parts.py      the parts of that: data set, view, heads, the teacher's fingerprint
     schema.py     arrays, chunks
     codec.py      how they are compressed, and what is rounded before
     place.py      where the files are: a folder, an object store
@@ -24,9 +25,10 @@ It knows tensors as numpy arrays and no models.
 
 from kdcache.store.codec import round_targets
 from kdcache.store.copy import CopyChanges, CopyResult, copy_store
-from kdcache.store.manifest import Codec, Fidelity, Fingerprint, Manifest
+from kdcache.store.manifest import Codec, Manifest
 from kdcache.store.origin import check_origin
 from kdcache.store.part import samples_of_ids, spread_samples
+from kdcache.store.parts import Fidelity, Fingerprint
 from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
 from kdcache.store.verify import VerifyReport, verify_files

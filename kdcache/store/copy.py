@@ -19,8 +19,9 @@ import numpy as np
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store.codec import round_targets
 from kdcache.store.damage import damaged, unreadable
-from kdcache.store.manifest import Codec, Dataset, Fidelity, Manifest
+from kdcache.store.manifest import Codec, Manifest
 from kdcache.store.part import ids_digest
+from kdcache.store.parts import Dataset, Fidelity
 from kdcache.store.place import open_place
 from kdcache.store.reader import Cache
 from kdcache.store.schema import ArraySpec, record_arrays, shard_key

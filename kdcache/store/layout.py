@@ -19,7 +19,8 @@ import numpy as np
 
 from kdcache.errors import VersionError
 from kdcache.store.damage import unreadable_metadata
-from kdcache.store.manifest import MAX_RECORD_BYTES, MAX_RECORDS
+from kdcache.store.manifest import MAX_RECORD_BYTES
+from kdcache.store.parts import MAX_RECORDS
 
 CRC_BYTES = 4
 _MAX_METADATA_BYTES = 2**20  # what is longer is cut, and no JSON then

@@ -21,7 +21,8 @@ from kdcache.store import ledger
 from kdcache.store.damage import damaged, damaged_metadata, unreadable
 from kdcache.store.fallback import ZarrArray
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import Head, Manifest, parse_manifest
+from kdcache.store.manifest import Manifest, parse_manifest
+from kdcache.store.parts import Head
 from kdcache.store.place import Place, open_place
 from kdcache.store.samples import read_ids
 from kdcache.store.schema import metadata_keys, record_arrays, shard_key

@@ -8,7 +8,7 @@ import torch
 from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError
 from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
-from kdcache.store.manifest import View
+from kdcache.store.parts import View
 from kdcache.teacher.forward import coarser, not_finite, out_of_memory, teach
 from kdcache.teacher.options import BuildOptions
 from kdcache.teacher.records import render_records

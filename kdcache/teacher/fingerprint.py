@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kdcache.models import EnsembleModel, SegmentationModel, state_digest
 from kdcache.store import Fingerprint
-from kdcache.store.manifest import Augmented, Member
+from kdcache.store.parts import Augmented, Member
 from kdcache.teacher.forward import Precision, teach
 from kdcache.teacher.source import Teacher
 

@@ -9,7 +9,7 @@ import torch
 
 from kdcache.errors import RecipeError
 from kdcache.store import Codec
-from kdcache.store.manifest import LEAST_ZOOM, MOST_SIDE, MOST_VIEWS, MOST_ZOOM, Drawn, View
+from kdcache.store.parts import LEAST_ZOOM, MOST_SIDE, MOST_VIEWS, MOST_ZOOM, Drawn, View
 from kdcache.teacher.forward import Precision
 
 

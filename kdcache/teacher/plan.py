@@ -11,7 +11,7 @@ import torch
 from kdcache.data import Split
 from kdcache.errors import RecipeError
 from kdcache.store import Fidelity, Manifest
-from kdcache.store.manifest import Build, Dataset, Feature, Head
+from kdcache.store.parts import Build, Dataset, Feature, Head
 from kdcache.teacher.asking import Asking
 from kdcache.teacher.fidelity import measure_fidelity
 from kdcache.teacher.fingerprint import fingerprint

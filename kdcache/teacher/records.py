@@ -9,7 +9,7 @@ import numpy as np
 
 from kdcache.data import Split, Window, draw_view, pixel_checksum, prefetch, render
 from kdcache.store import Cache, Manifest
-from kdcache.store.manifest import View
+from kdcache.store.parts import View
 
 Array = np.ndarray[Any, Any]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcache.errors import RecipeError
 from kdcache.models import AGREEMENT, EnsembleModel
-from kdcache.store.manifest import Statistic
+from kdcache.store.parts import Statistic
 from kdcache.teacher.forward import area_mean
 from kdcache.teacher.source import Teacher
 

@@ -13,7 +13,7 @@ import pytest
 
 from kdcache.store import Manifest, open_writer
 from kdcache.store.durable import file_digest
-from kdcache.store.manifest import (
+from kdcache.store.parts import (
     Augmented,
     Build,
     Dataset,

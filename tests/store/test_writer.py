@@ -316,7 +316,7 @@ def test_another_manifest_is_refused_by_the_field(small, tree, tmp_path, field, 
         head = small.manifest.heads["segmentation"].model_copy(update={"k": 2})
         other.manifest = small.manifest.model_copy(update={"heads": {"segmentation": head}})
     if field == "features":
-        from kdcache.store.manifest import Feature
+        from kdcache.store.parts import Feature
 
         other.manifest = small.manifest.model_copy(update={"features": {"head": Feature(channels=1, size=(1, 1))}})
     before = tree(path)

@@ -9,7 +9,7 @@ import torch
 from kdcache.data import Window, draw_view, inside_rectangle, open_split, render
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import CopyChanges, copy_store, inspect_store, open_cache
-from kdcache.store.manifest import Drawn, View
+from kdcache.store.parts import Drawn, View
 from kdcache.teacher import build_cache, compare_teacher, options_of, plan_manifest, score_cache
 from kdcache.train import CacheDataset
 

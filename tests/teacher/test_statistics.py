@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.store import CopyChanges, copy_store, inspect_store, open_cache
-from kdcache.store.manifest import Statistic
+from kdcache.store.parts import Statistic
 from kdcache.teacher import Teacher, build_cache, compare_teacher, load_teachers, options_of, plan_manifest
 from kdcache.teacher.statistics import attention, measure
 from kdcache.train import CacheDataset

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kdcache.data import Window, draw_view, id_hash, open_split, pixel_checksum, render
 from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.store import inspect_store, open_cache
-from kdcache.store.manifest import Drawn, View
+from kdcache.store.parts import Drawn, View
 from kdcache.teacher import build_cache, compare_teacher, plan_manifest, score_cache
 from kdcache.train import CacheDataset
 from kdcache.train.loader import Draws

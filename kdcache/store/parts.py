@@ -1,0 +1,256 @@
+"""The parts of a manifest: data set, view, heads, features, teacher, build, and what storing lost.
+
+Every model here is strict and refuses unknown keys: a manifest is data from elsewhere, and a field that
+is misread teaches the wrong thing without a sound.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_RECORDS = 2**31
+"""What a claim of more would ask of memory is an attack or an accident."""
+MOST_SIDE, MOST_VIEWS = 65536, 4096
+LEAST_ZOOM, MOST_ZOOM = 1 / 64, 1024
+
+Count = Annotated[int, Field(ge=0, le=MAX_RECORDS)]
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
+Size = tuple[Side, Side]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Dataset(Part):
+    """The split that was taught on. `ids_digest` stands for the ids; they are in samples/."""
+
+    name: str
+    split: str
+    samples: Count
+    labelled: Count
+    ids_digest: str
+    class_names: Annotated[tuple[str, ...], Field(min_length=1, max_length=65535)]
+    class_colours: tuple[tuple[int, int, int], ...]
+
+
+Zoom = Annotated[float, Field(ge=LEAST_ZOOM, le=MOST_ZOOM)]
+
+
+class Drawn(Part):
+    """How views are drawn: each from `seed`, the sample's id and its own number alone.
+
+    Attributes:
+        scale: a view shows 1/s of the image's height and width, below 1 all of it amid grey. s is uniform in this
+            range.
+        flip: whether half of them are mirrored.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    scale: tuple[Zoom, Zoom]
+    flip: bool
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> "Drawn":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale {self.scale[0]}:{self.scale[1]} is no range")
+        return self
+
+
+class View(Part):
+    """How a sample is rendered to `size` (H, W).
+
+    Attributes:
+        kind: `full`: view 0 is the whole image resized, the others are drawn. `crop`: all are drawn, each a crop of
+            `size` pixels out of the image at s times `image_size`.
+        teacher_size: (H, W) of what the teacher saw of the same windows, when that was another size.
+    """
+
+    kind: Literal["full", "crop"] = "full"
+    size: Size
+    image_size: Size | None = None
+    teacher_size: Size | None = None
+    views_per_sample: Annotated[int, Field(ge=1, le=MOST_VIEWS)] = 1
+    drawn: Drawn | None = None
+    pixels: Literal["stored", "source"]
+
+    @model_validator(mode="after")
+    def _views_after_the_first_are_drawn(self) -> "View":
+        if (self.kind == "crop" or self.views_per_sample > 1) != (self.drawn is not None):
+            raise ValueError(f"views_per_sample is {self.views_per_sample}, drawn is {short(self.drawn)}")
+        if (self.kind == "crop") != (self.image_size is not None):
+            raise ValueError(f"kind is {self.kind}, image_size is {self.image_size}")
+        return self
+
+    @property
+    def share(self) -> tuple[float, float] | None:
+        """Of crops, what one shows at scale 1, as a part of the image's height and width."""
+        if self.image_size is None:
+            return None
+        return self.size[0] / self.image_size[0], self.size[1] / self.image_size[1]
+
+    @property
+    def reaches_beyond(self) -> bool:
+        """Whether a view may show what lies beyond its image, which is grey and must not teach."""
+        return self.drawn is not None and max(self.share or (1.0, 1.0)) > self.drawn.scale[0]
+
+
+class Head(Part):
+    """One output of the teacher: `k` of `classes` logits kept on an (h, w) grid.
+
+    Attributes:
+        raw: the largest logit of every pixel is kept too, which the others are stored without.
+        resampled: the grid is coarser than the teacher's own: its probabilities were averaged.
+    """
+
+    kind: Literal["categorical"] = "categorical"
+    classes: Annotated[int, Field(ge=1, le=65535)]
+    k: Annotated[int, Field(ge=1, le=65535)]
+    size: Size
+    align_corners: bool
+    raw: bool = False
+    resampled: bool = False
+
+    @model_validator(mode="after")
+    def _k_within_classes(self) -> "Head":
+        if self.k > self.classes:
+            raise ValueError(f"k = {self.k} exceeds the {self.classes} classes")
+        return self
+
+    @property
+    def dense(self) -> bool:
+        return self.k == self.classes
+
+
+class Feature(Part):
+    """One tap: (channels, h, w) float16 per record."""
+
+    channels: Annotated[int, Field(ge=1, le=1_000_000)]
+    size: Size
+
+
+class Statistic(Part):
+    """A number per target pixel or feature position, from 0 up: (h, w) float16 per record.
+
+    Attributes:
+        kind: `at`: sum of squares over the channels of `tap`, divided by its largest. Of the distribution, at the
+            target's grid: `confidence` (its largest probability), `entropy` (nats), `agreement` (weight of the members
+            of an ensemble whose best class is the ensemble's).
+    """
+
+    kind: Literal["at", "confidence", "entropy", "agreement"]
+    tap: str | None = None
+    size: Size
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Member(Part):
+    """One of several teachers; `share` is its weight, of 1."""
+
+    spec: str
+    weights: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    share: Share
+
+
+class Augmented(Part):
+    """Test-time augmentation: the teacher's word is the mean over these renderings of a view."""
+
+    flip: bool
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], Field(min_length=1)]
+
+
+class Fingerprint(Part):
+    """What identifies a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code.
+
+    Attributes:
+        members: of an ensemble, whose probabilities are averaged; `weights` is then the digest of all together.
+        folds: the members do not speak together: each spoke of the samples of one fold, which it had not seen.
+    """
+
+    spec: str
+    weights: str
+    precision: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    class_map: tuple[int, ...] | None = None
+    members: Annotated[tuple[Member, ...], Field(max_length=255)] = ()
+    tta: Augmented | None = None
+    folds: Annotated[int, Field(ge=2, le=255)] | None = None
+    probe: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _one_member_per_fold(self) -> "Fingerprint":
+        if self.folds is not None and self.folds != len(self.members):
+            raise ValueError(f"{self.folds} folds of {len(self.members)} members")
+        return self
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What differs, in words. The probe may differ by 1 % of its largest value: hardware rounds."""
+        found = [
+            f"{name}: {short(getattr(self, name))} against {short(getattr(other, name))}"
+            for name in ("spec", "weights", "precision", "mean", "std", "class_map", "members", "tta", "folds")
+            if getattr(self, name) != getattr(other, name)
+        ]
+        scale = max((abs(value) for value in self.probe if math.isfinite(value)), default=0.0)
+        far = len(self.probe) != len(other.probe) or any(
+            repr(a) != repr(b) and not abs(a - b) <= 0.01 * scale + 1e-4  # NaN is no less than anything
+            for a, b in zip(self.probe, other.probe, strict=True)
+        )
+        if far:
+            found.append("probe: the same weights give other logits on the two fixed images")
+        return found
+
+
+class Build(Part):
+    """Choices that shape the bytes. They may not change when an interrupted build goes on."""
+
+    batch_size: Annotated[int, Field(ge=1)]
+    shard_records: Annotated[int, Field(ge=1, le=65536)]
+    device: str
+    threads: int
+    libraries: dict[str, str]
+
+
+Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Fidelity(Part):
+    """What storing lost, on a few records: the stored target beside the teacher's raw logits, at the view's size.
+
+    Attributes:
+        kl_t1, kl_t4: KL(teacher || stored) at T = 1 and 4, mean over the pixels. kl_t1_max: of the worst pixel.
+        argmax_agreement: share of pixels with the same best class.
+    """
+
+    records: Annotated[int, Field(ge=1, le=MAX_RECORDS)]
+    kl_t1: Nats
+    kl_t1_max: Nats
+    kl_t4: Nats
+    argmax_agreement: Annotated[float, Field(ge=0, le=1)]
+
+    def describe(self) -> str:
+        """In one line, for a person."""
+        return (
+            f"KL {self.kl_t1:.1e} nats at T = 1 (worst pixel {self.kl_t1_max:.1e}), {self.kl_t4:.1e} at T = 4; "
+            f"argmax agreement {100 * self.argmax_agreement:.3f} %; on {self.records} records, at the view's size"
+        )
+
+
+def part_differences(title: str, mine: Part, theirs: Part) -> list[str]:
+    """Fields of two equal-typed parts that differ, as 'title.field: a against b'."""
+    return [
+        f"{title}.{field}: {short(getattr(mine, field))} against {short(getattr(theirs, field))}"
+        for field in type(mine).model_fields
+        if getattr(mine, field) != getattr(theirs, field)
+    ]
+
+
+def short(value: Any) -> str:
+    """As an error says it."""
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
