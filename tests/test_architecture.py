@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -246,6 +247,16 @@ def test_a_module_is_described_and_not_too_long(module: str) -> None:
     text = MODULES[module].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MOST_LINES
     assert (ast.get_docstring(ast.parse(text)) or "").strip()
+
+
+@pytest.mark.parametrize("room", ["distill", "evaluate", "store", "sweep", "teacher", "train"])
+def test_a_room_says_what_is_in_its_files(room: str) -> None:
+    folder = ROOT / "kdcache" / room
+    listed = re.findall(
+        r"^    ([a-z_]+(?:\.py|/)) ", importlib.import_module(f"kdcache.{room}").__doc__ or "", re.MULTILINE
+    )
+    there = [f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name[0] != "_"]
+    assert sorted(listed) == sorted(there)
 
 
 def test_nothing_is_loaded_with_pickle() -> None:

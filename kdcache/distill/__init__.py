@@ -1,4 +1,12 @@
-"""Losses of a student. Tensors in, tensors out: no store, no data."""
+"""Losses of a student. Tensors in, tensors out: no store, no data.
+
+    loss.py      cross-entropy beside KL, fused, and what comes beside them
+    terms/       the other terms
+    gate.py      where the teacher is listened to
+    target.py    what a teacher said about a batch
+
+A store, or anything like one, says what its targets look like.
+"""
 
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
 from kdcache.distill.loss import DistillLoss, Losses

@@ -5,6 +5,8 @@
     schema.py     arrays, chunks
     codec.py      how they are compressed, and what is rounded before
     place.py      where the files are: a folder, an object store
+    bucket.py     object stores: requests, retries
+    mirror.py     copies of their shards on this disk
     durable.py    writes that survive a power cut
     ledger.py     which shards are finished, and the seal
     damage.py     what to say of a file that is not what was written

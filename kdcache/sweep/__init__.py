@@ -1,9 +1,10 @@
 """Sweeps: a recipe of many runs that share teachers and stores, and everything that comes of them.
 
-recipe.py    what a recipe file says; the recipes that are shipped
-plan.py      from a recipe to jobs: commands, what each makes, what it needs
-run.py       doing the jobs: one by one, side by side, or shared out by torchrun
-summary.py   each run's best iteration and scores, fold by fold
+    recipe.py     what a recipe file says
+    recipes/      those that are shipped
+    plan.py       from a recipe to jobs: commands, what each makes, what it needs
+    run.py        doing the jobs: one by one, side by side, or shared out by torchrun
+    summary.py    each run's best iteration and scores, fold by fold
 
 A job is a command of `kdcache`, so that a sweep does nothing that its user could not do by hand. How a command is run
 is the caller's choice.

@@ -1,20 +1,31 @@
 """The teacher's one pass: where it comes from, what it will write, the build, and checks against it.
 
-source.py        a run, SPEC@FILE, SPEC@default; class maps
-several.py       ensembles, augmentation at test time, a teacher per fold
-forward.py       one way to run it
-fingerprint.py   what identifies it
-options.py       the choices of a build
-asking.py        the teacher on a few first views
-plan.py          the manifest, before the first shard
-fidelity.py      what storing loses
-statistics.py    small maps beside the targets
-copied.py        what a copy loses
-records.py       views of samples, rendered
-shards.py        records into whole shards
-reuse.py         what an earlier store says already
-build.py         the pass
-check.py         scores from the store; the store against the teacher
+    source.py            a run, SPEC@FILE, SPEC@default; class maps
+    several.py           ensembles, augmentation at test time, a teacher per fold
+    forward.py           one way to run it
+    fingerprint.py       what identifies it
+
+    options.py           the choices of a build
+    estimate.py          what they will cost, before it
+    estimate_trial.py    the small store that this is measured on
+    asking.py            the teacher on a few first views
+    plan.py              the manifest, before the first shard
+    fidelity.py          what storing loses
+    records.py           views of samples, rendered
+    statistics.py        small maps beside the targets
+    shards.py            records into whole shards
+    reuse.py             what an earlier store says already
+    build.py             the pass
+    copied.py            what a copy loses
+
+    check.py             scores from the store; the store against the teacher
+    whole.py             whole images of a store
+    audit.py             how good the teacher is where, and how sure
+    audit_gradient.py    what keeping fewer classes would do to the gradient
+    audit_pictures.py    the audit as pictures
+    pseudo.py            pseudo labels as PNG files
+
+What a teacher says is asked for once; everything after the build reads the store.
 """
 
 from kdcache.teacher.build import BuildResult, build_cache
