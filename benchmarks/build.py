@@ -35,7 +35,7 @@ from kdcache.store.parts import View
 from kdcache.teacher import BuildOptions, Teacher, build_cache, plan_manifest
 from kdcache.teacher.build import pack_batch
 from kdcache.teacher.forward import place, teach
-from kdcache.teacher.records import Rendered, _batches, render_records
+from kdcache.teacher.records import Rendered, batches_of, render_records
 from kdcache.teacher.shards import ShardQueue
 
 
@@ -105,7 +105,7 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
     with open_writer(folder, manifest, split.ids) as writer:
         watch = Stopwatch()
         with ShardQueue(writer) as queue:
-            for batch in itertools.chain.from_iterable(_batches(manifest, shard) for shard in writer.missing):
+            for batch in itertools.chain.from_iterable(batches_of(manifest, shard) for shard in writer.missing):
                 inputs = [replace(item, record=record) for record, item in zip(batch, first, strict=False)]
                 queue.add(inputs, {path: rows[: len(inputs)] for path, rows in packed.items()})
         return watch.over(len(split))

@@ -143,6 +143,6 @@ def _calls(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    from kdcache.evaluate.bench.header import _cpu
+    from kdcache.evaluate.bench.header import cpu_name
 
-    return _cpu()
+    return cpu_name()

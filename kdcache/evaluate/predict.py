@@ -1,7 +1,7 @@
 """What a model says about images that are in no data set: labels and overlays as PNGs."""
 
 import glob
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from kdcache.data.classes import write_classes
 from kdcache.data.files import IMAGE_SUFFIXES, read_image
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.evaluate.pictures import Array, colour_ids, palette_png, png_bytes
-from kdcache.evaluate.run import Progress
+from kdcache.evaluate.run import Progress, batches
 from kdcache.models import SegmentationModel
 
 LABELS, OVERLAYS = "labels", "overlays"
@@ -102,7 +102,7 @@ def predict_images(
         lambda index: _load(images[index], size), range(len(images)), threads=threads, ahead=2 * batch_size
     )
     with ThreadPoolExecutor(max(1, threads)) as writers:
-        for batch in _batches(pictures, batch_size):
+        for batch in batches(pictures, batch_size):
             pixels = torch.from_numpy(np.stack([picture.small for picture in batch])).to(device)
             logits_BChw = model(model.normalise(pixels)).logits.float()
             if not bool(torch.isfinite(logits_BChw).all()):
@@ -198,17 +198,6 @@ def _load(image: Input, size: tuple[int, int]) -> _Picture:
     whole_HW3 = read_image(image.path)
     small_HW3, _ = render(whole_HW3, None, Window.full(*whole_HW3.shape[:2]), flip=False, size=size)
     return _Picture(image, whole_HW3, small_HW3)
-
-
-def _batches(pictures: Iterable[_Picture], size: int) -> Iterable[list[_Picture]]:
-    batch: list[_Picture] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _write(out: Path, picture: _Picture, ids_HW: Array, classes: ClassList, opacity: float) -> None:

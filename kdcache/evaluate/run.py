@@ -1,8 +1,9 @@
 """Evaluating a model on a labelled split, at the labels' own size."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from kdcache.evaluate.metrics import ConfusionMatrix, Metrics
 from kdcache.models import SegmentationModel
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ def count_pixels(
         )
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
     mine = labelled[part[0] :: part[1]]
-    batches = predictions(
+    predicted = predictions(
         model, split, mine, size, device=device, batch_size=batch_size, at_size=at_size, threads=threads
     )
     done = 0
-    with closing(batches):
-        for batch in batches:
+    with closing(predicted):
+        for batch in predicted:
             for said in batch:
                 confusion.update(said.argmax, said.label)
             done += len(batch)
@@ -126,7 +128,7 @@ def predictions(
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(samples, batch_size):
+        for batch in batches(samples, batch_size):
             yield _predict(model, batch, device)
     finally:
         model.train(was_training)
@@ -153,10 +155,11 @@ def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sa
     return _Sample(index, torch.from_numpy(pixels), torch.from_numpy(chosen))
 
 
-def _batches(samples: Iterable[_Sample], size: int) -> Iterable[list[_Sample]]:
-    batch: list[_Sample] = []
-    for sample in samples:
-        batch.append(sample)
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last may be shorter."""
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
         if len(batch) == size:
             yield batch
             batch = []

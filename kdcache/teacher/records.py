@@ -88,7 +88,7 @@ def render_batches(
     """
     work = lambda records: render_records(split, manifest.view, records)  # noqa: E731
     step, views = manifest.build.batch_size, manifest.view.views_per_sample
-    batches = (_by_sample(batch, views) for shard in shards for batch in _batches(manifest, shard))
+    batches = (_by_sample(batch, views) for shard in shards for batch in batches_of(manifest, shard))
     if ahead:
         most = max(1, 4 * step // views)
         yield from itertools.chain.from_iterable(
@@ -100,7 +100,8 @@ def render_batches(
             yield from rendered
 
 
-def _batches(manifest: Manifest, shard: int) -> list[range]:
+def batches_of(manifest: Manifest, shard: int) -> list[range]:
+    """Records of a shard as they go through the teacher together."""
     first, last = manifest.shard_range(shard)
     step = manifest.build.batch_size
     return [range(at, min(at + step, last)) for at in range(first, last, step)]

@@ -22,7 +22,7 @@ def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str
         command: what the user typed.
         environment: libraries and threads, from `kdcache.train.log.environment`.
     """
-    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **environment}
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **environment}
     if torch.cuda.is_available():
         machine |= _gpu()
     return {
@@ -47,7 +47,7 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
