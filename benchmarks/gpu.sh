@@ -4,8 +4,13 @@
 # DATA is a data set in the folder layout with splits train and val; procedural scenes when left out. JSON goes to RESULTS
 # (default benchmarks/results), named after the GPU. Needs no installed package: the import roots are set here. Exits with 1
 # when a check fails, after running the rest.
+#     benchmarks/gpu.sh --effect [DATA] [RESULTS]
+# goes on with the queue of benchmarks/effect.py instead, for about 10 minutes: call it again until nothing is left. EFFECT
+# names a folder that keeps teachers and stores from one call to the next.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+effect=
+[ "${1:-}" = --effect ] && { effect=yes; shift; }
 data=${1:-scenes:360x480,train=192,val=32,seed=0}
 results=${2:-benchmarks/results}
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/cli${PYTHONPATH:+:$PYTHONPATH}
@@ -15,6 +20,11 @@ gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().rep
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$results"
+if [ -n "$effect" ]; then
+  "$python" benchmarks/effect.py --data "$data" --out "${EFFECT:-$work/effect}" --json "$results/effect-$gpu.json" \
+    --size 288x384 --large 576x768 --iterations 3000 --final-iterations 3000 --seeds 5 --parallel 4 --minutes 8
+  exit
+fi
 failed=()
 budget=470 # seconds for all steps together
 step() { # NAME, most seconds, command
