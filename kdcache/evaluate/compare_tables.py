@@ -142,8 +142,8 @@ def to_text(comparison: Comparison) -> str:
 
 
 def row_name(row: Row) -> str:
-    """With what it is besides its settings."""
-    return f"{row.name} (baseline)" if row.baseline else row.name
+    """With what it is besides its settings, unless it says so itself."""
+    return f"{row.name} (baseline)" if row.baseline and "baseline" not in row.name.lower() else row.name
 
 
 def _iou(number: int) -> Callable[[Row], Spread]:

@@ -93,7 +93,7 @@ def _draw(axes: "Axes", lines: dict[str, Points]) -> None:
         marker = "o" if len(points) < 30 else ""
         axes.plot(steps, values, color=_LINES[number % len(_LINES)], marker=marker, markersize=3.5, label=name)
     if len(drawn) > 1:
-        axes.legend(fontsize=9, frameon=False)
+        axes.legend(fontsize=9, framealpha=0.8, edgecolor="none")
     if not drawn:
         axes.text(0.5, 0.5, "nothing was logged", ha="center", va="center", transform=axes.transAxes, fontsize=10)
 
