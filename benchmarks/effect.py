@@ -82,6 +82,8 @@ ARMS = (
     Arm("dist", "ensemble", "--method dist --lr 4e-3"),
     Arm("cwd", "large", "--method cwd --lr 4e-3"),
     Arm("dist w 3", "ensemble", "--method none --term dist,weight=3 --lr 4e-3"),
+    Arm("dist w 3, lr 0.006", "ensemble", "--method none --term dist,weight=3 --lr 6e-3"),
+    Arm("dist, lr 0.006", "ensemble", "--method dist --lr 6e-3"),
     Arm("dist, one teacher", "one", "--method dist --lr 4e-3"),
     Arm("kl w 1 T 2", "one", "--method kl --lr 4e-3 --kl-weight 1 --temperature 2"),
     Arm("dist and cwd", "large", "--method dist+cwd --lr 4e-3"),
