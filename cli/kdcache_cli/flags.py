@@ -128,7 +128,12 @@ Accumulate = Annotated[
     ),
 ]
 Optimizer = Annotated[str, _step("--optimizer", help="adamw, adam or sgd.")]
-Lr = Annotated[float, _step("--lr", help="Learning rate at its highest.")]
+Lr = Annotated[
+    float | None,
+    _step(
+        "--lr", help="Learning rate at its highest (default: 6e-3 for kdcache:tiny, 2e-3 for kdcache:base, else 1e-3)."
+    ),
+]
 WeightDecay = Annotated[float, _step("--weight-decay", help="Not applied to biases and normalisations.")]
 Momentum = Annotated[float, _step("--momentum", help="Of sgd.")]
 Schedule = Annotated[str, _step("--schedule", help="poly, plateau (halve when mIoU stalls) or constant.")]

@@ -242,3 +242,23 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_bytes(b"\xff\xfe\x00model")
     with pytest.raises(RecipeError, match=r"recipe\.toml"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lr"),
+    [
+        ({}, 6e-3),
+        ({"lr": None}, 6e-3),
+        ({"lr": 1e-4}, 1e-4),
+        ({"optimizer": "adam"}, 6e-3),
+        ({"optimizer": "sgd"}, 1e-3),
+        ({"model": "kdcache:base"}, 2e-3),
+        ({"model": "torchvision:fcn_resnet50"}, 1e-3),
+        ({"model": "my_models:build"}, 1e-3),
+    ],
+)
+def test_a_rate_that_is_not_given_is_the_models_own(changes: dict[str, Any], lr: float, tmp_path: Path) -> None:
+    config = make_config(**(BASE | changes))
+    assert config.lr == lr
+    (tmp_path / "recipe.toml").write_text(config.resolved(50, (32, 48)).to_toml())
+    assert read_config(tmp_path).lr == lr
