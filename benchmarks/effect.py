@@ -72,7 +72,7 @@ STORES = {
 ARMS = (
     # Plain: about as many trials of the learning rate as the recipe gets of its weights.
     Arm("plain lr 0.004", "one", "--method none --lr 4e-3", 2),
-    *(Arm(f"plain lr {lr:g}", "one", f"--method none --lr {lr:g}") for lr in (1e-3, 2e-3, 8e-3)),
+    *(Arm(f"plain lr {lr:g}", "one", f"--method none --lr {lr:g}") for lr in (1e-3, 2e-3, 6e-3, 8e-3)),
     *(Arm(f"plain from files, lr {lr:g}", "", f"--lr {lr:g}") for lr in (2e-3, 3e-3, 4e-3, 6e-3, 8e-3)),
     Arm("kl w 0.3 T 2", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --temperature 2"),
     Arm("kl from an ensemble, balanced", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt"),
