@@ -67,6 +67,8 @@ STORES = {
     "ensemble": "--teacher {sharp-0} --teacher {base-0} --tta flip --teacher-size {large} --teacher-grid view",
     "views": "--teacher {sharp-0} --teacher-size {large} --teacher-grid view --views 16 --view-scale 1:2",
 }
+SOURCE = " with pixels from the files"
+"""After the name of a store: its copy without pixels. Zooms are then as sharp as those of plain from files."""
 
 # In the order in which they are run: what is most likely to matter first.
 ARMS = (
@@ -84,6 +86,11 @@ ARMS = (
     Arm("dist w 3", "ensemble", "--method none --term dist,weight=3 --lr 4e-3"),
     Arm("dist w 3, lr 0.006", "ensemble", "--method none --term dist,weight=3 --lr 6e-3"),
     Arm("dist, lr 0.006", "ensemble", "--method dist --lr 6e-3"),
+    Arm("dist w 3, lr 0.006, pixels from files", "ensemble" + SOURCE,
+        "--method none --term dist,weight=3 --lr 6e-3 --data {data}"),
+    Arm("kl balanced, lr 0.006, pixels from files", "ensemble" + SOURCE,
+        "--method kl --kl-weight 0.3 --class-balance sqrt --lr 6e-3 --data {data}"),
+    Arm("dist w 1, lr 0.006, pixels from files", "ensemble" + SOURCE, "--method dist --lr 6e-3 --data {data}"),
     Arm("dist, one teacher", "one", "--method dist --lr 4e-3"),
     Arm("kl w 1 T 2", "one", "--method kl --lr 4e-3 --kl-weight 1 --temperature 2"),
     Arm("dist and cwd", "large", "--method dist+cwd --lr 4e-3"),
@@ -114,7 +121,7 @@ class Queue:
         self.arguments = arguments
         self.out = Path(arguments.out)
         self.lock = threading.Lock()
-        self.makes = {name: threading.Lock() for name in (*TEACHERS, *STORES, "plain")}
+        self.makes = {name: threading.Lock() for name in (*TEACHERS, *STORES, "plain", "copy")}
         self.rows: list[dict[str, Any]] = []
         self.ends = time.monotonic() + 60 * arguments.minutes
         if arguments.json.is_file():
@@ -149,12 +156,21 @@ class Queue:
         return out
 
     def store(self, name: str) -> Path:
+        if name.endswith(SOURCE):
+            return self.without_pixels(self.store(name.removesuffix(SOURCE)))
         out, a = self.out / "stores" / f"{name}.zarr", self.arguments
         with self.makes[name]:
             if not (out / "complete.json").is_file():
                 teachers = {known: self.teacher(known) for known in TEACHERS if f"{{{known}}}" in STORES[name]}
                 flags = STORES[name].format(large=a.large, **teachers)
                 self.kdcache(f"build-teacher-cache --data {a.data} --size {a.size} --out {out} --threads 1 {flags}")
+        return out
+
+    def without_pixels(self, store: Path) -> Path:
+        out = store.with_name(f"{store.stem}-source.zarr")
+        with self.makes["copy"]:
+            if not (out / "complete.json").is_file():
+                self.kdcache(f"copy {store} {out} --pixels source")
         return out
 
     # --- runs ----------------------------------------------------------------------------------------------
@@ -193,7 +209,7 @@ class Queue:
         done = (out / "result.json").is_file() if again else known
         if (done and known) or self.late:
             return out
-        flags = arm.flags.format(plain=self.plain_run()) if "{plain}" in arm.flags else arm.flags
+        flags = arm.flags.format(data=a.data, plain=self.plain_run() if "{plain}" in arm.flags else None)
         if arm.store:
             words = f"train-student --cache {self.store(arm.store)} --val {a.data} "
         else:
