@@ -3,7 +3,7 @@
 All train on four fifths of train; fold 0 of 5 judges everything that is chosen, val the final comparison alone.
 
     search     one seed or two of every arm, scored on fold 0
-    final      the best arm and the stronger plain one with fresh seeds and more iterations, scored on val
+    final      the best arm and the stronger plain one (and --also) with fresh seeds, scored on val, in pairs of a seed
 
 A finished run is a row of the result file and is not repeated, wherever the queue goes on: rows name what decides a
 run. Teachers, and stores of what they say, are made where a run needs them and they are missing; on one kind of machine
@@ -186,10 +186,11 @@ class Queue:
             return self.run("search", next(arm for arm in ARMS if arm.name == "plain lr 0.004"), 0, again=True)
 
     def final(self) -> None:
-        plain, best = self.choose()
-        print(f"final: {best.name} against {plain.name}")
+        also = [next(arm for arm in ARMS if arm.name == name) for name in self.arguments.also]
+        arms = list(dict.fromkeys((*self.choose(), *also)))
+        print(f"final: {', '.join(arm.name for arm in arms)}")
         seeds = range(100, 100 + self.arguments.seeds)
-        jobs = [(arm, seed) for seed in seeds for arm in (plain, best)]
+        jobs = [(arm, seed) for seed in seeds for arm in arms]
         self.side_by_side([lambda arm=arm, seed=seed: self.run("final", arm, seed) for arm, seed in jobs])
 
     def choose(self) -> tuple[Arm, Arm]:
@@ -240,17 +241,21 @@ class Queue:
         return {name: float(np.mean(values)) for name, values in scores.items()}
 
     def save(self) -> None:
-        found: dict[str, Any] = {"search": self.means("search"), "final": self.means("final")}
-        finals = [row for row in self.rows if row["phase"] == "final"]
-        names = list(dict.fromkeys(row["arm"] for row in finals))
-        if len(names) == 2:
-            by = {(row["arm"], row["seed"]): row["miou"] for row in finals}
-            plain = next(arm.name for arm in ARMS if arm.name in names and arm.plain)
-            other = next(name for name in names if name != plain)
-            seeds = sorted({seed for _, seed in by})
-            pairs = [by[other, s] - by[plain, s] for s in seeds if (other, s) in by and (plain, s) in by]
-            found["gain"] = {"arm": other, "over": plain, "pairs": len(pairs), **paired(pairs)} if pairs else None
+        found: dict[str, Any] = {"search": self.means("search"), "final": self.means("final"), "gains": self.gains()}
         write(self.arguments.json, {**header("effect"), **found, "rows": self.rows})
+
+    def gains(self) -> list[dict[str, Any]]:
+        """Every arm of the final comparison over every plain one of it, seed by seed."""
+        finals = {(row["arm"], row["seed"]): row["miou"] for row in self.rows if row["phase"] == "final"}
+        arms = [arm for arm in ARMS if any(name == arm.name for name, _ in finals)]
+        found = []
+        for over in (arm.name for arm in arms if arm.plain):
+            for name in (arm.name for arm in arms if arm.name != over):
+                seeds = [seed for known, seed in finals if known == over and (name, seed) in finals]
+                pairs = [finals[name, seed] - finals[over, seed] for seed in sorted(seeds)]
+                if pairs:
+                    found.append({"arm": name, "over": over, "pairs": len(pairs), **paired(pairs)})
+        return found
 
 
 def main() -> None:
@@ -264,6 +269,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1500, help="of a run of the search")
     parser.add_argument("--final-iterations", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=8, help="of the final comparison")
+    parser.add_argument("--also", action="append", default=[], metavar="ARM", help="further arms of that comparison")
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after so long")
     parser.add_argument("--phases", default="search,final")
