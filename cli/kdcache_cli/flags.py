@@ -28,7 +28,7 @@ Method = Annotated[
     _loss(
         "--method",
         help="none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
-        "cwd, dist, dkd.",
+        "cwd, dist, dkd. auto is dist; kl with --mix or --accumulate, which dist cannot follow.",
     ),
 ]
 Term = Annotated[
@@ -41,7 +41,9 @@ Term = Annotated[
     ),
 ]
 Temperature = Annotated[float, _loss("--temperature", help="Of the KL term.")]
-KlWeight = Annotated[float, _loss("--kl-weight", help="Weight of T^2 * KL.")]
+KlWeight = Annotated[
+    float, _loss("--kl-weight", help="Weight of T^2 * KL. At 1 its gradient is several times that of the labels.")
+]
 CeWeight = Annotated[float, _loss("--ce-weight", help="Weight of the cross-entropy.")]
 ClassWeights = Annotated[
     str, _loss("--class-weights", help="Of the cross-entropy: none, median (median frequency) or sqrt of that.")

@@ -67,10 +67,10 @@ def train_student(
     cache: flags.Cache,
     model: flags.Model,
     out: flags.Out,
-    method: flags.Method = "kl",
+    method: flags.Method = "auto",
     term: flags.Term = None,
     temperature: flags.Temperature = 2.0,
-    kl_weight: flags.KlWeight = 1.0,
+    kl_weight: flags.KlWeight = 0.3,
     ce_weight: flags.CeWeight = 1.0,
     distill_void: flags.DistillVoid = True,
     distill_on: flags.DistillOn = "all",
@@ -130,8 +130,8 @@ def train_student(
 ) -> None:
     """Train a student from a store: no teacher is loaded or run.
 
-    With --method none and kl the student sees identical pixels in identical
-    order, so that two runs differ by what the teacher said alone.
+    With --method none the student sees identical pixels in identical order, so
+    that two runs differ by what the teacher said alone.
 
     Several processes share every batch and train as one would: torchrun
     --nproc-per-node 2 -m kdcache_cli train-student and the same flags.

@@ -37,7 +37,8 @@ class DistillLoss(nn.Module):
 
     Args:
         targets: an open cache (number of classes, view size and resize rule of its targets).
-        ce_weight, kl_weight: at least 0; a term of weight 0 is not computed.
+        ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. 1 is the formula as it stands;
+            trainings by the command line take 0.3, for at 1 KL's gradient is several times that of the labels.
         temperature: of the KL term, above 0.
         class_weight: (C,) weights of the cross-entropy.
         distill_void: whether pixels without a label teach too.

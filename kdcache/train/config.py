@@ -103,7 +103,7 @@ class TrainConfig(BaseModel):
 
     # the loss
     ce_weight: Weight = 1.0
-    kl_weight: Weight = 1.0
+    kl_weight: Weight = 0.3
     temperature: Positive = 2.0
     distill_void: bool = True
     distill_on: Literal["labelled", "all"] = "all"
@@ -160,11 +160,18 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_of_the_model(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("lr") is not None:
+    def _choices(cls, given: Any) -> Any:
+        """What depends on other settings alone: the learning rate, and the method `auto`."""
+        if not isinstance(given, dict):
             return given
-        known = {} if given.get("optimizer") == "sgd" else LEARNING_RATES
-        return given | {"lr": known.get(str(given.get("model")), LEARNING_RATE)}
+        chosen = {}
+        if given.get("lr") is None:
+            known = {} if given.get("optimizer") == "sgd" else LEARNING_RATES
+            chosen["lr"] = known.get(str(given.get("model")), LEARNING_RATE)
+        if given.get("method") == "auto":  # `dist` helps more and compares a whole batch of own pixels
+            parted = given.get("mix") is not None or given.get("accumulate") not in (None, 1)
+            chosen["method"] = "kl" if parted else "dist"
+        return given | chosen
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -179,7 +186,9 @@ class TrainConfig(BaseModel):
             raise ValueError(f"method {self.method} learns from a store: give cache")
         if self.accumulate > 1 and self.whole_batch:
             names = ", ".join(self.whole_batch)
-            raise ValueError(f"accumulate sees a part of a batch at a time, {names} compares all of it: leave one out")
+            raise ValueError(
+                f"accumulate sees a part of a batch at a time, {names} compares all of it: leave one out; method kl can"
+            )
         if self.schedule == "plateau" and self.val is None:
             raise ValueError("schedule plateau watches validations: give val")
         return self
@@ -203,7 +212,9 @@ class TrainConfig(BaseModel):
             Mix(self.mix)
             if self.terms:
                 names = ", ".join(term.kind for term in self.terms)
-                raise ValueError(f"mix pastes labels and logits, which {names} cannot follow: leave one of them out")
+                raise ValueError(
+                    f"mix pastes labels and logits, which {names} cannot follow: leave one of them out; method kl can"
+                )
 
     @property
     def wants_kl(self) -> bool:

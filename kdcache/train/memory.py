@@ -75,14 +75,14 @@ def memory_error(
     else:
         remedy = f"use --batch-size {fits * config.accumulate * processes}{parted}"
         parts = _parts(config, fits, processes)
-        remedy += ("" if parts is None else f", or --accumulate {parts} to keep the batch") + ", with another --out"
+        otherwise = f" with --method kl instead of {', '.join(config.whole_batch)}" if config.whole_batch else ""
+        keeping = "" if parts is None else f", or --accumulate {parts}{otherwise} to keep the batch"
+        remedy += f"{keeping}, with another --out"
     return ModelError(RULE, received=received, remedy=f"{remedy}; {UNTOUCHED}")
 
 
 def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
-    """The fewest parts of the batch that are no larger than what fits; None where it may not be parted."""
-    if config.whole_batch:
-        return None
+    """The fewest parts of the batch that are no larger than what fits; None where there are none."""
     together, share = 1 if config.mix is None else 2, config.batch_size // processes
     return next((share // n for n in range(fits, 0, -1) if share % n == 0 and n % together == 0), None)
 

@@ -262,3 +262,15 @@ def test_a_rate_that_is_not_given_is_the_models_own(changes: dict[str, Any], lr:
     assert config.lr == lr
     (tmp_path / "recipe.toml").write_text(config.resolved(50, (32, 48)).to_toml())
     assert read_config(tmp_path).lr == lr
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [({}, "dist"), ({"mix": "cutmix"}, "kl"), ({"accumulate": 2}, "kl"), ({"accumulate": 1, "mix": None}, "dist")],
+)
+def test_auto_is_what_the_batch_allows(changes: dict[str, Any], method: str, tmp_path: Path) -> None:
+    config = make_config(**(BASE | {"method": "auto"} | changes))
+    assert config.method == method
+    assert config.teaches
+    (tmp_path / "recipe.toml").write_text(config.resolved(50, (32, 48)).to_toml())
+    assert read_config(tmp_path).method == method

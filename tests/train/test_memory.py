@@ -49,7 +49,12 @@ def refused(settings: dict[str, Any], run: Path, **options: Any) -> ModelError:
         (8, 1, {}, "use --batch-size 1, or --accumulate 8 to keep the batch"),
         (12, 3, {"mix": "cutmix"}, "use --batch-size 2, or --accumulate 6 to keep the batch"),
         (16, 2, {"accumulate": 4}, "use --batch-size 8 --accumulate 4, or --accumulate 8 to keep the batch"),
-        (8, 4, {"method": "dist"}, "use --batch-size 4, with another --out"),
+        (
+            8,
+            4,
+            {"method": "dist"},
+            "use --batch-size 4, or --accumulate 2 with --method kl instead of dist to keep the batch",
+        ),
         (8, 0, {}, "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"),
         (1, 0, {}, "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"),
     ],
