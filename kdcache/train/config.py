@@ -164,7 +164,7 @@ class TrainConfig(BaseModel):
         """What depends on other settings alone: the learning rate, and the method `auto`."""
         if not isinstance(given, dict):
             return given
-        chosen = {}
+        chosen: dict[str, Any] = {}
         if given.get("lr") is None:
             known = {} if given.get("optimizer") == "sgd" else LEARNING_RATES
             chosen["lr"] = known.get(str(given.get("model")), LEARNING_RATE)

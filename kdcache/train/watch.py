@@ -11,6 +11,8 @@ from kdcache.train.distributed import World
 
 LITTLE, MUCH = 0.01, 10.0
 """Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
+MUCH_AT_FIRST = 100.0
+"""Of the first look: before a student has learnt anything, `dist` at weight 1 is at 11, and later at 1 to 1.6."""
 
 
 class Watch:
@@ -27,6 +29,7 @@ class Watch:
         self._sample_ids = sample_ids
         self._unchecked: list[tuple[int, Tensor]] = []
         self._told = {"ce"}
+        self._looked = False
 
     def add(self, step: int, losses: Tensor) -> None:
         """Losses of a step, on their device, to be looked at later."""
@@ -57,10 +60,11 @@ class Watch:
 
     def lopsided(self, norms: dict[str, float]) -> Iterator[str]:
         """What to tell, once, of terms that do next to nothing beside cross-entropy, or next to everything."""
-        ce = norms.get("ce", 0.0)
+        ce, much = norms.get("ce", 0.0), MUCH if self._looked else MUCH_AT_FIRST
+        self._looked = True
         for name, norm in norms.items():
             share = norm / ce if ce else 1.0
-            if LITTLE <= share <= MUCH or name in self._told:
+            if LITTLE <= share <= much or name in self._told:
                 continue
             self._told.add(name)
             verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
