@@ -296,9 +296,9 @@ def test_where_the_teacher_loses() -> None:
 
 
 def test_terms_that_do_nothing_or_everything(tmp_path: Path) -> None:
-    from kdcache.train import trainer
+    from kdcache.train import watch
 
-    assert (LITTLE, MUCH) == (trainer.LITTLE, trainer.MUCH)
+    assert (LITTLE, MUCH) == (watch.LITTLE, watch.MUCH)
     assert [judge(share) for share in (0.0099, 0.01, 10.0, 10.1)] == [
         "hardly does anything",
         None,

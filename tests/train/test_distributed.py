@@ -514,7 +514,7 @@ def test_one_process_that_is_asked_to_stop_stops_all(
 _FAILS = """
 from kdcache.errors import CorruptError, DataError, StoreError
 from kdcache.evaluate import run
-from kdcache.train import trainer
+from kdcache.train import state, trainer
 
 def fail(error, after=0):
     calls = []
@@ -533,7 +533,7 @@ _CORRUPT = (
 )
 _FOREIGN = _FAILS + "real = trainer.next_batch\ntrainer.next_batch = fail(OSError('the cable is loose'), 2)\n"
 _UNREADABLE = _FAILS + "run._load = fail(DataError('images can be read', received='three.png', remedy='look'))\n"
-_FULL = _FAILS + "trainer.save_checkpoint = fail(StoreError('the disk has room', received='none', remedy='free'))\n"
+_FULL = _FAILS + "state.save_checkpoint = fail(StoreError('the disk has room', received='none', remedy='free'))\n"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_every_scalar_has_its_name(
     assert told.beginning.name == "my-run"
     assert told.beginning.step == 0
     recipe = told.beginning.recipe
-    assert (recipe["model"], recipe["lr"], recipe["size"], recipe["iterations"]) == ("kdcache:tiny", 0.001, "32x48", 6)
+    assert (recipe["model"], recipe["lr"], recipe["size"], recipe["iterations"]) == ("kdcache:tiny", 0.006, "32x48", 6)
     assert json.loads(json.dumps(recipe)) == recipe
     assert told.ended is True
 

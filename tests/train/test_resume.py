@@ -196,7 +196,7 @@ def test_a_folder_with_something_else_is_refused(settings: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"lr": 0.5}, "--lr 0.5 (was 0.001)"),
+        ({"lr": 0.5}, "--lr 0.5 (was 0.006)"),
         ({"seed": 3}, "--seed 3 (was 0)"),
         ({"iterations": 9}, "--iterations 9 (was 6)"),
         ({"batch_size": 4}, "--batch-size 4"),

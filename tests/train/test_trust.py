@@ -58,7 +58,9 @@ def plain(student: dict[str, Any], folder: Path) -> Path:
     """A run without a teacher and without a third of the samples."""
     run = folder / "plain"
     if not run.exists():
-        train(make_config(**(student | {"method": "none", "fold": "0/3", "val": None, "iterations": 3})), run)
+        train(
+            make_config(**(student | {"method": "none", "fold": "0/3", "val": None, "iterations": 3, "lr": 1e-3})), run
+        )
     return run
 
 
