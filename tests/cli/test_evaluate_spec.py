@@ -93,6 +93,7 @@ def test_segformer_teaches_and_learns(world, cli) -> None:
     assert json.loads((world / "e.json").read_text())["size"] == [32, 48]
 
 
+@pytest.mark.slow
 def test_models_without_the_extras_name_the_command() -> None:
     code = (
         "import importlib.util as u\nreal = u.find_spec\n"

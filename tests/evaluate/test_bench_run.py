@@ -73,6 +73,7 @@ def test_memory_sees_what_a_step_allocates(mib: int) -> None:
     assert before.numel() == 64 * memory.MIB
 
 
+@pytest.mark.slow
 def test_memory_of_a_contestant_in_a_process_of_its_own() -> None:
     case = Case(Shape(1, 8, 512, 512, 4))
     tensor_mib = 4 * case.shape.class_pixels / memory.MIB

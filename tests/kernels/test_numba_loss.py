@@ -126,6 +126,7 @@ print(numba_loss_prepare.__file__, sum(numba_loss_prepare.from_nodes.stats.cache
 """
 
 
+@pytest.mark.slow
 def test_machine_code_is_kept_until_any_source_changes(tmp_path):
     package = tmp_path / "kdcache_kernels"
     source = Path(kdcache_kernels.__file__).parent
