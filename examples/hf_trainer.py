@@ -58,7 +58,7 @@ def main() -> None:
     if options.cache:
         cache = open_cache(options.cache)  # distilled
         dataset = CacheDataset(cache)  # distilled
-        criterion = DistillLoss(cache)  # distilled
+        criterion = DistillLoss(cache, kl_weight=0.3)  # distilled
 
     arguments = TrainingArguments(
         output_dir=options.out,

@@ -65,7 +65,7 @@ def main() -> None:
     if options.cache:
         cache = open_cache(options.cache)  # distilled
         dataset = CacheDataset(cache)  # distilled
-        criterion = DistillLoss(cache)  # distilled
+        criterion = DistillLoss(cache, kl_weight=0.3)  # distilled
 
     student = Student(small_network(len(classes)), criterion, options.lr)
     loader = sample_loader(dataset, batch_size=options.batch_size, iterations=options.iterations)

@@ -36,7 +36,7 @@ criterion = DistillLoss().to(device)
 if options.cache:
     cache = open_cache(options.cache)  # distilled
     dataset = CacheDataset(cache)  # distilled
-    criterion = DistillLoss(cache).to(device)  # distilled
+    criterion = DistillLoss(cache, kl_weight=0.3).to(device)  # distilled
 
 loader = sample_loader(dataset, batch_size=options.batch_size, iterations=options.iterations, seed=0)
 for number, batch in enumerate(loader, 1):
