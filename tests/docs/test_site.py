@@ -34,6 +34,11 @@ def pace(kind: str, name: str, over: str) -> Callable[[Any], float]:
     ]  # type: ignore[no-any-return]
 
 
+def gain(arm: str, over: str, end: str) -> Callable[[Any], float]:
+    """A paired difference of mIoU, or an end of its interval; without its sign."""
+    return lambda d: abs(next(g for g in d["gains"] if (g["arm"], g["over"]) == (arm, over))[end])
+
+
 FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
     ("step-cpu.json", lambda d: d["kl_over_none"], "1.04", ("README.md", "docs/index.md", "docs/bottleneck.md")),
     ("step-cpu.json", lambda d: d["live_over_none"], "8.4", ("README.md", "docs/index.md")),
@@ -51,9 +56,25 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         ("README.md", "docs/index.md"),
     ),
     *(
-        ("camvid-cpu.json", lambda d, run=run: 100 * d["runs"][run]["evaluation"]["miou"], text, pages)
-        for pages in [("README.md", "docs/index.md", "docs/methods.md")]
-        for run, text in (("teacher", "59.1"), ("student-none", "56.0"), ("student-kl", "54.0"))
+        ("effect-cpu.json", lambda d, arm=arm: d["final"][arm], text, ("README.md", "docs/index.md"))
+        for arm, text in (("plain from files, lr 0.006", "52.5"), ("dist w 3, lr 0.006", "53.1"))
+    ),
+    *(
+        ("effect-cpu.json", lambda d, arm=arm: d["search"][arm], text, ("docs/methods.md",))
+        for arm, text in (
+            ("plain lr 0.001", "39.3"),
+            ("plain lr 0.006", "46.3"),
+            ("plain from files, lr 0.006", "47.5"),
+            ("kl w 1 T 2", "44.2"),
+            ("kl from an ensemble, balanced", "46.0"),
+            ("dist, one teacher", "46.3"),
+            ("dist", "47.5"),
+            ("dist w 3, lr 0.006", "48.0"),
+        )
+    ),
+    *(
+        ("effect-cpu.json", gain("dist w 3, lr 0.006", "plain from files, lr 0.006", end), text, ("docs/methods.md",))
+        for end, text in (("mean", "0.64"), ("low", "0.52"), ("high", "1.80"))
     ),
     ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", ("README.md", "docs/index.md", "docs/kernels.md")),
     ("kernels-cpu.json", rival(0, "chunked", "best"), "5.0", ("README.md", "docs/index.md", "docs/kernels.md")),
