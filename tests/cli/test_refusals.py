@@ -161,7 +161,7 @@ CASES = {
         nothing, STUDENT + " --step graphed --device cpu", "--step graphed on the device cpu"),
     "--lr -1": (nothing, STUDENT + " --lr -1", "--lr"),
     "--iterations 0": (nothing, STUDENT + " --iterations 0", "--iterations"),
-    "nothing to learn": (nothing, STUDENT + " --ce-weight 0 --kl-weight 0", "every loss weight is 0"),
+    "nothing to learn": (nothing, STUDENT + " --method kl --ce-weight 0 --kl-weight 0", "every loss weight is 0"),
     "unknown --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tinny"), "did you mean kdcache:tiny"),
     "--weights foo": (nothing, "evaluate {w}/teacher --data {w}/data --weights foo", "best"),
     "recipe with an unknown key": (
