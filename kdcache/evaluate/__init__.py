@@ -5,6 +5,7 @@
     per_image.py         the score of each image, and which are shown
     confidence.py        calibration, and what a threshold keeps
     cost.py              parameters, arithmetic, time per image
+    memory.py            running out of it, however it is said
     predict.py           images that are in no data set
 
     runs.py              run folders, their settings and models

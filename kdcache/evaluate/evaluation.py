@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdcache.data import Split, prefetch
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
+from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.evaluate.metrics import Metrics
 from kdcache.evaluate.run import Progress, evaluate_model
 from kdcache.evaluate.runs import Run
@@ -121,10 +120,9 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = str(error)
-        starved = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in words
-        if not starved and "can't allocate memory" not in words:
+        if not is_out_of_memory(error):
             raise
+        words = str(error)
         less = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a smaller --size, or --device cpu"
         raise ModelError(
             "a batch of the evaluation must fit into memory",

@@ -8,19 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from kdcache.errors import ModelError
+from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.train.config import TrainConfig
 
 RULE = "a batch must fit into memory"
 UNTOUCHED = "the last checkpoint is untouched"
-_WORDS = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory", "out of memory")
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([KMGTPE]?i?B|bytes)\b", re.IGNORECASE)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no more: CUDA's error, Python's, or that of torch's CPU allocator."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
 def asked_for(error: BaseException) -> str:

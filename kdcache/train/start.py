@@ -10,6 +10,7 @@ import torch
 from kdcache.data import Split
 from kdcache.distill import choose_implementation
 from kdcache.evaluate import Metrics
+from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.evaluate.metrics import ConfusionMatrix
 from kdcache.evaluate.run import Progress, count_pixels
 from kdcache.models import SegmentationModel, build_model
@@ -22,7 +23,7 @@ from kdcache.train.folder import check_folder, trained_on, write_beginning
 from kdcache.train.loader import Draws
 from kdcache.train.log import Observer, Observers
 from kdcache.train.loggers import Loggers, check_loggers
-from kdcache.train.memory import asked_for, is_out_of_memory, largest_fitting, memory_error, memory_errors
+from kdcache.train.memory import asked_for, largest_fitting, memory_error, memory_errors
 from kdcache.train.objective import make_criterion, needed_arrays
 from kdcache.train.order import choose_shuffle
 from kdcache.train.resident import keep_records

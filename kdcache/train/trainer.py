@@ -12,6 +12,7 @@ from torch import Tensor
 from kdcache.distill import DistillLoss
 from kdcache.errors import KDCacheError
 from kdcache.evaluate import Metrics
+from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.models import SegmentationModel
 from kdcache.train.accumulate import AccumulatedStep
 from kdcache.train.config import TrainConfig
@@ -19,7 +20,7 @@ from kdcache.train.distributed import World
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.log import MetricsLog, Observer
-from kdcache.train.memory import asked_for, is_out_of_memory, largest_fitting, memory_error
+from kdcache.train.memory import asked_for, largest_fitting, memory_error
 from kdcache.train.mix import Mix
 from kdcache.train.parallel import distribute
 from kdcache.train.sample import Sample, rows_of

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from kdcache.errors import ModelError
+from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.train import Observer, make_config, train
-from kdcache.train.memory import asked_for, is_out_of_memory, largest_fitting
+from kdcache.train.memory import asked_for, largest_fitting
 from kdcache.train.sample import Sample
 
 CPU = torch.device("cpu")

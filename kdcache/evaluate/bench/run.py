@@ -17,6 +17,7 @@ from kdcache.evaluate.bench.rivals import OURS, RIVALS, Contestant, UnavailableE
 from kdcache.evaluate.bench.roofline import Ceilings
 from kdcache.evaluate.bench.shapes import Case, Inputs, Shape, make_inputs
 from kdcache.evaluate.bench.timing import Spread
+from kdcache.evaluate.memory import is_out_of_memory
 
 Note = Callable[[str], None]
 OUT_OF_MEMORY = "out of memory"
@@ -215,7 +216,7 @@ def _one_line(error: Exception) -> str:
     text = str(error).strip().splitlines() or [""]
     if isinstance(error, UnavailableError):
         return text[0]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     return f"failed: {type(error).__name__}: {text[0]}"[:200]
 
