@@ -105,6 +105,15 @@ LimitSamples = Annotated[
 LimitLabels = Annotated[
     float | None, _part("--limit-labels", metavar="N", help="Of the samples, use the labels of so many.")
 ]
+LabelledShare = Annotated[
+    float | None,
+    _part(
+        "--labelled-share",
+        metavar="SHARE",
+        help="Where only some samples have a label: what part of every batch is taken from these (default: as many as "
+        "there are, at least 0.5).",
+    ),
+]
 LimitViews = Annotated[
     int | None, _part("--limit-views", min=1, metavar="N", help="Replay the first so many views of a sample.")
 ]

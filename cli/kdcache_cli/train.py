@@ -80,6 +80,7 @@ def train_student(
     trust_against: flags.TrustAgainst = None,
     class_balance: flags.ClassBalance = "none",
     limit_labels: flags.LimitLabels = None,
+    labelled_share: flags.LabelledShare = None,
     limit_views: flags.LimitViews = None,
     augment: flags.Augment = "warp",
     val: flags.Val = None,

@@ -22,9 +22,9 @@ THREADS = 4
 
 
 class Order(Protocol):
-    """Which sample a draw takes."""
+    """Which sample a draw takes, and in which epoch."""
 
-    def sample_index(self, draw: int) -> int: ...
+    def visit(self, draw: int) -> tuple[int, int]: ...
 
 
 class Ahead(Iterable[T]):
@@ -84,7 +84,7 @@ class Ahead(Iterable[T]):
         return last is None or (step - last > self._ahead and not kept)
 
     def _shard(self, draw: int) -> int:
-        record = self._dataset.record(self._order.sample_index(draw), draw // len(self._dataset))
+        record = self._dataset.record(*self._order.visit(draw))
         return record // self._dataset.cache.manifest.build.shard_records
 
     def _fetch(self, shard: int, path: str) -> None:

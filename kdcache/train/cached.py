@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kdcache.data import (
@@ -85,10 +86,11 @@ class CacheDataset(DrawnDataset):
         used = Chosen(everything, everything) if chosen_part.whole else chosen_part.choose(cache.ids)
         self._labels_used = used.labelled
         self._labels_there = cache.column("labelled")[:: cache.manifest.view.views_per_sample].astype(bool)
-        complete = bool(self._labels_there.all()) and chosen_part.labels is None
+        self._complete = bool(self._labels_there.all()) and chosen_part.labels is None
         self.indices = used.samples
-        if labelled_only and not complete:
+        if labelled_only and not self._complete:
             self.indices = [number for number in used.samples if self._has_label(number)]
+            self._complete = True
         self._views = _views(cache, chosen_part.views)
         # Samples begin with different views, so that an epoch has about as many of each.
         turning = augment == "replay" and self._views > 1
@@ -124,6 +126,12 @@ class CacheDataset(DrawnDataset):
     def paths(self) -> tuple[str, ...]:
         """All arrays that a sample is read from."""
         return (*self.target_paths, *self.extras, *(() if self.split else PIXEL_PATHS))
+
+    @property
+    def labels(self) -> npt.NDArray[np.bool_] | None:
+        if self._complete:
+            return None
+        return np.array([self._has_label(number) for number in self.indices], np.bool_)
 
     @property
     def labelled(self) -> list[int]:

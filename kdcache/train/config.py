@@ -142,6 +142,7 @@ class TrainConfig(BaseModel):
     limit_samples: Positive | None = None
     limit_labels: Positive | None = None
     limit_views: Count | None = None
+    labelled_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     fold: str | None = None
     val_fold: str | None = None
 
@@ -236,13 +237,16 @@ class TrainConfig(BaseModel):
         """Whether anything is learnt from a teacher."""
         return self.wants_kl or bool(self.terms)
 
-    def resolved(self, samples: int, size: tuple[int, int], shuffle: str = "full") -> "TrainConfig":
-        """With size, iterations, val_every and shuffle filled in, and everything counted in iterations.
+    def resolved(
+        self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
+    ) -> "TrainConfig":
+        """With size, iterations, val_every, shuffle and labelled_share filled in, and all counted in iterations.
 
         Args:
             samples: of the training data, for epochs.
             size: (H, W) to use when none was given.
             shuffle: what auto means for the data; a run keeps it, also where its store moves.
+            labelled_share: what was chosen for the data; None draws all samples alike.
         """
         iterations = self.iterations or DEFAULT_ITERATIONS
         if self.epochs is not None:
@@ -250,6 +254,7 @@ class TrainConfig(BaseModel):
         val_every = self.val_every or max(1, iterations // 10)
         settings = self.model_dump() | {"size": self.size or size, "iterations": iterations, "epochs": None}
         settings["shuffle"] = shuffle if self.shuffle == "auto" else self.shuffle
+        settings["labelled_share"] = labelled_share
         if isinstance(self.keep_every, str):
             settings["keep_every"] = -(-int(self.keep_every[:-1]) * samples // self.batch_size)
         return TrainConfig(**settings | {"val_every": val_every})

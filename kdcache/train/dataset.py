@@ -8,6 +8,7 @@ the same whether it reads targets or not, so that runs with and without distilla
 from abc import ABC, abstractmethod
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
@@ -57,6 +58,11 @@ class DrawnDataset(Dataset[Sample], ABC):
     def remote(self) -> bool:
         """Whether a shard is dear to fetch."""
         return False
+
+    @property
+    def labels(self) -> npt.NDArray[np.bool_] | None:
+        """Which samples have a label, (len(self),); None when all have."""
+        return None
 
     @property
     @abstractmethod

@@ -16,7 +16,7 @@ from kdcache.errors import KDCacheError
 from kdcache.train.ahead import Ahead, reads_ahead
 from kdcache.train.cached import CacheDataset
 from kdcache.train.dataset import DrawnDataset
-from kdcache.train.order import Order, Steps, choose_shuffle
+from kdcache.train.order import Order, Steps, Woven, choose_labelled_share, choose_shuffle
 from kdcache.train.ring import Ring
 from kdcache.train.sample import Row, Sample
 
@@ -27,21 +27,28 @@ class Draws(Dataset[Sample | KDCacheError]):
     Args:
         seed: of order and augmentation.
         shuffle: auto, full or window (order.py); auto reads a remote store by windows.
+        labelled_share: of every batch, where only some samples have a label; None draws all alike.
     """
 
-    def __init__(self, dataset: DrawnDataset, seed: int, shuffle: str = "auto") -> None:
+    def __init__(
+        self, dataset: DrawnDataset, seed: int, shuffle: str = "auto", labelled_share: float | None = None
+    ) -> None:
         self.dataset = dataset
         self.seed = seed
         self.by_window = choose_shuffle(shuffle, dataset) == "window"
-        self._order = Order(len(dataset), seed, dataset.shard_records if self.by_window else None)
+        shard_records, labelled = dataset.shard_records if self.by_window else None, dataset.labels
+        self._order: Order | Woven = Order(len(dataset), seed, shard_records)
+        if labelled_share is not None and labelled is not None:
+            self._order = Woven(labelled, labelled_share, seed, shard_records)
 
-    def sample_index(self, draw: int) -> int:
-        return self._order.record(draw)
+    def visit(self, draw: int) -> tuple[int, int]:
+        """Which sample a draw takes, and how often it was taken before."""
+        return self._order.visit(draw)
 
     def sample_ids(self, step: int, batch_size: int) -> list[str]:
         """Ids of the samples of one step, for messages."""
         draws = range(step * batch_size, (step + 1) * batch_size)
-        return [self.dataset.sample_id(self.sample_index(draw)) for draw in draws]
+        return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Sample:
         """Memory for draws, as `DrawnDataset.empty`."""
@@ -52,7 +59,7 @@ class Draws(Dataset[Sample | KDCacheError]):
         # The third word keeps these generators apart from those of the permutations.
         rng = np.random.default_rng((self.seed, draw, 1))
         try:
-            self.dataset.draw_into(self.sample_index(draw), draw // len(self.dataset), rng, out)
+            self.dataset.draw_into(*self.visit(draw), rng, out)
         except KDCacheError as error:
             return error
         return None
@@ -107,7 +114,14 @@ def _make_loader(
 
 
 def sample_loader(
-    dataset: DrawnDataset, *, batch_size: int, iterations: int, seed: int = 0, shuffle: str = "auto", workers: int = 0
+    dataset: DrawnDataset,
+    *,
+    batch_size: int,
+    iterations: int,
+    seed: int = 0,
+    shuffle: str = "auto",
+    labelled_share: float | None = None,
+    workers: int = 0,
 ) -> DataLoader[Sample]:
     """The batches that a training with these settings sees, in its order, for a loop of one's own.
 
@@ -115,11 +129,12 @@ def sample_loader(
         iterations: how many batches there are; they straddle epochs, and none is short.
         seed: of order and augmentation.
         shuffle: auto, full or window (order.py).
+        labelled_share: of every batch; None is as a training's default.
         workers: processes that draw ahead; 0 draws between steps.
     Raises: KDCacheError of a sample that could not be drawn, by a worker wrapped into a RuntimeError.
     """
     return DataLoader(
-        Draws(dataset, seed, shuffle),  # type: ignore[arg-type] # errors among the samples are raised
+        Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.labels)),  # type: ignore[arg-type] # errors among the samples are raised
         collate_fn=_collate_or_raise,
         batch_sampler=Steps(0, iterations, batch_size),  # type: ignore[arg-type] # ranges are as good as lists
         num_workers=workers,

@@ -11,11 +11,15 @@ A remote store is downloaded by shards into a bounded cache, where a full permut
 record. A window mixes what several shards hold: records that were neighbours when the store was built, frames of one
 drive for instance, still spread over hundreds of batches.
 
+Where some samples have no label, labelled and other ones may be two streams, each in such an order, woven together so
+that every batch has its share of labels.
+
 Legend: R records.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +32,11 @@ WINDOW_RECORDS = 2048
 WINDOW_SHARDS = 8
 """Least shards of a window, so that large shards are mixed, too."""
 
+LABELLED_SHARE = 0.5
+"""Least part of every batch that has labels, where only some samples have one."""
+
 Records = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Order:
@@ -46,15 +54,54 @@ class Order:
         self._shard_records = shard_records
         self._known: tuple[tuple[int, Records], ...] = ()
 
-    def record(self, draw: int) -> int:
-        """The record of a draw. Many threads may ask at once."""
+    def visit(self, draw: int) -> tuple[int, int]:
+        """The record of a draw, and the epoch of that visit. Many threads may ask at once."""
         epoch, position = divmod(draw, self._records)
         for known, order in self._known:  # replaced as one, never changed
             if known == epoch:
-                return int(order[position])
+                return int(order[position]), epoch
         order = epoch_order(self._seed, epoch, self._records, self._shard_records)
         self._known = ((epoch, order), *self._known[:1])
-        return int(order[position])
+        return int(order[position]), epoch
+
+
+class Woven:
+    """Two streams of records as one: of any so many draws in a row, an equal part comes from the labelled ones.
+
+    Args:
+        labelled: of each record (R,), some and not all.
+        share: of the draws that take a labelled record, in thousandths.
+        seed, shard_records: as of `Order`.
+    """
+
+    def __init__(self, labelled: Flags, share: float, seed: int, shard_records: int | None = None) -> None:
+        self._share = Fraction(share).limit_denominator(1000)
+        self._records = np.flatnonzero(labelled), np.flatnonzero(~labelled)
+        self._orders = tuple(Order(len(records), seed, shard_records) for records in self._records)
+
+    def visit(self, draw: int) -> tuple[int, int]:
+        """The record of a draw, and the epoch of that visit in its own stream."""
+        parts, of = self._share.numerator, self._share.denominator
+        before = draw * parts // of  # draws of labelled records so far
+        stream, own = (0, before) if (draw + 1) * parts // of > before else (1, draw - before)
+        position, epoch = self._orders[stream].visit(own)
+        return int(self._records[stream][position]), epoch
+
+
+def choose_labelled_share(share: float | None, labelled: Flags | None) -> float | None:
+    """What part of a batch has labels; None where all samples are drawn alike.
+
+    A few labels among many images would be met too rarely, and by some batches not at all: a step's cross-entropy is
+    the mean over what labels it has. (Mean teachers draw from two streams as well: 1703.01780.)
+
+    Args:
+        share: asked for; None is as many as there are, at least half.
+        labelled: which samples have one; None when all have.
+    """
+    if labelled is None or not labelled.any() or labelled.all():
+        return None
+    there = float(labelled.mean())
+    return share if share is not None else LABELLED_SHARE if there < LABELLED_SHARE else None
 
 
 def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None = None) -> Records:

@@ -18,6 +18,7 @@ from kdcache.store import Cache
 from kdcache.train.ahead import check_room
 from kdcache.train.cached import CacheDataset
 from kdcache.train.config import TrainConfig
+from kdcache.train.dataset import DrawnDataset
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.folder import check_folder, trained_on, write_beginning
 from kdcache.train.loader import Draws
@@ -25,7 +26,7 @@ from kdcache.train.log import Observer, Observers
 from kdcache.train.loggers import Loggers, check_loggers
 from kdcache.train.memory import asked_for, largest_fitting, memory_error, memory_errors
 from kdcache.train.objective import make_criterion, needed_arrays
-from kdcache.train.order import choose_shuffle
+from kdcache.train.order import choose_labelled_share, choose_shuffle
 from kdcache.train.resident import keep_records
 from kdcache.train.sources import open_dataset, open_store, open_validation
 from kdcache.train.trainer import Trainer
@@ -65,7 +66,9 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         cache = open_store(config)
         dataset = open_dataset(config, cache)
         classes = dataset.classes
-        config = config.resolved(len(dataset), dataset.size, choose_shuffle(config.shuffle, dataset))
+        shuffle = choose_shuffle(config.shuffle, dataset)
+        share = choose_labelled_share(config.labelled_share, dataset.labels)
+        config = config.resolved(len(dataset), dataset.size, shuffle, share)
         if world.first:
             check_folder(config, run, resume, trained_on(dataset, cache))
         val = open_validation(config, classes)
@@ -81,7 +84,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
     with world.together():
         if world.first:
             write_beginning(config, run, model, classes, trained_on(dataset, cache), world.size)
-        for text in _notes(config, model, cache):
+        for text in _notes(config, model, dataset, cache):
             observer.note(text)
         watching = observer
         if config.log and world.first:
@@ -89,7 +92,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
             watching = Observers([observer, Loggers(config.log, run, recipe, observer.note)])
         return Trainer(
             model,
-            Draws(dataset, config.seed, config.shuffle),
+            Draws(dataset, config.seed, config.shuffle, config.labelled_share),
             criterion,
             config,
             run,
@@ -100,13 +103,18 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         )
 
 
-def _notes(config: TrainConfig, model: SegmentationModel, cache: Cache | None) -> Iterator[str]:
-    """What initialisation left out, and what warp works on."""
+def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset, cache: Cache | None) -> Iterator[str]:
+    """What initialisation left out, how labels are shared out, and what warp works on."""
     report = model.load_report
     if report is not None and report.reinitialised:
         yield f"--init leaves at random: {', '.join(report.reinitialised)}"
     if report is not None and report.unused_auxiliary:
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
+    if config.labelled_share is not None and dataset.labels is not None:
+        yield (
+            f"{dataset.labels.sum()} of {len(dataset)} samples have a label; {100 * config.labelled_share:.3g} % of "
+            "every batch are taken from these (--labelled-share)"
+        )
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     if views > 1:
         rest = "an epoch shows one of each sample" if config.augment == "replay" else "only the whole images are used"

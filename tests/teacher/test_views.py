@@ -263,8 +263,8 @@ def test_an_epoch_visits_each_sample_once(viewed) -> None:
     for shuffle in ("full", "window"):
         draws = Draws(CacheDataset(cache, augment="replay"), seed=3, shuffle=shuffle)
         for epoch in range(3):
-            assert sorted(draws.sample_index(7 * epoch + n) for n in range(7)) == list(range(7))
-    assert draws.sample_ids(0, 7) == [cache.ids[draws.sample_index(n)] for n in range(7)]
+            assert sorted(draws.visit(7 * epoch + n)[0] for n in range(7)) == list(range(7))
+    assert draws.sample_ids(0, 7) == [cache.ids[draws.visit(n)[0]] for n in range(7)]
 
 
 def test_a_changed_image_is_refused_in_every_view(viewed, folder_data) -> None:

@@ -64,8 +64,9 @@ class FarDataset(CacheDataset):
 class Windows:
     """Windows of 8 records: two shards."""
 
-    def sample_index(self, draw: int) -> int:
-        return int(epoch_order(0, draw // RECORDS, RECORDS, SHARD_RECORDS)[draw % RECORDS])
+    def visit(self, draw: int) -> tuple[int, int]:
+        epoch, position = divmod(draw, RECORDS)
+        return int(epoch_order(0, epoch, RECORDS, SHARD_RECORDS)[position]), epoch
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def _small_windows(monkeypatch) -> None:
 
 
 def shards_of(steps: range) -> set[int]:
-    return {Windows().sample_index(draw) // SHARD_RECORDS for step in steps for draw in range(2 * step, 2 * step + 2)}
+    return {Windows().visit(draw)[0] // SHARD_RECORDS for step in steps for draw in range(2 * step, 2 * step + 2)}
 
 
 def settled(cache: FarCache) -> set[int]:

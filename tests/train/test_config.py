@@ -30,6 +30,7 @@ WRONG = {
     "mix": ["mixup", "cutmix:0", "classmix:2", "cutmix:x"],
     "limit_samples": [0, -1, NAN],
     "limit_labels": [0, -0.5, INFINITY],
+    "labelled_share": [0, 1, -0.5, INFINITY],
     "limit_views": [0, 1.5],
     "fold": ["1", "2/2", "-1/2", "a/b"],
     "val_fold": ["0/1", "3/2"],

@@ -160,7 +160,7 @@ def test_targets_are_gathered_on_the_side_stream(cache: Cache, log: list[tuple[A
     for step, batch in enumerate(_over_side_stream(iter(loader), CPU, dataset.on_device)):
         assert isinstance(batch, Sample)
         for row in range(3):
-            record = order.sample_index(3 * step + row)
+            record = order.visit(3 * step + row)[0]
             path = "targets/segmentation/values"
             assert np.array_equal(batch.target.values[row], cache.read(record, [path])[path])
 

@@ -41,8 +41,8 @@ def test_a_loader_started_in_mid_run_goes_on_with_the_same_batches(cache: Cache)
 
 def test_the_same_sample_is_drawn_anew_each_epoch(cache: Cache) -> None:
     draws = Draws(CacheDataset(cache), 0)
-    first = next(draw for draw in range(6) if draws.sample_index(draw) == 2)
-    second = next(draw for draw in range(6, 12) if draws.sample_index(draw) == 2)
+    first = next(draw for draw in range(6) if draws.visit(draw)[0] == 2)
+    second = next(draw for draw in range(6, 12) if draws.visit(draw)[0] == 2)
     assert not torch.equal(draws[first].target.window, draws[second].target.window)
     windows = {tuple(draws[draw].target.window.tolist()) for draw in range(30)}
     assert len(windows) == 30
@@ -68,16 +68,16 @@ def test_ids_of_a_step_are_those_of_its_samples(cache: Cache) -> None:
 
 def test_order_does_not_depend_on_what_was_asked_before(cache: Cache) -> None:
     dataset = CacheDataset(cache)
-    forward = [Draws(dataset, 9).sample_index(draw) for draw in range(24)]
+    forward = [Draws(dataset, 9).visit(draw)[0] for draw in range(24)]
     draws = Draws(dataset, 9)
-    backward = [draws.sample_index(draw) for draw in reversed(range(24))]
+    backward = [draws.visit(draw)[0] for draw in reversed(range(24))]
     assert forward == backward[::-1]
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 + 7, 2**63 - 1])
 def test_every_seed_gives_an_order(cache: Cache, seed: int) -> None:
     draws = Draws(CacheDataset(cache), seed)
-    assert sorted(draws.sample_index(draw) for draw in range(6)) == list(range(6))
+    assert sorted(draws.visit(draw)[0] for draw in range(6)) == list(range(6))
     assert draws[3].pixels.shape == (32, 48, 3)
 
 

@@ -14,7 +14,17 @@ from kdcache.errors import RecipeError
 from kdcache.store import Cache
 from kdcache.train import CacheDataset, LabelledDataset
 from kdcache.train.loader import Draws
-from kdcache.train.order import WINDOW_RECORDS, WINDOW_SHARDS, Order, Steps, choose_shuffle, epoch_order
+from kdcache.train.order import (
+    WINDOW_RECORDS,
+    WINDOW_SHARDS,
+    Order,
+    Steps,
+    Woven,
+    choose_labelled_share,
+    choose_shuffle,
+    epoch_order,
+)
+from kdcache.train.part import Part
 
 
 @given(
@@ -71,8 +81,8 @@ def test_epochs_and_seeds_differ_and_draws_find_their_epoch(shard_records: int |
     orders = [epoch_order(seed, epoch, 90, shard_records).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6
     order = Order(90, 1, shard_records)
-    assert [order.record(draw) for draw in range(90, 180)] == orders[4]
-    assert order.record(90 * 10**6 + 3) == epoch_order(1, 10**6, 90, shard_records)[3]
+    assert [order.visit(draw)[0] for draw in range(90, 180)] == orders[4]
+    assert order.visit(90 * 10**6 + 3)[0] == epoch_order(1, 10**6, 90, shard_records)[3]
 
 
 def test_epochs_that_are_drawn_from_in_turns_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +92,9 @@ def test_epochs_that_are_drawn_from_in_turns_are_not_made_again(monkeypatch: pyt
     )
     order = Order(10, 0)
     for _ in range(5):
-        order.record(9)
-        order.record(10)
-    order.record(25)
+        order.visit(9)
+        order.visit(10)
+    order.visit(25)
     assert made == [0, 1, 2]
 
 
@@ -92,8 +102,63 @@ def test_threads_in_different_epochs_get_their_own(cache: Cache) -> None:
     order = Order(6, 3, 2)
     draws = np.random.default_rng(0).integers(0, 600, 4000).tolist()
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(order.record, draws))
-    assert found == [int(epoch_order(3, draw // 6, 6, 2)[draw % 6]) for draw in draws]
+        found = list(pool.map(order.visit, draws))
+    assert found == [(int(epoch_order(3, draw // 6, 6, 2)[draw % 6]), draw // 6) for draw in draws]
+
+
+@given(
+    labelled=st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda flags: any(flags) and not all(flags)),
+    share=st.integers(1, 999).map(lambda parts: parts / 1000),
+    shard_records=st.none() | st.integers(1, 20),
+    first=st.integers(0, 10**9),
+    batch_size=st.integers(1, 16),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_batch_has_its_share_of_labels(
+    labelled: list[bool], share: float, shard_records: int | None, first: int, batch_size: int
+) -> None:
+    flags = np.array(labelled)
+    woven = Woven(flags, share, 5, shard_records)
+    batch = [woven.visit(draw)[0] for draw in range(first, first + batch_size)]
+    assert abs(flags[batch].sum() - share * batch_size) < 1
+
+
+@given(labelled=st.lists(st.booleans(), min_size=2, max_size=30).filter(lambda flags: any(flags) and not all(flags)))
+@settings(max_examples=30, deadline=None)
+def test_each_stream_visits_all_of_its_records_in_every_epoch(labelled: list[bool]) -> None:
+    flags = np.array(labelled)
+    woven = Woven(flags, 0.5, 9)
+    visits = [woven.visit(draw) for draw in range(240)]
+    for stream in (flags, ~flags):
+        records = np.flatnonzero(stream)
+        own = [visit for visit in visits if stream[visit[0]]]
+        assert len(own) == 120
+        for epoch in range(120 // len(records)):
+            there = [record for record, of in own if of == epoch]
+            assert there == records[epoch_order(9, epoch, len(records))].tolist()
+
+
+def test_half_of_a_batch_has_labels_where_fewer_samples_have() -> None:
+    few, many = np.arange(8) < 2, np.arange(8) < 6
+    assert choose_labelled_share(None, few) == 0.5
+    assert choose_labelled_share(None, many) is None
+    assert choose_labelled_share(0.1, few) == choose_labelled_share(0.1, many) == 0.1
+    for one_stream in (None, np.ones(8, np.bool_), np.zeros(8, np.bool_)):
+        assert choose_labelled_share(0.3, one_stream) is None
+
+
+def test_draws_of_a_partly_labelled_store(cache: Cache) -> None:
+    dataset = CacheDataset(cache, part=Part(labels=2))
+    assert dataset.labels is not None
+    assert dataset.labels.sum() == 2
+    draws = Draws(dataset, 3, labelled_share=0.5)
+    labelled = [bool((draws[draw].label != 255).any()) for draw in range(12)]  # type: ignore[union-attr]
+    assert labelled == [False, True] * 6
+    assert sorted({draws.visit(draw) for draw in range(1, 8, 2)}) == sorted(
+        (record, epoch) for record in np.flatnonzero(dataset.labels) for epoch in (0, 1)
+    )
+    assert CacheDataset(cache).labels is None
+    assert CacheDataset(cache, part=Part(labels=2), labelled_only=True).labels is None
 
 
 class Far(CacheDataset):
@@ -112,7 +177,7 @@ def test_auto_reads_a_remote_store_by_windows(cache: Cache) -> None:
 
     def epoch(dataset: CacheDataset, shuffle: str) -> list[int]:
         draws = Draws(dataset, 2, shuffle)
-        return [draws.sample_index(draw) for draw in range(6, 12)]
+        return [draws.visit(draw)[0] for draw in range(6, 12)]
 
     assert epoch(near, "auto") == epoch(far, "full") == epoch_order(2, 1, 6).tolist()
     assert epoch(far, "auto") == epoch(near, "window") == epoch_order(2, 1, 6, near.shard_records).tolist()

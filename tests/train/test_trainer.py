@@ -292,16 +292,17 @@ def test_losses_not_yet_looked_at_are_checked_before_a_checkpoint(
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "best.safetensors").values())
 
 
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
 def test_what_an_initialisation_leaves_at_random_is_said(
     student: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    class Notes(Observer):
-        def __init__(self) -> None:
-            self.texts: list[str] = []
-
-        def note(self, text: str) -> None:
-            self.texts.append(text)
-
     torch.manual_seed(1)
     other = build_model("kdcache:tiny", 3)
     torch.save(other.state_dict(), tmp_path / "other.pth")
@@ -313,6 +314,16 @@ def test_what_an_initialisation_leaves_at_random_is_said(
     )
     assert any("classifier" in text and "at random" in text for text in notes.texts)
     assert any("enlarges the stored views" in text for text in notes.texts)
+
+
+def test_few_labels_are_in_every_batch(student: dict[str, Any], tmp_path: Path) -> None:
+    notes = Notes()
+    few = student | {"limit_labels": 2, "iterations": 1, "val_every": 1}
+    go(few, tmp_path / "run", observer=notes)
+    assert any("2 of 6 samples have a label; 50 % of every batch" in text for text in notes.texts)
+    assert "labelled-share = 0.5" in (tmp_path / "run" / "recipe.toml").read_text()
+    go(few | {"limit_labels": 4}, tmp_path / "more")
+    assert "labelled-share" not in (tmp_path / "more" / "recipe.toml").read_text()
 
 
 @pytest.mark.parametrize(
