@@ -89,7 +89,12 @@ ClassBalance = Annotated[
 ]
 
 Augment = Annotated[
-    str, _view("--augment", help="warp (zoom, crop, flip pixels and targets alike), replay (as stored) or none.")
+    str,
+    _view(
+        "--augment",
+        help="warp (zoom, crop, flip pixels and targets alike), replay (as stored) or none. "
+        "auto: replay where the store has several views, else warp.",
+    ),
 ]
 Scale = Annotated[str, _view("--scale", metavar="MIN:MAX", help="Random zoom.")]
 Flip = Annotated[bool, _view("--flip/--no-flip", help="Random horizontal flip.")]

@@ -82,7 +82,7 @@ def train_student(
     limit_labels: flags.LimitLabels = None,
     labelled_share: flags.LabelledShare = None,
     limit_views: flags.LimitViews = None,
-    augment: flags.Augment = "warp",
+    augment: flags.Augment = "auto",
     val: flags.Val = None,
     val_split: flags.ValSplit = "val",
     data: options.OptionalData = None,

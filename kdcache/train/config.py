@@ -132,7 +132,7 @@ class TrainConfig(BaseModel):
     impl: Literal["auto", "triton", "numba", "reference"] = "auto"
 
     # the pixels
-    augment: Literal["warp", "replay", "none"] = "warp"
+    augment: Literal["auto", "warp", "replay", "none"] = "auto"
     scale: Range = (0.5, 2.0)
     flip: bool = True
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.3

@@ -28,7 +28,7 @@ from kdcache.train.memory import asked_for, largest_fitting, memory_error, memor
 from kdcache.train.objective import make_criterion, needed_arrays
 from kdcache.train.order import choose_labelled_share, choose_shuffle
 from kdcache.train.resident import keep_records
-from kdcache.train.sources import open_dataset, open_store, open_validation
+from kdcache.train.sources import choose_augment, open_dataset, open_store, open_validation
 from kdcache.train.trainer import Trainer
 from kdcache.train.ways import choose_step
 
@@ -64,6 +64,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         if config.threads:
             torch.set_num_threads(config.threads)
         cache = open_store(config)
+        config = config.model_copy(update={"augment": choose_augment(config.augment, cache)})
         dataset = open_dataset(config, cache)
         classes = dataset.classes
         shuffle = choose_shuffle(config.shuffle, dataset)

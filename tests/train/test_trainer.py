@@ -316,6 +316,20 @@ def test_what_an_initialisation_leaves_at_random_is_said(
     assert any("enlarges the stored views" in text for text in notes.texts)
 
 
+def test_views_are_replayed_unless_something_else_is_said(
+    student: dict[str, Any], make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = {key: value for key, value in student.items() if key != "augment"} | {"iterations": 1, "val_every": 1}
+    several = str(make_cache(views=3))
+    for name, changes, expected in (
+        ("one", {}, "warp"),
+        ("several", {"cache": several}, "replay"),
+        ("asked", {"cache": several, "augment": "none"}, "none"),
+    ):
+        go(short | changes, tmp_path / name)
+        assert f'augment = "{expected}"' in (tmp_path / name / "recipe.toml").read_text()
+
+
 def test_few_labels_are_in_every_batch(student: dict[str, Any], tmp_path: Path) -> None:
     notes = Notes()
     few = student | {"limit_labels": 2, "iterations": 1, "val_every": 1}
