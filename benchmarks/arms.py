@@ -113,7 +113,8 @@ ARMS = (
     Arm("kl balanced, lr 0.006, 16 views of two", "views of two",
         "--method kl --kl-weight 0.3 --class-balance sqrt --augment replay --lr 6e-3"),
     *(Arm(f"dist w 3, lr 0.006, {views} views of two", "views of two",
-          f"--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-views {views}") for views in (2, 4, 8)),
+          f"--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-views {views}")
+      for views in (2, 4, 8)),
     Arm("kl w 0.3 T 1", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --temperature 1"),
     Arm("kl w 0.3 T 4", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --temperature 4"),
     Arm("kl from a larger rendering, balanced", "large",
