@@ -107,6 +107,10 @@ ARMS = (
         "--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-labels 0.25"),
     Arm("dist w 3, 16 views, a quarter of the labels, drawn alike", "views",
         "--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-labels 0.25 --labelled-share 0.25"),
+    # Views zoom in and never out: labels and warp are given the same.
+    Arm("plain from files, lr 0.006, scale 1:2", "", "--lr 6e-3 --scale 1:2"),
+    Arm("dist w 3, lr 0.006, pixels from files, scale 1:2", "ensemble" + SOURCE,
+        "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2 --data {data}"),
     Arm("dist w 3, 16 views of two, a quarter of the labels", "views of two",
         "--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-labels 0.25"),
     Arm("dist, lr 0.006, 16 views of two", "views of two", "--method dist --augment replay --lr 6e-3"),
