@@ -111,6 +111,7 @@ ARMS = (
     Arm("plain from files, lr 0.006, scale 1:2", "", "--lr 6e-3 --scale 1:2"),
     Arm("dist w 3, lr 0.006, pixels from files, scale 1:2", "ensemble" + SOURCE,
         "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2 --data {data}"),
+    Arm("dist w 3, lr 0.006, scale 1:2", "ensemble", "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2"),
     Arm("dist w 3, 16 views of two, a quarter of the labels", "views of two",
         "--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-labels 0.25"),
     Arm("dist, lr 0.006, 16 views of two", "views of two", "--method dist --augment replay --lr 6e-3"),

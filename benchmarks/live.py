@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace, seed: int, live: bool, out: Path) -> None
         temperature=arguments.temperature,
         class_weights="sqrt",
         augment=arguments.augment,
+        scale=tuple(arguments.scale),
         lr=arguments.lr,
         warmup=100,
         iterations=arguments.iterations,
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--augment", choices=("warp", "replay"), default="warp")
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.5, 2.0), help="zoom that warp draws")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
