@@ -52,6 +52,7 @@ STORES = {
     "ensemble": "--data {data} --teacher {sharp-0} --teacher {base-0} --tta flip --teacher-size {large} "
     "--teacher-grid view",
     "views": "--data {data} --teacher {sharp-0} --teacher-size {large} --teacher-grid view --views 16 --view-scale 1:2",
+    "views of one": "--data {data} --teacher {base-0} --views 16 --view-scale 1:2",
     "views of two": "--data {data} --teacher {sharp-0} --teacher {base-0} --tta flip --teacher-size {large} "
     "--teacher-grid view --views 16 --view-scale 1:2",
     "crossed": "--data {part} --folds 2 --teacher {half-0} --teacher {half-1}",
@@ -111,6 +112,7 @@ ARMS = (
     Arm("plain from files, lr 0.006, scale 1:2", "", "--lr 6e-3 --scale 1:2"),
     Arm("dist w 3, lr 0.006, pixels from files, scale 1:2", "ensemble" + SOURCE,
         "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2 --data {data}"),
+    Arm("dist, lr 0.006, 4 views of one", "views of one", "--method dist --augment replay --lr 6e-3 --limit-views 4"),
     Arm("dist w 3, lr 0.006, scale 1:2", "ensemble", "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2"),
     Arm("dist w 3, 16 views of two, a quarter of the labels", "views of two",
         "--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-labels 0.25"),
