@@ -46,16 +46,16 @@ class Arm:
 
 
 STORES = {
-    "one": "--data {data} --teacher {base-0}",
-    "large": "--data {data} --teacher {sharp-0} --teacher-size {large} --teacher-grid view --raw-logits "
+    "one": "--data {data} --views full --teacher {base-0}",
+    "large": "--data {data} --views full --teacher {sharp-0} --teacher-size {large} --teacher-grid view --raw-logits "
     "--features head",
-    "ensemble": "--data {data} --teacher {sharp-0} --teacher {base-0} --tta flip --teacher-size {large} "
+    "ensemble": "--data {data} --views full --teacher {sharp-0} --teacher {base-0} --tta flip --teacher-size {large} "
     "--teacher-grid view",
     "views": "--data {data} --teacher {sharp-0} --teacher-size {large} --teacher-grid view --views 16 --view-scale 1:2",
     "views of one": "--data {data} --teacher {base-0} --views 16 --view-scale 1:2",
     "views of two": "--data {data} --teacher {sharp-0} --teacher {base-0} --tta flip --teacher-size {large} "
     "--teacher-grid view --views 16 --view-scale 1:2",
-    "crossed": "--data {part} --folds 2 --teacher {half-0} --teacher {half-1}",
+    "crossed": "--data {part} --views 4 --folds 2 --teacher {half-0} --teacher {half-1}",
 }
 SOURCE = " with pixels from the files"
 """After the name of a store: its copy without pixels. Zooms are then as sharp as those of plain from files."""
@@ -112,6 +112,7 @@ ARMS = (
     Arm("plain from files, lr 0.006, scale 1:2", "", "--lr 6e-3 --scale 1:2"),
     Arm("dist w 3, lr 0.006, pixels from files, scale 1:2", "ensemble" + SOURCE,
         "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2 --data {data}"),
+    Arm("plain lr 0.006, 4 views", "views of one", "--method none --augment replay --lr 6e-3 --limit-views 4"),
     Arm("dist, lr 0.006, 4 views of one", "views of one", "--method dist --augment replay --lr 6e-3 --limit-views 4"),
     Arm("dist w 3, lr 0.006, scale 1:2", "ensemble", "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2"),
     Arm("dist w 3, 16 views of two, a quarter of the labels", "views of two",
@@ -128,8 +129,8 @@ ARMS = (
         "--method kl --lr 4e-3 --kl-weight 0.3 --class-balance sqrt"),
     Arm("kl from an ensemble, w 1", "ensemble", "--method kl --lr 4e-3 --kl-weight 1"),
     Arm("plain, cutmix", "one", "--method none --lr 4e-3 --mix cutmix:0.5"),
-    Arm("dist w 3, lr 0.006, one teacher", "one", "--method none --term dist,weight=3 --lr 6e-3"),
-    Arm("dist w 3, lr 0.006, cross-fitted", "crossed", "--method none --term dist,weight=3 --lr 6e-3"),
-    Arm("kl, cross-fitted", "crossed", "--method kl --lr 4e-3 --kl-weight 0.3"),
+    Arm("dist, lr 0.006, one teacher", "one", "--method dist --lr 6e-3"),
+    Arm("dist, lr 0.006, 4 views, cross-fitted", "crossed", "--method dist --augment replay --lr 6e-3"),
+    Arm("kl, lr 0.006, 4 views, cross-fitted", "crossed", "--method kl --augment replay --lr 6e-3 --kl-weight 0.3"),
     Arm("kl, cutmix", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --mix cutmix:0.5"),
 )  # fmt: skip

@@ -9,7 +9,7 @@ training=(--iterations "$iterations" --batch-size 8 --lr 2e-3 --warmup 100 --cla
   --log-every 50 --resume)
 student=(--model kdcache:tiny --cache "$out/camvid.zarr" --val "$data" "${training[@]}")
 kdcache train-teacher --data "$data" --model kdcache:base --size "$size" --out "$out/teacher" "${training[@]}"
-kdcache build-teacher-cache --data "$data" --teacher "$out/teacher" --out "$out/camvid.zarr"
+kdcache build-teacher-cache --data "$data" --teacher "$out/teacher" --views full --out "$out/camvid.zarr"
 kdcache verify "$out/camvid.zarr" --teacher "$out/teacher" --data "$data"
 kdcache train-student "${student[@]}" --method none --out "$out/student-none"
 kdcache train-student "${student[@]}" --method kl --out "$out/student-kl"

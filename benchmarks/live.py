@@ -134,7 +134,8 @@ def main() -> None:
     }
     print(json.dumps(found))
     if arguments.json is not None:
-        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out", "cache")}
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
+        settings |= {name: Path(settings[name]).name for name in ("data", "teacher", "cache")}
         write(arguments.json, {**header("live"), "settings": settings, **found, "pairs": pairs})
 
 

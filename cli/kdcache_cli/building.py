@@ -39,7 +39,9 @@ Views = Annotated[
     view_option(
         "--views",
         metavar="N|full",
-        help="Per sample: the whole image (full, or 1) and seeded crops of it, for replay; with --crop, crops alone.",
+        help="Per sample: the whole image (full, or 1) and seeded crops of it, for replay; with --crop, crops alone. A "
+        "whole image alone takes a quarter of 4, and students are then taught by targets that are moved, not by what "
+        "the teacher says of what they see.",
     ),
 ]
 ViewSeed = Annotated[int | None, view_option("--view-seed", min=0, help="Of the crops.")]

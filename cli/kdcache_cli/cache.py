@@ -73,7 +73,7 @@ def build_teacher_cache(
             "--raw-logits", help="Keep every pixel's largest logit too, for terms over positions (cwd)."
         ),
     ] = False,
-    views: building.Views = None,
+    views: building.Views = "4",
     crop: Annotated[
         str | None,
         building.view_option(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SCENES = "scenes:96x128,train=96,val=32,seed=0"
 SIZE = (96, 128)
+VIEWS = 4  # as build-teacher-cache
 SETTINGS = {"lr": 4e-3, "warmup": 20, "class_weights": "sqrt"}
 
 
@@ -35,8 +36,12 @@ def demo(
     from kdcache.train import pick_device
 
     where = pick_device(device)
-    runs = {"teacher": out / "teacher", "student, labels only": out / "student-none", "student, kl": out / "student-kl"}
-    teacher, none, kl = runs.values()
+    runs = {
+        "teacher": out / "teacher",
+        "student, labels only": out / "student-none",
+        "student, dist": out / "student-dist",
+    }
+    teacher, none, dist = runs.values()
     store = out / "scenes.zarr"
     common = {"iterations": iterations, "seed": seed, "device": device, "val": SCENES, **SETTINGS}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SETTINGS.items())
@@ -50,9 +55,9 @@ def demo(
     command = f"train-student --cache {store} --model kdcache:tiny --val {SCENES} {flags}"
     _say(3, "a student from the labels alone", f"{command} --method none --out {none}")
     _train(none, method="none", **student)
-    _say(4, "the same student, taught from the store: no teacher is loaded", f"{command} --method kl --out {kl}")
-    _train(kl, method="kl", **student)
-    _say(5, "who learnt what", f"evaluate {kl} --data {SCENES}")
+    _say(4, "the same student, taught from the store: no teacher is loaded", f"{command} --method dist --out {dist}")
+    _train(dist, method="dist", **student)
+    _say(5, "who learnt what", f"evaluate {dist} --data {SCENES}")
     split = open_split(SCENES, "val")
     results, sizes = {}, {}
     for title, run in runs.items():
@@ -61,7 +66,7 @@ def demo(
         results[title] = evaluate_model(model.to(where), split, about.size, device=where)
     _compare(results, sizes)
     lead, gain = (
-        100 * (results[run].miou - results["student, labels only"].miou) for run in ("teacher", "student, kl")
+        100 * (results[run].miou - results["student, labels only"].miou) for run in ("teacher", "student, dist")
     )
     OUT.print(
         f"\nThe teacher leads the student by {lead:+.1f} points; what it said in the store changed the student by "
@@ -69,7 +74,7 @@ def demo(
         "has little to teach.\n\nWhere to look next:\n"
         f"  [bold]kdcache inspect {store}[/]    what the store is made of\n"
         f"  [bold]kdcache verify {store} --teacher {teacher}[/]    that it holds what the teacher says\n"
-        f"  {kl}/metrics.jsonl    losses and gradient norms per term\n"
+        f"  {dist}/metrics.jsonl    losses and gradient norms per term\n"
         "  [bold]kdcache train-teacher --data YOUR_FOLDER ...[/]    the same on your images: images/<split>/, "
         "labels/<split>/, classes.txt"
     )
@@ -104,9 +109,9 @@ def _build(teacher: Path, store: Path, device: str) -> None:
 
     split = open_split(SCENES, "train")
     loaded = load_teacher(str(teacher), split.classes)
-    build_options = BuildOptions(size=SIZE, shard_records=32, device=pick_device(device))
+    build_options = BuildOptions(size=SIZE, views=VIEWS, shard_records=32, device=pick_device(device))
     with progress_bar() as bar:
-        task = bar.add_task("teacher's pass", total=len(split), note="")
+        task = bar.add_task("teacher's pass", total=VIEWS * len(split), note="")
         result = build_cache(split, loaded, store, build_options, lambda done, _: bar.update(task, completed=done))
     summary = summarise(open_cache(store))
     OUT.print(

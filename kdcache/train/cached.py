@@ -26,7 +26,15 @@ from kdcache.train.part import Chosen, Part
 from kdcache.train.records import PIXEL_PATHS, TARGET_PARTS, RamRecords, RecordSource, target_paths
 from kdcache.train.sample import Array, Row
 
-AUGMENTS = ("warp", "replay", "none")
+AUGMENTS = ("auto", "warp", "replay", "none")
+
+
+def choose_augment(augment: str, cache: Cache | None) -> str:
+    """What auto means: to replay a store of several views or of crops, which was built for that; else to warp."""
+    if augment != "auto":
+        return augment
+    view = None if cache is None else cache.manifest.view
+    return "replay" if view is not None and (view.views_per_sample > 1 or view.kind == "crop") else "warp"
 
 
 class CacheDataset(DrawnDataset):
@@ -36,6 +44,7 @@ class CacheDataset(DrawnDataset):
         cache: an open store.
         augment: `warp` draws a window of the stored whole image and moves the target with it; `replay` gives the views
             as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
+            `auto` replays a store of several views or of crops, and warps another.
         size: (H, W) of the pixels; default the view's.
         targets: False reads no targets (same draws, empty target).
         split: the data set, needed when the store keeps no pixels. Its rendering is compared with the store's
@@ -53,7 +62,7 @@ class CacheDataset(DrawnDataset):
         self,
         cache: Cache,
         *,
-        augment: str = "warp",
+        augment: str = "auto",
         size: Size | None = None,
         targets: bool = True,
         split: Split | None = None,
@@ -64,8 +73,9 @@ class CacheDataset(DrawnDataset):
     ) -> None:
         if augment not in AUGMENTS:
             raise RecipeError(
-                f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use warp, the default"
+                f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use auto, the default"
             )
+        augment = choose_augment(augment, cache)
         chosen = Augmentation() if augmentation is None else augmentation
         if cache.manifest.view.kind == "crop" and augment != "replay":
             raise RecipeError(

@@ -19,14 +19,6 @@ def open_store(config: TrainConfig) -> Cache | None:
     return cache
 
 
-def choose_augment(augment: str, cache: Cache | None) -> str:
-    """What auto means: to replay a store of several views or of crops, which was built for that; else to warp."""
-    if augment != "auto":
-        return augment
-    view = None if cache is None else cache.manifest.view
-    return "replay" if view is not None and (view.views_per_sample > 1 or view.kind == "crop") else "warp"
-
-
 def open_dataset(config: TrainConfig, cache: Cache | None) -> DrawnDataset:
     """The samples of a training."""
     dataset = _of_folder(config) if cache is None else _of_store(config, cache)

@@ -16,7 +16,7 @@ from kdcache.evaluate.run import Progress, count_pixels
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache
 from kdcache.train.ahead import check_room
-from kdcache.train.cached import CacheDataset
+from kdcache.train.cached import CacheDataset, choose_augment
 from kdcache.train.config import TrainConfig
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.distributed import World, pick_device, processes
@@ -28,7 +28,7 @@ from kdcache.train.memory import asked_for, largest_fitting, memory_error, memor
 from kdcache.train.objective import make_criterion, needed_arrays
 from kdcache.train.order import choose_labelled_share, choose_shuffle
 from kdcache.train.resident import keep_records
-from kdcache.train.sources import choose_augment, open_dataset, open_store, open_validation
+from kdcache.train.sources import open_dataset, open_store, open_validation
 from kdcache.train.trainer import Trainer
 from kdcache.train.ways import choose_step
 

@@ -77,7 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("made")
     write_scenes(root / "data", "scenes:36x52,train=6,val=2")
     teacher = f"train-teacher --data {root}/data --model kdcache:tiny --size 32x48 --iterations 4 --batch-size 2"
-    build = f"build-teacher-cache --data {root}/data --teacher {root}/teacher --shard-records 4"
+    build = f"build-teacher-cache --data {root}/data --teacher {root}/teacher --shard-records 4 --views full"
     for command in (
         f"{teacher} --val-every 4 --out {root}/teacher",
         f"{build} --out {root}/store.zarr",

@@ -99,7 +99,7 @@ def test_pseudo_labels(world, cli, tree, rule) -> None:
 def test_a_plan(world, cli, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # in memory: small stores are synced
     words = f"{PLAN} --records 8 --student kdcache:tiny --epochs 3 --json {{w}}/plan.json --out {{w}}/new/deep"
-    told = cli(*words.format(w=world).split(), "--shard-records", "4")
+    told = cli(*words.format(w=world).split(), "--shard-records", "4", "--views", "full")
     assert told.code == 0, told.err
     found = json.loads((world / "plan.json").read_text())
     real = json.loads(cli("inspect", world / "store.zarr", "--json").out)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 TEACHER = "train-teacher --data {w}/data --model kdcache:tiny --size 32x48 --iterations 1 --batch-size 2 --out {w}/new"
-BUILD = "build-teacher-cache --data {w}/data --teacher {w}/teacher --shard-records 4 --out {w}/new"
+BUILD = "build-teacher-cache --data {w}/data --teacher {w}/teacher --shard-records 4 --views full --out {w}/new"
 STUDENT = "train-student --cache {w}/store.zarr --model kdcache:tiny --iterations 1 --batch-size 2 --out {w}/new"
 SOURCE = STUDENT.replace("store.zarr", "source.zarr")
 FIRST = "data/images/train/train-000000.png"

@@ -17,7 +17,7 @@ STUDENT = "--model kdcache:tiny --batch-size 2 --val-every 2 --log-every 1 --see
 def test_the_whole_way_through_a_bucket(world, cli, tree, s3, tmp_path) -> None:
     """Build, inspect, verify, train from copies that are not there yet, go on, and copy back: as from a disk."""
     data, address, copies = world / "data", s3.address(), tmp_path / "copies of its own"
-    build = f"build-teacher-cache --data {data} --teacher {world}/teacher --shard-records 4 --out".split()
+    build = f"build-teacher-cache --data {data} --teacher {world}/teacher --shard-records 4 --views full --out".split()
     built = cli(*build, address)
     assert built.code == 0, built.err
     assert f"{address}: 6 records" in built.out

@@ -129,6 +129,15 @@ def test_views(world, cli, pixels) -> None:
     assert "only the whole images are used" in warped.err
 
 
+def test_what_a_build_keeps_by_default_a_training_replays(world, cli) -> None:
+    built = cli(*f"build-teacher-cache --data {world}/data --teacher {world}/teacher --out {world}/views".split())
+    assert "24 records" in built.out, built.err
+    assert "4 per sample, crops zoomed 1 to 2 times" in cli("inspect", world / "views").out
+    trained = cli(*f"train-student --cache {world}/views --model kdcache:tiny --iterations 2 --out {world}/new".split())
+    assert trained.code == 0, trained.err
+    assert 'augment = "replay"' in (world / "new/recipe.toml").read_text()
+
+
 CASES = {
     "copy of nothing": ("copy {w}/none.zarr {w}/new", "none.zarr does not exist"),
     "copy of what is none": ("copy {w}/data {w}/new", "data/zarr.json does not exist"),

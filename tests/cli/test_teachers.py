@@ -9,7 +9,7 @@ import pytest
 
 from kdcache.store import open_cache
 
-BUILD = "build-teacher-cache --data {w}/data --teacher {w}/teacher --shard-records 4 --out {w}/new"
+BUILD = "build-teacher-cache --data {w}/data --teacher {w}/teacher --shard-records 4 --views 1 --out {w}/new"
 TWO = BUILD + " --teacher {w}/other"
 
 
@@ -68,7 +68,9 @@ def test_cross_fitting_from_one_command(world, cli) -> None:
         shutil.copytree(world / "teacher", world / f"fold{fold}")
         recipe = world / f"fold{fold}/recipe.toml"
         recipe.write_text(f'{recipe.read_text()}fold = "{fold}/2"\n')
-    build = "build-teacher-cache --data {w}/data --teacher {w}/fold0 --teacher {w}/fold1 --folds 2 --out {w}/new"
+    build = (
+        "build-teacher-cache --data {w}/data --teacher {w}/fold0 --teacher {w}/fold1 --folds 2 --views 1 --out {w}/new"
+    )
     built = cli(*build.format(w=world).split())
     assert built.code == 0, built.err
     assert manifest(world / "new")["teacher"]["folds"] == 2

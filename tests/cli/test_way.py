@@ -27,7 +27,8 @@ def test_the_whole_way(world, cli, tree) -> None:
     assert set(json.loads((world / "check.json").read_text())["splits"]) == {"train", "val"}
 
     before = tree(store)
-    again = cli("build-teacher-cache", "--data", data, "--teacher", teacher, "--out", store, "--shard-records", 4)
+    build = f"build-teacher-cache --data {data} --teacher {teacher} --out {store} --shard-records 4 --views full"
+    again = cli(*build.split())
     assert again.code == 0
     assert "(6 were there)" in again.out
     assert "mIoU" in again.out
@@ -174,7 +175,7 @@ def test_interrupted_at_the_keyboard(tmp_path, world, spawn, cli) -> None:
     """130, a sentence, and finished shards that the same command keeps."""
     words = [
         *f"build-teacher-cache --data scenes:36x52,train=800 --teacher {world}/teacher --size 32x48".split(),
-        *f"--batch-size 1 --shard-records 4 --out {tmp_path}/s.zarr".split(),
+        *f"--batch-size 1 --shard-records 4 --views full --out {tmp_path}/s.zarr".split(),
     ]
     running = spawn(*words)
     deadline = time.monotonic() + 60

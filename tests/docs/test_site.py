@@ -21,6 +21,8 @@ TEXTS = {
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 
+FRONT = ("README.md", "docs/index.md")
+
 
 def rival(row: int, name: str, what: str) -> Callable[[Any], float]:
     """A rival of the loss, in times of ours."""
@@ -58,7 +60,11 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
     ),
     *(
         ("effect-cpu.json", lambda d, arm=arm: d["final"]["1500"][arm], text, ("README.md", "docs/index.md"))
-        for arm, text in (("plain from files, lr 0.006", "52.5"), ("dist w 3, lr 0.006", "53.1"))
+        for arm, text in (
+            ("plain from files, lr 0.006", "52.5"),
+            ("plain lr 0.006, 16 views", "53.4"),
+            ("dist w 3, lr 0.006, 16 views of two", "54.8"),
+        )
     ),
     *(
         ("effect-cpu.json", lambda d, arm=arm: d["search"]["1500"][arm], text, ("docs/methods.md",))
@@ -71,11 +77,31 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
             ("dist, one teacher", "46.3"),
             ("dist", "47.5"),
             ("dist w 3, lr 0.006", "48.0"),
+            ("plain lr 0.006, 16 views", "48.1"),
+            ("kl balanced, lr 0.006, 16 views of two", "48.4"),
+            ("dist w 3, lr 0.006, 16 views of two", "50.8"),
+            ("dist w 3, lr 0.006, 4 views of two", "50.9"),
+            ("dist, lr 0.006, 4 views of one", "51.0"),
+            ("plain, 16 views, a quarter of the labels", "46.4"),
+            ("dist w 3, 16 views of two, a quarter of the labels", "49.7"),
+            ("kl on all, a quarter of the labels, drawn alike", "38.6"),
         )
     ),
     *(
         ("effect-cpu.json", gain("dist w 3, lr 0.006", "plain from files, lr 0.006", end), text, ("docs/methods.md",))
         for end, text in (("mean", "0.64"), ("low", "0.52"), ("high", "1.80"))
+    ),
+    *(
+        ("effect-cpu.json", gain("dist w 3, lr 0.006, 16 views of two", over, end), text, ("docs/methods.md",))
+        for over, texts in (
+            ("plain from files, lr 0.006", {"mean": "2.35", "low": "1.05", "high": "3.65"}),
+            ("plain lr 0.006, 16 views", {"mean": "1.45", "low": "0.60", "high": "2.30"}),
+        )
+        for end, text in texts.items()
+    ),
+    *(
+        ("effect-cpu.json", gain("dist w 3, lr 0.006, 16 views of two", "plain lr 0.006, 16 views", end), text, FRONT)
+        for end, text in (("mean", "1.4"), ("low", "0.6"), ("high", "2.3"))
     ),
     ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", ("README.md", "docs/index.md", "docs/kernels.md")),
     ("kernels-cpu.json", rival(0, "chunked", "best"), "5.0", ("README.md", "docs/index.md", "docs/kernels.md")),

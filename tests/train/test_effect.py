@@ -11,7 +11,7 @@ import pytest
 from kdcache.data import folds_of, open_split, write_scenes
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "effect.py"
-PLAIN, CROSSED = "plain from files, lr 0.006", "dist w 3, lr 0.006, cross-fitted"
+PLAIN, CROSSED = "plain from files, lr 0.006", "dist, lr 0.006, 4 views, cross-fitted"
 
 pytestmark = pytest.mark.slow
 
