@@ -138,7 +138,7 @@ class CacheDataset(DrawnDataset):
         return (*self.target_paths, *self.extras, *(() if self.split else PIXEL_PATHS))
 
     @property
-    def labels(self) -> npt.NDArray[np.bool_] | None:
+    def label_flags(self) -> npt.NDArray[np.bool_] | None:
         if self._complete:
             return None
         return np.array([self._has_label(number) for number in self.indices], np.bool_)

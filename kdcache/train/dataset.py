@@ -60,7 +60,7 @@ class DrawnDataset(Dataset[Sample], ABC):
         return False
 
     @property
-    def labels(self) -> npt.NDArray[np.bool_] | None:
+    def label_flags(self) -> npt.NDArray[np.bool_] | None:
         """Which samples have a label, (len(self),); None when all have."""
         return None
 

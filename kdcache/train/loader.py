@@ -36,7 +36,7 @@ class Draws(Dataset[Sample | KDCacheError]):
         self.dataset = dataset
         self.seed = seed
         self.by_window = choose_shuffle(shuffle, dataset) == "window"
-        shard_records, labelled = dataset.shard_records if self.by_window else None, dataset.labels
+        shard_records, labelled = dataset.shard_records if self.by_window else None, dataset.label_flags
         self._order: Order | Woven = Order(len(dataset), seed, shard_records)
         if labelled_share is not None and labelled is not None:
             self._order = Woven(labelled, labelled_share, seed, shard_records)
@@ -134,7 +134,7 @@ def sample_loader(
     Raises: KDCacheError of a sample that could not be drawn, by a worker wrapped into a RuntimeError.
     """
     return DataLoader(
-        Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.labels)),  # type: ignore[arg-type] # errors among the samples are raised
+        Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.label_flags)),  # type: ignore[arg-type] # errors among the samples are raised
         collate_fn=_collate_or_raise,
         batch_sampler=Steps(0, iterations, batch_size),  # type: ignore[arg-type] # ranges are as good as lists
         num_workers=workers,

@@ -68,7 +68,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         dataset = open_dataset(config, cache)
         classes = dataset.classes
         shuffle = choose_shuffle(config.shuffle, dataset)
-        share = choose_labelled_share(config.labelled_share, dataset.labels)
+        share = choose_labelled_share(config.labelled_share, dataset.label_flags)
         config = config.resolved(len(dataset), dataset.size, shuffle, share)
         if world.first:
             check_folder(config, run, resume, trained_on(dataset, cache))
@@ -111,10 +111,11 @@ def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset,
         yield f"--init leaves at random: {', '.join(report.reinitialised)}"
     if report is not None and report.unused_auxiliary:
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
-    if config.labelled_share is not None and dataset.labels is not None:
+    flags = dataset.label_flags
+    if config.labelled_share is not None and flags is not None:
         yield (
-            f"{dataset.labels.sum()} of {len(dataset)} samples have a label; {100 * config.labelled_share:.3g} % of "
-            "every batch are taken from these (--labelled-share)"
+            f"{flags.sum()} of {len(dataset)} samples have a label; {100 * config.labelled_share:.3g} % of every batch "
+            "are taken from these (--labelled-share)"
         )
     views = 1 if cache is None else cache.manifest.view.views_per_sample
     if views > 1:

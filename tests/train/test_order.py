@@ -149,16 +149,16 @@ def test_half_of_a_batch_has_labels_where_fewer_samples_have() -> None:
 
 def test_draws_of_a_partly_labelled_store(cache: Cache) -> None:
     dataset = CacheDataset(cache, part=Part(labels=2))
-    assert dataset.labels is not None
-    assert dataset.labels.sum() == 2
+    assert dataset.label_flags is not None
+    assert dataset.label_flags.sum() == 2
     draws = Draws(dataset, 3, labelled_share=0.5)
     labelled = [bool((draws[draw].label != 255).any()) for draw in range(12)]  # type: ignore[union-attr]
     assert labelled == [False, True] * 6
     assert sorted({draws.visit(draw) for draw in range(1, 8, 2)}) == sorted(
-        (record, epoch) for record in np.flatnonzero(dataset.labels) for epoch in (0, 1)
+        (record, epoch) for record in np.flatnonzero(dataset.label_flags) for epoch in (0, 1)
     )
-    assert CacheDataset(cache).labels is None
-    assert CacheDataset(cache, part=Part(labels=2), labelled_only=True).labels is None
+    assert CacheDataset(cache).label_flags is None
+    assert CacheDataset(cache, part=Part(labels=2), labelled_only=True).label_flags is None
 
 
 class Far(CacheDataset):
