@@ -132,5 +132,9 @@ ARMS = (
     Arm("dist, lr 0.006, one teacher", "one", "--method dist --lr 6e-3"),
     Arm("dist, lr 0.006, 4 views, cross-fitted", "crossed", "--method dist --augment replay --lr 6e-3"),
     Arm("kl, lr 0.006, 4 views, cross-fitted", "crossed", "--method kl --augment replay --lr 6e-3 --kl-weight 0.3"),
+    # A student with the capacity of its teacher.
+    *(Arm(f"{name}, 4 views, a student like its teacher", "views of one",
+          f"--model kdcache:base --method {name} --augment replay --lr 2e-3 --limit-views 4")
+      for name in ("none", "dist")),
     Arm("kl, cutmix", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --mix cutmix:0.5"),
 )  # fmt: skip

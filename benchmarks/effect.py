@@ -137,9 +137,9 @@ class Queue:
         self.side_by_side([lambda arm=arm, seed=seed: self.run("final", arm, seed) for arm, seed in jobs])
 
     def choose(self) -> tuple[Arm, Arm]:
-        """The stronger plain arm and the best other, on all labels, by the mean over the search's seeds."""
+        """The stronger plain arm and the best other, one student on all labels, by the mean over the search's seeds."""
         means = self.means("search").get(str(self.arguments.iterations), {})
-        means = {name: scores for name, scores in means.items() if "quarter" not in name}
+        means = {name: scores for name, scores in means.items() if "quarter" not in name and "like" not in name}
         arms = {arm.name: arm for arm in ARMS}
         ranked = sorted((arms[name] for name in means if name in arms), key=lambda arm: -means[arm.name])
         return next(arm for arm in ranked if arm.plain), next(arm for arm in ranked if not arm.plain)
