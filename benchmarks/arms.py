@@ -88,8 +88,8 @@ ARMS = (
     Arm("kl gate correct", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --gate correct"),
     Arm("kl trusted", "one", "--method kl --lr 4e-3 --kl-weight 0.3 --class-trust auto --trust-against {plain}"),
     Arm("kl from a larger rendering", "large", "--method kl --lr 4e-3 --kl-weight 0.3"),
-    Arm("at", "large", "--method at --lr 4e-3"),
-    Arm("sp", "large", "--method sp --lr 4e-3"),
+    Arm("at", "large", "--method at --lr 4e-3 --flip"),
+    Arm("sp", "large", "--method sp --lr 4e-3 --flip"),
     Arm("plain, a quarter of the labels", "one", "--method none --lr 4e-3 --limit-samples 0.25"),
     Arm("kl on all, a quarter of the labels", "ensemble", "--method kl --lr 4e-3 --kl-weight 0.3 --limit-labels 0.25"),
     Arm("kl on all, a quarter of the labels, drawn alike", "ensemble",
@@ -132,6 +132,11 @@ ARMS = (
     Arm("dist, lr 0.006, one teacher", "one", "--method dist --lr 6e-3"),
     Arm("dist, lr 0.006, 4 views, cross-fitted", "crossed", "--method dist --augment replay --lr 6e-3"),
     Arm("kl, lr 0.006, 4 views, cross-fitted", "crossed", "--method kl --augment replay --lr 6e-3 --kl-weight 0.3"),
+    # What all arms have in common.
+    *(Arm(f"{name}, lr 0.006, 4 views of one, {what}", "views of one",
+          f"--method {name} --augment replay --lr 6e-3 --limit-views 4 {flags}")
+      for what, flags in (("classes unweighted", "--class-weights none"), ("no warmup", "--warmup 0"))
+      for name in ("none", "dist")),
     # A student with the capacity of its teacher.
     *(Arm(f"{name}, 4 views, a student like its teacher", "views of one",
           f"--model kdcache:base --method {name} --augment replay --lr 2e-3 --limit-views 4")

@@ -49,6 +49,7 @@ ViewScale = Annotated[
     str | None,
     view_option(
         "--view-scale",
+        "--scale",
         metavar="LOW:HIGH",
         help="Zoom of the crops: 2 shows a quarter of the image, 0.5 all of it at half its size amid grey, which "
         "teaches nothing.",
@@ -56,7 +57,7 @@ ViewScale = Annotated[
 ]
 ViewFlip = Annotated[
     bool | None,
-    view_option("--view-flip/--no-view-flip", help="Mirror half of the crops.", show_default=False),
+    view_option("--view-flip/--no-view-flip", "--flip/--no-flip", help="Mirror half of the crops.", show_default=False),
 ]
 Statistics = Annotated[
     str,

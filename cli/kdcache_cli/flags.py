@@ -97,7 +97,14 @@ Augment = Annotated[
     ),
 ]
 Scale = Annotated[str, _view("--scale", metavar="MIN:MAX", help="Random zoom.")]
-Flip = Annotated[bool, _view("--flip/--no-flip", help="Random horizontal flip.")]
+Flip = Annotated[
+    bool | None,
+    _view(
+        "--flip/--no-flip",
+        help="Random horizontal flip: yes, except where warp would mirror stored features, which must be asked for.",
+        show_default=False,
+    ),
+]
 Jitter = Annotated[float, _view("--jitter", help="Strength of colour jitter; 0 is off.")]
 Mix = Annotated[
     str | None,

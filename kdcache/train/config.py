@@ -8,13 +8,11 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from kdcache.data import parse_fold
-from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, parse_method
 from kdcache.errors import RecipeError
 from kdcache.store.mirror import parse_bytes
+from kdcache.train.consistent import check_consistent
 from kdcache.train.loggers import parse_logs
-from kdcache.train.mix import Mix
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -134,7 +132,7 @@ class TrainConfig(BaseModel):
     # the pixels
     augment: Literal["auto", "warp", "replay", "none"] = "auto"
     scale: Range = (0.5, 2.0)
-    flip: bool = True
+    flip: bool | None = None
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.3
     mix: str | None = None
 
@@ -142,7 +140,7 @@ class TrainConfig(BaseModel):
     limit_samples: Positive | None = None
     limit_labels: Positive | None = None
     limit_views: Count | None = None
-    labelled_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    labelled_share: Annotated[float, Field(ge=0.001, le=0.999)] | None = None
     fold: str | None = None
     val_fold: str | None = None
 
@@ -176,46 +174,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale runs from small to large, got {self.scale[0]}:{self.scale[1]}")
-        self._check_terms()
-        if self.iterations is not None and self.epochs is not None:
-            raise ValueError("give iterations or epochs, not both")
-        if self.cache is None and self.data is None:
-            raise ValueError("nothing to train on: give data or cache")
-        if self.cache is None and self.teaches:
-            raise ValueError(f"method {self.method} learns from a store: give cache")
-        if self.accumulate > 1 and self.whole_batch:
-            names = ", ".join(self.whole_batch)
-            raise ValueError(
-                f"accumulate sees a part of a batch at a time, {names} compares all of it: leave one out; method kl can"
-            )
-        if self.schedule == "plateau" and self.val is None:
-            raise ValueError("schedule plateau watches validations: give val")
+        check_consistent(self)
         return self
-
-    def _check_terms(self) -> None:
-        """Raises: RecipeError, ValueError for terms, gates and parts that cannot be."""
-        parse_gate(self.gate)
-        for fold in (self.fold, self.val_fold):
-            if fold is not None:
-                parse_fold(fold)
-        kl = parse_method(self.method).kl and self.kl_weight > 0
-        if self.ce_weight == 0 and not kl and all(term.weight == 0 for term in self.terms):
-            raise ValueError("every loss weight is 0: nothing would be learnt")
-        if not self.teaches and (self.gate != "none" or self.class_trust or self.class_balance != "none"):
-            raise ValueError("gate, class-trust and class-balance weigh what a teacher says: method none has none")
-        if not self.teaches and self.distill_schedule != "constant":
-            raise ValueError("distill-schedule is of what a teacher says: method none has none")
-        if (self.class_trust == "auto") != (self.trust_against is not None):
-            raise ValueError("class-trust auto compares the teacher with a plain run: give both it and trust-against")
-        if self.mix is not None:
-            Mix(self.mix)
-            if self.terms:
-                names = ", ".join(term.kind for term in self.terms)
-                raise ValueError(
-                    f"mix pastes labels and logits, which {names} cannot follow: leave one of them out; method kl can"
-                )
 
     @property
     def wants_kl(self) -> bool:
@@ -270,10 +230,10 @@ def make_config(**settings: Any) -> TrainConfig:
         return TrainConfig(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "the flags"
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
         raise RecipeError(
             "every setting of a training must be within its range",
-            received=f"{flag}: {first['msg']}" + (f" (got {first['input']!r})" if first["loc"] else ""),
+            received=f"{flag}: {first['msg']} (got {first['input']!r})",
             remedy="see the flag's line in --help",
         ) from error
 

@@ -112,9 +112,10 @@ class DrawnDataset(Dataset[Sample], ABC):
         return sample
 
     def __getitem__(self, index: int) -> Sample:
-        # torch seeds its generator in every worker and epoch, so a DataLoader user gets fresh draws.
+        # torch seeds its generator in every worker and epoch, so a DataLoader user gets fresh draws. A DataLoader does
+        # not tell the epoch: the seed stands for it, so that any of a sample's views may come.
         seed = int(torch.randint(2**62, ()).item())
-        return self.draw(index, 0, np.random.default_rng(seed))
+        return self.draw(index, seed, np.random.default_rng(seed))
 
     def _roll(self, rng: np.random.Generator, out: Row) -> None:
         """Fill the dice, last of all: what else is drawn does not depend on them."""

@@ -18,6 +18,7 @@ from kdcache.store import Cache
 from kdcache.train.ahead import check_room
 from kdcache.train.cached import CacheDataset, choose_augment
 from kdcache.train.config import TrainConfig
+from kdcache.train.consistent import check_processes, check_replays, choose_flip
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.folder import check_folder, trained_on, write_beginning
@@ -57,6 +58,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
     """Check everything, then begin the run folder."""
     with world.together():
         world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
+        check_processes(config, world.size)
         check_loggers(config.log)
         device = pick_device(config.device, world)
         choose_step(config.step, device, world.size)
@@ -65,10 +67,14 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
             torch.set_num_threads(config.threads)
         cache = open_store(config)
         config = config.model_copy(update={"augment": choose_augment(config.augment, cache)})
+        check_replays(config)
+        config = config.model_copy(update={"flip": choose_flip(config)})
         dataset = open_dataset(config, cache)
         classes = dataset.classes
         shuffle = choose_shuffle(config.shuffle, dataset)
         share = choose_labelled_share(config.labelled_share, dataset.label_flags)
+        if config.labelled_share is not None and share is None:
+            observer.note("--labelled-share has nothing to share out: all samples have a label, or none")
         config = config.resolved(len(dataset), dataset.size, shuffle, share)
         if world.first:
             check_folder(config, run, resume, trained_on(dataset, cache))

@@ -28,7 +28,7 @@ from kdcache.train.schedule import Schedule, make_optimizer, strength
 from kdcache.train.state import RunState
 from kdcache.train.step import EagerStep, Step, set_random_state
 from kdcache.train.stop import Interrupted, stop_requests
-from kdcache.train.watch import Watch
+from kdcache.train.watch import Watch, looks
 from kdcache.train.ways import choose_step, make_step
 
 
@@ -173,7 +173,7 @@ class Trainer:
         if norms:
             self._write_line("gradients", step + 1, norms)
             self.observer.gradients(step + 1, norms)
-            for text in self._watch.lopsided(norms):
+            for text in self._watch.lopsided(step, norms):
                 self.observer.note(text)
         lr = self._schedule.lr
         self._schedule.after_step()
@@ -192,8 +192,7 @@ class Trainer:
 
     def _learn(self, step: int, batch: Sample) -> tuple[float, Tensor, dict[str, float] | None]:
         """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
-        every = self.config.gradients_every
-        measured = every > 0 and step % every == 0
+        measured = looks(step, self.config.gradients_every)
         try:
             prepared = self._prepare(batch)
             if self.criterion.strength is not None:

@@ -12,7 +12,14 @@ from kdcache.train.distributed import World
 LITTLE, MUCH = 0.01, 10.0
 """Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
 MUCH_AT_FIRST = 100.0
-"""Of the first look: before a student has learnt anything, `dist` at weight 1 is at 11, and later at 1 to 1.6."""
+"""Of the first step: before a student has learnt anything, `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
+SOON = 100
+"""The step of a second look, where norms have settled and little is lost yet."""
+
+
+def looks(step: int, every: int) -> bool:
+    """Whether gradient norms are measured at a step: the first, every so many, and soon after the first."""
+    return every > 0 and (step % every == 0 or step == SOON < every)
 
 
 class Watch:
@@ -29,7 +36,6 @@ class Watch:
         self._sample_ids = sample_ids
         self._unchecked: list[tuple[int, Tensor]] = []
         self._told = {"ce"}
-        self._looked = False
 
     def add(self, step: int, losses: Tensor) -> None:
         """Losses of a step, on their device, to be looked at later."""
@@ -58,14 +64,17 @@ class Watch:
         self._unchecked.clear()
         return list(rows[-1])
 
-    def lopsided(self, norms: dict[str, float]) -> Iterator[str]:
+    def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
         """What to tell, once, of terms that do next to nothing beside cross-entropy, or next to everything."""
-        ce, much = norms.get("ce", 0.0), MUCH if self._looked else MUCH_AT_FIRST
-        self._looked = True
+        ce = norms.get("ce", 0.0)
         for name, norm in norms.items():
             share = norm / ce if ce else 1.0
-            if LITTLE <= share <= much or name in self._told:
+            if LITTLE <= share <= MUCH or name in self._told:
+                continue
+            times = f"its gradient is {share:.2g} times that of cross-entropy"
+            if step == 0 and MUCH < share <= MUCH_AT_FIRST:
+                yield f"{name} is loud at the start: {times}; another look, once it has learnt a little, will say more"
                 continue
             self._told.add(name)
             verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
-            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy; change its weight"
+            yield f"{name} {verdict}: {times}; change its weight"

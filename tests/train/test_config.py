@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kdcache.errors import RecipeError
 from kdcache.train import TrainConfig, make_config, read_config
+from kdcache.train.consistent import check_processes, choose_flip
 
 BASE: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": "x.zarr", "val": "x"}
 NAN, INFINITY = float("nan"), float("inf")
@@ -102,19 +103,48 @@ def test_unknown_settings_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"iterations": 5, "epochs": 2}, "iterations or epochs"),
+        ({"iterations": 5, "epochs": 2}, "--iterations 5 and --epochs 2"),
         ({"ce_weight": 0, "method": "none"}, "every loss weight is 0"),
         ({"ce_weight": 0, "kl_weight": 0, "method": "kl"}, "every loss weight is 0"),
         ({"cache": None, "data": "x", "method": "kl"}, "cache"),
         ({"cache": None}, "data"),
-        ({"schedule": "plateau", "val": None}, "val"),
-        ({"method": "none", "distill_schedule": "fade"}, "distill-schedule"),
+        ({"schedule": "plateau", "val": None}, "--val"),
+        ({"val_fold": "0/5", "val": None}, "--val-fold 0/5 without --val"),
+        ({"method": "none", "distill_schedule": "fade"}, "--distill-schedule fade"),
+        ({"method": "none", "gate": "correct"}, "--gate correct with --method none"),
+        ({"method": "kl", "class_trust": "auto"}, "--trust-against left out"),
+        ({"method": "kl", "trust_against": "runs/plain"}, "--class-trust left out"),
+        ({"method": "dist", "accumulate": 2}, "--accumulate 2 with dist"),
+        ({"method": "kl+at", "mix": "cutmix"}, "--mix cutmix with at"),
+        ({"scale": (2.0, 0.5)}, "2.0:0.5"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError) as caught:
         make_config(**(BASE | changes))
-    assert named in caught.value.received
+    error = caught.value
+    assert named in error.received
+    assert "Value error" not in str(error)
+    assert "--help" not in error.remedy
+
+
+@pytest.mark.parametrize("kind", ["at", "sp", "hint", "cosine"])
+def test_warp_mirrors_stored_features_only_when_it_is_asked_to(kind: str) -> None:
+    config = make_config(**BASE, method=kind, augment="warp")
+    with pytest.raises(RecipeError, match="--no-flip"):
+        choose_flip(config)
+    assert choose_flip(config.model_copy(update={"flip": True}))
+    assert not choose_flip(config.model_copy(update={"flip": False}))
+    for free in ({"augment": "replay"}, {"augment": "none"}, {"method": "kl"}, {"method": "dist+dkd+pseudo"}):
+        assert choose_flip(config.model_copy(update=free))
+
+
+def test_what_one_process_alone_can_compute() -> None:
+    config = make_config(**BASE, term=["pseudo,quantile=0.5"])
+    check_processes(config, 1)
+    check_processes(make_config(**BASE, term=["pseudo,threshold=0.5"]), 2)
+    with pytest.raises(RecipeError, match="2 processes"):
+        check_processes(config, 2)
 
 
 floats = st.floats(1e-9, 1e6)

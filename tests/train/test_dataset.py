@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from kdcache.data import IGNORE_INDEX, OUTSIDE_RGB, Augmentation, open_split, write_scenes
 from kdcache.distill import DistillLoss
@@ -24,6 +24,7 @@ from kdcache.errors import KDCacheError, MismatchError, RecipeError
 from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.store import Cache, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, Sample
+from kdcache.train.records import PIXEL_PATHS
 from kdcache_kernels import PackedTarget, target_argmax_confidence
 
 COLOURS = np.array([(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 20)], np.uint8)
@@ -281,6 +282,18 @@ def test_items_follow_torch_s_generator(cache: Cache) -> None:
     first, again = items(), items()
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0].pixels, first[1].pixels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataloader_s_user_meets_every_view(workers: int, make_cache: Callable) -> None:
+    cache = open_cache(make_cache(views=3))
+    dataset = CacheDataset(cache, augmentation=Augmentation.off())
+    views = [cache.read(record, PIXEL_PATHS)[PIXEL_PATHS[0]].tobytes() for record in range(3 * len(dataset))]
+    assert len(set(views)) == len(views)
+    torch.manual_seed(5)
+    loader = DataLoader(dataset, batch_size=2, shuffle=True, num_workers=workers)
+    met = {image.numpy().tobytes() for _ in range(20) for pixels, *_ in loader for image in pixels}
+    assert met == set(views)
 
 
 def test_items_own_their_memory(cache: Cache) -> None:

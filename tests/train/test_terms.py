@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.train import Observer, make_config, train
 from kdcache.train.config import read_config
+from kdcache.train.distributed import World
+from kdcache.train.watch import Watch, looks
 
 Read = Callable[..., list[dict[str, Any]]]
 TAPS = ("stage2", "head")
@@ -26,7 +28,14 @@ def rich(make_cache: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def rich_student(rich: Path, student: dict[str, Any]) -> dict[str, Any]:
-    return student | {"cache": str(rich), "val": None, "iterations": 4, "val_every": 2, "gradients_every": 2}
+    return student | {
+        "cache": str(rich),
+        "val": None,
+        "flip": True,
+        "iterations": 4,
+        "val_every": 2,
+        "gradients_every": 2,
+    }
 
 
 class Notes(Observer):
@@ -106,6 +115,32 @@ def test_weights_that_do_nothing_or_everything_are_told_once(rich_student: dict[
     assert sum("dkd drowns the labels" in text for text in notes.texts) == 1
 
 
+def test_ten_times_the_labels_is_told_and_judged_after_a_second_look() -> None:
+    watch = Watch(["loss"], World(), lambda step: [])
+    norms = {"ce": 2.0, "dist": 50.0, "kl": 19.0, "at": 0.1, "cwd": 300.0}
+    first = list(watch.lopsided(0, norms))
+    assert [text.split(":")[0] for text in first] == ["dist is loud at the start", "cwd drowns the labels"]
+    assert "25 times" in first[0]
+    second = list(watch.lopsided(100, norms | {"kl": 21.0, "at": 0.01}))
+    assert [text.split(":")[0] for text in second] == [
+        "dist drowns the labels",
+        "kl drowns the labels",
+        "at hardly does anything",
+    ]
+    assert list(watch.lopsided(500, norms)) == []
+
+
+@pytest.mark.parametrize(("every", "steps"), [(500, [0, 100, 500]), (7, [0, 7, 14]), (0, []), (1000, [0, 100, 1000])])
+def test_norms_are_looked_at_again_soon(every: int, steps: list[int]) -> None:
+    assert [step for step in range(1001) if looks(step, every)][: len(steps)] == steps
+
+
+def test_what_would_do_nothing_is_told_or_refused(rich_student: dict[str, Any], tmp_path: Path) -> None:
+    notes = Notes()
+    go(rich_student | {"method": "kl", "labelled_share": 0.5}, tmp_path / "run", observer=notes)
+    assert any("--labelled-share has nothing to share out" in text for text in notes.texts)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -118,6 +153,8 @@ def test_weights_that_do_nothing_or_everything_are_told_once(rich_student: dict[
         ({"method": "none", "gate": "correct"}, "gate"),
         ({"method": "kl", "class_trust": "auto"}, "trust-against"),
         ({"method": "kl", "limit_samples": 7}, "--limit-samples"),
+        ({"method": "kl", "limit_views": 1, "augment": "warp"}, "--limit-views 1 with --augment warp"),
+        ({"method": "hint", "augment": "warp", "flip": None}, "--no-flip"),
         ({"method": "kl", "fold": "0/9"}, "fold"),
     ],
 )
