@@ -114,6 +114,7 @@ ARMS = (
         "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2 --data {data}"),
     Arm("plain lr 0.006, 4 views", "views of one", "--method none --augment replay --lr 6e-3 --limit-views 4"),
     Arm("dist, lr 0.006, 4 views of one", "views of one", "--method dist --augment replay --lr 6e-3 --limit-views 4"),
+    Arm("dist, lr 0.006, 16 views of one", "views of one", "--method dist --augment replay --lr 6e-3"),
     Arm("dist w 3, lr 0.006, scale 1:2", "ensemble", "--method none --term dist,weight=3 --lr 6e-3 --scale 1:2"),
     Arm("dist w 3, 16 views of two, a quarter of the labels", "views of two",
         "--method none --term dist,weight=3 --augment replay --lr 6e-3 --limit-labels 0.25"),

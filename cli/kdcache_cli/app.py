@@ -13,6 +13,7 @@ from kdcache.errors import KDCacheError
 from kdcache_cli import (
     bench,
     bench_loader,
+    building,
     cache,
     compare,
     data,
@@ -67,12 +68,14 @@ def _options(
 app.add_typer(data.app, name="data", rich_help_panel="Look")
 app.command("models", rich_help_panel="Look")(models.models)
 app.command("train-teacher", rich_help_panel="Work")(train.train_teacher)
-app.command("plan", rich_help_panel="Work")(plan.plan)
-app.command("build-teacher-cache", rich_help_panel="Work")(cache.build_teacher_cache)
+app.command("plan", context_settings=building.ALSO_SHORTER, rich_help_panel="Work")(plan.plan)
+app.command("build-teacher-cache", context_settings=building.ALSO_SHORTER, rich_help_panel="Work")(
+    cache.build_teacher_cache
+)
 app.command("train-student", rich_help_panel="Work")(train.train_student)
 app.command("sweep", rich_help_panel="Work")(sweep.sweep)
 app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
-app.command("extend", rich_help_panel="Work")(extend.extend)
+app.command("extend", context_settings=building.ALSO_SHORTER, rich_help_panel="Work")(extend.extend)
 app.command("copy", rich_help_panel="Work")(store.copy)
 app.command("export-pseudo-labels", rich_help_panel="Work")(pseudo.export_pseudo_labels)
 app.command("compare", rich_help_panel="Look")(compare.compare)

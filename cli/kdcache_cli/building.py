@@ -20,6 +20,9 @@ _Option = typer.Option
 teacher_option = partial(typer.Option, rich_help_panel="What the teacher looks at")
 view_option = partial(typer.Option, rich_help_panel="Views of an image")
 store_option = partial(typer.Option, rich_help_panel="What is stored")
+SHORTER = {"scale": "view-scale", "flip": "view-flip", "no-flip": "no-view-flip"}
+"""What options of views are also called: at training, these names are of what is drawn there."""
+ALSO_SHORTER = {"token_normalize_func": lambda token: SHORTER.get(token, token)}
 Teachers = Annotated[
     list[str],
     _Option(
@@ -49,7 +52,6 @@ ViewScale = Annotated[
     str | None,
     view_option(
         "--view-scale",
-        "--scale",
         metavar="LOW:HIGH",
         help="Zoom of the crops: 2 shows a quarter of the image, 0.5 all of it at half its size amid grey, which "
         "teaches nothing.",
@@ -57,7 +59,7 @@ ViewScale = Annotated[
 ]
 ViewFlip = Annotated[
     bool | None,
-    view_option("--view-flip/--no-view-flip", "--flip/--no-flip", help="Mirror half of the crops.", show_default=False),
+    view_option("--view-flip/--no-view-flip", help="Mirror half of the crops.", show_default=False),
 ]
 Statistics = Annotated[
     str,

@@ -46,7 +46,12 @@ KlWeight = Annotated[
 ]
 CeWeight = Annotated[float, _loss("--ce-weight", help="Weight of the cross-entropy.")]
 ClassWeights = Annotated[
-    str, _loss("--class-weights", help="Of the cross-entropy: none, median (median frequency) or sqrt of that.")
+    str,
+    _loss(
+        "--class-weights",
+        help="Of the cross-entropy: median (median frequency), the milder sqrt of that, or none. Unweighted, rare "
+        "classes are learnt late.",
+    ),
 ]
 Impl = Annotated[
     str,

@@ -14,7 +14,7 @@ Everything wrong with a user's data is a `DataError`; wrong arguments of a calle
 
 from kdcache.data.augment import Augmentation, colour_jitter, draw_view, draw_window, id_hash, inside_rectangle
 from kdcache.data.check import CheckReport, SplitReport, check, class_weights
-from kdcache.data.folds import check_folds, fold_alone, folds_of, parse_fold
+from kdcache.data.folds import check_fold_labels, check_folds, fold_alone, folds_of, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
 from kdcache.data.prefetch import prefetch
@@ -32,6 +32,7 @@ __all__ = [
     "SplitReport",
     "Window",
     "check",
+    "check_fold_labels",
     "check_folds",
     "class_weights",
     "colour_jitter",

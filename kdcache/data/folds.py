@@ -8,7 +8,7 @@ folds, teach that fold. Frames of one video are scattered over the folds, so the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -60,18 +60,32 @@ def check_folds(split: Split, folds: int) -> None:
     """
     fold_of = folds_of(split.ids, folds)
     labelled = [index for index in range(len(split)) if split.has_label(index)]
-    counts = np.zeros((folds, 256), np.int64)
-    for index, label in zip(labelled, prefetch(split.label, labelled, threads=2, ahead=8), strict=True):
-        if label is not None:
-            counts[fold_of[index]] += np.bincount(label.reshape(-1), minlength=256)
-    counts = counts[:, : len(split.classes)]
-    alone = [
-        f"{split.classes.names[c]} is in fold {fold} alone"
-        for fold, c in np.argwhere((counts == counts.sum(0)) & (counts > 0))
-    ]
+    labels = prefetch(split.label, labelled, threads=2, ahead=8)
+    check_fold_labels([zip(fold_of[labelled].tolist(), labels, strict=True)], folds, split.classes.names)
+
+
+def check_fold_labels(
+    rounds: Iterable[Iterable[tuple[int, Pixels | None]]], folds: int, class_names: Sequence[str]
+) -> None:
+    """`check_folds` of labels from elsewhere.
+
+    Args:
+        rounds: of (fold, label); a further one is read only where those before it would be refused.
+    Raises: RecipeError.
+    """
+    counts, alone = np.zeros((folds, 256), np.int64), list[str]()
+    for labels in rounds:
+        for fold, label in labels:
+            if label is not None:
+                counts[fold] += np.bincount(label.reshape(-1), minlength=256)
+        of_class = counts[:, : len(class_names)]
+        found = np.argwhere((of_class == of_class.sum(0)) & (of_class > 0)).tolist()
+        alone = [f"{class_names[c]} is in fold {fold} alone" for fold, c in found]
+        if not alone:
+            return
     if alone:
         raise RecipeError(
-            "every class has labelled pixels outside of each fold, or the teacher of a fold could not know it",
+            "every class has labelled pixels outside of each fold, or nobody trained without it could know it",
             received="; ".join(alone[:5]) + f" of {folds}" + (f", and {len(alone) - 5} more" if len(alone) > 5 else ""),
             remedy="use another number of folds, or label more images of the class",
         )
@@ -100,6 +114,14 @@ class SplitPart(Split):
 
     def content_digests(self, index: int) -> tuple[str, str | None]:
         return self._whole.content_digests(self._numbers[index])
+
+
+class Excerpt(SplitPart):
+    """Some of the samples, to tell by them what all of them will take: each stays in its fold of the whole split."""
+
+    def folds(self, folds: int) -> npt.NDArray[np.int64]:
+        """The fold of every sample, (N,). Raises RecipeError as `folds_of`, of the whole split."""
+        return folds_of(self._whole.ids, folds)[self._numbers]
 
 
 def _key(sample: str) -> bytes:

@@ -6,9 +6,9 @@
 | `confidence:X` | 1 where its highest probability is at least X | |
 | class weights | that of the teacher's best class: how far it is trusted, how rare it is | (C,) numbers |
 
-They are multiplied. The denominators of the terms stay those of all pixels: a gate takes away, it does not make what is
-left louder. Sources: confidence as in FixMatch (Sohn 2020, arXiv 2001.07685); `correct` drops what is known to be
-wrong.
+They are multiplied. The denominators of the terms stay those of all counted pixels: a gate takes away, it does not
+make what is left louder. Sources: confidence as in FixMatch (Sohn 2020, arXiv 2001.07685); `correct` drops what is
+known to be wrong.
 """
 
 import math

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from kdcache.distill.gate import Gate
 from kdcache.distill.target import INSIDE, Target, TargetFormat, neighbours
 from kdcache_kernels import distill_denominators, distill_loss
-from kdcache_kernels.window import ViewPositions, view_positions
 
 if TYPE_CHECKING:
     from kdcache.distill.terms import Term, TermBatch
@@ -211,23 +210,15 @@ class DistillLoss(nn.Module):
         from kdcache.distill.terms import TermBatch
 
         assert labels is not None
-        size = (labels.shape[1], labels.shape[2])
-        weight = None if target is None else self._pixel_weight(target, labels, size)
-        shown = None if target is None else self._shown(target, size)
-        if shown is not None:
-            weight = shown.float() if weight is None else weight * shown
-        if not self.distill_void:
-            kept = (labels != self.ignore_index).float()
-            weight = kept if weight is None else weight * kept
-        extras = {} if target is None else target.extras
         return TermBatch(
             logits=logits,
             features=features or {},
             labels=labels,
             target=target,
-            stored=extras,
-            pixel_weight=weight,
-            size=size,
+            stored={} if target is None else target.extras,
+            pixel_weight=None if target is None else self._pixel_weight(target, labels),
+            size=size_of(labels),
+            counted=self._counted(target, labels),
         )
 
     def _fused(
@@ -244,8 +235,8 @@ class DistillLoss(nn.Module):
             return self._call(logits, labels, teaching, None, None, ce_weight, kl_weight)
         # A pasted pixel's target is the neighbour's: two calls, each of which counts its part of the pixels.
         other = None if own is None else teaching.map(neighbours)
-        counted = self._counted(teaching, labels, own)
-        rest = None if own is None or other is None else self._counted(other, labels, ~own)
+        counted = self._counted_by_kl(teaching, labels, own)
+        rest = None if own is None or other is None else self._counted_by_kl(other, labels, ~own)
         count = counted.sum(dtype=torch.float32) + (0 if rest is None else rest.sum(dtype=torch.float32))
         if self.average is not None:
             count = self.average(count)
@@ -283,7 +274,7 @@ class DistillLoss(nn.Module):
             return nothing, nothing, nothing
         weight = None
         if target is not None and labels is not None:
-            weight = self._pixel_weight(target, labels, (labels.shape[1], labels.shape[2]))
+            weight = self._pixel_weight(target, labels)
         if counted is not None:
             weight = counted.float() if weight is None else weight * counted
         return distill_loss(
@@ -301,31 +292,29 @@ class DistillLoss(nn.Module):
             **shared,
         )
 
-    def _pixel_weight(self, target: Target, labels: Tensor, size: tuple[int, int]) -> Tensor | None:
+    def _pixel_weight(self, target: Target, labels: Tensor) -> Tensor | None:
         if self.targets is None or self.gate.open or not target.present():
             return None
-        weight: Tensor | None = self.gate(target, self.targets, labels, size, impl=self.impl)
+        weight: Tensor | None = self.gate(target, self.targets, labels, size_of(labels), impl=self.impl)
         return weight
 
-    def _counted(self, target: Target, labels: Tensor, own_BHW: Tensor | None) -> Tensor:
+    def _counted_by_kl(self, target: Target, labels: Tensor, own_BHW: Tensor | None) -> Tensor:
         """Which pixels (B, H, W) of a part of the batch the KL counts."""
-        size = (labels.shape[1], labels.shape[2])
-        counted_BHW = self._positions(target, size).inside()
-        shown_BHW = self._shown(target, size)
-        for mask_BHW in (own_BHW, shown_BHW, None if self.distill_void else labels != self.ignore_index):
-            if mask_BHW is not None:
-                counted_BHW = counted_BHW & mask_BHW
-        return counted_BHW
-
-    def _shown(self, target: Target, size: tuple[int, int]) -> Tensor | None:
-        """Which pixels show the image, where a view may reach beyond it."""
-        if INSIDE not in target.extras:
-            return None
-        at = self._positions(target, size)
-        y0_B1, x0_B1, y1_B1, x1_B1 = target.extras[INSIDE].mT[..., None].unbind()
-        rows_BH, columns_BW = (at.y >= y0_B1) & (at.y < y1_B1), (at.x >= x0_B1) & (at.x < x1_B1)
-        return rows_BH[:, :, None] & columns_BW[:, None, :]
-
-    def _positions(self, target: Target, size: tuple[int, int]) -> ViewPositions:
         assert self.targets is not None
-        return view_positions(target.window, target.flip, self.targets.view_size, size, target.window.device)
+        inside_BHW, counted_BHW = target.inside(self.targets, size_of(labels)), self._counted(target, labels, own_BHW)
+        return inside_BHW if counted_BHW is None else inside_BHW & counted_BHW
+
+    def _counted(self, target: Target | None, labels: Tensor, own_BHW: Tensor | None = None) -> Tensor | None:
+        """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
+        shown_BHW = None if target is None or self.targets is None else target.shown(self.targets, size_of(labels))
+        labelled_BHW = None if self.distill_void else labels != self.ignore_index
+        counted: Tensor | None = None
+        for mask_BHW in (own_BHW, shown_BHW, labelled_BHW):
+            if mask_BHW is not None:
+                counted = mask_BHW if counted is None else counted & mask_BHW
+        return counted
+
+
+def size_of(labels_BHW: Tensor) -> tuple[int, int]:
+    """(H, W) of a batch of labels."""
+    return labels_BHW.shape[1], labels_BHW.shape[2]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdcache_kernels import PackedTarget, target_argmax_confidence
+from kdcache_kernels.window import ViewPositions, view_positions
 
 INSIDE = "inside"
 """Of the extras: (B, 4) float64 edges, in pixels of the view, of what shows the image; the rest is grey."""
@@ -71,6 +72,22 @@ class Target(NamedTuple):
     def said(self, form: TargetFormat, size: tuple[int, int], *, impl: str = "auto") -> tuple[Tensor, Tensor]:
         """The teacher's best class and its probability (B, H, W), as the student's image of `size` shows them."""
         return target_argmax_confidence(self.packed(form), size, self.window, self.flip, impl=impl)
+
+    def inside(self, form: TargetFormat, size: tuple[int, int]) -> Tensor:
+        """Which pixels (B, H, W) of the student's image lie in the view."""
+        return self._positions(form, size).inside()
+
+    def shown(self, form: TargetFormat, size: tuple[int, int]) -> Tensor | None:
+        """Which pixels (B, H, W) show the image, where a view may reach beyond it; None is all."""
+        if INSIDE not in self.extras:
+            return None
+        at = self._positions(form, size)
+        y0_B1, x0_B1, y1_B1, x1_B1 = self.extras[INSIDE].mT[..., None].unbind()
+        rows_BH, columns_BW = (at.y >= y0_B1) & (at.y < y1_B1), (at.x >= x0_B1) & (at.x < x1_B1)
+        return rows_BH[:, :, None] & columns_BW[:, None, :]
+
+    def _positions(self, form: TargetFormat, size: tuple[int, int]) -> ViewPositions:
+        return view_positions(self.window, self.flip, form.view_size, size, self.window.device)
 
 
 class Change(Protocol):

@@ -157,6 +157,28 @@ class Member(Part):
     share: Share
 
 
+class Training(Part):
+    """The training of a teacher that is a run on a data set.
+
+    Attributes:
+        ids_digest: of its samples and classes, as `Dataset` has that of the store's own.
+        fold: (i, K) left out fold i of K; None left out none.
+    """
+
+    ids_digest: str
+    fold: tuple[Count, Count] | None = None
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_them(self) -> "Training":
+        if self.fold is not None and not self.fold[0] < self.fold[1] >= 2:
+            raise ValueError(f"there is no fold {self.fold[0]} of {self.fold[1]}")
+        return self
+
+    def left_out(self, fold: int, folds: int) -> bool:
+        """Whether all of fold `fold` of `folds` of its samples was left out: a K-th is made of whole 2K-ths."""
+        return self.fold is not None and folds % self.fold[1] == 0 and fold % self.fold[1] == self.fold[0]
+
+
 class Augmented(Part):
     """Test-time augmentation: the teacher's word is the mean over these renderings of a view."""
 
@@ -170,6 +192,8 @@ class Fingerprint(Part):
     Attributes:
         members: of an ensemble, whose probabilities are averaged; `weights` is then the digest of all together.
         folds: the members do not speak together: each spoke of the samples of one fold, which it had not seen.
+        trainings: of each member, or of the one teacher; None where that is not known. Empty in stores that were begun
+            before it was asked. It is no part of who the teacher is.
     """
 
     spec: str
@@ -181,12 +205,19 @@ class Fingerprint(Part):
     members: Annotated[tuple[Member, ...], Field(max_length=255)] = ()
     tta: Augmented | None = None
     folds: Annotated[int, Field(ge=2, le=255)] | None = None
+    trainings: Annotated[tuple[Training | None, ...], Field(max_length=255)] = ()
     probe: tuple[float, ...]
 
     @model_validator(mode="after")
     def _one_member_per_fold(self) -> "Fingerprint":
         if self.folds is not None and self.folds != len(self.members):
             raise ValueError(f"{self.folds} folds of {len(self.members)} members")
+        return self
+
+    @model_validator(mode="after")
+    def _one_training_per_teacher(self) -> "Fingerprint":
+        if self.trainings and len(self.trainings) != max(1, len(self.members)):
+            raise ValueError(f"{len(self.trainings)} trainings of {max(1, len(self.members))} teachers")
         return self
 
     def differences(self, other: "Fingerprint") -> list[str]:

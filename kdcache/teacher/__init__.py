@@ -1,6 +1,7 @@
 """The teacher's one pass: where it comes from, what it will write, the build, and checks against it.
 
     source.py            a run, SPEC@FILE, SPEC@default; class maps
+    training.py          what a run says of its training
     several.py           ensembles, augmentation at test time, a teacher per fold
     forward.py           one way to run it
     fingerprint.py       what identifies it

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kdcache.data import Split
-from kdcache.data.folds import SplitPart
+from kdcache.data.folds import Excerpt
 from kdcache.store import Cache, Codec, open_cache, open_writer, round_targets, summarise
 from kdcache.teacher.build import build_cache
 from kdcache.teacher.forward import teach
@@ -106,7 +106,7 @@ class Trial:
         )
 
     def _part(self, samples: int) -> Split:
-        return SplitPart(self._split, np.linspace(0, len(self._split) - 1, samples).round().astype(int).tolist())
+        return Excerpt(self._split, np.linspace(0, len(self._split) - 1, samples).round().astype(int).tolist())
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
         """A store of evenly spread samples in one shard or more, and how long its pass took."""

@@ -1,18 +1,16 @@
 """Several teachers as one: an ensemble that speaks together, or one teacher per fold that has not seen it."""
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kdcache.data import ClassList, Split, check_folds, folds_of, parse_fold
+from kdcache.data.folds import Excerpt
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.models import EnsembleModel, Tta
 from kdcache.models.run import read_run_model
 from kdcache.store import Fingerprint
 from kdcache.teacher.source import RGB, Teacher, load_teacher
-
-_RECIPE = "recipe.toml"
+from kdcache.teacher.training import read_settings
 
 
 def load_teachers(
@@ -46,6 +44,7 @@ def load_teachers(
         loaded[0].class_map,
         tuple(dict.fromkeys(note for teacher in loaded for note in teacher.notes)),
         folds,
+        tuple(training for teacher in loaded for training in teacher.trainings),
     )
 
 
@@ -91,7 +90,7 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
     folds = len(origins)
     check_folds(split, folds)
     for fold, origin in enumerate(origins):
-        said = _recipe(origin).get("fold")
+        said = read_settings(origin).get("fold")
         if said is None or parse_fold(str(said)) != (fold, folds):
             raise MismatchError(
                 "the teacher of a fold was trained without it: --teacher number I, from 0, of K with --fold I/K",
@@ -109,7 +108,11 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
     """Which teacher speaks of every sample of a split; None when all speak together."""
-    return None if teacher.folds is None else folds_of(split.ids, teacher.folds).tolist()
+    if teacher.folds is None:
+        return None
+    found = split.folds(teacher.folds) if isinstance(split, Excerpt) else folds_of(split.ids, teacher.folds)
+    numbers: list[int] = found.tolist()
+    return numbers
 
 
 def _check_counts(origins: Sequence[str], weights: Sequence[float] | None, folds: int | None) -> None:
@@ -127,17 +130,3 @@ def _check_counts(origins: Sequence[str], weights: Sequence[float] | None, folds
             received=f"--folds {folds} and --teacher-weights {','.join(f'{weight:g}' for weight in weights)}",
             remedy="leave out --teacher-weights",
         )
-
-
-def _recipe(origin: str) -> dict[str, Any]:
-    """Settings of a run. Raises RecipeError for what is none."""
-    read_run_model(Path(origin))
-    path = Path(origin) / _RECIPE
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            "the teacher of a fold is a run, whose recipe says which fold it left out",
-            received=f"{path}: {str(error).splitlines()[0]}",
-            remedy="give the --out of train-teacher --fold I/K",
-        ) from error

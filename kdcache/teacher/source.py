@@ -8,6 +8,8 @@ from kdcache.data import ClassList
 from kdcache.errors import MismatchError, ModelError
 from kdcache.models import ClassMapped, EnsembleModel, SegmentationModel, build_model, read_class_map
 from kdcache.models.run import load_run, split_spec
+from kdcache.store.parts import Training
+from kdcache.teacher.training import training_of
 
 RGB = tuple[float, float, float]
 
@@ -22,6 +24,7 @@ class Teacher:
         class_map: data class of each of its own classes (-1 dropped), when it was mapped.
         notes: what a user should know, such as auxiliary heads that were left out.
         folds: how many folds the members of an ensemble have divided among them, when they do not speak together.
+        trainings: of each member, or of the one model, as far as it is a run that says so; empty when nobody asked.
     """
 
     model: SegmentationModel
@@ -30,6 +33,7 @@ class Teacher:
     class_map: tuple[int, ...] | None = None
     notes: tuple[str, ...] = field(default=())
     folds: int | None = None
+    trainings: tuple[Training | None, ...] = ()
 
     def speaker(self, fold: int | None) -> SegmentationModel:
         """Who speaks of the samples of a fold; None: all together, which is whom a fingerprint is of."""
@@ -56,7 +60,7 @@ def load_teacher(
         mean, std: of RGB in 0..1; default the model's own.
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
-    size, names, notes = None, None, list[str]()
+    size, names, notes, training = None, None, list[str](), None
     if (weighted := split_spec(origin)) is not None:
         spec, weights = weighted
         model = build_model(spec, None, weights=weights, mean=mean, std=std)
@@ -65,7 +69,7 @@ def load_teacher(
             notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
     else:
         model, about = load_run(origin)
-        size, names = about.size, about.class_names
+        size, names, training = about.size, about.class_names, training_of(origin)
         model.mean, model.std = mean or model.mean, std or model.std
     mapped = None
     if class_map is not None:
@@ -73,7 +77,7 @@ def load_teacher(
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
     else:
         _check_classes(origin, model.num_classes, names, classes)
-    return Teacher(model.eval(), origin, size, mapped, tuple(notes))
+    return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=(training,))
 
 
 def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:

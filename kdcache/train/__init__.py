@@ -1,11 +1,13 @@
 """Training: one trainer for teachers and students.
 
     config.py        the settings (= the flags, = recipe.toml)
+    consistent.py    settings that do not go together
     start.py         from settings to a run
     folder.py        the folder of a run, before its first step
     sources.py       what is drawn from, and what validates
     part.py          fewer samples, fewer labels, without a fold
     trust.py         how far the teacher is trusted, class by class
+    held_out.py      whether that is measured on what the teacher has not seen
     objective.py     the loss that the settings ask for
 
     sample.py        one item, and a batch of them

@@ -110,7 +110,7 @@ class TrainConfig(BaseModel):
     class_trust: str | None = None
     trust_against: str | None = None
     class_balance: Literal["none", "median", "sqrt"] = "none"
-    class_weights: Literal["none", "median", "sqrt"] = "none"
+    class_weights: Literal["none", "median", "sqrt"] = "sqrt"
 
     # the optimization
     iterations: Count | None = None

@@ -21,11 +21,10 @@ def check_consistent(config: "TrainConfig") -> None:
     _check_whole_batch(config)
 
 
-def choose_flip(config: "TrainConfig") -> bool:
-    """Whether pixels are mirrored; yes where nothing is said.
+def check_flip(config: "TrainConfig") -> None:
+    """Pixels are mirrored where nothing is said; stored features only for who asks.
 
-    Features of a mirrored image are not the mirrored features, of transformers least of all, while what a teacher
-    stored of a view is right as it was seen: warping features with a flip is for who asks.
+    Features of a mirrored image are not the mirrored features, of transformers least of all.
 
     Args:
         config: whose augment is chosen.
@@ -38,7 +37,6 @@ def choose_flip(config: "TrainConfig") -> bool:
             received=f"{', '.join(stored)} with --augment warp and nothing about --flip",
             remedy="use --no-flip; or --flip, for a convolutional teacher that hardly minds; or replay stored --views",
         )
-    return config.flip is not False
 
 
 def check_replays(config: "TrainConfig") -> None:

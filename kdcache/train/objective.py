@@ -135,7 +135,7 @@ def _trust(
     names = cache.manifest.dataset.class_names
     if config.class_trust == "auto":
         assert config.trust_against is not None
-        trust = trust_from_run(cache, dataset.split, config.trust_against, device)
+        trust = trust_from_run(cache, dataset.split, config.trust_against, device, note)
     else:
         assert config.class_trust is not None
         trust = read_trust(config.class_trust, names)
@@ -146,7 +146,7 @@ def _trust(
 
 
 def _class_weight(config: TrainConfig, dataset: DrawnDataset) -> Tensor | None:
-    if config.class_weights == "none":
+    if config.class_weights == "none" or config.ce_weight == 0:
         return None
     if isinstance(dataset, CacheDataset):
         labelled, split = dataset.labelled, dataset.split

@@ -1,6 +1,19 @@
 """What a training draws from: a store, or a data folder; and what it is validated on."""
 
-from kdcache.data import Augmentation, ClassList, Split, check_folds, fold_alone, open_split, parse_fold
+from collections.abc import Iterator, Sequence
+
+from kdcache.data import (
+    Augmentation,
+    ClassList,
+    Split,
+    check_fold_labels,
+    check_folds,
+    fold_alone,
+    folds_of,
+    open_split,
+    parse_fold,
+    prefetch,
+)
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.store import Cache, open_cache
 from kdcache.train.cached import CacheDataset
@@ -8,6 +21,7 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.dataset import DrawnDataset, LabelledDataset
 from kdcache.train.mix import Mix
 from kdcache.train.part import Part
+from kdcache.train.sample import Array
 
 
 def open_store(config: TrainConfig) -> Cache | None:
@@ -58,7 +72,7 @@ def _part(config: TrainConfig) -> Part:
 def _augmentation(config: TrainConfig) -> Augmentation:
     if config.augment == "none":
         return Augmentation.off()
-    return Augmentation(scale=config.scale, flip=config.flip, jitter=config.jitter)
+    return Augmentation(scale=config.scale, flip=config.flip is not False, jitter=config.jitter)
 
 
 def _of_folder(config: TrainConfig) -> LabelledDataset:
@@ -83,12 +97,13 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
 
 
 def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
+    split = source_split(config, cache)
     dataset = CacheDataset(
         cache,
         augment=config.augment,
         size=config.size,
         targets=config.teaches,
-        split=source_split(config, cache),
+        split=split,
         augmentation=_augmentation(config),
         part=_part(config),
         labelled_only=not config.teaches or config.distill_on == "labelled",
@@ -99,4 +114,33 @@ def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
             received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label",
             remedy="use --method kl with --distill-on all, which learns from targets alone",
         )
+    if config.fold is not None:
+        folds = parse_fold(config.fold)[1]
+        if split is None:
+            check_fold_labels(_labels_of_folds(cache, folds), folds, dataset.classes.names)
+        else:
+            check_folds(split, folds)
     return dataset
+
+
+def _labels_of_folds(cache: Cache, folds: int) -> Iterator[Iterator[tuple[int, Array]]]:
+    """The labels that a store keeps, with the fold of each.
+
+    A first view that is whole has what there is, but for pixels that its size loses: the drawn ones, which may show
+    them, come in a second round. Of crops all come at once: what the first ones miss is chance.
+    """
+    fold_of = folds_of(cache.ids, folds).tolist()
+    labelled, view = cache.column("labelled"), cache.manifest.view
+
+    def labels(views: Sequence[int]) -> Iterator[tuple[int, Array]]:
+        numbers = [(number, cache.manifest.record(number, v)) for number in range(len(fold_of)) for v in views]
+        numbers = [(number, record) for number, record in numbers if labelled[record]]
+        path = "labels/segmentation"
+        rows = prefetch(lambda item: cache.read(item[1], [path])[path], numbers, threads=2, ahead=8)
+        return zip((fold_of[number] for number, _ in numbers), rows, strict=True)
+
+    views = range(view.views_per_sample)
+    first = len(views) if view.kind == "crop" else 1
+    yield labels(views[:first])
+    if views[first:]:
+        yield labels(views[first:])

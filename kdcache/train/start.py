@@ -18,7 +18,7 @@ from kdcache.store import Cache
 from kdcache.train.ahead import check_room
 from kdcache.train.cached import CacheDataset, choose_augment
 from kdcache.train.config import TrainConfig
-from kdcache.train.consistent import check_processes, check_replays, choose_flip
+from kdcache.train.consistent import check_flip, check_processes, check_replays
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.folder import check_folder, trained_on, write_beginning
@@ -68,7 +68,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         cache = open_store(config)
         config = config.model_copy(update={"augment": choose_augment(config.augment, cache)})
         check_replays(config)
-        config = config.model_copy(update={"flip": choose_flip(config)})
+        asked, config = config, config.model_copy(update={"flip": config.flip is not False})
         dataset = open_dataset(config, cache)
         classes = dataset.classes
         shuffle = choose_shuffle(config.shuffle, dataset)
@@ -85,6 +85,7 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
         if isinstance(dataset, CacheDataset):
             dataset.extras = needed_arrays(config, dataset.cache, model)
+            check_flip(asked)
         criterion = make_criterion(config, model, dataset, device, observer.note)
         keep_records(dataset, config.resident, device, workers=config.workers, note=observer.note)
         check_room(dataset, config.shuffle, observer.note)

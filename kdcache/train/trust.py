@@ -9,9 +9,10 @@ occur there is trusted: nothing speaks against the teacher.
 
 import difflib
 import json
+import logging
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from kdcache.models.run import load_run
 from kdcache.store import Cache
 from kdcache.train.cached import CacheDataset
 from kdcache.train.config import read_config
+from kdcache.train.held_out import check_same_samples, doubt
 from kdcache.train.sample import Sample
 
+_log = logging.getLogger("kdcache.train")
 FULL = 0.05
 """Difference of IoU at which a teacher is trusted wholly."""
 
@@ -55,14 +58,23 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
     return [float(table[name]) for name in names]
 
 
-def trust_from_run(cache: Cache, split: Split | None, run: str, device: torch.device) -> list[float]:
+def trust_from_run(
+    cache: Cache, split: Split | None, run: str, device: torch.device, note: Callable[[str], None] = _log.warning
+) -> list[float]:
     """Weights of all classes, from the store's teacher beside a plain run on the fold that the run left out.
 
     Args:
         split: the data set of a store without pixels.
         run: a folder of train-student --method none or of train-teacher, with --fold.
-    Raises: RecipeError, MismatchError for a run that cannot say anything of this store.
+        note: is told what makes the weights doubtful: a teacher that may have seen what the run left out.
+    Raises: RecipeError, MismatchError for a run that cannot say anything of this store, or a store of crops.
     """
+    if cache.manifest.view.kind == "crop":
+        raise RecipeError(
+            "trust is measured on whole images: what a crop shows is chance",
+            received=f"--class-trust auto for {cache.place}, a store of crops",
+            remedy="give --class-trust FILE, or a store that was built without --crop",
+        )
     config = read_config(Path(run))
     if config.teaches or config.fold is None:
         raise RecipeError(
@@ -78,6 +90,9 @@ def trust_from_run(cache: Cache, split: Split | None, run: str, device: torch.de
             received=f"{', '.join(about.class_names)} in {run} against {', '.join(names)}",
             remedy="give a run of this store's classes",
         )
+    for text in (check_same_samples(cache, run, about.trained_on, config), doubt(cache, config.fold)):
+        if text is not None:
+            note(text)
     fold, folds = parse_fold(config.fold)
     dataset = CacheDataset(cache, augment="none", split=split, size=cache.view_size)
     held_out = np.flatnonzero(folds_of(cache.ids, folds) == fold).tolist()

@@ -192,7 +192,7 @@ CASES = {
     "fold that cannot be": (nothing, STUDENT + " --fold 7/7", "'7/7'"),
     "mixed odd batches": (nothing, STUDENT + " --mix cutmix --batch-size 5", "--batch-size 5"),
     "mix of nothing known": (nothing, STUDENT + " --mix mixup", "'mixup'"),
-    "mix beside features": (nothing, STUDENT + " --mix cutmix --method dist", "dist cannot follow"),
+    "mix beside features": (nothing, STUDENT + " --mix cutmix --method dist", "with dist, which cannot"),
     "recipe with a wrong value": (
         recipe("temperature = -1.0\n"), STUDENT + " --recipe {w}/recipe.toml", "--temperature"),
 }  # fmt: skip

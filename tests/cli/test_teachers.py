@@ -73,7 +73,10 @@ def test_cross_fitting_from_one_command(world, cli) -> None:
     )
     built = cli(*build.format(w=world).split())
     assert built.code == 0, built.err
+    planned = cli(*build.replace("build-teacher-cache", "plan").format(w=world).split())
+    assert planned.code == 0, planned.err
     assert manifest(world / "new")["teacher"]["folds"] == 2
+    assert [training["fold"] for training in manifest(world / "new")["teacher"]["trainings"]] == [[0, 2], [1, 2]]
     assert sorted(open_cache(world / "new").column("fold").tolist()) == [0, 0, 0, 1, 1, 1]
     swapped = cli(*build.replace("fold0", "x").replace("fold1", "fold0").replace("x", "fold1").format(w=world).split())
     assert (swapped.code, "has fold 1/2" in swapped.err) == (2, True)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.data import check_folds, fold_alone, folds_of, open_split, parse_fold, write_scenes
+from kdcache.data.folds import Excerpt
 from kdcache.errors import RecipeError
 
 
@@ -51,6 +52,15 @@ def test_folds_are_parts_of_a_split() -> None:
         assert np.array_equal(part.image(len(part) - 1), split.image(number))
         assert np.array_equal(part.label(len(part) - 1), split.label(number))
         assert part.has_label(0)
+
+
+def test_an_excerpt_keeps_the_folds_of_the_whole() -> None:
+    split = open_split("scenes:36x52,train=9", "train")
+    numbers = [1, 4, 8]
+    assert Excerpt(split, numbers).folds(5).tolist() == folds_of(split.ids, 5)[numbers].tolist()
+    assert len(Excerpt(split, [3]).folds(9)) == 1
+    with pytest.raises(RecipeError, match="folds"):
+        Excerpt(split, numbers).folds(10)
 
 
 def test_a_class_in_one_fold_alone(tmp_path) -> None:

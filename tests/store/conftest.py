@@ -24,6 +24,7 @@ from kdcache.store.parts import (
     Head,
     Member,
     Statistic,
+    Training,
     View,
 )
 from kdcache.store.schema import record_arrays
@@ -114,6 +115,7 @@ def make_manifest(
             members=(MEMBER, MEMBER) if several else (),
             tta=Augmented(flip=True, scales=(0.5, 1.0)) if several else None,
             folds=2 if several else None,
+            trainings=(Training(ids_digest="0" * 64, fold=(0, 2)), None) if several else (),
             probe=(1.0, -2.0, 3.0),
         ),
         build=Build(batch_size=2, shard_records=shard_records, device="cpu", threads=1, libraries={"python": "3"}),

@@ -176,6 +176,19 @@ def test_a_manifest_from_before_codecs(plan) -> None:
     assert (older.codec, older.fidelity) == ("default", None)
 
 
+def test_what_a_teacher_has_seen_may_be_missing_and_must_be_possible(plan) -> None:
+    content = plan().manifest.model_dump(mode="json")
+    assert content["teacher"].pop("trainings") == []
+    assert parse_manifest({"kdcache": content}, "here").teacher.trainings == ()
+    for fold in ([2, 2], [0, 1], [-1, 3], [0.5, 3], [0]):
+        content["teacher"]["trainings"] = [{"ids_digest": "", "fold": fold}]
+        with pytest.raises(CorruptError, match="trainings"):
+            parse_manifest({"kdcache": content}, "here")
+    content["teacher"]["trainings"] = [None, None]
+    with pytest.raises(CorruptError, match="2 trainings of 1 teachers"):
+        parse_manifest({"kdcache": content}, "here")
+
+
 def test_a_manifest_goes_through_json(plan) -> None:
     for codec in CODECS:
         manifest = plan(codec=codec).manifest

@@ -38,6 +38,13 @@ IS_TYPE = {
         value.keys() == fields("field of a member").keys()
         and all(has_type(value[name], kind) for name, (kind, _) in fields("field of a member").items())
     ),
+    "training": lambda value: (
+        value is None
+        or (
+            value.keys() == fields("field of a training").keys()
+            and all(has_type(value[name], kind) for name, (kind, _) in fields("field of a training").items())
+        )
+    ),
 }
 
 

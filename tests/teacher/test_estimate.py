@@ -10,8 +10,9 @@ import pytest
 
 from kdcache.data import open_split
 from kdcache.errors import KDCacheError
+from kdcache.models import EnsembleModel
 from kdcache.store import open_cache, summarise
-from kdcache.teacher import build_cache
+from kdcache.teacher import Teacher, build_cache
 from kdcache.teacher.estimate import Cost, Estimate, Setting, estimate, student_seconds
 from kdcache.teacher.estimate_trial import Seconds
 
@@ -54,8 +55,21 @@ QUICK = {"top-k, drawn views": {"top_k": 3, "views": 3, "shard_records": 32}}
 )
 def test_bytes_and_files_are_those_of_the_build(changes, teacher, options, tmp_path) -> None:
     """Within 15 %, also of every array that matters and is stored record by record; files to the last one."""
-    split = open_split(MANY, "train")
     chosen = options(**{"shard_records": 64, **changes})
+    check_against_build(teacher, chosen, tmp_path)
+
+
+@pytest.mark.parametrize(("folds", "views"), [(3, 1), (17, 2)])
+def test_folds_are_those_of_all_samples(folds, views, model_of, options, tmp_path) -> None:
+    """Also where they are more than the samples that are taught to find out."""
+    split = open_split(MANY, "train")
+    models = [model_of(len(split.classes), seed) for seed in range(folds)]
+    teacher = Teacher(EnsembleModel(models).eval(), "one per fold", folds=folds)
+    check_against_build(teacher, options(shard_records=64, views=views), tmp_path)
+
+
+def check_against_build(teacher, chosen, tmp_path) -> None:
+    split = open_split(MANY, "train")
     found = estimate(split, teacher, chosen, records=16).chosen
     arrays, total, files = built(split, teacher, chosen, tmp_path / "s.zarr")
     assert set(found.sizes) == set(arrays)

@@ -17,6 +17,7 @@ from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.models import EnsembleModel, Tta
 from kdcache.models.run import RunModel, write_run_model, write_weights
 from kdcache.store import CopyChanges, copy_store, open_cache, spread_samples, verify_files
+from kdcache.store.parts import Training
 from kdcache.teacher import (
     Teacher,
     build_cache,
@@ -320,6 +321,28 @@ def test_each_sample_is_taught_by_who_has_not_seen_it(tmp_path, runs, folder_dat
     together = load_teachers(runs, split.classes, tta=tta)
     assert "folds: 3 against None" in about.differences(plan_manifest(split, together, chosen).teacher)
     assert verify_files(tmp_path / "s.zarr").damaged == []
+
+
+def test_a_store_says_what_its_teachers_were_trained_on(tmp_path, runs, origins, folder_data, options) -> None:
+    """Of runs on a data set. Who the teacher is, it does not change."""
+    split = open_split(folder_data, "train")
+    recipe = Path(runs[1], "recipe.toml")
+    recipe.write_text('model = "kdcache:tiny"\n')
+    description = Path(runs[2], "model.json")
+    description.write_text(description.read_text().replace('"data ', '"store '))
+    teacher = load_teachers([*runs, origins[0]], split.classes)
+    build_cache(split, teacher, tmp_path / "s.zarr", options())
+    about = open_cache(tmp_path / "s.zarr").manifest.teacher
+    digest = split.digest()
+    known = [Training(ids_digest=digest, fold=(0, 3)), Training(ids_digest=digest, fold=None)]
+    assert about.trainings == (*known, None, None)
+    assert about.differences(about.model_copy(update={"trainings": ()})) == []
+    assert load_teacher(runs[0], split.classes).trainings == (known[0],)
+    for broken in ('fold = "3/3"', 'fold = "0/99999999999"', "fold = "):
+        recipe.write_text(broken)
+        assert load_teacher(runs[1], split.classes).trainings == (None,)
+    recipe.unlink()
+    assert load_teacher(runs[1], split.classes).trainings == (None,)
 
 
 def test_extending_a_cross_fitted_store(tmp_path, runs, folder_data, options) -> None:

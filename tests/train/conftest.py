@@ -86,6 +86,7 @@ def settings() -> dict[str, Any]:
         "val_every": 3,
         "log_every": 1,
         "batch_size": 2,
+        "class_weights": "none",
         "device": "cpu",
     }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kdcache.errors import RecipeError
 from kdcache.train import TrainConfig, make_config, read_config
-from kdcache.train.consistent import check_processes, choose_flip
+from kdcache.train.consistent import check_flip, check_processes
 
 BASE: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": "x.zarr", "val": "x"}
 NAN, INFINITY = float("nan"), float("inf")
@@ -132,11 +132,11 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
 def test_warp_mirrors_stored_features_only_when_it_is_asked_to(kind: str) -> None:
     config = make_config(**BASE, method=kind, augment="warp")
     with pytest.raises(RecipeError, match="--no-flip"):
-        choose_flip(config)
-    assert choose_flip(config.model_copy(update={"flip": True}))
-    assert not choose_flip(config.model_copy(update={"flip": False}))
+        check_flip(config)
+    for said in (True, False):
+        check_flip(config.model_copy(update={"flip": said}))
     for free in ({"augment": "replay"}, {"augment": "none"}, {"method": "kl"}, {"method": "dist+dkd+pseudo"}):
-        assert choose_flip(config.model_copy(update=free))
+        check_flip(config.model_copy(update=free))
 
 
 def test_what_one_process_alone_can_compute() -> None:

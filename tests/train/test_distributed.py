@@ -332,6 +332,7 @@ def test_projections_of_terms_are_learnt_together(
 ) -> None:
     """Processes that each followed their own half would end far apart."""
     settings = student | {"cache": str(make_cache(features=("head",))), "method": "kl+hint+sp", "val": None}
+    settings |= {"flip": True}
     settings |= {"batch_size": 4, "iterations": 4, "lr": 1e-3}
     states = []
     for name, ranks, iterations in (("begun", 1, 1), ("one", 1, 4), ("two", 2, 4)):

@@ -14,7 +14,8 @@ from kdcache.data import folds_of, open_split
 from kdcache.errors import KDCacheError
 from kdcache.evaluate import ConfusionMatrix
 from kdcache.models.run import load_run
-from kdcache.store import open_cache
+from kdcache.store import Cache, CopyChanges, copy_store, open_cache
+from kdcache.store.parts import Training
 from kdcache.train import Observer, make_config, train
 from kdcache.train.trust import read_trust, trust_from_run
 
@@ -108,3 +109,98 @@ def test_only_a_plain_run_with_a_fold_can_be_compared(
             trust_from_run(cache, None, str(run), torch.device("cpu"))
     with pytest.raises(KDCacheError):
         trust_from_run(cache, None, str(tmp_path / "nowhere"), torch.device("cpu"))
+
+
+def with_teacher(cache: Cache, **changes: Any) -> Cache:
+    """The store, had its teacher another history."""
+    teacher = cache.manifest.teacher.model_copy(update=changes)
+    return Cache(cache.place, cache.manifest.model_copy(update={"teacher": teacher}), cache.ledger)
+
+
+def noted(cache: Cache, run: Path) -> list[str]:
+    notes = list[str]()
+    trust_from_run(cache, None, str(run), torch.device("cpu"), notes.append)
+    return notes
+
+
+@pytest.mark.parametrize("fold", [(0, 3), None, (1, 3), (0, 6)])
+def test_a_teacher_that_may_have_seen_the_fold(fold: tuple[int, int] | None, plain: Path, cache: Cache) -> None:
+    """Half of a third is not all of it."""
+    digest = cache.manifest.dataset.ids_digest
+    notes = noted(with_teacher(cache, trainings=(Training(ids_digest=digest, fold=fold),)), plain)
+    if fold == (0, 3):
+        assert notes == []
+        return
+    seen = "all of these" if fold is None else f"all but fold {fold[0]}/{fold[1]} of these"
+    assert len(notes) == 1
+    assert f"trained on {seen} samples" in notes[0]
+    assert "too generous" in notes[0]
+    assert "--fold 0/3" in notes[0]
+    assert "--folds K" in notes[0]
+
+
+def test_a_teacher_of_whom_nothing_is_known(plain: Path, cache: Cache) -> None:
+    digest = cache.manifest.dataset.ids_digest
+    left_out = Training(ids_digest=digest, fold=(0, 3))
+    for trainings in ((), (None,), (Training(ids_digest="0" * 64),), (left_out, None)):
+        (text,) = noted(with_teacher(cache, trainings=trainings), plain)
+        assert "does not say" in text
+        assert "--fold 0/3" in text
+    (text,) = noted(with_teacher(cache, trainings=(None, Training(ids_digest=digest))), plain)
+    assert "may have seen" in text
+    assert noted(with_teacher(cache, folds=3), plain) == [], "each sample's teacher has not seen it"
+
+
+def test_a_half_left_out_is_two_quarters() -> None:
+    half = Training(ids_digest="", fold=(1, 2))
+    assert [half.left_out(fold, 4) for fold in range(4)] == [False, True, False, True]
+    folds = [folds_of([f"{number}" for number in range(11)], count) for count in (2, 4)]
+    assert set(folds[1][folds[0] == 1]) == {1, 3}
+    assert not half.left_out(1, 3)
+
+
+def test_without_a_listener_the_log_is_told(plain: Path, cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+    trust_from_run(cache, None, str(plain), torch.device("cpu"))
+    assert "does not say whether its teacher" in caplog.text
+
+
+def test_a_fold_of_other_samples_is_refused(
+    plain: Path, settings: dict[str, Any], student: dict[str, Any], cache: Cache, tmp_path: Path
+) -> None:
+    others = tmp_path / "others"
+    more = {"data": "scenes:32x48,train=8", "fold": "0/3", "val": None, "iterations": 1}
+    train(make_config(**(settings | more)), others)
+    copy_store(cache, tmp_path / "part", CopyChanges(samples=range(5)))
+    part = open_cache(tmp_path / "part")
+    for store, run in ((cache, others), (part, plain)):
+        with pytest.raises(KDCacheError, match="on other samples") as caught:
+            noted(store, run)
+        assert str(run) in caught.value.received
+        assert f"--cache {store.place} --method none --fold 0/3" in caught.value.remedy
+    own = tmp_path / "own"
+    train(make_config(**(student | more | {"data": None, "method": "none", "cache": str(part.place)})), own)
+    noted(part, own)
+
+
+def test_a_run_from_the_data_or_another_store_of_it(
+    settings: dict[str, Any], student: dict[str, Any], cache: Cache, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    cross_fitted = with_teacher(cache, folds=3)
+    short = {"method": "none", "fold": "0/3", "val": None, "iterations": 1}
+    train(make_config(**(settings | short)), tmp_path / "folder")
+    assert noted(cross_fitted, tmp_path / "folder") == []
+    other = make_cache(top_k=2)
+    train(make_config(**(student | short | {"cache": str(other)})), tmp_path / "store")
+    assert noted(cross_fitted, tmp_path / "store") == []
+    other.rename(tmp_path / "moved.zarr")
+    (text,) = noted(cross_fitted, tmp_path / "store")
+    assert "not known" in text
+    assert str(other) in text
+
+
+def test_crops_are_refused_in_words_of_their_own(plain: Path, make_cache: Callable[..., Path]) -> None:
+    crops = open_cache(make_cache(crop=(16, 24), views=2))
+    with pytest.raises(KDCacheError, match="whole images") as caught:
+        noted(crops, plain)
+    assert "--augment" not in str(caught.value)
+    assert "--class-trust FILE" in caught.value.remedy

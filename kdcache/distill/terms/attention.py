@@ -12,7 +12,7 @@ class Attention(Term):
 
     The teacher's A comes from features/<tap>, or from statistics/at.<tap>, where it is divided by its maximum: that
     changes nothing here. The student's A is resized to the teacher's cells. The norm is over one image's counted cells,
-    each weighted by its share, so that what the window cuts off does not enter it.
+    each weighted by its share: what does not count (beside the view, grey, void) enters neither norm nor mean.
 
     Default weight h w / 2, by which the term is at most 1, for with unit norms the mean is at most 2 / (h w): 2592 at
     72 x 72 (published: 1000 to 10000), and a gradient of 0.6 of CE's for a decoder's map, 2 to 4 for a deep one.

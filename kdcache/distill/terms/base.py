@@ -34,8 +34,10 @@ class TermBatch:
         target: the teacher's packed logits, and the window and flip of the batch; None is the whole view, unflipped.
         stored: other arrays of the store by path: features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
             targets/segmentation/max (B, h, w).
-        pixel_weight: (B, H, W) gate of the teacher's terms; None is 1.
+        pixel_weight: (B, H, W) gate of the teacher's terms; None is 1. It does not change what a mean is over.
         size: (H, W).
+        counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
+            label); None is all.
     """
 
     logits: Tensor
@@ -45,6 +47,7 @@ class TermBatch:
     stored: Mapping[str, Tensor]
     pixel_weight: Tensor | None
     size: Size
+    counted: Tensor | None = None
 
     @property
     def window(self) -> Tensor | None:
@@ -58,8 +61,9 @@ class TermBatch:
 class Term(nn.Module):
     """One loss; its parameters (projections of the student) are trained with the student and never exported.
 
-    Float32 whatever autocast says, float64 for float64 inputs; no host synchronisation, no data-dependent shape. A gate
-    weighs a pixel and does not shrink the denominator. Without counted pixels the loss is 0 and so is its gradient.
+    Float32 whatever autocast says, float64 for float64 inputs; no host synchronisation, no data-dependent shape. Means
+    are over counted pixels: a gate weighs these and does not shrink the denominator. Without any the loss is 0 and so
+    is its gradient.
 
     Args:
         spec: whose taps are filled in.
@@ -136,6 +140,7 @@ class Term(nn.Module):
             batch.window,
             batch.flip,
             batch.pixel_weight,
+            batch.counted,
             batch_size=batch.logits.shape[0],
             view_size=self.targets.view_size,
             size=batch.size,

@@ -2,8 +2,11 @@
 
 The teacher's array has h x w cells that tile its view. The same number of cells tile the student's image, which shows a
 window of that view, maybe mirrored. The teacher is sampled at their centres through the window; of a whole view,
-unmirrored, that is the array itself. The student's map tiles the same image in cells of its own and is resized. A cell
-counts by the share of its pixels that lie in the view.
+unmirrored, that is the array itself. The student's map tiles the same image in cells of its own and is resized.
+
+A pixel counts where it lies in the view and nothing else speaks against it (it shows the image, it has a label), and a
+cell counts by the share of its pixels that do. What either side says of a cell is of the whole cell: of one on the edge
+of what counts, no smaller part is known, so it is compared as it is and weighs by its share.
 
 Whatever a head's own resize does at the corners, cells are areas here: both sides are resampled with
 `align_corners=False`. Everything is a product of matrices, so that the gradient needs no atomic addition.
@@ -24,7 +27,7 @@ class Cells(NamedTuple):
     """How much every cell of a grid counts, 0 to 1.
 
     Attributes:
-        counted: (B, h, w) share of the cell's pixels that lie in the view.
+        counted: (B, h, w) share of the cell's pixels that count; what a mean over cells is divided by.
         weight: the same, every pixel times its gate.
     """
 
@@ -36,6 +39,7 @@ def lay_cells(
     window_B4: Tensor | None,
     flip_B: Tensor | None,
     pixel_weight_BHW: Tensor | None,
+    counted_BHW: Tensor | None = None,
     *,
     batch_size: int,
     view_size: Size,
@@ -48,18 +52,20 @@ def lay_cells(
     Args:
         window_B4, flip_B, view_size: as in `kdcache_kernels.distill_loss`.
         pixel_weight_BHW: gate; None is 1 everywhere.
+        counted_BHW: bool, which pixels count if they lie in the view; None is all.
         size: (H, W) of the student's image.
         grid: (h, w).
         like: has the device and the dtype that are wanted.
     """
-    inside_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().to(like.dtype)
-    inside_BHW = inside_BHW.expand(batch_size, *size)
+    counts_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().expand(batch_size, *size)
+    if counted_BHW is not None:
+        counts_BHW = counts_BHW & counted_BHW
     shares = [area_matrix(cells, pixels, like)[None] for cells, pixels in zip(grid, size, strict=True)]
-    counted_Bhw = resample(inside_BHW[:, None], *shares)[:, 0]
+    counted_Bhw = resample(counts_BHW[:, None].to(like.dtype), *shares)[:, 0]
     if pixel_weight_BHW is None:
         return Cells(counted_Bhw, counted_Bhw)
-    # Where, not times: a gate that is not finite outside the view is none of the term's business.
-    gated_BHW = torch.where(inside_BHW > 0, pixel_weight_BHW.detach().to(like.dtype), 0)
+    # Where, not times: a gate that is not finite at a pixel that does not count is none of the term's business.
+    gated_BHW = torch.where(counts_BHW, pixel_weight_BHW.detach().to(like.dtype), 0)
     return Cells(counted_Bhw, resample(gated_BHW[:, None], *shares)[:, 0])
 
 

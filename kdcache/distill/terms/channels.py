@@ -12,7 +12,7 @@ from kdcache.distill.terms.spec import TermSpec
 class ChannelLogits(Term):
     """`cwd` of logits: T^2 / C * sum over channels of KL(p_t || p_s), p = softmax of x / T over the positions.
 
-    Mean over the images that show any of the view. A cell enters both distributions by its share of counted pixels
+    Mean over the images in which any pixel counts. A cell enters both distributions by its share of counted pixels
     times the gate: a distribution over positions cannot be weighted afterwards. Needs raw logits, for what is
     subtracted from a position changes them.
 
@@ -60,7 +60,7 @@ class ChannelFeatures(Projected):
 
 
 def channel_kl(term: Term, student_Bchw: Tensor, teacher_Bchw: Tensor, cells: Cells) -> Tensor:
-    """KL over the positions of each channel, mean over the channels, per image that shows any of the view."""
+    """KL over the positions of each channel, mean over the channels, per image in which any pixel counts."""
     weight_B1n = cells.weight.flatten(1)[:, None]
     log_weight_B1n = torch.where(weight_B1n > 0, weight_B1n, 1).log()
 
@@ -71,5 +71,5 @@ def channel_kl(term: Term, student_Bchw: Tensor, teacher_Bchw: Tensor, cells: Ce
 
     log_teacher_Bcn, log_student_Bcn = log_p(teacher_Bchw), log_p(student_Bchw)
     kl_Bc = (log_teacher_Bcn.exp() * (log_teacher_Bcn - log_student_Bcn)).sum(-1)
-    shown_B = (cells.counted > 0).flatten(1).any(1)
-    return term.temperature**2 * term.divide(kl_Bc.mean(1).sum(), shown_B.to(kl_Bc.dtype).sum())
+    counted_B = (cells.counted > 0).flatten(1).any(1)
+    return term.temperature**2 * term.divide(kl_Bc.mean(1).sum(), counted_B.to(kl_Bc.dtype).sum())

@@ -17,8 +17,8 @@ class Pseudo(Term):
     """`pseudo`: cross-entropy with argmax t where max softmax(t) >= threshold, at the label's size.
 
     Mean over the pixels that have a pseudo label. With `quantile` instead of a threshold, the most confident share of
-    each class's pixels has one: of the pixels of this process's batch that the teacher gives to the class. Outside the
-    view there is none.
+    each class's pixels has one: of the counted pixels of this process's batch that the teacher gives to the class.
+    Pixels that do not count (outside the view, grey, void) have none.
 
     Default weight 1, threshold 0.7: a gradient of 1 to 1.2 of CE's.
     Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911.
@@ -66,6 +66,8 @@ class Pseudo(Term):
         argmax_BHW, confidence_BHW = target_argmax_confidence(
             batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
         )
+        if batch.counted is not None:
+            confidence_BHW = confidence_BHW.masked_fill(~batch.counted, 0)  # as outside the view
         if self.quantile is None:
             sure_BHW = confidence_BHW >= self.threshold
         else:

@@ -1,0 +1,142 @@
+"""Grey and void pixels are as pixels that are not there: to KL and to every term, through DistillLoss.
+
+Every grid divides the image evenly and logits have its size, so that nothing on the left half depends on the right.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdcache.distill import DistillLoss, Gate, Target
+from kdcache.distill.target import INSIDE
+from kdcache.distill.terms import TermSpec, make_term
+
+B, C, HEIGHT, WIDTH, CELL = 4, 5, 12, 16, 4
+LEFT = WIDTH // 2
+SPECS = [
+    TermSpec("pseudo"),
+    TermSpec("at", teacher_tap="deep"),
+    TermSpec("sp", teacher_tap="deep"),
+    TermSpec("hint", teacher_tap="deep"),
+    TermSpec("cosine", teacher_tap="deep"),
+    TermSpec("cwd"),
+    TermSpec("dist"),
+    TermSpec("dkd"),
+    TermSpec("pseudo", quantile=0.3),
+    TermSpec("cwd", teacher_tap="deep"),
+]
+OVER_CELLS = ("kl", "pseudo", "at", "hint", "cosine", "dkd")
+
+
+def criterion_of(width: int, **options: Any) -> DistillLoss:
+    manifest = SimpleNamespace(
+        heads={"segmentation": SimpleNamespace(k=C, classes=C, raw=True)},
+        features={"deep": SimpleNamespace(channels=6, size=(HEIGHT // CELL, width // CELL))},
+    )
+    store: Any = SimpleNamespace(num_classes=C, view_size=(HEIGHT, width), align_corners=False, manifest=manifest)
+    torch.manual_seed(5)
+    terms = [make_term(spec, targets=store, student_taps={"head": 4}).double() for spec in SPECS]
+    return DistillLoss(store, ce_weight=0.0, further=terms, impl="reference", **options)
+
+
+class Scene:
+    """The columns below `width` of a random batch."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        generator = torch.Generator().manual_seed(1)
+
+        def normal(channels: int, cell: int = 1) -> Tensor:
+            x = torch.randn(B, channels, HEIGHT // cell, WIDTH // cell, generator=generator, dtype=torch.float64)
+            return x[..., : width // cell]
+
+        self.width = width
+        raw, self.logits, self.head, self.deep = 3 * normal(C), 2 * normal(C), normal(4, CELL), normal(6, CELL).half()
+        self.labels = torch.randint(0, C, (B, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)[..., :width]
+        self.top = raw.amax(1)
+        self.values = (raw - self.top[:, None]).half()
+        self.extras = {"targets/segmentation/max": self.top.float(), "features/deep": self.deep}
+
+    def greyed(self, x1: int = LEFT) -> Scene:
+        self.extras[INSIDE] = torch.tensor([0.0, 0.0, HEIGHT, x1], dtype=torch.float64).repeat(B, 1)
+        return self
+
+    def voided(self) -> Scene:
+        self.labels = self.labels.clone()
+        self.labels[..., LEFT:] = 255
+        return self
+
+    def losses(self, **options: Any) -> dict[str, float]:
+        window = torch.tensor([0.0, 0.0, HEIGHT, self.width], dtype=torch.float64).repeat(B, 1)
+        empty = torch.empty(0)
+        flip = torch.zeros(B, dtype=torch.bool)
+        target = Target(self.values, empty.byte(), empty.half(), window, flip, self.extras)
+        criterion = criterion_of(self.width, **options)
+        found = criterion(self.logits, self.labels, target, {"head": self.head})
+        return dict(zip(criterion.names[1:], [found.kl.item(), *(x.item() for x in found.terms)], strict=True))
+
+
+def by_formula(scene: Scene) -> dict[str, float]:
+    """Means over all pixels or cells of a scene, in float64."""
+    s, t, label = scene.logits, scene.values.double(), scene.labels.long()
+    hint = criterion_of(scene.width).further[3]
+    mine, theirs = hint.projection(scene.head), scene.deep.double()
+    cosine = criterion_of(scene.width).further[4].projection(scene.head)
+    sure, best = t.softmax(1).max(1)
+    return {
+        "kl": 4 * F.kl_div((s / 2).log_softmax(1), (t / 2).softmax(1), reduction="none").sum(1).mean().item(),
+        "pseudo": F.cross_entropy(s, best, reduction="none")[sure >= 0.7].mean().item(),
+        "hint": (mine - theirs).square().mean().item(),
+        "cosine": (1 - F.cosine_similarity(cosine, theirs)).mean().item(),
+        "dkd": decoupled(s / 4, t / 4, label).mean().item(),
+    }
+
+
+def decoupled(s: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    """T^2 (TCKD + 8 NCKD) of every pixel at T = 4."""
+    p, q = t.softmax(1), s.softmax(1)
+    p_y, q_y = (x.gather(1, label[:, None]) for x in (p, q))
+    tckd = p_y * (p_y / q_y).log() + (1 - p_y) * ((1 - p_y) / (1 - q_y)).log()
+    p, q = p / (1 - p_y), q / (1 - q_y)
+    nckd = (p * (p / q).log()).scatter(1, label[:, None], 0).sum(1, keepdim=True)
+    return 16 * (tckd + 8 * nckd)
+
+
+@pytest.mark.parametrize("how", ["grey", "void"])
+def test_what_does_not_count_is_as_what_is_not_there(how: str) -> None:
+    found = Scene().greyed().losses() if how == "grey" else Scene().voided().losses(distill_void=False)
+    left = Scene(LEFT)
+    assert found == pytest.approx(left.losses(), rel=1e-6)
+    assert {name: found[name] for name in by_formula(left)} == pytest.approx(by_formula(left), rel=1e-6)
+    assert all(abs(found[name] / value - 1) > 1e-3 for name, value in Scene().losses().items()), "the halves differ"
+
+
+def test_void_pixels_that_teach_count() -> None:
+    assert Scene().voided().losses()["hint"] == Scene().losses()["hint"]
+
+
+@pytest.mark.parametrize("grey", [False, True], ids=["whole", "grey"])
+def test_a_gate_does_not_change_what_a_mean_is_over(grey: bool) -> None:
+    """Half of everything: a mean halves, a distribution over positions or a product that is normalised does not."""
+    scene = Scene().greyed() if grey else Scene()
+    plain, gated = scene.losses(), scene.losses(gate=Gate(class_weight=torch.full((C,), 0.5)))
+    for name, value in plain.items():
+        kind = name.split("_")[0]
+        if kind == "dist":  # between cells of classes a half, over cells all
+            assert 0.5 * value < gated[name] < value
+        else:
+            assert gated[name] == pytest.approx((0.5 if kind in OVER_CELLS else 1) * value, rel=1e-6), name
+
+
+def test_a_cell_that_counts_in_part_weighs_by_that_part() -> None:
+    """The grey begins amid the third of four columns of cells."""
+    scene = Scene().greyed(2 * CELL + 1)
+    mine = criterion_of(WIDTH).further[3].projection(scene.head)
+    per_cell = (mine - scene.deep.double()).square().mean(1)
+    share = torch.tensor([1, 1, 1 / CELL, 0], dtype=torch.float64).expand_as(per_cell)
+    assert scene.losses()["hint"] == pytest.approx(((per_cell * share).sum() / share.sum()).item(), rel=1e-6)
