@@ -22,6 +22,7 @@ TEXTS = {
 }
 
 FRONT = ("README.md", "docs/index.md")
+METHODS = ("docs/methods.md",)
 
 
 def rival(row: int, name: str, what: str) -> Callable[[Any], float]:
@@ -64,10 +65,12 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
             ("plain from files, lr 0.006", "52.5"),
             ("plain lr 0.006, 16 views", "53.4"),
             ("dist w 3, lr 0.006, 16 views of two", "54.8"),
+            ("dist, lr 0.006, 4 views of one", "54.5"),
+            ("plain lr 0.006, 4 views", "51.6"),
         )
     ),
     *(
-        ("effect-cpu.json", lambda d, arm=arm: d["search"]["1500"][arm], text, ("docs/methods.md",))
+        ("effect-cpu.json", lambda d, arm=arm: d["search"]["1500"][arm], text, METHODS)
         for arm, text in (
             ("plain lr 0.001", "39.3"),
             ("plain lr 0.006", "46.3"),
@@ -88,11 +91,11 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         )
     ),
     *(
-        ("effect-cpu.json", gain("dist w 3, lr 0.006", "plain from files, lr 0.006", end), text, ("docs/methods.md",))
+        ("effect-cpu.json", gain("dist w 3, lr 0.006", "plain from files, lr 0.006", end), text, METHODS)
         for end, text in (("mean", "0.64"), ("low", "0.52"), ("high", "1.80"))
     ),
     *(
-        ("effect-cpu.json", gain("dist w 3, lr 0.006, 16 views of two", over, end), text, ("docs/methods.md",))
+        ("effect-cpu.json", gain("dist w 3, lr 0.006, 16 views of two", over, end), text, METHODS)
         for over, texts in (
             ("plain from files, lr 0.006", {"mean": "2.35", "low": "1.05", "high": "3.65"}),
             ("plain lr 0.006, 16 views", {"mean": "1.45", "low": "0.60", "high": "2.30"}),
@@ -102,6 +105,18 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
     *(
         ("effect-cpu.json", gain("dist w 3, lr 0.006, 16 views of two", "plain lr 0.006, 16 views", end), text, FRONT)
         for end, text in (("mean", "1.4"), ("low", "0.6"), ("high", "2.3"))
+    ),
+    *(
+        ("effect-cpu.json", gain("dist, lr 0.006, 4 views of one", "plain lr 0.006, 4 views", end), text, FRONT)
+        for end, text in (("mean", "2.8"), ("low", "1.8"), ("high", "3.9"))
+    ),
+    *(
+        ("effect-cpu.json", gain("plain lr 0.006, 4 views", "plain lr 0.006, 16 views", end), text, METHODS)
+        for end, text in (("mean", "1.72"), ("low", "2.69"), ("high", "0.75"))
+    ),
+    *(
+        ("live-replay-cpu.json", lambda d, end=end: abs(d["cached_minus_live"][end]), text, METHODS)
+        for end, text in (("mean", "0.03"), ("low", "1.13"), ("high", "1.19"))
     ),
     ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", ("README.md", "docs/index.md", "docs/kernels.md")),
     ("kernels-cpu.json", rival(0, "chunked", "best"), "5.0", ("README.md", "docs/index.md", "docs/kernels.md")),

@@ -41,7 +41,7 @@ LONG = 24
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "COLUMNS": "300"}
 
 _CREW = """
-import json, os, signal, sys, traceback
+import json, os, signal, sys, time, traceback
 import torch
 torch.set_num_threads(1)
 import kdcache.train, kdcache.store, kdcache_cli.progress
@@ -74,13 +74,19 @@ for line in sys.stdin:
             os._exit(code)
         pids.append(pid)
     print(json.dumps(pids), flush=True)
-    codes = {}
+    codes, ends = {}, float("inf")
     while len(codes) < len(pids):
-        pid, status = os.wait()
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] not in (0, 130):  # as torchrun does
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid] not in (0, 130):  # torchrun does not wait; here the others may end by themselves first
+                ends = min(ends, time.monotonic() + 20)
+        elif time.monotonic() > ends:
+            ends = float("inf")
             for other in set(pids) - set(codes):
                 os.kill(other, signal.SIGTERM)
+        else:
+            time.sleep(0.01)
     print(json.dumps([codes[pid] for pid in pids]), flush=True)
 """
 
