@@ -1,7 +1,7 @@
 """A student trained from a store, in a loop of one's own.
 
 Three lines, marked `distilled`, are all that a teacher takes; without --cache the loop learns from labels alone.
-Batches and losses are those of `kdcache train-student` with the same settings.
+Batches and losses are those of `kdcache train-student --class-weights none` with the same settings.
 
     kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr
     python examples/plain_loop.py --cache camvid.zarr --data camvid --iterations 1000

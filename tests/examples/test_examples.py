@@ -83,7 +83,7 @@ def test_it_learns_with_a_store_and_without(name: str, store: Path, tmp_path: Pa
 def test_the_plain_loop_is_the_trainer(store: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": str(store), "method": "kl"}
     settings |= {"iterations": STEPS, "batch_size": 2, "schedule": "constant", "weight_decay": 0.0, "device": "cpu"}
-    settings |= {"log_every": 1, "lr": 1e-3}
+    settings |= {"log_every": 1, "lr": 1e-3, "class_weights": "none"}
     train(make_config(**settings), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     expected = [(line["step"], line["loss"], line["kl"]) for line in lines if line["kind"] == "train"]
