@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SCENES = "scenes:96x128,train=96,val=32,seed=0"
 SIZE = (96, 128)
 VIEWS = 4  # as build-teacher-cache
-SETTINGS = {"lr": 4e-3, "warmup": 20, "class_weights": "sqrt"}
+SETTINGS = {"lr": 4e-3, "warmup": 20}
 
 
 def demo(

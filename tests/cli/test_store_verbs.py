@@ -116,7 +116,8 @@ def test_extending(world, cli, tree) -> None:
 def test_views(world, cli, pixels) -> None:
     """Built, inspected, trained on in turn; other augmentations say that they take whole images."""
     build = f"build-teacher-cache --data {world}/data --teacher {world}/teacher --pixels {pixels} --out {world}/views"
-    built = cli(*build.split(), *["--views", "3", "--view-seed", "4", "--view-scale", "1.5:2", "--no-view-flip"])
+    scale, no_flip = ("--view-scale", "--no-view-flip") if pixels == "stored" else ("--scale", "--no-flip")
+    built = cli(*build.split(), *["--views", "3", "--view-seed", "4", scale, "1.5:2", no_flip])
     assert built.code == 0, built.err
     assert "18 records" in built.out
     assert "3 per sample, crops zoomed 1.5 to 2 times, seed 4" in cli("inspect", world / "views").out
