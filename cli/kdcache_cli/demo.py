@@ -26,7 +26,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Of every training.")] = 0,
     device: options.Device = "auto",
 ) -> None:
-    """Teacher, cache, student without and with the teacher, one table: under three minutes on two cores.
+    """Teacher, cache, student without and with the teacher, one table: about four minutes on two cores.
 
     Uses street-like scenes made on the spot; nothing is downloaded.
     """
