@@ -50,7 +50,7 @@ def parse_fold(text: str) -> tuple[int, int]:
 
 def fold_alone(split: Split, fold: int, folds: int) -> Split:
     """The samples of one fold, on which a model that was trained without it can be judged."""
-    return SplitPart(split, np.flatnonzero(folds_of(split.ids, folds) == fold).tolist())
+    return SplitPart(split, np.flatnonzero(split.folds(folds) == fold).tolist())
 
 
 def check_folds(split: Split, folds: int) -> None:
@@ -58,7 +58,7 @@ def check_folds(split: Split, folds: int) -> None:
 
     Reads every label. Raises: RecipeError; DataError for a label that cannot be read.
     """
-    fold_of = folds_of(split.ids, folds)
+    fold_of = split.folds(folds)
     labelled = [index for index in range(len(split)) if split.has_label(index)]
     labels = prefetch(split.label, labelled, threads=2, ahead=8)
     check_fold_labels([zip(fold_of[labelled].tolist(), labels, strict=True)], folds, split.classes.names)
@@ -120,8 +120,8 @@ class Excerpt(SplitPart):
     """Some of the samples, to tell by them what all of them will take: each stays in its fold of the whole split."""
 
     def folds(self, folds: int) -> npt.NDArray[np.int64]:
-        """The fold of every sample, (N,). Raises RecipeError as `folds_of`, of the whole split."""
-        return folds_of(self._whole.ids, folds)[self._numbers]
+        """That of the whole split, of each sample."""
+        return self._whole.folds(folds)[self._numbers]
 
 
 def _key(sample: str) -> bytes:

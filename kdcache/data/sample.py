@@ -137,6 +137,12 @@ class Split(ABC):
         label = self.label(index)
         return _array_digest(self.image(index)), None if label is None else _array_digest(label)
 
+    def folds(self, folds: int) -> npt.NDArray[np.int64]:
+        """The fold of every sample (N,), as `folds_of` deals them out. Raises RecipeError as it does."""
+        from kdcache.data.folds import folds_of  # which knows this module
+
+        return folds_of(self.ids, folds)
+
     def digest(self) -> str:
         """SHA-256 over class names, sample ids and `label_map`. Cheap: it reads no file, so it cannot see contents."""
         about: list[list[str] | list[int]] = [list(self.classes.names), list(self.ids)]

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcache.data import ClassList, Split, check_folds, folds_of, parse_fold
-from kdcache.data.folds import Excerpt
+from kdcache.data import ClassList, Split, check_folds, parse_fold
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.models import EnsembleModel, Tta
 from kdcache.models.run import read_run_model
@@ -108,11 +107,7 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
     """Which teacher speaks of every sample of a split; None when all speak together."""
-    if teacher.folds is None:
-        return None
-    found = split.folds(teacher.folds) if isinstance(split, Excerpt) else folds_of(split.ids, teacher.folds)
-    numbers: list[int] = found.tolist()
-    return numbers
+    return None if teacher.folds is None else split.folds(teacher.folds).tolist()
 
 
 def _check_counts(origins: Sequence[str], weights: Sequence[float] | None, folds: int | None) -> None:

@@ -73,7 +73,7 @@ class Watch:
                 continue
             times = f"its gradient is {share:.2g} times that of cross-entropy"
             if step == 0 and MUCH < share <= MUCH_AT_FIRST:
-                yield f"{name} is loud at the start: {times}; another look, once it has learnt a little, will say more"
+                yield f"{name} is loud at the start: {times}; what counts is its share once the student learns"
                 continue
             self._told.add(name)
             verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
