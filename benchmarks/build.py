@@ -130,7 +130,11 @@ def measure(spec: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     teacher = Teacher(build_model(spec, len(split.classes)), spec)
     place(teacher.model, device)
     options = BuildOptions(
-        size=(height, width), batch_size=arguments.batch_size, device=device, render_threads=arguments.render_threads
+        size=(height, width),
+        views=1,
+        batch_size=arguments.batch_size,
+        device=device,
+        render_threads=arguments.render_threads,
     )
 
     def whole() -> Measured:
@@ -183,7 +187,7 @@ def build_and_report_memory(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if arguments.device == "cuda" else "cpu")
     split = Cycled(open_split(arguments.data, arguments.split), arguments.peak_memory)
     teacher = Teacher(build_model("kdcache:tiny", len(split.classes)).eval().to(device), "kdcache:tiny")
-    options = BuildOptions(size=(height, width), shard_records=32, device=device)
+    options = BuildOptions(size=(height, width), views=1, shard_records=32, device=device)
     build_cache(split, teacher, arguments.out, options)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 

@@ -48,7 +48,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as work:
         for codec in CODECS:
-            found.append(built(split, teacher, BuildOptions(teacher.size, codec=codec), Path(work, codec)))
+            found.append(built(split, teacher, BuildOptions(teacher.size, views=1, codec=codec), Path(work, codec)))
             print(json.dumps(found[-1]))
     if arguments.json is not None:
         write(arguments.json, {**header("codecs"), "size": list(teacher.size), "codecs": found})

@@ -127,7 +127,7 @@ class Trainings:
 
     def __init__(self, work: Path, words: Sequence[object], iterations: int, rng: random.Random) -> None:
         self.work, self.rng, self.iterations = work, rng, iterations
-        self.words = ["train-student", *words, "--iterations", iterations, "--log-every", 1, "--resume"]
+        self.words = ["train-student", *words, "--iterations", iterations, "--log-every", 1]
         self.log = work / "training.log"
         began = time.monotonic()
         self._start(work / "clean-run").finish()
@@ -135,7 +135,8 @@ class Trainings:
         print(f"uninterrupted training: {iterations} iterations, {self.seconds:.2f} s")
 
     def _start(self, run: Path) -> Process:
-        return Process.start([*self.words, "--out", run, "--workers", self.rng.choice([0, 2])], self.log)
+        resume = ["--resume"] if run.exists() else []
+        return Process.start([*self.words, *resume, "--out", run, "--workers", self.rng.choice([0, 2])], self.log)
 
     def kill(self, most: int, tally: Tally) -> None:
         """Kill one run until it is through or `most` kills are done; then let it finish and compare its weights."""
@@ -192,12 +193,15 @@ def differences(store: Path, other: Path) -> list[str]:
 
 
 def files_of(store: Path) -> dict[str, bytes]:
-    """Every file; the time stamp, and with it the seal's digest of the manifest, made equal."""
+    """Every file; the time stamp in the manifest and its spare, and with it the digests of both, made equal."""
     files = {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
     stamp = read_manifest(store).created
-    digest = hashlib.sha256(files["zarr.json"]).hexdigest()
-    files["zarr.json"] = files["zarr.json"].replace(stamp.encode(), b"TIME")
-    files["complete.json"] = files["complete.json"].replace(digest.encode(), b"DIGEST")
+    stamped = [name for name in ("zarr.json", "manifest.json") if name in files]
+    digests = [hashlib.sha256(files[name]).hexdigest().encode() for name in stamped]
+    for name in (*stamped, "complete.json"):
+        files[name] = files[name].replace(stamp.encode(), b"TIME")
+        for digest in digests:
+            files[name] = files[name].replace(digest, b"DIGEST")
     return files
 
 

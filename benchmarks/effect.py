@@ -72,7 +72,8 @@ class Queue:
             if not (out / "result.json").is_file():
                 t = a.teacher_iterations
                 flags = self.filled(TEACHERS[name], shorter=t // 2, t=t, longer=3 * t // 2)
-                self.kdcache(f"train-teacher --size {a.size} --out {out} --threads 1 --resume {TEACHER} {flags}")
+                resume = "--resume" if out.exists() else ""
+                self.kdcache(f"train-teacher --size {a.size} --out {out} --threads 1 {resume} {TEACHER} {flags}")
         return out
 
     def store(self, name: str) -> Path:
@@ -157,7 +158,8 @@ class Queue:
             words = f"train-student --cache {self.store(arm.store)} --val {a.data} "
         else:
             words = f"train-teacher --data {a.data} --size {a.size} "
-        words += f"--out {out} --seed {seed} --threads 1 --iterations {iterations} --resume {STUDENT} {flags} "
+        words += f"--out {out} --seed {seed} --threads 1 --iterations {iterations} {STUDENT} {flags} "
+        words += "--resume " if out.exists() else ""
         words += f"--val-every {iterations} {arm.fold} " + (JUDGED if phase == "search" else "")
         self.kdcache(words)
         result = json.loads((out / "result.json").read_text())

@@ -9,6 +9,7 @@ benchmarks/results/sass-sm80.json and sass-sm90.json in about three minutes each
 
     python benchmarks/sass.py
     python benchmarks/sass.py --compile-only   # more variants, no disassembler needed; a test runs this
+    python benchmarks/sass.py --brief --capability 75 120 gfx942   # every kernel once; a test runs this
 """
 
 import argparse
@@ -39,7 +40,7 @@ from common import RESULTS, header, write
 from kdcache_kernels import LossProblem, PackedTarget, triton_argmax, triton_loss, triton_topk
 from kdcache_kernels.topk import index_dtype
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = ("80", "90")
 BATCH, CLASSES, KEPT, LABELS = 16, 21, 8, 512
 CELLS = {"stride 1": 512, "stride 2": 256, "stride 4": 128, "stride 8": 64, "any ratio": 100}
 """Logits along an axis of LABELS pixels; the last is for tiles alone."""
@@ -69,23 +70,30 @@ class Compiled(NamedTuple):
 
 
 class _Driver:
-    """Stands for the driver of a GPU. Triton keeps kernels by device, so the capability doubles as its number."""
+    """Stands for the driver of a GPU. Triton keeps kernels by device, so each target is a device of its own."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_device(self) -> int:
-        return self.capability
+        return hash(self.target)
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        return self.target
 
 
-def compile_instead(capability: int) -> list[tuple[str, Any]]:
-    """From now on a launch compiles for `capability` and runs nothing; returns where it puts (name, what came out)."""
+def gpu_target(name: str) -> GPUTarget:
+    """Of "90" for sm_90, of "gfx942" for AMD; gfx9 has 64 lanes to a warp, later ones 32."""
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(name), 32)
+
+
+def compile_instead(target: GPUTarget) -> list[tuple[str, Any]]:
+    """From now on a launch compiles for `target` and runs nothing; returns where it puts (name, what came out)."""
     kernels: list[tuple[str, Any]] = []
 
     def launch(self: Any, grid: Any) -> Callable[..., None]:
@@ -95,7 +103,7 @@ def compile_instead(capability: int) -> list[tuple[str, Any]]:
         return compile_only
 
     JITFunction.__getitem__ = launch
-    triton.runtime.driver.set_active(_Driver(capability))
+    triton.runtime.driver.set_active(_Driver(target))
     return kernels
 
 
@@ -175,10 +183,21 @@ def other_calls() -> Iterator[Call]:
     yield "300 classes, window", partial(triton_argmax.argmax_confidence, many, (LABELS, LABELS), window, flip)
 
 
-def compile_all(capability: int, calls: Iterator[Call]) -> list[Compiled]:
-    """Compile what the calls launch, each variant once."""
+def brief_calls() -> Iterator[Call]:
+    """The fewest calls that launch every kernel, tiles once."""
+    fp16, target = torch.float16, packed_target(128)
+    yield "stride 4", partial(triton_loss.distill_loss, problem(128, fp16, target=target))
+    yield "stride 1", partial(triton_loss.distill_loss, problem(LABELS, fp16, target=packed_target(LABELS)))
+    logits = empty(BATCH, CLASSES, 128, 128, dtype=fp16)
+    yield "any", partial(triton_loss.scale_gradient, logits, empty(), fp16)
+    yield "any", partial(triton_topk.pack, logits, KEPT)
+    yield "any", partial(triton_argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
+
+
+def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
+    """Compile what the calls launch for a target, each variant once."""
     compiled: dict[str, Compiled] = {}
-    kernels = compile_instead(capability)
+    kernels = compile_instead(target)
     for variant, call in calls:
         call()
         for name, kernel in kernels:
@@ -270,21 +289,31 @@ def count(opcodes: list[str]) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80 is sm_80")
+    parser.add_argument("--capability", nargs="+", default=list(CAPABILITIES), help="80 is sm_80; or gfx942")
     parser.add_argument("--compile-only", action="store_true", help="compile every variant and write nothing")
+    parser.add_argument("--brief", action="store_true", help="compile every kernel once and write nothing")
     arguments = parser.parse_args()
-    tools = [] if arguments.compile_only else [find_tool("cuobjdump"), find_tool("nvdisasm")]
+    writes = not (arguments.compile_only or arguments.brief)
+    tools = [find_tool("cuobjdump"), find_tool("nvdisasm")] if writes else []
     for capability in arguments.capability:
-        dtypes = (torch.bfloat16,) if arguments.compile_only else (torch.bfloat16, torch.float32)
-        compiled = compile_all(capability, main_calls(*dtypes))
+        target = gpu_target(capability)
+        dtypes = (torch.bfloat16, torch.float32) if writes else (torch.bfloat16,)
+        compiled = compile_all(target, brief_calls() if arguments.brief else main_calls(*dtypes))
         if missing := kernels_of_the_package() - {kernel.name for kernel in compiled}:
             sys.exit(f"No call of this script launches {', '.join(sorted(missing))}; add one.")
-        if arguments.compile_only:
-            compiled += compile_all(capability, other_calls())
-            print(f"sm_{capability}: compiled {len(compiled)} variants of {len({c.name for c in compiled})} kernels")
+        if not writes:
+            compiled += [] if arguments.brief else compile_all(target, other_calls())
+            name = capability if capability.startswith("gfx") else f"sm_{capability}"
+            print(f"{name}: compiled {len(compiled)} variants of {len({c.name for c in compiled})} kernels")
             continue
         result = header("registers and instructions of the Triton kernels")
-        result |= {"capability": capability, "triton": triton.__version__, "B": BATCH, "C": CLASSES, "temperature": 2.0}
+        result |= {
+            "capability": int(capability),
+            "triton": triton.__version__,
+            "B": BATCH,
+            "C": CLASSES,
+            "temperature": 2.0,
+        }
         result["kernels"] = [describe(kernel, tools[0], tools[1]) for kernel in compiled]
         for row in result["kernels"]:
             print(f"sm_{capability} {row['kernel']:16} {row['variant']:22}", *_short(row))

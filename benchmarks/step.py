@@ -55,7 +55,7 @@ def teacher_of(spec: str, classes: int) -> SegmentationModel:
 def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
     whole = open_split(arguments.data, "train")
     split = SplitPart(whole, range(min(RECORDS, len(whole))))
-    options = BuildOptions(size=arguments.size, device=torch.device(arguments.device), fidelity=False)
+    options = BuildOptions(size=arguments.size, views=1, device=torch.device(arguments.device), fidelity=False)
     build_cache(split, Teacher(teacher_of(arguments.teacher, len(split.classes)), "random"), folder, options)
     return folder
 

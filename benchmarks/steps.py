@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 
 from common import header, spread, synchronise, write
 from kdcache.data import open_split
-from kdcache.distill import DistillLoss, Target
+from kdcache.distill import DistillLoss
 from kdcache.evaluate.bench.memory import peak_in_process, peak_on_device
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
@@ -35,7 +35,7 @@ from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, Observer, make_config, train
 from kdcache.train.distributed import default_workers
 from kdcache.train.loader import Draws
-from kdcache.train.sample import Sample
+from kdcache.train.sample import Sample, rows_of
 from kdcache.train.schedule import make_optimizer
 from kdcache.train.step import EagerStep, Step
 from kdcache.train.ways import make_step
@@ -50,7 +50,7 @@ def make_cache(folder: Path, size: tuple[int, int], top_k: int | None) -> Path:
     split = open_split(f"scenes:{size[0]}x{size[1]},train=32", "train")
     torch.manual_seed(0)
     teacher = Teacher(build_model("kdcache:base", len(split.classes)).eval(), "random kdcache:base")
-    build_cache(split, teacher, folder, BuildOptions(size=size, top_k=top_k))
+    build_cache(split, teacher, folder, BuildOptions(size=size, views=1, top_k=top_k))
     return folder
 
 
@@ -66,7 +66,7 @@ def fresh_step(cache: Cache, arguments: argparse.Namespace, *, impl: str = "auto
     torch.manual_seed(0)
     model = build_model(arguments.student, cache.num_classes).to(device).train()
     model = model.to(memory_format=torch.channels_last)
-    criterion = DistillLoss(cache, impl=impl, align_corners=model.align_corners).to(device)
+    criterion = DistillLoss(cache, kl_weight=1.0, impl=impl, align_corners=model.align_corners).to(device)
     optimizer = make_optimizer(model, config, capturable=graphed)
     return EagerStep(model, criterion, optimizer, device=device, bf16=device.type == "cuda")
 
@@ -217,7 +217,7 @@ def report_peak(cache: Cache, arguments: argparse.Namespace) -> None:
     eager = fresh_step(cache, arguments, impl=arguments.peak_of)
     batch = first_batch(cache, arguments.batch_size)
     few = torch.zeros(1, cache.num_classes, 2, 2, requires_grad=True)
-    one = Target(*(field[:1] for field in batch.target))
+    one = rows_of(batch, 1).target._replace(window=torch.tensor([[0.0, 0.0, 8.0, 8.0]], dtype=torch.float64))
     torch.autograd.backward(eager.criterion(few, batch.label[:1, :8, :8].contiguous(), one).loss)
     print(peak_in_process(lambda: eager(batch)))
 

@@ -14,6 +14,37 @@ Each names the rule, what was received and the remedy. The command line prints t
 and exits with 2.
 """
 
+import logging
+import re
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def plain_text(text: str) -> str:
+    """A string from elsewhere (a name, a path, somebody's error) without what commands a terminal or turns text round.
+
+    Line ends and tabs stay.
+    """
+    return _CONTROLS.sub("", text)
+
+
+def one_line(text: str) -> str:
+    """The same in one line: a name in a table, a panel or a log makes no line of its own."""
+    return plain_text(text).replace("\n", " ").replace("\t", " ")
+
+
+class _PlainLines(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = one_line(record.getMessage()), ()
+        return True
+
+
+def plain_logger(name: str) -> logging.Logger:
+    """A logger of kdcache: what it is given from elsewhere makes no line of its own and commands no terminal."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_PlainLines(name))
+    return logger
+
 
 class KDCacheError(Exception):
     """Base of every error that kdcache raises on purpose.
@@ -25,10 +56,8 @@ class KDCacheError(Exception):
     """
 
     def __init__(self, rule: str, *, received: str, remedy: str) -> None:
-        super().__init__(rule, received, remedy)
-        self.rule = rule
-        self.received = received
-        self.remedy = remedy
+        self.rule, self.received, self.remedy = map(plain_text, (rule, received, remedy))
+        super().__init__(self.rule, self.received, self.remedy)
 
     def __str__(self) -> str:
         return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"

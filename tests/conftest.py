@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +20,12 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, and many a library imports Triton: hence before every other import.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# On a CI server hypothesis would draw the same cases in every run. Here each run draws others, and a failure prints the
+# line that repeats it. Time is no error: the machine may be busy.
+_ANEW = {"derandomize": False, "print_blob": True, "deadline": None}
+hypothesis.settings.register_profile("anew", hypothesis.settings.get_profile("default"), **_ANEW)
+hypothesis.settings.load_profile("anew")
 
 Tree = dict[str, bytes]
 
@@ -36,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What trainings note of their user goes to a folder of these tests, not to the home of who runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,14 +31,15 @@ PICKLE_ERRORS = {"UnpicklingError", "PickleError"}  # which torch raises: to nam
 KERNELS, CLI = "kdcache_kernels", "kdcache_cli"
 ALLOWED = {
     "errors": set[str](),
+    "files": set[str](),
     "data": {"errors"},
-    "models": {"errors"},
+    "models": {"errors", "files"},
     "store": {"errors"},
     "distill": {KERNELS, "errors"},
-    "evaluate": {"data", "models", "errors", KERNELS},
+    "evaluate": {"data", "models", "errors", "files", KERNELS},
     "teacher": {"data", "models", "store", "evaluate", "errors", KERNELS},
-    "train": {"data", "models", "store", "evaluate", "distill", "errors"},
-    "sweep": {"data", "evaluate", "errors"},
+    "train": {"data", "models", "store", "evaluate", "distill", "errors", "files"},
+    "sweep": {"data", "evaluate", "errors", "files"},
 }
 """Room -> rooms it may import from."""
 
@@ -249,6 +250,14 @@ def test_a_module_is_described_and_not_too_long(module: str) -> None:
     assert (ast.get_docstring(ast.parse(text)) or "").strip()
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    """A table that is promised is there: no placeholder stands in code or docs."""
+    pages = [*MODULES.values(), ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    left = re.compile(r"\b(XX+|TODO|FIXME|TBD)\b")
+    found = [f"{page}: {line}" for page in pages for line in page.read_text("utf-8").splitlines() if left.search(line)]
+    assert found == []
+
+
 @pytest.mark.parametrize("room", ["distill", "evaluate", "store", "sweep", "teacher", "train"])
 def test_a_room_says_what_is_in_its_files(room: str) -> None:
     folder = ROOT / "kdcache" / room
@@ -257,6 +266,13 @@ def test_a_room_says_what_is_in_its_files(room: str) -> None:
     )
     there = [f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name[0] != "_"]
     assert sorted(listed) == sorted(there)
+
+
+def test_files_are_replaced_in_one_way() -> None:
+    """By `kdcache.files`, whose leftovers are known as such; a store has files of its own kind."""
+    rooms = ("store", "files")
+    own = [m for m, path in MODULES.items() if room_of(m) not in rooms and ".partial" in path.read_text("utf-8")]
+    assert own == []
 
 
 def test_nothing_is_loaded_with_pickle() -> None:

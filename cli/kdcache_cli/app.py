@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import typer
@@ -61,8 +62,11 @@ app = typer.Typer(
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error instead of a panel."),
+    trust: bool = typer.Option(
+        False, "--trust", help="Import the code that run folders and recipes from elsewhere name as their model."
+    ),
 ) -> None:
-    """Options of every verb; `main` looks for --debug itself, for it must work when parsing fails."""
+    """Options of every verb; `main` looks for them itself: they may stand anywhere, and parsing may fail."""
 
 
 app.add_typer(data.app, name="data", rich_help_panel="Look")
@@ -97,11 +101,11 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after `kdcache`; default the process's own.
     """
     given = sys.argv[1:] if args is None else args
-    # Allowed after the verb too, where people add it.
-    words = [word for word in given if word != "--debug"]
-    debug = len(words) < len(given)
+    # Allowed after the verb too, where people add them.
+    words = [word for word in given if word not in ("--debug", "--trust")]
+    debug = "--debug" in given
     try:
-        with one_voice():
+        with one_voice(), _trusting("--trust" in given):
             app(args=words)
     except KDCacheError as error:
         if debug:
@@ -114,6 +118,14 @@ def main(args: Sequence[str] | None = None) -> None:
         rule, received, remedy = _foreign(error)
         _show(rule, received, remedy)
         sys.exit(2)
+
+
+def _trusting(trust: bool) -> AbstractContextManager[None]:
+    if not trust:
+        return nullcontext()
+    from kdcache.models.trust import trusting  # imports torch
+
+    return trusting()
 
 
 def _foreign(error: Exception) -> tuple[str, str, str]:

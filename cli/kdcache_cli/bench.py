@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
@@ -106,7 +107,7 @@ def _measure(
         task = bar.add_task("measuring", total=None, note="")
 
         def note(text: str) -> None:
-            ERRORS.print(f"  {text}", highlight=False, soft_wrap=True)
+            ERRORS.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
             bar.update(task, description=text)
 
         rows, ceilings = measure(settings, note)
@@ -130,9 +131,11 @@ def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path
     missed = [one for one in judged if not one.passed]
     OUT.print(_accuracy_table(rows, dtypes))
     name = resolved(impl, device)
-    OUT.print(f"{name} on {device.type}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False)
+    OUT.print(
+        f"{escape(name)} on {device.type}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False
+    )
     for one in sorted(missed, key=lambda one: -max(one.loss_share, one.gradient_share))[:MISSES_SHOWN]:
-        OUT.print(f"  {_miss(one)}", highlight=False, soft_wrap=True)
+        OUT.print(f"  {_miss(one)}", markup=False, highlight=False, soft_wrap=True)
     _write(json_file, "kernel accuracy", {"impl": name, "summary": rows, "rows": [one.to_json() for one in judged]})
     return len(missed)
 
@@ -152,9 +155,9 @@ def _print_row(row: "Row", cuda: bool) -> None:
     for one in (row.ours, *row.rivals):
         if one.floors:
             shares = ", ".join(f"{100 * share:.0f} % of the {floor} floor" for floor, share in one.floors.items())
-            OUT.print(f"  {one.title}: {shares}", highlight=False, soft_wrap=True)
+            OUT.print(f"  {one.title}: {shares}", markup=False, highlight=False, soft_wrap=True)
         if one.problem:
-            OUT.print(f"  {one.title}: {one.problem}", highlight=False, soft_wrap=True)
+            OUT.print(f"  {one.title}: {one.problem}", markup=False, highlight=False, soft_wrap=True)
     OUT.print()
 
 
@@ -208,7 +211,7 @@ def _write(path: Path | None, theme: str, content: dict[str, Any]) -> None:
 
     words = sys.argv[1:] if sys.argv[1:2] == ["bench-kernels"] else ["bench-kernels"]
     write_json(path, {**header(theme, shlex.join(["kdcache", *words]), environment()), **content})
-    ERRORS.print(f"wrote {path}", highlight=False)
+    ERRORS.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
@@ -20,7 +19,7 @@ if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for to
 
 _Option = typer.Option
 MISSING = "-"
-EVERYTHING = "memcpy,decoder,direct,tensorstore,zarr,files,inline,dataloader,ring,resident,default"
+EVERYTHING = "memcpy,decoder,direct,tensorstore,zarr,zarrs,fused,files,inline,dataloader,ring,resident,default"
 AUGMENTS = {"none": ("none",), "warp": ("none", "warp")}
 TITLES = {
     "readers": "Readers: targets of random records, page cache warm",
@@ -35,7 +34,8 @@ def bench_loader(
         str,
         _Option(
             "--against",
-            help="Readers: memcpy and decoder (the floors: bytes in memory), direct (ours), tensorstore, zarr, "
+            help="Readers: memcpy and decoder (the floors: bytes in memory), direct (ours), tensorstore, zarr "
+            "(zarr-python's default pipeline), zarrs and fused (faster pipelines of it, where they are installed), "
             "files (a .pt file per sample). Loaders: inline (between steps), dataloader, ring (ours), "
             "resident (ring, records in memory), default (inline, records in memory: what a training on a CPU does).",
         ),
@@ -66,7 +66,7 @@ def bench_loader(
     loader the batches that its samples drawn one by one make.
 
     [bold]x decoder[/]  a reader's share of the speed that its codec allows
-    [bold]x zarr[/]     what it gains over zarr-python
+    [bold]x zarr[/]     what it gains over zarr-python as it is; x zarrs, x fused with a faster pipeline
     [bold]x memory[/]   what loading costs a training step: 1 is nothing
     [bold]CPU[/]        of all threads and worker processes, per sample or step
     [bold]peak[/]       growth of resident memory, worker processes included
@@ -110,7 +110,7 @@ def bench_loader(
 
         def note(text: str) -> None:
             ERRORS.print(f"  {text}", highlight=False, soft_wrap=True, markup=False)
-            bar.update(task, description=escape(text))
+            bar.update(task, description=text)
 
         report = measure(store, settings, source, note)
     _print(report)
@@ -123,7 +123,9 @@ def _print(report: "Report") -> None:
     about = report.store
     kib = f"{about['decoded_bytes'] / 1024:.1f} KiB decoded in {len(about['arrays'])} arrays"
     machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} of them torch's"
-    OUT.print(f"{about['records']} records; a target is {kib}; {machine}", highlight=False, soft_wrap=True)
+    OUT.print(
+        f"{about['records']} records; a target is {kib}; {machine}", markup=False, highlight=False, soft_wrap=True
+    )
     for table in report.tables:
         OUT.print()
         OUT.print(_table(table, report))
@@ -164,7 +166,7 @@ def _cells(turns: "Turns", one: "Measured") -> list[str]:
         cells = [_number(pace.per_second), f"{_number(1e3 / slow)} to {_number(1e3 / fast)}", _number(pace.cpu_us)]
     ratios = [MISSING if ratio is None else f"{_ratio(ratio)}x" for ratio in turns.ratios(one).values()]
     peak = [_number(one.peak_mib)] if turns.kind == "loaders" else []
-    return [escape(one.title), *cells, *ratios, *peak]
+    return [one.title, *cells, *ratios, *peak]
 
 
 def _write(path: Path | None, report: "Report") -> None:
@@ -175,7 +177,7 @@ def _write(path: Path | None, report: "Report") -> None:
 
     words = sys.argv[1:] if sys.argv[1:2] == ["bench-loader"] else ["bench-loader"]
     write_json(path, {**header("loader", shlex.join(["kdcache", *words]), environment()), **report.to_json()})
-    ERRORS.print(f"wrote {path}", highlight=False)
+    ERRORS.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -164,7 +164,7 @@ def prepare(given: dict[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOptions]
     if flags.folds is not None:
         check_cross_fit(flags.teacher, source)
     for note in loaded.notes:
-        ERRORS.print(f"note: {note}")
+        ERRORS.print(f"note: {note}", markup=False)
     chosen = options.parse_size(flags.size) or loaded.size
     if chosen is None:
         raise RecipeError(

@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from kdcache_cli import building, options
-from kdcache_cli.console import OUT, bytes_text, progress_bar
+from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.data import Split
@@ -158,16 +159,27 @@ def teach_and_tell(
             worker=part,
             reuse=reuse,
         )
+    if result.damaged:
+        OUT.print(f"{result.damaged} records of the earlier store are damaged: they were taught again")
+    if result.repair is not None:
+        OUT.print(
+            f"shards {', '.join(map(str, result.repair.shards))} were damaged and taught again with "
+            f"{result.repair.describe()}: their pixels and the teacher's answers are those of the first build, and "
+            "the manifest's `repairs` says so"
+        )
     taken = f" ({result.records:,} taught, {result.reused:,} taken over)" if reuse is not None else ""
     if not result.complete:
-        OUT.print(f"[bold]{out}[/]: {part.describe('done')}{taken}; the store is finished by the worker that ends last")
+        OUT.print(
+            f"[bold]{escape(str(out))}[/]: {part.describe('done')}{taken}; "
+            "the store is finished by the worker that ends last"
+        )
         return
     cache = open_cache(out)
     summary = summarise(cache)
     kept = f" ({result.kept} were there)" if result.kept else ""
     speed = f" in {result.seconds:.1f} s" if result.records or result.reused else ""
     speed += f", {result.images_per_second:.1f} images/s" if result.records else ""
-    OUT.print(f"[bold]{out}[/]: {len(cache)} records{kept}{taken}{speed}")
+    OUT.print(f"[bold]{escape(str(out))}[/]: {len(cache)} records{kept}{taken}{speed}")
     OUT.print(
         f"{bytes_text(summary.bytes_on_disk)} on disk, {bytes_text(summary.bytes_per_record)} per record, "
         f"of which targets {bytes_text(summary.target_bytes_per_record)}; full-resolution fp16 logits would be "
@@ -181,7 +193,7 @@ def teach_and_tell(
 
 
 def _print_score(metrics: "Metrics | None", of: str) -> None:
-    from kdcache.evaluate import percent
+    from kdcache.evaluate import at_chance, percent
 
     if metrics is None:
         OUT.print("no labels: the teacher's mIoU is unknown")
@@ -190,3 +202,8 @@ def _print_score(metrics: "Metrics | None", of: str) -> None:
         f"the teacher on these {of}, read back from the store: mIoU {percent(metrics.miou)}, "
         f"aAcc {percent(metrics.aacc)}"
     )
+    if (nothing := at_chance(metrics)) is not None:
+        warn(
+            f"the teacher {nothing}. It has nothing to teach: check its weights, --class-map, --mean and --std, or "
+            "train it longer"
+        )

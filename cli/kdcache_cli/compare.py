@@ -1,6 +1,7 @@
 """`kdcache compare`: runs side by side."""
 
 import json as json_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,9 @@ OwnFold = Annotated[
 ]
 Repeats = Annotated[int, _Option("--repeats", min=0, help="Timed calls per model; 0 times none.")]
 Fresh = Annotated[bool, _Option("--fresh", help="Evaluate again what was evaluated before.")]
+Smoke = Annotated[
+    bool, _Option("--smoke", help="Say above everything that the runs are no result, as of sweep --smoke.")
+]
 _WIDEST = 7
 """Rows beside each other in the table of classes: a terminal is higher than it is wide."""
 
@@ -60,6 +64,7 @@ def compare(
     threads: options.Threads = 0,
     device: options.Device = "auto",
     fresh: Fresh = False,
+    smoke: Smoke = False,
     markdown: Annotated[Path | None, _Option("--markdown", help="Write the tables as Markdown.")] = None,
     csv: Annotated[Path | None, _Option("--csv", help="Write a line per row, plain numbers.")] = None,
     json_file: Annotated[Path | None, _Option("--json", help="Write everything that is known.")] = None,
@@ -80,7 +85,7 @@ def compare(
     from kdcache.evaluate.compare import compare as compare_runs
 
     judged = judging(weights, size, batch_size, device, threads, fresh)
-    chosen = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats)
+    chosen = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats, smoke)
     with progress_bar() as bar:
         task = bar.add_task("comparing", total=None, note="")
         found = compare_runs(
@@ -101,7 +106,7 @@ def compare(
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content(found), encoding="utf-8")
-            ERRORS.print(f"written: {path}")
+            ERRORS.print(f"written: {path}", markup=False)
 
 
 def judging(
@@ -124,18 +129,24 @@ def _to_json(found: "Comparison") -> str:
 
 
 def _show(found: "Comparison") -> None:
-    from kdcache.evaluate.compare_tables import class_table, cost_table, legend, score_table
+    from kdcache.evaluate.compare_tables import class_table, cost_table, difference_table, legend, score_table
 
     bold = ("[bold]", "[/]")
+    if found.banner is not None:
+        OUT.print(f"[yellow]{escape(found.banner)}[/]", highlight=False)
     _print("mIoU and what is noise", found, *score_table(found, bold))
+    header, rows = difference_table(found)
+    if rows:
+        plain = [[name, *map(escape, cells)] for name, *cells in rows]
+        _print_rows("Distance to the baseline, points of mIoU", header, plain)
     header, rows = class_table(found, bold)
     (_, *names), *columns = zip(header, *rows, strict=True)
     for first in range(0, len(names), _WIDEST):
         shown = slice(first, first + _WIDEST)
-        table = Table("IoU %", *map(escape, names[shown]), box=None, header_style="dim")
+        table = Table("IoU %", *names[shown], box=None, header_style="dim")
         _align(table)
         for class_name, *cells in columns[: len(found.class_names)]:
-            table.add_row(escape(class_name), *cells[shown])
+            table.add_row(class_name, *cells[shown])
         OUT.print()
         OUT.print(table)
     _print("Cost of one image", found, *cost_table(found))
@@ -145,12 +156,17 @@ def _show(found: "Comparison") -> None:
 
 
 def _print(title: str, found: "Comparison", header: list[str], rows: list[list[str]]) -> None:
+    teachers = [place for place, row in enumerate(found.rows) if row.teacher]
+    _print_rows(title, header, rows, teachers)
+
+
+def _print_rows(title: str, header: list[str], rows: list[list[str]], apart: Sequence[int] = ()) -> None:
     table = Table(*header, title=f"\n{title}", title_style="bold", title_justify="left", box=None, header_style="dim")
     _align(table)
-    for row, cells in zip(found.rows, rows, strict=True):
-        if row.teacher:
+    for place, cells in enumerate(rows):
+        if place in apart:
             table.add_section()
-        table.add_row(escape(cells[0]), *cells[1:])
+        table.add_row(cells[0], *cells[1:])
     OUT.print(table)
 
 

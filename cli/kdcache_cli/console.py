@@ -1,25 +1,62 @@
 """Where output goes: results to stdout, progress and errors to stderr."""
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from collections.abc import Iterator
+from typing import Any
 
-OUT = Console()
-ERRORS = Console(stderr=True)
+from rich.console import Console, ConsoleOptions
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.table import Table
+
+from kdcache.errors import one_line, plain_text
+
+
+class _Terminal(Console):
+    """A terminal on which strings from elsewhere are plain text.
+
+    Lines that a verb prints as they are may have our own markup, `escape`d names in it; what tables, panels and bars
+    hold has none. Nothing that is printed holds control characters.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, markup: bool | None = None, **options: Any) -> None:
+        lines = all(isinstance(part, str) for part in objects)
+        super().print(*objects, markup=lines if markup is None else markup, **options)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        if isinstance(renderable, Table):
+            for column in renderable.columns:  # a name makes no row of its own
+                column._cells = [one_line(cell) if isinstance(cell, str) else cell for cell in column._cells]
+                if isinstance(column.header, str):
+                    column.header = one_line(column.header)
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else plain_text(text), style, control)
+
+
+OUT = _Terminal()
+ERRORS = _Terminal(stderr=True)
 
 
 def progress_bar() -> Progress:
     """What, how far, and how long it still takes. On stderr; silent when that is not a terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=ERRORS,
         disable=not ERRORS.is_terminal,
     )
+
+
+def warn(text: str) -> None:
+    """Say on stderr what makes a result worth little."""
+    ERRORS.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
 
 def bytes_text(count: float) -> str:

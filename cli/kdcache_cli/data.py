@@ -40,8 +40,8 @@ def check(
 ) -> None:
     """Read a data set once and say what is in it and what is wrong with it.
 
-    Its layout, classes and their share of pixels, ids out of range, images without labels, sizes, a digest. Exits with
-    1 when something must be mended before training.
+    Its layout and why it is taken for one, classes and their share of pixels, ids that are no class, sizes, a digest.
+    Exits with 1 where a training would fail or learn nothing; warnings are of what is seldom meant.
     """
     from kdcache.data import check as check_data
 
@@ -56,16 +56,19 @@ def check(
             bar.update(tasks[name], completed=done)  # type: ignore[arg-type]
 
         report = check_data(data, split, progress=progress)
-    OUT.print(f"layout [bold]{report.layout}[/]" + (f" in {escape(report.folder)}" if report.folder else ""))
+    place = f" in {escape(report.folder)}" if report.folder else ""
+    OUT.print(f"layout [bold]{report.layout}[/]{place}: {escape(report.why)}", highlight=False)
     for name, part in report.splits.items():
         _print_split(name, part, report.classes.names)
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     for problem in report.problems:
         OUT.print(f"[red]problem[/] {escape(problem)}")
+    for warning in report.warnings:
+        OUT.print(f"[yellow]warning[/] {escape(warning)}")
     if report.problems:
         raise typer.Exit(1)
-    OUT.print("[green]nothing wrong[/]")
+    OUT.print("no problem" if report.warnings else "[green]nothing wrong[/]")
 
 
 def _download(data: str) -> None:
@@ -82,7 +85,7 @@ def _download(data: str) -> None:
 
 def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None:
     sizes = ", ".join(f"{count} of {size}" for size, count in list(part.sizes.items())[:4])
-    OUT.print(f"[bold]{name}[/]: {part.images} images, {part.labelled} labelled; sizes {sizes}")
+    OUT.print(f"[bold]{escape(name)}[/]: {part.images} images, {part.labelled} labelled; sizes {sizes}")
     if part.digest:
         OUT.print(f"digest {part.digest[:16]}")
     if not part.labelled:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache_cli import options
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 SCENES = "scenes:96x128,train=96,val=32,seed=0"
 SIZE = (96, 128)
-VIEWS = 4  # as build-teacher-cache
 SETTINGS = {"lr": 4e-3, "warmup": 20}
 
 
@@ -81,7 +81,7 @@ def demo(
 
 
 def _say(step: int, title: str, command: str) -> None:
-    OUT.print(f"\n[bold]{step}/5  {title}[/]\n[dim]kdcache {command}[/]", soft_wrap=True)
+    OUT.print(f"\n[bold]{step}/5  {title}[/]\n[dim]kdcache {escape(command)}[/]", soft_wrap=True)
 
 
 def _train(run: Path, **settings: Any) -> None:
@@ -91,7 +91,7 @@ def _train(run: Path, **settings: Any) -> None:
 
     try:
         with progress_bar() as bar:
-            result = train(make_config(**settings), run, resume=True, observer=TrainingProgress(bar, run.name))
+            result = train(make_config(**settings), run, resume=run.exists(), observer=TrainingProgress(bar, run.name))
     except Interrupted as stop:
         ERRORS.print(f"Stopped after {stop.step} iterations; the same command goes on.")
         raise typer.Exit(130) from None
@@ -109,9 +109,9 @@ def _build(teacher: Path, store: Path, device: str) -> None:
 
     split = open_split(SCENES, "train")
     loaded = load_teacher(str(teacher), split.classes)
-    build_options = BuildOptions(size=SIZE, views=VIEWS, shard_records=32, device=pick_device(device))
+    build_options = BuildOptions(size=SIZE, shard_records=32, device=pick_device(device))
     with progress_bar() as bar:
-        task = bar.add_task("teacher's pass", total=VIEWS * len(split), note="")
+        task = bar.add_task("teacher's pass", total=build_options.views * len(split), note="")
         result = build_cache(split, loaded, store, build_options, lambda done, _: bar.update(task, completed=done))
     summary = summarise(open_cache(store))
     OUT.print(

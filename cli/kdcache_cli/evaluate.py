@@ -1,14 +1,17 @@
 """`kdcache evaluate`: a trained model on labelled images."""
 
-import json as json_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from kdcache_cli import options
-from kdcache_cli.console import OUT, progress_bar
+from kdcache_cli.console import OUT, progress_bar, warn
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.evaluate import Metrics
+    from kdcache.evaluate.evaluation import Record
 
 
 def evaluate(
@@ -36,17 +39,17 @@ def evaluate(
     threads: options.Threads = 0,
     device: options.Device = "auto",
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="(default: evaluation-SPLIT.json in the run, else here)")
+        Path | None, typer.Option("--json", help="(default: evaluation-KIND.json in the run, else here)")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", help="(default: evaluation-SPLIT.md in the run, else here)")
+        Path | None, typer.Option("--markdown", help="(default: evaluation-KIND.md in the run, else here)")
     ] = None,
 ) -> None:
     """mIoU, mAcc, aAcc and IoU per class, by mmsegmentation's convention.
 
     One confusion matrix over the split, void left out, at the labels' own size.
-    A run's tables are written into its folder; those of SPEC@FILE into the current
-    one.
+    A run's tables are written into its folder, those of SPEC@FILE into the current
+    one; each kind (split, fold, weights, size, class map) has files of its own.
 
     [dim]kdcache evaluate runs/student --data camvid[/]
     [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
@@ -54,7 +57,9 @@ def evaluate(
     import torch
 
     from kdcache.data import fold_alone, open_split, parse_fold
-    from kdcache.evaluate import class_rows, evaluate_model, metrics_markdown, percent
+    from kdcache.evaluate import at_chance, class_rows, evaluate_model, percent
+    from kdcache.evaluate.evaluation import Record, data_digest, weights_file
+    from kdcache.models import PROBABILITIES, returns_probabilities
     from kdcache.models.run import open_model, split_spec
     from kdcache.train import pick_device
 
@@ -64,9 +69,10 @@ def evaluate(
     source = open_split(data, split)
     model, about = open_model(run, source.classes, options.parse_size(size), chosen, class_map=class_map)
     about.check_classes(source.classes.names, data)
-    name = split
+    part = None
     if fold is not None:
-        source, name = fold_alone(source, *parse_fold(fold)), f"{split}-fold-{fold.replace('/', '-of-')}"
+        number, folds = parse_fold(fold)
+        source, part = fold_alone(source, number, folds), f"{number}/{folds}"
     where = pick_device(device)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(source), note="")
@@ -86,19 +92,34 @@ def evaluate(
         table.add_row(*row)
     OUT.print(table)
     OUT.print(f"[bold]mIoU {percent(metrics.miou)}[/]  mAcc {percent(metrics.macc)}  aAcc {percent(metrics.aacc)}")
-    alone = split_spec(run) is not None
-    about_json = {
-        "run": run,
-        "weights": None if alone else weights,
-        "data": data,
-        "split": split,
-        "fold": fold,
-        "size": list(about.size),
-    }
-    folder = Path() if alone else Path(run)
-    json_path = json_file or folder / f"evaluation-{name}.json"
-    json_path.write_text(json_module.dumps({**about_json, **metrics.to_json()}, indent=1) + "\n", encoding="utf-8")
-    markdown_path = markdown or folder / f"evaluation-{name}.md"
-    markdown_path.write_text(metrics_markdown(f"{run} on {data}, {name}", metrics), encoding="utf-8")
-    if alone:
-        OUT.print(f"written: {json_path}, {markdown_path}", highlight=False)
+    if (nothing := at_chance(metrics)) is not None:
+        warn(f"{run} {nothing}")
+    if returns_probabilities(model):
+        warn(f"{run} {PROBABILITIES}")
+    record = Record.of(
+        about,
+        weights_file(run, chosen),
+        source,
+        data_digest(source),
+        about.size,
+        which=chosen if split_spec(run) is None else None,
+        fold=part,
+        at_size=at_size,
+        class_map=class_map,
+    )
+    _write(record, run, metrics, json_file, markdown)
+
+
+def _write(record: "Record", run: str, metrics: "Metrics", json_file: Path | None, markdown: Path | None) -> None:
+    from kdcache.evaluate import metrics_markdown
+    from kdcache.evaluate.evaluation import file_name, write_evaluation
+    from kdcache.models.run import read_run_model
+
+    folder = Path() if record.which is None else Path(run)
+    own_size = record.which is None or read_run_model(folder).size == record.size
+    name = file_name(record, folder, run, own_size=own_size)
+    json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
+    write_evaluation(record, json_path, run, metrics)
+    title = f"{run} on {record.data}, {name.removeprefix('evaluation-')}"
+    markdown_path.write_text(metrics_markdown(title, metrics), encoding="utf-8")
+    OUT.print(f"written: {json_path}, {markdown_path}", markup=False, highlight=False)

@@ -76,7 +76,7 @@ def extend(
     if loaded.folds is not None:
         check_cross_fit(teacher, source)
     for note in loaded.notes:
-        ERRORS.print(f"note: {note}")
+        ERRORS.print(f"note: {note}", markup=False)
     changes = {
         "features": tuple(dict.fromkeys([*about.features, *building.comma_separated(features)])),
         "statistics": (*options_of(about).statistics, *building.comma_separated(statistics)),

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from kdcache_cli import options
+
 _Option = typer.Option
 _loss = partial(typer.Option, rich_help_panel="What the loss is")
 _gate = partial(typer.Option, rich_help_panel="Where the teacher is listened to")
@@ -14,12 +16,14 @@ _part = partial(typer.Option, rich_help_panel="A part of the data")
 _step = partial(typer.Option, rich_help_panel="Optimization")
 _run = partial(typer.Option, rich_help_panel="How it runs")
 
-Model = Annotated[str, _Option("--model", help="What to train; see [bold]kdcache models[/].")]
+Model = Annotated[
+    str, _Option("--model", callback=options.check_model, help="What to train; see [bold]kdcache models[/].")
+]
 Name = Annotated[str | None, _Option("--name", help="What tables and pictures call it (default: what it does).")]
 Out = Annotated[Path, _Option("--out", help="Run folder: new, empty, or with --resume the run itself.")]
 Init = Annotated[str | None, _Option("--init", help="Start from a weights FILE, or [bold]default[/] (downloads).")]
 ValSplit = Annotated[str, _Option("--val-split", help="Split to validate on.")]
-Resume = Annotated[bool, _Option("--resume", help="Go on from the last checkpoint.")]
+Resume = Annotated[bool, _Option("--resume", help="Go on from the last checkpoint of the run in --out.")]
 Cache = Annotated[str, _Option("--cache", help="Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")]
 Val = Annotated[str | None, _Option("--val", help="Labelled data folder to validate on.")]
 

@@ -49,5 +49,5 @@ def models(
         table.add_row(info.spec, f"{info.parameters / 1e6:.2f} M", str(info.stride), taps)
     OUT.print(table)
     for command, specs in missing.items():
-        OUT.print(f"\nWith {escape(command)}:\n  {', '.join(specs)}", highlight=False)
+        OUT.print(f"\nWith {escape(command)}:\n  {escape(', '.join(specs))}", highlight=False)
     OUT.print("\n" + "\n".join(_NOTES))

@@ -104,6 +104,16 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def check_model(context: typer.Context, parameter: typer.CallbackParam, spec: str) -> str:
+    """A callback: refuse code that a recipe names as the model, and not this command line."""
+    source = context.get_parameter_source(str(parameter.name))
+    if source is not None and source.name == "DEFAULT_MAP":
+        from kdcache.models.trust import check_trusted  # imports torch
+
+        check_trusted(spec, str(context.params.get("recipe")))
+    return spec
+
+
 def _one_line(table: Any) -> Any:
     """A table of a recipe, such as [[term]], as its flag takes it: the kind first, then the options."""
     if not isinstance(table, dict):

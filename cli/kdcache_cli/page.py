@@ -18,6 +18,7 @@ from kdcache_cli.compare import (
     OwnFold,
     Repeats,
     Runs,
+    Smoke,
     Teacher,
     Weights,
     judging,
@@ -54,6 +55,7 @@ def report(
     threads: options.Threads = 0,
     device: options.Device = "auto",
     fresh: Fresh = False,
+    smoke: Smoke = False,
 ) -> None:
     """One HTML page of a comparison: did it help, scores, curves, pictures, recipes.
 
@@ -67,7 +69,7 @@ def report(
     from kdcache.evaluate.report.summary import headline
 
     judged = judging(weights, size, batch_size, device, threads, fresh)
-    compared = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats)
+    compared = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats, smoke)
     chosen = ReportOptions(compared, title, num, audit, pictures, _command())
     with progress_bar() as bar:
         task = bar.add_task("comparing", total=None, note="")
@@ -80,6 +82,8 @@ def report(
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     answer, sentence, _ = headline(found)
+    if found.banner is not None:
+        OUT.print(found.banner, style="yellow", markup=False, highlight=False)
     OUT.print(f"{answer} {sentence}", markup=False, highlight=False)
     OUT.print(f"{out}: {bytes_text(out.stat().st_size)}", markup=False, highlight=False)
 

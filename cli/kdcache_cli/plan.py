@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 _Option = typer.Option
 ADVICE = (
     "[dim]Before you pay: tune --lr of the student on labels alone. On CamVid that was worth 7 points of mIoU, and no "
-    "teacher more than 3. What helped was dist, on views that are replayed: 4 were as good as 16, and one whole image, "
-    "moved with the pixels, was no better than labels (docs/methods.md).[/]"
+    "method more than 3. Best were dist and views that are replayed: 4 were as good as 16, and one whole image, moved "
+    "with the pixels, was no better than labels. How much of it is the teacher's is open (docs/methods.md).[/]"
 )
 
 
@@ -191,7 +191,7 @@ def _print_training(found: "Estimate", student: str, learning: float, epochs: in
 
 def _print_room(found: "Estimate", free: int | None, out: str) -> None:
     if free is None:
-        OUT.print(f"How much is free at {out} is not known here.")
+        OUT.print(f"How much is free at {out} is not known here.", markup=False)
     elif found.chosen.bytes <= free:
         OUT.print(f"{bytes_text(free)} are free where it would go.")
     else:

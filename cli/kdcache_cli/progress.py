@@ -18,10 +18,12 @@ class TrainingProgress(Observer):
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
         self._task = self._bar.add_task(self._title, total=iterations, completed=step, note="")
-        ERRORS.print(f"{self._title}: {parameters / 1e6:.2f} M parameters, iterations {step} to {iterations}")
+        ERRORS.print(
+            f"{self._title}: {parameters / 1e6:.2f} M parameters, iterations {step} to {iterations}", markup=False
+        )
 
     def note(self, text: str) -> None:
-        ERRORS.print(f"note: {text}")
+        ERRORS.print(f"note: {text}", markup=False)
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
         assert self._task is not None
@@ -38,7 +40,7 @@ class TrainingProgress(Observer):
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
-        ERRORS.print(f"  gradient norms at {step}: {shown}")
+        ERRORS.print(f"  gradient norms at {step}: {shown}", markup=False)
 
     def validating(self, done: int, total: int) -> None:
         assert self._task is not None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache_cli import options
@@ -68,7 +69,7 @@ def export_pseudo_labels(
         )
     _print(found)
     kept = f" ({found.kept} were there)" if found.kept else ""
-    OUT.print(f"[bold]{out}[/]: {found.written} label files written{kept}")
+    OUT.print(f"[bold]{escape(str(out))}[/]: {found.written} label files written{kept}")
     if json_file is not None:
         about = {"store": store, "threshold": threshold, "quantile": quantile}
         content = {**about, **coverage_json(found.class_names, found.coverage)}

@@ -9,21 +9,43 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import typer
 
-from kdcache.errors import KDCacheError
+from kdcache.errors import KDCacheError, RecipeError
 
 GRACE_S = 10
 """How long the first process may take to say what every process found."""
 
 
+def numbered() -> tuple[int, int]:
+    """(Number, count) of the processes that share the work, as torchrun or another launcher says; else (0, 1).
+
+    Raises RecipeError for numbers that are none.
+    """
+    texts = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    try:
+        rank, size = int(texts["RANK"] or 0), int(texts["WORLD_SIZE"] or 1)
+    except ValueError:
+        rank, size = -1, 1
+    if rank < 0 or size < 1 or rank >= size > 1:
+        raise RecipeError(
+            "RANK and WORLD_SIZE in the environment number this process: RANK from 0, below WORLD_SIZE",
+            received=", ".join(f"{name}={text}" for name, text in texts.items() if text is not None),
+            remedy="unset RANK WORLD_SIZE, or start the processes with torchrun",
+        )
+    return rank, size
+
+
 def is_first() -> bool:
     """Whether this process is alone or the first of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+    rank, size = numbered()
+    return size == 1 or rank == 0
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
     """What every process says is said once, wrong flags for instance."""
-    if is_first():
+    first = is_first()
+    _say_what_the_environment_does()
+    if first:
         yield
         return
     try:
@@ -44,6 +66,21 @@ def shared_errors() -> Iterator[None]:
         if is_first():
             raise
         raise typer.Exit(2) from None
+
+
+def _say_what_the_environment_does() -> None:
+    """Numbers that torchrun did not set may be left over in a shell, where nobody starts the other processes."""
+    rank, size = numbered()
+    if (rank, size) == (0, 1) or "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    what = f"process {rank} of {size} (from 0): it does its share of the work" if size > 1 else f"process {rank}"
+    silent = "" if is_first() else ", and leaves it to process 0 to speak"
+    print(
+        f"note: RANK={rank} and WORLD_SIZE={size} in the environment make this {what}{silent}. "
+        "If nothing has started the others: unset RANK WORLD_SIZE",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _wait_for_the_first() -> None:

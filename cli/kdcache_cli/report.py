@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache_cli.console import OUT, progress_bar
@@ -41,7 +42,7 @@ def report_teacher(
     _print_confused(found)
     _print_coverage(found)
     _print_gradient(found)
-    OUT.print(f"\n[bold]{folder}[/]: report.json and {len(pictures)} pictures")
+    OUT.print(f"\n[bold]{escape(str(folder))}[/]: report.json and {len(pictures)} pictures")
 
 
 def _beside(place: "Place") -> Path:

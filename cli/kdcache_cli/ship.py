@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
@@ -65,11 +66,11 @@ def export(
     done = export_model(model, about, out, format=format, raw=raw, tolerance=tolerance)
     free = ", ".join(done.free)
     fixed = "" if len(done.free) == 3 else f" (traced at {about.size[0]}x{about.size[1]})"
-    OUT.print(f"[bold]{done.path}[/]  {done.format}, {bytes_text(done.size_bytes)}", highlight=False)
+    OUT.print(f"[bold]{escape(str(done.path))}[/]  {done.format}, {bytes_text(done.size_bytes)}", highlight=False)
     if done.format != "safetensors":
         OUT.print(f"free axes   {free or 'none'}{fixed}", highlight=False)
     if done.checked_by is None:
-        OUT.print(f"[yellow]not checked[/]: {done.unchecked}", highlight=False)
+        OUT.print(f"[yellow]not checked[/]: {escape(done.unchecked)}", highlight=False)
         return
     OUT.print(
         f"checked by  {done.checked_by}: largest difference {done.difference:.2g}, "
@@ -132,7 +133,7 @@ def predict(
     for number in sorted(range(len(named)), key=lambda number: -pixels_C[number]):
         table.add_row(named.names[number], f"{100 * pixels_C[number] / pixels_C.sum():.2f}")
     OUT.print(table)
-    OUT.print(f"[bold]{len(found)}[/] images: {out}/labels, {out}/overlays", highlight=False)
+    OUT.print(f"[bold]{len(found)}[/] images: {escape(str(out))}/labels, {escape(str(out))}/overlays", highlight=False)
 
 
 def _open(run: str, size: str | None, weights: str, classes: Path | None) -> "tuple[SegmentationModel, RunModel]":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
@@ -90,6 +91,10 @@ def verify(
         _Option("--teacher", help="Run it again on a sample of records. Of several, give all, in their order."),
     ] = None,
     records: Annotated[int, _Option("--records", min=1, help="How many records to run it on.")] = 16,
+    seal: Annotated[
+        str | None,
+        _Option("--seal", metavar="DIGEST", help="What the seal's digest must be, as it was published elsewhere."),
+    ] = None,
     data: options.OptionalData = None,
     split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
     class_map: Annotated[Path | None, _Option("--class-map", help="As at the build.")] = None,
@@ -100,7 +105,12 @@ def verify(
     """Check every byte of a store; with --teacher, also that it holds what that
     teacher says.
 
-    Exits with 1 when something is off.
+    Who may write to a store can change a file and the digests with it. Against
+    that, publish the seal's digest, which this verb prints, in another place, and
+    give it with --seal.
+
+    Exits with 1 when a file is damaged or the teacher is another, with 2 when the
+    seal is not the one that was published.
     """
     from kdcache.data import ClassList, open_split
     from kdcache.store import open_cache, read_manifest, verify_files
@@ -110,18 +120,15 @@ def verify(
     place = options.open_place(store, cache_dir, cache_bytes)
     with progress_bar() as bar:
         task = bar.add_task("checking files", total=None, note="")
-        report = verify_files(place, lambda done, total: bar.update(task, completed=done, total=total))
+        report = verify_files(place, lambda done, total: bar.update(task, completed=done, total=total), seal=seal)
     OUT.print(f"{report.files} files, {bytes_text(report.bytes)} of shards: ", end="")
     OUT.print("[green]as written[/]" if not report.damaged else f"[red]{len(report.damaged)} damaged[/]")
     for name in report.damaged:
-        OUT.print(f"  [red]damaged[/] {place.describe(name)}")
+        OUT.print(f"  [red]damaged[/] {escape(place.describe(name))}")
     if report.damaged:
-        first = "Delete these files, then run" if place.remote else "Run"
-        OUT.print(
-            f"{first} the command that wrote it (build-teacher-cache, extend or copy) again: "
-            "it redoes these shards alone."
-        )
+        OUT.print(report.remedy)
         raise typer.Exit(1)
+    OUT.print(f"seal {report.seal}" + (", as published" if seal else ""), highlight=False, soft_wrap=True)
     if not teacher:
         return
     manifest = read_manifest(place)
@@ -131,9 +138,9 @@ def verify(
     loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map)
     agreement = compare_teacher(open_cache(place), loaded, source, pick_device(device), records)
     for line in agreement.fingerprint:
-        OUT.print(f"  [red]another teacher[/] {line}")
+        OUT.print(f"  [red]another teacher[/] {escape(line)}")
     for name in agreement.drifted:
-        OUT.print(f"  [red]drifted pixels[/] {name}")
+        OUT.print(f"  [red]drifted pixels[/] {escape(name)}")
     OUT.print(
         f"{agreement.records} records against the teacher: argmax agreement {100 * agreement.argmax:.3f} %, "
         f"KL {agreement.kl:.2e} nats, largest logit error {agreement.largest_error:.2e}"
@@ -212,14 +219,17 @@ def copy(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if not result.complete:
-        OUT.print(f"[bold]{destination}[/]: {part.describe('done')}; the copy is finished by the worker that ends last")
+        OUT.print(
+            f"[bold]{escape(destination)}[/]: {part.describe('done')}; "
+            "the copy is finished by the worker that ends last"
+        )
         return
     report = summarise(open_cache(options.open_place(destination, cache_dir, cache_bytes)))
     kept = f" ({result.kept} were there)" if result.kept else ""
     speed = f" in {result.seconds:.1f} s, {result.records / result.seconds:.0f} records/s" if result.records else ""
     OUT.print(
-        f"[bold]{destination}[/]: {result.manifest.records} records{kept}{speed}; {bytes_text(report.bytes_on_disk)}, "
-        f"the source has {bytes_text(summarise(cache).bytes_on_disk)}"
+        f"[bold]{escape(destination)}[/]: {result.manifest.records} records{kept}{speed}; "
+        f"{bytes_text(report.bytes_on_disk)}, the source has {bytes_text(summarise(cache).bytes_on_disk)}"
     )
     if result.manifest.fidelity is not None:
         OUT.print(

@@ -4,6 +4,8 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +56,7 @@ def sweep(
 
     if recipe is None:
         for name, title in list_recipes().items():
-            OUT.print(f"[bold]{name}[/]  {title}", highlight=False)
+            OUT.print(f"[bold]{escape(name)}[/]  {escape(title)}", highlight=False)
         return
     if out is None:
         raise RecipeError("a sweep has a folder", received="no --out", remedy="add --out DIR")
@@ -64,13 +66,29 @@ def sweep(
     planned = plan_sweep(read, data, out, _flags())
     if dry_run:
         for job in planned.jobs:
-            OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.words))}", soft_wrap=True)
+            OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.next_words))}", soft_wrap=True)
         return
+    _check_code(planned, recipe, changes or ())
     part = share_of_torchrun()
     alone = parallel == 1 and part[1] == 1
     run_jobs(planned, _here if alone else _Apart(planned, parallel), parallel=parallel, part=part, watcher=_watcher())
     if part[0] == 0:
         _show(planned)
+
+
+def _check_code(planned: "Sweep", recipe: str, changes: Sequence[str]) -> None:
+    """Refuse code that the recipe names, and not this command line: its jobs would name it on theirs."""
+    from kdcache.models.run import split_spec
+    from kdcache.models.trust import check_trusted
+
+    spec = planned.recipe.teacher.get("spec")
+    weighted = None if spec is None else split_spec(str(spec))
+    named = {} if weighted is None else {weighted[0]: str(spec)}
+    for job in planned.jobs:
+        named |= {value: value for flag, value in pairwise(job.words) if flag == "--model"}
+    for model, text in named.items():
+        if not any(change.partition("=")[2].strip(" '\"") == text for change in changes):
+            check_trusted(model, recipe)
 
 
 def _flags() -> dict[str, set[str]]:
@@ -89,7 +107,7 @@ def _here(job: "Job") -> None:
     """In this process."""
     from kdcache_cli.app import app
 
-    app(args=list(job.words), standalone_mode=False)
+    app(args=list(job.next_words), standalone_mode=False)
 
 
 class _Apart:
@@ -110,7 +128,7 @@ class _Apart:
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
         with log.open("w", encoding="utf-8") as file:
-            command = [sys.executable, "-m", "kdcache_cli", *job.words]
+            command = [sys.executable, "-m", "kdcache_cli", *job.next_words]
             done = subprocess.run(command, env=self._environment, stdout=file, stderr=file, check=False)
         if done.returncode:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
@@ -127,7 +145,7 @@ def _watcher() -> "Watcher":
     class Telling(Watcher):
         def started(self, job: "Job", number: int, total: int) -> None:
             ERRORS.print(f"\n[bold]{number}/{total}  {escape(job.name)}[/]")
-            ERRORS.print(f"[dim]kdcache {escape(shlex.join(job.words))}[/]", soft_wrap=True)
+            ERRORS.print(f"[dim]kdcache {escape(shlex.join(job.next_words))}[/]", soft_wrap=True)
 
         def kept(self, job: "Job", number: int, total: int) -> None:
             ERRORS.print(f"{number}/{total}  {escape(job.name)}: done before")
@@ -141,4 +159,4 @@ def _watcher() -> "Watcher":
 def _show(planned: "Sweep") -> None:
     for name in ("report.html", "comparison.md", "details.md", "kd_comparison_results.txt", "pictures"):
         if (planned.out / name).exists():
-            OUT.print(f"  {planned.out / name}", highlight=False)
+            OUT.print(f"  {planned.out / name}", markup=False, highlight=False)

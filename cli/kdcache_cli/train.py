@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from kdcache_cli import flags, options
 from kdcache_cli.console import ERRORS, OUT, progress_bar
@@ -169,6 +170,6 @@ def _train(given: dict[str, Any], out: Path, resume: bool) -> None:
     best = result["best_miou"]
     score = "not validated" if best is None else f"best mIoU {percent(best)} at iteration {result['best_step']}"
     OUT.print(
-        f"[bold]{out}[/]: {score}; {result['iterations']} iterations in {result['seconds']:.0f} s, "
+        f"[bold]{escape(str(out))}[/]: {score}; {result['iterations']} iterations in {result['seconds']:.0f} s, "
         f"{result['images_per_second']:.1f} images/s, {100 * result['wait_share']:.1f} % of it waiting for data"
     )

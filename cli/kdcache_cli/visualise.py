@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kdcache_cli import options
-from kdcache_cli.compare import BatchSize, OptionalData, OptionalSplit, Runs, Weights, judging
+from kdcache_cli.compare import BatchSize, OptionalData, OptionalSplit, Runs, Smoke, Weights, judging
 from kdcache_cli.console import ERRORS, OUT, progress_bar
 
 _Option = typer.Option
@@ -36,6 +37,7 @@ def visualise(
     batch_size: BatchSize = 8,
     threads: options.Threads = 0,
     device: options.Device = "auto",
+    smoke: Smoke = False,
 ) -> None:
     """The best and the worst images of each run, confusion, curves; runs side by side.
 
@@ -51,7 +53,7 @@ def visualise(
 
     judged = judging(weights, size, batch_size, device, threads)
     names = tuple(name.strip() for name in (ids or "").split(",") if name.strip())
-    chosen = VisualiseOptions(judged, num, num, names, class_name, teacher, fold)
+    chosen = VisualiseOptions(judged, num, num, names, class_name, teacher, fold, smoke)
     with progress_bar() as bar:
         task = bar.add_task("scoring", total=None, note="")
         made = visualise_runs(
@@ -71,6 +73,6 @@ def visualise(
         table.add_row(str(out / name), str(len(one.scores.images)), percent(one.scores.metrics.miou), percent(mean))
     OUT.print(table)
     pictures = sum(path.suffix == ".png" for path in made.files)
-    OUT.print(f"[bold]{out}[/]: {pictures} pictures")
+    OUT.print(f"[bold]{escape(str(out))}[/]: {pictures} pictures")
     for text in made.notes:
-        ERRORS.print(f"note: {text}", highlight=False)
+        ERRORS.print(f"note: {text}", markup=False, highlight=False)

@@ -17,70 +17,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.data.doubts import doubts_of, wrong_palette
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
 from kdcache.data.layouts.registry import Found, find_layout
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, ids_out_of_range
 from kdcache.data.scenes import is_scenes
+from kdcache.data.split_report import SplitReport
+from kdcache.data.view import pixel_checksum
 from kdcache.errors import DataError
 
 WeightKind = Literal["none", "median", "sqrt"]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class SplitReport:
-    """What one split holds. Lists name samples by id, files by their path in the split's folder.
-
-    Attributes:
-        images, labelled: samples, and those with a label file.
-        class_pixels: pixels per class id; void_pixels: pixels of 255; over all readable labels.
-        sizes: "HxW" -> number of images of that upright size.
-        out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
-        without_label: samples without one; no problem by itself.
-        without_image: label files that no image has (a wrong suffix included).
-        clashes: image files (or lines of a list) whose id another image already has.
-        missing: files that a list names, or their siblings call for, and that are not there.
-        unreadable: sample -> why its image or label could not be read, or its numbers not be taken for ids.
-        mismatched: sample -> both sizes, where a label has not its image's size.
-        digest: SHA-256 over class names, ids and contents; None when contents were not read or a
-            file could not be.
-    """
-
-    split: str
-    images: int = 0
-    labelled: int = 0
-    class_pixels: list[int] = field(default_factory=list)
-    void_pixels: int = 0
-    sizes: dict[str, int] = field(default_factory=dict)
-    out_of_range: dict[str, dict[str, int]] = field(default_factory=dict)
-    without_label: list[str] = field(default_factory=list)
-    without_image: list[str] = field(default_factory=list)
-    clashes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    mismatched: dict[str, str] = field(default_factory=dict)
-    digest: str | None = None
-
-    def shares(self) -> tuple[list[float], float]:
-        """Share of the labelled pixels per class, and of void; zeros without any."""
-        total = max(sum(self.class_pixels) + self.void_pixels, 1)
-        return [count / total for count in self.class_pixels], self.void_pixels / total
-
-    def problems(self) -> list[str]:
-        """One sentence per kind of defect, with how many and the first few."""
-        kinds = (
-            (self.clashes, "images share their id with another image"),
-            (self.without_image, "labels belong to no image"),
-            (self.missing, "files are missing"),
-            (list(self.unreadable), "samples cannot be read"),
-            (list(self.mismatched), "labels have another size than their image"),
-            (list(self.out_of_range), "labels have ids that are no class"),
-        )
-        found = [f"{self.split}: {len(names)} {what}: {describe_some(names)}" for names, what in kinds if names]
-        reason = next(iter(self.unreadable.values()), "")
-        return [f"{sentence} ({reason})" if "cannot be read" in sentence else sentence for sentence in found]
 
 
 @dataclass
@@ -90,7 +39,9 @@ class CheckReport:
     Attributes:
         layout: its name, `scenes` for the built-in set.
         folder: where the data set begins, which may be below the folder that was named; empty for scenes.
+        why: what made it this layout, and where its classes come from.
         problems: sentences, empty for a data set that can be trained on as it is.
+        warnings: sentences on what may be meant so, and seldom is.
     """
 
     data: str
@@ -99,6 +50,8 @@ class CheckReport:
     classes: ClassList
     splits: dict[str, SplitReport]
     problems: list[str]
+    warnings: list[str] = field(default_factory=list)
+    why: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A dict of plain JSON types, with pixel shares beside the counts."""
@@ -109,9 +62,11 @@ class CheckReport:
         return {
             "data": self.data,
             "layout": self.layout,
+            "why": self.why,
             "classes": self.classes.to_json(),
             "splits": splits,
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
         }
 
 
@@ -123,6 +78,8 @@ class _Reading:
     counts: npt.NDArray[np.int64] | None = None
     out_of_range: dict[int, int] = field(default_factory=dict)
     digests: tuple[str, str | None] | None = None
+    pixels: int | None = None
+    palette: str = ""
     unreadable: str = ""
     mismatched: str = ""
 
@@ -149,14 +106,14 @@ def check(
     found = None if is_scenes(data) else find_layout(data)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
     reports: dict[str, SplitReport] = {}
-    where: dict[str, list[str]] = {}
+    where: dict[int, list[str]] = {}
     classes: ClassList | None = None
     for name in splits if splits is not None else list_splits(data):
         split, report = _open(data, name, found)
         classes = split.classes
         if contents:
-            for sample, image_digest in _read_split(split, report, progress, threads):
-                where.setdefault(image_digest, []).append(f"{name}/{sample}")
+            for sample, pixels in _read_split(split, report, progress, threads):
+                where.setdefault(pixels, []).append(f"{name}/{sample}")
         reports[name] = report
     if classes is None:
         raise DataError(
@@ -165,8 +122,12 @@ def check(
             remedy="Name a split, or add data.",
         )
     problems = [problem for report in reports.values() for problem in report.problems()]
-    place = ("scenes", "") if found is None else (found.layout.name, str(found.root))
-    return CheckReport(data, *place, classes, reports, problems + _repeats(where, found))
+    place, why = ("scenes", ""), "drawn, no files"
+    if found is not None:
+        place, why = (found.layout.name, str(found.root)), found.layout.why(found.root)
+    doubts = doubts_of(reports, classes, found, whole=splits is None)
+    problems += [*_repeats(where, found), *doubts.problems]
+    return CheckReport(data, *place, classes, reports, problems, _twins(where) + doubts.warnings, why)
 
 
 def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: WeightKind) -> npt.NDArray[np.float64]:
@@ -215,12 +176,12 @@ def _open(data: str, name: str, found: Found | None) -> tuple[Split, SplitReport
     return split, report
 
 
-def _read_split(split: Split, report: SplitReport, progress: Progress | None, threads: int) -> list[tuple[str, str]]:
-    """Fill the report from the contents; returns (sample, digest of its image)."""
+def _read_split(split: Split, report: SplitReport, progress: Progress | None, threads: int) -> list[tuple[str, int]]:
+    """Fill the report from the contents; returns (sample, checksum of its pixels)."""
     counts = np.zeros(256, np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
     total = hashlib.sha256(split.digest().encode("ascii"))
-    images = []
+    images, digested = [], 0
     readings = prefetch(lambda i: _read(split, i), range(len(split)), threads=threads, ahead=2 * threads + 1)
     for index, (sample, reading) in enumerate(zip(split.ids, readings, strict=True)):
         if reading.size is not None:
@@ -235,13 +196,17 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
             report.mismatched[sample] = reading.mismatched
         if reading.digests is not None:
             total.update(repr(reading.digests).encode("ascii"))
-            images.append((sample, reading.digests[0]))
+            digested += 1
+        if reading.pixels is not None:
+            images.append((sample, reading.pixels))
+        if reading.palette:
+            report.palettes[sample] = reading.palette
         if progress is not None:
             progress(split.split, index + 1, len(split))
     report.class_pixels = counts[: len(split.classes)].tolist()
     report.void_pixels = int(counts[IGNORE_INDEX])
     report.sizes = {f"{h}x{w}": count for (h, w), count in sorted(sizes.items())}
-    report.digest = total.hexdigest() if len(images) == len(split) else None
+    report.digest = total.hexdigest() if digested == len(split) else None
     return images
 
 
@@ -251,22 +216,37 @@ def _read(split: Split, index: int) -> _Reading:
         reading.digests = split.content_digests(index)
         image = split.image(index)
         reading.size = (image.shape[0], image.shape[1])
+        reading.pixels = pixel_checksum(image)
         label = split.raw_label(index)
         if label is not None and label.shape != reading.size:
             reading.mismatched = describe_sizes(label.shape, reading.size)
         elif label is not None:
             reading.counts = np.bincount(label.reshape(-1), minlength=256).astype(np.int64)
             reading.out_of_range = ids_out_of_range(label, len(split.classes))
+            reading.palette = wrong_palette(split, index, label) if isinstance(split, FileSplit) else ""
     except DataError as error:
         reading.unreadable = error.received
     return reading
 
 
-def _repeats(where: dict[str, list[str]], found: Found | None) -> list[str]:
-    """Images that are, byte for byte, in two splits that should share none: they falsify every score."""
+def _twins(where: dict[int, list[str]]) -> list[str]:
+    """Images that are in one split under two ids: they count twice, and two folds may share them."""
+    pairs = [
+        " = ".join(twins)
+        for places in where.values()
+        for _, group in itertools.groupby(places, lambda place: place.partition("/")[0])
+        if len(twins := list(group)) > 1
+    ]
+    if not pairs:
+        return []
+    return [f"{len(pairs)} images are in a split more than once: {describe_some(pairs)}; remove all but one of each"]
+
+
+def _repeats(where: dict[int, list[str]], found: Found | None) -> list[str]:
+    """Images that are, pixel for pixel, in two splits that should share none: they falsify every score."""
     across = [places for places in where.values() if _falsify({place.partition("/")[0] for place in places}, found)]
     shown = describe_some([" = ".join(places) for places in across])
-    return [f"{len(across)} images are in more than one split: {shown}"] if across else []
+    return [f"{len(across)} images are in more than one split: {shown}; take them out of one"] if across else []
 
 
 def _falsify(splits: set[str], found: Found | None) -> bool:

@@ -14,12 +14,27 @@ on every machine, and whether a process compiled a helper, inlined it or loaded 
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit, types
+import numba
+from numba import types
 
+_SETTINGS: Any = numba.config
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "nogil": True}
 
 BYTES = {ndim: types.Array(types.uint8, ndim, "C") for ndim in (2, 3)}
 READ_ONLY_BYTES = {ndim: types.Array(types.uint8, ndim, "C", readonly=True) for ndim in (2, 3)}
+
+
+def njit(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's own, but of compiled functions under NUMBA_DISABLE_JIT too: Python has no intrinsics to run them with."""
+
+    def compile_anyway(function: Callable[..., Any]) -> Any:
+        disabled, _SETTINGS.DISABLE_JIT = _SETTINGS.DISABLE_JIT, 0
+        try:
+            return numba.njit(*signatures, **options)(function)
+        finally:
+            _SETTINGS.DISABLE_JIT = disabled
+
+    return compile_anyway
 
 
 def kernel(*arguments: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

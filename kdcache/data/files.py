@@ -72,6 +72,13 @@ def read_label(path: Path) -> Pixels:
         return np.array(image, dtype=np.uint8)
 
 
+def label_palette(path: Path) -> list[tuple[int, int, int]] | None:
+    """The colours of a palette PNG by index, from the header; None of another kind of PNG."""
+    with _opened(path, "label") as image:
+        flat = image.getpalette("RGB") if image.mode == "P" else None
+    return None if flat is None else list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     try:

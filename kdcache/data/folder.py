@@ -4,6 +4,9 @@
     DIR/images/<split>/**.jpg       or png, webp, bmp, tif; folders may nest
     DIR/labels/<split>/**.png       8-bit ids, 255 = void; the same path below <split> as the image
 
+Pictures right in `images/` are divided by lists of their names, `train.txt`, `val.txt` and `test.txt`; without lists
+all of it is `train`.
+
 A sample's id is the image's path below `images/<split>` without its last suffix (`a.b.jpg` is `a.b`), with
 forward slashes. Labels may be missing, for a split or for single samples; a label without an image is an
 error, for it means that names do not match and that training would silently see no labels.
@@ -17,10 +20,11 @@ from typing import ClassVar
 from kdcache.data.classes import CLASSES_FILE, read_classes
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.label_ids import LabelIds
-from kdcache.data.layouts.scan import Scan, folders_in, scan_folders
+from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, holds_pictures, lists_in, scan_folders, scan_whole
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 
 IMAGES, LABELS = "images", "labels"
+SPLITS = ("train", "val", "test")
 
 LABEL_IDS = LabelIds(
     f"Label ids are 0 to {{last}} (the lines of {CLASSES_FILE}) or {IGNORE_INDEX} (void).",
@@ -32,19 +36,29 @@ class Folder(Layout):
     """A data set of one's own; also what `write_scenes` and pseudo labels are written as."""
 
     name: ClassVar[str] = "folder"
-    looks_for: ClassVar[str] = f"{IMAGES}/SPLIT/ and {CLASSES_FILE} (or {LABELS}/SPLIT/)"
-    split_is: ClassVar[str] = f"a folder below {IMAGES}"
+    looks_for: ClassVar[str] = (
+        f"{IMAGES}/SPLIT/ and {CLASSES_FILE} (or {LABELS}/SPLIT/); or pictures right in {IMAGES}/"
+    )
+    split_is: ClassVar[str] = f"a folder below {IMAGES}, or a list of pictures right in it"
 
     def matches(self, root: Path) -> bool:
-        if not folders_in(root / IMAGES):
-            return False
-        return (root / CLASSES_FILE).is_file() or bool(folders_in(root / LABELS))
+        if folders_in(root / IMAGES):
+            return (root / CLASSES_FILE).is_file() or bool(folders_in(root / LABELS))
+        return (root / CLASSES_FILE).is_file() and holds_pictures(root / IMAGES)
 
     def splits(self, root: Path) -> list[str]:
-        return folders_in(root / IMAGES)
+        return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
 
-    def classes(self, root: Path) -> ClassList:
+    def why(self, root: Path) -> str:
+        folders, lists = folders_in(root / IMAGES), lists_in(root, SPLITS)
+        what = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
+        divided = "" if folders else f", divided by {', '.join(f'{name}.txt' for name in lists)}" if lists else ""
+        return f"{what} and {CLASSES_FILE}{divided}"
+
+    def _classes(self, root: Path) -> ClassList:
         return read_classes(root)
 
     def _scan(self, root: Path, split: str) -> Scan:
+        if not folders_in(root / IMAGES):
+            return scan_whole(root, split, IMAGES, LABELS, LABEL_IDS, SPLITS)
         return scan_folders(root, f"{IMAGES}/{split}", f"{LABELS}/{split}", LABEL_IDS)

@@ -9,9 +9,9 @@ at 144 x 192 on a Zen 3, 0.14 pixel by pixel.
 import math
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from kdcache.data.compiled import BYTES, OPTIONS, kernel
+from kdcache.data.compiled import BYTES, OPTIONS, kernel, njit
 
 _BLOCK = 512
 _f, _i = np.float32, np.int32

@@ -28,10 +28,10 @@ import math
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from kdcache.data.compiled import BYTES, OPTIONS, READ_ONLY_BYTES, kernel
+from kdcache.data.compiled import BYTES, OPTIONS, READ_ONLY_BYTES, kernel, njit
 
 _BITS = 22
 _HALF = 1 << (_BITS - 1)

@@ -4,6 +4,7 @@
     terms/       the other terms
     gate.py      where the teacher is listened to
     target.py    what a teacher said about a batch
+    checks.py    what must hold of a batch before a loss looks at it
 
 A store, or anything like one, says what its targets look like.
 """

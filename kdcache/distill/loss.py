@@ -7,11 +7,21 @@ never of the store.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kdcache.distill.checks import (
+    Left,
+    Size,
+    can_look,
+    check_given,
+    check_rows,
+    check_terms_given,
+    shows_otherwise,
+    window_error,
+)
 from kdcache.distill.gate import Gate
 from kdcache.distill.target import INSIDE, Target, TargetFormat, neighbours
 from kdcache_kernels import distill_denominators, distill_loss
@@ -36,8 +46,8 @@ class DistillLoss(nn.Module):
 
     Args:
         targets: an open cache (number of classes, view size and resize rule of its targets).
-        ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. 1 is the formula as it stands;
-            trainings by the command line take 0.3, for at 1 KL's gradient is several times that of the labels.
+        ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. With KL at 1, the formula as it stands,
+            its gradient is several times that of the labels.
         temperature: of the KL term, above 0.
         class_weight: (C,) weights of the cross-entropy.
         distill_void: whether pixels without a label teach too.
@@ -45,6 +55,7 @@ class DistillLoss(nn.Module):
         gate: which pixels the teacher's terms count, and how much; default all alike.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
         scheduled: whether `listen` may change how much the teacher counts while training.
+        size: (H, W) of the labels of a whole view, where that has other proportions than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
     Attributes:
         average: mean of a tensor over the processes that share a batch; None when there is one. The denominators are
@@ -61,7 +72,7 @@ class DistillLoss(nn.Module):
         targets: TargetFormat | None = None,
         *,
         ce_weight: float = 1.0,
-        kl_weight: float = 1.0,
+        kl_weight: float = 0.3,
         temperature: float = 2.0,
         class_weight: Tensor | None = None,
         ignore_index: int = 255,
@@ -70,6 +81,7 @@ class DistillLoss(nn.Module):
         gate: Gate | None = None,
         further: "Sequence[Term]" = (),
         scheduled: bool = False,
+        size: Size | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -84,6 +96,8 @@ class DistillLoss(nn.Module):
         self.gate = gate or Gate()
         self.further = nn.ModuleList(further)
         self.average: Average | None = None
+        self._size = size
+        self._fitting = set[Size]()  # sizes of labels that were compared with a target's windows on a GPU
         self._counting = False
         self.register_buffer("class_weight", class_weight, persistent=False)
         # On the device, and changed in place: a CUDA graph reads this very tensor.
@@ -151,7 +165,7 @@ class DistillLoss(nn.Module):
         self,
         student_logits_BChw: Tensor,
         labels_BHW: Tensor | None,
-        target: Target | None = None,
+        target: Target | Literal[Left.OUT] | None = Left.OUT,
         features: Mapping[str, Tensor] | None = None,
         own_BHW: Tensor | None = None,
     ) -> Losses:
@@ -160,14 +174,20 @@ class DistillLoss(nn.Module):
         Args:
             student_logits_BChw: at the head's native stride; receives the gradient.
             labels_BHW: uint8, `ignore_index` is void.
-            target: of the same batch; not needed when no term of the teacher is computed.
+            target: of the same batch; None for one without a teacher, whose parts are then 0. May be left out where
+                no part of the teacher weighs anything.
             features: the student's taps (B, c, h, w) that `student_taps` names.
             own_BHW: bool, False where a pixel was pasted from the neighbour in the batch (rows 2n and 2n + 1 are
                 neighbours), whose target counts there.
+        Raises: RecipeError, DataError for a batch that lacks what weighs something, or whose labels its target does
+            not show.
         """
+        target = self._checked(student_logits_BChw, labels_BHW, target, features)
         loss, ce, kl = self._fused(student_logits_BChw, labels_BHW, target, own_BHW, self.ce_weight, self.kl_weight)
         if not len(self.further):
             return Losses(loss, ce, kl)
+        if target is None:
+            return Losses(loss, ce, kl, tuple(torch.zeros_like(ce) for _ in self.further))
         batch = self._batch(student_logits_BChw, labels_BHW, target, features)
         values = [term(batch) for term in self._terms()]
         for term, value in zip(self._terms(), values, strict=True):
@@ -178,21 +198,49 @@ class DistillLoss(nn.Module):
         self,
         student_logits_BChw: Tensor,
         labels_BHW: Tensor | None,
-        target: Target | None = None,
+        target: Target | Literal[Left.OUT] | None = Left.OUT,
         features: Mapping[str, Tensor] | None = None,
         own_BHW: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Every active term on its own, weighted and differentiable: name -> scalar. For gradient norms."""
+        target = self._checked(student_logits_BChw, labels_BHW, target, features)
         fused = (student_logits_BChw, labels_BHW, target, own_BHW)
         found = {}
         if self.ce_weight > 0:
             found["ce"] = self._fused(*fused, self.ce_weight, 0.0)[0]
         if self.kl_weight > 0 and self._teaches(target):
             found["kl"] = self._fused(*fused, 0.0, self.kl_weight)[0]
-        if len(self.further):
+        if len(self.further) and target is not None:
             batch = self._batch(student_logits_BChw, labels_BHW, target, features)
             for name, term in zip(self.names[2:], self._terms(), strict=True):
                 found[name] = self._now(term.weight) * term(batch)
+        return found
+
+    def _checked(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        target: Target | Literal[Left.OUT] | None,
+        features: Mapping[str, Tensor] | None,
+    ) -> Target | None:
+        """The target, None where the batch has none. Raises: RecipeError, DataError."""
+        found = None if target is Left.OUT else target
+        if torch.compiler.is_compiling():
+            return found
+        terms = [term for term in self._terms() if term.weight > 0]
+        kl = ["kl"] if self.kl_weight > 0 else []
+        reading = kl + [term.kind for term in terms if term.reads_target]
+        check_given(target, self.targets, kl + [term.kind for term in terms], reading)
+        check_rows(logits, labels, found)
+        if found is None or self.targets is None or labels is None or not (kl or terms):
+            return found
+        check_terms_given(terms, features or {}, found)
+        size = size_of(labels)
+        if size not in self._fitting and can_look(found.window):
+            if shows_otherwise(found, self.targets, size, self._size):
+                raise window_error(self.targets, size, self._size)
+            if found.window.device.type != "cpu":  # where a look waits for the device: once for each size
+                self._fitting.add(size)
         return found
 
     def _now(self, weight: float) -> Tensor | float:

@@ -1,6 +1,7 @@
 """Judging models: metrics by mmsegmentation's convention, comparisons, pictures, pages, benchmarks of the loss.
 
     metrics.py           one confusion matrix over a whole set, and what follows from it
+    chance.py            whether they are those of a model that has learnt nothing
     run.py               a model on a labelled split
     per_image.py         the score of each image, and which are shown
     confidence.py        calibration, and what a threshold keeps
@@ -16,6 +17,7 @@
     compare.py           making it
     compare_tables.py    as Markdown, CSV and text
     tables.py            metrics as rows of a table
+    banner.py            what stands above figures that are no result
 
     curves.py            how a training went
     pictures.py          figures, and labels in their colours
@@ -28,6 +30,7 @@
 It knows no stores and no trainings: a run is a folder of files.
 """
 
+from kdcache.evaluate.chance import at_chance
 from kdcache.evaluate.metrics import ConfusionMatrix, Metrics
 from kdcache.evaluate.run import evaluate_model
 from kdcache.evaluate.tables import class_rows, comparison_rows, markdown_table, metrics_markdown, percent
@@ -35,6 +38,7 @@ from kdcache.evaluate.tables import class_rows, comparison_rows, markdown_table,
 __all__ = [
     "ConfusionMatrix",
     "Metrics",
+    "at_chance",
     "class_rows",
     "comparison_rows",
     "evaluate_model",

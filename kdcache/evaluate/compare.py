@@ -7,18 +7,19 @@ or from a new one on the same data.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kdcache.data import Split, fold_alone, open_split
-from kdcache.errors import MismatchError, RecipeError
-from kdcache.evaluate.comparison import Comparison, Row, RunScore
+from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.evaluate.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.evaluate.cost import REPEATS, Cost, measure_cost
 from kdcache.evaluate.evaluation import Evaluation, Judging, data_digest, evaluate_run, memory_errors
 from kdcache.evaluate.groups import Group, group_runs, nearest
 from kdcache.evaluate.metrics import Metrics
 from kdcache.evaluate.runs import Run, find_runs
-from kdcache.evaluate.spread import Difference, Key, Spread, difference
+from kdcache.evaluate.spread import Difference, Key, Spread, adjust, difference
+from kdcache.models import PROBABILITIES, returns_probabilities
 from kdcache.models.run import read_run_model
 
 Progress = Callable[[str, int, int], None]
@@ -35,6 +36,7 @@ class CompareOptions:
         ignore: settings, besides seed and fold, that do not tell rows apart.
         own_fold: judge each run on the fold of the split that its training left out (cross-validation).
         repeats: timed calls per model; 0 measures no latency.
+        smoke: the runs are those of a recipe made small: what is made of them says so.
     """
 
     judging: Judging = field(default_factory=Judging)
@@ -43,6 +45,7 @@ class CompareOptions:
     ignore: tuple[str, ...] = ()
     own_fold: bool = False
     repeats: int = REPEATS
+    smoke: bool = False
 
 
 def compare(
@@ -76,10 +79,10 @@ def compare(
     costs = {group.name: judge.cost(group.runs[0]) for group in groups}
     chosen = {group.name: choose_baseline(group, groups, options.baseline) for group in groups}
     used = {baseline.name for baseline in chosen.values() if baseline is not None}
-    rows = tuple(
+    rows = [
         _row(group, scores, costs[group.name], chosen[group.name], len(source.classes), group.name in used)
         for group in groups
-    )
+    ]
     return Comparison(
         data=source.data,
         split=source.split,
@@ -89,9 +92,15 @@ def compare(
         weights=which,
         class_names=source.classes.names,
         class_colours=source.classes.colours,
-        rows=rows,
-        notes=(*notes, *judge.notes),
+        rows=adjust_rows(rows),
+        notes=(*_warnings(rows), *notes, *judge.notes),
+        smoke=options.smoke,
     )
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    """Of runs that have learnt nothing, and of those that seeds did not change."""
+    return [note for row in rows for note in (collapse(row, row.name), alike(row)) if note is not None]
 
 
 def comparable_split(runs: Sequence[Run], data: str | None, split: str | None) -> Split:
@@ -113,7 +122,7 @@ def comparable_split(runs: Sequence[Run], data: str | None, split: str | None) -
             remedy="add --data, and --split if it is not val",
         )
     (_, first), *others = named.items()
-    found, *more = [open_split(*where) for where in named]
+    found, *more = [_validated_on(run, *where) for where, run in named.items()]
     for (_, run), other in zip(others, more, strict=True):
         if data_digest(other) != data_digest(found):
             raise MismatchError(
@@ -123,6 +132,18 @@ def comparable_split(runs: Sequence[Run], data: str | None, split: str | None) -
                 remedy="name the data for all with --data and --split, or compare fewer runs",
             )
     return found
+
+
+def _validated_on(run: Run, data: str, split: str) -> Split:
+    """What a run was validated on. Raises: DataError that names its recipe, whose paths begin where it was trained."""
+    try:
+        return open_split(data, split)
+    except DataError as error:
+        raise DataError(
+            "the data that a run's recipe validates on is there, seen from this folder",
+            received=f"val = {data!r} in {run.text}/recipe.toml: {error.received}",
+            remedy="name the data with --data, or run this where the run was trained",
+        ) from error
 
 
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
@@ -141,6 +162,21 @@ def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = N
     if not group.taught or not rivals:
         return None
     return min(rivals, key=lambda other: sum(other.differs[key] != value for key, value in group.differs.items()))
+
+
+def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows whose verdicts are adjusted: those on mIoU together, those on the classes of all rows together.
+
+    The teacher is no contestant, so its verdicts are its own and make no other harder to reach.
+    """
+    places = [place for place, row in enumerate(rows) if row.difference is not None and not row.teacher]
+    totals = adjust([gap for place in places if (gap := rows[place].difference) is not None])
+    classes = iter(adjust([gap for place in places for gap in rows[place].class_differences]))
+    adjusted = list(rows)
+    for place, total in zip(places, totals, strict=True):
+        own = tuple(next(classes) for _ in rows[place].class_differences)
+        adjusted[place] = replace(rows[place], difference=total, class_differences=own)
+    return tuple(adjusted)
 
 
 def _named(name: str, groups: Sequence[Group]) -> Group | None:
@@ -187,17 +223,17 @@ class _Judge:
 
     def score(self, run: Run, teacher: bool) -> RunScore:
         """With `own_fold`, a teacher that left out no fold is judged on all of the split."""
-        part, name = self._split, self._split.split
+        part, own = self._split, None
         if self._options.own_fold and not (teacher and run.fold is None):
             fold, folds = run.own_fold()
-            part, name = fold_alone(part, fold, folds), f"{name}-fold-{fold}-of-{folds}"
+            part, own = fold_alone(part, fold, folds), f"{fold}/{folds}"
         found: Evaluation = evaluate_run(
             run,
             part,
-            name,
             self.digest(part),
             self._options.judging,
             lambda done, total: self._progress(f"evaluating {run.name}", done, total),
+            own,
         )
         self.notes += [found.note] if found.note else []
         return RunScore(run.text, *run.key, found.metrics, found.reused)
@@ -212,6 +248,7 @@ class _Judge:
         if key not in self._costs:
             self._progress(f"timing {run.name}", 0, 1)
             model, about = run.open(self._split.classes, judging.which, judging.size)
+            self.notes += [f"{run.text} {PROBABILITIES}"] if returns_probabilities(model) else []
             with memory_errors(judging.device, 1):
                 self._costs[key] = measure_cost(model, about.size, device=judging.device, repeats=self._options.repeats)
             self._progress(f"timing {run.name}", 1, 1)

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable
 
+from kdcache.errors import one_line
 from kdcache.evaluate.comparison import Comparison, Row
 from kdcache.evaluate.spread import Difference, Spread
 from kdcache.evaluate.tables import markdown_table, percent
@@ -34,6 +35,42 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
         for row in comparison.rows
     ]
     return header, rows
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """Per row with a known distance to its baseline: both intervals, the correlation of the pairs, p and p by Holm."""
+    header = ["row", "to", "points", "paired, 95 %", "unpaired, 95 %", "correlation", "p", "p by Holm", "is"]
+    rows = []
+    for row in comparison.rows:
+        found = row.difference
+        if found is not None and not math.isnan(found.mean):
+            paired = interval(found.low, found.high) if found.paired else "-"
+            rows.append(
+                [
+                    row_name(row),
+                    found.baseline,
+                    f"{100 * found.mean:+.2f}",
+                    paired,
+                    interval(found.unpaired.low, found.unpaired.high),
+                    "-" if math.isnan(found.correlation) else f"{found.correlation:+.2f}",
+                    p_value(found.p),
+                    p_value(found.adjusted),
+                    found.verdict,
+                ]
+            )
+    return header, rows
+
+
+def interval(low: float, high: float) -> str:
+    """Ends in points; '-' where they are unknown."""
+    return "-" if math.isnan(low) else f"{100 * low:+.2f} to {100 * high:+.2f}"
+
+
+def p_value(value: float) -> str:
+    """Three digits, and no p-value that is zero."""
+    if math.isnan(value):
+        return "-"
+    return "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def cost_table(comparison: Comparison) -> Table:
@@ -78,12 +115,7 @@ def legend(comparison: Comparison) -> list[str]:
     several = any(len(row.runs) > 1 for row in comparison.rows)
     if several:
         said.append("± is the standard deviation over runs, which differ in seed and fold; marked is the best mean")
-    baselines = {row.difference.baseline for row in comparison.rows if row.difference is not None}
-    if baselines:
-        pairs = (
-            "over runs of equal seed and fold" if _all_paired(comparison) else "paired by seed and fold if they pair"
-        )
-        said.append(f"points of mIoU to {' and '.join(sorted(baselines))}, {pairs}; 95 % interval by Student's t")
+    said += _about_differences(comparison)
     timed = next((row.cost.latency for row in comparison.rows if row.cost.latency is not None), None)
     said.append("FLOPs of convolutions, matrix products and attention, 2 per multiply-add (MAC)")
     if timed is not None:
@@ -96,11 +128,14 @@ def legend(comparison: Comparison) -> list[str]:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Three tables and what they mean."""
+    """The tables and what they mean."""
     scores, classes, cost = score_table(comparison), class_table(comparison), cost_table(comparison)
+    header, gaps = difference_table(comparison)
+    distances = f"## Distance to the baseline, points of mIoU\n\n{markdown_table(header, gaps)}\n" if gaps else ""
     notes = "".join(f"- {text}\n" for text in legend(comparison))
+    above = "" if comparison.banner is None else f"> **{comparison.banner}**\n\n"
     return (
-        f"# Comparison on {comparison.data}, {comparison.split}\n\n{markdown_table(*scores)}\n"
+        f"# Comparison on {comparison.data}, {comparison.split}\n\n{above}{markdown_table(*scores)}\n{distances}"
         f"## IoU per class, %\n\n{markdown_table(*classes)}\n## Cost\n\n{markdown_table(*cost)}\n{notes}"
     )
 
@@ -108,19 +143,36 @@ def to_markdown(comparison: Comparison) -> str:
 def to_csv(comparison: Comparison) -> str:
     """A line per row, plain numbers: fractions in 0..1, milliseconds; an empty cell for what is not known."""
     names = comparison.class_names
-    header = ["row", "model", "teacher", "baseline", "runs"]
+    header = ["row", "model", "teacher", "baseline", "runs", "runs_at_chance"]
     header += [f"{column}_{part}" for column in ("miou", "macc", "aacc") for part in ("mean", "std")]
     header += ["to_baseline", "difference", "low", "high", "paired", "verdict"]
+    header += [
+        "p",
+        "p_adjusted",
+        "comparisons",
+        "correlation",
+        "unpaired",
+        "unpaired_low",
+        "unpaired_high",
+        "unpaired_p",
+    ]
     header += ["height", "width", "parameters", "flops", "macs"]
     header += ["latency_mean_ms", "latency_std_ms", "latency_median_ms", "fps", "device", "threads"]
     header += [f"iou_{part}:{name}" for name in names for part in ("mean", "std")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow(map(one_line, header))
     for row in comparison.rows:
         scores = [_cell(value) for column in (row.miou, row.macc, row.aacc) for value in (column.mean, column.std)]
         classes = [_cell(value) for column in row.iou for value in (column.mean, column.std)]
-        head = [row.name, row.model, int(row.teacher), int(row.baseline), len(row.runs)]
+        head = [
+            one_line(row.name),
+            one_line(row.model),
+            int(row.teacher),
+            int(row.baseline),
+            len(row.runs),
+            len(row.collapsed),
+        ]
         writer.writerow([*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes])
     return text.getvalue()
 
@@ -138,12 +190,14 @@ def to_text(comparison: Comparison) -> str:
     rule = "=" * 100
     notes = "\n".join(legend(comparison))
     body = "\n".join(lines)
-    return f"{rule}\nCOMPARISON TABLE\n{rule}\n\n{body}\n\n{notes}\n"
+    above = "" if comparison.banner is None else f"{comparison.banner}\n\n"
+    return f"{rule}\nCOMPARISON TABLE\n{rule}\n\n{above}{body}\n\n{notes}\n"
 
 
 def row_name(row: Row) -> str:
     """With what it is besides its settings, unless it says so itself."""
-    return f"{row.name} (baseline)" if row.baseline and "baseline" not in row.name.lower() else row.name
+    name = one_line(row.name)
+    return f"{name} (baseline)" if row.baseline and "baseline" not in name.lower() else name
 
 
 def _iou(number: int) -> Callable[[Row], Spread]:
@@ -161,25 +215,45 @@ def _marked(
     return f"{mark[0]}{text}{mark[1]}" if spread.mean == best and not row.teacher else text
 
 
+def _about_differences(comparison: Comparison) -> list[str]:
+    """How distances to baselines were judged, and how many at once."""
+    found = [row.difference for row in comparison.rows if row.difference is not None]
+    if not found:
+        return []
+    all_paired = all(one.paired for one in found)
+    pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
+    baselines = " and ".join(sorted({one.baseline for one in found}))
+    said = [f"points of mIoU to {baselines}, {pairs}; 95 % interval by Student's t"]
+    if any(math.isnan(one.half_width) for one in found):
+        said.append("one run (or one pair) has no interval: how much a seed changes is unknown")
+    if any(one.paired and not math.isnan(one.half_width) for one in found):
+        said.append(
+            "pairing by seed buys nothing where the correlation of the pairs is about 0 (of two pairs it is not "
+            "known): the unpaired interval, by Welch over all runs, is there too; the verdict is that of the pairs"
+        )
+    comparisons = max(one.comparisons for one in found)
+    if comparisons > 1:
+        said.append(
+            f"{comparisons} comparisons: verdicts are adjusted by Holm, so that the chance of one false 'above noise' "
+            "among all of them is at most 5 %; intervals are those of one comparison; verdicts on classes are adjusted "
+            "over the classes of all rows"
+        )
+    return said
+
+
 def _difference(found: Difference | None) -> list[str]:
     if found is None or math.isnan(found.mean):
         return ["-", "-", "-"]
-    points = f"{100 * found.mean:+.2f}"
-    if math.isnan(found.half_width):
-        return [points, "-", found.verdict]
-    low, high = 100 * (found.mean - found.half_width), 100 * (found.mean + found.half_width)
-    return [points, f"{low:+.2f} to {high:+.2f}", found.verdict]
-
-
-def _all_paired(comparison: Comparison) -> bool:
-    return all(row.difference.paired for row in comparison.rows if row.difference is not None)
+    return [f"{100 * found.mean:+.2f}", interval(found.low, found.high), found.verdict]
 
 
 def _csv_difference(found: Difference | None) -> list[str]:
     if found is None:
-        return [""] * 6
-    ends = (found.mean, found.mean - found.half_width, found.mean + found.half_width)
-    return [found.baseline, *map(_cell, ends), str(int(found.paired)), found.verdict]
+        return [""] * 14
+    ends, free = (found.mean, found.low, found.high), found.unpaired
+    more = [*map(_cell, (found.p, found.adjusted)), str(found.comparisons)]
+    numbers = map(_cell, (found.correlation, free.mean, free.low, free.high, free.p))
+    return [found.baseline, *map(_cell, ends), str(int(found.paired)), found.verdict, *more, *numbers]
 
 
 def _csv_cost(row: Row) -> list[str]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdcache.evaluate.banner import banner
+from kdcache.evaluate.chance import at_chance
 from kdcache.evaluate.cost import Cost
 from kdcache.evaluate.metrics import Metrics
 from kdcache.evaluate.spread import Difference, Key, Spread, plain
@@ -30,7 +32,7 @@ class RunScore:
 
     def to_json(self) -> dict[str, Any]:
         about = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
-        return {**about, **self.metrics.to_json()}
+        return {**about, "at_chance": at_chance(self.metrics), **self.metrics.to_json()}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,7 @@ class Row:
     Attributes:
         model: the recipe's spec. differs: the settings in which it is not like other rows.
         iou: per class, in the order of `Comparison.class_names`.
-        difference: of mIoU; None for a baseline and for a row without one. class_differences: of each class's IoU;
-            of many classes a twentieth is above noise by chance.
+        difference: of mIoU; None for a baseline and for a row without one. class_differences: of each class's IoU.
         cost: of one image, of the first run's model.
         teacher: a row apart: no contestant. baseline: others are measured against it.
     """
@@ -59,6 +60,11 @@ class Row:
     cost: Cost
     teacher: bool
     baseline: bool
+
+    @property
+    def collapsed(self) -> tuple[tuple[str, str], ...]:
+        """(Run, why) of the runs that have learnt nothing."""
+        return tuple((score.run, why) for score in self.runs if (why := at_chance(score.metrics)) is not None)
 
     def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
         gaps = self.class_differences or (None,) * len(class_names)
@@ -81,6 +87,35 @@ class Row:
         }
 
 
+def collapse(row: Row, name: str) -> str | None:
+    """What must be said of a row whose runs, all or some, have learnt nothing; `name` is how the row is called."""
+    found = row.collapsed
+    if not found:
+        return None
+    run, why = found[0]
+    verb = "collapsed" if all(words.startswith("predicts") for _, words in found) else "learnt nothing"
+    if len(row.runs) == 1:
+        return f"{name} {verb}: it {why}"
+    who = f"all {len(found)} runs" if len(found) == len(row.runs) else f"{len(found)} of {len(row.runs)} runs"
+    return f"{who} of {name} {verb}: {run} {why}"
+
+
+def is_collapsed(row: Row) -> bool:
+    """Whether no run of a row has learnt anything."""
+    return bool(row.runs) and len(row.collapsed) == len(row.runs)
+
+
+def alike(row: Row) -> str | None:
+    """What must be said of runs that all have the same score, unless they collapsed: there is no noise to measure."""
+    scores = {score.metrics.miou for score in row.runs}
+    if len(row.runs) < 2 or len(scores) > 1 or is_collapsed(row):
+        return None
+    return (
+        f"the {len(row.runs)} runs of {row.name} score exactly alike: their seeds have changed nothing, and how noisy "
+        "such runs are is not known"
+    )
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All that is known of some runs on one split; fractions in 0..1.
@@ -89,6 +124,7 @@ class Comparison:
         data_sha256: of classes, ids, images and labels of the split.
         images: labelled ones, on which every run was judged (with `own_fold`: each on those of its fold).
         notes: what a reader could misread.
+        smoke: the runs are those of a recipe made small, and no result.
     """
 
     data: str
@@ -101,6 +137,12 @@ class Comparison:
     class_colours: tuple[tuple[int, int, int], ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    smoke: bool = False
+
+    @property
+    def banner(self) -> str | None:
+        """What stands above its tables and its page."""
+        return banner(self.data, self.smoke)
 
     def best(self, value: Callable[[Row], float]) -> float:
         """The largest value of a column, the teacher apart; NaN when there is none."""
@@ -112,6 +154,7 @@ class Comparison:
         return {
             "data": self.data,
             "split": self.split,
+            "banner": self.banner,
             "data_sha256": self.data_sha256,
             "images": self.images,
             "own_fold": self.own_fold,

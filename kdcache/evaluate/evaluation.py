@@ -1,7 +1,9 @@
 """Evaluations that are kept beside the weights, and used again while weights and data are the same.
 
-A kept file (`evaluation-*.json` in the run's folder) counts when the SHA-256 of the weights, that of the data (every
-image and label of the split) and the size that the model sees are those of today; then it is as good as a new pass.
+Every kind of evaluation has a file of its own (`evaluation-*.json` in the run's folder), in which all stands that its
+numbers hang on. It counts when the SHA-256 of the weights, that of the data (every image and label of the split), the
+model, the size that it sees, the size at which it is judged and the class map are those of today; then it is as good as
+a new pass.
 """
 
 import hashlib
@@ -20,7 +22,8 @@ from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.evaluate.metrics import Metrics
 from kdcache.evaluate.run import Progress, evaluate_model
 from kdcache.evaluate.runs import Run
-from kdcache.models.run import read_run_model, weights_path
+from kdcache.files import read_object, write_whole
+from kdcache.models.run import RunModel, read_run_model, split_spec, weights_path
 
 
 @dataclass(frozen=True)
@@ -60,30 +63,163 @@ def data_digest(split: Split, threads: int = 2) -> str:
 
 
 def evaluate_run(
-    run: Run, split: Split, name: str, digest: str, judging: Judging, progress: Progress | None = None
+    run: Run,
+    split: Split,
+    digest: str,
+    judging: Judging,
+    progress: Progress | None = None,
+    fold: str | None = None,
 ) -> Evaluation:
     """Metrics of a run on a split, from an earlier evaluation where that is the same.
 
     Args:
-        name: of the split for the file: `val`, `train-fold-0-of-4`.
         digest: `data_digest` of the split.
+        fold: I/K, when the split is one fold of another.
     Raises: MismatchError for other classes; DataError without labels; ModelError when memory does not suffice.
     """
     if run.folder is None:
         return _evaluate(run, split, judging, progress)
     about = read_run_model(run.folder)
     about.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
-    size = judging.size or about.size
-    weights = file_digest(weights_path(run.folder, judging.which))
-    identity = {"weights_sha256": weights, "data_sha256": digest, "size": list(size)}
-    kept = None if judging.fresh else _kept(run.folder, identity, split.classes.names)
+    weights = weights_path(run.folder, judging.which)
+    record = Record.of(about, weights, split, digest, judging.size or about.size, which=judging.which, fold=fold)
+    kept = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if kept is not None:
-        return Evaluation(kept, size, reused=True)
+        return Evaluation(kept, record.size, reused=True)
     found = _evaluate(run, split, judging, progress)
-    said = {"run": run.text, "weights": judging.which, "data": split.data, "split": split.split, **identity}
-    which = "" if judging.which == "best" else f"-{judging.which}"
-    other = "" if size == about.size else f"-{size[0]}x{size[1]}"
-    return replace(found, note=_keep(run.folder / f"evaluation-{name}{which}{other}.json", said, found.metrics))
+    own_size = record.size == about.size
+    return replace(found, note=keep(record, run.folder, run.text, found.metrics, own_size=own_size))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the numbers of an evaluation hang on.
+
+    Attributes:
+        weights_sha256: None for weights that no file holds.
+        which: of a run's weights, `best` or `last`; None for other weights.
+        fold: I/K, when only this fold of the split was judged.
+        size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
+        class_map_sha256: of the map that made its classes those of the data.
+    """
+
+    spec: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights_sha256: str | None
+    which: str | None
+    data: str
+    split: str
+    fold: str | None
+    data_sha256: str
+    size: tuple[int, int]
+    at_size: bool = False
+    class_map_sha256: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        about: RunModel,
+        weights: Path | None,
+        split: Split,
+        digest: str,
+        size: tuple[int, int],
+        *,
+        which: str | None,
+        fold: str | None = None,
+        at_size: bool = False,
+        class_map: Path | None = None,
+    ) -> "Record":
+        """Files are read for their digests."""
+        return cls(
+            about.spec,
+            about.mean,
+            about.std,
+            None if weights is None else file_digest(weights),
+            which,
+            split.data,
+            split.split,
+            fold,
+            digest,
+            size,
+            at_size,
+            None if class_map is None else file_digest(class_map),
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for numbers to be taken for those of a new pass; names may differ."""
+        return {
+            "spec": self.spec,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "weights_sha256": self.weights_sha256,
+            "data_sha256": self.data_sha256,
+            "size": list(self.size),
+            "at_size": self.at_size,
+            "class_map_sha256": self.class_map_sha256,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        names = {"weights": self.which, "data": self.data, "split": self.split, "fold": self.fold}
+        return {**names, **self.identity}
+
+    def name(self, *, own_size: bool) -> str:
+        """Of its file, without an ending; each kind has its own.
+
+        Args:
+            own_size: whether the model sees images at the size that it was trained at.
+        """
+        parts = [f"evaluation-{self.split}"]
+        parts += [] if self.fold is None else [f"fold-{self.fold.replace('/', '-of-')}"]
+        parts += [self.which] if self.which not in (None, "best") else []
+        parts += [] if own_size else [f"{self.size[0]}x{self.size[1]}"]
+        parts += ["at-size"] if self.at_size else []
+        parts += [] if self.class_map_sha256 is None else [f"map-{self.class_map_sha256[:8]}"]
+        return "-".join(parts)
+
+
+def keep(record: Record, folder: Path, run: str, metrics: Metrics, *, own_size: bool = True) -> str | None:
+    """Write an evaluation into a folder, whole or not at all, over the last of its kind; a note if that cannot be.
+
+    Args:
+        run: as the user named it.
+    """
+    path = folder / f"{file_name(record, folder, run, own_size=own_size)}.json"
+    try:
+        write_evaluation(record, path, run, metrics)
+    except OSError as error:  # it costs the next pass, no more
+        return f"the evaluation of {folder} could not be kept there ({error.strerror})"
+    return None
+
+
+def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
+    """Where an evaluation goes, without an ending: its kind's name; beside what is there of other data or weights.
+
+    What has changed in its place is evaluated anew and replaced: the same data's labels, a run's own weights.
+    """
+    name = record.name(own_size=own_size)
+    there = read_object(folder / f"{name}.json")
+    other_data = there.get("data_sha256") != record.data_sha256 and there.get("data") != record.data
+    # Of SPEC@FILE nothing but its name says which model it is, nor at which size it is at home.
+    other_model = record.which is None and (there.get("run"), there.get("size")) != (run, list(record.size))
+    if there and (other_data or other_model):
+        digest = hashlib.sha256(json.dumps([record.identity, record.data, run]).encode()).hexdigest()
+        name += f"-{digest[:8]}"
+    return name
+
+
+def weights_file(run: str, which: str) -> Path | None:
+    """The file of a run's weights, or that of SPEC@FILE; None for the library's own."""
+    parts = split_spec(run)
+    if parts is None:
+        return weights_path(Path(run), which)
+    return Path(parts[1]) if Path(parts[1]).is_file() else None
+
+
+def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> None:
+    """Whole or not at all. Raises OSError."""
+    write_whole(path, json.dumps({"run": run, **record.to_json(), **metrics.to_json()}, indent=1) + "\n")
 
 
 def _evaluate(run: Run, split: Split, judging: Judging, progress: Progress | None) -> Evaluation:
@@ -133,25 +269,14 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
 
 def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...]) -> Metrics | None:
     for path in sorted(folder.glob("evaluation-*.json")):
+        found = read_object(path)
         try:
-            found = json.loads(path.read_bytes())
-            if all(found[key] == value for key, value in identity.items()) and not found.get("at_size"):
+            if all(found[key] == value for key, value in identity.items()):
                 metrics = metrics_of(found)
                 if metrics.class_names == class_names:
                     return metrics
-        except (OSError, ValueError, KeyError, TypeError):  # another file, or one of another version
+        except (ValueError, KeyError, TypeError):  # another file, or one of another version
             continue
-    return None
-
-
-def _keep(path: Path, said: Mapping[str, Any], metrics: Metrics) -> str | None:
-    """Write an evaluation whole or not at all; a folder that may not be written to costs the next pass, no more."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps({**said, **metrics.to_json()}, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        return f"the evaluation of {path.parent} could not be kept there ({error.strerror})"
     return None
 
 

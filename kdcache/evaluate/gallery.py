@@ -92,11 +92,12 @@ def draw_cases(
     *,
     teacher: Shown | None = None,
     ranked_class: int | None = None,
+    above: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
     """Draw images through one model: image, ground truth, prediction, overlay, where they differ, and the teacher.
 
-    What an earlier call left in these folders is removed.
+    What an earlier call left in these folders is removed. `above` stands over every picture.
     """
     _clear(folder, (SUCCESSES, FAILURES, CHOSEN))
     written = []
@@ -105,7 +106,7 @@ def draw_cases(
         score = image.score(ranked_class)
         figure = _case(shown, split, image.number, _title(shown, case, split, ranked_class), teacher)
         path = folder / case.folder / f"{case.prefix}_{file_part(image.sample)}_iou{score:.4f}.png"
-        save_figure(figure, path)
+        save_figure(figure, path, above)
         written.append(path)
         if progress is not None:
             progress(done, len(wanted))
@@ -113,7 +114,12 @@ def draw_cases(
 
 
 def draw_side_by_side(
-    models: Sequence[Shown], split: Split, wanted: Sequence[Case], folder: Path, ranked_class: int | None = None
+    models: Sequence[Shown],
+    split: Split,
+    wanted: Sequence[Case],
+    folder: Path,
+    ranked_class: int | None = None,
+    above: str | None = None,
 ) -> list[Path]:
     """Draw the same images through several models: what each says, and where it is wrong. Scores are their means."""
     _clear(folder, (SIDE_BY_SIDE,))
@@ -134,7 +140,7 @@ def draw_side_by_side(
         figure = panels(f"{_rank(case)}: {shorten(images[0].sample)}", pictures, legend)
         mean = statistics.fmean(scores)
         path = folder / SIDE_BY_SIDE / f"{case.prefix}_{file_part(images[0].sample)}_iou{mean:.4f}.png"
-        save_figure(figure, path)
+        save_figure(figure, path, above)
         written.append(path)
     return written
 

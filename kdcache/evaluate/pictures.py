@@ -4,6 +4,7 @@ matplotlib is imported when a picture is made. Figures are made without pyplot: 
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcache.data import IGNORE_INDEX
+from kdcache.errors import one_line, plain_text
+from kdcache.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +26,8 @@ VOID_RGB = (224, 224, 192)  # as in PASCAL VOC; black is a class there
 WRONG_RGB = (225, 30, 45)
 INK = "#303030"
 _DOTS_PER_INCH = 120
+_LETTERS_PER_INCH = 11
+"""Of a line in 10 points bold."""
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
@@ -34,15 +39,37 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
     return figure
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG whole or not at all."""
+def save_figure(figure: "Figure", path: Path, above: str | None = None) -> None:
+    """Write a PNG whole or not at all; `above`, what must be said of it, stands over all else."""
+    if above is not None:
+        _put_above(figure, above)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    _make_plain(figure)
+    with replacing(path) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _put_above(figure: "Figure", text: str) -> None:
+    """The title moves down by as many lines as the text has, and the figure grows by them."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(text, int(_LETTERS_PER_INCH * width))
+    figure.set_size_inches(width, height + 0.23 * len(lines))
+    figure.suptitle("\n" * len(lines) + figure.get_suptitle())
+    top = 1 - 0.06 / figure.get_figheight()
+    colour = hex_colours([WRONG_RGB])[0]
+    figure.text(0.5, top, "\n".join(lines), ha="center", va="top", fontsize=10, fontweight="bold", color=colour)
+
+
+def _make_plain(figure: "Figure") -> None:
+    """Names of classes, samples and runs are text: no formula, no control characters."""
+    from matplotlib.text import Text
+
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    powers = {id(text) for axis in axes if axis.get_scale() == "log" for text in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        if id(text) not in powers:
+            text.set_parse_math(False)
+            text.set_text(plain_text(text.get_text()))
 
 
 def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
@@ -76,7 +103,7 @@ def class_bars(
         for place, value in enumerate(values):
             text = "none" if np.isnan(value) else f"{value:.1f}"
             axes.text(np.nan_to_num(value) + 1, place + offset, text, va="center", fontsize=7, color=INK)
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [one_line(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 112)
     axes.grid(axis="y", visible=False)
@@ -128,9 +155,11 @@ def panels(
     for number, (name, picture) in enumerate(pictures, 1):
         axes = figure.add_subplot(rows, 2, number)
         axes.imshow(picture, interpolation="nearest")
-        axes.set_title(name, fontsize=11, color=INK)
+        axes.set_title(one_line(name), fontsize=11, color=INK)
         axes.set_axis_off()
-    handles = [Patch(facecolor=colour, edgecolor=INK, linewidth=0.5, label=name) for (name, _), colour in zip(
-        legend, hex_colours([colour for _, colour in legend]), strict=True)]  # fmt: skip
-    figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
+    colours = hex_colours([colour for _, colour in legend])
+    handles = [Patch(facecolor=colour, edgecolor=INK, linewidth=0.5, label="class") for colour in colours]
+    shown = figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
+    for text, (name, _) in zip(shown.get_texts(), legend, strict=True):
+        text.set_text(one_line(name))  # as a label, matplotlib would hide a name that begins with _
     return figure

@@ -18,6 +18,7 @@ from kdcache.data.files import IMAGE_SUFFIXES, read_image
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.evaluate.pictures import Array, colour_ids, palette_png, png_bytes
 from kdcache.evaluate.run import Progress, batches
+from kdcache.files import replacing
 from kdcache.models import SegmentationModel
 
 LABELS, OVERLAYS = "labels", "overlays"
@@ -205,9 +206,5 @@ def _write(out: Path, picture: _Picture, ids_HW: Array, classes: ClassList, opac
     for folder, content in ((LABELS, palette_png(ids_HW, classes.colours)), (OVERLAYS, png_bytes(shown))):
         path = out / folder / f"{picture.input.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
+        with replacing(path) as partial:
             partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kdcache.errors import one_line
 from kdcache.evaluate.per_image import ImageScores
 from kdcache.evaluate.pictures import INK, Array, Colours, dress, hex_colours, new_figure
 from kdcache.evaluate.tables import class_rows, percent
@@ -44,7 +45,7 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str, ranked_
         right.barh(place, third - first, 0.56, left=first, color=colour, edgecolor=INK, linewidth=0.6)
         right.plot([middle, middle], [place - 0.28, place + 0.28], color="white", linewidth=4, solid_capstyle="butt")
         right.plot([middle, middle], [place - 0.28, place + 0.28], color=INK, linewidth=2, solid_capstyle="butt")
-    labels = [f"{name} ({_having(scores, place)})" for place, name in enumerate(names)]
+    labels = [f"{one_line(name)} ({_having(scores, place)})" for place, name in enumerate(names)]
     right.set_yticks(range(len(names)), labels)
     right.set_ylim(len(names) - 0.4, -0.6)
     right.set_xlim(0, 100)
@@ -69,8 +70,10 @@ def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
     figure = new_figure(4 + 0.48 * len(said), 3 + 0.48 * len(chosen), title)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(said)), [names[place] for place in said.tolist()], rotation=45, ha="right", fontsize=9)
-    axes.set_yticks(range(len(chosen)), [names[place] for place in chosen.tolist()], fontsize=9)
+    axes.set_xticks(
+        range(len(said)), [one_line(names[place]) for place in said.tolist()], rotation=45, ha="right", fontsize=9
+    )
+    axes.set_yticks(range(len(chosen)), [one_line(names[place]) for place in chosen.tolist()], fontsize=9)
     axes.set_xlabel("prediction", fontsize=10)
     axes.set_ylabel("label", fontsize=10)
     for (row, column), share in np.ndenumerate(shares):

@@ -2,8 +2,12 @@
 
 Two runs of one recipe that differ in their seed differ by a point of mIoU or more on small data sets. A difference of
 means is therefore given with its 95 % interval by Student's t, and a word. Runs with the same seed (and fold) start
-from the same weights and see the same pixels in the same order: what they have in common cancels in their difference,
-so they are compared pair by pair wherever they pair.
+from the same weights and see the same pixels in the same order: rows whose runs pair are compared pair by pair, which
+is valid whatever the pairs have in common. It pays only where they have something in common, so the correlation of the
+pairs is given beside it, and Welch's interval of all runs, which takes them for independent.
+
+Several rows are several chances to be lucky: their verdicts are Holm's (1979), by which one false "above noise" among
+all of them is as rare as it is for one alone. An interval is that of its own row.
 
 Folds share most of their training samples, so an interval over folds is narrower than it should be (Nadeau and Bengio
 2003); over seeds it speaks of training alone, not of other images.
@@ -11,13 +15,15 @@ Folds share most of their training samples, so an interval over folds is narrowe
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 Key = tuple[Any, ...]
 """What tells the runs of a row apart: seed and fold."""
 CONFIDENCE = 0.95
+LEAST_PAIRS = 3
+"""Pairs that have a correlation; that of two pairs is 1 or -1, whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,29 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A difference of means, half the width of its 95 % interval, the two-sided p-value that it is 0; NaN: unknown."""
+
+    mean: float
+    half_width: float
+    p: float
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mean": plain(self.mean), "low": plain(self.low), "high": plain(self.high), "p": plain(self.p)}
+
+
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True)
 class Difference:
     """How far a row is from its baseline.
 
@@ -48,6 +77,10 @@ class Difference:
         half_width: of the 95 % interval around it; NaN where there are too few runs for one.
         runs: pairs, or runs of the row and the baseline together when they do not pair.
         paired: whether runs of equal seed and fold were compared one by one.
+        p: two-sided, that the difference is 0; NaN where there is no interval.
+        correlation: of the pairs; NaN of fewer than three, and where a side does not vary.
+        unpaired: the same difference by Welch, over all runs of both rows.
+        comparisons: verdicts that are adjusted together, this one included. adjusted: p by Holm over them.
     """
 
     baseline: str
@@ -55,82 +88,166 @@ class Difference:
     half_width: float
     runs: int
     paired: bool
+    p: float = math.nan
+    correlation: float = math.nan
+    unpaired: Interval = UNKNOWN
+    comparisons: int = 1
+    adjusted: float = math.nan
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
 
     @property
     def verdict(self) -> str:
-        """A word on the interval: does it leave out zero?"""
+        """A word on the interval, does it leave out zero; of several comparisons, on the adjusted p-value."""
         if math.isnan(self.mean):
             return "unknown"
         if math.isnan(self.half_width):
             return "one run: unknown"
-        return "above noise" if abs(self.mean) > self.half_width else "within noise"
+        above = abs(self.mean) > self.half_width if self.comparisons == 1 else self.adjusted < 1 - CONFIDENCE
+        return "above noise" if above else "within noise"
 
     def to_json(self) -> dict[str, Any]:
         return {
             "baseline": self.baseline,
             "mean": plain(self.mean),
-            "low": plain(self.mean - self.half_width),
-            "high": plain(self.mean + self.half_width),
+            "low": plain(self.low),
+            "high": plain(self.high),
             "runs": self.runs,
             "paired": self.paired,
+            "p": plain(self.p),
+            "correlation": plain(self.correlation),
+            "unpaired": self.unpaired.to_json(),
+            "comparisons": self.comparisons,
+            "p_adjusted": plain(self.adjusted),
             "verdict": self.verdict,
         }
 
 
 def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline: str) -> Difference:
-    """The difference of two rows of runs with its interval.
+    """The difference of two rows of runs with its intervals, paired and not.
 
-    Paired when every run of the smaller row has its partner in the other; by Welch's test otherwise, its degrees of
-    freedom rounded down.
+    Paired when every run of the smaller row has its partner in the other; by Welch's test of all runs otherwise.
     """
     ours, theirs = ({key: value for key, value in row.items() if not math.isnan(value)} for row in (ours, theirs))
     if not ours or not theirs:
         return Difference(baseline, math.nan, math.nan, 0, paired=False)
+    welch = _welch(Spread.of(ours.values()), Spread.of(theirs.values()))
     common = ours.keys() & theirs.keys()
-    if len(common) == min(len(ours), len(theirs)):
-        gaps = Spread.of(ours[key] - theirs[key] for key in common)
-        half = t_quantile(gaps.runs - 1) * gaps.std / math.sqrt(gaps.runs) if gaps.runs > 1 else math.nan
-        return Difference(baseline, gaps.mean, half, gaps.runs, paired=True)
-    one, two = Spread.of(ours.values()), Spread.of(theirs.values())
-    return Difference(baseline, one.mean - two.mean, _welch_half_width(one, two), one.runs + two.runs, paired=False)
+    if len(common) < min(len(ours), len(theirs)):
+        runs = len(ours) + len(theirs)
+        found, correlation = welch, math.nan
+    else:
+        runs, pairs = len(common), [(ours[key], theirs[key]) for key in sorted(common, key=str)]
+        gaps = Spread.of(one - two for one, two in pairs)
+        found = _interval(gaps.mean, gaps.std / math.sqrt(runs), runs - 1)
+        correlation = _correlation(pairs)
+    return Difference(
+        baseline,
+        found.mean,
+        found.half_width,
+        runs,
+        paired=found is not welch,
+        p=found.p,
+        correlation=correlation,
+        unpaired=welch,
+        adjusted=found.p,
+    )
 
 
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+def adjust(found: Sequence[Difference]) -> list[Difference]:
+    """The same differences, their verdicts adjusted by Holm for as many comparisons as have a p-value.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    tested = sorted((one.p, place) for place, one in enumerate(found) if not math.isnan(one.p))
+    adjusted, largest = list(found), 0.0
+    for rank, (p, place) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        adjusted[place] = replace(found[place], comparisons=len(tested), adjusted=largest)
+    return adjusted
+
+
+def t_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:
     """Half-width of Student's two-sided interval in standard errors: 12.706 for 1 degree of freedom, 1.96 for many."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _inside(middle, freedom) < confidence else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
+    t = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    # Student's is larger, and the tails are convex: Newton's steps climb to it and never beyond.
+    for _ in range(100):
+        step = (two_sided_p(t, freedom) - (1 - confidence)) / (2 * _density(t, freedom))
+        t += step
+        if step <= 1e-12 * t:
+            break
+    return t
 
 
-def _inside(theta: float, freedom: int) -> float:
-    """P(|t| < tan(theta) sqrt(freedom)). Source: Abramowitz and Stegun 26.7.3 and 26.7.4, exact for whole numbers."""
-    sin, cos = math.sin(theta), math.cos(theta)
-    if freedom % 2:
-        term, total = cos, cos if freedom > 1 else 0.0
-        for power in range(3, freedom - 1, 2):
-            term *= cos * cos * (power - 1) / power
-            total += term
-        return 2 / math.pi * (theta + sin * total)
-    term = total = 1.0
-    for power in range(2, freedom - 1, 2):
-        term *= cos * cos * (power - 1) / power
-        total += term
-    return sin * total
+def two_sided_p(t: float, freedom: float) -> float:
+    """P(|T| > |t|) of Student's distribution; the degrees of freedom need not be whole."""
+    return _incomplete_beta(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
-def _welch_half_width(one: Spread, two: Spread) -> float:
-    """NaN when a row has one run; 0 when neither spreads."""
-    if min(one.runs, two.runs) < 2:
-        return math.nan
-    first, second = (row.std**2 / row.runs for row in (one, two))
-    if first + second == 0:
-        return 0.0
-    freedom = (first + second) ** 2 / (first**2 / (one.runs - 1) + second**2 / (two.runs - 1))
-    return t_quantile(max(1, int(freedom))) * math.sqrt(first + second)
+def _density(t: float, freedom: float) -> float:
+    """Student's, at t."""
+    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+    return scale * math.exp(-(freedom + 1) / 2 * math.log1p(t * t / freedom))
 
 
 def plain(value: float) -> float | None:
     """For JSON, which has neither NaN nor infinity."""
     return value if math.isfinite(value) else None
+
+
+def _interval(mean: float, error: float, freedom: float) -> Interval:
+    """Of a mean and its standard error; NaN without degrees of freedom. What does not vary is certain."""
+    if math.isnan(error) or freedom <= 0:
+        return Interval(mean, math.nan, math.nan)
+    if error == 0:
+        return Interval(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    return Interval(mean, t_quantile(freedom) * error, two_sided_p(mean / error, freedom))
+
+
+def _welch(one: Spread, two: Spread) -> Interval:
+    """Difference of the means of independent rows of other variances. Source: Welch 1947."""
+    mean, least = one.mean - two.mean, min(one.runs, two.runs)
+    if least < 2:
+        return Interval(mean, math.nan, math.nan)
+    first, second = (row.std**2 / row.runs for row in (one, two))
+    total = first + second
+    if total == 0:
+        return _interval(mean, 0.0, 1)
+    freedom = total**2 / (first**2 / (one.runs - 1) + second**2 / (two.runs - 1))
+    return _interval(mean, math.sqrt(total), freedom)
+
+
+def _correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    if len(pairs) < LEAST_PAIRS:
+        return math.nan
+    try:
+        return statistics.correlation(*zip(*pairs, strict=True))
+    except statistics.StatisticsError:  # a side does not vary
+        return math.nan
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    """I_x(a, b), by its continued fraction. Source: Press et al., Numerical Recipes, 6.4 (Lentz's method)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # there the fraction of the other side converges
+        return 1 - _incomplete_beta(1 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
+    found = d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for step in (even, odd):
+            d = 1 / (1 + step * d)
+            c = 1 + step / c
+            found *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return front * found / a

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from kdcache.errors import one_line
 from kdcache.evaluate.metrics import Metrics
 
 
@@ -24,7 +25,9 @@ def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table; the first column is left-aligned, the rest to the right."""
-    first, *rest = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    first, *rest = [
+        "| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)
+    ]
     return "\n".join([first, "| --- |" + " ---: |" * (len(header) - 1), *rest]) + "\n"
 
 

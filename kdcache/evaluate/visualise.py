@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kdcache.data import Split, fold_alone, parse_fold
 from kdcache.errors import RecipeError
+from kdcache.evaluate.banner import banner
 from kdcache.evaluate.compare import comparable_split
 from kdcache.evaluate.curves import draw_curves, read_curves
 from kdcache.evaluate.evaluation import Judging, memory_errors
@@ -41,6 +42,7 @@ class VisualiseOptions:
         best, worst: images per run, by mIoU or by the IoU of `class_name`.
         ids: samples to draw instead, the same for every run.
         teacher: a run or SPEC@FILE whose prediction is a panel of every picture.
+        smoke: the runs are those of a recipe made small: every picture says so.
         fold: I/K, only that fold of the split: what trainings with --fold I/K have not seen.
     """
 
@@ -51,6 +53,7 @@ class VisualiseOptions:
     class_name: str | None = None
     teacher: str | None = None
     fold: str | None = None
+    smoke: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def visualise(
         source = fold_alone(source, *parse_fold(options.fold))
     ranked_class = None if options.class_name is None else class_number(source, options.class_name)
     chosen = sample_numbers(source, options.ids)
+    above = banner(source.data, options.smoke)
     models = [score_run(run, source, options.judging, told) for run in found]
     teacher = score_run(teachers[0], source, options.judging, told) if teachers else None
     shown = dict(zip(folder_names([run.text for run in found]), models, strict=True))
@@ -97,13 +101,14 @@ def visualise(
     with memory_errors(options.judging.device, 1):
         for run, (name, one) in zip(found, shown.items(), strict=True):
             wanted = _cases([one], options, asked, ranked_class, (options.best, options.worst))
-            files += _draw_run(run, one, source, wanted, out / name, teacher, ranked_class, told)
+            files += _draw_run(run, one, source, wanted, out / name, teacher, ranked_class, told, above)
             notes += [] if (out / name / "curves.png").is_file() else [f"{run.text} keeps no metrics.jsonl: no curves"]
         told(f"drawing {SIDE_BY_SIDE}", 0, 1)
         several = len(models) > 1
         wanted = _cases(models, options, asked, ranked_class, (SIDE_BEST, SIDE_WORST)) if several else []
-        files += draw_side_by_side(models, source, wanted, out, ranked_class)
-    content = {"data": source.data, "split": source.split, "class": options.class_name, "runs": summary_json(shown)}
+        files += draw_side_by_side(models, source, wanted, out, ranked_class, above)
+    about = {"data": source.data, "split": source.split, "banner": above, "class": options.class_name}
+    content = {**about, "runs": summary_json(shown)}
     (out / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return Visualised(shown, tuple(files), tuple(notes))
 
@@ -168,6 +173,7 @@ def _draw_run(
     teacher: Shown | None,
     ranked_class: int | None,
     progress: Progress,
+    above: str | None,
 ) -> list[Path]:
     """Everything about one run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,13 +189,14 @@ def _draw_run(
         figures["curves.png"] = draw_curves(curves, f"The training of {name}", batch_size)
     (folder / "curves.png").unlink(missing_ok=True)
     for file, figure in figures.items():
-        save_figure(figure, folder / file)
+        save_figure(figure, folder / file, above)
     about = [
         ("run", shown.name),
         ("data", f"{split.data}, split {split.split}"),
         ("images", f"{len(shown.scores.images)} labelled"),
         ("input", f"{shown.size[0]}x{shown.size[1]}; judged at the labels' own size"),
     ]
+    about = [("note", above), *about] if above else about
     text = folder / "evaluation_metrics.txt"
     text.write_text(metrics_text(shown.scores, about, ranked_class), encoding="utf-8")
     pictures = draw_cases(
@@ -199,6 +206,7 @@ def _draw_run(
         folder,
         teacher=teacher,
         ranked_class=ranked_class,
+        above=above,
         progress=lambda done, total: progress(f"drawing {run.name}", done, total),
     )
     return [*(folder / file for file in figures), text, *pictures]

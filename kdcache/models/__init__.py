@@ -7,14 +7,16 @@
 Importing this package imports torch, but no model zoo.
 """
 
-from kdcache.models.class_map import ClassMapped, read_class_map
+from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
 from kdcache.models.native import LoadReport, NativeOutput, SegmentationModel
-from kdcache.models.registry import ModelInfo, TapInfo, build_model, list_models, missing_models
+from kdcache.models.probe import PROBABILITIES, returns_probabilities
+from kdcache.models.registry import ModelInfo, TapInfo, build_model, is_function, list_models, missing_models
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
 
 __all__ = [
     "AGREEMENT",
+    "PROBABILITIES",
     "ClassMapped",
     "EnsembleModel",
     "LoadReport",
@@ -24,10 +26,13 @@ __all__ = [
     "TapInfo",
     "Tta",
     "build_model",
+    "count_sources",
+    "is_function",
     "list_models",
     "load_weights",
     "missing_models",
     "read_class_map",
     "read_state_dict",
+    "returns_probabilities",
     "state_digest",
 ]

@@ -1,8 +1,8 @@
 """Any network as `module:function` or `path/to/file.py:function`.
 
-The function is called with `num_classes=` and returns a module. A `SegmentationModel` is used as it is;
-anything
-else is wrapped: it may answer with a tensor, a mapping with `out` (or `logits`), or an object with `.logits`.
+The function is called with `num_classes=`, unless it takes none, and returns a module. A `SegmentationModel` is used as
+it is; anything else is wrapped: it may answer with a tensor, a mapping with `out` (or `logits`), an object with
+`.logits`, or a tuple or list whose first element is one of these.
 """
 
 import importlib
@@ -147,6 +147,8 @@ def _import(place: str, spec: str) -> ModuleType:
 
 def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> object:
     arguments = {} if num_classes is None else {"num_classes": num_classes}
+    if num_classes is not None and _takes(function) and not _takes(function, **arguments):
+        arguments = {}  # it knows its own number, which is compared afterwards
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -154,11 +156,23 @@ def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> o
         raise ModelError(
             "a model function must be callable with num_classes, or without when it knows its own",
             received=f"{spec} with {given}: {error}",
-            remedy="write it as def build(num_classes=21), or give the number of classes",
+            remedy="write it as def build(num_classes=21), or give the number of classes (in Python num_classes, on "
+            "the command line --classes FOLDER or --data)",
         ) from error
     except ValueError:  # a builtin without a signature: the call itself will tell
         pass
     return function(**arguments)
+
+
+def _takes(function: Callable[..., Any], **arguments: Any) -> bool:
+    """Whether a function can be called so; True where it does not tell."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 @contextmanager
@@ -180,6 +194,8 @@ def _working_folder_on_path() -> Iterator[None]:
 
 
 def _logits(spec: str, answer: object) -> Tensor:
+    while isinstance(answer, tuple | list) and answer:  # what follows are auxiliary outputs
+        answer = answer[0]
     logits = answer
     if not isinstance(logits, Tensor):
         if isinstance(answer, Mapping):
@@ -189,7 +205,7 @@ def _logits(spec: str, answer: object) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 4:
         shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise ModelError(
-            "a model must return logits (B, C, h, w), as a tensor, under 'out' or as .logits",
+            "a model returns logits (B, C, h, w): a tensor, under 'out' or 'logits', as .logits, or first in a tuple",
             received=f"{type(answer).__name__}{shape} from {spec}",
             remedy="return the class scores of every cell, without softmax or argmax",
         )

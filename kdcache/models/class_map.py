@@ -30,13 +30,7 @@ def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence
     Raises: ModelError naming the file and the line, the class or the name.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            "a class map must be a text file", received=f"{path}: {error}", remedy="check the path"
-        ) from error
-    entries = _json_entries(path, text) if text.lstrip().startswith("{") else _text_entries(path, text)
+    entries = _entries(path)
     table: dict[int, int] = {}
     for where, teacher, target in entries:
         index = int(teacher) if teacher.isdecimal() else -1
@@ -60,6 +54,14 @@ def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence
             "map one to it: the teacher could never teach it",
         )
     return torch.tensor([table[i] for i in range(teacher_classes)], dtype=torch.int64)
+
+
+def count_sources(path: str | Path) -> int:
+    """How many classes the teacher of a class map has: one more than the largest id. Raises ModelError."""
+    found = [int(teacher) for _, teacher, _ in _entries(Path(path)) if teacher.isdecimal()]
+    if not found:
+        _refuse("every teacher class must be listed", f"{path} without an id", "write a line `<id> <name>` for each")
+    return max(found) + 1
 
 
 class ClassMapped(SegmentationModel):
@@ -116,6 +118,17 @@ class ClassMapped(SegmentationModel):
 
     def check_taps(self, taps: Iterable[str]) -> None:
         self.model.check_taps(taps)
+
+
+def _entries(path: Path) -> list[tuple[str, str, str]]:
+    """(where it stands, teacher id, data class) of every entry of a class map."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            "a class map must be a text file", received=f"{path}: {error}", remedy="check the path"
+        ) from error
+    return _json_entries(path, text) if text.lstrip().startswith("{") else _text_entries(path, text)
 
 
 def _text_entries(path: Path, text: str) -> list[tuple[str, str, str]]:

@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError
+from kdcache.files import replacing
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
 from kdcache.models.run import RunModel
+from kdcache.models.weights import load_weights
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
 """What a file of each format ends with."""
@@ -112,8 +114,7 @@ def export_model(
         )  # fmt: skip
     deployed = Deployed(model.eval(), raw).eval()
     metadata = {**about.metadata(), **_interface(model, raw)} if chosen != "safetensors" else about.metadata()
-    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
-    try:
+    with replacing(out) as partial:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters deprecate their own insides
             free, run, unchecked = _WRITERS[chosen](deployed, about, metadata, partial)
@@ -127,9 +128,6 @@ def export_model(
                 remedy="export in another format, or raise --tolerance if you can accept that",
             )
         size_bytes = partial.stat().st_size
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     names = tuple(name for axis, name in ((0, "batch"), (2, "height"), (3, "width")) if axis in free)
     return Exported(
         out, chosen, size_bytes, names, None if unchecked else _CHECKERS[chosen], unchecked, difference, relative
@@ -140,8 +138,9 @@ def _write_weights(deployed: Deployed, about: RunModel, metadata: dict[str, str]
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     tensors = {name: tensor.contiguous().clone() for name, tensor in deployed.model.state_dict().items()}
     save_file(tensors, path, {"format": "pt", **metadata})
-    again = build_model(about.spec, len(about.class_names), weights=path, strict_head=True).eval()
-    return (0, 2, 3), Deployed(again, raw=True), ""
+    again = build_model(about.spec, len(about.class_names), mean=about.mean, std=about.std)
+    load_weights(again, load_file(path), strict_head=True)
+    return (0, 2, 3), Deployed(again.eval(), raw=True), ""
 
 
 def _write_program(deployed: Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> "_Written":

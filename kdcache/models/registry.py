@@ -112,6 +112,19 @@ def build_model(
     return model
 
 
+def is_listed(spec: str) -> bool:
+    """Whether a spec is of one of the families that come with kdcache, whatever its name there."""
+    return spec.rpartition(":")[0] in _FAMILIES
+
+
+def is_function(spec: str) -> bool:
+    """Whether a spec names a function of the user's, `module:function` or `path/to/file.py:function`.
+
+    Nothing is imported. Raises: ModelError for a spec that is neither that nor a listed one.
+    """
+    return _home(spec)[0] is None
+
+
 def list_models() -> list[ModelInfo]:
     """Models with a name whose library is installed, built without memory or arithmetic (meta device).
 

@@ -1,19 +1,21 @@
 """A trained model: in its run folder (`model.json`, weights `best` and `last`), or as SPEC@FILE or SPEC@default."""
 
 import json
-import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.torch import save_file
 
 from kdcache.errors import MismatchError, ModelError, RecipeError
-from kdcache.models.class_map import ClassMapped, read_class_map
+from kdcache.files import replacing, write_whole
+from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.native import SegmentationModel
-from kdcache.models.registry import build_model
+from kdcache.models.registry import build_model, is_function
+from kdcache.models.trust import check_trusted, trusting
 from kdcache.models.weights import load_weights, read_metadata, read_state_dict
 
 DESCRIPTION = "model.json"
@@ -41,6 +43,15 @@ class RunModel(BaseModel):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "RunModel":
+        wrong = [name for name, times in Counter(self.class_names).items() if times > 1 or not name.strip()]
+        if wrong:
+            raise ValueError(f"the class name {wrong[0]!r} {self.class_names.count(wrong[0])} times")
+        if len(self.class_colours) != len(self.class_names):
+            raise ValueError(f"{len(self.class_colours)} class_colours for {len(self.class_names)} class_names")
+        return self
 
     def check_classes(self, names: tuple[str, ...], where: str) -> None:
         """Raises MismatchError when data has other classes than this model."""
@@ -77,21 +88,15 @@ def weights_path(run: Path, which: str) -> Path:
 
 
 def write_run_model(run: Path, about: RunModel) -> None:
-    (run / DESCRIPTION).write_text(about.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    write_whole(run / DESCRIPTION, about.model_dump_json(indent=1) + "\n")
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
     """Write `best` or `last`; the file is replaced whole or not at all."""
-    partial = run / f".{which}.safetensors.partial"
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    try:
+    with replacing(weights_path(run, which)) as partial:
         save_file(tensors, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the name without the bytes
-        partial.replace(weights_path(run, which))
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_run_model(run: Path) -> RunModel:
@@ -107,18 +112,21 @@ def read_run_model(run: Path) -> RunModel:
         ) from error
     except ValidationError as error:
         raise RecipeError(
-            "a run's model.json must be well formed",
-            received=f"{path}: {error.errors()[0]['msg']}",
-            remedy="restore it from a copy, or train again",
+            "a run's model.json must be well formed, its class names unique and not empty",
+            received=f"{path} " + (f"holds {error.errors()[0]['msg']}" if path.stat().st_size else "is empty"),
+            remedy="restore it from a copy; or delete it and repeat the training with --resume, which writes it again",
         ) from error
 
 
-def load_run(run: str | Path, which: str = "best") -> tuple[SegmentationModel, RunModel]:
+def load_run(run: str | Path, which: str = "best", *, trust: bool = False) -> tuple[SegmentationModel, RunModel]:
     """The trained model of a run, in eval mode, on the CPU.
 
     Args:
         which: `best` (by validation mIoU; the last weights when nothing was validated) or `last`.
-    Raises: RecipeError when the run has no such checkpoint; ModelError when the weights do not fit.
+        trust: whether a function that the run names may be imported and called, wherever the run comes from; one that
+            a training of this user was begun with may be in any case (see `kdcache.models.trust`).
+    Raises: RecipeError when the run has no such checkpoint; ModelError when the weights do not fit, or for a function
+        that is not trusted.
     """
     folder = Path(run)
     about = read_run_model(folder)
@@ -130,6 +138,8 @@ def load_run(run: str | Path, which: str = "best") -> tuple[SegmentationModel, R
             received=f"{folder} has " + (", ".join(present) if present else "no weights yet"),
             remedy="let the training finish (train-teacher or train-student with --resume)",
         )
+    with trusting(trust):
+        check_trusted(about.spec, str(folder / DESCRIPTION))
     model = build_model(about.spec, len(about.class_names), mean=about.mean, std=about.std)
     load_weights(model, read_state_dict(path), strict_head=True)
     return model.eval(), about
@@ -156,6 +166,7 @@ def open_model(
     which: str = "best",
     *,
     class_map: str | Path | None = None,
+    trust: bool = False,
 ) -> tuple[SegmentationModel, RunModel]:
     """A trained model from wherever it is, in eval mode, on the CPU.
 
@@ -167,6 +178,7 @@ def open_model(
         size: (H, W) of the pixels it is used at; default a run's or an exported file's own.
         which: of a run's weights, `best` or `last`.
         class_map: file that says which data class each of its classes becomes (see `read_class_map`).
+        trust: as `load_run`.
     Raises: RecipeError, ModelError, MismatchError naming what is missing or does not fit.
     """
     parts = split_spec(text)
@@ -179,10 +191,12 @@ def open_model(
             remedy="add --size HxW, for instance --size 288x384",
         )
     if parts is None:
-        model, _ = load_run(text, which)
+        model, _ = load_run(text, which, trust=trust)
     else:
         # The number that a map or a missing list goes by is that of the weights.
         count = None if callable(classes) or class_map is not None else len(classes.names)
+        if count is None and is_function(parts[0]):
+            count = _count_of_function(told, class_map)
         model = build_model(parts[0], count, weights=parts[1], strict_head=True).eval()
     if class_map is None and told is not None:
         names, colours = told.class_names, told.class_colours
@@ -200,6 +214,13 @@ def open_model(
         std=model.std,
         trained_on="" if told is None else told.trained_on,
     )
+
+
+def _count_of_function(told: RunModel | None, class_map: str | Path | None) -> int | None:
+    """What a user's function is called with where there are no classes: its weights cannot be counted before it."""
+    if told is not None:
+        return len(told.class_names)
+    return None if class_map is None else count_sources(class_map)
 
 
 def _description(spec: str, weights: str) -> RunModel | None:

@@ -22,6 +22,8 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """What a folder of weights holds, as Hugging Face's hub has them; the first that is there is read."""
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
+_LIGHTNING = "pytorch-lightning_version"
+_ATTRIBUTES = ("model.", "student.", "network.", "net.")  # of a LightningModule, where it has several with tensors
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _AUXILIARY = ("aux_classifier.", "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
 _IMAGE_HEADS = ("classifier.", "fc.")
@@ -34,7 +36,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Takes `.safetensors`, or torch files read with `weights_only=True`, or a folder with one of HUB_FILES. A
     dictionary under `state_dict`, `model` and the like is unwrapped, and so are the prefixes that
-    DistributedDataParallel and torch.compile put before names.
+    DistributedDataParallel and torch.compile put before names. Of a checkpoint of Lightning, the network is taken: the
+    module's one attribute with tensors, or the first of several that is called model, student, network or net.
 
     Raises: ModelError naming the file: missing, of another kind, truncated, or holding pickled objects.
     """
@@ -103,6 +106,7 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     if strict_head and recounted:
         _refuse_classes(model, state[recounted[0]].shape[0])
     loaded = [k for k in own if k in state and k not in reinitialised]
+    _check_numbers(own, {k: state[k] for k in loaded})
     model.load_state_dict({k: state[k] for k in loaded}, strict=False)
     return LoadReport(
         loaded=tuple(loaded),
@@ -111,6 +115,26 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
         unused_auxiliary=tuple(auxiliary),
         reinitialised=tuple(reinitialised),
     )
+
+
+def _check_numbers(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Every weight is a finite real number; a buffer may be infinite where the model's own is. Raises ModelError."""
+    for name, value in given.items():
+        if value.is_complex() and not own[name].is_complex():
+            kind = "complex numbers"
+        elif not own[name].is_floating_point() or own[name].is_meta:
+            continue
+        elif value.isnan().any():
+            kind = "NaN"
+        elif value.to(own[name].dtype).isinf().any() and not own[name].isinf().any():
+            kind = "numbers that are infinite or too large"
+        else:
+            continue
+        raise ModelError(
+            "weights must be finite real numbers",
+            received=f"{kind} in {name}",
+            remedy="give a checkpoint from before the training diverged, or check how the file was made",
+        )
 
 
 def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -> int:
@@ -195,6 +219,7 @@ def _damaged(path: Path, error: Exception) -> ModelError:
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    lightning = isinstance(content, Mapping) and _LIGHTNING in content
     while isinstance(content, Mapping):
         inner = next((content[k] for k in _CONTAINERS if isinstance(content.get(k), Mapping)), None)
         if inner is None:
@@ -206,9 +231,24 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise _not_a_state_dict(path, f"{name!r} of type {type(value).__name__}")
     state: dict[str, Tensor] = dict(content)
+    if lightning:
+        state = _network_of(state, path)
     while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), ""):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
+
+
+def _network_of(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of the network of a LightningModule, under its own names."""
+    attributes = list(dict.fromkeys(f"{name.partition('.')[0]}." for name in state if "." in name))
+    chosen = next((name for name in _ATTRIBUTES if name in attributes), attributes[0] if len(attributes) == 1 else None)
+    if chosen is None:
+        raise ModelError(
+            "a Lightning checkpoint's network is its one attribute with tensors, or model, student, network or net",
+            received=f"{path} with {_names(attributes) or 'no attributes'}",
+            remedy="save the network alone: torch.save(module.NETWORK.state_dict(), NEW)",
+        )
+    return {name.removeprefix(chosen): value for name, value in state.items() if name.startswith(chosen)}
 
 
 def _not_a_state_dict(path: Path, found: str) -> ModelError:
@@ -256,9 +296,9 @@ def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, given:
 
 def _refuse_classes(model: SegmentationModel, found: int) -> None:
     raise ModelError(
-        "a trained model's weights must have the data's number of classes",
-        received=f"{found} classes in the weights, {model.num_classes} in the data, for {model.spec}",
-        remedy="map the model's classes to the data's with --class-map FILE",
+        "a trained model's weights must have the data's number of classes, or that of the class map",
+        received=f"{found} classes in the weights, {model.num_classes} in the data or its class map, for {model.spec}",
+        remedy="map each of the model's classes to one of the data's with --class-map FILE",
     )
 
 

@@ -10,6 +10,7 @@
     durable.py    writes that survive a power cut
     ledger.py     which shards are finished, and the seal
     damage.py     what to say of a file that is not what was written
+    recovery.py   what a build makes good in a damaged store
     writer.py     whole shards by one owner
     copy.py       a store into another codec, other shards, in part
     part.py       which samples a part has

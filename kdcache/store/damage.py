@@ -5,38 +5,67 @@ import errno
 from kdcache.errors import CorruptError, KDCacheError, StoreError
 
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)  # no fault of the store
+AGAIN = "run the command that wrote it (build-teacher-cache, extend or copy) again"
+"""As the remedies begin."""
+
+
+def without_spare(error: KDCacheError, store: object) -> KDCacheError:
+    """The error of a root's zarr.json that no spare is left of: what it held cannot be written again."""
+    before = error.remedy.partition(AGAIN)[0]
+    received = f"{error.received}; there is no spare of zarr.json"
+    return type(error)(error.rule, received=received, remedy=before + restored(store))
+
+
+def restored(store: object) -> str:
+    """The remedy for a manifest that cannot be written again."""
+    return f"restore zarr.json from a copy, or delete all of {store} and {AGAIN}"
 
 
 def damaged(file: object, what: str) -> CorruptError:
-    """Of a shard, a ledger record or the seal: a build redoes them, in an object store when they are gone."""
-    again = "run the command that wrote it (build-teacher-cache, extend or copy) again: it redoes what is"
+    """Of a shard: a build redoes it, in an object store when it is gone."""
     return CorruptError(
         "a store's files must be those that were written",
         received=f"{file}: {what}",
-        remedy=f"delete it and {again} missing" if "://" in str(file) else f"{again} damaged",
+        remedy=f"delete it and {AGAIN}: it redoes what is missing"
+        if "://" in str(file)
+        else f"{AGAIN}: it redoes what is damaged",
     )
 
 
-def damaged_metadata(file: object) -> CorruptError:
-    """Of a file that a build cannot write again: manifest, array metadata, ids."""
+def remedy_of_files(*, remote: bool) -> str:
+    """What to do about a list of files, as a sentence."""
+    return (
+        f"Delete these files, then {AGAIN}: it redoes them alone." if remote else f"R{AGAIN[1:]}: it redoes them alone."
+    )
+
+
+def damaged_metadata(file: object, what: str = "it was changed or removed") -> CorruptError:
+    """Of what a build writes again wherever the store is: manifest, array metadata, ids, ledger, seal."""
     return CorruptError(
-        "a store's metadata must be what was written",
-        received=f"{file} was changed or removed",
-        remedy="restore that file from a copy of the store, or build into a new folder",
+        "a store's files must be those that were written",
+        received=f"{file}: {what}",
+        remedy=f"{AGAIN}: it writes this file anew",
     )
 
 
 def unreadable(file: object, what: str, error: Exception) -> KDCacheError:
-    """For a shard, a ledger record or the seal: it is damaged, or this process may not or cannot open it."""
+    """For a shard: it is damaged, or this process may not or cannot open it."""
     number = getattr(error, "errno", None)
     if number in _OURS:
         return _not_allowed(file, error)
-    return damaged(file, f"{what} ({error}{'; links are not followed' if number == errno.ELOOP else ''})")
+    return damaged(file, f"{what} ({error}{_links(number)})")
 
 
-def unreadable_metadata(file: object, error: Exception) -> KDCacheError:
-    """The same for metadata."""
-    return _not_allowed(file, error) if getattr(error, "errno", None) in _OURS else damaged_metadata(file)
+def unreadable_metadata(file: object, error: Exception, what: str = "it was changed or removed") -> KDCacheError:
+    """The same for metadata, ledger and seal."""
+    number = getattr(error, "errno", None)
+    if number in _OURS:
+        return _not_allowed(file, error)
+    return damaged_metadata(file, f"{what} ({error}{_links(number)})")
+
+
+def _links(number: int | None) -> str:
+    return "; links are not followed" if number == errno.ELOOP else ""
 
 
 def _not_allowed(file: object, error: Exception) -> StoreError:

@@ -18,6 +18,19 @@ from kdcache.errors import StoreError
 PARTIAL = ".partial"
 """Ends the name of a file that is being written; what a crash leaves of it means nothing."""
 _ROOM_BYTES = 2**20  # with less, a failed write is taken for a full disk
+_MOST_NAME_BYTES = 255  # of a file's name, on every usual file system
+_REFUSALS = {
+    errno.EROFS: (
+        "what is written needs a file system that can be written",
+        "give another place, or mount it for writing",
+    ),
+    errno.EACCES: ("what is written needs a folder that can be written", "check its permissions, or give another one"),
+    errno.ENAMETOOLONG: (
+        f"a file's name has at most {_MOST_NAME_BYTES} bytes",
+        "shorten the name: of the --out or destination, or of the images whose ids it comes from",
+    ),
+}
+_REFUSALS[errno.EPERM] = _REFUSALS[errno.EACCES]
 
 
 def sync_path(path: Path) -> None:
@@ -38,9 +51,14 @@ def sync_with_parents(path: Path, top: Path) -> None:
             return
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Where something lies until it becomes `path`: its name, as much of it as fits, and an ending."""
+    return path.with_name(os.fsdecode(os.fsencode(path.name)[: _MOST_NAME_BYTES - len(ending)] + ending.encode()))
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Publish a file whole or not at all, in a folder that exists."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    partial = beside(path, f".{uuid.uuid4().hex}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -60,10 +78,16 @@ def file_digest(file: Path | int) -> str:
 
 @contextmanager
 def disk_space_errors(path: Path | str) -> Iterator[None]:
-    """Turn the operating system's 'no space' into a StoreError that says what is safe and what to do."""
+    """Turn what the operating system says to a write into a StoreError that says what is safe and what to do.
+
+    No space, a file system or a folder that cannot be written, a name that is too long.
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            rule, remedy = _REFUSALS[error.errno]
+            raise StoreError(rule, received=_where(error, path), remedy=remedy) from error
         if not _is_full(error, Path(path)):
             raise
         raise StoreError(
@@ -71,6 +95,12 @@ def disk_space_errors(path: Path | str) -> Iterator[None]:
             received=f"no space left while writing {path}",
             remedy="free some space and run the same command again (a training with --resume): nothing is lost",
         ) from error
+
+
+def _where(error: OSError, path: Path | str) -> str:
+    """The file that was refused, and why."""
+    file = str(error.filename2 or error.filename or path)
+    return f"{file if len(file) <= 400 else file[:200] + '...' + file[-100:]}: {str(error.strerror).lower()}"
 
 
 def _is_full(error: Exception, path: Path) -> bool:

@@ -2,22 +2,26 @@
 
 A shard counts when its ledger record exists, and a record is published only after the shard's files are
 synced. When all are there, `ledger.jsonl` has them one per line, so that a reader needs one file and parses what it
-uses; `complete.json` seals the rest, with digests of `ledger.jsonl` and of every metadata file.
+uses; `complete.json` seals the rest, with digests of `ledger.jsonl` and of every metadata file. What is sealed of a
+record is its JSON as `canonical` writes it, whatever white space its own file has.
 """
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdcache.errors import StoreError
-from kdcache.store.damage import damaged, damaged_metadata, unreadable, unreadable_metadata
+from kdcache.errors import CorruptError, StoreError
+from kdcache.store.damage import damaged, damaged_metadata, unreadable_metadata
 from kdcache.store.manifest import Manifest
-from kdcache.store.place import Place
-from kdcache.store.schema import record_arrays, shard_key
+from kdcache.store.place import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place
+from kdcache.store.schema import ArraySpec, record_arrays, shard_key
+from kdcache.store.shard import chunk_checksums
 
 COMPLETE = "complete.json"
 WHOLE = "ledger.jsonl"
@@ -52,7 +56,17 @@ class Completion(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     shards: Annotated[int, Field(ge=0)]
     ledger_sha256: Digest
-    metadata: dict[str, Digest]
+    metadata: dict[Key, Digest]
+
+    @property
+    def content(self) -> bytes:
+        """As it is written."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the seal, and so of every byte of the store: published elsewhere, it tells who changed it."""
+        return hashlib.sha256(self.content).hexdigest()
 
 
 class Ledger:
@@ -75,7 +89,7 @@ class Ledger:
         if found is None:
             found = _parse_record(self.place, WHOLE, self._lines[shard])
             if found.shard != shard:
-                raise damaged(self.place.describe(WHOLE), f"line {shard} is of shard {found.shard}")
+                raise damaged_metadata(self.place.describe(WHOLE), f"line {shard} is of shard {found.shard}")
             self._records[shard] = found
         return found
 
@@ -85,17 +99,21 @@ class Ledger:
         try:
             content = self.place.sealed(WHOLE, self.completion.ledger_sha256)
         except (OSError, ValueError) as error:
-            raise unreadable(file, "the ledger cannot be read", error) from error
+            raise unreadable_metadata(file, error, f"it cannot be read, or is not what {COMPLETE} seals") from error
         found = content.count(b"\n")  # before each takes memory of its own
         if found != len(self) or not content.endswith(b"\n"):
-            raise damaged(file, f"it has {found} records, the seal says {len(self)}")
+            raise damaged_metadata(file, f"it has {found} records, {COMPLETE} says {len(self)}")
         return content.split(b"\n")[:-1]
+
+    def check_lines(self) -> None:
+        """The ledger is what was sealed. Raises CorruptError."""
+        len(self._lines)
 
     def file(self, shard: int, key: str) -> FileRecord:
         """What a shard's file must be. Raises CorruptError."""
         found = self.record(shard).files.get(key)
         if found is None:
-            raise damaged(self.place.describe(WHOLE), f"it lists no {key}")
+            raise damaged_metadata(self.place.describe(WHOLE), f"it lists no {key}")
         return found
 
     def check_files(self) -> None:
@@ -118,7 +136,7 @@ def publish_shard(place: Place, shard: int, records: tuple[int, int], files: Map
     Raises: StoreError when another worker has published the shard with other bytes.
     """
     record = ShardRecord(shard=shard, records=records, files=dict(files))
-    if not place.announce(record_key(shard), _json(record)) and read_shard_record(place, shard) != record:
+    if not place.announce(record_key(shard), canonical(record)) and read_shard_record(place, shard) != record:
         for key in (COMPLETE, record_key(shard)):  # its files may be some of each
             place.remove(key)
         raise StoreError(
@@ -138,7 +156,7 @@ def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
 def is_published(place: Place, record: ShardRecord) -> bool:
     """Whether the shard's own ledger record is there and says the same."""
     try:
-        return place.read(record_key(record.shard)) == _json(record)
+        return place.read(record_key(record.shard)) == canonical(record)
     except (OSError, ValueError):
         return False
 
@@ -151,47 +169,111 @@ def read_shard_record(place: Place, shard: int) -> ShardRecord | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise unreadable(place.describe(key), "the ledger record cannot be read", error) from error
+        raise unreadable_metadata(place.describe(key), error, "the ledger record cannot be read") from error
 
 
 def _parse_record(place: Place, key: str, content: bytes) -> ShardRecord:
     try:
         return ShardRecord.model_validate_json(content)
     except ValidationError as error:
-        raise damaged(place.describe(key), "the ledger record is malformed") from error
+        raise damaged_metadata(place.describe(key), "the ledger record is malformed") from error
 
 
-def damaged_files(place: Place, records: Sequence[ShardRecord], *, digests: bool = True) -> Iterator[list[str]]:
-    """Of each shard, the files whose bytes are not those that were written; reads them all.
+def sealed_records(place: Place, completion: Completion | None) -> dict[int, ShardRecord]:
+    """The records of `ledger.jsonl` by shard, when it is what the seal says; else none. Raises StoreError."""
+    if completion is None:
+        return {}
+    content = read_or_none(place, WHOLE, MAX_SEALED_BYTES)
+    if content is None or hashlib.sha256(content).hexdigest() != completion.ledger_sha256:
+        return {}
+    records = [_parse_record(place, WHOLE, line) for line in content.splitlines()]
+    return {record.shard: record for record in records}
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A shard beside its record.
+
+    Attributes:
+        damaged: files whose bytes are not those that were written.
+        record: what the ledger should say of the shard, where no file is damaged: its files' own checksums.
+    """
+
+    damaged: list[str]
+    record: ShardRecord
+
+
+def examine(
+    place: Place, records: Sequence[ShardRecord], chunks: Mapping[ArraySpec, int], *, digests: bool = True
+) -> Iterator[Examined]:
+    """Look at the files of each shard; reads them all.
 
     Args:
+        chunks: of a whole shard, for the arrays whose checksums in the record are compared with the file's own.
         digests: False compares sizes alone.
     """
     sizes = place.sizes([key for record in records for key in record.files])
     for record in records:
-        yield [
-            key
-            for key, expected in record.files.items()
-            if next(sizes) != expected.bytes or (digests and place.digest(key) != expected.sha256)
-        ]
+        counts = {shard_key(spec, record.shard): count for spec, count in chunks.items()}
+        damaged, files = [], {}
+        for key, expected in record.files.items():
+            files[key] = expected
+            if next(sizes) != expected.bytes:
+                damaged.append(key)
+            elif digests:
+                content = read_or_none(place, key, expected.bytes)
+                if content is None or hashlib.sha256(content).hexdigest() != expected.sha256:
+                    damaged.append(key)
+                elif key in counts and expected.crc32c:
+                    files[key] = expected.model_copy(update={"crc32c": _checksums(content, counts[key])})
+        yield Examined(damaged, record.model_copy(update={"files": files}))
+
+
+def _checksums(content: bytes, chunks: int) -> str:
+    try:
+        return chunk_checksums(content, chunks).hex()
+    except struct.error:  # too short for its index: nothing that our writer makes
+        return ""
+
+
+def read_or_none(place: Place, key: str, most: int) -> bytes | None:
+    """A file whole; None when it is not there, is no file or is longer than `most`. Raises StoreError."""
+    try:
+        return place.read(key, most=most)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        found = unreadable_metadata(place.describe(key), error)
+        if not isinstance(found, CorruptError):  # this process may not read it: that is no damage
+            raise found from error
+        return None
 
 
 def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
-    """Write complete.json: from here on the store is whole. False when a shard is not finished."""
-    try:
-        whole = b"".join(place.read(record_key(shard)) for shard in range(shards))
-    except FileNotFoundError:
+    """Write complete.json: from here on the store is whole. False when a shard is not finished.
+
+    What fits already is left untouched: a finished store may be on a disk that cannot be written.
+    """
+    records = [read_shard_record(place, shard) for shard in range(shards)]
+    if None in records:
         return False
+    whole = b"".join(canonical(record) for record in records if record is not None)
     metadata = {key: place.digest(key) for key in metadata_keys}
     missing = next((key for key, digest in metadata.items() if digest is None), None)
     if missing is not None:
         raise damaged_metadata(place.describe(missing))
     ledger_sha256 = hashlib.sha256(whole).hexdigest()
-    completion = {"shards": shards, "ledger_sha256": ledger_sha256, "metadata": metadata}
+    completion = Completion(shards=shards, ledger_sha256=ledger_sha256, metadata=cast(dict[str, str], metadata))
+    known = read_or_none(place, WHOLE, MAX_SEALED_BYTES) == whole
+    sealed = read_or_none(place, COMPLETE, MAX_JSON_BYTES) == completion.content
     with place.alone():  # processes that finish together would tidy away what the other is writing
         place.tidy()
-        place.publish(WHOLE, whole)
-        place.publish(COMPLETE, (json.dumps(completion, indent=1, sort_keys=True) + "\n").encode())
+        if not known:
+            if not sealed:  # a seal of another ledger
+                place.remove(COMPLETE)
+            place.publish(WHOLE, whole)
+        if not sealed:
+            place.publish(COMPLETE, completion.content)
     return True
 
 
@@ -202,20 +284,11 @@ def read_completion(place: Place) -> Completion | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise damaged(place.describe(COMPLETE), "the seal is malformed") from error
+        raise damaged_metadata(place.describe(COMPLETE), "the seal is malformed") from error
     except (OSError, ValueError) as error:
-        raise unreadable(place.describe(COMPLETE), "the seal cannot be read", error) from error
+        raise unreadable_metadata(place.describe(COMPLETE), error, "the seal cannot be read") from error
 
 
-def check_metadata(place: Place, completion: Completion, metadata_keys: Iterable[str]) -> None:
-    """Manifest, array metadata and ids are those that were sealed. Raises CorruptError naming the file."""
-    for key in metadata_keys:
-        try:
-            place.sealed(key, completion.metadata.get(key, ""))
-        except (OSError, ValueError) as error:
-            raise unreadable_metadata(place.describe(key), error) from error
-
-
-def _json(record: ShardRecord) -> bytes:
+def canonical(record: ShardRecord) -> bytes:
     """One line; sorted keys, so that equal content gives equal bytes."""
     return (json.dumps(record.model_dump(mode="json"), sort_keys=True) + "\n").encode()

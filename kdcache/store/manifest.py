@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from kdcache.errors import CorruptError, VersionError
+from kdcache.errors import CorruptError, StoreError, VersionError
+from kdcache.store.damage import AGAIN
 from kdcache.store.parts import (
     Build,
     Count,
@@ -15,11 +18,14 @@ from kdcache.store.parts import (
     Fidelity,
     Fingerprint,
     Head,
+    Name,
     Part,
+    Repair,
     Statistic,
     View,
     part_differences,
     short,
+    unlike,
 )
 
 FORMAT_VERSION = 1
@@ -29,11 +35,14 @@ MAX_RECORD_BYTES = 2**28
 """Of a record in one array, decoded."""
 
 Codec = Literal["default", "small", "none"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=200)]
 
 
 class Manifest(Part):
-    """Everything about a store but its ids and arrays. Without `fidelity` nothing was measured."""
+    """Everything about a store but its ids and arrays. Without `fidelity` nothing was measured.
+
+    Attributes:
+        repairs: shards that were taught again with other versions than `build` says.
+    """
 
     format: Literal["kdcache"] = "kdcache"
     version: int = FORMAT_VERSION
@@ -49,11 +58,15 @@ class Manifest(Part):
     build: Build
     codec: Codec = "default"
     fidelity: Fidelity | None = None
+    repairs: Annotated[tuple[Repair, ...], Field(max_length=4096)] = ()
 
     @model_validator(mode="after")
     def _has_the_head_that_is_read(self) -> "Manifest":
         if "segmentation" not in self.heads:
             raise ValueError("heads has no 'segmentation'")
+        classes, names = self.heads["segmentation"].classes, len(self.dataset.class_names)
+        if classes != names:
+            raise ValueError(f"the head has {classes} classes, class_names has {names}")
         return self
 
     @model_validator(mode="after")
@@ -94,17 +107,26 @@ class Manifest(Part):
         return last - first
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What keeps `other` from continuing this build, in words; time stamps and `fidelity` do not count."""
+        """What keeps `other` from continuing this build, in words; time stamps, figures and repairs do not count."""
         found = self.teacher.differences(other.teacher)
         for part in ("dataset", "view", "build"):
             found += part_differences(part, getattr(self, part), getattr(other, part))
         for name in ("heads", "features", "statistics"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                found.append(f"{name}: {short(_plain(mine))} against {short(_plain(theirs))}")
+                found.append(f"{name}: {unlike(mine, theirs)}")
         if self.codec != other.codec:
             found.append(f"codec: {self.codec} against {other.codec}")
         return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As the attribute `kdcache` has it. `repairs` are left out where there are none: older readers know none."""
+        return self.model_dump(mode="json", exclude=None if self.repairs else {"repairs"})
+
+    def with_environment(self, of: "Manifest") -> "Manifest":
+        """This one, as if it were of a build in the environment of another: its libraries and device."""
+        same = {"libraries": of.build.libraries, "device": of.build.device}
+        return self.model_copy(update={"build": self.build.model_copy(update=same)})
 
 
 def parse_manifest(attributes: Any, where: str) -> Manifest:
@@ -124,20 +146,35 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
         raise VersionError(
             f"this version of kdcache reads store format {FORMAT_VERSION}",
             received=f"{where} has format {version!r}",
-            remedy="use the kdcache that wrote it (`created_by` in its zarr.json), or build it again",
+            remedy=f"use the kdcache that wrote it (`created_by` in its zarr.json); if this did, {AGAIN}: it mends it",
         )
     try:
         # JSON has lists where the models have tuples: validate as JSON, not as Python objects.
         return Manifest.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"]) or "manifest"
         raise CorruptError(
             "every field of a manifest must be well formed",
-            received=f"{where}: {place}: {first['msg']}",
-            remedy="restore zarr.json from a copy, or build the store again",
+            received=f"{where}: {_first_fault(error)}",
+            remedy=f"{AGAIN}: it writes this file anew",
         ) from error
 
 
-def _plain(parts: dict[str, Part]) -> dict[str, Any]:
-    return {name: part.model_dump() for name, part in parts.items()}
+@contextmanager
+def well_formed_parts() -> Iterator[None]:
+    """What a manifest of a new store is made of can be read again. Raises StoreError naming what cannot."""
+    try:
+        yield
+    except ValidationError as error:
+        raise StoreError(
+            "what a store says of itself must be well formed, and its names of splits and taps be names of folders",
+            received=_first_fault(error),
+            remedy="name the split's folder or the tap otherwise, or correct the value",
+        ) from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(step) for step in first["loc"]) or "manifest"
+    return f"{place}: {first['msg']}" + (
+        f", not {short(repr(value))}" if isinstance(value := first["input"], str) else ""
+    )

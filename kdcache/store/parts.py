@@ -5,6 +5,8 @@ is misread teaches the wrong thing without a sound.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,26 +15,45 @@ MAX_RECORDS = 2**31
 """What a claim of more would ask of memory is an attack or an accident."""
 MOST_SIDE, MOST_VIEWS = 65536, 4096
 LEAST_ZOOM, MOST_ZOOM = 1 / 64, 1024
+MOST_SHOWN = 8
+"""Items of a list or a table that a difference names one by one."""
+
+# What becomes a path is one name of a folder below the store, or below what is exported from it. It is data from
+# elsewhere: it leads nowhere else.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=200)]
+"""Of a head, a tap, a statistic: an array's folder."""
+FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]*$", max_length=200)]
+"""Of a split: a folder of the user's, in any language."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_RECORDS)]
+Channel = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 Size = tuple[Side, Side]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Dataset(Part):
     """The split that was taught on. `ids_digest` stands for the ids; they are in samples/."""
 
     name: str
-    split: str
+    split: FolderName
     samples: Count
     labelled: Count
     ids_digest: str
     class_names: Annotated[tuple[str, ...], Field(min_length=1, max_length=65535)]
-    class_colours: tuple[tuple[int, int, int], ...]
+    class_colours: tuple[tuple[Channel, Channel, Channel], ...]
+
+    @model_validator(mode="after")
+    def _every_class_has_a_name_of_its_own(self) -> "Dataset":
+        repeated = [name for name, times in Counter(self.class_names).items() if times > 1 or not name.strip()]
+        if repeated:
+            raise ValueError(f"class_names has {short(repeated[0])!r} {self.class_names.count(repeated[0])} times")
+        if len(self.class_colours) != len(self.class_names):
+            raise ValueError(f"{len(self.class_colours)} class_colours for {len(self.class_names)} class_names")
+        return self
 
 
 Zoom = Annotated[float, Field(ge=LEAST_ZOOM, le=MOST_ZOOM)]
@@ -140,11 +161,14 @@ class Statistic(Part):
     """
 
     kind: Literal["at", "confidence", "entropy", "agreement"]
-    tap: str | None = None
+    tap: Name | None = None
     size: Size
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Spread = Annotated[float, Field(gt=0)]
+Logit = Annotated[float, Field(allow_inf_nan=True)]
+"""A class may be ruled out by -inf."""
 
 
 class Member(Part):
@@ -153,7 +177,7 @@ class Member(Part):
     spec: str
     weights: str
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Spread, Spread, Spread]
     share: Share
 
 
@@ -200,13 +224,13 @@ class Fingerprint(Part):
     weights: str
     precision: str
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Spread, Spread, Spread]
     class_map: tuple[int, ...] | None = None
     members: Annotated[tuple[Member, ...], Field(max_length=255)] = ()
     tta: Augmented | None = None
     folds: Annotated[int, Field(ge=2, le=255)] | None = None
     trainings: Annotated[tuple[Training | None, ...], Field(max_length=255)] = ()
-    probe: tuple[float, ...]
+    probe: tuple[Logit, ...]
 
     @model_validator(mode="after")
     def _one_member_per_fold(self) -> "Fingerprint":
@@ -223,7 +247,7 @@ class Fingerprint(Part):
     def differences(self, other: "Fingerprint") -> list[str]:
         """What differs, in words. The probe may differ by 1 % of its largest value: hardware rounds."""
         found = [
-            f"{name}: {short(getattr(self, name))} against {short(getattr(other, name))}"
+            f"{name}: {unlike(getattr(self, name), getattr(other, name))}"
             for name in ("spec", "weights", "precision", "mean", "std", "class_map", "members", "tta", "folds")
             if getattr(self, name) != getattr(other, name)
         ]
@@ -247,7 +271,26 @@ class Build(Part):
     libraries: dict[str, str]
 
 
-Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+class Repair(Part):
+    """Shards that were taught again with other versions than the rest, on pixels of the stored checksums.
+
+    Attributes:
+        created: when the repair began, and `created_by` which program did it, as in the manifest.
+        device, libraries: as in `Build`.
+    """
+
+    created: str
+    created_by: str
+    device: str
+    libraries: dict[str, str]
+    shards: Annotated[tuple[Count, ...], Field(min_length=1)]
+
+    def describe(self) -> str:
+        """The versions, for a person."""
+        return ", ".join([*(f"{name} {version}" for name, version in self.libraries.items()), f"on {self.device}"])
+
+
+Nats = Annotated[float, Field(ge=0)]
 
 
 class Fidelity(Part):
@@ -275,10 +318,28 @@ class Fidelity(Part):
 def part_differences(title: str, mine: Part, theirs: Part) -> list[str]:
     """Fields of two equal-typed parts that differ, as 'title.field: a against b'."""
     return [
-        f"{title}.{field}: {short(getattr(mine, field))} against {short(getattr(theirs, field))}"
+        f"{title}.{field}: {unlike(getattr(mine, field), getattr(theirs, field))}"
         for field in type(mine).model_fields
         if getattr(mine, field) != getattr(theirs, field)
     ]
+
+
+def unlike(mine: Any, theirs: Any) -> str:
+    """Two unequal values as an error says them: whole, of nested ones what differs."""
+    if isinstance(mine, Part) and isinstance(theirs, Part):
+        mine, theirs = mine.model_dump(), theirs.model_dump()
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        return _items((key, mine.get(key, "nothing"), theirs.get(key, "nothing")) for key in keys)
+    if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs) > MOST_SHOWN:
+        return _items((f"number {at}", *pair) for at, pair in enumerate(zip(mine, theirs, strict=True)))
+    return f"{mine} against {theirs}"
+
+
+def _items(items: Iterable[tuple[str, Any, Any]]) -> str:
+    different = [f"{name} {unlike(mine, theirs)}" for name, mine, theirs in items if mine != theirs]
+    more = f" and {len(different) - MOST_SHOWN} more" if len(different) > MOST_SHOWN else ""
+    return ", ".join(different[:MOST_SHOWN]) + more
 
 
 def short(value: Any) -> str:

@@ -19,7 +19,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdcache.errors import StoreError
-from kdcache.store.durable import PARTIAL, disk_space_errors, file_digest, sync_path, sync_with_parents, write_durably
+from kdcache.store.durable import (
+    PARTIAL,
+    beside,
+    disk_space_errors,
+    file_digest,
+    sync_path,
+    sync_with_parents,
+    write_durably,
+)
 
 Release = Callable[[], None]
 MAX_JSON_BYTES = 2**23
@@ -104,7 +112,7 @@ class Place(ABC):
 
     @abstractmethod
     def remove(self, key: str) -> None:
-        """Remove a file that may not be there."""
+        """Remove a file that may not be there, from the disk too."""
 
     @abstractmethod
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
@@ -125,11 +133,12 @@ class Folder(Place):
     remote = False
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # a process may change its own folder, and a worker may begin in another
+        self._name = str(folder)
         self._synced: set[Path] = set()
 
     def __str__(self) -> str:
-        return str(self.folder)
+        return self._name
 
     def read(self, key: str, most: int = MAX_JSON_BYTES) -> bytes:
         handle = self.open(key)
@@ -182,8 +191,8 @@ class Folder(Place):
         return handle
 
     def begin(self, files: Mapping[str, bytes]) -> None:
-        self._check_place()
         with disk_space_errors(self.folder):
+            self._check_place()
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder.parent):
                 if not (self.folder / "zarr.json").exists():
@@ -202,7 +211,7 @@ class Folder(Place):
 
     def _make(self, files: Mapping[str, bytes]) -> None:
         """Make it beside its place and move it there whole: a crash leaves no half-made folder."""
-        begun = self.folder.with_name(f".{self.folder.name}.begun")
+        begun = beside(self.folder.with_name(f".{self.folder.name}"), ".begun")
         shutil.rmtree(begun, ignore_errors=True)
         try:
             for key, content in files.items():
@@ -215,11 +224,28 @@ class Folder(Place):
         sync_path(self.folder.parent)
 
     def publish(self, key: str, content: bytes) -> None:
-        path = self.folder / key
+        path = self._room_for(key)
         with disk_space_errors(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, content)
             self._sync_above(path.parent)
+
+    def _room_for(self, key: str) -> Path:
+        """Where a file goes, which nothing but a file may hold. Raises StoreError naming what is in the way."""
+        path = self.folder / key
+        folders = [folder for folder in reversed(path.parents) if self.folder in folder.parents]
+        wrong = [folder for folder in folders if folder.is_symlink() or (folder.exists() and not folder.is_dir())]
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()
+            wrong += [path] if path.is_dir() else []
+        if wrong:
+            raise StoreError(
+                "nothing but a store's own files and folders may be in their places",
+                received=f"{wrong[0]} is {'a folder' if wrong[0] == path else 'no folder'}",
+                remedy="move it elsewhere, then run the same command again",
+            )
+        return path
 
     def _sync_above(self, folder: Path) -> None:
         """Sync the entries of the folders between a file's own and the store's, once per process."""
@@ -233,13 +259,16 @@ class Folder(Place):
         return True
 
     def remove(self, key: str) -> None:
-        (self.folder / key).unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError), disk_space_errors(self.folder):
+            self._room_for(key).unlink()
+            sync_path((self.folder / key).parent)
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        (self.folder / "ledger").mkdir(exist_ok=True)
         lock = FileLock(self.folder / "ledger" / f"{shard:08d}{LOCK}", blocking=False)
         try:
-            lock.acquire()
+            with disk_space_errors(self.folder):
+                (self.folder / "ledger").mkdir(exist_ok=True)
+                lock.acquire()
         except Timeout:
             return None
         for path in (self.folder / key for key in keys):

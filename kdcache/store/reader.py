@@ -1,13 +1,13 @@
 """Opening and reading a store.
 
-Opening checks the manifest, the seal and all metadata; a shard's first use checks its ledger record, its files' sizes
-and their crc32c; `check_files` looks for every file beforehand, and `verify` checks every byte.
+Opening checks the manifest, the seal and all metadata; a shard's first use checks its ledger record and its files'
+sizes, every read the crc32c of what it reads; `check_files` looks for every file beforehand, and `verify` checks every
+byte.
 Reads go straight to the shards (shard.py). An array of another kind than our writer's is read through zarr-python,
 some fifty times slower, and said so once in the log.
 """
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -16,19 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError
+from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError, plain_logger
 from kdcache.store import ledger
-from kdcache.store.damage import damaged, damaged_metadata, unreadable
+from kdcache.store.damage import AGAIN, damaged, damaged_metadata, unreadable, unreadable_metadata, without_spare
 from kdcache.store.fallback import ZarrArray
 from kdcache.store.ledger import Ledger
 from kdcache.store.manifest import Manifest, parse_manifest
 from kdcache.store.parts import Head
 from kdcache.store.place import Place, open_place
-from kdcache.store.samples import read_ids
+from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
+from kdcache.store.samples import SampleIds, read_ids
 from kdcache.store.schema import metadata_keys, record_arrays, shard_key
 from kdcache.store.shard import ShardArray
 
-_log = logging.getLogger("kdcache.store")
+_log = plain_logger("kdcache.store")
 Array = np.ndarray[Any, Any]
 
 
@@ -91,17 +92,37 @@ class Cache:
         return self.place.remote
 
     @cached_property
-    def ids(self) -> tuple[str, ...]:
+    def ids(self) -> SampleIds:
         """Sample ids, in sample order."""
-        return read_ids(self.place, self.manifest)
+        try:
+            return read_ids(self.place, self.manifest)
+        except CorruptError:
+            self._check_place()
+            raise
 
     def check_files(self) -> None:
         """Every file is there with its size: better known before a training than in it.
 
         Raises: CorruptError naming the first that is not.
         """
+        self._check_place()
         if self.ledger is not None:
             self.ledger.check_files()
+
+    def check_arrays(self) -> None:
+        """Ids and the metadata of every array say what the manifest does. Raises CorruptError naming what does not."""
+        len(self.ids)
+        for path in self.specs:
+            self._array(path)
+
+    def _check_place(self) -> None:
+        """A store that is gone is not damaged. Raises StoreError."""
+        if not self.remote and not self.path.is_dir():
+            raise StoreError(
+                "a store stays in its place while it is used",
+                received=f"{self.place} was moved or deleted since it was opened",
+                remedy="put it back, or open it where it is now",
+            )
 
     def column(self, name: str) -> Array:
         """`records/<name>` of all records, (R, ...)."""
@@ -109,6 +130,7 @@ class Cache:
         try:
             return self._read_all(path)
         except CorruptError:
+            self._check_place()
             if not self._forget(path, range(self.manifest.shards)):
                 raise
             return self._read_all(path)
@@ -140,6 +162,7 @@ class Cache:
         try:
             self._read_into(record, path, out)
         except CorruptError:
+            self._check_place()
             if not self._forget(path, [record // self.manifest.build.shard_records]):
                 raise
             self._read_into(record, path, out)
@@ -172,6 +195,7 @@ class Cache:
     def _array(self, path: str) -> ShardArray | ZarrArray:
         array = self._arrays.get(path)
         if array is None:
+            self._check_place()
             spec = self.specs.get(path)
             if spec is None:
                 raise StoreError(
@@ -180,7 +204,7 @@ class Cache:
                     remedy="build the store with what the run needs (see build-teacher-cache --help)",
                 )
             if self.remote and self.ledger is not None:  # its copy may have made room for others
-                ledger.check_metadata(self.place, self.ledger.completion, [f"{path}/zarr.json"])
+                check_metadata(self.place, self.ledger.completion, [f"{path}/zarr.json"])
             try:
                 array = ShardArray(self.path / path, partial(self._open_shard, path), self.place.describe(path))
             except VersionError as error:
@@ -234,7 +258,7 @@ def open_cache(
     manifest = read_manifest(place)
     completion = require_complete(place, manifest)
     place = place.at(completion.ledger_sha256)
-    ledger.check_metadata(place, completion, metadata_keys(manifest))
+    check_metadata(place, completion, metadata_keys(manifest))
     return Cache(place, manifest, Ledger(place, completion))
 
 
@@ -250,30 +274,49 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
         )
     if completion.shards != manifest.shards:
         what = f"it seals {completion.shards} shards, the manifest has {manifest.shards}"
-        raise damaged(place.describe(ledger.COMPLETE), what)
+        raise damaged_metadata(place.describe(ledger.COMPLETE), what)
     return completion
 
 
 def store_exists(location: str | Path | Place) -> bool:
     """Whether a store was begun there."""
-    return next(open_place(location).sizes(["zarr.json"])) is not None
+    return any(size is not None for size in open_place(location).sizes([ROOT, SPARE, ledger.COMPLETE]))
 
 
 def read_manifest(location: str | Path | Place) -> Manifest:
-    """The manifest of a store, complete or not."""
+    """The manifest of a store, complete or not. Raises StoreError."""
     place = open_place(location)
+    try:
+        return _read_root(place)
+    except (CorruptError, VersionError) as error:
+        if AGAIN in error.remedy and read_spare(place) is None:
+            raise without_spare(error, place) from error
+        raise
+
+
+def _read_root(place: Place) -> Manifest:
     file = place.describe("zarr.json")
     try:
         about = json.loads(place.read("zarr.json"))
         group = isinstance(about, dict) and (about.get("zarr_format"), about.get("node_type")) == (3, "group")
     except (FileNotFoundError, NotADirectoryError) as error:
+        if _has_remains(place):
+            raise damaged_metadata(file, "it is missing") from error
         raise StoreError(
             "a store is a folder that build-teacher-cache wrote",
             received=(file if place.remote or place.folder.exists() else str(place)) + " does not exist",
             remedy="check the path, or build one with kdcache build-teacher-cache (see its --help)",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise unreadable(file, "not the metadata of a Zarr group", error) from error
-    if not group:
-        raise damaged(file, "not the metadata of a Zarr group")
-    return parse_manifest(about.get("attributes"), file)
+        raise unreadable_metadata(file, error, "it is not the metadata of a Zarr group") from error
+    attributes = about.get("attributes") if group else None
+    content = attributes.get("kdcache") if isinstance(attributes, dict) else None
+    ours = isinstance(content, dict) and content.get("format") == "kdcache"
+    if not group or (not ours and _has_remains(place)):
+        raise damaged_metadata(file, "it is not the metadata of a store's Zarr group")
+    return parse_manifest(attributes, file)
+
+
+def _has_remains(place: Place) -> bool:
+    """Whether a place without a manifest was a store once."""
+    return any(size is not None for size in place.sizes([SPARE, ledger.COMPLETE]))

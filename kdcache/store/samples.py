@@ -1,7 +1,8 @@
 """The ids of a store's samples, UTF-8 end to end in two flat arrays of one chunk each."""
 
 import struct
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from typing import overload
 
 import google_crc32c
 import numpy as np
@@ -18,10 +19,60 @@ _SMALL_BYTES = 2**20
 _MOST_ID_BYTES = 4096
 
 
-def read_ids(place: Place, manifest: Manifest) -> tuple[str, ...]:
+class SampleIds(Sequence[str]):
+    """The ids of a store, kept as they are stored: a tuple of short strings would take ten times as much memory.
+
+    Equal to any tuple of the same strings.
+
+    Args:
+        text: all ids, one after the other, in UTF-8.
+        ends: (N,) int64, where each of them ends in `text`.
+    Raises: UnicodeDecodeError when an id is not UTF-8.
+    """
+
+    __slots__ = ("_ends", "_text")
+
+    def __init__(self, text: bytes, ends: Array) -> None:
+        self._text, self._ends = text, ends
+        for _ in self:  # all are decoded once, so that no later look can fail
+            pass
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, at: int | slice) -> str | tuple[str, ...]:
+        if isinstance(at, slice):
+            return tuple(self[number] for number in range(*at.indices(len(self))))
+        number = range(len(self))[at]  # as of any sequence: negative numbers, IndexError
+        start = int(self._ends[number - 1]) if number else 0
+        return self._text[start : int(self._ends[number])].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in map(int, self._ends):
+            yield self._text[start:end].decode()
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SampleIds | tuple):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+def read_ids(place: Place, manifest: Manifest) -> SampleIds:
     """Sample ids, in sample order; of a store that may still be half built.
 
     Raises: CorruptError.
+    Memory: at most three times the index, whatever it claims.
     """
     text_key, ends_key = (f"{path}/c/0" for path in SAMPLE_ARRAYS)
     samples = manifest.dataset.samples
@@ -31,7 +82,7 @@ def read_ids(place: Place, manifest: Manifest) -> tuple[str, ...]:
         raise damaged_metadata(place.describe(ends_key))
     text = _decoded(place, text_key, np.dtype("u1"), int(ends[-1]) if samples else 0).tobytes()
     try:
-        return tuple(text[a:b].decode() for a, b in pairwise([0, *ends.tolist()]))
+        return SampleIds(text, ends)
     except UnicodeDecodeError as error:
         raise damaged_metadata(place.describe(text_key)) from error
 

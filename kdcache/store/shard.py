@@ -5,8 +5,8 @@ Here an index is read and checked once, a chunk comes with one pread, and numcod
 without the GIL. The price: one layout and a few codec chains are known (see layout.py); any other array is refused
 with a VersionError that says why, and the caller reads it through zarr-python.
 
-A missing shard and an empty chunk are damage, never fill values. A chunk's crc32c is checked when it is first read,
-then trusted as long as its file is the same. There are no locks: what threads share is replaced by single assignments,
+A missing shard and an empty chunk are damage, never fill values. A chunk's crc32c is checked at every read, for a disk
+may spoil at any time what was whole before. There are no locks: what threads share is replaced by single assignments,
 and every read names its offset, so threads share descriptors and a forked child inherits them. No mapping either:
 a file that is shortened under one kills the process.
 """
@@ -66,7 +66,7 @@ class ShardArray:
         self._open_shard = open_shard
         self._layout = layout = read_layout(self.path)
         self.shape, self.dtype = layout.shape, layout.dtype
-        self._decode = _DECODERS[layout.compressor]
+        self._decode = _DECODERS.get(layout.compressor)  # None: the bytes are the record
         self._shards: dict[int, _Shard] = {}
         self._last: tuple[int, Array] | None = None  # number of a chunk of several records, and these
 
@@ -120,25 +120,20 @@ class ShardArray:
         if shard is None or file is None:
             shard, file = self._open(number)
         offset, size = _ENTRY.unpack_from(shard.index, 16 * chunk)
-        payload_bytes = size - self._layout.crc_bytes
         try:
-            if shard.checked[chunk] and not self._layout.compressor:
-                if os.preadv(file.handle, [out.reshape(-1).view(np.uint8).data], offset) != payload_bytes:
-                    raise ValueError("the file was shortened")
-                return
-            if shard.checked[chunk]:
-                payload: Any = os.pread(file.handle, payload_bytes, offset)
+            if self._decode is None:  # straight to where it belongs
+                flat, end = out.reshape(-1).view(np.uint8), bytearray(self._layout.crc_bytes)
+                found = os.preadv(file.handle, [flat.data, end], offset)
+                parts: list[Any] = [flat, bytes(end)]
             else:
-                data = os.pread(file.handle, size, offset)
-                if google_crc32c.value(data) != _CRC_RESIDUE:
-                    raise ValueError("its crc32c is not the one stored with it")
-                if shard.ends and data[-CRC_BYTES:] != shard.ends[CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]:
-                    raise ValueError("it is another chunk than the ledger lists")
-                payload = memoryview(data)[:-CRC_BYTES]
-            if len(payload) != payload_bytes:
+                parts = [os.pread(file.handle, size, offset)]
+                found = len(parts[0])
+            if found != size:
                 raise ValueError("the file was shortened")
-            self._decode(payload, out)
-            shard.checked[chunk] = 1
+            if self._layout.crc_bytes:
+                _check_chunk(shard, chunk, parts)
+            if self._decode is not None:
+                self._decode(memoryview(parts[0])[: size - self._layout.crc_bytes], out)
         except NotImplementedError as error:
             raise VersionError(
                 "direct reads know zstd frames that say how much they hold",
@@ -149,7 +144,7 @@ class ShardArray:
             raise unreadable(shard.name, f"chunk {chunk} cannot be read", error) from error
 
     def _open(self, number: int) -> "tuple[_Shard, _File]":
-        """Open a shard, or open it again: if it is the same file still, its index is known, and what was checked."""
+        """Open a shard, or open it again: if it is the same file still, its index is known."""
         key = self._layout.key(number)
         name = f"{self._name}/{key}"
         try:
@@ -160,10 +155,9 @@ class ShardArray:
             shard = self._shards.get(number)
             if shard is None or shard.identity != identity:
                 index = _read_index(file.handle, status.st_size, self._layout, number)
-                unchecked = bytearray([not self._layout.crc_bytes]) * self._layout.shard_chunks
                 if ends and len(ends) != self._layout.crc_bytes * self._layout.used_chunks(number):
                     raise ValueError(f"the ledger lists {len(ends) // CRC_BYTES} checksums of its chunks")
-                shard = _Shard(name, identity, index, unchecked, ends)
+                shard = _Shard(name, identity, index, ends)
         except (ValueError, OSError) as error:
             raise unreadable(name, "the shard cannot be opened", error) from error
         shard.file = file
@@ -194,15 +188,13 @@ class _File:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Shard:
-    """What is known of a shard: `identity` tells its file from another, `checked` marks chunks that were verified.
-
-    `ends` has what they must end with, empty when that is not known.
+    """What is known of a shard: `identity` tells its file from another, `ends` has the 4 bytes that each of its chunks
+    must end with, and is empty when these are not known.
     """
 
     name: str
     identity: tuple[int, ...]
     index: bytes
-    checked: bytearray
     ends: bytes
     file: _File | None = None
 
@@ -265,8 +257,15 @@ def chunk_checksums(content: bytes, chunks: int) -> bytes:
     return b"".join(content[end - CRC_BYTES : end] for end in ends)
 
 
-def _copy(payload: Any, out: Array) -> None:
-    out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
+def _check_chunk(shard: _Shard, chunk: int, parts: list[Any]) -> None:
+    """Raises ValueError unless the bytes of a chunk, in parts and with its crc32c, are those that were written."""
+    crc = 0
+    for part in parts:
+        crc = google_crc32c.extend(crc, part)
+    if crc != _CRC_RESIDUE:
+        raise ValueError("its crc32c is not the one stored with it")
+    if shard.ends and parts[-1][-CRC_BYTES:] != shard.ends[CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]:
+        raise ValueError("it is another chunk than the ledger lists")
 
 
 def _decode_blosc(payload: Any, out: Array) -> None:
@@ -293,4 +292,4 @@ def decode_zstd(payload: Any, out: Array) -> None:
     zstd.decompress(payload, out)
 
 
-_DECODERS: dict[str, Callable[[Any, Array], None]] = {"": _copy, "blosc": _decode_blosc, "zstd": decode_zstd}
+_DECODERS: dict[str, Callable[[Any, Array], None]] = {"blosc": _decode_blosc, "zstd": decode_zstd}

@@ -44,6 +44,7 @@ class StoreSummary:
     records_written: int
     arrays: tuple[ArraySummary, ...]
     topk_mass: float | None  # mean probability inside the top k; None for dense targets
+    seal: str | None = None  # digest of the seal; None of a store that is half built
 
     @property
     def bytes_on_disk(self) -> int:
@@ -101,12 +102,15 @@ class StoreSummary:
             rows.insert(6, ("statistics", names))
         if self.topk_mass is not None:
             rows.append(("top-k mass", f"{100 * self.topk_mass:.3f} % of the probability is inside the kept classes"))
+        if self.seal is not None:
+            rows.append(("seal", self.seal))
         return rows
 
     def to_json(self) -> dict[str, Any]:
         return {
             "path": self.path,
             "complete": self.complete,
+            "seal": self.seal,
             "shards_written": self.shards_written,
             "records_written": self.records_written,
             "bytes_on_disk": self.bytes_on_disk,
@@ -151,7 +155,8 @@ def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cach
         for spec in record_arrays(manifest)
     )
     mass = None if cache is None or cache.head.dense else _topk_mass(cache)
-    return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass)
+    seal = None if cache is None or cache.ledger is None else cache.ledger.completion.digest
+    return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass, seal)
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -1,52 +1,90 @@
 """Checking every byte of a store against its ledger."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kdcache.errors import MismatchError, StoreError
 from kdcache.store import ledger
-from kdcache.store.damage import damaged as damaged_record
+from kdcache.store.damage import damaged_metadata, remedy_of_files
 from kdcache.store.ledger import Ledger
 from kdcache.store.place import Place, open_place
-from kdcache.store.reader import read_manifest, require_complete
+from kdcache.store.reader import Cache, read_manifest, require_complete
+from kdcache.store.recovery import check_metadata, chunk_counts
 from kdcache.store.schema import metadata_keys
 
 
 @dataclass
 class VerifyReport:
-    """What `verify_files` found. `damaged` lists files below the store whose bytes are not those written."""
+    """What `verify_files` found.
+
+    Attributes:
+        damaged: files below the store whose bytes are not those written. remedy: what mends them.
+        seal: the digest of its seal, which stands for all of them.
+    """
 
     files: int = 0
     bytes: int = 0
     damaged: list[str] = field(default_factory=list)
+    remedy: str = ""
+    seal: str = ""
 
 
-def verify_files(location: str | Path | Place, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-    """Compare the digest of every file with the ledger's.
+def verify_files(
+    location: str | Path | Place, progress: Callable[[int, int], None] | None = None, *, seal: str | None = None
+) -> VerifyReport:
+    """Compare the digest of every file with the ledger's, and the ledger's checksums with every chunk's.
 
     Args:
         location: of a complete store.
         progress: called with (shards done, shards).
-    Raises: IncompleteError, CorruptError (ledger or metadata), VersionError, StoreError.
+        seal: what the digest of its seal must be, as it was published elsewhere: who changes a store can change its
+            ledger and its seal with it.
+    Raises: IncompleteError, CorruptError (ledger or metadata), VersionError, StoreError, MismatchError (the seal).
     """
     place = open_place(location)
     manifest = read_manifest(place)
     completion = require_complete(place, manifest)
+    if seal is not None:
+        _check_seal(place, completion.digest, seal)
     place = place.at(completion.ledger_sha256)
-    for key in (*metadata_keys(manifest), ledger.WHOLE):
+    metadata = sorted({*metadata_keys(manifest), *completion.metadata})  # the spare too, which no reader needs
+    for key in (*metadata, ledger.WHOLE):
         place.forget(key)  # the file itself is checked, not its copy
-    ledger.check_metadata(place, completion, metadata_keys(manifest))
+    check_metadata(place, completion, metadata)
     sealed = Ledger(place, completion)
     records = [sealed.record(shard) for shard in range(manifest.shards)]
-    report = VerifyReport(files=len(completion.metadata) + 1)
-    for record, damaged in zip(records, ledger.damaged_files(place, records), strict=True):
+    cache = Cache(place, manifest, sealed)
+    cache.check_arrays()
+    remedy = remedy_of_files(remote=place.remote)
+    report = VerifyReport(files=len(completion.metadata) + 1, remedy=remedy, seal=completion.digest)
+    for record, found in zip(records, ledger.examine(place, records, chunk_counts(manifest)), strict=True):
         report.files += 1 + len(record.files)
         report.bytes += sum(entry.bytes for entry in record.files.values())
-        report.damaged += damaged
+        report.damaged += found.damaged
         if not ledger.is_of(manifest, record.shard, record):
-            raise damaged_record(place.describe(ledger.WHOLE), f"line {record.shard} is of no shard of this store")
-        if not ledger.is_published(place, record):
+            raise damaged_metadata(place.describe(ledger.WHOLE), f"line {record.shard} is of no shard of this store")
+        if not found.damaged and found.record != record:  # its files are what was written, its checksums are not theirs
+            report.damaged += [ledger.WHOLE, ledger.record_key(record.shard)]
+        elif not ledger.is_published(place, record):
             report.damaged.append(ledger.record_key(record.shard))
         if progress is not None:
             progress(record.shard + 1, manifest.shards)
     return report
+
+
+def _check_seal(place: Place, found: str, published: str) -> None:
+    wanted = published.strip().lower().removeprefix("sha256:")
+    if re.fullmatch("[0-9a-f]{64}", wanted) is None:
+        raise StoreError(
+            "the digest of a seal has 64 hexadecimal digits",
+            received=repr(published),
+            remedy="give the one that kdcache verify or kdcache inspect printed when the store was published",
+        )
+    if found != wanted:
+        raise MismatchError(
+            "a store is the one whose seal was published",
+            received=f"{place} has the seal {found}, not {wanted}",
+            remedy="it was changed or built anew: fetch the store again, or ask who published the digest",
+        )

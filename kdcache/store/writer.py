@@ -12,22 +12,25 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from kdcache.errors import CorruptError, MismatchError, StoreError
-from kdcache.store import ledger
-from kdcache.store.damage import damaged_metadata, unreadable_metadata
+from kdcache.errors import MismatchError, StoreError
+from kdcache.store import ledger, recovery
+from kdcache.store.damage import restored
 from kdcache.store.ledger import FileRecord, ShardRecord
 from kdcache.store.manifest import Manifest
-from kdcache.store.place import Place, Release, open_place
-from kdcache.store.reader import read_manifest
+from kdcache.store.parts import Repair
+from kdcache.store.place import MAX_JSON_BYTES, Place, Release, open_place
+from kdcache.store.reader import read_manifest, store_exists
 from kdcache.store.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
 from kdcache.store.shard import chunk_checksums
 
@@ -57,6 +60,7 @@ class StoreWriter:
     Attributes:
         manifest: of the store on disk (its `created` is that of the first start).
         finished: shards whose files were found whole, or are published since.
+        repaired: what the manifest says of shards that are written again in another environment; None without any.
     """
 
     def __init__(self, place: Place, manifest: Manifest, worker: Worker) -> None:
@@ -64,9 +68,13 @@ class StoreWriter:
         self.manifest = manifest
         self.worker = worker
         self.finished = set[int]()
+        self.repaired: Repair | None = None
         self._claims: dict[int, Release] = {}
         self._specs = record_arrays(manifest)
-        self._encoder = _Encoder(manifest)
+
+    @cached_property
+    def _encoder(self) -> "_Encoder":
+        return _Encoder(self.manifest)
 
     @property
     def missing(self) -> list[int]:
@@ -125,7 +133,90 @@ class StoreWriter:
     def seal(self) -> bool:
         """Declare the store whole, if every worker has finished its shards; this one must have."""
         assert not self.missing, self.missing
-        return ledger.seal(self.place, self.manifest.shards, metadata_keys(self.manifest))
+        return ledger.seal(self.place, self.manifest.shards, recovery.sealed_keys(self.place, self.manifest))
+
+    def repair(
+        self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], checksums: Callable[[int], Array] | None
+    ) -> None:
+        """Prepare to write damaged shards again. Before anything is given up, all that could refuse it is asked.
+
+        Args:
+            now: what the command would begin: its libraries and device are those of today.
+            doubtful: shards that were finished once, with their records where these could be read.
+            checksums: as in `open_writer`.
+        Raises: MismatchError.
+        """
+        begun = {shard for repair in self.manifest.repairs for shard in repair.shards}
+        again = {shard: doubtful.get(shard) for shard in self.missing if shard in doubtful or shard in begun}
+        other = self.manifest.differences(now)  # in the environment alone
+        if other and (set(self.missing) != set(again) or (again and checksums is None)):
+            raise _another(self.place, other)
+        if checksums is not None:
+            for shard, record in again.items():
+                self._check_pixels(shard, record, checksums(shard), needed=bool(other))
+        if other and again:
+            self._note(now, sorted(again))
+        if doubtful:
+            # Unseal first: a store with a shard in doubt must not open. What others have sealed meanwhile stays.
+            self.place.remove(ledger.COMPLETE)
+        for shard in doubtful:
+            self.place.remove(ledger.record_key(shard))
+
+    def _check_pixels(self, shard: int, record: ShardRecord | None, found: Array, *, needed: bool) -> None:
+        """The pixels of a shard are those that were taught on. Raises MismatchError, where `needed` also if unknown."""
+        spec = next(spec for spec in self._specs if spec.path == "records/pixel_checksum")
+        key = shard_key(spec, shard)
+        file = None if record is None else record.files[key]
+        stored = ledger.read_or_none(self.place, key, MAX_JSON_BYTES)
+        if file is not None and (stored is None or hashlib.sha256(stored).hexdigest() != file.sha256):
+            # This file itself is damaged: its digest tells whether it would be the same again.
+            stored = self._encoder.encode(spec, shard, found)
+            same = hashlib.sha256(stored).hexdigest() == file.sha256
+            if same and needed:  # what proves it must outlast the record, should this repair be interrupted
+                self.place.publish(key, stored)
+        else:
+            rows = None if stored is None else self._encoder.decode(spec, shard, stored)
+            same = not needed if rows is None else np.array_equal(rows, found)
+        if not same:
+            raise MismatchError(
+                "damaged records are taught again on the pixels that were taught on",
+                received=f"the images of shard {shard} of {self.place} render to other pixels now, or what they "
+                "rendered to is lost",
+                remedy="restore the images, or the versions that the store was built with (kdcache inspect --json); "
+                "or build into a new folder",
+            )
+
+    def _note(self, now: Manifest, shards: list[int]) -> None:
+        """Have the manifest say that shards are written again in another environment."""
+        if self.worker.count > 1:
+            raise MismatchError(
+                "one process repairs a store with other versions than it was begun with",
+                received=self.worker.describe("a repair") + f", of shards {shards} of {self.place}",
+                remedy="run the same command once without --worker, and not by torchrun",
+            )
+        with self.place.alone():
+            present = read_manifest(self.place)
+            known = present.repairs
+            mine = Repair(
+                created=now.created,
+                created_by=now.created_by,
+                device=now.build.device,
+                libraries=now.build.libraries,
+                shards=tuple(shards),
+            )
+            same = [
+                old for old in known if old == mine.model_copy(update={"created": old.created, "shards": old.shards})
+            ]
+            if same:
+                mine = same[-1].model_copy(update={"shards": tuple(sorted({*same[-1].shards, *shards}))})
+            self.repaired = mine
+            self.manifest = present.model_copy(update={"repairs": (*(old for old in known if old not in same), mine)})
+            if mine in known:
+                return
+            self.place.remove(ledger.COMPLETE)
+            root = _root(self.manifest)
+            self.place.publish(recovery.ROOT, root)
+            self.place.publish(recovery.SPARE, recovery.spare_of(root))
 
     def close(self) -> None:
         """Release what is claimed. Nothing is lost: what counts is on disk already."""
@@ -141,32 +232,67 @@ class StoreWriter:
 
 
 def open_writer(
-    location: str | Path, manifest: Manifest, ids: Sequence[str], worker: Worker | None = None
+    location: str | Path,
+    manifest: Manifest,
+    ids: Sequence[str],
+    worker: Worker | None = None,
+    checksums: Callable[[int], Array] | None = None,
 ) -> StoreWriter:
     """Create the store, or continue one that an equal command began.
 
-    Shards of this worker whose files are not what their ledger record says are redone.
+    What was damaged is made good: metadata and ledger at once, and shards of this worker whose files are not what was
+    written are missing once more (recovery.py). Libraries and device may be others than those of the first start where
+    nothing is left but to repair shards that were finished once; the manifest then says so.
 
+    Args:
+        checksums: of the pixels of a shard's records, as they render now (`records/pixel_checksum`). A shard is written
+            again only if these are the stored ones; None does not ask.
     Raises:
         StoreError: the place holds something else.
-        MismatchError: a store is there that was begun with other inputs; it is left as it is.
+        MismatchError: a store is there that was begun with other inputs, or pixels are others now; it is left as it is.
     """
     place = open_place(location)
-    place.begin(_metadata(manifest, ids))
+    worker = worker or Worker()
+    recovery.restore_root(place, manifest)
+    if not store_exists(place):
+        place.begin(_metadata(manifest, ids))
     present = read_manifest(place)
-    sealed = _check_seal(place, present)
-    differences = present.differences(manifest)
-    if differences:
-        raise MismatchError(
-            "a store is continued with the inputs that it was begun with",
-            received=f"{place} differs in " + "; ".join(differences),
-            remedy="repeat the first command exactly, or give another --out (kdcache copy: another DESTINATION)",
-        )
-    if not sealed:
-        _check_metadata(place, present, ids)
-    writer = StoreWriter(place, present, worker or Worker())
-    writer.finished = _whole_shards(place, present, writer.worker)
+    found = present.differences(manifest.with_environment(present))
+    completion = recovery.read_seal(place)
+    if found:
+        raise _another(place, found, intact=recovery.is_intact(place, completion))
+    files = _metadata(present, ids)
+    same = present.build.libraries == manifest.build.libraries
+    recovery.restore_metadata(place, files, completion, same_libraries=same)
+    recovery.restore_spare(place, completion)
+    mine = [shard for shard in range(present.shards) if worker.owns(shard)]
+    state = recovery.examine_shards(place, present, mine, completion)
+    writer = StoreWriter(place, present, worker)
+    writer.finished = state.whole
+    writer.repair(manifest, state.doubtful, checksums)
     return writer
+
+
+def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:
+    """For a store that another command began.
+
+    Args:
+        intact: whether its manifest is what was written, as far as one can tell.
+    """
+    if not intact:
+        return MismatchError(
+            "a store is continued with the inputs that it was begun with",
+            received=f"{place} differs in " + "; ".join(differences) + f"; its {recovery.ROOT} is not what "
+            f"{ledger.COMPLETE} seals, and there is no spare of it",
+            remedy=f"repeat the first command exactly; if this was it, {restored(place)}",
+        )
+    return MismatchError(
+        "a store is continued with the inputs that it was begun with",
+        received=f"{place} differs in " + "; ".join(differences),
+        remedy="repeat the first command exactly, with the versions and on the device that are named where these "
+        "differ, or give another --out (kdcache copy: another DESTINATION); kdcache extend makes a store of more "
+        "views, taps or samples out of a finished one",
+    )
 
 
 class _Encoder:
@@ -189,69 +315,39 @@ class _Encoder:
         content: bytes = self._files.pop(shard_key(spec, shard)).to_bytes()
         return content
 
+    def decode(self, spec: ArraySpec, shard: int, content: bytes) -> Array | None:
+        """The records in a shard's file; None when its own checksums do not fit."""
+        array: Any = self._arrays[spec.path]
+        first = shard * array.shards[0]
+        key = shard_key(spec, shard)
+        self._files[key] = default_buffer_prototype().buffer.from_bytes(content)
+        try:
+            rows: Array = array[first : first + array.shards[0]]
+        except (ValueError, RuntimeError, IndexError):
+            return None
+        finally:
+            del self._files[key]
+        return rows
+
 
 def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
     """Every file of a store that has no shards yet; the one that makes it a store is the last."""
     files: dict[str, Any] = {}
-    attributes: Any = {"kdcache": manifest.model_dump(mode="json")}
-    create_arrays(zarr.open_group(MemoryStore(files), mode="w", attributes=attributes), manifest, ids)
+    create_arrays(zarr.open_group(MemoryStore(files), mode="w", attributes=_attributes(manifest)), manifest, ids)
     keys = sorted(metadata_keys(manifest), key=lambda key: key == "zarr.json")
     return {key: files[key].to_bytes() for key in keys}
 
 
-def _check_seal(place: Place, manifest: Manifest) -> bool:
-    """Whether the store has a seal, which its metadata fits. Raises CorruptError when that was changed."""
-    try:
-        completion = ledger.read_completion(place)
-    except CorruptError:
-        completion = None
-        place.remove(ledger.COMPLETE)
-    if completion is not None:
-        ledger.check_metadata(place, completion, metadata_keys(manifest))
-    return completion is not None
+def _root(manifest: Manifest) -> bytes:
+    """The root's zarr.json."""
+    files: dict[str, Any] = {}
+    zarr.open_group(MemoryStore(files), mode="w", attributes=_attributes(manifest))
+    content: bytes = files[recovery.ROOT].to_bytes()
+    return content
 
 
-def _check_metadata(place: Place, manifest: Manifest, ids: Sequence[str]) -> None:
-    """What a build does not write again is what it must be, also without a seal."""
-    files = _metadata(manifest, ids)
-    del files["zarr.json"]  # it was read already
-    for key, content in files.items():
-        try:
-            same = place.read(key, most=len(content)) == content
-        except (OSError, ValueError) as error:
-            raise unreadable_metadata(place.describe(key), error) from error
-        if not same:
-            raise damaged_metadata(place.describe(key))
-
-
-def _whole_shards(place: Place, manifest: Manifest, worker: Worker) -> set[int]:
-    """Shards of a worker that the ledger lists and whose files hold what was written. Others lose their record."""
-    was_sealed = next(place.sizes([ledger.COMPLETE])) is not None
-    mine = [shard for shard in range(manifest.shards) if worker.owns(shard)]
-    listed: list[ShardRecord] = []
-    wrong = []
-    for shard in mine:
-        try:
-            record = ledger.read_shard_record(place, shard)
-        except CorruptError:
-            wrong.append(shard)
-            continue
-        if record is not None:  # else another process may be about to publish it
-            if ledger.is_of(manifest, shard, record):
-                listed.append(record)
-            else:
-                wrong.append(shard)
-    # An object store keeps what it took: its bytes are not fetched to be looked at again.
-    damaged = ledger.damaged_files(place, listed, digests=not place.remote)
-    states = {record.shard: not files for record, files in zip(listed, damaged, strict=True)}
-    whole = {shard for shard, fine in states.items() if fine}
-    doubtful = {*wrong, *states} - whole
-    if doubtful or (was_sealed and len(whole) < len(mine)):
-        # Unseal first: a store with a shard in doubt must not open. What others have sealed meanwhile stays.
-        place.remove(ledger.COMPLETE)
-    for shard in doubtful:
-        place.remove(ledger.record_key(shard))
-    return whole
+def _attributes(manifest: Manifest) -> Any:
+    return {"kdcache": manifest.to_json()}
 
 
 def worker_of(text: str | None) -> Worker:
@@ -259,10 +355,16 @@ def worker_of(text: str | None) -> Worker:
 
     Raises: StoreError.
     """
-    if text is None:
-        return Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    index, _, count = text.partition("/")
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    given = f"{rank or 0}/{size or 1}" if text is None else text
+    index, _, count = given.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        if text is None:  # a worker that owns nothing would end as if all were done
+            raise StoreError(
+                "RANK and WORLD_SIZE in the environment number a worker: RANK from 0, below WORLD_SIZE",
+                received=f"RANK={rank}, WORLD_SIZE={size}",
+                remedy="unset RANK WORLD_SIZE, or number the workers with --worker I/N",
+            )
         raise StoreError(
             "--worker is I/N: number I, from 0, of N workers",
             received=repr(text),

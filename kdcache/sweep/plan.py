@@ -35,7 +35,7 @@ class Job:
 
     Attributes:
         words: a verb and its flags.
-        done: a path that is there when it has been done; None for what is always done again.
+        done: a JSON file that is there when it has been done; None for what is always done again.
         needs: names of jobs that come before it.
     """
 
@@ -43,6 +43,12 @@ class Job:
     words: tuple[str, ...]
     done: Path | None
     needs: tuple[str, ...] = ()
+
+    @property
+    def next_words(self) -> tuple[str, ...]:
+        """What to run now: a run is resumed only where there is one."""
+        begun = self.done is None or self.done.parent.exists()
+        return self.words if begun else tuple(word for word in self.words if word != "--resume")
 
 
 @dataclass(frozen=True)
@@ -174,10 +180,11 @@ class _Planner:
         return run
 
     def _show(self) -> None:
-        """Table, pictures, page: of all runs; pictures of the first run of each arm."""
+        """Table, pictures, page: of all runs; pictures of the first run of each arm. Of a smoke run all say that."""
         out, folds = self._out, self._recipe.folds
         trained = [job.name for job in self._jobs if job.words[0] == "train-student"]
-        where = {"data": self._data, "split": self._val_split if folds is None else self._split}
+        where: dict[str, Any] = {"data": self._data, "split": self._val_split if folds is None else self._split}
+        where |= {"smoke": True} if self._recipe.smoke else {}
         spec = self._recipe.teacher.get("spec")
         tables = {"markdown": "comparison.md", "csv": "comparison.csv", "json": "comparison.json"}
         files = {key: out / name for key, name in (tables | {"text": "kd_comparison_results.txt"}).items()}

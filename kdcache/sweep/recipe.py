@@ -11,7 +11,8 @@
     [student]                      flags of train-student that all arms share
     [[arm]]                        a name and flags of its own; a list of values makes an arm of each
     [show]                         num: best and worst images of each arm
-    [smoke]                        the same tables, whose keys replace those above with --smoke
+    [smoke]                        the same tables, whose keys replace those above with --smoke, those of [[smoke.arm]]
+                                   in the arm of that name
 
 In a name, {kl-weight} stands for the flag's value. The value "@NAME" of a flag is the run of that arm with the same
 fold and seed, which is trained before. "" leaves a flag out.
@@ -35,6 +36,7 @@ TABLES = ("data", "teacher", "store", "student", "show")
 _TOP = {"title", "about", "seeds", "arm", "smoke", *TABLES}
 _KEYS = {"data": {"layout", "path", "split", "val-split", "folds", "held-out"}, "show": {"num"}}
 _REPEATED = "term"
+SMOKE_TITLE = "Smoke run: "
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Recipe:
         data: layout, path, split, val-split, folds, held-out. show: num.
         teacher, store, student: flags of their verbs.
         arms: every combination of their values, each once.
+        smoke: it was made small by `--smoke`; its title says so.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Recipe:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...] = (0,)
     show: Flags = field(default_factory=dict)
+    smoke: bool = False
 
     @property
     def folds(self) -> int | None:
@@ -117,10 +121,11 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
         check_names(f"keys of [{table}]", content.get(table, {}), known)
     return Recipe(
         name=Path(origin).stem,
-        title=str(content.get("title", Path(origin).stem)),
+        title=SMOKE_TITLE * smoke + str(content.get("title", Path(origin).stem)),
         about=str(content.get("about", "")),
         arms=tuple(_arms(content)),
         seeds=_seeds(content.get("seeds", [0])),
+        smoke=smoke,
         **{table: content.get(table, {}) for table in TABLES},
     )
 
@@ -166,9 +171,21 @@ def _replaced(content: dict[str, Any], smoke: dict[str, Any]) -> dict[str, Any]:
     """Tables key by key, but for the teacher: one that is trained replaces one that is downloaded, as a whole."""
     merged = dict(content)
     for key, value in smoke.items():
+        if key == "arm":
+            merged[key] = _replaced_arms(content.get(key, []), value)
+            continue
         whole = key == "teacher" or not isinstance(value, dict)
         merged[key] = value if whole else {**content.get(key, {}), **value}
     return merged
+
+
+def _replaced_arms(arms: Any, smoke: Any) -> list[dict[str, Any]]:
+    """The arms in their order, each with the keys of the small one of its name."""
+    _check_arms(arms)
+    _check_arms(smoke)
+    small = {str(arm["name"]): arm for arm in smoke}
+    check_names("names of [[smoke.arm]]", small, [str(arm["name"]) for arm in arms])
+    return [{**arm, **small.get(str(arm["name"]), {})} for arm in arms]
 
 
 def _change(content: dict[str, Any], text: str) -> None:
@@ -193,10 +210,7 @@ def _change(content: dict[str, Any], text: str) -> None:
 
 def _arms(content: dict[str, Any]) -> Iterator[Arm]:
     given = content.get("arm", [])
-    if not isinstance(given, list) or not given or not all(isinstance(arm, dict) and "name" in arm for arm in given):
-        raise RecipeError(
-            "a recipe has [[arm]] tables with a name", received=repr(given)[:80], remedy="add [[arm]] and name = ..."
-        )
+    _check_arms(given)
     seen: set[str] = set()
     for table in given:
         flags = {key: value for key, value in table.items() if key != "name"}
@@ -214,6 +228,13 @@ def _arms(content: dict[str, Any]) -> Iterator[Arm]:
                 )
             seen.add(arm.name)
             yield arm
+
+
+def _check_arms(given: Any) -> None:
+    if not isinstance(given, list) or not given or not all(isinstance(arm, dict) and "name" in arm for arm in given):
+        raise RecipeError(
+            "a recipe has [[arm]] tables with a name", received=repr(given)[:80], remedy="add [[arm]] and name = ..."
+        )
 
 
 def _name(template: str, flags: Flags, chosen: Flags) -> str:

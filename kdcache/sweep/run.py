@@ -15,6 +15,7 @@ from pathlib import Path
 import tomli_w
 
 from kdcache.errors import RecipeError
+from kdcache.files import read_object, write_whole
 from kdcache.sweep.plan import Job, Sweep
 from kdcache.sweep.summary import write_details
 
@@ -67,7 +68,8 @@ def run_jobs(
 
 
 def is_done(job: Job) -> bool:
-    return job.done is not None and job.done.is_file()
+    """Whether what a job leaves at its end is there, and says something: a crash or a copy may have emptied it."""
+    return job.done is not None and bool(read_object(job.done))
 
 
 def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher) -> None:
@@ -138,10 +140,8 @@ def _record(sweep: Sweep) -> None:
             remedy="give another --out",
         )
     sweep.out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{RECORD}.partial")
     about = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "jobs": jobs}
-    partial.write_text(tomli_w.dumps(about), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, tomli_w.dumps(about))
 
 
 def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.evaluate import markdown_table
+from kdcache.files import read_object, write_whole
 
 if TYPE_CHECKING:
     from kdcache.sweep.plan import Sweep
@@ -18,10 +19,11 @@ def write_details(sweep: "Sweep") -> None:
     if not comparison.is_file():
         return
     found = json.loads(comparison.read_text(encoding="utf-8"))
-    parts = [f"# {sweep.recipe.title}", "", sweep.recipe.about.strip(), ""]
+    above = [f"> **{found['banner']}**", ""] if found.get("banner") else []
+    parts = [f"# {sweep.recipe.title}", "", *above, sweep.recipe.about.strip(), ""]
     for row in found["rows"]:
         parts += [f"## {row['name']}", "", _table(row), ""]
-    (sweep.out / DETAILS).write_text("\n".join(parts), encoding="utf-8")
+    write_whole(sweep.out / DETAILS, "\n".join(parts))
 
 
 def _table(row: dict[str, Any]) -> str:
@@ -41,8 +43,7 @@ def _name(run: dict[str, Any]) -> str:
 
 def _iteration(run: Path) -> str:
     """Of the weights that were judged; a teacher that was trained elsewhere has none."""
-    path = run / "result.json"
-    return str(json.loads(path.read_text(encoding="utf-8"))["best_step"]) if path.is_file() else "-"
+    return str(read_object(run / "result.json").get("best_step", "-"))
 
 
 def _percent(value: float | None) -> str:

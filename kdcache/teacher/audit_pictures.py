@@ -9,6 +9,7 @@ import numpy as np
 from kdcache.data import IGNORE_INDEX, Split
 from kdcache.errors import RecipeError
 from kdcache.evaluate import percent
+from kdcache.evaluate.gallery import file_part
 from kdcache.evaluate.pictures import (
     INK,
     VOID_RGB,
@@ -71,7 +72,7 @@ def write_report(audit: Audit, cache: Cache, split: Split | None, folder: Path) 
         save_figure(figure, folder / name)
     written = [folder / name for name in figures]
     for rank, scored in enumerate(audit.worst, 1):
-        path = folder / _WORST / f"rank{rank:02}-{scored.sample.replace('/', '_')[-100:]}-miou{scored.miou:.4f}.png"
+        path = folder / _WORST / f"rank{rank:02}-{file_part(scored.sample)}-miou{scored.miou:.4f}.png"
         save_figure(_worst(audit, cache, split, rank, scored), path)
         written.append(path)
     return written

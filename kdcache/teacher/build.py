@@ -9,6 +9,7 @@ of records.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from kdcache.data import Split
 from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, store_exists
+from kdcache.store.parts import Repair
 from kdcache.teacher.forward import not_finite, out_of_memory, place, teach
 from kdcache.teacher.options import BuildOptions
 from kdcache.teacher.plan import plan_manifest
@@ -42,6 +44,8 @@ class BuildResult:
         records: taught now. kept: were there already.
         reused: taken over from an earlier store; with a new tap they are among those that were taught.
         complete: False when other workers have still to finish their shards: the last one seals the store.
+        repair: of records that were damaged and taught again with other versions than the rest.
+        damaged: records of the earlier store that could not be read, and were taught again.
     """
 
     manifest: Manifest
@@ -50,6 +54,8 @@ class BuildResult:
     seconds: float
     complete: bool
     reused: int = 0
+    repair: Repair | None = None
+    damaged: int = 0
 
     @property
     def images_per_second(self) -> float:
@@ -64,6 +70,19 @@ class _Batch(NamedTuple):
     taught: bool
 
 
+@contextmanager
+def deterministic_cudnn() -> Iterator[None]:
+    """Inside, cuDNN takes the same algorithm every time; afterwards it is as the caller had it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@deterministic_cudnn()
 def build_cache(
     split: Split,
     teacher: Teacher,
@@ -81,8 +100,6 @@ def build_cache(
         reuse: an earlier store of the same teacher, from which is taken over what would be said again (reuse.py).
     Raises: KDCacheError of every kind; what is finished stays, and the same call continues.
     """
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
     place(teacher.model, options.device)
     if store_exists(out):  # begun before: its manifest has the figures
         options = replace(options, fidelity=False)
@@ -91,7 +108,8 @@ def build_cache(
     else:
         manifest = plan_extended(split, teacher, options, reuse)
         known = Reuse(reuse, manifest)
-    with open_writer(out, manifest, split.ids, worker) as writer:
+    checksums = partial(_checksums, split, manifest, options)
+    with open_writer(out, manifest, split.ids, worker, checksums) as writer:
         share = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
         kept = share - sum(map(manifest.shard_records, writer.missing))
         work = _Pass(split, teacher, writer.manifest, options, known)
@@ -110,7 +128,14 @@ def build_cache(
                 writer.wait()
         seconds = time.perf_counter() - began
         complete = writer.seal()
-    return BuildResult(writer.manifest, taught, share - done, seconds, complete, reused)
+    damaged = 0 if known is None else len(known.damaged)
+    return BuildResult(writer.manifest, taught, share - done, seconds, complete, reused, writer.repaired, damaged)
+
+
+def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: int) -> Array:
+    """What the records of a shard render to now."""
+    rendered = render_batches(split, manifest, [shard], threads=options.render_threads, ahead=False)
+    return np.array([item.checksum for item in rendered], np.uint64)
 
 
 def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int, *, raw: bool = False) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from kdcache.teacher.source import Teacher
 RECORDS = 16
 _KS = (2, 4, 8, 16, 32, 64)
 _CODECS: tuple[Codec, ...] = ("default", "small", "none")
-_SEAL = 2  # ledger.jsonl and complete.json
+_SEAL = 3  # ledger.jsonl, complete.json and the spare of the manifest
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class BuildOptions:
     features: Sequence[str] = ()
     statistics: Sequence[str] = ()
     raw_logits: bool = False
-    views: int = 1
+    views: int = 4
     crop: tuple[int, int] | None = None
     view_seed: int = 0
     view_scale: tuple[float, float] = (1.0, 2.0)

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from kdcache.data import Split
-from kdcache.errors import RecipeError
+from kdcache.errors import ModelError, RecipeError
+from kdcache.models import PROBABILITIES, returns_probabilities
 from kdcache.store import Fidelity, Manifest
+from kdcache.store.manifest import well_formed_parts
 from kdcache.store.parts import Build, Dataset, Feature, Head
 from kdcache.teacher.asking import Asking
 from kdcache.teacher.fidelity import measure_fidelity
@@ -23,13 +25,16 @@ from kdcache_kernels import choose_k
 SAMPLE_RECORDS = 16  # of the real teacher, on which `--top-k auto` and the fidelity are measured
 
 
+@well_formed_parts()
 def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Manifest:
     """The manifest of the store that a build would write.
 
     The teacher must be on the options' device already.
-    Raises: RecipeError for a k or a size that cannot be; ModelError for unknown taps.
+    Raises: RecipeError for a k or a size that cannot be; ModelError for unknown taps; StoreError for a split or a tap
+        whose name is none of a folder.
     """
     view = view_of(options)
+    _check_logits(teacher)
     asking = Asking(split, teacher, view, options)
     output = asking.probe()
     classes, height, width = output.logits.shape[1:]
@@ -74,6 +79,16 @@ def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Mani
         codec=options.codec,
         fidelity=fidelity,
     )
+
+
+def _check_logits(teacher: Teacher) -> None:
+    """Refuse probabilities: the softmax of them is nearly flat, whatever the teacher sees."""
+    if returns_probabilities(teacher.model):
+        raise ModelError(
+            "a teacher gives logits, of which a store keeps what their softmax needs",
+            received=f"{teacher.origin} {PROBABILITIES}",
+            remedy="return what comes before the softmax, or its logarithm (torch.log(p.clamp(min=1e-12)))",
+        )
 
 
 def _kept_and_fidelity(asking: Asking, options: BuildOptions, classes: int) -> tuple[int, Fidelity | None]:

@@ -1,8 +1,9 @@
 """Taking over what an earlier store says: a teacher need not repeat itself.
 
 A record is taken over when the same view of the same sample renders to the very pixels that were taught on, in a store
-of the same teacher, classes, size and head. A tap or statistic that the earlier store does not have sends every record
-through the teacher once more, for that alone: the target stays the stored one.
+of the same teacher, classes, size and head. About one that is damaged there the teacher is asked again. A tap or
+statistic that the earlier store does not have sends every record through the teacher once more, for that alone: the
+target stays the stored one.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.data import Split
-from kdcache.errors import MismatchError
+from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, Manifest, round_targets
 from kdcache.store.copy import rounds
 from kdcache.teacher.options import BuildOptions
@@ -20,12 +21,16 @@ from kdcache.teacher.plan import plan_manifest
 from kdcache.teacher.records import Array, Rendered
 from kdcache.teacher.source import Teacher
 
+_LOOKED_AT = ("records/pixel_checksum", "records/window", "records/flip")
+
 
 class Reuse:
     """What the store `old` says that one of `manifest` would say again.
 
     Attributes:
         complete: whether a record that is taken over needs the teacher no more.
+        damaged: records of the earlier store that were looked for, and cannot be read.
+    Raises: CorruptError for a ledger without which nothing can be told of any record.
     """
 
     def __init__(self, old: Cache, manifest: Manifest) -> None:
@@ -37,11 +42,13 @@ class Reuse:
         self.complete = (len(taps), len(maps)) == (len(manifest.features), len(manifest.statistics))
         self._paths = [*old.target_paths(), *(f"features/{tap}" for tap in taps), *(f"statistics/{n}" for n in maps)]
         self._samples = {sample: number for number, sample in enumerate(old.ids)}
-        self._checksums, self._windows = old.column("pixel_checksum"), old.column("window")
-        self._flips = old.column("flip")
+        self._read: dict[int, dict[str, Array]] = {}
+        self.damaged = set[int]()
+        if old.ledger is not None:
+            old.ledger.check_lines()
 
     def find(self, item: Rendered, sample: str) -> int | None:
-        """The record of the earlier store that is this one.
+        """The record of the earlier store that is this one. It is read at once: `rows` gives what was read.
 
         Args:
             sample: the item's sample id.
@@ -50,16 +57,23 @@ class Reuse:
         if number is None or item.view >= self._old.manifest.view.views_per_sample:
             return None
         record = self._old.manifest.record(number, item.view)
-        same = (
-            int(self._checksums[record]) == item.checksum
-            and tuple(self._windows[record].tolist()) == item.window.as_tuple()
-            and bool(self._flips[record]) == item.flip
-        )
+        try:
+            about = self._old.read(record, _LOOKED_AT)
+            same = (
+                int(about["records/pixel_checksum"]) == item.checksum
+                and tuple(about["records/window"].tolist()) == item.window.as_tuple()
+                and bool(about["records/flip"]) == item.flip
+            )
+            if same:
+                self._read[record] = self._old.read(record, self._paths)
+        except CorruptError:
+            self.damaged.add(record)
+            return None
         return record if same else None
 
     def rows(self, records: Sequence[int]) -> dict[str, Array]:
-        """What is taken over of some records of the earlier store: path -> rows. Raises CorruptError."""
-        read = [self._old.read(record, self._paths) for record in records]
+        """What is taken over of some records that were found in the earlier store: path -> rows."""
+        read = [self._read.pop(record) for record in records]
         return round_targets({path: np.stack([row[path] for row in read]) for path in self._paths}, self._codec)
 
 

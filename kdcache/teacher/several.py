@@ -22,18 +22,19 @@ def load_teachers(
     class_map: str | Path | None = None,
     mean: RGB | None = None,
     std: RGB | None = None,
+    trust: bool = False,
 ) -> Teacher:
     """Load one teacher, or several that speak as one.
 
     Args:
-        origins, classes, class_map, mean, std: as `load_teacher`, for each of them.
+        origins, classes, class_map, mean, std, trust: as `load_teacher`, for each of them.
         weights: of their probabilities; default equal ones.
         tta: renderings of every image that a word is the mean of.
         folds: the teachers do not speak together: number i speaks of the samples of fold i. See `check_cross_fit`.
     Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
     """
     _check_counts(origins, weights, folds)
-    loaded = [load_teacher(origin, classes, class_map=class_map, mean=mean, std=std) for origin in origins]
+    loaded = [load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust) for origin in origins]
     if len(loaded) == 1 and tta is None and weights is None:
         return loaded[0]
     return Teacher(

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from kdcache.data import ClassList
 from kdcache.errors import MismatchError, ModelError
-from kdcache.models import ClassMapped, EnsembleModel, SegmentationModel, build_model, read_class_map
+from kdcache.models import (
+    ClassMapped,
+    EnsembleModel,
+    SegmentationModel,
+    build_model,
+    count_sources,
+    is_function,
+    read_class_map,
+)
 from kdcache.models.run import load_run, split_spec
 from kdcache.store.parts import Training
 from kdcache.teacher.training import training_of
@@ -49,6 +57,7 @@ def load_teacher(
     class_map: str | Path | None = None,
     mean: RGB | None = None,
     std: RGB | None = None,
+    trust: bool = False,
 ) -> Teacher:
     """Load a teacher for a data set.
 
@@ -58,17 +67,21 @@ def load_teacher(
         classes: of the data set.
         class_map: file that says which data class each teacher class becomes; probabilities are summed.
         mean, std: of RGB in 0..1; default the model's own.
+        trust: of a run, whether a function that it names may be imported and called (see `load_run`).
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
     size, names, notes, training = None, None, list[str](), None
     if (weighted := split_spec(origin)) is not None:
         spec, weights = weighted
-        model = build_model(spec, None, weights=weights, mean=mean, std=std)
+        count = None  # that of the weights, which must be whole
+        if is_function(spec):
+            count = len(classes) if class_map is None else count_sources(class_map)
+        model = build_model(spec, count, weights=weights, mean=mean, std=std, strict_head=True)
         report = model.load_report
         if report is not None and report.unused_auxiliary:
             notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
     else:
-        model, about = load_run(origin)
+        model, about = load_run(origin, trust=trust)
         size, names, training = about.size, about.class_names, training_of(origin)
         model.mean, model.std = mean or model.mean, std or model.std
     mapped = None

@@ -1,9 +1,11 @@
 """Training: one trainer for teachers and students.
 
     config.py        the settings (= the flags, = recipe.toml)
+    ranges.py        what they may be, in words
     consistent.py    settings that do not go together
     start.py         from settings to a run
     folder.py        the folder of a run, before its first step
+    lock.py          one training at a time per folder
     sources.py       what is drawn from, and what validates
     part.py          fewer samples, fewer labels, without a fold
     trust.py         how far the teacher is trusted, class by class

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from kdcache.errors import RecipeError
-from kdcache.store.durable import disk_space_errors, sync_path
+from kdcache.files import replacing
+from kdcache.store.durable import disk_space_errors
 
 FILE = "checkpoint.pt"
 KEPT = "checkpoints"
@@ -17,15 +18,8 @@ PARTS = {"model", "criterion", "optimizer", "schedule", "progress", "random"}
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
     """Write model, projections of the loss, optimizer, schedule, random state, step and best so far."""
-    partial = run / f".{FILE}.partial"
-    with disk_space_errors(run):
-        try:
-            torch.save(state, partial)
-            sync_path(partial)
-            partial.replace(run / FILE)
-        finally:
-            partial.unlink(missing_ok=True)  # what does not fit must not keep the disk full
-        sync_path(run)
+    with disk_space_errors(run), replacing(run / FILE) as partial:
+        torch.save(state, partial)
 
 
 def keep_checkpoint(run: Path, step: int) -> None:
@@ -33,20 +27,13 @@ def keep_checkpoint(run: Path, step: int) -> None:
     where the file system knows no such thing. The next save leaves it as it is, for that replaces the name alone.
     """
     path = run / KEPT / f"step-{step:06}.pt"
-    partial = path.with_name(f".{path.name}.partial")
     with disk_space_errors(run):
         path.parent.mkdir(exist_ok=True)
-        partial.unlink(missing_ok=True)  # of a kill in between
-        try:
+        with replacing(path) as partial:
             try:
                 os.link(run / FILE, partial)
             except OSError:
                 shutil.copyfile(run / FILE, partial)
-                sync_path(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_path(path.parent)
 
 
 def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:

@@ -1,7 +1,9 @@
 """The settings of a training: one strict model, whose keys are the command line's flags."""
 
+import difflib
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +15,18 @@ from kdcache.errors import RecipeError
 from kdcache.store.mirror import parse_bytes
 from kdcache.train.consistent import check_consistent
 from kdcache.train.loggers import parse_logs
+from kdcache.train.ranges import in_words
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+_SPELLED = {
+    "size": "HEIGHTxWIDTH in pixels, two whole numbers from 1",
+    "scale": "MIN:MAX, two numbers above 0",
+    "cache_bytes": "a size from 1 byte on, such as 50GiB or 200MB",
+}
+"""What settings take whose values are written together."""
+_SHOWN = {"size": "288x384", "scale": "0.5:2.0", "cache_bytes": "50GiB", "keep_every": "500", "log": "tensorboard"}
 DEFAULT_ITERATIONS = 4000
 RECIPE = "recipe.toml"
 LEARNING_RATE = 1e-3
@@ -167,7 +177,10 @@ class TrainConfig(BaseModel):
         if given.get("lr") is None:
             known = {} if given.get("optimizer") == "sgd" else LEARNING_RATES
             chosen["lr"] = known.get(str(given.get("model")), LEARNING_RATE)
-        if given.get("method") == "auto":  # `dist` helps more and compares a whole batch of own pixels
+        auto = given.get("verb") == "train-student"
+        if (
+            given.get("method", "auto" if auto else "none") == "auto"
+        ):  # `dist` helps more and compares a whole batch of own pixels
             parted = given.get("mix") is not None or given.get("accumulate") not in (None, 1)
             chosen["method"] = "kl" if parted else "dist"
         return given | chosen
@@ -229,13 +242,34 @@ def make_config(**settings: Any) -> TrainConfig:
     try:
         return TrainConfig(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise RecipeError(
-            "every setting of a training must be within its range",
-            received=f"{flag}: {first['msg']} (got {first['input']!r})",
-            remedy="see the flag's line in --help",
-        ) from error
+        raise _refused(error, settings) from error
+
+
+def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError:
+    """The first thing that is wrong, by its flag and what that takes."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]).replace("-", "_") if first["loc"] else ""
+    flag, given = "--" + _flag(name), settings.get(name, first["input"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1)
+        return RecipeError(
+            "every setting is one that a training has",
+            received=f"{flag} {given}",
+            remedy=f"did you mean --{_flag(near[0])}?" if near else "leave it out: --help lists those there are",
+        )
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return RecipeError(f"a training needs {flag}", received=f"no {flag}", remedy=f"give {flag}")
+    field = TrainConfig.model_fields[name]
+    rule = _SPELLED.get(name) or (
+        first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else in_words(field)
+    )
+    default = field.get_default()
+    told = _SHOWN.get(name, None if default in (None, ()) or field.is_required() else str(default))
+    return RecipeError(
+        f"{flag} is {rule}",
+        received=f"{flag} {given if isinstance(given, str | int | float) else repr(given)}",
+        remedy=f"give one of these, for instance {flag} {told}" if told else "correct it, or leave it out",
+    )
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -243,7 +277,15 @@ def read_config(run: Path) -> TrainConfig:
     path = run / RECIPE
     try:
         return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:  # no file, no UTF-8, no TOML, not these settings
+    except ValidationError as error:
+        wrong = _refused(error, {})
+        what = f"{path}: {wrong.received}; {wrong.rule}" if path.stat().st_size else f"{path} is empty"
+        raise RecipeError(
+            "a run has a resolved recipe of this version",
+            received=what,
+            remedy="restore it from a copy, or begin again in another --out",
+        ) from error
+    except (OSError, ValueError) as error:  # no file, no UTF-8, no TOML
         raise RecipeError(
             "a run has a resolved recipe",
             received=f"{path}: {str(error).splitlines()[0]}",

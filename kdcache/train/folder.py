@@ -1,18 +1,23 @@
 """The folder of a run: new, empty, or the very run that goes on; and what is written before its first step."""
 
+import difflib
 from pathlib import Path
 
 from kdcache.data import ClassList
 from kdcache.errors import RecipeError
+from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.models import SegmentationModel
 from kdcache.models.run import DESCRIPTION, RunModel, read_run_model, write_run_model
 from kdcache.store import Cache
 from kdcache.store.durable import disk_space_errors
+from kdcache.train.checkpoint import KEPT
 from kdcache.train.config import RECIPE, TrainConfig, read_config
 from kdcache.train.dataset import DrawnDataset, LabelledDataset
-from kdcache.train.log import environment, write_json
+from kdcache.train.lock import LOCK, RunLock
+from kdcache.train.log import ENVIRONMENT, METRICS, environment, write_json
 
-RECIPE_PARTIAL = f".{RECIPE}.partial"
+BEGINNING = {RECIPE, DESCRIPTION, ENVIRONMENT, METRICS}
+EVENTS = "events.out.tfevents."  # of tensorboard
 # What may change between a run's start and its resumption without changing what it learns.
 FREE_ON_RESUME = {
     "name",
@@ -34,8 +39,14 @@ FREE_ON_RESUME = {
 
 
 def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) -> None:
-    """The run folder is new or empty, or holds this very run and may be resumed."""
-    if not run.exists() or (run.is_dir() and all(path.name == RECIPE_PARTIAL for path in run.iterdir())):
+    """The run folder is new or empty, holds a run that has learnt nothing yet, or this very run and may be resumed."""
+    if resume and not run.exists():
+        raise RecipeError(
+            "--resume goes on with a run that is there",
+            received=f"{run}, which does not exist{_near(run)}",
+            remedy="correct --out, or leave --resume out to begin a run there",
+        )
+    if not run.exists() or (run.is_dir() and all(map(_means_nothing, run.iterdir()))):
         return
     if not (run / RECIPE).is_file():
         raise RecipeError(
@@ -43,6 +54,9 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
             received=f"{run} holds something else",
             remedy="give another --out",
         )
+    untrained = _is_untrained(run)
+    if not resume and untrained:
+        return
     if not resume:
         raise RecipeError(
             "a run is not overwritten",
@@ -64,8 +78,28 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
         raise RecipeError(
             "a run resumes with the settings it was begun with",
             received=", ".join(changed),
-            remedy="repeat the first command and add --resume, or give another --out",
+            remedy="repeat the first command and add --resume, or give another --out"
+            + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
         )
+
+
+def _means_nothing(path: Path) -> bool:
+    """Whether a kill left this of a run that had not begun."""
+    return path.name == LOCK or is_partial(path)
+
+
+def _is_untrained(run: Path) -> bool:
+    """Whether a run holds nothing but its beginning and its log: it ended before its first checkpoint."""
+    return (run / DESCRIPTION).is_file() and all(
+        path.name in BEGINNING or path.name.startswith(EVENTS) or _means_nothing(path) for path in run.iterdir()
+    )
+
+
+def _near(run: Path) -> str:
+    """Runs beside one that is not there, whose names are like its own."""
+    beside = [path.parent.name for path in run.parent.glob(f"*/{RECIPE}")]
+    near = difflib.get_close_matches(run.name, beside, n=3)
+    return f"; there is {' and '.join(str(run.parent / name) for name in near)}" if near else ""
 
 
 def trained_on(dataset: DrawnDataset, cache: Cache | None) -> str:
@@ -77,16 +111,25 @@ def trained_on(dataset: DrawnDataset, cache: Cache | None) -> str:
     return f"store {cache.ledger.completion.ledger_sha256}"
 
 
+def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
+    """Make the folder, and hold it as it was found: by now another command may have begun there."""
+    with disk_space_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+    if lock is not None:
+        lock.take()
+    check_folder(config, run, resume, identity)
+
+
 def write_beginning(
     config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList, identity: str, processes: int
 ) -> None:
     """What a reader of the folder needs, before the first step."""
     assert config.size is not None
     with disk_space_errors(run):
-        run.mkdir(parents=True, exist_ok=True)
+        clear_partials(run)
+        clear_partials(run / KEPT)
         # First and whole: its presence says that the folder is a run, which may be resumed whatever else is missing.
-        (run / RECIPE_PARTIAL).write_text(config.to_toml(), encoding="utf-8")
-        (run / RECIPE_PARTIAL).replace(run / RECIPE)
+        write_whole(run / RECIPE, config.to_toml())
         about = RunModel(
             spec=config.model,
             class_names=classes.names,
@@ -97,4 +140,4 @@ def write_beginning(
             trained_on=identity,
         )
         write_run_model(run, about)
-        write_json(run / "environment.json", environment() | {"processes": processes})
+        write_json(run / ENVIRONMENT, environment() | {"processes": processes})

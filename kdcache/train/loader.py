@@ -5,8 +5,12 @@ s*B to (s+1)*B: batches straddle epochs, none is short, a run that resumes at st
 that share a batch draw together what one would draw alone.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -165,6 +169,18 @@ def _collate_or_raise(items: list[Sample | KDCacheError]) -> Sample:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the trainer answers it, and ends its workers afterwards."""
+    """Ctrl-C reaches every process of a terminal: the trainer answers it, and ends its workers afterwards.
+
+    A trainer that is killed ends nothing: its workers see that it is gone. The process that forks them lives as long
+    as one of them does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:  # whoever forked this process: the pipe that is watched is the trainer's
+        threading.Thread(target=_end_with, args=(trainer,), name="kdcache-orphan", daemon=True).start()
+
+
+def _end_with(trainer: BaseProcess) -> None:
+    trainer.join()
+    os._exit(1)  # nobody is there to take a batch, or to hear why

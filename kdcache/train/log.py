@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from kdcache.evaluate import Metrics
+from kdcache.files import write_whole
+from kdcache.store.durable import disk_space_errors
 
 METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
 
 
 class Observer:
@@ -81,18 +84,19 @@ class MetricsLog:
 
     def __init__(self, run: Path, step: int) -> None:
         path = run / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         kept = [line for line in lines if _step(line) <= step]
-        # Replaced whole: a kill in between loses no history.
-        partial = run / f".{METRICS}.partial"
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._run = run
+        with disk_space_errors(run):
+            write_whole(path, "".join(f"{line}\n" for line in kept))
+            self._file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
-        self._file.flush()
+        line = json.dumps({"kind": kind, "step": step, **plain}).encode() + b"\n"
+        with disk_space_errors(self._run):
+            while line:  # a disk that is nearly full takes a part of it, and nothing the next time
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()
@@ -118,7 +122,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _step(line: str) -> int:

@@ -58,6 +58,7 @@ def make_criterion(
         gate=gate,
         further=terms,
         scheduled=config.distill_schedule != "constant",
+        size=config.size,
         impl=config.impl,
     )
 

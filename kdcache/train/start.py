@@ -13,16 +13,20 @@ from kdcache.evaluate import Metrics
 from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.evaluate.metrics import ConfusionMatrix
 from kdcache.evaluate.run import Progress, count_pixels
-from kdcache.models import SegmentationModel, build_model
+from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
+from kdcache.models.trust import remember
 from kdcache.store import Cache
+from kdcache.store.durable import disk_space_errors
 from kdcache.train.ahead import check_room
 from kdcache.train.cached import CacheDataset, choose_augment
+from kdcache.train.checkpoint import FILE as CHECKPOINT
 from kdcache.train.config import TrainConfig
 from kdcache.train.consistent import check_flip, check_processes, check_replays
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.distributed import World, pick_device, processes
-from kdcache.train.folder import check_folder, trained_on, write_beginning
+from kdcache.train.folder import check_folder, hold_folder, trained_on, write_beginning
 from kdcache.train.loader import Draws
+from kdcache.train.lock import RunLock
 from kdcache.train.log import Observer, Observers
 from kdcache.train.loggers import Loggers, check_loggers
 from kdcache.train.memory import asked_for, largest_fitting, memory_error, memory_errors
@@ -31,6 +35,7 @@ from kdcache.train.order import choose_labelled_share, choose_shuffle
 from kdcache.train.resident import keep_records
 from kdcache.train.sources import open_dataset, open_store, open_validation
 from kdcache.train.trainer import Trainer
+from kdcache.train.watch import check_logits
 from kdcache.train.ways import choose_step
 
 
@@ -43,19 +48,26 @@ def train(
     that torchrun starts calls this, with the same arguments; all return or raise the same.
 
     Args:
-        resume: go on from the last checkpoint of the same settings; from the beginning when there is none.
+        resume: go on from the last checkpoint of the same settings in `out`, which is there; from the beginning when
+            it holds no checkpoint.
     Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
         Interrupted when the user stops it.
     """
-    with memory_errors(config), processes() as world:
+    with memory_errors(config), disk_space_errors(out), processes() as world, RunLock(Path(out)) as lock:
         watching = observer if observer is not None and world.first else Observer()
-        trainer = make_trainer(config, Path(out), world, watching, resume=resume)
+        trainer = make_trainer(config, Path(out), world, watching, resume=resume, lock=lock)
         with _deterministic(trainer.device):
             return trainer.train(resume=resume)
 
 
-def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool) -> Trainer:
-    """Check everything, then begin the run folder."""
+def make_trainer(
+    config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool, lock: RunLock | None = None
+) -> Trainer:
+    """Check everything, then begin the run folder.
+
+    Args:
+        lock: of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
+    """
     with world.together():
         world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
         check_processes(config, world.size)
@@ -68,6 +80,8 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         cache = open_store(config)
         config = config.model_copy(update={"augment": choose_augment(config.augment, cache)})
         check_replays(config)
+        if cache is not None and config.teaches:
+            check_logits(cache)
         asked, config = config, config.model_copy(update={"flip": config.flip is not False})
         dataset = open_dataset(config, cache)
         classes = dataset.classes
@@ -78,6 +92,8 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         config = config.resolved(len(dataset), dataset.size, shuffle, share)
         if world.first:
             check_folder(config, run, resume, trained_on(dataset, cache))
+            if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
+                lock.take()
         val = open_validation(config, classes)
         # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
         # and on every process.
@@ -91,7 +107,12 @@ def make_trainer(config: TrainConfig, run: Path, world: World, observer: Observe
         check_room(dataset, config.shuffle, observer.note)
     with world.together():
         if world.first:
+            hold_folder(config, run, resume, trained_on(dataset, cache), lock)
             write_beginning(config, run, model, classes, trained_on(dataset, cache), world.size)
+            if (untold := remember(config.model)) is not None:
+                observer.note(untold)
+            if resume and not (run / CHECKPOINT).is_file():
+                observer.note(f"{run} holds no checkpoint: the training begins at its first step")
         for text in _notes(config, model, dataset, cache):
             observer.note(text)
         watching = observer
@@ -118,6 +139,13 @@ def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset,
         yield f"--init leaves at random: {', '.join(report.reinitialised)}"
     if report is not None and report.unused_auxiliary:
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
+    if returns_probabilities(model):
+        yield f"{config.model} {PROBABILITIES}: leave the softmax out, or it learns badly and cannot teach"
+    if config.batch_size > len(dataset):
+        yield (
+            f"--batch-size {config.batch_size} is more than the {len(dataset)} samples: every batch takes each about "
+            f"{config.batch_size / len(dataset):.2g} times"
+        )
     flags = dataset.label_flags
     if config.labelled_share is not None and flags is not None:
         yield (

@@ -28,7 +28,7 @@ from kdcache.train.schedule import Schedule, make_optimizer, strength
 from kdcache.train.state import RunState
 from kdcache.train.step import EagerStep, Step, set_random_state
 from kdcache.train.stop import Interrupted, stop_requests
-from kdcache.train.watch import Watch, looks
+from kdcache.train.watch import Watch, looks, outcome
 from kdcache.train.ways import choose_step, make_step
 
 
@@ -243,6 +243,8 @@ class Trainer:
             self._schedule.after_validation(metrics.miou)
             self._write_line("validation", now.step, metrics.to_json())
             self.observer.validated(now.step, metrics, best)
+            if now.step == self._iterations and (text := outcome(metrics)) is not None:
+                self.observer.note(text)
         self._state.save()
 
     def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:

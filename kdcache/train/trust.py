@@ -9,7 +9,6 @@ occur there is trusted: nothing speaks against the teacher.
 
 import difflib
 import json
-import logging
 import math
 import tomllib
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from kdcache.data import IGNORE_INDEX, Split, folds_of, parse_fold
-from kdcache.errors import MismatchError, RecipeError
+from kdcache.errors import MismatchError, RecipeError, plain_logger
 from kdcache.evaluate import ConfusionMatrix
 from kdcache.models.run import load_run
 from kdcache.store import Cache
@@ -29,7 +28,7 @@ from kdcache.train.config import read_config
 from kdcache.train.held_out import check_same_samples, doubt
 from kdcache.train.sample import Sample
 
-_log = logging.getLogger("kdcache.train")
+_log = plain_logger("kdcache.train")
 FULL = 0.05
 """Difference of IoU at which a teacher is trusted wholly."""
 

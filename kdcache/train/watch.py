@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.errors import ModelError
+from kdcache.errors import MismatchError, ModelError
+from kdcache.evaluate import Metrics, at_chance
+from kdcache.store import Cache
 from kdcache.train.distributed import World
 
 LITTLE, MUCH = 0.01, 10.0
@@ -17,9 +20,45 @@ SOON = 100
 """The step of a second look, where norms have settled and little is lost yet."""
 
 
+TARGET_VALUES = "targets/segmentation/values"
+_TELLING_CLASSES = 4
+_SURE, _SHARE_OF_SURE = 0.9, 0.01
+_ROUNDING = 0.04
+"""Of five bits of mantissa, which codec small keeps, and of their mean."""
+
+
 def looks(step: int, every: int) -> bool:
     """Whether gradient norms are measured at a step: the first, every so many, and soon after the first."""
     return every > 0 and (step % every == 0 or step == SOON < every)
+
+
+def check_logits(cache: Cache) -> None:
+    """Refuse a store of a teacher that gave probabilities, as far as its first target shows it.
+
+    Targets are kept less their largest, so of probabilities p there are p - max p. These tell max p, for all sum to 1,
+    and then that none is below 0: with logits as far apart, and more than a few classes, that does not happen.
+    Raises: MismatchError.
+    """
+    if not cache.head.dense or cache.num_classes < _TELLING_CLASSES:
+        return
+    values_Chw = cache.read(0, [TARGET_VALUES])[TARGET_VALUES].astype(np.float64)
+    largest_hw = (1 - values_Chw.sum(0)) / len(values_Chw)
+    sharp = (values_Chw.min(0) < -_SURE).mean() > _SHARE_OF_SURE
+    if sharp and (values_Chw + largest_hw >= -_ROUNDING).all():
+        raise MismatchError(
+            "a store holds the logits of its teacher",
+            received=f"{cache.place} holds probabilities: of each pixel of its first record they sum to 1",
+            remedy="build it again from a teacher that returns what comes before its softmax; labels alone can be "
+            "learnt from this store with --method none",
+        )
+
+
+def outcome(metrics: Metrics) -> str | None:
+    """What to tell of a training whose last validation is no better than chance."""
+    nothing = at_chance(metrics)
+    if nothing is None:
+        return None
+    return f"at its end the model {nothing}: train longer, try another --lr, and check labels with kdcache data check"
 
 
 class Watch:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import ShapeError, ValueRangeError
 from .problem import LossProblem
-from .topk import PackedTarget, check_ids
+from .topk import PackedTarget, check_device, check_ids
 from .window import window_misses_view
 
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -78,6 +78,7 @@ def check_student(logits: Tensor) -> None:
             received=f"{tuple(logits.shape)} {logits.dtype}",
             remedy="Pass the raw output of the student's head, before any resize or softmax.",
         )
+    check_device("student_logits_BChw", logits.device)
 
 
 def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int, int]:

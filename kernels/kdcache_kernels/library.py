@@ -94,6 +94,10 @@ def distill_loss(
     # Here and not before the operator: a compiled program does not run what stands around it.
     checks.check_values(problem)
     result: LossResult = _module(family, "loss").distill_loss(problem)
+    if student.shape[1] == 1:
+        # The one probability is 1; what the kernels leave of 1 - 1 is a rounding. NaN stays.
+        loss = 0 * result.loss
+        result = LossResult(loss, 0 * result.ce, 0 * result.kl, torch.zeros_like(result.gradient) + loss)
     checks.explain_non_finite(problem, result.loss)
     return result.loss, result.ce, result.kl, result.gradient
 
@@ -142,7 +146,7 @@ def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
             or_absent(problem.labels),
             nothing if target is None else target.values.detach(),
             nothing if target is None else or_absent(target.indices),
-            nothing if target is None else or_absent(target.tail),
+            nothing if target is None or target.tail is None else target.tail.detach(),
             or_absent(problem.window),
             or_absent(problem.flip),
             or_absent(problem.pixel_weight),
@@ -168,16 +172,19 @@ def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
 
 @torch.library.custom_op("kdcache::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * factor` in `dtype`, multiplied in float32: a factor rounded to bfloat16 would bias it."""
+    """Return `gradient * factor` in `dtype`, multiplied in float32: a factor rounded to bfloat16 would bias it.
+
+    The result is contiguous, whatever the gradient is.
+    """
     if gradient.device.type == "cuda":
         scaled: Tensor = _module("triton", "loss").scale_gradient(gradient, factor, dtype)
         return scaled
-    return (gradient.float() * factor).to(dtype)
+    return (gradient.contiguous().float() * factor).to(dtype)
 
 
 @scale_gradient.register_fake
 def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(gradient, dtype=dtype)
+    return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _once(ctx: Any, *_: Any) -> None:

@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from .numba_math import exp2
-from .numba_topk import LOG2_E, OPTIONS, block_width, densify, larger
+from .numba_math import exp2, njit
+from .numba_topk import LOG2_E, OPTIONS, block_width, densify, exact_kernel, larger
 from .threads import run
 from .topk import PackedTarget
 from .window import view_positions
@@ -97,7 +96,7 @@ def _sum_exponentials(block, largest, total):
             total[j] += exp2(_f(line[j] - largest[j]) * LOG2_E)
 
 
-@njit(**OPTIONS, cache=True)
+@exact_kernel
 def _argmax_tasks(first, last, logits, lost, rows, columns, width, argmax, confidence):
     """Do the label rows `first` to `last`. logits (B, C, h, w), lost (B, h, w)."""
     _, num_classes, _, w = logits.shape

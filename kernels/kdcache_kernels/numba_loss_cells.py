@@ -18,9 +18,8 @@ phases one after the other. The last span of a tile is no pixel's.
 """
 
 import numpy as np
-from numba import njit
 
-from .numba_math import ONE, OPTIONS, SQUARE, TILE, TWO, exp2, kernel, log2, pixel_terms, total
+from .numba_math import ONE, OPTIONS, SQUARE, TILE, TWO, exp2, kernel, log2, njit, pixel_terms, total
 
 _f = np.float32
 _EIGHTH, _1, _3, _5, _7 = _f(1 / 8), _f(1 / 8), _f(3 / 8), _f(5 / 8), _f(7 / 8)

@@ -10,9 +10,8 @@ Legend: B batch, C classes, H label rows, h w a tensor's own rows and columns, n
 """
 
 import numpy as np
-from numba import njit
 
-from .numba_math import OPTIONS, SQUARE, TILE, TWO, exp2, kernel, pixel_terms, total
+from .numba_math import OPTIONS, SQUARE, TILE, TWO, exp2, kernel, njit, pixel_terms, total
 
 _f = np.float32
 

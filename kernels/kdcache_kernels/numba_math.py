@@ -15,32 +15,90 @@ once within the kernel, with other roundings, and which one is called would depe
 Legend: C classes, P phases, n pixels of a tile and phase; see `numba_loss.py` for tiles and phases.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
+_SETTINGS: Any = numba.config
 LN2 = float(np.log(2))
 FASTMATH = {"contract", "nsz", "arcp"}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH, "nogil": True, "forceinline": True}
 
-_SOURCES = [(p.name, p.stat().st_mtime, p.stat().st_size) for p in sorted(Path(__file__).parent.glob("numba_*.py"))]
+
+def _digest_of_sources() -> str:
+    """Of every file whose functions or constants end up in the machine code; `topk.py` has a limit of logits."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in (*sorted(folder.glob("numba_*.py")), folder / "topk.py"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compile, and keep the machine code on disk until one of the CPU kernels' files changes.
+_SOURCES = _digest_of_sources()
+
+
+class _Cache(FunctionCache):
+    """numba's cache on disk, valid until any source changes; what cannot be read or kept is compiled again.
 
     numba itself watches only the file of the function, and would go on with old copies of what it calls.
     """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = _SOURCES
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # pickle raises anything over a damaged file
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        with suppress(OSError):  # a full disk
+            super().save_overload(sig, data)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Under NUMBA_DISABLE_JIT numba would leave functions as they are, its own and those that they call."""
+    disabled, _SETTINGS.DISABLE_JIT = _SETTINGS.DISABLE_JIT, 0
     try:
-        dispatcher = njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # nowhere to write
-        return njit(**OPTIONS)(function)
-    dispatcher._cache._cache_file._source_stamp = _SOURCES
+        yield
+    finally:
+        _SETTINGS.DISABLE_JIT = disabled
+
+
+def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's own, but of compiled functions under NUMBA_DISABLE_JIT too: Python has no intrinsics to run them with."""
+
+    @_compiling()
+    def dispatched(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        dispatcher.compile = _compiling()(dispatcher.compile)  # when it is first called
+        return dispatcher
+
+    return dispatched
+
+
+def kernel(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Any:
+    """Compile, and keep the machine code on disk where there is a place to write.
+
+    The only way in which the CPU kernels are cached. Functions that they call are compiled into them.
+    """
+    dispatcher = njit(**options)(function)
+    with suppress(RuntimeError):  # a read-only install and an unwritable home
+        dispatcher._cache = _Cache(function)
     return dispatcher
 
 

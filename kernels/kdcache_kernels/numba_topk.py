@@ -15,19 +15,24 @@ Legend: B batch, C classes, k kept classes, h w target pixels; N = h * w of them
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from .numba_math import exp2
+from .numba_math import exp2, kernel, njit
 from .threads import run
 from .topk import LOGIT_LIMIT, check_ids, check_logits, check_packed, index_dtype
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-"""With Python's error model a division looks for a zero, and the loop around it does not vectorise."""
+"""With Python's error model a division looks for a zero, and the loop around it does not vectorise.
+
+Not those of the loss: values here may be infinite, and a store holds the sign of a zero.
+"""
+exact_kernel = partial(kernel, options=OPTIONS)
+"""`numba_math.kernel` without the liberties that the loss takes with floats."""
 _SCRATCH = 32768
 """Elements of a block: 128 KiB of float32. Shorter rows cost more than leaving the L1 cache does."""
 
@@ -118,7 +123,7 @@ def _write_tail(block, nearest, kept, largest, n, rest, out):
         out[j] = min(max(odds, -_LIMIT), _LIMIT) + _f(largest[j] - largest[j])
 
 
-@njit(**OPTIONS, cache=True)
+@exact_kernel
 def _pack_tasks(first, last, logits, strides, shape, width, values, indices, tail):
     """Pack the blocks `first` to `last` of `width` pixels of a row. values (B, k, N), indices the same, tail (B, N)."""
     num_classes, h, w = shape
@@ -165,18 +170,19 @@ def _spread_tail(values, tail, n, log_missing, largest, fill):
             term = exp2(_f(x - largest[j]) * LOG2_E)
             fill[j] += term if x <= _LARGEST else x  # exp2 takes neither infinity nor NaN
     for j in range(n):
-        x = _f(_f(_f(math.log(fill[j])) + largest[j]) + tail[j]) - log_missing
-        x = _LIMIT if x > _LIMIT else x
-        fill[j] = -_LIMIT if x < -_LIMIT else x
+        # In float64, rounded once: C - k classes share the error.
+        x = math.log(np.float64(fill[j])) + np.float64(largest[j]) + np.float64(tail[j]) - log_missing
+        x = LOGIT_LIMIT if x > LOGIT_LIMIT else x
+        fill[j] = -LOGIT_LIMIT if x < -LOGIT_LIMIT else x
 
 
-@njit(**OPTIONS, cache=True)
+@exact_kernel
 def _densify_tasks(first, last, values, indices, tail, width, out):
     """Densify the blocks `first` to `last` of `width` pixels. out (B, C, N)."""
     k, pixels = values.shape[1:]
     num_classes = out.shape[1]
     blocks = (pixels + width - 1) // width
-    log_missing = _f(math.log(num_classes - k))
+    log_missing = math.log(num_classes - k)
     largest, fill = np.empty(width, np.float32), np.empty(width, np.float32)
     for task in range(first, last):
         b, start = task // blocks, (task % blocks) * width
@@ -228,7 +234,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
     """
     check_packed(values, indices, tail, num_classes)
     if indices is None or tail is None:
-        return values.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return values.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     check_ids(indices, num_classes)
     B, _, h, w = values.shape
     dense_BChw = torch.empty((B, num_classes, h, w))
@@ -237,7 +243,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
     run(
         _densify_tasks,
         B * -(-h * w // width),
-        *(part.contiguous().flatten(-2).numpy() for part in parts),
+        *(part.detach().contiguous().flatten(-2).numpy() for part in parts),
         *(width, dense_BChw.flatten(-2).numpy()),
     )
     return dense_BChw

@@ -67,7 +67,10 @@ def distill_loss(
     counts the pixels whose centre lies in the target's view and divides by their number. A term of weight 0,
     or without labels or target, is not computed and is 0; a term without counted pixels is 0 with gradient
     0. A non-finite logit (or one so large that logits / T overflow) whose interpolation touches a counted
-    pixel makes the term and its gradient NaN; elsewhere it changes nothing.
+    pixel makes the term and the loss NaN; elsewhere it changes nothing. A loss that is not finite has a gradient
+    of NaN at every logit of the batch. With one class the loss and its gradient are exactly 0. The classes that
+    a target does not keep share one value, and its rounding to float32: at 8 of 171 classes and T = 4 the KL is
+    within 2e-6 of itself plus 2e-6 T^2 of that of exact arithmetic.
 
     Args:
         student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides; alone gets a gradient.
@@ -139,7 +142,7 @@ def distill_loss(
         temperature=float(temperature),
         class_weight=None if class_weight is None else class_weight.detach(),
         ignore_index=int(ignore_index),
-        window=window_B4 if use_kl else None,
+        window=None if window_B4 is None or not use_kl else window_B4.detach(),
         flip=flip_B if use_kl else None,
         pixel_weight=None if pixel_weight_BHW is None or not use_kl else pixel_weight_BHW.detach(),
         distill_void=distill_void,
@@ -185,6 +188,7 @@ def distill_denominators(
             "labels_BHW or target is given.", received="neither", remedy="Pass what distill_loss will get."
         )
     B, device = anchor.shape[0], anchor.device
+    topk.check_device("labels_BHW", device)
     remedy = "Pass one id per pixel."
     checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
     checks.check_class_weight(class_weight, num_classes, device)
@@ -224,6 +228,7 @@ def target_argmax_confidence(
     size = checks.check_size(None, size)
     checks.check_window(window_B4, flip_B, target.batch_size, target.device)
     checks.check_window_values(window_B4, None)
+    window_B4 = None if window_B4 is None else window_B4.detach()
     family = choose_implementation(impl, target.device, torch.float32)
     if family == "reference":
         return argmax_confidence_reference(target, size, window_B4, flip_B)
@@ -281,7 +286,7 @@ def densify(
     """Return logits of every class, up to a constant per pixel.
 
     The classes that were not kept share the tail's mass evenly: each gets LSE(kept) + tail - log(C - k),
-    clamped to +-6e4.
+    clamped to +-6e4, computed in float64 and rounded once (but for the sum of exponentials, 3e-7).
 
     Args:
         values, indices, tail: as in `PackedTarget`.
@@ -293,6 +298,7 @@ def densify(
         on CUDA, where looking would synchronise, the pixel is NaN.
     """
     topk.check_packed(values, indices, tail, num_classes)
+    values = values.detach()
     dense = indices is None or tail is None
     family = "reference" if dense or dtype != torch.float32 else choose_implementation(impl, values.device, dtype)
     if family == "reference" or indices is None or tail is None:

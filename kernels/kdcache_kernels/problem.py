@@ -28,10 +28,10 @@ class LossProblem:
         ce_weight, kl_weight: 0-dimensional floats on the device of the student.
         ce_denominator, kl_denominator: 0-dimensional floats on the device; None counts this batch.
         temperature: > 0.
-        class_weight: (C,) floats, contiguous; None weighs every class 1.
+        class_weight: (C,) floats, any stride; None weighs every class 1.
         ignore_index: the void id.
-        window: (B, 4) float64, pixels of the target's view; None is the whole view.
-        flip: (B,) bool; None mirrors nothing.
+        window: (B, 4) float64, any strides, pixels of the target's view; None is the whole view.
+        flip: (B,) bool, any stride; None mirrors nothing.
         pixel_weight: (B, H, W), any dtype and strides; None weighs every pixel 1.
         distill_void: whether pixels of label `ignore_index` count in the KL.
         align_corners: of the student's resize; the target carries its own.

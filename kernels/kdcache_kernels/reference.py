@@ -6,16 +6,16 @@ it apart from the usual two lines around `F.kl_div`:
 
 - Geometry. The target is sampled through a window and a flip per sample (`window.py`).
 - Non-finite logits. They are taken out before the resize, and every pixel whose interpolation they would have
-  entered is marked. A marked pixel that counts makes the loss and its whole gradient NaN; one that does not
-  count changes nothing. In the usual code 0 * NaN leaks from ignored pixels into the gradient, and a masked
-  NaN can leave it.
+  entered is marked. A marked pixel that counts makes the loss NaN, and with it the gradient of every logit of
+  the batch; one that does not count changes nothing. In the usual code 0 * NaN leaks from ignored pixels into
+  the gradient, and a masked NaN can leave it.
 - Determinism, without a host synchronisation: no atomic addition, no data-dependent branch.
 
 Legend: B batch, C classes, H W label size, h w the student's or the target's own size.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,26 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
             teacher = _Upsampled.of_target(target, positions, size, dtype, temperature)
             kl = zero + temperature**2 * _kl_divergence(log_p_BCHW, student.lost, teacher, counted_BHW, problem)
         loss = problem.ce_weight * ce + problem.kl_weight * kl
-        return LossParts(loss.to(dtype), ce.detach(), kl.detach())
+        return LossParts(_NanReachesAll.apply(loss.to(dtype), logits_BChw), ce.detach(), kl.detach())
+
+
+class _NanReachesAll(torch.autograd.Function):
+    """The loss, with a gradient that is NaN at every logit where the loss is not finite.
+
+    Autograd alone leaves 0 at logits that were taken out, and in images without counted pixels: an optimiser would
+    go on with half a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits_BChw: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        ctx.shape, ctx.dtype = logits_BChw.shape, logits_BChw.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return gradients[0], (0 * loss.detach()).to(ctx.dtype).expand(ctx.shape)
 
 
 def _nan_where_it_misses(window_B4: Tensor | None, target: PackedTarget) -> Tensor | None:

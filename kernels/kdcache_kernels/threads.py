@@ -111,4 +111,5 @@ def _renew() -> None:
     _POOL = _Pool()
 
 
-os.register_at_fork(after_in_child=_renew)
+if hasattr(os, "register_at_fork"):  # Windows has neither it nor forks
+    os.register_at_fork(after_in_child=_renew)

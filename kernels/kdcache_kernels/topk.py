@@ -17,6 +17,8 @@ from torch import Tensor
 
 from .errors import ShapeError, ValueRangeError
 
+NO_FLOAT64 = ("mps",)
+"""Devices without float64, in which positions, sums and windows are."""
 LOGIT_LIMIT = 6e4
 """Bound of stored values and tails: exact in float16, far below its overflow, and 0 after any softmax."""
 
@@ -120,8 +122,9 @@ def densify(
     if indices is None or tail is None:
         return values
     log_missing = math.log(num_classes - values.shape[1])
-    fill_Bhw = values.logsumexp(1) + tail.to(dtype) - log_missing
-    fill_BChw = fill_Bhw.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)[:, None].expand(-1, num_classes, -1, -1)
+    # Rounded once, at the end: C - k classes share the error.
+    fill_Bhw = values.double().logsumexp(1) + tail.double() - log_missing
+    fill_BChw = fill_Bhw.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).to(dtype)[:, None].expand(-1, num_classes, -1, -1)
     ids_BKhw = indices.long()
     if ids_BKhw.device.type == "cpu":
         check_ids(ids_BKhw, num_classes)
@@ -149,12 +152,23 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
             received=f"{tuple(logits_BChw.shape)} {logits_BChw.dtype}",
             remedy="Pass the raw output of one head, before any softmax.",
         )
+    check_device("logits_BChw", logits_BChw.device)
     num_classes = logits_BChw.shape[1]
     if not 1 <= k <= num_classes:
         raise ValueRangeError(
             "k lies between 1 and the number of classes.",
             received=f"k={k} with {num_classes} classes",
             remedy=f"Choose k up to {num_classes}; that keeps every class.",
+        )
+
+
+def check_device(name: str, device: torch.device) -> None:
+    """Refuse a device that cannot compute what every implementation needs."""
+    if device.type in NO_FLOAT64:
+        raise ShapeError(
+            f"{name} is on a device that has float64: the CPU, CUDA or ROCm.",
+            received=str(device),
+            remedy=f"Move {name} and what goes with it to the CPU, with .to('cpu'); the fused kernels run there.",
         )
 
 
@@ -166,6 +180,7 @@ def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, nu
             received=f"{tuple(values.shape)} {values.dtype}",
             remedy="Pass the values that kdcache_kernels.pack returned.",
         )
+    check_device("values", values.device)
     B, k, h, w = values.shape
     if not 1 <= k <= num_classes or min(h, w) < 1:
         raise ShapeError(

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import LossProblem
-from .triton_common import LN2, WRONG, integer_power, multiprocessors, pixel_arguments
+from .triton_common import LN2, WRONG, gpu, integer_power, launch_options, multiprocessors, pixel_arguments
 from .triton_prep import Prepared
 from .triton_surface import (
     add_powers,
@@ -58,8 +58,6 @@ from .triton_surface import (
 
 EDGES = 1024
 """Elements of an edge that a program combines."""
-LANES = 32
-"""One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell."""
 REGISTERS = 128
 """Per lane, so that 16 warps share a multiprocessor; about 20 values that the loops do not need are spilt.
 
@@ -401,16 +399,18 @@ def choose_tiling(problem: LossProblem) -> Tiling:
     The edges cost 8 bytes per class and logit column of a strip, so strips are not made thinner than 4 rows.
     """
     B, _, h, w = problem.student.shape
+    # One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell.
+    lanes = gpu(problem.student.device).warp_size
     if problem.student.device.type == "cpu":
         # The interpreter's time grows with the turns and programs, hardly with the lanes.
-        return Tiling(2, min(512, max(LANES, triton.next_power_of_2((h // 2 + 1) * (w + 1) + 1))))
+        return Tiling(2, min(512, max(lanes, triton.next_power_of_2((h // 2 + 1) * (w + 1) + 1))))
     schedulers = 4 * multiprocessors(problem.student.device)
 
     def most_rows(rows: int) -> int:
-        programs = B * triton.cdiv(triton.cdiv(h + 1, rows) * (w + 1), LANES - 1)
+        programs = B * triton.cdiv(triton.cdiv(h + 1, rows) * (w + 1), lanes - 1)
         return int(rows * triton.cdiv(programs, schedulers))
 
-    return Tiling(min(min(range(4, 17), key=most_rows), h + 1), LANES)
+    return Tiling(min(min(range(4, 17), key=most_rows), h + 1), lanes)
 
 
 def launch(
@@ -439,8 +439,8 @@ def launch(
         prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, gradient, edges, partials,
         **pixel_arguments(problem), h=h, w=w, ht=ht, wt=wt, blocks=blocks, strips=strips, rows=rows,
         temperature=problem.temperature, S=stride, NC=lanes, POWER=integer_power(problem.temperature),
-        HAS_WINDOW=problem.window is not None, HAS_GRADIENT=gradient is not None, num_warps=max(1, lanes // 32),
-        num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=False,
+        HAS_WINDOW=problem.window is not None, HAS_GRADIENT=gradient is not None,
+        num_stages=1, enable_fp_fusion=False, **launch_options(lanes, REGISTERS, device),
     )  # fmt: skip
     if gradient is not None and strips > 1:
         combine_kernel[(B * (strips - 1), triton.cdiv(C * w, EDGES))](

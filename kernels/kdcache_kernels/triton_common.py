@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from .problem import LossProblem
 
@@ -111,6 +112,21 @@ def load_pixel(
     return label, ce_weight, kl_weight, ce_counted, kl_counted
 
 
+def gpu(device: torch.device) -> GPUTarget:
+    """What the kernels are compiled for: NVIDIA's or AMD's compiler, and how many lanes a warp has (64 on a CDNA)."""
+    if device.type == "cpu":  # the interpreter
+        return GPUTarget("cuda", 90, 32)
+    target: GPUTarget = triton.runtime.driver.active.get_current_target()
+    return target
+
+
+def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str, int]:
+    """Options of a launch: a thread per lane, and at most so many registers each, which AMD's compiler cannot limit."""
+    target = gpu(device)
+    options = {"num_warps": max(1, lanes // target.warp_size)}
+    return options | {"maxnreg": registers} if target.backend == "cuda" else options
+
+
 def multiprocessors(device: torch.device) -> int:
     """Of the GPU; an H200's for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
@@ -125,9 +141,10 @@ def pixel_arguments(problem: LossProblem) -> dict[str, Any]:
     """The keyword arguments with which a kernel calls `load_pixel`, and the strides (batch, row, column) it needs.
 
     label_ptr, stride_lb, stride_lh, stride_lw, class_weight_ptr, pixel_weight_ptr, stride_pb, stride_ph, stride_pw,
-    num_classes, and the constants of `load_pixel`.
+    num_classes, and the constants of `load_pixel`. Class weights have no stride there: they are made contiguous.
     """
     labels, pixel_weight = problem.labels, problem.pixel_weight
+    class_weight = None if problem.class_weight is None else problem.class_weight.contiguous()
     if pixel_weight is not None and pixel_weight.dtype == torch.bool:
         pixel_weight = pixel_weight.view(torch.uint8)
     label_strides = (0, 0, 0) if labels is None else labels.stride()
@@ -135,14 +152,14 @@ def pixel_arguments(problem: LossProblem) -> dict[str, Any]:
     return {
         "label_ptr": labels,
         **dict(zip(("stride_lb", "stride_lh", "stride_lw"), label_strides, strict=True)),
-        "class_weight_ptr": problem.class_weight,
+        "class_weight_ptr": class_weight,
         "pixel_weight_ptr": pixel_weight,
         **dict(zip(("stride_pb", "stride_ph", "stride_pw"), weight_strides, strict=True)),
         "num_classes": problem.student.shape[1],
         "USE_CE": problem.use_ce,
         "USE_KL": problem.use_kl,
         "HAS_LABELS": labels is not None,
-        "HAS_CLASS_WEIGHT": problem.class_weight is not None,
+        "HAS_CLASS_WEIGHT": class_weight is not None,
         "HAS_PIXEL_WEIGHT": pixel_weight is not None,
         "DISTILL_VOID": problem.distill_void or labels is None,
         "IGNORE_INDEX": problem.ignore_index,

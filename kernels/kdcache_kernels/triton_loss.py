@@ -21,6 +21,8 @@ from .triton_prep import prepare
 
 SUMS = 2048
 """Partial sums that the one program of totals reads at a time."""
+OFFSETS = 2**31
+"""Elements that an offset of 32 bits can reach."""
 SCALED = 4096
 """Elements of a program of scale_gradient."""
 
@@ -68,7 +70,7 @@ def scale_kernel(gradient_ptr, factor_ptr, out_ptr, num_elements, BLOCK: tl.cons
 def distill_loss(problem: LossProblem) -> LossResult:
     """Loss, terms and gradient of a checked problem; the same bits every time.
 
-    Raises: ShapeError for an image of 2^31 logits or more.
+    Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
     Memory: 4 bytes per logit of both inputs, the gradient, what cells keeps of its edges and tiles of its programs;
     nothing of label size times C.
     """
@@ -85,16 +87,33 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
 
 def _check_offsets(problem: LossProblem) -> None:
-    """The kernels count the logits of one image in 32 bits, and those of a batch in 64."""
+    """The kernels count the elements of one image in 32 bits, and those of a batch in 64."""
     h, w = problem.student.shape[2:]
     target = (0, 0) if problem.target is None else problem.target.values.shape[2:]
     num_classes = problem.student.shape[1]
-    if num_classes * max(h * w, target[0] * target[1]) >= 2**31:
+    if num_classes * max(h * w, target[0] * target[1]) >= OFFSETS:
         raise ShapeError(
             "one image has fewer than 2^31 logits.",
             received=f"{num_classes} classes, student {(h, w)}, target {tuple(target)}",
             remedy="Crop the images, or pass impl='reference'.",
         )
+    strided = {
+        "student_logits_BChw": problem.student,
+        "labels_BHW": problem.labels,
+        "pixel_weight_BHW": problem.pixel_weight,
+    }
+    for name, tensor in strided.items():
+        if tensor is not None and _reach(tensor) >= OFFSETS:
+            raise ShapeError(
+                f"one image of {name} lies within 2^31 elements of memory.",
+                received=f"{tuple(tensor.shape)} with strides {tensor.stride()}",
+                remedy=f"Pass {name}.contiguous(), or crop the images where that is as long.",
+            )
+
+
+def _reach(tensor: Tensor) -> int:
+    """The offset of the last element of one image from its first."""
+    return sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 def _launch_all(problem: LossProblem, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,9 +139,11 @@ def scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
     """Return `gradient * factor` in `dtype`, multiplied in float32.
 
     Args:
-        gradient: contiguous, any floating dtype.
+        gradient: any floating dtype and strides.
         factor: 0-dimensional float32 on the same device.
+    Returns: a contiguous tensor.
     """
+    gradient = gradient.contiguous()
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     if gradient.numel():
         with torch.cuda.device_of(gradient):

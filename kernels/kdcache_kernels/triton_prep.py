@@ -21,12 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import LossProblem
-from .topk import LOGIT_LIMIT
 from .triton_common import load_pixel, pixel_arguments
 from .triton_geometry import Taps as Taps
 from .triton_geometry import geometry_kernel, is_inside, load_window, view_positions
+from .triton_topk import tail_fill
 
-CLAMP = tl.constexpr(LOGIT_LIMIT)
 LARGEST = torch.finfo(torch.float32).max
 PIXELS = 128
 """Low-resolution pixels of a program."""
@@ -102,8 +101,8 @@ def _normalise(
 
 @triton.jit
 def _densify(
-    values_ptr, indices_ptr, tail_ptr, out_ptr, lost_ptr, range_ptr, block, k, num_classes, num_pixels, log_missing,
-    limit, scale, stretch,
+    values_ptr, indices_ptr, tail_ptr, out_ptr, lost_ptr, range_ptr, block, k, num_classes, num_pixels, limit, scale,
+    stretch,
     BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same for a packed target: the tail's fill for every class, then the kept ones over it."""
@@ -124,10 +123,8 @@ def _densify(
         x = tl.load(values_ptr + kept * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
         mass += tl.exp(tl.where(wrong == 0, x - largest, 0.0))
     tail = tl.load(tail_ptr + offs_n, mask=exists, other=0.0).to(tl.float32)
-    fill = largest + tl.log(mass) + tail - log_missing
-    wrong = wrong | tl.where(fill == fill, 0, 1)
-    fill = tl.minimum(tl.maximum(fill, -CLAMP), CLAMP)
-    wrong = wrong | tl.where(tl.abs(fill) <= limit, 0, 1)
+    fill = tail_fill(largest, mass, tail, num_classes, k).to(tl.float32)
+    wrong = wrong | tl.where(tl.abs(fill) <= limit, 0, 1)  # NaN too
     known = exists & (wrong == 0)
     fill = tl.where(known, fill, 0.0)
     largest = tl.where(known, tl.maximum(largest, fill), 0.0)
@@ -189,7 +186,7 @@ def prepare_kernel(
     label_ptr, class_weight_ptr, window_ptr, flip_ptr, ranges_ptr, counts_ptr,
     stride_sb, stride_sc, stride_sh, stride_sw, stride_lb, stride_lh, stride_lw,
     num_classes, k, h, w, ht, wt, H, W, view_height, view_width, student_blocks, target_blocks, count_blocks,
-    student_limit, target_limit, scale, stretch, log_missing,
+    student_limit, target_limit, scale, stretch,
     USE_KL: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_CLASS_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_FLIP: tl.constexpr, PACKED: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
@@ -215,7 +212,7 @@ def prepare_kernel(
                 _densify(
                     target_ptr + image64 * k * (ht * wt), indices_ptr + image64 * k * (ht * wt),
                     tail_ptr + image64 * (ht * wt), out_ptr, lost_ptr, ranges_ptr, block - student_blocks, k,
-                    num_classes, ht * wt, log_missing, target_limit, scale, stretch, BLOCK_C, BLOCK,
+                    num_classes, ht * wt, target_limit, scale, stretch, BLOCK_C, BLOCK,
                 )  # fmt: skip
             else:
                 _normalise(
@@ -296,11 +293,11 @@ def _launch_prepare(
     pixels = pixel_arguments(problem)
     prepare_kernel[(B * sum(blocks),)](
         student, *students, values, indices, tail, *targets,
-        pixels["label_ptr"], problem.class_weight, window, flip, ranges, counts,
+        pixels["label_ptr"], pixels["class_weight_ptr"], window, flip, ranges, counts,
         *student.stride(), pixels["stride_lb"], pixels["stride_lh"], pixels["stride_lw"],
         C, k, h, w, ht, wt, H, W, *view, *blocks,
         LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), min(math.log2(math.e) / T, LARGEST),
-        max(1.0, 1 / T), math.log(C - k) if indices is not None else 0.0,
+        max(1.0, 1 / T),
         USE_KL=problem.use_kl, COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, HAS_LABELS=pixels["HAS_LABELS"],
         HAS_CLASS_WEIGHT=pixels["HAS_CLASS_WEIGHT"], DISTILL_VOID=pixels["DISTILL_VOID"],
         IGNORE_INDEX=problem.ignore_index, HAS_WINDOW=window is not None, HAS_FLIP=flip is not None,

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import LossProblem
-from .triton_common import LN2, integer_power, load_pixel, multiprocessors, pixel_arguments, power
+from .triton_common import LN2, gpu, integer_power, launch_options, load_pixel, multiprocessors, pixel_arguments, power
 from .triton_prep import Prepared
 from .triton_sample import (
     ROWS,
@@ -377,7 +377,7 @@ class Tiling(NamedTuple):
 
     Attributes:
         strip_rows: rows of student pixels per strip.
-        lanes: per program, 32 per warp.
+        lanes: per program, one warp of them on a GPU.
         block_sums: classes that are summed at once; divides their number.
         block_classes: classes whose gradient is computed at once.
         programs: at most; each has a scratch buffer of 18 KB at stride 4 and 21 classes.
@@ -398,8 +398,9 @@ def choose_tiling(problem: LossProblem) -> Tiling:
     if device.type == "cpu":
         return Tiling(h, min(512, triton.next_power_of_2(B * (w + 1) + 1)), C & -C, block_classes, 2)
     wave = 10 * multiprocessors(device)
-    strip_rows = min(h, max(2, triton.cdiv(B * h * (w + 1), 31 * wave)))
-    return Tiling(strip_rows, 32, 1, block_classes, wave + wave // 5)
+    lanes = gpu(device).warp_size
+    strip_rows = min(h, max(2, triton.cdiv(B * h * (w + 1), (lanes - 1) * wave)))
+    return Tiling(strip_rows, lanes, 1, block_classes, wave + wave // 5)
 
 
 def most_columns(w: int, W: int, align_corners: bool) -> int:
@@ -439,6 +440,6 @@ def launch(
         temperature=problem.temperature, HAS_GRADIENT=gradient is not None, ALL_IMAGES=all_images,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         STEPS=max(H, W).bit_length(), BLOCK_SUMS=tiling.block_sums, BLOCK_C=tiling.block_classes, LANES=tiling.lanes,
-        num_warps=max(1, tiling.lanes // 32), maxnreg=REGISTERS, enable_fp_fusion=True,
+        enable_fp_fusion=True, **launch_options(tiling.lanes, REGISTERS, device),
     )  # fmt: skip
     return partials

@@ -12,8 +12,6 @@ there is the largest integer, and no infinity can be mistaken for it.
 Legend: B batch, C classes, k kept classes, h w target pixels.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -169,6 +167,19 @@ def _pack_kernel(
 
 
 @triton.jit
+def tail_fill(largest, kept, tail, num_classes, k):
+    """What each class that was not kept gets, float64: rounded once, by the caller, as C - k classes share the error.
+
+    Args:
+        largest: of the kept logits. kept: sum of their exponentials relative to it. tail: log-odds of the others.
+    """
+    one = tl.full((), 1.0, tl.float64)
+    fill = largest.to(tl.float64) + tl.log(kept.to(tl.float64)) + tail.to(tl.float64) - tl.log((num_classes - k) * one)
+    # Written with comparisons, which leave a NaN what it is.
+    return tl.where(fill > LIMIT, LIMIT, tl.where(fill < -LIMIT, -LIMIT, fill))
+
+
+@triton.jit
 def _densify_kernel(
     values_ptr,
     indices_ptr,
@@ -178,7 +189,6 @@ def _densify_kernel(
     num_pixels,
     num_classes,
     k,
-    log_missing,
     BLOCK: tl.constexpr,
 ):
     image, pixel, exists = pixels(num_pixels, total, BLOCK)
@@ -197,10 +207,8 @@ def _densify_kernel(
         kept += tl.exp(tl.load(values_ptr + offs, mask=exists, other=0.0).to(tl.float32) - largest)
         offs += num_pixels
     tail = tl.load(tail_ptr + image * num_pixels + pixel, mask=exists, other=0.0).to(tl.float32)
-    fill = tl.log(kept) + largest + tail - log_missing
+    fill = tail_fill(largest, kept, tail, num_classes, k).to(tl.float32)
     wrong = highest_id >= num_classes
-    # Written with comparisons, which leave a NaN what it is.
-    fill = tl.where(fill > LIMIT, LIMIT, tl.where(fill < -LIMIT, -LIMIT, fill))
     fill = tl.where(wrong, float("nan"), fill)
     dense_ptrs = dense_ptr + image * num_classes * num_pixels + pixel
     class_ptrs = dense_ptrs
@@ -260,7 +268,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
         with torch.cuda.device_of(values):
             _densify_kernel[(triton.cdiv(B * h * w, BLOCK),)](
                 *(values.contiguous(), indices.contiguous(), tail.contiguous(), dense_BChw),
-                *(B * h * w, h * w, num_classes, k, math.log(num_classes - k)),
+                *(B * h * w, h * w, num_classes, k),
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=False,

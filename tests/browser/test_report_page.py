@@ -241,7 +241,7 @@ def test_without_a_script(opened: Opened, tmp_path: Path, width: int, height: in
         assert all(pictures.nth(number).is_visible() for number in range(6))
         assert page.locator(".needs-script").filter(visible=True).count() == 0
         assert page.locator("#training svg").first.is_visible()
-        assert page.locator("#scores table").is_visible()
+        assert page.locator("#scores table.sortable").is_visible()
 
 
 def test_contrast_is_enough(opened: Opened) -> None:

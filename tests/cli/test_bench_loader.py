@@ -48,6 +48,7 @@ def test_tables_and_a_file(cli, made, tmp_path) -> None:
     assert {"best", "p20", "p50", "p80", "repeats"} == set(direct["pace"]["time"])
     assert direct["per_second"] == pytest.approx(1e3 / direct["pace"]["time"]["p50"])
     assert set(direct["ratio"]) == {"decoder", "zarr"}
+    assert told["libraries"]["zarr"] == told["machine"]["packages"]["zarr"]
 
 
 def test_readers_alone(cli, made) -> None:

@@ -12,11 +12,15 @@ import pytest
 
 
 def unstamped(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Files of a store without the time of its build, in the manifest and in the seal's digest of it."""
+    """Files of a store without the time of its build, in the manifest, its spare and the seal's digests of them."""
     stamp = json.loads(files["zarr.json"])["attributes"]["kdcache"]["created"]
     seal = json.loads(files["complete.json"])
-    del seal["metadata"]["zarr.json"]
-    changed = {"zarr.json": files["zarr.json"].replace(stamp.encode(), b""), "complete.json": json.dumps(seal).encode()}
+    del seal["metadata"]["zarr.json"], seal["metadata"]["manifest.json"]
+    changed: dict[str, bytes] = {"manifest.json": b""}
+    changed |= {
+        "zarr.json": files["zarr.json"].replace(stamp.encode(), b""),
+        "complete.json": json.dumps(seal).encode(),
+    }
     return files | changed
 
 

@@ -27,6 +27,40 @@ def test_a_check_says_which_layout_it_found(layout, cli, tmp_path) -> None:
     assert "layout scenes" in cli("data", "check", "scenes:32x48,train=1,val=1").out
 
 
+def test_a_check_says_why_and_warns_without_failing(cli, tmp_path) -> None:
+    root = TINY.write("folder", tmp_path / "set [x]")
+    looked = cli("data", "check", root)
+    assert f"layout folder in {root}: images/train/, images/val/ and classes.txt\n" in looked.out
+    (root / "classes.txt").write_text("road\ncar\nsky\nunicorn [/]\n")
+    looked = cli("data", "check", root)
+    assert looked.code == 0
+    assert "warning 1 of 4 classes are in no label: 'unicorn [/]'" in looked.out
+    assert looked.out.rstrip().endswith("no problem")
+    (root / "classes.txt").write_text("id,name\nroad\ncar\nsky\n")
+    looked = cli("data", "check", root, "--json", tmp_path / "report.json")
+    assert looked.code == 1
+    assert "problem the first line of classes.txt is a header ('id,name')" in looked.out
+    assert "no problem" not in looked.out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (len(report["problems"]), len(report["warnings"])) == (1, 0)
+    assert report["why"] == "images/train/, images/val/ and classes.txt"
+
+
+def test_pictures_without_splits_train_as_the_message_says(cli, tmp_path) -> None:
+    root = tmp_path / "mine"
+    for name in "abcdefgh":
+        TINY.save_image(root / f"images/{name}.png")
+        TINY.save_label(root / f"labels/{name}.png", TINY.numbers("folder", name))
+    (root / "classes.txt").write_text("road\ncar\nsky\n")
+    train = f"train-teacher --data {root} --model kdcache:tiny --size 32x48 --iterations 2 --batch-size 2"
+    refused = cli(*f"{train} --out {tmp_path}/run".split())
+    assert refused.code == 2
+    remedy = "--fold 0/5 --val-split train --val-fold 0/5"
+    assert remedy in refused.err
+    trained = cli(*f"{train} {remedy} --out {tmp_path}/other".split())
+    assert trained.code == 0, trained.err
+
+
 def test_a_defect_ends_a_check_with_1_and_is_explained(cli, tmp_path) -> None:
     root = TINY.write("cityscapes", tmp_path / "set")
     path = root / "gtFine/train/trainstadt/trainstadt_a_gtFine_labelIds.png"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 SPEC = "kdcache:tiny@{w}/teacher/best.safetensors"
 FLAGS = "--data {w}/data --size 32x48"
@@ -29,6 +34,105 @@ def test_a_run_and_its_weights_score_the_same(world, cli, monkeypatch) -> None:
     assert one["miou"] == two["miou"]
     assert (one["run"], one["weights"], one["size"]) == (f"{world}/teacher", "best", [32, 48])
     assert (two["run"], two["weights"]) == (SPEC.format(w=world), None)
+
+
+def evaluations(folder: Path) -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("evaluation-*.json")}
+
+
+def test_every_kind_of_evaluation_has_its_own_file(world, cli, monkeypatch) -> None:
+    """And says what it is: an mIoU of another kind looks like no other."""
+    run, data = world / "teacher", world / "data"
+    shutil.copy(run / "best.safetensors", run / "last.safetensors")
+    names = [line.rsplit(maxsplit=3)[0] for line in (data / "classes.txt").read_text().splitlines()]
+    (world / "map.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
+    kinds = {
+        "evaluation-val": ("", {}),
+        "evaluation-val-last": ("--weights last", {"weights": "last"}),
+        "evaluation-val-at-size": ("--at-size", {"at_size": True}),
+        "evaluation-val-16x24": ("--size 16x24", {"size": [16, 24]}),
+        "evaluation-val-last-16x24-at-size": ("--weights last --size 16x24 --at-size", {"at_size": True}),
+        "evaluation-train": ("--split train", {"split": "train"}),
+        "evaluation-train-fold-1-of-2": ("--split train --fold 1/2", {"fold": "1/2", "split": "train"}),
+    }
+    for name, (flags, said) in kinds.items():
+        before = evaluations(run)
+        told = cli(*words(f"evaluate {{w}}/teacher --data {{w}}/data {flags}", world))
+        assert told.code == 0, told.err
+        assert f"{name}.json" in told.out.replace("\n", "")
+        after = evaluations(run)
+        assert after.keys() - before.keys() == {f"{name}.json"}, name
+        assert {other: after[other] for other in before} == before
+        assert {key: after[f"{name}.json"][key] for key in said} == said
+        assert (run / f"{name}.md").is_file()
+    mapped = cli(*words("evaluate {w}/teacher --data {w}/data --class-map {w}/map.txt", world))
+    assert mapped.code == 0, mapped.err
+    (new,) = evaluations(run).keys() - {f"{name}.json" for name in kinds}
+    digest = hashlib.sha256((world / "map.txt").read_bytes()).hexdigest()
+    assert new == f"evaluation-val-map-{digest[:8]}.json"
+    found = evaluations(run)
+    assert found[new]["class_map_sha256"] == digest
+    assert found["evaluation-val.json"]["class_map_sha256"] is None
+    assert found["evaluation-val.json"]["at_size"] is False
+    assert len({one["data_sha256"] for one in found.values()}) == 3
+    weights = hashlib.sha256((run / "best.safetensors").read_bytes()).hexdigest()
+    assert {one["weights_sha256"] for one in found.values()} == {weights}
+
+
+def test_compare_and_evaluate_share_what_is_the_same_and_nothing_else(world, cli, monkeypatch) -> None:
+    from kdcache.evaluate.compare import CompareOptions, compare
+    from kdcache.evaluate.evaluation import Judging
+
+    run = world / "teacher"
+
+    def reused(**judging) -> bool:
+        found = compare([run], str(world / "data"), "val", CompareOptions(Judging(**judging), repeats=0))
+        return found.rows[0].runs[0].reused
+
+    assert not reused()
+    kept = evaluations(run)
+    # None of these is the evaluation that compare wants, and none takes its place.
+    for flags in ("--at-size", "--size 16x24 --at-size", "--split train"):
+        assert cli(*words(f"evaluate {{w}}/teacher --data {{w}}/data {flags}", world)).code == 0
+    assert reused()
+    assert kept.items() <= evaluations(run).items()
+    assert not reused(size=(16, 24))
+    # The same evaluation, by the other verb: it is taken, and it is the same file.
+    (run / "evaluation-val.json").unlink()
+    assert cli(*words("evaluate {w}/teacher --data {w}/data", world)).code == 0
+    assert reused()
+    assert evaluations(run)["evaluation-val.json"] == kept["evaluation-val.json"]
+
+
+def test_evaluations_of_other_data_lie_beside_each_other(world, cli) -> None:
+    run = world / "teacher"
+    assert cli(*words("evaluate {w}/teacher --data {w}/data", world)).code == 0
+    kept = evaluations(run)
+    shutil.copytree(world / "data", world / "more")
+    (label,) = sorted((world / "more/labels/val").iterdir())[:1]
+    Image.fromarray(np.zeros_like(np.asarray(Image.open(label)))).save(label)
+    for _ in range(2):
+        assert cli(*words("evaluate {w}/teacher --data {w}/more", world)).code == 0
+    found = evaluations(run)
+    assert kept.items() <= found.items()
+    (other,) = found.keys() - kept.keys()
+    assert found[other]["data"] == str(world / "more")
+    # The labels of the same data have changed: its evaluation is replaced.
+    shutil.copy(label, world / "data/labels/val" / label.name)
+    assert cli(*words("evaluate {w}/teacher --data {w}/data", world)).code == 0
+    assert evaluations(run).keys() == found.keys()
+    assert evaluations(run)["evaluation-val.json"]["data_sha256"] == found[other]["data_sha256"]
+
+
+def test_models_without_a_run_do_not_overwrite_each_other(world, cli, monkeypatch) -> None:
+    monkeypatch.chdir(world / "teacher")
+    assert cli(*words("evaluate {w}/teacher --data {w}/data", world)).code == 0
+    kept = evaluations(world / "teacher")
+    for size in ("32x48", "16x24", "32x48"):
+        assert cli(*words(f"evaluate {SPEC} --data {{w}}/data --size {size}", world)).code == 0
+    found = evaluations(world / "teacher")
+    assert kept.items() <= found.items()
+    assert sorted(one["size"] for one in found.values()) == [[16, 24], [32, 48], [32, 48]]
 
 
 def test_a_class_map(world, cli) -> None:

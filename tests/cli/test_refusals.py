@@ -64,6 +64,7 @@ def other_version(w: Path) -> None:
     content = json.loads((w / "store.zarr/zarr.json").read_bytes())
     content["attributes"]["kdcache"]["version"] = 7
     (w / "store.zarr/zarr.json").write_text(json.dumps(content))
+    (w / "store.zarr/manifest.json").unlink()  # whose word would be taken for the version
 
 
 def flipped(w: Path) -> None:
@@ -115,6 +116,8 @@ CASES = {
     "out is a file": (lambda w: (w / "new").write_text("thesis"), BUILD, "new is a file"),
     "out is a file, training": (lambda w: (w / "new").write_text("thesis"), STUDENT, "new"),
     "out below a file": (nothing, BUILD.replace("{w}/new", "{w}/data/classes.txt/new"), "classes.txt is a file"),
+    "finished store asked for more views": (
+        nothing, BUILD.replace("/new", "/store.zarr") + " --views 4", "kdcache extend"),
     "out is another build": (nothing, BUILD.replace("/new", "/store.zarr") + " --batch-size 3", "build.batch_size"),
     "run not overwritten": (nothing, TEACHER.replace("/new", "/teacher"), "holds a run already"),
     "run resumed otherwise": (nothing, TEACHER.replace("/new", "/teacher") + " --resume --lr 0.5", "--lr 0.5"),
@@ -151,12 +154,12 @@ CASES = {
     "--temperature 0": (nothing, STUDENT + " --temperature 0", "--temperature"),
     "--temperature nan": (nothing, STUDENT + " --temperature nan", "--temperature"),
     "--method foo": (nothing, STUDENT + " --method foo", "'foo'"),
-    "--augment foo": (nothing, STUDENT + " --augment foo", "'foo'"),
+    "--augment foo": (nothing, STUDENT + " --augment foo", "--augment foo"),
     "--scale 2:1": (nothing, STUDENT + " --scale 2:1", "2.0:1.0"),
-    "--impl foo": (nothing, STUDENT + " --impl foo", "'foo'"),
+    "--impl foo": (nothing, STUDENT + " --impl foo", "--impl foo"),
     "--impl triton without a GPU": (
         nothing, STUDENT + " --impl triton --device cpu", "triton runs on cuda, the tensors are on cpu"),
-    "--step foo": (nothing, STUDENT + " --step foo", "'foo'"),
+    "--step foo": (nothing, STUDENT + " --step foo", "--step foo"),
     "--step graphed without a GPU": (
         nothing, STUDENT + " --step graphed --device cpu", "--step graphed on the device cpu"),
     "--lr -1": (nothing, STUDENT + " --lr -1", "--lr"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -105,6 +106,15 @@ def test_extending(world, cli, tree) -> None:
     about = manifest(cli, world / "more.zarr")
     assert (about["codec"], about["build"]["batch_size"], list(about["features"])) == ("small", 5, ["head"])
     assert about["view"]["drawn"] == {"seed": 0, "scale": [1.0, 2.0], "flip": True}
+    other = cli(
+        *f"extend {world}/more.zarr --data {world}/data --teacher {world}/teacher --out {world}/taps".split(),
+        "--features",
+        "stage2",
+        "--statistics",
+        "entropy",
+    )
+    assert other.code == 0, other.err
+    assert list(manifest(cli, world / "taps")["features"]) == ["head", "stage2"], "what OLD has, it keeps"
     checked = cli(
         "verify", world / "more.zarr", "--teacher", world / "teacher", "--data", world / "data", "--records", 18
     )
@@ -202,7 +212,9 @@ def test_interrupted_at_the_keyboard(tmp_path, spawn, cli, tree) -> None:
     from kdcache.models import build_model
 
     teacher = Teacher(build_model("kdcache:tiny", 7).eval(), "tiny")
-    options = BuildOptions(size=(96, 128), batch_size=8, shard_records=2, device=torch.device("cpu"), fidelity=False)
+    options = BuildOptions(
+        size=(96, 128), views=1, batch_size=8, shard_records=2, device=torch.device("cpu"), fidelity=False
+    )
     build_cache(open_split("scenes:96x128,train=120", "train"), teacher, tmp_path / "s", options)
     words = ["copy", tmp_path / "s", tmp_path / "c", "--codec", "none", "--shard-records", 1]
     running = spawn(*words)
@@ -220,3 +232,17 @@ def test_interrupted_at_the_keyboard(tmp_path, spawn, cli, tree) -> None:
     assert "were there)" in ended.out
     cli("copy", tmp_path / "s", tmp_path / "clean", "--codec", "none", "--shard-records", 1)
     assert tree(tmp_path / "c") == tree(tmp_path / "clean")
+
+
+def test_a_seal_that_was_published(cli, world) -> None:
+    """`verify` and `inspect` say it, and `verify --seal` compares it."""
+    shown = cli("verify", world / "store.zarr")
+    seal = re.search(r"seal ([0-9a-f]{64})\n", shown.out)
+    assert (shown.code, bool(seal)) == (0, True)
+    assert seal[1] in cli("inspect", world / "store.zarr").out
+    assert json.loads(cli("inspect", world / "store.zarr", "--json").out)["seal"] == seal[1]
+    same = cli("verify", world / "store.zarr", "--seal", seal[1])
+    assert (same.code, "as published" in same.out) == (0, True)
+    other = cli("verify", world / "store.zarr", "--seal", "0" * 64)
+    assert (other.code, seal[1] in other.err) == (2, True)
+    assert cli("verify", world / "store.zarr", "--seal", "12ab").code == 2

@@ -16,10 +16,27 @@ RUNS = {
 }
 
 
+QUICK = ("teacher.iterations=2", "student.iterations=3", "student.val-every=1", "data.path=scenes:48x64,train=16,val=4")
+EPOCHS = ("teacher.iterations=2", "student.epochs=2", "student.val-every=1", "student.keep-every=1e")
+"""Far fewer steps than `--smoke` has: these tests look at what comes out, not at how good it is."""
+
+
+def quick(changes: tuple[str, ...] = QUICK) -> list[str]:
+    sizes = (
+        "teacher.size=48x64",
+        "teacher.val-every=2",
+        "student.log-every=1",
+        "student.gradients-every=1",
+        "show.num=1",
+    )
+    return [word for change in (*changes, *sizes) for word in ("--set", change)]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_leaves_all_that_its_user_would_have(name: str, cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = cli("sweep", name, "--smoke", "--out", out)
+    small = quick(EPOCHS if name == "voc-deeplab-mobilenet" else QUICK)
+    told = cli("sweep", name, "--smoke", "--out", out, *small)
     assert told.code == 0, told.err
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     rows = [row["name"] for row in found["rows"]]
@@ -31,8 +48,11 @@ def test_a_recipe_leaves_all_that_its_user_would_have(name: str, cli, tmp_path: 
     for table in ("comparison.md", "comparison.csv", "details.md", "kd_comparison_results.txt"):
         text = (out / table).read_text(encoding="utf-8")
         assert all(row in text for row in rows), table
+        assert ("Smoke run on procedural scenes" in text) == (not table.endswith(".csv")), table
     page = (out / "report.html").read_text(encoding="utf-8")
     assert found["classes"][0]["name"] in page
+    assert re.search(r'<p class="banner" role="note">Smoke run on procedural scenes', page)
+    assert "<h1>Smoke run: " in page
     _check_pictures(out / "pictures", len(RUNS[name]))
     if name == "camvid-segformer":
         assert all(len(row["runs"]) == 2 for row in found["rows"])
@@ -45,7 +65,7 @@ def test_a_recipe_leaves_all_that_its_user_would_have(name: str, cli, tmp_path: 
 
 def _check_that_nothing_is_done_twice(name: str, out: Path, cli) -> None:
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
-    again = cli("sweep", name, "--smoke", "--out", out, "--set", "show.num=1")
+    again = cli("sweep", name, "--smoke", "--out", out, *quick(), "--set", "show.num=1")
     assert again.code == 0, again.err
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -103,7 +123,7 @@ def test_what_is_wrong_is_said(words: tuple[str, ...], named: str, cli, tmp_path
 
 @pytest.mark.slow
 def test_the_cure_weighs_classes_by_trust_and_names_every_combination(cli, tmp_path: Path) -> None:
-    told = cli("sweep", "camvid-segformer-cure", "--smoke", "--out", tmp_path / "out")
+    told = cli("sweep", "camvid-segformer-cure", "--smoke", "--out", tmp_path / "out", *quick())
     assert told.code == 0, told.err
     assert "trust in the teacher: sky" in told.err
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))

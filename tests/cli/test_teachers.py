@@ -80,6 +80,12 @@ def test_cross_fitting_from_one_command(world, cli) -> None:
     assert sorted(open_cache(world / "new").column("fold").tolist()) == [0, 0, 0, 1, 1, 1]
     swapped = cli(*build.replace("fold0", "x").replace("fold1", "fold0").replace("x", "fold1").format(w=world).split())
     assert (swapped.code, "has fold 1/2" in swapped.err) == (2, True)
+    extend = f"extend {world}/new --data {world}/data --views 2 --out {world}/more".split()
+    wrong = cli(*extend, "--teacher", world / "fold1", "--teacher", world / "fold0")
+    assert (wrong.code, "has fold 1/2" in wrong.err, (world / "more").exists()) == (2, True, False)
+    larger = cli(*extend, "--teacher", world / "fold0", "--teacher", world / "fold1")
+    assert larger.code == 0, larger.err
+    assert sorted(open_cache(world / "more").column("fold").tolist()) == [0] * 6 + [1] * 6
 
 
 CASES = {

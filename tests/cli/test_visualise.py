@@ -9,7 +9,7 @@ import pytest
 def sketched(monkeypatch) -> None:
     """Pictures are not drawn: that takes seconds, and tests/evaluate looks at them."""
 
-    def sketch(_: object, path) -> None:
+    def sketch(_: object, path, above: str | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
 

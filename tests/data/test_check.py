@@ -70,8 +70,9 @@ def test_a_broken_data_set_is_described_in_full(builder) -> None:
     assert train.out_of_range == {"beyond": {"9": 48}}
     assert train.class_pixels == [0, 48, 0]
     assert sum(train.sizes.values()) == train.images - 1
-    assert len(report.problems) == 5
-    assert all(problem.startswith("train: ") for problem in report.problems)
+    assert len(report.problems) == 6
+    assert all(problem.startswith("train: ") and "; " in problem for problem in report.problems)
+    assert "1 labels have ids that are no class (9 in 1 file, 48 pixels): 'beyond'" in report.problems[4]
     assert json.dumps(report.to_json())
 
 
@@ -83,12 +84,35 @@ def test_without_contents_only_names_are_compared(builder) -> None:
     assert train.digest is None
 
 
+CLASSES = np.arange(48, dtype=np.uint8).reshape(6, 8) % 3
+
+
 def test_one_image_in_two_splits_is_a_problem(builder) -> None:
-    builder.pair("a").pair("a", split="val")
+    for split in ("train", "val"):
+        builder.image("a.png", split)
+        builder.label("a.png", CLASSES, split)
     (problem,) = check(builder.root).problems
     assert "more than one split" in problem
     assert "train/a = val/a" in problem
     assert check(builder.root, ["train"]).problems == []
+
+
+def test_pixels_tell_the_same_image_whatever_its_file_and_id(builder) -> None:
+    """As BMP and PNG, in two splits or in one; other pixels of the same size are another image."""
+    builder.image("a.png")
+    builder.label("a.png", CLASSES)
+    builder.image("b.bmp", "val")
+    builder.label("b.png", CLASSES, "val")
+    builder.image("longer.png", "val")
+    report = check(builder.root)
+    assert [problem for problem in report.problems if "'train/a = val/b'" in problem] == report.problems
+    assert not any("more than once" in warning for warning in report.warnings)
+    builder.image("c.bmp", "train")
+    report = check(builder.root, ["train"])
+    assert report.problems == []
+    assert report.warnings == [
+        "1 images are in a split more than once: 'train/a = train/c'; remove all but one of each"
+    ]
 
 
 def test_progress_counts_every_sample() -> None:

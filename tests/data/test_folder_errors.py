@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.data import list_splits, open_split
+from kdcache.data import check, list_splits, open_split
 from kdcache.errors import DataError
 
 
@@ -138,6 +141,44 @@ def test_labels_of_another_kind_of_png(builder, ids, kind) -> None:
     builder.image("a.png")
     builder.label("a.png", ids)
     assert f"{kind} in" in refusal(lambda: open_split(builder.root, "train").label(0)).received
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_labels_of_few_bits(builder, bits: int) -> None:
+    """Pillow would stretch their ids: 5 of 4 bits becomes 85."""
+    builder.image("a.png")
+    path = builder.label("a.png")
+    rows = b"".join(b"\0" + bytes([0b01100110] * (8 * bits // 8)) for _ in range(6))
+    header = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    content = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with Image.open(path) as image:
+        assert image.size == (8, 6)  # a sound file
+        assert np.asarray(image).max() > 15
+    split = open_split(builder.root, "train")
+    for action in (lambda: split.label(0), lambda: split.raw_label(0)):
+        error = refusal(action)
+        assert f"{bits}-bit grey in {path}" in error.received
+        assert "8-bit" in error.remedy
+    assert list(check(builder.root).splits["train"].unreadable) == ["a"]
+
+
+def test_two_labels_of_one_image(builder) -> None:
+    """`a.PNG` beside `a.png`: which one is meant is not guessed."""
+    builder.image("a.jpg")
+    builder.label("a.PNG", np.zeros((6, 8), np.uint8))
+    builder.label("a.png")
+    if len(list((builder.root / "labels/train").iterdir())) < 2:
+        pytest.skip("names of this disk do not tell cases apart")
+    error = refusal(lambda: open_split(builder.root, "train"))
+    assert "'a.png'" in error.received
+    assert "remove" in error.remedy
+    report = check(builder.root)
+    assert report.splits["train"].without_image == ["a.png"]
+    assert "1 labels belong to no image: 'a.png'" in report.problems[0]
 
 
 def test_a_label_that_only_pretends_to_be_png(builder) -> None:

@@ -54,6 +54,26 @@ def test_folds_are_parts_of_a_split() -> None:
         assert part.has_label(0)
 
 
+@pytest.mark.parametrize("parted", [lambda split: fold_alone(split, 1, 3), lambda split: Excerpt(split, [4, 6])])
+def test_a_part_gives_what_the_whole_has(tmp_path, parted) -> None:
+    """Image, label, what the label's file says, and digests of the files, each of the sample with that id."""
+    split = open_split(write_scenes(tmp_path / "data", "scenes:36x52,train=8,val=1"), "train")
+    part = parted(split)
+    assert part.ids != split.ids[: len(part)]
+    for number, sample in enumerate(part.ids):
+        there = split.ids.index(sample)
+        assert np.array_equal(part.image(number), split.image(there))
+        for name in ("label", "raw_label"):
+            found, wanted = getattr(part, name)(number), getattr(split, name)(there)
+            assert np.array_equal(found, wanted), name
+            others = [getattr(split, name)(n) for n in range(len(split)) if n != there]
+            assert not any(np.array_equal(found, other) for other in others), name
+        assert part.content_digests(number) == split.content_digests(there)
+        assert part.has_label(number) == split.has_label(there)
+    assert part.digest() != split.digest()
+    assert len({split.content_digests(n) for n in range(len(split))}) == len(split)
+
+
 def test_an_excerpt_keeps_the_folds_of_the_whole() -> None:
     split = open_split("scenes:36x52,train=9", "train")
     numbers = [1, 4, 8]

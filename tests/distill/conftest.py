@@ -35,7 +35,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory, teacher: SegmentationMo
     def make(**options: object) -> Cache:
         path = tmp_path_factory.mktemp("store") / "cache.zarr"
         split = open_split(DATA, "train")
-        build_cache(split, Teacher(teacher, "test"), path, BuildOptions(**{"size": SIZE, **options}))
+        build_cache(split, Teacher(teacher, "test"), path, BuildOptions(**{"size": SIZE, "views": 1, **options}))
         return open_cache(path)
 
     return make

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from target_oracle import LABEL, C, Format, dense_target, inputs, top_k, upsampled
+from target_oracle import LABEL, VIEW, C, Format, dense_target, inputs, top_k, upsampled
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from kdcache.data import Augmentation
 from kdcache.distill import DistillLoss, Target
-from kdcache.errors import ModelError
+from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.store import Cache
 from kdcache.train import CacheDataset
 
@@ -24,7 +24,7 @@ def oracle(
     target: Target | None,
     *,
     ce_weight: float = 1.0,
-    kl_weight: float = 1.0,
+    kl_weight: float = 0.3,
     temperature: float = 2.0,
     class_weight: Tensor | None = None,
     distill_void: bool = True,
@@ -85,22 +85,104 @@ def test_a_whole_view_is_an_interpolation() -> None:
     assert (sampled - F.interpolate(target.values.double(), LABEL, mode="bilinear")).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("absent", ["no target", "no values", "no weight", "no format"])
-def test_without_a_teacher_there_is_cross_entropy_alone(absent: str) -> None:
+def labels_alone() -> Target:
+    """What a data set without a store gives for a target."""
+    return dense_target()._replace(values=torch.empty(3, 0, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("store", "options", "target"),
+    [
+        ("store", {"kl_weight": 1.0}, [None]),
+        ("store", {"kl_weight": 0.0}, []),
+        ("store", {"kl_weight": 0.0}, [dense_target()]),
+        ("store", {"kl_weight": 0.0}, [labels_alone()]),
+        ("none", {}, [labels_alone()]),
+        ("none", {}, [None]),
+    ],
+)
+def test_without_a_teacher_there_is_cross_entropy_alone(store: str, options: dict[str, Any], target: list[Any]) -> None:
     student, label = inputs()
-    target: Target | None = dense_target()
-    if absent == "no target":
-        target = None
-    elif absent == "no values":
-        assert target is not None
-        target = target._replace(values=torch.empty(3, 0, dtype=torch.float16))
-    criterion = DistillLoss(
-        None if absent == "no format" else Format(), kl_weight=0.0 if absent == "no weight" else 1.0, ce_weight=0.5
-    )
-    parts = criterion(student, label, target)
+    criterion = DistillLoss(Format() if store == "store" else None, ce_weight=0.5, **options)
+    parts = criterion(student, label, *target)
     ce = oracle(student, label, None)[1].item()
     assert [part.item() for part in parts[:3]] == pytest.approx([0.5 * ce, ce, 0], rel=1e-6)
-    assert set(criterion.parts(student, label, target)) == {"ce"}
+    assert set(criterion.parts(student, label, *target)) == {"ce"}
+
+
+@pytest.mark.parametrize("call", ["__call__", "parts"])
+@pytest.mark.parametrize(
+    ("store", "target", "remedy"),
+    [
+        ("store", [], "target=None"),
+        ("none", [], "target=None"),
+        ("store", [labels_alone()], "targets=True"),
+        ("none", [dense_target()], r"DistillLoss\(cache\)"),
+    ],
+    ids=["no target", "neither", "no values", "no store"],
+)
+def test_a_teacher_that_weighs_is_never_left_out_in_silence(
+    call: str, store: str, target: list[Any], remedy: str
+) -> None:
+    criterion = DistillLoss(Format() if store == "store" else None, kl_weight=0.3)
+    with pytest.raises(RecipeError, match=remedy) as caught:
+        getattr(criterion, call)(*inputs(), *target)
+    assert "kl above weight 0" in caught.value.received
+
+
+def cropped(target: Target, window: tuple[float, ...]) -> Target:
+    return target._replace(window=torch.tensor([window] * len(target.window), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("zoom", [1.0, 0.5])
+@pytest.mark.parametrize(("rows", "columns"), [(11, 34), (22, 17), (22, 44), (44, 17)])
+def test_labels_that_were_cut_without_the_window_are_refused(rows: int, columns: int, zoom: float) -> None:
+    """Of whole views, and of windows that a training draws, which have the view's proportions."""
+    student, _ = inputs()
+    label = torch.zeros(3, rows, columns, dtype=torch.uint8)
+    target = cropped(dense_target(moved=False), (2.0, 3.0, 2.0 + zoom * VIEW[0], 3.0 + zoom * VIEW[1]))
+    criterion = DistillLoss(Format(), kl_weight=0.3)
+    with pytest.raises(DataError) as caught:
+        criterion(student, label, target)
+    assert f"{rows}x{columns}" in caught.value.received
+    assert "22x34" in caught.value.received
+    assert "window=" in caught.value.remedy
+    stretched = DistillLoss(Format(), kl_weight=0.3, size=(rows, columns))
+    assert stretched(student, label, target).kl > 0
+    with pytest.raises(DataError, match=f"whose labels are {rows}x{columns}"):
+        stretched(student, torch.zeros(3, 23, 37, dtype=torch.uint8), target)
+
+
+def test_labels_cut_with_their_window_learn_what_the_whole_view_says_there() -> None:
+    student, _ = inputs()
+    label = torch.zeros(3, *VIEW, dtype=torch.uint8)
+    target = dense_target(moved=False)
+    z = F.interpolate(student, VIEW, mode="bilinear")
+    criterion = DistillLoss(Format(), kl_weight=1.0, ce_weight=0.0)
+    upper, lower = (
+        criterion(z[:, :, part], label[:, part], cropped(target, (*edges[:1], 0.0, *edges[1:], 34.0))).kl.item()
+        for part, edges in ((slice(0, 8), (0.0, 8.0)), (slice(8, 22), (8.0, 22.0)))
+    )
+    whole = criterion(z, label, target).kl.item()
+    assert (8 * upper + 14 * lower) / 22 == pytest.approx(whole, rel=1e-5)
+
+
+def test_labels_of_another_scale_show_the_same_view() -> None:
+    student, _ = inputs()
+    criterion = DistillLoss(Format(), kl_weight=0.3)
+    for rows, columns in ((11, 17), (44, 68), (33, 51), (5, 8), (22, 35), (100, 154)):
+        label = torch.zeros(3, rows, columns, dtype=torch.uint8)
+        assert criterion(student, label, dense_target(moved=False)).kl > 0
+
+
+def test_a_batch_of_other_samples_is_refused() -> None:
+    student, label = inputs()
+    with pytest.raises(DataError, match="target of 2"):
+        DistillLoss(Format())(student, label, dense_target(2, moved=False))
+    with pytest.raises(DataError, match="labels of 1"):
+        DistillLoss(kl_weight=0.0)(student, label[:1])
+    with pytest.raises(DataError, match="void"):
+        DistillLoss(Format())(student, None, dense_target())
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -140,6 +222,24 @@ def test_unlabelled_batches_teach_too() -> None:
     assert silent.loss.item() == 0
 
 
+@pytest.mark.parametrize("distill_void", [True, False])
+@pytest.mark.parametrize("pasted", [False, True])
+def test_another_number_may_mean_void(distill_void: bool, pasted: bool) -> None:
+    student, label = inputs(batch=4)
+    target, weight = dense_target(4), torch.tensor([0.2, 3.0, 1.0, 0.7, 0.5])
+    own = torch.rand(4, *LABEL, generator=torch.Generator().manual_seed(2)) < 0.6 if pasted else None
+    losses = []
+    for void in (255, 7):
+        criterion = DistillLoss(Format(), distill_void=distill_void, ignore_index=void, class_weight=weight)
+        counts: list[Tensor] = []
+        with criterion.averaging(lambda count, counts=counts: counts.append(count) or count):  # type: ignore[misc]
+            loss = criterion(student, label.masked_fill(label == 255, void), target, own_BHW=own).loss
+        losses.append((loss, *counts))
+        assert len(counts) > 0
+    assert all(torch.equal(one, two) for one, two in zip(*losses, strict=True))
+    assert losses[0][0] != DistillLoss(Format(), distill_void=not distill_void)(student, label, target).loss
+
+
 def test_class_weights_follow_the_module_and_stay_out_of_its_state() -> None:
     criterion = DistillLoss(Format(), class_weight=torch.ones(C))
     assert not criterion.state_dict()
@@ -173,10 +273,12 @@ def test_a_collated_batch_of_a_store_is_what_the_loss_takes(
     assert student.grad is not None
     assert student.grad.isfinite().all()
     plain = default_collate([CacheDataset(cache, targets=False)[index] for index in range(3)])
-    assert DistillLoss(cache)(student, plain.label, plain.target).kl.item() == 0
+    assert DistillLoss(cache)(student, plain.label, None).kl.item() == 0
+    with pytest.raises(RecipeError, match="targets=True"):
+        DistillLoss(cache)(student, plain.label, plain.target)
 
 
 def test_a_student_of_another_class_list_is_refused(dense: Cache) -> None:
     batch = default_collate([CacheDataset(dense, augment="none")[0]])
     with pytest.raises((ValueError, ModelError), match=r"7|8"):
-        DistillLoss(dense, ce_weight=0.0)(torch.randn(1, 8, 16, 24), batch.label, batch.target)
+        DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(torch.randn(1, 8, 16, 24), batch.label, batch.target)

@@ -88,7 +88,7 @@ def test_gradients_from_the_store_are_those_beside_a_live_teacher(
     live = live_kl(model, teacher, rendered_batch(), temperature)
     expected = gradients(model, live)
     batch = stored_batch(dense)
-    criterion = DistillLoss(dense, ce_weight=0.0, temperature=temperature)
+    criterion = DistillLoss(dense, ce_weight=0.0, kl_weight=1.0, temperature=temperature)
     losses = criterion(model(model.normalise(batch.pixels)).logits, batch.label, batch.target)
     assert losses.kl.item() == pytest.approx(live.item(), rel=bound)
     assert_close(gradients(model, losses.loss), expected, bound)
@@ -124,7 +124,9 @@ def test_every_view_is_replayed_with_the_teacher_s_own_gradient(
         batch = default_collate([dataset.draw(index, epoch, np.random.default_rng(0)) for index in range(8)])
         assert torch.equal(batch.pixels, pixels)
         expected = gradients(model, live_kl(model, teacher, pixels, 2.0, counted))
-        losses = DistillLoss(cache, ce_weight=0.0)(model(model.normalise(pixels)).logits, batch.label, batch.target)
+        losses = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0)(
+            model(model.normalise(pixels)).logits, batch.label, batch.target
+        )
         assert_close(gradients(model, losses.loss), expected, bound)
     assert shown == set(range(len(cache)))
 
@@ -143,7 +145,7 @@ def test_what_warp_loses_beside_a_live_teacher(
         dataset = CacheDataset(dense, augment="warp", augmentation=augmentation)
         batch = default_collate([dataset.draw(index, 0, np.random.default_rng(index)) for index in range(8)])
         live = gradients(model, live_kl(model, teacher, batch.pixels, 2.0))
-        losses = DistillLoss(dense, ce_weight=0.0)(
+        losses = DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(
             model(model.normalise(batch.pixels)).logits, batch.label, batch.target
         )
         warped = gradients(model, losses.loss)
@@ -162,6 +164,6 @@ def test_a_top_k_store_points_the_same_way(
     for cache in (dense, make_cache(top_k=5)):
         batch = stored_batch(cache)
         logits = model(model.normalise(batch.pixels)).logits
-        loss = DistillLoss(cache, ce_weight=0.0, temperature=1.0)(logits, batch.label, batch.target).loss
+        loss = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=1.0)(logits, batch.label, batch.target).loss
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     assert F.cosine_similarity(*found, dim=0) > 0.99

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kdcache.distill import DistillLoss, Gate, Target
 from kdcache.distill.target import INSIDE
 from kdcache.distill.terms import TermSpec, make_term
+from kdcache.errors import DataError, RecipeError
 
 B, C, HEIGHT, WIDTH, CELL = 4, 5, 12, 16, 4
 LEFT = WIDTH // 2
@@ -42,7 +43,7 @@ def criterion_of(width: int, **options: Any) -> DistillLoss:
     store: Any = SimpleNamespace(num_classes=C, view_size=(HEIGHT, width), align_corners=False, manifest=manifest)
     torch.manual_seed(5)
     terms = [make_term(spec, targets=store, student_taps={"head": 4}).double() for spec in SPECS]
-    return DistillLoss(store, ce_weight=0.0, further=terms, impl="reference", **options)
+    return DistillLoss(store, **{"ce_weight": 0.0, "kl_weight": 1.0, "further": terms, "impl": "reference", **options})
 
 
 class Scene:
@@ -140,3 +141,37 @@ def test_a_cell_that_counts_in_part_weighs_by_that_part() -> None:
     per_cell = (mine - scene.deep.double()).square().mean(1)
     share = torch.tensor([1, 1, 1 / CELL, 0], dtype=torch.float64).expand_as(per_cell)
     assert scene.losses()["hint"] == pytest.approx(((per_cell * share).sum() / share.sum()).item(), rel=1e-6)
+
+
+def test_terms_are_told_what_a_batch_lacks() -> None:
+    scene = Scene()
+    criterion = criterion_of(scene.width, kl_weight=0.0)
+    window = torch.tensor([0.0, 0.0, HEIGHT, scene.width], dtype=torch.float64).repeat(B, 1)
+    empty = torch.empty(0)
+    target = Target(scene.values, empty.byte(), empty.half(), window, torch.zeros(B, dtype=torch.bool), scene.extras)
+    given = (scene.logits, scene.labels)
+    with pytest.raises(RecipeError, match="dist, dkd, pseudo"):
+        criterion(*given)
+    with pytest.raises(RecipeError, match=r"extras=criterion\.arrays") as caught:
+        criterion(*given, target._replace(extras={}), {"head": scene.head})
+    assert "features/deep" in caught.value.received
+    with pytest.raises(RecipeError, match="without head"):
+        criterion(*given, target)
+    with pytest.raises(DataError, match="window="):
+        criterion(scene.logits, scene.labels[:, : HEIGHT // 2], target, {"head": scene.head})
+    alone = criterion(*given, None)
+    assert [value.item() for value in alone.terms] == [0.0] * len(SPECS)
+    assert alone.loss.item() == 0.0
+    assert not criterion.parts(*given, None)
+
+
+def test_what_shows_the_image_is_half_open() -> None:
+    """Of pixels whose centres lie on its edges, the first row and column count."""
+    window = torch.tensor([[0.0, 0.0, 4.0, 4.0]], dtype=torch.float64)
+    empty, inside = torch.empty(0), torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64)
+    form: Any = SimpleNamespace(view_size=(4, 4))
+    for flip, expected in ((False, [[[True, False], [False, False]]]), (True, [[[False, True], [False, False]]])):
+        target = Target(empty, empty, empty, window, torch.tensor([flip]), {INSIDE: inside})
+        shown = target.shown(form, (2, 2))
+        assert shown is not None
+        assert shown.tolist() == expected

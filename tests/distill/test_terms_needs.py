@@ -19,6 +19,7 @@ from kdcache.distill.terms import (
     parse_method,
     resolve_taps,
 )
+from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.errors import RecipeError
 from kdcache.store import Cache
 
@@ -185,8 +186,15 @@ def test_what_a_term_reads() -> None:
 def test_weights_of_the_spec_and_of_the_kind() -> None:
     targets = store(features=("deep",), raw=True)
     weights = {kind: make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).weight for kind in KINDS}
-    assert all(weight > 0 for weight in weights.values())
-    assert weights["at"] == 6
+    documented = {"sp": 50.0, "hint": 1.0, "cosine": 2.0, "cwd": 0.15, "dist": 1.0, "dkd": 0.02, "pseudo": 1.0}
+    assert weights == documented | {"at": 6}
+    channels, dkd, pseudo = (
+        make_term(spec, targets=targets, student_taps=STUDENT)
+        for spec in (TermSpec("cwd", teacher_tap="deep"), TermSpec("dkd"), TermSpec("pseudo"))
+    )
+    assert (channels.weight, channels.temperature, dkd.temperature) == (3.0, 4.0, 4.0)
+    assert isinstance(pseudo, Pseudo)
+    assert pseudo.threshold == 0.7
     mapped = make_term(TermSpec("at"), targets=store(maps=("deep",)), student_taps=STUDENT)
     assert mapped.weight == 2592
     term = make_term(TermSpec("cwd", weight=0.25, temperature=1.5), targets=targets, student_taps=STUDENT)

@@ -31,6 +31,7 @@ from terms_oracle import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdcache.distill import Gate, GateSpec
 from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
 from kdcache.distill.terms.pseudo import most_confident
 
@@ -223,6 +224,48 @@ def test_pseudo_labels_by_quantile_learn() -> None:
     loss, (gradient,) = gradients(term.double(), batch_of())
     assert loss > 0
     assert gradient.norm() > 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_pseudo_labels_meet_the_student_as_it_is_resized(aligned: bool, gated: bool) -> None:
+    """And the teacher as its own head is, which does the opposite here."""
+    batch = batch_of(moved=False)
+    assert batch.target is not None
+    store = Store(align_corners=not aligned)
+    term = make_term(TermSpec("pseudo", threshold=0.6), targets=store, student_taps={}, align_corners=aligned).double()
+    weight = torch.full((B, *VIEW), 0.5, dtype=torch.float64) if gated else None
+    batch = replace(batch, size=VIEW, pixel_weight=weight)
+    t, z = (
+        F.interpolate(x.double(), VIEW, mode="bilinear", align_corners=corners)
+        for x, corners in ((batch.target.values, not aligned), (batch.logits, aligned))
+    )
+    confidence, best = t.softmax(1).max(1)
+    sure = confidence.half() >= 0.6
+    expected = F.cross_entropy(z, best, reduction="none")[sure].mean() * (0.5 if gated else 1.0)
+    assert term(batch).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("void", [255, 2])
+def test_a_confidence_at_the_threshold_is_enough(void: int) -> None:
+    """Two classes alike: both have one half. Other voids than 255 are no labels to a gate either."""
+    batch = batch_of(moved=False)
+    assert batch.target is not None
+    values = torch.full_like(batch.target.values, -1000)
+    values[:, :2] = 0
+    batch = replace(batch, target=batch.target._replace(values=values))
+    at, above = (
+        make_term(TermSpec("pseudo", threshold=threshold), targets=Store(), student_taps={})
+        for threshold in (0.5, 0.51)
+    )
+    assert at.double()(batch) > 0
+    assert above.double()(batch) == 0
+    labels = torch.full((B, *SIZE), void, dtype=torch.uint8)
+    weights = [
+        Gate(GateSpec(kind, threshold), ignore_index=void)(batch.target, Store(), labels, SIZE)
+        for kind, threshold in (("confidence", 0.5), ("confidence", 0.51), ("correct", 0.0))
+    ]
+    assert [bool((weight == 1).all()) for weight in weights] == [True, False, True]
 
 
 @pytest.mark.parametrize("labels", ["none", "void"])

@@ -60,13 +60,13 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         ("README.md", "docs/index.md"),
     ),
     *(
-        ("effect-cpu.json", lambda d, arm=arm: d["final"]["1500"][arm], text, ("README.md", "docs/index.md"))
+        ("effect-cpu.json", lambda d, arm=arm: d["final"]["1500"][arm], text, METHODS)
         for arm, text in (
-            ("plain from files, lr 0.006", "52.5"),
-            ("plain lr 0.006, 16 views", "53.4"),
-            ("dist w 3, lr 0.006, 16 views of two", "54.8"),
-            ("dist, lr 0.006, 4 views of one", "54.5"),
-            ("plain lr 0.006, 4 views", "51.6"),
+            ("plain from files, lr 0.006", "52.46"),
+            ("plain lr 0.006, 16 views", "53.37"),
+            ("dist w 3, lr 0.006, 16 views of two", "54.82"),
+            ("dist, lr 0.006, 4 views of one", "54.49"),
+            ("plain lr 0.006, 4 views", "51.64"),
         )
     ),
     *(
@@ -103,12 +103,8 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         for end, text in texts.items()
     ),
     *(
-        ("effect-cpu.json", gain("dist w 3, lr 0.006, 16 views of two", "plain lr 0.006, 16 views", end), text, FRONT)
-        for end, text in (("mean", "1.4"), ("low", "0.6"), ("high", "2.3"))
-    ),
-    *(
-        ("effect-cpu.json", gain("dist, lr 0.006, 4 views of one", "plain lr 0.006, 4 views", end), text, FRONT)
-        for end, text in (("mean", "2.8"), ("low", "1.8"), ("high", "3.9"))
+        ("effect-cpu.json", gain("dist, lr 0.006, 4 views of one", "plain lr 0.006, 4 views", end), text, METHODS)
+        for end, text in (("mean", "2.85"), ("low", "1.84"), ("high", "3.85"))
     ),
     *(
         ("effect-cpu.json", gain("plain lr 0.006, 4 views", "plain lr 0.006, 16 views", end), text, METHODS)
@@ -156,6 +152,24 @@ def test_figures_are_the_results(file: str, find: Callable[[Any], float], text: 
     assert float(f"{value:.{digits}g}") == written, f"{file} says {value}"
     for page in pages:
         assert re.search(rf"(?<![\d.]){re.escape(text)}(?![\d.]*\d)", TEXTS[page]), f"{page} does not say {text}"
+
+
+WITHDRAWN = (
+    "published gains.{0,20} met|makes? seeds agree|teachers? adds? [0-9.]+ points|above those that had all labels"
+)
+"""Claims about quality that the study of CamVid does not support: no control, one judging clip, short runs."""
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_page_repeats_a_withdrawn_claim(page: str) -> None:
+    assert not re.search(WITHDRAWN, " ".join(TEXTS[page].split()))
+
+
+@pytest.mark.parametrize("page", FRONT)
+def test_front_pages_claim_no_gain_in_quality(page: str) -> None:
+    text = " ".join(TEXTS[page].split())
+    assert "labels in the teacher's place" in text, "the control is named wherever the gain is"
+    assert not re.search(r"mIoU[^.]*\d\d\.\d", text), "no mIoU on a front page until a control is beside it"
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -34,7 +34,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         torch.manual_seed(5)
         model = build_model("kdcache:tiny", len(samples.classes)).eval()
         path = tmp_path_factory.mktemp("store") / "cache.zarr"
-        chosen = BuildOptions(size=(32, 48), batch_size=4, shard_records=4, **options)
+        chosen = BuildOptions(**{"size": (32, 48), "views": 1, "batch_size": 4, "shard_records": 4, **options})
         build_cache(samples, Teacher(model, "test"), path, chosen)
         return path
 
@@ -78,8 +78,11 @@ def test_every_reader_reads_every_record(store: Cache, monkeypatch: pytest.Monke
     verify = run.verify
     monkeypatch.setattr(run, "verify", lambda *words: (verified.append(words[0]), verify(*words)))
     told = table(store, *READERS)
-    here = [row for row in told.rows if row.name != "tensorstore" or find_spec("tensorstore")]
+    absent = {"tensorstore", "zarrs"} - {name for name in ("tensorstore", "zarrs") if find_spec(name)}
+    absent |= set() if hasattr(zarr.core.codec_pipeline, "FusedCodecPipeline") else {"fused"}
+    here = [row for row in told.rows if row.name not in absent]
     assert [row.name for row in told.rows] == list(READERS)
+    assert all(row.problem for row in told.rows if row.name in absent)
     assert verified == [row.title for row in here]
     paces = {row.name: row.pace for row in here}
     for row in here:
@@ -90,6 +93,94 @@ def test_every_reader_reads_every_record(store: Cache, monkeypatch: pytest.Monke
         assert pace.per_second == pytest.approx(1e3 / pace.time.p50)
         assert ratios["zarr"] == pytest.approx(pace.per_second / paces["zarr"].per_second)
         assert ratios["decoder"] == pytest.approx(pace.per_second / paces["decoder"].per_second)
+
+
+DEFAULT, ZARRS = "BatchedCodecPipeline", "ZarrsCodecPipeline"
+FUSED = "FusedCodecPipeline"
+
+
+def pipelines_used(cache: Cache, monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
+    """The pipelines that read, in the order of their first record."""
+    used = []
+
+    def watch(kind: type[Any]) -> None:
+        read = kind.read
+
+        async def noted(self: Any, *words: Any, **options: Any) -> Any:
+            used.append(type(self).__name__)
+            return await read(self, *words, **options)
+
+        monkeypatch.setattr(kind, "read", noted)
+        if hasattr(kind, "read_sync"):  # the fused one's way where nothing waits
+            read_sync = kind.read_sync
+
+            def noted_sync(self: Any, *words: Any, **options: Any) -> Any:
+                used.append(type(self).__name__)
+                return read_sync(self, *words, **options)
+
+            monkeypatch.setattr(kind, "read_sync", noted_sync)
+
+    modules = [zarr.core.codec_pipeline, pytest.importorskip("zarrs")]
+    for name in (DEFAULT, ZARRS, FUSED):
+        for module in modules:
+            if hasattr(module, name):
+                watch(getattr(module, name))
+    table(cache, *names)
+    return list(dict.fromkeys(used))
+
+
+def test_each_reader_of_zarr_python_has_its_own_pipeline(store: Cache, monkeypatch) -> None:
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):  # what a user's environment may say
+        assert pipelines_used(store, monkeypatch, "direct", "zarr") == [DEFAULT]
+    assert pipelines_used(store, monkeypatch, "zarrs") == [DEFAULT, ZARRS]  # the first draws the records
+
+
+@pytest.mark.skipif(not hasattr(zarr.core.codec_pipeline, FUSED), reason=f"zarr {zarr.__version__} has no {FUSED}")
+def test_the_fused_pipeline_reads_where_zarr_has_one(store: Cache, monkeypatch) -> None:
+    assert FUSED in pipelines_used(store, monkeypatch, "fused")
+
+
+def test_pipelines_that_ran_are_compared_with(store: Cache) -> None:
+    pytest.importorskip("zarrs")
+    told = table(store, "direct", "zarr", "zarrs")
+    direct, _, zarrs = told.rows
+    assert told.ratios(direct)["zarrs"] == pytest.approx(direct.pace.per_second / zarrs.pace.per_second)
+    assert set(told.ratios(direct)) == {"decoder", "zarr", "zarrs"}
+
+
+ABSENT: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], str]] = {
+    "zarrs": (
+        "zarrs",
+        lambda monkeypatch: monkeypatch.setitem(sys.modules, "zarrs.pipeline", None),
+        "not installed (pip install zarrs)",
+    ),
+    "an older zarr": (
+        "fused",
+        lambda monkeypatch: monkeypatch.setattr(readers, "codec_pipeline", object()),
+        f"zarr {zarr.__version__} has none (3.3 and later do, on Python 3.12 or later)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "remove", "reason"), ABSENT.values(), ids=ABSENT)
+def test_a_pipeline_that_is_not_there_is_left_out_by_name(store: Cache, monkeypatch, name, remove, reason) -> None:
+    remove(monkeypatch)
+    told = table(store, "memcpy", name)
+    assert told.rows[0].pace is not None
+    assert (told.rows[1].name, told.rows[1].pace, told.rows[1].problem) == (name, None, reason)
+    assert name not in told.ratios(told.rows[0])
+
+
+def test_zarrs_does_not_fall_back_to_what_it_is_compared_with(store: Cache, monkeypatch) -> None:
+    pipeline = pytest.importorskip("zarrs.pipeline")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("unsupported codec")
+
+    monkeypatch.setattr(pipeline, "CodecPipelineImpl", refuse)
+    (row,) = table(store, "zarrs").rows
+    assert row.pace is None
+    assert row.problem == "not for this layout: unsupported codec"
 
 
 def test_what_is_absent_gives_no_ratio(store: Cache) -> None:

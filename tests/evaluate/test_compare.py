@@ -6,7 +6,10 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kdcache.data import fold_alone, open_split
-from kdcache.errors import KDCacheError, MismatchError, ModelError, RecipeError
+from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
 from kdcache.evaluate import evaluate_model
-from kdcache.evaluate.compare import CompareOptions, compare
+from kdcache.evaluate.compare import CompareOptions, adjust_rows, choose_baseline, comparable_split, compare
+from kdcache.evaluate.compare_tables import legend
 from kdcache.evaluate.comparison import Comparison, Row
 from kdcache.evaluate.cost import Cost
-from kdcache.evaluate.evaluation import Judging, memory_errors
+from kdcache.evaluate.evaluation import Judging, data_digest, memory_errors
+from kdcache.evaluate.groups import Group
+from kdcache.evaluate.runs import Run
+from kdcache.evaluate.spread import Difference, Spread
 from kdcache.models.run import load_run
 
 QUICK = CompareOptions(repeats=0)
@@ -69,6 +76,8 @@ def test_the_numbers_are_those_of_the_runs(world: Path, derive: Callable[..., Pa
     assert [gap.mean for gap in kl.class_differences] == pytest.approx(
         [a.mean - b.mean for a, b in zip(kl.iou, none.iou, strict=True)], nan_ok=True
     )
+    tested = [gap for gap in kl.class_differences if not math.isnan(gap.p)]
+    assert {gap.comparisons for gap in tested} == {len(tested)}
     assert kl.cost.parameters == none.cost.parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -202,6 +211,49 @@ def test_the_teacher_stands_apart(world: Path, derive: Callable[..., Path]) -> N
     assert comparison.best(lambda row: row.miou.mean) == comparison.rows[0].miou.mean < comparison.rows[1].miou.mean
 
 
+def test_verdicts_of_all_rows_are_adjusted_together() -> None:
+    """Students among themselves, their classes among themselves; the teacher is no contestant."""
+
+    def judged(name: str, *p: float, teacher: bool = False) -> Row:
+        total, *classes = (Difference("none", 0.1, 0.05, 3, paired=True, p=one, adjusted=one) for one in p)
+        nothing = Spread(0.5, math.nan, 1)
+        cost = Cost((1, 1), 1, 2, None)
+        return Row(
+            name, "m", {}, (), nothing, nothing, nothing, (nothing,) * 2, total, tuple(classes), cost, teacher, False
+        )
+
+    none = replace(judged("none", 1.0), difference=None, class_differences=())
+    rows = (
+        judged("a", 0.01, 0.01, 0.2),
+        none,
+        judged("t", 0.001, 0.3, 0.3, teacher=True),
+        judged("b", 0.04, 0.3, 0.012),
+    )
+    a, same, teacher, b = adjust_rows(rows)
+    assert (same, teacher) == (none, rows[2])
+    assert [(one.difference.comparisons, one.difference.adjusted) for one in (a, b)] == [(2, 0.02), (2, 0.04)]
+    assert [gap.comparisons for one in (a, b) for gap in one.class_differences] == [4] * 4
+    assert [gap.adjusted for one in (a, b) for gap in one.class_differences] == pytest.approx([0.04, 0.4, 0.4, 0.04])
+
+
+def test_what_makes_numbers_worth_little_is_said(world: Path, derive: Callable[..., Path]) -> None:
+    run = world / "runs/none-1"
+    weights = load_file(run / "best.safetensors")
+    weights["classifier.weight"].zero_()
+    weights["classifier.bias"].zero_()
+    weights["classifier.bias"][2] = 1
+    save_file(weights, run / "best.safetensors")
+    for seed in (0, 1):
+        copy = derive(f"kl-{seed}", method="kl")
+        (copy / "recipe.toml").write_text((copy / "recipe.toml").read_text().replace("seed = 0", f"seed = {seed}"))
+    found = compare([world / "runs"], options=QUICK)
+    alike, note = found.notes
+    assert alike.startswith("the 2 runs of kl score exactly alike")
+    assert note.startswith("1 of 2 runs of none collapsed: ")
+    assert f"{run} predicts {found.class_names[2]} alone" in note
+    assert note in legend(found)
+
+
 def test_each_model_has_its_own_baseline(world: Path, derive: Callable[..., Path]) -> None:
     derive("kl-0", method="kl", lr=0.002)
     derive("other-0", method="none", lr=0.002)
@@ -216,6 +268,20 @@ def test_each_model_has_its_own_baseline(world: Path, derive: Callable[..., Path
         named = rows(compare([world / "runs"], options=options(baseline=name)))
         assert {name for name, row in named.items() if row.difference is None} == {far}
         assert {name for name, row in named.items() if row.baseline} == {far}
+
+
+def test_a_teacher_is_measured_against_the_only_baseline_there_is() -> None:
+    def group(name: str, method: str, **about: bool) -> Group:
+        return Group(name, (Run(name, None, {"method": method, "model": "m"}),), {}, **about)
+
+    teacher, one, two = group("t", "none", teacher=True), group("a", "none"), group("b", "none")
+    student = group("kl", "kl")
+    assert choose_baseline(teacher, [one, student, teacher]) is one
+    assert choose_baseline(teacher, [one, two, student, teacher]) is None
+    assert choose_baseline(teacher, [student, teacher]) is None
+    assert choose_baseline(student, [student, teacher]) is None
+    assert choose_baseline(one, [one, two], "a") is None
+    assert choose_baseline(two, [one, two], "a") is one
 
 
 def test_each_run_on_the_fold_that_it_left_out(world: Path, derive: Callable[..., Path]) -> None:
@@ -237,6 +303,50 @@ def test_each_run_on_the_fold_that_it_left_out(world: Path, derive: Callable[...
     assert apart.miou.mean == evaluate_model(model, open_split(world / "data", "train"), about.size).miou
     with pytest.raises(RecipeError, match="all samples"):
         compare([world / "runs/none-0"], str(world / "data"), "train", options(own_fold=True))
+
+
+def test_a_folds_teacher_is_judged_on_its_fold_alone(world: Path, derive: Callable[..., Path]) -> None:
+    """Its training part would flatter it."""
+    students = [derive(f"cv-{fold}", fold=f"{fold}/2", noise=0.1) for fold in (0, 1)]
+    teacher = Path(shutil.move(derive("big", fold="1/2", method="big", noise=0.2), world / "teacher"))
+    found = compare(students, str(world / "data"), "train", options(own_fold=True, teacher=str(teacher)))
+    (score,) = found.rows[1].runs
+    split = open_split(world / "data", "train")
+    model, about = load_run(teacher)
+    own, others, whole = (
+        evaluate_model(model, part, about.size) for part in (fold_alone(split, 1, 2), fold_alone(split, 0, 2), split)
+    )
+    assert found.rows[1].teacher
+    assert score.metrics == own
+    assert len({own.miou, others.miou, whole.miou}) == 3
+
+
+def test_each_fold_has_data_of_its_own(world: Path, derive: Callable[..., Path]) -> None:
+    """An evaluation on one fold is no evaluation on another, whoever trained the weights."""
+    runs = [derive(f"cv-{fold}", fold=f"{fold}/2") for fold in (0, 1)]
+    compare(runs, str(world / "data"), "train", options(own_fold=True))
+    said = [json.loads((run / f"evaluation-train-fold-{fold}-of-2.json").read_text()) for fold, run in enumerate(runs)]
+    split = open_split(world / "data", "train")
+    assert [one["data_sha256"] for one in said] == [data_digest(fold_alone(split, fold, 2)) for fold in (0, 1)]
+    assert said[0]["data_sha256"] != said[1]["data_sha256"] != data_digest(split)
+    assert [one["fold"] for one in said] == ["0/2", "1/2"]
+    # The weights are the same: what is kept of fold 0, brought to the run that left out fold 1, is not taken.
+    (runs[1] / "evaluation-train-fold-1-of-2.json").unlink()
+    shutil.copy(runs[0] / "evaluation-train-fold-0-of-2.json", runs[1] / "evaluation-train-fold-1-of-2.json")
+    (row,) = compare(runs, str(world / "data"), "train", options(own_fold=True)).rows
+    assert [one.reused for one in row.runs] == [True, False]
+
+
+def test_cost_is_that_of_each_rows_own_size(world: Path, derive: Callable[..., Path]) -> None:
+    small = derive("kl-0", method="kl", size=[24, 32])
+    about = json.loads((small / "model.json").read_text())
+    (small / "model.json").write_text(json.dumps(about | {"size": [24, 32]}))
+    found = rows(compare([world / "runs"], options=QUICK))
+    large, half = found["none"].cost, found["kl"].cost
+    assert (large.size, half.size) == ((48, 64), (24, 32))
+    assert large.flops == pytest.approx(4 * half.flops, rel=0.05)
+    (one, two) = compare([world / "runs"], options=options(Judging(size=(32, 48)))).rows
+    assert one.cost.size == two.cost.size == (32, 48)
 
 
 def test_a_model_that_no_run_has_trained(world: Path) -> None:
@@ -351,3 +461,13 @@ def test_too_large_a_batch_is_told_with_a_smaller_one(error: Exception) -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes"), memory_errors("cpu", 8):
         raise RuntimeError("shapes do not fit")
+
+
+def test_data_that_is_elsewhere_is_named_with_its_recipe_and_the_flag(tmp_path: Path) -> None:
+    """A recipe's paths begin in the folder that the run was trained in."""
+    run: Any = SimpleNamespace(text=str(tmp_path / "runs/student"), settings={"val": "data/camvid"})
+    with pytest.raises(DataError) as caught:
+        comparable_split([run], None, None)
+    assert f"'data/camvid' in {run.text}/recipe.toml" in caught.value.received
+    assert "--data" in caught.value.remedy
+    assert comparable_split([run], "scenes:32x48,train=2,val=2", None).split == "val"  # the remedy

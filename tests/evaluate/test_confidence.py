@@ -110,3 +110,29 @@ def test_unlabelled_pixels_count_for_coverage_alone() -> None:
     assert sum(counts.coverage(0.5).said) == 50
     assert np.isnan(counts.coverage(0.5).total_precision)
     assert counts.calibration().ece == 0
+
+
+def test_pixels_that_do_not_count_are_in_no_count() -> None:
+    said, confidence, label = draw(2, 60)
+    counted_HW = np.arange(60) % 3 > 0
+    some, all_of_them = ConfidenceCounts(CLASSES), ConfidenceCounts(CLASSES)
+    some.update(torch.from_numpy(said), torch.from_numpy(confidence), label, counted_HW)
+    part = [torch.from_numpy(array[counted_HW]) for array in (said, confidence)]
+    all_of_them.update(*part, label[counted_HW])
+    for name in ("said_CV", "labelled_CV", "right_CV"):
+        assert (getattr(some, name) == getattr(all_of_them, name)).all()
+
+
+def test_confidence_of_a_class_is_that_of_its_labelled_pixels() -> None:
+    """Beside the precision, which is known of no other pixels."""
+    confidence = np.array([0.5, 1.0], np.float16)
+    counts = ConfidenceCounts(CLASSES)
+    counts.update(torch.zeros(2, dtype=torch.uint8), torch.from_numpy(confidence), np.array([0, 255], np.uint8))
+    assert (counts.calibration().confidence[0], counts.calibration().precision[0]) == (0.5, 1)
+
+
+def test_a_share_that_is_reached_exactly_is_enough() -> None:
+    confidence = np.array([0.25, 0.5, 0.75, 1.0], np.float16)
+    counts = ConfidenceCounts(1)
+    counts.update(torch.zeros(4, dtype=torch.uint8), torch.from_numpy(confidence), None)
+    assert [counts.quantile_thresholds(share) for share in (0.25, 0.5, 0.75, 1.0)] == [(1.0,), (0.75,), (0.5,), (0.25,)]

@@ -88,6 +88,9 @@ def test_the_fewest_settings_name_and_the_others_are_told() -> None:
     assert [group.name for group in groups] == ["none", "kl"]
     assert notes == ["rows differ also in lr"]
     assert groups[0].differs == {"method": "none", "lr": 0.01}
+    # A run from the data itself beside one from a store of it: nothing that a reader could misread.
+    _, notes = group_runs([run("a", method="none", verb="train-teacher", data="camvid"), run("b", cache="camvid.zarr")])
+    assert notes == ["rows differ also in cache"]
 
 
 def test_what_is_ignored_tells_no_rows_apart() -> None:

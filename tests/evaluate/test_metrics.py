@@ -134,3 +134,10 @@ def test_counts_are_exact_beyond_float32() -> None:
     confusion.counts += torch.tensor([[2**53, 1], [0, 2**30]])
     confusion.update(torch.tensor([0]), torch.tensor([0]))
     assert int(confusion.counts[0, 0]) == 2**53 + 1
+
+
+def test_an_id_that_is_no_class_is_not_left_out_in_silence() -> None:
+    """Void is 255 alone: other ids beyond the classes are a wrong label, which would make the score look better."""
+    confusion = ConfusionMatrix(("a", "b"))
+    with pytest.raises(RuntimeError):
+        confusion.update(torch.tensor([0, 1]), torch.tensor([0, 2], dtype=torch.uint8))

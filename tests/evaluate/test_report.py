@@ -26,7 +26,7 @@ from kdcache.evaluate.report.summary import headline, ticks
 from kdcache.evaluate.report.teacher import lost_classes
 from kdcache.evaluate.report.training import LITTLE, MUCH, judge, read_norms
 from kdcache.evaluate.runs import Run
-from kdcache.evaluate.spread import Difference, Spread
+from kdcache.evaluate.spread import Difference, Interval, Spread, adjust
 
 CLASSES = ("road", "car", "sky")
 NAN = math.nan
@@ -170,6 +170,15 @@ def test_the_page_is_whole(tmp_path: Path) -> None:
     assert "@import" not in text
 
 
+def test_what_is_no_result_says_so_below_the_title() -> None:
+    for data, smoke, wanted in (("camvid", False, 0), ("scenes", False, 1), ("camvid", True, 1)):
+        found = parsed(comparison(data=data, smoke=smoke))
+        notes = [attributes for attributes in found.named("p") if attributes.get("class") == "banner"]
+        assert [note["role"] for note in notes] == ["note"] * wanted
+        before, _, _ = found.text.partition("Did distillation help?")
+        assert ("nothing about any data set, model or method" in before) == bool(wanted)
+
+
 def test_numbers_for_programs() -> None:
     found = comparison((*ROWS, row("empty", (NAN, NAN, NAN))), notes=("</script>",))
     block = re.search(r'<script type="application/json" id="comparison">(.*?)</script>', page(found, [], title="A"))
@@ -224,7 +233,11 @@ def test_only_its_own_script_runs() -> None:
         (0.02, 0.03, "Not shown.", "interval \u22121.00 to +5.00"),
         (0.02, NAN, "It looks so, but one run shows little.", "2.00 points more than \u201cnone\u201d."),
         (-0.02, NAN, "It does not look so, but one run shows little.", "2.00 points less"),
-        (0.0, NAN, "It does not look so, but one run shows little.", "as much as"),
+        (0.0, NAN, "No difference.", "as much as"),
+        (0.00004, NAN, "No difference.", "as much as"),
+        (-0.00004, 0.00001, "No difference.", "as much as"),
+        (0.00001, 0.03, "No difference.", "as much as \u201cnone\u201d (95 % interval \u22123.00 to +3.00)"),
+        (0.00006, NAN, "It looks so, but one run shows little.", "0.01 points more than"),
     ],
 )
 def test_the_headline_is_honest(gap: float, half: float, answer: str, words: str) -> None:
@@ -235,11 +248,101 @@ def test_the_headline_is_honest(gap: float, half: float, answer: str, words: str
     assert words in sentence
 
 
+def many(*gaps: tuple[float, float]) -> Comparison:
+    """Rows kl0, kl1, ... of (difference, p), adjusted together; the first has the highest mIoU."""
+    found = adjust(
+        [
+            Difference(
+                "none", gap, NAN if math.isnan(p) else abs(gap) * (0.5 if p < 0.05 else 2), 3, True, p=p, adjusted=p
+            )
+            for gap, p in gaps
+        ]
+    )
+    rows = [
+        replace(row(f"kl{place}", (0.9 - 0.01 * place, 0.5, 0.4), 0.0), difference=gap)
+        for place, gap in enumerate(found)
+    ]
+    return comparison((*rows, ROWS[2]))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "answer", "words"),
+    [
+        (((0.02, 0.01), (0.03, 0.02)), "Yes.", "2 above (2 comparisons, adjusted by Holm)."),
+        (((0.02, 0.04), (0.03, 0.04)), "Not shown.", "2 within noise (2 comparisons"),
+        (((0.02, 0.001), (0.01, 0.3), (-0.01, 0.4)), "Yes, in 1 of 3 rows.", "1 above, 2 within noise"),
+        (((0.02, 0.3), (-0.03, 0.001)), "No, in 1 of 2 rows.", "1 below, 1 within noise"),
+        (((-0.02, 0.001), (-0.03, 0.001)), "No.", "2 below"),
+        (((0.02, 0.001), (-0.03, 0.001)), "For some rows.", "1 above, 1 below"),
+        (((0.02, NAN), (0.03, NAN)), "It looks so, but one run shows little.", "2 of too few runs to tell."),
+        (((-0.02, NAN), (-0.03, NAN)), "It does not look so, but one run shows little.", "2 of too few"),
+        (((0.02, NAN), (-0.03, NAN)), "Unknown: the rows disagree, and one run shows little.", "2 of too few"),
+        (((0.02, NAN), (0.0, NAN)), "Unknown: the rows disagree, and one run shows little.", "1 equal to it."),
+        (((0.0, NAN), (0.00004, NAN)), "No difference.", "2 equal to it."),
+        (((0.02, NAN), (0.01, 0.2)), "Not shown.", "1 within noise, 1 of too few"),
+    ],
+)
+def test_the_answer_is_over_all_rows(gaps: tuple, answer: str, words: str) -> None:
+    """A best row that is above noise by itself does not answer for the others."""
+    found, sentence, _ = headline(many(*gaps))
+    assert found == answer
+    assert f"Of {len(gaps)} rows measured against a baseline: " in sentence
+    assert words in sentence
+    assert "The best row, \u201ckl0\u201d, reaches 60.00 % mIoU" in sentence
+
+
 def test_the_headline_speaks_of_the_best_row_and_its_company() -> None:
     _, sentence, more = headline(comparison())
     assert "\u201ckl\u201d" in sentence
-    assert any("Of 2 rows with a baseline 1 is above it. The best of several" in text for text in more)
+    assert any("The best of several is chosen for its luck" in text for text in more)
     assert any("The teacher itself reaches 68.67 %, 8.67 points more" in text for text in more)
+
+
+def collapsed(name: str, gap: float | None, place: int = 0, **about: bool) -> Row:
+    """A row whose one run predicts one class alone, of 60, 30 and 10 labelled pixels."""
+    counts = (60, 30, 10)
+    iou = [0.0, 0.0, 0.0]
+    iou[place] = counts[place] / 100
+    acc = tuple(float(number == place) for number in range(3))
+    metrics = Metrics(CLASSES, tuple(iou), acc, counts, sum(iou) / 3, 1 / 3, counts[place] / 100)
+    found = row(name, iou, gap, **about)
+    return replace(found, runs=(replace(found.runs[0], metrics=metrics),))
+
+
+@pytest.mark.parametrize(
+    ("gap", "place", "answer"), [(0.0, 0, "No difference."), (-0.1, 1, "Unknown: nothing was learnt.")]
+)
+def test_two_collapsed_rows_are_said_to_be_collapsed(gap: float, place: int, answer: str) -> None:
+    rows = (collapsed("kl", gap, place), collapsed("none", None, is_baseline=True))
+    found, sentence, more = headline(comparison(rows))
+    assert found == answer
+    assert f"\u201ckl\u201d collapsed: it predicts {CLASSES[place]} alone (mIoU {(20, 10)[place]}.00 %)." in sentence
+    assert "\u201cnone\u201d collapsed: it predicts road alone" in sentence
+    assert "looks" not in found + sentence + " ".join(more)
+
+
+def test_one_collapsed_row_is_named_beside_the_answer() -> None:
+    found, sentence, more = headline(comparison((ROWS[0], collapsed("none", None, is_baseline=True))))
+    assert found == "Yes."
+    assert "collapsed" not in sentence
+    assert more[0] == "\u201cnone\u201d collapsed: it predicts road alone (mIoU 20.00 %)."
+    _, _, more = headline(comparison((collapsed("kl", -0.4), ROWS[0], ROWS[2])))
+    assert more[0].startswith("\u201ckl\u201d collapsed")
+
+
+def test_one_row_says_what_pairing_bought() -> None:
+    free = Interval(0.02, 0.015, 0.03)
+    gap = Difference("none", 0.02, 0.01, 3, paired=True, p=0.01, correlation=0.1234, unpaired=free, adjusted=0.01)
+    _, _, more = headline(comparison((replace(ROWS[0], difference=gap), ROWS[2])))
+    told = " ".join(more)
+    assert "3 pairs of runs" in told
+    assert "Not paired by seed, the interval is +0.50 to +3.50. The correlation of the pairs is 0.12" in told
+
+
+def test_the_page_has_what_the_verdicts_stand_on() -> None:
+    shown = parsed(many((0.02, 0.01), (0.03, 0.04)))
+    for words in ("What the verdicts stand on", "p by Holm", "0.020", "2 comparisons", "verdicts are adjusted for 2"):
+        assert words in shown.text
 
 
 @pytest.mark.parametrize("rows", [ROWS[2:3], (ROWS[2], ROWS[3]), (row("kl", (NAN, NAN, NAN), NAN),)])

@@ -99,3 +99,10 @@ def test_an_evaluation_as_markdown() -> None:
     assert text.startswith("# student\n\nmIoU ")
     assert percent(found.aacc) in text.splitlines()[2]
     assert [cells(line)[0] for line in text.splitlines()[6:]] == list(NAMES)
+
+
+def test_a_name_makes_no_row_of_its_own() -> None:
+    from kdcache.evaluate import markdown_table
+
+    table = markdown_table(("class", "IoU %"), [("road |\n| sky | 99.9 |\r\x85\u2028", "1.00")])
+    assert len(table.splitlines()) == 3

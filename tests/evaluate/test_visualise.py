@@ -14,9 +14,10 @@ from PIL import Image
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.evaluate import gallery, score_pictures
+from kdcache.evaluate.banner import banner
 from kdcache.evaluate.gallery import file_part, folder_names, shorten
 from kdcache.evaluate.metrics import ConfusionMatrix
-from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, colour_ids
+from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, colour_ids, save_figure
 from kdcache.evaluate.visualise import Visualised, VisualiseOptions, visualise
 
 NAME = re.compile(r"(success_rank|failure_rank|chosen)(\d+)_([\w.-]+)_iou(\d\.\d{4})\.png")
@@ -31,7 +32,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
         seen.append((title, {"legend": legend, **dict(pictures), "names": [name for name, _ in pictures]}))
         return title
 
-    def touch(_: object, path: Path) -> None:
+    def touch(_: object, path: Path, above: str | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
 
@@ -62,6 +63,40 @@ def test_real_pictures(world: Path) -> None:
         if path.suffix == ".png":
             with Image.open(path) as picture:
                 assert np.asarray(picture).std() > 5  # not an empty sheet
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_pictures_of_a_smoke_run_say_so(world: Path, monkeypatch: pytest.MonkeyPatch, smoke: bool) -> None:
+    """Every picture, the text and the summary; none of them otherwise."""
+    said: list[str | None] = []
+    for module in ("gallery", "visualise"):
+        monkeypatch.setattr(f"kdcache.evaluate.{module}.save_figure", lambda figure, path, above: said.append(above))
+    monkeypatch.setattr(gallery, "panels", lambda *given: None)
+    make(world, "none-0", "none-1", best=1, worst=1, smoke=smoke)
+    wanted = banner("data", smoke)
+    assert said == [wanted] * (2 * (2 + 3) + 3)
+    texts = [world / "out/none-0/evaluation_metrics.txt", world / "out/visualise.json"]
+    assert [("Smoke run" in path.read_text()) for path in texts] == [smoke, smoke]
+
+
+def test_a_banner_takes_room_of_its_own(tmp_path: Path) -> None:
+    """The picture grows by red lines at its top; what was there stays as large."""
+
+    def drawn(above: str | None) -> np.ndarray:
+        figure = score_pictures.draw_confusion(np.eye(3, dtype=int), ["a", "b", "c"], "title")
+        save_figure(figure, tmp_path / "x.png", above)
+        with Image.open(tmp_path / "x.png") as picture:
+            return np.asarray(picture.convert("RGB")).astype(int)
+
+    plain, banned = drawn(None), drawn(banner("scenes", True))
+    strip = len(banned) - len(plain)
+    assert strip > 40
+    assert banned.shape[1] == plain.shape[1]
+    red = (banned[..., 0] - banned[..., 1:].max(2) > 100).any(1)
+    assert red[:strip].any()
+    assert not red[strip + 10 :].any()
+    blue = [(picture[..., 2] - picture[..., 0] > 60).any(0).sum() for picture in (plain, banned)]
+    assert abs(blue[0] - blue[1]) < 0.05 * blue[0]
 
 
 def test_names_ranks_and_scores(world: Path, drawn: list) -> None:

@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(11)
     teacher = Teacher(build_model("kdcache:tiny", len(samples.classes)).eval(), "test")
     path = tmp_path_factory.mktemp("store") / "cache.zarr"
-    build_cache(samples, teacher, path, BuildOptions(size=(32, 48), batch_size=4))
+    build_cache(samples, teacher, path, BuildOptions(size=(32, 48), views=1, batch_size=4))
     return path
 
 

@@ -22,6 +22,7 @@ from kdcache_kernels import (
     ops,
     pack,
     target_argmax_confidence,
+    topk,
 )
 
 C, SIZE = 5, (8, 8)
@@ -175,6 +176,30 @@ def test_packed_target_refuses(name, arguments, kind):
 def test_other_functions_refuse(call, kind):
     with pytest.raises(kind):
         call()
+
+
+META = TARGET.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("student_logits_BChw", lambda impl: distill_loss(LOGITS.to("meta"), LABELS.to("meta"), impl=impl)),
+        ("student_logits_BChw", lambda impl: distill_loss(LOGITS.to("meta"), LABELS.to("meta"), META, impl=impl)),
+        ("logits_BChw", lambda impl: pack(LOGITS.to("meta"), 2, impl=impl)),
+        ("logits_BChw", lambda _: gradient_error(LOGITS.to("meta"), 2, 1.0, SIZE)),
+        ("values", lambda impl: densify(META.values, None, None, C, impl=impl)),
+        ("values", lambda impl: target_argmax_confidence(TARGET.to("meta"), SIZE, impl=impl)),
+        ("labels_BHW", lambda _: distill_denominators(LABELS.to("meta"), num_classes=C)),
+    ],
+)
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_device_without_float64_is_refused(name, call, impl, monkeypatch):
+    """Apple's MPS raises a bare TypeError over it; here the meta device stands for it."""
+    assert "mps" in topk.NO_FLOAT64
+    monkeypatch.setattr(topk, "NO_FLOAT64", ("meta",))
+    with pytest.raises(ShapeError, match=rf"{name} is on a device that has float64.*\n.*meta\n.*to the CPU"):
+        call(impl)
 
 
 def test_message_layout_and_pickle():

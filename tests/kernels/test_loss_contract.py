@@ -181,9 +181,7 @@ def compare(case: Case, backend) -> None:
 
 
 COMMON = {
-    "derandomize": True,
     "deadline": None,
-    "database": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
 

@@ -137,6 +137,42 @@ def test_value_ranges(distill_loss, scale, device):
     assert ((z.grad - expected[1]).abs().max() / expected[1].abs().max()).item() <= allowed
 
 
+@pytest.mark.parametrize("span", [60.0, 79.0, 81.0, 100.0, 130.0, 159.0, 200.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("wide", ["student", "target"])
+def test_logits_that_span_more_than_exponentials_can(distill_loss, span, temperature, wide, device):
+    """Around the 80 nats up to which kernels leave out the maximum: a loss of 130 nats is not 88."""
+    z = torch.zeros(1, 3, 2, 2)
+    z[0, 1], z[0, 2] = -span, -span / 2
+    t = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    student, teacher = (z, t) if wide == "student" else (t, z)
+    student = student.to(device).requires_grad_()
+    target = make_target(teacher.to(device), 3, (8, 8))
+    labels = torch.ones(1, 8, 8, dtype=torch.uint8, device=device)  # the class of the lowest logit
+    parts = distill_loss(student, labels, target, kl_weight=1.0, temperature=temperature)
+    parts.loss.backward()
+    expected = oracle(student, labels, target, ce_weight=1.0, kl_weight=1.0, temperature=temperature)
+    assert parts.loss.item() == pytest.approx(expected[0].item(), rel=2e-6)
+    assert ((student.grad - expected[1]).abs().max() / expected[1].abs().max()).item() <= 2e-6 + 2e-7 * span
+    if wide == "student":
+        assert parts.ce.item() == pytest.approx(span, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 9), (2, 3)], ids=["cells", "tiles", "pixels"])
+@pytest.mark.parametrize("scale", [1.0, 4.0, 12.0])
+def test_the_shared_value_of_many_missing_classes(distill_loss, size, scale, device):
+    """163 classes share one rounding of float32, so the bound is wider than elsewhere: as `distill_loss` says."""
+    generator = torch.Generator().manual_seed(round(scale))
+    t, noise = (torch.randn(1, 171, 2, 3, generator=generator) for _ in range(2))
+    target = make_target((t * scale).to(device), 8, size)
+    for z in (torch.zeros_like(t), noise.clone(), noise * scale):
+        z = z.to(device)
+        parts = distill_loss(z, None, target, size=size, ce_weight=0.0, kl_weight=1.0, temperature=4.0)
+        labels = torch.zeros(1, *size, dtype=torch.uint8, device=device)
+        exact = oracle(z, labels, target, ce_weight=0.0, kl_weight=1.0, temperature=4.0)[0].item()
+        assert abs(parts.kl.item() - exact) <= 2e-6 * exact + 2e-6 * 4.0**2
+
+
 @pytest.mark.parametrize("distill_void", [True, False])
 @pytest.mark.parametrize("gate", [torch.float32, torch.uint8, torch.bool], ids=str)
 def test_gate_void_and_class_weight(distill_loss, distill_void, gate, device):

@@ -100,8 +100,56 @@ def test_a_non_finite_logit_that_counts(distill_loss, bad, windowed, where, devi
 
     seen = distill_loss(spoilt, y, target, **options)
     assert seen.loss.isnan()
-    assert torch.autograd.grad(seen.loss, spoilt)[0].isnan().any()
+    assert torch.autograd.grad(seen.loss, spoilt)[0].isnan().all()
     assert seen.ce.isnan() == (where == "student")
+
+
+@pytest.mark.parametrize(
+    "cause", ["student", "target", "tail", "gate", "ce_weight", "kl_weight", "ce_denominator", "infinite weight"]
+)
+def test_a_loss_that_is_not_finite_has_a_gradient_of_nan_everywhere(distill_loss, cause, device):
+    """Also at the lost logit and in an image that counts nothing: no optimiser goes on with half a gradient."""
+    z, y, target = make(device, k=2)
+    y[1] = 255
+    nan = torch.tensor(torch.nan, device=device)
+    options = {"kl_weight": 1.0, "temperature": 2.0, "distill_void": False}
+    if cause == "student":
+        z.data[0, 1, 2, 2] = torch.inf
+    elif cause == "target":
+        target.values[0, 0, 1, 1] = torch.nan
+    elif cause == "tail":
+        target.tail[0, 3, 3] = torch.nan
+    elif cause == "gate":
+        options["pixel_weight_BHW"] = torch.ones(2, *SIZE, device=device)
+        options["pixel_weight_BHW"][0, 7, 7] = torch.nan
+    elif cause == "infinite weight":
+        options["ce_weight"] = torch.tensor(torch.inf, device=device)
+    else:
+        options[cause] = nan
+    parts = distill_loss(z, y, target, **options)
+    assert not parts.loss.isfinite()
+    for upstream in (1.0, 0.0, 2.0**16):
+        (gradient,) = torch.autograd.grad(parts.loss * upstream, z, retain_graph=True)
+        assert gradient.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # numpy's, in Triton's interpreter
+@pytest.mark.parametrize("size", [(16, 16), (4, 4), (13, 11)], ids=["cells", "pixels", "tiles"])
+def test_one_class_teaches_nothing(distill_loss, size, device):
+    """Its probability is 1 whatever its logit: exactly 0, and still NaN where a logit is."""
+    generator = torch.Generator().manual_seed(3)
+    z = (torch.randn(1, 1, 4, 4, generator=generator) * 5).to(device).requires_grad_()
+    target = PackedTarget(*pack(torch.randn(1, 1, 4, 4, generator=generator).to(device) * 5, 1), 1, size)
+    y = torch.zeros(1, *size, dtype=torch.uint8, device=device)
+    for temperature in (1.0, 2.0, 2.5):
+        parts = distill_loss(z, y, target, kl_weight=1.0, temperature=temperature)
+        (gradient,) = torch.autograd.grad(parts.loss, z)
+        assert [part.item() for part in parts] == [0, 0, 0]
+        assert is_zero(gradient)
+    z.data[0, 0, 1, 1] = torch.nan
+    parts = distill_loss(z, y, target, kl_weight=1.0)
+    assert [bool(part.isnan()) for part in parts] == [True] * 3
+    assert torch.autograd.grad(parts.loss, z)[0].isnan().all()
 
 
 def test_a_gate_cannot_hide_a_nan(distill_loss, device):

@@ -1,16 +1,13 @@
-"""What is particular to the CPU kernels: threads, tiles, the two layouts, the cache on disk."""
+"""What is particular to the CPU kernels: threads, tiles, the two layouts, the same bits in every process."""
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import kdcache_kernels
 from kdcache_kernels import PackedTarget, distill_loss, numba_loss, numba_loss_geometry, numba_math, pack
 from kdcache_kernels.numba_loss_geometry import Geometry, plans
 
@@ -114,36 +111,6 @@ def test_exp2_and_log2_at_their_errors():
         exact = np.log2(y.astype(np.float64))
         found = np.array([numba_math.log2(each) for each in y], np.float64)
         assert np.abs(found - exact).max() <= 2e-7 * max(1, np.abs(exact).max())
-
-
-CALL = """
-import numpy as np
-from kdcache_kernels import numba_loss_prepare
-part = np.ones((1, 2, 1, 3, 5), np.float32)
-index, fraction = np.arange(5, dtype=np.uint32)[None], np.zeros((1, 5), np.float32)
-numba_loss_prepare.from_nodes(0, 2, part, part, index, fraction, np.empty((1, 3, 2, 5), np.float32))
-print(numba_loss_prepare.__file__, sum(numba_loss_prepare.from_nodes.stats.cache_hits.values()))
-"""
-
-
-@pytest.mark.slow
-def test_machine_code_is_kept_until_any_source_changes(tmp_path):
-    package = tmp_path / "kdcache_kernels"
-    source = Path(kdcache_kernels.__file__).parent
-    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
-
-    def hits():
-        output = subprocess.run(
-            [sys.executable, "-c", CALL], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout
-        where, count = output.split()
-        assert Path(where).parent == package
-        return int(count)
-
-    assert [hits(), hits()] == [0, 1]
-    helper = package / "numba_math.py"
-    helper.write_text(helper.read_text() + "\n# changed\n")
-    assert [hits(), hits()] == [0, 1]
 
 
 LOSS = """

@@ -1,5 +1,6 @@
 """The pool of threads: every task once, errors out, safe under concurrency and after a fork."""
 
+import importlib.util
 import os
 import threading
 
@@ -80,3 +81,14 @@ def test_after_a_fork():
         threads.run(mark, 100, done)
         os._exit(0 if done == [1] * 100 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_without_forks(monkeypatch):
+    """On Windows, where os has no `register_at_fork`, the pool works as anywhere."""
+    monkeypatch.delattr(os, "register_at_fork")
+    spec = importlib.util.spec_from_file_location("threads_anew", threads.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    done = [0] * 100
+    anew.run(mark, 100, done)
+    assert done == [1] * 100

@@ -159,6 +159,26 @@ def test_gradient_error_is_what_it_says():
     assert gradient_error(logits, 4, 2.0, (1, 1)) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_gradient_error_is_over_all_pixels_of_all_images(align_corners):
+    """Resized as the head is, every image with noise of its own."""
+    logits, size = random_logits((2, 12, 3, 4), "cpu").double(), (7, 9)
+    logits[1] *= 3
+    generator = torch.Generator().manual_seed(20)
+    noise = torch.stack([torch.randn(1, 12, 3, 4, generator=generator, dtype=torch.float64)[0] for _ in range(2)])
+    kept = densify(*pack(logits, 4, impl="reference"), 12, torch.float64)
+    p, student, approximate = (
+        (torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=align_corners) / 2).softmax(1)
+        for x in (logits, logits + noise, kept)
+    )
+    expected = ((approximate - p).norm() / (student - p).norm()).item()
+    found = gradient_error(logits, 4, 2.0, size, align_corners=align_corners)
+    assert found == pytest.approx(expected, rel=1e-12)
+    logits = smooth_logits(40, 4.0, "cpu")
+    _, table = choose_k(logits, size, 40, align_corners=align_corners)
+    assert table[8] == {T: gradient_error(logits, 8, T, size, align_corners=align_corners) for T in (1.0, 2.0)}
+
+
 def test_gradient_error_of_nothing_to_learn():
     assert gradient_error(torch.zeros(1, 1, 2, 2), 1, 1.0, (4, 4)) == 0
     assert math.isnan(gradient_error(torch.full((1, 3, 2, 2), torch.nan), 1, 1.0, (4, 4)))

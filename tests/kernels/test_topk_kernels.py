@@ -180,6 +180,20 @@ def test_the_round_trip_keeps_the_distribution(backend):
     torch.testing.assert_close(1 - p.gather(1, kept).sum(1), 1 - exact.gather(1, kept).sum(1), rtol=4e-3, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0, 12.0])
+def test_what_missing_classes_share_is_rounded_once(scale, backend):
+    """To half a unit of float32 but for the sum of exponentials, and to no side: many classes share the error."""
+    num_classes = 21 if backend.interpreted else 171
+    packed = topk.pack(random_logits((1, num_classes, 6, 8), scale=scale, device=backend.device), 8)
+    exact = densify(*packed, num_classes, torch.float64, impl="reference")
+    found = densify(*packed, num_classes, impl=backend.impl)
+    unit = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf, device=backend.device)) - exact.float().abs()
+    error = found.double() - exact
+    assert (error.abs() <= unit.double() / 2 + 3e-7).all()
+    if scale == 1:
+        assert abs(error.mean().item()) <= 8e-8
+
+
 @INFINITIES
 def test_densify_what_another_writer_stored(backend):
     """Infinite or NaN values and tails come out as from the reference."""

@@ -4,24 +4,68 @@ The interpreter, in which the other tests run, takes much that the compiler refu
 constants that are none, a `tl.dot` of the wrong shape. The launches are the package's own; see benchmarks/sass.py.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+
+from kdcache_kernels import triton_cells, triton_tiles
+from kdcache_kernels.triton_common import launch_options
+
+from .triton_cases import make_problem
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sass.py"
 
 
-@pytest.mark.slow  # two minutes: what tiles becomes is long
+BRIEFLY = ["75", "89", "100", "120", "gfx90a", "gfx942"]
+"""NVIDIA's generations around the two that are looked at closely, and AMD's with 64 lanes to a warp."""
+
+
+@pytest.mark.slow  # a minute or two each: what tiles becomes is long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles(capability, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "calls"),
+    [("80", "--compile-only"), ("90", "--compile-only"), *((target, "--brief") for target in BRIEFLY)],
+)
+def test_every_kernel_compiles(target, calls, tmp_path):
     """In a process of its own: TRITON_INTERPRET is set in this one. A warning is an error there too."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "error"}
-    command = [sys.executable, str(SCRIPT), "--compile-only", "--capability", str(capability)]
+    command = [sys.executable, str(SCRIPT), calls, "--capability", target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert f"sm_{capability}: compiled" in done.stdout
+    assert f"{target}: compiled" in done.stdout
+
+
+class _Driver:
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@pytest.mark.parametrize(
+    ("target", "lanes", "limited"),
+    [
+        (GPUTarget("cuda", 90, 32), 32, True),
+        (GPUTarget("hip", "gfx942", 64), 64, False),
+        (GPUTarget("hip", "gfx1100", 32), 32, False),
+    ],
+    ids=["NVIDIA", "CDNA", "RDNA"],
+)
+@pytest.mark.parametrize("kernel", [triton_cells, triton_tiles], ids=["cells", "tiles"])
+def test_a_program_is_one_warp_and_asks_for_what_the_compiler_knows(kernel, target, lanes, limited, monkeypatch):
+    """AMD's compiler raises KeyError at `maxnreg`, and half of a warp of 64 lanes would idle over 32."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(target))
+    problem = make_problem(4, (16, 16), B=4)
+    problem = dataclasses.replace(problem, student=problem.student.to("meta"))
+    assert kernel.choose_tiling(problem).lanes == lanes
+    options = launch_options(lanes, kernel.REGISTERS, problem.student.device)
+    assert options == {"num_warps": 1, **({"maxnreg": kernel.REGISTERS} if limited else {})}
+    assert launch_options(4 * lanes, kernel.REGISTERS, problem.student.device)["num_warps"] == 4

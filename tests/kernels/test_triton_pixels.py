@@ -300,8 +300,6 @@ def cases(draw: st.DrawFn) -> LossProblem:
 @settings(
     max_examples=20 if INTERPRETED else 300,
     deadline=None,
-    derandomize=True,
-    database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(problem=cases())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdcache_kernels import PackedTarget, distill_denominators, pack, target_argmax_confidence
-from kdcache_kernels.window import full_float32, hat_matrix, resample, view_positions
+from kdcache_kernels.window import full_float32, hat_matrix, resample, view_positions, window_misses_view
 
 VIEW = (12, 20)
 WINDOWS = {
@@ -176,3 +176,23 @@ def test_full_float32_sets_and_restores():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_window_that_only_touches_the_view_misses_it():
+    """At each of its four edges, of a view that is wider than high."""
+    H, W = VIEW
+    touching = [(H, 0, H + 8, W), (0, W, H, W + 8), (-8, 0, 0, W), (0, -8, H, 0)]
+    within = [(H - 0.5, 0, H + 8, W), (0, W - 0.5, H, W + 8), (-8, 0, 0.5, W), (0, -8, H, 0.5), (0, 0, H, W)]
+    windows = torch.tensor([*touching, *within], dtype=torch.float64)
+    assert window_misses_view(windows, VIEW).tolist() == [True] * len(touching) + [False] * len(within)
+
+
+def test_denominators_count_labels_where_a_mirrored_image_shows_them():
+    """The right half of the image lies beyond the view; mirrored, it is the left one, which is void."""
+    target = PackedTarget(torch.zeros(2, 3, 2, 2, dtype=torch.float16), None, None, 3, (4, 4))
+    labels = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    labels[:, :, :2] = 255
+    window = torch.tensor([[0.0, 2, 4, 6]] * 2, dtype=torch.float64)
+    for flip, count in (([False, False], 0), ([True, False], 8), ([True, True], 16)):
+        options = {"window_B4": window, "flip_B": torch.tensor(flip), "distill_void": False}
+        assert distill_denominators(labels, target, num_classes=3, **options).kl.item() == count

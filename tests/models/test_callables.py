@@ -30,12 +30,23 @@ class Net(nn.Module):
             return {"out": y, "aux": None}
         if self.answer == "object":
             return types.SimpleNamespace(logits=y)
-        return y if self.answer == "tensor" else [y]
+        if self.answer == "logits":
+            return {"logits": y, "aux": None}
+        if self.answer == "features first":
+            return self.pool(y).flatten(1), y
+        nested = {"list": [y, y[:, :2]], "tuple": (y, None), "dict in a tuple": ({"out": y}, y[:, :2]), "nothing": ()}
+        return nested.get(self.answer, y)
 
 def build(num_classes): return Net(num_classes)
 def build_dict(num_classes): return Net(num_classes, "dict")
 def build_object(num_classes): return Net(num_classes, "object")
 def build_list(num_classes): return Net(num_classes, "list")
+def build_logits(num_classes): return Net(num_classes, "logits")
+def build_tuple(num_classes): return Net(num_classes, "tuple")
+def build_nested(num_classes): return Net(num_classes, "dict in a tuple")
+def features_first(num_classes): return Net(num_classes, "features first")
+def nothing(num_classes): return Net(num_classes, "nothing")
+def two_arguments(num_classes, width): return Net(num_classes)
 def full_size(num_classes): return Net(num_classes, stride=1)
 def own_count(num_classes=9): return Net(num_classes)
 def fixed(num_classes): return Net(4)
@@ -54,6 +65,9 @@ def attributes(num_classes):
 """
 
 
+FORMS = ["build", "build_dict", "build_logits", "build_object", "build_list", "build_tuple", "build_nested"]
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with foreign_nets.py that no import path knows of."""
@@ -68,7 +82,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("place", ["foreign_nets", "foreign_nets.py", "./foreign_nets.py", "ABSOLUTE"])
-@pytest.mark.parametrize("function", ["build", "build_dict", "build_object"])
+@pytest.mark.parametrize("function", FORMS)
 def test_forms_and_answers(here: Path, place: str, function: str) -> None:
     path = list(sys.path)
     place = place.replace("ABSOLUTE", str(here / "foreign_nets.py"))
@@ -108,6 +122,21 @@ def test_probe_leaves_no_trace(here: Path) -> None:
     model = build_model("foreign_nets:build", 5)
     assert all(module.training for module in model.modules())
     assert model.state_dict()["stem.1.num_batches_tracked"] == 0
+
+
+def test_taps_are_those_of_a_trained_network(here: Path) -> None:
+    """What runs while training alone, such as an auxiliary head, is nothing to tap, and drops nothing at random."""
+    (here / "foreign_nets.py").write_text(
+        SOURCE.replace(
+            "        y = self.classifier(self.stem(x))",
+            "        y = self.classifier(nn.functional.dropout(self.stem(x), 0.5, self.training))\n"
+            "        if self.training: self.auxiliary(y)",
+        ).replace("        self.pool =", "        self.auxiliary = nn.Conv2d(num_classes, 2, 1)\n        self.pool =")
+    )
+    network = build_model("foreign_nets:build", 5)
+    assert network.taps == ("stem", "classifier")
+    assert network.state_dict()["stem.1.num_batches_tracked"] == 0
+    assert network.get_submodule("network.auxiliary").training
 
 
 def test_taps_are_module_names_and_hooks_go_away(here: Path) -> None:
@@ -152,11 +181,13 @@ def test_state_dict_keeps_the_networks_names(here: Path) -> None:
         ("absent.py:build", "FileNotFoundError"),
         ("foreign_nets:absent", "absent is no such name"),
         ("foreign_nets:number", "number is of type int"),
-        ("foreign_nets:no_arguments", "num_classes=5"),
+        ("foreign_nets:no_arguments", "3 channels for 5 classes"),
         ("foreign_nets:no_module", r"must return a torch\.nn\.Module"),
         ("foreign_nets:fixed", "4 channels for 5 classes"),
         ("foreign_nets:native_fixed", "4 instead of 5"),
-        ("foreign_nets:build_list", "list from foreign_nets:build_list"),
+        ("foreign_nets:two_arguments", "num_classes=5"),
+        ("foreign_nets:features_first", r"Tensor of shape \(1, 5\) from foreign_nets:features_first"),
+        ("foreign_nets:nothing", "tuple from foreign_nets:nothing"),
         ("foreign_nets:breaks", "RuntimeError"),
     ],
 )

@@ -96,6 +96,15 @@ def test_weights_carry_the_description(tmp_path: Path) -> None:
         assert file.metadata()["format"] == "pt"
 
 
+def test_a_model_that_was_being_trained_is_exported_as_it_answers(tmp_path: Path) -> None:
+    model, about = trained("kdcache:tiny")
+    image = torch.rand(1, 3, 64, 96)
+    wanted = expected(model, image)
+    export_model(model.train(), about, tmp_path / "m.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(image), wanted)
+    assert not model.training
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
@@ -161,6 +170,45 @@ def test_what_cannot_be_traced_is_refused_with_the_way_out(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"kdcache:tiny: [\s\S]*--format safetensors"):
         export_model(_Untraceable(None), about, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def _written_as(monkeypatch: pytest.MonkeyPatch, answer: Any, free: tuple[int, ...] = (0, 2, 3)) -> None:
+    """Files of weights that answer `answer(own answer, image)`."""
+
+    def written(deployed: room.Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> Any:
+        path.write_bytes(b"something")
+        own = room.Deployed(deployed.model, raw=True)
+        return free, lambda image: answer(own(image), image), ""
+
+    monkeypatch.setitem(room._WRITERS, "safetensors", written)
+
+
+def test_a_file_of_any_size_is_checked_at_another_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, about = trained("kdcache:tiny")
+
+    def answer(logits: Tensor, image: Tensor) -> Tensor:
+        return logits + float(tuple(image.shape) != (1, 3, *about.size))
+
+    _written_as(monkeypatch, answer)
+    with pytest.raises(ModelError, match="answers as the model does"):
+        export_model(model, about, tmp_path / "m.safetensors")
+    _written_as(monkeypatch, answer, free=())
+    assert export_model(model, about, tmp_path / "m.safetensors").difference == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_a_difference_counts_beside_the_largest_logit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    model, about = trained("kdcache:tiny")
+    with torch.no_grad():
+        for parameter in model.get_submodule("classifier").parameters():
+            parameter.mul_(scale)
+    _written_as(monkeypatch, lambda logits, _: logits + 2e-4 * logits.abs().max())
+    with pytest.raises(ModelError, match="answers as the model does"):
+        export_model(model, about, tmp_path / "m.safetensors")
+    _written_as(monkeypatch, lambda logits, _: logits + 5e-5 * logits.abs().max())
+    assert export_model(model, about, tmp_path / "m.safetensors").relative == pytest.approx(5e-5, rel=0.02)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES.values())

@@ -93,6 +93,10 @@ def test_sizes_that_the_library_refuses_are_refused() -> None:
         assert unet(torch.zeros(1, 3, 37, 51)).logits.shape == (1, CLASSES, 37, 51)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.14."),
+    reason="torch 2.14 damages memory in the backward of a 1x1 convolution of 3 channels with a stride, on a CPU",
+)
 def test_learns_in_channels_last() -> None:
     torch.manual_seed(0)
     model = build_model("smp:unet-mobileone_s0", 2).to(memory_format=torch.channels_last)

@@ -39,6 +39,32 @@ def _ddp(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"module.{k}": v for k, v in state.items()}
 
 
+def _lightning(state: dict[str, Tensor], path: Path) -> Path:
+    """As Lightning's Trainer.save_checkpoint lays a checkpoint out."""
+    torch.save({"epoch": 1, "pytorch-lightning_version": "2.5", "state_dict": state, "hyper_parameters": {}}, path)
+    return path
+
+
+@pytest.mark.parametrize("others", [{}, {"teacher.weight": torch.ones(2)}, {"criterion.class_weight": torch.ones(3)}])
+@pytest.mark.parametrize("attribute", ["model", "student", "network", "net", "model.module"])
+def test_a_lightning_checkpoint_gives_its_network(tmp_path: Path, attribute: str, others: dict[str, Tensor]) -> None:
+    state = _state()
+    path = _lightning(
+        {**others, **{f"{attribute}.{name}": value for name, value in state.items()}}, tmp_path / "w.ckpt"
+    )
+    assert _same(read_state_dict(path), state)
+
+
+def test_a_lightning_module_of_one_network_may_call_it_anything(tmp_path: Path) -> None:
+    state = _state()
+    path = _lightning({f"segmenter.{name}": value for name, value in state.items()}, tmp_path / "w.ckpt")
+    assert _same(read_state_dict(path), state)
+    path = _lightning({"left.weight": torch.ones(2), "right.weight": torch.ones(2)}, tmp_path / "w.ckpt")
+    with pytest.raises(ModelError, match=r"left\., right\.") as caught:
+        read_state_dict(path)
+    assert "state_dict()" in caught.value.remedy
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
 @pytest.mark.parametrize(
     "wrap",
@@ -200,3 +226,27 @@ def test_digest_sees_shape_and_handles_scalars_and_bfloat16() -> None:
     assert state_digest(a) != state_digest(b)
     a.register_buffer("y", torch.tensor(1))
     assert len(state_digest(a)) == 64
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t: t.fill_(float("nan")), "NaN"),
+        (lambda t: t.index_fill(0, torch.tensor([0]), float("inf")), "infinite"),
+        (lambda t: t.double() * 1e300 + 1e300, "too large"),
+        (lambda t: t.to(torch.complex64), "complex"),
+    ],
+)
+def test_weights_are_finite_real_numbers(strict, spoil, says) -> None:
+    """Of parameters and of statistics; the model is left as it was."""
+    model = build_model("kdcache:tiny", 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, value in before.items():
+        if not value.is_floating_point():
+            continue
+        state = {**before, name: spoil(value.clone())}
+        with pytest.raises(ModelError, match=says) as caught:
+            load_weights(model, state, strict_head=strict)
+        assert name in caught.value.received
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import re
+import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +16,9 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec, GzipCodec
 
-from kdcache.errors import KDCacheError
+from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import open_cache, open_writer, verify_files
+from kdcache.store.schema import SMALL_BYTES
 
 ARRAYS_BYTES = "targets/segmentation/values"
 
@@ -193,3 +197,60 @@ def test_an_array_that_only_zarr_reads(plan, tree, forger, tmp_path, array) -> N
             for _ in range(3 if how == "flipped" else 1):
                 patient.examine({name: damage(patient.files[name], rng)}, repairs=False)
     assert patient.refused > 3 * len(DAMAGES)
+
+
+def large(cache: Any, path: str) -> bool:
+    """Whether a record of an array is a chunk of its own."""
+    return cache.specs[path].record_bytes > SMALL_BYTES
+
+
+def flipped_in_each_chunk(shard: bytes, chunks: int, rng: random.Random) -> bytes:
+    """A bit in the middle of each, where no decoder's header is."""
+    content = bytearray(shard)
+    for offset, size in struct.iter_unpack("<QQ", shard[-16 * chunks - 4 : -4]):
+        content[offset + size // 2] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("codec", ["default", "small", "none"])
+def test_a_bit_that_flips_under_an_open_store(plan, tmp_path, codec) -> None:
+    """In every chunk of every array, after it was read: no later read serves it."""
+    wanted = plan(codec=codec, shard_records=2)
+    store = wanted.write(tmp_path / "s.zarr")
+    cache, rng, refused = open_cache(store), random.Random(codec), 0
+    rows = [cache.read(record, list(cache.specs)) for record in range(len(cache))]
+    assert np.array_equal(rows[3]["pixels/image"], wanted.arrays["pixels/image"][3])
+    for file in (file for file in store.glob("*/*/**/c/**/*") if file.is_file() and "samples" not in str(file)):
+        path, number = file.relative_to(store).as_posix().split("/c/")
+        content, shard = file.read_bytes(), int(number.split("/")[0])
+        with file.open("r+b") as opened:  # in place: the store has it open
+            opened.write(flipped_in_each_chunk(content, 2 if large(cache, path) else 1, rng))
+        for record in range(*cache.manifest.shard_range(shard)):
+            if large(cache, path):
+                with pytest.raises(CorruptError, match=re.escape(str(file))):
+                    cache.read(record, [path])
+                refused += 1
+            else:  # rows that are in memory stay what they were; others are refused
+                with contextlib.suppress(CorruptError):
+                    assert np.array_equal(cache.read(record, [path])[path], rows[record][path])
+        with file.open("r+b") as opened:
+            opened.write(content)
+    assert refused >= 2 * len(cache)
+    for record, row in enumerate(rows):
+        again = cache.read(record, list(cache.specs))
+        assert all(np.array_equal(again[path], row[path]) for path in row)
+
+
+def test_a_bit_that_flips_in_a_column_of_an_open_store(plan, tmp_path) -> None:
+    store = plan().write(tmp_path / "s.zarr")
+    cache = open_cache(store)
+    wanted = cache.column("window")
+    file = store / "records/window/c/1/0"
+    content = file.read_bytes()
+    for at in range(len(content) - 64):
+        with file.open("r+b") as opened:
+            opened.write(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        with pytest.raises(CorruptError, match="records/window"):
+            cache.column("window")
+    file.write_bytes(content)
+    assert np.array_equal(open_cache(store).column("window"), wanted)

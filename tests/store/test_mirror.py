@@ -359,3 +359,20 @@ def test_fetching_ahead(s3, small, address) -> None:
     s3.fail("404", "c/2/0/0/0")
     with pytest.raises(CorruptError, match="cannot be opened"):
         cache.fetch(2, VALUES)
+
+
+INDEX_BYTES = 16 + 4  # of a shard of one chunk
+
+
+def test_a_copy_that_is_spoiled_between_two_reads(s3, small, address, tmp_path) -> None:
+    """It is fetched again: what is read is what was written, at every read."""
+    cache = open_cache(address, cache_dir=tmp_path)
+    read_everything(cache, small)
+    shards = [path for path in tmp_path.rglob("c/**/*") if path.is_file() and "samples" not in str(path)]
+    assert len(shards) == 3 * len(cache.specs)
+    for shard in shards:
+        content = bytearray(shard.read_bytes())
+        content[(len(content) - INDEX_BYTES) // 2] ^= 4
+        with shard.open("r+b") as opened:  # in place: the store has it open
+            opened.write(content)
+    read_everything(cache, small)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from numcodecs import zstd
 
-from kdcache.errors import KDCacheError
+from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import open_cache, verify_files
 from kdcache.store.durable import file_digest
 
@@ -144,6 +144,39 @@ def test_names_are_no_paths(store, forger, part) -> None:
         with pytest.raises(KDCacheError, match="well formed"):
             open_cache(manifest_of(store, forger, rename))
         (store / "zarr.json").write_bytes(content)
+
+
+UNTRUE = {
+    "a NaN mean": lambda m: m["teacher"].update(mean=[0.5, float("nan"), 0.5]),
+    "an infinite mean": lambda m: m["teacher"].update(mean=[0.5, float("inf"), 0.5]),
+    "a NaN std": lambda m: m["teacher"].update(std=[0.5, 0.5, float("nan")]),
+    "a std of 0": lambda m: m["teacher"].update(std=[0.5, 0.5, 0.0]),
+    "a std below 0": lambda m: m["teacher"].update(std=[0.5, -0.5, 0.5]),
+    "a NaN mean of a member": lambda m: m["teacher"].update(
+        members=[{"spec": "a", "weights": "b", "mean": [float("nan")] * 3, "std": [1.0] * 3, "share": 1.0}]
+    ),
+    "a NaN of fidelity": lambda m: m["fidelity"].update(kl_t1=float("nan")),
+    "a class twice": lambda m: m["dataset"]["class_names"].__setitem__(0, m["dataset"]["class_names"][1]),
+    "a class without a name": lambda m: m["dataset"]["class_names"].__setitem__(0, " "),
+    "a name too few": lambda m: (m["dataset"]["class_names"].pop(), m["dataset"]["class_colours"].pop()),
+    "a name too many": lambda m: (
+        m["dataset"]["class_names"].append("more"),
+        m["dataset"]["class_colours"].append([1, 2, 3]),
+    ),
+    "a colour too few": lambda m: m["dataset"]["class_colours"].pop(),
+    "a colour that is none": lambda m: m["dataset"]["class_colours"].__setitem__(0, [0, 0, 256]),
+}
+
+
+@pytest.mark.parametrize("what", UNTRUE)
+def test_a_manifest_that_cannot_be_true(store, forger, what) -> None:
+    with pytest.raises(CorruptError, match="well formed"):
+        open_cache(manifest_of(store, forger, UNTRUE[what]))
+
+
+def test_a_probe_of_a_class_that_is_ruled_out(store, forger) -> None:
+    """Such a teacher has logits of -inf."""
+    open_cache(manifest_of(store, forger, lambda m: m["teacher"].update(probe=[0.5, float("-inf")])))
 
 
 SIDES = [65536, 65536]

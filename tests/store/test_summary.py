@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
 import numpy as np
 import pytest
 
+from kdcache.errors import MismatchError, StoreError
 from kdcache.store import inspect_store, open_cache, summarise, verify_files
 
 
@@ -95,3 +97,32 @@ def test_verify_names_every_damaged_file(store) -> None:
         content[7] ^= 0x20
         (store / name).write_bytes(content)
     assert sorted(verify_files(store).damaged) == sorted(names)
+
+
+def test_the_seal_stands_for_every_byte(plan, forger, tmp_path) -> None:
+    """Whoever changes the digests with the files changes the seal's, which was published elsewhere."""
+    store = plan().write(tmp_path / "s.zarr")
+    about, published = inspect_store(store), verify_files(store).seal
+    assert published == hashlib.sha256((store / "complete.json").read_bytes()).hexdigest()
+    assert about.seal == about.to_json()["seal"] == published
+    assert ("seal", published) in about.facts()
+    assert verify_files(store, seal=published).damaged == []
+    assert not verify_files(store, seal=f"sha256:{published.upper()}").damaged
+    for wrong in ("0" * 64, published[:-1] + ("0" if published[-1] != "0" else "1")):
+        with pytest.raises(MismatchError, match=published):
+            verify_files(store, seal=wrong)
+    for malformed in ("", published[:12], "x" * 64, published + "0"):
+        with pytest.raises(StoreError, match="64 hexadecimal"):
+            verify_files(store, seal=malformed)
+    shard = store / "records/view/c/0"
+    content = shard.read_bytes()
+    shard.write_bytes(bytes(reversed(content)))
+    forger.reseal(store)
+    assert verify_files(store).damaged == [], "all fits"
+    with pytest.raises(MismatchError):
+        verify_files(store, seal=published)
+
+
+def test_a_store_that_is_half_built_has_no_seal(plan, tmp_path) -> None:
+    about = inspect_store(plan().write(tmp_path / "s.zarr", order=[0], seal=False))
+    assert about.seal is about.to_json()["seal"] is None

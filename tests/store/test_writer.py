@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -266,6 +268,18 @@ def test_the_number_of_a_worker(monkeypatch) -> None:
     assert worker_of("0/2") == Worker(0, 2)
 
 
+@pytest.mark.parametrize(("rank", "size"), [("3", None), ("3", "3"), ("-1", "2"), ("a", "2"), ("0", "0"), ("1", "x")])
+def test_a_number_in_the_environment_that_owns_nothing(monkeypatch, rank: str, size: str | None) -> None:
+    """RANK=3 alone is no share of the work: such a build would write nothing, and say that it is done."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(StoreError, match="unset RANK WORLD_SIZE"):
+        worker_of(None)
+    assert worker_of("0/2") == Worker(0, 2)
+
+
 @pytest.mark.parametrize("what", ["a file", "a folder with a file", "a folder with a hidden file", "another store"])
 def test_an_out_that_holds_something_else_is_untouched(small, tree, tmp_path, what) -> None:
     out = tmp_path / "out"
@@ -354,7 +368,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "extended", "flipped", "empty"])
-@pytest.mark.parametrize("name", [SHARD_FILE, "records/labelled/c/1", "ledger/00000001.json"])
+@pytest.mark.parametrize("name", [SHARD_FILE, "records/labelled/c/1"])
 def test_a_damaged_shard_is_unsealed_and_redone(small, clean, tree, tmp_path, name, how) -> None:
     path = small.write(tmp_path / "s.zarr")
     damage(path / name, how)
@@ -394,16 +408,12 @@ def test_a_damaged_seal_is_made_again(small, clean, tree, tmp_path, how) -> None
 @pytest.mark.parametrize("name", ["records/view/zarr.json", "targets/zarr.json", "zarr.json", "samples/id_ends/c/0"])
 @pytest.mark.parametrize("how", ["missing", "truncated", "empty"])
 @pytest.mark.parametrize("finished", [[0], None], ids=["half built", "complete"])
-def test_damaged_metadata_is_refused(small, tree, tmp_path, name, how, finished) -> None:
-    """What a build cannot write again it does not guess."""
+def test_damaged_metadata_is_written_again(small, clean, tree, tmp_path, name, how, finished) -> None:
+    """By a build that was begun at another time too."""
     path = small.write(tmp_path / "s.zarr", finished)
     damage(path / name, how)
-    before = tree(path)
-    with pytest.raises(StoreError) as caught:
-        open_writer(path, small.manifest, small.ids)
-    assert caught.value.remedy
-    assert str(path) in caught.value.received
-    assert tree(path) == before
+    later = small.manifest.model_copy(update={"created": "2027-01-01T00:00:00+00:00"})
+    assert tree(type(small)(later, small.ids, small.arrays).write(path)) == clean
 
 
 def test_a_full_disk_loses_nothing(small, clean, tree, small_disk) -> None:
@@ -442,3 +452,27 @@ def test_writers_in_threads_leave_the_settings_of_zarr_alone(plan, tmp_path) -> 
         cache = open_cache(store)
         for path, rows in wanted[number].arrays.items():
             assert np.array_equal(cache.read(1, [path])[path], rows[1])
+
+
+@pytest.mark.parametrize("name", ["s" * 252, "s" * 255, "ä" * 127])
+def test_a_store_with_a_long_name(plan, tmp_path, name) -> None:
+    plan().write(tmp_path / name)
+    assert len(open_cache(tmp_path / name)) == 10
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_store_whose_name_is_too_long_or_whose_disk_cannot_be_written(plan, tmp_path, monkeypatch) -> None:
+    with pytest.raises(StoreError, match="255 bytes"):
+        plan().write(tmp_path / ("s" * 256))
+    assert list(tmp_path.iterdir()) == []
+    begun = plan().write(tmp_path / "s", order=[0], seal=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "some file")
+
+    monkeypatch.setattr("kdcache.store.place.write_durably", refuse)
+    with pytest.raises(StoreError, match="read-only file system"):
+        plan().write(begun)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StoreError, match="read-only file system"):
+        plan().write(tmp_path / "other")

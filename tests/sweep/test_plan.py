@@ -68,6 +68,12 @@ def test_folds_have_teachers_and_stores_of_their_own() -> None:
     assert "--own-fold" in by_name["comparison"]
 
 
+def test_a_smoke_run_says_so_wherever_it_is_shown() -> None:
+    for smoke in (False, True):
+        shown = plan(smoke=smoke).jobs[-3:]
+        assert [("--smoke" in job.words) for job in shown] == [smoke] * 3
+
+
 def test_a_run_that_another_names_comes_first_with_its_fold_and_seed() -> None:
     arms = (Arm("trusted", {"method": "kl", "class-trust": "auto", "trust-against": "@plain"}), *RECIPE.arms)
     sweep = plan(arms=arms, data={"held-out": "0/5"}, seeds=(0, 1))

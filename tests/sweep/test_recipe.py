@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from kdcache.data.scenes import ScenesSpec
 from kdcache.errors import RecipeError
+from kdcache.models import build_model
 from kdcache.sweep import list_recipes, read_recipe
 
 TEXT = """
@@ -125,4 +128,48 @@ def test_the_shipped_recipes_are_read_whole_and_small() -> None:
     for name, title in names.items():
         for smoke in (False, True):
             read = read_recipe(name, smoke=smoke)
-            assert (read.title, len(read.arms) > 1) == (title, True)
+            assert read.title == ("Smoke run: " if smoke else "") + title
+            assert len(read.arms) > 1
+
+
+def test_small_arms_replace_keys_of_the_arm_of_their_name(recipe: str) -> None:
+    path = Path(recipe)
+    path.write_text(TEXT + '[[smoke.arm]]\nname = "kl"\ntemperature = 2.0\nterm = []\n', encoding="utf-8")
+    small = read_recipe(recipe, smoke=True)
+    assert [arm.name for arm in small.arms] == ["plain 0.1", "kl, kl-weight 0.5", "kl, kl-weight 1"]
+    assert small.arms[1].flags == {"lr": 4e-3, "temperature": 2.0, "term": [], "kl-weight": 0.5}
+    assert [arm.flags.get("temperature") for arm in read_recipe(recipe).arms][2:] == [1.0, 4.0] * 2
+    path.write_text(TEXT + '[[smoke.arm]]\nname = "lk"\n', encoding="utf-8")
+    with pytest.raises(RecipeError, match="kl"):
+        read_recipe(recipe, smoke=True)
+    path.write_text(TEXT + "[[smoke.arm]]\ntemperature = 2.0\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="name"):
+        read_recipe(recipe, smoke=True)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_small_recipes_train_long_enough_to_show_something(name: str) -> None:
+    """Two hundred steps of the small networks, on scenes: pictures of a network that has learnt."""
+    small = read_recipe(name, smoke=True)
+    scenes = ScenesSpec.parse(small.data["path"])
+    steps = small.student.get("iterations") or small.student["epochs"] * scenes.train // small.student["batch-size"]
+    assert steps == small.teacher["iterations"] == 200
+    assert (small.student["model"], small.teacher["model"]) == ("kdcache:tiny", "kdcache:base")
+    assert small.smoke
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_taps_that_recipes_name_are_taps_of_their_models(name: str) -> None:
+    """`--smoke` has other networks, so nothing else opens those of the recipe."""
+    for smoke in (False, True):
+        read = read_recipe(name, smoke=smoke)
+        teacher = read.teacher.get("model") or read.teacher["spec"].partition("@")[0]
+        taps = {}
+        for spec in {teacher, read.student["model"]}:
+            with torch.device("meta"):
+                taps[spec] = set(build_model(spec, 3).taps)
+        assert set(read.store.get("features", "").split(",")) <= taps[teacher] | {""}
+        for arm in read.arms:
+            for term in arm.flags.get("term", []):
+                assert term["teacher_tap"] in read.store["features"].split(",")
+                assert term["student_tap"] in taps[read.student["model"]]

@@ -41,7 +41,7 @@ class Doing:
                 raise RuntimeError(job.name)
             self.done.append(job.name)
         if job.done is not None:
-            job.done.write_text("")
+            job.done.write_text('{"iterations": 1}')
 
 
 JOBS = {"teacher": (), "pair1": ("teacher",), "pair2": ("teacher",), "last": ("pair1", "pair2"), "TABLE": ("last",)}
@@ -58,6 +58,22 @@ def test_in_order_and_only_what_is_not_done(tmp_path: Path) -> None:
     third = Doing()
     run_jobs(sweep, third)
     assert third.done == ["TABLE"]
+
+
+@pytest.mark.parametrize("left", ["", '{"iterations": 1', "[]", "null", "{}", None])
+def test_a_result_that_says_nothing_is_none(tmp_path: Path, left: str | None) -> None:
+    """A crash, a full disk or a copy that broke off leave such files; a folder may lie there too."""
+    sweep = sweep_of(tmp_path / "out", ALONE)
+    run_jobs(sweep, Doing())
+    result = tmp_path / "out" / "run1"
+    result.unlink()
+    if left is None:
+        result.mkdir()
+    else:
+        result.write_text(left)
+    doing: list[str] = []
+    run_jobs(sweep, lambda job: doing.append(job.name))
+    assert doing == ["run1", "TABLE"]
 
 
 def test_side_by_side_after_what_they_need(tmp_path: Path) -> None:

@@ -90,7 +90,14 @@ def options() -> Callable[..., BuildOptions]:
     """
 
     def make(**changes: object) -> BuildOptions:
-        settings = {"size": SIZE, "batch_size": 2, "shard_records": 3, "render_threads": 1, "fidelity": False}
+        settings = {
+            "size": SIZE,
+            "views": 1,
+            "batch_size": 2,
+            "shard_records": 3,
+            "render_threads": 1,
+            "fidelity": False,
+        }
         settings |= changes
         return BuildOptions(**settings)
 

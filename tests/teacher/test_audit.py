@@ -251,7 +251,7 @@ def test_pictures_and_report(tmp_path, teacher, split, options) -> None:
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(2**24)) > 10
-    assert f"rank01-{found.worst[0].sample.replace('/', '_')}-miou{found.worst[0].miou:.4f}.png" in {
+    assert f"rank01-{found.worst[0].sample.replace('/', '-')}-miou{found.worst[0].miou:.4f}.png" in {
         path.name for path in written
     }
     report = json.loads((folder / REPORT).read_text(), parse_constant=pytest.fail)

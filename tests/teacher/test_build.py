@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from kdcache.data import Split, Window, open_split, pixel_checksum, render
 from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
 from kdcache.models import NativeOutput
 from kdcache.store import inspect_store, open_cache, verify_files
-from kdcache.teacher import build_cache, load_teacher, plan_manifest
+from kdcache.teacher import build_cache, load_teacher, plan, plan_manifest
 from kdcache_kernels import choose_k, pack
 
 TAPS = ("stage2", "head")
@@ -32,16 +33,17 @@ def answers(teacher, split: Split, records: range, taps=()) -> NativeOutput:
 
 
 def same_but_created(a: dict[str, bytes], b: dict[str, bytes]) -> bool:
-    """Stores are equal in every file; only the root's time stamp, and so its digest in the seal, may differ."""
+    """Stores are equal in every file; only the root's time stamp, and so digests of it and its spare, may differ."""
     stamp = re.compile(rb'"created": "[^"]*"')
-    seal = re.compile(rb'(?<=\n  "zarr.json": ")[0-9a-f]{64}')
+    seal = re.compile(rb'(?<=\n  "zarr.json": ")[0-9a-f]{64}|(?<=\n  "manifest.json": ")[0-9a-f]{64}')
     assert stamp.search(a["zarr.json"])
-    assert seal.search(a["complete.json"])
+    assert len(seal.findall(a["complete.json"])) == 2
+    assert all(json.loads(x["manifest.json"])["zarr.json"].encode() == x["zarr.json"] for x in (a, b))
     a, b = (
         {**x, "zarr.json": stamp.sub(b"", x["zarr.json"]), "complete.json": seal.sub(b"", x["complete.json"])}
         for x in (a, b)
     )
-    return a == b
+    return {**a, "manifest.json": b""} == {**b, "manifest.json": b""}
 
 
 @pytest.fixture
@@ -168,6 +170,21 @@ def test_equal_builds_are_equal_in_every_byte(tmp_path, teacher, split, options,
         build_cache(split, teacher, tmp_path / name, options(features=TAPS, top_k=4, render_threads=threads))
     assert same_but_created(tree(tmp_path / "a"), tree(tmp_path / "b"))
     assert same_but_created(tree(tmp_path / "a"), tree(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("before", [(False, True), (True, False), (False, False)])
+def test_what_a_build_sets_of_cudnn_is_put_back(tmp_path, teacher, split, options, monkeypatch, before) -> None:
+    """Whether it ends well or not; while it runs, its answers are the same every time."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", before[0])
+    monkeypatch.setattr(cudnn, "benchmark", before[1])
+    seen = set()
+    build_cache(split, teacher, tmp_path / "a", options(), lambda *_: seen.add((cudnn.deterministic, cudnn.benchmark)))
+    assert seen == {(True, False)}
+    assert (cudnn.deterministic, cudnn.benchmark) == before
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(Broken(split, 1, KeyboardInterrupt()), teacher, tmp_path / "b", options())
+    assert (cudnn.deterministic, cudnn.benchmark) == before
 
 
 def test_a_finished_store_is_kept(tmp_path, teacher, split, options, tree, calls) -> None:
@@ -339,7 +356,7 @@ scenes._CACHE._limit_bytes = 0  # the data set's own cache is not the build's me
 torch.manual_seed(0)
 teacher = Teacher(build_model("kdcache:tiny", 7).eval(), "tiny")
 split = open_split(f"scenes:64x96,train={sys.argv[1]}", "train")
-options = BuildOptions(size=(64, 96), batch_size=4, shard_records=8, features=("stage1", "head"))
+options = BuildOptions(size=(64, 96), views=1, batch_size=4, shard_records=8, features=("stage1", "head"))
 build_cache(split, teacher, sys.argv[2], options)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -360,3 +377,88 @@ def test_memory_does_not_grow_with_the_records(tmp_path) -> None:
     many = min(peak_kib(128, tmp_path / f"many{i}") for i in range(2))
     held = 96 * (64 * 96 * 4 + 16 * 24 * 2 * (7 + 16 + 32)) / 1024
     assert many - few < held / 2, (few, many, held)
+
+
+@pytest.fixture
+def clean(tmp_path, teacher, folder_data, options, tree):
+    """A finished store of its own, and its files."""
+    build_cache(open_split(folder_data, "train"), teacher, tmp_path / "s.zarr", options(fidelity=True))
+    return tmp_path / "s.zarr", tree(tmp_path / "s.zarr")
+
+
+VALUES = "targets/segmentation/values/c/1/0/0/0"
+
+
+def test_any_damaged_file_is_what_it_was_after_one_more_build(clean, teacher, folder_data, options, tree) -> None:
+    """Of each kind one file; the second build begins at another time."""
+    store, before = clean
+    split = open_split(folder_data, "train")
+    names = ["zarr.json", "manifest.json", "complete.json", "ledger.jsonl", "ledger/00000001.json", VALUES]
+    for name in [*names, "records/view/c/0", "samples/id_ends/c/0", "pixels/image/zarr.json", "targets/zarr.json"]:
+        content = before[name]
+        (store / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        build_cache(split, teacher, store, options(fidelity=True))
+        assert tree(store) == before, name
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_damaged_records_are_not_taught_on_other_pixels(clean, teacher, folder_data, options, tree, how) -> None:
+    """Refused before anything is given up: the rest of the store is read as before."""
+    store, _ = clean
+    (store / VALUES).write_bytes(b"")
+    before = tree(store)
+    images = sorted((folder_data / "images/train").iterdir())
+    images[4].write_bytes(images[0].read_bytes() if how == "changed" else b"")
+    with pytest.raises(MismatchError if how == "changed" else DataError):
+        build_cache(open_split(folder_data, "train"), teacher, store, options())
+    assert tree(store) == before
+
+
+class TestAfterAnUpgrade:
+    @pytest.fixture
+    def upgraded(self, monkeypatch):
+        """Pillow is another from here on."""
+        version = plan._version
+        monkeypatch.setattr(plan, "_version", lambda name: f"99.{'0' * 60}" if name == "pillow" else version(name))
+
+    def test_damaged_records_are_taught_again(self, clean, teacher, folder_data, options, tree, request) -> None:
+        store, before = clean
+        (store / VALUES).write_bytes(b"")
+        request.getfixturevalue("upgraded")
+        split = open_split(folder_data, "train")
+        result = build_cache(split, teacher, store, options())
+        assert (result.records, result.kept) == (3, 4)
+        assert result.repair is not None
+        assert (result.repair.shards, result.repair.libraries["pillow"][:3]) == ((1,), "99.")
+        assert verify_files(store).damaged == []
+        assert open_cache(store).manifest.repairs == (result.repair,)
+        changed = {name for name, content in tree(store).items() if before.get(name) != content}
+        assert changed == {"zarr.json", "manifest.json", "complete.json"}
+        assert build_cache(split, teacher, store, options()).repair is None
+
+    def test_a_finished_store_is_left(self, clean, teacher, folder_data, options, tree, upgraded) -> None:
+        store, before = clean
+        assert build_cache(open_split(folder_data, "train"), teacher, store, options()).kept == 7
+        assert tree(store) == before
+
+    def test_other_pixels_are_refused(self, clean, teacher, folder_data, options, tree, upgraded, monkeypatch) -> None:
+        """As when the new library resizes otherwise."""
+        store, _ = clean
+        (store / VALUES).write_bytes(b"")
+        before = tree(store)
+        monkeypatch.setattr("kdcache.teacher.records.pixel_checksum", lambda pixels: pixel_checksum(pixels) ^ 1)
+        with pytest.raises(MismatchError, match="other pixels"):
+            build_cache(open_split(folder_data, "train"), teacher, store, options())
+        assert tree(store) == before
+
+    def test_a_half_built_store_is_refused_with_the_whole_difference(
+        self, tmp_path, teacher, split, options, tree, request
+    ) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            build_cache(Broken(split, 5, KeyboardInterrupt()), teacher, tmp_path / "s.zarr", options())
+        before = tree(tmp_path / "s.zarr")
+        request.getfixturevalue("upgraded")
+        with pytest.raises(MismatchError) as caught:
+            build_cache(split, teacher, tmp_path / "s.zarr", options())
+        assert re.search(rf"build\.libraries: pillow \S+ against 99\.{'0' * 60}$", caught.value.received)
+        assert tree(tmp_path / "s.zarr") == before

@@ -72,4 +72,4 @@ def test_what_differs_is_found(crash, split, teacher, options, tmp_path) -> None
         (other / name).write_bytes(content)
     (other / "more").touch()
     (other / "zarr.json").write_bytes((other / "zarr.json").read_bytes().replace(b"tiny", b"base"))
-    assert crash.differences(one, other) == ["complete.json", "more", "zarr.json"]
+    assert crash.differences(one, other) == ["complete.json", "manifest.json", "more", "zarr.json"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdcache.data import Window, draw_view, inside_rectangle, open_split, render
+from kdcache.distill.target import INSIDE
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import CopyChanges, copy_store, inspect_store, open_cache
 from kdcache.store.parts import Drawn, View
@@ -96,6 +97,32 @@ def test_one_crop_is_enough(tmp_path, teacher, split, options) -> None:
     windows = cache.column("window")
     assert np.allclose(windows[:, 2:] - windows[:, :2], (32 / 48 * 36, 40 / 64 * 52))
     assert len(np.unique(windows, axis=0)) == 7
+
+
+@pytest.mark.parametrize(("crop", "beyond"), [((40, 16), 0), ((12, 60), 1)])
+def test_crops_that_reach_beyond_along_one_axis(crop, beyond, tmp_path, teacher, folder_data, options) -> None:
+    """Shares of 5/6 and 1/4, or 1/4 and 15/16, at zooms from 0.7: grey along one axis alone must not teach either."""
+    split = open_split(folder_data, "train")
+    changes = {"size": (48, 64), "crop": crop, "views": 2, "view_seed": 3, "view_scale": (0.7, 0.95)}
+    build_cache(split, teacher, tmp_path / "s", options(batch_size=1, **changes))
+    cache = open_cache(tmp_path / "s")
+    data, grey = CacheDataset(cache, augment="replay"), 0
+    for index in range(7):
+        for epoch in range(2):
+            _, label = render(
+                split.image(index),
+                np.zeros(split.image(index).shape[:2], np.uint8),
+                Window(*cache.column("window")[data.record(index, epoch)]),
+                flip=bool(cache.column("flip")[data.record(index, epoch)]),
+                size=crop,
+            )
+            y0, x0, y1, x1 = data.draw(index, epoch, np.random.default_rng(0)).target.extras[INSIDE].tolist()
+            y, x = np.arange(crop[0])[:, None] + 0.5, np.arange(crop[1]) + 0.5
+            inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+            assert np.array_equal(inside, label == 0)
+            assert inside.any(axis=beyond).all()  # along the other axis it is whole
+            grey += not inside.all()
+    assert grey >= 2
 
 
 def test_views_amid_grey(tmp_path, teacher, split, options) -> None:

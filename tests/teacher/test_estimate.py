@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kdcache.data import open_split
 from kdcache.errors import KDCacheError
-from kdcache.models import EnsembleModel
+from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
 from kdcache.store import open_cache, summarise
 from kdcache.teacher import Teacher, build_cache
 from kdcache.teacher.estimate import Cost, Estimate, Setting, estimate, student_seconds
@@ -189,3 +191,28 @@ def test_a_student_is_timed(options) -> None:
     assert 0 < student_seconds("kdcache:tiny", 7, options(crop=(16, 24))) < 1
     with pytest.raises(KDCacheError):
         student_seconds("kdcache:none", 7, options())
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+@pytest.mark.parametrize("crop", [None, (16, 24)])
+def test_a_students_seconds_are_of_one_image(options, monkeypatch, batch_size, crop) -> None:
+    """However many go through it at once; of the size that it will see, forward and backward, warm."""
+    clock, seen = [0.0], []
+
+    class Ticking(SegmentationModel):
+        def __init__(self) -> None:
+            super().__init__(spec="own:ticking", num_classes=7, stride=1, taps=())
+            self.body = torch.nn.Conv2d(3, 7, 1)
+
+        def forward(self, x, taps=()):
+            seen.append((tuple(x.shape), self.training))
+            clock[0] += (100 if len(seen) == 1 else 3) * len(x)  # the first pass compiles
+            logits = self.body(x)
+            logits.register_hook(lambda gradient: clock.__setitem__(0, clock[0] + 2 * len(gradient)))
+            return NativeOutput(logits, {})
+
+    monkeypatch.setattr("kdcache.teacher.estimate.build_model", lambda spec, classes: Ticking())
+    monkeypatch.setattr("kdcache.teacher.estimate.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    found = student_seconds("own:ticking", 7, options(batch_size=batch_size, crop=crop))
+    assert found == pytest.approx(5.0)
+    assert seen[-1] == ((batch_size, 3, *(crop or (32, 48))), True)

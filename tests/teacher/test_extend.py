@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from kdcache.data import Split, open_split, write_scenes
-from kdcache.errors import MismatchError
+from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import CopyChanges, Worker, copy_store, open_cache, verify_files
 from kdcache.teacher import build_cache, copied_fidelity, load_teacher, options_of
+from kdcache.teacher.records import render_records
+from kdcache.teacher.reuse import Reuse
 
 TAPS = ("stage2", "head")
 
@@ -114,6 +116,30 @@ def test_more_taps(tmp_path, old, teacher, folder_data, taught) -> None:
     assert (fewer.records, fewer.reused) == (0, 7)
 
 
+def test_a_record_is_known_by_window_mirror_and_pixels(tmp_path, old, teacher, folder_data) -> None:
+    """A picture of one colour has the same pixels wherever one looks."""
+    split = open_split(folder_data, "train")
+    extended(old, split, teacher, tmp_path / "two", views=2)
+    two = open_cache(tmp_path / "two")
+    known = Reuse(two, two.manifest)
+    item = render_records(split, two.manifest.view, [7])[0]
+    sample = split.ids[item.sample]
+    assert known.find(item, sample) == 7
+    moved = replace(item.window, y0=item.window.y0 + 0.5)
+    for change in ({"window": moved}, {"flip": not item.flip}, {"checksum": item.checksum ^ 1}):
+        assert known.find(replace(item, **change), sample) is None
+    assert known.find(item, split.ids[item.sample - 1]) is None
+
+
+@pytest.mark.parametrize("drawn", [{"view_scale": (0.5, 1.5)}, {"view_flip": False}, {"view_seed": 9}])
+def test_views_go_on_as_they_were_drawn(tmp_path, teacher, split, options, drawn) -> None:
+    build_cache(split, teacher, tmp_path / "two", options(views=2, **drawn))
+    two = open_cache(tmp_path / "two")
+    result = extended(two, split, teacher, tmp_path / "three", views=3)
+    assert (result.records, result.reused) == (7, 14)
+    assert result.manifest.view.drawn == two.manifest.view.drawn
+
+
 def _said(cache) -> list[str]:
     return [path for path in cache.specs if path.startswith(("targets/", "features/"))]
 
@@ -157,7 +183,7 @@ def test_exactly_what_changed_is_taught(tmp_path_factory, kept, changed, batch_s
             (data / "labels/train" / path.name).rename(folder / path.name)
     torch.manual_seed(0)
     teacher = Teacher(build_model("kdcache:tiny", 7).eval(), "tiny")
-    options = BuildOptions(size=(32, 48), batch_size=2, shard_records=3, render_threads=0, fidelity=False)
+    options = BuildOptions(size=(32, 48), views=1, batch_size=2, shard_records=3, render_threads=0, fidelity=False)
     build_cache(open_split(data, "train"), teacher, folder / "old", options)
     for number, (path, picture) in enumerate(hidden.items()):
         if not path.exists():
@@ -330,3 +356,32 @@ def test_rounded_targets_are_not_passed_off_as_exact(tmp_path, teacher, split, o
     build_cache(split, teacher, tmp_path / "old", options(codec="small"))
     with pytest.raises(MismatchError, match="codec: small rounded"):
         extended(open_cache(tmp_path / "old"), split, teacher, tmp_path / "new", codec="default")
+
+
+@pytest.mark.parametrize(
+    ("file", "taught_again"),
+    [("targets/segmentation/values/c/1/0/0/0", 3), ("records/pixel_checksum/c/0", 3), ("records/flip/c/2", 1)],
+)
+def test_damaged_records_are_taught_again(tmp_path, old, teacher, folder_data, file, taught_again) -> None:
+    """Those that cannot be read, and no others; the result is that of a whole store."""
+    split = open_split(folder_data, "train")
+    (old.path / file).write_bytes(b"")
+    result = extended(open_cache(old.path), split, teacher, tmp_path / "new")
+    assert (result.records, result.reused, result.damaged) == (taught_again, 7 - taught_again, taught_again)
+    build_cache(split, teacher, tmp_path / "clean", like(old.manifest))
+    assert content(tmp_path / "new") == content(tmp_path / "clean")
+
+
+def test_one_damaged_record_is_taught_again(tmp_path, old, teacher, folder_data) -> None:
+    file = old.path / "targets/segmentation/values/c/0/0/0/0"
+    file.write_bytes(b"\xff" + file.read_bytes()[1:])
+    result = extended(open_cache(old.path), open_split(folder_data, "train"), teacher, tmp_path / "new")
+    assert (result.records, result.reused, result.damaged) == (1, 6, 1)
+
+
+def test_a_damaged_ledger_stops_it(tmp_path, old, teacher, folder_data) -> None:
+    """Nothing can be told of any record: that the teacher says all of them again is not what was asked for."""
+    (old.path / "ledger.jsonl").write_bytes(b"")
+    with pytest.raises(CorruptError, match=r"ledger\.jsonl"):
+        extended(open_cache(old.path), open_split(folder_data, "train"), teacher, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -17,7 +17,9 @@ from kdcache.models import NativeOutput
 from kdcache.store import open_cache, read_manifest
 from kdcache.teacher import build_cache, fidelity, load_teacher, plan_manifest
 from kdcache.teacher.fidelity import measure_fidelity
-from kdcache_kernels import densify
+from kdcache.teacher.options import view_of
+from kdcache.teacher.records import render_records
+from kdcache_kernels import choose_k, densify
 
 SIZE = (32, 48)
 
@@ -206,6 +208,25 @@ def test_sixteen_records_spread_over_the_split(teacher, options) -> None:
     assert source.seen == [0, *range(0, 31, 2)]  # the first for the shapes
 
 
+@pytest.mark.parametrize("views", [{"views": 3}, {"views": 3, "crop": SIZE, "size": (48, 72)}], ids=["views", "crops"])
+def test_first_views_are_measured(many, options, views) -> None:
+    """Fidelity and `--top-k auto` are of the first view of samples all over the split, whatever views there are."""
+    source, teacher = many
+    chosen = options(fidelity=True, view_seed=5, **views)
+    with torch.inference_mode():
+        view = view_of(chosen)
+        first = [render_records(source, view, [sample * 3])[0] for sample in range(len(source))]
+        pixels = torch.from_numpy(np.stack([item.taught for item in first]))
+        logits = teacher.model(teacher.model.normalise(pixels), ()).logits
+    assert len(source) <= 16
+    about = plan_manifest(source, teacher, chosen)
+    k = choose_k(logits, SIZE, logits.shape[1], align_corners=teacher.model.align_corners)[0]
+    assert about.heads["segmentation"].k == k
+    wanted = measure_fidelity(logits, k, "default", SIZE, align_corners=teacher.model.align_corners)
+    assert about.fidelity.kl_t1 == pytest.approx(wanted.kl_t1, rel=0.02)
+    assert about.fidelity.kl_t1_max == pytest.approx(wanted.kl_t1_max, rel=0.02)
+
+
 def test_equal_builds_have_equal_figures(tmp_path, teacher, split, options) -> None:
     for name in ("a", "b"):
         build_cache(split, teacher, tmp_path / name, options(fidelity=True, codec="small"))
@@ -217,7 +238,7 @@ def test_a_build_that_goes_on_measures_nothing(tmp_path, teacher, split, options
     figures = read_manifest(tmp_path / "s.zarr").fidelity
     assert calls == [1, 2, 2, 2, 1, 2, 2, 1, 2, 1, 1]  # shapes, sample, fingerprint, the pass
     calls.clear()
-    (tmp_path / "s.zarr" / "ledger" / "00000001.json").unlink()
+    (tmp_path / "s.zarr" / "records/view/c/1").unlink()
     result = build_cache(split, teacher, tmp_path / "s.zarr", options(fidelity=True))
     assert calls == [1, 2, 2, 1]
     assert result.manifest.fidelity == figures == read_manifest(tmp_path / "s.zarr").fidelity

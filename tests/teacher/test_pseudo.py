@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import operator
 import os
+import shutil
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
+from numcodecs import zstd
 from PIL import Image
 from torch.nn import functional as F
 
 from kdcache.data import open_split
 from kdcache.data.classes import read_classes
-from kdcache.errors import CorruptError, KDCacheError, MismatchError, RecipeError
+from kdcache.data.folds import SplitPart
+from kdcache.errors import CorruptError, KDCacheError, MismatchError, RecipeError, StoreError
 from kdcache.evaluate.pictures import VOID_RGB
-from kdcache.store import open_cache
+from kdcache.store import CopyChanges, copy_store, open_cache
+from kdcache.store.durable import file_digest
 from kdcache.teacher import build_cache
+from kdcache.teacher.audit import audit_cache
+from kdcache.teacher.audit_pictures import write_report
 from kdcache.teacher.pseudo import SETTINGS, Rule, _file, export_pseudo_labels
 
 
@@ -146,6 +160,9 @@ def test_another_rule_or_store_is_refused(built, tmp_path, teacher, options, tre
     build_cache(split, teacher, tmp_path / "other.zarr", options())
     with pytest.raises(MismatchError, match="another store"):
         export_pseudo_labels(open_cache(tmp_path / "other.zarr"), out, Rule(threshold=0.5))
+    copy_store(cache, tmp_path / "small.zarr", CopyChanges(codec="small"))
+    with pytest.raises(MismatchError, match="another store"):  # of the same teacher and day, but other numbers
+        export_pseudo_labels(open_cache(tmp_path / "small.zarr"), out, Rule(threshold=0.5))
     (out / SETTINGS).write_text("{")
     with pytest.raises(RecipeError, match="how the labels"):
         export_pseudo_labels(cache, out, Rule(threshold=0.5))
@@ -215,3 +232,112 @@ def test_ids_do_not_lead_out_of_the_folder(sample) -> None:
 
 def test_ids_are_paths() -> None:
     assert _file("b/a.left8bit").as_posix() == "b/a.left8bit.png"
+
+
+FORGED = ["../..", "..", "a/b", "", ".", "a\0b", "a\\b", "x" * 300]
+
+
+def strings(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Ways to the strings below a JSON value, the first of a list for all of them."""
+    if isinstance(value, str):
+        return [at]
+    parts = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else []
+    return [way for key, part in parts for way in strings(part, (*at, key))]
+
+
+def forge(store: Path, manifest: Any, changes: Mapping[tuple[Any, ...], str]) -> Path:
+    """The store with other strings in its manifest, and a seal that fits."""
+    manifest = copy.deepcopy(manifest)
+    for (*way, last), value in changes.items():
+        reduce(operator.getitem, way, manifest)[last] = value
+    about = json.loads((store / "zarr.json").read_bytes())
+    about["attributes"]["kdcache"] = manifest
+    (store / "zarr.json").write_text(json.dumps(about))
+    return reseal(store)
+
+
+def reseal(store: Path) -> Path:
+    seal = json.loads((store / "complete.json").read_bytes())
+    seal["metadata"] = {key: file_digest(store / key) for key in seal["metadata"]}
+    (store / "complete.json").write_text(json.dumps(seal))
+    return store
+
+
+def use(store: Path, out: Path) -> None:
+    """All that writes files beside a store, whose names may come from it."""
+    cache = open_cache(store)
+    with contextlib.suppress(KDCacheError):
+        export_pseudo_labels(cache, out / "labels", Rule(threshold=0.3), images=True)
+    with contextlib.suppress(KDCacheError):
+        write_report(audit_cache(cache, worst=1), cache, None, out / "report")
+    with contextlib.suppress(KDCacheError):
+        copy_store(cache, out / "copy.zarr")
+
+
+@pytest.fixture
+def forgeable(tmp_path, teacher, folder_data, options, monkeypatch) -> Path:
+    """A store with names of every kind, several folders deep. Where pictures lie matters, not what they show."""
+
+    def save(_: object, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+    monkeypatch.setattr("kdcache.teacher.audit_pictures.save_figure", save)
+    path = tmp_path / "a/b/s.zarr"
+    path.parent.mkdir(parents=True)
+    build_cache(
+        open_split(folder_data, "train"), teacher, path, options(features=("stage1",), statistics=("at:stage1",))
+    )
+    return path
+
+
+def test_a_forged_manifest_writes_nowhere_else(forgeable, tmp_path, tree) -> None:
+    """Each of its strings in turn as what might be a path; then all together that the store is not refused for."""
+    manifest = json.loads((forgeable / "zarr.json").read_bytes())["attributes"]["kdcache"]
+    ways = strings(manifest)
+    assert ("dataset", "split") in ways
+    assert len(ways) > 15
+    before = {name for name in tree(tmp_path) if not name.startswith("a/b/s.zarr")}
+    for value in (str(tmp_path / "abs"), *FORGED):
+        taken = {}
+        for way in ways:
+            try:
+                open_cache(forge(forgeable, manifest, {way: value}))
+            except KDCacheError:
+                continue
+            taken[way] = value
+        assert not {("dataset", "split"), ("statistics", "at.stage1", "tap")} & set(taken), value
+        out = tmp_path / "a/b/out"
+        use(forge(forgeable, manifest, taken), out)
+        shutil.rmtree(out, ignore_errors=True)
+        assert {name for name in tree(tmp_path) if not name.startswith("a/b/s.zarr")} == before, value
+
+
+@pytest.mark.parametrize("value", [*FORGED, "/abs", "a/../../../b", "\x1b]0;x\a", "ä" * 1000])
+def test_forged_ids_write_nowhere_else(forgeable, tmp_path, tree, value) -> None:
+    value = value.replace("/abs", str(tmp_path / "abs"))
+    encoded = [value.encode(), *(sample.encode() for sample in open_cache(forgeable).ids[1:])]
+    for name, content in (
+        ("id_bytes", b"".join(encoded)),
+        ("id_ends", np.cumsum([len(part) for part in encoded], dtype="<i8").tobytes()),
+    ):
+        frame = bytes(zstd.compress(content))
+        crc = google_crc32c.value(frame).to_bytes(4, "little")
+        (forgeable / f"samples/{name}/c/0").write_bytes(frame + crc)
+    assert open_cache(reseal(forgeable)).ids[0] == value
+    before = set(tree(tmp_path))
+    use(forgeable, tmp_path / "a/b/out")
+    written = set(tree(tmp_path)) - before
+    assert all(name.startswith("a/b/out/") for name in written)
+    assert any(name.startswith("a/b/out/copy.zarr") for name in written)
+
+
+def test_a_split_whose_name_is_no_folder_is_refused_before_the_build(split, teacher, options, tmp_path) -> None:
+    class Other(SplitPart):
+        def __init__(self) -> None:
+            super().__init__(split, range(len(split)))
+            self.split = "../train"
+
+    with pytest.raises(StoreError, match=r"split.*'\.\./train'"):
+        build_cache(Other(), teacher, tmp_path / "s.zarr", options())
+    assert not (tmp_path / "s.zarr").exists()

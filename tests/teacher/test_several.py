@@ -171,7 +171,7 @@ def test_normalisation_is_each_members_own(tmp_path, origins, split, classes) ->
 def _options(**changes):
     from kdcache.teacher import BuildOptions
 
-    return BuildOptions(**{"size": (32, 48), "fidelity": False, **changes})
+    return BuildOptions(**{"size": (32, 48), "views": 1, "fidelity": False, **changes})
 
 
 def test_teachers_that_cannot_speak_together(tmp_path, origins, classes, model_of) -> None:

@@ -20,11 +20,14 @@ from kdcache.distill import DistillLoss
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import CacheDataset, TrainConfig, make_config
+from kdcache.train import CacheDataset, Observer, TrainConfig, make_config
+from kdcache.train.distributed import World
 from kdcache.train.loader import Draws
 from kdcache.train.sample import Sample
 from kdcache.train.schedule import make_optimizer
+from kdcache.train.start import make_trainer
 from kdcache.train.step import EagerStep
+from kdcache.train.trainer import Trainer
 
 SCENES = "scenes:32x48,train=6,val=3"
 SIZE = (32, 48)
@@ -49,7 +52,7 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             with torch.no_grad():
                 model.classifier.weight.mul_(60)
         path = tmp_path_factory.mktemp("store") / "cache.zarr"
-        chosen = {"size": SIZE, "batch_size": 4, "shard_records": 4, **options}
+        chosen = {"size": SIZE, "views": 1, "batch_size": 4, "shard_records": 4, **options}
         build_cache(samples, Teacher(model.eval(), "test"), path, BuildOptions(**chosen))
         return path
 
@@ -102,6 +105,17 @@ def student(cache_path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def config(settings: dict[str, Any]) -> Callable[..., TrainConfig]:
     """The short run's settings with some changed."""
     return lambda **changes: make_config(**(settings | changes))
+
+
+@pytest.fixture
+def begin(student: dict[str, Any], tmp_path: Path) -> Callable[..., Trainer]:
+    """The trainer that a short distillation with some settings changed would run."""
+
+    def make(**changes: Any) -> Trainer:
+        config = make_config(**(student | {"val": None, "augment": "none"} | changes))
+        return make_trainer(config, tmp_path / "run", World(), Observer(), resume=False)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,52 @@ def test_a_value_out_of_range_names_its_flag(name: str, value: object) -> None:
     assert flag in str(caught.value) or said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("batch_size", 0, "--batch-size is a whole number from 1 on"),
+        ("lr", -1.0, "--lr is a number above 0"),
+        ("ce_weight", "much", "--ce-weight is a number from 0 on"),
+        ("momentum", 1.0, "--momentum is a number from 0 to below 1"),
+        ("workers", 300, "--workers is a whole number from 0 to 256"),
+        ("labelled_share", 2, "--labelled-share is a number from 0.001 to 0.999"),
+        ("optimizer", "lion", "--optimizer is one of adamw, adam, sgd"),
+        ("scale", "1:2:3", "--scale is MIN:MAX, two numbers above 0"),
+        ("size", "14x", "--size is HEIGHTxWIDTH in pixels, two whole numbers from 1"),
+        ("keep_every", "5 epochs", "--keep-every is a number of iterations such as 500, or of epochs such as 5e"),
+        ("flip", "sideways", "--flip is true or false"),
+    ],
+)
+def test_a_refusal_says_the_whole_range_and_what_was_given(name: str, value: object, rule: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_config(**{**BASE, name: value})
+    assert caught.value.rule == rule
+    assert caught.value.received == f"--{name.replace('_', '-')} {value}"
+
+
+def test_no_refusal_speaks_as_a_validator_does() -> None:
+    for name, values in WRONG.items():
+        for value in values:
+            with pytest.raises(RecipeError) as caught:
+                make_config(**{**BASE, name: value})
+            for foreign in ("Input should", "Value error", "--help", "valid "):
+                assert foreign not in str(caught.value), (name, value)
+
+
+def test_the_value_of_a_remedy_is_taken() -> None:
+    taken = 0
+    for name, values in WRONG.items():
+        for value in values:
+            with pytest.raises(RecipeError) as caught:
+                make_config(**{**BASE, name: value})
+            flag, _, instance = caught.value.remedy.partition("for instance ")[2].partition(" or ")[0].partition(" ")
+            if flag == "--" + name.replace("_", "-"):
+                made = make_config(**{**BASE, "method": "kl", name: [instance] if name == "log" else instance})
+                assert getattr(made, name) is not None
+                taken += 1
+    assert taken > 60
+
+
 def test_every_field_with_a_range_is_in_the_table() -> None:
     free = {"data", "split", "val", "val_split", "cache", "cache_dir", "init", "device", "class_trust", "trust_against"}
     free |= {"name"}
@@ -98,6 +144,10 @@ def test_every_field_with_a_range_is_in_the_table() -> None:
 def test_unknown_settings_are_refused_by_name() -> None:
     with pytest.raises(RecipeError, match="--learning-rate"):
         make_config(**BASE, learning_rate=1)
+    with pytest.raises(RecipeError, match="did you mean --batch-size"):
+        make_config(**BASE, batchsize=1)
+    with pytest.raises(RecipeError, match="needs --model"):
+        make_config(verb="train-teacher", data="scenes")
 
 
 @pytest.mark.parametrize(

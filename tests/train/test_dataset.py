@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from kdcache.errors import KDCacheError, MismatchError, RecipeError
 from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.store import Cache, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, Sample
-from kdcache.train.records import PIXEL_PATHS
+from kdcache.train.part import Part
+from kdcache.train.records import PIXEL_PATHS, DeviceTargets
+from kdcache.train.resident import keep_records
 from kdcache_kernels import PackedTarget, target_argmax_confidence
 
 COLOURS = np.array([(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 20)], np.uint8)
@@ -70,12 +73,12 @@ def write_folder(root: Path, samples: list[tuple[np.ndarray, np.ndarray]], class
 
 @pytest.fixture(scope="module", params=["stored", "source"])
 def coloured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_cache: Callable) -> tuple:
-    """(data, store) of flat regions; sources of twice the view's size when they are rendered again."""
-    factor = 2 if request.param == "source" else 1
+    """(data, store) of flat regions; sources of other proportions than the view when they are rendered again."""
+    high, wide = (3, 2) if request.param == "source" else (1, 1)
     rng = np.random.default_rng(5)
     samples = []
     for _ in range(3):
-        label = np.repeat(np.repeat(rng.integers(0, 4, (2, 3), dtype=np.uint8), 32 * factor, 0), 32 * factor, 1)
+        label = np.repeat(np.repeat(rng.integers(0, 4, (2, 3), dtype=np.uint8), 32 * high, 0), 32 * wide, 1)
         samples.append((COLOURS[label], label))
     data = write_folder(tmp_path_factory.mktemp("coloured") / "data", samples, "red\ngreen\nblue\nyellow\n")
     return data, make_cache(data, model=Colours(4), size=VIEW, pixels=request.param)
@@ -84,8 +87,8 @@ def coloured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module", params=["stored", "source"])
 def ramped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_cache: Callable) -> tuple:
     """(data, store) of images whose red rises from left to right and green from top to bottom."""
-    factor = 2 if request.param == "source" else 1
-    height, width = VIEW[0] * factor, VIEW[1] * factor
+    high, wide = (2, 3) if request.param == "source" else (1, 1)
+    height, width = VIEW[0] * high, VIEW[1] * wide
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = (255 * (np.arange(width) + 0.5) / width).round()
     image[..., 1] = (255 * (np.arange(height) + 0.5) / height).round()[:, None]
@@ -350,7 +353,7 @@ def test_what_lies_beyond_the_image_does_not_teach(make_cache: Callable) -> None
     full = [F.interpolate(z.double(), (32, 48), mode="bilinear") for z in (student, batch.target.values)]
     p, q = ((z / 2).log_softmax(1) for z in full)
     kl = 4 * F.kl_div(p, q, reduction="none", log_target=True).sum(1)[shown].mean()
-    found = DistillLoss(cache, ce_weight=0.0)(student, batch.label, batch.target)
+    found = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0)(student, batch.label, batch.target)
     assert found.kl.item() == pytest.approx(kl.item(), rel=1e-5)
     assert found.loss.item() == pytest.approx(kl.item(), rel=1e-5)
 
@@ -359,3 +362,91 @@ def test_what_lies_beyond_the_image_does_not_teach(make_cache: Callable) -> None
 def test_crops_are_only_replayed(augment: str, make_cache: Callable) -> None:
     with pytest.raises(KDCacheError, match="--augment replay"):
         CacheDataset(open_cache(make_cache(views=2, crop=(16, 24))), augment=augment)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_every_epoch_shows_the_next_view_of_each_sample(make_cache: Callable, limit: int | None) -> None:
+    cache = open_cache(make_cache(views=3))
+    dataset = CacheDataset(cache, augment="replay", augmentation=Augmentation.off(), part=Part(views=limit))
+    count = limit or 3
+    firsts = set()
+    for index in range(len(dataset)):
+        views = [dataset.record(index, epoch) - 3 * dataset.indices[index] for epoch in range(2 * count + 1)]
+        assert sorted(views[:count]) == list(range(count))
+        assert all(after == (before + 1) % count for before, after in pairwise(views))
+        firsts.add(views[0])
+        for epoch in range(count):
+            drawn = dataset.draw(index, epoch, np.random.default_rng(0))
+            row = cache.read(dataset.record(index, epoch), [*PIXEL_PATHS, "targets/segmentation/values"])
+            assert np.array_equal(drawn.pixels, row[PIXEL_PATHS[0]])
+            assert np.array_equal(drawn.label, row[PIXEL_PATHS[1]])
+            assert np.array_equal(drawn.target.values, row["targets/segmentation/values"])
+    assert len(firsts) > 1  # an epoch is not one view of all samples
+
+
+def test_a_part_takes_its_own_views(make_cache: Callable) -> None:
+    """Numbers of drawn samples are not those of the store's."""
+    cache = open_cache(make_cache(views=2))
+    whole = CacheDataset(cache, augment="replay")
+    part = CacheDataset(cache, augment="replay", part=Part(without=(0, 2)))
+    assert 0 < len(part) < len(whole)
+    assert part.indices != whole.indices[: len(part)]
+    for index, number in enumerate(part.indices):
+        assert [part.record(index, epoch) for epoch in range(3)] == [whole.record(number, epoch) for epoch in range(3)]
+
+
+VIEWS: dict[str, dict[str, object]] = {
+    "whole and drawn": {"views": 4},
+    "crops": {"views": 4, "crop": (16, 24), "view_scale": (0.4, 1.5)},
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_is_replayed_whole_from_store_source_memory_and_device(
+    name: str, make_cache: Callable, scenes: str
+) -> None:
+    """Pixels, label, target and features of the very record, where numbers of draws, samples and records differ."""
+    split, path = open_split(scenes, "train"), "features/head"
+    stored, source = (open_cache(make_cache(features=("head",), pixels=p, **VIEWS[name])) for p in ("stored", "source"))
+    still: dict[str, object] = {"augment": "replay", "augmentation": Augmentation.off(), "extras": (path,)}
+    still["part"] = Part(without=(0, 2))
+    datasets = [
+        CacheDataset(stored, **still),
+        CacheDataset(source, split=split, **still),
+        CacheDataset(stored, **still),
+        CacheDataset(stored, **still),
+    ]
+    keep_records(datasets[2], "ram", torch.device("cpu"))
+    datasets[3].on_device = DeviceTargets()
+    assert datasets[0].shard_records == 1  # of four records
+    flips = stored.column("flip")
+    met = set()
+    for index, epoch in ((index, epoch) for epoch in (*range(4), 1) for index in range(len(datasets[0]))):
+        record = datasets[0].record(index, epoch)
+        met.add(bool(flips[record]))
+        rows = stored.read(record, [*PIXEL_PATHS, "targets/segmentation/values", path])
+        for dataset in datasets:
+            drawn = dataset.draw(index, epoch, np.random.default_rng(0))
+            assert np.array_equal(drawn.pixels, rows[PIXEL_PATHS[0]])
+            assert np.array_equal(drawn.label, rows[PIXEL_PATHS[1]])
+            assert np.array_equal(drawn.target.extras[path], rows[path])
+            if dataset.on_device is None:
+                assert np.array_equal(drawn.target.values, rows["targets/segmentation/values"])
+            else:
+                assert drawn.target.values.item() == record
+    assert met == {True, False}
+
+
+def test_labels_of_a_store_of_views_are_those_of_its_samples(make_cache: Callable, tmp_path: Path) -> None:
+    data = write_scenes(tmp_path / "data", "scenes:32x48,train=6,val=1")
+    for label in sorted((data / "labels/train").iterdir())[1:3]:
+        label.unlink()
+    cache = open_cache(make_cache(str(data), views=3))
+    dataset = CacheDataset(cache)
+    assert dataset.labelled == [0, 3, 4, 5]
+    assert dataset.label_flags is not None
+    assert dataset.label_flags.tolist() == [True, False, False, True, True, True]
+    for index, epoch in ((index, epoch) for index in range(6) for epoch in range(3)):
+        label = dataset.draw(index, epoch, np.random.default_rng(0)).label
+        assert bool((label == IGNORE_INDEX).all()) == (index in (1, 2))
+    assert list(CacheDataset(cache, labelled_only=True).indices) == [0, 3, 4, 5]

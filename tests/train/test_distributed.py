@@ -54,7 +54,7 @@ for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(job["preludes"])}
-            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"]}
+            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job["port"], "TORCHELASTIC_RUN_ID": "crew"}
             os.environ |= {name: str(value) for name, value in world.items()}
             for number, stream in ((1, sys.stdout), (2, sys.stderr)):
                 stream.flush()

@@ -11,10 +11,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from kdcache.data import open_split
-from kdcache.errors import RecipeError
+from kdcache.errors import CorruptError, RecipeError
 from kdcache.store import Cache, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, Sample
 from kdcache.train.loader import Draws, make_loader
+from kdcache.train.resident import keep_records
 from kdcache.train.sample import batch_of, parts_of
 
 
@@ -128,3 +129,22 @@ def test_a_labelled_dataset_needs_no_target(scenes: str) -> None:
 def test_an_ordinary_data_loader_takes_the_datasets(cache: Cache) -> None:
     sizes = [len(batch.label) for batch in DataLoader(CacheDataset(cache), batch_size=4, shuffle=True)]
     assert sizes == [4, 2]
+
+
+@pytest.mark.parametrize(("workers", "resident"), [(0, "off"), (2, "off"), (0, "ram")])
+def test_a_bit_that_flips_during_a_training_is_never_taught(make_cache, workers: int, resident: str) -> None:
+    """Through the ring and through DataLoader; records that are kept in memory stay what they were."""
+    store = make_cache(codec="none")  # nothing but the checksum would notice
+    dataset = CacheDataset(open_cache(store), augment="none")
+    keep_records(dataset, resident, torch.device("cpu"), workers=workers)
+    first = batches(dataset, 0, 3)  # two epochs: every record was read
+    for path in dataset.paths:
+        for file in (p for p in (store / path / "c").rglob("*") if p.is_file()):
+            spoiled = bytes(255 - byte for byte in file.read_bytes())
+            with file.open("r+b") as opened:  # in place: the store has it open
+                opened.write(spoiled)
+    if resident == "ram":
+        assert all(same(a, b) for a, b in zip(first, batches(dataset, 0, 3), strict=True))
+        return
+    drawn = make_loader(Draws(dataset, 5), first=0, last=3, batch_size=4, workers=workers, pin_memory=False)
+    assert len([error for error in drawn if isinstance(error, CorruptError)]) == 3

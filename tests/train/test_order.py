@@ -142,6 +142,7 @@ def test_half_of_a_batch_has_labels_where_fewer_samples_have() -> None:
     few, many = np.arange(8) < 2, np.arange(8) < 6
     assert choose_labelled_share(None, few) == 0.5
     assert choose_labelled_share(None, many) is None
+    assert choose_labelled_share(None, np.arange(8) < 4) is None
     assert choose_labelled_share(0.1, few) == choose_labelled_share(0.1, many) == 0.1
     for one_stream in (None, np.ones(8, np.bool_), np.zeros(8, np.bool_)):
         assert choose_labelled_share(0.3, one_stream) is None

@@ -39,6 +39,12 @@ def test_labels_are_a_part_of_the_samples() -> None:
     assert chosen.labelled < set(chosen.samples)
 
 
+def test_a_share_is_the_nearest_number_and_at_least_one_sample_is_one() -> None:
+    assert len(Part(samples=0.55).choose(IDS[:5]).samples) == 3
+    assert len(Part(samples=1).choose(IDS).samples) == 1
+    assert len(Part(samples=20, labels=0.99).choose(IDS).labelled) == 20
+
+
 def test_a_fold_is_left_out_first() -> None:
     folds = folds_of(IDS, 5)
     chosen = Part(without=(2, 5)).choose(IDS).samples

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdcache.errors import RecipeError
-from kdcache.train import folder, make_config, start, train
+from kdcache import files
+from kdcache.errors import RecipeError, StoreError
+from kdcache.train import Observer, folder, make_config, start, train
+from kdcache.train.lock import RunLock
+from kdcache.train.log import MetricsLog
 
 ITERATIONS, VAL_EVERY = 60, 10
 WEIGHTS = ("last.safetensors", "best.safetensors")
@@ -170,10 +178,241 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(
         assert (run / WEIGHTS[0]).read_bytes() == (whole / WEIGHTS[0]).read_bytes()
 
 
-def test_resume_of_nothing_is_a_beginning(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+def test_resume_of_a_run_that_is_not_there_is_refused(finished: tuple[dict[str, Any], Path]) -> None:
+    settings, run = finished
+    for name, near in (("rnu", f"there is {run}"), ("elsewhere", "does not exist")):
+        with pytest.raises(RecipeError) as caught:
+            go(settings, run.parent / name, resume=True)
+        assert str(run.parent / name) in caught.value.received
+        assert near in caught.value.received
+        assert not (run.parent / name).exists()
+
+
+def test_resume_in_an_empty_folder_is_a_beginning_and_says_so(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
     settings, whole = finished
-    go(settings, tmp_path / "new", resume=True)
+    (tmp_path / "new").mkdir()
+    notes: list[str] = []
+
+    class Watcher(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    train(make_config(**settings), tmp_path / "new", resume=True, observer=Watcher())
     assert (tmp_path / "new" / WEIGHTS[0]).read_bytes() == (whole / WEIGHTS[0]).read_bytes()
+    assert [text for text in notes if "no checkpoint" in text]
+    notes.clear()
+    train(make_config(**settings), tmp_path / "new", resume=True, observer=Watcher())
+    assert not [text for text in notes if "no checkpoint" in text]
+
+
+def test_a_training_that_fails_at_once_does_not_block_its_repetition(
+    settings: dict[str, Any], model_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMIT", "1")
+    monkeypatch.setenv("LIMIT_EVAL", "99")
+    run, broken = tmp_path / "run", settings | {"model": model_file("hungry", "other"), "log": ("tensorboard",)}
+    with pytest.raises(RuntimeError, match="own"):
+        go(broken, run)
+    with pytest.raises(RecipeError, match="nothing was learnt yet"):
+        go(settings, run, resume=True)
+    go(settings, run)
+    result = json.loads((run / "result.json").read_bytes())
+    assert result["iterations"] == 6
+    assert "kdcache:tiny" in (run / "model.json").read_text()
+    with pytest.raises(RecipeError, match="holds a run already"):
+        go(settings, run)
+
+
+@pytest.mark.parametrize("kept", ["checkpoint.pt", "last.safetensors", "notes.txt", "result.json"])
+def test_what_has_learnt_or_holds_more_is_not_begun_anew(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, kept: str
+) -> None:
+    settings, run = finished
+    for path in list(run.iterdir()):
+        if path.name not in (kept, "recipe.toml", "model.json", "environment.json", "metrics.jsonl"):
+            path.unlink()
+    (run / kept).touch()
+    before = content(run)
+    with pytest.raises(RecipeError, match="holds a run already"):
+        go(settings, run)
+    assert content(run) == before
+
+
+def test_a_recipe_alone_is_not_written_over(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('model = "kdcache:tiny"')
+    with pytest.raises(RecipeError, match="holds a run already"):
+        go(settings, tmp_path)
+    assert content(tmp_path) == {"recipe.toml": b'model = "kdcache:tiny"'}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_one_command_trains_a_run_at_a_time(
+    finished: tuple[dict[str, Any], Path], resume: bool, tmp_path: Path
+) -> None:
+    settings, run = finished
+    if not resume:
+        run = tmp_path / "begun"
+        run.mkdir()
+    before = content(run)
+    with RunLock(run) as lock:
+        lock.take()
+        with pytest.raises(RecipeError, match="by one command") as caught:
+            go(settings, run, resume=resume)
+        assert f"process {os.getpid()} on" in caught.value.received
+    assert content(run) == before
+    go(settings, run, resume=resume)
+    assert not list(run.glob(".*"))
+
+
+def test_two_commands_that_begin_at_once_do_not_share_a_folder(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has been quicker: it is at work, or done, when this one comes to write."""
+    settings, whole = finished
+    run = tmp_path / "new"
+    own = start.make_criterion
+
+    def slow(*given: Any) -> Any:
+        shutil.copytree(whole, run)
+        return own(*given)
+
+    monkeypatch.setattr(start, "make_criterion", slow)
+    with pytest.raises(RecipeError, match="holds a run already"):
+        go(settings, run)
+    assert content(run) == content(whole)
+
+
+def test_a_kill_ends_the_lock_and_the_next_run_clears_what_it_left(
+    nursery: Any, long: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pid = nursery.start(long | {"iterations": 5000, "val_every": 5000, "val": None}, run)
+    wait_until(lambda: lines_of(run) >= 3)
+    with pytest.raises(RecipeError, match="by one command") as caught:
+        go(long | {"iterations": 5000, "val_every": 5000, "val": None}, run, resume=True)
+    assert f"process {pid} on" in caught.value.received
+    os.kill(pid, signal.SIGKILL)
+    assert nursery.wait() == -signal.SIGKILL
+    for name in (".checkpoint.pt.partial", ".result.json.partial", ".best.safetensors.partial"):
+        (run / name).write_bytes(b"half")
+    go(long | {"iterations": 3, "val_every": 3}, run)  # no checkpoint: nothing is lost
+    assert not list(run.glob(".*"))
+
+
+def started_by(pid: int) -> set[int]:
+    """Processes that a process has started, and those that these have."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":  # ended: nobody has asked how
+                parents[int(path.parent.name)] = int(parent)
+    found, more = set[int](), {pid}
+    while more := {one for one, parent in parents.items() if parent in more}:
+        found |= more
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_the_workers_of_a_killed_training_end_with_it(nursery: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    pid = nursery.start(settings | {"workers": 2, "iterations": 10**6, "val_every": 10**6, "val": None}, run)
+    wait_until(lambda: lines_of(run) >= 5)
+    started = started_by(pid)
+    assert len(started) >= 3  # two workers, and who forks them
+    os.kill(pid, signal.SIGKILL)
+    assert nursery.wait() == -signal.SIGKILL
+    wait_until(lambda: not any(map(alive, started)), 10)
+
+
+class _Full(io.FileIO):
+    """Takes so many bytes more, as a disk that fills up."""
+
+    room = 0
+
+    def write(self, content: Any) -> int:
+        taken = bytes(content)[: _Full.room]
+        if not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        _Full.room -= len(taken)
+        return super().write(taken)
+
+
+@pytest.mark.parametrize("room", [0, 40, 700])
+def test_a_full_disk_at_the_log_leaves_a_run_that_goes_on(
+    student: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    settings = student | {"val_every": 2}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    go(settings, whole)
+    own = MetricsLog.__init__
+
+    def small(self: MetricsLog, folder: Path, step: int) -> None:
+        own(self, folder, step)
+        self._file.close()
+        _Full.room = room
+        self._file = _Full(folder / "metrics.jsonl", "ab")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "__init__", small)
+        with pytest.raises(StoreError, match="room"):
+            go(settings, run)
+    assert not (run / "result.json").exists()
+    go(settings, run, resume=True)
+    assert (run / WEIGHTS[0]).read_bytes() == (whole / WEIGHTS[0]).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["recipe.toml", "model.json", "environment.json", "metrics.jsonl", "checkpoint.pt", "best.safetensors",
+     "last.safetensors", "result.json"],
+)  # fmt: skip
+def test_a_full_disk_at_any_file_leaves_a_run_that_goes_on(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Every file of a run is synced under another name before it gets its own: there the disk is full."""
+    settings, whole = finished
+    run = tmp_path / "new"
+    own = files._sync
+
+    def full(path: Path) -> None:
+        if path.name == f".{name}.partial":
+            path.write_bytes(path.read_bytes()[:7])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_sync", full)
+        with pytest.raises(StoreError, match="room"):
+            go(settings, run)
+    assert not list(run.glob(".*"))
+    assert not (run / name).exists()
+    go(settings, run, resume=True)
+    assert (run / WEIGHTS[0]).read_bytes() == (whole / WEIGHTS[0]).read_bytes()
+    assert json.loads((run / "result.json").read_bytes())["iterations"] == 6
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "model.json"])
+def test_an_empty_file_of_a_run_is_named(finished: tuple[dict[str, Any], Path], name: str) -> None:
+    settings, run = finished
+    (run / name).write_bytes(b"")
+    with pytest.raises(RecipeError) as caught:
+        go(settings, run, resume=True)
+    assert f"{run / name} is empty" in caught.value.received
+    if name == "model.json":  # the remedy
+        (run / name).unlink()
+        go(settings, run, resume=True)
+        assert (run / name).stat().st_size
 
 
 def test_a_run_is_not_overwritten(finished: tuple[dict[str, Any], Path]) -> None:

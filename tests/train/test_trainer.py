@@ -134,7 +134,7 @@ def test_learning_lowers_the_loss_and_raises_the_score(
     teacher = go(long, tmp_path / "teacher")
     split, val = open_split(data, "train"), open_split(data, "val")
     taught = load_teacher(str(tmp_path / "teacher"), split.classes)
-    build_cache(split, taught, tmp_path / "cache.zarr", BuildOptions(size=(32, 48)))
+    build_cache(split, taught, tmp_path / "cache.zarr", BuildOptions(size=(32, 48), views=1))
     torch.manual_seed(0)
     start = evaluate_model(build_model("kdcache:tiny", 7), val, (32, 48)).miou
     distilled = long | {"verb": "train-student", "data": None, "cache": str(tmp_path / "cache.zarr"), "method": "kl"}
@@ -434,7 +434,7 @@ def test_a_student_needs_neither_teacher_nor_data_set(
     go(settings | {"data": str(data), "val": str(data), "iterations": 2}, tmp_path / "teacher")
     split = open_split(str(data), "train")
     teacher = load_teacher(str(tmp_path / "teacher"), split.classes)
-    build_cache(split, teacher, tmp_path / "cache.zarr", BuildOptions(size=(32, 48)))
+    build_cache(split, teacher, tmp_path / "cache.zarr", BuildOptions(size=(32, 48), views=1))
     shutil.rmtree(tmp_path / "teacher")
     shutil.rmtree(data)
     chosen = student | {"cache": str(tmp_path / "cache.zarr"), "val": None, "iterations": 3}
@@ -501,3 +501,21 @@ def test_a_student_s_run_knows_the_store_s_classes(
     classes = open_split(scenes, "train").classes
     assert about.class_names == classes.names == open_cache(cache_path).manifest.dataset.class_names
     assert about.class_colours == classes.colours
+
+
+@pytest.mark.parametrize("verb", ["train-teacher", "train-student"])
+def test_a_batch_of_more_than_there_are_is_noted(
+    verb: str, settings: dict[str, Any], student: dict[str, Any], tmp_path: Path
+) -> None:
+    notes: list[str] = []
+
+    class Watcher(Observer):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    given = (settings if verb == "train-teacher" else student) | {"iterations": 1, "val": None}
+    for batch_size in (2, 200):
+        notes.clear()
+        train(make_config(**(given | {"batch_size": batch_size})), tmp_path / str(batch_size), observer=Watcher())
+        said = [text for text in notes if text.startswith("--batch-size 200 is more than the ")]
+        assert len(said) == (batch_size == 200), notes

@@ -15,26 +15,13 @@ from torch.utils.data import default_collate
 
 from kdcache.data import open_split, write_scenes
 from kdcache.store import Cache, open_cache
-from kdcache.train import CacheDataset, Observer, make_config, train
-from kdcache.train.distributed import World
+from kdcache.train import CacheDataset, make_config, objective, train
 from kdcache.train.sources import open_dataset
-from kdcache.train.start import make_trainer
 from kdcache.train.trainer import Trainer
 from kdcache.train.trust import trust_from_run
 
 Counts = np.ndarray[Any, Any]
 SAMPLES = 6
-
-
-@pytest.fixture
-def begin(student: dict[str, Any], tmp_path: Path) -> Callable[..., Trainer]:
-    """The trainer that a short distillation with some settings changed would run."""
-
-    def make(**changes: Any) -> Trainer:
-        config = make_config(**(student | {"val": None, "augment": "none"} | changes))
-        return make_trainer(config, tmp_path / "run", World(), Observer(), resume=False)
-
-    return make
 
 
 def of_teacher(cache: Cache, samples: list[int]) -> Counts:
@@ -103,6 +90,17 @@ def test_class_balance_of_a_top_k_store(begin: Callable[..., Trainer], source_pa
     """Where the place of a value does not say its class."""
     trainer = begin(cache=str(source_path), data=scenes, class_balance="sqrt")
     weight = balanced(of_teacher(open_cache(source_path), list(range(SAMPLES))), "sqrt")
+    assert trainer.eager.criterion.gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
+
+
+def test_class_balance_of_a_store_of_views_goes_by_the_whole_images(
+    begin: Callable[..., Trainer], make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three samples that are spread over the store."""
+    monkeypatch.setattr(objective, "COUNTED_TARGETS", 3)
+    path = make_cache(views=2)
+    trainer = begin(cache=str(path), augment="replay", class_balance="sqrt")
+    weight = balanced(of_teacher(open_cache(path), [0, 2, 5]), "sqrt")
     assert trainer.eager.criterion.gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
 
 

@@ -50,7 +50,7 @@ class Ade20k(Layout):
     def splits(self, root: Path) -> list[str]:
         return [split for split, folder in FOLDERS.items() if (root / IMAGES / folder).is_dir()]
 
-    def classes(self, root: Path) -> ClassList:
+    def _classes(self, root: Path) -> ClassList:
         path = root / NAMES_FILE
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()

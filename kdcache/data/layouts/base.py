@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from kdcache.data.classes import CLASSES_FILE, read_classes
 from kdcache.data.files import IMAGE_SUFFIXES
 from kdcache.data.layouts.file_split import FileSplit, describe_some
-from kdcache.data.layouts.scan import Scan
-from kdcache.data.sample import ClassList
+from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.data.layouts.scan import WHOLE, Scan
+from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
+
+HOW_TO_SPLIT = " Or keep a fifth of train for validation: train with --fold 0/5 --val-split train --val-fold 0/5."
+
+
+def _numbers_of_lines(layout: str) -> LabelIds:
+    return LabelIds(
+        f"Label ids are 0 to {{last}} (the lines of {CLASSES_FILE}) or {IGNORE_INDEX} (void).",
+        f"Complete {CLASSES_FILE}, write {IGNORE_INDEX} where no class applies, or remove {CLASSES_FILE} if the labels "
+        f"hold the numbers that {layout} is published with.",
+    )
 
 
 class Layout(ABC):
@@ -41,8 +54,8 @@ class Layout(ABC):
         """Names of the splits, sorted."""
 
     @abstractmethod
-    def classes(self, root: Path) -> ClassList:
-        """Names and colours. Raises: DataError where they are read from a file that is not as it should be."""
+    def _classes(self, root: Path) -> ClassList:
+        """The layout's own names and colours. Raises: DataError where the file that has them is not as it should be."""
 
     @abstractmethod
     def _scan(self, root: Path, split: str) -> Scan:
@@ -51,6 +64,31 @@ class Layout(ABC):
     def find(self, folder: Path) -> Path | None:
         """Where the data set begins, in `folder` or one of its `homes`; None when it is not of this layout."""
         return next((folder / home for home in self.homes if self.matches(folder / home)), None)
+
+    def classes(self, root: Path) -> ClassList:
+        """Names and colours: those of a `classes.txt` that says others than the layout's own, else these.
+
+        Raises: DataError for a file that is not as it should be.
+        """
+        return read_classes(root) if self.lists_classes(root) else self._classes(root)
+
+    def lists_classes(self, root: Path) -> bool:
+        """Whether a `classes.txt` in the root says other names than the layout: labels then hold its lines' numbers.
+
+        Raises: DataError for a `classes.txt` that is none.
+        """
+        if not (root / CLASSES_FILE).is_file():
+            return False
+        listed = read_classes(root)
+        try:
+            return listed.names != self._classes(root).names
+        except DataError:  # no file with the layout's own names
+            return True
+
+    def why(self, root: Path) -> str:
+        """What made a folder one of this layout, and where its classes come from."""
+        classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else "the layout's own classes"
+        return f"{self.looks_for}; {classes}"
 
     def scan(self, root: Path, split: str) -> Scan:
         """Find the images and labels of a split; refuses only a split that is missing or without images.
@@ -61,9 +99,11 @@ class Layout(ABC):
             raise DataError(
                 f"A split is {self.split_is}.",
                 received=f"{split!r} in {root}; there are: {', '.join(names) or 'none'}",
-                remedy="Name one of the splits that exist.",
+                remedy="Name one of the splits that exist." + (HOW_TO_SPLIT if names == [WHOLE] else ""),
             )
         found = self._scan(root, split)
+        if self.lists_classes(root):
+            found = replace(found, label_ids=_numbers_of_lines(self.name))
         if not found.images and found.missing:
             raise self._missing(root, split, found)
         if not found.images:

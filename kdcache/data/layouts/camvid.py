@@ -74,7 +74,7 @@ class CamVid(Layout):
     def splits(self, root: Path) -> list[str]:
         return lists_in(root, SPLITS)
 
-    def classes(self, root: Path) -> ClassList:
+    def _classes(self, root: Path) -> ClassList:
         return CLASSES
 
     def _scan(self, root: Path, split: str) -> Scan:

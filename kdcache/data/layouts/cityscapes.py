@@ -105,7 +105,7 @@ class Cityscapes(Layout):
     def splits(self, root: Path) -> list[str]:
         return folders_in(root / IMAGES)
 
-    def classes(self, root: Path) -> ClassList:
+    def _classes(self, root: Path) -> ClassList:
         return CLASSES
 
     def _scan(self, root: Path, split: str) -> Scan:

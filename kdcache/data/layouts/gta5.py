@@ -16,12 +16,11 @@ from typing import ClassVar
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.cityscapes import CLASSES, refuse_train_ids, to_classes
 from kdcache.data.layouts.label_ids import LabelIds, id_table
-from kdcache.data.layouts.scan import Scan, holds_pictures, keep_listed, lists_in, scan_folders
+from kdcache.data.layouts.scan import WHOLE, Scan, holds_pictures, lists_in, scan_whole
 from kdcache.data.sample import ClassList
 
 IMAGES, LABELS = "images", "labels"
 SPLITS = ("train", "val", "test", "trainval")
-WHOLE = "train"
 MOST_LABEL_ID = 34
 
 LABEL_IDS = LabelIds(
@@ -46,9 +45,8 @@ class Gta5(Layout):
     def splits(self, root: Path) -> list[str]:
         return lists_in(root, SPLITS) or [WHOLE]
 
-    def classes(self, root: Path) -> ClassList:
+    def _classes(self, root: Path) -> ClassList:
         return CLASSES
 
     def _scan(self, root: Path, split: str) -> Scan:
-        everything = scan_folders(root, IMAGES, LABELS, LABEL_IDS)
-        return keep_listed(everything, root, f"{split}.txt") if lists_in(root, SPLITS) else everything
+        return scan_whole(root, split, IMAGES, LABELS, LABEL_IDS, SPLITS)

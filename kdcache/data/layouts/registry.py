@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from kdcache.data.folder import Folder
+from kdcache.data.classes import CLASSES_FILE, read_classes
+from kdcache.data.folder import IMAGES, LABELS, Folder
 from kdcache.data.layouts.ade20k import Ade20k
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.camvid import CamVid
 from kdcache.data.layouts.cityscapes import Cityscapes
 from kdcache.data.layouts.gta5 import Gta5
+from kdcache.data.layouts.scan import folders_in, holds_pictures
 from kdcache.data.layouts.voc import Voc
 from kdcache.errors import DataError
 
@@ -46,10 +48,13 @@ def find_layout(data: str) -> Found:
             remedy="Check the path. What kdcache reads: " + ", ".join(LAYOUTS) + ", or the built-in scenes.",
         )
     if name is not None:
-        return _named(LAYOUTS[name], folder)
+        return _with_its_classes(_named(LAYOUTS[name], folder), folder)
     found = [Found(layout, root) for layout in LAYOUTS.values() if (root := layout.find(folder)) is not None]
+    if any(isinstance(layout, Folder) for layout, _ in found):
+        # A classes.txt beside images/ and labels/ makes them one's own data: GTA5's release has none.
+        found = [one for one in found if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()]
     if len(found) == 1:
-        return found[0]
+        return _with_its_classes(found[0], folder)
     if found:
         raise DataError(
             "A folder holds a data set of one layout.",
@@ -60,7 +65,8 @@ def find_layout(data: str) -> Found:
         "A data folder has a layout that kdcache knows.",
         received=f"{folder}, which has none of\n"
         + "\n".join(f"  {layout.name}: {layout.looks_for}" for layout in LAYOUTS.values()),
-        remedy="Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
+        remedy=_nearly_a_folder(folder)
+        or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
     )
 
 
@@ -88,6 +94,33 @@ def split_prefix(data: str) -> tuple[str | None, Path]:
             remedy=f"For instance {name}:/data/{name}.",
         )
     return name, Path(path).expanduser()
+
+
+def _with_its_classes(found: Found, folder: Path) -> Found:
+    """Refuse a class list above the folder where the data begin: nobody would read it. Raises DataError."""
+    above = folder / CLASSES_FILE
+    if found.root == folder or not above.is_file() or (found.root / CLASSES_FILE).is_file():
+        return found
+    if read_classes(folder).names == found.layout.classes(found.root).names:
+        return found
+    raise DataError(
+        f"A {CLASSES_FILE} lies where its data set begins, and its classes are those of the labels.",
+        received=f"{above}, with other classes than layout {found.layout.name} in {found.root}",
+        remedy=f"Move it to {found.root} if it is meant for these data; else name {found.root} as the data folder.",
+    )
+
+
+def _nearly_a_folder(folder: Path) -> str:
+    """What keeps a folder with `images/` from being one of the folder layout; empty without `images/`."""
+    if not (folder / IMAGES).is_dir():
+        return ""
+    others = [name for name in folders_in(folder) if name not in (IMAGES, LABELS)]
+    steps = [] if (folder / CLASSES_FILE).is_file() else [f"add {CLASSES_FILE}, a class name a line"]
+    if others and not (folder / LABELS).is_dir():
+        steps.append(f"rename the folder with the labels ({', '.join(others[:3])}) to {LABELS}")
+    if not folders_in(folder / IMAGES) and not holds_pictures(folder / IMAGES):
+        steps.append(f"put pictures into {IMAGES}/<split>/")
+    return f"To make it one's own data set: {'; '.join(steps)}." if steps else ""
 
 
 def _named(layout: Layout, folder: Path) -> Found:

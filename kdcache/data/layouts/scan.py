@@ -11,6 +11,9 @@ from kdcache.data.files import IMAGE_SUFFIXES, LABEL_SUFFIX
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.errors import DataError
 
+WHOLE = "train"
+"""The only split of pictures that neither folders nor lists divide."""
+
 Line = tuple[int, list[str]]
 """Number of a line, from 1, and its words."""
 
@@ -92,6 +95,12 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
         missing += [f"{scan.label_place}/{sample}{LABEL_SUFFIX}" for sample in images if sample not in labels]
     clashes += [clash for clash in scan.clashes if clash[0] in lines]
     return replace(scan, images=images, labels=labels, orphans=[], foreign=[], clashes=clashes, missing=missing)
+
+
+def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: LabelIds, lists: Sequence[str]) -> Scan:
+    """Pictures right in one folder: those that a split's list names, or all of them where `root` has no list."""
+    everything = scan_folders(root, images, labels, label_ids)
+    return keep_listed(everything, root, f"{split}.txt") if lists_in(root, lists) else everything
 
 
 def read_list(path: Path) -> list[Line]:

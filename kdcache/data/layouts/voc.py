@@ -68,7 +68,7 @@ class Voc(Layout):
         augmented = (root / AUGMENTED_LABELS).is_dir()
         return [name for name in lists_in(root / LISTS) if name != AUGMENTED or augmented]
 
-    def classes(self, root: Path) -> ClassList:
+    def _classes(self, root: Path) -> ClassList:
         return CLASSES
 
     def _scan(self, root: Path, split: str) -> Scan:

@@ -24,8 +24,9 @@ def classes(comparison: Comparison) -> Html:
     if any(row.teacher for row in comparison.rows):
         lead += "The upright mark is the teacher. "
     lead += "A difference is to the row's baseline."
-    if len(comparison.class_names) > 1 and any(row.class_differences for row in comparison.rows):
-        lead += " Of many classes a twentieth is above noise by chance."
+    gaps = [gap for row in comparison.rows if not row.teacher for gap in row.class_differences]
+    if (comparisons := max((gap.comparisons for gap in gaps), default=1)) > 1:
+        lead += f" Its verdict is adjusted by Holm for {comparisons} comparisons."
     return section("classes", "Class by class", _order(), shown, rest, class_scores(comparison), lead=lead)
 
 

@@ -24,6 +24,7 @@ from kdcache.evaluate.report.summary import summary
 from kdcache.evaluate.report.teacher import teacher
 from kdcache.evaluate.report.training import curves, gradients, read_trainings
 from kdcache.evaluate.runs import Run
+from kdcache.files import write_whole
 
 SUFFIXES = (".html", ".htm")
 
@@ -64,12 +65,7 @@ def write_report(
         command=command,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, content)
     return path
 
 
@@ -110,7 +106,8 @@ def page(
     ]
     shown = [(name, word, part) for name, word, part in parts if part is not None]
     contents = tag("nav", *(tag("a", word, href=f"#{name}") for name, word, _ in shown), aria_label="Contents")
-    head = tag("header", tag("p", "kdcache report", class_="eyebrow"), tag("h1", title), contents)
+    above = None if comparison.banner is None else tag("p", comparison.banner, class_="banner", role="note")
+    head = tag("header", tag("p", "kdcache report", class_="eyebrow"), tag("h1", title), above, contents)
     foot = tag("footer", tag("p", *_made()))
     body = join(head, tag("main", *(part for *_, part in shown)), foot, json_block("comparison", comparison.to_json()))
     return _document(title, body)

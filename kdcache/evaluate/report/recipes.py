@@ -3,7 +3,6 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kdcache.evaluate.comparison import Comparison, Row, RunScore
@@ -11,6 +10,7 @@ from kdcache.evaluate.report.html import Child, Html, facts, join, section, simp
 from kdcache.evaluate.report.scores import swatch
 from kdcache.evaluate.runs import RECIPE, Run
 from kdcache.evaluate.tables import percent
+from kdcache.files import read_object
 
 _MACHINE = (("platform", "system"), ("python", "Python"), ("cpus", "CPUs"), ("threads", "threads"), ("gpu", "GPU"))
 
@@ -72,7 +72,7 @@ _HEADER = ("run", "seed", "fold", "mIoU %", "best at", "iterations", "seconds", 
 
 
 def _run(score: RunScore, run: Run | None) -> tuple[Child, ...]:
-    result = {} if run is None else _read(run, "result.json")
+    result = _read(run, "result.json")
     told = [_plain(result.get(key)) for key in ("best_step", "iterations", "seconds", "images_per_second")]
     seed = "-" if score.seed is None else str(score.seed)
     return (tag("code", score.run), seed, score.fold or "-", percent(score.metrics.miou), *told)
@@ -99,15 +99,9 @@ def _recipe_text(run: Run) -> str | None:
         return None
 
 
-def _read(run: Run, name: str) -> dict[str, Any]:
+def _read(run: Run | None, name: str) -> dict[str, Any]:
     """A JSON file of a run's folder; {} where there is none: what was run does not depend on it."""
-    if run.folder is None:
-        return {}
-    try:
-        found = json.loads((Path(run.folder) / name).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return {} if run is None or run.folder is None else read_object(run.folder / name)
 
 
 def _plain(value: Any) -> str:
@@ -122,7 +116,7 @@ def _machines(comparison: Comparison, runs: Mapping[str, Run]) -> Html | None:
     for row in comparison.rows:
         for score in row.runs:
             run = runs.get(score.run)
-            found = {} if run is None else _read(run, "environment.json")
+            found = _read(run, "environment.json")
             if found:
                 where.setdefault(json.dumps(found, sort_keys=True), []).append(score.run)
     if not where:

@@ -1,12 +1,13 @@
 """The tables: what each row scored, how far it is from its baseline, what it costs; sorted by a click on a column."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kdcache.evaluate.compare_tables import legend, row_name
+from kdcache.evaluate.compare_tables import difference_table, legend, row_name
 from kdcache.evaluate.comparison import Comparison, Row
-from kdcache.evaluate.report.html import Child, Html, join, number, points, scroll_box, section, tag
+from kdcache.evaluate.report.html import Child, Html, join, number, points, scroll_box, section, simple_table, tag
 from kdcache.evaluate.report.summary import verdict
 from kdcache.evaluate.spread import Difference, Spread
 from kdcache.evaluate.tables import percent
@@ -37,10 +38,24 @@ def scores(comparison: Comparison) -> Html:
         "scores",
         "Scores and cost",
         sortable(comparison, _columns(comparison), "Scores, distance to the baseline, cost of one image"),
+        _distances(comparison),
         tag("details", tag("summary", "What the columns mean"), notes),
         lead="The best of each column is bold; the teacher stands apart, for it is no contestant. "
         "A click on a column's name sorts by it.",
     )
+
+
+def _distances(comparison: Comparison) -> Html | None:
+    """Both intervals, the correlation of the pairs, p-values: what the verdicts stand on."""
+    header, rows = difference_table(comparison)
+    if not rows:
+        return None
+    signed = [
+        [name, baseline, *(re.sub(r"-(?=\d)", "\N{MINUS SIGN}", cell) for cell in cells)]
+        for name, baseline, *cells in rows
+    ]
+    table = simple_table("Distance to the baseline, points of mIoU", header, signed)
+    return tag("details", tag("summary", "What the verdicts stand on"), table)
 
 
 def class_scores(comparison: Comparison) -> Html:
@@ -170,8 +185,7 @@ def _gap_cell(row: Row) -> Child:
 def _interval(found: Difference) -> Html | None:
     if math.isnan(found.half_width):
         return None
-    low, high = points(found.mean - found.half_width), points(found.mean + found.half_width)
-    return tag("small", f" {low} to {high}")
+    return tag("small", f" {points(found.low)} to {points(found.high)}")
 
 
 def _parameters(row: Row) -> str:

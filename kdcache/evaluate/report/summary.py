@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from kdcache.evaluate.comparison import Comparison, Row
+from kdcache.evaluate.comparison import Comparison, Row, collapse, is_collapsed
 from kdcache.evaluate.report.html import Html, facts, join, number, paragraphs, points, section, tag
 from kdcache.evaluate.spread import Difference
 from kdcache.evaluate.tables import percent
@@ -28,21 +28,25 @@ def summary(comparison: Comparison, device: str | None) -> Html:
 
 
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
-    """A word, a sentence, and what must be said beside it, on the best row that has a baseline."""
+    """A word, a sentence, and what must be said beside it, on all rows that have a baseline."""
     rows = measured(comparison)
     if not rows:
         remedy = "A baseline is a run of the same model that learnt from labels alone (--method none)"
-        said = [f"{remedy}; --baseline names another."]
-        return "Unknown.", "No row has a baseline to be measured against.", said
+        return "Unknown.", "No row has a baseline to be measured against.", [f"{remedy}; --baseline names another."]
     best = max(rows, key=lambda row: row.miou.mean)
     found = best.difference
     assert found is not None
-    sentence = (
-        f"The best row, {quoted(best.name)}, reaches {percent(best.miou.mean)} % mIoU, "
-        f"{gap_words(found.mean)} {quoted(found.baseline)}{_interval(found)}."
-    )
-    more = [_meaning(found), *_caution(rows, found), *_teacher(comparison, best)]
-    return _answer(found), sentence, more
+    reached = f"reaches {percent(best.miou.mean)} % mIoU, {gap_words(found.mean)} {quoted(found.baseline)}"
+    said = f"The best row, {quoted(best.name)}, {reached}{_interval(found)}."
+    if len(rows) > 1:
+        said = f"{_tally(rows)} {said}"
+    more = [*_meaning(rows), *_caution(rows, found), *_teacher(comparison, best)]
+    nothing = [f"{words}." for row in comparison.rows if (words := collapse(row, quoted(row.name)))]
+    if all(_both_collapsed(comparison, row) for row in rows):
+        same = all(is_nothing(gap.mean) for gap in _gaps(rows))
+        word = "No difference." if same else "Unknown: nothing was learnt."
+        return word, " ".join([*nothing, said]), _teacher(comparison, best)
+    return _answer(rows), said, [*nothing, *more]
 
 
 def _firm(text: str) -> str:
@@ -59,14 +63,54 @@ def measured(comparison: Comparison) -> list[Row]:
     ]
 
 
-def _answer(found: Difference) -> str:
-    if found.verdict == "above noise":
-        return "Yes." if found.mean > 0 else "No."
-    if found.verdict == "within noise":
+def _gaps(rows: Sequence[Row]) -> list[Difference]:
+    return [row.difference for row in rows if row.difference is not None]
+
+
+def _answer(rows: Sequence[Row]) -> str:
+    """On all rows: that the best of several did well by luck is no answer."""
+    gaps = [gap for gap in _gaps(rows) if not is_nothing(gap.mean)]
+    if not gaps:
+        return "No difference."
+    above = sum(gap.verdict == "above noise" and gap.mean > 0 for gap in gaps)
+    below = sum(gap.verdict == "above noise" and gap.mean < 0 for gap in gaps)
+    if above and below:
+        return "For some rows."
+    if above or below:
+        word, few = ("Yes", above) if above else ("No", below)
+        return f"{word}." if few == len(rows) else f"{word}, in {few} of {len(rows)} rows."
+    if any(not math.isnan(gap.half_width) for gap in gaps):
         return "Not shown."
-    return (
-        "It looks so, but one run shows little." if found.mean > 0 else "It does not look so, but one run shows little."
+    signs = {gap.mean > 0 for gap in gaps}
+    if len(signs) > 1 or len(gaps) < len(rows):
+        return "Unknown: the rows disagree, and one run shows little."
+    return f"It {'looks' if signs == {True} else 'does not look'} so, but one run shows little."
+
+
+def _both_collapsed(comparison: Comparison, row: Row) -> bool:
+    """Whether neither a row nor its baseline has learnt anything: then their distance says nothing."""
+    assert row.difference is not None
+    baselines = [other for other in comparison.rows if other.name == row.difference.baseline]
+    return is_collapsed(row) and all(map(is_collapsed, baselines))
+
+
+def _tally(rows: Sequence[Row]) -> str:
+    """How many rows are better, worse, neither, and by how many comparisons at once."""
+    gaps = [gap for gap in _gaps(rows) if not is_nothing(gap.mean)]
+    sure = [gap for gap in gaps if gap.verdict == "above noise"]
+    above = sum(gap.mean > 0 for gap in sure)
+    unknown = sum(math.isnan(gap.half_width) for gap in gaps)
+    counts = (
+        (above, "above"),
+        (len(sure) - above, "below"),
+        (len(gaps) - len(sure) - unknown, "within noise"),
+        (unknown, "of too few runs to tell"),
+        (len(rows) - len(gaps), "equal to it"),
     )
+    parts = ", ".join(f"{count} {words}" for count, words in counts if count)
+    comparisons = max(gap.comparisons for gap in _gaps(rows))
+    how = f" ({comparisons} comparisons, adjusted by Holm)" if comparisons > 1 else ""
+    return f"Of {len(rows)} rows measured against a baseline: {parts}{how}."
 
 
 def quoted(name: str) -> str:
@@ -76,9 +120,14 @@ def quoted(name: str) -> str:
 
 def gap_words(gap: float) -> str:
     """A difference of fractions, as in `1.20 points more than`."""
-    if round(100 * gap, 2) == 0:
+    if is_nothing(gap):
         return "as much as"
     return f"{percent(abs(gap))} points {'more' if gap > 0 else 'less'} than"
+
+
+def is_nothing(gap: float) -> bool:
+    """Whether a difference of fractions is 0 in points of two digits, which is all that is shown."""
+    return round(100 * gap, 2) == 0
 
 
 def _interval(found: Difference) -> str:
@@ -88,29 +137,45 @@ def _interval(found: Difference) -> str:
     return f" (95 % interval {low} to {high})"
 
 
-def _meaning(found: Difference) -> str:
-    if found.verdict == "above noise":
-        return f"The interval leaves out zero: more than chance, over {_runs(found)}."
-    if found.verdict == "within noise":
-        return f"The interval includes zero: {_runs(found)} do not tell this difference from chance. More seeds may."
-    return (
-        "Two trainings that differ only in their seed differ too; how much is unknown with one run. Train more seeds."
-    )
+def _meaning(rows: Sequence[Row]) -> list[str]:
+    """What the intervals say, and what would say more."""
+    gaps = _gaps(rows)
+    tested = [gap for gap in gaps if not math.isnan(gap.half_width)]
+    said = []
+    if len(gaps) == len(tested) == 1:
+        (found,) = tested
+        outside = abs(found.mean) > found.half_width
+        said.append(
+            f"The interval leaves out zero: more than chance, over {_runs(found)}."
+            if outside
+            else f"The interval includes zero: {_runs(found)} do not tell this difference from chance. More seeds may."
+        )
+        if found.paired and not math.isnan(found.unpaired.half_width):
+            free = found.unpaired
+            alike = "unknown" if math.isnan(found.correlation) else f"{found.correlation:.2f}"
+            said.append(
+                f"Not paired by seed, the interval is {points(free.low)} to {points(free.high)}. The correlation of "
+                f"the pairs is {alike}; where it is about 0, pairing buys nothing."
+            )
+    elif any(gap.verdict == "within noise" for gap in tested):
+        said.append("Within noise: these runs do not tell the row from its baseline. More seeds may.")
+    if len(tested) < len(gaps):
+        said.append(
+            "Two trainings that differ only in their seed differ too; how much is unknown with one run. "
+            "Train more seeds."
+        )
+    return said
 
 
 def _runs(found: Difference) -> str:
     return f"{found.runs} pairs of runs" if found.paired else f"{found.runs} runs"
 
 
-def _caution(rows: Sequence[Row], found: Difference) -> list[str]:
-    """Of the others, and that a best of several is chosen for its luck too."""
-    if len(rows) < 2:
+def _caution(rows: Sequence[Row], best: Difference) -> list[str]:
+    """A best of several is chosen for its luck too."""
+    if len(rows) < 2 or best.mean <= 0:
         return []
-    above = sum(row.difference is not None and row.difference.mean > 0 for row in rows)
-    said = f"Of {len(rows)} rows with a baseline {above} {'is' if above == 1 else 'are'} above it."
-    if found.mean > 0:
-        said += " The best of several is chosen for its luck too: its difference is rather too large than too small."
-    return [said]
+    return ["The best of several is chosen for its luck too: its difference is rather too large than too small."]
 
 
 def _teacher(comparison: Comparison, best: Row) -> list[str]:
@@ -151,6 +216,8 @@ def differences(comparison: Comparison) -> Html | None:
     title = f"Points of mIoU to {quoted(*baselines) if len(baselines) == 1 else 'the baseline'}"
     if any(not math.isnan(row.difference.half_width) for row in rows if row.difference is not None):
         title += "; bars are 95 % intervals"
+        comparisons = max(gap.comparisons for gap in _gaps(rows))
+        title += f", verdicts are adjusted for {comparisons} comparisons" if comparisons > 1 else ""
     if any("cut-" in line for line in lines):
         title += ", and an arrow says that one is longer"
     return tag("figure", tag("figcaption", title), *lines, axis, class_="gaps")

@@ -6,16 +6,19 @@
 | decoder | numcodecs decodes a chunk that is in memory already, into a given buffer: the floor of a compressed one |
 | direct | `Cache.read_into`, into a given buffer |
 | tensorstore | `z[i]` |
-| zarr | zarr-python, `z[i]` |
+| zarr | zarr-python with its default pipeline of codecs, `z[i]` |
+| zarrs | the same with the pipeline of the package zarrs, in Rust |
+| fused | the same with zarr-python's own `FusedCodecPipeline`, which 3.3 brought (Python 3.12 or later) |
 | files | `torch.load` of a file per sample, as frameworks that cache teacher outputs write them |
 
 All read the same records in the same order from a warm page cache. Before one is timed, every record that it gives
-must have the bytes that zarr-python reads.
+must have the bytes that zarr-python reads. Which pipeline it uses stands here, whatever its configuration says.
 """
 
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 import zarr
 from numcodecs import blosc, zstd
+from zarr.core import codec_pipeline
 
 from kdcache.errors import RecipeError, StoreError, VersionError
 from kdcache.evaluate.bench.memory import available_bytes
@@ -157,13 +161,37 @@ def _direct(source: Source) -> Reader:
     return read
 
 
-def _open_zarr(path: Path) -> Any:
-    return zarr.open_array(path, mode="r")
+def _open_zarr(path: Path, pipeline: str = "zarr.core.codec_pipeline.BatchedCodecPipeline") -> Any:
+    """The array keeps the pipeline of codecs that it was opened with; one that cannot decode it says so."""
+    with zarr.config.set({"codec_pipeline.path": pipeline, "codec_pipeline.strict": True}):
+        return zarr.open_array(path, mode="r")
 
 
 def _zarr(source: Source) -> Reader:
-    arrays = [_open_zarr(source.cache.path / path) for path in source.paths]
+    return _zarr_reader(source, _open_zarr)
+
+
+def _zarr_reader(source: Source, open_array: Callable[[Path], Any]) -> Reader:
+    arrays = [open_array(source.cache.path / path) for path in source.paths]
     return lambda record: [array[record] for array in arrays]
+
+
+def _zarrs(source: Source) -> Reader:
+    try:
+        from zarrs.pipeline import UnsupportedMetadataError
+    except ImportError as error:
+        raise UnavailableError("not installed (pip install zarrs)") from error
+    try:
+        return _zarr_reader(source, partial(_open_zarr, pipeline="zarrs.ZarrsCodecPipeline"))
+    except UnsupportedMetadataError as error:
+        raise UnavailableError(f"not for this layout: {error.__cause__}") from error
+
+
+def _fused(source: Source) -> Reader:
+    name = "FusedCodecPipeline"
+    if not hasattr(codec_pipeline, name):
+        raise UnavailableError(f"zarr {zarr.__version__} has none (3.3 and later do, on Python 3.12 or later)")
+    return _zarr_reader(source, partial(_open_zarr, pipeline=f"zarr.core.codec_pipeline.{name}"))
 
 
 def _tensorstore(source: Source) -> Reader:
@@ -197,6 +225,8 @@ READERS: dict[str, tuple[str, Callable[[Source], Reader]]] = {
     "direct": ("direct", _direct),
     "tensorstore": ("tensorstore z[i]", _tensorstore),
     "zarr": ("zarr-python z[i]", _zarr),
+    "zarrs": ("zarr-python, zarrs", _zarrs),
+    "fused": ("zarr-python, fused", _fused),
     "files": ("torch.load, .pt files", _files),
 }
 """Name -> title, what makes the reader. Raises UnavailableError for one that cannot run here."""

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -108,4 +109,11 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         settings = {**asdict(self.settings), "device": str(self.settings.device)}
-        return {"store": self.store, "settings": settings, "tables": [table.to_json() for table in self.tables]}
+        tables = [table.to_json() for table in self.tables]
+        return {"store": self.store, "settings": settings, "libraries": _versions(), "tables": tables}
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that readers compete with, where they are installed."""
+    installed = {name: list(metadata.distributions(name=name)) for name in ("tensorstore", "zarr", "zarrs")}
+    return {name: found[0].version for name, found in installed.items() if found}

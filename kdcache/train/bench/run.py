@@ -86,7 +86,8 @@ def _measure_readers(cache: Cache, names: Sequence[str], settings: Settings, not
         note(f"readers: {settings.repeats} repeats in turn")
         paces = in_turn(ready, settings.repeats)
     rows = [Measured(name, READERS[name][0], paces.get(name), problem=problems.get(name, "")) for name in names]
-    return Table("readers", ("decoder", "zarr"), tuple(rows))
+    pipelines = tuple(name for name in ("zarrs", "fused") if name in paces)
+    return Table("readers", ("decoder", "zarr", *pipelines), tuple(rows))
 
 
 def _reading(name: str, read: Reader, source: Source) -> Contestant:

@@ -1,0 +1,210 @@
+"""What is doubtful about data that can be read: labels that teach nothing, or another thing than their author meant.
+
+A problem makes a training worthless, a warning may be on purpose. Each says a number and a remedy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kdcache.data.classes import CLASSES_FILE
+from kdcache.data.files import label_palette
+from kdcache.data.folder import IMAGES, LABELS, Folder
+from kdcache.data.layouts.file_split import FileSplit, describe_some
+from kdcache.data.layouts.registry import Found
+from kdcache.data.layouts.scan import folders_in, is_picture, scan_folders
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels, default_colours
+from kdcache.data.split_report import SplitReport
+
+MOST_VOID = 0.9
+"""Share of void among labelled pixels beyond which a split is warned of."""
+
+_HEADS = frozenset(
+    ("id", "ids", "index", "idx", "class", "classes", "class_id", "class_name", "name", "names", "label", "labels")
+)
+_HEADS_BESIDE = frozenset(
+    ("color", "colour", "r", "g", "b", "red", "green", "blue", "rgb", "hex", "trainid", "train_id")
+)
+"""Words of a table's first line; those of the second kind are no header alone."""
+_LEADING_ID = re.compile(r"(?P<id>\d+)\s*[\s,;:.=|)-]\s*\S")
+
+
+@dataclass
+class Doubts:
+    """Sentences, each with what is wrong, a number and a remedy."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def doubts_of(reports: Mapping[str, SplitReport], classes: ClassList, found: Found | None, *, whole: bool) -> Doubts:
+    """Everything doubtful about splits that were read.
+
+    Args:
+        found: their layout and folder; None for the procedural scenes.
+        whole: these are all splits of the data set.
+    """
+    doubts = Doubts()
+    if found is not None and (isinstance(found.layout, Folder) or found.layout.lists_classes(found.root)):
+        _doubt_names(classes.names, doubts)
+    _doubt_labels(reports, found, doubts, whole=whole)
+    for report in reports.values():
+        _doubt_palettes(report, doubts)
+    _doubt_shares(reports, classes, doubts)
+    return doubts
+
+
+def wrong_palette(split: FileSplit, index: int, label: Pixels) -> str:
+    """Why the colours of a palette label say that its indices are no class ids; empty where they do not."""
+    path = split.label_path(index)
+    palette = None if path is None or split.label_map is not None else label_palette(path)
+    if palette is None:
+        return ""
+    names, colours = split.classes.names, split.classes.colours
+    used = [int(i) for i in np.unique(label) if i != IGNORE_INDEX and i < len(palette)]
+    known = {colour: number for number, colour in enumerate(colours)}
+    if colours != default_colours(len(colours)):
+        matches = [(i, known[palette[i]]) for i in used if palette[i] in known]
+        shown = [(i, names[number]) for i, number in matches if i != number]
+        if 2 * len(shown) > len(matches):  # two classes may share a colour
+            return ", ".join(f"index {i} has the colour of {name!r}" for i, name in shown[:3])
+    greys = {i: palette[i][0] for i in used if len(set(palette[i])) == 1}
+    ids = set(greys.values())
+    if len(greys) == len(used) and ids <= {*range(len(names)), IGNORE_INDEX} and not ids <= {0, IGNORE_INDEX}:
+        moved = [f"index {i} is grey {grey}" for i, grey in greys.items() if grey != i]
+        return ", ".join(moved[:3])
+    return ""
+
+
+def _doubt_names(names: Sequence[str], doubts: Doubts) -> None:
+    """A header, ids in front of names, and commas: `classes.txt` is one name a line, and the line is the id."""
+    header = re.findall(r"[^\s,;|]+", names[0].lower())
+    if _HEADS & set(header) and set(header) <= _HEADS | _HEADS_BESIDE:
+        doubts.problems.append(
+            f"the first line of {CLASSES_FILE} is a header ({names[0]!r}), which makes it class 0 and moves "
+            f"{len(names) - 1} classes by one: remove that line"
+        )
+        names = names[1:]
+    leading = [match for name in names if (match := _LEADING_ID.match(name))]
+    if names and len(leading) == len(names):
+        first, in_order = names[0], [int(match["id"]) for match in leading] == list(range(len(names)))
+        remedy = "the line is the id; write the name alone"
+        if in_order:
+            doubts.warnings.append(f"{len(names)} class names begin with their id (such as {first!r}): {remedy}")
+        else:
+            doubts.problems.append(
+                f"{len(names)} class names begin with a number that is not their id ({first!r} is class 0): {remedy}, "
+                "and give a line to every id from 0 on"
+            )
+    elif len(names) > 1 and sum("," in name or ";" in name for name in names) == len(names):
+        doubts.warnings.append(
+            f"all {len(names)} class names have commas in them (such as {names[0]!r}): a line is a name, then `r g b` "
+            "or `#rrggbb`, with spaces between"
+        )
+
+
+def _doubt_labels(reports: Mapping[str, SplitReport], found: Found | None, doubts: Doubts, *, whole: bool) -> None:
+    """Splits that have no label although a training reads them, and labels that lie elsewhere."""
+    total = sum(report.images for report in reports.values())
+    for name, report in reports.items():
+        if report.labelled:
+            continue
+        elsewhere = "" if found is None else _labels_elsewhere(found, name)
+        if elsewhere:
+            doubts.problems.append(elsewhere)
+        elif name == "train" and any(other.labelled for other in reports.values()):
+            doubts.problems.append(
+                f"{name}: none of {report.images} images has a label: a training on labels learns nothing; add labels, "
+                "or train from a store of a teacher's targets"
+            )
+    if whole and total and not doubts.problems and not any(report.labelled for report in reports.values()):
+        doubts.problems.append(
+            f"none of {total} images has a label: a training on labels learns nothing; add labels, or train from a "
+            "store of a teacher's targets"
+        )
+    if found is not None and isinstance(found.layout, Folder) and folders_in(images := found.root / IMAGES):
+        loose = sum(is_picture(path.name) for path in images.iterdir())
+        if loose:
+            doubts.warnings.append(
+                f"{loose} pictures right in {IMAGES}/ belong to no split, for there are folders too: move them into "
+                f"{IMAGES}/{next(iter(reports))}/, or away"
+            )
+
+
+def _labels_elsewhere(found: Found, split: str) -> str:
+    """Of the folder layout: a folder beside `images/` with pictures of the images' names."""
+    if not isinstance(found.layout, Folder):
+        return ""
+    scan = found.layout.scan(found.root, split)
+    for other in folders_in(found.root):
+        if other in (IMAGES, LABELS):
+            continue
+        for place in (f"{other}/{split}", other):
+            pairs = len(scan_folders(found.root, scan.image_place, place, scan.label_ids).labels)
+            if pairs:
+                return (
+                    f"{split}: none of {len(scan.images)} images has a label in {scan.label_place}/, but {pairs} have "
+                    f"one in {place}/: move that to {scan.label_place}/"
+                )
+    return ""
+
+
+def _doubt_palettes(report: SplitReport, doubts: Doubts) -> None:
+    if not report.palettes:
+        return
+    sample, why = next(iter(report.palettes.items()))
+    doubts.problems.append(
+        f"{report.split}: {len(report.palettes)} palette labels have colours that say other ids than their indices, "
+        f"which count ({sample!r}: {why}): save the ids as 8-bit grey PNGs"
+    )
+
+
+def _doubt_shares(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
+    """Labels without a class, with one, nearly without any; classes that no label has."""
+    read = {name: report for name, report in reports.items() if sum(report.class_pixels) + report.void_pixels}
+    seen = {name: {i for i, count in enumerate(report.class_pixels) if count} for name, report in read.items()}
+    for name, report in read.items():
+        void = report.shares()[1]
+        if len(seen[name]) == 1 and (name == "train" or not any(len(other) > 1 for other in seen.values())):
+            doubts.problems.append(_one_class(report, next(iter(seen[name])), classes))
+        elif not seen[name]:
+            doubts.problems.append(
+                f"{name}: all pixels of {report.labelled} labels are void: there is nothing to learn; compare the "
+                "numbers in the labels with those of the layout"
+            )
+        elif void > MOST_VOID:
+            doubts.warnings.append(
+                f"{name}: {100 * void:.1f} % of the labelled pixels are void: compare the numbers in the labels with "
+                "those of the layout"
+            )
+    if not doubts.problems:
+        _doubt_unseen(seen, classes, doubts)
+
+
+def _one_class(report: SplitReport, number: int, classes: ClassList) -> str:
+    said = f"{report.split}: the labels ({report.labelled}) hold one class, {classes.names[number]!r} ({number})"
+    if report.void_pixels and number == 0:
+        share = 100 * report.shares()[1]
+        return f"{said}, and {share:.1f} % void: where they are masks of 0 and 255, write 0 and 1, for 255 is void"
+    return f"{said}: there is nothing to tell apart; write the other classes' ids into the labels"
+
+
+def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubts: Doubts) -> None:
+    everywhere = set().union(*seen.values())
+    never = [name for number, name in enumerate(classes.names) if number not in everywhere]
+    if seen and never:
+        doubts.warnings.append(
+            f"{len(never)} of {len(classes)} classes are in no label: {describe_some(never)}; they score nothing, so "
+            "check their ids, or leave them out of the class list"
+        )
+    if "train" in seen:
+        asked = [classes.names[number] for number in sorted(everywhere - set(seen["train"]))]
+        if asked:
+            doubts.warnings.append(
+                f"{len(asked)} of {len(classes)} classes are in no label of train, but in another split: "
+                f"{describe_some(asked)}; they score 0 there, so move some of their images to train"
+            )

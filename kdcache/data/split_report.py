@@ -1,0 +1,85 @@
+"""What a check found in one split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from kdcache.data.layouts.file_split import describe_some
+from kdcache.data.sample import IGNORE_INDEX
+
+
+@dataclass
+class SplitReport:
+    """What one split holds. Lists name samples by id, files by their path in the split's folder.
+
+    Attributes:
+        images, labelled: samples, and those with a label file.
+        class_pixels: pixels per class id; void_pixels: pixels of 255; over all readable labels.
+        sizes: "HxW" -> number of images of that upright size.
+        out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
+        without_label: samples without one; no problem by itself.
+        without_image: label files that no image has (a wrong suffix included).
+        clashes: image files (or lines of a list) whose id another image already has.
+        missing: files that a list names, or their siblings call for, and that are not there.
+        unreadable: sample -> why its image or label could not be read, or its numbers not be taken for ids.
+        mismatched: sample -> both sizes, where a label has not its image's size.
+        palettes: sample -> what the colours of its palette say, where that is other ids than its indices.
+        digest: SHA-256 over class names, ids and contents; None when contents were not read or a
+            file could not be.
+    """
+
+    split: str
+    images: int = 0
+    labelled: int = 0
+    class_pixels: list[int] = field(default_factory=list)
+    void_pixels: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    out_of_range: dict[str, dict[str, int]] = field(default_factory=dict)
+    without_label: list[str] = field(default_factory=list)
+    without_image: list[str] = field(default_factory=list)
+    clashes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    mismatched: dict[str, str] = field(default_factory=dict)
+    palettes: dict[str, str] = field(default_factory=dict)
+    digest: str | None = None
+
+    def shares(self) -> tuple[list[float], float]:
+        """Share of the labelled pixels per class, and of void; zeros without any."""
+        total = max(sum(self.class_pixels) + self.void_pixels, 1)
+        return [count / total for count in self.class_pixels], self.void_pixels / total
+
+    def problems(self) -> list[str]:
+        """One sentence per kind of defect, with how many, the first few, and a remedy."""
+        kinds = (
+            (self.clashes, "images share their id with another image", "rename or remove one of each"),
+            (self.without_image, "labels belong to no image", "give each its image's name and .png, or remove it"),
+            (self.missing, "files are missing", "restore them"),
+            (
+                list(self.unreadable),
+                "samples cannot be read",
+                f"restore them ({next(iter(self.unreadable.values()), '')})",
+            ),
+            (list(self.mismatched), "labels have another size than their image", "resize the labels (nearest)"),
+            (
+                list(self.out_of_range),
+                f"labels have ids that are no class ({self._stray_ids()})",
+                f"complete the class list, or write {IGNORE_INDEX} for void",
+            ),
+        )
+        return [
+            f"{self.split}: {len(names)} {what}: {describe_some(names)}; {remedy}"
+            for names, what, remedy in kinds
+            if names
+        ]
+
+    def _stray_ids(self, most: int = 6) -> str:
+        """Which ids are no class, in how many files and pixels: `12 in 5 files, 250 pixels`."""
+        files: Counter[int] = Counter()
+        pixels: Counter[int] = Counter()
+        for ids in self.out_of_range.values():
+            files.update(map(int, ids))
+            pixels.update({int(number): count for number, count in ids.items()})
+        said = [f"{n} in {files[n]} file{'s' * (files[n] != 1)}, {pixels[n]} pixels" for n in sorted(files)]
+        return "; ".join(said[:most]) + (f"; and {len(said) - most} more ids" if len(said) > most else "")

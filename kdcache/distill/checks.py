@@ -1,0 +1,131 @@
+"""What must hold of a batch before a loss looks at it: a teacher that counts has a target, and labels lie over it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kdcache.distill.target import Target, TargetFormat
+from kdcache.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from kdcache.distill.terms import Term
+
+Size = tuple[int, int]
+
+
+class Left(Enum):
+    """What stands for an argument that the caller left out, where None says something."""
+
+    OUT = "left out"
+
+
+def check_given(
+    target: Target | Left | None, form: TargetFormat | None, weighing: Collection[str], reading: Collection[str]
+) -> None:
+    """A teacher's part of the loss never ends as a silent 0.
+
+    Args:
+        form: the store that the loss was made for; None for a loss that knows none, which learns from labels alone
+            where a batch brings no target.
+        weighing: the teacher's parts of the loss whose weight is above 0.
+        reading: those of them that read its logits.
+    Raises: RecipeError.
+    """
+    if target is None or not weighing:
+        return
+    names = ", ".join(reading if isinstance(target, Target) else weighing)
+    if target is Left.OUT:
+        raise RecipeError(
+            "a loss that weighs a teacher is told the target of every batch",
+            received=f"{names} above weight 0, and no target",
+            remedy="pass target=batch.target; target=None for a batch without a teacher; or kl_weight=0 and no terms",
+        )
+    if form is None and reading and target.present():
+        raise RecipeError(
+            "a loss that weighs a teacher knows the store of its targets",
+            received=f"{names} above weight 0 and a target, and no store",
+            remedy="make it with the open store, DistillLoss(cache); or with kl_weight=0",
+        )
+    if form is not None and reading and not target.present():
+        raise RecipeError(
+            "a loss that weighs a teacher is given a target with logits",
+            received=f"{names} above weight 0, and a target without values",
+            remedy="read them, CacheDataset(cache, targets=True); or pass target=None for a batch without a teacher",
+        )
+
+
+def check_rows(logits: Tensor, labels: Tensor | None, target: Target | None) -> None:
+    """Raises: DataError for a batch without labels, or whose parts are of different samples."""
+    if labels is None:
+        raise DataError(
+            "a batch has labels; what is not labelled has void ones",
+            received="labels None",
+            remedy="pass torch.full((B, H, W), 255, dtype=torch.uint8)",
+        )
+    rows = {"logits": len(logits), "labels": len(labels)}
+    rows |= {} if target is None or not len(target.window) else {"target": len(target.window)}
+    if len(set(rows.values())) > 1:
+        raise DataError(
+            "logits, labels and target are of the same samples",
+            received=", ".join(f"{name} of {count}" for name, count in rows.items()),
+            remedy="pass them as the loader gave them, and cut all or none",
+        )
+
+
+def check_terms_given(terms: "Sequence[Term]", features: Mapping[str, Tensor], target: Target) -> None:
+    """Raises: RecipeError for terms whose arrays of the store, or taps of the student, a batch does not bring."""
+    arrays = [path for term in terms for path in term.arrays() if path not in target.extras]
+    if arrays:
+        raise RecipeError(
+            "a batch brings the arrays of the store that its terms read",
+            received=f"a target without {', '.join(dict.fromkeys(arrays))}",
+            remedy="read them, CacheDataset(cache, extras=criterion.arrays)",
+        )
+    taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
+    if taps:
+        raise RecipeError(
+            "a loss whose terms compare features is given those of the student",
+            received=f"features without {', '.join(dict.fromkeys(taps))}",
+            remedy="pass features=model(x, criterion.student_taps).features",
+        )
+
+
+def shows_otherwise(target: Target, form: TargetFormat, size: Size, whole: Size | None) -> bool:
+    """Whether labels of `size` cannot be what the windows of a batch show.
+
+    A window of the view's proportions becomes labels of the proportions of `whole`, up to a pixel; by any other, a
+    caller says how the labels were cut. All windows of a batch must contradict, for a random one may by chance.
+
+    Args:
+        whole: (H, W) of the labels of a whole view; None when that has the view's proportions.
+    """
+    (height, width), (rows, columns) = whole or form.view_size, size
+    if abs(rows - columns * height / width) < 1 or abs(columns - rows * width / height) < 1:
+        return False
+    y0_B, x0_B, y1_B, x1_B = target.window.unbind(1)
+    upright_B, across_B = (y1_B - y0_B) / form.view_size[0], (x1_B - x0_B) / form.view_size[1]
+    return bool(((upright_B - across_B).abs() <= 1e-9 * across_B.abs()).all())
+
+
+def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataError:
+    """What to say of labels that were cut without the window of their target."""
+    view = "x".join(map(str, form.view_size))
+    told = "" if whole is None else f", whose labels are {'x'.join(map(str, whole))}"
+    return DataError(
+        "labels show what the target's window shows",
+        received=f"labels of {'x'.join(map(str, size))} for a target of {view}{told}, seen whole or zoomed alike",
+        remedy="cut pixels, labels and window alike: target._replace(window=...), (B, 4) float64 edges y0, x0, y1, x1 "
+        f"in pixels of the {view} view; or DistillLoss(..., size=(H, W)), where whole views are stretched to that",
+    )
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether values may be looked at here: never while a step is traced, recorded or must not wait."""
+    if torch.compiler.is_compiling():
+        return False
+    if tensor.device.type != "cuda":
+        return True
+    return not (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode())

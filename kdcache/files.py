@@ -1,0 +1,65 @@
+"""Files that are written whole or not at all, whatever comes between: an error, a kill, a power cut, a full disk."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` when the block has ended well; else the file stays what it was.
+
+    The name is always the same, so that what a kill leaves is written over, or cleared by `clear_partials`: who
+    replaces a file is alone with its folder.
+    """
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial.unlink(missing_ok=True)  # of a kill; where a link is made, it may be in the way
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # what does not fit must not keep the disk full
+    _sync(path.parent)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Replace a text file."""
+    with replacing(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file says; {} where there is none, it was cut short or emptied, or it holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a kill left this of a file that was being replaced."""
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+
+
+def clear_partials(folder: Path) -> None:
+    """Remove what kills left in a folder that nobody else writes to."""
+    for left in filter(is_partial, list(folder.iterdir()) if folder.is_dir() else []):
+        left.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush one file, or one folder's entries, to the disk."""
+    if path.is_dir() and os.name == "nt":  # where folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,52 @@
+"""What kind of numbers a network gives, found by asking it about images that are none."""
+
+import torch
+
+from kdcache.models.class_map import ClassMapped
+from kdcache.models.ensemble import EnsembleModel
+from kdcache.models.native import SegmentationModel
+from kdcache.models.registry import is_listed
+
+PROBABILITIES = "returns probabilities (in every pixel none is below 0, and they sum to 1) where logits are due"
+"""What is said of such a network."""
+_PROBE_PX = 128  # as the probe of foreign networks
+_TOLERANCE = 1e-2
+"""Of sums of probabilities, in float16 and of many classes."""
+
+
+def returns_probabilities(model: SegmentationModel) -> bool:
+    """Whether, in eval mode, a network gives probabilities where logits are due.
+
+    That is so when on a black image, a smooth one and noise the numbers of every cell sum to 1 and none is below 0.
+    Of an ensemble it is so when it is of any member; of a model whose classes are mapped, before they are.
+    """
+    if isinstance(model, EnsembleModel):
+        return any(map(returns_probabilities, model.parts))
+    if isinstance(model, ClassMapped):
+        return returns_probabilities(model.model)
+    if model.num_classes < 2 or is_listed(model.spec):  # those give logits
+        return False
+    modes = {module: module.training for module in model.modules()}
+    like = next(model.parameters(), torch.empty(0))
+    model.eval()  # BatchNorm must not learn from the probe
+    try:
+        with torch.no_grad():  # one by one, as much as any use of the network takes
+            return all(_sums_to_one(model, image[None], like) for image in _images())
+    except Exception:  # it takes no images of this size, and says so itself where it is used
+        return False
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _sums_to_one(model: SegmentationModel, image_1HW3: torch.Tensor, like: torch.Tensor) -> bool:
+    said = model(model.normalise(image_1HW3.to(like.device)).to(like.dtype)).logits.float()
+    return bool((said >= 0).all() and ((said.sum(1) - 1).abs() <= _TOLERANCE).all())
+
+
+def _images() -> torch.Tensor:
+    """Black, a ramp of light, and noise; uint8 (3, H, W, 3), always the same."""
+    ramp_W = torch.linspace(0, 255, _PROBE_PX).to(torch.uint8)
+    noise = torch.randint(0, 256, (_PROBE_PX, _PROBE_PX, 3), generator=torch.Generator().manual_seed(7))
+    ramp = ramp_W[None, :, None].expand(_PROBE_PX, _PROBE_PX, 3)
+    return torch.stack([torch.zeros_like(ramp), ramp, noise.to(torch.uint8)])

@@ -1,0 +1,194 @@
+"""What a build makes good in a store that was damaged: by accident, a copy that broke off, a failing disk.
+
+Everything but the shards can be written again without the teacher: array metadata and ids follow from the manifest and
+the command; the manifest has a spare (`manifest.json`, with its own digest); a record of the ledger is once more in
+`ledger.jsonl`; ledger and seal follow from the records. Where a digest does not fit, it is suspected itself too.
+A shard whose files are damaged is redone. Nothing is written where nothing is wrong.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kdcache.errors import CorruptError, KDCacheError, MismatchError
+from kdcache.store import ledger
+from kdcache.store.damage import AGAIN, unreadable_metadata
+from kdcache.store.ledger import COMPLETE, Completion, ShardRecord, read_or_none
+from kdcache.store.manifest import Manifest, parse_manifest
+from kdcache.store.place import MAX_JSON_BYTES, Place
+from kdcache.store.schema import ArraySpec, chunk_records, metadata_keys, record_arrays
+
+ROOT = "zarr.json"
+SPARE = "manifest.json"
+"""The root's zarr.json once more: it alone holds what no build can say again, such as when the first one began."""
+
+
+def spare_of(root: bytes) -> bytes:
+    """The spare of a root's zarr.json."""
+    content = {"sha256": hashlib.sha256(root).hexdigest(), ROOT: root.decode()}
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_spare(place: Place) -> bytes | None:
+    """The root's zarr.json as its spare has it; None when there is none that is whole. Raises StoreError."""
+    try:
+        spare = json.loads(read_or_none(place, SPARE, 2 * MAX_JSON_BYTES) or b"")
+        root = str(spare[ROOT]).encode()
+        return root if hashlib.sha256(root).hexdigest() == spare["sha256"] else None
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
+
+
+def read_seal(place: Place) -> Completion | None:
+    """The seal, None when there is none that is well formed. Raises StoreError."""
+    try:
+        return ledger.read_completion(place)
+    except CorruptError:
+        return None
+
+
+def sealed_keys(place: Place, manifest: Manifest) -> list[str]:
+    """The files that a seal has digests of, beside the ledger's; a spare only where there is one."""
+    return [*metadata_keys(manifest), *([SPARE] if next(place.sizes([SPARE])) is not None else [])]
+
+
+def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) -> None:
+    """Manifest, array metadata and ids are those that were sealed. Raises CorruptError naming the file and the seal:
+    a digest does not tell which of the two was changed.
+    """
+    for key in keys:
+        try:
+            place.sealed(key, completion.metadata.get(key, ""))
+        except (OSError, ValueError) as error:
+            what = f"it is not what {COMPLETE} seals, or that was changed"
+            found = unreadable_metadata(place.describe(key), error, what)
+            if key == ROOT and AGAIN in found.remedy and read_spare(place) is None:
+                remedy = f"{AGAIN}: it writes this file anew, or says that it cannot"
+                raise CorruptError(
+                    found.rule, received=f"{found.received}; there is no spare of it", remedy=remedy
+                ) from error
+            raise found from error
+
+
+def is_intact(place: Place, completion: Completion | None) -> bool:
+    """Whether nothing says that the root's zarr.json is another than what was written: no spare, no seal."""
+    root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
+    sealed = None if completion is None else completion.metadata.get(ROOT)
+    return read_spare(place) is not None or sealed in (None, hashlib.sha256(root).hexdigest())
+
+
+def restore_root(place: Place, wanted: Manifest) -> None:
+    """Write the root's zarr.json again from its spare, where it is gone or is not what the store was begun with.
+
+    Args:
+        wanted: what the command would begin, for the case that neither is what the seal says.
+    """
+    root, spare = read_or_none(place, ROOT, MAX_JSON_BYTES), read_spare(place)
+    if spare is None or root == spare:
+        return
+    completion = read_seal(place)
+    sealed = None if completion is None else completion.metadata.get(ROOT)
+    if hashlib.sha256(spare).hexdigest() != sealed:
+        if root is not None and hashlib.sha256(root).hexdigest() == sealed:
+            return  # the spare of another store
+        if not _continues(spare, wanted) and _continues(root, wanted):
+            return
+    place.publish(ROOT, spare)
+
+
+def _continues(root: bytes | None, wanted: Manifest) -> bool:
+    """Whether a root's zarr.json is of the build that a command would begin."""
+    try:
+        manifest = parse_manifest(json.loads(root or b"")["attributes"], ROOT)
+    except (KDCacheError, ValueError, RecursionError, TypeError, KeyError):
+        return False
+    return not manifest.differences(wanted.with_environment(manifest))
+
+
+def restore_metadata(
+    place: Place, files: Mapping[str, bytes], completion: Completion | None, *, same_libraries: bool
+) -> None:
+    """Write again what is neither what the seal says nor what the build would write.
+
+    Args:
+        files: what the build would write.
+        completion: the seal.
+        same_libraries: whether the store was begun with this Zarr; another may write the same in other words.
+    Raises: MismatchError for a file that only the library which wrote it can make again.
+    """
+    for key, wanted in files.items():
+        found = read_or_none(place, key, max(len(wanted), MAX_JSON_BYTES))
+        sealed = None if completion is None else completion.metadata.get(key)
+        if found is not None and (found == wanted or hashlib.sha256(found).hexdigest() == sealed):
+            continue
+        if hashlib.sha256(wanted).hexdigest() != sealed:
+            if not same_libraries and sealed is None and found is not None:
+                continue
+            if not same_libraries:
+                raise MismatchError(
+                    "a damaged metadata file is written again by the versions that wrote it",
+                    received=f"{place.describe(key)} is damaged, and the libraries are others",
+                    remedy="install the versions that `kdcache inspect --json` shows, or restore it from a copy",
+                )
+            place.remove(COMPLETE)  # first: a store with metadata in doubt must not open
+        place.publish(key, wanted)
+
+
+def restore_spare(place: Place, completion: Completion | None) -> None:
+    """Write the spare again where it is not the root's. A seal that knows of none is of a store without one."""
+    if completion is not None and SPARE not in completion.metadata:
+        return
+    root = place.read(ROOT)
+    if read_or_none(place, SPARE, 2 * MAX_JSON_BYTES) != spare_of(root):
+        place.publish(SPARE, spare_of(root))
+
+
+@dataclass(frozen=True)
+class State:
+    """How the shards of a worker stand.
+
+    Attributes:
+        whole: those whose files are what was written. doubtful: others that were finished once, with their records
+            where these can be read. Those in neither were not finished yet.
+    """
+
+    whole: set[int]
+    doubtful: dict[int, ShardRecord | None]
+
+
+def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], completion: Completion | None) -> State:
+    """Look at every file of some shards; a record in the ledger that is not what it should be is written again.
+
+    An object store keeps what it took: there sizes are compared, bytes are not fetched to be looked at again.
+    """
+    sealed = ledger.sealed_records(place, completion)
+    listed: list[ShardRecord] = []
+    doubtful: dict[int, ShardRecord | None] = {}
+    for shard in shards:
+        try:
+            record = sealed.get(shard) or ledger.read_shard_record(place, shard)
+        except CorruptError:
+            record, doubtful[shard] = None, None
+        if record is None and completion is not None:  # without a seal another process may be about to publish it
+            doubtful[shard] = None
+        if record is not None and ledger.is_of(manifest, shard, record):
+            listed.append(record)
+        elif record is not None:
+            doubtful[shard] = None
+    whole = set[int]()
+    for record, found in zip(
+        listed, ledger.examine(place, listed, chunk_counts(manifest), digests=not place.remote), strict=True
+    ):
+        if found.damaged:
+            doubtful[record.shard] = record
+            continue
+        whole.add(record.shard)
+        if not ledger.is_published(place, found.record):
+            place.publish(ledger.record_key(record.shard), ledger.canonical(found.record))
+    return State(whole, doubtful)
+
+
+def chunk_counts(manifest: Manifest) -> dict[ArraySpec, int]:
+    """Chunks of a whole shard of each array, as our writer makes them."""
+    return {spec: manifest.build.shard_records // chunk_records(spec, manifest) for spec in record_arrays(manifest)}

@@ -1,0 +1,171 @@
+"""A run folder or a recipe from elsewhere runs no code, whatever verb reads it; one that was trained here goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+
+CODE = """
+from pathlib import Path
+from torch import nn
+Path(__file__).with_name("imported").touch()
+
+def build(num_classes): return nn.Conv2d(3, num_classes, 3, 4, 1)
+"""
+TRAIN = "train-teacher --data {w}/data --size 32x48 --iterations 1 --batch-size 2"
+MODEL = TRAIN + " --model foreign_code:build --out {w}/mine"
+READERS = {
+    "evaluate": "evaluate {r} --data {w}/data",
+    "compare": "compare {r} {w}/teacher --data {w}/data",
+    "compare with a teacher": "compare {w}/teacher --teacher {r} --data {w}/data",
+    "visualise": "visualise {r} --data {w}/data --out {w}/pictures",
+    "report": "report {r} --data {w}/data --out {w}/report.html",
+    "export": "export {r} --out {w}/out.safetensors",
+    "predict": "predict {r} {w}/data/images/val --out {w}/predicted",
+    "build": "build-teacher-cache --data {w}/data --teacher {r} --views 1 --out {w}/new",
+    "plan": "plan --data {w}/data --teacher {r} --views 1",
+    "verify": "verify {w}/store.zarr --teacher {r}",
+    "extend": "extend {w}/store.zarr --data {w}/data --teacher {r} --views 2 --out {w}/new",
+}
+QUICK = ("evaluate", "export", "build")
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    """The world, and we stand in it; `theirs` is a run of elsewhere whose model is code that lies about."""
+    (world / "foreign_code.py").write_text(CODE)
+    shutil.copytree(world / "teacher", world / "theirs")
+    about = json.loads((world / "theirs/model.json").read_text())
+    (world / "theirs/model.json").write_text(json.dumps(about | {"spec": "foreign_code:build"}))
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("XDG_STATE_HOME", str(world / "state"))
+    monkeypatch.delitem(sys.modules, "foreign_code", raising=False)
+    return world
+
+
+def imported(world) -> bool:
+    return (world / "imported").exists()
+
+
+@pytest.mark.parametrize("command", READERS.values(), ids=READERS)
+def test_a_run_from_elsewhere_runs_no_code(here, cli, command) -> None:
+    ended = cli(*command.format(w=here, r=here / "theirs").split())
+    assert ended.code == 2, ended.out
+    assert not imported(here)
+    assert f"{here}/theirs/model.json names the model foreign_code:build" in ended.err
+    assert f"{here}/foreign_code.py would be imported" in ended.err
+    assert ended.err.count("remedy") == 1
+    assert "--trust" in ended.err
+    assert not (here / "new").exists()
+
+
+def test_one_that_was_trained_here_goes_on_and_a_copy_elsewhere_too(here, cli, monkeypatch) -> None:
+    """What is known is the code: a copy of the run names the same, and another user knows neither."""
+    trained = cli(*MODEL.format(w=here).split())
+    assert trained.code == 0, trained.err
+    assert "--trust" not in trained.err
+    shutil.copytree(here / "mine", here / "copy")
+    for run in ("mine", "copy"):
+        for name in QUICK:
+            ended = cli(
+                *READERS[name]
+                .replace("{w}/", f"{{w}}/{run}-" if "--out" in READERS[name] else "{w}/")
+                .replace(f"{run}-data", "data")
+                .format(w=here, r=here / run)
+                .split()
+            )
+            assert ended.code == 0, (name, ended.err)
+    monkeypatch.setenv("XDG_STATE_HOME", str(here / "another"))
+    ended = cli(*READERS["evaluate"].format(w=here, r=here / "mine").split())
+    assert (ended.code, "--trust" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_trust_imports_it(here, cli, place) -> None:
+    assert cli(*MODEL.format(w=here).split()).code == 0
+    shutil.rmtree(here / "state")
+    words = READERS["evaluate"].format(w=here, r=here / "mine").split()
+    ended = cli(*(["--trust", *words] if place == "before" else [*words, "--trust"]))
+    assert ended.code == 0, ended.err
+    assert not (here / "state").exists()  # once is not for ever
+    assert cli(*words).code == 2
+
+
+def test_a_name_on_the_command_line_is_imported(here, cli) -> None:
+    assert cli(*MODEL.format(w=here).split()).code == 0
+    shutil.rmtree(here / "state")
+    teacher = f"build-teacher-cache --data {here}/data --teacher foreign_code:build@{here}/mine/best.safetensors"
+    ended = cli(*f"{teacher} --size 32x48 --views 1 --out {here}/new".split())
+    assert ended.code == 0, ended.err
+
+
+def test_a_training_that_cannot_note_its_code_says_so(here, cli) -> None:
+    (here / "state").write_text("a file")
+    trained = cli(*MODEL.format(w=here).split())
+    assert trained.code == 0, trained.err
+    assert "will need --trust" in trained.err
+    assert cli(*READERS["evaluate"].format(w=here, r=here / "mine").split()).code == 2
+
+
+def test_a_recipe_runs_no_code_unless_the_command_line_names_it(here, cli) -> None:
+    (here / "r.toml").write_text('model = "foreign_code:build"\n')
+    base = f"{TRAIN} --recipe {here}/r.toml".format(w=here)
+    ended = cli(*base.split(), "--out", here / "one")
+    assert (ended.code, imported(here), (here / "one").exists()) == (2, False, False)
+    assert "r.toml names the model foreign_code:build" in ended.err
+    assert cli(*base.split(), "--out", here / "two", "--trust").code == 0
+    shutil.rmtree(here / "state")
+    assert cli(*base.split(), "--model", "kdcache:tiny", "--out", here / "three").code == 0
+    assert cli(*base.split(), "--model", "foreign_code:build", "--out", here / "four").code == 0
+    assert cli(*base.split(), "--out", here / "five").code == 0  # known by now
+
+
+SWEEP = """
+[teacher]
+model = "{teacher}"
+size = "32x48"
+iterations = 1
+batch-size = 2
+[store]
+views = "full"
+[student]
+model = "{student}"
+iterations = 1
+batch-size = 2
+[[arm]]
+name = "none"
+method = "none"
+"""
+
+
+@pytest.mark.parametrize("who", ["teacher", "student", "published"])
+def test_a_recipe_of_a_sweep_runs_no_code(here, cli, who) -> None:
+    models = {"teacher": "kdcache:tiny", "student": "kdcache:tiny"} | {who: "foreign_code:build"}
+    text = SWEEP.format(**{name: models[name] for name in ("teacher", "student")})
+    if who == "published":
+        text = (
+            text.replace("[teacher]\n", '[teacher]\nspec = "foreign_code:build@w.pth"\n')
+            .replace('model = "kdcache:tiny"\nsize = "32x48"\niterations = 1\nbatch-size = 2\n[store]', "[store]", 1)
+            .replace("[store]\n", '[store]\nsize = "32x48"\n')
+        )
+    (here / "s.toml").write_text(text)
+    ended = cli("sweep", here / "s.toml", "--data", here / "data", "--out", here / "swept")
+    assert ended.code == 2, ended.out
+    assert "foreign_code:build" in ended.err
+    assert "--trust" in ended.err
+    assert not imported(here)
+    assert not (here / "swept").exists()
+
+
+def test_a_sweep_takes_code_that_its_command_line_names(here, cli, monkeypatch) -> None:
+    from kdcache_cli import sweep
+
+    began = []
+    monkeypatch.setattr(sweep, "_here", lambda job: began.append(job.name))
+    (here / "s.toml").write_text(SWEEP.format(teacher="kdcache:tiny", student="kdcache:tiny"))
+    base = ["sweep", here / "s.toml", "--data", here / "data", "--out", here / "swept"]
+    cli(*base, "--set", 'student.model="foreign_code:build"')
+    assert began

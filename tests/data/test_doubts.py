@@ -1,0 +1,230 @@
+"""Data that can be read and are wrong all the same: each is named with a number and a remedy, sound data are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcache.data import CheckReport, check, write_scenes
+
+NAMES = ("road", "car", "sky")
+
+
+def fill(builder, *values: int, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """Two labelled images a split, whose labels hold these numbers in equal parts."""
+    for split in splits:
+        for name in ("a", "bcdefg"):
+            builder.image(f"{split}{name}.png", split)
+            builder.label(f"{split}{name}.png", np.resize(np.array(values, np.uint8), (6, 8)), split)
+    return builder.root
+
+
+def the(sentences: list[str]) -> str:
+    assert len(sentences) == 1, sentences
+    return sentences[0]
+
+
+def sound(report: CheckReport) -> bool:
+    return report.problems == [] and report.warnings == []
+
+
+def test_sound_data_are_not_doubted(builder, tmp_path) -> None:
+    assert sound(check(fill(builder, 0, 1, 2, 255)))
+    assert sound(check("scenes:64x96,train=6,val=2"))
+    assert sound(check(write_scenes(tmp_path / "scenes", "scenes:64x96,train=6,val=2,unlabelled=2")))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("id,name\nroad\ncar\nsky\n", "problem", "('id,name')"),
+        ("Name\nroad\ncar\nsky\n", "problem", "moves 3 classes by one"),
+        ("id name r g b\n0 road\n1 car\n2 sky\n", "both", "is a header"),
+        ("0 road\n1 car\n2 sky\n", "warning", "3 class names begin with their id (such as '0 road')"),
+        ("0,road\n1,car\n2,sky\n", "warning", "write the name alone"),
+        ("0: road 1 2 3\n1: car 4 5 6\n2: sky 7 8 9\n", "warning", "begin with their id"),
+        ("1 road\n2 car\n3 sky\n", "problem", "'1 road' is class 0"),
+        ("2 sky\n0 road\n1 car\n", "problem", "not their id"),
+        ("road,128,64,128\ncar,0,0,1\nsky,0,0,2\n", "warning", "all 3 class names have commas"),
+        ("road\n4 wheels\nsky\n", "sound", ""),
+        ("red\ngreen\nblue\n", "sound", ""),
+        ("0\n1\n2\n", "sound", ""),
+        ("class 7\nroad\nsky, cloudy\n", "sound", ""),
+    ],
+)
+def test_class_lists_that_are_tables(builder, text: str, kind: str, said: str) -> None:
+    builder.classes(text)
+    root = fill(builder, *range(sum(bool(line) for line in text.splitlines())))
+    report = check(root)
+    assert bool(report.problems) == (kind in ("problem", "both"))
+    assert bool(report.warnings) == (kind in ("warning", "both"))
+    assert kind == "sound" or said in " ".join(report.problems + report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((0, 255), "masks of 0 and 255"),
+        ((0,), "nothing to tell apart"),
+        ((2,), "one class, 'sky' (2)"),
+        ((1, 255), "one class, 'car' (1)"),
+        ((255,), "all pixels of 2 labels are void"),
+    ],
+)
+def test_labels_that_teach_nothing_are_a_problem(builder, values, said: str) -> None:
+    report = check(fill(builder, *values))
+    assert len(report.problems) == 2  # one for each split
+    assert all(said in problem for problem in report.problems)
+    assert the(check(builder.root, ["train"]).problems).startswith("train: ")
+
+
+def test_one_class_in_val_alone_may_be_meant(builder) -> None:
+    fill(builder, 0, 1, 2, splits=("train",))
+    assert sound(check(fill(builder, 1, splits=("val",))))
+
+
+def test_one_class_in_train_alone_is_a_problem(builder) -> None:
+    fill(builder, 1, splits=("train",))
+    assert the(check(fill(builder, 0, 1, 2, splits=("val",))).problems).startswith(
+        "train: the labels (2) hold one class"
+    )
+
+
+@pytest.mark.parametrize(("kept", "warned"), [(4, True), (5, False)])
+def test_void_above_ninety_percent_is_warned_of_with_its_share(builder, kept: int, warned: bool) -> None:
+    values = [number % 3 if number < kept else 255 for number in range(48)]
+    report = check(fill(builder, *values, splits=("train",)))
+    assert report.problems == []
+    assert bool(report.warnings) == warned
+    assert not warned or "train: 91.7 % of the labelled pixels are void" in the(report.warnings)
+
+
+def test_classes_that_no_label_has(builder) -> None:
+    assert "1 of 3 classes are in no label: 'car'" in the(check(fill(builder, 0, 2)).warnings)
+
+
+def test_classes_that_train_lacks(builder) -> None:
+    fill(builder, 0, 1, splits=("train",))
+    warning = the(check(fill(builder, 0, 1, 2, splits=("val",))).warnings)
+    assert "1 of 3 classes are in no label of train, but in another split: 'sky'" in warning
+    assert sound(check(builder.root, ["val"]))
+
+
+def test_ids_that_are_no_class_are_listed_by_number_files_and_pixels(builder) -> None:
+    root = fill(builder, 0, 1, 2, splits=("train",))
+    builder.label("traina.png", np.resize(np.array([0, 1, 2, 7], np.uint8), (6, 8)))
+    builder.label("trainbcdefg.png", np.resize(np.array([0, 1, 2, 7, 7, 200], np.uint8), (6, 8)))
+    problem = the(check(root).problems)
+    assert "2 labels have ids that are no class (7 in 2 files, 28 pixels; 200 in 1 file, 8 pixels)" in problem
+    many = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    builder.label("traina.png", many)
+    assert "and 40 more ids)" in the(check(root).problems)  # 3 to 47 and 200, of which six are shown
+
+
+@pytest.mark.parametrize("place", ["masks/{split}", "annotations/{split}"])
+def test_labels_in_another_folder(builder, place: str) -> None:
+    root = fill(builder, 0, 1, 2)
+    for split in ("train", "val"):
+        target = root / place.format(split=split)
+        target.parent.mkdir(exist_ok=True)
+        (root / "labels" / split).rename(target)
+    (root / "labels").rmdir()
+    problems = check(root).problems
+    assert len(problems) == 2
+    assert (
+        "none of 2 images has a label in labels/train/, but 2 have one in " + place.format(split="train") in problems[0]
+    )
+    # The remedy works.
+    (root / place.partition("/")[0]).rename(root / "labels")
+    assert sound(check(root))
+
+
+def test_unsplit_labels_in_another_folder(builder) -> None:
+    root = unsplit(fill(builder, 0, 1, 2))
+    (root / "labels").rename(root / "masks")
+    assert "none of 4 images has a label in labels/, but 4 have one in masks/" in the(check(root).problems)
+
+
+def unsplit(root: Path) -> Path:
+    for kind in ("images", "labels"):
+        for split in list((root / kind).iterdir()):
+            for path in split.iterdir():
+                path.rename(root / kind / path.name)
+            split.rmdir()
+    return root
+
+
+def test_no_label_at_all(builder) -> None:
+    for split in ("train", "val"):
+        builder.image(f"{split}.png", split)
+    assert "none of 2 images has a label" in the(check(builder.root).problems)
+    assert "none of 2 images has a label" in the(check(builder.root, contents=False).problems)
+    assert sound(check(builder.root, ["val"]))  # it was asked for by name
+
+
+def test_only_train_needs_labels(builder) -> None:
+    fill(builder, 0, 1, 2, splits=("val",))
+    builder.image("x.png", "train")
+    assert the(check(builder.root).problems).startswith("train: none of 1 images has a label")
+    builder.label("x.png", np.resize(np.arange(3, dtype=np.uint8), (6, 8)))
+    builder.image("yy.png", "extra")
+    assert sound(check(builder.root))
+
+
+def test_pictures_beside_the_folders_of_splits(builder) -> None:
+    root = fill(builder, 0, 1, 2)
+    Image.new("RGB", (8, 6)).save(root / "images/loose.png")
+    assert "1 pictures right in images/ belong to no split" in the(check(root).warnings)
+
+
+def palette(colours: list[tuple[int, int, int]]) -> Callable[[np.ndarray], Image.Image]:
+    def make(indices: np.ndarray) -> Image.Image:
+        image = Image.fromarray(indices)
+        image.putpalette([channel for colour in colours for channel in colour])
+        return image
+
+    return make
+
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("classes", "colours", "said"),
+    [
+        ("a #ff0000\nb #00ff00\nc #0000ff\n", [BLUE, RED, GREEN], "index 0 has the colour of 'c'"),
+        ("a #ff0000\nb #00ff00\nc #0000ff\n", [RED, BLUE, GREEN], "index 1 has the colour of 'c'"),
+        ("a #ff0000\nb #00ff00\nc #0000ff\n", [RED, GREEN, BLUE], ""),
+        ("a #ff0000\nb #00ff00\nc #0000ff\n", [(1, 2, 3), (4, 5, 6), (7, 8, 9)], ""),
+        ("a\nb\nc\n", [(0, 0, 0), (128, 0, 0), (0, 128, 0)], ""),  # VOC's palette, and colours that nobody chose
+        ("a\nb\nc\n", [(2,) * 3, (0,) * 3, (1,) * 3], "index 0 is grey 2"),
+        ("a\nb\nc\n", [(0,) * 3, (1,) * 3, (255,) * 3], "index 2 is grey 255"),
+        ("a\nb\nc\n", [(0,) * 3, (1,) * 3, (2,) * 3], ""),
+        ("a\nb\nc\n", [(0,) * 3, (100,) * 3, (200,) * 3], ""),  # shades to look at
+    ],
+)
+def test_palettes_that_contradict_their_indices(builder, classes: str, colours, said: str) -> None:
+    builder.classes(classes)
+    root = fill(builder, 0, 1, 2, splits=("train",))
+    indices = np.resize(np.arange(3, dtype=np.uint8), (6, 8))
+    for path in (root / "labels/train").iterdir():
+        palette(colours)(indices).save(path)
+    report = check(root)
+    assert bool(report.problems) == bool(said)
+    assert (
+        not said
+        or f"2 palette labels have colours that say other ids than their indices, which count ('traina': {said}"
+        in the(report.problems)
+    )
+
+
+def test_a_mask_of_black_and_white_may_hold_the_ids_0_and_1(builder) -> None:
+    builder.classes("a\nb\n")
+    root = fill(builder, 0, 1, splits=("train",))
+    for path in (root / "labels/train").iterdir():
+        palette([(0, 0, 0), (255, 255, 255)])(np.resize(np.arange(2, dtype=np.uint8), (6, 8))).save(path)
+    assert sound(check(root))

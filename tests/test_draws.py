@@ -1,0 +1,61 @@
+"""Hypothesis draws other cases in every run, on a CI server too, and says how to repeat the one that failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+# The same function twice: hypothesis draws the same for both where draws are a function of the test's source.
+PROGRAM = """
+import json, runpy, sys
+runpy.run_path(sys.argv[1])
+from hypothesis import given, strategies
+
+def draws():
+    seen = []
+
+    @given(strategies.integers(0, 2**60))
+    def check(number):
+        seen.append(number)
+
+    check()
+    return seen
+
+@given(strategies.integers())
+def fails(number):
+    assert number < 1000
+
+try:
+    fails()
+except AssertionError as error:
+    notes = error.__notes__
+print(json.dumps([draws(), draws(), notes]))
+"""
+
+
+def test_cases_are_drawn_anew_and_failures_can_be_repeated(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(TESTS / "conftest.py")],
+        cwd=tmp_path,
+        env={**os.environ, "CI": "true"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, notes = json.loads(done.stdout)
+    assert len(first) > 50
+    assert first != second
+    assert any("@reproduce_failure(" in note for note in notes)
+
+
+def test_no_test_keeps_to_the_same_cases() -> None:
+    here = (Path(__file__).name, "conftest.py")
+    asking = [path for path in TESTS.rglob("*.py") if path.name not in here and "derandomize" in path.read_text()]
+    assert asking == []
