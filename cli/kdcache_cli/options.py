@@ -61,8 +61,8 @@ def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "Place":
     """Where a store is, with the folder for copies when that is elsewhere."""
+    from kdcache.store.backend.open import open_place
     from kdcache.store.mirror import parse_bytes
-    from kdcache.store.place import open_place
 
     return open_place(store, None if cache_dir is None else Path(cache_dir), parse_bytes(cache_bytes))
 

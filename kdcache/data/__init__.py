@@ -14,11 +14,11 @@ Everything wrong with a user's data is a `DataError`; wrong arguments of a calle
 
 from kdcache.data.augment import Augmentation, colour_jitter, draw_view, draw_window, id_hash, inside_rectangle
 from kdcache.data.check import CheckReport, check, class_weights
-from kdcache.data.folds import check_fold_labels, check_folds, fold_alone, folds_of, parse_fold
+from kdcache.data.folds import check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
 from kdcache.data.prefetch import prefetch
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Split
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, folds_of
 from kdcache.data.scenes import write_scenes
 from kdcache.data.split_report import SplitReport
 from kdcache.data.view import OUTSIDE_RGB, Window, pixel_checksum, render

@@ -7,7 +7,6 @@ folds, teach that fold. Frames of one video are scattered over the folds, so the
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,28 +15,6 @@ import numpy.typing as npt
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import Pixels, Split
 from kdcache.errors import RecipeError
-
-MOST_FOLDS = 255
-
-
-def folds_of(ids: Sequence[str], folds: int) -> npt.NDArray[np.int64]:
-    """The fold of every sample, (N,): ids are ranked by a hash and dealt out in turn, so sizes differ by at most one.
-
-    The hash is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id in UTF-8: neither the order of the ids nor
-    what they are called matters. A further sample may move others into another fold.
-
-    Raises: RecipeError unless there are 2 to 255 folds, and a sample for each.
-    """
-    if not 2 <= folds <= min(MOST_FOLDS, len(ids)):
-        raise RecipeError(
-            f"a split has 2 to {MOST_FOLDS} folds, none of them empty",
-            received=f"{folds} folds of {len(ids)} samples",
-            remedy="use --folds 2, or a number up to the samples",
-        )
-    ranked = sorted(range(len(ids)), key=lambda number: (_key(ids[number]), ids[number]))
-    found = np.empty(len(ids), np.int64)
-    found[ranked] = np.arange(len(ids)) % folds
-    return found
 
 
 def parse_fold(text: str) -> tuple[int, int]:
@@ -122,7 +99,3 @@ class Excerpt(SplitPart):
     def folds(self, folds: int) -> npt.NDArray[np.int64]:
         """That of the whole split, of each sample."""
         return self._whole.folds(folds)[self._numbers]
-
-
-def _key(sample: str) -> bytes:
-    return hashlib.blake2b(sample.encode(), digest_size=8, key=b"kdcache folds").digest()

@@ -7,6 +7,8 @@
     confidence.py        calibration, and what a threshold keeps
     cost.py              parameters, arithmetic, time per image
     memory.py            running out of it, however it is said
+    timing.py            time without garbage collection
+    machine.py           the processor, for figures
     predict.py           images that are in no data set
 
     runs.py              run folders, their settings and models

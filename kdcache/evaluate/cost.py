@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdcache.evaluate.machine import cpu_name
+from kdcache.evaluate.timing import no_garbage_collection
 from kdcache.models import SegmentationModel
 
 REPEATS, WARM_UP = 50, 10
@@ -109,8 +111,6 @@ def measure_latency(
     warm_up: int = WARM_UP,
 ) -> Latency:
     """Time a model that is on `device`, in eval mode. A GPU is waited for at the end of every call."""
-    from kdcache.evaluate.bench.timing import no_garbage_collection
-
     where = torch.device(device)
     x_13HW = torch.rand(1, 3, *size, device=where).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), no_garbage_collection():
@@ -145,6 +145,4 @@ def _calls(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    from kdcache.evaluate.bench.header import cpu_name
-
     return cpu_name()

@@ -26,6 +26,7 @@ VOID_RGB = (224, 224, 192)  # as in PASCAL VOC; black is a class there
 WRONG_RGB = (225, 30, 45)
 INK = "#303030"
 _DOTS_PER_INCH = 120
+_SHOWN = 40  # classes of a matrix that still has readable names
 _LETTERS_PER_INCH = 11
 """Of a line in 10 points bold."""
 
@@ -162,4 +163,35 @@ def panels(
     shown = figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
     for text, (name, _) in zip(shown.get_texts(), legend, strict=True):
         text.set_text(one_line(name))  # as a label, matplotlib would hide a name that begins with _
+    return figure
+
+
+def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
+    """What is said of each label, % of the label's pixels; of very many classes those that are found least.
+
+    Args:
+        counts: pixels (C, C), labels along the rows. names: of the classes.
+    """
+    labelled = counts.sum(1)
+    shares = counts / np.maximum(labelled, 1)[:, None]
+    chosen = np.flatnonzero(labelled)
+    if len(chosen) > _SHOWN:
+        chosen = np.sort(chosen[np.argsort(shares[chosen, chosen])[:_SHOWN]])
+        title += f"; the {_SHOWN} classes that are found least"
+    # A class that is in no label can be said all the same: its column says so.
+    said = np.union1d(chosen, np.flatnonzero(counts[chosen].sum(0) > 0)) if len(chosen) < _SHOWN else chosen
+    shares = shares[np.ix_(chosen, said)]
+    figure = new_figure(4 + 0.48 * len(said), 3 + 0.48 * len(chosen), title)
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(
+        range(len(said)), [one_line(names[place]) for place in said.tolist()], rotation=45, ha="right", fontsize=9
+    )
+    axes.set_yticks(range(len(chosen)), [one_line(names[place]) for place in chosen.tolist()], fontsize=9)
+    axes.set_xlabel("prediction", fontsize=10)
+    axes.set_ylabel("label", fontsize=10)
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.005:
+            colour = "white" if share > 0.55 else INK
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     return figure

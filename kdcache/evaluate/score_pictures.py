@@ -9,13 +9,12 @@ import numpy as np
 
 from kdcache.errors import one_line
 from kdcache.evaluate.per_image import ImageScores
-from kdcache.evaluate.pictures import INK, Array, Colours, dress, hex_colours, new_figure
+from kdcache.evaluate.pictures import INK, Colours, dress, hex_colours, new_figure
 from kdcache.evaluate.tables import class_rows, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHOWN = 40  # classes of a matrix that still has readable names
 _LISTED = 10
 
 
@@ -49,37 +48,6 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str, ranked_
     right.set_yticks(range(len(names)), labels)
     right.set_ylim(len(names) - 0.4, -0.6)
     right.set_xlim(0, 100)
-    return figure
-
-
-def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
-    """What is said of each label, % of the label's pixels; of very many classes those that are found least.
-
-    Args:
-        counts: pixels (C, C), labels along the rows. names: of the classes.
-    """
-    labelled = counts.sum(1)
-    shares = counts / np.maximum(labelled, 1)[:, None]
-    chosen = np.flatnonzero(labelled)
-    if len(chosen) > _SHOWN:
-        chosen = np.sort(chosen[np.argsort(shares[chosen, chosen])[:_SHOWN]])
-        title += f"; the {_SHOWN} classes that are found least"
-    # A class that is in no label can be said all the same: its column says so.
-    said = np.union1d(chosen, np.flatnonzero(counts[chosen].sum(0) > 0)) if len(chosen) < _SHOWN else chosen
-    shares = shares[np.ix_(chosen, said)]
-    figure = new_figure(4 + 0.48 * len(said), 3 + 0.48 * len(chosen), title)
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(
-        range(len(said)), [one_line(names[place]) for place in said.tolist()], rotation=45, ha="right", fontsize=9
-    )
-    axes.set_yticks(range(len(chosen)), [one_line(names[place]) for place in chosen.tolist()], fontsize=9)
-    axes.set_xlabel("prediction", fontsize=10)
-    axes.set_ylabel("label", fontsize=10)
-    for (row, column), share in np.ndenumerate(shares):
-        if share >= 0.005:
-            colour = "white" if share > 0.55 else INK
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     return figure
 
 

@@ -23,9 +23,9 @@ from kdcache.evaluate.gallery import (
     summary_json,
 )
 from kdcache.evaluate.per_image import class_number, ranked, sample_numbers, score_images
-from kdcache.evaluate.pictures import save_figure
+from kdcache.evaluate.pictures import draw_confusion, save_figure
 from kdcache.evaluate.runs import Run, find_runs
-from kdcache.evaluate.score_pictures import draw_confusion, draw_distribution, metrics_text
+from kdcache.evaluate.score_pictures import draw_distribution, metrics_text
 from kdcache.evaluate.tables import percent
 
 Progress = Callable[[str, int, int], None]

@@ -4,7 +4,8 @@
     parts.py      the parts of that: data set, view, heads, the teacher's fingerprint
     schema.py     arrays, chunks
     codec.py      how they are compressed, and what is rounded before
-    place.py      where the files are: a folder, an object store
+    place.py      where the files are, for all that follows
+    backend/      a folder on a disk, from an address to its place
     bucket.py     object stores: requests, retries
     mirror.py     copies of their shards on this disk
     durable.py    writes that survive a power cut

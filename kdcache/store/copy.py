@@ -17,12 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from kdcache.errors import MismatchError, StoreError
+from kdcache.store.backend.open import open_place
 from kdcache.store.codec import round_targets
 from kdcache.store.damage import damaged, unreadable
 from kdcache.store.manifest import Codec, Manifest
 from kdcache.store.part import ids_digest
 from kdcache.store.parts import Dataset, Fidelity
-from kdcache.store.place import open_place
 from kdcache.store.reader import Cache
 from kdcache.store.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.writer import StoreWriter, Worker, open_writer

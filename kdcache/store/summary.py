@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from kdcache.store import ledger
+from kdcache.store.backend.open import open_place
 from kdcache.store.ledger import ShardRecord
 from kdcache.store.manifest import Manifest
-from kdcache.store.place import Place, open_place
+from kdcache.store.place import Place
 from kdcache.store.reader import Cache, open_cache, read_manifest
 from kdcache.store.schema import record_arrays
 

@@ -25,11 +25,12 @@ from zarr.storage import MemoryStore
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store import ledger, recovery
+from kdcache.store.backend.open import open_place
 from kdcache.store.damage import restored
 from kdcache.store.ledger import FileRecord, ShardRecord
 from kdcache.store.manifest import Manifest
 from kdcache.store.parts import Repair
-from kdcache.store.place import MAX_JSON_BYTES, Place, Release, open_place
+from kdcache.store.place import MAX_JSON_BYTES, Place, Release
 from kdcache.store.reader import read_manifest, store_exists
 from kdcache.store.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
 from kdcache.store.shard import chunk_checksums

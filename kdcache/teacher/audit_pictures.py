@@ -16,13 +16,13 @@ from kdcache.evaluate.pictures import (
     WRONG_RGB,
     class_bars,
     colour_ids,
+    draw_confusion,
     dress,
     mark_wrong,
     new_figure,
     panels,
     save_figure,
 )
-from kdcache.evaluate.score_pictures import draw_confusion
 from kdcache.store import Cache
 from kdcache.teacher.audit import THRESHOLDS, Audit, Scored
 from kdcache.teacher.audit_gradient import TEMPERATURES

@@ -13,11 +13,11 @@ from PIL import Image
 
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
-from kdcache.evaluate import gallery, score_pictures
+from kdcache.evaluate import gallery
 from kdcache.evaluate.banner import banner
 from kdcache.evaluate.gallery import file_part, folder_names, shorten
 from kdcache.evaluate.metrics import ConfusionMatrix
-from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, colour_ids, save_figure
+from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, colour_ids, draw_confusion, save_figure
 from kdcache.evaluate.visualise import Visualised, VisualiseOptions, visualise
 
 NAME = re.compile(r"(success_rank|failure_rank|chosen)(\d+)_([\w.-]+)_iou(\d\.\d{4})\.png")
@@ -83,7 +83,7 @@ def test_a_banner_takes_room_of_its_own(tmp_path: Path) -> None:
     """The picture grows by red lines at its top; what was there stays as large."""
 
     def drawn(above: str | None) -> np.ndarray:
-        figure = score_pictures.draw_confusion(np.eye(3, dtype=int), ["a", "b", "c"], "title")
+        figure = draw_confusion(np.eye(3, dtype=int), ["a", "b", "c"], "title")
         save_figure(figure, tmp_path / "x.png", above)
         with Image.open(tmp_path / "x.png") as picture:
             return np.asarray(picture.convert("RGB")).astype(int)
@@ -224,7 +224,7 @@ def test_a_class_that_is_in_no_image(world: Path, drawn: list, monkeypatch: pyte
 def test_the_matrix_is_normalised_by_labels() -> None:
     confusion = ConfusionMatrix(("road", "car", "never", "ghost"))
     confusion.counts[0, 0], confusion.counts[0, 1], confusion.counts[1, 3] = 3, 1, 5
-    (axes,) = score_pictures.draw_confusion(confusion.counts.numpy(), confusion.class_names, "a matrix").axes
+    (axes,) = draw_confusion(confusion.counts.numpy(), confusion.class_names, "a matrix").axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["road", "car"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["road", "car", "ghost"]
     assert [text.get_text() for text in axes.texts] == ["75", "25", "100"]

@@ -203,8 +203,9 @@ def test_a_damaged_source(store, tree, tmp_path, codec, damage) -> None:
 
 KILLED = """
 import os, signal, sys
-from kdcache.store import CopyChanges, copy_store, open_cache, place
-names, publish = iter(range(10**6)), place.Folder.publish
+from kdcache.store import CopyChanges, copy_store, open_cache
+from kdcache.store.backend import local
+names, publish = iter(range(10**6)), local.Folder.publish
 def dying(self, key, content):
     if next(names) == int(sys.argv[4]):
         half = self.folder / (key + ".begun.partial")
@@ -212,7 +213,7 @@ def dying(self, key, content):
         half.write_bytes(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
     publish(self, key, content)
-place.Folder.publish = dying
+local.Folder.publish = dying
 copy_store(open_cache(sys.argv[1]), sys.argv[2], CopyChanges(codec=sys.argv[3] or None))
 """
 

@@ -14,7 +14,7 @@ import pytest
 
 from kdcache.errors import KDCacheError, MismatchError, StoreError
 from kdcache.store import open_cache, open_writer, read_manifest, verify_files
-from kdcache.store.place import Folder
+from kdcache.store.backend.local import Folder
 
 SEAL, WHOLE, RECORD, SPARE = "complete.json", "ledger.jsonl", "ledger/00000001.json", "manifest.json"
 VALUES = "targets/segmentation/values/c/1/0/0/0"

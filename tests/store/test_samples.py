@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numcodecs import zstd
 
+from kdcache.store.backend.local import Folder
 from kdcache.store.manifest import Manifest
-from kdcache.store.place import Folder
 from kdcache.store.samples import SampleIds, read_ids
 
 COUNT = 2**18

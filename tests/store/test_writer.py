@@ -470,7 +470,7 @@ def test_a_store_whose_name_is_too_long_or_whose_disk_cannot_be_written(plan, tm
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "some file")
 
-    monkeypatch.setattr("kdcache.store.place.write_durably", refuse)
+    monkeypatch.setattr("kdcache.store.backend.local.write_durably", refuse)
     with pytest.raises(StoreError, match="read-only file system"):
         plan().write(begun)
     monkeypatch.setattr(Path, "mkdir", refuse)

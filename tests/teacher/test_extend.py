@@ -287,15 +287,16 @@ KILLED = """
 import os, signal, sys, torch
 from kdcache.data import open_split
 from kdcache.models import build_model
-from kdcache.store import open_cache, place
+from kdcache.store import open_cache
+from kdcache.store.backend import local
 from kdcache.teacher import Teacher, build_cache, load_teacher, options_of
 torch.set_num_threads(1)
-names, publish = iter(range(10**6)), place.Folder.publish
+names, publish = iter(range(10**6)), local.Folder.publish
 def dying(self, key, content):
     if next(names) == int(sys.argv[5]):
         os.kill(os.getpid(), signal.SIGKILL)
     publish(self, key, content)
-place.Folder.publish = dying
+local.Folder.publish = dying
 old, split = open_cache(sys.argv[1]), open_split(sys.argv[2], "train")
 teacher = load_teacher("kdcache:tiny@" + sys.argv[3], split.classes)
 build_cache(split, teacher, sys.argv[4], options_of(old.manifest, render_threads=0), reuse=old)

@@ -5,13 +5,14 @@ A figure without its machine and commit cannot be repeated, so no result is writ
 
 import datetime
 import os
-import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kdcache.evaluate.machine import cpu_name
 
 
 def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,14 +46,6 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _memory_gib() -> float:

@@ -10,15 +10,15 @@ a step, torch's threads spin for a while before they sleep, on cores that the ne
 All times in milliseconds.
 """
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kdcache.evaluate.timing import no_garbage_collection
 
 CUDA_WARM_UPS, CPU_WARM_UPS = 25, 2
 CUDA_REPEATS, CPU_REPEATS = 100, 15
@@ -107,19 +107,6 @@ def as_graph(step: Callable[[], Any], repeats: int) -> Spread:
     spread = on_device(graph.replay, repeats)
     del kept
     return spread
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Keep collections out of the samples."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _flush_bytes() -> int:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdcache.evaluate.report.html import Html, number, tag
-from kdcache.evaluate.report.summary import ticks
 
 WIDTH, HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 14, 34
@@ -132,3 +131,14 @@ def _alternative(title: str, lines: Sequence[Line], unit: str, digits: int) -> s
     """For those who do not see it: where each line ends."""
     ends = [f"{line.name} {line.points[-1][1]:.{digits}f}{f' {unit}' if unit else ''}" for line in lines]
     return f"{title}: at the end {', '.join(ends[:12])}{', ...' if len(ends) > 12 else ''}"
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers between two ends, at most so many."""
+    span = high - low
+    if not math.isfinite(span) or span <= 0:
+        return [low]
+    exponent = math.floor(math.log10(span / most))
+    steps = [base * 10**power for power in range(exponent, exponent + 3) for base in (1, 2, 5)]
+    step = next(step for step in steps if math.floor(high / step) - math.ceil(low / step) + 1 <= most)
+    return [round(place * step, 10) for place in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from kdcache.evaluate.comparison import Comparison, Row, collapse, is_collapsed
+from kdcache.evaluate.report.charts import ticks
 from kdcache.evaluate.report.html import Html, facts, join, number, paragraphs, points, section, tag
 from kdcache.evaluate.spread import Difference
 from kdcache.evaluate.tables import percent
@@ -221,17 +222,6 @@ def differences(comparison: Comparison) -> Html | None:
     if any("cut-" in line for line in lines):
         title += ", and an arrow says that one is longer"
     return tag("figure", tag("figcaption", title), *lines, axis, class_="gaps")
-
-
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two ends, at most so many."""
-    span = high - low
-    if not math.isfinite(span) or span <= 0:
-        return [low]
-    exponent = math.floor(math.log10(span / most))
-    steps = [base * 10**power for power in range(exponent, exponent + 3) for base in (1, 2, 5)]
-    step = next(step for step in steps if math.floor(high / step) - math.ceil(low / step) + 1 <= most)
-    return [round(place * step, 10) for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def verdict(found: Difference | None) -> Html | None:

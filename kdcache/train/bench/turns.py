@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.evaluate.bench.timing import Spread, no_garbage_collection
+from kdcache.evaluate.bench.timing import Spread
+from kdcache.evaluate.timing import no_garbage_collection
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _POLL_S, _MOST_POLLS = 0.03, 30

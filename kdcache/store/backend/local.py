@@ -1,0 +1,225 @@
+"""A store in a folder on a disk."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kdcache.errors import StoreError
+from kdcache.store.durable import (
+    PARTIAL,
+    beside,
+    disk_space_errors,
+    file_digest,
+    sync_path,
+    sync_with_parents,
+    write_durably,
+)
+from kdcache.store.place import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place, Release
+
+LOCK = ".lock"
+
+
+class Folder(Place):
+    """A store on a disk."""
+
+    remote = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()  # a process may change its own folder, and a worker may begin in another
+        self._name = str(folder)
+        self._synced: set[Path] = set()
+
+    def __str__(self) -> str:
+        return self._name
+
+    def read(self, key: str, most: int = MAX_JSON_BYTES) -> bytes:
+        handle = self.open(key)
+        try:
+            size = os.fstat(handle).st_size
+            if size > most:
+                raise ValueError(f"{size} bytes are more than the {most} that it may have")
+            return _read_all(handle, size)
+        finally:
+            os.close(handle)
+
+    def sealed(self, key: str, sha256: str) -> bytes:
+        content = self.read(key, most=MAX_SEALED_BYTES)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError("it was changed after the store was sealed")
+        return content
+
+    def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
+        for key in keys:
+            yield self._size(key)
+
+    def _size(self, key: str) -> int | None:
+        try:
+            status = os.stat(f"{self.folder}/{key}", follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                return None
+            raise
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def digest(self, key: str) -> str | None:
+        if self._size(key) is None:
+            return None
+        try:
+            handle = self.open(key)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):  # a link above it
+                return None
+            raise
+        return file_digest(handle)
+
+    def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
+        handle = _open_below(self.folder, key)
+        found = os.fstat(handle).st_size
+        if size is not None and found != size:
+            os.close(handle)
+            raise ValueError(f"it has {found} bytes, the ledger says {size}")
+        return handle
+
+    def begin(self, files: Mapping[str, bytes]) -> None:
+        with disk_space_errors(self.folder):
+            self._check_place()
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder.parent):
+                if not (self.folder / "zarr.json").exists():
+                    self._make(files)
+
+    def _check_place(self) -> None:
+        """A store is made in a new or empty folder; what else is there is the user's."""
+        path = self.folder
+        there = next(part for part in (path, *path.absolute().parents) if part.exists())
+        if not there.is_dir() or (there == path and not (path / "zarr.json").exists() and any(path.iterdir())):
+            raise StoreError(
+                "a store is written into a new or empty folder, or goes on where it was begun",
+                received=f"{there} holds something else, and no zarr.json" if there.is_dir() else f"{there} is a file",
+                remedy="give another folder, or empty it yourself if nothing in it is needed",
+            )
+
+    def _make(self, files: Mapping[str, bytes]) -> None:
+        """Make it beside its place and move it there whole: a crash leaves no half-made folder."""
+        begun = beside(self.folder.with_name(f".{self.folder.name}"), ".begun")
+        shutil.rmtree(begun, ignore_errors=True)
+        try:
+            for key, content in files.items():
+                (begun / key).parent.mkdir(parents=True, exist_ok=True)
+                (begun / key).write_bytes(content)
+                sync_with_parents(begun / key, begun)
+            begun.rename(self.folder)
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
+        sync_path(self.folder.parent)
+
+    def publish(self, key: str, content: bytes) -> None:
+        path = self._room_for(key)
+        with disk_space_errors(self.folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, content)
+            self._sync_above(path.parent)
+
+    def _room_for(self, key: str) -> Path:
+        """Where a file goes, which nothing but a file may hold. Raises StoreError naming what is in the way."""
+        path = self.folder / key
+        folders = [folder for folder in reversed(path.parents) if self.folder in folder.parents]
+        wrong = [folder for folder in folders if folder.is_symlink() or (folder.exists() and not folder.is_dir())]
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()
+            wrong += [path] if path.is_dir() else []
+        if wrong:
+            raise StoreError(
+                "nothing but a store's own files and folders may be in their places",
+                received=f"{wrong[0]} is {'a folder' if wrong[0] == path else 'no folder'}",
+                remedy="move it elsewhere, then run the same command again",
+            )
+        return path
+
+    def _sync_above(self, folder: Path) -> None:
+        """Sync the entries of the folders between a file's own and the store's, once per process."""
+        while folder != self.folder and folder not in self._synced:
+            sync_path(folder.parent)
+            self._synced.add(folder)
+            folder = folder.parent
+
+    def announce(self, key: str, content: bytes) -> bool:
+        self.publish(key, content)  # its shard is claimed: there is nobody else
+        return True
+
+    def remove(self, key: str) -> None:
+        with suppress(FileNotFoundError, NotADirectoryError), disk_space_errors(self.folder):
+            self._room_for(key).unlink()
+            sync_path((self.folder / key).parent)
+
+    def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
+        lock = FileLock(self.folder / "ledger" / f"{shard:08d}{LOCK}", blocking=False)
+        try:
+            with disk_space_errors(self.folder):
+                (self.folder / "ledger").mkdir(exist_ok=True)
+                lock.acquire()
+        except Timeout:
+            return None
+        for path in (self.folder / key for key in keys):
+            for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):
+                left.unlink()
+        return partial(_release, lock)
+
+    def alone(self) -> AbstractContextManager[None]:
+        return _locked(self.folder)
+
+    def tidy(self) -> None:
+        for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}")):
+            with suppress(FileNotFoundError):  # somebody else's tidying
+                left.unlink()
+
+
+def _release(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is still there
+    lock.release()
+
+
+def _read_all(handle: int, size: int) -> bytes:
+    parts = []
+    at = 0
+    while at < size and (part := os.pread(handle, size - at, at)):  # Linux reads at most 2 GiB at once
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)
+
+
+def _open_below(folder: Path, key: str) -> int:
+    """Descriptor of a file below a folder, through no link. A pipe opens at once, and cannot be read at an offset."""
+    *folders, name = key.split("/")
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in folders:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for and hold the lock of a folder, which leaves no file behind."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

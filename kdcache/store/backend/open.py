@@ -1,0 +1,24 @@
+"""From an address to the place that it names."""
+
+from pathlib import Path
+
+from kdcache.store.backend.local import Folder
+from kdcache.store.place import Place
+
+
+def open_place(location: "str | Path | Place", cache_dir: Path | None = None, cache_bytes: int | None = None) -> Place:
+    """A folder, or the address of a prefix in an object store: s3://bucket/prefix, gs:// and az:// likewise.
+
+    Args:
+        cache_dir, cache_bytes: where copies of a remote store are kept, and how much of them; default kdcache in the
+            user's cache folder, and half of what is free there.
+    Raises: StoreError for an address that is not understood, or without the extra `remote`.
+    """
+    if isinstance(location, Place):
+        return location
+    if "://" not in str(location):
+        return Folder(Path(location))
+    from kdcache.store.bucket import Bucket  # obstore is an extra
+    from kdcache.store.mirror import Mirror, default_base
+
+    return Bucket(str(location), Mirror(cache_dir or default_base(), cache_bytes))
