@@ -69,38 +69,25 @@ UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far a row is from its baseline.
+class Difference(Interval):
+    """How far a row is from its baseline: row minus baseline, and its interval, NaN where there are too few runs.
 
     Attributes:
-        mean: row minus baseline.
-        half_width: of the 95 % interval around it; NaN where there are too few runs for one.
+        baseline: the name of that row.
         runs: pairs, or runs of the row and the baseline together when they do not pair.
         paired: whether runs of equal seed and fold were compared one by one.
-        p: two-sided, that the difference is 0; NaN where there is no interval.
         correlation: of the pairs; NaN of fewer than three, and where a side does not vary.
         unpaired: the same difference by Welch, over all runs of both rows.
         comparisons: verdicts that are adjusted together, this one included. adjusted: p by Holm over them.
     """
 
     baseline: str
-    mean: float
-    half_width: float
     runs: int
     paired: bool
-    p: float = math.nan
     correlation: float = math.nan
     unpaired: Interval = UNKNOWN
     comparisons: int = 1
     adjusted: float = math.nan
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half_width
 
     @property
     def verdict(self) -> str:
@@ -115,12 +102,9 @@ class Difference:
     def to_json(self) -> dict[str, Any]:
         return {
             "baseline": self.baseline,
-            "mean": plain(self.mean),
-            "low": plain(self.low),
-            "high": plain(self.high),
+            **super().to_json(),
             "runs": self.runs,
             "paired": self.paired,
-            "p": plain(self.p),
             "correlation": plain(self.correlation),
             "unpaired": self.unpaired.to_json(),
             "comparisons": self.comparisons,
@@ -136,7 +120,7 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
     """
     ours, theirs = ({key: value for key, value in row.items() if not math.isnan(value)} for row in (ours, theirs))
     if not ours or not theirs:
-        return Difference(baseline, math.nan, math.nan, 0, paired=False)
+        return Difference(math.nan, math.nan, math.nan, baseline, 0, paired=False)
     welch = _welch(Spread.of(ours.values()), Spread.of(theirs.values()))
     common = ours.keys() & theirs.keys()
     if len(common) < min(len(ours), len(theirs)):
@@ -148,12 +132,12 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
         found = _interval(gaps.mean, gaps.std / math.sqrt(runs), runs - 1)
         correlation = _correlation(pairs)
     return Difference(
-        baseline,
         found.mean,
         found.half_width,
+        found.p,
+        baseline,
         runs,
         paired=found is not welch,
-        p=found.p,
         correlation=correlation,
         unpaired=welch,
         adjusted=found.p,
@@ -202,7 +186,7 @@ def plain(value: float) -> float | None:
 
 
 def _interval(mean: float, error: float, freedom: float) -> Interval:
-    """Of a mean and its standard error; NaN without degrees of freedom. What does not vary is certain."""
+    """The interval of a mean with a standard error; NaN without degrees of freedom. What does not vary is certain."""
     if math.isnan(error) or freedom <= 0:
         return Interval(mean, math.nan, math.nan)
     if error == 0:

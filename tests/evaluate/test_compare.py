@@ -215,7 +215,7 @@ def test_verdicts_of_all_rows_are_adjusted_together() -> None:
     """Students among themselves, their classes among themselves; the teacher is no contestant."""
 
     def judged(name: str, *p: float, teacher: bool = False) -> Row:
-        total, *classes = (Difference("none", 0.1, 0.05, 3, paired=True, p=one, adjusted=one) for one in p)
+        total, *classes = (Difference(0.1, 0.05, one, "none", 3, paired=True, adjusted=one) for one in p)
         nothing = Spread(0.5, math.nan, 1)
         cost = Cost((1, 1), 1, 2, None)
         return Row(

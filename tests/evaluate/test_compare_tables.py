@@ -56,11 +56,11 @@ def row(name: str, *runs: Metrics, gap: Difference | None = None, latency: Laten
 
 @pytest.fixture
 def comparison() -> Comparison:
-    gap = Difference("none", 0.0178, 0.02, 2, paired=True)
+    gap = Difference(0.0178, 0.02, NAN, "none", 2, paired=True)
     rows = (
         row("none", metrics(0.8, 0.3668, NAN), baseline=True),
         row("kl", metrics(0.7, 0.4, NAN), metrics(0.9, 0.4, NAN), gap=gap),
-        row("at", metrics(0.5, 0.1, NAN), gap=Difference("none", -0.2834, NAN, 1, paired=True), latency=None),
+        row("at", metrics(0.5, 0.1, NAN), gap=Difference(-0.2834, NAN, NAN, "none", 1, paired=True), latency=None),
         row("teacher", metrics(0.95, 0.9, NAN), teacher=True),
     )
     colours = ((1, 2, 3),) * 3
@@ -273,7 +273,7 @@ def test_the_legend_says_how_many_comparisons_there_are() -> None:
 def test_one_comparison_is_not_adjusted_and_not_said_to_be(comparison: Comparison) -> None:
     said = " ".join(legend(comparison))
     assert "Holm" not in said
-    free = Difference("none", 0.02, 0.01, 6, paired=False, unpaired=Interval(0.02, 0.01, 0.01))
+    free = Difference(0.02, 0.01, NAN, "none", 6, paired=False, unpaired=Interval(0.02, 0.01, 0.01))
     alone = Comparison(**{**vars(comparison), "rows": (row("u", metrics(0.5, 0.5, NAN), gap=free),)})
     assert "paired by seed and fold where they pair" in " ".join(legend(alone))
     assert "correlation" not in " ".join(legend(alone))

@@ -81,7 +81,7 @@ def row(
     miou = sum(known) / len(known) if known else NAN
     metrics = Metrics(CLASSES, tuple(iou), tuple(iou), (60, 30, 10), miou, miou, 0.9)
     score = RunScore(f"runs/{name}", 0, None, metrics, reused=False)
-    gaps = () if gap is None else tuple(Difference(baseline, gap, half, 2, paired=True) for _ in CLASSES)
+    gaps = () if gap is None else tuple(Difference(gap, half, NAN, baseline, 2, paired=True) for _ in CLASSES)
     return Row(
         name=name,
         model="kdcache:tiny",
@@ -91,7 +91,7 @@ def row(
         macc=Spread(0.5, 0.01, 1),
         aacc=Spread(0.9, NAN, 1),
         iou=tuple(Spread(value, NAN, 1) for value in iou),
-        difference=None if gap is None else Difference(baseline, gap, half, 2, paired=True),
+        difference=None if gap is None else Difference(gap, half, NAN, baseline, 2, paired=True),
         class_differences=gaps,
         cost=Cost((48, 64), 140_000, 2_000_000_000, Latency(3.0, 0.1, 2.9, 10, 2, "a processor", 1)),
         teacher=about.get("teacher", False),
@@ -253,7 +253,7 @@ def many(*gaps: tuple[float, float]) -> Comparison:
     found = adjust(
         [
             Difference(
-                "none", gap, NAN if math.isnan(p) else abs(gap) * (0.5 if p < 0.05 else 2), 3, True, p=p, adjusted=p
+                gap, NAN if math.isnan(p) else abs(gap) * (0.5 if p < 0.05 else 2), p, "none", 3, True, adjusted=p
             )
             for gap, p in gaps
         ]
@@ -332,7 +332,7 @@ def test_one_collapsed_row_is_named_beside_the_answer() -> None:
 
 def test_one_row_says_what_pairing_bought() -> None:
     free = Interval(0.02, 0.015, 0.03)
-    gap = Difference("none", 0.02, 0.01, 3, paired=True, p=0.01, correlation=0.1234, unpaired=free, adjusted=0.01)
+    gap = Difference(0.02, 0.01, 0.01, "none", 3, paired=True, correlation=0.1234, unpaired=free, adjusted=0.01)
     _, _, more = headline(comparison((replace(ROWS[0], difference=gap), ROWS[2])))
     told = " ".join(more)
     assert "3 pairs of runs" in told

@@ -159,7 +159,7 @@ def test_runs_without_a_value_are_no_runs() -> None:
 
 
 def of_p(*values: float) -> list[Difference]:
-    return [Difference("none", 0.01, 0.005, 5, True, p=p, adjusted=p) for p in values]
+    return [Difference(0.01, 0.005, p, "none", 5, True, adjusted=p) for p in values]
 
 
 def test_holm_by_hand() -> None:
@@ -175,7 +175,7 @@ def test_holm_by_hand() -> None:
 
 def test_what_was_not_tested_makes_no_verdict_harder() -> None:
     """One run has no p-value: it is said to be unknown, and counts as no comparison."""
-    unknown = Difference("none", 0.01, math.nan, 1, paired=True)
+    unknown = Difference(0.01, math.nan, math.nan, "none", 1, paired=True)
     first, last = adjust([of_p(0.03)[0], unknown])
     assert (first.comparisons, first.adjusted, first.verdict) == (1, 0.03, "above noise")
     assert last == unknown
@@ -227,7 +227,7 @@ def test_words(ours: dict, theirs: dict, verdict: str) -> None:
 
 
 def test_nothing_of_json_is_nan() -> None:
-    found = Difference("none", 0.1, math.nan, 1, paired=True).to_json()
+    found = Difference(0.1, math.nan, math.nan, "none", 1, paired=True).to_json()
     assert (found["mean"], found["low"], found["high"]) == (0.1, None, None)
 
 
