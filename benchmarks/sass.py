@@ -86,7 +86,7 @@ class _Driver:
 
 
 def gpu_target(name: str) -> GPUTarget:
-    """Of "90" for sm_90, of "gfx942" for AMD; gfx9 has 64 lanes to a warp, later ones 32."""
+    """The target of a name: "90" is sm_90, "gfx942" an AMD GPU; gfx9 has 64 lanes to a warp, later ones 32."""
     if name.startswith("gfx"):
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
     return GPUTarget("cuda", int(name), 32)

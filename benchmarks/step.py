@@ -103,7 +103,7 @@ def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Callable[
 
 
 def peak_mib(cache: Cache, kind: str, arguments: argparse.Namespace) -> float:
-    """Of this process, which does nothing else."""
+    """The most memory that steps take of this process, which does nothing else."""
     cuda = arguments.device == "cuda"
     before = 0 if cuda else psutil.Process().memory_info().rss
     learner(cache, kind, arguments)(4)

@@ -25,7 +25,7 @@ FLAT = 1.01
 
 
 def resident_mib(process: psutil.Process) -> float:
-    """Of a process and its children, as far as they are still there."""
+    """The memory of a process and its children, as far as they are still there."""
     total = 0
     for one in (process, *process.children(recursive=True)):
         try:

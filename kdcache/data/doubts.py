@@ -136,7 +136,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], found: Found | None, doubt
 
 
 def _labels_elsewhere(found: Found, split: str) -> str:
-    """Of the folder layout: a folder beside `images/` with pictures of the images' names."""
+    """A warning of labels in a folder beside `images/` that the folder layout does not read; "" without one."""
     if not isinstance(found.layout, Folder):
         return ""
     scan = found.layout.scan(found.root, split)

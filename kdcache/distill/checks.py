@@ -39,19 +39,19 @@ def check_given(
     names = ", ".join(reading if isinstance(target, Target) else weighing)
     if target is Left.OUT:
         raise RecipeError(
-            "a loss that weighs a teacher is told the target of every batch",
+            "a loss with a teacher's weight needs its target",
             received=f"{names} above weight 0, and no target",
             remedy="pass target=batch.target; target=None for a batch without a teacher; or kl_weight=0 and no terms",
         )
     if form is None and reading and target.present():
         raise RecipeError(
-            "a loss that weighs a teacher knows the store of its targets",
+            "a loss with a teacher's weight needs the store of its targets",
             received=f"{names} above weight 0 and a target, and no store",
             remedy="make it with the open store, DistillLoss(cache); or with kl_weight=0",
         )
     if form is not None and reading and not target.present():
         raise RecipeError(
-            "a loss that weighs a teacher is given a target with logits",
+            "a loss with a teacher's weight needs a target with logits",
             received=f"{names} above weight 0, and a target without values",
             remedy="read them, CacheDataset(cache, targets=True); or pass target=None for a batch without a teacher",
         )
@@ -113,10 +113,10 @@ def shows_otherwise(target: Target, form: TargetFormat, size: Size, whole: Size 
 def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataError:
     """What to say of labels that were cut without the window of their target."""
     view = "x".join(map(str, form.view_size))
-    told = "" if whole is None else f", whose labels are {'x'.join(map(str, whole))}"
+    stretched = "" if whole is None else f", whose labels are {'x'.join(map(str, whole))}"
     return DataError(
         "labels show what the target's window shows",
-        received=f"labels of {'x'.join(map(str, size))} for a target of {view}{told}, seen whole or zoomed alike",
+        received=f"labels of {'x'.join(map(str, size))} for a target of {view}{stretched}, seen whole or zoomed alike",
         remedy="cut pixels, labels and window alike: target._replace(window=...), (B, 4) float64 edges y0, x0, y1, x1 "
         f"in pixels of the {view} view; or DistillLoss(..., size=(H, W)), where whole views are stretched to that",
     )

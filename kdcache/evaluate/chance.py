@@ -44,7 +44,7 @@ def at_chance(metrics: Metrics) -> str | None:
 
 
 def _predicted_shares(metrics: Metrics) -> list[float]:
-    """Of each class in the prediction, from its IoU: hits / (labelled + predicted - hits). 0 without a hit."""
+    """Share of each class in the prediction, from IoU = hits / (labelled + predicted - hits); 0 without a hit."""
     pixels = sum(metrics.label_pixels)
     shares = []
     for iou, acc, count in zip(metrics.iou, metrics.acc, metrics.label_pixels, strict=True):

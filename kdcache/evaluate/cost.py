@@ -48,7 +48,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image of `size` (H, W); `latency` is None when time was not measured."""
+    """What one image of `size` (H, W) costs; `latency` is None when time was not measured."""
 
     size: tuple[int, int]
     parameters: int

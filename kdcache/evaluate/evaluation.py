@@ -165,7 +165,7 @@ class Record:
         return {**names, **self.identity}
 
     def name(self, *, own_size: bool) -> str:
-        """Of its file, without an ending; each kind has its own.
+        """The name of its file, without an ending; each kind has its own.
 
         Args:
             own_size: whether the model sees images at the size that it was trained at.

@@ -144,12 +144,12 @@ def _order(key: str) -> tuple[int, int, str]:
 def _naming_keys(recipes: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> list[str]:
     """The first of these settings that tell all rows apart: each is taken that tells two more of them apart."""
     chosen: list[str] = []
-    told = 1
+    apart = 1
     for key in differing:
         now = len({json.dumps([recipe.get(name) for name in (*chosen, key)], sort_keys=True) for recipe in recipes})
-        if now > told:
+        if now > apart:
             chosen.append(key)
-            told = now
+            apart = now
     return chosen
 
 

@@ -28,7 +28,7 @@ INK = "#303030"
 _DOTS_PER_INCH = 120
 _SHOWN = 40  # classes of a matrix that still has readable names
 _LETTERS_PER_INCH = 11
-"""Of a line in 10 points bold."""
+"""Height of a line in 10 points bold."""
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":

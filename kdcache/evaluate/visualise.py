@@ -81,7 +81,7 @@ def visualise(
     Raises: RecipeError for runs, samples and classes that are none; MismatchError for other classes or data.
     """
     options = options or VisualiseOptions()
-    told = progress or (lambda what, done, total: None)
+    tell = progress or (lambda what, done, total: None)
     check_out(out)
     found = find_runs(runs, options.judging.which)
     teachers = find_runs([options.teacher], options.judging.which) if options.teacher else []
@@ -91,8 +91,8 @@ def visualise(
     ranked_class = None if options.class_name is None else class_number(source, options.class_name)
     chosen = sample_numbers(source, options.ids)
     above = banner(source.data, options.smoke)
-    models = [score_run(run, source, options.judging, told) for run in found]
-    teacher = score_run(teachers[0], source, options.judging, told) if teachers else None
+    models = [score_run(run, source, options.judging, tell) for run in found]
+    teacher = score_run(teachers[0], source, options.judging, tell) if teachers else None
     shown = dict(zip(folder_names([run.text for run in found]), models, strict=True))
     positions = {image.number: position for position, image in enumerate(models[0].scores.images)}
     asked = [positions[number] for number in chosen]
@@ -101,9 +101,9 @@ def visualise(
     with memory_errors(options.judging.device, 1):
         for run, (name, one) in zip(found, shown.items(), strict=True):
             wanted = _cases([one], options, asked, ranked_class, (options.best, options.worst))
-            files += _draw_run(run, one, source, wanted, out / name, teacher, ranked_class, told, above)
+            files += _draw_run(run, one, source, wanted, out / name, teacher, ranked_class, tell, above)
             notes += [] if (out / name / "curves.png").is_file() else [f"{run.text} keeps no metrics.jsonl: no curves"]
-        told(f"drawing {SIDE_BY_SIDE}", 0, 1)
+        tell(f"drawing {SIDE_BY_SIDE}", 0, 1)
         several = len(models) > 1
         wanted = _cases(models, options, asked, ranked_class, (SIDE_BEST, SIDE_WORST)) if several else []
         files += draw_side_by_side(models, source, wanted, out, ranked_class, above)

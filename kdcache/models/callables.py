@@ -256,7 +256,7 @@ def _probe(spec: str, network: nn.Module) -> tuple[Tensor, list[str]]:
 
 
 def _floats(values: Any) -> list[float]:
-    """Of a tuple, or of a tensor of any shape with three numbers."""
+    """The numbers of a tuple, or of a tensor of any shape."""
     return [float(v) for v in torch.as_tensor(values).flatten().tolist()]
 
 

@@ -33,7 +33,7 @@ SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt
 PROGRAM_METADATA = "kdcache.json"
 """Name of the metadata among the extra files of a torch.export program."""
 TOLERANCE = 1e-4
-"""Of a logit, as a part of the largest: float32 graphs differ by 1e-6 to 1e-5."""
+"""The most that a logit may differ by, as a part of the largest: float32 graphs differ by 1e-6 to 1e-5."""
 _LEAST = torch.finfo(torch.float32).tiny
 _TRACED = (2, 160, 224)  # batch, height and width all differ, or the exporter takes them for one number
 _FREE = ((0, 2, 3), (0,), ())  # axes that may vary, the most first

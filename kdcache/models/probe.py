@@ -11,7 +11,7 @@ PROBABILITIES = "returns probabilities (in every pixel none is below 0, and they
 """What is said of such a network."""
 _PROBE_PX = 128  # as the probe of foreign networks
 _TOLERANCE = 1e-2
-"""Of sums of probabilities, in float16 and of many classes."""
+"""How far from 1 sums of probabilities may be, in float16 and of many classes."""
 
 
 def returns_probabilities(model: SegmentationModel) -> bool:

@@ -215,9 +215,13 @@ def _state(spec: str, weights: str | Path | None, whole: bool) -> dict[str, Tens
 
 def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | None:
     """Mean and std that a file of `kdcache export` carries: weights mean nothing under another normalisation."""
-    told = read_metadata(weights)
+    metadata = read_metadata(weights)
     try:
-        return (json.loads(told["mean"]), json.loads(told["std"])) if {"mean", "std", "spec"} <= set(told) else None
+        return (
+            (json.loads(metadata["mean"]), json.loads(metadata["std"]))
+            if {"mean", "std", "spec"} <= set(metadata)
+            else None
+        )
     except ValueError:  # somebody else's words for something else
         return None
 

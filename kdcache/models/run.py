@@ -182,8 +182,8 @@ def open_model(
     Raises: RecipeError, ModelError, MismatchError naming what is missing or does not fit.
     """
     parts = split_spec(text)
-    told = read_run_model(Path(text)) if parts is None else _description(*parts)
-    chosen = size if told is None else size or told.size
+    description = read_run_model(Path(text)) if parts is None else _description(*parts)
+    chosen = size if description is None else size or description.size
     if chosen is None:
         raise RecipeError(
             "a model that is no run needs the size of its images",
@@ -196,10 +196,10 @@ def open_model(
         # The number that a map or a missing list goes by is that of the weights.
         count = None if callable(classes) or class_map is not None else len(classes.names)
         if count is None and is_function(parts[0]):
-            count = _count_of_function(told, class_map)
+            count = _count_of_function(description, class_map)
         model = build_model(parts[0], count, weights=parts[1], strict_head=True).eval()
-    if class_map is None and told is not None:
-        names, colours = told.class_names, told.class_colours
+    if class_map is None and description is not None:
+        names, colours = description.class_names, description.class_colours
     else:
         known = classes(model.num_classes) if callable(classes) else classes
         names, colours = known.names, known.colours
@@ -212,14 +212,14 @@ def open_model(
         size=chosen,
         mean=model.mean,
         std=model.std,
-        trained_on="" if told is None else told.trained_on,
+        trained_on="" if description is None else description.trained_on,
     )
 
 
-def _count_of_function(told: RunModel | None, class_map: str | Path | None) -> int | None:
+def _count_of_function(description: RunModel | None, class_map: str | Path | None) -> int | None:
     """What a user's function is called with where there are no classes: its weights cannot be counted before it."""
-    if told is not None:
-        return len(told.class_names)
+    if description is not None:
+        return len(description.class_names)
     return None if class_map is None else count_sources(class_map)
 
 
@@ -227,11 +227,11 @@ def _description(spec: str, weights: str) -> RunModel | None:
     """What a file that kdcache exported says of itself."""
     if weights == "default":
         return None
-    told = RunModel.from_metadata(read_metadata(weights), Path(weights))
-    if told is not None and told.spec != spec:
+    description = RunModel.from_metadata(read_metadata(weights), Path(weights))
+    if description is not None and description.spec != spec:
         raise ModelError(
             "weights are used with the model that they were exported from",
-            received=f"{spec} with {weights}, which is of {told.spec}",
-            remedy=f"give {told.spec}@{weights}",
+            received=f"{spec} with {weights}, which is of {description.spec}",
+            remedy=f"give {description.spec}@{weights}",
         )
-    return told
+    return description

@@ -22,7 +22,7 @@ def restored(store: object) -> str:
 
 
 def damaged(file: object, what: str) -> CorruptError:
-    """Of a shard: a build redoes it, in an object store when it is gone."""
+    """The error for a file of a shard: a build redoes it, in an object store when it is gone."""
     return CorruptError(
         "a store's files must be those that were written",
         received=f"{file}: {what}",
@@ -40,7 +40,7 @@ def remedy_of_files(*, remote: bool) -> str:
 
 
 def damaged_metadata(file: object, what: str = "it was changed or removed") -> CorruptError:
-    """Of what a build writes again wherever the store is: manifest, array metadata, ids, ledger, seal."""
+    """The error for what a build writes again wherever the store is: manifest, array metadata, ids, ledger, seal."""
     return CorruptError(
         "a store's files must be those that were written",
         received=f"{file}: {what}",

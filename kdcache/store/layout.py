@@ -62,7 +62,7 @@ class Layout:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a chunk, decoded."""
+        """Size of a chunk, decoded."""
         return self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def used_chunks(self, shard: int) -> int:
@@ -80,7 +80,7 @@ def open_file(path: Path) -> int:
 
 
 def read_layout(array: Path) -> Layout:
-    """Of the array in a folder.
+    """The layout of the array in a folder.
 
     Raises:
         VersionError: it may be fine, but is of another kind: zarr-python may read it.

@@ -42,7 +42,7 @@ def _name(run: dict[str, Any]) -> str:
 
 
 def _iteration(run: Path) -> str:
-    """Of the weights that were judged; a teacher that was trained elsewhere has none."""
+    """The iteration of the weights that were judged; a teacher that was trained elsewhere has none."""
     return str(read_object(run / "result.json").get("best_step", "-"))
 
 

@@ -157,7 +157,7 @@ def audit_cache(
 
 
 def _confusion(whole: Whole, names: tuple[str, ...]) -> ConfusionMatrix | None:
-    """Of one image; None without a labelled pixel."""
+    """The confusion matrix of one image; None without a labelled pixel."""
     if whole.label is None:
         return None
     confusion = ConfusionMatrix(names, IGNORE_INDEX)

@@ -92,7 +92,7 @@ class Estimate:
         return self.chosen.seconds / saved if saved > 0 else float("inf")
 
     def training_seconds(self, epochs: int, student: float = 0.0) -> tuple[float, float]:
-        """Of so many epochs: with a live teacher, and with the store, its build included.
+        """Seconds of so many epochs: with a live teacher, and with the store, its build included.
 
         Args:
             student: seconds per image that the student itself takes.
@@ -148,8 +148,8 @@ def estimate(
         head = manifest.heads["segmentation"]
         chosen = Setting(head.k, options.codec, options.views, tuple(options.features), options.pixels)
         seconds = trial.seconds(chosen.k, chosen.codec)
-        told = dict.fromkeys([chosen, *_neighbours(chosen, head.classes, trial.taps)])
-        costs = [_cost(trial, setting, manifest, seconds.build) for setting in told]
+        settings = dict.fromkeys([chosen, *_neighbours(chosen, head.classes, trial.taps)])
+        costs = [_cost(trial, setting, manifest, seconds.build) for setting in settings]
     return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), head.classes)
 
 

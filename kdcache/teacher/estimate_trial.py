@@ -28,8 +28,8 @@ _TARGET = "targets/segmentation/"
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one record. `build` is the whole pass; `render`, `teach` and `write` are its stages, each on its own; `read`
-    is what a student pays for a target that lies in the page cache.
+    """What one record takes. `build` is the whole pass; `render`, `teach` and `write` are its stages, each on its own;
+    `read` is what a student pays for a target that lies in the page cache.
     """
 
     build: float

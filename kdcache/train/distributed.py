@@ -102,8 +102,8 @@ class World:
             if own is not None and self.first:
                 self.gather(self._tellable(own))
                 raise own
-            told = self.gather(None if own is None else self._tellable(own))
-            raise next(one for one in told if one is not None) from own
+            errors = self.gather(None if own is None else self._tellable(own))
+            raise next(one for one in errors if one is not None) from own
 
     def check_batch_size(self, batch_size: int, together: int = 1, parts: int = 1) -> None:
         """Raises RecipeError for a batch that processes and parts cannot share evenly, `together` samples staying so.

@@ -127,6 +127,7 @@ def test_a_teacher_that_weighs_is_never_left_out_in_silence(
     criterion = DistillLoss(Format() if store == "store" else None, kl_weight=0.3)
     with pytest.raises(RecipeError, match=remedy) as caught:
         getattr(criterion, call)(*inputs(), *target)
+    assert caught.value.rule.startswith("a loss with a teacher's weight needs")
     assert "kl above weight 0" in caught.value.received
 
 

@@ -117,11 +117,13 @@ class Term(nn.Module):
 
     def note_resize(self, student: Tensor, teacher: Tensor, of: str = "", then: str = "") -> None:
         """What becomes of a student's map whose size is not the teacher's."""
-        told = [then] if then else []
+        changes = [then] if then else []
         if grid_of(student) != grid_of(teacher):
-            told.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
+            changes.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
         verb = "are" if self._student_tap == "logits" else "is"
-        self._said = f"{self.kind}: {of}the student's {self._student_tap} {verb} {' and '.join(told)}" if told else None
+        self._said = (
+            f"{self.kind}: {of}the student's {self._student_tap} {verb} {' and '.join(changes)}" if changes else None
+        )
 
     def forward(self, batch: TermBatch) -> Tensor:
         """The loss of a batch: a scalar, not weighted."""

@@ -99,12 +99,12 @@ class Judged:
 
     @property
     def loss_share(self) -> float:
-        """Of its bound; NaN counts as beyond it."""
+        """The error of the loss as a share of its bound; NaN is beyond it."""
         return self.loss_error / self.loss_bound
 
     @property
     def gradient_share(self) -> float:
-        """Of its bound."""
+        """The error of the gradient as a share of its bound."""
         return self.gradient_error / self.gradient_bound
 
     @property

@@ -54,7 +54,7 @@ def make_report(
     Raises: RecipeError for files and runs that are none; MismatchError for other classes or data.
     """
     options = options or ReportOptions()
-    told = progress or (lambda what, done, total: None)
+    tell = progress or (lambda what, done, total: None)
     check_out(out)
     if options.pictures is not None and not options.pictures.is_dir():
         raise RecipeError(
@@ -64,15 +64,15 @@ def make_report(
         )
     audit = None if options.audit is None else read_audit(options.audit)
     judging, teacher = options.compare.judging, options.compare.teacher
-    found = compare(runs, data, split, options.compare, told)
+    found = compare(runs, data, split, options.compare, tell)
     if audit is not None:
         audit.check_classes(found.class_names)
     everything = find_runs([*runs, *([] if teacher is None else [teacher])], judging.which)
     samples: tuple[Sample, ...] = ()
     if options.samples:
         source = open_split(found.data, found.split)
-        samples = choose_samples(found, everything, source, judging, options.samples, told)
-    told("writing the page", 0, 1)
+        samples = choose_samples(found, everything, source, judging, options.samples, tell)
+    tell("writing the page", 0, 1)
     write_report(
         found,
         everything,
@@ -84,5 +84,5 @@ def make_report(
         device=judging.device,
         command=options.command,
     )
-    told("writing the page", 1, 1)
+    tell("writing the page", 1, 1)
     return found

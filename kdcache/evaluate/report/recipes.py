@@ -73,9 +73,9 @@ _HEADER = ("run", "seed", "fold", "mIoU %", "best at", "iterations", "seconds", 
 
 def _run(score: RunScore, run: Run | None) -> tuple[Child, ...]:
     result = _read(run, "result.json")
-    told = [_plain(result.get(key)) for key in ("best_step", "iterations", "seconds", "images_per_second")]
+    results = [_plain(result.get(key)) for key in ("best_step", "iterations", "seconds", "images_per_second")]
     seed = "-" if score.seed is None else str(score.seed)
-    return (tag("code", score.run), seed, score.fold or "-", percent(score.metrics.miou), *told)
+    return (tag("code", score.run), seed, score.fold or "-", percent(score.metrics.miou), *results)
 
 
 def _count(row: Row) -> str:

@@ -100,7 +100,7 @@ def gradients(trainings: Sequence[Training]) -> Html | None:
     if not rows:
         return None
     warnings = [tag("p", text) for key, values in middles.items() if (text := _warning(*key, values)) is not None]
-    told = tag("div", *warnings, class_="warning") if warnings else None
+    box = tag("div", *warnings, class_="warning") if warnings else None
     table = simple_table(
         "Norm of each weighted term's gradient over the student's parameters, beside that of cross-entropy",
         ("row", "term", "first", "median", "last", "0.001 to 1000 times, the shaded part is in proportion", "verdict"),
@@ -108,7 +108,7 @@ def gradients(trainings: Sequence[Training]) -> Html | None:
         "gradients",
     )
     lead = "A term whose gradient is a hundredth of cross-entropy's does nothing; one of ten times drowns the labels."
-    return section("gradients", "What each term of the loss did", told, table, lead=lead)
+    return section("gradients", "What each term of the loss did", box, table, lead=lead)
 
 
 def _warning(row: str, name: str, middles: Sequence[float]) -> str | None:

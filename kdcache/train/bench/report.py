@@ -87,10 +87,10 @@ class Table:
         """Plain numbers: milliseconds per sample (per step), MiB."""
         rows = []
         for row in self.rows:
-            told = {key: value for key, value in asdict(row).items() if value not in (None, "")}
+            plain = {key: value for key, value in asdict(row).items() if value not in (None, "")}
             if row.pace is not None:
-                told |= {"per_second": row.pace.per_second, "cpu_us": row.pace.cpu_us, "ratio": self.ratios(row)}
-            rows.append(told)
+                plain |= {"per_second": row.pace.per_second, "cpu_us": row.pace.cpu_us, "ratio": self.ratios(row)}
+            rows.append(plain)
         return {"kind": self.kind, "augment": self.augment, "rows": rows}
 
 

@@ -89,7 +89,7 @@ def _settle(processes: Sequence[int]) -> None:
 
 
 def _cpu_seconds(processes: Sequence[int]) -> float | None:
-    """Of this process and of some others; theirs come in ticks of mostly 10 ms."""
+    """CPU time of this process and of some others; theirs comes in ticks of mostly 10 ms."""
     try:
         return time.process_time() + sum(map(_ticks, processes)) / _TICKS
     except OSError:
