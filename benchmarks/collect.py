@@ -5,12 +5,12 @@ python benchmarks/collect.py OUT --data camvid --json benchmarks/results/camvid.
 
 import argparse
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from common import header, write
 from kdcache.evaluate import markdown_table
+from kdcache.run_folder import Run
 from kdcache.store import inspect_store
 
 
@@ -26,13 +26,12 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = {}
     for recipe in sorted(arguments.out.glob("*/recipe.toml")):
-        run = recipe.parent
-        settings = tomllib.loads(recipe.read_text(encoding="utf-8"))
-        settings = {key: value for key, value in settings.items() if key not in ("data", "val", "cache")}
-        runs[run.name] = {
+        run = Run(recipe.parent)
+        settings = {key: value for key, value in (run.recipe or {}).items() if key not in ("data", "val", "cache")}
+        runs[run.folder.name] = {
             "recipe": settings,
-            "result": read(run / "result.json"),
-            "evaluation": read(run / "evaluation-val.json"),
+            "result": run.result or None,
+            "evaluation": read(run.folder / "evaluation-val.json"),
         }
     store = inspect_store(arguments.out / "camvid.zarr").to_json()
     for key in ("path", "arrays", "manifest"):

@@ -31,6 +31,7 @@ import numpy as np
 from arms import ARMS, HELD_OUT, JUDGED, SOURCE, STORES, STUDENT, TEACHER, TEACHERS, Arm
 from common import header, write
 from kdcache.data import folds_of, open_split, parse_fold
+from kdcache.run_folder import RESULT, Run
 from live import paired
 
 
@@ -69,7 +70,7 @@ class Queue:
     def teacher(self, name: str) -> Path:
         out, a = self.out / "teachers" / name, self.arguments
         with self.makes[name]:  # the first that needs it makes it
-            if not (out / "result.json").is_file():
+            if not (out / RESULT).is_file():
                 t = a.teacher_iterations
                 flags = self.filled(TEACHERS[name], shorter=t // 2, t=t, longer=3 * t // 2)
                 resume = "--resume" if out.exists() else ""
@@ -150,7 +151,7 @@ class Queue:
         a, key, known = self.arguments, self.key(phase, arm, seed), self.known(phase, arm, seed)
         iterations = key["iterations"]
         out = self.out / f"{phase}-{iterations}" / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}"
-        done = (out / "result.json").is_file() if again else known
+        done = (out / RESULT).is_file() if again else known
         if (done and known) or self.late:
             return out
         flags = arm.flags.format(data=a.data, plain=self.plain_run() if "{plain}" in arm.flags else None)
@@ -162,7 +163,7 @@ class Queue:
         words += "--resume " if out.exists() else ""
         words += f"--val-every {iterations} {arm.fold} " + (JUDGED if phase == "search" else "")
         self.kdcache(words)
-        result = json.loads((out / "result.json").read_text())
+        result = Run.open(out).result
         if not known:
             self.add({**key, "flags": arm.flags, "store": arm.store, "miou": round(100 * result["best_miou"], 3),
                       "seconds": round(result["seconds"])})  # fmt: skip

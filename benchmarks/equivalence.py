@@ -9,7 +9,6 @@ reference runs. Exits with 1 when it does not.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from common import header, write
 from kdcache.models import build_model
+from kdcache.run_folder import Run
 from kdcache.store import open_cache
 from kdcache.train import make_config, train
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, folder: Path, impl: str, seed: int) -> di
         device=arguments.device,
     )
     train(config, out)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = Run.open(out).metrics or []
     losses = [line["loss"] for line in lines if line["kind"] == "train"][:FIRST]
     miou = [line["miou"] for line in lines if line["kind"] == "validation"][-1]
     print(f"{impl:10s} weights {seed}: losses {losses[0]:.6f} .. {losses[-1]:.6f}, mIoU {100 * miou:.3f}", flush=True)

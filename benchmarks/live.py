@@ -22,6 +22,7 @@ import torch
 from common import header, write
 from kdcache.data import open_split
 from kdcache.evaluate.spread import t_quantile
+from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
 from kdcache.train import make_config
 from kdcache.train.distributed import World
@@ -74,9 +75,9 @@ def finished(arguments: argparse.Namespace, seed: int, live: bool) -> dict[str, 
         process.join()
         if process.exitcode:
             raise SystemExit(process.exitcode)
-    result = json.loads((out / "result.json").read_text())
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    scores = {line["step"]: 100 * line["miou"] for line in lines if line["kind"] == "validation"}
+    finished_run = Run.open(out)
+    result = finished_run.result
+    scores = {line["step"]: 100 * line["miou"] for line in finished_run.metrics or () if line["kind"] == "validation"}
     return {
         "seed": seed,
         "miou": scores[max(scores)],

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from common import header, write
+from kdcache.run_folder import METRICS, Run
 
 MIB = 2**20
 FLAT = 1.01
@@ -44,7 +45,7 @@ def train(cache: str, out: Path, resident: str, arguments: argparse.Namespace) -
     with subprocess.Popen([sys.executable, "-m", "kdcache_cli", *words], stdout=subprocess.DEVNULL) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
-            if (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size:
+            if (out / METRICS).is_file() and (out / METRICS).stat().st_size:
                 samples.append((time.monotonic(), resident_mib(watched)))
             time.sleep(0.2)
     if process.returncode:
@@ -55,7 +56,7 @@ def train(cache: str, out: Path, resident: str, arguments: argparse.Namespace) -
     for when, size in samples:
         quarters[min(3, int(4 * (when - begin) / (end - begin)))].append(size)
     peaks = [round(max(quarter), 1) for quarter in quarters]
-    result = json.loads((out / "result.json").read_text())
+    result = Run.open(out).result
     about = {name: result[name] for name in ("iterations", "images_per_second", "wait_share")}
     return {"resident": resident, "peak_mib_by_quarter": peaks, "flat": peaks[3] <= FLAT * peaks[2], **about}
 

@@ -33,13 +33,14 @@ ALLOWED = {
     "errors": set[str](),
     "files": set[str](),
     "data": {"errors"},
-    "models": {"errors", "files"},
+    "run_folder": {"errors", "files"},
+    "models": {"errors", "files", "run_folder"},
     "store": {"errors"},
     "distill": {KERNELS, "errors"},
-    "evaluate": {"data", "models", "errors", "files", KERNELS},
-    "teacher": {"data", "models", "store", "evaluate", "errors", KERNELS},
-    "train": {"data", "models", "store", "evaluate", "distill", "errors", "files"},
-    "sweep": {"data", "evaluate", "errors", "files"},
+    "evaluate": {"data", "models", "errors", "files", "run_folder", KERNELS},
+    "teacher": {"data", "models", "store", "evaluate", "errors", "run_folder", KERNELS},
+    "train": {"data", "models", "store", "evaluate", "distill", "errors", "files", "run_folder"},
+    "sweep": {"data", "evaluate", "errors", "files", "run_folder"},
 }
 """Room -> rooms it may import from."""
 

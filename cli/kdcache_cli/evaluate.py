@@ -113,10 +113,10 @@ def evaluate(
 def _write(record: "Record", run: str, metrics: "Metrics", json_file: Path | None, markdown: Path | None) -> None:
     from kdcache.evaluate import metrics_markdown
     from kdcache.evaluate.evaluation import file_name, write_evaluation
-    from kdcache.models.run import read_run_model
+    from kdcache.run_folder import Run
 
     folder = Path() if record.which is None else Path(run)
-    own_size = record.which is None or read_run_model(folder).size == record.size
+    own_size = record.which is None or Run.open(folder).model.size == record.size
     name = file_name(record, folder, run, own_size=own_size)
     json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
     write_evaluation(record, json_path, run, metrics)

@@ -13,7 +13,7 @@ from kdcache_cli.console import OUT, bytes_text, progress_bar
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.models import SegmentationModel
-    from kdcache.models.run import RunModel
+    from kdcache.run_folder import RunModel
 
 Model = Annotated[
     str,

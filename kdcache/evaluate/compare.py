@@ -17,10 +17,9 @@ from kdcache.evaluate.cost import REPEATS, Cost, measure_cost
 from kdcache.evaluate.evaluation import Evaluation, Judging, data_digest, evaluate_run, memory_errors
 from kdcache.evaluate.groups import Group, group_runs, nearest
 from kdcache.evaluate.metrics import Metrics
-from kdcache.evaluate.runs import Run, find_runs
+from kdcache.evaluate.runs import Entry, find_runs
 from kdcache.evaluate.spread import Difference, Key, Spread, adjust, difference
 from kdcache.models import PROBABILITIES, returns_probabilities
-from kdcache.models.run import read_run_model
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -66,8 +65,8 @@ def compare(
     options = options or CompareOptions()
     which = options.judging.which
     teachers = [] if options.teacher is None else find_runs([options.teacher], which)
-    apart = {run.folder and run.folder.resolve() for run in teachers} - {None}
-    members = [run for run in find_runs(runs, which) if run.folder is None or run.folder.resolve() not in apart]
+    apart = {entry.run.folder.resolve() for entry in teachers if entry.run is not None}
+    members = [one for one in find_runs(runs, which) if one.run is None or one.run.folder.resolve() not in apart]
     if not members:
         raise RecipeError("a comparison has runs besides the teacher", received="none", remedy="name some runs")
     source = comparable_split(members, data, split)
@@ -103,7 +102,7 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
     return [note for row in rows for note in (collapse(row, row.name), alike(row)) if note is not None]
 
 
-def comparable_split(runs: Sequence[Run], data: str | None, split: str | None) -> Split:
+def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None) -> Split:
     """The one split that all runs are judged on: the one that is named, or the one that their recipes validate on.
 
     Raises: RecipeError when no recipe names one; MismatchError when these are other data.
@@ -134,7 +133,7 @@ def comparable_split(runs: Sequence[Run], data: str | None, split: str | None) -
     return found
 
 
-def _validated_on(run: Run, data: str, split: str) -> Split:
+def _validated_on(run: Entry, data: str, split: str) -> Split:
     """What a run was validated on. Raises: DataError that names its recipe, whose paths begin where it was trained."""
     try:
         return open_split(data, split)
@@ -197,7 +196,7 @@ def _check_baseline(name: str | None, groups: Sequence[Group]) -> None:
         raise RecipeError("--baseline is a row, or a run of it", received=repr(name), remedy=nearest(name, names))
 
 
-def _apart(teachers: Sequence[Run], groups: Sequence[Group]) -> list[Group]:
+def _apart(teachers: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
     """The teacher's row; its name says so."""
     found, _ = group_runs(teachers) if teachers else ([], [])
     taken = {group.name for group in groups}
@@ -221,7 +220,7 @@ class _Judge:
             self._digests[key] = data_digest(split)
         return self._digests[key]
 
-    def score(self, run: Run, teacher: bool) -> RunScore:
+    def score(self, run: Entry, teacher: bool) -> RunScore:
         """With `own_fold`, a teacher that left out no fold is judged on all of the split."""
         part, own = self._split, None
         if self._options.own_fold and not (teacher and run.fold is None):
@@ -238,20 +237,19 @@ class _Judge:
         self.notes += [found.note] if found.note else []
         return RunScore(run.text, *run.key, found.metrics, found.reused)
 
-    def cost(self, run: Run) -> Cost:
+    def cost(self, entry: Entry) -> Cost:
         """Of the network; runs of one spec at one size share a measurement, for they are the same program."""
         judging = self._options.judging
-        key: tuple[object, ...] = (run.text,)
-        if run.folder is not None:
-            about = read_run_model(run.folder)
-            key = (about.spec, judging.size or about.size)
+        key: tuple[object, ...] = (entry.text,)
+        if entry.run is not None:
+            key = (entry.run.model.spec, judging.size or entry.run.model.size)
         if key not in self._costs:
-            self._progress(f"timing {run.name}", 0, 1)
-            model, about = run.open(self._split.classes, judging.which, judging.size)
-            self.notes += [f"{run.text} {PROBABILITIES}"] if returns_probabilities(model) else []
+            self._progress(f"timing {entry.name}", 0, 1)
+            model, about = entry.load(self._split.classes, judging.which, judging.size)
+            self.notes += [f"{entry.text} {PROBABILITIES}"] if returns_probabilities(model) else []
             with memory_errors(judging.device, 1):
                 self._costs[key] = measure_cost(model, about.size, device=judging.device, repeats=self._options.repeats)
-            self._progress(f"timing {run.name}", 1, 1)
+            self._progress(f"timing {entry.name}", 1, 1)
         return self._costs[key]
 
 

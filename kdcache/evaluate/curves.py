@@ -1,19 +1,16 @@
 """How a training went, from its `metrics.jsonl`: loss, validation, speed, waiting for data."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import RecipeError
 from kdcache.evaluate.pictures import dress, new_figure
+from kdcache.run_folder import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = "metrics.jsonl"
 _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d", "#8a4a9e", "#7a6a4a", "#c23b5a")
 _SCORES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 _BESIDE = {"kind", "step", "loss", "lr", "images_per_second", "wait_share"}
@@ -37,18 +34,10 @@ class Curves:
     waiting: Points
 
 
-def read_curves(run: Path) -> Curves | None:
-    """The log of a run; None when it keeps none. A last line that was cut short is left out.
-
-    Raises: RecipeError for a file that is no such log.
-    """
-    try:
-        text = (run / METRICS).read_text(encoding="utf-8")
-    except FileNotFoundError:
+def read_curves(run: Run) -> Curves | None:
+    """The log of a run as curves; None when it keeps none. Raises: RecipeError for a file that is no such log."""
+    if (rows := run.metrics) is None:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _malformed(run, str(error)) from error
-    rows = _rows(run, text)
     training = [row for row in rows if row["kind"] == "train"]
     names = list(dict.fromkeys(name for row in training for name in row if name not in _BESIDE))
     losses = {name: _points(training, name) for name in ("loss", *names)}
@@ -125,25 +114,3 @@ def _between(training: Sequence[dict[str, Any]]) -> tuple[Points, Points]:
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> Points:
     return [(row["step"], float(row[name])) for row in rows if row.get(name) is not None]
-
-
-def _rows(run: Path, text: str) -> list[dict[str, Any]]:
-    lines = text.splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "kind": str(row["kind"]), "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # a kill in the middle of a line
-                break
-            raise _malformed(run, f"line {number} is {line[:40]!r}") from error
-    return rows
-
-
-def _malformed(run: Path, what: str) -> RecipeError:
-    return RecipeError(
-        f"a run's {METRICS} has a line of JSON per entry",
-        received=f"{run / METRICS}: {what}",
-        remedy="restore it from a copy, or remove it: everything but the curves is drawn without it",
-    )

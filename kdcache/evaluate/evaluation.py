@@ -21,9 +21,10 @@ from kdcache.errors import ModelError
 from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.evaluate.metrics import Metrics
 from kdcache.evaluate.run import Progress, evaluate_model
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
 from kdcache.files import read_object, write_whole
-from kdcache.models.run import RunModel, read_run_model, split_spec, weights_path
+from kdcache.models.run import split_spec
+from kdcache.run_folder import RunModel, weights_path
 
 
 @dataclass(frozen=True)
@@ -63,32 +64,33 @@ def data_digest(split: Split, threads: int = 2) -> str:
 
 
 def evaluate_run(
-    run: Run,
+    entry: Entry,
     split: Split,
     digest: str,
     judging: Judging,
     progress: Progress | None = None,
     fold: str | None = None,
 ) -> Evaluation:
-    """Metrics of a run on a split, from an earlier evaluation where that is the same.
+    """Metrics of a run, or of SPEC@FILE, on a split, from an earlier evaluation where that is the same.
 
     Args:
         digest: `data_digest` of the split.
         fold: I/K, when the split is one fold of another.
     Raises: MismatchError for other classes; DataError without labels; ModelError when memory does not suffice.
     """
-    if run.folder is None:
-        return _evaluate(run, split, judging, progress)
-    about = read_run_model(run.folder)
+    run = entry.run
+    if run is None:
+        return _evaluate(entry, split, judging, progress)
+    about = run.model
     about.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
-    weights = weights_path(run.folder, judging.which)
+    weights = run.weights(judging.which)
     record = Record.of(about, weights, split, digest, judging.size or about.size, which=judging.which, fold=fold)
     kept = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if kept is not None:
         return Evaluation(kept, record.size, reused=True)
-    found = _evaluate(run, split, judging, progress)
+    found = _evaluate(entry, split, judging, progress)
     own_size = record.size == about.size
-    return replace(found, note=keep(record, run.folder, run.text, found.metrics, own_size=own_size))
+    return replace(found, note=keep(record, run.folder, entry.text, found.metrics, own_size=own_size))
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,8 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> 
     write_whole(path, json.dumps({"run": run, **record.to_json(), **metrics.to_json()}, indent=1) + "\n")
 
 
-def _evaluate(run: Run, split: Split, judging: Judging, progress: Progress | None) -> Evaluation:
-    model, about = run.open(split.classes, judging.which, judging.size)
+def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> Evaluation:
+    model, about = entry.load(split.classes, judging.which, judging.size)
     with memory_errors(judging.device, judging.batch_size):
         metrics = evaluate_model(
             model.to(judging.device),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdcache.errors import RecipeError
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
 
 REPEATED = ("seed", "fold", "val-fold")
 """What runs of one row differ in."""
@@ -51,7 +51,7 @@ class Group:
     """
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[Entry, ...]
     differs: Mapping[str, Any]
     teacher: bool = False
 
@@ -70,7 +70,7 @@ class Group:
         return self.settings.get("method") != "none" or bool(self.settings.get("term"))
 
 
-def group_runs(runs: Sequence[Run], ignore: Iterable[str] = ()) -> tuple[list[Group], list[str]]:
+def group_runs(runs: Sequence[Entry], ignore: Iterable[str] = ()) -> tuple[list[Group], list[str]]:
     """Rows in the order of their first runs, and notes on what a reader could misread.
 
     Args:
@@ -78,7 +78,7 @@ def group_runs(runs: Sequence[Run], ignore: Iterable[str] = ()) -> tuple[list[Gr
     Raises: RecipeError for a setting that no run has, with the nearest name.
     """
     left_out = {*REPEATED, *MACHINE, *_checked(runs, ignore)}
-    rows: dict[str, list[Run]] = {}
+    rows: dict[str, list[Entry]] = {}
     for run in runs:
         apart = left_out | set(OF_A_FOLD if "name" in run.settings else ())
         settings = {key: value for key, value in run.settings.items() if key not in apart}
@@ -107,7 +107,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {shown}"
 
 
-def _checked(runs: Sequence[Run], ignore: Iterable[str]) -> set[str]:
+def _checked(runs: Sequence[Entry], ignore: Iterable[str]) -> set[str]:
     known = sorted({key for run in runs for key in run.settings})
     names = {name.removeprefix("--").replace("_", "-") for name in ignore}
     for name in names:
@@ -118,7 +118,7 @@ def _checked(runs: Sequence[Run], ignore: Iterable[str]) -> set[str]:
     return names
 
 
-def _without_twins(members: list[Run], notes: list[str]) -> list[list[Run]]:
+def _without_twins(members: list[Entry], notes: list[str]) -> list[list[Entry]]:
     """A row of runs that are told apart by seed and fold; else each run is a row, for nothing was repeated."""
     twins = [key for key, count in Counter(run.key for run in members).items() if count > 1]
     if not twins:
@@ -153,7 +153,7 @@ def _naming_keys(recipes: Sequence[Mapping[str, Any]], differing: Sequence[str])
     return chosen
 
 
-def _names(parts: Sequence[Sequence[Run]], keys: Sequence[str]) -> list[str]:
+def _names(parts: Sequence[Sequence[Entry]], keys: Sequence[str]) -> list[str]:
     """By settings; by the folder (all of its path, if need be) where these do not tell rows apart."""
     names = []
     for members in parts:

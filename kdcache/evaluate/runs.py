@@ -1,11 +1,6 @@
-"""Run folders as the evaluation reads them: which runs there are, their settings, their models.
-
-A run is what `train-teacher` or `train-student` wrote (`recipe.toml`, `model.json`, weights); a model that no run has
-trained is `SPEC@FILE`. Files are read as files: this room knows nothing of training.
-"""
+"""What the evaluation compares: runs, and models by `SPEC@FILE` that no run has trained."""
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,28 +9,27 @@ from typing import Any
 from kdcache.data import ClassList, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel
-from kdcache.models.run import DESCRIPTION, RunModel, open_model, read_run_model, split_spec, weights_path
-
-RECIPE = "recipe.toml"
+from kdcache.models.run import load_run, open_model, split_spec
+from kdcache.run_folder import MODEL, Run, RunModel, is_run
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trained run, or a model by `SPEC@FILE`, which has no folder and no settings.
+class Entry:
+    """A member of a comparison: a run, or a model by `SPEC@FILE`, which has no run.
 
     Attributes:
         text: as the user named it, or its path below the folder that the user named.
-        settings: of its recipe; keys are flags without the two dashes.
+        settings: of the run's recipe, keyed as the flags without their dashes; {} where there is none.
     """
 
     text: str
-    folder: Path | None
+    run: Run | None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The folder's name, or SPEC@FILE."""
-        return self.text if self.folder is None else self.folder.resolve().name
+        return self.text if self.run is None else self.run.folder.resolve().name
 
     @property
     def title(self) -> str:
@@ -44,17 +38,17 @@ class Run:
 
     @property
     def key(self) -> tuple[int | None, str | None]:
-        """Seed and fold: what tells runs of one recipe apart."""
+        """Seed and fold, which differ between the runs of one recipe."""
         return self.settings.get("seed"), self.fold
 
     @property
     def fold(self) -> str | None:
         """The fold of the data that this run was not trained on: I/K."""
-        found = self.settings.get("fold", self.settings.get("val-fold"))
-        return None if found is None else str(found)
+        fold = self.settings.get("fold", self.settings.get("val-fold"))
+        return None if fold is None else str(fold)
 
     def own_fold(self) -> tuple[int, int]:
-        """Raises RecipeError for a run that left out none."""
+        """(I, K) of `fold`. Raises RecipeError for a run that left out none."""
         if self.fold is None:
             raise RecipeError(
                 "a run is judged on its own fold when its training left one out",
@@ -63,81 +57,52 @@ class Run:
             )
         return parse_fold(self.fold)
 
-    def open(
+    def load(
         self, classes: ClassList, which: str = "best", size: tuple[int, int] | None = None
     ) -> tuple[SegmentationModel, RunModel]:
         """The model in eval mode on the CPU, and what it is.
 
         Raises: MismatchError for other classes; RecipeError without weights; ModelError when they do not fit.
         """
-        if self.folder is not None:  # before its weights are read
-            read_run_model(self.folder).check_classes(classes.names, "the data")
-        return open_model(self.text if self.folder is None else str(self.folder), classes, size, which)
+        if self.run is None:
+            return open_model(self.text, classes, size, which)
+        self.run.model.check_classes(classes.names, "the data")  # before the weights are read
+        model, about = load_run(self.run, which)
+        return model, about if size is None else about.model_copy(update={"size": size})
 
 
-def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Run]:
+def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:
     """Runs, SPEC@FILE, and all the runs below folders that are none themselves; each once, in this order.
 
     Raises: RecipeError for a folder that is and holds no run, and for a run without the weights `which`.
     """
-    found: dict[Path | str, Run] = {}
+    entries: dict[Path | str, Entry] = {}
     for text in map(str, texts):
         if split_spec(text) is not None:
-            found.setdefault(text, Run(text, None))
+            entries.setdefault(text, Entry(text, None))
             continue
-        for folder in _runs_below(Path(text)):
-            _check_weights(folder, which)
-            found.setdefault(folder.resolve(), Run(str(folder), folder, _read_settings(folder)))
-    return list(found.values())
+        for run in _runs_below(Path(text)):
+            run.weights(which)
+            entries.setdefault(run.folder.resolve(), Entry(str(run.folder), run, run.recipe or {}))
+    return list(entries.values())
 
 
-def _runs_below(folder: Path) -> Iterator[Path]:
-    if not folder.exists() or _is_run(folder):
-        read_run_model(folder)  # refuses what is none
-        yield folder
+def _runs_below(folder: Path) -> Iterator[Run]:
+    if not folder.exists() or is_run(folder):
+        yield Run.open(folder)
         return
-    seen = False
+    empty = True
     for where, names, _ in os.walk(folder):
         # A store has thousands of folders, and no run in any of them.
         names[:] = sorted(name for name in names if not (Path(where) / name / "zarr.json").exists())
-        if _is_run(Path(where)):
+        if is_run(Path(where)):
             names.clear()
-            read_run_model(Path(where))
-            seen = True
-            yield Path(where)
-    if not seen:
-        nothing = f"has no {DESCRIPTION}, nor has any folder below it" if folder.is_dir() else "is a file"
+            empty = False
+            yield Run.open(where)
+    if empty:
+        nothing = f"has no {MODEL}, nor has any folder below it" if folder.is_dir() else "is a file"
         raise RecipeError(
             "a run is a folder that train-teacher or train-student wrote, or a folder that holds some",
             received=f"{folder} {nothing}",
             remedy="give the --out of a training, or the folder of several",
         )
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (DESCRIPTION, RECIPE))
-
-
-def _check_weights(folder: Path, which: str) -> None:
-    if not weights_path(folder, which).is_file():
-        present = sorted(file.stem for file in folder.glob("*.safetensors"))
-        raise RecipeError(
-            f"a run is judged by its weights, here {which}.safetensors",
-            received=f"{folder} has " + (", ".join(present) if present else "no weights yet"),
-            remedy="let the training finish (the same command with --resume), or name only the runs that have",
-        )
-
-
-def _read_settings(folder: Path) -> Mapping[str, Any]:
-    """Of the recipe; {} for a folder that holds a model alone."""
-    path = folder / RECIPE
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            "a run's recipe is a TOML file",
-            received=f"{path}: {str(error).splitlines()[0]}",
-            remedy="restore it from a copy, or give another run",
-        ) from error

@@ -24,7 +24,7 @@ from kdcache.evaluate.gallery import (
 )
 from kdcache.evaluate.per_image import class_number, ranked, sample_numbers, score_images
 from kdcache.evaluate.pictures import draw_confusion, save_figure
-from kdcache.evaluate.runs import Run, find_runs
+from kdcache.evaluate.runs import Entry, find_runs
 from kdcache.evaluate.score_pictures import draw_distribution, metrics_text
 from kdcache.evaluate.tables import percent
 
@@ -126,12 +126,12 @@ def check_out(out: Path) -> None:
         )
 
 
-def score_run(run: Run, split: Split, judging: Judging, progress: Progress) -> Shown:
+def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) -> Shown:
     """Open a run, and score every labelled image with it.
 
-    Raises: as `Run.open`; ModelError when memory does not suffice.
+    Raises: as `Entry.load`; ModelError when memory does not suffice.
     """
-    model, about = run.open(split.classes, judging.which, judging.size)
+    model, about = run.load(split.classes, judging.which, judging.size)
     with memory_errors(judging.device, judging.batch_size):
         scores = score_images(
             model.to(judging.device),
@@ -165,7 +165,7 @@ def _cases(
 
 
 def _draw_run(
-    run: Run,
+    run: Entry,
     shown: Shown,
     split: Split,
     wanted: Sequence[Case],
@@ -183,7 +183,7 @@ def _draw_run(
         "iou_distribution.png": draw_distribution(shown.scores, split.classes.colours, title, ranked_class),
         "confusion.png": draw_confusion(counts.numpy(), metrics.class_names, f"{name}: prediction per label, %"),
     }
-    curves = None if run.folder is None else read_curves(run.folder)
+    curves = None if run.run is None else read_curves(run.run)
     if curves is not None:
         batch_size = run.settings.get("batch-size")
         figures["curves.png"] = draw_curves(curves, f"The training of {name}", batch_size)

@@ -25,8 +25,8 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
-from kdcache.models.run import RunModel
 from kdcache.models.weights import load_weights
+from kdcache.run_folder import RunModel
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
 """What a file of each format ends with."""

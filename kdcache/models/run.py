@@ -1,24 +1,21 @@
 """A trained model: in its run folder (`model.json`, weights `best` and `last`), or as SPEC@FILE or SPEC@default."""
 
-import json
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.torch import save_file
 
-from kdcache.errors import MismatchError, ModelError, RecipeError
+from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing, write_whole
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function
 from kdcache.models.trust import check_trusted, trusting
 from kdcache.models.weights import load_weights, read_metadata, read_state_dict
+from kdcache.run_folder import MODEL, Run, RunModel, weights_path
 
-DESCRIPTION = "model.json"
 # The first @ after a spec's last part, which is a name: either path may have one of its own.
 _SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
 
@@ -32,63 +29,8 @@ class Classes(Protocol):
     def colours(self) -> tuple[tuple[int, int, int], ...]: ...
 
 
-class RunModel(BaseModel):
-    """What a run's weights belong to. Class names and colours travel with the model into every table."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    spec: str
-    class_names: tuple[str, ...]
-    class_colours: tuple[tuple[int, int, int], ...]
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
-
-    @model_validator(mode="after")
-    def _check_names(self) -> "RunModel":
-        wrong = [name for name, times in Counter(self.class_names).items() if times > 1 or not name.strip()]
-        if wrong:
-            raise ValueError(f"the class name {wrong[0]!r} {self.class_names.count(wrong[0])} times")
-        if len(self.class_colours) != len(self.class_names):
-            raise ValueError(f"{len(self.class_colours)} class_colours for {len(self.class_names)} class_names")
-        return self
-
-    def check_classes(self, names: tuple[str, ...], where: str) -> None:
-        """Raises MismatchError when data has other classes than this model."""
-        if names != self.class_names:
-            raise MismatchError(
-                "a model is used on data with its own classes, in the same order",
-                received=f"{', '.join(names)} in {where} against {', '.join(self.class_names)}",
-                remedy="give the data set it was trained for",
-            )
-
-    def metadata(self) -> dict[str, str]:
-        """As exported files carry it: text as it is, everything else as JSON. What it was trained on stays behind."""
-        fields = self.model_dump(mode="json", exclude={"trained_on"})
-        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
-        """The reverse of `metadata`; None for a file that kdcache did not write. Raises ModelError when damaged."""
-        if not {"spec", "class_names"} <= set(metadata):
-            return None
-        said = {name: metadata[name] for name in cls.model_fields if name in metadata}
-        try:
-            return cls.model_validate({n: value if n == "spec" else json.loads(value) for n, value in said.items()})
-        except ValueError as error:  # of json and of pydantic
-            raise ModelError(
-                "the description in a weights file must be as kdcache export wrote it",
-                received=f"{path}: {str(error).splitlines()[0]}",
-                remedy="export it again",
-            ) from error
-
-
-def weights_path(run: Path, which: str) -> Path:
-    return run / f"{which}.safetensors"
-
-
 def write_run_model(run: Path, about: RunModel) -> None:
-    write_whole(run / DESCRIPTION, about.model_dump_json(indent=1) + "\n")
+    write_whole(run / MODEL, about.model_dump_json(indent=1) + "\n")
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
@@ -99,47 +41,21 @@ def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
         save_file(tensors, partial)
 
 
-def read_run_model(run: Path) -> RunModel:
-    """Raises: RecipeError when the folder is not a run's."""
-    path = run / DESCRIPTION
-    try:
-        return RunModel.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise RecipeError(
-            "a run is a folder that train-teacher or train-student wrote",
-            received=f"{run} " + (f"has no {DESCRIPTION}" if run.exists() else "does not exist"),
-            remedy="give the --out of a training",
-        ) from error
-    except ValidationError as error:
-        raise RecipeError(
-            "a run's model.json must be well formed, its class names unique and not empty",
-            received=f"{path} " + (f"holds {error.errors()[0]['msg']}" if path.stat().st_size else "is empty"),
-            remedy="restore it from a copy; or delete it and repeat the training with --resume, which writes it again",
-        ) from error
-
-
-def load_run(run: str | Path, which: str = "best", *, trust: bool = False) -> tuple[SegmentationModel, RunModel]:
+def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False) -> tuple[SegmentationModel, RunModel]:
     """The trained model of a run, in eval mode, on the CPU.
 
     Args:
+        run: its folder, or the run when it is open.
         which: `best` (by validation mIoU; the last weights when nothing was validated) or `last`.
         trust: whether a function that the run names may be imported and called, wherever the run comes from; one that
             a training of this user was begun with may be in any case (see `kdcache.models.trust`).
     Raises: RecipeError when the run has no such checkpoint; ModelError when the weights do not fit, or for a function
         that is not trusted.
     """
-    folder = Path(run)
-    about = read_run_model(folder)
-    path = weights_path(folder, which)
-    if not path.is_file():
-        present = sorted(file.stem for file in folder.glob("*.safetensors"))
-        raise RecipeError(
-            f"a run is used by its weights, here {which}.safetensors",
-            received=f"{folder} has " + (", ".join(present) if present else "no weights yet"),
-            remedy="let the training finish (train-teacher or train-student with --resume)",
-        )
+    run = run if isinstance(run, Run) else Run.open(run)
+    about, path = run.model, run.weights(which)
     with trusting(trust):
-        check_trusted(about.spec, str(folder / DESCRIPTION))
+        check_trusted(about.spec, str(run.folder / MODEL))
     model = build_model(about.spec, len(about.class_names), mean=about.mean, std=about.std)
     load_weights(model, read_state_dict(path), strict_head=True)
     return model.eval(), about
@@ -148,7 +64,7 @@ def load_run(run: str | Path, which: str = "best", *, trust: bool = False) -> tu
 def split_spec(text: str) -> tuple[str, str] | None:
     """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Raises ModelError for a spec alone."""
     weighted = _SPEC_WITH_WEIGHTS.fullmatch(text)
-    if weighted and not (Path(text) / DESCRIPTION).is_file():
+    if weighted and not (Path(text) / MODEL).is_file():
         return weighted[1], weighted[2]
     if ":" in text and not Path(text).exists():
         raise ModelError(
@@ -182,7 +98,12 @@ def open_model(
     Raises: RecipeError, ModelError, MismatchError naming what is missing or does not fit.
     """
     parts = split_spec(text)
-    description = read_run_model(Path(text)) if parts is None else _description(*parts)
+    run: Run | None = None
+    if parts is None:
+        run = Run.open(text)
+        description: RunModel | None = run.model
+    else:
+        description = _description(*parts)
     chosen = size if description is None else size or description.size
     if chosen is None:
         raise RecipeError(
@@ -190,9 +111,10 @@ def open_model(
             received=f"{text} and no --size",
             remedy="add --size HxW, for instance --size 288x384",
         )
-    if parts is None:
-        model, _ = load_run(text, which, trust=trust)
+    if run is not None:
+        model, _ = load_run(run, which, trust=trust)
     else:
+        assert parts is not None
         # The number that a map or a missing list goes by is that of the weights.
         count = None if callable(classes) or class_map is not None else len(classes.names)
         if count is None and is_function(parts[0]):

@@ -16,6 +16,7 @@ from typing import Any
 
 from kdcache.data import parse_fold
 from kdcache.errors import RecipeError
+from kdcache.run_folder import RESULT
 from kdcache.sweep.recipe import Arm, Flags, Recipe, check_names
 
 Known = Mapping[str, set[str]]
@@ -136,7 +137,7 @@ class _Planner:
         run = self._teacher_run(fold)
         flags = {**self._recipe.teacher, **self._judged(fold), "data": self._data, "split": self._split, "out": run}
         given = ("train-teacher", *words(flags), "--resume")
-        self._add(Job(f"teacher{_of(fold)}", given, run / "result.json"))
+        self._add(Job(f"teacher{_of(fold)}", given, run / RESULT))
 
     def _store(self, fold: int | None) -> None:
         place = self._place(fold)
@@ -165,7 +166,7 @@ class _Planner:
             if isinstance(value, str) and value.startswith("@"):
                 other = self._recipe.arm(value[1:])
                 flags[key] = self._run(other, fold, seed)
-                needs += [job.name for job in self._jobs if job.done == flags[key] / "result.json"]
+                needs += [job.name for job in self._jobs if job.done == flags[key] / RESULT]
         self._under_way.pop()
         flags |= {
             "name": arm.name,
@@ -175,7 +176,7 @@ class _Planner:
             "seed": seed,
             "out": run,
         }
-        self._add(Job(name, ("train-student", *words(flags), "--resume"), run / "result.json", tuple(needs)))
+        self._add(Job(name, ("train-student", *words(flags), "--resume"), run / RESULT, tuple(needs)))
         self._runs[arm.name] += (run,)
         return run
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.evaluate import markdown_table
-from kdcache.files import read_object, write_whole
+from kdcache.files import write_whole
+from kdcache.run_folder import Run
 
 if TYPE_CHECKING:
     from kdcache.sweep.plan import Sweep
@@ -43,7 +44,7 @@ def _name(run: dict[str, Any]) -> str:
 
 def _iteration(run: Path) -> str:
     """The iteration of the weights that were judged; a teacher that was trained elsewhere has none."""
-    return str(read_object(run / "result.json").get("best_step", "-"))
+    return str(Run(run).result.get("best_step", "-"))
 
 
 def _percent(value: float | None) -> str:

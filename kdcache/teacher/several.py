@@ -6,10 +6,9 @@ from pathlib import Path
 from kdcache.data import ClassList, Split, check_folds, parse_fold
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.models import EnsembleModel, Tta
-from kdcache.models.run import read_run_model
+from kdcache.run_folder import RECIPE, Run
 from kdcache.store import Fingerprint
 from kdcache.teacher.source import RGB, Teacher, load_teacher
-from kdcache.teacher.training import read_settings
 
 
 def load_teachers(
@@ -90,7 +89,14 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
     folds = len(origins)
     check_folds(split, folds)
     for fold, origin in enumerate(origins):
-        said = read_settings(origin).get("fold")
+        run = Run.open(origin)
+        if run.recipe is None:
+            raise RecipeError(
+                "the teacher of a fold is a run, whose recipe says which fold it left out",
+                received=f"{run.folder / RECIPE}, which is not there",
+                remedy="give the --out of train-teacher --fold I/K",
+            )
+        said = run.recipe.get("fold")
         if said is None or parse_fold(str(said)) != (fold, folds):
             raise MismatchError(
                 "the teacher of a fold was trained without it: --teacher number I, from 0, of K with --fold I/K",
@@ -98,7 +104,7 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
                 + (f"has fold {said}" if said else "has seen all folds"),
                 remedy=f"kdcache train-teacher --fold {fold}/{folds} --out ..., and give the runs in this order",
             )
-        if read_run_model(Path(origin)).trained_on != f"data {split.digest()}":
+        if run.model.trained_on != f"data {split.digest()}":
             raise MismatchError(
                 "the teacher of a fold was trained on the other folds of the very samples that are taught on",
                 received=f"{origin} was trained on other samples or classes than {split.data}, split {split.split!r}",

@@ -16,6 +16,7 @@ from kdcache.models import (
     read_class_map,
 )
 from kdcache.models.run import load_run, split_spec
+from kdcache.run_folder import Run
 from kdcache.store.parts import Training
 from kdcache.teacher.training import training_of
 
@@ -81,8 +82,9 @@ def load_teacher(
         if report is not None and report.unused_auxiliary:
             notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
     else:
-        model, about = load_run(origin, trust=trust)
-        size, names, training = about.size, about.class_names, training_of(origin)
+        run = Run.open(origin)
+        model, about = load_run(run, trust=trust)
+        size, names, training = about.size, about.class_names, training_of(run)
         model.mean, model.std = mean or model.mean, std or model.std
     mapped = None
     if class_map is not None:

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from kdcache.distill.terms import TermSpec, parse_method
 from kdcache.errors import RecipeError
+from kdcache.run_folder import RECIPE, Run
 from kdcache.store.mirror import parse_bytes
 from kdcache.train.consistent import check_consistent
 from kdcache.train.loggers import parse_logs
@@ -28,7 +28,6 @@ _SPELLED = {
 """What settings take whose values are written together."""
 _SHOWN = {"size": "288x384", "scale": "0.5:2.0", "cache_bytes": "50GiB", "keep_every": "500", "log": "tensorboard"}
 DEFAULT_ITERATIONS = 4000
-RECIPE = "recipe.toml"
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"kdcache:tiny": 6e-3, "kdcache:base": 2e-3}
 """Of Adam and AdamW, where others want their own: the best of 1e-3 to 8e-3 on CamVid for tiny (`effect-cpu.json`), and
@@ -274,20 +273,19 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
 
 def read_config(run: Path) -> TrainConfig:
     """The resolved recipe of a run. Raises RecipeError when it is missing or malformed."""
-    path = run / RECIPE
-    try:
-        return TrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        wrong = _refused(error, {})
-        what = f"{path}: {wrong.received}; {wrong.rule}" if path.stat().st_size else f"{path} is empty"
-        raise RecipeError(
-            "a run has a resolved recipe of this version",
-            received=what,
-            remedy="restore it from a copy, or begin again in another --out",
-        ) from error
-    except (OSError, ValueError) as error:  # no file, no UTF-8, no TOML
+    path, recipe = run / RECIPE, Run(run).recipe
+    if recipe is None:
         raise RecipeError(
             "a run has a resolved recipe",
-            received=f"{path}: {str(error).splitlines()[0]}",
+            received=f"{path}, which is not there",
             remedy="give the --out of a training that was begun with this version",
+        )
+    try:
+        return TrainConfig.model_validate(recipe)
+    except ValidationError as error:
+        wrong = _refused(error, {})
+        raise RecipeError(
+            "a run has a resolved recipe of this version",
+            received=f"{path}: {wrong.received}; {wrong.rule}" if recipe else f"{path} is empty",
+            remedy="restore it from a copy, or begin again in another --out",
         ) from error

@@ -7,16 +7,17 @@ from kdcache.data import ClassList
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.models import SegmentationModel
-from kdcache.models.run import DESCRIPTION, RunModel, read_run_model, write_run_model
+from kdcache.models.run import write_run_model
+from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel
 from kdcache.store import Cache
 from kdcache.store.durable import disk_space_errors
 from kdcache.train.checkpoint import KEPT
-from kdcache.train.config import RECIPE, TrainConfig, read_config
+from kdcache.train.config import TrainConfig, read_config
 from kdcache.train.dataset import DrawnDataset, LabelledDataset
 from kdcache.train.lock import LOCK, RunLock
-from kdcache.train.log import ENVIRONMENT, METRICS, environment, write_json
+from kdcache.train.log import environment, write_json
 
-BEGINNING = {RECIPE, DESCRIPTION, ENVIRONMENT, METRICS}
+BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS}
 EVENTS = "events.out.tfevents."  # of tensorboard
 # What may change between a run's start and its resumption without changing what it learns.
 FREE_ON_RESUME = {
@@ -72,7 +73,7 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
     # Folders may move, what is in them may not change.
     if (config.val is None) != (before.val is None):
         changed.append(f"--val {config.val} (was {before.val})")
-    if (run / DESCRIPTION).is_file() and read_run_model(run).trained_on not in ("", identity):
+    if (run / MODEL).is_file() and Run.open(run).model.trained_on not in ("", identity):
         changed.append("another store or data set than it was begun with")
     if changed:
         raise RecipeError(
@@ -90,7 +91,7 @@ def _means_nothing(path: Path) -> bool:
 
 def _is_untrained(run: Path) -> bool:
     """Whether a run holds nothing but its beginning and its log: it ended before its first checkpoint."""
-    return (run / DESCRIPTION).is_file() and all(
+    return (run / MODEL).is_file() and all(
         path.name in BEGINNING or path.name.startswith(EVENTS) or _means_nothing(path) for path in run.iterdir()
     )
 

@@ -13,10 +13,8 @@ import torch
 
 from kdcache.evaluate import Metrics
 from kdcache.files import write_whole
+from kdcache.run_folder import METRICS
 from kdcache.store.durable import disk_space_errors
-
-METRICS = "metrics.jsonl"
-ENVIRONMENT = "environment.json"
 
 
 class Observer:

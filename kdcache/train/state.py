@@ -10,6 +10,7 @@ from kdcache.distill import DistillLoss
 from kdcache.errors import ModelError, RecipeError
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
+from kdcache.run_folder import RESULT
 from kdcache.store.durable import disk_space_errors
 from kdcache.train.checkpoint import keep_checkpoint, load_checkpoint, save_checkpoint
 from kdcache.train.config import TrainConfig
@@ -126,5 +127,5 @@ class RunState:
         }
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:
-                write_json(self._run / "result.json", result)
+                write_json(self._run / RESULT, result)
         return result

@@ -26,7 +26,7 @@ from kdcache.evaluate.comparison import Comparison, Row
 from kdcache.evaluate.cost import Cost
 from kdcache.evaluate.evaluation import Judging, data_digest, memory_errors
 from kdcache.evaluate.groups import Group
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
 from kdcache.evaluate.spread import Difference, Spread
 from kdcache.models.run import load_run
 
@@ -272,7 +272,7 @@ def test_each_model_has_its_own_baseline(world: Path, derive: Callable[..., Path
 
 def test_a_teacher_is_measured_against_the_only_baseline_there_is() -> None:
     def group(name: str, method: str, **about: bool) -> Group:
-        return Group(name, (Run(name, None, {"method": method, "model": "m"}),), {}, **about)
+        return Group(name, (Entry(name, None, {"method": method, "model": "m"}),), {}, **about)
 
     teacher, one, two = group("t", "none", teacher=True), group("a", "none"), group("b", "none")
     student = group("kl", "kl")

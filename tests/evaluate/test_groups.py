@@ -9,17 +9,18 @@ import pytest
 
 from kdcache.errors import RecipeError
 from kdcache.evaluate.groups import Group, group_runs, nearest
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
+from kdcache.run_folder import Run
 
 COMMON = {"verb": "train-student", "model": "kdcache:tiny", "method": "kl", "term": [], "kl-weight": 1.0, "lr": 0.001}
 
 
-def run(folder: str, **settings: Any) -> Run:
+def run(folder: str, **settings: Any) -> Entry:
     given = {key.replace("_", "-"): value for key, value in settings.items()}
-    return Run(f"runs/{folder}", Path(f"/runs/{folder}"), {**COMMON, "seed": 0, **given})
+    return Entry(f"runs/{folder}", Run(Path(f"/runs/{folder}")), {**COMMON, "seed": 0, **given})
 
 
-def names(*runs: Run, ignore: tuple[str, ...] = ()) -> list[str]:
+def names(*runs: Entry, ignore: tuple[str, ...] = ()) -> list[str]:
     return [group.name for group in group_runs(runs, ignore)[0]]
 
 
@@ -75,10 +76,10 @@ def test_the_machine_tells_no_rows_apart(setting: str) -> None:
             ["no term", "cosine,weight=0.1 + at"],
         ),
         ([run("a")], ["a"]),
-        ([run("a"), Run("kdcache:tiny@w.pt", None)], ["a", "kdcache:tiny@w.pt"]),
+        ([run("a"), Entry("kdcache:tiny@w.pt", None)], ["a", "kdcache:tiny@w.pt"]),
     ],
 )
-def test_a_row_is_called_what_it_is_alone_in(runs: list[Run], expected: list[str]) -> None:
+def test_a_row_is_called_what_it_is_alone_in(runs: list[Entry], expected: list[str]) -> None:
     assert names(*runs) == expected
 
 
@@ -107,7 +108,7 @@ def test_the_same_run_twice_is_no_repetition() -> None:
     groups, notes = group_runs([run("a"), run("b", threads=2), run("c", seed=1)])
     assert [group.name for group in groups] == ["a", "b", "c"]
     assert "runs/a, runs/b have the same settings and seed 0" in notes[0]
-    same = [Run("x/a", Path("/x/a"), COMMON), Run("y/a", Path("/y/a"), COMMON)]
+    same = [Entry("x/a", Run(Path("/x/a")), COMMON), Entry("y/a", Run(Path("/y/a")), COMMON)]
     assert names(*same) == ["x/a", "y/a"]
 
 

@@ -25,8 +25,9 @@ from kdcache.evaluate.report.page import page
 from kdcache.evaluate.report.summary import headline, ticks
 from kdcache.evaluate.report.teacher import lost_classes
 from kdcache.evaluate.report.training import LITTLE, MUCH, judge, read_norms
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
 from kdcache.evaluate.spread import Difference, Interval, Spread, adjust
+from kdcache.run_folder import Run
 
 CLASSES = ("road", "car", "sky")
 NAN = math.nan
@@ -123,16 +124,18 @@ def comparison(rows: Sequence[Row] = ROWS, **changes: object) -> Comparison:
     return replace(found, **changes)
 
 
-def parsed(found: Comparison, runs: Sequence[Run] = (), title: str = "A page") -> Parsed:
+def parsed(found: Comparison, runs: Sequence[Entry] = (), title: str = "A page") -> Parsed:
     return Parsed(page(found, runs, title=title))
 
 
-def write_run(folder: Path, lines: Sequence[dict[str, object]] = (), settings: str = 'verb = "train-student"\n') -> Run:
+def write_run(
+    folder: Path, lines: Sequence[dict[str, object]] = (), settings: str = 'verb = "train-student"\n'
+) -> Entry:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "recipe.toml").write_text(settings)
     (folder / "environment.json").write_text('{"python": "3.12.1", "packages": {"torch": "2.11.0"}}')
-    return Run(f"runs/{folder.name}", folder, {"verb": "train-student", "seed": 0})
+    return Entry(f"runs/{folder.name}", Run(folder), {"verb": "train-student", "seed": 0})
 
 
 def log(kl: float) -> list[dict[str, object]]:
@@ -193,7 +196,7 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "kl", [{**line, HOSTILE: 1.0}, {"kind": "gradients", "step": 1, "ce": 1, HOSTILE: 9e3}], toml
     )
-    (run.folder / "environment.json").write_text(json.dumps({"python": HOSTILE, "packages": {HOSTILE: HOSTILE}}))
+    (tmp_path / "kl" / "environment.json").write_text(json.dumps({"python": HOSTILE, "packages": {HOSTILE: HOSTILE}}))
     run = replace(run, settings={"verb": HOSTILE})
     rows = [
         replace(one, name=HOSTILE + one.name, model=HOSTILE, differs={HOSTILE: HOSTILE, "list": [HOSTILE]})
@@ -421,7 +424,7 @@ def test_norms_without_cross_entropy(tmp_path: Path) -> None:
         {"kind": "gradients", "step": 2, "ce": None, "kl": 1.0},
     ]
     run = write_run(tmp_path / "kl", [*log(1.0)[1:], *lines])
-    assert [step for step, _ in read_norms(tmp_path / "kl")] == [1, 2]
+    assert [step for step, _ in read_norms(Run(tmp_path / "kl"))] == [1, 2]
     assert "no cross-entropy beside it" in parsed(comparison(), [run]).text
 
 
@@ -429,7 +432,7 @@ def test_a_log_that_was_cut_short(tmp_path: Path) -> None:
     run = write_run(tmp_path / "kl", log(0.5))
     with (tmp_path / "kl" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "gradients", "ste')
-    assert read_norms(tmp_path / "kl") == [(1, {"ce": 2.0, "kl": 1.0})]
+    assert read_norms(Run(tmp_path / "kl")) == [(1, {"ce": 2.0, "kl": 1.0})]
     assert "What each term of the loss did" in parsed(comparison(), [run]).text
 
 

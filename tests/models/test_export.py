@@ -19,7 +19,7 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.models import SegmentationModel, build_model
 from kdcache.models import export as room
 from kdcache.models.export import PROGRAM_METADATA, SUFFIXES, export_model
-from kdcache.models.run import RunModel
+from kdcache.run_folder import RunModel
 
 NAMES, COLOURS = ("road", "car", "sky"), ((128, 64, 128), (0, 0, 142), (70, 130, 180))
 MEAN, STD = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)

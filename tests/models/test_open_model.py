@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.models import ClassMapped, build_model, state_digest
-from kdcache.models.run import RunModel, open_model, read_run_model, split_spec, write_run_model, write_weights
+from kdcache.models.run import open_model, split_spec, write_run_model, write_weights
+from kdcache.run_folder import Run, RunModel
 
 NAMES, COLOURS = ("road", "car", "sky"), ((1, 2, 3), (40, 50, 60), (7, 8, 9))
 DATA = SimpleNamespace(names=NAMES, colours=COLOURS)
@@ -151,6 +152,6 @@ def test_repeated_and_empty_class_names_of_a_run_are_refused(run: Path, names: l
     about = json.loads((run / "model.json").read_bytes()) | {"class_names": names}
     (run / "model.json").write_text(json.dumps(about))
     with pytest.raises(RecipeError, match="unique and not empty") as caught:
-        read_run_model(run)
+        Run.open(run)
     assert "class name" in caught.value.received
     assert "restore it from a copy" in caught.value.remedy

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from kdcache.data import ClassList, Split, open_split, write_scenes
 from kdcache.models import SegmentationModel, build_model
-from kdcache.models.run import RunModel, write_run_model, write_weights
+from kdcache.models.run import write_run_model, write_weights
+from kdcache.run_folder import RunModel
 from kdcache.teacher import BuildOptions, Teacher, load_teacher
 
 SIZE = (32, 48)

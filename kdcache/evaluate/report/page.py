@@ -23,7 +23,7 @@ from kdcache.evaluate.report.scores import scores
 from kdcache.evaluate.report.summary import summary
 from kdcache.evaluate.report.teacher import teacher
 from kdcache.evaluate.report.training import curves, gradients, read_trainings
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
 from kdcache.files import write_whole
 
 SUFFIXES = (".html", ".htm")
@@ -31,7 +31,7 @@ SUFFIXES = (".html", ".htm")
 
 def write_report(
     comparison: Comparison,
-    runs: Sequence[Run],
+    runs: Sequence[Entry],
     out: str | Path,
     *,
     title: str | None = None,
@@ -82,7 +82,7 @@ def check_out(out: Path) -> Path:
 
 def page(
     comparison: Comparison,
-    runs: Sequence[Run],
+    runs: Sequence[Entry],
     *,
     title: str,
     samples: Sequence[Sample] = (),

@@ -8,14 +8,14 @@ from typing import Any
 from kdcache.evaluate.comparison import Comparison, Row, RunScore
 from kdcache.evaluate.report.html import Child, Html, facts, join, section, simple_table, tag
 from kdcache.evaluate.report.scores import swatch
-from kdcache.evaluate.runs import RECIPE, Run
+from kdcache.evaluate.runs import Entry
 from kdcache.evaluate.tables import percent
-from kdcache.files import read_object
+from kdcache.run_folder import RECIPE
 
 _MACHINE = (("platform", "system"), ("python", "Python"), ("cpus", "CPUs"), ("threads", "threads"), ("gpu", "GPU"))
 
 
-def recipes(comparison: Comparison, runs: Mapping[str, Run], command: str | None) -> Html:
+def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | None) -> Html:
     """Section with a part for each row."""
     page = None if command is None else join(tag("p", "This page is made by"), commands([command]))
     rows = [_row(place, row, runs) for place, row in enumerate(comparison.rows)]
@@ -40,16 +40,16 @@ def _copied(*parts: str) -> Html:
     return tag("div", tag("pre", tag("code", *parts), tabindex="0"), button, class_="code")
 
 
-def again(run: Run) -> str | None:
+def again(entry: Entry) -> str | None:
     """The command that trains a run again; None for what no recipe describes."""
-    verb = run.settings.get("verb")
-    if run.folder is None or not isinstance(verb, str):
+    verb = entry.settings.get("verb")
+    if entry.run is None or not isinstance(verb, str):
         return None
-    folder = str(run.folder)
+    folder = str(entry.run.folder)
     return shlex.join(["kdcache", verb, "--recipe", f"{folder}/{RECIPE}", "--out", f"{folder}-again"])
 
 
-def _row(place: int, row: Row, runs: Mapping[str, Run]) -> Html:
+def _row(place: int, row: Row, runs: Mapping[str, Entry]) -> Html:
     known = [(score, runs[score.run]) for score in row.runs if score.run in runs]
     title = tag("summary", swatch(place, row), tag("strong", row.name), tag("small", f" {_count(row)}, {row.model}"))
     parts: list[Child] = []
@@ -61,7 +61,7 @@ def _row(place: int, row: Row, runs: Mapping[str, Run]) -> Html:
     lines = [text for _, run in known if (text := again(run)) is not None]
     if lines:
         parts.append(commands(lines))
-    text = _recipe_text(known[0][1]) if known else None
+    text = known[0][1].run.recipe_text if known and known[0][1].run else None
     if text is not None:
         name = f"The recipe of {known[0][1].text}" if len(known) > 1 else "The recipe"
         parts.append(tag("details", tag("summary", name), code(text)))
@@ -71,8 +71,8 @@ def _row(place: int, row: Row, runs: Mapping[str, Run]) -> Html:
 _HEADER = ("run", "seed", "fold", "mIoU %", "best at", "iterations", "seconds", "images/s")
 
 
-def _run(score: RunScore, run: Run | None) -> tuple[Child, ...]:
-    result = _read(run, "result.json")
+def _run(score: RunScore, entry: Entry | None) -> tuple[Child, ...]:
+    result = entry.run.result if entry is not None and entry.run is not None else {}
     results = [_plain(result.get(key)) for key in ("best_step", "iterations", "seconds", "images_per_second")]
     seed = "-" if score.seed is None else str(score.seed)
     return (tag("code", score.run), seed, score.fold or "-", percent(score.metrics.miou), *results)
@@ -90,33 +90,19 @@ def setting(value: Any) -> str:
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value)
 
 
-def _recipe_text(run: Run) -> str | None:
-    if run.folder is None:
-        return None
-    try:
-        return (run.folder / RECIPE).read_text(encoding="utf-8")
-    except OSError:
-        return None
-
-
-def _read(run: Run | None, name: str) -> dict[str, Any]:
-    """A JSON file of a run's folder; {} where there is none: what was run does not depend on it."""
-    return {} if run is None or run.folder is None else read_object(run.folder / name)
-
-
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1f}"
     return "-" if value is None else str(value)
 
 
-def _machines(comparison: Comparison, runs: Mapping[str, Run]) -> Html | None:
+def _machines(comparison: Comparison, runs: Mapping[str, Entry]) -> Html | None:
     """Where the runs were trained; those of one machine and the same versions are told together."""
     where: dict[str, list[str]] = {}
     for row in comparison.rows:
         for score in row.runs:
-            run = runs.get(score.run)
-            found = _read(run, "environment.json")
+            entry = runs.get(score.run)
+            found = entry.run.environment if entry is not None and entry.run is not None else None
             if found:
                 where.setdefault(json.dumps(found, sort_keys=True), []).append(score.run)
     if not where:

@@ -18,7 +18,7 @@ from kdcache.evaluate.evaluation import Judging, memory_errors
 from kdcache.evaluate.gallery import Shown
 from kdcache.evaluate.per_image import best_and_worst, ranked
 from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, Array
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
 from kdcache.evaluate.visualise import score_run
 
 Progress = Callable[[str, int, int], None]
@@ -66,7 +66,7 @@ class Sample:
 
 
 def choose_samples(
-    comparison: Comparison, runs: Sequence[Run], split: Split, judging: Judging, count: int, progress: Progress
+    comparison: Comparison, runs: Sequence[Entry], split: Split, judging: Judging, count: int, progress: Progress
 ) -> tuple[Sample, ...]:
     """The best and the worst images by the mean of all rows; then one each for classes that these do not show.
 
@@ -129,12 +129,12 @@ def shown_size(height: int, width: int) -> tuple[int, int]:
     return max(1, round(factor * height)), max(1, round(factor * width))
 
 
-def _first_runs(comparison: Comparison, runs: Sequence[Run]) -> list[tuple[Row, Run]]:
+def _first_runs(comparison: Comparison, runs: Sequence[Entry]) -> list[tuple[Row, Entry]]:
     by_text = {run.text: run for run in runs}
     return [(row, by_text[row.runs[0].run]) for row in comparison.rows if row.runs[0].run in by_text]
 
 
-def _of_fold(row: Row, runs: Sequence[Run], fold: str) -> Run | None:
+def _of_fold(row: Row, runs: Sequence[Entry], fold: str) -> Entry | None:
     members = {score.run for score in row.runs}
     return next((run for run in runs if run.text in members and run.fold == fold), None)
 

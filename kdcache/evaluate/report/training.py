@@ -1,18 +1,17 @@
 """How the trainings went: curves of all runs in their rows' colours, and how much each term of the loss did."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from kdcache.evaluate.comparison import Comparison, Row
-from kdcache.evaluate.curves import METRICS, Curves, read_curves
+from kdcache.evaluate.curves import Curves, read_curves
 from kdcache.evaluate.report.charts import Line, line_chart
 from kdcache.evaluate.report.html import Child, Html, join, number, section, simple_table, tag
 from kdcache.evaluate.report.scores import row_class, swatch
-from kdcache.evaluate.runs import Run
+from kdcache.evaluate.runs import Entry
+from kdcache.run_folder import Run
 
 LITTLE, MUCH = 0.01, 10.0
 """Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
@@ -26,7 +25,7 @@ class Training:
 
     row: Row
     place: int
-    run: Run
+    run: Entry
     curves: Curves
     norms: Norms
 
@@ -39,30 +38,26 @@ class Training:
         return f"{self.row.name}, seed {seed}" + ("" if fold is None else f", fold {fold}")
 
 
-def read_trainings(comparison: Comparison, runs: Mapping[str, Run]) -> list[Training]:
+def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Training]:
     """Of every run that keeps a log. Raises: RecipeError for a log that is none."""
     found = []
     for place, row in enumerate(comparison.rows):
         for score in row.runs:
-            run = runs.get(score.run)
-            if run is None or run.folder is None or (curves := read_curves(run.folder)) is None:
+            entry = runs.get(score.run)
+            if entry is None or entry.run is None or (curves := read_curves(entry.run)) is None:
                 continue
-            found.append(Training(row, place, run, curves, read_norms(run.folder)))
+            found.append(Training(row, place, entry, curves, read_norms(entry.run)))
     return found
 
 
-def read_norms(run: Path) -> Norms:
-    """(step, norm by term) of a log that `read_curves` could read."""
-    found = []
-    for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line, cut short
-            continue
+def read_norms(run: Run) -> Norms:
+    """(step, norm by term) of a run's log."""
+    norms = []
+    for row in run.metrics or ():
         if row["kind"] == "gradients":
-            known = {name: value for name, value in row.items() if name not in ("kind", "step")}
-            found.append((int(row["step"]), {name: math.nan if norm is None else norm for name, norm in known.items()}))
-    return found
+            terms = {name: value for name, value in row.items() if name not in ("kind", "step")}
+            norms.append((row["step"], {name: math.nan if norm is None else norm for name, norm in terms.items()}))
+    return norms
 
 
 def curves(trainings: Sequence[Training]) -> Html | None:

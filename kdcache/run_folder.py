@@ -1,0 +1,210 @@
+"""A run folder, as train-teacher and train-student write it: the names of its files, and `Run`, which reads each once.
+
+recipe.toml        the settings, resolved
+model.json         what the weights belong to
+best.safetensors   and last.safetensors, the weights
+metrics.jsonl      the log: a line per entry, each with its kind and step
+environment.json   machine and versions
+result.json        written when the training has ended
+"""
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from kdcache.errors import MismatchError, ModelError, RecipeError
+from kdcache.files import read_object
+
+MODEL = "model.json"
+RECIPE = "recipe.toml"
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+RESULT = "result.json"
+
+
+class RunModel(BaseModel):
+    """What a run's weights belong to. Class names and colours travel with the model into every table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    spec: str
+    class_names: tuple[str, ...]
+    class_colours: tuple[tuple[int, int, int], ...]
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "RunModel":
+        wrong = [name for name, times in Counter(self.class_names).items() if times > 1 or not name.strip()]
+        if wrong:
+            raise ValueError(f"the class name {wrong[0]!r} {self.class_names.count(wrong[0])} times")
+        if len(self.class_colours) != len(self.class_names):
+            raise ValueError(f"{len(self.class_colours)} class_colours for {len(self.class_names)} class_names")
+        return self
+
+    def check_classes(self, names: tuple[str, ...], where: str) -> None:
+        """Raises MismatchError when data has other classes than this model."""
+        if names != self.class_names:
+            raise MismatchError(
+                "a model is used on data with its own classes, in the same order",
+                received=f"{', '.join(names)} in {where} against {', '.join(self.class_names)}",
+                remedy="give the data set it was trained for",
+            )
+
+    def metadata(self) -> dict[str, str]:
+        """As exported files carry it: text as it is, everything else as JSON. What it was trained on stays behind."""
+        fields = self.model_dump(mode="json", exclude={"trained_on"})
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
+        """The reverse of `metadata`; None for a file that kdcache did not write. Raises ModelError when damaged."""
+        if not {"spec", "class_names"} <= set(metadata):
+            return None
+        fields = {name: metadata[name] for name in cls.model_fields if name in metadata}
+        try:
+            return cls.model_validate({n: value if n == "spec" else json.loads(value) for n, value in fields.items()})
+        except ValueError as error:  # of json and of pydantic
+            raise ModelError(
+                "the description in a weights file must be as kdcache export wrote it",
+                received=f"{path}: {str(error).splitlines()[0]}",
+                remedy="export it again",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; each of its files is read when it is first asked for, and once."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """The run in a folder. Raises: RecipeError when the folder is not a run's."""
+        run = cls(Path(folder))
+        _ = run.model
+        return run
+
+    @cached_property
+    def model(self) -> RunModel:
+        """What the weights belong to. Raises: RecipeError where model.json is missing or damaged."""
+        path = self.folder / MODEL
+        try:
+            return RunModel.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise RecipeError(
+                "a run is a folder that train-teacher or train-student wrote",
+                received=f"{self.folder} " + (f"has no {MODEL}" if self.folder.exists() else "does not exist"),
+                remedy="give the --out of a training",
+            ) from error
+        except ValidationError as error:
+            raise RecipeError(
+                "a run's model.json must be well formed, its class names unique and not empty",
+                received=f"{path} " + (f"holds {error.errors()[0]['msg']}" if path.stat().st_size else "is empty"),
+                remedy="restore it from a copy; or delete it and repeat the training with --resume, which writes it "
+                "again",
+            ) from error
+
+    @cached_property
+    def recipe_text(self) -> str | None:
+        """recipe.toml as it is; None for a folder that holds a model alone. Raises: RecipeError when unreadable."""
+        path = self.folder / RECIPE
+        try:
+            return path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise _no_recipe(path, error) from error
+
+    @cached_property
+    def recipe(self) -> Mapping[str, Any] | None:
+        """The settings, keyed as the flags without their dashes; None for a folder that holds a model alone.
+
+        Raises: RecipeError for a file that is no TOML.
+        """
+        if self.recipe_text is None:
+            return None
+        try:
+            return tomllib.loads(self.recipe_text)
+        except ValueError as error:
+            raise _no_recipe(self.folder / RECIPE, error) from error
+
+    def weights(self, which: str = "best") -> Path:
+        """The file of the weights `best` or `last`. Raises: RecipeError when the run has none yet."""
+        path = weights_path(self.folder, which)
+        if not path.is_file():
+            present = sorted(file.stem for file in self.folder.glob("*.safetensors"))
+            raise RecipeError(
+                f"a run is used by its weights, here {path.name}",
+                received=f"{self.folder} has " + (", ".join(present) if present else "no weights yet"),
+                remedy="let the training finish (the same command with --resume), or give only runs that have them",
+            )
+        return path
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]] | None:
+        """The entries of the log, each with its `kind` and `step`; None when the run keeps none.
+
+        A last line that was cut short is left out. Raises: RecipeError for a file that is no such log.
+        """
+        path = self.folder / METRICS
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise _no_log(path, str(error)) from error
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                rows.append({**row, "kind": str(row["kind"]), "step": int(row["step"])})
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):  # a kill in the middle of a line
+                    break
+                raise _no_log(path, f"line {number} is {line[:40]!r}") from error
+        return rows
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """How the training ended; {} while it has not."""
+        return read_object(self.folder / RESULT)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Machine and versions; {} where they were not written."""
+        return read_object(self.folder / ENVIRONMENT)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds the beginning of a run."""
+    return any((folder / name).is_file() for name in (MODEL, RECIPE))
+
+
+def weights_path(folder: Path, which: str) -> Path:
+    """Where a run has its weights `best` or `last`."""
+    return folder / f"{which}.safetensors"
+
+
+def _no_recipe(path: Path, error: Exception) -> RecipeError:
+    return RecipeError(
+        "a run's recipe is a TOML file",
+        received=f"{path}: {str(error).splitlines()[0]}",
+        remedy="restore it from a copy, or give another run",
+    )
+
+
+def _no_log(path: Path, what: str) -> RecipeError:
+    return RecipeError(
+        f"a run's {METRICS} has a line of JSON per entry",
+        received=f"{path}: {what}",
+        remedy="restore it from a copy, or remove it: everything but the curves is drawn without it",
+    )

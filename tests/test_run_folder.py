@@ -1,0 +1,78 @@
+"""A run folder is read once, file by file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdcache.errors import RecipeError
+from kdcache.run_folder import Run, RunModel, is_run
+
+MODEL = RunModel(
+    spec="kdcache:tiny",
+    class_names=("road", "sky"),
+    class_colours=((1, 2, 3), (4, 5, 6)),
+    size=(32, 48),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.2, 0.2, 0.2),
+    trained_on="data x",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model.json").write_text(MODEL.model_dump_json())
+    return tmp_path
+
+
+def test_a_run_is_what_its_folder_holds(folder: Path) -> None:
+    (folder / "recipe.toml").write_text('method = "kl"\n')
+    (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 2, "loss": 1.5}\n{"kind": "tra')
+    (folder / "result.json").write_text('{"best_step": 2}')
+    (folder / "environment.json").write_text('{"cpus": 2}')
+    (folder / "last.safetensors").write_bytes(b"")
+    run = Run.open(str(folder))
+    assert run.model == MODEL
+    assert run.recipe == {"method": "kl"}
+    assert run.metrics == [{"kind": "train", "step": 2, "loss": 1.5}]
+    assert run.result == {"best_step": 2}
+    assert run.environment == {"cpus": 2}
+    assert run.weights("last") == folder / "last.safetensors"
+    with pytest.raises(RecipeError, match=r"best\.safetensors") as caught:
+        run.weights()
+    assert caught.value.received == f"{folder} has last"
+
+
+def test_a_folder_that_holds_a_model_alone_is_a_run(folder: Path) -> None:
+    run = Run.open(folder)
+    assert is_run(folder)
+    assert (run.recipe, run.metrics, run.result, run.environment) == (None, None, {}, {})
+    with pytest.raises(RecipeError, match="no weights yet"):
+        run.weights()
+
+
+def test_files_are_read_once(folder: Path) -> None:
+    (folder / "recipe.toml").write_text("seed = 0\n")
+    run = Run.open(folder)
+    assert run.recipe == {"seed": 0}
+    for path in folder.iterdir():
+        path.unlink()
+    assert (run.model, run.recipe) == (MODEL, {"seed": 0})
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"\xff\xfe\x00"])
+def test_a_damaged_recipe_harms_only_who_asks_for_it(folder: Path, content: bytes) -> None:
+    (folder / "recipe.toml").write_bytes(content)
+    run = Run.open(folder)
+    with pytest.raises(RecipeError, match=r"recipe\.toml"):
+        _ = run.recipe
+
+
+@pytest.mark.parametrize(("content", "received"), [(None, "has no model.json"), ("", "is empty"), ("{}", "holds")])
+def test_what_is_no_run_is_refused(folder: Path, content: str | None, received: str) -> None:
+    path = folder / "model.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        Run.open(folder)
+    assert received in caught.value.received
