@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from s3 import BUCKET, CREDENTIALS, SECRET, TOKEN
 
 from kdcache.errors import CorruptError, IncompleteError, KDCacheError, MismatchError, StoreError
 from kdcache.store import bucket, inspect_store, open_cache, open_writer, store_exists, verify_files
+from kdcache.store.backend.open import open_place
 from kdcache.store.bucket import Bucket
 from kdcache.store.schema import shard_key
 
@@ -375,6 +377,15 @@ def test_verify_looks_at_the_files_and_not_at_copies(s3, small, built) -> None:
     s3.put(built, f"{VALUES}/zarr.json", b"{}")
     with pytest.raises(CorruptError):
         verify_files(built)
+
+
+def test_a_digest_is_of_the_whole_object(s3, monkeypatch) -> None:
+    """Which arrives in pieces."""
+    monkeypatch.setattr(bucket, "_CHUNK_BYTES", 2**14)
+    address, content = s3.address(), np.random.default_rng(0).bytes(10 * 2**14 + 7)
+    s3.put(address, "long", content)
+    assert open_place(address).digest("long") == hashlib.sha256(content).hexdigest()
+    assert open_place(address).digest("none") is None
 
 
 def test_a_place_where_nothing_is(s3) -> None:

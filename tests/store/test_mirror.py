@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import numpy as np
@@ -116,6 +117,20 @@ def test_a_bound_that_became_smaller(tmp_path) -> None:
     assert Mirror(tmp_path).most() > 2**20
 
 
+def test_the_bound_is_half_of_what_is_free_copies_included(tmp_path, monkeypatch) -> None:
+    """So that it stays the same while the copies grow."""
+    copies, source, disk = Mirror(tmp_path), Source(), 1000
+    monkeypatch.setattr(
+        mirror.shutil, "disk_usage", lambda _: SimpleNamespace(free=disk - bytes_of(tmp_path / "mirrors"))
+    )
+    for key in "abcd":
+        source.open(copies, key, 200)
+        assert copies.most() == 500
+    assert bytes_of(copies.folder) == 400
+    disk = 1400
+    assert copies.most() == 700
+
+
 def test_a_file_beyond_the_bound_is_refused(tmp_path) -> None:
     copies, source = Mirror(tmp_path, 100), Source()
     source.open(copies, "a", 50)
@@ -188,6 +203,22 @@ def test_threads_share_a_bound_that_is_too_small(s3, small, address, tmp_path) -
         for done in [pool.submit(read_everything, cache, small, order) for order in orders]:
             done.result()
     assert bytes_of(tmp_path) <= 9_000
+
+
+def test_what_made_room_takes_none(s3, small, address, tmp_path) -> None:
+    """A file that was removed would go on taking its place on the disk while the store has it open."""
+    cache = open_cache(address, cache_dir=tmp_path, cache_bytes=9_000)
+    read_everything(cache, small)
+    links = [link for link in map(_target, Path("/proc/self/fd").iterdir()) if link.startswith(str(tmp_path))]
+    assert links
+    assert not [link for link in links if link.endswith("(deleted)")]
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # that of the listing itself
+        return ""
 
 
 def test_an_unusual_array_is_never_read_as_zeros(s3, small, address, tmp_path, monkeypatch) -> None:

@@ -384,6 +384,31 @@ def test_a_shard_that_changes_under_an_open_array(tmp_path) -> None:
         refused(file, lambda: read(array, 0))
 
 
+@pytest.mark.parametrize("how", ["in place", "in its place, of the same age"])
+def test_a_shard_whose_chunks_lie_elsewhere_now(tmp_path, how) -> None:
+    """As long as before, and whole in itself: where its chunks lie is looked up anew, or record 0 would be record 1."""
+    case = Case(compressor="none")
+    path = case.write(tmp_path / "a")
+    file, wanted, array = case.file(path), case.values(), ShardArray(path)
+    assert np.array_equal(read(array, 0), wanted[0])
+    content, size = bytearray(file.read_bytes()), wanted[0].nbytes + 4
+    at = len(content) - 16 * case.shard_chunks - 4
+    content[: 2 * size] = content[size : 2 * size] + content[:size]
+    content[at : at + 32] = content[at + 16 : at + 32] + content[at : at + 16]
+    content[-4:] = google_crc32c.value(bytes(content[at:-4])).to_bytes(4, "little")
+    array._shards[0].file = None  # as when many others were opened since
+    status = file.stat()
+    if how == "in place":
+        file.write_bytes(content)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    else:
+        (tmp_path / "new").write_bytes(content)
+        os.utime(tmp_path / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+        (tmp_path / "new").rename(file)
+    for record in (0, 1, 2):
+        assert np.array_equal(read(array, record), wanted[record]), record
+
+
 # Metadata
 
 

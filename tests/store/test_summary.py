@@ -64,6 +64,14 @@ def test_the_mass_inside_the_top_k(plan, tmp_path) -> None:
         assert inspect_store(store).topk_mass == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_mass_is_of_records_all_over_the_store(plan, tmp_path) -> None:
+    """A few stand for all: not the first ones, which may be of one scene."""
+    wanted = plan(records=40, features=False, pixels="source")
+    tails = wanted.arrays["targets/segmentation/tail"]
+    tails[:20], tails[20:] = -6e4, 6e4
+    assert inspect_store(wanted.write(tmp_path / "s.zarr")).topk_mass == pytest.approx(0.5)
+
+
 def test_a_dense_store_has_no_mass_to_lose(plan, tmp_path) -> None:
     assert inspect_store(plan(k=5).write(tmp_path / "s.zarr")).topk_mass is None
 

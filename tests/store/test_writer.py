@@ -18,6 +18,9 @@ import zarr
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files, worker_of
+from kdcache.store.parts import Augmented, Feature, Head, Member, Statistic
+
+MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
 
 # Reads a plan (manifest.json, arrays.npz) and writes what is missing of a store.
 BUILD = """
@@ -166,6 +169,22 @@ def test_left_over_partial_files_are_removed(small, clean, tree, tmp_path) -> No
     assert tree(small.write(path)) == clean
 
 
+def test_what_a_killed_builder_left_of_a_shard_goes_when_it_is_taken(small, tmp_path) -> None:
+    """Then it takes no room for the rest of the build. What another builder is writing just now stays."""
+    path = small.write(tmp_path / "s.zarr", [0])
+    left = [path / f"records/view/c/{shard}.0123456789abcdef.partial" for shard in (1, 2)]
+    with open_writer(path, small.manifest, small.ids) as one, open_writer(path, small.manifest, small.ids) as other:
+        for file in left:
+            file.write_bytes(b"half")
+        mine, theirs = one.claimed(), other.claimed()
+        assert next(mine) == 1
+        assert [file.exists() for file in left] == [False, True]
+        left[0].write_bytes(b"half")
+        assert next(theirs) == 2
+        assert [file.exists() for file in left] == [True, False]
+    assert not list(path.glob("ledger/*.lock"))
+
+
 def test_two_builders_at_once_share_the_shards(small, clean, tree, tmp_path) -> None:
     path = tmp_path / "s.zarr"
     with open_writer(path, small.manifest, small.ids) as one, open_writer(path, small.manifest, small.ids) as other:
@@ -308,9 +327,16 @@ def test_an_empty_out_is_used(small, clean, tree, tmp_path) -> None:
     [
         ("weights", {"teacher": {"weights": "2" * 64}}),
         ("spec", {"teacher": {"spec": "kdcache:base"}}),
+        ("precision", {"teacher": {"precision": "bf16"}}),
         ("mean", {"teacher": {"mean": (0.4, 0.5, 0.5)}}),
+        ("std", {"teacher": {"std": (0.2, 0.2, 0.3)}}),
         ("class_map", {"teacher": {"class_map": (0, 1, 2)}}),
+        ("members", {"teacher": {"members": (MEMBER, MEMBER)}}),
+        ("tta", {"teacher": {"tta": Augmented(flip=True, scales=(1.0,))}}),
+        ("folds", {"teacher": {"folds": 2}}),
         ("probe", {"teacher": {"probe": (1.0, -2.0, 3.5)}}),
+        ("probe", {"teacher": {"probe": (1.0, -2.0, 3.1)}}),
+        ("probe", {"teacher": {"probe": (1.0, -2.0)}}),
         ("dataset.ids_digest", {"dataset": {"ids_digest": "5" * 64}}),
         ("dataset.class_names", {"dataset": {"class_names": ("a", "b", "c", "d", "e")}}),
         ("view.pixels", {"view": {"pixels": "source"}}),
@@ -318,24 +344,22 @@ def test_an_empty_out_is_used(small, clean, tree, tmp_path) -> None:
         ("build.batch_size", {"build": {"batch_size": 3}}),
         ("build.shard_records", {"build": {"shard_records": 5}}),
         ("build.threads", {"build": {"threads": 2}}),
-        ("heads", {}),
-        ("features", {}),
+        ("heads", {"heads": {"segmentation": Head(classes=5, k=2, size=(6, 8), align_corners=False)}}),
+        ("features", {"features": {"head": Feature(channels=1, size=(1, 1))}}),
+        ("statistics", {"statistics": {"entropy": Statistic(kind="entropy", size=(6, 8))}}),
+        ("codec", {"codec": "none"}),
     ],
 )
 @pytest.mark.parametrize("finished", [[0], None], ids=["half built", "complete"])
 def test_another_manifest_is_refused_by_the_field(small, tree, tmp_path, field, change, finished) -> None:
     path = small.write(tmp_path / "s.zarr", finished)
-    other = small.changed(**change)
-    if field == "heads":
-        head = small.manifest.heads["segmentation"].model_copy(update={"k": 2})
-        other.manifest = small.manifest.model_copy(update={"heads": {"segmentation": head}})
-    if field == "features":
-        from kdcache.store.parts import Feature
-
-        other.manifest = small.manifest.model_copy(update={"features": {"head": Feature(channels=1, size=(1, 1))}})
+    if field in ("heads", "features", "statistics", "codec"):
+        other = small.manifest.model_copy(update=change)
+    else:
+        other = small.changed(**change).manifest
     before = tree(path)
     with pytest.raises(MismatchError) as caught:
-        open_writer(path, other.manifest, small.ids)
+        open_writer(path, other, small.ids)
     assert re.search(rf"differs in (.*; )?{re.escape(field)}: ", caught.value.received)
     assert "--out" in caught.value.remedy
     assert tree(path) == before
