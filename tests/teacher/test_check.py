@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from kdcache.data import IGNORE_INDEX, Window, open_split, render
 from kdcache.errors import KDCacheError, MismatchError, ModelError
 from kdcache.evaluate import evaluate_model
+from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.store import open_cache
-from kdcache.teacher import build_cache, compare_teacher, load_teacher, score_cache
+from kdcache.teacher import Teacher, build_cache, compare_teacher, load_teacher, score_cache
+from kdcache.teacher.check import Agreement
 
 CPU = torch.device("cpu")
 
@@ -50,6 +52,41 @@ def test_other_weights_do_not(built, teacher) -> None:
     assert not far.ok
     assert far.argmax < 0.9
     assert far.kl > 0.01
+
+
+class Says(SegmentationModel):
+    """The same logits everywhere: nothing for most classes, `second` for the second one."""
+
+    def __init__(self, classes: int, second: float) -> None:
+        super().__init__(spec="own:says", num_classes=classes, stride=8, taps=())
+        self.second = second
+
+    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> NativeOutput:
+        logits = torch.zeros(len(x_B3HW), self.num_classes, 4, 6)
+        logits[:, 1] = self.second
+        return NativeOutput(logits, {})
+
+
+@pytest.mark.parametrize(
+    ("stored", "now", "error"),
+    [
+        (-1000.2, -1000.2, 0),  # float16 stores -1000: a class without any probability
+        (-40, -1000, 0),
+        (-10, -30, 20),  # what had one may not lose it
+        (-30, -10, 20),
+        (-3, -5, 2),
+    ],
+)
+def test_the_largest_error_is_of_logits_that_carry_probability(split, options, tmp_path, stored, now, error) -> None:
+    classes = len(split.classes)
+    build_cache(split, Teacher(Says(classes, stored).eval(), "own"), tmp_path / "s.zarr", options())
+    found = compare_teacher(open_cache(tmp_path / "s.zarr"), Teacher(Says(classes, now).eval(), "own"), None, CPU)
+    assert found.largest_error == pytest.approx(error, abs=0.01)
+
+
+@pytest.mark.parametrize(("argmax", "kl", "ok"), [(1, 0, True), (0.9, 0, False), (1, 0.1, False)])
+def test_a_teacher_agrees_in_its_classes_and_its_probabilities(argmax, kl, ok) -> None:
+    assert Agreement(16, (), (), argmax, kl, 0.0).ok is ok
 
 
 def test_few_records_are_enough_when_asked(built, teacher) -> None:

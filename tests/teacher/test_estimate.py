@@ -83,6 +83,64 @@ def check_against_build(teacher, chosen, tmp_path) -> None:
     assert found.records == 40 * chosen.views
 
 
+class Priced:
+    """In the place of a small store: an array of so many bytes, a record of three seconds."""
+
+    taps, taught = ("stage1", "head"), 8
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def seconds(self, k: int, codec: str) -> Seconds:
+        return Seconds(3.0, 0.5, 2.0, 0.4, 0.1)
+
+    def sizes(self, k: int, codec: str, views: int, features: tuple[str, ...]) -> dict[str, float]:
+        target = 10 * k * {"default": 1, "small": 0.5, "none": 2}[codec] + views / 8
+        fixed = {"targets/segmentation/values": target, "pixels/image": 100.0, "labels/segmentation": 7.0}
+        return fixed | {"records/sample": 8.0} | {f"features/{tap}": 50.0 for tap in features}
+
+
+def test_sums_of_what_is_chosen_and_of_its_neighbours(teacher, split, options, monkeypatch) -> None:
+    """7 samples in 4 views are 28 records: 3 classes, pixels and labels, and a tap."""
+    monkeypatch.setattr("kdcache.teacher.estimate.Trial", Priced)
+    found = estimate(split, teacher, options(top_k=3, views=4, features=("head",), shard_records=8))
+    chosen, each = found.chosen, 30.5 + 100 + 7 + 8 + 50
+    assert (chosen.records, chosen.seconds, chosen.bytes) == (28, 84.0, 28 * each)
+    costs = {cost.setting.flags(chosen.setting): cost for cost in found.neighbours}
+    bytes_of = {
+        "--top-k 2": 28 * (each - 10),
+        "--top-k 4": 28 * (each + 10),
+        "--top-k 7": 28 * (each + 40),
+        "--codec small": 28 * (each - 15),
+        "--codec none": 28 * (each + 30),
+        "--views 1": 7 * (each - 0.375),
+        "--views 2": 14 * (each - 0.25),
+        "--views 8": 56 * (each + 0.5),
+        "--features ''": 28 * (each - 50),
+        "--features head,stage1": 28 * (each + 50),
+        "--pixels source": 28 * (each - 107),
+    }
+    assert {flags: cost.bytes for flags, cost in costs.items()} == {k: round(v) for k, v in bytes_of.items()}
+    for flags, cost in costs.items():
+        assert cost.seconds == 3 * cost.records, flags
+        assert cost.records == 7 * cost.setting.views, flags
+    # 4 shards of 5 arrays: each has its files, its metadata and, alone in them, its folders.
+    more = {flags: cost.files - chosen.files for flags, cost in costs.items()}
+    assert more["--pixels source"] == -(2 * 4 + 4)
+    assert more["--features ''"] == -(4 + 2)
+    assert more["--features head,stage1"] == 4 + 1
+    assert more["--views 8"] == 3 * (5 + 1)
+    assert more["--views 1"] == -3 * (5 + 1)
+    assert more["--codec small"] == 0
+    content = found.to_json()
+    assert content["chosen"]["array_bytes_per_record"]["pixels/image"] == 100
+    assert content["chosen"]["bytes"] == chosen.bytes
+    assert len(content["neighbours"]) == len(costs)
+    for views, others in ((1, {1, 4, 16}), (2, {1, 2, 4})):
+        found = estimate(split, teacher, options(top_k=7, views=views))
+        assert {cost.setting.views for cost in found.neighbours} == others
+
+
 @pytest.mark.slow
 def test_neighbours_are_what_they_would_be(teacher, options, tmp_path) -> None:
     """Every other setting that is told is built for real."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from kdcache.data import Split, open_split, write_scenes
 from kdcache.errors import CorruptError, MismatchError
-from kdcache.store import CopyChanges, Worker, copy_store, open_cache, verify_files
-from kdcache.teacher import build_cache, copied_fidelity, load_teacher, options_of
+from kdcache.store import CopyChanges, Worker, copy_store, open_cache, open_writer, round_targets, verify_files
+from kdcache.teacher import build_cache, copied_fidelity, load_teacher, options_of, plan_manifest
 from kdcache.teacher.records import render_records
 from kdcache.teacher.reuse import Reuse
 
@@ -140,6 +140,29 @@ def test_views_go_on_as_they_were_drawn(tmp_path, teacher, split, options, drawn
     assert result.manifest.view.drawn == two.manifest.view.drawn
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"views": 3, "view_seed": 5, "view_scale": (0.5, 1.5), "view_flip": False, "top_k": 3, "precision": "bf16"},
+        {"crop": (16, 24), "view_scale": (0.7, 2.0), "statistics": ("at:head", "entropy"), "raw_logits": True},
+        {"teacher_size": (64, 96), "teacher_grid": "view", "features": TAPS, "codec": "small", "pixels": "source"},
+        {"batch_size": 3, "shard_records": 5, "statistics": ("confidence",)},
+    ],
+    ids=["default", "views", "crops", "larger", "batches"],
+)
+def test_options_of_a_store_are_those_that_it_was_built_with(teacher, split, options, changes) -> None:
+    """All that shapes it: the same command would go on with it."""
+    chosen = options(top_k=changes.get("top_k", 7), **{k: v for k, v in changes.items() if k != "top_k"})
+    manifest = plan_manifest(split, teacher, chosen)
+    again = options_of(manifest)
+    assert manifest.differences(plan_manifest(split, teacher, replace(again, fidelity=False))) == []
+    mine, theirs = (asdict(replace(one, render_threads=1, fidelity=False)) for one in (chosen, again))
+    if manifest.view.drawn is None:  # then nobody asked how views are drawn
+        assert (again.views, again.crop) == (1, None)
+    assert theirs == mine
+
+
 def _said(cache) -> list[str]:
     return [path for path in cache.specs if path.startswith(("targets/", "features/"))]
 
@@ -230,6 +253,21 @@ def test_figures_stay_true(tmp_path, teacher, split, options, taught) -> None:
         extended(open_cache(tmp_path / "copy"), split, teacher, tmp_path / codec, codec=codec, fidelity=True)
         assert open_cache(tmp_path / codec).manifest.fidelity == small.manifest.fidelity
     assert taught == [1, 1]
+
+
+def test_what_a_copy_lost_is_of_records_all_over_the_store(tmp_path, teacher, options) -> None:
+    """The first sixteen of these lose nothing, for they are rounded already."""
+    split = open_split("scenes:36x52,train=24", "train")
+    build_cache(split, teacher, tmp_path / "s", options(fidelity=True, batch_size=8, shard_records=8))
+    cache = open_cache(tmp_path / "s")
+    with open_writer(tmp_path / "half", cache.manifest, cache.ids) as writer:
+        for shard in writer.claimed():
+            rows = [cache.read(record, list(cache.specs)) for record in range(*cache.manifest.shard_range(shard))]
+            arrays = {name: np.stack([row[name] for row in rows]) for name in cache.specs}
+            writer.write_shard(shard, round_targets(arrays, "small" if shard < 2 else "default"))
+        writer.seal()
+    whole, half = (copied_fidelity(open_cache(tmp_path / name), "small") for name in ("s", "half"))
+    assert 0.1 * whole.kl_t1 < half.kl_t1 < 0.7 * whole.kl_t1
 
 
 def test_what_a_copy_lost(tmp_path, teacher, split, options) -> None:

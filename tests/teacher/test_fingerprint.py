@@ -53,6 +53,13 @@ class Known(SegmentationModel):
         return NativeOutput(torch.stack([bright, contrast, together], 1), {})
 
 
+def test_the_probe_is_of_the_precision_of_the_build(teacher) -> None:
+    single, half = (fingerprint(teacher, precision, torch.device("cpu")) for precision in ("float32", "bf16"))
+    assert half.probe != single.probe
+    assert half.probe == pytest.approx(single.probe, rel=0.05, abs=0.05)
+    assert [line.partition(":")[0] for line in single.differences(half)][:1] == ["precision"]
+
+
 def test_the_probe_is_the_one_that_stores_carry() -> None:
     found = fingerprint(Teacher(Known().eval(), "known"), "float32", torch.device("cpu"))
     assert found.probe == pytest.approx(GOLDEN, rel=2e-5, abs=1e-6)

@@ -169,6 +169,40 @@ def test_normalisation_is_each_members_own(tmp_path, origins, split, classes) ->
             load_like(about, origins[:count], classes)
 
 
+def test_a_store_of_one_teacher_says_its_normalisation_too(origins, split, classes) -> None:
+    """Which need not be the model's own."""
+    chosen = load_teacher(origins[0], classes, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    about = plan_manifest(split, chosen, _options()).teacher
+    like = load_like(about, origins[:1], classes)
+    assert (like.model.mean, like.model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert about.differences(plan_manifest(split, like, _options()).teacher) == []
+
+
+def test_what_several_teachers_have_to_say(monkeypatch, classes, model_of) -> None:
+    """Every note once, in their order; the size is known where all have seen images of one."""
+    known = {
+        "a": ((32, 48), ("first",)),
+        "b": ((32, 48), ("second", "first")),
+        "c": ((64, 96), ()),
+        "d": (None, ("third",)),
+    }
+
+    def load(origin: str, *_: object, **__: object) -> Teacher:
+        size, notes = known[origin]
+        return Teacher(model_of(len(classes)), origin, size, None, notes)
+
+    monkeypatch.setattr("kdcache.teacher.several.load_teacher", load)
+    for names, size, notes in (
+        ("ab", (32, 48), ("first", "second")),
+        ("ba", (32, 48), ("second", "first")),
+        ("ac", None, ("first",)),
+        ("cd", None, ("third",)),
+        ("c", (64, 96), ()),
+    ):
+        found = load_teachers(list(names), classes)
+        assert (found.size, found.notes, found.origin) == (size, notes, ", ".join(names))
+
+
 def _options(**changes):
     from kdcache.teacher import BuildOptions
 
@@ -182,6 +216,8 @@ def test_teachers_that_cannot_speak_together(tmp_path, origins, classes, model_o
     for weights in ((1,), (1, -1), (1, float("nan"))):
         with pytest.raises(RecipeError, match="--teacher-weights"):
             load_teachers(origins[:2], classes, weights=weights)
+    with pytest.raises(RecipeError, match="--teacher-weights"):
+        load_teachers(origins[:1], classes, weights=(1, 2))
     for folds in (0, 1, 2, 4):
         with pytest.raises(RecipeError, match="--folds K takes K teachers"):
             load_teachers(origins, classes, folds=folds)
