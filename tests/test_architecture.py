@@ -32,14 +32,15 @@ KERNELS, CLI = "kdcache_kernels", "kdcache_cli"
 ALLOWED = {
     "errors": set[str](),
     "files": set[str](),
+    "settings": {"errors"},
     "data": {"errors"},
     "run_folder": {"errors", "files"},
     "models": {"errors", "files", "run_folder"},
     "store": {"errors"},
     "distill": {KERNELS, "errors"},
     "evaluate": {"data", "models", "errors", "files", "run_folder", KERNELS},
-    "teacher": {"data", "models", "store", "evaluate", "errors", "run_folder", KERNELS},
-    "train": {"data", "models", "store", "evaluate", "distill", "errors", "files", "run_folder"},
+    "teacher": {"data", "models", "store", "evaluate", "errors", "run_folder", "settings", KERNELS},
+    "train": {"data", "models", "store", "evaluate", "distill", "errors", "files", "run_folder", "settings"},
     "sweep": {"data", "evaluate", "errors", "files", "run_folder"},
 }
 """Room -> rooms it may import from."""

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcache.errors import RecipeError
+from kdcache.settings import entries
+from kdcache.settings.spelling import parse_bytes
+from kdcache.settings.training import TRAINING
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
     from kdcache.store.place import Place
@@ -62,7 +65,6 @@ def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
 def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "Place":
     """Where a store is, with the folder for copies when that is elsewhere."""
     from kdcache.store.backend.open import open_place
-    from kdcache.store.mirror import parse_bytes
 
     return open_place(store, None if cache_dir is None else Path(cache_dir), parse_bytes(cache_bytes))
 
@@ -91,7 +93,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in recipe.items():
         name = key.replace("-", "_")
         if name not in known:
-            if resolved and name in _of_any_training():
+            if resolved and name in entries(*TRAINING):
                 continue
             near = difflib.get_close_matches(name, known, n=1)
             raise RecipeError(
@@ -104,28 +106,12 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def check_model(context: typer.Context, parameter: typer.CallbackParam, spec: str) -> str:
-    """A callback: refuse code that a recipe names as the model, and not this command line."""
-    source = context.get_parameter_source(str(parameter.name))
-    if source is not None and source.name == "DEFAULT_MAP":
-        from kdcache.models.trust import check_trusted  # imports torch
-
-        check_trusted(spec, str(context.params.get("recipe")))
-    return spec
-
-
 def _one_line(table: Any) -> Any:
     """A table of a recipe, such as [[term]], as its flag takes it: the kind first, then the options."""
     if not isinstance(table, dict):
         return table
     options = [f"{key.replace('-', '_')}={value}" for key, value in table.items() if key != "kind"]
     return ",".join([str(table.get("kind", "")), *options])
-
-
-def _of_any_training() -> set[str]:
-    from kdcache.train import TrainConfig  # imports torch
-
-    return set(TrainConfig.model_fields)
 
 
 Recipe = Annotated[

@@ -7,7 +7,6 @@ at any time; what a killed process left half fetched goes when room is made. Onl
 
 import fcntl
 import os
-import re
 import shutil
 import time
 import uuid
@@ -16,12 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from zlib import crc32
 
 from filelock import FileLock
 
-from kdcache.errors import RecipeError, StoreError
+from kdcache.errors import StoreError
 from kdcache.store.durable import PARTIAL, disk_space_errors
 from kdcache.store.shard import let_go_of_removed
 
@@ -184,24 +183,6 @@ class Mirror:
 
     def _note(self, held: int) -> None:
         self._lock("held").write_text(str(held), encoding="ascii")
-
-
-def parse_bytes(value: Any) -> Any:
-    """'50GiB' or '200MB' as a number of bytes; a number, and None, as they are. Raises RecipeError."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", value.strip().lower())
-    count = 0
-    if found is not None:
-        number, unit, binary = found.groups()
-        count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
-    if count < 1:
-        raise RecipeError(
-            "--cache-bytes is a number of bytes, with a unit if you like",
-            received=repr(value),
-            remedy="for instance --cache-bytes 50GiB, 200MB or 1000000000",
-        )
-    return count
 
 
 def default_base() -> Path:

@@ -12,7 +12,6 @@ A run has the name of its folder; its configuration is the recipe. Scalars are `
 A logger is no part of a training: one that fails is left out from then on, after a line that says so.
 """
 
-import difflib
 import importlib.util
 import io
 import math
@@ -28,32 +27,10 @@ from kdcache.errors import RecipeError
 from kdcache.evaluate import Metrics
 from kdcache.train.log import Observer
 
-KINDS = ("tensorboard", "wandb", "trackio")
-"""Each is also the name of its package, and of the extra that installs it."""
 PROJECT = "kdcache"
 WANDB_ID = "wandb-id.txt"
 SHOWN = 160
 """Characters of a foreign error message that a note repeats at most."""
-
-
-def parse_logs(value: Any) -> Any:
-    """'wandb,tensorboard' or a list of such as a tuple, each kind once; anything else is left for the type check.
-
-    Raises: RecipeError, with the nearest name, for what is no logger.
-    """
-    parts = [value] if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        return value
-    names = [name.strip() for part in parts for name in part.split(",")]
-    for name in names:
-        if name not in KINDS:
-            near = difflib.get_close_matches(name, KINDS, n=1)
-            raise RecipeError(
-                f"--log is one or more of {', '.join(KINDS)}",
-                received=repr(name),
-                remedy=f"did you mean {near[0]}?" if near else "leave it out: metrics.jsonl is always written",
-            )
-    return tuple(dict.fromkeys(names))
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -98,7 +75,7 @@ class Loggers(Observer):
     """Sends what it sees to one or more loggers; none of them can end the training.
 
     Args:
-        names: of KINDS, whose packages are there.
+        names: of LOGGERS, whose packages are there.
         recipe: the settings, as plain values.
         note: is told what fails.
     """

@@ -13,9 +13,10 @@ import pytest
 
 from kdcache.errors import RecipeError
 from kdcache.evaluate import Metrics
+from kdcache.settings.spelling import LOGGERS
 from kdcache.train import Observer, loggers, make_config, train
 from kdcache.train.log import Observers
-from kdcache.train.loggers import KINDS, Beginning, Loggers
+from kdcache.train.loggers import Beginning, Loggers
 
 Read = Callable[..., list[dict[str, Any]]]
 
@@ -168,7 +169,7 @@ def test_a_training_that_breaks_off_is_told(student: dict[str, Any], tmp_path: P
     assert memory[0].ended is False
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LOGGERS)
 def test_a_missing_package_is_named_before_anything_is_written(
     name: str, student: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,102 @@
+"""A verb's signature, made from the settings of tables: Typer asks for them, the verb receives them by name."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any
+
+import typer
+from annotated_types import Ge, Le
+
+from kdcache.settings import Entry, entries
+from kdcache.settings.setting import choices
+
+Verb = Callable[..., None]
+
+
+def takes(*tables: type, order: tuple[str, ...], required: tuple[str, ...] = ()) -> Callable[[Verb], Verb]:
+    """A decorator: the verb's first argument is a dictionary of settings of the tables, by name.
+
+    Args:
+        order: names of the verb's flags as its help lists them: settings of the tables, and the verb's own parameters,
+            which hide settings of the same name.
+        required: those of the settings that this verb needs, though the table has a default.
+    """
+
+    def decorate(verb: Verb) -> Verb:
+        own = dict(list(signature(verb).parameters.items())[1:])
+        asked = {name: entry for name, entry in entries(*tables).items() if name in order and name not in own}
+        asked |= {name: replace(asked[name], default=MISSING, optional=False) for name in required}
+        parameters = [own[name] if name in own else parameter_of(asked[name]) for name in order]
+
+        @wraps(verb)
+        def run(**flags: Any) -> None:
+            settings = {name: _value(entry, flags.pop(name)) for name, entry in asked.items()}
+            verb(settings, **flags)
+
+        by_name = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
+        run.__signature__ = Signature(by_name)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
+
+
+def parameter_of(entry: Entry) -> Parameter:
+    """The parameter that makes Typer ask for a setting."""
+    return Parameter(
+        entry.name,
+        Parameter.KEYWORD_ONLY,
+        default=Parameter.empty if entry.required else entry.text,
+        annotation=Annotated[_type(entry), option(entry)],
+    )
+
+
+def option(entry: Entry) -> Any:
+    """The option of Typer."""
+    setting = entry.setting
+    options: dict[str, Any] = dict(_range(entry)) if setting.ranged else {}
+    if setting.code:
+        options["callback"] = check_code
+    return typer.Option(
+        entry.flag + (f"/--no-{entry.flag[2:]}" if entry.type is bool and entry.default is not False else ""),
+        help=setting.help,
+        rich_help_panel=setting.panel,
+        metavar=setting.metavar,
+        show_default=setting.default_shown,
+        **options,
+    )
+
+
+def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str) -> str:
+    """A callback: refuse code that a recipe names, and not this command line."""
+    source = context.get_parameter_source(str(parameter.name))
+    if source is not None and source.name == "DEFAULT_MAP":
+        from kdcache.models.trust import check_trusted  # imports torch
+
+        check_trusted(spec, str(context.params.get("recipe")))
+    return spec
+
+
+def _type(entry: Entry) -> Any:
+    """What Typer itself checks: numbers and switches. Choices and spelled values are text to it."""
+    kind = entry.type
+    if entry.setting.repeated:
+        kind = list[str]
+    elif entry.spelling is not None or choices(kind) is not None:
+        kind = str
+    return kind if entry.required or entry.text is not None else kind | None
+
+
+def _range(entry: Entry) -> Iterator[tuple[str, Any]]:
+    for mark in entry.marks:
+        if isinstance(mark, Ge):
+            yield "min", mark.ge
+        if isinstance(mark, Le):
+            yield "max", mark.le
+
+
+def _value(entry: Entry, value: Any) -> Any:
+    """What Typer gives, as a setting; of a flag that may be repeated, a tuple."""
+    return tuple(value or ()) if entry.setting.repeated else value

@@ -1,0 +1,15 @@
+"""Settings: each one's name, type, default, help and panel, once; free of torch and of pydantic.
+
+    setting.py     what a table says of a setting, and how a table is read
+    spelling.py    values that are written as text: 288x384, 0.5:2.0, 50GiB
+    shared.py      tables that several verbs share: data, the machine, copies of a remote store
+    training.py    the table of a training
+    building.py    the tables of a build
+
+A table is a dataclass whose fields are `Annotated[type, ..., Setting(help)] = default`. The flags of the verbs, the
+keys of recipes and the models that check them (`kdcache.train.TrainConfig`) are made from the tables.
+"""
+
+from kdcache.settings.setting import Entry, Setting, Spelling, entries, names, read, read_values
+
+__all__ = ["Entry", "Setting", "Spelling", "entries", "names", "read", "read_values"]

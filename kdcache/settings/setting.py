@@ -1,0 +1,173 @@
+"""What a table says of a setting, and how a table is read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from kdcache.errors import RecipeError
+
+Table = TypeVar("Table")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command line says of a setting; a mark in the annotation of a table's field.
+
+    Attributes:
+        help: one or two sentences.
+        panel: heading of the help that the flag stands under; None is the first, `Options`.
+        metavar: what stands for the value in the help; None is the type.
+        repeated: the flag may be given several times, each time with one entry of the value.
+        automatic: the flag has no default, for what nobody gives is chosen when the data and the machine are known.
+        ranged: the help shows the range of the type, which the command line checks by itself.
+        default_shown: the help shows the default.
+        code: the value may name code to import, which a recipe from elsewhere must not do unasked.
+    """
+
+    help: str
+    panel: str | None = None
+    metavar: str | None = None
+    repeated: bool = False
+    automatic: bool = False
+    ranged: bool = False
+    default_shown: bool = True
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a value is written as text; a mark in the annotation of its type, which pydantic obeys.
+
+    Attributes:
+        parse: makes the value of a text and leaves alone what is no text. Raises ValueError or RecipeError.
+        rule: what the text is, as in "--size is HEIGHTxWIDTH in pixels"; None where the type or `parse` says it.
+        example: a text that is right.
+        show: makes the text of a value; None where a recipe holds the value as it is.
+        nothing: the text that stands for None.
+    """
+
+    parse: Callable[[Any], Any]
+    rule: str | None
+    example: str
+    show: Callable[[Any], str] | None = None
+    nothing: str | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        shown = None if self.show is None else core_schema.plain_serializer_function_ser_schema(self.show)
+        return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=shown)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting of a table.
+
+    Attributes:
+        type: without its marks and without None; of choices, `Literal[...]`.
+        optional: the value may be None.
+        default: `dataclasses.MISSING` where the setting must be given.
+        marks: everything that stands in the annotation, ranges of annotated-types among it.
+    """
+
+    name: str
+    type: Any
+    optional: bool
+    default: Any
+    setting: Setting
+    spelling: Spelling | None
+    marks: tuple[Any, ...]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def text(self) -> Any:
+        """The default as one types it; None where there is nothing to type, or nothing that could be."""
+        if self.setting.automatic or self.setting.repeated or self.required:
+            return None
+        if self.spelling is None:
+            return self.default
+        if self.default is None:
+            return self.spelling.nothing
+        return self.default if self.spelling.show is None else self.spelling.show(self.default)
+
+    def read(self, value: Any) -> Any:
+        """The value of what was typed. Raises RecipeError naming the flag."""
+        words = choices(self.type)
+        if words is not None and value is not None and value not in words:
+            raise RecipeError(
+                f"{self.flag} is one of {', '.join(words)}", received=repr(value), remedy=f"use {self.flag} {words[0]}"
+            )
+        if self.spelling is None:
+            return value
+        try:
+            return self.spelling.parse(value)
+        except ValueError as error:
+            raise RecipeError(
+                f"{self.flag} is {self.spelling.rule}",
+                received=f"{self.flag} {value}",
+                remedy=f"for instance {self.flag} {self.spelling.example}",
+            ) from error
+
+
+@cache
+def entries(*tables: type) -> dict[str, Entry]:
+    """The settings of tables by name, in their order; fields without a `Setting` are left out."""
+    made = {}
+    for table in tables:
+        hints = get_type_hints(table, include_extras=True)
+        for field in fields(table):
+            kind, optional, marks = _bare(hints[field.name])
+            setting = next((mark for mark in marks if isinstance(mark, Setting)), None)
+            spelling = next((mark for mark in marks if isinstance(mark, Spelling)), None)
+            if setting is not None:
+                default = field.default if field.default_factory is MISSING else field.default_factory()
+                made[field.name] = Entry(field.name, kind, optional, default, setting, spelling, marks)
+    return made
+
+
+def read(table: type[Table], settings: Mapping[str, Any]) -> Table:
+    """The part of some settings, as typed, that a table has; what is automatic and was not given is the table's.
+
+    Raises: RecipeError for the first value that the table does not take.
+    """
+    return table(**read_values(table, settings))
+
+
+def read_values(table: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a table by name, without the defaults of what is automatic. Raises RecipeError."""
+    mine = {name: entry for name, entry in entries(table).items() if name in settings}
+    typed = {name: entry.read(settings[name]) for name, entry in mine.items()}
+    return {name: value for name, value in typed.items() if value is not None or not mine[name].setting.automatic}
+
+
+def names(table: type, panel: str | None) -> tuple[str, ...]:
+    """The names of a table's settings under one panel of the help."""
+    return tuple(name for name, entry in entries(table).items() if entry.setting.panel == panel)
+
+
+def _bare(annotation: Any) -> tuple[Any, bool, tuple[Any, ...]]:
+    """(Type, whether None is one of its values, marks at any depth) of an annotation."""
+    if get_origin(annotation) is Annotated:
+        inner, *outer = get_args(annotation)
+        kind, optional, marks = _bare(inner)
+        return kind, optional, (*outer, *marks)
+    if get_origin(annotation) in (Union, UnionType) and NoneType in get_args(annotation):
+        parts = [part for part in get_args(annotation) if part is not NoneType]
+        if len(parts) == 1:
+            kind, _, marks = _bare(parts[0])
+            return kind, True, marks
+    return annotation, False, ()
+
+
+def choices(kind: Any) -> tuple[str, ...] | None:
+    """The words of `Literal[...]`; None of any other type."""
+    return get_args(kind) if get_origin(kind) is Literal else None

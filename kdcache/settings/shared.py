@@ -1,0 +1,66 @@
+"""Tables that several verbs share."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from kdcache.settings.setting import Setting
+from kdcache.settings.spelling import Bytes, Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The data that a verb works on."""
+
+    data: Annotated[
+        str,
+        Setting(
+            "Data folder: your own, CamVid, VOC, Cityscapes, GTA5 or ADE20K (found by what lies in it, or named as in "
+            "[bold]voc:DIR[/]); or [bold]scenes[/] for the built-in procedural set."
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """The data of a store that may hold no pixels."""
+
+    data: Annotated[str | None, Setting("Data folder; needed for a store built with --pixels source.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """Which images of the data, and how large: `size` is (H, W) in pixels."""
+
+    split: Annotated[str, Setting("Which split of it.")] = "train"
+    size: Annotated[Size | None, Setting("Height and width of the pixels, e.g. 288x384.", metavar="HxW")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """What a verb takes of the machine."""
+
+    threads: Annotated[int, Ge(0), Setting("CPU threads; 0 lets torch choose.")] = 0
+    device: Annotated[str, Setting("auto, cpu or cuda.")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopySettings:
+    """Where copies of a remote store's shards are kept, and how much room they take."""
+
+    cache_dir: Annotated[
+        str | None,
+        Setting(
+            "Where copies of a remote store's shards are kept (default: $KDCACHE_CACHE_DIR, or kdcache in your cache "
+            "folder)."
+        ),
+    ] = None
+    cache_bytes: Annotated[
+        Bytes | None,
+        Setting(
+            "How much they may take, e.g. 50GiB or 200MB; what was not used for longest makes room (default: half of "
+            "what is free there).",
+            metavar="SIZE",
+        ),
+    ] = None

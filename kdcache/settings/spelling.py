@@ -1,0 +1,171 @@
+"""Values that are written as text: their types, with the one parser of each."""
+
+import difflib
+import re
+from math import isfinite
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Predicate
+
+from kdcache.errors import RecipeError
+from kdcache.settings.setting import Spelling
+
+LOGGERS = ("tensorboard", "wandb", "trackio")
+"""Where metrics can be sent; each is also the name of a package, and of the extra that installs it."""
+
+Positive = Annotated[float, Gt(0), Predicate(isfinite)]
+Weight = Annotated[float, Ge(0), Predicate(isfinite)]
+Count = Annotated[int, Ge(1)]
+
+
+def parse_size(value: Any) -> Any:
+    """'144x192' as (144, 192): height, then width."""
+    if not isinstance(value, str):
+        return value
+    parts = value.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError
+    return int(parts[0]), int(parts[1])
+
+
+def parse_range(value: Any) -> Any:
+    """'0.5:2' as (0.5, 2.0)."""
+    if not isinstance(value, str):
+        return value
+    low, high = map(float, value.split(":"))
+    return low, high
+
+
+def parse_every(value: Any) -> Any:
+    """'500' as 500 steps; '5e', epochs, stays as it is until the data is known."""
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9][0-9]*e?", str(value)):
+        raise ValueError
+    text = str(value)
+    return text if text.endswith("e") else int(text)
+
+
+def parse_bytes(value: Any) -> Any:
+    """'50GiB' or '200MB' as a number of bytes; a number, and None, as they are. Raises RecipeError."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", value.strip().lower())
+    count = 0
+    if match is not None:
+        number, unit, binary = match.groups()
+        count = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
+    if count < 1:
+        raise RecipeError(
+            "--cache-bytes is a number of bytes, with a unit if you like",
+            received=repr(value),
+            remedy="for instance --cache-bytes 50GiB, 200MB or 1000000000",
+        )
+    return count
+
+
+def parse_words(value: Any) -> Any:
+    """'a,b' as ('a', 'b'), each once; '' as ()."""
+    if not isinstance(value, str):
+        return value
+    return tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
+
+
+def parse_numbers(value: Any) -> Any:
+    """'2,1' as (2.0, 1.0)."""
+    return tuple(map(float, value.split(","))) if isinstance(value, str) else value
+
+
+def parse_colour(value: Any) -> Any:
+    """'0.485,0.456,0.406' as three numbers."""
+    if not isinstance(value, str):
+        return value
+    red, green, blue = map(float, value.split(","))
+    return red, green, blue
+
+
+def parse_top_k(value: Any) -> Any:
+    """A number of classes; 'auto' as None."""
+    if not isinstance(value, str):
+        return value
+    if value != "auto" and not value.isdigit():
+        raise ValueError
+    return None if value == "auto" else int(value)
+
+
+def parse_views(value: Any) -> Any:
+    """A number of views per sample; 'full' as 1."""
+    if not isinstance(value, str):
+        return value
+    if value != "full" and not (value.isdecimal() and int(value)):
+        raise ValueError
+    return 1 if value == "full" else int(value)
+
+
+def parse_logs(value: Any) -> Any:
+    """'wandb,tensorboard' or a list of such as a tuple, each logger once; anything else is left for the type check.
+
+    Raises: RecipeError, with the nearest name, for what is no logger.
+    """
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        return value
+    loggers = [name.strip() for part in parts for name in part.split(",")]
+    for name in loggers:
+        if name not in LOGGERS:
+            near = difflib.get_close_matches(name, LOGGERS, n=1)
+            raise RecipeError(
+                f"--log is one or more of {', '.join(LOGGERS)}",
+                received=repr(name),
+                remedy=f"did you mean {near[0]}?" if near else "leave it out: metrics.jsonl is always written",
+            )
+    return tuple(dict.fromkeys(loggers))
+
+
+Size = Annotated[
+    tuple[Count, Count],
+    Spelling(
+        parse_size,
+        show=lambda size: f"{size[0]}x{size[1]}",
+        rule="HEIGHTxWIDTH in pixels, two whole numbers from 1",
+        example="288x384",
+    ),
+]
+Range = Annotated[
+    tuple[Positive, Positive],
+    Spelling(
+        parse_range, show=lambda ends: f"{ends[0]}:{ends[1]}", rule="MIN:MAX, two numbers above 0", example="0.5:2.0"
+    ),
+]
+Every = Annotated[
+    int | str,
+    Spelling(parse_every, rule="a number of iterations such as 500, or of epochs such as 5e", example="500"),
+]
+Bytes = Annotated[
+    int, Ge(1), Spelling(parse_bytes, rule="a size from 1 byte on, such as 50GiB or 200MB", example="50GiB")
+]
+Logs = Annotated[tuple[str, ...], Spelling(parse_logs, rule=None, example="tensorboard")]
+Words = Annotated[tuple[str, ...], Spelling(parse_words, show=",".join, rule=None, example="")]
+Numbers = Annotated[
+    tuple[float, ...], Spelling(parse_numbers, rule="one number per teacher, with commas between", example="2,1")
+]
+Colour = Annotated[
+    tuple[float, float, float], Spelling(parse_colour, rule="three numbers for R,G,B in 0..1", example="0.5,0.5,0.5")
+]
+TopK = Annotated[int, Spelling(parse_top_k, rule="auto or a number of classes", example="auto", nothing="auto")]
+Views = Annotated[
+    int,
+    Spelling(
+        parse_views,
+        show=str,
+        rule="a number of views per sample, from 1, or full for the whole image, which is no crop",
+        example="4",
+    ),
+]
+Zoom = Annotated[
+    tuple[float, float],
+    Spelling(
+        parse_range,
+        show=lambda ends: f"{ends[0]:g}:{ends[1]:g}",
+        rule="LOW:HIGH, 1 for the whole image at --size",
+        example="1:2",
+    ),
+]

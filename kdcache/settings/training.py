@@ -1,0 +1,237 @@
+"""The table of a training: what train-teacher, train-student, their recipes and `TrainConfig` are made from."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, Lt
+
+from kdcache.settings.setting import Setting
+from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.spelling import Count, Every, Logs, Positive, Range, Weight
+
+DEFAULT_ITERATIONS = 4000
+LEARNING_RATE = 1e-3
+LEARNING_RATES = {"kdcache:tiny": 6e-3, "kdcache:base": 2e-3}
+"""Of Adam and AdamW, where others want their own: the best of 1e-3 to 8e-3 on CamVid for tiny (`effect-cpu.json`), and
+what taught there for base. From 1e-3, tiny ends 8 points of mIoU lower.
+"""
+
+LOSS = "What the loss is"
+GATE = "Where the teacher is listened to"
+PART = "A part of the data"
+VIEW = "What the student sees"
+OPTIMIZATION = "Optimization"
+RUN = "How it runs"
+
+_loss = partial(Setting, panel=LOSS)
+_gate = partial(Setting, panel=GATE)
+_part = partial(Setting, panel=PART)
+_view = partial(Setting, panel=VIEW)
+_step = partial(Setting, panel=OPTIMIZATION)
+_run = partial(Setting, panel=RUN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What decides a training, beside its images and the machine; lengths are optimizer steps."""
+
+    verb: Literal["train-teacher", "train-student"]
+    cache: Annotated[str | None, Setting("Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")] = (
+        None
+    )
+    model: Annotated[str, Setting("What to train; see [bold]kdcache models[/].", code=True)]
+    val: Annotated[str | None, Setting("Labelled data folder to validate on.")] = None
+    val_split: Annotated[str, Setting("Split to validate on.")] = "val"
+    name: Annotated[str | None, Setting("What tables and pictures call it (default: what it does).")] = None
+    init: Annotated[str | None, Setting("Start from a weights FILE, or [bold]default[/] (downloads).")] = None
+
+    method: Annotated[
+        str,
+        _loss(
+            "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
+            "cwd, dist, dkd. auto is dist; kl with --mix or --accumulate, which dist cannot follow."
+        ),
+    ] = "auto"
+    term: Annotated[
+        tuple[Any, ...],
+        _loss(
+            "One more term with options of its own, e.g. cosine,weight=0.1,teacher_tap=layer4. May be repeated; "
+            "in a recipe, each is a table named term.",
+            metavar="KIND,X=Y",
+            repeated=True,
+        ),
+    ] = ()
+    temperature: Annotated[Positive, _loss("Of the KL term.")] = 2.0
+    kl_weight: Annotated[
+        Weight, _loss("Weight of T^2 * KL. At 1 its gradient is several times that of the labels.")
+    ] = 0.3
+    ce_weight: Annotated[Weight, _loss("Weight of the cross-entropy.")] = 1.0
+    impl: Annotated[
+        Literal["auto", "triton", "numba", "reference"],
+        _loss(
+            "What computes the loss: triton (a GPU), numba (a CPU) or reference (plain PyTorch: slow and large, for "
+            "doubters). auto: the first that runs here."
+        ),
+    ] = "auto"
+    class_weights: Annotated[
+        Literal["none", "median", "sqrt"],
+        _loss(
+            "Of the cross-entropy: median (median frequency), the milder sqrt of that, or none. Unweighted, rare "
+            "classes are learnt late."
+        ),
+    ] = "sqrt"
+
+    distill_void: Annotated[bool, _gate("Whether void pixels teach too.")] = True
+    distill_on: Annotated[
+        Literal["labelled", "all"], _gate("all: images without a label teach through their targets; or labelled.")
+    ] = "all"
+    distill_schedule: Annotated[
+        Literal["constant", "fade"], _gate("constant, or fade: the teacher's weight goes to nothing, on a line.")
+    ] = "constant"
+    gate: Annotated[
+        str,
+        _gate("Which pixels teach: none (all), correct (not where the label says otherwise) or confidence:X."),
+    ] = "none"
+    class_trust: Annotated[
+        str | None,
+        _gate(
+            "Weight of each class that the teacher says: from a file, or by how far it beats --trust-against.",
+            metavar="FILE|auto",
+        ),
+    ] = None
+    trust_against: Annotated[str | None, _gate("A run without a teacher that left out a --fold.", metavar="RUN")] = None
+    class_balance: Annotated[
+        Literal["none", "median", "sqrt"],
+        _gate("Weigh what the teacher says by how rare its class is: none, median or sqrt."),
+    ] = "none"
+
+    limit_labels: Annotated[Positive | None, _part("Of the samples, use the labels of so many.", metavar="N")] = None
+    labelled_share: Annotated[
+        Annotated[float, Ge(0.001), Le(0.999)] | None,
+        _part(
+            "Where only some samples have a label: what part of every batch is taken from these (default: as many as "
+            "there are, at least 0.5).",
+            metavar="SHARE",
+        ),
+    ] = None
+    limit_views: Annotated[
+        Count | None, _part("Replay the first so many views of a sample.", metavar="N", ranged=True)
+    ] = None
+    limit_samples: Annotated[
+        Positive | None, _part("Use so many samples, below 1 a share; always the same.", metavar="N")
+    ] = None
+    fold: Annotated[
+        str | None,
+        _part("Leave out fold I, from 0, of K: to teach it (--folds), or to be judged on it.", metavar="I/K"),
+    ] = None
+    val_fold: Annotated[str | None, _part("Validate on that fold of the split alone.", metavar="I/K")] = None
+
+    augment: Annotated[
+        Literal["auto", "warp", "replay", "none"],
+        _view(
+            "warp (zoom, crop, flip pixels and targets alike), replay (as stored) or none. "
+            "auto: replay where the store has several views, else warp."
+        ),
+    ] = "auto"
+    scale: Annotated[Range, _view("Random zoom.", metavar="MIN:MAX")] = (0.5, 2.0)
+    flip: Annotated[
+        bool | None,
+        _view(
+            "Random horizontal flip: yes, except where warp would mirror stored features, which must be asked for.",
+            default_shown=False,
+        ),
+    ] = None
+    jitter: Annotated[float, Ge(0), Le(1), _view("Strength of colour jitter; 0 is off.")] = 0.3
+    mix: Annotated[
+        str | None,
+        _view("Paste between the samples of a batch: cutmix or classmix, with a share as cutmix:0.5."),
+    ] = None
+
+    iterations: Annotated[Count | None, _step(f"Optimizer steps (default: {DEFAULT_ITERATIONS}).")] = None
+    epochs: Annotated[Count | None, _step("Instead of --iterations: visits of every sample.")] = None
+    batch_size: Annotated[Count, _step("Samples per step, of all processes together.")] = 8
+    accumulate: Annotated[
+        Count,
+        _step(
+            "Learn from a batch in N parts, one after the other, in about an Nth of the memory: gradients add up to "
+            "those of the whole batch, except that BatchNorm sees each part alone.",
+            metavar="N",
+            ranged=True,
+        ),
+    ] = 1
+    optimizer: Annotated[Literal["adamw", "adam", "sgd"], _step("adamw, adam or sgd.")] = "adamw"
+    lr: Annotated[
+        Positive,
+        _step(
+            "Learning rate at its highest (default: 6e-3 for kdcache:tiny, 2e-3 for kdcache:base, else 1e-3).",
+            automatic=True,
+        ),
+    ] = LEARNING_RATE
+    weight_decay: Annotated[Weight, _step("Not applied to biases and normalisations.")] = 0.01
+    momentum: Annotated[float, Ge(0), Lt(1), _step("Of sgd.")] = 0.9
+    schedule: Annotated[
+        Literal["poly", "plateau", "constant"], _step("poly, plateau (halve when mIoU stalls) or constant.")
+    ] = "poly"
+    power: Annotated[Positive, _step("Of poly.")] = 0.9
+    warmup: Annotated[int, Ge(0), _step("Steps of linear warm-up.")] = 0
+    clip_grad: Annotated[Weight, _step("Largest gradient norm; 0 does not clip.")] = 0.0
+    seed: Annotated[int, Ge(0), Lt(2**63), _step("Of weights, order and augmentation.")] = 0
+
+    amp: Annotated[Literal["auto", "off", "bf16"], _run("auto (bf16 on a GPU), off or bf16.")] = "auto"
+    step: Annotated[
+        Literal["auto", "eager", "compiled", "graphed"],
+        _run(
+            "How a training step runs: eager, compiled (torch.compile: up to a minute at first, then faster) or "
+            "graphed (compiled and replayed as one CUDA graph: a small student waits for launches otherwise). "
+            "auto: graphed on a GPU, eager on a CPU."
+        ),
+    ] = "auto"
+    workers: Annotated[
+        int,
+        Ge(0),
+        Le(256),
+        _run(
+            "Who draws ahead: threads from a store, processes from image files; 0 draws between steps (and is the "
+            "default on a CPU).",
+            automatic=True,
+        ),
+    ] = 0
+    shuffle: Annotated[
+        Literal["auto", "full", "window"],
+        _run(
+            "Order of an epoch: full (all records), or window (a few shards at a time, for a store that is far away). "
+            "auto: window for a remote store, else full."
+        ),
+    ] = "auto"
+    resident: Annotated[
+        Literal["auto", "ram", "gpu", "off"],
+        _run(
+            "Where decoded records stay: ram (after their first reading), gpu (targets) or off. "
+            "auto: gpu, else ram, where they take at most half of what is free."
+        ),
+    ] = "auto"
+    val_every: Annotated[Count | None, _run("Steps between validations and checkpoints (default: a tenth).")] = None
+    log_every: Annotated[Count, _run("Steps between log lines.")] = 20
+    gradients_every: Annotated[int, Ge(0), _run("Steps between gradient norms per term; 0 is off.")] = 500
+    keep_every: Annotated[
+        Every | None,
+        _run(
+            "Also keep the full state every N iterations (500), or N epochs (5e), as checkpoints/step-000500.pt; one "
+            "that is renamed to checkpoint.pt is gone on from by --resume.",
+            metavar="N|Ne",
+        ),
+    ] = None
+    log: Annotated[
+        Logs,
+        _run(
+            "Beside metrics.jsonl: tensorboard, wandb or trackio, as a list (a,b) or repeated. Nothing is sent unless "
+            "you have configured that with wandb or trackio.",
+            metavar="WHERE",
+            repeated=True,
+        ),
+    ] = ()
+
+
+TRAINING = (TrainSettings, SourceSettings, ImageSettings, CopySettings, MachineSettings)
+"""All tables of a training, in the order of its recipe."""
