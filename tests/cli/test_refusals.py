@@ -142,7 +142,7 @@ CASES = {
     "verified against other data": (
         other_data, "verify {w}/source.zarr --teacher {w}/teacher --data {w}/data", "6 samples"),
     "--size 14x": (nothing, BUILD + " --size 14x", "'14x'"),
-    "--size of training": (nothing, TEACHER + " --size 14x", "'14x'"),
+    "--size of training": (nothing, TEACHER + " --size 14x", "--size 14x"),
     "--top-k -3": (nothing, BUILD + " --top-k -3", "'-3'"),
     "--top-k 0": (nothing, BUILD + " --top-k 0", "0"),
     "--top-k 8": (nothing, BUILD + " --top-k 8", "8"),
