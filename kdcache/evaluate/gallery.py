@@ -28,6 +28,7 @@ from kdcache.evaluate.pictures import (
     WRONG_RGB,
     Array,
     colour_ids,
+    file_part,
     mark_wrong,
     panels,
     save_figure,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 OPACITY = 0.55
 SUCCESSES, FAILURES, CHOSEN = "successful_cases", "failure_cases", "chosen_cases"
 SIDE_BY_SIDE = "side_by_side"
-_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,6 @@ def draw_side_by_side(
         save_figure(figure, path, above)
         written.append(path)
     return written
-
-
-def file_part(sample: str) -> str:
-    """A sample's id as a part of a file's name, whatever it is made of."""
-    return re.sub(r"[^\w.-]+", "-", sample, flags=re.ASCII).strip("-.")[-_LONGEST_NAME:] or "sample"
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ matplotlib is imported when a picture is made. Figures are made without pyplot: 
 """
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ VOID_RGB = (224, 224, 192)  # as in PASCAL VOC; black is a class there
 WRONG_RGB = (225, 30, 45)
 INK = "#303030"
 _DOTS_PER_INCH = 120
+_LONGEST_NAME = 100
 _SHOWN = 40  # classes of a matrix that still has readable names
 _LETTERS_PER_INCH = 11
 """Height of a line in 10 points bold."""
@@ -195,3 +197,8 @@ def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
             colour = "white" if share > 0.55 else INK
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
     return figure
+
+
+def file_part(sample: str) -> str:
+    """A sample's id as a part of a file's name, whatever it is made of."""
+    return re.sub(r"[^\w.-]+", "-", sample, flags=re.ASCII).strip("-.")[-_LONGEST_NAME:] or "sample"

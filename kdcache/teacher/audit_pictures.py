@@ -9,7 +9,6 @@ import numpy as np
 from kdcache.data import IGNORE_INDEX, Split
 from kdcache.errors import RecipeError
 from kdcache.evaluate import percent
-from kdcache.evaluate.gallery import file_part
 from kdcache.evaluate.pictures import (
     INK,
     VOID_RGB,
@@ -18,6 +17,7 @@ from kdcache.evaluate.pictures import (
     colour_ids,
     draw_confusion,
     dress,
+    file_part,
     mark_wrong,
     new_figure,
     panels,

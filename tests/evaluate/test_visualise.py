@@ -15,9 +15,9 @@ from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.evaluate import gallery
 from kdcache.evaluate.banner import banner
-from kdcache.evaluate.gallery import file_part, folder_names, shorten
+from kdcache.evaluate.gallery import folder_names, shorten
 from kdcache.evaluate.metrics import ConfusionMatrix
-from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, colour_ids, draw_confusion, save_figure
+from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, colour_ids, draw_confusion, file_part, save_figure
 from kdcache.evaluate.visualise import Visualised, VisualiseOptions, visualise
 
 NAME = re.compile(r"(success_rank|failure_rank|chosen)(\d+)_([\w.-]+)_iou(\d\.\d{4})\.png")
