@@ -220,7 +220,7 @@ HEAVY = ("torch", "triton", "matplotlib", "torchvision", "zarr", "numba")
     ("code", "absent"),
     [
         ("import kdcache", HEAVY),
-        ("import kdcache_cli.app", HEAVY),
+        ("import kdcache_cli.app", (*HEAVY, "pydantic")),
         ("import kdcache.store", ("torch", "triton", "matplotlib", "torchvision")),
         ("import kdcache.data", ("torch", "triton", "matplotlib", "zarr")),
         ("import kdcache.models", ("torchvision", "matplotlib", "zarr")),
@@ -260,7 +260,7 @@ def test_nothing_is_left_to_be_filled_in() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("room", ["distill", "evaluate", "store", "sweep", "teacher", "train"])
+@pytest.mark.parametrize("room", ["distill", "evaluate", "settings", "store", "sweep", "teacher", "train"])
 def test_a_room_says_what_is_in_its_files(room: str) -> None:
     folder = ROOT / "kdcache" / room
     listed = re.findall(

@@ -1,12 +1,13 @@
 """`kdcache build-teacher-cache`: the teacher's pass, and what `extend` shares with it."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 
+from kdcache.settings.building import BUILD
 from kdcache_cli import building, options
 from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
+from kdcache_cli.settings.signature import takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.data import Split
@@ -15,109 +16,9 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher import BuildOptions
     from kdcache.teacher import Teacher as LoadedTeacher
 
-_Option = typer.Option
 
-
-def build_teacher_cache(
-    data: options.Data,
-    teacher: building.Teachers,
-    out: building.Out,
-    split: options.Split = "train",
-    size: options.Size = None,
-    teacher_weights: Annotated[
-        str | None,
-        building.teacher_option("--teacher-weights", metavar="W,W", help="Of several teachers (default: equal)."),
-    ] = None,
-    tta: Annotated[
-        str | None,
-        building.teacher_option(
-            "--tta",
-            metavar="WORDS",
-            help="What a teacher says is the mean over mirrored and rescaled images, e.g. flip,scales=0.75:1:1.25.",
-        ),
-    ] = None,
-    folds: Annotated[
-        int | None,
-        building.teacher_option(
-            "--folds",
-            help="Cross-fitting: of K teachers, number I was trained with --fold I/K and speaks of fold I, which it "
-            "has not seen.",
-        ),
-    ] = None,
-    teacher_size: Annotated[
-        str | None,
-        building.teacher_option(
-            "--teacher-size", metavar="HxW", help="What the teacher sees of the same window; free in training."
-        ),
-    ] = None,
-    teacher_grid: Annotated[
-        str,
-        building.teacher_option(
-            "--teacher-grid",
-            help="own: targets on the grid that comes of --teacher-size and --tta. view: averaged to that of the view, "
-            "which takes no more room than without them.",
-        ),
-    ] = "own",
-    top_k: Annotated[
-        str,
-        building.store_option(
-            "--top-k", help="Classes kept per pixel: auto (all up to 32, else as many as it takes) or a number."
-        ),
-    ] = "auto",
-    features: Annotated[
-        str, building.store_option("--features", help="Comma-separated taps to store; see kdcache models.")
-    ] = "",
-    statistics: building.Statistics = "",
-    raw_logits: Annotated[
-        bool,
-        building.store_option(
-            "--raw-logits", help="Keep every pixel's largest logit too, for terms over positions (cwd)."
-        ),
-    ] = False,
-    views: building.Views = "4",
-    crop: Annotated[
-        str | None,
-        building.view_option(
-            "--crop",
-            metavar="HxW",
-            help="Views are crops of so many pixels out of the image at zoom times --size (default: views of --size).",
-        ),
-    ] = None,
-    view_seed: building.ViewSeed = 0,
-    view_scale: building.ViewScale = "1:2",
-    view_flip: building.ViewFlip = True,
-    pixels: Annotated[
-        str,
-        building.store_option(
-            "--pixels", help="stored: images and labels go into the store, which then needs no data set; or source."
-        ),
-    ] = "stored",
-    codec: Annotated[
-        str,
-        building.store_option(
-            "--codec",
-            help="default: lz4, float16 as it is. small: targets rounded to 5 bits of mantissa, zstd; half the bytes "
-            "of targets, 3 to 5 times the CPU per read, gradients off by 1 to 3 % (more for a student very near its "
-            "teacher). none: uncompressed; a quarter more, a third of the CPU. The build measures what storing loses.",
-        ),
-    ] = "default",
-    class_map: building.ClassMap = None,
-    mean: Annotated[
-        str | None, building.teacher_option("--mean", metavar="R,G,B", help="Normalisation, if not the model's own.")
-    ] = None,
-    std: Annotated[
-        str | None, building.teacher_option("--std", metavar="R,G,B", help="Normalisation, if not the model's own.")
-    ] = None,
-    precision: Annotated[str, building.teacher_option("--precision", help="float32, bf16 or fp16.")] = "float32",
-    batch_size: Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
-    shard_records: Annotated[
-        int, building.store_option("--shard-records", min=1, max=65536, help="Records per shard file.")
-    ] = 64,
-    render_threads: building.RenderThreads = None,
-    worker: options.Worker = None,
-    threads: options.Threads = 0,
-    device: options.Device = "auto",
-) -> None:
+@takes(*BUILD, order=("data", "teacher", "out", "split", "size", *building.ORDER, "worker", "threads", "device"))
+def build_teacher_cache(settings: dict[str, Any], out: building.Out, worker: options.Worker = None) -> None:
     """Run a teacher over a split once and keep what it said.
 
     Interrupted, the same command continues; a finished store is checked and left
@@ -132,7 +33,7 @@ def build_teacher_cache(
     """
     from kdcache.store import worker_of
 
-    source, loaded, build_options = building.prepare({**locals()})
+    source, loaded, build_options = building.prepare(settings)
     teach_and_tell(source, loaded, out, build_options, worker_of(worker))
 
 

@@ -3,14 +3,16 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from kdcache_cli import building, options
+from kdcache.settings.building import BUILD
+from kdcache_cli import building
 from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
+from kdcache_cli.settings.signature import takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.teacher.estimate import Estimate
@@ -23,55 +25,33 @@ ADVICE = (
 )
 
 
+_SHORT = {
+    "teacher_weights": {"help": "Of several."},
+    "tta": {"help": "Mirrored and rescaled too.", "metavar": "flip,scales=S:S"},
+    "folds": {"help": "Cross-fitting with K teachers."},
+    "teacher_size": {"help": "What the teacher sees of the same window."},
+    "teacher_grid": {"help": "own or view."},
+    "top_k": {"help": "Classes kept per pixel: auto or a number."},
+    "raw_logits": {"help": "Keep every pixel's largest logit too."},
+    "crop": {"help": "Views are crops of so many pixels."},
+    "pixels": {"help": "stored or source."},
+    "codec": {"help": "default, small or none."},
+    "mean": {"help": "If not the model's own."},
+    "std": {"help": "If not the model's own."},
+}
+"""Helps that leave the explanation to build-teacher-cache."""
+
+
+@takes(
+    *BUILD,
+    order=(
+        *("data", "teacher", "split", "size", *building.ORDER, "threads", "device"),
+        *("out", "records", "student", "epochs", "json_file"),
+    ),
+    wording=_SHORT,
+)
 def plan(
-    data: options.Data,
-    teacher: building.Teachers,
-    split: options.Split = "train",
-    size: options.Size = None,
-    teacher_weights: Annotated[
-        str | None, building.teacher_option("--teacher-weights", metavar="W,W", help="Of several.")
-    ] = None,
-    tta: Annotated[
-        str | None, building.teacher_option("--tta", metavar="flip,scales=S:S", help="Mirrored and rescaled too.")
-    ] = None,
-    folds: Annotated[int | None, building.teacher_option("--folds", help="Cross-fitting with K teachers.")] = None,
-    teacher_size: Annotated[
-        str | None,
-        building.teacher_option("--teacher-size", metavar="HxW", help="What the teacher sees of the same window."),
-    ] = None,
-    teacher_grid: Annotated[str, building.teacher_option("--teacher-grid", help="own or view.")] = "own",
-    top_k: Annotated[str, building.store_option("--top-k", help="Classes kept per pixel: auto or a number.")] = "auto",
-    features: Annotated[
-        str, building.store_option("--features", help="Comma-separated taps to store; see kdcache models.")
-    ] = "",
-    statistics: building.Statistics = "",
-    raw_logits: Annotated[
-        bool, building.store_option("--raw-logits", help="Keep every pixel's largest logit too.")
-    ] = False,
-    views: building.Views = "4",
-    crop: Annotated[
-        str | None, building.view_option("--crop", metavar="HxW", help="Views are crops of so many pixels.")
-    ] = None,
-    view_seed: building.ViewSeed = 0,
-    view_scale: building.ViewScale = "1:2",
-    view_flip: building.ViewFlip = True,
-    pixels: Annotated[str, building.store_option("--pixels", help="stored or source.")] = "stored",
-    codec: Annotated[str, building.store_option("--codec", help="default, small or none.")] = "default",
-    class_map: building.ClassMap = None,
-    mean: Annotated[
-        str | None, building.teacher_option("--mean", metavar="R,G,B", help="If not the model's own.")
-    ] = None,
-    std: Annotated[
-        str | None, building.teacher_option("--std", metavar="R,G,B", help="If not the model's own.")
-    ] = None,
-    precision: Annotated[str, building.teacher_option("--precision", help="float32, bf16 or fp16.")] = "float32",
-    batch_size: Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
-    shard_records: Annotated[
-        int, building.store_option("--shard-records", min=1, max=65536, help="Records per shard file.")
-    ] = 64,
-    render_threads: building.RenderThreads = None,
-    threads: options.Threads = 0,
-    device: options.Device = "auto",
+    settings: dict[str, Any],
     out: Annotated[
         str, _Option("--out", help="Where the store would go: says whether it fits on that disk (default: here).")
     ] = ".",
@@ -93,7 +73,7 @@ def plan(
     """
     from kdcache.teacher.estimate import estimate, student_seconds
 
-    source, loaded, build_options = building.prepare({**locals()})
+    source, loaded, build_options = building.prepare(settings)
     learning = None if student is None else student_seconds(student, len(source.classes), build_options)
     with progress_bar() as bar:
         found = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).tell)
@@ -105,7 +85,7 @@ def plan(
     _print_room(found, free, out)
     OUT.print(ADVICE)
     if json_file is not None:
-        content = {"data": data, "teachers": teacher, **found.to_json(), "free_bytes": free}
+        content = {"data": settings["data"], "teachers": settings["teacher"], **found.to_json(), "free_bytes": free}
         if learning is not None:
             live, cached = found.training_seconds(epochs, learning)
             content["training"] = {

@@ -104,7 +104,9 @@ class Entry:
         words = choices(self.type)
         if words is not None and value is not None and value not in words:
             raise RecipeError(
-                f"{self.flag} is one of {', '.join(words)}", received=repr(value), remedy=f"use {self.flag} {words[0]}"
+                f"{self.flag} is one of {', '.join(words)}",
+                received=repr(value),
+                remedy=f"use {self.flag} {words[0]}",
             )
         if self.spelling is None:
             return value
@@ -113,7 +115,7 @@ class Entry:
         except ValueError as error:
             raise RecipeError(
                 f"{self.flag} is {self.spelling.rule}",
-                received=f"{self.flag} {value}",
+                received=repr(value),
                 remedy=f"for instance {self.flag} {self.spelling.example}",
             ) from error
 

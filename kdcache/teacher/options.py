@@ -1,55 +1,27 @@
 """The choices of a build, and the views that they make."""
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from kdcache.errors import RecipeError
-from kdcache.store import Codec
+from kdcache.settings.building import BuildSettings
 from kdcache.store.parts import LEAST_ZOOM, MOST_SIDE, MOST_VIEWS, MOST_ZOOM, Drawn, View
-from kdcache.teacher.forward import Precision
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """Choices of a build.
+class BuildOptions(BuildSettings):
+    """Choices of a build: those of the table of settings, and what they become on this machine.
 
     Attributes:
         size: (H, W) of the views, or with `crop` of the whole image at zoom 1.
-        top_k: keeps that many classes, None measures how many it takes.
-        statistics: `at:TAP`, `confidence`, `entropy`, `agreement`. raw_logits: keep every pixel's largest logit.
-        views: of each sample: the whole image, and views - 1 that are drawn; with `crop` all are.
-        crop: (H, W) of the views, cut out of the image at zoom times `size`.
-        view_scale: range of the zoom of drawn views, below 1 the image amid grey; view_flip: mirror half of them.
-        teacher_size: (H, W) of what the teacher sees of the same windows; default the views'.
-        teacher_grid: `own` keeps the grid of the logits that come of it, `view` averages probabilities to the grid
-            that the views themselves, without augmentation, would have given.
         fidelity: measure what storing loses; the figures go into the manifest, nothing else depends on them.
+        device: of the teacher.
     """
 
     size: tuple[int, int]
-    top_k: int | None = None
-    features: Sequence[str] = ()
-    statistics: Sequence[str] = ()
-    raw_logits: bool = False
-    views: int = 4
-    crop: tuple[int, int] | None = None
-    view_seed: int = 0
-    view_scale: tuple[float, float] = (1.0, 2.0)
-    view_flip: bool = True
-    teacher_size: tuple[int, int] | None = None
-    teacher_grid: Literal["own", "view"] = "own"
-    pixels: Literal["stored", "source"] = "stored"
-    codec: Codec = "default"
     fidelity: bool = True
-    batch_size: int = 8
-    shard_records: int = 64
-    precision: Precision = "float32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    render_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
 
 def view_of(options: BuildOptions) -> View:

@@ -1,6 +1,6 @@
 """A verb's signature, made from the settings of tables: Typer asks for them, the verb receives them by name."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -15,19 +15,30 @@ from kdcache.settings.setting import choices
 Verb = Callable[..., None]
 
 
-def takes(*tables: type, order: tuple[str, ...], required: tuple[str, ...] = ()) -> Callable[[Verb], Verb]:
+def takes(
+    *tables: type,
+    order: tuple[str, ...],
+    required: Collection[str] = (),
+    unset: Collection[str] = (),
+    wording: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Callable[[Verb], Verb]:
     """A decorator: the verb's first argument is a dictionary of settings of the tables, by name.
 
     Args:
         order: names of the verb's flags as its help lists them: settings of the tables, and the verb's own parameters,
             which hide settings of the same name.
         required: those of the settings that this verb needs, though the table has a default.
+        unset: those that are None here where nobody gives them.
+        wording: what this verb says otherwise: name of a setting -> attributes of its `Setting`.
     """
 
     def decorate(verb: Verb) -> Verb:
         own = dict(list(signature(verb).parameters.items())[1:])
         asked = {name: entry for name, entry in entries(*tables).items() if name in order and name not in own}
-        asked |= {name: replace(asked[name], default=MISSING, optional=False) for name in required}
+        for name, entry in asked.items():
+            default = MISSING if name in required else None if name in unset else entry.default
+            setting = replace(entry.setting, **(wording or {}).get(name, {}))
+            asked[name] = replace(entry, default=default, setting=setting)
         parameters = [own[name] if name in own else parameter_of(asked[name]) for name in order]
 
         @wraps(verb)
