@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -25,6 +25,7 @@ _LAST_LINES = 15
 
 
 def sweep(
+    context: typer.Context,
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe that is shipped, or a TOML file; without one they are listed.")
     ] = None,
@@ -54,6 +55,7 @@ def sweep(
     from kdcache.sweep import list_recipes, plan_sweep, read_recipe, run_jobs
     from kdcache.sweep.run import share_of_torchrun
 
+    verbs = context.find_root().command
     if recipe is None:
         for name, title in list_recipes().items():
             OUT.print(f"[bold]{escape(name)}[/]  {escape(title)}", highlight=False)
@@ -63,7 +65,7 @@ def sweep(
     read = read_recipe(recipe, smoke=smoke, changes=changes or ())
     if seeds is not None:
         read = read.with_seeds(options.parse_numbers(seeds, "--seeds"))
-    planned = plan_sweep(read, data, out, _flags())
+    planned = plan_sweep(read, data, out, flags_of(verbs))
     if dry_run:
         for job in planned.jobs:
             OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.next_words))}", soft_wrap=True)
@@ -71,7 +73,13 @@ def sweep(
     _check_code(planned, recipe, changes or ())
     part = share_of_torchrun()
     alone = parallel == 1 and part[1] == 1
-    run_jobs(planned, _here if alone else _Apart(planned, parallel), parallel=parallel, part=part, watcher=_watcher())
+    run_jobs(
+        planned,
+        _InProcess(verbs) if alone else _Apart(planned, parallel),
+        parallel=parallel,
+        part=part,
+        watcher=_watcher(),
+    )
     if part[0] == 0:
         _show(planned)
 
@@ -91,23 +99,22 @@ def _check_code(planned: "Sweep", recipe: str, changes: Sequence[str]) -> None:
             check_trusted(model, recipe)
 
 
-def _flags() -> dict[str, set[str]]:
-    """The flags of the verbs, without dashes."""
-    from kdcache_cli.app import app
-
-    group = typer.main.get_command(app)
-    verbs: dict[str, typer.core.TyperCommand] = getattr(group, "commands")  # noqa: B009 # a click group, to mypy a command
+def flags_of(group: Any) -> dict[str, set[str]]:
+    """The flags of every verb of the command line, without dashes."""
     return {
         name: {text.lstrip("-") for option in verb.params for text in option.opts if text.startswith("--")}
-        for name, verb in verbs.items()
+        for name, verb in group.commands.items()
     }
 
 
-def _here(job: "Job") -> None:
-    """In this process."""
-    from kdcache_cli.app import app
+class _InProcess:
+    """Each job in this process, as a call of its verb."""
 
-    app(args=list(job.next_words), standalone_mode=False)
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __call__(self, job: "Job") -> None:
+        self._group(args=list(job.next_words), standalone_mode=False)
 
 
 class _Apart:

@@ -112,7 +112,9 @@ def test_pseudo_labels_have_no_rule_of_their_own() -> None:
 
 
 def test_a_sweep_trains_on_the_splits_of_its_verbs() -> None:
-    planned = plan_sweep(read_recipe("voc-compare", smoke=True), SCENES, Path("x"), sweep._flags())
+    planned = plan_sweep(
+        read_recipe("voc-compare", smoke=True), SCENES, Path("x"), sweep.flags_of(typer.main.get_command(app))
+    )
     words = planned.jobs[0].words
     assert words[words.index("--split") + 1] == defaults("train-teacher")["split"]
     assert words[words.index("--val-split") + 1] == defaults("train-teacher")["val_split"]

@@ -164,7 +164,7 @@ def test_a_sweep_takes_code_that_its_command_line_names(here, cli, monkeypatch) 
     from kdcache_cli import sweep
 
     began = []
-    monkeypatch.setattr(sweep, "_here", lambda job: began.append(job.name))
+    monkeypatch.setattr(sweep._InProcess, "__call__", lambda self, job: began.append(job.name))
     (here / "s.toml").write_text(SWEEP.format(teacher="kdcache:tiny", student="kdcache:tiny"))
     base = ["sweep", here / "s.toml", "--data", here / "data", "--out", here / "swept"]
     cli(*base, "--set", 'student.model="foreign_code:build"')

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from kdcache.errors import RecipeError
 from kdcache.sweep import Recipe, Sweep, list_recipes, plan_sweep, read_recipe
 from kdcache.sweep.plan import folder_name, words
 from kdcache.sweep.recipe import Arm
-from kdcache_cli.sweep import _flags
+from kdcache_cli.app import app
+from kdcache_cli.sweep import flags_of
 
-KNOWN = _flags()
+KNOWN = flags_of(typer.main.get_command(app))
 RECIPE = Recipe(
     name="r",
     title="R",
