@@ -1,8 +1,7 @@
 """Training: one trainer for teachers and students.
 
-    config.py        the settings (= the flags, = recipe.toml)
+    config.py        the settings (= the flags, = recipe.toml), and which do not go together
     ranges.py        what they may be, in words
-    consistent.py    settings that do not go together
     start.py         from settings to a run
     folder.py        the folder of a run, before its first step
     lock.py          one training at a time per folder

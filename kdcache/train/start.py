@@ -20,8 +20,7 @@ from kdcache.store.durable import disk_space_errors
 from kdcache.train.ahead import check_room
 from kdcache.train.cached import CacheDataset, choose_augment
 from kdcache.train.checkpoint import FILE as CHECKPOINT
-from kdcache.train.config import TrainConfig
-from kdcache.train.consistent import check_flip, check_processes, check_replays
+from kdcache.train.config import TrainConfig, check_flip, check_processes, check_replays
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.folder import check_folder, hold_folder, trained_on, write_beginning
