@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -377,6 +378,20 @@ def test_verify_looks_at_the_files_and_not_at_copies(s3, small, built) -> None:
     s3.put(built, f"{VALUES}/zarr.json", b"{}")
     with pytest.raises(CorruptError):
         verify_files(built)
+
+
+def test_nothing_stays_of_a_longer_body_that_was_refused(s3, monkeypatch) -> None:
+    """The object is put right between two attempts."""
+    address, content = s3.address(), b"what was written"
+    s3.put(address, "key", content + b", and more")
+    monkeypatch.setattr(bucket, "time", SimpleNamespace(sleep=lambda _: s3.put(address, "key", content)))
+    place = open_place(address)
+    for size in (len(content), None):
+        s3.put(address, "key", content + b", and more")
+        handle = place.open("key", size, hashlib.sha256(content).hexdigest())
+        assert os.pread(handle, 100, 0) == content
+        os.close(handle)
+        assert place.forget("key")
 
 
 def test_a_digest_is_of_the_whole_object(s3, monkeypatch) -> None:

@@ -108,6 +108,25 @@ def test_who_was_not_used_for_longest_makes_room(tmp_path) -> None:
     assert source.fetched == ["a", "b", "c", "d", "b", "big"]
 
 
+def test_room_is_made_for_several_at_once(tmp_path) -> None:
+    """To look at every copy for each new file would take longer than to fetch it."""
+    copies, source = Mirror(tmp_path, 100), Source()
+    for key in "abcdefghij":
+        source.open(copies, key, 10)
+    source.open(copies, "k", 10)
+    assert held(copies.folder) == list("cdefghijk")
+    source.open(copies, "l", 10)
+    assert held(copies.folder) == list("cdefghijkl")
+
+
+def test_a_copy_of_another_size_is_none(tmp_path) -> None:
+    copies, source = Mirror(tmp_path, 100), Source()
+    source.open(copies, "a", 30)
+    source.open(copies, "a", 60)
+    assert source.fetched == ["a", "a"]
+    assert bytes_of(copies.folder) == 60
+
+
 def test_a_bound_that_became_smaller(tmp_path) -> None:
     source = Source()
     for key in "abcdef":

@@ -94,6 +94,15 @@ def test_few_records_are_enough_when_asked(built, teacher) -> None:
     assert compare_teacher(cache, teacher, source, CPU, 3).records == 3
 
 
+def test_few_records_are_spread_over_the_store(built, teacher, folder_data) -> None:
+    cache, _ = built
+    for number in (3, 6):
+        path = folder_data / "images" / "train" / f"train-{number:06d}.png"
+        Image.fromarray(np.asarray(Image.open(path)) ^ 64).save(path)
+    found = compare_teacher(cache, teacher, open_split(folder_data, "train"), CPU, 3)
+    assert found.drifted == ("train-000003", "train-000006")
+
+
 def test_a_teacher_of_another_number_of_classes(built, model_of, tmp_path) -> None:
     _, source = built
     save_file(dict(model_of(5).state_dict()), tmp_path / "five.safetensors")

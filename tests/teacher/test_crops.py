@@ -144,6 +144,8 @@ def test_crops_that_cannot_be(teacher, split, options) -> None:
     for change in ({"crop": (61, 40)}, {"crop": (32, 81)}, {"crop": (32, 40), "view_scale": (0.1, 0.6)}):
         with pytest.raises(RecipeError, match="a crop fits"):
             plan_manifest(split, teacher, options(**{**CROPS, **change}))
+    largest = plan_manifest(split, teacher, options(**{**CROPS, "crop": (60, 80)})).view
+    assert (largest.size, largest.image_size) == ((60, 80), (48, 64))
     for scale in ((0.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf"))):
         with pytest.raises(RecipeError, match="zoom"):
             plan_manifest(split, teacher, options(**{**CROPS, "view_scale": scale}))
