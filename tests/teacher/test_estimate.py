@@ -136,7 +136,7 @@ def test_sums_of_what_is_chosen_and_of_its_neighbours(teacher, split, options, m
     assert content["chosen"]["array_bytes_per_record"]["pixels/image"] == 100
     assert content["chosen"]["bytes"] == chosen.bytes
     assert len(content["neighbours"]) == len(costs)
-    for views, others in ((1, {1, 4, 16}), (2, {1, 2, 4})):
+    for views, others in ((1, {1, 4, 16}), (2, {1, 2, 4}), (3, {1, 2, 3, 6})):
         found = estimate(split, teacher, options(top_k=7, views=views))
         assert {cost.setting.views for cost in found.neighbours} == others
 
@@ -191,7 +191,7 @@ def test_nothing_is_left_behind(teacher, split, options, tmp_path, end) -> None:
             raise end
 
     with contextlib.nullcontext() if end is None else pytest.raises(end):
-        estimate(split, teacher, options(views=2), progress=tell)
+        assert estimate(split, teacher, options(views=2), progress=tell).taught == 6, "of three images, two views each"
     assert seen
     assert not list((tmp_path / "tmp").iterdir())
     if end is None:
