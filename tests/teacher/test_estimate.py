@@ -28,6 +28,7 @@ def _in_memory(tmp_path, monkeypatch) -> None:
     """Small stores are synced, and a disk takes its time."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # else it makes a folder there
 
 
 def built(split, teacher, options, out):

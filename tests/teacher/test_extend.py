@@ -284,6 +284,11 @@ def test_what_a_copy_lost(tmp_path, teacher, split, options) -> None:
     assert found.kl_t1 == pytest.approx(wanted.kl_t1, rel=0.05)
     assert found.kl_t4 == pytest.approx(wanted.kl_t4, rel=0.05)
     assert copied_fidelity(topk, "small") is None
+    sure = topk.manifest.fidelity.model_copy(
+        update={"kl_t1": 0.0}
+    )  # whose tail is empty: still no logits of all classes
+    topk.manifest = topk.manifest.model_copy(update={"fidelity": sure})
+    assert copied_fidelity(topk, "small") is None
     doubtful = old.manifest.fidelity.model_copy(update={"kl_t1": found.kl_t1})
     for figures in (None, doubtful):
         old.manifest = old.manifest.model_copy(update={"fidelity": figures})
