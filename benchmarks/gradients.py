@@ -34,8 +34,8 @@ def from_store(student: SegmentationModel, cache: Cache, records: list[int], tem
     batch = default_collate([dataset[record] for record in records])
     device = next(student.parameters()).device
     criterion = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=temperature)
-    logits = student(student.normalise(batch.pixels.to(device))).logits
-    loss = criterion(logits, batch.label.to(device), type(batch.target)(*batch.target).to(device)).loss
+    batch = batch.to(device)
+    loss = criterion(student(student.normalise(batch.pixels)), batch).loss
     return list(torch.autograd.grad(loss, list(student.parameters())))
 
 

@@ -78,7 +78,7 @@ def command(checkout: Path, words: Sequence[str], folder: Path, processes: int =
     """Run kdcache as that checkout has it, one thread in each process. Raises CalledProcessError."""
     paths = [str(checkout / part) for part in ("", "kernels", "cli")]
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "NUMBA")}
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     start = [sys.executable, *(launch if processes > 1 else []), "-m", "kdcache_cli", *words]
     # From a folder that holds no package: `-m` looks there first.
     subprocess.run(

@@ -1,11 +1,10 @@
 """A step with the teacher in the loop, for comparisons with one from a store: same loss, same pixels, same order."""
 
-import torch
+from dataclasses import replace
 
-from kdcache.distill import Target
+from kdcache.distill import SEGMENTATION, Batch, Target
 from kdcache.models import SegmentationModel
 from kdcache.teacher.forward import Precision, place, teach
-from kdcache.train.sample import Sample
 from kdcache.train.step import EagerStep
 from kdcache_kernels import pack
 
@@ -23,13 +22,9 @@ class LiveStep(EagerStep):
         place(teacher, eager.device)
         self._teacher, self._precision = teacher, precision
 
-    def to_device(self, batch: Sample) -> Sample:
+    def to_device(self, batch: Batch) -> Batch:
         """The batch, with what the teacher says of it, of all classes, as its target."""
         batch = super().to_device(batch)
         logits, _ = teach(self._teacher, batch.pixels, (), self._precision, self.device)
         values, _, _ = pack(logits, logits.shape[1])
-        count, height, width = batch.label.shape
-        whole = torch.tensor([0.0, 0.0, height, width], dtype=torch.float64, device=self.device).repeat(count, 1)
-        nothing = torch.empty(0, device=self.device)
-        unflipped = torch.zeros(count, dtype=torch.bool, device=self.device)
-        return batch._replace(target=Target(values, nothing.byte(), nothing.half(), whole, unflipped))
+        return replace(batch, targets={SEGMENTATION: Target(values)}, window=None, flip=None)

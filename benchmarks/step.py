@@ -27,7 +27,7 @@ import torch
 from common import header, synchronise, write
 from kdcache.data import open_split
 from kdcache.data.folds import SplitPart
-from kdcache.distill import DistillLoss
+from kdcache.distill import Batch, DistillLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
@@ -35,7 +35,6 @@ from kdcache.train import CacheDataset, make_config
 from kdcache.train.bench.turns import Contestant, in_turn
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
-from kdcache.train.sample import Sample
 from kdcache.train.schedule import make_optimizer
 from kdcache.train.step import EagerStep, Step
 from kdcache.train.ways import choose_step, make_step
@@ -74,7 +73,7 @@ def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[
     return feed(loader, device)
 
 
-def make(cache: Cache, kind: str, batch: Sample, arguments: argparse.Namespace) -> Step:
+def make(cache: Cache, kind: str, batch: Batch, arguments: argparse.Namespace) -> Step:
     device = torch.device(arguments.device)
     config = make_config(verb="train-student", model=arguments.student, cache=str(cache.path), method="kl")
     way = choose_step("auto", device)

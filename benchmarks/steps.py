@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.utils.data import default_collate
 
 from common import header, spread, synchronise, write
 from kdcache.data import open_split
-from kdcache.distill import DistillLoss
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss
 from kdcache.evaluate.bench.memory import peak_in_process, peak_on_device
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
@@ -35,7 +36,6 @@ from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, Observer, make_config, train
 from kdcache.train.distributed import default_workers
 from kdcache.train.loader import Draws
-from kdcache.train.sample import Sample, rows_of
 from kdcache.train.schedule import make_optimizer
 from kdcache.train.step import EagerStep, Step
 from kdcache.train.ways import make_step
@@ -54,9 +54,9 @@ def make_cache(folder: Path, size: tuple[int, int], top_k: int | None) -> Path:
     return folder
 
 
-def first_batch(cache: Cache, batch_size: int) -> Sample:
+def first_batch(cache: Cache, batch_size: int) -> Batch:
     draws = Draws(CacheDataset(cache), 0)
-    batch: Sample = default_collate([draws[number] for number in range(batch_size)])
+    batch: Batch = default_collate([draws[number] for number in range(batch_size)])
     return batch
 
 
@@ -105,7 +105,7 @@ def kinds(device: torch.device) -> tuple[str, ...]:
     return ("eager", "compiled", "graphed") if device.type == "cuda" else ("eager", "compiled")
 
 
-def rate(step: Step, batch: Sample, device: torch.device, count: int) -> float:
+def rate(step: Step, batch: Batch, device: torch.device, count: int) -> float:
     """Steps per second over `count` steps after a first one."""
     step(batch)
     synchronise(device)
@@ -168,7 +168,7 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
     leaf = logits_BChw.detach().requires_grad_()
 
     def loss() -> torch.Tensor:
-        return torch.autograd.grad(eager.criterion(leaf, batch.label, batch.target).loss, leaf)[0]
+        return torch.autograd.grad(eager.criterion(leaf, batch).loss, leaf)[0]
 
     gradient = loss()
 
@@ -217,8 +217,12 @@ def report_peak(cache: Cache, arguments: argparse.Namespace) -> None:
     eager = fresh_step(cache, arguments, impl=arguments.peak_of)
     batch = first_batch(cache, arguments.batch_size)
     few = torch.zeros(1, cache.num_classes, 2, 2, requires_grad=True)
-    one = rows_of(batch, 1).target._replace(window=torch.tensor([[0.0, 0.0, 8.0, 8.0]], dtype=torch.float64))
-    torch.autograd.backward(eager.criterion(few, batch.label[:1, :8, :8].contiguous(), one).loss)
+    one = replace(
+        batch.rows(1),
+        labels={SEGMENTATION: batch.label[:1, :8, :8].contiguous()},
+        window=torch.tensor([[0.0, 0.0, 8.0, 8.0]], dtype=torch.float64),
+    )
+    torch.autograd.backward(eager.criterion(few, one).loss)
     print(peak_in_process(lambda: eager(batch)))
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainingArguments, set_seed
 
-from kdcache import CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
-from kdcache.train import Sample
+from kdcache import Batch, CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
 
 
 class LossTrainer(Trainer):
@@ -27,9 +26,9 @@ class LossTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        batch = Sample.from_dict(inputs)
+        batch = Batch.from_dict(inputs)
         outputs = model(pixel_values=batch.pixels.permute(0, 3, 1, 2).float() / 255)
-        losses = self.criterion(outputs.logits, batch.label, batch.target)
+        losses = self.criterion(outputs.logits, batch)
         print(f"iteration {self.state.global_step + 1} loss {losses.loss.item():.8f} kl {losses.kl.item():.8f}")
         return (losses.loss, outputs) if return_outputs else losses.loss
 

@@ -13,8 +13,8 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from kdcache import CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
-from kdcache.train import Sample, sample_loader
+from kdcache import Batch, CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
+from kdcache.train import sample_loader
 
 
 class Student(lightning.LightningModule):
@@ -26,9 +26,9 @@ class Student(lightning.LightningModule):
         self.criterion = criterion
         self.lr = lr
 
-    def training_step(self, batch: Sample, number: int) -> Tensor:
+    def training_step(self, batch: Batch, number: int) -> Tensor:
         logits = self.network(batch.pixels.permute(0, 3, 1, 2).float() / 255)
-        losses = self.criterion(logits, batch.label, batch.target)
+        losses = self.criterion(logits, batch)
         self.log("loss", losses.loss, batch_size=len(logits))
         print(f"iteration {number + 1} loss {losses.loss.item():.8f} kl {losses.kl.item():.8f}")
         return losses.loss

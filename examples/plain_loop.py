@@ -40,8 +40,9 @@ if options.cache:
 
 loader = sample_loader(dataset, batch_size=options.batch_size, iterations=options.iterations, seed=0)
 for number, batch in enumerate(loader, 1):
-    logits = model(model.normalise(batch.pixels.to(device))).logits
-    losses = criterion(logits, batch.label.to(device), batch.target.to(device))
+    batch = batch.to(device)
+    outputs = model(model.normalise(batch.pixels))
+    losses = criterion(outputs, batch)
     losses.loss.backward()
     optimizer.step()
     optimizer.zero_grad()

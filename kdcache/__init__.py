@@ -4,8 +4,8 @@ A segmentation teacher runs over a data set one time; what it said is kept in a 
 from that store.
 
     cache = kdcache.open_cache("camvid.zarr")
-    dataset = kdcache.CacheDataset(cache)                        # (pixels, label, target), for any DataLoader
-    criterion = kdcache.DistillLoss(cache, temperature=2.0)      # criterion(logits, label, target).loss
+    dataset = kdcache.CacheDataset(cache)                        # pixels, labels and targets, for any DataLoader
+    criterion = kdcache.DistillLoss(cache, temperature=2.0)      # criterion(outputs, batch).loss
 
 Names are imported when they are first used, so that `import kdcache` is quick and loads no torch.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.data import open_split as open_split
+    from kdcache.distill import Batch as Batch
     from kdcache.distill import DistillLoss as DistillLoss
     from kdcache.distill import Target as Target
     from kdcache.errors import KDCacheError as KDCacheError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kdcache.train import LabelledDataset as LabelledDataset
 
 _HOMES = {
+    "Batch": "kdcache.distill",
     "BuildOptions": "kdcache.teacher",
     "CacheDataset": "kdcache.train",
     "DistillLoss": "kdcache.distill",

@@ -46,6 +46,7 @@ ALLOWED = {
 """Room -> rooms it may import from."""
 
 EXPORTED = [
+    "Batch",
     "BuildOptions",
     "CacheDataset",
     "DistillLoss",

@@ -1,13 +1,13 @@
 """What must hold of a batch before a loss looks at it: a teacher that counts has a target, and labels lie over it."""
 
 from collections.abc import Collection, Mapping, Sequence
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kdcache.distill.target import Target, TargetFormat
+from kdcache.distill.batch import SEGMENTATION, Batch
+from kdcache.distill.target import TargetFormat
 from kdcache.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -16,57 +16,44 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 
 
-class Left(Enum):
-    """What stands for an argument that the caller left out, where None says something."""
-
-    OUT = "left out"
-
-
-def check_given(
-    target: Target | Left | None, form: TargetFormat | None, weighing: Collection[str], reading: Collection[str]
-) -> None:
+def check_given(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:
     """A teacher's part of the loss never ends as a silent 0.
 
     Args:
         form: the store that the loss was made for; None for a loss that knows none, which learns from labels alone
             where a batch brings no target.
-        weighing: the teacher's parts of the loss whose weight is above 0.
-        reading: those of them that read its logits.
+        reading: the teacher's parts of the loss whose weight is above 0 and which read its logits.
     Raises: RecipeError.
     """
-    if target is None or not weighing:
+    if batch.targets is None or not reading:
         return
-    names = ", ".join(reading if isinstance(target, Target) else weighing)
-    if target is Left.OUT:
-        raise RecipeError(
-            "a loss with a teacher's weight needs its target",
-            received=f"{names} above weight 0, and no target",
-            remedy="pass target=batch.target; target=None for a batch without a teacher; or kl_weight=0 and no terms",
-        )
-    if form is None and reading and target.present():
+    names = ", ".join(reading)
+    if form is None and batch.target is not None:
         raise RecipeError(
             "a loss with a teacher's weight needs the store of its targets",
             received=f"{names} above weight 0 and a target, and no store",
             remedy="make it with the open store, DistillLoss(cache); or with kl_weight=0",
         )
-    if form is not None and reading and not target.present():
+    if form is not None and batch.target is None:
         raise RecipeError(
-            "a loss with a teacher's weight needs a target with logits",
-            received=f"{names} above weight 0, and a target without values",
-            remedy="read them, CacheDataset(cache, targets=True); or pass target=None for a batch without a teacher",
+            "a loss with a teacher's weight needs the target of every batch",
+            received=f"{names} above weight 0, and a batch without a target of {SEGMENTATION}",
+            remedy="read them, CacheDataset(cache, targets=True); or replace(batch, targets=None) for a batch without "
+            "a teacher; or kl_weight=0 and no terms",
         )
 
 
-def check_rows(logits: Tensor, labels: Tensor | None, target: Target | None) -> None:
+def check_rows(logits: Tensor, batch: Batch) -> None:
     """Raises: DataError for a batch without labels, or whose parts are of different samples."""
-    if labels is None:
+    if SEGMENTATION not in batch.labels:
         raise DataError(
             "a batch has labels; what is not labelled has void ones",
-            received="labels None",
-            remedy="pass torch.full((B, H, W), 255, dtype=torch.uint8)",
+            received=f"no labels of {SEGMENTATION}",
+            remedy=f'add labels={{"{SEGMENTATION}": torch.full((B, H, W), 255, dtype=torch.uint8)}}',
         )
-    rows = {"logits": len(logits), "labels": len(labels)}
-    rows |= {} if target is None or not len(target.window) else {"target": len(target.window)}
+    rows = {"logits": len(logits), "labels": len(batch.label)}
+    rows |= {} if batch.target is None else {"target": len(batch.target.values)}
+    rows |= {} if batch.window is None else {"window": len(batch.window)}
     if len(set(rows.values())) > 1:
         raise DataError(
             "logits, labels and target are of the same samples",
@@ -75,26 +62,26 @@ def check_rows(logits: Tensor, labels: Tensor | None, target: Target | None) -> 
         )
 
 
-def check_terms_given(terms: "Sequence[Term]", features: Mapping[str, Tensor], target: Target) -> None:
+def check_terms_given(terms: "Sequence[Term]", features: Mapping[str, Tensor], batch: Batch) -> None:
     """Raises: RecipeError for terms whose arrays of the store, or taps of the student, a batch does not bring."""
-    arrays = [path for term in terms for path in term.arrays() if path not in target.extras]
+    arrays = [path for term in terms for path in term.arrays() if path not in batch.arrays]
     if arrays:
         raise RecipeError(
             "a batch brings the arrays of the store that its terms read",
-            received=f"a target without {', '.join(dict.fromkeys(arrays))}",
+            received=f"a batch without {', '.join(dict.fromkeys(arrays))}",
             remedy="read them, CacheDataset(cache, extras=criterion.arrays)",
         )
     taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
     if taps:
         raise RecipeError(
             "a loss whose terms compare features is given those of the student",
-            received=f"features without {', '.join(dict.fromkeys(taps))}",
-            remedy="pass features=model(x, criterion.student_taps).features",
+            received=f"outputs without {', '.join(dict.fromkeys(taps))}",
+            remedy="pass outputs=model(x, criterion.student_taps), which have logits and features",
         )
 
 
-def shows_otherwise(target: Target, form: TargetFormat, size: Size, whole: Size | None) -> bool:
-    """Whether labels of `size` cannot be what the windows of a batch show.
+def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
+    """Whether labels cannot be what the windows of a batch show.
 
     A window of the view's proportions becomes labels of the proportions of `whole`, up to a pixel; by any other, a
     caller says how the labels were cut. All windows of a batch must contradict, for a random one may by chance.
@@ -102,10 +89,12 @@ def shows_otherwise(target: Target, form: TargetFormat, size: Size, whole: Size 
     Args:
         whole: (H, W) of the labels of a whole view; None when that has the view's proportions.
     """
-    (height, width), (rows, columns) = whole or form.view_size, size
+    (height, width), (rows, columns) = whole or form.view_size, batch.size
     if abs(rows - columns * height / width) < 1 or abs(columns - rows * width / height) < 1:
         return False
-    y0_B, x0_B, y1_B, x1_B = target.window.unbind(1)
+    if batch.window is None:
+        return True
+    y0_B, x0_B, y1_B, x1_B = batch.window.unbind(1)
     upright_B, across_B = (y1_B - y0_B) / form.view_size[0], (x1_B - x0_B) / form.view_size[1]
     return bool(((upright_B - across_B).abs() <= 1e-9 * across_B.abs()).all())
 
@@ -117,7 +106,7 @@ def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataErro
     return DataError(
         "labels show what the target's window shows",
         received=f"labels of {'x'.join(map(str, size))} for a target of {view}{stretched}, seen whole or zoomed alike",
-        remedy="cut pixels, labels and window alike: target._replace(window=...), (B, 4) float64 edges y0, x0, y1, x1 "
+        remedy="cut pixels, labels and window alike: replace(batch, window=...), (B, 4) float64 edges y0, x0, y1, x1 "
         f"in pixels of the {view} view; or DistillLoss(..., size=(H, W)), where whole views are stretched to that",
     )
 

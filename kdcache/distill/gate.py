@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill.target import Target, TargetFormat
+from kdcache.distill.batch import Batch
+from kdcache.distill.target import TargetFormat
 from kdcache.errors import RecipeError
 
 KINDS = ("none", "correct", "confidence:X")
@@ -72,24 +73,16 @@ class Gate(nn.Module):
         return self.spec.kind == "none" and self.class_weight is None
 
     @torch.no_grad()
-    def forward(
-        self,
-        target: Target,
-        form: TargetFormat,
-        labels_BHW: Tensor | None,
-        size: tuple[int, int],
-        *,
-        impl: str = "auto",
-    ) -> Tensor | None:
+    def forward(self, batch: Batch, form: TargetFormat, *, impl: str = "auto") -> Tensor | None:
         """Weights (B, H, W) float32, or None when all are 1. Never waits for the device."""
         if self.open:
             return None
-        said_BHW, confidence_BHW = target.said(form, size, impl=impl)
-        weight_BHW = torch.ones(said_BHW.shape, device=said_BHW.device)
+        argmax_BHW, confidence_BHW = batch.argmax_confidence(form, batch.size, impl=impl)
+        weight_BHW = torch.ones(argmax_BHW.shape, device=argmax_BHW.device)
         if self.spec.kind == "confidence":
             weight_BHW = (confidence_BHW >= self.spec.threshold).float()
-        elif self.spec.kind == "correct" and labels_BHW is not None:
-            weight_BHW = ((said_BHW == labels_BHW) | (labels_BHW == self.ignore_index)).float()
+        elif self.spec.kind == "correct":
+            weight_BHW = ((argmax_BHW == batch.label) | (batch.label == self.ignore_index)).float()
         if self.class_weight is not None:
-            weight_BHW = weight_BHW * self.class_weight[said_BHW.long()]
+            weight_BHW = weight_BHW * self.class_weight[argmax_BHW.long()]
         return weight_BHW

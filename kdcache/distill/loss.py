@@ -7,13 +7,14 @@ never of the store.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kdcache.distill.batch import Batch
 from kdcache.distill.checks import (
-    Left,
     Size,
     can_look,
     check_given,
@@ -23,13 +24,22 @@ from kdcache.distill.checks import (
     window_error,
 )
 from kdcache.distill.gate import Gate
-from kdcache.distill.target import INSIDE, Target, TargetFormat, neighbours
+from kdcache.distill.target import TargetFormat
 from kdcache_kernels import distill_denominators, distill_loss
 
 if TYPE_CHECKING:
     from kdcache.distill.terms import Term, TermBatch
 
 Average = Callable[[Tensor], Tensor]
+
+
+class Outputs(Protocol):
+    """What a student gives for a batch."""
+
+    @property
+    def logits(self) -> Tensor: ...
+    @property
+    def features(self) -> Mapping[str, Tensor]: ...
 
 
 class Losses(NamedTuple):
@@ -119,7 +129,7 @@ class DistillLoss(nn.Module):
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """What a target must hold in its `extras`."""
+        """What a batch must hold in its `arrays`."""
         return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
 
     def listen(self, strength: float) -> None:
@@ -161,87 +171,64 @@ class DistillLoss(nn.Module):
             for asker, own in zip(askers, before, strict=True):
                 asker.average = own
 
-    def forward(
-        self,
-        student_logits_BChw: Tensor,
-        labels_BHW: Tensor | None,
-        target: Target | Literal[Left.OUT] | None = Left.OUT,
-        features: Mapping[str, Tensor] | None = None,
-        own_BHW: Tensor | None = None,
-    ) -> Losses:
+    def forward(self, outputs: Outputs | Tensor, batch: Batch) -> Losses:
         """Loss, and its parts before weighting: all scalars, float32.
 
         Args:
-            student_logits_BChw: at the head's native stride; receives the gradient.
-            labels_BHW: uint8, `ignore_index` is void.
-            target: of the same batch; None for one without a teacher, whose parts are then 0. May be left out where
-                no part of the teacher weighs anything.
-            features: the student's taps (B, c, h, w) that `student_taps` names.
-            own_BHW: bool, False where a pixel was pasted from the neighbour in the batch (rows 2n and 2n + 1 are
-                neighbours), whose target counts there.
+            outputs: of the student: logits (B, C, h, w) at the head's native stride, which receive the gradient, and
+                the features (B, c, h, w) that `student_taps` names; or logits alone.
+            batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
+                without a teacher, whose parts are then 0.
         Raises: RecipeError, DataError for a batch that lacks what weighs something, or whose labels its target does
             not show.
         """
-        target = self._checked(student_logits_BChw, labels_BHW, target, features)
-        loss, ce, kl = self._fused(student_logits_BChw, labels_BHW, target, own_BHW, self.ce_weight, self.kl_weight)
+        logits, features = _unpacked(outputs)
+        self._check(logits, features, batch)
+        loss, ce, kl = self._fused(logits, batch, self.ce_weight, self.kl_weight)
         if not len(self.further):
             return Losses(loss, ce, kl)
-        if target is None:
+        if batch.targets is None:
             return Losses(loss, ce, kl, tuple(torch.zeros_like(ce) for _ in self.further))
-        batch = self._batch(student_logits_BChw, labels_BHW, target, features)
-        values = [term(batch) for term in self._terms()]
+        looked_at = self._batch(logits, features, batch)
+        values = [term(looked_at) for term in self._terms()]
         for term, value in zip(self._terms(), values, strict=True):
             loss = loss + self._now(term.weight) * value
         return Losses(loss, ce, kl, tuple(value.detach() for value in values))
 
-    def parts(
-        self,
-        student_logits_BChw: Tensor,
-        labels_BHW: Tensor | None,
-        target: Target | Literal[Left.OUT] | None = Left.OUT,
-        features: Mapping[str, Tensor] | None = None,
-        own_BHW: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Every active term on its own, weighted and differentiable: name -> scalar. For gradient norms."""
-        target = self._checked(student_logits_BChw, labels_BHW, target, features)
-        fused = (student_logits_BChw, labels_BHW, target, own_BHW)
-        found = {}
-        if self.ce_weight > 0:
-            found["ce"] = self._fused(*fused, self.ce_weight, 0.0)[0]
-        if self.kl_weight > 0 and self._teaches(target):
-            found["kl"] = self._fused(*fused, 0.0, self.kl_weight)[0]
-        if len(self.further) and target is not None:
-            batch = self._batch(student_logits_BChw, labels_BHW, target, features)
-            for name, term in zip(self.names[2:], self._terms(), strict=True):
-                found[name] = self._now(term.weight) * term(batch)
-        return found
+    def parts(self, outputs: Outputs | Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Every active term on its own, weighted and differentiable: name -> scalar. For gradient norms.
 
-    def _checked(
-        self,
-        logits: Tensor,
-        labels: Tensor | None,
-        target: Target | Literal[Left.OUT] | None,
-        features: Mapping[str, Tensor] | None,
-    ) -> Target | None:
-        """The target, None where the batch has none. Raises: RecipeError, DataError."""
-        found = None if target is Left.OUT else target
+        Args, Raises: as `forward`.
+        """
+        logits, features = _unpacked(outputs)
+        self._check(logits, features, batch)
+        parts = {}
+        if self.ce_weight > 0:
+            parts["ce"] = self._fused(logits, batch, self.ce_weight, 0.0)[0]
+        if self.kl_weight > 0 and self._teaches(batch):
+            parts["kl"] = self._fused(logits, batch, 0.0, self.kl_weight)[0]
+        if len(self.further) and batch.targets is not None:
+            looked_at = self._batch(logits, features, batch)
+            for name, term in zip(self.names[2:], self._terms(), strict=True):
+                parts[name] = self._now(term.weight) * term(looked_at)
+        return parts
+
+    def _check(self, logits: Tensor, features: Mapping[str, Tensor], batch: Batch) -> None:
+        """Raises: RecipeError, DataError."""
         if torch.compiler.is_compiling():
-            return found
+            return
         terms = [term for term in self._terms() if term.weight > 0]
         kl = ["kl"] if self.kl_weight > 0 else []
-        reading = kl + [term.kind for term in terms if term.reads_target]
-        check_given(target, self.targets, kl + [term.kind for term in terms], reading)
-        check_rows(logits, labels, found)
-        if found is None or self.targets is None or labels is None or not (kl or terms):
-            return found
-        check_terms_given(terms, features or {}, found)
-        size = size_of(labels)
-        if size not in self._fitting and can_look(found.window):
-            if shows_otherwise(found, self.targets, size, self._size):
-                raise window_error(self.targets, size, self._size)
-            if found.window.device.type != "cpu":  # where a look waits for the device: once for each size
-                self._fitting.add(size)
-        return found
+        check_given(batch, self.targets, kl + [term.kind for term in terms if term.reads_target])
+        check_rows(logits, batch)
+        if batch.targets is None or self.targets is None or not (kl or terms):
+            return
+        check_terms_given(terms, features, batch)
+        if batch.size not in self._fitting and can_look(batch.label):
+            if shows_otherwise(batch, self.targets, self._size):
+                raise window_error(self.targets, batch.size, self._size)
+            if batch.label.device.type != "cpu":  # where a look waits for the device: once for each size
+                self._fitting.add(batch.size)
 
     def _now(self, weight: float) -> Tensor | float:
         return weight if self.strength is None else weight * self.strength
@@ -249,85 +236,75 @@ class DistillLoss(nn.Module):
     def _terms(self) -> "list[Term]":
         return list(self.further)  # type: ignore[arg-type]
 
-    def _teaches(self, target: Target | None) -> bool:
-        return target is not None and self.targets is not None and target.present()
+    def _teaches(self, batch: Batch) -> bool:
+        return self.targets is not None and batch.target is not None
 
-    def _batch(
-        self, logits: Tensor, labels: Tensor | None, target: Target | None, features: Mapping[str, Tensor] | None
-    ) -> "TermBatch":
+    def _batch(self, logits: Tensor, features: Mapping[str, Tensor], batch: Batch) -> "TermBatch":
         from kdcache.distill.terms import TermBatch
 
-        assert labels is not None
         return TermBatch(
             logits=logits,
-            features=features or {},
-            labels=labels,
-            target=target,
-            stored={} if target is None else target.extras,
-            pixel_weight=None if target is None else self._pixel_weight(target, labels),
-            size=size_of(labels),
-            counted=self._counted(target, labels),
+            features=features,
+            labels=batch.label,
+            target=batch.target,
+            stored=batch.arrays,
+            pixel_weight=self._pixel_weight(batch),
+            size=batch.size,
+            counted=self._counted(batch),
+            window=batch.window,
+            flip=batch.flip,
         )
 
-    def _fused(
-        self,
-        logits: Tensor,
-        labels: Tensor | None,
-        target: Target | None,
-        own: Tensor | None,
-        ce_weight: float,
-        kl_weight: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        teaching = target if kl_weight > 0 and self._teaches(target) else None
-        if teaching is None or labels is None or (own is None and INSIDE not in teaching.extras):
-            return self._call(logits, labels, teaching, None, None, ce_weight, kl_weight)
+    def _fused(self, logits: Tensor, batch: Batch, ce_weight: float, kl_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        if kl_weight == 0 or not self._teaches(batch):
+            return self._call(logits, replace(batch, targets=None), None, None, ce_weight, kl_weight)
+        if batch.own is None and batch.inside is None:
+            return self._call(logits, batch, None, None, ce_weight, kl_weight)
         # A pasted pixel's target is the neighbour's: two calls, each of which counts its part of the pixels.
-        other = None if own is None else teaching.map(neighbours)
-        counted = self._counted_by_kl(teaching, labels, own)
-        rest = None if own is None or other is None else self._counted_by_kl(other, labels, ~own)
+        other = None if batch.own is None else batch.neighbours()
+        counted = self._counted_by_kl(batch, batch.own)
+        rest = None if batch.own is None or other is None else self._counted_by_kl(other, ~batch.own)
         count = counted.sum(dtype=torch.float32) + (0 if rest is None else rest.sum(dtype=torch.float32))
         if self.average is not None:
             count = self.average(count)
-        one = self._call(logits, labels, teaching, counted, count, ce_weight, kl_weight)
-        if rest is None:
+        one = self._call(logits, batch, counted, count, ce_weight, kl_weight)
+        if rest is None or other is None:
             return one
-        two = self._call(logits, labels, other, rest, count, 0.0, kl_weight)
+        two = self._call(logits, other, rest, count, 0.0, kl_weight)
         return one[0] + two[0], one[1], one[2] + two[2]
 
     def _call(
         self,
         logits: Tensor,
-        labels: Tensor | None,
-        target: Target | None,
+        batch: Batch,
         counted: Tensor | None,
         kl_denominator: Tensor | None,
         ce_weight: float,
         kl_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        target = batch.target
         packed = None if target is None or self.targets is None else target.packed(self.targets)
         shared: dict[str, Any] = {
             "class_weight": self.class_weight,
             "ignore_index": self.ignore_index,
-            "window_B4": None if target is None else target.window,
-            "flip_B": None if target is None else target.flip,
+            "window_B4": None if target is None else batch.window,
+            "flip_B": None if target is None else batch.flip,
             "distill_void": self.distill_void,
         }
         ce_denominator = None
         if self.average is not None:
-            own = distill_denominators(labels, packed, num_classes=logits.shape[1], **shared)
+            own = distill_denominators(batch.label, packed, num_classes=logits.shape[1], **shared)
             ce_denominator, averaged = self.average(torch.stack(own)).unbind()
             kl_denominator = averaged if kl_denominator is None else kl_denominator
         if self._counting:
             nothing = logits.new_zeros((), dtype=torch.float32)
             return nothing, nothing, nothing
-        weight = None
-        if target is not None and labels is not None:
-            weight = self._pixel_weight(target, labels)
+        weight = self._pixel_weight(batch)
         if counted is not None:
             weight = counted.float() if weight is None else weight * counted
         return distill_loss(
             logits,
-            labels,
+            batch.label,
             packed,
             ce_weight=ce_weight,
             kl_weight=0.0 if packed is None else self._now(kl_weight),
@@ -340,22 +317,23 @@ class DistillLoss(nn.Module):
             **shared,
         )
 
-    def _pixel_weight(self, target: Target, labels: Tensor) -> Tensor | None:
-        if self.targets is None or self.gate.open or not target.present():
+    def _pixel_weight(self, batch: Batch) -> Tensor | None:
+        if self.gate.open or not self._teaches(batch):
             return None
-        weight: Tensor | None = self.gate(target, self.targets, labels, size_of(labels), impl=self.impl)
+        weight: Tensor | None = self.gate(batch, self.targets, impl=self.impl)
         return weight
 
-    def _counted_by_kl(self, target: Target, labels: Tensor, own_BHW: Tensor | None) -> Tensor:
+    def _counted_by_kl(self, batch: Batch, own_BHW: Tensor | None) -> Tensor:
         """Which pixels (B, H, W) of a part of the batch the KL counts."""
         assert self.targets is not None
-        inside_BHW, counted_BHW = target.inside(self.targets, size_of(labels)), self._counted(target, labels, own_BHW)
+        inside_BHW = batch.in_view(self.targets, batch.size).expand_as(batch.label)
+        counted_BHW = self._counted(batch, own_BHW)
         return inside_BHW if counted_BHW is None else inside_BHW & counted_BHW
 
-    def _counted(self, target: Target | None, labels: Tensor, own_BHW: Tensor | None = None) -> Tensor | None:
+    def _counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
-        shown_BHW = None if target is None or self.targets is None else target.shown(self.targets, size_of(labels))
-        labelled_BHW = None if self.distill_void else labels != self.ignore_index
+        shown_BHW = None if self.targets is None else batch.shown(self.targets, batch.size)
+        labelled_BHW = None if self.distill_void else batch.label != self.ignore_index
         counted: Tensor | None = None
         for mask_BHW in (own_BHW, shown_BHW, labelled_BHW):
             if mask_BHW is not None:
@@ -363,6 +341,5 @@ class DistillLoss(nn.Module):
         return counted
 
 
-def size_of(labels_BHW: Tensor) -> tuple[int, int]:
-    """(H, W) of a batch of labels."""
-    return labels_BHW.shape[1], labels_BHW.shape[2]
+def _unpacked(outputs: Outputs | Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    return (outputs, {}) if isinstance(outputs, Tensor) else (outputs.logits, outputs.features)

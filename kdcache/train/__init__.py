@@ -11,7 +11,7 @@
     held_out.py      whether that is measured on what the teacher has not seen
     objective.py     the loss that the settings ask for
 
-    sample.py        one item, and a batch of them
+    sample.py        memory that one sample is drawn into, and how samples become a batch
     dataset.py       samples through drawn windows, from a data set
     cached.py        the same from a store
     records.py       decoded records that stay, in memory or on a GPU
@@ -49,7 +49,6 @@ from kdcache.train.dataset import LabelledDataset
 from kdcache.train.distributed import pick_device
 from kdcache.train.loader import sample_loader
 from kdcache.train.log import Observer
-from kdcache.train.sample import Sample
 from kdcache.train.start import train
 from kdcache.train.stop import Interrupted
 
@@ -58,7 +57,6 @@ __all__ = [
     "Interrupted",
     "LabelledDataset",
     "Observer",
-    "Sample",
     "TrainConfig",
     "make_config",
     "pick_device",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.train.sample import Sample, rows_of
+from kdcache.distill import Batch
+from kdcache.models import NativeOutput
 from kdcache.train.step import Asked, EagerStep, row
 
 
@@ -36,18 +37,18 @@ class AccumulatedStep(EagerStep):
         super().__init__(*others, **named)
         self._parts = parts
 
-    def __call__(self, batch: Sample) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         return self._learn_parts(batch, None)
 
-    def with_norms(self, batch: Sample) -> tuple[Tensor, dict[str, float]]:
+    def with_norms(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         total: dict[str, list[Tensor]] = {}
         losses = self._learn_parts(batch, total)
         return losses, {name: self._norm(gradients) for name, gradients in total.items()}
 
-    def held(self, batch: Sample) -> Sample:
+    def held(self, batch: Batch) -> Batch:
         return self._part(batch, 0)
 
-    def _learn_parts(self, batch: Sample, total: dict[str, list[Tensor]] | None) -> Tensor:
+    def _learn_parts(self, batch: Batch, total: dict[str, list[Tensor]] | None) -> Tensor:
         """The step; adds each term's gradient to `total`, when that is wanted."""
         whole, criterion = self.to_device(batch), self.criterion
         rows, counts, counts_of_terms = [], None, None
@@ -66,18 +67,19 @@ class AccumulatedStep(EagerStep):
         self._update()
         return torch.stack(rows).mean(0)
 
-    def _part(self, batch: Sample, number: int) -> Sample:
-        size = len(batch.pixels) // self._parts
-        return rows_of(batch, size, number * size)
+    def _part(self, batch: Batch, number: int) -> Batch:
+        size = len(batch) // self._parts
+        return batch.rows(size, number * size)
 
     @torch.no_grad()
-    def _count(self, whole: Sample, ask: Callable[..., Any], like: Asked) -> list[Tensor]:
+    def _count(self, whole: Batch, ask: Callable[..., Any], like: Asked) -> list[Tensor]:
         """What the criterion divides by, in the order in which `ask` asks for it: the mean over parts and processes.
 
         Args:
             like: the answer to a part, for its shapes.
         """
-        logits, features = torch.zeros_like(like.logits), {k: torch.zeros_like(v) for k, v in like.features.items()}
+        features = {tap: torch.zeros_like(feature) for tap, feature in like.outputs.features.items()}
+        outputs = NativeOutput(torch.zeros_like(like.outputs.logits), features)
         found: list[Tensor] = []
 
         def note(count: Tensor) -> Tensor:
@@ -86,9 +88,7 @@ class AccumulatedStep(EagerStep):
 
         with self.criterion.averaging(note, counting=True):
             for number in range(self._parts):
-                part = self._part(whole, number)
-                _, label, own = self._mixed(part)
-                ask(logits, label, part.target, features, own)
+                ask(outputs, self._mixed(self._part(whole, number)))
         each = len(found) // self._parts
         means = [torch.stack(found[at::each]).mean(0) for at in range(each)]
         return means if self.average is None else [self.average(mean) for mean in means]

@@ -18,12 +18,12 @@ from kdcache.data import (
     pixel_checksum,
     render,
 )
-from kdcache.distill.target import INSIDE
+from kdcache.distill import SEGMENTATION
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import Cache, check_origin
-from kdcache.train.dataset import ABSENT, DrawnDataset, Field, Size
+from kdcache.train.dataset import DrawnDataset, Field, Size
 from kdcache.train.part import Chosen, Part
-from kdcache.train.records import PIXEL_PATHS, TARGET_PARTS, RamRecords, RecordSource, target_paths
+from kdcache.train.records import PIXEL_PATHS, RamRecords, RecordSource, target_paths
 from kdcache.train.sample import Array, Row
 
 AUGMENTS = ("auto", "warp", "replay", "none")
@@ -38,7 +38,7 @@ def choose_augment(augment: str, cache: Cache | None) -> str:
 
 
 class CacheDataset(DrawnDataset):
-    """The samples of a store: (pixels, label, target).
+    """The samples of a store: pixels, labels and targets.
 
     Args:
         cache: an open store.
@@ -46,7 +46,7 @@ class CacheDataset(DrawnDataset):
             as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
             `auto` replays a store of several views or of crops, and warps another.
         size: (H, W) of the pixels; default the view's.
-        targets: False reads no targets (same draws, empty target).
+        targets: False reads no targets (same draws).
         split: the data set, needed when the store keeps no pixels. Its rendering is compared with the store's
             checksum at a sample's first visit by this process, also of a run that resumes.
         extras: paths of further arrays that a sample brings (features, statistics).
@@ -159,20 +159,25 @@ class CacheDataset(DrawnDataset):
         view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
         return self.cache.manifest.record(self.indices[index], view)
 
-    def target_fields(self) -> tuple[Field, ...]:
-        if self.on_device is not None:
-            return ((), torch.int64), *ABSENT[1:]
-        fields = list(ABSENT)
-        for name, path in self._targets.items():
-            spec = self.cache.specs[path]
-            fields[TARGET_PARTS.index(name)] = spec.shape, getattr(torch, spec.dtype)
-        return tuple(fields)
+    def target_fields(self) -> dict[str, dict[str, Field]]:
+        if self.on_device is not None or not self._targets:
+            return {}
+        return {SEGMENTATION: {name: self._field(path) for name, path in self._targets.items()}}
 
-    def extra_fields(self) -> dict[str, Field]:
-        specs = {path: self.cache.specs[path] for path in self.extras}
-        stored = {path: (spec.shape, getattr(torch, spec.dtype)) for path, spec in specs.items()}
-        grey: dict[str, Field] = {} if self._inside is None else {INSIDE: ((4,), torch.float64)}
-        return stored | grey | super().extra_fields()
+    def array_fields(self) -> dict[str, Field]:
+        return {path: self._field(path) for path in self.extras}
+
+    def place_fields(self) -> dict[str, Field]:
+        fields: dict[str, Field] = {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
+        if self._inside is not None:
+            fields["inside"] = (4,), torch.float64
+        if self.on_device is not None:
+            fields["record"] = (), torch.int64
+        return fields
+
+    def _field(self, path: str) -> Field:
+        spec = self.cache.specs[path]
+        return spec.shape, getattr(torch, spec.dtype)
 
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
         record = self.record(index, epoch)
@@ -185,20 +190,23 @@ class CacheDataset(DrawnDataset):
         else:
             self._from_source(index, record, window, flip, out)
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
-        out.window[...] = (window.y0, window.x0, window.y1, window.x1)
-        out.flip[...] = flip
+        self._place(record, window, flip, out)
         if not self._has_label(self.indices[index]):
             out.label[...] = IGNORE_INDEX
-        for path in self.extras:
-            self.records.read_into(record, path, out.extras[path])
-        if self._inside is not None:
-            out.extras[INSIDE][...] = self._inside[record]
+        for path, array in out.stored:
+            self.records.read_into(record, path, array)
         self._roll(rng, out)
-        if self.on_device is not None:
-            out.values[...] = record
-            return
-        for name, path in self._targets.items():
-            self.records.read_into(record, path, getattr(out, name))
+
+    def _place(self, record: int, window: Window, flip: bool, out: Row) -> None:
+        """Say where a sample lies in its view, and whose target is its."""
+        assert out.window is not None
+        assert out.flip is not None
+        out.window[...] = (window.y0, window.x0, window.y1, window.x1)
+        out.flip[...] = flip
+        if out.inside is not None and self._inside is not None:
+            out.inside[...] = self._inside[record]
+        if out.record is not None:
+            out.record[...] = record
 
     def _has_label(self, number: int) -> bool:
         return number in self._labels_used and bool(self._labels_there[number])

@@ -13,28 +13,24 @@ import torch
 from torch.utils.data import Dataset
 
 from kdcache.data import Augmentation, ClassList, Split, Window, colour_jitter, draw_window, render
-from kdcache.distill import Target
+from kdcache.distill import SEGMENTATION, Batch, Target
 from kdcache.train.part import Part
 from kdcache.train.records import DeviceTargets
-from kdcache.train.sample import Row, Sample
+from kdcache.train.sample import Row
 
 Size = tuple[int, int]
 Field = tuple[tuple[int, ...], torch.dtype]
-DICE = "dice"
+"""Shape and type of a tensor of one sample."""
 
 
-ABSENT: tuple[Field, ...] = (((0,), torch.float16), ((0,), torch.uint8), ((0,), torch.float16))
-"""Values, indices and tail of a target that says nothing."""
-
-
-class DrawnDataset(Dataset[Sample], ABC):
+class DrawnDataset(Dataset[Batch], ABC):
     """A dataset whose every visit of a sample is drawn from a random generator.
 
     Args:
         size: (H, W) of the pixels that come out.
         augmentation: scale, flip and colour jitter; `Augmentation.off()` for none.
     Attributes:
-        on_device: the targets, when a GPU keeps them: samples then hold the number of their record as `values`.
+        on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
         dice: how many random numbers in 0..1 a sample brings, for what is drawn where batches are (mix.py).
     """
 
@@ -83,35 +79,43 @@ class DrawnDataset(Dataset[Sample], ABC):
         Raises: KDCacheError of a sample that cannot be had; `out` is undefined then.
         """
 
-    def target_fields(self) -> tuple[Field, ...]:
-        """Shapes and types of values, indices and tail of a sample."""
-        return ABSENT
+    def target_fields(self) -> dict[str, dict[str, Field]]:
+        """Fields of the targets of a sample: head -> part of its target -> field."""
+        return {}
 
-    def extra_fields(self) -> dict[str, Field]:
-        """Those of what else a sample brings, by name."""
-        return {DICE: ((self.dice,), torch.float32)} if self.dice else {}
+    def array_fields(self) -> dict[str, Field]:
+        """Fields of the further arrays of the store that a sample brings, by path."""
+        return {}
 
-    def empty(self, *leading: int, pin_memory: bool = False) -> Sample:
+    def place_fields(self) -> dict[str, Field]:
+        """Fields of a sample that say where it lies: those of window, flip, inside and record that it has."""
+        return {}
+
+    def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
         """Memory for samples: of shape (*leading, ...), so empty() is for one and empty(B) for a batch."""
-        height, width = self.size
-        fields = (((height, width, 3), torch.uint8), ((height, width), torch.uint8), *self.target_fields())
-        parts = [
-            torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
-            for shape, dtype in (*fields, ((4,), torch.float64), ((), torch.bool))
-        ]
-        extras = {
-            name: torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
-            for name, (shape, dtype) in self.extra_fields().items()
-        }
-        return Sample(parts[0], parts[1], Target.of(parts[2:], extras))
 
-    def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Sample:
+        def memory(fields: dict[str, Field]) -> dict[str, torch.Tensor]:
+            return {
+                name: torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
+                for name, (shape, dtype) in fields.items()
+            }
+
+        height, width = self.size
+        dice: dict[str, Field] = {"dice": ((self.dice,), torch.float32)} if self.dice else {}
+        return Batch(
+            labels=memory({SEGMENTATION: ((height, width), torch.uint8)}),
+            targets={head: Target(**memory(parts)) for head, parts in self.target_fields().items()},
+            arrays=memory(self.array_fields()),
+            **memory({"pixels": ((height, width, 3), torch.uint8), **self.place_fields(), **dice}),
+        )
+
+    def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
         """`draw_into` memory of its own."""
         sample = self.empty()
         self.draw_into(index, epoch, rng, Row.of(sample))
         return sample
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Batch:
         # torch seeds its generator in every worker and epoch, so a DataLoader user gets fresh draws. A DataLoader does
         # not tell the epoch: the seed stands for it, so that any of a sample's views may come.
         seed = int(torch.randint(2**62, ()).item())
@@ -119,8 +123,8 @@ class DrawnDataset(Dataset[Sample], ABC):
 
     def _roll(self, rng: np.random.Generator, out: Row) -> None:
         """Fill the dice, last of all: what else is drawn does not depend on them."""
-        if self.dice:
-            rng.random(out=out.extras[DICE], dtype=np.float32)
+        if out.dice is not None:
+            rng.random(out=out.dice, dtype=np.float32)
 
     def _window(self, rng: np.random.Generator, height: int, width: int) -> tuple[Window, bool]:
         return draw_window(rng, (height, width), self.augmentation.scale, self.augmentation.flip)
@@ -158,6 +162,4 @@ class LabelledDataset(DrawnDataset):
         window, flip = self._window(rng, *image.shape[:2])
         render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
-        out.window[...] = 0
-        out.flip[...] = False
         self._roll(rng, out)

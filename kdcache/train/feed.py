@@ -17,26 +17,27 @@ Targets that stay on the device (`--resident gpu`) are gathered there by the rec
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle
 
 import torch
 
+from kdcache.distill import Batch
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError
 from kdcache.train.records import DeviceTargets
-from kdcache.train.sample import Sample, batch_of, parts_of
 
 SLOTS = 2
-_TARGET = slice(2, 5)  # of the parts of a batch: values, indices, tail
-Batch = Sample | KDCacheError
+Drawn = Batch | KDCacheError
 
 
 def feed(
-    loader: Iterable[Batch], device: torch.device, targets: DeviceTargets | None = None
-) -> Generator[Batch, None, None]:
+    loader: Iterable[Drawn], device: torch.device, targets: DeviceTargets | None = None
+) -> Generator[Drawn, None, None]:
     """The batches of a loader on `device`, each valid until the next is asked for; on a CPU as they come.
 
     Args:
-        targets: kept on the device, when the batches hold record numbers in the place of target values.
+        targets: kept on the device, when the batches bring record numbers in their place.
     """
     batches = iter(loader)  # here, not at the first batch: a DataLoader takes a number from torch's generator
     if device.type == "cuda":
@@ -45,8 +46,8 @@ def feed(
 
 
 def _as_they_come(
-    batches: Iterator[Batch], device: torch.device, targets: DeviceTargets | None
-) -> Generator[Batch, None, None]:
+    batches: Iterator[Drawn], device: torch.device, targets: DeviceTargets | None
+) -> Generator[Drawn, None, None]:
     slot: _Slot | None = None
     with _closing(batches):
         for batch in batches:
@@ -59,8 +60,8 @@ def _as_they_come(
 
 
 def _over_side_stream(
-    batches: Iterator[Batch], device: torch.device, targets: DeviceTargets | None
-) -> Generator[Batch, None, None]:
+    batches: Iterator[Drawn], device: torch.device, targets: DeviceTargets | None
+) -> Generator[Drawn, None, None]:
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     slots: Iterator[_Slot] | None = None
     with _closing(batches):
@@ -94,25 +95,23 @@ class _Slot:
         free: when the step has read it; None before the first.
     """
 
-    def __init__(self, like: Sample, device: torch.device, targets: DeviceTargets | None) -> None:
+    def __init__(self, like: Batch, device: torch.device, targets: DeviceTargets | None) -> None:
         self._targets = targets
-        self._arrived = [torch.empty_like(part, device=device) for part in parts_of(like)]
-        parts = list(self._arrived)
-        if targets is not None:
-            parts[_TARGET] = targets.empty(len(like.pixels))
-        self.batch = batch_of(parts, like)
+        self._arrived = like.map(lambda part: torch.empty_like(part, device=device))
+        gathered = self._arrived.targets if targets is None else targets.empty(len(like))
+        self.batch = replace(self._arrived, targets=gathered)
         self.free: torch.cuda.Event | None = None
 
-    def fill(self, batch: Sample) -> None:
+    def fill(self, batch: Batch) -> None:
         """Queue the copies on the current stream; torch holds pinned memory until it was read."""
-        for there, part in zip(self._arrived, parts_of(batch), strict=True):
+        for there, part in zip(tensors_of(self._arrived), tensors_of(batch), strict=True):
             there.copy_(part, non_blocking=True)
-        if self._targets is not None:
-            self._targets.gather_into(self._arrived[2], self.batch.target[:3])
+        if self._targets is not None and self.batch.record is not None:
+            self._targets.gather_into(self.batch.record, self.batch.targets or {})
 
 
 @contextmanager
-def _closing(batches: Iterator[Batch]) -> Iterator[None]:
+def _closing(batches: Iterator[Drawn]) -> Iterator[None]:
     """End the threads that draw ahead, however the iteration ends."""
     try:
         yield

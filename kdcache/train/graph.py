@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kdcache.distill import Losses
-from kdcache.train.sample import Sample, batch_of, parts_of
+from kdcache.distill import Batch, Losses
+from kdcache.distill.batch import tensors_of
 from kdcache.train.step import EagerStep
 
 WARM_UP = 3
@@ -31,7 +31,7 @@ class GraphedStep:
     Raises: RuntimeError when the step waits for the device, or does anything else that a graph cannot hold.
     """
 
-    def __init__(self, eager: EagerStep, forward: Callable[[Sample], Losses], batch: Sample) -> None:
+    def __init__(self, eager: EagerStep, forward: Callable[[Batch], Losses], batch: Batch) -> None:
         self._eager = eager
         with torch.cuda.device(eager.device), eager.rehearsal():
             self._inputs = _Inputs(batch, eager.device)
@@ -45,7 +45,7 @@ class GraphedStep:
             warm_up(run)
             self._replay, self._losses = record(run, eager.device)
 
-    def __call__(self, batch: Sample) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         if not self._inputs.fit(batch):
             return self._eager(batch)
         with torch.cuda.device(self._eager.device):
@@ -92,19 +92,18 @@ class _Inputs:
         batch: them.
     """
 
-    def __init__(self, like: Sample, device: torch.device) -> None:
-        self._static = [torch.empty_like(part, device=device) for part in parts_of(like)]
-        self.batch = batch_of(self._static, like)
+    def __init__(self, like: Batch, device: torch.device) -> None:
+        self.batch = like.map(lambda part: torch.empty_like(part, device=device))
 
-    def fit(self, batch: Sample) -> bool:
+    def fit(self, batch: Batch) -> bool:
         return all(
             part.shape == static.shape and part.dtype == static.dtype
-            for part, static in zip(parts_of(batch), self._static, strict=True)
+            for part, static in zip(tensors_of(batch), tensors_of(self.batch), strict=True)
         )
 
-    def fill(self, batch: Sample) -> None:
+    def fill(self, batch: Batch) -> None:
         """Queue the copies of a batch, mostly from a slot on the device (feed.py)."""
-        for static, part in zip(self._static, parts_of(batch), strict=True):
+        for static, part in zip(tensors_of(self.batch), tensors_of(batch), strict=True):
             static.copy_(part, non_blocking=True)
 
 

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from kdcache.distill import Batch
 from kdcache.errors import KDCacheError
 from kdcache.train.ahead import Ahead, reads_ahead
 from kdcache.train.cached import CacheDataset
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.order import Order, Steps, Woven, choose_labelled_share, choose_shuffle
 from kdcache.train.ring import Ring
-from kdcache.train.sample import Row, Sample
+from kdcache.train.sample import Row
 
 
-class Draws(Dataset[Sample | KDCacheError]):
+class Draws(Dataset[Batch | KDCacheError]):
     """The endless sequence of draws of a dataset, as a map from draw number to item.
 
     Args:
@@ -54,7 +55,7 @@ class Draws(Dataset[Sample | KDCacheError]):
         draws = range(step * batch_size, (step + 1) * batch_size)
         return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
 
-    def empty(self, *leading: int, pin_memory: bool = False) -> Sample:
+    def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
         """Memory for draws, as `DrawnDataset.empty`."""
         return self.dataset.empty(*leading, pin_memory=pin_memory)
 
@@ -68,7 +69,7 @@ class Draws(Dataset[Sample | KDCacheError]):
             return error
         return None
 
-    def __getitem__(self, draw: int) -> Sample | KDCacheError:
+    def __getitem__(self, draw: int) -> Batch | KDCacheError:
         """The draw, or what is wrong with it: DataLoader can raise a worker's error again only as a RuntimeError."""
         sample = self.empty()
         return self.draw_into(draw, Row.of(sample)) or sample
@@ -84,7 +85,7 @@ def make_loader(
     pin_memory: bool,
     rank: int = 0,
     world: int = 1,
-) -> Ring | DataLoader[Sample | KDCacheError] | Ahead[Sample | KDCacheError]:
+) -> Ring | DataLoader[Batch | KDCacheError] | Ahead[Batch | KDCacheError]:
     """Batches of the steps [first, last), in order; `next_batch` takes them. A batch is valid until the next.
 
     Args:
@@ -101,9 +102,7 @@ def make_loader(
     return loader
 
 
-def _make_loader(
-    draws: Draws, steps: Steps, workers: int, pin_memory: bool
-) -> Ring | DataLoader[Sample | KDCacheError]:
+def _make_loader(draws: Draws, steps: Steps, workers: int, pin_memory: bool) -> Ring | DataLoader[Batch | KDCacheError]:
     if not workers or draws.dataset.threads_suffice:
         return Ring(draws, steps, threads=workers, pin_memory=pin_memory)
     return DataLoader(
@@ -126,7 +125,7 @@ def sample_loader(
     shuffle: str = "auto",
     labelled_share: float | None = None,
     workers: int = 0,
-) -> DataLoader[Sample]:
+) -> DataLoader[Batch]:
     """The batches that a training with these settings sees, in its order, for a loop of one's own.
 
     Args:
@@ -147,7 +146,7 @@ def sample_loader(
     )
 
 
-def next_batch(batches: Iterator[Sample | KDCacheError]) -> Sample:
+def next_batch(batches: Iterator[Batch | KDCacheError]) -> Batch:
     """The next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
     batch = next(batches)
     if isinstance(batch, KDCacheError):
@@ -155,13 +154,13 @@ def next_batch(batches: Iterator[Sample | KDCacheError]) -> Sample:
     return batch
 
 
-def _collate(items: list[Sample | KDCacheError]) -> Sample | KDCacheError:
+def _collate(items: list[Batch | KDCacheError]) -> Batch | KDCacheError:
     failed = next((item for item in items if isinstance(item, KDCacheError)), None)
-    batch: Sample | KDCacheError = default_collate(items) if failed is None else failed
+    batch: Batch | KDCacheError = default_collate(items) if failed is None else failed
     return batch
 
 
-def _collate_or_raise(items: list[Sample | KDCacheError]) -> Sample:
+def _collate_or_raise(items: list[Batch | KDCacheError]) -> Batch:
     batch = _collate(items)
     if isinstance(batch, KDCacheError):
         raise batch

@@ -1,7 +1,7 @@
 """CutMix and ClassMix: parts of one sample of a batch pasted into its neighbour, pixels and labels alike.
 
 Rows 2n and 2n + 1 of a batch are neighbours, so that processes which share a batch paste as one would. Where a pixel
-was pasted, the neighbour's target teaches (`DistillLoss`, own_BHW): targets move as pixels do.
+was pasted, the neighbour's target teaches (`Batch.own`): targets move as pixels do.
 
 | kind | pasted | source |
 | --- | --- | --- |
@@ -12,12 +12,14 @@ What is random comes with the batch, so a step repeats to the bit whoever comput
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.distill.target import neighbours
+from kdcache.distill import SEGMENTATION, Batch
+from kdcache.distill.batch import neighbours
 from kdcache.errors import RecipeError
 
 CLASSES = 256
@@ -50,16 +52,23 @@ class Mix:
         self.dice = NUMBERS[self.kind]
 
     @torch.no_grad()
-    def __call__(self, pixels_BHW3: Tensor, label_BHW: Tensor, dice_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixed pixels and label, and (B, H, W) bool which of them are a sample's own. Never waits for the device."""
-        other_BHW = neighbours(label_BHW)
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with mixed pixels and labels, and `own`, which of them are a sample's own.
+
+        Never waits for the device.
+        """
+        dice_BN = batch.dice
+        assert batch.pixels is not None
+        assert dice_BN is not None
+        other_BHW = neighbours(batch.label)
         if self.kind == "cutmix":
-            pasted_BHW = _boxes(dice_BN[:, 1:], (label_BHW.shape[1], label_BHW.shape[2]))
+            pasted_BHW = _boxes(dice_BN[:, 1:], batch.size)
         else:
             pasted_BHW = _classes(dice_BN[:, 1:], other_BHW)
         own_BHW = ~(pasted_BHW & (dice_BN[:, 0] < self._share)[:, None, None])
-        pixels = torch.where(own_BHW[..., None], pixels_BHW3, neighbours(pixels_BHW3))
-        return pixels, torch.where(own_BHW, label_BHW, other_BHW), own_BHW
+        pixels = torch.where(own_BHW[..., None], batch.pixels, neighbours(batch.pixels))
+        label_BHW = torch.where(own_BHW, batch.label, other_BHW)
+        return replace(batch, pixels=pixels, labels={**batch.labels, SEGMENTATION: label_BHW}, own=own_BHW)
 
 
 def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:

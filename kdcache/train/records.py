@@ -3,14 +3,16 @@
 Legend: R records of a store, B samples of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from kdcache.data import prefetch
+from kdcache.distill import SEGMENTATION, Target
 from kdcache.store import Cache
 
 TARGET_PARTS = ("values", "indices", "tail")
@@ -66,11 +68,11 @@ class DeviceTargets:
     Pickles empty: worker processes draw the numbers alone.
 
     Args:
-        parts: values, indices and tail of all records (R, ...); (R, 0) for what is absent.
+        targets: head -> the target of all records (R, ...).
     """
 
-    def __init__(self, parts: Sequence[Tensor] = ()) -> None:
-        self._parts = tuple(parts)
+    def __init__(self, targets: Mapping[str, Target] | None = None) -> None:
+        self._targets = dict(targets or {})
 
     def __reduce__(self) -> tuple[object, ...]:
         return DeviceTargets, ()
@@ -79,33 +81,32 @@ class DeviceTargets:
     def load(cls, cache: Cache, device: torch.device, *, threads: int = 2) -> "DeviceTargets":
         """Read every target of a store. Raises: what reading raises."""
         paths = target_paths(cache)
-        specs = [cache.specs[paths[name]] if name in paths else None for name in TARGET_PARTS]
-        parts = [
-            torch.empty((len(cache), 0), dtype=torch.uint8, device=device)
-            if spec is None
-            else torch.empty((len(cache), *spec.shape), dtype=getattr(torch, spec.dtype), device=device)
-            for spec in specs
-        ]
+        specs = {name: cache.specs[path] for name, path in paths.items()}
+        parts = {
+            name: torch.empty((len(cache), *spec.shape), dtype=getattr(torch, spec.dtype), device=device)
+            for name, spec in specs.items()
+        }
         rows = prefetch(lambda n: cache.read(n, tuple(paths.values())), range(len(cache)), threads=threads, ahead=16)
         for record, row in enumerate(rows):
-            for part, spec in zip(parts, specs, strict=True):
-                if spec is not None:
-                    part[record].copy_(torch.from_numpy(row[spec.path]))
-        return cls(parts)
+            for name, path in paths.items():
+                parts[name][record].copy_(torch.from_numpy(row[path]))
+        return cls({SEGMENTATION: Target(**parts)})
 
-    def empty(self, batch_size: int) -> list[Tensor]:
-        """Memory for the target of a batch (B, ...)."""
-        return [part.new_empty((batch_size, *part.shape[1:])) for part in self._parts]
+    def empty(self, batch_size: int) -> dict[str, Target]:
+        """Memory for the targets of a batch (B, ...), by head."""
+        targets: dict[str, Target] = pytree.tree_map(
+            lambda part: part.new_empty((batch_size, *part.shape[1:])), self._targets
+        )
+        return targets
 
-    def gather_into(self, records_B: Tensor, out: Sequence[Tensor]) -> None:
+    def gather_into(self, records_B: Tensor, out: Mapping[str, Target]) -> None:
         """The targets of a batch, into what `empty` gave.
 
         Args:
             records_B: int64, on the device.
         """
-        for part, there in zip(self._parts, out, strict=True):
-            if part.numel():
-                torch.index_select(_selectable(part), 0, records_B, out=_selectable(there))
+        for part, there in zip(pytree.tree_leaves(self._targets), pytree.tree_leaves(out), strict=True):
+            torch.index_select(_selectable(part), 0, records_B, out=_selectable(there))
 
 
 def target_paths(cache: Cache) -> dict[str, str]:

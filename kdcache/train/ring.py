@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 import torch
 
+from kdcache.distill import Batch
 from kdcache.errors import KDCacheError
 from kdcache.train.order import Steps
-from kdcache.train.sample import Row, Sample
+from kdcache.train.sample import Row
 
 DEPTH = 4
 """Buffers: three batches ahead of the one in use."""
@@ -31,7 +32,7 @@ Drawn = Future[KDCacheError | None]
 class Items(Protocol):
     """Draws by number, safe to call from several threads; an error of a sample is returned, not raised."""
 
-    def empty(self, *leading: int, pin_memory: bool) -> Sample: ...
+    def empty(self, *leading: int, pin_memory: bool) -> Batch: ...
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None: ...
 
 
@@ -60,7 +61,7 @@ class Ring:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __iter__(self) -> Iterator[Sample | KDCacheError]:
+    def __iter__(self) -> Iterator[Batch | KDCacheError]:
         count = min(self._depth, len(self._steps))
         buffers = [_Buffer(self._draws, self._steps.rows, self._pin_memory) for _ in range(count)]
         if not self._threads:
@@ -72,12 +73,12 @@ class Ring:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _when_asked(self, buffers: "list[_Buffer]") -> Iterator[Sample | KDCacheError]:
+    def _when_asked(self, buffers: "list[_Buffer]") -> Iterator[Batch | KDCacheError]:
         for draws, buffer in zip(self._steps, cycle(buffers), strict=False):
             yield buffer.draw(draws) or buffer.batch
             buffer.release()
 
-    def _ahead(self, pool: ThreadPoolExecutor, buffers: "list[_Buffer]") -> Iterator[Sample | KDCacheError]:
+    def _ahead(self, pool: ThreadPoolExecutor, buffers: "list[_Buffer]") -> Iterator[Batch | KDCacheError]:
         todo = iter(self._steps)
         under_way = deque((buffer, self._start(pool, buffer, next(todo))) for buffer in buffers)
         while under_way:

@@ -1,77 +1,79 @@
-"""One item of a training, and a batch of them: the tensors, in one order.
+"""A sample that is drawn: the arrays of one row of a batch, and how samples become a batch.
 
 A sample is drawn into memory that the caller gives, mostly a row of a batch (`Row`): torch tensors of single samples,
 and stacking them, would cost as much as reading does.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import collate as collate_parts
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from kdcache.distill import Target
+from kdcache.distill import Batch
 
 Array = np.ndarray[Any, Any]
 
 
-class Sample(NamedTuple):
-    """One item; a batch has the same fields with a leading B."""
+@dataclass(frozen=True)
+class Row:
+    """One sample as arrays that are drawn into: the memory of a `Batch` without its first axis.
 
-    pixels: Tensor  # uint8 (H, W, 3) RGB
-    label: Tensor  # uint8 (H, W), 255 void
-    target: Target
-
-    def to_dict(self) -> dict[str, Tensor]:
-        """Flat, for loops that take a batch apart by its names; what else the target brings is named by its path."""
-        target = self.target._asdict()
-        extras = target.pop("extras")
-        return {"pixels": self.pixels, "label": self.label, **target, **extras}
-
-    @classmethod
-    def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Sample":
-        """Of a `to_dict`, wherever its tensors have been moved."""
-        named = {"pixels", "label", *Target._fields}
-        extras = {name: tensor for name, tensor in tensors.items() if name not in named}
-        target = Target.of([tensors[name] for name in Target._fields[:5]], extras)
-        return cls(tensors["pixels"], tensors["label"], target)
-
-
-class Row(NamedTuple):
-    """One sample as arrays that are drawn into: the tensors of a `Sample`, or of one row of a batch, in their order."""
+    Attributes:
+        label: of segmentation.
+        stored: (path, what the store holds under it): targets and further arrays.
+        others: as in `Batch`; None is absent there, too.
+    """
 
     pixels: Array
     label: Array
-    values: Array
-    indices: Array
-    tail: Array
-    window: Array
-    flip: Array
-    extras: dict[str, Array]
+    stored: list[tuple[str, Array]]
+    window: Array | None
+    flip: Array | None
+    inside: Array | None
+    dice: Array | None
+    record: Array | None
 
     @classmethod
-    def of(cls, sample: Sample, *at: int) -> "Row":
-        """Of a sample, or of the sample `at` a place in a batch."""
-        place: Any = (*at, ...)
-        extras = {path: part.numpy()[place] for path, part in sample.target.extras.items()}
-        pixels, label, values, indices, tail, window, flip = (
-            part.numpy()[place] for part in (*sample[:2], *sample.target[:5])
+    def of(cls, batch: Batch, *at: int) -> "Row":
+        """The memory of a single sample, or of the sample `at` a place in a batch."""
+
+        def array(tensor: Tensor) -> Array:
+            place: Any = (*at, ...)
+            row: Array = tensor.numpy()[place]
+            return row
+
+        def present(tensor: Tensor | None) -> Array | None:
+            return None if tensor is None else array(tensor)
+
+        assert batch.pixels is not None
+        stored = [(path, array(tensor)) for path, tensor in batch.arrays.items()]
+        for head, target in (batch.targets or {}).items():
+            parts = vars(target).items()
+            stored += [(f"targets/{head}/{name}", array(part)) for name, part in parts if part is not None]
+        return cls(
+            pixels=array(batch.pixels),
+            label=array(batch.label),
+            stored=stored,
+            window=present(batch.window),
+            flip=present(batch.flip),
+            inside=present(batch.inside),
+            dice=present(batch.dice),
+            record=present(batch.record),
         )
-        return cls(pixels, label, values, indices, tail, window, flip, extras)
 
 
-def parts_of(batch: Sample) -> list[Tensor]:
-    """The tensors of a batch in a fixed order."""
-    return [batch.pixels, batch.label, *batch.target[:5], *batch.target.extras.values()]
+def collate(samples: Sequence[Batch], *, collate_fn_map: dict[Any, Callable[..., Any]] | None = None) -> Batch:
+    """Stack samples into a batch; `DataLoader` does so by itself."""
+    leaves, specs = zip(*map(pytree.tree_flatten, samples), strict=True)
+    kinds = default_collate_fn_map if collate_fn_map is None else collate_fn_map
+    stacked = [collate_parts(parts, collate_fn_map=kinds) for parts in zip(*leaves, strict=True)]
+    batch: Batch = pytree.tree_unflatten(stacked, specs[0])
+    return batch
 
 
-def rows_of(batch: Sample, count: int, first: int = 0) -> Sample:
-    """So many samples of a batch, in memory of the batch."""
-    return batch_of([part[first : first + count] for part in parts_of(batch)], batch)
-
-
-def batch_of(parts: list[Tensor], like: Sample | None = None) -> Sample:
-    """The batch of `parts_of`; its extras are named as those of another batch."""
-    names = () if like is None else like.target.extras
-    extras = dict(zip(names, parts[7:], strict=True))
-    return Sample(parts[0], parts[1], Target.of(parts[2:7], extras))
+default_collate_fn_map[Batch] = collate  # as the docstring of torch's default_collate says

@@ -8,24 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill import DistillLoss, Losses, Target
-from kdcache.models import SegmentationModel
-from kdcache.train.dataset import DICE
+from kdcache.distill import Batch, DistillLoss, Losses
+from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.train.mix import Mix
-from kdcache.train.sample import Sample
 
-Step = Callable[[Sample], Tensor]
+Step = Callable[[Batch], Tensor]
 """Learns from a batch of the loader; returns its loss and the parts of it on the device, detached and its own."""
 
 
 class Asked(NamedTuple):
     """The arguments of the loss, in its order."""
 
-    logits: Tensor
-    label: Tensor
-    target: Target
-    features: dict[str, Tensor]
-    own: Tensor | None
+    outputs: NativeOutput
+    batch: Batch
 
 
 class EagerStep:
@@ -64,10 +59,10 @@ class EagerStep:
         self._clip_grad = clip_grad
         self._mix = mix
 
-    def __call__(self, batch: Sample) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         return self.learn(self.forward(self.to_device(batch)))
 
-    def with_norms(self, batch: Sample) -> tuple[Tensor, dict[str, float]]:
+    def with_norms(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """The same step, and the L2 norm of each weighted term's gradient over the model's parameters."""
         given = self._asked(self.to_device(batch))
         norms = {name: self._norm(gradients) for name, gradients in self._term_gradients(given)}
@@ -86,33 +81,28 @@ class EagerStep:
         squares = [g.float().square().sum() for g in whole]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
-    def to_device(self, batch: Sample) -> Sample:
-        return Sample(
-            batch.pixels.to(self.device, non_blocking=True),
-            batch.label.to(self.device, non_blocking=True),
-            batch.target.to(self.device, non_blocking=True),
-        )
+    def to_device(self, batch: Batch) -> Batch:
+        return batch.to(self.device, non_blocking=True)
 
-    def forward(self, batch: Sample) -> Losses:
+    def forward(self, batch: Batch) -> Losses:
         """The differentiable loss of a batch on the device."""
         losses: Losses = self.criterion(*self._asked(batch))
         return losses
 
-    def _asked(self, batch: Sample) -> Asked:
+    def _asked(self, batch: Batch) -> Asked:
         """What the loss looks at: the model's answer, and what it is compared with."""
-        pixels, label, own = self._mixed(batch)
-        x_B3HW = self.model.normalise(pixels)
+        batch = self._mixed(batch)
+        assert batch.pixels is not None
+        x_B3HW = self.model.normalise(batch.pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            answer = self.network(x_B3HW, self._taps)
-        return Asked(answer.logits, label, batch.target, answer.features, own)
+            outputs = self.network(x_B3HW, self._taps)
+        return Asked(outputs, batch)
 
-    def _mixed(self, batch: Sample) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pixels and label as they are learnt from, and which of them are a sample's own; None is all."""
-        if self._mix is None:
-            return batch.pixels, batch.label, None
-        return self._mix(batch.pixels, batch.label, batch.target.extras[DICE])
+    def _mixed(self, batch: Batch) -> Batch:
+        """The batch as it is learnt from."""
+        return batch if self._mix is None else self._mix(batch)
 
-    def held(self, batch: Sample) -> Sample:
+    def held(self, batch: Batch) -> Batch:
         """What of a batch goes through the model at once: all of it."""
         return batch
 
@@ -134,7 +124,7 @@ class EagerStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def attempt(self, batch: Sample, norms: bool) -> None:
+    def attempt(self, batch: Batch, norms: bool) -> None:
         """A step on what goes through the model at once, without a trace, to see whether it fits into memory."""
         with self.rehearsal():
             given = self._asked(self.to_device(batch))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.distill import DistillLoss
+from kdcache.distill import Batch, DistillLoss
 from kdcache.errors import KDCacheError
 from kdcache.evaluate import Metrics
 from kdcache.evaluate.memory import is_out_of_memory
@@ -23,7 +23,6 @@ from kdcache.train.log import MetricsLog, Observer
 from kdcache.train.memory import asked_for, largest_fitting, memory_error
 from kdcache.train.mix import Mix
 from kdcache.train.parallel import distribute
-from kdcache.train.sample import Sample, rows_of
 from kdcache.train.schedule import Schedule, make_optimizer, strength
 from kdcache.train.state import RunState
 from kdcache.train.step import EagerStep, Step, set_random_state
@@ -157,7 +156,7 @@ class Trainer:
             self.observer.ended(completed=completed)
         return self._state.finish()
 
-    def _one_step(self, step: int, batches: Iterator[Sample | KDCacheError], stop: bool) -> bool:
+    def _one_step(self, step: int, batches: Iterator[Batch | KDCacheError], stop: bool) -> bool:
         """Take a step; returns whether any process was asked to stop before it."""
         config = self.config
         began = time.perf_counter()
@@ -190,7 +189,7 @@ class Trainer:
             self.observer.stepped(now.step, report)
         return agreed.stop
 
-    def _learn(self, step: int, batch: Sample) -> tuple[float, Tensor, dict[str, float] | None]:
+    def _learn(self, step: int, batch: Batch) -> tuple[float, Tensor, dict[str, float] | None]:
         """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
         measured = looks(step, self.config.gradients_every)
         try:
@@ -210,7 +209,7 @@ class Trainer:
         self._step = None
         held, together = self.eager.held(batch), 1 if self.config.mix is None else 2
         fits = largest_fitting(
-            lambda size: self.eager.attempt(rows_of(held, size), measured), len(held.pixels), self.device, together
+            lambda size: self.eager.attempt(held.rows(size), measured), len(held), self.device, together
         )
         raise memory_error(self.config, self.device, asked, fits)
 
@@ -221,7 +220,7 @@ class Trainer:
             for text in self.criterion.describe():
                 self.observer.note(text)
 
-    def _prepare(self, batch: Sample) -> float:
+    def _prepare(self, batch: Batch) -> float:
         """Make the step from the first batch; returns the seconds that it took, which are no training."""
         if self._step is not None:
             return 0.0

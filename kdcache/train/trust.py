@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from kdcache.data import IGNORE_INDEX, Split, folds_of, parse_fold
+from kdcache.distill import Batch
 from kdcache.errors import MismatchError, RecipeError, plain_logger
 from kdcache.evaluate import ConfusionMatrix
 from kdcache.models.run import load_run
@@ -26,7 +27,6 @@ from kdcache.store import Cache
 from kdcache.train.cached import CacheDataset
 from kdcache.train.config import read_config
 from kdcache.train.held_out import check_same_samples, doubt
-from kdcache.train.sample import Sample
 
 _log = plain_logger("kdcache.train")
 FULL = 0.05
@@ -113,12 +113,13 @@ def trust_from_run(
     return [float(weight) for weight in np.clip(difference / FULL, 0, 1).round(4)]
 
 
-def _said(cache: Cache, sample: Sample) -> torch.Tensor:
-    best_BHW, _ = sample.target.map(lambda part: part[None]).said(cache, (sample.label.shape[0], sample.label.shape[1]))
+def _said(cache: Cache, sample: Batch) -> torch.Tensor:
+    best_BHW, _ = sample.map(lambda part: part[None]).argmax_confidence(cache, sample.size)
     return best_BHW[0]
 
 
-def _predicted(model: Any, sample: Sample, device: torch.device) -> torch.Tensor:
+def _predicted(model: Any, sample: Batch, device: torch.device) -> torch.Tensor:
+    assert sample.pixels is not None
     with torch.inference_mode():
         logits = model(model.normalise(sample.pixels[None].to(device))).logits.float()
         best: torch.Tensor = model.upsample(logits, tuple(sample.label.shape))[0].argmax(0).cpu()

@@ -23,9 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdcache.distill import KernelError, Losses
+from kdcache.distill import Batch, KernelError, Losses
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.train.sample import Sample
 from kdcache.train.step import EagerStep, Step
 
 BACKEND = "inductor"
@@ -60,8 +59,8 @@ class CompiledStep:
     Raises: what the compiler raises for a model that it cannot trace as a whole, or would compile at every step.
     """
 
-    def __init__(self, eager: EagerStep, batch: Sample) -> None:
-        def forward(batch: Sample) -> Losses:
+    def __init__(self, eager: EagerStep, batch: Batch) -> None:
+        def forward(batch: Batch) -> Losses:
             return eager.forward(batch)
 
         # The compiler keeps its programs, and counts them against a limit, by code object: each run has its own.
@@ -69,21 +68,22 @@ class CompiledStep:
         self._eager = eager
         self._compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=BACKEND)
         on_device = eager.to_device(batch)
+        assert on_device.pixels is not None
         eager.model.normalise(on_device.pixels)  # copies its constants to the device: not a part of the program
         with eager.rehearsal():
             torch.autograd.backward(self._compiled(on_device).loss)
             with torch.compiler.set_stance("fail_on_recompile"):
                 torch.autograd.backward(self._compiled(on_device).loss)
 
-    def __call__(self, batch: Sample) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
-    def forward(self, batch: Sample) -> Losses:
+    def forward(self, batch: Batch) -> Losses:
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._compiled(batch)
 
 
-def make_step(kind: str, eager: EagerStep, batch: Sample, note: Callable[[str], None]) -> Step:
+def make_step(kind: str, eager: EagerStep, batch: Batch, note: Callable[[str], None]) -> Step:
     """The step of a kind, tried on the first batch; or the next simpler one that runs.
 
     Args:

@@ -87,8 +87,7 @@ def batch_of(
         window[3] = torch.tensor([10.0, 8.0, 40.0, 20.0])
     raw = normal(B, C, *GRID, scale=2.5)
     top = raw.amax(1)
-    empty = torch.empty(0, dtype=torch.float16)
-    target = Target((raw - top[:, None]).half(), torch.empty(0, dtype=torch.uint8), empty, window, flip)
+    target = Target((raw - top[:, None]).half())
     labels = torch.randint(0, C, (B, *SIZE), generator=generator, dtype=torch.uint8)
     labels[torch.rand(B, *SIZE, generator=generator) < 0.3] = 255
     weight = torch.rand(B, *SIZE, generator=generator) * (torch.rand(B, *SIZE, generator=generator) < 0.6)
@@ -99,7 +98,16 @@ def batch_of(
     counts = torch.rand(B, *SIZE, generator=generator) < 0.75
     counts[:, 5:, 20:] = False
     return TermBatch(
-        logits, features, labels, target, stored, weight if gated else None, SIZE, counts if counted else None
+        logits,
+        features,
+        labels,
+        target,
+        stored,
+        weight if gated else None,
+        SIZE,
+        counts if counted else None,
+        window,
+        flip,
     )
 
 
@@ -108,13 +116,14 @@ def batch_of(
 
 def sampled(image: Tensor, batch: TermBatch, sample: int, grid: tuple[int, int]) -> Array:
     """(c, h, w): a map of the view at the cells of a window, tap by tap."""
-    assert batch.target is not None
+    assert batch.window is not None
+    assert batch.flip is not None
     found = np.zeros((image.shape[0], *grid))
-    (y0, x0, y1, x1), values = batch.target.window[sample].tolist(), image.double().numpy()
+    (y0, x0, y1, x1), values = batch.window[sample].tolist(), image.double().numpy()
     _, height, width = values.shape
     for i in range(grid[0]):
         for j in range(grid[1]):
-            column = grid[1] - 1 - j if batch.target.flip[sample] else j
+            column = grid[1] - 1 - j if batch.flip[sample] else j
             y = (y0 + (i + 0.5) * (y1 - y0) / grid[0]) * height / VIEW[0] - 0.5
             x = (x0 + (column + 0.5) * (x1 - x0) / grid[1]) * width / VIEW[1] - 0.5
             y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
@@ -128,12 +137,13 @@ def sampled(image: Tensor, batch: TermBatch, sample: int, grid: tuple[int, int])
 
 def shares(batch: TermBatch, sample: int, grid: tuple[int, int]) -> tuple[Array, Array]:
     """(h, w) twice: the counted share of every cell, and that times the gate, pixel by pixel."""
-    assert batch.target is not None
-    y0, x0, y1, x1 = batch.target.window[sample].tolist()
+    assert batch.window is not None
+    assert batch.flip is not None
+    y0, x0, y1, x1 = batch.window[sample].tolist()
     counted, gated = np.zeros(grid), np.zeros(grid)
     for row in range(SIZE[0]):
         for column in range(SIZE[1]):
-            x = (SIZE[1] - 1 - column if batch.target.flip[sample] else column) + 0.5
+            x = (SIZE[1] - 1 - column if batch.flip[sample] else column) + 0.5
             inside = 0 <= y0 + (row + 0.5) * (y1 - y0) / SIZE[0] <= VIEW[0]
             inside = inside and 0 <= x0 + x * (x1 - x0) / SIZE[1] <= VIEW[1]
             inside = inside and (batch.counted is None or bool(batch.counted[sample, row, column]))
@@ -330,9 +340,11 @@ def part_of(batch: TermBatch, part: slice) -> TermBatch:
         batch.logits.detach()[part],
         {tap: maps.detach()[part] for tap, maps in batch.features.items()},
         batch.labels[part],
-        Target(*(x[part] if x.numel() else x for x in batch.target[:5])),
+        Target(batch.target.values[part]),
         {path: array[part] for path, array in batch.stored.items()},
         None if batch.pixel_weight is None else batch.pixel_weight[part],
         SIZE,
         None if batch.counted is None else batch.counted[part],
+        None if batch.window is None else batch.window[part],
+        None if batch.flip is None else batch.flip[part],
     )

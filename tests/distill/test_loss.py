@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from target_oracle import LABEL, VIEW, C, Format, dense_target, inputs, top_k, upsampled
+from target_oracle import LABEL, VIEW, C, Format, dense_target, inputs, labelled, top_k, upsampled, values_of
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from kdcache.data import Augmentation
-from kdcache.distill import DistillLoss, Target
+from kdcache.distill import Batch, DistillLoss, Target
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.store import Cache
 from kdcache.train import CacheDataset
@@ -21,7 +23,7 @@ from kdcache.train import CacheDataset
 def oracle(
     student: Tensor,
     label: Tensor,
-    target: Target | None,
+    target: Batch | None,
     *,
     ce_weight: float = 1.0,
     kl_weight: float = 0.3,
@@ -71,7 +73,7 @@ def test_loss_and_gradient_are_those_of_float64(name: str, kind: str, moved: boo
     (wanted,) = torch.autograd.grad(expected[0], reference)
     criterion = DistillLoss(Format(options.pop("teacher_align", False)), **options)
     student.requires_grad_()
-    parts = criterion(student, label, target)
+    parts = criterion(student, labelled(target, label))
     (gradient,) = torch.autograd.grad(parts.loss, student)
     assert [part.item() for part in parts[:3]] == pytest.approx([part.item() for part in expected], rel=3e-6, abs=1e-7)
     assert (gradient - wanted).norm() <= 3e-6 * wanted.norm()
@@ -82,57 +84,52 @@ def test_a_whole_view_is_an_interpolation() -> None:
     target = dense_target(moved=False)
     sampled, inside = upsampled(target, False)
     assert inside.all()
-    assert (sampled - F.interpolate(target.values.double(), LABEL, mode="bilinear")).abs().max() < 1e-12
+    assert (sampled - F.interpolate(values_of(target).double(), LABEL, mode="bilinear")).abs().max() < 1e-12
 
 
-def labels_alone() -> Target:
-    """What a data set without a store gives for a target."""
-    return dense_target()._replace(values=torch.empty(3, 0, dtype=torch.float16))
+ALONE = Batch()
+"""What a data set without a store gives for targets."""
+WITHOUT = Batch(targets=None)
+"""A batch that is said to have no teacher."""
 
 
 @pytest.mark.parametrize(
-    ("store", "options", "target"),
+    ("store", "options", "batch"),
     [
-        ("store", {"kl_weight": 1.0}, [None]),
-        ("store", {"kl_weight": 0.0}, []),
-        ("store", {"kl_weight": 0.0}, [dense_target()]),
-        ("store", {"kl_weight": 0.0}, [labels_alone()]),
-        ("none", {}, [labels_alone()]),
-        ("none", {}, [None]),
+        ("store", {"kl_weight": 1.0}, WITHOUT),
+        ("store", {"kl_weight": 0.0}, dense_target()),
+        ("store", {"kl_weight": 0.0}, ALONE),
+        ("none", {}, ALONE),
+        ("none", {}, WITHOUT),
     ],
 )
-def test_without_a_teacher_there_is_cross_entropy_alone(store: str, options: dict[str, Any], target: list[Any]) -> None:
+def test_without_a_teacher_there_is_cross_entropy_alone(store: str, options: dict[str, Any], batch: Batch) -> None:
     student, label = inputs()
     criterion = DistillLoss(Format() if store == "store" else None, ce_weight=0.5, **options)
-    parts = criterion(student, label, *target)
+    batch = labelled(batch, label)
+    parts = criterion(student, batch)
     ce = oracle(student, label, None)[1].item()
     assert [part.item() for part in parts[:3]] == pytest.approx([0.5 * ce, ce, 0], rel=1e-6)
-    assert set(criterion.parts(student, label, *target)) == {"ce"}
+    assert set(criterion.parts(student, batch)) == {"ce"}
 
 
 @pytest.mark.parametrize("call", ["__call__", "parts"])
 @pytest.mark.parametrize(
-    ("store", "target", "remedy"),
-    [
-        ("store", [], "target=None"),
-        ("none", [], "target=None"),
-        ("store", [labels_alone()], "targets=True"),
-        ("none", [dense_target()], r"DistillLoss\(cache\)"),
-    ],
-    ids=["no target", "neither", "no values", "no store"],
+    ("store", "batch", "remedy"),
+    [("store", ALONE, "targets=True"), ("none", dense_target(), r"DistillLoss\(cache\)")],
+    ids=["no target", "no store"],
 )
-def test_a_teacher_that_weighs_is_never_left_out_in_silence(
-    call: str, store: str, target: list[Any], remedy: str
-) -> None:
+def test_a_teacher_that_weighs_is_never_left_out_in_silence(call: str, store: str, batch: Batch, remedy: str) -> None:
     criterion = DistillLoss(Format() if store == "store" else None, kl_weight=0.3)
+    student, label = inputs()
     with pytest.raises(RecipeError, match=remedy) as caught:
-        getattr(criterion, call)(*inputs(), *target)
+        getattr(criterion, call)(student, labelled(batch, label))
     assert caught.value.rule.startswith("a loss with a teacher's weight needs")
     assert "kl above weight 0" in caught.value.received
 
 
-def cropped(target: Target, window: tuple[float, ...]) -> Target:
-    return target._replace(window=torch.tensor([window] * len(target.window), dtype=torch.float64))
+def cropped(batch: Batch, window: tuple[float, ...]) -> Batch:
+    return replace(batch, window=torch.tensor([window] * len(batch), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("zoom", [1.0, 0.5])
@@ -144,14 +141,14 @@ def test_labels_that_were_cut_without_the_window_are_refused(rows: int, columns:
     target = cropped(dense_target(moved=False), (2.0, 3.0, 2.0 + zoom * VIEW[0], 3.0 + zoom * VIEW[1]))
     criterion = DistillLoss(Format(), kl_weight=0.3)
     with pytest.raises(DataError) as caught:
-        criterion(student, label, target)
+        criterion(student, labelled(target, label))
     assert f"{rows}x{columns}" in caught.value.received
     assert "22x34" in caught.value.received
     assert "window=" in caught.value.remedy
     stretched = DistillLoss(Format(), kl_weight=0.3, size=(rows, columns))
-    assert stretched(student, label, target).kl > 0
+    assert stretched(student, labelled(target, label)).kl > 0
     with pytest.raises(DataError, match=f"whose labels are {rows}x{columns}"):
-        stretched(student, torch.zeros(3, 23, 37, dtype=torch.uint8), target)
+        stretched(student, labelled(target, torch.zeros(3, 23, 37, dtype=torch.uint8)))
 
 
 def test_labels_cut_with_their_window_learn_what_the_whole_view_says_there() -> None:
@@ -161,10 +158,12 @@ def test_labels_cut_with_their_window_learn_what_the_whole_view_says_there() -> 
     z = F.interpolate(student, VIEW, mode="bilinear")
     criterion = DistillLoss(Format(), kl_weight=1.0, ce_weight=0.0)
     upper, lower = (
-        criterion(z[:, :, part], label[:, part], cropped(target, (*edges[:1], 0.0, *edges[1:], 34.0))).kl.item()
+        criterion(
+            z[:, :, part], labelled(cropped(target, (*edges[:1], 0.0, *edges[1:], 34.0)), label[:, part])
+        ).kl.item()
         for part, edges in ((slice(0, 8), (0.0, 8.0)), (slice(8, 22), (8.0, 22.0)))
     )
-    whole = criterion(z, label, target).kl.item()
+    whole = criterion(z, labelled(target, label)).kl.item()
     assert (8 * upper + 14 * lower) / 22 == pytest.approx(whole, rel=1e-5)
 
 
@@ -173,17 +172,17 @@ def test_labels_of_another_scale_show_the_same_view() -> None:
     criterion = DistillLoss(Format(), kl_weight=0.3)
     for rows, columns in ((11, 17), (44, 68), (33, 51), (5, 8), (22, 35), (100, 154)):
         label = torch.zeros(3, rows, columns, dtype=torch.uint8)
-        assert criterion(student, label, dense_target(moved=False)).kl > 0
+        assert criterion(student, labelled(dense_target(moved=False), label)).kl > 0
 
 
 def test_a_batch_of_other_samples_is_refused() -> None:
     student, label = inputs()
     with pytest.raises(DataError, match="target of 2"):
-        DistillLoss(Format())(student, label, dense_target(2, moved=False))
+        DistillLoss(Format())(student, labelled(dense_target(2, moved=False), label))
     with pytest.raises(DataError, match="labels of 1"):
-        DistillLoss(kl_weight=0.0)(student, label[:1])
+        DistillLoss(kl_weight=0.0)(student, labelled(Batch(), label[:1]))
     with pytest.raises(DataError, match="void"):
-        DistillLoss(Format())(student, None, dense_target())
+        DistillLoss(Format())(student, dense_target())
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -193,9 +192,10 @@ def test_terms_sum_to_the_loss_with_their_gradients(name: str) -> None:
     student, label = inputs(3)
     target = dense_target()
     student.requires_grad_()
-    terms = criterion.parts(student, label, target)
+    batch = labelled(target, label)
+    terms = criterion.parts(student, batch)
     assert list(terms) == [t for t in ("ce", "kl") if options.get(f"{t}_weight", 1.0) > 0]
-    loss = criterion(student, label, target).loss
+    loss = criterion(student, batch).loss
     assert sum(term.item() for term in terms.values()) == pytest.approx(loss.item(), rel=1e-6)
     whole = torch.autograd.grad(loss, student)[0]
     parts = sum(torch.autograd.grad(term, student)[0] for term in terms.values())
@@ -205,19 +205,20 @@ def test_terms_sum_to_the_loss_with_their_gradients(name: str) -> None:
 def test_gradients_reach_the_student_alone() -> None:
     student, label = inputs()
     target = dense_target()
-    target.values.requires_grad_()
+    values_of(target).requires_grad_()
     student.requires_grad_()
-    DistillLoss(Format())(student, label, target).loss.backward()
+    DistillLoss(Format())(student, labelled(target, label)).loss.backward()
     assert student.grad is not None
     assert student.grad.abs().sum() > 0
-    assert target.values.grad is None
+    assert values_of(target).grad is None
 
 
 def test_unlabelled_batches_teach_too() -> None:
     student, label = inputs()
     target = dense_target()
     void = torch.full_like(label, 255)
-    teaching, silent = (DistillLoss(Format(), distill_void=flag)(student, void, target) for flag in (True, False))
+    batch = labelled(target, void)
+    teaching, silent = (DistillLoss(Format(), distill_void=flag)(student, batch) for flag in (True, False))
     assert teaching.ce.item() == 0
     assert teaching.kl.item() == pytest.approx(oracle(student, void, target, ce_weight=0)[2].item(), rel=1e-5)
     assert silent.loss.item() == 0
@@ -234,11 +235,11 @@ def test_another_number_may_mean_void(distill_void: bool, pasted: bool) -> None:
         criterion = DistillLoss(Format(), distill_void=distill_void, ignore_index=void, class_weight=weight)
         counts: list[Tensor] = []
         with criterion.averaging(lambda count, counts=counts: counts.append(count) or count):  # type: ignore[misc]
-            loss = criterion(student, label.masked_fill(label == 255, void), target, own_BHW=own).loss
+            loss = criterion(student, labelled(target, label.masked_fill(label == 255, void), own)).loss
         losses.append((loss, *counts))
         assert len(counts) > 0
     assert all(torch.equal(one, two) for one, two in zip(*losses, strict=True))
-    assert losses[0][0] != DistillLoss(Format(), distill_void=not distill_void)(student, label, target).loss
+    assert losses[0][0] != DistillLoss(Format(), distill_void=not distill_void)(student, labelled(target, label)).loss
 
 
 def test_class_weights_follow_the_module_and_stay_out_of_its_state() -> None:
@@ -247,13 +248,13 @@ def test_class_weights_follow_the_module_and_stay_out_of_its_state() -> None:
     assert criterion.double().class_weight.dtype == torch.float64
 
 
-def test_targets_move_between_devices_whole() -> None:
-    target = top_k(dense_target())
-    moved = target.to("meta")
-    assert isinstance(moved, Target)
-    assert all(part.device.type == "meta" for part in moved[:5])
-    assert [part.shape for part in moved[:5]] == [part.shape for part in target[:5]]
-    assert all(torch.equal(a, b) for a, b in zip(target.to("cpu")[:5], target[:5], strict=True))
+def test_batches_move_between_devices_whole() -> None:
+    batch = top_k(dense_target())
+    moved = batch.to("meta")
+    assert all(tensor.device.type == "meta" for tensor in tensors_of(moved))
+    assert [tensor.shape for tensor in tensors_of(moved)] == [tensor.shape for tensor in tensors_of(batch)]
+    assert len(tensors_of(batch)) == 5  # values, indices, tail, window, flip
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(batch.to("cpu")), tensors_of(batch), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
@@ -267,19 +268,19 @@ def test_a_collated_batch_of_a_store_is_what_the_loss_takes(
     batch = default_collate([dataset[index] for index in range(3)])
     assert isinstance(batch.target, Target)
     student = torch.randn(3, 7, 16, 24, requires_grad=True)
-    parts = DistillLoss(cache, temperature=3.0)(student, batch.label, batch.target)
+    parts = DistillLoss(cache, temperature=3.0)(student, batch)
     parts.loss.backward()
     assert all(part.isfinite() for part in parts[:3])
     assert parts.kl > 0
     assert student.grad is not None
     assert student.grad.isfinite().all()
     plain = default_collate([CacheDataset(cache, targets=False)[index] for index in range(3)])
-    assert DistillLoss(cache)(student, plain.label, None).kl.item() == 0
+    assert DistillLoss(cache)(student, replace(plain, targets=None)).kl.item() == 0
     with pytest.raises(RecipeError, match="targets=True"):
-        DistillLoss(cache)(student, plain.label, plain.target)
+        DistillLoss(cache)(student, plain)
 
 
 def test_a_student_of_another_class_list_is_refused(dense: Cache) -> None:
     batch = default_collate([CacheDataset(dense, augment="none")[0]])
     with pytest.raises((ValueError, ModelError), match=r"7|8"):
-        DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(torch.randn(1, 8, 16, 24), batch.label, batch.target)
+        DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(torch.randn(1, 8, 16, 24), batch)

@@ -12,16 +12,16 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from kdcache.data import OUTSIDE_RGB, Augmentation, Window, open_split, render
-from kdcache.distill import DistillLoss
+from kdcache.distill import Batch, DistillLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache
-from kdcache.train import CacheDataset, Sample
+from kdcache.train import CacheDataset
 
 DATA, SIZE = "scenes:64x96,train=8,val=1", (64, 96)
 Teach = Callable[[Tensor], Tensor]
 
 
-def stored_batch(cache: Cache) -> Sample:
+def stored_batch(cache: Cache) -> Batch:
     dataset = CacheDataset(cache, augment="none")
     return default_collate([dataset[index] for index in range(8)])
 
@@ -75,7 +75,7 @@ def student(request: pytest.FixtureRequest, dense: Cache) -> tuple[SegmentationM
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(30):
         optimizer.zero_grad()
-        criterion(model(model.normalise(batch.pixels)).logits, batch.label, batch.target).loss.backward()
+        criterion(model(model.normalise(batch.pixels)).logits, batch).loss.backward()
         optimizer.step()
     return model, 5e-3
 
@@ -89,7 +89,7 @@ def test_gradients_from_the_store_are_those_beside_a_live_teacher(
     expected = gradients(model, live)
     batch = stored_batch(dense)
     criterion = DistillLoss(dense, ce_weight=0.0, kl_weight=1.0, temperature=temperature)
-    losses = criterion(model(model.normalise(batch.pixels)).logits, batch.label, batch.target)
+    losses = criterion(model(model.normalise(batch.pixels)).logits, batch)
     assert losses.kl.item() == pytest.approx(live.item(), rel=bound)
     assert_close(gradients(model, losses.loss), expected, bound)
 
@@ -124,9 +124,7 @@ def test_every_view_is_replayed_with_the_teacher_s_own_gradient(
         batch = default_collate([dataset.draw(index, epoch, np.random.default_rng(0)) for index in range(8)])
         assert torch.equal(batch.pixels, pixels)
         expected = gradients(model, live_kl(model, teacher, pixels, 2.0, counted))
-        losses = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0)(
-            model(model.normalise(pixels)).logits, batch.label, batch.target
-        )
+        losses = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0)(model(model.normalise(pixels)).logits, batch)
         assert_close(gradients(model, losses.loss), expected, bound)
     assert shown == set(range(len(cache)))
 
@@ -145,9 +143,7 @@ def test_what_warp_loses_beside_a_live_teacher(
         dataset = CacheDataset(dense, augment="warp", augmentation=augmentation)
         batch = default_collate([dataset.draw(index, 0, np.random.default_rng(index)) for index in range(8)])
         live = gradients(model, live_kl(model, teacher, batch.pixels, 2.0))
-        losses = DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(
-            model(model.normalise(batch.pixels)).logits, batch.label, batch.target
-        )
+        losses = DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(model(model.normalise(batch.pixels)).logits, batch)
         warped = gradients(model, losses.loss)
         pair = [torch.cat([g.flatten() for g in found.values()]) for found in (live, warped)]
         cosines[name] = F.cosine_similarity(*pair, dim=0).item()
@@ -164,6 +160,6 @@ def test_a_top_k_store_points_the_same_way(
     for cache in (dense, make_cache(top_k=5)):
         batch = stored_batch(cache)
         logits = model(model.normalise(batch.pixels)).logits
-        loss = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=1.0)(logits, batch.label, batch.target).loss
+        loss = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=1.0)(logits, batch).loss
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     assert F.cosine_similarity(*found, dim=0) > 0.99

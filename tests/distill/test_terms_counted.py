@@ -5,6 +5,7 @@ Every grid divides the image evenly and logits have its size, so that nothing on
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import DistillLoss, Gate, Target
-from kdcache.distill.target import INSIDE
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, Target
 from kdcache.distill.terms import TermSpec, make_term
 from kdcache.errors import DataError, RecipeError
+from kdcache.models import NativeOutput
 
 B, C, HEIGHT, WIDTH, CELL = 4, 5, 12, 16, 4
 LEFT = WIDTH // 2
@@ -61,10 +62,11 @@ class Scene:
         self.labels = torch.randint(0, C, (B, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)[..., :width]
         self.top = raw.amax(1)
         self.values = (raw - self.top[:, None]).half()
-        self.extras = {"targets/segmentation/max": self.top.float(), "features/deep": self.deep}
+        self.inside: Tensor | None = None
+        self.arrays = {"targets/segmentation/max": self.top.float(), "features/deep": self.deep}
 
     def greyed(self, x1: int = LEFT) -> Scene:
-        self.extras[INSIDE] = torch.tensor([0.0, 0.0, HEIGHT, x1], dtype=torch.float64).repeat(B, 1)
+        self.inside = torch.tensor([0.0, 0.0, HEIGHT, x1], dtype=torch.float64).repeat(B, 1)
         return self
 
     def voided(self) -> Scene:
@@ -72,13 +74,24 @@ class Scene:
         self.labels[..., LEFT:] = 255
         return self
 
-    def losses(self, **options: Any) -> dict[str, float]:
+    def batch(self) -> Batch:
         window = torch.tensor([0.0, 0.0, HEIGHT, self.width], dtype=torch.float64).repeat(B, 1)
-        empty = torch.empty(0)
-        flip = torch.zeros(B, dtype=torch.bool)
-        target = Target(self.values, empty.byte(), empty.half(), window, flip, self.extras)
+        return Batch(
+            labels={SEGMENTATION: self.labels},
+            targets={SEGMENTATION: Target(self.values)},
+            arrays=self.arrays,
+            window=window,
+            flip=torch.zeros(B, dtype=torch.bool),
+            inside=self.inside,
+        )
+
+    @property
+    def outputs(self) -> NativeOutput:
+        return NativeOutput(self.logits, {"head": self.head})
+
+    def losses(self, **options: Any) -> dict[str, float]:
         criterion = criterion_of(self.width, **options)
-        found = criterion(self.logits, self.labels, target, {"head": self.head})
+        found = criterion(self.outputs, self.batch())
         return dict(zip(criterion.names[1:], [found.kl.item(), *(x.item() for x in found.terms)], strict=True))
 
 
@@ -146,32 +159,29 @@ def test_a_cell_that_counts_in_part_weighs_by_that_part() -> None:
 def test_terms_are_told_what_a_batch_lacks() -> None:
     scene = Scene()
     criterion = criterion_of(scene.width, kl_weight=0.0)
-    window = torch.tensor([0.0, 0.0, HEIGHT, scene.width], dtype=torch.float64).repeat(B, 1)
-    empty = torch.empty(0)
-    target = Target(scene.values, empty.byte(), empty.half(), window, torch.zeros(B, dtype=torch.bool), scene.extras)
-    given = (scene.logits, scene.labels)
+    batch = scene.batch()
     with pytest.raises(RecipeError, match="dist, dkd, pseudo"):
-        criterion(*given)
+        criterion(scene.outputs, replace(batch, targets={}))
     with pytest.raises(RecipeError, match=r"extras=criterion\.arrays") as caught:
-        criterion(*given, target._replace(extras={}), {"head": scene.head})
+        criterion(scene.outputs, replace(batch, arrays={}))
     assert "features/deep" in caught.value.received
     with pytest.raises(RecipeError, match="without head"):
-        criterion(*given, target)
+        criterion(scene.logits, batch)
     with pytest.raises(DataError, match="window="):
-        criterion(scene.logits, scene.labels[:, : HEIGHT // 2], target, {"head": scene.head})
-    alone = criterion(*given, None)
+        criterion(scene.outputs, replace(batch, labels={SEGMENTATION: scene.labels[:, : HEIGHT // 2]}))
+    without = replace(batch, targets=None)
+    alone = criterion(scene.logits, without)
     assert [value.item() for value in alone.terms] == [0.0] * len(SPECS)
     assert alone.loss.item() == 0.0
-    assert not criterion.parts(*given, None)
+    assert not criterion.parts(scene.logits, without)
 
 
 def test_what_shows_the_image_is_half_open() -> None:
     """Of pixels whose centres lie on its edges, the first row and column count."""
     window = torch.tensor([[0.0, 0.0, 4.0, 4.0]], dtype=torch.float64)
-    empty, inside = torch.empty(0), torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64)
+    inside = torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.float64)
     form: Any = SimpleNamespace(view_size=(4, 4))
     for flip, expected in ((False, [[[True, False], [False, False]]]), (True, [[[False, True], [False, False]]])):
-        target = Target(empty, empty, empty, window, torch.tensor([flip]), {INSIDE: inside})
-        shown = target.shown(form, (2, 2))
+        shown = Batch(window=window, flip=torch.tensor([flip]), inside=inside).shown(form, (2, 2))
         assert shown is not None
         assert shown.tolist() == expected

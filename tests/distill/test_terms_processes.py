@@ -35,7 +35,6 @@ values = torch.randn(4, 5, 6, 9)
 window = torch.tensor([[0.0, 0, 24, 36], [3, 5, 20, 30], [-6, -6, 30, 50], [0, 0, 12, 18]], dtype=torch.float64)
 flip = torch.tensor([False, True, False, True])
 student = nn.Conv2d(3, 5, 3, stride=4, padding=1)
-empty = torch.empty(0)
 manifest = SimpleNamespace(
     heads={"segmentation": SimpleNamespace(k=5, classes=5, raw=True)},
     features={"deep": SimpleNamespace(channels=6, size=(5, 8))},
@@ -51,8 +50,10 @@ for kind in ("at", "sp", "hint", "dist", "dkd"):
         term.average, term.gather = world.mean, world.rows
     z = student(images[part])
     packed = (values - values.amax(1, keepdim=True)).half()[part]
-    target = Target(packed, empty.byte(), empty.half(), window[part], flip[part])
-    batch = TermBatch(z, {"deep": z}, None, target, {"features/deep": teacher[part].half()}, None, (24, 36))
+    stored = {"features/deep": teacher[part].half()}
+    batch = TermBatch(
+        z, {"deep": z}, None, Target(packed), stored, None, (24, 36), window=window[part], flip=flip[part]
+    )
     loss = term(batch)
     gradients = torch.autograd.grad(loss, [*student.parameters(), *term.parameters()])
     found[kind] = [world.mean(x) for x in (loss, *gradients)]
@@ -103,7 +104,18 @@ def test_a_student_learns_from_a_store_with_features(make_cache: Callable[..., C
             path: torch.stack([torch.from_numpy(cache.read(index, [path])[path]) for index in range(4)])
             for path in term.arrays()
         }
-        loss = term(TermBatch(out.logits, out.features, batch.label, batch.target, stored, None, dataset.size))
+        looked_at = TermBatch(
+            out.logits,
+            out.features,
+            batch.label,
+            batch.target,
+            stored,
+            None,
+            dataset.size,
+            window=batch.window,
+            flip=batch.flip,
+        )
+        loss = term(looked_at)
         gradient = torch.autograd.grad(loss, list(student.encoder["stem"].parameters()))
         assert loss > 0
         assert all(part.isfinite().all() for part in gradient)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def test_channels_of_a_store_are_those_of_its_teacher(raw: Cache, teacher: Segme
     (wanted,) = torch.autograd.grad(expected, student)
 
     criterion = DistillLoss(raw, ce_weight=0.0, kl_weight=0.0, further=[term], impl="reference")
-    found = criterion(student, batch.label, batch.target)
+    found = criterion(student, batch)
     (gradient,) = torch.autograd.grad(found.loss, student)
     assert found.terms[0].item() == pytest.approx(expected.item(), rel=1e-3)
     assert (gradient - term.weight * wanted).norm() <= 1e-3 * term.weight * wanted.norm()
-    without = batch.target._replace(extras={MAXIMUM: torch.zeros_like(batch.target.extras[MAXIMUM])})
-    assert criterion(student, batch.label, without).terms[0].item() != pytest.approx(expected.item(), rel=0.02)
+    without = replace(batch, arrays={MAXIMUM: torch.zeros_like(batch.arrays[MAXIMUM])})
+    assert criterion(student, without).terms[0].item() != pytest.approx(expected.item(), rel=0.02)

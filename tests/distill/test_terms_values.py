@@ -31,7 +31,7 @@ from terms_oracle import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill import Gate, GateSpec
+from kdcache.distill import SEGMENTATION, Batch, Gate, GateSpec, Target
 from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
 from kdcache.distill.terms.pseudo import most_confident
 
@@ -101,7 +101,7 @@ def test_without_counted_pixels_there_is_nothing_to_learn(name: str, how: str) -
         batch = replace(batch, counted=torch.zeros(B, *SIZE, dtype=torch.bool))
     else:
         away = torch.tensor([VIEW[0] + 1.0, 0.0, VIEW[0] + 9.0, 9.0], dtype=torch.float64).repeat(B, 1)
-        batch = replace(batch, target=batch.target._replace(window=away))
+        batch = replace(batch, window=away)
     loss, found = gradients(term_of(name), batch)
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in found)
@@ -113,7 +113,8 @@ def test_an_image_without_counted_pixels_is_as_one_that_is_not_there(name: str, 
     batch, term = batch_of(counted=how == "not counted"), term_of(name)
     assert batch.target is not None
     if batch.counted is None:
-        batch.target.window[3] = torch.tensor([0.0, -20.0, 10.0, -1.0])
+        assert batch.window is not None
+        batch.window[3] = torch.tensor([0.0, -20.0, 10.0, -1.0])
     else:
         batch.counted[3] = False
     rows = 4**2 / 3**2 if name == "sp" else 1  # it divides by the square of the batch, however little that shows
@@ -129,10 +130,12 @@ def test_maps_of_zeros_have_finite_gradients(name: str) -> None:
             student * batch.logits,
             {"head": student * batch.features["head"]},
             batch.labels,
-            batch.target._replace(values=teacher * batch.target.values),
+            Target(teacher * batch.target.values),
             {path: teacher * array for path, array in batch.stored.items()},
             None,
             SIZE,
+            window=batch.window,
+            flip=batch.flip,
         )
         term = term_of(name, torch.float32)
         torch.nn.init.zeros_(list(term.parameters())[-1]) if list(term.parameters()) else None
@@ -153,10 +156,12 @@ def test_a_mirrored_image_learns_the_mirrored_thing(name: str) -> None:
         batch.logits.flip(-1),
         {"head": batch.features["head"].flip(-1)},
         batch.labels.flip(-1),
-        batch.target._replace(flip=torch.ones(B, dtype=torch.bool)),
+        batch.target,
         batch.stored,
         batch.pixel_weight.flip(-1),
         SIZE,
+        window=batch.window,
+        flip=torch.ones(B, dtype=torch.bool),
     )
     term = term_of(name)
     assert term(mirrored).item() == pytest.approx(term(batch).item(), rel=1e-9)
@@ -180,7 +185,7 @@ def test_channels_from_a_store_are_those_of_live_logits() -> None:
     batch = batch_of(moved=False)
     assert batch.target is not None
     top = live.amax(1)
-    target = batch.target._replace(values=(live - top[:, None]).half())
+    target = Target((live - top[:, None]).half())
     batch = replace(batch, target=target, stored={MAXIMUM: top.float()})
     loss, (gradient,) = gradients(term_of("cwd"), batch)
     student = batch.logits.detach().requires_grad_()
@@ -199,7 +204,7 @@ def test_a_top_k_target_serves_relations() -> None:
     values, indices = batch.target.values.double().topk(k, 1)
     rest = batch.target.values.double().scatter(1, indices, -math.inf)
     tail = rest.logsumexp(1) - values.logsumexp(1)
-    packed = batch.target._replace(values=values.half(), indices=indices.to(torch.uint8), tail=tail.half())
+    packed = Target(values.half(), indices.to(torch.uint8), tail.half())
     term = make_term(SPECS["dist"], targets=Store(k=k), student_taps={})
     assert term(replace(batch, target=packed)).item() == pytest.approx(term_of("dist")(batch).item(), rel=1e-3)
 
@@ -253,7 +258,7 @@ def test_a_confidence_at_the_threshold_is_enough(void: int) -> None:
     assert batch.target is not None
     values = torch.full_like(batch.target.values, -1000)
     values[:, :2] = 0
-    batch = replace(batch, target=batch.target._replace(values=values))
+    batch = replace(batch, target=Target(values))
     at, above = (
         make_term(TermSpec("pseudo", threshold=threshold), targets=Store(), student_taps={})
         for threshold in (0.5, 0.51)
@@ -261,8 +266,11 @@ def test_a_confidence_at_the_threshold_is_enough(void: int) -> None:
     assert at.double()(batch) > 0
     assert above.double()(batch) == 0
     labels = torch.full((B, *SIZE), void, dtype=torch.uint8)
+    gated = Batch(
+        labels={SEGMENTATION: labels}, targets={SEGMENTATION: Target(values)}, window=batch.window, flip=batch.flip
+    )
     weights = [
-        Gate(GateSpec(kind, threshold), ignore_index=void)(batch.target, Store(), labels, SIZE)
+        Gate(GateSpec(kind, threshold), ignore_index=void)(gated, Store())
         for kind, threshold in (("confidence", 0.5), ("confidence", 0.51), ("correct", 0.0))
     ]
     assert [bool((weight == 1).all()) for weight in weights] == [True, False, True]

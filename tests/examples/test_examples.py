@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from kdcache.data import open_split
+from kdcache.distill import Batch
+from kdcache.distill.batch import tensors_of
 from kdcache.models import build_model
 from kdcache.store import open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
-from kdcache.train import CacheDataset, Sample, make_config, sample_loader, train
+from kdcache.train import CacheDataset, make_config, sample_loader, train
 from kdcache.train.loader import Draws
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -103,7 +105,7 @@ def test_the_loader_gives_the_batches_of_a_training(workers: int, store: Path) -
     for number, batch in enumerate(loader):
         for row in range(4):
             expected = draws[4 * number + row]
-            assert isinstance(expected, Sample)
+            assert isinstance(expected, Batch)
             assert torch.equal(batch.pixels[row], expected.pixels)
             assert torch.equal(batch.target.values[row], expected.target.values)
     assert number == 2
@@ -126,9 +128,8 @@ def test_a_batch_survives_as_a_dictionary(store: Path) -> None:
     (batch,) = sample_loader(dataset, batch_size=2, iterations=1)
     named = batch.to_dict()
     assert set(named) == {
-        "pixels", "label", "values", "indices", "tail", "window", "flip", "labels/segmentation",
+        "pixels", "labels/segmentation", "targets/segmentation/values", "window", "flip", "arrays/labels/segmentation",
     }  # fmt: skip
-    again = Sample.from_dict(dict(reversed(named.items())))
-    assert all(a is b for a, b in zip(again[:2], batch[:2], strict=True))
-    assert all(a is b for a, b in zip(again.target[:5], batch.target[:5], strict=True))
-    assert again.target.extras.keys() == batch.target.extras.keys() == {"labels/segmentation"}
+    again = Batch.from_dict(dict(reversed(named.items())))
+    assert all(a is b for a, b in zip(tensors_of(again), tensors_of(batch), strict=True))
+    assert again.arrays.keys() == batch.arrays.keys() == {"labels/segmentation"}

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kdcache.data import Window, draw_view, inside_rectangle, open_split, render
-from kdcache.distill.target import INSIDE
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import CopyChanges, copy_store, inspect_store, open_cache
 from kdcache.store.parts import Drawn, View
@@ -116,7 +115,7 @@ def test_crops_that_reach_beyond_along_one_axis(crop, beyond, tmp_path, teacher,
                 flip=bool(cache.column("flip")[data.record(index, epoch)]),
                 size=crop,
             )
-            y0, x0, y1, x1 = data.draw(index, epoch, np.random.default_rng(0)).target.extras[INSIDE].tolist()
+            y0, x0, y1, x1 = data.draw(index, epoch, np.random.default_rng(0)).inside.tolist()
             y, x = np.arange(crop[0])[:, None] + 0.5, np.arange(crop[1]) + 0.5
             inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
             assert np.array_equal(inside, label == 0)

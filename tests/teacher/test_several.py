@@ -248,7 +248,7 @@ def test_a_teacher_may_look_at_more_pixels(tmp_path, teacher, split, options, pi
     data = CacheDataset(cache, augment="warp", split=None if pixels == "stored" else split)
     batch = torch.utils.data.default_collate([data[n] for n in range(2)])
     student = torch.zeros(2, 7, 8, 12, requires_grad=True)
-    found = DistillLoss(cache)(student, batch.label, batch.target)
+    found = DistillLoss(cache)(student, batch)
     found.loss.backward()
     assert student.grad.abs().sum() > 0
 

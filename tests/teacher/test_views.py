@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.data import Window, draw_view, id_hash, open_split, pixel_checksum, render
+from kdcache.distill import SEGMENTATION
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.store import inspect_store, open_cache
 from kdcache.store.parts import Drawn, View
@@ -220,8 +222,8 @@ def test_replay_shows_the_views_in_turn(viewed, pixels) -> None:
             assert np.array_equal(sample.pixels, wanted["pixels/image"])
             assert np.array_equal(sample.label, wanted["labels/segmentation"])
             assert np.array_equal(sample.target.values, wanted["targets/segmentation/values"])
-            assert sample.target.window.tolist() == [0, 0, 32, 48]
-            assert not sample.target.flip
+            assert sample.window.tolist() == [0, 0, 32, 48]
+            assert not sample.flip
         assert sorted(shown[:3]) == [3 * index, 3 * index + 1, 3 * index + 2]
         assert shown[3:] == shown[:3]
         firsts.add(shown[0] % 3)
@@ -241,7 +243,7 @@ def test_warp_and_none_take_whole_images(tmp_path, viewed, teacher, options, pix
 
 
 def _flat(sample) -> list[torch.Tensor]:
-    return [sample.pixels, sample.label, *sample.target[:5]]
+    return tensors_of(sample)
 
 
 def test_records_that_stay_in_memory(viewed) -> None:
@@ -254,8 +256,8 @@ def test_records_that_stay_in_memory(viewed) -> None:
         ours, theirs = rows(ram, index, epoch), rows(stored, index, epoch)
         assert all(torch.equal(a, b) for a, b in zip(_flat(ours), _flat(theirs), strict=True))
         out = device.on_device.empty(1)
-        device.on_device.gather_into(rows(device, index, epoch).target.values[None], out)
-        assert torch.equal(out[0][0], theirs.target.values)
+        device.on_device.gather_into(rows(device, index, epoch).record[None], out)
+        assert torch.equal(out[SEGMENTATION].values[0], theirs.target.values)
 
 
 def test_an_epoch_visits_each_sample_once(viewed) -> None:

@@ -16,14 +16,13 @@ import torch
 from torch.utils.data import default_collate
 
 from kdcache.data import open_split
-from kdcache.distill import DistillLoss
+from kdcache.distill import Batch, DistillLoss
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, Observer, TrainConfig, make_config
 from kdcache.train.distributed import World
 from kdcache.train.loader import Draws
-from kdcache.train.sample import Sample
 from kdcache.train.schedule import make_optimizer
 from kdcache.train.start import make_trainer
 from kdcache.train.step import EagerStep
@@ -119,7 +118,7 @@ def begin(student: dict[str, Any], tmp_path: Path) -> Callable[..., Trainer]:
 
 
 @pytest.fixture(scope="session")
-def batches(cache: Cache) -> list[Sample]:
+def batches(cache: Cache) -> list[Batch]:
     """Six batches of two records."""
     draws = Draws(CacheDataset(cache), 0)
     return [default_collate([draws[2 * number], draws[2 * number + 1]]) for number in range(6)]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from kdcache.data import Augmentation
+from kdcache.distill import Batch
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
@@ -21,7 +22,6 @@ from kdcache.train.distributed import World
 from kdcache.train.loader import Draws
 from kdcache.train.mix import Mix
 from kdcache.train.objective import make_criterion, needed_arrays
-from kdcache.train.sample import Sample
 from kdcache.train.step import EagerStep
 from kdcache.train.trainer import Trainer
 
@@ -45,10 +45,10 @@ def rich(make_cache: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[EagerStep, EagerStep, Sample]]:
+def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[EagerStep, EagerStep, Batch]]:
     """(step of the whole, step in parts, batch of 4 of which one part has hardly a label) for settings of a run."""
 
-    def make(parts: int, **changes: Any) -> tuple[EagerStep, EagerStep, Sample]:
+    def make(parts: int, **changes: Any) -> tuple[EagerStep, EagerStep, Batch]:
         cache = open_cache(rich)
         chosen = config(verb="train-student", data=None, cache=str(rich), size="32x48", **changes)
         torch.manual_seed(5)
@@ -61,7 +61,7 @@ def both(rich: Path, config: Callable[..., TrainConfig]) -> Callable[..., tuple[
         mix = None if chosen.mix is None else Mix(chosen.mix)
         dataset.dice = 0 if mix is None else mix.dice
         draws = Draws(dataset, 0)
-        batch: Sample = default_collate([draws[number] for number in range(4)])
+        batch: Batch = default_collate([draws[number] for number in range(4)])
         batch.label[:2, 2:] = 255
         steps = []
         for kind, more in ((EagerStep, {}), (AccumulatedStep, {"parts": parts})):
@@ -102,7 +102,7 @@ def test_mixed_parts_are_the_whole(mix: str, both: Callable[..., Any]) -> None:
     agree(*both(2, method="kl", mix=mix, distill_void=False), True)
 
 
-def agree(whole: EagerStep, parted: EagerStep, batch: Sample, norms: bool) -> None:
+def agree(whole: EagerStep, parted: EagerStep, batch: Batch, norms: bool) -> None:
     if norms:
         (losses, found), (expected, of_whole) = parted.with_norms(batch), whole.with_norms(batch)
         assert found == pytest.approx(of_whole, rel=1e-5)

@@ -24,13 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdcache.data import write_scenes
-from kdcache.distill import DistillLoss
+from kdcache.distill import Batch, DistillLoss
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
 from kdcache.train import read_config
 from kdcache.train.distributed import World, pick_device
-from kdcache.train.sample import Sample, batch_of, parts_of
 from kdcache.train.ways import choose_step
 
 Read = Callable[..., list[dict[str, Any]]]
@@ -361,16 +360,15 @@ def test_a_teacher_trains_on_two_processes_and_more_than_there_are_images_to_val
     close(tmp_path / "1", tmp_path / "2", read_metrics)
 
 
-def halves(sample: Sample) -> list[Sample]:
-    size = len(sample.pixels) // 2
-    rows = (slice(0, size), slice(size, None))
-    return [batch_of([field[part] for field in parts_of(sample)], sample) for part in rows]
+def halves(batch: Batch) -> list[Batch]:
+    size = len(batch) // 2
+    return [batch.rows(size, first) for first in (0, size)]
 
 
 @pytest.mark.parametrize("distill_void", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_the_losses_of_parts_average_to_the_whole_s(
-    weighted: bool, distill_void: bool, cache_path: Path, batches: list[Sample]
+    weighted: bool, distill_void: bool, cache_path: Path, batches: list[Batch]
 ) -> None:
     cache = open_cache(cache_path)
     batch = batches[0]
@@ -378,7 +376,7 @@ def test_the_losses_of_parts_average_to_the_whole_s(
     weight = torch.linspace(0.1, 2, cache.num_classes) if weighted else None
     loss = DistillLoss(cache, ce_weight=0.7, kl_weight=1.3, class_weight=weight, distill_void=distill_void)
     logits = torch.randn(2, cache.num_classes, 8, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    whole = loss(logits, batch.label, batch.target)
+    whole = loss(logits, batch)
     (expected,) = torch.autograd.grad(whole.loss, logits)
 
     counted: list[torch.Tensor] = []
@@ -389,11 +387,11 @@ def test_the_losses_of_parts_average_to_the_whole_s(
 
     loss.average = count
     for part, z in zip(halves(batch), logits.split(1), strict=True):
-        loss(z, part.label, part.target)
+        loss(z, part)
     mean = torch.stack(counted).mean(0)
     assert not torch.equal(*counted)
     loss.average = lambda _: mean
-    parts = [loss(z, part.label, part.target) for part, z in zip(halves(batch), logits.split(1), strict=True)]
+    parts = [loss(z, part) for part, z in zip(halves(batch), logits.split(1), strict=True)]
     found = torch.stack([torch.stack(list(part[:3])) for part in parts]).mean(0)
     torch.testing.assert_close(found, torch.stack(list(whole[:3])), rtol=2e-6, atol=0)
     (gradient,) = torch.autograd.grad((parts[0].loss + parts[1].loss) / 2, logits)

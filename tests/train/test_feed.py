@@ -15,21 +15,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from kdcache.data import open_split
+from kdcache.distill import SEGMENTATION, Batch
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import Cache, open_cache
-from kdcache.train import CacheDataset, Sample
+from kdcache.train import CacheDataset
 from kdcache.train.feed import SLOTS, _over_side_stream, feed
 from kdcache.train.loader import Draws, make_loader
 from kdcache.train.order import Steps
 from kdcache.train.records import DeviceTargets
-from kdcache.train.sample import batch_of, parts_of
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def batch_number(number: int) -> Sample:
-    return batch_of([torch.full((2, 3), number, dtype=torch.int64) for _ in range(7)])
+def batch_number(number: int) -> Batch:
+    numbers = [torch.full((2, 3), number, dtype=torch.int64) for _ in range(3)]
+    return Batch(pixels=numbers[0], labels={SEGMENTATION: numbers[1]}, window=numbers[2])
 
 
 class PaperEvent:
@@ -83,13 +85,13 @@ def test_on_a_cpu_batches_pass_as_they_are() -> None:
 
 
 def test_copies_and_steps_wait_for_each_other(log: list[tuple[Any, ...]]) -> None:
-    def loader() -> Iterator[Sample]:
+    def loader() -> Iterator[Batch]:
         for number in range(5):
             log.append(("loader", number, torch.cuda.current_stream().name))
             yield batch_number(number)
 
     for number, batch in enumerate(_over_side_stream(loader(), CPU, None)):
-        assert isinstance(batch, Sample)
+        assert isinstance(batch, Batch)
         assert batch.pixels[0, 0] == number
         log.append(("step", number))
     told: list[tuple[Any, ...]] = []
@@ -109,21 +111,23 @@ def test_two_slots_take_turns_and_the_loader_s_memory_is_left() -> None:
     seen = [
         (batch.pixels.data_ptr(), batch.label.data_ptr())
         for batch in _over_side_stream(iter(batches), CPU, None)
-        if isinstance(batch, Sample)
+        if isinstance(batch, Batch)
     ]
     assert len(set(seen)) == SLOTS
     assert all(here != there for here, there in itertools.pairwise(seen))
-    assert not {place for pair in seen for place in pair} & {part.data_ptr() for one in batches for part in one[:2]}
+    assert not {place for pair in seen for place in pair} & {
+        part.data_ptr() for one in batches for part in tensors_of(one)
+    }
 
 
 @pytest.mark.parametrize("over_side_stream", [False, True])
 def test_errors_come_in_their_place(log: list[tuple[Any, ...]], over_side_stream: bool) -> None:
     error = CorruptError("a record is whole", received="half of it", remedy="build it again")
-    batches: list[Sample | KDCacheError] = [error, batch_number(1), error, batch_number(3)]
+    batches: list[Batch | KDCacheError] = [error, batch_number(1), error, batch_number(3)]
     found = _over_side_stream(iter(batches), CPU, None) if over_side_stream else feed(batches, CPU)
     for number, batch in enumerate(found):
         if number % 2:
-            assert isinstance(batch, Sample)
+            assert isinstance(batch, Batch)
             assert batch.label[1, 1] == number
         else:
             assert batch is error
@@ -158,7 +162,7 @@ def test_targets_are_gathered_on_the_side_stream(cache: Cache, log: list[tuple[A
     loader = make_loader(Draws(dataset, 0), first=0, last=4, batch_size=3, workers=0, pin_memory=False)
     order = Draws(dataset, 0)
     for step, batch in enumerate(_over_side_stream(iter(loader), CPU, dataset.on_device)):
-        assert isinstance(batch, Sample)
+        assert isinstance(batch, Batch)
         for row in range(3):
             record = order.visit(3 * step + row)[0]
             path = "targets/segmentation/values"
@@ -182,13 +186,13 @@ def test_what_a_gpu_gets_is_what_was_drawn(
     loader = make_loader(Draws(dataset, 0), first=0, last=24, batch_size=4, workers=workers, pin_memory=True)
     found = []
     for batch in feed(loader, device, dataset.on_device):
-        assert isinstance(batch, Sample)
+        assert isinstance(batch, Batch)
         torch.cuda._sleep(20_000_000)
-        found.append([part.clone() for part in parts_of(batch)])
+        found.append([part.clone() for part in tensors_of(batch)])
     draws = Draws(CacheDataset(cache, split=split), 0)
     assert len(found) == 24
     for step, parts in enumerate(found):
         for row in range(4):
             expected = draws[4 * step + row]
-            assert isinstance(expected, Sample)
-            assert all(torch.equal(part[row].cpu(), one) for part, one in zip(parts, parts_of(expected), strict=True))
+            assert isinstance(expected, Batch)
+            assert all(torch.equal(part[row].cpu(), one) for part, one in zip(parts, tensors_of(expected), strict=True))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdcache.distill import Batch
 from kdcache.train import Observer, TrainConfig, graph, make_config, train
 from kdcache.train.graph import GraphedStep
-from kdcache.train.sample import Sample
 from kdcache.train.schedule import Schedule
 from kdcache.train.step import EagerStep
 from kdcache.train.ways import CompiledStep, make_step
@@ -96,9 +96,9 @@ def _deterministic() -> Iterator[None]:
     torch.backends.cudnn.deterministic = before
 
 
-def part_of(batch: Sample) -> Sample:
+def part_of(batch: Batch) -> Batch:
     """The first record of a batch."""
-    return Sample(batch.pixels[:1], batch.label[:1], batch.target.map(lambda field: field[:1]))
+    return batch.rows(1)
 
 
 def state_of(eager: EagerStep) -> list[Tensor]:
@@ -107,7 +107,7 @@ def state_of(eager: EagerStep) -> list[Tensor]:
 
 
 def losses_of(
-    step: Callable[[Sample], Tensor], eager: EagerStep, batches: list[Sample], config: TrainConfig
+    step: Callable[[Batch], Tensor], eager: EagerStep, batches: list[Batch], config: TrainConfig
 ) -> list[Tensor]:
     """Ten steps with a schedule, one batch of another size and two steps with gradient norms among them."""
     schedule = Schedule(eager.optimizer, config)
@@ -128,7 +128,7 @@ def losses_of(
 def test_a_replay_gets_batch_rate_and_random_numbers_and_leaves_the_rest_alone(
     optimizer: str,
     eager_step: Make,
-    batches: list[Sample],
+    batches: list[Batch],
     config: Callable[..., TrainConfig],
     model_file: Callable[[str], str],
     paper: list[int | str],
@@ -152,7 +152,7 @@ def test_a_replay_gets_batch_rate_and_random_numbers_and_leaves_the_rest_alone(
 
 
 def test_a_step_that_waits_is_not_recorded_and_says_why(
-    eager_step: Make, batches: list[Sample], paper: list[int | str], backend: Any, monkeypatch: pytest.MonkeyPatch
+    eager_step: Make, batches: list[Batch], paper: list[int | str], backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, other = eager_step(capturable=True), eager_step(capturable=True)
     learn = other.learn
@@ -184,7 +184,7 @@ def test_a_step_that_waits_is_not_recorded_and_says_why(
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", False), ("adam", False), ("sgd", False), ("sgd", True)])
 def test_ten_replays_are_ten_eager_steps(
-    optimizer: str, compiled: bool, eager_step: Make, batches: list[Sample], config: Callable[..., TrainConfig]
+    optimizer: str, compiled: bool, eager_step: Make, batches: list[Batch], config: Callable[..., TrainConfig]
 ) -> None:
     chosen = {"optimizer": optimizer, "iterations": 10, "warmup": 3, "clip_grad": 0.5, "lr": 1e-3}
     plain, other = (eager_step(device="cuda", capturable=True, **chosen) for _ in range(2))
@@ -201,7 +201,7 @@ def test_ten_replays_are_ten_eager_steps(
 @gpu
 @pytest.mark.usefixtures("_deterministic")
 def test_replays_draw_the_random_numbers_of_eager_steps(
-    eager_step: Make, batches: list[Sample], config: Callable[..., TrainConfig], model_file: Callable[[str], str]
+    eager_step: Make, batches: list[Batch], config: Callable[..., TrainConfig], model_file: Callable[[str], str]
 ) -> None:
     plain, other = (eager_step(model_file("dropout"), "cuda", capturable=True) for _ in range(2))
     torch.cuda.manual_seed(5)

@@ -11,21 +11,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from kdcache.data import open_split
+from kdcache.distill import Batch
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, RecipeError
 from kdcache.store import Cache, open_cache
-from kdcache.train import CacheDataset, LabelledDataset, Sample
+from kdcache.train import CacheDataset, LabelledDataset
 from kdcache.train.loader import Draws, make_loader
 from kdcache.train.resident import keep_records
-from kdcache.train.sample import batch_of, parts_of
+from kdcache.train.sample import collate
 
 
-def batches(dataset: CacheDataset, first: int, last: int, *, workers: int = 0, seed: int = 5) -> list[Sample]:
+def batches(dataset: CacheDataset, first: int, last: int, *, workers: int = 0, seed: int = 5) -> list[Batch]:
     loader = make_loader(Draws(dataset, seed), first=first, last=last, batch_size=4, workers=workers, pin_memory=False)
-    return [batch_of([part.clone() for part in parts_of(batch)]) for batch in loader]
+    return [batch.map(torch.clone) for batch in loader]
 
 
-def same(one: Sample, two: Sample) -> bool:
-    parts = zip(parts_of(one), parts_of(two), strict=True)
+def same(one: Batch, two: Batch) -> bool:
+    parts = zip(tensors_of(one), tensors_of(two), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in parts)
 
 
@@ -44,8 +46,8 @@ def test_the_same_sample_is_drawn_anew_each_epoch(cache: Cache) -> None:
     draws = Draws(CacheDataset(cache), 0)
     first = next(draw for draw in range(6) if draws.visit(draw)[0] == 2)
     second = next(draw for draw in range(6, 12) if draws.visit(draw)[0] == 2)
-    assert not torch.equal(draws[first].target.window, draws[second].target.window)
-    windows = {tuple(draws[draw].target.window.tolist()) for draw in range(30)}
+    assert not torch.equal(draws[first].window, draws[second].window)
+    windows = {tuple(draws[draw].window.tolist()) for draw in range(30)}
     assert len(windows) == 30
 
 
@@ -88,8 +90,8 @@ def test_worker_processes_give_the_same_batches(source_path: Path, scenes: str) 
     alone = batches(dataset, 2, 6)
     helped = make_loader(Draws(dataset, 5), first=2, last=6, batch_size=4, workers=2, pin_memory=False, rank=1, world=2)
     for one, two in zip(alone, helped, strict=True):
-        assert isinstance(two, Sample)
-        assert same(batch_of([part[2:] for part in parts_of(one)]), two)
+        assert isinstance(two, Batch)
+        assert same(one.rows(2, 2), two)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -100,7 +102,7 @@ def test_ranks_draw_together_what_one_draws_alone(cache: Cache, workers: int, wo
     assert all(same(a, b) for a, b in zip(together, batches(CacheDataset(cache), 2, 7), strict=True))
 
 
-def assemble(draws: Draws, world: int, workers: int) -> list[Sample]:
+def assemble(draws: Draws, world: int, workers: int) -> list[Batch]:
     """Steps 2 to 7, put together from what each rank draws."""
     shares = []
     for rank in range(world):
@@ -108,8 +110,12 @@ def assemble(draws: Draws, world: int, workers: int) -> list[Sample]:
             draws, first=2, last=7, batch_size=4, workers=workers, pin_memory=False, rank=rank, world=world
         )
         assert len(loader) == 5
-        shares.append([[part.clone() for part in parts_of(batch)] for batch in loader])
-    return [batch_of([torch.cat(parts) for parts in zip(*ranks, strict=True)]) for ranks in zip(*shares, strict=True)]
+        shares.append([batch.map(torch.clone) for batch in loader])
+    return [joined(ranks) for ranks in zip(*shares, strict=True)]
+
+
+def joined(parts: tuple[Batch, ...]) -> Batch:
+    return collate(parts).map(lambda tensor: tensor.flatten(0, 1))
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(cache: Cache) -> None:
@@ -122,8 +128,8 @@ def test_a_batch_that_ranks_cannot_share_is_refused(cache: Cache) -> None:
 def test_a_labelled_dataset_needs_no_target(scenes: str) -> None:
     batch = batches(LabelledDataset(open_split(scenes, "train"), (32, 48)), 0, 1)[0]
     assert batch.pixels.shape == (4, 32, 48, 3)
-    assert batch.target.values.numel() == 0
-    assert batch.target.window.shape == (4, 4)
+    assert batch.targets == {}
+    assert batch.window is None
 
 
 def test_an_ordinary_data_loader_takes_the_datasets(cache: Cache) -> None:

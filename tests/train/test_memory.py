@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.distill import Batch
 from kdcache.errors import ModelError
 from kdcache.evaluate.memory import is_out_of_memory
 from kdcache.train import Observer, make_config, train
 from kdcache.train.memory import asked_for, largest_fitting
-from kdcache.train.sample import Sample
 
 CPU = torch.device("cpu")
 
@@ -127,7 +127,7 @@ def test_real_errors_are_known() -> None:
 
 
 @pytest.mark.parametrize("norms", [False, True])
-def test_an_attempt_leaves_no_trace(norms: bool, eager_step: Any, batches: list[Sample]) -> None:
+def test_an_attempt_leaves_no_trace(norms: bool, eager_step: Any, batches: list[Batch]) -> None:
     eager, same = eager_step(), eager_step()
     torch.manual_seed(4)
     before = torch.get_rng_state()

@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ import pytest
 import torch
 
 from kdcache.data import open_split
+from kdcache.distill import SEGMENTATION, Batch, Target
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, RecipeError
 from kdcache.store import Cache, open_cache
-from kdcache.train import CacheDataset, LabelledDataset, Sample, make_config, resident, train
+from kdcache.train import CacheDataset, LabelledDataset, make_config, resident, train
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader
 from kdcache.train.records import DeviceTargets, RamRecords, decoded_bytes
 from kdcache.train.resident import free_bytes, keep_records
-from kdcache.train.sample import parts_of
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -41,7 +43,7 @@ def top_k(make_cache: Callable[..., Path]) -> Cache:
 
 
 def clones(batches: Any) -> list[list[torch.Tensor]]:
-    return [[part.clone() for part in parts_of(batch)] for batch in batches]
+    return [[part.clone() for part in tensors_of(batch)] for batch in batches]
 
 
 def equal(one: list[list[torch.Tensor]], two: list[list[torch.Tensor]]) -> bool:
@@ -137,7 +139,7 @@ def test_kept_records_travel_empty(top_k: Cache) -> None:
     text = pickle.dumps(dataset)
     assert len(text) < decoded_bytes(top_k, dataset.paths) / 2
     again = pickle.loads(text).draw(2, 0, np.random.default_rng(0))
-    assert all(torch.equal(a, b) for a, b in zip(parts_of(first), parts_of(again), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(first), tensors_of(again), strict=True))
 
 
 def test_auto_keeps_what_takes_at_most_half_of_what_is_free(top_k: Cache, free: Callable[[int], None]) -> None:
@@ -238,30 +240,32 @@ def test_targets_gathered_by_number_are_those_that_are_read(
     chosen = cache if store == "dense" else top_k
     dataset = on_device(chosen, CPU)
     batch = next(iter(loader(dataset, workers)))
-    assert batch.target.values.dtype == torch.int64
-    assert batch.target.values.shape == (4,)
-    found = clones(feed(loader(dataset, workers), CPU, dataset.on_device))
-    expected = clones(loader(CacheDataset(chosen), workers))
-    if store == "dense":  # of what is absent the number of elements counts
-        found, expected = ([[*parts[:3], *parts[5:]] for parts in batches] for batches in (found, expected))
-    assert equal(found, expected)
+    assert batch.targets == {}
+    assert batch.record.dtype == torch.int64
+    assert batch.record.shape == (4,)
+    gathered = (replace(batch, record=None) for batch in feed(loader(dataset, workers), CPU, dataset.on_device))
+    assert equal(clones(gathered), clones(loader(CacheDataset(chosen), workers)))
 
 
 def test_wide_class_numbers_are_gathered() -> None:
     indices = torch.arange(5 * 6).reshape(5, 2, 1, 3).to(torch.int32).add(65000).to(torch.uint16)
-    targets = DeviceTargets([torch.randn(5, 2).half(), indices, torch.empty(5, 0, dtype=torch.float16)])
+    targets = DeviceTargets({SEGMENTATION: Target(torch.randn(5, 2).half(), indices)})
     out = targets.empty(3)
     targets.gather_into(torch.tensor([4, 0, 4]), out)
-    assert out[1].dtype == torch.uint16
-    assert np.array_equal(out[1].numpy(), indices.numpy()[[4, 0, 4]])
-    assert out[2].shape == (3, 0)
+    gathered = out[SEGMENTATION]
+    assert gathered.indices is not None
+    assert gathered.indices.dtype == torch.uint16
+    assert np.array_equal(gathered.indices.numpy(), indices.numpy()[[4, 0, 4]])
+    assert gathered.tail is None
 
 
 def test_a_process_draws_numbers_alone(top_k: Cache) -> None:
     dataset = on_device(top_k, CPU)
     twin = pickle.loads(pickle.dumps(dataset))
-    sample: Sample = twin.draw(3, 0, np.random.default_rng(0))
-    assert sample.target.values.item() == 3
+    sample: Batch = twin.draw(3, 0, np.random.default_rng(0))
+    assert sample.targets == {}
+    assert sample.record is not None
+    assert sample.record.item() == 3
 
 
 def test_a_run_from_memory_is_the_run_from_the_store(

@@ -9,20 +9,22 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from kdcache.distill import Batch
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import Cache
-from kdcache.train import CacheDataset, Sample
+from kdcache.train import CacheDataset
 from kdcache.train.loader import Draws
 from kdcache.train.order import Steps
 from kdcache.train.ring import Items, Ring
 from kdcache.train.sample import Row
 
 
-def tensors(batch: Sample) -> list[torch.Tensor]:
-    return [batch.pixels, batch.label, *batch.target[:5]]
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    return tensors_of(batch)
 
 
-def copied(batch: Sample | KDCacheError) -> list[torch.Tensor]:
+def copied(batch: Batch | KDCacheError) -> list[torch.Tensor]:
     assert not isinstance(batch, KDCacheError)
     return [part.clone() for part in tensors(batch)]
 
@@ -41,7 +43,7 @@ def test_the_batches_of_a_data_loader(cache: Cache, threads: int, depth: int) ->
 @pytest.mark.parametrize(("threads", "buffers"), [(2, 3), (0, 1)])
 def test_memory_is_used_again(cache: Cache, threads: int, buffers: int) -> None:
     ring = Ring(Draws(CacheDataset(cache), 0), Steps(0, 12, 2), threads=threads, depth=3)
-    places = [batch.pixels.data_ptr() for batch in ring if isinstance(batch, Sample)]
+    places = [batch.pixels.data_ptr() for batch in ring if isinstance(batch, Batch)]
     assert len(places) == 12
     assert len(set(places)) == buffers
 
@@ -51,10 +53,10 @@ def test_a_batch_stays_until_the_next_is_asked_for(cache: Cache) -> None:
     batches = iter(Ring(draws, Steps(0, 6, 2), threads=3, depth=2))
     for step in range(6):
         batch = next(batches)
-        assert isinstance(batch, Sample)
+        assert isinstance(batch, Batch)
         again = [draws[2 * step + row] for row in range(2)]
         assert all(
-            isinstance(item, Sample) and torch.equal(item.pixels, batch.pixels[row]) for row, item in enumerate(again)
+            isinstance(item, Batch) and torch.equal(item.pixels, batch.pixels[row]) for row, item in enumerate(again)
         )
 
 
@@ -68,7 +70,7 @@ class Faulty:
     def __init__(self, draws: Draws, damaged: int = -1, mistaken: int = -1) -> None:
         self.draws, self.damaged, self.mistaken = draws, damaged, mistaken
 
-    def empty(self, *leading: int, pin_memory: bool) -> Sample:
+    def empty(self, *leading: int, pin_memory: bool) -> Batch:
         return self.draws.empty(*leading, pin_memory=pin_memory)
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
@@ -108,8 +110,8 @@ def test_threads_in_different_epochs_share_the_order(cache: Cache) -> None:
     ring = Ring(draws, Steps(0, 60, 4), threads=6, depth=6)
     alone = Draws(CacheDataset(cache), 3)
     for step, batch in enumerate(ring):
-        assert isinstance(batch, Sample)
+        assert isinstance(batch, Batch)
         item = alone[4 * step + 3]
-        assert isinstance(item, Sample)
-        assert torch.equal(item.target.window, batch.target.window[3])
+        assert isinstance(item, Batch)
+        assert torch.equal(item.window, batch.window[3])
         assert torch.equal(item.pixels, batch.pixels[3])

@@ -63,7 +63,7 @@ def test_gradient_norms_are_those_of_the_weighted_terms(
     ce = 0.7 * F.cross_entropy(z, batch.label.long(), ignore_index=255)
     kl = torch.zeros(())
     counted = 0
-    for one, values, window, flip in zip(z, batch.target.values, batch.target.window, batch.target.flip, strict=True):
+    for one, values, window, flip in zip(z, batch.target.values, batch.window, batch.flip, strict=True):
         y0, x0, y1, x1 = window.tolist()
         y = y0 + (torch.arange(32) + 0.5) * (y1 - y0) / 32
         x = x0 + (torch.arange(48) + 0.5) * (x1 - x0) / 48

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
 from kdcache.data import Augmentation, class_weights, folds_of, open_split
-from kdcache.distill import DistillLoss, Gate, GateSpec
+from kdcache.distill import Batch, DistillLoss, Gate, GateSpec
 from kdcache.distill.terms import TermSpec, make_term
 from kdcache.store import Cache, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, TrainConfig, make_config, start, train
@@ -22,7 +23,6 @@ from kdcache.train.loader import Draws
 from kdcache.train.mix import Mix
 from kdcache.train.order import Woven
 from kdcache.train.part import Part
-from kdcache.train.sample import Sample
 from kdcache.train.sources import open_dataset, open_validation
 from kdcache.train.trainer import Trainer
 
@@ -39,8 +39,8 @@ def build(num_classes=7):
 """
 
 
-def first_batch(trainer: Trainer) -> Sample:
-    found: Sample = default_collate([trainer.draws[draw] for draw in range(trainer.config.batch_size)])
+def first_batch(trainer: Trainer) -> Batch:
+    found: Batch = default_collate([trainer.draws[draw] for draw in range(trainer.config.batch_size)])
     return found
 
 
@@ -71,10 +71,10 @@ def test_a_setting_reaches_the_loss(name: str, begin: Begin, cache: Cache, tmp_p
     if name == "fading":
         expected.listen(0.25)
         criterion.listen(0.25)
-    target = None if name == "labels alone" else batch.target
-    losses = [one(student, batch.label, target if one is not usual else batch.target) for one in (criterion, expected)]
+    given = replace(batch, targets=None) if name == "labels alone" else batch
+    losses = [one(student, given) for one in (criterion, expected)]
     assert torch.equal(losses[0].loss, losses[1].loss)
-    assert losses[0].loss.item() != pytest.approx(usual(student, batch.label, batch.target).loss.item(), rel=1e-4)
+    assert losses[0].loss.item() != pytest.approx(usual(student, batch).loss.item(), rel=1e-4)
 
 
 def test_a_term_resizes_as_its_student_does(begin: Begin, cache: Cache, tmp_path: Path) -> None:
@@ -96,8 +96,8 @@ def test_a_term_resizes_as_its_student_does(begin: Begin, cache: Cache, tmp_path
         )
         gate = Gate(GateSpec("confidence", 0.5))
         expected = DistillLoss(cache, kl_weight=0.0, align_corners=True, gate=gate, further=[term])
-        values.append(expected(student, batch.label, batch.target).loss.item())
-    found = trainer.eager.criterion(student, batch.label, batch.target).loss.item()
+        values.append(expected(student, batch).loss.item())
+    found = trainer.eager.criterion(student, batch).loss.item()
     assert found == pytest.approx(values[0], rel=1e-6)
     assert found != pytest.approx(values[1], rel=1e-4)
 
@@ -136,12 +136,13 @@ def test_mixed_pixels_are_learnt_with_their_labels_and_targets(begin: Begin, cac
     trainer = begin(mix="cutmix", augment="warp")
     batch, model = first_batch(trainer), trainer.model
     model.train()
-    pixels, label, own = Mix("cutmix")(batch.pixels, batch.label, batch.target.extras["dice"])
-    assert 0 < own.float().mean() < 1
-    logits = model(model.normalise(pixels)).logits
+    mixed = Mix("cutmix")(batch)
+    assert mixed.own is not None
+    assert 0 < mixed.own.float().mean() < 1
+    logits = model(model.normalise(mixed.pixels)).logits
     found = trainer.eager.forward(batch)
-    assert torch.equal(found.loss, DistillLoss(cache)(logits, label, batch.target, None, own).loss)
-    assert found.loss != DistillLoss(cache)(logits, label, batch.target).loss
+    assert torch.equal(found.loss, DistillLoss(cache)(logits, mixed).loss)
+    assert found.loss != DistillLoss(cache)(logits, replace(mixed, own=None)).loss
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("auto", torch.float32), ("off", torch.float32)])
@@ -266,7 +267,7 @@ def test_a_draw_is_that_of_its_own_generator(cache: Cache) -> None:
     for draw in (0, 4, 11):
         expected = dataset.draw(*draws.visit(draw), np.random.default_rng((7, draw, 1)))
         assert torch.equal(draws[draw].pixels, expected.pixels)  # type: ignore[union-attr]
-        assert torch.equal(draws[draw].target.window, expected.target.window)  # type: ignore[union-attr]
+        assert torch.equal(draws[draw].window, expected.window)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("shuffle", ["full", "window"])

@@ -31,13 +31,14 @@ class TermBatch:
         logits: (B, C, h, w) of the student at its native stride; receives the gradient.
         features: student's tap -> (B, c, h', w'); receive the gradient.
         labels: (B, H, W) uint8, 255 is void; None for an unlabelled batch.
-        target: the teacher's packed logits, and the window and flip of the batch; None is the whole view, unflipped.
+        target: the teacher's packed logits.
         stored: other arrays of the store by path: features/<tap> (B, c, h, w), statistics/at.<tap> (B, h, w),
             targets/segmentation/max (B, h, w).
         pixel_weight: (B, H, W) gate of the teacher's terms; None is 1. It does not change what a mean is over.
         size: (H, W).
         counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
             label); None is all.
+        window, flip: as of a `Batch`.
     """
 
     logits: Tensor
@@ -48,14 +49,8 @@ class TermBatch:
     pixel_weight: Tensor | None
     size: Size
     counted: Tensor | None = None
-
-    @property
-    def window(self) -> Tensor | None:
-        return None if self.target is None else self.target.window
-
-    @property
-    def flip(self) -> Tensor | None:
-        return None if self.target is None else self.target.flip
+    window: Tensor | None = None
+    flip: Tensor | None = None
 
 
 class Term(nn.Module):

@@ -10,7 +10,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from kdcache.distill import DistillLoss
+from kdcache.distill import Batch, DistillLoss
 from kdcache.models import build_model
 from kdcache.store import Cache
 from kdcache.train.bench.report import MEMORY
@@ -19,7 +19,6 @@ from kdcache.train.bench.turns import Contestant
 from kdcache.train.config import make_config
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, next_batch
-from kdcache.train.sample import Sample, batch_of, parts_of
 from kdcache.train.schedule import make_optimizer
 from kdcache.train.step import EagerStep, Step
 from kdcache.train.ways import choose_step, make_step
@@ -31,7 +30,7 @@ _SEED = 0
 
 def make_student_step(
     cache: Cache, student: str, device: torch.device
-) -> Callable[[Sample, Callable[[str], None]], Step]:
+) -> Callable[[Batch, Callable[[str], None]], Step]:
     """Build a student; what is returned makes its step from a first batch.
 
     Raises: ModelError for a student that is not known.
@@ -63,10 +62,10 @@ def step_contestants(
     """
     batch = reference_batch(draws, 0, batch_size)
     if device.type == "cuda":
-        batch = batch_of([part.pin_memory() for part in parts_of(batch)], batch)
+        batch = batch.pin_memory()
     memory = feed(repeat(batch), device)
 
-    def learner(take: Callable[[], Sample]) -> Callable[[int], None]:
+    def learner(take: Callable[[], Batch]) -> Callable[[int], None]:
         def learn(count: int) -> None:
             losses: Tensor | None = None
             for _ in range(count):
@@ -76,7 +75,7 @@ def step_contestants(
 
         return learn
 
-    def contestant(name: str, title: str, take: Callable[[], Sample], warm_up: int) -> Contestant:
+    def contestant(name: str, title: str, take: Callable[[], Batch], warm_up: int) -> Contestant:
         learn = learner(take)
         return Contestant(name, title, lambda: learn(steps), steps, before=lambda: learn(warm_up))
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
+from kdcache.distill import Batch
+from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.evaluate.bench.memory import peak_in_process
 from kdcache.store import Cache
@@ -30,7 +32,6 @@ from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
 from kdcache.train.records import RamRecords
 from kdcache.train.ring import DEPTH
-from kdcache.train.sample import Sample, parts_of
 
 ENDLESS = 2**40
 CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ class Stream:
             pin_memory=device.type == "cuda",
         )
         before = set(multiprocessing.active_children())
-        self._batches: Generator[Sample | KDCacheError, None, None] | None = feed(loader, device)
+        self._batches: Generator[Batch | KDCacheError, None, None] | None = feed(loader, device)
         self._step = 0
         started = set(multiprocessing.active_children()) - before
         self.processes = tuple(child.pid for child in started if child.pid is not None)
@@ -127,7 +128,7 @@ class Stream:
         del batches  # a DataLoader's iterator ends its workers when it goes
         gc.collect()
 
-    def take(self) -> Sample:
+    def take(self) -> Batch:
         """The next batch, valid until the one after. Raises: what the sample raises."""
         assert self._batches is not None
         self._step += 1
@@ -141,8 +142,8 @@ class Stream:
         """The next batches are those of `draws`. Raises StoreError: a benchmark must not time the wrong thing."""
         for _ in range(CHECKED):
             step = self._step
-            given = [part.cpu() for part in parts_of(self.take())]
-            wanted = parts_of(reference_batch(draws, step, self._batch_size))
+            given = [part.cpu() for part in tensors_of(self.take())]
+            wanted = tensors_of(reference_batch(draws, step, self._batch_size))
             if not all(
                 a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(given, wanted, strict=True)
             ):
@@ -153,13 +154,13 @@ class Stream:
                 )
 
 
-def reference_batch(draws: Draws, step: int, batch_size: int) -> Sample:
+def reference_batch(draws: Draws, step: int, batch_size: int) -> Batch:
     """A batch, sample by sample. Raises: what a sample raises."""
     items = [draws[draw] for draw in range(step * batch_size, (step + 1) * batch_size)]
     for item in items:
         if isinstance(item, KDCacheError):
             raise item
-    batch: Sample = default_collate(items)
+    batch: Batch = default_collate(items)
     return batch
 
 

@@ -1,0 +1,152 @@
+"""A batch of training: pixels, labels and targets by name, and the window of the view that all of them show."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from kdcache.distill.target import Target, TargetFormat
+from kdcache_kernels import target_argmax_confidence
+from kdcache_kernels.window import ViewPositions, view_positions
+
+SEGMENTATION = "segmentation"
+"""The task of class ids per pixel, and the head that predicts them."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of B samples, by name; what is absent is None, or a key that is not there. A pytree.
+
+    An item of a dataset has the same fields without the leading B.
+
+    Attributes:
+        pixels: (B, H, W, 3) uint8 RGB.
+        labels: task -> labels; segmentation is (B, H, W) uint8, 255 void.
+        targets: head -> the teacher's packed outputs; None for a batch without a teacher.
+        arrays: path -> (B, ...) further arrays of the store: features/<tap>, statistics/<name>.
+        window: (B, 4) float64 (y0, x0, y1, x1), edge coordinates in pixels of the view; None is the whole view.
+        flip: (B,) bool, whether the window is shown mirrored; None mirrors nothing.
+        inside: (B, 4) float64 edges, in pixels of the view, of what shows the image, where the rest is grey; None is
+            the whole view.
+        own: (B, H, W) bool, False where a pixel was pasted from the neighbour (rows 2n and 2n + 1 are neighbours),
+            whose target counts there; None is all.
+        dice: (B, N) float32 random numbers in 0..1, for what is drawn where batches are.
+        record: (B,) int64, whose targets a device keeps; `targets` are gathered by them.
+    """
+
+    pixels: Tensor | None = None
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Target] | None = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    window: Tensor | None = None
+    flip: Tensor | None = None
+    inside: Tensor | None = None
+    own: Tensor | None = None
+    dice: Tensor | None = None
+    record: Tensor | None = None
+
+    @property
+    def label(self) -> Tensor:
+        """The labels of segmentation. Raises: KeyError for a batch without."""
+        return self.labels[SEGMENTATION]
+
+    @property
+    def target(self) -> Target | None:
+        """The target of segmentation; None for a batch without."""
+        return None if self.targets is None else self.targets.get(SEGMENTATION)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the labels of segmentation."""
+        return self.label.shape[-2], self.label.shape[-1]
+
+    def __len__(self) -> int:
+        return len(tensors_of(self)[0])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor changed."""
+        changed: Batch = pytree.tree_map_only(Tensor, change, self)
+        return changed
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU copies from; `DataLoader` calls it."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def rows(self, count: int, first: int = 0) -> "Batch":
+        """So many samples, in memory of the batch."""
+        return self.map(lambda tensor: tensor[first : first + count])
+
+    def neighbours(self) -> "Batch":
+        """The same pixels and labels with the targets of the neighbours: rows 1, 0, 3, 2, ... B is even."""
+        moved = pytree.tree_map_only(Tensor, neighbours, (self.targets, self.window, self.flip, self.inside))
+        return replace(self, targets=moved[0], window=moved[1], flip=moved[2], inside=moved[3])
+
+    def argmax_confidence(
+        self, form: TargetFormat, size: tuple[int, int], *, impl: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """The teacher's best class and its probability (B, H, W), as the student's image of `size` shows them."""
+        assert self.target is not None
+        return target_argmax_confidence(self.target.packed(form), size, self.window, self.flip, impl=impl)
+
+    def in_view(self, form: TargetFormat, size: tuple[int, int]) -> Tensor:
+        """Which pixels (B, H, W) of the student's image lie in the view."""
+        return self._positions(form, size).inside()
+
+    def shown(self, form: TargetFormat, size: tuple[int, int]) -> Tensor | None:
+        """Which pixels (B, H, W) show the image, where a view may reach beyond it; None is all."""
+        if self.inside is None:
+            return None
+        at = self._positions(form, size)
+        y0_B1, x0_B1, y1_B1, x1_B1 = self.inside.mT[..., None].unbind()
+        rows_BH, columns_BW = (at.y >= y0_B1) & (at.y < y1_B1), (at.x >= x0_B1) & (at.x < x1_B1)
+        return rows_BH[:, :, None] & columns_BW[:, None, :]
+
+    def _positions(self, form: TargetFormat, size: tuple[int, int]) -> ViewPositions:
+        device = self.label.device if self.window is None else self.window.device
+        return view_positions(self.window, self.flip, form.view_size, size, device)
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Flat, for loops that take a batch apart by names: `pixels`, `labels/<task>`, `targets/<head>/values`."""
+        flat = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
+        flat |= {f"labels/{task}": label for task, label in self.labels.items()}
+        for head, target in (self.targets or {}).items():
+            flat |= {f"targets/{head}/{name}": part for name, part in vars(target).items() if part is not None}
+        return flat | {f"arrays/{path}": array for path, array in self.arrays.items()}
+
+    @classmethod
+    def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":
+        """The batch of a `to_dict`, wherever its tensors have been moved."""
+        rooms: dict[str, dict[str, Any]] = {"labels": {}, "targets": {}, "arrays": {}}
+        plain: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            room, _, rest = name.partition("/")
+            if room == "targets":
+                head, _, part = rest.partition("/")
+                rooms[room].setdefault(head, {})[part] = tensor
+            elif rest:
+                rooms[room][rest] = tensor
+            else:
+                plain[name] = tensor
+        targets = {head: Target(**parts) for head, parts in rooms["targets"].items()}
+        return cls(**plain, labels=rooms["labels"], targets=targets, arrays=rooms["arrays"])
+
+
+_PLAIN = ("pixels", "window", "flip", "inside", "own", "dice", "record")
+pytree.register_dataclass(Batch)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch, in an order that equal batches share."""
+    return pytree.tree_leaves(batch)
+
+
+def neighbours(part: Tensor) -> Tensor:
+    """Rows 1, 0, 3, 2, ... of a tensor (B, ...); B is even."""
+    return part.reshape(-1, 2, *part.shape[1:]).flip(1).reshape(part.shape)
