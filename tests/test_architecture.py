@@ -38,10 +38,10 @@ ALLOWED = {
     "models": {"errors", "files", "run_folder"},
     "store": {"errors"},
     "distill": {KERNELS, "errors"},
-    "evaluate": {"data", "models", "errors", "files", "run_folder", KERNELS},
+    "evaluate": {"data", "models", "errors", "files", "run_folder", "settings", KERNELS},
     "teacher": {"data", "models", "store", "evaluate", "errors", "run_folder", "settings", KERNELS},
     "train": {"data", "models", "store", "evaluate", "distill", "errors", "files", "run_folder", "settings"},
-    "sweep": {"data", "evaluate", "errors", "files", "run_folder"},
+    "sweep": {"data", "evaluate", "errors", "files", "run_folder", "settings"},
 }
 """Room -> rooms it may import from."""
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
+from kdcache.settings.shared import MachineSettings
 from kdcache_cli import options
 from kdcache_cli.console import ERRORS, OUT, progress_bar
 
@@ -29,7 +30,7 @@ def bench_kernels(
     check: Annotated[
         bool, _Option("--check", help="Judge the accuracy against float64 instead; 1 when a bound is missed.")
     ] = False,
-    device: options.Device = "auto",
+    device: options.Device = MachineSettings.device,
     shapes: Annotated[
         str | None,
         _Option("--shapes", help="BxCxHxW/STRIDE at label size, or presets, comma-separated (default: the device's)."),
@@ -52,7 +53,7 @@ def bench_kernels(
         int | None, _Option("--repeats", min=1, help="Samples of each (default: 15; 100 on CUDA).")
     ] = None,
     memory: Annotated[bool, _Option(help="Measure peak memory; on a CPU in a fresh process each.")] = True,
-    threads: options.Threads = 0,
+    threads: options.Threads = MachineSettings.threads,
     json_file: Annotated[Path | None, _Option("--json", help="Write the figures, the machine and the commit.")] = None,
 ) -> None:
     """Time, weigh and check the loss kernels on this machine.

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from kdcache.errors import RecipeError
+from kdcache.settings.shared import ImageSettings, MachineSettings
 from kdcache_cli import options
 from kdcache_cli.console import ERRORS, OUT, progress_bar
 
@@ -52,9 +53,9 @@ def bench_loader(
     steps: Annotated[
         int, _Option("--steps", min=0, help="Training steps of each contestant; 0 leaves the steps out.")
     ] = 70,
-    device: options.Device = "auto",
+    device: options.Device = MachineSettings.device,
     data: options.OptionalData = None,
-    split: options.Split = "train",
+    split: options.Split = ImageSettings.split,
     json_file: Annotated[Path | None, _Option("--json", help="Write the figures, the machine and the commit.")] = None,
     cache_dir: options.CacheDir = None,
     cache_bytes: options.CacheBytes = None,

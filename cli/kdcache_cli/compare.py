@@ -9,8 +9,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from kdcache.settings import entries
+from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache_cli import options
 from kdcache_cli.console import ERRORS, OUT, progress_bar
+from kdcache_cli.settings.signature import flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.evaluate.comparison import Comparison
@@ -23,8 +26,8 @@ OptionalData = Annotated[
 ]
 OptionalSplit = Annotated[str | None, _Option("--split", help="Which split of it (default: theirs, or val).")]
 Teacher = Annotated[str | None, _Option("--teacher", metavar="RUN", help="A run or SPEC@FILE, shown apart.")]
-Weights = Annotated[str, _Option("--weights", help="best or last.")]
-BatchSize = Annotated[int, _Option("--batch-size", min=1, help="Images per forward pass.")]
+Weights = Annotated[str, flag(JudgeSettings, "weights")]
+BatchSize = Annotated[int, flag(JudgeSettings, "batch_size")]
 Baseline = Annotated[
     str | None,
     _Option(
@@ -40,7 +43,7 @@ Ignore = Annotated[
 OwnFold = Annotated[
     bool, _Option("--own-fold", help="Judge each run on the fold of the split that its --fold left out.")
 ]
-Repeats = Annotated[int, _Option("--repeats", min=0, help="Timed calls per model; 0 times none.")]
+Repeats = Annotated[int, flag(JudgeSettings, "repeats")]
 Fresh = Annotated[bool, _Option("--fresh", help="Evaluate again what was evaluated before.")]
 Smoke = Annotated[
     bool, _Option("--smoke", help="Say above everything that the runs are no result, as of sweep --smoke.")
@@ -57,12 +60,12 @@ def compare(
     baseline: Baseline = None,
     ignore: Ignore = None,
     own_fold: OwnFold = False,
-    weights: Weights = "best",
+    weights: Weights = JudgeSettings.weights,
     size: options.Size = None,
-    batch_size: BatchSize = 8,
-    repeats: Repeats = 50,
-    threads: options.Threads = 0,
-    device: options.Device = "auto",
+    batch_size: BatchSize = JudgeSettings.batch_size,
+    repeats: Repeats = JudgeSettings.repeats,
+    threads: options.Threads = MachineSettings.threads,
+    device: options.Device = MachineSettings.device,
     fresh: Fresh = False,
     smoke: Smoke = False,
     markdown: Annotated[Path | None, _Option("--markdown", help="Write the tables as Markdown.")] = None,
@@ -118,7 +121,7 @@ def judging(
     from kdcache.evaluate.evaluation import Judging
     from kdcache.train import pick_device
 
-    options.one_of("--weights", weights, ("best", "last"))
+    entries(JudgeSettings)["weights"].read(weights)
     if threads:
         torch.set_num_threads(threads)
     return Judging(weights, options.parse_size(size), batch_size, str(pick_device(device)), fresh)

@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from kdcache.settings.shared import MachineSettings
 from kdcache_cli import options
 from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
 
@@ -24,7 +25,7 @@ def demo(
     ] = Path("kdcache-demo"),
     iterations: Annotated[int, typer.Option("--iterations", min=1, help="Of every training.")] = 400,
     seed: Annotated[int, typer.Option("--seed", help="Of every training.")] = 0,
-    device: options.Device = "auto",
+    device: options.Device = MachineSettings.device,
 ) -> None:
     """Teacher, cache, student without and with the teacher, one table: about four minutes on two cores.
 

@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from kdcache.settings import entries
+from kdcache.settings.shared import JudgeSettings, MachineSettings
+from kdcache.settings.training import TrainSettings
 from kdcache_cli import options
 from kdcache_cli.console import OUT, progress_bar, warn
+from kdcache_cli.settings.signature import flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.evaluate import Metrics
@@ -22,12 +26,12 @@ def evaluate(
         ),
     ],
     data: options.Data,
-    split: options.Split = "val",
+    split: options.Split = TrainSettings.val_split,
     fold: Annotated[
         str | None,
         typer.Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out."),
     ] = None,
-    weights: Annotated[str, typer.Option("--weights", help="Of a run: best or last.")] = "best",
+    weights: Annotated[str, typer.Option("--weights", help="Of a run: best or last.")] = JudgeSettings.weights,
     class_map: Annotated[
         Path | None, typer.Option("--class-map", help="Which class of the data each class of the model becomes.")
     ] = None,
@@ -35,9 +39,9 @@ def evaluate(
     at_size: Annotated[
         bool, typer.Option("--at-size", help="Compare at the run's size instead of the labels' own.")
     ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 8,
-    threads: options.Threads = 0,
-    device: options.Device = "auto",
+    batch_size: Annotated[int, flag(JudgeSettings, "batch_size")] = JudgeSettings.batch_size,
+    threads: options.Threads = MachineSettings.threads,
+    device: options.Device = MachineSettings.device,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="(default: evaluation-KIND.json in the run, else here)")
     ] = None,
@@ -65,7 +69,7 @@ def evaluate(
 
     if threads:
         torch.set_num_threads(threads)
-    chosen = options.one_of("--weights", weights, ("best", "last"))
+    chosen = entries(JudgeSettings)["weights"].read(weights)
     source = open_split(data, split)
     model, about = open_model(run, source.classes, options.parse_size(size), chosen, class_map=class_map)
     about.check_classes(source.classes.names, data)

@@ -3,42 +3,24 @@
 import difflib
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
+from kdcache.settings.shared import CopySettings, DataSettings, ImageSettings, MachineSettings, SourceSettings
 from kdcache.settings.spelling import parse_bytes
 from kdcache.settings.training import TRAINING
+from kdcache_cli.settings.signature import flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
     from kdcache.store.place import Place
 
 
-def parse_size(text: str | None, flag: str = "--size") -> tuple[int, int] | None:
-    """'288x384' as (288, 384): height, then width."""
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise RecipeError(
-            f"{flag} is HEIGHTxWIDTH in pixels", received=repr(text), remedy=f"for instance {flag} 288x384"
-        )
-    return int(parts[0]), int(parts[1])
-
-
-def parse_rgb(text: str | None, flag: str) -> tuple[float, float, float] | None:
-    """'0.485,0.456,0.406' as three floats."""
-    if text is None:
-        return None
-    try:
-        red, green, blue = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise RecipeError(
-            f"{flag} is three numbers for R,G,B in 0..1", received=repr(text), remedy=f"for instance {flag} 0.5,0.5,0.5"
-        ) from error
-    return red, green, blue
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """'288x384' as (288, 384): height, then width. Raises RecipeError."""
+    return cast("tuple[int, int] | None", entries(ImageSettings)["size"].read(text))
 
 
 def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
@@ -123,23 +105,12 @@ Recipe = Annotated[
         help="TOML file with these flags as keys; a flag given here wins.",
     ),
 ]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="Data folder: your own, CamVid, VOC, Cityscapes, GTA5 or ADE20K (found by what lies in it, or named as in "
-        "[bold]voc:DIR[/]); or [bold]scenes[/] for the built-in procedural set.",
-    ),
-]
-OptionalData = Annotated[
-    str | None, typer.Option("--data", help="Data folder; needed for a store built with --pixels source.")
-]
-Split = Annotated[str, typer.Option("--split", help="Which split of it.")]
-Size = Annotated[
-    str | None, typer.Option("--size", metavar="HxW", help="Height and width of the pixels, e.g. 288x384.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 lets torch choose.")]
+Data = Annotated[str, flag(DataSettings, "data")]
+OptionalData = Annotated[str | None, flag(SourceSettings, "data")]
+Split = Annotated[str, flag(ImageSettings, "split")]
+Size = Annotated[str | None, flag(ImageSettings, "size")]
+Device = Annotated[str, flag(MachineSettings, "device")]
+Threads = Annotated[int, flag(MachineSettings, "threads")]
 Worker = Annotated[
     str | None,
     typer.Option(
@@ -148,20 +119,5 @@ Worker = Annotated[
         help="This process is number I, from 0, of N that write the store together, on any machines.",
     ),
 ]
-CacheDir = Annotated[
-    str | None,
-    typer.Option(
-        "--cache-dir",
-        help="Where copies of a remote store's shards are kept (default: $KDCACHE_CACHE_DIR, or kdcache in your cache "
-        "folder).",
-    ),
-]
-CacheBytes = Annotated[
-    str | None,
-    typer.Option(
-        "--cache-bytes",
-        metavar="SIZE",
-        help="How much they may take, e.g. 50GiB or 200MB; what was not used for longest makes room (default: half of "
-        "what is free there).",
-    ),
-]
+CacheDir = Annotated[str | None, flag(CopySettings, "cache_dir")]
+CacheBytes = Annotated[str | None, flag(CopySettings, "cache_bytes")]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache_cli import options
 from kdcache_cli.compare import (
     Baseline,
@@ -48,12 +49,12 @@ def report(
     pictures: Annotated[
         Path | None, _Option("--pictures", metavar="DIR", help="Folder of visualise, which the page mentions.")
     ] = None,
-    weights: Weights = "best",
+    weights: Weights = JudgeSettings.weights,
     size: options.Size = None,
-    batch_size: BatchSize = 8,
-    repeats: Repeats = 50,
-    threads: options.Threads = 0,
-    device: options.Device = "auto",
+    batch_size: BatchSize = JudgeSettings.batch_size,
+    repeats: Repeats = JudgeSettings.repeats,
+    threads: options.Threads = MachineSettings.threads,
+    device: options.Device = MachineSettings.device,
     fresh: Fresh = False,
     smoke: Smoke = False,
 ) -> None:

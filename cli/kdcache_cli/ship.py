@@ -8,6 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
+from kdcache.settings import entries
+from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache_cli import options
 from kdcache_cli.console import OUT, bytes_text, progress_bar
 
@@ -42,7 +44,7 @@ def export(
     raw: Annotated[
         bool, typer.Option("--raw", help="Logits at the native stride, without the resize to the image's size.")
     ] = False,
-    weights: Weights = "best",
+    weights: Weights = JudgeSettings.weights,
     size: options.Size = None,
     classes: ClassesFolder = None,
     tolerance: Annotated[
@@ -88,12 +90,12 @@ def predict(
     opacity: Annotated[
         float, typer.Option("--opacity", min=0.0, max=1.0, help="Of the classes' colours over the image.")
     ] = 0.5,
-    weights: Weights = "best",
+    weights: Weights = JudgeSettings.weights,
     size: options.Size = None,
     classes: ClassesFolder = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 4,
-    threads: options.Threads = 0,
-    device: options.Device = "auto",
+    threads: options.Threads = MachineSettings.threads,
+    device: options.Device = MachineSettings.device,
 ) -> None:
     """Segment images that are in no data set.
 
@@ -141,7 +143,7 @@ def _open(run: str, size: str | None, weights: str, classes: Path | None) -> "tu
     from kdcache.evaluate.predict import unnamed_classes
     from kdcache.models.run import open_model, split_spec
 
-    chosen = options.one_of("--weights", weights, ("best", "last"))
+    chosen = entries(JudgeSettings)["weights"].read(weights)
     named = None if classes is None else read_classes(classes)
     if named is not None and split_spec(run) is None:
         raise RecipeError(

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
+from kdcache.settings.shared import MachineSettings
 from kdcache_cli import options
 from kdcache_cli.console import OUT, bytes_text, progress_bar
 
@@ -98,7 +99,7 @@ def verify(
     data: options.OptionalData = None,
     split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
     class_map: Annotated[Path | None, _Option("--class-map", help="As at the build.")] = None,
-    device: options.Device = "auto",
+    device: options.Device = MachineSettings.device,
     cache_dir: options.CacheDir = None,
     cache_bytes: options.CacheBytes = None,
 ) -> None:

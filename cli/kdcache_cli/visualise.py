@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache_cli import options
 from kdcache_cli.compare import BatchSize, OptionalData, OptionalSplit, Runs, Smoke, Weights, judging
 from kdcache_cli.console import ERRORS, OUT, progress_bar
@@ -32,11 +33,11 @@ def visualise(
     class_name: Annotated[
         str | None, _Option("--class", metavar="NAME", help="Rank by the IoU of this class instead of mIoU.")
     ] = None,
-    weights: Weights = "best",
+    weights: Weights = JudgeSettings.weights,
     size: options.Size = None,
-    batch_size: BatchSize = 8,
-    threads: options.Threads = 0,
-    device: options.Device = "auto",
+    batch_size: BatchSize = JudgeSettings.batch_size,
+    threads: options.Threads = MachineSettings.threads,
+    device: options.Device = MachineSettings.device,
     smoke: Smoke = False,
 ) -> None:
     """The best and the worst images of each run, confusion, curves; runs side by side.

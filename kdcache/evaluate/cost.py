@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdcache.evaluate.machine import cpu_name
 from kdcache.evaluate.timing import no_garbage_collection
 from kdcache.models import SegmentationModel
+from kdcache.settings.shared import JudgeSettings
 
-REPEATS, WARM_UP = 50, 10
+REPEATS, WARM_UP = JudgeSettings.repeats, 10
 LEAST_REPEATS = 5
 MOST_SECONDS = 10.0
 """A slow model is timed less often."""

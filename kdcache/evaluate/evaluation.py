@@ -25,6 +25,7 @@ from kdcache.evaluate.runs import Entry
 from kdcache.files import read_object, write_whole
 from kdcache.models.run import split_spec
 from kdcache.run_folder import RunModel, weights_path
+from kdcache.settings.shared import JudgeSettings
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Judging:
         fresh: evaluate also what is kept.
     """
 
-    which: str = "best"
+    which: str = JudgeSettings.weights
     size: tuple[int, int] | None = None
-    batch_size: int = 8
+    batch_size: int = JudgeSettings.batch_size
     device: str = "cpu"
     fresh: bool = False
 

@@ -21,6 +21,7 @@ from kdcache.evaluate.metrics import ConfusionMatrix, Metrics
 from kdcache.evaluate.run import Predicted, Progress, predictions
 from kdcache.evaluate.spread import plain
 from kdcache.models import SegmentationModel
+from kdcache.settings.shared import JudgeSettings
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def score_images(
     size: tuple[int, int],
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 8,
+    batch_size: int = JudgeSettings.batch_size,
     progress: Progress | None = None,
 ) -> ImageScores:
     """One pass over the labelled images. Raises DataError when nothing is labelled or an image cannot be read."""

@@ -13,6 +13,7 @@ from kdcache.data import IGNORE_INDEX, Split, Window, prefetch, render
 from kdcache.errors import DataError
 from kdcache.evaluate.metrics import ConfusionMatrix, Metrics
 from kdcache.models import SegmentationModel
+from kdcache.settings.shared import JudgeSettings
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -40,7 +41,7 @@ def evaluate_model(
     size: tuple[int, int],
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 8,
+    batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
     progress: Progress | None = None,
@@ -74,7 +75,7 @@ def count_pixels(
     size: tuple[int, int],
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 8,
+    batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
     progress: Progress | None = None,
@@ -115,7 +116,7 @@ def predictions(
     size: tuple[int, int],
     *,
     device: torch.device | str = "cpu",
-    batch_size: int = 8,
+    batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
 ) -> Generator[list[Predicted], None, None]:

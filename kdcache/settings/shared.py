@@ -1,12 +1,12 @@
 """Tables that several verbs share."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 
 from kdcache.settings.setting import Setting
-from kdcache.settings.spelling import Bytes, Size
+from kdcache.settings.spelling import Bytes, Count, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +64,12 @@ class CopySettings:
             metavar="SIZE",
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings:
+    """How runs are evaluated and timed."""
+
+    weights: Annotated[Literal["best", "last"], Setting("best or last.")] = "best"
+    batch_size: Annotated[Count, Setting("Images per forward pass.", ranged=True)] = 8
+    repeats: Annotated[int, Ge(0), Setting("Timed calls per model; 0 times none.", ranged=True)] = 50

@@ -17,6 +17,8 @@ from typing import Any
 from kdcache.data import parse_fold
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RESULT
+from kdcache.settings.shared import ImageSettings
+from kdcache.settings.training import TrainSettings
 from kdcache.sweep.recipe import Arm, Flags, Recipe, check_names
 
 Known = Mapping[str, set[str]]
@@ -110,8 +112,8 @@ def folder_name(text: str) -> str:
 class _Planner:
     def __init__(self, recipe: Recipe, data: str, out: Path) -> None:
         self._recipe, self._data, self._out = recipe, data, out
-        self._split = str(recipe.data.get("split", "train"))
-        self._val_split = str(recipe.data.get("val-split", "val"))
+        self._split = str(recipe.data.get("split", ImageSettings.split))
+        self._val_split = str(recipe.data.get("val-split", TrainSettings.val_split))
         self._folds: list[int | None] = [None] if recipe.folds is None else list(range(recipe.folds))
         self._jobs: list[Job] = []
         self._runs: dict[str, tuple[Path, ...]] = {arm.name: () for arm in recipe.arms}

@@ -64,8 +64,13 @@ def parameter_of(entry: Entry) -> Parameter:
     )
 
 
+def flag(table: type, name: str) -> Any:
+    """The option of Typer that asks for one setting of a table."""
+    return option(entries(table)[name])
+
+
 def option(entry: Entry) -> Any:
-    """The option of Typer."""
+    """The option of Typer that asks for a setting."""
     setting = entry.setting
     options: dict[str, Any] = dict(_range(entry)) if setting.ranged else {}
     if setting.code:

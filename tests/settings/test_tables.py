@@ -1,0 +1,126 @@
+"""Tables of settings: how they are read, and what verbs, recipes and models make of them."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from typing import Annotated, Any, Literal
+
+import pytest
+import typer
+from annotated_types import Ge, Le
+from typer.testing import CliRunner
+
+from kdcache.errors import RecipeError
+from kdcache.settings import Setting, entries, names, read, read_values
+from kdcache.settings.building import BUILD, BuildSettings
+from kdcache.settings.spelling import Size, TopK, Words
+from kdcache.settings.training import TRAINING, TrainSettings
+from kdcache.teacher import BuildOptions
+from kdcache.train import TrainConfig, make_config
+from kdcache_cli.app import app
+from kdcache_cli.settings.signature import takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bread:
+    secret: str = "no flag"
+    flour: Annotated[Literal["rye", "wheat"], Setting("Of what.")]
+    loaves: Annotated[int, Ge(1), Le(9), Setting("How many.", panel="Oven", ranged=True)] = 2
+    tin: Annotated[Size | None, Setting("How large.", panel="Oven")] = None
+    seeds: Annotated[Words, Setting("What is on it.")] = ("poppy",)
+    slices: Annotated[TopK | None, Setting("How thin.")] = None
+    crisp: Annotated[bool, Setting("Whether it is.")] = True
+    hours: Annotated[float, Setting("How long.", automatic=True)] = 1.5
+    guests: Annotated[tuple[str, ...], Setting("Who eats it.", repeated=True)] = ()
+
+
+def test_a_table_is_read_once_in_its_order() -> None:
+    table = entries(Bread)
+    assert list(table) == ["flour", "loaves", "tin", "seeds", "slices", "crisp", "hours", "guests"]
+    assert table["flour"].default is MISSING
+    assert table["flour"].required
+    assert (table["tin"].optional, table["loaves"].optional) == (True, False)
+    assert table["loaves"].type is int
+    assert names(Bread, "Oven") == ("loaves", "tin")
+
+
+def test_a_default_is_shown_as_one_types_it() -> None:
+    texts = {name: entry.text for name, entry in entries(Bread).items()}
+    assert texts["seeds"] == "poppy"
+    assert texts["slices"] == "auto"
+    assert [texts[name] for name in ("flour", "tin", "hours", "guests")] == [None] * 4
+
+
+def test_values_are_read_from_text() -> None:
+    typed = {"flour": "rye", "tin": "3x4", "seeds": "a, b,a", "slices": "7", "hours": None, "other": 1}
+    bread = read(Bread, typed)
+    assert (bread.flour, bread.tin, bread.seeds, bread.slices, bread.hours) == ("rye", (3, 4), ("a", "b"), 7, 1.5)
+    assert read_values(Bread, {"slices": "auto", "hours": None}) == {"slices": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("flour", "sand", "--flour is one of rye, wheat"),
+        ("tin", "3", "--tin is HEIGHTxWIDTH in pixels, two whole numbers from 1"),
+        ("slices", "thin", "--slices is auto or a number of classes"),
+    ],
+)
+def test_a_wrong_text_is_refused_by_its_flag(name: str, value: str, rule: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_values(Bread, {name: value})
+    assert caught.value.rule == rule
+    assert caught.value.received == repr(value)
+    assert f"--{name}" in caught.value.remedy
+
+
+def app_of(verb: Any) -> typer.Typer:
+    made = typer.Typer(add_completion=False)
+    made.command()(verb)
+    return made
+
+
+def test_a_verb_has_the_flags_of_its_tables() -> None:
+    seen = {}
+
+    @takes(
+        Bread,
+        order=("hours", "butter", "flour", "crisp", "loaves", "guests", "tin"),
+        required=("tin",),
+        unset=("crisp", "loaves"),
+        wording={"hours": {"help": "Minutes."}},
+    )
+    def bake(settings: dict[str, Any], butter: bool = False) -> None:
+        seen.update(settings, butter=butter)
+
+    baker = app_of(bake)
+    flags = {flag.name: flag for flag in typer.main.get_command(baker).params}
+    assert list(flags) == ["hours", "butter", "flour", "crisp", "loaves", "guests", "tin"]
+    assert [name for name, flag in flags.items() if flag.required] == ["flour", "tin"]
+    assert flags["crisp"].secondary_opts == ["--no-crisp"]
+    assert (flags["hours"].help, flags["loaves"].rich_help_panel) == ("Minutes.", "Oven")
+    needed = ["--flour", "rye", "--tin", "1x1"]
+    assert [CliRunner().invoke(baker, [*needed, "--loaves", count]).exit_code for count in "0519"] == [2, 0, 0, 0]
+    assert CliRunner().invoke(baker, [*needed, "--butter", "--guests", "a"]).exit_code == 0
+    assert seen == {
+        **{"hours": None, "flour": "rye", "crisp": None, "loaves": None, "guests": ("a",), "tin": "1x1"},
+        "butter": True,
+    }
+
+
+def test_no_setting_is_without_a_flag() -> None:
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for verb, tables in (("train-student", TRAINING), ("build-teacher-cache", BUILD), ("plan", BUILD)):
+        assert set(entries(*tables)) <= {flag.name for flag in verbs[verb].params}
+
+
+def test_the_models_are_those_of_the_tables() -> None:
+    config = make_config(verb="train-student", model="x", cache="y")
+    assert set(TrainConfig.model_fields) == {"verb", *entries(*TRAINING)}
+    chosen = {"model", "cache", "method"}
+    assert all(
+        getattr(config, name) == entry.default for name, entry in entries(*TRAINING).items() if name not in chosen
+    )
+    options = BuildOptions((32, 48))
+    assert all(getattr(options, name) == entry.default for name, entry in entries(BuildSettings).items())
+    assert TrainSettings.temperature == config.temperature
