@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kdcache.settings import entries
 from kdcache.settings.shared import JudgeSettings, MachineSettings
@@ -134,22 +135,20 @@ def _to_json(found: "Comparison") -> str:
 def _show(found: "Comparison") -> None:
     from kdcache.evaluate.compare_tables import class_table, cost_table, difference_table, legend, score_table
 
-    bold = ("[bold]", "[/]")
     if found.banner is not None:
         OUT.print(f"[yellow]{escape(found.banner)}[/]", highlight=False)
-    _print("mIoU and what is noise", found, *score_table(found, bold))
+    _print("mIoU and what is noise", found, *score_table(found))
     header, rows = difference_table(found)
     if rows:
-        plain = [[name, *map(escape, cells)] for name, *cells in rows]
-        _print_rows("Distance to the baseline, points of mIoU", header, plain)
-    header, rows = class_table(found, bold)
+        _print_rows("Distance to the baseline, points of mIoU", header, rows)
+    header, rows = class_table(found)
     (_, *names), *columns = zip(header, *rows, strict=True)
     for first in range(0, len(names), _WIDEST):
         shown = slice(first, first + _WIDEST)
         table = Table("IoU %", *names[shown], box=None, header_style="dim")
         _align(table)
         for class_name, *cells in columns[: len(found.class_names)]:
-            table.add_row(class_name, *cells[shown])
+            table.add_row(class_name, *map(_cell, cells[shown]))
         OUT.print()
         OUT.print(table)
     _print("Cost of one image", found, *cost_table(found))
@@ -169,8 +168,17 @@ def _print_rows(title: str, header: list[str], rows: list[list[str]], apart: Seq
     for place, cells in enumerate(rows):
         if place in apart:
             table.add_section()
-        table.add_row(cells[0], *cells[1:])
+        table.add_row(cells[0], *map(_cell, cells[1:]))
     OUT.print(table)
+
+
+def _cell(text: str) -> Text | str:
+    """A figure that the table marks as the best, in bold: what tables hold has no markup."""
+    from kdcache.evaluate.compare_tables import BOLD
+
+    begin, end = BOLD
+    marked = text.startswith(begin) and text.endswith(end)
+    return Text(text.removeprefix(begin).removesuffix(end), "bold") if marked else text
 
 
 def _align(table: Table) -> None:

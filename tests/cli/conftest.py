@@ -43,6 +43,8 @@ def in_process(*words: object) -> Ended:
     finally:
         OUT.width, ERRORS.width = widths
         torch.use_deterministic_algorithms(deterministic)
+    for text in (out.getvalue(), err.getvalue()):
+        assert "[bold]" not in text, "markup that was printed as it stands"
     return Ended(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
