@@ -13,8 +13,9 @@ import torch
 from kdcache.data import open_split
 from kdcache.errors import KDCacheError
 from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
-from kdcache.store import open_cache, summarise
-from kdcache.teacher import Teacher, build_cache
+from kdcache.store import Cache, open_cache, summarise
+from kdcache.store.writer import StoreWriter
+from kdcache.teacher import Teacher, build_cache, estimate_trial
 from kdcache.teacher.estimate import Cost, Estimate, Setting, estimate, student_seconds
 from kdcache.teacher.estimate_trial import Seconds
 
@@ -140,6 +141,49 @@ def test_sums_of_what_is_chosen_and_of_its_neighbours(teacher, split, options, m
     for views, others in ((1, {1, 4, 16}), (2, {1, 2, 4}), (3, {1, 2, 3, 6})):
         found = estimate(split, teacher, options(top_k=7, views=views))
         assert {cost.setting.views for cost in found.neighbours} == others
+
+
+def quiet(*_: object) -> None:
+    """Progress that nobody watches."""
+
+
+def test_seconds_are_of_one_record(teacher, split, options, monkeypatch, tmp_path) -> None:
+    """By a clock that each stage moves: 5 to build a record, 1 to render, 2 to teach, 3 to write, 4 to read it."""
+    clock = [0.0]
+    render, teach, build = (getattr(estimate_trial, name) for name in ("render_records", "teach", "build_cache"))
+    write, read = StoreWriter.write_shard, Cache.read
+
+    def ticking(function, seconds):
+        def call(*arguments, **others):
+            clock[0] += seconds(*arguments)
+            return function(*arguments, **others)
+
+        return call
+
+    def built(part, *others, **more):
+        return replace(build(part, *others, **more), seconds=5.0 * len(part))
+
+    monkeypatch.setattr(estimate_trial, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(estimate_trial, "build_cache", built)
+    monkeypatch.setattr(estimate_trial, "render_records", ticking(render, lambda *_: 1.0))
+    monkeypatch.setattr(estimate_trial, "teach", ticking(teach, lambda _, pixels, *others: 2.0 * len(pixels)))
+    counted = ticking(write, lambda writer, shard, _: 3.0 * writer.manifest.shard_records(shard))
+    monkeypatch.setattr(StoreWriter, "write_shard", counted)
+    monkeypatch.setattr(Cache, "read", ticking(read, lambda *_: 4.0))
+    trial = estimate_trial.Trial(split, teacher, options(batch_size=3), 5, tmp_path, quiet)
+    assert trial.seconds(3, "small") == pytest.approx(Seconds(build=5, render=1, teach=2, write=3, read=4))
+
+
+def test_drawn_views_count_as_often_as_there_are(teacher, split, options, monkeypatch, tmp_path) -> None:
+    """A store of both kinds takes 150 bytes per record, and one of whole images 100: a drawn view takes 200."""
+    path = "targets/segmentation/values"
+
+    def rewritten(_, cache, *__):
+        return {path: 150.0 if cache.manifest.view.views_per_sample == 2 else 100.0}, 0.0
+
+    monkeypatch.setattr(estimate_trial.Trial, "_rewrite", rewritten)
+    trial = estimate_trial.Trial(split, teacher, options(views=4), 4, tmp_path, quiet)
+    assert {views: trial.sizes(7, "default", views, ())[path] for views in (1, 2, 4)} == {1: 100, 2: 150, 4: 175}
 
 
 @pytest.mark.slow

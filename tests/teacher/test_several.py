@@ -178,6 +178,14 @@ def test_a_store_of_one_teacher_says_its_normalisation_too(origins, split, class
     assert about.differences(plan_manifest(split, like, _options()).teacher) == []
 
 
+@pytest.mark.parametrize("tta", [None, Tta(flip=True), Tta(flip=False, scales=(0.75, 1.5))])
+def test_augmentation_is_as_the_store_says(origins, split, classes, tta) -> None:
+    about = plan_manifest(split, load_teachers(origins[:2], classes, tta=tta), _options()).teacher
+    like = load_like(about, origins[:2], classes)
+    assert like.model.tta == tta
+    assert about.differences(plan_manifest(split, like, _options()).teacher) == []
+
+
 def test_what_several_teachers_have_to_say(monkeypatch, classes, model_of) -> None:
     """Every note once, in their order; the size is known where all have seen images of one."""
     known = {
