@@ -97,6 +97,7 @@ def test_attention_of_extremes() -> None:
     feature[0, 0, 0, 0] = math.nan
     assert attention(feature)[0].isnan().any(), "what is no number is no map of zeros"
     assert attention(feature.half())[1].tolist() == [[1, 0], [0, 0.25]]
+    assert attention(1e-30 * feature)[1].flatten().tolist() == pytest.approx([1, 0, 0, 0.25]), "squares underflow"
 
 
 def test_a_class_without_any_probability() -> None:
