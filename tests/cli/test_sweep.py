@@ -17,7 +17,10 @@ RUNS = {
 
 
 QUICK = ("teacher.iterations=2", "student.iterations=3", "student.val-every=1", "data.path=scenes:48x64,train=16,val=4")
-EPOCHS = ("teacher.iterations=2", "student.epochs=2", "student.val-every=1", "student.keep-every=1e")
+EPOCHS = (
+    *("teacher.iterations=2", "student.epochs=2", "student.val-every=1", "student.keep-every=1e"),
+    "data.path=scenes:48x64,train=8,val=4",
+)
 """Far fewer steps than `--smoke` has: these tests look at what comes out, not at how good it is."""
 
 
@@ -32,7 +35,9 @@ def quick(changes: tuple[str, ...] = QUICK) -> list[str]:
     return [word for change in (*changes, *sizes) for word in ("--set", change)]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [name if name == "voc-compare" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_a_recipe_leaves_all_that_its_user_would_have(name: str, cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     small = quick(EPOCHS if name == "voc-deeplab-mobilenet" else QUICK)

@@ -13,12 +13,8 @@ import torch
 
 import kdcache_kernels
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-HAS_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-
-
-MOST_INTERPRETED = 2000
-"""Classes times label pixels beyond which a test takes half a minute and more in the interpreter."""
+CUDA = torch.cuda.is_available()
+HAS_CUDA = pytest.mark.skipif(CUDA, reason="the interpreter is for machines without a GPU")
 
 
 class Backend(NamedTuple):
@@ -35,13 +31,13 @@ class Backend(NamedTuple):
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference-cpu"),
     pytest.param(("numba", "cpu"), id="numba-cpu"),
-    pytest.param(("triton", "cpu"), id="triton-interpreted", marks=[HAS_CUDA, pytest.mark.slow]),
-    pytest.param(("reference", "cuda"), id="reference-cuda", marks=NO_CUDA),
-    pytest.param(("triton", "cuda"), id="triton-cuda", marks=NO_CUDA),
+    *(
+        [pytest.param((impl, "cuda"), id=f"{impl}-cuda") for impl in ("reference", "triton")]
+        if CUDA
+        else [pytest.param(("triton", "cpu"), id="triton-interpreted", marks=pytest.mark.slow)]
+    ),
 ]
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]
+"""Those of this machine."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -49,7 +45,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", BACKENDS, indirect=True)
     elif "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES, indirect=True)
+        metafunc.parametrize("device", ["cpu", "cuda"] if CUDA else ["cpu"], indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out the cases that no backend computes, and those that the interpreter would be too slow for."""
+    items[:] = [item for item in items if not isinstance(item, pytest.Function) or _is_computed(item)]
+
+
+def _is_computed(item: pytest.Function) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    backend, dtype = params.get("backend"), params.get("dtype")
+    if backend is None:
+        return True
+    if backend[0] == "reference":
+        return item.get_closest_marker("fused") is None
+    if dtype == torch.float64:
+        return False  # the reference's alone
+    if backend != ("triton", "cpu"):
+        return True
+    if dtype == torch.bfloat16 or item.get_closest_marker("native"):
+        return False  # the interpreter truncates bfloat16
+    allowed = [pair for mark in item.iter_markers("interpreted") for pair in mark.kwargs.items()]
+    return all(params[name] in values for name, values in allowed)
 
 
 @pytest.fixture
@@ -68,18 +86,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def distill_loss(backend: Backend) -> Callable[..., kdcache_kernels.LossParts]:
-    """`kdcache_kernels.distill_loss` by the backend under test; float64 is the reference's alone."""
+    """`kdcache_kernels.distill_loss` by the backend under test."""
 
     @functools.wraps(kdcache_kernels.distill_loss)
     def call(logits: torch.Tensor, *args: object, **options: object) -> kdcache_kernels.LossParts:
-        if backend.impl != "reference" and logits.dtype == torch.float64:
-            pytest.skip("float64 is computed by the reference alone")
-        if backend.interpreted and logits.dtype == torch.bfloat16:
-            pytest.skip("Triton's interpreter truncates bfloat16")
-        labels = args[0] if args else options.get("labels_BHW")
-        pixels = labels.numel() if isinstance(labels, torch.Tensor) else 0
-        if backend.interpreted and pixels * logits.shape[1] > MOST_INTERPRETED:
-            pytest.skip("the Triton tests have smaller cases of this for the interpreter")
         return kdcache_kernels.distill_loss(logits, *args, impl=backend.impl, **options)
 
     return call

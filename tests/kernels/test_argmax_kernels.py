@@ -51,21 +51,19 @@ def test_any_size(size, align_corners, backend):
     assert_exact(random_target(3, 3, (1, 1), (1, 1), backend.device, align_corners=align_corners), size, backend)
 
 
+@pytest.mark.interpreted(num_classes=[1, 2, 21, 257])
 @pytest.mark.parametrize("num_classes", [1, 2, 21, 150, 256, 257])
 def test_any_number_of_classes(num_classes, backend):
-    if backend.interpreted and num_classes in (150, 256):
-        pytest.skip("257 classes stand for the others, each of which takes the interpreter seconds")
     for k in {num_classes, min(5, num_classes)}:
         assert_exact(random_target(num_classes, k, (3, 4), (9, 16), backend.device, seed=k), (7, 11), backend)
 
 
+@pytest.mark.interpreted(size=[(5, 61)])
 @pytest.mark.parametrize(
     ("num_classes", "grid", "size"), [(5, (5, 40), (35, 301)), (300, (2, 3), (19, 67)), (5, (2, 9), (5, 61))], ids=str
 )
 def test_more_columns_than_a_block(num_classes, grid, size, backend):
     """Blocks of columns have an end, and 300 classes make the blocks short."""
-    if backend.interpreted and size != (5, 61):
-        pytest.skip("a smaller size stands for the others, each of which takes the interpreter seconds")
     assert_exact(random_target(num_classes, 4, grid, size, backend.device, B=3), size, backend)
 
 
@@ -173,10 +171,9 @@ def test_any_strides(backend):
     assert_exact(PackedTarget(values, None, None, 9, (24, 32)), (10, 12), backend)
 
 
-def test_the_result_does_not_depend_on_the_threads(backend):
-    if backend.impl != "numba":
-        pytest.skip("threads are numba's concern")
-    target = random_target(40, 8, (17, 19), (68, 76), backend.device, B=3)
+def test_the_result_does_not_depend_on_the_threads():
+    """Of numba: the others have none of their own."""
+    target = random_target(40, 8, (17, 19), (68, 76), "cpu", B=3)
     flip = torch.tensor([True, False, True])
     before, results = torch.get_num_threads(), []
     try:

@@ -9,11 +9,7 @@ from kdcache_kernels import target_argmax_confidence as argmax_confidence
 
 C, GRID, SIZE = 5, (3, 4), (12, 16)
 
-
-@pytest.fixture(autouse=True)
-def _fused(backend):
-    if backend.impl == "reference":
-        pytest.skip("the reference is no operator")
+pytestmark = pytest.mark.fused  # the reference is no operator
 
 
 def make(device, k=C, dtype=torch.float32, seed=0):
@@ -128,6 +124,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(distill_loss, backend, mon
     assert torch.equal(parts.loss, with_gradient.loss.detach())
 
 
+@pytest.mark.interpreted(temperature=[2.5], weights=[(1.0, 1.0)])
 @pytest.mark.parametrize("temperature", [2.0, 2.5])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 0.7), (0.4, 0.0)])
 def test_gradient_against_finite_differences(distill_loss, backend, weights, temperature):

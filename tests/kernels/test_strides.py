@@ -106,6 +106,7 @@ def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
+@pytest.mark.native  # all arguments at once below
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stride", [4, None, 1])
@@ -117,7 +118,11 @@ def test_each_argument_of_the_loss(name, layout, stride, backend):
 
 
 @HAS_CUDA
-@pytest.mark.parametrize("layout", [with_gaps, expanded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "layout",
+    [with_gaps, expanded, *(pytest.param(layout, marks=pytest.mark.slow) for layout in (turned, attached))],
+    ids=lambda f: f.__name__,
+)
 @pytest.mark.parametrize("stride", [2, None, 1], ids=["cells", "tiles", "pixels"])
 def test_all_arguments_of_the_loss_at_once(stride, layout):
     """In the interpreter, quickly: all kernels of the loss."""

@@ -72,13 +72,10 @@ def assert_densifies(values, indices, tail, num_classes, backend):
         torch.testing.assert_close(dense.gather(1, indices.long()), values.float(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.interpreted(num_classes=[2, 3, 19, 33, 257])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_classes", [2, 3, 19, 33, 150, 257, 300])
 def test_any_number_of_classes(num_classes, dtype, backend):
-    if backend.interpreted and num_classes > 33 and (num_classes != 257 or dtype != torch.float32):
-        pytest.skip("257 classes in float32 stand for the others, each of which takes the interpreter seconds")
-    if backend.interpreted and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates bfloat16")
     logits = random_logits((2, num_classes, 3, 5), num_classes, device=backend.device).to(dtype)
     some = {1, min(4, num_classes - 1), num_classes - 1}
     for k in {5} if backend.interpreted and num_classes > 19 else some:
@@ -102,10 +99,9 @@ def test_any_strides(k, backend):
         assert_packs_like_the_reference(strided, classes, backend)
 
 
-@pytest.mark.parametrize(("shape", "k"), [((2, 5, 37, 41), 2), ((1, 300, 17, 19), 2), ((3, 4, 1, 700), 4)], ids=str)
+@pytest.mark.interpreted(k=[2, 4])
+@pytest.mark.parametrize(("shape", "k"), [((2, 5, 37, 41), 2), ((1, 300, 17, 19), 3), ((3, 4, 1, 700), 4)], ids=str)
 def test_more_pixels_than_a_block(shape, k, backend):
-    if backend.interpreted and shape[1] > 32:
-        pytest.skip("too many classes for the interpreter")
     packed = assert_packs_like_the_reference(random_logits(shape, device=backend.device), k, backend)
     assert_densifies(*packed, shape[1], backend)
 
@@ -230,9 +226,8 @@ def test_class_ids_out_of_range(num_classes, wrong, backend):
     assert lost.flatten().tolist() == [False] * 4 + [True, False]
 
 
-def test_the_result_does_not_depend_on_the_threads(backend):
-    if backend.impl != "numba":
-        pytest.skip("threads are numba's concern")
+def test_the_result_does_not_depend_on_the_threads():
+    """Of numba: the others have none of their own."""
     logits = random_logits((3, 40, 33, 35))
     results = []
     before = torch.get_num_threads()

@@ -62,6 +62,7 @@ def batch(device):
     return z.to(device), pack(t.to(device), 4)[0]
 
 
+@pytest.mark.interpreted(name=["enlarged", "over_the_edge"], flip=[True])
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("name", [name for name in WINDOWS if name != "outside"])

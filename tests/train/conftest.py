@@ -187,7 +187,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 _NURSERY = """
 import json, os, sys, traceback
-import torch
+import numba, torch, torch._dynamo  # seconds, which no training then pays again
 torch.set_num_threads(1)
 from kdcache.train import Interrupted, make_config, train
 

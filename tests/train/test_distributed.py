@@ -41,10 +41,12 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_TH
 
 _CREW = """
 import json, os, signal, sys, time, traceback
-import torch
+import numba, torch, torch._dynamo  # seconds, which no training then pays again
 torch.set_num_threads(1)
-import kdcache.train, kdcache.store, kdcache_cli.progress
+import kdcache.train, kdcache.store, kdcache_cli.progress, kdcache_cli.ranks
 from kdcache_cli.app import main
+
+kdcache_cli.ranks.GRACE_S = 0.1  # nobody ends the other processes here as torchrun does, however late the first one is
 
 for line in sys.stdin:
     job = json.loads(line)
