@@ -54,18 +54,7 @@ class TeacherSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """What a build keeps of which views.
-
-    Attributes:
-        top_k: keeps that many classes, None measures how many it takes.
-        statistics: `at:TAP`, `confidence`, `entropy`, `agreement`. raw_logits: keep every pixel's largest logit.
-        views: of each sample: the whole image, and views - 1 that are drawn; with `crop` all are.
-        crop: (H, W) of the views, cut out of the image at zoom times its size.
-        view_scale: range of the zoom of drawn views, below 1 the image amid grey; view_flip: mirror half of them.
-        teacher_size: (H, W) of what the teacher sees of the same windows; default the views'.
-        teacher_grid: `own` keeps the grid of the logits that come of it, `view` averages probabilities to the grid
-            that the views themselves, without augmentation, would have given.
-    """
+    """What a build keeps of which views; `kdcache.teacher.BuildOptions` says what each field is in Python."""
 
     teacher_size: Annotated[
         Size | None, _teacher("What the teacher sees of the same window; free in training.", metavar="HxW")
