@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kdcache.evaluate import evaluate_model as evaluate_model
     from kdcache.models import build_model as build_model
     from kdcache.models.run import load_run as load_run
+    from kdcache.store import Records as Records
     from kdcache.store import open_cache as open_cache
     from kdcache.teacher import BuildOptions as BuildOptions
     from kdcache.teacher import build_cache as build_cache
@@ -36,6 +37,7 @@ _HOMES = {
     "DistillLoss": "kdcache.distill",
     "KDCacheError": "kdcache.errors",
     "LabelledDataset": "kdcache.train",
+    "Records": "kdcache.store",
     "Target": "kdcache.distill",
     "build_cache": "kdcache.teacher",
     "build_model": "kdcache.models",

@@ -78,7 +78,7 @@ def bench_loader(
     """
     from kdcache.data import open_split
     from kdcache.evaluate.bench import parse_names
-    from kdcache.store import open_cache
+    from kdcache.store import Records, open_cache
     from kdcache.train import pick_device
     from kdcache.train.bench import LOADERS, READERS, Settings, measure
 
@@ -113,7 +113,7 @@ def bench_loader(
             ERRORS.print(f"  {text}", highlight=False, soft_wrap=True, markup=False)
             bar.update(task, description=text)
 
-        report = measure(store, settings, source, note)
+        report = measure(Records(store, source), settings, note)
     _print(report)
     _write(json_file, report)
 

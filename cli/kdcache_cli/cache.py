@@ -46,7 +46,7 @@ def teach_and_tell(
     reuse: "Cache | None" = None,
 ) -> None:
     """The pass with its progress, and what came of it."""
-    from kdcache.store import open_cache, summarise
+    from kdcache.store import Records, open_cache, summarise
     from kdcache.teacher import build_cache, score_cache
 
     with progress_bar() as bar:
@@ -90,7 +90,7 @@ def teach_and_tell(
         OUT.print(
             f"what codec {summary.manifest.codec} stored, beside the teacher: {summary.manifest.fidelity.describe()}"
         )
-    _print_score(score_cache(cache, source), "first crops" if cache.manifest.view.kind == "crop" else "labels")
+    _print_score(score_cache(Records(cache, source)), "first crops" if cache.manifest.view.kind == "crop" else "labels")
 
 
 def _print_score(metrics: "Metrics | None", of: str) -> None:

@@ -48,22 +48,19 @@ def export_pseudo_labels(
     [dim]kdcache export-pseudo-labels camvid.zarr --out camvid-pseudo --threshold 0.7[/]
     [dim]kdcache export-pseudo-labels street.zarr --out street-pseudo --quantile 0.5 --images[/]
     """
-    from kdcache.data import open_split
-    from kdcache.store import open_cache
+    from kdcache.store import Records
     from kdcache.teacher.audit import coverage_json
     from kdcache.teacher.pseudo import Rule
     from kdcache.teacher.pseudo import export_pseudo_labels as export
 
     rule = Rule(threshold, quantile)
-    cache = open_cache(options.open_place(store, cache_dir, cache_bytes))
-    source = open_split(data, split or cache.manifest.dataset.split) if data else None
+    records = Records.open(options.open_place(store, cache_dir, cache_bytes), data, split)
     with progress_bar() as bar:
         task = bar.add_task("", total=None, note="")
         found = export(
-            cache,
+            records,
             out,
             rule,
-            split=source,
             images=images,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )

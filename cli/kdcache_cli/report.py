@@ -19,22 +19,20 @@ def report_teacher(
     place: "Place", data: str | None, split: str | None, out: Path | None, worst: int, json: bool
 ) -> None:
     """Audit a store, write the report, print it (`json`: report.json instead)."""
-    from kdcache.data import open_split
-    from kdcache.store import open_cache
+    from kdcache.store import Records
     from kdcache.teacher.audit import audit_cache
     from kdcache.teacher.audit_pictures import check_report_folder, write_report
 
-    cache = open_cache(place)
-    source = open_split(data, split or cache.manifest.dataset.split) if data else None
+    records = Records.open(place, data, split)
     folder = out or _beside(place)
     check_report_folder(folder)
     with progress_bar() as bar:
         task = bar.add_task("auditing the teacher", total=None, note="")
         found = audit_cache(
-            cache, source, worst=worst, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            records, worst=worst, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
         bar.update(task, note="drawing")
-        pictures = write_report(found, cache, source, folder)
+        pictures = write_report(found, records, folder)
     if json:
         typer.echo(json_module.dumps(found.to_json(), indent=1))
         return

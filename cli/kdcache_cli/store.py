@@ -113,8 +113,8 @@ def verify(
     Exits with 1 when a file is damaged or the teacher is another, with 2 when the
     seal is not the one that was published.
     """
-    from kdcache.data import ClassList, open_split
-    from kdcache.store import open_cache, read_manifest, verify_files
+    from kdcache.data import ClassList
+    from kdcache.store import Records, read_manifest, verify_files
     from kdcache.teacher import compare_teacher, load_like
     from kdcache.train import pick_device
 
@@ -134,10 +134,9 @@ def verify(
         return
     manifest = read_manifest(place)
     dataset = manifest.dataset
-    source = open_split(data, split or dataset.split) if data else None
     classes = ClassList(dataset.class_names, dataset.class_colours)
     loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map)
-    agreement = compare_teacher(open_cache(place), loaded, source, pick_device(device), records)
+    agreement = compare_teacher(Records.open(place, data, split), loaded, pick_device(device), records)
     for line in agreement.fingerprint:
         OUT.print(f"  [red]another teacher[/] {escape(line)}")
     for name in agreement.drifted:

@@ -16,7 +16,7 @@
     copy.py       a store into another codec, other shards, in part
     part.py       which samples a part has
     reader.py     open_cache, Cache
-    origin.py     whether a data set is the one that it was built from
+    records.py    Records: a store with the data set that it was built from
     shard.py      records straight from shards, at the decoder's speed
     layout.py     which arrays that can be done with
     fallback.py   the others, through zarr-python
@@ -30,10 +30,10 @@ It knows tensors as numpy arrays and no models.
 from kdcache.store.codec import round_targets
 from kdcache.store.copy import CopyChanges, CopyResult, copy_store
 from kdcache.store.manifest import Codec, Manifest
-from kdcache.store.origin import check_origin
 from kdcache.store.part import samples_of_ids, spread_samples
 from kdcache.store.parts import Fidelity, Fingerprint
 from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
+from kdcache.store.records import Records
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
 from kdcache.store.verify import VerifyReport, verify_files
 from kdcache.store.writer import StoreWriter, Worker, open_writer, worker_of
@@ -46,11 +46,11 @@ __all__ = [
     "Fidelity",
     "Fingerprint",
     "Manifest",
+    "Records",
     "StoreSummary",
     "StoreWriter",
     "VerifyReport",
     "Worker",
-    "check_origin",
     "copy_store",
     "inspect_store",
     "open_cache",

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from kdcache.data import IGNORE_INDEX, Split
+from kdcache.data import IGNORE_INDEX
 from kdcache.evaluate import ConfusionMatrix, Metrics
 from kdcache.evaluate.confidence import Array, Calibration, ConfidenceCounts, Coverage
-from kdcache.store import Cache, check_origin, spread_samples
+from kdcache.store import Records, spread_samples
 from kdcache.teacher.audit_gradient import GradientErrors, gradient_errors
 from kdcache.teacher.check import packed_target
 from kdcache.teacher.whole import Whole, read_wholes, whole_records
@@ -112,25 +112,23 @@ def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str,
     return plain
 
 
-def audit_cache(
-    cache: Cache, split: Split | None = None, *, worst: int = 10, progress: Progress | None = None
-) -> Audit:
+def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None = None) -> Audit:
     """Judge the teacher of a store by what the store holds, on whole images at view size.
 
     Args:
-        split: the data set, which a store without pixels needs: it gives the labels.
         worst: how many images to name where the teacher loses most.
         progress: called with (images done, images).
-    Raises: MismatchError for a missing, another or a changed data set; CorruptError.
+    Raises: MismatchError for a missing or a changed data set; CorruptError.
     """
-    check_origin(cache, split, needed=True)
+    records.check_complete()
+    cache = records.cache
     names = cache.manifest.dataset.class_names
     confusion = ConfusionMatrix(names, IGNORE_INDEX)
     confidences = ConfidenceCounts(len(names))
     found: list[tuple[float, int, Scored]] = []  # a heap whose smallest is the best of the worst
     labelled = 0
-    records = whole_records(cache)
-    for done, whole in enumerate(read_wholes(cache, split), 1):
+    numbers = whole_records(cache)
+    for done, whole in enumerate(read_wholes(records), 1):
         confidences.update(whole.argmax, whole.confidence, whole.label, whole.inside)
         if (one := _confusion(whole, names)) is not None:
             labelled += 1
@@ -140,18 +138,18 @@ def audit_cache(
             if len(found) > worst:
                 heapq.heappop(found)
         if progress is not None:
-            progress(done, len(records))
+            progress(done, len(numbers))
     return Audit(
         class_names=names,
         class_colours=cache.manifest.dataset.class_colours,
-        images=len(records),
+        images=len(numbers),
         labelled=labelled,
         counts=confusion.counts.numpy(),
         metrics=confusion.metrics() if labelled else None,
         calibration=confidences.calibration() if labelled else None,
         confused=tuple(_pairs(names, confusion.counts.numpy())[:CONFUSED]),
         coverage=tuple(confidences.coverage(threshold) for threshold in THRESHOLDS),
-        gradient=_gradient(cache, records),
+        gradient=_gradient(records, numbers),
         worst=tuple(scored for *_, scored in sorted(found, reverse=True)),
     )
 
@@ -176,12 +174,13 @@ def _pairs(names: tuple[str, ...], counts_LC: Array, first: int = 0) -> list[Con
     return sorted(pairs, key=lambda pair: (-pair.share, pair.label, pair.said))
 
 
-def _gradient(cache: Cache, records: list[int]) -> GradientErrors:
+def _gradient(records: Records, numbers: list[int]) -> GradientErrors:
     """On up to 16 records, fewer when they are large."""
+    cache = records.cache
     height, width = cache.view_size
     most = max(1, min(_GRADIENT_RECORDS, _GRADIENT_NUMBERS // (cache.num_classes * height * width)))
-    chosen = [records[sample] for sample in spread_samples(cache, min(most, len(records)))]
-    logits = (packed_target(cache, [record]).densify()[0] for record in chosen)
+    chosen = [numbers[sample] for sample in spread_samples(cache, min(most, len(numbers)))]
+    logits = (packed_target(records, [record]).densify()[0] for record in chosen)
     return gradient_errors(logits, cache.head.k, cache.view_size, align_corners=cache.align_corners)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.data import IGNORE_INDEX, Split
+from kdcache.data import IGNORE_INDEX
 from kdcache.errors import RecipeError
 from kdcache.evaluate import percent
 from kdcache.evaluate.pictures import (
@@ -23,10 +23,10 @@ from kdcache.evaluate.pictures import (
     panels,
     save_figure,
 )
-from kdcache.store import Cache
+from kdcache.store import Records
 from kdcache.teacher.audit import THRESHOLDS, Audit, Scored
 from kdcache.teacher.audit_gradient import TEMPERATURES
-from kdcache.teacher.whole import read_view, read_whole
+from kdcache.teacher.whole import read_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,11 +49,9 @@ def check_report_folder(folder: Path) -> None:
         )
 
 
-def write_report(audit: Audit, cache: Cache, split: Split | None, folder: Path) -> list[Path]:
+def write_report(audit: Audit, records: Records, folder: Path) -> list[Path]:
     """Write report.json and the pictures; what an earlier report left there is replaced.
 
-    Args:
-        split: gives images and labels of a store without pixels.
     Returns: the pictures.
     """
     check_report_folder(folder)
@@ -73,7 +71,7 @@ def write_report(audit: Audit, cache: Cache, split: Split | None, folder: Path) 
     written = [folder / name for name in figures]
     for rank, scored in enumerate(audit.worst, 1):
         path = folder / _WORST / f"rank{rank:02}-{file_part(scored.sample)}-miou{scored.miou:.4f}.png"
-        save_figure(_worst(audit, cache, split, rank, scored), path)
+        save_figure(_worst(audit, records, rank, scored), path)
         written.append(path)
     return written
 
@@ -176,10 +174,10 @@ def _gradient(audit: Audit) -> "Figure":
     return figure
 
 
-def _worst(audit: Audit, cache: Cache, split: Split | None, rank: int, scored: Scored) -> "Figure":
+def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure":
     """Image, label, what was said, and where these differ."""
-    pixels, _ = read_view(cache, split, scored.record)
-    whole = read_whole(cache, split, scored.record, labelled=True)
+    pixels = records.pixels(scored.record)
+    whole = read_whole(records, scored.record, labelled=True)
     assert whole.label is not None
     said = whole.argmax.numpy()
     counted = whole.label != IGNORE_INDEX

@@ -1,19 +1,19 @@
 """Is what the store holds what the teacher says? Scores against labels, and a sample against the teacher itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from kdcache.data import IGNORE_INDEX, Split, pixel_checksum
+from kdcache.data import IGNORE_INDEX
 from kdcache.errors import MismatchError
 from kdcache.evaluate import ConfusionMatrix, Metrics
-from kdcache.store import Cache, check_origin
+from kdcache.store import Records
 from kdcache.teacher.build import pack_batch
 from kdcache.teacher.fingerprint import fingerprint
 from kdcache.teacher.forward import Precision, place, teach
-from kdcache.teacher.records import Array, render_again
+from kdcache.teacher.records import Array
 from kdcache.teacher.source import Teacher
 from kdcache_kernels import PackedTarget, densify, target_argmax_confidence
 
@@ -50,31 +50,29 @@ def _spread(there: int, limit: int) -> list[int]:
     return sorted({int(number) for number in np.linspace(0, there - 1, min(limit, there)).round()})
 
 
-def score_cache(cache: Cache, split: Split | None, limit: int = 512) -> Metrics | None:
+def score_cache(records: Records, limit: int = 512) -> Metrics | None:
     """The teacher's metrics on the labels of whole images at view size, read back; None without labels.
 
     Of a store that has crops alone, on the first crop of each image.
 
-    Args:
-        split: gives the labels of a store that keeps none.
+    Raises: MismatchError for a store without pixels that has no data set, or a changed one.
     """
+    cache = records.cache
     labelled = cache.column("labelled")
     confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
     for record in map(cache.manifest.record, _spread(cache.manifest.dataset.samples, limit)):
         if not labelled[record]:
             continue
-        target = packed_target(cache, [record])
-        argmax, _ = target_argmax_confidence(target, cache.view_size)
-        confusion.update(argmax[0], torch.from_numpy(_label(cache, split, record)))
+        argmax, _ = target_argmax_confidence(packed_target(records, [record]), cache.view_size)
+        confusion.update(argmax[0], torch.from_numpy(records.label(record)))
     return confusion.metrics() if confusion.counts.sum() else None
 
 
-def packed_target(cache: Cache, records: list[int]) -> PackedTarget:
+def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
     """The segmentation target of some records, as the kernels take it."""
-    rows = [cache.read(record, cache.target_paths()) for record in records]
-    parts = {
-        path.rsplit("/", 1)[1]: torch.from_numpy(np.stack([r[path] for r in rows])) for path in cache.target_paths()
-    }
+    rows = [records.target(number) for number in numbers]
+    parts = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    cache = records.cache
     return PackedTarget(
         values=parts["values"],
         indices=parts.get("indices"),
@@ -85,17 +83,15 @@ def packed_target(cache: Cache, records: list[int]) -> PackedTarget:
     )
 
 
-def compare_teacher(
-    cache: Cache, teacher: Teacher, split: Split | None, device: torch.device, limit: int = 16
-) -> Agreement:
+def compare_teacher(records: Records, teacher: Teacher, device: torch.device, limit: int = 16) -> Agreement:
     """Run the teacher again on a sample of records and compare.
 
-    Args:
-        split: the data set; needed when the store keeps no pixels, used to find drift otherwise.
-    Raises: MismatchError when the store keeps no pixels and no data set is given, or another one than it was
-        built from.
+    The data set is needed when the store keeps no pixels, and used to find drift otherwise.
+
+    Raises: MismatchError when the store keeps no pixels and has no data set beside it.
     """
-    _check_split(cache, split)
+    _check_split(records)
+    cache = records.cache
     precision: Precision = cache.manifest.teacher.precision  # type: ignore[assignment]
     place(teacher.model, device)
     differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
@@ -104,14 +100,14 @@ def compare_teacher(
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0
     drifted = []
-    records = _spread(len(cache), limit)
-    for record, pixels, drift in _pixels(cache, split, records):
+    numbers = _spread(len(cache), limit)
+    for record, pixels, drift in _pixels(records, numbers):
         if drift:
-            drifted.append(cache.ids[record // cache.manifest.view.views_per_sample])
+            drifted.append(records.sample(record))
         model = teacher.speaker(folds[record])
         logits, _ = teach(model, torch.from_numpy(pixels)[None], (), precision, device, grid)
         again = pack_batch(logits.cpu(), {}, cache.head.k)
-        stored = packed_target(cache, [record])
+        stored = packed_target(records, [record])
         if again["targets/segmentation/values"].shape != stored.values.shape:
             differences.append("targets: the teacher gives another number of classes or another size")
             break
@@ -130,7 +126,7 @@ def compare_teacher(
         relevant = (now > -20) | (then > -20)
         largest = max(largest, float((now - then).abs()[relevant].max()))
     return Agreement(
-        records=len(records),
+        records=len(numbers),
         fingerprint=tuple(differences),
         drifted=tuple(drifted),
         argmax=agreeing / max(pixels_seen, 1),
@@ -139,42 +135,33 @@ def compare_teacher(
     )
 
 
-def _check_split(cache: Cache, split: Split | None) -> None:
+def _check_split(records: Records) -> None:
     """What the teacher saw must be there."""
-    about, taught = cache.manifest.dataset, cache.manifest.view.teacher_size
-    if split is None and taught is not None:
+    cache, taught = records.cache, records.cache.manifest.view.teacher_size
+    if records.split is None and taught is not None:
         raise MismatchError(
             "a teacher is asked again about what it saw, which no store keeps where it was larger than the views",
             received=f"{cache.place} was taught at {taught[0]}x{taught[1]}, and no data set was given",
-            remedy=f"add --data (the folder of {about.name!r})",
+            remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
         )
-    check_origin(cache, split, needed=True)
+    records.check_complete()
 
 
-def _pixels(cache: Cache, split: Split | None, records: list[int]) -> Iterator[tuple[int, Array, bool]]:
+def _pixels(records: Records, numbers: Sequence[int]) -> Iterator[tuple[int, Array, bool]]:
     """(record, pixels as taught, whether the data set now renders other pixels).
 
     The checksum is of the view alone: both renderings are of one image, and what moves no byte of the student's is
     no drift to it.
     """
-    checksums, teacher_size = cache.column("pixel_checksum"), cache.manifest.view.teacher_size
-    for record in records:
-        drift = False
-        pixels = None
-        if split is not None:
-            pixels, _ = render_again(split, cache, record)
-            drift = pixel_checksum(pixels) != int(checksums[record])
+    teacher_size = records.cache.manifest.view.teacher_size
+    for record in numbers:
+        if records.split is None:
+            yield record, records.pixels(record), False
+            continue
+        pixels, _ = records.render(record)
+        drift = not records.is_same(record, pixels)
         if teacher_size is not None:
-            assert split is not None
-            pixels, _ = render_again(split, cache, record, teacher_size)
-        elif cache.pixels_stored:
-            pixels = cache.read(record, ["pixels/image"])["pixels/image"]
-        assert pixels is not None
+            pixels, _ = records.render(record, teacher_size)
+        elif records.cache.pixels_stored:
+            pixels = records.pixels(record)
         yield record, pixels, drift
-
-
-def _label(cache: Cache, split: Split | None, record: int) -> Array:
-    if cache.pixels_stored:
-        return cache.read(record, ["labels/segmentation"])["labels/segmentation"]
-    assert split is not None
-    return render_again(split, cache, record)[1]

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kdcache.data import IGNORE_INDEX, ClassList, Split
+from kdcache.data import IGNORE_INDEX, ClassList
 from kdcache.data.classes import write_classes
 from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.evaluate.confidence import Array, ConfidenceCounts, Coverage
 from kdcache.evaluate.pictures import palette_png, png_bytes
-from kdcache.store import Cache, check_origin
+from kdcache.store import Cache, Records
 from kdcache.store.durable import disk_space_errors, write_durably
-from kdcache.teacher.whole import Whole, read_view, read_wholes
+from kdcache.teacher.whole import Whole, read_wholes
 
 Progress = Callable[[str, int, int], None]
 SETTINGS = "pseudo-labels.json"
@@ -60,31 +60,32 @@ class Exported:
 
 
 def export_pseudo_labels(
-    cache: Cache,
+    records: Records,
     out: Path,
     rule: Rule,
     *,
-    split: Split | None = None,
     images: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write a PNG per sample. Interrupted, the same call goes on.
 
+    Without its data set, precision is unknown of a store without pixels.
+
     Args:
-        split: the data set that the store was built from; gives the labels of a store without pixels (without it,
-            precision is unknown there) and its images.
         images: write the images too.
         progress: called with (what, samples done, samples).
     Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another store or rule.
     """
-    check_origin(cache, split, needed=images)
+    cache = records.cache
+    if images:
+        records.check_complete()
     _check_views(cache)
     about = cache.manifest.dataset
     classes = ClassList(about.class_names, about.class_colours)
     files = [_file(sample) for sample in cache.ids]
     _check_out(out, settings := _settings(cache, rule))
     counts = ConfidenceCounts(len(classes))
-    for whole in _told(read_wholes(cache, split), "counting confidences", len(files), progress):
+    for whole in _told(read_wholes(records), "counting confidences", len(files), progress):
         counts.update(whole.argmax, whole.confidence, whole.label)
     least = rule.threshold if rule.threshold is not None else counts.quantile_thresholds(rule.quantile or 0.0)
     coverage = counts.coverage(least)
@@ -96,13 +97,13 @@ def export_pseudo_labels(
         labels, pictures = out / "labels" / about.split, out / "images" / about.split
         least_C = np.array(coverage.thresholds)
         for file, whole in zip(
-            files, _told(read_wholes(cache, None), "writing labels", len(files), progress), strict=True
+            files, _told(read_wholes(records, labels=False), "writing labels", len(files), progress), strict=True
         ):
             if not (path := labels / file).exists():
                 _write(path, palette_png(pseudo_label(whole, least_C), classes.colours))
                 written += 1
             if images and not (path := pictures / file).exists():
-                _write(path, png_bytes(Image.fromarray(read_view(cache, split, whole.record)[0])))
+                _write(path, png_bytes(Image.fromarray(records.pixels(whole.record))))
     return Exported(classes.names, coverage, written, len(files) - written)
 
 

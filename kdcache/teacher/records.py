@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.data import Split, Window, draw_view, pixel_checksum, prefetch, render
-from kdcache.store import Cache, Manifest
+from kdcache.store import Manifest
 from kdcache.store.parts import View
 
 Array = np.ndarray[Any, Any]
@@ -68,14 +68,6 @@ def render_records(split: Split, view: View, records: Iterable[int]) -> list[Ren
             )
         )
     return found
-
-
-def render_again(split: Split, cache: Cache, record: int, size: tuple[int, int] | None = None) -> tuple[Array, Array]:
-    """Pixels and label of a record as a store says that it lies in its source; `size` (H, W), default the view's."""
-    about = cache.read(record, ["records/sample", "records/window", "records/flip"])
-    sample, flip = int(about["records/sample"]), bool(about["records/flip"])
-    window = Window(*about["records/window"].tolist())
-    return render(split.image(sample), split.label(sample), window, flip=flip, size=size or cache.view_size)
 
 
 def render_batches(

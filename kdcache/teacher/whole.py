@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from kdcache.data import Split, inside_rectangle, pixel_checksum
-from kdcache.errors import CorruptError, MismatchError
-from kdcache.store import Cache
+from kdcache.data import inside_rectangle
+from kdcache.errors import CorruptError
+from kdcache.store import Cache, Records
 from kdcache.teacher.check import packed_target
-from kdcache.teacher.records import Array, render_again
+from kdcache.teacher.records import Array
 from kdcache_kernels import PackedTarget, target_argmax_confidence
 
 
@@ -41,15 +41,15 @@ def whole_records(cache: Cache) -> list[int]:
     return [cache.manifest.record(sample) for sample in range(cache.manifest.dataset.samples)]
 
 
-def read_whole(cache: Cache, split: Split | None, record: int, *, labelled: bool) -> Whole:
+def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
     """Read one record.
 
     Args:
-        split: gives the labels of a store that keeps none.
-        labelled: whether it has a label (`records/labelled`).
-    Raises: MismatchError when the split renders other pixels than the teacher saw; CorruptError.
+        labelled: whether it has a label (`records/labelled`); it is read where pixels and labels are there.
+    Raises: MismatchError when the data set renders other pixels than the teacher saw; CorruptError.
     """
-    target = packed_target(cache, [record])
+    cache = records.cache
+    target = packed_target(records, [record])
     argmax_1HW, confidence_1HW = target_argmax_confidence(target, cache.view_size)
     if not bool((confidence_1HW <= 1).all()):
         raise CorruptError(
@@ -57,17 +57,20 @@ def read_whole(cache: Cache, split: Split | None, record: int, *, labelled: bool
             received=f"NaN or infinity in the target of record {record} of {cache.place}",
             remedy="build the store again",
         )
-    known = labelled and (cache.pixels_stored or split is not None)
-    label = read_view(cache, split, record)[1] if known else None
-    sample = cache.ids[record // cache.manifest.view.views_per_sample]
-    return Whole(record, sample, target, argmax_1HW[0], confidence_1HW[0], _inside(cache, record), label)
+    label = records.label(record) if labelled and records.complete else None
+    sample, inside = records.sample(record), _inside(cache, record)
+    return Whole(record, sample, target, argmax_1HW[0], confidence_1HW[0], inside, label)
 
 
-def read_wholes(cache: Cache, split: Split | None) -> Iterator[Whole]:
-    """Every whole image of a store, in order; as `read_whole`."""
-    labelled = cache.column("labelled")
-    for record in whole_records(cache):
-        yield read_whole(cache, split, record, labelled=bool(labelled[record]))
+def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
+    """Every whole image of a store, in order; as `read_whole`.
+
+    Args:
+        labels: whether labels are read, where they are there.
+    """
+    labelled = records.cache.column("labelled")
+    for record in whole_records(records.cache):
+        yield read_whole(records, record, labelled=labels and bool(labelled[record]))
 
 
 def _inside(cache: Cache, record: int) -> Array | None:
@@ -80,23 +83,3 @@ def _inside(cache: Cache, record: int) -> Array | None:
     y_H, x_W = np.arange(height) + 0.5, np.arange(width) + 0.5
     inside: Array = ((y0 <= y_H) & (y_H < y1))[:, None] & ((x0 <= x_W) & (x_W < x1))
     return inside
-
-
-def read_view(cache: Cache, split: Split | None, record: int) -> tuple[Array, Array]:
-    """Pixels and label of a record, from the store or from the data set that it was built from.
-
-    Raises: MismatchError as `read_whole`.
-    """
-    if cache.pixels_stored:
-        rows = cache.read(record, ["pixels/image", "labels/segmentation"])
-        return rows["pixels/image"], rows["labels/segmentation"]
-    assert split is not None
-    pixels, label = render_again(split, cache, record)
-    if pixel_checksum(pixels) != int(cache.read(record, ["records/pixel_checksum"])["records/pixel_checksum"]):
-        sample = cache.ids[record // cache.manifest.view.views_per_sample]
-        raise MismatchError(
-            "an image must render to the pixels that the teacher saw",
-            received=f"{sample!r} of {split.data} renders differently",
-            remedy="restore the images that the store was built from, or build it again",
-        )
-    return pixels, label

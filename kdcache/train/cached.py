@@ -10,17 +10,15 @@ from kdcache.data import (
     IGNORE_INDEX,
     Augmentation,
     ClassList,
-    Split,
     Window,
     colour_jitter,
     id_hash,
     inside_rectangle,
-    pixel_checksum,
     render,
 )
 from kdcache.distill import SEGMENTATION
-from kdcache.errors import MismatchError, RecipeError
-from kdcache.store import Cache, check_origin
+from kdcache.errors import RecipeError
+from kdcache.store import Cache, Records
 from kdcache.train.dataset import DrawnDataset, Field, Size
 from kdcache.train.part import Chosen, Part
 from kdcache.train.records import PIXEL_PATHS, RamRecords, RecordSource, target_paths
@@ -41,14 +39,14 @@ class CacheDataset(DrawnDataset):
     """The samples of a store: pixels, labels and targets.
 
     Args:
-        cache: an open store.
+        source: an open store; or its records, of a store that keeps no pixels and has its data set beside it. An image
+            is then compared with the store's checksum at a record's first visit by this process, also of a run that
+            resumes.
         augment: `warp` draws a window of the stored whole image and moves the target with it; `replay` gives the views
             as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
             `auto` replays a store of several views or of crops, and warps another.
         size: (H, W) of the pixels; default the view's.
         targets: False reads no targets (same draws).
-        split: the data set, needed when the store keeps no pixels. Its rendering is compared with the store's
-            checksum at a sample's first visit by this process, also of a run that resumes.
         extras: paths of further arrays that a sample brings (features, statistics).
         part: which samples, labels and views are used; default all.
         labelled_only: whether samples without a label are left out.
@@ -60,12 +58,11 @@ class CacheDataset(DrawnDataset):
 
     def __init__(
         self,
-        cache: Cache,
+        source: Cache | Records,
         *,
         augment: str = "auto",
         size: Size | None = None,
         targets: bool = True,
-        split: Split | None = None,
         augmentation: Augmentation | None = None,
         extras: Sequence[str] = (),
         part: Part | None = None,
@@ -75,6 +72,10 @@ class CacheDataset(DrawnDataset):
             raise RecipeError(
                 f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use auto, the default"
             )
+        self.source = Records.of(source)
+        self.source.check_complete()
+        self.cache = cache = self.source.cache
+        self.split = None if cache.pixels_stored else self.source.split
         augment = choose_augment(augment, cache)
         chosen = Augmentation() if augmentation is None else augmentation
         if cache.manifest.view.kind == "crop" and augment != "replay":
@@ -84,10 +85,7 @@ class CacheDataset(DrawnDataset):
                 remedy="use --augment replay",
             )
         super().__init__(cache.view_size if size is None else size, chosen if augment != "none" else Augmentation.off())
-        self.cache = cache
         self.augment = augment
-        self.split = None if cache.pixels_stored else split
-        check_origin(cache, self.split, needed=True)
         self.records: RecordSource = cache
         self._targets = target_paths(cache) if targets else {}
         self.extras = tuple(extras)
@@ -107,8 +105,6 @@ class CacheDataset(DrawnDataset):
         self._turns = [id_hash(cache.ids[number]) % self._views for number in self.indices] if turning else None
         replayed_grey = augment == "replay" and cache.manifest.view.reaches_beyond
         self._inside = _inside(cache) if replayed_grey else None
-        self._rendered = None if self.split is None else _Rendered(cache)
-        self._checked = set[int]()
 
     @property
     def classes(self) -> ClassList:
@@ -223,23 +219,14 @@ class CacheDataset(DrawnDataset):
     def _from_source(self, index: int, record: int, window: Window, flip: bool, out: Row) -> None:
         """Crop the source itself, which is sharper than enlarging the view; `window` is in pixels of the view."""
         assert self.split is not None
-        assert self._rendered is not None
         number = self.indices[index]
         image, label = self.split.image(number), self.split.label(number)
-        source, mirrored = self._rendered.window(record)
-        if record not in self._checked:
-            view, _ = render(image, None, source, flip=mirrored, size=self.cache.view_size)
-            if pixel_checksum(view) != self._rendered.checksum(record):
-                raise MismatchError(
-                    "an image must render to the pixels that the teacher saw",
-                    received=f"{self.sample_id(index)} renders differently: the file or an image library has changed",
-                    remedy="restore the image, build the store again, or build with --pixels stored",
-                )
-            self._checked.add(record)
+        self.source.check_image(record, image)
+        shown, mirrored = self.source.window(record)
         if self.augment == "warp":  # of view 0, which is the whole image
             (height, width), (view_height, view_width) = image.shape[:2], self.cache.view_size
-            source, mirrored = window.scaled(height / view_height, width / view_width), flip
-        render(image, label, source, flip=mirrored, size=self.size, out=(out.pixels, out.label))
+            shown, mirrored = window.scaled(height / view_height, width / view_width), flip
+        render(image, label, shown, flip=mirrored, size=self.size, out=(out.pixels, out.label))
 
 
 def _views(cache: Cache, limit: int | None) -> int:
@@ -257,17 +244,3 @@ def _inside(cache: Cache) -> Array:
     """Where every view shows its image, which alone is to teach."""
     window, flip, source_size = (cache.column(name) for name in ("window", "flip", "source_size"))
     return inside_rectangle(window, flip, source_size, cache.view_size)
-
-
-class _Rendered:
-    """Where a store's records lie in their sources, and what they rendered to."""
-
-    def __init__(self, cache: Cache) -> None:
-        self._windows, self._flips = cache.column("window"), cache.column("flip")
-        self._checksums = cache.column("pixel_checksum")
-
-    def window(self, record: int) -> tuple[Window, bool]:
-        return Window(*self._windows[record].tolist()), bool(self._flips[record])
-
-    def checksum(self, record: int) -> int:
-        return int(self._checksums[record])

@@ -136,7 +136,7 @@ def _trust(
     names = cache.manifest.dataset.class_names
     if config.class_trust == "auto":
         assert config.trust_against is not None
-        trust = trust_from_run(cache, dataset.split, config.trust_against, device, note)
+        trust = trust_from_run(dataset.source, config.trust_against, device, note)
     else:
         assert config.class_trust is not None
         trust = read_trust(config.class_trust, names)

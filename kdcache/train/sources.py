@@ -15,7 +15,7 @@ from kdcache.data import (
     prefetch,
 )
 from kdcache.errors import DataError, MismatchError, RecipeError
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, Records, open_cache
 from kdcache.train.cached import CacheDataset
 from kdcache.train.config import TrainConfig
 from kdcache.train.dataset import DrawnDataset, LabelledDataset
@@ -99,11 +99,10 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
 def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
     split = source_split(config, cache)
     dataset = CacheDataset(
-        cache,
+        Records(cache, split),
         augment=config.augment,
         size=config.size,
         targets=config.teaches,
-        split=split,
         augmentation=_augmentation(config),
         part=_part(config),
         labelled_only=not config.teaches or config.distill_on == "labelled",

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.data import IGNORE_INDEX, Split, folds_of, parse_fold
+from kdcache.data import IGNORE_INDEX, folds_of, parse_fold
 from kdcache.distill import Batch
 from kdcache.errors import MismatchError, RecipeError, plain_logger
 from kdcache.evaluate import ConfusionMatrix
 from kdcache.models.run import load_run
-from kdcache.store import Cache
+from kdcache.store import Cache, Records
 from kdcache.train.cached import CacheDataset
 from kdcache.train.config import read_config
 from kdcache.train.held_out import check_same_samples, doubt
@@ -58,16 +58,16 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
 
 
 def trust_from_run(
-    cache: Cache, split: Split | None, run: str, device: torch.device, note: Callable[[str], None] = _log.warning
+    records: Records, run: str, device: torch.device, note: Callable[[str], None] = _log.warning
 ) -> list[float]:
     """Weights of all classes, from the store's teacher beside a plain run on the fold that the run left out.
 
     Args:
-        split: the data set of a store without pixels.
         run: a folder of train-student --method none or of train-teacher, with --fold.
         note: is told what makes the weights doubtful: a teacher that may have seen what the run left out.
     Raises: RecipeError, MismatchError for a run that cannot say anything of this store, or a store of crops.
     """
+    cache = records.cache
     if cache.manifest.view.kind == "crop":
         raise RecipeError(
             "trust is measured on whole images: what a crop shows is chance",
@@ -93,7 +93,7 @@ def trust_from_run(
         if text is not None:
             note(text)
     fold, folds = parse_fold(config.fold)
-    dataset = CacheDataset(cache, augment="none", split=split, size=cache.view_size)
+    dataset = CacheDataset(records, augment="none", size=cache.view_size)
     held_out = np.flatnonzero(folds_of(cache.ids, folds) == fold).tolist()
     teacher, student = (ConfusionMatrix(names, IGNORE_INDEX) for _ in range(2))
     model.eval().to(device)

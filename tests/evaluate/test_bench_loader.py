@@ -16,7 +16,7 @@ import zarr
 from kdcache.data import open_split
 from kdcache.errors import CorruptError, MismatchError, ModelError, RecipeError, StoreError, VersionError
 from kdcache.models import build_model
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, Records, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset
 from kdcache.train.bench import LOADERS, READERS, Settings, Table, measure, readers, run, streams, turns
@@ -375,7 +375,7 @@ def test_what_is_wrong_is_told_before_anything_is_measured(store: Cache, build, 
 
 def test_a_store_without_pixels_is_loaded_beside_its_data(build) -> None:
     cache = open_cache(build(pixels="source"))
-    report = measure(cache, Settings(against=("inline", "ring"), **SMALL), open_split(SCENES, "train"))
+    report = measure(Records(cache, open_split(SCENES, "train")), Settings(against=("inline", "ring"), **SMALL))
     assert all(row.pace is not None for row in report.tables[0].rows)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kdcache.data import Window, open_split, render
 from kdcache.models import NativeOutput, SegmentationModel
-from kdcache.store import open_cache
+from kdcache.store import Records, open_cache
 from kdcache.teacher import Teacher, build_cache, copied_fidelity
 from kdcache.teacher.audit import audit_cache
 from kdcache.teacher.audit_gradient import gradient_errors
@@ -87,7 +87,7 @@ def test_what_storing_loses_is_measured_so_too(many, options, views) -> None:
 def test_pseudo_labels_are_those_of_the_head(split, options, tmp_path) -> None:
     build_cache(split, coarse(7), tmp_path / "s.zarr", options())
     cache = open_cache(tmp_path / "s.zarr")
-    export_pseudo_labels(cache, tmp_path / "out", Rule(threshold=0.3))
+    export_pseudo_labels(Records(cache), tmp_path / "out", Rule(threshold=0.3))
     labels = {}
     for aligned in (True, False):
         rows = [cache.read(n, ["targets/segmentation/values"])["targets/segmentation/values"] for n in range(7)]
@@ -107,7 +107,7 @@ def test_a_copy_and_an_audit_are_judged_so_too(split, options, tmp_path, aligned
     path = "targets/segmentation/values"
     values = [torch.from_numpy(cache.read(record, [path])[path]).float() for record in range(14)]
     assert copied_fidelity(cache, "small") == measure_fidelity(values, 7, "small", (32, 48), align_corners=aligned)
-    found = audit_cache(cache).gradient
+    found = audit_cache(Records(cache)).gradient
     right, wrong = (gradient_errors(values[::2], 7, (32, 48), align_corners=how) for how in (aligned, not aligned))
     assert found == right != wrong
     assert found != gradient_errors(values[:7], 7, (32, 48), align_corners=aligned)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kdcache.data import OUTSIDE_RGB, open_split
 from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.evaluate.pictures import VOID_RGB, WRONG_RGB, colour_ids, mark_wrong
-from kdcache.store import open_cache
+from kdcache.store import Records, open_cache
 from kdcache.teacher import build_cache
 from kdcache.teacher.audit import THRESHOLDS, audit_cache
 from kdcache.teacher.audit_gradient import candidates, gradient_errors
@@ -56,7 +56,7 @@ def audited(request, tmp_path, teacher, folder_data, options):
     build_cache(split, teacher, tmp_path / "labels.zarr", options())
     cache, other = open_cache(tmp_path / "s.zarr"), open_cache(tmp_path / "labels.zarr")
     labels = [other.read(record, ["labels/segmentation"])["labels/segmentation"] for record in range(7)]
-    return audit_cache(cache, split, worst=3), cache, split, labels
+    return audit_cache(Records(cache, split), worst=3), cache, split, labels
 
 
 def test_every_figure(audited) -> None:
@@ -127,15 +127,15 @@ def test_a_store_without_pixels_needs_its_own_data(tmp_path, teacher, folder_dat
     build_cache(split, teacher, tmp_path / "s.zarr", options(pixels="source"))
     cache = open_cache(tmp_path / "s.zarr")
     with pytest.raises(MismatchError, match="--data"):
-        audit_cache(cache)
+        audit_cache(Records(cache))
     with pytest.raises(MismatchError, match="built from"):
-        audit_cache(cache, open_split("scenes:36x52,train=2", "train"))
+        audit_cache(Records(cache, open_split("scenes:36x52,train=2", "train")))
     path = folder_data / "images" / "train" / "train-000002.png"
     pixels = np.asarray(Image.open(path)).copy()
     pixels[:20, :20] ^= 64
     Image.fromarray(pixels).save(path)
     with pytest.raises(MismatchError, match=r"'train-000002'.*renders differently"):
-        audit_cache(cache, open_split(folder_data, "train"))
+        audit_cache(Records(cache, open_split(folder_data, "train")))
 
 
 def test_a_target_that_is_no_number_is_refused(tmp_path, teacher, split, options, monkeypatch) -> None:
@@ -143,25 +143,25 @@ def test_a_target_that_is_no_number_is_refused(tmp_path, teacher, split, options
     build_cache(split, teacher, tmp_path / "s.zarr", options())
     cache = open_cache(tmp_path / "s.zarr")
 
-    def damaged(cache, records):
-        target = packed_target(cache, records)
+    def damaged(records, numbers):
+        target = packed_target(records, numbers)
         target.values[0, 0, 0, 0] = math.nan
         return target
 
     monkeypatch.setattr("kdcache.teacher.whole.packed_target", damaged)
     with pytest.raises(CorruptError, match="record 0"):
-        audit_cache(cache)
+        audit_cache(Records(cache))
 
 
 def test_without_labels_there_is_less_to_say(tmp_path, teacher, options) -> None:
     source = open_split("scenes:36x52,unlabelled=3", "unlabelled")
     build_cache(source, teacher, tmp_path / "s.zarr", options())
     cache = open_cache(tmp_path / "s.zarr")
-    found = audit_cache(cache)
+    found = audit_cache(Records(cache))
     assert (found.images, found.labelled, found.metrics, found.calibration) == (3, 0, None, None)
     assert (found.confused, found.worst) == ((), ())
     assert sum(found.coverage[0].said) == 3 * 32 * 48
-    names = {path.name for path in write_report(found, cache, None, tmp_path / "report")}
+    names = {path.name for path in write_report(found, Records(cache), tmp_path / "report")}
     assert names == {"pseudo-labels.png", "gradient.png"}
     json.loads((tmp_path / "report" / REPORT).read_text())
 
@@ -170,10 +170,10 @@ def test_what_lies_beyond_an_image_is_not_counted(tmp_path, teacher, split, opti
     """Of crops alone the first of each image is judged, and the grey around it is no word of the teacher's."""
     build_cache(split, teacher, tmp_path / "s.zarr", options(views=2, crop=(32, 48), view_scale=(0.5, 1.0)))
     cache = open_cache(tmp_path / "s.zarr")
-    found = audit_cache(cache)
+    found = audit_cache(Records(cache))
     assert found.images == 7
     shown = 0
-    for whole in read_wholes(cache, None):
+    for whole in read_wholes(Records(cache)):
         rows = cache.read(whole.record, ["records/window", "records/flip", "pixels/image"])
         y0, x0, y1, x1 = rows["records/window"]
         inside = np.zeros((32, 48), bool)
@@ -243,8 +243,8 @@ def test_pictures_and_report(tmp_path, teacher, split, options) -> None:
     (folder / "worst").mkdir(parents=True)
     for old in (folder / REPORT, folder / "worst/rank07-old-miou0.1000.png"):
         old.write_bytes(b"")
-    found = audit_cache(cache, worst=2)
-    written = write_report(found, cache, None, folder)
+    found = audit_cache(Records(cache), worst=2)
+    written = write_report(found, Records(cache), folder)
     assert sorted(written) == sorted(folder.rglob("*.png"))
     assert len(written) == 5 + 2
     for path in written:
@@ -270,7 +270,7 @@ def test_a_report_overwrites_nothing_else(tmp_path, teacher, split, options, hel
     thesis = folder if held == "file" else folder / "thesis.tex"
     thesis.write_text("thesis")
     with pytest.raises(RecipeError, match="report"):
-        write_report(audit_cache(cache), cache, None, folder)
+        write_report(audit_cache(Records(cache)), Records(cache), folder)
     assert thesis.read_text() == "thesis"
     assert len(list(tmp_path.rglob("*.png"))) == 0
 

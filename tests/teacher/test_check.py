@@ -13,7 +13,7 @@ from kdcache.data import IGNORE_INDEX, Window, open_split, render
 from kdcache.errors import KDCacheError, MismatchError, ModelError
 from kdcache.evaluate import evaluate_model
 from kdcache.models import NativeOutput, SegmentationModel
-from kdcache.store import open_cache
+from kdcache.store import Records, open_cache
 from kdcache.teacher import Teacher, build_cache, compare_teacher, load_teacher, score_cache
 from kdcache.teacher.check import Agreement
 
@@ -31,7 +31,7 @@ def built(request, tmp_path, teacher, folder_data, options):
 @pytest.mark.parametrize("k", [7, 3])
 def test_the_same_teacher_agrees(tmp_path, teacher, split, options, k) -> None:
     build_cache(split, teacher, tmp_path / "s.zarr", options(top_k=k))
-    found = compare_teacher(open_cache(tmp_path / "s.zarr"), teacher, None, CPU)
+    found = compare_teacher(Records(open_cache(tmp_path / "s.zarr")), teacher, CPU)
     assert found.ok
     assert (found.records, found.fingerprint, found.drifted) == (7, (), ())
     assert found.argmax == 1
@@ -43,12 +43,12 @@ def test_other_weights_do_not(built, teacher) -> None:
     cache, source = built
     with torch.no_grad():
         teacher.model.get_submodule("classifier").weight[0, 0] += 1e-6
-    slightly = compare_teacher(cache, teacher, source, CPU)
+    slightly = compare_teacher(Records(cache, source), teacher, CPU)
     assert not slightly.ok  # whatever it says: it is not the teacher that was asked
     assert [line.partition(":")[0] for line in slightly.fingerprint] == ["weights"]
     with torch.no_grad():
         teacher.model.get_submodule("classifier").weight.mul_(-1)
-    far = compare_teacher(cache, teacher, source, CPU)
+    far = compare_teacher(Records(cache, source), teacher, CPU)
     assert not far.ok
     assert far.argmax < 0.9
     assert far.kl > 0.01
@@ -80,7 +80,7 @@ class Says(SegmentationModel):
 def test_the_largest_error_is_of_logits_that_carry_probability(split, options, tmp_path, stored, now, error) -> None:
     classes = len(split.classes)
     build_cache(split, Teacher(Says(classes, stored).eval(), "own"), tmp_path / "s.zarr", options())
-    found = compare_teacher(open_cache(tmp_path / "s.zarr"), Teacher(Says(classes, now).eval(), "own"), None, CPU)
+    found = compare_teacher(Records(open_cache(tmp_path / "s.zarr")), Teacher(Says(classes, now).eval(), "own"), CPU)
     assert found.largest_error == pytest.approx(error, abs=0.01)
 
 
@@ -91,7 +91,7 @@ def test_a_teacher_agrees_in_its_classes_and_its_probabilities(argmax, kl, ok) -
 
 def test_few_records_are_enough_when_asked(built, teacher) -> None:
     cache, source = built
-    assert compare_teacher(cache, teacher, source, CPU, 3).records == 3
+    assert compare_teacher(Records(cache, source), teacher, CPU, 3).records == 3
 
 
 def test_few_records_are_spread_over_the_store(built, teacher, folder_data) -> None:
@@ -99,7 +99,7 @@ def test_few_records_are_spread_over_the_store(built, teacher, folder_data) -> N
     for number in (3, 6):
         path = folder_data / "images" / "train" / f"train-{number:06d}.png"
         Image.fromarray(np.asarray(Image.open(path)) ^ 64).save(path)
-    found = compare_teacher(cache, teacher, open_split(folder_data, "train"), CPU, 3)
+    found = compare_teacher(Records(cache, open_split(folder_data, "train")), teacher, CPU, 3)
     assert found.drifted == ("train-000003", "train-000006")
 
 
@@ -116,7 +116,7 @@ def test_a_changed_image_is_named(built, teacher, folder_data) -> None:
     pixels = np.asarray(Image.open(path)).copy()
     pixels[:20, :20] ^= 64
     Image.fromarray(pixels).save(path)
-    found = compare_teacher(cache, teacher, open_split(folder_data, "train"), CPU)
+    found = compare_teacher(Records(cache, open_split(folder_data, "train")), teacher, CPU)
     assert found.drifted == ("train-000002",)
     assert not found.ok
     # The teacher is asked on what it was taught on; without stored pixels, on what there is now.
@@ -126,11 +126,11 @@ def test_a_changed_image_is_named(built, teacher, folder_data) -> None:
 def test_without_pixels_the_data_set_is_needed(built, teacher) -> None:
     cache, source = built
     if cache.pixels_stored:
-        assert compare_teacher(cache, teacher, None, CPU).ok
+        assert compare_teacher(Records(cache), teacher, CPU).ok
         return
     with pytest.raises(MismatchError, match="--data"):
-        compare_teacher(cache, teacher, None, CPU)
-    assert compare_teacher(cache, teacher, source, CPU).ok
+        compare_teacher(Records(cache), teacher, CPU)
+    assert compare_teacher(Records(cache, source), teacher, CPU).ok
 
 
 def test_another_data_set_is_refused(built, teacher) -> None:
@@ -138,7 +138,7 @@ def test_another_data_set_is_refused(built, teacher) -> None:
     cache, _ = built
     for other in ("scenes:36x52,train=7,seed=3", "scenes:36x52,train=2"):
         with pytest.raises(KDCacheError) as caught:
-            compare_teacher(cache, teacher, open_split(other, "train"), CPU)
+            compare_teacher(Records(cache, open_split(other, "train")), teacher, CPU)
         assert "data set" in caught.value.rule
 
 
@@ -157,7 +157,7 @@ def test_the_score_is_that_of_the_teacher(built, teacher) -> None:
     hits = np.diag(counts)
     with np.errstate(invalid="ignore"):
         iou = hits / (counts.sum(0) + counts.sum(1) - hits)
-    score = score_cache(cache, source)
+    score = score_cache(Records(cache, source))
     assert score.aacc == pytest.approx(hits.sum() / counts.sum(), abs=2e-3)
     assert score.miou == pytest.approx(np.nanmean(iou), abs=2e-3)
     assert score.label_pixels == tuple(counts.sum(1))
@@ -173,11 +173,11 @@ def test_a_score_counts_labelled_records_only(tmp_path, teacher, folder_data, op
         labels = [source.label(r) for r in range(7) if source.has_label(r)]
         void = sum((render(np.zeros((*x.shape, 3), np.uint8), x, Window.full(*x.shape), flip=False, size=(32, 48))[1]
                     == 255).sum() for x in labels)  # fmt: skip
-        score = score_cache(open_cache(tmp_path / pixels), source)
+        score = score_cache(Records(open_cache(tmp_path / pixels), source))
         assert sum(score.label_pixels) == 3 * 32 * 48 - void
 
 
 def test_no_labels_no_score(tmp_path, teacher, options) -> None:
     source = open_split("scenes:36x52,unlabelled=3", "unlabelled")
     build_cache(source, teacher, tmp_path / "s.zarr", options())
-    assert score_cache(open_cache(tmp_path / "s.zarr"), source) is None
+    assert score_cache(Records(open_cache(tmp_path / "s.zarr"), source)) is None

@@ -8,7 +8,7 @@ import torch
 
 from kdcache.data import Window, draw_view, inside_rectangle, open_split, render
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.store import CopyChanges, copy_store, inspect_store, open_cache
+from kdcache.store import CopyChanges, Records, copy_store, inspect_store, open_cache
 from kdcache.store.parts import Drawn, View
 from kdcache.teacher import build_cache, compare_teacher, options_of, plan_manifest, score_cache
 from kdcache.train import CacheDataset
@@ -59,8 +59,8 @@ def test_what_is_stored(crops, teacher) -> None:
         assert 0.25 <= 32 / 48 * 36 / (window.y1 - window.y0) <= 1.25
     assert 3 < beyond < 18
     assert 3 < flips < 18
-    assert compare_teacher(cache, teacher, split, CPU, 21).ok
-    assert score_cache(cache, split) is not None
+    assert compare_teacher(Records(cache, split), teacher, CPU, 21).ok
+    assert score_cache(Records(cache, split)) is not None
 
 
 def test_further_views_and_samples(crops, teacher, tmp_path) -> None:

@@ -26,7 +26,7 @@ from kdcache.data.classes import read_classes
 from kdcache.data.folds import SplitPart
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, RecipeError, StoreError
 from kdcache.evaluate.pictures import VOID_RGB
-from kdcache.store import CopyChanges, copy_store, open_cache
+from kdcache.store import CopyChanges, Records, copy_store, open_cache
 from kdcache.store.durable import file_digest
 from kdcache.teacher import build_cache
 from kdcache.teacher.audit import audit_cache
@@ -55,7 +55,7 @@ def built(request, tmp_path, teacher, folder_data, options):
 @pytest.mark.parametrize("rule", [Rule(threshold=0.6), Rule(quantile=0.4)])
 def test_labels_are_what_the_teacher_is_sure_of(built, tmp_path, rule) -> None:
     cache, split = built
-    found = export_pseudo_labels(cache, tmp_path / "out", rule, split=split)
+    found = export_pseudo_labels(Records(cache, split), tmp_path / "out", rule)
     views = cache.manifest.view.views_per_sample
     said, sure = (np.stack(part) for part in zip(*(judged(cache, 7 * 0 + s * views) for s in range(7)), strict=True))
     files = sorted((tmp_path / "out/labels/train").rglob("*.png"))
@@ -99,7 +99,7 @@ def _label(split, sample: int) -> np.ndarray:
 
 def test_files_show_the_colours_and_hold_the_ids(built, tmp_path, classes) -> None:
     cache, _ = built
-    export_pseudo_labels(cache, tmp_path / "out", Rule(threshold=0.5))
+    export_pseudo_labels(Records(cache), tmp_path / "out", Rule(threshold=0.5))
     with Image.open(tmp_path / f"out/labels/train/{cache.ids[0]}.png") as image:
         assert image.mode == "P"
         ids, shown = np.asarray(image), np.asarray(image.convert("RGB"))
@@ -111,7 +111,7 @@ def test_files_show_the_colours_and_hold_the_ids(built, tmp_path, classes) -> No
 
 def test_with_images_it_is_a_data_folder(built, tmp_path) -> None:
     cache, split = built
-    export_pseudo_labels(cache, tmp_path / "out", Rule(quantile=0.5), split=split, images=True)
+    export_pseudo_labels(Records(cache, split), tmp_path / "out", Rule(quantile=0.5), images=True)
     data = open_split(tmp_path / "out", "train")
     assert (data.ids, data.classes) == (cache.ids, split.classes)
     for sample in range(7):
@@ -125,23 +125,23 @@ def test_with_images_it_is_a_data_folder(built, tmp_path) -> None:
 def test_it_goes_on_and_keeps_what_is_there(built, tmp_path, tree, monkeypatch) -> None:
     cache, _ = built
     out = tmp_path / "out"
-    export_pseudo_labels(cache, tmp_path / "whole", Rule(threshold=0.5))
+    export_pseudo_labels(Records(cache), tmp_path / "whole", Rule(threshold=0.5))
 
     def stop(what, done, _total):
         if what == "writing labels" and done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_pseudo_labels(cache, out, Rule(threshold=0.5), progress=stop)
+        export_pseudo_labels(Records(cache), out, Rule(threshold=0.5), progress=stop)
     assert len(list(out.rglob("*.png"))) == 3
     assert not list(out.rglob("*.partial"))
     first = out / f"labels/train/{cache.ids[0]}.png"
     os.utime(first, (1, 1))
-    found = export_pseudo_labels(cache, out, Rule(threshold=0.5))
+    found = export_pseudo_labels(Records(cache), out, Rule(threshold=0.5))
     assert (found.written, found.kept) == (4, 3)
     assert first.stat().st_mtime == 1
     assert tree(out) == tree(tmp_path / "whole")
-    again = export_pseudo_labels(cache, out, Rule(threshold=0.5))
+    again = export_pseudo_labels(Records(cache), out, Rule(threshold=0.5))
     assert (again.written, again.kept) == (0, 7)
     assert again.coverage.kept == found.coverage.kept
 
@@ -149,23 +149,23 @@ def test_it_goes_on_and_keeps_what_is_there(built, tmp_path, tree, monkeypatch) 
 def test_another_rule_or_store_is_refused(built, tmp_path, teacher, options, tree) -> None:
     cache, split = built
     out = tmp_path / "out"
-    export_pseudo_labels(cache, out, Rule(threshold=0.5))
+    export_pseudo_labels(Records(cache), out, Rule(threshold=0.5))
     before = tree(out)
     with pytest.raises(MismatchError, match="another threshold"):
-        export_pseudo_labels(cache, out, Rule(threshold=0.6))
+        export_pseudo_labels(Records(cache), out, Rule(threshold=0.6))
     with pytest.raises(MismatchError, match="another threshold and quantile"):
-        export_pseudo_labels(cache, out, Rule(quantile=0.5))
+        export_pseudo_labels(Records(cache), out, Rule(quantile=0.5))
     with torch.no_grad():
         teacher.model.get_submodule("classifier").weight.mul_(1.1)
     build_cache(split, teacher, tmp_path / "other.zarr", options())
     with pytest.raises(MismatchError, match="another store"):
-        export_pseudo_labels(open_cache(tmp_path / "other.zarr"), out, Rule(threshold=0.5))
+        export_pseudo_labels(Records(open_cache(tmp_path / "other.zarr")), out, Rule(threshold=0.5))
     copy_store(cache, tmp_path / "small.zarr", CopyChanges(codec="small"))
     with pytest.raises(MismatchError, match="another store"):  # of the same teacher and day, but other numbers
-        export_pseudo_labels(open_cache(tmp_path / "small.zarr"), out, Rule(threshold=0.5))
+        export_pseudo_labels(Records(open_cache(tmp_path / "small.zarr")), out, Rule(threshold=0.5))
     (out / SETTINGS).write_text("{")
     with pytest.raises(RecipeError, match="how the labels"):
-        export_pseudo_labels(cache, out, Rule(threshold=0.5))
+        export_pseudo_labels(Records(cache), out, Rule(threshold=0.5))
     before.pop(SETTINGS)
     assert {name: content for name, content in tree(out).items() if name != SETTINGS} == before
 
@@ -179,14 +179,14 @@ def test_nothing_else_is_touched(built, tmp_path, held) -> None:
     thesis = out if held == "file" else out / "thesis.tex"
     thesis.write_text("thesis")
     with pytest.raises(RecipeError, match="out"):
-        export_pseudo_labels(cache, out, Rule(threshold=0.5))
+        export_pseudo_labels(Records(cache), out, Rule(threshold=0.5))
     assert thesis.read_text() == "thesis"
 
 
 def test_crops_have_no_whole_images(tmp_path, teacher, split, options) -> None:
     build_cache(split, teacher, tmp_path / "s.zarr", options(crop=(16, 24)))
     with pytest.raises(MismatchError, match="crops alone"):
-        export_pseudo_labels(open_cache(tmp_path / "s.zarr"), tmp_path / "out", Rule(threshold=0.5))
+        export_pseudo_labels(Records(open_cache(tmp_path / "s.zarr")), tmp_path / "out", Rule(threshold=0.5))
     assert not (tmp_path / "out").exists()
 
 
@@ -194,7 +194,7 @@ def test_another_data_set_is_refused(built, tmp_path) -> None:
     cache, _ = built
     with pytest.raises(KDCacheError, match="built from"):
         export_pseudo_labels(
-            cache, tmp_path / "out", Rule(threshold=0.5), split=open_split("scenes:36x52,train=2", "train")
+            Records(cache, open_split("scenes:36x52,train=2", "train")), tmp_path / "out", Rule(threshold=0.5)
         )
     assert not (tmp_path / "out").exists()
 
@@ -203,9 +203,9 @@ def test_images_need_pixels_or_data(tmp_path, teacher, split, options) -> None:
     build_cache(split, teacher, tmp_path / "s.zarr", options(pixels="source"))
     cache = open_cache(tmp_path / "s.zarr")
     with pytest.raises(MismatchError, match="--data"):
-        export_pseudo_labels(cache, tmp_path / "out", Rule(threshold=0.5), images=True)
+        export_pseudo_labels(Records(cache), tmp_path / "out", Rule(threshold=0.5), images=True)
     assert not (tmp_path / "out").exists()
-    found = export_pseudo_labels(cache, tmp_path / "out", Rule(threshold=0.5))
+    found = export_pseudo_labels(Records(cache), tmp_path / "out", Rule(threshold=0.5))
     assert np.isnan(found.coverage.total_precision)  # nobody knows the labels
     assert "/" in cache.ids[0]  # an id with folders
     assert json.loads((tmp_path / "out" / SETTINGS).read_text())["threshold"] == 0.5
@@ -267,9 +267,9 @@ def use(store: Path, out: Path) -> None:
     """All that writes files beside a store, whose names may come from it."""
     cache = open_cache(store)
     with contextlib.suppress(KDCacheError):
-        export_pseudo_labels(cache, out / "labels", Rule(threshold=0.3), images=True)
+        export_pseudo_labels(Records(cache), out / "labels", Rule(threshold=0.3), images=True)
     with contextlib.suppress(KDCacheError):
-        write_report(audit_cache(cache, worst=1), cache, None, out / "report")
+        write_report(audit_cache(Records(cache), worst=1), Records(cache), out / "report")
     with contextlib.suppress(KDCacheError):
         copy_store(cache, out / "copy.zarr")
 

@@ -17,7 +17,7 @@ from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.models import EnsembleModel, Tta
 from kdcache.models.run import write_run_model, write_weights
 from kdcache.run_folder import RunModel
-from kdcache.store import CopyChanges, copy_store, open_cache, spread_samples, verify_files
+from kdcache.store import CopyChanges, Records, copy_store, open_cache, spread_samples, verify_files
 from kdcache.store.parts import Training
 from kdcache.teacher import (
     Teacher,
@@ -123,7 +123,7 @@ def test_an_ensemble_is_a_teacher_like_any(tmp_path, origins, split, classes, op
     before = tree(tmp_path / "s.zarr")
     like = load_like(about, origins[:2], classes)
     source = split if pixels == "source" else None
-    assert compare_teacher(cache, like, source, CPU).ok
+    assert compare_teacher(Records(cache, source), like, CPU).ok
     assert build_cache(split, like, tmp_path / "s.zarr", options(batch_size=1, pixels=pixels)).kept == 7
     others = {
         "members": load_teachers(origins[:2], classes, weights=(1, 1), tta=tta),
@@ -247,13 +247,13 @@ def test_a_teacher_may_look_at_more_pixels(tmp_path, teacher, split, options, pi
         larger, _ = render(split.image(int(row["records/sample"])), None, window, flip=flip, size=(64, 80))
         values, _, _ = pack(logits(teacher.model, torch.from_numpy(larger)[None]), 7)
         assert np.array_equal(row[VALUES], values[0])
-    assert compare_teacher(cache, teacher, split, CPU).ok
+    assert compare_teacher(Records(cache, split), teacher, CPU).ok
     with pytest.raises(MismatchError, match="larger than the views") as caught:
-        compare_teacher(cache, teacher, None, CPU)
+        compare_teacher(Records(cache), teacher, CPU)
     assert "--data" in caught.value.remedy
     with pytest.raises(MismatchError, match=r"view\.teacher_size"):
         build_cache(split, teacher, tmp_path / "s.zarr", options(pixels=pixels, batch_size=1))
-    data = CacheDataset(cache, augment="warp", split=None if pixels == "stored" else split)
+    data = CacheDataset(Records(cache, None if pixels == "stored" else split), augment="warp")
     batch = torch.utils.data.default_collate([data[n] for n in range(2)])
     student = torch.zeros(2, 7, 8, 12, requires_grad=True)
     found = DistillLoss(cache)(student, batch)
@@ -287,7 +287,7 @@ def test_targets_on_the_grid_of_the_view(tmp_path, teacher, split, options) -> N
     stored = cache.read(3, [VALUES, "targets/segmentation/indices"])
     best = np.sort(wanted, axis=0)[::-1][:4]
     assert np.abs(stored[VALUES] - (best - best[0])).max() < 0.01
-    assert compare_teacher(cache, teacher, split, CPU).ok
+    assert compare_teacher(Records(cache, split), teacher, CPU).ok
     same = plan_manifest(split, teacher, options(teacher_grid="view")).heads["segmentation"]
     assert (same.size, same.resampled) == ((8, 12), False)
     smaller = plan_manifest(split, teacher, options(teacher_grid="view", teacher_size=(32, 40))).heads["segmentation"]
@@ -360,9 +360,9 @@ def test_each_sample_is_taught_by_who_has_not_seen_it(tmp_path, runs, folder_dat
     about = cache.manifest.teacher
     assert (about.folds, len(about.members)) == (3, 3)
     like = load_like(about, runs, split.classes)
-    assert compare_teacher(cache, like, split, CPU, 14).ok
+    assert compare_teacher(Records(cache, split), like, CPU, 14).ok
     copy_store(cache, tmp_path / "part", CopyChanges(samples=spread_samples(cache, 3)))
-    assert compare_teacher(open_cache(tmp_path / "part"), like, None, CPU).ok, "records say their fold"
+    assert compare_teacher(Records(open_cache(tmp_path / "part")), like, CPU).ok, "records say their fold"
     together = load_teachers(runs, split.classes, tta=tta)
     assert "folds: 3 against None" in about.differences(plan_manifest(split, together, chosen).teacher)
     assert verify_files(tmp_path / "s.zarr").damaged == []
@@ -455,7 +455,7 @@ def test_camvid(tmp_path, model_of) -> None:
     cache = open_cache(tmp_path / "s.zarr")
     assert (len(cache), cache.view_size, cache.head.size) == (2 * len(split), (64, 64), (32, 32))
     assert compare_teacher(
-        cache, load_like(cache.manifest.teacher, teacher.origin.split(", "), split.classes), split, CPU
+        Records(cache, split), load_like(cache.manifest.teacher, teacher.origin.split(", "), split.classes), CPU
     ).ok
     row = cache.read(5, list(cache.specs))
     assert 0 <= row["statistics/agreement"].min() <= row["statistics/agreement"].max() <= 1

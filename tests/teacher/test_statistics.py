@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from kdcache.errors import MismatchError, ModelError, RecipeError
-from kdcache.store import CopyChanges, copy_store, inspect_store, open_cache
+from kdcache.store import CopyChanges, Records, copy_store, inspect_store, open_cache
 from kdcache.store.parts import Statistic
 from kdcache.teacher import Teacher, build_cache, compare_teacher, load_teachers, options_of, plan_manifest
 from kdcache.teacher.statistics import attention, measure
@@ -81,7 +81,7 @@ def test_raw_logits_of_one_teacher(tmp_path, teacher, split, options) -> None:
     assert logits.max(0).std() > 0.1
     assert np.array_equal(row[MAX], logits.max(0))
     assert np.abs(row[MAX] + row["targets/segmentation/values"] - logits).max() < 0.01
-    assert compare_teacher(cache, teacher, None, torch.device("cpu")).ok
+    assert compare_teacher(Records(cache), teacher, torch.device("cpu")).ok
     for augment in ("warp", "replay"):
         assert len(CacheDataset(cache, augment=augment)) == 7
 

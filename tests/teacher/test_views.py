@@ -17,7 +17,7 @@ from kdcache.data import Window, draw_view, id_hash, open_split, pixel_checksum,
 from kdcache.distill import SEGMENTATION
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, MismatchError, RecipeError
-from kdcache.store import inspect_store, open_cache
+from kdcache.store import Records, inspect_store, open_cache
 from kdcache.store.parts import Drawn, View
 from kdcache.teacher import build_cache, compare_teacher, plan_manifest, score_cache
 from kdcache.train import CacheDataset
@@ -182,12 +182,12 @@ def test_inspection_tells_of_views(viewed) -> None:
 def test_checks_of_a_store_with_views(viewed, teacher, folder_data, pixels) -> None:
     """All records beside the teacher, labels of whole images alone; drift is named by the sample."""
     cache, source = viewed(pixels)
-    agreement = compare_teacher(cache, teacher, source, CPU, 21)
+    agreement = compare_teacher(Records(cache, source), teacher, CPU, 21)
     assert agreement.ok
     assert (agreement.records, agreement.argmax) == (21, 1.0)
     first, second = sorted((folder_data / "images/train").iterdir())[:2]
     first.write_bytes(second.read_bytes())
-    drifted = compare_teacher(cache, teacher, open_split(folder_data, "train"), CPU, 21).drifted
+    drifted = compare_teacher(Records(cache, open_split(folder_data, "train")), teacher, CPU, 21).drifted
     assert drifted == (source.ids[0],) * 3
 
 
@@ -195,7 +195,7 @@ def test_scores_count_whole_images_alone(tmp_path, split, teacher, options) -> N
     build_cache(split, teacher, tmp_path / "one", options(batch_size=1))
     build_cache(split, teacher, tmp_path / "three", options(batch_size=1, **VIEWS))
     one, three = (open_cache(tmp_path / name) for name in ("one", "three"))
-    assert score_cache(three, split) == score_cache(one, split)
+    assert score_cache(Records(three, split)) == score_cache(Records(one, split))
     assert np.array_equal(label_counts(three), label_counts(one))
 
 
@@ -207,7 +207,7 @@ def rows(dataset: CacheDataset, index: int, epoch: int):
 def test_replay_shows_the_views_in_turn(viewed, pixels) -> None:
     cache, source = viewed(pixels)
     reference, _ = viewed("stored") if pixels == "source" else (cache, source)
-    dataset = CacheDataset(cache, augment="replay", split=source)
+    dataset = CacheDataset(Records(cache, source), augment="replay")
     dataset.augmentation = replace(dataset.augmentation, jitter=0.0)
     assert len(dataset) == 7
     firsts = set()
@@ -235,8 +235,8 @@ def test_replay_shows_the_views_in_turn(viewed, pixels) -> None:
 def test_warp_and_none_take_whole_images(tmp_path, viewed, teacher, options, pixels, augment) -> None:
     cache, source = viewed(pixels, batch_size=1)
     build_cache(source, teacher, tmp_path / "one", options(batch_size=1, pixels=pixels))
-    several = CacheDataset(cache, augment=augment, split=source)
-    one = CacheDataset(open_cache(tmp_path / "one"), augment=augment, split=source)
+    several = CacheDataset(Records(cache, source), augment=augment)
+    one = CacheDataset(Records(open_cache(tmp_path / "one"), source), augment=augment)
     for index in range(7):
         for ours, theirs in zip(_flat(rows(several, index, 2)), _flat(rows(one, index, 2)), strict=True):
             assert torch.equal(ours, theirs)
@@ -273,7 +273,7 @@ def test_a_changed_image_is_refused_in_every_view(viewed, folder_data) -> None:
     cache, _ = viewed("source")
     first, second = sorted((folder_data / "images/train").iterdir())[:2]
     first.write_bytes(second.read_bytes())
-    dataset = CacheDataset(cache, augment="replay", split=open_split(folder_data, "train"))
+    dataset = CacheDataset(Records(cache, open_split(folder_data, "train")), augment="replay")
     for epoch in range(3):
         with pytest.raises(MismatchError, match="renders differently"):
             rows(dataset, 0, epoch)

@@ -24,7 +24,7 @@ from kdcache.distill import Batch, DistillLoss
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
 from kdcache.models import NativeOutput, SegmentationModel
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, Records, open_cache
 from kdcache.train import CacheDataset, LabelledDataset
 from kdcache.train.part import Part
 from kdcache.train.records import PIXEL_PATHS, DeviceTargets
@@ -101,7 +101,7 @@ def ramped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def open_dataset(place: tuple, **options: object) -> CacheDataset:
     data, path = place
     options = {"augmentation": Augmentation(scale=(0.5, 2.0), flip=True, jitter=0.0), **options}
-    return CacheDataset(open_cache(path), split=open_split(data, "train"), **options)
+    return CacheDataset(Records(open_cache(path), open_split(data, "train")), **options)
 
 
 def draws(dataset: CacheDataset, count: int) -> Iterator[Batch]:
@@ -175,7 +175,7 @@ def test_pixels_are_the_same_with_and_without_targets(
 ) -> None:
     cache = open_cache(cache_path if pixels == "stored" else source_path)
     split = open_split(scenes, "train")
-    taught, plain = (CacheDataset(cache, augment=augment, split=split, targets=targets) for targets in (True, False))
+    taught, plain = (CacheDataset(Records(cache, split), augment=augment, targets=targets) for targets in (True, False))
     for seed in range(12):
         one, two = (d.draw(seed % 6, seed, np.random.default_rng(seed)) for d in (taught, plain))
         assert torch.equal(one.pixels, two.pixels)
@@ -226,7 +226,7 @@ def test_jitter_leaves_label_and_target_of_a_warp(cache: Cache) -> None:
 def test_source_and_stored_pixels_are_one_when_the_source_has_the_view_s_size(
     cache_path: Path, make_cache: Callable, scenes: str
 ) -> None:
-    source = CacheDataset(open_cache(make_cache(pixels="source")), split=open_split(scenes, "train"))
+    source = CacheDataset(Records(open_cache(make_cache(pixels="source")), open_split(scenes, "train")))
     stored = CacheDataset(open_cache(cache_path))
     for seed in range(6):
         one, two = (d.draw(seed, 0, np.random.default_rng(seed)) for d in (source, stored))
@@ -237,7 +237,7 @@ def test_source_and_stored_pixels_are_one_when_the_source_has_the_view_s_size(
 
 def test_top_k_targets_are_given_as_stored(source_path: Path, scenes: str) -> None:
     cache = open_cache(source_path)
-    dataset = CacheDataset(cache, split=open_split(scenes, "train"))
+    dataset = CacheDataset(Records(cache, open_split(scenes, "train")))
     target = dataset.draw(2, 0, np.random.default_rng(0)).target
     rows = cache.read(2, cache.target_paths())
     for name in ("values", "indices", "tail"):
@@ -252,7 +252,7 @@ def test_a_drifted_image_is_refused_at_its_first_visit_by_name(
     data = str(write_scenes(tmp_path / "data", "scenes:32x48,train=3,val=1"))
     path = make_cache(data, pixels="source")
     split = open_split(data, "train")
-    dataset = CacheDataset(open_cache(path), split=split, targets=targets)
+    dataset = CacheDataset(Records(open_cache(path), split), targets=targets)
     changed = split.image(1)
     changed[5, 5, 0] ^= 64
     Image.fromarray(changed).save(split.image_path(1))
@@ -273,7 +273,7 @@ def test_a_store_without_pixels_needs_the_data_set_it_was_built_from(source_path
         CacheDataset(cache)
     for data, split in ((scenes, "val"), (scenes.replace("train=6", "train=7"), "train"), ("scenes:48x32", "train")):
         with pytest.raises(MismatchError) as caught:
-            CacheDataset(cache, split=open_split(data, split))
+            CacheDataset(Records(cache, open_split(data, split)))
         assert data in caught.value.received
         assert scenes in caught.value.received
 
@@ -317,7 +317,7 @@ def test_datasets_travel_to_other_processes(cache: Cache, source_path: Path, sce
     split = open_split(scenes, "train")
     for dataset in (
         CacheDataset(cache),
-        CacheDataset(open_cache(source_path), split=split),
+        CacheDataset(Records(open_cache(source_path), split)),
         LabelledDataset(split, (16, 24)),
     ):
         twin = pickle.loads(pickle.dumps(dataset))
@@ -415,7 +415,7 @@ def test_a_view_is_replayed_whole_from_store_source_memory_and_device(
     still["part"] = Part(without=(0, 2))
     datasets = [
         CacheDataset(stored, **still),
-        CacheDataset(source, split=split, **still),
+        CacheDataset(Records(source, split), **still),
         CacheDataset(stored, **still),
         CacheDataset(stored, **still),
     ]

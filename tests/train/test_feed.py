@@ -18,7 +18,7 @@ from kdcache.data import open_split
 from kdcache.distill import SEGMENTATION, Batch
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, KDCacheError
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, Records, open_cache
 from kdcache.train import CacheDataset
 from kdcache.train.feed import SLOTS, _over_side_stream, feed
 from kdcache.train.loader import Draws, make_loader
@@ -180,7 +180,7 @@ def test_what_a_gpu_gets_is_what_was_drawn(
     device = torch.device("cuda")
     cache = open_cache(make_cache(top_k=3, pixels=pixels))
     split = open_split(scenes, "train")
-    dataset = CacheDataset(cache, split=split)
+    dataset = CacheDataset(Records(cache, split))
     if gathered:
         dataset.on_device = DeviceTargets.load(cache, device)
     loader = make_loader(Draws(dataset, 0), first=0, last=24, batch_size=4, workers=workers, pin_memory=True)
@@ -189,7 +189,7 @@ def test_what_a_gpu_gets_is_what_was_drawn(
         assert isinstance(batch, Batch)
         torch.cuda._sleep(20_000_000)
         found.append([part.clone() for part in tensors_of(batch)])
-    draws = Draws(CacheDataset(cache, split=split), 0)
+    draws = Draws(CacheDataset(Records(cache, split)), 0)
     assert len(found) == 24
     for step, parts in enumerate(found):
         for row in range(4):

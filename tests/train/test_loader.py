@@ -14,7 +14,7 @@ from kdcache.data import open_split
 from kdcache.distill import Batch
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, RecipeError
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, Records, open_cache
 from kdcache.train import CacheDataset, LabelledDataset
 from kdcache.train.loader import Draws, make_loader
 from kdcache.train.resident import keep_records
@@ -86,7 +86,7 @@ def test_every_seed_gives_an_order(cache: Cache, seed: int) -> None:
 
 def test_worker_processes_give_the_same_batches(source_path: Path, scenes: str) -> None:
     """Here those of the second of two ranks."""
-    dataset = CacheDataset(open_cache(source_path), split=open_split(scenes, "train"))
+    dataset = CacheDataset(Records(open_cache(source_path), open_split(scenes, "train")))
     alone = batches(dataset, 2, 6)
     helped = make_loader(Draws(dataset, 5), first=2, last=6, batch_size=4, workers=2, pin_memory=False, rank=1, world=2)
     for one, two in zip(alone, helped, strict=True):

@@ -19,7 +19,7 @@ from kdcache.data import open_split
 from kdcache.distill import SEGMENTATION, Batch, Target
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, RecipeError
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, Records, open_cache
 from kdcache.train import CacheDataset, LabelledDataset, make_config, resident, train
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader
@@ -172,7 +172,7 @@ def test_processes_keep_records_of_their_own(
     """Worker processes of the loader, and those of torchrun on this machine."""
 
     def dataset() -> CacheDataset:
-        return CacheDataset(open_cache(source_path), split=open_split(scenes, "train"))
+        return CacheDataset(Records(open_cache(source_path), open_split(scenes, "train")))
 
     needed, notes = decoded_bytes(dataset().cache, dataset().paths), list[str]()
     free(6 * needed)
@@ -206,7 +206,7 @@ def test_off_keeps_nothing_and_nothing_to_keep_is_told(top_k: Cache, source_path
     keep_records(dataset, "off", CPU, note=pytest.fail)
     assert dataset.records is top_k
     notes: list[str] = []
-    bare = CacheDataset(open_cache(source_path), split=open_split(scenes, "train"), targets=False)
+    bare = CacheDataset(Records(open_cache(source_path), open_split(scenes, "train")), targets=False)
     keep_records(bare, "ram", CPU, note=notes.append)
     assert notes == ["resident: off, no record is read from this store"]
 

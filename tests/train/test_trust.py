@@ -14,7 +14,7 @@ from kdcache.data import folds_of, open_split
 from kdcache.errors import KDCacheError
 from kdcache.evaluate import ConfusionMatrix
 from kdcache.models.run import load_run
-from kdcache.store import Cache, CopyChanges, copy_store, open_cache
+from kdcache.store import Cache, CopyChanges, Records, copy_store, open_cache
 from kdcache.store.parts import Training
 from kdcache.train import Observer, make_config, train
 from kdcache.train.trust import read_trust, trust_from_run
@@ -81,7 +81,7 @@ def test_trust_is_the_teacher_s_lead_on_what_was_left_out(plain: Path, cache_pat
             confusion.update(full[0].argmax(0), label)
     lead = [t - s for t, s in zip(*(confusion.metrics().iou for confusion in confusions), strict=True)]
     expected = [1.0 if np.isnan(value) else float(np.clip(value / 0.05, 0, 1)) for value in lead]
-    found = trust_from_run(cache, None, str(plain), torch.device("cpu"))
+    found = trust_from_run(Records(cache), str(plain), torch.device("cpu"))
     assert found == pytest.approx(expected, abs=1e-4)
     assert len(set(found)) > 1
 
@@ -106,9 +106,9 @@ def test_only_a_plain_run_with_a_fold_can_be_compared(
         run = tmp_path / changes["method"]
         train(make_config(**(student | changes | {"val": None, "iterations": 1})), run)
         with pytest.raises(KDCacheError, match="--method none --fold"):
-            trust_from_run(cache, None, str(run), torch.device("cpu"))
+            trust_from_run(Records(cache), str(run), torch.device("cpu"))
     with pytest.raises(KDCacheError):
-        trust_from_run(cache, None, str(tmp_path / "nowhere"), torch.device("cpu"))
+        trust_from_run(Records(cache), str(tmp_path / "nowhere"), torch.device("cpu"))
 
 
 def with_teacher(cache: Cache, **changes: Any) -> Cache:
@@ -119,7 +119,7 @@ def with_teacher(cache: Cache, **changes: Any) -> Cache:
 
 def noted(cache: Cache, run: Path) -> list[str]:
     notes = list[str]()
-    trust_from_run(cache, None, str(run), torch.device("cpu"), notes.append)
+    trust_from_run(Records(cache), str(run), torch.device("cpu"), notes.append)
     return notes
 
 
@@ -160,7 +160,7 @@ def test_a_half_left_out_is_two_quarters() -> None:
 
 
 def test_without_a_listener_the_log_is_told(plain: Path, cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
-    trust_from_run(cache, None, str(plain), torch.device("cpu"))
+    trust_from_run(Records(cache), str(plain), torch.device("cpu"))
     assert "does not say whether its teacher" in caplog.text
 
 

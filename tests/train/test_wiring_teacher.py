@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from kdcache.data import open_split, write_scenes
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, Records, open_cache
 from kdcache.train import CacheDataset, make_config, objective, train
 from kdcache.train.sources import open_dataset
 from kdcache.train.trainer import Trainer
@@ -110,7 +110,7 @@ def test_measured_trust_weighs_the_kl_that_trains(
     plain = tmp_path / "plain"
     alone = {"method": "none", "fold": "0/3", "val": None, "iterations": 3, "lr": 1e-3}
     train(make_config(**(student | alone)), plain)
-    trust = torch.tensor(trust_from_run(cache, None, str(plain), torch.device("cpu"), lambda _: None))
+    trust = torch.tensor(trust_from_run(Records(cache), str(plain), torch.device("cpu"), lambda _: None))
     assert 0 < trust.double().mean() < 1, "the test could not tell"
     trainer = begin(class_trust="auto", trust_against=str(plain))
     assert trainer.eager.criterion.gate.class_weight.tolist() == trust.tolist()

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from kdcache.data import Split
 from kdcache.evaluate.bench.rivals import UnavailableError
-from kdcache.store import Cache
+from kdcache.store import Cache, Records
 from kdcache.train.bench.feeding import FED_BY, make_student_step, step_contestants
 from kdcache.train.bench.readers import READERS, Reader, Source, open_source, verify
 from kdcache.train.bench.report import MEMORY, Measured, Report, Settings, Table
@@ -36,16 +35,18 @@ WARM_UP_RECORDS = 32
 LEAST_TURN_S = 0.1
 
 
-def measure(cache: Cache, settings: Settings, split: Split | None = None, note: Note = lambda text: None) -> Report:
+def measure(source: Cache | Records, settings: Settings, note: Note = lambda text: None) -> Report:
     """Run a benchmark.
 
     Args:
-        split: the data set, for the loaders of a store that keeps no pixels.
+        source: an open store, or its records, of which a store that keeps no pixels has its data set for the loaders.
         note: called with a line at every stage.
     Raises: StoreError when a contestant reads other bytes than it should; what opening and reading raise.
     """
     assert settings.against
     assert {*settings.against} <= {*READERS, *LOADERS}
+    records = Records.of(source)
+    cache = records.cache
     readers = [name for name in READERS if name in settings.against]
     loaders = [name for name in LOADERS if name in settings.against]
     if "resident" in loaders and decoded_bytes(cache, tuple(cache.specs)) > free_bytes() // 2:
@@ -53,7 +54,7 @@ def measure(cache: Cache, settings: Settings, split: Split | None = None, note: 
         loaders = [name for name in loaders if name not in ("resident", "default")]
     fed_by = [name for name in FED_BY if name in loaders and settings.steps]
     # What may be wrong with the input is told before anything is measured.
-    dataset = partial(_dataset, cache=cache, split=split)
+    dataset = partial(_dataset, records=records)
     for augment in settings.augments if loaders else ():
         dataset(CacheDataset, augment=augment)
     student = make_student_step(cache, settings.student, settings.device) if fed_by else None
@@ -182,8 +183,8 @@ def _open(name: str, dataset: Callable[..., CacheDataset], settings: Settings, d
     )
 
 
-def _dataset(kind: type[CacheDataset], *, cache: Cache, split: Split | None, augment: str) -> CacheDataset:
-    return kind(cache, augment=augment, split=split)
+def _dataset(kind: type[CacheDataset], *, records: Records, augment: str) -> CacheDataset:
+    return kind(records, augment=augment)
 
 
 def _about(cache: Cache) -> dict[str, Any]:

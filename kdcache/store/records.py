@@ -1,0 +1,154 @@
+"""The records of a store: with it, where it keeps no pixels, the data set that it was built from.
+
+Record n of a store is a view of one sample of that data set only, so another one is refused, and so is an image that
+no longer renders to the pixels that the teacher saw.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.data import Split, Window, open_split, pixel_checksum, render
+from kdcache.errors import MismatchError
+from kdcache.store.place import Place
+from kdcache.store.reader import Cache, open_cache
+
+Array = np.ndarray[Any, Any]
+
+
+class Records:
+    """Pixels, label and target of every record, from the store or from its data set.
+
+    Args:
+        cache: an open store.
+        split: the data set that it was built from, which a store without pixels needs.
+    Raises: MismatchError for a data set that the store was not built from.
+    """
+
+    def __init__(self, cache: Cache, split: Split | None = None) -> None:
+        self.cache = cache
+        self.split = split
+        self._checked = set[int]()
+        if split is not None:
+            _check_digest(cache, split)
+            # All at once, and before a DataLoader's workers get copies: a training asks for every record.
+            self._windows, self._flips, self._checksums = map(cache.column, ("window", "flip", "pixel_checksum"))
+
+    @classmethod
+    def open(cls, store: str | Path | Place, data: str | None = None, split: str | None = None) -> "Records":
+        """The records of the store at a path or address.
+
+        Args:
+            data, split: its data set; the split is by default the one that the store was built from.
+        Raises: as `open_cache` and `open_split`; MismatchError.
+        """
+        cache = open_cache(store)
+        return cls(cache, open_split(data, split or cache.manifest.dataset.split) if data else None)
+
+    @classmethod
+    def of(cls, records: "Cache | Records") -> "Records":
+        """Records as they are, or those of a store alone."""
+        return records if isinstance(records, Records) else cls(records)
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    @property
+    def complete(self) -> bool:
+        """Whether pixels and labels are there."""
+        return self.cache.pixels_stored or self.split is not None
+
+    def check_complete(self) -> None:
+        """Raises: MismatchError for a store without pixels that has no data set beside it."""
+        if not self.complete:
+            raise MismatchError(
+                "a store without pixels needs its data set beside it",
+                received=f"{self.cache.place} was built with --pixels source, and no data set was given",
+                remedy=f"add --data (the folder of {self.cache.manifest.dataset.name!r})",
+            )
+
+    def sample(self, record: int) -> str:
+        """The id of a record's sample."""
+        return self.cache.ids[record // self.cache.manifest.view.views_per_sample]
+
+    def pixels(self, record: int) -> Array:
+        """The view: uint8 (H, W, 3).
+
+        Raises: CorruptError as `Cache.read`; from the data set, DataError, and MismatchError for an image that renders
+            to other pixels than the teacher saw.
+        """
+        if self.cache.pixels_stored:
+            return self.cache.read(record, ["pixels/image"])["pixels/image"]
+        return self._checked_view(record)[0]
+
+    def label(self, record: int) -> Array:
+        """The view's label: uint8 (H, W), 255 is void. Raises: as `pixels`."""
+        if self.cache.pixels_stored:
+            return self.cache.read(record, ["labels/segmentation"])["labels/segmentation"]
+        return self._checked_view(record)[1]
+
+    def target(self, record: int) -> dict[str, Array]:
+        """What the store keeps of the teacher's logits: `values`, and of the top k `indices` and `tail`; (k, h, w).
+
+        Raises: CorruptError as `Cache.read`.
+        """
+        rows = self.cache.read(record, self.cache.target_paths())
+        return {path.rsplit("/", 1)[1]: row for path, row in rows.items()}
+
+    def window(self, record: int) -> tuple[Window, bool]:
+        """Where a record lies in its image, and whether it is mirrored. Only of records with a data set."""
+        return Window(*self._windows[record].tolist()), bool(self._flips[record])
+
+    def render(self, record: int, size: tuple[int, int] | None = None) -> tuple[Array, Array]:
+        """Pixels and label as the data set renders them now, unchecked, at `size` (H, W), by default the view's.
+
+        Raises: DataError.
+        """
+        self.check_complete()
+        assert self.split is not None
+        sample = record // self.cache.manifest.view.views_per_sample
+        window, flip = self.window(record)
+        image, label = self.split.image(sample), self.split.label(sample)
+        return render(image, label, window, flip=flip, size=size or self.cache.view_size)
+
+    def is_same(self, record: int, pixels: Array) -> bool:
+        """Whether pixels are those of the view that the teacher saw, to the bit."""
+        return pixel_checksum(pixels) == int(self._checksums[record])
+
+    def check_image(self, record: int, image: Array) -> None:
+        """Refuse an image, as the data set has it, that renders otherwise now; each record is rendered once.
+
+        Raises: MismatchError.
+        """
+        if record in self._checked:
+            return
+        window, flip = self.window(record)
+        self._check_same(record, render(image, None, window, flip=flip, size=self.cache.view_size)[0])
+        self._checked.add(record)
+
+    def _checked_view(self, record: int) -> tuple[Array, Array]:
+        pixels, label = self.render(record)
+        self._check_same(record, pixels)
+        return pixels, label
+
+    def _check_same(self, record: int, pixels: Array) -> None:
+        if not self.is_same(record, pixels):
+            assert self.split is not None
+            raise MismatchError(
+                "an image must render to the pixels that the teacher saw",
+                received=f"{self.sample(record)!r} of {self.split.data} renders differently: the file or an image "
+                "library has changed",
+                remedy="restore the image, build the store again, or build with --pixels stored",
+            )
+
+
+def _check_digest(cache: Cache, split: Split) -> None:
+    about = cache.manifest.dataset
+    if split.digest() != about.ids_digest:
+        raise MismatchError(
+            "a store is used with the data set that it was built from",
+            received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes), for "
+            f"{about.name!r}, split {about.split!r} ({about.samples} samples, {len(about.class_names)} classes)",
+            remedy="give the original data set with --data and --split, or build a store of this one",
+        )
