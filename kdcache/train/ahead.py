@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from kdcache.errors import KDCacheError
-from kdcache.train.cached import CacheDataset
+from kdcache.store import Cache
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.order import WINDOW_RECORDS, WINDOW_SHARDS, Steps
 
@@ -35,10 +35,11 @@ class Ahead(Iterable[T]):
         order: which sample each of their draws takes.
     """
 
-    def __init__(self, loader: Iterable[T], order: Order, dataset: CacheDataset, steps: Steps) -> None:
+    def __init__(self, loader: Iterable[T], order: Order, dataset: DrawnDataset, steps: Steps) -> None:
         self._loader = loader
         self._order = order
-        self._dataset = dataset
+        assert dataset.cache is not None
+        self._dataset, self._cache = dataset, dataset.cache
         self._steps = steps
         self._ahead = max(1, window_samples(dataset) // steps.batch_size)
 
@@ -80,32 +81,34 @@ class Ahead(Iterable[T]):
 
     def _is_due(self, last: int | None, step: int) -> bool:
         """Whether a shard may have made room since the step that last met it; records in memory need none again."""
-        kept = self._dataset.records is not self._dataset.cache
+        kept = self._dataset.records is not self._cache
         return last is None or (step - last > self._ahead and not kept)
 
     def _shard(self, draw: int) -> int:
         record = self._dataset.record(*self._order.visit(draw))
-        return record // self._dataset.cache.manifest.build.shard_records
+        return record // self._cache.manifest.build.shard_records
 
     def _fetch(self, shard: int, path: str) -> None:
         with suppress(KDCacheError):
-            self._dataset.cache.fetch(shard, path)
+            self._cache.fetch(shard, path)
 
 
 def reads_ahead(dataset: DrawnDataset) -> bool:
     """Whether a window and what is read ahead of it fit into the copies: else each would make room for the other."""
-    if not isinstance(dataset, CacheDataset) or not dataset.remote:
+    cache = dataset.cache
+    if cache is None or not dataset.remote:
         return False
-    room = dataset.cache.place.room
-    return room is None or _bytes(dataset, 3 * window_samples(dataset)) <= room
+    room = cache.place.room
+    return room is None or _bytes(dataset, cache, 3 * window_samples(dataset)) <= room
 
 
 def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
     """Tell when the copies of a remote store must make room for one another all the time."""
-    if not isinstance(dataset, CacheDataset) or not dataset.remote:
+    cache = dataset.cache
+    if cache is None or not dataset.remote:
         return
-    room = dataset.cache.place.room
-    needed = _bytes(dataset, 2 * window_samples(dataset) if shuffle == "window" else len(dataset))
+    room = cache.place.room
+    needed = _bytes(dataset, cache, 2 * window_samples(dataset) if shuffle == "window" else len(dataset))
     if room is not None and needed > room:
         note(
             f"--cache-bytes: {room:,} bytes of copies are fewer than the {needed:,} that are read in turns; "
@@ -113,20 +116,20 @@ def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None])
         )
 
 
-def window_samples(dataset: CacheDataset) -> int:
+def window_samples(dataset: DrawnDataset) -> int:
     """The least that a window of an epoch has; it may have up to twice as many."""
-    return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * dataset.shard_records))
+    return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * (dataset.shard_records or 1)))
 
 
-def read_paths(dataset: CacheDataset) -> tuple[str, ...]:
+def read_paths(dataset: DrawnDataset) -> tuple[str, ...]:
     """The arrays that draws read from the store."""
     kept = () if dataset.on_device is None else dataset.target_paths
     return tuple(path for path in dataset.paths if path not in kept)
 
 
-def _bytes(dataset: CacheDataset, samples: int) -> int:
+def _bytes(dataset: DrawnDataset, cache: Cache, samples: int) -> int:
     """What the shards of so many samples take, as they are stored."""
-    ledger = dataset.cache.ledger
+    ledger = cache.ledger
     if ledger is None:
         return 0
     prefixes = tuple(f"{path}/c/" for path in read_paths(dataset))

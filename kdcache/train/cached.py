@@ -1,6 +1,6 @@
 """The samples of a store, as a dataset: warped, replayed or as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from kdcache.data import (
     colour_jitter,
     id_hash,
     inside_rectangle,
+    prefetch,
     render,
 )
 from kdcache.distill import SEGMENTATION
@@ -50,11 +51,10 @@ class CacheDataset(DrawnDataset):
         extras: paths of further arrays that a sample brings (features, statistics).
         part: which samples, labels and views are used; default all.
         labelled_only: whether samples without a label are left out.
-    Attributes:
-        records: where decoded rows come from: the store, or what keeps them.
-        indices: the samples of the store that are drawn.
-        extras: may be changed before the first draw.
     """
+
+    cache: Cache
+    records: RecordSource
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class CacheDataset(DrawnDataset):
             )
         super().__init__(cache.view_size if size is None else size, chosen if augment != "none" else Augmentation.off())
         self.augment = augment
-        self.records: RecordSource = cache
+        self.records = cache
         self._targets = target_paths(cache) if targets else {}
         self.extras = tuple(extras)
         chosen_part = Part() if part is None else part
@@ -112,6 +112,11 @@ class CacheDataset(DrawnDataset):
         return ClassList(about.class_names, about.class_colours)
 
     @property
+    def identity(self) -> str:
+        assert self.cache.ledger is not None
+        return f"store {self.cache.ledger.completion.ledger_sha256}"
+
+    @property
     def threads_suffice(self) -> bool:
         return self.split is None
 
@@ -125,12 +130,10 @@ class CacheDataset(DrawnDataset):
 
     @property
     def target_paths(self) -> tuple[str, ...]:
-        """The arrays of its target; none when it reads none."""
         return tuple(self._targets.values())
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All arrays that a sample is read from."""
         return (*self.target_paths, *self.extras, *(() if self.split else PIXEL_PATHS))
 
     @property
@@ -141,19 +144,20 @@ class CacheDataset(DrawnDataset):
 
     @property
     def labelled(self) -> list[int]:
-        """Samples of the store whose labels are used."""
         return [number for number in self.indices if self._has_label(number)]
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def sample_id(self, index: int) -> str:
         return self.cache.ids[self.indices[index]]
 
     def record(self, index: int, epoch: int) -> int:
-        """What a visit of a sample reads."""
         view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
         return self.cache.manifest.record(self.indices[index], view)
+
+    def labels(self) -> Iterator[Array]:
+        if self.split is not None:
+            return super().labels()
+        records, path = map(self.cache.manifest.record, self.labelled), PIXEL_PATHS[1]
+        return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
     def target_fields(self) -> dict[str, dict[str, Field]]:
         if self.on_device is not None or not self._targets:

@@ -6,16 +6,18 @@ the same whether it reads targets or not, so that runs with and without distilla
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from kdcache.data import Augmentation, ClassList, Split, Window, colour_jitter, draw_window, render
+from kdcache.data import Augmentation, ClassList, Split, Window, colour_jitter, draw_window, prefetch, render
 from kdcache.distill import SEGMENTATION, Batch, Target
+from kdcache.store import Cache
 from kdcache.train.part import Part
-from kdcache.train.records import DeviceTargets
+from kdcache.train.records import DeviceTargets, RecordSource
 from kdcache.train.sample import Row
 
 Size = tuple[int, int]
@@ -30,9 +32,20 @@ class DrawnDataset(Dataset[Batch], ABC):
         size: (H, W) of the pixels that come out.
         augmentation: scale, flip and colour jitter; `Augmentation.off()` for none.
     Attributes:
+        cache: the store that targets come from; None for a data set alone.
+        split: the data set that pixels and labels come from; None for a store that keeps them.
+        indices: the samples of either that are drawn.
+        extras: paths of further arrays that a sample brings; may be changed before the first draw.
+        records: where the rows of the store are read: the store, or what keeps them.
         on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
         dice: how many random numbers in 0..1 a sample brings, for what is drawn where batches are (mix.py).
     """
+
+    cache: Cache | None = None
+    split: Split | None = None
+    indices: Sequence[int]
+    extras: tuple[str, ...] = ()
+    records: RecordSource | None = None
 
     def __init__(self, size: Size, augmentation: Augmentation) -> None:
         self.size = size
@@ -61,12 +74,45 @@ class DrawnDataset(Dataset[Batch], ABC):
         return None
 
     @property
+    def target_paths(self) -> tuple[str, ...]:
+        """The arrays of its target; none when it reads none."""
+        return ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All arrays of the store that a sample is read from."""
+        return ()
+
+    @property
+    def labelled(self) -> Sequence[int]:
+        """The samples whose labels are used, of `indices`."""
+        return self.indices
+
+    @property
     @abstractmethod
     def classes(self) -> ClassList:
         """Of its labels."""
 
+    @property
     @abstractmethod
-    def __len__(self) -> int: ...
+    def identity(self) -> str:
+        """What identifies the samples of a run: the ids and classes of its data, or the seal of its store."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def record(self, index: int, epoch: int) -> int:
+        """The row that a visit of a sample reads: of the store, or of the data set."""
+        return self.indices[index]
+
+    def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The labels of `labelled`, each once, at the data set's size; of a store that keeps them, its first views'.
+
+        Raises: what reading raises.
+        """
+        assert self.split is not None
+        labels = prefetch(self.split.label, self.labelled, threads=2, ahead=8)
+        return (label for label in labels if label is not None)
 
     @abstractmethod
     def sample_id(self, index: int) -> str:
@@ -141,7 +187,7 @@ class LabelledDataset(DrawnDataset):
         self, split: Split, size: Size, augmentation: Augmentation | None = None, *, part: Part | None = None
     ) -> None:
         super().__init__(size, Augmentation() if augmentation is None else augmentation)
-        self.split = split
+        self.split: Split = split
         chosen = Part() if part is None else part
         found = chosen.choose(split.ids)
         self.indices = [index for index in found.samples if split.has_label(index) and index in found.labelled]
@@ -150,8 +196,9 @@ class LabelledDataset(DrawnDataset):
     def classes(self) -> ClassList:
         return self.split.classes
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    @property
+    def identity(self) -> str:
+        return f"data {self.split.digest()}"
 
     def sample_id(self, index: int) -> str:
         return self.split.ids[self.indices[index]]

@@ -9,11 +9,9 @@ from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_run_model
 from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel
-from kdcache.store import Cache
 from kdcache.store.durable import disk_space_errors
 from kdcache.train.checkpoint import KEPT
 from kdcache.train.config import TrainConfig, read_config
-from kdcache.train.dataset import DrawnDataset, LabelledDataset
 from kdcache.train.lock import LOCK, RunLock
 from kdcache.train.log import environment, write_json
 
@@ -101,15 +99,6 @@ def _near(run: Path) -> str:
     beside = [path.parent.name for path in run.parent.glob(f"*/{RECIPE}")]
     near = difflib.get_close_matches(run.name, beside, n=3)
     return f"; there is {' and '.join(str(run.parent / name) for name in near)}" if near else ""
-
-
-def trained_on(dataset: DrawnDataset, cache: Cache | None) -> str:
-    """What identifies the samples of a run: the seal of its store, or the ids and classes of its data."""
-    if cache is None:
-        assert isinstance(dataset, LabelledDataset)
-        return f"data {dataset.split.digest()}"
-    assert cache.ledger is not None
-    return f"store {cache.ledger.completion.ledger_sha256}"
 
 
 def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:

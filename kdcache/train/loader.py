@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from kdcache.distill import Batch
 from kdcache.errors import KDCacheError
 from kdcache.train.ahead import Ahead, reads_ahead
-from kdcache.train.cached import CacheDataset
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.order import Order, Steps, Woven, choose_labelled_share, choose_shuffle
 from kdcache.train.ring import Ring
@@ -97,7 +96,7 @@ def make_loader(
     """
     steps = Steps(first, last, batch_size, rank, world)
     loader = _make_loader(draws, steps, workers, pin_memory)
-    if draws.by_window and isinstance(draws.dataset, CacheDataset) and reads_ahead(draws.dataset):
+    if draws.by_window and reads_ahead(draws.dataset):
         return Ahead(loader, draws, draws.dataset, steps)
     return loader
 

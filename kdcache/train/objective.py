@@ -1,21 +1,20 @@
 """The loss of a training, made from its settings: terms, gate, class weights."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.data import Split, class_weights, prefetch
+from kdcache.data import class_weights
 from kdcache.distill import DistillLoss, Gate, parse_gate
 from kdcache.distill.terms import Term, TermSpec, arrays_of, check_terms, make_term, resolve_taps
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel
-from kdcache.store import Cache
-from kdcache.train.cached import CacheDataset
+from kdcache.store import Cache, Records
 from kdcache.train.config import TrainConfig
-from kdcache.train.dataset import DrawnDataset, LabelledDataset
+from kdcache.train.dataset import DrawnDataset
 from kdcache.train.trust import read_trust, trust_from_run
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
@@ -44,7 +43,7 @@ def make_criterion(
         device: where a plain run is evaluated, when trust is to be measured.
         note: is told what was chosen or resized.
     """
-    cache = dataset.cache if isinstance(dataset, CacheDataset) else None
+    cache = dataset.cache
     gate = None if cache is None or not config.teaches else _gate(config, cache, dataset, device, note)
     terms = [] if cache is None else _terms(config, cache, model)
     return DistillLoss(
@@ -63,18 +62,17 @@ def make_criterion(
     )
 
 
-def label_counts(cache: Cache, samples: Sequence[int] | None = None) -> Counts:
-    """Pixels per class (C,) over the labels that a store keeps, of its first views: others would count some twice."""
-    path = "labels/segmentation"
-    records = map(cache.manifest.record, range(cache.manifest.dataset.samples) if samples is None else samples)
-    rows = prefetch(lambda record: cache.read(record, [path])[path], list(records), threads=2, ahead=8)
-    return _count(rows, cache.num_classes)
+def label_counts(dataset: DrawnDataset) -> Counts:
+    """Pixels per class (C,) over the labels that a training uses: those of first views, for others count some twice."""
+    counts = sum(map(_bincount, dataset.labels()), np.zeros(256, np.int64))
+    return counts[: len(dataset.classes)]
 
 
 def target_counts(cache: Cache, samples: Sequence[int]) -> Counts:
     """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread."""
     spread = sorted({int(n) for n in np.linspace(0, len(samples) - 1, min(len(samples), COUNTED_TARGETS)).round()})
-    return _count((_best_class(cache, cache.manifest.record(samples[n])) for n in spread), cache.num_classes)
+    counts = [_bincount(_best_class(cache, cache.manifest.record(samples[n]))) for n in spread]
+    return sum(counts, np.zeros(256, np.int64))[: cache.num_classes]
 
 
 def _best_class(cache: Cache, record: int) -> np.ndarray[Any, Any]:
@@ -113,7 +111,6 @@ def _gate(
     config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
 ) -> Gate:
     spec = parse_gate(config.gate)
-    assert isinstance(dataset, CacheDataset)
     if spec.kind == "correct" and not dataset.labelled:
         raise RecipeError(
             "--gate correct compares the teacher with labels",
@@ -131,12 +128,12 @@ def _gate(
 
 
 def _trust(
-    config: TrainConfig, cache: Cache, dataset: CacheDataset, device: torch.device, note: Callable[[str], None]
+    config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
 ) -> Tensor:
     names = cache.manifest.dataset.class_names
     if config.class_trust == "auto":
         assert config.trust_against is not None
-        trust = trust_from_run(dataset.source, config.trust_against, device, note)
+        trust = trust_from_run(Records(cache, dataset.split), config.trust_against, device, note)
     else:
         assert config.class_trust is not None
         trust = read_trust(config.class_trust, names)
@@ -149,23 +146,8 @@ def _trust(
 def _class_weight(config: TrainConfig, dataset: DrawnDataset) -> Tensor | None:
     if config.class_weights == "none" or config.ce_weight == 0:
         return None
-    if isinstance(dataset, CacheDataset):
-        labelled, split = dataset.labelled, dataset.split
-        counts = label_counts(dataset.cache, labelled) if split is None else _split_counts(split, labelled)
-    else:
-        assert isinstance(dataset, LabelledDataset)
-        counts = _split_counts(dataset.split, dataset.indices)
-    return torch.as_tensor(class_weights(counts, config.class_weights), dtype=torch.float32)
+    return torch.as_tensor(class_weights(label_counts(dataset), config.class_weights), dtype=torch.float32)
 
 
-def _split_counts(split: Split, samples: Sequence[int]) -> Counts:
-    indices = [index for index in samples if split.has_label(index)]
-    labels = prefetch(split.label, indices, threads=2, ahead=8)
-    return _count((label for label in labels if label is not None), len(split.classes))
-
-
-def _count(labels: Iterable[np.ndarray[Any, Any]], classes: int) -> Counts:
-    counts = np.zeros(256, np.int64)
-    for label in labels:
-        counts += np.bincount(label.reshape(-1), minlength=256)
-    return counts[:classes]
+def _bincount(ids: np.ndarray[Any, Any]) -> Counts:
+    return np.bincount(ids.reshape(-1), minlength=256)

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from kdcache.errors import RecipeError
-from kdcache.train.cached import CacheDataset
+from kdcache.store import Cache
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.records import DeviceTargets, RamRecords, decoded_bytes
 
@@ -53,7 +53,8 @@ def keep_records(
         )
     if choice == "off":
         return
-    if not isinstance(dataset, CacheDataset):
+    cache = dataset.cache
+    if cache is None:
         if choice != "auto":
             raise RecipeError(
                 "--resident keeps the decoded records of a store",
@@ -62,13 +63,13 @@ def keep_records(
             )
         return
     on_gpu = choice == "gpu" or (choice == "auto" and device.type == "cuda" and not dataset.remote)
-    if on_gpu and _keep_on_device(dataset, choice, device, note):
+    if on_gpu and _keep_on_device(dataset, cache, choice, device, note):
         return
     processes = 1 if dataset.threads_suffice else max(1, workers)
     if choice == "auto" and processes > 1:
         note(f"resident: off, {processes} worker processes would each keep records of their own")
     else:
-        _keep_in_memory(dataset, choice, processes, note)
+        _keep_in_memory(dataset, cache, choice, processes, note)
 
 
 def free_bytes() -> int:
@@ -82,9 +83,11 @@ def free_bytes() -> int:
     return max(0, free)
 
 
-def _keep_on_device(dataset: CacheDataset, choice: str, device: torch.device, note: Callable[[str], None]) -> bool:
+def _keep_on_device(
+    dataset: DrawnDataset, cache: Cache, choice: str, device: torch.device, note: Callable[[str], None]
+) -> bool:
     """Whether the targets are on the device now. Raises: RecipeError when they must be and do not fit."""
-    needed = decoded_bytes(dataset.cache, dataset.target_paths)
+    needed = decoded_bytes(cache, dataset.target_paths)
     half = torch.cuda.mem_get_info(device)[0] // 2
     if needed > half and choice == "gpu":
         raise _too_large(
@@ -92,21 +95,23 @@ def _keep_on_device(dataset: CacheDataset, choice: str, device: torch.device, no
         )
     if needed > half or not needed:
         return False
-    dataset.on_device = DeviceTargets.load(dataset.cache, device)
+    dataset.on_device = DeviceTargets.load(cache, device)
     note(f"resident: {_gib(needed)} of decoded targets are kept on the GPU (half of free: {_gib(half)})")
     return True
 
 
-def _keep_in_memory(dataset: CacheDataset, choice: str, processes: int, note: Callable[[str], None]) -> None:
+def _keep_in_memory(
+    dataset: DrawnDataset, cache: Cache, choice: str, processes: int, note: Callable[[str], None]
+) -> None:
     # Processes that share a batch visit all records between them: each comes to keep the whole store.
     copies = processes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed, half = copies * decoded_bytes(dataset.cache, dataset.paths), free_bytes() // 2
+    needed, half = copies * decoded_bytes(cache, dataset.paths), free_bytes() // 2
     if not needed:
         note("resident: off, no record is read from this store")
         return
     what = f"{_gib(needed)} of decoded records" + (f" in {copies} processes" if copies > 1 else "")
     if needed <= half:
-        dataset.records = RamRecords(dataset.cache, dataset.paths)
+        dataset.records = RamRecords(cache, dataset.paths)
         note(f"resident: {what} are kept in memory (half of free: {_gib(half)})")
     elif choice == "auto":
         note(f"resident: off, {what} are more than half of what is free ({_gib(half)})")

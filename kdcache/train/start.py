@@ -18,12 +18,12 @@ from kdcache.models.trust import remember
 from kdcache.store import Cache
 from kdcache.store.durable import disk_space_errors
 from kdcache.train.ahead import check_room
-from kdcache.train.cached import CacheDataset, choose_augment
+from kdcache.train.cached import choose_augment
 from kdcache.train.checkpoint import FILE as CHECKPOINT
 from kdcache.train.config import TrainConfig, check_flip, check_processes, check_replays
 from kdcache.train.dataset import DrawnDataset
 from kdcache.train.distributed import World, pick_device, processes
-from kdcache.train.folder import check_folder, hold_folder, trained_on, write_beginning
+from kdcache.train.folder import check_folder, hold_folder, write_beginning
 from kdcache.train.loader import Draws
 from kdcache.train.lock import RunLock
 from kdcache.train.log import Observer, Observers
@@ -90,7 +90,7 @@ def make_trainer(
             observer.note("--labelled-share has nothing to share out: all samples have a label, or none")
         config = config.resolved(len(dataset), dataset.size, shuffle, share)
         if world.first:
-            check_folder(config, run, resume, trained_on(dataset, cache))
+            check_folder(config, run, resume, dataset.identity)
             if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
                 lock.take()
         val = open_validation(config, classes)
@@ -98,16 +98,16 @@ def make_trainer(
         # and on every process.
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
-        if isinstance(dataset, CacheDataset):
-            dataset.extras = needed_arrays(config, dataset.cache, model)
+        dataset.extras = needed_arrays(config, cache, model)
+        if cache is not None:
             check_flip(asked)
         criterion = make_criterion(config, model, dataset, device, observer.note)
         keep_records(dataset, config.resident, device, workers=config.workers, note=observer.note)
         check_room(dataset, config.shuffle, observer.note)
     with world.together():
         if world.first:
-            hold_folder(config, run, resume, trained_on(dataset, cache), lock)
-            write_beginning(config, run, model, classes, trained_on(dataset, cache), world.size)
+            hold_folder(config, run, resume, dataset.identity, lock)
+            write_beginning(config, run, model, classes, dataset.identity, world.size)
             if (untold := remember(config.model)) is not None:
                 observer.note(untold)
             if resume and not (run / CHECKPOINT).is_file():
