@@ -26,7 +26,7 @@ from kdcache.distill import Batch
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.evaluate.bench.memory import peak_in_process
-from kdcache.store import Cache
+from kdcache.store import Cache, Records
 from kdcache.train.cached import CacheDataset
 from kdcache.train.feed import feed
 from kdcache.train.loader import Draws, make_loader, next_batch
@@ -59,9 +59,9 @@ class _ByThreads(CacheDataset):
 class _Resident(_ByThreads):
     """Drawn from records in memory."""
 
-    def __init__(self, cache: Cache, **options: Any) -> None:
-        super().__init__(cache, **options)
-        self.records = RamRecords(cache, self.paths)
+    def __init__(self, source: Cache | Records, **options: Any) -> None:
+        super().__init__(source, **options)
+        self.records = RamRecords(self.cache, self.paths)
 
 
 LOADERS: dict[str, tuple[str, type[CacheDataset]]] = {
