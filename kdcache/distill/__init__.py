@@ -4,6 +4,7 @@
     terms/       the other terms
     gate.py      where the teacher is listened to
     batch.py     a batch: pixels, labels and targets by name
+    counts.py    what its parts divide by
     target.py    a teacher's outputs of one head
     checks.py    what must hold of a batch before a loss looks at it
 
@@ -11,6 +12,7 @@ A store, or anything like one, says what its targets look like.
 """
 
 from kdcache.distill.batch import SEGMENTATION, Batch
+from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
 from kdcache.distill.loss import DistillLoss, Losses
 from kdcache.distill.target import Target, TargetFormat
@@ -20,6 +22,7 @@ from kdcache_kernels.ops import choose_implementation
 __all__ = [
     "SEGMENTATION",
     "Batch",
+    "Counts",
     "DistillLoss",
     "Gate",
     "GateSpec",

@@ -5,10 +5,9 @@ The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and
 never of the store.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,13 @@ from kdcache.distill.checks import (
     shows_otherwise,
     window_error,
 )
+from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate
 from kdcache.distill.target import TargetFormat
 from kdcache_kernels import distill_denominators, distill_loss
 
 if TYPE_CHECKING:
     from kdcache.distill.terms import Term, TermBatch
-
-Average = Callable[[Tensor], Tensor]
 
 
 class Outputs(Protocol):
@@ -67,10 +65,6 @@ class DistillLoss(nn.Module):
         scheduled: whether `listen` may change how much the teacher counts while training.
         size: (H, W) of the labels of a whole view, where that has other proportions than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
-    Attributes:
-        average: mean of a tensor over the processes that share a batch; None when there is one. The denominators are
-            then the whole batch's over the number of processes, so that the processes' losses, and their gradients,
-            average to the whole batch's.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
     """
 
@@ -105,10 +99,8 @@ class DistillLoss(nn.Module):
         self.impl = impl
         self.gate = gate or Gate()
         self.further = nn.ModuleList(further)
-        self.average: Average | None = None
         self._size = size
         self._fitting = set[Size]()  # sizes of labels that were compared with a target's windows on a GPU
-        self._counting = False
         self.register_buffer("class_weight", class_weight, persistent=False)
         # On the device, and changed in place: a CUDA graph reads this very tensor.
         self.register_buffer("strength", torch.ones(()) if scheduled else None, persistent=False)
@@ -141,37 +133,45 @@ class DistillLoss(nn.Module):
         """What terms resize or project, in words; known after the first batch."""
         return [text for term in self._terms() if (text := term.describe())]
 
-    def share(self, average: Average, gather: Callable[[Tensor], Tensor]) -> None:
-        """Let the loss be that of a batch which several processes share.
+    def share(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Let terms that compare all of a batch see what other processes have of it.
 
         Args:
-            average: mean of a tensor over the processes, without a gradient.
             gather: rows of all processes in their order, with the gradient of the own ones.
         """
-        self.average = average
         for term in self._terms():
-            term.average, term.gather = average, gather
+            term.gather = gather
 
-    @contextmanager
-    def averaging(self, average: Average, *, counting: bool = False) -> Iterator[None]:
-        """Ask another `average` inside, which is asked for the same counts in the same order by every equal batch.
+    @torch.no_grad()
+    def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
+        """What the parts of the loss of a batch divide by, which no student changes.
 
         Args:
-            counting: whether the counts are all that matters, so that CE and KL themselves are not computed.
+            dtype: of the terms' counts: float64 for a student of float64.
         """
-        askers: list[DistillLoss | Term] = [self, *self._terms()]
-        before = [asker.average for asker in askers]
-        for asker in askers:
-            asker.average = average
-        self._counting = counting
-        try:
-            yield
-        finally:
-            self._counting = False
-            for asker, own in zip(askers, before, strict=True):
-                asker.average = own
+        teaching = self.kl_weight > 0 and self._teaches(batch)
+        views = self._views(batch) if teaching else []
+        target = batch.target if teaching and not views else None
+        known = self.targets.num_classes if self.targets is not None else 256
+        ce, kl = distill_denominators(
+            batch.label,
+            None if target is None or self.targets is None else target.packed(self.targets),
+            num_classes=known if self.class_weight is None else len(self.class_weight),
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            window_B4=None if target is None else batch.window,
+            flip_B=None if target is None else batch.flip,
+            distill_void=self.distill_void,
+        )
+        kl = _counted_in(views) if views else kl
+        if batch.targets is None or not len(self.further):
+            return Counts(ce, kl)
+        nothing = torch.empty((len(batch.label), 0, 1, 1), dtype=dtype, device=batch.label.device)
+        looked_at = self._batch(nothing, {}, batch, None)
+        terms = tuple(term.count(looked_at) for term in self._terms())
+        return Counts(ce, kl, terms)
 
-    def forward(self, outputs: Outputs | Tensor, batch: Batch) -> Losses:
+    def forward(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> Losses:
         """Loss, and its parts before weighting: all scalars, float32.
 
         Args:
@@ -179,39 +179,48 @@ class DistillLoss(nn.Module):
                 the features (B, c, h, w) that `student_taps` names; or logits alone.
             batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
                 without a teacher, whose parts are then 0.
+            counts: what the parts divide by: the mean over the parts of a batch that several processes or steps share,
+                whose losses, and their gradients, then average to the whole batch's; None is the batch's own.
         Raises: RecipeError, DataError for a batch that lacks what weighs something, or whose labels its target does
             not show.
         """
         logits, features = _unpacked(outputs)
         self._check(logits, features, batch)
-        loss, ce, kl = self._fused(logits, batch, self.ce_weight, self.kl_weight)
+        gate = self._gate(batch)
+        loss, ce, kl = self._fused(logits, batch, gate, counts, self.ce_weight, self.kl_weight)
         if not len(self.further):
             return Losses(loss, ce, kl)
         if batch.targets is None:
             return Losses(loss, ce, kl, tuple(torch.zeros_like(ce) for _ in self.further))
-        looked_at = self._batch(logits, features, batch)
-        values = [term(looked_at) for term in self._terms()]
+        values = self._values(self._batch(logits, features, batch, gate), counts)
         for term, value in zip(self._terms(), values, strict=True):
             loss = loss + self._now(term.weight) * value
         return Losses(loss, ce, kl, tuple(value.detach() for value in values))
 
-    def parts(self, outputs: Outputs | Tensor, batch: Batch) -> dict[str, Tensor]:
+    def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
         """Every active term on its own, weighted and differentiable: name -> scalar. For gradient norms.
 
         Args, Raises: as `forward`.
         """
         logits, features = _unpacked(outputs)
         self._check(logits, features, batch)
+        gate = self._gate(batch)
         parts = {}
         if self.ce_weight > 0:
-            parts["ce"] = self._fused(logits, batch, self.ce_weight, 0.0)[0]
+            parts["ce"] = self._fused(logits, batch, gate, counts, self.ce_weight, 0.0)[0]
         if self.kl_weight > 0 and self._teaches(batch):
-            parts["kl"] = self._fused(logits, batch, 0.0, self.kl_weight)[0]
+            parts["kl"] = self._fused(logits, batch, gate, counts, 0.0, self.kl_weight)[0]
         if len(self.further) and batch.targets is not None:
-            looked_at = self._batch(logits, features, batch)
-            for name, term in zip(self.names[2:], self._terms(), strict=True):
-                parts[name] = self._now(term.weight) * term(looked_at)
+            values = self._values(self._batch(logits, features, batch, gate), counts)
+            for name, term, value in zip(self.names[2:], self._terms(), values, strict=True):
+                parts[name] = self._now(term.weight) * value
         return parts
+
+    def _values(self, batch: "TermBatch", counts: Counts | None) -> list[Tensor]:
+        """The further terms, not weighted."""
+        terms = self._terms()
+        shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
+        return [term(batch, count) for term, count in zip(terms, shared, strict=True)]
 
     def _check(self, logits: Tensor, features: Mapping[str, Tensor], batch: Batch) -> None:
         """Raises: RecipeError, DataError."""
@@ -239,7 +248,14 @@ class DistillLoss(nn.Module):
     def _teaches(self, batch: Batch) -> bool:
         return self.targets is not None and batch.target is not None
 
-    def _batch(self, logits: Tensor, features: Mapping[str, Tensor], batch: Batch) -> "TermBatch":
+    def _gate(self, batch: Batch) -> Tensor | None:
+        """Weights (B, H, W) of the teacher's pixels; None is 1."""
+        if self.gate.open or not self._teaches(batch) or not (self.kl_weight > 0 or len(self.further)):
+            return None
+        weight: Tensor | None = self.gate(batch, self.targets, impl=self.impl)
+        return weight
+
+    def _batch(self, logits: Tensor, features: Mapping[str, Tensor], batch: Batch, gate: Tensor | None) -> "TermBatch":
         from kdcache.distill.terms import TermBatch
 
         return TermBatch(
@@ -248,60 +264,47 @@ class DistillLoss(nn.Module):
             labels=batch.label,
             target=batch.target,
             stored=batch.arrays,
-            pixel_weight=self._pixel_weight(batch),
+            pixel_weight=gate,
             size=batch.size,
             counted=self._counted(batch),
             window=batch.window,
             flip=batch.flip,
         )
 
-    def _fused(self, logits: Tensor, batch: Batch, ce_weight: float, kl_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _fused(
+        self,
+        logits: Tensor,
+        batch: Batch,
+        gate: Tensor | None,
+        counts: Counts | None,
+        ce_weight: float,
+        kl_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if kl_weight == 0 or not self._teaches(batch):
-            return self._call(logits, replace(batch, targets=None), None, None, ce_weight, kl_weight)
-        if batch.own is None and batch.inside is None:
-            return self._call(logits, batch, None, None, ce_weight, kl_weight)
-        # A pasted pixel's target is the neighbour's: two calls, each of which counts its part of the pixels.
-        other = None if batch.own is None else batch.neighbours()
-        counted = self._counted_by_kl(batch, batch.own)
-        rest = None if batch.own is None or other is None else self._counted_by_kl(other, ~batch.own)
-        count = counted.sum(dtype=torch.float32) + (0 if rest is None else rest.sum(dtype=torch.float32))
-        if self.average is not None:
-            count = self.average(count)
-        one = self._call(logits, batch, counted, count, ce_weight, kl_weight)
-        if rest is None or other is None:
-            return one
-        two = self._call(logits, other, rest, count, 0.0, kl_weight)
-        return one[0] + two[0], one[1], one[2] + two[2]
+            return self._call(logits, replace(batch, targets=None), None, counts, ce_weight, kl_weight)
+        views = self._views(batch)
+        if not views:
+            return self._call(logits, batch, gate, counts, ce_weight, kl_weight)
+        (_, mask_BHW), *pasted = views
+        count = _counted_in(views) if counts is None else counts.kl
+        loss, ce, kl = self._call(logits, batch, _times(mask_BHW, gate), counts, ce_weight, kl_weight, count)
+        for other, mask_BHW in pasted:
+            more = self._call(logits, other, _times(mask_BHW, self._gate(other)), counts, 0.0, kl_weight, count)
+            loss, kl = loss + more[0], kl + more[2]
+        return loss, ce, kl
 
     def _call(
         self,
         logits: Tensor,
         batch: Batch,
-        counted: Tensor | None,
-        kl_denominator: Tensor | None,
+        weight: Tensor | None,
+        counts: Counts | None,
         ce_weight: float,
         kl_weight: float,
+        kl_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         target = batch.target
         packed = None if target is None or self.targets is None else target.packed(self.targets)
-        shared: dict[str, Any] = {
-            "class_weight": self.class_weight,
-            "ignore_index": self.ignore_index,
-            "window_B4": None if target is None else batch.window,
-            "flip_B": None if target is None else batch.flip,
-            "distill_void": self.distill_void,
-        }
-        ce_denominator = None
-        if self.average is not None:
-            own = distill_denominators(batch.label, packed, num_classes=logits.shape[1], **shared)
-            ce_denominator, averaged = self.average(torch.stack(own)).unbind()
-            kl_denominator = averaged if kl_denominator is None else kl_denominator
-        if self._counting:
-            nothing = logits.new_zeros((), dtype=torch.float32)
-            return nothing, nothing, nothing
-        weight = self._pixel_weight(batch)
-        if counted is not None:
-            weight = counted.float() if weight is None else weight * counted
         return distill_loss(
             logits,
             batch.label,
@@ -309,19 +312,27 @@ class DistillLoss(nn.Module):
             ce_weight=ce_weight,
             kl_weight=0.0 if packed is None else self._now(kl_weight),
             temperature=self.temperature,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            window_B4=None if packed is None else batch.window,
+            flip_B=None if packed is None else batch.flip,
             pixel_weight_BHW=weight,
+            distill_void=self.distill_void,
             align_corners=self.align_corners,
-            ce_denominator=ce_denominator,
-            kl_denominator=kl_denominator,
+            ce_denominator=None if counts is None else counts.ce,
+            kl_denominator=counts.kl if kl_count is None and counts is not None else kl_count,
             impl=self.impl,
-            **shared,
         )
 
-    def _pixel_weight(self, batch: Batch) -> Tensor | None:
-        if self.gate.open or not self._teaches(batch):
-            return None
-        weight: Tensor | None = self.gate(batch, self.targets, impl=self.impl)
-        return weight
+    def _views(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
+        """The batch, and where pixels are pasted the same with the neighbours' targets; and what KL counts of each.
+
+        Empty where the fused loss finds these pixels (B, H, W) by itself.
+        """
+        if batch.own is None:
+            return [] if batch.inside is None else [(batch, self._counted_by_kl(batch, None))]
+        other = batch.neighbours()
+        return [(batch, self._counted_by_kl(batch, batch.own)), (other, self._counted_by_kl(other, ~batch.own))]
 
     def _counted_by_kl(self, batch: Batch, own_BHW: Tensor | None) -> Tensor:
         """Which pixels (B, H, W) of a part of the batch the KL counts."""
@@ -343,3 +354,12 @@ class DistillLoss(nn.Module):
 
 def _unpacked(outputs: Outputs | Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
     return (outputs, {}) if isinstance(outputs, Tensor) else (outputs.logits, outputs.features)
+
+
+def _counted_in(views: Sequence[tuple[Batch, Tensor]]) -> Tensor:
+    """How many pixels KL counts of some views, float32."""
+    return torch.stack([mask_BHW.sum(dtype=torch.float32) for _, mask_BHW in views]).sum()
+
+
+def _times(mask_BHW: Tensor, gate_BHW: Tensor | None) -> Tensor:
+    return mask_BHW.float() if gate_BHW is None else gate_BHW * mask_BHW

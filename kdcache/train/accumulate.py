@@ -5,23 +5,21 @@ the parts' own means would not do: a part with few labelled pixels would count a
 denominators of the loss are the whole batch's, as where several processes share one (parallel.py), and they are
 counted first:
 
-    labels and targets of every part --criterion, without a student--> counted pixels, their mean over the parts
+    labels and targets of every part --criterion.counts--> counted pixels, their mean over the parts
     each part --model, criterion with those counts--> loss / parts --backward--> gradients, which add up
 
 Terms whose value is no mean over samples (`sp`, `dist`) are refused by the settings. Samples are pasted into each other
 (mix.py) within pairs, so within a part. BatchNorm alone differs: its statistics are those of a part.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.distill import Batch
-from kdcache.models import NativeOutput
+from kdcache.distill import Batch, Counts
 from kdcache.train.step import Asked, EagerStep, row
 
 
@@ -50,18 +48,14 @@ class AccumulatedStep(EagerStep):
 
     def _learn_parts(self, batch: Batch, total: dict[str, list[Tensor]] | None) -> Tensor:
         """The step; adds each term's gradient to `total`, when that is wanted."""
-        whole, criterion = self.to_device(batch), self.criterion
-        rows, counts, counts_of_terms = [], None, None
+        whole, criterion, rows = self.to_device(batch), self.criterion, []
+        counts = self._shared_counts(whole)
         for number in range(self._parts):
             with self._alone() if number + 1 < self._parts else nullcontext():
-                given = self._asked(self._part(whole, number))
+                asked = self._asked(self._part(whole, number), counts)
                 if total is not None:
-                    counts_of_terms = counts_of_terms or self._count(whole, criterion.parts, given)
-                    with self._counted(counts_of_terms):
-                        self._add_gradients(total, given)
-                counts = counts or self._count(whole, criterion, given)
-                with self._counted(counts):
-                    losses = criterion(*given)
+                    self._add_gradients(total, asked)
+                losses = criterion(*asked)
                 torch.autograd.backward(losses.loss / self._parts)
             rows.append(row(losses))
         self._update()
@@ -71,34 +65,11 @@ class AccumulatedStep(EagerStep):
         size = len(batch) // self._parts
         return batch.rows(size, number * size)
 
-    @torch.no_grad()
-    def _count(self, whole: Batch, ask: Callable[..., Any], like: Asked) -> list[Tensor]:
-        """What the criterion divides by, in the order in which `ask` asks for it: the mean over parts and processes.
-
-        Args:
-            like: the answer to a part, for its shapes.
-        """
-        features = {tap: torch.zeros_like(feature) for tap, feature in like.outputs.features.items()}
-        outputs = NativeOutput(torch.zeros_like(like.outputs.logits), features)
-        found: list[Tensor] = []
-
-        def note(count: Tensor) -> Tensor:
-            found.append(count)
-            return count
-
-        with self.criterion.averaging(note, counting=True):
-            for number in range(self._parts):
-                ask(outputs, self._mixed(self._part(whole, number)))
-        each = len(found) // self._parts
-        means = [torch.stack(found[at::each]).mean(0) for at in range(each)]
-        return means if self.average is None else [self.average(mean) for mean in means]
-
-    @contextmanager
-    def _counted(self, counts: list[Tensor]) -> Iterator[None]:
-        """Inside, the criterion is told these counts in the place of its own."""
-        told = iter(counts)
-        with self.criterion.averaging(lambda _: next(told)):
-            yield
+    def _shared_counts(self, whole: Batch) -> Counts:
+        """What the loss of every part divides by: the mean over the parts, and over the processes."""
+        parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
+        counts = Counts.mean([self.criterion.counts(part) for part in parts])
+        return counts if self.average is None else counts.averaged(self.average)
 
     def _add_gradients(self, total: dict[str, list[Tensor]], given: Asked) -> None:
         for name, gradients in self._term_gradients(given):

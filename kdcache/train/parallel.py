@@ -32,7 +32,7 @@ def distribute(eager: EagerStep, batch: Batch, world: World) -> None:
             DistributedDataParallel must be told of, for looking for them costs time at every step.
     """
     eager.average = world.mean
-    eager.criterion.share(world.mean, world.rows)
+    eager.criterion.share(world.rows)
     share_statistics(eager.model, eager.device)
     with eager.rehearsal():
         torch.autograd.backward(eager.forward(eager.to_device(eager.held(batch))).loss)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill import Batch, DistillLoss, Losses
+from kdcache.distill import Batch, Counts, DistillLoss, Losses
 from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.train.mix import Mix
 
@@ -21,6 +21,7 @@ class Asked(NamedTuple):
 
     outputs: NativeOutput
     batch: Batch
+    counts: Counts | None
 
 
 class EagerStep:
@@ -89,14 +90,22 @@ class EagerStep:
         losses: Losses = self.criterion(*self._asked(batch))
         return losses
 
-    def _asked(self, batch: Batch) -> Asked:
-        """What the loss looks at: the model's answer, and what it is compared with."""
+    def _asked(self, batch: Batch, counts: Counts | None = None) -> Asked:
+        """What the loss looks at: the model's outputs, and what they are compared with.
+
+        Args:
+            counts: of the batch that this one is a part of; None is a whole one, which processes may share.
+        """
         batch = self._mixed(batch)
         assert batch.pixels is not None
         x_B3HW = self.model.normalise(batch.pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             outputs = self.network(x_B3HW, self._taps)
-        return Asked(outputs, batch)
+        return Asked(outputs, batch, self._counts(batch) if counts is None else counts)
+
+    def _counts(self, batch: Batch) -> Counts | None:
+        """What the loss divides by where several processes share a batch; None is what it counts itself."""
+        return None if self.average is None else self.criterion.counts(batch).averaged(self.average)
 
     def _mixed(self, batch: Batch) -> Batch:
         """The batch as it is learnt from."""

@@ -326,10 +326,10 @@ def inputs_of(term: Term, batch: TermBatch) -> list[Tensor]:
     return [batch.features["head"]] if term.student_taps() else [batch.logits]
 
 
-def gradients(term: Term, batch: TermBatch) -> tuple[Tensor, list[Tensor]]:
+def gradients(term: Term, batch: TermBatch, count: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients by what the student gives and by the term's own parameters."""
     tensors = [x.requires_grad_() for x in inputs_of(term, batch)] + list(term.parameters())
-    loss = term(batch)
+    loss = term(batch, count)
     return loss, list(torch.autograd.grad(loss, tensors))
 
 

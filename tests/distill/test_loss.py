@@ -233,11 +233,9 @@ def test_another_number_may_mean_void(distill_void: bool, pasted: bool) -> None:
     losses = []
     for void in (255, 7):
         criterion = DistillLoss(Format(), distill_void=distill_void, ignore_index=void, class_weight=weight)
-        counts: list[Tensor] = []
-        with criterion.averaging(lambda count, counts=counts: counts.append(count) or count):  # type: ignore[misc]
-            loss = criterion(student, labelled(target, label.masked_fill(label == 255, void), own)).loss
-        losses.append((loss, *counts))
-        assert len(counts) > 0
+        batch = labelled(target, label.masked_fill(label == 255, void), own)
+        counts = criterion.counts(batch)
+        losses.append((criterion(student, batch).loss, criterion(student, batch, counts).loss, counts.ce, counts.kl))
     assert all(torch.equal(one, two) for one, two in zip(*losses, strict=True))
     assert losses[0][0] != DistillLoss(Format(), distill_void=not distill_void)(student, labelled(target, label)).loss
 

@@ -180,7 +180,7 @@ def test_what_a_term_reads() -> None:
         term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT)
         assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
         assert term.student_taps() == (() if term.reads_target else ("head",))
-        assert (term.average, term.gather, term.describe()) == (None, None, None)
+        assert (term.gather, term.describe()) == (None, None)
 
 
 def test_weights_of_the_spec_and_of_the_kind() -> None:

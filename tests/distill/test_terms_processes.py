@@ -47,14 +47,14 @@ found = {}
 for kind in ("at", "sp", "hint", "dist", "dkd"):
     term = make_term(TermSpec(kind), targets=store, student_taps={"deep": 5})
     if size > 1:
-        term.average, term.gather = world.mean, world.rows
+        term.gather = world.rows
     z = student(images[part])
     packed = (values - values.amax(1, keepdim=True)).half()[part]
     stored = {"features/deep": teacher[part].half()}
     batch = TermBatch(
         z, {"deep": z}, None, Target(packed), stored, None, (24, 36), window=window[part], flip=flip[part]
     )
-    loss = term(batch)
+    loss = term(batch, world.mean(term.count(batch)))
     gradients = torch.autograd.grad(loss, [*student.parameters(), *term.parameters()])
     found[kind] = [world.mean(x) for x in (loss, *gradients)]
 if rank == 0:

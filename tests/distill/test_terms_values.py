@@ -297,7 +297,6 @@ class Crew:
         return [tensor if other == rank else part for other, part in enumerate(self.parts)]
 
     def join(self, term: Term, rank: int) -> Term:
-        term.average = lambda tensor: torch.stack(self.exchange(rank, tensor)).mean(0).detach()
         term.gather = lambda tensor: torch.cat(self.exchange(rank, tensor))
         return term
 
@@ -310,7 +309,9 @@ def test_parts_of_a_batch_average_to_the_whole(name: str, gated: bool) -> None:
     loss, (gradient, *by_parameters) = gradients(term_of(name), whole)
     terms = [crew.join(term_of(name), rank) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(gradients, terms, [part_of(whole, slice(0, 2)), part_of(whole, slice(2, 4))]))
+        halves = [part_of(whole, slice(0, 2)), part_of(whole, slice(2, 4))]
+        count = torch.stack([term.count(half) for term, half in zip(terms, halves, strict=True)]).mean(0)
+        parts = list(pool.map(gradients, terms, halves, [count, count]))
     assert (parts[0][0] + parts[1][0]).item() / 2 == pytest.approx(loss.item(), rel=1e-9)
     joined = torch.cat([found[1][0] for found in parts]) / 2
     assert (joined - gradient).norm() <= 1e-9 * gradient.norm()

@@ -114,7 +114,6 @@ def agree(whole: EagerStep, parted: EagerStep, batch: Batch, norms: bool) -> Non
     assert len(gradients) == len(wanted) > 10
     assert close(torch.cat([g.flatten() for g in wanted]), torch.cat([g.flatten() for g in gradients]))
     assert all(p.grad is None for p in parted.model.parameters())
-    assert parted.criterion.average is None
 
 
 def test_a_mean_of_means_would_be_told_apart(both: Callable[..., Any]) -> None:

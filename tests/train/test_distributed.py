@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kdcache.data import write_scenes
-from kdcache.distill import Batch, DistillLoss
+from kdcache.distill import Batch, Counts, DistillLoss
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import open_cache
@@ -381,19 +381,10 @@ def test_the_losses_of_parts_average_to_the_whole_s(
     whole = loss(logits, batch)
     (expected,) = torch.autograd.grad(whole.loss, logits)
 
-    counted: list[torch.Tensor] = []
-
-    def count(own: torch.Tensor) -> torch.Tensor:
-        counted.append(own)
-        return own
-
-    loss.average = count
-    for part, z in zip(halves(batch), logits.split(1), strict=True):
-        loss(z, part)
-    mean = torch.stack(counted).mean(0)
-    assert not torch.equal(*counted)
-    loss.average = lambda _: mean
-    parts = [loss(z, part) for part, z in zip(halves(batch), logits.split(1), strict=True)]
+    own = [loss.counts(part) for part in halves(batch)]
+    assert own[0].ce != own[1].ce
+    mean = Counts.mean(own)
+    parts = [loss(z, part, mean) for part, z in zip(halves(batch), logits.split(1), strict=True)]
     found = torch.stack([torch.stack(list(part[:3])) for part in parts]).mean(0)
     torch.testing.assert_close(found, torch.stack(list(whole[:3])), rtol=2e-6, atol=0)
     (gradient,) = torch.autograd.grad((parts[0].loss + parts[1].loss) / 2, logits)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, grid_of, unit, wide
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, grid_of, unit, wide
 from kdcache.distill.terms.cells import resize
 from kdcache.distill.terms.spec import TermSpec
 
@@ -29,7 +29,7 @@ class Attention(Term):
     def prepare(self, batch: TermBatch) -> None:
         self.note_resize(batch.features[self._student_tap], batch.stored[self._arrays[0]], "the attention of ")
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bhw = energy(wide(batch.features[self._student_tap]))
         stored = batch.stored[self._arrays[0]].to(student_Bhw.dtype)
         teacher_Bhw = stored if stored.ndim == 3 else energy(stored)
@@ -41,7 +41,8 @@ class Attention(Term):
         # Both carry the root of the share, so that the square carries the share; the gate comes on top.
         student_Bhw, teacher_Bhw = (unit(a * share_Bhw, (1, 2)) for a in maps)
         gate_Bhw = cells.weight / cells.counted.masked_fill(cells.counted == 0, 1)
-        return self.divide(((student_Bhw - teacher_Bhw).square() * gate_Bhw).sum(), cells.counted.sum())
+        total = ((student_Bhw - teacher_Bhw).square() * gate_Bhw).sum()
+        return divide(total, cells.counted.sum() if count is None else count)
 
 
 def energy(features_Bchw: Tensor) -> Tensor:

@@ -68,8 +68,6 @@ class Term(nn.Module):
         weight, temperature: the spec's, or the kind's default. Default weights give a gradient over the student's
             parameters that compares with CE's. The docstrings say how: mean over batches of CamVid at 144x192, teacher
             kdcache:base at stride 4, student kdcache:tiny after 150 and 650 steps.
-        average: mean of a tensor over the processes that share a batch; None when there is one. As in `DistillLoss`,
-            the processes' losses, and their gradients, average to the whole batch's.
         gather: concatenates a tensor over the processes along its first axis, in which the own part alone carries a
             gradient; None when there is one.
     """
@@ -84,7 +82,6 @@ class Term(nn.Module):
         self.weight = self.default_weight if spec.weight is None else spec.weight
         self.temperature = self.default_temperature if spec.temperature is None else spec.temperature
         self.targets = targets
-        self.average: Callable[[Tensor], Tensor] | None = None
         self.gather: Callable[[Tensor], Tensor] | None = None
         self._arrays = arrays
         self._student_tap = spec.student_tap or "logits"
@@ -120,16 +117,32 @@ class Term(nn.Module):
             f"{self.kind}: {of}the student's {self._student_tap} {verb} {' and '.join(changes)}" if changes else None
         )
 
-    def forward(self, batch: TermBatch) -> Tensor:
-        """The loss of a batch: a scalar, not weighted."""
+    def forward(self, batch: TermBatch, count: Tensor | None = None) -> Tensor:
+        """The loss of a batch: a scalar, not weighted.
+
+        Args:
+            count: what it divides by, in the place of its own `count`: the mean over the parts of a larger batch, over
+                which their losses then average to its own.
+        """
         if not torch.compiler.is_compiling():
             self.prepare(batch)
         with torch.autocast(batch.logits.device.type, enabled=False):
-            return self.loss(batch)
+            return self.loss(batch, count)
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         """What `forward` returns, at full precision."""
         raise NotImplementedError
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """What `loss` divides by: the counted cells, 0-dimensional. Of `logits` only the type and the rows matter."""
+        return self.cells(batch, self.grid(batch), wide(batch.logits)).counted.sum()
+
+    def grid(self, batch: TermBatch) -> Size:
+        """(h, w) of the teacher's cells."""
+        if self.reads_target:
+            assert batch.target is not None
+            return grid_of(batch.target.values)
+        return grid_of(batch.stored[self._arrays[0]])
 
     def cells(self, batch: TermBatch, grid: Size, like: Tensor) -> Cells:
         """How much every cell of a grid over the student's image counts."""
@@ -160,14 +173,9 @@ class Term(nn.Module):
         grid = grid_of(teacher_BChw)
         return resize(student_BChw, grid), teacher_BChw, self.cells(batch, grid, student_BChw)
 
-    def mean(self, loss_Bhw: Tensor, cells: Cells) -> Tensor:
-        """Over the counted cells."""
-        return self.divide((loss_Bhw * cells.weight).sum(), cells.counted.sum())
-
-    def divide(self, total: Tensor, count: Tensor) -> Tensor:
-        """By the count, of several processes by its mean over them; anything by 0 is 0."""
-        count = count if self.average is None else self.average(count)
-        return total * count.reciprocal().masked_fill(count == 0, 0)
+    def mean(self, loss_Bhw: Tensor, cells: Cells, count: Tensor | None) -> Tensor:
+        """Over the counted cells, or `count` of them."""
+        return divide((loss_Bhw * cells.weight).sum(), cells.counted.sum() if count is None else count)
 
     def of_all(self, rows_Nx: Tensor) -> Tensor:
         """The rows of all processes, those of the own with gradient."""
@@ -177,6 +185,11 @@ class Term(nn.Module):
 def wide(x: Tensor) -> Tensor:
     """As float32, or float64 as it is."""
     return x.to(compute_dtype(x.dtype))
+
+
+def divide(total: Tensor, count: Tensor) -> Tensor:
+    """Anything by 0 is 0."""
+    return total * count.reciprocal().masked_fill(count == 0, 0)
 
 
 def grid_of(map_Bchw: Tensor) -> Size:

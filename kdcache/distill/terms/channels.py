@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
 from kdcache.distill.terms.cells import Cells
 from kdcache.distill.terms.features import Projected
 from kdcache.distill.terms.spec import TermSpec
@@ -28,8 +28,12 @@ class ChannelLogits(Term):
         if batch.target is not None:
             self.note_resize(batch.logits, batch.target.values)
 
-    def loss(self, batch: TermBatch) -> Tensor:
-        return channel_kl(self, *self.both_logits(batch))
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        return channel_kl(self.temperature, *self.both_logits(batch), count)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The images in which any pixel counts."""
+        return images_counted(self.cells(batch, self.grid(batch), wide(batch.logits)))
 
 
 class ChannelFeatures(Projected):
@@ -55,21 +59,31 @@ class ChannelFeatures(Projected):
         alike = student_channels == teacher_channels
         self.projection = nn.Identity() if alike else nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
 
-    def loss(self, batch: TermBatch) -> Tensor:
-        return channel_kl(self, *self.both_features(batch))
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        return channel_kl(self.temperature, *self.both_features(batch), count)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The images in which any pixel counts."""
+        return images_counted(self.cells(batch, self.grid(batch), wide(batch.logits)))
 
 
-def channel_kl(term: Term, student_Bchw: Tensor, teacher_Bchw: Tensor, cells: Cells) -> Tensor:
+def images_counted(cells: Cells) -> Tensor:
+    """How many images have a pixel that counts, 0-dimensional."""
+    return (cells.counted > 0).flatten(1).any(1).to(cells.counted.dtype).sum()
+
+
+def channel_kl(
+    temperature: float, student_Bchw: Tensor, teacher_Bchw: Tensor, cells: Cells, count: Tensor | None
+) -> Tensor:
     """KL over the positions of each channel, mean over the channels, per image in which any pixel counts."""
     weight_B1n = cells.weight.flatten(1)[:, None]
     log_weight_B1n = torch.where(weight_B1n > 0, weight_B1n, 1).log()
 
     def log_p(x_Bchw: Tensor) -> Tensor:
         # A finite floor: an image without counted cells then has two equal distributions, where -inf would give NaN.
-        logits_Bcn = x_Bchw.flatten(2) / term.temperature + log_weight_B1n
+        logits_Bcn = x_Bchw.flatten(2) / temperature + log_weight_B1n
         return logits_Bcn.masked_fill(weight_B1n <= 0, -1e30).log_softmax(-1)
 
     log_teacher_Bcn, log_student_Bcn = log_p(teacher_Bchw), log_p(student_Bchw)
     kl_Bc = (log_teacher_Bcn.exp() * (log_teacher_Bcn - log_student_Bcn)).sum(-1)
-    counted_B = (cells.counted > 0).flatten(1).any(1)
-    return term.temperature**2 * term.divide(kl_Bc.mean(1).sum(), counted_B.to(kl_Bc.dtype).sum())
+    return temperature**2 * divide(kl_Bc.mean(1).sum(), images_counted(cells) if count is None else count)

@@ -32,13 +32,13 @@ class Decoupled(Term):
         if batch.target is not None:
             self.note_resize(batch.logits, batch.target.values)
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_BChw, teacher_BChw, cells = self.both_logits(batch)
         class_B1hw = target_class(batch.labels, teacher_BChw)
         is_target_BChw = torch.arange(self.targets.num_classes, device=class_B1hw.device)[:, None, None] == class_B1hw
         log_p, log_q = (_split(x / self.temperature, is_target_BChw) for x in (teacher_BChw, student_BChw))
         tckd_Bhw, nckd_Bhw = (_kl(p, q) for p, q in zip(log_p, log_q, strict=True))
-        return self.temperature**2 * self.mean(self.alpha * tckd_Bhw + self.beta * nckd_Bhw, cells)
+        return self.temperature**2 * self.mean(self.alpha * tckd_Bhw + self.beta * nckd_Bhw, cells, count)
 
 
 def target_class(labels_BHW: Tensor | None, teacher_BChw: Tensor) -> Tensor:

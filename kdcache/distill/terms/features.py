@@ -56,9 +56,9 @@ class Hint(Projected):
 
     default_weight = 1.0
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
-        return self.mean((student_Bchw - teacher_Bchw).square().mean(1), cells)
+        return self.mean((student_Bchw - teacher_Bchw).square().mean(1), cells, count)
 
 
 class Cosine(Projected):
@@ -72,9 +72,9 @@ class Cosine(Projected):
 
     default_weight = 2.0
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
-        return self.mean(1 - cosine(student_Bchw, teacher_Bchw), cells)
+        return self.mean(1 - cosine(student_Bchw, teacher_Bchw), cells, count)
 
 
 def cosine(a_Bchw: Tensor, b_Bchw: Tensor) -> Tensor:

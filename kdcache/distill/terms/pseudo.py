@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, wide
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
 from kdcache.distill.terms.cells import resize
 from kdcache.distill.terms.spec import TermSpec
 from kdcache_kernels import distill_loss, target_argmax_confidence
@@ -41,15 +41,15 @@ class Pseudo(Term):
         self.student_align_corners = align_corners
         self.impl = impl
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         pseudo_BHW = self.labels(batch)
-        kept = (pseudo_BHW != NONE).sum().to(torch.float64)
+        count = _labelled(pseudo_BHW) if count is None else count
         if batch.pixel_weight is None:
             return distill_loss(
                 batch.logits,
                 pseudo_BHW,
                 ignore_index=NONE,
-                ce_denominator=kept if self.average is None else self.average(kept),
+                ce_denominator=count,
                 align_corners=self.student_align_corners,
                 impl="reference" if batch.logits.dtype == torch.float64 else self.impl,
             ).loss
@@ -57,7 +57,11 @@ class Pseudo(Term):
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
         ce_BHW = F.cross_entropy(logits_BCHW, pseudo_BHW.long(), ignore_index=NONE, reduction="none")
         weight_BHW = torch.where(pseudo_BHW != NONE, batch.pixel_weight.detach().to(ce_BHW.dtype), 0)
-        return self.divide((ce_BHW * weight_BHW).sum(), kept.to(ce_BHW.dtype))
+        return divide((ce_BHW * weight_BHW).sum(), count.to(ce_BHW.dtype))
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The pixels with a pseudo label, float64."""
+        return _labelled(self.labels(batch))
 
     @torch.no_grad()
     def labels(self, batch: TermBatch) -> Tensor:
@@ -73,6 +77,10 @@ class Pseudo(Term):
         else:
             sure_BHW = most_confident(argmax_BHW, confidence_BHW, self.quantile, self.targets.num_classes)
         return argmax_BHW.to(torch.int16).masked_fill(~sure_BHW, NONE)
+
+
+def _labelled(pseudo_BHW: Tensor) -> Tensor:
+    return (pseudo_BHW != NONE).sum().to(torch.float64)
 
 
 def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num_classes: int) -> Tensor:

@@ -32,10 +32,10 @@ class Relations(Term):
         if batch.target is not None:
             self.note_resize(batch.logits, batch.target.values)
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_BChw, teacher_BChw, cells = self.both_logits(batch)
         student_BChw, teacher_BChw = ((x / self.temperature).softmax(1) for x in (student_BChw, teacher_BChw))
-        inter = self.mean(1 - _over_classes(student_BChw, teacher_BChw), cells)
+        inter = self.mean(1 - _over_classes(student_BChw, teacher_BChw), cells, count)
         return self.temperature**2 * (self.beta * inter + self.gamma * self._intra(student_BChw, teacher_BChw, cells))
 
     def _intra(self, student_BChw: Tensor, teacher_BChw: Tensor, cells: Cells) -> Tensor:
@@ -45,7 +45,7 @@ class Relations(Term):
         # The means need no gradient: a mean that moves changes no sum of products of centred values.
         count_C = cells.weight.sum().expand(self.targets.num_classes)
         sums_3C = torch.stack([count_C, of_class(student_BChw.detach()), of_class(teacher_BChw)])
-        all_C, *sums = (sums_3C if self.average is None else self.average(sums_3C)).unbind()
+        all_C, *sums = self.of_all(sums_3C[None]).mean(0).unbind()
         per_cell_C = all_C.reciprocal().masked_fill(all_C == 0, 0)
         means = [total * per_cell_C for total in sums]
         s_BChw, t_BChw = (x - mean[:, None, None] for x, mean in zip((student_BChw, teacher_BChw), means, strict=True))

@@ -19,7 +19,7 @@ class Similarity(Term):
 
     default_weight = 50.0
 
-    def loss(self, batch: TermBatch) -> Tensor:
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw = wide(batch.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
         own = student_Bchw.shape[0]
@@ -27,6 +27,10 @@ class Similarity(Term):
         b = student_bx.shape[0]
         difference_bb = unit(teacher_bx @ teacher_bx.mT, 1) - unit(student_bx @ student_bx.mT, 1)
         return shared(difference_bb.square().sum() / b**2, own, b)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """1: it divides by the square of the images of all processes, which no process counts alone."""
+        return wide(batch.logits).new_ones(())
 
     def _rows(self, batch: TermBatch, features_Bchw: Tensor) -> Tensor:
         """Q of the own images: with the root of the share in both factors, the product carries the share."""

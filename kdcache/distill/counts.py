@@ -1,0 +1,47 @@
+"""What the parts of a loss divide by, as a value: shared by the processes and accumulated parts of one batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Denominators of a batch, 0-dimensional on its device; or their mean over the parts of a larger batch. A pytree.
+
+    A loss divided by the mean over n parts, averaged over these, is that of the whole batch.
+
+    Attributes:
+        ce: sum of the class weights of labelled pixels.
+        kl: pixels that the KL counts.
+        terms: of each further term what `Term.count` says, in the order of `DistillLoss.further`.
+    """
+
+    ce: Tensor
+    kl: Tensor
+    terms: tuple[Tensor, ...] = ()
+
+    def averaged(self, average: Callable[[Tensor], Tensor]) -> "Counts":
+        """The mean over processes, by one exchange.
+
+        Args:
+            average: mean of a tensor over the processes.
+        """
+        own, spec = pytree.tree_flatten(self)
+        means = average(torch.stack([count.double() for count in own])).unbind()
+        counts: Counts = pytree.tree_unflatten(
+            [mean.to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
+        )
+        return counts
+
+    @classmethod
+    def mean(cls, parts: Sequence["Counts"]) -> "Counts":
+        """The mean over the equal parts of a batch."""
+        counts: Counts = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
+        return counts
+
+
+pytree.register_dataclass(Counts)
