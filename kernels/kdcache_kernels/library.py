@@ -1,8 +1,10 @@
 """The operators as PyTorch knows them: registered, with fake kernels for tracing and a backward.
 
 A `torch.library.custom_op` is opaque to `torch.compile` and to autograd, which is what a fused kernel wants: it is
-called in the forward, returns the loss together with its gradient, and the backward is one multiplication. A tensor
-argument of an operator cannot be optional in every caller, so an absent one is the empty vector.
+called in the forward, returns the loss together with its gradient, and the backward is one multiplication.
+
+An operator takes tensors and plain values, never a dataclass. The loss therefore takes the fields of `LossProblem` and
+of its target one by one: its schema, its call and the problem that it computes are made from one table of the fields.
 
 Every operator takes the name of the family that computes it, "numba" or "triton". The families are imported when they
 are first used: together they cost a second that a program without a loss need not pay.
@@ -11,7 +13,7 @@ Legend: B batch, C classes, k kept classes, H W label size, h w the logits' own 
 """
 
 import importlib
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,80 +23,68 @@ from .problem import LossProblem, LossResult
 from .reference import LossParts
 from .topk import PackedTarget, index_dtype
 
-FAMILIES = ("numba", "triton")
-
-
-def absent(like: Tensor) -> Tensor:
-    """Return what stands for a tensor that is not there."""
-    return like.new_empty(0)
-
-
-def _given(tensor: Tensor) -> Tensor | None:
-    """Return the tensor, or None for an absent one (and for the flips of an empty batch, which change nothing)."""
-    return None if tensor.dim() == 1 and tensor.numel() == 0 else tensor
+FAMILIES = {"numba": ".numba_", "triton": ".triton_"}
+"""What the name of every module of a family begins with, in this package."""
 
 
 def _module(family: str, operation: str) -> Any:
-    return importlib.import_module(f".{family}_{operation}", __package__)
+    """Return the module with which a family computes an operation: loss, topk or argmax."""
+    return importlib.import_module(FAMILIES[family] + operation, __package__)
 
 
-@torch.library.custom_op("kdcache::distill_loss", mutates_args=())
-def distill_loss(
-    student: Tensor,
-    labels: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    tail: Tensor,
-    window: Tensor,
-    flip: Tensor,
-    pixel_weight: Tensor,
-    class_weight: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    ce_denominator: Tensor,
-    kl_denominator: Tensor,
-    size: list[int],
-    view_size: list[int],
-    temperature: float,
-    ignore_index: int,
-    use_ce: bool,
-    use_kl: bool,
-    distill_void: bool,
-    align_corners: bool,
-    target_align_corners: bool,
-    need_gradient: bool,
-    family: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    tuple[int, int]: "SymInt[]",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+}
+
+
+def _schema_types(owner: type) -> dict[str, str]:
+    """Return the type in an operator's schema of every field of a dataclass, but for a target."""
+    return {name: _SCHEMA_TYPES[hint] for name, hint in get_type_hints(owner).items() if name != "target"}
+
+
+_PROBLEM_TYPES, _TARGET_TYPES = _schema_types(LossProblem), _schema_types(PackedTarget)
+_ARGUMENTS = (*_PROBLEM_TYPES, *(f"target_{name}" for name in _TARGET_TYPES))
+"""The loss's arguments by position, but for the family. Those of the target are None where there is none."""
+
+
+def _loss_schema() -> str:
+    types = (*_PROBLEM_TYPES.values(), *(kind.removesuffix("?") + "?" for kind in _TARGET_TYPES.values()))
+    arguments = ", ".join(f"{kind} {name}" for kind, name in zip(types, _ARGUMENTS, strict=True))
+    return f"(str family, {arguments}) -> (Tensor, Tensor, Tensor, Tensor)"
+
+
+def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
+    """Return the problem as the operator takes it: the values of `_ARGUMENTS`, in their order."""
+    target = [getattr(problem.target, name, None) for name in _TARGET_TYPES]
+    # A gradient reaches the student alone. The problem's own tensors are detached already.
+    target = [value.detach() if isinstance(value, Tensor) else value for value in target]
+    return (*(getattr(problem, name) for name in _PROBLEM_TYPES), *target)
+
+
+def _loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
+    """Return the problem whose `loss_arguments` these are."""
+    # The dispatcher turns tuples into lists.
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in zip(_ARGUMENTS, arguments, strict=True)
+    }
+    target = {name: fields.pop(f"target_{name}") for name in _TARGET_TYPES}
+    return LossProblem(target=None if target["values"] is None else PackedTarget(**target), **fields)
+
+
+@torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_loss_schema())
+def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, ce, kl, gradient); see `LossProblem` and `LossResult`."""
-    target = None
-    if use_kl:
-        target = PackedTarget(
-            values, _given(indices), _given(tail), student.shape[1], (view_size[0], view_size[1]), target_align_corners
-        )
-    problem = LossProblem(
-        student=student,
-        labels=_given(labels),
-        target=target,
-        size=(size[0], size[1]),
-        use_ce=use_ce,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        ce_denominator=_given(ce_denominator),
-        kl_denominator=_given(kl_denominator),
-        temperature=temperature,
-        class_weight=_given(class_weight),
-        ignore_index=ignore_index,
-        window=_given(window),
-        flip=_given(flip),
-        pixel_weight=_given(pixel_weight),
-        distill_void=distill_void,
-        align_corners=align_corners,
-        need_gradient=need_gradient,
-    )
+    problem = _loss_problem(arguments)
     # Here and not before the operator: a compiled program does not run what stands around it.
     checks.check_values(problem)
     result: LossResult = _module(family, "loss").distill_loss(problem)
-    if student.shape[1] == 1:
+    if problem.student.shape[1] == 1:
         # The one probability is 1; what the kernels leave of 1 - 1 is a rounding. NaN stays.
         loss = 0 * result.loss
         result = LossResult(loss, 0 * result.ce, 0 * result.kl, torch.zeros_like(result.gradient) + loss)
@@ -103,30 +93,31 @@ def distill_loss(
 
 
 @distill_loss.register_fake
-def _(student: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_gradient = others[-2]
-    dtype = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
-    scalars = [student.new_empty((), dtype=torch.float32) for _ in range(3)]
-    gradient = student.new_empty(student.shape if need_gradient else (0,), dtype=dtype)
-    return scalars[0], scalars[1], scalars[2], gradient
+def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = _loss_problem(arguments)
+    student = problem.student
+    loss, ce, kl = (student.new_empty((), dtype=torch.float32) for _ in range(3))
+    shape = student.shape if problem.need_gradient else (0,)
+    return loss, ce, kl, student.new_empty(shape, dtype=problem.gradient_dtype)
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     loss, ce, kl, gradient = output
+    _, student, *_ = inputs
     ctx.mark_non_differentiable(ce, kl, gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient, loss)
-    ctx.dtype = inputs[0].dtype
-    ctx.arguments = len(inputs)
+    ctx.dtype = student.dtype
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the family, of the student, which alone has one, and of the other arguments."""
     gradient, loss = ctx.saved_tensors
-    others = (None,) * (ctx.arguments - 1)
-    if grad_loss is None:
-        return None, *others
-    # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
-    return scale_gradient(gradient, grad_loss.float() + 0 * loss, ctx.dtype), *others
+    student = None
+    if grad_loss is not None:
+        # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
+        student = scale_gradient(gradient, grad_loss.float() + 0 * loss, ctx.dtype)
+    return None, student, *(None for _ in _ARGUMENTS[1:])
 
 
 distill_loss.register_autograd(_backward, setup_context=_keep_gradient)
@@ -134,39 +125,8 @@ distill_loss.register_autograd(_backward, setup_context=_keep_gradient)
 
 def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
     """Call the operator, whatever autocast says: the kernels know which precision each step needs."""
-    student, target = problem.student, problem.target
-    nothing = absent(student)
-
-    def or_absent(tensor: Tensor | None) -> Tensor:
-        return nothing if tensor is None else tensor
-
-    with torch.autocast(student.device.type, enabled=False):
-        loss, ce, kl, _ = distill_loss(
-            student,
-            or_absent(problem.labels),
-            nothing if target is None else target.values.detach(),
-            nothing if target is None else or_absent(target.indices),
-            nothing if target is None or target.tail is None else target.tail.detach(),
-            or_absent(problem.window),
-            or_absent(problem.flip),
-            or_absent(problem.pixel_weight),
-            or_absent(problem.class_weight),
-            problem.ce_weight,
-            problem.kl_weight,
-            or_absent(problem.ce_denominator),
-            or_absent(problem.kl_denominator),
-            list(problem.size),
-            [0, 0] if target is None else list(target.view_size),
-            problem.temperature,
-            problem.ignore_index,
-            problem.use_ce,
-            problem.use_kl,
-            problem.distill_void,
-            problem.align_corners,
-            target is not None and target.align_corners,
-            problem.need_gradient,
-            family,
-        )
+    with torch.autocast(problem.student.device.type, enabled=False):
+        loss, ce, kl, _ = distill_loss(family, *loss_arguments(problem))
     return LossParts(loss, ce, kl)
 
 
@@ -199,26 +159,28 @@ scale_gradient.register_autograd(_once)
 
 
 @torch.library.custom_op("kdcache::pack", mutates_args=())
-def pack(logits: Tensor, k: int, family: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (values, indices, tail) as `kdcache_kernels.pack` does, the last two absent when k = C."""
-    values, indices, tail = _module(family, "topk").pack(logits, k)
-    return values, absent(values) if indices is None else indices, absent(values) if tail is None else tail
+def pack(logits: Tensor, k: int, family: str) -> list[Tensor]:
+    """Return [values, indices, tail] as `kdcache_kernels.pack` does, and values alone when k = C.
+
+    An operator may take None, but not return it.
+    """
+    return [part for part in _module(family, "topk").pack(logits, k) if part is not None]
 
 
 @pack.register_fake
-def _(logits: Tensor, k: int, family: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, k: int, family: str) -> list[Tensor]:
     B, C, h, w = logits.shape
     values = logits.new_empty((B, k, h, w), dtype=torch.float16)
     if k == C:
-        return values, absent(values), absent(values)
+        return [values]
     indices = logits.new_empty((B, k, h, w), dtype=index_dtype(int(C)))
-    return values, indices, logits.new_empty((B, h, w), dtype=torch.float16)
+    return [values, indices, logits.new_empty((B, h, w), dtype=torch.float16)]
 
 
 @torch.library.custom_op("kdcache::densify", mutates_args=())
 def densify(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: str) -> Tensor:
-    """Return (B, C, h, w) float32 as `kdcache_kernels.densify` does."""
-    dense: Tensor = _module(family, "topk").densify(values, _given(indices), _given(tail), num_classes)
+    """Return (B, C, h, w) float32 as `kdcache_kernels.densify` does where k < C."""
+    dense: Tensor = _module(family, "topk").densify(values, indices, tail, num_classes)
     return dense
 
 
@@ -231,10 +193,10 @@ def _(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: s
 @torch.library.custom_op("kdcache::argmax_confidence", mutates_args=())
 def argmax_confidence(
     values: Tensor,
-    indices: Tensor,
-    tail: Tensor,
-    window: Tensor,
-    flip: Tensor,
+    indices: Tensor | None,
+    tail: Tensor | None,
+    window: Tensor | None,
+    flip: Tensor | None,
     num_classes: int,
     view_size: list[int],
     align_corners: bool,
@@ -242,18 +204,24 @@ def argmax_confidence(
     family: str,
 ) -> tuple[Tensor, Tensor]:
     """Return (argmax, confidence) as `kdcache_kernels.target_argmax_confidence` does."""
-    target = PackedTarget(
-        values, _given(indices), _given(tail), num_classes, (view_size[0], view_size[1]), align_corners
-    )
-    ids, confidence = _module(family, "argmax").argmax_confidence(
-        target, (size[0], size[1]), _given(window), _given(flip)
-    )
+    target = PackedTarget(values, indices, tail, num_classes, (view_size[0], view_size[1]), align_corners)
+    ids, confidence = _module(family, "argmax").argmax_confidence(target, (size[0], size[1]), window, flip)
     return ids, confidence
 
 
 @argmax_confidence.register_fake
-def _(values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    num_classes, size = others[4], others[7]
+def _(
+    values: Tensor,
+    indices: Tensor | None,
+    tail: Tensor | None,
+    window: Tensor | None,
+    flip: Tensor | None,
+    num_classes: int,
+    view_size: list[int],
+    align_corners: bool,
+    size: list[int],
+    family: str,
+) -> tuple[Tensor, Tensor]:
     shape = (values.shape[0], size[0], size[1])
     ids = values.new_empty(shape, dtype=torch.uint8 if num_classes <= 256 else torch.int16)
     return ids, values.new_empty(shape, dtype=torch.float16)

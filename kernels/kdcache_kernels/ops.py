@@ -232,18 +232,17 @@ def target_argmax_confidence(
     family = choose_implementation(impl, target.device, torch.float32)
     if family == "reference":
         return argmax_confidence_reference(target, size, window_B4, flip_B)
-    nothing = library.absent(target.values)
     argmax_BHW, confidence_BHW = library.argmax_confidence(
         target.values,
-        nothing if target.indices is None else target.indices,
-        nothing if target.tail is None else target.tail,
-        nothing if window_B4 is None else window_B4,
-        nothing if flip_B is None else flip_B,
-        target.num_classes,
-        list(target.view_size),
-        target.align_corners,
-        list(size),
-        family,
+        target.indices,
+        target.tail,
+        window_B4,
+        flip_B,
+        num_classes=target.num_classes,
+        view_size=target.view_size,
+        align_corners=target.align_corners,
+        size=size,
+        family=family,
     )
     return argmax_BHW, confidence_BHW
 
@@ -269,8 +268,9 @@ def pack(logits_BChw: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, Te
     family = choose_implementation(impl, logits_BChw.device, logits_BChw.dtype)
     if family == "reference":
         return topk.pack(logits_BChw, k)
-    values, indices, tail = library.pack(logits_BChw.detach(), k, family)
-    return (values, None, None) if k == logits_BChw.shape[1] else (values, indices, tail)
+    values, *sparse = library.pack(logits_BChw.detach(), k, family)
+    indices, tail = sparse or (None, None)
+    return values, indices, tail
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """The operators as torch.library, autograd and torch.compile see them."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from kdcache_kernels import LossParts, PackedTarget, ShapeError, ValueRangeError, densify, library, pack
+from kdcache_kernels import LossParts, LossProblem, PackedTarget, ShapeError, ValueRangeError, densify, library, pack
 from kdcache_kernels import target_argmax_confidence as argmax_confidence
 
 C, GRID, SIZE = 5, (3, 4), (12, 16)
@@ -21,42 +23,65 @@ def make(device, k=C, dtype=torch.float32, seed=0):
     return z, y, PackedTarget(*pack(t, k, impl="reference"), C, SIZE)
 
 
-def operator_arguments(device, family, *, k=C, everything=True):
-    """Positional arguments of the operator, with every optional tensor given or absent."""
+def problem(device, k, everything):
+    """A problem with every optional tensor, or with none but the labels and the target."""
     z, y, target = make(device, k)
-    nothing = library.absent(z)
 
     def scalar(value: float) -> Tensor:
         return torch.full((), value, dtype=torch.float64, device=device)
 
-    optional = [nothing] * 4
+    optional = {}
     if everything:
-        window = torch.tensor([[0.0, 0, 12, 16], [1, 2, 9.5, 14]], dtype=torch.float64, device=device)
-        flip = torch.tensor([True, False], device=device)
-        optional = [window, flip, torch.rand(2, *SIZE, device=device), torch.rand(C, device=device)]
-    denominators = [scalar(300.0), scalar(350.0)] if everything else [nothing, nothing]
-    sparse = (target.indices, target.tail) if k < C else (nothing, nothing)
-    flags = [list(SIZE), list(SIZE), 2.0, 255, True, True, True, False, False, True, family]
-    return [z, y, target.values, *sparse, *optional, scalar(1.0), scalar(0.5), *denominators, *flags]
+        optional = {
+            "window": torch.tensor([[0.0, 0, 12, 16], [1, 2, 9.5, 14]], dtype=torch.float64, device=device),
+            "flip": torch.tensor([True, False], device=device),
+            "pixel_weight": torch.rand(2, *SIZE, device=device),
+            "class_weight": torch.rand(C, device=device),
+            "ce_denominator": scalar(300.0),
+            "kl_denominator": scalar(350.0),
+        }
+    absent = ("class_weight", "window", "flip", "pixel_weight", "ce_denominator", "kl_denominator")
+    return LossProblem(
+        student=z,
+        labels=y,
+        target=target,
+        size=SIZE,
+        use_ce=True,
+        ce_weight=scalar(1.0),
+        kl_weight=scalar(0.5),
+        temperature=2.0,
+        ignore_index=255,
+        distill_void=True,
+        align_corners=False,
+        need_gradient=True,
+        **{**dict.fromkeys(absent), **optional},
+    )
 
 
 # opcheck itself looks at the .grad of tensors that are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(("k", "everything"), [(C, False), (2, True)])
 def test_opcheck_of_the_loss(backend, k, everything):
-    arguments = operator_arguments(backend.device, backend.impl, k=k, everything=everything)
-    torch.library.opcheck(library.distill_loss, arguments)
+    arguments = library.loss_arguments(problem(backend.device, k, everything))
+    torch.library.opcheck(library.distill_loss, (backend.impl, *arguments))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_opcheck_without_a_target(backend):
+    arguments = library.loss_arguments(dataclasses.replace(problem(backend.device, C, False), target=None))
+    torch.library.opcheck(library.distill_loss, (backend.impl, *arguments))
 
 
 def test_opcheck_of_the_others(backend):
     _, _, target = make(backend.device, k=2)
-    nothing = library.absent(target.values)
     parts = (target.values, target.indices, target.tail)
     logits = torch.randn(2, C, *GRID, device=backend.device)
-    torch.library.opcheck(library.pack, (logits, 2, backend.impl))
+    for k in (2, C):
+        torch.library.opcheck(library.pack, (logits, k, backend.impl))
     torch.library.opcheck(library.densify, (*parts, C, backend.impl))
-    geometry = (nothing, nothing, C, list(SIZE), False, list(SIZE))
+    geometry = (None, None, C, SIZE, False, SIZE)
     torch.library.opcheck(library.argmax_confidence, (*parts, *geometry, backend.impl))
+    torch.library.opcheck(library.argmax_confidence, (logits.half(), None, None, *geometry, backend.impl))
     gradient = torch.randn(2, 3, device=backend.device)
     factor = torch.ones((), device=backend.device)
     torch.library.opcheck(library.scale_gradient, (gradient, factor, torch.float16))
