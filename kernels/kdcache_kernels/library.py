@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .problem import LossProblem, LossResult
+from .problem import LossProblem, LossResult, gradient_dtype
 from .reference import LossParts
 from .topk import PackedTarget, index_dtype
 
@@ -94,11 +94,12 @@ def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, 
 
 @distill_loss.register_fake
 def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _loss_problem(arguments)
-    student = problem.student
+    # Not the problem: the checks of its target would tie a compiled program to the sizes that it was traced with.
+    fields = dict(zip(_ARGUMENTS, arguments, strict=True))
+    student = fields["student"]
     loss, ce, kl = (student.new_empty((), dtype=torch.float32) for _ in range(3))
-    shape = student.shape if problem.need_gradient else (0,)
-    return loss, ce, kl, student.new_empty(shape, dtype=problem.gradient_dtype)
+    shape = student.shape if fields["need_gradient"] else (0,)
+    return loss, ce, kl, student.new_empty(shape, dtype=gradient_dtype(student))
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -65,7 +65,12 @@ class LossProblem:
     @property
     def gradient_dtype(self) -> torch.dtype:
         """Of the gradient that a family returns; an averaged gradient in float16 would flush to 0."""
-        return torch.bfloat16 if self.student.dtype == torch.bfloat16 else torch.float32
+        return gradient_dtype(self.student)
+
+
+def gradient_dtype(student: Tensor) -> torch.dtype:
+    """Return the dtype of the gradient that a family returns for these logits."""
+    return torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
 
 
 class LossResult(NamedTuple):
