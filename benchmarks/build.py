@@ -31,12 +31,12 @@ from common import header, spread, synchronise, write
 from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_writer
-from kdcache.store.parts import View
+from kdcache.store.format.manifest_models import View
 from kdcache.teacher import BuildOptions, Teacher, build_cache, plan_manifest
-from kdcache.teacher.build import pack_batch
-from kdcache.teacher.forward import place, teach
-from kdcache.teacher.records import Rendered, batches_of, render_records
-from kdcache.teacher.shards import ShardQueue
+from kdcache.teacher.build.build import pack_batch
+from kdcache.teacher.build.render import Rendered, batches_of, render_records
+from kdcache.teacher.build.shard_queue import ShardQueue
+from kdcache.teacher.load.forward import place, teach
 
 
 class Cycled(Split):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import header, write
-from kdcache.evaluate import markdown_table
+from kdcache.metrics import markdown_table
 from kdcache.run_folder import Run
 from kdcache.store import inspect_store
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kdcache.evaluate.bench.header import header as bench_header
-from kdcache.train.log import environment
+from kdcache.bench.header import header as bench_header
+from kdcache.train.run.metrics_log import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from common import header, write
+from kdcache.analysis.spread import t_quantile
 from kdcache.data import open_split
-from kdcache.evaluate.spread import t_quantile
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
 from kdcache.train import make_config
+from kdcache.train.api import make_trainer
 from kdcache.train.distributed import World
-from kdcache.train.log import Observer
-from kdcache.train.start import make_trainer
+from kdcache.train.run.metrics_log import Observer
 from live_teacher import LiveStep
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from kdcache.distill import SEGMENTATION, Batch, Target
 from kdcache.models import SegmentationModel
-from kdcache.teacher.forward import Precision, place, teach
-from kdcache.train.step import EagerStep
+from kdcache.teacher.load.forward import Precision, place, teach
+from kdcache.train.step.eager import EagerStep
 from kdcache_kernels import pack
 
 

@@ -25,11 +25,11 @@ import psutil
 from common import header, spread, write
 from kdcache.data import Augmentation
 from kdcache.store import Manifest, open_cache, open_writer
-from kdcache.store.parts import Build, Dataset, Fingerprint, Head, View
-from kdcache.store.schema import record_arrays
+from kdcache.store.format.manifest_models import Build, Dataset, Fingerprint, Head, View
+from kdcache.store.format.schema import record_arrays
 from kdcache.train import CacheDataset
-from kdcache.train.loader import Draws, make_loader, next_batch
-from kdcache.train.order import Order
+from kdcache.train.input.loader import Draws, make_loader, next_batch
+from kdcache.train.input.sampler import Order
 
 CLASSES, SIZE, VIEW = 4, (8, 8), (16, 16)
 

@@ -35,9 +35,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-import kdcache_kernels
+import kdcache_kernels.gpu
 from common import RESULTS, header, write
-from kdcache_kernels import LossProblem, PackedTarget, triton_argmax, triton_loss, triton_topk
+from kdcache_kernels import LossProblem, PackedTarget
+from kdcache_kernels.gpu import argmax, loss, topk
 from kdcache_kernels.topk import index_dtype
 
 CAPABILITIES = ("80", "90")
@@ -150,14 +151,14 @@ def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for geometry, cells in CELLS.items():
-            yield f"{geometry}, {name}", partial(triton_loss.distill_loss, problem(cells, dtype))
+            yield f"{geometry}, {name}", partial(loss.distill_loss, problem(cells, dtype))
         logits = empty(BATCH, CLASSES, 128, 128, dtype=dtype)
-        yield name, partial(triton_loss.scale_gradient, logits, empty(), dtype)
-        yield f"k = {KEPT}, {name}", partial(triton_topk.pack, logits, KEPT)
-        yield f"dense, {name}", partial(triton_topk.pack, logits, CLASSES)
+        yield name, partial(loss.scale_gradient, logits, empty(), dtype)
+        yield f"k = {KEPT}, {name}", partial(topk.pack, logits, KEPT)
+        yield f"dense, {name}", partial(topk.pack, logits, CLASSES)
     target = packed_target(128)
-    yield f"k = {KEPT}", partial(triton_topk.densify, target.values, target.indices, target.tail, CLASSES)
-    yield f"k = {KEPT}", partial(triton_argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
+    yield f"k = {KEPT}", partial(topk.densify, target.values, target.indices, target.tail, CLASSES)
+    yield f"k = {KEPT}", partial(argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
 
 
 def other_calls() -> Iterator[Call]:
@@ -175,23 +176,23 @@ def other_calls() -> Iterator[Call]:
     for geometry, cells in CELLS.items():
         yield (
             f"{geometry}, varied",
-            partial(triton_loss.distill_loss, problem(cells, torch.float16, **changes[geometry])),
+            partial(loss.distill_loss, problem(cells, torch.float16, **changes[geometry])),
         )
     many = packed_target(128, 300)
-    yield "300 classes", partial(triton_topk.pack, empty(BATCH, 300, 128, 128), KEPT)
-    yield "300 classes", partial(triton_topk.densify, many.values, many.indices, many.tail, 300)
-    yield "300 classes, window", partial(triton_argmax.argmax_confidence, many, (LABELS, LABELS), window, flip)
+    yield "300 classes", partial(topk.pack, empty(BATCH, 300, 128, 128), KEPT)
+    yield "300 classes", partial(topk.densify, many.values, many.indices, many.tail, 300)
+    yield "300 classes, window", partial(argmax.argmax_confidence, many, (LABELS, LABELS), window, flip)
 
 
 def brief_calls() -> Iterator[Call]:
     """The fewest calls that launch every kernel, tiles once."""
     fp16, target = torch.float16, packed_target(128)
-    yield "stride 4", partial(triton_loss.distill_loss, problem(128, fp16, target=target))
-    yield "stride 1", partial(triton_loss.distill_loss, problem(LABELS, fp16, target=packed_target(LABELS)))
+    yield "stride 4", partial(loss.distill_loss, problem(128, fp16, target=target))
+    yield "stride 1", partial(loss.distill_loss, problem(LABELS, fp16, target=packed_target(LABELS)))
     logits = empty(BATCH, CLASSES, 128, 128, dtype=fp16)
-    yield "any", partial(triton_loss.scale_gradient, logits, empty(), fp16)
-    yield "any", partial(triton_topk.pack, logits, KEPT)
-    yield "any", partial(triton_argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
+    yield "any", partial(loss.scale_gradient, logits, empty(), fp16)
+    yield "any", partial(topk.pack, logits, KEPT)
+    yield "any", partial(argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
 
 
 def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
@@ -209,11 +210,10 @@ def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
 def kernels_of_the_package() -> set[str]:
     """Names of the functions that are launched: those that end with `_kernel`."""
     found = set()
-    for module in pkgutil.iter_modules(kdcache_kernels.__path__):
-        if module.name.startswith("triton_"):
-            members = vars(importlib.import_module(f"kdcache_kernels.{module.name}")).values()
-            names = {member.fn.__name__ for member in members if isinstance(member, JITFunction)}
-            found |= {name for name in names if name.endswith("_kernel")}
+    for module in pkgutil.iter_modules(kdcache_kernels.gpu.__path__):
+        members = vars(importlib.import_module(f"kdcache_kernels.gpu.{module.name}")).values()
+        names = {member.fn.__name__ for member in members if isinstance(member, JITFunction)}
+        found |= {name for name in names if name.endswith("_kernel")}
     return found
 
 

@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from common import header, synchronise, write
+from kdcache.bench.loader.turns import Contestant, in_turn
 from kdcache.data import open_split
 from kdcache.data.folds import SplitPart
 from kdcache.distill import Batch, DistillLoss
@@ -32,12 +33,11 @@ from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, make_config
-from kdcache.train.bench.turns import Contestant, in_turn
-from kdcache.train.feed import feed
-from kdcache.train.loader import Draws, make_loader, next_batch
-from kdcache.train.schedule import make_optimizer
-from kdcache.train.step import EagerStep, Step
-from kdcache.train.ways import choose_step, make_step
+from kdcache.train.input.device_prefetch import feed
+from kdcache.train.input.loader import Draws, make_loader, next_batch
+from kdcache.train.step.compiled import choose_step, make_step
+from kdcache.train.step.eager import EagerStep, Step
+from kdcache.train.step.optim import make_optimizer
 from live_teacher import LiveStep
 
 KINDS = ("none", "kl", "live")

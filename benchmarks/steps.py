@@ -27,18 +27,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import default_collate
 
 from common import header, spread, synchronise, write
+from kdcache.bench.kernels.memory import peak_in_process, peak_on_device
 from kdcache.data import open_split
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss
-from kdcache.evaluate.bench.memory import peak_in_process, peak_on_device
 from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, Observer, make_config, train
 from kdcache.train.distributed import default_workers
-from kdcache.train.loader import Draws
-from kdcache.train.schedule import make_optimizer
-from kdcache.train.step import EagerStep, Step
-from kdcache.train.ways import make_step
+from kdcache.train.input.loader import Draws
+from kdcache.train.step.compiled import make_step
+from kdcache.train.step.eager import EagerStep, Step
+from kdcache.train.step.optim import make_optimizer
 
 IMPLEMENTATIONS = ("reference", "auto")
 PROFILED = 5

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdcache.distill import DistillLoss as DistillLoss
     from kdcache.distill import Target as Target
     from kdcache.errors import KDCacheError as KDCacheError
-    from kdcache.evaluate import evaluate_model as evaluate_model
+    from kdcache.metrics import evaluate_model as evaluate_model
     from kdcache.models import build_model as build_model
     from kdcache.models.run import load_run as load_run
     from kdcache.store import Records as Records
@@ -41,7 +41,7 @@ _HOMES = {
     "Target": "kdcache.distill",
     "build_cache": "kdcache.teacher",
     "build_model": "kdcache.models",
-    "evaluate_model": "kdcache.evaluate",
+    "evaluate_model": "kdcache.metrics",
     "load_run": "kdcache.models.run",
     "load_teacher": "kdcache.teacher",
     "open_cache": "kdcache.store",

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,10 +39,12 @@ ALLOWED = {
     "models": {"errors", "files", "run_folder"},
     "store": {"data", "errors"},
     "distill": {KERNELS, "errors"},
-    "evaluate": {"data", "models", "errors", "files", "run_folder", "settings", KERNELS},
-    "teacher": {"data", "models", "store", "evaluate", "errors", "run_folder", "settings", KERNELS},
-    "train": {"data", "models", "store", "evaluate", "distill", "errors", "files", "run_folder", "settings"},
-    "sweep": {"data", "evaluate", "errors", "files", "run_folder", "settings"},
+    "metrics": {"data", "models", "errors", "files", "settings"},
+    "teacher": {"data", "models", "store", "metrics", "errors", "run_folder", "settings", KERNELS},
+    "train": {"data", "models", "store", "metrics", "distill", "errors", "files", "run_folder", "settings"},
+    "analysis": {"data", "models", "metrics", "errors", "files", "run_folder", "settings"},
+    "bench": {"data", "models", "store", "distill", "metrics", "train", "errors", KERNELS},
+    "sweep": {"data", "metrics", "analysis", "errors", "files", "run_folder", "settings"},
 }
 """Room -> rooms it may import from."""
 
@@ -65,7 +68,7 @@ EXPORTED = [
 
 
 def room_of(module: str) -> str:
-    """`kdcache.data.view` is in the room `data`; the other packages are rooms themselves."""
+    """`kdcache.data.rendering.view` is in the room `data`; the other packages are rooms themselves."""
     package, _, rest = module.partition(".")
     return (rest.partition(".")[0] or "kdcache") if package == "kdcache" else package
 
@@ -106,7 +109,7 @@ def test_the_walk_finds_modules_and_imports() -> None:
         MODULES
     )
     assert "kdcache_kernels.checks" in set(imports_of("kdcache_kernels.ops"))
-    assert rooms_used("kdcache.train.start") >= {"data", "store", "models", "distill", "evaluate"}
+    assert rooms_used("kdcache.train.api") >= {"data", "store", "models", "distill", "metrics"}
 
 
 def test_every_room_is_in_the_table() -> None:
@@ -133,13 +136,62 @@ def test_rooms_form_no_circle() -> None:
         below(room)
 
 
+ORDER = [
+    ("store.format", "store.backend", "store"),
+    ("teacher.load", "teacher.build", "teacher.audit"),
+    ("train.input", "train.config", "train.step", "train.run", "train.trainer", "train.api"),
+    ("bench.timing", "bench.kernels", "bench.loader"),
+    ("analysis", "analysis.report"),
+]
+"""Within a room: files of the left know nothing of those on the right. A room's name alone is its own floor."""
+
+
+def on_floor(module: str, floor: str) -> bool:
+    name = f"kdcache.{floor}"
+    if floor.count(".") == 0:  # the room's own files, not those of its folders, and not its list of exports
+        return module.startswith(f"{name}.") and module.count(".") == 2 and MODULES[module].name != "__init__.py"
+    return module == name or module.startswith(f"{name}.")
+
+
+@pytest.mark.parametrize("floors", ORDER, ids=lambda floors: floors[0].partition(".")[0])
+def test_floors_of_a_room_are_in_order(floors: tuple[str, ...]) -> None:
+    wrong = [
+        (module, used)
+        for at, floor in enumerate(floors)
+        for module in MODULES
+        if on_floor(module, floor)
+        for used in imports_of(module)
+        if used in MODULES and any(on_floor(used, higher) for higher in floors[at + 1 :])
+    ]
+    assert not wrong
+
+
+def test_files_form_no_circle() -> None:
+    """Imports for type checkers count."""
+    graph = {module: {used for used in imports_of(module) if used in MODULES} - {module} for module in MODULES}
+    done = set[str]()
+    while len(done) < len(graph):
+        free = {module for module, used in graph.items() if module not in done and used <= done}
+        assert free, sorted(module for module in graph if module not in done)
+        done |= free
+
+
+MOST_FILES = 15
+LARGER = {"cli/kdcache_cli/verbs"}  # a file per verb
+
+
+def test_a_folder_holds_few_files() -> None:
+    count = Counter(path.parent.relative_to(ROOT).as_posix() for path in MODULES.values())
+    assert {folder: files for folder, files in count.items() if files > MOST_FILES and folder not in LARGER} == {}
+
+
 def test_kernels_know_nothing_of_kdcache() -> None:
     assert all(not rooms_used(module) for module in MODULES if room_of(module) == KERNELS)
 
 
 def test_kernels_serve_three_rooms() -> None:
     users = {room_of(module) for module in MODULES if KERNELS in rooms_used(module)}
-    assert users <= {"distill", "teacher", "evaluate"}
+    assert users <= {"distill", "teacher", "bench"}
 
 
 def test_nothing_imports_the_command_line() -> None:
@@ -262,13 +314,40 @@ def test_nothing_is_left_to_be_filled_in() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("room", ["distill", "evaluate", "settings", "store", "sweep", "teacher", "train"])
+LISTED = [
+    "analysis",
+    "bench",
+    "data.rendering",
+    "data.scenes",
+    "distill",
+    "metrics",
+    "models.architectures",
+    "store",
+    "store.backend",
+    "store.format",
+    "sweep",
+    "teacher",
+    "teacher.audit",
+    "teacher.build",
+    "teacher.load",
+    "train",
+    "train.input",
+    "train.run",
+    "train.step",
+]
+
+
+@pytest.mark.parametrize("room", LISTED)
 def test_a_room_says_what_is_in_its_files(room: str) -> None:
-    folder = ROOT / "kdcache" / room
-    listed = re.findall(
-        r"^    ([a-z_]+(?:\.py|/)) ", importlib.import_module(f"kdcache.{room}").__doc__ or "", re.MULTILINE
-    )
-    there = [f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name[0] != "_"]
+    package = importlib.import_module(f"kdcache.{room}")
+    listed = re.findall(r"^ {0,4}([a-z_]+(?:\.py|/)) ", package.__doc__ or "", re.MULTILINE)
+    assert package.__file__ is not None
+    there = [
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in Path(package.__file__).parent.iterdir()
+        if path.name[0] not in "_."
+        and (path.suffix == ".py" or (path.is_dir() and any(child.is_file() for child in path.iterdir())))
+    ]
     assert sorted(listed) == sorted(there)
 
 

@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
 EXTRAS = {
-    "kdcache.models.hub": "segformer",
-    "kdcache.models.segformer": "segformer",
-    "kdcache.models.smp": "smp",
+    "kdcache.models.architectures.hub": "segformer",
+    "kdcache.models.architectures.segformer": "segformer",
+    "kdcache.models.architectures.smp": "smp",
     "kdcache.models.export": "onnx",
-    "kdcache.store.bucket": "remote",
-    "kdcache.train.loggers": "wandb,trackio",
+    "kdcache.store.backend.object_store": "remote",
+    "kdcache.train.run.trackers": "wandb,trackio",
 }
 """Module -> the extras that bring what it imports beyond the dependencies of all."""
 RIVALS = {"tensorstore", "zarrs"}
@@ -79,7 +79,7 @@ def test_every_import_is_declared() -> None:
     for module, path in modules():
         extras = set().union(*(OPTIONAL[extra] for extra in EXTRAS.get(module, "").split(",") if extra))
         taken = distributions(foreign_imports(path), homes)
-        rivals = RIVALS if module.startswith("kdcache.train.bench") else set()
+        rivals = RIVALS if module.startswith("kdcache.bench.loader") else set()
         idle -= taken
         if missing := taken - BASE - extras - rivals:
             undeclared[module] = sorted(missing)
@@ -96,7 +96,7 @@ def test_extras_are_of_modules_that_are_there() -> None:
 def test_what_the_extras_bring_is_found_by_the_walk(tmp_path: Path) -> None:
     file = tmp_path / "module.py"
     file.write_text(
-        "import os, PIL.Image\nfrom . import near\nfrom kdcache.data import view\n"
+        "import os, PIL.Image\nfrom . import near\nfrom kdcache.data.rendering import view\n"
         "def late():\n    from huggingface_hub.errors import X\n"
     )
     roots = foreign_imports(file)
@@ -188,7 +188,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path, tracked: list[s
         for path in map(ROOT.joinpath, tracked)
         if path.is_relative_to(folder)
     }
-    assert {"kdcache/py.typed", "kdcache/evaluate/report/page.css", "kdcache/sweep/recipes/voc-compare.toml"} <= wanted
+    assert {"kdcache/py.typed", "kdcache/analysis/report/page.css", "kdcache/sweep/recipes/voc-compare.toml"} <= wanted
     with zipfile.ZipFile(wheel) as content:
         names = set(content.namelist())
         (about,) = (name for name in names if name.endswith(".dist-info/METADATA"))
@@ -233,8 +233,8 @@ def test_the_command_of_the_wheel_finds_its_files(installed: Path, tmp_path: Pat
     recipes = run(installed / "kdcache", "sweep", cwd=tmp_path)
     for recipe in (ROOT / "kdcache/sweep/recipes").glob("*.toml"):
         assert recipe.stem in recipes
-    page = "from kdcache.evaluate.report import page as p; print(p.__file__); print(p._document('', p.Html('')))"
+    page = "from kdcache.analysis.report import page as p; print(p.__file__); print(p._document('', p.Html('')))"
     told = run(installed / "python", "-c", page, cwd=tmp_path)
     assert told.startswith(str(installed.parent))
     for name in ("page.css", "page.js"):
-        assert (ROOT / "kdcache/evaluate/report" / name).read_text(encoding="utf-8") in told
+        assert (ROOT / "kdcache/analysis/report" / name).read_text(encoding="utf-8") in told

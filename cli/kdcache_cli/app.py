@@ -11,28 +11,28 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
-from kdcache_cli import (
-    bench,
+from kdcache_cli.console import ERRORS
+from kdcache_cli.settings import build_flags
+from kdcache_cli.torchrun import one_voice
+from kdcache_cli.verbs import (
+    bench_kernels,
     bench_loader,
-    building,
-    cache,
+    build_teacher_cache,
     compare,
     data,
     demo,
     evaluate,
+    export_pseudo_labels,
     extend,
     models,
-    page,
     plan,
-    pseudo,
+    report,
     ship,
     store,
     sweep,
     train,
     visualise,
 )
-from kdcache_cli.console import ERRORS
-from kdcache_cli.ranks import one_voice
 
 
 class _Verbs(TyperGroup):
@@ -72,24 +72,24 @@ def _options(
 app.add_typer(data.app, name="data", rich_help_panel="Look")
 app.command("models", rich_help_panel="Look")(models.models)
 app.command("train-teacher", rich_help_panel="Work")(train.train_teacher)
-app.command("plan", context_settings=building.ALSO_SHORTER, rich_help_panel="Work")(plan.plan)
-app.command("build-teacher-cache", context_settings=building.ALSO_SHORTER, rich_help_panel="Work")(
-    cache.build_teacher_cache
+app.command("plan", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(plan.plan)
+app.command("build-teacher-cache", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(
+    build_teacher_cache.build_teacher_cache
 )
 app.command("train-student", rich_help_panel="Work")(train.train_student)
 app.command("sweep", rich_help_panel="Work")(sweep.sweep)
 app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
-app.command("extend", context_settings=building.ALSO_SHORTER, rich_help_panel="Work")(extend.extend)
+app.command("extend", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(extend.extend)
 app.command("copy", rich_help_panel="Work")(store.copy)
-app.command("export-pseudo-labels", rich_help_panel="Work")(pseudo.export_pseudo_labels)
+app.command("export-pseudo-labels", rich_help_panel="Work")(export_pseudo_labels.export_pseudo_labels)
 app.command("compare", rich_help_panel="Look")(compare.compare)
 app.command("visualise", rich_help_panel="Look")(visualise.visualise)
-app.command("report", rich_help_panel="Look")(page.report)
+app.command("report", rich_help_panel="Look")(report.report)
 app.command("export", rich_help_panel="Work")(ship.export)
 app.command("predict", rich_help_panel="Work")(ship.predict)
 app.command("inspect", rich_help_panel="Look")(store.inspect)
 app.command("verify", rich_help_panel="Look")(store.verify)
-app.command("bench-kernels", rich_help_panel="Look")(bench.bench_kernels)
+app.command("bench-kernels", rich_help_panel="Look")(bench_kernels.bench_kernels)
 app.command("bench-loader", rich_help_panel="Look")(bench_loader.bench_loader)
 app.command("demo", rich_help_panel="Look")(demo.demo)
 

@@ -2,7 +2,7 @@
 
 from rich.progress import Progress, TaskID
 
-from kdcache.evaluate import Metrics
+from kdcache.metrics import Metrics
 from kdcache.train import Observer
 from kdcache_cli.console import ERRORS
 

@@ -12,16 +12,23 @@
 Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
 """
 
-from kdcache.data.augment import Augmentation, colour_jitter, draw_view, draw_window, id_hash, inside_rectangle
 from kdcache.data.check import CheckReport, check, class_weights
 from kdcache.data.folds import check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
 from kdcache.data.prefetch import prefetch
+from kdcache.data.rendering.augment import (
+    Augmentation,
+    colour_jitter,
+    draw_view,
+    draw_window,
+    id_hash,
+    inside_rectangle,
+)
+from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, folds_of
-from kdcache.data.scenes import write_scenes
+from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.split_report import SplitReport
-from kdcache.data.view import OUTSIDE_RGB, Window, pixel_checksum, render
 
 __all__ = [
     "IGNORE_INDEX",

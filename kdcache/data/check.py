@@ -22,10 +22,10 @@ from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
 from kdcache.data.layouts.registry import Found, find_layout
 from kdcache.data.prefetch import prefetch
+from kdcache.data.rendering.view import pixel_checksum
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, ids_out_of_range
-from kdcache.data.scenes import is_scenes
+from kdcache.data.scenes.generate import is_scenes
 from kdcache.data.split_report import SplitReport
-from kdcache.data.view import pixel_checksum
 from kdcache.errors import DataError
 
 WeightKind = Literal["none", "median", "sqrt"]

@@ -6,7 +6,7 @@ import os
 
 from kdcache.data.layouts.registry import find_layout
 from kdcache.data.sample import Split
-from kdcache.data.scenes import ScenesSpec, ScenesSplit, is_scenes
+from kdcache.data.scenes.generate import ScenesSpec, ScenesSplit, is_scenes
 
 
 def open_split(data: str | os.PathLike[str], split: str) -> Split:

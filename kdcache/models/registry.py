@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kdcache.errors import ModelError
-from kdcache.models import callables, deeplab, segformer, smp, tiny, torchvision_heads
+from kdcache.models import callables
+from kdcache.models.architectures import deeplab, segformer, smp, tiny, torchvision_heads
 from kdcache.models.native import SegmentationModel
 from kdcache.models.weights import count_classes, load_weights, read_metadata, read_state_dict
 

@@ -18,13 +18,13 @@ import numpy as np
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store.backend.open import open_place
-from kdcache.store.codec import round_targets
-from kdcache.store.damage import damaged, unreadable
-from kdcache.store.manifest import Codec, Manifest
-from kdcache.store.part import ids_digest
-from kdcache.store.parts import Dataset, Fidelity
+from kdcache.store.format.codec import round_targets
+from kdcache.store.format.damage import damaged, unreadable
+from kdcache.store.format.manifest import Codec, Manifest
+from kdcache.store.format.manifest_models import Dataset, Fidelity
+from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.reader import Cache
-from kdcache.store.schema import ArraySpec, record_arrays, shard_key
+from kdcache.store.subset import ids_digest
 from kdcache.store.writer import StoreWriter, Worker, open_writer
 
 Array = np.ndarray[Any, Any]

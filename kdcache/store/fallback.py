@@ -13,10 +13,10 @@ import zarr
 from zarr.core.buffer import Buffer, cpu
 from zarr.storage import MemoryStore
 
-from kdcache.store.damage import damaged, damaged_metadata
-from kdcache.store.manifest import Manifest
-from kdcache.store.schema import ArraySpec
-from kdcache.store.shard import Array, check_buffer
+from kdcache.store.format.damage import damaged, damaged_metadata
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.schema import ArraySpec
+from kdcache.store.format.shard import Array, check_buffer
 
 # What zarr-python raises over malformed JSON, unknown codecs, failed checksums and missing nodes.
 ZARR_ERRORS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, zarr.errors.BaseZarrError, OSError)

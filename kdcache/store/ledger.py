@@ -17,11 +17,11 @@ from typing import Annotated, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdcache.errors import CorruptError, StoreError
-from kdcache.store.damage import damaged, damaged_metadata, unreadable_metadata
-from kdcache.store.manifest import Manifest
-from kdcache.store.place import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place
-from kdcache.store.schema import ArraySpec, record_arrays, shard_key
-from kdcache.store.shard import chunk_checksums
+from kdcache.store.backend.base import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place
+from kdcache.store.format.damage import damaged, damaged_metadata, unreadable_metadata
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
+from kdcache.store.format.shard import chunk_checksums
 
 COMPLETE = "complete.json"
 WHOLE = "ledger.jsonl"

@@ -18,17 +18,17 @@ import numpy as np
 
 from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError, plain_logger
 from kdcache.store import ledger
+from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
-from kdcache.store.damage import AGAIN, damaged, damaged_metadata, unreadable, unreadable_metadata, without_spare
 from kdcache.store.fallback import ZarrArray
+from kdcache.store.format.damage import AGAIN, damaged, damaged_metadata, unreadable, unreadable_metadata, without_spare
+from kdcache.store.format.manifest import Manifest, parse_manifest
+from kdcache.store.format.manifest_models import Head
+from kdcache.store.format.schema import metadata_keys, record_arrays, shard_key
+from kdcache.store.format.shard import ShardArray
 from kdcache.store.ledger import Ledger
-from kdcache.store.manifest import Manifest, parse_manifest
-from kdcache.store.parts import Head
-from kdcache.store.place import Place
 from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
-from kdcache.store.samples import SampleIds, read_ids
-from kdcache.store.schema import metadata_keys, record_arrays, shard_key
-from kdcache.store.shard import ShardArray
+from kdcache.store.sample_ids import SampleIds, read_ids
 
 _log = plain_logger("kdcache.store")
 Array = np.ndarray[Any, Any]

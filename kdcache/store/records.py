@@ -11,7 +11,7 @@ import numpy as np
 
 from kdcache.data import Split, Window, open_split, pixel_checksum, render
 from kdcache.errors import MismatchError
-from kdcache.store.place import Place
+from kdcache.store.backend.base import Place
 from kdcache.store.reader import Cache, open_cache
 
 Array = np.ndarray[Any, Any]

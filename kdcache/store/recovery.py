@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from kdcache.errors import CorruptError, KDCacheError, MismatchError
 from kdcache.store import ledger
-from kdcache.store.damage import AGAIN, unreadable_metadata
+from kdcache.store.backend.base import MAX_JSON_BYTES, Place
+from kdcache.store.format.damage import AGAIN, unreadable_metadata
+from kdcache.store.format.manifest import Manifest, parse_manifest
+from kdcache.store.format.schema import ArraySpec, chunk_records, metadata_keys, record_arrays
 from kdcache.store.ledger import COMPLETE, Completion, ShardRecord, read_or_none
-from kdcache.store.manifest import Manifest, parse_manifest
-from kdcache.store.place import MAX_JSON_BYTES, Place
-from kdcache.store.schema import ArraySpec, chunk_records, metadata_keys, record_arrays
 
 ROOT = "zarr.json"
 SPARE = "manifest.json"

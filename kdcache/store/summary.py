@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from kdcache.store import ledger
+from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.schema import record_arrays
 from kdcache.store.ledger import ShardRecord
-from kdcache.store.manifest import Manifest
-from kdcache.store.place import Place
 from kdcache.store.reader import Cache, open_cache, read_manifest
-from kdcache.store.schema import record_arrays
 
 _MASS_RECORDS = 16  # records whose tails are read for the top-k mass
 

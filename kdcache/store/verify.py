@@ -7,13 +7,13 @@ from pathlib import Path
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store import ledger
+from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
-from kdcache.store.damage import damaged_metadata, remedy_of_files
+from kdcache.store.format.damage import damaged_metadata, remedy_of_files
+from kdcache.store.format.schema import metadata_keys
 from kdcache.store.ledger import Ledger
-from kdcache.store.place import Place
 from kdcache.store.reader import Cache, read_manifest, require_complete
 from kdcache.store.recovery import check_metadata, chunk_counts
-from kdcache.store.schema import metadata_keys
 
 
 @dataclass

@@ -25,15 +25,15 @@ from zarr.storage import MemoryStore
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store import ledger, recovery
+from kdcache.store.backend.base import MAX_JSON_BYTES, Place, Release
 from kdcache.store.backend.open import open_place
-from kdcache.store.damage import restored
+from kdcache.store.format.damage import restored
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.manifest_models import Repair
+from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
+from kdcache.store.format.shard import chunk_checksums
 from kdcache.store.ledger import FileRecord, ShardRecord
-from kdcache.store.manifest import Manifest
-from kdcache.store.parts import Repair
-from kdcache.store.place import MAX_JSON_BYTES, Place, Release
 from kdcache.store.reader import read_manifest, store_exists
-from kdcache.store.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
-from kdcache.store.shard import chunk_checksums
 
 Array = np.ndarray[Any, Any]
 _SETTING = threading.Lock()

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.evaluate import markdown_table
 from kdcache.files import write_whole
+from kdcache.metrics import markdown_table
 from kdcache.run_folder import Run
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import Spelling, entries
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
-from kdcache.train.mix import Mix
+from kdcache.train.input.mix import Mix
 from kdcache.train.ranges import in_words
 
 

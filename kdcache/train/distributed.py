@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdcache.errors import KDCacheError, ModelError, RecipeError
-from kdcache.train.stop import Interrupted
+from kdcache.train.interrupt import Interrupted
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ Folds are dealt out over a whole list of ids: fold 0 of 5 of another list, or of
 from kdcache.data import parse_fold
 from kdcache.errors import KDCacheError, MismatchError
 from kdcache.store import Cache, open_cache
-from kdcache.store.part import ids_digest
+from kdcache.store.subset import ids_digest
 from kdcache.train.config import TrainConfig
 
 

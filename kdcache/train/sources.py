@@ -16,12 +16,12 @@ from kdcache.data import (
 )
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.store import Cache, Records, open_cache
-from kdcache.train.cached import CacheDataset
 from kdcache.train.config import TrainConfig
-from kdcache.train.dataset import DrawnDataset, LabelledDataset
-from kdcache.train.mix import Mix
-from kdcache.train.part import Part
-from kdcache.train.sample import Array
+from kdcache.train.input.batch import Array
+from kdcache.train.input.cache_dataset import CacheDataset
+from kdcache.train.input.dataset import DrawnDataset, LabelledDataset
+from kdcache.train.input.mix import Mix
+from kdcache.train.input.subset import Part
 
 
 def open_store(config: TrainConfig) -> Cache | None:

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from kdcache.distill import Batch, DistillLoss
 from kdcache.errors import KDCacheError
-from kdcache.evaluate import Metrics
-from kdcache.evaluate.memory import is_out_of_memory
+from kdcache.metrics import Metrics
+from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import SegmentationModel
-from kdcache.train.accumulate import AccumulatedStep
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
-from kdcache.train.feed import feed
-from kdcache.train.loader import Draws, make_loader, next_batch
-from kdcache.train.log import MetricsLog, Observer
-from kdcache.train.memory import asked_for, largest_fitting, memory_error
-from kdcache.train.mix import Mix
-from kdcache.train.parallel import distribute
-from kdcache.train.schedule import Schedule, make_optimizer, strength
-from kdcache.train.state import RunState
-from kdcache.train.step import EagerStep, Step, set_random_state
-from kdcache.train.stop import Interrupted, stop_requests
-from kdcache.train.watch import Watch, looks, outcome
-from kdcache.train.ways import choose_step, make_step
+from kdcache.train.input.device_prefetch import feed
+from kdcache.train.input.loader import Draws, make_loader, next_batch
+from kdcache.train.input.mix import Mix
+from kdcache.train.interrupt import Interrupted, stop_requests
+from kdcache.train.run.checkpointing import RunState
+from kdcache.train.run.metrics_log import MetricsLog, Observer
+from kdcache.train.run.monitor import Watch, looks, outcome
+from kdcache.train.step.accumulate import AccumulatedStep
+from kdcache.train.step.batch_fit import asked_for, largest_fitting, memory_error
+from kdcache.train.step.compiled import choose_step, make_step
+from kdcache.train.step.ddp import distribute
+from kdcache.train.step.eager import EagerStep, Step, set_random_state
+from kdcache.train.step.optim import Schedule, make_optimizer, strength
 
 
 class Trainer:

@@ -23,13 +23,13 @@ from .problem import LossProblem, LossResult, gradient_dtype
 from .reference import LossParts
 from .topk import PackedTarget, index_dtype
 
-FAMILIES = {"numba": ".numba_", "triton": ".triton_"}
-"""What the name of every module of a family begins with, in this package."""
+FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
+"""The sub-package of each family."""
 
 
 def _module(family: str, operation: str) -> Any:
     """Return the module with which a family computes an operation: loss, topk or argmax."""
-    return importlib.import_module(FAMILIES[family] + operation, __package__)
+    return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
 
 
 _SCHEMA_TYPES = {

@@ -27,9 +27,9 @@ def hostile() -> tuple[str, str]:
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of three rows with two seeds each, their teacher, and six images or more."""
+    from kdcache.analysis.compare import CompareOptions
+    from kdcache.analysis.report import ReportOptions, make_report
     from kdcache.data import write_scenes
-    from kdcache.evaluate.compare import CompareOptions
-    from kdcache.evaluate.report import ReportOptions, make_report
 
     root = tmp_path_factory.mktemp("report")
     write_scenes(root / "data", "scenes:96x160,train=12,val=12")

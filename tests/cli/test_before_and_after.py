@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from kdcache.data import open_split
-from kdcache.teacher.estimate import Cost, Estimate, Setting
-from kdcache.teacher.estimate_trial import Seconds
+from kdcache.teacher.build.cost_estimate import Cost, Estimate, Setting
+from kdcache.teacher.build.trial_store import Seconds
 
 PLAN = "plan --data {w}/data --teacher {w}/teacher"
 REPORT = "inspect {w}/store.zarr --teacher-report --out {w}/new"
@@ -36,7 +36,7 @@ def test_help(cli, verb, taught) -> None:
 @pytest.fixture
 def sketched(monkeypatch) -> None:
     """Pictures are not drawn: that takes seconds, and tests/teacher looks at them."""
-    monkeypatch.setattr("kdcache.teacher.audit_pictures.save_figure", lambda _, path: sketch(path))
+    monkeypatch.setattr("kdcache.teacher.audit.figures.save_figure", lambda _, path: sketch(path))
 
 
 def sketch(path) -> None:
@@ -118,7 +118,7 @@ def test_a_plan_that_does_not_fit_and_does_not_pay(world, cli, monkeypatch) -> N
     setting = Setting(7, "default", 1, (), "stored")
     cost = Cost(setting, {"targets/segmentation/values": 2.0**60}, 6, 82, 7200.0)
     dear = Estimate(cost, (), Seconds(1200.0, 0.1, 0.2, 0.1, 0.2), 6, 6, 7)
-    monkeypatch.setattr("kdcache.teacher.estimate.estimate", lambda *_, **__: dear)
+    monkeypatch.setattr("kdcache.teacher.build.cost_estimate.estimate", lambda *_, **__: dear)
     told = cli(*PLAN.format(w=world).split())
     assert told.code == 0, told.err
     assert "2.0 h on this machine" in told.out

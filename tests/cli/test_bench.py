@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from kdcache.evaluate import bench
+from kdcache.bench import kernels
 
 SMALL = "bench-kernels --device cpu --shapes 1x3x16x16/4 --repeats 2 --no-memory --impl reference"
 
@@ -48,9 +48,9 @@ def test_memory_is_measured_by_default(cli) -> None:
 
 @pytest.fixture
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = partial(bench.CheckSettings, strides=("2",), temperatures=(2.0,), classes=(3,), values=("normal",))
-    monkeypatch.setattr(bench, "CheckSettings", small)
-    monkeypatch.setattr("kdcache_cli.bench.EVERY", 1)
+    small = partial(kernels.CheckSettings, strides=("2",), temperatures=(2.0,), classes=(3,), values=("normal",))
+    monkeypatch.setattr(kernels, "CheckSettings", small)
+    monkeypatch.setattr("kdcache_cli.verbs.bench_kernels.EVERY", 1)
 
 
 def test_a_check_that_holds(cli, tmp_path, small_grid) -> None:
@@ -67,7 +67,7 @@ def test_a_check_that_holds(cli, tmp_path, small_grid) -> None:
 
 
 def test_a_check_that_fails(cli, small_grid, monkeypatch) -> None:
-    monkeypatch.setitem(bench.GRADIENT_BOUND, "fp32", -1.0)
+    monkeypatch.setitem(kernels.GRADIENT_BOUND, "fp32", -1.0)
     ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--dtype", "fp32")
     assert ended.code == 1
     assert "5 points, 5 missed a bound" in ended.out

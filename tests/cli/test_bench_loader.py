@@ -1,4 +1,4 @@
-"""`kdcache bench-loader` as a user meets it; what its figures mean is tests/evaluate/test_bench_loader.py."""
+"""`kdcache bench-loader` as a user meets it; what its figures mean is tests/bench/loader/test_run.py."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from kdcache.train.bench import LOADERS, READERS
-from kdcache_cli.bench_loader import EVERYTHING
+from kdcache.bench.loader import LOADERS, READERS
+from kdcache_cli.verbs.bench_loader import EVERYTHING
 
 SMALL = "--records 4 --batch-size 2 --repeats 2 --device cpu"
 
 
 @pytest.fixture(autouse=True)
 def _short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcache.train.bench.run.LEAST_TURN_S", 1e-4)
-    monkeypatch.setattr("kdcache.train.bench.turns._POLL_S", 1e-3)
+    monkeypatch.setattr("kdcache.bench.loader.run.LEAST_TURN_S", 1e-4)
+    monkeypatch.setattr("kdcache.bench.loader.turns._POLL_S", 1e-3)
 
 
 def test_tables_and_a_file(cli, made, tmp_path) -> None:

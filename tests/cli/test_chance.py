@@ -32,7 +32,7 @@ def test_one_class_everywhere_is_said(constant, cli, command) -> None:
 
 
 def test_a_model_that_has_learnt_is_not_reproached(world, cli, monkeypatch) -> None:
-    import kdcache.evaluate.run as run
+    import kdcache.metrics.evaluate as run
 
     monkeypatch.setattr(
         run, "_predict", lambda model, batch, device: [run.Predicted(s.number, s.label, s.label) for s in batch]

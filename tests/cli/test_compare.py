@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.evaluate import evaluate_model
+from kdcache.metrics import evaluate_model
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_batch_that_does_not_fit(place, cli, monkeypatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
     for verb, target in (("compare", "evaluation.evaluate_model"), ("visualise", "visualise.score_images")):
-        monkeypatch.setattr(f"kdcache.evaluate.{target}", starve)
+        monkeypatch.setattr(f"kdcache.metrics.{target}", starve)
         words = ["--out", place / "new"] if verb == "visualise" else []
         told = cli(verb, place / "runs/kl-0", "--batch-size", "6", *words)
         assert told.code == 2

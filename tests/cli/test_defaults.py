@@ -12,19 +12,20 @@ import pytest
 import torch
 import typer
 
+from kdcache.analysis.predict import predict_images
+from kdcache.analysis.stored_evaluations import Judging
 from kdcache.data import open_split
 from kdcache.distill import DistillLoss
-from kdcache.evaluate import evaluate_model
-from kdcache.evaluate.evaluation import Judging
-from kdcache.evaluate.predict import predict_images
+from kdcache.metrics import evaluate_model
 from kdcache.models import build_model
 from kdcache.sweep import plan_sweep, read_recipe, run_jobs
 from kdcache.teacher import BuildOptions
-from kdcache.teacher.estimate import estimate
-from kdcache.teacher.pseudo import Rule
+from kdcache.teacher.audit.pseudo_labels import Rule
+from kdcache.teacher.build.cost_estimate import estimate
 from kdcache.train import TrainConfig, make_config
-from kdcache_cli import building, sweep
 from kdcache_cli.app import app
+from kdcache_cli.settings import build_flags
+from kdcache_cli.verbs import sweep
 
 SCENES = "scenes:36x52,train=2,val=1"
 OF_THE_MACHINE = {"device", "threads"}
@@ -79,7 +80,7 @@ def test_a_build_has_the_options_of_its_verb(verb: str, tmp_path: Path) -> None:
     weights = tmp_path / "w.pth"
     torch.save(build_model("kdcache:tiny", len(open_split(SCENES, "train").classes)).state_dict(), weights)
     given = {"data": SCENES, "teacher": [f"kdcache:tiny@{weights}"], "size": "32x48", "device": "cpu"}
-    _, _, options = building.prepare({**defaults(verb), **given})
+    _, _, options = build_flags.prepare({**defaults(verb), **given})
     assert options == BuildOptions(size=(32, 48))
 
 

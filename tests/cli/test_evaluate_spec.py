@@ -80,8 +80,8 @@ def test_every_kind_of_evaluation_has_its_own_file(world, cli, monkeypatch) -> N
 
 
 def test_compare_and_evaluate_share_what_is_the_same_and_nothing_else(world, cli, monkeypatch) -> None:
-    from kdcache.evaluate.compare import CompareOptions, compare
-    from kdcache.evaluate.evaluation import Judging
+    from kdcache.analysis.compare import CompareOptions, compare
+    from kdcache.analysis.stored_evaluations import Judging
 
     run = world / "teacher"
 

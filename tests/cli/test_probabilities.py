@@ -75,7 +75,7 @@ def test_judging_says_it(soft, cli) -> None:
 
 
 def test_a_store_of_an_earlier_version_is_refused(soft, cli, monkeypatch) -> None:
-    monkeypatch.setattr("kdcache.teacher.plan.returns_probabilities", lambda model: False)
+    monkeypatch.setattr("kdcache.teacher.build.manifest.returns_probabilities", lambda model: False)
     built = do(cli, soft, BUILD + " --teacher {w}/soft")
     assert built.code == 0, built.err
     ended = do(cli, soft, STUDENT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kdcache.errors import RecipeError
-from kdcache_cli.ranks import numbered
+from kdcache_cli.torchrun import numbered
 
 
 @pytest.fixture

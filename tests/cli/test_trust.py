@@ -161,7 +161,7 @@ def test_a_recipe_of_a_sweep_runs_no_code(here, cli, who) -> None:
 
 
 def test_a_sweep_takes_code_that_its_command_line_names(here, cli, monkeypatch) -> None:
-    from kdcache_cli import sweep
+    from kdcache_cli.verbs import sweep
 
     began = []
     monkeypatch.setattr(sweep._InProcess, "__call__", lambda self, job: began.append(job.name))

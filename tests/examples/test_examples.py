@@ -20,7 +20,7 @@ from kdcache.models import build_model
 from kdcache.store import open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, make_config, sample_loader, train
-from kdcache.train.loader import Draws
+from kdcache.train.input.loader import Draws
 
 FOLDER = Path(__file__).parents[2] / "examples"
 NAMES = ("plain_loop", "lightning_module", "hf_trainer")

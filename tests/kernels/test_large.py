@@ -13,7 +13,7 @@ B, C, SIDE, STRIDE = 2, 21, 512, 4
 
 CALL = f"""
 import torch
-from kdcache.evaluate.bench.memory import peak_in_process
+from kdcache.bench.kernels.memory import peak_in_process
 from kdcache_kernels import PackedTarget, distill_loss
 
 torch.set_num_threads(2)

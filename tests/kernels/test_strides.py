@@ -18,8 +18,8 @@ from kdcache_kernels import (
     library,
     pack,
     target_argmax_confidence,
-    triton_loss,
 )
+from kdcache_kernels.gpu import loss
 
 from .conftest import HAS_CUDA
 from .triton_cases import make_problem
@@ -166,7 +166,7 @@ def test_arguments_of_the_other_functions(layout, backend):
 def test_scaling_a_gradient(layout, backend):
     """The operator of the backward, which a compiled program may hand a gradient with gaps."""
     gradient, factor = layout(torch.randn(2, 3, 4, 5, device=backend.device)), with_gaps(torch.tensor(0.5))
-    scale = triton_loss.scale_gradient if backend.impl == "triton" else library.scale_gradient
+    scale = loss.scale_gradient if backend.impl == "triton" else library.scale_gradient
     found = scale(gradient, factor.to(backend.device), torch.float16)
     torch.testing.assert_close(found, (gradient * 0.5).half(), rtol=0, atol=0)
     assert found.is_contiguous()
@@ -191,31 +191,31 @@ class TestOffsetsBeyond32Bits:
             tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
             problem = dataclasses.replace(self.problem(), **{name: tensor})
             if fits:
-                triton_loss._check_offsets(problem)
+                loss._check_offsets(problem)
                 continue
             with pytest.raises(ShapeError, match=rf"(?s)one image of {name}.*2\^31.*{step}.*{name}\w*\.contiguous\(\)"):
-                triton_loss._check_offsets(problem)
+                loss._check_offsets(problem)
 
     def test_strides_that_only_add_up_to_it(self):
         tensor = torch.empty_strided((1, 3, 4, 4), (0, 2**29, 2**28, 2**27), device="meta")
         with pytest.raises(ShapeError, match="lies within 2"):
-            triton_loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
+            loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
 
     def test_between_images_and_along_axes_of_one_element_any_stride_will_do(self):
         tensor = torch.empty_strided((5, 3, 4, 4), (2**40, 16, 4, 1), device="meta")
-        triton_loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
+        loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
         tensor = torch.empty_strided((1, 3, 1, 4), (0, 4, 2**40, 1), device="meta")
-        triton_loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
+        loss._check_offsets(dataclasses.replace(self.problem(), student=tensor))
 
     @pytest.mark.parametrize("side", [2**15, 2**15 - 1])
     def test_an_image_of_too_many_logits_is_refused_however_it_lies(self, side):
         student = torch.empty((1, 2, side, 2**15), device="meta").to(memory_format=torch.channels_last)
         problem = dataclasses.replace(self.problem(), student=student)
         if side * 2**16 < 2**31:
-            triton_loss._check_offsets(problem)
+            loss._check_offsets(problem)
             return
         with pytest.raises(ShapeError, match=r"fewer than 2\^31 logits"):
-            triton_loss._check_offsets(problem)
+            loss._check_offsets(problem)
         problem = dataclasses.replace(problem, student=student[:1, :1, :1, :1].expand(student.shape))
         with pytest.raises(ShapeError, match=r"fewer than 2\^31 logits"):
-            triton_loss._check_offsets(problem)
+            loss._check_offsets(problem)

@@ -245,7 +245,8 @@ def test_the_result_does_not_depend_on_the_threads():
 
 def test_the_families_densify_dense_targets():
     """The public function converts those itself; inside the loss a family does. Never a view of the stored values."""
-    from kdcache_kernels import numba_topk, triton_topk
+    from kdcache_kernels.cpu import topk as numba_topk
+    from kdcache_kernels.gpu import topk as triton_topk
 
     values = random_logits((2, 5, 3, 4)).to(memory_format=torch.channels_last)
     for family in (numba_topk, triton_topk):

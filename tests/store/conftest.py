@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from kdcache.store import Manifest, open_writer
-from kdcache.store.durable import file_digest
-from kdcache.store.parts import (
+from kdcache.store.backend.durable import file_digest
+from kdcache.store.format.manifest_models import (
     Augmented,
     Build,
     Dataset,
@@ -27,7 +27,7 @@ from kdcache.store.parts import (
     Training,
     View,
 )
-from kdcache.store.schema import record_arrays
+from kdcache.store.format.schema import record_arrays
 
 MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
 Arrays = dict[str, np.ndarray[Any, Any]]

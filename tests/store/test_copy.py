@@ -25,8 +25,8 @@ from kdcache.store import (
     spread_samples,
     verify_files,
 )
-from kdcache.store.manifest import Manifest
-from kdcache.store.part import ids_digest
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.subset import ids_digest
 
 CODECS = ("default", "small", "none")
 

@@ -18,7 +18,7 @@ from zarr.codecs import Crc32cCodec, GzipCodec
 
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import open_cache, open_writer, verify_files
-from kdcache.store.schema import SMALL_BYTES
+from kdcache.store.format.schema import SMALL_BYTES
 
 ARRAYS_BYTES = "targets/segmentation/values"
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kdcache.store import open_cache
-from kdcache.store.schema import record_arrays
+from kdcache.store.format.schema import record_arrays
 
 STANDARD = {"bytes", "blosc", "zstd", "crc32c", "sharding_indexed"}
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import KDCacheError
-from kdcache.store.layout import CRC_BYTES
-from kdcache.store.shard import ShardArray
+from kdcache.store.format.layout import CRC_BYTES
+from kdcache.store.format.shard import ShardArray
 
 CHUNKS = 4  # of a shard of the plan
 ARRAYS = {

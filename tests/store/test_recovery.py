@@ -109,13 +109,13 @@ def files(request, wanted, tmp_path_factory) -> Iterator[Files]:
         return
     from obstore.store import MemoryStore
 
-    from kdcache.store import bucket
+    from kdcache.store.backend import object_store
 
     with pytest.MonkeyPatch.context() as patch:
         store = MemoryStore()
         patch.setenv("KDCACHE_CACHE_DIR", str(folder))
-        patch.setattr(bucket, "from_url", lambda *_, **__: store)
-        patch.setattr(bucket, "PAUSE_SECONDS", 0.0)
+        patch.setattr(object_store, "from_url", lambda *_, **__: store)
+        patch.setattr(object_store, "PAUSE_SECONDS", 0.0)
         wanted.write("s3://memory/s.zarr")
         yield InMemory("s3://memory/s.zarr", store)
 
@@ -302,10 +302,10 @@ def test_something_in_the_place_of_a_folder(wanted, tmp_path, how) -> None:
 
 def test_a_finished_store_is_not_written(files, wanted, monkeypatch) -> None:
     """Not even what is there already: it may be on a disk that cannot be written."""
-    from kdcache.store import bucket
+    from kdcache.store.backend import object_store
 
     written: list[str] = []
-    for kind in (Folder, bucket.Bucket):
+    for kind in (Folder, object_store.Bucket):
         for name in ("publish", "announce", "remove"):
             monkeypatch.setattr(kind, name, lambda self, key, *_: written.append(key))
     for name in ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync", "link", "symlink"):
@@ -379,12 +379,12 @@ class TestWithoutSpare:
         else:
             from obstore.store import MemoryStore
 
-            from kdcache.store import bucket
+            from kdcache.store.backend import object_store
 
             store = MemoryStore()
             monkeypatch.setenv("KDCACHE_CACHE_DIR", str(tmp_path))
-            monkeypatch.setattr(bucket, "from_url", lambda *_, **__: store)
-            monkeypatch.setattr(bucket, "PAUSE_SECONDS", 0.0)
+            monkeypatch.setattr(object_store, "from_url", lambda *_, **__: store)
+            monkeypatch.setattr(object_store, "PAUSE_SECONDS", 0.0)
             wanted.write("s3://memory/s.zarr")
             files = InMemory("s3://memory/s.zarr", store)
         seal = json.loads(files.read()[SEAL])

@@ -23,7 +23,7 @@ from numcodecs import zstd
 
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import open_cache, verify_files
-from kdcache.store.durable import file_digest
+from kdcache.store.backend.durable import file_digest
 
 LIMIT_S = 10
 LIMIT_MIB = 300  # over what a process has that has read the store as it was

@@ -18,7 +18,7 @@ import zarr
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files, worker_of
-from kdcache.store.parts import Augmented, Feature, Head, Member, Statistic
+from kdcache.store.format.manifest_models import Augmented, Feature, Head, Member, Statistic
 
 MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
 

@@ -14,7 +14,7 @@ from kdcache.sweep import Recipe, Sweep, list_recipes, plan_sweep, read_recipe
 from kdcache.sweep.plan import folder_name, words
 from kdcache.sweep.recipe import Arm
 from kdcache_cli.app import app
-from kdcache_cli.sweep import flags_of
+from kdcache_cli.verbs.sweep import flags_of
 
 KNOWN = flags_of(typer.main.get_command(app))
 RECIPE = Recipe(

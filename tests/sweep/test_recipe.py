@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdcache.data.scenes import ScenesSpec
+from kdcache.data.scenes.generate import ScenesSpec
 from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.sweep import list_recipes, read_recipe

@@ -21,11 +21,11 @@ from kdcache.models import build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, Observer, TrainConfig, make_config
+from kdcache.train.api import make_trainer
 from kdcache.train.distributed import World
-from kdcache.train.loader import Draws
-from kdcache.train.schedule import make_optimizer
-from kdcache.train.start import make_trainer
-from kdcache.train.step import EagerStep
+from kdcache.train.input.loader import Draws
+from kdcache.train.step.eager import EagerStep
+from kdcache.train.step.optim import make_optimizer
 from kdcache.train.trainer import Trainer
 
 SCENES = "scenes:32x48,train=6,val=3"
@@ -153,7 +153,7 @@ class Backend:
 def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Traced programs run as they are; the machine's compiler is left to the slow tests."""
     found = Backend()
-    monkeypatch.setattr("kdcache.train.ways.BACKEND", found)
+    monkeypatch.setattr("kdcache.train.step.compiled.BACKEND", found)
     return found
 
 

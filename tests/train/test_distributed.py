@@ -30,7 +30,7 @@ from kdcache.models import build_model
 from kdcache.store import open_cache
 from kdcache.train import read_config
 from kdcache.train.distributed import World, pick_device
-from kdcache.train.ways import choose_step
+from kdcache.train.step.compiled import choose_step
 
 Read = Callable[..., list[dict[str, Any]]]
 LOSS, NORM, WEIGHT = 1e-5, 1e-3, 1e-3
@@ -43,10 +43,11 @@ _CREW = """
 import json, os, signal, sys, time, traceback
 import numba, torch, torch._dynamo  # seconds, which no training then pays again
 torch.set_num_threads(1)
-import kdcache.train, kdcache.store, kdcache_cli.progress, kdcache_cli.ranks
+import kdcache.train, kdcache.store, kdcache_cli.progress, kdcache_cli.torchrun
 from kdcache_cli.app import main
 
-kdcache_cli.ranks.GRACE_S = 0.1  # nobody ends the other processes here as torchrun does, however late the first one is
+# Nobody ends the other processes here as torchrun does, however late the first one is.
+kdcache_cli.torchrun.GRACE_S = 0.1
 
 for line in sys.stdin:
     job = json.loads(line)
@@ -394,7 +395,7 @@ def test_the_losses_of_parts_average_to_the_whole_s(
 _NORMS = """
 import torch.distributed as dist
 from torch import nn
-from kdcache.train.parallel import HostBatchNorm, share_statistics
+from kdcache.train.step.ddp import HostBatchNorm, share_statistics
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 for momentum, dtype in ((0.1, torch.float32), (None, torch.float32), (0.3, torch.bfloat16)):
@@ -511,8 +512,9 @@ def test_one_process_that_is_asked_to_stop_stops_all(
 
 _FAILS = """
 from kdcache.errors import CorruptError, DataError, StoreError
-from kdcache.evaluate import run
-from kdcache.train import state, trainer
+from kdcache.metrics import evaluate as run
+from kdcache.train.run import checkpointing as state
+from kdcache.train import trainer
 
 def fail(error, after=0):
     calls = []

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from kdcache import files
 from kdcache.errors import RecipeError, StoreError
-from kdcache.train import Observer, folder, make_config, start, train
-from kdcache.train.lock import RunLock
-from kdcache.train.log import MetricsLog
+from kdcache.train import Observer, api, make_config, train
+from kdcache.train.run import folder
+from kdcache.train.run.lock import RunLock
+from kdcache.train.run.metrics_log import MetricsLog
 
 ITERATIONS, VAL_EVERY = 60, 10
 WEIGHTS = ("last.safetensors", "best.safetensors")
@@ -168,7 +169,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for module, name in ((folder, "write_run_model"), (folder, "write_json"), (start, "Trainer")):
+    for module, name in ((folder, "write_run_model"), (folder, "write_json"), (api, "Trainer")):
         run = tmp_path / f"died-at-{name}"
         with monkeypatch.context() as patch:
             patch.setattr(module, name, die)
@@ -272,13 +273,13 @@ def test_two_commands_that_begin_at_once_do_not_share_a_folder(
     """The other one has been quicker: it is at work, or done, when this one comes to write."""
     settings, whole = finished
     run = tmp_path / "new"
-    own = start.make_criterion
+    own = api.make_criterion
 
     def slow(*given: Any) -> Any:
         shutil.copytree(whole, run)
         return own(*given)
 
-    monkeypatch.setattr(start, "make_criterion", slow)
+    monkeypatch.setattr(api, "make_criterion", slow)
     with pytest.raises(RecipeError, match="holds a run already"):
         go(settings, run)
     assert content(run) == content(whole)

@@ -14,7 +14,7 @@ from kdcache.errors import KDCacheError, RecipeError
 from kdcache.train import Observer, make_config, train
 from kdcache.train.config import read_config
 from kdcache.train.distributed import World
-from kdcache.train.watch import Watch, looks
+from kdcache.train.run.monitor import Watch, looks
 
 Read = Callable[..., list[dict[str, Any]]]
 TAPS = ("stage2", "head")

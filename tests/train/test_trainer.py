@@ -19,13 +19,13 @@ from torch.utils.data import default_collate
 
 from kdcache.data import class_weights, open_split, write_scenes
 from kdcache.errors import DataError, MismatchError, ModelError, RecipeError
-from kdcache.evaluate import Metrics, evaluate_model
+from kdcache.metrics import Metrics, evaluate_model
 from kdcache.models import SegmentationModel, build_model
 from kdcache.models.run import load_run
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, build_cache, load_teacher
 from kdcache.train import CacheDataset, Observer, make_config, pick_device, train
-from kdcache.train.loader import Draws
+from kdcache.train.input.loader import Draws
 from kdcache.train.trainer import Trainer
 
 Read = Callable[..., list[dict[str, Any]]]
@@ -283,7 +283,7 @@ def test_losses_not_yet_looked_at_are_checked_before_a_checkpoint(
             finally:
                 watch.check_finite = check  # type: ignore[method-assign]
 
-    monkeypatch.setattr("kdcache.train.start.Trainer", Late)
+    monkeypatch.setattr("kdcache.train.api.Trainer", Late)
     chosen = settings | {"model": model_file("nan"), "val_every": 2, "log_every": 5, "gradients_every": 0}
     with pytest.raises(ModelError, match="iteration 3"):
         go(chosen, tmp_path)

@@ -13,8 +13,8 @@ from torch import Tensor
 from kdcache.data import open_split
 from kdcache.models import build_model
 from kdcache.train import Observer, TrainConfig
+from kdcache.train.api import _validator
 from kdcache.train.distributed import Agreement, World
-from kdcache.train.start import _validator
 
 CPU = torch.device("cpu")
 VAL = "scenes:32x48,train=6,val=5"

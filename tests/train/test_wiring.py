@@ -18,11 +18,11 @@ from kdcache.data import Augmentation, class_weights, folds_of, open_split
 from kdcache.distill import Batch, DistillLoss, Gate, GateSpec
 from kdcache.distill.terms import TermSpec, make_term
 from kdcache.store import Cache, open_cache
-from kdcache.train import CacheDataset, LabelledDataset, TrainConfig, make_config, start, train
-from kdcache.train.loader import Draws
-from kdcache.train.mix import Mix
-from kdcache.train.order import Woven
-from kdcache.train.part import Part
+from kdcache.train import CacheDataset, LabelledDataset, TrainConfig, api, make_config, train
+from kdcache.train.input.loader import Draws
+from kdcache.train.input.mix import Mix
+from kdcache.train.input.sampler import Woven
+from kdcache.train.input.subset import Part
 from kdcache.train.sources import open_dataset, open_validation
 from kdcache.train.trainer import Trainer
 
@@ -196,7 +196,7 @@ def test_scores_choose_the_best_weights_and_halve_the_rate(
         states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return SimpleNamespace(miou=scores[len(states) - 1], to_json=dict)
 
-    monkeypatch.setattr(start, "_validator", lambda *_: validate)
+    monkeypatch.setattr(api, "_validator", lambda *_: validate)
     monkeypatch.setattr("kdcache.train.trainer.outcome", lambda _: None)
     settings = student | {"schedule": "plateau", "lr": 0.01, "iterations": 9, "val_every": 1}
     result = train(make_config(**settings), tmp_path)

@@ -15,10 +15,10 @@ from torch.utils.data import default_collate
 
 from kdcache.data import open_split, write_scenes
 from kdcache.store import Cache, Records, open_cache
-from kdcache.train import CacheDataset, make_config, objective, train
+from kdcache.train import CacheDataset, criterion, make_config, train
+from kdcache.train.class_trust import trust_from_run
 from kdcache.train.sources import open_dataset
 from kdcache.train.trainer import Trainer
-from kdcache.train.trust import trust_from_run
 
 Counts = np.ndarray[Any, Any]
 SAMPLES = 6
@@ -97,7 +97,7 @@ def test_class_balance_of_a_store_of_views_goes_by_the_whole_images(
     begin: Callable[..., Trainer], make_cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three samples that are spread over the store."""
-    monkeypatch.setattr(objective, "COUNTED_TARGETS", 3)
+    monkeypatch.setattr(criterion, "COUNTED_TARGETS", 3)
     path = make_cache(views=2)
     trainer = begin(cache=str(path), augment="replay", class_balance="sqrt")
     weight = balanced(of_teacher(open_cache(path), [0, 2, 5]), "sqrt")

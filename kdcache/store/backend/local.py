@@ -14,7 +14,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from kdcache.errors import StoreError
-from kdcache.store.durable import (
+from kdcache.store.backend.base import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place, Release
+from kdcache.store.backend.durable import (
     PARTIAL,
     beside,
     disk_space_errors,
@@ -23,7 +24,6 @@ from kdcache.store.durable import (
     sync_with_parents,
     write_durably,
 )
-from kdcache.store.place import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place, Release
 
 LOCK = ".lock"
 

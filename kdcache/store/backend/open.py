@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from kdcache.store.backend.base import Place
 from kdcache.store.backend.local import Folder
-from kdcache.store.place import Place
 
 
 def open_place(location: "str | Path | Place", cache_dir: Path | None = None, cache_bytes: int | None = None) -> Place:
@@ -18,7 +18,7 @@ def open_place(location: "str | Path | Place", cache_dir: Path | None = None, ca
         return location
     if "://" not in str(location):
         return Folder(Path(location))
-    from kdcache.store.bucket import Bucket  # obstore is an extra
-    from kdcache.store.mirror import Mirror, default_base
+    from kdcache.store.backend.mirror import Mirror, default_base
+    from kdcache.store.backend.object_store import Bucket  # obstore is an extra
 
     return Bucket(str(location), Mirror(cache_dir or default_base(), cache_bytes))

@@ -1,0 +1,123 @@
+"""Flags that several verbs share, and recipe files as their defaults."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from kdcache.errors import RecipeError
+from kdcache.settings import entries
+from kdcache.settings.shared import CopySettings, DataSettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.spelling import parse_bytes
+from kdcache.settings.training import TRAINING
+from kdcache_cli.settings.signature import flag
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+    from kdcache.store.backend.base import Place
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """'288x384' as (288, 384): height, then width. Raises RecipeError."""
+    return cast("tuple[int, int] | None", entries(ImageSettings)["size"].read(text))
+
+
+def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
+    """'0,1,2' as three whole numbers from 0, each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise RecipeError(
+            f"{flag} is whole numbers from 0, with commas between",
+            received=repr(text),
+            remedy=f"for instance {flag} 0,1",
+        )
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value`, when it is one of those allowed."""
+    if value not in allowed:
+        raise RecipeError(
+            f"{flag} is one of {', '.join(allowed)}", received=repr(value), remedy=f"use {flag} {allowed[0]}"
+        )
+    return value
+
+
+def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "Place":
+    """Where a store is, with the folder for copies when that is elsewhere."""
+    from kdcache.store.backend.open import open_place
+
+    return open_place(store, None if cache_dir is None else Path(cache_dir), parse_bytes(cache_bytes))
+
+
+def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
+    """Let the keys of a TOML file stand for flags that are not given: the flag wins."""
+    if path is None:
+        return None
+    try:
+        recipe: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(
+            "a recipe is a TOML file whose keys are the flags", received=f"{path}: {error}", remedy="correct the file"
+        ) from error
+    # A run's own recipe names its verb and every setting there is, also those that this verb has no flag for.
+    resolved = "verb" in recipe
+    verb = recipe.pop("verb", context.info_name)
+    if verb != context.info_name:
+        raise RecipeError(
+            "a recipe is used with its own verb",
+            received=f"{path} is for {verb}, the command is {context.info_name}",
+            remedy=f"run kdcache {verb} --recipe {path}",
+        )
+    known = {parameter.name for parameter in context.command.params if parameter.name}
+    values = {}
+    for key, value in recipe.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            if resolved and name in entries(*TRAINING):
+                continue
+            near = difflib.get_close_matches(name, known, n=1)
+            raise RecipeError(
+                "a recipe's keys are the verb's flags",
+                received=f"{key!r} in {path}",
+                remedy=f"did you mean {near[0].replace('_', '-')!r}?" if near else f"see kdcache {verb} --help",
+            )
+        values[name] = list(map(_one_line, value)) if isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _one_line(table: Any) -> Any:
+    """A table of a recipe, such as [[term]], as its flag takes it: the kind first, then the options."""
+    if not isinstance(table, dict):
+        return table
+    options = [f"{key.replace('-', '_')}={value}" for key, value in table.items() if key != "kind"]
+    return ",".join([str(table.get("kind", "")), *options])
+
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        callback=_load_recipe,
+        is_eager=True,
+        help="TOML file with these flags as keys; a flag given here wins.",
+    ),
+]
+Data = Annotated[str, flag(DataSettings, "data")]
+OptionalData = Annotated[str | None, flag(SourceSettings, "data")]
+Split = Annotated[str, flag(ImageSettings, "split")]
+Size = Annotated[str | None, flag(ImageSettings, "size")]
+Device = Annotated[str, flag(MachineSettings, "device")]
+Threads = Annotated[int, flag(MachineSettings, "threads")]
+Worker = Annotated[
+    str | None,
+    typer.Option(
+        "--worker",
+        metavar="I/N",
+        help="This process is number I, from 0, of N that write the store together, on any machines.",
+    ),
+]
+CacheDir = Annotated[str | None, flag(CopySettings, "cache_dir")]
+CacheBytes = Annotated[str | None, flag(CopySettings, "cache_bytes")]

@@ -1,0 +1,245 @@
+"""`kdcache bench-kernels`: how fast, how small and how exact the loss is, here."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kdcache.errors import RecipeError
+from kdcache.settings.shared import MachineSettings
+from kdcache_cli.console import ERRORS, OUT, progress_bar
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for torch
+    import torch
+
+    from kdcache.bench.kernels import Ceilings, Judged, Measured, Row, Spread
+
+_Option = typer.Option
+MISSING = "-"
+MISSES_SHOWN = 10
+EVERY = 4
+"""Of the points of the accuracy grid."""
+
+
+def bench_kernels(
+    check: Annotated[
+        bool, _Option("--check", help="Judge the accuracy against float64 instead; 1 when a bound is missed.")
+    ] = False,
+    device: shared_flags.Device = MachineSettings.device,
+    shapes: Annotated[
+        str | None,
+        _Option("--shapes", help="BxCxHxW/STRIDE at label size, or presets, comma-separated (default: the device's)."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        _Option("--dtype", help="Of the logits: fp32, fp16, bf16 (default: fp32; bf16 on CUDA; with --check all)."),
+    ] = None,
+    layout: Annotated[str, _Option("--layout", help="Of the student's logits: nchw, channels_last.")] = "nchw",
+    temperature: Annotated[str, _Option("--temperature", help="One or several, comma-separated.")] = "2",
+    top_k: Annotated[
+        str, _Option("--top-k", help="Classes in the target: auto (all up to 32, else 8), all, or numbers.")
+    ] = "auto",
+    against: Annotated[
+        str,
+        _Option("--against", help="eager, compile, compile-max-autotune, chunked (eager, image by image), liger."),
+    ] = "eager,compile,liger",
+    impl: Annotated[str, _Option("--impl", help="Which implementation of ours.")] = "auto",
+    repeats: Annotated[
+        int | None, _Option("--repeats", min=1, help="Samples of each (default: 15; 100 on CUDA).")
+    ] = None,
+    memory: Annotated[bool, _Option(help="Measure peak memory; on a CPU in a fresh process each.")] = True,
+    threads: shared_flags.Threads = MachineSettings.threads,
+    json_file: Annotated[Path | None, _Option("--json", help="Write the figures, the machine and the commit.")] = None,
+) -> None:
+    """Time, weigh and check the loss kernels on this machine.
+
+    Forward and backward of cross-entropy plus KL, against rivals that run in the same minutes on the same tensors.
+
+    [dim]kdcache bench-kernels --shapes camvid --against eager,compile --json kernels-cpu.json[/]
+    """
+    import torch
+
+    from kdcache.train import pick_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    where = pick_device(device)
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise RecipeError("--json is a file in a folder that exists", received=str(json_file), remedy="make the folder")
+    if check:
+        missed = _check(where, dtype, impl, json_file)
+        raise typer.Exit(1 if missed else 0)
+    _measure(where, shapes, dtype, layout, temperature, top_k, against, impl, repeats, memory, json_file)
+
+
+def _measure(
+    device: "torch.device",
+    shapes: str | None,
+    dtype: str | None,
+    layout: str,
+    temperature: str,
+    top_k: str,
+    against: str,
+    impl: str,
+    repeats: int | None,
+    memory: bool,
+    json_file: Path | None,
+) -> None:
+    from kdcache.bench.kernels import DTYPES, LAYOUTS, RIVALS, Settings, measure, parse_names, parse_shapes
+
+    settings = Settings(
+        device=device,
+        shapes=parse_shapes(shapes or device.type),
+        dtypes=parse_names(dtype or ("bf16" if device.type == "cuda" else "fp32"), "--dtype", DTYPES),
+        layouts=parse_names(layout, "--layout", LAYOUTS),
+        temperatures=_temperatures(temperature),
+        kept=_kept(top_k),
+        against=parse_names(against, "--against", RIVALS),
+        impl=impl,
+        repeats=repeats,
+        weigh=memory,
+    )
+    with progress_bar() as bar:
+        task = bar.add_task("measuring", total=None, note="")
+
+        def note(text: str) -> None:
+            ERRORS.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+            bar.update(task, description=text)
+
+        rows, ceilings = measure(settings, note)
+    for row in rows:
+        _print_row(row, device.type == "cuda")
+    if ceilings is not None:
+        OUT.print(_ceilings(ceilings), highlight=False, soft_wrap=True)
+    _write(json_file, "kernels", {"ceilings": ceilings and ceilings.to_json(), "rows": [row.to_json() for row in rows]})
+
+
+def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path | None) -> int:
+    """Print the accuracy grid; return how many points missed a bound."""
+    from kdcache.bench.kernels import DTYPES, CheckSettings, check, parse_names, resolved, summary
+
+    dtypes = parse_names(dtype or ",".join(DTYPES), "--dtype", DTYPES)
+    settings = CheckSettings(device=device, impl=impl, dtypes=dtypes, every=EVERY)
+    with progress_bar() as bar:
+        task = bar.add_task("checking", total=None, note="")
+        judged = check(settings, lambda done, total: bar.update(task, completed=done, total=total))
+    rows = summary(judged)
+    missed = [one for one in judged if not one.passed]
+    OUT.print(_accuracy_table(rows, dtypes))
+    name = resolved(impl, device)
+    OUT.print(
+        f"{escape(name)} on {device.type}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False
+    )
+    for one in sorted(missed, key=lambda one: -max(one.loss_share, one.gradient_share))[:MISSES_SHOWN]:
+        OUT.print(f"  {_miss(one)}", markup=False, highlight=False, soft_wrap=True)
+    _write(json_file, "kernel accuracy", {"impl": name, "summary": rows, "rows": [one.to_json() for one in judged]})
+    return len(missed)
+
+
+def _print_row(row: "Row", cuda: bool) -> None:
+    """One case: a line for ours and each rival, then what has no place in a column."""
+    graphs = ["graph ms", "x graph"] if cuda else []
+    times = ["best ms", "median", "p20 to p80", "x best", "x median", *graphs]
+    table = Table("", *times, "peak MiB", "x peak", box=None, header_style="dim", title=str(row.case))
+    table.title_justify = "left"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in (row.ours, *row.rivals):
+        if one.time is not None:
+            table.add_row(*_cells(row, one, one.time, cuda), style="bold" if one is row.ours else None)
+    OUT.print(table)
+    for one in (row.ours, *row.rivals):
+        if one.floors:
+            shares = ", ".join(f"{100 * share:.0f} % of the {floor} floor" for floor, share in one.floors.items())
+            OUT.print(f"  {one.title}: {shares}", markup=False, highlight=False, soft_wrap=True)
+        if one.problem:
+            OUT.print(f"  {one.title}: {one.problem}", markup=False, highlight=False, soft_wrap=True)
+    OUT.print()
+
+
+def _cells(row: "Row", one: "Measured", time: "Spread", cuda: bool) -> list[str]:
+    ratios = row.ratios(one)
+    spread = f"{_number(time.p20)} to {_number(time.p80)}"
+    cells = [one.title, _number(time.best), _number(time.p50), spread, _times(ratios["best"]), _times(ratios["median"])]
+    if cuda:
+        cells += [_number(one.graph.p50 if one.graph else None), _times(ratios["graph"])]
+    return [*cells, _number(one.peak_mib), _times(ratios["memory"])]
+
+
+def _ceilings(ceilings: "Ceilings") -> str:
+    return (
+        f"ceilings: copy {ceilings.copy_bytes / 1e12:.2f} TB/s, {ceilings.exps / 1e12:.2f} T exp2/s, "
+        f"{ceilings.instructions / 1e12:.1f} T instructions/s"
+    )
+
+
+def _accuracy_table(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> Table:
+    """Per value of a factor and dtype: the worst loss error as a share of its bound, the worst gradient error."""
+    from kdcache.bench.kernels import GRADIENT_BOUND
+
+    table = Table("", "points", "missed", box=None, header_style="dim")
+    for dtype in dtypes:
+        table.add_column(f"{dtype} loss / bound")
+        table.add_column(f"gradient ({GRADIENT_BOUND[dtype]:.0e})")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    factor = None
+    for row in rows:
+        if factor not in (None, row["factor"]):
+            table.add_section()
+        factor = row["factor"]
+        errors = [row["worst"].get(dtype) for dtype in dtypes]
+        shown = [text for error in errors for text in (f"{error['loss_share']:.2f}", f"{error['gradient_error']:.1e}")]
+        table.add_row(f"{factor} {row['value']}", str(row["points"]), str(row["missed"]), *shown)
+    return table
+
+
+def _miss(one: "Judged") -> str:
+    point = " ".join(f"{name}={value}" for name, value in vars(one.point).items())
+    return f"{point}: loss {one.loss_error:.1e} of {one.loss_bound:.1e}, gradient {one.gradient_error:.1e}"
+
+
+def _write(path: Path | None, theme: str, content: dict[str, Any]) -> None:
+    if path is None:
+        return
+    from kdcache.bench.kernels import header
+    from kdcache.train.run.metrics_log import environment, write_json
+
+    words = sys.argv[1:] if sys.argv[1:2] == ["bench-kernels"] else ["bench-kernels"]
+    write_json(path, {**header(theme, shlex.join(["kdcache", *words]), environment()), **content})
+    ERRORS.print(f"wrote {path}", markup=False, highlight=False)
+
+
+def _number(value: float | None) -> str:
+    """Three digits; nothing rounds to 0."""
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return MISSING if value is None else f"{_number(value)}x"
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < value < float("inf") for value in found):
+        raise RecipeError("--temperature lists numbers above 0", received=repr(text), remedy="for instance 1,2,2.5")
+    return found
+
+
+def _kept(text: str) -> tuple[int | None, ...]:
+    """auto: as a store would; all: every class."""
+    words = {"auto": None, "all": sys.maxsize}
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part in words or (part.isdigit() and int(part) > 0) for part in parts):
+        raise RecipeError("--top-k lists numbers of classes, auto or all", received=repr(text), remedy="--top-k 8,all")
+    return tuple(words[part] if part in words else int(part) for part in parts)

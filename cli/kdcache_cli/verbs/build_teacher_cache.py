@@ -1,0 +1,110 @@
+"""`kdcache build-teacher-cache`: the teacher's pass, and what `extend` shares with it."""
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from kdcache.settings.building import BUILD
+from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
+from kdcache_cli.settings import build_flags, shared_flags
+from kdcache_cli.settings.signature import takes
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.data import Split
+    from kdcache.metrics import Metrics
+    from kdcache.store import Cache, Worker
+    from kdcache.teacher import BuildOptions
+    from kdcache.teacher import Teacher as LoadedTeacher
+
+
+@takes(*BUILD, order=("data", "teacher", "out", "split", "size", *build_flags.ORDER, "worker", "threads", "device"))
+def build_teacher_cache(settings: dict[str, Any], out: build_flags.Out, worker: shared_flags.Worker = None) -> None:
+    """Run a teacher over a split once and keep what it said.
+
+    Interrupted, the same command continues; a finished store is checked and left
+    as it is. Started several times on one disk, the processes share the work. On
+    an object store, or to divide it beforehand, number them with --worker;
+    torchrun does so by itself. The last one finishes the store.
+
+    [dim]kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr[/]
+    [dim]kdcache build-teacher-cache ... --teacher runs/a --teacher runs/b --tta flip --teacher-size 576x768[/]
+    [dim]kdcache build-teacher-cache ... --views 8 --crop 288x288 --view-scale 0.5:2[/]
+    [dim]torchrun --nproc-per-node 8 -m kdcache_cli build-teacher-cache --data ... --out s3://bucket/camvid.zarr[/]
+    """
+    from kdcache.store import worker_of
+
+    source, loaded, build_options = build_flags.prepare(settings)
+    teach_and_tell(source, loaded, out, build_options, worker_of(worker))
+
+
+def teach_and_tell(
+    source: "Split",
+    teacher: "LoadedTeacher",
+    out: str,
+    build_options: "BuildOptions",
+    part: "Worker",
+    reuse: "Cache | None" = None,
+) -> None:
+    """The pass with its progress, and what came of it."""
+    from kdcache.store import Records, open_cache, summarise
+    from kdcache.teacher import build_cache, score_cache
+
+    with progress_bar() as bar:
+        task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
+        result = build_cache(
+            source,
+            teacher,
+            out,
+            build_options,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            worker=part,
+            reuse=reuse,
+        )
+    if result.damaged:
+        OUT.print(f"{result.damaged} records of the earlier store are damaged: they were taught again")
+    if result.repair is not None:
+        OUT.print(
+            f"shards {', '.join(map(str, result.repair.shards))} were damaged and taught again with "
+            f"{result.repair.describe()}: their pixels and the teacher's answers are those of the first build, and "
+            "the manifest's `repairs` says so"
+        )
+    taken = f" ({result.records:,} taught, {result.reused:,} taken over)" if reuse is not None else ""
+    if not result.complete:
+        OUT.print(
+            f"[bold]{escape(str(out))}[/]: {part.describe('done')}{taken}; "
+            "the store is finished by the worker that ends last"
+        )
+        return
+    cache = open_cache(out)
+    summary = summarise(cache)
+    kept = f" ({result.kept} were there)" if result.kept else ""
+    speed = f" in {result.seconds:.1f} s" if result.records or result.reused else ""
+    speed += f", {result.images_per_second:.1f} images/s" if result.records else ""
+    OUT.print(f"[bold]{escape(str(out))}[/]: {len(cache)} records{kept}{taken}{speed}")
+    OUT.print(
+        f"{bytes_text(summary.bytes_on_disk)} on disk, {bytes_text(summary.bytes_per_record)} per record, "
+        f"of which targets {bytes_text(summary.target_bytes_per_record)}; full-resolution fp16 logits would be "
+        f"{bytes_text(summary.full_resolution_bytes)} per record, {summary.saving:.1f} times the targets"
+    )
+    if summary.manifest.fidelity is not None:
+        OUT.print(
+            f"what codec {summary.manifest.codec} stored, beside the teacher: {summary.manifest.fidelity.describe()}"
+        )
+    _print_score(score_cache(Records(cache, source)), "first crops" if cache.manifest.view.kind == "crop" else "labels")
+
+
+def _print_score(metrics: "Metrics | None", of: str) -> None:
+    from kdcache.metrics import at_chance, percent
+
+    if metrics is None:
+        OUT.print("no labels: the teacher's mIoU is unknown")
+        return
+    OUT.print(
+        f"the teacher on these {of}, read back from the store: mIoU {percent(metrics.miou)}, "
+        f"aAcc {percent(metrics.aacc)}"
+    )
+    if (nothing := at_chance(metrics)) is not None:
+        warn(
+            f"the teacher {nothing}. It has nothing to teach: check its weights, --class-map, --mean and --std, or "
+            "train it longer"
+        )

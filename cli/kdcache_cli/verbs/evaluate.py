@@ -1,0 +1,129 @@
+"""`kdcache evaluate`: a trained model on labelled images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from kdcache.settings import entries
+from kdcache.settings.shared import JudgeSettings, MachineSettings
+from kdcache.settings.training import TrainSettings
+from kdcache_cli.console import OUT, progress_bar, warn
+from kdcache_cli.settings import shared_flags
+from kdcache_cli.settings.signature import flag
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.analysis.stored_evaluations import Record
+    from kdcache.metrics import Metrics
+
+
+def evaluate(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run folder, SPEC@FILE (weights trained elsewhere) or SPEC@default (downloads)."
+        ),
+    ],
+    data: shared_flags.Data,
+    split: shared_flags.Split = TrainSettings.val_split,
+    fold: Annotated[
+        str | None,
+        typer.Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out."),
+    ] = None,
+    weights: Annotated[str, typer.Option("--weights", help="Of a run: best or last.")] = JudgeSettings.weights,
+    class_map: Annotated[
+        Path | None, typer.Option("--class-map", help="Which class of the data each class of the model becomes.")
+    ] = None,
+    size: shared_flags.Size = None,
+    at_size: Annotated[
+        bool, typer.Option("--at-size", help="Compare at the run's size instead of the labels' own.")
+    ] = False,
+    batch_size: Annotated[int, flag(JudgeSettings, "batch_size")] = JudgeSettings.batch_size,
+    threads: shared_flags.Threads = MachineSettings.threads,
+    device: shared_flags.Device = MachineSettings.device,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="(default: evaluation-KIND.json in the run, else here)")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", help="(default: evaluation-KIND.md in the run, else here)")
+    ] = None,
+) -> None:
+    """mIoU, mAcc, aAcc and IoU per class, by mmsegmentation's convention.
+
+    One confusion matrix over the split, void left out, at the labels' own size.
+    A run's tables are written into its folder, those of SPEC@FILE into the current
+    one; each kind (split, fold, weights, size, class map) has files of its own.
+
+    [dim]kdcache evaluate runs/student --data camvid[/]
+    [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
+    """
+    import torch
+
+    from kdcache.analysis.stored_evaluations import Record, data_digest, weights_file
+    from kdcache.data import fold_alone, open_split, parse_fold
+    from kdcache.metrics import at_chance, class_rows, evaluate_model, percent
+    from kdcache.models import PROBABILITIES, returns_probabilities
+    from kdcache.models.run import open_model, split_spec
+    from kdcache.train import pick_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = entries(JudgeSettings)["weights"].read(weights)
+    source = open_split(data, split)
+    model, about = open_model(run, source.classes, shared_flags.parse_size(size), chosen, class_map=class_map)
+    about.check_classes(source.classes.names, data)
+    part = None
+    if fold is not None:
+        number, folds = parse_fold(fold)
+        source, part = fold_alone(source, number, folds), f"{number}/{folds}"
+    where = pick_device(device)
+    with progress_bar() as bar:
+        task = bar.add_task("evaluating", total=len(source), note="")
+        metrics = evaluate_model(
+            model.to(where),
+            source,
+            about.size,
+            device=where,
+            batch_size=batch_size,
+            at_size=at_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    table = Table("class", "IoU %", "Acc %", "pixels %", box=None, header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in class_rows(metrics):
+        table.add_row(*row)
+    OUT.print(table)
+    OUT.print(f"[bold]mIoU {percent(metrics.miou)}[/]  mAcc {percent(metrics.macc)}  aAcc {percent(metrics.aacc)}")
+    if (nothing := at_chance(metrics)) is not None:
+        warn(f"{run} {nothing}")
+    if returns_probabilities(model):
+        warn(f"{run} {PROBABILITIES}")
+    record = Record.of(
+        about,
+        weights_file(run, chosen),
+        source,
+        data_digest(source),
+        about.size,
+        which=chosen if split_spec(run) is None else None,
+        fold=part,
+        at_size=at_size,
+        class_map=class_map,
+    )
+    _write(record, run, metrics, json_file, markdown)
+
+
+def _write(record: "Record", run: str, metrics: "Metrics", json_file: Path | None, markdown: Path | None) -> None:
+    from kdcache.analysis.stored_evaluations import file_name, write_evaluation
+    from kdcache.metrics import metrics_markdown
+    from kdcache.run_folder import Run
+
+    folder = Path() if record.which is None else Path(run)
+    own_size = record.which is None or Run.open(folder).model.size == record.size
+    name = file_name(record, folder, run, own_size=own_size)
+    json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
+    write_evaluation(record, json_path, run, metrics)
+    title = f"{run} on {record.data}, {name.removeprefix('evaluation-')}"
+    markdown_path.write_text(metrics_markdown(title, metrics), encoding="utf-8")
+    OUT.print(f"written: {json_path}, {markdown_path}", markup=False, highlight=False)

@@ -1,0 +1,89 @@
+"""`kdcache export-pseudo-labels`: what the teacher is sure of, as label files."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kdcache_cli.console import OUT, progress_bar
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.teacher.audit.pseudo_labels import Exported
+
+_Option = typer.Option
+
+
+def export_pseudo_labels(
+    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    out: Annotated[Path, _Option("--out", help="Data folder to write; an interrupted export is continued.")],
+    threshold: Annotated[
+        float | None, _Option("--threshold", help="Keep pixels whose probability is at least this, in (0, 1).")
+    ] = None,
+    quantile: Annotated[
+        float | None, _Option("--quantile", help="Keep this share of every class, its surest pixels, in (0, 1).")
+    ] = None,
+    images: Annotated[
+        bool, _Option("--images", help="Write the images at view size too: OUT is then a data set of its own.")
+    ] = False,
+    data: shared_flags.OptionalData = None,
+    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    json_file: Annotated[Path | None, _Option("--json", help="Write the coverage table here too.")] = None,
+    cache_dir: shared_flags.CacheDir = None,
+    cache_bytes: shared_flags.CacheBytes = None,
+) -> None:
+    """Write the teacher's classes as labels: PNG files of class ids, 255 where it is
+    not sure.
+
+    One file per sample at view size, OUT/labels/SPLIT/ID.png, and OUT/classes.txt.
+    The files hold ids and show the classes' colours. One threshold for all classes
+    starves those that the teacher is never sure of; --quantile keeps a share of
+    each (pixels that are equally sure go together, so it may be more). See kdcache
+    inspect --teacher-report for what thresholds keep. The table says what was kept
+    and, where there are labels, how much of it is right.
+
+    [dim]kdcache export-pseudo-labels camvid.zarr --out camvid-pseudo --threshold 0.7[/]
+    [dim]kdcache export-pseudo-labels street.zarr --out street-pseudo --quantile 0.5 --images[/]
+    """
+    from kdcache.store import Records
+    from kdcache.teacher.audit.audit import coverage_json
+    from kdcache.teacher.audit.pseudo_labels import Rule
+    from kdcache.teacher.audit.pseudo_labels import export_pseudo_labels as export
+
+    rule = Rule(threshold, quantile)
+    records = Records.open(shared_flags.open_place(store, cache_dir, cache_bytes), data, split)
+    with progress_bar() as bar:
+        task = bar.add_task("", total=None, note="")
+        found = export(
+            records,
+            out,
+            rule,
+            images=images,
+            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    _print(found)
+    kept = f" ({found.kept} were there)" if found.kept else ""
+    OUT.print(f"[bold]{escape(str(out))}[/]: {found.written} label files written{kept}")
+    if json_file is not None:
+        about = {"store": store, "threshold": threshold, "quantile": quantile}
+        content = {**about, **coverage_json(found.class_names, found.coverage)}
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _print(found: "Exported") -> None:
+    from kdcache.metrics import percent
+
+    table = Table("class", "confidence from", "pixels kept", "of said %", "right %", box=None, header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    kept = found.coverage
+    rows = zip(found.class_names, kept.thresholds, kept.kept, kept.shares, kept.precision, strict=True)
+    for name, least, pixels, share, right in rows:
+        table.add_row(name, f"{least:.4g}", f"{pixels:,}", percent(share), percent(right))
+    table.add_section()
+    total = (f"{sum(kept.kept):,}", percent(kept.total_share), percent(kept.total_precision))
+    table.add_row("all", "", *total)
+    OUT.print(table)

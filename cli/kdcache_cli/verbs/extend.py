@@ -1,0 +1,89 @@
+"""`kdcache extend`: a larger store, in which nothing is taught twice."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcache.errors import RecipeError
+from kdcache.settings import entries, read, read_values
+from kdcache.settings.building import BUILD, BuildSettings, TeacherSettings
+from kdcache.settings.shared import CopySettings, MachineSettings
+from kdcache_cli.console import ERRORS
+from kdcache_cli.settings import build_flags, shared_flags
+from kdcache_cli.settings.signature import takes
+from kdcache_cli.verbs.build_teacher_cache import teach_and_tell
+
+_Option = typer.Option
+_LIKE_OLD = {
+    "split": {"help": "Which split of it (default: OLD's)."},
+    "features": {"help": "Comma-separated taps to store besides OLD's."},
+    "pixels": {"help": "stored or source (default: as OLD)."},
+    "codec": {"help": "default, small or none (default: OLD's)."},
+    "batch_size": {"help": "Images per forward (default: OLD's)."},
+    "shard_records": {"help": "Records per shard file (default: OLD's)."},
+}
+
+
+@takes(
+    *(*BUILD, CopySettings),
+    order=(
+        *("old", "data", "teacher", "out", "split", "views", "view_seed", "view_scale", "view_flip"),
+        *("features", "statistics", "pixels", "codec", "shard_records", "class_map", "batch_size", "render_threads"),
+        *("worker", "threads", "device", "cache_dir", "cache_bytes"),
+    ),
+    unset=("split", *entries(BuildSettings)),
+    wording=_LIKE_OLD,
+)
+def extend(
+    settings: dict[str, Any],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="A complete store, which is only read.")],
+    out: build_flags.Out,
+    worker: shared_flags.Worker = None,
+) -> None:
+    """Build a store with more samples, views, taps or statistics than OLD has,
+    without teaching again what OLD says.
+
+    What is not given is as in OLD: sizes, classes kept, precision, normalisation,
+    of several teachers their weights, augmentation and folds.
+    Images are rendered and compared with OLD's checksums: what changed is taught
+    anew, what is equal is taken over. A new tap sends every image through the
+    teacher once more, but keeps OLD's targets. OLD is never written to;
+    interrupted, the same command continues.
+
+    [dim]kdcache extend camvid.zarr --data camvid-more --teacher runs/teacher --out camvid-more.zarr[/]
+    [dim]kdcache extend camvid.zarr --data camvid --teacher runs/teacher --views 4 --out camvid-4.zarr[/]
+    """
+    import torch
+
+    from kdcache.data import open_split
+    from kdcache.store import open_cache, worker_of
+    from kdcache.teacher import check_cross_fit, load_like, options_of
+    from kdcache.train import pick_device
+
+    machine, teacher = read(MachineSettings, settings), read(TeacherSettings, settings)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    earlier = open_cache(shared_flags.open_place(old, settings["cache_dir"], settings["cache_bytes"]))
+    manifest = earlier.manifest
+    _check_place(old, out)
+    source = open_split(settings["data"], settings["split"] or manifest.dataset.split)
+    loaded = load_like(manifest.teacher, teacher.teacher, source.classes, class_map=teacher.class_map)
+    if loaded.folds is not None:
+        check_cross_fit(teacher.teacher, source)
+    for note in loaded.notes:
+        ERRORS.print(f"note: {note}", markup=False)
+    changes = {name: value for name, value in read_values(BuildSettings, settings).items() if value is not None}
+    changes["features"] = tuple(dict.fromkeys([*manifest.features, *changes.get("features", ())]))
+    changes["statistics"] = (*options_of(manifest).statistics, *changes.get("statistics", ()))
+    build_options = options_of(manifest, **changes, device=pick_device(machine.device))
+    teach_and_tell(source, loaded, out, build_options, worker_of(worker), earlier)
+
+
+def _check_place(old: str, out: str) -> None:
+    if old.rstrip("/") == out.rstrip("/") or ("://" not in old + out and Path(old).resolve() == Path(out).resolve()):
+        raise RecipeError(
+            "a store is extended into a new one",
+            received=f"--out {out}, which is OLD itself",
+            remedy="give a new folder or address with --out; OLD may be removed when it is complete",
+        )

@@ -1,0 +1,131 @@
+"""`kdcache inspect --teacher-report`: the audit on the terminal."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kdcache_cli.console import OUT, progress_bar
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.store.backend.base import Place
+    from kdcache.teacher.audit.audit import Audit
+
+
+def report_teacher(
+    place: "Place", data: str | None, split: str | None, out: Path | None, worst: int, json: bool
+) -> None:
+    """Audit a store, write the report, print it (`json`: report.json instead)."""
+    from kdcache.store import Records
+    from kdcache.teacher.audit.audit import audit_cache
+    from kdcache.teacher.audit.figures import check_report_folder, write_report
+
+    records = Records.open(place, data, split)
+    folder = out or _beside(place)
+    check_report_folder(folder)
+    with progress_bar() as bar:
+        task = bar.add_task("auditing the teacher", total=None, note="")
+        found = audit_cache(
+            records, worst=worst, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+        bar.update(task, note="drawing")
+        pictures = write_report(found, records, folder)
+    if json:
+        typer.echo(json_module.dumps(found.to_json(), indent=1))
+        return
+    _print_classes(found)
+    _print_confused(found)
+    _print_coverage(found)
+    _print_gradient(found)
+    OUT.print(f"\n[bold]{escape(str(folder))}[/]: report.json and {len(pictures)} pictures")
+
+
+def _beside(place: "Place") -> Path:
+    name = str(place).rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr") + "-report"
+    return Path(name) if place.remote else place.folder.absolute().with_name(name)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(*columns, title=f"\n{title}", title_style="bold", title_justify="left", box=None, header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _print_classes(found: "Audit") -> None:
+    from kdcache.metrics import class_rows, percent
+
+    if found.metrics is None or found.calibration is None:
+        OUT.print(f"{found.images} images and no label: IoU, confusion and calibration of the teacher are unknown")
+        return
+    metrics, calibration = found.metrics, found.calibration
+    title = f"The teacher on {found.labelled} labelled images of {found.images}"
+    table = _table(title, "class", "IoU %", "Acc %", "pixels %", "right %", "sure %", "said instead")
+    order = sorted(
+        range(len(metrics.iou)), key=lambda number: (metrics.iou[number] != metrics.iou[number], metrics.iou[number])
+    )
+    rows = class_rows(metrics)
+    for number in order:
+        other = found.said_instead(number)
+        instead = "" if other is None else f"{other.said} {100 * other.share:.0f} %"
+        right, sure = calibration.precision[number], calibration.confidence[number]
+        table.add_row(*rows[number], percent(right), percent(sure), instead)
+    OUT.print(table)
+    OUT.print("[dim]right: of the pixels said to be of the class; sure: its mean confidence there[/]")
+    OUT.print(
+        f"[bold]mIoU {percent(metrics.miou)}[/]  mAcc {percent(metrics.macc)}  aAcc {percent(metrics.aacc)}  "
+        f"ECE {percent(calibration.ece)} (15 bins)"
+    )
+
+
+def _print_confused(found: "Audit") -> None:
+    from kdcache.metrics import percent
+
+    if found.confused:
+        table = _table("Most confused", "label", "said to be", "% of the label's pixels", "pixels")
+        table.columns[1].justify = "left"
+        for pair in found.confused:
+            table.add_row(pair.label, pair.said, percent(pair.share), f"{pair.pixels:,}")
+        OUT.print(table)
+    if found.worst:
+        table = _table("Images where it loses most", "image", "mIoU %")
+        for scored in found.worst:
+            table.add_row(scored.sample, percent(scored.miou))
+        OUT.print(table)
+
+
+def _print_coverage(found: "Audit") -> None:
+    from kdcache.metrics import percent
+    from kdcache.teacher.audit.audit import THRESHOLDS
+
+    table = _table("Pseudo labels over thresholds", "confidence", "pixels kept %", "of these right %")
+    for threshold, kept in zip(THRESHOLDS, found.coverage, strict=True):
+        table.add_row(f"{threshold:g}", percent(kept.total_share), percent(kept.total_precision))
+    OUT.print(table)
+    parts = [found.coverage_at(threshold) for threshold in (0.7, 0.9)]
+    table = _table("and of each class", "class", "kept at 0.7 %", "right %", "kept at 0.9 %", "right %")
+    for number, name in enumerate(found.class_names):
+        cells = [percent(share[number]) for part in parts for share in (part.shares, part.precision)]
+        table.add_row(name, *cells)
+    OUT.print(table)
+
+
+def _print_gradient(found: "Audit") -> None:
+    from kdcache.metrics import percent
+    from kdcache.teacher.audit.topk_error import TEMPERATURES
+
+    gradient = found.gradient
+    if not gradient.noisy:
+        return
+    title = (
+        f"Error of the KL gradient with only k of {gradient.kept} classes, % of its norm ({gradient.records} images)"
+    )
+    students = (("uniform", gradient.uniform), ("noisy", gradient.noisy))
+    table = _table(title, "k", *(f"{name}\nT = {T:g}" for name, _ in students for T in TEMPERATURES))
+    for k in gradient.noisy:
+        table.add_row(str(k), *(percent(errors[k][T]) for _, errors in students for T in TEMPERATURES))
+    OUT.print(table)
+    OUT.print("[dim]uniform: a student that knows nothing; noisy: one that is its teacher plus unit noise[/]")

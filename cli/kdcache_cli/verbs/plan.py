@@ -1,0 +1,196 @@
+"""`kdcache plan`: what a build will cost, before it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from kdcache.settings.building import BUILD
+from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
+from kdcache_cli.settings import build_flags
+from kdcache_cli.settings.signature import takes
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.teacher.build.cost_estimate import Estimate
+
+_Option = typer.Option
+ADVICE = (
+    "[dim]Before you pay: tune --lr of the student on labels alone. On CamVid that was worth 7 points of mIoU, and no "
+    "method more than 3. Best were dist and views that are replayed: 4 were as good as 16, and one whole image, moved "
+    "with the pixels, was no better than labels. How much of it is the teacher's is open (docs/methods.md).[/]"
+)
+
+
+_SHORT = {
+    "teacher_weights": {"help": "Of several."},
+    "tta": {"help": "Mirrored and rescaled too.", "metavar": "flip,scales=S:S"},
+    "folds": {"help": "Cross-fitting with K teachers."},
+    "teacher_size": {"help": "What the teacher sees of the same window."},
+    "teacher_grid": {"help": "own or view."},
+    "top_k": {"help": "Classes kept per pixel: auto or a number."},
+    "raw_logits": {"help": "Keep every pixel's largest logit too."},
+    "crop": {"help": "Views are crops of so many pixels."},
+    "pixels": {"help": "stored or source."},
+    "codec": {"help": "default, small or none."},
+    "mean": {"help": "If not the model's own."},
+    "std": {"help": "If not the model's own."},
+}
+"""Helps that leave the explanation to build-teacher-cache."""
+
+
+@takes(
+    *BUILD,
+    order=(
+        *("data", "teacher", "split", "size", *build_flags.ORDER, "threads", "device"),
+        *("out", "records", "student", "epochs", "json_file"),
+    ),
+    wording=_SHORT,
+)
+def plan(
+    settings: dict[str, Any],
+    out: Annotated[
+        str, _Option("--out", help="Where the store would go: says whether it fits on that disk (default: here).")
+    ] = ".",
+    records: Annotated[int, _Option("--records", min=8, max=32, help="Records to teach to find out.")] = 16,
+    student: Annotated[str | None, _Option("--student", help="Model whose training is to be foretold too.")] = None,
+    epochs: Annotated[int, _Option("--epochs", min=1, help="Of that training.")] = 100,
+    json_file: Annotated[Path | None, _Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Say what build-teacher-cache would cost, before it: bytes, files, hours, and
+    after how many epochs it has paid for itself.
+
+    Takes the flags of build-teacher-cache, which explains them. The teacher runs on
+    a few images, evenly spread over the data; what they take in a small store,
+    which is removed again, is scaled to all. Below the chosen setting stand others
+    that differ from it in one thing.
+
+    [dim]kdcache plan --data camvid --teacher runs/teacher --out camvid.zarr[/]
+    [dim]kdcache plan --data ade20k --teacher runs/b5 --views 4 --student kdcache:tiny --epochs 50[/]
+    """
+    from kdcache.teacher.build.cost_estimate import estimate, student_seconds
+
+    source, loaded, build_options = build_flags.prepare(settings)
+    learning = None if student is None else student_seconds(student, len(source.classes), build_options)
+    with progress_bar() as bar:
+        found = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).tell)
+    free = _free_bytes(out)
+    _print_settings(found)
+    _print_time(found)
+    if learning is not None:
+        _print_training(found, str(student), learning, epochs)
+    _print_room(found, free, out)
+    OUT.print(ADVICE)
+    if json_file is not None:
+        content = {"data": settings["data"], "teachers": settings["teacher"], **found.to_json(), "free_bytes": free}
+        if learning is not None:
+            live, cached = found.training_seconds(epochs, learning)
+            content["training"] = {
+                "student": student,
+                "epochs": epochs,
+                "student_seconds_per_image": learning,
+                "live_seconds": live,
+                "cached_seconds": cached,
+            }
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class _Stages:
+    """A bar for each stage."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._tasks = bar, dict[str, object]()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total, note="")
+        self._bar.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
+
+
+def _print_settings(found: "Estimate") -> None:
+    chosen = found.chosen
+    kept = "all" if chosen.setting.k == found.classes else f"the top {chosen.setting.k} of"
+    OUT.print(
+        f"[bold]{bytes_text(chosen.bytes)}[/] in {chosen.files:,} files, {chosen.records:,} records of "
+        f"{bytes_text(chosen.bytes_per_record)}, keeping {kept} {found.classes} classes; the teacher's pass takes "
+        f"[bold]{_time(chosen.seconds)}[/] on this machine. From {found.taught} records."
+    )
+    table = Table("array", "per record", "in all", box=None, header_style="dim")
+    for path, size in chosen.sizes.items():
+        if not path.startswith("records/"):
+            table.add_row(path, bytes_text(size), bytes_text(size * chosen.records))
+    _right(table)
+    table = Table("otherwise", "per record", "in all", "times", "files", "pass", box=None, header_style="dim")
+    for cost in found.neighbours:
+        ratio = f"{cost.bytes / chosen.bytes:.2f}"
+        flags = cost.setting.flags(chosen.setting)
+        table.add_row(
+            flags,
+            bytes_text(cost.bytes_per_record),
+            bytes_text(cost.bytes),
+            ratio,
+            f"{cost.files:,}",
+            _time(cost.seconds),
+        )
+    _right(table)
+
+
+def _right(table: Table) -> None:
+    for column in table.columns[1:]:
+        column.justify = "right"
+    OUT.print()
+    OUT.print(table)
+
+
+def _print_time(found: "Estimate") -> None:
+    each = found.seconds
+    stages = {"rendering": each.render, "the teacher": each.teach, "writing": each.write}
+    OUT.print(
+        f"\nA record takes {_time(each.build)} of the pass. On its own: "
+        + ", ".join(f"{name} {_time(value)}" for name, value in stages.items())
+        + f"; a student reads its target in {_time(each.read)}."
+    )
+    if found.payback_epochs == float("inf"):
+        OUT.print("[yellow]Reading takes as long as this teacher does: the store saves memory, and no time.[/]")
+        return
+    epochs = f"{found.payback_epochs:.1f}"
+    OUT.print(f"Beside a teacher in every step it has paid for itself after [bold]{epochs}[/] epochs of students.")
+
+
+def _print_training(found: "Estimate", student: str, learning: float, epochs: int) -> None:
+    live, cached = found.training_seconds(epochs, learning)
+    OUT.print(
+        f"{epochs} epochs of {student} ({_time(learning)} an image, forward and backward): {_time(live)} with the "
+        f"teacher in every step, {_time(cached)} from the store with its build: {live / cached:.1f} times as fast. "
+        f"Every further student: {_time(cached - found.chosen.seconds)}."
+    )
+
+
+def _print_room(found: "Estimate", free: int | None, out: str) -> None:
+    if free is None:
+        OUT.print(f"How much is free at {out} is not known here.", markup=False)
+    elif found.chosen.bytes <= free:
+        OUT.print(f"{bytes_text(free)} are free where it would go.")
+    else:
+        ERRORS.print(
+            f"[bold red]It will not fit[/]: {bytes_text(found.chosen.bytes)} are needed, {bytes_text(free)} are free "
+            f"at {out}. Take a smaller setting of the table, or another disk with --out."
+        )
+
+
+def _free_bytes(out: str) -> int | None:
+    """Of the disk that a path would be on; None for an address."""
+    if "://" in out:
+        return None
+    path = Path(out).absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{1e6 * seconds:.0f} us"

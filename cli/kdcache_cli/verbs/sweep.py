@@ -1,0 +1,169 @@
+"""`kdcache sweep`: a recipe of many runs, with its table, pictures and page."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from kdcache.errors import RecipeError
+from kdcache_cli.console import ERRORS, OUT
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:
+    from kdcache.sweep import Job, Sweep, Watcher
+
+_Option = typer.Option
+_LAST_LINES = 15
+"""Of a job's log, in the message that it failed."""
+
+
+def sweep(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe that is shipped, or a TOML file; without one they are listed.")
+    ] = None,
+    data: Annotated[str | None, _Option("--data", help="Data folder (or LAYOUT:DIR).")] = None,
+    out: Annotated[
+        Path | None, _Option("--out", help="Where everything goes; a sweep that was stopped goes on.")
+    ] = None,
+    smoke: Annotated[
+        bool, _Option("--smoke", help="Small, on procedural scenes: minutes instead of days, every output.")
+    ] = False,
+    seeds: Annotated[str | None, _Option("--seeds", metavar="A,B,C", help="Instead of the recipe's.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        _Option("--set", metavar="TABLE.KEY=VALUE", help="Change the recipe, e.g. student.iterations=1000."),
+    ] = None,
+    parallel: Annotated[int, _Option("--parallel", min=1, help="Runs side by side, each a process.")] = 1,
+    dry_run: Annotated[bool, _Option("--dry-run", help="Show the commands and do nothing.")] = False,
+) -> None:
+    """Many runs from one store: teachers, stores, students, then table, pictures and page.
+
+    Under torchrun the runs are shared out to its processes, each with its own GPU.
+
+    [dim]kdcache sweep voc-compare --smoke --out try[/]
+
+    [dim]kdcache sweep camvid-segformer --data CamVid --out s0 --set student.iterations=4000[/]
+    """
+    from kdcache.sweep import list_recipes, plan_sweep, read_recipe, run_jobs
+    from kdcache.sweep.run import share_of_torchrun
+
+    verbs = context.find_root().command
+    if recipe is None:
+        for name, title in list_recipes().items():
+            OUT.print(f"[bold]{escape(name)}[/]  {escape(title)}", highlight=False)
+        return
+    if out is None:
+        raise RecipeError("a sweep has a folder", received="no --out", remedy="add --out DIR")
+    read = read_recipe(recipe, smoke=smoke, changes=changes or ())
+    if seeds is not None:
+        read = read.with_seeds(shared_flags.parse_numbers(seeds, "--seeds"))
+    planned = plan_sweep(read, data, out, flags_of(verbs))
+    if dry_run:
+        for job in planned.jobs:
+            OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.next_words))}", soft_wrap=True)
+        return
+    _check_code(planned, recipe, changes or ())
+    part = share_of_torchrun()
+    alone = parallel == 1 and part[1] == 1
+    run_jobs(
+        planned,
+        _InProcess(verbs) if alone else _Apart(planned, parallel),
+        parallel=parallel,
+        part=part,
+        watcher=_watcher(),
+    )
+    if part[0] == 0:
+        _show(planned)
+
+
+def _check_code(planned: "Sweep", recipe: str, changes: Sequence[str]) -> None:
+    """Refuse code that the recipe names, and not this command line: its jobs would name it on theirs."""
+    from kdcache.models.run import split_spec
+    from kdcache.models.trust import check_trusted
+
+    spec = planned.recipe.teacher.get("spec")
+    weighted = None if spec is None else split_spec(str(spec))
+    named = {} if weighted is None else {weighted[0]: str(spec)}
+    for job in planned.jobs:
+        named |= {value: value for flag, value in pairwise(job.words) if flag == "--model"}
+    for model, text in named.items():
+        if not any(change.partition("=")[2].strip(" '\"") == text for change in changes):
+            check_trusted(model, recipe)
+
+
+def flags_of(group: Any) -> dict[str, set[str]]:
+    """The flags of every verb of the command line, without dashes."""
+    return {
+        name: {text.lstrip("-") for option in verb.params for text in option.opts if text.startswith("--")}
+        for name, verb in group.commands.items()
+    }
+
+
+class _InProcess:
+    """Each job in this process, as a call of its verb."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __call__(self, job: "Job") -> None:
+        self._group(args=list(job.next_words), standalone_mode=False)
+
+
+class _Apart:
+    """Each job in a process of its own, with its share of the cores and its output in a log."""
+
+    def __init__(self, sweep: "Sweep", parallel: int) -> None:
+        from kdcache.sweep.run import logs_of, without_torchrun
+
+        self._logs = logs_of(sweep.out)
+        self._environment = without_torchrun(list(os.environ.items()))
+        side_by_side = parallel * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
+
+    def __call__(self, job: "Job") -> None:
+        from kdcache.errors import KDCacheError
+        from kdcache.sweep.plan import folder_name
+
+        self._logs.mkdir(parents=True, exist_ok=True)
+        log = self._logs / f"{folder_name(job.name)}.log"
+        with log.open("w", encoding="utf-8") as file:
+            command = [sys.executable, "-m", "kdcache_cli", *job.next_words]
+            done = subprocess.run(command, env=self._environment, stdout=file, stderr=file, check=False)
+        if done.returncode:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
+            raise KDCacheError(
+                "every job of a sweep must succeed",
+                received=f"{job.name} ended with {done.returncode}:\n" + "\n".join(last),
+                remedy=f"see {log}; the same sweep goes on with what is not done",
+            )
+
+
+def _watcher() -> "Watcher":
+    from kdcache.sweep import Watcher
+
+    class Telling(Watcher):
+        def started(self, job: "Job", number: int, total: int) -> None:
+            ERRORS.print(f"\n[bold]{number}/{total}  {escape(job.name)}[/]")
+            ERRORS.print(f"[dim]kdcache {escape(shlex.join(job.next_words))}[/]", soft_wrap=True)
+
+        def kept(self, job: "Job", number: int, total: int) -> None:
+            ERRORS.print(f"{number}/{total}  {escape(job.name)}: done before")
+
+        def finished(self, job: "Job", number: int, total: int, seconds: float) -> None:
+            ERRORS.print(f"{number}/{total}  {escape(job.name)}: {seconds:.0f} s")
+
+    return Telling()
+
+
+def _show(planned: "Sweep") -> None:
+    for name in ("report.html", "comparison.md", "details.md", "kd_comparison_results.txt", "pictures"):
+        if (planned.out / name).exists():
+            OUT.print(f"  {planned.out / name}", markup=False, highlight=False)

@@ -1,0 +1,19 @@
+"""The line above every table, picture and page whose figures could be taken for a result and are none."""
+
+from kdcache.data.scenes.generate import is_scenes
+
+
+def banner(data: str, smoke: bool = False) -> str | None:
+    """What must be said of figures on the procedural scenes, and of runs of `sweep --smoke`; None of all others.
+
+    Args:
+        data: as a user names it.
+        smoke: the runs are those of a recipe made small.
+    """
+    drawn = is_scenes(data)
+    if not drawn and not smoke:
+        return None
+    what = "Smoke run" if smoke else "Procedural scenes"
+    what += " on procedural scenes" if drawn and smoke else ""
+    pictures = ", no photographs" if drawn else ", a few hundred steps at most"
+    return f"{what}{pictures}: it shows that everything works, and nothing about any data set, model or method."

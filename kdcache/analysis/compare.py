@@ -1,0 +1,287 @@
+"""Runs side by side: what each scored, how far it is from its baseline, what it costs to run.
+
+    comparison = compare(["runs/none-0", "runs/kl-0", "runs/none-1", "runs/kl-1"], "camvid", "val")
+
+A row is a recipe; its runs differ in seed and fold. Metrics come from the evaluations that are kept beside the weights,
+or from a new one on the same data.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
+from kdcache.analysis.groups import Group, group_runs, nearest
+from kdcache.analysis.runs import Entry, find_runs
+from kdcache.analysis.spread import Difference, Key, Spread, adjust, difference
+from kdcache.analysis.stored_evaluations import Evaluation, Judging, data_digest, evaluate_run, memory_errors
+from kdcache.data import Split, fold_alone, open_split
+from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.metrics.confusion import Metrics
+from kdcache.metrics.cost import REPEATS, Cost, measure_cost
+from kdcache.models import PROBABILITIES, returns_probabilities
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How runs are compared.
+
+    Attributes:
+        teacher: a run or SPEC@FILE that is shown apart.
+        baseline: name of a row, or of a run in it; None takes each model's row that learnt from labels alone.
+        ignore: settings, besides seed and fold, that do not tell rows apart.
+        own_fold: judge each run on the fold of the split that its training left out (cross-validation).
+        repeats: timed calls per model; 0 measures no latency.
+        smoke: the runs are those of a recipe made small: what is made of them says so.
+    """
+
+    judging: Judging = field(default_factory=Judging)
+    teacher: str | None = None
+    baseline: str | None = None
+    ignore: tuple[str, ...] = ()
+    own_fold: bool = False
+    repeats: int = REPEATS
+    smoke: bool = False
+
+
+def compare(
+    runs: Sequence[str | Path],
+    data: str | None = None,
+    split: str | None = None,
+    options: CompareOptions | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate runs (or take what is kept of the same weights and data) and set them side by side.
+
+    Args:
+        runs: run folders, folders that hold runs, SPEC@FILE.
+        data, split: default: those that the runs' recipes validate on, which must be the same.
+    Raises: RecipeError for runs that are none and names that are unknown; MismatchError for runs of other classes or
+        other data.
+    """
+    options = options or CompareOptions()
+    which = options.judging.which
+    teachers = [] if options.teacher is None else find_runs([options.teacher], which)
+    apart = {entry.run.folder.resolve() for entry in teachers if entry.run is not None}
+    members = [one for one in find_runs(runs, which) if one.run is None or one.run.folder.resolve() not in apart]
+    if not members:
+        raise RecipeError("a comparison has runs besides the teacher", received="none", remedy="name some runs")
+    source = comparable_split(members, data, split)
+    groups, notes = group_runs(members, options.ignore)
+    groups += _apart(teachers, groups)
+    _check_baseline(options.baseline, groups)
+    judge = _Judge(source, options, progress or (lambda what, done, total: None))
+    scores = {group.name: tuple(judge.score(run, group.teacher) for run in group.runs) for group in groups}
+    costs = {group.name: judge.cost(group.runs[0]) for group in groups}
+    chosen = {group.name: choose_baseline(group, groups, options.baseline) for group in groups}
+    used = {baseline.name for baseline in chosen.values() if baseline is not None}
+    rows = [
+        _row(group, scores, costs[group.name], chosen[group.name], len(source.classes), group.name in used)
+        for group in groups
+    ]
+    return Comparison(
+        data=source.data,
+        split=source.split,
+        data_sha256=judge.digest(source),
+        images=sum(map(source.has_label, range(len(source)))),
+        own_fold=options.own_fold,
+        weights=which,
+        class_names=source.classes.names,
+        class_colours=source.classes.colours,
+        rows=adjust_rows(rows),
+        notes=(*_warnings(rows), *notes, *judge.notes),
+        smoke=options.smoke,
+    )
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    """Of runs that have learnt nothing, and of those that seeds did not change."""
+    return [note for row in rows for note in (collapse(row, row.name), alike(row)) if note is not None]
+
+
+def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None) -> Split:
+    """The one split that all runs are judged on: the one that is named, or the one that their recipes validate on.
+
+    Raises: RecipeError when no recipe names one; MismatchError when these are other data.
+    """
+    if data is not None:
+        return open_split(data, split or "val")
+    named = {
+        (str(run.settings["val"]), split or str(run.settings.get("val-split", "val"))): run
+        for run in runs
+        if "val" in run.settings
+    }
+    if not named:
+        raise RecipeError(
+            "runs are judged on labelled images",
+            received=f"no --data, and no recipe of {', '.join(run.text for run in runs[:3])} names one to validate on",
+            remedy="add --data, and --split if it is not val",
+        )
+    (_, first), *others = named.items()
+    found, *more = [_validated_on(run, *where) for where, run in named.items()]
+    for (_, run), other in zip(others, more, strict=True):
+        if data_digest(other) != data_digest(found):
+            raise MismatchError(
+                "runs are compared on one split of one data set",
+                received=f"{first.text} was validated on {found.data}, split {found.split!r}; {run.text} on "
+                f"{other.data}, split {other.split!r}",
+                remedy="name the data for all with --data and --split, or compare fewer runs",
+            )
+    return found
+
+
+def _validated_on(run: Entry, data: str, split: str) -> Split:
+    """What a run was validated on. Raises: DataError that names its recipe, whose paths begin where it was trained."""
+    try:
+        return open_split(data, split)
+    except DataError as error:
+        raise DataError(
+            "the data that a run's recipe validates on is there, seen from this folder",
+            received=f"val = {data!r} in {run.text}/recipe.toml: {error.received}",
+            remedy="name the data with --data, or run this where the run was trained",
+        ) from error
+
+
+def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
+    """What a row is measured against: the row of its model that learnt from labels alone, or the one that is named.
+
+    Of several such rows it is the one whose other settings are most like this row's. The teacher is measured against
+    the only baseline there is.
+    """
+    if named is not None:
+        chosen = _named(named, groups)
+        return None if chosen is group else chosen
+    plain_rows = [other for other in groups if not other.taught and not other.teacher]
+    if group.teacher:
+        return plain_rows[0] if len(plain_rows) == 1 else None
+    rivals = [other for other in plain_rows if other.model == group.model]
+    if not group.taught or not rivals:
+        return None
+    return min(rivals, key=lambda other: sum(other.differs[key] != value for key, value in group.differs.items()))
+
+
+def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows whose verdicts are adjusted: those on mIoU together, those on the classes of all rows together.
+
+    The teacher is no contestant, so its verdicts are its own and make no other harder to reach.
+    """
+    places = [place for place, row in enumerate(rows) if row.difference is not None and not row.teacher]
+    totals = adjust([gap for place in places if (gap := rows[place].difference) is not None])
+    classes = iter(adjust([gap for place in places for gap in rows[place].class_differences]))
+    adjusted = list(rows)
+    for place, total in zip(places, totals, strict=True):
+        own = tuple(next(classes) for _ in rows[place].class_differences)
+        adjusted[place] = replace(rows[place], difference=total, class_differences=own)
+    return tuple(adjusted)
+
+
+def _named(name: str, groups: Sequence[Group]) -> Group | None:
+    """A row by its name, or by the name or path of one of its runs."""
+    known = {}
+    for group in groups:
+        if not group.teacher:
+            for run in group.runs:
+                known[run.text], known[run.name] = group, group
+    known |= {group.name: group for group in groups if not group.teacher}
+    return known.get(name)
+
+
+def _check_baseline(name: str | None, groups: Sequence[Group]) -> None:
+    """Before anything is evaluated."""
+    if name is not None and _named(name, groups) is None:
+        names = [group.name for group in groups if not group.teacher]
+        raise RecipeError("--baseline is a row, or a run of it", received=repr(name), remedy=nearest(name, names))
+
+
+def _apart(teachers: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
+    """The teacher's row; its name says so."""
+    found, _ = group_runs(teachers) if teachers else ([], [])
+    taken = {group.name for group in groups}
+    names = ["teacher" if len(found) == 1 and "teacher" not in taken else f"teacher {group.name}" for group in found]
+    return [Group(name, group.runs, {}, teacher=True) for name, group in zip(names, found, strict=True)]
+
+
+class _Judge:
+    """Evaluates and measures, each thing once."""
+
+    def __init__(self, split: Split, options: CompareOptions, progress: Progress) -> None:
+        self._split, self._options, self._progress = split, options, progress
+        self._digests: dict[str, str] = {}
+        self._costs: dict[tuple[object, ...], Cost] = {}
+        self.notes: list[str] = []
+
+    def digest(self, split: Split) -> str:
+        """Of what the labelled samples of a split hold; read once."""
+        key = split.digest()
+        if key not in self._digests:
+            self._digests[key] = data_digest(split)
+        return self._digests[key]
+
+    def score(self, run: Entry, teacher: bool) -> RunScore:
+        """With `own_fold`, a teacher that left out no fold is judged on all of the split."""
+        part, own = self._split, None
+        if self._options.own_fold and not (teacher and run.fold is None):
+            fold, folds = run.own_fold()
+            part, own = fold_alone(part, fold, folds), f"{fold}/{folds}"
+        found: Evaluation = evaluate_run(
+            run,
+            part,
+            self.digest(part),
+            self._options.judging,
+            lambda done, total: self._progress(f"evaluating {run.name}", done, total),
+            own,
+        )
+        self.notes += [found.note] if found.note else []
+        return RunScore(run.text, *run.key, found.metrics, found.reused)
+
+    def cost(self, entry: Entry) -> Cost:
+        """Of the network; runs of one spec at one size share a measurement, for they are the same program."""
+        judging = self._options.judging
+        key: tuple[object, ...] = (entry.text,)
+        if entry.run is not None:
+            key = (entry.run.model.spec, judging.size or entry.run.model.size)
+        if key not in self._costs:
+            self._progress(f"timing {entry.name}", 0, 1)
+            model, about = entry.load(self._split.classes, judging.which, judging.size)
+            self.notes += [f"{entry.text} {PROBABILITIES}"] if returns_probabilities(model) else []
+            with memory_errors(judging.device, 1):
+                self._costs[key] = measure_cost(model, about.size, device=judging.device, repeats=self._options.repeats)
+            self._progress(f"timing {entry.name}", 1, 1)
+        return self._costs[key]
+
+
+def _row(
+    group: Group, scores: dict[str, tuple[RunScore, ...]], cost: Cost, baseline: Group | None, classes: int, used: bool
+) -> Row:
+    own = scores[group.name]
+    gaps: list[Difference] = []
+    if baseline is not None:
+        theirs = scores[baseline.name]
+        columns = [lambda found: found.miou, *map(_iou, range(classes))]
+        gaps = [difference(_by_key(own, column), _by_key(theirs, column), baseline.name) for column in columns]
+    return Row(
+        name=group.name,
+        model=group.model,
+        differs=dict(group.differs),
+        runs=own,
+        miou=Spread.of(score.metrics.miou for score in own),
+        macc=Spread.of(score.metrics.macc for score in own),
+        aacc=Spread.of(score.metrics.aacc for score in own),
+        iou=tuple(Spread.of(score.metrics.iou[number] for score in own) for number in range(classes)),
+        difference=gaps[0] if gaps else None,
+        class_differences=tuple(gaps[1:]),
+        cost=cost,
+        teacher=group.teacher,
+        baseline=used,
+    )
+
+
+def _iou(number: int) -> Callable[[Metrics], float]:
+    return lambda found: found.iou[number]
+
+
+def _by_key(scores: Iterable[RunScore], column: Callable[[Metrics], float]) -> dict[Key, float]:
+    return {score.key: column(score.metrics) for score in scores}

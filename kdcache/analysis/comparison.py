@@ -1,0 +1,169 @@
+"""What a comparison of runs says, as data: every table and report is made from this.
+
+Fractions are in 0..1, NaN where nothing is known. A class is known by its name, which comes with the runs' own models
+and is checked against the data's.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.analysis.banner import banner
+from kdcache.analysis.spread import Difference, Key, Spread, plain
+from kdcache.metrics.chance import at_chance
+from kdcache.metrics.confusion import Metrics
+from kdcache.metrics.cost import Cost
+
+
+@dataclass(frozen=True)
+class RunScore:
+    """One run of a row; `reused` when an evaluation that was kept said so."""
+
+    run: str
+    seed: int | None
+    fold: str | None
+    metrics: Metrics
+    reused: bool
+
+    @property
+    def key(self) -> Key:
+        return self.seed, self.fold
+
+    def to_json(self) -> dict[str, Any]:
+        about = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
+        return {**about, "at_chance": at_chance(self.metrics), **self.metrics.to_json()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs of one recipe.
+
+    Attributes:
+        model: the recipe's spec. differs: the settings in which it is not like other rows.
+        iou: per class, in the order of `Comparison.class_names`.
+        difference: of mIoU; None for a baseline and for a row without one. class_differences: of each class's IoU.
+        cost: of one image, of the first run's model.
+        teacher: a row apart: no contestant. baseline: others are measured against it.
+    """
+
+    name: str
+    model: str
+    differs: dict[str, Any]
+    runs: tuple[RunScore, ...]
+    miou: Spread
+    macc: Spread
+    aacc: Spread
+    iou: tuple[Spread, ...]
+    difference: Difference | None
+    class_differences: tuple[Difference, ...]
+    cost: Cost
+    teacher: bool
+    baseline: bool
+
+    @property
+    def collapsed(self) -> tuple[tuple[str, str], ...]:
+        """(Run, why) of the runs that have learnt nothing."""
+        return tuple((score.run, why) for score in self.runs if (why := at_chance(score.metrics)) is not None)
+
+    def to_json(self, class_names: Sequence[str]) -> dict[str, Any]:
+        gaps = self.class_differences or (None,) * len(class_names)
+        return {
+            "name": self.name,
+            "model": self.model,
+            "teacher": self.teacher,
+            "baseline": self.baseline,
+            "differs": self.differs,
+            "miou": self.miou.to_json(),
+            "macc": self.macc.to_json(),
+            "aacc": self.aacc.to_json(),
+            "difference": None if self.difference is None else self.difference.to_json(),
+            "classes": [
+                {"name": name, "iou": iou.to_json(), "difference": None if gap is None else gap.to_json()}
+                for name, iou, gap in zip(class_names, self.iou, gaps, strict=True)
+            ],
+            "cost": self.cost.to_json(),
+            "runs": [score.to_json() for score in self.runs],
+        }
+
+
+def collapse(row: Row, name: str) -> str | None:
+    """What must be said of a row whose runs, all or some, have learnt nothing; `name` is how the row is called."""
+    found = row.collapsed
+    if not found:
+        return None
+    run, why = found[0]
+    verb = "collapsed" if all(words.startswith("predicts") for _, words in found) else "learnt nothing"
+    if len(row.runs) == 1:
+        return f"{name} {verb}: it {why}"
+    who = f"all {len(found)} runs" if len(found) == len(row.runs) else f"{len(found)} of {len(row.runs)} runs"
+    return f"{who} of {name} {verb}: {run} {why}"
+
+
+def is_collapsed(row: Row) -> bool:
+    """Whether no run of a row has learnt anything."""
+    return bool(row.runs) and len(row.collapsed) == len(row.runs)
+
+
+def alike(row: Row) -> str | None:
+    """What must be said of runs that all have the same score, unless they collapsed: there is no noise to measure."""
+    scores = {score.metrics.miou for score in row.runs}
+    if len(row.runs) < 2 or len(scores) > 1 or is_collapsed(row):
+        return None
+    return (
+        f"the {len(row.runs)} runs of {row.name} score exactly alike: their seeds have changed nothing, and how noisy "
+        "such runs are is not known"
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is known of some runs on one split; fractions in 0..1.
+
+    Attributes:
+        data_sha256: of classes, ids, images and labels of the split.
+        images: labelled ones, on which every run was judged (with `own_fold`: each on those of its fold).
+        notes: what a reader could misread.
+        smoke: the runs are those of a recipe made small, and no result.
+    """
+
+    data: str
+    split: str
+    data_sha256: str
+    images: int
+    own_fold: bool
+    weights: str
+    class_names: tuple[str, ...]
+    class_colours: tuple[tuple[int, int, int], ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    smoke: bool = False
+
+    @property
+    def banner(self) -> str | None:
+        """What stands above its tables and its page."""
+        return banner(self.data, self.smoke)
+
+    def best(self, value: Callable[[Row], float]) -> float:
+        """The largest value of a column, the teacher apart; NaN when there is none."""
+        known = [value(row) for row in self.rows if not row.teacher and not math.isnan(value(row))]
+        return max(known, default=math.nan)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; NaN becomes null."""
+        return {
+            "data": self.data,
+            "split": self.split,
+            "banner": self.banner,
+            "data_sha256": self.data_sha256,
+            "images": self.images,
+            "own_fold": self.own_fold,
+            "weights": self.weights,
+            "classes": [
+                {"name": name, "colour": list(colour)}
+                for name, colour in zip(self.class_names, self.class_colours, strict=True)
+            ],
+            "best_miou": plain(self.best(lambda row: row.miou.mean)),
+            "rows": [row.to_json(self.class_names) for row in self.rows],
+            "notes": list(self.notes),
+        }

@@ -1,0 +1,116 @@
+"""How a training went, from its `metrics.jsonl`: loss, validation, speed, waiting for data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdcache.metrics.figures import dress, new_figure
+from kdcache.run_folder import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LINES = ("#1b6ca8", "#d1661f", "#3a8a4d", "#8a4a9e", "#7a6a4a", "#c23b5a")
+_SCORES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+_BESIDE = {"kind", "step", "loss", "lr", "images_per_second", "wait_share"}
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Points (step, value) by name; a value that was not finite is left out.
+
+    Attributes:
+        losses: the total (`loss`) and its parts, but those that are always 0.
+        scores: of validations, fractions.
+        speed: images per second between two lines of the log.
+        waiting: share of that time spent waiting for data.
+    """
+
+    losses: dict[str, Points]
+    scores: dict[str, Points]
+    speed: Points
+    waiting: Points
+
+
+def read_curves(run: Run) -> Curves | None:
+    """The log of a run as curves; None when it keeps none. Raises: RecipeError for a file that is no such log."""
+    if (rows := run.metrics) is None:
+        return None
+    training = [row for row in rows if row["kind"] == "train"]
+    names = list(dict.fromkeys(name for row in training for name in row if name not in _BESIDE))
+    losses = {name: _points(training, name) for name in ("loss", *names)}
+    scores = {name: _points([row for row in rows if row["kind"] == "validation"], name) for name in _SCORES}
+    speed, waiting = _between(training)
+    return Curves(
+        losses={name: points for name, points in losses.items() if name == "loss" or any(value for _, value in points)},
+        scores={name: points for name, points in scores.items() if points},
+        speed=speed,
+        waiting=waiting,
+    )
+
+
+def draw_curves(curves: Curves, title: str, batch_size: int | None = None) -> "Figure":
+    """Four panels over the optimizer's steps."""
+    figure = new_figure(12, 8, title)
+    losses, scores, speed, waiting = figure.subplots(2, 2).flat
+    many = len(curves.losses) > 2  # the total of one part is that part
+    shown = curves.losses if many else {"loss": curves.losses.get("loss", [])}
+    _draw(dress(losses, "loss and its parts, unweighted" if many else "loss", "step"), shown)
+    in_percent = {
+        _SCORES[name]: [(step, 100 * value) for step, value in points] for name, points in curves.scores.items()
+    }
+    _draw(dress(scores, "validation", "step", "%"), in_percent)
+    _draw(dress(speed, _speed_title(curves.speed, batch_size), "step", "images/s"), {"images/s": curves.speed})
+    _draw(
+        dress(waiting, "waiting for data", "step", "% of the time"),
+        {"waiting": [(step, 100 * share) for step, share in curves.waiting]},
+    )
+    for axes, values in ((speed, curves.speed), (waiting, curves.waiting)):
+        factor = 1.0 if axes is speed else 100.0
+        axes.set_ylim(0, 1.12 * factor * max((value for _, value in values), default=0.0) or 1)
+    for axes in (losses, scores, speed, waiting):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _draw(axes: "Axes", lines: dict[str, Points]) -> None:
+    drawn = {name: points for name, points in lines.items() if points}
+    for number, (name, points) in enumerate(drawn.items()):
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) < 30 else ""
+        axes.plot(steps, values, color=_LINES[number % len(_LINES)], marker=marker, markersize=3.5, label=name)
+    if len(drawn) > 1:
+        axes.legend(fontsize=9, framealpha=0.8, edgecolor="none")
+    if not drawn:
+        axes.text(0.5, 0.5, "nothing was logged", ha="center", va="center", transform=axes.transAxes, fontsize=10)
+
+
+def _speed_title(speed: Points, batch_size: int | None) -> str:
+    if not speed or batch_size is None:
+        return "speed"
+    middle = sorted(value for _, value in speed)[len(speed) // 2]
+    return f"speed; {1000 * batch_size / middle:.1f} ms per step of {batch_size} images at the median"
+
+
+def _between(training: Sequence[dict[str, Any]]) -> tuple[Points, Points]:
+    """The log has means since the start; these are those between its lines."""
+    speed, waiting = [], []
+    before = (0, 0.0, 0.0)
+    for row in training:
+        step, rate, share = row["step"], row.get("images_per_second"), row.get("wait_share")
+        if not rate or share is None:
+            continue
+        spent = step / rate  # seconds for each image of a batch
+        now = (step, spent, share * spent)
+        steps, seconds, waited = (new - old for new, old in zip(now, before, strict=True))
+        if steps > 0 and seconds > 0:
+            speed.append((step, steps / seconds))
+            waiting.append((step, min(max(waited / seconds, 0.0), 1.0)))
+        before = now
+    return speed, waiting
+
+
+def _points(rows: Sequence[dict[str, Any]], name: str) -> Points:
+    return [(row["step"], float(row[name])) for row in rows if row.get(name) is not None]

@@ -1,0 +1,182 @@
+"""Rows of a comparison: runs that differ only in seed and fold are one, named by what tells it from the others.
+
+Runs that were given a `--name` carry it into every table. Those of one name differ in what a fold brings with it, too:
+a teacher of its own, and so a store.
+"""
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.analysis.runs import Entry
+from kdcache.errors import RecipeError
+
+REPEATED = ("seed", "fold", "val-fold")
+"""What runs of one row differ in."""
+OF_A_FOLD = ("cache", "trust-against")
+"""What named runs of one row differ in besides."""
+MACHINE = (
+    "cache-bytes",
+    "cache-dir",
+    "device",
+    "gradients-every",
+    "impl",
+    "log-every",
+    "resident",
+    "step",
+    "threads",
+    "workers",
+)
+"""Settings of a run that do not decide what it learns."""
+_NAMING = ("model", "method", "term", "kl-weight", "temperature", "ce-weight", "gate", "class-trust", "class-weights")
+"""Settings that name rows, the first ones first; then all others by the alphabet, and what holds paths."""
+_LAST = ("init", "cache", "data", "split", "val", "val-split", "verb")
+_OF_A_TEACHER = ("kl-weight", "temperature")
+"""Settings that a run without KL has and does not use: no part of its name."""
+_NAMED = 40
+"""Names that a message lists at most."""
+_BARE = ("model", "method", "verb")
+"""Values that say by themselves what they are."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row: its runs, and the settings in which it differs from other rows (None where it has none).
+
+    Attributes:
+        teacher: it stands apart, and is no contestant.
+    """
+
+    name: str
+    runs: tuple[Entry, ...]
+    differs: Mapping[str, Any]
+    teacher: bool = False
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The recipe, with the first run's seed and fold."""
+        return self.runs[0].settings
+
+    @property
+    def model(self) -> str:
+        return str(self.settings.get("model", self.name))
+
+    @property
+    def taught(self) -> bool:
+        """Whether it learnt from more than labels; a model without a recipe is no baseline, so it counts as taught."""
+        return self.settings.get("method") != "none" or bool(self.settings.get("term"))
+
+
+def group_runs(runs: Sequence[Entry], ignore: Iterable[str] = ()) -> tuple[list[Group], list[str]]:
+    """Rows in the order of their first runs, and notes on what a reader could misread.
+
+    Args:
+        ignore: further settings that do not tell rows apart.
+    Raises: RecipeError for a setting that no run has, with the nearest name.
+    """
+    left_out = {*REPEATED, *MACHINE, *_checked(runs, ignore)}
+    rows: dict[str, list[Entry]] = {}
+    for run in runs:
+        apart = left_out | set(OF_A_FOLD if "name" in run.settings else ())
+        settings = {key: value for key, value in run.settings.items() if key not in apart}
+        rows.setdefault(json.dumps(settings, sort_keys=True) if settings else run.text, []).append(run)
+    notes: list[str] = []
+    parts = [part for members in rows.values() for part in _without_twins(members, notes)]
+    heads = [members[0] for members in parts]
+    differing = _differing([run.settings for run in heads if run.settings], left_out | {"name"})
+    keys = _naming_keys([run.settings for run in heads if run.settings], differing)
+    names = _names(parts, keys)
+    more = [key for key in differing if key not in keys and key not in ("verb", "data")]
+    if more:
+        notes.append(f"rows differ also in {', '.join(more)}")
+    groups = [
+        Group(name, tuple(members), {key: members[0].settings.get(key) for key in differing})
+        for name, members in zip(names, parts, strict=True)
+    ]
+    return groups, notes
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy: the name that was probably meant, or those there are."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {shown}"
+
+
+def _checked(runs: Sequence[Entry], ignore: Iterable[str]) -> set[str]:
+    known = sorted({key for run in runs for key in run.settings})
+    names = {name.removeprefix("--").replace("_", "-") for name in ignore}
+    for name in names:
+        if name not in known:
+            raise RecipeError(
+                "--ignore names a setting of the runs' recipes", received=repr(name), remedy=nearest(name, known)
+            )
+    return names
+
+
+def _without_twins(members: list[Entry], notes: list[str]) -> list[list[Entry]]:
+    """A row of runs that are told apart by seed and fold; else each run is a row, for nothing was repeated."""
+    twins = [key for key, count in Counter(run.key for run in members).items() if count > 1]
+    if not twins:
+        return [members]
+    seed, fold = twins[0]
+    what = f"seed {seed}" + ("" if fold is None else f" without fold {fold}")
+    names = ", ".join(run.text for run in members if run.key == twins[0])
+    notes.append(f"{names} have the same settings and {what}: each run of theirs is a row of its own")
+    return [[run] for run in members]
+
+
+def _differing(recipes: Sequence[Mapping[str, Any]], left_out: set[str]) -> list[str]:
+    keys = sorted({key for recipe in recipes for key in recipe} - left_out, key=_order)
+    return [key for key in keys if len({json.dumps(recipe.get(key), sort_keys=True) for recipe in recipes}) > 1]
+
+
+def _order(key: str) -> tuple[int, int, str]:
+    if key in _NAMING:
+        return 0, _NAMING.index(key), key
+    return (2, _LAST.index(key), key) if key in _LAST else (1, 0, key)
+
+
+def _naming_keys(recipes: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> list[str]:
+    """The first of these settings that tell all rows apart: each is taken that tells two more of them apart."""
+    chosen: list[str] = []
+    apart = 1
+    for key in differing:
+        now = len({json.dumps([recipe.get(name) for name in (*chosen, key)], sort_keys=True) for recipe in recipes})
+        if now > apart:
+            chosen.append(key)
+            apart = now
+    return chosen
+
+
+def _names(parts: Sequence[Sequence[Entry]], keys: Sequence[str]) -> list[str]:
+    """By settings; by the folder (all of its path, if need be) where these do not tell rows apart."""
+    names = []
+    for members in parts:
+        settings = members[0].settings
+        idle = _OF_A_TEACHER if settings.get("method") == "none" else ()
+        words = [_words(key, settings.get(key)) for key in keys if key not in idle] if settings else []
+        names.append(str(settings.get("name") or ", ".join(words) or members[0].name))
+    for source in ("name", "text"):
+        counts = Counter(names)
+        names = [
+            name if counts[name] == 1 else str(getattr(members[0], source))
+            for name, members in zip(names, parts, strict=True)
+        ]
+    return names
+
+
+def _words(key: str, value: Any) -> str:
+    if value is None or value == []:
+        return f"no {key}"
+    if key == "term":
+        return " + ".join(",".join([str(term["kind"]), *_options(term)]) for term in value)
+    return str(value) if key in _BARE else f"{key} {str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _options(term: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in term.items() if key != "kind"]

@@ -1,0 +1,88 @@
+"""From runs to the page: what `kdcache report` does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdcache.analysis.compare import CompareOptions, compare
+from kdcache.analysis.comparison import Comparison
+from kdcache.analysis.report.audit import read_audit
+from kdcache.analysis.report.page import check_out, write_report
+from kdcache.analysis.report.samples import Sample, choose_samples
+from kdcache.analysis.runs import find_runs
+from kdcache.data import open_split
+from kdcache.errors import RecipeError
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What is compared, and what the page shows besides.
+
+    Attributes:
+        title: of the page; None makes one of the data's name.
+        samples: best and worst images; 0 shows none.
+        audit: `report.json` of a teacher's audit (inspect --teacher-report).
+        pictures: a folder of pictures that the page mentions.
+        command: what the user typed.
+    """
+
+    compare: CompareOptions = field(default_factory=CompareOptions)
+    title: str | None = None
+    samples: int = SAMPLES
+    audit: Path | None = None
+    pictures: Path | None = None
+    command: str | None = None
+
+
+def make_report(
+    runs: Sequence[str | Path],
+    data: str | None,
+    split: str | None,
+    out: Path,
+    options: ReportOptions | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare runs, look at their best and worst images, write the page.
+
+    Args:
+        data, split: default: those that the runs' recipes validate on.
+        out: an .html file; one that is there is replaced.
+    Raises: RecipeError for files and runs that are none; MismatchError for other classes or data.
+    """
+    options = options or ReportOptions()
+    tell = progress or (lambda what, done, total: None)
+    check_out(out)
+    if options.pictures is not None and not options.pictures.is_dir():
+        raise RecipeError(
+            "--pictures is the folder that visualise wrote",
+            received=f"{options.pictures} " + ("is a file" if options.pictures.exists() else "does not exist"),
+            remedy="run kdcache visualise first, or leave --pictures out",
+        )
+    audit = None if options.audit is None else read_audit(options.audit)
+    judging, teacher = options.compare.judging, options.compare.teacher
+    found = compare(runs, data, split, options.compare, tell)
+    if audit is not None:
+        audit.check_classes(found.class_names)
+    everything = find_runs([*runs, *([] if teacher is None else [teacher])], judging.which)
+    samples: tuple[Sample, ...] = ()
+    if options.samples:
+        source = open_split(found.data, found.split)
+        samples = choose_samples(found, everything, source, judging, options.samples, tell)
+    tell("writing the page", 0, 1)
+    write_report(
+        found,
+        everything,
+        out,
+        title=options.title,
+        samples=samples,
+        audit=audit,
+        pictures=options.pictures,
+        device=judging.device,
+        command=options.command,
+    )
+    tell("writing the page", 1, 1)
+    return found

@@ -1,0 +1,144 @@
+"""Line charts as inline SVG: small, sharp, readable without a script; with it, the pointer reads values off them.
+
+Coordinates are of the drawing, 420 x 250; a phone shows it at 0.8 of that, so no text is smaller than 12.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdcache.analysis.report.html import Html, number, tag
+
+WIDTH, HEIGHT = 420, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 14, 34
+_MOST_POINTS, _MANY = 240, 8
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: `name` of what it is, the CSS class that gives it a colour."""
+
+    name: str
+    style: str
+    points: Points
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From values to coordinates."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def across(self, value: float) -> float:
+        low, high = self.x
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
+
+    def up(self, value: float) -> float:
+        low, high = self.y
+        return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (value - low) / (high - low)
+
+
+def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", digits: int = 2) -> Html:
+    """A chart of some lines, with their values in its attributes for whoever points at them.
+
+    Args:
+        unit: of the values, written at the axis and behind read values.
+        digits: of read values.
+    """
+    drawn = [Line(line.name, line.style, thin(line.points)) for line in lines if line.points]
+    if not drawn:
+        return tag("figure", tag("figcaption", title), tag("p", "nothing was logged", class_="empty"), class_="chart")
+    frame = _frame(drawn)
+    parts = [*_grid(frame, x_name), *(_line(line, frame) for line in drawn)]
+    drawing = tag(
+        "svg",
+        *parts,
+        tag("g", class_="cursor"),
+        class_="many" if len(drawn) > _MANY else None,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        aria_label=_alternative(title, drawn, unit, digits),
+        data_frame=json.dumps([*frame.x, *frame.y]),
+        data_box=json.dumps([_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM]),
+        data_unit=unit,
+        data_digits=digits,
+        data_x=x_name,
+    )
+    name = f"{title}, {unit}" if unit else title
+    readout = tag("div", class_="readout", hidden=True)
+    return tag("figure", tag("figcaption", name), tag("div", drawing, readout, class_="plot"), class_="chart")
+
+
+def thin(points: Points) -> list[tuple[float, float]]:
+    """At most 240 points: means over equal parts of a longer line, each at its last step."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    size = math.ceil(len(points) / _MOST_POINTS)
+    parts = [points[first : first + size] for first in range(0, len(points), size)]
+    return [(part[-1][0], statistics.fmean(value for _, value in part)) for part in parts]
+
+
+def _frame(lines: Sequence[Line]) -> _Frame:
+    steps = [step for line in lines for step, _ in line.points]
+    values = [value for line in lines for _, value in line.points]
+    low, high = min(values), max(values)
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    # What cannot be negative is not drawn as if it could.
+    bottom = max(low - pad, 0.0) if low >= 0 else low - pad
+    first, last = min(steps), max(steps)
+    return _Frame((first, last if last > first else first + 1), (bottom, high + pad))
+
+
+def _grid(frame: _Frame, x_name: str) -> list[Html]:
+    found = []
+    for value in ticks(*frame.y, 5):
+        y = number(frame.up(value))
+        found.append(tag("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
+        found.append(tag("text", tick_text(value), class_="tick", x=_LEFT - 6, y=y, text_anchor="end", dy="0.35em"))
+    for value in ticks(*frame.x, 6):
+        x = frame.across(value)
+        # A number at the very edge would be cut.
+        anchor = "end" if x > WIDTH - _RIGHT - 14 else "middle"
+        found.append(tag("text", tick_text(value), class_="tick", x=number(x), y=HEIGHT - 19, text_anchor=anchor))
+    found.append(tag("line", class_="axis-line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=HEIGHT - _BOTTOM, y2=HEIGHT - _BOTTOM))
+    found.append(tag("text", x_name, class_="axis-name", x=WIDTH - _RIGHT, y=HEIGHT - 4, text_anchor="end"))
+    return found
+
+
+def tick_text(value: float) -> str:
+    """40000 as 40k, and a real minus."""
+    text = f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:g}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _line(line: Line, frame: _Frame) -> Html:
+    at = [(number(frame.across(step), 1), number(frame.up(value), 1)) for step, value in line.points]
+    path = tag("polyline", points=" ".join(f"{x},{y}" for x, y in at))
+    dots = [tag("circle", cx=x, cy=y, r="2.6") for x, y in at] if len(at) < 16 else []
+    values = json.dumps([[_rounded(step), _rounded(value)] for step, value in line.points], separators=(",", ":"))
+    return tag("g", path, *dots, class_=f"line {line.style}", data_name=line.name, data_points=values)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _alternative(title: str, lines: Sequence[Line], unit: str, digits: int) -> str:
+    """For those who do not see it: where each line ends."""
+    ends = [f"{line.name} {line.points[-1][1]:.{digits}f}{f' {unit}' if unit else ''}" for line in lines]
+    return f"{title}: at the end {', '.join(ends[:12])}{', ...' if len(ends) > 12 else ''}"
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers between two ends, at most so many."""
+    span = high - low
+    if not math.isfinite(span) or span <= 0:
+        return [low]
+    exponent = math.floor(math.log10(span / most))
+    steps = [base * 10**power for power in range(exponent, exponent + 3) for base in (1, 2, 5)]
+    step = next(step for step in steps if math.floor(high / step) - math.ceil(low / step) + 1 <= most)
+    return [round(place * step, 10) for place in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,0 +1,204 @@
+"""The images that the page shows, the same through all rows: chosen by score, encoded small.
+
+An image is a JPEG of at most 640 pixels; what is said of it is a PNG with a palette, a few KiB each: five rows and six
+images take about a megabyte. Memory: the models of all rows, and one image at a time.
+"""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from kdcache.analysis.comparison import Comparison, Row
+from kdcache.analysis.gallery import Shown
+from kdcache.analysis.per_image import best_and_worst, ranked
+from kdcache.analysis.runs import Entry
+from kdcache.analysis.stored_evaluations import Judging, memory_errors
+from kdcache.analysis.visualise import score_run
+from kdcache.data import IGNORE_INDEX, Split, fold_alone
+from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, Array
+
+Progress = Callable[[str, int, int], None]
+MOST_PIXELS = 640
+_QUALITY = 85
+_LABELS_READ = 50
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the first run of a row says of an image; PNGs of its classes, and of where it is wrong.
+
+    Attributes:
+        place: of the row in the comparison.
+        miou: of this image; iou: per class, NaN where there is nothing to score.
+    """
+
+    place: int
+    miou: float
+    iou: tuple[float, ...]
+    classes: bytes
+    wrong: bytes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image of the page.
+
+    Attributes:
+        why: `best 1`, `worst 2`, or the class that it is shown for.
+        mean: mIoU of this image, the mean over the rows without the teacher.
+        size: (H, W) as it is shown.
+        present: classes in its label, the largest first.
+        image: JPEG. label: PNG.
+    """
+
+    sample: str
+    why: str
+    mean: float
+    size: tuple[int, int]
+    present: tuple[int, ...]
+    image: bytes
+    label: bytes
+    said: tuple[Said, ...]
+
+
+def choose_samples(
+    comparison: Comparison, runs: Sequence[Entry], split: Split, judging: Judging, count: int, progress: Progress
+) -> tuple[Sample, ...]:
+    """The best and the worst images by the mean of all rows; then one each for classes that these do not show.
+
+    Args:
+        split: that of the comparison; with own folds the images are of the fold that the first run left out.
+        count: of the best, of the worst, and at most of the others.
+    """
+    chosen = _first_runs(comparison, runs)
+    fold = next((run.fold for row, run in chosen if not row.teacher), None) if comparison.own_fold else None
+    if fold is not None:
+        # Images that a run was trained on say nothing: only runs that left out this fold are asked.
+        chosen = [(row, _of_fold(row, runs, fold) or run) for row, run in chosen]
+        chosen = [(row, run) for row, run in chosen if run.fold == fold or run.fold is None]
+        part = next(run for _, run in chosen if run.fold == fold)
+        split = fold_alone(split, *part.own_fold())
+    places = {id(row): place for place, row in enumerate(comparison.rows)}
+    models = [(places[id(row)], score_run(run, split, judging, progress)) for row, run in chosen]
+    contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
+    ranking = ranked([shown.scores for shown in contestants])
+    best, worst = best_and_worst(ranking, count, count)
+    means = dict(ranking)
+    wanted = [(position, f"best {rank}") for rank, position in enumerate(best, 1)]
+    wanted += [(position, f"worst {rank}") for rank, position in enumerate(worst, 1)]
+    wanted += _for_classes(contestants[0], split, means, [position for position, _ in wanted], count)
+    found = []
+    with memory_errors(judging.device, 1):
+        for done, (position, why) in enumerate(wanted, 1):
+            found.append(_sample(models, split, position, why, means[position]))
+            progress("drawing images", done, len(wanted))
+    return tuple(found)
+
+
+def encode_image(pixels_HW3: Array, size: tuple[int, int]) -> bytes:
+    """A JPEG of this size (H, W)."""
+    height, width = size
+    small = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.LANCZOS)
+    return _bytes(small, "JPEG", quality=_QUALITY, optimize=True)
+
+
+def encode_classes(ids_HW: Array, colours: Sequence[tuple[int, int, int]], size: tuple[int, int]) -> bytes:
+    """A PNG whose palette is the colours of the classes; no class is mixed with its neighbour."""
+    palette = np.full((256, 3), VOID_RGB, np.uint8)
+    palette[: len(colours)] = colours
+    picture = _nearest(ids_HW, size)
+    picture.putpalette(palette.tobytes())
+    return _bytes(picture, "PNG", optimize=True)
+
+
+def encode_wrong(label_HW: Array, said_HW: Array, size: tuple[int, int]) -> bytes:
+    """A PNG that is clear but for labelled pixels of which something else was said."""
+    wrong = ((label_HW != said_HW) & (label_HW != IGNORE_INDEX)).astype(np.uint8)
+    picture = _nearest(wrong, size)
+    picture.putpalette(bytes([0, 0, 0, *WRONG_RGB]))
+    return _bytes(picture, "PNG", optimize=True, transparency=0)
+
+
+def shown_size(height: int, width: int) -> tuple[int, int]:
+    """At most 640 pixels at the longer side; never enlarged."""
+    factor = min(1.0, MOST_PIXELS / max(height, width))
+    return max(1, round(factor * height)), max(1, round(factor * width))
+
+
+def _first_runs(comparison: Comparison, runs: Sequence[Entry]) -> list[tuple[Row, Entry]]:
+    by_text = {run.text: run for run in runs}
+    return [(row, by_text[row.runs[0].run]) for row in comparison.rows if row.runs[0].run in by_text]
+
+
+def _of_fold(row: Row, runs: Sequence[Entry], fold: str) -> Entry | None:
+    members = {score.run for score in row.runs}
+    return next((run for run in runs if run.text in members and run.fold == fold), None)
+
+
+def _for_classes(
+    shown: Shown, split: Split, means: dict[int, float], taken: Sequence[int], most: int
+) -> list[tuple[int, str]]:
+    """For each class in the label of no image that was taken, the image in whose label it is found best."""
+    images = shown.scores.images
+    seen = {place for position in taken for place in _present(split, images[position].number)}
+    found: list[tuple[int, str]] = []
+    for place, name in enumerate(split.classes.names):
+        having = [position for position in means if not math.isnan(images[position].iou[place])]
+        # The class may only have been said of them; a rare class is in few labels.
+        likely = sorted(having, key=lambda position: -images[position].iou[place])[:_LABELS_READ]
+        if place in seen or len(found) == most:
+            continue
+        for position in likely:
+            if place in (present := _present(split, images[position].number)):
+                found.append((position, f"for {name}"))
+                seen |= set(present)
+                break
+    return found
+
+
+def _present(split: Split, number: int) -> tuple[int, ...]:
+    """Classes in a label, the largest first."""
+    label = split.label(number)
+    counts = np.bincount([] if label is None else label.reshape(-1), minlength=256)[:IGNORE_INDEX]
+    return tuple(sorted(np.flatnonzero(counts).tolist(), key=lambda place: -int(counts[place])))
+
+
+def _sample(models: Sequence[tuple[int, Shown]], split: Split, position: int, why: str, mean: float) -> Sample:
+    first = models[0][1].scores.images[position]
+    pixels = split.image(first.number)
+    size = shown_size(*pixels.shape[:2])
+    colours = split.classes.colours
+    said = []
+    label: Array | None = None
+    for place, shown in models:
+        argmax, label = shown.predict(split, first.number)
+        score = shown.scores.images[position]
+        wrong = encode_wrong(label, argmax, size)
+        said.append(Said(place, score.miou, score.iou, encode_classes(argmax, colours, size), wrong))
+    assert label is not None
+    return Sample(
+        first.sample,
+        why,
+        mean,
+        size,
+        _present(split, first.number),
+        encode_image(pixels, size),
+        encode_classes(label, colours, size),
+        tuple(said),
+    )
+
+
+def _nearest(ids_HW: Array, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    # A palette image is resized without mixing its numbers.
+    return Image.fromarray(np.ascontiguousarray(ids_HW)).resize((width, height), Image.Resampling.NEAREST).convert("P")
+
+
+def _bytes(picture: Image.Image, kind: str, **options: object) -> bytes:
+    held = io.BytesIO()
+    picture.save(held, kind, **options)
+    return held.getvalue()

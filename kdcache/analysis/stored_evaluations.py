@@ -1,0 +1,287 @@
+"""Evaluations that are kept beside the weights, and used again while weights and data are the same.
+
+Every kind of evaluation has a file of its own (`evaluation-*.json` in the run's folder), in which all stands that its
+numbers hang on. It counts when the SHA-256 of the weights, that of the data (every image and label of the split), the
+model, the size that it sees, the size at which it is judged and the class map are those of today; then it is as good as
+a new pass.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kdcache.analysis.runs import Entry
+from kdcache.data import Split, prefetch
+from kdcache.data.files import file_digest
+from kdcache.errors import ModelError
+from kdcache.files import read_object, write_whole
+from kdcache.metrics.confusion import Metrics
+from kdcache.metrics.evaluate import Progress, evaluate_model
+from kdcache.metrics.oom import is_out_of_memory
+from kdcache.models.run import split_spec
+from kdcache.run_folder import RunModel, weights_path
+from kdcache.settings.shared import JudgeSettings
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How runs are evaluated.
+
+    Attributes:
+        which: weights, `best` or `last`.
+        size: (H, W) that the models see; None is that of each run.
+        fresh: evaluate also what is kept.
+    """
+
+    which: str = JudgeSettings.weights
+    size: tuple[int, int] | None = None
+    batch_size: int = JudgeSettings.batch_size
+    device: str = "cpu"
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of one run; `reused` when an earlier pass had them; `note` when they could not be kept."""
+
+    metrics: Metrics
+    size: tuple[int, int]
+    reused: bool
+    note: str | None = None
+
+
+def data_digest(split: Split, threads: int = 2) -> str:
+    """SHA-256 over class names, ids, and the contents of every labelled image and its label; reads them all."""
+    labelled = [index for index in range(len(split)) if split.has_label(index)]
+    found = hashlib.sha256(split.digest().encode())
+    for image, label in prefetch(split.content_digests, labelled, threads=threads, ahead=16):
+        found.update(f"{image} {label}\n".encode())
+    return found.hexdigest()
+
+
+def evaluate_run(
+    entry: Entry,
+    split: Split,
+    digest: str,
+    judging: Judging,
+    progress: Progress | None = None,
+    fold: str | None = None,
+) -> Evaluation:
+    """Metrics of a run, or of SPEC@FILE, on a split, from an earlier evaluation where that is the same.
+
+    Args:
+        digest: `data_digest` of the split.
+        fold: I/K, when the split is one fold of another.
+    Raises: MismatchError for other classes; DataError without labels; ModelError when memory does not suffice.
+    """
+    run = entry.run
+    if run is None:
+        return _evaluate(entry, split, judging, progress)
+    about = run.model
+    about.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
+    weights = run.weights(judging.which)
+    record = Record.of(about, weights, split, digest, judging.size or about.size, which=judging.which, fold=fold)
+    kept = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
+    if kept is not None:
+        return Evaluation(kept, record.size, reused=True)
+    found = _evaluate(entry, split, judging, progress)
+    own_size = record.size == about.size
+    return replace(found, note=keep(record, run.folder, entry.text, found.metrics, own_size=own_size))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the numbers of an evaluation hang on.
+
+    Attributes:
+        weights_sha256: None for weights that no file holds.
+        which: of a run's weights, `best` or `last`; None for other weights.
+        fold: I/K, when only this fold of the split was judged.
+        size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
+        class_map_sha256: of the map that made its classes those of the data.
+    """
+
+    spec: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights_sha256: str | None
+    which: str | None
+    data: str
+    split: str
+    fold: str | None
+    data_sha256: str
+    size: tuple[int, int]
+    at_size: bool = False
+    class_map_sha256: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        about: RunModel,
+        weights: Path | None,
+        split: Split,
+        digest: str,
+        size: tuple[int, int],
+        *,
+        which: str | None,
+        fold: str | None = None,
+        at_size: bool = False,
+        class_map: Path | None = None,
+    ) -> "Record":
+        """Files are read for their digests."""
+        return cls(
+            about.spec,
+            about.mean,
+            about.std,
+            None if weights is None else file_digest(weights),
+            which,
+            split.data,
+            split.split,
+            fold,
+            digest,
+            size,
+            at_size,
+            None if class_map is None else file_digest(class_map),
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for numbers to be taken for those of a new pass; names may differ."""
+        return {
+            "spec": self.spec,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "weights_sha256": self.weights_sha256,
+            "data_sha256": self.data_sha256,
+            "size": list(self.size),
+            "at_size": self.at_size,
+            "class_map_sha256": self.class_map_sha256,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        names = {"weights": self.which, "data": self.data, "split": self.split, "fold": self.fold}
+        return {**names, **self.identity}
+
+    def name(self, *, own_size: bool) -> str:
+        """The name of its file, without an ending; each kind has its own.
+
+        Args:
+            own_size: whether the model sees images at the size that it was trained at.
+        """
+        parts = [f"evaluation-{self.split}"]
+        parts += [] if self.fold is None else [f"fold-{self.fold.replace('/', '-of-')}"]
+        parts += [self.which] if self.which not in (None, "best") else []
+        parts += [] if own_size else [f"{self.size[0]}x{self.size[1]}"]
+        parts += ["at-size"] if self.at_size else []
+        parts += [] if self.class_map_sha256 is None else [f"map-{self.class_map_sha256[:8]}"]
+        return "-".join(parts)
+
+
+def keep(record: Record, folder: Path, run: str, metrics: Metrics, *, own_size: bool = True) -> str | None:
+    """Write an evaluation into a folder, whole or not at all, over the last of its kind; a note if that cannot be.
+
+    Args:
+        run: as the user named it.
+    """
+    path = folder / f"{file_name(record, folder, run, own_size=own_size)}.json"
+    try:
+        write_evaluation(record, path, run, metrics)
+    except OSError as error:  # it costs the next pass, no more
+        return f"the evaluation of {folder} could not be kept there ({error.strerror})"
+    return None
+
+
+def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
+    """Where an evaluation goes, without an ending: its kind's name; beside what is there of other data or weights.
+
+    What has changed in its place is evaluated anew and replaced: the same data's labels, a run's own weights.
+    """
+    name = record.name(own_size=own_size)
+    there = read_object(folder / f"{name}.json")
+    other_data = there.get("data_sha256") != record.data_sha256 and there.get("data") != record.data
+    # Of SPEC@FILE nothing but its name says which model it is, nor at which size it is at home.
+    other_model = record.which is None and (there.get("run"), there.get("size")) != (run, list(record.size))
+    if there and (other_data or other_model):
+        digest = hashlib.sha256(json.dumps([record.identity, record.data, run]).encode()).hexdigest()
+        name += f"-{digest[:8]}"
+    return name
+
+
+def weights_file(run: str, which: str) -> Path | None:
+    """The file of a run's weights, or that of SPEC@FILE; None for the library's own."""
+    parts = split_spec(run)
+    if parts is None:
+        return weights_path(Path(run), which)
+    return Path(parts[1]) if Path(parts[1]).is_file() else None
+
+
+def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> None:
+    """Whole or not at all. Raises OSError."""
+    write_whole(path, json.dumps({"run": run, **record.to_json(), **metrics.to_json()}, indent=1) + "\n")
+
+
+def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> Evaluation:
+    model, about = entry.load(split.classes, judging.which, judging.size)
+    with memory_errors(judging.device, judging.batch_size):
+        metrics = evaluate_model(
+            model.to(judging.device),
+            split,
+            about.size,
+            device=judging.device,
+            batch_size=judging.batch_size,
+            progress=progress,
+        )
+    return Evaluation(metrics, about.size, reused=False)
+
+
+def metrics_of(found: Mapping[str, Any]) -> Metrics:
+    """The metrics that `Metrics.to_json` described. Raises KeyError, TypeError for something else."""
+    classes = found["classes"]
+    return Metrics(
+        class_names=tuple(str(row["name"]) for row in classes),
+        iou=tuple(_number(row["iou"]) for row in classes),
+        acc=tuple(_number(row["acc"]) for row in classes),
+        label_pixels=tuple(int(row["label_pixels"]) for row in classes),
+        miou=_number(found["miou"]),
+        macc=_number(found["macc"]),
+        aacc=_number(found["aacc"]),
+    )
+
+
+@contextmanager
+def memory_errors(device: str, batch_size: int) -> Iterator[None]:
+    """Say what to do when a batch does not fit into memory. Raises ModelError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        words = str(error)
+        less = f"--batch-size {batch_size // 2}" if batch_size > 1 else "a smaller --size, or --device cpu"
+        raise ModelError(
+            "a batch of the evaluation must fit into memory",
+            received=f"{batch_size} images at a time on {device}: {words.splitlines()[0] if words else 'no memory'}",
+            remedy=f"use {less}",
+        ) from error
+
+
+def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...]) -> Metrics | None:
+    for path in sorted(folder.glob("evaluation-*.json")):
+        found = read_object(path)
+        try:
+            if all(found[key] == value for key, value in identity.items()):
+                metrics = metrics_of(found)
+                if metrics.class_names == class_names:
+                    return metrics
+        except (ValueError, KeyError, TypeError):  # another file, or one of another version
+            continue
+    return None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,277 @@
+"""A comparison for readers and programs: tables, Markdown, CSV, and the plain table of a report.
+
+Fractions are shown in percent with two digits. What is best in a column is marked, the teacher apart: it is no
+contestant. One run has no deviation, and none is shown.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+
+from kdcache.analysis.comparison import Comparison, Row
+from kdcache.analysis.spread import Difference, Spread
+from kdcache.errors import one_line
+from kdcache.metrics.tables import markdown_table, percent
+
+Mark = tuple[str, str]
+"""What stands before and after a cell that is best."""
+BOLD: Mark = ("**", "**")
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+
+
+def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
+    """Per row: how many runs, mIoU, mAcc, aAcc (percent) and the distance to the baseline (points)."""
+    columns: list[Callable[[Row], Spread]] = [lambda row: row.miou, lambda row: row.macc, lambda row: row.aacc]
+    header = ["row", "runs", "mIoU %", "mAcc %", "aAcc %", "to baseline", "95 % interval", "is"]
+    rows = [
+        [
+            row_name(row),
+            str(len(row.runs)),
+            *(_marked(comparison, row, column, mark) for column in columns),
+            *_difference(row.difference),
+        ]
+        for row in comparison.rows
+    ]
+    return header, rows
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """Per row with a known distance to its baseline: both intervals, the correlation of the pairs, p and p by Holm."""
+    header = ["row", "to", "points", "paired, 95 %", "unpaired, 95 %", "correlation", "p", "p by Holm", "is"]
+    rows = []
+    for row in comparison.rows:
+        found = row.difference
+        if found is not None and not math.isnan(found.mean):
+            paired = interval(found.low, found.high) if found.paired else "-"
+            rows.append(
+                [
+                    row_name(row),
+                    found.baseline,
+                    f"{100 * found.mean:+.2f}",
+                    paired,
+                    interval(found.unpaired.low, found.unpaired.high),
+                    "-" if math.isnan(found.correlation) else f"{found.correlation:+.2f}",
+                    p_value(found.p),
+                    p_value(found.adjusted),
+                    found.verdict,
+                ]
+            )
+    return header, rows
+
+
+def interval(low: float, high: float) -> str:
+    """Ends in points; '-' where they are unknown."""
+    return "-" if math.isnan(low) else f"{100 * low:+.2f} to {100 * high:+.2f}"
+
+
+def p_value(value: float) -> str:
+    """Three digits, and no p-value that is zero."""
+    if math.isnan(value):
+        return "-"
+    return "< 0.001" if value < 0.0005 else f"{value:.3f}"
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """Per row: parameters, GFLOPs, and the time of one image where it was measured."""
+    header = ["row", "size", "parameters", "GFLOPs", "GMACs", "ms per image", "median ms", "FPS"]
+    rows = []
+    for row in comparison.rows:
+        cost, latency = row.cost, row.cost.latency
+        times = ["-"] * 3
+        if latency is not None:
+            times = [_plus_minus(latency.mean_ms, latency.std_ms), f"{latency.median_ms:.2f}", f"{latency.fps:.1f}"]
+        counts = [_millions(cost.parameters), f"{cost.flops / 1e9:.3f}", f"{cost.macs / 1e9:.3f}"]
+        rows.append([row_name(row), f"{cost.size[0]}x{cost.size[1]}", *counts, *times])
+    return header, rows
+
+
+def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
+    """Per row: IoU of every class, then mIoU, mAcc, aAcc; the names travel with the numbers."""
+    columns: list[Callable[[Row], Spread]] = [
+        *map(_iou, range(len(comparison.class_names))),
+        lambda row: row.miou,
+        lambda row: row.macc,
+        lambda row: row.aacc,
+    ]
+    header = ["row", *comparison.class_names, "mIoU", "mAcc", "aAcc"]
+    rows = [
+        [row_name(row), *(_marked(comparison, row, column, mark, deviation=False) for column in columns)]
+        for row in comparison.rows
+    ]
+    return header, rows
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """What the tables are about, one sentence each; the comparison's notes last."""
+    where = f"{comparison.data}, split {comparison.split}: {comparison.images} labelled images"
+    if comparison.own_fold:
+        where += ", each run on the fold that its training left out"
+    said = [
+        f"{where} (sha256 {comparison.data_sha256[:12]}), weights {comparison.weights}; one confusion matrix per run, "
+        "void left out, at the labels' own size",
+    ]
+    several = any(len(row.runs) > 1 for row in comparison.rows)
+    if several:
+        said.append("± is the standard deviation over runs, which differ in seed and fold; marked is the best mean")
+    said += _about_differences(comparison)
+    timed = next((row.cost.latency for row in comparison.rows if row.cost.latency is not None), None)
+    said.append("FLOPs of convolutions, matrix products and attention, 2 per multiply-add (MAC)")
+    if timed is not None:
+        said.append(
+            f"time of one image from pixels on the device to logits at its size: {timed.device}, {timed.threads} "
+            f"thread{'s' if timed.threads > 1 else ''}, batch size 1, {timed.repeats} calls after {timed.warm_up}; "
+            "rows of one model share it"
+        )
+    return [*said, *comparison.notes]
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The tables and what they mean."""
+    scores, classes, cost = score_table(comparison), class_table(comparison), cost_table(comparison)
+    header, gaps = difference_table(comparison)
+    distances = f"## Distance to the baseline, points of mIoU\n\n{markdown_table(header, gaps)}\n" if gaps else ""
+    notes = "".join(f"- {text}\n" for text in legend(comparison))
+    above = "" if comparison.banner is None else f"> **{comparison.banner}**\n\n"
+    return (
+        f"# Comparison on {comparison.data}, {comparison.split}\n\n{above}{markdown_table(*scores)}\n{distances}"
+        f"## IoU per class, %\n\n{markdown_table(*classes)}\n## Cost\n\n{markdown_table(*cost)}\n{notes}"
+    )
+
+
+def to_csv(comparison: Comparison) -> str:
+    """A line per row, plain numbers: fractions in 0..1, milliseconds; an empty cell for what is not known."""
+    names = comparison.class_names
+    header = ["row", "model", "teacher", "baseline", "runs", "runs_at_chance"]
+    header += [f"{column}_{part}" for column in ("miou", "macc", "aacc") for part in ("mean", "std")]
+    header += ["to_baseline", "difference", "low", "high", "paired", "verdict"]
+    header += [
+        "p",
+        "p_adjusted",
+        "comparisons",
+        "correlation",
+        "unpaired",
+        "unpaired_low",
+        "unpaired_high",
+        "unpaired_p",
+    ]
+    header += ["height", "width", "parameters", "flops", "macs"]
+    header += ["latency_mean_ms", "latency_std_ms", "latency_median_ms", "fps", "device", "threads"]
+    header += [f"iou_{part}:{name}" for name in names for part in ("mean", "std")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(one_line, header))
+    for row in comparison.rows:
+        scores = [_cell(value) for column in (row.miou, row.macc, row.aacc) for value in (column.mean, column.std)]
+        classes = [_cell(value) for column in row.iou for value in (column.mean, column.std)]
+        head = [
+            one_line(row.name),
+            one_line(row.model),
+            int(row.teacher),
+            int(row.baseline),
+            len(row.runs),
+            len(row.collapsed),
+        ]
+        writer.writerow([*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes])
+    return text.getvalue()
+
+
+def to_text(comparison: Comparison) -> str:
+    """The small table of a report: method, mIoU as a fraction, parameters, milliseconds per image."""
+    lines = [f"{'Knowledge Distillation':<36}{'mIoU':<20}{'# Parameters':<19}{'Inference Speed (ms)':<25}".rstrip()]
+    lines.append("-" * 100)
+    for row in comparison.rows:
+        latency = row.cost.latency
+        speed = "-" if latency is None else _plus_minus(latency.mean_ms, latency.std_ms)
+        miou = f"{row.miou.mean:.4f}" + ("" if math.isnan(row.miou.std) else f" ± {row.miou.std:.4f}")
+        name, parameters = row_name(row), _millions(row.cost.parameters).replace(" ", "")
+        lines.append(f"{name:<35} {miou:<19} {parameters:<18} {speed}")
+    rule = "=" * 100
+    notes = "\n".join(legend(comparison))
+    body = "\n".join(lines)
+    above = "" if comparison.banner is None else f"{comparison.banner}\n\n"
+    return f"{rule}\nCOMPARISON TABLE\n{rule}\n\n{above}{body}\n\n{notes}\n"
+
+
+def row_name(row: Row) -> str:
+    """With what it is besides its settings, unless it says so itself."""
+    name = one_line(row.name)
+    return f"{name} (baseline)" if row.baseline and "baseline" not in name.lower() else name
+
+
+def _iou(number: int) -> Callable[[Row], Spread]:
+    return lambda row: row.iou[number]
+
+
+def _marked(
+    comparison: Comparison, row: Row, column: Callable[[Row], Spread], mark: Mark, *, deviation: bool = True
+) -> str:
+    spread = column(row)
+    text = percent(spread.mean)
+    if deviation and not math.isnan(spread.std):
+        text += f" ± {percent(spread.std)}"
+    best = comparison.best(lambda other: column(other).mean)
+    return f"{mark[0]}{text}{mark[1]}" if spread.mean == best and not row.teacher else text
+
+
+def _about_differences(comparison: Comparison) -> list[str]:
+    """How distances to baselines were judged, and how many at once."""
+    found = [row.difference for row in comparison.rows if row.difference is not None]
+    if not found:
+        return []
+    all_paired = all(one.paired for one in found)
+    pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
+    baselines = " and ".join(sorted({one.baseline for one in found}))
+    said = [f"points of mIoU to {baselines}, {pairs}; 95 % interval by Student's t"]
+    if any(math.isnan(one.half_width) for one in found):
+        said.append("one run (or one pair) has no interval: how much a seed changes is unknown")
+    if any(one.paired and not math.isnan(one.half_width) for one in found):
+        said.append(
+            "pairing by seed buys nothing where the correlation of the pairs is about 0 (of two pairs it is not "
+            "known): the unpaired interval, by Welch over all runs, is there too; the verdict is that of the pairs"
+        )
+    comparisons = max(one.comparisons for one in found)
+    if comparisons > 1:
+        said.append(
+            f"{comparisons} comparisons: verdicts are adjusted by Holm, so that the chance of one false 'above noise' "
+            "among all of them is at most 5 %; intervals are those of one comparison; verdicts on classes are adjusted "
+            "over the classes of all rows"
+        )
+    return said
+
+
+def _difference(found: Difference | None) -> list[str]:
+    if found is None or math.isnan(found.mean):
+        return ["-", "-", "-"]
+    return [f"{100 * found.mean:+.2f}", interval(found.low, found.high), found.verdict]
+
+
+def _csv_difference(found: Difference | None) -> list[str]:
+    if found is None:
+        return [""] * 14
+    ends, free = (found.mean, found.low, found.high), found.unpaired
+    more = [*map(_cell, (found.p, found.adjusted)), str(found.comparisons)]
+    numbers = map(_cell, (found.correlation, free.mean, free.low, free.high, free.p))
+    return [found.baseline, *map(_cell, ends), str(int(found.paired)), found.verdict, *more, *numbers]
+
+
+def _csv_cost(row: Row) -> list[str]:
+    cost, latency = row.cost, row.cost.latency
+    counts = [*map(str, cost.size), str(cost.parameters), str(cost.flops), str(cost.macs)]
+    if latency is None:
+        return [*counts, *[""] * 6]
+    times = (latency.mean_ms, latency.std_ms, latency.median_ms, latency.fps)
+    return [*counts, *map(_cell, times), latency.device, str(latency.threads)]
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else repr(value)
+
+
+def _plus_minus(mean: float, std: float) -> str:
+    return f"{mean:.2f}" if math.isnan(std) else f"{mean:.2f} ± {std:.2f}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"

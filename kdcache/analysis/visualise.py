@@ -1,0 +1,212 @@
+"""From runs to a folder of pictures and figures: what `kdcache visualise` does."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdcache.analysis.banner import banner
+from kdcache.analysis.compare import comparable_split
+from kdcache.analysis.curves import draw_curves, read_curves
+from kdcache.analysis.gallery import (
+    SIDE_BY_SIDE,
+    Case,
+    Shown,
+    best_cases,
+    draw_cases,
+    draw_side_by_side,
+    folder_names,
+    shorten,
+    summary_json,
+)
+from kdcache.analysis.per_image import class_number, ranked, sample_numbers, score_images
+from kdcache.analysis.runs import Entry, find_runs
+from kdcache.analysis.score_figures import draw_distribution, metrics_text
+from kdcache.analysis.stored_evaluations import Judging, memory_errors
+from kdcache.data import Split, fold_alone, parse_fold
+from kdcache.errors import RecipeError
+from kdcache.metrics.figures import draw_confusion, save_figure
+from kdcache.metrics.tables import percent
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+SUMMARY = "visualise.json"
+SIDE_BEST, SIDE_WORST = 2, 1
+
+
+@dataclass(frozen=True)
+class VisualiseOptions:
+    """What is drawn.
+
+    Attributes:
+        best, worst: images per run, by mIoU or by the IoU of `class_name`.
+        ids: samples to draw instead, the same for every run.
+        teacher: a run or SPEC@FILE whose prediction is a panel of every picture.
+        smoke: the runs are those of a recipe made small: every picture says so.
+        fold: I/K, only that fold of the split: what trainings with --fold I/K have not seen.
+    """
+
+    judging: Judging = field(default_factory=Judging)
+    best: int = 10
+    worst: int = 10
+    ids: tuple[str, ...] = ()
+    class_name: str | None = None
+    teacher: str | None = None
+    fold: str | None = None
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Visualised:
+    """What was made: all runs by the names of their folders, and all files."""
+
+    shown: dict[str, Shown]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def visualise(
+    runs: Sequence[str | Path],
+    data: str | None,
+    split: str | None,
+    out: Path,
+    options: VisualiseOptions | None = None,
+    progress: Progress | None = None,
+) -> Visualised:
+    """Score every image with every run, and draw.
+
+    Args:
+        data, split: default: those that the runs' recipes validate on.
+        out: new, empty, or what an earlier call made; its pictures of the same runs are replaced.
+    Raises: RecipeError for runs, samples and classes that are none; MismatchError for other classes or data.
+    """
+    options = options or VisualiseOptions()
+    tell = progress or (lambda what, done, total: None)
+    check_out(out)
+    found = find_runs(runs, options.judging.which)
+    teachers = find_runs([options.teacher], options.judging.which) if options.teacher else []
+    source: Split = comparable_split(found, data, split)
+    if options.fold is not None:
+        source = fold_alone(source, *parse_fold(options.fold))
+    ranked_class = None if options.class_name is None else class_number(source, options.class_name)
+    chosen = sample_numbers(source, options.ids)
+    above = banner(source.data, options.smoke)
+    models = [score_run(run, source, options.judging, tell) for run in found]
+    teacher = score_run(teachers[0], source, options.judging, tell) if teachers else None
+    shown = dict(zip(folder_names([run.text for run in found]), models, strict=True))
+    positions = {image.number: position for position, image in enumerate(models[0].scores.images)}
+    asked = [positions[number] for number in chosen]
+    files: list[Path] = []
+    notes: list[str] = []
+    with memory_errors(options.judging.device, 1):
+        for run, (name, one) in zip(found, shown.items(), strict=True):
+            wanted = _cases([one], options, asked, ranked_class, (options.best, options.worst))
+            files += _draw_run(run, one, source, wanted, out / name, teacher, ranked_class, tell, above)
+            notes += [] if (out / name / "curves.png").is_file() else [f"{run.text} keeps no metrics.jsonl: no curves"]
+        tell(f"drawing {SIDE_BY_SIDE}", 0, 1)
+        several = len(models) > 1
+        wanted = _cases(models, options, asked, ranked_class, (SIDE_BEST, SIDE_WORST)) if several else []
+        files += draw_side_by_side(models, source, wanted, out, ranked_class, above)
+    about = {"data": source.data, "split": source.split, "banner": above, "class": options.class_name}
+    content = {**about, "runs": summary_json(shown)}
+    (out / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return Visualised(shown, tuple(files), tuple(notes))
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that holds something else than pictures of ours. Raises RecipeError."""
+    held = "is no folder" if out.exists() and not out.is_dir() else ""
+    if not held and out.is_dir() and any(out.iterdir()) and not (out / SUMMARY).is_file():
+        held = "holds something else"
+    if held:
+        raise RecipeError(
+            "pictures are drawn into a new or empty folder, or over earlier ones",
+            received=f"{out} {held}",
+            remedy="give another folder with --out",
+        )
+
+
+def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) -> Shown:
+    """Open a run, and score every labelled image with it.
+
+    Raises: as `Entry.load`; ModelError when memory does not suffice.
+    """
+    model, about = run.load(split.classes, judging.which, judging.size)
+    with memory_errors(judging.device, judging.batch_size):
+        scores = score_images(
+            model.to(judging.device),
+            split,
+            about.size,
+            device=judging.device,
+            batch_size=judging.batch_size,
+            progress=lambda done, total: progress(f"scoring {run.name}", done, total),
+        )
+    return Shown(run.title, model, about.size, judging.device, scores)
+
+
+def _cases(
+    models: Sequence[Shown],
+    options: VisualiseOptions,
+    asked: Sequence[int],
+    ranked_class: int | None,
+    counts: tuple[int, int],
+) -> list[Case]:
+    """Those that are asked for; else by rank. Raises RecipeError when there is nothing to rank."""
+    if asked:
+        return best_cases([], *counts, chosen=asked)
+    ranking = ranked([shown.scores for shown in models], ranked_class)
+    if not ranking:
+        raise RecipeError(
+            "images are ranked by what is in their labels",
+            received=f"no image with {options.class_name or 'a labelled pixel'}",
+            remedy="name another --class, or other data",
+        )
+    return best_cases(ranking, *counts)
+
+
+def _draw_run(
+    run: Entry,
+    shown: Shown,
+    split: Split,
+    wanted: Sequence[Case],
+    folder: Path,
+    teacher: Shown | None,
+    ranked_class: int | None,
+    progress: Progress,
+    above: str | None,
+) -> list[Path]:
+    """Everything about one run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics, counts, name = shown.scores.metrics, shown.scores.confusion.counts, shorten(shown.name)
+    title = f"{name} on {shorten(split.data, 40)}, {split.split}: mIoU {percent(metrics.miou)} %"
+    figures = {
+        "iou_distribution.png": draw_distribution(shown.scores, split.classes.colours, title, ranked_class),
+        "confusion.png": draw_confusion(counts.numpy(), metrics.class_names, f"{name}: prediction per label, %"),
+    }
+    curves = None if run.run is None else read_curves(run.run)
+    if curves is not None:
+        batch_size = run.settings.get("batch-size")
+        figures["curves.png"] = draw_curves(curves, f"The training of {name}", batch_size)
+    (folder / "curves.png").unlink(missing_ok=True)
+    for file, figure in figures.items():
+        save_figure(figure, folder / file, above)
+    about = [
+        ("run", shown.name),
+        ("data", f"{split.data}, split {split.split}"),
+        ("images", f"{len(shown.scores.images)} labelled"),
+        ("input", f"{shown.size[0]}x{shown.size[1]}; judged at the labels' own size"),
+    ]
+    about = [("note", above), *about] if above else about
+    text = folder / "evaluation_metrics.txt"
+    text.write_text(metrics_text(shown.scores, about, ranked_class), encoding="utf-8")
+    pictures = draw_cases(
+        shown,
+        split,
+        wanted,
+        folder,
+        teacher=teacher,
+        ranked_class=ranked_class,
+        above=above,
+        progress=lambda done, total: progress(f"drawing {run.name}", done, total),
+    )
+    return [*(folder / file for file in figures), text, *pictures]

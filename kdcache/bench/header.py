@@ -1,0 +1,62 @@
+"""What every result says of itself: theme, date, commit, command, machine.
+
+A figure without its machine and commit cannot be repeated, so no result is written without them.
+"""
+
+import datetime
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.metrics.machine import cpu_name
+
+
+def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the first keys of a result file.
+
+    Args:
+        theme: what was measured, in a word.
+        command: what the user typed.
+        environment: libraries and threads, from `kdcache.train.run.metrics_log.environment`.
+    """
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **environment}
+    if torch.cuda.is_available():
+        machine |= _gpu()
+    return {
+        "theme": theme,
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": command,
+        "machine": machine,
+    }
+
+
+def _commit() -> str:
+    """Commit of the tree that this file is part of; an installed copy may lie in the tree of something else."""
+    here = Path(__file__)
+    try:
+        for words in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty"]):
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=True, timeout=10
+            )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def _gpu() -> dict[str, Any]:
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu_capability": f"{about.major}.{about.minor}",
+        "gpu_multiprocessors": about.multi_processor_count,
+        "gpu_memory_gib": round(about.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+    }

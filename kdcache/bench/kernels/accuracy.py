@@ -1,0 +1,247 @@
+"""The accuracy grid: the public loss against float64, every combination of what has gone wrong before.
+
+The oracle is `impl="reference"` on float64 logits that were first rounded to the dtype under test, so a dtype's own
+rounding of its input is not counted. Images are a few dozen pixels wide: the errors that a kernel makes (a wrong tap, a
+pixel in the wrong term, a cancellation) do not need more. Of the 6,750 points the command line takes every fourth,
+along diagonals, so that every two values of two factors still meet; that takes about half a minute.
+
+The gradient is taken of 2**n * loss, as a GradScaler would: an averaged gradient in float16 flushes to 0, which is no
+error of a kernel.
+
+Bounds: loss 1e-6 |L| + 1e-7 T^2; gradient, largest error over largest value, 2e-6 in float32, 1e-3 in float16 and 8e-3
+in bfloat16, which is what their rounding of the result costs. To these comes what float32 cannot know: an
+interpolated logit to 6e-8 of the largest, over T; the difference of two probabilities, of the order of 1 / T, to 6e-8;
+a sum over more than 25 classes to the square root of their number.
+
+Legend: B batch, C classes, H W label size, h w logits' own size.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.bench.kernels.rivals import resolved
+from kdcache.bench.kernels.shapes import DTYPES, KEPT, MOST_DENSE
+from kdcache_kernels import PackedTarget, distill_loss, pack
+
+GRADIENT_BOUND = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}
+LOSS_RELATIVE, LOSS_PER_SQUARED_TEMPERATURE = 1e-6, 1e-7
+ROUNDOFF = 2.0**-24
+BATCH, NATIVE = 2, (5, 7)
+IGNORE_INDEX = 255
+
+STRIDES: dict[str, tuple[int, int]] = {
+    **{str(s): (NATIVE[0] * s, NATIVE[1] * s) for s in (1, 2, 4, 8)},
+    "17x23 of 5x7": (17, 23),
+}
+"""Label size by name: strides, and a ratio that is none."""
+TEMPERATURES = (0.05, 1.0, 2.0, 2.5, 4.0, 100.0)
+CLASSES = (2, 3, 21, 33, 150)
+WINDOWS = ("whole", "flip", "crop", "scale", "edge")
+VALUES = ("normal", "wide", "range")
+FACTORS = ("stride", "temperature", "num_classes", "window", "values")
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What to check: the whole grid by default, or a part of it."""
+
+    device: torch.device
+    impl: str = "auto"
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    strides: tuple[str, ...] = tuple(STRIDES)
+    temperatures: tuple[float, ...] = TEMPERATURES
+    classes: tuple[int, ...] = CLASSES
+    windows: tuple[str, ...] = WINDOWS
+    values: tuple[str, ...] = VALUES
+    every: int = 1
+
+    def points(self) -> Iterator["Point"]:
+        """The combinations: all, or those whose positions on the axes have a sum that `every` divides."""
+        grid = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
+        for combination in itertools.product(*map(enumerate, grid)):
+            positions, values = zip(*combination, strict=True)
+            if sum(positions) % self.every == 0:
+                yield Point(*values)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination."""
+
+    dtype: str
+    stride: str
+    temperature: float
+    num_classes: int
+    window: str
+    values: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the implementation made of a point.
+
+    Attributes:
+        loss_error: |loss - oracle's|.
+        gradient_error: max |g - oracle's| / max |oracle's|.
+    """
+
+    point: Point
+    loss_error: float
+    loss_bound: float
+    gradient_error: float
+    gradient_bound: float
+
+    @property
+    def loss_share(self) -> float:
+        """The error of the loss as a share of its bound; NaN is beyond it."""
+        return self.loss_error / self.loss_bound
+
+    @property
+    def gradient_share(self) -> float:
+        """The error of the gradient as a share of its bound."""
+        return self.gradient_error / self.gradient_bound
+
+    @property
+    def passed(self) -> bool:
+        return self.loss_error <= self.loss_bound and self.gradient_error <= self.gradient_bound
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; an error that is not finite is null, for JSON has no NaN."""
+        errors = {"loss_error": self.loss_error, "gradient_error": self.gradient_error}
+        return {
+            **asdict(self.point),
+            **{name: value if math.isfinite(value) else None for name, value in errors.items()},
+            "loss_bound": self.loss_bound,
+            "gradient_bound": self.gradient_bound,
+            "passed": self.passed,
+        }
+
+
+def check(settings: CheckSettings, progress: Callable[[int, int], None] | None = None) -> list[Judged]:
+    """Judge every point.
+
+    Args:
+        progress: called with (points done, points).
+    Raises: ValueRangeError for an implementation that cannot run on the device.
+    """
+    points = list(settings.points())
+    impl = resolved(settings.impl, settings.device)  # by name, so that nothing else can stand in for it
+    judged = []
+    for done, point in enumerate(points, start=1):
+        judged.append(_judge(point, settings.device, impl))
+        if progress is not None:
+            progress(done, len(points))
+    return judged
+
+
+def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Per value of every factor: the worst errors by dtype, how many points there were and how many missed a bound."""
+    rows = []
+    for factor in FACTORS:
+        for value in dict.fromkeys(getattr(one.point, factor) for one in judged):
+            among = [one for one in judged if getattr(one.point, factor) == value]
+            by_dtype = {
+                dtype: {
+                    "loss_share": _worst([one.loss_share for one in among if one.point.dtype == dtype]),
+                    "gradient_error": _worst([one.gradient_error for one in among if one.point.dtype == dtype]),
+                }
+                for dtype in dict.fromkeys(one.point.dtype for one in among)
+            }
+            missed = sum(not one.passed for one in among)
+            rows.append({"factor": factor, "value": value, "points": len(among), "missed": missed, "worst": by_dtype})
+    return rows
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """The largest; NaN is larger than anything."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def _judge(point: Point, device: torch.device, impl: str) -> Judged:
+    size = STRIDES[point.stride]
+    drawn = _Drawn(point, size)
+    arguments = drawn.arguments(device)
+    scale = 2.0 ** round(math.log2(BATCH * size[0] * size[1]))
+
+    def run(logits: Tensor, chosen: str) -> tuple[float, Tensor]:
+        leaf = logits.detach().requires_grad_()
+        loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=chosen).loss
+        gradient = torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
+        return loss.item(), gradient.double() / scale
+
+    rounded = drawn.student.to(device, DTYPES[point.dtype])
+    expected, expected_gradient = run(rounded.double(), "reference")
+    loss, gradient = run(rounded, impl)
+    largest = expected_gradient.abs().max().clamp_min(1e-30)
+    T, widest = point.temperature, rounded.abs().max().item()
+    per_squared_temperature = LOSS_PER_SQUARED_TEMPERATURE * max(1.0, math.sqrt(point.num_classes / 25))
+    return Judged(
+        point,
+        loss_error=abs(loss - expected),
+        loss_bound=LOSS_RELATIVE * abs(expected) + per_squared_temperature * T**2,
+        gradient_error=((gradient - expected_gradient).abs().max() / largest).item(),
+        gradient_bound=GRADIENT_BOUND[point.dtype] + ROUNDOFF * (widest / T + T),
+    )
+
+
+class _Drawn:
+    """The tensors of a point, on the CPU, equal for every dtype."""
+
+    def __init__(self, point: Point, size: tuple[int, int]) -> None:
+        C = point.num_classes
+        self._generator = torch.Generator().manual_seed(1000 * C + len(point.window))
+        # A crop has room beside it, so that its target has more cells than the student.
+        room = (3, 2) if point.window in ("crop", "scale") else (0, 0)
+        grid = (NATIVE[0] + room[0], NATIVE[1] + room[1])
+        view = (size[0] * grid[0] // NATIVE[0], size[1] * grid[1] // NATIVE[1])
+        self.student = self._logits((BATCH, C, *NATIVE), point.values)
+        teacher = self._logits((BATCH, C, *grid), point.values)
+        self._target = PackedTarget(*pack(teacher, C if C <= MOST_DENSE else KEPT), C, view)
+        self._labels = torch.randint(0, C, (BATCH, *size), generator=self._generator).to(torch.uint8)
+        self._labels[torch.rand(BATCH, *size, generator=self._generator) < 0.2] = IGNORE_INDEX
+        self._labels[0, 0, 0] = 0
+        self._window = _window(point.window, size, view)
+        self._flip = None if point.window in ("whole", "scale") else torch.tensor([False, True])
+
+    def arguments(self, device: torch.device) -> dict[str, Any]:
+        """The arguments of `distill_loss` beside the student's logits."""
+        return {
+            "labels_BHW": self._labels.to(device),
+            "target": self._target.to(device),
+            "window_B4": None if self._window is None else self._window.to(device),
+            "flip_B": None if self._flip is None else self._flip.to(device),
+            "ignore_index": IGNORE_INDEX,
+        }
+
+    def _logits(self, shape: tuple[int, ...], values: str) -> Tensor:
+        normal = torch.randn(shape, generator=self._generator)
+        if values == "normal":
+            return 3 * normal
+        if values == "wide":
+            # Either sign of the largest value: a saturated softmax, or one that is tied and stays so.
+            return torch.where(normal > 0, 6e4, -6e4)
+        # One image just below the range at which a fast path may stop being valid, one above.
+        image_B111 = torch.tensor([75.0, 90.0])[:, None, None, None]
+        return image_B111 * torch.rand(shape, generator=self._generator)
+
+
+def _window(kind: str, size: tuple[int, int], view: tuple[int, int]) -> Tensor | None:
+    """Windows (y0, x0, y1, x1) in pixels of the view for both images; None is the whole view."""
+    if kind in ("whole", "flip"):
+        return None
+    H, W = size
+    corners: list[tuple[float, ...]]
+    if kind == "crop":  # along the cells: one to three down, one or two to the right
+        y, x = H // NATIVE[0], W // NATIVE[1]
+        corners = [(y, x, y + H, x + W), (3 * y, 2 * x, 3 * y + H, 2 * x + W)]
+    elif kind == "scale":  # anywhere, zoomed in and out
+        corners = [(0.31, 1.7, 0.31 + 0.73 * H, 1.7 + 0.66 * W), (0.2, 0.4, view[0] - 0.7, view[1] - 0.3)]
+    else:  # over the edge of the view
+        corners = [(-0.3 * H, -0.2 * W, 0.9 * H, 0.8 * W), (0.5 * H, 0.1 * W, 1.4 * H, 1.3 * W)]
+    return torch.tensor(corners, dtype=torch.float64)

@@ -1,0 +1,99 @@
+"""Peak memory of one step above its inputs, the gradient included.
+
+CUDA: the allocator counts. CPU: the peak of the resident set, in a fresh process per contestant (the allocator keeps
+what an earlier contestant has freed), in MiB above what was resident before the step. A step on a tiny shape comes
+first, so that loading code is not counted; what a contestant keeps for later calls is, for the step that is weighed is
+the first at its shape. torch.compile is the exception: it compiles per shape, so a step at that shape comes first.
+
+The peak is `VmHWM` after a reset through `/proc/self/clear_refs`: exact, and free of a sampling thread. Linux alone has
+it. `weigh.py` is what the process runs.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.bench.kernels.rivals import UnavailableError
+from kdcache.bench.kernels.shapes import Case
+
+MIB = 2**20
+WEIGH = "kdcache.bench.kernels.peak_worker"
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_on_device(step: Callable[[], Any]) -> float:
+    """Return the peak in MiB above what is allocated now, on the current CUDA device."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def peak_in_process(step: Callable[[], Any]) -> float:
+    """Return the growth of this process's peak resident set in MiB over one step.
+
+    Raises: OSError where the system cannot reset the peak.
+    """
+    gc.collect()
+    _give_back_freed_memory()
+    _CLEAR.write_text("5", encoding="ascii")
+    before = _resident_kib("VmRSS")
+    step()
+    return (_resident_kib("VmHWM") - before) / 1024
+
+
+def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> float:
+    """Return `peak_in_process` of a contestant, in a process of its own.
+
+    Raises: UnavailableError with one line that says why there is no figure.
+    """
+    request = json.dumps({"name": name, "case": asdict(case), "impl": impl, "threads": threads})
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-m", WEIGH, request],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == -signal.SIGKILL:
+        raise UnavailableError("out of memory")
+    if done.returncode:
+        # The error's own line: what is indented below it belongs to it.
+        lines = [line for line in done.stderr.splitlines() if line and not line[0].isspace()]
+        raise UnavailableError(f"memory was not measured: {lines[-1] if lines else done.returncode}")
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["peak_mib"])
+
+
+def available_bytes() -> int | None:
+    """What the system could still give to a process; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _resident_kib(field: str) -> int:
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc return what is free; a step that is handed old pages would seem to need none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,227 @@
+"""Ours and its rivals: one step each, forward and backward, on the same tensors.
+
+Every rival computes CE plus T^2 * KL over the labelled pixels at label size in float32, as a user who has looked at a
+profile writes it: logits are cast and the teacher is divided by T at low resolution (s*s times cheaper), labels are
+int64 and the mask is there beforehand, both sides of the KL are logarithms, and nothing is copied. (Upsampling z / T
+anew instead of dividing the upsampled z was 14 % slower, a probability target for F.kl_div 13 %.)
+
+- eager: that, op by op.
+- compile, compile-max-autotune: that under torch.compile. CUDA graphs are captured for every contestant alike, so the
+  second mode is the one without its own.
+- chunked: that, image by image with a backward each, for a fraction 1/B of the memory.
+- liger: LigerCrossEntropyLoss and LigerKLDIVLoss. They know rows, not images: their rows are upsampled, gathered
+  (labelled pixels alone) and laid out before the clock starts, and their gradient stays at label resolution. That
+  favours them.
+
+Legend: B batch, C classes, H W label size, h w logits' own size, N labelled pixels.
+"""
+
+import importlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.bench.kernels.shapes import DTYPES, Case, Inputs
+from kdcache_kernels import distill_loss
+from kdcache_kernels.ops import choose_implementation
+
+Step = Callable[[], tuple[Tensor, Tensor]]
+"""One forward and backward: the loss and the gradient."""
+
+OURS = "kdcache"
+OLDEST_LIGER = (0, 5)
+"""Since then both classes are called like those of torch.nn (0.5.10, 0.6.4 and 0.8.5 were tried)."""
+LIGER_MODULES = {
+    "LigerCrossEntropyLoss": "liger_kernel.transformers.cross_entropy",
+    "LigerKLDIVLoss": "liger_kernel.transformers.kl_div",
+}
+
+
+class UnavailableError(Exception):
+    """A rival cannot run here; the message is the one line that says why."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A step and what is special about it.
+
+    Attributes:
+        name: ours or a name of RIVALS.
+        step: may be called any number of times.
+        title: for tables.
+        capturable: whether its step can be captured as a CUDA graph (it never waits for the device).
+    """
+
+    name: str
+    step: Step
+    title: str
+    capturable: bool = True
+
+
+def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
+    """The public function, void pixels left out of both terms."""
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = distill_loss(
+            inputs.student,
+            inputs.labels,
+            inputs.target,
+            kl_weight=1.0,
+            temperature=case.temperature,
+            ignore_index=case.shape.ignore_index,
+            distill_void=False,
+            impl=impl,
+        ).loss
+        return loss, _gradient(loss, inputs.student)
+
+    return Contestant(OURS, step, f"{OURS} ({resolved(impl, inputs.student.device)})")
+
+
+def resolved(impl: str, device: torch.device) -> str:
+    """What "auto" stands for on a device. Raises: ValueRangeError for an implementation that it cannot run."""
+    return choose_implementation(impl, device, torch.float32)
+
+
+def eager_loss(
+    student_BChw: Tensor, teacher_BChw: Tensor, labels_BHW: Tensor, mask_BHW: Tensor, temperature: float, ignore: int
+) -> Tensor:
+    """Return CE + T^2 * KL over the labelled pixels."""
+    T, H, W = temperature, labels_BHW.shape[1], labels_BHW.shape[2]
+    logits_BCHW = F.interpolate(student_BChw.float(), (H, W), mode="bilinear", align_corners=False)
+    teacher_BChw = teacher_BChw if T == 1 else teacher_BChw / T
+    log_q_BCHW = F.log_softmax(F.interpolate(teacher_BChw, (H, W), mode="bilinear", align_corners=False), 1)
+    if T == 1:
+        log_p_BCHW = F.log_softmax(logits_BCHW, 1)
+        ce = F.nll_loss(log_p_BCHW, labels_BHW, ignore_index=ignore)
+    else:
+        log_p_BCHW = F.log_softmax(logits_BCHW / T, 1)
+        ce = F.cross_entropy(logits_BCHW, labels_BHW, ignore_index=ignore)
+    kl_BHW = F.kl_div(log_p_BCHW, log_q_BCHW, reduction="none", log_target=True).sum(1)
+    return ce + T * T * (kl_BHW * mask_BHW).sum() / mask_BHW.sum()
+
+
+def _step_of(loss_function: Callable[..., Tensor], case: Case, inputs: Inputs) -> Step:
+    def step() -> tuple[Tensor, Tensor]:
+        loss = loss_function(
+            inputs.student,
+            inputs.teacher,
+            inputs.labels_int64,
+            inputs.mask,
+            case.temperature,
+            case.shape.ignore_index,
+        )
+        return loss, _gradient(loss, inputs.student)
+
+    return step
+
+
+def _eager(case: Case, inputs: Inputs) -> Contestant:
+    return Contestant("eager", _step_of(eager_loss, case, inputs), "eager")
+
+
+def _compiled(case: Case, inputs: Inputs) -> Contestant:
+    compiled = torch.compile(eager_loss, fullgraph=True, dynamic=False)
+    return Contestant("compile", _step_of(compiled, case, inputs), "torch.compile")
+
+
+def _autotuned(case: Case, inputs: Inputs) -> Contestant:
+    compiled = torch.compile(eager_loss, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return Contestant("compile-max-autotune", _step_of(compiled, case, inputs), "torch.compile max-autotune")
+
+
+def _chunked(case: Case, inputs: Inputs) -> Contestant:
+    """Each image's part of the loss and its gradient, written into one buffer."""
+    B = case.shape.batch
+
+    def step() -> tuple[Tensor, Tensor]:
+        gradient_BChw = torch.empty_like(inputs.student, requires_grad=False)
+        total = inputs.student.new_zeros((), dtype=torch.float32)
+        # Counted once per batch: with equal denominators the images' losses add up to the batch's.
+        share_B = inputs.mask.sum((1, 2)) / inputs.mask.sum()
+        for image in range(B):
+            one = slice(image, image + 1)
+            student_1Chw = inputs.student.detach()[one].requires_grad_()
+            part = share_B[image] * eager_loss(
+                student_1Chw,
+                inputs.teacher[one],
+                inputs.labels_int64[one],
+                inputs.mask[one],
+                case.temperature,
+                case.shape.ignore_index,
+            )
+            gradient_BChw[one] = _gradient(part, student_1Chw)
+            total += part.detach()
+        return total, gradient_BChw
+
+    return Contestant("chunked", step, "eager, image by image")
+
+
+def _liger(case: Case, inputs: Inputs) -> Contestant:
+    modules = _import_liger(inputs.student.device)
+    cross_entropy = modules["LigerCrossEntropyLoss"](ignore_index=case.shape.ignore_index)
+    divergence = modules["LigerKLDIVLoss"](reduction="batchmean", log_target=True)
+    labels_N = inputs.labels_int64[inputs.mask > 0]
+    rows_NC = _rows(inputs.student.detach(), inputs.mask, DTYPES[case.dtype]).requires_grad_()
+    teacher_NC = _rows(inputs.teacher, inputs.mask, DTYPES[case.dtype])
+    T = case.temperature
+
+    def step() -> tuple[Tensor, Tensor]:
+        # The KL first: the cross-entropy writes its gradient over its input. (So only a first call's loss is right.)
+        log_p_NC = F.log_softmax(rows_NC if T == 1 else rows_NC / T, 1)
+        log_q_NC = F.log_softmax(teacher_NC if T == 1 else teacher_NC / T, 1)
+        loss = T * T * divergence(log_p_NC, log_q_NC) + cross_entropy(rows_NC, labels_N)
+        return loss, _gradient(loss, rows_NC)
+
+    return Contestant("liger", step, "Liger, rows upsampled beforehand", capturable=False)  # it calls .item()
+
+
+def _rows(logits_BChw: Tensor, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (N, C): the labelled pixels' logits, upsampled."""
+    logits_BCHW = F.interpolate(logits_BChw.float(), mask_BHW.shape[1:], mode="bilinear", align_corners=False)
+    return logits_BCHW.permute(0, 2, 3, 1)[mask_BHW > 0].to(dtype)
+
+
+def _import_liger(device: torch.device) -> dict[str, Any]:
+    try:
+        version = metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        raise UnavailableError("liger-kernel is not installed (pip install liger-kernel)") from None
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UnavailableError(f"liger-kernel {version} has no kernel for {device.type}")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST_LIGER:
+        raise UnavailableError(f"liger-kernel {version} is older than {'.'.join(map(str, OLDEST_LIGER))}")
+    try:
+        return {name: getattr(importlib.import_module(module), name) for name, module in LIGER_MODULES.items()}
+    except (ImportError, AttributeError) as error:
+        raise UnavailableError(f"liger-kernel {version} cannot be used: {error}") from error
+
+
+def _gradient(loss: Tensor, leaf: Tensor) -> Tensor:
+    """Return d loss / d leaf; unlike backward() it leaves no gradient that a next step would have to add to."""
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+RIVALS: dict[str, Callable[[Case, Inputs], Contestant]] = {
+    "eager": _eager,
+    "compile": _compiled,
+    "compile-max-autotune": _autotuned,
+    "chunked": _chunked,
+    "liger": _liger,
+}
+"""What --against chooses from."""
+
+
+def prepare(name: str, case: Case, inputs: Inputs, impl: str) -> Contestant:
+    """Make ours or a rival ready for a case.
+
+    Raises: UnavailableError when it cannot run here.
+    """
+    return ours(case, inputs, impl) if name == OURS else RIVALS[name](case, inputs)

@@ -1,0 +1,242 @@
+"""One benchmark: every case, ours and the rivals on the same tensors, in one run.
+
+A rival that cannot run (not installed, out of memory, no compiler) stays in the result with the reason; ours has no
+such excuse and raises.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from kdcache.bench import timing
+from kdcache.bench.kernels import memory, roofline
+from kdcache.bench.kernels.rivals import OURS, RIVALS, Contestant, UnavailableError, prepare, resolved
+from kdcache.bench.kernels.roofline import Ceilings
+from kdcache.bench.kernels.shapes import Case, Inputs, Shape, make_inputs
+from kdcache.bench.timing import Spread
+from kdcache.metrics.oom import is_out_of_memory
+
+Note = Callable[[str], None]
+OUT_OF_MEMORY = "out of memory"
+PEAK_BYTES = {"eager": 32, "chunked": 32, "compile": 16, "compile-max-autotune": 16}
+"""Per class-pixel, rounded up; on a CPU, using more than there is ends the process instead of raising."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure; every combination is a case.
+
+    Attributes:
+        impl: of `kdcache_kernels.distill_loss`.
+        against: names of RIVALS.
+        kept: classes of the target; None as a store would (all up to 32, else 8).
+        repeats: samples per contestant; None is 100 on CUDA and 15 on the CPU.
+        weigh: whether memory is measured; on the CPU that takes a fresh process per contestant.
+    """
+
+    device: torch.device
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    layouts: tuple[str, ...] = ("nchw",)
+    temperatures: tuple[float, ...] = (2.0,)
+    kept: tuple[int | None, ...] = (None,)
+    against: tuple[str, ...] = ("eager", "compile", "liger")
+    impl: str = "auto"
+    repeats: int | None = None
+    weigh: bool = True
+
+    def cases(self) -> Iterator[Case]:
+        """Every combination, once."""
+        grid = (
+            Case(shape, dtype, layout, temperature, kept)
+            for shape in self.shapes
+            for dtype in self.dtypes
+            for layout in self.layouts
+            for temperature in self.temperatures
+            for kept in self.kept
+        )
+        # 8 of 8 classes and all of 8 are the same target.
+        yield from {str(case): case for case in grid}.values()
+
+
+@dataclass
+class Measured:
+    """One contestant on one case; what could not be measured is None.
+
+    Attributes:
+        time: forward and backward, launches included.
+        graph: the same as a CUDA graph.
+        peak_mib: above the inputs.
+        floors: ours: the fractions of the three floors; a rival's: `bytes`, of its own.
+        problem: why figures are missing.
+    """
+
+    name: str
+    title: str
+    time: Spread | None = None
+    graph: Spread | None = None
+    peak_mib: float | None = None
+    floors: dict[str, float] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass
+class Row:
+    """One case."""
+
+    case: Case
+    ours: Measured
+    rivals: list[Measured]
+
+    def ratios(self, rival: Measured) -> dict[str, float | None]:
+        """How many times slower and larger a rival is: best against best, median against median, as graphs, peaks."""
+        return {
+            "best": _ratio(_of(rival.time, "best"), _of(self.ours.time, "best")),
+            "median": _ratio(_of(rival.time, "p50"), _of(self.ours.time, "p50")),
+            "graph": _ratio(_of(rival.graph, "p50"), _of(self.ours.graph, "p50")),
+            "memory": _ratio(rival.peak_mib, self.ours.peak_mib),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, milliseconds and MiB."""
+        case = {**asdict(self.case), "shape": str(self.case.shape), "kept": self.case.k}
+        rivals = [{**_plain(rival), "ratio": self.ratios(rival)} for rival in self.rivals]
+        return {"case": case, "ours": _plain(self.ours), "rivals": rivals}
+
+
+def measure(settings: Settings, note: Note = lambda text: None) -> tuple[list[Row], Ceilings | None]:
+    """Run a benchmark.
+
+    Args:
+        note: called with a line at every stage.
+    Returns: a row per case, and the device's ceilings (None on the CPU).
+    Raises: what our kernel raises, for instance for an implementation that cannot run here.
+    """
+    resolved(settings.impl, settings.device)
+    ceilings = None
+    if settings.device.type == "cuda":
+        note("ceilings: a copy and an exp2 loop")
+        ceilings = roofline.measure_ceilings()
+    return [_measure_case(case, settings, ceilings, note) for case in settings.cases()], ceilings
+
+
+def _measure_case(case: Case, settings: Settings, ceilings: Ceilings | None, note: Note) -> Row:
+    note(f"{case}: inputs")
+    # A compiled function remembers earlier shapes, and after eight of them it refuses the next.
+    torch.compiler.reset()
+    inputs = make_inputs(case, settings.device)
+    names = (OURS, *(name for name in settings.against if name != OURS))
+    assert set(names[1:]) <= set(RIVALS)
+    if settings.device.type == "cuda":
+        found = [_on_cuda(name, case, inputs, settings, note) for name in names]
+    else:
+        found = _on_cpu(names, case, inputs, settings, note)
+    for one in found:
+        if ceilings is not None and one.time is not None:
+            if one.name == OURS:
+                one.floors = roofline.fractions(roofline.least_work(case), ceilings, one.time.p50)
+            elif (share := roofline.rival_fraction(one.name, case, ceilings, one.time.p50)) is not None:
+                one.floors = {"bytes": share}
+    return Row(case, found[0], found[1:])
+
+
+def _on_cuda(name: str, case: Case, inputs: Inputs, settings: Settings, note: Note) -> Measured:
+    """One contestant after another: the events time the device alone."""
+    repeats = settings.repeats or timing.default_repeats(settings.device)
+    measured = Measured(name, name)
+
+    def run() -> None:
+        contestant = _ready(name, case, inputs, settings, note)
+        measured.title = contestant.title
+        note(f"{case}: {contestant.title}: {repeats} repeats")
+        measured.time = timing.on_device(contestant.step, repeats)
+        if settings.weigh:
+            measured.peak_mib = memory.peak_on_device(contestant.step)
+        if contestant.capturable:
+            try:
+                measured.graph = timing.as_graph(contestant.step, repeats)
+            except RuntimeError as error:
+                measured.problem = f"no CUDA graph: {_one_line(error)}"
+
+    measured.problem = _attempt(name, run) or measured.problem
+    gc.collect()
+    torch.cuda.empty_cache()
+    return measured
+
+
+def _on_cpu(names: Sequence[str], case: Case, inputs: Inputs, settings: Settings, note: Note) -> list[Measured]:
+    """All contestants in turn, then the weighing."""
+    repeats = settings.repeats or timing.default_repeats(settings.device)
+    found = {name: Measured(name, name) for name in names}
+    ready: dict[str, Contestant] = {}
+
+    def get_ready(name: str) -> None:
+        _check_room(name, case)
+        ready[name] = _ready(name, case, inputs, settings, note)
+        found[name].title = ready[name].title
+
+    for name in names:
+        found[name].problem = _attempt(name, partial(get_ready, name)) or ""
+    note(f"{case}: {repeats} repeats of {', '.join(ready)} in turn")
+    for name, spread in timing.in_turn({name: one.step for name, one in ready.items()}, repeats).items():
+        found[name].time = spread
+    threads = torch.get_num_threads()
+    for name in ready if settings.weigh else ():
+        note(f"{case}: {found[name].title}: memory, in a process of its own")
+        try:
+            found[name].peak_mib = memory.peak_in_fresh_process(name, case, settings.impl, threads)
+        except UnavailableError as error:
+            found[name].problem = str(error)
+    return list(found.values())
+
+
+def _ready(name: str, case: Case, inputs: Inputs, settings: Settings, note: Note) -> Contestant:
+    contestant = prepare(name, case, inputs, settings.impl)
+    takes = " (compiling, which takes a minute)" if name.startswith("compile") else ""
+    note(f"{case}: {contestant.title}: warm-up{takes}")
+    timing.warm_up(contestant.step, inputs.student.device)
+    return contestant
+
+
+def _attempt(name: str, work: Callable[[], None]) -> str | None:
+    """Do some work; a rival's failure is returned as one line."""
+    try:
+        work()
+    except Exception as error:
+        if name == OURS:
+            raise
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    if isinstance(error, UnavailableError):
+        return text[0]
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    return f"failed: {type(error).__name__}: {text[0]}"[:200]
+
+
+def _check_room(name: str, case: Case) -> None:
+    """Refuse a rival that would need more memory than there is."""
+    free = memory.available_bytes()
+    needed = PEAK_BYTES.get(name, 0) * case.shape.class_pixels // (case.shape.batch if name == "chunked" else 1)
+    if free is not None and needed > free:
+        raise UnavailableError(f"{OUT_OF_MEMORY}: about {needed / 2**30:.1f} GiB of {free / 2**30:.1f}")
+
+
+def _of(spread: Spread | None, what: str) -> float | None:
+    return None if spread is None else float(getattr(spread, what))
+
+
+def _ratio(theirs: float | None, mine: float | None) -> float | None:
+    return theirs / mine if theirs is not None and mine else None
+
+
+def _plain(one: Measured) -> dict[str, Any]:
+    return {key: value for key, value in asdict(one).items() if value not in (None, "", {})}

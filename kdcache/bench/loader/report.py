@@ -1,0 +1,119 @@
+"""What is measured, and what comes of it: settings, tables, JSON."""
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from kdcache.bench.loader.readers import READERS
+from kdcache.bench.loader.streams import LOADERS
+from kdcache.bench.loader.turns import Pace
+
+MEMORY = "memory"
+"""The contestant that steps on a batch from memory."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        against: names of READERS and LOADERS.
+        records: that a reader reads, and about as many samples that a loader loads, per turn.
+        workers: processes of the DataLoader. threads: of the ring.
+        repeats: turns of each.
+        augments: of the loaders, each measured on its own.
+        steps: training steps per contestant, over all turns; 0 for none.
+    """
+
+    against: tuple[str, ...] = (*READERS, *LOADERS)
+    records: int = 256
+    batch_size: int = 16
+    workers: int = 2
+    threads: int = 2
+    repeats: int = 7
+    augments: tuple[str, ...] = ("none",)
+    student: str = "kdcache:tiny"
+    steps: int = 70
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contestant; what could not be measured is None.
+
+    Attributes:
+        pace: per sample; in a table of steps per step.
+        peak_mib: loaders: growth of the peak resident set, with the workers' share.
+        problem: why there are no figures.
+    """
+
+    name: str
+    title: str
+    pace: Pace | None = None
+    peak_mib: float | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Contestants that took turns.
+
+    Attributes:
+        kind: readers, loaders or steps.
+        against: whom the others are compared with.
+        augment: of the samples.
+    """
+
+    kind: str
+    against: tuple[str, ...]
+    rows: tuple[Measured, ...]
+    augment: str = "none"
+
+    def ratios(self, one: Measured) -> dict[str, float | None]:
+        """By the median times: how many times as fast as each of `against`; of steps, how many times as slow."""
+        paces = {row.name: row.pace for row in self.rows}
+        found = {}
+        for name in self.against:
+            other, mine = paces.get(name), one.pace
+            known = other is not None and mine is not None
+            fast = other.time.p50 / mine.time.p50 if known else None  # type: ignore[union-attr]
+            found[name] = 1 / fast if fast and self.kind == "steps" else fast
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers: milliseconds per sample (per step), MiB."""
+        rows = []
+        for row in self.rows:
+            plain = {key: value for key, value in asdict(row).items() if value not in (None, "")}
+            if row.pace is not None:
+                plain |= {"per_second": row.pace.per_second, "cpu_us": row.pace.cpu_us, "ratio": self.ratios(row)}
+            rows.append(plain)
+        return {"kind": self.kind, "augment": self.augment, "rows": rows}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        store: what was read: arrays, decoded bytes per record, records.
+    """
+
+    store: dict[str, Any]
+    settings: Settings
+    tables: tuple[Table, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        settings = {**asdict(self.settings), "device": str(self.settings.device)}
+        tables = [table.to_json() for table in self.tables]
+        return {"store": self.store, "settings": settings, "libraries": _versions(), "tables": tables}
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that readers compete with, where they are installed."""
+    installed = {name: list(metadata.distributions(name=name)) for name in ("tensorstore", "zarr", "zarrs")}
+    return {name: found[0].version for name, found in installed.items() if found}

@@ -1,0 +1,202 @@
+"""Ways to load whole samples (pixels, label, target), batch after batch.
+
+| name | who draws |
+| --- | --- |
+| inline | the trainer itself, between steps |
+| dataloader | `DataLoader` with worker processes |
+| ring | threads of this process, into buffers used again (`kdcache.train.input.ring_buffer`) |
+| resident | the same from records that stay decoded in memory (`--resident ram`) |
+| default | the trainer itself, from such records: what a training on a CPU does |
+
+Each is endless and stays open, for worker processes take seconds to start. Before one is timed, its batches must be
+those that the draws give one by one.
+"""
+
+import gc
+import multiprocessing
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from kdcache.bench.kernels.memory import peak_in_process
+from kdcache.distill import Batch
+from kdcache.distill.batch import tensors_of
+from kdcache.errors import KDCacheError, StoreError
+from kdcache.store import Cache, Records
+from kdcache.train.input.cache_dataset import CacheDataset
+from kdcache.train.input.device_prefetch import feed
+from kdcache.train.input.loader import Draws, make_loader, next_batch
+from kdcache.train.input.resident_records import RamRecords
+from kdcache.train.input.ring_buffer import DEPTH
+
+ENDLESS = 2**40
+CPU = torch.device("cpu")
+CHECKED = 3
+"""Batches that are compared."""
+_KIB = 1024
+
+
+class _ByProcesses(CacheDataset):
+    """Drawn ahead by processes, whatever would be faster."""
+
+    @property
+    def threads_suffice(self) -> bool:
+        return False
+
+
+class _ByThreads(CacheDataset):
+    """Drawn ahead by threads, whatever would be faster."""
+
+    @property
+    def threads_suffice(self) -> bool:
+        return True
+
+
+class _Resident(_ByThreads):
+    """Drawn from records in memory."""
+
+    def __init__(self, source: Cache | Records, **options: Any) -> None:
+        super().__init__(source, **options)
+        self.records = RamRecords(self.cache, self.paths)
+
+
+LOADERS: dict[str, tuple[str, type[CacheDataset]]] = {
+    "inline": ("inline", CacheDataset),
+    "dataloader": ("DataLoader, {workers} workers", _ByProcesses),
+    "ring": ("ring, {threads} threads", _ByThreads),
+    "resident": ("ring, {threads} threads, records in memory", _Resident),
+    "default": ("inline, records in memory", _Resident),
+}
+"""Name -> title, the dataset that `make_loader` loads in that way."""
+
+
+class Stream:
+    """A loader that is open: batches in order, from draw 0.
+
+    Args:
+        make: the dataset, of one of the types of LOADERS.
+        workers, threads: of the loaders that have them.
+        device: where the batches go.
+    Attributes:
+        processes: ids of its workers.
+        ahead: batches that it holds ready at most.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[type[CacheDataset]], CacheDataset],
+        *,
+        batch_size: int,
+        workers: int,
+        threads: int,
+        device: torch.device = CPU,
+    ) -> None:
+        title, kind = LOADERS[name]
+        self.name, self.title = name, title.format(workers=workers, threads=threads)
+        self._batch_size = batch_size
+        drawing = {"inline": 0, "dataloader": workers, "ring": threads, "resident": threads, "default": 0}[name]
+        loader = make_loader(
+            Draws(make(kind), 0),
+            first=0,
+            last=ENDLESS,
+            batch_size=batch_size,
+            workers=drawing,
+            pin_memory=device.type == "cuda",
+        )
+        before = set(multiprocessing.active_children())
+        self._batches: Generator[Batch | KDCacheError, None, None] | None = feed(loader, device)
+        self._step = 0
+        started = set(multiprocessing.active_children()) - before
+        self.processes = tuple(child.pid for child in started if child.pid is not None)
+        self.ahead = {"inline": 0, "dataloader": 2 * workers, "ring": DEPTH - 1, "resident": DEPTH - 1, "default": 0}[
+            name
+        ]
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End its threads and processes."""
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
+        del batches  # a DataLoader's iterator ends its workers when it goes
+        gc.collect()
+
+    def take(self) -> Batch:
+        """The next batch, valid until the one after. Raises: what the sample raises."""
+        assert self._batches is not None
+        self._step += 1
+        return next_batch(self._batches)
+
+    def skip(self, count: int) -> None:
+        for _ in range(count):
+            self.take()
+
+    def verify(self, draws: Draws) -> None:
+        """The next batches are those of `draws`. Raises StoreError: a benchmark must not time the wrong thing."""
+        for _ in range(CHECKED):
+            step = self._step
+            given = [part.cpu() for part in tensors_of(self.take())]
+            wanted = tensors_of(reference_batch(draws, step, self._batch_size))
+            if not all(
+                a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(given, wanted, strict=True)
+            ):
+                raise StoreError(
+                    "loaders are timed when they give the same batches",
+                    received=f"{self.title}: batch {step} differs from its samples drawn one by one",
+                    remedy="run kdcache verify on the store; if it is sound, report this",
+                )
+
+
+def reference_batch(draws: Draws, step: int, batch_size: int) -> Batch:
+    """A batch, sample by sample. Raises: what a sample raises."""
+    items = [draws[draw] for draw in range(step * batch_size, (step + 1) * batch_size)]
+    for item in items:
+        if isinstance(item, KDCacheError):
+            raise item
+    batch: Batch = default_collate(items)
+    return batch
+
+
+def open_and_weigh(make: Callable[[], Stream], batches: int) -> tuple[Stream, float | None]:
+    """Open a stream and take some batches: by how many MiB that raised the peak of the resident set.
+
+    Its worker processes count with their proportional share of memory after the last batch, most of which are the
+    libraries that each of them loads. None where the system does not say.
+    """
+    opened: list[Stream] = []
+
+    def work() -> None:
+        opened.append(make())
+        opened[0].skip(batches)
+
+    try:
+        grown = peak_in_process(work)
+        shares = [_share_mib(process) for process in opened[0].processes]
+    except OSError:
+        if not opened:
+            work()
+        return opened[0], None
+    except BaseException:
+        for stream in opened:
+            stream.__exit__(None, None, None)
+        raise
+    return opened[0], grown + sum(shares)
+
+
+def _share_mib(process: int) -> float:
+    """Of memory that processes share, each has its part."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii", errors="replace").splitlines()
+    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / _KIB
+
+
+def _bits(tensor: torch.Tensor) -> Any:
+    """Bytes, so that NaN equals itself; shapes count."""
+    flat = tensor.contiguous()
+    return flat.unsqueeze(-1).view(torch.uint8) if flat.dtype != torch.bool else flat

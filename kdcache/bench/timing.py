@@ -1,0 +1,115 @@
+"""Timing one step, and several in turn.
+
+CUDA: events around the step, 25 warm-ups, the L2 cache overwritten before every repeat (in a training nobody leaves the
+inputs there), and the same once more as a captured graph, which leaves the launches out.
+
+CPU: contestants take turns, a few calls each, over several rounds, so that a neighbour on the machine slows all of
+them; the best of a contestant is then compared with the best of another. One call of each per turn would not do: after
+a step, torch's threads spin for a while before they sleep, on cores that the next one wants.
+
+All times in milliseconds.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdcache.metrics.timing import no_garbage_collection
+
+CUDA_WARM_UPS, CPU_WARM_UPS = 25, 2
+CUDA_REPEATS, CPU_REPEATS = 100, 15
+ROUNDS = 5
+"""Turns that each contestant gets on the CPU."""
+LEAST_FLUSH_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one thing, in milliseconds."""
+
+    best: float
+    p20: float
+    p50: float
+    p80: float
+    repeats: int
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> "Spread":
+        """Reduce samples; the percentiles are samples themselves, the median excepted."""
+        ordered = sorted(samples_ms)
+        last = len(ordered) - 1
+        return cls(
+            best=ordered[0],
+            p20=ordered[round(0.2 * last)],
+            p50=statistics.median(ordered),
+            p80=ordered[round(0.8 * last)],
+            repeats=len(ordered),
+        )
+
+
+def default_repeats(device: torch.device) -> int:
+    return CUDA_REPEATS if device.type == "cuda" else CPU_REPEATS
+
+
+def warm_up(step: Callable[[], Any], device: torch.device) -> None:
+    """Compile, tune and load: everything that only the first calls do."""
+    for _ in range(CUDA_WARM_UPS if device.type == "cuda" else CPU_WARM_UPS):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Spread]:
+    """Time steps on the CPU, warmed up before, in rounds."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    rounds = min(ROUNDS, repeats)
+    with no_garbage_collection():
+        for turn in range(rounds):
+            calls = repeats // rounds + (turn < repeats % rounds)
+            for name, step in steps.items():
+                for _ in range(calls):
+                    began = time.perf_counter()
+                    step()
+                    samples[name].append(1e3 * (time.perf_counter() - began))
+    return {name: Spread.of(values) for name, values in samples.items()}
+
+
+def on_device(step: Callable[[], Any], repeats: int) -> Spread:
+    """Time a step on the current CUDA device, warmed up before."""
+    flush = torch.empty(_flush_bytes(), dtype=torch.uint8, device="cuda")
+    event: Any = torch.cuda.Event
+    events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
+    with no_garbage_collection():
+        for begin, end in events:
+            flush.zero_()
+            begin.record()
+            step()
+            end.record()
+        torch.cuda.synchronize()
+    return Spread.of([begin.elapsed_time(end) for begin, end in events])
+
+
+def as_graph(step: Callable[[], Any], repeats: int) -> Spread:
+    """Time a step captured as a CUDA graph. Raises RuntimeError when it cannot be captured."""
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+    spread = on_device(graph.replay, repeats)
+    del kept
+    return spread
+
+
+def _flush_bytes() -> int:
+    """Twice the L2 cache: H100 and H200 have 50 MiB."""
+    cache = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)
+    return max(2 * int(cache), LEAST_FLUSH_BYTES)

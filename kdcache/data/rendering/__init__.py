@@ -1,0 +1,8 @@
+"""From an image and a window to the pixels of a view.
+
+view.py       windows, and the one rendering that teacher and training share
+resample.py   resizing, antialiased
+compiled.py   the compiled loops of it
+recolour.py   colour jitter
+augment.py    what is drawn at random
+"""

@@ -1,0 +1,186 @@
+"""`scenes`: a procedural data set without files, for tests, tutorials and a first run.
+
+A sample is a pure function of (seed, split, index): workers, machines and reruns see the same pixels, and
+a larger `train` extends a smaller one. Drawing takes a few milliseconds, so each process keeps the
+samples it drew, up to `CACHE_BYTES`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kdcache.data.classes import write_classes
+from kdcache.data.folder import IMAGES, LABELS
+from kdcache.data.sample import Pixels, Split
+from kdcache.data.scenes.street import CLASSES, draw_street
+from kdcache.errors import DataError
+
+CACHE_BYTES = 512 * 2**20
+"""Most memory that one process spends on drawn samples."""
+
+_UNLABELLED = "unlabelled"
+_LEAST_SIDE, _MOST_SIDE = 16, 8192
+
+
+def is_scenes(data: str) -> bool:
+    """Whether `data` names the procedural data set rather than a folder."""
+    return data == "scenes" or data.startswith("scenes:")
+
+
+@dataclass(frozen=True)
+class ScenesSpec:
+    """What follows `scenes:`; every part may be left out.
+
+    Args:
+        height, width: pixels, `HxW`.
+        train, val: samples with labels.
+        seed: another seed is another data set.
+        unlabelled: samples of a split of that name that has no labels; 0 means there is no such split.
+    """
+
+    height: int = 96
+    width: int = 128
+    train: int = 64
+    val: int = 16
+    seed: int = 0
+    unlabelled: int = 0
+
+    @classmethod
+    def parse(cls, data: str) -> ScenesSpec:
+        """Read `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`.
+
+        Raises: DataError naming the part that is not understood.
+        """
+        values: dict[str, int] = {}
+        for part in filter(None, data.partition(":")[2].split(",")):
+            size = re.fullmatch(r"(\d+)x(\d+)", part.strip())
+            option = re.fullmatch(r"(train|val|seed|unlabelled)=(\d+)", part.strip())
+            found = dict(zip(("height", "width"), map(int, size.groups()), strict=True)) if size else {}
+            found |= {option[1]: int(option[2])} if option else {}
+            if not found or values.keys() & found.keys():
+                raise _malformed(data, f"{part!r} {'twice' if found else 'is no part of it'}")
+            values |= found
+        spec = cls(**values)
+        if not all(_LEAST_SIDE <= side <= _MOST_SIDE for side in (spec.height, spec.width)):
+            raise _malformed(data, f"{spec.height}x{spec.width}, sides are {_LEAST_SIDE} to {_MOST_SIDE}")
+        return spec
+
+    def splits(self) -> list[str]:
+        """Names of the splits with at least one sample, sorted."""
+        return sorted(name for name in ("train", "val", _UNLABELLED) if self.samples(name))
+
+    def samples(self, split: str) -> int:
+        """How many samples a split has; 0 for a name that is none."""
+        return {"train": self.train, "val": self.val, _UNLABELLED: self.unlabelled}.get(split, 0)
+
+
+class ScenesSplit(Split):
+    """One split of the procedural data set.
+
+    Args:
+        data: the spec, such as `scenes:96x128,train=64`.
+        split: `train`, `val` or `unlabelled`.
+    Raises: DataError for a malformed spec or a split without samples.
+    """
+
+    def __init__(self, data: str, split: str) -> None:
+        self.spec = ScenesSpec.parse(data)
+        if split not in self.spec.splits():
+            raise DataError(
+                "A split of `scenes` is train, val or unlabelled, with at least one sample.",
+                received=f"{split!r} of {data!r}; there are: {', '.join(self.spec.splits()) or 'none'}",
+                remedy=f"Name one of these, or ask for samples, as in scenes:{_UNLABELLED}=32.",
+            )
+        self.data = data
+        self.split = split
+        self.classes = CLASSES
+        # The seed is part of the id: another seed is other pictures, and the digest must tell.
+        prefix = f"{self.spec.height}x{self.spec.width}-seed{self.spec.seed}/{split}"
+        self.ids = tuple(f"{prefix}-{index:06d}" for index in range(self.spec.samples(split)))
+
+    def image(self, index: int) -> Pixels:
+        return self._sample(index)[0].copy()
+
+    def label(self, index: int) -> Pixels | None:
+        return self._sample(index)[1].copy() if self.has_label(index) else None
+
+    def has_label(self, index: int) -> bool:
+        return self.split != _UNLABELLED
+
+    def _sample(self, index: int) -> tuple[Pixels, Pixels]:
+        index = range(len(self))[index]
+        return _CACHE.get(self.spec.height, self.spec.width, self.spec.seed, self.split, index)
+
+
+def write_scenes(folder: str | os.PathLike[str], data: str = "scenes", *, suffix: str = ".png") -> Path:
+    """Write the data set that `data` describes as a `folder` data set.
+
+    Args:
+        folder: made if missing; files of the same names are overwritten.
+        suffix: of the images: `.png` keeps the pixels of the spec, `.jpg` (quality 95) does not.
+    Returns: the folder, ready for `open_split`.
+    """
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    write_classes(root, CLASSES)
+    for name in ScenesSpec.parse(data).splits():
+        split = ScenesSplit(data, name)
+        (root / IMAGES / name).mkdir(parents=True, exist_ok=True)
+        for index, sample in enumerate(split.ids):
+            stem = sample.rpartition("/")[2]
+            # Pillow ignores options that a format does not have.
+            path = root / IMAGES / name / (stem + suffix)
+            Image.fromarray(split.image(index)).save(path, quality=95, subsampling=0)
+            label = split.label(index)
+            if label is not None:
+                (root / LABELS / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(label).save(root / LABELS / name / f"{stem}.png")
+    return root
+
+
+class _Cache:
+    """Drawn samples of this process, least recently used out first; safe to share between threads."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+        self._samples: OrderedDict[tuple[int, int, int, str, int], tuple[Pixels, Pixels]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, height: int, width: int, seed: int, split: str, index: int) -> tuple[Pixels, Pixels]:
+        key = (height, width, seed, split, index)
+        with self._lock:
+            if key in self._samples:
+                self._samples.move_to_end(key)
+                return self._samples[key]
+        # Drawn outside the lock; two threads may draw the same sample once each, to the same result.
+        rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+        sample = draw_street(rng, height, width)
+        with self._lock:
+            if key not in self._samples:
+                self._samples[key] = sample
+                self._held_bytes += sum(array.nbytes for array in sample)
+            while self._held_bytes > self._limit_bytes and len(self._samples) > 1:
+                _, oldest = self._samples.popitem(last=False)
+                self._held_bytes -= sum(array.nbytes for array in oldest)
+        return sample
+
+
+_CACHE = _Cache(CACHE_BYTES)
+
+
+def _malformed(data: str, what: str) -> DataError:
+    return DataError(
+        "Procedural scenes read scenes:HxW,train=N,val=N,seed=N,unlabelled=N, each part optional.",
+        received=f"{data!r}: {what}",
+        remedy="For example scenes:96x128,train=64,val=16; a folder of that name is ./scenes.",
+    )

@@ -1,0 +1,32 @@
+"""Metrics of a model on labelled images, by mmsegmentation's convention.
+
+    confusion.py     one confusion matrix over a whole set, and the metrics that follow from it
+    chance.py        whether they are those of a model that has learnt nothing
+    evaluate.py      a model on a labelled split
+    calibration.py   calibration, and what a confidence threshold keeps
+    tables.py        metrics as rows of a table
+    figures.py       figures, and labels in their colours
+    cost.py          parameters, arithmetic, time per image
+    timing.py        time without the garbage collector's
+    machine.py       the processor, for figures
+    oom.py           running out of memory, however it is said
+
+It knows no stores, no runs and no trainings.
+"""
+
+from kdcache.metrics.chance import at_chance
+from kdcache.metrics.confusion import ConfusionMatrix, Metrics
+from kdcache.metrics.evaluate import evaluate_model
+from kdcache.metrics.tables import class_rows, comparison_rows, markdown_table, metrics_markdown, percent
+
+__all__ = [
+    "ConfusionMatrix",
+    "Metrics",
+    "at_chance",
+    "class_rows",
+    "comparison_rows",
+    "evaluate_model",
+    "markdown_table",
+    "metrics_markdown",
+    "percent",
+]

@@ -1,0 +1,60 @@
+"""Whether a model has learnt anything: its scores beside those that take no look at the image.
+
+Two predictions need no image: one class everywhere, and every class as often as the model itself predicts it, but at
+random places. The best of the first has the share of the largest class, divided by the number of classes, as its mIoU;
+how far a model is from the second is Cohen's kappa, which is 0 there and 1 when all pixels are right.
+"""
+
+import math
+
+from kdcache.metrics.confusion import Metrics
+from kdcache.metrics.tables import percent
+
+_ALONE = 0.999
+"""Share of the predicted pixels from which one class is the only one."""
+_LEAST_KAPPA = 0.05
+"""Pixels are many, but neighbours are alike: below, agreement with the labels may be an accident."""
+
+
+def at_chance(metrics: Metrics) -> str | None:
+    """Why these are the scores of a model that has learnt nothing, such as "predicts Road alone (mIoU 2.79 %)".
+
+    None when they are better than those of any constant or random prediction, and where fewer than two classes are
+    labelled: there, one class everywhere is right.
+    """
+    pixels = sum(metrics.label_pixels)
+    labelled = sum(count > 0 for count in metrics.label_pixels)
+    if labelled < 2 or math.isnan(metrics.miou):
+        return None
+    largest = max(range(len(metrics.label_pixels)), key=metrics.label_pixels.__getitem__)
+    constant = metrics.label_pixels[largest] / pixels / labelled
+    predicted = _predicted_shares(metrics)
+    alone = max(range(len(predicted)), key=predicted.__getitem__)
+    kappa = _kappa(metrics, predicted)
+    if metrics.miou > constant * (1 + 1e-9) and kappa > _LEAST_KAPPA:
+        return None
+    if predicted[alone] >= _ALONE:
+        return f"predicts {metrics.class_names[alone]} alone (mIoU {percent(metrics.miou)} %)"
+    if metrics.miou > constant:
+        return (
+            f"is at chance: its classes lie as if at random places (mIoU {percent(metrics.miou)} %, kappa {kappa:.2f})"
+        )
+    name = metrics.class_names[largest]
+    return f"is at chance: mIoU {percent(metrics.miou)} %, and {name} everywhere would have {percent(constant)} %"
+
+
+def _predicted_shares(metrics: Metrics) -> list[float]:
+    """Share of each class in the prediction, from IoU = hits / (labelled + predicted - hits); 0 without a hit."""
+    pixels = sum(metrics.label_pixels)
+    shares = []
+    for iou, acc, count in zip(metrics.iou, metrics.acc, metrics.label_pixels, strict=True):
+        hits = 0.0 if math.isnan(acc) else acc * count
+        shares.append((hits / iou - count + hits) / pixels if hits else 0.0)
+    return shares
+
+
+def _kappa(metrics: Metrics, predicted: list[float]) -> float:
+    """Cohen's kappa; the largest that it can be where classes are predicted without a hit."""
+    pixels = sum(metrics.label_pixels)
+    by_chance = sum(share * count / pixels for share, count in zip(predicted, metrics.label_pixels, strict=True))
+    return (metrics.aacc - by_chance) / max(1 - by_chance, 1e-12)

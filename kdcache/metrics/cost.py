@@ -1,0 +1,149 @@
+"""What a model costs to run: parameters, arithmetic, time per image.
+
+FLOPs are those of convolutions, matrix products and attention, two for each multiply-add (MACs are half of them), as
+`torch.utils.flop_counter` counts; normalisations, activations and resizes are left out, as in most published tables.
+
+Latency is that of one image, normalised and on the device, to logits at the image's size. Neither decoding nor the
+copy to the device is in it. It is a property of the network: what taught it changes nothing.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdcache.metrics.machine import cpu_name
+from kdcache.metrics.timing import no_garbage_collection
+from kdcache.models import SegmentationModel
+from kdcache.settings.shared import JudgeSettings
+
+REPEATS, WARM_UP = JudgeSettings.repeats, 10
+LEAST_REPEATS = 5
+MOST_SECONDS = 10.0
+"""A slow model is timed less often."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per image at batch size 1, over `repeats` calls after `warm_up` others; threads are of the CPU."""
+
+    mean_ms: float
+    std_ms: float
+    median_ms: float
+    repeats: int
+    warm_up: int
+    device: str
+    threads: int
+
+    @property
+    def fps(self) -> float:
+        """Images per second, one after the other."""
+        return 1000 / self.mean_ms
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image of `size` (H, W) costs; `latency` is None when time was not measured."""
+
+    size: tuple[int, int]
+    parameters: int
+    flops: int
+    latency: Latency | None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return self.flops // 2
+
+    def to_json(self) -> dict[str, Any]:
+        latency = None if self.latency is None else {**asdict(self.latency), "fps": self.latency.fps}
+        return {
+            "size": list(self.size),
+            "parameters": self.parameters,
+            "flops": self.flops,
+            "macs": self.macs,
+            "latency": latency,
+        }
+
+
+def measure_cost(
+    model: SegmentationModel,
+    size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    repeats: int = REPEATS,
+    warm_up: int = WARM_UP,
+) -> Cost:
+    """Count and time a model, which is moved to `device` and put back into its mode.
+
+    Args:
+        repeats: timed calls; 0 measures no time.
+    """
+    was_training = model.training
+    model.to(device).eval()
+    try:
+        latency = measure_latency(model, size, device=device, repeats=repeats, warm_up=warm_up) if repeats else None
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return Cost(size, parameters, count_flops(model, size, device=device), latency)
+    finally:
+        model.train(was_training)
+
+
+def count_flops(model: SegmentationModel, size: tuple[int, int], *, device: torch.device | str = "cpu") -> int:
+    """FLOPs of one image, two per multiply-add; the model should be in eval mode."""
+    # Attention as plain products: the counter knows not every fused kernel, that of the CPU for one.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, *size, device=device))
+    return int(counter.get_total_flops())
+
+
+def measure_latency(
+    model: SegmentationModel,
+    size: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    repeats: int = REPEATS,
+    warm_up: int = WARM_UP,
+) -> Latency:
+    """Time a model that is on `device`, in eval mode. A GPU is waited for at the end of every call."""
+    where = torch.device(device)
+    x_13HW = torch.rand(1, 3, *size, device=where).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), no_garbage_collection():
+        warmed = _calls(model, x_13HW, size, least=min(1, warm_up), most=warm_up, seconds=MOST_SECONDS / 5)
+        samples_ms = _calls(model, x_13HW, size, least=min(LEAST_REPEATS, repeats), most=repeats, seconds=MOST_SECONDS)
+    return Latency(
+        mean_ms=statistics.fmean(samples_ms),
+        std_ms=statistics.stdev(samples_ms) if len(samples_ms) > 1 else math.nan,
+        median_ms=statistics.median(samples_ms),
+        repeats=len(samples_ms),
+        warm_up=len(warmed),
+        device=_device_name(where),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _calls(
+    model: SegmentationModel, x_13HW: Tensor, size: tuple[int, int], *, least: int, most: int, seconds: float
+) -> list[float]:
+    """Milliseconds of `most` calls, or of fewer when the time is over; at least `least`."""
+    samples_ms: list[float] = []
+    first = time.perf_counter()
+    while len(samples_ms) < most and (len(samples_ms) < least or time.perf_counter() - first < seconds):
+        began = time.perf_counter()
+        model.upsample(model(x_13HW).logits, size)
+        if x_13HW.is_cuda:
+            torch.cuda.synchronize(x_13HW.device)
+        samples_ms.append(1e3 * (time.perf_counter() - began))
+    return samples_ms
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return cpu_name()

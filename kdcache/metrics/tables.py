@@ -1,0 +1,67 @@
+"""Metrics as rows for a terminal and as Markdown. Percent with two digits; a class that does not occur is '-'."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from kdcache.errors import one_line
+from kdcache.metrics.confusion import Metrics
+
+
+def percent(value: float) -> str:
+    """A fraction in percent with two digits; NaN as '-'."""
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
+    """(class, IoU %, Acc %, share of labelled pixels %) per class."""
+    total = sum(metrics.label_pixels) or 1
+    return [
+        (name, percent(iou), percent(acc), percent(pixels / total))
+        for name, iou, acc, pixels in zip(
+            metrics.class_names, metrics.iou, metrics.acc, metrics.label_pixels, strict=True
+        )
+    ]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table; the first column is left-aligned, the rest to the right."""
+    first, *rest = [
+        "| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)
+    ]
+    return "\n".join([first, "| --- |" + " ---: |" * (len(header) - 1), *rest]) + "\n"
+
+
+def metrics_markdown(title: str, metrics: Metrics) -> str:
+    """One evaluation: the summary, then a row per class."""
+    summary = f"mIoU {percent(metrics.miou)}, mAcc {percent(metrics.macc)}, aAcc {percent(metrics.aacc)}"
+    table = markdown_table(("class", "IoU %", "Acc %", "pixels %"), class_rows(metrics))
+    return f"# {title}\n\n{summary}\n\n{table}"
+
+
+def comparison_rows(
+    results: Mapping[str, Metrics], best: tuple[str, str] = ("**", "**")
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of runs side by side: mIoU, mAcc, aAcc and the IoU of every class, best of each marked.
+
+    The class names come from the metrics themselves, so a column cannot be mislabelled.
+    """
+    names = next(iter(results.values())).class_names
+    if any(metrics.class_names != names for metrics in results.values()):
+        raise ValueError("runs are compared over the same classes")
+    header = ["run", "mIoU", "mAcc", "aAcc", *names]
+    columns = {run: [m.miou, m.macc, m.aacc, *m.iou] for run, m in results.items()}
+    tops = [
+        max((v for v in column if not math.isnan(v)), default=math.nan)
+        for column in zip(*columns.values(), strict=True)
+    ]
+    rows = [
+        [
+            run,
+            *(
+                f"{best[0]}{percent(v)}{best[1]}" if v == top else percent(v)
+                for v, top in zip(values, tops, strict=True)
+            ),
+        ]
+        for run, values in columns.items()
+    ]
+    return header, rows

@@ -1,0 +1,9 @@
+"""The networks that names of the registry stand for.
+
+tiny.py                `kdcache:tiny`, `kdcache:base`
+torchvision_heads.py   torchvision's FCN, DeepLab and LR-ASPP
+deeplab.py             DeepLab as the documents train it
+segformer.py           SegFormer
+smp.py                 segmentation_models_pytorch
+hub.py                 downloads by torch.hub
+"""

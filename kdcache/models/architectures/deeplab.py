@@ -1,0 +1,78 @@
+"""A light DeepLab on MobileNetV3-Large (`kdcache:deeplab-mobilenet`, 3.8 M parameters): a student.
+
+    backbone    torchvision's MobileNetV3-Large without its classifier: 960 channels at stride 32, as for images'
+                classes. Nothing in it is dilated (torchvision's own DeepLab dilates its last stage: stride 16)
+    reduce      1x1 to 256 channels, BatchNorm, ReLU
+    context     3x3 with dilation 6, BatchNorm, ReLU; dropout 0.1; the 1x1 classifier
+
+One dilated convolution instead of the pyramid of five branches: a third of the parameters of torchvision's
+`deeplabv3_mobilenet_v3_large`, and, at stride 32, logits of 8 x 8 for 256 x 256 pixels.
+torchvision is imported when a model is built.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kdcache.models.architectures import torchvision_heads
+from kdcache.models.architectures.torchvision_heads import MOBILENET_TAPS
+from kdcache.models.native import NativeOutput, SegmentationModel
+
+NAMES = ("deeplab-mobilenet",)
+_CHANNELS = 256
+
+
+class LightDeepLab(SegmentationModel):
+    """The network. Taps: the backbone's stages, `reduced` (after `reduce`), `head` (the classifier's input)."""
+
+    def __init__(self, name: str, num_classes: int, backbone: nn.Module) -> None:
+        super().__init__(
+            spec=f"kdcache:{name}",
+            num_classes=num_classes,
+            stride=32,
+            taps=(*MOBILENET_TAPS, "reduced", "head"),
+            backbone_prefix="backbone.",
+            classifier_keys=classifier_keys(name),
+        )
+        self.backbone = backbone
+        wide = 960
+        self.reduce = nn.Sequential(
+            nn.Conv2d(wide, _CHANNELS, 1, bias=False), nn.BatchNorm2d(_CHANNELS), nn.ReLU(inplace=True)
+        )
+        self.context = nn.Sequential(
+            nn.Conv2d(_CHANNELS, _CHANNELS, 3, padding=6, dilation=6, bias=False),
+            nn.BatchNorm2d(_CHANNELS),
+            nn.ReLU(inplace=True),
+        )
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Conv2d(_CHANNELS, num_classes, 1)
+        self._tap_of = {child: tap for tap, child in MOBILENET_TAPS.items()}
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        self.check_taps(taps)
+        found: dict[str, Tensor] = {}
+        x = x_B3HW
+        for child, module in self.backbone.named_children():
+            x = module(x)
+            if (tap := self._tap_of.get(child, "")) in taps:
+                found[tap] = x
+        found["reduced"] = x = self.reduce(x)
+        found["head"] = x = self.context(x)
+        return NativeOutput(self.classifier(self.dropout(x)), {tap: found[tap] for tap in taps})
+
+
+def classifier_keys(name: str) -> tuple[str, ...]:
+    """Prefixes of the tensors whose first axis is the classes."""
+    return ("classifier.",)
+
+
+def build(name: str, num_classes: int) -> SegmentationModel:
+    """Build one of NAMES with random weights; nothing is downloaded."""
+    from torchvision.models import mobilenet_v3_large
+
+    return LightDeepLab(name, num_classes, mobilenet_v3_large(weights=None).features)
+
+
+def default_state(name: str, whole: bool) -> dict[str, Tensor]:
+    """The backbone's ImageNet weights as torchvision publishes them: there are none of the whole model."""
+    return torchvision_heads.default_state("mobilenet_v3_large", whole)

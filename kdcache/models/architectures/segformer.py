@@ -1,0 +1,176 @@
+"""SegFormer B0 to B5 from transformers' modules (`pip install kdcache[segformer]`), built from a configuration.
+
+Tensors have the names of the published checkpoints (`segformer.encoder.block.0.0...`) in every state dict, whatever
+the installed transformers calls its modules: a run and a teacher's fingerprint survive its upgrades, the hub's files
+load as they are, and `from_pretrained` reads what is saved here.
+
+The forward walks the stages, so that taps need no hooks. transformers is imported when a model is built.
+Source: Xie et al. 2021, arXiv 2105.15203, table 6.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcache.errors import ModelError
+from kdcache.models.native import NativeOutput, SegmentationModel
+
+
+@dataclass(frozen=True)
+class _Size:
+    widths: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    decoder: int
+
+
+_NARROW, _WIDE = (32, 64, 160, 256), (64, 128, 320, 512)
+_SIZES = {
+    "b0": _Size(_NARROW, (2, 2, 2, 2), 256),
+    "b1": _Size(_WIDE, (2, 2, 2, 2), 256),
+    "b2": _Size(_WIDE, (3, 4, 6, 3), 768),
+    "b3": _Size(_WIDE, (3, 4, 18, 3), 768),
+    "b4": _Size(_WIDE, (3, 8, 27, 3), 768),
+    "b5": _Size(_WIDE, (3, 6, 40, 3), 768),
+}
+NAMES = tuple(_SIZES)
+_STAGES = ("stage1", "stage2", "stage3", "stage4")
+
+# Names in transformers 5 -> names in the published files, in this order.
+_PUBLISHED = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^segformer\.stages\.(\d+)\.patch_embeddings\.", r"segformer.encoder.patch_embeddings.\1."),
+        (r"^segformer\.stages\.(\d+)\.blocks\.", r"segformer.encoder.block.\1."),
+        (r"^segformer\.stages\.(\d+)\.layer_norm\.", r"segformer.encoder.layer_norm.\1."),
+        (r"\.attention\.q_proj\.", ".attention.self.query."),
+        (r"\.attention\.k_proj\.", ".attention.self.key."),
+        (r"\.attention\.v_proj\.", ".attention.self.value."),
+        (r"\.attention\.sequence_reduction\.sequence_reduction\.", ".attention.self.sr."),
+        (r"\.attention\.sequence_reduction\.layer_norm\.", ".attention.self.layer_norm."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".mlp.dense1."),
+        (r"\.mlp\.fc2\.", ".mlp.dense2."),
+        (r"\.layernorm_before\.", ".layer_norm_1."),
+        (r"\.layernorm_after\.", ".layer_norm_2."),
+        (r"^decode_head\.linear_projections\.", "decode_head.linear_c."),
+    )
+]
+
+
+class SegFormer(SegmentationModel):
+    """A Mix Transformer and its all-MLP head, at stride 4.
+
+    Taps: `stage1` to `stage4` at strides 4, 8, 16, 32 (after each stage's norm), and `head`: the fused features,
+    the classifier's input before dropout. Stochastic depth (up to 0.1) and dropout (0.1) act in training mode only.
+    """
+
+    segformer: nn.Module
+    decode_head: nn.Module
+
+    def __init__(self, name: str, num_classes: int, network: nn.Module) -> None:
+        super().__init__(
+            spec=f"segformer:{name}",
+            num_classes=num_classes,
+            stride=4,
+            taps=(*_STAGES, "head"),
+            backbone_prefix="segformer.",
+            classifier_keys=classifier_keys(name),
+        )
+        self.segformer = network.get_submodule("segformer")
+        self.decode_head = network.get_submodule("decode_head")
+        self.register_state_dict_post_hook(_publish)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_unpublish)  # type: ignore[no-untyped-call]
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        self.check_taps(taps)
+        found: dict[str, Tensor] = {}
+        x = x_B3HW
+        for name, stage in zip(_STAGES, self.segformer.stages, strict=True):  # type: ignore[arg-type]
+            x = found[name] = stage(x)
+        logits, found["head"] = self._head([found[name] for name in _STAGES])
+        return NativeOutput(logits, {tap: found[tap] for tap in taps})
+
+    def _head(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The modules of transformers' SegformerDecodeHead, which does not return what it fuses."""
+        head: Any = self.decode_head
+        size = stages[0].shape[-2:]
+        same = []
+        for x_Bchw, project in zip(stages, head.linear_projections, strict=True):
+            x = project(x_Bchw).transpose(1, 2).reshape(x_Bchw.shape[0], -1, *x_Bchw.shape[-2:])
+            same.append(F.interpolate(x, size=size, mode="bilinear", align_corners=False))
+        fused = head.activation(head.batch_norm(head.linear_fuse(torch.cat(same[::-1], dim=1))))
+        return head.classifier(head.dropout(fused)), fused
+
+    def adopt_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Files that hold the module names of transformers 5 are read as well."""
+        return {_published(name): value for name, value in state.items()}
+
+
+def classifier_keys(name: str) -> tuple[str, ...]:
+    """Prefixes of the tensors whose first axis is the classes."""
+    return ("decode_head.classifier.",)
+
+
+def build(name: str, num_classes: int) -> SegmentationModel:
+    """Build one of NAMES with transformers' random weights; nothing is downloaded.
+
+    Raises: ModelError when the installed transformers is too old.
+    """
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    size = _SIZES[name]
+    settings: dict[str, Any] = {
+        "hidden_sizes": size.widths,
+        "depths": size.depths,
+        "decoder_hidden_size": size.decoder,
+        "num_labels": num_classes,
+        "drop_path_rate": 0.1,
+        "classifier_dropout_prob": 0.1,
+    }
+    network = SegformerForSemanticSegmentation(SegformerConfig(**settings))
+    if not hasattr(network.segformer, "stages"):
+        import transformers
+
+        raise ModelError(
+            "segformer:* is built from the modules of transformers 5",
+            received=f"transformers {transformers.__version__}, which names them otherwise",
+            remedy="pip install -U kdcache[segformer]",
+        )
+    return SegFormer(name, num_classes, network)
+
+
+def default_state(name: str, whole: bool) -> dict[str, Tensor]:
+    """NVIDIA's weights from the hub (for research only, says their licence): downloaded once, then from its cache.
+
+    Args:
+        whole: the model with its head, trained on ADE20K's 150 classes; else the encoder trained on ImageNet,
+            which is what published students start from.
+    Raises: ModelError when they cannot be had.
+    """
+    from kdcache.models.architectures.hub import download_state
+
+    side = 640 if name == "b5" else 512
+    return download_state(f"nvidia/segformer-{name}-finetuned-ade-{side}-{side}" if whole else f"nvidia/mit-{name}")
+
+
+def _published(name: str) -> str:
+    for pattern, replacement in _PUBLISHED:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _publish(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        state[prefix + _published(key[len(prefix) :])] = state.pop(key)
+
+
+def _unpublish(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    for name in names:
+        if (key := prefix + _published(name)) in state:
+            state[prefix + name] = state.pop(key)

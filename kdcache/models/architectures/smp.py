@@ -1,0 +1,185 @@
+"""Networks of segmentation_models_pytorch as `smp:ARCH-ENCODER` (`pip install kdcache[smp]`), at their native stride.
+
+    smp:unet-resnet18, smp:deeplabv3plus-resnet101, smp:segformer-mit_b0, smp:upernet-tu-convnext_tiny, ...
+
+Encoder, decoder and head are the library's own modules under their own names, so that its state dicts load as they
+are; only the head's last upsampling is left off. NAMES are some that are worth listing; any pair that the library
+builds is taken. It is imported when a model is built.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.models.architectures.hub import not_downloaded
+from kdcache.models.native import NativeOutput, SegmentationModel
+
+NAMES = (
+    "unet-resnet18",
+    "unet-resnet34",
+    "unet-efficientnet-b0",
+    "unetplusplus-resnet34",
+    "fpn-resnet50",
+    "pspnet-resnet50",
+    "pan-resnet34",
+    "upernet-resnet50",
+    "deeplabv3plus-mobilenet_v2",
+    "deeplabv3plus-resnet50",
+    "deeplabv3plus-resnet101",
+    "segformer-mit_b0",
+)
+
+
+class SmpModel(SegmentationModel):
+    """Any of the library's models but DPT.
+
+    Taps: `stage1`, `stage2`, ... are the encoder's features (of strides 2, 4, ...; a Mix Transformer has no stage1),
+    `head` the decoder's output, which the classifier reads. The library upsamples with align_corners.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+    segmentation_head: nn.Sequential
+
+    def __init__(self, name: str, num_classes: int, network: Any) -> None:
+        classifier, upsampling = network.segmentation_head[0], network.segmentation_head[1]
+        stride = round(getattr(upsampling, "scale_factor", 1))
+        stages = [f"stage{i}" for i, channels in enumerate(network.encoder.out_channels) if i and channels]
+        super().__init__(
+            spec=f"smp:{name}",
+            num_classes=num_classes,
+            stride=stride,
+            taps=(*stages, "head"),
+            align_corners=stride > 1,  # without an upsampling of its own, as labels are resized
+            backbone_prefix="encoder.",
+            classifier_keys=classifier_keys(name),
+        )
+        assert classifier.out_channels == num_classes
+        self.encoder = network.encoder
+        self.decoder = network.decoder
+        self.segmentation_head = network.segmentation_head
+        self._multiple = int(network.encoder.output_stride) if network.requires_divisible_input_shape else 1
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        self.check_taps(taps)
+        self._check_size(x_B3HW.shape[-2], x_B3HW.shape[-1])
+        features = self.encoder(x_B3HW)
+        found = {f"stage{i}": feature for i, feature in enumerate(features)}
+        found["head"] = self.decoder(list(features))
+        return NativeOutput(self.segmentation_head[0](found["head"]), {tap: found[tap] for tap in taps})
+
+    def _check_size(self, height: int, width: int) -> None:
+        step = self._multiple
+        if step > 1 and (height % step or width % step):
+            near = [max(1, round(int(side) / step)) * step for side in (height, width)]
+            raise ModelError(
+                f"{self.spec} takes images whose sides are multiples of {step}",
+                received=f"{int(height)}x{int(width)}",
+                remedy=f"for instance --size {near[0]}x{near[1]}",
+            )
+
+
+def classifier_keys(name: str) -> tuple[str, ...]:
+    """Prefixes of the tensors whose first axis is the classes."""
+    return ("segmentation_head.0.",)
+
+
+def check_name(name: str) -> None:
+    """Raise ModelError with the nearest names unless the library knows both parts of ARCH-ENCODER."""
+    import segmentation_models_pytorch as library
+    import timm
+
+    architectures = [a for a in library.MODEL_ARCHITECTURES_MAPPING if a != "dpt"]
+    encoders = list(library.encoders.get_encoder_names())
+    architecture, _, encoder = name.partition("-")
+    if architecture == "dpt":
+        raise ModelError(
+            "a model takes images of any size",
+            received=f"smp:{name}, whose transformer takes one",
+            remedy=f"pick another architecture: {', '.join(architectures)}",
+        )
+    known = encoder in encoders or (encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-")))
+    if architecture in architectures and known:
+        return
+    better = architecture if architecture in architectures else _nearest(architecture, architectures, "unet")
+    if encoder.startswith("tu-"):
+        near = _nearest(encoder.removeprefix("tu-"), timm.list_models(), "resnet18")
+        hint = encoder if known else f"tu-{near}"
+    else:
+        hint = encoder if known else _nearest(encoder, encoders, "resnet18")
+    raise ModelError(
+        f"smp:ARCH-ENCODER has one of {', '.join(architectures)}, and an encoder of segmentation_models_pytorch",
+        received=f"'smp:{name}'",
+        remedy=f"did you mean smp:{better}-{hint}?",
+    )
+
+
+def build(name: str, num_classes: int) -> SegmentationModel:
+    """Build a model with random weights; nothing is downloaded.
+
+    Raises: ModelError for an unknown pair, or one that the library cannot join.
+    """
+    check_name(name)
+    return SmpModel(name, num_classes, _create(name, num_classes, None))
+
+
+def default_state(name: str, whole: bool) -> dict[str, Tensor]:
+    """The encoder's ImageNet weights, downloaded once; there are none of whole models.
+
+    Those of the Mix Transformers (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
+    Raises: ModelError when they cannot be had.
+    """
+    check_name(name)
+    encoder = name.partition("-")[2]
+    weights: Any = True if encoder.startswith("tu-") else "imagenet"
+    try:
+        network = _create(name, 1, weights)
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's own errors, those of its HTTP client, OSError
+        raise not_downloaded(f"smp-hub/{encoder}.imagenet", error) from error
+    return {f"encoder.{key}": value for key, value in network.encoder.state_dict().items()}
+
+
+def default_moments(name: str) -> tuple[list[float], list[float]]:
+    """Mean and std of RGB in 0..1 that the weights `default` were trained with.
+
+    Raises: ModelError when they were trained on other channels than red, green and blue.
+    """
+    from segmentation_models_pytorch.encoders import get_preprocessing_params
+
+    encoder = name.partition("-")[2]
+    try:
+        published = get_preprocessing_params(encoder)
+    except Exception as error:
+        raise not_downloaded(f"smp-hub/{encoder}.imagenet", error) from error
+    if published["input_space"] != "RGB":
+        raise ModelError(
+            "weights must be of networks that see red, green and blue in this order",
+            received=f"those of {encoder}, which sees {published['input_space']}",
+            remedy="pick another encoder",
+        )
+    top = max(published["input_range"])
+    return [v / top for v in published["mean"]], [v / top for v in published["std"]]
+
+
+def _create(name: str, num_classes: int, encoder_weights: Any) -> Any:
+    import segmentation_models_pytorch as library
+
+    architecture, _, encoder = name.partition("-")
+    try:
+        return library.create_model(architecture, encoder, encoder_weights=encoder_weights, classes=num_classes)
+    except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
+        reason = str(error.args[0] if error.args else error).splitlines()[0]
+        raise ModelError(
+            "smp:ARCH-ENCODER must be a pair that segmentation_models_pytorch can join, with the weights asked for",
+            received=f"smp:{name}: {reason}",
+            remedy=f"pick another encoder or architecture, for instance smp:unet-{encoder} or smp:fpn-{encoder}",
+        ) from error
+
+
+def _nearest(name: str, names: Sequence[str], fallback: str) -> str:
+    return next(iter(difflib.get_close_matches(name, names, n=1)), fallback)

@@ -1,0 +1,216 @@
+"""Copies of remote files on this machine, in a folder of bounded size: who was not used for longest makes room.
+
+Any number of processes may share it. A file is fetched once, by who first asks, under a name that means nothing, and
+moved to its place when it is whole; others wait for it. It takes its room before it is fetched, so that the bound holds
+at any time; what a killed process left half fetched goes when room is made. Only files below `mirrors/` are removed.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+from zlib import crc32
+
+from filelock import FileLock
+
+from kdcache.errors import StoreError
+from kdcache.store.backend.durable import PARTIAL, disk_space_errors
+from kdcache.store.format.shard import let_go_of_removed
+
+Download = Callable[[BinaryIO], int]
+"""Writes a file, whole, and returns its bytes."""
+_FOLDER = "mirrors"
+_LOCKS = ".locks"
+_STRIPES = 64  # locks of files that are being fetched
+_KEPT = 0.9  # of what could stay, when room is made: not a round of it for each new file
+_WAIT_SECONDS = 0.05  # for others that are fetching what takes the room
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A folder of copies.
+
+    Args:
+        base: `--cache-dir`.
+        most_bytes: `--cache-bytes`; None is half of what is free on its disk, copies included.
+    """
+
+    base: Path
+    most_bytes: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.base / _FOLDER
+
+    def open(self, store: Path, key: str, size: int | None, download: Download) -> int:
+        """Descriptor of the copy of a file of the store whose copies lie in `store`, fetched if need be.
+
+        Args:
+            size: of the file, where it is known: a copy of another size is none.
+        Raises: OSError; ValueError as `download`; StoreError for a full disk, or a file beyond the bound.
+        """
+        path = store / key
+        handle = _opened(path, size)
+        if handle is not None:
+            return handle
+        self._begin()
+        with FileLock(self._lock(str(crc32(str(path).encode()) % _STRIPES))):
+            handle = _opened(path, size)
+            if handle is None:
+                handle = self._fetched(path, size, download)
+        let_go_of_removed()
+        return handle
+
+    def forget(self, store: Path, key: str) -> bool:
+        """Remove a copy; False when there is none."""
+        try:
+            (store / key).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def most(self) -> int:
+        """The bound, in bytes."""
+        self._begin()
+        return self._most(self._held())
+
+    def _most(self, held: int) -> int:
+        return (shutil.disk_usage(self.folder).free + held) // 2 if self.most_bytes is None else self.most_bytes
+
+    def _begin(self) -> None:
+        try:
+            (self.folder / _LOCKS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                "copies of a remote store need a folder that can be written",
+                received=f"{self.base} ({error.strerror})",
+                remedy="give another --cache-dir, or set KDCACHE_CACHE_DIR",
+            ) from error
+
+    def _lock(self, name: str) -> Path:
+        return self.folder / _LOCKS / name
+
+    def _fetched(self, path: Path, size: int | None, download: Download) -> int:
+        for left in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a killed process: this one has the lock
+            left.unlink(missing_ok=True)
+        if size is None:  # metadata: by way of memory, to know how much room it takes
+            memory = BytesIO()
+            size = download(memory)
+            download = lambda file: file.write(memory.getbuffer())  # noqa: E731
+        with disk_space_errors(path), self._reserved(path, size) as file:
+            download(file)
+            file.flush()
+            handle = os.open(file.name, os.O_RDONLY)
+            os.replace(file.name, path)
+        return handle
+
+    @contextmanager
+    def _reserved(self, path: Path, size: int) -> Iterator[BinaryIO]:
+        """A new file beside `path`, as long as it will be; locked, so that others see that it is being written."""
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+        while True:
+            with FileLock(self._lock("room")):
+                if self._make_room(size):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    file = partial.open("w+b")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    file.truncate(size)
+                    break
+            time.sleep(_WAIT_SECONDS)
+        try:
+            with file:
+                yield file
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make_room(self, needed: int) -> bool:
+        """Whether `needed` more bytes fit now; then they are counted. Raises StoreError when they never will."""
+        held = self._held()
+        most = self._most(held)
+        if needed > most:
+            raise StoreError(
+                "a shard must fit into the folder of copies",
+                received=f"a file of {needed} bytes, --cache-bytes {most} in {self.base}",
+                remedy="give more --cache-bytes, or another --cache-dir",
+            )
+        if held + needed > most:
+            held = self._clear(needed, most)
+        if held + needed > most:
+            return False  # others are fetching: what they fetch can make room when it is whole
+        self._note(held + needed)
+        return True
+
+    def _clear(self, needed: int, most: int) -> int:
+        """Remove what a killed process left, and the files that were not used for longest. Returns bytes that stay."""
+        held, copies = 0, []
+        for path in self._files():
+            with suppress(FileNotFoundError):
+                status = path.lstat()
+                if path.name.endswith(PARTIAL) and _abandoned(path):
+                    path.unlink()
+                    continue
+                held += status.st_size
+                if not path.name.endswith(PARTIAL):
+                    copies.append((status.st_atime_ns, status.st_size, path))
+        for _, size, path in sorted(copies):
+            if held <= _KEPT * (most - needed):
+                break
+            path.unlink(missing_ok=True)
+            held -= size
+            with suppress(OSError):
+                os.removedirs(path.parent)
+        return held
+
+    def _files(self) -> Iterator[Path]:
+        for folder, folders, names in os.walk(self.folder):
+            if _LOCKS in folders:
+                folders.remove(_LOCKS)
+            yield from (Path(folder, name) for name in names)
+
+    def _held(self) -> int:
+        """Bytes of all copies as they were last counted, new ones added since: looking at each takes too long."""
+        try:
+            return int(self._lock("held").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return sum(path.lstat().st_size for path in self._files() if path.exists())
+
+    def _note(self, held: int) -> None:
+        self._lock("held").write_text(str(held), encoding="ascii")
+
+
+def default_base() -> Path:
+    """KDCACHE_CACHE_DIR, or kdcache in the user's cache folder."""
+    own = os.environ.get("KDCACHE_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
+
+
+def _opened(path: Path, size: int | None) -> int | None:
+    """Descriptor of a copy that is there, marked as used; None when there is none of that size."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    status = os.fstat(handle)
+    if size is not None and status.st_size != size:
+        os.close(handle)
+        return None
+    with suppress(OSError):  # another user's copies
+        os.utime(handle, ns=(time.time_ns(), status.st_mtime_ns))
+    return handle
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody writes a file any more: its lock ended with its process."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True

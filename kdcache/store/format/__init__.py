@@ -1,0 +1,10 @@
+"""What lies in a store.
+
+manifest.py          who made it, from what, how
+manifest_models.py   the parts of that: data set, view, heads, the teacher's fingerprint
+schema.py            arrays, chunks
+codec.py             how they are compressed, and what is rounded before
+shard.py             records straight from shards, at the decoder's speed
+layout.py            which arrays that can be done with
+damage.py            what to say of a file that is not what was written
+"""

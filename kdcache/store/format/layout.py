@@ -1,0 +1,172 @@
+"""Which arrays can be read without zarr-python, and how their bytes lie in their shards: what zarr.json says.
+
+    layout    shape (R, ...) in shards of S records; a chunk is one record, or several in small arrays
+    chain     bytes (little endian) [+ blosc | zstd] [+ crc32c]
+    index     bytes + crc32c, at the end or the start of a shard
+
+Whatever else zarr.json holds, a setting that is not known included, is refused: it could change what the bytes mean.
+"""
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.errors import VersionError
+from kdcache.store.format.damage import unreadable_metadata
+from kdcache.store.format.manifest import MAX_RECORD_BYTES
+from kdcache.store.format.manifest_models import MAX_RECORDS
+
+CRC_BYTES = 4
+_MAX_METADATA_BYTES = 2**20  # what is longer is cut, and no JSON then
+_MAX_SHARD_CHUNKS = 2**16
+_DTYPE = re.compile("bool|u?int(8|16|32|64)|float(16|32|64)")
+_FIELDS = {"zarr_format", "node_type", "shape", "data_type", "fill_value", "chunk_grid", "chunk_key_encoding"}
+_FIELDS |= {"codecs", "attributes", "dimension_names", "storage_transformers"}
+_SETTINGS: dict[str, set[str]] = {
+    "regular": {"chunk_shape"},
+    "default": {"separator"},
+    "sharding_indexed": {"chunk_shape", "codecs", "index_codecs", "index_location"},
+    "bytes": {"endian"},
+    "blosc": {"cname", "clevel", "shuffle", "typesize", "blocksize"},
+    "zstd": {"level", "checksum"},
+    "crc32c": set(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What zarr.json says, reduced to what reading needs.
+
+    Attributes:
+        shape, dtype: of the array; little endian.
+        shard_chunks: chunks of a shard. chunk_rows: records of a chunk.
+        compressor: `blosc`, `zstd`, or empty. crc_bytes: 4 when a chunk ends with its crc32c, else 0.
+        index_at_end: of a shard, else at its start.
+        separator: of the parts of a shard's path.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    shard_chunks: int
+    chunk_rows: int
+    compressor: str
+    crc_bytes: int
+    index_at_end: bool
+    separator: str
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk, decoded."""
+        return self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def used_chunks(self, shard: int) -> int:
+        """Chunks of a shard that hold records: the last shard may be shorter."""
+        return min(self.shard_chunks, -(-self.shape[0] // self.chunk_rows) - shard * self.shard_chunks)
+
+    def key(self, shard: int) -> str:
+        """Path of a shard below the array's folder."""
+        return self.separator.join(["c", str(shard), *("0" for _ in self.shape[1:])])
+
+
+def open_file(path: Path) -> int:
+    """Descriptor of a file. Raises OSError, for a link too; a pipe opens at once, and cannot be read at an offset."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def read_layout(array: Path) -> Layout:
+    """The layout of the array in a folder.
+
+    Raises:
+        VersionError: it may be fine, but is of another kind: zarr-python may read it.
+        CorruptError: its zarr.json is missing, no file or no JSON. StoreError: it may not be opened.
+    """
+    path = array / "zarr.json"
+    try:
+        handle = open_file(path)
+        try:
+            about = json.loads(os.pread(handle, _MAX_METADATA_BYTES, 0))
+        finally:
+            os.close(handle)
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable_metadata(path, error) from error
+    try:
+        return _parse(about)
+    except (ValueError, RecursionError) as error:
+        raise VersionError(
+            "direct reads know shards of whole records in bytes [+ blosc | zstd] [+ crc32c], index in bytes + crc32c",
+            received=f"{path}: {error}",
+            remedy="read this array through zarr-python",
+        ) from error
+
+
+def _parse(about: Any) -> Layout:
+    _require(isinstance(about, dict) and about.keys() <= _FIELDS, "fields", about)
+    for name, known in (("zarr_format", 3), ("node_type", "array"), ("storage_transformers", [])):
+        value = about.get(name, [])
+        _require(type(value) is type(known) and value == known, name, value)
+    shape = _sizes(about.get("shape"), "shape", least=0)
+    kind = str(about.get("data_type"))
+    _require(_DTYPE.fullmatch(kind) is not None, "data_type", kind)
+    dtype = np.dtype(kind).newbyteorder("<")
+    shards = _sizes(_named(about.get("chunk_grid"), "regular")[1].get("chunk_shape"), "shards")
+    separator = _named(about.get("chunk_key_encoding"), "default")[1].get("separator", "/")
+    _require(separator in ("/", "."), "separator", separator)
+    _, (sharding,) = _chain(about.get("codecs"), "sharding_indexed")
+    location = sharding.get("index_location", "end")
+    _require(location in ("start", "end"), "index_location", location)
+    names, settings = _chain(sharding.get("index_codecs"), "bytes", "crc32c")
+    _require(names == ("bytes", "crc32c") and settings[0].get("endian") == "little", "index_codecs", settings)
+    names, settings = _chain(sharding.get("codecs"), "bytes", "blosc", "zstd", "crc32c")
+    compressors = names[1:-1] if names[-1] == "crc32c" else names[1:]
+    _require(names[0] == "bytes" and compressors in ((), ("blosc",), ("zstd",)), "codecs", names)
+    endian = settings[0].get("endian", "little" if dtype.itemsize == 1 else None)
+    _require(endian == "little", "endian", endian)
+    chunks = _sizes(sharding.get("chunk_shape"), "chunks")
+    whole = shape[1:] == shards[1:] == chunks[1:] and shards[0] % chunks[0] == 0
+    _require(whole and len(shape) == len(shards) == len(chunks), "shape, shards, chunks", (shape, shards, chunks))
+    _require(shards[0] // chunks[0] <= _MAX_SHARD_CHUNKS, "chunks of a shard", shards[0] // chunks[0])
+    layout = Layout(
+        shape=shape,
+        dtype=dtype,
+        shard_chunks=shards[0] // chunks[0],
+        chunk_rows=chunks[0],
+        compressor="".join(compressors),
+        crc_bytes=CRC_BYTES if names[-1] == "crc32c" else 0,
+        index_at_end=location == "end",
+        separator=separator,
+    )
+    _require(layout.chunk_bytes <= MAX_RECORD_BYTES, "bytes of a chunk", layout.chunk_bytes)
+    return layout
+
+
+def _require(condition: bool, what: str, received: Any) -> None:
+    if not condition:
+        raise ValueError(f"{what}: {repr(received)[:200]}")
+
+
+def _sizes(value: Any, what: str, least: int = 1) -> tuple[int, ...]:
+    fine = isinstance(value, list) and 1 <= len(value) <= 32
+    _require(fine and all(type(size) is int and least <= size <= MAX_RECORDS for size in value), what, value)
+    return tuple(value)
+
+
+def _named(value: Any, *known: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a codec, a grid or a key encoding; any setting that is not known is refused."""
+    fine = isinstance(value, dict) and value.keys() <= {"name", "configuration"} and value.get("name") in known
+    _require(fine, f"{' or '.join(known)} expected", value)
+    settings = value.get("configuration", {})
+    _require(isinstance(settings, dict) and settings.keys() <= _SETTINGS[value["name"]], "configuration", value)
+    return value["name"], settings
+
+
+def _chain(value: Any, *known: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Names and settings of a chain of codecs."""
+    _require(isinstance(value, list) and 1 <= len(value) <= len(known), "codecs", value)
+    codecs = [_named(codec, *known) for codec in value]
+    return tuple(name for name, _ in codecs), [settings for _, settings in codecs]

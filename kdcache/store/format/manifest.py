@@ -1,0 +1,180 @@
+"""The manifest: who made a store, from what and how. JSON in the attributes of the store's Zarr group."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from kdcache.errors import CorruptError, StoreError, VersionError
+from kdcache.store.format.damage import AGAIN
+from kdcache.store.format.manifest_models import (
+    Build,
+    Count,
+    Dataset,
+    Feature,
+    Fidelity,
+    Fingerprint,
+    Head,
+    Name,
+    Part,
+    Repair,
+    Statistic,
+    View,
+    part_differences,
+    short,
+    unlike,
+)
+
+FORMAT_VERSION = 1
+# What a claim of more would ask of memory is an attack or an accident.
+MAX_SHARDS = 2**20
+MAX_RECORD_BYTES = 2**28
+"""Of a record in one array, decoded."""
+
+Codec = Literal["default", "small", "none"]
+
+
+class Manifest(Part):
+    """Everything about a store but its ids and arrays. Without `fidelity` nothing was measured.
+
+    Attributes:
+        repairs: shards that were taught again with other versions than `build` says.
+    """
+
+    format: Literal["kdcache"] = "kdcache"
+    version: int = FORMAT_VERSION
+    created: str
+    created_by: str
+    records: Count
+    dataset: Dataset
+    view: View
+    heads: Annotated[dict[Name, Head], Field(max_length=256)]
+    features: dict[Name, Feature] = Field(default_factory=dict, max_length=256)
+    statistics: dict[Name, Statistic] = Field(default_factory=dict, max_length=256)
+    teacher: Fingerprint
+    build: Build
+    codec: Codec = "default"
+    fidelity: Fidelity | None = None
+    repairs: Annotated[tuple[Repair, ...], Field(max_length=4096)] = ()
+
+    @model_validator(mode="after")
+    def _has_the_head_that_is_read(self) -> "Manifest":
+        if "segmentation" not in self.heads:
+            raise ValueError("heads has no 'segmentation'")
+        classes, names = self.heads["segmentation"].classes, len(self.dataset.class_names)
+        if classes != names:
+            raise ValueError(f"the head has {classes} classes, class_names has {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _records_are_views_of_samples(self) -> "Manifest":
+        if self.records != self.dataset.samples * self.view.views_per_sample:
+            raise ValueError("records is not samples times views_per_sample")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_are_possible(self) -> "Manifest":
+        if self.shards > MAX_SHARDS:
+            raise ValueError(f"{self.shards} shards are more than {MAX_SHARDS}")
+        parts: dict[str, tuple[int, ...]]
+        parts = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.heads.items()}
+        parts |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
+        parts |= {f"statistics.{name}": (2, *about.size) for name, about in self.statistics.items()}
+        for name, sizes in {**parts, "view": (3, *self.view.size)}.items():
+            if math.prod(sizes) > MAX_RECORD_BYTES:
+                raise ValueError(f"{name}: a record of {math.prod(sizes)} bytes is larger than {MAX_RECORD_BYTES}")
+        return self
+
+    @property
+    def shards(self) -> int:
+        return -(-self.records // self.build.shard_records)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """Records [first, last) of a shard; the last shard may be shorter."""
+        first = shard * self.build.shard_records
+        return first, min(first + self.build.shard_records, self.records)
+
+    def record(self, sample: int, view: int = 0) -> int:
+        """The record of a view: all views of a sample follow each other."""
+        return sample * self.view.views_per_sample + view
+
+    def shard_records(self, shard: int) -> int:
+        """How many records a shard holds."""
+        first, last = self.shard_range(shard)
+        return last - first
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """What keeps `other` from continuing this build, in words; time stamps, figures and repairs do not count."""
+        found = self.teacher.differences(other.teacher)
+        for part in ("dataset", "view", "build"):
+            found += part_differences(part, getattr(self, part), getattr(other, part))
+        for name in ("heads", "features", "statistics"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append(f"{name}: {unlike(mine, theirs)}")
+        if self.codec != other.codec:
+            found.append(f"codec: {self.codec} against {other.codec}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As the attribute `kdcache` has it. `repairs` are left out where there are none: older readers know none."""
+        return self.model_dump(mode="json", exclude=None if self.repairs else {"repairs"})
+
+    def with_environment(self, of: "Manifest") -> "Manifest":
+        """This one, as if it were of a build in the environment of another: its libraries and device."""
+        same = {"libraries": of.build.libraries, "device": of.build.device}
+        return self.model_copy(update={"build": self.build.model_copy(update=same)})
+
+
+def parse_manifest(attributes: Any, where: str) -> Manifest:
+    """Check the group's attributes and return the manifest.
+
+    Raises: VersionError for a format this version does not read; CorruptError for anything malformed.
+    """
+    content = attributes.get("kdcache") if isinstance(attributes, dict) else None
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or content.get("format") != "kdcache":
+        raise CorruptError(
+            "a store is a Zarr group whose attributes hold a kdcache manifest",
+            received=f"{where} has none",
+            remedy="give the folder that build-teacher-cache wrote (its --out)",
+        )
+    if version != FORMAT_VERSION:
+        raise VersionError(
+            f"this version of kdcache reads store format {FORMAT_VERSION}",
+            received=f"{where} has format {version!r}",
+            remedy=f"use the kdcache that wrote it (`created_by` in its zarr.json); if this did, {AGAIN}: it mends it",
+        )
+    try:
+        # JSON has lists where the models have tuples: validate as JSON, not as Python objects.
+        return Manifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise CorruptError(
+            "every field of a manifest must be well formed",
+            received=f"{where}: {_first_fault(error)}",
+            remedy=f"{AGAIN}: it writes this file anew",
+        ) from error
+
+
+@contextmanager
+def well_formed_parts() -> Iterator[None]:
+    """What a manifest of a new store is made of can be read again. Raises StoreError naming what cannot."""
+    try:
+        yield
+    except ValidationError as error:
+        raise StoreError(
+            "what a store says of itself must be well formed, and its names of splits and taps be names of folders",
+            received=_first_fault(error),
+            remedy="name the split's folder or the tap otherwise, or correct the value",
+        ) from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(step) for step in first["loc"]) or "manifest"
+    return f"{place}: {first['msg']}" + (
+        f", not {short(repr(value))}" if isinstance(value := first["input"], str) else ""
+    )

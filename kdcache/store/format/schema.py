@@ -1,0 +1,140 @@
+"""The arrays of a store: names, shapes, types, chunks. One table; writer and reader both use it.
+
+    targets/<head>/values    (R, k, h, w)   float16   logit minus the pixel's maximum over classes
+    targets/<head>/indices   (R, k, h, w)   uint8     class ids (uint16 above 256); absent if k = C
+    targets/<head>/tail      (R, h, w)      float16   log-odds of the mass outside the k; absent if k = C
+    targets/<head>/max       (R, h, w)      float32   that maximum; with --raw-logits
+    features/<tap>           (R, c, h, w)   float16
+    statistics/<name>        (R, h, w)      float16
+    labels/segmentation      (R, H, W)      uint8     255 is void; with --pixels stored
+    pixels/image             (R, H, W, 3)   uint8     with --pixels stored
+    records/*                (R, ...)                 sample, view, window, flip, pixel_checksum, labelled;
+                                                      source_size of views that reach beyond it; fold of cross-fitting
+    samples/id_bytes, id_ends                         the ids, UTF-8, end to end
+
+Chunks hold one record in image-sized arrays and a whole shard in small ones, so that a random read decodes
+one record and opening a large store does not read millions of tiny chunks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from kdcache.store.format.codec import compressors
+from kdcache.store.format.manifest import Manifest
+
+SAMPLE_ARRAYS = ("samples/id_bytes", "samples/id_ends")
+SMALL_BYTES = 1024  # per record: below, a chunk holds a whole shard
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array: `shape` is that of one record."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def record_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
+    """values, for a top-k head indices and tail, for raw logits their maximum."""
+    about = manifest.heads[head]
+    height, width = about.size
+    arrays = [ArraySpec(f"targets/{head}/values", (about.k, height, width), "float16")]
+    if not about.dense:
+        index_type = "uint8" if about.classes <= 256 else "uint16"
+        arrays.append(ArraySpec(f"targets/{head}/indices", (about.k, height, width), index_type))
+        arrays.append(ArraySpec(f"targets/{head}/tail", (height, width), "float16"))
+    if about.raw:
+        arrays.append(ArraySpec(f"targets/{head}/max", (height, width), "float32"))
+    return arrays
+
+
+def record_arrays(manifest: Manifest) -> list[ArraySpec]:
+    """Every array with one row per record, in the order in which they are written."""
+    arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
+    for tap, feature in manifest.features.items():
+        arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), "float16"))
+    arrays += [ArraySpec(f"statistics/{name}", about.size, "float16") for name, about in manifest.statistics.items()]
+    if manifest.view.pixels == "stored":
+        arrays.append(ArraySpec("labels/segmentation", manifest.view.size, "uint8"))
+        arrays.append(ArraySpec("pixels/image", (*manifest.view.size, 3), "uint8"))
+    arrays += [
+        ArraySpec("records/sample", (), "int64"),
+        ArraySpec("records/view", (), "int32"),
+        ArraySpec("records/window", (4,), "float64"),
+        ArraySpec("records/flip", (), "uint8"),
+        ArraySpec("records/pixel_checksum", (), "uint64"),
+        ArraySpec("records/labelled", (), "uint8"),
+    ]
+    if manifest.view.reaches_beyond:
+        arrays.append(ArraySpec("records/source_size", (2,), "int32"))
+    if manifest.teacher.folds is not None:
+        arrays.append(ArraySpec("records/fold", (), "uint8"))
+    return arrays
+
+
+def chunk_records(spec: ArraySpec, manifest: Manifest) -> int:
+    """Records in a chunk."""
+    return manifest.build.shard_records if spec.record_bytes <= SMALL_BYTES else 1
+
+
+def create_arrays(group: zarr.Group, manifest: Manifest, ids: Sequence[str]) -> dict[str, zarr.Array[Any]]:
+    """Create every array of an empty store, of which the sample ids alone get content.
+
+    Returns: those with a row per record, by path. They write chunks of zeros too; opened again they would not.
+    """
+    shard, created = manifest.build.shard_records, {}
+    for spec in record_arrays(manifest):
+        created[spec.path] = group.create_array(
+            spec.path,
+            shape=(manifest.records, *spec.shape),
+            chunks=(chunk_records(spec, manifest), *spec.shape),
+            shards=(shard, *spec.shape),
+            dtype=spec.dtype,
+            compressors=compressors(spec.path, manifest.codec),
+            filters=None,
+            fill_value=0,
+            # A missing chunk reads as zeros without an error: a chunk of zeros must be there to be believed.
+            config={"write_empty_chunks": True},
+        )
+    encoded = [sample.encode() for sample in ids]
+    _create_flat(group, SAMPLE_ARRAYS[0], np.frombuffer(b"".join(encoded), np.uint8))
+    _create_flat(group, SAMPLE_ARRAYS[1], np.cumsum([len(part) for part in encoded], dtype=np.int64))
+    return created
+
+
+def metadata_keys(manifest: Manifest) -> list[str]:
+    """Every file that is neither shard nor ledger: zarr.json of groups and arrays, and the sample ids."""
+    arrays = [*(spec.path for spec in record_arrays(manifest)), *SAMPLE_ARRAYS]
+    nodes = {str(node) for path in arrays for node in (PurePosixPath(path), *PurePosixPath(path).parents)}
+    keys = [(PurePosixPath(node) / "zarr.json").as_posix() for node in nodes]
+    return sorted(keys + [f"{path}/c/0" for path in SAMPLE_ARRAYS])
+
+
+def shard_key(spec: ArraySpec, shard: int) -> str:
+    """Path of a shard's file below the store."""
+    return "/".join([spec.path, "c", str(shard), *("0" for _ in spec.shape)])
+
+
+def _create_flat(group: zarr.Group, path: str, content: np.ndarray[Any, Any]) -> None:
+    array = group.create_array(
+        path,
+        shape=content.shape,
+        chunks=(max(1, len(content)),),
+        dtype=content.dtype,
+        compressors=(ZstdCodec(), Crc32cCodec()),
+        filters=None,
+        fill_value=0,
+        config={"write_empty_chunks": True},
+    )
+    array[:] = content

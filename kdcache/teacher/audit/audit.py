@@ -1,0 +1,193 @@
+"""The teacher's audit: how good it is where, how sure, what it would teach wrongly. From what the store holds.
+
+One pass over the whole images: confusion with the labels, confidences, the images where it loses most. Counts are exact
+and small (`ConfusionMatrix`, `ConfidenceCounts`), so memory does not grow with the number of records.
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from kdcache.data import IGNORE_INDEX
+from kdcache.metrics import ConfusionMatrix, Metrics
+from kdcache.metrics.calibration import Array, Calibration, ConfidenceCounts, Coverage
+from kdcache.store import Records, spread_samples
+from kdcache.teacher.audit.first_views import Whole, read_wholes, whole_records
+from kdcache.teacher.audit.topk_error import GradientErrors, gradient_errors
+from kdcache.teacher.audit.verify import packed_target
+
+Progress = Callable[[int, int], None]
+THRESHOLDS = (*(round(0.5 + 0.05 * step, 2) for step in range(10)), 0.97, 0.99)
+CONFUSED = 10  # pairs that are named
+_GRADIENT_RECORDS = 16
+_GRADIENT_NUMBERS = 200_000_000  # at view size, all classes: about a minute on one core
+
+
+@dataclass(frozen=True)
+class Confused:
+    """A pair of classes: `share` of the pixels labelled `label` were said to be `said`."""
+
+    label: str
+    said: str
+    share: float
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The teacher on one image: mIoU over the classes that are in its label or in what was said."""
+
+    record: int
+    sample: str
+    miou: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a store says about its teacher. Without labels `metrics` and `calibration` are None, `confused` is empty.
+
+    Attributes:
+        counts: (C, C), pixels by label and by what was said.
+        coverage: of pseudo labels, one for each of THRESHOLDS.
+        worst: images by mIoU, the worst first.
+    """
+
+    class_names: tuple[str, ...]
+    class_colours: tuple[tuple[int, int, int], ...]
+    images: int
+    labelled: int
+    counts: Array
+    metrics: Metrics | None
+    calibration: Calibration | None
+    confused: tuple[Confused, ...]
+    coverage: tuple[Coverage, ...]
+    gradient: GradientErrors
+    worst: tuple[Scored, ...]
+
+    def coverage_at(self, threshold: float) -> Coverage:
+        """The coverage at one of THRESHOLDS."""
+        return self.coverage[THRESHOLDS.index(threshold)]
+
+    def said_instead(self, label: int) -> Confused | None:
+        """What is said most often of pixels of a class, other than that class."""
+        return next(iter(_pairs(self.class_names, self.counts[label : label + 1], label)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; NaN becomes null."""
+        plain: dict[str, Any] = _without_nan(
+            {
+                "images": self.images,
+                "labelled": self.labelled,
+                "teacher": None if self.metrics is None else self.metrics.to_json(),
+                "calibration": None if self.calibration is None else asdict(self.calibration),
+                "confused": [asdict(pair) for pair in self.confused],
+                "pixels_by_label_and_said": self.counts.tolist(),
+                "pseudo_labels": [
+                    {"threshold": threshold, **coverage_json(self.class_names, found)}
+                    for threshold, found in zip(THRESHOLDS, self.coverage, strict=True)
+                ],
+                "kl_gradient_error": asdict(self.gradient),
+                "worst": [asdict(scored) for scored in self.worst],
+            }
+        )
+        return plain
+
+
+def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str, Any]:
+    """Coverage with the names of its classes; NaN becomes null."""
+    columns = (coverage.thresholds, coverage.said, coverage.kept, coverage.shares, coverage.precision)
+    plain: dict[str, Any] = _without_nan(
+        {
+            "share": coverage.total_share,
+            "precision": coverage.total_precision,
+            "classes": [
+                {"name": name, "threshold": least, "said": said, "kept": kept, "share": share, "precision": right}
+                for name, least, said, kept, share, right in zip(class_names, *columns, strict=True)
+            ],
+        }
+    )
+    return plain
+
+
+def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None = None) -> Audit:
+    """Judge the teacher of a store by what the store holds, on whole images at view size.
+
+    Args:
+        worst: how many images to name where the teacher loses most.
+        progress: called with (images done, images).
+    Raises: MismatchError for a missing or a changed data set; CorruptError.
+    """
+    records.check_complete()
+    cache = records.cache
+    names = cache.manifest.dataset.class_names
+    confusion = ConfusionMatrix(names, IGNORE_INDEX)
+    confidences = ConfidenceCounts(len(names))
+    found: list[tuple[float, int, Scored]] = []  # a heap whose smallest is the best of the worst
+    labelled = 0
+    numbers = whole_records(cache)
+    for done, whole in enumerate(read_wholes(records), 1):
+        confidences.update(whole.argmax, whole.confidence, whole.label, whole.inside)
+        if (one := _confusion(whole, names)) is not None:
+            labelled += 1
+            confusion.counts += one.counts
+            scored = Scored(whole.record, whole.sample, one.metrics().miou)
+            heapq.heappush(found, (-scored.miou, -scored.record, scored))
+            if len(found) > worst:
+                heapq.heappop(found)
+        if progress is not None:
+            progress(done, len(numbers))
+    return Audit(
+        class_names=names,
+        class_colours=cache.manifest.dataset.class_colours,
+        images=len(numbers),
+        labelled=labelled,
+        counts=confusion.counts.numpy(),
+        metrics=confusion.metrics() if labelled else None,
+        calibration=confidences.calibration() if labelled else None,
+        confused=tuple(_pairs(names, confusion.counts.numpy())[:CONFUSED]),
+        coverage=tuple(confidences.coverage(threshold) for threshold in THRESHOLDS),
+        gradient=_gradient(records, numbers),
+        worst=tuple(scored for *_, scored in sorted(found, reverse=True)),
+    )
+
+
+def _confusion(whole: Whole, names: tuple[str, ...]) -> ConfusionMatrix | None:
+    """The confusion matrix of one image; None without a labelled pixel."""
+    if whole.label is None:
+        return None
+    confusion = ConfusionMatrix(names, IGNORE_INDEX)
+    confusion.update(whole.argmax, torch.from_numpy(whole.label))
+    return confusion if confusion.counts.any() else None
+
+
+def _pairs(names: tuple[str, ...], counts_LC: Array, first: int = 0) -> list[Confused]:
+    """Pairs of different classes that occur, the largest share first; `first` is the class of the first row."""
+    pairs = []
+    for label, row_C in enumerate(counts_LC, first):
+        for said in row_C.nonzero()[0]:
+            if said != label:
+                pixels = int(row_C[said])
+                pairs.append(Confused(names[label], names[said], pixels / int(row_C.sum()), pixels))
+    return sorted(pairs, key=lambda pair: (-pair.share, pair.label, pair.said))
+
+
+def _gradient(records: Records, numbers: list[int]) -> GradientErrors:
+    """On up to 16 records, fewer when they are large."""
+    cache = records.cache
+    height, width = cache.view_size
+    most = max(1, min(_GRADIENT_RECORDS, _GRADIENT_NUMBERS // (cache.num_classes * height * width)))
+    chosen = [numbers[sample] for sample in spread_samples(cache, min(most, len(numbers)))]
+    logits = (packed_target(records, [record]).densify()[0] for record in chosen)
+    return gradient_errors(logits, cache.head.k, cache.view_size, align_corners=cache.align_corners)
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if value != value else value

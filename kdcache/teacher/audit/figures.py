@@ -1,0 +1,198 @@
+"""The audit as pictures: a folder of PNG files, and report.json with the same figures."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kdcache.data import IGNORE_INDEX
+from kdcache.errors import RecipeError
+from kdcache.metrics import percent
+from kdcache.metrics.figures import (
+    INK,
+    VOID_RGB,
+    WRONG_RGB,
+    class_bars,
+    colour_ids,
+    draw_confusion,
+    dress,
+    file_part,
+    mark_wrong,
+    new_figure,
+    panels,
+    save_figure,
+)
+from kdcache.store import Records
+from kdcache.teacher.audit.audit import THRESHOLDS, Audit, Scored
+from kdcache.teacher.audit.first_views import read_whole
+from kdcache.teacher.audit.topk_error import TEMPERATURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORT = "report.json"
+_WORST = "worst"
+_LINES = ("#1b6ca8", "#d1661f", "#3a8a4d")
+
+
+def check_report_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a report. Raises RecipeError."""
+    held = "is no folder" if folder.exists() and not folder.is_dir() else ""
+    if not held and folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file():
+        held = "holds something else"
+    if held:
+        raise RecipeError(
+            "a report is written into a new or empty folder, or over an earlier report",
+            received=f"{folder} {held}",
+            remedy="give another folder with --out",
+        )
+
+
+def write_report(audit: Audit, records: Records, folder: Path) -> list[Path]:
+    """Write report.json and the pictures; what an earlier report left there is replaced.
+
+    Returns: the pictures.
+    """
+    check_report_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT).write_text(json.dumps(audit.to_json(), indent=1) + "\n", encoding="utf-8")
+    for old in (folder / _WORST).glob("rank*.png"):
+        old.unlink()
+    figures = {"pseudo-labels.png": _coverage(audit)}
+    if audit.gradient.noisy:
+        figures["gradient.png"] = _gradient(audit)
+    if audit.metrics is not None:
+        figures |= {"classes.png": _classes(audit), "calibration.png": _calibration(audit)}
+        title = "What the teacher says of each label, % of the label's pixels"
+        figures["confusion.png"] = draw_confusion(audit.counts, audit.class_names, title)
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    written = [folder / name for name in figures]
+    for rank, scored in enumerate(audit.worst, 1):
+        path = folder / _WORST / f"rank{rank:02}-{file_part(scored.sample)}-miou{scored.miou:.4f}.png"
+        save_figure(_worst(audit, records, rank, scored), path)
+        written.append(path)
+    return written
+
+
+def _classes(audit: Audit) -> "Figure":
+    """IoU and accuracy of every class."""
+    assert audit.metrics is not None
+    metrics = audit.metrics
+    title = (
+        f"The teacher on {audit.labelled} labelled images: mIoU {percent(metrics.miou)}, aAcc {percent(metrics.aacc)}"
+    )
+    figure = new_figure(9, 1.6 + 0.42 * len(audit.class_names), title)
+    rows = zip(audit.class_names, audit.class_colours, metrics.iou, metrics.acc, strict=True)
+    names, colours, iou, acc = zip(*sorted(rows, key=lambda row: -np.nan_to_num(row[2], nan=-1)), strict=True)
+    axes = dress(figure.add_subplot(), "filled: IoU; outlined: share of the label's pixels that is found (Acc)")
+    class_bars(axes, names, colours, iou, acc)
+    return figure
+
+
+def _calibration(audit: Audit) -> "Figure":
+    """The reliability diagram, and confidence beside precision for every class."""
+    assert audit.calibration is not None
+    found = audit.calibration
+    title = f"How sure the teacher is, and how often it is right: ECE {percent(found.ece)} points over 15 bins"
+    figure = new_figure(13, max(5.4, 1.6 + 0.42 * len(audit.class_names)), title)
+    grid = figure.add_gridspec(2, 2, height_ratios=(4, 1))
+    middles = np.array([(part.low + part.high) / 2 for part in found.bins])
+    width = 0.92 / len(middles)
+    accuracy = np.nan_to_num([part.accuracy for part in found.bins])
+    gaps = np.nan_to_num([part.confidence - part.accuracy for part in found.bins])
+    axes = dress(
+        figure.add_subplot(grid[0, 0]), "Reliability: bars on the diagonal are honest", y="share that is right"
+    )
+    axes.bar(middles, accuracy, width, color="#1b6ca8", label="right")
+    axes.bar(
+        middles,
+        gaps,
+        width,
+        bottom=accuracy,
+        facecolor="none",
+        edgecolor="#d1661f",
+        hatch="////",
+        label="gap to the confidence",
+    )
+    axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="upper left", fontsize=9, frameon=False)
+    below = dress(figure.add_subplot(grid[1, 0], sharex=axes), "", "confidence", "pixels %")
+    below.bar(middles, [100 * part.share for part in found.bins], width, color="#8a8a8a")
+    names = audit.class_names
+    right = dress(
+        figure.add_subplot(grid[:, 1]), "filled: right when it says this class; outlined: its mean confidence"
+    )
+    class_bars(right, names, audit.class_colours, found.precision, found.confidence)
+    return figure
+
+
+def _coverage(audit: Audit) -> "Figure":
+    """Share and precision over thresholds, and per class at 0.7 and 0.9."""
+    known = audit.metrics is not None
+    figure = new_figure(14, max(4.8, 1.6 + 0.42 * len(audit.class_names)), "Pseudo labels: what a threshold keeps")
+    left, *others = figure.subplots(1, 3)
+    dress(left, "all classes", "least confidence that is kept", "% of pixels")
+    left.plot(THRESHOLDS, [100 * x.total_share for x in audit.coverage], "o-", color=_LINES[0], label="pixels kept")
+    if known:
+        right = [100 * x.total_precision for x in audit.coverage]
+        left.plot(THRESHOLDS, right, "s-", color=_LINES[1], label="of these, right")
+        everything = percent(audit.metrics.aacc) if audit.metrics is not None else ""
+        left.set_title(f"all classes; without a threshold {everything} % are right", fontsize=11, color=INK)
+    left.set_ylim(None, 100.5)
+    left.legend(fontsize=9, frameon=False, loc="lower left")
+    for axes, threshold in zip(others, (0.7, 0.9), strict=True):
+        found = audit.coverage_at(threshold)
+        dress(axes, f"at {threshold}: filled kept" + (", outlined right of these, %" if known else ", %"))
+        class_bars(axes, audit.class_names, audit.class_colours, found.shares, found.precision)
+    others[1].set_yticklabels([])
+    return figure
+
+
+def _gradient(audit: Audit) -> "Figure":
+    """Error of the KL gradient over k, for both students."""
+    found = audit.gradient
+    title = f"Error of the KL gradient with only k of {len(audit.class_names)} classes kept ({found.records} images)"
+    figure = new_figure(11, 4.6, title)
+    students = (("a student that knows nothing", found.uniform), ("a student near its teacher", found.noisy))
+    for axes, (student, errors) in zip(figure.subplots(1, 2, sharey=True), students, strict=True):
+        dress(axes, student, "classes kept, k", "error, % of the gradient's norm")
+        for temperature, colour in zip(TEMPERATURES, _LINES, strict=True):
+            shown = [100 * row[temperature] for row in errors.values()]
+            axes.plot(list(errors), shown, "o-", color=colour, label=f"T = {temperature:g}")
+        axes.axhline(5, color=INK, linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xticks(list(errors), [str(k) for k in errors])
+        axes.legend(fontsize=9, frameon=False)
+    figure.axes[1].set_ylabel("")
+    left = figure.axes[0]
+    left.text(0.02, 4.8, "5 %, what --top-k auto allows", transform=left.get_yaxis_transform(), va="top", fontsize=8)
+    return figure
+
+
+def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure":
+    """Image, label, what was said, and where these differ."""
+    pixels = records.pixels(scored.record)
+    whole = read_whole(records, scored.record, labelled=True)
+    assert whole.label is not None
+    said = whole.argmax.numpy()
+    counted = whole.label != IGNORE_INDEX
+    wrong = float((said != whole.label)[counted].mean())
+    colours = audit.class_colours
+    present = sorted({*np.unique(whole.label[counted]).tolist(), *np.unique(said).tolist()})
+    legend = [(audit.class_names[number], colours[number]) for number in present]
+    title = f"{scored.sample}: mIoU {percent(scored.miou)}, number {rank} from the bottom"
+    return panels(
+        f"{title}; {percent(wrong)} % of pixels wrong",
+        [
+            ("image", pixels),
+            ("label", colour_ids(whole.label, colours)),
+            ("the teacher", colour_ids(said, colours)),
+            ("where they differ", mark_wrong(pixels, whole.label, said)),
+        ],
+        [*legend, ("void", VOID_RGB), ("wrong", WRONG_RGB)],
+    )

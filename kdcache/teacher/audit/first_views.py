@@ -1,0 +1,85 @@
+"""Whole images of a store: what the teacher said of each at view size, beside its pixels and its label.
+
+Of a store that has crops alone, the first crop of each image stands for it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from kdcache.data import inside_rectangle
+from kdcache.errors import CorruptError
+from kdcache.store import Cache, Records
+from kdcache.teacher.audit.verify import packed_target
+from kdcache.teacher.build.render import Array
+from kdcache_kernels import PackedTarget, target_argmax_confidence
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One record that shows a whole image, or the first crop of one.
+
+    Attributes:
+        argmax: (H, W), the class of every pixel of the view. confidence: its probability at T = 1, float16.
+        inside: (H, W) bool, where the view shows its image; None for everywhere.
+        label: (H, W) uint8, 255 is void; None without a label, or when nobody knows it.
+    """
+
+    record: int
+    sample: str
+    target: PackedTarget
+    argmax: Tensor
+    confidence: Tensor
+    inside: Array | None
+    label: Array | None
+
+
+def whole_records(cache: Cache) -> list[int]:
+    """The first view of every sample: the whole image, unless all views are crops."""
+    return [cache.manifest.record(sample) for sample in range(cache.manifest.dataset.samples)]
+
+
+def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
+    """Read one record.
+
+    Args:
+        labelled: whether it has a label (`records/labelled`); it is read where pixels and labels are there.
+    Raises: MismatchError when the data set renders other pixels than the teacher saw; CorruptError.
+    """
+    cache = records.cache
+    target = packed_target(records, [record])
+    argmax_1HW, confidence_1HW = target_argmax_confidence(target, cache.view_size)
+    if not bool((confidence_1HW <= 1).all()):
+        raise CorruptError(
+            "a store's targets are finite",
+            received=f"NaN or infinity in the target of record {record} of {cache.place}",
+            remedy="build the store again",
+        )
+    label = records.label(record) if labelled and records.complete else None
+    sample, inside = records.sample(record), _inside(cache, record)
+    return Whole(record, sample, target, argmax_1HW[0], confidence_1HW[0], inside, label)
+
+
+def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
+    """Every whole image of a store, in order; as `read_whole`.
+
+    Args:
+        labels: whether labels are read, where they are there.
+    """
+    labelled = records.cache.column("labelled")
+    for record in whole_records(records.cache):
+        yield read_whole(records, record, labelled=labels and bool(labelled[record]))
+
+
+def _inside(cache: Cache, record: int) -> Array | None:
+    if not cache.manifest.view.reaches_beyond:
+        return None
+    paths = ["records/window", "records/flip", "records/source_size"]
+    window, flip, source_size = cache.read(record, paths).values()
+    height, width = cache.view_size
+    y0, x0, y1, x1 = inside_rectangle(window, flip, source_size, cache.view_size)
+    y_H, x_W = np.arange(height) + 0.5, np.arange(width) + 0.5
+    inside: Array = ((y0 <= y_H) & (y_H < y1))[:, None] & ((x0 <= x_W) & (x_W < x1))
+    return inside

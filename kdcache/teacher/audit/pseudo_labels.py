@@ -1,0 +1,199 @@
+"""Pseudo labels out of a store: the teacher's class where it is sure, void elsewhere, as PNG files of a data folder.
+
+    OUT/classes.txt                 names and colours
+    OUT/labels/<split>/<id>.png     ids at view size, 255 where the teacher is not sure enough, in the classes' colours
+    OUT/images/<split>/<id>.png     on demand: the images at view size, which make OUT a data folder of its own
+    OUT/pseudo-labels.json          from which store and by which rule: what is there is kept only when these are equal
+
+Two passes over the store: the first counts confidences, which gives every class its threshold and the table of what is
+kept; the second writes the files that are not there yet, each whole or not at all.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kdcache.data import IGNORE_INDEX, ClassList
+from kdcache.data.classes import write_classes
+from kdcache.errors import CorruptError, MismatchError, RecipeError
+from kdcache.metrics.calibration import Array, ConfidenceCounts, Coverage
+from kdcache.metrics.figures import palette_png, png_bytes
+from kdcache.store import Cache, Records
+from kdcache.store.backend.durable import disk_space_errors, write_durably
+from kdcache.teacher.audit.first_views import Whole, read_wholes
+
+Progress = Callable[[str, int, int], None]
+SETTINGS = "pseudo-labels.json"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which pixels are kept: those at least as sure as `threshold`, or the surest `quantile` of every class."""
+
+    threshold: float | None = None
+    quantile: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.threshold, self.quantile) if value is not None]
+        if len(given) != 1 or not (math.isfinite(given[0]) and 0 < given[0] < 1):
+            raise RecipeError(
+                "pseudo labels are kept by one rule: --threshold or --quantile, above 0 and below 1",
+                received=f"--threshold {self.threshold}, --quantile {self.quantile}",
+                remedy="for instance --threshold 0.7, or --quantile 0.5 for the surer half of every class",
+            )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did: `written` files now, `kept` were there; the coverage counts all of them."""
+
+    class_names: tuple[str, ...]
+    coverage: Coverage
+    written: int
+    kept: int
+
+
+def export_pseudo_labels(
+    records: Records,
+    out: Path,
+    rule: Rule,
+    *,
+    images: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a PNG per sample. Interrupted, the same call goes on.
+
+    Without its data set, precision is unknown of a store without pixels.
+
+    Args:
+        images: write the images too.
+        progress: called with (what, samples done, samples).
+    Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another store or rule.
+    """
+    cache = records.cache
+    if images:
+        records.check_complete()
+    _check_views(cache)
+    about = cache.manifest.dataset
+    classes = ClassList(about.class_names, about.class_colours)
+    files = [_file(sample) for sample in cache.ids]
+    _check_out(out, settings := _settings(cache, rule))
+    counts = ConfidenceCounts(len(classes))
+    for whole in _told(read_wholes(records), "counting confidences", len(files), progress):
+        counts.update(whole.argmax, whole.confidence, whole.label)
+    least = rule.threshold if rule.threshold is not None else counts.quantile_thresholds(rule.quantile or 0.0)
+    coverage = counts.coverage(least)
+    written = 0
+    with disk_space_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_durably(out / SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+        write_classes(out, classes)
+        labels, pictures = out / "labels" / about.split, out / "images" / about.split
+        least_C = np.array(coverage.thresholds)
+        for file, whole in zip(
+            files, _told(read_wholes(records, labels=False), "writing labels", len(files), progress), strict=True
+        ):
+            if not (path := labels / file).exists():
+                _write(path, palette_png(pseudo_label(whole, least_C), classes.colours))
+                written += 1
+            if images and not (path := pictures / file).exists():
+                _write(path, png_bytes(Image.fromarray(records.pixels(whole.record))))
+    return Exported(classes.names, coverage, written, len(files) - written)
+
+
+def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
+    """uint8 (H, W): the class that was said where its confidence reaches the class's threshold, 255 elsewhere."""
+    said = whole.argmax.numpy()
+    sure = whole.confidence.numpy().astype(np.float64) >= thresholds_C[said]
+    label: Array = np.where(sure, said, IGNORE_INDEX).astype(np.uint8)
+    return label
+
+
+def _settings(cache: Cache, rule: Rule) -> dict[str, Any]:
+    """What the labels depend on."""
+    manifest = cache.manifest
+    return {
+        "store": {
+            "created": manifest.created,
+            "ledger": "" if cache.ledger is None else cache.ledger.completion.ledger_sha256,
+            "samples": manifest.dataset.ids_digest,
+            "teacher": manifest.teacher.weights,
+            "size": list(manifest.view.size),
+        },
+        "threshold": rule.threshold,
+        "quantile": rule.quantile,
+    }
+
+
+def _check_views(cache: Cache) -> None:
+    if cache.manifest.view.kind != "full":
+        raise MismatchError(
+            "pseudo labels are of whole images",
+            received=f"{cache.place}, which keeps crops alone",
+            remedy="build a store without --crop: its first view of every sample is the whole image",
+        )
+
+
+def _check_out(out: Path, settings: dict[str, Any]) -> None:
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SETTINGS).is_file())):
+        raise RecipeError(
+            "pseudo labels are written into a new or empty folder, or one that they were written into before",
+            received=f"{out} {'holds something else' if out.is_dir() else 'is a file'}",
+            remedy="give another folder with --out",
+        )
+    if not (out / SETTINGS).is_file():
+        return
+    try:
+        before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{SETTINGS} says how the labels in a folder were made",
+            received=f"{out / SETTINGS}: {error}",
+            remedy="remove the folder, or give another one with --out",
+        ) from error
+    if before != settings:
+        changed = [
+            name for name, value in settings.items() if not isinstance(before, dict) or before.get(name) != value
+        ]
+        raise MismatchError(
+            "a folder holds the pseudo labels of one store by one rule",
+            received=f"those in {out} were made with another {' and '.join(changed) or 'version'}",
+            remedy="give another folder with --out, or remove that one",
+        )
+
+
+def _file(sample: str) -> PurePosixPath:
+    """An id as a path. It comes from the store: it must not lead out of the folder."""
+    path = PurePosixPath(sample + ".png")
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in sample
+        or "\0" in sample
+        or sample.endswith("/")
+        or not sample
+    ):
+        raise CorruptError(
+            "a sample's id is a path below its data folder",
+            received=repr(sample),
+            remedy="build the store again from a data set whose ids are plain paths",
+        )
+    return path
+
+
+def _told(wholes: Iterator[Whole], what: str, total: int, progress: Progress | None) -> Iterator[Whole]:
+    for done, whole in enumerate(wholes, 1):
+        yield whole
+        if progress is not None:
+            progress(what, done, total)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, content)

@@ -1,0 +1,167 @@
+"""Is what the store holds what the teacher says? Scores against labels, and a sample against the teacher itself."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdcache.data import IGNORE_INDEX
+from kdcache.errors import MismatchError
+from kdcache.metrics import ConfusionMatrix, Metrics
+from kdcache.store import Records
+from kdcache.teacher.build.build import pack_batch
+from kdcache.teacher.build.render import Array
+from kdcache.teacher.load.fingerprint import fingerprint
+from kdcache.teacher.load.forward import Precision, place, teach
+from kdcache.teacher.load.load import Teacher
+from kdcache_kernels import PackedTarget, densify, target_argmax_confidence
+
+# Other hardware rounds differently; another teacher differs by orders of magnitude more.
+MIN_AGREEMENT = 0.995
+MAX_KL = 1e-3
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Stored targets beside the teacher's own, over a sample of records.
+
+    Attributes:
+        fingerprint: what differs between the store's teacher and this one, in words.
+        drifted: records whose pixels are no longer those that were taught on.
+        argmax: share of target pixels with the same best class.
+        kl: mean KL(teacher || stored) in nats at T = 1; largest_error: of any probability-relevant logit.
+    """
+
+    records: int
+    fingerprint: tuple[str, ...]
+    drifted: tuple[str, ...]
+    argmax: float
+    kl: float
+    largest_error: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.fingerprint and not self.drifted and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
+
+
+def _spread(there: int, limit: int) -> list[int]:
+    """At most `limit` numbers below `there`, evenly spread."""
+    return sorted({int(number) for number in np.linspace(0, there - 1, min(limit, there)).round()})
+
+
+def score_cache(records: Records, limit: int = 512) -> Metrics | None:
+    """The teacher's metrics on the labels of whole images at view size, read back; None without labels.
+
+    Of a store that has crops alone, on the first crop of each image.
+
+    Raises: MismatchError for a store without pixels that has no data set, or a changed one.
+    """
+    cache = records.cache
+    labelled = cache.column("labelled")
+    confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
+    for record in map(cache.manifest.record, _spread(cache.manifest.dataset.samples, limit)):
+        if not labelled[record]:
+            continue
+        argmax, _ = target_argmax_confidence(packed_target(records, [record]), cache.view_size)
+        confusion.update(argmax[0], torch.from_numpy(records.label(record)))
+    return confusion.metrics() if confusion.counts.sum() else None
+
+
+def packed_target(records: Records, numbers: Sequence[int]) -> PackedTarget:
+    """The segmentation target of some records, as the kernels take it."""
+    rows = [records.target(number) for number in numbers]
+    parts = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    cache = records.cache
+    return PackedTarget(
+        values=parts["values"],
+        indices=parts.get("indices"),
+        tail=parts.get("tail"),
+        num_classes=cache.num_classes,
+        view_size=cache.view_size,
+        align_corners=cache.align_corners,
+    )
+
+
+def compare_teacher(records: Records, teacher: Teacher, device: torch.device, limit: int = 16) -> Agreement:
+    """Run the teacher again on a sample of records and compare.
+
+    The data set is needed when the store keeps no pixels, and used to find drift otherwise.
+
+    Raises: MismatchError when the store keeps no pixels and has no data set beside it.
+    """
+    _check_split(records)
+    cache = records.cache
+    precision: Precision = cache.manifest.teacher.precision  # type: ignore[assignment]
+    place(teacher.model, device)
+    differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
+    folds = cache.column("fold").tolist() if teacher.folds and "records/fold" in cache.specs else [None] * len(cache)
+    grid = cache.head.size if cache.head.resampled else None
+    agreeing = pixels_seen = 0
+    kl_sum = largest = 0.0
+    drifted = []
+    numbers = _spread(len(cache), limit)
+    for record, pixels, drift in _pixels(records, numbers):
+        if drift:
+            drifted.append(records.sample(record))
+        model = teacher.speaker(folds[record])
+        logits, _ = teach(model, torch.from_numpy(pixels)[None], (), precision, device, grid)
+        again = pack_batch(logits.cpu(), {}, cache.head.k)
+        stored = packed_target(records, [record])
+        if again["targets/segmentation/values"].shape != stored.values.shape:
+            differences.append("targets: the teacher gives another number of classes or another size")
+            break
+        now = densify(
+            again["targets/segmentation/values"],
+            again.get("targets/segmentation/indices"),
+            again.get("targets/segmentation/tail"),
+            cache.num_classes,
+        ).double()
+        then = densify(stored.values, stored.indices, stored.tail, cache.num_classes).double()
+        agreeing += int((now.argmax(1) == then.argmax(1)).sum())
+        pixels_seen += now[0, 0].numel()
+        p = now.softmax(1)
+        kl_sum += float((p * (now.log_softmax(1) - then.log_softmax(1))).sum())
+        # Far below the maximum a logit carries no probability, and fp16 is coarse there.
+        relevant = (now > -20) | (then > -20)
+        largest = max(largest, float((now - then).abs()[relevant].max()))
+    return Agreement(
+        records=len(numbers),
+        fingerprint=tuple(differences),
+        drifted=tuple(drifted),
+        argmax=agreeing / max(pixels_seen, 1),
+        kl=kl_sum / max(pixels_seen, 1),
+        largest_error=largest,
+    )
+
+
+def _check_split(records: Records) -> None:
+    """What the teacher saw must be there."""
+    cache, taught = records.cache, records.cache.manifest.view.teacher_size
+    if records.split is None and taught is not None:
+        raise MismatchError(
+            "a teacher is asked again about what it saw, which no store keeps where it was larger than the views",
+            received=f"{cache.place} was taught at {taught[0]}x{taught[1]}, and no data set was given",
+            remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
+        )
+    records.check_complete()
+
+
+def _pixels(records: Records, numbers: Sequence[int]) -> Iterator[tuple[int, Array, bool]]:
+    """(record, pixels as taught, whether the data set now renders other pixels).
+
+    The checksum is of the view alone: both renderings are of one image, and what moves no byte of the student's is
+    no drift to it.
+    """
+    teacher_size = records.cache.manifest.view.teacher_size
+    for record in numbers:
+        if records.split is None:
+            yield record, records.pixels(record), False
+            continue
+        pixels, _ = records.render(record)
+        drift = not records.is_same(record, pixels)
+        if teacher_size is not None:
+            pixels, _ = records.render(record, teacher_size)
+        elif records.cache.pixels_stored:
+            pixels = records.pixels(record)
+        yield record, pixels, drift

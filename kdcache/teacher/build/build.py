@@ -1,0 +1,244 @@
+"""The teacher's one pass over a data set, into a store. Interrupted, it goes on where it stopped.
+
+What an earlier store says already is taken over from it, and the teacher is asked about the rest.
+
+Three stages: threads render images (ahead, beside a GPU), the teacher runs in the calling thread, one thread
+compresses, writes and syncs finished shards meanwhile. Memory holds two shards and a few batches, whatever the number
+of records.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.data import Split
+from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, store_exists
+from kdcache.store.format.manifest_models import Repair
+from kdcache.teacher.load.forward import not_finite, out_of_memory, place, teach
+from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.manifest import plan_manifest
+from kdcache.teacher.build.render import Array, Rendered, render_batches
+from kdcache.teacher.build.reuse import Reuse, plan_extended
+from kdcache.teacher.load.ensemble import folds_of_split
+from kdcache.teacher.build.shard_queue import ShardQueue
+from kdcache.teacher.load.load import Teacher
+from kdcache.teacher.build.statistics import measure, taps_of
+from kdcache_kernels import pack
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build did.
+
+    Attributes:
+        records: taught now. kept: were there already.
+        reused: taken over from an earlier store; with a new tap they are among those that were taught.
+        complete: False when other workers have still to finish their shards: the last one seals the store.
+        repair: of records that were damaged and taught again with other versions than the rest.
+        damaged: records of the earlier store that could not be read, and were taught again.
+    """
+
+    manifest: Manifest
+    records: int
+    kept: int
+    seconds: float
+    complete: bool
+    reused: int = 0
+    repair: Repair | None = None
+    damaged: int = 0
+
+    @property
+    def images_per_second(self) -> float:
+        return self.records / self.seconds if self.seconds else 0.0
+
+
+class _Batch(NamedTuple):
+    """Records of one shard and what the store keeps of the teacher's word on them: path -> rows."""
+
+    items: list[Rendered]
+    rows: dict[str, Array]
+    taught: bool
+
+
+@contextmanager
+def deterministic_cudnn() -> Iterator[None]:
+    """Inside, cuDNN takes the same algorithm every time; afterwards it is as the caller had it."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@deterministic_cudnn()
+def build_cache(
+    split: Split,
+    teacher: Teacher,
+    out: str | Path,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    worker: Worker | None = None,
+    reuse: Cache | None = None,
+) -> BuildResult:
+    """Run the teacher over every sample of `split` and write the store `out`.
+
+    Args:
+        progress: called with (records done, records), those that were there already included.
+        worker: which part of a build that several processes share; default all of it.
+        reuse: an earlier store of the same teacher, from which is taken over what would be said again (reuse.py).
+    Raises: KDCacheError of every kind; what is finished stays, and the same call continues.
+    """
+    place(teacher.model, options.device)
+    if store_exists(out):  # begun before: its manifest has the figures
+        options = replace(options, fidelity=False)
+    if reuse is None:
+        manifest, known = plan_manifest(split, teacher, options), None
+    else:
+        manifest = plan_extended(split, teacher, options, reuse)
+        known = Reuse(reuse, manifest)
+    checksums = partial(_checksums, split, manifest, options)
+    with open_writer(out, manifest, split.ids, worker, checksums) as writer:
+        share = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
+        kept = share - sum(map(manifest.shard_records, writer.missing))
+        work = _Pass(split, teacher, writer.manifest, options, known)
+        done = taught = reused = 0
+        began = time.perf_counter()
+        while writer.missing:
+            with ShardQueue(writer) as queue:
+                for batch in work.batches(writer.claimed()):
+                    queue.add(batch.items, batch.rows)
+                    done += len(batch.items)
+                    taught += len(batch.items) if batch.taught else 0
+                    reused += sum(item.old is not None for item in batch.items)
+                    if progress is not None:
+                        progress(kept + done, share)
+            if writer.missing:
+                writer.wait()
+        seconds = time.perf_counter() - began
+        complete = writer.seal()
+    damaged = 0 if known is None else len(known.damaged)
+    return BuildResult(writer.manifest, taught, share - done, seconds, complete, reused, writer.repaired, damaged)
+
+
+def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: int) -> Array:
+    """What the records of a shard render to now."""
+    rendered = render_batches(split, manifest, [shard], threads=options.render_threads, ahead=False)
+    return np.array([item.checksum for item in rendered], np.uint64)
+
+
+def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int, *, raw: bool = False) -> dict[str, Tensor]:
+    """What the store keeps of a teacher's output: path -> tensor with a leading B, on the same device.
+
+    Args:
+        raw: also the largest logit of every pixel.
+    """
+    values, indices, tail = pack(logits_BChw, k)
+    packed = {"targets/segmentation/values": values}
+    if indices is not None and tail is not None:
+        packed |= {"targets/segmentation/indices": indices, "targets/segmentation/tail": tail}
+    if raw:
+        packed["targets/segmentation/max"] = logits_BChw.float().amax(1)
+    # fp16 ends at 65504: beyond, a finite feature saturates. An infinite one stays so, to be refused.
+    limit = torch.finfo(torch.float16).max
+    packed |= {f"features/{tap}": f.clamp(-limit, limit).where(f.isfinite(), f).half() for tap, f in features.items()}
+    return packed
+
+
+class _Pass:
+    """The teacher over the records of some shards."""
+
+    def __init__(
+        self, split: Split, teacher: Teacher, manifest: Manifest, options: BuildOptions, reuse: Reuse | None
+    ) -> None:
+        self._split, self._teacher, self._manifest, self._options = split, teacher, manifest, options
+        self._reuse = reuse
+        self._folds = folds_of_split(teacher, split)
+        self._taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
+
+    def batches(self, shards: Iterable[int]) -> Iterator[_Batch]:
+        """Every record of the shards, shard after shard.
+
+        A batch never crosses a shard, so that a shard's bytes do not depend on where a build was interrupted. The
+        result of a batch is fetched after the next one was launched: a GPU does not wait for the host.
+        """
+        launched: Callable[[], _Batch] | None = None
+        for items, unknown in self._sorted_out(shards):
+            following = self._launch(items) if unknown else partial(self._take_over, items)
+            if launched is not None:
+                yield launched()
+            launched = following
+        if launched is not None:
+            yield launched()
+
+    def _sorted_out(self, shards: Iterable[int]) -> Iterator[tuple[list[Rendered], bool]]:
+        """Batches for the teacher (True), each of one fold, and batches that an earlier store knows."""
+        manifest, reuse, options = self._manifest, self._reuse, self._options
+        waiting: dict[tuple[bool, int | None], list[Rendered]] = {}
+        ahead = options.device.type != "cpu"
+        for item in render_batches(self._split, manifest, shards, threads=options.render_threads, ahead=ahead):
+            if reuse is not None:
+                item = replace(item, old=reuse.find(item, self._split.ids[item.sample]))
+            if self._folds is not None:
+                item = replace(item, fold=self._folds[item.sample])
+            unknown = reuse is None or item.old is None or not reuse.complete
+            waiting.setdefault((unknown, item.fold if unknown else None), []).append(item)
+            ended = item.record + 1 == manifest.shard_range(item.record // manifest.build.shard_records)[1]
+            for kind, items in list(waiting.items()):
+                if ended or len(items) == manifest.build.batch_size:
+                    yield waiting.pop(kind), kind[0]
+
+    def _launch(self, items: list[Rendered]) -> Callable[[], _Batch]:
+        """Start a batch; what is returned waits for its result."""
+        options, head = self._options, self._manifest.heads["segmentation"]
+        pixels = torch.from_numpy(np.stack([item.taught for item in items]))
+        model, grid = self._teacher.speaker(items[0].fold), head.size if head.resampled else None
+        try:
+            logits, features = teach(model, pixels, self._taps, options.precision, options.device, grid)
+            kept = {tap: features[tap] for tap in options.features}
+            packed = pack_batch(logits, kept, head.k, raw=head.raw)
+            packed |= measure(self._manifest.statistics, logits, features)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(options.batch_size, error) from error
+        return partial(self._fetch, items, *_to_host(packed, options.device))
+
+    def _fetch(self, items: list[Rendered], packed: dict[str, Tensor], event: torch.cuda.Event | None) -> _Batch:
+        """A batch, once its copy is through. Raises ModelError for logits that are no numbers."""
+        if event is not None:
+            event.synchronize()
+        for path, tensor in packed.items():
+            if tensor.is_floating_point():
+                finite = tensor.isfinite().flatten(1).all(1)
+                if not finite.all():
+                    bad = items[int((~finite).nonzero()[0])]
+                    raise not_finite(path, bad.record, self._split.ids[bad.sample])
+        rows = round_targets({path: tensor.numpy() for path, tensor in packed.items()}, self._manifest.codec)
+        known = [place for place, item in enumerate(items) if item.old is not None]
+        if known:
+            for path, theirs in self._take_over([items[place] for place in known]).rows.items():
+                rows[path][known] = theirs
+        return _Batch(items, rows, taught=True)
+
+    def _take_over(self, items: list[Rendered]) -> _Batch:
+        assert self._reuse is not None
+        return _Batch(items, self._reuse.rows([item.old for item in items if item.old is not None]), taught=False)
+
+
+def _to_host(packed: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    if device.type != "cuda":
+        return packed, None
+    host = {path: tensor.to("cpu", non_blocking=True) for path, tensor in packed.items()}
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return host, event

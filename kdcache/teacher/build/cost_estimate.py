@@ -1,0 +1,206 @@
+"""What a build will cost, before it: bytes, files and time of a setting and its neighbours, from a few real records.
+
+A small store of those records is really built, in a temporary folder, and written again for every other k and codec.
+Per record that is what the large one takes: chunks hold one record each. On CamVid at 144x192 16 of 367 images foretold
+the bytes to 0.2 %, with 4 views, a tap and codec small to 0.5 %, and the number of files exactly.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+
+from kdcache.data import Split
+from kdcache.models import build_model
+from kdcache.store import Codec, Manifest
+from kdcache.store.format.schema import metadata_keys
+from kdcache.teacher.build.trial_store import Progress, Seconds, Sizes, Trial
+from kdcache.teacher.load.forward import place
+from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.manifest import plan_manifest
+from kdcache.teacher.load.load import Teacher
+
+RECORDS = 16
+_KS = (2, 4, 8, 16, 32, 64)
+_CODECS: tuple[Codec, ...] = ("default", "small", "none")
+_SEAL = 3  # ledger.jsonl, complete.json and the spare of the manifest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The choices whose price is told."""
+
+    k: int
+    codec: Codec
+    views: int
+    features: tuple[str, ...]
+    pixels: Literal["stored", "source"]
+
+    def flags(self, other: "Setting") -> str:
+        """What `self` has otherwise than `other`, as one types it."""
+        mine, theirs = asdict(self), asdict(other)
+        names = {"k": "top-k"}
+        changed = {names.get(name, name): value for name, value in mine.items() if value != theirs[name]}
+        return " ".join(f"--{name} {_typed(value)}" for name, value in changed.items())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a setting takes. `sizes` are bytes per record on disk; `seconds` is the teacher's pass."""
+
+    setting: Setting
+    sizes: Sizes
+    records: int
+    files: int
+    seconds: float
+
+    @property
+    def bytes_per_record(self) -> float:
+        return sum(self.sizes.values())
+
+    @property
+    def bytes(self) -> int:
+        return round(self.records * self.bytes_per_record)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build will cost.
+
+    Attributes:
+        taught: records that were taught to find out. seconds: of one record, as chosen.
+    """
+
+    chosen: Cost
+    neighbours: tuple[Cost, ...]
+    seconds: Seconds
+    taught: int
+    samples: int
+    classes: int
+
+    @property
+    def payback_epochs(self) -> float:
+        """Epochs after which the build and reading took less time than a teacher beside every step; may be infinite.
+
+        An epoch visits each sample once, whatever the number of views.
+        """
+        saved = self.samples * (self.seconds.teach - self.seconds.read)
+        return self.chosen.seconds / saved if saved > 0 else float("inf")
+
+    def training_seconds(self, epochs: int, student: float = 0.0) -> tuple[float, float]:
+        """Seconds of so many epochs: with a live teacher, and with the store, its build included.
+
+        Args:
+            student: seconds per image that the student itself takes.
+        """
+        images = epochs * self.samples
+        return images * (student + self.seconds.teach), self.chosen.seconds + images * (student + self.seconds.read)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; epochs are null when it never pays."""
+        payback = self.payback_epochs
+        return {
+            "taught": self.taught,
+            "samples": self.samples,
+            "classes": self.classes,
+            "seconds_per_record": asdict(self.seconds),
+            "payback_epochs": None if payback == float("inf") else payback,
+            "chosen": _cost_json(self.chosen),
+            "neighbours": [_cost_json(cost) for cost in self.neighbours],
+        }
+
+
+def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
+    """Forward and backward of a student, per image of the view's size, in batches of the build's.
+
+    Raises: ModelError for a spec that is none.
+    """
+    height, width = options.size if options.crop is None else options.crop
+    model = build_model(spec, classes).to(options.device).train()
+    pixels = torch.zeros(options.batch_size, height, width, 3, dtype=torch.uint8, device=options.device)
+    for _ in range(2):  # the first time is slower than all others
+        began = time.perf_counter()
+        model(model.normalise(pixels)).logits.square().mean().backward()  # type: ignore[no-untyped-call]
+        if options.device.type == "cuda":
+            torch.cuda.synchronize(options.device)
+    return (time.perf_counter() - began) / options.batch_size
+
+
+def estimate(
+    split: Split, teacher: Teacher, options: BuildOptions, *, records: int = RECORDS, progress: Progress | None = None
+) -> Estimate:
+    """Build a small store and scale it. Leaves nothing behind, however it ends.
+
+    Args:
+        records: how many to teach; all when there are fewer.
+        progress: called with (what, done, of how many).
+    Raises: as `build_cache`.
+    """
+    options = replace(options, fidelity=False)
+    place(teacher.model, options.device)
+    manifest = plan_manifest(split, teacher, options)  # which refuses what cannot be, and chooses k
+    with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
+        trial = Trial(split, teacher, options, records, Path(folder), progress or (lambda *_: None))
+        head = manifest.heads["segmentation"]
+        chosen = Setting(head.k, options.codec, options.views, tuple(options.features), options.pixels)
+        seconds = trial.seconds(chosen.k, chosen.codec)
+        settings = dict.fromkeys([chosen, *_neighbours(chosen, head.classes, trial.taps)])
+        costs = [_cost(trial, setting, manifest, seconds.build) for setting in settings]
+    return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), head.classes)
+
+
+def _neighbours(chosen: Setting, classes: int, taps: Sequence[str]) -> Iterator[Setting]:
+    """Settings that differ from the chosen one in one thing."""
+    ks = [k for k in (*_KS, classes) if k <= classes]
+    smaller, larger = [k for k in ks if k < chosen.k], [k for k in ks if k > chosen.k]
+    for k in dict.fromkeys([*smaller[-2:], *larger[:1], classes]):
+        yield replace(chosen, k=k)
+    for codec in _CODECS:
+        yield replace(chosen, codec=codec)
+    for views in (1, 4, 16) if chosen.views == 1 else (1, max(2, chosen.views // 2), 2 * chosen.views):
+        yield replace(chosen, views=views)
+    yield replace(chosen, features=())
+    for tap in taps:
+        if tap not in chosen.features:
+            yield replace(chosen, features=(*chosen.features, tap))
+    yield replace(chosen, pixels="source" if chosen.pixels == "stored" else "stored")
+
+
+def _cost(trial: Trial, setting: Setting, manifest: Manifest, seconds: float) -> Cost:
+    """Args: manifest: of the chosen setting. seconds: of a record."""
+    sizes = trial.sizes(setting.k, setting.codec, setting.views, setting.features)
+    if setting.pixels == "source":
+        sizes = {path: size for path, size in sizes.items() if not path.startswith(("pixels/", "labels/"))}
+    records = manifest.dataset.samples * setting.views
+    shards = -(-records // manifest.build.shard_records)
+    files = shards * (len(sizes) + 1) + _metadata_files(manifest, sizes) + _SEAL
+    return Cost(setting, sizes, records, files, records * seconds)
+
+
+def _metadata_files(manifest: Manifest, sizes: Sizes) -> int:
+    """Besides shards and ledger: the ids, and zarr.json of every array and group."""
+    common = [key for key in metadata_keys(manifest) if key.startswith("samples/")]
+    nodes = {str(node) for path in sizes for node in (PurePosixPath(path), *PurePosixPath(path).parents)}
+    return len(common) + len(nodes)
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "''"
+    return str(value)
+
+
+def _cost_json(cost: Cost) -> dict[str, Any]:
+    return {
+        **asdict(cost.setting),
+        "bytes": cost.bytes,
+        "bytes_per_record": round(cost.bytes_per_record),
+        "array_bytes_per_record": {path: round(size) for path, size in cost.sizes.items()},
+        "records": cost.records,
+        "files": cost.files,
+        "seconds": cost.seconds,
+    }

@@ -1,0 +1,66 @@
+"""The choices of a build, and the views that they make."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kdcache.errors import RecipeError
+from kdcache.settings.building import BuildSettings
+from kdcache.store.format.manifest_models import LEAST_ZOOM, MOST_SIDE, MOST_VIEWS, MOST_ZOOM, Drawn, View
+
+
+@dataclass(frozen=True)
+class BuildOptions(BuildSettings):
+    """Choices of a build: those of the table of settings, and what they become on this machine.
+
+    Attributes:
+        size: (H, W) of the views, or with `crop` of the whole image at zoom 1.
+        top_k: keeps that many classes, None measures how many it takes.
+        statistics: `at:TAP`, `confidence`, `entropy`, `agreement`. raw_logits: keep every pixel's largest logit.
+        views: of each sample: the whole image, and views - 1 that are drawn; with `crop` all are.
+        crop: (H, W) of the views, cut out of the image at zoom times `size`.
+        view_scale: range of the zoom of drawn views, below 1 the image amid grey; view_flip: mirror half of them.
+        teacher_size: (H, W) of what the teacher sees of the same windows; default the views'.
+        teacher_grid: `own` keeps the grid of the logits that come of it, `view` averages probabilities to the grid
+            that the views themselves, without augmentation, would have given.
+        fidelity: measure what storing loses; the figures go into the manifest, nothing else depends on them.
+        device: of the teacher.
+    """
+
+    size: tuple[int, int]
+    fidelity: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def view_of(options: BuildOptions) -> View:
+    """How views are drawn and rendered. Raises RecipeError."""
+    low, high = options.view_scale
+    if not 1 <= options.views <= MOST_VIEWS or options.view_seed < 0 or not LEAST_ZOOM <= low <= high <= MOST_ZOOM:
+        raise RecipeError(
+            f"a sample has 1 to {MOST_VIEWS} views; the zoom of those that are drawn is a range from {LEAST_ZOOM:g} to "
+            f"{MOST_ZOOM}",
+            received=f"{options.views} views, scale {low:g}:{high:g}, seed {options.view_seed}",
+            remedy="for instance --views 4 --view-scale 1:2",
+        )
+    crop = options.crop
+    for size in (options.size, crop, options.teacher_size):
+        if size is not None and not 1 <= min(size) <= max(size) <= MOST_SIDE:
+            raise RecipeError(
+                f"a side has 1 to {MOST_SIDE} pixels", received=f"{size[0]}x{size[1]}", remedy="give a smaller size"
+            )
+    if crop is not None and any(c > high * side for c, side in zip(crop, options.size, strict=True)):
+        raise RecipeError(
+            "a crop fits into the image at its largest: --crop is at most HIGH of --view-scale times --size",
+            received=f"crops of {crop[0]}x{crop[1]} from images of {options.size[0]}x{options.size[1]} times {high:g}",
+            remedy="give a smaller --crop, or a larger --size or --view-scale",
+        )
+    drawn = Drawn(seed=options.view_seed, scale=(low, high), flip=options.view_flip)
+    return View(
+        kind="full" if crop is None else "crop",
+        size=options.size if crop is None else crop,
+        image_size=None if crop is None else options.size,
+        teacher_size=options.teacher_size,
+        views_per_sample=options.views,
+        drawn=drawn if options.views > 1 or crop is not None else None,
+        pixels=options.pixels,
+    )

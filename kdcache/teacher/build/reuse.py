@@ -1,0 +1,145 @@
+"""Taking over what an earlier store says: a teacher need not repeat itself.
+
+A record is taken over when the same view of the same sample renders to the very pixels that were taught on, in a store
+of the same teacher, classes, size and head. About one that is damaged there the teacher is asked again. A tap or
+statistic that the earlier store does not have sends every record through the teacher once more, for that alone: the
+target stays the stored one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kdcache.data import Split
+from kdcache.errors import CorruptError, MismatchError
+from kdcache.store import Cache, Manifest, round_targets
+from kdcache.store.copy import rounds
+from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.manifest import plan_manifest
+from kdcache.teacher.build.render import Array, Rendered
+from kdcache.teacher.load.load import Teacher
+
+_LOOKED_AT = ("records/pixel_checksum", "records/window", "records/flip")
+
+
+class Reuse:
+    """What the store `old` says that one of `manifest` would say again.
+
+    Attributes:
+        complete: whether a record that is taken over needs the teacher no more.
+        damaged: records of the earlier store that were looked for, and cannot be read.
+    Raises: CorruptError for a ledger without which nothing can be told of any record.
+    """
+
+    def __init__(self, old: Cache, manifest: Manifest) -> None:
+        self._old = old
+        self._codec = manifest.codec
+        theirs = old.manifest.features
+        taps = [tap for tap, feature in manifest.features.items() if theirs.get(tap) == feature]
+        maps = [name for name, about in manifest.statistics.items() if old.manifest.statistics.get(name) == about]
+        self.complete = (len(taps), len(maps)) == (len(manifest.features), len(manifest.statistics))
+        self._paths = [*old.target_paths(), *(f"features/{tap}" for tap in taps), *(f"statistics/{n}" for n in maps)]
+        self._samples = {sample: number for number, sample in enumerate(old.ids)}
+        self._read: dict[int, dict[str, Array]] = {}
+        self.damaged = set[int]()
+        if old.ledger is not None:
+            old.ledger.check_lines()
+
+    def find(self, item: Rendered, sample: str) -> int | None:
+        """The record of the earlier store that is this one. It is read at once: `rows` gives what was read.
+
+        Args:
+            sample: the item's sample id.
+        """
+        number = self._samples.get(sample)
+        if number is None or item.view >= self._old.manifest.view.views_per_sample:
+            return None
+        record = self._old.manifest.record(number, item.view)
+        try:
+            about = self._old.read(record, _LOOKED_AT)
+            same = (
+                int(about["records/pixel_checksum"]) == item.checksum
+                and tuple(about["records/window"].tolist()) == item.window.as_tuple()
+                and bool(about["records/flip"]) == item.flip
+            )
+            if same:
+                self._read[record] = self._old.read(record, self._paths)
+        except CorruptError:
+            self.damaged.add(record)
+            return None
+        return record if same else None
+
+    def rows(self, records: Sequence[int]) -> dict[str, Array]:
+        """What is taken over of some records that were found in the earlier store: path -> rows."""
+        read = [self._read.pop(record) for record in records]
+        return round_targets({path: np.stack([row[path] for row in read]) for path in self._paths}, self._codec)
+
+
+def options_of(old: Manifest, **changes: Any) -> BuildOptions:
+    """The options that a store was built with, but for `changes` (fields of BuildOptions)."""
+    drawn, head = old.view.drawn, old.heads["segmentation"]
+    views: dict[str, Any] = (
+        {} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}
+    )
+    options = {
+        "size": old.view.image_size or old.view.size,
+        "crop": None if old.view.image_size is None else old.view.size,
+        "teacher_size": old.view.teacher_size,
+        "teacher_grid": "view" if head.resampled else "own",
+        "top_k": head.k,
+        "raw_logits": head.raw,
+        "features": tuple(old.features),
+        "statistics": tuple(f"at:{about.tap}" if about.tap else about.kind for about in old.statistics.values()),
+        "views": old.view.views_per_sample,
+        "pixels": old.view.pixels,
+        "codec": old.codec,
+        "batch_size": old.build.batch_size,
+        "shard_records": old.build.shard_records,
+        "precision": old.teacher.precision,
+    }
+    return BuildOptions(**{**options, **views, **changes})
+
+
+def plan_extended(split: Split, teacher: Teacher, options: BuildOptions, old: Cache) -> Manifest:
+    """`plan_manifest` of a store that takes over `old`, whose figures hold as long as nothing more is rounded.
+
+    Raises: MismatchError naming every field that differs.
+    """
+    about = old.manifest
+    found = []
+    if about.dataset.class_names != split.classes.names:
+        found.append(f"classes: {_some(about.dataset.class_names)} against {_some(split.classes.names)}")
+    for name, mine, theirs in (
+        ("view.size", about.view.size, options.crop or options.size),
+        ("view.image_size", about.view.image_size, options.size if options.crop else None),
+        ("view.teacher_size", about.view.teacher_size, options.teacher_size),
+    ):
+        if mine != (None if theirs is None else tuple(theirs)):
+            found.append(f"{name}: {mine} against {theirs}")
+    if about.teacher.folds is not None and about.dataset.ids_digest != split.digest():
+        found.append("samples: the folds of a larger split are others, and its teachers too")
+    if about.codec == "small" and options.codec != "small":
+        found.append(f"codec: small rounded its targets, {options.codec} does not")
+    _refuse(old, found)
+    keeps_figures = about.fidelity is not None and not rounds(about, options.codec)
+    manifest = plan_manifest(split, teacher, replace(options, fidelity=options.fidelity and not keeps_figures))
+    found = about.teacher.differences(manifest.teacher)
+    if about.heads != manifest.heads:
+        found.append(f"heads: {about.heads} against {manifest.heads}")
+    _refuse(old, found)
+    return manifest.model_copy(update={"fidelity": about.fidelity}) if keeps_figures else manifest
+
+
+def _refuse(old: Cache, found: Sequence[str]) -> None:
+    if found:
+        raise MismatchError(
+            "a store takes over what the same teacher said, of the same classes at the same size",
+            received=f"{old.place} differs in " + "; ".join(found),
+            remedy="give the teacher and the settings that it was built with, or build anew: build-teacher-cache",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

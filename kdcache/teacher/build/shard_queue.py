@@ -1,0 +1,73 @@
+"""Records on their way into a store: collected into whole shards, which one thread writes meanwhile."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from kdcache.store import Manifest, StoreWriter
+from kdcache.store.format.schema import record_arrays
+from kdcache.teacher.build.render import Array, Rendered
+
+
+class ShardQueue:
+    """Collects records into whole shards and writes them in one background thread, at most one ahead."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+        self._specs = record_arrays(writer.manifest)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer")
+        self._writing: Future[None] | None = None
+        self._arrays: dict[str, Array] = {}
+        self._filled = 0
+
+    def __enter__(self) -> "ShardQueue":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None and self._writing is not None:
+                self._writing.result()
+        finally:
+            self._pool.shutdown(wait=True)
+
+    def add(self, batch: Sequence[Rendered], said: Mapping[str, Array]) -> None:
+        """Take records of one shard, in any order; the last of them sends it off, after the one before is on disk.
+
+        Args:
+            said: what the teacher said about them: path -> rows.
+        """
+        shard = batch[0].record // self._writer.manifest.build.shard_records
+        first, last = self._writer.manifest.shard_range(shard)
+        if not self._filled:
+            self._arrays = {spec.path: np.empty((last - first, *spec.shape), spec.dtype) for spec in self._specs}
+        rows = {**said, **_record_rows(batch, self._writer.manifest)}
+        places = [item.record - first for item in batch]
+        for path, array in self._arrays.items():
+            array[places] = rows[path]
+        self._filled += len(batch)
+        if self._filled == last - first:
+            if self._writing is not None:
+                self._writing.result()
+            self._writing = self._pool.submit(self._writer.write_shard, shard, self._arrays)
+            self._arrays, self._filled = {}, 0
+
+
+def _record_rows(batch: Sequence[Rendered], manifest: Manifest) -> dict[str, Any]:
+    rows: dict[str, Any] = {
+        "records/sample": [item.sample for item in batch],
+        "records/view": [item.view for item in batch],
+        "records/window": [item.window.as_tuple() for item in batch],
+        "records/flip": [item.flip for item in batch],
+        "records/pixel_checksum": np.array([item.checksum for item in batch], np.uint64),
+        "records/labelled": [item.labelled for item in batch],
+    }
+    if manifest.view.reaches_beyond:
+        rows["records/source_size"] = [item.source_size for item in batch]
+    if manifest.teacher.folds is not None:
+        rows["records/fold"] = [item.fold for item in batch]
+    if manifest.view.pixels == "stored":
+        rows["labels/segmentation"] = [item.label for item in batch]
+        rows["pixels/image"] = [item.pixels for item in batch]
+    return rows

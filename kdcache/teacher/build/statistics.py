@@ -1,0 +1,104 @@
+"""Small maps beside the targets: where the teacher looks, how sure it is, whether its members agree.
+
+    at:TAP       sum of squares over a tap's channels, divided by the largest (Zagoruyko 2017, arXiv 1612.03928)
+    confidence   largest probability        entropy   in nats        agreement   of an ensemble's members
+
+Shapes: B batch, C classes, c channels of a tap, h w of the target, h' w' of the tap.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kdcache.errors import RecipeError
+from kdcache.models import AGREEMENT, EnsembleModel
+from kdcache.store.format.manifest_models import Statistic
+from kdcache.teacher.load.forward import area_mean
+from kdcache.teacher.load.load import Teacher
+
+_OF_THE_DISTRIBUTION = ("confidence", "entropy", "agreement")
+
+
+def statistics_of(words: Sequence[str], grid: tuple[int, int], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
+    """What the manifest says of words that `taps_of` has found right.
+
+    Args:
+        grid: (h, w) of the target.
+        features: tap -> (B, c, h', w'), of the taps that are named.
+    """
+    found = {}
+    for word in dict.fromkeys(words):
+        kind, _, tap = word.partition(":")
+        if kind == "at":
+            height, width = features[tap].shape[-2:]
+            found[f"at.{tap}"] = Statistic(kind="at", tap=tap, size=(height, width))
+        else:
+            found[kind] = Statistic(kind=kind, size=grid)  # type: ignore[arg-type]
+    return found
+
+
+def taps_of(words: Sequence[str], teacher: Teacher) -> list[str]:
+    """The taps that statistics are made of.
+
+    Raises: RecipeError for a word that is no statistic, and for agreement where there is none; ModelError for a tap
+        that the teacher does not have.
+    """
+    taps = []
+    for word in words:
+        kind, colon, tap = word.partition(":")
+        if kind == "at" and tap:
+            teacher.model.check_taps([tap])
+            taps.append(tap)
+        elif colon or kind not in _OF_THE_DISTRIBUTION:
+            near = ["at:TAP"] if kind == "at" else difflib.get_close_matches(kind, _OF_THE_DISTRIBUTION, n=1)
+            raise RecipeError(
+                f"a statistic is at:TAP, {', '.join(_OF_THE_DISTRIBUTION[:-1])} or {_OF_THE_DISTRIBUTION[-1]}",
+                received=repr(word),
+                remedy=f"did you mean {near[0]}?" if near else "for instance --statistics at:head,confidence",
+            )
+        if kind == "agreement":
+            if not isinstance(teacher.model, EnsembleModel) or len(teacher.model.members) < 2 or teacher.folds:
+                raise RecipeError(
+                    "agreement is that of several teachers on the same image",
+                    received=f"{teacher.origin}" + (", of which each speaks of its own fold" if teacher.folds else ""),
+                    remedy="give --teacher several times and no --folds, or leave agreement out",
+                )
+            taps.append(AGREEMENT)
+    return list(dict.fromkeys(taps))
+
+
+def measure(
+    statistics: Mapping[str, Statistic], logits_BChw: Tensor, features: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Path -> (B, h, w) float16, on the same device.
+
+    Args:
+        logits_BChw: as they are stored, whatever their constant.
+        features: tap -> (B, c, h', w'), AGREEMENT among them when it is asked for.
+    """
+    log_p = logits_BChw.float().log_softmax(1)
+    found = {}
+    for name, about in statistics.items():
+        if about.kind == "at":
+            assert about.tap is not None
+            found[name] = attention(features[about.tap])
+        elif about.kind == "confidence":
+            found[name] = log_p.amax(1).exp()
+        elif about.kind == "entropy":
+            # A class that the teacher rules out, -inf, has no share in it.
+            found[name] = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
+        else:
+            found[name] = area_mean(features[AGREEMENT], about.size)[:, 0]
+    return {f"statistics/{name}": value.half() for name, value in found.items()}
+
+
+def attention(feature_Bchw: Tensor) -> Tensor:
+    """sum_c F^2 divided by its largest, (B, h, w) float32 in 0..1; a map of zeros stays one."""
+    feature = feature_Bchw.float()
+    # Divided first: squares of large features would overflow.
+    largest = feature.abs().amax((1, 2, 3), keepdim=True)
+    energy = (feature / largest.where(largest > 0, 1)).square().sum(1)
+    most = energy.amax((1, 2), keepdim=True)
+    return energy / most.where(most > 0, 1)

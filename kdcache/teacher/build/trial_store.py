@@ -1,0 +1,159 @@
+"""A small store of a few real records, from which any setting can be written to see what it takes."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache as remember
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdcache.data import Split
+from kdcache.data.folds import Excerpt
+from kdcache.store import Cache, Codec, open_cache, open_writer, round_targets, summarise
+from kdcache.teacher.build.build import build_cache
+from kdcache.teacher.load.forward import teach
+from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.render import Array, render_records
+from kdcache.teacher.load.load import Teacher
+from kdcache_kernels import densify, pack
+
+Progress = Callable[[str, int, int], None]
+Sizes = dict[str, float]
+"""Path of an array -> bytes on disk per record."""
+_TAP_RECORDS = 4  # for taps that nobody has asked for
+_TARGET = "targets/segmentation/"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What one record takes. `build` is the whole pass; `render`, `teach` and `write` are its stages, each on its own;
+    `read` is what a student pays for a target that lies in the page cache.
+    """
+
+    build: float
+    render: float
+    teach: float
+    write: float
+    read: float
+
+
+class Trial:
+    """The small store. With drawn views half of its records are such views: a crop compresses otherwise.
+
+    Args:
+        records: how many to teach, evenly spread over the split; all when there are fewer.
+        folder: for what is written.
+    Attributes:
+        taught: how many records were. taps: those whose size is known.
+    """
+
+    def __init__(
+        self, split: Split, teacher: Teacher, options: BuildOptions, records: int, folder: Path, progress: Progress
+    ) -> None:
+        self._split, self._teacher, self._folder, self._progress = split, teacher, folder, progress
+        self._drawn = options.views > 1 and options.crop is None
+        samples = max(1, min(records, len(split)) // (2 if self._drawn else 1))
+        self._shard_records = options.shard_records
+        # All classes and pixels are kept, so that fewer can be written from them.
+        self._options = replace(options, top_k=len(split.classes), codec="default", pixels="stored", views=1)
+        self._build("warming up", 1, self._options)  # compiles kernels, which a large build does not notice
+        self._whole, seconds = self._build("teaching a few images", samples, self._options)
+        self._build_seconds = seconds / samples
+        self._both, self.taught = self._whole, samples
+        if self._drawn:
+            self._both, _ = self._build("and views of them", samples, replace(self._options, views=2), self._whole)
+            self.taught = 2 * samples
+        others = () if teacher.folds else tuple(tap for tap in teacher.model.taps[-3:] if tap not in options.features)
+        self.taps = (*options.features, *others)
+        self._more: Cache | None = None
+        if others:
+            few = replace(self._options, features=others, statistics=())
+            self._more, _ = self._build("and further taps", min(_TAP_RECORDS, samples), few)
+        self._rewritten = remember(self._rewrite)
+
+    def sizes(self, k: int, codec: Codec, views: int, features: Sequence[str]) -> Sizes:
+        """Every array, with pixels, of `views` views of a sample, on the average of them."""
+        whole, both = (self._rewritten(cache, k, codec)[0] for cache in (self._whole, self._both))
+        sizes = {}
+        for path, size in whole.items():
+            drawn = 2 * both[path] - size if self._drawn else size
+            sizes[path] = (size + (views - 1) * drawn) / views
+        if self._more is not None and not set(features) <= set(self._options.features):
+            sizes |= self._rewritten(self._more, self._more.head.k, codec)[0] | sizes
+        taps = {f"features/{tap}" for tap in features}
+        return {path: size for path, size in sizes.items() if path in taps or not path.startswith("features/")}
+
+    def seconds(self, k: int, codec: Codec) -> Seconds:
+        """How long a record takes."""
+        options, view = self._options, self._whole.manifest.view
+        part = self._part(min(options.batch_size, len(self._whole)))
+        began = time.perf_counter()
+        items = [render_records(part, view, [number])[0] for number in range(len(part))]
+        rendered = time.perf_counter()
+        pixels = torch.from_numpy(np.stack([item.taught for item in items]))
+        speaker = self._teacher.speaker(0 if self._teacher.folds else None)
+        teach(speaker, pixels, options.features, options.precision, options.device)[0].cpu()
+        taught = time.perf_counter()
+        _, written = self._rewritten(self._whole, k, codec)
+        return Seconds(
+            build=self._build_seconds,
+            render=(rendered - began) / len(part),
+            teach=(taught - rendered) / len(part),
+            write=written / len(self._whole),
+            read=self._read_seconds(k, codec),
+        )
+
+    def _part(self, samples: int) -> Split:
+        return Excerpt(self._split, np.linspace(0, len(self._split) - 1, samples).round().astype(int).tolist())
+
+    def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
+        """A store of evenly spread samples in one shard or more, and how long its pass took."""
+        part, out = self._part(samples), self._folder / what.replace(" ", "-")
+        # An index has a place for every chunk of a full shard: with smaller ones a record bears as much of it.
+        options = replace(options, shard_records=min(self._shard_records, samples * options.views))
+        tell = lambda done, total: self._progress(what, done, total)  # noqa: E731
+        result = build_cache(part, self._teacher, out, options, tell, reuse=reuse)
+        return open_cache(out), result.seconds
+
+    def _path(self, cache: Cache, k: int, codec: Codec) -> Path:
+        return cache.path.with_name(f"{cache.path.name}-{k}-{codec}")
+
+    def _rewrite(self, cache: Cache, k: int, codec: Codec) -> tuple[Sizes, float]:
+        """What the store takes with k classes and a codec, and how long it took to write it."""
+        out, seconds = self._path(cache, k, codec), 0.0
+        manifest = cache.manifest.model_copy(
+            update={"heads": {"segmentation": cache.head.model_copy(update={"k": k})}, "codec": codec}
+        )
+        with open_writer(out, manifest, cache.ids) as writer:
+            for shard in writer.claimed():
+                rows = _rows(cache, range(*manifest.shard_range(shard)))
+                rows = round_targets(rows if k == cache.head.k else _keep(rows, k, cache.num_classes), codec)
+                began = time.perf_counter()
+                writer.write_shard(shard, rows)
+                seconds += time.perf_counter() - began
+            writer.seal()
+        summary = summarise(open_cache(out))
+        return {array.path: array.bytes_on_disk / len(cache) for array in summary.arrays}, seconds
+
+    def _read_seconds(self, k: int, codec: Codec) -> float:
+        self._rewritten(self._whole, k, codec)
+        cache = open_cache(self._path(self._whole, k, codec))
+        for _ in range(2):  # the first time opens shards
+            began = time.perf_counter()
+            for record in range(len(cache)):
+                cache.read(record, cache.target_paths())
+        return (time.perf_counter() - began) / len(cache)
+
+
+def _rows(cache: Cache, records: Sequence[int]) -> dict[str, Array]:
+    read = [cache.read(record, list(cache.specs)) for record in records]
+    return {path: np.stack([row[path] for row in read]) for path in cache.specs}
+
+
+def _keep(rows: dict[str, Array], k: int, classes: int) -> dict[str, Array]:
+    """Rows of a dense store with k classes of their targets."""
+    parts = pack(densify(torch.from_numpy(rows[_TARGET + "values"]), None, None, classes), k)
+    names = ("values", "indices", "tail")
+    return rows | {_TARGET + name: part.numpy() for name, part in zip(names, parts, strict=True) if part is not None}

@@ -1,0 +1,134 @@
+"""Several teachers as one: an ensemble that speaks together, or one teacher per fold that has not seen it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdcache.data import ClassList, Split, check_folds, parse_fold
+from kdcache.errors import MismatchError, RecipeError
+from kdcache.models import EnsembleModel, Tta
+from kdcache.run_folder import RECIPE, Run
+from kdcache.store import Fingerprint
+from kdcache.teacher.load.load import RGB, Teacher, load_teacher
+
+
+def load_teachers(
+    origins: Sequence[str],
+    classes: ClassList,
+    *,
+    weights: Sequence[float] | None = None,
+    tta: Tta | None = None,
+    folds: int | None = None,
+    class_map: str | Path | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+    trust: bool = False,
+) -> Teacher:
+    """Load one teacher, or several that speak as one.
+
+    Args:
+        origins, classes, class_map, mean, std, trust: as `load_teacher`, for each of them.
+        weights: of their probabilities; default equal ones.
+        tta: renderings of every image that a word is the mean of.
+        folds: the teachers do not speak together: number i speaks of the samples of fold i. See `check_cross_fit`.
+    Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
+    """
+    _check_counts(origins, weights, folds)
+    loaded = [load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust) for origin in origins]
+    if len(loaded) == 1 and tta is None and weights is None:
+        return loaded[0]
+    return Teacher(
+        EnsembleModel([teacher.model for teacher in loaded], weights, tta).eval(),
+        ", ".join(origins),
+        loaded[0].size if len({teacher.size for teacher in loaded}) == 1 else None,
+        loaded[0].class_map,
+        tuple(dict.fromkeys(note for teacher in loaded for note in teacher.notes)),
+        folds,
+        tuple(training for teacher in loaded for training in teacher.trainings),
+    )
+
+
+def load_like(
+    about: Fingerprint, origins: Sequence[str], classes: ClassList, *, class_map: str | Path | None = None
+) -> Teacher:
+    """The teachers of a store once more: weights, augmentation, folds and normalisation are as its manifest says.
+
+    Whether they are the same teachers, their fingerprint tells.
+    Raises: as `load_teachers`; MismatchError unless there are as many.
+    """
+    count = max(1, len(about.members))
+    if len(origins) != count:
+        raise MismatchError(
+            "a store is compared with all of its teachers, in the order of its build",
+            received=f"{len(origins)} teachers; the store has {count}: {about.spec}",
+            remedy="give --teacher once for each",
+        )
+    if not about.members:
+        return load_teacher(origins[0], classes, class_map=class_map, mean=about.mean, std=about.std)
+    teacher = load_teachers(
+        origins,
+        classes,
+        weights=[member.share for member in about.members],
+        tta=None if about.tta is None else Tta(about.tta.flip, about.tta.scales),
+        folds=about.folds,
+        class_map=class_map,
+    )
+    assert isinstance(teacher.model, EnsembleModel)
+    teacher.model.shares = tuple(member.share for member in about.members)  # to the last bit
+    for model, member in zip(teacher.model.parts, about.members, strict=True):
+        model.mean, model.std = member.mean, member.std
+    return teacher
+
+
+def check_cross_fit(origins: Sequence[str], split: Split) -> None:
+    """Refuse teachers of which one has seen the fold that it is to teach, or whose folds leave out a class.
+
+    Reads every label of the split. The runs' word is their recipe, `fold = "i/K"`, and the digest of the split that
+    they were trained on.
+    Raises: MismatchError, RecipeError.
+    """
+    folds = len(origins)
+    check_folds(split, folds)
+    for fold, origin in enumerate(origins):
+        run = Run.open(origin)
+        if run.recipe is None:
+            raise RecipeError(
+                "the teacher of a fold is a run, whose recipe says which fold it left out",
+                received=f"{run.folder / RECIPE}, which is not there",
+                remedy="give the --out of train-teacher --fold I/K",
+            )
+        said = run.recipe.get("fold")
+        if said is None or parse_fold(str(said)) != (fold, folds):
+            raise MismatchError(
+                "the teacher of a fold was trained without it: --teacher number I, from 0, of K with --fold I/K",
+                received=f"{origin}, number {fold} of {folds}, "
+                + (f"has fold {said}" if said else "has seen all folds"),
+                remedy=f"kdcache train-teacher --fold {fold}/{folds} --out ..., and give the runs in this order",
+            )
+        if run.model.trained_on != f"data {split.digest()}":
+            raise MismatchError(
+                "the teacher of a fold was trained on the other folds of the very samples that are taught on",
+                received=f"{origin} was trained on other samples or classes than {split.data}, split {split.split!r}",
+                remedy="train it on this data set and split, or give those that it was trained on",
+            )
+
+
+def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
+    """Which teacher speaks of every sample of a split; None when all speak together."""
+    return None if teacher.folds is None else split.folds(teacher.folds).tolist()
+
+
+def _check_counts(origins: Sequence[str], weights: Sequence[float] | None, folds: int | None) -> None:
+    if folds is None:
+        return
+    if folds < 2 or folds != len(origins):
+        raise RecipeError(
+            "--folds K takes K teachers, at least 2: number I was trained without fold I",
+            received=f"--folds {folds} and {len(origins)} teachers",
+            remedy="give --teacher once for each fold, in their order",
+        )
+    if weights is not None and len(set(weights)) > 1:
+        raise RecipeError(
+            "the teachers of folds do not speak together, so that they have no weights",
+            received=f"--folds {folds} and --teacher-weights {','.join(f'{weight:g}' for weight in weights)}",
+            remedy="leave out --teacher-weights",
+        )

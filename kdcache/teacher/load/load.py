@@ -1,0 +1,110 @@
+"""Where a teacher comes from: a run folder, `SPEC@FILE` or `SPEC@default`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdcache.data import ClassList
+from kdcache.errors import MismatchError, ModelError
+from kdcache.models import (
+    ClassMapped,
+    EnsembleModel,
+    SegmentationModel,
+    build_model,
+    count_sources,
+    is_function,
+    read_class_map,
+)
+from kdcache.models.run import load_run, split_spec
+from kdcache.run_folder import Run
+from kdcache.store.format.manifest_models import Training
+from kdcache.teacher.load.provenance import training_of
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model in eval mode that speaks the data set's classes.
+
+    Attributes:
+        origin: what the user gave.
+        size: (H, W) it was trained at, when known.
+        class_map: data class of each of its own classes (-1 dropped), when it was mapped.
+        notes: what a user should know, such as auxiliary heads that were left out.
+        folds: how many folds the members of an ensemble have divided among them, when they do not speak together.
+        trainings: of each member, or of the one model, as far as it is a run that says so; empty when nobody asked.
+    """
+
+    model: SegmentationModel
+    origin: str
+    size: tuple[int, int] | None = None
+    class_map: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = field(default=())
+    folds: int | None = None
+    trainings: tuple[Training | None, ...] = ()
+
+    def speaker(self, fold: int | None) -> SegmentationModel:
+        """Who speaks of the samples of a fold; None: all together, which is whom a fingerprint is of."""
+        if fold is None or not isinstance(self.model, EnsembleModel):
+            return self.model
+        return self.model.member(fold)
+
+
+def load_teacher(
+    origin: str,
+    classes: ClassList,
+    *,
+    class_map: str | Path | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+    trust: bool = False,
+) -> Teacher:
+    """Load a teacher for a data set.
+
+    Args:
+        origin: a run folder, `SPEC@FILE` (weights trained elsewhere) or `SPEC@default` (the library's own,
+            downloaded now).
+        classes: of the data set.
+        class_map: file that says which data class each teacher class becomes; probabilities are summed.
+        mean, std: of RGB in 0..1; default the model's own.
+        trust: of a run, whether a function that it names may be imported and called (see `load_run`).
+    Raises: ModelError, MismatchError, RecipeError naming what does not fit.
+    """
+    size, names, notes, training = None, None, list[str](), None
+    if (weighted := split_spec(origin)) is not None:
+        spec, weights = weighted
+        count = None  # that of the weights, which must be whole
+        if is_function(spec):
+            count = len(classes) if class_map is None else count_sources(class_map)
+        model = build_model(spec, count, weights=weights, mean=mean, std=std, strict_head=True)
+        report = model.load_report
+        if report is not None and report.unused_auxiliary:
+            notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
+    else:
+        run = Run.open(origin)
+        model, about = load_run(run, trust=trust)
+        size, names, training = about.size, about.class_names, training_of(run)
+        model.mean, model.std = mean or model.mean, std or model.std
+    mapped = None
+    if class_map is not None:
+        table = read_class_map(class_map, model.num_classes, classes.names)
+        model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
+    else:
+        _check_classes(origin, model.num_classes, names, classes)
+    return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=(training,))
+
+
+def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:
+    if count != len(classes):
+        raise ModelError(
+            "a teacher has as many classes as the data set",
+            received=f"{origin} has {count}, the data set has {len(classes)}",
+            remedy="give --class-map FILE, which says for each teacher class which class of the data it becomes",
+        )
+    if names is not None and tuple(names) != classes.names:
+        raise MismatchError(
+            "a teacher's classes are the data set's, in the same order",
+            received=f"{', '.join(names)} against {', '.join(classes.names)}",
+            remedy="give --class-map FILE to say which is which, or correct classes.txt",
+        )

@@ -1,0 +1,208 @@
+"""From settings to a trained run: what `train-teacher` and `train-student` do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.data import Split
+from kdcache.distill import choose_implementation
+from kdcache.metrics import Metrics
+from kdcache.metrics.confusion import ConfusionMatrix
+from kdcache.metrics.evaluate import Progress, count_pixels
+from kdcache.metrics.oom import is_out_of_memory
+from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
+from kdcache.models.trust import remember
+from kdcache.store import Cache
+from kdcache.store.backend.durable import disk_space_errors
+from kdcache.train.config import TrainConfig, check_flip, check_processes, check_replays
+from kdcache.train.criterion import make_criterion, needed_arrays
+from kdcache.train.distributed import World, pick_device, processes
+from kdcache.train.input.cache_dataset import choose_augment
+from kdcache.train.input.dataset import DrawnDataset
+from kdcache.train.input.loader import Draws
+from kdcache.train.input.residency import keep_records
+from kdcache.train.input.sampler import choose_labelled_share, choose_shuffle
+from kdcache.train.input.shard_prefetch import check_room
+from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
+from kdcache.train.run.folder import check_folder, hold_folder, write_beginning
+from kdcache.train.run.lock import RunLock
+from kdcache.train.run.metrics_log import Observer, Observers
+from kdcache.train.run.monitor import check_logits
+from kdcache.train.run.trackers import Loggers, check_loggers
+from kdcache.train.sources import open_dataset, open_store, open_validation
+from kdcache.train.step.batch_fit import asked_for, largest_fitting, memory_error, memory_errors
+from kdcache.train.step.compiled import choose_step
+from kdcache.train.trainer import Trainer
+
+
+def train(
+    config: TrainConfig, out: str | Path, *, resume: bool = False, observer: Observer | None = None
+) -> dict[str, Any]:
+    """Train as `config` says into the folder `out`; returns the content of its result.json.
+
+    A student (`config.cache` set) is trained from the store alone: no teacher is imported, loaded or run. Every process
+    that torchrun starts calls this, with the same arguments; all return or raise the same.
+
+    Args:
+        resume: go on from the last checkpoint of the same settings in `out`, which is there; from the beginning when
+            it holds no checkpoint.
+    Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
+        Interrupted when the user stops it.
+    """
+    with memory_errors(config), disk_space_errors(out), processes() as world, RunLock(Path(out)) as lock:
+        watching = observer if observer is not None and world.first else Observer()
+        trainer = make_trainer(config, Path(out), world, watching, resume=resume, lock=lock)
+        with _deterministic(trainer.device):
+            return trainer.train(resume=resume)
+
+
+def make_trainer(
+    config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool, lock: RunLock | None = None
+) -> Trainer:
+    """Check everything, then begin the run folder.
+
+    Args:
+        lock: of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
+    """
+    with world.together():
+        world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
+        check_processes(config, world.size)
+        check_loggers(config.log)
+        device = pick_device(config.device, world)
+        choose_step(config.step, device, world.size)
+        choose_implementation(config.impl, device, torch.float32)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        cache = open_store(config)
+        config = config.model_copy(update={"augment": choose_augment(config.augment, cache)})
+        check_replays(config)
+        if cache is not None and config.teaches:
+            check_logits(cache)
+        asked, config = config, config.model_copy(update={"flip": config.flip is not False})
+        dataset = open_dataset(config, cache)
+        classes = dataset.classes
+        shuffle = choose_shuffle(config.shuffle, dataset)
+        share = choose_labelled_share(config.labelled_share, dataset.label_flags)
+        if config.labelled_share is not None and share is None:
+            observer.note("--labelled-share has nothing to share out: all samples have a label, or none")
+        config = config.resolved(len(dataset), dataset.size, shuffle, share)
+        if world.first:
+            check_folder(config, run, resume, dataset.identity)
+            if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
+                lock.take()
+        val = open_validation(config, classes)
+        # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
+        # and on every process.
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
+        dataset.extras = needed_arrays(config, cache, model)
+        if cache is not None:
+            check_flip(asked)
+        criterion = make_criterion(config, model, dataset, device, observer.note)
+        keep_records(dataset, config.resident, device, workers=config.workers, note=observer.note)
+        check_room(dataset, config.shuffle, observer.note)
+    with world.together():
+        if world.first:
+            hold_folder(config, run, resume, dataset.identity, lock)
+            write_beginning(config, run, model, classes, dataset.identity, world.size)
+            if (untold := remember(config.model)) is not None:
+                observer.note(untold)
+            if resume and not (run / CHECKPOINT).is_file():
+                observer.note(f"{run} holds no checkpoint: the training begins at its first step")
+        for text in _notes(config, model, dataset, cache):
+            observer.note(text)
+        watching = observer
+        if config.log and world.first:
+            recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+            watching = Observers([observer, Loggers(config.log, run, recipe, observer.note)])
+        return Trainer(
+            model,
+            Draws(dataset, config.seed, config.shuffle, config.labelled_share),
+            criterion,
+            config,
+            run,
+            device=device,
+            validate=None if val is None else _validator(val, config, device, observer, world),
+            observer=watching,
+            world=world,
+        )
+
+
+def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset, cache: Cache | None) -> Iterator[str]:
+    """What initialisation left out, how labels are shared out, and what warp works on."""
+    report = model.load_report
+    if report is not None and report.reinitialised:
+        yield f"--init leaves at random: {', '.join(report.reinitialised)}"
+    if report is not None and report.unused_auxiliary:
+        yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
+    if returns_probabilities(model):
+        yield f"{config.model} {PROBABILITIES}: leave the softmax out, or it learns badly and cannot teach"
+    if config.batch_size > len(dataset):
+        yield (
+            f"--batch-size {config.batch_size} is more than the {len(dataset)} samples: every batch takes each about "
+            f"{config.batch_size / len(dataset):.2g} times"
+        )
+    flags = dataset.label_flags
+    if config.labelled_share is not None and flags is not None:
+        yield (
+            f"{flags.sum()} of {len(dataset)} samples have a label; {100 * config.labelled_share:.3g} % of every batch "
+            "are taken from these (--labelled-share)"
+        )
+    views = 1 if cache is None else cache.manifest.view.views_per_sample
+    if views > 1:
+        rest = "an epoch shows one of each sample" if config.augment == "replay" else "only the whole images are used"
+        yield f"the store has {views} views of a sample; with --augment {config.augment} {rest}"
+    if cache is not None and config.augment == "warp":
+        source = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
+        yield f"augmentation warp {source}, and moves the targets alike"
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a CPU a run repeats to the bit; the setting is the process's own, so it is put back."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:
+    """Each process validates its part of the samples; pixels are counted, so that all know the very same score.
+
+    As many go through the model at once as in training.
+    """
+    at_once = config.batch_size // (world.size * config.accumulate)
+    together = 1 if config.mix is None else 2
+
+    def count(
+        model: SegmentationModel, at_once: int, part: tuple[int, int], progress: Progress | None = None
+    ) -> ConfusionMatrix:
+        assert config.size is not None
+        return count_pixels(model, val, config.size, device=device, batch_size=at_once, part=part, progress=progress)
+
+    def count_mine(model: SegmentationModel) -> ConfusionMatrix:
+        try:
+            return count(model, at_once, (world.rank, world.size), observer.validating)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            asked = asked_for(error)
+
+        def attempt(size: int) -> None:
+            count(model, size, (0, max(1, len(val) // size)))  # about so many images, evenly spread
+
+        # Here, where the handler no longer holds what was made; each process on its own, for none waits for another.
+        raise memory_error(config, device, asked, largest_fitting(attempt, at_once, device, together), world.size)
+
+    def validate(model: SegmentationModel) -> Metrics:
+        with world.together():
+            confusion = count_mine(model)
+        confusion.counts = world.total(confusion.counts)
+        return confusion.metrics()
+
+    return validate

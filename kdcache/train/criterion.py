@@ -1,0 +1,153 @@
+"""The loss of a training, made from its settings: terms, gate, class weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.data import class_weights
+from kdcache.distill import DistillLoss, Gate, parse_gate
+from kdcache.distill.terms import Term, TermSpec, arrays_of, check_terms, make_term, resolve_taps
+from kdcache.errors import RecipeError
+from kdcache.models import SegmentationModel
+from kdcache.store import Cache, Records
+from kdcache.train.class_trust import read_trust, trust_from_run
+from kdcache.train.config import TrainConfig
+from kdcache.train.input.dataset import DrawnDataset
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+COUNTED_TARGETS = 256  # of a store at most, for the frequencies of the teacher's classes
+
+
+def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
+    """Paths that the terms read beside the targets. Raises: RecipeError for a store that cannot serve them."""
+    if cache is None:
+        return ()
+    check_terms(config.terms, cache.manifest)
+    resolved = [resolve_taps(spec, cache.manifest, model.taps) for spec in config.terms]
+    return tuple(dict.fromkeys(path for spec in resolved for path in arrays_of(spec, cache.manifest)))
+
+
+def make_criterion(
+    config: TrainConfig,
+    model: SegmentationModel,
+    dataset: DrawnDataset,
+    device: torch.device,
+    note: Callable[[str], None],
+) -> DistillLoss:
+    """The loss that `config` describes, on the CPU.
+
+    Args:
+        device: where a plain run is evaluated, when trust is to be measured.
+        note: is told what was chosen or resized.
+    """
+    cache = dataset.cache
+    gate = None if cache is None or not config.teaches else _gate(config, cache, dataset, device, note)
+    terms = [] if cache is None else _terms(config, cache, model)
+    return DistillLoss(
+        cache,
+        ce_weight=config.ce_weight,
+        kl_weight=config.kl_weight if config.wants_kl else 0.0,
+        temperature=config.temperature,
+        class_weight=_class_weight(config, dataset),
+        distill_void=config.distill_void,
+        align_corners=model.align_corners,
+        gate=gate,
+        further=terms,
+        scheduled=config.distill_schedule != "constant",
+        size=config.size,
+        impl=config.impl,
+    )
+
+
+def label_counts(dataset: DrawnDataset) -> Counts:
+    """Pixels per class (C,) over the labels that a training uses: those of first views, for others count some twice."""
+    counts = sum(map(_bincount, dataset.labels()), np.zeros(256, np.int64))
+    return counts[: len(dataset.classes)]
+
+
+def target_counts(cache: Cache, samples: Sequence[int]) -> Counts:
+    """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread."""
+    spread = sorted({int(n) for n in np.linspace(0, len(samples) - 1, min(len(samples), COUNTED_TARGETS)).round()})
+    counts = [_bincount(_best_class(cache, cache.manifest.record(samples[n]))) for n in spread]
+    return sum(counts, np.zeros(256, np.int64))[: cache.num_classes]
+
+
+def _best_class(cache: Cache, record: int) -> np.ndarray[Any, Any]:
+    rows = cache.read(record, cache.target_paths())
+    best = rows["targets/segmentation/values"].argmax(0)
+    indices = rows.get("targets/segmentation/indices")
+    chosen = best if indices is None else np.take_along_axis(indices, best[None], 0)[0]
+    return np.asarray(chosen).astype(np.int64)
+
+
+def _terms(config: TrainConfig, cache: Cache, model: SegmentationModel) -> list[Term]:
+    channels = tap_channels(model, config)
+    make: Callable[[TermSpec], Term] = lambda spec: make_term(  # noqa: E731
+        spec, targets=cache, student_taps=channels, align_corners=model.align_corners, impl=config.impl
+    )
+    return [make(spec) for spec in config.terms if spec.weight != 0]
+
+
+def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:
+    """Channels of every tap, by one look."""
+    assert config.size is not None
+    if not config.terms:
+        return {}
+    was_training = model.training
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            pixels = torch.zeros((1, *config.size, 3), dtype=torch.uint8, device=device)
+            features = model.eval()(model.normalise(pixels), model.taps).features
+    finally:
+        model.train(was_training)
+    return {tap: features[tap].shape[1] for tap in model.taps}
+
+
+def _gate(
+    config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
+) -> Gate:
+    spec = parse_gate(config.gate)
+    if spec.kind == "correct" and not dataset.labelled:
+        raise RecipeError(
+            "--gate correct compares the teacher with labels",
+            received=f"{config.cache}, in which no sample that is used has a label",
+            remedy="use --gate confidence:0.7 or none",
+        )
+    weight = torch.ones(cache.num_classes)
+    if config.class_balance != "none":
+        counts = target_counts(cache, dataset.indices)
+        weight = weight * torch.as_tensor(class_weights(counts, config.class_balance), dtype=torch.float32)
+    if config.class_trust is not None:
+        weight = weight * _trust(config, cache, dataset, device, note)
+    balanced = config.class_balance != "none" or config.class_trust is not None
+    return Gate(spec, weight if balanced else None)
+
+
+def _trust(
+    config: TrainConfig, cache: Cache, dataset: DrawnDataset, device: torch.device, note: Callable[[str], None]
+) -> Tensor:
+    names = cache.manifest.dataset.class_names
+    if config.class_trust == "auto":
+        assert config.trust_against is not None
+        trust = trust_from_run(Records(cache, dataset.split), config.trust_against, device, note)
+    else:
+        assert config.class_trust is not None
+        trust = read_trust(config.class_trust, names)
+    note(
+        "trust in the teacher: " + ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, trust, strict=True))
+    )
+    return torch.tensor(trust, dtype=torch.float32)
+
+
+def _class_weight(config: TrainConfig, dataset: DrawnDataset) -> Tensor | None:
+    if config.class_weights == "none" or config.ce_weight == 0:
+        return None
+    return torch.as_tensor(class_weights(label_counts(dataset), config.class_weights), dtype=torch.float32)
+
+
+def _bincount(ids: np.ndarray[Any, Any]) -> Counts:
+    return np.bincount(ids.reshape(-1), minlength=256)

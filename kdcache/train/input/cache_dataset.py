@@ -1,0 +1,250 @@
+"""The samples of a store, as a dataset: warped, replayed or as they are."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdcache.data import (
+    IGNORE_INDEX,
+    Augmentation,
+    ClassList,
+    Window,
+    colour_jitter,
+    id_hash,
+    inside_rectangle,
+    prefetch,
+    render,
+)
+from kdcache.distill import SEGMENTATION
+from kdcache.errors import RecipeError
+from kdcache.store import Cache, Records
+from kdcache.train.input.batch import Array, Row
+from kdcache.train.input.dataset import DrawnDataset, Field, Size
+from kdcache.train.input.resident_records import PIXEL_PATHS, RamRecords, RecordSource, target_paths
+from kdcache.train.input.subset import Chosen, Part
+
+AUGMENTS = ("auto", "warp", "replay", "none")
+
+
+def choose_augment(augment: str, cache: Cache | None) -> str:
+    """What auto means: to replay a store of several views or of crops, which was built for that; else to warp."""
+    if augment != "auto":
+        return augment
+    view = None if cache is None else cache.manifest.view
+    return "replay" if view is not None and (view.views_per_sample > 1 or view.kind == "crop") else "warp"
+
+
+class CacheDataset(DrawnDataset):
+    """The samples of a store: pixels, labels and targets.
+
+    Args:
+        source: an open store; or its records, of a store that keeps no pixels and has its data set beside it. An image
+            is then compared with the store's checksum at a record's first visit by this process, also of a run that
+            resumes.
+        augment: `warp` draws a window of the stored whole image and moves the target with it; `replay` gives the views
+            as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
+            `auto` replays a store of several views or of crops, and warps another.
+        size: (H, W) of the pixels; default the view's.
+        targets: False reads no targets (same draws).
+        extras: paths of further arrays that a sample brings (features, statistics).
+        part: which samples, labels and views are used; default all.
+        labelled_only: whether samples without a label are left out.
+    """
+
+    cache: Cache
+    records: RecordSource
+
+    def __init__(
+        self,
+        source: Cache | Records,
+        *,
+        augment: str = "auto",
+        size: Size | None = None,
+        targets: bool = True,
+        augmentation: Augmentation | None = None,
+        extras: Sequence[str] = (),
+        part: Part | None = None,
+        labelled_only: bool = False,
+    ) -> None:
+        if augment not in AUGMENTS:
+            raise RecipeError(
+                f"augment is one of {', '.join(AUGMENTS)}", received=repr(augment), remedy="use auto, the default"
+            )
+        self.source = Records.of(source)
+        self.source.check_complete()
+        self.cache = cache = self.source.cache
+        self.split = None if cache.pixels_stored else self.source.split
+        augment = choose_augment(augment, cache)
+        chosen = Augmentation() if augmentation is None else augmentation
+        if cache.manifest.view.kind == "crop" and augment != "replay":
+            raise RecipeError(
+                "a store of crops is replayed: warp and none begin with the whole image",
+                received=f"--augment {augment} for {cache.place}",
+                remedy="use --augment replay",
+            )
+        super().__init__(cache.view_size if size is None else size, chosen if augment != "none" else Augmentation.off())
+        self.augment = augment
+        self.records = cache
+        self._targets = target_paths(cache) if targets else {}
+        self.extras = tuple(extras)
+        chosen_part = Part() if part is None else part
+        everything = range(cache.manifest.dataset.samples)
+        used = Chosen(everything, everything) if chosen_part.whole else chosen_part.choose(cache.ids)
+        self._labels_used = used.labelled
+        self._labels_there = cache.column("labelled")[:: cache.manifest.view.views_per_sample].astype(bool)
+        self._complete = bool(self._labels_there.all()) and chosen_part.labels is None
+        self.indices = used.samples
+        if labelled_only and not self._complete:
+            self.indices = [number for number in used.samples if self._has_label(number)]
+            self._complete = True
+        self._views = _views(cache, chosen_part.views)
+        # Samples begin with different views, so that an epoch has about as many of each.
+        turning = augment == "replay" and self._views > 1
+        self._turns = [id_hash(cache.ids[number]) % self._views for number in self.indices] if turning else None
+        replayed_grey = augment == "replay" and cache.manifest.view.reaches_beyond
+        self._inside = _inside(cache) if replayed_grey else None
+
+    @property
+    def classes(self) -> ClassList:
+        about = self.cache.manifest.dataset
+        return ClassList(about.class_names, about.class_colours)
+
+    @property
+    def identity(self) -> str:
+        assert self.cache.ledger is not None
+        return f"store {self.cache.ledger.completion.ledger_sha256}"
+
+    @property
+    def threads_suffice(self) -> bool:
+        return self.split is None
+
+    @property
+    def shard_records(self) -> int:
+        return max(1, self.cache.manifest.build.shard_records // self.cache.manifest.view.views_per_sample)
+
+    @property
+    def remote(self) -> bool:
+        return self.cache.remote
+
+    @property
+    def target_paths(self) -> tuple[str, ...]:
+        return tuple(self._targets.values())
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (*self.target_paths, *self.extras, *(() if self.split else PIXEL_PATHS))
+
+    @property
+    def label_flags(self) -> npt.NDArray[np.bool_] | None:
+        if self._complete:
+            return None
+        return np.array([self._has_label(number) for number in self.indices], np.bool_)
+
+    @property
+    def labelled(self) -> list[int]:
+        return [number for number in self.indices if self._has_label(number)]
+
+    def sample_id(self, index: int) -> str:
+        return self.cache.ids[self.indices[index]]
+
+    def record(self, index: int, epoch: int) -> int:
+        view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
+        return self.cache.manifest.record(self.indices[index], view)
+
+    def labels(self) -> Iterator[Array]:
+        if self.split is not None:
+            return super().labels()
+        records, path = map(self.cache.manifest.record, self.labelled), PIXEL_PATHS[1]
+        return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
+
+    def target_fields(self) -> dict[str, dict[str, Field]]:
+        if self.on_device is not None or not self._targets:
+            return {}
+        return {SEGMENTATION: {name: self._field(path) for name, path in self._targets.items()}}
+
+    def array_fields(self) -> dict[str, Field]:
+        return {path: self._field(path) for path in self.extras}
+
+    def place_fields(self) -> dict[str, Field]:
+        fields: dict[str, Field] = {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
+        if self._inside is not None:
+            fields["inside"] = (4,), torch.float64
+        if self.on_device is not None:
+            fields["record"] = (), torch.int64
+        return fields
+
+    def _field(self, path: str) -> Field:
+        spec = self.cache.specs[path]
+        return spec.shape, getattr(torch, spec.dtype)
+
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        record = self.record(index, epoch)
+        height, width = self.cache.view_size
+        warped = self.augment == "warp"
+        window, flip = self._window(rng, height, width) if warped else (Window.full(height, width), False)
+        if self.split is None:
+            image, label = self._read(record, PIXEL_PATHS[0]), self._read(record, PIXEL_PATHS[1])
+            render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
+        else:
+            self._from_source(index, record, window, flip, out)
+        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
+        self._place(record, window, flip, out)
+        if not self._has_label(self.indices[index]):
+            out.label[...] = IGNORE_INDEX
+        for path, array in out.stored:
+            self.records.read_into(record, path, array)
+        self._roll(rng, out)
+
+    def _place(self, record: int, window: Window, flip: bool, out: Row) -> None:
+        """Say where a sample lies in its view, and whose target is its."""
+        assert out.window is not None
+        assert out.flip is not None
+        out.window[...] = (window.y0, window.x0, window.y1, window.x1)
+        out.flip[...] = flip
+        if out.inside is not None and self._inside is not None:
+            out.inside[...] = self._inside[record]
+        if out.record is not None:
+            out.record[...] = record
+
+    def _has_label(self, number: int) -> bool:
+        return number in self._labels_used and bool(self._labels_there[number])
+
+    def _read(self, record: int, path: str) -> Array:
+        """A row that is only looked at."""
+        if isinstance(self.records, RamRecords):
+            return self.records.row(record, path)
+        spec = self.cache.specs[path]
+        row = np.empty(spec.shape, spec.dtype)
+        self.records.read_into(record, path, row)
+        return row
+
+    def _from_source(self, index: int, record: int, window: Window, flip: bool, out: Row) -> None:
+        """Crop the source itself, which is sharper than enlarging the view; `window` is in pixels of the view."""
+        assert self.split is not None
+        number = self.indices[index]
+        image, label = self.split.image(number), self.split.label(number)
+        self.source.check_image(record, image)
+        shown, mirrored = self.source.window(record)
+        if self.augment == "warp":  # of view 0, which is the whole image
+            (height, width), (view_height, view_width) = image.shape[:2], self.cache.view_size
+            shown, mirrored = window.scaled(height / view_height, width / view_width), flip
+        render(image, label, shown, flip=mirrored, size=self.size, out=(out.pixels, out.label))
+
+
+def _views(cache: Cache, limit: int | None) -> int:
+    there = cache.manifest.view.views_per_sample
+    if limit is not None and limit > there:
+        raise RecipeError(
+            "--limit-views is at most the views of the store",
+            received=f"{limit} of {there}",
+            remedy="leave it out, or build with more --views",
+        )
+    return limit or there
+
+
+def _inside(cache: Cache) -> Array:
+    """Where every view shows its image, which alone is to teach."""
+    window, flip, source_size = (cache.column(name) for name in ("window", "flip", "source_size"))
+    return inside_rectangle(window, flip, source_size, cache.view_size)

@@ -1,0 +1,212 @@
+"""Samples of a training: pixels, label and target, rendered through a drawn window.
+
+`LabelledDataset` draws from a data set, `CacheDataset` (cached.py) from a store. Both are torch map-style datasets
+whose items `DataLoader` collates as they are; both draw their augmentation in the same way, and `CacheDataset` draws
+the same whether it reads targets or not, so that runs with and without distillation see identical pixels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from kdcache.data import Augmentation, ClassList, Split, Window, colour_jitter, draw_window, prefetch, render
+from kdcache.distill import SEGMENTATION, Batch, Target
+from kdcache.store import Cache
+from kdcache.train.input.batch import Row
+from kdcache.train.input.resident_records import DeviceTargets, RecordSource
+from kdcache.train.input.subset import Part
+
+Size = tuple[int, int]
+Field = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor of one sample."""
+
+
+class DrawnDataset(Dataset[Batch], ABC):
+    """A dataset whose every visit of a sample is drawn from a random generator.
+
+    Args:
+        size: (H, W) of the pixels that come out.
+        augmentation: scale, flip and colour jitter; `Augmentation.off()` for none.
+    Attributes:
+        cache: the store that targets come from; None for a data set alone.
+        split: the data set that pixels and labels come from; None for a store that keeps them.
+        indices: the samples of either that are drawn.
+        extras: paths of further arrays that a sample brings; may be changed before the first draw.
+        records: where the rows of the store are read: the store, or what keeps them.
+        on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
+        dice: how many random numbers in 0..1 a sample brings, for what is drawn where batches are (mix.py).
+    """
+
+    cache: Cache | None = None
+    split: Split | None = None
+    indices: Sequence[int]
+    extras: tuple[str, ...] = ()
+    records: RecordSource | None = None
+
+    def __init__(self, size: Size, augmentation: Augmentation) -> None:
+        self.size = size
+        self.augmentation = augmentation
+        self.on_device: DeviceTargets | None = None
+        self.dice = 0
+
+    @property
+    def threads_suffice(self) -> bool:
+        """Whether a draw leaves the GIL to others for most of its time, so that processes would gain nothing."""
+        return False
+
+    @property
+    def shard_records(self) -> int | None:
+        """Records that are stored side by side, for orders that read one shard after another."""
+        return None
+
+    @property
+    def remote(self) -> bool:
+        """Whether a shard is dear to fetch."""
+        return False
+
+    @property
+    def label_flags(self) -> npt.NDArray[np.bool_] | None:
+        """Which samples have a label, (len(self),); None when all have."""
+        return None
+
+    @property
+    def target_paths(self) -> tuple[str, ...]:
+        """The arrays of its target; none when it reads none."""
+        return ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All arrays of the store that a sample is read from."""
+        return ()
+
+    @property
+    def labelled(self) -> Sequence[int]:
+        """The samples whose labels are used, of `indices`."""
+        return self.indices
+
+    @property
+    @abstractmethod
+    def classes(self) -> ClassList:
+        """Of its labels."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What identifies the samples of a run: the ids and classes of its data, or the seal of its store."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def record(self, index: int, epoch: int) -> int:
+        """The row that a visit of a sample reads: of the store, or of the data set."""
+        return self.indices[index]
+
+    def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The labels of `labelled`, each once, at the data set's size; of a store that keeps them, its first views'.
+
+        Raises: what reading raises.
+        """
+        assert self.split is not None
+        labels = prefetch(self.split.label, self.labelled, threads=2, ahead=8)
+        return (label for label in labels if label is not None)
+
+    @abstractmethod
+    def sample_id(self, index: int) -> str:
+        """Stable id, for messages."""
+
+    @abstractmethod
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        """Sample `index` as `rng` augments it, into `out`, all of it; the same generator state gives the same.
+
+        Raises: KDCacheError of a sample that cannot be had; `out` is undefined then.
+        """
+
+    def target_fields(self) -> dict[str, dict[str, Field]]:
+        """Fields of the targets of a sample: head -> part of its target -> field."""
+        return {}
+
+    def array_fields(self) -> dict[str, Field]:
+        """Fields of the further arrays of the store that a sample brings, by path."""
+        return {}
+
+    def place_fields(self) -> dict[str, Field]:
+        """Fields of a sample that say where it lies: those of window, flip, inside and record that it has."""
+        return {}
+
+    def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
+        """Memory for samples: of shape (*leading, ...), so empty() is for one and empty(B) for a batch."""
+
+        def memory(fields: dict[str, Field]) -> dict[str, torch.Tensor]:
+            return {
+                name: torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
+                for name, (shape, dtype) in fields.items()
+            }
+
+        height, width = self.size
+        dice: dict[str, Field] = {"dice": ((self.dice,), torch.float32)} if self.dice else {}
+        return Batch(
+            labels=memory({SEGMENTATION: ((height, width), torch.uint8)}),
+            targets={head: Target(**memory(parts)) for head, parts in self.target_fields().items()},
+            arrays=memory(self.array_fields()),
+            **memory({"pixels": ((height, width, 3), torch.uint8), **self.place_fields(), **dice}),
+        )
+
+    def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
+        """`draw_into` memory of its own."""
+        sample = self.empty()
+        self.draw_into(index, epoch, rng, Row.of(sample))
+        return sample
+
+    def __getitem__(self, index: int) -> Batch:
+        # torch seeds its generator in every worker and epoch, so a DataLoader user gets fresh draws. A DataLoader does
+        # not tell the epoch: the seed stands for it, so that any of a sample's views may come.
+        seed = int(torch.randint(2**62, ()).item())
+        return self.draw(index, seed, np.random.default_rng(seed))
+
+    def _roll(self, rng: np.random.Generator, out: Row) -> None:
+        """Fill the dice, last of all: what else is drawn does not depend on them."""
+        if out.dice is not None:
+            rng.random(out=out.dice, dtype=np.float32)
+
+    def _window(self, rng: np.random.Generator, height: int, width: int) -> tuple[Window, bool]:
+        return draw_window(rng, (height, width), self.augmentation.scale, self.augmentation.flip)
+
+
+class LabelledDataset(DrawnDataset):
+    """The labelled samples of a split, for training without a teacher.
+
+    Args:
+        part: which samples of the split; default all.
+    """
+
+    def __init__(
+        self, split: Split, size: Size, augmentation: Augmentation | None = None, *, part: Part | None = None
+    ) -> None:
+        super().__init__(size, Augmentation() if augmentation is None else augmentation)
+        self.split: Split = split
+        chosen = Part() if part is None else part
+        found = chosen.choose(split.ids)
+        self.indices = [index for index in found.samples if split.has_label(index) and index in found.labelled]
+
+    @property
+    def classes(self) -> ClassList:
+        return self.split.classes
+
+    @property
+    def identity(self) -> str:
+        return f"data {self.split.digest()}"
+
+    def sample_id(self, index: int) -> str:
+        return self.split.ids[self.indices[index]]
+
+    def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
+        source = self.indices[index]
+        image, label = self.split.image(source), self.split.label(source)
+        window, flip = self._window(rng, *image.shape[:2])
+        render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
+        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
+        self._roll(rng, out)

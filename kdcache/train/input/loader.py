@@ -1,0 +1,184 @@
+"""The loader of a training: who draws the batches of its steps.
+
+Draw n is the record that the order gives (order.py), augmented by a generator seeded with (seed, n). Step s takes draws
+s*B to (s+1)*B: batches straddle epochs, none is short, a run that resumes at step s needs no history, and processes
+that share a batch draw together what one would draw alone.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from kdcache.distill import Batch
+from kdcache.errors import KDCacheError
+from kdcache.train.input.batch import Row
+from kdcache.train.input.dataset import DrawnDataset
+from kdcache.train.input.ring_buffer import Ring
+from kdcache.train.input.sampler import Order, Steps, Woven, choose_labelled_share, choose_shuffle
+from kdcache.train.input.shard_prefetch import Ahead, reads_ahead
+
+
+class Draws(Dataset[Batch | KDCacheError]):
+    """The endless sequence of draws of a dataset, as a map from draw number to item.
+
+    Args:
+        seed: of order and augmentation.
+        shuffle: auto, full or window (order.py); auto reads a remote store by windows.
+        labelled_share: of every batch, where only some samples have a label; None draws all alike.
+    """
+
+    def __init__(
+        self, dataset: DrawnDataset, seed: int, shuffle: str = "auto", labelled_share: float | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.by_window = choose_shuffle(shuffle, dataset) == "window"
+        shard_records, labelled = dataset.shard_records if self.by_window else None, dataset.label_flags
+        self._order: Order | Woven = Order(len(dataset), seed, shard_records)
+        if labelled_share is not None and labelled is not None:
+            self._order = Woven(labelled, labelled_share, seed, shard_records)
+
+    def visit(self, draw: int) -> tuple[int, int]:
+        """Which sample a draw takes, and how often it was taken before."""
+        return self._order.visit(draw)
+
+    def sample_ids(self, step: int, batch_size: int) -> list[str]:
+        """Ids of the samples of one step, for messages."""
+        draws = range(step * batch_size, (step + 1) * batch_size)
+        return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
+
+    def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
+        """Memory for draws, as `DrawnDataset.empty`."""
+        return self.dataset.empty(*leading, pin_memory=pin_memory)
+
+    def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
+        """Draw into given memory; what is wrong with the sample is returned, for threads that work ahead."""
+        # The third word keeps these generators apart from those of the permutations.
+        rng = np.random.default_rng((self.seed, draw, 1))
+        try:
+            self.dataset.draw_into(*self.visit(draw), rng, out)
+        except KDCacheError as error:
+            return error
+        return None
+
+    def __getitem__(self, draw: int) -> Batch | KDCacheError:
+        """The draw, or what is wrong with it: DataLoader can raise a worker's error again only as a RuntimeError."""
+        sample = self.empty()
+        return self.draw_into(draw, Row.of(sample)) or sample
+
+
+def make_loader(
+    draws: Draws,
+    *,
+    first: int,
+    last: int,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world: int = 1,
+) -> Ring | DataLoader[Batch | KDCacheError] | Ahead[Batch | KDCacheError]:
+    """Batches of the steps [first, last), in order; `next_batch` takes them. A batch is valid until the next.
+
+    Args:
+        batch_size: of all processes together.
+        workers: who draws ahead: threads for samples that come from a store, processes for files that must be decoded
+            and rendered (forkserver, for CUDA and thread pools do not survive a fork). 0 draws between steps.
+        rank, world: this process's part of each batch is its rank-th of `world` equal ones.
+    Raises: RecipeError when `world` does not divide the batch.
+    """
+    steps = Steps(first, last, batch_size, rank, world)
+    loader = _make_loader(draws, steps, workers, pin_memory)
+    if draws.by_window and reads_ahead(draws.dataset):
+        return Ahead(loader, draws, draws.dataset, steps)
+    return loader
+
+
+def _make_loader(draws: Draws, steps: Steps, workers: int, pin_memory: bool) -> Ring | DataLoader[Batch | KDCacheError]:
+    if not workers or draws.dataset.threads_suffice:
+        return Ring(draws, steps, threads=workers, pin_memory=pin_memory)
+    return DataLoader(
+        draws,
+        collate_fn=_collate,
+        batch_sampler=steps,  # type: ignore[arg-type] # ranges of draws are as good as lists
+        num_workers=workers,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+    )
+
+
+def sample_loader(
+    dataset: DrawnDataset,
+    *,
+    batch_size: int,
+    iterations: int,
+    seed: int = 0,
+    shuffle: str = "auto",
+    labelled_share: float | None = None,
+    workers: int = 0,
+) -> DataLoader[Batch]:
+    """The batches that a training with these settings sees, in its order, for a loop of one's own.
+
+    Args:
+        iterations: how many batches there are; they straddle epochs, and none is short.
+        seed: of order and augmentation.
+        shuffle: auto, full or window (order.py).
+        labelled_share: of every batch; None is as a training's default.
+        workers: processes that draw ahead; 0 draws between steps.
+    Raises: KDCacheError of a sample that could not be drawn, by a worker wrapped into a RuntimeError.
+    """
+    return DataLoader(
+        Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.label_flags)),  # type: ignore[arg-type] # errors among the samples are raised
+        collate_fn=_collate_or_raise,
+        batch_sampler=Steps(0, iterations, batch_size),  # type: ignore[arg-type] # ranges are as good as lists
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_start_worker if workers else None,
+    )
+
+
+def next_batch(batches: Iterator[Batch | KDCacheError]) -> Batch:
+    """The next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
+    batch = next(batches)
+    if isinstance(batch, KDCacheError):
+        raise batch
+    return batch
+
+
+def _collate(items: list[Batch | KDCacheError]) -> Batch | KDCacheError:
+    failed = next((item for item in items if isinstance(item, KDCacheError)), None)
+    batch: Batch | KDCacheError = default_collate(items) if failed is None else failed
+    return batch
+
+
+def _collate_or_raise(items: list[Batch | KDCacheError]) -> Batch:
+    batch = _collate(items)
+    if isinstance(batch, KDCacheError):
+        raise batch
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the trainer answers it, and ends its workers afterwards.
+
+    A trainer that is killed ends nothing: its workers see that it is gone. The process that forks them lives as long
+    as one of them does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:  # whoever forked this process: the pipe that is watched is the trainer's
+        threading.Thread(target=_end_with, args=(trainer,), name="kdcache-orphan", daemon=True).start()
+
+
+def _end_with(trainer: BaseProcess) -> None:
+    trainer.join()
+    os._exit(1)  # nobody is there to take a batch, or to hear why

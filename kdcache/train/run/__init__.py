@@ -1,0 +1,10 @@
+"""The folder of a run.
+
+folder.py            before its first step
+lock.py              one training at a time per folder
+checkpointing.py     what a run leaves and goes on from
+checkpoint_file.py   full state, replaced whole
+metrics_log.py       metrics.jsonl, environment, observers
+trackers.py          TensorBoard, W&B, Trackio
+monitor.py           losses that are not finite, terms that do nothing
+"""

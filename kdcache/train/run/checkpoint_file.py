@@ -1,0 +1,61 @@
+"""The full state of a training in one file, replaced whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.errors import RecipeError
+from kdcache.files import replacing
+from kdcache.store.backend.durable import disk_space_errors
+
+FILE = "checkpoint.pt"
+KEPT = "checkpoints"
+PARTS = {"model", "criterion", "optimizer", "schedule", "progress", "random"}
+
+
+def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
+    """Write model, projections of the loss, optimizer, schedule, random state, step and best so far."""
+    with disk_space_errors(run), replacing(run / FILE) as partial:
+        torch.save(state, partial)
+
+
+def keep_checkpoint(run: Path, step: int) -> None:
+    """Keep the state that was just saved under a name of its own, whole or not at all: one file with two names, a copy
+    where the file system knows no such thing. The next save leaves it as it is, for that replaces the name alone.
+    """
+    path = run / KEPT / f"step-{step:06}.pt"
+    with disk_space_errors(run):
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as partial:
+            try:
+                os.link(run / FILE, partial)
+            except OSError:
+                shutil.copyfile(run / FILE, partial)
+
+
+def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
+    """The last saved state, None when nothing was saved yet. Tensors and plain values only: no pickled code.
+
+    Raises: RecipeError when the file cannot be read.
+    """
+    path = run / FILE
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error
+    if not isinstance(state, dict) or state.keys() != PARTS:
+        raise _unreadable(path, "it holds something else")
+    return state
+
+
+def _unreadable(path: Path, what: str) -> RecipeError:
+    return RecipeError(
+        "a checkpoint must be readable",
+        received=f"{path}: {what}",
+        remedy="delete that file to begin the run again, or restore it from a copy",
+    )

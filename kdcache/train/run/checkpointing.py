@@ -1,0 +1,131 @@
+"""What a run leaves behind while it trains, and goes on from: weights, checkpoints, the result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kdcache.distill import DistillLoss
+from kdcache.errors import ModelError, RecipeError
+from kdcache.models import SegmentationModel
+from kdcache.models.run import write_weights
+from kdcache.run_folder import RESULT
+from kdcache.store.backend.durable import disk_space_errors
+from kdcache.train.config import TrainConfig
+from kdcache.train.distributed import World
+from kdcache.train.run.checkpoint_file import keep_checkpoint, load_checkpoint, save_checkpoint
+from kdcache.train.run.metrics_log import write_json
+from kdcache.train.step.eager import EagerStep, random_state
+from kdcache.train.step.optim import Schedule, load_optimizer
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides tensors' owners. Times are seconds: of training, of that spent waiting for data,
+    and of preparing a step, which is no training.
+    """
+
+    step: int = 0
+    best_miou: float = -1.0
+    best_step: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    prepared: float = 0.0
+
+
+class RunState:
+    """The owners of everything that a checkpoint holds, and the folder that it goes to.
+
+    Args:
+        step: whose model, loss and optimizer are kept.
+        world: all processes call every method; the first one writes.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, step: EagerStep, schedule: Schedule, world: World) -> None:
+        self._run = run
+        self._config = config
+        self._model: SegmentationModel = step.model
+        self._criterion: DistillLoss = step.criterion
+        self._optimizer = step.optimizer
+        self._device = step.device
+        self._schedule = schedule
+        self._world = world
+        self.now = Progress()
+
+    def restore(self) -> dict[str, Tensor] | None:
+        """Go on from the checkpoint; returns this process's random state, None when there was no such process."""
+        state = load_checkpoint(self._run, self._device)
+        if state is None:
+            return None
+        try:
+            self._model.load_state_dict(state["model"])
+            self._criterion.load_state_dict(state["criterion"])
+        except RuntimeError as error:
+            raise ModelError(
+                "a run resumes with the model it was begun with",
+                received=f"{self._config.model} has other tensors than the checkpoint in {self._run}",
+                remedy="restore the model's code, or give another --out",
+            ) from error
+        load_optimizer(self._optimizer, state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.now = Progress(**state["progress"])
+        states = [state["random"], *state["random"].get("others", [])]
+        return states[self._world.rank] if self._world.rank < len(states) else None
+
+    def check_same(self) -> None:
+        """Raises: RecipeError when the processes would go on from different steps."""
+        steps = self._world.gather(self.now.step)
+        if len(set(steps)) > 1:
+            raise RecipeError(
+                "all processes go on from the same checkpoint",
+                received=f"they begin at the steps {', '.join(map(str, steps))}",
+                remedy=f"let every machine see the folder {self._run}, under this path",
+            )
+
+    def write_weights(self, which: str) -> None:
+        """Those of `best` or `last`."""
+        with self._world.together(), disk_space_errors(self._run):
+            if self._world.first:
+                write_weights(self._run, which, self._model)
+
+    def save(self) -> None:
+        """Replace the checkpoint."""
+        own, *others = self._world.gather(random_state(self._device))
+        with self._world.together():
+            if self._world.first:
+                state = {
+                    "model": self._model.state_dict(),
+                    "criterion": self._criterion.state_dict(),
+                    "optimizer": self._optimizer.state_dict(),
+                    "schedule": self._schedule.state_dict(),
+                    "progress": vars(self.now),
+                    "random": {**own, "others": others} if others else own,
+                }
+                save_checkpoint(self._run, state)
+
+    def keep(self) -> None:
+        """Keep the checkpoint that was just saved under a name of its own."""
+        with self._world.together():
+            if self._world.first:
+                keep_checkpoint(self._run, self.now.step)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the last weights and result.json; returns its content."""
+        now = self.now
+        self.write_weights("last")
+        if not now.best_step:  # nothing validated, or nothing that could be scored
+            self.write_weights("best")
+        result = {
+            "iterations": now.step,
+            "best_miou": now.best_miou if now.best_step else None,
+            "best_step": now.best_step or now.step,
+            "seconds": round(now.seconds, 3),
+            "images_per_second": round(self._config.batch_size * now.step / max(now.seconds, 1e-9), 3),
+            "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
+            "prepared_seconds": round(now.prepared, 3),
+        }
+        with self._world.together(), disk_space_errors(self._run):
+            if self._world.first:
+                write_json(self._run / RESULT, result)
+        return result

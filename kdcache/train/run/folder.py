@@ -1,0 +1,133 @@
+"""The folder of a run: new, empty, or the very run that goes on; and what is written before its first step."""
+
+import difflib
+from pathlib import Path
+
+from kdcache.data import ClassList
+from kdcache.errors import RecipeError
+from kdcache.files import clear_partials, is_partial, write_whole
+from kdcache.models import SegmentationModel
+from kdcache.models.run import write_run_model
+from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel
+from kdcache.store.backend.durable import disk_space_errors
+from kdcache.train.config import TrainConfig, read_config
+from kdcache.train.run.checkpoint_file import KEPT
+from kdcache.train.run.lock import LOCK, RunLock
+from kdcache.train.run.metrics_log import environment, write_json
+
+BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS}
+EVENTS = "events.out.tfevents."  # of tensorboard
+# What may change between a run's start and its resumption without changing what it learns.
+FREE_ON_RESUME = {
+    "name",
+    "workers",
+    "threads",
+    "log",
+    "log_every",
+    "keep_every",
+    "device",
+    "step",
+    "impl",
+    "resident",
+    "data",
+    "val",
+    "cache",
+    "cache_dir",
+    "cache_bytes",
+}
+
+
+def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) -> None:
+    """The run folder is new or empty, holds a run that has learnt nothing yet, or this very run and may be resumed."""
+    if resume and not run.exists():
+        raise RecipeError(
+            "--resume goes on with a run that is there",
+            received=f"{run}, which does not exist{_near(run)}",
+            remedy="correct --out, or leave --resume out to begin a run there",
+        )
+    if not run.exists() or (run.is_dir() and all(map(_means_nothing, run.iterdir()))):
+        return
+    if not (run / RECIPE).is_file():
+        raise RecipeError(
+            "--out is a new or empty folder, or a run to resume",
+            received=f"{run} holds something else",
+            remedy="give another --out",
+        )
+    untrained = _is_untrained(run)
+    if not resume and untrained:
+        return
+    if not resume:
+        raise RecipeError(
+            "a run is not overwritten",
+            received=f"{run} holds a run already",
+            remedy="add --resume to go on with it, or give another --out",
+        )
+    before = read_config(run)
+    changed = [
+        f"--{name.replace('_', '-')} {getattr(config, name)} (was {getattr(before, name)})"
+        for name in TrainConfig.model_fields
+        if name not in FREE_ON_RESUME and getattr(config, name) != getattr(before, name)
+    ]
+    # Folders may move, what is in them may not change.
+    if (config.val is None) != (before.val is None):
+        changed.append(f"--val {config.val} (was {before.val})")
+    if (run / MODEL).is_file() and Run.open(run).model.trained_on not in ("", identity):
+        changed.append("another store or data set than it was begun with")
+    if changed:
+        raise RecipeError(
+            "a run resumes with the settings it was begun with",
+            received=", ".join(changed),
+            remedy="repeat the first command and add --resume, or give another --out"
+            + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
+        )
+
+
+def _means_nothing(path: Path) -> bool:
+    """Whether a kill left this of a run that had not begun."""
+    return path.name == LOCK or is_partial(path)
+
+
+def _is_untrained(run: Path) -> bool:
+    """Whether a run holds nothing but its beginning and its log: it ended before its first checkpoint."""
+    return (run / MODEL).is_file() and all(
+        path.name in BEGINNING or path.name.startswith(EVENTS) or _means_nothing(path) for path in run.iterdir()
+    )
+
+
+def _near(run: Path) -> str:
+    """Runs beside one that is not there, whose names are like its own."""
+    beside = [path.parent.name for path in run.parent.glob(f"*/{RECIPE}")]
+    near = difflib.get_close_matches(run.name, beside, n=3)
+    return f"; there is {' and '.join(str(run.parent / name) for name in near)}" if near else ""
+
+
+def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
+    """Make the folder, and hold it as it was found: by now another command may have begun there."""
+    with disk_space_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+    if lock is not None:
+        lock.take()
+    check_folder(config, run, resume, identity)
+
+
+def write_beginning(
+    config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList, identity: str, processes: int
+) -> None:
+    """What a reader of the folder needs, before the first step."""
+    assert config.size is not None
+    with disk_space_errors(run):
+        clear_partials(run)
+        clear_partials(run / KEPT)
+        # First and whole: its presence says that the folder is a run, which may be resumed whatever else is missing.
+        write_whole(run / RECIPE, config.to_toml())
+        about = RunModel(
+            spec=config.model,
+            class_names=classes.names,
+            class_colours=classes.colours,
+            size=config.size,
+            mean=model.mean,
+            std=model.std,
+            trained_on=identity,
+        )
+        write_run_model(run, about)
+        write_json(run / ENVIRONMENT, environment() | {"processes": processes})

@@ -1,0 +1,131 @@
+"""What a run leaves to read: `metrics.jsonl`, `environment.json`, `result.json`; and who watches it."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.files import write_whole
+from kdcache.metrics import Metrics
+from kdcache.run_folder import METRICS
+from kdcache.store.backend.durable import disk_space_errors
+
+
+class Observer:
+    """Watches a training; every method may be overridden. The command line's progress is one."""
+
+    def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        """Training begins, or goes on at `step`."""
+
+    def note(self, text: str) -> None:
+        """Something about this run that a user should know."""
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        """Every `log_every` steps: loss, its terms, lr, images_per_second, wait_share."""
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        """Now and then: norm of each weighted term's gradient over the student's parameters."""
+
+    def validating(self, done: int, total: int) -> None:
+        """Images validated so far."""
+
+    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        """A validation ended."""
+
+    def ended(self, *, completed: bool) -> None:
+        """The training ended: at its last step, or before it by an error or by the user's wish."""
+
+
+class Observers(Observer):
+    """Several at once, told in their order."""
+
+    def __init__(self, several: Sequence[Observer]) -> None:
+        self._several = tuple(several)
+
+    def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        for one in self._several:
+            one.started(step=step, iterations=iterations, parameters=parameters)
+
+    def note(self, text: str) -> None:
+        for one in self._several:
+            one.note(text)
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        for one in self._several:
+            one.stepped(step, values)
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        for one in self._several:
+            one.gradients(step, norms)
+
+    def validating(self, done: int, total: int) -> None:
+        for one in self._several:
+            one.validating(done, total)
+
+    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        for one in self._several:
+            one.validated(step, metrics, best)
+
+    def ended(self, *, completed: bool) -> None:
+        for one in self._several:
+            one.ended(completed=completed)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl; on resume, forgets what came after the checkpoint. NaN and infinity become null."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        path = run / METRICS
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step(line) <= step]
+        self._run = run
+        with disk_space_errors(run):
+            write_whole(path, "".join(f"{line}\n" for line in kept))
+            self._file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = json.dumps({"kind": kind, "step": step, **plain}).encode() + b"\n"
+        with disk_space_errors(self._run):
+            while line:  # a disk that is nearly full takes a part of it, and nothing the next time
+                line = line[self._file.write(line) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def environment() -> dict[str, Any]:
+    """Machine and library versions, for whoever wants to repeat a run."""
+    packages = ("kdcache", "torch", "torchvision", "triton", "zarr", "numcodecs", "numba", "numpy", "pillow")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": found,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def _step(line: str) -> int:
+    """Step of a line; a line cut short by a kill counts as later than everything."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**63

@@ -1,0 +1,224 @@
+"""What a training says, sent to TensorBoard, Weights & Biases or Trackio as it goes; metrics.jsonl has it all anyway.
+
+| `--log` | where it goes | a resumed run |
+| --- | --- | --- |
+| tensorboard | event files in the run folder: `tensorboard --logdir runs` | goes on from its checkpoint |
+| wandb | as its environment says; into RUN/wandb where nobody is logged in | goes on under the id in RUN/wandb-id.txt |
+| trackio | as its environment says; else its own folder: `trackio show` | goes on under its name |
+
+A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
+`train/images_per_second`, `gradients/<term>`, `val/miou`, `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`.
+
+A logger is no part of a training: one that fails is left out from then on, after a line that says so.
+"""
+
+import importlib.util
+import io
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdcache.errors import RecipeError
+from kdcache.metrics import Metrics
+from kdcache.train.run.metrics_log import Observer
+
+PROJECT = "kdcache"
+WANDB_ID = "wandb-id.txt"
+SHOWN = 160
+"""Characters of a foreign error message that a note repeats at most."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises: RecipeError for a logger whose package is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(
+                f"--log {name} takes the package {name}",
+                received="it is not installed",
+                remedy=f"pip install kdcache[{name}], or leave --log {name} out",
+            )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a logger is told when a training begins.
+
+    Attributes:
+        recipe: the settings, as plain values.
+        step: of the checkpoint that the training goes on from; 0 at its beginning.
+        note: for what a user should know.
+    """
+
+    run: Path
+    recipe: Mapping[str, Any]
+    step: int
+    note: Callable[[str], None]
+
+    @property
+    def name(self) -> str:
+        return self.run.resolve().name
+
+
+class Sink(Protocol):
+    """Where scalars go."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self, completed: bool) -> None: ...
+
+
+class Loggers(Observer):
+    """Sends what it sees to one or more loggers; none of them can end the training.
+
+    Args:
+        names: of LOGGERS, whose packages are there.
+        recipe: the settings, as plain values.
+        note: is told what fails.
+    """
+
+    def __init__(self, names: Sequence[str], run: Path, recipe: Mapping[str, Any], note: Callable[[str], None]) -> None:
+        self._names = tuple(names)
+        self._run = run
+        self._recipe = recipe
+        self._note = note
+        self._sinks: dict[str, Sink] = {}
+
+    def started(self, *, step: int, iterations: int, parameters: int) -> None:
+        recipe = {**self._recipe, "parameters": parameters}
+        beginning = Beginning(self._run, recipe, step, self._note)
+        for name in self._names:
+            try:
+                self._sinks[name] = SINKS[name](beginning)
+            except Exception as error:
+                self._failed(name, error)
+
+    def stepped(self, step: int, values: dict[str, float]) -> None:
+        self._write(step, {f"train/{name}": value for name, value in values.items()})
+
+    def gradients(self, step: int, norms: dict[str, float]) -> None:
+        self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
+
+    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
+        classes = {f"val/iou/{name}": iou for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
+        self._write(step, {"val/miou": metrics.miou, "val/acc": metrics.aacc, "val/macc": metrics.macc, **classes})
+
+    def ended(self, *, completed: bool) -> None:
+        self._each(lambda sink: sink.close(completed))
+        self._sinks.clear()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        # What is not a number has no place in a plot: a class that does not occur.
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        self._each(lambda sink: sink.write(step, finite))
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                act(sink)
+            except Exception as error:
+                del self._sinks[name]
+                self._failed(name, error)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        lines = (str(error) or "without a message").splitlines()
+        reason = f"{type(error).__name__}: {lines[0]}"[:SHOWN]
+        self._note(f"--log {name} failed and is left out from now on; metrics.jsonl goes on ({reason})")
+
+
+class TensorBoard:
+    """Event files in the run folder, so that the run has its name."""
+
+    def __init__(self, beginning: Beginning) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = beginning.step + 1 if beginning.step else None
+        self._writer = SummaryWriter(str(beginning.run), purge_step=purge)
+        lines = [f"    {name} = {value!r}" for name, value in beginning.recipe.items()]
+        self._writer.add_text("recipe", "\n".join(lines), beginning.step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, completed: bool) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases: project `kdcache`, unless WANDB_PROJECT says otherwise.
+
+    It is sent where the user has configured that (`wandb login`, WANDB_API_KEY, WANDB_MODE); else it stays in the run
+    folder. Its plots are over `step`, not over wandb's own count, which refuses to go back to a checkpoint.
+    """
+
+    def __init__(self, beginning: Beginning) -> None:
+        import wandb
+
+        mode: Any = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=beginning.name,
+            id=_wandb_id(beginning.run),
+            dir=str(beginning.run),
+            config=dict(beginning.recipe),
+            resume="allow",
+            reinit="create_new",
+            mode=mode,
+            settings=wandb.Settings(console="off", silent=True),
+        )
+        self._run.define_metric("*", step_metric="step")
+        if self._run.url:
+            beginning.note(f"wandb: {self._run.url}")
+        elif mode == "offline":
+            beginning.note(
+                f"wandb: nobody is logged in, so the run stays in {beginning.run}/wandb; wandb sync sends it"
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self, completed: bool) -> None:
+        self._run.finish(exit_code=0 if completed else 1)
+
+
+def _wandb_id(run: Path) -> str:
+    """The run's own, made once: a resumed training goes on in the same W&B run."""
+    path = run / WANDB_ID
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+class Trackio:
+    """A run of Trackio: project `kdcache`, unless TRACKIO_PROJECT says otherwise."""
+
+    def __init__(self, beginning: Beginning) -> None:
+        import trackio
+
+        self._finish: Callable[[], Any] = (
+            trackio.finish
+        )  # which also keeps trackio from finishing again when Python ends
+        with redirect_stdout(io.StringIO()):  # where results go, not advice
+            self._run: Any = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+                name=beginning.name,
+                config=dict(beginning.recipe),
+                resume="allow" if beginning.step else "never",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self, completed: bool) -> None:
+        with redirect_stdout(io.StringIO()):
+            self._finish()
+
+
+SINKS: dict[str, Callable[[Beginning], Sink]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}

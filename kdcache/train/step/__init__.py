@@ -1,0 +1,10 @@
+"""One optimizer step, and the ways to run it.
+
+optim.py        optimizers and learning rates
+eager.py        operation by operation
+compiled.py     eager, compiled or graphed: which one runs
+cuda_graph.py   as a CUDA graph
+accumulate.py   from parts of a batch
+ddp.py          the step of one of several processes
+batch_fit.py    running out of memory, and what would have fitted
+"""

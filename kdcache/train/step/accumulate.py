@@ -1,0 +1,82 @@
+"""One optimizer step from several parts of a batch, for a batch that does not fit into memory as a whole.
+
+The parts go through the model one after the other, and their gradients add up to those of the whole batch. A mean of
+the parts' own means would not do: a part with few labelled pixels would count as much as one with many. So the
+denominators of the loss are the whole batch's, as where several processes share one (parallel.py), and they are
+counted first:
+
+    labels and targets of every part --criterion.counts--> counted pixels, their mean over the parts
+    each part --model, criterion with those counts--> loss / parts --backward--> gradients, which add up
+
+Terms whose value is no mean over samples (`sp`, `dist`) are refused by the settings. Samples are pasted into each other
+(mix.py) within pairs, so within a part. BatchNorm alone differs: its statistics are those of a part.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kdcache.distill import Batch, Counts
+from kdcache.train.step.eager import Asked, EagerStep, row
+
+
+class AccumulatedStep(EagerStep):
+    """An eager step that learns from its batches in equal parts.
+
+    Args:
+        parts: how many; they divide every batch, into pairs where samples are mixed.
+        others, named: those of EagerStep.
+    """
+
+    def __init__(self, *others: Any, parts: int, **named: Any) -> None:
+        super().__init__(*others, **named)
+        self._parts = parts
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self._learn_parts(batch, None)
+
+    def with_norms(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        total: dict[str, list[Tensor]] = {}
+        losses = self._learn_parts(batch, total)
+        return losses, {name: self._norm(gradients) for name, gradients in total.items()}
+
+    def held(self, batch: Batch) -> Batch:
+        return self._part(batch, 0)
+
+    def _learn_parts(self, batch: Batch, total: dict[str, list[Tensor]] | None) -> Tensor:
+        """The step; adds each term's gradient to `total`, when that is wanted."""
+        whole, criterion, rows = self.to_device(batch), self.criterion, []
+        counts = self._shared_counts(whole)
+        for number in range(self._parts):
+            with self._alone() if number + 1 < self._parts else nullcontext():
+                asked = self._asked(self._part(whole, number), counts)
+                if total is not None:
+                    self._add_gradients(total, asked)
+                losses = criterion(*asked)
+                torch.autograd.backward(losses.loss / self._parts)
+            rows.append(row(losses))
+        self._update()
+        return torch.stack(rows).mean(0)
+
+    def _part(self, batch: Batch, number: int) -> Batch:
+        size = len(batch) // self._parts
+        return batch.rows(size, number * size)
+
+    def _shared_counts(self, whole: Batch) -> Counts:
+        """What the loss of every part divides by: the mean over the parts, and over the processes."""
+        parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
+        counts = Counts.mean([self.criterion.counts(part) for part in parts])
+        return counts if self.average is None else counts.averaged(self.average)
+
+    def _add_gradients(self, total: dict[str, list[Tensor]], given: Asked) -> None:
+        for name, gradients in self._term_gradients(given):
+            own = [gradient / self._parts for gradient in gradients]
+            known = total.get(name)
+            total[name] = own if known is None else [a + b for a, b in zip(known, own, strict=True)]
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Inside, gradients are not yet exchanged between processes."""
+        return self.network.no_sync() if isinstance(self.network, DistributedDataParallel) else nullcontext()

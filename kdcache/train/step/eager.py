@@ -1,0 +1,193 @@
+"""One optimizer step (forward, loss, backward, clipping, optimizer) as PyTorch runs it; ways.py has the others."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.distill import Batch, Counts, DistillLoss, Losses
+from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.train.input.mix import Mix
+
+Step = Callable[[Batch], Tensor]
+"""Learns from a batch of the loader; returns its loss and the parts of it on the device, detached and its own."""
+
+
+class Asked(NamedTuple):
+    """The arguments of the loss, in its order."""
+
+    outputs: NativeOutput
+    batch: Batch
+    counts: Counts | None
+
+
+class EagerStep:
+    """The step as PyTorch runs it, operation by operation.
+
+    Args:
+        model, criterion: on `device`; both may have parameters.
+        optimizer: of them.
+        bf16: whether the model runs under autocast.
+        clip_grad: largest norm of the gradient; 0 does not clip.
+        mix: what is pasted between the samples of a batch.
+    Attributes:
+        network: what runs forward: the model, or what shares its gradients with other processes.
+        average: mean of a tensor over the processes; None when there is one.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        criterion: DistillLoss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        bf16: bool = False,
+        clip_grad: float = 0.0,
+        mix: Mix | None = None,
+    ) -> None:
+        self.model = model
+        self.network: nn.Module = model
+        self.average: Callable[[Tensor], Tensor] | None = None
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.device = device
+        self._taps = criterion.student_taps
+        self._bf16 = bf16
+        self._clip_grad = clip_grad
+        self._mix = mix
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.learn(self.forward(self.to_device(batch)))
+
+    def with_norms(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The same step, and the L2 norm of each weighted term's gradient over the model's parameters."""
+        given = self._asked(self.to_device(batch))
+        norms = {name: self._norm(gradients) for name, gradients in self._term_gradients(given)}
+        return self.learn(self.criterion(*given)), norms
+
+    def _term_gradients(self, given: Asked) -> Iterator[tuple[str, list[Tensor]]]:
+        """Of each weighted term over the model's parameters that it reaches; the graph stays."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for name, term in self.criterion.parts(*given).items():
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+            yield name, [gradient for gradient in gradients if gradient is not None]
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """Of a gradient, over all its parameters, averaged over the processes."""
+        whole = [g if self.average is None else self.average(g) for g in gradients]
+        squares = [g.float().square().sum() for g in whole]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def to_device(self, batch: Batch) -> Batch:
+        return batch.to(self.device, non_blocking=True)
+
+    def forward(self, batch: Batch) -> Losses:
+        """The differentiable loss of a batch on the device."""
+        losses: Losses = self.criterion(*self._asked(batch))
+        return losses
+
+    def _asked(self, batch: Batch, counts: Counts | None = None) -> Asked:
+        """What the loss looks at: the model's outputs, and what they are compared with.
+
+        Args:
+            counts: of the batch that this one is a part of; None is a whole one, which processes may share.
+        """
+        batch = self._mixed(batch)
+        assert batch.pixels is not None
+        x_B3HW = self.model.normalise(batch.pixels)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            outputs = self.network(x_B3HW, self._taps)
+        return Asked(outputs, batch, self._counts(batch) if counts is None else counts)
+
+    def _counts(self, batch: Batch) -> Counts | None:
+        """What the loss divides by where several processes share a batch; None is what it counts itself."""
+        return None if self.average is None else self.criterion.counts(batch).averaged(self.average)
+
+    def _mixed(self, batch: Batch) -> Batch:
+        """The batch as it is learnt from."""
+        return batch if self._mix is None else self._mix(batch)
+
+    def held(self, batch: Batch) -> Batch:
+        """What of a batch goes through the model at once: all of it."""
+        return batch
+
+    def learn(self, losses: Losses) -> Tensor:
+        """Backward to optimizer; the gradients are gone afterwards."""
+        torch.autograd.backward(losses.loss)
+        self._update()
+        return row(losses)
+
+    def _update(self) -> None:
+        """Learn from the gradients, which are gone afterwards."""
+        parameters = [*self.model.parameters(), *self.criterion.parameters()]
+        if self.average is not None:
+            for parameter in self.criterion.parameters():  # the model's are averaged by what shares it
+                if parameter.grad is not None:
+                    parameter.grad = self.average(parameter.grad)
+        if self._clip_grad > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def attempt(self, batch: Batch, norms: bool) -> None:
+        """A step on what goes through the model at once, without a trace, to see whether it fits into memory."""
+        with self.rehearsal():
+            given = self._asked(self.to_device(batch))
+            if norms:
+                list(self._term_gradients(given))
+            self.learn(self.criterion(*given))
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Steps inside leave no trace: parameters, buffers, optimizer and random numbers are put back.
+
+        State that the optimizer did not have yet stays, as zeros at the address that a graph records: a first update
+        from zeros is that from nothing (Adam, and SGD without dampening).
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.criterion.parameters()]
+        kept = [tensor.detach().clone() for tensor in tensors]
+        moments = {
+            parameter: {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
+            for parameter, state in self.optimizer.state.items()
+        }
+        random = random_state(self.device)
+        try:
+            with warnings.catch_warnings():
+                # Advice of compiler, optimizer and debugger about their own use.
+                warnings.filterwarnings("ignore", module=r"torch\.")
+                warnings.filterwarnings("ignore", message=".*capturable=True")
+                warnings.filterwarnings("ignore", message="Synchronization debug mode")
+                yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for tensor, before in zip(tensors, kept, strict=True):
+                    tensor.copy_(before)
+                for parameter, state in self.optimizer.state.items():
+                    for name, value in state.items():
+                        if isinstance(value, Tensor):
+                            known = moments.get(parameter, {}).get(name)
+                            value.zero_() if known is None else value.copy_(known)
+            set_random_state(self.device, random)
+
+
+def row(losses: Losses) -> Tensor:
+    """The loss and its parts, detached."""
+    return torch.stack([part.detach() for part in (*losses[:3], *losses.terms)])
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that a model draws from: dropout takes the device's own."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Put the generators back to a `random_state`, also one of another device."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -1,0 +1,12 @@
+"""The CPU family: numba.
+
+loss.py      the fused loss: which loop computes it
+prepare.py   its masks, counts and targets
+geometry.py  windows and the pixels of a cell
+cells.py     whole cells
+pixels.py    pixel by pixel
+math.py      exponentials, and the compiler's settings
+topk.py      packing and densifying
+argmax.py    the teacher's class and confidence
+threads.py   one budget of threads
+"""

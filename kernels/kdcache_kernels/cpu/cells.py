@@ -1,0 +1,266 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+"""The fast CPU kernel: spans of four pixels between two nodes, whose exponentials are powers of the nodes'.
+
+Along a row, bilinear logits are straight lines between the cell centres. With nodes every four pixels, at all centres
+and wherever else needed, the pixel at 1/8, 3/8, 5/8 or 7/8 between nodes a and b has the exponential
+
+    2**(a * 7/8 + b * 1/8) = root(a)**7 * root(b)**1    with root(x) = 2**(x / 8)
+
+so a node costs one exponential and four products, a pixel one product: a quarter of the exponentials, and no gather of
+logits, for neighbouring nodes lie side by side. The price: nothing is subtracted per pixel, so logits may span 80 nats
+at most (the caller looks), and all kinks must fall on nodes (strides 4, 8, 12, ...; flips; windows by whole cells).
+
+A task is a cell row: the label rows between two rows of low-resolution logits. It writes its share of the gradient of
+both, each to its own array, so that no other task writes there and no sum depends on who did what.
+
+Legend: B batch, C classes, H label rows, h logit rows, n nodes of a tile, P = 4 phases; scratch rows are TILE long,
+phases one after the other. The last span of a tile is no pixel's.
+"""
+
+import numpy as np
+
+from .math import ONE, OPTIONS, SQUARE, TILE, TWO, exp2, kernel, log2, njit, pixel_terms, total
+
+_f = np.float32
+_EIGHTH, _1, _3, _5, _7 = _f(1 / 8), _f(1 / 8), _f(3 / 8), _f(5 / 8), _f(7 / 8)
+
+
+@njit(**OPTIONS)
+def _odd_powers(x):
+    x2 = x * x
+    x3 = x2 * x
+    x5 = x3 * x2
+    return x, x3, x5, x5 * x2
+
+
+@njit(**OPTIONS)
+def _span(left, right):
+    """The exponentials of the four pixels between the roots of two nodes."""
+    l1, l3, l5, l7 = _odd_powers(left)
+    r1, r3, r5, r7 = _odd_powers(right)
+    return l7 * r1, l5 * r3, l3 * r5, l1 * r7
+
+
+@njit(**OPTIONS)
+def _student_nodes(c, n, above, below, fraction, scale, value, root):
+    for k in range(n):
+        a = above[c, k]
+        a += fraction * (below[c, k] - a)
+        value[k] = a
+        root[k] = exp2(scale * a)
+
+
+@njit(**OPTIONS)
+def _target_nodes(c, n, above, below, fraction, student, lead, root):
+    """`lead` is by how much the target's node is above the student's."""
+    for k in range(n):
+        a = above[c, k]
+        a += fraction * (below[c, k] - a)
+        lead[k] = a - student[k]
+        root[k] = exp2(_EIGHTH * a)
+
+
+@njit(**OPTIONS)
+def _student_pixels(c, n, root, e, sums):
+    for k in range(n):
+        e0, e1, e2, e3 = _span(root[k], root[k + 1])
+        e[c, k], e[c, TILE + k], e[c, 2 * TILE + k], e[c, 3 * TILE + k] = e0, e1, e2, e3
+        sums[k] += e0
+        sums[TILE + k] += e1
+        sums[2 * TILE + k] += e2
+        sums[3 * TILE + k] += e3
+
+
+@njit(**OPTIONS)
+def _student_pixels_and_squares(c, n, root, e, sums, square_sums):
+    for k in range(n):
+        e0, e1, e2, e3 = _span(root[k], root[k + 1])
+        e[c, k], e[c, TILE + k], e[c, 2 * TILE + k], e[c, 3 * TILE + k] = e0, e1, e2, e3
+        sums[k] += e0
+        sums[TILE + k] += e1
+        sums[2 * TILE + k] += e2
+        sums[3 * TILE + k] += e3
+        square_sums[k] += e0 * e0
+        square_sums[TILE + k] += e1 * e1
+        square_sums[2 * TILE + k] += e2 * e2
+        square_sums[3 * TILE + k] += e3 * e3
+
+
+@njit(**OPTIONS)
+def _target_pixels(c, n, root, lead, v, sums, cross):
+    for k in range(n):
+        v0, v1, v2, v3 = _span(root[k], root[k + 1])
+        v[c, k], v[c, TILE + k], v[c, 2 * TILE + k], v[c, 3 * TILE + k] = v0, v1, v2, v3
+        sums[k] += v0
+        sums[TILE + k] += v1
+        sums[2 * TILE + k] += v2
+        sums[3 * TILE + k] += v3
+        a = lead[k]
+        d = lead[k + 1] - a
+        cross[k] += v0 * (a + _1 * d)
+        cross[TILE + k] += v1 * (a + _3 * d)
+        cross[2 * TILE + k] += v2 * (a + _5 * d)
+        cross[3 * TILE + k] += v3 * (a + _7 * d)
+
+
+@njit(**OPTIONS)
+def _own_logarithms(n, ids_Pn, e, power, own):
+    """Look up the exponential of each pixel's label; its logarithm is `power` times that at T = 1."""
+    for p in range(4):
+        for k in range(n):
+            own[p * TILE + k] = e[ids_Pn[p, k], p * TILE + k]
+        for k in range(n):
+            own[p * TILE + k] = power * log2(own[p * TILE + k])
+
+
+def _gradient_of(form):
+    """Make the function that adds a class's gradient of one label row to the nodes of the cell row.
+
+    `pull` (C, 4 * TILE): what each span pulls at its left and right node of the row above and of the row below.
+    """
+
+    @njit(**OPTIONS)
+    def student_part(e, e_1, slope_1, slope_T):
+        if form == ONE:
+            return e * (slope_1 + slope_T)
+        if form == SQUARE:
+            return e * (slope_1 * e + slope_T)
+        return e_1 * slope_1 + e * slope_T
+
+    @njit(**OPTIONS)
+    def gradient(c, n, fraction, ids_Pn, e, e_1, v, slope_1, slope_T, slope_v, hot, pull):
+        this, nothing = np.uint32(c), _f(0)
+        for k in range(n):
+            right, whole = nothing, nothing
+            g = student_part(e[c, k], e_1[c, k], slope_1[k], slope_T[k]) - v[c, k] * slope_v[k]
+            g -= hot[k] if ids_Pn[0, k] == this else nothing
+            right, whole = _1 * g, g
+            i = TILE + k
+            g = student_part(e[c, i], e_1[c, i], slope_1[i], slope_T[i]) - v[c, i] * slope_v[i]
+            g -= hot[i] if ids_Pn[1, k] == this else nothing
+            right, whole = right + _3 * g, whole + g
+            i = 2 * TILE + k
+            g = student_part(e[c, i], e_1[c, i], slope_1[i], slope_T[i]) - v[c, i] * slope_v[i]
+            g -= hot[i] if ids_Pn[2, k] == this else nothing
+            right, whole = right + _5 * g, whole + g
+            i = 3 * TILE + k
+            g = student_part(e[c, i], e_1[c, i], slope_1[i], slope_T[i]) - v[c, i] * slope_v[i]
+            g -= hot[i] if ids_Pn[3, k] == this else nothing
+            right, whole = right + _7 * g, whole + g
+            left = whole - right
+            pull[c, k] += left - fraction * left
+            pull[c, TILE + k] += right - fraction * right
+            pull[c, 2 * TILE + k] += fraction * left
+            pull[c, 3 * TILE + k] += fraction * right
+
+    return gradient
+
+
+_gradient_one, _gradient_square, _gradient_two = map(_gradient_of, (ONE, SQUARE, TWO))
+
+
+@njit(**OPTIONS)
+def _write_nodes(c, n, pull, upper, lower):
+    upper[c, 0], lower[c, 0] = pull[c, 0], pull[c, 2 * TILE]
+    for k in range(n - 1):
+        upper[c, k + 1] = pull[c, k + 1] + pull[c, TILE + k]
+        lower[c, k + 1] = pull[c, 2 * TILE + k + 1] + pull[c, 3 * TILE + k]
+
+
+@kernel
+def cells(
+    first,
+    last,
+    student,
+    target,
+    ids,
+    weight,
+    gate,
+    starts,
+    fractions,
+    target_rows,
+    target_fractions,
+    form,
+    temperature,
+    factors,
+    use_kl,
+    need_gradient,
+    upper,
+    lower,
+    losses,
+):
+    """Do the cell rows `first` to `last`, numbered image by image.
+
+    Args:
+        student, target: (B, h, tiles, C, n) base-2 logits at T on the nodes, at most 0.
+        ids, weight, gate: (B, H, tiles, P, n), as `prepare.count_pixels` makes them.
+        starts: (h + 1,) the first label row of each cell row. fractions: (H,) the weight of the row below.
+        target_rows, target_fractions: (Bt, H) row of the target and weight of the next; Bt = B or 1.
+        form: ONE, SQUARE or TWO. temperature: for TWO.
+        factors: what CE and KL of a pixel weigh in the gradient, in nats.
+        upper, lower: (B, h, tiles, C, n) results: gradient of cell row i by the nodes of row i and of row i + 1.
+        losses: (B, h, 2) results: sums of CE and KL in bits.
+    """
+    _, h, tiles, C, n = student.shape
+    ht = target.shape[1]
+    size = 4 * TILE
+    e, v, pull = np.empty((C, size), _f), np.zeros((C, size), _f), np.empty((C, size), _f)
+    e_1 = np.empty((C, size), _f) if form == TWO else e
+    # A node beyond the last is read for the last span, which is no pixel's.
+    value, root, lead = np.zeros(TILE + 1, _f), np.ones(TILE + 1, _f), np.zeros(TILE + 1, _f)
+    sum_T, sum_v, cross = np.ones(size, _f), np.ones(size, _f), np.zeros(size, _f)
+    sum_1 = sum_T if form == ONE else np.ones(size, _f)
+    own, hot, loss = np.empty(size, _f), np.empty(size, _f), np.empty(2 * size)
+    slope_1, slope_T, slope_v = np.empty(size, _f), np.empty(size, _f), np.empty(size, _f)
+    for task in range(first, last):
+        b, i = task // h, task % h
+        bt = b if target_rows.shape[0] > 1 else 0
+        losses[b, i, :] = 0
+        for tile in range(tiles):
+            above, below = student[b, i, tile], student[b, min(i + 1, h - 1), tile]
+            pull[:] = 0
+            loss[:] = 0
+            for y in range(starts[i], starts[i + 1]):
+                fraction = fractions[y]
+                j = target_rows[bt, y]
+                t_above, t_below, t_fraction = (
+                    target[b, j, tile],
+                    target[b, min(j + 1, ht - 1), tile],
+                    target_fractions[bt, y],
+                )
+                sum_T[:], sum_1[:] = 0, 0
+                if use_kl:
+                    sum_v[:], cross[:] = 0, 0
+                for c in range(C):
+                    if form == TWO:
+                        _student_nodes(c, n, above, below, fraction, temperature * _EIGHTH, value, root)
+                        _student_pixels(c, n, root, e_1, sum_1)
+                    _student_nodes(c, n, above, below, fraction, _EIGHTH, value, root)
+                    if form == SQUARE:
+                        _student_pixels_and_squares(c, n, root, e, sum_T, sum_1)
+                    else:
+                        _student_pixels(c, n, root, e, sum_T)
+                    if use_kl:
+                        _target_nodes(c, n, t_above, t_below, t_fraction, value, lead, root)
+                        _target_pixels(c, n, root, lead, v, sum_v, cross)
+                pixel_ids = ids[b, y, tile]
+                _own_logarithms(n, pixel_ids, e_1, _f(2) if form == SQUARE else _f(1), own)
+                pixel_terms(
+                    n, sum_1, sum_T, sum_v, cross, own, weight[b, y, tile], gate[b, y, tile],
+                    factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,
+                )  # fmt: skip
+                if not need_gradient:
+                    continue
+                for c in range(C):
+                    if form == ONE:
+                        _gradient_one(c, n, fraction, pixel_ids, e, e_1, v, slope_1, slope_T, slope_v, hot, pull)
+                    elif form == SQUARE:
+                        _gradient_square(c, n, fraction, pixel_ids, e, e_1, v, slope_1, slope_T, slope_v, hot, pull)
+                    else:
+                        _gradient_two(c, n, fraction, pixel_ids, e, e_1, v, slope_1, slope_T, slope_v, hot, pull)
+            for p in range(4):
+                losses[b, i, 0] += total(loss, p * TILE, n)
+                losses[b, i, 1] += total(loss, (4 + p) * TILE, n)
+            if need_gradient:
+                for c in range(C):
+                    _write_nodes(c, n, pull, upper[b, i, tile], lower[b, i, tile])

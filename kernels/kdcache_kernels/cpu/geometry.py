@@ -1,0 +1,218 @@
+"""Where label pixels find their logits, as tables for the CPU kernels.
+
+Positions are float64 and come from `window.py`, as the reference's do. There are two layouts of the columns, one for
+each kernel. In both a row of label pixels is cut into tiles, so that what a tile needs of all classes stays in the L2
+cache.
+
+- Cells: nodes every four columns, straight lines between them; phase p holds the p-th pixel of every span. It exists
+  when every kink of both resizes falls on a node, which it does for strides 4, 8, 12, ... without aligned corners, in
+  views that are whole, flipped or cropped by whole cells.
+- Pixels: label columns as they are, in one phase. It always exists.
+
+Legend: B batch, Bt B or 1 (the same for all images), H W label size, h w a tensor's own size, N positions of an axis,
+n nodes or columns of a tile.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..window import Size, view_positions
+from .math import TILE
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SPAN = 4
+"""Pixels between two nodes."""
+
+SCRATCH_FLOATS = 96 * 1024
+"""What a tile may use: 384 KiB, of an L2 cache of 512."""
+
+
+class Taps(NamedTuple):
+    """The two cells that a position lies between: index of the first (uint32), weight of the next (float32)."""
+
+    low: Array
+    fraction: Array
+
+    @classmethod
+    def of(cls, source: Array, n_in: int) -> "Taps":
+        """Of positions in cells; beyond the centres of the outermost cells, these repeat. NaN becomes a NaN weight."""
+        clamped = np.clip(source, 0, n_in - 1)
+        low = np.floor(clamped)
+        index = np.nan_to_num(low).astype(np.uint32)
+        return cls(index, (clamped - low).astype(np.float32))
+
+    def reaches(self, marked_hw: Array, axis: int) -> Array:
+        """Spread marks from the cells of an axis to the positions that they enter with a weight above 0."""
+        following = self.low + (self.fraction > 0)
+        spread: Array = marked_hw.take(self.low, axis) | marked_hw.take(following, axis)
+        return spread
+
+
+class Plan(NamedTuple):
+    """Everything about positions that one call needs; Taps of the target and what is inside have a leading Bt.
+
+    Attributes:
+        student_rows, student_columns, target_rows, target_columns: of single label pixels.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool.
+        starts: (h + 1,) int64, the first label row of each cell row.
+        phases, tiles, pitch, offset, n: column of pixel k of a tile and phase p:
+            phases * (tile * pitch + k) + p - offset, for k < pitch.
+        student_nodes, target_nodes: (Bt, tiles, n) in cells; for pixels, the cells themselves and one more.
+        student_runs, target_runs: (Bt, tiles, 2) int64, nodes that are consecutive cells.
+        columns: (tiles, n) and (Bt, tiles, n) index and fraction of pixels; None for cells.
+    """
+
+    student_rows: Taps
+    student_columns: Taps
+    target_rows: Taps
+    target_columns: Taps
+    inside_y: Array
+    inside_x: Array
+    starts: Array
+    phases: int
+    tiles: int
+    pitch: int
+    offset: int
+    n: int
+    student_nodes: Taps
+    student_runs: Array
+    target_nodes: Taps
+    target_runs: Array
+    columns: tuple[Array, Array, Array, Array] | None
+
+
+class Geometry(NamedTuple):
+    """Sizes that positions follow from; hashable."""
+
+    classes: int
+    size: Size
+    student: Size
+    align_corners: bool
+    target: Size
+    view_size: Size
+    target_align_corners: bool
+
+
+def plans(geometry: Geometry, window_B4: Tensor | None, flip_B: Tensor | None) -> Iterator[Plan]:
+    """Yield the ways to lay out the columns, the fastest first."""
+    for for_cells in (True, False):
+        if window_B4 is None and flip_B is None:
+            plan = _plan_of_whole_view(geometry, for_cells)
+        else:
+            plan = _plan(geometry, for_cells, window_B4, flip_B)
+        if plan is not None:
+            yield plan
+
+
+@lru_cache(maxsize=32)
+def _plan_of_whole_view(geometry: Geometry, for_cells: bool) -> Plan | None:
+    return _plan(geometry, for_cells, None, None)
+
+
+def _plan(geometry: Geometry, for_cells: bool, window_B4: Tensor | None, flip_B: Tensor | None) -> Plan | None:
+    size, (h, w), (ht, wt), view = geometry.size, geometry.student, geometry.target, geometry.view_size
+    whole = view_positions(None, None, size, size, torch.device("cpu"))
+    shown = view_positions(window_B4, flip_B, view, size, torch.device("cpu"))
+    y, x = shown.y.numpy(), shown.x.numpy()
+    aligned, target_aligned = geometry.align_corners, geometry.target_align_corners
+    columns = _sources(whole.x.numpy(), size[1], w, aligned)
+    target_columns = _sources(x, view[1], wt, target_aligned)
+    rows = Taps.of(_sources(whole.y.numpy(), size[0], h, aligned)[0], h)
+    fields: dict[str, Any] = {
+        "student_rows": rows,
+        "student_columns": Taps.of(columns[0], w),
+        "target_rows": Taps.of(_sources(y, view[0], ht, target_aligned), ht),
+        "target_columns": Taps.of(target_columns, wt),
+        "inside_y": ~((y < 0) | (y > view[0])),
+        "inside_x": ~((x < 0) | (x > view[1])),
+        "starts": np.searchsorted(rows.low, np.arange(h + 1)),
+    }
+    layout = _cells if for_cells else _pixels
+    columns_fields = layout(geometry, columns, target_columns)
+    return None if columns_fields is None else Plan(**fields, **columns_fields)
+
+
+def _sources(position: Array, n_view: int, n_in: int, align_corners: bool) -> Array:
+    """Positions in cells of an axis, as in `window.hat_matrix`, before the clamp."""
+    if not align_corners:
+        return position * n_in / n_view - 0.5
+    if n_view == 1:
+        return np.zeros_like(position)
+    return (position - 0.5) * (n_in - 1) / (n_view - 1)
+
+
+def _cells(geometry: Geometry, columns: Array, target_columns: Array) -> dict[str, Any] | None:
+    W, w, wt = geometry.size[1], geometry.student[1], geometry.target[1]
+    if W == 1:
+        return None
+    for offset in (SPAN // 2, 0):
+        spans = -(-(W + offset) // SPAN)
+        places = SPAN * np.arange(spans + 1) - offset - 0.5
+        student, target = (_extended(sources, places) for sources in (columns, target_columns))
+        if _straight(student, w) and _straight(target, wt):
+            break
+    else:
+        return None
+    tiles, n = _tiles(spans, min(TILE, SCRATCH_FLOATS // (16 * geometry.classes)) - 1, 1)
+    nodes = np.minimum(np.arange(tiles)[:, None] * (n - 1) + np.arange(n), spans)
+    student_nodes, target_nodes = Taps.of(student[:, nodes], w), Taps.of(target[:, nodes], wt)
+    return {
+        **{"phases": SPAN, "tiles": tiles, "pitch": n - 1, "offset": offset, "n": n, "columns": None},
+        **{"student_nodes": student_nodes, "student_runs": _runs(student_nodes)},
+        **{"target_nodes": target_nodes, "target_runs": _runs(target_nodes)},
+    }
+
+
+def _pixels(geometry: Geometry, columns: Array, target_columns: Array) -> dict[str, Any]:
+    W, w, wt = geometry.size[1], geometry.student[1], geometry.target[1]
+    tiles, n = _tiles(W, min(4 * TILE, SCRATCH_FLOATS // (9 * geometry.classes)), 0)
+    pixels = np.minimum(np.arange(tiles * n).reshape(tiles, n), W - 1)
+    student, target = Taps.of(columns[0, pixels], w), Taps.of(target_columns[:, pixels], wt)
+    student_nodes, target_nodes = (Taps.of(np.arange(m + 1.0)[None, None], m) for m in (w, wt))
+    return {
+        **{"phases": 1, "tiles": tiles, "pitch": n, "offset": 0, "n": n, "columns": (*student, *target)},
+        **{"student_nodes": student_nodes, "student_runs": _runs(student_nodes)},
+        **{"target_nodes": target_nodes, "target_runs": _runs(target_nodes)},
+    }
+
+
+def _tiles(items: int, most: int, extra: int) -> tuple[int, int]:
+    """Cut items into tiles of equal size plus `extra`, a multiple of 8: return how many and that size."""
+    tiles = -(-items // max(most, 32 - extra))
+    return tiles, -(-(-(-items // tiles) + extra) // 8) * 8
+
+
+def _extended(sources_BN: Array, places: Array) -> Array:
+    """The sources of other places of the axis; they lie on a line. Next to a cell's centre they are put on it."""
+    first = sources_BN[:, :1]
+    slope = (sources_BN[:, -1:] - first) / (sources_BN.shape[1] - 1)
+    found = first + slope * places
+    centres = np.round(found)
+    result: Array = np.where(np.abs(found - centres) < 1e-9, centres, found)
+    return result
+
+
+def _straight(nodes_BN: Array, n_in: int) -> bool:
+    """Whether no cell's centre lies between two nodes: there the interpolation, or the clamp, would have a kink."""
+    low = np.minimum(nodes_BN[:, 1:], nodes_BN[:, :-1])
+    high = np.maximum(nodes_BN[:, 1:], nodes_BN[:, :-1])
+    centre = np.maximum(np.floor(low) + 1, 0)
+    return n_in == 1 or bool(((centre >= high) | (centre > n_in - 1)).all())
+
+
+def _runs(nodes: Taps) -> Array:
+    """The first run of consecutive cells in every tile, (Bt, tiles, 2): copied where others are interpolated."""
+    on_cell = nodes.fraction == 0
+    goes_on = (np.diff(nodes.low.astype(np.int64)) == 1) & on_cell[..., 1:] & on_cell[..., :-1]
+    starts = goes_on.argmax(-1)
+    steps = np.arange(goes_on.shape[-1])
+    broken = ~goes_on & (steps >= starts[..., None])
+    ends = np.where(broken.any(-1), broken.argmax(-1), goes_on.shape[-1]) + 1
+    none = ~goes_on.any(-1)
+    return np.stack([np.where(none, 0, starts), np.where(none, 0, ends)], -1)

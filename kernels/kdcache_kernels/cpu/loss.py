@@ -1,0 +1,206 @@
+"""The fused loss on the CPU: two resizes, two softmaxes, the gradient; no tensor of label size times classes.
+
+Rows of low-resolution logits are resampled class by class into scratch that stays in the L2 cache, and the gradient is
+collected there too. What eager PyTorch writes to memory, eight tensors of label size times classes, is never there.
+Two kernels share the work: `cells.py` for the usual strides, `pixels.py` for everything else.
+
+Bitwise the same for any number of threads: what a task writes belongs to it alone, and every sum has one order.
+
+On two threads, T = 2, forward and backward, it is 6 to 26 times as fast as eager PyTorch and 8 to 22 times as fast as
+torch.compile (`benchmarks/results/kernels-cpu.json`, a table in `docs/kernels.md`).
+
+Legend: B batch, C classes, H W label size, h w the student's own size, Bt B or 1.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..problem import LossProblem, LossResult
+from .cells import cells
+from .geometry import Array, Geometry, Plan, Taps, plans
+from .math import LN2, ONE, SQUARE, TWO
+from .pixels import pixels
+from .prepare import count_pixels, from_nodes, to_nodes
+from .threads import run
+from .topk import densify
+
+WIDEST = 80.0
+"""Nats that logits may span at T = 1 and at T, for exponentials of float32 to neither overflow nor vanish."""
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class _Nodes(NamedTuple):
+    """Logits as the kernels read them, see `to_nodes`, which low-resolution pixels are lost, and the widest span."""
+
+    values: Array
+    lost: Array
+    span: float
+
+
+class _Pixels(NamedTuple):
+    """Label pixels as the kernels read them, see `count_pixels`, and what the terms divide by."""
+
+    ids: Array
+    weight: Array
+    gate: Array
+    ce_denominator: float
+    kl_denominator: float
+
+
+def distill_loss(problem: LossProblem) -> LossResult:
+    """Compute what `kdcache_kernels.distill_loss` documents, and its gradient.
+
+    Raises: ValueRangeError for class ids out of range, also in top-k targets.
+    Memory: the low-resolution logits four times in float32 (the student's and the target's, and the gradient of the
+        student's in three parts), 12 bytes per label pixel, and per thread 400 KiB.
+    """
+    student_BChw = problem.student.detach().float().contiguous()
+    B, C, h, w = student_BChw.shape
+    if B == 0 or not (problem.use_ce or problem.use_kl):
+        return _result(problem, 0.0, 0.0, torch.zeros((B, C, h, w)))
+    target_BChw = None
+    if problem.target is not None:
+        packed = problem.target
+        target_BChw = densify(packed.values, packed.indices, packed.tail, packed.num_classes).float().contiguous()
+    plan, student, target = _lay_out(problem, student_BChw, target_BChw)
+    found = _count(problem, plan)
+    gradient_BChw, ce, kl = _compute(problem, plan, student, target, found)
+    if student.lost.any() or (target is not None and target.lost.any()):
+        ce_lost, kl_lost = _lost_terms(problem, plan, student, target)
+        ce, kl = (math.nan if ce_lost else ce), (math.nan if kl_lost else kl)
+    return _result(problem, ce, kl, gradient_BChw)
+
+
+def _result(problem: LossProblem, ce: float, kl: float, gradient_BChw: Tensor) -> LossResult:
+    loss = float(problem.ce_weight) * ce + float(problem.kl_weight) * kl
+    gradient = gradient_BChw.to(problem.gradient_dtype) if problem.need_gradient else torch.empty(0)
+    loss_, ce_, kl_ = (torch.tensor(x, dtype=torch.float32) for x in (loss, ce, kl))
+    return LossResult(loss_, ce_, kl_, gradient)
+
+
+def _temperature(problem: LossProblem) -> float:
+    """CE alone is computed as if at T = 1."""
+    return problem.temperature if problem.use_kl else 1.0
+
+
+def _lay_out(
+    problem: LossProblem, student_BChw: Tensor, target_BChw: Tensor | None
+) -> tuple[Plan, _Nodes, _Nodes | None]:
+    """Choose the fastest plan that the geometry and the values allow."""
+    C, h, w = student_BChw.shape[1:]
+    T = _temperature(problem)
+    packed = problem.target
+    geometry = Geometry(
+        C,
+        problem.size,
+        (h, w),
+        problem.align_corners,
+        (h, w) if target_BChw is None else (target_BChw.shape[2], target_BChw.shape[3]),
+        problem.size if packed is None else packed.view_size,
+        problem.align_corners if packed is None else packed.align_corners,
+    )
+    limit = _LARGEST / 8
+    for plan in plans(geometry, problem.window, problem.flip):
+        student = _to_nodes(
+            student_BChw, T, limit * min(1.0, problem.temperature), plan.student_nodes, plan.student_runs
+        )
+        target = None
+        if target_BChw is not None:
+            target = _to_nodes(target_BChw, T, min(limit * T, _LARGEST), plan.target_nodes, plan.target_runs)
+        span = max(student.span, 0.0 if target is None else target.span) * max(1.0, 1 / T)
+        if plan.columns is not None or span <= WIDEST:
+            return plan, student, target
+    raise AssertionError("the last plan takes everything")
+
+
+def _to_nodes(logits_BChw: Tensor, temperature: float, limit: float, taps: Taps, runs: Array) -> _Nodes:
+    B, C, h, w = logits_BChw.shape
+    tiles, n = taps.low.shape[1:]
+    values = np.empty((B, h, tiles, C, n), np.float32)
+    lost = np.empty((B, h, w), np.bool_)
+    ranges = np.empty((B, h), np.float32)
+    scale = np.float32(1 / (LN2 * temperature))
+    run(to_nodes, B * h, logits_BChw.numpy(), scale, np.float32(limit), *taps, runs, values, lost, ranges)
+    return _Nodes(values, lost, float(ranges.max()))
+
+
+def _count(problem: LossProblem, plan: Plan) -> _Pixels:
+    B, C = problem.student.shape[:2]
+    H, _ = problem.size
+    none = torch.empty((B, 0, 0))
+    labels = none.to(torch.uint8) if problem.labels is None else problem.labels.contiguous()
+    pixel_weight = none if problem.pixel_weight is None else problem.pixel_weight.float().contiguous()
+    class_weight = torch.ones(C) if problem.class_weight is None else problem.class_weight.float().contiguous()
+    shape = (B, H, plan.tiles, plan.phases, plan.n)
+    ids, weight, gate = np.empty(shape, np.uint32), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    counts_BH3 = np.empty((B, H, 3))
+    run(
+        count_pixels, B * H, labels.numpy(), problem.ignore_index, class_weight.numpy(), pixel_weight.numpy(),
+        plan.inside_y, plan.inside_x, problem.use_ce, problem.use_kl, not problem.distill_void,
+        plan.pitch, plan.offset, ids, weight, gate, counts_BH3,
+    )  # fmt: skip
+    weight_sum, counted, wrong = counts_BH3.sum((0, 1))
+    if wrong and problem.labels is not None:
+        checks.check_class_ids(problem.labels, C, problem.ignore_index)
+
+    def given(denominator: Tensor | None, count: float) -> float:
+        return float(count if denominator is None else denominator)
+
+    return _Pixels(ids, weight, gate, given(problem.ce_denominator, weight_sum), given(problem.kl_denominator, counted))
+
+
+def _compute(
+    problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None, found: _Pixels
+) -> tuple[Tensor, float, float]:
+    """Return the gradient, CE and KL."""
+    B, C, h, w = problem.student.shape
+    T = _temperature(problem)
+    both = problem.use_ce and problem.use_kl
+    form = TWO if both and T not in (1, 2) else (SQUARE if both and T == 2 else ONE)
+    per_ce, per_kl = (1 / x if x else 0.0 for x in (found.ce_denominator, found.kl_denominator))
+    factors = (float(problem.ce_weight) * per_ce, float(problem.kl_weight) * T * per_kl)
+    targets = (student if target is None else target).values
+    shape = student.values.shape if problem.need_gradient else (0,) * 5
+    upper, lower = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    losses_Bh2 = np.zeros((B, h, 2))
+    rows = (plan.starts, plan.student_rows.fraction, plan.target_rows.low.astype(np.int64), plan.target_rows.fraction)
+    common = (form, np.float32(T), np.array(factors, np.float32))
+    results = (problem.use_kl, problem.need_gradient, upper, lower, losses_Bh2)
+    labels = (found.ids, found.weight, found.gate)
+    if plan.columns is None:
+        run(cells, B * h, student.values, targets, *labels, *rows, *common, *results)
+    else:
+        T_span = max(x.span for x in (student, target) if x is not None) * max(1.0, 1 / T)
+        wide = not T_span <= WIDEST
+        run(pixels, B * h, student.values, targets, *labels, plan.columns, *rows, *common, wide, *results)
+    ce, kl = LN2 * losses_Bh2.sum((0, 1))
+    gradient_BChw = torch.empty((B, C, h, w) if problem.need_gradient else 0)
+    if problem.need_gradient:
+        index, fraction = (x[0] for x in plan.student_nodes)
+        run(from_nodes, B * h, upper, lower, index, fraction, gradient_BChw.numpy())
+    return gradient_BChw, float(ce) * per_ce, float(kl) * T * T * per_kl
+
+
+def _lost_terms(problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None) -> tuple[bool, bool]:
+    """Whether a counted pixel of CE and of KL is lost. Rare, hence in plain NumPy."""
+    labelled_BHW: Any = True
+    if problem.labels is not None:
+        labelled_BHW = (problem.labels.long() != problem.ignore_index).numpy()
+    lost_BHW = plan.student_columns.reaches(plan.student_rows.reaches(student.lost, 1), 2)
+    ce_lost = problem.use_ce and bool((lost_BHW & labelled_BHW).any())
+    if target is None:
+        return ce_lost, False
+    for b in range(len(lost_BHW)):
+        bt = b if len(plan.inside_y) > 1 else 0
+        rows, columns = (Taps(*(x[bt] for x in taps)) for taps in (plan.target_rows, plan.target_columns))
+        lost_BHW[b] |= columns.reaches(rows.reaches(target.lost[b], 0), 1)
+    counted_BHW = plan.inside_y[:, :, None] & plan.inside_x[:, None, :]
+    if not problem.distill_void:
+        counted_BHW = counted_BHW & labelled_BHW
+    return ce_lost, bool((lost_BHW & counted_BHW).any())

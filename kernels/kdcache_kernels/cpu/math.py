@@ -1,0 +1,196 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+"""What the CPU kernels of the loss share: 2**x and log2 that LLVM vectorises, and what happens at a pixel.
+
+numba's wheels bring no vector exponential, and the C library's takes a pixel at a time. The polynomials here are 14
+instructions for 8 floats on AVX2. NaN and infinity never reach them (logits are cleaned before), but `nnan` and
+`ninf` stay off: with them LLVM may delete the very comparison that finds a NaN.
+
+Two habits of numba decide whether a loop is vectorised at all, at a factor of 5. An index that may be negative is
+compared with 0 for every element: so loops run from 0 along rows, with offsets that are constants. And a division by
+zero raises, unless the error model is numpy's.
+
+Everything is inlined by force. A function of its own would exist twice in a process that compiles, once by itself and
+once within the kernel, with other roundings, and which one is called would depend on where the kernel came from.
+
+Legend: C classes, P phases, n pixels of a tile and phase; see `loss.py` for tiles and phases.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+
+_SETTINGS: Any = numba.config
+LN2 = float(np.log(2))
+FASTMATH = {"contract", "nsz", "arcp"}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH, "nogil": True, "forceinline": True}
+
+
+def _digest_of_sources() -> str:
+    """Of every file whose functions or constants end up in the machine code; `topk.py` has a limit of logits."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in (*sorted(folder.glob("*.py")), folder.parent / "topk.py"):
+        digest.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+_SOURCES = _digest_of_sources()
+
+
+class _Cache(FunctionCache):
+    """numba's cache on disk, valid until any source changes; what cannot be read or kept is compiled again.
+
+    numba itself watches only the file of the function, and would go on with old copies of what it calls.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = _SOURCES
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # pickle raises anything over a damaged file
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        with suppress(OSError):  # a full disk
+            super().save_overload(sig, data)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Under NUMBA_DISABLE_JIT numba would leave functions as they are, its own and those that they call."""
+    disabled, _SETTINGS.DISABLE_JIT = _SETTINGS.DISABLE_JIT, 0
+    try:
+        yield
+    finally:
+        _SETTINGS.DISABLE_JIT = disabled
+
+
+def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's own, but of compiled functions under NUMBA_DISABLE_JIT too: Python has no intrinsics to run them with."""
+
+    @_compiling()
+    def dispatched(function: Callable[..., Any]) -> Any:
+        dispatcher = numba.njit(**options)(function)
+        dispatcher.compile = _compiling()(dispatcher.compile)  # when it is first called
+        return dispatcher
+
+    return dispatched
+
+
+def kernel(function: Callable[..., Any], options: dict[str, Any] = OPTIONS) -> Any:
+    """Compile, and keep the machine code on disk where there is a place to write.
+
+    The only way in which the CPU kernels are cached. Functions that they call are compiled into them.
+    """
+    dispatcher = njit(**options)(function)
+    with suppress(RuntimeError):  # a read-only install and an unwritable home
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+TILE = 96
+"""Most pixels of a tile in each phase: rows of scratch have this length, a constant."""
+
+ONE, SQUARE, TWO = 1, 2, 0
+"""Exponentials of the student: one for both terms, its square for CE (T = 2), or one for each term."""
+
+_f = np.float32
+_INT, _FLOAT = ir.IntType(32), ir.FloatType()
+_HALF_ROOT = 0x3F3504F3  # the bits of sqrt(1/2): mantissas lie between it and its double
+# x + _SHIFT has round(x) + 127 in its lowest bits; moved up by 23 they are the float 2**round(x), 0 for -127.
+_SHIFT, _LOWEST = _f(1.5 * 2**23 + 127), _f(-127)
+# Minimax polynomials: 2**x for |x| < 1/2 to 2e-9 relative, log2(1 + x) / x around 0 to 3e-8.
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = map(
+    _f, (1, 0.6931471825, 0.2402264625, 0.0555032864, 0.00961848907, 0.00133999309, 0.000153458124)
+)
+_L0, _L1, _L2, _L3, _L4 = map(_f, (1.4426950216, -0.721347332, 0.480910629, -0.360703677, 0.287916243))
+_L5, _L6, _L7, _L8 = map(_f, (-0.238944814, 0.215715617, -0.207269818, 0.125837058))
+
+
+def _on_bits(build):
+    """An operation on the bits of a float32; written with integers in numba, it would widen them to 64 bits."""
+
+    @intrinsic
+    def operation(typing_context, x):
+        def generate(context, builder, signature, arguments):
+            return build(builder, builder.bitcast(arguments[0], _INT))
+
+        return types.float32(types.float32), generate
+
+    return operation
+
+
+_power_of_two = _on_bits(lambda b, bits: b.bitcast(b.shl(bits, _INT(23)), _FLOAT))
+_exponent = _on_bits(lambda b, bits: b.sitofp(b.ashr(b.sub(bits, _INT(_HALF_ROOT)), _INT(23)), _FLOAT))
+_mantissa = _on_bits(
+    lambda b, bits: b.bitcast(b.sub(bits, b.and_(b.sub(bits, _INT(_HALF_ROOT)), _INT(-(2**23)))), _FLOAT)
+)
+
+
+@njit(**OPTIONS)
+def exp2(x):
+    """2**x for x < 127.5, to 1e-7 relative; exactly 0 below -127."""
+    x = max(x, _LOWEST)
+    shifted = x + _SHIFT
+    d = x - (shifted - _SHIFT)
+    return ((((((_E6 * d + _E5) * d + _E4) * d + _E3) * d + _E2) * d + _E1) * d + _E0) * _power_of_two(shifted)
+
+
+@njit(**OPTIONS)
+def log2(x):
+    """The logarithm of a normal float above 0, to 2e-7 relative, also near 1."""
+    m = _mantissa(x) - _f(1)
+    p = ((((((_L8 * m + _L7) * m + _L6) * m + _L5) * m + _L4) * m + _L3) * m + _L2) * m + _L1
+    return _exponent(x) + m * (m * p + _L0)
+
+
+@njit(**{**OPTIONS, "fastmath": FASTMATH | {"reassoc"}})
+def total(x, start, n):
+    """The float64 sum of n elements; LLVM chooses its order, once, when it compiles."""
+    part = x[start : start + n]
+    result = 0.0
+    for k in range(n):
+        result += part[k]
+    return result
+
+
+@njit(**OPTIONS)
+def pixel_terms(
+    n, sum_1, sum_T, sum_v, cross, own, weight_Pn, gate_Pn, ce_factor, kl_factor, slope_1, slope_T, slope_v, hot, loss
+):
+    """From sums over classes to the losses of a row of pixels and to the factors of its gradient.
+
+    Args:
+        sum_1, sum_T, sum_v: of the exponentials of the student at T = 1 and at T, and of the target at T.
+        cross: sum of target exponential * (target - student), base-2 logits at T.
+        own: base-2 logarithm of the exponential at T = 1 of the pixel's label.
+        weight_Pn, gate_Pn: factors of CE and KL; 0 where a pixel is not counted.
+        slope_1, slope_T, slope_v, hot: results; the gradient by a student logit is
+            slope_1 * exponential at 1 + slope_T * exponential at T - slope_v * target's exponential [- hot].
+        loss: (2 * 4 * TILE,) float64, CE and KL in bits, to which is added.
+    """
+    for p in range(weight_Pn.shape[0]):
+        start = p * TILE
+        for k in range(n):
+            weight, gate = weight_Pn[p, k], gate_Pn[p, k]
+            kl = cross[start + k] / sum_v[start + k] + log2(sum_T[start + k] / sum_v[start + k])
+            loss[start + k] += weight * (log2(sum_1[start + k]) - own[start + k])
+            loss[4 * TILE + start + k] += gate * kl if gate != 0 else _f(0)
+            hot[start + k] = ce_factor * weight
+            slope_1[start + k] = ce_factor * weight / sum_1[start + k]
+            slope_T[start + k] = kl_factor * gate / sum_T[start + k]
+            slope_v[start + k] = kl_factor * gate / sum_v[start + k]

@@ -1,0 +1,142 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
+"""The CPU kernels before and after the loss itself: logits to nodes, labels to factors, gradients from nodes.
+
+All of them work at low resolution or on one number per pixel, and cost a fifth of the loss at 11 classes.
+
+Legend: B batch, C classes, H W label size, h w a tensor's own size, P phases, n nodes or pixels of a tile.
+"""
+
+import numpy as np
+
+from .math import kernel
+
+_f = np.float32
+
+
+@kernel
+def to_nodes(first, last, logits, scale, limit, index, fraction, runs, nodes, lost, ranges):
+    """Centre, scale and clean rows of logits, and resample them to nodes.
+
+    Args:
+        logits: (B, C, h, w) float32.
+        scale: of the result.
+        limit: a logit pixel with a class beyond it (or NaN) is lost: all its classes become 0.
+        index, fraction: (Bt, tiles, n) left cell of a node and weight of the next one; Bt is B or 1.
+        runs: (Bt, tiles, 2) first and end of the nodes that are cells, one after the other.
+        nodes: (B, h, tiles, C, n) result: scale * (logit - maximum over classes).
+        lost: (B, h, w) bool result. ranges: (B, h) result, the largest maximum - minimum over classes.
+    """
+    _, C, h, w = logits.shape
+    _, _, tiles, _, n = nodes.shape
+    largest, smallest = np.empty(w, _f), np.empty(w, _f)
+    clean, usable = np.empty(w + 1, _f), np.empty(w, np.uint8)
+    for task in range(first, last):
+        b, i = task // h, task % h
+        bt = b if index.shape[0] > 1 else 0
+        largest[:], smallest[:], usable[:] = -np.inf, np.inf, 1
+        for c in range(C):
+            row = logits[b, c, i]
+            for j in range(w):
+                x = row[j]
+                usable[j] &= abs(x) <= limit
+                largest[j] = max(largest[j], x)
+                smallest[j] = min(smallest[j], x)
+        widest = _f(0)
+        for j in range(w):
+            lost[b, i, j] = usable[j] == 0
+            if usable[j] != 0:
+                widest = max(widest, largest[j] - smallest[j])
+        ranges[b, i] = widest
+        for c in range(C):
+            row = logits[b, c, i]
+            for j in range(w):
+                clean[j] = scale * (row[j] - largest[j]) if usable[j] != 0 else _f(0)
+            clean[w] = clean[w - 1]
+            for tile in range(tiles):
+                taps, fractions, line = index[bt, tile], fraction[bt, tile], nodes[b, i, tile, c]
+                start, end = runs[bt, tile, 0], runs[bt, tile, 1]
+                for k in range(start):
+                    a = clean[taps[k]]
+                    line[k] = a + fractions[k] * (clean[taps[k] + np.uint32(1)] - a)
+                if start < end:
+                    line[start:end] = clean[taps[start] : taps[start] + np.uint32(end - start)]
+                for k in range(end, n):
+                    a = clean[taps[k]]
+                    line[k] = a + fractions[k] * (clean[taps[k] + np.uint32(1)] - a)
+
+
+@kernel
+def from_nodes(first, last, upper, lower, index, fraction, gradient):
+    """The transpose of `to_nodes`, for the rows of a gradient; its two halves are added first.
+
+    Args:
+        upper, lower: (B, h, tiles, C, n) as the loss kernels write them.
+        index, fraction: (tiles, n).
+        gradient: (B, C, h, w) result.
+    """
+    _, h, tiles, C, n = upper.shape
+    w = gradient.shape[3]
+    row = np.empty(w + 1, _f)
+    for task in range(first, last):
+        b, i = task // h, task % h
+        for c in range(C):
+            row[:] = 0
+            for tile in range(tiles):
+                for k in range(n):
+                    g = upper[b, i, tile, c, k]
+                    if i > 0:
+                        g += lower[b, i - 1, tile, c, k]
+                    right = fraction[tile, k] * g
+                    row[index[tile, k]] += g - right
+                    row[index[tile, k] + np.uint32(1)] += right
+            row[w - 1] += row[w]
+            gradient[b, c, i] = row[:w]
+
+
+@kernel
+def count_pixels(
+    first, last, labels, ignore_index, class_weight, pixel_weight, inside_y, inside_x,
+    use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, counts,
+):  # fmt: skip
+    """Say for each label pixel what it weighs in each term, tile by tile and phase by phase.
+
+    Pixel k of a tile and phase p is column P * (tile * pitch + k) + p - offset, if there is one and k < pitch.
+
+    Args:
+        labels: (B, H, W) of any integers, or with H = 0 no labels.
+        class_weight: (C,) float32.
+        pixel_weight: (B, H, W) float32, or with H = 0 ones.
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool; Bt is B or 1.
+        skip_void: whether void pixels do not count in KL.
+        ids, weight, gate: (B, H, tiles, P, n) results: class id, weight of CE, weight of KL; 0 where not counted.
+        counts: (B, H, 3) float64 results: sum of the class weights, pixels that KL counts, ids out of range.
+    """
+    _, H, tiles, P, n = ids.shape
+    C, W = class_weight.size, inside_x.shape[1]
+    has_labels, has_pixel_weight = labels.shape[1] > 0, pixel_weight.shape[1] > 0
+    for task in range(first, last):
+        b, y = task // H, task % H
+        bt = b if inside_y.shape[0] > 1 else 0
+        weight_sum, counted, wrong = 0.0, 0, 0
+        for tile in range(tiles):
+            for p in range(P):
+                for k in range(n):
+                    x = P * (tile * pitch + k) + p - offset
+                    ids[b, y, tile, p, k] = 0
+                    weight[b, y, tile, p, k] = 0
+                    gate[b, y, tile, p, k] = 0
+                    if k >= pitch or x < 0 or x >= W:
+                        continue
+                    label = np.int64(labels[b, y, x]) if has_labels else np.int64(0)
+                    void = has_labels and label == ignore_index
+                    if use_ce and not void:
+                        if label < 0 or label >= C:
+                            wrong += 1
+                        else:
+                            ids[b, y, tile, p, k] = label
+                            weight[b, y, tile, p, k] = class_weight[label]
+                            weight_sum += class_weight[label]
+                    if use_kl and inside_y[bt, y] and inside_x[bt, x] and not (void and skip_void):
+                        counted += 1
+                        gate[b, y, tile, p, k] = pixel_weight[b, y, x] if has_pixel_weight else _f(1)
+        counts[b, y, 0], counts[b, y, 1], counts[b, y, 2] = weight_sum, counted, wrong

@@ -1,0 +1,14 @@
+"""The GPU family: Triton.
+
+loss.py      the fused loss: which kernel computes it
+prep.py      its masks, counts and targets
+geometry.py  windows and the pixels of a cell
+common.py    launches and what kernels share
+sample.py    one target pixel
+surface.py   a cell's corners
+cells.py     a cell per lane
+tiles.py     tiles of any window
+pixels.py    pixel by pixel
+topk.py      packing and densifying
+argmax.py    the teacher's class and confidence
+"""

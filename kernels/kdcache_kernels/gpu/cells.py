@@ -1,0 +1,450 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+# mypy: disable-error-code="assignment"
+"""The fast Triton kernel for strides 2, 4 and 8: one lane owns one bilinear cell, S x S pixels between four corners.
+
+A loop over the classes runs twice, for the sums of the softmaxes and for the gradient. Each turn reads a class's four
+corners, of the student and of the target, and does all pixels of the cell from them (`surface`); sums and
+factors of the pixels stay in registers, nothing of size C is held, and no class is padded. Normalised logits make a
+maximum per pixel unnecessary while their range stays below 80 nats, which the route guarantees. Compiled for sm_90,
+at T = 2, a class of a pixel costs 23 instructions at S = 4 and 8 and 50 at S = 2, a quarter more where the warp holds
+a label of that class; a pixel costs 92 to 129 more, once. At S = 4 and 21 classes these are 28 per class and pixel.
+
+The image is cut into strips of `rows` rows of cells. A strip's w + 1 columns of cells are w + 1 neighbouring lanes,
+each of which walks down its strip; the strips of an image follow each other, so that a program's NC lanes are full
+whatever w is:
+
+    lane of a program       0 | 1   2   3   4   5   6   7       its lane 0 is the halo: a cell of the program before
+    column j of cells       1 | 2   3  -1   0   1   2   3       (w = 4; the strip ends after j = 3)
+    column of logits        - | 2   3   -   0   1   2   3       j takes from its own cell and from the lane before
+
+A logit's gradient takes from four cells. Left and right: a lane keeps what its cell gives the left corner and gets what
+the lane before gives its right one, by a shuffle; lane 0 only gives. Above and below: what a row of cells gives to the
+row of logits below waits in `edges` for the next row of cells. Where two strips meet, the halves of both are in `edges`
+and a small kernel adds them. So every logit is one sum in one order, without atomic addition, and its bits depend on
+neither `rows` nor NC.
+
+Legend: B batch, C classes, h w student's size, ht wt target's size, S stride, NC lanes of a program, ROWS pixel rows
+done in a turn (S = 8 does 2 of its 8, so that the values per pixel fit the registers), GROUPS = S / ROWS turns for a
+row of cells. Row i of cells, -1 to h - 1, lies between rows i and i + 1 of logits, clamped; so do columns. (s_first,
+s_step) and (t_first, t_step): how the pixels of a row of a cell lie between its corners, see `interpolation`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import LossProblem
+from .common import LN2, WRONG, gpu, integer_power, launch_options, multiprocessors, pixel_arguments
+from .prep import Prepared
+from .surface import (
+    add_powers,
+    any_lost,
+    contract,
+    difference,
+    exponentials,
+    interpolation,
+    label_moments,
+    load_corners,
+    make_surface,
+    moments,
+    pixel_factors,
+    read_labels,
+    scaled,
+    subtract,
+)
+
+EDGES = 1024
+"""Elements of an edge that a program combines."""
+REGISTERS = 128
+"""Per lane, so that 16 warps share a multiprocessor; about 20 values that the loops do not need are spilt.
+
+Nothing would be with 152, but 12 warps.
+"""
+
+
+@triton.jit
+def _or(a, b):
+    """Combine for `tl.reduce`."""
+    return a | b
+
+
+@triton.jit
+def _sums(
+    student, target, student_step, target_step, s_first, s_step, t_first, t_step, y_first, num_classes, temperature,
+    zero,
+    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
+):  # fmt: skip
+    """Softmax denominators of every pixel: student at T = 1, student at T, target at T."""
+    ce = ()
+    kl = ()
+    teacher = ()
+    for _ in tl.static_range(ROWS * S):
+        ce += (zero,)
+        kl += (zero,)
+        teacher += (zero,)
+    a = load_corners(student[0], student[1], 0)
+    b = a
+    if USE_KL:
+        b = load_corners(target[0], target[1], 0)
+    for c in range(num_classes):
+        surface = make_surface(a, s_first, s_step, y_first, S)
+        sequence = exponentials(surface)
+        if USE_KL:
+            teacher_sequence = exponentials(make_surface(b, t_first, t_step, y_first, S))
+        # The next class's corners are on their way while this one's pixels are computed.
+        following = tl.minimum(c + 1, num_classes - 1)
+        a = load_corners(student[0], student[1], following * student_step)
+        if USE_KL:
+            b = load_corners(target[0], target[1], following * target_step)
+            kl = add_powers(kl, sequence, 1, S, ROWS)
+            teacher = add_powers(teacher, teacher_sequence, 1, S, ROWS)
+        if USE_CE and POWER == 0:
+            ce = add_powers(ce, exponentials(scaled(surface, temperature)), 1, S, ROWS)
+        elif USE_CE and (POWER > 1 or not USE_KL):
+            ce = add_powers(ce, sequence, POWER, S, ROWS)
+    if POWER == 1 and USE_KL:
+        ce = kl
+    return ce, kl, teacher
+
+
+@triton.jit
+def _moments(
+    surface, sequence, share, ce, kl, k_kl, temperature,
+    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
+):  # fmt: skip
+    """Moments of a class's gradient, the labels left out; `share` are those of the target's probability."""
+    if USE_CE and POWER == 0:
+        m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)
+        if USE_KL:
+            m = subtract(m, -1.0, moments(sequence, kl, kl, True, 0, S, ROWS))
+    elif USE_CE:
+        m = moments(sequence, kl, ce, USE_KL, POWER, S, ROWS)
+    else:
+        m = moments(sequence, kl, kl, True, 0, S, ROWS)
+    if USE_KL:
+        m = subtract(m, k_kl, share)
+    return m
+
+
+@triton.jit
+def _spread(
+    m, s_first, s_step, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, plane,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Take a class's moments to the corners; write the upper row of logits, and what its edges must remember."""
+    left = tl.fma(s_step, m[1], s_first * m[0])
+    left_upper = tl.fma(s_step, m[3], s_first * m[2])
+    column = left + tl.gather(m[0] - left, left_lane, 0)
+    column_upper = left_upper + tl.gather(m[2] - left_upper, left_lane, 0)
+    top = tl.fma(upper_step, column_upper, upper_last * column)
+    bottom = column - top
+    closes = writes & (g == GROUPS - 1)
+    bottom_plane = plane
+    before_plane = plane
+    if GROUPS > 1:
+        # Over the turns of a row of cells, plane 3 sums the upper row and planes 1 and 2 in turns the lower one.
+        bottom_plane = plane * (1 + step % 2)
+        before_plane = plane * (2 - step % 2)
+        later = writes & (g > 0)
+        top = tl.load(edge_ptrs + 3 * plane, mask=later, other=0.0) + top
+        bottom = tl.load(edge_ptrs + bottom_plane, mask=later, other=0.0) + bottom
+        tl.store(edge_ptrs + 3 * plane, top, mask=writes)
+    before = tl.load(edge_ptrs + before_plane, mask=closes & (step > 0), other=0.0)
+    tl.store(gradient_ptrs, (before + top).to(gradient_ptrs.dtype.element_ty), mask=closes & (step > 0))
+    tl.store(edge_ptrs, top, mask=closes & (step == 0))
+    tl.store(edge_ptrs + bottom_plane, bottom, mask=writes)
+
+
+@triton.jit
+def _gradient(
+    student, target, s_first, s_step, t_first, t_step, y_first, labels, present, ce, kl, teacher, kl_cell,
+    left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, class_weight_ptr, k_ce, k_kl,
+    num_classes, student_step, target_step, w, temperature,
+    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """The second loop over the classes: writes the gradient.
+
+    Returns: `kl_cell` plus the cell's sum of gate * q (v - u), and its sum of class weight * label's logit; base 2.
+    """
+    ce_label = kl_cell * 0.0
+    last = num_classes - 1
+    a = load_corners(student[0], student[1], last * student_step)
+    b = a
+    if USE_KL:
+        b = load_corners(target[0], target[1], last * target_step)
+    # Backwards: the classes that the first loop read last are still in the cache.
+    for back in range(num_classes):
+        c = last - back
+        surface = make_surface(a, s_first, s_step, y_first, S)
+        sequence = exponentials(surface)
+        following = tl.maximum(c - 1, 0)
+        a = load_corners(student[0], student[1], following * student_step)
+        share = surface
+        if USE_KL:
+            teacher_surface = make_surface(b, t_first, t_step, y_first, S)
+            b = load_corners(target[0], target[1], following * target_step)
+            share = moments(exponentials(teacher_surface), teacher, teacher, True, 0, S, ROWS)
+            kl_cell += contract(difference(teacher_surface, surface), share, S, ROWS)
+        if HAS_GRADIENT:
+            m = _moments(surface, sequence, share, ce, kl, k_kl, temperature, S, ROWS, POWER, USE_CE, USE_KL)
+        if USE_CE:
+            # Few classes are in a warp's labels; for most, this is skipped.
+            bit = (present >> (c & 31)) & 1
+            if bit != 0:
+                hits = label_moments(labels, c, S, ROWS)
+                weight = 1.0
+                if HAS_CLASS_WEIGHT:
+                    weight = tl.load(class_weight_ptr + c).to(tl.float32)
+                # Loaded again: to keep the surface would cost registers at every class.
+                corners = load_corners(student[0], student[1], c * student_step)
+                again = make_surface(corners, s_first, s_step, y_first, S)
+                ce_label += contract(again, hits, S, ROWS) * weight
+                if HAS_GRADIENT:
+                    m = subtract(m, k_ce * weight, hits)
+        if HAS_GRADIENT:
+            _spread(
+                m, s_first, s_step, left_lane, upper_last, upper_step, step, g, writes,
+                gradient_ptrs + c * student_step, edge_ptrs + c * w, num_classes * w, S // ROWS,
+            )  # fmt: skip
+    return kl_cell, ce_label
+
+
+@triton.jit
+def cells_kernel(
+    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr,
+    row_inside_ptr, column_inside_ptr, route_ptr, shift_ptr, factors_ptr, gradient_ptr, edges_ptr, partials_ptr,
+    label_ptr, class_weight_ptr, pixel_weight_ptr, stride_lb, stride_lh, stride_lw, stride_pb, stride_ph, stride_pw,
+    num_classes, h, w, ht, wt, blocks, strips, rows, temperature,
+    S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, HAS_PIXEL_WEIGHT: tl.constexpr,
+    DISTILL_VOID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_GRADIENT: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+):  # fmt: skip
+    """Each program does NC - 1 columns of cells, down their strips, of one image.
+
+    `edges` is (B, strips, PLANES, C, w): plane 0 is the strip's share of the row of logits above it, planes 1 and up
+    what its last row of cells gave to the row below, see `_spread`.
+    """
+    ROWS: tl.constexpr = 2 if S == 8 else S
+    GROUPS: tl.constexpr = S // ROWS
+    PLANES: tl.constexpr = 2 if GROUPS == 1 else 4
+    pid = tl.program_id(0)
+    partials_ptr += 2 * pid
+    image = pid // blocks
+    if tl.load(route_ptr + image) == 0:
+        tl.store(partials_ptr, 0.0)
+        tl.store(partials_ptr + 1, 0.0)
+        return
+    lane = tl.arange(0, NC)
+    cell = pid % blocks * (NC - 1) + lane - 1
+    alive = (cell >= 0) & (cell < strips * (w + 1))
+    cell = tl.minimum(tl.maximum(cell, 0), strips * (w + 1) - 1)
+    strip = cell // (w + 1)
+    j = cell % (w + 1) - 1
+    left_lane = tl.maximum(lane - 1, 0)
+    owned = alive & (lane > 0)
+
+    base = image.to(tl.int64) * num_classes
+    student_ptr += base * (h * w)
+    s_column, s_first, s_step = interpolation(j, w, lane < 0, S)
+    t_first = s_first
+    t_step = s_step
+    if USE_KL:
+        target_ptr += base * (ht * wt)
+        row_shift = tl.load(shift_ptr + 3 * image)
+        column_shift = tl.load(shift_ptr + 3 * image + 1)
+        flip = tl.load(shift_ptr + 3 * image + 2) != 0
+        t_low = tl.where(flip, w - 2 - j, j) + column_shift
+        t_column, t_first, t_step = interpolation(t_low, wt, flip, S)
+    if HAS_LABELS:
+        label_ptr += image.to(tl.int64) * stride_lb
+    if HAS_PIXEL_WEIGHT:
+        pixel_weight_ptr += image.to(tl.int64) * stride_pb
+    if HAS_WINDOW:
+        row_inside_ptr += image * (h * S)
+        column_inside_ptr += image * (w * S)
+    if HAS_GRADIENT:
+        gradient_ptr += base * (h * w)
+        edges_ptr += base * strips * PLANES * w
+    plane = num_classes * w
+    k_ce = tl.load(factors_ptr)
+    k_kl = tl.load(factors_ptr + 1)
+    zero = tl.zeros((NC,), tl.float32)
+    ce_sum = tl.zeros((NC,), tl.float64)
+    kl_sum = tl.zeros((NC,), tl.float64)
+
+    for turn in range(rows * GROUPS):
+        # As blocks, because the interpreter makes no mask of a block's mask and a scalar's.
+        step = turn // GROUPS + lane * 0
+        g = turn % GROUPS + lane * 0
+        i = strip * rows - 1 + step
+        active = alive & (i < h)
+        i = tl.minimum(i, h - 1)
+        y_first = (g * ROWS + 0.5) / S
+        y = i * S + (S // 2 + g * ROWS)
+        x = j * S + S // 2
+        s_top = tl.maximum(i, 0) * w
+        s_bottom = tl.minimum(i + 1, h - 1) * w
+        student = (student_ptr + s_top + s_column, student_ptr + s_bottom + s_column)
+        target = student
+        if USE_KL:
+            t_top = tl.minimum(tl.maximum(row_shift + i, 0), ht - 1) * wt
+            t_bottom = tl.minimum(tl.maximum(row_shift + i + 1, 0), ht - 1) * wt
+            target = (target_ptr + t_top + t_column, target_ptr + t_bottom + t_column)
+        labels = (zero,)
+        gate_ptrs = student_ptr
+        row_inside_ptrs = student_ptr
+        column_inside_ptrs = student_ptr
+        if HAS_LABELS and (USE_CE or not DISTILL_VOID):
+            label_ptrs = label_ptr + y.to(tl.int64) * stride_lh + x * stride_lw
+            labels, seen, lowest, highest = read_labels(
+                label_ptrs, stride_lh, stride_lw, active, i, j, g, h, w, num_classes, S, ROWS, IGNORE_INDEX
+            )
+        if HAS_PIXEL_WEIGHT:
+            gate_ptrs = pixel_weight_ptr + y.to(tl.int64) * stride_ph + x * stride_pw
+        if HAS_WINDOW:
+            row_inside_ptrs = row_inside_ptr + y
+            column_inside_ptrs = column_inside_ptr + x
+        ce, kl, teacher = _sums(
+            student, target, h * w, ht * wt, s_first, s_step, t_first, t_step, y_first, num_classes, temperature, zero,
+            S, ROWS, POWER, USE_CE, USE_KL,
+        )  # fmt: skip
+        ce, kl, teacher, ce_cell, kl_cell, kl_any = pixel_factors(
+            ce, kl, teacher, labels, class_weight_ptr, gate_ptrs, stride_ph, stride_pw, row_inside_ptrs,
+            column_inside_ptrs, k_ce, k_kl, active, i, j, g, h, w, zero,
+            S, ROWS, USE_CE, USE_KL, HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, HAS_WINDOW,
+        )  # fmt: skip
+
+        present = 0
+        if USE_CE:
+            present = tl.reduce(seen, 0, _or)
+        # The share of the upper row of logits at the last pixel row of this turn, and its decrease per pixel row.
+        inner = (i >= 0) & (i < h - 1)
+        upper_last = tl.where(inner, (S - (g + 1) * ROWS + 0.5) / S, tl.where(i < 0, 0.0, 1.0))
+        upper_step = tl.where(inner, 1.0 / S, 0.0)
+        writes = owned & active & (j >= 0)
+        gradient_ptrs = gradient_ptr
+        edge_ptrs = edges_ptr
+        if HAS_GRADIENT:
+            gradient_ptrs = gradient_ptr + i * w + j
+            edge_ptrs = edges_ptr + strip * PLANES * plane + j
+        kl_cell, ce_label = _gradient(
+            student, target, s_first, s_step, t_first, t_step, y_first, labels, present, ce, kl, teacher, kl_cell,
+            left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, class_weight_ptr, k_ce, k_kl,
+            num_classes, h * w, ht * wt, w, temperature,
+            S, ROWS, POWER, USE_CE, USE_KL, HAS_CLASS_WEIGHT, HAS_GRADIENT,
+        )  # fmt: skip
+
+        if USE_CE or USE_KL:
+            student_spoilt = any_lost(student_lost_ptr + image * (h * w), s_top, s_bottom, j, w)
+        if USE_CE:
+            ce_cell = LN2 * (ce_cell - temperature * ce_label)
+            spoilt = (lowest == WRONG) | ((highest >= 0) & student_spoilt)
+            ce_cell = tl.where(spoilt, float("nan"), ce_cell)
+            ce_sum += tl.where(owned & active, ce_cell, 0.0)
+        if USE_KL:
+            spoilt = student_spoilt | any_lost(target_lost_ptr + image * (ht * wt), t_top, t_bottom, t_low, wt)
+            kl_cell = tl.where(kl_any & spoilt, float("nan"), LN2 * kl_cell)
+            kl_sum += tl.where(owned & active, kl_cell, 0.0)
+        # Edges are read by the lane that wrote them, but not in every layout by the same thread.
+        tl.debug_barrier()
+    tl.store(partials_ptr, tl.sum(ce_sum, 0))
+    tl.store(partials_ptr + 1, tl.sum(kl_sum, 0))
+
+
+@triton.jit
+def combine_kernel(
+    edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rows of logits where two strips meet: what the upper strip left below it, plus the lower strip's top."""
+    PLANES: tl.constexpr = 2 if GROUPS == 1 else 4
+    image = tl.program_id(0) // (strips - 1)
+    strip = tl.program_id(0) % (strips - 1) + 1
+    if tl.load(route_ptr + image) == 0:
+        return
+    plane = num_classes * w
+    edges_ptr += (image.to(tl.int64) * strips + strip) * PLANES * plane
+    gradient_ptr += image.to(tl.int64) * num_classes * (h * w) + (strip * rows - 1) * w
+    bottom_plane = 1
+    if GROUPS > 1:
+        bottom_plane = 1 + (rows - 1) % 2
+    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = offs_n < plane
+    before = tl.load(edges_ptr + (bottom_plane - PLANES) * plane + offs_n, mask=exists, other=0.0)
+    value = before + tl.load(edges_ptr + offs_n, mask=exists, other=0.0)
+    ptrs = gradient_ptr + offs_n // w * (h * w) + offs_n % w
+    tl.store(ptrs, value.to(gradient_ptr.dtype.element_ty), mask=exists)
+
+
+class Tiling(NamedTuple):
+    """How the work is cut; it changes no bit of the gradient.
+
+    Attributes:
+        rows: of cells per strip. An image has h + 1: each row of logits is the lower edge of one and the upper of
+            the next.
+        lanes: of a program, a power of two; one of them is the halo.
+    """
+
+    rows: int
+    lanes: int
+
+
+def choose_tiling(problem: LossProblem) -> Tiling:
+    """The rows with which the busiest of the GPU's schedulers works through the fewest, 4 to 16.
+
+    The edges cost 8 bytes per class and logit column of a strip, so strips are not made thinner than 4 rows.
+    """
+    B, _, h, w = problem.student.shape
+    # One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell.
+    lanes = gpu(problem.student.device).warp_size
+    if problem.student.device.type == "cpu":
+        # The interpreter's time grows with the turns and programs, hardly with the lanes.
+        return Tiling(2, min(512, max(lanes, triton.next_power_of_2((h // 2 + 1) * (w + 1) + 1))))
+    schedulers = 4 * multiprocessors(problem.student.device)
+
+    def most_rows(rows: int) -> int:
+        programs = B * triton.cdiv(triton.cdiv(h + 1, rows) * (w + 1), lanes - 1)
+        return int(rows * triton.cdiv(programs, schedulers))
+
+    return Tiling(min(min(range(4, 17), key=most_rows), h + 1), lanes)
+
+
+def launch(
+    problem: LossProblem, prepared: Prepared, gradient: Tensor | None, stride: int, *, tiling: Tiling | None = None
+) -> Tensor:
+    """Run the kernel on the images whose route is 1.
+
+    Args:
+        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
+        stride: label pixels per student cell, 2, 4 or 8.
+    Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
+    Memory: 8 bytes per class, strip and logit column (16 at stride 8) for the edges.
+    """
+    (B, C, h, w), device = problem.student.shape, problem.student.device
+    rows, lanes = choose_tiling(problem) if tiling is None else tiling
+    strips = triton.cdiv(h + 1, rows)
+    blocks = triton.cdiv(strips * (w + 1), lanes - 1)
+    groups = 4 if stride == 8 else 1
+    partials = torch.empty((B * blocks, 2), dtype=torch.float64, device=device)
+    edges = None
+    if gradient is not None:
+        edges = torch.empty((B, strips, 2 if groups == 1 else 4, C, w), dtype=torch.float32, device=device)
+    ht, wt = prepared.target.shape[2:] if problem.use_kl else (1, 1)
+    cells_kernel[(B * blocks,)](
+        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.target_rows.inside,
+        prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, gradient, edges, partials,
+        **pixel_arguments(problem), h=h, w=w, ht=ht, wt=wt, blocks=blocks, strips=strips, rows=rows,
+        temperature=problem.temperature, S=stride, NC=lanes, POWER=integer_power(problem.temperature),
+        HAS_WINDOW=problem.window is not None, HAS_GRADIENT=gradient is not None,
+        num_stages=1, enable_fp_fusion=False, **launch_options(lanes, REGISTERS, device),
+    )  # fmt: skip
+    if gradient is not None and strips > 1:
+        combine_kernel[(B * (strips - 1), triton.cdiv(C * w, EDGES))](
+            edges, prepared.route, gradient, C, h, w, strips, rows,
+            GROUPS=groups, BLOCK=EDGES, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return partials

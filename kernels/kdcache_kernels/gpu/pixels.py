@@ -1,0 +1,263 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+"""The Triton loss kernel without a resize: the student's logits have label size, and a target pixel meets each.
+
+Image classification (h = w = 1) and full-resolution heads, also under whole-pixel windows and flips. The classes run
+twice in blocks, for the sums of the softmaxes and for the gradient; nothing of size C is kept, and the second loop
+reads the logits mostly from the cache. Without interpolation, the largest of the normalised logits is 0 at every pixel:
+no maximum is looked for, and any range will do. A class of a pixel costs 25 instructions at T = 2 (sm_90) and at least
+12 bytes of memory, which bound it: 0.25 ms at 16 x 21 x 512^2 and the 4.3 TB/s of an H200.
+
+Blocks are classes by pixels. A lane has four neighbouring pixels of an image and two classes of them at a time, so that
+it loads 16 bytes at once and sums up classes without asking another lane. With h = w = 1 it is the classes that are
+contiguous: a block is then up to 1024 classes of one pixel, or all classes of a few.
+
+Legend: B batch, C classes, h w label size and the student's, ht wt the target's; u, v the student's and the target's
+base-2 logits / T. Blocks: c classes, n pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import LossProblem
+from .common import LN2, integer_power, load_pixel, multiprocessors, pixel_arguments, power
+from .prep import Prepared
+from .sample import LOWEST_LOGIT, SMALL
+
+CLASSES, PIXELS = 2, 128
+"""Of an image, that a program does at once."""
+ROW = 1024
+"""Classes that a program does at once where they are contiguous."""
+
+
+@triton.jit
+def _load_block(base_n, exists_n, start, num_classes, plane, absent, BLOCK_C: tl.constexpr):
+    """Logits of a block of classes and pixels; `absent` where there is no such class or pixel."""
+    c = start + tl.arange(0, BLOCK_C)
+    mask = (c < num_classes)[:, None] & exists_n[None, :]
+    return tl.load(base_n[None, :] + (c * plane)[:, None], mask=mask, other=absent)
+
+
+@triton.jit
+def _sums(
+    student_n, target_n, exists_n, num_classes, plane, target_plane, temperature, absent_u,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums over the classes of 2^(T u), 2^u, 2^v and SMALL * 2^v (v - u)."""
+    s1 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    su = s1
+    sv = s1
+    cross = s1
+    for start in range(0, num_classes, BLOCK_C):
+        u = _load_block(student_n, exists_n, start, num_classes, plane, absent_u, BLOCK_C)
+        if USE_KL:
+            v = _load_block(target_n, exists_n, start, num_classes, target_plane, LOWEST_LOGIT, BLOCK_C)
+            eu = tl.exp2(u)
+            ev = tl.exp2(v)
+            su += eu
+            sv += ev
+            cross += ev * SMALL * (v - u)
+        if USE_CE:
+            s1 += power(eu, POWER) if POWER > 0 else tl.exp2(temperature * u)
+    return tl.sum(s1, 0), tl.sum(su, 0), tl.sum(sv, 0), tl.sum(cross, 0)
+
+
+@triton.jit
+def _gradient(
+    student_n, target_n, gradient_n, exists_n, label, k_ce, a, ku, kv, class_weight_ptr, num_classes, plane,
+    target_plane, temperature, absent_u,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, POWER: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write a 2^(T u) + ku 2^u - kv 2^v, less k_ce times its weight at the label's class (-1: none)."""
+    for start in range(0, num_classes, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        known_c = c < num_classes
+        u = _load_block(student_n, exists_n, start, num_classes, plane, absent_u, BLOCK_C)
+        if USE_KL:
+            v = _load_block(target_n, exists_n, start, num_classes, target_plane, LOWEST_LOGIT, BLOCK_C)
+            eu = tl.exp2(u)
+            factor = ku[None, :]
+            if USE_CE and POWER == 1:
+                factor += a[None, :]
+            if USE_CE and POWER > 1:
+                factor += a[None, :] * power(eu, POWER - 1)
+            g = eu * factor - tl.exp2(v) * kv[None, :]
+            if USE_CE and POWER == 0:
+                g += a[None, :] * tl.exp2(temperature * u)
+        else:
+            g = a[None, :] * tl.exp2(temperature * u)
+        if USE_CE:
+            k_label_c = tl.zeros((BLOCK_C,), tl.float32) + k_ce
+            if HAS_CLASS_WEIGHT:
+                k_label_c *= tl.load(class_weight_ptr + c, mask=known_c, other=0.0).to(tl.float32)
+            g -= tl.where(c[:, None] == label[None, :], k_label_c[:, None], 0.0)
+        gradient_ptrs = gradient_n[None, :] + (c * plane)[:, None]
+        tl.store(gradient_ptrs, g.to(gradient_ptrs.dtype.element_ty), mask=known_c[:, None] & exists_n[None, :])
+
+
+@triton.jit
+def _target_pixels(
+    at_n, exists_n, image, shift_ptr, row_inside_ptr, column_inside_ptr, h, w, ht, wt, MOVED: tl.constexpr
+):
+    """The target's pixel that each of an image's pixels `at_n` meets, and whether it lies in the view."""
+    if not MOVED:
+        return at_n, exists_n
+    i = at_n // w
+    j = at_n % w
+    row = tl.load(shift_ptr + 3 * image) + i
+    column = tl.load(shift_ptr + 3 * image + 1) + tl.where(tl.load(shift_ptr + 3 * image + 2) != 0, w - 1 - j, j)
+    target_at_n = tl.minimum(tl.maximum(row, 0), ht - 1) * wt + tl.minimum(tl.maximum(column, 0), wt - 1)
+    row_inside = tl.load(row_inside_ptr + image * h + i, mask=exists_n, other=0)
+    column_inside = tl.load(column_inside_ptr + image * w + j, mask=exists_n, other=0)
+    return target_at_n, (row_inside & column_inside) != 0
+
+
+@triton.jit
+def pixels_kernel(
+    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_inside_ptr, column_inside_ptr, route_ptr,
+    shift_ptr, factors_ptr, gradient_ptr, partials_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr,
+    stride_lb, stride_lh, stride_lw, stride_pb, stride_ph, stride_pw, num_classes, batch, h, w, ht, wt, image_blocks,
+    num_blocks, temperature,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Each program does every num_programs-th block of pixels of the images whose route is 1."""
+    pid = tl.program_id(0)
+    plane = h * w
+    target_plane = ht * wt
+    k_ce = tl.load(factors_ptr)
+    k_kl = tl.load(factors_ptr + 1)
+    absent_u = LOWEST_LOGIT / tl.maximum(temperature, 1.0)
+    ce_sum = tl.zeros((BLOCK_N,), tl.float64)
+    kl_sum = tl.zeros((BLOCK_N,), tl.float64)
+    for block in range(pid, num_blocks, tl.num_programs(0)):
+        if SINGLE:
+            image = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            at = image * 0
+            exists = image < batch
+            image = tl.minimum(image, batch - 1)
+        else:
+            # Pixels of one image follow each other, and the compiler sees it: it loads four of them at once.
+            image = block // image_blocks
+            at = block % image_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+            exists = at < plane
+        # As blocks, because the interpreter makes no mask of a block's mask and a scalar's.
+        exists = exists & (tl.load(route_ptr + (image + at * 0)) == 1)
+        if tl.max(exists.to(tl.int32), 0) > 0:
+            image64 = tl.full((), 1, tl.int64) * image
+            student_n = student_ptr + image64 * num_classes * plane + at
+            lost = tl.load(student_lost_ptr + image64 * plane + at, mask=exists, other=0)
+            target_n = student_n
+            in_view = exists
+            if USE_KL:
+                target_at, in_view = _target_pixels(
+                    at, exists, image, shift_ptr, row_inside_ptr, column_inside_ptr, h, w, ht, wt, MOVED
+                )
+                target_n = target_ptr + image64 * num_classes * target_plane + target_at
+                target_lost = tl.load(target_lost_ptr + image64 * target_plane + target_at, mask=exists, other=0)
+            s1, su, sv, cross = _sums(
+                student_n, target_n, exists, num_classes, plane, target_plane, temperature, absent_u,
+                USE_CE, USE_KL, POWER, BLOCK_C, BLOCK_N,
+            )  # fmt: skip
+            i = (at // w).to(tl.int64)
+            j = (at % w).to(tl.int64)
+            label_ptrs = at
+            if HAS_LABELS:
+                label_ptrs = label_ptr + image64 * stride_lb + i * stride_lh + j * stride_lw
+            pixel_weight_ptrs = at
+            if HAS_PIXEL_WEIGHT:
+                pixel_weight_ptrs = pixel_weight_ptr + image64 * stride_pb + i * stride_ph + j * stride_pw
+            label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(
+                label_ptrs, class_weight_ptr, pixel_weight_ptrs, exists, in_view, num_classes,
+                USE_CE, USE_KL, HAS_LABELS, HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, IGNORE_INDEX,
+            )  # fmt: skip
+            a = s1
+            ku = s1
+            kv = s1
+            if USE_CE:
+                ce_weight = ce_weight.to(tl.float32)
+                s1 = tl.where(exists, s1, 1.0)
+                u_label = tl.load(student_n + label * plane, mask=exists, other=0.0)
+                ce = LN2 * (tl.log2(s1) - temperature * u_label) * ce_weight
+                ce_sum += tl.where(ce_counted & (lost != 0), float("nan"), ce).to(tl.float64)
+                label = tl.where(ce_counted, label, -1)
+                a = k_ce * ce_weight / s1
+            if USE_KL:
+                su = tl.where(exists, su, 1.0)
+                sv = tl.where(exists, sv, 1.0)
+                kl = LN2 * (cross / sv / SMALL + tl.log2(su / sv)) * kl_weight
+                kl_sum += tl.where(kl_counted & ((lost | target_lost) != 0), float("nan"), kl).to(tl.float64)
+                ku = k_kl * kl_weight / su
+                kv = k_kl * kl_weight / sv
+            if HAS_GRADIENT:
+                gradient_n = gradient_ptr + image64 * num_classes * plane + at
+                _gradient(
+                    student_n, target_n, gradient_n, exists, label, k_ce, a, ku, kv, class_weight_ptr, num_classes,
+                    plane, target_plane, temperature, absent_u,
+                    USE_CE, USE_KL, HAS_CLASS_WEIGHT, POWER, BLOCK_C,
+                )  # fmt: skip
+    tl.store(partials_ptr + 2 * pid, tl.sum(ce_sum, 0))
+    tl.store(partials_ptr + 2 * pid + 1, tl.sum(kl_sum, 0))
+
+
+class Tiling(NamedTuple):
+    """How the work is cut; of these, only the classes can change a bit of the gradient.
+
+    Attributes:
+        classes, pixels: of a block, a power of two each.
+        programs: at most.
+        num_warps: of a program.
+    """
+
+    classes: int
+    pixels: int
+    programs: int
+    num_warps: int
+
+
+def choose_tiling(problem: LossProblem) -> Tiling:
+    """One warp with four neighbouring pixels per lane, or where the classes are contiguous four warps along them."""
+    C, h, w = problem.student.shape[1:]
+    classes = triton.next_power_of_2(C)
+    processors = multiprocessors(problem.student.device)
+    if h * w > 1:
+        return Tiling(min(CLASSES, classes), PIXELS, 32 * processors, 1)
+    classes = min(ROW, classes)
+    return Tiling(classes, ROW // classes, 16 * processors, 4)
+
+
+def launch(
+    problem: LossProblem, prepared: Prepared, gradient: Tensor | None, *, tiling: Tiling | None = None
+) -> Tensor:
+    """Run the kernel on the images whose route is 1.
+
+    Args:
+        prepared: of this problem, with stride 1.
+        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
+    Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
+    """
+    B, _, h, w = problem.student.shape
+    device = problem.student.device
+    ht, wt = prepared.target.shape[2:] if problem.use_kl else (1, 1)
+    tiling = choose_tiling(problem) if tiling is None else tiling
+    single = h * w == 1
+    image_blocks = 1 if single else triton.cdiv(h * w, tiling.pixels)
+    num_blocks = triton.cdiv(B, tiling.pixels) if single else B * image_blocks
+    programs = min(num_blocks, tiling.programs)
+    partials = torch.empty((programs, 2), dtype=torch.float64, device=device)
+    pixels_kernel[(programs,)](
+        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.target_rows.inside,
+        prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, gradient, partials,
+        **pixel_arguments(problem), batch=B, h=h, w=w, ht=ht, wt=wt, image_blocks=image_blocks, num_blocks=num_blocks,
+        temperature=problem.temperature, HAS_GRADIENT=gradient is not None,
+        MOVED=problem.window is not None or problem.flip is not None, SINGLE=single,
+        POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
+        BLOCK_C=tiling.classes, BLOCK_N=tiling.pixels, num_warps=tiling.num_warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return partials

@@ -1,0 +1,340 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+"""What the Triton loss kernels start from: both sets of logits in one form, and the geometry.
+
+One launch reads the student's and the target's logits at their own small sizes, whatever their dtype, strides and k,
+and writes float32, contiguous, normalised and scaled for exp2: every later kernel then has one variant. It also finds
+lost pixels and the range of the logits, and counts the pixels that the terms divide by. A second launch
+(`geometry`) writes tables of taps and decides which kernel takes which image.
+
+The price is 4 bytes per logit of both sets, 44 MB at 16 x 21 x 128^2 and 315 MB at 16 x 150 x 128^2. Stored in half
+precision, the kernels would convert, clamp and subtract in their inner loops, which are what bounds them.
+
+Legend: B batch, C classes, k kept classes, h w student's size, ht wt target's size, H W label size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import LossProblem
+from .common import load_pixel, pixel_arguments
+from .geometry import Taps as Taps
+from .geometry import geometry_kernel, is_inside, load_window, view_positions
+from .topk import tail_fill
+
+LARGEST = torch.finfo(torch.float32).max
+PIXELS = 128
+"""Low-resolution pixels of a program."""
+COUNT_ROWS, COUNT_COLUMNS = 8, 128
+"""Labels of a program that counts: this many rows, and columns at a time."""
+TABLE = 1024
+"""Entries of a table that are written at a time."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Both sets of logits in the form that every loss kernel reads, and where each pixel lies in them.
+
+    Attributes:
+        student: (B, C, h, w) float32, contiguous: (logit - largest of its pixel) * log2(e) / T; 0 where lost.
+        student_lost: (B, h, w) uint8.
+        target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same; one element each when KL is off.
+        student_rows, student_columns: of (H,) and (W,).
+        target_rows, target_columns: of (Bt, H) and (Bt, W), Bt = B with a window or a flip, else 1; when KL is off,
+            of (1, 1).
+        route: (B,) int32: 1 where the fast kernel takes the image, 0 where tiles does.
+        shift: (B, 3) int32: row, column, flip (0 or 1): student cell (i, j) meets target cell (row + i, column + j),
+            flipped (row + i, column + w - 1 - j), clamped to the target's grid. Where route is 1 and KL is on.
+        factors: (4,) float32: ce_weight / ce_denominator, kl_weight * T / kl_denominator (of the gradient),
+            1 / ce_denominator, T^2 / kl_denominator (of the terms); 0 where the denominator is 0.
+        stride: label pixels per student cell when the fast kernel may run (1, 2, 4 or 8), else 0.
+    """
+
+    student: Tensor
+    student_lost: Tensor
+    target: Tensor
+    target_lost: Tensor
+    student_rows: Taps
+    student_columns: Taps
+    target_rows: Taps
+    target_columns: Taps
+    route: Tensor
+    shift: Tensor
+    factors: Tensor
+    stride: int = 0
+
+
+@triton.jit
+def _normalise(
+    x_ptr, stride_c, stride_h, stride_w, out_ptr, lost_ptr, range_ptr, block, num_classes, h, w, limit, scale, stretch,
+    FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap."""
+    offs_n = block * BLOCK + tl.arange(0, BLOCK)
+    exists = offs_n < h * w
+    pixel_ptrs = x_ptr + (offs_n * stride_w if FLAT else offs_n // w * stride_h + offs_n % w * stride_w)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, num_classes, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = (offs_c < num_classes)[:, None] & exists[None, :]
+        x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.where(mask, x, float("-inf")), 0))
+        smallest = tl.minimum(smallest, tl.min(tl.where(mask, x, float("inf")), 0))
+        wrong = tl.maximum(wrong, tl.max(tl.where(tl.abs(x) <= limit, 0, 1), 0))
+    kept = exists & (wrong == 0)
+    largest = tl.where(kept, largest, 0.0)
+    tl.store(lost_ptr + offs_n, wrong.to(tl.uint8), mask=exists)
+    tl.store(range_ptr, tl.max((largest - tl.where(kept, smallest, 0.0)) * stretch, 0))
+    for start in range(0, num_classes, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = (offs_c < num_classes)[:, None] & exists[None, :]
+        x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
+        value = (tl.where(kept[None, :], x, 0.0) - largest[None, :]) * scale
+        tl.store(out_ptr + offs_c[:, None] * (h * w) + offs_n[None, :], value, mask=mask)
+
+
+@triton.jit
+def _densify(
+    values_ptr, indices_ptr, tail_ptr, out_ptr, lost_ptr, range_ptr, block, k, num_classes, num_pixels, limit, scale,
+    stretch,
+    BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same for a packed target: the tail's fill for every class, then the kept ones over it."""
+    offs_n = block * BLOCK + tl.arange(0, BLOCK)
+    exists = offs_n < num_pixels
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    for kept in range(k):
+        x = tl.load(values_ptr + kept * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
+        ids = tl.load(indices_ptr + kept * num_pixels + offs_n, mask=exists, other=0).to(tl.int32)
+        largest = tl.maximum(largest, x)
+        smallest = tl.minimum(smallest, x)
+        wrong = wrong | tl.where(tl.abs(x) <= limit, 0, 1) | tl.where(ids < num_classes, 0, 1)
+    largest = tl.where(wrong == 0, largest, 0.0)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for kept in range(k):
+        x = tl.load(values_ptr + kept * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
+        mass += tl.exp(tl.where(wrong == 0, x - largest, 0.0))
+    tail = tl.load(tail_ptr + offs_n, mask=exists, other=0.0).to(tl.float32)
+    fill = tail_fill(largest, mass, tail, num_classes, k).to(tl.float32)
+    wrong = wrong | tl.where(tl.abs(fill) <= limit, 0, 1)  # NaN too
+    known = exists & (wrong == 0)
+    fill = tl.where(known, fill, 0.0)
+    largest = tl.where(known, tl.maximum(largest, fill), 0.0)
+    smallest = tl.where(known, tl.minimum(smallest, fill), 0.0)
+    tl.store(lost_ptr + offs_n, wrong.to(tl.uint8), mask=exists)
+    tl.store(range_ptr, tl.max((largest - smallest) * stretch, 0))
+    fill = (fill - largest) * scale
+    for start in range(0, num_classes, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask = (offs_c < num_classes)[:, None] & exists[None, :]
+        ptrs = out_ptr + offs_c[:, None] * num_pixels + offs_n[None, :]
+        tl.store(ptrs, tl.broadcast_to(fill[None, :], (BLOCK_C, BLOCK)), mask=mask)
+    # Another thread may have filled what this one overwrites.
+    tl.debug_barrier()
+    for kept in range(k):
+        x = tl.load(values_ptr + kept * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
+        ids = tl.load(indices_ptr + kept * num_pixels + offs_n, mask=exists, other=0).to(tl.int32)
+        tl.store(out_ptr + ids * num_pixels + offs_n, (x - largest) * scale, mask=known)
+
+
+@triton.jit
+def _count(
+    label_ptr, stride_lh, stride_lw, class_weight_ptr, window_ptr, counts_ptr, block, flip, num_classes, H, W,
+    view_height, view_width,
+    COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+    DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The class weights of the labelled pixels and the number of those KL counts, in a block of rows of an image."""
+    offs_y = block * ROWS + tl.arange(0, ROWS)
+    y0, x0, y1, x1 = load_window(window_ptr, view_height, view_width, HAS_WINDOW)
+    ce = tl.zeros((ROWS, COLUMNS), tl.float64)
+    kl = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for start in range(0, W, COLUMNS):
+        offs_x = start + tl.arange(0, COLUMNS)
+        exists = (offs_y < H)[:, None] & (offs_x < W)[None, :]
+        in_view = exists
+        if HAS_WINDOW:
+            y = view_positions(offs_y, H, view_height, y0, y1, True)
+            x = view_positions(tl.where(flip, W - 1 - offs_x, offs_x), W, view_width, x0, x1, True)
+            in_view = is_inside(y, view_height)[:, None] & is_inside(x, view_width)[None, :]
+        ptrs = label_ptr
+        if HAS_LABELS:
+            ptrs = label_ptr + offs_y.to(tl.int64)[:, None] * stride_lh + offs_x.to(tl.int64)[None, :] * stride_lw
+        _, ce_weight, kl_weight, _, _ = load_pixel(
+            ptrs, class_weight_ptr, ptrs, exists, in_view, num_classes,
+            COUNTS_CE, COUNTS_KL, HAS_LABELS, HAS_CLASS_WEIGHT, False, DISTILL_VOID, IGNORE_INDEX,
+        )  # fmt: skip
+        # A class id out of range weighs NaN, which is for the loss alone.
+        ce += tl.where(ce_weight == ce_weight, ce_weight, 0.0).to(tl.float64)
+        kl += kl_weight.to(tl.float64)
+    tl.store(counts_ptr, tl.sum(tl.sum(ce, 1), 0))
+    tl.store(counts_ptr + 1, tl.sum(tl.sum(kl, 1), 0))
+
+
+@triton.jit
+def prepare_kernel(
+    student_ptr, student_out_ptr, student_lost_ptr, target_ptr, indices_ptr, tail_ptr, target_out_ptr, target_lost_ptr,
+    label_ptr, class_weight_ptr, window_ptr, flip_ptr, ranges_ptr, counts_ptr,
+    stride_sb, stride_sc, stride_sh, stride_sw, stride_lb, stride_lh, stride_lw,
+    num_classes, k, h, w, ht, wt, H, W, view_height, view_width, student_blocks, target_blocks, count_blocks,
+    student_limit, target_limit, scale, stretch,
+    USE_KL: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_FLIP: tl.constexpr, PACKED: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """For every image: programs of the student's pixels, then of the target's, then those that count labels."""
+    programs = student_blocks + target_blocks + count_blocks
+    image = tl.program_id(0) // programs
+    block = tl.program_id(0) % programs
+    image64 = image.to(tl.int64)
+    ranges_ptr += image * (student_blocks + target_blocks) + block
+    if block < student_blocks:
+        _normalise(
+            student_ptr + image64 * stride_sb, stride_sc, stride_sh, stride_sw,
+            student_out_ptr + image64 * num_classes * (h * w), student_lost_ptr + image64 * (h * w), ranges_ptr,
+            block, num_classes, h, w, student_limit, scale, stretch, FLAT, BLOCK_C, BLOCK,
+        )  # fmt: skip
+    elif block < student_blocks + target_blocks:
+        if USE_KL:
+            out_ptr = target_out_ptr + image64 * num_classes * (ht * wt)
+            lost_ptr = target_lost_ptr + image64 * (ht * wt)
+            if PACKED:
+                _densify(
+                    target_ptr + image64 * k * (ht * wt), indices_ptr + image64 * k * (ht * wt),
+                    tail_ptr + image64 * (ht * wt), out_ptr, lost_ptr, ranges_ptr, block - student_blocks, k,
+                    num_classes, ht * wt, target_limit, scale, stretch, BLOCK_C, BLOCK,
+                )  # fmt: skip
+            else:
+                _normalise(
+                    target_ptr + image64 * num_classes * (ht * wt), ht * wt, wt, 1, out_ptr, lost_ptr, ranges_ptr,
+                    block - student_blocks, num_classes, ht, wt, target_limit, scale, stretch, True, BLOCK_C, BLOCK,
+                )  # fmt: skip
+    else:
+        block -= student_blocks + target_blocks
+        if HAS_LABELS:
+            label_ptr += image64 * stride_lb
+        flip = image < 0
+        if HAS_WINDOW:
+            window_ptr += image * 4
+            if HAS_FLIP:
+                flip = tl.load(flip_ptr + image) != 0
+        _count(
+            label_ptr, stride_lh, stride_lw, class_weight_ptr, window_ptr,
+            counts_ptr + 2 * (image * count_blocks + block), block, flip, num_classes, H, W, view_height, view_width,
+            COUNTS_CE, COUNTS_KL, HAS_LABELS, HAS_CLASS_WEIGHT, DISTILL_VOID, IGNORE_INDEX, HAS_WINDOW, ROWS, COLUMNS,
+        )  # fmt: skip
+
+
+def fast_stride(problem: LossProblem) -> int:
+    """Label pixels per student cell where cells (2, 4, 8) or pixels (1) may take images, as far as the host knows."""
+    (H, W), (C, h, w), target = problem.size, problem.student.shape[1:], problem.target
+    stride = H // h
+    if stride not in (1, 2, 4, 8) or (h * stride, w * stride) != (H, W) or problem.align_corners:
+        return 0
+    if stride > 1 and (w < 2 or C >= 2**15):
+        return 0
+    if target is None:
+        return stride
+    ht, wt = target.values.shape[2:]
+    windowed = problem.window is not None
+    if target.align_corners or (stride > 1 and wt < 2) or (not windowed and (ht, wt) != (h, w)):
+        return 0
+    return stride
+
+
+def prepare(problem: LossProblem) -> Prepared:
+    """Launch the two kernels; B is at least 1. Memory: O(B C (h w + ht wt)), 4 bytes each."""
+    target = problem.target
+    window = None if target is None or problem.window is None else problem.window.to(torch.float64).contiguous()
+    flip = None if target is None or problem.flip is None else problem.flip.contiguous().view(torch.uint8)
+    masked = window is not None or not (problem.distill_void or problem.labels is None)
+    counts_ce = problem.use_ce and problem.ce_denominator is None
+    counts_kl = problem.use_kl and problem.kl_denominator is None and masked
+    logits, ranges, counts = _launch_prepare(problem, window, flip, counts_ce, counts_kl)
+    return _launch_geometry(problem, window, flip, counts_ce, counts_kl, logits, ranges, counts)
+
+
+def _launch_prepare(
+    problem: LossProblem, window: Tensor | None, flip: Tensor | None, counts_ce: bool, counts_kl: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """Return (student, student_lost, target, target_lost), (B, programs) ranges and (B, programs, 2) counts."""
+    student, target, T = problem.student, problem.target, problem.temperature
+    (B, C, h, w), (H, W) = student.shape, problem.size
+    blocks = (
+        triton.cdiv(h * w, PIXELS),
+        0 if target is None else triton.cdiv(target.values.shape[2] * target.values.shape[3], PIXELS),
+        triton.cdiv(H, COUNT_ROWS) if counts_ce or counts_kl else 0,
+    )
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=student.device)
+
+    ranges, counts = empty(B, blocks[0] + blocks[1]), empty(B, blocks[2], 2, dtype=torch.float64)
+    students, targets = (empty(B, C, h, w), empty(B, h, w, dtype=torch.uint8)), (empty(1), empty(1, dtype=torch.uint8))
+    values = indices = tail = None
+    k, ht, wt, view = 0, 1, 1, (1, 1)
+    if target is not None:
+        k, ht, wt = target.values.shape[1:]
+        view = target.view_size
+        targets = empty(B, C, ht, wt), empty(B, ht, wt, dtype=torch.uint8)
+        values = target.values.contiguous()
+        indices = None if target.indices is None else target.indices.contiguous()
+        tail = None if target.tail is None else target.tail.contiguous()
+    pixels = pixel_arguments(problem)
+    prepare_kernel[(B * sum(blocks),)](
+        student, *students, values, indices, tail, *targets,
+        pixels["label_ptr"], pixels["class_weight_ptr"], window, flip, ranges, counts,
+        *student.stride(), pixels["stride_lb"], pixels["stride_lh"], pixels["stride_lw"],
+        C, k, h, w, ht, wt, H, W, *view, *blocks,
+        LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), min(math.log2(math.e) / T, LARGEST),
+        max(1.0, 1 / T),
+        USE_KL=problem.use_kl, COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, HAS_LABELS=pixels["HAS_LABELS"],
+        HAS_CLASS_WEIGHT=pixels["HAS_CLASS_WEIGHT"], DISTILL_VOID=pixels["DISTILL_VOID"],
+        IGNORE_INDEX=problem.ignore_index, HAS_WINDOW=window is not None, HAS_FLIP=flip is not None,
+        PACKED=indices is not None, FLAT=student.stride(2) == w * student.stride(3) or h == 1,
+        BLOCK_C=min(32, triton.next_power_of_2(C)), BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return (*students, *targets), ranges, counts
+
+
+def _launch_geometry(
+    problem: LossProblem, window: Tensor | None, flip: Tensor | None, counts_ce: bool, counts_kl: bool,
+    logits: tuple[Tensor, Tensor, Tensor, Tensor], ranges: Tensor, counts: Tensor,
+) -> Prepared:  # fmt: skip
+    """Tables of taps, routes, shifts and factors, from what `_launch_prepare` returned."""
+    target, device, stride = problem.target, problem.student.device, fast_stride(problem)
+    (B, _, h, w), (H, W) = problem.student.shape, problem.size
+    ht, wt = (1, 1) if target is None else target.values.shape[2:]
+    view = (1, 1) if target is None else target.view_size
+
+    def taps(*shape: int) -> Taps:
+        kinds = (torch.int32, torch.float32, torch.uint8)
+        return Taps(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
+
+    Bt = B if window is not None or flip is not None else 1
+    targets = (taps(1, 1), taps(1, 1)) if target is None else (taps(Bt, H), taps(Bt, W))
+    tables = (taps(H), taps(W), *targets)
+    route, shift = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((B,), (B, 3)))
+    factors = torch.empty(4, dtype=torch.float32, device=device)
+    geometry_kernel[(B + 1,)](
+        window, flip, ranges, counts, problem.ce_weight, problem.kl_weight, problem.ce_denominator,
+        problem.kl_denominator, *(part for table in tables for part in table), route, shift, factors,
+        B, h, w, ht, wt, H, W, *view, ranges.shape[1], B * counts.shape[1], B * H * W, problem.temperature,
+        HAS_WINDOW=window is not None, HAS_FLIP=flip is not None, USE_CE=problem.use_ce, USE_KL=problem.use_kl,
+        STUDENT_ALIGN=problem.align_corners, TARGET_ALIGN=target is not None and target.align_corners,
+        FAST=stride > 0, GUARD_RANGE=stride > 1, HAS_CE_DENOMINATOR=problem.ce_denominator is not None,
+        HAS_KL_DENOMINATOR=problem.kl_denominator is not None, COUNTS_CE=counts_ce, COUNTS_KL=counts_kl,
+        BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return Prepared(*logits, *tables, route, shift, factors, stride)

@@ -1,0 +1,338 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+# mypy: disable-error-code="assignment"
+"""One bilinear cell: a class's surface, its exponentials at the cell's pixels and their moments; what pixels count.
+
+Between four corners the logits of a class are a surface `value + r dx + q (dy + r dxy)` over the pixels (q, r). Its
+exponentials are therefore geometric sequences: 4 exp2 per cell and one multiplication per pixel replace an exp2 per
+pixel. The gradient at the corners needs four moments of the pixels' gradients, and prefix sums yield them at 1.5
+instructions per pixel: summing the partial sums of G[0], G[1], ..., G[S-1] weighs G[r] by S - 1 - r.
+
+Every contraction is written as `tl.fma` and the kernels are compiled without automatic fusion, so that a result does
+not depend on how a compiler groups the rest of a kernel.
+
+Legend: S pixels of a cell's row; ROWS pixel rows of the cell that are done at a time; q row, r column of a pixel.
+Per-pixel values are tuples of ROWS * S blocks, because Triton keeps those in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import VOID, load_label, power
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to an ulp for 2^-126 < x < 2^126, in 7 instructions without a special function or a predicate.
+
+    The exponent's sign flipped in the bits is off by at most 12%; each cubic step cubes that. A division costs 9
+    instructions and predicates, which are scarcer than registers here.
+    """
+    estimate = (0x7EF311C7 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    error = tl.fma(-x, estimate, 1.0)
+    estimate = tl.fma(estimate, tl.fma(error, error, error), estimate)
+    error = tl.fma(-x, estimate, 1.0)
+    return tl.fma(estimate, tl.fma(error, error, error), estimate)
+
+
+@triton.jit
+def interpolation(low, width, flip, S: tl.constexpr):
+    """How the pixels of a cell between columns `low` and `low + 1` read a grid of `width` >= 2 columns.
+
+    Returns: column, first, step: pixel r reads `(1 - f) x[column] + f x[column + 1]` with f = first + r step; both
+        columns lie in the grid, and beyond its edge f is 0 or 1 throughout. A flipped cell is read from the right.
+    """
+    inner = (low >= 0) & (low < width - 1)
+    first = tl.where(flip, 1.0 - 0.5 / S, 0.5 / S)
+    first = tl.where(inner, first, tl.where(low < 0, 0.0, 1.0))
+    step = tl.where(inner, tl.where(flip, -1.0 / S, 1.0 / S), 0.0)
+    return tl.minimum(tl.maximum(low, 0), width - 2), first, step
+
+
+@triton.jit
+def load_corners(top_ptrs, bottom_ptrs, offset):
+    """The four corners of every lane's cell: top left and right, bottom left and right."""
+    return (
+        tl.load(top_ptrs + offset),
+        tl.load(top_ptrs + offset + 1),
+        tl.load(bottom_ptrs + offset),
+        tl.load(bottom_ptrs + offset + 1),
+    )
+
+
+@triton.jit
+def make_surface(corners, first, step, y_first, S: tl.constexpr):
+    """(value, dx, dy, dxy): the logit at the first pixel and its increments; rows start at `y_first` of the cell."""
+    top = corners[1] - corners[0]
+    bottom = corners[3] - corners[2]
+    upper = tl.fma(top, first, corners[0])
+    rise = tl.fma(bottom, first, corners[2]) - upper
+    twist = (bottom - top) * step
+    return tl.fma(rise, y_first, upper), tl.fma(twist, y_first, top * step), rise * (1.0 / S), twist * (1.0 / S)
+
+
+@triton.jit
+def exponentials(surface):
+    """exp2 of a surface as a geometric sequence: (value, x ratio, y ratio, ratio of the x ratios of two rows)."""
+    return tl.exp2(surface[0]), tl.exp2(surface[1]), tl.exp2(surface[2]), tl.exp2(surface[3])
+
+
+@triton.jit
+def scaled(surface, factor):
+    """The surface times a scalar."""
+    return surface[0] * factor, surface[1] * factor, surface[2] * factor, surface[3] * factor
+
+
+@triton.jit
+def difference(a, b):
+    """The surface a - b."""
+    return a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3]
+
+
+@triton.jit
+def add_powers(sums, sequence, POWER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
+    """sums + sequence ** POWER, pixel by pixel."""
+    row, ratio, row_ratio, twist = sequence
+    new = ()
+    for q in tl.static_range(ROWS):
+        e = row
+        before = row
+        for r in tl.static_range(S):
+            if POWER > 1:
+                new += (tl.fma(power(e, POWER - 1), e, sums[q * S + r]),)
+            elif r + 1 < S:
+                new += (sums[q * S + r] + e,)
+            else:
+                new += (tl.fma(before, ratio, sums[q * S + r]),)
+            before = e
+            e = e * ratio
+        if q + 1 < ROWS:
+            row = row * row_ratio
+            ratio = ratio * twist
+    return new
+
+
+@triton.jit
+def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
+    """Moments of G = linear e (if LINEAR) + higher e ** HIGHER (if HIGHER > 0), e being the sequence.
+
+    Returns: the sums over the pixels of G, (S - 1 - r) G, (ROWS - 1 - q) G and (S - 1 - r) (ROWS - 1 - q) G.
+    """
+    row, ratio, row_ratio, twist = sequence
+    for q in tl.static_range(ROWS):
+        e = row
+        for r in tl.static_range(S):
+            if HIGHER == 0:
+                weight = linear[q * S + r]
+            elif HIGHER == 1:
+                weight = higher[q * S + r]
+                if LINEAR:
+                    weight += linear[q * S + r]
+            elif LINEAR:
+                weight = tl.fma(power(e, HIGHER - 1), higher[q * S + r], linear[q * S + r])
+            else:
+                weight = power(e, HIGHER - 1) * higher[q * S + r]
+            if r == 0:
+                m0 = e * weight
+                m1 = m0
+            else:
+                m0 = tl.fma(e, weight, m0)
+                if r + 1 < S:
+                    m1 += m0
+            if r + 1 < S:
+                e = e * ratio
+        if q == 0:
+            m00 = m0
+            m10 = m1
+            m01 = m0
+            m11 = m1
+        else:
+            m00 += m0
+            m10 += m1
+            if q + 1 < ROWS:
+                m01 += m00
+                m11 += m10
+        if q + 1 < ROWS:
+            row = row * row_ratio
+            ratio = ratio * twist
+    return m00, m10, m01, m11
+
+
+@triton.jit
+def unpack(labels, index: tl.constexpr):
+    """One of the class ids that are kept in pairs, 16 bits each; VOID and WRONG stay negative."""
+    if index % 2 == 0:
+        return (labels[index // 2] << 16) >> 16
+    return labels[index // 2] >> 16
+
+
+@triton.jit
+def label_moments(labels, c, S: tl.constexpr, ROWS: tl.constexpr):
+    """Moments, as above, of G = 1 at the pixels labelled c, else 0."""
+    for q in tl.static_range(ROWS):
+        for r in tl.static_range(S):
+            hit = tl.where(unpack(labels, q * S + r) == c, 1.0, 0.0)
+            if r == 0:
+                m0 = hit
+                m1 = m0
+            else:
+                m0 += hit
+                if r + 1 < S:
+                    m1 += m0
+        if q == 0:
+            m00 = m0
+            m10 = m1
+            m01 = m0
+            m11 = m1
+        else:
+            m00 += m0
+            m10 += m1
+            if q + 1 < ROWS:
+                m01 += m00
+                m11 += m10
+    return m00, m10, m01, m11
+
+
+@triton.jit
+def subtract(a, factor, b):
+    """The moments a - factor b."""
+    return (
+        tl.fma(-factor, b[0], a[0]),
+        tl.fma(-factor, b[1], a[1]),
+        tl.fma(-factor, b[2], a[2]),
+        tl.fma(-factor, b[3], a[3]),
+    )
+
+
+@triton.jit
+def contract(surface, m, S: tl.constexpr, ROWS: tl.constexpr):
+    """The sum over the pixels of the surface times G, from the moments of G.
+
+    The moments weigh by the distance to the last pixel, so the surface is written from there.
+    """
+    value, dx, dy, dxy = surface
+    last_dx = tl.fma(dxy, ROWS - 1.0, dx)
+    last_dy = tl.fma(dxy, S - 1.0, dy)
+    last = tl.fma(last_dy, ROWS - 1.0, tl.fma(dx, S - 1.0, value))
+    total = tl.fma(-last_dx, m[1], last * m[0])
+    return tl.fma(dxy, m[3], tl.fma(-last_dy, m[2], total))
+
+
+@triton.jit
+def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr):
+    """Whether pixel (q, r) of a cell lies in the image: cells at the edge are half outside."""
+    column = j >= 0 if r < S // 2 else j < w - 1
+    if ROWS == S:
+        row = i >= 0 if q < S // 2 else i < h - 1
+    else:
+        row = ((g >= S // ROWS // 2) | (i >= 0)) & ((g < S // ROWS // 2) | (i < h - 1))
+    return row & column
+
+
+@triton.jit
+def read_labels(
+    label_ptrs, stride_lh, stride_lw, active, i, j, g, h, w, num_classes,
+    S: tl.constexpr, ROWS: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+):  # fmt: skip
+    """Labels of a cell in pairs, see `unpack`; a bit for each of them modulo 32; the lowest and the highest."""
+    labels = ()
+    seen = active.to(tl.int32) * 0
+    lowest = seen
+    highest = seen + VOID
+    for q in tl.static_range(ROWS):
+        for r in tl.static_range(S):
+            exists = active & in_image(q, g, i, j, h, w, r, S, ROWS)
+            label = load_label(label_ptrs + q * stride_lh + r * stride_lw, exists, num_classes, IGNORE_INDEX)
+            seen = seen | (1 << (label & 31))
+            lowest = tl.minimum(lowest, label)
+            highest = tl.maximum(highest, label)
+            if r % 2 == 0:
+                even = label & 0xFFFF
+            else:
+                labels += (even | (label << 16),)
+    return labels, seen, lowest, highest
+
+
+@triton.jit
+def _split(value, counted, exponent, product):
+    """Multiply a running product by `value` where counted, in two parts: the exponent's bits and the mantissas'.
+
+    One logarithm then does for all pixels of a cell.
+    """
+    bits = tl.where(counted, value, 1.0).to(tl.int32, bitcast=True)
+    return exponent + (bits >> 23), product * ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pixel_factors(
+    ce, kl, teacher, labels, class_weight_ptr, gate_ptrs, stride_ph, stride_pw, row_inside_ptrs, column_inside_ptrs,
+    k_ce, k_kl, active, i, j, g, h, w, zero,
+    S: tl.constexpr, ROWS: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """What every pixel's exponentials are multiplied by in the gradient, and its part of the loss.
+
+    Returns: tuples for the student at T = 1 and at T and for the target (its gate over its sum, without k_kl); the
+        cell's sums of ce weight * log2(ce) and of gate * log2(kl / teacher); whether KL counts a pixel of it.
+    """
+    ce_factors = ()
+    kl_factors = ()
+    teacher_factors = ()
+    ce_log = zero
+    kl_log = zero
+    ce_exponent = zero.to(tl.int32)
+    kl_exponent = ce_exponent
+    ce_product = zero + 1.0
+    kl_product = ce_product
+    kl_any = active != active
+    for q in tl.static_range(ROWS):
+        for r in tl.static_range(S):
+            if USE_CE:
+                label = unpack(labels, q * S + r)
+                factor = reciprocal(ce[q * S + r]) * k_ce
+                if HAS_CLASS_WEIGHT:
+                    weight = tl.load(class_weight_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+                    ce_log = tl.fma(weight, tl.log2(ce[q * S + r]), ce_log)
+                    factor = factor * weight
+                else:
+                    ce_exponent, ce_product = _split(ce[q * S + r], label >= 0, ce_exponent, ce_product)
+                    factor = tl.where(label >= 0, factor, 0.0)
+                ce_factors += (factor,)
+            if USE_KL:
+                kept = active & in_image(q, g, i, j, h, w, r, S, ROWS)
+                if HAS_WINDOW:
+                    kept = kept & (tl.load(row_inside_ptrs + q, mask=kept, other=0) != 0)
+                    kept = kept & (tl.load(column_inside_ptrs + r, mask=kept, other=0) != 0)
+                if not DISTILL_VOID:
+                    kept = kept & (unpack(labels, q * S + r) != VOID)
+                kl_any = kl_any | kept
+                inverse = reciprocal(teacher[q * S + r])
+                ratio = kl[q * S + r] * inverse
+                factor = reciprocal(kl[q * S + r]) * k_kl
+                if HAS_PIXEL_WEIGHT:
+                    gate = tl.load(gate_ptrs + q * stride_ph + r * stride_pw, mask=kept, other=0).to(tl.float32)
+                    kl_log = tl.fma(gate, tl.log2(ratio), kl_log)
+                    factor = factor * gate
+                    inverse = inverse * gate
+                else:
+                    kl_exponent, kl_product = _split(ratio, kept, kl_exponent, kl_product)
+                    factor = tl.where(kept, factor, 0.0)
+                    inverse = tl.where(kept, inverse, 0.0)
+                kl_factors += (factor,)
+                teacher_factors += (inverse,)
+    if not HAS_CLASS_WEIGHT:
+        ce_log = (ce_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(ce_product)
+    if not HAS_PIXEL_WEIGHT:
+        kl_log = (kl_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(kl_product)
+    return ce_factors, kl_factors, teacher_factors, ce_log, kl_log, kl_any
+
+
+@triton.jit
+def any_lost(lost_ptr, top, bottom, low, width):
+    """Whether one of a cell's corners is lost; `top` and `bottom` are offsets of rows, `low` is its left column.
+
+    Each of them enters all of the cell's pixels: at strides of 2 and more no pixel lies on a corner.
+    """
+    left = tl.minimum(tl.maximum(low, 0), width - 1)
+    right = tl.minimum(tl.maximum(low + 1, 0), width - 1)
+    upper = tl.load(lost_ptr + top + left) | tl.load(lost_ptr + top + right)
+    return (upper | tl.load(lost_ptr + bottom + left) | tl.load(lost_ptr + bottom + right)) != 0

@@ -1,0 +1,445 @@
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
+"""The generic Triton loss kernel: any ratio of sizes, any window, any range of logits, aligned corners or not.
+
+A cell is the square between four neighbouring student pixels, and the label pixels in it depend on these four alone:
+
+            lane j     lane j + 1              cells -1 to w - 1 across and -1 to h - 1 down, those at the edges with
+    row i     +----------+----------+          half of their corners clamped to the grid
+              | . . . .  | . . . .  |  rows q  a dot is a label pixel; up to four rows that share the two student
+              | . . . .  | . . . .  |          rows and at most three target rows are done at once, column by column:
+    row i + 1 +----------+----------+          10 loads serve 4 pixels of a class
+
+One lane owns a column of cells in a strip of `strip_rows` rows, and walks down it. The classes run twice in each group
+of rows: first for the sums of the softmaxes (`_visit`), then for the gradient (`_gradient`); in between, six numbers
+per pixel wait in a scratch buffer that the next group uses again. Over a cell, a lane adds up what its pixels give the
+four corners. The right half goes to the neighbouring lane, the lower half into sums that the next row of cells goes on
+with, and a row of student pixels whose two rows of cells are done is written out. So one program adds up all of a
+gradient element, in an order that depends neither on the tiling nor on the rest of the batch: no atomic addition, and
+the same bits every time.
+
+The price is a seam: one lane of 32 and a row of cells per strip are computed twice, for the neighbour and for the
+strip above (their loss is counted once). Seams apart, a class of a pixel costs about 65 instructions at stride 4 with
+21 classes and 52 with 150 (sm_90, counted in the machine code), against about 30 of the kernel for aligned cells.
+
+Both softmaxes leave out the usual maximum: the logits of a low-resolution pixel have maximum 0, and between them a
+pixel's is rarely far below. Where a sum falls under 2^-60, the pixels are done again relative to their true maxima.
+
+Legend: B batch, C classes, H W label size, h w the student's own size, ht wt the target's; u, v the student's and the
+target's base-2 logits / T at a label pixel. Blocks: c classes, q rows that are done at once, n lanes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import LossProblem
+from .common import LN2, gpu, integer_power, launch_options, load_pixel, multiprocessors, pixel_arguments, power
+from .prep import Prepared
+from .sample import (
+    ROWS,
+    SMALL,
+    first_pixel,
+    label_logit,
+    load_columns,
+    lost_on_row,
+    softmax_sums,
+    softmax_sums_below_peaks,
+    student_group,
+    student_logits,
+    target_group,
+    target_logits,
+)
+
+LOWEST_SUM = tl.constexpr(2.0**-60)
+VALUES = tl.constexpr(6)
+"""Numbers kept per pixel: label, factors of 2^(T u), 2^u and 2^v, maxima of u and v."""
+REGISTERS = 168
+"""Per lane, so that 12 warps share a multiprocessor; left alone, ptxas takes 255, with the same innermost loops."""
+
+
+@triton.jit
+def _gradient(
+    student_rows, target_rows, blend, cell_n, left_n, right_n, first_n, target_at_n, columns, values_ptr, now_ptr,
+    next_ptr, column_fraction_ptr, target_index_ptr, target_fraction_ptr, class_weight_ptr, k_ce, sizes, W, wt,
+    temperature,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, POWER: tl.constexpr,
+    PEAKS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Add what a group of rows gives the corners of its cells to the sums of this row of cells and the next."""
+    lane = tl.arange(0, LANES)
+    shift_cn = tl.zeros((BLOCK, LANES), tl.int32) + tl.maximum(lane - 1, 0)[None, :]
+    value_qn = values_ptr + tl.arange(0, ROWS)[:, None] * (VALUES * LANES) + lane[None, :]
+    for start in range(0, sizes[0], BLOCK):
+        class_c = start + tl.arange(0, BLOCK)
+        known_c = class_c < sizes[0]
+        c = tl.minimum(class_c, sizes[0] - 1)
+        offset_cn = (c * sizes[1])[:, None]
+        top_cn = tl.load((student_rows[0] + left_n)[None, :] + offset_cn)
+        top_step_cn = tl.load((student_rows[0] + right_n)[None, :] + offset_cn) - top_cn
+        bottom_cn = tl.load((student_rows[1] + left_n)[None, :] + offset_cn)
+        bottom_step_cn = tl.load((student_rows[1] + right_n)[None, :] + offset_cn) - bottom_cn
+        k_label_c = tl.zeros((BLOCK,), tl.float32) + k_ce
+        if HAS_CLASS_WEIGHT:
+            k_label_c *= tl.load(class_weight_ptr + c).to(tl.float32)
+        # Sums over the cell of g, g * row fraction, g * column fraction, g * both.
+        all_cn = tl.zeros((BLOCK, LANES), tl.float32)
+        low_cn = all_cn
+        right_cn = all_cn
+        right_low_cn = all_cn
+        for r in range(columns):
+            x_n = tl.minimum(first_n + r, W - 1)
+            fraction_n = tl.load(column_fraction_ptr + x_n)[None, :]
+            at_qn = value_qn + r * (ROWS * VALUES * LANES)
+            u = student_logits(top_cn + fraction_n * top_step_cn, bottom_cn + fraction_n * bottom_step_cn, blend)
+            if PEAKS:
+                u -= tl.load(at_qn + 4 * LANES)[None]
+            if USE_KL:
+                t_columns = load_columns(target_at_n + x_n, target_index_ptr, target_fraction_ptr, wt)
+                v = target_logits(target_rows, t_columns, blend, c * sizes[2])
+                if PEAKS:
+                    v -= tl.load(at_qn + 5 * LANES)[None]
+                eu = tl.exp2(u)
+                ku = tl.load(at_qn + 2 * LANES)[None]
+                if USE_CE and POWER == 1:
+                    ku += tl.load(at_qn + LANES)[None]
+                if USE_CE and POWER > 1:
+                    ku += tl.load(at_qn + LANES)[None] * power(eu, POWER - 1)
+                # Spelt out, so that no choice of which product is fused is left to the compiler.
+                g = tl.fma(eu, ku, -(tl.exp2(v) * tl.load(at_qn + 3 * LANES)[None]))
+                if USE_CE and POWER == 0:
+                    g += tl.exp2(temperature * u) * tl.load(at_qn + LANES)[None]
+            else:
+                g = tl.exp2(temperature * u) * tl.load(at_qn + LANES)[None]
+            if USE_CE:
+                is_label = tl.load(at_qn)[None] == class_c.to(tl.float32)[:, None, None]
+                g -= tl.where(is_label, k_label_c[:, None, None], 0.0)
+            sum_cn = tl.sum(g, 1)
+            sum_low_cn = tl.sum(g * blend[0][None], 1)
+            all_cn += sum_cn
+            low_cn += sum_low_cn
+            right_cn += fraction_n * sum_cn
+            right_low_cn += fraction_n * sum_low_cn
+        # Before the first centre, everything is the right pixel's, which is both.
+        right_cn = tl.where((cell_n < 0)[None, :], all_cn, right_cn)
+        right_low_cn = tl.where((cell_n < 0)[None, :], low_cn, right_low_cn)
+        left_low_cn = low_cn - right_low_cn
+        left_cn = all_cn - right_cn - left_low_cn
+        now_cn = left_cn + tl.gather(right_cn - right_low_cn, shift_cn, 1)
+        next_cn = left_low_cn + tl.gather(right_low_cn, shift_cn, 1)
+        now_ptrs = now_ptr + c[:, None] * LANES + lane[None, :]
+        next_ptrs = next_ptr + c[:, None] * LANES + lane[None, :]
+        tl.store(now_ptrs, tl.load(now_ptrs) + now_cn, mask=known_c[:, None])
+        tl.store(next_ptrs, tl.load(next_ptrs) + next_cn, mask=known_c[:, None])
+
+
+@triton.jit
+def _finish_row(sums_ptr, gradient_n, writes_n, num_classes, plane, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Write out the sums of a row of student pixels and set them to 0."""
+    for start in range(0, num_classes, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        known_c = (c < num_classes)[:, None]
+        sum_ptrs = sums_ptr + c[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        sums_cn = tl.load(sum_ptrs, mask=known_c, other=0.0)
+        tl.store(sum_ptrs, tl.zeros((BLOCK, LANES), tl.float32), mask=known_c)
+        gradient_ptrs = gradient_n[None, :] + (c * plane)[:, None]
+        tl.store(gradient_ptrs, sums_cn.to(gradient_ptrs.dtype.element_ty), mask=known_c & writes_n[None, :])
+
+
+@triton.jit
+def _visit(
+    r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places, left_n, right_n, first_n,
+    target_at_n, live_qn, in_view_qn, label_row_ptrs, pixel_weight_row_ptrs, stride_lw, stride_pw, value_ptrs,
+    column_fraction_ptr, target_index_ptr, target_fraction_ptr, target_inside_ptr, class_weight_ptr, k_ce, k_kl, sizes,
+    W, wt, temperature,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The terms of the pixels in column r of each lane's cell, and what their gradient needs.
+
+    Returns: CE and KL of each lane in nats, weighted; 1 when the gradient needs the maxima, else 0.
+    """
+    x_n = tl.minimum(first_n + r, W - 1)
+    columns = (left_n, right_n, tl.load(column_fraction_ptr + x_n))
+    target_columns = columns
+    if USE_KL:
+        target_columns = load_columns(target_at_n + x_n, target_index_ptr, target_fraction_ptr, wt)
+        in_view_qn = in_view_qn & (tl.load(target_inside_ptr + target_at_n + x_n) != 0)[None, :]
+    s1, su, sv, cross = softmax_sums(
+        student_rows, columns, target_rows, target_columns, blend, sizes, temperature, USE_CE, USE_KL, POWER, BLOCK
+    )
+    lowest = s1
+    if USE_KL:
+        lowest = tl.where(tl.abs(cross) == float("inf"), 0.0, tl.minimum(su, sv))
+        if USE_CE:
+            lowest = tl.minimum(lowest, s1)
+    peak_u = tl.zeros(live_qn.shape, tl.float32)
+    peak_v = peak_u
+    unit = peak_u + 1.0
+    has_peaks = 0
+    low = lowest < LOWEST_SUM
+    if tl.max(tl.max(low.to(tl.int32), 0), 0) > 0:
+        # A pixel keeps its first sums where they serve: its bits must not depend on who shares the program.
+        s1_low, su_low, sv_low, cross_low, peak_u, peak_v = softmax_sums_below_peaks(
+            student_rows, columns, target_rows, target_columns, blend, sizes, temperature, USE_CE, USE_KL
+        )
+        s1 = tl.where(low, s1_low, s1)
+        su = tl.where(low, su_low, su)
+        sv = tl.where(low, sv_low, sv)
+        cross = tl.where(low, cross_low, cross)
+        peak_u = tl.where(low, peak_u, 0.0)
+        peak_v = tl.where(low, peak_v, 0.0)
+        unit = tl.where(low, 1.0 / SMALL, unit)
+        has_peaks = 1
+    label_ptrs = live_qn
+    if HAS_LABELS:
+        label_ptrs = label_row_ptrs + (x_n * stride_lw)[None, :]
+    pixel_weight_ptrs = live_qn
+    if HAS_PIXEL_WEIGHT:
+        pixel_weight_ptrs = pixel_weight_row_ptrs + (x_n * stride_pw)[None, :]
+    label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(
+        label_ptrs, class_weight_ptr, pixel_weight_ptrs, live_qn, in_view_qn, sizes[0],
+        USE_CE, USE_KL, HAS_LABELS, HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, IGNORE_INDEX,
+    )  # fmt: skip
+    below_lost = tl.where(blend[0] > 0, lost_on_row(student_lost_rows[1], columns)[None, :], 0)
+    lost = (lost_on_row(student_lost_rows[0], columns)[None, :] | below_lost) != 0
+    ce_n = tl.zeros(x_n.shape, tl.float32)
+    kl_n = ce_n
+    value_ptrs += r * (ROWS * VALUES * x_n.shape[0])
+    if USE_CE:
+        ce_weight = ce_weight.to(tl.float32)
+        u_label = label_logit(student_rows, columns, blend[0], label * sizes[1])
+        ce = (tl.log2(s1) - temperature * (u_label - peak_u)) * ce_weight
+        ce_n = LN2 * tl.sum(tl.where(ce_counted & lost, float("nan"), ce), 0)
+        if HAS_GRADIENT:
+            tl.store(value_ptrs, tl.where(ce_counted, label.to(tl.float32), -1.0))
+            tl.store(value_ptrs + x_n.shape[0], k_ce * ce_weight / s1)
+    if USE_KL:
+        t_fraction, below = target_places
+        lost0 = lost_on_row(target_lost_rows[0], target_columns)[None, :]
+        lost1 = lost_on_row(target_lost_rows[1], target_columns)[None, :]
+        lost2 = lost_on_row(target_lost_rows[2], target_columns)[None, :]
+        below_lost = tl.where(t_fraction > 0, tl.where(below, lost2, lost1), 0)
+        lost = lost | ((tl.where(below, lost1, lost0) | below_lost) != 0)
+        kl = (cross / sv * unit + tl.log2(su / sv)) * kl_weight
+        kl_n = LN2 * tl.sum(tl.where(kl_counted & lost, float("nan"), kl), 0)
+        if HAS_GRADIENT:
+            tl.store(value_ptrs + 2 * x_n.shape[0], k_kl * kl_weight / su)
+            tl.store(value_ptrs + 3 * x_n.shape[0], k_kl * kl_weight / sv)
+    if HAS_GRADIENT:
+        tl.store(value_ptrs + 4 * x_n.shape[0], peak_u)
+        tl.store(value_ptrs + 5 * x_n.shape[0], peak_v)
+    return ce_n, kl_n, has_peaks
+
+
+@triton.jit
+def tiles_kernel(
+    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_index_ptr, row_fraction_ptr, column_index_ptr,
+    column_fraction_ptr, target_row_index_ptr, target_row_fraction_ptr, target_row_inside_ptr, target_column_index_ptr,
+    target_column_fraction_ptr, target_column_inside_ptr, route_ptr, factors_ptr, gradient_ptr, scratch_ptr,
+    partials_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr,
+    stride_lb, stride_lh, stride_lw, stride_pb, stride_ph, stride_pw, num_classes, h, w, H, W, ht, wt, target_batch,
+    strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, temperature,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
+    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Each program does every num_programs-th block of lanes; lanes are the cell columns -1 to w - 1 of all strips."""
+    pid = tl.program_id(0)
+    lane = tl.arange(0, LANES)
+    sizes = (num_classes, h * w, ht * wt)
+    k_ce = tl.load(factors_ptr)
+    k_kl = tl.load(factors_ptr + 1)
+    values_ptr = scratch_ptr + pid.to(tl.int64) * scratch_size
+    sums_ptr = values_ptr + most_columns * (ROWS * VALUES * LANES)
+    value_ptrs = values_ptr + tl.arange(0, ROWS)[:, None] * (VALUES * LANES) + lane[None, :]
+    ce_n = tl.zeros((LANES,), tl.float64)
+    kl_n = tl.zeros((LANES,), tl.float64)
+    for block in range(pid, num_blocks, tl.num_programs(0)):
+        # Lane 0 is the last lane of the block before, once more for what lane 1 needs of it.
+        n = block * (LANES - 1) + lane - 1
+        alive = (n >= 0) & (n < num_lanes)
+        n = tl.where(alive, n, 0)
+        j = n % (w + 1) - 1
+        image = n // (w + 1) // strips
+        first_row = n // (w + 1) % strips * strip_rows
+        if not ALL_IMAGES:
+            alive = alive & (tl.load(route_ptr + image) == 0)
+        if tl.max(alive.to(tl.int32), 0) > 0:
+            image64 = image.to(tl.int64)
+            student_n = student_ptr + image64 * num_classes * sizes[1]
+            student_lost_n = student_lost_ptr + image64 * sizes[1]
+            target_n = target_ptr + image64 * num_classes * sizes[2]
+            target_lost_n = target_lost_ptr + image64 * sizes[2]
+            target_image = tl.where(target_batch > 1, image, 0)
+            left = tl.maximum(j, 0)
+            right = tl.minimum(j + 1, w - 1)
+            first = first_pixel(column_index_ptr, column_fraction_ptr, j, W, STEPS)
+            count = tl.where(alive, first_pixel(column_index_ptr, column_fraction_ptr, j + 1, W, STEPS) - first, 0)
+            columns = tl.max(count, 0)
+            # From the row of cells above the strip; without a gradient only that above the image has pixels to count.
+            i = first_row - 1
+            start = i if HAS_GRADIENT else tl.where(i < 0, -1, first_row)
+            y = first_pixel(row_index_ptr, row_fraction_ptr, start, H, STEPS)
+            if HAS_GRADIENT:
+                _finish_row(sums_ptr, student_n, lane < 0, 2 * num_classes, 0, BLOCK_C, LANES)
+            for step in range(strip_rows + 1):
+                top = tl.minimum(tl.maximum(i, 0), h - 1) * w
+                bottom = tl.minimum(i + 1, h - 1) * w
+                student_rows = (student_n + top, student_n + bottom)
+                student_lost_rows = (student_lost_n + top, student_lost_n + bottom)
+                counted = alive & (lane > 0) & ((i >= first_row) | (i < 0))
+                now_ptr = sums_ptr + step % 2 * num_classes * LANES
+                next_ptr = sums_ptr + (1 - step % 2) * num_classes * LANES
+                pending = 1
+                while pending > 0:
+                    rows, live, fraction = student_group(y, i, row_index_ptr, row_fraction_ptr, H)
+                    live = live & alive[None, :]
+                    in_view = live
+                    blend = (fraction,)
+                    target_places = (fraction,)
+                    target_rows = student_rows
+                    target_lost_rows = student_lost_rows
+                    if USE_KL:
+                        t_at = target_image[None, :] * H + rows
+                        t_row = tl.load(target_row_index_ptr + target_image * H + tl.minimum(y, H - 1))
+                        reached, below, t_fraction, weights = target_group(
+                            t_at, t_row, target_row_index_ptr, target_row_fraction_ptr
+                        )
+                        live = live & reached
+                        in_view = live & (tl.load(target_row_inside_ptr + t_at) != 0)
+                        blend = (fraction, weights[0], weights[1], weights[2])  # type: ignore[assignment]
+                        target_places = (t_fraction, below)  # type: ignore[assignment]
+                        row0 = t_row * wt
+                        row1 = tl.minimum(t_row + 1, ht - 1) * wt
+                        row2 = tl.minimum(t_row + 2, ht - 1) * wt
+                        target_rows = (target_n + row0, target_n + row1, target_n + row2)  # type: ignore[assignment]
+                        target_lost_rows = (target_lost_n + row0, target_lost_n + row1, target_lost_n + row2)  # type: ignore[assignment]
+                    label_row_ptrs = live
+                    if HAS_LABELS:
+                        label_row_ptrs = label_ptr + (image64[None, :] * stride_lb + rows.to(tl.int64) * stride_lh)
+                    pixel_weight_row_ptrs = live
+                    if HAS_PIXEL_WEIGHT:
+                        row_offsets = image64[None, :] * stride_pb + rows.to(tl.int64) * stride_ph
+                        pixel_weight_row_ptrs = pixel_weight_ptr + row_offsets
+                    taken = tl.sum(live.to(tl.int32), 0)
+                    y += taken
+                    pending = tl.max(taken, 0)
+                    if pending > 0:
+                        any_peaks = 0
+                        for r in range(columns):
+                            exists = live & (r < count)[None, :]
+                            ce, kl, has_peaks = _visit(
+                                r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places,
+                                left, right, first, target_image * W, exists, exists & in_view, label_row_ptrs,
+                                pixel_weight_row_ptrs, stride_lw, stride_pw, value_ptrs, column_fraction_ptr,
+                                target_column_index_ptr, target_column_fraction_ptr, target_column_inside_ptr,
+                                class_weight_ptr, k_ce, k_kl, sizes, W, wt, temperature, USE_CE, USE_KL, HAS_LABELS,
+                                HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, IGNORE_INDEX, HAS_GRADIENT, POWER,
+                                BLOCK_SUMS,
+                            )  # fmt: skip
+                            ce_n += tl.where(counted, ce, 0.0).to(tl.float64)
+                            kl_n += tl.where(counted, kl, 0.0).to(tl.float64)
+                            any_peaks = tl.maximum(any_peaks, has_peaks)
+                        if HAS_GRADIENT:
+                            tl.debug_barrier()
+                            if any_peaks > 0:
+                                _gradient(
+                                    student_rows, target_rows, blend, j, left, right, first, target_image * W, columns,
+                                    values_ptr, now_ptr, next_ptr, column_fraction_ptr, target_column_index_ptr,
+                                    target_column_fraction_ptr, class_weight_ptr, k_ce, sizes, W, wt, temperature,
+                                    USE_CE, USE_KL, HAS_CLASS_WEIGHT, POWER, True, BLOCK_C, LANES,
+                                )  # fmt: skip
+                            else:
+                                _gradient(
+                                    student_rows, target_rows, blend, j, left, right, first, target_image * W, columns,
+                                    values_ptr, now_ptr, next_ptr, column_fraction_ptr, target_column_index_ptr,
+                                    target_column_fraction_ptr, class_weight_ptr, k_ce, sizes, W, wt, temperature,
+                                    USE_CE, USE_KL, HAS_CLASS_WEIGHT, POWER, False, BLOCK_C, LANES,
+                                )  # fmt: skip
+                            tl.debug_barrier()
+                if HAS_GRADIENT:
+                    written = alive & (lane > 0) & (j >= 0) & (i >= first_row) & (i < h)
+                    gradient_n = gradient_ptr + image64 * num_classes * sizes[1] + (top + left)
+                    _finish_row(now_ptr, gradient_n, written, num_classes, sizes[1], BLOCK_C, LANES)
+                    tl.debug_barrier()
+                i += 1
+    tl.store(partials_ptr + 2 * pid, tl.sum(ce_n, 0))
+    tl.store(partials_ptr + 2 * pid + 1, tl.sum(kl_n, 0))
+
+
+class Tiling(NamedTuple):
+    """How the work is cut; of these, only the class blocks can change a bit of the result.
+
+    Attributes:
+        strip_rows: rows of student pixels per strip.
+        lanes: per program, one warp of them on a GPU.
+        block_sums: classes that are summed at once; divides their number.
+        block_classes: classes whose gradient is computed at once.
+        programs: at most; each has a scratch buffer of 18 KB at stride 4 and 21 classes.
+    """
+
+    strip_rows: int
+    lanes: int
+    block_sums: int
+    block_classes: int
+    programs: int
+
+
+def choose_tiling(problem: LossProblem) -> Tiling:
+    """One wave of ten warps per multiprocessor; for the interpreter, blocks that are large."""
+    B, C, h, w = problem.student.shape
+    device = problem.student.device
+    block_classes = min(4, triton.next_power_of_2(C))
+    if device.type == "cpu":
+        return Tiling(h, min(512, triton.next_power_of_2(B * (w + 1) + 1)), C & -C, block_classes, 2)
+    wave = 10 * multiprocessors(device)
+    lanes = gpu(device).warp_size
+    strip_rows = min(h, max(2, triton.cdiv(B * h * (w + 1), (lanes - 1) * wave)))
+    return Tiling(strip_rows, lanes, 1, block_classes, wave + wave // 5)
+
+
+def most_columns(w: int, W: int, align_corners: bool) -> int:
+    """At most this many of W label columns lie in one of the cells -1 to w - 1."""
+    if w == 1:
+        return W
+    return max(1, -(-(W - 1) // (w - 1))) if align_corners else -(-W // w)
+
+
+def launch(
+    problem: LossProblem, prepared: Prepared, gradient: Tensor | None, *, all_images: bool, tiling: Tiling | None = None
+) -> Tensor:
+    """Run the kernel on all images, or on those whose route is 0.
+
+    Args:
+        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
+    Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
+    """
+    B, C, h, w = problem.student.shape
+    (H, W), device = problem.size, problem.student.device
+    ht, wt = prepared.target.shape[2:] if problem.use_kl else (1, 1)
+    tiling = choose_tiling(problem) if tiling is None else tiling
+    strips = triton.cdiv(h, tiling.strip_rows)
+    num_lanes = B * strips * (w + 1)
+    num_blocks = triton.cdiv(num_lanes, tiling.lanes - 1)
+    programs = min(num_blocks, tiling.programs)
+    columns = most_columns(w, W, problem.align_corners)
+    scratch_size = (columns * ROWS.value * VALUES.value + 2 * C) * tiling.lanes
+    scratch = torch.empty(0 if gradient is None else programs * scratch_size, device=device)
+    partials = torch.empty((programs, 2), dtype=torch.float64, device=device)
+    tiles_kernel[(programs,)](
+        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, *prepared.student_rows[:2],
+        *prepared.student_columns[:2], *prepared.target_rows, *prepared.target_columns, prepared.route,
+        prepared.factors, gradient, scratch, partials, **pixel_arguments(problem), h=h, w=w, H=H, W=W, ht=ht, wt=wt,
+        target_batch=prepared.target_rows.index.shape[0], strips=strips, strip_rows=tiling.strip_rows,
+        num_lanes=num_lanes, num_blocks=num_blocks, most_columns=columns, scratch_size=scratch_size,
+        temperature=problem.temperature, HAS_GRADIENT=gradient is not None, ALL_IMAGES=all_images,
+        POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
+        STEPS=max(H, W).bit_length(), BLOCK_SUMS=tiling.block_sums, BLOCK_C=tiling.block_classes, LANES=tiling.lanes,
+        enable_fp_fusion=True, **launch_options(tiling.lanes, REGISTERS, device),
+    )  # fmt: skip
+    return partials

@@ -1,0 +1,134 @@
+"""The teacher's audit on the page: what is read of report.json, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache.analysis.report.audit import read_audit, show_audit
+from kdcache.analysis.report.html import join
+from kdcache.errors import KDCacheError, MismatchError, RecipeError
+
+CLASSES = ("road", "<b>car</b>")
+
+
+def audit(**changes: Any) -> dict[str, Any]:
+    """What Audit.to_json gives of a teacher of two classes."""
+    classes = [{"name": name, "threshold": 0.5, "said": 10, "kept": 5} for name in CLASSES]
+    bins = [
+        {"low": 0.0, "high": 0.5, "share": 0.0, "confidence": None, "accuracy": None},
+        {"low": 0.5, "high": 1.0, "share": 1.0, "confidence": 0.9, "accuracy": 0.7},
+    ]
+    found: dict[str, Any] = {
+        "images": 4,
+        "labelled": 3,
+        "calibration": {"ece": 0.2, "bins": bins, "confidence": [0.95, None], "precision": [0.75, None]},
+        "confused": [{"label": "road", "said": "<b>car</b>", "share": 0.25, "pixels": 12345}],
+        "pseudo_labels": [{"threshold": 0.5, "share": 0.8, "precision": 0.9, "classes": classes}],
+    }
+    return {**found, **changes}
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., Path]:
+    """written(key=value): a report.json with these changes."""
+
+    def write(**changes: Any) -> Path:
+        (tmp_path / "report.json").write_text(json.dumps(audit(**changes)))
+        return tmp_path / "report.json"
+
+    return write
+
+
+def test_an_audit_is_read(written: Callable[..., Path]) -> None:
+    found = read_audit(written())
+    assert (found.images, found.labelled, found.class_names, found.ece) == (4, 3, CLASSES, 0.2)
+    assert found.bins[1] == (0.5, 1.0, 1.0, 0.9, 0.7)
+    assert math.isnan(found.bins[0][3])
+    assert found.sure[0] == 0.95
+    assert math.isnan(found.right[1])
+    assert found.confused == (("road", "<b>car</b>", 0.25, 12345),)
+    assert found.kept == ((0.5, 0.8, 0.9),)
+
+
+def test_an_audit_is_shown(written: Callable[..., Path]) -> None:
+    shown = join(*show_audit(read_audit(written())))
+    for text in ("3 labelled images of 4", "20.00 points", "surer than it is right", "+20.0", "12,345", "&lt;b&gt;car"):
+        assert text in shown
+    assert "<b>" not in shown
+    drawing = ElementTree.fromstring(shown[shown.index("<svg") : shown.index("</svg>") + len("</svg>")])
+    (bar,) = [one for one in drawing.iter("rect") if one.get("class") == "bin"]  # the empty bin has none
+    inner = 260 - 40 - 14
+    assert float(bar.get("height", "")) == pytest.approx(0.7 * inner, abs=0.01)
+
+
+def test_an_audit_without_labels(written: Callable[..., Path]) -> None:
+    shown = join(*show_audit(read_audit(written(calibration=None, confused=[], labelled=0))))
+    assert "no labels" in shown
+    assert "nan" not in shown
+
+
+def nothing(path: Path) -> Path:
+    path.unlink()
+    return path
+
+
+def folder(path: Path) -> Path:
+    return path.parent
+
+
+def no_json(path: Path) -> Path:
+    path.write_text("{")
+    return path
+
+
+def a_list(path: Path) -> Path:
+    path.write_text("[]")
+    return path
+
+
+def an_evaluation(path: Path) -> Path:
+    path.write_text('{"miou": 0.5, "classes": []}')
+    return path
+
+
+def no_bins(path: Path) -> Path:
+    path.write_text(json.dumps(audit(calibration={"ece": 0.1})))
+    return path
+
+
+def words_for_numbers(path: Path) -> Path:
+    path.write_text(json.dumps(audit(images="many")))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (nothing, "does not exist"),
+        (folder, "is a folder"),
+        (no_json, "has other content: Expecting"),
+        (a_list, "has other content: list"),
+        (an_evaluation, "has no 'calibration'"),
+        (no_bins, "has no 'bins'"),
+        (words_for_numbers, "many"),
+    ],
+)
+def test_what_is_no_audit(written: Callable[..., Path], damage: Callable[[Path], Path], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        read_audit(damage(written()))
+    assert "teacher-report" in caught.value.rule
+
+
+def test_an_audit_of_other_classes(written: Callable[..., Path]) -> None:
+    found = read_audit(written())
+    found.check_classes(CLASSES)
+    with pytest.raises(MismatchError, match="road, tree"):
+        found.check_classes(("road", "tree"))
+    assert issubclass(MismatchError, KDCacheError)

@@ -1,0 +1,231 @@
+"""From real runs to the page: which images it shows, how small they are, what is refused before anything is written."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcache.analysis.compare import CompareOptions, compare
+from kdcache.analysis.report import ReportOptions, make_report
+from kdcache.analysis.report.page import page, write_report
+from kdcache.analysis.report.samples import (
+    Said,
+    Sample,
+    choose_samples,
+    encode_classes,
+    encode_image,
+    encode_wrong,
+    shown_size,
+)
+from kdcache.analysis.runs import find_runs
+from kdcache.analysis.stored_evaluations import Judging
+from kdcache.data import fold_alone, open_split
+from kdcache.errors import KDCacheError, MismatchError, RecipeError
+from kdcache.metrics.figures import VOID_RGB, WRONG_RGB
+
+QUICK = CompareOptions(repeats=0)
+COLOURS = ((128, 64, 128), (0, 0, 142))
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture
+def three(world: Path, derive: Callable[..., Path]) -> Path:
+    """runs/ of two rows, and teacher/ beside it."""
+    derive("kl-0", method="kl", noise=0.05)
+    derive("kl-1", of="none-1", method="kl", noise=0.05)
+    shutil.move(derive("teacher", noise=0.02), world / "teacher")
+    return world
+
+
+def test_a_page_of_runs(three: Path) -> None:
+    told: list[str] = []
+    options = ReportOptions(
+        replace(QUICK, teacher=str(three / "teacher")), title="Made <here>", samples=1, command="kdcache report runs"
+    )
+    out = three / "new" / "page.html"
+    found = make_report([three / "runs"], None, None, out, options, lambda what, done, total: told.append(what))
+    text = out.read_text(encoding="utf-8")
+    assert [row.name for row in found.rows] == ["kl", "none", "teacher"]
+    for part in ("<h1>Made &lt;here&gt;</h1>", "kdcache report runs", "Judged on", "2 runs"):
+        assert part in text
+    assert text.count('<article class="card sample"') >= 2
+    assert text.count(' data-layer="row') == 3 * text.count(' data-layer="image"')
+    assert "Validation mIoU" in text
+    assert "writing the page" in told
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+
+
+def test_images_are_the_same_through_all_rows(three: Path) -> None:
+    found = compare([three / "runs"], options=QUICK)
+    runs = find_runs([three / "runs"])
+    split = open_split(found.data, found.split)
+    samples = choose_samples(found, runs, split, Judging(), 2, quiet)
+    assert [sample.why for sample in samples[:4]] == ["best 1", "best 2", "worst 1", "worst 2"]
+    assert len({sample.sample for sample in samples}) == len(samples)
+    assert samples[0].mean >= samples[1].mean >= samples[3].mean >= samples[2].mean
+    for sample in samples:
+        assert [said.place for said in sample.said] == [0, 1]
+        assert sample.mean == pytest.approx(np.mean([said.miou for said in sample.said]))
+        label = split.label(split.ids.index(sample.sample))
+        assert label is not None
+        assert set(sample.present) == set(np.unique(label).tolist()) - {255}
+        shown = np.asarray(Image.open(io.BytesIO(sample.label)).convert("RGB"))
+        table = np.array([*split.classes.colours, *[VOID_RGB] * (256 - len(split.classes))], np.uint8)
+        assert (shown == table[label]).all()
+        for said in sample.said:
+            wrong = np.asarray(Image.open(io.BytesIO(said.wrong)).convert("RGBA"))
+            says = np.asarray(Image.open(io.BytesIO(said.classes)).convert("RGB"))
+            assert ((wrong[..., 3] > 0) == ((says != table[label]).any(-1) & (label != 255))).all()
+            assert (wrong[wrong[..., 3] > 0][:, :3] == WRONG_RGB).all()
+
+
+def test_every_class_of_the_data_is_shown(three: Path) -> None:
+    """As far as the count goes: a class in the label of no best or worst image gets an image of its own."""
+    found = compare([three / "runs"], options=QUICK)
+    split = open_split(found.data, found.split)
+    labels = [set(np.unique(split.label(number)).tolist()) - {255} for number in range(len(split))]  # type: ignore[arg-type]
+    samples = choose_samples(found, find_runs([three / "runs"]), split, Judging(), 3, quiet)
+    assert {place for sample in samples for place in sample.present} == set().union(*labels)
+
+
+def test_with_own_folds_no_image_was_trained_on(world: Path, derive: Callable[..., Path]) -> None:
+    for fold in (0, 1):
+        derive(f"kl-{fold}", method="kl", noise=0.05, fold=f"{fold}/2")
+        derive(f"plain-{fold}", fold=f"{fold}/2")
+    runs = [world / "runs" / name for name in ("kl-1", "kl-0", "plain-0", "plain-1")]
+    found = compare(runs, str(world / "data"), "train", replace(QUICK, own_fold=True))
+    split = open_split(found.data, "train")
+    samples = choose_samples(found, find_runs(runs), split, Judging(), 6, quiet)
+    assert {sample.sample for sample in samples} == set(fold_alone(split, 1, 2).ids)
+    assert all(len(sample.said) == 2 for sample in samples)
+
+
+def test_pictures_are_small_and_true() -> None:
+    ids = np.zeros((700, 1000), np.uint8)
+    ids[100:400, 200:600] = 1
+    ids[:50] = 255
+    assert shown_size(700, 1000) == (448, 640)
+    assert shown_size(48, 64) == (48, 64)
+    assert shown_size(1, 5000) == (1, 640)
+    picture = encode_classes(ids, COLOURS, (448, 640))
+    shown = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+    assert shown.shape == (448, 640, 3)
+    assert {tuple(colour) for colour in shown.reshape(-1, 3).tolist()} == {*COLOURS, VOID_RGB}
+    assert len(picture) < 4000
+    photo = encode_image(np.random.default_rng(0).integers(0, 255, (700, 1000, 3), dtype=np.uint8), (448, 640))
+    assert Image.open(io.BytesIO(photo)).size == (640, 448)
+    nothing = np.asarray(Image.open(io.BytesIO(encode_wrong(ids, ids, (448, 640)))).convert("RGBA"))
+    assert not nothing[..., 3].any()
+
+
+def test_five_rows_and_six_images_are_small(three: Path) -> None:
+    """Photos of a street and ragged classes: the page stays far below 6 MB."""
+    rng = np.random.default_rng(0)
+    found = compare([three / "runs" / "kl-0"], options=QUICK)
+    coarse = rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    photo = np.asarray(Image.fromarray(coarse).resize((1280, 960), Image.Resampling.BICUBIC))
+    photo = np.clip(photo + rng.normal(0, 12, photo.shape), 0, 255).astype(np.uint8)
+    ids = np.asarray(Image.fromarray(rng.integers(0, 7, (60, 80), dtype=np.uint8)).resize((1280, 960), 0))
+    size = shown_size(960, 1280)
+    classes, wrong = encode_classes(ids, COLOURS, size), encode_wrong(ids, np.roll(ids, 9), size)
+    rows = tuple(replace(found.rows[0], name=f"row {place}") for place in range(5))
+    said = tuple(Said(place, 0.5, (0.5,) * 7, classes, wrong) for place in range(5))
+    samples = [
+        Sample(f"s{n}", f"best {n}", 0.5, size, (0, 1), encode_image(photo, size), classes, said) for n in range(6)
+    ]
+    text = page(replace(found, rows=rows), find_runs([three / "runs" / "kl-0"]), title="A", samples=samples)
+    assert len(text.encode()) < 4_000_000
+
+
+def test_a_page_is_written_whole_or_not_at_all(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compare([three / "runs"], options=QUICK)
+    out = three / "pages" / "page.html"
+    out.parent.mkdir()
+    out.write_text("an earlier page")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(OSError, match="No space"):
+            write_report(found, [], out)
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+    assert out.read_text() == "an earlier page"
+    assert write_report(found, [], str(out)) == out
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def other_suffix(root: Path) -> ReportOptions:
+    return ReportOptions(QUICK)
+
+
+def no_audit(root: Path) -> ReportOptions:
+    return ReportOptions(QUICK, audit=root / "nowhere.json")
+
+
+def no_pictures(root: Path) -> ReportOptions:
+    return ReportOptions(QUICK, pictures=root / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "words"),
+    [
+        (other_suffix, "page.pdf", "page.pdf"),
+        (other_suffix, "data", "is a folder"),
+        (no_audit, "page.html", "nowhere.json does not exist"),
+        (no_pictures, "page.html", "nowhere does not exist"),
+    ],
+)
+def test_what_is_refused_before_anything_is_evaluated(
+    world: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], ReportOptions], name: str, words: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("compared")
+
+    monkeypatch.setattr("kdcache.analysis.report.build.compare", never)
+    with pytest.raises(RecipeError, match=words):
+        make_report([world / "runs"], None, None, world / name, make(world))
+    assert not (world / "page.html").exists()
+
+
+def test_an_audit_of_another_teacher(world: Path) -> None:
+    classes = [{"name": "heaven"}]
+    content = {"images": 1, "labelled": 0, "calibration": None, "confused": []}
+    kept = [{"threshold": 0.5, "share": 1.0, "precision": None, "classes": classes}]
+    (world / "audit.json").write_text(json.dumps({**content, "pseudo_labels": kept}))
+    options = ReportOptions(QUICK, samples=0, audit=world / "audit.json")
+    with pytest.raises(MismatchError, match="heaven"):
+        make_report([world / "runs"], None, None, world / "page.html", options)
+    assert not (world / "page.html").exists()
+
+
+def test_a_log_that_is_none(world: Path) -> None:
+    (world / "runs/none-0/metrics.jsonl").write_text("no JSON\n{}\n")
+    with pytest.raises(KDCacheError, match=r"metrics\.jsonl"):
+        make_report([world / "runs"], None, None, world / "page.html", ReportOptions(QUICK, samples=0))
+    assert not (world / "page.html").exists()
+
+
+def test_runs_of_which_only_weights_are_left(world: Path) -> None:
+    """Neither log nor recipe: scores and pictures are all there is."""
+    for run in (world / "runs").iterdir():
+        for name in ("metrics.jsonl", "recipe.toml", "environment.json", "result.json"):
+            (run / name).unlink()
+    out = world / "page.html"
+    make_report([world / "runs"], str(world / "data"), "val", out, ReportOptions(QUICK, samples=1))
+    text = out.read_text(encoding="utf-8")
+    assert "none-0" in text
+    assert 'id="training"' not in text
+    assert 'id="pictures"' in text

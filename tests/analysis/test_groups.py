@@ -1,0 +1,126 @@
+"""Which runs are one row, and what a row is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache.analysis.groups import Group, group_runs, nearest
+from kdcache.analysis.runs import Entry
+from kdcache.errors import RecipeError
+from kdcache.run_folder import Run
+
+COMMON = {"verb": "train-student", "model": "kdcache:tiny", "method": "kl", "term": [], "kl-weight": 1.0, "lr": 0.001}
+
+
+def run(folder: str, **settings: Any) -> Entry:
+    given = {key.replace("_", "-"): value for key, value in settings.items()}
+    return Entry(f"runs/{folder}", Run(Path(f"/runs/{folder}")), {**COMMON, "seed": 0, **given})
+
+
+def names(*runs: Entry, ignore: tuple[str, ...] = ()) -> list[str]:
+    return [group.name for group in group_runs(runs, ignore)[0]]
+
+
+def test_runs_that_differ_in_seed_and_fold_are_one_row() -> None:
+    runs = [run(f"kl-{seed}-{fold}", seed=seed, fold=f"{fold}/2") for seed in (0, 1) for fold in (0, 1)]
+    (row,), notes = group_runs([*runs, run("kl-2", seed=2, val_fold="0/2")])
+    assert len(row.runs) == 5
+    assert notes == []
+
+
+def test_named_runs_are_one_row_over_folds_with_stores_of_their_own() -> None:
+    runs = [
+        run(
+            f"{name}-{fold}",
+            name=name,
+            method=method,
+            fold=f"{fold}/2",
+            cache=f"store-{fold}",
+            trust_against=f"p-{fold}",
+        )
+        for name, method in (("KD(KL)", "kl"), ("B0", "none"))
+        for fold in (0, 1)
+    ]
+    rows, _ = group_runs(runs)
+    assert [(row.name, len(row.runs)) for row in rows] == [("KD(KL)", 2), ("B0", 2)]
+    # Without names another store is another recipe, and one name for two recipes makes no row of them.
+    assert len(names(*(run(f"r{n}", cache=f"store-{n}", fold=f"{n}/2") for n in (0, 1)))) == 2
+    assert names(run("a", name="x"), run("b", name="x", kl_weight=0.5)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("setting", ["threads", "workers", "impl", "step", "resident", "device", "cache_dir"])
+def test_the_machine_tells_no_rows_apart(setting: str) -> None:
+    assert len(names(run("a"), run("b", seed=1, **{setting: "other"}))) == 1
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([run("a", method="none"), run("b")], ["none", "kl"]),
+        ([run("a"), run("b", kl_weight=0.5)], ["kl-weight 1.0", "kl-weight 0.5"]),
+        (
+            [run("a", method="none"), run("b"), run("c", kl_weight=0.5)],
+            ["none", "kl, kl-weight 1.0", "kl, kl-weight 0.5"],
+        ),
+        (
+            [run("a", method="none"), run("b", model="kdcache:base"), run("c", model="kdcache:base", method="none")],
+            ["kdcache:tiny, none", "kdcache:base, kl", "kdcache:base, none"],
+        ),
+        ([run("a"), run("b", init="w.pt")], ["no init", "init w.pt"]),
+        ([run("a"), run("b", distill_void=False)], ["no distill-void", "distill-void false"]),
+        (
+            [run("a"), run("b", term=[{"kind": "cosine", "weight": 0.1}, {"kind": "at"}])],
+            ["no term", "cosine,weight=0.1 + at"],
+        ),
+        ([run("a")], ["a"]),
+        ([run("a"), Entry("kdcache:tiny@w.pt", None)], ["a", "kdcache:tiny@w.pt"]),
+    ],
+)
+def test_a_row_is_called_what_it_is_alone_in(runs: list[Entry], expected: list[str]) -> None:
+    assert names(*runs) == expected
+
+
+def test_the_fewest_settings_name_and_the_others_are_told() -> None:
+    """A reader of `none` and `kl` must learn that the learning rate is another one too."""
+    groups, notes = group_runs([run("a", method="none", lr=0.01), run("b")])
+    assert [group.name for group in groups] == ["none", "kl"]
+    assert notes == ["rows differ also in lr"]
+    assert groups[0].differs == {"method": "none", "lr": 0.01}
+    # A run from the data itself beside one from a store of it: nothing that a reader could misread.
+    _, notes = group_runs([run("a", method="none", verb="train-teacher", data="camvid"), run("b", cache="camvid.zarr")])
+    assert notes == ["rows differ also in cache"]
+
+
+def test_what_is_ignored_tells_no_rows_apart() -> None:
+    runs = [run("a", cache="fold0.zarr", fold="0/2"), run("b", cache="fold1.zarr", fold="1/2")]
+    assert len(names(*runs)) == 2
+    assert len(names(*runs, ignore=("cache",))) == 1
+    assert len(names(*runs, ignore=("--cache",))) == 1
+    with pytest.raises(RecipeError, match="kl-weight"):
+        names(*runs, ignore=("kl_wieght",))
+
+
+def test_the_same_run_twice_is_no_repetition() -> None:
+    """Two runs of one seed have no standard deviation: they are the same, or differ by the machine."""
+    groups, notes = group_runs([run("a"), run("b", threads=2), run("c", seed=1)])
+    assert [group.name for group in groups] == ["a", "b", "c"]
+    assert "runs/a, runs/b have the same settings and seed 0" in notes[0]
+    same = [Entry("x/a", Run(Path("/x/a")), COMMON), Entry("y/a", Run(Path("/y/a")), COMMON)]
+    assert names(*same) == ["x/a", "y/a"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "taught"),
+    [({"method": "none"}, False), ({"method": "kl"}, True), ({"method": "none", "term": [{"kind": "at"}]}, True)],
+)
+def test_who_was_taught(settings: dict[str, Any], taught: bool) -> None:
+    assert Group("a", (run("a", **settings),), {}).taught is taught
+
+
+def test_many_names_are_not_all_listed() -> None:
+    assert nearest("kk", ["kl", "none"]) == "did you mean kl?"
+    assert nearest("xyz", ["kl", "none"]) == "there are: kl, none"
+    assert nearest("xyz", map(str, range(1000))).endswith("39 ...")

@@ -1,0 +1,122 @@
+"""Scores of single images against sets of pixels, and which images are chosen."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.analysis.per_image import best_and_worst, class_number, ranked, sample_numbers, score_images
+from kdcache.data import Split, open_split
+from kdcache.errors import DataError, RecipeError
+from kdcache.metrics import evaluate, evaluate_model
+from kdcache.models import SegmentationModel
+
+SIZE = (32, 48)
+
+
+def by_sets(model: SegmentationModel, split: Split, number: int) -> list[float]:
+    """IoU per class of one image, by sets of pixels; NaN for a class that is neither in the label nor said."""
+    (said,) = next(evaluate.predictions(model, split, [number], SIZE))
+    label, argmax = said.label.numpy(), said.argmax.numpy()
+    counted = label != 255
+    found = []
+    for c in range(len(split.classes)):
+        ours, theirs = (set(np.flatnonzero((ids == c) & counted)) for ids in (argmax, label))
+        found.append(len(ours & theirs) / len(ours | theirs) if ours | theirs else np.nan)
+    return found
+
+
+def test_the_score_of_an_image(model: SegmentationModel, split: Split) -> None:
+    found = score_images(model, split, SIZE, batch_size=2)
+    assert [image.sample for image in found.images] == list(split.ids[:5])
+    for image in found.images:
+        expected = by_sets(model, split, image.number)
+        assert image.iou == pytest.approx(expected, nan_ok=True, abs=2e-3)
+        assert image.miou == pytest.approx(np.nanmean(image.iou))
+    assert any(np.isnan(image.iou[4]) for image in found.images)
+
+
+def test_all_images_together_are_the_evaluation(model: SegmentationModel, split: Split) -> None:
+    seen: list[tuple[int, int]] = []
+    found = score_images(model, split, SIZE, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert found.metrics == evaluate_model(model, split, SIZE, batch_size=2) or np.array_equal(
+        found.metrics.iou, evaluate_model(model, split, SIZE, batch_size=2).iou, equal_nan=True
+    )
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert found.metrics.miou != pytest.approx(np.mean(found.known()))
+
+
+def test_predictions_are_not_kept(model: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[evaluate.Predicted] = weakref.WeakSet()
+    most = 0
+
+    class Watched(evaluate.Predicted):
+        __hash__ = object.__hash__
+
+        def __init__(self, *values: object) -> None:
+            nonlocal most
+            super().__init__(*values)
+            alive.add(self)
+            most = max(most, len(alive))
+
+    monkeypatch.setattr(evaluate, "Predicted", Watched)
+    model = type(model)("kdcache:tiny", 7, stem=8, widths=(16, 32), depths=(1, 1), decoder=8)
+    score_images(model, open_split("scenes:32x48,val=24", "val"), SIZE, batch_size=2)
+    assert 2 <= most <= 4
+
+
+def test_an_image_of_void_has_no_score(model: SegmentationModel, split: Split, monkeypatch) -> None:
+    monkeypatch.setattr(split, "label", lambda index: np.full(split.image(index).shape[:2], 255, np.uint8))
+    found = score_images(model, split, SIZE)
+    assert found.known() == []
+    assert ranked([found]) == []
+    assert found.to_json()["images"][0]["miou"] is None
+
+
+def test_without_labels_there_is_nothing_to_score(model: SegmentationModel) -> None:
+    with pytest.raises(DataError, match="none of 3 images"):
+        score_images(model, open_split("scenes:32x48,unlabelled=3", "unlabelled"), SIZE)
+
+
+def test_ranks_are_those_of_the_mean_over_models(model: SegmentationModel, split: Split) -> None:
+    torch.manual_seed(9)
+    other = score_images(model, split, (48, 64))
+    one = score_images(model, split, SIZE)
+    order = [image for image, _ in ranked([one, other])]
+    means = [(a.miou + b.miou) / 2 for a, b in zip(one.images, other.images, strict=True)]
+    assert order == sorted(range(5), key=lambda place: -means[place])
+    by_class = [place for place, _ in ranked([one], 2)]
+    assert by_class == sorted(
+        (p for p in range(5) if not np.isnan(one.images[p].iou[2])), key=lambda p: -one.images[p].iou[2]
+    )
+    assert ranked([one], 4) == [] or all(score == 0 for _, score in ranked([one], 4))
+
+
+@given(st.integers(0, 30), st.integers(0, 12), st.integers(0, 12))
+def test_no_image_is_both_a_success_and_a_failure(images: int, best: int, worst: int) -> None:
+    ranking = [(place, 1 - place / 100) for place in range(images)]
+    upper, lower = best_and_worst(ranking, best, worst)
+    assert not set(upper) & set(lower)
+    assert upper == list(range(len(upper)))
+    assert lower == list(range(images - 1, images - 1 - len(lower), -1))
+    assert len(upper) <= best
+    assert len(lower) <= worst
+    assert len(upper) + len(lower) == min(images, best + worst)
+    if best == worst:
+        assert 0 <= len(upper) - len(lower) <= 1
+
+
+def test_names_that_are_unknown(split: Split) -> None:
+    assert class_number(split, "sky") == 2
+    with pytest.raises(RecipeError, match="did you mean sky"):
+        class_number(split, "skyy")
+    assert sample_numbers(split, ["3", "0", "3"]) == [3, 0]
+    with pytest.raises(RecipeError, match="there are: 0, 1, 2"):
+        sample_numbers(split, ["nothing"])
+    with pytest.raises(RecipeError, match="'5' has none"):
+        sample_numbers(split, ["5"])

@@ -1,0 +1,258 @@
+"""Folders of pictures: which files there are, what is in them, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcache.analysis import gallery
+from kdcache.analysis.banner import banner
+from kdcache.analysis.gallery import folder_names, shorten
+from kdcache.analysis.visualise import Visualised, VisualiseOptions, visualise
+from kdcache.data import open_split
+from kdcache.errors import RecipeError
+from kdcache.metrics.confusion import ConfusionMatrix
+from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, colour_ids, draw_confusion, file_part, save_figure
+
+NAME = re.compile(r"(success_rank|failure_rank|chosen)(\d+)_([\w.-]+)_iou(\d\.\d{4})\.png")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Title and panels of every picture; nothing is drawn, which takes seconds."""
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    def note(title: str, pictures: list[tuple[str, Any]], legend: list[tuple[str, Any]]) -> str:
+        seen.append((title, {"legend": legend, **dict(pictures), "names": [name for name, _ in pictures]}))
+        return title
+
+    def touch(_: object, path: Path, above: str | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(gallery, "panels", note)
+    for module in ("gallery", "visualise"):
+        monkeypatch.setattr(f"kdcache.metrics.{module}.save_figure", touch)
+    return seen
+
+
+def make(world: Path, *runs: str, split: str | None = None, **settings: Any) -> Visualised:
+    options = VisualiseOptions(**settings)
+    return visualise([world / "runs" / run for run in runs], None, split, world / "out", options)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def test_real_pictures(world: Path) -> None:
+    made = make(world, "none-0", best=1, worst=1)
+    names = {path.relative_to(world / "out").as_posix() for path in made.files}
+    plain = {
+        f"none-0/{name}" for name in ("confusion.png", "curves.png", "evaluation_metrics.txt", "iou_distribution.png")
+    }
+    assert names > plain
+    assert len(names) == 6
+    for path in made.files:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert np.asarray(picture).std() > 5  # not an empty sheet
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_pictures_of_a_smoke_run_say_so(world: Path, monkeypatch: pytest.MonkeyPatch, smoke: bool) -> None:
+    """Every picture, the text and the summary; none of them otherwise."""
+    said: list[str | None] = []
+    for module in ("gallery", "visualise"):
+        monkeypatch.setattr(f"kdcache.metrics.{module}.save_figure", lambda figure, path, above: said.append(above))
+    monkeypatch.setattr(gallery, "panels", lambda *given: None)
+    make(world, "none-0", "none-1", best=1, worst=1, smoke=smoke)
+    wanted = banner("data", smoke)
+    assert said == [wanted] * (2 * (2 + 3) + 3)
+    texts = [world / "out/none-0/evaluation_metrics.txt", world / "out/visualise.json"]
+    assert [("Smoke run" in path.read_text()) for path in texts] == [smoke, smoke]
+
+
+def test_a_banner_takes_room_of_its_own(tmp_path: Path) -> None:
+    """The picture grows by red lines at its top; what was there stays as large."""
+
+    def drawn(above: str | None) -> np.ndarray:
+        figure = draw_confusion(np.eye(3, dtype=int), ["a", "b", "c"], "title")
+        save_figure(figure, tmp_path / "x.png", above)
+        with Image.open(tmp_path / "x.png") as picture:
+            return np.asarray(picture.convert("RGB")).astype(int)
+
+    plain, banned = drawn(None), drawn(banner("scenes", True))
+    strip = len(banned) - len(plain)
+    assert strip > 40
+    assert banned.shape[1] == plain.shape[1]
+    red = (banned[..., 0] - banned[..., 1:].max(2) > 100).any(1)
+    assert red[:strip].any()
+    assert not red[strip + 10 :].any()
+    blue = [(picture[..., 2] - picture[..., 0] > 60).any(0).sum() for picture in (plain, banned)]
+    assert abs(blue[0] - blue[1]) < 0.05 * blue[0]
+
+
+def test_names_ranks_and_scores(world: Path, drawn: list) -> None:
+    """As in the files' names: the best first, the worst first, and the scores those of the images."""
+    made = make(world, "none-0", best=2, worst=2)
+    scores = {file_part(image.sample): image.miou for image in made.shown["none-0"].scores.images}
+    order = sorted(scores, key=lambda sample: -scores[sample])
+    for folder, expected in (("successful_cases", order[:2]), ("failure_cases", order[::-1][:2])):
+        found = [NAME.fullmatch(name) for name in files(world / "out/none-0" / folder)]
+        assert [match[3] for match in found if match] == expected
+        assert [match[2] for match in found if match] == ["1", "2"]
+        assert all(float(match[4]) == pytest.approx(scores[match[3]], abs=1e-4) for match in found if match)
+    assert len(drawn) == 4
+
+
+def test_what_a_picture_shows(world: Path, drawn: list) -> None:
+    made = make(world, "none-0", best=1, worst=0, teacher=str(world / "runs/none-1"))
+    ((title, panel),) = drawn
+    assert panel["names"] == ["image", "ground truth", "teacher", "prediction", "overlay", "where they differ"]
+    split = open_split(world / "data", "val")
+    image = max(made.shown["none-0"].scores.images, key=lambda image: image.miou)
+    pixels, label = split.image(image.number), split.label(image.number)
+    assert f"mIoU {100 * image.miou:.2f} %" in title
+    assert np.array_equal(panel["image"], pixels)
+    assert np.array_equal(panel["ground truth"], colour_ids(label, split.classes.colours))
+    said = panel["prediction"]
+    wrong = (said != panel["ground truth"]).any(2) & (label != 255)
+    assert np.array_equal((panel["where they differ"] == WRONG_RGB).all(2), wrong)
+    assert (panel["where they differ"][label == 255] == VOID_RGB).all()
+    assert np.abs(panel["overlay"] - (0.45 * pixels + 0.55 * said)).max() <= 0.51
+    assert not np.array_equal(panel["teacher"], said)
+    assert [name for name, _ in panel["legend"]][-2:] == ["void", "wrong"]
+
+
+def test_several_runs_side_by_side(world: Path, drawn: list) -> None:
+    made = make(world, "none-0", "none-1", best=1, worst=1)
+    one, two = (shown.scores.images for shown in made.shown.values())
+    means = {file_part(a.sample): (a.miou + b.miou) / 2 for a, b in zip(one, two, strict=True)}
+    order = sorted(means, key=lambda sample: -means[sample])
+    found = [NAME.fullmatch(name) for name in files(world / "out/side_by_side")]
+    assert [match[3] for match in found if match] == [order[-1], order[0], order[1]]
+    assert all(float(match[4]) == pytest.approx(means[match[3]], abs=1e-4) for match in found if match)
+    _, panel = drawn[-1]
+    assert len(panel["names"]) == 6
+    assert "runs/none-1: mIoU" in panel["names"][4]
+    make(world, "none-0", best=1, worst=1)
+    assert files(world / "out/side_by_side") == []
+
+
+def test_the_same_samples_of_every_run(world: Path, drawn: list) -> None:
+    ids = open_split(world / "data", "val").ids
+    make(world, "none-0", "none-1", ids=(ids[4], ids[1]))
+    for run in ("none-0", "none-1"):
+        assert [NAME.fullmatch(name)[3] for name in files(world / "out" / run / "chosen_cases")] == [ids[4], ids[1]]
+        assert files(world / "out" / run / "successful_cases") == []
+    assert len(files(world / "out/side_by_side")) == 2
+
+
+def test_ranked_by_a_class(world: Path, drawn: list) -> None:
+    made = make(world, "none-0", best=2, worst=1, class_name="sky")
+    place = open_split(world / "data", "val").classes.names.index("sky")
+    scores = {image.sample: image.iou[place] for image in made.shown["none-0"].scores.images}
+    found = [NAME.fullmatch(name) for name in files(world / "out/none-0/successful_cases")]
+    assert [match[3] for match in found if match] == sorted(scores, key=lambda sample: -scores[sample])[:2]
+    assert "IoU of sky" in drawn[0][0]
+    assert "best images by IoU of sky" in (world / "out/none-0/evaluation_metrics.txt").read_text()
+
+
+def test_earlier_pictures_are_replaced_and_nothing_else(world: Path, drawn: list) -> None:
+    make(world, "none-0", best=3, worst=0)
+    (world / "out/none-0/successful_cases/notes.txt").write_text("mine")
+    make(world, "none-0", best=1, worst=1)
+    assert len(files(world / "out/none-0/successful_cases")) == 2
+    assert "notes.txt" in files(world / "out/none-0/successful_cases")
+    (world / "mine").mkdir()
+    (world / "mine/thesis.txt").write_text("")
+    for out, words in ((world / "mine", "holds something else"), (world / "mine/thesis.txt", "is no folder")):
+        with pytest.raises(RecipeError, match=words):
+            visualise([world / "runs/none-0"], None, None, out)
+
+
+def test_the_summary_and_the_text_say_what_was_found(world: Path, drawn: list) -> None:
+    made = make(world, "none-0", best=0, worst=0)
+    scores = made.shown["none-0"].scores
+    summary = json.loads((world / "out/visualise.json").read_text())["runs"]["none-0"]
+    assert summary["miou"] == scores.metrics.miou
+    assert [one["miou"] for one in summary["images"]] == scores.known()
+    text = (world / "out/none-0/evaluation_metrics.txt").read_text()
+    assert f"mIoU {100 * scores.metrics.miou:.2f} %" in text
+    assert f"mean {100 * np.mean(scores.known()):.2f} %" in text
+    best = max(scores.images, key=lambda image: image.miou)
+    assert f"  {100 * best.miou:.2f}  {best.sample}" in text
+    rows = {line.split()[0]: line.split()[1] for line in text.splitlines() if line.count("  ") >= 3}
+    assert rows["road"] == f"{100 * scores.metrics.iou[scores.metrics.class_names.index('road')]:.2f}"
+
+
+def test_a_run_without_a_log_has_no_curves(world: Path, drawn: list) -> None:
+    (world / "runs/none-0/metrics.jsonl").unlink()
+    made = make(world, "none-0", best=0, worst=0)
+    assert "no curves" in made.notes[0]
+    assert not (world / "out/none-0/curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"class_name": "skyy"}, "did you mean sky"),
+        ({"ids": ("val-00000",)}, "did you mean"),
+        ({"teacher": "nowhere"}, "does not exist"),
+        ({"split": "tset"}, "tset"),
+    ],
+)
+def test_names_that_are_unknown(world: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=words):
+        make(world, "none-0", **settings)
+    assert not (world / "out").exists()
+
+
+def test_a_class_that_is_in_no_image(world: Path, drawn: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdcache.analysis.visualise.ranked", lambda *_: [])
+    with pytest.raises(RecipeError, match="no image with pole"):
+        make(world, "none-0", class_name="pole")
+
+
+def test_the_matrix_is_normalised_by_labels() -> None:
+    confusion = ConfusionMatrix(("road", "car", "never", "ghost"))
+    confusion.counts[0, 0], confusion.counts[0, 1], confusion.counts[1, 3] = 3, 1, 5
+    (axes,) = draw_confusion(confusion.counts.numpy(), confusion.class_names, "a matrix").axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["road", "car"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["road", "car", "ghost"]
+    assert [text.get_text() for text in axes.texts] == ["75", "25", "100"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/kl", "runs/none"], ["kl", "none"]),
+        (["a/kl", "b/kl"], ["a-kl", "b-kl"]),
+        (["x/a/kl", "y/a/kl", "y/b/kl"], ["x-a-kl", "y-a-kl", "y-b-kl"]),
+        (["kl", "./kl"], ["1-kl", "2-kl"]),
+        (["runs/side_by_side"], ["runs-side_by_side"]),
+        (["smp:unet@/w/best.pt"], ["best.pt"]),
+    ],
+)
+def test_folders_are_told_apart(paths: list[str], names: list[str]) -> None:
+    assert folder_names(paths) == names
+
+
+@pytest.mark.parametrize(
+    ("sample", "part"),
+    [("a/b c:d", "a-b-c-d"), ("../x", "x"), ("", "sample"), ("öl", "l"), ("日本", "sample"), ("x" * 300, "x" * 100)],
+)
+def test_any_id_makes_a_file_name(sample: str, part: str) -> None:
+    assert file_part(sample) == part
+
+
+def test_a_long_name_keeps_its_end() -> None:
+    assert shorten("abc", 10) == "abc"
+    assert shorten("a" * 20 + "b", 10) == "..." + "a" * 6 + "b"

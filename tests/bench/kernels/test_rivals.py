@@ -1,0 +1,201 @@
+"""What is measured and against whom: shapes, tensors, and rivals that compute the same loss and gradient."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdcache.bench.kernels import PRESETS, RIVALS, Case, Settings, Shape, parse_names, parse_shapes, rivals
+from kdcache.bench.kernels.rivals import OURS, UnavailableError, prepare
+from kdcache.bench.kernels.shapes import make_inputs
+from kdcache.errors import RecipeError
+from kdcache_kernels import distill_loss
+
+CPU = torch.device("cpu")
+SMALL = Shape(2, 5, 24, 32, 4)
+
+
+def relative(error: torch.Tensor, of: torch.Tensor) -> float:
+    return (error.double().abs().max() / of.double().abs().max()).item()
+
+
+# Shapes
+
+
+def test_shapes_and_presets_are_parsed_once_each() -> None:
+    assert parse_shapes(" 2x5x24x32/4, camvid,4X11x288x288/4") == (SMALL, *PRESETS["camvid"])
+    assert parse_shapes("cuda") == PRESETS["cuda"]
+    assert str(SMALL) == "2x5x24x32/4"
+    assert parse_shapes(str(SMALL)) == (SMALL,)
+
+
+@pytest.mark.parametrize(
+    ("text", "received"), [("camvit", "camvit"), ("2x5x24x32", "2x5"), ("2x5x0x32/4", "x0x"), ("", "''")]
+)
+def test_unknown_shapes(text: str, received: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_shapes(text)
+    assert received in caught.value.received
+    assert ("did you mean 'camvid'" in caught.value.remedy) == (text == "camvit")
+
+
+def test_unknown_names() -> None:
+    assert parse_names("liger, eager,liger", "--against", RIVALS) == ("liger", "eager")
+    with pytest.raises(RecipeError, match="did you mean 'eager'") as caught:
+        parse_names("eager,eagre", "--against", RIVALS)
+    assert "--against" in caught.value.rule
+    assert caught.value.received == "'eagre'"
+
+
+def test_sizes_of_a_shape() -> None:
+    odd = Shape(1, 3, 500, 512, 8)
+    assert (odd.native, odd.divides, SMALL.divides) == ((63, 64), False, True)
+    assert SMALL.class_pixels == 2 * 5 * 24 * 32
+
+
+@pytest.mark.parametrize(("classes", "kept", "k"), [(32, None, 32), (33, None, 8), (33, 40, 33), (21, 4, 4)])
+def test_a_target_keeps_what_a_store_would(classes: int, kept: int | None, k: int) -> None:
+    assert Case(Shape(1, classes, 8, 8, 4), kept=kept).k == k
+
+
+def test_cases_are_drawn_once() -> None:
+    settings = Settings(CPU, (SMALL, SMALL), ("fp32", "bf16"), temperatures=(1.0, 2.0), kept=(None, 5, 2))
+    assert len(list(settings.cases())) == 2 * 2 * 2, "5 of 5 classes are all of them"
+
+
+@pytest.mark.parametrize("classes", [5, 300])
+def test_inputs_are_the_same_every_time_and_partly_void(classes: int) -> None:
+    case = Case(Shape(1, classes, 24, 32, 4), dtype="bf16", layout="channels_last")
+    one, other = make_inputs(case, CPU), make_inputs(case, CPU)
+    assert torch.equal(one.student, other.student)
+    assert torch.equal(one.labels, other.labels)
+    assert one.student.dtype == torch.bfloat16
+    assert one.student.is_contiguous(memory_format=torch.channels_last)
+    assert one.student.is_leaf
+    assert torch.equal(one.labels.long(), one.labels_int64), "no id was cut short"
+    void = one.labels_int64 == case.shape.ignore_index
+    assert 0.05 < void.float().mean() < 0.2
+    assert int(one.labels_int64[~void].max()) < classes
+    assert torch.equal(one.mask, 1 - void.float())
+
+
+# Rivals compute the same loss and gradient
+
+
+def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64, from the rounded logits."""
+    inputs = make_inputs(case, CPU)
+    leaf = inputs.student.detach().double().requires_grad_()
+    weights = {"kl_weight": 1.0, "temperature": case.temperature}
+    options = {"distill_void": False, "ignore_index": case.shape.ignore_index, "impl": "reference"}
+    loss = distill_loss(leaf, inputs.labels, inputs.target, **weights, **options).loss
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [OURS, "eager", "chunked", *(pytest.param(n, marks=pytest.mark.slow) for n in ("compile", "compile-max-autotune"))],
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(("classes", "kept"), [(5, None), (40, 8)])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_rivals_agree_with_the_reference(name: str, temperature: float, classes: int, kept: int | None) -> None:
+    torch.compiler.reset()
+    case = Case(replace(SMALL, num_classes=classes), temperature=temperature, kept=kept)
+    expected_loss, expected = reference(case)
+    step = prepare(name, case, make_inputs(case, CPU), "auto").step
+    for _ in range(2):
+        loss, gradient = step()
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+        assert relative(gradient - expected, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", [OURS, "eager", "chunked"])
+@pytest.mark.parametrize(("dtype", "error"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_narrow_logits(name: str, dtype: str, error: float) -> None:
+    case = Case(SMALL, dtype=dtype, layout="channels_last")
+    expected_loss, expected = reference(case)
+    loss, gradient = prepare(name, case, make_inputs(case, CPU), "auto").step()
+    assert gradient.shape == expected.shape
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert relative(gradient - expected, expected) < error
+
+
+class _LigerCE(torch.nn.Module):
+    """As Liger's: the mean over rows; the gradient is written over the input."""
+
+    def __init__(self, ignore_index: int) -> None:
+        super().__init__()
+
+    def forward(self, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, rows):  # type: ignore[no-untyped-def]
+                loss = F.cross_entropy(rows, labels)
+                gradient = (rows.softmax(1) - F.one_hot(labels, rows.shape[1])) / len(rows)
+                rows.detach().untyped_storage().copy_(gradient.contiguous().untyped_storage())
+                ctx.save_for_backward(rows.detach())
+                return loss
+
+            @staticmethod
+            def backward(ctx, grad):  # type: ignore[no-untyped-def]
+                return ctx.saved_tensors[0] * grad
+
+        return Function.apply(rows)
+
+
+@pytest.fixture
+def fake_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's two classes in torch, so that what we pass to them is judged without a GPU."""
+    classes = {"LigerCrossEntropyLoss": _LigerCE, "LigerKLDIVLoss": torch.nn.KLDivLoss}
+    for name, path in rivals.LIGER_MODULES.items():
+        module = types.ModuleType(path)
+        setattr(module, name, classes[name])
+        monkeypatch.setitem(sys.modules, path, module)
+    for path in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+    monkeypatch.setattr(rivals.metadata, "version", lambda name: "0.8.5")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_liger_gets_the_same_pixels(fake_liger: None, temperature: float) -> None:
+    case = Case(SMALL, temperature=temperature)
+    inputs = make_inputs(case, CPU)
+    expected_loss, expected = reference(case)
+    contestant = prepare("liger", case, inputs, "auto")
+    loss, gradient_NC = contestant.step()
+    assert not contestant.capturable
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    gradient_BHWC = torch.zeros(*inputs.mask.shape, SMALL.num_classes)
+    gradient_BHWC[inputs.mask > 0] = gradient_NC
+    leaf = inputs.student.detach().requires_grad_()
+    upsampled = F.interpolate(leaf, SMALL.size, mode="bilinear")
+    back = torch.autograd.grad(upsampled, leaf, gradient_BHWC.permute(0, 3, 1, 2))[0]
+    assert relative(back - expected, expected) < 1e-5
+
+
+def test_liger_says_why_it_cannot_run(fake_liger: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason() -> str:
+        with pytest.raises(UnavailableError) as caught:
+            prepare("liger", Case(SMALL), make_inputs(Case(SMALL), CPU), "auto")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.delattr(sys.modules["liger_kernel.transformers.kl_div"], "LigerKLDIVLoss")
+    assert "cannot be used" in reason()
+    monkeypatch.setattr(rivals.metadata, "version", lambda name: "0.4.2")
+    assert "older than 0.5" in reason()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "no kernel for cpu" in reason()
+
+    def absent(name: str) -> str:
+        raise rivals.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(rivals.metadata, "version", absent)
+    assert "not installed" in reason()

@@ -1,0 +1,215 @@
+"""The machine code of the CPU kernels on disk: never old, and never a reason to fail."""
+
+import ast
+import importlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numba
+import numpy as np
+import pytest
+from numba.core import caching
+from numba.core.dispatcher import Dispatcher
+
+import kdcache_kernels
+from kdcache_kernels.cpu import math as numba_math
+
+SOURCE = Path(kdcache_kernels.__file__).parent
+FAMILY = sorted(f"cpu.{path.stem}" for path in (SOURCE / "cpu").glob("*.py") if path.stem != "__init__")
+COPY = "copied_kernels"
+PROBE = """
+from .cpu.math import exp2, kernel
+from .topk import LOGIT_LIMIT
+
+@kernel
+def probe(x):
+    return LOGIT_LIMIT + exp2(x) - 1.0
+"""
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a module of a copy of the CPU kernels, anew at every call, as a new process would."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / COPY
+    shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__init__.py").write_text("")  # the operators are registered once per process
+    (package / "probe.py").write_text(PROBE)
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == COPY]:
+            del sys.modules[name]
+
+    def fresh(name: str) -> ModuleType:
+        forget()
+        # Python's own cache goes by time and size, which a test changes too quickly.
+        for path in package.rglob("__pycache__/*.pyc"):
+            path.unlink()
+        importlib.invalidate_caches()
+        return importlib.import_module(f"{COPY}.{name}")
+
+    yield fresh
+    forget()
+
+
+def filled(module: ModuleType) -> tuple[float, int]:
+    """What a class that was not kept gets, and how often the cache on disk served."""
+    shape = (1, 2, 3)
+    values, out = np.zeros(shape, np.float32), np.empty((1, 4, 3), np.float32)
+    indices = np.broadcast_to(np.arange(2, dtype=np.int32)[None, :, None], shape).copy()
+    module._densify_tasks(0, 1, values, indices, np.zeros((1, 3), np.float32), 3, out)
+    return float(out[0, 3, 0]), sum(module._densify_tasks.stats.cache_hits.values())
+
+
+def probed(module: ModuleType) -> tuple[float, int]:
+    """The same of the smallest kernel, which compiles in a second."""
+    return module.probe(np.float32(0)), sum(module.probe.stats.cache_hits.values())
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """As an installer may do that gives every file one date: neither time nor size changes."""
+    assert len(old) == len(new)
+    before, text = path.stat(), path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "before", "after"),
+    [
+        ("probe", probed, 6e4, 6e4 + 1),
+        pytest.param("cpu.topk", filled, 0, np.log(2), marks=pytest.mark.slow),
+    ],
+)
+def test_an_edit_of_what_a_kernel_calls_is_seen(name, call, before, after, copied, tmp_path):
+    assert call(copied(name)) == (pytest.approx(before, abs=1e-6), 0)
+    assert call(copied(name)) == (pytest.approx(before, abs=1e-6), 1)
+    edit(tmp_path / COPY / "cpu" / "math.py", "(1, 0.6931471825, ", "(2, 0.6931471825, ")  # doubles exp2(0)
+    assert call(copied(name)) == (pytest.approx(after, abs=1e-6), 0)
+    assert call(copied(name)) == (pytest.approx(after, abs=1e-6), 1)
+
+
+def test_an_edit_of_a_constant_from_another_file_is_seen(copied, tmp_path):
+    """`LOGIT_LIMIT` is compiled into the kernels."""
+    assert probed(copied("probe")) == (6e4, 0)
+    edit(tmp_path / COPY / "topk.py", "LOGIT_LIMIT = 6e4", "LOGIT_LIMIT = 5e4")
+    assert probed(copied("probe")) == (5e4, 0)
+
+
+def test_damaged_machine_code_is_compiled_again(copied, tmp_path):
+    probed(copied("probe"))
+    for pattern in ("*.nbi", "*.nbc"):
+        (path,) = (tmp_path / COPY / "__pycache__").glob(f"probe.probe{pattern}")
+        path.write_bytes(path.read_bytes()[:30])
+        assert probed(copied("probe")) == (6e4, 0)
+        assert probed(copied("probe")) == (6e4, 1)
+
+
+def test_a_full_disk_costs_a_compilation(copied, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_data", full)
+    for _ in range(2):
+        assert probed(copied("probe")) == (6e4, 0)
+
+
+def test_without_a_place_to_write_everything_is_compiled(copied, monkeypatch):
+    """A read-only install and an unwritable home: numba has no locator then, and says so when a kernel is defined."""
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator available"):
+        caching.FunctionCache(probed)
+    assert probed(copied("probe")) == (6e4, 0)
+    for name in FAMILY:
+        copied(name)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_nothing_is_cached_but_by_the_projects_decorator(name):
+    """numba's own `cache=True` watches one file, and fails where it can write nowhere."""
+    module = importlib.import_module(f"kdcache_kernels.{name}")
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Call):
+            assert "cache" not in [keyword.arg for keyword in node.keywords], ast.unparse(node)
+    for dispatcher in (member for member in vars(module).values() if isinstance(member, Dispatcher)):
+        assert isinstance(dispatcher._cache, (numba_math._Cache, caching.NullCache))
+
+
+def test_what_threads_run_is_cached():
+    """Compiling takes seconds per signature: what `threads.run` is given would be compiled in every process."""
+    kernels = set()
+    for name in FAMILY:
+        module = importlib.import_module(f"kdcache_kernels.{name}")
+        for member in vars(module).values():
+            if isinstance(member, Dispatcher) and inspect.signature(member.py_func).parameters.keys() >= {
+                "first",
+                "last",
+            }:
+                kernels.add(member.__name__)
+                assert isinstance(member._cache, numba_math._Cache), member
+    assert kernels == {
+        *("cells", "pixels", "to_nodes", "from_nodes", "count_pixels"),
+        *("_pack_tasks", "_densify_tasks", "_argmax_tasks"),
+    }
+
+
+EVERYTHING = """
+import torch
+from kdcache_kernels import PackedTarget, distill_loss, pack, target_argmax_confidence
+from kdcache_kernels.cpu import topk as numba_topk
+logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+target = PackedTarget(*pack(logits.detach(), 2, impl="numba"), 3, (8, 8))
+labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+distill_loss(logits, labels, target, kl_weight=1.0, impl="numba").loss.backward()
+target_argmax_confidence(target, (8, 8), impl="numba")
+print(numba_topk.__file__, logits.grad.isfinite().all().item(), numba_topk._pack_tasks.stats.cache_path)
+"""
+
+
+@pytest.mark.slow
+def test_a_read_only_install(tmp_path):
+    """A file lies where numba would make its folder: nobody can write there, root included."""
+    package = tmp_path / "kdcache_kernels"
+    shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__pycache__").write_text("")
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/nowhere")
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", EVERYTHING],
+        cwd=tmp_path,
+        env={**os.environ, **nowhere},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [str(package / "cpu" / "topk.py"), "True", "None"]
+
+
+@pytest.mark.slow
+def test_the_kernels_are_compiled_where_numba_is_told_not_to(tmp_path):
+    """A user debugs functions of his own so. Numba reads the variable when it is imported."""
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", EVERYTHING + "import numba\nown = lambda: 0\nprint(numba.njit(own) is own)"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[1] == "True"
+    assert done.stdout.split()[-1] == "True"
+
+
+def test_a_kernel_is_compiled_where_numba_is_told_not_to(copied, monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert probed(copied("probe")) == (6e4, 0)
+    assert numba.njit(probed) is probed

@@ -1,0 +1,89 @@
+"""Every Triton kernel compiles for the GPUs at hand nowadays, on machines that have none.
+
+The interpreter, in which the other tests run, takes much that the compiler refuses: types that change in a loop,
+constants that are none, a `tl.dot` of the wrong shape. The launches are the package's own; see benchmarks/sass.py.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton_cases import make_problem
+
+from kdcache_kernels.gpu import cells, tiles
+from kdcache_kernels.gpu.common import launch_options
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+LARGEST = """
+import sys
+from functools import partial
+sys.path.insert(0, sys.argv[1])
+import sass, torch
+call = partial(sass.triton_loss.distill_loss, sass.problem(sass.CELLS["any ratio"], torch.float16))
+for target in sys.argv[2:]:
+    compiled = sass.compile_all(sass.gpu_target(target), iter([("any ratio", call)]))
+    print(target, *(one.name for one in compiled))
+"""
+"""What compiles the largest kernel, and those that it needs, for some targets."""
+
+
+def compile_in_a_process(*words: str, folder: Path) -> str:
+    """What a program prints; TRITON_INTERPRET is set in this process. A warning is an error there too."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(folder), "PYTHONWARNINGS": "error"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow  # a minute or two each: what tiles becomes is long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("target", "calls"), [("90", "--compile-only"), ("gfx942", "--brief")])
+def test_every_kernel_compiles(target, calls, tmp_path):
+    """For one GPU of NVIDIA, in all variants, and for one of AMD."""
+    output = compile_in_a_process(str(BENCHMARKS / "sass.py"), calls, "--capability", target, folder=tmp_path)
+    assert f"{target}: compiled" in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_largest_kernel_compiles_for_every_generation(tmp_path):
+    """NVIDIA's generations around the one whose kernels are all compiled, and another of AMD's with 64 lanes."""
+    targets = ["75", "80", "89", "100", "120", "gfx90a"]
+    lines = compile_in_a_process("-c", LARGEST, str(BENCHMARKS), *targets, folder=tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == targets
+    assert all("tiles_kernel" in line.split() for line in lines)
+
+
+class _Driver:
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@pytest.mark.parametrize(
+    ("target", "lanes", "limited"),
+    [
+        (GPUTarget("cuda", 90, 32), 32, True),
+        (GPUTarget("hip", "gfx942", 64), 64, False),
+        (GPUTarget("hip", "gfx1100", 32), 32, False),
+    ],
+    ids=["NVIDIA", "CDNA", "RDNA"],
+)
+@pytest.mark.parametrize("kernel", [cells, tiles], ids=["cells", "tiles"])
+def test_a_program_is_one_warp_and_asks_for_what_the_compiler_knows(kernel, target, lanes, limited, monkeypatch):
+    """AMD's compiler raises KeyError at `maxnreg`, and half of a warp of 64 lanes would idle over 32."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(target))
+    problem = make_problem(4, (16, 16), B=4)
+    problem = dataclasses.replace(problem, student=problem.student.to("meta"))
+    assert kernel.choose_tiling(problem).lanes == lanes
+    options = launch_options(lanes, kernel.REGISTERS, problem.student.device)
+    assert options == {"num_warps": 1, **({"maxnreg": kernel.REGISTERS} if limited else {})}
+    assert launch_options(4 * lanes, kernel.REGISTERS, problem.student.device)["num_warps"] == 4

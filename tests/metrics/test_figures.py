@@ -1,0 +1,45 @@
+"""Names in pictures are text: no formula, nothing that no font has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from kdcache.metrics.figures import class_bars, dress, new_figure, panels, save_figure
+
+GREY = np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["$x$", r"$\frac$", "a $5 b $6", r"\$", "^{", "\x1b]0;t\x07b", "\u202ea\x00", "[/]"])
+def test_any_name_can_be_drawn_and_is_shown_as_it_is(tmp_path, name) -> None:
+    shown = "".join(character for character in name if character.isprintable())
+    both = panels(name, [(name, GREY), (name, GREY)], [(name, (1, 2, 3))])
+    bars = new_figure(4, 3, name)
+    class_bars(dress(bars.add_subplot(), name, name, name), [name, "other"], [(1, 2, 3)] * 2, [0.5, 0.4], [0.4, 0.5])
+    for number, figure in enumerate((both, bars)):
+        save_figure(figure, tmp_path / f"{number}.png")
+        texts = [text for text in figure.findobj(Text) if shown in text.get_text()]
+        assert len(texts) >= 4
+        assert not any(text._preprocess_math(text.get_text())[1] for text in texts)
+        assert all(text.get_text() == shown for text in texts)
+
+
+@pytest.mark.parametrize(("name", "shown"), [("_road", "_road"), ("road\n99.9 sky", "road 99.9 sky")])
+def test_a_name_is_one_line_of_a_legend_and_of_bars(tmp_path, name, shown) -> None:
+    both = panels("title", [(name, GREY)], [(name, (1, 2, 3))])
+    bars = new_figure(4, 3, "title")
+    class_bars(dress(bars.add_subplot(), "x"), [name, "other"], [(1, 2, 3)] * 2, [0.5, 0.4], [0.4, 0.5])
+    for number, figure in enumerate((both, bars)):
+        save_figure(figure, tmp_path / f"{number}.png")
+        assert shown in [text.get_text() for text in figure.findobj(Text)]
+    assert [text.get_text() for text in both.legends[0].get_texts()] == [shown]
+
+
+def test_powers_on_an_axis_stay_formulas(tmp_path) -> None:
+    figure = new_figure(4, 3, "title")
+    axes = figure.add_subplot()
+    axes.plot([1, 1e6], [1, 1e6])
+    axes.set_yscale("log")
+    save_figure(figure, tmp_path / "a.png")
+    assert any(text.get_parse_math() and "$" in text.get_text() for text in axes.get_yticklabels())

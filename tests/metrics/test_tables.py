@@ -1,0 +1,108 @@
+"""Tables: names travel with numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.metrics import (
+    ConfusionMatrix,
+    Metrics,
+    class_rows,
+    comparison_rows,
+    markdown_table,
+    metrics_markdown,
+    percent,
+)
+
+NAMES = ("road", "car", "sky", "never")
+
+
+def measure(order: list[int], seed: int = 0) -> Metrics:
+    """The same pixels when class ids are permuted: id i becomes order[i]."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 3, 300)
+    predicted = np.where(rng.random(300) < 0.7, label, rng.integers(0, 3, 300))
+    table = np.array(order)
+    names = [NAMES[order.index(position)] for position in range(4)]
+    confusion = ConfusionMatrix(names)
+    confusion.update(torch.from_numpy(table[predicted]), torch.from_numpy(table[label]))
+    return confusion.metrics()
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 3], [3, 2, 1, 0], [2, 3, 0, 1]])
+def test_rows_are_permuted_with_the_class_ids(order: list[int]) -> None:
+    plain, moved = measure([0, 1, 2, 3]), measure(order)
+    assert class_rows(moved) != class_rows(plain)
+    assert sorted(class_rows(moved)) == sorted(class_rows(plain))
+    assert moved.miou == pytest.approx(plain.miou)
+    columns = []
+    for metrics in (plain, moved):
+        header, rows = comparison_rows({"run": metrics})
+        columns.append(dict(zip(header, rows[0], strict=True)))
+    assert columns[0] == columns[1]
+
+
+def test_a_class_that_does_not_occur_is_a_dash() -> None:
+    rows = {name: rest for name, *rest in class_rows(measure([0, 1, 2, 3]))}
+    assert rows["never"] == ["-", "-", "0.00"]
+    assert percent(math.nan) == "-"
+    assert percent(0.12345) == "12.35"
+    assert sum(float(row[2]) for row in rows.values()) == pytest.approx(100, abs=0.02)
+
+
+def metrics(*iou: float) -> Metrics:
+    mean = float(np.nanmean(iou))
+    return Metrics(("x", "y")[: len(iou)], iou, iou, (1,) * len(iou), mean, mean, 0.5)
+
+
+def test_the_best_of_each_column_is_marked() -> None:
+    header, rows = comparison_rows({"a": metrics(0.2, 0.6), "b": metrics(0.4, math.nan), "c": metrics(0.3, 0.6)})
+    assert header == ["run", "mIoU", "mAcc", "aAcc", "x", "y"]
+    assert rows[0] == ["a", "40.00", "40.00", "**50.00**", "20.00", "**60.00**"]
+    assert rows[1] == ["b", "40.00", "40.00", "**50.00**", "**40.00**", "-"]
+    assert rows[2] == ["c", "**45.00**", "**45.00**", "**50.00**", "30.00", "**60.00**"]
+    assert comparison_rows({"a": metrics(0.2, 0.6)}, ("<", ">"))[1][0][1] == "<40.00>"
+
+
+def test_a_column_of_nan_has_no_best() -> None:
+    _, rows = comparison_rows({"a": metrics(0.2, math.nan), "b": metrics(0.4, math.nan)})
+    assert [row[-1] for row in rows] == ["-", "-"]
+
+
+def test_runs_over_other_classes_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="same classes"):
+        comparison_rows({"a": measure([0, 1, 2, 3]), "b": measure([1, 0, 2, 3])})
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_markdown_escapes_what_would_end_a_cell() -> None:
+    table = markdown_table(("run", "a|b", "c"), [("x|y", "1", "2"), ("z", "3", "-")])
+    lines = table.splitlines()
+    assert table.endswith("\n")
+    assert cells(lines[0]) == ["run", "a|b", "c"]
+    assert lines[1] == "| --- | ---: | ---: |"
+    assert cells(lines[2]) == ["x|y", "1", "2"]
+    assert cells(lines[3]) == ["z", "3", "-"]
+
+
+def test_an_evaluation_as_markdown() -> None:
+    found = measure([0, 1, 2, 3])
+    text = metrics_markdown("student", found)
+    assert text.startswith("# student\n\nmIoU ")
+    assert percent(found.aacc) in text.splitlines()[2]
+    assert [cells(line)[0] for line in text.splitlines()[6:]] == list(NAMES)
+
+
+def test_a_name_makes_no_row_of_its_own() -> None:
+    from kdcache.metrics import markdown_table
+
+    table = markdown_table(("class", "IoU %"), [("road |\n| sky | 99.9 |\r\x85\u2028", "1.00")])
+    assert len(table.splitlines()) == 3

@@ -1,0 +1,209 @@
+"""Where a teacher may come from, and what does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kdcache.data import ClassList
+from kdcache.errors import KDCacheError, MismatchError, ModelError, RecipeError
+from kdcache.models import state_digest
+from kdcache.teacher import load_teacher
+from kdcache.teacher.load.fingerprint import fingerprint
+
+CPU = torch.device("cpu")
+
+
+def refusal(kind: type[KDCacheError], origin: str, classes: ClassList, **options: object) -> KDCacheError:
+    with pytest.raises(KDCacheError) as caught:
+        load_teacher(origin, classes, **options)
+    assert type(caught.value) is kind, caught.value
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_a_run(run_folder, classes, model_of) -> None:
+    teacher = load_teacher(str(run_folder), classes)
+    assert (teacher.size, teacher.class_map, teacher.notes) == ((32, 48), None, ())
+    assert teacher.model.mean == (0.4, 0.5, 0.6)
+    assert not teacher.model.training
+    assert state_digest(teacher.model) == state_digest(model_of(len(classes)))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_from_elsewhere(tmp_path, classes, model_of, suffix) -> None:
+    model = model_of(len(classes))
+    path = tmp_path / f"w{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": model.state_dict()}, path)
+    else:
+        save_file(dict(model.state_dict()), path)
+    teacher = load_teacher(f"kdcache:tiny@{path}", classes)
+    assert teacher.size is None
+    assert not teacher.model.training
+    assert state_digest(teacher.model) == state_digest(model)
+
+
+def test_weights_in_a_folder_with_an_at_sign(tmp_path, classes, model_of) -> None:
+    (tmp_path / "me@work").mkdir()
+    path = tmp_path / "me@work" / "w.safetensors"
+    save_file(dict(model_of(len(classes)).state_dict()), path)
+    assert load_teacher(f"kdcache:tiny@{path}", classes).model.spec == "kdcache:tiny"
+
+
+def test_a_run_in_a_folder_with_an_at_sign(run_folder, classes) -> None:
+    moved = run_folder.rename(run_folder.with_name("run@home"))
+    assert load_teacher(str(moved), classes).size == (32, 48)
+
+
+def test_published_weights(monkeypatch, classes) -> None:
+    """`@default` asks the library; here the network is replaced by a function."""
+    from torchvision.models import _api
+
+    from kdcache.models import build_model
+
+    torch.manual_seed(0)
+    published = dict(build_model("torchvision:lraspp_mobilenet_v3_large", 21).state_dict())
+    asked = []
+
+    def from_url(url: str, **_: object) -> dict[str, torch.Tensor]:
+        asked.append(url)
+        return published
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", from_url)
+    voc = ClassList(tuple(f"c{index}" for index in range(21)))
+    teacher = load_teacher("torchvision:lraspp_mobilenet_v3_large@default", voc)
+    assert len(asked) == 1
+    assert asked[0].startswith("https://")
+    assert teacher.model.num_classes == 21
+    assert (
+        "21, the data set has 9"
+        in refusal(ModelError, "torchvision:lraspp_mobilenet_v3_large@default", ClassList(tuple("abcdefghi"))).received
+    )
+    assert "kdcache:tiny" in refusal(ModelError, "kdcache:tiny@default", classes).received
+
+
+def test_a_bare_spec_has_no_weights(classes) -> None:
+    error = refusal(ModelError, "kdcache:tiny", classes)
+    assert "kdcache:tiny@FILE" in error.remedy
+    assert "kdcache:tiny@default" in error.remedy
+
+
+def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
+    assert "nowhere" in refusal(RecipeError, str(tmp_path / "nowhere"), classes).received
+    assert "w.pth" in refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.pth", classes).received
+    for spec in ("kdcache:tinny", "tiny"):
+        assert "kdcache:tiny" in refusal(ModelError, f"{spec}@{tmp_path}/w.pth", classes).remedy
+    (run_folder / "best.safetensors").unlink()
+    assert "no weights yet" in refusal(RecipeError, str(run_folder), classes).received
+    assert "has no model.json" in refusal(RecipeError, str(tmp_path), classes).received
+
+
+def test_another_number_of_classes(tmp_path, classes, model_of) -> None:
+    save_file(dict(model_of(5).state_dict()), tmp_path / "w.safetensors")
+    error = refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.safetensors", classes)
+    assert f"has 5, the data set has {len(classes)}" in error.received
+    assert "--class-map" in error.remedy
+
+
+def test_classes_in_another_order(run_folder, classes) -> None:
+    names = (classes.names[1], classes.names[0], *classes.names[2:])
+    error = refusal(MismatchError, str(run_folder), ClassList(names))
+    assert ", ".join(names) in error.received
+    assert "--class-map" in error.remedy
+
+
+def test_a_class_map(tmp_path, classes, model_of) -> None:
+    """14 of the teacher's classes become the data's: some merge, one is dropped; probabilities are summed."""
+    count = len(classes)
+    model = model_of(14)
+    save_file(dict(model.state_dict()), tmp_path / "w.safetensors")
+    table = [*range(count), *[0, 1, 2, 0, 1, 2][: 13 - count], -1]
+    lines = {str(i): "void" if c < 0 else classes.names[c] for i, c in enumerate(table)}
+    (tmp_path / "map.json").write_text(json.dumps(lines))
+    origin = f"kdcache:tiny@{tmp_path}/w.safetensors"
+    teacher = load_teacher(origin, classes, class_map=tmp_path / "map.json")
+    assert teacher.class_map == tuple(table)
+    pixels = torch.rand(2, 3, 32, 48)
+    with torch.inference_mode():
+        own = model(pixels).logits.double()[:, :13].softmax(1)
+        mapped = teacher.model(pixels).logits.double().softmax(1)
+    summed = torch.stack([own[:, [i for i in range(13) if table[i] == c]].sum(1) for c in range(count)], 1)
+    assert (mapped - summed).abs().max() < 1e-6
+    print_of = fingerprint(teacher, "float32", CPU)
+    assert print_of.class_map == tuple(table)
+    table[0] = table[count]
+    lines["0"], lines[str(count)] = classes.names[1], classes.names[0]
+    (tmp_path / "map.json").write_text(json.dumps(lines))
+    other = load_teacher(origin, classes, class_map=tmp_path / "map.json")
+    assert any(line.startswith("class_map") for line in print_of.differences(fingerprint(other, "float32", CPU)))
+
+
+def test_a_class_map_makes_another_order_explicit(tmp_path, run_folder, classes) -> None:
+    names = (classes.names[1], classes.names[0], *classes.names[2:])
+    (tmp_path / "map.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(classes.names)))
+    teacher = load_teacher(str(run_folder), ClassList(names), class_map=tmp_path / "map.txt")
+    assert teacher.class_map == (1, 0, *range(2, len(names)))
+
+
+def test_mean_and_std_are_part_of_the_fingerprint(run_folder, weights, classes) -> None:
+    for origin in (str(run_folder), f"kdcache:tiny@{weights}"):
+        own = fingerprint(load_teacher(origin, classes), "float32", CPU)
+        other = fingerprint(load_teacher(origin, classes, mean=(0, 0, 0), std=(1, 1, 1)), "float32", CPU)
+        assert other.mean == (0, 0, 0)
+        changed = [line.partition(":")[0] for line in own.differences(other)]
+        assert changed == ["mean", "std", "probe"]
+        assert own.differences(fingerprint(load_teacher(origin, classes), "float32", CPU)) == []
+
+
+def test_other_weights_are_another_fingerprint(teacher, classes, model_of, tmp_path) -> None:
+    save_file(dict(model_of(len(classes), seed=1).state_dict()), tmp_path / "other.safetensors")
+    other = load_teacher(f"kdcache:tiny@{tmp_path}/other.safetensors", classes)
+    own = fingerprint(teacher, "float32", CPU)
+    assert [d.partition(":")[0] for d in own.differences(fingerprint(other, "float32", CPU))] == ["weights", "probe"]
+    # A change far too small for the probe is still a change of the weights.
+    with torch.no_grad():
+        next(teacher.model.parameters())[0, 0, 0, 0] += 1e-6
+    assert [d.partition(":")[0] for d in own.differences(fingerprint(teacher, "float32", CPU))] == ["weights"]
+
+
+CODE = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, num_classes, 3, stride=4, padding=1)
+
+    def forward(self, x):
+        return self.conv(x){change}
+
+def build(num_classes={classes}):
+    return Net(num_classes)
+"""
+
+
+def test_changed_code_under_the_same_weights_is_caught(tmp_path, classes) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, len(classes), 3)
+    save_file({f"conv.{name}": value for name, value in conv.state_dict().items()}, tmp_path / "w.safetensors")
+    origin = f"{tmp_path}/net.py:build@{tmp_path}/w.safetensors"
+    prints = []
+    for change in ("", "  ", " * 1.5", ".flip(1)"):
+        (tmp_path / "net.py").write_text(CODE.format(change=change, classes=len(classes)))
+        prints.append(fingerprint(load_teacher(origin, classes), "float32", CPU))
+    assert len({p.weights for p in prints}) == 1
+    differences = [[d.partition(":")[0] for d in prints[0].differences(p)] for p in prints]
+    assert differences == [[], [], ["probe"], ["probe"]]
+
+
+def test_a_teacher_without_finite_answers_is_another_teacher(teacher) -> None:
+    """NaN compares as equal to everything: it must not pass for the same."""
+    own = fingerprint(teacher, "float32", CPU)
+    for value in (float("nan"), float("inf")):
+        broken = own.model_copy(update={"probe": (value, *own.probe[1:])})
+        assert own.differences(broken)
+        assert broken.differences(own)

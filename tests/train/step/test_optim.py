@@ -1,0 +1,122 @@
+"""Learning rates against closed forms; optimizers' groups."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from kdcache.train import TrainConfig
+from kdcache.train.step.optim import Schedule, make_optimizer, strength
+
+
+def new(config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_optimizer(model, config)
+    return optimizer, Schedule(optimizer, config)
+
+
+def rates(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(schedule.lr)
+        optimizer.step()
+        schedule.after_step()
+    return found
+
+
+@pytest.mark.parametrize("power", [0.9, 2.0])
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_poly_is_its_formula_with_linear_warm_up(config: Callable[..., TrainConfig], power: float, warmup: int) -> None:
+    found = rates(*new(config(iterations=40, lr=0.02, power=power, warmup=warmup)), 40)
+    expected = [0.02 * (step + 1) / warmup if step < warmup else 0.02 * (1 - step / 40) ** power for step in range(40)]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_constant_stays_after_its_warm_up(config: Callable[..., TrainConfig]) -> None:
+    found = rates(*new(config(iterations=10, lr=0.5, schedule="constant", warmup=4)), 10)
+    assert found == pytest.approx([0.125, 0.25, 0.375] + [0.5] * 7)
+
+
+def test_plateau_halves_when_the_score_has_not_risen_for_five_validations(
+    config: Callable[..., TrainConfig],
+) -> None:
+    optimizer, schedule = new(config(iterations=10, lr=0.8, schedule="plateau"))
+    seen = []
+    for score in [0.1, 0.2, 0.3, *[0.3] * 5, 0.25, 0.3, 0.31, *[0.1] * 6]:
+        rates(optimizer, schedule, 2)
+        schedule.after_validation(score)
+        seen.append(schedule.lr)
+    assert seen == pytest.approx([0.8] * 8 + [0.4] * 8 + [0.2])
+
+
+def test_the_teacher_fades_on_a_line(config: Callable[..., TrainConfig]) -> None:
+    taught = {"verb": "train-student", "cache": "x.zarr", "data": None, "method": "kl", "iterations": 8}
+    fading = config(**taught, distill_schedule="fade")
+    assert [strength(fading, step) for step in range(9)] == pytest.approx([1 - step / 8 for step in range(9)])
+    assert strength(config(**taught), 8) == 1
+
+
+@pytest.mark.parametrize("name", ["poly", "constant", "plateau"])
+def test_the_state_goes_on_where_it_was_saved(config: Callable[..., TrainConfig], name: str) -> None:
+    chosen = config(iterations=40, lr=0.1, schedule=name, warmup=3, optimizer="sgd")
+    scores = [0.5] * 40
+
+    def go_on(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: range) -> list[float]:
+        found = []
+        for step in steps:
+            found += rates(optimizer, schedule, 1)
+            schedule.after_validation(scores[step])
+        return found
+
+    whole = go_on(*new(chosen), range(40))
+    optimizer, schedule = new(chosen)
+    first = go_on(optimizer, schedule, range(17))
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    optimizer, schedule = new(chosen)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    assert first + go_on(optimizer, schedule, range(17, 40)) == whole
+    assert len(set(whole)) > 1
+
+
+def test_states_of_torch_s_own_schedules_go_on(config: Callable[..., TrainConfig]) -> None:
+    """Checkpoints of earlier versions hold them."""
+    optimizer, schedule = new(config(iterations=40, lr=0.02, power=2.0))
+    schedule.load_state_dict({"last_epoch": 10})
+    assert schedule.lr == optimizer.param_groups[0]["lr"] == 0.02 * 0.75**2
+    chosen = config(iterations=40, lr=0.8, schedule="plateau")
+    before, _ = new(chosen)
+    torchs = ReduceLROnPlateau(before, mode="max", factor=0.5, patience=5)
+    scores = [0.3, 0.2, 0.1, *[0.2] * 11]
+    for number, score in enumerate(scores):
+        optimizer, schedule = new(chosen)
+        schedule.load_state_dict(torchs.state_dict())
+        torchs.step(score)
+        schedule.after_validation(score)
+        assert schedule.lr == optimizer.param_groups[1]["lr"] == before.param_groups[0]["lr"], number
+    assert schedule.lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
+)
+def test_biases_and_normalisations_are_not_decayed(
+    config: Callable[..., TrainConfig], name: str, kind: type[torch.optim.Optimizer]
+) -> None:
+    optimizer, _ = new(config(optimizer=name, weight_decay=0.3, momentum=0.7))
+    assert type(optimizer) is kind
+    decays = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {4: 0.3, 1: 0.0}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
+    if name == "sgd":
+        assert optimizer.param_groups[0]["momentum"] == 0.7
