@@ -19,18 +19,22 @@ from kdcache_cli.verbs import (
     bench_loader,
     build_teacher_cache,
     compare,
+    copy,
     data,
     demo,
     evaluate,
+    export,
     export_pseudo_labels,
     extend,
+    inspect,
     models,
     plan,
+    predict,
     report,
-    ship,
-    store,
     sweep,
-    train,
+    train_student,
+    train_teacher,
+    verify,
     visualise,
 )
 
@@ -71,24 +75,24 @@ def _options(
 
 app.add_typer(data.app, name="data", rich_help_panel="Look")
 app.command("models", rich_help_panel="Look")(models.models)
-app.command("train-teacher", rich_help_panel="Work")(train.train_teacher)
+app.command("train-teacher", rich_help_panel="Work")(train_teacher.train_teacher)
 app.command("plan", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(plan.plan)
 app.command("build-teacher-cache", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(
     build_teacher_cache.build_teacher_cache
 )
-app.command("train-student", rich_help_panel="Work")(train.train_student)
+app.command("train-student", rich_help_panel="Work")(train_student.train_student)
 app.command("sweep", rich_help_panel="Work")(sweep.sweep)
 app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
 app.command("extend", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(extend.extend)
-app.command("copy", rich_help_panel="Work")(store.copy)
+app.command("copy", rich_help_panel="Work")(copy.copy)
 app.command("export-pseudo-labels", rich_help_panel="Work")(export_pseudo_labels.export_pseudo_labels)
 app.command("compare", rich_help_panel="Look")(compare.compare)
 app.command("visualise", rich_help_panel="Look")(visualise.visualise)
 app.command("report", rich_help_panel="Look")(report.report)
-app.command("export", rich_help_panel="Work")(ship.export)
-app.command("predict", rich_help_panel="Work")(ship.predict)
-app.command("inspect", rich_help_panel="Look")(store.inspect)
-app.command("verify", rich_help_panel="Look")(store.verify)
+app.command("export", rich_help_panel="Work")(export.export)
+app.command("predict", rich_help_panel="Work")(predict.predict)
+app.command("inspect", rich_help_panel="Look")(inspect.inspect)
+app.command("verify", rich_help_panel="Look")(verify.verify)
 app.command("bench-kernels", rich_help_panel="Look")(bench_kernels.bench_kernels)
 app.command("bench-loader", rich_help_panel="Look")(bench_loader.bench_loader)
 app.command("demo", rich_help_panel="Look")(demo.demo)

@@ -1,4 +1,7 @@
 """Flags of the verbs, made from the tables of settings.
 
-signature.py    a verb's signature from the settings of tables
+signature.py      a verb's signature from the settings of tables
+shared_flags.py   flags that many verbs have
+build_flags.py    of a build: teachers, views, what is stored
+model_flags.py    of a trained model, and opening it
 """

@@ -1,1 +1,1 @@
-"""One file per verb, named after it: what it asks, what it prints, and the call of the library."""
+"""One file per verb, named after it: its flags, the call of the library, what is printed."""

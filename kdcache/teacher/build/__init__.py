@@ -1,15 +1,15 @@
 """The teacher's one pass over a data set, into a store.
 
-    options.py         the choices of a build
-    cost_estimate.py   what they will cost, before it
-    trial_store.py     the small store that this is measured on
-    probe.py           the teacher on a few first views
-    manifest.py        the manifest, before the first shard
-    fidelity.py        what storing loses
-    render.py          views of samples, rendered
-    statistics.py      small maps beside the targets
-    shard_queue.py     records into whole shards
-    reuse.py           what an earlier store holds already
-    build.py           the pass
-    copy_fidelity.py   what a copy loses
+options.py         the choices of a build
+cost_estimate.py   what they will cost, before it
+trial_store.py     the small store that this is measured on
+probe.py           the teacher on a few first views
+manifest.py        the manifest, before the first shard
+fidelity.py        what storing loses
+render.py          views of samples, rendered
+statistics.py      small maps beside the targets
+shard_queue.py     records into whole shards
+reuse.py           what an earlier store holds already
+build.py           the pass
+copy_fidelity.py   what a copy loses
 """

@@ -22,15 +22,15 @@ from torch import Tensor
 from kdcache.data import Split
 from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, store_exists
 from kdcache.store.format.manifest_models import Repair
-from kdcache.teacher.load.forward import not_finite, out_of_memory, place, teach
-from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.manifest import plan_manifest
+from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.render import Array, Rendered, render_batches
 from kdcache.teacher.build.reuse import Reuse, plan_extended
-from kdcache.teacher.load.ensemble import folds_of_split
 from kdcache.teacher.build.shard_queue import ShardQueue
-from kdcache.teacher.load.load import Teacher
 from kdcache.teacher.build.statistics import measure, taps_of
+from kdcache.teacher.load.ensemble import folds_of_split
+from kdcache.teacher.load.forward import not_finite, out_of_memory, place, teach
+from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import pack
 
 Progress = Callable[[int, int], None]

@@ -18,10 +18,10 @@ from kdcache.data import Split
 from kdcache.models import build_model
 from kdcache.store import Codec, Manifest
 from kdcache.store.format.schema import metadata_keys
+from kdcache.teacher.build.manifest import plan_manifest
+from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.trial_store import Progress, Seconds, Sizes, Trial
 from kdcache.teacher.load.forward import place
-from kdcache.teacher.build.options import BuildOptions
-from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.load.load import Teacher
 
 RECORDS = 16

@@ -14,12 +14,12 @@ from kdcache.models import PROBABILITIES, returns_probabilities
 from kdcache.store import Fidelity, Manifest
 from kdcache.store.format.manifest import well_formed_parts
 from kdcache.store.format.manifest_models import Build, Dataset, Feature, Head
-from kdcache.teacher.build.probe import Asking
 from kdcache.teacher.build.fidelity import measure_fidelity
-from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.build.options import BuildOptions, view_of
-from kdcache.teacher.load.load import Teacher
+from kdcache.teacher.build.probe import Asking
 from kdcache.teacher.build.statistics import statistics_of
+from kdcache.teacher.load.fingerprint import fingerprint
+from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import choose_k
 
 SAMPLE_RECORDS = 16  # of the real teacher, on which `--top-k auto` and the fidelity are measured

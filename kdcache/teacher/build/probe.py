@@ -9,12 +9,12 @@ from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError
 from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
 from kdcache.store.format.manifest_models import View
-from kdcache.teacher.load.forward import coarser, not_finite, out_of_memory, teach
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.render import render_records
-from kdcache.teacher.load.ensemble import folds_of_split
-from kdcache.teacher.load.load import Teacher
 from kdcache.teacher.build.statistics import taps_of
+from kdcache.teacher.load.ensemble import folds_of_split
+from kdcache.teacher.load.forward import coarser, not_finite, out_of_memory, teach
+from kdcache.teacher.load.load import Teacher
 
 
 class Asking:

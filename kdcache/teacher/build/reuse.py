@@ -16,8 +16,8 @@ from kdcache.data import Split
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, Manifest, round_targets
 from kdcache.store.copy import rounds
-from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.manifest import plan_manifest
+from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.render import Array, Rendered
 from kdcache.teacher.load.load import Teacher
 

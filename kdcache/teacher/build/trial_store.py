@@ -13,9 +13,9 @@ from kdcache.data import Split
 from kdcache.data.folds import Excerpt
 from kdcache.store import Cache, Codec, open_cache, open_writer, round_targets, summarise
 from kdcache.teacher.build.build import build_cache
-from kdcache.teacher.load.forward import teach
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.render import Array, render_records
+from kdcache.teacher.load.forward import teach
 from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import densify, pack
 

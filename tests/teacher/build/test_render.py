@@ -21,8 +21,8 @@ from kdcache.store import Records, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Drawn, View
 from kdcache.teacher import build_cache, compare_teacher, plan_manifest, score_cache
 from kdcache.train import CacheDataset
-from kdcache.train.input.loader import Draws
 from kdcache.train.criterion import label_counts
+from kdcache.train.input.loader import Draws
 from kdcache.train.input.resident_records import DeviceTargets, RamRecords
 from kdcache_kernels import pack
 

@@ -1,0 +1,49 @@
+"""Flags that name a trained model, and opening what they name."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kdcache.errors import RecipeError
+from kdcache.settings import entries
+from kdcache.settings.shared import JudgeSettings
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.models import SegmentationModel
+    from kdcache.run_folder import RunModel
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run folder, SPEC@FILE (weights trained or exported elsewhere) or SPEC@default."
+    ),
+]
+Weights = Annotated[str, typer.Option("--weights", help="Of a run: best or last.")]
+ClassesFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes",
+        help="Folder with a classes.txt, which names the classes of a SPEC@FILE (default: what the file says of them, "
+        "or numbers).",
+    ),
+]
+
+
+def open_model(run: str, size: str | None, weights: str, classes: Path | None) -> "tuple[SegmentationModel, RunModel]":
+    """The model of a run or of SPEC@FILE, and what is known of it. Raises: RecipeError, ModelError, MismatchError."""
+    from kdcache.analysis.predict import unnamed_classes
+    from kdcache.data.classes import read_classes
+    from kdcache.models import run as runs
+
+    chosen = entries(JudgeSettings)["weights"].read(weights)
+    named = None if classes is None else read_classes(classes)
+    if named is not None and runs.split_spec(run) is None:
+        raise RecipeError(
+            "a run knows its classes", received=f"--classes {classes} with the run {run}", remedy="leave out --classes"
+        )
+    model, about = runs.open_model(run, named or unnamed_classes, shared_flags.parse_size(size), chosen)
+    if named is not None:
+        about.check_classes(named.names, str(classes))
+    return model, about

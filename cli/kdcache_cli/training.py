@@ -1,0 +1,37 @@
+"""What train-teacher and train-student share: where a run goes, and the training on the terminal."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from kdcache_cli.console import ERRORS, OUT, progress_bar
+from kdcache_cli.torchrun import shared_errors
+
+Out = Annotated[Path, typer.Option("--out", help="Run folder: new, empty, or with --resume the run itself.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run in --out.")]
+
+
+def run_training(settings: dict[str, Any], out: Path, resume: bool) -> None:
+    """Train as the settings say, with progress; Ctrl-C leaves a run that can be resumed, and exit code 130."""
+    from kdcache.metrics import percent
+    from kdcache.train import Interrupted, make_config, pick_device, train
+    from kdcache.train.distributed import default_workers
+    from kdcache_cli.progress import TrainingProgress
+
+    try:
+        with shared_errors(), progress_bar() as bar:
+            if settings["workers"] is None:
+                settings["workers"] = default_workers(pick_device(settings["device"]))
+            config = make_config(**settings)
+            result = train(config, out, resume=resume, observer=TrainingProgress(bar, settings["verb"]))
+    except Interrupted as stop:
+        ERRORS.print(f"Stopped after {stop.step} iterations; the state is saved. Add --resume to go on.")
+        raise typer.Exit(130) from None
+    best = result["best_miou"]
+    score = "not validated" if best is None else f"best mIoU {percent(best)} at iteration {result['best_step']}"
+    OUT.print(
+        f"[bold]{escape(str(out))}[/]: {score}; {result['iterations']} iterations in {result['seconds']:.0f} s, "
+        f"{result['images_per_second']:.1f} images/s, {100 * result['wait_share']:.1f} % of it waiting for data"
+    )

@@ -1,0 +1,127 @@
+"""`kdcache copy`: a store into another place, codec or part."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from kdcache.errors import RecipeError
+from kdcache_cli.console import OUT, bytes_text, progress_bar
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+    from kdcache.store import Cache
+
+_Option = typer.Option
+
+
+def copy(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A complete store, a folder or s3://BUCKET/PREFIX (gs://, az://).")
+    ],
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="Where to: a new folder or address, or a copy to go on with.")
+    ],
+    codec: Annotated[
+        str | None, _Option("--codec", help="default, small or none, as at the build (default: the source's).")
+    ] = None,
+    shard_records: Annotated[
+        int | None, _Option("--shard-records", min=1, max=65536, help="Records per shard file (default: the source's).")
+    ] = None,
+    samples: Annotated[
+        int | None, _Option("--samples", min=1, help="Only so many samples, evenly spread over the source.")
+    ] = None,
+    ids: Annotated[
+        Path | None, _Option("--ids", help="Only the samples whose ids this file lists, one a line.")
+    ] = None,
+    features: Annotated[
+        str | None, _Option("--features", help="Only these taps, comma-separated; '' for none (default: all).")
+    ] = None,
+    pixels: Annotated[
+        str | None, _Option("--pixels", help="source: without images and labels, which the data set gives then.")
+    ] = None,
+    worker: shared_flags.Worker = None,
+    cache_dir: shared_flags.CacheDir = None,
+    cache_bytes: shared_flags.CacheBytes = None,
+) -> None:
+    """Copy a store, to another disk or object store, into another codec or other
+    shards, in part.
+
+    What stays as it is, is copied byte for byte, and every file is compared with
+    its digest: fast, and exact. Interrupted, the same command continues; a
+    finished copy is checked and left as it is. --codec small rounds targets, and
+    the copy says what that loses; nothing brings back what was rounded.
+
+    [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]
+    [dim]kdcache copy ade20k.zarr ade20k-small.zarr --codec small[/]
+    [dim]kdcache copy ade20k.zarr tenth.zarr --samples 2000 --features ''[/]
+    """
+    from kdcache.store import CopyChanges, copy_store, open_cache, store_exists, summarise, worker_of
+    from kdcache.store.copy import rounds
+
+    cache = open_cache(shared_flags.open_place(source, cache_dir, cache_bytes))
+    changes = CopyChanges(
+        codec=None if codec is None else shared_flags.one_of("--codec", codec, ("default", "small", "none")),  # type: ignore[arg-type]
+        shard_records=shard_records,
+        samples=_samples(cache, samples, ids),
+        features=None if features is None else tuple(tap for tap in features.split(",") if tap),
+        pixels=None if pixels is None else shared_flags.one_of("--pixels", pixels, ("stored", "source")),  # type: ignore[arg-type]
+    )
+    fidelity = None
+    if rounds(cache.manifest, changes.codec) and not store_exists(destination):  # a copy that was begun has its figures
+        from kdcache.teacher import copied_fidelity  # which imports torch
+
+        fidelity = copied_fidelity(cache, changes.codec)
+    part = worker_of(worker)
+    with progress_bar() as bar:
+        task = bar.add_task(part.describe("copying"), total=None, note="")
+        result = copy_store(
+            cache,
+            destination,
+            changes,
+            fidelity=fidelity,
+            worker=part,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if not result.complete:
+        OUT.print(
+            f"[bold]{escape(destination)}[/]: {part.describe('done')}; "
+            "the copy is finished by the worker that ends last"
+        )
+        return
+    report = summarise(open_cache(shared_flags.open_place(destination, cache_dir, cache_bytes)))
+    kept = f" ({result.kept} were there)" if result.kept else ""
+    speed = f" in {result.seconds:.1f} s, {result.records / result.seconds:.0f} records/s" if result.records else ""
+    OUT.print(
+        f"[bold]{escape(destination)}[/]: {result.manifest.records} records{kept}{speed}; "
+        f"{bytes_text(report.bytes_on_disk)}, the source has {bytes_text(summarise(cache).bytes_on_disk)}"
+    )
+    if result.manifest.fidelity is not None:
+        OUT.print(
+            f"what codec {result.manifest.codec} stored, beside the teacher: {result.manifest.fidelity.describe()}"
+        )
+    elif cache.manifest.fidelity is not None:
+        OUT.print("what is lost beside the teacher is not known: the source itself keeps less than the teacher said")
+
+
+def _samples(cache: "Cache", count: int | None, ids: Path | None) -> list[int] | None:
+    from kdcache.store import samples_of_ids, spread_samples
+
+    if count is not None and ids is not None:
+        raise RecipeError(
+            "a part of a store is so many samples, or those of a list",
+            received=f"--samples {count} and --ids {ids}",
+            remedy="give one of them",
+        )
+    if count is not None:
+        return spread_samples(cache, count)
+    if ids is None:
+        return None
+    try:
+        lines = ids.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            "--ids is a text file with one id per line", received=f"{ids}: {error}", remedy="check the path"
+        ) from error
+    return samples_of_ids(cache, [line.strip() for line in lines if line.strip()])

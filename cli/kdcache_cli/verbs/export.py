@@ -1,0 +1,63 @@
+"""`kdcache export`: a trained model as a file to deploy."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from kdcache.settings.shared import JudgeSettings
+from kdcache_cli.console import OUT, bytes_text
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    pass
+
+from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open_model
+
+
+def export(
+    run: Model,
+    out: Annotated[Path, typer.Option("--out", help="New file: .safetensors, .onnx or .pt2.")],
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="safetensors, onnx or torch.export (default: by the suffix of --out)."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Logits at the native stride, without the resize to the image's size.")
+    ] = False,
+    weights: Weights = JudgeSettings.weights,
+    size: shared_flags.Size = None,
+    classes: ClassesFolder = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0.0, help="Largest difference from the model, by its largest logit.")
+    ] = 1e-4,
+) -> None:
+    """Write a model for deployment and check it.
+
+    [bold].onnx[/] and [bold].pt2[/] (torch.export) are graphs: float32 RGB in 0..1
+    (B, 3, H, W) in, logits (B, C, H, W) out, the normalisation and the resize
+    inside, any batch and size where the model allows it.
+    [bold].safetensors[/] holds the weights alone, for SPEC@FILE. Class names and
+    colours, mean, std, size and spec travel in all of them. What was written is
+    run beside the model before it gets its name.
+
+    [dim]kdcache export runs/student --out student.onnx[/]
+    """
+    from kdcache.models.export import export_model
+
+    model, about = open_model(run, size, weights, classes)
+    done = export_model(model, about, out, format=format, raw=raw, tolerance=tolerance)
+    free = ", ".join(done.free)
+    fixed = "" if len(done.free) == 3 else f" (traced at {about.size[0]}x{about.size[1]})"
+    OUT.print(f"[bold]{escape(str(done.path))}[/]  {done.format}, {bytes_text(done.size_bytes)}", highlight=False)
+    if done.format != "safetensors":
+        OUT.print(f"free axes   {free or 'none'}{fixed}", highlight=False)
+    if done.checked_by is None:
+        OUT.print(f"[yellow]not checked[/]: {escape(done.unchecked)}", highlight=False)
+        return
+    OUT.print(
+        f"checked by  {done.checked_by}: largest difference {done.difference:.2g}, "
+        f"{done.relative:.2g} of the largest logit",
+        highlight=False,
+    )

@@ -1,0 +1,83 @@
+"""`kdcache inspect`: what a store is, and with --teacher-report what its teacher is worth."""
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from kdcache.errors import RecipeError
+from kdcache_cli.console import OUT, bytes_text
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+    pass
+
+_Option = typer.Option
+
+
+def inspect(
+    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    json: Annotated[bool, _Option("--json", help="Machine-readable.")] = False,
+    teacher_report: Annotated[
+        bool, _Option("--teacher-report", help="Audit the teacher by what the store holds; writes pictures.")
+    ] = False,
+    data: shared_flags.OptionalData = None,
+    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    out: Annotated[
+        Path | None,
+        _Option(
+            "--out", help="Where the report goes (default: STORE-report beside the store; for a remote one, here)."
+        ),
+    ] = None,
+    worst: Annotated[
+        int, _Option("--worst", min=0, max=1000, help="Pictures of so many images where the teacher loses most.")
+    ] = 10,
+    cache_dir: shared_flags.CacheDir = None,
+    cache_bytes: shared_flags.CacheBytes = None,
+) -> None:
+    """Say what a store is: from what, how big, complete or not, compression, top-k
+    mass.
+
+    With --teacher-report, say what its teacher is worth, on whole images at view
+    size: IoU and accuracy per class, which classes it confuses, whether it is as
+    sure as it is right, what pseudo labels of it would keep, what --top-k would
+    cost. Tables here; report.json and pictures in --out. Needs the labels: those
+    in the store, or --data for a store built with --pixels source.
+
+    [dim]kdcache inspect camvid.zarr[/]
+    [dim]kdcache inspect camvid.zarr --teacher-report --out camvid-report[/]
+    """
+    if teacher_report:
+        from kdcache_cli.verbs.inspect_teacher import report_teacher
+
+        report_teacher(shared_flags.open_place(store, cache_dir, cache_bytes), data, split, out, worst, json)
+        return
+    _refuse_alone({"--data": data, "--split": split, "--out": out})
+    from kdcache.store import inspect_store
+
+    report = inspect_store(shared_flags.open_place(store, cache_dir, cache_bytes))
+    if json:
+        typer.echo(json_module.dumps(report.to_json(), indent=1))
+        return
+    facts = Table(box=None, show_header=False)
+    facts.add_column(style="dim")
+    for name, value in report.facts():
+        facts.add_row(name, value)
+    OUT.print(facts)
+    table = Table("array", "record", "type", "on disk", "per record", "ratio", box=None, header_style="dim")
+    for array in report.arrays:
+        per_record = bytes_text(array.bytes_on_disk / max(report.records_written, 1))
+        shape = "x".join(map(str, array.shape)) or "1"
+        table.add_row(array.path, shape, array.dtype, bytes_text(array.bytes_on_disk), per_record, f"{array.ratio:.2f}")
+    OUT.print(table)
+
+
+def _refuse_alone(flags: dict[str, object]) -> None:
+    if given := [name for name, value in flags.items() if value is not None]:
+        raise RecipeError(
+            "some flags of inspect belong to --teacher-report",
+            received=f"{', '.join(given)} without it",
+            remedy="add --teacher-report",
+        )

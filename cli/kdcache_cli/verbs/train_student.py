@@ -1,0 +1,32 @@
+"""`kdcache train-student`: a model from a store."""
+
+from typing import Any
+
+from kdcache.settings import names
+from kdcache.settings.training import GATE, LOSS, OPTIMIZATION, PART, RUN, TRAINING, VIEW, TrainSettings
+from kdcache_cli.settings import shared_flags
+from kdcache_cli.settings.signature import takes
+from kdcache_cli.training import Out, Resume, run_training
+
+_ORDER = (
+    *("cache", "model", "out", "val", "val_split", "data", "split", "size", "name", "init"),
+    *("cache_dir", "cache_bytes", "threads", "device", "resume", "recipe"),
+    *(name for panel in (LOSS, GATE, PART, VIEW, OPTIMIZATION, RUN) for name in names(TrainSettings, panel)),
+)
+
+
+@takes(*TRAINING, order=_ORDER, required=("cache",))
+def train_student(
+    settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None
+) -> None:
+    """Train a student from a store: no teacher is loaded or run.
+
+    With --method none the student sees identical pixels in identical order, so
+    that two runs differ by what the teacher said alone.
+
+    Several processes share every batch and train as one would: torchrun
+    --nproc-per-node 2 -m kdcache_cli train-student and the same flags.
+
+    [dim]kdcache train-student --cache camvid.zarr --model kdcache:tiny --val camvid --out runs/student[/]
+    """
+    run_training({**settings, "verb": "train-student"}, out, resume)

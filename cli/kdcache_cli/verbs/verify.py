@@ -1,0 +1,81 @@
+"""`kdcache verify`: every byte of a store, and its teacher."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from kdcache.settings.shared import MachineSettings
+from kdcache_cli.console import OUT, bytes_text, progress_bar
+from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+    pass
+
+_Option = typer.Option
+
+
+def verify(
+    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    teacher: Annotated[
+        list[str] | None,
+        _Option("--teacher", help="Run it again on a sample of records. Of several, give all, in their order."),
+    ] = None,
+    records: Annotated[int, _Option("--records", min=1, help="How many records to run it on.")] = 16,
+    seal: Annotated[
+        str | None,
+        _Option("--seal", metavar="DIGEST", help="What the seal's digest must be, as it was published elsewhere."),
+    ] = None,
+    data: shared_flags.OptionalData = None,
+    split: Annotated[str | None, _Option("--split", help="Which split of it (default: the store's).")] = None,
+    class_map: Annotated[Path | None, _Option("--class-map", help="As at the build.")] = None,
+    device: shared_flags.Device = MachineSettings.device,
+    cache_dir: shared_flags.CacheDir = None,
+    cache_bytes: shared_flags.CacheBytes = None,
+) -> None:
+    """Check every byte of a store; with --teacher, also that it holds what that
+    teacher says.
+
+    Who may write to a store can change a file and the digests with it. Against
+    that, publish the seal's digest, which this verb prints, in another place, and
+    give it with --seal.
+
+    Exits with 1 when a file is damaged or the teacher is another, with 2 when the
+    seal is not the one that was published.
+    """
+    from kdcache.data import ClassList
+    from kdcache.store import Records, read_manifest, verify_files
+    from kdcache.teacher import compare_teacher, load_like
+    from kdcache.train import pick_device
+
+    place = shared_flags.open_place(store, cache_dir, cache_bytes)
+    with progress_bar() as bar:
+        task = bar.add_task("checking files", total=None, note="")
+        report = verify_files(place, lambda done, total: bar.update(task, completed=done, total=total), seal=seal)
+    OUT.print(f"{report.files} files, {bytes_text(report.bytes)} of shards: ", end="")
+    OUT.print("[green]as written[/]" if not report.damaged else f"[red]{len(report.damaged)} damaged[/]")
+    for name in report.damaged:
+        OUT.print(f"  [red]damaged[/] {escape(place.describe(name))}")
+    if report.damaged:
+        OUT.print(report.remedy)
+        raise typer.Exit(1)
+    OUT.print(f"seal {report.seal}" + (", as published" if seal else ""), highlight=False, soft_wrap=True)
+    if not teacher:
+        return
+    manifest = read_manifest(place)
+    dataset = manifest.dataset
+    classes = ClassList(dataset.class_names, dataset.class_colours)
+    loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map)
+    agreement = compare_teacher(Records.open(place, data, split), loaded, pick_device(device), records)
+    for line in agreement.fingerprint:
+        OUT.print(f"  [red]another teacher[/] {escape(line)}")
+    for name in agreement.drifted:
+        OUT.print(f"  [red]drifted pixels[/] {escape(name)}")
+    OUT.print(
+        f"{agreement.records} records against the teacher: argmax agreement {100 * agreement.argmax:.3f} %, "
+        f"KL {agreement.kl:.2e} nats, largest logit error {agreement.largest_error:.2e}"
+    )
+    OUT.print("[green]the store holds what this teacher says[/]" if agreement.ok else "[red]it does not[/]")
+    if not agreement.ok:
+        raise typer.Exit(1)
