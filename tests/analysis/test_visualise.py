@@ -38,7 +38,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     monkeypatch.setattr(gallery, "panels", note)
     for module in ("gallery", "visualise"):
-        monkeypatch.setattr(f"kdcache.metrics.{module}.save_figure", touch)
+        monkeypatch.setattr(f"kdcache.analysis.{module}.save_figure", touch)
     return seen
 
 
@@ -70,7 +70,7 @@ def test_pictures_of_a_smoke_run_say_so(world: Path, monkeypatch: pytest.MonkeyP
     """Every picture, the text and the summary; none of them otherwise."""
     said: list[str | None] = []
     for module in ("gallery", "visualise"):
-        monkeypatch.setattr(f"kdcache.metrics.{module}.save_figure", lambda figure, path, above: said.append(above))
+        monkeypatch.setattr(f"kdcache.analysis.{module}.save_figure", lambda figure, path, above: said.append(above))
     monkeypatch.setattr(gallery, "panels", lambda *given: None)
     make(world, "none-0", "none-1", best=1, worst=1, smoke=smoke)
     wanted = banner("data", smoke)

@@ -14,7 +14,7 @@ def sketched(monkeypatch) -> None:
         path.write_bytes(b"")
 
     for module in ("gallery", "visualise"):
-        monkeypatch.setattr(f"kdcache.metrics.{module}.save_figure", sketch)
+        monkeypatch.setattr(f"kdcache.analysis.{module}.save_figure", sketch)
 
 
 def test_help(cli) -> None:

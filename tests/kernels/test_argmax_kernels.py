@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdcache_kernels import PackedTarget, ValueRangeError, pack, target_argmax_confidence
+from kdcache_kernels.library import FAMILIES
 from kdcache_kernels.window import resample, view_positions
 
 HALF_UNIT, SMALLEST = 2**-10, 2**-24
@@ -136,7 +137,7 @@ def test_a_nan_window_is_seen(backend):
     if backend.impl == "reference":
         compute = importlib.import_module("kdcache_kernels.reference").argmax_confidence_reference
     else:
-        compute = importlib.import_module(f"kdcache_kernels.{backend.impl}_argmax").argmax_confidence
+        compute = importlib.import_module(f"kdcache_kernels{FAMILIES[backend.impl]}.argmax").argmax_confidence
     ids, confidence = compute(target, (6, 7), window, None)
     assert confidence[0].isfinite().all()
     assert confidence[1].isnan().all()

@@ -24,7 +24,7 @@ import sys
 from functools import partial
 sys.path.insert(0, sys.argv[1])
 import sass, torch
-call = partial(sass.triton_loss.distill_loss, sass.problem(sass.CELLS["any ratio"], torch.float16))
+call = partial(sass.loss.distill_loss, sass.problem(sass.CELLS["any ratio"], torch.float16))
 for target in sys.argv[2:]:
     compiled = sass.compile_all(sass.gpu_target(target), iter([("any ratio", call)]))
     print(target, *(one.name for one in compiled))
