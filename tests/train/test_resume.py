@@ -328,12 +328,14 @@ def alive(pid: int) -> bool:
 def test_the_workers_of_a_killed_training_end_with_it(nursery: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     pid = nursery.start(settings | {"workers": 2, "iterations": 10**6, "val_every": 10**6, "val": None}, run)
-    wait_until(lambda: lines_of(run) >= 5)
-    started = started_by(pid)
-    assert len(started) >= 3  # two workers, and who forks them
-    os.kill(pid, signal.SIGKILL)
+    try:
+        wait_until(lambda: lines_of(run) >= 5)
+        started = started_by(pid)
+        assert len(started) >= 3  # two workers, and who forks them
+    finally:
+        os.kill(pid, signal.SIGKILL)
     assert nursery.wait() == -signal.SIGKILL
-    wait_until(lambda: not any(map(alive, started)), 10)
+    wait_until(lambda: not any(map(alive, started)))
 
 
 class _Full(io.FileIO):
