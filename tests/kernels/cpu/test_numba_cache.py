@@ -179,7 +179,8 @@ def test_a_read_only_install(tmp_path):
     """A file lies where numba would make its folder: nobody can write there, root included."""
     package = tmp_path / "kdcache_kernels"
     shutil.copytree(SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "__pycache__").write_text("")
+    for folder in (package, package / "cpu"):
+        (folder / "__pycache__").write_text("")
     nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), "/dev/null/nowhere")
     done = subprocess.run(
         [sys.executable, "-B", "-c", EVERYTHING],
