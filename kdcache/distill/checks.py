@@ -43,15 +43,21 @@ def check_given(batch: Batch, form: TargetFormat | None, reading: Collection[str
         )
 
 
-def check_rows(logits: Tensor, batch: Batch) -> None:
-    """Raises: DataError for a batch without labels, or whose parts are of different samples."""
+def check_rows(logits: Tensor | None, batch: Batch) -> None:
+    """Check that a batch has labels, and that its parts have as many rows as each other.
+
+    Args:
+        logits: (B, C, h, w) of the student; None checks the batch alone.
+    Raises: DataError.
+    """
     if SEGMENTATION not in batch.labels:
         raise DataError(
             "a batch has labels; what is not labelled has void ones",
             received=f"no labels of {SEGMENTATION}",
             remedy=f'add labels={{"{SEGMENTATION}": torch.full((B, H, W), 255, dtype=torch.uint8)}}',
         )
-    rows = {"logits": len(logits), "labels": len(batch.label)}
+    rows = {} if logits is None else {"logits": len(logits)}
+    rows["labels"] = len(batch.label)
     rows |= {} if batch.target is None else {"target": len(batch.target.values)}
     rows |= {} if batch.window is None else {"window": len(batch.window)}
     if len(set(rows.values())) > 1:
@@ -62,8 +68,8 @@ def check_rows(logits: Tensor, batch: Batch) -> None:
         )
 
 
-def check_terms_given(terms: "Sequence[Term]", features: Mapping[str, Tensor], batch: Batch) -> None:
-    """Raises: RecipeError for terms whose arrays of the store, or taps of the student, a batch does not bring."""
+def check_arrays_given(terms: "Sequence[Term]", batch: Batch) -> None:
+    """Raises: RecipeError for terms whose arrays of the store a batch does not bring."""
     arrays = [path for term in terms for path in term.arrays() if path not in batch.arrays]
     if arrays:
         raise RecipeError(
@@ -71,6 +77,10 @@ def check_terms_given(terms: "Sequence[Term]", features: Mapping[str, Tensor], b
             received=f"a batch without {', '.join(dict.fromkeys(arrays))}",
             remedy="read them, CacheDataset(cache, extras=criterion.arrays)",
         )
+
+
+def check_taps_given(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
+    """Raises: RecipeError for terms whose taps are not among the student's features."""
     taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
     if taps:
         raise RecipeError(

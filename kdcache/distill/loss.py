@@ -16,9 +16,10 @@ from kdcache.distill.batch import Batch
 from kdcache.distill.checks import (
     Size,
     can_look,
+    check_arrays_given,
     check_given,
     check_rows,
-    check_terms_given,
+    check_taps_given,
     shows_otherwise,
     window_error,
 )
@@ -62,14 +63,14 @@ class DistillLoss(nn.Module):
         align_corners: of the student's own final resize.
         gate: which pixels the teacher's terms count, and how much; default all alike.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
-        scheduled: whether `listen` may change how much the teacher counts while training.
+        scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
         size: (H, W) of the labels of a whole view, where that has other proportions than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
     """
 
     class_weight: Tensor | None
-    strength: Tensor | None
+    distill_weight_scale: Tensor | None
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class DistillLoss(nn.Module):
         self._fitting = set[Size]()  # sizes of labels that were compared with a target's windows on a GPU
         self.register_buffer("class_weight", class_weight, persistent=False)
         # On the device, and changed in place: a CUDA graph reads this very tensor.
-        self.register_buffer("strength", torch.ones(()) if scheduled else None, persistent=False)
+        self.register_buffer("distill_weight_scale", torch.ones(()) if scheduled else None, persistent=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,10 +125,10 @@ class DistillLoss(nn.Module):
         """What a batch must hold in its `arrays`."""
         return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
 
-    def listen(self, strength: float) -> None:
-        """Multiply the weights of KL and of all terms by `strength` from now on. Only for `scheduled`."""
-        assert self.strength is not None
-        self.strength.fill_(strength)
+    def set_distill_weight_scale(self, scale: float) -> None:
+        """Multiply the weights of KL and of all further terms by `scale` from now on. Only for `scheduled`."""
+        assert self.distill_weight_scale is not None
+        self.distill_weight_scale.fill_(scale)
 
     def describe(self) -> list[str]:
         """What terms resize or project, in words; known after the first batch."""
@@ -144,19 +145,21 @@ class DistillLoss(nn.Module):
 
     @torch.no_grad()
     def counts(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Counts:
-        """What the parts of the loss of a batch divide by, which no student changes.
+        """The denominators of the parts of the loss of a batch, which do not depend on the student.
 
         Args:
             dtype: of the terms' counts: float64 for a student of float64.
+        Raises: RecipeError, DataError as `forward`, except for what concerns the student's outputs.
         """
+        self._check(batch)
         teaching = self.kl_weight > 0 and self._teaches(batch)
         views = self._views(batch) if teaching else []
         target = batch.target if teaching and not views else None
-        known = self.targets.num_classes if self.targets is not None else 256
+        num_classes = self.targets.num_classes if self.targets is not None else 256
         ce, kl = distill_denominators(
             batch.label,
             None if target is None or self.targets is None else target.packed(self.targets),
-            num_classes=known if self.class_weight is None else len(self.class_weight),
+            num_classes=num_classes if self.class_weight is None else len(self.class_weight),
             class_weight=self.class_weight,
             ignore_index=self.ignore_index,
             window_B4=None if target is None else batch.window,
@@ -166,9 +169,9 @@ class DistillLoss(nn.Module):
         kl = _counted_in(views) if views else kl
         if batch.targets is None or not len(self.further):
             return Counts(ce, kl)
-        nothing = torch.empty((len(batch.label), 0, 1, 1), dtype=dtype, device=batch.label.device)
-        looked_at = self._batch(nothing, {}, batch, None)
-        terms = tuple(term.count(looked_at) for term in self._terms())
+        no_logits = torch.empty((len(batch.label), 0, 1, 1), dtype=dtype, device=batch.label.device)
+        term_batch = self._batch(no_logits, {}, batch, None)
+        terms = tuple(term.count(term_batch) for term in self._terms())
         return Counts(ce, kl, terms)
 
     def forward(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> Losses:
@@ -185,7 +188,7 @@ class DistillLoss(nn.Module):
             not show.
         """
         logits, features = _unpacked(outputs)
-        self._check(logits, features, batch)
+        self._check(batch, logits, features)
         gate = self._gate(batch)
         loss, ce, kl = self._fused(logits, batch, gate, counts, self.ce_weight, self.kl_weight)
         if not len(self.further):
@@ -203,7 +206,7 @@ class DistillLoss(nn.Module):
         Args, Raises: as `forward`.
         """
         logits, features = _unpacked(outputs)
-        self._check(logits, features, batch)
+        self._check(batch, logits, features)
         gate = self._gate(batch)
         parts = {}
         if self.ce_weight > 0:
@@ -222,8 +225,8 @@ class DistillLoss(nn.Module):
         shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
         return [term(batch, count) for term, count in zip(terms, shared, strict=True)]
 
-    def _check(self, logits: Tensor, features: Mapping[str, Tensor], batch: Batch) -> None:
-        """Raises: RecipeError, DataError."""
+    def _check(self, batch: Batch, logits: Tensor | None = None, features: Mapping[str, Tensor] | None = None) -> None:
+        """Check a batch, with the student's outputs where there are some. Raises: RecipeError, DataError."""
         if torch.compiler.is_compiling():
             return
         terms = [term for term in self._terms() if term.weight > 0]
@@ -232,7 +235,9 @@ class DistillLoss(nn.Module):
         check_rows(logits, batch)
         if batch.targets is None or self.targets is None or not (kl or terms):
             return
-        check_terms_given(terms, features, batch)
+        check_arrays_given(terms, batch)
+        if features is not None:
+            check_taps_given(terms, features)
         if batch.size not in self._fitting and can_look(batch.label):
             if shows_otherwise(batch, self.targets, self._size):
                 raise window_error(self.targets, batch.size, self._size)
@@ -240,7 +245,7 @@ class DistillLoss(nn.Module):
                 self._fitting.add(batch.size)
 
     def _now(self, weight: float) -> Tensor | float:
-        return weight if self.strength is None else weight * self.strength
+        return weight if self.distill_weight_scale is None else weight * self.distill_weight_scale
 
     def _terms(self) -> "list[Term]":
         return list(self.further)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from kdcache.train.step.batch_fit import asked_for, largest_fitting, memory_erro
 from kdcache.train.step.compiled import choose_step, make_step
 from kdcache.train.step.ddp import distribute
 from kdcache.train.step.eager import EagerStep, Step, set_random_state
-from kdcache.train.step.optim import Schedule, make_optimizer, strength
+from kdcache.train.step.optim import Schedule, distill_weight_scale, make_optimizer
 
 
 class Trainer:
@@ -194,8 +194,8 @@ class Trainer:
         measured = looks(step, self.config.gradients_every)
         try:
             prepared = self._prepare(batch)
-            if self.criterion.strength is not None:
-                self.criterion.listen(strength(self.config, step))
+            if self.criterion.distill_weight_scale is not None:
+                self.criterion.set_distill_weight_scale(distill_weight_scale(self.config, step))
             if measured:
                 return prepared, *self.eager.with_norms(batch)
             assert self._step is not None

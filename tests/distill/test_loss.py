@@ -185,6 +185,18 @@ def test_a_batch_of_other_samples_is_refused() -> None:
         DistillLoss(Format())(student, dense_target())
 
 
+def test_counts_refuse_the_batches_that_the_loss_refuses() -> None:
+    _, label = inputs()
+    with pytest.raises(DataError, match="void"):
+        DistillLoss(Format()).counts(dense_target())
+    with pytest.raises(DataError, match="labels of 3, target of 2"):
+        DistillLoss(Format()).counts(labelled(dense_target(2, moved=False), label))
+    with pytest.raises(RecipeError, match="targets=True"):
+        DistillLoss(Format()).counts(labelled(ALONE, label))
+    with pytest.raises(RecipeError, match=r"DistillLoss\(cache\)"):
+        DistillLoss(kl_weight=0.3).counts(labelled(dense_target(), label))
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_terms_sum_to_the_loss_with_their_gradients(name: str) -> None:
     options = dict(OPTIONS[name])

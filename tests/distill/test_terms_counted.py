@@ -169,6 +169,12 @@ def test_terms_are_told_what_a_batch_lacks() -> None:
         criterion(scene.logits, batch)
     with pytest.raises(DataError, match="window="):
         criterion(scene.outputs, replace(batch, labels={SEGMENTATION: scene.labels[:, : HEIGHT // 2]}))
+    with pytest.raises(RecipeError, match="dist, dkd, pseudo"):
+        criterion.counts(replace(batch, targets={}))
+    with pytest.raises(RecipeError, match=r"extras=criterion\.arrays"):
+        criterion.counts(replace(batch, arrays={}))
+    with pytest.raises(DataError, match="window="):
+        criterion.counts(replace(batch, labels={SEGMENTATION: scene.labels[:, : HEIGHT // 2]}))
     without = replace(batch, targets=None)
     alone = criterion(scene.logits, without)
     assert [value.item() for value in alone.terms] == [0.0] * len(SPECS)

@@ -69,8 +69,8 @@ def test_a_setting_reaches_the_loss(name: str, begin: Begin, cache: Cache, tmp_p
     student = 2 * torch.randn(4, 7, 8, 12, generator=torch.Generator().manual_seed(1))
     expected, usual = DistillLoss(cache, **options), DistillLoss(cache)
     if name == "fading":
-        expected.listen(0.25)
-        criterion.listen(0.25)
+        expected.set_distill_weight_scale(0.25)
+        criterion.set_distill_weight_scale(0.25)
     given = replace(batch, targets=None) if name == "labels alone" else batch
     losses = [one(student, given) for one in (criterion, expected)]
     assert torch.equal(losses[0].loss, losses[1].loss)

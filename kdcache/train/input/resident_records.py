@@ -4,7 +4,7 @@ Legend: R records of a store, B samples of a batch.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 from kdcache.data import prefetch
 from kdcache.distill import SEGMENTATION, Target
 from kdcache.store import Cache
+from kdcache.train.input.batch import Array
 
 TARGET_PARTS = ("values", "indices", "tail")
 """Of a target, in their order; the last two are absent from a dense one."""
 PIXEL_PATHS = ("pixels/image", "labels/segmentation")
-Array = np.ndarray[Any, Any]
 
 
 class RecordSource(Protocol):

@@ -56,9 +56,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                     moments["step"] = moments["step"].cpu()
 
 
-def strength(config: TrainConfig, step: int) -> float:
-    """How much of its weight the teacher has at a step: `fade` goes from 1 to 0 on a line (Clark et al. 2019,
-    arXiv 1907.04829, section 3.3: teacher annealing)."""
+def distill_weight_scale(config: TrainConfig, step: int) -> float:
+    """The factor, 0 to 1, on the weights of the teacher's terms at a step.
+
+    `constant` is 1 throughout; `fade` falls on a line from 1 to 0 (Clark et al. 2019, arXiv 1907.04829, section 3.3:
+    teacher annealing).
+    """
     assert config.iterations is not None, "resolve the settings first"
     return 1.0 if config.distill_schedule == "constant" else max(0.0, 1.0 - step / config.iterations)
 
@@ -105,10 +108,10 @@ class Schedule:
         return {"last_epoch": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, also from one that torch's own schedules wrote for earlier versions."""
+        """Go on from a `state_dict` of the same kind of schedule."""
         if self._kind == "plateau":
             self._best, self._stalled = state["best"], state["num_bad_epochs"]
-            self._set(state["lr"] if "lr" in state else state["_last_lr"][0])
+            self._set(state["lr"])
         else:
             self._step = state["last_epoch"]
             self._set(self._highest * self._factor(self._step))

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """The teacher's class and its probability at label size on the CPU, without a tensor of label size times classes.
 
 A task is a row of labels. It blends the two target rows that it lies between, stretches the blend to a block of label

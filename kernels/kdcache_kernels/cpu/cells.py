@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """The fast CPU kernel: spans of four pixels between two nodes, whose exponentials are powers of the nodes'.
 
 Along a row, bilinear logits are straight lines between the cell centres. With nodes every four pixels, at all centres

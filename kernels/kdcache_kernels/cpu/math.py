@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """What the CPU kernels of the loss share: 2**x and log2 that LLVM vectorises, and what happens at a pixel.
 
 numba's wheels bring no vector exponential, and the C library's takes a pixel at a time. The polynomials here are 14

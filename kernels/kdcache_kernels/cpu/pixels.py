@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """The general CPU kernel: any sizes, windows, flips and logits, with an exponential per class, pixel and tensor.
 
 What a gather costs is paid once per row of logits: stretched to the columns of a tile, two such rows serve every label

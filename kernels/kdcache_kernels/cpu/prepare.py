@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """The CPU kernels before and after the loss itself: logits to nodes, labels to factors, gradients from nodes.
 
 All of them work at low resolution or on one number per pixel, and cost a fifth of the loss at 11 classes.

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """Packing and densifying targets on the CPU: numba kernels that stream blocks of pixels through the cache.
 
 A block of pixels (128 of them at 150 classes) is read once and turned into distances to the maximum, in a scratch of

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """The teacher's class and its probability at label size on CUDA: a label pixel per lane, no wait for the device.
 
 A lane finds its four target pixels from its position (in float64, as `window.hat_matrix` does) and walks the classes

@@ -1,5 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
-# mypy: disable-error-code="assignment"
 """The fast Triton kernel for strides 2, 4 and 8: one lane owns one bilinear cell, S x S pixels between four corners.
 
 A loop over the classes runs twice, for the sums of the softmaxes and for the gradient. Each turn reads a class's four

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Helpers shared by the Triton kernels: what a pixel counts for, powers, and the arguments that all of them take.
 
 A pixel's label, class weight, gate and masks are read by one function, so that every kernel counts the same pixels.

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Where every pixel lies in the two grids of logits, which kernel takes an image, and what pixels are multiplied by.
 
 One program per image writes tables of taps in float64, in the order of operations of `window.py` and without fused

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """The distillation loss on CUDA: which kernels run, in which order, and their sum.
 
 Six launches at most and no look at the device: prepare, geometry, the fast kernel (cells, with its combination of

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """The Triton loss kernel without a resize: the student's logits have label size, and a target pixel meets each.
 
 Image classification (h = w = 1) and full-resolution heads, also under whole-pixel windows and flips. The classes run

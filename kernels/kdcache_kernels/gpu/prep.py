@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """What the Triton loss kernels start from: both sets of logits in one form, and the geometry.
 
 One launch reads the student's and the target's logits at their own small sizes, whatever their dtype, strides and k,

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Bilinear samples and softmax sums of groups of label pixels, as the generic loss kernel needs them.
 
 A group is the pixels of one label column per lane in up to ROWS label rows that lie between the same two rows of

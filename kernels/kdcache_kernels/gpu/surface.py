@@ -1,5 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
-# mypy: disable-error-code="assignment"
 """One bilinear cell: a class's surface, its exponentials at the cell's pixels and their moments; what pixels count.
 
 Between four corners the logits of a class are a surface `value + r dx + q (dy + r dxy)` over the pixels (q, r). Its

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """The generic Triton loss kernel: any ratio of sizes, any window, any range of logits, aligned corners or not.
 
 A cell is the square between four neighbouring student pixels, and the label pixels in it depend on these four alone:

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs
 """Packing and densifying targets on CUDA: one pixel per lane, dynamic loops over classes, nothing waits for the device.
 
 The classes of a pixel are read again for every four ranks rather than held in registers: the kernel then needs no

@@ -92,8 +92,8 @@ def close(one: torch.Tensor, two: torch.Tensor) -> bool:
 )
 def test_parts_are_the_whole(changes: dict[str, Any], parts: int, norms: bool, both: Callable[..., Any]) -> None:
     whole, parted, batch = both(parts, **changes)
-    if whole.criterion.strength is not None:
-        whole.criterion.listen(0.3)
+    if whole.criterion.distill_weight_scale is not None:
+        whole.criterion.set_distill_weight_scale(0.3)
     agree(whole, parted, batch, norms)
 
 

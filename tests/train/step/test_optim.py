@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kdcache.train import TrainConfig
-from kdcache.train.step.optim import Schedule, make_optimizer, strength
+from kdcache.train.step.optim import Schedule, distill_weight_scale, make_optimizer
 
 
 def new(config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
@@ -59,8 +58,9 @@ def test_plateau_halves_when_the_score_has_not_risen_for_five_validations(
 def test_the_teacher_fades_on_a_line(config: Callable[..., TrainConfig]) -> None:
     taught = {"verb": "train-student", "cache": "x.zarr", "data": None, "method": "kl", "iterations": 8}
     fading = config(**taught, distill_schedule="fade")
-    assert [strength(fading, step) for step in range(9)] == pytest.approx([1 - step / 8 for step in range(9)])
-    assert strength(config(**taught), 8) == 1
+    scales = [distill_weight_scale(fading, step) for step in range(9)]
+    assert scales == pytest.approx([1 - step / 8 for step in range(9)])
+    assert distill_weight_scale(config(**taught), 8) == 1
 
 
 @pytest.mark.parametrize("name", ["poly", "constant", "plateau"])
@@ -87,24 +87,6 @@ def test_the_state_goes_on_where_it_was_saved(config: Callable[..., TrainConfig]
     schedule.load_state_dict(state["schedule"])
     assert first + go_on(optimizer, schedule, range(17, 40)) == whole
     assert len(set(whole)) > 1
-
-
-def test_states_of_torch_s_own_schedules_go_on(config: Callable[..., TrainConfig]) -> None:
-    """Checkpoints of earlier versions hold them."""
-    optimizer, schedule = new(config(iterations=40, lr=0.02, power=2.0))
-    schedule.load_state_dict({"last_epoch": 10})
-    assert schedule.lr == optimizer.param_groups[0]["lr"] == 0.02 * 0.75**2
-    chosen = config(iterations=40, lr=0.8, schedule="plateau")
-    before, _ = new(chosen)
-    torchs = ReduceLROnPlateau(before, mode="max", factor=0.5, patience=5)
-    scores = [0.3, 0.2, 0.1, *[0.2] * 11]
-    for number, score in enumerate(scores):
-        optimizer, schedule = new(chosen)
-        schedule.load_state_dict(torchs.state_dict())
-        torchs.step(score)
-        schedule.after_validation(score)
-        assert schedule.lr == optimizer.param_groups[1]["lr"] == before.param_groups[0]["lr"], number
-    assert schedule.lr == 0.2
 
 
 @pytest.mark.parametrize(
