@@ -2,13 +2,13 @@
 
     loss.py      cross-entropy beside KL, fused, and what comes beside them
     terms/       the other terms
-    gate.py      where the teacher is listened to
+    gate.py      weights per pixel of the teacher's terms
     batch.py     a batch: pixels, labels and targets by name
-    counts.py    what its parts divide by
+    counts.py    the denominators of its parts
     target.py    a teacher's outputs of one head
-    checks.py    what must hold of a batch before a loss looks at it
+    checks.py    checks of a batch before a loss reads it
 
-A store, or anything like one, says what its targets look like.
+The format of the targets comes from a store, or from anything with the attributes of `TargetFormat`.
 """
 
 from kdcache.distill.batch import SEGMENTATION, Batch

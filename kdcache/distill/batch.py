@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def label(self) -> Tensor:
-        """The labels of segmentation. Raises: KeyError for a batch without."""
+        """The labels of segmentation, (B, H, W) uint8. Raises: KeyError for a batch without."""
         return self.labels[SEGMENTATION]
 
     @property
@@ -67,31 +67,31 @@ class Batch:
         return len(tensors_of(self)[0])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same with every tensor changed."""
+        """Return the batch with `change` applied to every tensor."""
         changed: Batch = pytree.tree_map_only(Tensor, change, self)
         return changed
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same on another device."""
+        """Return the batch with its tensors on another device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """The same in memory that a GPU copies from; `DataLoader` calls it."""
+        """Return the batch in pinned memory, from which a GPU copies; `DataLoader` calls it."""
         return self.map(lambda tensor: tensor.pin_memory())
 
     def rows(self, count: int, first: int = 0) -> "Batch":
-        """So many samples, in memory of the batch."""
+        """Return `count` samples from `first` on, as views of the batch's memory."""
         return self.map(lambda tensor: tensor[first : first + count])
 
     def neighbours(self) -> "Batch":
-        """The same pixels and labels with the targets of the neighbours: rows 1, 0, 3, 2, ... B is even."""
+        """Return the batch's pixels and labels with the targets of the neighbours: rows 1, 0, 3, 2, ... B is even."""
         moved = pytree.tree_map_only(Tensor, neighbours, (self.targets, self.window, self.flip, self.inside))
         return replace(self, targets=moved[0], window=moved[1], flip=moved[2], inside=moved[3])
 
     def argmax_confidence(
         self, form: TargetFormat, size: tuple[int, int], *, impl: str = "auto"
     ) -> tuple[Tensor, Tensor]:
-        """The teacher's best class and its probability (B, H, W), as the student's image of `size` shows them."""
+        """The target's argmax and its probability (confidence), (B, H, W) each, over the student's image of `size`."""
         assert self.target is not None
         return target_argmax_confidence(self.target.packed(form), size, self.window, self.flip, impl=impl)
 
@@ -113,7 +113,7 @@ class Batch:
         return view_positions(self.window, self.flip, form.view_size, size, device)
 
     def to_dict(self) -> dict[str, Tensor]:
-        """Flat, for loops that take a batch apart by names: `pixels`, `labels/<task>`, `targets/<head>/values`."""
+        """Return the tensors by flat names: `pixels`, `labels/<task>`, `targets/<head>/values`."""
         flat = {name: value for name in _PLAIN if (value := getattr(self, name)) is not None}
         flat |= {f"labels/{task}": label for task, label in self.labels.items()}
         for head, target in (self.targets or {}).items():
@@ -122,20 +122,20 @@ class Batch:
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """The batch of a `to_dict`, wherever its tensors have been moved."""
-        rooms: dict[str, dict[str, Any]] = {"labels": {}, "targets": {}, "arrays": {}}
+        """Return the batch of a `to_dict`, whose tensors may have been moved."""
+        groups: dict[str, dict[str, Any]] = {"labels": {}, "targets": {}, "arrays": {}}
         plain: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            room, _, rest = name.partition("/")
-            if room == "targets":
+            group, _, rest = name.partition("/")
+            if group == "targets":
                 head, _, part = rest.partition("/")
-                rooms[room].setdefault(head, {})[part] = tensor
+                groups[group].setdefault(head, {})[part] = tensor
             elif rest:
-                rooms[room][rest] = tensor
+                groups[group][rest] = tensor
             else:
                 plain[name] = tensor
-        targets = {head: Target(**parts) for head, parts in rooms["targets"].items()}
-        return cls(**plain, labels=rooms["labels"], targets=targets, arrays=rooms["arrays"])
+        targets = {head: Target(**parts) for head, parts in groups["targets"].items()}
+        return cls(**plain, labels=groups["labels"], targets=targets, arrays=groups["arrays"])
 
 
 _PLAIN = ("pixels", "window", "flip", "inside", "own", "dice", "record")

@@ -1,4 +1,4 @@
-"""What must hold of a batch before a loss looks at it: a teacher that counts has a target, and labels lie over it."""
+"""Checks of a batch before a loss reads it: a teacher term of weight has a target, and labels lie over the target."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -17,12 +17,12 @@ Size = tuple[int, int]
 
 
 def check_given(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:
-    """A teacher's part of the loss never ends as a silent 0.
+    """Check that no teacher term of the loss ends as a silent 0.
 
     Args:
         form: the store that the loss was made for; None for a loss that knows none, which learns from labels alone
             where a batch brings no target.
-        reading: the teacher's parts of the loss whose weight is above 0 and which read its logits.
+        reading: names of the terms whose weight is above 0 and which read the teacher's logits.
     Raises: RecipeError.
     """
     if batch.targets is None or not reading:
@@ -93,8 +93,8 @@ def check_taps_given(terms: "Sequence[Term]", features: Mapping[str, Tensor]) ->
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
     """Whether labels cannot be what the windows of a batch show.
 
-    A window of the view's proportions becomes labels of the proportions of `whole`, up to a pixel; by any other, a
-    caller says how the labels were cut. All windows of a batch must contradict, for a random one may by chance.
+    A window of the view's proportions becomes labels of the proportions of `whole`, up to a pixel; any other window
+    shows how the labels were cut. All windows of a batch must contradict, for a random one may by chance.
 
     Args:
         whole: (H, W) of the labels of a whole view; None when that has the view's proportions.
@@ -110,7 +110,7 @@ def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> boo
 
 
 def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataError:
-    """What to say of labels that were cut without the window of their target."""
+    """Return the error for labels that were cut without the window of their target."""
     view = "x".join(map(str, form.view_size))
     stretched = "" if whole is None else f", whose labels are {'x'.join(map(str, whole))}"
     return DataError(
@@ -121,8 +121,8 @@ def window_error(form: TargetFormat, size: Size, whole: Size | None) -> DataErro
     )
 
 
-def can_look(tensor: Tensor) -> bool:
-    """Whether values may be looked at here: never while a step is traced, recorded or must not wait."""
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be read here: never while a step is traced, recorded or must not wait."""
     if torch.compiler.is_compiling():
         return False
     if tensor.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What the parts of a loss divide by, as a value: shared by the processes and accumulated parts of one batch."""
+"""The denominators of a loss, as a value that the processes and accumulated parts of one batch share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Counts:
     Attributes:
         ce: sum of the class weights of labelled pixels.
         kl: pixels that the KL counts.
-        terms: of each further term what `Term.count` says, in the order of `DistillLoss.further`.
+        terms: `Term.count` of each further term, in the order of `DistillLoss.further`.
     """
 
     ce: Tensor

@@ -1,14 +1,14 @@
-"""Where the teacher is listened to: a weight per pixel on its terms.
+"""Gates: a weight per pixel on the teacher's terms.
 
-| part | weight of a pixel | wants |
+| part | weight of a pixel | needs |
 | --- | --- | --- |
 | `correct` | 0 where the teacher's best class is not the label; pixels without a label count | labels |
 | `confidence:X` | 1 where its highest probability is at least X | |
-| class weights | that of the teacher's best class: how far it is trusted, how rare it is | (C,) numbers |
+| class weights | the weight of the teacher's best class: its trust times its rarity | (C,) numbers |
 
-They are multiplied. The denominators of the terms stay those of all counted pixels: a gate takes away, it does not
-make what is left louder. Sources: confidence as in FixMatch (Sohn 2020, arXiv 2001.07685); `correct` drops what is
-known to be wrong.
+The parts are multiplied. The denominators of the terms stay those of all counted pixels, so that a gate does not raise
+the weight of the pixels that pass. Sources: confidence as in FixMatch (Sohn 2020, arXiv 2001.07685); `correct` drops
+pixels at which the teacher is wrong.
 """
 
 import math
@@ -26,21 +26,21 @@ KINDS = ("none", "correct", "confidence:X")
 
 @dataclass(frozen=True)
 class GateSpec:
-    """A gate by name. `threshold` is that of `confidence`."""
+    """A gate by name; `threshold` is the least probability that `confidence` passes."""
 
     kind: str = "none"
     threshold: float = 0.0
 
 
 def parse_gate(text: str) -> GateSpec:
-    """'none', 'correct' or 'confidence:0.7'. Raises: RecipeError."""
+    """Parse 'none', 'correct' or 'confidence:0.7'. Raises: RecipeError for any other text."""
     kind, _, number = text.partition(":")
     try:
         threshold = float(number) if kind == "confidence" else 0.0
     except ValueError:
         threshold = math.nan
-    known = kind == "confidence" or text in ("none", "correct")
-    if not known or (kind == "confidence" and not 0 < threshold < 1):
+    exists = kind == "confidence" or text in ("none", "correct")
+    if not exists or (kind == "confidence" and not 0 < threshold < 1):
         raise RecipeError(
             "a gate is none, correct or confidence:X with X between 0 and 1",
             received=repr(text),
@@ -50,7 +50,7 @@ def parse_gate(text: str) -> GateSpec:
 
 
 class Gate(nn.Module):
-    """Pixel weights from what the teacher says of a batch.
+    """Pixel weights from the targets of a batch.
 
     Args:
         spec: which pixels pass.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from kdcache.distill.batch import Batch
 from kdcache.distill.checks import (
     Size,
-    can_look,
     check_arrays_given,
     check_given,
     check_rows,
     check_taps_given,
+    may_read_values,
     shows_otherwise,
     window_error,
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Outputs(Protocol):
-    """What a student gives for a batch."""
+    """A student's outputs for a batch."""
 
     @property
     def logits(self) -> Tensor: ...
@@ -59,7 +59,7 @@ class DistillLoss(nn.Module):
             its gradient is several times that of the labels.
         temperature: of the KL term, above 0.
         class_weight: (C,) weights of the cross-entropy.
-        distill_void: whether pixels without a label teach too.
+        distill_void: whether the teacher's terms count pixels without a label, too.
         align_corners: of the student's own final resize.
         gate: which pixels the teacher's terms count, and how much; default all alike.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
@@ -108,7 +108,7 @@ class DistillLoss(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parts, in the order of `Losses` without its loss. A kind that is there twice is numbered."""
+        """Names of the parts, in the order of `Losses` without its loss. A kind that occurs twice is numbered."""
         kinds = [term.kind for term in self._terms()]
         counted = [
             f"{kind}_{kinds[:at].count(kind) + 1}" if kind in kinds[:at] else kind for at, kind in enumerate(kinds)
@@ -117,12 +117,12 @@ class DistillLoss(nn.Module):
 
     @property
     def student_taps(self) -> tuple[str, ...]:
-        """What the student must give besides logits."""
+        """Names of the student's features that the terms read beside its logits."""
         return tuple(dict.fromkeys(tap for term in self._terms() for tap in term.student_taps()))
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """What a batch must hold in its `arrays`."""
+        """Paths of the arrays that the terms read from `Batch.arrays`."""
         return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
 
     def set_distill_weight_scale(self, scale: float) -> None:
@@ -131,11 +131,11 @@ class DistillLoss(nn.Module):
         self.distill_weight_scale.fill_(scale)
 
     def describe(self) -> list[str]:
-        """What terms resize or project, in words; known after the first batch."""
+        """Descriptions of what the terms resize or project; complete after the first batch."""
         return [text for term in self._terms() if (text := term.describe())]
 
     def share(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Let terms that compare all of a batch see what other processes have of it.
+        """Let terms that compare all samples of a batch read the rows of other processes.
 
         Args:
             gather: rows of all processes in their order, with the gradient of the own ones.
@@ -182,10 +182,10 @@ class DistillLoss(nn.Module):
                 the features (B, c, h, w) that `student_taps` names; or logits alone.
             batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
                 without a teacher, whose parts are then 0.
-            counts: what the parts divide by: the mean over the parts of a batch that several processes or steps share,
+            counts: denominators of the parts: the mean over the parts of a batch that several processes or steps share,
                 whose losses, and their gradients, then average to the whole batch's; None is the batch's own.
-        Raises: RecipeError, DataError for a batch that lacks what weighs something, or whose labels its target does
-            not show.
+        Raises: RecipeError for a batch without the targets, arrays or features that a term of weight reads; DataError
+            for one without labels, of unequal rows, or whose labels do not show what the target's window shows.
         """
         logits, features = _unpacked(outputs)
         self._check(batch, logits, features)
@@ -220,7 +220,7 @@ class DistillLoss(nn.Module):
         return parts
 
     def _values(self, batch: "TermBatch", counts: Counts | None) -> list[Tensor]:
-        """The further terms, not weighted."""
+        """Values of the further terms, not weighted."""
         terms = self._terms()
         shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
         return [term(batch, count) for term, count in zip(terms, shared, strict=True)]
@@ -238,10 +238,10 @@ class DistillLoss(nn.Module):
         check_arrays_given(terms, batch)
         if features is not None:
             check_taps_given(terms, features)
-        if batch.size not in self._fitting and can_look(batch.label):
+        if batch.size not in self._fitting and may_read_values(batch.label):
             if shows_otherwise(batch, self.targets, self._size):
                 raise window_error(self.targets, batch.size, self._size)
-            if batch.label.device.type != "cpu":  # where a look waits for the device: once for each size
+            if batch.label.device.type != "cpu":  # reading waits for the device: once for each size
                 self._fitting.add(batch.size)
 
     def _now(self, weight: float) -> Tensor | float:
@@ -330,9 +330,9 @@ class DistillLoss(nn.Module):
         )
 
     def _views(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        """The batch, and where pixels are pasted the same with the neighbours' targets; and what KL counts of each.
+        """Pairs of a batch and the mask (B, H, W) of its pixels that KL counts; empty where the fused loss counts them.
 
-        Empty where the fused loss finds these pixels (B, H, W) by itself.
+        The first is the batch itself; where pixels are pasted, the second has the neighbours' targets.
         """
         if batch.own is None:
             return [] if batch.inside is None else [(batch, self._counted_by_kl(batch, None))]
@@ -362,7 +362,7 @@ def _unpacked(outputs: Outputs | Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
 
 
 def _counted_in(views: Sequence[tuple[Batch, Tensor]]) -> Tensor:
-    """How many pixels KL counts of some views, float32."""
+    """The number of pixels that KL counts of some views, 0-dimensional float32."""
     return torch.stack([mask_BHW.sum(dtype=torch.float32) for _, mask_BHW in views]).sum()
 
 

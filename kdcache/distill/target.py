@@ -10,7 +10,7 @@ from kdcache_kernels import PackedTarget
 
 
 class TargetFormat(Protocol):
-    """What must be known of a store to read its targets; an open cache is one."""
+    """The facts about a store that reading its targets takes; an open cache is one."""
 
     @property
     def num_classes(self) -> int: ...
@@ -35,7 +35,7 @@ class Target:
     tail: Tensor | None = None
 
     def packed(self, form: TargetFormat) -> PackedTarget:
-        """The logits, as the kernels take them."""
+        """Return the target in the form that the kernels take."""
         return PackedTarget(
             values=self.values,
             indices=self.indices,

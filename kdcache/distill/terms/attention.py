@@ -1,4 +1,4 @@
-"""Attention transfer: where a network looks, as the energy of its features."""
+"""Attention transfer: the energy of a network's features over the image."""
 
 from torch import Tensor
 

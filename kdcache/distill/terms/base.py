@@ -1,4 +1,4 @@
-"""What a term is: one loss between a student and what the store holds, on its own and unweighted."""
+"""The base of all terms: one loss between a student and the arrays of a store, on its own and unweighted."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MAXIMUM = "targets/segmentation/max"
 
 
 class TermTargets(TargetFormat, Protocol):
-    """What must be known of a store to make terms for it; an open cache is one."""
+    """The facts about a store that making terms takes; an open cache is one."""
 
     @property
     def manifest(self) -> Any: ...
@@ -25,7 +25,7 @@ class TermTargets(TargetFormat, Protocol):
 
 @dataclass(frozen=True)
 class TermBatch:
-    """What a term may look at. Shapes: B batch, C classes, H W the student's image, c channels of a feature.
+    """The inputs of a term. Shapes: B batch, C classes, H W the student's image, c channels of a feature.
 
     Attributes:
         logits: (B, C, h, w) of the student at its native stride; receives the gradient.
@@ -56,7 +56,7 @@ class TermBatch:
 class Term(nn.Module):
     """One loss; its parameters (projections of the student) are trained with the student and never exported.
 
-    Float32 whatever autocast says, float64 for float64 inputs; no host synchronisation, no data-dependent shape. Means
+    Float32 under autocast too, float64 for float64 inputs; no host synchronisation, no data-dependent shape. Means
     are over counted pixels: a gate weighs these and does not shrink the denominator. Without any the loss is 0 and so
     is its gradient.
 
@@ -85,7 +85,7 @@ class Term(nn.Module):
         self.gather: Callable[[Tensor], Tensor] | None = None
         self._arrays = arrays
         self._student_tap = spec.student_tap or "logits"
-        self._said: str | None = None
+        self._description: str | None = None
 
     def arrays(self) -> tuple[str, ...]:
         """Paths of the store that `TermBatch.stored` must hold."""
@@ -101,19 +101,19 @@ class Term(nn.Module):
         return () if self.spec.student_tap is None else (self.spec.student_tap,)
 
     def describe(self) -> str | None:
-        """What is resized or projected, in words; known after `prepare` or the first batch. None when nothing is."""
-        return self._said
+        """A description of what is resized or projected, set by `prepare` or the first batch; None when nothing is."""
+        return self._description
 
     def prepare(self, batch: TermBatch) -> None:
-        """Look at the shapes of a batch for `describe`."""
+        """Read the shapes of a batch for `describe`."""
 
     def note_resize(self, student: Tensor, teacher: Tensor, of: str = "", then: str = "") -> None:
-        """What becomes of a student's map whose size is not the teacher's."""
+        """Describe how a student's map whose size is not the teacher's is changed."""
         changes = [then] if then else []
         if grid_of(student) != grid_of(teacher):
             changes.insert(0, f"resized from {shape_text(student)} to the teacher's {shape_text(teacher)} cells")
         verb = "are" if self._student_tap == "logits" else "is"
-        self._said = (
+        self._description = (
             f"{self.kind}: {of}the student's {self._student_tap} {verb} {' and '.join(changes)}" if changes else None
         )
 
@@ -121,7 +121,7 @@ class Term(nn.Module):
         """The loss of a batch: a scalar, not weighted.
 
         Args:
-            count: what it divides by, in the place of its own `count`: the mean over the parts of a larger batch, over
+            count: the denominator, in the place of its own `count`: the mean over the parts of a larger batch, over
                 which their losses then average to its own.
         """
         if not torch.compiler.is_compiling():
@@ -130,11 +130,11 @@ class Term(nn.Module):
             return self.loss(batch, count)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        """What `forward` returns, at full precision."""
+        """Compute what `forward` returns, at full precision."""
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:
-        """What `loss` divides by: the counted cells, 0-dimensional. Of `logits` only the type and the rows matter."""
+        """The denominator of `loss`: the counted cells, 0-dimensional. Only the dtype and rows of `logits` matter."""
         return self.cells(batch, self.grid(batch), wide(batch.logits)).counted.sum()
 
     def grid(self, batch: TermBatch) -> Size:
@@ -164,7 +164,7 @@ class Term(nn.Module):
 
     def both_logits(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
         """Student's and teacher's logits (B, C, h, w) on the target's cells, and how much those count."""
-        assert batch.target is not None  # `reads_target` says so
+        assert batch.target is not None  # by `reads_target`
         student_BChw = wide(batch.logits)
         teacher_BChw = batch.target.packed(self.targets).densify(student_BChw.dtype)
         if MAXIMUM in self._arrays:
@@ -174,21 +174,21 @@ class Term(nn.Module):
         return resize(student_BChw, grid), teacher_BChw, self.cells(batch, grid, student_BChw)
 
     def mean(self, loss_Bhw: Tensor, cells: Cells, count: Tensor | None) -> Tensor:
-        """Over the counted cells, or `count` of them."""
+        """The mean of a loss (B, h, w) over the counted cells, or over `count` of them."""
         return divide((loss_Bhw * cells.weight).sum(), cells.counted.sum() if count is None else count)
 
     def of_all(self, rows_Nx: Tensor) -> Tensor:
-        """The rows of all processes, those of the own with gradient."""
+        """The rows of all processes; only this process's own carry a gradient."""
         return rows_Nx if self.gather is None else self.gather(rows_Nx)
 
 
 def wide(x: Tensor) -> Tensor:
-    """As float32, or float64 as it is."""
+    """Return x in float32, or as it is in float64."""
     return x.to(compute_dtype(x.dtype))
 
 
 def divide(total: Tensor, count: Tensor) -> Tensor:
-    """Anything by 0 is 0."""
+    """Return total / count, and 0 where the count is 0."""
     return total * count.reciprocal().masked_fill(count == 0, 0)
 
 

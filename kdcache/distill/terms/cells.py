@@ -4,9 +4,9 @@ The teacher's array has h x w cells that tile its view. The same number of cells
 window of that view, maybe mirrored. The teacher is sampled at their centres through the window; of a whole view,
 unmirrored, that is the array itself. The student's map tiles the same image in cells of its own and is resized.
 
-A pixel counts where it lies in the view and nothing else speaks against it (it shows the image, it has a label), and a
-cell counts by the share of its pixels that do. What either side says of a cell is of the whole cell: of one on the edge
-of what counts, no smaller part is known, so it is compared as it is and weighs by its share.
+A pixel counts where it lies in the view and no mask excludes it (grey beside the image, void), and a cell counts by the
+share of its pixels that count. Both predictions are of whole cells: no smaller part of a cell on the edge of a mask is
+known, so it is compared as it is and weighs by its share.
 
 Whatever a head's own resize does at the corners, cells are areas here: both sides are resampled with
 `align_corners=False`. Everything is a product of matrices, so that the gradient needs no atomic addition.
@@ -55,7 +55,7 @@ def lay_cells(
         counted_BHW: bool, which pixels count if they lie in the view; None is all.
         size: (H, W) of the student's image.
         grid: (h, w).
-        like: has the device and the dtype that are wanted.
+        like: a tensor of the device and dtype of the result.
     """
     counts_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().expand(batch_size, *size)
     if counted_BHW is not None:
@@ -64,7 +64,7 @@ def lay_cells(
     counted_Bhw = resample(counts_BHW[:, None].to(like.dtype), *shares)[:, 0]
     if pixel_weight_BHW is None:
         return Cells(counted_Bhw, counted_Bhw)
-    # Where, not times: a gate that is not finite at a pixel that does not count is none of the term's business.
+    # Where, not times: a gate that is not finite at a pixel that does not count must not change the term.
     gated_BHW = torch.where(counts_BHW, pixel_weight_BHW.detach().to(like.dtype), 0)
     return Cells(counted_Bhw, resample(gated_BHW[:, None], *shares)[:, 0])
 
@@ -83,8 +83,8 @@ def sample_view(
     """Sample a map of the view at the centres of as many cells of the window, (B, c, h, w); carries no gradient."""
     grid = (map_Bchw.shape[2], map_Bchw.shape[3])
     positions = view_positions(window_B4, flip_B, view_size, grid, map_Bchw.device)
-    found_Bchw = map_Bchw.detach().to(dtype)
-    return found_Bchw if positions.is_whole_view else resample(found_Bchw, *positions.hat_matrices(grid, False, dtype))
+    view_Bchw = map_Bchw.detach().to(dtype)
+    return view_Bchw if positions.is_whole_view else resample(view_Bchw, *positions.hat_matrices(grid, False, dtype))
 
 
 def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
@@ -100,7 +100,7 @@ def resize(map_Bchw: Tensor, grid: Size, align_corners: bool = False) -> Tensor:
 def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
     """`rows @ map @ columns^T`, (B, c, H, W), as `kdcache_kernels.window.resample` has it.
 
-    What that one does to the precision of products cannot be traced: a compiled program multiplies with the precision
+    Its change of the precision of products cannot be traced: a compiled program multiplies with the precision
     of its process, which by torch's default is float32 too.
     """
     if torch.compiler.is_compiling():

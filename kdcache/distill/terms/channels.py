@@ -32,7 +32,7 @@ class ChannelLogits(Term):
         return channel_kl(self.temperature, *self.both_logits(batch), count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The images in which any pixel counts."""
+        """The number of images in which any pixel counts, 0-dimensional."""
         return images_counted(self.cells(batch, self.grid(batch), wide(batch.logits)))
 
 
@@ -63,7 +63,7 @@ class ChannelFeatures(Projected):
         return channel_kl(self.temperature, *self.both_features(batch), count)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The images in which any pixel counts."""
+        """The number of images in which any pixel counts, 0-dimensional."""
         return images_counted(self.cells(batch, self.grid(batch), wide(batch.logits)))
 
 

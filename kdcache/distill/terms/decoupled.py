@@ -11,9 +11,9 @@ from kdcache_kernels.window import Size
 class Decoupled(Term):
     """`dkd`: T^2 * (alpha * TCKD + beta * NCKD), mean over cells.
 
-    TCKD is the KL of (p, 1 - p), p the probability of the target class at temperature T; NCKD that of the other classes
-    among themselves. The target class is the label of the pixel at the cell's centre, and the teacher's best class
-    where that is void or there is no label. Cells weigh by their share of counted pixels times the gate.
+    TCKD is the KL of (p, 1 - p), p the probability of the target class at temperature T; NCKD is the KL of the other
+    classes among themselves. The target class is the label of the pixel at the cell's centre, and the teacher's best
+    class where that is void or there is no label. Cells weigh by their share of counted pixels times the gate.
 
     Default weight 0.02, alpha 1, beta 8, temperature 4 (the paper's on CIFAR-100, with its T^2; nats per cell): a
     gradient of 1 to 1.3 of CE's. Published: 1.

@@ -12,10 +12,10 @@ TINY = 1e-24
 
 
 class Projected(Term):
-    """A term that looks at the student through a trained 1x1 convolution.
+    """A term that projects the student's features by a trained 1x1 convolution.
 
     Args:
-        student_channels, teacher_channels: of the taps.
+        student_channels, teacher_channels: channels of the taps.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Cosine(Projected):
 
 
 def cosine(a_Bchw: Tensor, b_Bchw: Tensor) -> Tensor:
-    """(B, h, w): over the channels. Sums first: a quarter of the time of dividing each map by its norm."""
+    """The cosine over the channels, (B, h, w). Sums first: a quarter of the time of dividing each map by its norm."""
     ab, aa, bb = ((x * y).sum(1) for x, y in ((a_Bchw, b_Bchw), (a_Bchw, a_Bchw), (b_Bchw, b_Bchw)))
     usable = (aa > TINY) & (bb > TINY)
     return torch.where(usable, ab * torch.where(usable, aa, 1).rsqrt() * torch.where(usable, bb, 1).rsqrt(), 0)

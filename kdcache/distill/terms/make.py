@@ -1,4 +1,4 @@
-"""From what a user asks for to the modules that compute it."""
+"""The modules that compute the terms of a recipe."""
 
 from collections.abc import Mapping
 
@@ -40,7 +40,7 @@ def make_term(
         student_taps: the student's features -> channels, most useful last.
         align_corners: of the student's own final resize.
         impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
-    Raises: RecipeError for a store that cannot serve it, naming the build flag, and for unknown taps.
+    Raises: RecipeError for a store that lacks what the term reads, naming the build flag, and for unknown taps.
     """
     spec = resolve_taps(spec, targets.manifest, list(student_taps))
     arrays = arrays_of(spec, targets.manifest)

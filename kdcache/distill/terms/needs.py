@@ -1,4 +1,4 @@
-"""What a term needs of a store: which arrays, and the build flags that would have written those that are missing."""
+"""The arrays that a term reads from a store, and the build flags that would have written those that are missing."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,24 +11,25 @@ from kdcache.errors import RecipeError
 
 
 class Missing(NamedTuple):
-    """Something that a store lacks, in words, and the flag of `kdcache build-teacher-cache` that adds it."""
+    """A description of what a store lacks, and the flag of `kdcache build-teacher-cache` that adds it."""
 
     what: str
     flag: str
 
 
 def check_terms(specs: Iterable[TermSpec], manifest: Any) -> None:
-    """Raise RecipeError when a store cannot serve some terms, naming all build flags that would help.
+    """Check that a store has the arrays that some terms read.
 
     Args:
-        manifest: an open cache's.
+        manifest: of an open cache.
+    Raises: RecipeError that names all build flags that would help.
     """
-    found = [(spec.kind, lack) for spec in specs for lack in missing(spec, manifest)]
-    if found:
-        flags = " ".join(dict.fromkeys(lack.flag for _, lack in found))
+    lacks = [(spec.kind, lack) for spec in specs for lack in missing(spec, manifest)]
+    if lacks:
+        flags = " ".join(dict.fromkeys(lack.flag for _, lack in lacks))
         raise RecipeError(
             "a term learns from arrays that the store has",
-            received="; ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(found)),
+            received="; ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(lacks)),
             remedy=f"build the store with {flags} as well, or leave the term out",
         )
 
@@ -40,7 +41,7 @@ def resolve_taps(spec: TermSpec, manifest: Any, student_taps: Sequence[str]) -> 
 
     Args:
         student_taps: the student's, most useful last.
-    Raises: RecipeError for taps that are not there.
+    Raises: RecipeError for taps that the store or the student lacks.
     """
     check_terms([spec], manifest)
     if not compares_features(spec):
@@ -66,7 +67,7 @@ def arrays_of(spec: TermSpec, manifest: Any) -> tuple[str, ...]:
 
 
 def missing(spec: TermSpec, manifest: Any) -> list[Missing]:
-    """What a store lacks for a term; [] when it serves it."""
+    """The arrays that a store lacks for a term; [] when it has all."""
     if compares_features(spec):
         return _missing_feature(spec, manifest)
     head, lacks = manifest.heads["segmentation"], []

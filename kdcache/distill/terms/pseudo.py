@@ -53,7 +53,7 @@ class Pseudo(Term):
                 align_corners=self.student_align_corners,
                 impl="reference" if batch.logits.dtype == torch.float64 else self.impl,
             ).loss
-        # The fused loss knows no weight per labelled pixel.
+        # The fused loss takes no weight per labelled pixel.
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
         ce_BHW = F.cross_entropy(logits_BCHW, pseudo_BHW.long(), ignore_index=NONE, reduction="none")
         weight_BHW = torch.where(pseudo_BHW != NONE, batch.pixel_weight.detach().to(ce_BHW.dtype), 0)
@@ -66,7 +66,7 @@ class Pseudo(Term):
     @torch.no_grad()
     def labels(self, batch: TermBatch) -> Tensor:
         """(B, H, W) int16 pseudo labels, NONE where the teacher is not sure enough."""
-        assert batch.target is not None  # `reads_target` says so
+        assert batch.target is not None  # by `reads_target`
         argmax_BHW, confidence_BHW = target_argmax_confidence(
             batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
         )
@@ -96,5 +96,5 @@ def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num
     group = group[order]
     edges = torch.searchsorted(group, torch.arange(num_classes + 2, device=group.device))
     rank, size = torch.arange(group.numel(), device=group.device) - edges[group], edges.diff()[group]
-    kept = (rank < (share * size).floor()) & (group < num_classes)
-    return torch.empty_like(kept).scatter(0, order, kept).view_as(argmax_BHW)
+    labelled = (rank < (share * size).floor()) & (group < num_classes)
+    return torch.empty_like(labelled).scatter(0, order, labelled).view_as(argmax_BHW)

@@ -62,5 +62,5 @@ def _over_classes(student_BChw: Tensor, teacher_BChw: Tensor) -> Tensor:
 
 
 def correlation(st: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
-    """From sums of products of centred values; near 0 where one side hardly varies."""
+    """Pearson's correlation from sums of products of centred values; near 0 where one side hardly varies."""
     return st * (ss + EPS).rsqrt() * (tt + EPS).rsqrt()

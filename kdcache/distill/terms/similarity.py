@@ -1,4 +1,4 @@
-"""Similarity preserving: which images of a batch a network finds alike."""
+"""Similarity preserving: how alike the features of a batch's images are."""
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class Similarity(Term):
         return shared(difference_bb.square().sum() / b**2, own, b)
 
     def count(self, batch: TermBatch) -> Tensor:
-        """1: it divides by the square of the images of all processes, which no process counts alone."""
+        """1: `loss` divides by the square of the number of images of all processes, which no process counts alone."""
         return wide(batch.logits).new_ones(())
 
     def _rows(self, batch: TermBatch, features_Bchw: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a user asks for: terms by kind, weight and taps, or a method such as `kl+at`."""
+"""The terms of a recipe: by kind, weight and taps, or by a method such as `kl+at`."""
 
 import difflib
 import math
@@ -19,13 +19,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dist": ("temperature", "beta", "gamma"),
     "dkd": ("temperature", "alpha", "beta"),
 }
-"""Kind of term -> options it has beside its weight. `ce` and `kl` are DistillLoss's own."""
+"""Kind of term -> its options beside its weight. `ce` and `kl` are parts of DistillLoss itself."""
 FUSED = ("ce", "kl")
 
 
 @dataclass(frozen=True)
 class TermSpec:
-    """One term of a recipe; what is None is chosen by the kind, the store and the student.
+    """One term of a recipe; an option that is None gets its default from the kind, the store and the student.
 
     Attributes:
         kind: one of KINDS.
@@ -64,7 +64,7 @@ class TermSpec:
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> "TermSpec":
-        """From a `[[term]]` of a recipe; keys may have dashes."""
+        """Make a term from a `[[term]]` of a recipe; keys may have dashes. Raises: RecipeError for a malformed one."""
         named = {key.replace("-", "_"): value for key, value in table.items()}
         kind = named.get("kind")
         if not isinstance(kind, str):
@@ -78,11 +78,11 @@ class TermSpec:
         return cls(**named)
 
     def options(self) -> dict[str, Any]:
-        """What was given beside the kind."""
+        """The options that are set, without the kind."""
         return {key: value for key, value in asdict(self).items() if key != "kind" and value is not None}
 
     def table(self) -> dict[str, Any]:
-        """As `of` takes it."""
+        """The table of a recipe that `of` takes."""
         return {"kind": self.kind, **self.options()}
 
 
@@ -94,19 +94,19 @@ class Method(NamedTuple):
 
 
 def parse_method(text: str) -> Method:
-    """`none`, or a sum of `kl` and kinds of terms such as `kl+at`, in any order.
+    """Parse `none`, or a sum of `kl` and kinds of terms such as `kl+at`, in any order.
 
     Raises: RecipeError for an unknown kind (with the nearest name), a kind twice, or `none` beside another.
     """
     kinds = [part.strip() for part in text.split("+")]
     if kinds == ["none"]:
         return Method(False, ())
-    known = ("none", "kl", *KINDS)
+    names = ("none", "kl", *KINDS)
     for kind in kinds:
-        if kind not in known:
-            near = difflib.get_close_matches(kind, known, n=1)
+        if kind not in names:
+            near = difflib.get_close_matches(kind, names, n=1)
             raise RecipeError(
-                f"--method is none or a sum of {', '.join(known[1:])}",
+                f"--method is none or a sum of {', '.join(names[1:])}",
                 received=repr(text),
                 remedy=f"did you mean {near[0]}?" if near else "write for example kl or kl+at",
             )
@@ -120,14 +120,14 @@ def parse_method(text: str) -> Method:
 
 
 def compares_features(spec: TermSpec) -> bool:
-    """Whether a term looks at taps, not at logits."""
+    """Whether a term compares taps, not logits."""
     if spec.kind == "cwd":
         return spec.teacher_tap is not None or spec.student_tap is not None
     return KINDS[spec.kind] == _TAPS
 
 
 def check_kind(kind: str) -> None:
-    """Raise RecipeError, with the nearest name, for what is no kind of term."""
+    """Check the name of a kind of term. Raises: RecipeError with the nearest name for any other."""
     if kind in KINDS:
         return
     near = difflib.get_close_matches(kind, KINDS, n=1)
@@ -139,10 +139,10 @@ def check_kind(kind: str) -> None:
 
 
 def _refuse_option(kind: str, option: str) -> None:
-    known = ("weight", *KINDS[kind])
-    near = difflib.get_close_matches(option, known, n=1)
+    options = ("weight", *KINDS[kind])
+    near = difflib.get_close_matches(option, options, n=1)
     raise RecipeError(
-        f"the options of {kind} are {', '.join(known)}",
+        f"the options of {kind} are {', '.join(options)}",
         received=repr(option),
         remedy=f"did you mean {near[0]}?" if near else "leave it out",
     )
