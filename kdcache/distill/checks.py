@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 
 
-def check_given(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:
+def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:
     """Check that no teacher term of the loss ends as a silent 0.
 
     Args:
@@ -68,7 +68,7 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
         )
 
 
-def check_arrays_given(terms: "Sequence[Term]", batch: Batch) -> None:
+def check_arrays(terms: "Sequence[Term]", batch: Batch) -> None:
     """Raises: RecipeError for terms whose arrays of the store a batch does not bring."""
     arrays = [path for term in terms for path in term.arrays() if path not in batch.arrays]
     if arrays:
@@ -79,7 +79,7 @@ def check_arrays_given(terms: "Sequence[Term]", batch: Batch) -> None:
         )
 
 
-def check_taps_given(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
+def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
     """Raises: RecipeError for terms whose taps are not among the student's features."""
     taps = [tap for term in terms for tap in term.student_taps() if tap not in features]
     if taps:

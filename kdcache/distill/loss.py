@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from kdcache.distill.batch import Batch
 from kdcache.distill.checks import (
     Size,
-    check_arrays_given,
-    check_given,
+    check_arrays,
     check_rows,
-    check_taps_given,
+    check_taps,
+    check_targets,
     may_read_values,
     shows_otherwise,
     window_error,
@@ -231,13 +231,13 @@ class DistillLoss(nn.Module):
             return
         terms = [term for term in self._terms() if term.weight > 0]
         kl = ["kl"] if self.kl_weight > 0 else []
-        check_given(batch, self.targets, kl + [term.kind for term in terms if term.reads_target])
+        check_targets(batch, self.targets, kl + [term.kind for term in terms if term.reads_target])
         check_rows(logits, batch)
         if batch.targets is None or self.targets is None or not (kl or terms):
             return
-        check_arrays_given(terms, batch)
+        check_arrays(terms, batch)
         if features is not None:
-            check_taps_given(terms, features)
+            check_taps(terms, features)
         if batch.size not in self._fitting and may_read_values(batch.label):
             if shows_otherwise(batch, self.targets, self._size):
                 raise window_error(self.targets, batch.size, self._size)

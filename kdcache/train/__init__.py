@@ -1,20 +1,20 @@
 """Training: one trainer for teachers and students.
 
     config.py        the settings (= the flags, = recipe.toml), and which do not go together
-    ranges.py        what they may be, in words
-    sources.py       what is drawn from, and what validates
+    ranges.py        the values that a setting takes, in words
+    sources.py       the training and validation data of the settings
     api.py           from settings to a run
-    criterion.py     the loss that the settings ask for
-    class_trust.py   how far the teacher is trusted, class by class
-    held_out.py      whether that is measured on what the teacher has not seen
+    criterion.py     the loss that the settings describe
+    class_trust.py   a weight per class of the teacher, by how far it beats a plain run
+    held_out.py      whether that is measured on samples that the teacher has not seen
     trainer.py       the loop
     distributed.py   the processes of torchrun, and what they agree on
-    interrupt.py     asking a training to stop
+    interrupt.py     requests to stop a training
     input/           from samples to batches on the device
     step/            one optimizer step: eager, compiled, graphed, in parts, in several processes
     run/             the folder of a run: checkpoints, logs, lock
 
-Teachers and students go the same way: what is learnt from a store differs by its loss and its samples alone.
+Teachers and students train in the same way: training from a store differs by its loss and its samples alone.
 """
 
 from kdcache.train.api import train

@@ -33,7 +33,7 @@ from kdcache.train.run.metrics_log import Observer, Observers
 from kdcache.train.run.monitor import check_logits
 from kdcache.train.run.trackers import Loggers, check_loggers
 from kdcache.train.sources import open_dataset, open_store, open_validation
-from kdcache.train.step.batch_fit import asked_for, largest_fitting, memory_error, memory_errors
+from kdcache.train.step.batch_fit import largest_fitting, memory_error, memory_errors, requested_memory
 from kdcache.train.step.compiled import choose_step
 from kdcache.train.trainer import Trainer
 
@@ -41,14 +41,14 @@ from kdcache.train.trainer import Trainer
 def train(
     config: TrainConfig, out: str | Path, *, resume: bool = False, observer: Observer | None = None
 ) -> dict[str, Any]:
-    """Train as `config` says into the folder `out`; returns the content of its result.json.
+    """Train by `config` into the folder `out`; returns the content of its result.json.
 
     A student (`config.cache` set) is trained from the store alone: no teacher is imported, loaded or run. Every process
     that torchrun starts calls this, with the same arguments; all return or raise the same.
 
     Args:
-        resume: go on from the last checkpoint of the same settings in `out`, which is there; from the beginning when
-            it holds no checkpoint.
+        resume: go on from the last checkpoint of the same settings in `out`, which exists; from the beginning when it
+            holds no checkpoint.
     Raises: KDCacheError of every kind, before anything is written when the settings are at fault;
         Interrupted when the user stops it.
     """
@@ -81,7 +81,7 @@ def make_trainer(
         check_replays(config)
         if cache is not None and config.teaches:
             check_logits(cache)
-        asked, config = config, config.model_copy(update={"flip": config.flip is not False})
+        as_given, config = config, config.model_copy(update={"flip": config.flip is not False})
         dataset = open_dataset(config, cache)
         classes = dataset.classes
         shuffle = choose_shuffle(config.shuffle, dataset)
@@ -100,7 +100,7 @@ def make_trainer(
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
         dataset.extras = needed_arrays(config, cache, model)
         if cache is not None:
-            check_flip(asked)
+            check_flip(as_given)
         criterion = make_criterion(config, model, dataset, device, observer.note)
         keep_records(dataset, config.resident, device, workers=config.workers, note=observer.note)
         check_room(dataset, config.shuffle, observer.note)
@@ -108,8 +108,8 @@ def make_trainer(
         if world.first:
             hold_folder(config, run, resume, dataset.identity, lock)
             write_beginning(config, run, model, classes, dataset.identity, world.size)
-            if (untold := remember(config.model)) is not None:
-                observer.note(untold)
+            if (text := remember(config.model)) is not None:
+                observer.note(text)
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
         for text in _notes(config, model, dataset, cache):
@@ -132,7 +132,7 @@ def make_trainer(
 
 
 def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset, cache: Cache | None) -> Iterator[str]:
-    """What initialisation left out, how labels are shared out, and what warp works on."""
+    """Notes on what initialisation left out, how labels are shared out, and what warp works on."""
     report = model.load_report
     if report is not None and report.reinitialised:
         yield f"--init leaves at random: {', '.join(report.reinitialised)}"
@@ -162,7 +162,7 @@ def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset,
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """On a CPU a run repeats to the bit; the setting is the process's own, so it is put back."""
+    """Use deterministic algorithms on a CPU, where a run then repeats to the bit; the process's setting is restored."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before or device.type == "cpu")
     try:
@@ -191,13 +191,13 @@ def _validator(val: Split, config: TrainConfig, device: torch.device, observer: 
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            asked = asked_for(error)
+            requested = requested_memory(error)
 
         def attempt(size: int) -> None:
             count(model, size, (0, max(1, len(val) // size)))  # about so many images, evenly spread
 
         # Here, where the handler no longer holds what was made; each process on its own, for none waits for another.
-        raise memory_error(config, device, asked, largest_fitting(attempt, at_once, device, together), world.size)
+        raise memory_error(config, device, requested, largest_fitting(attempt, at_once, device, together), world.size)
 
     def validate(model: SegmentationModel) -> Metrics:
         with world.together():

@@ -1,10 +1,10 @@
-"""How far a teacher is trusted, class by class.
+"""Class trust: a weight per class of the teacher, by how far it beats a plain run.
 
     trust_c = clip((IoU_teacher,c - IoU_student,c) / 0.05, 0, 1)
 
-A student learns from the teacher where that is better than what labels alone gave, and from the labels where it is
+A student learns from the teacher where that is better than training on labels alone, and from the labels where it is
 not. Both are scored on images that neither was trained on: the fold that a plain run left out. A class that does not
-occur there is trusted: nothing speaks against the teacher.
+occur there has trust 1.
 """
 
 import difflib
@@ -30,7 +30,7 @@ from kdcache.train.input.cache_dataset import CacheDataset
 
 _log = plain_logger("kdcache.train")
 FULL = 0.05
-"""Difference of IoU at which a teacher is trusted wholly."""
+"""Difference of IoU from which trust is 1."""
 
 
 def read_trust(path: str, names: Sequence[str]) -> list[float]:
@@ -53,7 +53,7 @@ def read_trust(path: str, names: Sequence[str]) -> list[float]:
             raise _refused(path, f"{name} is {weight!r}")
     absent = [name for name in names if name not in table]
     if absent:
-        raise _refused(path, f"nothing is said of {', '.join(absent)}")
+        raise _refused(path, f"it has no {', '.join(absent)}")
     return [float(table[name]) for name in names]
 
 
@@ -64,8 +64,9 @@ def trust_from_run(
 
     Args:
         run: a folder of train-student --method none or of train-teacher, with --fold.
-        note: is told what makes the weights doubtful: a teacher that may have seen what the run left out.
-    Raises: RecipeError, MismatchError for a run that cannot say anything of this store, or a store of crops.
+        note: receives what makes the weights doubtful: a teacher that may have seen the fold that the run left out.
+    Raises: RecipeError for a store of crops, a run with a teacher or without a fold, or a fold without labels;
+        MismatchError for a run of other classes or samples.
     """
     cache = records.cache
     if cache.manifest.view.kind == "crop":
@@ -81,15 +82,15 @@ def trust_from_run(
             received=f"{run}: method {config.method}, " + (f"fold {config.fold}" if config.fold else "no --fold"),
             remedy="train it with --method none --fold 0/5",
         )
-    model, about = load_run(run)
+    model, run_model = load_run(run)
     names = cache.manifest.dataset.class_names
-    if about.class_names != names:
+    if run_model.class_names != names:
         raise MismatchError(
             "a run is compared with a teacher of the same classes",
-            received=f"{', '.join(about.class_names)} in {run} against {', '.join(names)}",
+            received=f"{', '.join(run_model.class_names)} in {run} against {', '.join(names)}",
             remedy="give a run of this store's classes",
         )
-    for text in (check_same_samples(cache, run, about.trained_on, config), doubt(cache, config.fold)):
+    for text in (check_same_samples(cache, run, run_model.trained_on, config), doubt(cache, config.fold)):
         if text is not None:
             note(text)
     fold, folds = parse_fold(config.fold)
@@ -100,8 +101,8 @@ def trust_from_run(
     for number in held_out:
         sample = dataset[number]
         if bool((sample.label != IGNORE_INDEX).any()):
-            teacher.update(_said(cache, sample), sample.label)
-            student.update(_predicted(model, sample, device), sample.label)
+            teacher.update(_target_argmax(cache, sample), sample.label)
+            student.update(_student_argmax(model, sample, device), sample.label)
     if not teacher.counts.sum():
         raise RecipeError(
             "trust is measured on labels",
@@ -113,17 +114,17 @@ def trust_from_run(
     return [float(weight) for weight in np.clip(difference / FULL, 0, 1).round(4)]
 
 
-def _said(cache: Cache, sample: Batch) -> torch.Tensor:
-    best_BHW, _ = sample.map(lambda part: part[None]).argmax_confidence(cache, sample.size)
-    return best_BHW[0]
+def _target_argmax(cache: Cache, sample: Batch) -> torch.Tensor:
+    argmax_BHW, _ = sample.map(lambda part: part[None]).argmax_confidence(cache, sample.size)
+    return argmax_BHW[0]
 
 
-def _predicted(model: Any, sample: Batch, device: torch.device) -> torch.Tensor:
+def _student_argmax(model: Any, sample: Batch, device: torch.device) -> torch.Tensor:
     assert sample.pixels is not None
     with torch.inference_mode():
         logits = model(model.normalise(sample.pixels[None].to(device))).logits.float()
-        best: torch.Tensor = model.upsample(logits, tuple(sample.label.shape))[0].argmax(0).cpu()
-    return best
+        argmax: torch.Tensor = model.upsample(logits, tuple(sample.label.shape))[0].argmax(0).cpu()
+    return argmax
 
 
 def _refused(path: str, what: str) -> RecipeError:

@@ -22,7 +22,7 @@ from kdcache.train.ranges import in_words
 
 
 def parse_term(value: Any) -> Any:
-    """'cosine,weight=0.1,teacher_tap=layer4' or a table of a recipe as a term."""
+    """Parse 'cosine,weight=0.1,teacher_tap=layer4', or a table of a recipe, into a term; other values pass."""
     if isinstance(value, str):
         kind, *options = value.split(",")
         value = {"kind": kind, **dict(map(_option, options))}
@@ -58,19 +58,19 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
 
     @model_validator(mode="before")
     @classmethod
-    def _choices(cls, given: Any) -> Any:
-        """What depends on other settings alone: the learning rate, and the method `auto`."""
-        if not isinstance(given, dict):
-            return given
-        chosen: dict[str, Any] = {}
-        if given.get("lr") is None:
-            known = {} if given.get("optimizer") == "sgd" else LEARNING_RATES
-            chosen["lr"] = known.get(str(given.get("model")), LEARNING_RATE)
-        if given.get("method", "auto") == "auto":  # `dist` helps more and compares a whole batch of own pixels
-            parted = given.get("mix") is not None or given.get("accumulate") not in (None, 1)
+    def _choices(cls, settings: Any) -> Any:
+        """Fill in what depends on other settings alone: the learning rate, and the method `auto`."""
+        if not isinstance(settings, dict):
+            return settings
+        choices: dict[str, Any] = {}
+        if settings.get("lr") is None:
+            rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
+            choices["lr"] = rates.get(str(settings.get("model")), LEARNING_RATE)
+        if settings.get("method", "auto") == "auto":  # `dist` helps more and compares a whole batch of own pixels
+            parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
             taught = "kl" if parted else "dist"
-            chosen["method"] = taught if given.get("verb") == "train-student" else "none"
-        return given | chosen
+            choices["method"] = taught if settings.get("verb") == "train-student" else "none"
+        return settings | choices
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
@@ -100,7 +100,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     def resolved(
         self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
     ) -> "TrainConfig":
-        """With size, iterations, val_every, shuffle and labelled_share filled in, and all counted in iterations.
+        """Return the settings with size, iterations, val_every, shuffle and labelled_share filled in, in iterations.
 
         Args:
             samples: of the training data, for epochs.
@@ -120,12 +120,12 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         return TrainConfig(**settings | {"val_every": val_every})
 
     def to_toml(self) -> str:
-        """As a recipe file; what is not set is left out, for TOML has no null."""
+        """Return the recipe file; settings that are None are left out, for TOML has no null."""
         return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
 def make_config(**settings: Any) -> TrainConfig:
-    """Check settings. Raises RecipeError naming the flag."""
+    """Make a config from settings by name. Raises: RecipeError that names the flag at fault."""
     try:
         return TrainConfig(**settings)
     except ValidationError as error:
@@ -133,15 +133,15 @@ def make_config(**settings: Any) -> TrainConfig:
 
 
 def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError:
-    """The first thing that is wrong, by its flag and what that takes."""
+    """Return the error for the first setting that is wrong, with its flag and the values it takes."""
     first = error.errors()[0]
     name = str(first["loc"][0]).replace("-", "_") if first["loc"] else ""
-    flag, given = "--" + _flag(name), settings.get(name, first["input"])
+    flag, value = "--" + _flag(name), settings.get(name, first["input"])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1)
         return RecipeError(
             "every setting is one that a training has",
-            received=f"{flag} {given}",
+            received=f"{flag} {value}",
             remedy=f"did you mean --{_flag(near[0])}?" if near else "leave it out: --help lists those there are",
         )
     if first["type"] == "missing" and len(first["loc"]) == 1:
@@ -154,7 +154,7 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
         rule, instance = spelling.rule or rule, spelling.example
     return RecipeError(
         f"{flag} is {rule}",
-        received=f"{flag} {given if isinstance(given, str | int | float) else repr(given)}",
+        received=f"{flag} {value if isinstance(value, str | int | float) else repr(value)}",
         remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
     )
 
@@ -165,7 +165,7 @@ def _spelling(name: str) -> Spelling | None:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The resolved recipe of a run. Raises RecipeError when it is missing or malformed."""
+    """Read the resolved recipe of a run. Raises: RecipeError when it is missing or malformed."""
     path, recipe = run / RECIPE, Run(run).recipe
     if recipe is None:
         raise RecipeError(
@@ -193,25 +193,25 @@ def check_consistent(config: TrainConfig) -> None:
 
 
 def check_flip(config: TrainConfig) -> None:
-    """Pixels are mirrored where nothing is said; stored features only for who asks.
+    """Check that stored features are mirrored only with `--flip`, while pixels are by default.
 
     Features of a mirrored image are not the mirrored features, of transformers least of all.
 
     Args:
-        config: whose augment is chosen.
-    Raises: RecipeError for stored features that would be mirrored unasked.
+        config: settings whose augment is not auto.
+    Raises: RecipeError for stored features that would be mirrored without `--flip`.
     """
     stored = [term.kind for term in config.terms if compares_features(term)]
     if config.flip is None and config.augment == "warp" and stored and config.cache is not None:
         raise RecipeError(
             "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
-            received=f"{', '.join(stored)} with --augment warp and nothing about --flip",
+            received=f"{', '.join(stored)} with --augment warp without --flip or --no-flip",
             remedy="use --no-flip; or --flip, for a convolutional teacher that hardly minds; or replay stored --views",
         )
 
 
 def check_replays(config: TrainConfig) -> None:
-    """Raises: RecipeError for a number of views where no view is replayed; the augmentation is chosen."""
+    """Raises: RecipeError for a number of views where no view is replayed. The config's augment is not auto."""
     if config.limit_views is not None and config.augment != "replay":
         raise RecipeError(
             "--limit-views says how many of the stored views are replayed",
@@ -286,11 +286,11 @@ def _check_teaching(config: TrainConfig) -> None:
         "--class-balance": config.class_balance if config.class_balance != "none" else None,
         "--distill-schedule": config.distill_schedule if config.distill_schedule != "constant" else None,
     }
-    given = [f"{flag} {value}" for flag, value in weighing.items() if value is not None]
-    if given and not config.teaches:
+    weights = [f"{flag} {value}" for flag, value in weighing.items() if value is not None]
+    if weights and not config.teaches:
         raise RecipeError(
-            f"{', '.join(weighing)} weigh what a teacher says",
-            received=f"{', '.join(given)} with --method {config.method}, which listens to none",
+            f"{', '.join(weighing)} weigh the targets of a teacher",
+            received=f"{', '.join(weights)} with --method {config.method}, which uses no teacher",
             remedy="leave them out, or choose another --method",
         )
     if (config.class_trust == "auto") != (config.trust_against is not None):

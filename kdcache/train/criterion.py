@@ -18,11 +18,12 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.input.dataset import DrawnDataset
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
-COUNTED_TARGETS = 256  # of a store at most, for the frequencies of the teacher's classes
+COUNTED_TARGETS = 256
+"""Samples of a store, at most, that the frequencies of the teacher's classes are counted on."""
 
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
-    """Paths that the terms read beside the targets. Raises: RecipeError for a store that cannot serve them."""
+    """Paths of the arrays that the terms read beside the targets. Raises: RecipeError for a store that lacks some."""
     if cache is None:
         return ()
     check_terms(config.terms, cache.manifest)
@@ -40,8 +41,8 @@ def make_criterion(
     """The loss that `config` describes, on the CPU.
 
     Args:
-        device: where a plain run is evaluated, when trust is to be measured.
-        note: is told what was chosen or resized.
+        device: where a plain run is evaluated for `--class-trust auto`.
+        note: receives the trust in each class of the teacher.
     """
     cache = dataset.cache
     gate = None if cache is None or not config.teaches else _gate(config, cache, dataset, device, note)
@@ -63,7 +64,7 @@ def make_criterion(
 
 
 def label_counts(dataset: DrawnDataset) -> Counts:
-    """Pixels per class (C,) over the labels that a training uses: those of first views, for others count some twice."""
+    """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice."""
     counts = sum(map(_bincount, dataset.labels()), np.zeros(256, np.int64))
     return counts[: len(dataset.classes)]
 
@@ -79,8 +80,8 @@ def _best_class(cache: Cache, record: int) -> np.ndarray[Any, Any]:
     rows = cache.read(record, cache.target_paths())
     best = rows["targets/segmentation/values"].argmax(0)
     indices = rows.get("targets/segmentation/indices")
-    chosen = best if indices is None else np.take_along_axis(indices, best[None], 0)[0]
-    return np.asarray(chosen).astype(np.int64)
+    argmax = best if indices is None else np.take_along_axis(indices, best[None], 0)[0]
+    return np.asarray(argmax).astype(np.int64)
 
 
 def _terms(config: TrainConfig, cache: Cache, model: SegmentationModel) -> list[Term]:
@@ -92,7 +93,7 @@ def _terms(config: TrainConfig, cache: Cache, model: SegmentationModel) -> list[
 
 
 def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:
-    """Channels of every tap, by one look."""
+    """Channels of every tap of a model: tap -> channels, by one forward that changes nothing."""
     assert config.size is not None
     if not config.terms:
         return {}

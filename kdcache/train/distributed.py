@@ -1,9 +1,9 @@
-"""The processes of a training, as `torchrun` starts them: who they are, and how they come to the same end.
+"""The processes of a training, as `torchrun` starts them: their ranks, and how they come to the same end.
 
-Every process runs the same program on its part of each batch. Process 0 alone writes the run and speaks; what fails on
-one is raised on all, so that none waits for another that has gone. A training of one process has no process group and
-pays nothing. Small things (errors, wishes to stop) travel between the hosts through gloo, also beside a GPU: a flag on
-the device could only be read by waiting for the device.
+Every process runs the same program on its part of each batch. Process 0 alone writes the run and its output; an error
+of one is raised on all, so that none waits for another that has ended. A training of one process has no process group
+and pays nothing. Small objects (errors, requests to stop) travel between the hosts through gloo, also beside a GPU: a
+flag on the device could only be read by waiting for the device.
 """
 
 import os
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass
 class Agreement:
-    """What the processes agreed on; known when `World.together` ends."""
+    """The result of an exchange between the processes, set when `World.together` ends."""
 
     stop: bool = False
 
@@ -44,28 +44,28 @@ class World:
 
     @classmethod
     def of_environment(cls) -> "World":
-        """As torchrun numbers this process; the only one without it."""
+        """Read the numbers that torchrun gave this process; without torchrun it is the only one."""
         rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
         return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes the run and its output."""
         return self.rank == 0
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Over the processes, on the tensor's own device."""
+        """The mean over the processes, on the tensor's own device."""
         return tensor if self.size == 1 else self.total(tensor) / self.size
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over the processes; the tensor stays as it is."""
-        found = tensor.detach().clone()
+        total = tensor.detach().clone()
         if self.size > 1:
-            dist.all_reduce(found)
-        return found
+            dist.all_reduce(total)
+        return total
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, as many of each, in the order of their ranks; those of this one with gradient."""
+        """The rows of all processes, equally many each, in the order of ranks; only this one's carry a gradient."""
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -74,19 +74,19 @@ class World:
         return torch.cat(parts)
 
     def gather(self, thing: T) -> list[T]:
-        """A small object of every process, in the order of their ranks."""
+        """Small objects, one of every process, in the order of their ranks."""
         if self.size == 1:
             return [thing]
-        found: list[T | None] = [None] * self.size
-        dist.all_gather_object(found, thing)
-        return found  # type: ignore[return-value]
+        things: list[T | None] = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things  # type: ignore[return-value]
 
     @contextmanager
     def together(self, *, stop: bool = False) -> Iterator[Agreement]:
-        """Do something that may fail on one process alone: its error is then raised on all.
+        """Raise an error that one process alone meets inside on all processes.
 
         Args:
-            stop: whether this process was asked to stop; the agreement says whether any was.
+            stop: whether this process received a request to stop; the agreement has whether any did.
         """
         agreement, own = Agreement(stop), None
         if self.size == 1:
@@ -96,20 +96,21 @@ class World:
             yield agreement
         except Exception as error:
             own = error
-        failed, asked = self.total(torch.tensor([own is not None, stop], dtype=torch.float64)).tolist()
-        agreement.stop = asked > 0
+        failed, stops = self.total(torch.tensor([own is not None, stop], dtype=torch.float64)).tolist()
+        agreement.stop = stops > 0
         if failed:
             if own is not None and self.first:
-                self.gather(self._tellable(own))
+                self.gather(self._shareable(own))
                 raise own
-            errors = self.gather(None if own is None else self._tellable(own))
+            errors = self.gather(None if own is None else self._shareable(own))
             raise next(one for one in errors if one is not None) from own
 
     def check_batch_size(self, batch_size: int, together: int = 1, parts: int = 1) -> None:
-        """Raises RecipeError for a batch that processes and parts cannot share evenly, `together` samples staying so.
+        """Check that processes and parts share a batch evenly, in groups of `together` samples.
 
         Args:
-            parts: in which each process learns from its share (`--accumulate`).
+            parts: number of parts of each process's share (`--accumulate`).
+        Raises: RecipeError.
         """
         unit = self.size * together * parts
         if batch_size % unit:
@@ -126,13 +127,13 @@ class World:
             )
 
     def seed(self, seed: int, step: int) -> int:
-        """Of this process's own random numbers from a step on; process 0 has the run's seed, as one alone."""
+        """The seed of this process's random numbers from a step on; process 0 has the run's, as one alone has."""
         if self.first:
             return seed
         return int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def _tellable(self, error: Exception) -> KDCacheError:
-        """The error as the other processes raise it."""
+    def _shareable(self, error: Exception) -> KDCacheError:
+        """Return the error that the other processes raise."""
         if isinstance(error, KDCacheError):
             return error
         parts = [getattr(error, name, None) for name in ("rule", "received", "remedy")]
@@ -147,7 +148,7 @@ class World:
 
 @contextmanager
 def processes() -> Iterator[World]:
-    """The processes that torchrun started (or who set RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); else this one alone.
+    """The processes that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) set up; else this one alone.
 
     Raises: ModelError when another process has gone.
     """
@@ -166,7 +167,7 @@ def processes() -> Iterator[World]:
         raise ModelError(
             "all processes of a training run to its end",
             received="another process has gone",
-            remedy="see what it said; --resume goes on from the last checkpoint, with any number of processes",
+            remedy="see its output; --resume goes on from the last checkpoint, with any number of processes",
         ) from error
     except (KDCacheError, Interrupted):
         _leave(ours)  # all raise the same
@@ -182,11 +183,11 @@ def _leave(ours: bool) -> None:
 
 
 def pick_device(name: str, world: World | None = None) -> torch.device:
-    """`auto` is a GPU when there is one, and of several processes each has its own.
+    """Return the device of a name; `auto` is a GPU when there is one. Each of several processes has its own GPU.
 
     Args:
-        world: default as torchrun numbers this process, which may belong to no process group (a build needs none).
-    Raises: RecipeError for one that is not here.
+        world: default from torchrun's numbers of this process, which may be in no process group (a build needs none).
+    Raises: RecipeError for a device that this machine lacks.
     """
     world = world or World.of_environment()
     if name == "auto":
@@ -211,6 +212,6 @@ def pick_device(name: str, world: World | None = None) -> torch.device:
 
 
 def default_workers(device: torch.device) -> int:
-    """Who draws ahead, per process: beside a GPU its share of the cores up to 8; on a CPU the cores are the model's."""
+    """The workers of a process: beside a GPU its share of the cores, up to 8; on a CPU 0, for the model uses all."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(8, max(1, cores - 1)) if device.type == "cuda" else 0

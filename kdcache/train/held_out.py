@@ -14,8 +14,9 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
     """Refuse a run of other samples than the store's, of which its fold is another.
 
     Args:
-        trained_on: what the run says that it was. config: its settings.
-    Returns: what a user should know when the run's samples cannot be known any more.
+        trained_on: identity of the run's data, from its folder.
+        config: the run's settings.
+    Returns: a note for the user when the run's samples cannot be identified any more.
     Raises: MismatchError.
     """
     theirs = _samples_of(cache, trained_on, config)
@@ -36,11 +37,11 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
 
 
 def doubt(cache: Cache, fold: str) -> str | None:
-    """What speaks against a comparison on fold 'I/K': a teacher that may know it. None when it cannot."""
-    about, digest = cache.manifest.teacher, cache.manifest.dataset.ids_digest
-    if about.folds is not None:  # each sample's teacher has not seen it
+    """A note that the teacher may have seen fold 'I/K', on which it is compared; None when it cannot have."""
+    teacher, digest = cache.manifest.teacher, cache.manifest.dataset.ids_digest
+    if teacher.folds is not None:  # each sample's teacher has not seen it
         return None
-    trainings = about.trainings or (None,)
+    trainings = teacher.trainings or (None,)
     on_these = [training for training in trainings if training is not None and training.ids_digest == digest]
     has_seen = [training for training in on_these if not training.left_out(*parse_fold(fold))]
     remedy = f"train the teacher with --fold {fold} too and build its store, or build with --folds K"
@@ -60,7 +61,7 @@ def doubt(cache: Cache, fold: str) -> str | None:
 
 
 def _samples_of(cache: Cache, trained_on: str, config: TrainConfig) -> str | None:
-    """Digest of classes and ids that a run was trained on, or left out; None when nobody knows any more."""
+    """The digest of classes and ids that a run was trained on, or left out; None when that is lost."""
     kind, _, digest = trained_on.partition(" ")
     if kind == "data":
         return digest

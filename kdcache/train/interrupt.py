@@ -1,4 +1,4 @@
-"""Stopping a training that was asked to stop: between two steps, with its state saved."""
+"""Stopping a training on request: between two steps, with its state saved."""
 
 import signal
 import threading
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
-    """The user asked to stop; the state at `step` is saved."""
+class Interrupted(Exception):  # noqa: N818 (no error: the user requests it)
+    """The training stopped on request; the state at `step` is saved."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after {step} iterations")
@@ -16,19 +16,19 @@ class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask for a stop between two steps; a second SIGINT stops at once."""
+    """SIGINT and SIGTERM request a stop between two steps; a second SIGINT stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def ask(number: int, _: object) -> None:
+    def request_stop(number: int, _: object) -> None:
         if stop.is_set():
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -1,4 +1,4 @@
-"""What a setting may be, in words: from the type that checks it, so that the two cannot differ."""
+"""The values that a setting takes, in words: from the type that checks it, so that the two cannot differ."""
 
 from collections.abc import Sequence
 from types import NoneType, UnionType
@@ -11,7 +11,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def in_words(field: FieldInfo) -> str:
-    """What a field takes: 'a whole number from 0 to 256', 'one of adamw, adam, sgd'."""
+    """Describe the values of a field: 'a whole number from 0 to 256', 'one of adamw, adam, sgd'."""
     return _of(field.annotation, field.metadata)
 
 

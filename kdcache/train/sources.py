@@ -1,4 +1,4 @@
-"""What a training draws from: a store, or a data folder; and what it is validated on."""
+"""The data of a training: a store or a data folder to draw from, and a split to validate on."""
 
 from collections.abc import Iterator, Sequence
 
@@ -25,7 +25,7 @@ from kdcache.train.input.subset import Part
 
 
 def open_store(config: TrainConfig) -> Cache | None:
-    """The store of a training, its files checked; None when it draws from a data folder."""
+    """Open the store of a training and check its files; None when it draws from a data folder."""
     if config.cache is None:
         return None
     cache = open_cache(config.cache, cache_dir=config.cache_dir, cache_bytes=config.cache_bytes)
@@ -34,7 +34,7 @@ def open_store(config: TrainConfig) -> Cache | None:
 
 
 def open_dataset(config: TrainConfig, cache: Cache | None) -> DrawnDataset:
-    """The samples of a training."""
+    """Open the samples of a training."""
     dataset = _of_folder(config) if cache is None else _of_store(config, cache)
     if config.mix is not None:
         dataset.dice = Mix(config.mix).dice
@@ -42,7 +42,10 @@ def open_dataset(config: TrainConfig, cache: Cache | None) -> DrawnDataset:
 
 
 def open_validation(config: TrainConfig, classes: ClassList) -> Split | None:
-    """The split that a training is validated on, or the fold of it that is named."""
+    """Open the split that a training is validated on, or its fold `--val-fold`; None without `--val`.
+
+    Raises: MismatchError when its classes are not those of the training.
+    """
     if config.val is None:
         return None
     split = open_split(config.val, config.val_split)
@@ -125,8 +128,8 @@ def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
 def _labels_of_folds(cache: Cache, folds: int) -> Iterator[Iterator[tuple[int, Array]]]:
     """The labels that a store keeps, with the fold of each.
 
-    A first view that is whole has what there is, but for pixels that its size loses: the drawn ones, which may show
-    them, come in a second round. Of crops all come at once: what the first ones miss is chance.
+    A first view that is whole has all of its sample's labels but for pixels that its size loses: drawn views, which may
+    show them, come in a second round. A store of crops gives all views at once: what the first ones miss is chance.
     """
     fold_of = folds_of(cache.ids, folds).tolist()
     labelled, view = cache.column("labelled"), cache.manifest.view

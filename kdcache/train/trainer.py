@@ -1,4 +1,4 @@
-"""One trainer for teachers and students: the loop, its checkpoints, its honesty about time."""
+"""One trainer for teachers and students: the loop, its checkpoints, its times."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ from kdcache.train.input.mix import Mix
 from kdcache.train.interrupt import Interrupted, stop_requests
 from kdcache.train.run.checkpointing import RunState
 from kdcache.train.run.metrics_log import MetricsLog, Observer
-from kdcache.train.run.monitor import Watch, looks, outcome
+from kdcache.train.run.monitor import Watch, measures_norms, outcome
 from kdcache.train.step.accumulate import AccumulatedStep
-from kdcache.train.step.batch_fit import asked_for, largest_fitting, memory_error
+from kdcache.train.step.batch_fit import largest_fitting, memory_error, requested_memory
 from kdcache.train.step.compiled import choose_step, make_step
 from kdcache.train.step.ddp import distribute
 from kdcache.train.step.eager import EagerStep, Step, set_random_state
@@ -73,7 +73,7 @@ class Trainer:
         if config.accumulate > 1 and self._kind != "eager":
             self.observer.note(f"--accumulate learns from the parts of a batch in eager steps, not {self._kind}")
             self._kind = "eager"
-        # What is trained: also the projections that some terms bring.
+        # Some terms bring projections, which are trained too.
         learning = torch.nn.ModuleList([self.model, self.criterion])
         optimizer = make_optimizer(learning, config, capturable=self._kind == "graphed")
         self._schedule = Schedule(optimizer, config)
@@ -102,7 +102,8 @@ class Trainer:
     def train(self, *, resume: bool) -> dict[str, Any]:
         """Run to the end and return the content of result.json.
 
-        Raises: ModelError when a loss is not finite; Interrupted after SIGINT or SIGTERM, with the state saved.
+        Raises: ModelError when a loss is not finite or a batch does not fit into memory; Interrupted after SIGINT or
+            SIGTERM, with the state saved.
         """
         world = self._world
         with world.together():
@@ -135,7 +136,7 @@ class Trainer:
                 for step in range(first, iterations):
                     stopping = self._one_step(step, batches, stop.is_set())
                     interval = (step + 1) % self._val_every == 0 or step + 1 == iterations
-                    if world.size == 1:  # nobody to agree with: not even the step that it came in need be awaited
+                    if world.size == 1:  # no agreement is needed: a request during this very step counts, too
                         stopping = stop.is_set()
                     keeping = keep_every is not None and (step + 1) % keep_every == 0
                     if interval or stopping or keeping:
@@ -157,7 +158,7 @@ class Trainer:
         return self._state.finish()
 
     def _one_step(self, step: int, batches: Iterator[Batch | KDCacheError], stop: bool) -> bool:
-        """Take a step; returns whether any process was asked to stop before it."""
+        """Take a step; returns whether any process received a request to stop before it."""
         config = self.config
         began = time.perf_counter()
         with self._world.together(stop=stop) as agreed:
@@ -167,7 +168,7 @@ class Trainer:
         self._describe()
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
         self._watch.add(step, losses)
-        # On a GPU a look at every loss would stall the queue: look when we log.
+        # On a GPU reading every loss would stall the queue: losses are read when they are logged.
         values = self._watch.check_finite() if logged or norms or self.device.type == "cpu" else []
         if norms:
             self._write_line("gradients", step + 1, norms)
@@ -191,7 +192,7 @@ class Trainer:
 
     def _learn(self, step: int, batch: Batch) -> tuple[float, Tensor, dict[str, float] | None]:
         """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
-        measured = looks(step, self.config.gradients_every)
+        measured = measures_norms(step, self.config.gradients_every)
         try:
             prepared = self._prepare(batch)
             if self.criterion.distill_weight_scale is not None:
@@ -204,17 +205,17 @@ class Trainer:
             # Several processes wait for each other: one alone cannot try what fits.
             if self._world.size > 1 or not is_out_of_memory(error):
                 raise
-            asked = asked_for(error)
+            requested = requested_memory(error)
         # Here, where the handler no longer holds what the step had made.
         self._step = None
         held, together = self.eager.held(batch), 1 if self.config.mix is None else 2
         fits = largest_fitting(
             lambda size: self.eager.attempt(held.rows(size), measured), len(held), self.device, together
         )
-        raise memory_error(self.config, self.device, asked, fits)
+        raise memory_error(self.config, self.device, requested, fits)
 
     def _describe(self) -> None:
-        """Tell once what the terms resize or project."""
+        """Note once what the terms resize or project."""
         if not self._described:
             self._described = True
             for text in self.criterion.describe():

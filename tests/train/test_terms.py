@@ -14,7 +14,7 @@ from kdcache.errors import KDCacheError, RecipeError
 from kdcache.train import Observer, make_config, train
 from kdcache.train.config import read_config
 from kdcache.train.distributed import World
-from kdcache.train.run.monitor import Watch, looks
+from kdcache.train.run.monitor import Watch, measures_norms
 
 Read = Callable[..., list[dict[str, Any]]]
 TAPS = ("stage2", "head")
@@ -132,7 +132,7 @@ def test_ten_times_the_labels_is_told_and_judged_after_a_second_look() -> None:
 
 @pytest.mark.parametrize(("every", "steps"), [(500, [0, 100, 500]), (7, [0, 7, 14]), (0, []), (1000, [0, 100, 1000])])
 def test_norms_are_looked_at_again_soon(every: int, steps: list[int]) -> None:
-    assert [step for step in range(1001) if looks(step, every)][: len(steps)] == steps
+    assert [step for step in range(1001) if measures_norms(step, every)][: len(steps)] == steps
 
 
 def test_what_would_do_nothing_is_told_or_refused(rich_student: dict[str, Any], tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ class Row:
     """One sample as arrays that are drawn into: the memory of a `Batch` without its first axis.
 
     Attributes:
-        label: of segmentation.
-        stored: (path, what the store holds under it): targets and further arrays.
-        others: as in `Batch`; None is absent there, too.
+        label: labels of segmentation.
+        stored: (path, memory for a row of that array of the store): targets and further arrays.
+        others: as in `Batch`, where None is absent, too.
     """
 
     pixels: Array
@@ -40,7 +40,7 @@ class Row:
 
     @classmethod
     def of(cls, batch: Batch, *at: int) -> "Row":
-        """The memory of a single sample, or of the sample `at` a place in a batch."""
+        """Return the memory of a single sample, or of the sample at index `at` of a batch."""
 
         def array(tensor: Tensor) -> Array:
             place: Any = (*at, ...)
@@ -76,4 +76,4 @@ def collate(samples: Sequence[Batch], *, collate_fn_map: dict[Any, Callable[...,
     return batch
 
 
-default_collate_fn_map[Batch] = collate  # as the docstring of torch's default_collate says
+default_collate_fn_map[Batch] = collate  # by the way that the docstring of torch's default_collate gives

@@ -23,13 +23,13 @@ from kdcache.store import Cache, Records
 from kdcache.train.input.batch import Array, Row
 from kdcache.train.input.dataset import DrawnDataset, Field, Size
 from kdcache.train.input.resident_records import PIXEL_PATHS, RamRecords, RecordSource, target_paths
-from kdcache.train.input.subset import Chosen, Part
+from kdcache.train.input.subset import Part, Selection
 
 AUGMENTS = ("auto", "warp", "replay", "none")
 
 
 def choose_augment(augment: str, cache: Cache | None) -> str:
-    """What auto means: to replay a store of several views or of crops, which was built for that; else to warp."""
+    """Resolve `auto`: replay for a store of several views or of crops, which was built for that; else warp."""
     if augment != "auto":
         return augment
     view = None if cache is None else cache.manifest.view
@@ -51,6 +51,7 @@ class CacheDataset(DrawnDataset):
         extras: paths of further arrays that a sample brings (features, statistics).
         part: which samples, labels and views are used; default all.
         labelled_only: whether samples without a label are left out.
+    Raises: RecipeError for an augmentation that does not exist or that a store of crops cannot have.
     """
 
     cache: Cache
@@ -77,29 +78,30 @@ class CacheDataset(DrawnDataset):
         self.cache = cache = self.source.cache
         self.split = None if cache.pixels_stored else self.source.split
         augment = choose_augment(augment, cache)
-        chosen = Augmentation() if augmentation is None else augmentation
+        augmentation = Augmentation() if augmentation is None else augmentation
         if cache.manifest.view.kind == "crop" and augment != "replay":
             raise RecipeError(
                 "a store of crops is replayed: warp and none begin with the whole image",
                 received=f"--augment {augment} for {cache.place}",
                 remedy="use --augment replay",
             )
-        super().__init__(cache.view_size if size is None else size, chosen if augment != "none" else Augmentation.off())
+        augmentation = augmentation if augment != "none" else Augmentation.off()
+        super().__init__(cache.view_size if size is None else size, augmentation)
         self.augment = augment
         self.records = cache
         self._targets = target_paths(cache) if targets else {}
         self.extras = tuple(extras)
-        chosen_part = Part() if part is None else part
+        part = Part() if part is None else part
         everything = range(cache.manifest.dataset.samples)
-        used = Chosen(everything, everything) if chosen_part.whole else chosen_part.choose(cache.ids)
+        used = Selection(everything, everything) if part.whole else part.choose(cache.ids)
         self._labels_used = used.labelled
-        self._labels_there = cache.column("labelled")[:: cache.manifest.view.views_per_sample].astype(bool)
-        self._complete = bool(self._labels_there.all()) and chosen_part.labels is None
+        self._has_labels = cache.column("labelled")[:: cache.manifest.view.views_per_sample].astype(bool)
+        self._complete = bool(self._has_labels.all()) and part.labels is None
         self.indices = used.samples
         if labelled_only and not self._complete:
             self.indices = [number for number in used.samples if self._has_label(number)]
             self._complete = True
-        self._views = _views(cache, chosen_part.views)
+        self._views = _views(cache, part.views)
         # Samples begin with different views, so that an epoch has about as many of each.
         turning = augment == "replay" and self._views > 1
         self._turns = [id_hash(cache.ids[number]) % self._views for number in self.indices] if turning else None
@@ -108,8 +110,8 @@ class CacheDataset(DrawnDataset):
 
     @property
     def classes(self) -> ClassList:
-        about = self.cache.manifest.dataset
-        return ClassList(about.class_names, about.class_colours)
+        dataset = self.cache.manifest.dataset
+        return ClassList(dataset.class_names, dataset.class_colours)
 
     @property
     def identity(self) -> str:
@@ -198,7 +200,7 @@ class CacheDataset(DrawnDataset):
         self._roll(rng, out)
 
     def _place(self, record: int, window: Window, flip: bool, out: Row) -> None:
-        """Say where a sample lies in its view, and whose target is its."""
+        """Write where a sample lies in its view, and the number of its record."""
         assert out.window is not None
         assert out.flip is not None
         out.window[...] = (window.y0, window.x0, window.y1, window.x1)
@@ -209,10 +211,10 @@ class CacheDataset(DrawnDataset):
             out.record[...] = record
 
     def _has_label(self, number: int) -> bool:
-        return number in self._labels_used and bool(self._labels_there[number])
+        return number in self._labels_used and bool(self._has_labels[number])
 
     def _read(self, record: int, path: str) -> Array:
-        """A row that is only looked at."""
+        """Read a row that is not to be written to."""
         if isinstance(self.records, RamRecords):
             return self.records.row(record, path)
         spec = self.cache.specs[path]
@@ -234,17 +236,17 @@ class CacheDataset(DrawnDataset):
 
 
 def _views(cache: Cache, limit: int | None) -> int:
-    there = cache.manifest.view.views_per_sample
-    if limit is not None and limit > there:
+    views = cache.manifest.view.views_per_sample
+    if limit is not None and limit > views:
         raise RecipeError(
             "--limit-views is at most the views of the store",
-            received=f"{limit} of {there}",
+            received=f"{limit} of {views}",
             remedy="leave it out, or build with more --views",
         )
-    return limit or there
+    return limit or views
 
 
 def _inside(cache: Cache) -> Array:
-    """Where every view shows its image, which alone is to teach."""
+    """Edges of the part of every view that shows its image, the only part that teaches, (R, 4) float64."""
     window, flip, source_size = (cache.column(name) for name in ("window", "flip", "source_size"))
     return inside_rectangle(window, flip, source_size, cache.view_size)

@@ -1,8 +1,8 @@
 """Samples of a training: pixels, label and target, rendered through a drawn window.
 
-`LabelledDataset` draws from a data set, `CacheDataset` (cached.py) from a store. Both are torch map-style datasets
-whose items `DataLoader` collates as they are; both draw their augmentation in the same way, and `CacheDataset` draws
-the same whether it reads targets or not, so that runs with and without distillation see identical pixels.
+`LabelledDataset` draws from a data set, `CacheDataset` (cache_dataset.py) from a store. Both are torch map-style
+datasets whose items `DataLoader` collates as they are; both draw their augmentation in the same way, and `CacheDataset`
+draws the same whether it reads targets or not, so that runs with and without distillation see identical pixels.
 """
 
 from abc import ABC, abstractmethod
@@ -36,9 +36,9 @@ class DrawnDataset(Dataset[Batch], ABC):
         split: the data set that pixels and labels come from; None for a store that keeps them.
         indices: the samples of either that are drawn.
         extras: paths of further arrays that a sample brings; may be changed before the first draw.
-        records: where the rows of the store are read: the store, or what keeps them.
+        records: source of the store's rows: the store, or memory that keeps them; None for a data set.
         on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
-        dice: how many random numbers in 0..1 a sample brings, for what is drawn where batches are (mix.py).
+        dice: how many random numbers in 0..1 a sample brings, for draws on the batch's device (mix.py).
     """
 
     cache: Cache | None = None
@@ -65,44 +65,44 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def remote(self) -> bool:
-        """Whether a shard is dear to fetch."""
+        """Whether shards are downloaded."""
         return False
 
     @property
     def label_flags(self) -> npt.NDArray[np.bool_] | None:
-        """Which samples have a label, (len(self),); None when all have."""
+        """Whether each sample has a label, (len(self),) bool; None when all have."""
         return None
 
     @property
     def target_paths(self) -> tuple[str, ...]:
-        """The arrays of its target; none when it reads none."""
+        """Paths of the arrays of its targets; empty when it reads none."""
         return ()
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All arrays of the store that a sample is read from."""
+        """Paths of all arrays of the store that a sample is read from."""
         return ()
 
     @property
     def labelled(self) -> Sequence[int]:
-        """The samples whose labels are used, of `indices`."""
+        """The samples of `indices` whose labels are used."""
         return self.indices
 
     @property
     @abstractmethod
     def classes(self) -> ClassList:
-        """Of its labels."""
+        """The classes of its labels."""
 
     @property
     @abstractmethod
     def identity(self) -> str:
-        """What identifies the samples of a run: the ids and classes of its data, or the seal of its store."""
+        """A text that identifies the samples: a digest of the data's ids and classes, or the seal of the store."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def record(self, index: int, epoch: int) -> int:
-        """The row that a visit of a sample reads: of the store, or of the data set."""
+        """The number of the row, of the store or of the data set, that a visit of a sample reads."""
         return self.indices[index]
 
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
@@ -122,7 +122,7 @@ class DrawnDataset(Dataset[Batch], ABC):
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
         """Sample `index` as `rng` augments it, into `out`, all of it; the same generator state gives the same.
 
-        Raises: KDCacheError of a sample that cannot be had; `out` is undefined then.
+        Raises: KDCacheError of a sample that cannot be read; `out` is undefined then.
         """
 
     def target_fields(self) -> dict[str, dict[str, Field]]:
@@ -134,7 +134,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         return {}
 
     def place_fields(self) -> dict[str, Field]:
-        """Fields of a sample that say where it lies: those of window, flip, inside and record that it has."""
+        """Fields of a sample's place in its view: those of window, flip, inside and record that it has."""
         return {}
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
@@ -156,14 +156,14 @@ class DrawnDataset(Dataset[Batch], ABC):
         )
 
     def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
-        """`draw_into` memory of its own."""
+        """Return a new sample, drawn as `draw_into` does. Raises: as `draw_into`."""
         sample = self.empty()
         self.draw_into(index, epoch, rng, Row.of(sample))
         return sample
 
     def __getitem__(self, index: int) -> Batch:
-        # torch seeds its generator in every worker and epoch, so a DataLoader user gets fresh draws. A DataLoader does
-        # not tell the epoch: the seed stands for it, so that any of a sample's views may come.
+        # torch seeds its generator in every worker and epoch, so a DataLoader user gets fresh draws. A dataset of a
+        # DataLoader does not get the epoch: the seed stands for it, so that any of a sample's views may come.
         seed = int(torch.randint(2**62, ()).item())
         return self.draw(index, seed, np.random.default_rng(seed))
 
@@ -188,9 +188,8 @@ class LabelledDataset(DrawnDataset):
     ) -> None:
         super().__init__(size, Augmentation() if augmentation is None else augmentation)
         self.split: Split = split
-        chosen = Part() if part is None else part
-        found = chosen.choose(split.ids)
-        self.indices = [index for index in found.samples if split.has_label(index) and index in found.labelled]
+        used = (Part() if part is None else part).choose(split.ids)
+        self.indices = [index for index in used.samples if split.has_label(index) and index in used.labelled]
 
     @property
     def classes(self) -> ClassList:

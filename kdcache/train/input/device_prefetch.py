@@ -6,11 +6,11 @@ On a GPU a batch crosses the bus on a stream of its own, into one of two slots, 
 
 - The compute stream waits for the copy before the step that is queued next.
 - A slot is copied into again when the compute stream is through with the step that read it, two batches ago.
-- The loader is asked for batches while the side stream is current. What a ring then waits for before it draws into a
-  pinned buffer again is the copy out of it, not the step.
+- The loader's batches are taken while the side stream is current. A ring then waits for the copy out of a pinned
+  buffer, not for the step, before it draws into that buffer again.
 
 The host queues the copy of batch n+1 right after the launches of step n, so copy and step overlap without reading
-ahead of the trainer: what it waits here is what the loader makes it wait.
+ahead of the trainer: its wait here is the loader's own.
 
 Targets that stay on the device (`--resident gpu`) are gathered there by the record numbers that the batch brings.
 """
@@ -34,10 +34,10 @@ Drawn = Batch | KDCacheError
 def feed(
     loader: Iterable[Drawn], device: torch.device, targets: DeviceTargets | None = None
 ) -> Generator[Drawn, None, None]:
-    """The batches of a loader on `device`, each valid until the next is asked for; on a CPU as they come.
+    """The batches of a loader on `device`, each valid until the next is taken; on a CPU as they come.
 
     Args:
-        targets: kept on the device, when the batches bring record numbers in their place.
+        targets: the targets that the device keeps, when batches bring record numbers in their place.
     """
     batches = iter(loader)  # here, not at the first batch: a DataLoader takes a number from torch's generator
     if device.type == "cuda":
@@ -91,8 +91,8 @@ class _Slot:
     """Memory for one batch on the device.
 
     Attributes:
-        batch: what the step gets.
-        free: when the step has read it; None before the first.
+        batch: the batch that the step gets.
+        free: event after which the step has read it; None before the first.
     """
 
     def __init__(self, like: Batch, device: torch.device, targets: DeviceTargets | None) -> None:
@@ -104,8 +104,8 @@ class _Slot:
 
     def fill(self, batch: Batch) -> None:
         """Queue the copies on the current stream; torch holds pinned memory until it was read."""
-        for there, part in zip(tensors_of(self._arrived), tensors_of(batch), strict=True):
-            there.copy_(part, non_blocking=True)
+        for tensor, part in zip(tensors_of(self._arrived), tensors_of(batch), strict=True):
+            tensor.copy_(part, non_blocking=True)
         if self._targets is not None and self.batch.record is not None:
             self._targets.gather_into(self.batch.record, self.batch.targets or {})
 

@@ -1,8 +1,8 @@
-"""The loader of a training: who draws the batches of its steps.
+"""The loader of a training: the batches of its steps, drawn by threads or processes.
 
-Draw n is the record that the order gives (order.py), augmented by a generator seeded with (seed, n). Step s takes draws
-s*B to (s+1)*B: batches straddle epochs, none is short, a run that resumes at step s needs no history, and processes
-that share a batch draw together what one would draw alone.
+Draw n is the record that the order gives (sampler.py), augmented by a generator seeded with (seed, n). Step s takes
+draws s*B to (s+1)*B: batches straddle epochs, none is short, a run that resumes at step s needs no history, and
+processes that share a batch draw together what one would draw alone.
 """
 
 import multiprocessing
@@ -29,9 +29,9 @@ class Draws(Dataset[Batch | KDCacheError]):
     """The endless sequence of draws of a dataset, as a map from draw number to item.
 
     Args:
-        seed: of order and augmentation.
-        shuffle: auto, full or window (order.py); auto reads a remote store by windows.
-        labelled_share: of every batch, where only some samples have a label; None draws all alike.
+        seed: seed of order and augmentation.
+        shuffle: auto, full or window (sampler.py); auto reads a remote store by windows.
+        labelled_share: share of every batch that has labels, where only some samples have one; None draws all alike.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Draws(Dataset[Batch | KDCacheError]):
             self._order = Woven(labelled, labelled_share, seed, shard_records)
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """Which sample a draw takes, and how often it was taken before."""
+        """The sample that a draw takes, and how often it was taken before."""
         return self._order.visit(draw)
 
     def sample_ids(self, step: int, batch_size: int) -> list[str]:
@@ -55,11 +55,11 @@ class Draws(Dataset[Batch | KDCacheError]):
         return [self.dataset.sample_id(self.visit(draw)[0]) for draw in draws]
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
-        """Memory for draws, as `DrawnDataset.empty`."""
+        """Allocate memory for draws, as `DrawnDataset.empty`."""
         return self.dataset.empty(*leading, pin_memory=pin_memory)
 
     def draw_into(self, draw: int, out: Row) -> KDCacheError | None:
-        """Draw into given memory; what is wrong with the sample is returned, for threads that work ahead."""
+        """Draw into memory; a sample's error is returned, not raised, for threads that work ahead."""
         # The third word keeps these generators apart from those of the permutations.
         rng = np.random.default_rng((self.seed, draw, 1))
         try:
@@ -69,7 +69,7 @@ class Draws(Dataset[Batch | KDCacheError]):
         return None
 
     def __getitem__(self, draw: int) -> Batch | KDCacheError:
-        """The draw, or what is wrong with it: DataLoader can raise a worker's error again only as a RuntimeError."""
+        """The draw, or its error: DataLoader can raise a worker's error again only as a RuntimeError."""
         sample = self.empty()
         return self.draw_into(draw, Row.of(sample)) or sample
 
@@ -89,7 +89,7 @@ def make_loader(
 
     Args:
         batch_size: of all processes together.
-        workers: who draws ahead: threads for samples that come from a store, processes for files that must be decoded
+        workers: number of threads that draw ahead samples of a store, or of processes for files that must be decoded
             and rendered (forkserver, for CUDA and thread pools do not survive a fork). 0 draws between steps.
         rank, world: this process's part of each batch is its rank-th of `world` equal ones.
     Raises: RecipeError when `world` does not divide the batch.
@@ -128,10 +128,10 @@ def sample_loader(
     """The batches that a training with these settings sees, in its order, for a loop of one's own.
 
     Args:
-        iterations: how many batches there are; they straddle epochs, and none is short.
-        seed: of order and augmentation.
-        shuffle: auto, full or window (order.py).
-        labelled_share: of every batch; None is as a training's default.
+        iterations: number of batches; they straddle epochs, and none is short.
+        seed: seed of order and augmentation.
+        shuffle: auto, full or window (sampler.py).
+        labelled_share: share of labelled samples in every batch; None is a training's default.
         workers: processes that draw ahead; 0 draws between steps.
     Raises: KDCacheError of a sample that could not be drawn, by a worker wrapped into a RuntimeError.
     """
@@ -181,4 +181,4 @@ def _start_worker(_: int) -> None:
 
 def _end_with(trainer: BaseProcess) -> None:
     trainer.join()
-    os._exit(1)  # nobody is there to take a batch, or to hear why
+    os._exit(1)  # no process is left to take a batch or an error

@@ -24,7 +24,7 @@ from kdcache.errors import RecipeError
 
 CLASSES = 256
 NUMBERS = {"cutmix": 4, "classmix": 1 + CLASSES}
-"""Dice of a sample: the first says whether it is mixed at all."""
+"""Dice of a sample: the first decides whether it is mixed at all."""
 
 
 class Mix:
@@ -84,9 +84,9 @@ def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:
 def _classes(dice_BC: Tensor, label_BHW: Tensor) -> Tensor:
     """(B, H, W): the pixels of half of the classes of a label, rounded up, never the void."""
     flat_BN = label_BHW.flatten(1).long()
-    there_BC = torch.zeros_like(dice_BC, dtype=torch.bool).scatter_(1, flat_BN, True)
-    there_BC[:, IGNORE_INDEX] = False
-    rank_BC = dice_BC.masked_fill(~there_BC, 2.0).argsort(1).argsort(1)
-    half_B1 = (there_BC.sum(1, keepdim=True) + 1) // 2
-    chosen_BC = there_BC & (rank_BC < half_B1)
-    return chosen_BC.gather(1, flat_BN).view_as(label_BHW)
+    shown_BC = torch.zeros_like(dice_BC, dtype=torch.bool).scatter_(1, flat_BN, True)
+    shown_BC[:, IGNORE_INDEX] = False
+    rank_BC = dice_BC.masked_fill(~shown_BC, 2.0).argsort(1).argsort(1)
+    half_B1 = (shown_BC.sum(1, keepdim=True) + 1) // 2
+    pasted_BC = shown_BC & (rank_BC < half_B1)
+    return pasted_BC.gather(1, flat_BN).view_as(label_BHW)

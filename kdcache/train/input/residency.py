@@ -7,8 +7,7 @@
 | off | nothing | |
 | auto | gpu, else ram, else nothing | what takes at most half of what is free; gpu not from a remote store |
 
-Never more than half of what is free is taken: the page cache, the model and whoever else works on the machine need
-the rest.
+Never more than half of the free memory is taken: the page cache, the model and other programs need the rest.
 """
 
 import os
@@ -36,12 +35,12 @@ def keep_records(
     workers: int = 0,
     note: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Let a dataset keep its records as `choice` says.
+    """Let a dataset keep its records in the place that `choice` names.
 
     Args:
-        workers: of the loader; processes share no memory, so each of them would keep records of its own.
-        note: is told what is kept, or why nothing is.
-    Raises: RecipeError for a choice that is not possible here; for gpu what reading the store raises.
+        workers: workers of the loader; processes share no memory, so each of them would keep records of its own.
+        note: receives what is kept, or why nothing is.
+    Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the store.
     """
     if choice not in CHOICES:
         raise RecipeError(f"--resident is one of {', '.join(CHOICES)}", received=repr(choice), remedy="leave it out")
@@ -73,7 +72,7 @@ def keep_records(
 
 
 def free_bytes() -> int:
-    """What the system, or this process's control group, could still give; cached files can be given up for it."""
+    """Bytes that the system, or this process's control group, could still give, in place of cached files too."""
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
         limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))

@@ -17,12 +17,12 @@ from kdcache.store import Cache
 from kdcache.train.input.batch import Array
 
 TARGET_PARTS = ("values", "indices", "tail")
-"""Of a target, in their order; the last two are absent from a dense one."""
+"""Parts of a target, in their order; the last two are absent from a dense one."""
 PIXEL_PATHS = ("pixels/image", "labels/segmentation")
 
 
 class RecordSource(Protocol):
-    """Reads rows of records into given memory: a cache, or something before it. Many threads may read at once."""
+    """Reads rows of records into a caller's memory: a cache, or a layer before it. Many threads may read at once."""
 
     def read_into(self, record: int, path: str, out: Array) -> None: ...
 
@@ -34,7 +34,7 @@ class RamRecords:
     is taken up as it is filled. Pickles empty: every worker process fills its own.
 
     Args:
-        paths: the arrays that are kept.
+        paths: paths of the arrays that are kept.
     Memory: `decoded_bytes(cache, paths)`.
     """
 
@@ -79,7 +79,7 @@ class DeviceTargets:
 
     @classmethod
     def load(cls, cache: Cache, device: torch.device, *, threads: int = 2) -> "DeviceTargets":
-        """Read every target of a store. Raises: what reading raises."""
+        """Read every target of a store. Raises: KDCacheError of a record that cannot be read."""
         paths = target_paths(cache)
         specs = {name: cache.specs[path] for name, path in paths.items()}
         parts = {
@@ -93,33 +93,33 @@ class DeviceTargets:
         return cls({SEGMENTATION: Target(**parts)})
 
     def empty(self, batch_size: int) -> dict[str, Target]:
-        """Memory for the targets of a batch (B, ...), by head."""
+        """Allocate memory for the targets of a batch (B, ...), by head."""
         targets: dict[str, Target] = pytree.tree_map(
             lambda part: part.new_empty((batch_size, *part.shape[1:])), self._targets
         )
         return targets
 
     def gather_into(self, records_B: Tensor, out: Mapping[str, Target]) -> None:
-        """The targets of a batch, into what `empty` gave.
+        """Gather the targets of a batch into memory that `empty` gave.
 
         Args:
             records_B: int64, on the device.
         """
-        for part, there in zip(pytree.tree_leaves(self._targets), pytree.tree_leaves(out), strict=True):
-            torch.index_select(_selectable(part), 0, records_B, out=_selectable(there))
+        for part, memory in zip(pytree.tree_leaves(self._targets), pytree.tree_leaves(out), strict=True):
+            torch.index_select(_selectable(part), 0, records_B, out=_selectable(memory))
 
 
 def target_paths(cache: Cache) -> dict[str, str]:
-    """Name -> array of the parts of a store's targets, in their order."""
+    """Names of the parts of a store's targets -> paths of their arrays, in their order."""
     stored = cache.target_paths()
     return {name: path for name in TARGET_PARTS if (path := f"targets/segmentation/{name}") in stored}
 
 
 def decoded_bytes(cache: Cache, paths: Sequence[str]) -> int:
-    """What all records of some arrays take in memory."""
+    """Bytes that all records of some arrays take in memory."""
     return len(cache) * sum(cache.specs[path].record_bytes for path in paths)
 
 
 def _selectable(part: Tensor) -> Tensor:
-    """uint16 as int16 of the same bits: torch gathers no unsigned types wider than a byte."""
+    """View uint16 as int16 of the same bits: torch gathers no unsigned types wider than a byte."""
     return part.view(torch.int16) if part.dtype == torch.uint16 else part

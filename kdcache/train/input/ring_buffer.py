@@ -3,9 +3,9 @@
 Reading, decoding and rendering release the GIL for nearly all of their time, so threads draw as fast as processes, and
 no batch has to cross from one process to another, which is what bounds `DataLoader`. A ring has `depth` buffers, pinned
 when a GPU copies from them: one is the trainer's, the others are being filled for the steps to come. Without threads
-the caller draws a batch when it asks for it.
+the caller draws each batch when it takes it.
 
-What a batch holds follows from its step alone, whatever thread draws it and whenever.
+The content of a batch follows from its step alone, whatever thread draws it and whenever.
 
 Legend: B samples of a batch.
 """
@@ -39,8 +39,8 @@ class Items(Protocol):
 class Ring:
     """Iterates over the batches of some steps, in order.
 
-    A batch is the caller's until it asks for the next one; then its memory is drawn into again, on a GPU after all that
-    the stream that was current when it asked was given until then. The error of a sample comes in place of its batch.
+    A batch is the caller's until it takes the next one; then its memory is drawn into again, on a GPU after the work
+    that the current stream has until then. The error of a sample comes in place of its batch.
 
     Args:
         steps: draw numbers of each batch.
@@ -65,7 +65,7 @@ class Ring:
         count = min(self._depth, len(self._steps))
         buffers = [_Buffer(self._draws, self._steps.rows, self._pin_memory) for _ in range(count)]
         if not self._threads:
-            yield from self._when_asked(buffers)
+            yield from self._on_demand(buffers)
             return
         with ThreadPoolExecutor(self._threads, thread_name_prefix="kdcache-loader") as pool:
             try:
@@ -73,7 +73,7 @@ class Ring:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _when_asked(self, buffers: "list[_Buffer]") -> Iterator[Batch | KDCacheError]:
+    def _on_demand(self, buffers: "list[_Buffer]") -> Iterator[Batch | KDCacheError]:
         for draws, buffer in zip(self._steps, cycle(buffers), strict=False):
             yield buffer.draw(draws) or buffer.batch
             buffer.release()

@@ -1,4 +1,4 @@
-"""Which record a draw takes: a pure function of seed and draw number.
+"""The record that a draw takes: a pure function of seed and draw number.
 
 Draw n is at position n % R of epoch n // R, so draws straddle epochs and every record comes once in each. Two orders:
 
@@ -43,8 +43,8 @@ class Order:
     """The order of `records` records over all epochs.
 
     Args:
-        seed: of the permutations.
-        shard_records: of a shard, to shuffle in windows; None shuffles all records at once.
+        seed: seed of the permutations.
+        shard_records: records of a shard, to shuffle in windows; None shuffles all records at once.
     Memory: two epochs, 16 bytes per record: threads that draw ahead may be in the next one.
     """
 
@@ -52,26 +52,26 @@ class Order:
         self._records = records
         self._seed = seed
         self._shard_records = shard_records
-        self._known: tuple[tuple[int, Records], ...] = ()
+        self._orders: tuple[tuple[int, Records], ...] = ()
 
     def visit(self, draw: int) -> tuple[int, int]:
-        """The record of a draw, and the epoch of that visit. Many threads may ask at once."""
+        """The record of a draw, and the epoch of that visit. Many threads may call it at once."""
         epoch, position = divmod(draw, self._records)
-        for known, order in self._known:  # replaced as one, never changed
-            if known == epoch:
+        for stored_epoch, order in self._orders:  # replaced as one, never changed
+            if stored_epoch == epoch:
                 return int(order[position]), epoch
         order = epoch_order(self._seed, epoch, self._records, self._shard_records)
-        self._known = ((epoch, order), *self._known[:1])
+        self._orders = ((epoch, order), *self._orders[:1])
         return int(order[position]), epoch
 
 
 class Woven:
-    """Two streams of records as one: of any so many draws in a row, an equal part comes from the labelled ones.
+    """Two streams of records as one: any draws in a row have the same share of labelled records.
 
     Args:
-        labelled: of each record (R,), some and not all.
-        share: of the draws that take a labelled record, in thousandths.
-        seed, shard_records: as of `Order`.
+        labelled: whether each record has a label (R,) bool; some have and some have not.
+        share: share of the draws that take a labelled record, in 0..1, rounded to a fraction of at most 1000 parts.
+        seed, shard_records: as in `Order`.
     """
 
     def __init__(self, labelled: Flags, share: float, seed: int, shard_records: int | None = None) -> None:
@@ -89,23 +89,23 @@ class Woven:
 
 
 def choose_labelled_share(share: float | None, labelled: Flags | None) -> float | None:
-    """What part of a batch has labels; None where all samples are drawn alike.
+    """The share of a batch that has labels; None where all samples are drawn alike.
 
     A few labels among many images would be met too rarely, and by some batches not at all: a step's cross-entropy is
     the mean over what labels it has. (Mean teachers draw from two streams as well: 1703.01780.)
 
     Args:
-        share: asked for; None is as many as there are, at least half.
-        labelled: which samples have one; None when all have.
+        share: the user's choice; None is the samples' own share, at least half.
+        labelled: whether each sample has a label (N,) bool; None when all have.
     """
     if labelled is None or not labelled.any() or labelled.all():
         return None
-    there = float(labelled.mean())
-    return share if share is not None else LABELLED_SHARE if there < LABELLED_SHARE else None
+    own_share = float(labelled.mean())
+    return share if share is not None else LABELLED_SHARE if own_share < LABELLED_SHARE else None
 
 
 def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None = None) -> Records:
-    """Every record once (R,); by windows of shards when `shard_records` is given."""
+    """A permutation of all records (R,) int64; by windows of shards unless `shard_records` is None."""
     rng = np.random.default_rng((seed, epoch))
     if shard_records is None:
         return rng.permutation(records)
@@ -122,7 +122,7 @@ def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None =
 
 
 class Shuffled(Protocol):
-    """What must be known of a dataset to choose its order."""
+    """The facts about a dataset that the choice of its order takes."""
 
     @property
     def remote(self) -> bool: ...
@@ -131,7 +131,7 @@ class Shuffled(Protocol):
 
 
 def choose_shuffle(shuffle: str, dataset: Shuffled) -> str:
-    """`full` or `window`. Raises RecipeError for windows of what has no shards."""
+    """Resolve to `full` or `window`. Raises: RecipeError for an unknown order, or windows of data without shards."""
     if shuffle == "auto":
         return "window" if dataset.remote else "full"
     if shuffle not in SHUFFLES:
@@ -174,7 +174,7 @@ class Steps:
 
     @property
     def rows(self) -> int:
-        """Draws of a step that are this process's."""
+        """The number of draws of a step that are this process's."""
         return self.batch_size // self.world
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
 """Shards of a remote store, fetched while the steps before them still train.
 
-A window of an epoch (order.py) begins with all of its shards at once: without reading ahead the step that draws first
+A window of an epoch (sampler.py) begins with all of its shards at once: without reading ahead the step that draws first
 waits for a download. The loader's order is known, so a thread walks over it, a window's length before the trainer, and
-has the shards it meets copied to this machine. What goes wrong there goes wrong again where it is read, and is told.
+has the shards it meets copied to this machine. An error there is dropped: it occurs again, and is raised, at the read.
 """
 
 import threading
@@ -22,7 +22,7 @@ THREADS = 4
 
 
 class Order(Protocol):
-    """Which sample a draw takes, and in which epoch."""
+    """Gives the sample that a draw takes, and its epoch."""
 
     def visit(self, draw: int) -> tuple[int, int]: ...
 
@@ -31,8 +31,8 @@ class Ahead(Iterable[T]):
     """A loader's batches, while shards of those to come are fetched.
 
     Args:
-        loader: of the batches of `steps`.
-        order: which sample each of their draws takes.
+        loader: gives the batches of `steps`.
+        order: gives the sample that each of their draws takes.
     """
 
     def __init__(self, loader: Iterable[T], order: Order, dataset: DrawnDataset, steps: Steps) -> None:
@@ -48,7 +48,7 @@ class Ahead(Iterable[T]):
         return len(self._loader)
 
     def __iter__(self) -> Iterator[T]:
-        return self._read(iter(self._loader))  # here, not at the first batch: see feed.py
+        return self._read(iter(self._loader))  # here, not at the first batch: see device_prefetch.py
 
     def _read(self, batches: Iterator[T]) -> Iterator[T]:
         free, ended = threading.Semaphore(self._ahead), threading.Event()
@@ -81,8 +81,8 @@ class Ahead(Iterable[T]):
 
     def _is_due(self, last: int | None, step: int) -> bool:
         """Whether a shard may have made room since the step that last met it; records in memory need none again."""
-        kept = self._dataset.records is not self._cache
-        return last is None or (step - last > self._ahead and not kept)
+        resident = self._dataset.records is not self._cache
+        return last is None or (step - last > self._ahead and not resident)
 
     def _shard(self, draw: int) -> int:
         record = self._dataset.record(*self._order.visit(draw))
@@ -103,7 +103,7 @@ def reads_ahead(dataset: DrawnDataset) -> bool:
 
 
 def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None]) -> None:
-    """Tell when the copies of a remote store must make room for one another all the time."""
+    """Note when the copies of a remote store must make room for one another all the time."""
     cache = dataset.cache
     if cache is None or not dataset.remote:
         return
@@ -117,22 +117,22 @@ def check_room(dataset: DrawnDataset, shuffle: str, note: Callable[[str], None])
 
 
 def window_samples(dataset: DrawnDataset) -> int:
-    """The least that a window of an epoch has; it may have up to twice as many."""
+    """The least number of samples that a window of an epoch has; it may have up to twice as many."""
     return min(len(dataset), max(WINDOW_RECORDS, WINDOW_SHARDS * (dataset.shard_records or 1)))
 
 
 def read_paths(dataset: DrawnDataset) -> tuple[str, ...]:
-    """The arrays that draws read from the store."""
-    kept = () if dataset.on_device is None else dataset.target_paths
-    return tuple(path for path in dataset.paths if path not in kept)
+    """Paths of the arrays that draws read from the store."""
+    resident = () if dataset.on_device is None else dataset.target_paths
+    return tuple(path for path in dataset.paths if path not in resident)
 
 
 def _bytes(dataset: DrawnDataset, cache: Cache, samples: int) -> int:
-    """What the shards of so many samples take, as they are stored."""
+    """Bytes that the shards of `samples` samples take, as they are stored."""
     ledger = cache.ledger
     if ledger is None:
         return 0
     prefixes = tuple(f"{path}/c/" for path in read_paths(dataset))
     files = [file for shard in range(len(ledger)) for file in ledger.record(shard).files.items()]
-    total = sum(about.bytes for key, about in files if key.startswith(prefixes))
+    total = sum(file.bytes for key, file in files if key.startswith(prefixes))
     return -(-total * min(samples, len(dataset)) // len(dataset))

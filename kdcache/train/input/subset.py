@@ -12,8 +12,8 @@ from kdcache.data import folds_of, id_hash
 from kdcache.errors import RecipeError
 
 
-class Chosen(NamedTuple):
-    """Numbers of samples, in their order, and those of them whose labels are used."""
+class Selection(NamedTuple):
+    """Numbers of samples, in their order, and the numbers of the samples whose labels are used."""
 
     samples: Sequence[int]
     labelled: Collection[int]
@@ -21,12 +21,12 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What is used of a training set.
+    """The part of a training set that is used.
 
     Attributes:
-        samples, labels: how many: a number, or below 1 a share; None is all.
+        samples, labels: a number, or below 1 a share; None is all.
         without: (i, K) leaves out fold i of K.
-        views: of a store's views for replay, the first so many; None is all.
+        views: replays the first `views` views of a store; None is all.
     """
 
     samples: float | None = None
@@ -36,34 +36,34 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """Whether all samples and labels are used, for which nobody needs to know ids."""
+        """Whether all samples and labels are used, a choice that takes no ids."""
         return self.samples is None and self.labels is None and self.without is None
 
-    def choose(self, ids: Sequence[str]) -> Chosen:
-        """Raises: RecipeError when nothing is left, or for folds that cannot be."""
-        there = range(len(ids))
+    def choose(self, ids: Sequence[str]) -> Selection:
+        """Select samples by their ids. Raises: RecipeError when nothing is left, or for folds that do not exist."""
+        numbers = range(len(ids))
         if self.whole:
-            return Chosen(there, there)
+            return Selection(numbers, numbers)
         if self.without is not None:
             fold, folds = self.without
-            there_of = folds_of(ids, folds)
-            ranked = [number for number in there if there_of[number] != fold]
+            fold_of = folds_of(ids, folds)
+            ranked = [number for number in numbers if fold_of[number] != fold]
         else:
-            ranked = list(there)
+            ranked = list(numbers)
         ranked.sort(key=lambda number: (id_hash(ids[number]), ids[number]))
         used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
         labelled = used[: _count("--limit-labels", self.labels, len(used))]
-        return Chosen(sorted(used), frozenset(labelled))
+        return Selection(sorted(used), frozenset(labelled))
 
 
-def _count(flag: str, limit: float | None, there: int) -> int:
+def _count(flag: str, limit: float | None, available: int) -> int:
     if limit is None:
-        return there
-    count = round(limit * there) if limit < 1 else int(limit)
-    if not 1 <= count <= there:
+        return available
+    count = round(limit * available) if limit < 1 else int(limit)
+    if not 1 <= count <= available:
         raise RecipeError(
             f"{flag} leaves at least one sample, and no more than there are",
-            received=f"{limit:g} of {there} samples",
+            received=f"{limit:g} of {available} samples",
             remedy="give a number of samples, or a share between 0 and 1",
         )
     return count

@@ -23,8 +23,9 @@ def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
 
 
 def keep_checkpoint(run: Path, step: int) -> None:
-    """Keep the state that was just saved under a name of its own, whole or not at all: one file with two names, a copy
-    where the file system knows no such thing. The next save leaves it as it is, for that replaces the name alone.
+    """Keep the state that was just saved under a name of its own, whole or not at all.
+
+    It is a hard link, or a copy on a file system without links. The next save replaces the other name alone.
     """
     path = run / KEPT / f"step-{step:06}.pt"
     with disk_space_errors(run):
@@ -37,7 +38,7 @@ def keep_checkpoint(run: Path, step: int) -> None:
 
 
 def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
-    """The last saved state, None when nothing was saved yet. Tensors and plain values only: no pickled code.
+    """Read the last saved state; None when nothing was saved yet. Tensors and plain values only: no pickled code.
 
     Raises: RecipeError when the file cannot be read.
     """

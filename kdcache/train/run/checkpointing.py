@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains, and goes on from: weights, checkpoints, the result."""
+"""The files that a run writes while it trains, and goes on from: weights, checkpoints, the result."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,12 @@ from kdcache.train.step.optim import Schedule, load_optimizer
 
 @dataclass
 class Progress:
-    """What a checkpoint holds besides tensors' owners. Times are seconds: of training, of that spent waiting for data,
-    and of preparing a step, which is no training.
+    """The plain values of a checkpoint, beside the states of model, loss, optimizer and schedule.
+
+    Attributes:
+        seconds: seconds of training.
+        waited: seconds of these that were spent waiting for data.
+        prepared: seconds of preparing a step, which are no training.
     """
 
     step: int = 0
@@ -38,7 +42,7 @@ class RunState:
     """The owners of everything that a checkpoint holds, and the folder that it goes to.
 
     Args:
-        step: whose model, loss and optimizer are kept.
+        step: owner of the model, loss and optimizer.
         world: all processes call every method; the first one writes.
     """
 
@@ -54,7 +58,10 @@ class RunState:
         self.now = Progress()
 
     def restore(self) -> dict[str, Tensor] | None:
-        """Go on from the checkpoint; returns this process's random state, None when there was no such process."""
+        """Go on from the checkpoint; returns this process's random state, None when it has none of this rank.
+
+        Raises: ModelError when the checkpoint is of another model; RecipeError when it cannot be read.
+        """
         state = load_checkpoint(self._run, self._device)
         if state is None:
             return None
@@ -84,7 +91,7 @@ class RunState:
             )
 
     def write_weights(self, which: str) -> None:
-        """Those of `best` or `last`."""
+        """Write the weights of `which`: best or last."""
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:
                 write_weights(self._run, which, self._model)

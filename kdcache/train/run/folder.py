@@ -1,4 +1,4 @@
-"""The folder of a run: new, empty, or the very run that goes on; and what is written before its first step."""
+"""The folder of a run: new, empty, or the very run that goes on; and its files from before the first step."""
 
 import difflib
 from pathlib import Path
@@ -38,7 +38,12 @@ FREE_ON_RESUME = {
 
 
 def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) -> None:
-    """The run folder is new or empty, holds a run that has learnt nothing yet, or this very run and may be resumed."""
+    """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to be resumed.
+
+    Args:
+        identity: `DrawnDataset.identity` of the training data.
+    Raises: RecipeError for any other folder.
+    """
     if resume and not run.exists():
         raise RecipeError(
             "--resume goes on with a run that is there",
@@ -83,7 +88,7 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
 
 
 def _means_nothing(path: Path) -> bool:
-    """Whether a kill left this of a run that had not begun."""
+    """Whether a path is left over from a run that was killed before it began."""
     return path.name == LOCK or is_partial(path)
 
 
@@ -95,14 +100,14 @@ def _is_untrained(run: Path) -> bool:
 
 
 def _near(run: Path) -> str:
-    """Runs beside one that is not there, whose names are like its own."""
+    """A text that names existing runs beside `run` whose names are like its own, or nothing."""
     beside = [path.parent.name for path in run.parent.glob(f"*/{RECIPE}")]
     near = difflib.get_close_matches(run.name, beside, n=3)
     return f"; there is {' and '.join(str(run.parent / name) for name in near)}" if near else ""
 
 
 def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, lock: RunLock | None) -> None:
-    """Make the folder, and hold it as it was found: by now another command may have begun there."""
+    """Make the folder, lock it and check it again, for another command may have begun there. Raises: RecipeError."""
     with disk_space_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     if lock is not None:
@@ -113,14 +118,14 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
 def write_beginning(
     config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList, identity: str, processes: int
 ) -> None:
-    """What a reader of the folder needs, before the first step."""
+    """Write the files that a reader of the folder needs, before the first step."""
     assert config.size is not None
     with disk_space_errors(run):
         clear_partials(run)
         clear_partials(run / KEPT)
-        # First and whole: its presence says that the folder is a run, which may be resumed whatever else is missing.
+        # First and whole: its presence marks the folder as a run, which may be resumed whatever else is missing.
         write_whole(run / RECIPE, config.to_toml())
-        about = RunModel(
+        run_model = RunModel(
             spec=config.model,
             class_names=classes.names,
             class_colours=classes.colours,
@@ -129,5 +134,5 @@ def write_beginning(
             std=model.std,
             trained_on=identity,
         )
-        write_run_model(run, about)
+        write_run_model(run, run_model)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})

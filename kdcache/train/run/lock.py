@@ -17,7 +17,7 @@ class RunLock:
     """Held by the process that writes a run, from `take` to the end of the block. The system ends it with the process.
 
     Args:
-        run: the folder, which may not be there yet.
+        run: the folder, which may not exist yet.
     """
 
     def __init__(self, run: Path) -> None:
@@ -26,7 +26,7 @@ class RunLock:
         self._lock: FileLock | None = None
 
     def take(self) -> None:
-        """Hold the folder, which is there, from now on. Raises: RecipeError that names who holds it."""
+        """Hold the folder, which exists, from now on. Raises: RecipeError that names the process that holds it."""
         if self._lock is not None:
             return
         lock = FileLock(self._path, blocking=False)

@@ -1,4 +1,4 @@
-"""What a run leaves to read: `metrics.jsonl`, `environment.json`, `result.json`; and who watches it."""
+"""The logs of a run: `metrics.jsonl`, `environment.json`, `result.json`; and its observers."""
 
 import json
 import math
@@ -24,16 +24,16 @@ class Observer:
         """Training begins, or goes on at `step`."""
 
     def note(self, text: str) -> None:
-        """Something about this run that a user should know."""
+        """A note about this run for its user."""
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Every `log_every` steps: loss, its terms, lr, images_per_second, wait_share."""
+        """Values of a step, every `log_every` steps: loss, its terms, lr, images_per_second, wait_share."""
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
-        """Now and then: norm of each weighted term's gradient over the student's parameters."""
+        """L2 norms of each weighted term's gradient over the student's parameters, every `gradients_every` steps."""
 
     def validating(self, done: int, total: int) -> None:
-        """Images validated so far."""
+        """A number of images is validated so far."""
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
         """A validation ended."""
@@ -43,7 +43,7 @@ class Observer:
 
 
 class Observers(Observer):
-    """Several at once, told in their order."""
+    """Several observers as one, called in their order."""
 
     def __init__(self, several: Sequence[Observer]) -> None:
         self._several = tuple(several)
@@ -83,10 +83,10 @@ class MetricsLog:
     def __init__(self, run: Path, step: int) -> None:
         path = run / METRICS
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step(line) <= step]
+        lines_before = [line for line in lines if _step(line) <= step]
         self._run = run
         with disk_space_errors(run):
-            write_whole(path, "".join(f"{line}\n" for line in kept))
+            write_whole(path, "".join(f"{line}\n" for line in lines_before))
             self._file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -101,21 +101,21 @@ class MetricsLog:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and library versions, for whoever wants to repeat a run."""
+    """The machine and the versions of libraries, for repeating a run."""
     packages = ("kdcache", "torch", "torchvision", "triton", "zarr", "numcodecs", "numba", "numpy", "pillow")
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            versions[name] = "not installed"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": found,
+        "packages": versions,
     }
 
 

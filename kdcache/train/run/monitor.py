@@ -1,4 +1,4 @@
-"""Watching the numbers of a training: losses that must stay finite, terms whose weight is worth a word."""
+"""Checks of the numbers of a training: losses that must stay finite, terms whose weight is worth a note."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,33 +13,32 @@ from kdcache.store import Cache
 from kdcache.train.distributed import World
 
 LITTLE, MUCH = 0.01, 10.0
-"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
+"""Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a note."""
 MUCH_AT_FIRST = 100.0
-"""Of the first step: before a student has learnt anything, `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
+"""The upper bound at the first step: there `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
 SOON = 100
-"""The step of a second look, where norms have settled and little is lost yet."""
-
+"""The step of a second measurement, where norms have settled and little is lost yet."""
 
 TARGET_VALUES = "targets/segmentation/values"
-_TELLING_CLASSES = 4
+_LEAST_CLASSES = 4
 _SURE, _SHARE_OF_SURE = 0.9, 0.01
 _ROUNDING = 0.04
-"""Of five bits of mantissa, which codec small keeps, and of their mean."""
+"""The rounding of five bits of mantissa, which codec small keeps, and of their mean."""
 
 
-def looks(step: int, every: int) -> bool:
+def measures_norms(step: int, every: int) -> bool:
     """Whether gradient norms are measured at a step: the first, every so many, and soon after the first."""
     return every > 0 and (step % every == 0 or step == SOON < every)
 
 
 def check_logits(cache: Cache) -> None:
-    """Refuse a store of a teacher that gave probabilities, as far as its first target shows it.
+    """Refuse a store of a teacher that returned probabilities, as far as its first target shows it.
 
-    Targets are kept less their largest, so of probabilities p there are p - max p. These tell max p, for all sum to 1,
-    and then that none is below 0: with logits as far apart, and more than a few classes, that does not happen.
+    Targets are stored less their largest, so probabilities p as p - max p. These give max p, for all sum to 1, and then
+    show that none is below 0: with logits as far apart, and more than a few classes, that does not happen.
     Raises: MismatchError.
     """
-    if not cache.head.dense or cache.num_classes < _TELLING_CLASSES:
+    if not cache.head.dense or cache.num_classes < _LEAST_CLASSES:
         return
     values_Chw = cache.read(0, [TARGET_VALUES])[TARGET_VALUES].astype(np.float64)
     largest_hw = (1 - values_Chw.sum(0)) / len(values_Chw)
@@ -54,7 +53,7 @@ def check_logits(cache: Cache) -> None:
 
 
 def outcome(metrics: Metrics) -> str | None:
-    """What to tell of a training whose last validation is no better than chance."""
+    """A note on a training whose last validation is no better than chance; None for any other."""
     nothing = at_chance(metrics)
     if nothing is None:
         return None
@@ -62,11 +61,11 @@ def outcome(metrics: Metrics) -> str | None:
 
 
 class Watch:
-    """Looks at losses when it is asked to: on a GPU, a look at every one would stall the queue.
+    """Checks losses on demand, several steps at once: on a GPU, reading every one would stall the queue.
 
     Args:
-        names: of the loss and its parts.
-        sample_ids: of the batch of a step.
+        names: names of the loss and its parts.
+        sample_ids: gives the ids of the batch of a step.
     """
 
     def __init__(self, names: Sequence[str], world: World, sample_ids: Callable[[int], Sequence[str]]) -> None:
@@ -74,14 +73,14 @@ class Watch:
         self._world = world
         self._sample_ids = sample_ids
         self._unchecked: list[tuple[int, Tensor]] = []
-        self._told = {"ce"}
+        self._noted = {"ce"}
 
     def add(self, step: int, losses: Tensor) -> None:
-        """Losses of a step, on their device, to be looked at later."""
+        """Add the losses of a step, on their device, to be checked later."""
         self._unchecked.append((step, losses))
 
     def check_finite(self) -> list[float]:
-        """Look at the losses since the last look; returns the newest, in the order of the names.
+        """Check the losses since the last check; returns the newest, in the order of the names.
 
         Raises: ModelError when one is not finite, with its term, iteration and records.
         """
@@ -104,16 +103,16 @@ class Watch:
         return list(rows[-1])
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
-        """What to tell, once, of terms that do next to nothing beside cross-entropy, or next to everything."""
+        """Notes, once each, on terms whose gradients are negligible or overwhelming beside cross-entropy's."""
         ce = norms.get("ce", 0.0)
         for name, norm in norms.items():
             share = norm / ce if ce else 1.0
-            if LITTLE <= share <= MUCH or name in self._told:
+            if LITTLE <= share <= MUCH or name in self._noted:
                 continue
             times = f"its gradient is {share:.2g} times that of cross-entropy"
             if step == 0 and MUCH < share <= MUCH_AT_FIRST:
                 yield f"{name} is loud at the start: {times}; what counts is its share once the student learns"
                 continue
-            self._told.add(name)
+            self._noted.add(name)
             verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
             yield f"{name} {verdict}: {times}; change its weight"

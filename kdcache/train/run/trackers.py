@@ -1,15 +1,15 @@
-"""What a training says, sent to TensorBoard, Weights & Biases or Trackio as it goes; metrics.jsonl has it all anyway.
+"""The metrics of a training, sent to TensorBoard, Weights & Biases or Trackio as it goes, beside metrics.jsonl.
 
 | `--log` | where it goes | a resumed run |
 | --- | --- | --- |
 | tensorboard | event files in the run folder: `tensorboard --logdir runs` | goes on from its checkpoint |
-| wandb | as its environment says; into RUN/wandb where nobody is logged in | goes on under the id in RUN/wandb-id.txt |
-| trackio | as its environment says; else its own folder: `trackio show` | goes on under its name |
+| wandb | by its environment; into RUN/wandb without a login | goes on under the id in RUN/wandb-id.txt |
+| trackio | by its environment; else its own folder: `trackio show` | goes on under its name |
 
 A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
 `train/images_per_second`, `gradients/<term>`, `val/miou`, `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`.
 
-A logger is no part of a training: one that fails is left out from then on, after a line that says so.
+A logger is no part of a training: one that fails is left out from then on, after a note.
 """
 
 import importlib.util
@@ -46,12 +46,12 @@ def check_loggers(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a logger is told when a training begins.
+    """The facts that a logger gets when a training begins.
 
     Attributes:
         recipe: the settings, as plain values.
-        step: of the checkpoint that the training goes on from; 0 at its beginning.
-        note: for what a user should know.
+        step: step of the checkpoint that the training goes on from; 0 at its beginning.
+        note: receives notes for the user.
     """
 
     run: Path
@@ -65,19 +65,19 @@ class Beginning:
 
 
 class Sink(Protocol):
-    """Where scalars go."""
+    """A destination of scalars."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
     def close(self, completed: bool) -> None: ...
 
 
 class Loggers(Observer):
-    """Sends what it sees to one or more loggers; none of them can end the training.
+    """Sends a training's metrics to one or more loggers; none of them can end the training.
 
     Args:
-        names: of LOGGERS, whose packages are there.
+        names: keys of SINKS, whose packages are installed.
         recipe: the settings, as plain values.
-        note: is told what fails.
+        note: receives what fails.
     """
 
     def __init__(self, names: Sequence[str], run: Path, recipe: Mapping[str, Any], note: Callable[[str], None]) -> None:
@@ -149,7 +149,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases: project `kdcache`, unless WANDB_PROJECT says otherwise.
+    """A run of Weights & Biases: project `kdcache`, unless WANDB_PROJECT names another.
 
     It is sent where the user has configured that (`wandb login`, WANDB_API_KEY, WANDB_MODE); else it stays in the run
     folder. Its plots are over `step`, not over wandb's own count, which refuses to go back to a checkpoint.
@@ -186,7 +186,7 @@ class WandB:
 
 
 def _wandb_id(run: Path) -> str:
-    """The run's own, made once: a resumed training goes on in the same W&B run."""
+    """The id of the W&B run, made once: a resumed training goes on in the same run."""
     path = run / WANDB_ID
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
@@ -194,7 +194,7 @@ def _wandb_id(run: Path) -> str:
 
 
 class Trackio:
-    """A run of Trackio: project `kdcache`, unless TRACKIO_PROJECT says otherwise."""
+    """A run of Trackio: project `kdcache`, unless TRACKIO_PROJECT names another."""
 
     def __init__(self, beginning: Beginning) -> None:
         import trackio

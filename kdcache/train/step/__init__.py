@@ -6,5 +6,5 @@ compiled.py     eager, compiled or graphed: which one runs
 cuda_graph.py   as a CUDA graph
 accumulate.py   from parts of a batch
 ddp.py          the step of one of several processes
-batch_fit.py    running out of memory, and what would have fitted
+batch_fit.py    running out of memory, and the batch sizes that fit
 """

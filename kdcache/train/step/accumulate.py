@@ -2,14 +2,14 @@
 
 The parts go through the model one after the other, and their gradients add up to those of the whole batch. A mean of
 the parts' own means would not do: a part with few labelled pixels would count as much as one with many. So the
-denominators of the loss are the whole batch's, as where several processes share one (parallel.py), and they are
+denominators of the loss are the whole batch's, as where several processes share one (ddp.py), and they are
 counted first:
 
     labels and targets of every part --criterion.counts--> counted pixels, their mean over the parts
     each part --model, criterion with those counts--> loss / parts --backward--> gradients, which add up
 
 Terms whose value is no mean over samples (`sp`, `dist`) are refused by the settings. Samples are pasted into each other
-(mix.py) within pairs, so within a part. BatchNorm alone differs: its statistics are those of a part.
+(input/mix.py) within pairs, so within a part. BatchNorm alone differs: its statistics are those of a part.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from kdcache.distill import Batch, Counts
-from kdcache.train.step.eager import Asked, EagerStep, row
+from kdcache.train.step.eager import EagerStep, LossInputs, row
 
 
 class AccumulatedStep(EagerStep):
     """An eager step that learns from its batches in equal parts.
 
     Args:
-        parts: how many; they divide every batch, into pairs where samples are mixed.
-        others, named: those of EagerStep.
+        parts: number of parts; it divides every batch, into pairs where samples are mixed.
+        others, named: arguments of `EagerStep`.
     """
 
     def __init__(self, *others: Any, parts: int, **named: Any) -> None:
@@ -47,15 +47,15 @@ class AccumulatedStep(EagerStep):
         return self._part(batch, 0)
 
     def _learn_parts(self, batch: Batch, total: dict[str, list[Tensor]] | None) -> Tensor:
-        """The step; adds each term's gradient to `total`, when that is wanted."""
+        """Take the step; adds each term's gradient to `total` unless that is None."""
         whole, criterion, rows = self.to_device(batch), self.criterion, []
         counts = self._shared_counts(whole)
         for number in range(self._parts):
             with self._alone() if number + 1 < self._parts else nullcontext():
-                asked = self._asked(self._part(whole, number), counts)
+                inputs = self._loss_inputs(self._part(whole, number), counts)
                 if total is not None:
-                    self._add_gradients(total, asked)
-                losses = criterion(*asked)
+                    self._add_gradients(total, inputs)
+                losses = criterion(*inputs)
                 torch.autograd.backward(losses.loss / self._parts)
             rows.append(row(losses))
         self._update()
@@ -66,16 +66,16 @@ class AccumulatedStep(EagerStep):
         return batch.rows(size, number * size)
 
     def _shared_counts(self, whole: Batch) -> Counts:
-        """What the loss of every part divides by: the mean over the parts, and over the processes."""
+        """The denominators of every part's loss: the mean over the parts, and over the processes."""
         parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
         counts = Counts.mean([self.criterion.counts(part) for part in parts])
         return counts if self.average is None else counts.averaged(self.average)
 
-    def _add_gradients(self, total: dict[str, list[Tensor]], given: Asked) -> None:
-        for name, gradients in self._term_gradients(given):
+    def _add_gradients(self, total: dict[str, list[Tensor]], inputs: LossInputs) -> None:
+        for name, gradients in self._term_gradients(inputs):
             own = [gradient / self._parts for gradient in gradients]
-            known = total.get(name)
-            total[name] = own if known is None else [a + b for a, b in zip(known, own, strict=True)]
+            before = total.get(name)
+            total[name] = own if before is None else [a + b for a, b in zip(before, own, strict=True)]
 
     def _alone(self) -> AbstractContextManager[Any]:
         """Inside, gradients are not yet exchanged between processes."""

@@ -1,4 +1,4 @@
-"""Running out of memory: what was asked for, and what would have fitted, in one error."""
+"""Running out of memory: the request that failed and the batch sizes that fit, in one error."""
 
 import gc
 import re
@@ -13,30 +13,30 @@ from kdcache.train.config import TrainConfig
 
 RULE = "a batch must fit into memory"
 UNTOUCHED = "the last checkpoint is untouched"
-_ASKED = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([KMGTPE]?i?B|bytes)\b", re.IGNORECASE)
+_REQUEST = re.compile(r"(?:tried|unable) to allocate ([0-9.]+) ?([KMGTPE]?i?B|bytes)\b", re.IGNORECASE)
 
 
-def asked_for(error: BaseException) -> str:
-    """'7.1 GiB', as the error says it; 'more memory' where it does not."""
-    found = _ASKED.search(str(error))
-    if found is None:
+def requested_memory(error: BaseException) -> str:
+    """The size in the message of an error, such as '7.1 GiB'; 'more memory' where it has none."""
+    match = _REQUEST.search(str(error))
+    if match is None:
         return "more memory"
-    number, unit = found.groups()
+    number, unit = match.groups()
     return f"{number} {unit}" if unit.lower() != "bytes" else f"{int(number) / 2**30:.3g} GiB"
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
+    """Return unused memory to the device and the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.device, together: int = 1) -> int | None:
-    """The largest half, quarter, eighth ... of a batch for which `attempt` does not run out of memory; None is none.
+    """The largest half, quarter, eighth ... of a batch for which `attempt` fits into memory; None when none does.
 
     Args:
-        size: of the batch that does not fit.
+        size: samples of the batch that does not fit.
         together: samples that stay together.
     """
     while size > together:
@@ -46,23 +46,23 @@ def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.dev
             attempt(size)
         except Exception as error:
             if not is_out_of_memory(error):
-                return None  # a batch of one, which BatchNorm may refuse, tells nothing
+                return None  # such as BatchNorm's, which may refuse a batch of one: no measurement
         else:
             return size
     return None
 
 
 def memory_error(
-    config: TrainConfig, device: torch.device, asked: str, fits: int | None, processes: int = 1
+    config: TrainConfig, device: torch.device, requested: str, fits: int | None, processes: int = 1
 ) -> ModelError:
-    """With the batch sizes that would do.
+    """Return the error of a batch that does not fit, with the batch sizes that do.
 
     Args:
-        asked: as `asked_for` says it.
-        fits: how many samples of a process go through the model at once, as measured; None when not even one does.
+        requested: result of `requested_memory`.
+        fits: measured number of samples of a process that go through the model at once; None when not even one does.
     """
     parted = f" --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-    received = f"--batch-size {config.batch_size}{parted} on the device {device}, which could not give {asked}"
+    received = f"--batch-size {config.batch_size}{parted} on the device {device}, which could not give {requested}"
     if fits is None:
         remedy = "no smaller batch was found to fit: use a smaller --size or --model, or --device cpu"
     else:
@@ -82,7 +82,10 @@ def _parts(config: TrainConfig, fits: int, processes: int) -> int | None:
 
 @contextmanager
 def memory_errors(config: TrainConfig) -> Iterator[None]:
-    """Turn what ran out of memory inside into an error without a measurement: one of several processes cannot try."""
+    """Turn running out of memory inside into a ModelError without a measurement: one of several processes cannot try.
+
+    Raises: ModelError.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -91,6 +94,6 @@ def memory_errors(config: TrainConfig) -> Iterator[None]:
         where = "a GPU" if isinstance(error, torch.OutOfMemoryError) else "the machine"
         raise ModelError(
             RULE,
-            received=f"--batch-size {config.batch_size}, for which {where} could not give {asked_for(error)}",
+            received=f"--batch-size {config.batch_size}, for which {where} could not give {requested_memory(error)}",
             remedy=f"use a smaller --batch-size, a higher --accumulate, a smaller --size or --model; {UNTOUCHED}",
         ) from error

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | eager | PyTorch, one operation after the other | nothing |
 | compiled | forward and loss as one program, their backward as another (`torch.compile`) | compiling |
-| graphed | all of that, recorded as one CUDA graph and replayed (graph.py) | compiling and recording |
+| graphed | all of that, recorded as one CUDA graph and replayed (cuda_graph.py) | compiling and recording |
 
 They compute the same up to the rounding of fused operations. Compiling takes 20 s to a minute and saves passes over
 memory; a graph saves the launches, of which the step of kdcache:tiny has a few hundred and which a GPU waits for.
@@ -33,11 +33,14 @@ SHOWN = 160
 
 
 def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
-    """The way that `--step` means on a device. Raises RecipeError for a graph where there is no CUDA."""
+    """The way to run steps that `--step` names on a device: eager, compiled or graphed.
+
+    Raises: RecipeError for a graph without CUDA, and for anything but eager steps in several processes.
+    """
     if processes > 1:
         if name in ("compiled", "graphed"):
             raise RecipeError(
-                "several processes train in eager steps, between whose operations they exchange what they know",
+                "several processes train in eager steps, between whose operations they exchange tensors",
                 received=f"--step {name} with {processes} processes",
                 remedy="leave --step out, or use one process",
             )
@@ -89,7 +92,7 @@ def make_step(kind: str, eager: EagerStep, batch: Batch, note: Callable[[str], N
     Args:
         kind: eager, compiled or graphed.
         batch: as the loader gives them all.
-        note: is told what was made, how long it took, and what did not work.
+        note: receives what was made, how long it took, and what did not work.
     """
     if kind == "eager":
         return eager
@@ -117,7 +120,7 @@ def make_step(kind: str, eager: EagerStep, batch: Batch, note: Callable[[str], N
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a foreign error, and the place in the model's code where the compiler says it."""
+    """The first line of a foreign error, and the place in the model's code that the compiler names."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     text = f"{type(error).__name__}: {lines[0].strip() if lines else 'without a message'}"
     text = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

@@ -89,7 +89,7 @@ class _Inputs:
     """The tensors that the graph reads.
 
     Attributes:
-        batch: them.
+        batch: the static tensors, in a batch.
     """
 
     def __init__(self, like: Batch, device: torch.device) -> None:
@@ -102,7 +102,7 @@ class _Inputs:
         )
 
     def fill(self, batch: Batch) -> None:
-        """Queue the copies of a batch, mostly from a slot on the device (feed.py)."""
+        """Queue the copies of a batch, mostly from a slot on the device (device_prefetch.py)."""
         for static, part in zip(tensors_of(self.batch), tensors_of(batch), strict=True):
             static.copy_(part, non_blocking=True)
 

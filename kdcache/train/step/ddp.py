@@ -29,7 +29,7 @@ def distribute(eager: EagerStep, batch: Batch, world: World) -> None:
 
     Args:
         batch: this process's part of a batch; tried, to find parameters that get no gradient, which
-            DistributedDataParallel must be told of, for looking for them costs time at every step.
+            DistributedDataParallel must expect, for finding them costs time at every step.
     """
     eager.average = world.mean
     eager.criterion.share(world.rows)
@@ -58,7 +58,7 @@ class HostBatchNorm(_BatchNorm):
     """BatchNorm over the processes for CPU tensors, which nn.SyncBatchNorm refuses."""
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Any number of dimensions: what it was before has had its say about them."""
+        """Accept any number of dimensions: the class it was converted from has its own check."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -90,12 +90,12 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        found = tensor.clone()
-        dist.all_reduce(found)
-        return found
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        found = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(found)
-        return found
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total

@@ -1,4 +1,4 @@
-"""One optimizer step (forward, loss, backward, clipping, optimizer) as PyTorch runs it; ways.py has the others."""
+"""One optimizer step (forward, loss, backward, clipping, optimizer) as PyTorch runs it; see also compiled.py."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ Step = Callable[[Batch], Tensor]
 """Learns from a batch of the loader; returns its loss and the parts of it on the device, detached and its own."""
 
 
-class Asked(NamedTuple):
+class LossInputs(NamedTuple):
     """The arguments of the loss, in its order."""
 
     outputs: NativeOutput
@@ -64,20 +64,20 @@ class EagerStep:
         return self.learn(self.forward(self.to_device(batch)))
 
     def with_norms(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The same step, and the L2 norm of each weighted term's gradient over the model's parameters."""
-        given = self._asked(self.to_device(batch))
-        norms = {name: self._norm(gradients) for name, gradients in self._term_gradients(given)}
-        return self.learn(self.criterion(*given)), norms
+        """Take the same step; returns also the L2 norm of each weighted term's gradient over the model's parameters."""
+        inputs = self._loss_inputs(self.to_device(batch))
+        norms = {name: self._norm(gradients) for name, gradients in self._term_gradients(inputs)}
+        return self.learn(self.criterion(*inputs)), norms
 
-    def _term_gradients(self, given: Asked) -> Iterator[tuple[str, list[Tensor]]]:
-        """Of each weighted term over the model's parameters that it reaches; the graph stays."""
+    def _term_gradients(self, inputs: LossInputs) -> Iterator[tuple[str, list[Tensor]]]:
+        """Gradients of each weighted term by the model's parameters that it reaches; the graph stays."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for name, term in self.criterion.parts(*given).items():
+        for name, term in self.criterion.parts(*inputs).items():
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
             yield name, [gradient for gradient in gradients if gradient is not None]
 
     def _norm(self, gradients: list[Tensor]) -> float:
-        """Of a gradient, over all its parameters, averaged over the processes."""
+        """The L2 norm of a gradient over all parameters, averaged over the processes first."""
         whole = [g if self.average is None else self.average(g) for g in gradients]
         squares = [g.float().square().sum() for g in whole]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
@@ -87,42 +87,42 @@ class EagerStep:
 
     def forward(self, batch: Batch) -> Losses:
         """The differentiable loss of a batch on the device."""
-        losses: Losses = self.criterion(*self._asked(batch))
+        losses: Losses = self.criterion(*self._loss_inputs(batch))
         return losses
 
-    def _asked(self, batch: Batch, counts: Counts | None = None) -> Asked:
-        """What the loss looks at: the model's outputs, and what they are compared with.
+    def _loss_inputs(self, batch: Batch, counts: Counts | None = None) -> LossInputs:
+        """The inputs of the loss: the model's outputs, and the batch that they are compared with.
 
         Args:
-            counts: of the batch that this one is a part of; None is a whole one, which processes may share.
+            counts: denominators of the batch that this one is a part of; None for a whole one.
         """
         batch = self._mixed(batch)
         assert batch.pixels is not None
         x_B3HW = self.model.normalise(batch.pixels)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
             outputs = self.network(x_B3HW, self._taps)
-        return Asked(outputs, batch, self._counts(batch) if counts is None else counts)
+        return LossInputs(outputs, batch, self._counts(batch) if counts is None else counts)
 
     def _counts(self, batch: Batch) -> Counts | None:
-        """What the loss divides by where several processes share a batch; None is what it counts itself."""
+        """The denominators of the loss where several processes share a batch; None where the loss counts itself."""
         return None if self.average is None else self.criterion.counts(batch).averaged(self.average)
 
     def _mixed(self, batch: Batch) -> Batch:
-        """The batch as it is learnt from."""
+        """The batch after pasting."""
         return batch if self._mix is None else self._mix(batch)
 
     def held(self, batch: Batch) -> Batch:
-        """What of a batch goes through the model at once: all of it."""
+        """The part of a batch that goes through the model at once: all of it."""
         return batch
 
     def learn(self, losses: Losses) -> Tensor:
-        """Backward to optimizer; the gradients are gone afterwards."""
+        """Take backward and the optimizer's step, which clears the gradients; returns `row(losses)`."""
         torch.autograd.backward(losses.loss)
         self._update()
         return row(losses)
 
     def _update(self) -> None:
-        """Learn from the gradients, which are gone afterwards."""
+        """Average, clip and apply the gradients, then clear them."""
         parameters = [*self.model.parameters(), *self.criterion.parameters()]
         if self.average is not None:
             for parameter in self.criterion.parameters():  # the model's are averaged by what shares it
@@ -134,12 +134,12 @@ class EagerStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def attempt(self, batch: Batch, norms: bool) -> None:
-        """A step on what goes through the model at once, without a trace, to see whether it fits into memory."""
+        """Rehearse a step on a batch that goes through the model at once, to see whether it fits into memory."""
         with self.rehearsal():
-            given = self._asked(self.to_device(batch))
+            inputs = self._loss_inputs(self.to_device(batch))
             if norms:
-                list(self._term_gradients(given))
-            self.learn(self.criterion(*given))
+                list(self._term_gradients(inputs))
+            self.learn(self.criterion(*inputs))
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -149,7 +149,7 @@ class EagerStep:
         from zeros is that from nothing (Adam, and SGD without dampening).
         """
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.criterion.parameters()]
-        kept = [tensor.detach().clone() for tensor in tensors]
+        values_before = [tensor.detach().clone() for tensor in tensors]
         moments = {
             parameter: {name: value.clone() for name, value in state.items() if isinstance(value, Tensor)}
             for parameter, state in self.optimizer.state.items()
@@ -165,23 +165,23 @@ class EagerStep:
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for tensor, before in zip(tensors, kept, strict=True):
+                for tensor, before in zip(tensors, values_before, strict=True):
                     tensor.copy_(before)
                 for parameter, state in self.optimizer.state.items():
                     for name, value in state.items():
                         if isinstance(value, Tensor):
-                            known = moments.get(parameter, {}).get(name)
-                            value.zero_() if known is None else value.copy_(known)
+                            moment = moments.get(parameter, {}).get(name)
+                            value.zero_() if moment is None else value.copy_(moment)
             set_random_state(self.device, random)
 
 
 def row(losses: Losses) -> Tensor:
-    """The loss and its parts, detached."""
+    """Stack the loss and its parts, detached, into one tensor (3 + terms,)."""
     return torch.stack([part.detach() for part in (*losses[:3], *losses.terms)])
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that a model draws from: dropout takes the device's own."""
+    """The states of the generators that a model draws from; dropout draws from the device's own."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 

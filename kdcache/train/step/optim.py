@@ -15,11 +15,11 @@ from kdcache.train.config import TrainConfig
 PATIENCE = 5
 """Validations without a better score before `plateau` halves the rate."""
 BETTER = 1e-4
-"""By what share a score must exceed the best one to count."""
+"""The relative gain over the best score that counts as better."""
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, *, capturable: bool = False) -> torch.optim.Optimizer:
-    """AdamW, Adam or SGD; biases and normalisation weights are not decayed.
+    """Make AdamW, Adam or SGD; biases and normalisation weights are not decayed.
 
     Args:
         capturable: for a CUDA graph: rate and step count are tensors beside the parameters, which a replay reads, and
@@ -42,7 +42,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, capturable: bool = 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over moments and step counts, whatever device and kind of step they were saved by; the options stay."""
+    """Load moments and step counts, saved on any device by any kind of step; the optimizer's options stay."""
     groups = [
         {**own, "params": saved["params"]}
         for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
@@ -72,7 +72,7 @@ class Schedule:
     poly: lr * (1 - step/iterations)^power. plateau: halved when validation mIoU has not risen for 5 validations.
 
     Attributes:
-        lr: of the next step.
+        lr: learning rate of the next step.
     """
 
     lr: float
@@ -102,7 +102,7 @@ class Schedule:
             self._set(self.lr / 2)
 
     def state_dict(self) -> dict[str, float]:
-        """Plain values only, so that a checkpoint loads without pickle."""
+        """The state as plain values only, so that a checkpoint loads without pickle."""
         if self._kind == "plateau":
             return {"best": self._best, "num_bad_epochs": self._stalled, "lr": self.lr}
         return {"last_epoch": self._step}

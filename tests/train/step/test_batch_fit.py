@@ -14,7 +14,7 @@ from kdcache.distill import Batch
 from kdcache.errors import ModelError
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.train import Observer, make_config, train
-from kdcache.train.step.batch_fit import asked_for, largest_fitting
+from kdcache.train.step.batch_fit import largest_fitting, requested_memory
 
 CPU = torch.device("cpu")
 
@@ -119,8 +119,8 @@ def test_real_errors_are_known() -> None:
         torch.empty(2**50)
     with pytest.raises(MemoryError) as numpy_s:
         np.empty(2**57)
-    assert asked_for(torch_s.value) == "4.19e+06 GiB"
-    assert asked_for(numpy_s.value) == "1.00 EiB"
+    assert requested_memory(torch_s.value) == "4.19e+06 GiB"
+    assert requested_memory(numpy_s.value) == "1.00 EiB"
     assert all(is_out_of_memory(caught.value) for caught in (torch_s, numpy_s))
     assert not is_out_of_memory(RuntimeError("shape '[2]' is invalid"))
     assert not is_out_of_memory(OSError("No space left on device"))
