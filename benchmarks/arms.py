@@ -1,7 +1,7 @@
-"""What `effect.py` compares: teachers, stores of what they say, and ways to train a student from them.
+"""The contestants of `effect.py`: teachers, stores of their targets, and ways to train a student from them.
 
 Words in braces are filled in by the queue: {data} is the data set, {part} the four fifths of its train split that
-trainings see as a data set of their own, {large} what some teachers look at; names of teachers are their folders.
+trainings see as a data set of their own, {large} the pixels of some teachers; names of teachers are their folders.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 HELD_OUT = "0/5"
 JUDGED = f"--val-split train --val-fold {HELD_OUT}"
 TEACHER = "--model kdcache:base --batch-size 8 --lr 2e-3 --warmup 100 --class-weights sqrt"
-# "base" sees what students see; "sharp" crops at twice to four times the resolution, for looks at --large; each "half"
+# "base" sees what students see; "sharp" crops at twice to four times the resolution, for pixels of --large; each "half"
 # has seen a half of the four fifths, as often, and is judged on the other.
 TEACHERS = {
     "base-0": f"--data {{data}} --seed 0 --iterations {{t}} --fold {HELD_OUT} {JUDGED}",
@@ -37,7 +37,7 @@ class Arm:
 
     @property
     def fold(self) -> str:
-        """How the held-out fifth stays out: a store of {part} has never had it."""
+        """The flag that leaves the held-out fifth out: a store of {part} has never had it."""
         return "" if self.store == "crossed" else f"--fold {HELD_OUT}"
 
     @property

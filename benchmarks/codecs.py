@@ -1,6 +1,6 @@
-"""What each codec keeps and loses: bytes per record, and the stored targets beside the teacher's own.
+"""The cost and error of each codec: bytes per record, and the stored targets beside the teacher's own.
 
-Builds one store per codec from the same teacher and split, and reports what their manifests and ledgers say.
+Builds one store per codec from the same teacher and split, and reports from their manifests and ledgers.
 
     python benchmarks/codecs.py --data camvid --teacher runs/teacher --json benchmarks/results/codecs-cpu.json
 """
@@ -45,13 +45,13 @@ def main() -> None:
     split = open_split(arguments.data, "train")
     teacher = load_teacher(arguments.teacher, split.classes)
     assert teacher.size is not None
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as work:
         for codec in CODECS:
-            found.append(built(split, teacher, BuildOptions(teacher.size, views=1, codec=codec), Path(work, codec)))
-            print(json.dumps(found[-1]))
+            rows.append(built(split, teacher, BuildOptions(teacher.size, views=1, codec=codec), Path(work, codec)))
+            print(json.dumps(rows[-1]))
     if arguments.json is not None:
-        write(arguments.json, {**header("codecs"), "size": list(teacher.size), "codecs": found})
+        write(arguments.json, {**header("codecs"), "size": list(teacher.size), "codecs": rows})
 
 
 if __name__ == "__main__":

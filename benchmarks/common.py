@@ -1,4 +1,4 @@
-"""What every result says of itself: theme, machine, commit, date, command."""
+"""The header of every result file: theme, machine, commit, date, command."""
 
 import json
 import os

@@ -73,14 +73,14 @@ class Builds:
                 victims = self.rng.sample(processes, self.rng.choice([len(processes), len(processes), 1]))
                 killed = [process.kill() for process in victims]
                 if any(killed):
-                    state = self.look(store)
+                    state = self.state_of(store)
                     tally.killed(processes=how, victims=len(victims), shards=written(store), state=state)
             for process in processes:
                 if process.wait() not in (0, -signal.SIGKILL):
-                    raise DifferenceError(f"{how}: exit code {process.code}: {process.said()}")
-            state = self.look(store)
+                    raise DifferenceError(f"{how}: exit code {process.code}: {process.log_end()}")
+            state = self.state_of(store)
             now = ledger_files(store)
-            redone = [name for name, known in finished.items() if now.get(name) != known]
+            redone = [name for name, identity in finished.items() if now.get(name) != identity]
             if redone:
                 raise DifferenceError(f"{store.name}: finished shards were written again: {redone}")
             finished = now
@@ -95,8 +95,8 @@ class Builds:
         more = [["--worker", f"{index}/{count}"] if numbered else [] for index in range(count)]
         return [self._start(words, store) for words in more], f"{count}{' numbered' if numbered else ''}"
 
-    def look(self, store: Path) -> str:
-        """What the store says of itself now. Raises DifferenceError when it opens and holds something else."""
+    def state_of(self, store: Path) -> str:
+        """The state of a store by its own account. Raises: DifferenceError when it opens and holds something else."""
         try:
             cache = open_cache(store)
             cache.check_files()
@@ -165,11 +165,11 @@ def written(store: Path) -> int:
 
 def ledger_files(store: Path) -> dict[str, tuple[int, int]]:
     """Which file each ledger record is: a shard that is written again has another."""
-    found = {}
+    identities = {}
     for path in store.glob("ledger/*.json"):
         status = path.stat()
-        found[path.name] = (status.st_ino, status.st_mtime_ns)
-    return found
+        identities[path.name] = (status.st_ino, status.st_mtime_ns)
+    return identities
 
 
 def steps_of(run: Path) -> int:

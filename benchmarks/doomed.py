@@ -61,18 +61,18 @@ class Process:
         return self.code is not None
 
     def wait(self) -> int:
-        """Exit code. Raises DifferenceError when it takes too long."""
+        """Its exit code. Raises: DifferenceError when it takes too long."""
         until = time.monotonic() + LIMIT_S
         while not self.ended():
             if time.monotonic() > until:
                 self.kill()
-                raise DifferenceError(f"a process hung for {LIMIT_S} s: {self.said()}")
+                raise DifferenceError(f"a process hung for {LIMIT_S} s: {self.log_end()}")
             time.sleep(0.002)
         assert self.code is not None
         return self.code
 
     def kill(self) -> bool:
-        """Whether it was alive still."""
+        """Kill it; returns whether it was alive still."""
         if self.ended():
             return False
         os.kill(self.pid, signal.SIGKILL)
@@ -81,11 +81,11 @@ class Process:
         return self.code == -signal.SIGKILL
 
     def finish(self) -> None:
-        """Raises DifferenceError unless it does what it was asked for."""
+        """Wait for its end. Raises: DifferenceError unless it succeeds."""
         if self.wait():
-            raise DifferenceError(f"exit code {self.code}: {self.said()}")
+            raise DifferenceError(f"exit code {self.code}: {self.log_end()}")
 
-    def said(self) -> str:
+    def log_end(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")[-1500:]
 
 
@@ -111,18 +111,18 @@ class Doom:
 
 @dataclass
 class Tally:
-    """What happened, for the result file."""
+    """Kills and finished works, for the result file."""
 
     kills: list[dict[str, Any]] = field(default_factory=list)
     finished: int = 0
 
-    def killed(self, **about: Any) -> None:
-        self.kills.append(about)
-        print(f"kill {len(self.kills)}: " + ", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    def killed(self, **facts: Any) -> None:
+        self.kills.append(facts)
+        print(f"kill {len(self.kills)}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
 
 
 def import_everything() -> None:
-    """What the command line imports when it needs it, so that a forked child has it; starts no threads."""
+    """Import all that the command line imports when needed, so that a forked child has it; starts no threads."""
     importlib.import_module("torch._dynamo")
     for package in (kdcache, kdcache_kernels):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

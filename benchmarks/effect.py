@@ -6,7 +6,7 @@ All train on four fifths of train; fold 0 of 5 judges everything that is chosen,
     final      the best arm and the stronger plain one (and --also) with fresh seeds, scored on val, in pairs of a seed
 
 A finished run is a row of the result file and is not repeated, wherever the queue goes on: rows name what decides a
-run. Teachers, and stores of what they say, are made where a run needs them and they are missing; on one kind of machine
+run. Teachers, and stores of their targets, are made where a run needs them and they are missing; on one kind of machine
 they come out the same.
 
     python benchmarks/effect.py --data camvid --out effect-runs --json benchmarks/results/effect-cpu.json
@@ -56,9 +56,9 @@ class Queue:
         """A verb of the command line, with one thread."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "kdcache_cli", *words.split()]
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if found.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{found.stderr}")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
 
     def side_by_side(self, jobs: list[Any]) -> None:
         with ThreadPoolExecutor(self.arguments.parallel) as pool:
@@ -83,7 +83,7 @@ class Queue:
         out, a = self.out / "stores" / f"{name.replace(' ', '-')}.zarr", self.arguments
         with self.makes[name]:
             if not (out / "complete.json").is_file():
-                teachers = {known: self.teacher(known) for known in TEACHERS if f"{{{known}}}" in STORES[name]}
+                teachers = {teacher: self.teacher(teacher) for teacher in TEACHERS if f"{{{teacher}}}" in STORES[name]}
                 flags = self.filled(STORES[name], large=a.large, **teachers)
                 self.kdcache(f"build-teacher-cache --size {a.size} --out {out} --threads 1 {flags}")
         return out
@@ -93,7 +93,7 @@ class Queue:
         return text.format(data=self.arguments.data, part=part, **values)
 
     def part(self) -> Path:
-        """What trainings see of train, as a data set: folds of it know nothing of the fold that judges."""
+        """The part of train that trainings see, as a data set: its folds hold nothing of the fold that judges."""
         out, data = self.out / "part", Path(self.arguments.data)
         with self.makes["part"]:
             if not (out / "classes.txt").is_file():
@@ -118,15 +118,17 @@ class Queue:
     # --- runs ----------------------------------------------------------------------------------------------
 
     def search(self) -> None:
-        chosen = [arm for arm in ARMS if arm.name in (self.arguments.only or [arm.name])]
-        jobs = [(arm, seed) for seed in (0, 1) for arm in chosen if seed < arm.seeds]
-        stores = {arm.store.removesuffix(SOURCE) for arm, seed in jobs if not self.known("search", arm, seed)} - {""}
+        arms = [arm for arm in ARMS if arm.name in (self.arguments.only or [arm.name])]
+        jobs = [(arm, seed) for seed in (0, 1) for arm in arms if seed < arm.seeds]
+        stores = {arm.store.removesuffix(SOURCE) for arm, seed in jobs if not self.is_recorded("search", arm, seed)} - {
+            ""
+        }
         needed = [name for name in TEACHERS if any(f"{{{name}}}" in STORES[store] for store in stores)]
         teachers = [lambda name=name: self.teacher(name) for name in needed]
         self.side_by_side(teachers + [lambda arm=arm, seed=seed: self.run("search", arm, seed) for arm, seed in jobs])
 
     def plain_run(self) -> Path:
-        """What trust is measured against."""
+        """The run that trust is measured against."""
         with self.makes["plain"]:
             return self.run("search", next(arm for arm in ARMS if arm.name == "plain lr 0.004"), 0, again=True)
 
@@ -148,11 +150,11 @@ class Queue:
 
     def run(self, phase: str, arm: Arm, seed: int, again: bool = False) -> Path:
         """Train an arm, unless its row is there."""
-        a, key, known = self.arguments, self.key(phase, arm, seed), self.known(phase, arm, seed)
+        a, key, recorded = self.arguments, self.key(phase, arm, seed), self.is_recorded(phase, arm, seed)
         iterations = key["iterations"]
         out = self.out / f"{phase}-{iterations}" / f"{arm.name.replace(' ', '-').replace(',', '')}-{seed}"
-        done = (out / RESULT).is_file() if again else known
-        if (done and known) or self.late:
+        done = (out / RESULT).is_file() if again else recorded
+        if (done and recorded) or self.late:
             return out
         flags = arm.flags.format(data=a.data, plain=self.plain_run() if "{plain}" in arm.flags else None)
         if arm.store:
@@ -164,18 +166,18 @@ class Queue:
         words += f"--val-every {iterations} {arm.fold} " + (JUDGED if phase == "search" else "")
         self.kdcache(words)
         result = Run.open(out).result
-        if not known:
+        if not recorded:
             self.add({**key, "flags": arm.flags, "store": arm.store, "miou": round(100 * result["best_miou"], 3),
                       "seconds": round(result["seconds"])})  # fmt: skip
         return out
 
     def key(self, phase: str, arm: Arm, seed: int) -> dict[str, Any]:
-        """What decides a run."""
+        """The settings that decide a run."""
         a = self.arguments
         iterations = a.iterations if phase == "search" else a.final_iterations
         return {"phase": phase, "arm": arm.name, "seed": seed, "iterations": iterations, "size": a.size}
 
-    def known(self, phase: str, arm: Arm, seed: int) -> bool:
+    def is_recorded(self, phase: str, arm: Arm, seed: int) -> bool:
         key = self.key(phase, arm, seed)
         return any(key.items() <= row.items() for row in self.rows)
 
@@ -196,24 +198,24 @@ class Queue:
         return {steps: {name: float(np.mean(of)) for name, of in arms.items()} for steps, arms in scores.items()}
 
     def save(self) -> None:
-        found: dict[str, Any] = {"search": self.means("search"), "final": self.means("final")}
-        found["gains"] = [gain for steps in found["final"] for gain in self.gains(int(steps))]
-        write(self.arguments.json, {**header("effect"), **found, "rows": self.rows})
+        results: dict[str, Any] = {"search": self.means("search"), "final": self.means("final")}
+        results["gains"] = [gain for steps in results["final"] for gain in self.gains(int(steps))]
+        write(self.arguments.json, {**header("effect"), **results, "rows": self.rows})
 
     def gains(self, iterations: int) -> list[dict[str, Any]]:
         """Every arm of the final comparison over every plain one of as many iterations, seed by seed."""
         rows = [row for row in self.rows if row["phase"] == "final" and row["iterations"] == iterations]
         finals = {(row["arm"], row["seed"]): row["miou"] for row in rows}
         arms = [arm for arm in ARMS if any(name == arm.name for name, _ in finals)]
-        found = []
+        gains = []
         for over in (arm.name for arm in arms if arm.plain):
             for name in (arm.name for arm in arms if arm.name != over):
-                seeds = [seed for known, seed in finals if known == over and (name, seed) in finals]
+                seeds = [seed for arm_name, seed in finals if arm_name == over and (name, seed) in finals]
                 pairs = [finals[name, seed] - finals[over, seed] for seed in sorted(seeds)]
                 if pairs:
                     of = {"arm": name, "over": over, "iterations": iterations, "pairs": len(pairs)}
-                    found.append({**of, **paired(pairs)})
-        return found
+                    gains.append({**of, **paired(pairs)})
+        return gains
 
 
 def main() -> None:
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("--out", default="effect-runs")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--size", default="144x192")
-    parser.add_argument("--large", default="288x384", help="what teachers look at")
+    parser.add_argument("--large", default="288x384", help="the size of teachers' pixels")
     parser.add_argument("--teacher-iterations", type=int, default=4000)
     parser.add_argument("--iterations", type=int, default=1500, help="of a run of the search")
     parser.add_argument("--final-iterations", type=int, default=1500)

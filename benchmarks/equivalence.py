@@ -1,7 +1,7 @@
 """Does a student learn the same from the fused loss as from the reference?
 
 Trains the same student, with the settings of benchmarks/camvid.sh, from the same weights with `--impl auto` and
-`--impl reference`, then the reference again from weights that are moved by one rounding each, and asks two things: that
+`--impl reference`, then the reference again from weights that are moved by one rounding each, and checks that
 the first 20 losses agree within 1e-4, and that the final mIoU of the fused run lies inside the range of the perturbed
 reference runs. Exits with 1 when it does not.
 
@@ -97,8 +97,8 @@ def main() -> None:
     print(f"mIoU {fused['miou']:.3f}, perturbed reference runs {low:.3f} to {high:.3f}: {where}")
     if arguments.json:
         rows = [fused, plain, *others]
-        found = {"largest_difference": apart, "bound": TOLERANCE, "miou_range": [low, high], "inside": inside}
-        write(arguments.json, {**header("equivalence"), **found, "rows": rows})
+        verdict = {"largest_difference": apart, "bound": TOLERANCE, "miou_range": [low, high], "inside": inside}
+        write(arguments.json, {**header("equivalence"), **verdict, "rows": rows})
     sys.exit(not inside or apart > TOLERANCE)
 
 

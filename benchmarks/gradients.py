@@ -47,16 +47,19 @@ def from_teacher(
     size: tuple[int, int],
     temperature: float,
 ) -> list[torch.Tensor]:
-    """As anyone would write it: both upsampled to the image, float32, KL averaged over pixels."""
+    """The gradient by plain torch: both upsampled to the image, float32, KL averaged over pixels."""
     images = [split.image(record) for record in records]
     pixels = np.stack([render(i, None, Window.full(*i.shape[:2]), flip=False, size=size)[0] for i in images])
     device = next(student.parameters()).device
     tensor = torch.from_numpy(pixels).to(device)
     with torch.no_grad():
-        taught = teacher.upsample(teacher(teacher.normalise(tensor)).logits, size)
-    said = student.upsample(student(student.normalise(tensor)).logits, size)
+        teacher_logits = teacher.upsample(teacher(teacher.normalise(tensor)).logits, size)
+    logits = student.upsample(student(student.normalise(tensor)).logits, size)
     divergence = F.kl_div(
-        F.log_softmax(said / temperature, 1), F.log_softmax(taught / temperature, 1), reduction="none", log_target=True
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(teacher_logits / temperature, 1),
+        reduction="none",
+        log_target=True,
     )
     loss = temperature**2 * divergence.sum(1).mean()
     return list(torch.autograd.grad(loss, list(student.parameters())))
@@ -91,9 +94,9 @@ def main() -> None:
     cache = open_cache(arguments.cache)
     assert cache.head.dense, "the claim is about k = C"
     teacher = load_teacher(arguments.teacher, split.classes).model.to(device)
-    trained, about = load_run(arguments.student)
+    trained, description = load_run(arguments.student)
     torch.manual_seed(0)
-    students = {"initial": build_model(about.spec, len(about.class_names)), "trained": trained}
+    students = {"initial": build_model(description.spec, len(description.class_names)), "trained": trained}
     order = np.random.default_rng(0).permutation(len(cache))[: arguments.batches * arguments.batch_size]
     rows: list[dict[str, Any]] = []
     for state, student in students.items():

@@ -1,7 +1,7 @@
 """Distilling from the store beside distilling with the teacher in the loop: the same training but for that.
 
 Pairs of runs share seed, initialisation, pixels and order. One takes its targets from the store (warped with the
-pixels), the other asks the teacher about the pixels that the student gets. Reported are the paired difference of mIoU
+pixels), the other runs the teacher on the pixels that the student gets. Reported are the paired difference of mIoU
 with its 95 % interval (Student's t), the time of both, what the cached run had reached when the live one was through a
 part of its steps, and their peak memory.
 
@@ -126,18 +126,18 @@ def main() -> None:
         pairs.append({"cached": cached, "live": live})
         print(f"seed {seed}: cached {cached['miou']:.2f} in {cached['seconds']:.0f} s, live {live['miou']:.2f} in "
               f"{live['seconds']:.0f} s", flush=True)  # fmt: skip
-    found = {
+    results = {
         "cached_minus_live": paired([pair["cached"]["miou"] - pair["live"]["miou"] for pair in pairs]),
         "at_equal_time": paired([p["cached"]["miou"] - at_equal_time(p["cached"], p["live"]) for p in pairs]),
         "live_over_cached_seconds": round(
             float(np.median([p["live"]["seconds"] / p["cached"]["seconds"] for p in pairs])), 3
         ),
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
     if arguments.json is not None:
         settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "out")}
         settings |= {name: Path(settings[name]).name for name in ("data", "teacher", "cache")}
-        write(arguments.json, {**header("live"), "settings": settings, **found, "pairs": pairs})
+        write(arguments.json, {**header("live"), "settings": settings, **results, "pairs": pairs})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from kdcache_kernels import pack
 
 
 class LiveStep(EagerStep):
-    """An eager step's own parts, which asks a teacher about the very pixels that the student gets.
+    """An eager step's own parts, with a teacher that is run on the very pixels that the student gets.
 
     Args:
-        eager: what it is made of.
+        eager: the step it is made of.
         teacher: put on the same device.
     """
 
@@ -23,7 +23,7 @@ class LiveStep(EagerStep):
         self._teacher, self._precision = teacher, precision
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch, with what the teacher says of it, of all classes, as its target."""
+        """The batch on the device, with the teacher's logits of all classes as its target."""
         batch = super().to_device(batch)
         logits, _ = teach(self._teacher, batch.pixels, (), self._precision, self.device)
         values, _, _ = pack(logits, logits.shape[1])

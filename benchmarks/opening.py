@@ -168,8 +168,15 @@ def main() -> None:
         print("memory:", memory)
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     if arguments.json:
-        about = {"records": arguments.records, "shard_records": arguments.shard_records, "files": files, "bytes": size}
-        write(arguments.json, {**header("opening"), "store": about, "opening": opening, "memory_of_an_epoch": memory})
+        settings = {
+            "records": arguments.records,
+            "shard_records": arguments.shard_records,
+            "files": files,
+            "bytes": size,
+        }
+        write(
+            arguments.json, {**header("opening"), "store": settings, "opening": opening, "memory_of_an_epoch": memory}
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the Triton kernels become on a GPU, without one: registers, spills, shared memory, instructions by class.
+"""The Triton kernels compiled for a GPU, without one: registers, spills, shared memory, instructions by class.
 
 The package's own launch code runs on meta tensors, and where it would launch a kernel the kernel is compiled instead,
 for a GPU that need not be there: signatures, constants and options are those of a real call. That meta tensors pass
-also shows that nothing on the way looks at a value, which would wait for the device.
+also shows that nothing on the way reads a value, which would wait for the device.
 
 Counts are static, of the whole kernel and of its innermost loops; what a spill costs depends on where it is. Writes
 benchmarks/results/sass-sm80.json and sass-sm90.json in about three minutes each, most of it for tiles.
@@ -162,7 +162,7 @@ def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
 
 
 def other_calls() -> Iterator[Call]:
-    """More of what a user can ask for, spread over the geometries; float16, whose gradient is float32."""
+    """More settings of the loss, spread over the geometries; float16, whose gradient is float32."""
     window, flip = empty(BATCH, 4, dtype=torch.float64), empty(BATCH, dtype=torch.bool)
     gate = empty(BATCH, LABELS, LABELS, dtype=torch.bool)
     denominators = {"ce_denominator": empty(), "kl_denominator": empty()}
@@ -209,12 +209,12 @@ def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
 
 def kernels_of_the_package() -> set[str]:
     """Names of the functions that are launched: those that end with `_kernel`."""
-    found = set()
+    launched = set()
     for module in pkgutil.iter_modules(kdcache_kernels.gpu.__path__):
         members = vars(importlib.import_module(f"kdcache_kernels.gpu.{module.name}")).values()
         names = {member.fn.__name__ for member in members if isinstance(member, JITFunction)}
-        found |= {name for name in names if name.endswith("_kernel")}
-    return found
+        launched |= {name for name in names if name.endswith("_kernel")}
+    return launched
 
 
 def find_tool(name: str) -> Path:

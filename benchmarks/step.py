@@ -7,7 +7,7 @@ Contestants take turns in one run, each with data, forward, loss, backward and o
     live    the same pixels, and a forward pass of the teacher
 
 Peak memory is that of a fresh process per contestant (on a GPU, of its allocator). The teacher's weights are random:
-what it says does not matter to the clock.
+its predictions do not matter to the clock.
 
     python benchmarks/step.py --data camvid --json benchmarks/results/step-cpu.json
 """
@@ -88,7 +88,7 @@ def make(cache: Cache, kind: str, batch: Batch, arguments: argparse.Namespace) -
 
 
 def learner(cache: Cache, kind: str, arguments: argparse.Namespace) -> Callable[[int], None]:
-    """What takes so many steps."""
+    """A function that takes so many steps."""
     source = batches(cache, kind, arguments)
     step = make(cache, kind, next_batch(source), arguments)
 
@@ -165,11 +165,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as work:
         store = arguments.store or make_store(arguments, Path(work, "store.zarr"))
-        found = measure(store, arguments)
+        results = measure(store, arguments)
     if arguments.json is not None:
-        about = {"teacher": arguments.teacher, "student": arguments.student, "size": list(arguments.size)}
-        write(arguments.json, {**header("step"), **about, "batch_size": arguments.batch_size, **found})
-    sys.exit(0 if found["met"] else 1)
+        settings = {"teacher": arguments.teacher, "student": arguments.student, "size": list(arguments.size)}
+        write(arguments.json, {**header("step"), **settings, "batch_size": arguments.batch_size, **results})
+    sys.exit(0 if results["met"] else 1)
 
 
 if __name__ == "__main__":

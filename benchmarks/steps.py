@@ -88,11 +88,11 @@ def measure_steps(cache: Cache, arguments: argparse.Namespace) -> list[dict[str,
         synchronise(device)
         rows.append({"step": kind, "prepared_s": round(time.perf_counter() - began, 2), "notes": notes})
     counts = [max(3, round(arguments.seconds * rate(step, batch, device, 3))) for step in steps]
-    found: list[list[float]] = [[] for _ in steps]
+    rates: list[list[float]] = [[] for _ in steps]
     for _ in range(arguments.repeats):
-        for values, step, count in zip(found, steps, counts, strict=True):
+        for values, step, count in zip(rates, steps, counts, strict=True):
             values.append(rate(step, batch, device, count))
-    for row, values in zip(rows, found, strict=True):
+    for row, values in zip(rows, rates, strict=True):
         row["steps_per_s"] = spread(values)
         row["over_eager"] = round(row["steps_per_s"]["p50"] / rows[0]["steps_per_s"]["p50"], 3)
         print(
@@ -190,11 +190,11 @@ def busy_ms(part: Callable[[], Any], device: torch.device) -> float:
     part()
     synchronise(device)
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])) as found:
+    with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])) as profiler:
         for _ in range(PROFILED):
             part()
         synchronise(device)
-    events = found.key_averages()
+    events = profiler.key_averages()
     if cuda:
         total = sum(event.self_device_time_total for event in events if event.device_type == DeviceType.CUDA)
     else:

@@ -57,8 +57,8 @@ def train(cache: str, out: Path, resident: str, arguments: argparse.Namespace) -
         quarters[min(3, int(4 * (when - begin) / (end - begin)))].append(size)
     peaks = [round(max(quarter), 1) for quarter in quarters]
     result = Run.open(out).result
-    about = {name: result[name] for name in ("iterations", "images_per_second", "wait_share")}
-    return {"resident": resident, "peak_mib_by_quarter": peaks, "flat": peaks[3] <= FLAT * peaks[2], **about}
+    speed = {name: result[name] for name in ("iterations", "images_per_second", "wait_share")}
+    return {"resident": resident, "peak_mib_by_quarter": peaks, "flat": peaks[3] <= FLAT * peaks[2], **speed}
 
 
 def main() -> None:

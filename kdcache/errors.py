@@ -29,7 +29,7 @@ def plain_text(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same in one line: a name in a table, a panel or a log makes no line of its own."""
+    """A string as `plain_text` in one line: a name in a table, a panel or a log makes no line of its own."""
     return plain_text(text).replace("\n", " ").replace("\t", " ")
 
 
@@ -40,7 +40,7 @@ class _PlainLines(logging.Filter):
 
 
 def plain_logger(name: str) -> logging.Logger:
-    """A logger of kdcache: what it is given from elsewhere makes no line of its own and commands no terminal."""
+    """A logger of kdcache: text from elsewhere in its messages makes no line of its own and commands no terminal."""
     logger = logging.getLogger(name)
     logger.addFilter(_PlainLines(name))
     return logger

@@ -12,7 +12,7 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` when the block has ended well; else the file stays what it was.
+    """Yield a path to write to, which becomes `path` when the block has ended well; else the file stays what it was.
 
     The name is always the same, so that what a kill leaves is written over, or cleared by `clear_partials`: who
     replaces a file is alone with its folder.
@@ -29,29 +29,29 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Replace a text file."""
+    """Replace a text file (UTF-8), whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(content, encoding="utf-8")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """What a JSON file says; {} where there is none, it was cut short or emptied, or it holds something else."""
+    """The object in a JSON file; {} where there is none, it was cut short or emptied, or it holds something else."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a kill left this of a file that was being replaced."""
+    """Whether a path is what a kill left of a file that was being replaced."""
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
 def clear_partials(folder: Path) -> None:
     """Remove what kills left in a folder that nobody else writes to."""
-    for left in filter(is_partial, list(folder.iterdir()) if folder.is_dir() else []):
-        left.unlink(missing_ok=True)
+    for leftover in filter(is_partial, list(folder.iterdir()) if folder.is_dir() else []):
+        leftover.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

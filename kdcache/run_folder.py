@@ -30,7 +30,7 @@ RESULT = "result.json"
 
 
 class RunModel(BaseModel):
-    """What a run's weights belong to. Class names and colours travel with the model into every table."""
+    """The model that a run's weights belong to. Class names and colours travel with the model into every table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     spec: str
@@ -51,7 +51,7 @@ class RunModel(BaseModel):
         return self
 
     def check_classes(self, names: tuple[str, ...], where: str) -> None:
-        """Raises MismatchError when data has other classes than this model."""
+        """Compare the classes of data with this model's. Raises: MismatchError when they differ."""
         if names != self.class_names:
             raise MismatchError(
                 "a model is used on data with its own classes, in the same order",
@@ -60,13 +60,13 @@ class RunModel(BaseModel):
             )
 
     def metadata(self) -> dict[str, str]:
-        """As exported files carry it: text as it is, everything else as JSON. What it was trained on stays behind."""
+        """The fields as exported files carry them: text as it is, the rest as JSON. `trained_on` stays behind."""
         fields = self.model_dump(mode="json", exclude={"trained_on"})
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], path: Path) -> "RunModel | None":
-        """The reverse of `metadata`; None for a file that kdcache did not write. Raises ModelError when damaged."""
+        """The reverse of `metadata`; None for a file that kdcache did not write. Raises: ModelError when damaged."""
         if not {"spec", "class_names"} <= set(metadata):
             return None
         fields = {name: metadata[name] for name in cls.model_fields if name in metadata}
@@ -82,7 +82,7 @@ class RunModel(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; each of its files is read when it is first asked for, and once."""
+    """A run folder; each of its files is read at its first use, and once."""
 
     folder: Path
 
@@ -95,7 +95,7 @@ class Run:
 
     @cached_property
     def model(self) -> RunModel:
-        """What the weights belong to. Raises: RecipeError where model.json is missing or damaged."""
+        """The model that the weights belong to. Raises: RecipeError where model.json is missing or damaged."""
         path = self.folder / MODEL
         try:
             return RunModel.model_validate_json(path.read_bytes())
@@ -175,12 +175,12 @@ class Run:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """How the training ended; {} while it has not."""
+        """The result of the training; {} while it has not ended."""
         return read_object(self.folder / RESULT)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Machine and versions; {} where they were not written."""
+        """Machine and versions of libraries; {} where they were not written."""
         return read_object(self.folder / ENVIRONMENT)
 
 
@@ -190,7 +190,7 @@ def is_run(folder: Path) -> bool:
 
 
 def weights_path(folder: Path, which: str) -> Path:
-    """Where a run has its weights `best` or `last`."""
+    """The path of a run's weights `best` or `last`."""
     return folder / f"{which}.safetensors"
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kdcache.data.doubts import doubts_of, wrong_palette
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
-from kdcache.data.layouts.registry import Found, find_layout
+from kdcache.data.layouts.registry import LayoutRoot, find_layout
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.view import pixel_checksum
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, ids_out_of_range
@@ -72,7 +72,7 @@ class CheckReport:
 
 @dataclass
 class _Reading:
-    """What one thread found out about one sample."""
+    """Size, counts and defects of one sample, read by one thread."""
 
     size: tuple[int, int] | None = None
     counts: npt.NDArray[np.int64] | None = None
@@ -103,13 +103,13 @@ def check(
     Raises: DataError where nothing can be examined: no folder, no such split, no images, no class list.
     """
     data = os.fspath(data)
-    found = None if is_scenes(data) else find_layout(data)
+    layout_root = None if is_scenes(data) else find_layout(data)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
     reports: dict[str, SplitReport] = {}
     where: dict[int, list[str]] = {}
     classes: ClassList | None = None
     for name in splits if splits is not None else list_splits(data):
-        split, report = _open(data, name, found)
+        split, report = _open(data, name, layout_root)
         classes = split.classes
         if contents:
             for sample, pixels in _read_split(split, report, progress, threads):
@@ -123,10 +123,11 @@ def check(
         )
     problems = [problem for report in reports.values() for problem in report.problems()]
     place, why = ("scenes", ""), "drawn, no files"
-    if found is not None:
-        place, why = (found.layout.name, str(found.root)), found.layout.why(found.root)
-    doubts = doubts_of(reports, classes, found, whole=splits is None)
-    problems += [*_repeats(where, found), *doubts.problems]
+    if layout_root is not None:
+        layout, root = layout_root
+        place, why = (layout.name, str(root)), layout.why(root)
+    doubts = doubts_of(reports, classes, layout_root, whole=splits is None)
+    problems += [*_repeats(where, layout_root), *doubts.problems]
     return CheckReport(data, *place, classes, reports, problems, _twins(where) + doubts.warnings, why)
 
 
@@ -156,14 +157,14 @@ def class_weights(counts: Sequence[int] | npt.NDArray[np.integer[Any]], kind: We
     return weights
 
 
-def _open(data: str, name: str, found: Found | None) -> tuple[Split, SplitReport]:
+def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, SplitReport]:
     """The split, opened in spite of defects in its file names, which go into the report."""
     report = SplitReport(name)
     split: Split
-    if found is None:
+    if layout_root is None:
         split = open_split(data, name)
     else:
-        layout, root = found
+        layout, root = layout_root
         scan = layout.scan(root, name)
         split = FileSplit(data, name, layout.classes(root), root, scan)
         report.clashes = [path for _, _, path in scan.clashes]
@@ -242,12 +243,12 @@ def _twins(where: dict[int, list[str]]) -> list[str]:
     return [f"{len(pairs)} images are in a split more than once: {describe_some(pairs)}; remove all but one of each"]
 
 
-def _repeats(where: dict[int, list[str]], found: Found | None) -> list[str]:
+def _repeats(where: dict[int, list[str]], place: LayoutRoot | None) -> list[str]:
     """Images that are, pixel for pixel, in two splits that should share none: they falsify every score."""
-    across = [places for places in where.values() if _falsify({place.partition("/")[0] for place in places}, found)]
+    across = [places for places in where.values() if _falsify({name.partition("/")[0] for name in places}, place)]
     shown = describe_some([" = ".join(places) for places in across])
     return [f"{len(across)} images are in more than one split: {shown}; take them out of one"] if across else []
 
 
-def _falsify(splits: set[str], found: Found | None) -> bool:
-    return any(found is None or not found.layout.may_share(*pair) for pair in itertools.combinations(splits, 2))
+def _falsify(splits: set[str], place: LayoutRoot | None) -> bool:
+    return any(place is None or not place.layout.may_share(*pair) for pair in itertools.combinations(splits, 2))

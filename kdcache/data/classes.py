@@ -26,7 +26,9 @@ Colour = tuple[int, int, int]
 
 
 def read_classes(folder: Path) -> ClassList:
-    """Read `classes.txt` of a data folder; classes without a colour get one that no other has.
+    """Read `classes.txt` of a data folder (names in the order of the ids).
+
+    A class without a colour gets one that no other has.
 
     Raises: DataError when it is missing, empty, not text, or lists a name twice.
     """
@@ -74,6 +76,6 @@ def _parse(path: Path, number: int, line: str) -> tuple[str, Colour | None] | No
 
 
 def _complete(colours: list[Colour | None]) -> tuple[Colour, ...]:
-    given = [colour for colour in colours if colour is not None]
-    made = iter(default_colours(len(colours), taken=given))
+    listed = [colour for colour in colours if colour is not None]
+    made = iter(default_colours(len(colours), taken=listed))
     return tuple(colour if colour is not None else next(made) for colour in colours)

@@ -1,6 +1,6 @@
-"""What is doubtful about data that can be read: labels that teach nothing, or another thing than their author meant.
+"""Doubts about data that can be read: labels that teach nothing, or another thing than their author meant.
 
-A problem makes a training worthless, a warning may be on purpose. Each says a number and a remedy.
+A problem makes a training worthless, a warning may be on purpose. Each has a number and a remedy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kdcache.data.classes import CLASSES_FILE
 from kdcache.data.files import label_palette
 from kdcache.data.folder import IMAGES, LABELS, Folder
 from kdcache.data.layouts.file_split import FileSplit, describe_some
-from kdcache.data.layouts.registry import Found
+from kdcache.data.layouts.registry import LayoutRoot
 from kdcache.data.layouts.scan import folders_in, is_picture, scan_folders
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels, default_colours
 from kdcache.data.split_report import SplitReport
@@ -41,17 +41,19 @@ class Doubts:
     warnings: list[str] = field(default_factory=list)
 
 
-def doubts_of(reports: Mapping[str, SplitReport], classes: ClassList, found: Found | None, *, whole: bool) -> Doubts:
+def doubts_of(
+    reports: Mapping[str, SplitReport], classes: ClassList, place: LayoutRoot | None, *, whole: bool
+) -> Doubts:
     """Everything doubtful about splits that were read.
 
     Args:
-        found: their layout and folder; None for the procedural scenes.
+        place: their layout and folder; None for the procedural scenes.
         whole: these are all splits of the data set.
     """
     doubts = Doubts()
-    if found is not None and (isinstance(found.layout, Folder) or found.layout.lists_classes(found.root)):
+    if place is not None and (isinstance(place.layout, Folder) or place.layout.lists_classes(place.root)):
         _doubt_names(classes.names, doubts)
-    _doubt_labels(reports, found, doubts, whole=whole)
+    _doubt_labels(reports, place, doubts, whole=whole)
     for report in reports.values():
         _doubt_palettes(report, doubts)
     _doubt_shares(reports, classes, doubts)
@@ -59,16 +61,16 @@ def doubts_of(reports: Mapping[str, SplitReport], classes: ClassList, found: Fou
 
 
 def wrong_palette(split: FileSplit, index: int, label: Pixels) -> str:
-    """Why the colours of a palette label say that its indices are no class ids; empty where they do not."""
+    """Why the colours of a palette label contradict its indices as class ids; empty where they do not."""
     path = split.label_path(index)
     palette = None if path is None or split.label_map is not None else label_palette(path)
     if palette is None:
         return ""
     names, colours = split.classes.names, split.classes.colours
     used = [int(i) for i in np.unique(label) if i != IGNORE_INDEX and i < len(palette)]
-    known = {colour: number for number, colour in enumerate(colours)}
+    class_of_colour = {colour: number for number, colour in enumerate(colours)}
     if colours != default_colours(len(colours)):
-        matches = [(i, known[palette[i]]) for i in used if palette[i] in known]
+        matches = [(i, class_of_colour[palette[i]]) for i in used if palette[i] in class_of_colour]
         shown = [(i, names[number]) for i, number in matches if i != number]
         if 2 * len(shown) > len(matches):  # two classes may share a colour
             return ", ".join(f"index {i} has the colour of {name!r}" for i, name in shown[:3])
@@ -107,13 +109,13 @@ def _doubt_names(names: Sequence[str], doubts: Doubts) -> None:
         )
 
 
-def _doubt_labels(reports: Mapping[str, SplitReport], found: Found | None, doubts: Doubts, *, whole: bool) -> None:
+def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, doubts: Doubts, *, whole: bool) -> None:
     """Splits that have no label although a training reads them, and labels that lie elsewhere."""
     total = sum(report.images for report in reports.values())
     for name, report in reports.items():
         if report.labelled:
             continue
-        elsewhere = "" if found is None else _labels_elsewhere(found, name)
+        elsewhere = "" if place is None else _labels_elsewhere(place, name)
         if elsewhere:
             doubts.problems.append(elsewhere)
         elif name == "train" and any(other.labelled for other in reports.values()):
@@ -126,7 +128,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], found: Found | None, doubt
             f"none of {total} images has a label: a training on labels learns nothing; add labels, or train from a "
             "store of a teacher's targets"
         )
-    if found is not None and isinstance(found.layout, Folder) and folders_in(images := found.root / IMAGES):
+    if place is not None and isinstance(place.layout, Folder) and folders_in(images := place.root / IMAGES):
         loose = sum(is_picture(path.name) for path in images.iterdir())
         if loose:
             doubts.warnings.append(
@@ -135,16 +137,17 @@ def _doubt_labels(reports: Mapping[str, SplitReport], found: Found | None, doubt
             )
 
 
-def _labels_elsewhere(found: Found, split: str) -> str:
+def _labels_elsewhere(layout_root: LayoutRoot, split: str) -> str:
     """A warning of labels in a folder beside `images/` that the folder layout does not read; "" without one."""
-    if not isinstance(found.layout, Folder):
+    layout, root = layout_root
+    if not isinstance(layout, Folder):
         return ""
-    scan = found.layout.scan(found.root, split)
-    for other in folders_in(found.root):
+    scan = layout.scan(root, split)
+    for other in folders_in(root):
         if other in (IMAGES, LABELS):
             continue
         for place in (f"{other}/{split}", other):
-            pairs = len(scan_folders(found.root, scan.image_place, place, scan.label_ids).labels)
+            pairs = len(scan_folders(root, scan.image_place, place, scan.label_ids).labels)
             if pairs:
                 return (
                     f"{split}: none of {len(scan.images)} images has a label in {scan.label_place}/, but {pairs} have "
@@ -186,11 +189,11 @@ def _doubt_shares(reports: Mapping[str, SplitReport], classes: ClassList, doubts
 
 
 def _one_class(report: SplitReport, number: int, classes: ClassList) -> str:
-    said = f"{report.split}: the labels ({report.labelled}) hold one class, {classes.names[number]!r} ({number})"
+    finding = f"{report.split}: the labels ({report.labelled}) hold one class, {classes.names[number]!r} ({number})"
     if report.void_pixels and number == 0:
         share = 100 * report.shares()[1]
-        return f"{said}, and {share:.1f} % void: where they are masks of 0 and 255, write 0 and 1, for 255 is void"
-    return f"{said}: there is nothing to tell apart; write the other classes' ids into the labels"
+        return f"{finding}, and {share:.1f} % void: where they are masks of 0 and 255, write 0 and 1, for 255 is void"
+    return f"{finding}: there is nothing to tell apart; write the other classes' ids into the labels"
 
 
 def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubts: Doubts) -> None:
@@ -202,9 +205,9 @@ def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubt
             "check their ids, or leave them out of the class list"
         )
     if "train" in seen:
-        asked = [classes.names[number] for number in sorted(everywhere - set(seen["train"]))]
-        if asked:
+        not_in_train = [classes.names[number] for number in sorted(everywhere - set(seen["train"]))]
+        if not_in_train:
             doubts.warnings.append(
-                f"{len(asked)} of {len(classes)} classes are in no label of train, but in another split: "
-                f"{describe_some(asked)}; they score 0 there, so move some of their images to train"
+                f"{len(not_in_train)} of {len(classes)} classes are in no label of train, but in another split: "
+                f"{describe_some(not_in_train)}; they score 0 there, so move some of their images to train"
             )

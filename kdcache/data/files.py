@@ -49,7 +49,10 @@ def read_image(path: Path) -> Pixels:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of `read_image(path)`, from the file's header where the format allows it."""
+    """(height, width) of `read_image(path)`, from the file's header where the format allows it.
+
+    Raises: DataError for an unreadable file.
+    """
     with _opened(path, "image") as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
         width, height = image.size
@@ -73,14 +76,17 @@ def read_label(path: Path) -> Pixels:
 
 
 def label_palette(path: Path) -> list[tuple[int, int, int]] | None:
-    """The colours of a palette PNG by index, from the header; None of another kind of PNG."""
+    """The colours of a palette PNG by index, from the header; None for another kind of PNG.
+
+    Raises: DataError for an unreadable file.
+    """
     with _opened(path, "label") as image:
         flat = image.getpalette("RGB") if image.mode == "P" else None
     return None if flat is None else list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes, as hex. Raises: DataError when it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -108,7 +114,7 @@ def _unreadable(path: Path, what: str, error: Exception) -> DataError:
 
 
 def _png_kind(path: Path) -> str:
-    """Bit depth and colour type from the IHDR chunk: Pillow's mode does not tell 4-bit grey from 8-bit."""
+    """Bit depth and colour type from the IHDR chunk: Pillow's mode is the same for 4-bit grey and 8-bit."""
     with path.open("rb") as file:
         header = file.read(26)
     if not header.startswith(_PNG_SIGNATURE):

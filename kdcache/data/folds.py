@@ -1,8 +1,8 @@
 """Folds of a split: parts of equal size, each of which another teacher has not seen (cross-fitting).
 
-A teacher is almost always right on the labels that it was trained on, and says so with a confidence that it has
-nowhere else. Its targets are more honest where it has not seen the labels: K teachers, each trained without one of K
-folds, teach that fold. Frames of one video are scattered over the folds, so the teacher of one has seen its neighbours.
+A teacher is almost always right on the labels that it was trained on, with a confidence that it has nowhere else. Its
+targets are more honest where it has not seen the labels: K teachers, each trained without one of K folds, teach that
+fold. Frames of one video are scattered over the folds, so the teacher of one has seen its neighbours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdcache.errors import RecipeError
 
 
 def parse_fold(text: str) -> tuple[int, int]:
-    """'1/4' as (1, 4): the second of four folds, which are counted from 0. Raises RecipeError."""
+    """Read '1/4' as (1, 4): the second of four folds, counted from 0. Raises: RecipeError for another form."""
     first, _, second = text.partition("/")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) and int(second) >= 2):
         raise RecipeError("--fold is I/K: fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4")
@@ -26,14 +26,17 @@ def parse_fold(text: str) -> tuple[int, int]:
 
 
 def fold_alone(split: Split, fold: int, folds: int) -> Split:
-    """The samples of one fold, on which a model that was trained without it can be judged."""
+    """The samples of one fold, on which a model that was trained without it can be judged.
+
+    Raises: RecipeError for a number of folds that the split cannot have.
+    """
     return SplitPart(split, np.flatnonzero(split.folds(folds) == fold).tolist())
 
 
 def check_folds(split: Split, folds: int) -> None:
     """Refuse folds whose absence leaves a class without a labelled pixel: its teacher could never teach that class.
 
-    Reads every label. Raises: RecipeError; DataError for a label that cannot be read.
+    Reads every label. Raises: RecipeError for such folds; DataError for a label that cannot be read.
     """
     fold_of = split.folds(folds)
     labelled = [index for index in range(len(split)) if split.has_label(index)]
@@ -44,11 +47,12 @@ def check_folds(split: Split, folds: int) -> None:
 def check_fold_labels(
     rounds: Iterable[Iterable[tuple[int, Pixels | None]]], folds: int, class_names: Sequence[str]
 ) -> None:
-    """`check_folds` of labels from elsewhere.
+    """Refuse folds as `check_folds` does, for labels that the caller reads.
 
     Args:
-        rounds: of (fold, label); a further one is read only where those before it would be refused.
-    Raises: RecipeError.
+        rounds: iterables of (fold, label), labels uint8 (H, W) or None; a further one is read only where those
+            before it would be refused.
+    Raises: RecipeError when a class has pixels in one fold alone.
     """
     counts, alone = np.zeros((folds, 256), np.int64), list[str]()
     for labels in rounds:
@@ -56,8 +60,8 @@ def check_fold_labels(
             if label is not None:
                 counts[fold] += np.bincount(label.reshape(-1), minlength=256)
         of_class = counts[:, : len(class_names)]
-        found = np.argwhere((of_class == of_class.sum(0)) & (of_class > 0)).tolist()
-        alone = [f"{class_names[c]} is in fold {fold} alone" for fold, c in found]
+        in_one_fold = np.argwhere((of_class == of_class.sum(0)) & (of_class > 0)).tolist()
+        alone = [f"{class_names[c]} is in fold {fold} alone" for fold, c in in_one_fold]
         if not alone:
             return
     if alone:
@@ -94,8 +98,8 @@ class SplitPart(Split):
 
 
 class Excerpt(SplitPart):
-    """Some of the samples, to tell by them what all of them will take: each stays in its fold of the whole split."""
+    """Some of the samples, to estimate the cost of all of them: each stays in its fold of the whole split."""
 
     def folds(self, folds: int) -> npt.NDArray[np.int64]:
-        """That of the whole split, of each sample."""
+        """The fold of every sample (N,), as the whole split deals them out. Raises RecipeError as it does."""
         return self._whole.folds(folds)[self._numbers]

@@ -1,4 +1,4 @@
-"""From what the user typed to splits: a folder in one of the layouts, or the built-in procedural `scenes`."""
+"""Splits from a spec: a folder in one of the layouts, or the built-in procedural `scenes`."""
 
 from __future__ import annotations
 

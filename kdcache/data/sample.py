@@ -1,4 +1,4 @@
-"""What every data set is to the rest of kdcache: class names and, per split, samples with stable ids.
+"""Data sets as the rest of kdcache sees them: class names and, per split, samples with stable ids.
 
 A `Split` is the one interface that the teacher pass, the trainer and the checks read from. It holds
 paths or seeds, never pixels, so it is small, picklable (DataLoader workers use forkserver) and cheap to
@@ -39,7 +39,7 @@ class ClassList:
         names: 2 to 255 unique, non-empty names; the position is the id.
         colours: RGB, 0 to 255, one per name; left out, distinct ones are made.
 
-    Raises: DataError.
+    Raises: DataError for a list or colours that break these rules.
     """
 
     names: tuple[str, ...]
@@ -60,7 +60,7 @@ class ClassList:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ClassList:
-        """The class list that `to_json` described."""
+        """The class list that `to_json` described. Raises: DataError as the constructor does."""
         colours = tuple((r, g, b) for r, g, b in value.get("colours", ()))
         return cls(tuple(value["names"]), colours)
 
@@ -145,10 +145,10 @@ class Split(ABC):
 
     def digest(self) -> str:
         """SHA-256 over class names, sample ids and `label_map`. Cheap: it reads no file, so it cannot see contents."""
-        about: list[list[str] | list[int]] = [list(self.classes.names), list(self.ids)]
+        content: list[list[str] | list[int]] = [list(self.classes.names), list(self.ids)]
         if self.label_map is not None:
-            about.append(self.label_map.tolist())
-        return hashlib.sha256(json.dumps(about, ensure_ascii=True).encode("ascii")).hexdigest()
+            content.append(self.label_map.tolist())
+        return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
 
 
 def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
@@ -189,9 +189,9 @@ def folds_of(ids: Sequence[str], folds: int) -> npt.NDArray[np.int64]:
             remedy="use --folds 2, or a number up to the samples",
         )
     ranked = sorted(range(len(ids)), key=lambda number: (_key(ids[number]), ids[number]))
-    found = np.empty(len(ids), np.int64)
-    found[ranked] = np.arange(len(ids)) % folds
-    return found
+    fold_of = np.empty(len(ids), np.int64)
+    fold_of[ranked] = np.arange(len(ids)) % folds
+    return fold_of
 
 
 def _key(sample: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What a check found in one split."""
+"""The result of a check of one split."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdcache.data.sample import IGNORE_INDEX
 
 @dataclass
 class SplitReport:
-    """What one split holds. Lists name samples by id, files by their path in the split's folder.
+    """The contents and defects of one split. Lists name samples by id, files by their path in the split's folder.
 
     Attributes:
         images, labelled: samples, and those with a label file.
@@ -24,7 +24,7 @@ class SplitReport:
         missing: files that a list names, or their siblings call for, and that are not there.
         unreadable: sample -> why its image or label could not be read, or its numbers not be taken for ids.
         mismatched: sample -> both sizes, where a label has not its image's size.
-        palettes: sample -> what the colours of its palette say, where that is other ids than its indices.
+        palettes: sample -> how the colours of its palette contradict its indices.
         digest: SHA-256 over class names, ids and contents; None when contents were not read or a
             file could not be.
     """
@@ -81,5 +81,5 @@ class SplitReport:
         for ids in self.out_of_range.values():
             files.update(map(int, ids))
             pixels.update({int(number): count for number, count in ids.items()})
-        said = [f"{n} in {files[n]} file{'s' * (files[n] != 1)}, {pixels[n]} pixels" for n in sorted(files)]
-        return "; ".join(said[:most]) + (f"; and {len(said) - most} more ids" if len(said) > most else "")
+        stray = [f"{n} in {files[n]} file{'s' * (files[n] != 1)}, {pixels[n]} pixels" for n in sorted(files)]
+        return "; ".join(stray[:most]) + (f"; and {len(stray) - most} more ids" if len(stray) > most else "")

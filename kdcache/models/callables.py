@@ -31,11 +31,13 @@ class WrappedModel(SegmentationModel):
     """A foreign network behind the interface; its state dict keeps the network's own names.
 
     Taps are dotted module names, any whose output is (B, c, h, w); `taps` lists the network's direct children
-    of that kind in the order they ran. They are read by forward hooks that exist only while a tap is asked
-    for, see only the calls of their own thread, and copy the feature, which a later in-place layer would
+    of that kind in the order they ran. They are read by forward hooks that exist only while a tap is
+    wanted, see only the calls of their own thread, and copy the feature, which a later in-place layer would
     overwrite.
 
     The module's attributes `align_corners` (False when absent), `mean` and `std` are honoured.
+
+    Raises: ModelError when the network fails on an image, or has another number of classes.
     """
 
     def __init__(self, spec: str, network: nn.Module, num_classes: int | None) -> None:
@@ -62,6 +64,7 @@ class WrappedModel(SegmentationModel):
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+        """Run the network. Raises: ModelError for an unknown tap, or one that gives no (B, c, h, w) tensor."""
         self.check_taps(taps)
         if not taps:
             return NativeOutput(_logits(self.spec, self.network(x_B3HW)), {})
@@ -71,10 +74,10 @@ class WrappedModel(SegmentationModel):
         for tap in taps:
             feature = outputs.get(tap)
             if not isinstance(feature, Tensor) or feature.ndim != 4:
-                found = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+                kind = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
                 raise ModelError(
                     "a tapped module must run and return a (B, c, h, w) tensor",
-                    received=f"{tap!r} of {self.spec} returned {found}",
+                    received=f"{tap!r} of {self.spec} returned {kind}",
                     remedy=f"tap another module, for example {', '.join(self.taps) or 'a convolution'}",
                 )
             features[tap] = feature
@@ -92,17 +95,17 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
 
     Args:
         num_classes: None calls the function without it; it must then have a default of its own.
-    Raises: ModelError when the import fails, when what was found cannot be called or returns no module, when
+    Raises: ModelError when the import fails, when the name is missing, cannot be called or returns no module, when
         the model fails on an image, or when it has another number of classes.
     """
     place, _, name = spec.rpartition(":")
     with _working_folder_on_path():
         function = getattr(_import(place, spec), name, None)
         if not callable(function):
-            found = "no such name" if function is None else f"of type {type(function).__name__}"
+            problem = "no such name" if function is None else f"of type {type(function).__name__}"
             raise ModelError(
                 "a model must be module:function with a function that returns the network",
-                received=f"{spec}: {name} is {found}",
+                received=f"{spec}: {name} is {problem}",
                 remedy=f"define {name}(num_classes) there",
             )
         network = _call(spec, function, num_classes)
@@ -117,7 +120,7 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
     network.spec = spec
     if num_classes is not None and network.num_classes != num_classes:
         raise ModelError(
-            "a model must have the number of classes that it is asked for",
+            "a model must have the number of classes that it is built for",
             received=f"{network.num_classes} instead of {num_classes} from {spec}",
             remedy="use the num_classes that the function is given",
         )
@@ -130,12 +133,14 @@ def _import(place: str, spec: str) -> ModuleType:
             return importlib.import_module(place)
         path = Path(place).resolve(strict=True)
         # The path is part of the name: two files called model.py are two modules.
-        found = importlib.util.spec_from_file_location(f"kdcache_user{path.with_suffix('')}".replace("/", "_"), path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules[found.name] = module  # dataclasses and pickling look their module up there
-        found.loader.exec_module(module)
+        module_spec = importlib.util.spec_from_file_location(
+            f"kdcache_user{path.with_suffix('')}".replace("/", "_"), path
+        )
+        assert module_spec is not None
+        assert module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_spec.name] = module  # dataclasses and pickling read their module there
+        module_spec.loader.exec_module(module)
     except Exception as error:
         raise ModelError(
             "the module of a model spec must import",
@@ -152,20 +157,20 @@ def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> o
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
-        given = ", ".join(f"{k}={v}" for k, v in arguments.items()) or "no argument, as no num_classes is known"
+        shown = ", ".join(f"{k}={v}" for k, v in arguments.items()) or "no argument, as no num_classes is known"
         raise ModelError(
             "a model function must be callable with num_classes, or without when it knows its own",
-            received=f"{spec} with {given}: {error}",
+            received=f"{spec} with {shown}: {error}",
             remedy="write it as def build(num_classes=21), or give the number of classes (in Python num_classes, on "
             "the command line --classes FOLDER or --data)",
         ) from error
-    except ValueError:  # a builtin without a signature: the call itself will tell
+    except ValueError:  # a builtin without a signature: the call itself will fail or not
         pass
     return function(**arguments)
 
 
 def _takes(function: Callable[..., Any], **arguments: Any) -> bool:
-    """Whether a function can be called so; True where it does not tell."""
+    """Whether a function's signature takes these arguments; True where it has none."""
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError:
@@ -177,7 +182,7 @@ def _takes(function: Callable[..., Any], **arguments: Any) -> bool:
 
 @contextmanager
 def _working_folder_on_path() -> Iterator[None]:
-    """Let `my_models:build` find ./my_models.py: a console script does not look there by itself.
+    """Let `my_models:build` find ./my_models.py: a console script does not search there by itself.
 
     At the end of the path, so that a local file never hides an installed module.
     """

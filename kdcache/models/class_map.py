@@ -1,4 +1,4 @@
-"""A teacher's classes as the data's classes: several teacher classes may become one, some may be dropped."""
+"""Mapping a teacher's classes to the data's: several teacher classes may become one, some may be dropped."""
 
 import difflib
 import json
@@ -57,15 +57,15 @@ def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence
 
 
 def count_sources(path: str | Path) -> int:
-    """How many classes the teacher of a class map has: one more than the largest id. Raises ModelError."""
-    found = [int(teacher) for _, teacher, _ in _entries(Path(path)) if teacher.isdecimal()]
-    if not found:
+    """The number of classes of a class map's teacher: one more than the largest id. Raises: ModelError without one."""
+    ids = [int(teacher) for _, teacher, _ in _entries(Path(path)) if teacher.isdecimal()]
+    if not ids:
         _refuse("every teacher class must be listed", f"{path} without an id", "write a line `<id> <name>` for each")
-    return max(found) + 1
+    return max(ids) + 1
 
 
 class ClassMapped(SegmentationModel):
-    """A model that speaks the data's classes: probabilities of merged classes are summed.
+    """A model with the data's classes: probabilities of merged classes are summed.
 
     The logit of a data class is the logsumexp of its source classes' logits, so the softmax over the data's
     classes is the sum of the sources' probabilities, renormalised when classes are dropped. This is exact at

@@ -31,10 +31,10 @@ _LEAST = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Tta:
-    """Test-time augmentation: the renderings of an image that a teacher's word is the mean of.
+    """Test-time augmentation: the renderings of an image whose mean is a teacher's prediction.
 
     Attributes:
-        flip: mirrored too. scales: of height and width, all that are looked at.
+        flip: mirrored too. scales: factors of height and width, one rendering each.
     """
 
     flip: bool = False
@@ -42,7 +42,7 @@ class Tta:
 
     @classmethod
     def parse(cls, text: str) -> "Tta":
-        """From `flip,scales=0.75:1.0:1.25`, either part alone too. Raises RecipeError."""
+        """Read `flip,scales=0.75:1.0:1.25`, or either part alone. Raises: RecipeError for anything else."""
         flip, scales = cls.flip, cls.scales
         for part in text.split(","):
             word, _, value = (piece.strip() for piece in part.partition("="))
@@ -80,7 +80,7 @@ class EnsembleModel(SegmentationModel):
         for name, what in (("num_classes", "classes"), ("align_corners", "resize of logits (align_corners)")):
             if len({getattr(member, name) for member in members}) > 1:
                 raise ModelError(
-                    f"teachers that speak together have the same {what}",
+                    f"teachers of one ensemble have the same {what}",
                     received=", ".join(f"{member.spec} {getattr(member, name)}" for member in members),
                     remedy="leave out those that differ; --class-map FILE maps classes",
                 )
@@ -106,30 +106,30 @@ class EnsembleModel(SegmentationModel):
         return self.parts[index] if self.tta is None else EnsembleModel([self.parts[index]], tta=self.tta).eval()
 
     def plain(self) -> SegmentationModel:
-        """The same without augmentation."""
+        """This ensemble without augmentation."""
         return EnsembleModel(self.parts, self.shares).eval()
 
     def check_taps(self, taps: Iterable[str]) -> None:
         self.parts[0].check_taps(tap for tap in taps if tap != AGREEMENT)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
-        """The ensemble's word; `x_B3HW` is RGB in 0..1 (see `normalise`)."""
+        """Log of the mean probabilities (B, C, h, w), with features; `x_B3HW` is RGB in 0..1 (see `normalise`)."""
         self.check_taps(taps)
-        asked = [tap for tap in taps if tap != AGREEMENT]
-        said: list[list[Tensor]] = []
+        member_taps = [tap for tap in taps if tap != AGREEMENT]
+        p_of_members: list[list[Tensor]] = []
         features: dict[str, Tensor] = {}
         for place, member in enumerate(self.parts):
-            said.append([])
+            p_of_members.append([])
             for x, mirrored, plain in _renderings(x_B3HW, self.tta or Tta()):
-                output = member(member.standardise(x), asked if plain and place == 0 else ())
+                output = member(member.standardise(x), member_taps if plain and place == 0 else ())
                 features |= output.features
                 p_BChw = output.logits.float().softmax(1)
-                said[-1].append(p_BChw.flip(-1) if mirrored else p_BChw)
-        if asked and not features:
-            features = self.parts[0](self.parts[0].standardise(x_B3HW), asked).features
-        passes = [p_BChw for passes in said for p_BChw in passes]
+                p_of_members[-1].append(p_BChw.flip(-1) if mirrored else p_BChw)
+        if member_taps and not features:
+            features = self.parts[0](self.parts[0].standardise(x_B3HW), member_taps).features
+        passes = [p_BChw for passes in p_of_members for p_BChw in passes]
         grid = max(p.shape[-2] for p in passes), max(p.shape[-1] for p in passes)
-        p_MBChw = [torch.stack([self.upsample(p, grid) for p in passes]).mean(0) for passes in said]
+        p_MBChw = [torch.stack([self.upsample(p, grid) for p in passes]).mean(0) for passes in p_of_members]
         mean_BChw = _weighted(self.shares, p_MBChw)
         if AGREEMENT in taps:
             best_B1hw = mean_BChw.argmax(1, keepdim=True)
@@ -158,15 +158,15 @@ def _weighted(shares: Sequence[float], values: Sequence[Tensor]) -> Tensor:
 
 def _shares(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:
     """Weights that sum to 1."""
-    given = [1.0] * members if weights is None else list(weights)
-    if len(given) == members and all(math.isfinite(weight) and weight > 0 for weight in given):
-        shares = tuple(weight / max(given) for weight in given)
+    values = [1.0] * members if weights is None else list(weights)
+    if len(values) == members and all(math.isfinite(weight) and weight > 0 for weight in values):
+        shares = tuple(weight / max(values) for weight in values)
         shares = tuple(share / sum(shares) for share in shares)
         if min(shares) > 0:
             return shares
     raise RecipeError(
         "--teacher-weights has one finite number above 0 per teacher",
-        received=f"{', '.join(f'{weight:g}' for weight in given) or 'none'} for {members} teachers",
+        received=f"{', '.join(f'{weight:g}' for weight in values) or 'none'} for {members} teachers",
         remedy=f"for instance --teacher-weights {','.join(['1'] * members)}",
     )
 

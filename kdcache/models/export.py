@@ -29,7 +29,7 @@ from kdcache.models.weights import load_weights
 from kdcache.run_folder import RunModel
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
-"""What a file of each format ends with."""
+"""The suffix of each format's files."""
 PROGRAM_METADATA = "kdcache.json"
 """Name of the metadata among the extra files of a torch.export program."""
 TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ _FREE = ((0, 2, 3), (0,), ())  # axes that may vary, the most first
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """A file that was written and checked.
 
     Attributes:
         checked_by: who ran the file; None when nobody could, see `unchecked`.
@@ -86,7 +86,7 @@ class Deployed(nn.Module):
 
 def export_model(
     model: SegmentationModel,
-    about: RunModel,
+    description: RunModel,
     out: str | Path,
     *,
     format: str | None = None,
@@ -97,7 +97,7 @@ def export_model(
 
     Args:
         model: on the CPU; it is left in eval mode.
-        about: what the file says of it; its size is where the file is checked.
+        description: the metadata of the file; its size is where the file is checked.
         format: one of SUFFIXES; default by the suffix of `out`.
         raw: logits at the native stride; not for `safetensors`, which holds no graph.
         tolerance: largest difference allowed, as a part of the largest logit.
@@ -105,22 +105,22 @@ def export_model(
         library is missing, or the file answers otherwise. Nothing is left behind then.
     """
     out = Path(out)
-    chosen = _format(out, format)
+    kind = _format(out, format)
     _check_place(out)
-    if raw and chosen == "safetensors":
+    if raw and kind == "safetensors":
         raise RecipeError(
             "raw logits are of a graph", received="--raw with safetensors, which holds weights alone",
             remedy="leave out --raw: whoever builds the model from its weights gets native-stride logits anyway",
         )  # fmt: skip
     deployed = Deployed(model.eval(), raw).eval()
-    metadata = {**about.metadata(), **_interface(model, raw)} if chosen != "safetensors" else about.metadata()
+    metadata = {**description.metadata(), **_interface(model, raw)} if kind != "safetensors" else description.metadata()
     with replacing(out) as partial:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters deprecate their own insides
-            free, run, unchecked = _WRITERS[chosen](deployed, about, metadata, partial)
+            free, run, unchecked = _WRITERS[kind](deployed, description, metadata, partial)
             difference, relative = 0.0, 0.0
             if run is not None:
-                difference, relative = _compare(deployed, run, about, free, raw or chosen == "safetensors")
+                difference, relative = _compare(deployed, run, description, free, raw or kind == "safetensors")
         if not relative <= tolerance:  # also when it is NaN
             raise ModelError(
                 f"an exported file answers as the model does, up to {tolerance:g} of its largest logit",
@@ -130,28 +130,28 @@ def export_model(
         size_bytes = partial.stat().st_size
     names = tuple(name for axis, name in ((0, "batch"), (2, "height"), (3, "width")) if axis in free)
     return Exported(
-        out, chosen, size_bytes, names, None if unchecked else _CHECKERS[chosen], unchecked, difference, relative
+        out, kind, size_bytes, names, None if unchecked else _CHECKERS[kind], unchecked, difference, relative
     )
 
 
-def _write_weights(deployed: Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
+def _write_weights(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     tensors = {name: tensor.contiguous().clone() for name, tensor in deployed.model.state_dict().items()}
     save_file(tensors, path, {"format": "pt", **metadata})
-    again = build_model(about.spec, len(about.class_names), mean=about.mean, std=about.std)
+    again = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
     load_weights(again, load_file(path), strict_head=True)
     return (0, 2, 3), Deployed(again.eval(), raw=True), ""
 
 
-def _write_program(deployed: Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
-    program, free = _trace(deployed, about)
+def _write_program(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
+    program, free = _trace(deployed, description)
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={PROGRAM_METADATA: json.dumps(metadata)})
     with path.open("rb") as file:
         return free, torch.export.load(file).module(), ""
 
 
-def _write_onnx(deployed: Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
+def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
     lacking = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if lacking:
         raise ModelError(
@@ -159,7 +159,7 @@ def _write_onnx(deployed: Deployed, about: RunModel, metadata: dict[str, str], p
             received=f"no module {' and '.join(lacking)}",
             remedy="pip install kdcache[onnx]",
         )
-    program, free = _trace(deployed, about)
+    program, free = _trace(deployed, description)
     made = torch.onnx.export(program, (), input_names=["image"], output_names=["logits"], dynamo=True, verbose=False)
     assert made is not None
     made.model.metadata_props.update(metadata)
@@ -185,56 +185,56 @@ _WRITERS: dict[str, Callable[[Deployed, RunModel, dict[str, str], Path], _Writte
 _CHECKERS = {"safetensors": "a model built from it", "onnx": "onnxruntime", "torch.export": "torch.export.load"}
 
 
-def _trace(deployed: Deployed, about: RunModel) -> tuple[Any, tuple[int, ...]]:
+def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, ...]]:
     """The program with as many free axes as the model allows, and which."""
     failure: Exception | None = None
     for free in _FREE:
-        batch, height, width = _TRACED if 2 in free else (_TRACED[0] if free else 1, *about.size)
+        batch, height, width = _TRACED if 2 in free else (_TRACED[0] if free else 1, *description.size)
         axes: dict[int, Any] = dict.fromkeys(free, torch.export.Dim.AUTO)
         image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
         try:
             program = torch.export.export(deployed, (image,), dynamic_shapes={"image": axes})
-            # Where the model needs one size, AUTO says so by a number.
+            # Where the model needs one size, AUTO gives a number.
             shape = next(node for node in program.graph.nodes if node.name == "image").meta["val"].shape
             if not any(isinstance(shape[axis], int) for axis in free):
-                program.module()(torch.zeros(1, 3, *about.size))  # what was traced may exclude small images
+                program.module()(torch.zeros(1, 3, *description.size))  # what was traced may exclude small images
                 return program, free
         except Exception as error:  # of the model, of Dynamo, of the exporter
             failure = error
     raise ModelError(
         "a model is exported by tracing it with torch.export",
-        received=f"{about.spec}: {type(failure).__name__}: {(str(failure).strip() or '-').splitlines()[0]}",
+        received=f"{description.spec}: {type(failure).__name__}: {(str(failure).strip() or '-').splitlines()[0]}",
         remedy="export --format safetensors, or rewrite what torch.export cannot trace",
     ) from failure
 
 
 def _compare(
-    deployed: Deployed, run: Callable[[Tensor], Tensor], about: RunModel, free: tuple[int, ...], raw: bool
+    deployed: Deployed, run: Callable[[Tensor], Tensor], description: RunModel, free: tuple[int, ...], raw: bool
 ) -> tuple[float, float]:
     """Largest difference at the size of use and, where it may be another, at another one; also relative to a logit."""
-    sizes = [(1, *about.size)]
+    sizes = [(1, *description.size)]
     if 2 in free:
-        sizes.append((2, _other(about.size[0]), _other(about.size[1])))
+        sizes.append((2, _other(description.size[0]), _other(description.size[1])))
     own = Deployed(deployed.model, raw).eval()
     differences = []
     for number, (batch, height, width) in enumerate(sizes):
         image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(number))
         expected = own(image)
         try:
-            found = run(image)
+            logits = run(image)
         except Exception as error:
             raise ModelError(
                 "an exported file runs",
                 received=f"{type(error).__name__} at {batch}x3x{height}x{width}: {str(error).splitlines()[0]}",
                 remedy="export in another format",
             ) from error
-        if found.shape != expected.shape:
+        if logits.shape != expected.shape:
             raise ModelError(
                 "an exported file answers in the model's shape",
-                received=f"{tuple(found.shape)} instead of {tuple(expected.shape)}",
+                received=f"{tuple(logits.shape)} instead of {tuple(expected.shape)}",
                 remedy="export in another format",
             )
-        difference = (found - expected).abs().max()
+        difference = (logits - expected).abs().max()
         differences.append(torch.stack([difference, difference / expected.abs().max().clamp(min=_LEAST)]))
     worst, relative = torch.stack(differences).amax(0).tolist()  # NaN stays NaN
     return worst, relative
@@ -247,7 +247,7 @@ def _other(side: int) -> int:
 
 
 def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
-    """What a reader of a graph must know to use it."""
+    """Metadata that a user of the graph needs: input, output, stride."""
     answer = f"logits (B, C, h, w) at stride {model.stride}" if raw else "logits (B, C, H, W)"
     return {
         "input": "image: float32 RGB in 0..1 (B, 3, H, W); normalisation is inside",
@@ -275,7 +275,7 @@ def _format(out: Path, format: str | None) -> str:
         raise RecipeError(f"--format is one of {allowed}", received=repr(format), remedy="pick one of them")
     if out.suffix not in by_suffix or by_suffix[out.suffix] != (format or by_suffix[out.suffix]):
         raise RecipeError(
-            f"a file's suffix says its format: {allowed}",
+            f"a file's suffix names its format: {allowed}",
             received=f"--out {out}" + (f" with --format {format}" if format else ""),
             remedy=f"for instance --out {out.with_suffix(SUFFIXES[format or 'onnx'])}" if out.name else "give a file",
         )

@@ -24,15 +24,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class NativeOutput(NamedTuple):
-    """What a model says about a batch."""
+    """A model's outputs for a batch."""
 
     logits: Tensor  # (B, C, h, w) at the native stride, not upsampled
-    features: dict[str, Tensor]  # tap -> (B, c, h', w'); exactly the taps that were asked for
+    features: dict[str, Tensor]  # tap -> (B, c, h', w'); exactly the taps that were given
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading weights did to a model; names of tensors in the state dict."""
+    """The result of loading weights into a model; names of tensors in the state dict."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...] = ()  # only counters that do not matter (num_batches_tracked)
@@ -102,28 +102,30 @@ class SegmentationModel(nn.Module):
         Args:
             x_B3HW: floating, already normalised (see `normalise`).
             taps: names out of `self.taps`.
-        Returns: logits (B, C, h, w) at the native stride and the features asked for.
+        Returns: logits (B, C, h, w) at the native stride, and the features (B, c, h', w') by tap.
         Raises: ModelError for an unknown tap.
         """
         raise NotImplementedError
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Of RGB in 0..1; ImageNet's unless it was set."""
+        """The mean of RGB in 0..1; ImageNet's unless it was set."""
         return self._mean
 
     @mean.setter
     def mean(self, value: Iterable[float]) -> None:
+        """Set it. Raises: ModelError unless these are three finite numbers."""
         self._mean = _rgb("mean", value)
         self._moments = {}
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Of RGB in 0..1, above 0; ImageNet's unless it was set."""
+        """The standard deviation of RGB in 0..1, above 0; ImageNet's unless it was set."""
         return self._std
 
     @std.setter
     def std(self, value: Iterable[float]) -> None:
+        """Set it. Raises: ModelError unless these are three finite numbers above 0."""
         std = _rgb("std", value)
         if min(std) <= 0:
             raise ModelError("std must be above 0", received=str(std), remedy="give std of RGB in 0..1")
@@ -161,7 +163,7 @@ class SegmentationModel(nn.Module):
         return F.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=self.align_corners)
 
     def check_taps(self, taps: Iterable[str]) -> None:
-        """Raise ModelError for the first name that is no tap of this model."""
+        """Refuse names that are no taps of this model. Raises: ModelError for the first, with the nearest."""
         for tap in taps:
             if tap not in self.taps:
                 near = difflib.get_close_matches(tap, self.taps, n=3)
@@ -177,12 +179,12 @@ class SegmentationModel(nn.Module):
 
     def _moments_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and std as (3, 1, 1) on `device`, kept: a copy to the GPU per batch would synchronise."""
-        found = self._moments.get(device)
-        if found is None:
+        moments = self._moments.get(device)
+        if moments is None:
             mean = torch.tensor(self._mean, dtype=torch.float32, device=device).view(3, 1, 1)
             std = torch.tensor(self._std, dtype=torch.float32, device=device).view(3, 1, 1)
-            found = self._moments[device] = (mean, std)
-        return found
+            moments = self._moments[device] = (mean, std)
+        return moments
 
 
 def _rgb(name: str, value: Iterable[float]) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""What kind of numbers a network gives, found by asking it about images that are none."""
+"""A probe of the numbers that a network returns, with artificial images: probabilities or logits."""
 
 import torch
 
@@ -8,7 +8,7 @@ from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import is_listed
 
 PROBABILITIES = "returns probabilities (in every pixel none is below 0, and they sum to 1) where logits are due"
-"""What is said of such a network."""
+"""The defect of such a network, for messages."""
 _PROBE_PX = 128  # as the probe of foreign networks
 _TOLERANCE = 1e-2
 """How far from 1 sums of probabilities may be, in float16 and of many classes."""
@@ -18,7 +18,7 @@ def returns_probabilities(model: SegmentationModel) -> bool:
     """Whether, in eval mode, a network gives probabilities where logits are due.
 
     That is so when on a black image, a smooth one and noise the numbers of every cell sum to 1 and none is below 0.
-    Of an ensemble it is so when it is of any member; of a model whose classes are mapped, before they are.
+    For an ensemble that is when any member does; for a model whose classes are mapped, before they are.
     """
     if isinstance(model, EnsembleModel):
         return any(map(returns_probabilities, model.parts))
@@ -32,7 +32,7 @@ def returns_probabilities(model: SegmentationModel) -> bool:
     try:
         with torch.no_grad():  # one by one, as much as any use of the network takes
             return all(_sums_to_one(model, image[None], like) for image in _images())
-    except Exception:  # it takes no images of this size, and says so itself where it is used
+    except Exception:  # it takes no images of this size, and fails by itself where it is used
         return False
     finally:
         for module, training in modes.items():
@@ -40,8 +40,8 @@ def returns_probabilities(model: SegmentationModel) -> bool:
 
 
 def _sums_to_one(model: SegmentationModel, image_1HW3: torch.Tensor, like: torch.Tensor) -> bool:
-    said = model(model.normalise(image_1HW3.to(like.device)).to(like.dtype)).logits.float()
-    return bool((said >= 0).all() and ((said.sum(1) - 1).abs() <= _TOLERANCE).all())
+    values = model(model.normalise(image_1HW3.to(like.device)).to(like.dtype)).logits.float()
+    return bool((values >= 0).all() and ((values.sum(1) - 1).abs() <= _TOLERANCE).all())
 
 
 def _images() -> torch.Tensor:

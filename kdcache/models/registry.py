@@ -24,7 +24,7 @@ _LISTED_PX = 256
 
 
 class _Family(Protocol):
-    """What a module of models offers."""
+    """The interface of a module of models."""
 
     @property
     def NAMES(self) -> tuple[str, ...]: ...  # noqa: N802
@@ -86,23 +86,23 @@ def build_model(
     Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, or a foreign
         function that fails.
     """
-    known, name = _home(spec)
+    builder, name = _home(spec)
     if num_classes is not None and num_classes < 1:
         raise ModelError("num_classes must be at least 1", received=str(num_classes), remedy="count the data's classes")
     strict = num_classes is None if strict_head is None else strict_head
     state = _state(spec, weights, whole=strict)
-    if known is None:
+    if builder is None:
         model = callables.build(spec, num_classes)
     else:
         count = num_classes
         if count is None:
             if state is None:
                 _refuse_uncounted(spec)
-            count = count_classes(state, known.classifier_keys(name))
-        model = known.build(name, count)
+            count = count_classes(state, builder.classifier_keys(name))
+        model = builder.build(name, count)
     if state is not None:
         model.load_report = load_weights(model, state, strict_head=strict)
-    if known is smp and weights == "default":
+    if builder is smp and weights == "default":
         model.mean, model.std = smp.default_moments(name)
     elif weights is not None and weights != "default" and (moments := _exported_moments(weights)):
         model.mean, model.std = moments
@@ -168,20 +168,20 @@ def _home(spec: str) -> tuple[_Family | None, str]:
     """The module that builds a spec, None for a function of the user's, and the name in it."""
     family, _, name = spec.rpartition(":")
     if family in _FAMILIES:
-        found = next((module for module in _FAMILIES[family] if name in module.NAMES), None)
-        if found is not None or family == "smp":
+        builder = next((module for module in _FAMILIES[family] if name in module.NAMES), None)
+        if builder is not None or family == "smp":
             if _lacking(family):
                 _refuse_lacking(spec, family)
-            if found is None:
+            if builder is None:
                 smp.check_name(name)
-            return found or smp, name
+            return builder or smp, name
     if not family or family in _FAMILIES or _misspelt(family):
         _refuse_unknown(spec)
     return None, name
 
 
 def _misspelt(family: str) -> bool:
-    """Whether it is no module, but nearly a family."""
+    """Whether a name is no module, but nearly a family."""
     if "." in family or "/" in family or not difflib.get_close_matches(family, _FAMILIES, n=1, cutoff=0.75):
         return False
     return importlib.util.find_spec(family) is None and not any(Path(family + end).exists() for end in ("", ".py"))
@@ -204,14 +204,14 @@ def _state(spec: str, weights: str | Path | None, whole: bool) -> dict[str, Tens
         return None
     if weights != "default":
         return read_state_dict(weights)
-    known, name = _home(spec)
-    if known is None:
+    builder, name = _home(spec)
+    if builder is None:
         raise ModelError(
             "weights 'default' are a library's published ones",
             received=f"{spec}, which is your own function",
             remedy="load them in the function, or give a file",
         )
-    return known.default_state(name, whole)
+    return builder.default_state(name, whole)
 
 
 def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | None:

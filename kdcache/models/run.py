@@ -29,8 +29,9 @@ class Classes(Protocol):
     def colours(self) -> tuple[tuple[int, int, int], ...]: ...
 
 
-def write_run_model(run: Path, about: RunModel) -> None:
-    write_whole(run / MODEL, about.model_dump_json(indent=1) + "\n")
+def write_run_model(run: Path, description: RunModel) -> None:
+    """Write a run's `model.json`, whole or not at all."""
+    write_whole(run / MODEL, description.model_dump_json(indent=1) + "\n")
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
@@ -53,16 +54,16 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
         that is not trusted.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    about, path = run.model, run.weights(which)
+    description, path = run.model, run.weights(which)
     with trusting(trust):
-        check_trusted(about.spec, str(run.folder / MODEL))
-    model = build_model(about.spec, len(about.class_names), mean=about.mean, std=about.std)
+        check_trusted(description.spec, str(run.folder / MODEL))
+    model = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
     load_weights(model, read_state_dict(path), strict_head=True)
-    return model.eval(), about
+    return model.eval(), description
 
 
 def split_spec(text: str) -> tuple[str, str] | None:
-    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Raises ModelError for a spec alone."""
+    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Raises: ModelError for a spec alone."""
     weighted = _SPEC_WITH_WEIGHTS.fullmatch(text)
     if weighted and not (Path(text) / MODEL).is_file():
         return weighted[1], weighted[2]
@@ -93,9 +94,9 @@ def open_model(
             file keep their own unless they are mapped (see `RunModel.check_classes`).
         size: (H, W) of the pixels it is used at; default a run's or an exported file's own.
         which: of a run's weights, `best` or `last`.
-        class_map: file that says which data class each of its classes becomes (see `read_class_map`).
+        class_map: file with the data class that each of its classes becomes (see `read_class_map`).
         trust: as `load_run`.
-    Raises: RecipeError, ModelError, MismatchError naming what is missing or does not fit.
+    Raises: RecipeError for no run, no checkpoint or no size; ModelError for weights or a class map that do not fit.
     """
     parts = split_spec(text)
     run: Run | None = None
@@ -104,8 +105,8 @@ def open_model(
         description: RunModel | None = run.model
     else:
         description = _description(*parts)
-    chosen = size if description is None else size or description.size
-    if chosen is None:
+    used_size = size if description is None else size or description.size
+    if used_size is None:
         raise RecipeError(
             "a model that is no run needs the size of its images",
             received=f"{text} and no --size",
@@ -123,15 +124,15 @@ def open_model(
     if class_map is None and description is not None:
         names, colours = description.class_names, description.class_colours
     else:
-        known = classes(model.num_classes) if callable(classes) else classes
-        names, colours = known.names, known.colours
+        class_list = classes(model.num_classes) if callable(classes) else classes
+        names, colours = class_list.names, class_list.colours
     if class_map is not None:
         model = ClassMapped(model, read_class_map(class_map, model.num_classes, names)).eval()
     return model, RunModel(
         spec=model.spec,
         class_names=names,
         class_colours=colours,
-        size=chosen,
+        size=used_size,
         mean=model.mean,
         std=model.std,
         trained_on="" if description is None else description.trained_on,
@@ -139,14 +140,14 @@ def open_model(
 
 
 def _count_of_function(description: RunModel | None, class_map: str | Path | None) -> int | None:
-    """What a user's function is called with where there are no classes: its weights cannot be counted before it."""
+    """The number of classes for a user's function where there is no list: its weights cannot be counted before it."""
     if description is not None:
         return len(description.class_names)
     return None if class_map is None else count_sources(class_map)
 
 
 def _description(spec: str, weights: str) -> RunModel | None:
-    """What a file that kdcache exported says of itself."""
+    """The metadata of a file that kdcache exported; None without."""
     if weights == "default":
         return None
     description = RunModel.from_metadata(read_metadata(weights), Path(weights))

@@ -1,4 +1,4 @@
-"""Whose code may run: a run folder names its model, and for `module:function` that is code to import.
+"""Trust in code that files name: a run folder names its model, and for `module:function` that is code to import.
 
 A name that the user gives is imported. A name that a file brings (a run's `model.json`, a recipe) is imported when the
 user trusts it (`--trust`), or when a training of this user was begun with that very function. The latter is a list in
@@ -45,14 +45,14 @@ def check_trusted(spec: str, where: str) -> None:
     if [source, function] in _remembered():
         return
     raise ModelError(
-        "code that a file names is imported only when you say so, or when you have trained with it",
+        "code that a file names is imported only when you allow it, or when you have trained with it",
         received=f"{where} names the model {spec}: {source} would be imported, and {function} called",
-        remedy="look at that code; if you trust it, add --trust (in Python: trust=True)",
+        remedy="read that code; if you trust it, add --trust (in Python: trust=True)",
     )
 
 
 def remember(spec: str) -> str | None:
-    """Note that a training was begun with this function; returns what to tell when that cannot be written."""
+    """Note that a training was begun with this function; returns a warning when that cannot be written."""
     if not is_function(spec):
         return None
     entry = list(_resolved(spec))
@@ -80,8 +80,10 @@ def _resolved(spec: str) -> tuple[str, str]:
     top, _, rest = place.partition(".")
     folder = os.getcwd()
     path = sys.path if folder in sys.path else [*sys.path, folder]  # as callables.py imports it
-    found = importlib.machinery.PathFinder.find_spec(top, path) if top.isidentifier() else None
-    source = top if found is None else found.origin or next(iter(found.submodule_search_locations or []), top)
+    module_spec = importlib.machinery.PathFinder.find_spec(top, path) if top.isidentifier() else None
+    source = top
+    if module_spec is not None:
+        source = module_spec.origin or next(iter(module_spec.submodule_search_locations or []), top)
     return str(Path(source).resolve()) if source != top else top, f"{place}:{function}" if rest else function
 
 
@@ -89,8 +91,8 @@ def _remembered() -> list[object]:
     """Functions of earlier trainings; none where the list is missing, or could have been written by others."""
     try:
         path = _path()
-        about = path.stat()
-        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        status = path.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, RuntimeError, ValueError):

@@ -58,7 +58,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The texts in the header of a `.safetensors` file or a folder with one; empty for other files."""
+    """The texts in the header of a `.safetensors` file or a folder with one; empty for other files.
+
+    Raises: ModelError for a damaged file.
+    """
     path = _in_folder(Path(path))
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
@@ -117,9 +120,9 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     )
 
 
-def _check_numbers(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _check_numbers(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
     """Every weight is a finite real number; a buffer may be infinite where the model's own is. Raises ModelError."""
-    for name, value in given.items():
+    for name, value in loaded.items():
         if value.is_complex() and not own[name].is_complex():
             kind = "complex numbers"
         elif not own[name].is_floating_point() or own[name].is_meta:
@@ -138,7 +141,7 @@ def _check_numbers(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> No
 
 
 def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -> int:
-    """The number of classes of the classifier in `state`; ModelError when it has none."""
+    """The number of classes of the classifier in `state`. Raises: ModelError when it has none."""
     name = f"{classifier_keys[0]}weight"
     if name not in state:
         raise ModelError(
@@ -153,6 +156,8 @@ def state_digest(module: nn.Module) -> str:
     """SHA-256 (hexadecimal) over names, dtypes, shapes and bytes of the state dict, buffers included.
 
     Independent of the device, of the memory format and of the order of the names.
+
+    Raises: ModelError for a state dict that holds more than tensors.
     """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -171,14 +176,14 @@ def state_digest(module: nn.Module) -> str:
 def _in_folder(path: Path) -> Path:
     if not path.is_dir():
         return path
-    found = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
-    if found is None:
+    file = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
+    if file is None:
         raise ModelError(
             f"weights must be a file, or a folder with {' or '.join(HUB_FILES)}",
             received=f"{path}, which has neither",
             remedy="check the path, or give the file itself",
         )
-    return found
+    return file
 
 
 def _read_safetensors(path: Path) -> object:
@@ -197,12 +202,12 @@ def _read_torch(path: Path) -> object:
             warnings.simplefilter("ignore")  # about pickle protocols: a refusal follows where it matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
-        if found is None:
+        pickled = re.search(r"(?:GLOBAL|global|class) ([\w.]+)", str(error))
+        if pickled is None:
             raise _damaged(path, error) from error
         raise ModelError(
             "weights must hold tensors only: unpickling other objects can run code",
-            received=f"{path} with a pickled {found[1]}",
+            received=f"{path} with a pickled {pickled[1]}",
             remedy="if you trust it, load it yourself with weights_only=False and save its state dict alone",
         ) from error
     except Exception as error:  # torch meets a damaged file with anything from KeyError to OSError
@@ -212,7 +217,7 @@ def _read_torch(path: Path) -> object:
 def _damaged(path: Path, error: Exception) -> ModelError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return ModelError(
-        "a weights file must be whole and of the kind that its suffix says",
+        "a weights file must be whole and of the kind that its suffix names",
         received=f"{path} of {path.stat().st_size} bytes ({reason})",
         remedy="copy or download it again",
     )
@@ -241,20 +246,21 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
 def _network_of(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors of the network of a LightningModule, under its own names."""
     attributes = list(dict.fromkeys(f"{name.partition('.')[0]}." for name in state if "." in name))
-    chosen = next((name for name in _ATTRIBUTES if name in attributes), attributes[0] if len(attributes) == 1 else None)
-    if chosen is None:
+    only = attributes[0] if len(attributes) == 1 else None
+    attribute = next((name for name in _ATTRIBUTES if name in attributes), only)
+    if attribute is None:
         raise ModelError(
             "a Lightning checkpoint's network is its one attribute with tensors, or model, student, network or net",
             received=f"{path} with {_names(attributes) or 'no attributes'}",
             remedy="save the network alone: torch.save(module.NETWORK.state_dict(), NEW)",
         )
-    return {name.removeprefix(chosen): value for name, value in state.items() if name.startswith(chosen)}
+    return {name.removeprefix(attribute): value for name, value in state.items() if name.startswith(attribute)}
 
 
-def _not_a_state_dict(path: Path, found: str) -> ModelError:
+def _not_a_state_dict(path: Path, content: str) -> ModelError:
     return ModelError(
         "weights must be a dictionary of names and tensors",
-        received=f"{path} with {found}",
+        received=f"{path} with {content}",
         remedy="save model.state_dict() alone",
     )
 
@@ -271,9 +277,9 @@ def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple
         return ({k: v for k, v in state.items() if k not in head}, head) if foreign else (state, [])
     trunk, head_prefix = ("features.", "classifier.") if any(k.startswith("features.") for k in state) else ("", "fc.")
     dropped = [k for k in state if k.startswith(head_prefix)]
-    kept = {prefix + k.removeprefix(trunk): v for k, v in state.items() if k not in dropped}
+    adopted = {prefix + k.removeprefix(trunk): v for k, v in state.items() if k not in dropped}
     # Names that do not become the backbone's are shown as the file has them.
-    return (kept, dropped) if any(k in own for k in kept) else (state, [])
+    return (adopted, dropped) if any(k in own for k in adopted) else (state, [])
 
 
 def _is_head(model: SegmentationModel, name: str, value: Tensor) -> bool:
@@ -288,26 +294,26 @@ def _is_classifier(model: SegmentationModel, name: str, value: Tensor) -> bool:
     return value.ndim > 0 and value.shape[0] == model.num_classes
 
 
-def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, given: Tensor) -> bool:
+def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, value: Tensor) -> bool:
     """Whether two shapes differ in nothing but the number of classes."""
-    same_rest = own.ndim == given.ndim > 0 and own.shape[1:] == given.shape[1:]
+    same_rest = own.ndim == value.ndim > 0 and own.shape[1:] == value.shape[1:]
     return same_rest and _is_classifier(model, name, own)
 
 
-def _refuse_classes(model: SegmentationModel, found: int) -> None:
+def _refuse_classes(model: SegmentationModel, count: int) -> None:
     raise ModelError(
         "a trained model's weights must have the data's number of classes, or that of the class map",
-        received=f"{found} classes in the weights, {model.num_classes} in the data or its class map, for {model.spec}",
+        received=f"{count} classes in the weights, {model.num_classes} in the data or its class map, for {model.spec}",
         remedy="map each of the model's classes to one of the data's with --class-map FILE",
     )
 
 
 def _refuse_misfit(model: SegmentationModel, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    found = "; ".join(f"{len(names)} {kind}: {_names(names)}" for kind, names in kinds.items() if names)
+    misfits = "; ".join(f"{len(names)} {kind}: {_names(names)}" for kind, names in kinds.items() if names)
     raise ModelError(
         f"the weights must be those of {model.spec}",
-        received=found,
+        received=misfits,
         remedy="check the model's name (kdcache models lists them) and the file",
     )
 

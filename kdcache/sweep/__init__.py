@@ -1,7 +1,7 @@
 """Sweeps: a recipe of many runs that share teachers and stores, and everything that comes of them.
 
-    recipe.py     what a recipe file says
-    recipes/      those that are shipped
+    recipe.py     reading recipe files
+    recipes/      the recipes that are shipped
     plan.py       from a recipe to jobs: commands, what each makes, what it needs
     run.py        doing the jobs: one by one, side by side, or shared out by torchrun
     summary.py    each run's best iteration and scores, fold by fold

@@ -1,7 +1,7 @@
 """From a recipe to jobs: the commands of a sweep, what each of them makes and what it needs.
 
 OUT/teachers/teacher[-fold0]       one per fold, or none when the recipe names a teacher that exists
-OUT/stores/store[-fold0].zarr      what they say
+OUT/stores/store[-fold0].zarr      their targets
 OUT/runs/ARM[-fold0][-seed1]       the students
 OUT/comparison.md .csv .json       the table; kd_comparison_results.txt is its short form
 OUT/pictures/                      best and worst images, confusion, curves; all arms side by side
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def next_words(self) -> tuple[str, ...]:
-        """What to run now: a run is resumed only where there is one."""
+        """The command to run now: a run is resumed only where there is one."""
         begun = self.done is None or self.done.parent.exists()
         return self.words if begun else tuple(word for word in self.words if word != "--resume")
 
@@ -138,8 +138,8 @@ class _Planner:
     def _teacher(self, fold: int | None) -> None:
         run = self._teacher_run(fold)
         flags = {**self._recipe.teacher, **self._judged(fold), "data": self._data, "split": self._split, "out": run}
-        given = ("train-teacher", *words(flags), "--resume")
-        self._add(Job(f"teacher{_of(fold)}", given, run / RESULT))
+        command = ("train-teacher", *words(flags), "--resume")
+        self._add(Job(f"teacher{_of(fold)}", command, run / RESULT))
 
     def _store(self, fold: int | None) -> None:
         place = self._place(fold)
@@ -147,11 +147,11 @@ class _Planner:
         teacher = self._teacher_run(fold) if trained else self._recipe.teacher["spec"]
         flags = {**self._recipe.store, "teacher": teacher, "data": self._data, "split": self._split, "out": place}
         needs = (f"teacher{_of(fold)}",) if trained else ()
-        given = ("build-teacher-cache", *words(flags))
-        self._add(Job(f"store{_of(fold)}", given, place / "complete.json", needs))
+        command = ("build-teacher-cache", *words(flags))
+        self._add(Job(f"store{_of(fold)}", command, place / "complete.json", needs))
 
     def _run(self, arm: Arm, fold: int | None, seed: int) -> Path:
-        """The run of an arm; those that its flags name with '@' come before it."""
+        """Add the run of an arm, after the runs that its flags name with '@'; returns its folder."""
         run = self._out / "runs" / (folder_name(arm.name) + _of(fold, "-") + (f"-seed{seed}" if seed else ""))
         name = f"{arm.name}{_of(fold)}" + (f", seed {seed}" if len(self._recipe.seeds) > 1 else "")
         if run in self._runs[arm.name]:
@@ -183,7 +183,7 @@ class _Planner:
         return run
 
     def _show(self) -> None:
-        """Table, pictures, page: of all runs; pictures of the first run of each arm. Of a smoke run all say that."""
+        """Add table, pictures (of each arm's first run) and page; those of a smoke run are marked as such."""
         out, folds = self._out, self._recipe.folds
         trained = [job.name for job in self._jobs if job.words[0] == "train-student"]
         where: dict[str, Any] = {"data": self._data, "split": self._val_split if folds is None else self._split}
@@ -195,15 +195,15 @@ class _Planner:
         runs = [str(run) for arm in self._recipe.arms for run in self._runs[arm.name]]
         compare = ("compare", *runs, *words({**judged, **files}))
         shown = [str(self._runs[arm.name][0]) for arm in self._recipe.arms]
-        about = {**where, "teacher": spec or self._teacher_run(self._folds[0]), "out": out / "pictures"}
-        about |= {"num": self._recipe.show.get("num", 10)} | ({"fold": f"0/{folds}"} if folds else {})
+        drawn = {**where, "teacher": spec or self._teacher_run(self._folds[0]), "out": out / "pictures"}
+        drawn |= {"num": self._recipe.show.get("num", 10)} | ({"fold": f"0/{folds}"} if folds else {})
         compared = self._add(Job("comparison", compare, None, tuple(trained)))
-        pictures = self._add(Job("pictures", ("visualise", *shown, *words(about)), None, (compared,)))
+        pictures = self._add(Job("pictures", ("visualise", *shown, *words(drawn)), None, (compared,)))
         page = {**judged, "pictures": out / "pictures", "title": self._recipe.title, "out": out / "report.html"}
         self._add(Job("report", ("report", *runs, *words(page)), None, (pictures,)))
 
     def _judged(self, fold: int | None) -> dict[str, Any]:
-        """What a training leaves out and is validated on: a fold, what the recipe holds out, or the other split."""
+        """Flags for what validates a training: a fold, the part that the recipe holds out, or the other split."""
         part = self._recipe.data.get("held-out") if fold is None else f"{fold}/{self._recipe.folds}"
         if part is None:
             return {"val-split": self._val_split}
@@ -226,7 +226,7 @@ def _term(table: Mapping[str, Any]) -> str:
     return ",".join([str(table["kind"]), *(f"{key}={value}" for key, value in table.items() if key != "kind")])
 
 
-def _check(recipe: Recipe, known: Known) -> None:
+def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
     folds = recipe.folds
     if folds is not None and (not isinstance(folds, int) or folds < 2):
         raise RecipeError("folds of a recipe are 2 or more", received=repr(folds), remedy="leave it out for none")
@@ -244,4 +244,4 @@ def _check(recipe: Recipe, known: Known) -> None:
         ("[student]", "train-student", recipe.student),
         *((f"the arm {arm.name!r}", "train-student", arm.flags) for arm in recipe.arms),
     ):
-        check_names(f"keys of {table} are flags of {verb}, and", flags, known[verb] - OWN[verb])
+        check_names(f"keys of {table} are flags of {verb}, and", flags, flags_of_verbs[verb] - OWN[verb])

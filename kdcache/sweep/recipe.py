@@ -56,7 +56,7 @@ class Recipe:
         data: layout, path, split, val-split, folds, held-out. show: num.
         teacher, store, student: flags of their verbs.
         arms: every combination of their values, each once.
-        smoke: it was made small by `--smoke`; its title says so.
+        smoke: it was made small by `--smoke`, which its title shows.
     """
 
     name: str
@@ -73,30 +73,32 @@ class Recipe:
 
     @property
     def folds(self) -> int | None:
+        """The number of folds of its cross-validation; None without."""
         return self.data.get("folds")
 
     def arm(self, name: str) -> Arm:
-        """Raises: RecipeError with the nearest name."""
+        """The arm of that name. Raises: RecipeError with the nearest name when there is none."""
         for arm in self.arms:
             if arm.name == name:
                 return arm
         raise unknown("'@NAME' is the name of an arm", name, [arm.name for arm in self.arms])
 
     def with_seeds(self, seeds: tuple[int, ...]) -> "Recipe":
+        """This recipe with other seeds."""
         return replace(self, seeds=seeds)
 
 
 def list_recipes() -> dict[str, str]:
     """Name -> title of the recipes that are shipped."""
-    found = sorted(path for path in _shipped().iterdir() if path.name.endswith(".toml"))
-    return {path.name.removesuffix(".toml"): tomllib.loads(path.read_text(encoding="utf-8"))["title"] for path in found}
+    paths = sorted(path for path in _shipped().iterdir() if path.name.endswith(".toml"))
+    return {path.name.removesuffix(".toml"): tomllib.loads(path.read_text(encoding="utf-8"))["title"] for path in paths}
 
 
 def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe that is shipped, by its name, or a TOML file.
 
     Args:
-        smoke: replace what its [smoke] says: small, on procedural scenes.
+        smoke: replace keys by those of its [smoke]: small, on procedural scenes.
         changes: TABLE.KEY=VALUE, VALUE as in TOML (a bare word is a string).
     Raises: RecipeError for one that is missing, malformed, or has keys that do not exist.
     """
@@ -117,8 +119,8 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
             raise RecipeError(
                 f"[{table}] of a recipe is a table", received=repr(content[table]), remedy="write its keys below it"
             )
-    for table, known in _KEYS.items():
-        check_names(f"keys of [{table}]", content.get(table, {}), known)
+    for table, keys in _KEYS.items():
+        check_names(f"keys of [{table}]", content.get(table, {}), keys)
     return Recipe(
         name=Path(origin).stem,
         title=SMOKE_TITLE * smoke + str(content.get("title", Path(origin).stem)),
@@ -130,17 +132,18 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
     )
 
 
-def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises: RecipeError for the first name that is not known, with the nearest."""
-    names = sorted(known)
-    for name in given:
-        if name not in names:
-            raise unknown(f"{what} are known ones", name, names)
+def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
+    """Check that names are among the allowed ones. Raises: RecipeError for the first other, with the nearest."""
+    options = sorted(allowed)
+    for name in names:
+        if name not in options:
+            raise unknown(f"{what} are known ones", name, options)
 
 
-def unknown(rule: str, name: str, known: Iterable[str]) -> RecipeError:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    remedy = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
+def unknown(rule: str, name: str, allowed: Iterable[str]) -> RecipeError:
+    """The error for an unknown name: its remedy is the nearest allowed ones, or all."""
+    near = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.5)
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(allowed)}"
     return RecipeError(rule, received=repr(name), remedy=remedy)
 
 
@@ -168,7 +171,7 @@ def _load(origin: str) -> dict[str, Any]:
 
 
 def _replaced(content: dict[str, Any], smoke: dict[str, Any]) -> dict[str, Any]:
-    """Tables key by key, but for the teacher: one that is trained replaces one that is downloaded, as a whole."""
+    """The content with tables merged key by key, but for the teacher, whose table is replaced as a whole."""
     merged = dict(content)
     for key, value in smoke.items():
         if key == "arm":
@@ -209,17 +212,17 @@ def _change(content: dict[str, Any], text: str) -> None:
 
 
 def _arms(content: dict[str, Any]) -> Iterator[Arm]:
-    given = content.get("arm", [])
-    _check_arms(given)
+    tables = content.get("arm", [])
+    _check_arms(tables)
     seen: set[str] = set()
-    for table in given:
+    for table in tables:
         flags = {key: value for key, value in table.items() if key != "name"}
         shared = {key: value for key, value in content.get("student", {}).items() if key not in flags}
         both = {**shared, **flags}
         axes = {key: value for key, value in both.items() if isinstance(value, list) and key != _REPEATED}
         for values in product(*axes.values()):
-            chosen = dict(zip(axes, values, strict=True))
-            arm = Arm(_name(str(table["name"]), {**both, **chosen}, chosen), {**flags, **chosen})
+            choice = dict(zip(axes, values, strict=True))
+            arm = Arm(_name(str(table["name"]), {**both, **choice}, choice), {**flags, **choice})
             if arm.name in seen:
                 raise RecipeError(
                     "arms have names of their own",
@@ -230,25 +233,25 @@ def _arms(content: dict[str, Any]) -> Iterator[Arm]:
             yield arm
 
 
-def _check_arms(given: Any) -> None:
-    if not isinstance(given, list) or not given or not all(isinstance(arm, dict) and "name" in arm for arm in given):
+def _check_arms(arms: Any) -> None:
+    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) and "name" in arm for arm in arms):
         raise RecipeError(
-            "a recipe has [[arm]] tables with a name", received=repr(given)[:80], remedy="add [[arm]] and name = ..."
+            "a recipe has [[arm]] tables with a name", received=repr(arms)[:80], remedy="add [[arm]] and name = ..."
         )
 
 
-def _name(template: str, flags: Flags, chosen: Flags) -> str:
-    """With values in place of {flag}; choices that the template does not show are added."""
+def _name(template: str, flags: Flags, choice: Flags) -> str:
+    """The arm's name: values in place of {flag}; choices that the template does not show are added."""
     name = template
     for key, value in flags.items():
         name = name.replace(f"{{{key}}}", str(value))
-    hidden = [f"{key} {value}" for key, value in chosen.items() if f"{{{key}}}" not in template]
+    hidden = [f"{key} {value}" for key, value in choice.items() if f"{{{key}}}" not in template]
     return ", ".join([name, *hidden])
 
 
-def _seeds(given: Any) -> tuple[int, ...]:
-    if not isinstance(given, list) or not given or not all(isinstance(seed, int) and seed >= 0 for seed in given):
+def _seeds(seeds: Any) -> tuple[int, ...]:
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
         raise RecipeError(
-            "seeds are whole numbers from 0", received=f"seeds = {given!r}", remedy="for instance seeds = [0, 1, 2]"
+            "seeds are whole numbers from 0", received=f"seeds = {seeds!r}", remedy="for instance seeds = [0, 1, 2]"
         )
-    return tuple(dict.fromkeys(given))
+    return tuple(dict.fromkeys(seeds))

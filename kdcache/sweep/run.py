@@ -1,7 +1,7 @@
 """Doing the jobs of a sweep. What is done is not repeated; what was interrupted goes on.
 
 One process does them in order. `parallel` runs several side by side; torchrun's processes share them out by their
-numbers, without talking to each other: whoever needs a job of another waits for the file that it leaves.
+numbers, without messages: whoever needs a job of another waits for the file that it leaves.
 """
 
 import os
@@ -68,7 +68,7 @@ def run_jobs(
 
 
 def is_done(job: Job) -> bool:
-    """Whether what a job leaves at its end is there, and says something: a crash or a copy may have emptied it."""
+    """Whether the file that a job leaves at its end is there and not empty: a crash or a copy may have emptied it."""
     return job.done is not None and bool(read_object(job.done))
 
 
@@ -140,30 +140,30 @@ def _record(sweep: Sweep) -> None:
             remedy="give another --out",
         )
     sweep.out.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "jobs": jobs}
-    write_whole(path, tomli_w.dumps(about))
+    record = {"recipe": sweep.recipe.name, "title": sweep.recipe.title, "jobs": jobs}
+    write_whole(path, tomli_w.dumps(record))
 
 
 def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
-    """In words: a job that is new, gone, or has other flags."""
+    """The first difference in words: a job that is new, gone, or has other flags."""
     for name in [*now, *before]:
         if name not in before or name not in now:
             return f"{name!r} is {'new' if name in now else 'gone'}"
         old, new = shlex.split(before[name]), shlex.split(now[name])
         if old != new:
-            flags = [_flags_of(given) for given in (new, old)]
+            flags = [_flags_of(words) for words in (new, old)]
             changed = [part for part in flags[0] if part not in flags[1]]
             return f"{name!r} with {', '.join(changed) or 'fewer flags'} (was {shlex.join(old)})"
     return "the jobs are in another order"
 
 
-def _flags_of(given: Sequence[str]) -> list[str]:
+def _flags_of(words: Sequence[str]) -> list[str]:
     """Flags with their values, as one types them."""
-    return [part.strip() for part in " ".join(given).split(" --")]
+    return [part.strip() for part in " ".join(words).split(" --")]
 
 
 def logs_of(out: Path) -> Path:
-    """Where the output of jobs goes that run side by side."""
+    """The folder for the output of jobs that run side by side."""
     return out / "logs"
 
 
@@ -175,9 +175,9 @@ def share_of_torchrun() -> tuple[int, int]:
 def without_torchrun(environment: Sequence[tuple[str, str]]) -> dict[str, str]:
     """An environment for a job's own process: it trains alone, on this process's GPU."""
     own = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    kept = {key: value for key, value in environment if not key.startswith(own)}
+    remaining = {key: value for key, value in environment if not key.startswith(own)}
     local = dict(environment).get("LOCAL_RANK")
     if local is not None:
-        visible = kept.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        kept["CUDA_VISIBLE_DEVICES"] = visible[int(local)] if len(visible) > int(local) and visible[0] else local
-    return kept
+        visible = remaining.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        remaining["CUDA_VISIBLE_DEVICES"] = visible[int(local)] if len(visible) > int(local) and visible[0] else local
+    return remaining

@@ -1,4 +1,4 @@
-"""`details.md` of a sweep: of every run the best iteration and its scores, and the mean over folds and seeds."""
+"""`details.md` of a sweep: every run's best iteration and its scores, and the mean over folds and seeds."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ DETAILS = "details.md"
 
 
 def write_details(sweep: "Sweep") -> None:
-    """From comparison.json, whose class names came with the runs' own models, and the runs' results."""
+    """Write it from comparison.json, whose class names came with the runs' own models, and the runs' results."""
     comparison = sweep.out / "comparison.json"
     if not comparison.is_file():
         return
-    found = json.loads(comparison.read_text(encoding="utf-8"))
-    above = [f"> **{found['banner']}**", ""] if found.get("banner") else []
+    content = json.loads(comparison.read_text(encoding="utf-8"))
+    above = [f"> **{content['banner']}**", ""] if content.get("banner") else []
     parts = [f"# {sweep.recipe.title}", "", *above, sweep.recipe.about.strip(), ""]
-    for row in found["rows"]:
+    for row in content["rows"]:
         parts += [f"## {row['name']}", "", _table(row), ""]
     write_whole(sweep.out / DETAILS, "\n".join(parts))
 

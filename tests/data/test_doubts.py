@@ -39,7 +39,7 @@ def test_sound_data_are_not_doubted(builder, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "said"),
+    ("text", "kind", "message"),
     [
         ("id,name\nroad\ncar\nsky\n", "problem", "('id,name')"),
         ("Name\nroad\ncar\nsky\n", "problem", "moves 3 classes by one"),
@@ -56,17 +56,17 @@ def test_sound_data_are_not_doubted(builder, tmp_path) -> None:
         ("class 7\nroad\nsky, cloudy\n", "sound", ""),
     ],
 )
-def test_class_lists_that_are_tables(builder, text: str, kind: str, said: str) -> None:
+def test_class_lists_that_are_tables(builder, text: str, kind: str, message: str) -> None:
     builder.classes(text)
     root = fill(builder, *range(sum(bool(line) for line in text.splitlines())))
     report = check(root)
     assert bool(report.problems) == (kind in ("problem", "both"))
     assert bool(report.warnings) == (kind in ("warning", "both"))
-    assert kind == "sound" or said in " ".join(report.problems + report.warnings)
+    assert kind == "sound" or message in " ".join(report.problems + report.warnings)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ((0, 255), "masks of 0 and 255"),
         ((0,), "nothing to tell apart"),
@@ -75,10 +75,10 @@ def test_class_lists_that_are_tables(builder, text: str, kind: str, said: str) -
         ((255,), "all pixels of 2 labels are void"),
     ],
 )
-def test_labels_that_teach_nothing_are_a_problem(builder, values, said: str) -> None:
+def test_labels_that_teach_nothing_are_a_problem(builder, values, message: str) -> None:
     report = check(fill(builder, *values))
     assert len(report.problems) == 2  # one for each split
-    assert all(said in problem for problem in report.problems)
+    assert all(message in problem for problem in report.problems)
     assert the(check(builder.root, ["train"]).problems).startswith("train: ")
 
 
@@ -94,9 +94,9 @@ def test_one_class_in_train_alone_is_a_problem(builder) -> None:
     )
 
 
-@pytest.mark.parametrize(("kept", "warned"), [(4, True), (5, False)])
-def test_void_above_ninety_percent_is_warned_of_with_its_share(builder, kept: int, warned: bool) -> None:
-    values = [number % 3 if number < kept else 255 for number in range(48)]
+@pytest.mark.parametrize(("labelled", "warned"), [(4, True), (5, False)])
+def test_void_above_ninety_percent_is_warned_of_with_its_share(builder, labelled: int, warned: bool) -> None:
+    values = [number % 3 if number < labelled else 255 for number in range(48)]
     report = check(fill(builder, *values, splits=("train",)))
     assert report.problems == []
     assert bool(report.warnings) == warned
@@ -194,7 +194,7 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 @pytest.mark.parametrize(
-    ("classes", "colours", "said"),
+    ("classes", "colours", "message"),
     [
         ("a #ff0000\nb #00ff00\nc #0000ff\n", [BLUE, RED, GREEN], "index 0 has the colour of 'c'"),
         ("a #ff0000\nb #00ff00\nc #0000ff\n", [RED, BLUE, GREEN], "index 1 has the colour of 'c'"),
@@ -207,17 +207,17 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
         ("a\nb\nc\n", [(0,) * 3, (100,) * 3, (200,) * 3], ""),  # shades to look at
     ],
 )
-def test_palettes_that_contradict_their_indices(builder, classes: str, colours, said: str) -> None:
+def test_palettes_that_contradict_their_indices(builder, classes: str, colours, message: str) -> None:
     builder.classes(classes)
     root = fill(builder, 0, 1, 2, splits=("train",))
     indices = np.resize(np.arange(3, dtype=np.uint8), (6, 8))
     for path in (root / "labels/train").iterdir():
         palette(colours)(indices).save(path)
     report = check(root)
-    assert bool(report.problems) == bool(said)
+    assert bool(report.problems) == bool(message)
     assert (
-        not said
-        or f"2 palette labels have colours that say other ids than their indices, which count ('traina': {said}"
+        not message
+        or f"2 palette labels have colours that say other ids than their indices, which count ('traina': {message}"
         in the(report.problems)
     )
 

@@ -17,14 +17,14 @@ from kdcache.errors import RecipeError
 @given(ids=st.lists(st.text(min_size=1), min_size=2, max_size=40, unique=True), data=st.data())
 def test_folds_are_equal_and_of_the_ids_alone(ids, data) -> None:
     folds = data.draw(st.integers(2, len(ids)))
-    found = folds_of(ids, folds)
-    counts = np.bincount(found, minlength=folds)
+    fold_of = folds_of(ids, folds)
+    counts = np.bincount(fold_of, minlength=folds)
     assert len(counts) == folds
     assert counts.max() - counts.min() <= 1
     order = data.draw(st.permutations(range(len(ids))))
-    assert folds_of([ids[n] for n in order], folds).tolist() == found[list(order)].tolist()
+    assert folds_of([ids[n] for n in order], folds).tolist() == fold_of[list(order)].tolist()
     ranked = sorted(ids, key=lambda i: hashlib.blake2b(i.encode(), digest_size=8, key=b"kdcache folds").digest())
-    assert [found[ids.index(sample)] for sample in ranked] == [n % folds for n in range(len(ids))]
+    assert [fold_of[ids.index(sample)] for sample in ranked] == [n % folds for n in range(len(ids))]
 
 
 @pytest.mark.parametrize(("ids", "folds"), [("abc", 1), ("abc", 0), ("abc", -2), ("abc", 4), ("", 2)])
@@ -61,15 +61,15 @@ def test_a_part_gives_what_the_whole_has(tmp_path, parted) -> None:
     part = parted(split)
     assert part.ids != split.ids[: len(part)]
     for number, sample in enumerate(part.ids):
-        there = split.ids.index(sample)
-        assert np.array_equal(part.image(number), split.image(there))
+        index = split.ids.index(sample)
+        assert np.array_equal(part.image(number), split.image(index))
         for name in ("label", "raw_label"):
-            found, wanted = getattr(part, name)(number), getattr(split, name)(there)
-            assert np.array_equal(found, wanted), name
-            others = [getattr(split, name)(n) for n in range(len(split)) if n != there]
-            assert not any(np.array_equal(found, other) for other in others), name
-        assert part.content_digests(number) == split.content_digests(there)
-        assert part.has_label(number) == split.has_label(there)
+            array, wanted = getattr(part, name)(number), getattr(split, name)(index)
+            assert np.array_equal(array, wanted), name
+            others = [getattr(split, name)(n) for n in range(len(split)) if n != index]
+            assert not any(np.array_equal(array, other) for other in others), name
+        assert part.content_digests(number) == split.content_digests(index)
+        assert part.has_label(number) == split.has_label(index)
     assert part.digest() != split.digest()
     assert len({split.content_digests(n) for n in range(len(split))}) == len(split)
 

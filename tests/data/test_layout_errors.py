@@ -194,8 +194,8 @@ def test_streets_that_show_little_are_not_taken_for_mapped(numbers, tiny, tmp_pa
     root = tiny.write("cityscapes", tmp_path / "set")
     put_label(tiny, "cityscapes", root, numbers)
     label = open_split(root, "train").label(0)
-    kept = {7: 0, 8: 1, 11: 2, 12: 3, 17: 5, 26: 13}
-    assert set(np.unique(label)) == {kept.get(number, 255) for number in numbers}
+    class_of = {7: 0, 8: 1, 11: 2, 12: 3, 17: 5, 26: 13}
+    assert set(np.unique(label)) == {class_of.get(number, 255) for number in numbers}
 
 
 BEYOND = {"cityscapes": 34, "gta5": 35, "camvid": 12, "voc": 21, "ade20k": 151}

@@ -115,18 +115,18 @@ def test_names_and_colours_are_those_of_the_field(tiny, tmp_path) -> None:
     from torchvision.datasets import Cityscapes
     from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-    found = {layout: open_split(tiny.write(layout, tmp_path / layout), "train").classes for layout in LAYOUTS}
-    assert dict(zip(found["camvid"].names, found["camvid"].colours, strict=True)) == CAMVID
+    classes = {layout: open_split(tiny.write(layout, tmp_path / layout), "train").classes for layout in LAYOUTS}
+    assert dict(zip(classes["camvid"].names, classes["camvid"].colours, strict=True)) == CAMVID
     trained = sorted((e for e in Cityscapes.classes if 0 <= e.train_id < 19), key=lambda entry: entry.train_id)
-    assert found["cityscapes"].names == tuple(entry.name for entry in trained)
-    assert found["cityscapes"].colours == tuple(entry.color for entry in trained)
-    assert found["gta5"] == found["cityscapes"]
+    assert classes["cityscapes"].names == tuple(entry.name for entry in trained)
+    assert classes["cityscapes"].colours == tuple(entry.color for entry in trained)
+    assert classes["gta5"] == classes["cityscapes"]
     categories = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
-    assert found["voc"].names == ("background", *categories[1:])
-    assert {index: found["voc"].colours[index] for index in VOC_COLOURS} == VOC_COLOURS
-    assert found["ade20k"].names[:5] == ("wall", "building", "screen, silver screen", "screen, crt", "thing 5")
-    assert len(found["ade20k"]) == 150
-    assert found["folder"].names == ("road", "car", "sky")
+    assert classes["voc"].names == ("background", *categories[1:])
+    assert {index: classes["voc"].colours[index] for index in VOC_COLOURS} == VOC_COLOURS
+    assert classes["ade20k"].names[:5] == ("wall", "building", "screen, silver screen", "screen, crt", "thing 5")
+    assert len(classes["ade20k"]) == 150
+    assert classes["folder"].names == ("road", "car", "sky")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -307,12 +307,12 @@ def test_a_path_that_exists_wins_over_a_prefix_and_a_drive_is_none(tiny, tmp_pat
 
 
 @given(st.dictionaries(st.integers(0, 254), st.integers(0, 255), max_size=40))
-def test_numbers_that_no_table_lists_stay_and_never_become_classes(known) -> None:
-    classes = set(known.values()) - {IGNORE_INDEX}
-    if classes & (set(range(255)) - known.keys()):
+def test_numbers_that_no_table_lists_stay_and_never_become_classes(class_of_number) -> None:
+    classes = set(class_of_number.values()) - {IGNORE_INDEX}
+    if classes & (set(range(255)) - class_of_number.keys()):
         with pytest.raises(AssertionError):
-            id_table(known)
+            id_table(class_of_number)
         return
-    table = id_table(known)
-    assert [int(i) for i in table] == [known.get(number, number) for number in range(256)]
+    table = id_table(class_of_number)
+    assert [int(i) for i in table] == [class_of_number.get(number, number) for number in range(256)]
     assert not table.flags.writeable

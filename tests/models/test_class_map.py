@@ -79,8 +79,8 @@ def test_dropped_classes_are_renormalised() -> None:
     mapped = ClassMapped(build_model("kdcache:tiny", 5), torch.tensor([0, -1, 1, 1, -1]))
     logits = torch.randn(1, 5, 3, 4) * 20
     p = logits.softmax(1)
-    kept = torch.stack([p[:, 0], p[:, 2] + p[:, 3]], 1)
-    torch.testing.assert_close(mapped.map_logits(logits).softmax(1), kept / kept.sum(1, keepdim=True))
+    remaining = torch.stack([p[:, 0], p[:, 2] + p[:, 3]], 1)
+    torch.testing.assert_close(mapped.map_logits(logits).softmax(1), remaining / remaining.sum(1, keepdim=True))
     assert mapped.map_logits(logits.half()).dtype == torch.float16
 
 

@@ -61,7 +61,7 @@ def resized(x: np.ndarray, size: tuple[int, int], *, antialias: bool = False) ->
     return np.einsum("ih,bchw,jw->bcij", rows, x, columns)
 
 
-def said(member: SegmentationModel, rgb_B3HW: np.ndarray) -> np.ndarray:
+def probabilities_of(member: SegmentationModel, rgb_B3HW: np.ndarray) -> np.ndarray:
     """Probabilities of a member on RGB in 0..1, by nothing but its mean, std and forward."""
     mean, std = (np.array(m).reshape(3, 1, 1) for m in (member.mean, member.std))
     return softmax(member(torch.from_numpy((rgb_B3HW - mean) / std).float()).logits)
@@ -84,19 +84,19 @@ def answer(model: EnsembleModel, pixels: torch.Tensor, taps=()) -> NativeOutput:
 def test_the_mean_of_probabilities_on_the_finest_grid(pixels, strides, weights) -> None:
     members = [Strided(stride, seed) for seed, stride in enumerate(strides)]
     weights = weights[: len(members)]
-    found = answer(EnsembleModel(members, weights), pixels).logits
-    alone = [said(member, rgb(pixels)) for member in members]
+    logits = answer(EnsembleModel(members, weights), pixels).logits
+    alone = [probabilities_of(member, rgb(pixels)) for member in members]
     grid = max(p.shape[2] for p in alone), max(p.shape[3] for p in alone)
     wanted = sum(w * resized(p, grid) for w, p in zip(weights, alone, strict=True)) / sum(weights)
-    assert found.shape[2:] == grid
-    assert found.exp().sum(1).numpy() == pytest.approx(1, abs=1e-5)
-    assert np.abs(found.numpy() - np.log(wanted)).max() < 2e-5
+    assert logits.shape[2:] == grid
+    assert logits.exp().sum(1).numpy() == pytest.approx(1, abs=1e-5)
+    assert np.abs(logits.numpy() - np.log(wanted)).max() < 2e-5
 
 
 @pytest.mark.parametrize("text", ["flip", "scales=0.75:1.5", "flip,scales=0.5:1:1.25", "scales=1"])
 def test_augmentation_is_a_mean_too(pixels, text) -> None:
     members, tta = [Strided(4, 0), Strided(2, 1)], Tta.parse(text)
-    found = answer(EnsembleModel(members, (3, 1), tta), pixels).logits
+    logits = answer(EnsembleModel(members, (3, 1), tta), pixels).logits
     scales = tuple(map(float, text.split("=")[1].split(":"))) if "=" in text else (1.0,)
     assert (tta.flip, tta.scales) == ("flip" in text, scales)
     passes = []
@@ -105,17 +105,17 @@ def test_augmentation_is_a_mean_too(pixels, text) -> None:
         for scale in scales:
             size = tuple(round(side * scale) for side in (26, 38))
             image = resized(rgb(pixels), size, antialias=True)
-            passes[-1].append(said(member, image))
+            passes[-1].append(probabilities_of(member, image))
             if tta.flip:
-                passes[-1].append(said(member, image[..., ::-1].copy())[..., ::-1])
+                passes[-1].append(probabilities_of(member, image[..., ::-1].copy())[..., ::-1])
     every = [p for those in passes for p in those]
     grid = max(p.shape[2] for p in every), max(p.shape[3] for p in every)
     first, second = (np.mean([resized(p, grid) for p in those], 0) for those in passes)
-    assert np.abs(found.numpy() - np.log(0.75 * first + 0.25 * second)).max() < 1e-4
-    assert found.shape[2:] == grid
+    assert np.abs(logits.numpy() - np.log(0.75 * first + 0.25 * second)).max() < 1e-4
+    assert logits.shape[2:] == grid
 
 
-def test_a_mirrored_image_gives_the_mirrored_word(pixels) -> None:
+def test_a_mirrored_image_gives_mirrored_logits(pixels) -> None:
     """With an even number of cells at stride 2 nothing but the flip's mean makes it so."""
     member = Strided(1, 1)
     with_flip, plain = (EnsembleModel([member], tta=tta) for tta in (Tta(flip=True), None))
@@ -135,11 +135,11 @@ def test_features_and_agreement(pixels) -> None:
         assert torch.equal(output.features["near"], alone), "the first member's, of the image as it is"
     output = answer(EnsembleModel(members, (1, 2, 5)), pixels, (AGREEMENT,))
     best = output.logits.argmax(1).numpy()
-    probabilities = [resized(said(member, rgb(pixels)), best.shape[1:]) for member in members]
+    probabilities = [resized(probabilities_of(member, rgb(pixels)), best.shape[1:]) for member in members]
     wanted = sum(w / 8 * (p.argmax(1) == best) for w, p in zip((1, 2, 5), probabilities, strict=True))
     assert output.features[AGREEMENT].shape == (2, 1, *best.shape[1:])
     assert output.features[AGREEMENT][:, 0].numpy() == pytest.approx(wanted, abs=1e-6)
-    assert 0.2 < wanted.mean() < 0.99, "the case must tell something"
+    assert 0.2 < wanted.mean() < 0.99, "else the case shows nothing"
 
 
 def test_a_class_that_is_ruled_out_stays_finite(pixels) -> None:

@@ -32,8 +32,10 @@ def trained(spec: str, size: tuple[int, int] = (64, 96)) -> tuple[SegmentationMo
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.5, 2.0)
-    about = RunModel(spec=spec, class_names=NAMES, class_colours=COLOURS, size=size, mean=MEAN, std=STD, trained_on="x")
-    return model.eval(), about
+    description = RunModel(
+        spec=spec, class_names=NAMES, class_colours=COLOURS, size=size, mean=MEAN, std=STD, trained_on="x"
+    )
+    return model.eval(), description
 
 
 def expected(model: SegmentationModel, image: Tensor, raw: bool = False) -> Tensor:
@@ -51,56 +53,56 @@ def session(path: Path) -> Any:
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_onnx_runs_at_any_size_and_says_what_it_is(tmp_path: Path, raw: bool) -> None:
-    model, about = trained("kdcache:tiny")
-    done = export_model(model, about, tmp_path / "m.onnx", raw=raw)
+    model, description = trained("kdcache:tiny")
+    done = export_model(model, description, tmp_path / "m.onnx", raw=raw)
     assert (done.format, done.free, done.checked_by) == ("onnx", ("batch", "height", "width"), "onnxruntime")
     assert 0 <= done.difference < 1e-4
     runs = session(tmp_path / "m.onnx")
     for shape in [(1, 3, 64, 96), (3, 3, 97, 130), (2, 3, 200, 168)]:
         image = torch.rand(shape)
-        found = torch.from_numpy(runs.run(None, {"image": image.numpy()})[0])
-        torch.testing.assert_close(found, expected(model, image, raw), rtol=1e-4, atol=1e-5)
+        logits = torch.from_numpy(runs.run(None, {"image": image.numpy()})[0])
+        torch.testing.assert_close(logits, expected(model, image, raw), rtol=1e-4, atol=1e-5)
     graph = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(graph, full_check=True)
     axes = [d.dim_param or d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim]
     assert axes == ["batch", 3, "height", "width"]
-    told = {entry.key: entry.value for entry in graph.metadata_props}
-    assert json.loads(told["class_names"]) == list(NAMES)
-    assert json.loads(told["class_colours"]) == [list(colour) for colour in COLOURS]
-    assert (json.loads(told["mean"]), json.loads(told["std"])) == (list(MEAN), list(STD))
-    assert (json.loads(told["size"]), told["spec"]) == ([64, 96], "kdcache:tiny")
-    assert ("at stride 4" in told["output"]) == raw
-    assert "trained_on" not in told
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    assert json.loads(metadata["class_names"]) == list(NAMES)
+    assert json.loads(metadata["class_colours"]) == [list(colour) for colour in COLOURS]
+    assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == (list(MEAN), list(STD))
+    assert (json.loads(metadata["size"]), metadata["spec"]) == ([64, 96], "kdcache:tiny")
+    assert ("at stride 4" in metadata["output"]) == raw
+    assert "trained_on" not in metadata
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_program_runs_where_it_is_loaded(tmp_path: Path, raw: bool) -> None:
-    model, about = trained("kdcache:tiny")
-    done = export_model(model, about, tmp_path / "m.pt2", raw=raw)
+    model, description = trained("kdcache:tiny")
+    done = export_model(model, description, tmp_path / "m.pt2", raw=raw)
     assert done.free == ("batch", "height", "width")
-    told = {PROGRAM_METADATA: ""}
-    program = torch.export.load(tmp_path / "m.pt2", extra_files=told)
+    metadata = {PROGRAM_METADATA: ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=metadata)
     for shape in [(1, 3, 64, 96), (3, 3, 97, 130)]:
         image = torch.rand(shape)
         assert torch.equal(program.module()(image), expected(model, image, raw))
-    assert json.loads(json.loads(told[PROGRAM_METADATA])["class_names"]) == list(NAMES)
+    assert json.loads(json.loads(metadata[PROGRAM_METADATA])["class_names"]) == list(NAMES)
 
 
 def test_weights_carry_the_description(tmp_path: Path) -> None:
-    model, about = trained("kdcache:tiny")
-    done = export_model(model, about, tmp_path / "m.safetensors")
+    model, description = trained("kdcache:tiny")
+    done = export_model(model, description, tmp_path / "m.safetensors")
     assert (done.difference, done.size_bytes) == (0.0, (tmp_path / "m.safetensors").stat().st_size)
     with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(model.state_dict())
-        assert RunModel.from_metadata(file.metadata(), tmp_path) == about.model_copy(update={"trained_on": ""})
+        assert RunModel.from_metadata(file.metadata(), tmp_path) == description.model_copy(update={"trained_on": ""})
         assert file.metadata()["format"] == "pt"
 
 
 def test_a_model_that_was_being_trained_is_exported_as_it_answers(tmp_path: Path) -> None:
-    model, about = trained("kdcache:tiny")
+    model, description = trained("kdcache:tiny")
     image = torch.rand(1, 3, 64, 96)
     wanted = expected(model, image)
-    export_model(model.train(), about, tmp_path / "m.pt2")
+    export_model(model.train(), description, tmp_path / "m.pt2")
     torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(image), wanted)
     assert not model.training
 
@@ -117,21 +119,21 @@ def test_a_model_that_was_being_trained_is_exported_as_it_answers(tmp_path: Path
     ],
 )
 def test_every_family_is_exported(tmp_path: Path, spec: str, suffix: str) -> None:
-    model, about = trained(spec)
-    done = export_model(model, about, tmp_path / f"m{suffix}")
+    model, description = trained(spec)
+    done = export_model(model, description, tmp_path / f"m{suffix}")
     assert done.free == ("batch", "height", "width")
     image = torch.rand(2, 3, 96, 128)
     if suffix == ".onnx":
-        found = torch.from_numpy(session(tmp_path / "m.onnx").run(None, {"image": image.numpy()})[0])
+        logits = torch.from_numpy(session(tmp_path / "m.onnx").run(None, {"image": image.numpy()})[0])
     else:
-        found = torch.export.load(tmp_path / "m.pt2").module()(image)
-    torch.testing.assert_close(found, expected(model, image), rtol=1e-3, atol=1e-4)
+        logits = torch.export.load(tmp_path / "m.pt2").module()(image)
+    torch.testing.assert_close(logits, expected(model, image), rtol=1e-3, atol=1e-4)
 
 
 def test_small_images_that_a_free_graph_would_exclude_fix_the_size(tmp_path: Path) -> None:
     """At 32 x 32 the deepest stage is one cell, which takes another way through the network."""
-    model, about = trained("kdcache:tiny", (32, 32))
-    assert export_model(model, about, tmp_path / "m.pt2").free == ("batch",)
+    model, description = trained("kdcache:tiny", (32, 32))
+    assert export_model(model, description, tmp_path / "m.pt2").free == ("batch",)
     image = torch.rand(3, 3, 32, 32)
     assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(image), expected(model, image))
 
@@ -154,8 +156,8 @@ class _OneSize(SegmentationModel):
 
 @pytest.mark.parametrize(("batch", "free"), [(None, ("batch",)), (1, ())])
 def test_a_model_of_one_size_is_exported_as_such(tmp_path: Path, batch: int | None, free: tuple[str, ...]) -> None:
-    _, about = trained("kdcache:tiny")
-    assert export_model(_OneSize(batch), about, tmp_path / "m.pt2").free == free
+    _, description = trained("kdcache:tiny")
+    assert export_model(_OneSize(batch), description, tmp_path / "m.pt2").free == free
 
 
 class _Untraceable(_OneSize):
@@ -166,16 +168,16 @@ class _Untraceable(_OneSize):
 
 
 def test_what_cannot_be_traced_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    _, about = trained("kdcache:tiny")
+    _, description = trained("kdcache:tiny")
     with pytest.raises(ModelError, match=r"kdcache:tiny: [\s\S]*--format safetensors"):
-        export_model(_Untraceable(None), about, tmp_path / "m.onnx")
+        export_model(_Untraceable(None), description, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 def _written_as(monkeypatch: pytest.MonkeyPatch, answer: Any, free: tuple[int, ...] = (0, 2, 3)) -> None:
     """Files of weights that answer `answer(own answer, image)`."""
 
-    def written(deployed: room.Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> Any:
+    def written(deployed: room.Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> Any:
         path.write_bytes(b"something")
         own = room.Deployed(deployed.model, raw=True)
         return free, lambda image: answer(own(image), image), ""
@@ -184,31 +186,31 @@ def _written_as(monkeypatch: pytest.MonkeyPatch, answer: Any, free: tuple[int, .
 
 
 def test_a_file_of_any_size_is_checked_at_another_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, about = trained("kdcache:tiny")
+    model, description = trained("kdcache:tiny")
 
     def answer(logits: Tensor, image: Tensor) -> Tensor:
-        return logits + float(tuple(image.shape) != (1, 3, *about.size))
+        return logits + float(tuple(image.shape) != (1, 3, *description.size))
 
     _written_as(monkeypatch, answer)
     with pytest.raises(ModelError, match="answers as the model does"):
-        export_model(model, about, tmp_path / "m.safetensors")
+        export_model(model, description, tmp_path / "m.safetensors")
     _written_as(monkeypatch, answer, free=())
-    assert export_model(model, about, tmp_path / "m.safetensors").difference == 0
+    assert export_model(model, description, tmp_path / "m.safetensors").difference == 0
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_a_difference_counts_beside_the_largest_logit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
 ) -> None:
-    model, about = trained("kdcache:tiny")
+    model, description = trained("kdcache:tiny")
     with torch.no_grad():
         for parameter in model.get_submodule("classifier").parameters():
             parameter.mul_(scale)
     _written_as(monkeypatch, lambda logits, _: logits + 2e-4 * logits.abs().max())
     with pytest.raises(ModelError, match="answers as the model does"):
-        export_model(model, about, tmp_path / "m.safetensors")
+        export_model(model, description, tmp_path / "m.safetensors")
     _written_as(monkeypatch, lambda logits, _: logits + 5e-5 * logits.abs().max())
-    assert export_model(model, about, tmp_path / "m.safetensors").relative == pytest.approx(5e-5, rel=0.02)
+    assert export_model(model, description, tmp_path / "m.safetensors").relative == pytest.approx(5e-5, rel=0.02)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES.values())
@@ -216,10 +218,10 @@ def test_a_difference_counts_beside_the_largest_logit(
 def test_a_file_that_answers_otherwise_is_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, wrong: Any
 ) -> None:
-    model, about = trained("kdcache:tiny")
+    model, description = trained("kdcache:tiny")
     name = next(name for name, end in SUFFIXES.items() if end == suffix)
 
-    def written(deployed: room.Deployed, about: RunModel, metadata: dict[str, str], path: Path) -> Any:
+    def written(deployed: room.Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> Any:
         path.write_bytes(b"something")
         own = room.Deployed(deployed.model, raw=name == "safetensors")
 
@@ -233,28 +235,30 @@ def test_a_file_that_answers_otherwise_is_not_left(
 
     monkeypatch.setitem(room._WRITERS, name, written)
     with pytest.raises(ModelError):
-        export_model(model, about, tmp_path / f"m{suffix}")
+        export_model(model, description, tmp_path / f"m{suffix}")
     assert list(tmp_path.iterdir()) == []
     if wrong == 0.01:
-        assert export_model(model, about, tmp_path / f"m{suffix}", tolerance=1.0).difference == pytest.approx(0.01)
+        assert export_model(model, description, tmp_path / f"m{suffix}", tolerance=1.0).difference == pytest.approx(
+            0.01
+        )
 
 
 def test_without_onnxruntime_it_says_that_nobody_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = room.importlib.util.find_spec
-    model, about = trained("kdcache:tiny")
+    model, description = trained("kdcache:tiny")
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find(n))
-    done = export_model(model, about, tmp_path / "m.onnx")
+    done = export_model(model, description, tmp_path / "m.onnx")
     assert done.checked_by is None
     assert "onnxruntime" in done.unchecked
     image = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
     assert session(tmp_path / "m.onnx").run(None, {"image": image})[0].shape == (1, 3, 64, 96)
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda n: None if n == "onnx" else find(n))
     with pytest.raises(ModelError, match=r"pip install kdcache\[onnx\]"):
-        export_model(model, about, tmp_path / "n.onnx")
+        export_model(model, description, tmp_path / "n.onnx")
 
 
 def test_wrong_places_and_formats(tmp_path: Path) -> None:
-    model, about = trained("kdcache:tiny")
+    model, description = trained("kdcache:tiny")
     (tmp_path / "thesis.onnx").write_text("thesis")
     for out, options, received in [
         ("m.tflite", {}, r"m\.tflite"),
@@ -265,6 +269,6 @@ def test_wrong_places_and_formats(tmp_path: Path) -> None:
         ("m.safetensors", {"raw": True}, "weights alone"),
     ]:
         with pytest.raises(RecipeError, match=received):
-            export_model(model, about, tmp_path / out, **options)  # type: ignore[arg-type]
+            export_model(model, description, tmp_path / out, **options)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.onnx"]
     assert (tmp_path / "thesis.onnx").read_text() == "thesis"

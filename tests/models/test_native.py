@@ -42,8 +42,8 @@ def test_a_normalisation_that_is_set_later_counts(pixels) -> None:
         model.mean, model.std = mean, model.std
         model.mean, model.std = model.mean, std
         before = rgb.clone()
-        for found in (model.normalise(pixels), model.standardise(rgb)):
-            torch.testing.assert_close(found, normal(pixels, mean, std), rtol=1e-5, atol=1e-5)
+        for x in (model.normalise(pixels), model.standardise(rgb)):
+            torch.testing.assert_close(x, normal(pixels, mean, std), rtol=1e-5, atol=1e-5)
         assert torch.equal(rgb, before)
 
 

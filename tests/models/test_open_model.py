@@ -71,10 +71,10 @@ def test_a_spec_alone_is_no_trained_model() -> None:
 
 
 def test_a_run(run: Path) -> None:
-    best, about = open_model(str(run), DATA)
+    best, description = open_model(str(run), DATA)
     assert not best.training
-    assert (about.class_names, about.size, about.trained_on) == (NAMES, (32, 48), "data x")
-    assert best.mean == about.mean == (0.4, 0.5, 0.6)
+    assert (description.class_names, description.size, description.trained_on) == (NAMES, (32, 48), "data x")
+    assert best.mean == description.mean == (0.4, 0.5, 0.6)
     last, other = open_model(str(run), numbered, (64, 64), "last")
     assert state_digest(last) != state_digest(best)
     assert (other.size, other.class_names) == ((64, 64), NAMES)
@@ -83,9 +83,9 @@ def test_a_run(run: Path) -> None:
 
 
 def test_a_file_with_the_classes_of_the_data(weights: Path) -> None:
-    model, about = open_model(f"kdcache:tiny@{weights}", DATA, (32, 48))
+    model, description = open_model(f"kdcache:tiny@{weights}", DATA, (32, 48))
     assert not model.training
-    assert about == RunModel(
+    assert description == RunModel(
         spec="kdcache:tiny", class_names=NAMES, class_colours=COLOURS, size=(32, 48), mean=model.mean, std=model.std
     )
     again, unnamed = open_model(f"kdcache:tiny@{weights}", numbered, (32, 48))
@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused(weights: Path, tmp_path: Path) -> None:
 def test_a_class_map(weights: Path, tmp_path: Path) -> None:
     table = tmp_path / "map.txt"
     table.write_text("0 ground\n1 void\n2 up\n")
-    model, about = open_model(
+    model, description = open_model(
         f"kdcache:tiny@{weights}",
         SimpleNamespace(names=("up", "ground"), colours=COLOURS[:2]),
         (32, 48),
@@ -120,7 +120,7 @@ def test_a_class_map(weights: Path, tmp_path: Path) -> None:
     )
     assert isinstance(model, ClassMapped)
     assert not model.training
-    assert (model.num_classes, about.class_names) == (2, ("up", "ground"))
+    assert (model.num_classes, description.class_names) == (2, ("up", "ground"))
     plain = build_model("kdcache:tiny", None, weights=weights).eval()
     x = torch.randn(1, 3, 32, 48)
     with torch.inference_mode():
@@ -130,10 +130,10 @@ def test_a_class_map(weights: Path, tmp_path: Path) -> None:
 def test_an_exported_file_says_what_it_is(run: Path, tmp_path: Path) -> None:
     from kdcache.models.export import export_model
 
-    model, about = open_model(str(run), DATA)
-    export_model(model, about, tmp_path / "e.safetensors")
-    again, told = open_model(f"kdcache:tiny@{tmp_path}/e.safetensors", numbered)
-    assert told == about.model_copy(update={"trained_on": ""})
+    model, description = open_model(str(run), DATA)
+    export_model(model, description, tmp_path / "e.safetensors")
+    again, exported = open_model(f"kdcache:tiny@{tmp_path}/e.safetensors", numbered)
+    assert exported == description.model_copy(update={"trained_on": ""})
     assert again.mean == (0.4, 0.5, 0.6)
     assert build_model("kdcache:tiny", 3, weights=tmp_path / "e.safetensors").std == (0.1, 0.2, 0.3)
     assert build_model("kdcache:tiny", 3, weights=tmp_path / "e.safetensors", std=(1, 1, 1)).std == (1, 1, 1)
@@ -141,7 +141,7 @@ def test_an_exported_file_says_what_it_is(run: Path, tmp_path: Path) -> None:
         open_model(f"kdcache:tiny@{tmp_path}/e.safetensors", numbered(3))[1].check_classes(("x", "y", "z"), "data")
     with pytest.raises(ModelError, match=r"which is of kdcache:tiny[\s\S]*give kdcache:tiny@"):
         open_model(f"kdcache:base@{tmp_path}/e.safetensors", DATA)
-    broken = {**about.metadata(), "size": json.dumps([0.5])}
+    broken = {**description.metadata(), "size": json.dumps([0.5])}
     save_file(model.state_dict(), tmp_path / "broken.safetensors", broken)
     with pytest.raises(ModelError, match=r"broken\.safetensors[\s\S]*export it again"):
         open_model(f"kdcache:tiny@{tmp_path}/broken.safetensors", DATA)
@@ -149,8 +149,8 @@ def test_an_exported_file_says_what_it_is(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [["a", "b", "a"], ["a", "", "b"], ["a", " ", "b"]])
 def test_repeated_and_empty_class_names_of_a_run_are_refused(run: Path, names: list[str]) -> None:
-    about = json.loads((run / "model.json").read_bytes()) | {"class_names": names}
-    (run / "model.json").write_text(json.dumps(about))
+    description = json.loads((run / "model.json").read_bytes()) | {"class_names": names}
+    (run / "model.json").write_text(json.dumps(description))
     with pytest.raises(RecipeError, match="unique and not empty") as caught:
         Run.open(run)
     assert "class name" in caught.value.received

@@ -167,10 +167,10 @@ def test_class_counts_differ() -> None:
     model = build_model("kdcache:tiny", 6)
     with pytest.raises(ModelError, match=r"4 classes in the weights, 6 in the data[\s\S]*--class-map"):
         load_weights(model, _state(4), strict_head=True)
-    kept = model.get_parameter("classifier.weight").clone()
+    initial = model.get_parameter("classifier.weight").clone()
     report = load_weights(model, _state(4), strict_head=False)
     assert report.reinitialised == ("classifier.weight", "classifier.bias")
-    assert torch.equal(model.get_parameter("classifier.weight"), kept)
+    assert torch.equal(model.get_parameter("classifier.weight"), initial)
     assert torch.equal(model.state_dict()["context.weight"], _state(4)["context.weight"])
 
 

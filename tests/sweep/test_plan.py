@@ -33,8 +33,8 @@ def plan(**changes: Any) -> Sweep:
     return plan_sweep(replace(RECIPE, **changes), "scenes", Path("out"), KNOWN)
 
 
-def value(given: tuple[str, ...], flag: str) -> str:
-    return given[given.index(flag) + 1]
+def value(command: tuple[str, ...], flag: str) -> str:
+    return command[command.index(flag) + 1]
 
 
 def test_each_job_comes_after_what_it_needs() -> None:
@@ -61,9 +61,9 @@ def test_folds_have_teachers_and_stores_of_their_own() -> None:
             by_name[f"store, fold {fold}"],
             by_name[f"kl, fold {fold}, seed 5"],
         )
-        for given in (teacher, run):
-            assert (value(given, "--fold"), value(given, "--val-fold")) == (f"{fold}/2", f"{fold}/2")
-            assert value(given, "--val-split") == "train"
+        for command in (teacher, run):
+            assert (value(command, "--fold"), value(command, "--val-fold")) == (f"{fold}/2", f"{fold}/2")
+            assert value(command, "--val-split") == "train"
         assert value(store, "--teacher") == value(teacher, "--out")
         assert value(run, "--cache") == value(store, "--out")
         assert value(run, "--seed") == "5"
@@ -93,8 +93,8 @@ def test_a_teacher_that_exists_is_not_trained() -> None:
     sweep = plan(teacher={"spec": "torchvision:fcn_resnet50@default"})
     assert [job.words[0] for job in sweep.jobs][:2] == ["build-teacher-cache", "train-student"]
     for verb in ("build-teacher-cache", "compare", "visualise"):
-        given = next(job.words for job in sweep.jobs if job.words[0] == verb)
-        assert value(given, "--teacher") == "torchvision:fcn_resnet50@default"
+        command = next(job.words for job in sweep.jobs if job.words[0] == verb)
+        assert value(command, "--teacher") == "torchvision:fcn_resnet50@default"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_flags_are_as_one_types_them() -> None:
         "lr": 1e-3,
         "term": [{"kind": "at", "weight": 2, "student_tap": "s"}],
     }
-    given = ["--no-flip", "--resume", "--lr", "0.001", "--term", "at,weight=2,student_tap=s"]
-    assert list(words(flags)) == given
+    typed = ["--no-flip", "--resume", "--lr", "0.001", "--term", "at,weight=2,student_tap=s"]
+    assert list(words(flags)) == typed
 
 
 def test_names_of_folders() -> None:

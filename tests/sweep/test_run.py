@@ -137,7 +137,7 @@ def test_watchers_hear_what_begins_ends_and_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_job_s_process_trains_alone_on_its_gpu() -> None:
-    given = {
+    environment = {
         "RANK": "3",
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
@@ -145,7 +145,7 @@ def test_a_job_s_process_trains_alone_on_its_gpu() -> None:
         "TORCHELASTIC_RUN_ID": "y",
         "HOME": "/h",
     }
-    assert without_torchrun(list(given.items())) == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "1"}
-    chosen = without_torchrun([*given.items(), ("CUDA_VISIBLE_DEVICES", "5,7")])
-    assert chosen["CUDA_VISIBLE_DEVICES"] == "7"
+    assert without_torchrun(list(environment.items())) == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "1"}
+    visible = without_torchrun([*environment.items(), ("CUDA_VISIBLE_DEVICES", "5,7")])
+    assert visible["CUDA_VISIBLE_DEVICES"] == "7"
     assert without_torchrun([("HOME", "/h")]) == {"HOME": "/h"}

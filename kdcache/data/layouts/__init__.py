@@ -1,12 +1,12 @@
 """Layouts: how data sets lie on disk, and what the numbers in their label files mean.
 
-    base.py         what every layout answers, and refusing what a split must not have
+    base.py         the interface of a layout, and refusing what a split must not have
     scan.py         finding images and labels, by folder or by list
     file_split.py   the samples that were found, read one by one
     label_ids.py    tables from the numbers of a label file to class ids
     camvid.py, voc.py, cityscapes.py, gta5.py, ade20k.py, and ../folder.py for a data set of one's own
     registry.py     which of them a folder has
-    download.py     fetching a data set that may be fetched without asking
+    download.py     fetching a data set that needs no account or agreement
 
 The package itself is empty: `kdcache.data.layout` is the door.
 """

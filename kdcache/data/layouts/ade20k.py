@@ -56,10 +56,10 @@ class Ade20k(Layout):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise _no_names(f"{path}: {error}") from error
-        found = [match for line in lines if (match := _LINE.fullmatch(line))]
-        if [int(match["id"]) for match in found] != list(range(1, CLASSES + 1)):
-            raise _no_names(f"{len(found)} such lines in {path}")
-        return ClassList(_short_names([match["names"] for match in found]))
+        entries = [match for line in lines if (match := _LINE.fullmatch(line))]
+        if [int(match["id"]) for match in entries] != list(range(1, CLASSES + 1)):
+            raise _no_names(f"{len(entries)} such lines in {path}")
+        return ClassList(_short_names([match["names"] for match in entries]))
 
     def _scan(self, root: Path, split: str) -> Scan:
         return scan_folders(root, f"{IMAGES}/{FOLDERS[split]}", f"{LABELS}/{FOLDERS[split]}", LABEL_IDS)

@@ -1,4 +1,4 @@
-"""What every layout answers: is it this one, which splits are there, what is in them."""
+"""The interface of a layout: whether a folder is one, which splits it has, what is in them."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ class Layout(ABC):
 
     @abstractmethod
     def _scan(self, root: Path, split: str) -> Scan:
-        """What there is of a split that `splits` names. Raises: DataError for a list that cannot be read."""
+        """The files of a split that `splits` names. Raises: DataError for a list that cannot be read."""
 
     def find(self, folder: Path) -> Path | None:
-        """Where the data set begins, in `folder` or one of its `homes`; None when it is not of this layout."""
+        """The folder in which the data set begins, `folder` or one of its `homes`; None for another layout."""
         return next((folder / home for home in self.homes if self.matches(folder / home)), None)
 
     def classes(self, root: Path) -> ClassList:
-        """Names and colours: those of a `classes.txt` that says others than the layout's own, else these.
+        """Names and colours: those of a `classes.txt` whose names differ from the layout's own, else these.
 
         Raises: DataError for a file that is not as it should be.
         """
         return read_classes(root) if self.lists_classes(root) else self._classes(root)
 
     def lists_classes(self, root: Path) -> bool:
-        """Whether a `classes.txt` in the root says other names than the layout: labels then hold its lines' numbers.
+        """Whether a `classes.txt` in the root has other names than the layout: labels then hold its lines' numbers.
 
         Raises: DataError for a `classes.txt` that is none.
         """
@@ -86,14 +86,14 @@ class Layout(ABC):
             return True
 
     def why(self, root: Path) -> str:
-        """What made a folder one of this layout, and where its classes come from."""
+        """The reason why a folder is of this layout, and where its classes come from, for messages."""
         classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else "the layout's own classes"
         return f"{self.looks_for}; {classes}"
 
     def scan(self, root: Path, split: str) -> Scan:
         """Find the images and labels of a split; refuses only a split that is missing or without images.
 
-        Raises: DataError.
+        Raises: DataError for such a split, or a list that cannot be read.
         """
         if split not in (names := self.splits(root)):
             raise DataError(
@@ -101,19 +101,19 @@ class Layout(ABC):
                 received=f"{split!r} in {root}; there are: {', '.join(names) or 'none'}",
                 remedy="Name one of the splits that exist." + (HOW_TO_SPLIT if names == [WHOLE] else ""),
             )
-        found = self._scan(root, split)
+        scan = self._scan(root, split)
         if self.lists_classes(root):
-            found = replace(found, label_ids=_numbers_of_lines(self.name))
-        if not found.images and found.missing:
-            raise self._missing(root, split, found)
-        if not found.images:
+            scan = replace(scan, label_ids=_numbers_of_lines(self.name))
+        if not scan.images and scan.missing:
+            raise self._missing(root, split, scan)
+        if not scan.images:
             raise DataError(
                 "A split has at least one image.",
-                received=f"none in {root / found.image_place}" + (f" for split {split!r}" if self.listed else ""),
+                received=f"none in {root / scan.image_place}" + (f" for split {split!r}" if self.listed else ""),
                 remedy=f"Put images there ({', '.join(IMAGE_SUFFIXES)})"
                 + (", and their names into the list." if self.listed else "."),
             )
-        return found
+        return scan
 
     def open(self, data: str, root: Path, split: str) -> FileSplit:
         """Open a split for use.
@@ -121,26 +121,26 @@ class Layout(ABC):
         Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels that belong to no
             image, or files that a list names and that are not there.
         """
-        found = self.scan(root, split)
-        if found.missing:
-            raise self._missing(root, split, found)
-        if found.clashes:
-            sample, first, second = found.clashes[0]
+        scan = self.scan(root, split)
+        if scan.missing:
+            raise self._missing(root, split, scan)
+        if scan.clashes:
+            sample, first, second = scan.clashes[0]
             raise DataError(
                 "Sample ids (paths without the last suffix) are unique in a split.",
-                received=f"{first} and {second} are both {sample!r} ({len(found.clashes)} clashes) "
-                f"in {root / found.image_place}",
+                received=f"{first} and {second} are both {sample!r} ({len(scan.clashes)} clashes) "
+                f"in {root / scan.image_place}",
                 remedy="Rename or remove one file of each pair"
                 + (", or the repeated lines of the list." if self.listed else "."),
             )
-        if found.orphans or found.foreign:
+        if scan.orphans or scan.foreign:
             raise DataError(
                 self.pairing,
-                received=f"{describe_some(found.orphans + found.foreign)} in {root / found.label_place}",
-                remedy=f"Give each label its image's name, as in {next(iter(found.images.values()))!r}; "
+                received=f"{describe_some(scan.orphans + scan.foreign)} in {root / scan.label_place}",
+                remedy=f"Give each label its image's name, as in {next(iter(scan.images.values()))!r}; "
                 "remove the labels that have no image.",
             )
-        return FileSplit(data, split, self.classes(root), root, found)
+        return FileSplit(data, split, self.classes(root), root, scan)
 
     def may_share(self, one: str, other: str) -> bool:
         """Whether two splits may hold the same images: `trainval` is train and val, `trainaug` holds train."""
@@ -150,10 +150,10 @@ class Layout(ABC):
         held_out = {name for name in names if not name.startswith("train")}
         return not held_out or ("trainval" in names and all(name.startswith("val") for name in held_out))
 
-    def _missing(self, root: Path, split: str, found: Scan) -> DataError:
+    def _missing(self, root: Path, split: str, scan: Scan) -> DataError:
         return DataError(
             "Every file that a split calls for is there.",
-            received=f"no {describe_some(found.missing)} in {root}, split {split!r}",
+            received=f"no {describe_some(scan.missing)} in {root}, split {split!r}",
             remedy="Restore the files from their source"
             + (", or take their lines out of the list." if self.listed else "."),
         )

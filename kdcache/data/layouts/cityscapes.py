@@ -55,7 +55,7 @@ _IMAGE_END, _IDS_END, _TRAIN_IDS_END = "_leftImg8bit", "_gtFine_labelIds", "_gtF
 
 
 def to_classes(most_label_id: int) -> dict[int, int]:
-    """labelId -> class id, of all labelIds up to the last one; what is no class is void."""
+    """labelId -> class id, for all labelIds up to the last one; what is no class is void."""
     classes = {label_id: index for index, (label_id, _, _) in enumerate(_KINDS)}
     return {label_id: classes.get(label_id, IGNORE_INDEX) for label_id in range(most_label_id + 1)}
 
@@ -63,11 +63,11 @@ def to_classes(most_label_id: int) -> dict[int, int]:
 def refuse_train_ids(seen: Seen, path: Path) -> None:
     """Refuse numbers that are train ids, not labelIds.
 
-    Nearly every street shows an id from 19 up: vegetation, sky, a car, a sign. Where there is none, these tell: 255,
-    which labelIds never have and train ids have wherever something is void; or two of the ids that are seldom seen,
-    and never without plants, sky and cars, but are poles, terrain, sky, trucks and bicycles as train ids.
+    Nearly every street shows an id from 19 up: vegetation, sky, a car, a sign. Where there is none, train ids show by
+    255, which labelIds never have and train ids have wherever something is void; or two of the ids that are seldom
+    seen, and never without plants, sky and cars, but are poles, terrain, sky, trucks and bicycles as train ids.
 
-    Raises: DataError.
+    Raises: DataError for such numbers.
     """
     if seen[len(CLASSES) : IGNORE_INDEX].any() or not (seen[IGNORE_INDEX] or seen[list(_SELDOM)].sum() >= 2):
         return

@@ -1,6 +1,6 @@
-"""Fetching a data set, for those that may be fetched without asking anybody: PASCAL VOC 2012.
+"""Fetching a data set that needs no account or agreement: PASCAL VOC 2012.
 
-torchvision fetches and checks the archive. It unpacks into a hidden folder that no layout looks into, and what it made
+torchvision fetches and checks the archive. It unpacks into a hidden folder that no layout reads, and what it made
 is moved to its place when every file of the lists is there: a download that was interrupted is never taken for a whole
 one. The archive stays until then, so that the next attempt need not fetch it again.
 """
@@ -34,12 +34,12 @@ def download(layout: str, root: str | os.PathLike[str]) -> Path:
         layout: `voc`; the others cannot be fetched without an account or an agreement.
         root: made if missing; VOCdevkit/VOC2012 is put there.
     Returns: the folder in which the data set begins.
-    Raises: DataError when another layout is asked for, when it cannot be fetched, or when what is there is not whole.
+    Raises: DataError for another layout, when it cannot be fetched, or when what is there is not whole.
     """
     if layout != Voc.name:
         source = f", from {_SOURCES[layout]}" if layout in _SOURCES else ""
         raise DataError(
-            f"Only {Voc.name} can be downloaded; others ask for an account or an agreement.",
+            f"Only {Voc.name} can be downloaded; others need an account or an agreement.",
             received=f"{layout!r}",
             remedy=f"Fetch the data by hand{source}, and name the folder." if layout in LAYOUTS else f"Use {Voc.name}.",
         )
@@ -95,7 +95,7 @@ def _fetch_with_torchvision(staging: Path) -> None:
 
 
 def _defect(root: Path) -> str | None:
-    """What is wrong with a VOC folder; None when every sample of its standard lists has image and label."""
+    """The first defect of a VOC folder; None when every sample of its standard lists has image and label."""
     voc = LAYOUTS[Voc.name]
     try:
         for split in ("train", "val"):

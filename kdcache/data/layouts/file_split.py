@@ -12,7 +12,7 @@ from kdcache.errors import DataError
 
 
 class FileSplit(Split):
-    """One split of a data set on disk; reads a file only when asked for its sample.
+    """One split of a data set on disk; reads a file only when its sample is read.
 
     Args:
         data: as the user gave it.
@@ -50,6 +50,7 @@ class FileSplit(Split):
         return self._label_files[index] is not None
 
     def label(self, index: int) -> Pixels | None:
+        """See `Split.label`. Raises: DataError for a label of another size than its image, or ids of no class."""
         label = self.raw_label(index)
         if label is None:
             return None
@@ -83,7 +84,7 @@ class FileSplit(Split):
         return file_digest(self.image_path(index)), None if path is None else file_digest(path)
 
     def _size(self, index: int) -> tuple[int, int]:
-        """Remembered from `image`, because a PNG's header does not tell its rotation without decoding it."""
+        """(height, width), remembered from `image`: the rotation is not in a PNG's header, only behind its pixels."""
         if index not in self._sizes:
             self._sizes[index] = image_size(self.image_path(index))
         return self._sizes[index]

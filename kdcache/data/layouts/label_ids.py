@@ -16,7 +16,7 @@ Seen = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class LabelIds:
-    """What the numbers in label files mean.
+    """The meaning of the numbers in label files.
 
     Args:
         rule: which numbers there may be, for messages; `{last}` is the last class id.
@@ -32,16 +32,16 @@ class LabelIds:
     check: Callable[[Seen, Path], None] | None = None
 
 
-def id_table(known: Mapping[int, int]) -> Pixels:
+def id_table(class_of_number: Mapping[int, int]) -> Pixels:
     """A table of 256 entries, uint8, not writable: `known` maps numbers to class ids or void.
 
     Other numbers stay as they are, so that they are refused as the numbers that the file has; 255 is void in any file.
     """
     table = np.arange(256, dtype=np.uint8)
-    table[list(known)] = list(known.values())
-    classes = {index for index in known.values() if index != IGNORE_INDEX}
+    table[list(class_of_number)] = list(class_of_number.values())
+    classes = {index for index in class_of_number.values() if index != IGNORE_INDEX}
     # A number that is not listed must never pass for a class.
-    assert not classes & (set(range(IGNORE_INDEX)) - set(known)), known
+    assert not classes & (set(range(IGNORE_INDEX)) - set(class_of_number)), class_of_number
     table.flags.writeable = False
     return table
 

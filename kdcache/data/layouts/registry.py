@@ -1,4 +1,4 @@
-"""Which layout a data set has: named by a prefix (`voc:/data/VOC2012`), or found by what lies in the folder."""
+"""The layout of a data set: named by a prefix (`voc:/data/VOC2012`), or found by what lies in the folder."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LAYOUTS: dict[str, Layout] = {
 _PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
 
 
-class Found(NamedTuple):
+class LayoutRoot(NamedTuple):
     """A layout, and the folder in which a data set of it begins."""
 
     layout: Layout
     root: Path
 
 
-def find_layout(data: str) -> Found:
+def find_layout(data: str) -> LayoutRoot:
     """The layout of a data set on disk, and where it begins.
 
     Args:
@@ -49,17 +49,19 @@ def find_layout(data: str) -> Found:
         )
     if name is not None:
         return _with_its_classes(_named(LAYOUTS[name], folder), folder)
-    found = [Found(layout, root) for layout in LAYOUTS.values() if (root := layout.find(folder)) is not None]
-    if any(isinstance(layout, Folder) for layout, _ in found):
+    candidates = [LayoutRoot(layout, root) for layout in LAYOUTS.values() if (root := layout.find(folder)) is not None]
+    if any(isinstance(layout, Folder) for layout, _ in candidates):
         # A classes.txt beside images/ and labels/ makes them one's own data: GTA5's release has none.
-        found = [one for one in found if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()]
-    if len(found) == 1:
-        return _with_its_classes(found[0], folder)
-    if found:
+        candidates = [
+            one for one in candidates if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()
+        ]
+    if len(candidates) == 1:
+        return _with_its_classes(candidates[0], folder)
+    if candidates:
         raise DataError(
             "A folder holds a data set of one layout.",
-            received=f"{folder} holds " + ", ".join(f"{layout.name} ({root})" for layout, root in found),
-            remedy="Name the one that is meant: " + " or ".join(f"{layout.name}:{folder}" for layout, _ in found),
+            received=f"{folder} holds " + ", ".join(f"{layout.name} ({root})" for layout, root in candidates),
+            remedy="Name the one that is meant: " + " or ".join(f"{layout.name}:{folder}" for layout, _ in candidates),
         )
     raise DataError(
         "A data folder has a layout that kdcache knows.",
@@ -96,22 +98,22 @@ def split_prefix(data: str) -> tuple[str | None, Path]:
     return name, Path(path).expanduser()
 
 
-def _with_its_classes(found: Found, folder: Path) -> Found:
+def _with_its_classes(place: LayoutRoot, folder: Path) -> LayoutRoot:
     """Refuse a class list above the folder where the data begin: nobody would read it. Raises DataError."""
     above = folder / CLASSES_FILE
-    if found.root == folder or not above.is_file() or (found.root / CLASSES_FILE).is_file():
-        return found
-    if read_classes(folder).names == found.layout.classes(found.root).names:
-        return found
+    if place.root == folder or not above.is_file() or (place.root / CLASSES_FILE).is_file():
+        return place
+    if read_classes(folder).names == place.layout.classes(place.root).names:
+        return place
     raise DataError(
         f"A {CLASSES_FILE} lies where its data set begins, and its classes are those of the labels.",
-        received=f"{above}, with other classes than layout {found.layout.name} in {found.root}",
-        remedy=f"Move it to {found.root} if it is meant for these data; else name {found.root} as the data folder.",
+        received=f"{above}, with other classes than layout {place.layout.name} in {place.root}",
+        remedy=f"Move it to {place.root} if it is meant for these data; else name {place.root} as the data folder.",
     )
 
 
 def _nearly_a_folder(folder: Path) -> str:
-    """What keeps a folder with `images/` from being one of the folder layout; empty without `images/`."""
+    """A remedy for a folder with `images/` that is not quite of the folder layout; empty without `images/`."""
     if not (folder / IMAGES).is_dir():
         return ""
     others = [name for name in folders_in(folder) if name not in (IMAGES, LABELS)]
@@ -123,10 +125,10 @@ def _nearly_a_folder(folder: Path) -> str:
     return f"To make it one's own data set: {'; '.join(steps)}." if steps else ""
 
 
-def _named(layout: Layout, folder: Path) -> Found:
+def _named(layout: Layout, folder: Path) -> LayoutRoot:
     root = layout.find(folder)
     if root is not None:
-        return Found(layout, root)
+        return LayoutRoot(layout, root)
     fits = [other.name for other in LAYOUTS.values() if other.find(folder) is not None]
     raise DataError(
         f"A folder of layout {layout.name} has {layout.looks_for}.",

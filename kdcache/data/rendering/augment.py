@@ -30,7 +30,7 @@ HUE_TURNS_PER_STRENGTH = 1 / 6
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn at random for the student.
+    """Random changes of a view for the student.
 
     Args:
         scale: zoom is uniform in this range, 1 = the whole view, 2 = a window of half its size,
@@ -38,7 +38,7 @@ class Augmentation:
         flip: mirror left and right half of the time.
         jitter: strength of colour jitter, 0 (off) to 1.
 
-    Raises: ValueError.
+    Raises: ValueError for values outside these ranges.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
@@ -72,6 +72,7 @@ def draw_window(
         flip: whether flips are drawn at all.
         share: what the window measures at s = 1, as a part of the view's height and width.
     Returns: the window in the units of `view_size`, and the flip.
+    Raises: ValueError for a `scale` that is no range above 0.
     """
     _check_scale(scale)
     u_scale, u_y, u_x, u_flip = rng.random(4)
@@ -98,6 +99,7 @@ def draw_view(
         view: drawn as `draw_window` does, each from a generator of its own; without `share`, 0 is the whole image.
         image_size: (H, W) of the source, in whose pixels the window counts.
         share: of crops, what one shows at scale 1, as a part of the image's height and width.
+    Returns: the window, and whether the view is flipped after the resize.
     """
     if view == 0 and share is None:
         return Window.full(*image_size), False
@@ -111,13 +113,14 @@ def inside_rectangle(
     source_size_R2: npt.NDArray[np.generic],
     view_size: tuple[int, int],
 ) -> npt.NDArray[np.float64]:
-    """Where views show their image, (R, 4): y0, x0, y1, x1 in pixels of the view, edge coordinates, half-open.
+    """The rectangles in which views show their image: edge coordinates in pixels of the view, half-open.
 
     What lies outside is grey and has no label, so it must not teach: pixel (i, j) shows the image when (i + 0.5, j +
     0.5) is inside. The arrays are a store's `records/window`, `flip` and `source_size`; one record does too, without R.
 
     Args:
         view_size: (H, W).
+    Returns: float64 (R, 4): y0, x0, y1, x1.
     """
     window, source = np.asarray(window_R4, np.float64), np.asarray(source_size_R2, np.float64)
     size = np.asarray(view_size, np.float64)
@@ -149,6 +152,7 @@ def colour_jitter(
         strength: 0 to 1; 0 returns `pixels_HW3` itself, unchanged.
         out: where the result goes, contiguous; default memory of its own.
     Returns: uint8 (H, W, 3).
+    Raises: ValueError for a strength outside 0..1.
     """
     _check_strength(strength)
     brightness, contrast, saturation, hue = rng.uniform(-strength, strength, 4).tolist()

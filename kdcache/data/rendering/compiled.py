@@ -1,5 +1,5 @@
 # mypy: allow-untyped-decorators, allow-untyped-calls
-"""How the CPU kernels of this room are compiled: once per machine, for one signature, when first imported.
+"""Compiling the CPU kernels of this room: once per machine, for one signature, when first imported.
 
 Whoever needs a kernel imports its module inside the function that calls it, so that `import kdcache.data` brings no
 numba. Compiling is part of that import: Python's import lock makes it safe for threads that come first at once, and

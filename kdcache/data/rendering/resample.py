@@ -271,7 +271,7 @@ def _pick(label_HW, window, flip, size, y_range, x_range, out_HW):
     types.UniTuple(types.int64, 3), BYTES[2], BYTES[2],
 )  # fmt: skip
 def render_window(image_HX, label_HW, window, flip, outside, pixels_HX, out_HW):
-    """Fill `pixels_HX` and `out_HW` as `kdcache.data.render` says.
+    """Fill `pixels_HX` and `out_HW`; the rules are those of `kdcache.data.render`.
 
     Args:
         label_HW: empty for no label: `out_HW` becomes void.

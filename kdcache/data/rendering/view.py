@@ -57,7 +57,7 @@ class Window:
         return cls(0.0, 0.0, float(height), float(width))
 
     def scaled(self, fy: float, fx: float) -> Window:
-        """The same window in an image whose height is `fy` and whose width is `fx` times as large."""
+        """This window in an image whose height is `fy` and whose width is `fx` times as large."""
         return Window(self.y0 * fy, self.x0 * fx, self.y1 * fy, self.x1 * fx)
 
     def as_tuple(self) -> tuple[float, float, float, float]:

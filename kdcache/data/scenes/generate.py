@@ -38,7 +38,7 @@ def is_scenes(data: str) -> bool:
 
 @dataclass(frozen=True)
 class ScenesSpec:
-    """What follows `scenes:`; every part may be left out.
+    """The options after `scenes:`; every part may be left out.
 
     Args:
         height, width: pixels, `HxW`.
@@ -64,11 +64,11 @@ class ScenesSpec:
         for part in filter(None, data.partition(":")[2].split(",")):
             size = re.fullmatch(r"(\d+)x(\d+)", part.strip())
             option = re.fullmatch(r"(train|val|seed|unlabelled)=(\d+)", part.strip())
-            found = dict(zip(("height", "width"), map(int, size.groups()), strict=True)) if size else {}
-            found |= {option[1]: int(option[2])} if option else {}
-            if not found or values.keys() & found.keys():
-                raise _malformed(data, f"{part!r} {'twice' if found else 'is no part of it'}")
-            values |= found
+            fields = dict(zip(("height", "width"), map(int, size.groups()), strict=True)) if size else {}
+            fields |= {option[1]: int(option[2])} if option else {}
+            if not fields or values.keys() & fields.keys():
+                raise _malformed(data, f"{part!r} {'twice' if fields else 'is no part of it'}")
+            values |= fields
         spec = cls(**values)
         if not all(_LEAST_SIDE <= side <= _MOST_SIDE for side in (spec.height, spec.width)):
             raise _malformed(data, f"{spec.height}x{spec.width}, sides are {_LEAST_SIDE} to {_MOST_SIDE}")
@@ -79,7 +79,7 @@ class ScenesSpec:
         return sorted(name for name in ("train", "val", _UNLABELLED) if self.samples(name))
 
     def samples(self, split: str) -> int:
-        """How many samples a split has; 0 for a name that is none."""
+        """The number of samples of a split; 0 for a name that is none."""
         return {"train": self.train, "val": self.val, _UNLABELLED: self.unlabelled}.get(split, 0)
 
 
@@ -98,12 +98,12 @@ class ScenesSplit(Split):
             raise DataError(
                 "A split of `scenes` is train, val or unlabelled, with at least one sample.",
                 received=f"{split!r} of {data!r}; there are: {', '.join(self.spec.splits()) or 'none'}",
-                remedy=f"Name one of these, or ask for samples, as in scenes:{_UNLABELLED}=32.",
+                remedy=f"Name one of these, or add samples, as in scenes:{_UNLABELLED}=32.",
             )
         self.data = data
         self.split = split
         self.classes = CLASSES
-        # The seed is part of the id: another seed is other pictures, and the digest must tell.
+        # The seed is part of the id: another seed is other pictures, and the digest must differ.
         prefix = f"{self.spec.height}x{self.spec.width}-seed{self.spec.seed}/{split}"
         self.ids = tuple(f"{prefix}-{index:06d}" for index in range(self.spec.samples(split)))
 
@@ -128,6 +128,7 @@ def write_scenes(folder: str | os.PathLike[str], data: str = "scenes", *, suffix
         folder: made if missing; files of the same names are overwritten.
         suffix: of the images: `.png` keeps the pixels of the spec, `.jpg` (quality 95) does not.
     Returns: the folder, ready for `open_split`.
+    Raises: DataError for a malformed spec.
     """
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)

@@ -50,15 +50,15 @@ class LightDeepLab(SegmentationModel):
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
         self.check_taps(taps)
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         x = x_B3HW
         for child, module in self.backbone.named_children():
             x = module(x)
             if (tap := self._tap_of.get(child, "")) in taps:
-                found[tap] = x
-        found["reduced"] = x = self.reduce(x)
-        found["head"] = x = self.context(x)
-        return NativeOutput(self.classifier(self.dropout(x)), {tap: found[tap] for tap in taps})
+                features[tap] = x
+        features["reduced"] = x = self.reduce(x)
+        features["head"] = x = self.context(x)
+        return NativeOutput(self.classifier(self.dropout(x)), {tap: features[tap] for tap in taps})
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:

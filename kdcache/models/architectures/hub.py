@@ -1,4 +1,4 @@
-"""Weights from Hugging Face's hub, when they are asked for as `default`."""
+"""Weights from Hugging Face's hub, for the spec `default`."""
 
 from typing import Any
 

@@ -88,12 +88,12 @@ class SegFormer(SegmentationModel):
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
         self.check_taps(taps)
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         x = x_B3HW
         for name, stage in zip(_STAGES, self.segformer.stages, strict=True):  # type: ignore[arg-type]
-            x = found[name] = stage(x)
-        logits, found["head"] = self._head([found[name] for name in _STAGES])
-        return NativeOutput(logits, {tap: found[tap] for tap in taps})
+            x = features[name] = stage(x)
+        logits, features["head"] = self._head([features[name] for name in _STAGES])
+        return NativeOutput(logits, {tap: features[tap] for tap in taps})
 
     def _head(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The modules of transformers' SegformerDecodeHead, which does not return what it fuses."""
@@ -145,7 +145,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """NVIDIA's weights from the hub (for research only, says their licence): downloaded once, then from its cache.
+    """NVIDIA's weights from the hub (their licence: for research only): downloaded once, then from its cache.
 
     Args:
         whole: the model with its head, trained on ADE20K's 150 classes; else the encoder trained on ImageNet,

@@ -67,9 +67,9 @@ class SmpModel(SegmentationModel):
         self.check_taps(taps)
         self._check_size(x_B3HW.shape[-2], x_B3HW.shape[-1])
         features = self.encoder(x_B3HW)
-        found = {f"stage{i}": feature for i, feature in enumerate(features)}
-        found["head"] = self.decoder(list(features))
-        return NativeOutput(self.segmentation_head[0](found["head"]), {tap: found[tap] for tap in taps})
+        by_tap = {f"stage{i}": feature for i, feature in enumerate(features)}
+        by_tap["head"] = self.decoder(list(features))
+        return NativeOutput(self.segmentation_head[0](by_tap["head"]), {tap: by_tap[tap] for tap in taps})
 
     def _check_size(self, height: int, width: int) -> None:
         step = self._multiple
@@ -88,7 +88,7 @@ def classifier_keys(name: str) -> tuple[str, ...]:
 
 
 def check_name(name: str) -> None:
-    """Raise ModelError with the nearest names unless the library knows both parts of ARCH-ENCODER."""
+    """Check that the library has both parts of ARCH-ENCODER. Raises: ModelError with the nearest names."""
     import segmentation_models_pytorch as library
     import timm
 
@@ -101,15 +101,15 @@ def check_name(name: str) -> None:
             received=f"smp:{name}, whose transformer takes one",
             remedy=f"pick another architecture: {', '.join(architectures)}",
         )
-    known = encoder in encoders or (encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-")))
-    if architecture in architectures and known:
+    has_encoder = encoder in encoders or (encoder.startswith("tu-") and timm.is_model(encoder.removeprefix("tu-")))
+    if architecture in architectures and has_encoder:
         return
     better = architecture if architecture in architectures else _nearest(architecture, architectures, "unet")
     if encoder.startswith("tu-"):
         near = _nearest(encoder.removeprefix("tu-"), timm.list_models(), "resnet18")
-        hint = encoder if known else f"tu-{near}"
+        hint = encoder if has_encoder else f"tu-{near}"
     else:
-        hint = encoder if known else _nearest(encoder, encoders, "resnet18")
+        hint = encoder if has_encoder else _nearest(encoder, encoders, "resnet18")
     raise ModelError(
         f"smp:ARCH-ENCODER has one of {', '.join(architectures)}, and an encoder of segmentation_models_pytorch",
         received=f"'smp:{name}'",
@@ -129,7 +129,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
     """The encoder's ImageNet weights, downloaded once; there are none of whole models.
 
-    Those of the Mix Transformers (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
+    The weights of the Mix Transformers (`mit_b0` to `mit_b5`) are NVIDIA's, for research only.
     Raises: ModelError when they cannot be had.
     """
     check_name(name)
@@ -175,7 +175,7 @@ def _create(name: str, num_classes: int, encoder_weights: Any) -> Any:
     except (ValueError, KeyError, NotImplementedError, AssertionError) as error:
         reason = str(error.args[0] if error.args else error).splitlines()[0]
         raise ModelError(
-            "smp:ARCH-ENCODER must be a pair that segmentation_models_pytorch can join, with the weights asked for",
+            "smp:ARCH-ENCODER must be a pair that segmentation_models_pytorch can join, with these weights",
             received=f"smp:{name}: {reason}",
             remedy=f"pick another encoder or architecture, for instance smp:unet-{encoder} or smp:fpn-{encoder}",
         ) from error

@@ -30,7 +30,7 @@ class PyramidNet(SegmentationModel):
     Taps: `stage1` (stride 4) to `stageN`, and `head`: the classifier's input, before dropout.
 
     Args:
-        spec: the name it was asked for by.
+        spec: the name that `build_model` was given.
         num_classes: C.
         stem: channels at stride 2.
         widths: channels of each stage, at strides 4, 8, ...
@@ -76,19 +76,19 @@ class PyramidNet(SegmentationModel):
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
         self.check_taps(taps)
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         x = x_B3HW
         for name, stage in self.encoder.items():
-            x = found[name] = stage(x)
+            x = features[name] = stage(x)
         # `mean`, not adaptive pooling: its gradient is deterministic on CUDA.
         y: Tensor = self.context(x.mean((2, 3), keepdim=True))
         for name, lateral in reversed(list(self.lateral.items())):
-            skip = lateral(found[name])
+            skip = lateral(features[name])
             if y.shape[-2:] != (1, 1):  # a single cell broadcasts: the same numbers without a resize
                 y = F.interpolate(y, size=skip.shape[-2:], mode="bilinear", align_corners=False)
             y = skip + y
-        found["head"] = y = self.smooth(y)
-        return NativeOutput(self.classifier(self.dropout(y)), {tap: found[tap] for tap in taps})
+        features["head"] = y = self.smooth(y)
+        return NativeOutput(self.classifier(self.dropout(y)), {tap: features[tap] for tap in taps})
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -98,8 +98,7 @@ class PyramidNet(SegmentationModel):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, _Residual):
                 module.start_as_identity()
-        # Near-uniform first predictions: the first loss is log(C) instead of whatever the features happen to
-        # say.
+        # Near-uniform first predictions: the first loss is log(C) whatever the features are.
         nn.init.normal_(self.classifier.weight, std=0.01)
 
 
@@ -149,7 +148,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
 
 
 def default_state(name: str, whole: bool) -> dict[str, Tensor]:
-    """There is none: these models are trained by the user."""
+    """There are no published weights: these models are trained by the user. Raises: ModelError always."""
     raise ModelError(
         "weights 'default' are the library's published ones",
         received=f"kdcache:{name}, which has none",

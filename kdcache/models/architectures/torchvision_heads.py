@@ -66,20 +66,20 @@ class TorchvisionModel(SegmentationModel):
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
         self.check_taps(taps)
         x = x_B3HW
-        found: dict[str, Tensor] = {}  # of every stage that is tapped or that the head reads
+        features: dict[str, Tensor] = {}  # of every stage that is tapped or that the head reads
         read: dict[str, str] = self.backbone.return_layers  # type: ignore[assignment]
         for child, module in self.backbone.items():
             x = module(x)
             if child in read:
-                found[f"read/{read[child]}"] = x
+                features[f"read/{read[child]}"] = x
             tap = self._tap_of.get(child, "")
             if tap in taps:
-                found[tap] = x
-        logits, found["head"] = self._head(found)
-        return NativeOutput(logits, {tap: found[tap] for tap in taps})
+                features[tap] = x
+        logits, features["head"] = self._head(features)
+        return NativeOutput(logits, {tap: features[tap] for tap in taps})
 
-    def _head(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        x = head = found["read/out"]
+    def _head(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        x = head = features["read/out"]
         *body, classifier = self.classifier.children()
         for module in body:
             x = module(x)
@@ -96,8 +96,8 @@ class LRASPPModel(TorchvisionModel):
     `high_classifier` (the shallow classifier reads the backbone directly).
     """
 
-    def _head(self, found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        low, high = found["read/low"], found["read/high"]
+    def _head(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        low, high = features["read/low"], features["read/high"]
         head: Any = self.classifier  # torchvision's LRASPPHead
         x = head.cbr(high) * head.scale(high)
         x = F.interpolate(x, size=low.shape[-2:], mode="bilinear", align_corners=False)

@@ -68,5 +68,5 @@ def test_the_rectangle_is_where_a_rendering_shows_its_image(source, size, seed, 
 
 def test_many_rectangles_at_once() -> None:
     windows = np.array([Window.full(30, 40).as_tuple(), (-30, -10, 60, 70), (5, 5, 10, 10)])
-    found = inside_rectangle(windows, np.array([0, 1, 1]), np.array([[30, 40]] * 3), (9, 8))
-    assert found.tolist() == [[0, 0, 9, 8], [3, 3, 6, 7], [0, 0, 9, 8]]
+    rectangles = inside_rectangle(windows, np.array([0, 1, 1]), np.array([[30, 40]] * 3), (9, 8))
+    assert rectangles.tolist() == [[0, 0, 9, 8], [3, 3, 6, 7], [0, 0, 9, 8]]

@@ -52,6 +52,6 @@ def test_jitter_has_pillow_s_bytes(shape) -> None:
 
 def test_strided_pictures_are_coloured_alike() -> None:
     image = picture(20, 30, 4)[::-1, ::2]
-    results = [colour_jitter(np.random.default_rng(3), given, 0.4) for given in (image, image.copy())]
+    results = [colour_jitter(np.random.default_rng(3), pixels, 0.4) for pixels in (image, image.copy())]
     assert np.array_equal(*results)
     assert results[0].flags.c_contiguous

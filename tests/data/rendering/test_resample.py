@@ -141,8 +141,8 @@ def test_whole_numbers_and_borrowed_memory_pass(tmp_path: Path) -> None:
     np.save(tmp_path / "image.npy", image)
     label.setflags(write=False)
     mapped = np.load(tmp_path / "image.npy", mmap_mode="r")
-    given = render(mapped, label, Window(1, 2, 8, 11), flip=np.True_, size=(5, 6))
-    assert all(np.array_equal(a, b) for a, b in zip(given, expected, strict=True))
+    rendered = render(mapped, label, Window(1, 2, 8, 11), flip=np.True_, size=(5, 6))
+    assert all(np.array_equal(a, b) for a, b in zip(rendered, expected, strict=True))
 
 
 CODE = """

@@ -62,12 +62,12 @@ def test_logits_are_those_of_transformers(name: str) -> None:
         x = torch.randn(2, 3, *size)
         with torch.inference_mode():
             expected = network(x, output_hidden_states=True)
-            found = model(x, model.taps)
-        assert torch.equal(found.logits, expected.logits)
-        assert found.logits.std() > 1e-3
-        assert found.logits.shape[-2:] == (-(-size[0] // 4), -(-size[1] // 4))
+            output = model(x, model.taps)
+        assert torch.equal(output.logits, expected.logits)
+        assert output.logits.std() > 1e-3
+        assert output.logits.shape[-2:] == (-(-size[0] // 4), -(-size[1] // 4))
         for tap, hidden in zip(model.taps, expected.hidden_states, strict=False):
-            assert torch.equal(found.features[tap], hidden)
+            assert torch.equal(output.features[tap], hidden)
     assert not model.align_corners
 
 

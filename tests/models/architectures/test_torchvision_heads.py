@@ -100,11 +100,11 @@ def test_threads_do_not_mix_their_taps() -> None:
     images = [torch.randn(1, 3, 64, 64) for _ in range(3)]
     with torch.inference_mode():
         expected = [model(x, ["stage3"]).features["stage3"] for x in images]
-    found: dict[int, Tensor] = {}
+    features: dict[int, Tensor] = {}
 
     def work(i: int) -> None:
         with torch.inference_mode():
-            found[i] = model(images[i], ["stage3"]).features["stage3"]
+            features[i] = model(images[i], ["stage3"]).features["stage3"]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for thread in threads:
@@ -112,7 +112,7 @@ def test_threads_do_not_mix_their_taps() -> None:
     for thread in threads:
         thread.join()
     for i, feature in enumerate(expected):
-        torch.testing.assert_close(found[i], feature)
+        torch.testing.assert_close(features[i], feature)
 
 
 def test_default_weights_are_downloaded_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
