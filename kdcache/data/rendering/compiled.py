@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-calls
 """Compiling the CPU kernels of this room: once per machine, for one signature, when first imported.
 
 Whoever needs a kernel imports its module inside the function that calls it, so that `import kdcache.data` brings no

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """The kernel of `colour_jitter`: an affine map of the colours of an image, which depends on its mean.
 
 The map is float32 in the order of Pillow's matrix conversion, so that the bytes are the same. Colours are separated

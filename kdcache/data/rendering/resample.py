@@ -1,4 +1,3 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 """The kernel of `render`: crop, resize and flip an image and its label, byte for byte as Pillow resizes.
 
 Pillow's 8-bit filter is two integer passes, columns first, each rounded to whole levels; its coefficients are doubles
