@@ -32,7 +32,7 @@ from kdcache.data import Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_writer
 from kdcache.store.format.manifest_models import View
-from kdcache.teacher import BuildOptions, Teacher, build_cache, plan_manifest
+from kdcache.teacher import BuildOptions, Teacher, TeacherProbe, build_cache, plan_manifest
 from kdcache.teacher.build.build import pack_batch
 from kdcache.teacher.build.render import Rendered, batches_of, render_records
 from kdcache.teacher.build.shard_queue import ShardQueue
@@ -94,7 +94,7 @@ def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count:
 
 def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: Path) -> Measured:
     """From packed arrays in memory to synced shards; the arrays are those of one real batch."""
-    manifest = plan_manifest(split, teacher, options)
+    manifest = plan_manifest(TeacherProbe(split, teacher, options))
     first = [_rendered(split, index, options) for index in range(options.batch_size)]
     pixels = torch.from_numpy(np.stack([record.pixels for record in first]))
     logits, features = teach(teacher.model, pixels, options.features, options.precision, options.device)

@@ -8,7 +8,6 @@
     copy.py         a store into another codec, other shards, in part
     subset.py       which samples a part has
     reader.py       open_cache, Cache
-    fallback.py     arrays that can be read through zarr-python alone
     records.py      Records: a store with the data set that it was built from
     sample_ids.py   the ids
     verify.py       every byte against the ledger
@@ -23,7 +22,7 @@ from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Fidelity, Fingerprint
 from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records
-from kdcache.store.subset import samples_of_ids, spread_samples
+from kdcache.store.subset import evenly_spread, samples_of_ids, spread_samples
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
 from kdcache.store.verify import VerifyReport, verify_files
 from kdcache.store.writer import StoreWriter, Worker, open_writer, worker_of
@@ -42,6 +41,7 @@ __all__ = [
     "VerifyReport",
     "Worker",
     "copy_store",
+    "evenly_spread",
     "inspect_store",
     "open_cache",
     "open_writer",

@@ -97,7 +97,7 @@ class Ledger:
     def _lines(self) -> list[bytes]:
         file = self.place.describe(WHOLE)
         try:
-            content = self.place.sealed(WHOLE, self.completion.ledger_sha256)
+            content = self.place.read_verified(WHOLE, self.completion.ledger_sha256)
         except (OSError, ValueError) as error:
             raise unreadable_metadata(file, error, f"it cannot be read, or is not what {COMPLETE} seals") from error
         found = content.count(b"\n")  # before each takes memory of its own
@@ -136,7 +136,7 @@ def publish_shard(place: Place, shard: int, records: tuple[int, int], files: Map
     Raises: StoreError when another worker has published the shard with other bytes.
     """
     record = ShardRecord(shard=shard, records=records, files=dict(files))
-    if not place.announce(record_key(shard), canonical(record)) and read_shard_record(place, shard) != record:
+    if not place.publish_exclusive(record_key(shard), canonical(record)) and read_shard_record(place, shard) != record:
         for key in (COMPLETE, record_key(shard)):  # its files may be some of each
             place.remove(key)
         raise StoreError(

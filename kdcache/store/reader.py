@@ -1,10 +1,9 @@
 """Opening and reading a store.
 
-Opening checks the manifest, the seal and all metadata; a shard's first use checks its ledger record and its files'
-sizes, every read the crc32c of what it reads; `check_files` looks for every file beforehand, and `verify` checks every
-byte.
-Reads go straight to the shards (shard.py). An array of another kind than our writer's is read through zarr-python,
-some fifty times slower, and said so once in the log.
+Opening checks the manifest, the seal, all metadata and the layout of every array; a shard's first use checks its ledger
+record and its files' sizes, every read the crc32c of what it reads; `check_files` looks for every file beforehand, and
+`verify` checks every byte.
+Reads go straight to the shards (shard.py). An array that was made in another way than our writer's is refused.
 """
 
 import json
@@ -16,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError, plain_logger
+from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
-from kdcache.store.fallback import ZarrArray
-from kdcache.store.format.damage import AGAIN, damaged, damaged_metadata, unreadable, unreadable_metadata, without_spare
+from kdcache.store.format.damage import AGAIN, damaged_metadata, unreadable, unreadable_metadata, without_spare
 from kdcache.store.format.manifest import Manifest, parse_manifest
 from kdcache.store.format.manifest_models import Head
 from kdcache.store.format.schema import metadata_keys, record_arrays, shard_key
@@ -30,7 +28,6 @@ from kdcache.store.ledger import Ledger
 from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
 from kdcache.store.sample_ids import SampleIds, read_ids
 
-_log = plain_logger("kdcache.store")
 Array = np.ndarray[Any, Any]
 
 
@@ -50,7 +47,7 @@ class Cache:
         self.manifest = manifest
         self.ledger = ledger
         self.specs = {spec.path: spec for spec in record_arrays(manifest)}
-        self._arrays: dict[str, ShardArray | ZarrArray] = {}
+        self._arrays: dict[str, ShardArray] = {}
 
     def __len__(self) -> int:
         """Number of records."""
@@ -111,8 +108,10 @@ class Cache:
             self.ledger.check_files()
 
     def check_arrays(self) -> None:
-        """Ids and the metadata of every array say what the manifest does. Raises CorruptError naming what does not."""
-        len(self.ids)
+        """Check that every array is what the manifest says, in a layout that is read here.
+
+        Raises: VersionError naming what is not supported; CorruptError naming the zarr.json that does not fit.
+        """
         for path in self.specs:
             self._array(path)
 
@@ -129,18 +128,12 @@ class Cache:
         """`records/<name>` of all records, (R, ...)."""
         path = f"records/{name}"
         try:
-            return self._read_all(path)
+            return self._array(path).read_all()
         except CorruptError:
             self._check_place()
             if not self._forget(path, range(self.manifest.shards)):
                 raise
-            return self._read_all(path)
-
-    def _read_all(self, path: str) -> Array:
-        try:
             return self._array(path).read_all()
-        except VersionError as error:
-            return self._through_zarr(path, error).read_all()
 
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
         """Rows of one record, path -> array of the schema's shape and type, each with memory of its own.
@@ -159,20 +152,13 @@ class Cache:
 
         Raises: CorruptError as `read` (`out` is undefined then), IndexError, StoreError for a wrong `out`.
         """
-
         try:
-            self._read_into(record, path, out)
+            self._array(path).read_into(record, out)
         except CorruptError:
             self._check_place()
             if not self._forget(path, [record // self.manifest.build.shard_records]):
                 raise
-            self._read_into(record, path, out)
-
-    def _read_into(self, record: int, path: str, out: Array) -> None:
-        try:
             self._array(path).read_into(record, out)
-        except VersionError as error:
-            self._through_zarr(path, error).read_into(record, out)
 
     def fetch(self, shard: int, path: str) -> None:
         """Have a shard of an array on this machine, for reads to come. Raises: as `read`."""
@@ -193,7 +179,7 @@ class Cache:
             self._arrays.pop(path, None)
         return any(dropped)
 
-    def _array(self, path: str) -> ShardArray | ZarrArray:
+    def _array(self, path: str) -> ShardArray:
         array = self._arrays.get(path)
         if array is None:
             self._check_place()
@@ -206,10 +192,7 @@ class Cache:
                 )
             if self.remote and self.ledger is not None:  # its copy may have made room for others
                 check_metadata(self.place, self.ledger.completion, [f"{path}/zarr.json"])
-            try:
-                array = ShardArray(self.path / path, partial(self._open_shard, path), self.place.describe(path))
-            except VersionError as error:
-                return self._through_zarr(path, error)
+            array = ShardArray(self.path / path, partial(self._open_shard, path), self.place.describe(path))
             if array.shape != (len(self), *spec.shape) or array.dtype != np.dtype(spec.dtype):
                 raise damaged_metadata(self.place.describe(f"{path}/zarr.json"))
             self._arrays[path] = array
@@ -222,23 +205,6 @@ class Cache:
             return self.place.open(key), b""
         expected = self.ledger.file(shard, key)
         return self.place.open(key, expected.bytes, expected.sha256), bytes.fromhex(expected.crc32c)
-
-    def _through_zarr(self, path: str, reason: VersionError) -> ZarrArray:
-        """The array for all further reads, by zarr-python."""
-        name = self.place.describe(path)
-        _log.warning("%s is read through zarr-python, which is slow: %s", name, reason.received)
-        array = ZarrArray(self.manifest, self.specs[path], partial(self._open_for_zarr, path), name)
-        self._arrays[path] = array
-        return array
-
-    def _open_for_zarr(self, path: str, below: str) -> int:
-        """Descriptor of any file of an array."""
-        number = below.replace(".", "/").split("/")[1]
-        if below == "zarr.json" or self.ledger is None:
-            return self.place.open(f"{path}/{below}")
-        if not number.isdecimal() or int(number) >= len(self.ledger):
-            raise damaged(self.place.describe(f"{path}/{below}"), "the ledger does not list it")
-        return self._open_shard(path, int(number), below)[0]
 
 
 def open_cache(
@@ -253,14 +219,17 @@ def open_cache(
     Raises:
         IncompleteError: it is half built (the message says how far).
         CorruptError: the seal or metadata were changed.
-        VersionError, StoreError: it is of another format, or no store.
+        VersionError: its format, or the layout of an array, is not supported.
+        StoreError: it is no store.
     """
     place = open_place(location, None if cache_dir is None else Path(cache_dir), cache_bytes)
     manifest = read_manifest(place)
     completion = require_complete(place, manifest)
     place = place.at(completion.ledger_sha256)
     check_metadata(place, completion, metadata_keys(manifest))
-    return Cache(place, manifest, Ledger(place, completion))
+    cache = Cache(place, manifest, Ledger(place, completion))
+    cache.check_arrays()
+    return cache
 
 
 def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:

@@ -59,7 +59,7 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
     """
     for key in keys:
         try:
-            place.sealed(key, completion.metadata.get(key, ""))
+            place.read_verified(key, completion.metadata.get(key, ""))
         except (OSError, ValueError) as error:
             what = f"it is not what {COMPLETE} seals, or that was changed"
             found = unreadable_metadata(place.describe(key), error, what)

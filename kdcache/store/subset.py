@@ -10,16 +10,21 @@ from kdcache.errors import MismatchError, StoreError
 from kdcache.store.reader import Cache
 
 
+def evenly_spread(total: int, most: int) -> list[int]:
+    """At most `most` different numbers below `total`, ascending, the first and the last among them."""
+    return sorted({int(number) for number in np.linspace(0, total - 1, min(most, total)).round()})
+
+
 def spread_samples(source: Cache, count: int) -> list[int]:
     """`count` sample numbers, evenly spread over a store. Raises StoreError for a number that it does not have."""
-    there = source.manifest.dataset.samples
-    if not 1 <= count <= there:
+    samples = source.manifest.dataset.samples
+    if not 1 <= count <= samples:
         raise StoreError(
             "a copy has from one to all of the samples",
-            received=f"{count} of {there} samples of {source.place}",
-            remedy=f"ask for 1 to {there}",
+            received=f"{count} of {samples} samples of {source.place}",
+            remedy=f"ask for 1 to {samples}",
         )
-    return [int(number) for number in np.linspace(0, there - 1, count).round()]
+    return evenly_spread(samples, count)
 
 
 def samples_of_ids(source: Cache, ids: Sequence[str]) -> list[int]:

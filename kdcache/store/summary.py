@@ -14,6 +14,7 @@ from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.schema import record_arrays
 from kdcache.store.ledger import ShardRecord
 from kdcache.store.reader import Cache, open_cache, read_manifest
+from kdcache.store.subset import evenly_spread
 
 _MASS_RECORDS = 16  # records whose tails are read for the top-k mass
 
@@ -191,6 +192,6 @@ def _drawn(manifest: Manifest) -> str:
 def _topk_mass(cache: Cache) -> float:
     """Mean probability inside the top k, over a few records: sigmoid of minus the tail's log-odds."""
     path = "targets/segmentation/tail"
-    chosen = np.linspace(0, len(cache) - 1, min(_MASS_RECORDS, len(cache))).round().astype(int)
-    tails = np.stack([cache.read(int(record), [path])[path] for record in chosen]).astype(np.float64)
+    records = evenly_spread(len(cache), _MASS_RECORDS)
+    tails = np.stack([cache.read(record, [path])[path] for record in records]).astype(np.float64)
     return float(np.mean(1.0 / (1.0 + np.exp(np.clip(tails, -700, 700)))))

@@ -57,6 +57,7 @@ def verify_files(
     sealed = Ledger(place, completion)
     records = [sealed.record(shard) for shard in range(manifest.shards)]
     cache = Cache(place, manifest, sealed)
+    len(cache.ids)
     cache.check_arrays()
     remedy = remedy_of_files(remote=place.remote)
     report = VerifyReport(files=len(completion.metadata) + 1, remedy=remedy, seal=completion.digest)

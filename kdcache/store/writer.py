@@ -9,6 +9,7 @@ store there are none. Who finishes the last shard seals the store.
 """
 
 import hashlib
+import json
 import os
 import threading
 import time
@@ -23,11 +24,12 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from kdcache.errors import MismatchError, StoreError
+from kdcache.errors import MismatchError, StoreError, VersionError
 from kdcache.store import ledger, recovery
 from kdcache.store.backend.base import MAX_JSON_BYTES, Place, Release
 from kdcache.store.backend.open import open_place
 from kdcache.store.format.damage import restored
+from kdcache.store.format.layout import parse_layout
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import Repair
 from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
@@ -251,6 +253,7 @@ def open_writer(
     Raises:
         StoreError: the place holds something else.
         MismatchError: a store is there that was begun with other inputs, or pixels are others now; it is left as it is.
+        VersionError: the installed zarr-python writes arrays that `open_cache` would refuse.
     """
     place = open_place(location)
     worker = worker or Worker()
@@ -332,11 +335,28 @@ class _Encoder:
 
 
 def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
-    """Every file of a store that has no shards yet; the one that makes it a store is the last."""
+    """Every file of a store that has no shards yet; the one that makes it a store is the last.
+
+    Raises: VersionError when this zarr-python writes arrays that no reader of ours would take.
+    """
     files: dict[str, Any] = {}
     create_arrays(zarr.open_group(MemoryStore(files), mode="w", attributes=_attributes(manifest)), manifest, ids)
     keys = sorted(metadata_keys(manifest), key=lambda key: key == "zarr.json")
-    return {key: files[key].to_bytes() for key in keys}
+    contents = {key: files[key].to_bytes() for key in keys}
+    for spec in record_arrays(manifest):
+        _check_layout(contents[f"{spec.path}/zarr.json"], f"{spec.path}/zarr.json")
+    return contents
+
+
+def _check_layout(content: bytes, key: str) -> None:
+    try:
+        parse_layout(json.loads(content), key)
+    except VersionError as error:
+        raise VersionError(
+            error.rule,
+            received=f"zarr-python {zarr.__version__} writes another kind: {error.received}",
+            remedy="install an earlier zarr-python, or a later kdcache",
+        ) from error
 
 
 def _root(manifest: Manifest) -> bytes:

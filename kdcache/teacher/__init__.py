@@ -12,6 +12,7 @@ from kdcache.teacher.build.build import BuildResult, build_cache
 from kdcache.teacher.build.copy_fidelity import copied_fidelity
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.reuse import options_of
 from kdcache.teacher.load.ensemble import check_cross_fit, load_like, load_teachers
 from kdcache.teacher.load.load import Teacher, load_teacher
@@ -21,6 +22,7 @@ __all__ = [
     "BuildOptions",
     "BuildResult",
     "Teacher",
+    "TeacherProbe",
     "build_cache",
     "check_cross_fit",
     "compare_teacher",

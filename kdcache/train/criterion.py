@@ -12,7 +12,7 @@ from kdcache.distill import DistillLoss, Gate, parse_gate
 from kdcache.distill.terms import Term, TermSpec, arrays_of, check_terms, make_term, resolve_taps
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel
-from kdcache.store import Cache, Records
+from kdcache.store import Cache, Records, evenly_spread
 from kdcache.train.class_trust import read_trust, trust_from_run
 from kdcache.train.config import TrainConfig
 from kdcache.train.input.dataset import DrawnDataset
@@ -71,8 +71,8 @@ def label_counts(dataset: DrawnDataset) -> Counts:
 
 def target_counts(cache: Cache, samples: Sequence[int]) -> Counts:
     """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread."""
-    spread = sorted({int(n) for n in np.linspace(0, len(samples) - 1, min(len(samples), COUNTED_TARGETS)).round()})
-    counts = [_bincount(_best_class(cache, cache.manifest.record(samples[n]))) for n in spread]
+    numbers = evenly_spread(len(samples), COUNTED_TARGETS)
+    counts = [_bincount(_best_class(cache, cache.manifest.record(samples[number]))) for number in numbers]
     return sum(counts, np.zeros(256, np.int64))[: cache.num_classes]
 
 

@@ -112,6 +112,20 @@ def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool,
     return (1 - (source_BN1 - cell_n).abs()).clamp_min(0).to(dtype)
 
 
+def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """Return (cells, pixels): the share that each pixel has of each cell along an axis; rows sum to 1.
+
+    Cells and pixels cover the same length, in any ratio.
+
+    Args:
+        like: has the device and the dtype that are wanted; the arithmetic before is float64.
+    """
+    edges = torch.arange(cells + 1, dtype=torch.float64, device=like.device) * pixels / cells
+    left = torch.arange(pixels, dtype=torch.float64, device=like.device)
+    overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
+    return (overlap.clamp_min(0) * cells / pixels).to(like.dtype)
+
+
 def resample(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
     """Return `rows @ x @ columns^T`, (B, C, H, W) and contiguous; float32 is never cut to TF32.
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zarr
-from zarr.codecs import Crc32cCodec, GzipCodec
 
 from kdcache.errors import CorruptError, KDCacheError
 from kdcache.store import open_cache, open_writer, verify_files
@@ -179,24 +177,6 @@ def test_a_file_of_another_store(plan, tree, tmp_path, codec) -> None:
     others = tree(other.write(tmp_path / "other.zarr"))
     for name, content in others.items():
         patient.examine({name: content})
-
-
-@pytest.mark.parametrize("array", [ARRAYS_BYTES, "records/window"])
-def test_an_array_that_only_zarr_reads(plan, tree, forger, tmp_path, array) -> None:
-    """Through zarr-python the same holds."""
-    wanted = plan()
-    store, values = wanted.write(tmp_path / "s.zarr"), wanted.arrays[array]
-    shape = values.shape[1:]
-    layout: dict[str, Any] = {"chunks": (1, *shape), "shards": (4, *shape), "compressors": (GzipCodec(), Crc32cCodec())}
-    kind = {"shape": values.shape, "dtype": values.dtype}
-    zarr.create_array(store / array, overwrite=True, filters=None, **kind, **layout)[...] = values
-    patient = Patient(forger.reseal(store), wanted, tree)
-    rng = random.Random(2)
-    for name in [name for name in patient.files if name.startswith(array)]:
-        for how, damage in DAMAGES.items():
-            for _ in range(3 if how == "flipped" else 1):
-                patient.examine({name: damage(patient.files[name], rng)}, repairs=False)
-    assert patient.refused > 3 * len(DAMAGES)
 
 
 def large(cache: Any, path: str) -> bool:

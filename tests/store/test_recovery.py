@@ -306,7 +306,7 @@ def test_a_finished_store_is_not_written(files, wanted, monkeypatch) -> None:
 
     written: list[str] = []
     for kind in (Folder, object_store.Bucket):
-        for name in ("publish", "announce", "remove"):
+        for name in ("publish", "publish_exclusive", "remove"):
             monkeypatch.setattr(kind, name, lambda self, key, *_: written.append(key))
     for name in ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync", "link", "symlink"):
         monkeypatch.setattr(os, name, lambda *args, name=name, **_: written.append(f"{name} {args}"))

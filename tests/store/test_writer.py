@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from zarr.codecs import Crc32cCodec, GzipCodec
 
-from kdcache.errors import MismatchError, StoreError
+from kdcache.errors import MismatchError, StoreError, VersionError
 from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files, worker_of
+from kdcache.store.format import schema
 from kdcache.store.format.manifest_models import Augmented, Feature, Head, Member, Statistic
 
 MEMBER = Member(spec="kdcache:tiny", weights="2" * 64, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), share=0.5)
@@ -500,3 +502,11 @@ def test_a_store_whose_name_is_too_long_or_whose_disk_cannot_be_written(plan, tm
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(StoreError, match="read-only file system"):
         plan().write(tmp_path / "other")
+
+
+def test_a_zarr_that_writes_another_kind_of_array_is_refused_first(plan, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(schema, "compressors", lambda *_: (GzipCodec(), Crc32cCodec()))
+    with pytest.raises(VersionError, match=r"targets/segmentation/values/zarr\.json.*gzip") as caught:
+        plan().write(tmp_path / "s.zarr")
+    assert f"zarr-python {zarr.__version__}" in caught.value.received
+    assert not (tmp_path / "s.zarr").exists()

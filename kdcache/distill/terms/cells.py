@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdcache_kernels.window import Size, view_positions
+from kdcache_kernels.window import Size, area_matrix, view_positions
 from kdcache_kernels.window import resample as resample_eagerly
 
 
@@ -67,14 +67,6 @@ def lay_cells(
     # Where, not times: a gate that is not finite at a pixel that does not count must not change the term.
     gated_BHW = torch.where(counts_BHW, pixel_weight_BHW.detach().to(like.dtype), 0)
     return Cells(counted_Bhw, resample(gated_BHW[:, None], *shares)[:, 0])
-
-
-def area_matrix(cells: int, pixels: int, like: Tensor) -> Tensor:
-    """Return (cells, pixels): the share that each pixel has of each cell along an axis; rows sum to 1."""
-    edges = torch.arange(cells + 1, dtype=torch.float64, device=like.device) * pixels / cells
-    left = torch.arange(pixels, dtype=torch.float64, device=like.device)
-    overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
-    return (overlap.clamp_min(0) * cells / pixels).to(like.dtype)
 
 
 def sample_view(

@@ -44,7 +44,7 @@ class Place(ABC):
         """The whole file. Raises: OSError; FileNotFoundError when it is not there; ValueError beyond `most` bytes."""
 
     @abstractmethod
-    def sealed(self, key: str, sha256: str) -> bytes:
+    def read_verified(self, key: str, sha256: str) -> bytes:
         """The whole of a file that never changes; afterwards it lies in `folder`.
 
         Raises: OSError; ValueError when it is another file.
@@ -86,7 +86,7 @@ class Place(ABC):
         """Write a file, whole or not at all, and to the disk."""
 
     @abstractmethod
-    def announce(self, key: str, content: bytes) -> bool:
+    def publish_exclusive(self, key: str, content: bytes) -> bool:
         """`publish` a file that nobody else may have published; False when somebody did."""
 
     @abstractmethod

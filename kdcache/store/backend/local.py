@@ -51,7 +51,7 @@ class Folder(Place):
         finally:
             os.close(handle)
 
-    def sealed(self, key: str, sha256: str) -> bytes:
+    def read_verified(self, key: str, sha256: str) -> bytes:
         content = self.read(key, most=MAX_SEALED_BYTES)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("it was changed after the store was sealed")
@@ -155,7 +155,7 @@ class Folder(Place):
             self._synced.add(folder)
             folder = folder.parent
 
-    def announce(self, key: str, content: bytes) -> bool:
+    def publish_exclusive(self, key: str, content: bytes) -> bool:
         self.publish(key, content)  # its shard is claimed: there is nobody else
         return True
 

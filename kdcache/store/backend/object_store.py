@@ -143,7 +143,7 @@ class Bucket(Place):
             raise ValueError(f"{result} bytes are more than the {most} that it may have")
         return result
 
-    def sealed(self, key: str, sha256: str) -> bytes:
+    def read_verified(self, key: str, sha256: str) -> bytes:
         for _ in range(2):  # a copy that was damaged here is fetched again, and then checked on its way
             with os.fdopen(self.open(key, None, sha256), "rb") as file:
                 content = file.read(MAX_SEALED_BYTES)
@@ -225,13 +225,13 @@ class Bucket(Place):
             there.add(key)
         for key, content in files.items():  # zarr.json, which makes it a store, is the last
             if key not in there:
-                self.announce(key, content)
+                self.publish_exclusive(key, content)
 
     def publish(self, key: str, content: bytes) -> None:
         with self._answers(key):
             obstore.put(self._client, key, content)
 
-    def announce(self, key: str, content: bytes) -> bool:
+    def publish_exclusive(self, key: str, content: bytes) -> bool:
         with self._answers(key):
             try:
                 obstore.put(self._client, key, content, mode="create", use_multipart=False)

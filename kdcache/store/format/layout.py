@@ -1,10 +1,10 @@
-"""Which arrays can be read without zarr-python, and how their bytes lie in their shards: what zarr.json says.
+"""How the bytes of an array lie in its shards: what zarr.json says.
 
     layout    shape (R, ...) in shards of S records; a chunk is one record, or several in small arrays
     chain     bytes (little endian) [+ blosc | zstd] [+ crc32c]
     index     bytes + crc32c, at the end or the start of a shard
 
-Whatever else zarr.json holds, a setting that is not known included, is refused: it could change what the bytes mean.
+Whatever else zarr.json holds, an unknown setting included, is refused: it could change what the bytes mean.
 """
 
 import json
@@ -23,6 +23,11 @@ from kdcache.store.format.manifest import MAX_RECORD_BYTES
 from kdcache.store.format.manifest_models import MAX_RECORDS
 
 CRC_BYTES = 4
+NOT_SUPPORTED = (
+    "another program or a later zarr-python wrote it: update kdcache, or build the store again with this version; "
+    "zarr-python may read it all the same"
+)
+"""The remedy for an array that our writer does not make."""
 _MAX_METADATA_BYTES = 2**20  # what is longer is cut, and no JSON then
 _MAX_SHARD_CHUNKS = 2**16
 _DTYPE = re.compile("bool|u?int(8|16|32|64)|float(16|32|64)")
@@ -83,41 +88,52 @@ def read_layout(array: Path) -> Layout:
     """The layout of the array in a folder.
 
     Raises:
-        VersionError: it may be fine, but is of another kind: zarr-python may read it.
+        VersionError: another writer made it, or a later zarr-python, in a way that is not supported.
         CorruptError: its zarr.json is missing, no file or no JSON. StoreError: it may not be opened.
     """
     path = array / "zarr.json"
     try:
         handle = open_file(path)
         try:
-            about = json.loads(os.pread(handle, _MAX_METADATA_BYTES, 0))
+            metadata = json.loads(os.pread(handle, _MAX_METADATA_BYTES, 0))
         finally:
             os.close(handle)
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable_metadata(path, error) from error
+    return parse_layout(metadata, path)
+
+
+def parse_layout(metadata: Any, file: object) -> Layout:
+    """The layout that the content of an array's zarr.json describes.
+
+    Args:
+        metadata: as JSON has it. file: its path or address, for messages.
+    Raises: VersionError naming what is not supported.
+    """
     try:
-        return _parse(about)
+        return _parse(metadata)
     except (ValueError, RecursionError) as error:
         raise VersionError(
-            "direct reads know shards of whole records in bytes [+ blosc | zstd] [+ crc32c], index in bytes + crc32c",
-            received=f"{path}: {error}",
-            remedy="read this array through zarr-python",
+            "arrays of a store are shards of whole records in bytes [+ blosc | zstd] [+ crc32c], index in bytes "
+            "+ crc32c",
+            received=f"{file}: {error}",
+            remedy=NOT_SUPPORTED,
         ) from error
 
 
-def _parse(about: Any) -> Layout:
-    _require(isinstance(about, dict) and about.keys() <= _FIELDS, "fields", about)
-    for name, known in (("zarr_format", 3), ("node_type", "array"), ("storage_transformers", [])):
-        value = about.get(name, [])
-        _require(type(value) is type(known) and value == known, name, value)
-    shape = _sizes(about.get("shape"), "shape", least=0)
-    kind = str(about.get("data_type"))
+def _parse(metadata: Any) -> Layout:
+    _require(isinstance(metadata, dict) and metadata.keys() <= _FIELDS, "fields", metadata)
+    for name, supported in (("zarr_format", 3), ("node_type", "array"), ("storage_transformers", [])):
+        value = metadata.get(name, [])
+        _require(type(value) is type(supported) and value == supported, name, value)
+    shape = _sizes(metadata.get("shape"), "shape", least=0)
+    kind = str(metadata.get("data_type"))
     _require(_DTYPE.fullmatch(kind) is not None, "data_type", kind)
     dtype = np.dtype(kind).newbyteorder("<")
-    shards = _sizes(_named(about.get("chunk_grid"), "regular")[1].get("chunk_shape"), "shards")
-    separator = _named(about.get("chunk_key_encoding"), "default")[1].get("separator", "/")
+    shards = _sizes(_named(metadata.get("chunk_grid"), "regular")[1].get("chunk_shape"), "shards")
+    separator = _named(metadata.get("chunk_key_encoding"), "default")[1].get("separator", "/")
     _require(separator in ("/", "."), "separator", separator)
-    _, (sharding,) = _chain(about.get("codecs"), "sharding_indexed")
+    _, (sharding,) = _chain(metadata.get("codecs"), "sharding_indexed")
     location = sharding.get("index_location", "end")
     _require(location in ("start", "end"), "index_location", location)
     names, settings = _chain(sharding.get("index_codecs"), "bytes", "crc32c")
@@ -156,17 +172,17 @@ def _sizes(value: Any, what: str, least: int = 1) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _named(value: Any, *known: str) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a codec, a grid or a key encoding; any setting that is not known is refused."""
-    fine = isinstance(value, dict) and value.keys() <= {"name", "configuration"} and value.get("name") in known
-    _require(fine, f"{' or '.join(known)} expected", value)
+def _named(value: Any, *supported: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a codec, a grid or a key encoding; an unknown setting is refused."""
+    fine = isinstance(value, dict) and value.keys() <= {"name", "configuration"} and value.get("name") in supported
+    _require(fine, f"{' or '.join(supported)} expected", value)
     settings = value.get("configuration", {})
     _require(isinstance(settings, dict) and settings.keys() <= _SETTINGS[value["name"]], "configuration", value)
     return value["name"], settings
 
 
-def _chain(value: Any, *known: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+def _chain(value: Any, *supported: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """Names and settings of a chain of codecs."""
-    _require(isinstance(value, list) and 1 <= len(value) <= len(known), "codecs", value)
-    codecs = [_named(codec, *known) for codec in value]
+    _require(isinstance(value, list) and 1 <= len(value) <= len(supported), "codecs", value)
+    codecs = [_named(codec, *supported) for codec in value]
     return tuple(name for name, _ in codecs), [settings for _, settings in codecs]

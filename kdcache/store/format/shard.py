@@ -2,8 +2,8 @@
 
 zarr-python takes 0.6 to 0.8 ms of CPU per record: tasks, thread hops, the index of the shard decoded again each time.
 Here an index is read and checked once, a chunk comes with one pread, and numcodecs decodes it into the caller's buffer
-without the GIL. The price: one layout and a few codec chains are known (see layout.py); any other array is refused
-with a VersionError that says why, and the caller reads it through zarr-python.
+without the GIL. One layout and a few codec chains are supported, those of our writer (see layout.py); any other array
+is refused with a VersionError that says why.
 
 A missing shard and an empty chunk are damage, never fill values. A chunk's crc32c is checked at every read, for a disk
 may spoil at any time what was whole before. There are no locks: what threads share is replaced by single assignments,
@@ -28,7 +28,7 @@ from numcodecs import blosc, zstd
 
 from kdcache.errors import StoreError, VersionError
 from kdcache.store.format.damage import unreadable
-from kdcache.store.format.layout import CRC_BYTES, Layout, open_file, read_layout
+from kdcache.store.format.layout import CRC_BYTES, NOT_SUPPORTED, Layout, open_file, read_layout
 
 # Blosc's own threads survive no fork and serve one caller at a time. zarr-python switches them off as well.
 blosc.use_threads = False
@@ -55,7 +55,7 @@ class ShardArray:
     Attributes:
         shape: (R, ...). dtype: little endian.
     Raises:
-        VersionError: the array may be fine, but is of another kind: read it through zarr-python.
+        VersionError: the array was made in a way that is not supported (layout.py).
         CorruptError: zarr.json is missing, no file or no JSON. StoreError: it may not be opened.
     Memory: 3 KB per shard of 128 chunks that was read, and the last chunk of an array with several records in one.
     """
@@ -81,7 +81,7 @@ class ShardArray:
 
         Raises:
             CorruptError naming the file; `out` is undefined then. IndexError.
-            StoreError for a wrong `out`. VersionError: the chunk may be fine, but only zarr-python may say.
+            StoreError for a wrong `out`. VersionError for a zstd frame that does not say how much it holds.
         """
         if not 0 <= record < self.shape[0]:
             raise IndexError(f"record {record} of {len(self)} in {self._name}")
@@ -136,9 +136,9 @@ class ShardArray:
                 self._decode(memoryview(parts[0])[: size - self._layout.crc_bytes], out)
         except NotImplementedError as error:
             raise VersionError(
-                "direct reads know zstd frames that say how much they hold",
+                "the zstd frames of a store say how much they hold",
                 received=f"{shard.name}: chunk {chunk} does not",
-                remedy="read this array through zarr-python",
+                remedy=NOT_SUPPORTED,
             ) from error
         except (ValueError, RuntimeError, struct.error, OSError) as error:
             raise unreadable(shard.name, f"chunk {chunk} cannot be read", error) from error

@@ -14,7 +14,7 @@ import torch
 from kdcache.data import IGNORE_INDEX
 from kdcache.metrics import ConfusionMatrix, Metrics
 from kdcache.metrics.calibration import Array, Calibration, ConfidenceCounts, Coverage
-from kdcache.store import Records, spread_samples
+from kdcache.store import Records, evenly_spread
 from kdcache.teacher.audit.first_views import Whole, read_wholes, whole_records
 from kdcache.teacher.audit.topk_error import GradientErrors, gradient_errors
 from kdcache.teacher.audit.verify import packed_target
@@ -179,8 +179,8 @@ def _gradient(records: Records, numbers: list[int]) -> GradientErrors:
     cache = records.cache
     height, width = cache.view_size
     most = max(1, min(_GRADIENT_RECORDS, _GRADIENT_NUMBERS // (cache.num_classes * height * width)))
-    chosen = [numbers[sample] for sample in spread_samples(cache, min(most, len(numbers)))]
-    logits = (packed_target(records, [record]).densify()[0] for record in chosen)
+    sample = [numbers[place] for place in evenly_spread(len(numbers), most)]
+    logits = (packed_target(records, [record]).densify()[0] for record in sample)
     return gradient_errors(logits, cache.head.k, cache.view_size, align_corners=cache.align_corners)
 
 

@@ -9,7 +9,7 @@ import torch
 from kdcache.data import IGNORE_INDEX
 from kdcache.errors import MismatchError
 from kdcache.metrics import ConfusionMatrix, Metrics
-from kdcache.store import Records
+from kdcache.store import Records, evenly_spread
 from kdcache.teacher.build.build import pack_batch
 from kdcache.teacher.build.render import Array
 from kdcache.teacher.load.fingerprint import fingerprint
@@ -45,11 +45,6 @@ class Agreement:
         return not self.fingerprint and not self.drifted and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
 
 
-def _spread(there: int, limit: int) -> list[int]:
-    """At most `limit` numbers below `there`, evenly spread."""
-    return sorted({int(number) for number in np.linspace(0, there - 1, min(limit, there)).round()})
-
-
 def score_cache(records: Records, limit: int = 512) -> Metrics | None:
     """The teacher's metrics on the labels of whole images at view size, read back; None without labels.
 
@@ -60,7 +55,7 @@ def score_cache(records: Records, limit: int = 512) -> Metrics | None:
     cache = records.cache
     labelled = cache.column("labelled")
     confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
-    for record in map(cache.manifest.record, _spread(cache.manifest.dataset.samples, limit)):
+    for record in map(cache.manifest.record, evenly_spread(cache.manifest.dataset.samples, limit)):
         if not labelled[record]:
             continue
         argmax, _ = target_argmax_confidence(packed_target(records, [record]), cache.view_size)
@@ -100,7 +95,7 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0
     drifted = []
-    numbers = _spread(len(cache), limit)
+    numbers = evenly_spread(len(cache), limit)
     for record, pixels, drift in _pixels(records, numbers):
         if drift:
             drifted.append(records.sample(record))

@@ -24,11 +24,11 @@ from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, s
 from kdcache.store.format.manifest_models import Repair
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.render import Array, Rendered, render_batches
 from kdcache.teacher.build.reuse import Reuse, plan_extended
 from kdcache.teacher.build.shard_queue import ShardQueue
-from kdcache.teacher.build.statistics import measure, taps_of
-from kdcache.teacher.load.ensemble import folds_of_split
+from kdcache.teacher.build.statistics import measure
 from kdcache.teacher.load.forward import not_finite, out_of_memory, place, teach
 from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import pack
@@ -103,16 +103,17 @@ def build_cache(
     place(teacher.model, options.device)
     if store_exists(out):  # begun before: its manifest has the figures
         options = replace(options, fidelity=False)
+    probe = TeacherProbe(split, teacher, options)
     if reuse is None:
-        manifest, known = plan_manifest(split, teacher, options), None
+        manifest, known = plan_manifest(probe), None
     else:
-        manifest = plan_extended(split, teacher, options, reuse)
+        manifest = plan_extended(probe, reuse)
         known = Reuse(reuse, manifest)
     checksums = partial(_checksums, split, manifest, options)
     with open_writer(out, manifest, split.ids, worker, checksums) as writer:
         share = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
         kept = share - sum(map(manifest.shard_records, writer.missing))
-        work = _Pass(split, teacher, writer.manifest, options, known)
+        work = _Pass(probe, writer.manifest, known)
         done = taught = reused = 0
         began = time.perf_counter()
         while writer.missing:
@@ -159,13 +160,10 @@ def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int, *, raw:
 class _Pass:
     """The teacher over the records of some shards."""
 
-    def __init__(
-        self, split: Split, teacher: Teacher, manifest: Manifest, options: BuildOptions, reuse: Reuse | None
-    ) -> None:
-        self._split, self._teacher, self._manifest, self._options = split, teacher, manifest, options
-        self._reuse = reuse
-        self._folds = folds_of_split(teacher, split)
-        self._taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
+    def __init__(self, probe: TeacherProbe, manifest: Manifest, reuse: Reuse | None) -> None:
+        self._split, self._teacher, self._options = probe.split, probe.teacher, probe.options
+        self._folds, self._taps = probe.folds, probe.taps
+        self._manifest, self._reuse = manifest, reuse
 
     def batches(self, shards: Iterable[int]) -> Iterator[_Batch]:
         """Every record of the shards, shard after shard.

@@ -1,9 +1,9 @@
-"""What a copy of a store lost beside the teacher, whom nobody asks again."""
+"""What a copy of a store lost beside the teacher's own outputs, measured without the teacher."""
 
 import numpy as np
 import torch
 
-from kdcache.store import Cache, Codec, Fidelity, round_targets
+from kdcache.store import Cache, Codec, Fidelity, evenly_spread, round_targets
 from kdcache.store.copy import rounds
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.manifest import SAMPLE_RECORDS
@@ -18,16 +18,16 @@ def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
     source, if the source keeps all classes and is known to have lost next to nothing itself. Else None: two losses
     cannot be told from the second alone.
     """
-    about = source.manifest
-    if not rounds(about, codec):
-        return about.fidelity
+    manifest = source.manifest
+    if not rounds(manifest, codec):
+        return manifest.fidelity
     assert codec is not None
-    records = np.linspace(0, len(source) - 1, min(SAMPLE_RECORDS, len(source))).round()
-    rows = [source.read(int(record), source.target_paths()) for record in records]
+    records = evenly_spread(len(source), SAMPLE_RECORDS)
+    rows = [source.read(record, source.target_paths()) for record in records]
     if all(np.array_equal(row[path], kept) for row in rows for path, kept in round_targets(row, codec).items()):
-        return about.fidelity  # a copy of a rounded store
-    if not source.head.dense or about.fidelity is None:
+        return manifest.fidelity  # a copy of a rounded store
+    if not source.head.dense or manifest.fidelity is None:
         return None
-    said = (torch.from_numpy(row["targets/segmentation/values"]).float() for row in rows)
-    lost = measure_fidelity(said, source.head.k, codec, source.view_size, align_corners=source.align_corners)
-    return lost if about.fidelity.kl_t1 <= _NEGLIGIBLE * lost.kl_t1 else None
+    logits = (torch.from_numpy(row["targets/segmentation/values"]).float() for row in rows)
+    lost = measure_fidelity(logits, source.head.k, codec, source.view_size, align_corners=source.align_corners)
+    return lost if manifest.fidelity.kl_t1 <= _NEGLIGIBLE * lost.kl_t1 else None

@@ -20,6 +20,7 @@ from kdcache.store import Codec, Manifest
 from kdcache.store.format.schema import metadata_keys
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.trial_store import Progress, Seconds, Sizes, Trial
 from kdcache.teacher.load.forward import place
 from kdcache.teacher.load.load import Teacher
@@ -142,9 +143,10 @@ def estimate(
     """
     options = replace(options, fidelity=False)
     place(teacher.model, options.device)
-    manifest = plan_manifest(split, teacher, options)  # which refuses what cannot be, and chooses k
+    probe = TeacherProbe(split, teacher, options)
+    manifest = plan_manifest(probe)  # which refuses what cannot be, and chooses k
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
-        trial = Trial(split, teacher, options, records, Path(folder), progress or (lambda *_: None))
+        trial = Trial(probe, records, Path(folder), progress or (lambda *_: None))
         head = manifest.heads["segmentation"]
         chosen = Setting(head.k, options.codec, options.views, tuple(options.features), options.pixels)
         seconds = trial.seconds(chosen.k, chosen.codec)

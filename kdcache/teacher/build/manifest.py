@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 
-from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError
 from kdcache.models import PROBABILITIES, returns_probabilities
-from kdcache.store import Fidelity, Manifest
+from kdcache.store import Fidelity, Manifest, evenly_spread
 from kdcache.store.format.manifest import well_formed_parts
 from kdcache.store.format.manifest_models import Build, Dataset, Feature, Head
 from kdcache.teacher.build.fidelity import measure_fidelity
-from kdcache.teacher.build.options import BuildOptions, view_of
-from kdcache.teacher.build.probe import Asking
+from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.statistics import statistics_of
 from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.load.load import Teacher
@@ -26,28 +24,29 @@ SAMPLE_RECORDS = 16  # of the real teacher, on which `--top-k auto` and the fide
 
 
 @well_formed_parts()
-def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Manifest:
+def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
     """The manifest of the store that a build would write.
 
-    The teacher must be on the options' device already.
-    Raises: RecipeError for a k or a size that cannot be; ModelError for unknown taps; StoreError for a split or a tap
-        whose name is none of a folder.
+    Args:
+        probe: the teacher, on the options' device already, with the split and the options of the build.
+        fidelity: False leaves the figures out, also where the options ask for them.
+    Raises: RecipeError for a k that cannot be; ModelError for a teacher that gives probabilities or that does not fit
+        the data set; StoreError for a split or a tap whose name is none of a folder.
     """
-    view = view_of(options)
+    split, teacher, options = probe.split, probe.teacher, probe.options
     _check_logits(teacher)
-    asking = Asking(split, teacher, view, options)
-    output = asking.probe()
+    output = probe.probe()
     classes, height, width = output.logits.shape[1:]
-    k, fidelity = _kept_and_fidelity(asking, options, classes)
+    k, figures = _top_k_and_fidelity(probe, classes, fidelity=fidelity and options.fidelity)
     head = Head(
         classes=classes,
         k=k,
         size=(height, width),
         align_corners=teacher.model.align_corners,
         raw=options.raw_logits,
-        resampled=asking.grid is not None,
+        resampled=probe.grid is not None,
     )
-    features = {tap: _feature(said) for tap, said in output.features.items()}
+    features = {tap: _feature(feature) for tap, feature in output.features.items()}
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=f"kdcache {_version('kdcache')}",
@@ -61,7 +60,7 @@ def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Mani
             class_names=split.classes.names,
             class_colours=split.classes.colours,
         ),
-        view=view,
+        view=probe.view,
         heads={"segmentation": head},
         features={tap: features[tap] for tap in options.features},
         statistics=statistics_of(options.statistics, head.size, output.features),
@@ -77,7 +76,7 @@ def plan_manifest(split: Split, teacher: Teacher, options: BuildOptions) -> Mani
             },
         ),
         codec=options.codec,
-        fidelity=fidelity,
+        fidelity=figures,
     )
 
 
@@ -91,30 +90,30 @@ def _check_logits(teacher: Teacher) -> None:
         )
 
 
-def _kept_and_fidelity(asking: Asking, options: BuildOptions, classes: int) -> tuple[int, Fidelity | None]:
+def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) -> tuple[int, Fidelity | None]:
     """Classes to keep, and what is lost by keeping only them. The sample goes through the teacher once for both."""
+    options = probe.options
     if options.top_k is not None and not 1 <= options.top_k <= classes:
         raise RecipeError(
             f"--top-k is auto or from 1 to the number of classes, {classes}",
             received=str(options.top_k),
             remedy="use --top-k auto, which measures how many classes it takes",
         )
-    there = len(asking.split)
-    samples = torch.linspace(0, there - 1, min(SAMPLE_RECORDS, there), dtype=torch.float64).round().int().tolist()
-    align_corners, size = asking.teacher.model.align_corners, options.crop or options.size
-    sample: Iterable[torch.Tensor] = asking.logits(samples)
+    samples = evenly_spread(len(probe.split), SAMPLE_RECORDS)
+    align_corners, size = probe.teacher.model.align_corners, options.crop or options.size
+    sample: Iterable[torch.Tensor] = probe.logits(samples)
     k = options.top_k or classes
     if options.top_k is None and classes > 32:
         sample = [logits.cpu() for logits in sample]
         k = choose_k(torch.stack(sample), size, classes, align_corners=align_corners)[0]
-    if not options.fidelity:
+    if not fidelity:
         return k, None
     on_device = (logits.to(options.device) for logits in sample)
     return k, measure_fidelity(on_device, k, options.codec, size, align_corners=align_corners)
 
 
-def _feature(said_Bchw: torch.Tensor) -> Feature:
-    return Feature(channels=said_Bchw.shape[1], size=(said_Bchw.shape[2], said_Bchw.shape[3]))
+def _feature(feature_Bchw: torch.Tensor) -> Feature:
+    return Feature(channels=feature_Bchw.shape[1], size=(feature_Bchw.shape[2], feature_Bchw.shape[3]))
 
 
 def _device_name(device: torch.device) -> str:

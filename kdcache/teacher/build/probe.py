@@ -1,4 +1,4 @@
-"""The teacher before anything is written: what it gives for a few first views."""
+"""The teacher before anything is written: its outputs for a few first views."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,8 +8,8 @@ import torch
 from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError
 from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
-from kdcache.store.format.manifest_models import View
-from kdcache.teacher.build.options import BuildOptions
+from kdcache.store.format.manifest import well_formed_parts
+from kdcache.teacher.build.options import BuildOptions, view_of
 from kdcache.teacher.build.render import render_records
 from kdcache.teacher.build.statistics import taps_of
 from kdcache.teacher.load.ensemble import folds_of_split
@@ -17,16 +17,23 @@ from kdcache.teacher.load.forward import coarser, not_finite, out_of_memory, tea
 from kdcache.teacher.load.load import Teacher
 
 
-class Asking:
-    """The teacher on first views of a split: what it gives, before anything is written.
+class TeacherProbe:
+    """A teacher, the split that it is run on and the options of that build, with what a few first views show of them.
 
     Attributes:
-        grid: (h, w) that logits are averaged to; None for the teacher's own.
+        split, teacher, options: as given; the teacher is on the options' device.
+        view: how the views of the split are drawn and rendered.
+        folds: for every sample the member that predicts it; None when all predict together.
+        taps: of the teacher, everything that the build needs: features, then those of statistics.
+        grid: (h, w) that logits are averaged to, set by `probe`; None for the teacher's own.
+    Raises: RecipeError for options that do not go together; ModelError for a tap that the teacher does not have.
     """
 
-    def __init__(self, split: Split, teacher: Teacher, view: View, options: BuildOptions) -> None:
-        self.split, self.teacher, self._view, self._options = split, teacher, view, options
-        self._folds = folds_of_split(teacher, split)
+    @well_formed_parts()
+    def __init__(self, split: Split, teacher: Teacher, options: BuildOptions) -> None:
+        self.split, self.teacher, self.options = split, teacher, options
+        self.view = view_of(options)
+        self.folds = folds_of_split(teacher, split)
         self.grid: tuple[int, int] | None = None
         if teacher.folds is not None and options.features:
             raise RecipeError(
@@ -35,13 +42,18 @@ class Asking:
                 remedy="leave out --features, or --folds",
             )
         teacher.model.check_taps(options.features)
-        self._taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
+        self.taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
 
     def probe(self) -> NativeOutput:
-        """What the teacher gives for the first record: shapes of everything. Raises ModelError, RecipeError."""
+        """The teacher's outputs for the first record, which give the shapes of all.
+
+        Returns: logits (1, C, h, w) on the grid that the store keeps, features (1, c, h', w') by tap.
+        Raises: ModelError for another number of classes than the data set's, or folds on different grids; RecipeError
+            for `--teacher-grid view` with a head that aligns corners.
+        """
         teacher, classes = self.teacher, len(self.split.classes)
         folds: Iterable[int | None] = [None] if teacher.folds is None else range(teacher.folds)
-        outputs = [self._teach([0], self._taps, teacher.speaker(fold)) for fold in folds]
+        outputs = [self._teach([0], self.taps, teacher.speaker(fold)) for fold in folds]
         logits, features = outputs[0]
         if logits.shape[1] != classes:
             raise ModelError(
@@ -56,24 +68,27 @@ class Asking:
                 received=", ".join(f"{height}x{width}" for height, width in sorted(grids)),
                 remedy="train one kind of model without each fold",
             )
-        if self._options.teacher_grid == "view":
-            wanted = self._grid_of_the_view()
-            grid = min(wanted[0], logits.shape[-2]), min(wanted[1], logits.shape[-1])
+        if self.options.teacher_grid == "view":
+            height, width = self._grid_of_the_view()
+            grid = min(height, logits.shape[-2]), min(width, logits.shape[-1])
             self.grid = None if grid == tuple(logits.shape[-2:]) else grid
             logits = coarser(logits, grid)
         return NativeOutput(logits, features)
 
     def logits(self, samples: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Raw logits (C, h, w) of the first views of some samples, a batch of each fold at a time."""
+        """Raw logits (C, h, w) of the first views of some samples, a batch of each fold at a time.
+
+        Raises: ModelError for NaN or infinite logits, and for a full GPU.
+        """
         by_fold: dict[int | None, list[int]] = {}
         for sample in samples:
-            by_fold.setdefault(None if self._folds is None else self._folds[sample], []).append(sample)
-        for fold, those in by_fold.items():
-            for first in range(0, len(those), self._options.batch_size):
-                batch = those[first : first + self._options.batch_size]
-                for sample, raw in zip(batch, self._said(batch, fold), strict=True):
+            by_fold.setdefault(None if self.folds is None else self.folds[sample], []).append(sample)
+        for fold, members in by_fold.items():
+            for first in range(0, len(members), self.options.batch_size):
+                batch = members[first : first + self.options.batch_size]
+                for sample, raw in zip(batch, self._logits(batch, fold), strict=True):
                     if not raw.amax(0).isfinite().all():
-                        record = sample * self._view.views_per_sample
+                        record = sample * self.view.views_per_sample
                         raise not_finite("the logits", record, self.split.ids[sample])
                     yield raw
 
@@ -89,7 +104,7 @@ class Asking:
         height, width = self._teach([0], (), model, enlarged=False).logits.shape[-2:]
         return height, width
 
-    def _said(self, samples: Sequence[int], fold: int | None) -> torch.Tensor:
+    def _logits(self, samples: Sequence[int], fold: int | None) -> torch.Tensor:
         return self._teach(samples, (), self.teacher.speaker(fold), self.grid).logits
 
     def _teach(
@@ -101,8 +116,8 @@ class Asking:
         *,
         enlarged: bool = True,
     ) -> NativeOutput:
-        options, views = self._options, self._view.views_per_sample
-        items = [render_records(self.split, self._view, [sample * views])[0] for sample in samples]
+        options, views = self.options, self.view.views_per_sample
+        items = [render_records(self.split, self.view, [sample * views])[0] for sample in samples]
         pixels = torch.from_numpy(np.stack([item.taught if enlarged else item.pixels for item in items]))
         try:
             return NativeOutput(*teach(model, pixels, taps, options.precision, options.device, grid))

@@ -7,19 +7,17 @@ target stays the stored one.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from kdcache.data import Split
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, Manifest, round_targets
 from kdcache.store.copy import rounds
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.render import Array, Rendered
-from kdcache.teacher.load.load import Teacher
 
 _LOOKED_AT = ("records/pixel_checksum", "records/window", "records/flip")
 
@@ -102,12 +100,12 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
     return BuildOptions(**{**options, **views, **changes})
 
 
-def plan_extended(split: Split, teacher: Teacher, options: BuildOptions, old: Cache) -> Manifest:
+def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
     """`plan_manifest` of a store that takes over `old`, whose figures hold as long as nothing more is rounded.
 
-    Raises: MismatchError naming every field that differs.
+    Raises: MismatchError naming every field that differs; as `plan_manifest`.
     """
-    about = old.manifest
+    split, options, about = probe.split, probe.options, old.manifest
     found = []
     if about.dataset.class_names != split.classes.names:
         found.append(f"classes: {_some(about.dataset.class_names)} against {_some(split.classes.names)}")
@@ -124,7 +122,7 @@ def plan_extended(split: Split, teacher: Teacher, options: BuildOptions, old: Ca
         found.append(f"codec: small rounded its targets, {options.codec} does not")
     _refuse(old, found)
     keeps_figures = about.fidelity is not None and not rounds(about, options.codec)
-    manifest = plan_manifest(split, teacher, replace(options, fidelity=options.fidelity and not keeps_figures))
+    manifest = plan_manifest(probe, fidelity=not keeps_figures)
     found = about.teacher.differences(manifest.teacher)
     if about.heads != manifest.heads:
         found.append(f"heads: {about.heads} against {manifest.heads}")

@@ -11,12 +11,12 @@ import torch
 
 from kdcache.data import Split
 from kdcache.data.folds import Excerpt
-from kdcache.store import Cache, Codec, open_cache, open_writer, round_targets, summarise
+from kdcache.store import Cache, Codec, evenly_spread, open_cache, open_writer, round_targets, summarise
 from kdcache.teacher.build.build import build_cache
 from kdcache.teacher.build.options import BuildOptions
+from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.render import Array, render_records
 from kdcache.teacher.load.forward import teach
-from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import densify, pack
 
 Progress = Callable[[str, int, int], None]
@@ -49,9 +49,8 @@ class Trial:
         taught: how many records were. taps: those whose size is known.
     """
 
-    def __init__(
-        self, split: Split, teacher: Teacher, options: BuildOptions, records: int, folder: Path, progress: Progress
-    ) -> None:
+    def __init__(self, probe: TeacherProbe, records: int, folder: Path, progress: Progress) -> None:
+        split, teacher, options = probe.split, probe.teacher, probe.options
         self._split, self._teacher, self._folder, self._progress = split, teacher, folder, progress
         self._drawn = options.views > 1 and options.crop is None
         samples = max(1, min(records, len(split)) // (2 if self._drawn else 1))
@@ -106,7 +105,7 @@ class Trial:
         )
 
     def _part(self, samples: int) -> Split:
-        return Excerpt(self._split, np.linspace(0, len(self._split) - 1, samples).round().astype(int).tolist())
+        return Excerpt(self._split, evenly_spread(len(self._split), samples))
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
         """A store of evenly spread samples in one shard or more, and how long its pass took."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdcache.errors import ModelError
 from kdcache.models import SegmentationModel
+from kdcache_kernels.window import area_matrix
 
 Precision = Literal["float32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,17 +57,10 @@ def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Means over the cells of a coarser grid, of any ratio: a cell counts by how much of it lies inside."""
-    rows_ih, columns_jw = (_overlaps(n_in, n_out, x_BChw) for n_in, n_out in zip(x_BChw.shape[-2:], grid, strict=True))
+    """Means over the cells of a coarser grid, (B, C, *grid): a finer cell counts by how much of it lies inside."""
+    sizes = zip(grid, x_BChw.shape[-2:], strict=True)
+    rows_ih, columns_jw = (area_matrix(coarse, fine, x_BChw) for coarse, fine in sizes)
     return rows_ih @ x_BChw @ columns_jw.mT
-
-
-def _overlaps(n_in: int, n_out: int, like: Tensor) -> Tensor:
-    """(n_out, n_in): the share that each of n_in cells has in each of n_out, which cover the same."""
-    edges = torch.arange(n_out + 1, dtype=torch.float64) * n_in / n_out
-    cells = torch.arange(n_in, dtype=torch.float64)
-    inside = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
-    return (inside.clamp(min=0) * n_out / n_in).to(like)
 
 
 def out_of_memory(batch_size: int, error: Exception) -> ModelError:

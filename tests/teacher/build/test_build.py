@@ -16,7 +16,7 @@ from kdcache.data import Split, Window, open_split, pixel_checksum, render
 from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
 from kdcache.models import NativeOutput
 from kdcache.store import inspect_store, open_cache, verify_files
-from kdcache.teacher import build_cache, load_teacher, plan_manifest
+from kdcache.teacher import TeacherProbe, build_cache, load_teacher, plan_manifest
 from kdcache.teacher.build import manifest
 from kdcache_kernels import choose_k, pack
 
@@ -283,7 +283,7 @@ def test_top_k_auto_keeps_all_up_to_32_and_else_measures(tmp_path, folder_data, 
     source = open_split(folder_data, "train")
     save_file(dict(model_of(7).state_dict()), tmp_path / "w7.safetensors")
     few = load_teacher(f"kdcache:tiny@{tmp_path}/w7.safetensors", source.classes)
-    assert plan_manifest(source, few, options()).heads["segmentation"].dense
+    assert plan_manifest(TeacherProbe(source, few, options())).heads["segmentation"].dense
     (folder_data / "classes.txt").write_text("".join(f"class {i}\n" for i in range(40)))
     source = open_split(folder_data, "train")
     model = model_of(40)
@@ -294,7 +294,7 @@ def test_top_k_auto_keeps_all_up_to_32_and_else_measures(tmp_path, folder_data, 
     logits = torch.cat([answers(many, source, range(r, r + 1)).logits for r in range(7)])
     wanted = choose_k(logits, (32, 48), 40)[0]
     assert 8 <= wanted < 40, "the case must tell something"
-    assert plan_manifest(source, many, options()).heads["segmentation"].k == wanted
+    assert plan_manifest(TeacherProbe(source, many, options())).heads["segmentation"].k == wanted
 
 
 @pytest.mark.parametrize(

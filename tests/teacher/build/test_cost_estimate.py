@@ -15,7 +15,7 @@ from kdcache.errors import KDCacheError
 from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
 from kdcache.store import Cache, open_cache, summarise
 from kdcache.store.writer import StoreWriter
-from kdcache.teacher import Teacher, build_cache
+from kdcache.teacher import Teacher, TeacherProbe, build_cache
 from kdcache.teacher.build import trial_store
 from kdcache.teacher.build.cost_estimate import Cost, Estimate, Setting, estimate, student_seconds
 from kdcache.teacher.build.trial_store import Seconds
@@ -171,7 +171,7 @@ def test_seconds_are_of_one_record(teacher, split, options, monkeypatch, tmp_pat
     counted = ticking(write, lambda writer, shard, _: 3.0 * writer.manifest.shard_records(shard))
     monkeypatch.setattr(StoreWriter, "write_shard", counted)
     monkeypatch.setattr(Cache, "read", ticking(read, lambda *_: 4.0))
-    trial = trial_store.Trial(split, teacher, options(batch_size=3), 5, tmp_path, quiet)
+    trial = trial_store.Trial(TeacherProbe(split, teacher, options(batch_size=3)), 5, tmp_path, quiet)
     assert trial.seconds(3, "small") == pytest.approx(Seconds(build=5, render=1, teach=2, write=3, read=4))
 
 
@@ -183,7 +183,7 @@ def test_drawn_views_count_as_often_as_there_are(teacher, split, options, monkey
         return {path: 150.0 if cache.manifest.view.views_per_sample == 2 else 100.0}, 0.0
 
     monkeypatch.setattr(trial_store.Trial, "_rewrite", rewritten)
-    trial = trial_store.Trial(split, teacher, options(views=4), 4, tmp_path, quiet)
+    trial = trial_store.Trial(TeacherProbe(split, teacher, options(views=4)), 4, tmp_path, quiet)
     assert {views: trial.sizes(7, "default", views, ())[path] for views in (1, 2, 4)} == {1: 100, 2: 150, 4: 175}
 
 

@@ -10,7 +10,7 @@ from kdcache.data import Window, draw_view, inside_rectangle, open_split, render
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import CopyChanges, Records, copy_store, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Drawn, View
-from kdcache.teacher import build_cache, compare_teacher, options_of, plan_manifest, score_cache
+from kdcache.teacher import TeacherProbe, build_cache, compare_teacher, options_of, plan_manifest, score_cache
 from kdcache.train import CacheDataset
 
 CPU = torch.device("cpu")
@@ -142,12 +142,12 @@ def test_views_amid_grey(tmp_path, teacher, split, options) -> None:
 def test_crops_that_cannot_be(teacher, split, options) -> None:
     for change in ({"crop": (61, 40)}, {"crop": (32, 81)}, {"crop": (32, 40), "view_scale": (0.1, 0.6)}):
         with pytest.raises(RecipeError, match="a crop fits"):
-            plan_manifest(split, teacher, options(**{**CROPS, **change}))
-    largest = plan_manifest(split, teacher, options(**{**CROPS, "crop": (60, 80)})).view
+            plan_manifest(TeacherProbe(split, teacher, options(**{**CROPS, **change})))
+    largest = plan_manifest(TeacherProbe(split, teacher, options(**{**CROPS, "crop": (60, 80)}))).view
     assert (largest.size, largest.image_size) == ((60, 80), (48, 64))
     for scale in ((0.0, 1.0), (-1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf"))):
         with pytest.raises(RecipeError, match="zoom"):
-            plan_manifest(split, teacher, options(**{**CROPS, "view_scale": scale}))
+            plan_manifest(TeacherProbe(split, teacher, options(**{**CROPS, "view_scale": scale})))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kdcache.data import Split, Window, open_split, render
 from kdcache.errors import MismatchError, ModelError
 from kdcache.models import NativeOutput
 from kdcache.store import open_cache, read_manifest
-from kdcache.teacher import build_cache, load_teacher, plan_manifest
+from kdcache.teacher import TeacherProbe, build_cache, load_teacher, plan_manifest
 from kdcache.teacher.build import fidelity
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.options import view_of
@@ -204,7 +204,7 @@ def test_sixteen_records_spread_over_the_split(teacher, options) -> None:
             return self.inner.image(index)
 
     source = Watched(open_split("scenes:36x52,train=31", "train"))
-    manifest = plan_manifest(source, teacher, options(fidelity=True))
+    manifest = plan_manifest(TeacherProbe(source, teacher, options(fidelity=True)))
     assert manifest.fidelity.records == 16
     assert source.seen == [0, *range(0, 31, 2)]  # the first for the shapes
 
@@ -220,7 +220,7 @@ def test_first_views_are_measured(many, options, views) -> None:
         pixels = torch.from_numpy(np.stack([item.taught for item in first]))
         logits = teacher.model(teacher.model.normalise(pixels), ()).logits
     assert len(source) <= 16
-    about = plan_manifest(source, teacher, chosen)
+    about = plan_manifest(TeacherProbe(source, teacher, chosen))
     k = choose_k(logits, SIZE, logits.shape[1], align_corners=teacher.model.align_corners)[0]
     assert about.heads["segmentation"].k == k
     wanted = measure_fidelity(logits, k, "default", SIZE, align_corners=teacher.model.align_corners)
@@ -251,14 +251,16 @@ def test_top_k_auto_shares_the_pass(many, options) -> None:
     source, teacher = many
     sizes: list[int] = []
     teacher.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    with_figures = plan_manifest(source, teacher, options(fidelity=True))
+    with_figures = plan_manifest(TeacherProbe(source, teacher, options(fidelity=True)))
     assert sizes == [1, 2, 2, 2, 1, 2]
-    without = plan_manifest(source, teacher, options())
+    without = plan_manifest(TeacherProbe(source, teacher, options()))
     assert without.heads == with_figures.heads
     assert without.fidelity is None
     k = with_figures.heads["segmentation"].k
     assert 8 <= k < 40
-    assert plan_manifest(source, teacher, options(fidelity=True, top_k=k)).fidelity == with_figures.fidelity
+    assert (
+        plan_manifest(TeacherProbe(source, teacher, options(fidelity=True, top_k=k))).fidelity == with_figures.fidelity
+    )
 
 
 def test_an_answer_that_is_no_number_stops_the_build_before_it_begins(

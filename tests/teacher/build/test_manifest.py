@@ -9,7 +9,7 @@ from torch import Tensor
 from kdcache.data import folds_of
 from kdcache.errors import ModelError
 from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel, Tta
-from kdcache.teacher import Teacher
+from kdcache.teacher import Teacher, TeacherProbe
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.render import render_batches, render_records
@@ -39,13 +39,13 @@ def of_folds(*members: SegmentationModel) -> Teacher:
 
 def test_probabilities_are_no_logits(split, options) -> None:
     with pytest.raises(ModelError, match="a teacher gives logits"):
-        plan_manifest(split, Teacher(Probabilities(len(split.classes)).eval(), "own"), options())
+        plan_manifest(TeacherProbe(split, Teacher(Probabilities(len(split.classes)).eval(), "own"), options()))
 
 
 def test_teachers_of_folds_speak_on_one_grid(split, options) -> None:
     classes = len(split.classes)
     with pytest.raises(ModelError, match="same grid") as caught:
-        plan_manifest(split, of_folds(Strided(classes, 8), Strided(classes, 16)), options())
+        plan_manifest(TeacherProbe(split, of_folds(Strided(classes, 8), Strided(classes, 16)), options()))
     assert caught.value.received == "2x3, 4x6"
 
 
@@ -53,9 +53,9 @@ def test_what_storing_loses_is_of_the_teacher_of_each_fold(split, options) -> No
     """One of them is sure, and one is not: keeping a single class costs of the one alone."""
     classes = len(split.classes)
     members = [Strided(classes, sharp=0.1), Strided(classes, sharp=3.0)]
-    found = plan_manifest(split, of_folds(*members), options(top_k=1, fidelity=True)).fidelity
+    found = plan_manifest(TeacherProbe(split, of_folds(*members), options(top_k=1, fidelity=True))).fidelity
     folds = folds_of(split.ids, 2).tolist()
-    view = plan_manifest(split, of_folds(*members), options()).view
+    view = plan_manifest(TeacherProbe(split, of_folds(*members), options())).view
 
     def said(sample: int, fold: int) -> Tensor:
         pixels = torch.from_numpy(render_records(split, view, [sample])[0].pixels)[None]
@@ -74,7 +74,7 @@ def test_the_grid_of_the_view_is_never_finer_than_the_teachers_own(split, option
     for tta in (None, Tta(scales=(1.0, 2.0))):
         model = EnsembleModel([Strided(len(split.classes))], tta=tta).eval()
         chosen = options(teacher_size=taught, teacher_grid="view")
-        head = plan_manifest(split, Teacher(model, "own"), chosen).heads["segmentation"]
+        head = plan_manifest(TeacherProbe(split, Teacher(model, "own"), chosen)).heads["segmentation"]
         assert head.size == (grid if tta is None else tuple(min(4 if i == 0 else 6, 2 * g) for i, g in enumerate(grid)))
 
 
@@ -82,7 +82,7 @@ def test_the_grid_of_the_view_is_never_finer_than_the_teachers_own(split, option
 def test_rendering_ahead_gives_the_same_records(split, options, shard_records) -> None:
     """Which is how a build with a GPU renders."""
     teacher = Teacher(Strided(len(split.classes)).eval(), "own")
-    manifest = plan_manifest(split, teacher, options(views=2, batch_size=2, shard_records=shard_records))
+    manifest = plan_manifest(TeacherProbe(split, teacher, options(views=2, batch_size=2, shard_records=shard_records)))
     shards = [manifest.shards - 1, 0]
     one, other = (
         [(item.record, item.sample, item.view, item.checksum) for item in found]

@@ -19,7 +19,7 @@ from kdcache.distill.batch import tensors_of
 from kdcache.errors import CorruptError, MismatchError, RecipeError
 from kdcache.store import Records, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Drawn, View
-from kdcache.teacher import build_cache, compare_teacher, plan_manifest, score_cache
+from kdcache.teacher import TeacherProbe, build_cache, compare_teacher, plan_manifest, score_cache
 from kdcache.train import CacheDataset
 from kdcache.train.criterion import label_counts
 from kdcache.train.input.loader import Draws
@@ -155,7 +155,7 @@ def test_options_that_cannot_be(teacher, split, options) -> None:
         {"view_seed": -1},
     ):
         with pytest.raises(RecipeError, match="view"):
-            plan_manifest(split, teacher, options(**change))
+            plan_manifest(TeacherProbe(split, teacher, options(**change)))
     with pytest.raises(ValueError, match="views_per_sample is 2"):
         View(size=(2, 2), views_per_sample=2, pixels="stored")
     with pytest.raises(ValueError, match="no range"):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from kdcache.data import Split, open_split, write_scenes
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import CopyChanges, Worker, copy_store, open_cache, open_writer, round_targets, verify_files
-from kdcache.teacher import build_cache, copied_fidelity, load_teacher, options_of, plan_manifest
+from kdcache.teacher import TeacherProbe, build_cache, copied_fidelity, load_teacher, options_of, plan_manifest
 from kdcache.teacher.build.render import render_records
 from kdcache.teacher.build.reuse import Reuse
 
@@ -154,9 +154,9 @@ def test_views_go_on_as_they_were_drawn(tmp_path, teacher, split, options, drawn
 def test_options_of_a_store_are_those_that_it_was_built_with(teacher, split, options, changes) -> None:
     """All that shapes it: the same command would go on with it."""
     chosen = options(top_k=changes.get("top_k", 7), **{k: v for k, v in changes.items() if k != "top_k"})
-    manifest = plan_manifest(split, teacher, chosen)
+    manifest = plan_manifest(TeacherProbe(split, teacher, chosen))
     again = options_of(manifest)
-    assert manifest.differences(plan_manifest(split, teacher, replace(again, fidelity=False))) == []
+    assert manifest.differences(plan_manifest(TeacherProbe(split, teacher, replace(again, fidelity=False)))) == []
     mine, theirs = (asdict(replace(one, render_threads=1, fidelity=False)) for one in (chosen, again))
     if manifest.view.drawn is None:  # then nobody asked how views are drawn
         assert (again.views, again.crop) == (1, None)

@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.store import CopyChanges, Records, copy_store, inspect_store, open_cache
 from kdcache.store.format.manifest_models import Statistic
-from kdcache.teacher import Teacher, build_cache, compare_teacher, load_teachers, options_of, plan_manifest
+from kdcache.teacher import (
+    Teacher,
+    TeacherProbe,
+    build_cache,
+    compare_teacher,
+    load_teachers,
+    options_of,
+    plan_manifest,
+)
 from kdcache.teacher.build.statistics import attention, measure
 from kdcache.train import CacheDataset
 
@@ -110,7 +118,7 @@ def test_a_class_without_any_probability() -> None:
 
 def test_agreement_on_a_coarser_grid(several, split, options) -> None:
     chosen = options(teacher_size=(64, 96), teacher_grid="view", statistics=("agreement", "entropy"))
-    about = plan_manifest(split, several, chosen)
+    about = plan_manifest(TeacherProbe(split, several, chosen))
     assert {name: s.size for name, s in about.statistics.items()} == {"agreement": (8, 12), "entropy": (8, 12)}
 
 
@@ -148,12 +156,12 @@ def test_statistics_that_cannot_be(teacher, split, options) -> None:
         "norm": "for instance",
     }.items():
         with pytest.raises(RecipeError, match="a statistic is") as caught:
-            plan_manifest(split, teacher, options(statistics=(word,)))
+            plan_manifest(TeacherProbe(split, teacher, options(statistics=(word,))))
         assert remedy in caught.value.remedy, word
     with pytest.raises(ModelError, match="a tap must be"):
-        plan_manifest(split, teacher, options(statistics=("at:haed",)))
+        plan_manifest(TeacherProbe(split, teacher, options(statistics=("at:haed",))))
     with pytest.raises(RecipeError, match="agreement is that of several teachers"):
-        plan_manifest(split, teacher, options(statistics=("agreement",)))
+        plan_manifest(TeacherProbe(split, teacher, options(statistics=("agreement",))))
     alone = load_teachers([teacher.origin], split.classes, weights=(1,))
     with pytest.raises(RecipeError, match="agreement is that of several teachers"):
-        plan_manifest(split, alone, options(statistics=("agreement",)))
+        plan_manifest(TeacherProbe(split, alone, options(statistics=("agreement",))))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kdcache.data import Window, open_split, render
 from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.store import Records, open_cache
-from kdcache.teacher import Teacher, build_cache, copied_fidelity
+from kdcache.teacher import Teacher, TeacherProbe, build_cache, copied_fidelity
 from kdcache.teacher.audit.audit import audit_cache
 from kdcache.teacher.audit.pseudo_labels import Rule, export_pseudo_labels
 from kdcache.teacher.audit.topk_error import gradient_errors
@@ -63,7 +63,7 @@ def test_auto_k_measures_what_the_head_would_say(many, options, monkeypatch, ali
         return (8 if align_corners else 16), {}
 
     monkeypatch.setattr("kdcache.teacher.build.manifest.choose_k", chosen)
-    manifest = plan_manifest(many, coarse(CLASSES, aligned), options(fidelity=False))
+    manifest = plan_manifest(TeacherProbe(many, coarse(CLASSES, aligned), options(fidelity=False)))
     assert manifest.heads["segmentation"].k == (8 if aligned else 16)
     assert manifest.heads["segmentation"].align_corners is aligned
     assert asked == [((3, CLASSES, 2, 3), (32, 48), CLASSES)]
@@ -73,7 +73,7 @@ def test_auto_k_measures_what_the_head_would_say(many, options, monkeypatch, ali
 def test_what_storing_loses_is_measured_so_too(many, options, views) -> None:
     """On the whole images, also where these are not all views."""
     teacher = coarse(CLASSES)
-    found = plan_manifest(many, teacher, options(top_k=4, views=views, fidelity=True)).fidelity
+    found = plan_manifest(TeacherProbe(many, teacher, options(top_k=4, views=views, fidelity=True))).fidelity
     with torch.inference_mode():
         rendered = [np.asarray(many.image(n)) for n in range(3)]
         pixels = [render(image, None, Window.full(36, 52), flip=False, size=(32, 48))[0] for image in rendered]

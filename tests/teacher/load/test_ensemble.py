@@ -21,6 +21,7 @@ from kdcache.store import CopyChanges, Records, copy_store, open_cache, spread_s
 from kdcache.store.format.manifest_models import Training
 from kdcache.teacher import (
     Teacher,
+    TeacherProbe,
     build_cache,
     check_cross_fit,
     compare_teacher,
@@ -153,10 +154,10 @@ def test_equal_builds_of_an_ensemble_are_equal(tmp_path, origins, split, classes
 def test_normalisation_is_each_members_own(tmp_path, origins, split, classes) -> None:
     """A store says each member's mean and std, and they are what `load_like` sets."""
     members = [load_teacher(origins[0], classes, mean=(0.1, 0.2, 0.3)).model, load_teacher(origins[1], classes).model]
-    about = plan_manifest(split, Teacher(EnsembleModel(members).eval(), "two"), _options()).teacher
+    about = plan_manifest(TeacherProbe(split, Teacher(EnsembleModel(members).eval(), "two"), _options())).teacher
     like = load_like(about, origins[:2], classes)
     assert [member.mean for member in like.model.parts] == [(0.1, 0.2, 0.3), members[1].mean]
-    assert about.differences(plan_manifest(split, like, _options()).teacher) == []
+    assert about.differences(plan_manifest(TeacherProbe(split, like, _options())).teacher) == []
     for weights in ((0.1, 0.3), (0.1, 1.3), (0.1, 1.4)):  # whose shares would change if they were divided by their sum
         shares = EnsembleModel(members, weights).shares
         parts = [
@@ -172,18 +173,18 @@ def test_normalisation_is_each_members_own(tmp_path, origins, split, classes) ->
 def test_a_store_of_one_teacher_says_its_normalisation_too(origins, split, classes) -> None:
     """Which need not be the model's own."""
     chosen = load_teacher(origins[0], classes, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    about = plan_manifest(split, chosen, _options()).teacher
+    about = plan_manifest(TeacherProbe(split, chosen, _options())).teacher
     like = load_like(about, origins[:1], classes)
     assert (like.model.mean, like.model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert about.differences(plan_manifest(split, like, _options()).teacher) == []
+    assert about.differences(plan_manifest(TeacherProbe(split, like, _options())).teacher) == []
 
 
 @pytest.mark.parametrize("tta", [None, Tta(flip=True), Tta(flip=False, scales=(0.75, 1.5))])
 def test_augmentation_is_as_the_store_says(origins, split, classes, tta) -> None:
-    about = plan_manifest(split, load_teachers(origins[:2], classes, tta=tta), _options()).teacher
+    about = plan_manifest(TeacherProbe(split, load_teachers(origins[:2], classes, tta=tta), _options())).teacher
     like = load_like(about, origins[:2], classes)
     assert like.model.tta == tta
-    assert about.differences(plan_manifest(split, like, _options()).teacher) == []
+    assert about.differences(plan_manifest(TeacherProbe(split, like, _options())).teacher) == []
 
 
 def test_what_several_teachers_have_to_say(monkeypatch, classes, model_of) -> None:
@@ -288,16 +289,18 @@ def test_targets_on_the_grid_of_the_view(tmp_path, teacher, split, options) -> N
     best = np.sort(wanted, axis=0)[::-1][:4]
     assert np.abs(stored[VALUES] - (best - best[0])).max() < 0.01
     assert compare_teacher(Records(cache, split), teacher, CPU).ok
-    same = plan_manifest(split, teacher, options(teacher_grid="view")).heads["segmentation"]
+    same = plan_manifest(TeacherProbe(split, teacher, options(teacher_grid="view"))).heads["segmentation"]
     assert (same.size, same.resampled) == ((8, 12), False)
-    smaller = plan_manifest(split, teacher, options(teacher_grid="view", teacher_size=(32, 40))).heads["segmentation"]
+    smaller = plan_manifest(TeacherProbe(split, teacher, options(teacher_grid="view", teacher_size=(32, 40)))).heads[
+        "segmentation"
+    ]
     assert (smaller.size, smaller.resampled) == ((8, 10), False), "an own grid that is coarser stays"
     ensemble = Teacher(EnsembleModel([teacher.model] * 2, tta=Tta.parse("scales=1:2")).eval(), "two")
-    head = plan_manifest(split, ensemble, options(teacher_grid="view")).heads["segmentation"]
+    head = plan_manifest(TeacherProbe(split, ensemble, options(teacher_grid="view"))).heads["segmentation"]
     assert (head.size, head.resampled) == ((8, 12), True)
     teacher.model.align_corners = True
     with pytest.raises(RecipeError, match="align_corners"):
-        plan_manifest(split, teacher, options(teacher_grid="view"))
+        plan_manifest(TeacherProbe(split, teacher, options(teacher_grid="view")))
 
 
 @pytest.mark.parametrize(("own", "grid"), [((5, 9), (4, 9)), ((7, 4), (3, 2)), ((6, 6), (6, 6)), ((10, 8), (1, 1))])
@@ -327,7 +330,7 @@ def test_means_are_not_of_the_precision_of_the_pass(teacher, split) -> None:
 def test_sizes_that_cannot_be(teacher, split, options, size) -> None:
     for name in ("teacher_size", "crop", "size"):
         with pytest.raises(RecipeError, match="65536 pixels"):
-            plan_manifest(split, teacher, options(**{name: size}))
+            plan_manifest(TeacherProbe(split, teacher, options(**{name: size})))
 
 
 @pytest.mark.parametrize("tta", [None, Tta(flip=True)])
@@ -364,7 +367,7 @@ def test_each_sample_is_taught_by_who_has_not_seen_it(tmp_path, runs, folder_dat
     copy_store(cache, tmp_path / "part", CopyChanges(samples=spread_samples(cache, 3)))
     assert compare_teacher(Records(open_cache(tmp_path / "part")), like, CPU).ok, "records say their fold"
     together = load_teachers(runs, split.classes, tta=tta)
-    assert "folds: 3 against None" in about.differences(plan_manifest(split, together, chosen).teacher)
+    assert "folds: 3 against None" in about.differences(plan_manifest(TeacherProbe(split, together, chosen)).teacher)
     assert verify_files(tmp_path / "s.zarr").damaged == []
 
 
@@ -431,9 +434,9 @@ def test_teachers_that_have_seen_their_fold(tmp_path, runs, folder_data, options
         check_cross_fit(runs + runs[:2] + runs, split)
     teacher = load_teachers(runs, split.classes, folds=3)
     with pytest.raises(RecipeError, match="from one network"):
-        plan_manifest(split, teacher, options(features=("head",)))
+        plan_manifest(TeacherProbe(split, teacher, options(features=("head",))))
     with pytest.raises(RecipeError, match="agreement is that of several") as caught:
-        plan_manifest(split, teacher, options(statistics=("agreement",)))
+        plan_manifest(TeacherProbe(split, teacher, options(statistics=("agreement",))))
     assert "speaks of its own fold" in caught.value.received
 
 
