@@ -95,7 +95,7 @@ def copy_store(
             )
         copying = _Copying(source, writer, numbers)
         mine = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
-        kept = mine - sum(map(manifest.shard_records, writer.missing))
+        already = mine - sum(map(manifest.shard_records, writer.missing))
         copied = 0
         began = time.perf_counter()
         while writer.missing:
@@ -103,7 +103,7 @@ def copy_store(
                 writer.write_shard(shard, _Shard(copying, shard))
                 copied += manifest.shard_records(shard)
                 if progress is not None:
-                    progress(kept + copied, mine)
+                    progress(already + copied, mine)
             if writer.missing:
                 writer.wait()
         seconds = time.perf_counter() - began
@@ -133,54 +133,54 @@ def _chosen(source: Cache, changes: CopyChanges) -> Sequence[int]:
 
 
 def _manifest(source: Cache, changes: CopyChanges, numbers: Sequence[int], fidelity: Fidelity | None) -> Manifest:
-    about = source.manifest
+    manifest = source.manifest
     _check(source, changes)
-    kept = about.features if changes.features is None else set(changes.features)
-    pixels = changes.pixels or about.view.pixels
-    return about.model_copy(
+    taps = manifest.features if changes.features is None else set(changes.features)
+    pixels = changes.pixels or manifest.view.pixels
+    return manifest.model_copy(
         update={
-            "records": len(numbers) * about.view.views_per_sample,
-            "dataset": about.dataset if changes.samples is None else _part_of_dataset(source, numbers),
-            "view": about.view.model_copy(update={"pixels": pixels}),
-            "features": {tap: feature for tap, feature in about.features.items() if tap in kept},
-            "build": about.build.model_copy(
-                update={"shard_records": changes.shard_records or about.build.shard_records}
+            "records": len(numbers) * manifest.view.views_per_sample,
+            "dataset": manifest.dataset if changes.samples is None else _part_of_dataset(source, numbers),
+            "view": manifest.view.model_copy(update={"pixels": pixels}),
+            "features": {tap: feature for tap, feature in manifest.features.items() if tap in taps},
+            "build": manifest.build.model_copy(
+                update={"shard_records": changes.shard_records or manifest.build.shard_records}
             ),
-            "codec": changes.codec or about.codec,
-            "fidelity": fidelity if rounds(about, changes.codec) else about.fidelity,
+            "codec": changes.codec or manifest.codec,
+            "fidelity": fidelity if rounds(manifest, changes.codec) else manifest.fidelity,
         }
     )
 
 
 def _part_of_dataset(source: Cache, numbers: Sequence[int]) -> Dataset:
-    about = source.manifest
-    labelled = source.column("labelled")[[about.record(number) for number in numbers]]
-    return about.dataset.model_copy(
+    manifest = source.manifest
+    labelled = source.column("labelled")[[manifest.record(number) for number in numbers]]
+    return manifest.dataset.model_copy(
         update={
             "samples": len(numbers),
             "labelled": int(np.count_nonzero(labelled)),
-            "ids_digest": ids_digest(about.dataset.class_names, [source.ids[number] for number in numbers]),
+            "ids_digest": ids_digest(manifest.dataset.class_names, [source.ids[number] for number in numbers]),
         }
     )
 
 
 def _check(source: Cache, changes: CopyChanges) -> None:
     """Whether the source has what the copy shall have. Raises StoreError."""
-    about = source.manifest
-    unknown = sorted(set(changes.features or ()) - set(about.features))
+    manifest = source.manifest
+    unknown = sorted(set(changes.features or ()) - set(manifest.features))
     if unknown:
         raise StoreError(
             "a copy keeps taps that its source has",
-            received=f"{', '.join(unknown)}; {source.place} has {', '.join(about.features) or 'no taps'}",
+            received=f"{', '.join(unknown)}; {source.place} has {', '.join(manifest.features) or 'no taps'}",
             remedy="name some of these; kdcache extend adds taps",
         )
-    if changes.pixels == "stored" and about.view.pixels != "stored":
+    if changes.pixels == "stored" and manifest.view.pixels != "stored":
         raise StoreError(
             "a copy has pixels only when its source has",
             received=f"{source.place} was built with --pixels source",
             remedy="kdcache extend --pixels stored renders them from the data set",
         )
-    if changes.samples is not None and (changes.pixels or about.view.pixels) == "source":
+    if changes.samples is not None and (changes.pixels or manifest.view.pixels) == "source":
         raise StoreError(
             "a store without pixels is used with exactly the data set that it was built from",
             received="some of the samples, and no pixels",
@@ -202,13 +202,13 @@ class _Copying:
         self.numbers = numbers
         self.whole = set[str]()
         if source.ledger is not None and len(numbers) == source.manifest.dataset.samples:
-            theirs = source.ledger.completion.metadata
+            source_metadata = source.ledger.completion.metadata
             same_codec = source.manifest.codec == self.manifest.codec  # then nothing is rounded
             self.whole = {
                 path
                 for path in self.specs
                 if (same_codec or not path.startswith("targets/"))
-                and writer.place.digest(f"{path}/zarr.json") == theirs.get(f"{path}/zarr.json")
+                and writer.place.digest(f"{path}/zarr.json") == source_metadata.get(f"{path}/zarr.json")
             }
 
     def content(self, path: str, shard: int) -> Array | bytes:
@@ -237,8 +237,8 @@ class _Copying:
             return np.arange(first, last, dtype=spec.dtype) // views
         rows = np.empty((last - first, *spec.shape), spec.dtype)
         for place, record in enumerate(range(first, last)):
-            theirs = self.source.manifest.record(self.numbers[record // views], record % views)
-            self.source.read_into(theirs, spec.path, rows[place, ...])
+            source_record = self.source.manifest.record(self.numbers[record // views], record % views)
+            self.source.read_into(source_record, spec.path, rows[place, ...])
         return round_targets({spec.path: rows}, self.manifest.codec)[spec.path]
 
 

@@ -85,13 +85,13 @@ class Ledger:
 
     def record(self, shard: int) -> ShardRecord:
         """Raises: CorruptError."""
-        found = self._records.get(shard)
-        if found is None:
-            found = _parse_record(self.place, WHOLE, self._lines[shard])
-            if found.shard != shard:
-                raise damaged_metadata(self.place.describe(WHOLE), f"line {shard} is of shard {found.shard}")
-            self._records[shard] = found
-        return found
+        record = self._records.get(shard)
+        if record is None:
+            record = _parse_record(self.place, WHOLE, self._lines[shard])
+            if record.shard != shard:
+                raise damaged_metadata(self.place.describe(WHOLE), f"line {shard} is of shard {record.shard}")
+            self._records[shard] = record
+        return record
 
     @cached_property
     def _lines(self) -> list[bytes]:
@@ -100,9 +100,9 @@ class Ledger:
             content = self.place.read_verified(WHOLE, self.completion.ledger_sha256)
         except (OSError, ValueError) as error:
             raise unreadable_metadata(file, error, f"it cannot be read, or is not what {COMPLETE} seals") from error
-        found = content.count(b"\n")  # before each takes memory of its own
-        if found != len(self) or not content.endswith(b"\n"):
-            raise damaged_metadata(file, f"it has {found} records, {COMPLETE} says {len(self)}")
+        lines = content.count(b"\n")  # before each takes memory of its own
+        if lines != len(self) or not content.endswith(b"\n"):
+            raise damaged_metadata(file, f"it has {lines} records, {COMPLETE} says {len(self)}")
         return content.split(b"\n")[:-1]
 
     def check_lines(self) -> None:
@@ -111,10 +111,10 @@ class Ledger:
 
     def file(self, shard: int, key: str) -> FileRecord:
         """What a shard's file must be. Raises CorruptError."""
-        found = self.record(shard).files.get(key)
-        if found is None:
+        record = self.record(shard).files.get(key)
+        if record is None:
             raise damaged_metadata(self.place.describe(WHOLE), f"it lists no {key}")
-        return found
+        return record
 
     def check_files(self) -> None:
         """Every file of every shard is there with its size. Raises CorruptError naming the first that is not."""
@@ -243,9 +243,9 @@ def read_or_none(place: Place, key: str, most: int) -> bytes | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        found = unreadable_metadata(place.describe(key), error)
-        if not isinstance(found, CorruptError):  # this process may not read it: that is no damage
-            raise found from error
+        failure = unreadable_metadata(place.describe(key), error)
+        if not isinstance(failure, CorruptError):  # this process may not read it: that is no damage
+            raise failure from error
         return None
 
 
@@ -264,11 +264,11 @@ def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
         raise damaged_metadata(place.describe(missing))
     ledger_sha256 = hashlib.sha256(whole).hexdigest()
     completion = Completion(shards=shards, ledger_sha256=ledger_sha256, metadata=cast(dict[str, str], metadata))
-    known = read_or_none(place, WHOLE, MAX_SEALED_BYTES) == whole
+    listed = read_or_none(place, WHOLE, MAX_SEALED_BYTES) == whole
     sealed = read_or_none(place, COMPLETE, MAX_JSON_BYTES) == completion.content
     with place.alone():  # processes that finish together would tidy away what the other is writing
         place.tidy()
-        if not known:
+        if not listed:
             if not sealed:  # a seal of another ledger
                 place.remove(COMPLETE)
             place.publish(WHOLE, whole)

@@ -267,8 +267,8 @@ def read_manifest(location: str | Path | Place) -> Manifest:
 def _read_root(place: Place) -> Manifest:
     file = place.describe("zarr.json")
     try:
-        about = json.loads(place.read("zarr.json"))
-        group = isinstance(about, dict) and (about.get("zarr_format"), about.get("node_type")) == (3, "group")
+        metadata = json.loads(place.read("zarr.json"))
+        group = isinstance(metadata, dict) and (metadata.get("zarr_format"), metadata.get("node_type")) == (3, "group")
     except (FileNotFoundError, NotADirectoryError) as error:
         if _has_remains(place):
             raise damaged_metadata(file, "it is missing") from error
@@ -279,7 +279,7 @@ def _read_root(place: Place) -> Manifest:
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable_metadata(file, error, "it is not the metadata of a Zarr group") from error
-    attributes = about.get("attributes") if group else None
+    attributes = metadata.get("attributes") if group else None
     content = attributes.get("kdcache") if isinstance(attributes, dict) else None
     ours = isinstance(content, dict) and content.get("format") == "kdcache"
     if not group or (not ours and _has_remains(place)):

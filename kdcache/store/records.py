@@ -144,11 +144,12 @@ class Records:
 
 
 def _check_digest(cache: Cache, split: Split) -> None:
-    about = cache.manifest.dataset
-    if split.digest() != about.ids_digest:
+    dataset = cache.manifest.dataset
+    if split.digest() != dataset.ids_digest:
         raise MismatchError(
             "a store is used with the data set that it was built from",
             received=f"{split.data}, split {split.split!r} ({len(split)} samples, {len(split.classes)} classes), for "
-            f"{about.name!r}, split {about.split!r} ({about.samples} samples, {len(about.class_names)} classes)",
+            f"{dataset.name!r}, split {dataset.split!r} ({dataset.samples} samples, {len(dataset.class_names)} "
+            "classes)",
             remedy="give the original data set with --data and --split, or build a store of this one",
         )

@@ -62,13 +62,13 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
             place.read_verified(key, completion.metadata.get(key, ""))
         except (OSError, ValueError) as error:
             what = f"it is not what {COMPLETE} seals, or that was changed"
-            found = unreadable_metadata(place.describe(key), error, what)
-            if key == ROOT and AGAIN in found.remedy and read_spare(place) is None:
+            failure = unreadable_metadata(place.describe(key), error, what)
+            if key == ROOT and AGAIN in failure.remedy and read_spare(place) is None:
                 remedy = f"{AGAIN}: it writes this file anew, or says that it cannot"
                 raise CorruptError(
-                    found.rule, received=f"{found.received}; there is no spare of it", remedy=remedy
+                    failure.rule, received=f"{failure.received}; there is no spare of it", remedy=remedy
                 ) from error
-            raise found from error
+            raise failure from error
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
@@ -118,12 +118,12 @@ def restore_metadata(
     Raises: MismatchError for a file that only the library which wrote it can make again.
     """
     for key, wanted in files.items():
-        found = read_or_none(place, key, max(len(wanted), MAX_JSON_BYTES))
+        present = read_or_none(place, key, max(len(wanted), MAX_JSON_BYTES))
         sealed = None if completion is None else completion.metadata.get(key)
-        if found is not None and (found == wanted or hashlib.sha256(found).hexdigest() == sealed):
+        if present is not None and (present == wanted or hashlib.sha256(present).hexdigest() == sealed):
             continue
         if hashlib.sha256(wanted).hexdigest() != sealed:
-            if not same_libraries and sealed is None and found is not None:
+            if not same_libraries and sealed is None and present is not None:
                 continue
             if not same_libraries:
                 raise MismatchError(
@@ -177,15 +177,15 @@ def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], comp
         elif record is not None:
             doubtful[shard] = None
     whole = set[int]()
-    for record, found in zip(
+    for record, examined in zip(
         listed, ledger.examine(place, listed, chunk_counts(manifest), digests=not place.remote), strict=True
     ):
-        if found.damaged:
+        if examined.damaged:
             doubtful[record.shard] = record
             continue
         whole.add(record.shard)
-        if not ledger.is_published(place, found.record):
-            place.publish(ledger.record_key(record.shard), ledger.canonical(found.record))
+        if not ledger.is_published(place, examined.record):
+            place.publish(ledger.record_key(record.shard), ledger.canonical(examined.record))
     return State(whole, doubtful)
 
 

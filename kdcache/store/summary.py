@@ -77,7 +77,7 @@ class StoreSummary:
         m = self.manifest
         head = m.heads["segmentation"]
         state = "complete" if self.complete else "half built: run the same command again to go on"
-        kept = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
+        classes = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
         rows = [
             ("store", f"{self.path} (format {m.version}, {m.created_by}, {m.created})"),
             ("state", f"{state}; {self.shards_written} of {m.shards} shards, {self.records_written} records"),
@@ -85,7 +85,7 @@ class StoreSummary:
                      f"{m.dataset.labelled} labelled, {len(m.dataset.class_names)} classes"),
             ("view", f"{m.view.kind} at {_size(m.view.size)}, pixels {m.view.pixels}{_drawn(m)}"),
             ("teacher", f"{m.teacher.spec}, {m.teacher.precision}, weights {m.teacher.weights[:12]}{_several(m)}"),
-            ("targets", f"{kept} at {_size(head.size)} ({'averaged' if head.resampled else 'native stride'})"
+            ("targets", f"{classes} at {_size(head.size)} ({'averaged' if head.resampled else 'native stride'})"
                         + (", and every pixel's largest logit" if head.raw else "")),
             ("codec", m.codec),
             ("built", f"batch {m.build.batch_size}, {m.build.device}, {m.build.threads} threads, "
@@ -100,7 +100,7 @@ class StoreSummary:
             taps = ", ".join(f"{tap} {f.channels}x{f.size[0]}x{f.size[1]}" for tap, f in m.features.items())
             rows.insert(6, ("features", taps))
         if m.statistics:
-            names = ", ".join(f"{name} {_size(about.size)}" for name, about in m.statistics.items())
+            names = ", ".join(f"{name} {_size(statistic.size)}" for name, statistic in m.statistics.items())
             rows.insert(6, ("statistics", names))
         if self.topk_mass is not None:
             rows.append(("top-k mass", f"{100 * self.topk_mass:.3f} % of the probability is inside the kept classes"))
@@ -167,13 +167,13 @@ def _size(size: tuple[int, int]) -> str:
 
 def _several(manifest: Manifest) -> str:
     """The members of an ensemble, and how they speak."""
-    about = manifest.teacher
-    parts = [", ".join(f"{member.share:.0%} {member.spec}" for member in about.members)] if about.members else []
-    if about.folds is not None:
-        parts.append(f"one for each of {about.folds} folds")
-    if about.tta is not None:
-        scales = ", ".join(f"{scale:g}" for scale in about.tta.scales)
-        parts.append(f"at scales {scales}" + (" and mirrored" if about.tta.flip else ""))
+    teacher = manifest.teacher
+    parts = [", ".join(f"{member.share:.0%} {member.spec}" for member in teacher.members)] if teacher.members else []
+    if teacher.folds is not None:
+        parts.append(f"one for each of {teacher.folds} folds")
+    if teacher.tta is not None:
+        scales = ", ".join(f"{scale:g}" for scale in teacher.tta.scales)
+        parts.append(f"at scales {scales}" + (" and mirrored" if teacher.tta.flip else ""))
     return "".join(f"; {part}" for part in parts)
 
 

@@ -61,13 +61,13 @@ def verify_files(
     cache.check_arrays()
     remedy = remedy_of_files(remote=place.remote)
     report = VerifyReport(files=len(completion.metadata) + 1, remedy=remedy, seal=completion.digest)
-    for record, found in zip(records, ledger.examine(place, records, chunk_counts(manifest)), strict=True):
+    for record, examined in zip(records, ledger.examine(place, records, chunk_counts(manifest)), strict=True):
         report.files += 1 + len(record.files)
         report.bytes += sum(entry.bytes for entry in record.files.values())
-        report.damaged += found.damaged
+        report.damaged += examined.damaged
         if not ledger.is_of(manifest, record.shard, record):
             raise damaged_metadata(place.describe(ledger.WHOLE), f"line {record.shard} is of no shard of this store")
-        if not found.damaged and found.record != record:  # its files are what was written, its checksums are not theirs
+        if not examined.damaged and examined.record != record:  # its files are whole, its checksums are not theirs
             report.damaged += [ledger.WHOLE, ledger.record_key(record.shard)]
         elif not ledger.is_published(place, record):
             report.damaged.append(ledger.record_key(record.shard))
@@ -76,7 +76,7 @@ def verify_files(
     return report
 
 
-def _check_seal(place: Place, found: str, published: str) -> None:
+def _check_seal(place: Place, digest: str, published: str) -> None:
     wanted = published.strip().lower().removeprefix("sha256:")
     if re.fullmatch("[0-9a-f]{64}", wanted) is None:
         raise StoreError(
@@ -84,9 +84,9 @@ def _check_seal(place: Place, found: str, published: str) -> None:
             received=repr(published),
             remedy="give the one that kdcache verify or kdcache inspect printed when the store was published",
         )
-    if found != wanted:
+    if digest != wanted:
         raise MismatchError(
             "a store is the one whose seal was published",
-            received=f"{place} has the seal {found}, not {wanted}",
+            received=f"{place} has the seal {digest}, not {wanted}",
             remedy="it was changed or built anew: fetch the store again, or ask who published the digest",
         )

@@ -165,7 +165,7 @@ class StoreWriter:
         for shard in doubtful:
             self.place.remove(ledger.record_key(shard))
 
-    def _check_pixels(self, shard: int, record: ShardRecord | None, found: Array, *, needed: bool) -> None:
+    def _check_pixels(self, shard: int, record: ShardRecord | None, rendered: Array, *, needed: bool) -> None:
         """The pixels of a shard are those that were taught on. Raises MismatchError, where `needed` also if unknown."""
         spec = next(spec for spec in self._specs if spec.path == "records/pixel_checksum")
         key = shard_key(spec, shard)
@@ -173,13 +173,13 @@ class StoreWriter:
         stored = ledger.read_or_none(self.place, key, MAX_JSON_BYTES)
         if file is not None and (stored is None or hashlib.sha256(stored).hexdigest() != file.sha256):
             # This file itself is damaged: its digest tells whether it would be the same again.
-            stored = self._encoder.encode(spec, shard, found)
+            stored = self._encoder.encode(spec, shard, rendered)
             same = hashlib.sha256(stored).hexdigest() == file.sha256
             if same and needed:  # what proves it must outlast the record, should this repair be interrupted
                 self.place.publish(key, stored)
         else:
             rows = None if stored is None else self._encoder.decode(spec, shard, stored)
-            same = not needed if rows is None else np.array_equal(rows, found)
+            same = not needed if rows is None else np.array_equal(rows, rendered)
         if not same:
             raise MismatchError(
                 "damaged records are taught again on the pixels that were taught on",
@@ -199,7 +199,7 @@ class StoreWriter:
             )
         with self.place.alone():
             present = read_manifest(self.place)
-            known = present.repairs
+            repairs = present.repairs
             mine = Repair(
                 created=now.created,
                 created_by=now.created_by,
@@ -208,13 +208,13 @@ class StoreWriter:
                 shards=tuple(shards),
             )
             same = [
-                old for old in known if old == mine.model_copy(update={"created": old.created, "shards": old.shards})
+                old for old in repairs if old == mine.model_copy(update={"created": old.created, "shards": old.shards})
             ]
             if same:
                 mine = same[-1].model_copy(update={"shards": tuple(sorted({*same[-1].shards, *shards}))})
             self.repaired = mine
-            self.manifest = present.model_copy(update={"repairs": (*(old for old in known if old not in same), mine)})
-            if mine in known:
+            self.manifest = present.model_copy(update={"repairs": (*(old for old in repairs if old not in same), mine)})
+            if mine in repairs:
                 return
             self.place.remove(ledger.COMPLETE)
             root = _root(self.manifest)
@@ -261,10 +261,10 @@ def open_writer(
     if not store_exists(place):
         place.begin(_metadata(manifest, ids))
     present = read_manifest(place)
-    found = present.differences(manifest.with_environment(present))
+    differences = present.differences(manifest.with_environment(present))
     completion = recovery.read_seal(place)
-    if found:
-        raise _another(place, found, intact=recovery.is_intact(place, completion))
+    if differences:
+        raise _another(place, differences, intact=recovery.is_intact(place, completion))
     files = _metadata(present, ids)
     same = present.build.libraries == manifest.build.libraries
     recovery.restore_metadata(place, files, completion, same_libraries=same)
@@ -377,8 +377,8 @@ def worker_of(text: str | None) -> Worker:
     Raises: StoreError.
     """
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    given = f"{rank or 0}/{size or 1}" if text is None else text
-    index, _, count = given.partition("/")
+    number = f"{rank or 0}/{size or 1}" if text is None else text
+    index, _, count = number.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         if text is None:  # a worker that owns nothing would end as if all were done
             raise StoreError(

@@ -85,10 +85,10 @@ class Folder(Place):
 
     def open(self, key: str, size: int | None = None, sha256: str | None = None) -> int:
         handle = _open_below(self.folder, key)
-        found = os.fstat(handle).st_size
-        if size is not None and found != size:
+        actual = os.fstat(handle).st_size
+        if size is not None and actual != size:
             os.close(handle)
-            raise ValueError(f"it has {found} bytes, the ledger says {size}")
+            raise ValueError(f"it has {actual} bytes, the ledger says {size}")
         return handle
 
     def begin(self, files: Mapping[str, bytes]) -> None:
@@ -102,11 +102,13 @@ class Folder(Place):
     def _check_place(self) -> None:
         """A store is made in a new or empty folder; what else is there is the user's."""
         path = self.folder
-        there = next(part for part in (path, *path.absolute().parents) if part.exists())
-        if not there.is_dir() or (there == path and not (path / "zarr.json").exists() and any(path.iterdir())):
+        existing = next(part for part in (path, *path.absolute().parents) if part.exists())
+        if not existing.is_dir() or (existing == path and not (path / "zarr.json").exists() and any(path.iterdir())):
             raise StoreError(
                 "a store is written into a new or empty folder, or goes on where it was begun",
-                received=f"{there} holds something else, and no zarr.json" if there.is_dir() else f"{there} is a file",
+                received=f"{existing} holds something else, and no zarr.json"
+                if existing.is_dir()
+                else f"{existing} is a file",
                 remedy="give another folder, or empty it yourself if nothing in it is needed",
             )
 

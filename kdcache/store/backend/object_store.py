@@ -157,8 +157,8 @@ class Bucket(Place):
         if len(wanted) <= _FEW:
             yield from map(self._size, wanted)
             return
-        found = dict(self._listed())
-        yield from map(found.get, wanted)
+        listed = dict(self._listed())
+        yield from map(listed.get, wanted)
 
     def _size(self, key: str) -> int | None:
         try:
@@ -212,7 +212,7 @@ class Bucket(Place):
     def begin(self, files: Mapping[str, bytes]) -> None:
         if self._size("zarr.json") is not None:
             return
-        there = set[str]()
+        present = set[str]()
         for key, _ in self._listed():
             if key == "zarr.json":  # just now
                 return
@@ -222,9 +222,9 @@ class Bucket(Place):
                     received=f"{self.describe(key)} is no part of this store",
                     remedy="give another --out, or empty it yourself if nothing in it is needed",
                 )
-            there.add(key)
+            present.add(key)
         for key, content in files.items():  # zarr.json, which makes it a store, is the last
-            if key not in there:
+            if key not in present:
                 self.publish_exclusive(key, content)
 
     def publish(self, key: str, content: bytes) -> None:

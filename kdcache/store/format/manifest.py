@@ -82,7 +82,7 @@ class Manifest(Part):
         parts: dict[str, tuple[int, ...]]
         parts = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.heads.items()}
         parts |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
-        parts |= {f"statistics.{name}": (2, *about.size) for name, about in self.statistics.items()}
+        parts |= {f"statistics.{name}": (2, *statistic.size) for name, statistic in self.statistics.items()}
         for name, sizes in {**parts, "view": (3, *self.view.size)}.items():
             if math.prod(sizes) > MAX_RECORD_BYTES:
                 raise ValueError(f"{name}: a record of {math.prod(sizes)} bytes is larger than {MAX_RECORD_BYTES}")
@@ -108,16 +108,16 @@ class Manifest(Part):
 
     def differences(self, other: "Manifest") -> list[str]:
         """What keeps `other` from continuing this build, in words; time stamps, figures and repairs do not count."""
-        found = self.teacher.differences(other.teacher)
+        differences = self.teacher.differences(other.teacher)
         for part in ("dataset", "view", "build"):
-            found += part_differences(part, getattr(self, part), getattr(other, part))
+            differences += part_differences(part, getattr(self, part), getattr(other, part))
         for name in ("heads", "features", "statistics"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                found.append(f"{name}: {unlike(mine, theirs)}")
+            mine, others = getattr(self, name), getattr(other, name)
+            if mine != others:
+                differences.append(f"{name}: {unlike(mine, others)}")
         if self.codec != other.codec:
-            found.append(f"codec: {self.codec} against {other.codec}")
-        return found
+            differences.append(f"codec: {self.codec} against {other.codec}")
+        return differences
 
     def to_json(self) -> dict[str, Any]:
         """As the attribute `kdcache` has it. `repairs` are left out where there are none: older readers know none."""

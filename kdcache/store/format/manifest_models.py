@@ -246,7 +246,7 @@ class Fingerprint(Part):
 
     def differences(self, other: "Fingerprint") -> list[str]:
         """What differs, in words. The probe may differ by 1 % of its largest value: hardware rounds."""
-        found = [
+        differences = [
             f"{name}: {unlike(getattr(self, name), getattr(other, name))}"
             for name in ("spec", "weights", "precision", "mean", "std", "class_map", "members", "tta", "folds")
             if getattr(self, name) != getattr(other, name)
@@ -257,8 +257,8 @@ class Fingerprint(Part):
             for a, b in zip(self.probe, other.probe, strict=True)
         )
         if far:
-            found.append("probe: the same weights give other logits on the two fixed images")
-        return found
+            differences.append("probe: the same weights give other logits on the two fixed images")
+        return differences
 
 
 class Build(Part):
@@ -315,29 +315,29 @@ class Fidelity(Part):
         )
 
 
-def part_differences(title: str, mine: Part, theirs: Part) -> list[str]:
+def part_differences(title: str, one: Part, other: Part) -> list[str]:
     """Fields of two equal-typed parts that differ, as 'title.field: a against b'."""
     return [
-        f"{title}.{field}: {unlike(getattr(mine, field), getattr(theirs, field))}"
-        for field in type(mine).model_fields
-        if getattr(mine, field) != getattr(theirs, field)
+        f"{title}.{field}: {unlike(getattr(one, field), getattr(other, field))}"
+        for field in type(one).model_fields
+        if getattr(one, field) != getattr(other, field)
     ]
 
 
-def unlike(mine: Any, theirs: Any) -> str:
+def unlike(one: Any, other: Any) -> str:
     """Two unequal values as an error says them: whole, of nested ones what differs."""
-    if isinstance(mine, Part) and isinstance(theirs, Part):
-        mine, theirs = mine.model_dump(), theirs.model_dump()
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        keys = [*mine, *(key for key in theirs if key not in mine)]
-        return _items((key, mine.get(key, "nothing"), theirs.get(key, "nothing")) for key in keys)
-    if isinstance(mine, tuple) and isinstance(theirs, tuple) and len(mine) == len(theirs) > MOST_SHOWN:
-        return _items((f"number {at}", *pair) for at, pair in enumerate(zip(mine, theirs, strict=True)))
-    return f"{mine} against {theirs}"
+    if isinstance(one, Part) and isinstance(other, Part):
+        one, other = one.model_dump(), other.model_dump()
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        return _items((key, one.get(key, "nothing"), other.get(key, "nothing")) for key in keys)
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other) > MOST_SHOWN:
+        return _items((f"number {at}", *pair) for at, pair in enumerate(zip(one, other, strict=True)))
+    return f"{one} against {other}"
 
 
 def _items(items: Iterable[tuple[str, Any, Any]]) -> str:
-    different = [f"{name} {unlike(mine, theirs)}" for name, mine, theirs in items if mine != theirs]
+    different = [f"{name} {unlike(one, other)}" for name, one, other in items if one != other]
     more = f" and {len(different) - MOST_SHOWN} more" if len(different) > MOST_SHOWN else ""
     return ", ".join(different[:MOST_SHOWN]) + more
 

@@ -47,14 +47,14 @@ class ArraySpec:
 
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
     """values, for a top-k head indices and tail, for raw logits their maximum."""
-    about = manifest.heads[head]
-    height, width = about.size
-    arrays = [ArraySpec(f"targets/{head}/values", (about.k, height, width), "float16")]
-    if not about.dense:
-        index_type = "uint8" if about.classes <= 256 else "uint16"
-        arrays.append(ArraySpec(f"targets/{head}/indices", (about.k, height, width), index_type))
+    entry = manifest.heads[head]
+    height, width = entry.size
+    arrays = [ArraySpec(f"targets/{head}/values", (entry.k, height, width), "float16")]
+    if not entry.dense:
+        index_type = "uint8" if entry.classes <= 256 else "uint16"
+        arrays.append(ArraySpec(f"targets/{head}/indices", (entry.k, height, width), index_type))
         arrays.append(ArraySpec(f"targets/{head}/tail", (height, width), "float16"))
-    if about.raw:
+    if entry.raw:
         arrays.append(ArraySpec(f"targets/{head}/max", (height, width), "float32"))
     return arrays
 
@@ -64,7 +64,9 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
     arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
     for tap, feature in manifest.features.items():
         arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), "float16"))
-    arrays += [ArraySpec(f"statistics/{name}", about.size, "float16") for name, about in manifest.statistics.items()]
+    arrays += [
+        ArraySpec(f"statistics/{name}", statistic.size, "float16") for name, statistic in manifest.statistics.items()
+    ]
     if manifest.view.pixels == "stored":
         arrays.append(ArraySpec("labels/segmentation", manifest.view.size, "uint8"))
         arrays.append(ArraySpec("pixels/image", (*manifest.view.size, 3), "uint8"))

@@ -123,12 +123,12 @@ class ShardArray:
         try:
             if self._decode is None:  # straight to where it belongs
                 flat, end = out.reshape(-1).view(np.uint8), bytearray(self._layout.crc_bytes)
-                found = os.preadv(file.handle, [flat.data, end], offset)
+                length = os.preadv(file.handle, [flat.data, end], offset)
                 parts: list[Any] = [flat, bytes(end)]
             else:
                 parts = [os.pread(file.handle, size, offset)]
-                found = len(parts[0])
-            if found != size:
+                length = len(parts[0])
+            if length != size:
                 raise ValueError("the file was shortened")
             if self._layout.crc_bytes:
                 _check_chunk(shard, chunk, parts)
@@ -219,7 +219,7 @@ def _keep_open(shard: _Shard) -> None:
 
 def let_go_of_removed() -> None:
     """Close shards whose files are gone: an open file would go on taking its room on the disk."""
-    for shard in [known for reference in list(_opened) if (known := reference()) is not None]:
+    for shard in [opened for reference in list(_opened) if (opened := reference()) is not None]:
         file = shard.file
         if file is not None and os.fstat(file.handle).st_nlink == 0:
             shard.file = None

@@ -86,8 +86,8 @@ class Audit:
                 "confused": [asdict(pair) for pair in self.confused],
                 "pixels_by_label_and_said": self.counts.tolist(),
                 "pseudo_labels": [
-                    {"threshold": threshold, **coverage_json(self.class_names, found)}
-                    for threshold, found in zip(THRESHOLDS, self.coverage, strict=True)
+                    {"threshold": threshold, **coverage_json(self.class_names, coverage)}
+                    for threshold, coverage in zip(THRESHOLDS, self.coverage, strict=True)
                 ],
                 "kl_gradient_error": asdict(self.gradient),
                 "worst": [asdict(scored) for scored in self.worst],
@@ -125,7 +125,7 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
     names = cache.manifest.dataset.class_names
     confusion = ConfusionMatrix(names, IGNORE_INDEX)
     confidences = ConfidenceCounts(len(names))
-    found: list[tuple[float, int, Scored]] = []  # a heap whose smallest is the best of the worst
+    heap: list[tuple[float, int, Scored]] = []  # a heap whose smallest is the best of the worst
     labelled = 0
     numbers = whole_records(cache)
     for done, whole in enumerate(read_wholes(records), 1):
@@ -134,9 +134,9 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
             labelled += 1
             confusion.counts += one.counts
             scored = Scored(whole.record, whole.sample, one.metrics().miou)
-            heapq.heappush(found, (-scored.miou, -scored.record, scored))
-            if len(found) > worst:
-                heapq.heappop(found)
+            heapq.heappush(heap, (-scored.miou, -scored.record, scored))
+            if len(heap) > worst:
+                heapq.heappop(heap)
         if progress is not None:
             progress(done, len(numbers))
     return Audit(
@@ -150,7 +150,7 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
         confused=tuple(_pairs(names, confusion.counts.numpy())[:CONFUSED]),
         coverage=tuple(confidences.coverage(threshold) for threshold in THRESHOLDS),
         gradient=_gradient(records, numbers),
-        worst=tuple(scored for *_, scored in sorted(found, reverse=True)),
+        worst=tuple(scored for *_, scored in sorted(heap, reverse=True)),
     )
 
 
@@ -167,10 +167,10 @@ def _pairs(names: tuple[str, ...], counts_LC: Array, first: int = 0) -> list[Con
     """Pairs of different classes that occur, the largest share first; `first` is the class of the first row."""
     pairs = []
     for label, row_C in enumerate(counts_LC, first):
-        for said in row_C.nonzero()[0]:
-            if said != label:
-                pixels = int(row_C[said])
-                pairs.append(Confused(names[label], names[said], pixels / int(row_C.sum()), pixels))
+        for predicted in row_C.nonzero()[0]:
+            if predicted != label:
+                pixels = int(row_C[predicted])
+                pairs.append(Confused(names[label], names[predicted], pixels / int(row_C.sum()), pixels))
     return sorted(pairs, key=lambda pair: (-pair.share, pair.label, pair.said))
 
 

@@ -94,14 +94,14 @@ def _classes(audit: Audit) -> "Figure":
 def _calibration(audit: Audit) -> "Figure":
     """The reliability diagram, and confidence beside precision for every class."""
     assert audit.calibration is not None
-    found = audit.calibration
-    title = f"How sure the teacher is, and how often it is right: ECE {percent(found.ece)} points over 15 bins"
+    calibration = audit.calibration
+    title = f"How sure the teacher is, and how often it is right: ECE {percent(calibration.ece)} points over 15 bins"
     figure = new_figure(13, max(5.4, 1.6 + 0.42 * len(audit.class_names)), title)
     grid = figure.add_gridspec(2, 2, height_ratios=(4, 1))
-    middles = np.array([(part.low + part.high) / 2 for part in found.bins])
+    middles = np.array([(part.low + part.high) / 2 for part in calibration.bins])
     width = 0.92 / len(middles)
-    accuracy = np.nan_to_num([part.accuracy for part in found.bins])
-    gaps = np.nan_to_num([part.confidence - part.accuracy for part in found.bins])
+    accuracy = np.nan_to_num([part.accuracy for part in calibration.bins])
+    gaps = np.nan_to_num([part.confidence - part.accuracy for part in calibration.bins])
     axes = dress(
         figure.add_subplot(grid[0, 0]), "Reliability: bars on the diagonal are honest", y="share that is right"
     )
@@ -120,23 +120,23 @@ def _calibration(audit: Audit) -> "Figure":
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend(loc="upper left", fontsize=9, frameon=False)
     below = dress(figure.add_subplot(grid[1, 0], sharex=axes), "", "confidence", "pixels %")
-    below.bar(middles, [100 * part.share for part in found.bins], width, color="#8a8a8a")
+    below.bar(middles, [100 * part.share for part in calibration.bins], width, color="#8a8a8a")
     names = audit.class_names
     right = dress(
         figure.add_subplot(grid[:, 1]), "filled: right when it says this class; outlined: its mean confidence"
     )
-    class_bars(right, names, audit.class_colours, found.precision, found.confidence)
+    class_bars(right, names, audit.class_colours, calibration.precision, calibration.confidence)
     return figure
 
 
 def _coverage(audit: Audit) -> "Figure":
     """Share and precision over thresholds, and per class at 0.7 and 0.9."""
-    known = audit.metrics is not None
+    labelled = audit.metrics is not None
     figure = new_figure(14, max(4.8, 1.6 + 0.42 * len(audit.class_names)), "Pseudo labels: what a threshold keeps")
     left, *others = figure.subplots(1, 3)
     dress(left, "all classes", "least confidence that is kept", "% of pixels")
     left.plot(THRESHOLDS, [100 * x.total_share for x in audit.coverage], "o-", color=_LINES[0], label="pixels kept")
-    if known:
+    if labelled:
         right = [100 * x.total_precision for x in audit.coverage]
         left.plot(THRESHOLDS, right, "s-", color=_LINES[1], label="of these, right")
         everything = percent(audit.metrics.aacc) if audit.metrics is not None else ""
@@ -144,19 +144,19 @@ def _coverage(audit: Audit) -> "Figure":
     left.set_ylim(None, 100.5)
     left.legend(fontsize=9, frameon=False, loc="lower left")
     for axes, threshold in zip(others, (0.7, 0.9), strict=True):
-        found = audit.coverage_at(threshold)
-        dress(axes, f"at {threshold}: filled kept" + (", outlined right of these, %" if known else ", %"))
-        class_bars(axes, audit.class_names, audit.class_colours, found.shares, found.precision)
+        coverage = audit.coverage_at(threshold)
+        dress(axes, f"at {threshold}: filled kept" + (", outlined right of these, %" if labelled else ", %"))
+        class_bars(axes, audit.class_names, audit.class_colours, coverage.shares, coverage.precision)
     others[1].set_yticklabels([])
     return figure
 
 
 def _gradient(audit: Audit) -> "Figure":
     """Error of the KL gradient over k, for both students."""
-    found = audit.gradient
-    title = f"Error of the KL gradient with only k of {len(audit.class_names)} classes kept ({found.records} images)"
+    gradient = audit.gradient
+    title = f"Error of the KL gradient with only k of {len(audit.class_names)} classes kept ({gradient.records} images)"
     figure = new_figure(11, 4.6, title)
-    students = (("a student that knows nothing", found.uniform), ("a student near its teacher", found.noisy))
+    students = (("a student that knows nothing", gradient.uniform), ("a student near its teacher", gradient.noisy))
     for axes, (student, errors) in zip(figure.subplots(1, 2, sharey=True), students, strict=True):
         dress(axes, student, "classes kept, k", "error, % of the gradient's norm")
         for temperature, colour in zip(TEMPERATURES, _LINES, strict=True):
@@ -179,11 +179,11 @@ def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure
     pixels = records.pixels(scored.record)
     whole = read_whole(records, scored.record, labelled=True)
     assert whole.label is not None
-    said = whole.argmax.numpy()
+    argmax = whole.argmax.numpy()
     counted = whole.label != IGNORE_INDEX
-    wrong = float((said != whole.label)[counted].mean())
+    wrong = float((argmax != whole.label)[counted].mean())
     colours = audit.class_colours
-    present = sorted({*np.unique(whole.label[counted]).tolist(), *np.unique(said).tolist()})
+    present = sorted({*np.unique(whole.label[counted]).tolist(), *np.unique(argmax).tolist()})
     legend = [(audit.class_names[number], colours[number]) for number in present]
     title = f"{scored.sample}: mIoU {percent(scored.miou)}, number {rank} from the bottom"
     return panels(
@@ -191,8 +191,8 @@ def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure
         [
             ("image", pixels),
             ("label", colour_ids(whole.label, colours)),
-            ("the teacher", colour_ids(said, colours)),
-            ("where they differ", mark_wrong(pixels, whole.label, said)),
+            ("the teacher", colour_ids(argmax, colours)),
+            ("where they differ", mark_wrong(pixels, whole.label, argmax)),
         ],
         [*legend, ("void", VOID_RGB), ("wrong", WRONG_RGB)],
     )

@@ -40,8 +40,8 @@ class Rule:
     quantile: float | None = None
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.threshold, self.quantile) if value is not None]
-        if len(given) != 1 or not (math.isfinite(given[0]) and 0 < given[0] < 1):
+        values = [value for value in (self.threshold, self.quantile) if value is not None]
+        if len(values) != 1 or not (math.isfinite(values[0]) and 0 < values[0] < 1):
             raise RecipeError(
                 "pseudo labels are kept by one rule: --threshold or --quantile, above 0 and below 1",
                 received=f"--threshold {self.threshold}, --quantile {self.quantile}",
@@ -80,12 +80,12 @@ def export_pseudo_labels(
     if images:
         records.check_complete()
     _check_views(cache)
-    about = cache.manifest.dataset
-    classes = ClassList(about.class_names, about.class_colours)
+    dataset = cache.manifest.dataset
+    classes = ClassList(dataset.class_names, dataset.class_colours)
     files = [_file(sample) for sample in cache.ids]
     _check_out(out, settings := _settings(cache, rule))
     counts = ConfidenceCounts(len(classes))
-    for whole in _told(read_wholes(records), "counting confidences", len(files), progress):
+    for whole in _with_progress(read_wholes(records), "counting confidences", len(files), progress):
         counts.update(whole.argmax, whole.confidence, whole.label)
     least = rule.threshold if rule.threshold is not None else counts.quantile_thresholds(rule.quantile or 0.0)
     coverage = counts.coverage(least)
@@ -94,10 +94,12 @@ def export_pseudo_labels(
         out.mkdir(parents=True, exist_ok=True)
         write_durably(out / SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
         write_classes(out, classes)
-        labels, pictures = out / "labels" / about.split, out / "images" / about.split
+        labels, pictures = out / "labels" / dataset.split, out / "images" / dataset.split
         least_C = np.array(coverage.thresholds)
         for file, whole in zip(
-            files, _told(read_wholes(records, labels=False), "writing labels", len(files), progress), strict=True
+            files,
+            _with_progress(read_wholes(records, labels=False), "writing labels", len(files), progress),
+            strict=True,
         ):
             if not (path := labels / file).exists():
                 _write(path, palette_png(pseudo_label(whole, least_C), classes.colours))
@@ -109,9 +111,9 @@ def export_pseudo_labels(
 
 def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
     """uint8 (H, W): the class that was said where its confidence reaches the class's threshold, 255 elsewhere."""
-    said = whole.argmax.numpy()
-    sure = whole.confidence.numpy().astype(np.float64) >= thresholds_C[said]
-    label: Array = np.where(sure, said, IGNORE_INDEX).astype(np.uint8)
+    argmax = whole.argmax.numpy()
+    sure = whole.confidence.numpy().astype(np.float64) >= thresholds_C[argmax]
+    label: Array = np.where(sure, argmax, IGNORE_INDEX).astype(np.uint8)
     return label
 
 
@@ -187,7 +189,7 @@ def _file(sample: str) -> PurePosixPath:
     return path
 
 
-def _told(wholes: Iterator[Whole], what: str, total: int, progress: Progress | None) -> Iterator[Whole]:
+def _with_progress(wholes: Iterator[Whole], what: str, total: int, progress: Progress | None) -> Iterator[Whole]:
     for done, whole in enumerate(wholes, 1):
         yield whole
         if progress is not None:

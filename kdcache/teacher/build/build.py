@@ -105,15 +105,15 @@ def build_cache(
         options = replace(options, fidelity=False)
     probe = TeacherProbe(split, teacher, options)
     if reuse is None:
-        manifest, known = plan_manifest(probe), None
+        manifest, earlier = plan_manifest(probe), None
     else:
         manifest = plan_extended(probe, reuse)
-        known = Reuse(reuse, manifest)
+        earlier = Reuse(reuse, manifest)
     checksums = partial(_checksums, split, manifest, options)
     with open_writer(out, manifest, split.ids, worker, checksums) as writer:
         share = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
-        kept = share - sum(map(manifest.shard_records, writer.missing))
-        work = _Pass(probe, writer.manifest, known)
+        already = share - sum(map(manifest.shard_records, writer.missing))
+        work = _Pass(probe, writer.manifest, earlier)
         done = taught = reused = 0
         began = time.perf_counter()
         while writer.missing:
@@ -124,12 +124,12 @@ def build_cache(
                     taught += len(batch.items) if batch.taught else 0
                     reused += sum(item.old is not None for item in batch.items)
                     if progress is not None:
-                        progress(kept + done, share)
+                        progress(already + done, share)
             if writer.missing:
                 writer.wait()
         seconds = time.perf_counter() - began
         complete = writer.seal()
-    damaged = 0 if known is None else len(known.damaged)
+    damaged = 0 if earlier is None else len(earlier.damaged)
     return BuildResult(writer.manifest, taught, share - done, seconds, complete, reused, writer.repaired, damaged)
 
 
@@ -204,8 +204,8 @@ class _Pass:
         model, grid = self._teacher.speaker(items[0].fold), head.size if head.resampled else None
         try:
             logits, features = teach(model, pixels, self._taps, options.precision, options.device, grid)
-            kept = {tap: features[tap] for tap in options.features}
-            packed = pack_batch(logits, kept, head.k, raw=head.raw)
+            tapped = {tap: features[tap] for tap in options.features}
+            packed = pack_batch(logits, tapped, head.k, raw=head.raw)
             packed |= measure(self._manifest.statistics, logits, features)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(options.batch_size, error) from error
@@ -222,10 +222,10 @@ class _Pass:
                     bad = items[int((~finite).nonzero()[0])]
                     raise not_finite(path, bad.record, self._split.ids[bad.sample])
         rows = round_targets({path: tensor.numpy() for path, tensor in packed.items()}, self._manifest.codec)
-        known = [place for place, item in enumerate(items) if item.old is not None]
-        if known:
-            for path, theirs in self._take_over([items[place] for place in known]).rows.items():
-                rows[path][known] = theirs
+        places = [place for place, item in enumerate(items) if item.old is not None]
+        if places:
+            for path, stored in self._take_over([items[place] for place in places]).rows.items():
+                rows[path][places] = stored
         return _Batch(items, rows, taught=True)
 
     def _take_over(self, items: list[Rendered]) -> _Batch:

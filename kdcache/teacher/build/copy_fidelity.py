@@ -24,7 +24,7 @@ def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
     assert codec is not None
     records = evenly_spread(len(source), SAMPLE_RECORDS)
     rows = [source.read(record, source.target_paths()) for record in records]
-    if all(np.array_equal(row[path], kept) for row in rows for path, kept in round_targets(row, codec).items()):
+    if all(np.array_equal(row[path], rounded) for row in rows for path, rounded in round_targets(row, codec).items()):
         return manifest.fidelity  # a copy of a rounded store
     if not source.head.dense or manifest.fidelity is None:
         return None

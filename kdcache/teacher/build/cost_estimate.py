@@ -43,9 +43,9 @@ class Setting:
 
     def flags(self, other: "Setting") -> str:
         """What `self` has otherwise than `other`, as one types it."""
-        mine, theirs = asdict(self), asdict(other)
+        mine, others = asdict(self), asdict(other)
         names = {"k": "top-k"}
-        changed = {names.get(name, name): value for name, value in mine.items() if value != theirs[name]}
+        changed = {names.get(name, name): value for name, value in mine.items() if value != others[name]}
         return " ".join(f"--{name} {_typed(value)}" for name, value in changed.items())
 
 
@@ -148,9 +148,9 @@ def estimate(
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
         trial = Trial(probe, records, Path(folder), progress or (lambda *_: None))
         head = manifest.heads["segmentation"]
-        chosen = Setting(head.k, options.codec, options.views, tuple(options.features), options.pixels)
-        seconds = trial.seconds(chosen.k, chosen.codec)
-        settings = dict.fromkeys([chosen, *_neighbours(chosen, head.classes, trial.taps)])
+        own = Setting(head.k, options.codec, options.views, tuple(options.features), options.pixels)
+        seconds = trial.seconds(own.k, own.codec)
+        settings = dict.fromkeys([own, *_neighbours(own, head.classes, trial.taps)])
         costs = [_cost(trial, setting, manifest, seconds.build) for setting in settings]
     return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), head.classes)
 

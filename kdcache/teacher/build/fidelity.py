@@ -32,13 +32,13 @@ def measure_fidelity(
     worst, records = 0.0, 0
     for raw_Chw in logits:
         records += 1
-        said_Chw = (raw_Chw - raw_Chw.amax(0)).clamp_(min=-LOGIT_LIMIT)  # -inf would be NaN beside anything finite
+        exact_Chw = (raw_Chw - raw_Chw.amax(0)).clamp_(min=-LOGIT_LIMIT)  # -inf would be NaN beside anything finite
         stored_Chw = _as_stored(raw_Chw, k, codec)
-        for said_CbW, stored_CbW in zip(
-            _bands(said_Chw, size, align_corners), _bands(stored_Chw, size, align_corners), strict=True
+        for exact_CbW, stored_CbW in zip(
+            _bands(exact_Chw, size, align_corners), _bands(stored_Chw, size, align_corners), strict=True
         ):
-            kl_t1_bW, kl_t4_bW = _kl(said_CbW, stored_CbW)
-            agreeing_bW = said_CbW.argmax(0) == stored_CbW.argmax(0)
+            kl_t1_bW, kl_t4_bW = _kl(exact_CbW, stored_CbW)
+            agreeing_bW = exact_CbW.argmax(0) == stored_CbW.argmax(0)
             means += torch.stack([kl_t1_bW.sum(), kl_t4_bW.sum(), agreeing_bW.sum()]).cpu()
             worst = max(worst, float(kl_t1_bW.max()))
     kl_t1, kl_t4, agreement = (means / (records * size[0] * size[1])).tolist()
@@ -72,12 +72,12 @@ def _bands(x_Chw: Tensor, size: tuple[int, int], align_corners: bool) -> Iterato
         yield F.interpolate(band_Cbw[None], (len(at_b), W), mode="bilinear", align_corners=align_corners)[0]
 
 
-def _kl(said_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]:
+def _kl(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]:
     """KL(said || stored) in nats per pixel, at T = 1 and at T = 4."""
-    said_CbW, stored_CbW = (x - x.amax(0) for x in (said_CbW, stored_CbW))
-    excess_CbW = said_CbW - stored_CbW
+    exact_CbW, stored_CbW = (x - x.amax(0) for x in (exact_CbW, stored_CbW))
+    excess_CbW = exact_CbW - stored_CbW
     # Exponentials are what this costs: e^x is the fourth power of e^(x/4).
-    p_CbW, q_CbW = (said_CbW / 4).exp_(), (stored_CbW / 4).exp_()
+    p_CbW, q_CbW = (exact_CbW / 4).exp_(), (stored_CbW / 4).exp_()
     kl_t4_bW = _divergence(p_CbW, q_CbW, excess_CbW / 4)
     return _divergence(p_CbW.square_().square_(), q_CbW.square_().square_(), excess_CbW), kl_t4_bW
 

@@ -43,7 +43,7 @@ def render_records(split: Split, view: View, records: Iterable[int]) -> list[Ren
     numbers = list(records)
     sample = numbers[0] // view.views_per_sample
     image, label = split.image(sample), split.label(sample)
-    found = []
+    rendered = []
     source_size = image.shape[0], image.shape[1]
     for record in numbers:
         number = record - sample * view.views_per_sample
@@ -52,7 +52,7 @@ def render_records(split: Split, view: View, records: Iterable[int]) -> list[Ren
         taught = pixels
         if view.teacher_size is not None:
             taught, _ = render(image, None, window, flip=flip, size=view.teacher_size)
-        found.append(
+        rendered.append(
             Rendered(
                 record=record,
                 sample=sample,
@@ -67,7 +67,7 @@ def render_records(split: Split, view: View, records: Iterable[int]) -> list[Ren
                 labelled=label is not None,
             )
         )
-    return found
+    return rendered
 
 
 def render_batches(

@@ -14,6 +14,7 @@ import numpy as np
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, Manifest, round_targets
 from kdcache.store.copy import rounds
+from kdcache.store.format.manifest_models import Statistic
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
@@ -34,9 +35,10 @@ class Reuse:
     def __init__(self, old: Cache, manifest: Manifest) -> None:
         self._old = old
         self._codec = manifest.codec
-        theirs = old.manifest.features
-        taps = [tap for tap, feature in manifest.features.items() if theirs.get(tap) == feature]
-        maps = [name for name, about in manifest.statistics.items() if old.manifest.statistics.get(name) == about]
+        old_features = old.manifest.features
+        taps = [tap for tap, feature in manifest.features.items() if old_features.get(tap) == feature]
+        old_statistics = old.manifest.statistics
+        maps = [name for name, statistic in manifest.statistics.items() if old_statistics.get(name) == statistic]
         self.complete = (len(taps), len(maps)) == (len(manifest.features), len(manifest.statistics))
         self._paths = [*old.target_paths(), *(f"features/{tap}" for tap in taps), *(f"statistics/{n}" for n in maps)]
         self._samples = {sample: number for number, sample in enumerate(old.ids)}
@@ -56,11 +58,11 @@ class Reuse:
             return None
         record = self._old.manifest.record(number, item.view)
         try:
-            about = self._old.read(record, _LOOKED_AT)
+            stored = self._old.read(record, _LOOKED_AT)
             same = (
-                int(about["records/pixel_checksum"]) == item.checksum
-                and tuple(about["records/window"].tolist()) == item.window.as_tuple()
-                and bool(about["records/flip"]) == item.flip
+                int(stored["records/pixel_checksum"]) == item.checksum
+                and tuple(stored["records/window"].tolist()) == item.window.as_tuple()
+                and bool(stored["records/flip"]) == item.flip
             )
             if same:
                 self._read[record] = self._old.read(record, self._paths)
@@ -89,7 +91,7 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
         "top_k": head.k,
         "raw_logits": head.raw,
         "features": tuple(old.features),
-        "statistics": tuple(f"at:{about.tap}" if about.tap else about.kind for about in old.statistics.values()),
+        "statistics": tuple(map(_statistic_flag, old.statistics.values())),
         "views": old.view.views_per_sample,
         "pixels": old.view.pixels,
         "codec": old.codec,
@@ -100,41 +102,46 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
     return BuildOptions(**{**options, **views, **changes})
 
 
+def _statistic_flag(statistic: Statistic) -> str:
+    """A statistic as `--statistics` names it."""
+    return f"at:{statistic.tap}" if statistic.tap else statistic.kind
+
+
 def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
     """`plan_manifest` of a store that takes over `old`, whose figures hold as long as nothing more is rounded.
 
     Raises: MismatchError naming every field that differs; as `plan_manifest`.
     """
-    split, options, about = probe.split, probe.options, old.manifest
-    found = []
-    if about.dataset.class_names != split.classes.names:
-        found.append(f"classes: {_some(about.dataset.class_names)} against {_some(split.classes.names)}")
-    for name, mine, theirs in (
-        ("view.size", about.view.size, options.crop or options.size),
-        ("view.image_size", about.view.image_size, options.size if options.crop else None),
-        ("view.teacher_size", about.view.teacher_size, options.teacher_size),
+    split, options, old_manifest = probe.split, probe.options, old.manifest
+    differences = []
+    if old_manifest.dataset.class_names != split.classes.names:
+        differences.append(f"classes: {_some(old_manifest.dataset.class_names)} against {_some(split.classes.names)}")
+    for name, earlier, new in (
+        ("view.size", old_manifest.view.size, options.crop or options.size),
+        ("view.image_size", old_manifest.view.image_size, options.size if options.crop else None),
+        ("view.teacher_size", old_manifest.view.teacher_size, options.teacher_size),
     ):
-        if mine != (None if theirs is None else tuple(theirs)):
-            found.append(f"{name}: {mine} against {theirs}")
-    if about.teacher.folds is not None and about.dataset.ids_digest != split.digest():
-        found.append("samples: the folds of a larger split are others, and its teachers too")
-    if about.codec == "small" and options.codec != "small":
-        found.append(f"codec: small rounded its targets, {options.codec} does not")
-    _refuse(old, found)
-    keeps_figures = about.fidelity is not None and not rounds(about, options.codec)
+        if earlier != (None if new is None else tuple(new)):
+            differences.append(f"{name}: {earlier} against {new}")
+    if old_manifest.teacher.folds is not None and old_manifest.dataset.ids_digest != split.digest():
+        differences.append("samples: the folds of a larger split are others, and its teachers too")
+    if old_manifest.codec == "small" and options.codec != "small":
+        differences.append(f"codec: small rounded its targets, {options.codec} does not")
+    _refuse(old, differences)
+    keeps_figures = old_manifest.fidelity is not None and not rounds(old_manifest, options.codec)
     manifest = plan_manifest(probe, fidelity=not keeps_figures)
-    found = about.teacher.differences(manifest.teacher)
-    if about.heads != manifest.heads:
-        found.append(f"heads: {about.heads} against {manifest.heads}")
-    _refuse(old, found)
-    return manifest.model_copy(update={"fidelity": about.fidelity}) if keeps_figures else manifest
+    differences = old_manifest.teacher.differences(manifest.teacher)
+    if old_manifest.heads != manifest.heads:
+        differences.append(f"heads: {old_manifest.heads} against {manifest.heads}")
+    _refuse(old, differences)
+    return manifest.model_copy(update={"fidelity": old_manifest.fidelity}) if keeps_figures else manifest
 
 
-def _refuse(old: Cache, found: Sequence[str]) -> None:
-    if found:
+def _refuse(old: Cache, differences: Sequence[str]) -> None:
+    if differences:
         raise MismatchError(
             "a store takes over what the same teacher said, of the same classes at the same size",
-            received=f"{old.place} differs in " + "; ".join(found),
+            received=f"{old.place} differs in " + "; ".join(differences),
             remedy="give the teacher and the settings that it was built with, or build anew: build-teacher-cache",
         )
 

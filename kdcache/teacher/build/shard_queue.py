@@ -32,7 +32,7 @@ class ShardQueue:
         finally:
             self._pool.shutdown(wait=True)
 
-    def add(self, batch: Sequence[Rendered], said: Mapping[str, Array]) -> None:
+    def add(self, batch: Sequence[Rendered], outputs: Mapping[str, Array]) -> None:
         """Take records of one shard, in any order; the last of them sends it off, after the one before is on disk.
 
         Args:
@@ -42,7 +42,7 @@ class ShardQueue:
         first, last = self._writer.manifest.shard_range(shard)
         if not self._filled:
             self._arrays = {spec.path: np.empty((last - first, *spec.shape), spec.dtype) for spec in self._specs}
-        rows = {**said, **_record_rows(batch, self._writer.manifest)}
+        rows = {**outputs, **_record_rows(batch, self._writer.manifest)}
         places = [item.record - first for item in batch]
         for path, array in self._arrays.items():
             array[places] = rows[path]

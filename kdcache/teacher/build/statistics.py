@@ -28,15 +28,15 @@ def statistics_of(words: Sequence[str], grid: tuple[int, int], features: Mapping
         grid: (h, w) of the target.
         features: tap -> (B, c, h', w'), of the taps that are named.
     """
-    found = {}
+    statistics = {}
     for word in dict.fromkeys(words):
         kind, _, tap = word.partition(":")
         if kind == "at":
             height, width = features[tap].shape[-2:]
-            found[f"at.{tap}"] = Statistic(kind="at", tap=tap, size=(height, width))
+            statistics[f"at.{tap}"] = Statistic(kind="at", tap=tap, size=(height, width))
         else:
-            found[kind] = Statistic(kind=kind, size=grid)  # type: ignore[arg-type]
-    return found
+            statistics[kind] = Statistic(kind=kind, size=grid)  # type: ignore[arg-type]
+    return statistics
 
 
 def taps_of(words: Sequence[str], teacher: Teacher) -> list[str]:
@@ -79,19 +79,19 @@ def measure(
         features: tap -> (B, c, h', w'), AGREEMENT among them when it is asked for.
     """
     log_p = logits_BChw.float().log_softmax(1)
-    found = {}
-    for name, about in statistics.items():
-        if about.kind == "at":
-            assert about.tap is not None
-            found[name] = attention(features[about.tap])
-        elif about.kind == "confidence":
-            found[name] = log_p.amax(1).exp()
-        elif about.kind == "entropy":
+    maps = {}
+    for name, statistic in statistics.items():
+        if statistic.kind == "at":
+            assert statistic.tap is not None
+            maps[name] = attention(features[statistic.tap])
+        elif statistic.kind == "confidence":
+            maps[name] = log_p.amax(1).exp()
+        elif statistic.kind == "entropy":
             # A class that the teacher rules out, -inf, has no share in it.
-            found[name] = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
+            maps[name] = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(1)
         else:
-            found[name] = area_mean(features[AGREEMENT], about.size)[:, 0]
-    return {f"statistics/{name}": value.half() for name, value in found.items()}
+            maps[name] = area_mean(features[AGREEMENT], statistic.size)[:, 0]
+    return {f"statistics/{name}": value.half() for name, value in maps.items()}
 
 
 def attention(feature_Bchw: Tensor) -> Tensor:

@@ -96,12 +96,12 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
                 received=f"{run.folder / RECIPE}, which is not there",
                 remedy="give the --out of train-teacher --fold I/K",
             )
-        said = run.recipe.get("fold")
-        if said is None or parse_fold(str(said)) != (fold, folds):
+        left_out = run.recipe.get("fold")
+        if left_out is None or parse_fold(str(left_out)) != (fold, folds):
             raise MismatchError(
                 "the teacher of a fold was trained without it: --teacher number I, from 0, of K with --fold I/K",
                 received=f"{origin}, number {fold} of {folds}, "
-                + (f"has fold {said}" if said else "has seen all folds"),
+                + (f"has fold {left_out}" if left_out else "has seen all folds"),
                 remedy=f"kdcache train-teacher --fold {fold}/{folds} --out ..., and give the runs in this order",
             )
         if run.model.trained_on != f"data {split.digest()}":

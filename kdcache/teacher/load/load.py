@@ -83,8 +83,8 @@ def load_teacher(
             notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
     else:
         run = Run.open(origin)
-        model, about = load_run(run, trust=trust)
-        size, names, training = about.size, about.class_names, training_of(run)
+        model, run_model = load_run(run, trust=trust)
+        size, names, training = run_model.size, run_model.class_names, training_of(run)
         model.mean, model.std = mean or model.mean, std or model.std
     mapped = None
     if class_map is not None:
