@@ -33,7 +33,7 @@ LABEL_IDS = LabelIds(
 
 
 class Folder(Layout):
-    """A data set of one's own; also what `write_scenes` and pseudo labels are written as."""
+    """The layout of a data set of one's own; also what `write_scenes` and pseudo labels are written as."""
 
     name: ClassVar[str] = "folder"
     looks_for: ClassVar[str] = (

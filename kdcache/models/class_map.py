@@ -17,7 +17,7 @@ _VOID = "void"
 
 
 def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence[str]) -> Tensor:
-    """Read which data class each teacher class becomes.
+    """Read a class map: the data class that each teacher class becomes.
 
     A text file has one line per teacher class, `<teacher id> <data class name or id or void>`; `#` starts a
     comment. A JSON file holds the same as {"0": "Sky", "1": "void", ...}. Names may contain spaces; a name

@@ -98,7 +98,7 @@ class EnsembleModel(SegmentationModel):
 
     @property
     def parts(self) -> list[SegmentationModel]:
-        """The members, typed."""
+        """The members as a list of models."""
         return list(self.members)  # type: ignore[arg-type]
 
     def member(self, index: int) -> SegmentationModel:

@@ -35,7 +35,7 @@ def write_run_model(run: Path, description: RunModel) -> None:
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
-    """Write `best` or `last`; the file is replaced whole or not at all."""
+    """Write the weights `best` or `last` of a run; the file is replaced whole or not at all."""
     # Copies: the format takes no two tensors that share memory, as tied weights do.
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     with replacing(weights_path(run, which)) as partial:

@@ -24,7 +24,7 @@ _TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """Inside, names that files bring are imported; `trust=False` changes nothing."""
+    """Within the block, names that files bring are imported; `trust=False` changes nothing."""
     token = _TRUSTING.set(trust or _TRUSTING.get())
     try:
         yield

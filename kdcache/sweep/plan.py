@@ -70,7 +70,7 @@ class Sweep:
 
 
 def plan_sweep(recipe: Recipe, data: str | None, out: Path, known: Known) -> Sweep:
-    """Plan all jobs.
+    """Plan all jobs of a recipe.
 
     Args:
         data: the data folder; default the recipe's own `path`.
@@ -91,7 +91,7 @@ def plan_sweep(recipe: Recipe, data: str | None, out: Path, known: Known) -> Swe
 
 
 def words(flags: Flags) -> Iterator[str]:
-    """Flags as one types them; what is false is `--no-flag`, a table a repeated one; "" leaves a flag out."""
+    """Yield flags as one types them; what is false is `--no-flag`, a table a repeated one; "" leaves a flag out."""
     for key, value in flags.items():
         if value == "":
             continue

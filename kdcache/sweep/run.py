@@ -33,7 +33,7 @@ class Watcher:
         """A job begins."""
 
     def kept(self, job: Job, number: int, total: int) -> None:
-        """A job was done before."""
+        """A job was done before, and is left as it is."""
 
     def finished(self, job: Job, number: int, total: int, seconds: float) -> None:
         """A job has been done."""

@@ -15,7 +15,7 @@ DETAILS = "details.md"
 
 
 def write_details(sweep: "Sweep") -> None:
-    """Write it from comparison.json, whose class names came with the runs' own models, and the runs' results."""
+    """Write details.md from the runs' results and comparison.json, whose class names come with the runs' models."""
     comparison = sweep.out / "comparison.json"
     if not comparison.is_file():
         return

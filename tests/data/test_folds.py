@@ -56,7 +56,7 @@ def test_folds_are_parts_of_a_split() -> None:
 
 @pytest.mark.parametrize("parted", [lambda split: fold_alone(split, 1, 3), lambda split: Excerpt(split, [4, 6])])
 def test_a_part_gives_what_the_whole_has(tmp_path, parted) -> None:
-    """Image, label, what the label's file says, and digests of the files, each of the sample with that id."""
+    """Image, label, the numbers in the label's file, and digests of the files, each of the sample with that id."""
     split = open_split(write_scenes(tmp_path / "data", "scenes:36x52,train=8,val=1"), "train")
     part = parted(split)
     assert part.ids != split.ids[: len(part)]

@@ -1,4 +1,4 @@
-"""Which layout a folder has when more than one could be meant, whose class names count, and what is said about it."""
+"""Which layout a folder has when more than one could be meant, whose class names count, and the messages about it."""
 
 from __future__ import annotations
 

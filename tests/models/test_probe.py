@@ -1,4 +1,4 @@
-"""Networks that give probabilities are told from those that give logits."""
+"""Networks that give probabilities are distinguished from those that give logits."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def _ddp(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _lightning(state: dict[str, Tensor], path: Path) -> Path:
-    """As Lightning's Trainer.save_checkpoint lays a checkpoint out."""
+    """A checkpoint as Lightning's Trainer.save_checkpoint lays it out."""
     torch.save({"epoch": 1, "pytorch-lightning_version": "2.5", "state_dict": state, "hyper_parameters": {}}, path)
     return path
 
@@ -230,7 +230,7 @@ def test_digest_sees_shape_and_handles_scalars_and_bfloat16() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "message"),
     [
         (lambda t: t.fill_(float("nan")), "NaN"),
         (lambda t: t.index_fill(0, torch.tensor([0]), float("inf")), "infinite"),
@@ -238,7 +238,7 @@ def test_digest_sees_shape_and_handles_scalars_and_bfloat16() -> None:
         (lambda t: t.to(torch.complex64), "complex"),
     ],
 )
-def test_weights_are_finite_real_numbers(strict, spoil, says) -> None:
+def test_weights_are_finite_real_numbers(strict, spoil, message) -> None:
     """Of parameters and of statistics; the model is left as it was."""
     model = build_model("kdcache:tiny", 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -246,7 +246,7 @@ def test_weights_are_finite_real_numbers(strict, spoil, says) -> None:
         if not value.is_floating_point():
             continue
         state = {**before, name: spoil(value.clone())}
-        with pytest.raises(ModelError, match=says) as caught:
+        with pytest.raises(ModelError, match=message) as caught:
             load_weights(model, state, strict_head=strict)
         assert name in caught.value.received
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

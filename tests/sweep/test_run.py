@@ -121,19 +121,19 @@ def test_another_sweep_s_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_watchers_hear_what_begins_ends_and_is_kept(tmp_path: Path) -> None:
-    heard: list[str] = []
+    events: list[str] = []
 
     class Noting(Watcher):
         def started(self, job: Job, number: int, total: int) -> None:
-            heard.append(f"{number}/{total} {job.name}")
+            events.append(f"{number}/{total} {job.name}")
 
         def kept(self, job: Job, number: int, total: int) -> None:
-            heard.append(f"kept {job.name}")
+            events.append(f"kept {job.name}")
 
     sweep = sweep_of(tmp_path / "out", {"a": (), "b": ()})
     run_jobs(sweep, Doing(), watcher=Noting())
     run_jobs(sweep, Doing(), watcher=Noting())
-    assert heard == ["1/2 a", "2/2 b", "kept a", "kept b"]
+    assert events == ["1/2 a", "2/2 b", "kept a", "kept b"]
 
 
 def test_a_job_s_process_trains_alone_on_its_gpu() -> None:

@@ -35,7 +35,7 @@ _LINE = re.compile(r"\s*(?P<id>\d+)\s+[\d.]+\s+\d+\s+\d+\s+\d+\s+(?P<names>\S.*?
 
 
 class Ade20k(Layout):
-    """ADEChallengeData2016."""
+    """The layout of ADEChallengeData2016."""
 
     name: ClassVar[str] = "ade20k"
     looks_for: ClassVar[str] = (

@@ -60,7 +60,7 @@ SPLITS = ("train", "val", "test", "trainval")
 
 
 class CamVid(Layout):
-    """SegNet's CamVid."""
+    """The layout of CamVid as SegNet has it."""
 
     name: ClassVar[str] = "camvid"
     looks_for: ClassVar[str] = "train.txt, val.txt or test.txt beside a folder such as trainannot/, here or in CamVid/"

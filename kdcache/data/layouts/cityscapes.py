@@ -92,7 +92,7 @@ TRAIN_IDS = LabelIds(
 
 
 class Cityscapes(Layout):
-    """Cityscapes with fine annotations."""
+    """The layout of Cityscapes with fine annotations."""
 
     name: ClassVar[str] = "cityscapes"
     looks_for: ClassVar[str] = f"{IMAGES}/SPLIT/CITY/ (and {LABELS}/SPLIT/CITY/)"

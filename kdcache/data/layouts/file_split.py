@@ -33,11 +33,11 @@ class FileSplit(Split):
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def image_path(self, index: int) -> Path:
-        """The image's file."""
+        """The absolute path of the image's file."""
         return self._root / self._image_files[index]
 
     def label_path(self, index: int) -> Path | None:
-        """The label's file; None without one."""
+        """The absolute path of the label's file; None without one."""
         name = self._label_files[index]
         return None if name is None else self._root / name
 
@@ -91,12 +91,12 @@ class FileSplit(Split):
 
 
 def describe_ids(bad: dict[int, int]) -> str:
-    """`id 11 in 250 pixels, id 12 in 3 pixels`."""
+    """Ids with their counts in words: `id 11 in 250 pixels, id 12 in 3 pixels`."""
     return ", ".join(f"id {i} in {count} pixel{'s' * (count != 1)}" for i, count in bad.items())
 
 
 def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
-    """Both sizes of a label that does not fit."""
+    """The sizes, (H, W), of a label that does not fit and its image, in words."""
     return f"label {label[0]} x {label[1]}, image {image[0]} x {image[1]} (height x width)"
 
 

@@ -32,7 +32,7 @@ LABEL_IDS = LabelIds(
 
 
 class Gta5(Layout):
-    """Playing for Data."""
+    """The layout of GTA5 ("Playing for Data")."""
 
     name: ClassVar[str] = "gta5"
     looks_for: ClassVar[str] = f"pictures right in {IMAGES}/ and in {LABELS}/"

@@ -33,7 +33,7 @@ class LabelIds:
 
 
 def id_table(class_of_number: Mapping[int, int]) -> Pixels:
-    """A table of 256 entries, uint8, not writable: `known` maps numbers to class ids or void.
+    """A table of 256 entries, uint8, not writable: `class_of_number` maps numbers to class ids or void.
 
     Other numbers stay as they are, so that they are refused as the numbers that the file has; 255 is void in any file.
     """
@@ -47,7 +47,7 @@ def id_table(class_of_number: Mapping[int, int]) -> Pixels:
 
 
 def numbers_in(label: Pixels) -> Seen:
-    """Which of the 256 numbers occur in a label, bool (256,)."""
+    """Whether each of the 256 numbers occurs in a label (uint8, any shape), bool (256,)."""
     seen = np.zeros(256, np.bool_)
     seen[label.reshape(-1)] = True
     return seen

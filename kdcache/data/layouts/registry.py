@@ -73,7 +73,7 @@ def find_layout(data: str) -> LayoutRoot:
 
 
 def split_prefix(data: str) -> tuple[str | None, Path]:
-    """The layout that `data` names (None without one) and the folder. What exists under the whole of it is a folder.
+    """The layout that `data` names (None without one) and the folder. A path that exists as a whole is a folder.
 
     Raises: DataError for a prefix that is no layout, or one without a folder.
     """

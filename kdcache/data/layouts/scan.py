@@ -117,7 +117,7 @@ def read_list(path: Path) -> list[Line]:
 
 
 def lists_in(folder: Path, names: Sequence[str] | None = None) -> list[str]:
-    """Names of the lists (`<name>.txt`) in a folder, sorted; of those in `names` when given."""
+    """Names of the lists (`<name>.txt`) in a folder, sorted; only those in `names` unless it is None."""
     if not folder.is_dir():
         return []
     lists = (path.stem for path in folder.iterdir() if path.suffix == ".txt" and not path.name.startswith("."))

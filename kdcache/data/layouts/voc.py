@@ -53,7 +53,7 @@ AUGMENTED, AUGMENTED_LABELS = "trainaug", "SegmentationClassAug"
 
 
 class Voc(Layout):
-    """PASCAL VOC's segmentation."""
+    """The layout of PASCAL VOC's segmentation."""
 
     name: ClassVar[str] = "voc"
     looks_for: ClassVar[str] = f"{IMAGES}/ and {LISTS}/, here, in VOC2012/ or in VOCdevkit/VOC2012/"

@@ -51,7 +51,7 @@ class Augmentation:
 
     @classmethod
     def off(cls) -> Augmentation:
-        """The view as it is."""
+        """No change: the view as it is."""
         return cls(scale=(1.0, 1.0), flip=False, jitter=0.0)
 
 

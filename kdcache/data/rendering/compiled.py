@@ -24,7 +24,7 @@ READ_ONLY_BYTES = {ndim: types.Array(types.uint8, ndim, "C", readonly=True) for 
 
 
 def njit(*signatures: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba's own, but of compiled functions under NUMBA_DISABLE_JIT too: Python has no intrinsics to run them with."""
+    """numba's `njit`, which compiles under NUMBA_DISABLE_JIT too: Python has no intrinsics to run the function with."""
 
     def compile_anyway(function: Callable[..., Any]) -> Any:
         disabled, _SETTINGS.DISABLE_JIT = _SETTINGS.DISABLE_JIT, 0

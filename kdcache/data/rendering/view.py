@@ -53,7 +53,7 @@ class Window:
 
     @classmethod
     def full(cls, height: float, width: float) -> Window:
-        """The whole image."""
+        """The window that is the whole image."""
         return cls(0.0, 0.0, float(height), float(width))
 
     def scaled(self, fy: float, fx: float) -> Window:

@@ -122,7 +122,7 @@ class ScenesSplit(Split):
 
 
 def write_scenes(folder: str | os.PathLike[str], data: str = "scenes", *, suffix: str = ".png") -> Path:
-    """Write the data set that `data` describes as a `folder` data set.
+    """Write the scenes that `data` describes as a data set of layout `folder`.
 
     Args:
         folder: made if missing; files of the same names are overwritten.

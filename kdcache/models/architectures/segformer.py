@@ -107,7 +107,7 @@ class SegFormer(SegmentationModel):
         return head.classifier(head.dropout(fused)), fused
 
     def adopt_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Files that hold the module names of transformers 5 are read as well."""
+        """Tensors under the published names; files with the module names of transformers 5 are read as well."""
         return {_published(name): value for name, value in state.items()}
 
 

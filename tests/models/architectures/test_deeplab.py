@@ -14,7 +14,7 @@ SPEC = "kdcache:deeplab-mobilenet"
 
 
 def written_out(classes: int) -> nn.Module:
-    """As its description says, from torchvision's own parts."""
+    """The network of its description, from torchvision's own parts."""
     return nn.Sequential(
         *mobilenet_v3_large(weights=None).features,
         nn.Conv2d(960, 256, 1, bias=False),

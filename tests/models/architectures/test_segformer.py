@@ -141,7 +141,7 @@ def test_state_survives_copies_and_wrappers() -> None:
 
 
 def image_classifier(tmp_path: Path) -> dict[str, Tensor]:
-    """As `nvidia/mit-b0` is published: the encoder and 1000 classes of images."""
+    """A file like the published `nvidia/mit-b0`: the encoder and 1000 classes of images."""
     torch.manual_seed(3)
     SegformerForImageClassification(config("b0", 1000)).save_pretrained(tmp_path)
     return load_file(tmp_path / "model.safetensors")
