@@ -40,7 +40,7 @@ from kdcache_cli.verbs import (
 
 
 class _Verbs(TyperGroup):
-    """Says what Ctrl-C leaves behind; Typer itself would end without a word."""
+    """The group of verbs, with a message about what Ctrl-C leaves behind; Typer itself prints none."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -56,7 +56,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Pay for the teacher once: run a segmentation teacher one time, keep what it said in a Zarr store, "
+    help="Pay for the teacher once: run a segmentation teacher one time, keep its outputs in a Zarr store, "
     "train any number of students from it.\n\n"
     "The usual way: [bold]train-teacher[/], [bold]build-teacher-cache[/], [bold]train-student[/], "
     "[bold]evaluate[/]. New here? [bold]kdcache demo[/] does all of it in four minutes.",
@@ -70,7 +70,7 @@ def _options(
         False, "--trust", help="Import the code that run folders and recipes from elsewhere name as their model."
     ),
 ) -> None:
-    """Options of every verb; `main` looks for them itself: they may stand anywhere, and parsing may fail."""
+    """Options of every verb; `main` reads them itself: they may stand anywhere, and parsing may fail."""
 
 
 app.add_typer(data.app, name="data", rich_help_panel="Look")
@@ -104,12 +104,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the words after `kdcache`; default the process's own.
     """
-    given = sys.argv[1:] if args is None else args
+    arguments = sys.argv[1:] if args is None else args
     # Allowed after the verb too, where people add them.
-    words = [word for word in given if word not in ("--debug", "--trust")]
-    debug = "--debug" in given
+    words = [word for word in arguments if word not in ("--debug", "--trust")]
+    debug = "--debug" in arguments
     try:
-        with one_voice(), _trusting("--trust" in given):
+        with one_voice(), _trusting("--trust" in arguments):
             app(args=words)
     except KDCacheError as error:
         if debug:

@@ -55,7 +55,7 @@ def progress_bar() -> Progress:
 
 
 def warn(text: str) -> None:
-    """Say on stderr what makes a result worth little."""
+    """Print on stderr a warning about a result that is worth little."""
     ERRORS.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
 

@@ -35,8 +35,8 @@ class TrainingProgress(Observer):
     def _terms(values: dict[str, float]) -> list[str]:
         """Parts of the loss that are worth showing: none when cross-entropy is all there is."""
         beside = ("loss", "lr", "images_per_second", "wait_share")
-        found = [name for name, value in values.items() if name not in beside and value]
-        return found if len(found) > 1 else []
+        terms = [name for name, value in values.items() if name not in beside and value]
+        return terms if len(terms) > 1 else []
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())

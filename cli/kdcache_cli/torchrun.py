@@ -1,4 +1,4 @@
-"""Under torchrun every process runs the command: the first one speaks, the others end as it does, in silence."""
+"""Under torchrun every process runs the command: the first one prints, the others print nothing and end as it does."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ import typer
 from kdcache.errors import KDCacheError, RecipeError
 
 GRACE_S = 10
-"""How long the first process may take to say what every process found."""
+"""Seconds that the first process may take to print the error that every process has met."""
 
 
 def numbered() -> tuple[int, int]:
-    """(Number, count) of the processes that share the work, as torchrun or another launcher says; else (0, 1).
+    """(Number, count) of the processes that share the work, as torchrun or another launcher sets it; else (0, 1).
 
-    Raises RecipeError for numbers that are none.
+    Raises: RecipeError for values that are no such numbers.
     """
     texts = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     try:
@@ -42,9 +42,9 @@ def is_first() -> bool:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """What every process says is said once, wrong flags for instance."""
+    """A context in which the output of all processes is printed once, errors about flags for instance."""
     first = is_first()
-    _say_what_the_environment_does()
+    _note_environment()
     if first:
         yield
         return
@@ -59,7 +59,7 @@ def one_voice() -> Iterator[None]:
 
 @contextmanager
 def shared_errors() -> Iterator[None]:
-    """Errors of kdcache inside are the same on every process, so that the first one's panel says it all."""
+    """Errors of kdcache inside are the same on every process, so that the first one's panel is enough."""
     try:
         yield
     except KDCacheError:
@@ -68,13 +68,13 @@ def shared_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _say_what_the_environment_does() -> None:
-    """Numbers that torchrun did not set may be left over in a shell, where nobody starts the other processes."""
+def _note_environment() -> None:
+    """Print a note about RANK and WORLD_SIZE that torchrun did not set: they may be left over in a shell."""
     rank, size = numbered()
     if (rank, size) == (0, 1) or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     what = f"process {rank} of {size} (from 0): it does its share of the work" if size > 1 else f"process {rank}"
-    silent = "" if is_first() else ", and leaves it to process 0 to speak"
+    silent = "" if is_first() else ", and leaves the output to process 0"
     print(
         f"note: RANK={rank} and WORLD_SIZE={size} in the environment make this {what}{silent}. "
         "If nothing has started the others: unset RANK WORLD_SIZE",
@@ -84,6 +84,6 @@ def _say_what_the_environment_does() -> None:
 
 
 def _wait_for_the_first() -> None:
-    """torchrun ends every process as soon as one has ended, so that who has the message must end first."""
+    """Wait: torchrun ends every process as soon as one has ended, so that the one with the message must end first."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     time.sleep(GRACE_S)

@@ -1,4 +1,4 @@
-"""The tables of a build: what build-teacher-cache, plan, extend and `BuildOptions` are made from."""
+"""The tables of a build: build-teacher-cache, plan, extend and `BuildOptions` are made from them."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,35 +15,37 @@ from kdcache.settings.spelling import Colour, Count, Numbers, Size, TopK, Views,
 VIEWS = "Views of an image"
 STORED = "What is stored"
 
-_teacher = partial(Setting, panel="What the teacher looks at")
+_teacher = partial(Setting, panel="Teacher")
 _view = partial(Setting, panel=VIEWS)
 _stored = partial(Setting, panel=STORED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
-    """Who teaches: one teacher, an ensemble, or one per fold."""
+    """The teacher of a build: one model, an ensemble, or one per fold."""
 
     teacher: Annotated[
         tuple[str, ...],
         Setting(
             "A run folder, SPEC@FILE (weights trained elsewhere) or SPEC@default (downloads). Given several times, "
-            "all speak together: the mean of their probabilities.",
+            "they are an ensemble: the mean of their probabilities.",
             repeated=True,
         ),
     ]
-    teacher_weights: Annotated[Numbers | None, _teacher("Of several teachers (default: equal).", metavar="W,W")] = None
+    teacher_weights: Annotated[
+        Numbers | None, _teacher("Weights of several teachers (default: equal).", metavar="W,W")
+    ] = None
     tta: Annotated[
         str | None,
         _teacher(
-            "What a teacher says is the mean over mirrored and rescaled images, e.g. flip,scales=0.75:1:1.25.",
+            "Targets are the mean over mirrored and rescaled images, e.g. flip,scales=0.75:1:1.25.",
             metavar="WORDS",
         ),
     ] = None
     folds: Annotated[
         int | None,
         _teacher(
-            "Cross-fitting: of K teachers, number I was trained with --fold I/K and speaks of fold I, which it "
+            "Cross-fitting: of K teachers, number I was trained with --fold I/K and predicts fold I, which it "
             "has not seen."
         ),
     ] = None
@@ -54,10 +56,10 @@ class TeacherSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """What a build keeps of which views; `kdcache.teacher.BuildOptions` says what each field is in Python."""
+    """Which views a build renders and what it stores; `kdcache.teacher.BuildOptions` documents each field."""
 
     teacher_size: Annotated[
-        Size | None, _teacher("What the teacher sees of the same window; free in training.", metavar="HxW")
+        Size | None, _teacher("Size of the teacher's input for the same window; free in training.", metavar="HxW")
     ] = None
     teacher_grid: Annotated[
         Literal["own", "view"],
@@ -99,8 +101,8 @@ class BuildSettings:
         Views,
         _view(
             "Per sample: the whole image (full, or 1) and seeded crops of it, for replay; with --crop, crops alone. "
-            "full takes a quarter of the time and bytes of 4, but students then see crops of which the teacher said "
-            "nothing: what it said of the whole is moved.",
+            "full takes a quarter of the time and bytes of 4, but students then see crops without targets of their "
+            "own: those of the whole image are moved.",
             metavar="N|full",
         ),
     ] = 4
@@ -111,7 +113,7 @@ class BuildSettings:
             metavar="HxW",
         ),
     ] = None
-    view_seed: Annotated[int, Ge(0), _view("Of the crops.", ranged=True)] = 0
+    view_seed: Annotated[int, Ge(0), _view("Seed of the crops.", ranged=True)] = 0
     view_scale: Annotated[
         Zoom,
         _view(

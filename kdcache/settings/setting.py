@@ -1,4 +1,4 @@
-"""What a table says of a setting, and how a table is read."""
+"""The entries of a table of settings, and how a table is read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -13,17 +13,17 @@ Table = TypeVar("Table")
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line says of a setting; a mark in the annotation of a table's field.
+    """A setting as the command line shows it; a mark in the annotation of a table's field.
 
     Attributes:
         help: one or two sentences.
         panel: heading of the help that the flag stands under; None is the first, `Options`.
         metavar: what stands for the value in the help; None is the type.
         repeated: the flag may be given several times, each time with one entry of the value.
-        automatic: the flag has no default, for what nobody gives is chosen when the data and the machine are known.
+        automatic: the flag has no default: its value is chosen when the data and the machine are known.
         ranged: the help shows the range of the type, which the command line checks by itself.
         default_shown: the help shows the default.
-        code: the value may name code to import, which a recipe from elsewhere must not do unasked.
+        code: the value may name code to import, which a recipe from elsewhere must not do without --trust.
     """
 
     help: str
@@ -42,7 +42,7 @@ class Spelling:
 
     Attributes:
         parse: makes the value of a text and leaves alone what is no text. Raises ValueError or RecipeError.
-        rule: what the text is, as in "--size is HEIGHTxWIDTH in pixels"; None where the type or `parse` says it.
+        rule: what the text is, as in "--size is HEIGHTxWIDTH in pixels"; None where the type or `parse` has the rule.
         example: a text that is right.
         show: makes the text of a value; None where a recipe holds the value as it is.
         nothing: the text that stands for None.
@@ -100,7 +100,7 @@ class Entry:
         return self.default if self.spelling.show is None else self.spelling.show(self.default)
 
     def read(self, value: Any) -> Any:
-        """The value of what was typed. Raises RecipeError naming the flag."""
+        """The value of a setting as typed. Raises: RecipeError, naming the flag, for a value that it does not take."""
         words = choices(self.type)
         if words is not None and value is not None and value not in words:
             raise RecipeError(
@@ -137,7 +137,7 @@ def entries(*tables: type) -> dict[str, Entry]:
 
 
 def read(table: type[Table], settings: Mapping[str, Any]) -> Table:
-    """The part of some settings, as typed, that a table has; what is automatic and was not given is the table's.
+    """Make a table from those of `settings`, as typed, that it has; an automatic setting that is None gets its default.
 
     Raises: RecipeError for the first value that the table does not take.
     """
@@ -145,7 +145,10 @@ def read(table: type[Table], settings: Mapping[str, Any]) -> Table:
 
 
 def read_values(table: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a table by name, without the defaults of what is automatic. Raises RecipeError."""
+    """The values of a table by name, without those automatic settings that are None.
+
+    Raises: RecipeError for the first value that the table does not take.
+    """
     mine = {name: entry for name, entry in entries(table).items() if name in settings}
     typed = {name: entry.read(settings[name]) for name, entry in mine.items()}
     return {name: value for name, value in typed.items() if value is not None or not mine[name].setting.automatic}

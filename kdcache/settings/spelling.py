@@ -45,7 +45,7 @@ def parse_every(value: Any) -> Any:
 
 
 def parse_bytes(value: Any) -> Any:
-    """'50GiB' or '200MB' as a number of bytes; a number, and None, as they are. Raises RecipeError."""
+    """'50GiB' or '200MB' as a number of bytes; a number, and None, as they are. Raises: RecipeError for other text."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", value.strip().lower())

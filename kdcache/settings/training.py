@@ -1,4 +1,4 @@
-"""The table of a training: what train-teacher, train-student, their recipes and `TrainConfig` are made from."""
+"""The table of a training: train-teacher, train-student, their recipes and `TrainConfig` are made from it."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,16 +13,16 @@ from kdcache.settings.spelling import Count, Every, Logs, Positive, Range, Weigh
 DEFAULT_ITERATIONS = 4000
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"kdcache:tiny": 6e-3, "kdcache:base": 2e-3}
-"""Of Adam and AdamW, where others want their own: the best of 1e-3 to 8e-3 on CamVid for tiny (`effect-cpu.json`), and
-what taught there for base. From 1e-3, tiny ends 8 points of mIoU lower.
+"""Learning rates of Adam and AdamW for models that need their own: for tiny the best of 1e-3 to 8e-3 on CamVid
+(`effect-cpu.json`), for base that of the teacher there. From 1e-3, tiny ends 8 points of mIoU lower.
 """
 
-LOSS = "What the loss is"
-GATE = "Where the teacher is listened to"
-PART = "A part of the data"
-VIEW = "What the student sees"
+LOSS = "Loss"
+GATE = "Distillation masks and weights"
+PART = "Part of the data"
+VIEW = "Augmentation"
 OPTIMIZATION = "Optimization"
-RUN = "How it runs"
+RUN = "Execution"
 
 _loss = partial(Setting, panel=LOSS)
 _gate = partial(Setting, panel=GATE)
@@ -34,7 +34,7 @@ _run = partial(Setting, panel=RUN)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """What decides a training, beside its images and the machine; lengths are optimizer steps."""
+    """The settings of a training beside its images and the machine; lengths are optimizer steps."""
 
     verb: Literal["train-teacher", "train-student"]
     cache: Annotated[str | None, Setting("Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")] = (
@@ -43,7 +43,7 @@ class TrainSettings:
     model: Annotated[str, Setting("What to train; see [bold]kdcache models[/].", code=True)]
     val: Annotated[str | None, Setting("Labelled data folder to validate on.")] = None
     val_split: Annotated[str, Setting("Split to validate on.")] = "val"
-    name: Annotated[str | None, Setting("What tables and pictures call it (default: what it does).")] = None
+    name: Annotated[str | None, Setting("Name in tables and pictures (default: what it does).")] = None
     init: Annotated[str | None, Setting("Start from a weights FILE, or [bold]default[/] (downloads).")] = None
 
     method: Annotated[
@@ -62,7 +62,7 @@ class TrainSettings:
             repeated=True,
         ),
     ] = ()
-    temperature: Annotated[Positive, _loss("Of the KL term.")] = 2.0
+    temperature: Annotated[Positive, _loss("Temperature of the KL term.")] = 2.0
     kl_weight: Annotated[
         Weight, _loss("Weight of T^2 * KL. At 1 its gradient is several times that of the labels.")
     ] = 0.3
@@ -70,48 +70,48 @@ class TrainSettings:
     impl: Annotated[
         Literal["auto", "triton", "numba", "reference"],
         _loss(
-            "What computes the loss: triton (a GPU), numba (a CPU) or reference (plain PyTorch: slow and large, for "
-            "doubters). auto: the first that runs here."
+            "Implementation of the loss: triton (a GPU), numba (a CPU) or reference (plain PyTorch: slow and large, "
+            "for comparison). auto: the first that runs here."
         ),
     ] = "auto"
     class_weights: Annotated[
         Literal["none", "median", "sqrt"],
         _loss(
-            "Of the cross-entropy: median (median frequency), the milder sqrt of that, or none. Unweighted, rare "
-            "classes are learnt late."
+            "Class weights of the cross-entropy: median (median frequency), the milder sqrt of that, or none. "
+            "Unweighted, rare classes are learnt late."
         ),
     ] = "sqrt"
 
-    distill_void: Annotated[bool, _gate("Whether void pixels teach too.")] = True
+    distill_void: Annotated[bool, _gate("Whether void pixels are distilled too.")] = True
     distill_on: Annotated[
-        Literal["labelled", "all"], _gate("all: images without a label teach through their targets; or labelled.")
+        Literal["labelled", "all"], _gate("all: images without a label are distilled from their targets; or labelled.")
     ] = "all"
     distill_schedule: Annotated[
-        Literal["constant", "fade"], _gate("constant, or fade: the teacher's weight goes to nothing, on a line.")
+        Literal["constant", "fade"], _gate("constant, or fade: the weight of the teacher terms falls linearly to 0.")
     ] = "constant"
     gate: Annotated[
         str,
-        _gate("Which pixels teach: none (all), correct (not where the label says otherwise) or confidence:X."),
+        _gate("Which pixels are distilled: none (all), correct (not where the label differs) or confidence:X."),
     ] = "none"
     class_trust: Annotated[
         str | None,
         _gate(
-            "Weight of each class that the teacher says: from a file, or by how far it beats --trust-against.",
+            "Weight of each class that the teacher predicts: from a file, or by how far it beats --trust-against.",
             metavar="FILE|auto",
         ),
     ] = None
     trust_against: Annotated[str | None, _gate("A run without a teacher that left out a --fold.", metavar="RUN")] = None
     class_balance: Annotated[
         Literal["none", "median", "sqrt"],
-        _gate("Weigh what the teacher says by how rare its class is: none, median or sqrt."),
+        _gate("Weights of the targets by how rare their class is: none, median or sqrt."),
     ] = "none"
 
-    limit_labels: Annotated[Positive | None, _part("Of the samples, use the labels of so many.", metavar="N")] = None
+    limit_labels: Annotated[Positive | None, _part("Use the labels of so many samples.", metavar="N")] = None
     labelled_share: Annotated[
         Annotated[float, Ge(0.001), Le(0.999)] | None,
         _part(
-            "Where only some samples have a label: what part of every batch is taken from these (default: as many as "
-            "there are, at least 0.5).",
+            "Where only some samples have a label: their share of every batch (default: as many as there are, at "
+            "least 0.5).",
             metavar="SHARE",
         ),
     ] = None
@@ -123,9 +123,9 @@ class TrainSettings:
     ] = None
     fold: Annotated[
         str | None,
-        _part("Leave out fold I, from 0, of K: to teach it (--folds), or to be judged on it.", metavar="I/K"),
+        _part("Leave out fold I, from 0, of K: for cross-fitting (--folds), or to evaluate on it.", metavar="I/K"),
     ] = None
-    val_fold: Annotated[str | None, _part("Validate on that fold of the split alone.", metavar="I/K")] = None
+    val_fold: Annotated[str | None, _part("Validate on this fold of the split alone.", metavar="I/K")] = None
 
     augment: Annotated[
         Literal["auto", "warp", "replay", "none"],
@@ -138,7 +138,7 @@ class TrainSettings:
     flip: Annotated[
         bool | None,
         _view(
-            "Random horizontal flip: yes, except where warp would mirror stored features, which must be asked for.",
+            "Random horizontal flip: yes, except where warp would mirror stored features, which needs --flip.",
             default_shown=False,
         ),
     ] = None
@@ -149,12 +149,12 @@ class TrainSettings:
     ] = None
 
     iterations: Annotated[Count | None, _step(f"Optimizer steps (default: {DEFAULT_ITERATIONS}).")] = None
-    epochs: Annotated[Count | None, _step("Instead of --iterations: visits of every sample.")] = None
+    epochs: Annotated[Count | None, _step("Instead of --iterations: passes over all samples.")] = None
     batch_size: Annotated[Count, _step("Samples per step, of all processes together.")] = 8
     accumulate: Annotated[
         Count,
         _step(
-            "Learn from a batch in N parts, one after the other, in about an Nth of the memory: gradients add up to "
+            "Process a batch in N parts, one after the other, in about an Nth of the memory: gradients add up to "
             "those of the whole batch, except that BatchNorm sees each part alone.",
             metavar="N",
             ranged=True,
@@ -168,15 +168,15 @@ class TrainSettings:
             automatic=True,
         ),
     ] = LEARNING_RATE
-    weight_decay: Annotated[Weight, _step("Not applied to biases and normalisations.")] = 0.01
-    momentum: Annotated[float, Ge(0), Lt(1), _step("Of sgd.")] = 0.9
+    weight_decay: Annotated[Weight, _step("Weight decay, not of biases and normalisations.")] = 0.01
+    momentum: Annotated[float, Ge(0), Lt(1), _step("Momentum of sgd.")] = 0.9
     schedule: Annotated[
         Literal["poly", "plateau", "constant"], _step("poly, plateau (halve when mIoU stalls) or constant.")
     ] = "poly"
-    power: Annotated[Positive, _step("Of poly.")] = 0.9
+    power: Annotated[Positive, _step("Exponent of poly.")] = 0.9
     warmup: Annotated[int, Ge(0), _step("Steps of linear warm-up.")] = 0
     clip_grad: Annotated[Weight, _step("Largest gradient norm; 0 does not clip.")] = 0.0
-    seed: Annotated[int, Ge(0), Lt(2**63), _step("Of weights, order and augmentation.")] = 0
+    seed: Annotated[int, Ge(0), Lt(2**63), _step("Seed of weights, order and augmentation.")] = 0
 
     amp: Annotated[Literal["auto", "off", "bf16"], _run("auto (bf16 on a GPU), off or bf16.")] = "auto"
     step: Annotated[
@@ -192,8 +192,8 @@ class TrainSettings:
         Ge(0),
         Le(256),
         _run(
-            "Who draws ahead: threads from a store, processes from image files; 0 draws between steps (and is the "
-            "default on a CPU).",
+            "Workers that load ahead: threads from a store, processes from image files; 0 loads between steps (and is "
+            "the default on a CPU).",
             automatic=True,
         ),
     ] = 0
@@ -217,8 +217,8 @@ class TrainSettings:
     keep_every: Annotated[
         Every | None,
         _run(
-            "Also keep the full state every N iterations (500), or N epochs (5e), as checkpoints/step-000500.pt; one "
-            "that is renamed to checkpoint.pt is gone on from by --resume.",
+            "Also keep the full state every N iterations (500), or N epochs (5e), as checkpoints/step-000500.pt; "
+            "--resume continues from one that is renamed to checkpoint.pt.",
             metavar="N|Ne",
         ),
     ] = None

@@ -29,7 +29,7 @@ def test_the_whole_way_through_a_bucket(world, cli, tree, s3, tmp_path) -> None:
     assert json.loads(inspected.out)["path"] == address
     verified = cli("verify", address, "--teacher", world / "teacher", "--cache-dir", copies, "--cache-bytes", "1MiB")
     assert verified.code == 0, verified.err
-    assert "the store holds what this teacher says" in verified.out
+    assert "the store holds the targets of this teacher" in verified.out
 
     shutil.rmtree(copies)
     s3.reset()

@@ -37,7 +37,7 @@ def test_the_whole_way(world, cli, tree) -> None:
     checked = cli("verify", store, "--teacher", teacher, "--data", data)
     assert checked.code == 0, checked.out
     assert "as written" in checked.out
-    assert "the store holds what this teacher says" in checked.out
+    assert "the store holds the targets of this teacher" in checked.out
 
     inspected = cli("inspect", store, "--json")
     assert inspected.code == 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher import Teacher as LoadedTeacher
 
 SHORTER = {"scale": "view-scale", "flip": "view-flip", "no-flip": "no-view-flip"}
-"""What options of views are also called: at training, these names are of what is drawn there."""
+"""Other names of the flags of views; a training has flags of these names for what it draws."""
 ALSO_SHORTER = {"token_normalize_func": lambda token: SHORTER.get(token, token)}
 Out = Annotated[
     str, typer.Option("--out", help="Store to write, a folder or s3://BUCKET/PREFIX; an interrupted one is continued.")
@@ -32,7 +32,10 @@ ORDER = (
 
 
 def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOptions]":
-    """What a build works on, from the settings that build-teacher-cache and plan share."""
+    """The split, the teacher and the options of a build, from the settings that build-teacher-cache and plan share.
+
+    Raises: RecipeError without a size, where the teachers have none of their own.
+    """
     import torch
 
     from kdcache.data import open_split

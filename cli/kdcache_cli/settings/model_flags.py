@@ -20,30 +20,30 @@ Model = Annotated[
         metavar="RUN", help="A run folder, SPEC@FILE (weights trained or exported elsewhere) or SPEC@default."
     ),
 ]
-Weights = Annotated[str, typer.Option("--weights", help="Of a run: best or last.")]
+Weights = Annotated[str, typer.Option("--weights", help="Weights of a run: best or last.")]
 ClassesFolder = Annotated[
     Path | None,
     typer.Option(
         "--classes",
-        help="Folder with a classes.txt, which names the classes of a SPEC@FILE (default: what the file says of them, "
-        "or numbers).",
+        help="Folder with a classes.txt, which names the classes of a SPEC@FILE (default: those in the file, or "
+        "numbers).",
     ),
 ]
 
 
 def open_model(run: str, size: str | None, weights: str, classes: Path | None) -> "tuple[SegmentationModel, RunModel]":
-    """The model of a run or of SPEC@FILE, and what is known of it. Raises: RecipeError, ModelError, MismatchError."""
+    """The model of a run or of SPEC@FILE, and its description. Raises: RecipeError, ModelError, MismatchError."""
     from kdcache.analysis.predict import unnamed_classes
     from kdcache.data.classes import read_classes
     from kdcache.models import run as runs
 
-    chosen = entries(JudgeSettings)["weights"].read(weights)
+    which = entries(JudgeSettings)["weights"].read(weights)
     named = None if classes is None else read_classes(classes)
     if named is not None and runs.split_spec(run) is None:
         raise RecipeError(
             "a run knows its classes", received=f"--classes {classes} with the run {run}", remedy="leave out --classes"
         )
-    model, about = runs.open_model(run, named or unnamed_classes, shared_flags.parse_size(size), chosen)
+    model, description = runs.open_model(run, named or unnamed_classes, shared_flags.parse_size(size), which)
     if named is not None:
-        about.check_classes(named.names, str(classes))
-    return model, about
+        description.check_classes(named.names, str(classes))
+    return model, description

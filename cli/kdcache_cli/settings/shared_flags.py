@@ -19,12 +19,12 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for z
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """'288x384' as (288, 384): height, then width. Raises RecipeError."""
+    """'288x384' as (288, 384): height, then width. Raises: RecipeError for other text."""
     return cast("tuple[int, int] | None", entries(ImageSettings)["size"].read(text))
 
 
 def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
-    """'0,1,2' as three whole numbers from 0, each once."""
+    """'0,1,2' as three whole numbers from 0, each once. Raises: RecipeError for other text."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise RecipeError(
@@ -36,7 +36,7 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
 
 
 def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
-    """`value`, when it is one of those allowed."""
+    """Return `value`. Raises: RecipeError for a value that is not one of `allowed`."""
     if value not in allowed:
         raise RecipeError(
             f"{flag} is one of {', '.join(allowed)}", received=repr(value), remedy=f"use {flag} {allowed[0]}"
@@ -45,7 +45,7 @@ def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
 
 
 def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "Place":
-    """Where a store is, with the folder for copies when that is elsewhere."""
+    """The place of a store, with the folder for copies when that is remote."""
     from kdcache.store.backend.open import open_place
 
     return open_place(store, None if cache_dir is None else Path(cache_dir), parse_bytes(cache_bytes))
@@ -70,14 +70,14 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
             received=f"{path} is for {verb}, the command is {context.info_name}",
             remedy=f"run kdcache {verb} --recipe {path}",
         )
-    known = {parameter.name for parameter in context.command.params if parameter.name}
+    flags = {parameter.name for parameter in context.command.params if parameter.name}
     values = {}
     for key, value in recipe.items():
         name = key.replace("-", "_")
-        if name not in known:
+        if name not in flags:
             if resolved and name in entries(*TRAINING):
                 continue
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, flags, n=1)
             raise RecipeError(
                 "a recipe's keys are the verb's flags",
                 received=f"{key!r} in {path}",

@@ -1,4 +1,4 @@
-"""A verb's signature, made from the settings of tables: Typer asks for them, the verb receives them by name."""
+"""A verb's signature, made from the settings of tables: Typer parses them, the verb receives them by name."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, replace
@@ -27,23 +27,23 @@ def takes(
     Args:
         order: names of the verb's flags as its help lists them: settings of the tables, and the verb's own parameters,
             which hide settings of the same name.
-        required: those of the settings that this verb needs, though the table has a default.
-        unset: those that are None here where nobody gives them.
-        wording: what this verb says otherwise: name of a setting -> attributes of its `Setting`.
+        required: the settings that this verb needs, though the table has a default.
+        unset: the settings that are None here without their flag.
+        wording: attributes of a `Setting` that this verb replaces, by the setting's name.
     """
 
     def decorate(verb: Verb) -> Verb:
         own = dict(list(signature(verb).parameters.items())[1:])
-        asked = {name: entry for name, entry in entries(*tables).items() if name in order and name not in own}
-        for name, entry in asked.items():
+        table_entries = {name: entry for name, entry in entries(*tables).items() if name in order and name not in own}
+        for name, entry in table_entries.items():
             default = MISSING if name in required else None if name in unset else entry.default
             setting = replace(entry.setting, **(wording or {}).get(name, {}))
-            asked[name] = replace(entry, default=default, setting=setting)
-        parameters = [own[name] if name in own else parameter_of(asked[name]) for name in order]
+            table_entries[name] = replace(entry, default=default, setting=setting)
+        parameters = [own[name] if name in own else parameter_of(table_entries[name]) for name in order]
 
         @wraps(verb)
         def run(**flags: Any) -> None:
-            settings = {name: _value(entry, flags.pop(name)) for name, entry in asked.items()}
+            settings = {name: _value(entry, flags.pop(name)) for name, entry in table_entries.items()}
             verb(settings, **flags)
 
         by_name = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in parameters]
@@ -55,7 +55,7 @@ def takes(
 
 
 def parameter_of(entry: Entry) -> Parameter:
-    """The parameter that makes Typer ask for a setting."""
+    """The parameter of a verb, for Typer, that stands for a setting."""
     return Parameter(
         entry.name,
         Parameter.KEYWORD_ONLY,
@@ -65,12 +65,12 @@ def parameter_of(entry: Entry) -> Parameter:
 
 
 def flag(table: type, name: str) -> Any:
-    """The option of Typer that asks for one setting of a table."""
+    """The Typer option of one setting of a table."""
     return option(entries(table)[name])
 
 
 def option(entry: Entry) -> Any:
-    """The option of Typer that asks for a setting."""
+    """The Typer option of a setting."""
     setting = entry.setting
     options: dict[str, Any] = dict(_range(entry)) if setting.ranged else {}
     if setting.code:
@@ -86,7 +86,10 @@ def option(entry: Entry) -> Any:
 
 
 def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str) -> str:
-    """A callback: refuse code that a recipe names, and not this command line."""
+    """A callback: refuse code that a recipe names, and not this command line.
+
+    Raises: RecipeError for code that is not trusted.
+    """
     source = context.get_parameter_source(str(parameter.name))
     if source is not None and source.name == "DEFAULT_MAP":
         from kdcache.models.trust import check_trusted  # imports torch
@@ -114,5 +117,5 @@ def _range(entry: Entry) -> Iterator[tuple[str, Any]]:
 
 
 def _value(entry: Entry, value: Any) -> Any:
-    """What Typer gives, as a setting; of a flag that may be repeated, a tuple."""
+    """The value of a setting from what Typer parsed; a tuple where the flag may be repeated."""
     return tuple(value or ()) if entry.setting.repeated else value

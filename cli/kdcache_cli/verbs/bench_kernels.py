@@ -23,12 +23,12 @@ _Option = typer.Option
 MISSING = "-"
 MISSES_SHOWN = 10
 EVERY = 4
-"""Of the points of the accuracy grid."""
+"""One of so many points of the accuracy grid is checked."""
 
 
 def bench_kernels(
     check: Annotated[
-        bool, _Option("--check", help="Judge the accuracy against float64 instead; 1 when a bound is missed.")
+        bool, _Option("--check", help="Check the accuracy against float64 instead; 1 when a bound is missed.")
     ] = False,
     device: shared_flags.Device = MachineSettings.device,
     shapes: Annotated[
@@ -37,9 +37,11 @@ def bench_kernels(
     ] = None,
     dtype: Annotated[
         str | None,
-        _Option("--dtype", help="Of the logits: fp32, fp16, bf16 (default: fp32; bf16 on CUDA; with --check all)."),
+        _Option(
+            "--dtype", help="Dtypes of the logits: fp32, fp16, bf16 (default: fp32; bf16 on CUDA; with --check all)."
+        ),
     ] = None,
-    layout: Annotated[str, _Option("--layout", help="Of the student's logits: nchw, channels_last.")] = "nchw",
+    layout: Annotated[str, _Option("--layout", help="Layout of the student's logits: nchw, channels_last.")] = "nchw",
     temperature: Annotated[str, _Option("--temperature", help="One or several, comma-separated.")] = "2",
     top_k: Annotated[
         str, _Option("--top-k", help="Classes in the target: auto (all up to 32, else 8), all, or numbers.")
@@ -237,7 +239,7 @@ def _temperatures(text: str) -> tuple[float, ...]:
 
 
 def _kept(text: str) -> tuple[int | None, ...]:
-    """auto: as a store would; all: every class."""
+    """Numbers of target classes: None for auto, the store's default; `sys.maxsize` for all."""
     words = {"auto": None, "all": sys.maxsize}
     parts = [part.strip() for part in text.split(",")]
     if not all(part in words or (part.isdigit() and int(part) > 0) for part in parts):

@@ -43,13 +43,13 @@ def bench_loader(
     ] = EVERYTHING,
     records: Annotated[int, _Option("--records", min=1, help="Records per repeat; they are held in memory.")] = 256,
     batch_size: Annotated[int, _Option("--batch-size", min=1, help="Samples per batch of a loader.")] = 16,
-    threads: Annotated[int, _Option("--threads", min=1, max=256, help="Of the ring.")] = 2,
+    threads: Annotated[int, _Option("--threads", min=1, max=256, help="Threads of the ring.")] = 2,
     workers: Annotated[int, _Option("--workers", min=1, max=256, help="Processes of the DataLoader.")] = 2,
     repeats: Annotated[int, _Option("--repeats", min=1, help="Turns of each contestant.")] = 7,
     augment: Annotated[
         str, _Option("--augment", help="none; warp measures loaders and steps with drawn windows as well.")
     ] = "none",
-    student: Annotated[str, _Option("--student", help="Whose training step is fed.")] = "kdcache:tiny",
+    student: Annotated[str, _Option("--student", help="Model whose training step is fed.")] = "kdcache:tiny",
     steps: Annotated[
         int, _Option("--steps", min=0, help="Training steps of each contestant; 0 leaves the steps out.")
     ] = 70,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 
 @takes(*BUILD, order=("data", "teacher", "out", "split", "size", *build_flags.ORDER, "worker", "threads", "device"))
 def build_teacher_cache(settings: dict[str, Any], out: build_flags.Out, worker: shared_flags.Worker = None) -> None:
-    """Run a teacher over a split once and keep what it said.
+    """Run a teacher over a split once and keep its outputs.
 
     Interrupted, the same command continues; a finished store is checked and left
     as it is. Started several times on one disk, the processes share the work. On
@@ -45,7 +45,7 @@ def teach_and_tell(
     part: "Worker",
     reuse: "Cache | None" = None,
 ) -> None:
-    """The pass with its progress, and what came of it."""
+    """Run the teacher's pass with its progress, and print its result."""
     from kdcache.store import Records, open_cache, summarise
     from kdcache.teacher import build_cache, score_cache
 
@@ -61,12 +61,12 @@ def teach_and_tell(
             reuse=reuse,
         )
     if result.damaged:
-        OUT.print(f"{result.damaged} records of the earlier store are damaged: they were taught again")
+        OUT.print(f"{result.damaged} records of the earlier store are damaged: their targets were computed again")
     if result.repair is not None:
         OUT.print(
-            f"shards {', '.join(map(str, result.repair.shards))} were damaged and taught again with "
-            f"{result.repair.describe()}: their pixels and the teacher's answers are those of the first build, and "
-            "the manifest's `repairs` says so"
+            f"shards {', '.join(map(str, result.repair.shards))} were damaged and computed again with "
+            f"{result.repair.describe()}: their pixels and the teacher's outputs are those of the first build, and "
+            "the manifest's `repairs` records it"
         )
     taken = f" ({result.records:,} taught, {result.reused:,} taken over)" if reuse is not None else ""
     if not result.complete:

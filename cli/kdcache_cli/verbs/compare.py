@@ -39,7 +39,7 @@ Baseline = Annotated[
 ]
 Ignore = Annotated[
     list[str] | None,
-    _Option("--ignore", metavar="KEY", help="A setting, besides seed and fold, that does not tell rows apart."),
+    _Option("--ignore", metavar="KEY", help="A setting, besides seed and fold, that does not separate rows."),
 ]
 OwnFold = Annotated[
     bool, _Option("--own-fold", help="Judge each run on the fold of the split that its --fold left out.")
@@ -47,7 +47,7 @@ OwnFold = Annotated[
 Repeats = Annotated[int, flag(JudgeSettings, "repeats")]
 Fresh = Annotated[bool, _Option("--fresh", help="Evaluate again what was evaluated before.")]
 Smoke = Annotated[
-    bool, _Option("--smoke", help="Say above everything that the runs are no result, as of sweep --smoke.")
+    bool, _Option("--smoke", help="Print above everything that the runs are no result, as of sweep --smoke.")
 ]
 _WIDEST = 7
 """Rows beside each other in the table of classes: a terminal is higher than it is wide."""
@@ -71,7 +71,7 @@ def compare(
     smoke: Smoke = False,
     markdown: Annotated[Path | None, _Option("--markdown", help="Write the tables as Markdown.")] = None,
     csv: Annotated[Path | None, _Option("--csv", help="Write a line per row, plain numbers.")] = None,
-    json_file: Annotated[Path | None, _Option("--json", help="Write everything that is known.")] = None,
+    json_file: Annotated[Path | None, _Option("--json", help="Write the whole comparison.")] = None,
     text: Annotated[
         Path | None, _Option("--text", help="Write the small table: mIoU, parameters, milliseconds.")
     ] = None,
@@ -116,7 +116,7 @@ def compare(
 def judging(
     weights: str, size: str | None, batch_size: int, device: str, threads: int, fresh: bool = False
 ) -> "Judging":
-    """How runs are evaluated, as the flags say it; sets torch's threads."""
+    """How runs are evaluated, from the flags; sets torch's threads."""
     import torch
 
     from kdcache.analysis.stored_evaluations import Judging

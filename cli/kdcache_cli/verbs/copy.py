@@ -51,7 +51,7 @@ def copy(
     What stays as it is, is copied byte for byte, and every file is compared with
     its digest: fast, and exact. Interrupted, the same command continues; a
     finished copy is checked and left as it is. --codec small rounds targets, and
-    the copy says what that loses; nothing brings back what was rounded.
+    the copy prints what that loses; nothing brings back what was rounded.
 
     [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]
     [dim]kdcache copy ade20k.zarr ade20k-small.zarr --codec small[/]
@@ -102,7 +102,7 @@ def copy(
             f"what codec {result.manifest.codec} stored, beside the teacher: {result.manifest.fidelity.describe()}"
         )
     elif cache.manifest.fidelity is not None:
-        OUT.print("what is lost beside the teacher is not known: the source itself keeps less than the teacher said")
+        OUT.print("what is lost beside the teacher is not known: the source itself has lost some of the targets")
 
 
 def _samples(cache: "Cache", count: int | None, ids: Path | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""`kdcache data ...`: looking at data sets."""
+"""`kdcache data ...`: checks of data sets."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from kdcache_cli.console import OUT, progress_bar
 if TYPE_CHECKING:
     from kdcache.data import SplitReport
 
-app = typer.Typer(no_args_is_help=True, help="Look at data sets.", rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, help="Check data sets.", rich_markup_mode="rich")
 
 
 @app.callback()
@@ -38,7 +38,7 @@ def check(
         typer.Option("--download", help="Fetch the data set into the folder first, if it is not there: voc:DIR alone."),
     ] = False,
 ) -> None:
-    """Read a data set once and say what is in it and what is wrong with it.
+    """Read a data set once and list what is in it and what is wrong with it.
 
     Its layout and why it is taken for one, classes and their share of pixels, ids that are no class, sizes, a digest.
     Exits with 1 where a training would fail or learn nothing; warnings are of what is seldom meant.

@@ -23,8 +23,8 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", help="Where runs and store go; a demo that was stopped goes on.")
     ] = Path("kdcache-demo"),
-    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Of every training.")] = 400,
-    seed: Annotated[int, typer.Option("--seed", help="Of every training.")] = 0,
+    iterations: Annotated[int, typer.Option("--iterations", min=1, help="Steps of every training.")] = 400,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of every training.")] = 0,
     device: shared_flags.Device = MachineSettings.device,
 ) -> None:
     """Teacher, cache, student without and with the teacher, one table: about four minutes on two cores.
@@ -48,40 +48,44 @@ def demo(
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SETTINGS.items())
     flags = f"--iterations {iterations} {flags}"
 
-    _say(1, "a teacher", f"train-teacher --data {SCENES} --model kdcache:base --size 96x128 {flags} --out {teacher}")
+    _announce(
+        1, "a teacher", f"train-teacher --data {SCENES} --model kdcache:base --size 96x128 {flags} --out {teacher}"
+    )
     _train(teacher, verb="train-teacher", data=SCENES, model="kdcache:base", size=SIZE, **common)
-    _say(2, "its one pass over the data", f"build-teacher-cache --data {SCENES} --teacher {teacher} --out {store}")
+    _announce(2, "its one pass over the data", f"build-teacher-cache --data {SCENES} --teacher {teacher} --out {store}")
     _build(teacher, store, device)
     student = {"verb": "train-student", "cache": str(store), "model": "kdcache:tiny", **common}
     command = f"train-student --cache {store} --model kdcache:tiny --val {SCENES} {flags}"
-    _say(3, "a student from the labels alone", f"{command} --method none --out {none}")
+    _announce(3, "a student from the labels alone", f"{command} --method none --out {none}")
     _train(none, method="none", **student)
-    _say(4, "the same student, taught from the store: no teacher is loaded", f"{command} --method dist --out {dist}")
+    _announce(
+        4, "the same student, taught from the store: no teacher is loaded", f"{command} --method dist --out {dist}"
+    )
     _train(dist, method="dist", **student)
-    _say(5, "who learnt what", f"evaluate {dist} --data {SCENES}")
+    _announce(5, "who learnt what", f"evaluate {dist} --data {SCENES}")
     split = open_split(SCENES, "val")
     results, sizes = {}, {}
     for title, run in runs.items():
-        model, about = load_run(run)
+        model, description = load_run(run)
         sizes[title] = sum(p.numel() for p in model.parameters())
-        results[title] = evaluate_model(model.to(where), split, about.size, device=where)
+        results[title] = evaluate_model(model.to(where), split, description.size, device=where)
     _compare(results, sizes)
     lead, gain = (
         100 * (results[run].miou - results["student, labels only"].miou) for run in ("teacher", "student, dist")
     )
     OUT.print(
-        f"\nThe teacher leads the student by {lead:+.1f} points; what it said in the store changed the student by "
+        f"\nThe teacher leads the student by {lead:+.1f} points; its targets in the store changed the student by "
         f"{gain:+.1f}.\nOne seed and a short training: a point or two is noise, and a teacher that is hardly better "
         "has little to teach.\n\nWhere to look next:\n"
         f"  [bold]kdcache inspect {store}[/]    what the store is made of\n"
-        f"  [bold]kdcache verify {store} --teacher {teacher}[/]    that it holds what the teacher says\n"
+        f"  [bold]kdcache verify {store} --teacher {teacher}[/]    that it holds the teacher's targets\n"
         f"  {dist}/metrics.jsonl    losses and gradient norms per term\n"
         "  [bold]kdcache train-teacher --data YOUR_FOLDER ...[/]    the same on your images: images/<split>/, "
         "labels/<split>/, classes.txt"
     )
 
 
-def _say(step: int, title: str, command: str) -> None:
+def _announce(step: int, title: str, command: str) -> None:
     OUT.print(f"\n[bold]{step}/5  {title}[/]\n[dim]kdcache {escape(command)}[/]", soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ def evaluate(
         str | None,
         typer.Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out."),
     ] = None,
-    weights: Annotated[str, typer.Option("--weights", help="Of a run: best or last.")] = JudgeSettings.weights,
+    weights: Annotated[str, typer.Option("--weights", help="Weights of a run: best or last.")] = JudgeSettings.weights,
     class_map: Annotated[
         Path | None, typer.Option("--class-map", help="Which class of the data each class of the model becomes.")
     ] = None,

@@ -1,4 +1,4 @@
-"""`kdcache export-pseudo-labels`: what the teacher is sure of, as label files."""
+"""`kdcache export-pseudo-labels`: the teacher's confident predictions as label files."""
 
 import json
 from pathlib import Path
@@ -36,14 +36,14 @@ def export_pseudo_labels(
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
     """Write the teacher's classes as labels: PNG files of class ids, 255 where it is
-    not sure.
+    not confident.
 
     One file per sample at view size, OUT/labels/SPLIT/ID.png, and OUT/classes.txt.
     The files hold ids and show the classes' colours. One threshold for all classes
     starves those that the teacher is never sure of; --quantile keeps a share of
     each (pixels that are equally sure go together, so it may be more). See kdcache
-    inspect --teacher-report for what thresholds keep. The table says what was kept
-    and, where there are labels, how much of it is right.
+    inspect --teacher-report for what thresholds keep. The table shows what was
+    kept and, where there are labels, how much of it is right.
 
     [dim]kdcache export-pseudo-labels camvid.zarr --out camvid-pseudo --threshold 0.7[/]
     [dim]kdcache export-pseudo-labels street.zarr --out street-pseudo --quantile 0.5 --images[/]
@@ -76,7 +76,7 @@ def export_pseudo_labels(
 def _print(found: "Exported") -> None:
     from kdcache.metrics import percent
 
-    table = Table("class", "confidence from", "pixels kept", "of said %", "right %", box=None, header_style="dim")
+    table = Table("class", "confidence from", "pixels kept", "of class %", "right %", box=None, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"
     kept = found.coverage

@@ -1,4 +1,4 @@
-"""`kdcache extend`: a larger store, in which nothing is taught twice."""
+"""`kdcache extend`: a larger store, in which no target is computed twice."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,11 +42,11 @@ def extend(
     worker: shared_flags.Worker = None,
 ) -> None:
     """Build a store with more samples, views, taps or statistics than OLD has,
-    without teaching again what OLD says.
+    without computing OLD's targets again.
 
     What is not given is as in OLD: sizes, classes kept, precision, normalisation,
     of several teachers their weights, augmentation and folds.
-    Images are rendered and compared with OLD's checksums: what changed is taught
+    Images are rendered and compared with OLD's checksums: what changed is computed
     anew, what is equal is taken over. A new tap sends every image through the
     teacher once more, but keeps OLD's targets. OLD is never written to;
     interrupted, the same command continues.

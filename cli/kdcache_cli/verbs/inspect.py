@@ -37,10 +37,10 @@ def inspect(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Say what a store is: from what, how big, complete or not, compression, top-k
+    """Show what a store is: from what, how big, complete or not, compression, top-k
     mass.
 
-    With --teacher-report, say what its teacher is worth, on whole images at view
+    With --teacher-report, show what its teacher is worth, on whole images at view
     size: IoU and accuracy per class, which classes it confuses, whether it is as
     sure as it is right, what pseudo labels of it would keep, what --top-k would
     cost. Tables here; report.json and pictures in --out. Needs the labels: those
@@ -75,9 +75,9 @@ def inspect(
 
 
 def _refuse_alone(flags: dict[str, object]) -> None:
-    if given := [name for name, value in flags.items() if value is not None]:
+    if flags_alone := [name for name, value in flags.items() if value is not None]:
         raise RecipeError(
             "some flags of inspect belong to --teacher-report",
-            received=f"{', '.join(given)} without it",
+            received=f"{', '.join(flags_alone)} without it",
             remedy="add --teacher-report",
         )

@@ -63,7 +63,7 @@ def _print_classes(found: "Audit") -> None:
         return
     metrics, calibration = found.metrics, found.calibration
     title = f"The teacher on {found.labelled} labelled images of {found.images}"
-    table = _table(title, "class", "IoU %", "Acc %", "pixels %", "right %", "sure %", "said instead")
+    table = _table(title, "class", "IoU %", "Acc %", "pixels %", "right %", "sure %", "instead")
     order = sorted(
         range(len(metrics.iou)), key=lambda number: (metrics.iou[number] != metrics.iou[number], metrics.iou[number])
     )
@@ -74,7 +74,9 @@ def _print_classes(found: "Audit") -> None:
         right, sure = calibration.precision[number], calibration.confidence[number]
         table.add_row(*rows[number], percent(right), percent(sure), instead)
     OUT.print(table)
-    OUT.print("[dim]right: of the pixels said to be of the class; sure: its mean confidence there[/]")
+    OUT.print(
+        "[dim]right: of the pixels predicted as the class; sure: mean confidence there; instead: the commonest error[/]"
+    )
     OUT.print(
         f"[bold]mIoU {percent(metrics.miou)}[/]  mAcc {percent(metrics.macc)}  aAcc {percent(metrics.aacc)}  "
         f"ECE {percent(calibration.ece)} (15 bins)"
@@ -85,7 +87,7 @@ def _print_confused(found: "Audit") -> None:
     from kdcache.metrics import percent
 
     if found.confused:
-        table = _table("Most confused", "label", "said to be", "% of the label's pixels", "pixels")
+        table = _table("Most confused", "label", "predicted", "% of the label's pixels", "pixels")
         table.columns[1].justify = "left"
         for pair in found.confused:
             table.add_row(pair.label, pair.said, percent(pair.share), f"{pair.pixels:,}")

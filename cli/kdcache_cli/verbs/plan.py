@@ -26,18 +26,18 @@ ADVICE = (
 
 
 _SHORT = {
-    "teacher_weights": {"help": "Of several."},
+    "teacher_weights": {"help": "Weights of several."},
     "tta": {"help": "Mirrored and rescaled too.", "metavar": "flip,scales=S:S"},
     "folds": {"help": "Cross-fitting with K teachers."},
-    "teacher_size": {"help": "What the teacher sees of the same window."},
+    "teacher_size": {"help": "Size of the teacher's input for the same window."},
     "teacher_grid": {"help": "own or view."},
     "top_k": {"help": "Classes kept per pixel: auto or a number."},
     "raw_logits": {"help": "Keep every pixel's largest logit too."},
     "crop": {"help": "Views are crops of so many pixels."},
     "pixels": {"help": "stored or source."},
     "codec": {"help": "default, small or none."},
-    "mean": {"help": "If not the model's own."},
-    "std": {"help": "If not the model's own."},
+    "mean": {"help": "Normalisation, if not the model's own."},
+    "std": {"help": "Normalisation, if not the model's own."},
 }
 """Helps that leave the explanation to build-teacher-cache."""
 
@@ -53,14 +53,14 @@ _SHORT = {
 def plan(
     settings: dict[str, Any],
     out: Annotated[
-        str, _Option("--out", help="Where the store would go: says whether it fits on that disk (default: here).")
+        str, _Option("--out", help="Where the store would go: checks whether it fits on that disk (default: here).")
     ] = ".",
-    records: Annotated[int, _Option("--records", min=8, max=32, help="Records to teach to find out.")] = 16,
-    student: Annotated[str | None, _Option("--student", help="Model whose training is to be foretold too.")] = None,
-    epochs: Annotated[int, _Option("--epochs", min=1, help="Of that training.")] = 100,
+    records: Annotated[int, _Option("--records", min=8, max=32, help="Records that the estimate is measured on.")] = 16,
+    student: Annotated[str | None, _Option("--student", help="Model whose training is estimated too.")] = None,
+    epochs: Annotated[int, _Option("--epochs", min=1, help="Epochs of that training.")] = 100,
     json_file: Annotated[Path | None, _Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
-    """Say what build-teacher-cache would cost, before it: bytes, files, hours, and
+    """Estimate what build-teacher-cache would cost, before it: bytes, files, hours, and
     after how many epochs it has paid for itself.
 
     Takes the flags of build-teacher-cache, which explains them. The teacher runs on
@@ -76,7 +76,7 @@ def plan(
     source, loaded, build_options = build_flags.prepare(settings)
     learning = None if student is None else student_seconds(student, len(source.classes), build_options)
     with progress_bar() as bar:
-        found = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).tell)
+        found = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).update)
     free = _free_bytes(out)
     _print_settings(found)
     _print_time(found)
@@ -104,7 +104,7 @@ class _Stages:
     def __init__(self, bar: Progress) -> None:
         self._bar, self._tasks = bar, dict[str, object]()
 
-    def tell(self, what: str, done: int, total: int) -> None:
+    def update(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(what, total=total, note="")
         self._bar.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def _print_room(found: "Estimate", free: int | None, out: str) -> None:
 
 
 def _free_bytes(out: str) -> int | None:
-    """Of the disk that a path would be on; None for an address."""
+    """Free bytes of the disk that a path would be on; None for an address."""
     if "://" in out:
         return None
     path = Path(out).absolute()

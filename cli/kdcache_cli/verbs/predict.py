@@ -24,7 +24,7 @@ def predict(
     ],
     out: Annotated[Path, typer.Option("--out", help="New or empty folder for labels/, overlays/ and classes.txt.")],
     opacity: Annotated[
-        float, typer.Option("--opacity", min=0.0, max=1.0, help="Of the classes' colours over the image.")
+        float, typer.Option("--opacity", min=0.0, max=1.0, help="Opacity of the classes' colours over the image.")
     ] = 0.5,
     weights: Weights = JudgeSettings.weights,
     size: shared_flags.Size = None,

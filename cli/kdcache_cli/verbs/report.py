@@ -40,7 +40,7 @@ def report(
     baseline: Baseline = None,
     ignore: Ignore = None,
     own_fold: OwnFold = False,
-    title: Annotated[str | None, _Option("--title", help="Of the page (default: of the data's name).")] = None,
+    title: Annotated[str | None, _Option("--title", help="Title of the page (default: of the data's name).")] = None,
     num: Annotated[int, _Option("--num", min=0, help="Best and worst images; 0 shows none.")] = 3,
     audit: Annotated[
         Path | None,

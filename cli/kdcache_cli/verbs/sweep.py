@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _Option = typer.Option
 _LAST_LINES = 15
-"""Of a job's log, in the message that it failed."""
+"""Lines of a job's log in the message that it failed."""
 
 
 def sweep(
@@ -36,7 +36,7 @@ def sweep(
     smoke: Annotated[
         bool, _Option("--smoke", help="Small, on procedural scenes: minutes instead of days, every output.")
     ] = False,
-    seeds: Annotated[str | None, _Option("--seeds", metavar="A,B,C", help="Instead of the recipe's.")] = None,
+    seeds: Annotated[str | None, _Option("--seeds", metavar="A,B,C", help="Seeds instead of the recipe's.")] = None,
     changes: Annotated[
         list[str] | None,
         _Option("--set", metavar="TABLE.KEY=VALUE", help="Change the recipe, e.g. student.iterations=1000."),
@@ -149,7 +149,7 @@ class _Apart:
 def _watcher() -> "Watcher":
     from kdcache.sweep import Watcher
 
-    class Telling(Watcher):
+    class Printing(Watcher):
         def started(self, job: "Job", number: int, total: int) -> None:
             ERRORS.print(f"\n[bold]{number}/{total}  {escape(job.name)}[/]")
             ERRORS.print(f"[dim]kdcache {escape(shlex.join(job.next_words))}[/]", soft_wrap=True)
@@ -160,7 +160,7 @@ def _watcher() -> "Watcher":
         def finished(self, job: "Job", number: int, total: int, seconds: float) -> None:
             ERRORS.print(f"{number}/{total}  {escape(job.name)}: {seconds:.0f} s")
 
-    return Telling()
+    return Printing()
 
 
 def _show(planned: "Sweep") -> None:

@@ -22,7 +22,7 @@ def train_student(
     """Train a student from a store: no teacher is loaded or run.
 
     With --method none the student sees identical pixels in identical order, so
-    that two runs differ by what the teacher said alone.
+    that two runs differ by the targets alone.
 
     Several processes share every batch and train as one would: torchrun
     --nproc-per-node 2 -m kdcache_cli train-student and the same flags.

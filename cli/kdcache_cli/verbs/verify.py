@@ -34,8 +34,8 @@ def verify(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Check every byte of a store; with --teacher, also that it holds what that
-    teacher says.
+    """Check every byte of a store; with --teacher, also that it holds the targets
+    of that teacher.
 
     Who may write to a store can change a file and the digests with it. Against
     that, publish the seal's digest, which this verb prints, in another place, and
@@ -76,6 +76,6 @@ def verify(
         f"{agreement.records} records against the teacher: argmax agreement {100 * agreement.argmax:.3f} %, "
         f"KL {agreement.kl:.2e} nats, largest logit error {agreement.largest_error:.2e}"
     )
-    OUT.print("[green]the store holds what this teacher says[/]" if agreement.ok else "[red]it does not[/]")
+    OUT.print("[green]the store holds the targets of this teacher[/]" if agreement.ok else "[red]it does not[/]")
     if not agreement.ok:
         raise typer.Exit(1)
