@@ -4,7 +4,7 @@
     stored_evaluations.py   evaluations that are kept beside the weights
     groups.py               rows: runs that differ in seed and fold alone
     spread.py               means, and whether two rows differ by more than noise
-    comparison.py           what a comparison says, as data
+    comparison.py           a comparison as data
     compare.py              making it
     tables.py               a comparison as Markdown, CSV and text
     banner.py               what stands above figures that are no result

@@ -4,10 +4,10 @@ from kdcache.data.scenes.generate import is_scenes
 
 
 def banner(data: str, smoke: bool = False) -> str | None:
-    """What must be said of figures on the procedural scenes, and of runs of `sweep --smoke`; None of all others.
+    """The note on figures of the procedural scenes, and of runs of `sweep --smoke`; None for all others.
 
     Args:
-        data: as a user names it.
+        data: the data set as a user names it.
         smoke: the runs are those of a recipe made small.
     """
     drawn = is_scenes(data)

@@ -32,10 +32,10 @@ class CompareOptions:
     Attributes:
         teacher: a run or SPEC@FILE that is shown apart.
         baseline: name of a row, or of a run in it; None takes each model's row that learnt from labels alone.
-        ignore: settings, besides seed and fold, that do not tell rows apart.
+        ignore: settings, besides seed and fold, that do not separate rows.
         own_fold: judge each run on the fold of the split that its training left out (cross-validation).
         repeats: timed calls per model; 0 measures no latency.
-        smoke: the runs are those of a recipe made small: what is made of them says so.
+        smoke: the runs are those of a recipe made small: what is made of them is marked.
     """
 
     judging: Judging = field(default_factory=Judging)
@@ -66,7 +66,7 @@ def compare(
     which = options.judging.which
     teachers = [] if options.teacher is None else find_runs([options.teacher], which)
     apart = {entry.run.folder.resolve() for entry in teachers if entry.run is not None}
-    members = [one for one in find_runs(runs, which) if one.run is None or one.run.folder.resolve() not in apart]
+    members = [run for run in find_runs(runs, which) if run.run is None or run.run.folder.resolve() not in apart]
     if not members:
         raise RecipeError("a comparison has runs besides the teacher", received="none", remedy="name some runs")
     source = comparable_split(members, data, split)
@@ -76,10 +76,10 @@ def compare(
     judge = _Judge(source, options, progress or (lambda what, done, total: None))
     scores = {group.name: tuple(judge.score(run, group.teacher) for run in group.runs) for group in groups}
     costs = {group.name: judge.cost(group.runs[0]) for group in groups}
-    chosen = {group.name: choose_baseline(group, groups, options.baseline) for group in groups}
-    used = {baseline.name for baseline in chosen.values() if baseline is not None}
+    baselines = {group.name: choose_baseline(group, groups, options.baseline) for group in groups}
+    used = {baseline.name for baseline in baselines.values() if baseline is not None}
     rows = [
-        _row(group, scores, costs[group.name], chosen[group.name], len(source.classes), group.name in used)
+        _row(group, scores, costs[group.name], baselines[group.name], len(source.classes), group.name in used)
         for group in groups
     ]
     return Comparison(
@@ -98,7 +98,7 @@ def compare(
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
-    """Of runs that have learnt nothing, and of those that seeds did not change."""
+    """Warnings about runs that have learnt nothing, and about those that seeds did not change."""
     return [note for row in rows for note in (collapse(row, row.name), alike(row)) if note is not None]
 
 
@@ -121,20 +121,23 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
             remedy="add --data, and --split if it is not val",
         )
     (_, first), *others = named.items()
-    found, *more = [_validated_on(run, *where) for where, run in named.items()]
+    source, *more = [_validated_on(run, *where) for where, run in named.items()]
     for (_, run), other in zip(others, more, strict=True):
-        if data_digest(other) != data_digest(found):
+        if data_digest(other) != data_digest(source):
             raise MismatchError(
                 "runs are compared on one split of one data set",
-                received=f"{first.text} was validated on {found.data}, split {found.split!r}; {run.text} on "
+                received=f"{first.text} was validated on {source.data}, split {source.split!r}; {run.text} on "
                 f"{other.data}, split {other.split!r}",
                 remedy="name the data for all with --data and --split, or compare fewer runs",
             )
-    return found
+    return source
 
 
 def _validated_on(run: Entry, data: str, split: str) -> Split:
-    """What a run was validated on. Raises: DataError that names its recipe, whose paths begin where it was trained."""
+    """The split that a run was validated on.
+
+    Raises: DataError that names its recipe, whose paths begin where it was trained.
+    """
     try:
         return open_split(data, split)
     except DataError as error:
@@ -146,14 +149,14 @@ def _validated_on(run: Entry, data: str, split: str) -> Split:
 
 
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
-    """What a row is measured against: the row of its model that learnt from labels alone, or the one that is named.
+    """The baseline of a row: the row of its model that learnt from labels alone, or the one that is named.
 
     Of several such rows it is the one whose other settings are most like this row's. The teacher is measured against
     the only baseline there is.
     """
     if named is not None:
-        chosen = _named(named, groups)
-        return None if chosen is group else chosen
+        baseline = _named(named, groups)
+        return None if baseline is group else baseline
     plain_rows = [other for other in groups if not other.taught and not other.teacher]
     if group.teacher:
         return plain_rows[0] if len(plain_rows) == 1 else None
@@ -180,28 +183,31 @@ def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 def _named(name: str, groups: Sequence[Group]) -> Group | None:
     """A row by its name, or by the name or path of one of its runs."""
-    known = {}
+    by_name = {}
     for group in groups:
         if not group.teacher:
             for run in group.runs:
-                known[run.text], known[run.name] = group, group
-    known |= {group.name: group for group in groups if not group.teacher}
-    return known.get(name)
+                by_name[run.text], by_name[run.name] = group, group
+    by_name |= {group.name: group for group in groups if not group.teacher}
+    return by_name.get(name)
 
 
 def _check_baseline(name: str | None, groups: Sequence[Group]) -> None:
-    """Before anything is evaluated."""
+    """Refuse an unknown baseline before anything is evaluated. Raises: RecipeError."""
     if name is not None and _named(name, groups) is None:
         names = [group.name for group in groups if not group.teacher]
         raise RecipeError("--baseline is a row, or a run of it", received=repr(name), remedy=nearest(name, names))
 
 
 def _apart(teachers: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
-    """The teacher's row; its name says so."""
-    found, _ = group_runs(teachers) if teachers else ([], [])
+    """The teacher's row, named `teacher`."""
+    teacher_groups, _ = group_runs(teachers) if teachers else ([], [])
     taken = {group.name for group in groups}
-    names = ["teacher" if len(found) == 1 and "teacher" not in taken else f"teacher {group.name}" for group in found]
-    return [Group(name, group.runs, {}, teacher=True) for name, group in zip(names, found, strict=True)]
+    names = [
+        "teacher" if len(teacher_groups) == 1 and "teacher" not in taken else f"teacher {group.name}"
+        for group in teacher_groups
+    ]
+    return [Group(name, group.runs, {}, teacher=True) for name, group in zip(names, teacher_groups, strict=True)]
 
 
 class _Judge:
@@ -214,19 +220,19 @@ class _Judge:
         self.notes: list[str] = []
 
     def digest(self, split: Split) -> str:
-        """Of what the labelled samples of a split hold; read once."""
+        """The digest of the labelled samples of a split; read once."""
         key = split.digest()
         if key not in self._digests:
             self._digests[key] = data_digest(split)
         return self._digests[key]
 
     def score(self, run: Entry, teacher: bool) -> RunScore:
-        """With `own_fold`, a teacher that left out no fold is judged on all of the split."""
+        """The score of a run; with `own_fold`, a teacher that left out no fold is judged on all of the split."""
         part, own = self._split, None
         if self._options.own_fold and not (teacher and run.fold is None):
             fold, folds = run.own_fold()
             part, own = fold_alone(part, fold, folds), f"{fold}/{folds}"
-        found: Evaluation = evaluate_run(
+        evaluation: Evaluation = evaluate_run(
             run,
             part,
             self.digest(part),
@@ -234,21 +240,23 @@ class _Judge:
             lambda done, total: self._progress(f"evaluating {run.name}", done, total),
             own,
         )
-        self.notes += [found.note] if found.note else []
-        return RunScore(run.text, *run.key, found.metrics, found.reused)
+        self.notes += [evaluation.note] if evaluation.note else []
+        return RunScore(run.text, *run.key, evaluation.metrics, evaluation.reused)
 
     def cost(self, entry: Entry) -> Cost:
-        """Of the network; runs of one spec at one size share a measurement, for they are the same program."""
+        """The cost of a network; runs of one spec at one size share a measurement, for they are the same program."""
         judging = self._options.judging
         key: tuple[object, ...] = (entry.text,)
         if entry.run is not None:
             key = (entry.run.model.spec, judging.size or entry.run.model.size)
         if key not in self._costs:
             self._progress(f"timing {entry.name}", 0, 1)
-            model, about = entry.load(self._split.classes, judging.which, judging.size)
+            model, description = entry.load(self._split.classes, judging.which, judging.size)
             self.notes += [f"{entry.text} {PROBABILITIES}"] if returns_probabilities(model) else []
             with memory_errors(judging.device, 1):
-                self._costs[key] = measure_cost(model, about.size, device=judging.device, repeats=self._options.repeats)
+                self._costs[key] = measure_cost(
+                    model, description.size, device=judging.device, repeats=self._options.repeats
+                )
             self._progress(f"timing {entry.name}", 1, 1)
         return self._costs[key]
 
@@ -260,7 +268,7 @@ def _row(
     gaps: list[Difference] = []
     if baseline is not None:
         theirs = scores[baseline.name]
-        columns = [lambda found: found.miou, *map(_iou, range(classes))]
+        columns = [lambda metrics: metrics.miou, *map(_iou, range(classes))]
         gaps = [difference(_by_key(own, column), _by_key(theirs, column), baseline.name) for column in columns]
     return Row(
         name=group.name,
@@ -280,7 +288,7 @@ def _row(
 
 
 def _iou(number: int) -> Callable[[Metrics], float]:
-    return lambda found: found.iou[number]
+    return lambda metrics: metrics.iou[number]
 
 
 def _by_key(scores: Iterable[RunScore], column: Callable[[Metrics], float]) -> dict[Key, float]:

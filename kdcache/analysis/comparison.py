@@ -1,4 +1,4 @@
-"""What a comparison of runs says, as data: every table and report is made from this.
+"""A comparison of runs as data: every table and report is made from this.
 
 Fractions are in 0..1, NaN where nothing is known. A class is known by its name, which comes with the runs' own models
 and is checked against the data's.
@@ -18,7 +18,7 @@ from kdcache.metrics.cost import Cost
 
 @dataclass(frozen=True)
 class RunScore:
-    """One run of a row; `reused` when an evaluation that was kept said so."""
+    """One run of a row; `reused` when the metrics are those of a kept evaluation."""
 
     run: str
     seed: int | None
@@ -31,8 +31,8 @@ class RunScore:
         return self.seed, self.fold
 
     def to_json(self) -> dict[str, Any]:
-        about = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
-        return {**about, "at_chance": at_chance(self.metrics), **self.metrics.to_json()}
+        origin = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
+        return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json()}
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Row:
     Attributes:
         model: the recipe's spec. differs: the settings in which it is not like other rows.
         iou: per class, in the order of `Comparison.class_names`.
-        difference: of mIoU; None for a baseline and for a row without one. class_differences: of each class's IoU.
-        cost: of one image, of the first run's model.
+        difference: in mIoU; None for a baseline and for a row without one. class_differences: in each class's IoU.
+        cost: the cost of one image with the first run's model.
         teacher: a row apart: no contestant. baseline: others are measured against it.
     """
 
@@ -88,15 +88,17 @@ class Row:
 
 
 def collapse(row: Row, name: str) -> str | None:
-    """What must be said of a row whose runs, all or some, have learnt nothing; `name` is how the row is called."""
-    found = row.collapsed
-    if not found:
+    """The warning about a row whose runs, all or some, have learnt nothing; `name` is how the row is called."""
+    collapsed = row.collapsed
+    if not collapsed:
         return None
-    run, why = found[0]
-    verb = "collapsed" if all(words.startswith("predicts") for _, words in found) else "learnt nothing"
+    run, why = collapsed[0]
+    verb = "collapsed" if all(words.startswith("predicts") for _, words in collapsed) else "learnt nothing"
     if len(row.runs) == 1:
         return f"{name} {verb}: it {why}"
-    who = f"all {len(found)} runs" if len(found) == len(row.runs) else f"{len(found)} of {len(row.runs)} runs"
+    who = (
+        f"all {len(collapsed)} runs" if len(collapsed) == len(row.runs) else f"{len(collapsed)} of {len(row.runs)} runs"
+    )
     return f"{who} of {name} {verb}: {run} {why}"
 
 
@@ -106,7 +108,7 @@ def is_collapsed(row: Row) -> bool:
 
 
 def alike(row: Row) -> str | None:
-    """What must be said of runs that all have the same score, unless they collapsed: there is no noise to measure."""
+    """The warning about runs that all have the same score, unless they collapsed: there is no noise to measure."""
     scores = {score.metrics.miou for score in row.runs}
     if len(row.runs) < 2 or len(scores) > 1 or is_collapsed(row):
         return None
@@ -118,10 +120,10 @@ def alike(row: Row) -> str | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is known of some runs on one split; fractions in 0..1.
+    """The results of some runs on one split; fractions in 0..1.
 
     Attributes:
-        data_sha256: of classes, ids, images and labels of the split.
+        data_sha256: digest of classes, ids, images and labels of the split.
         images: labelled ones, on which every run was judged (with `own_fold`: each on those of its fold).
         notes: what a reader could misread.
         smoke: the runs are those of a recipe made small, and no result.
@@ -141,13 +143,13 @@ class Comparison:
 
     @property
     def banner(self) -> str | None:
-        """What stands above its tables and its page."""
+        """The note above the tables and the page; None where there is none."""
         return banner(self.data, self.smoke)
 
     def best(self, value: Callable[[Row], float]) -> float:
         """The largest value of a column, the teacher apart; NaN when there is none."""
-        known = [value(row) for row in self.rows if not row.teacher and not math.isnan(value(row))]
-        return max(known, default=math.nan)
+        values = [value(row) for row in self.rows if not row.teacher and not math.isnan(value(row))]
+        return max(values, default=math.nan)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; NaN becomes null."""

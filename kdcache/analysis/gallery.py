@@ -1,8 +1,8 @@
-"""Pictures of what models say: the best and the worst images, one model or several side by side.
+"""Pictures of predictions: the best and the worst images, one model or several side by side.
 
     OUT/<run>/successful_cases/success_rank1_<sample>_iou0.9234.png
     OUT/<run>/failure_cases/failure_rank1_<sample>_iou0.1234.png
-    OUT/<run>/chosen_cases/chosen1_<sample>_iou0.5000.png      instead of these, for samples that are asked for
+    OUT/<run>/chosen_cases/chosen1_<sample>_iou0.5000.png      instead of these, for samples named by --ids
     OUT/<run>/iou_distribution.png, confusion.png, curves.png, evaluation_metrics.txt
     OUT/side_by_side/                                          the same images through all models
     OUT/visualise.json                                         every score; marks the folder as one of these
@@ -48,11 +48,11 @@ class Shown:
     scores: ImageScores
 
     def predict(self, split: Split, number: int) -> tuple[Array, Array]:
-        """What it says of one image, and the label; uint8 of the label's size."""
-        found = predictions(self.model, split, [number], self.size, device=self.device, batch_size=1, threads=0)
-        with closing(found):
-            said = next(found)[0]
-        return said.argmax.numpy(), said.label.numpy()
+        """The argmax of one image, and the label; uint8 (H, W) of the label's size."""
+        batches = predictions(self.model, split, [number], self.size, device=self.device, batch_size=1, threads=0)
+        with closing(batches):
+            prediction = next(batches)[0]
+        return prediction.argmax.numpy(), prediction.label.numpy()
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, chos
 def draw_cases(
     shown: Shown,
     split: Split,
-    wanted: Sequence[Case],
+    cases: Sequence[Case],
     folder: Path,
     *,
     teacher: Shown | None = None,
@@ -92,7 +92,7 @@ def draw_cases(
     """
     _clear(folder, (SUCCESSES, FAILURES, CHOSEN))
     written = []
-    for done, case in enumerate(wanted, 1):
+    for done, case in enumerate(cases, 1):
         image = shown.scores.images[case.position]
         score = image.score(ranked_class)
         figure = _case(shown, split, image.number, _title(shown, case, split, ranked_class), teacher)
@@ -100,34 +100,34 @@ def draw_cases(
         save_figure(figure, path, above)
         written.append(path)
         if progress is not None:
-            progress(done, len(wanted))
+            progress(done, len(cases))
     return written
 
 
 def draw_side_by_side(
     models: Sequence[Shown],
     split: Split,
-    wanted: Sequence[Case],
+    cases: Sequence[Case],
     folder: Path,
     ranked_class: int | None = None,
     above: str | None = None,
 ) -> list[Path]:
-    """Draw the same images through several models: what each says, and where it is wrong. Scores are their means."""
+    """Draw the same images through several models: predictions, and where they are wrong. Scores are their means."""
     _clear(folder, (SIDE_BY_SIDE,))
     written = []
-    for case in wanted:
+    for case in cases:
         images = [shown.scores.images[case.position] for shown in models]
         scores = [image.score(ranked_class) for image in images]
         pixels = split.image(images[0].number)
-        said = [(shown, *shown.predict(split, images[0].number)) for shown in models]
-        label = said[0][2]
+        predicted = [(shown, *shown.predict(split, images[0].number)) for shown in models]
+        label = predicted[0][2]
         colours = split.classes.colours
         what = _score_name(split, ranked_class)
         pictures = [("image", pixels), ("ground truth", colour_ids(label, colours))]
-        for (shown, argmax, _), score in zip(said, scores, strict=True):
+        for (shown, argmax, _), score in zip(predicted, scores, strict=True):
             name = f"{shorten(shown.name, 40)}: {what} {percent(score)} %"
             pictures += [(name, colour_ids(argmax, colours)), ("where it is wrong", mark_wrong(pixels, label, argmax))]
-        legend = _legend(split, [label, *(argmax for _, argmax, _ in said)])
+        legend = _legend(split, [label, *(argmax for _, argmax, _ in predicted)])
         figure = panels(f"{_rank(case)}: {shorten(images[0].sample)}", pictures, legend)
         mean = statistics.fmean(scores)
         path = folder / SIDE_BY_SIDE / f"{case.prefix}_{file_part(images[0].sample)}_iou{mean:.4f}.png"
@@ -137,7 +137,7 @@ def draw_side_by_side(
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
-    """One folder per run: the last part of its path, with as many before it as tell them apart."""
+    """One folder per run: the last part of its path, with as many before it as make them unique."""
     parts = [[file_part(part) for part in re.split(r"[/\\]", path) if part not in ("", ".", "..")] for path in paths]
     longest = max(map(len, parts), default=0)
     for count in range(1, longest + 1):
@@ -207,4 +207,4 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:
     """Every score of every run, by the name of its folder."""
-    return {name: {"run": one.name, **one.scores.to_json()} for name, one in shown.items()}
+    return {name: {"run": model.name, **model.scores.to_json()} for name, model in shown.items()}

@@ -1,4 +1,4 @@
-"""Rows of a comparison: runs that differ only in seed and fold are one, named by what tells it from the others.
+"""Rows of a comparison: runs that differ only in seed and fold are one, named by how its settings differ.
 
 Runs that were given a `--name` carry it into every table. Those of one name differ in what a fold brings with it, too:
 a teacher of its own, and so a store.
@@ -39,7 +39,7 @@ _OF_A_TEACHER = ("kl-weight", "temperature")
 _NAMED = 40
 """Names that a message lists at most."""
 _BARE = ("model", "method", "verb")
-"""Values that say by themselves what they are."""
+"""Settings whose values need no name beside them."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def group_runs(runs: Sequence[Entry], ignore: Iterable[str] = ()) -> tuple[list[
     """Rows in the order of their first runs, and notes on what a reader could misread.
 
     Args:
-        ignore: further settings that do not tell rows apart.
+        ignore: further settings that do not separate rows.
     Raises: RecipeError for a setting that no run has, with the nearest name.
     """
     left_out = {*REPEATED, *MACHINE, *_checked(runs, ignore)}
@@ -99,27 +99,27 @@ def group_runs(runs: Sequence[Entry], ignore: Iterable[str] = ()) -> tuple[list[
     return groups, notes
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy: the name that was probably meant, or those there are."""
-    names = list(known)
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """A remedy: the name that was probably meant, or all names."""
+    names = list(candidates)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     shown = ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {shown}"
 
 
 def _checked(runs: Sequence[Entry], ignore: Iterable[str]) -> set[str]:
-    known = sorted({key for run in runs for key in run.settings})
+    settings = sorted({key for run in runs for key in run.settings})
     names = {name.removeprefix("--").replace("_", "-") for name in ignore}
     for name in names:
-        if name not in known:
+        if name not in settings:
             raise RecipeError(
-                "--ignore names a setting of the runs' recipes", received=repr(name), remedy=nearest(name, known)
+                "--ignore names a setting of the runs' recipes", received=repr(name), remedy=nearest(name, settings)
             )
     return names
 
 
 def _without_twins(members: list[Entry], notes: list[str]) -> list[list[Entry]]:
-    """A row of runs that are told apart by seed and fold; else each run is a row, for nothing was repeated."""
+    """A row of runs that differ in seed and fold; else each run is a row, for nothing was repeated."""
     twins = [key for key, count in Counter(run.key for run in members).items() if count > 1]
     if not twins:
         return [members]
@@ -142,19 +142,19 @@ def _order(key: str) -> tuple[int, int, str]:
 
 
 def _naming_keys(recipes: Sequence[Mapping[str, Any]], differing: Sequence[str]) -> list[str]:
-    """The first of these settings that tell all rows apart: each is taken that tells two more of them apart."""
-    chosen: list[str] = []
+    """The first of these settings that separate all rows: each is taken that separates two more of them."""
+    naming: list[str] = []
     apart = 1
     for key in differing:
-        now = len({json.dumps([recipe.get(name) for name in (*chosen, key)], sort_keys=True) for recipe in recipes})
+        now = len({json.dumps([recipe.get(name) for name in (*naming, key)], sort_keys=True) for recipe in recipes})
         if now > apart:
-            chosen.append(key)
+            naming.append(key)
             apart = now
-    return chosen
+    return naming
 
 
 def _names(parts: Sequence[Sequence[Entry]], keys: Sequence[str]) -> list[str]:
-    """By settings; by the folder (all of its path, if need be) where these do not tell rows apart."""
+    """Names of rows by their settings; by the folder (all of its path, if need be) where these are not unique."""
     names = []
     for members in parts:
         settings = members[0].settings

@@ -1,7 +1,7 @@
-"""The score of each image, and which images are shown: the best, the worst, or those that are asked for.
+"""The score of each image, and which images are shown: the best, the worst, or those that are named.
 
 IoU of one image is that of its own confusion matrix; its mIoU is the mean over the classes that are in its label or in
-what is said of it, void left out. The mean of these over images is not the mIoU of the set, which has one matrix over
+its prediction, void left out. The mean of these over images is not the mIoU of the set, which has one matrix over
 all images, and is never called so.
 """
 
@@ -34,7 +34,7 @@ class ImageScore:
     iou: tuple[float, ...]
 
     def score(self, ranked_class: int | None) -> float:
-        """What images are ranked by: mIoU, or the IoU of one class."""
+        """The score that images are ranked by: mIoU, or the IoU of one class."""
         return self.miou if ranked_class is None else self.iou[ranked_class]
 
 
@@ -50,7 +50,7 @@ class ImageScores:
         return self.confusion.metrics()
 
     def known(self, ranked_class: int | None = None) -> list[float]:
-        """Scores that are none of NaN, in the order of the split."""
+        """Scores without NaN, in the order of the split."""
         return [score for image in self.images if not math.isnan(score := image.score(ranked_class))]
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +72,10 @@ def score_images(
     batch_size: int = JudgeSettings.batch_size,
     progress: Progress | None = None,
 ) -> ImageScores:
-    """One pass over the labelled images. Raises DataError when nothing is labelled or an image cannot be read."""
+    """One pass over the labelled images.
+
+    Raises: DataError when nothing is labelled or an image cannot be read.
+    """
     labelled = [number for number in range(len(split)) if split.has_label(number)]
     if not labelled:
         raise DataError(
@@ -85,7 +88,7 @@ def score_images(
     batches = predictions(model, split, labelled, size, device=device, batch_size=batch_size)
     with closing(batches):
         for batch in batches:
-            images += [_score(said, split, total) for said in batch]
+            images += [_score(prediction, split, total) for prediction in batch]
             if progress is not None:
                 progress(len(images), len(labelled))
     return ImageScores(tuple(images), total)
@@ -96,10 +99,10 @@ def ranked(scores: Sequence[ImageScores], ranked_class: int | None = None) -> li
 
     Equal scores keep the order of the split.
     """
-    rows = zip(*([image.score(ranked_class) for image in one.images] for one in scores), strict=True)
+    rows = zip(*([image.score(ranked_class) for image in of_model.images] for of_model in scores), strict=True)
     means = [(position, statistics.fmean(row)) for position, row in enumerate(rows)]
-    known = [(position, mean) for position, mean in means if not math.isnan(mean)]
-    return sorted(known, key=lambda pair: -pair[1])
+    scored = [(position, mean) for position, mean in means if not math.isnan(mean)]
+    return sorted(scored, key=lambda pair: -pair[1])
 
 
 def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) -> tuple[list[int], list[int]]:
@@ -111,7 +114,7 @@ def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) 
 
 
 def class_number(split: Split, name: str) -> int:
-    """Raises RecipeError for an unknown class, with the nearest name."""
+    """The number of a class by its name. Raises: RecipeError for an unknown class, with the nearest name."""
     if name not in split.classes.names:
         raise RecipeError(
             "--class is one of the data's classes", received=repr(name), remedy=nearest(name, split.classes.names)
@@ -120,7 +123,7 @@ def class_number(split: Split, name: str) -> int:
 
 
 def sample_numbers(split: Split, ids: Sequence[str]) -> list[int]:
-    """Numbers of samples by their ids. Raises RecipeError for unknown ids, and for samples without a label."""
+    """Numbers of samples by their ids. Raises: RecipeError for unknown ids, and for samples without a label."""
     places = {sample: number for number, sample in enumerate(split.ids)}
     for sample in ids:
         if sample not in places:
@@ -136,12 +139,12 @@ def sample_numbers(split: Split, ids: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(places[sample] for sample in ids))
 
 
-def _score(said: Predicted, split: Split, total: ConfusionMatrix) -> ImageScore:
+def _score(prediction: Predicted, split: Split, total: ConfusionMatrix) -> ImageScore:
     own = ConfusionMatrix(split.classes.names)
-    own.update(said.argmax, said.label)
+    own.update(prediction.argmax, prediction.label)
     total.counts += own.counts
     if not own.counts.any():  # nothing but void
         nothing = (math.nan,) * len(split.classes)
-        return ImageScore(said.number, split.ids[said.number], math.nan, nothing)
-    found = own.metrics()
-    return ImageScore(said.number, split.ids[said.number], found.miou, found.iou)
+        return ImageScore(prediction.number, split.ids[prediction.number], math.nan, nothing)
+    metrics = own.metrics()
+    return ImageScore(prediction.number, split.ids[prediction.number], metrics.miou, metrics.iou)

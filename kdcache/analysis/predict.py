@@ -1,4 +1,4 @@
-"""What a model says about images that are in no data set: labels and overlays as PNGs."""
+"""Predictions for images that are in no data set: labels and overlays as PNGs."""
 
 import glob
 from collections.abc import Sequence
@@ -41,11 +41,11 @@ class _Picture:
 
 
 def unnamed_classes(count: int) -> ClassList:
-    """Classes of a model that does not say what they are."""
+    """Numbered classes, for a model without class names."""
     return ClassList(tuple(f"class {number}" for number in range(count)))
 
 
-def find_images(given: Sequence[str]) -> list[Input]:
+def find_images(paths: Sequence[str]) -> list[Input]:
     """Images out of paths of files, folders and patterns such as `photos/*.jpg`.
 
     A folder stands for all images below it, which keep their places in it.
@@ -53,17 +53,17 @@ def find_images(given: Sequence[str]) -> list[Input]:
     Raises: DataError for a path that is nowhere, a folder or pattern without images, another kind of file, or two
         images whose results would have one name.
     """
-    found: dict[str, Input] = {}
-    for text in given:
+    images: dict[str, Input] = {}
+    for text in paths:
         for image in _matches(text):
-            other = found.setdefault(image.name, image)
+            other = images.setdefault(image.name, image)
             if other.path.resolve() != image.path.resolve():
                 raise DataError(
                     "images have names of their own, for their results are named after them",
                     received=f"{other.path} and {image.path}, both {image.name}.png",
                     remedy="give a folder that both are below, which keeps their places, or rename one",
                 )
-    return list(found.values())
+    return list(images.values())
 
 
 @torch.inference_mode()
@@ -87,7 +87,7 @@ def predict_images(
 
     Args:
         out: a folder that is not there yet, or empty.
-        opacity: of the classes' colours over the image, 0 to 1.
+        opacity: opacity of the classes' colours over the image, 0 to 1.
         progress: called with (images done, images).
     Returns: pixels per class, int64 (C,).
     Raises: RecipeError for such a folder or opacity, DataError for an image that cannot be read.
@@ -150,7 +150,7 @@ def _matches(text: str) -> list[Input]:
     path = Path(text)
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
-        found = [Input(p, p.relative_to(path).with_suffix("").as_posix()) for p in inside]
+        images = [Input(p, p.relative_to(path).with_suffix("").as_posix()) for p in inside]
     elif path.is_file():
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise DataError(
@@ -158,19 +158,19 @@ def _matches(text: str) -> list[Input]:
                 received=text,
                 remedy="convert it, or rename it when it is an image",
             )
-        found = [Input(path, path.stem)]
+        images = [Input(path, path.stem)]
     elif _WILD & set(text):
         inside = sorted(Path(p) for p in glob.glob(text, recursive=True))
-        found = [Input(p, p.stem) for p in inside if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
+        images = [Input(p, p.stem) for p in inside if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
     else:
         raise DataError("images are files, folders or patterns", received=f"{text} is nowhere", remedy="check the path")
-    if not found:
+    if not images:
         raise DataError(
             "a folder or pattern has images",
             received=f"none of {', '.join(IMAGE_SUFFIXES)} in {text}",
             remedy="check the path",
         )
-    return found
+    return images
 
 
 def _prepare(out: Path, classes: ClassList) -> None:

@@ -1,4 +1,4 @@
-"""What the evaluation compares: runs, and models by `SPEC@FILE` that no run has trained."""
+"""The members of a comparison: runs, and models by `SPEC@FILE` that no run has trained."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ class Entry:
 
     Attributes:
         text: as the user named it, or its path below the folder that the user named.
-        settings: of the run's recipe, keyed as the flags without their dashes; {} where there is none.
+        settings: the run's recipe, keyed as the flags without their dashes; {} where there is none.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """What pictures call it: its `--name`, or as the user named it."""
+        """The name in pictures: `--name`, or as the user named it."""
         return str(self.settings.get("name") or self.text)
 
     @property
@@ -48,7 +48,7 @@ class Entry:
         return None if fold is None else str(fold)
 
     def own_fold(self) -> tuple[int, int]:
-        """(I, K) of `fold`. Raises RecipeError for a run that left out none."""
+        """(I, K) of `fold`. Raises: RecipeError for a run that left out none."""
         if self.fold is None:
             raise RecipeError(
                 "a run is judged on its own fold when its training left one out",
@@ -60,15 +60,15 @@ class Entry:
     def load(
         self, classes: ClassList, which: str = "best", size: tuple[int, int] | None = None
     ) -> tuple[SegmentationModel, RunModel]:
-        """The model in eval mode on the CPU, and what it is.
+        """The model in eval mode on the CPU, and its description.
 
         Raises: MismatchError for other classes; RecipeError without weights; ModelError when they do not fit.
         """
         if self.run is None:
             return open_model(self.text, classes, size, which)
         self.run.model.check_classes(classes.names, "the data")  # before the weights are read
-        model, about = load_run(self.run, which)
-        return model, about if size is None else about.model_copy(update={"size": size})
+        model, description = load_run(self.run, which)
+        return model, description if size is None else description.model_copy(update={"size": size})
 
 
 def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:

@@ -23,14 +23,14 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str, ranked_
     names = scores.confusion.class_names
     figure = new_figure(13, max(4.8, 1.6 + 0.36 * len(names)), title)
     left, right = figure.subplots(1, 2)
-    known = 100 * np.array(scores.known(ranked_class))
+    percentages = 100 * np.array(scores.known(ranked_class))
     what = "mIoU" if ranked_class is None else f"IoU of {names[ranked_class]}"
-    dress(left, f"{what}, {len(known)} images", f"{what} %", "images")
-    left.hist(known, bins=np.linspace(0, 100, 21), color="#1b6ca8", edgecolor="white", linewidth=0.8)
+    dress(left, f"{what}, {len(percentages)} images", f"{what} %", "images")
+    left.hist(percentages, bins=np.linspace(0, 100, 21), color="#1b6ca8", edgecolor="white", linewidth=0.8)
     left.set_xlim(0, 100)
     left.yaxis.get_major_locator().set_params(integer=True)
-    if known.size:
-        for value, style, name in ((known.mean(), "-", "mean"), (np.median(known), "--", "median")):
+    if percentages.size:
+        for value, style, name in ((percentages.mean(), "-", "mean"), (np.median(percentages), "--", "median")):
             left.axvline(value, color="#d1661f", linestyle=style, linewidth=1.6, label=f"{name} {value:.1f}")
         left.legend(fontsize=9, frameon=False)
     dress(right, "per class: median, quartiles, least and most (images that have it)", "IoU %")
@@ -57,7 +57,7 @@ def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], ranked_c
     Args:
         about: what was evaluated, as (name, value).
     """
-    metrics, known = scores.metrics, scores.known()
+    metrics, mious = scores.metrics, scores.known()
     width = max(len(name) for name in (*metrics.class_names, "class"))
     lines = [f"{name + ':':<12} {value}" for name, value in about]
     lines += ["", "Over all pixels (one confusion matrix, void left out)"]
@@ -65,14 +65,14 @@ def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], ranked_c
     lines.append(f"{'class':<{width}}  {'IoU %':>7}  {'Acc %':>7}  {'pixels %':>8}  {'images':>6}")
     for place, (name, iou, acc, share) in enumerate(class_rows(metrics)):
         lines.append(f"{name:<{width}}  {iou:>7}  {acc:>7}  {share:>8}  {_having(scores, place):>6}")
-    lines += ["", "Image by image: mean IoU over the classes in the label or in what is said, void left out"]
-    unscored = len(scores.images) - len(known)
-    lines.append(f"{len(known)} images" + (f", {unscored} without a labelled pixel" if unscored else ""))
-    if known:
-        spread = statistics.stdev(known) if len(known) > 1 else math.nan
+    lines += ["", "Image by image: mean IoU over the classes in the label or the prediction, void left out"]
+    unscored = len(scores.images) - len(mious)
+    lines.append(f"{len(mious)} images" + (f", {unscored} without a labelled pixel" if unscored else ""))
+    if mious:
+        spread = statistics.stdev(mious) if len(mious) > 1 else math.nan
         lines.append(
-            f"mean {percent(statistics.fmean(known))} %, median {percent(statistics.median(known))} %, "
-            f"standard deviation {percent(spread)}, least {percent(min(known))} %, most {percent(max(known))} %"
+            f"mean {percent(statistics.fmean(mious))} %, median {percent(statistics.median(mious))} %, "
+            f"standard deviation {percent(spread)}, least {percent(min(mious))} %, most {percent(max(mious))} %"
         )
     name = "mIoU" if ranked_class is None else f"IoU of {metrics.class_names[ranked_class]}"
     order = sorted(

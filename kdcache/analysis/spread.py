@@ -10,7 +10,7 @@ Several rows are several chances to be lucky: their verdicts are Holm's (1979), 
 all of them is as rare as it is for one alone. An interval is that of its own row.
 
 Folds share most of their training samples, so an interval over folds is narrower than it should be (Nadeau and Bengio
-2003); over seeds it speaks of training alone, not of other images.
+2003); over seeds it covers training alone, not other images.
 """
 
 import math
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Key = tuple[Any, ...]
-"""What tells the runs of a row apart: seed and fold."""
+"""The key of a run in its row: seed and fold."""
 CONFIDENCE = 0.95
 LEAST_PAIRS = 3
 """Pairs that have a correlation; that of two pairs is 1 or -1, whatever they are."""
@@ -36,10 +36,10 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """NaN (a class that does not occur in a fold) is left out."""
-        known = [value for value in values if not math.isnan(value)]
-        mean = statistics.fmean(known) if known else math.nan
-        return cls(mean, statistics.stdev(known) if len(known) > 1 else math.nan, len(known))
+        """The spread of values; NaN (a class that does not occur in a fold) is left out."""
+        finite = [value for value in values if not math.isnan(value)]
+        mean = statistics.fmean(finite) if finite else math.nan
+        return cls(mean, statistics.stdev(finite) if len(finite) > 1 else math.nan, len(finite))
 
     def to_json(self) -> dict[str, Any]:
         return {"mean": plain(self.mean), "std": plain(self.std), "runs": self.runs}
@@ -76,7 +76,7 @@ class Difference(Interval):
         baseline: the name of that row.
         runs: pairs, or runs of the row and the baseline together when they do not pair.
         paired: whether runs of equal seed and fold were compared one by one.
-        correlation: of the pairs; NaN of fewer than three, and where a side does not vary.
+        correlation: correlation of the pairs; NaN for fewer than three, and where a side does not vary.
         unpaired: the same difference by Welch, over all runs of both rows.
         comparisons: verdicts that are adjusted together, this one included. adjusted: p by Holm over them.
     """
@@ -125,35 +125,35 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
     common = ours.keys() & theirs.keys()
     if len(common) < min(len(ours), len(theirs)):
         runs = len(ours) + len(theirs)
-        found, correlation = welch, math.nan
+        result, correlation = welch, math.nan
     else:
         runs, pairs = len(common), [(ours[key], theirs[key]) for key in sorted(common, key=str)]
         gaps = Spread.of(one - two for one, two in pairs)
-        found = _interval(gaps.mean, gaps.std / math.sqrt(runs), runs - 1)
+        result = _interval(gaps.mean, gaps.std / math.sqrt(runs), runs - 1)
         correlation = _correlation(pairs)
     return Difference(
-        found.mean,
-        found.half_width,
-        found.p,
+        result.mean,
+        result.half_width,
+        result.p,
         baseline,
         runs,
-        paired=found is not welch,
+        paired=result is not welch,
         correlation=correlation,
         unpaired=welch,
-        adjusted=found.p,
+        adjusted=result.p,
     )
 
 
-def adjust(found: Sequence[Difference]) -> list[Difference]:
-    """The same differences, their verdicts adjusted by Holm for as many comparisons as have a p-value.
+def adjust(differences: Sequence[Difference]) -> list[Difference]:
+    """Differences whose verdicts are adjusted by Holm for as many comparisons as have a p-value.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
-    tested = sorted((one.p, place) for place, one in enumerate(found) if not math.isnan(one.p))
-    adjusted, largest = list(found), 0.0
+    tested = sorted((gap.p, place) for place, gap in enumerate(differences) if not math.isnan(gap.p))
+    adjusted, largest = list(differences), 0.0
     for rank, (p, place) in enumerate(tested):
         largest = max(largest, min(1.0, p * (len(tested) - rank)))
-        adjusted[place] = replace(found[place], comparisons=len(tested), adjusted=largest)
+        adjusted[place] = replace(differences[place], comparisons=len(tested), adjusted=largest)
     return adjusted
 
 
@@ -175,13 +175,13 @@ def two_sided_p(t: float, freedom: float) -> float:
 
 
 def _density(t: float, freedom: float) -> float:
-    """Student's, at t."""
+    """The density of Student's distribution at t."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
     return scale * math.exp(-(freedom + 1) / 2 * math.log1p(t * t / freedom))
 
 
 def plain(value: float) -> float | None:
-    """For JSON, which has neither NaN nor infinity."""
+    """A value for JSON, which has neither NaN nor infinity: None for these."""
     return value if math.isfinite(value) else None
 
 
@@ -224,14 +224,14 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
         return 1 - _incomplete_beta(1 - x, b, a)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
     c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    found = d
+    fraction = d
     for m in range(1, 1000):
         even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         for step in (even, odd):
             d = 1 / (1 + step * d)
             c = 1 + step / c
-            found *= c * d
+            fraction *= c * d
         if abs(c * d - 1) < 1e-15:
             break
-    return front * found / a
+    return front * fraction / a

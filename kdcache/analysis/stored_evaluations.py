@@ -1,7 +1,7 @@
 """Evaluations that are kept beside the weights, and used again while weights and data are the same.
 
-Every kind of evaluation has a file of its own (`evaluation-*.json` in the run's folder), in which all stands that its
-numbers hang on. It counts when the SHA-256 of the weights, that of the data (every image and label of the split), the
+Every kind of evaluation has a file of its own (`evaluation-*.json` in the run's folder), with everything that its
+numbers depend on. It counts when the SHA-256 of the weights, that of the data (every image and label of the split), the
 model, the size that it sees, the size at which it is judged and the class map are those of today; then it is as good as
 a new pass.
 """
@@ -58,10 +58,10 @@ class Evaluation:
 def data_digest(split: Split, threads: int = 2) -> str:
     """SHA-256 over class names, ids, and the contents of every labelled image and its label; reads them all."""
     labelled = [index for index in range(len(split)) if split.has_label(index)]
-    found = hashlib.sha256(split.digest().encode())
+    digest = hashlib.sha256(split.digest().encode())
     for image, label in prefetch(split.content_digests, labelled, threads=threads, ahead=16):
-        found.update(f"{image} {label}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{image} {label}\n".encode())
+    return digest.hexdigest()
 
 
 def evaluate_run(
@@ -82,28 +82,30 @@ def evaluate_run(
     run = entry.run
     if run is None:
         return _evaluate(entry, split, judging, progress)
-    about = run.model
-    about.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
+    description = run.model
+    description.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
     weights = run.weights(judging.which)
-    record = Record.of(about, weights, split, digest, judging.size or about.size, which=judging.which, fold=fold)
-    kept = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
-    if kept is not None:
-        return Evaluation(kept, record.size, reused=True)
-    found = _evaluate(entry, split, judging, progress)
-    own_size = record.size == about.size
-    return replace(found, note=keep(record, run.folder, entry.text, found.metrics, own_size=own_size))
+    record = Record.of(
+        description, weights, split, digest, judging.size or description.size, which=judging.which, fold=fold
+    )
+    metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
+    if metrics is not None:
+        return Evaluation(metrics, record.size, reused=True)
+    evaluation = _evaluate(entry, split, judging, progress)
+    own_size = record.size == description.size
+    return replace(evaluation, note=keep(record, run.folder, entry.text, evaluation.metrics, own_size=own_size))
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the numbers of an evaluation hang on.
+    """Everything that the numbers of an evaluation depend on.
 
     Attributes:
         weights_sha256: None for weights that no file holds.
-        which: of a run's weights, `best` or `last`; None for other weights.
+        which: `best` or `last` weights of a run; None for other weights.
         fold: I/K, when only this fold of the split was judged.
         size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
-        class_map_sha256: of the map that made its classes those of the data.
+        class_map_sha256: digest of the map from its classes to those of the data.
     """
 
     spec: str
@@ -122,7 +124,7 @@ class Record:
     @classmethod
     def of(
         cls,
-        about: RunModel,
+        description: RunModel,
         weights: Path | None,
         split: Split,
         digest: str,
@@ -133,11 +135,11 @@ class Record:
         at_size: bool = False,
         class_map: Path | None = None,
     ) -> "Record":
-        """Files are read for their digests."""
+        """The record of an evaluation; files are read for their digests."""
         return cls(
-            about.spec,
-            about.mean,
-            about.std,
+            description.spec,
+            description.mean,
+            description.std,
             None if weights is None else file_digest(weights),
             which,
             split.data,
@@ -151,7 +153,7 @@ class Record:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for numbers to be taken for those of a new pass; names may differ."""
+        """The fields that must be equal for numbers to count as those of a new pass; names may differ."""
         return {
             "spec": self.spec,
             "mean": list(self.mean),
@@ -197,16 +199,16 @@ def keep(record: Record, folder: Path, run: str, metrics: Metrics, *, own_size: 
 
 
 def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) -> str:
-    """Where an evaluation goes, without an ending: its kind's name; beside what is there of other data or weights.
+    """The file of an evaluation, without an ending: its kind's name; beside a file of other data or weights.
 
     What has changed in its place is evaluated anew and replaced: the same data's labels, a run's own weights.
     """
     name = record.name(own_size=own_size)
-    there = read_object(folder / f"{name}.json")
-    other_data = there.get("data_sha256") != record.data_sha256 and there.get("data") != record.data
-    # Of SPEC@FILE nothing but its name says which model it is, nor at which size it is at home.
-    other_model = record.which is None and (there.get("run"), there.get("size")) != (run, list(record.size))
-    if there and (other_data or other_model):
+    earlier = read_object(folder / f"{name}.json")
+    other_data = earlier.get("data_sha256") != record.data_sha256 and earlier.get("data") != record.data
+    # SPEC@FILE has no other identity than its name, and no size of its own.
+    other_model = record.which is None and (earlier.get("run"), earlier.get("size")) != (run, list(record.size))
+    if earlier and (other_data or other_model):
         digest = hashlib.sha256(json.dumps([record.identity, record.data, run]).encode()).hexdigest()
         name += f"-{digest[:8]}"
     return name
@@ -221,41 +223,41 @@ def weights_file(run: str, which: str) -> Path | None:
 
 
 def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> None:
-    """Whole or not at all. Raises OSError."""
+    """Write an evaluation whole or not at all. Raises: OSError."""
     write_whole(path, json.dumps({"run": run, **record.to_json(), **metrics.to_json()}, indent=1) + "\n")
 
 
 def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> Evaluation:
-    model, about = entry.load(split.classes, judging.which, judging.size)
+    model, description = entry.load(split.classes, judging.which, judging.size)
     with memory_errors(judging.device, judging.batch_size):
         metrics = evaluate_model(
             model.to(judging.device),
             split,
-            about.size,
+            description.size,
             device=judging.device,
             batch_size=judging.batch_size,
             progress=progress,
         )
-    return Evaluation(metrics, about.size, reused=False)
+    return Evaluation(metrics, description.size, reused=False)
 
 
-def metrics_of(found: Mapping[str, Any]) -> Metrics:
-    """The metrics that `Metrics.to_json` described. Raises KeyError, TypeError for something else."""
-    classes = found["classes"]
+def metrics_of(content: Mapping[str, Any]) -> Metrics:
+    """The metrics that `Metrics.to_json` described. Raises: KeyError, TypeError for other content."""
+    classes = content["classes"]
     return Metrics(
         class_names=tuple(str(row["name"]) for row in classes),
         iou=tuple(_number(row["iou"]) for row in classes),
         acc=tuple(_number(row["acc"]) for row in classes),
         label_pixels=tuple(int(row["label_pixels"]) for row in classes),
-        miou=_number(found["miou"]),
-        macc=_number(found["macc"]),
-        aacc=_number(found["aacc"]),
+        miou=_number(content["miou"]),
+        macc=_number(content["macc"]),
+        aacc=_number(content["aacc"]),
     )
 
 
 @contextmanager
 def memory_errors(device: str, batch_size: int) -> Iterator[None]:
-    """Say what to do when a batch does not fit into memory. Raises ModelError."""
+    """A context that names the remedy when a batch does not fit into memory. Raises: ModelError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -272,10 +274,10 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
 
 def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...]) -> Metrics | None:
     for path in sorted(folder.glob("evaluation-*.json")):
-        found = read_object(path)
+        content = read_object(path)
         try:
-            if all(found[key] == value for key, value in identity.items()):
-                metrics = metrics_of(found)
+            if all(content[key] == value for key, value in identity.items()):
+                metrics = metrics_of(content)
                 if metrics.class_names == class_names:
                     return metrics
         except (ValueError, KeyError, TypeError):  # another file, or one of another version

@@ -22,7 +22,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Per row: how many runs, mIoU, mAcc, aAcc (percent) and the distance to the baseline (points)."""
+    """Scores per row: number of runs, mIoU, mAcc, aAcc (percent) and the distance to the baseline (points)."""
     columns: list[Callable[[Row], Spread]] = [lambda row: row.miou, lambda row: row.macc, lambda row: row.aacc]
     header = ["row", "runs", "mIoU %", "mAcc %", "aAcc %", "to baseline", "95 % interval", "is"]
     rows = [
@@ -38,24 +38,24 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Per row with a known distance to its baseline: both intervals, the correlation of the pairs, p and p by Holm."""
+    """Rows with a known distance to their baseline: both intervals, the correlation of the pairs, p and p by Holm."""
     header = ["row", "to", "points", "paired, 95 %", "unpaired, 95 %", "correlation", "p", "p by Holm", "is"]
     rows = []
     for row in comparison.rows:
-        found = row.difference
-        if found is not None and not math.isnan(found.mean):
-            paired = interval(found.low, found.high) if found.paired else "-"
+        gap = row.difference
+        if gap is not None and not math.isnan(gap.mean):
+            paired = interval(gap.low, gap.high) if gap.paired else "-"
             rows.append(
                 [
                     row_name(row),
-                    found.baseline,
-                    f"{100 * found.mean:+.2f}",
+                    gap.baseline,
+                    f"{100 * gap.mean:+.2f}",
                     paired,
-                    interval(found.unpaired.low, found.unpaired.high),
-                    "-" if math.isnan(found.correlation) else f"{found.correlation:+.2f}",
-                    p_value(found.p),
-                    p_value(found.adjusted),
-                    found.verdict,
+                    interval(gap.unpaired.low, gap.unpaired.high),
+                    "-" if math.isnan(gap.correlation) else f"{gap.correlation:+.2f}",
+                    p_value(gap.p),
+                    p_value(gap.adjusted),
+                    gap.verdict,
                 ]
             )
     return header, rows
@@ -74,7 +74,7 @@ def p_value(value: float) -> str:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Per row: parameters, GFLOPs, and the time of one image where it was measured."""
+    """Costs per row: parameters, GFLOPs, and the time of one image where it was measured."""
     header = ["row", "size", "parameters", "GFLOPs", "GMACs", "ms per image", "median ms", "FPS"]
     rows = []
     for row in comparison.rows:
@@ -88,7 +88,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Per row: IoU of every class, then mIoU, mAcc, aAcc; the names travel with the numbers."""
+    """Class scores per row: IoU of every class, then mIoU, mAcc, aAcc; the names travel with the numbers."""
     columns: list[Callable[[Row], Spread]] = [
         *map(_iou, range(len(comparison.class_names))),
         lambda row: row.miou,
@@ -104,27 +104,29 @@ def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 
 def legend(comparison: Comparison) -> list[str]:
-    """What the tables are about, one sentence each; the comparison's notes last."""
+    """Explanations of the tables, one sentence each; the comparison's notes last."""
     where = f"{comparison.data}, split {comparison.split}: {comparison.images} labelled images"
     if comparison.own_fold:
         where += ", each run on the fold that its training left out"
-    said = [
+    sentences = [
         f"{where} (sha256 {comparison.data_sha256[:12]}), weights {comparison.weights}; one confusion matrix per run, "
         "void left out, at the labels' own size",
     ]
     several = any(len(row.runs) > 1 for row in comparison.rows)
     if several:
-        said.append("± is the standard deviation over runs, which differ in seed and fold; marked is the best mean")
-    said += _about_differences(comparison)
+        sentences.append(
+            "± is the standard deviation over runs, which differ in seed and fold; marked is the best mean"
+        )
+    sentences += _about_differences(comparison)
     timed = next((row.cost.latency for row in comparison.rows if row.cost.latency is not None), None)
-    said.append("FLOPs of convolutions, matrix products and attention, 2 per multiply-add (MAC)")
+    sentences.append("FLOPs of convolutions, matrix products and attention, 2 per multiply-add (MAC)")
     if timed is not None:
-        said.append(
+        sentences.append(
             f"time of one image from pixels on the device to logits at its size: {timed.device}, {timed.threads} "
             f"thread{'s' if timed.threads > 1 else ''}, batch size 1, {timed.repeats} calls after {timed.warm_up}; "
             "rows of one model share it"
         )
-    return [*said, *comparison.notes]
+    return [*sentences, *comparison.notes]
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -195,7 +197,7 @@ def to_text(comparison: Comparison) -> str:
 
 
 def row_name(row: Row) -> str:
-    """With what it is besides its settings, unless it says so itself."""
+    """The name of a row, marked as the baseline unless the name contains that."""
     name = one_line(row.name)
     return f"{name} (baseline)" if row.baseline and "baseline" not in name.lower() else name
 
@@ -217,43 +219,43 @@ def _marked(
 
 def _about_differences(comparison: Comparison) -> list[str]:
     """How distances to baselines were judged, and how many at once."""
-    found = [row.difference for row in comparison.rows if row.difference is not None]
-    if not found:
+    gaps = [row.difference for row in comparison.rows if row.difference is not None]
+    if not gaps:
         return []
-    all_paired = all(one.paired for one in found)
+    all_paired = all(gap.paired for gap in gaps)
     pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
-    baselines = " and ".join(sorted({one.baseline for one in found}))
-    said = [f"points of mIoU to {baselines}, {pairs}; 95 % interval by Student's t"]
-    if any(math.isnan(one.half_width) for one in found):
-        said.append("one run (or one pair) has no interval: how much a seed changes is unknown")
-    if any(one.paired and not math.isnan(one.half_width) for one in found):
-        said.append(
+    baselines = " and ".join(sorted({gap.baseline for gap in gaps}))
+    sentences = [f"points of mIoU to {baselines}, {pairs}; 95 % interval by Student's t"]
+    if any(math.isnan(gap.half_width) for gap in gaps):
+        sentences.append("one run (or one pair) has no interval: how much a seed changes is unknown")
+    if any(gap.paired and not math.isnan(gap.half_width) for gap in gaps):
+        sentences.append(
             "pairing by seed buys nothing where the correlation of the pairs is about 0 (of two pairs it is not "
             "known): the unpaired interval, by Welch over all runs, is there too; the verdict is that of the pairs"
         )
-    comparisons = max(one.comparisons for one in found)
+    comparisons = max(gap.comparisons for gap in gaps)
     if comparisons > 1:
-        said.append(
+        sentences.append(
             f"{comparisons} comparisons: verdicts are adjusted by Holm, so that the chance of one false 'above noise' "
             "among all of them is at most 5 %; intervals are those of one comparison; verdicts on classes are adjusted "
             "over the classes of all rows"
         )
-    return said
+    return sentences
 
 
-def _difference(found: Difference | None) -> list[str]:
-    if found is None or math.isnan(found.mean):
+def _difference(difference: Difference | None) -> list[str]:
+    if difference is None or math.isnan(difference.mean):
         return ["-", "-", "-"]
-    return [f"{100 * found.mean:+.2f}", interval(found.low, found.high), found.verdict]
+    return [f"{100 * difference.mean:+.2f}", interval(difference.low, difference.high), difference.verdict]
 
 
-def _csv_difference(found: Difference | None) -> list[str]:
-    if found is None:
+def _csv_difference(difference: Difference | None) -> list[str]:
+    if difference is None:
         return [""] * 14
-    ends, free = (found.mean, found.low, found.high), found.unpaired
-    more = [*map(_cell, (found.p, found.adjusted)), str(found.comparisons)]
-    numbers = map(_cell, (found.correlation, free.mean, free.low, free.high, free.p))
-    return [found.baseline, *map(_cell, ends), str(int(found.paired)), found.verdict, *more, *numbers]
+    ends, free = (difference.mean, difference.low, difference.high), difference.unpaired
+    more = [*map(_cell, (difference.p, difference.adjusted)), str(difference.comparisons)]
+    numbers = map(_cell, (difference.correlation, free.mean, free.low, free.high, free.p))
+    return [difference.baseline, *map(_cell, ends), str(int(difference.paired)), difference.verdict, *more, *numbers]
 
 
 def _csv_cost(row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""From runs to a folder of pictures and figures: what `kdcache visualise` does."""
+"""From runs to a folder of pictures and figures, for `kdcache visualise`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class VisualiseOptions:
         best, worst: images per run, by mIoU or by the IoU of `class_name`.
         ids: samples to draw instead, the same for every run.
         teacher: a run or SPEC@FILE whose prediction is a panel of every picture.
-        smoke: the runs are those of a recipe made small: every picture says so.
+        smoke: the runs are those of a recipe made small: every picture is marked.
         fold: I/K, only that fold of the split: what trainings with --fold I/K have not seen.
     """
 
@@ -58,7 +58,7 @@ class VisualiseOptions:
 
 @dataclass(frozen=True)
 class Visualised:
-    """What was made: all runs by the names of their folders, and all files."""
+    """The result: all runs by the names of their folders, and all files."""
 
     shown: dict[str, Shown]
     files: tuple[Path, ...]
@@ -81,40 +81,40 @@ def visualise(
     Raises: RecipeError for runs, samples and classes that are none; MismatchError for other classes or data.
     """
     options = options or VisualiseOptions()
-    tell = progress or (lambda what, done, total: None)
+    report = progress or (lambda what, done, total: None)
     check_out(out)
-    found = find_runs(runs, options.judging.which)
+    entries = find_runs(runs, options.judging.which)
     teachers = find_runs([options.teacher], options.judging.which) if options.teacher else []
-    source: Split = comparable_split(found, data, split)
+    source: Split = comparable_split(entries, data, split)
     if options.fold is not None:
         source = fold_alone(source, *parse_fold(options.fold))
     ranked_class = None if options.class_name is None else class_number(source, options.class_name)
-    chosen = sample_numbers(source, options.ids)
+    numbers = sample_numbers(source, options.ids)
     above = banner(source.data, options.smoke)
-    models = [score_run(run, source, options.judging, tell) for run in found]
-    teacher = score_run(teachers[0], source, options.judging, tell) if teachers else None
-    shown = dict(zip(folder_names([run.text for run in found]), models, strict=True))
+    models = [score_run(run, source, options.judging, report) for run in entries]
+    teacher = score_run(teachers[0], source, options.judging, report) if teachers else None
+    shown = dict(zip(folder_names([run.text for run in entries]), models, strict=True))
     positions = {image.number: position for position, image in enumerate(models[0].scores.images)}
-    asked = [positions[number] for number in chosen]
+    listed = [positions[number] for number in numbers]
     files: list[Path] = []
     notes: list[str] = []
     with memory_errors(options.judging.device, 1):
-        for run, (name, one) in zip(found, shown.items(), strict=True):
-            wanted = _cases([one], options, asked, ranked_class, (options.best, options.worst))
-            files += _draw_run(run, one, source, wanted, out / name, teacher, ranked_class, tell, above)
+        for run, (name, model) in zip(entries, shown.items(), strict=True):
+            cases = _cases([model], options, listed, ranked_class, (options.best, options.worst))
+            files += _draw_run(run, model, source, cases, out / name, teacher, ranked_class, report, above)
             notes += [] if (out / name / "curves.png").is_file() else [f"{run.text} keeps no metrics.jsonl: no curves"]
-        tell(f"drawing {SIDE_BY_SIDE}", 0, 1)
+        report(f"drawing {SIDE_BY_SIDE}", 0, 1)
         several = len(models) > 1
-        wanted = _cases(models, options, asked, ranked_class, (SIDE_BEST, SIDE_WORST)) if several else []
-        files += draw_side_by_side(models, source, wanted, out, ranked_class, above)
-    about = {"data": source.data, "split": source.split, "banner": above, "class": options.class_name}
-    content = {**about, "runs": summary_json(shown)}
+        cases = _cases(models, options, listed, ranked_class, (SIDE_BEST, SIDE_WORST)) if several else []
+        files += draw_side_by_side(models, source, cases, out, ranked_class, above)
+    header = {"data": source.data, "split": source.split, "banner": above, "class": options.class_name}
+    content = {**header, "runs": summary_json(shown)}
     (out / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return Visualised(shown, tuple(files), tuple(notes))
 
 
 def check_out(out: Path) -> None:
-    """Refuse a folder that holds something else than pictures of ours. Raises RecipeError."""
+    """Refuse a folder that holds other files than our pictures. Raises: RecipeError."""
     held = "is no folder" if out.exists() and not out.is_dir() else ""
     if not held and out.is_dir() and any(out.iterdir()) and not (out / SUMMARY).is_file():
         held = "holds something else"
@@ -131,29 +131,29 @@ def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) ->
 
     Raises: as `Entry.load`; ModelError when memory does not suffice.
     """
-    model, about = run.load(split.classes, judging.which, judging.size)
+    model, description = run.load(split.classes, judging.which, judging.size)
     with memory_errors(judging.device, judging.batch_size):
         scores = score_images(
             model.to(judging.device),
             split,
-            about.size,
+            description.size,
             device=judging.device,
             batch_size=judging.batch_size,
             progress=lambda done, total: progress(f"scoring {run.name}", done, total),
         )
-    return Shown(run.title, model, about.size, judging.device, scores)
+    return Shown(run.title, model, description.size, judging.device, scores)
 
 
 def _cases(
     models: Sequence[Shown],
     options: VisualiseOptions,
-    asked: Sequence[int],
+    listed: Sequence[int],
     ranked_class: int | None,
     counts: tuple[int, int],
 ) -> list[Case]:
-    """Those that are asked for; else by rank. Raises RecipeError when there is nothing to rank."""
-    if asked:
-        return best_cases([], *counts, chosen=asked)
+    """The listed images; else by rank. Raises: RecipeError when there is nothing to rank."""
+    if listed:
+        return best_cases([], *counts, chosen=listed)
     ranking = ranked([shown.scores for shown in models], ranked_class)
     if not ranking:
         raise RecipeError(
@@ -168,7 +168,7 @@ def _draw_run(
     run: Entry,
     shown: Shown,
     split: Split,
-    wanted: Sequence[Case],
+    cases: Sequence[Case],
     folder: Path,
     teacher: Shown | None,
     ranked_class: int | None,
@@ -190,19 +190,19 @@ def _draw_run(
     (folder / "curves.png").unlink(missing_ok=True)
     for file, figure in figures.items():
         save_figure(figure, folder / file, above)
-    about = [
+    header = [
         ("run", shown.name),
         ("data", f"{split.data}, split {split.split}"),
         ("images", f"{len(shown.scores.images)} labelled"),
         ("input", f"{shown.size[0]}x{shown.size[1]}; judged at the labels' own size"),
     ]
-    about = [("note", above), *about] if above else about
+    header = [("note", above), *header] if above else header
     text = folder / "evaluation_metrics.txt"
-    text.write_text(metrics_text(shown.scores, about, ranked_class), encoding="utf-8")
+    text.write_text(metrics_text(shown.scores, header, ranked_class), encoding="utf-8")
     pictures = draw_cases(
         shown,
         split,
-        wanted,
+        cases,
         folder,
         teacher=teacher,
         ranked_class=ranked_class,

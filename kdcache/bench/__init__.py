@@ -1,7 +1,7 @@
 """Benchmarks: what is timed here is timed beside its rivals, in one run.
 
 timing.py    one step, and several in turn
-header.py    what every result says of itself
+header.py    the header of every result
 kernels/     the fused loss beside eager PyTorch and torch.compile
 loader/      readers, loaders and steps side by side
 """

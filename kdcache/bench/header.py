@@ -1,4 +1,4 @@
-"""What every result says of itself: theme, date, commit, command, machine.
+"""The header of every result: theme, date, commit, command, machine.
 
 A figure without its machine and commit cannot be repeated, so no result is written without them.
 """
@@ -53,10 +53,10 @@ def _memory_gib() -> float:
 
 
 def _gpu() -> dict[str, Any]:
-    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
-        "gpu_capability": f"{about.major}.{about.minor}",
-        "gpu_multiprocessors": about.multi_processor_count,
-        "gpu_memory_gib": round(about.total_memory / 2**30, 1),
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
     }

@@ -103,9 +103,9 @@ def as_graph(step: Callable[[], Any], repeats: int) -> Spread:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = step()
+        outputs = step()
     spread = on_device(graph.replay, repeats)
-    del kept
+    del outputs
     return spread
 
 

@@ -1,7 +1,7 @@
 """Metrics of a model on labelled images, by mmsegmentation's convention.
 
     confusion.py     one confusion matrix over a whole set, and the metrics that follow from it
-    chance.py        whether they are those of a model that has learnt nothing
+    chance.py        whether a model has learnt anything
     evaluate.py      a model on a labelled split
     calibration.py   calibration, and what a confidence threshold keeps
     tables.py        metrics as rows of a table
@@ -9,7 +9,7 @@
     cost.py          parameters, arithmetic, time per image
     timing.py        time without the garbage collector's
     machine.py       the processor, for figures
-    oom.py           running out of memory, however it is said
+    oom.py           running out of memory, whichever library reports it
 
 It knows no stores, no runs and no trainings.
 """

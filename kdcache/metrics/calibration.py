@@ -1,4 +1,4 @@
-"""How sure a model is and how often it is right: calibration, and what a threshold keeps.
+"""Calibration of a model's confidence, and the share of pixels that a confidence threshold keeps.
 
 Confidences are float16, which has 15,361 values from 0 to 1: pixels are counted value by value and class by class, so
 that every bin, threshold and quantile is exact and can be chosen after the pass. Memory: 360 KiB per class.
@@ -37,8 +37,8 @@ class Calibration:
     """Expected calibration error: mean over labelled pixels of |confidence - accuracy| of their bin.
 
     Attributes:
-        confidence, precision: of the pixels said to be of each class, their mean confidence and the share that is;
-            NaN for a class that is never said.
+        confidence, precision: mean confidence of the pixels predicted as each class, and the share of them that is
+            right; NaN for a class that is never predicted.
     """
 
     ece: float
@@ -49,11 +49,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What thresholds keep; per class that was said. Shares are of all pixels said to be of a class.
+    """The pixels that thresholds keep, per predicted class; shares are of all pixels predicted as that class.
 
     Attributes:
         thresholds: the least confidence that is kept, of each class.
-        said, kept: pixels. precision: share of the kept, labelled pixels that are right; NaN without any.
+        said, kept: pixels predicted as each class, and those of them that are kept.
+        precision: share of the kept, labelled pixels that are right; NaN without any.
     """
 
     thresholds: tuple[float, ...]
@@ -64,7 +65,7 @@ class Coverage:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        return tuple(_ratio(kept, said) for kept, said in zip(self.kept, self.said, strict=True))
+        return tuple(_ratio(covered, predicted) for covered, predicted in zip(self.kept, self.said, strict=True))
 
     @property
     def total_share(self) -> float:
@@ -72,14 +73,16 @@ class Coverage:
 
 
 class ConfidenceCounts:
-    """Pixels by the class that was said and the confidence with which it was, accumulated in int64.
+    """Pixels by predicted class and confidence, accumulated in int64.
 
     Attributes:
-        said_CV: all pixels. labelled_CV: those with a label. right_CV: those whose label is what was said.
+        predicted_CV: all pixels. labelled_CV: pixels with a label. right_CV: pixels whose label is the prediction.
     """
 
     def __init__(self, classes: int) -> None:
-        self.said_CV, self.labelled_CV, self.right_CV = (np.zeros((classes, VALUES_V.size), np.int64) for _ in range(3))
+        self.predicted_CV, self.labelled_CV, self.right_CV = (
+            np.zeros((classes, VALUES_V.size), np.int64) for _ in range(3)
+        )
 
     def update(
         self, argmax_HW: Tensor, confidence_HW: Tensor, label_HW: Array | None, counted_HW: Array | None = None
@@ -91,15 +94,15 @@ class ConfidenceCounts:
             counted_HW: bool, pixels to be added; default all.
         """
         counted = np.ones(argmax_HW.shape, bool) if counted_HW is None else counted_HW
-        said = argmax_HW.numpy().astype(np.int64)
-        place = said * VALUES_V.size + confidence_HW.numpy().view(np.uint16)
-        np.add.at(self.said_CV.reshape(-1), place[counted], 1)
+        class_HW = argmax_HW.numpy().astype(np.int64)
+        cell_HW = class_HW * VALUES_V.size + confidence_HW.numpy().view(np.uint16)
+        np.add.at(self.predicted_CV.reshape(-1), cell_HW[counted], 1)
         if label_HW is not None:
-            np.add.at(self.labelled_CV.reshape(-1), place[counted & (label_HW != IGNORE_INDEX)], 1)
-            np.add.at(self.right_CV.reshape(-1), place[counted & (label_HW == said)], 1)
+            np.add.at(self.labelled_CV.reshape(-1), cell_HW[counted & (label_HW != IGNORE_INDEX)], 1)
+            np.add.at(self.right_CV.reshape(-1), cell_HW[counted & (label_HW == class_HW)], 1)
 
     def calibration(self, bins: int = BINS) -> Calibration:
-        """Over `bins` equal bins, closed on the right, of the labelled pixels.
+        """The calibration of the labelled pixels over `bins` equal bins, closed on the right.
 
         Source: Guo et al. 2017, arXiv 1706.04599, equation 3.
         """
@@ -121,27 +124,27 @@ class ConfidenceCounts:
         )
 
     def coverage(self, threshold: float | Sequence[float]) -> Coverage:
-        """What is kept of confidences at or above a threshold, one for all classes or one for each."""
-        thresholds_C = np.broadcast_to(np.asarray(threshold, np.float64), len(self.said_CV))
+        """The pixels whose confidence is at or above a threshold, one for all classes or one for each."""
+        thresholds_C = np.broadcast_to(np.asarray(threshold, np.float64), len(self.predicted_CV))
         first_C = np.searchsorted(VALUES_V, thresholds_C, side="left")
         kept_C, labelled_C, right_C = (
             np.array([row[first:].sum() for row, first in zip(counts_CV, first_C, strict=True)])
-            for counts_CV in (self.said_CV, self.labelled_CV, self.right_CV)
+            for counts_CV in (self.predicted_CV, self.labelled_CV, self.right_CV)
         )
         return Coverage(
             thresholds=tuple(thresholds_C.tolist()),
-            said=tuple(self.said_CV.sum(1).tolist()),
+            said=tuple(self.predicted_CV.sum(1).tolist()),
             kept=tuple(kept_C.tolist()),
             precision=_ratios(right_C, labelled_C),
             total_precision=_ratio(right_C.sum(), labelled_C.sum()),
         )
 
     def quantile_thresholds(self, share: float) -> tuple[float, ...]:
-        """Per class, the largest threshold that keeps at least `share` of its pixels; equal confidences go together.
+        """The largest threshold per class that keeps at least `share` of its pixels; equal confidences go together.
 
-        A class that is never said has 1.
+        A class that is never predicted has 1.
         """
-        kept_CV = self.said_CV[:, ::-1].cumsum(1)[:, ::-1]
+        kept_CV = self.predicted_CV[:, ::-1].cumsum(1)[:, ::-1]
         enough_CV = (kept_CV >= share * kept_CV[:, :1]) & (kept_CV > 0)
         last_C = VALUES_V.size - 1 - enough_CV[:, ::-1].argmax(1)
         return tuple(VALUES_V[last_C].tolist())

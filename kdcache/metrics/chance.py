@@ -1,4 +1,4 @@
-"""Whether a model has learnt anything: its scores beside those that take no look at the image.
+"""Whether a model has learnt anything: its scores beside those of predictions that ignore the image.
 
 Two predictions need no image: one class everywhere, and every class as often as the model itself predicts it, but at
 random places. The best of the first has the share of the largest class, divided by the number of classes, as its mIoU;

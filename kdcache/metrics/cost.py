@@ -4,7 +4,7 @@ FLOPs are those of convolutions, matrix products and attention, two for each mul
 `torch.utils.flop_counter` counts; normalisations, activations and resizes are left out, as in most published tables.
 
 Latency is that of one image, normalised and on the device, to logits at the image's size. Neither decoding nor the
-copy to the device is in it. It is a property of the network: what taught it changes nothing.
+copy to the device is in it. It is a property of the network: what it was trained on changes nothing.
 """
 
 import math

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Predicted:
-    """A sample, by its number in the split: what is said of every pixel, and the label; uint8, of the label's size."""
+    """The prediction for a sample, by its number in the split: argmax and label, uint8 (H, W) of the label's size."""
 
     number: int
     argmax: Tensor
@@ -85,6 +85,7 @@ def count_pixels(
 
     Args:
         part: (i, n) takes every n-th labelled sample from the i-th on.
+    Raises: DataError for a split without labels.
     """
     labelled = [index for index in range(len(split)) if split.has_label(index)]
     if not labelled:
@@ -95,14 +96,14 @@ def count_pixels(
         )
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
     mine = labelled[part[0] :: part[1]]
-    predicted = predictions(
+    predicted_batches = predictions(
         model, split, mine, size, device=device, batch_size=batch_size, at_size=at_size, threads=threads
     )
     done = 0
-    with closing(predicted):
-        for batch in predicted:
-            for said in batch:
-                confusion.update(said.argmax, said.label)
+    with closing(predicted_batches):
+        for batch in predicted_batches:
+            for prediction in batch:
+                confusion.update(prediction.argmax, prediction.label)
             done += len(batch)
             if progress is not None:
                 progress(done, len(mine))
@@ -120,10 +121,10 @@ def predictions(
     at_size: bool = False,
     threads: int = 2,
 ) -> Generator[list[Predicted], None, None]:
-    """What `model` says of labelled samples, a batch at a time; close it, and the model is back in its mode.
+    """Predictions for labelled samples, a batch at a time; close it, and the model is back in its mode.
 
     Args:
-        numbers: of samples in `split`, in the order in which they come.
+        numbers: samples of `split`, in the order of the predictions.
     """
     samples = prefetch(lambda index: _load(split, index, size, at_size), numbers, threads=threads, ahead=4 * batch_size)
     was_training = model.training
@@ -139,12 +140,12 @@ def predictions(
 def _predict(model: SegmentationModel, batch: list[_Sample], device: torch.device | str) -> list[Predicted]:
     pixels = torch.stack([sample.pixels for sample in batch]).to(device)
     logits = model(model.normalise(pixels)).logits.float()
-    found = []
+    predicted = []
     for logits_Chw, sample in zip(logits, batch, strict=True):
         height, width = sample.label.shape
         full = model.upsample(logits_Chw[None], (height, width))[0]
-        found.append(Predicted(sample.number, full.argmax(0).to(torch.uint8).cpu(), sample.label))
-    return found
+        predicted.append(Predicted(sample.number, full.argmax(0).to(torch.uint8).cpu(), sample.label))
+    return predicted
 
 
 def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sample:
@@ -152,8 +153,8 @@ def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sa
     assert label is not None, index
     window = Window.full(*image.shape[:2])
     pixels, small = render(image, label, window, flip=False, size=size)
-    chosen = small if at_size else np.ascontiguousarray(label)
-    return _Sample(index, torch.from_numpy(pixels), torch.from_numpy(chosen))
+    scored_label = small if at_size else np.ascontiguousarray(label)
+    return _Sample(index, torch.from_numpy(pixels), torch.from_numpy(scored_label))
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -43,7 +43,7 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path, above: str | None = None) -> None:
-    """Write a PNG whole or not at all; `above`, what must be said of it, stands over all else."""
+    """Write a PNG whole or not at all; `above` is a note that stands over all else."""
     if above is not None:
         _put_above(figure, above)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def dress(axes: "Axes", title: str, x: str = "", y: str = "") -> "Axes":
 
 
 def hex_colours(colours: Colours) -> list[str]:
-    """As matplotlib takes them."""
+    """Colours as `#rrggbb`, which matplotlib takes."""
     return ["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours]
 
 
@@ -137,11 +137,11 @@ def png_bytes(image: "Image") -> bytes:
     return buffer.getvalue()
 
 
-def mark_wrong(pixels_HW3: Array, label_HW: Array, said_HW: Array) -> Array:
-    """The image in dark grey, what was said wrongly in red, void as in labels."""
+def mark_wrong(pixels_HW3: Array, label_HW: Array, predicted_HW: Array) -> Array:
+    """The image in dark grey, wrong predictions in red, void as in labels; uint8 (H, W, 3)."""
     grey_HW1 = pixels_HW3.mean(2, keepdims=True)
     marked_HW3 = np.broadcast_to(30 + 0.5 * grey_HW1, pixels_HW3.shape).astype(np.uint8)
-    marked_HW3[label_HW != said_HW] = WRONG_RGB
+    marked_HW3[label_HW != predicted_HW] = WRONG_RGB
     marked_HW3[label_HW == IGNORE_INDEX] = VOID_RGB
     return marked_HW3
 
@@ -169,27 +169,31 @@ def panels(
 
 
 def draw_confusion(counts: Array, names: Sequence[str], title: str) -> "Figure":
-    """What is said of each label, % of the label's pixels; of very many classes those that are found least.
+    """The confusion matrix in % of each label's pixels; of very many classes those with the lowest recall.
 
     Args:
-        counts: pixels (C, C), labels along the rows. names: of the classes.
+        counts: pixels (C, C), labels along the rows. names: the classes' names.
     """
     labelled = counts.sum(1)
     shares = counts / np.maximum(labelled, 1)[:, None]
-    chosen = np.flatnonzero(labelled)
-    if len(chosen) > _SHOWN:
-        chosen = np.sort(chosen[np.argsort(shares[chosen, chosen])[:_SHOWN]])
+    rows = np.flatnonzero(labelled)
+    if len(rows) > _SHOWN:
+        rows = np.sort(rows[np.argsort(shares[rows, rows])[:_SHOWN]])
         title += f"; the {_SHOWN} classes that are found least"
-    # A class that is in no label can be said all the same: its column says so.
-    said = np.union1d(chosen, np.flatnonzero(counts[chosen].sum(0) > 0)) if len(chosen) < _SHOWN else chosen
-    shares = shares[np.ix_(chosen, said)]
-    figure = new_figure(4 + 0.48 * len(said), 3 + 0.48 * len(chosen), title)
+    # A class that is in no label may be predicted all the same: it has a column.
+    columns = np.union1d(rows, np.flatnonzero(counts[rows].sum(0) > 0)) if len(rows) < _SHOWN else rows
+    shares = shares[np.ix_(rows, columns)]
+    figure = new_figure(4 + 0.48 * len(columns), 3 + 0.48 * len(rows), title)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(
-        range(len(said)), [one_line(names[place]) for place in said.tolist()], rotation=45, ha="right", fontsize=9
+        range(len(columns)),
+        [one_line(names[place]) for place in columns.tolist()],
+        rotation=45,
+        ha="right",
+        fontsize=9,
     )
-    axes.set_yticks(range(len(chosen)), [one_line(names[place]) for place in chosen.tolist()], fontsize=9)
+    axes.set_yticks(range(len(rows)), [one_line(names[place]) for place in rows.tolist()], fontsize=9)
     axes.set_xlabel("prediction", fontsize=10)
     axes.set_ylabel("label", fontsize=10)
     for (row, column), share in np.ndenumerate(shares):

@@ -1,4 +1,4 @@
-"""Running out of memory, however it is said."""
+"""Running out of memory: one check for every library's error."""
 
 import torch
 

@@ -44,6 +44,8 @@ def comparison_rows(
     """Header and rows of runs side by side: mIoU, mAcc, aAcc and the IoU of every class, best of each marked.
 
     The class names come from the metrics themselves, so a column cannot be mislabelled.
+
+    Raises: ValueError for runs of other classes.
     """
     names = next(iter(results.values())).class_names
     if any(metrics.class_names != names for metrics in results.values()):

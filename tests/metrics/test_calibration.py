@@ -119,7 +119,7 @@ def test_pixels_that_do_not_count_are_in_no_count() -> None:
     some.update(torch.from_numpy(said), torch.from_numpy(confidence), label, counted_HW)
     part = [torch.from_numpy(array[counted_HW]) for array in (said, confidence)]
     all_of_them.update(*part, label[counted_HW])
-    for name in ("said_CV", "labelled_CV", "right_CV"):
+    for name in ("predicted_CV", "labelled_CV", "right_CV"):
         assert (getattr(some, name) == getattr(all_of_them, name)).all()
 
 

@@ -230,12 +230,12 @@ def _times(value: float | None) -> str:
 
 def _temperatures(text: str) -> tuple[float, ...]:
     try:
-        found = tuple(float(part) for part in text.split(","))
+        temperatures = tuple(float(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or not all(0 < value < float("inf") for value in found):
+        temperatures = ()
+    if not temperatures or not all(0 < value < float("inf") for value in temperatures):
         raise RecipeError("--temperature lists numbers above 0", received=repr(text), remedy="for instance 1,2,2.5")
-    return found
+    return temperatures
 
 
 def _kept(text: str) -> tuple[int | None, ...]:

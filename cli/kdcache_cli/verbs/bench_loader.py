@@ -121,11 +121,11 @@ def bench_loader(
 def _print(report: "Report") -> None:
     import torch
 
-    about = report.store
-    kib = f"{about['decoded_bytes'] / 1024:.1f} KiB decoded in {len(about['arrays'])} arrays"
+    facts = report.store
+    kib = f"{facts['decoded_bytes'] / 1024:.1f} KiB decoded in {len(facts['arrays'])} arrays"
     machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} of them torch's"
     OUT.print(
-        f"{about['records']} records; a target is {kib}; {machine}", markup=False, highlight=False, soft_wrap=True
+        f"{facts['records']} records; a target is {kib}; {machine}", markup=False, highlight=False, soft_wrap=True
     )
     for table in report.tables:
         OUT.print()

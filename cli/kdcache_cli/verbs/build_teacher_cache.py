@@ -77,10 +77,10 @@ def teach_and_tell(
         return
     cache = open_cache(out)
     summary = summarise(cache)
-    kept = f" ({result.kept} were there)" if result.kept else ""
+    earlier = f" ({result.kept} were there)" if result.kept else ""
     speed = f" in {result.seconds:.1f} s" if result.records or result.reused else ""
     speed += f", {result.images_per_second:.1f} images/s" if result.records else ""
-    OUT.print(f"[bold]{escape(str(out))}[/]: {len(cache)} records{kept}{taken}{speed}")
+    OUT.print(f"[bold]{escape(str(out))}[/]: {len(cache)} records{earlier}{taken}{speed}")
     OUT.print(
         f"{bytes_text(summary.bytes_on_disk)} on disk, {bytes_text(summary.bytes_per_record)} per record, "
         f"of which targets {bytes_text(summary.target_bytes_per_record)}; full-resolution fp16 logits would be "

@@ -89,17 +89,17 @@ def compare(
     from kdcache.analysis.compare import compare as compare_runs
 
     judged = judging(weights, size, batch_size, device, threads, fresh)
-    chosen = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats, smoke)
+    options = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats, smoke)
     with progress_bar() as bar:
         task = bar.add_task("comparing", total=None, note="")
-        found = compare_runs(
+        comparison = compare_runs(
             runs,
             data,
             split,
-            chosen,
+            options,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
-    _show(found)
+    _show(comparison)
     contents = (
         (markdown, tables.to_markdown),
         (csv, tables.to_csv),
@@ -109,7 +109,7 @@ def compare(
     for path, content in contents:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content(found), encoding="utf-8")
+            path.write_text(content(comparison), encoding="utf-8")
             ERRORS.print(f"written: {path}", markup=False)
 
 
@@ -128,37 +128,37 @@ def judging(
     return Judging(weights, shared_flags.parse_size(size), batch_size, str(pick_device(device)), fresh)
 
 
-def _to_json(found: "Comparison") -> str:
-    return json_module.dumps(found.to_json(), indent=1) + "\n"
+def _to_json(comparison: "Comparison") -> str:
+    return json_module.dumps(comparison.to_json(), indent=1) + "\n"
 
 
-def _show(found: "Comparison") -> None:
+def _show(comparison: "Comparison") -> None:
     from kdcache.analysis.tables import class_table, cost_table, difference_table, legend, score_table
 
-    if found.banner is not None:
-        OUT.print(f"[yellow]{escape(found.banner)}[/]", highlight=False)
-    _print("mIoU and what is noise", found, *score_table(found))
-    header, rows = difference_table(found)
+    if comparison.banner is not None:
+        OUT.print(f"[yellow]{escape(comparison.banner)}[/]", highlight=False)
+    _print("mIoU and what is noise", comparison, *score_table(comparison))
+    header, rows = difference_table(comparison)
     if rows:
         _print_rows("Distance to the baseline, points of mIoU", header, rows)
-    header, rows = class_table(found)
+    header, rows = class_table(comparison)
     (_, *names), *columns = zip(header, *rows, strict=True)
     for first in range(0, len(names), _WIDEST):
         shown = slice(first, first + _WIDEST)
         table = Table("IoU %", *names[shown], box=None, header_style="dim")
         _align(table)
-        for class_name, *cells in columns[: len(found.class_names)]:
+        for class_name, *cells in columns[: len(comparison.class_names)]:
             table.add_row(class_name, *map(_cell, cells[shown]))
         OUT.print()
         OUT.print(table)
-    _print("Cost of one image", found, *cost_table(found))
+    _print("Cost of one image", comparison, *cost_table(comparison))
     OUT.print()
-    for line in legend(found):
+    for line in legend(comparison):
         OUT.print(f"[dim]{escape(line)}[/]", highlight=False)
 
 
-def _print(title: str, found: "Comparison", header: list[str], rows: list[list[str]]) -> None:
-    teachers = [place for place, row in enumerate(found.rows) if row.teacher]
+def _print(title: str, comparison: "Comparison", header: list[str], rows: list[list[str]]) -> None:
+    teachers = [place for place, row in enumerate(comparison.rows) if row.teacher]
     _print_rows(title, header, rows, teachers)
 
 

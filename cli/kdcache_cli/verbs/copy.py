@@ -91,10 +91,10 @@ def copy(
         )
         return
     report = summarise(open_cache(shared_flags.open_place(destination, cache_dir, cache_bytes)))
-    kept = f" ({result.kept} were there)" if result.kept else ""
+    earlier = f" ({result.kept} were there)" if result.kept else ""
     speed = f" in {result.seconds:.1f} s, {result.records / result.seconds:.0f} records/s" if result.records else ""
     OUT.print(
-        f"[bold]{escape(destination)}[/]: {result.manifest.records} records{kept}{speed}; "
+        f"[bold]{escape(destination)}[/]: {result.manifest.records} records{earlier}{speed}; "
         f"{bytes_text(report.bytes_on_disk)}, the source has {bytes_text(summarise(cache).bytes_on_disk)}"
     )
     if result.manifest.fidelity is not None:

@@ -69,10 +69,10 @@ def evaluate(
 
     if threads:
         torch.set_num_threads(threads)
-    chosen = entries(JudgeSettings)["weights"].read(weights)
+    which = entries(JudgeSettings)["weights"].read(weights)
     source = open_split(data, split)
-    model, about = open_model(run, source.classes, shared_flags.parse_size(size), chosen, class_map=class_map)
-    about.check_classes(source.classes.names, data)
+    model, description = open_model(run, source.classes, shared_flags.parse_size(size), which, class_map=class_map)
+    description.check_classes(source.classes.names, data)
     part = None
     if fold is not None:
         number, folds = parse_fold(fold)
@@ -83,7 +83,7 @@ def evaluate(
         metrics = evaluate_model(
             model.to(where),
             source,
-            about.size,
+            description.size,
             device=where,
             batch_size=batch_size,
             at_size=at_size,
@@ -101,12 +101,12 @@ def evaluate(
     if returns_probabilities(model):
         warn(f"{run} {PROBABILITIES}")
     record = Record.of(
-        about,
-        weights_file(run, chosen),
+        description,
+        weights_file(run, which),
         source,
         data_digest(source),
-        about.size,
-        which=chosen if split_spec(run) is None else None,
+        description.size,
+        which=which if split_spec(run) is None else None,
         fold=part,
         at_size=at_size,
         class_map=class_map,

@@ -46,10 +46,10 @@ def export(
     """
     from kdcache.models.export import export_model
 
-    model, about = open_model(run, size, weights, classes)
-    done = export_model(model, about, out, format=format, raw=raw, tolerance=tolerance)
+    model, description = open_model(run, size, weights, classes)
+    done = export_model(model, description, out, format=format, raw=raw, tolerance=tolerance)
     free = ", ".join(done.free)
-    fixed = "" if len(done.free) == 3 else f" (traced at {about.size[0]}x{about.size[1]})"
+    fixed = "" if len(done.free) == 3 else f" (traced at {description.size[0]}x{description.size[1]})"
     OUT.print(f"[bold]{escape(str(done.path))}[/]  {done.format}, {bytes_text(done.size_bytes)}", highlight=False)
     if done.format != "safetensors":
         OUT.print(f"free axes   {free or 'none'}{fixed}", highlight=False)

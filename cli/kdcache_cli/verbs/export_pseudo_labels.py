@@ -57,33 +57,35 @@ def export_pseudo_labels(
     records = Records.open(shared_flags.open_place(store, cache_dir, cache_bytes), data, split)
     with progress_bar() as bar:
         task = bar.add_task("", total=None, note="")
-        found = export(
+        exported = export(
             records,
             out,
             rule,
             images=images,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
-    _print(found)
-    kept = f" ({found.kept} were there)" if found.kept else ""
-    OUT.print(f"[bold]{escape(str(out))}[/]: {found.written} label files written{kept}")
+    _print(exported)
+    earlier = f" ({exported.kept} were there)" if exported.kept else ""
+    OUT.print(f"[bold]{escape(str(out))}[/]: {exported.written} label files written{earlier}")
     if json_file is not None:
-        about = {"store": store, "threshold": threshold, "quantile": quantile}
-        content = {**about, **coverage_json(found.class_names, found.coverage)}
+        header = {"store": store, "threshold": threshold, "quantile": quantile}
+        content = {**header, **coverage_json(exported.class_names, exported.coverage)}
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _print(found: "Exported") -> None:
+def _print(exported: "Exported") -> None:
     from kdcache.metrics import percent
 
     table = Table("class", "confidence from", "pixels kept", "of class %", "right %", box=None, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"
-    kept = found.coverage
-    rows = zip(found.class_names, kept.thresholds, kept.kept, kept.shares, kept.precision, strict=True)
+    coverage = exported.coverage
+    rows = zip(
+        exported.class_names, coverage.thresholds, coverage.kept, coverage.shares, coverage.precision, strict=True
+    )
     for name, least, pixels, share, right in rows:
         table.add_row(name, f"{least:.4g}", f"{pixels:,}", percent(share), percent(right))
     table.add_section()
-    total = (f"{sum(kept.kept):,}", percent(kept.total_share), percent(kept.total_precision))
+    total = (f"{sum(coverage.kept):,}", percent(coverage.total_share), percent(coverage.total_precision))
     table.add_row("all", "", *total)
     OUT.print(table)

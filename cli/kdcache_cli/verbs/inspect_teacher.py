@@ -28,18 +28,18 @@ def report_teacher(
     check_report_folder(folder)
     with progress_bar() as bar:
         task = bar.add_task("auditing the teacher", total=None, note="")
-        found = audit_cache(
+        audit = audit_cache(
             records, worst=worst, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
         bar.update(task, note="drawing")
-        pictures = write_report(found, records, folder)
+        pictures = write_report(audit, records, folder)
     if json:
-        typer.echo(json_module.dumps(found.to_json(), indent=1))
+        typer.echo(json_module.dumps(audit.to_json(), indent=1))
         return
-    _print_classes(found)
-    _print_confused(found)
-    _print_coverage(found)
-    _print_gradient(found)
+    _print_classes(audit)
+    _print_confused(audit)
+    _print_coverage(audit)
+    _print_gradient(audit)
     OUT.print(f"\n[bold]{escape(str(folder))}[/]: report.json and {len(pictures)} pictures")
 
 
@@ -55,21 +55,21 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _print_classes(found: "Audit") -> None:
+def _print_classes(audit: "Audit") -> None:
     from kdcache.metrics import class_rows, percent
 
-    if found.metrics is None or found.calibration is None:
-        OUT.print(f"{found.images} images and no label: IoU, confusion and calibration of the teacher are unknown")
+    if audit.metrics is None or audit.calibration is None:
+        OUT.print(f"{audit.images} images and no label: IoU, confusion and calibration of the teacher are unknown")
         return
-    metrics, calibration = found.metrics, found.calibration
-    title = f"The teacher on {found.labelled} labelled images of {found.images}"
+    metrics, calibration = audit.metrics, audit.calibration
+    title = f"The teacher on {audit.labelled} labelled images of {audit.images}"
     table = _table(title, "class", "IoU %", "Acc %", "pixels %", "right %", "sure %", "instead")
     order = sorted(
         range(len(metrics.iou)), key=lambda number: (metrics.iou[number] != metrics.iou[number], metrics.iou[number])
     )
     rows = class_rows(metrics)
     for number in order:
-        other = found.said_instead(number)
+        other = audit.said_instead(number)
         instead = "" if other is None else f"{other.said} {100 * other.share:.0f} %"
         right, sure = calibration.precision[number], calibration.confidence[number]
         table.add_row(*rows[number], percent(right), percent(sure), instead)
@@ -83,43 +83,43 @@ def _print_classes(found: "Audit") -> None:
     )
 
 
-def _print_confused(found: "Audit") -> None:
+def _print_confused(audit: "Audit") -> None:
     from kdcache.metrics import percent
 
-    if found.confused:
+    if audit.confused:
         table = _table("Most confused", "label", "predicted", "% of the label's pixels", "pixels")
         table.columns[1].justify = "left"
-        for pair in found.confused:
+        for pair in audit.confused:
             table.add_row(pair.label, pair.said, percent(pair.share), f"{pair.pixels:,}")
         OUT.print(table)
-    if found.worst:
+    if audit.worst:
         table = _table("Images where it loses most", "image", "mIoU %")
-        for scored in found.worst:
+        for scored in audit.worst:
             table.add_row(scored.sample, percent(scored.miou))
         OUT.print(table)
 
 
-def _print_coverage(found: "Audit") -> None:
+def _print_coverage(audit: "Audit") -> None:
     from kdcache.metrics import percent
     from kdcache.teacher.audit.audit import THRESHOLDS
 
     table = _table("Pseudo labels over thresholds", "confidence", "pixels kept %", "of these right %")
-    for threshold, kept in zip(THRESHOLDS, found.coverage, strict=True):
-        table.add_row(f"{threshold:g}", percent(kept.total_share), percent(kept.total_precision))
+    for threshold, coverage in zip(THRESHOLDS, audit.coverage, strict=True):
+        table.add_row(f"{threshold:g}", percent(coverage.total_share), percent(coverage.total_precision))
     OUT.print(table)
-    parts = [found.coverage_at(threshold) for threshold in (0.7, 0.9)]
+    parts = [audit.coverage_at(threshold) for threshold in (0.7, 0.9)]
     table = _table("and of each class", "class", "kept at 0.7 %", "right %", "kept at 0.9 %", "right %")
-    for number, name in enumerate(found.class_names):
+    for number, name in enumerate(audit.class_names):
         cells = [percent(share[number]) for part in parts for share in (part.shares, part.precision)]
         table.add_row(name, *cells)
     OUT.print(table)
 
 
-def _print_gradient(found: "Audit") -> None:
+def _print_gradient(audit: "Audit") -> None:
     from kdcache.metrics import percent
     from kdcache.teacher.audit.topk_error import TEMPERATURES
 
-    gradient = found.gradient
+    gradient = audit.gradient
     if not gradient.noisy:
         return
     title = (

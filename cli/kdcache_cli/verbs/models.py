@@ -26,7 +26,7 @@ def models(
     """
     from kdcache.models import list_models, missing_models
 
-    found, missing = list_models(), missing_models()
+    infos, missing = list_models(), missing_models()
     if json:
         rows = [
             {
@@ -36,7 +36,7 @@ def models(
                 "align_corners": info.align_corners,
                 "taps": {tap: {"channels": t.channels, "stride": t.stride} for tap, t in info.taps.items()},
             }
-            for info in found
+            for info in infos
         ]
         rows += [{"spec": spec, "install": command} for command, specs in missing.items() for spec in specs]
         typer.echo(json_module.dumps(rows, indent=1))
@@ -44,7 +44,7 @@ def models(
     table = Table("spec", "parameters", "stride", "taps (channels @ stride)", box=None, header_style="dim")
     table.columns[0].no_wrap = True
     table.columns[1].justify = table.columns[2].justify = "right"
-    for info in found:
+    for info in infos:
         taps = ", ".join(f"{tap} {t.channels}@{t.stride}" for tap, t in info.taps.items())
         table.add_row(info.spec, f"{info.parameters / 1e6:.2f} M", str(info.stride), taps)
     OUT.print(table)

@@ -76,18 +76,18 @@ def plan(
     source, loaded, build_options = build_flags.prepare(settings)
     learning = None if student is None else student_seconds(student, len(source.classes), build_options)
     with progress_bar() as bar:
-        found = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).update)
+        estimated = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).update)
     free = _free_bytes(out)
-    _print_settings(found)
-    _print_time(found)
+    _print_settings(estimated)
+    _print_time(estimated)
     if learning is not None:
-        _print_training(found, str(student), learning, epochs)
-    _print_room(found, free, out)
+        _print_training(estimated, str(student), learning, epochs)
+    _print_room(estimated, free, out)
     OUT.print(ADVICE)
     if json_file is not None:
-        content = {"data": settings["data"], "teachers": settings["teacher"], **found.to_json(), "free_bytes": free}
+        content = {"data": settings["data"], "teachers": settings["teacher"], **estimated.to_json(), "free_bytes": free}
         if learning is not None:
-            live, cached = found.training_seconds(epochs, learning)
+            live, cached = estimated.training_seconds(epochs, learning)
             content["training"] = {
                 "student": student,
                 "epochs": epochs,
@@ -110,23 +110,23 @@ class _Stages:
         self._bar.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
 
 
-def _print_settings(found: "Estimate") -> None:
-    chosen = found.chosen
-    kept = "all" if chosen.setting.k == found.classes else f"the top {chosen.setting.k} of"
+def _print_settings(estimate: "Estimate") -> None:
+    planned = estimate.chosen
+    share = "all" if planned.setting.k == estimate.classes else f"the top {planned.setting.k} of"
     OUT.print(
-        f"[bold]{bytes_text(chosen.bytes)}[/] in {chosen.files:,} files, {chosen.records:,} records of "
-        f"{bytes_text(chosen.bytes_per_record)}, keeping {kept} {found.classes} classes; the teacher's pass takes "
-        f"[bold]{_time(chosen.seconds)}[/] on this machine. From {found.taught} records."
+        f"[bold]{bytes_text(planned.bytes)}[/] in {planned.files:,} files, {planned.records:,} records of "
+        f"{bytes_text(planned.bytes_per_record)}, keeping {share} {estimate.classes} classes; the teacher's pass takes "
+        f"[bold]{_time(planned.seconds)}[/] on this machine. From {estimate.taught} records."
     )
     table = Table("array", "per record", "in all", box=None, header_style="dim")
-    for path, size in chosen.sizes.items():
+    for path, size in planned.sizes.items():
         if not path.startswith("records/"):
-            table.add_row(path, bytes_text(size), bytes_text(size * chosen.records))
+            table.add_row(path, bytes_text(size), bytes_text(size * planned.records))
     _right(table)
     table = Table("otherwise", "per record", "in all", "times", "files", "pass", box=None, header_style="dim")
-    for cost in found.neighbours:
-        ratio = f"{cost.bytes / chosen.bytes:.2f}"
-        flags = cost.setting.flags(chosen.setting)
+    for cost in estimate.neighbours:
+        ratio = f"{cost.bytes / planned.bytes:.2f}"
+        flags = cost.setting.flags(planned.setting)
         table.add_row(
             flags,
             bytes_text(cost.bytes_per_record),
@@ -145,39 +145,39 @@ def _right(table: Table) -> None:
     OUT.print(table)
 
 
-def _print_time(found: "Estimate") -> None:
-    each = found.seconds
+def _print_time(estimate: "Estimate") -> None:
+    each = estimate.seconds
     stages = {"rendering": each.render, "the teacher": each.teach, "writing": each.write}
     OUT.print(
         f"\nA record takes {_time(each.build)} of the pass. On its own: "
         + ", ".join(f"{name} {_time(value)}" for name, value in stages.items())
         + f"; a student reads its target in {_time(each.read)}."
     )
-    if found.payback_epochs == float("inf"):
+    if estimate.payback_epochs == float("inf"):
         OUT.print("[yellow]Reading takes as long as this teacher does: the store saves memory, and no time.[/]")
         return
-    epochs = f"{found.payback_epochs:.1f}"
+    epochs = f"{estimate.payback_epochs:.1f}"
     OUT.print(f"Beside a teacher in every step it has paid for itself after [bold]{epochs}[/] epochs of students.")
 
 
-def _print_training(found: "Estimate", student: str, learning: float, epochs: int) -> None:
-    live, cached = found.training_seconds(epochs, learning)
+def _print_training(estimate: "Estimate", student: str, learning: float, epochs: int) -> None:
+    live, cached = estimate.training_seconds(epochs, learning)
     OUT.print(
         f"{epochs} epochs of {student} ({_time(learning)} an image, forward and backward): {_time(live)} with the "
         f"teacher in every step, {_time(cached)} from the store with its build: {live / cached:.1f} times as fast. "
-        f"Every further student: {_time(cached - found.chosen.seconds)}."
+        f"Every further student: {_time(cached - estimate.chosen.seconds)}."
     )
 
 
-def _print_room(found: "Estimate", free: int | None, out: str) -> None:
+def _print_room(estimate: "Estimate", free: int | None, out: str) -> None:
     if free is None:
         OUT.print(f"How much is free at {out} is not known here.", markup=False)
-    elif found.chosen.bytes <= free:
+    elif estimate.chosen.bytes <= free:
         OUT.print(f"{bytes_text(free)} are free where it would go.")
     else:
         ERRORS.print(
-            f"[bold red]It will not fit[/]: {bytes_text(found.chosen.bytes)} are needed, {bytes_text(free)} are free "
-            f"at {out}. Take a smaller setting of the table, or another disk with --out."
+            f"[bold red]It will not fit[/]: {bytes_text(estimate.chosen.bytes)} are needed, {bytes_text(free)} are "
+            f"free at {out}. Take a smaller setting of the table, or another disk with --out."
         )
 
 

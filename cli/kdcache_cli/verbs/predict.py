@@ -50,17 +50,17 @@ def predict(
 
     if threads:
         torch.set_num_threads(threads)
-    found = find_images(images)
-    model, about = open_model(run, size, weights, classes)
-    named = ClassList(about.class_names, about.class_colours)
+    inputs = find_images(images)
+    model, description = open_model(run, size, weights, classes)
+    named = ClassList(description.class_names, description.class_colours)
     with progress_bar() as bar:
-        task = bar.add_task("predicting", total=len(found), note="")
+        task = bar.add_task("predicting", total=len(inputs), note="")
         pixels_C = predict_images(
             model,
             named,
-            found,
+            inputs,
             out,
-            about.size,
+            description.size,
             device=pick_device(device),
             batch_size=batch_size,
             opacity=opacity,
@@ -71,4 +71,4 @@ def predict(
     for number in sorted(range(len(named)), key=lambda number: -pixels_C[number]):
         table.add_row(named.names[number], f"{100 * pixels_C[number] / pixels_C.sum():.2f}")
     OUT.print(table)
-    OUT.print(f"[bold]{len(found)}[/] images: {escape(str(out))}/labels, {escape(str(out))}/overlays", highlight=False)
+    OUT.print(f"[bold]{len(inputs)}[/] images: {escape(str(out))}/labels, {escape(str(out))}/overlays", highlight=False)

@@ -71,20 +71,20 @@ def report(
 
     judged = judging(weights, size, batch_size, device, threads, fresh)
     compared = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats, smoke)
-    chosen = ReportOptions(compared, title, num, audit, pictures, _command())
+    options = ReportOptions(compared, title, num, audit, pictures, _command())
     with progress_bar() as bar:
         task = bar.add_task("comparing", total=None, note="")
-        found = make_report(
+        comparison = make_report(
             runs,
             data,
             split,
             out,
-            chosen,
+            options,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
-    answer, sentence, _ = headline(found)
-    if found.banner is not None:
-        OUT.print(found.banner, style="yellow", markup=False, highlight=False)
+    answer, sentence, _ = headline(comparison)
+    if comparison.banner is not None:
+        OUT.print(comparison.banner, style="yellow", markup=False, highlight=False)
     OUT.print(f"{answer} {sentence}", markup=False, highlight=False)
     OUT.print(f"{out}: {bytes_text(out.stat().st_size)}", markup=False, highlight=False)
 

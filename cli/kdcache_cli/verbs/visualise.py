@@ -54,7 +54,7 @@ def visualise(
 
     judged = judging(weights, size, batch_size, device, threads)
     names = tuple(name.strip() for name in (ids or "").split(",") if name.strip())
-    chosen = VisualiseOptions(judged, num, num, names, class_name, teacher, fold, smoke)
+    options = VisualiseOptions(judged, num, num, names, class_name, teacher, fold, smoke)
     with progress_bar() as bar:
         task = bar.add_task("scoring", total=None, note="")
         made = visualise_runs(
@@ -62,16 +62,16 @@ def visualise(
             data,
             split,
             out,
-            chosen,
+            options,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     table = Table("folder", "images", "mIoU %", "mean of images %", box=None, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, one in made.shown.items():
-        known = one.scores.known()
-        mean = sum(known) / len(known) if known else float("nan")
-        table.add_row(str(out / name), str(len(one.scores.images)), percent(one.scores.metrics.miou), percent(mean))
+    for name, model in made.shown.items():
+        scores = model.scores.known()
+        mean = sum(scores) / len(scores) if scores else float("nan")
+        table.add_row(str(out / name), str(len(model.scores.images)), percent(model.scores.metrics.miou), percent(mean))
     OUT.print(table)
     pictures = sum(path.suffix == ".png" for path in made.files)
     OUT.print(f"[bold]{escape(str(out))}[/]: {pictures} pictures")

@@ -16,12 +16,12 @@ _SIZE, _EDGE, _MARGIN = 260, 40, 14
 
 @dataclass(frozen=True)
 class TeacherAudit:
-    """What `inspect --teacher-report` found.
+    """The result of `inspect --teacher-report`.
 
     Attributes:
         ece: expected calibration error; NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
-        sure, right: of each class, the mean confidence and the share that is right of the pixels said to be of it.
+        sure, right: of each class, the mean confidence and the share that is right of the pixels predicted as it.
         confused: (label, said, share of the label's pixels, pixels), the largest share first.
         kept: (threshold, share of pixels, share of these that is right) of pseudo labels.
     """
@@ -38,7 +38,7 @@ class TeacherAudit:
     kept: tuple[tuple[float, float, float], ...]
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Raises MismatchError when it speaks of other classes."""
+        """Check the classes of the audit. Raises: MismatchError for other classes."""
         if names != self.class_names:
             raise MismatchError(
                 "the audit is of a teacher of the same classes, in the same order",
@@ -48,7 +48,7 @@ class TeacherAudit:
 
 
 def read_audit(path: Path) -> TeacherAudit:
-    """Raises: RecipeError for a file that is no audit."""
+    """Read an audit from its `report.json`. Raises: RecipeError for a file that is no audit."""
     try:
         return _parse(path, json.loads(path.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -94,23 +94,23 @@ def show_audit(audit: TeacherAudit) -> list[Html | None]:
     ]
 
 
-def _parse(path: Path, found: Mapping[str, Any]) -> TeacherAudit:
-    calibration = found["calibration"] or {"ece": None, "bins": [], "confidence": [], "precision": []}
+def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
+    calibration = content["calibration"] or {"ece": None, "bins": [], "confidence": [], "precision": []}
     keys = ("low", "high", "share", "confidence", "accuracy")
     return TeacherAudit(
         path=path,
-        images=int(found["images"]),
-        labelled=int(found["labelled"]),
-        class_names=tuple(str(one["name"]) for one in found["pseudo_labels"][0]["classes"]),
+        images=int(content["images"]),
+        labelled=int(content["labelled"]),
+        class_names=tuple(str(row["name"]) for row in content["pseudo_labels"][0]["classes"]),
         ece=_number(calibration["ece"]),
         bins=tuple(_five([_number(part[key]) for key in keys]) for part in calibration["bins"]),
         sure=tuple(map(_number, calibration["confidence"])),
         right=tuple(map(_number, calibration["precision"])),
         confused=tuple(
-            (str(p["label"]), str(p["said"]), float(p["share"]), int(p["pixels"])) for p in found["confused"]
+            (str(p["label"]), str(p["said"]), float(p["share"]), int(p["pixels"])) for p in content["confused"]
         ),
         kept=tuple(
-            (float(p["threshold"]), _number(p["share"]), _number(p["precision"])) for p in found["pseudo_labels"]
+            (float(p["threshold"]), _number(p["share"]), _number(p["precision"])) for p in content["pseudo_labels"]
         ),
     )
 

@@ -1,4 +1,4 @@
-"""From runs to the page: what `kdcache report` does."""
+"""From runs to the page, for `kdcache report`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ def make_report(
     options: ReportOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare runs, look at their best and worst images, write the page.
+    """Compare runs, draw their best and worst images, write the page.
 
     Args:
         data, split: default: those that the runs' recipes validate on.
@@ -54,7 +54,7 @@ def make_report(
     Raises: RecipeError for files and runs that are none; MismatchError for other classes or data.
     """
     options = options or ReportOptions()
-    tell = progress or (lambda what, done, total: None)
+    report = progress or (lambda what, done, total: None)
     check_out(out)
     if options.pictures is not None and not options.pictures.is_dir():
         raise RecipeError(
@@ -64,17 +64,17 @@ def make_report(
         )
     audit = None if options.audit is None else read_audit(options.audit)
     judging, teacher = options.compare.judging, options.compare.teacher
-    found = compare(runs, data, split, options.compare, tell)
+    comparison = compare(runs, data, split, options.compare, report)
     if audit is not None:
-        audit.check_classes(found.class_names)
+        audit.check_classes(comparison.class_names)
     everything = find_runs([*runs, *([] if teacher is None else [teacher])], judging.which)
     samples: tuple[Sample, ...] = ()
     if options.samples:
-        source = open_split(found.data, found.split)
-        samples = choose_samples(found, everything, source, judging, options.samples, tell)
-    tell("writing the page", 0, 1)
+        source = open_split(comparison.data, comparison.split)
+        samples = choose_samples(comparison, everything, source, judging, options.samples, report)
+    report("writing the page", 0, 1)
     write_report(
-        found,
+        comparison,
         everything,
         out,
         title=options.title,
@@ -84,5 +84,5 @@ def make_report(
         device=judging.device,
         command=options.command,
     )
-    tell("writing the page", 1, 1)
-    return found
+    report("writing the page", 1, 1)
+    return comparison

@@ -94,19 +94,19 @@ def _frame(lines: Sequence[Line]) -> _Frame:
 
 
 def _grid(frame: _Frame, x_name: str) -> list[Html]:
-    found = []
+    parts = []
     for value in ticks(*frame.y, 5):
         y = number(frame.up(value))
-        found.append(tag("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
-        found.append(tag("text", tick_text(value), class_="tick", x=_LEFT - 6, y=y, text_anchor="end", dy="0.35em"))
+        parts.append(tag("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
+        parts.append(tag("text", tick_text(value), class_="tick", x=_LEFT - 6, y=y, text_anchor="end", dy="0.35em"))
     for value in ticks(*frame.x, 6):
         x = frame.across(value)
         # A number at the very edge would be cut.
         anchor = "end" if x > WIDTH - _RIGHT - 14 else "middle"
-        found.append(tag("text", tick_text(value), class_="tick", x=number(x), y=HEIGHT - 19, text_anchor=anchor))
-    found.append(tag("line", class_="axis-line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=HEIGHT - _BOTTOM, y2=HEIGHT - _BOTTOM))
-    found.append(tag("text", x_name, class_="axis-name", x=WIDTH - _RIGHT, y=HEIGHT - 4, text_anchor="end"))
-    return found
+        parts.append(tag("text", tick_text(value), class_="tick", x=number(x), y=HEIGHT - 19, text_anchor=anchor))
+    parts.append(tag("line", class_="axis-line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=HEIGHT - _BOTTOM, y2=HEIGHT - _BOTTOM))
+    parts.append(tag("text", x_name, class_="axis-name", x=WIDTH - _RIGHT, y=HEIGHT - 4, text_anchor="end"))
+    return parts
 
 
 def tick_text(value: float) -> str:

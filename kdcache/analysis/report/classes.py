@@ -63,15 +63,15 @@ def _card(comparison: Comparison, place: int) -> Html:
     bars = [_bar(row, place, colour, marks, row.iou[place].mean == top) for row in rows]
     bars += [_teacher_line(row, place) for row in teachers]
     gaps = [row.class_differences[place].mean for row in rows if row.class_differences]
-    known = [gap for gap in gaps if not math.isnan(gap)]
+    finite_gaps = [gap for gap in gaps if not math.isnan(gap)]
     return tag(
         "article",
         head,
         *bars,
         class_="card class",
         data_place=place,
-        data_gap=number(max(known), 6) if known else None,
-        data_loss=number(min(known), 6) if known else None,
+        data_gap=number(max(finite_gaps), 6) if finite_gaps else None,
+        data_loss=number(min(finite_gaps), 6) if finite_gaps else None,
         data_least=number(min(ious), 6) if ious else None,
     )
 
@@ -90,14 +90,14 @@ def _bar(row: Row, place: int, colour: tuple[int, int, int], marks: list[float],
     return tag("div", tag("span", row.name, class_="name", title=row.name), track, said, _gap(gap), class_="bar-line")
 
 
-def _gap(found: Difference | None) -> Html:
-    if found is None or math.isnan(found.mean):
+def _gap(difference: Difference | None) -> Html:
+    if difference is None or math.isnan(difference.mean):
         return tag("span", class_="delta")
-    sign = f"{100 * found.mean:+.1f}".replace("-", "\N{MINUS SIGN}")
+    sign = f"{100 * difference.mean:+.1f}".replace("-", "\N{MINUS SIGN}")
     sign = "0.0" if sign[1:] == "0.0" else sign
-    sure = found.verdict == "above noise"
-    kind = ("up" if found.mean > 0 else "down") if sure else "unsure"
-    return tag("span", sign, class_=f"delta {kind}", title=f"points to {found.baseline}: {found.verdict}")
+    sure = difference.verdict == "above noise"
+    kind = ("up" if difference.mean > 0 else "down") if sure else "unsure"
+    return tag("span", sign, class_=f"delta {kind}", title=f"points to {difference.baseline}: {difference.verdict}")
 
 
 def _teacher_line(row: Row, place: int) -> Html:
@@ -114,7 +114,7 @@ def _share(comparison: Comparison, place: int) -> str:
     total = sum(map(sum, pixels))
     if not total:
         return ""
-    share = sum(one[place] for one in pixels) / total
+    share = sum(counts[place] for counts in pixels) / total
     return join(
         " ", "no pixel" if share == 0 else f"{100 * share:.1f} % of pixels" if share >= 0.001 else "< 0.1 % of pixels"
     )

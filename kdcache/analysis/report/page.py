@@ -70,7 +70,7 @@ def write_report(
 
 
 def check_out(out: Path) -> Path:
-    """Raises RecipeError for what is no name of a page."""
+    """Check the path of a page. Raises: RecipeError for a path that is no name of a page."""
     if out.suffix.lower() in SUFFIXES and not out.is_dir():
         return out
     raise RecipeError(

@@ -1,4 +1,4 @@
-"""Images with a slider between what two rows say of them.
+"""Images with a slider between the predictions of two rows.
 
 Without a script the layers of an image lie side by side, each with its name. With it they lie upon each other, the same
 two of all images, and a line that is dragged divides them.

@@ -50,7 +50,7 @@ def again(entry: Entry) -> str | None:
 
 
 def _row(place: int, row: Row, runs: Mapping[str, Entry]) -> Html:
-    known = [(score, runs[score.run]) for score in row.runs if score.run in runs]
+    entries = [(score, runs[score.run]) for score in row.runs if score.run in runs]
     title = tag("summary", swatch(place, row), tag("strong", row.name), tag("small", f" {_count(row)}, {row.model}"))
     parts: list[Child] = []
     if row.differs:
@@ -58,12 +58,12 @@ def _row(place: int, row: Row, runs: Mapping[str, Entry]) -> Html:
     parts.append(
         simple_table(f"The runs of {row.name}", _HEADER, [_run(score, runs.get(score.run)) for score in row.runs])
     )
-    lines = [text for _, run in known if (text := again(run)) is not None]
+    lines = [text for _, run in entries if (text := again(run)) is not None]
     if lines:
         parts.append(commands(lines))
-    text = known[0][1].run.recipe_text if known and known[0][1].run else None
+    text = entries[0][1].run.recipe_text if entries and entries[0][1].run else None
     if text is not None:
-        name = f"The recipe of {known[0][1].text}" if len(known) > 1 else "The recipe"
+        name = f"The recipe of {entries[0][1].text}" if len(entries) > 1 else "The recipe"
         parts.append(tag("details", tag("summary", name), code(text)))
     return tag("details", title, *parts, class_="card recipe")
 
@@ -97,14 +97,14 @@ def _plain(value: Any) -> str:
 
 
 def _machines(comparison: Comparison, runs: Mapping[str, Entry]) -> Html | None:
-    """Where the runs were trained; those of one machine and the same versions are told together."""
+    """Where the runs were trained; runs of one machine and the same versions stand together."""
     where: dict[str, list[str]] = {}
     for row in comparison.rows:
         for score in row.runs:
             entry = runs.get(score.run)
-            found = entry.run.environment if entry is not None and entry.run is not None else None
-            if found:
-                where.setdefault(json.dumps(found, sort_keys=True), []).append(score.run)
+            environment = entry.run.environment if entry is not None and entry.run is not None else None
+            if environment:
+                where.setdefault(json.dumps(environment, sort_keys=True), []).append(score.run)
     if not where:
         return None
     parts: list[Html] = [tag("h3", "Machine and versions")]
@@ -119,9 +119,11 @@ def _listed(names: Sequence[str]) -> list[Child]:
     return [part for place, name in enumerate(names) for part in ((", " if place else ""), tag("code", name))]
 
 
-def _about(found: Mapping[str, Any]) -> list[tuple[str, Child]]:
-    pairs: list[tuple[str, Child]] = [(name, str(found[key])) for key, name in _MACHINE if found.get(key) is not None]
-    packages = found.get("packages")
+def _about(environment: Mapping[str, Any]) -> list[tuple[str, Child]]:
+    pairs: list[tuple[str, Child]] = [
+        (name, str(environment[key])) for key, name in _MACHINE if environment.get(key) is not None
+    ]
+    packages = environment.get("packages")
     if isinstance(packages, dict):
         pairs += [(str(name), str(version)) for name, version in packages.items()]
     return pairs

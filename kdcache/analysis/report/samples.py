@@ -1,6 +1,6 @@
 """The images that the page shows, the same through all rows: chosen by score, encoded small.
 
-An image is a JPEG of at most 640 pixels; what is said of it is a PNG with a palette, a few KiB each: five rows and six
+An image is a JPEG of at most 640 pixels; each prediction is a PNG with a palette, a few KiB each: five rows and six
 images take about a megabyte. Memory: the models of all rows, and one image at a time.
 """
 
@@ -29,7 +29,7 @@ _LABELS_READ = 50
 
 @dataclass(frozen=True)
 class Said:
-    """What the first run of a row says of an image; PNGs of its classes, and of where it is wrong.
+    """The prediction of a row's first run for an image; PNGs of its classes, and of where it is wrong.
 
     Attributes:
         place: of the row in the comparison.
@@ -74,29 +74,29 @@ def choose_samples(
         split: that of the comparison; with own folds the images are of the fold that the first run left out.
         count: of the best, of the worst, and at most of the others.
     """
-    chosen = _first_runs(comparison, runs)
-    fold = next((run.fold for row, run in chosen if not row.teacher), None) if comparison.own_fold else None
+    first_runs = _first_runs(comparison, runs)
+    fold = next((run.fold for row, run in first_runs if not row.teacher), None) if comparison.own_fold else None
     if fold is not None:
-        # Images that a run was trained on say nothing: only runs that left out this fold are asked.
-        chosen = [(row, _of_fold(row, runs, fold) or run) for row, run in chosen]
-        chosen = [(row, run) for row, run in chosen if run.fold == fold or run.fold is None]
-        part = next(run for _, run in chosen if run.fold == fold)
+        # Images that a run was trained on are no test: only runs that left out this fold predict.
+        first_runs = [(row, _of_fold(row, runs, fold) or run) for row, run in first_runs]
+        first_runs = [(row, run) for row, run in first_runs if run.fold == fold or run.fold is None]
+        part = next(run for _, run in first_runs if run.fold == fold)
         split = fold_alone(split, *part.own_fold())
     places = {id(row): place for place, row in enumerate(comparison.rows)}
-    models = [(places[id(row)], score_run(run, split, judging, progress)) for row, run in chosen]
+    models = [(places[id(row)], score_run(run, split, judging, progress)) for row, run in first_runs]
     contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
     ranking = ranked([shown.scores for shown in contestants])
     best, worst = best_and_worst(ranking, count, count)
     means = dict(ranking)
-    wanted = [(position, f"best {rank}") for rank, position in enumerate(best, 1)]
-    wanted += [(position, f"worst {rank}") for rank, position in enumerate(worst, 1)]
-    wanted += _for_classes(contestants[0], split, means, [position for position, _ in wanted], count)
-    found = []
+    positions = [(position, f"best {rank}") for rank, position in enumerate(best, 1)]
+    positions += [(position, f"worst {rank}") for rank, position in enumerate(worst, 1)]
+    positions += _for_classes(contestants[0], split, means, [position for position, _ in positions], count)
+    samples = []
     with memory_errors(judging.device, 1):
-        for done, (position, why) in enumerate(wanted, 1):
-            found.append(_sample(models, split, position, why, means[position]))
-            progress("drawing images", done, len(wanted))
-    return tuple(found)
+        for done, (position, why) in enumerate(positions, 1):
+            samples.append(_sample(models, split, position, why, means[position]))
+            progress("drawing images", done, len(positions))
+    return tuple(samples)
 
 
 def encode_image(pixels_HW3: Array, size: tuple[int, int]) -> bytes:
@@ -115,9 +115,9 @@ def encode_classes(ids_HW: Array, colours: Sequence[tuple[int, int, int]], size:
     return _bytes(picture, "PNG", optimize=True)
 
 
-def encode_wrong(label_HW: Array, said_HW: Array, size: tuple[int, int]) -> bytes:
-    """A PNG that is clear but for labelled pixels of which something else was said."""
-    wrong = ((label_HW != said_HW) & (label_HW != IGNORE_INDEX)).astype(np.uint8)
+def encode_wrong(label_HW: Array, predicted_HW: Array, size: tuple[int, int]) -> bytes:
+    """A PNG that is clear but for labelled pixels with a wrong prediction."""
+    wrong = ((label_HW != predicted_HW) & (label_HW != IGNORE_INDEX)).astype(np.uint8)
     picture = _nearest(wrong, size)
     picture.putpalette(bytes([0, 0, 0, *WRONG_RGB]))
     return _bytes(picture, "PNG", optimize=True, transparency=0)
@@ -145,19 +145,19 @@ def _for_classes(
     """For each class in the label of no image that was taken, the image in whose label it is found best."""
     images = shown.scores.images
     seen = {place for position in taken for place in _present(split, images[position].number)}
-    found: list[tuple[int, str]] = []
+    positions: list[tuple[int, str]] = []
     for place, name in enumerate(split.classes.names):
         having = [position for position in means if not math.isnan(images[position].iou[place])]
-        # The class may only have been said of them; a rare class is in few labels.
+        # The class may be in their predictions alone; a rare class is in few labels.
         likely = sorted(having, key=lambda position: -images[position].iou[place])[:_LABELS_READ]
-        if place in seen or len(found) == most:
+        if place in seen or len(positions) == most:
             continue
         for position in likely:
             if place in (present := _present(split, images[position].number)):
-                found.append((position, f"for {name}"))
+                positions.append((position, f"for {name}"))
                 seen |= set(present)
                 break
-    return found
+    return positions
 
 
 def _present(split: Split, number: int) -> tuple[int, ...]:
@@ -172,13 +172,13 @@ def _sample(models: Sequence[tuple[int, Shown]], split: Split, position: int, wh
     pixels = split.image(first.number)
     size = shown_size(*pixels.shape[:2])
     colours = split.classes.colours
-    said = []
+    predictions = []
     label: Array | None = None
     for place, shown in models:
         argmax, label = shown.predict(split, first.number)
         score = shown.scores.images[position]
         wrong = encode_wrong(label, argmax, size)
-        said.append(Said(place, score.miou, score.iou, encode_classes(argmax, colours, size), wrong))
+        predictions.append(Said(place, score.miou, score.iou, encode_classes(argmax, colours, size), wrong))
     assert label is not None
     return Sample(
         first.sample,
@@ -188,7 +188,7 @@ def _sample(models: Sequence[tuple[int, Shown]], split: Split, position: int, wh
         _present(split, first.number),
         encode_image(pixels, size),
         encode_classes(label, colours, size),
-        tuple(said),
+        tuple(predictions),
     )
 
 

@@ -123,9 +123,9 @@ def _columns(comparison: Comparison) -> list[Column]:
 
 
 def _top(column: Column, rows: Sequence[Row]) -> float:
-    known = [value for row in rows if not math.isnan(value := column.value(row))]
+    values = [value for row in rows if not math.isnan(value := column.value(row))]
     # Where all are equal none is best.
-    return column.best(known) if column.best is not None and len(set(known)) > 1 else math.nan
+    return column.best(values) if column.best is not None and len(set(values)) > 1 else math.nan
 
 
 def _header(name: str, about: str) -> Html:
@@ -158,8 +158,8 @@ def _aacc(row: Row) -> Spread:
 
 def _spread(column: Callable[[Row], Spread]) -> Callable[[Row], Child]:
     def cell(row: Row) -> Child:
-        found = column(row)
-        return join(percent(found.mean), None if math.isnan(found.std) else tag("small", f" ± {percent(found.std)}"))
+        spread = column(row)
+        return join(percent(spread.mean), None if math.isnan(spread.std) else tag("small", f" ± {percent(spread.std)}"))
 
     return cell
 
@@ -182,10 +182,10 @@ def _gap_cell(row: Row) -> Child:
     return join(points(row.difference.mean), _interval(row.difference), verdict(row.difference))
 
 
-def _interval(found: Difference) -> Html | None:
-    if math.isnan(found.half_width):
+def _interval(difference: Difference) -> Html | None:
+    if math.isnan(difference.half_width):
         return None
-    return tag("small", f" {points(found.low)} to {points(found.high)}")
+    return tag("small", f" {points(difference.low)} to {points(difference.high)}")
 
 
 def _parameters(row: Row) -> str:
@@ -201,8 +201,8 @@ def _milliseconds(row: Row) -> float:
 
 
 def _latency(row: Row) -> Child:
-    found = row.cost.latency
-    if found is None:
+    latency = row.cost.latency
+    if latency is None:
         return "-"
-    spread = None if math.isnan(found.std_ms) else tag("small", f" ± {found.std_ms:.2f}")
-    return join(f"{found.mean_ms:.2f}", spread)
+    spread = None if math.isnan(latency.std_ms) else tag("small", f" ± {latency.std_ms:.2f}")
+    return join(f"{latency.mean_ms:.2f}", spread)

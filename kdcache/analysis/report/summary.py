@@ -29,25 +29,25 @@ def summary(comparison: Comparison, device: str | None) -> Html:
 
 
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
-    """A word, a sentence, and what must be said beside it, on all rows that have a baseline."""
+    """A word, a sentence, and the reservations beside it, on all rows that have a baseline."""
     rows = measured(comparison)
     if not rows:
         remedy = "A baseline is a run of the same model that learnt from labels alone (--method none)"
         return "Unknown.", "No row has a baseline to be measured against.", [f"{remedy}; --baseline names another."]
     best = max(rows, key=lambda row: row.miou.mean)
-    found = best.difference
-    assert found is not None
-    reached = f"reaches {percent(best.miou.mean)} % mIoU, {gap_words(found.mean)} {quoted(found.baseline)}"
-    said = f"The best row, {quoted(best.name)}, {reached}{_interval(found)}."
+    difference = best.difference
+    assert difference is not None
+    reached = f"reaches {percent(best.miou.mean)} % mIoU, {gap_words(difference.mean)} {quoted(difference.baseline)}"
+    sentence = f"The best row, {quoted(best.name)}, {reached}{_interval(difference)}."
     if len(rows) > 1:
-        said = f"{_tally(rows)} {said}"
-    more = [*_meaning(rows), *_caution(rows, found), *_teacher(comparison, best)]
+        sentence = f"{_tally(rows)} {sentence}"
+    more = [*_meaning(rows), *_caution(rows, difference), *_teacher(comparison, best)]
     nothing = [f"{words}." for row in comparison.rows if (words := collapse(row, quoted(row.name)))]
     if all(_both_collapsed(comparison, row) for row in rows):
         same = all(is_nothing(gap.mean) for gap in _gaps(rows))
         word = "No difference." if same else "Unknown: nothing was learnt."
-        return word, " ".join([*nothing, said]), _teacher(comparison, best)
-    return _answer(rows), said, [*nothing, *more]
+        return word, " ".join([*nothing, sentence]), _teacher(comparison, best)
+    return _answer(rows), sentence, [*nothing, *more]
 
 
 def _firm(text: str) -> str:
@@ -89,7 +89,7 @@ def _answer(rows: Sequence[Row]) -> str:
 
 
 def _both_collapsed(comparison: Comparison, row: Row) -> bool:
-    """Whether neither a row nor its baseline has learnt anything: then their distance says nothing."""
+    """Whether neither a row nor its baseline has learnt anything: then their distance means nothing."""
     assert row.difference is not None
     baselines = [other for other in comparison.rows if other.name == row.difference.baseline]
     return is_collapsed(row) and all(map(is_collapsed, baselines))
@@ -131,45 +131,45 @@ def is_nothing(gap: float) -> bool:
     return round(100 * gap, 2) == 0
 
 
-def _interval(found: Difference) -> str:
-    if math.isnan(found.half_width):
+def _interval(difference: Difference) -> str:
+    if math.isnan(difference.half_width):
         return ""
-    low, high = points(found.mean - found.half_width), points(found.mean + found.half_width)
+    low, high = points(difference.mean - difference.half_width), points(difference.mean + difference.half_width)
     return f" (95 % interval {low} to {high})"
 
 
 def _meaning(rows: Sequence[Row]) -> list[str]:
-    """What the intervals say, and what would say more."""
+    """The meaning of the intervals, and what would show more."""
     gaps = _gaps(rows)
     tested = [gap for gap in gaps if not math.isnan(gap.half_width)]
-    said = []
+    sentences = []
     if len(gaps) == len(tested) == 1:
-        (found,) = tested
-        outside = abs(found.mean) > found.half_width
-        said.append(
-            f"The interval leaves out zero: more than chance, over {_runs(found)}."
+        (gap,) = tested
+        outside = abs(gap.mean) > gap.half_width
+        sentences.append(
+            f"The interval leaves out zero: more than chance, over {_runs(gap)}."
             if outside
-            else f"The interval includes zero: {_runs(found)} do not tell this difference from chance. More seeds may."
+            else f"The interval includes zero: {_runs(gap)} do not tell this difference from chance. More seeds may."
         )
-        if found.paired and not math.isnan(found.unpaired.half_width):
-            free = found.unpaired
-            alike = "unknown" if math.isnan(found.correlation) else f"{found.correlation:.2f}"
-            said.append(
+        if gap.paired and not math.isnan(gap.unpaired.half_width):
+            free = gap.unpaired
+            alike = "unknown" if math.isnan(gap.correlation) else f"{gap.correlation:.2f}"
+            sentences.append(
                 f"Not paired by seed, the interval is {points(free.low)} to {points(free.high)}. The correlation of "
                 f"the pairs is {alike}; where it is about 0, pairing buys nothing."
             )
     elif any(gap.verdict == "within noise" for gap in tested):
-        said.append("Within noise: these runs do not tell the row from its baseline. More seeds may.")
+        sentences.append("Within noise: these runs do not tell the row from its baseline. More seeds may.")
     if len(tested) < len(gaps):
-        said.append(
+        sentences.append(
             "Two trainings that differ only in their seed differ too; how much is unknown with one run. "
             "Train more seeds."
         )
-    return said
+    return sentences
 
 
-def _runs(found: Difference) -> str:
-    return f"{found.runs} pairs of runs" if found.paired else f"{found.runs} runs"
+def _runs(difference: Difference) -> str:
+    return f"{difference.runs} pairs of runs" if difference.paired else f"{difference.runs} runs"
 
 
 def _caution(rows: Sequence[Row], best: Difference) -> list[str]:
@@ -197,10 +197,10 @@ def differences(comparison: Comparison) -> Html | None:
         return None
     ends = [0.0]
     for row in rows:
-        found = row.difference
-        assert found is not None
-        half = 0.0 if math.isnan(found.half_width) else found.half_width
-        ends += [100 * (found.mean - half), 100 * (found.mean + half)]
+        difference = row.difference
+        assert difference is not None
+        half = 0.0 if math.isnan(difference.half_width) else difference.half_width
+        ends += [100 * (difference.mean - half), 100 * (difference.mean + half)]
     # One wild interval of two runs must not make all the others invisible.
     means = [abs(100 * row.difference.mean) for row in rows if row.difference is not None]
     widest = max(8 * max(means), 4.0)
@@ -224,24 +224,24 @@ def differences(comparison: Comparison) -> Html | None:
     return tag("figure", tag("figcaption", title), *lines, axis, class_="gaps")
 
 
-def verdict(found: Difference | None) -> Html | None:
-    """The verdict as a chip: its sign says the direction, so that colour is never alone."""
-    if found is None:
+def verdict(difference: Difference | None) -> Html | None:
+    """The verdict as a chip: its sign shows the direction, so that colour is never alone."""
+    if difference is None:
         return None
     kind, sign = "unknown", "?"
-    if found.verdict == "within noise":
+    if difference.verdict == "within noise":
         kind, sign = "within", "\N{ALMOST EQUAL TO}"
-    elif found.verdict == "above noise":
-        kind = "better" if found.mean > 0 else "worse"
-        sign = "\N{BLACK UP-POINTING TRIANGLE}" if found.mean > 0 else "\N{BLACK DOWN-POINTING TRIANGLE}"
-    return tag("span", tag("span", sign, aria_hidden="true"), f" {found.verdict}", class_=f"chip {kind}")
+    elif difference.verdict == "above noise":
+        kind = "better" if difference.mean > 0 else "worse"
+        sign = "\N{BLACK UP-POINTING TRIANGLE}" if difference.mean > 0 else "\N{BLACK DOWN-POINTING TRIANGLE}"
+    return tag("span", tag("span", sign, aria_hidden="true"), f" {difference.verdict}", class_=f"chip {kind}")
 
 
 def _difference_line(row: Row, low: float, high: float, *, named: bool) -> Html:
-    found = row.difference
-    assert found is not None
-    mean = 100 * found.mean
-    half = 0.0 if math.isnan(found.half_width) else 100 * found.half_width
+    difference = row.difference
+    assert difference is not None
+    mean = 100 * difference.mean
+    half = 0.0 if math.isnan(difference.half_width) else 100 * difference.half_width
     first, last = max(mean - half, low), min(mean + half, high)
     cut = ("cut-low " if mean - half < low else "") + ("cut-high" if mean + half > high else "")
     left, width = _at(first, low, high), number(100 * (last - first) / (high - low))
@@ -254,9 +254,9 @@ def _difference_line(row: Row, low: float, high: float, *, named: bool) -> Html:
         class_="track",
         aria_hidden="true",
     )
-    name = tag("span", row.name, tag("small", f"to {found.baseline}") if named else None, class_="name")
-    said = tag("span", tag("b", points(found.mean)), " ", verdict(found), class_="said")
-    return tag("div", name, track, said, class_="gap")
+    name = tag("span", row.name, tag("small", f"to {difference.baseline}") if named else None, class_="name")
+    words = tag("span", tag("b", points(difference.mean)), " ", verdict(difference), class_="said")
+    return tag("div", name, track, words, class_="gap")
 
 
 def _at(value: float, low: float, high: float) -> str:

@@ -33,15 +33,15 @@ def teacher(comparison: Comparison, audit: TeacherAudit | None) -> Html | None:
 
 def strongest_baseline(comparison: Comparison) -> Row | None:
     """The row without a teacher that has the highest mIoU."""
-    found = [row for row in comparison.rows if row.baseline and not row.teacher and not math.isnan(row.miou.mean)]
-    return max(found, key=lambda row: row.miou.mean, default=None)
+    baselines = [row for row in comparison.rows if row.baseline and not row.teacher and not math.isnan(row.miou.mean)]
+    return max(baselines, key=lambda row: row.miou.mean, default=None)
 
 
 def lost_classes(teacher_row: Row, rival: Row) -> list[int]:
     """Classes in which the teacher has the lower IoU, the largest loss first; rounding is no loss."""
     gaps = [theirs.mean - own.mean for own, theirs in zip(teacher_row.iou, rival.iou, strict=True)]
-    found = [place for place, gap in enumerate(gaps) if gap > 5e-5]
-    return sorted(found, key=lambda place: -gaps[place])
+    lost = [place for place, gap in enumerate(gaps) if gap > 5e-5]
+    return sorted(lost, key=lambda place: -gaps[place])
 
 
 def _weaknesses(comparison: Comparison, row: Row, rival: Row) -> list[Html | None]:
@@ -54,8 +54,8 @@ def _weaknesses(comparison: Comparison, row: Row, rival: Row) -> list[Html | Non
     words = "one class" if len(lost) == 1 else f"{len(lost)} of {many} classes"
     if gap <= 0:
         ahead += " It has nothing to teach on the whole."
-    students = [one for one in comparison.rows if not one.teacher and one.class_differences]
-    header = ("class", f"{row.name} %", f"{rival.name} %", "teacher loses", *(one.name for one in students))
+    students = [student for student in comparison.rows if not student.teacher and student.class_differences]
+    header = ("class", f"{row.name} %", f"{rival.name} %", "teacher loses", *(student.name for student in students))
     lines = [_line(comparison, place, row, rival, students) for place in lost]
     caption = "Where the teacher loses, and how far each student is there from its own baseline, points of IoU"
     copied = _copied(lost, students)
@@ -65,16 +65,16 @@ def _weaknesses(comparison: Comparison, row: Row, rival: Row) -> list[Html | Non
 def _line(comparison: Comparison, place: int, row: Row, rival: Row, students: Sequence[Row]) -> tuple[Child, ...]:
     own, theirs = row.iou[place].mean, rival.iou[place].mean
     name = join(class_swatch(comparison.class_colours[place]), comparison.class_names[place])
-    gaps = [points(one.class_differences[place].mean) for one in students]
+    gaps = [points(student.class_differences[place].mean) for student in students]
     return (name, percent(own), percent(theirs), tag("strong", points(own - theirs)), *gaps)
 
 
 def _copied(lost: Sequence[int], students: Sequence[Row]) -> str | None:
     """Did students fall where the teacher is weak?"""
-    gaps = [one.class_differences[place].mean for one in students for place in lost]
-    known = [gap for gap in gaps if not math.isnan(gap)]
-    if not known:
+    gaps = [student.class_differences[place].mean for student in students for place in lost]
+    finite_gaps = [gap for gap in gaps if not math.isnan(gap)]
+    if not finite_gaps:
         return None
-    fell = sum(gap < 0 for gap in known)
+    fell = sum(gap < 0 for gap in finite_gaps)
     verb = "is" if fell == 1 else "are"
-    return f" Of the students' {len(known)} IoUs in these classes {fell} {verb} below the baseline."
+    return f" Of the students' {len(finite_gaps)} IoUs in these classes {fell} {verb} below the baseline."

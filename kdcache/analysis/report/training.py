@@ -21,7 +21,7 @@ Norms = list[tuple[int, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Training:
-    """What one run of a row has logged; `norms` of its terms' gradients by step."""
+    """The log of one run of a row; `norms` of its terms' gradients by step."""
 
     row: Row
     place: int
@@ -39,15 +39,15 @@ class Training:
 
 
 def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Training]:
-    """Of every run that keeps a log. Raises: RecipeError for a log that is none."""
-    found = []
+    """The trainings of all runs that keep a log. Raises: RecipeError for a log that is none."""
+    trainings = []
     for place, row in enumerate(comparison.rows):
         for score in row.runs:
             entry = runs.get(score.run)
             if entry is None or entry.run is None or (curves := read_curves(entry.run)) is None:
                 continue
-            found.append(Training(row, place, entry, curves, read_norms(entry.run)))
-    return found
+            trainings.append(Training(row, place, entry, curves, read_norms(entry.run)))
+    return trainings
 
 
 def read_norms(run: Run) -> Norms:
@@ -64,18 +64,18 @@ def curves(trainings: Sequence[Training]) -> Html | None:
     """Section of the curves; None when no run keeps a log."""
     if not trainings:
         return None
-    parts = dict.fromkeys(name for one in trainings for name in one.curves.losses if name != "loss")
+    parts = dict.fromkeys(name for run in trainings for name in run.curves.losses if name != "loss")
     charts = [
-        line_chart("Validation mIoU", [_line(one, one.curves.scores.get("miou", []), 100) for one in trainings],
+        line_chart("Validation mIoU", [_line(run, run.curves.scores.get("miou", []), 100) for run in trainings],
                    "iteration", "%"),
-        line_chart("Training loss, all terms together", [_line(one, one.curves.losses["loss"]) for one in trainings],
+        line_chart("Training loss, all terms together", [_line(run, run.curves.losses["loss"]) for run in trainings],
                    "iteration", digits=4),
         *(
             line_chart(f"Training loss, its part {name}, unweighted",
-                       [_line(one, one.curves.losses.get(name, [])) for one in trainings], "iteration", digits=4)
+                       [_line(run, run.curves.losses.get(name, [])) for run in trainings], "iteration", digits=4)
             for name in parts
         ),
-        line_chart("Speed", [_line(one, one.curves.speed) for one in trainings], "iteration", "images/s", 1),
+        line_chart("Speed", [_line(run, run.curves.speed) for run in trainings], "iteration", "images/s", 1),
     ]  # fmt: skip
     lead = "Rows that learn from other terms have other losses: compare the lines of one part, or mIoU."
     grid = tag("div", *charts, class_="charts")
@@ -86,12 +86,12 @@ def gradients(trainings: Sequence[Training]) -> Html | None:
     """Section on the terms' gradients beside that of cross-entropy; None when there is no term besides."""
     rows: list[tuple[Child, ...]] = []
     middles: dict[tuple[str, str], list[float]] = {}
-    for one in trainings:
-        for name in dict.fromkeys(name for _, norms in one.norms for name in norms if name != "ce"):
-            shares = _shares(one.norms, name)
-            rows.append((join(swatch(one.place, one.row), one.name), name, *_cells(shares)))
+    for training in trainings:
+        for name in dict.fromkeys(name for _, norms in training.norms for name in norms if name != "ce"):
+            shares = _shares(training.norms, name)
+            rows.append((join(swatch(training.place, training.row), training.name), name, *_cells(shares)))
             if shares:
-                middles.setdefault((one.row.name, name), []).append(statistics.median(shares))
+                middles.setdefault((training.row.name, name), []).append(statistics.median(shares))
     if not rows:
         return None
     warnings = [tag("p", text) for key, values in middles.items() if (text := _warning(*key, values)) is not None]
@@ -107,7 +107,7 @@ def gradients(trainings: Sequence[Training]) -> Html | None:
 
 
 def _warning(row: str, name: str, middles: Sequence[float]) -> str | None:
-    """What to tell of a term of a row, by the median over its runs."""
+    """The warning about a term of a row, by the median over its runs; None for none."""
     middle = statistics.median(middles)
     word = judge(middle)
     if word is None:
@@ -130,7 +130,7 @@ def times(share: float) -> str:
 
 
 def _shares(norms: Norms, name: str) -> list[float]:
-    pairs = [(found.get(name, math.nan), found.get("ce", math.nan)) for _, found in norms]
+    pairs = [(terms.get(name, math.nan), terms.get("ce", math.nan)) for _, terms in norms]
     return [norm / ce for norm, ce in pairs if ce > 0 and math.isfinite(norm) and math.isfinite(ce)]
 
 
@@ -158,14 +158,16 @@ def _log_place(share: float) -> float:
     return 100 * math.log(held / _LOWEST) / math.log(_HIGHEST / _LOWEST)
 
 
-def _line(one: Training, points: Sequence[tuple[int, float]], factor: float = 1.0) -> Line:
-    style = f"{row_class(one.place, one.row)} of-{one.place}" + (" dashed" if one.place >= 8 else "")
-    return Line(one.name, style, [(step, factor * value) for step, value in points])
+def _line(training: Training, points: Sequence[tuple[int, float]], factor: float = 1.0) -> Line:
+    style = f"{row_class(training.place, training.row)} of-{training.place}" + (
+        " dashed" if training.place >= 8 else ""
+    )
+    return Line(training.name, style, [(step, factor * value) for step, value in points])
 
 
 def _legend(trainings: Sequence[Training]) -> Html:
     """A switch for each row: with the script they hide its lines."""
-    seen = {one.place: one.row for one in trainings}
+    seen = {training.place: training.row for training in trainings}
     switches = [
         tag("label", tag("input", type="checkbox", checked=True, data_place=place), swatch(place, row), row.name)
         for place, row in seen.items()

@@ -84,7 +84,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the implementation made of a point.
+    """The result of the implementation at a point.
 
     Attributes:
         loss_error: |loss - oracle's|.
@@ -141,7 +141,7 @@ def check(settings: CheckSettings, progress: Callable[[int, int], None] | None =
 
 
 def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Per value of every factor: the worst errors by dtype, how many points there were and how many missed a bound."""
+    """A row per value of every factor: the worst errors by dtype, the points and how many missed a bound."""
     rows = []
     for factor in FACTORS:
         for value in dict.fromkeys(getattr(one.point, factor) for one in judged):
@@ -169,9 +169,9 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
     arguments = drawn.arguments(device)
     scale = 2.0 ** round(math.log2(BATCH * size[0] * size[1]))
 
-    def run(logits: Tensor, chosen: str) -> tuple[float, Tensor]:
+    def run(logits: Tensor, implementation: str) -> tuple[float, Tensor]:
         leaf = logits.detach().requires_grad_()
-        loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=chosen).loss
+        loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=implementation).loss
         gradient = torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
         return loss.item(), gradient.double() / scale
 

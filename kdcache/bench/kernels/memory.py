@@ -58,7 +58,7 @@ def peak_in_process(step: Callable[[], Any]) -> float:
 def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> float:
     """Return `peak_in_process` of a contestant, in a process of its own.
 
-    Raises: UnavailableError with one line that says why there is no figure.
+    Raises: UnavailableError with one line on why there is no figure.
     """
     request = json.dumps({"name": name, "case": asdict(case), "impl": impl, "threads": threads})
     path = os.pathsep.join(entry for entry in sys.path if entry)
@@ -79,7 +79,7 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
 
 
 def available_bytes() -> int | None:
-    """What the system could still give to a process; None where it does not say."""
+    """Bytes that the system could still give to a process; None where that is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

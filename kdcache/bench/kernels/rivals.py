@@ -45,7 +45,7 @@ LIGER_MODULES = {
 
 
 class UnavailableError(Exception):
-    """A rival cannot run here; the message is the one line that says why."""
+    """A rival cannot run here; the message is one line with the reason."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
 
 
 def resolved(impl: str, device: torch.device) -> str:
-    """What "auto" stands for on a device. Raises: ValueRangeError for an implementation that it cannot run."""
+    """The implementation that "auto" stands for on a device. Raises: ValueRangeError for one that it cannot run."""
     return choose_implementation(impl, device, torch.float32)
 
 

@@ -1,7 +1,7 @@
 """What a GPU allows: ceilings measured in the same run, and the least work of a case.
 
 Three floors for our kernel, after the mathematics of its fast path; a fraction is floor / measured median, and the
-largest one says what binds:
+largest one shows what binds:
 
 - bytes: logits, target and labels read once, the gradient written once, over the speed of a copy.
 - sfu: exponentials over the speed of an exp2 loop. Inside a cell of stride s the logits are bilinear, so 4 exponentials

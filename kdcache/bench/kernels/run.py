@@ -23,7 +23,7 @@ from kdcache.metrics.oom import is_out_of_memory
 Note = Callable[[str], None]
 OUT_OF_MEMORY = "out of memory"
 PEAK_BYTES = {"eager": 32, "chunked": 32, "compile": 16, "compile-max-autotune": 16}
-"""Per class-pixel, rounded up; on a CPU, using more than there is ends the process instead of raising."""
+"""Bytes per class-pixel, rounded up; on a CPU, using more than there is ends the process instead of raising."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Settings:
     """What to measure; every combination is a case.
 
     Attributes:
-        impl: of `kdcache_kernels.distill_loss`.
+        impl: implementation of `kdcache_kernels.distill_loss`.
         against: names of RIVALS.
         kept: classes of the target; None as a store would (all up to 32, else 8).
         repeats: samples per contestant; None is 100 on CUDA and 15 on the CPU.
@@ -132,16 +132,16 @@ def _measure_case(case: Case, settings: Settings, ceilings: Ceilings | None, not
     names = (OURS, *(name for name in settings.against if name != OURS))
     assert set(names[1:]) <= set(RIVALS)
     if settings.device.type == "cuda":
-        found = [_on_cuda(name, case, inputs, settings, note) for name in names]
+        measured = [_on_cuda(name, case, inputs, settings, note) for name in names]
     else:
-        found = _on_cpu(names, case, inputs, settings, note)
-    for one in found:
-        if ceilings is not None and one.time is not None:
-            if one.name == OURS:
-                one.floors = roofline.fractions(roofline.least_work(case), ceilings, one.time.p50)
-            elif (share := roofline.rival_fraction(one.name, case, ceilings, one.time.p50)) is not None:
-                one.floors = {"bytes": share}
-    return Row(case, found[0], found[1:])
+        measured = _on_cpu(names, case, inputs, settings, note)
+    for contestant in measured:
+        if ceilings is not None and contestant.time is not None:
+            if contestant.name == OURS:
+                contestant.floors = roofline.fractions(roofline.least_work(case), ceilings, contestant.time.p50)
+            elif (share := roofline.rival_fraction(contestant.name, case, ceilings, contestant.time.p50)) is not None:
+                contestant.floors = {"bytes": share}
+    return Row(case, measured[0], measured[1:])
 
 
 def _on_cuda(name: str, case: Case, inputs: Inputs, settings: Settings, note: Note) -> Measured:
@@ -171,27 +171,27 @@ def _on_cuda(name: str, case: Case, inputs: Inputs, settings: Settings, note: No
 def _on_cpu(names: Sequence[str], case: Case, inputs: Inputs, settings: Settings, note: Note) -> list[Measured]:
     """All contestants in turn, then the weighing."""
     repeats = settings.repeats or timing.default_repeats(settings.device)
-    found = {name: Measured(name, name) for name in names}
+    measured = {name: Measured(name, name) for name in names}
     ready: dict[str, Contestant] = {}
 
     def get_ready(name: str) -> None:
         _check_room(name, case)
         ready[name] = _ready(name, case, inputs, settings, note)
-        found[name].title = ready[name].title
+        measured[name].title = ready[name].title
 
     for name in names:
-        found[name].problem = _attempt(name, partial(get_ready, name)) or ""
+        measured[name].problem = _attempt(name, partial(get_ready, name)) or ""
     note(f"{case}: {repeats} repeats of {', '.join(ready)} in turn")
-    for name, spread in timing.in_turn({name: one.step for name, one in ready.items()}, repeats).items():
-        found[name].time = spread
+    for name, spread in timing.in_turn({name: contestant.step for name, contestant in ready.items()}, repeats).items():
+        measured[name].time = spread
     threads = torch.get_num_threads()
     for name in ready if settings.weigh else ():
-        note(f"{case}: {found[name].title}: memory, in a process of its own")
+        note(f"{case}: {measured[name].title}: memory, in a process of its own")
         try:
-            found[name].peak_mib = memory.peak_in_fresh_process(name, case, settings.impl, threads)
+            measured[name].peak_mib = memory.peak_in_fresh_process(name, case, settings.impl, threads)
         except UnavailableError as error:
-            found[name].problem = str(error)
-    return list(found.values())
+            measured[name].problem = str(error)
+    return list(measured.values())
 
 
 def _ready(name: str, case: Case, inputs: Inputs, settings: Settings, note: Note) -> Contestant:
@@ -238,5 +238,5 @@ def _ratio(theirs: float | None, mine: float | None) -> float | None:
     return theirs / mine if theirs is not None and mine else None
 
 
-def _plain(one: Measured) -> dict[str, Any]:
-    return {key: value for key, value in asdict(one).items() if value not in (None, "", {})}
+def _plain(measured: Measured) -> dict[str, Any]:
+    return {key: value for key, value in asdict(measured).items() if value not in (None, "", {})}

@@ -74,8 +74,8 @@ def _shapes(*texts: str) -> tuple[Shape, ...]:
 
 
 def _parse(text: str) -> Shape:
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)/(\d+)", text.strip().lower())
-    numbers = [int(group) for group in found.groups()] if found else []
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)/(\d+)", text.strip().lower())
+    numbers = [int(group) for group in match.groups()] if match else []
     if not numbers or min(numbers) < 1:
         near = difflib.get_close_matches(text, PRESETS, n=1)
         raise RecipeError(
@@ -111,21 +111,21 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     Raises: RecipeError naming the part that is neither.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    found = [shape for part in parts for shape in (PRESETS.get(part) or (_parse(part),))]
-    return tuple(dict.fromkeys(found or [_parse(text)]))
+    shapes = [shape for part in parts for shape in (PRESETS.get(part) or (_parse(part),))]
+    return tuple(dict.fromkeys(shapes or [_parse(text)]))
 
 
-def parse_names(text: str, flag: str, known: Collection[str]) -> tuple[str, ...]:
+def parse_names(text: str, flag: str, allowed: Collection[str]) -> tuple[str, ...]:
     """Parse a comma list of names.
 
     Raises: RecipeError naming the flag and the nearest known name.
     """
     names = [part.strip().lower() for part in text.split(",") if part.strip()]
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
             raise RecipeError(
-                f"{flag} lists some of {', '.join(known)}",
+                f"{flag} lists some of {', '.join(allowed)}",
                 received=repr(name),
                 remedy=f"did you mean {near[0]!r}?" if near else f"leave out {name!r}",
             )
@@ -144,7 +144,7 @@ class Case:
 
     @property
     def k(self) -> int:
-        """Classes that the target keeps: as a store would by default unless `kept` says otherwise."""
+        """Classes that the target keeps: `kept`, or a store's default for None."""
         C = self.shape.num_classes
         if self.kept is None:
             return C if C <= MOST_DENSE else KEPT

@@ -12,7 +12,7 @@
 | files | `torch.load` of a file per sample, as frameworks that cache teacher outputs write them |
 
 All read the same records in the same order from a warm page cache. Before one is timed, every record that it gives
-must have the bytes that zarr-python reads. Which pipeline it uses stands here, whatever its configuration says.
+must have the bytes that zarr-python reads. Which pipeline it uses stands here, whatever its configuration.
 """
 
 import struct
@@ -82,22 +82,25 @@ def open_source(cache: Cache, records: int, folder: Path, seed: int = 0) -> Sour
             remedy="use smaller --records",
         )
     for record in set(order):
-        cache.read(record, paths)  # a damaged store is told of in our words
+        cache.read(record, paths)  # a damaged store gets our own message
     arrays = [_open_zarr(cache.path / path) for path in paths]
     rows = {record: tuple(np.ascontiguousarray(array[record]) for array in arrays) for record in set(order)}
     return Source(cache, paths, order, rows, folder)
 
 
 def verify(name: str, read: Reader, source: Source) -> None:
-    """Every record is what zarr-python reads. Raises StoreError: a benchmark must not time the wrong thing."""
+    """Check that a reader returns what zarr-python reads.
+
+    Raises: StoreError for other values: a benchmark must not time the wrong thing.
+    """
     for record in source.order:
-        for path, given, wanted in zip(source.paths, read(record), source.rows[record], strict=True):
-            same = given.shape == wanted.shape and given.dtype == wanted.dtype
-            if not same or given.tobytes() != wanted.tobytes():
+        for path, array, expected in zip(source.paths, read(record), source.rows[record], strict=True):
+            same = array.shape == expected.shape and array.dtype == expected.dtype
+            if not same or array.tobytes() != expected.tobytes():
                 raise StoreError(
                     "readers are timed when they read the same bytes",
-                    received=f"{name} reads record {record} of {path} as {given.dtype} {given.shape} "
-                    + ("with other bytes than" if same else f"in place of the {wanted.dtype} {wanted.shape} of")
+                    received=f"{name} reads record {record} of {path} as {array.dtype} {array.shape} "
+                    + ("with other bytes than" if same else f"in place of the {expected.dtype} {expected.shape} of")
                     + " zarr-python",
                     remedy="run kdcache verify on the store; if it is sound, report this",
                 )
@@ -162,7 +165,7 @@ def _direct(source: Source) -> Reader:
 
 
 def _open_zarr(path: Path, pipeline: str = "zarr.core.codec_pipeline.BatchedCodecPipeline") -> Any:
-    """The array keeps the pipeline of codecs that it was opened with; one that cannot decode it says so."""
+    """The array keeps the pipeline of codecs that it was opened with; one that cannot decode it raises."""
     with zarr.config.set({"codec_pipeline.path": pipeline, "codec_pipeline.strict": True}):
         return zarr.open_array(path, mode="r")
 

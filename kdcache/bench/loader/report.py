@@ -22,7 +22,7 @@ class Settings:
     Attributes:
         against: names of READERS and LOADERS.
         records: that a reader reads, and about as many samples that a loader loads, per turn.
-        workers: processes of the DataLoader. threads: of the ring.
+        workers: processes of the DataLoader. threads: threads of the ring.
         repeats: turns of each.
         augments: of the loaders, each measured on its own.
         steps: training steps per contestant, over all turns; 0 for none.
@@ -63,8 +63,8 @@ class Table:
 
     Attributes:
         kind: readers, loaders or steps.
-        against: whom the others are compared with.
-        augment: of the samples.
+        against: contestants that the others are compared with.
+        augment: augmentation of the samples.
     """
 
     kind: str
@@ -72,16 +72,16 @@ class Table:
     rows: tuple[Measured, ...]
     augment: str = "none"
 
-    def ratios(self, one: Measured) -> dict[str, float | None]:
-        """By the median times: how many times as fast as each of `against`; of steps, how many times as slow."""
-        paces = {row.name: row.pace for row in self.rows}
-        found = {}
+    def ratios(self, row: Measured) -> dict[str, float | None]:
+        """Speed-ups over each of `against` by the median times; of steps, slow-downs. None for unknown ones."""
+        paces = {other.name: other.pace for other in self.rows}
+        ratios = {}
         for name in self.against:
-            other, mine = paces.get(name), one.pace
-            known = other is not None and mine is not None
-            fast = other.time.p50 / mine.time.p50 if known else None  # type: ignore[union-attr]
-            found[name] = 1 / fast if fast and self.kind == "steps" else fast
-        return found
+            other, mine = paces.get(name), row.pace
+            both = other is not None and mine is not None
+            fast = other.time.p50 / mine.time.p50 if both else None  # type: ignore[union-attr]
+            ratios[name] = 1 / fast if fast and self.kind == "steps" else fast
+        return ratios
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers: milliseconds per sample (per step), MiB."""
@@ -116,4 +116,4 @@ class Report:
 def _versions() -> dict[str, str]:
     """Versions of the libraries that readers compete with, where they are installed."""
     installed = {name: list(metadata.distributions(name=name)) for name in ("tensorstore", "zarr", "zarrs")}
-    return {name: found[0].version for name, found in installed.items() if found}
+    return {name: distributions[0].version for name, distributions in installed.items() if distributions}

@@ -29,7 +29,7 @@ from kdcache.train.input.resident_records import decoded_bytes
 
 Note = Callable[[str], None]
 LEAST_BATCHES = 4
-"""Of a turn of a loader, however few records were asked for."""
+"""Smallest number of batches in a turn of a loader, whatever --records is."""
 WEIGHED_BATCHES = 8
 WARM_UP_RECORDS = 32
 LEAST_TURN_S = 0.1
@@ -53,7 +53,7 @@ def measure(source: Cache | Records, settings: Settings, note: Note = lambda tex
         note("resident: left out, the decoded records are more than half of what is free")
         loaders = [name for name in loaders if name not in ("resident", "default")]
     fed_by = [name for name in FED_BY if name in loaders and settings.steps]
-    # What may be wrong with the input is told before anything is measured.
+    # Wrong input is refused before anything is measured.
     dataset = partial(_dataset, records=records)
     for augment in settings.augments if loaders else ():
         dataset(CacheDataset, augment=augment)

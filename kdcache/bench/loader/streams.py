@@ -139,13 +139,16 @@ class Stream:
             self.take()
 
     def verify(self, draws: Draws) -> None:
-        """The next batches are those of `draws`. Raises StoreError: a benchmark must not time the wrong thing."""
+        """Check that the next batches are those of `draws`.
+
+        Raises: StoreError for other batches: a benchmark must not time the wrong thing.
+        """
         for _ in range(CHECKED):
             step = self._step
-            given = [part.cpu() for part in tensors_of(self.take())]
-            wanted = tensors_of(reference_batch(draws, step, self._batch_size))
+            drawn = [part.cpu() for part in tensors_of(self.take())]
+            expected = tensors_of(reference_batch(draws, step, self._batch_size))
             if not all(
-                a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(given, wanted, strict=True)
+                a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(drawn, expected, strict=True)
             ):
                 raise StoreError(
                     "loaders are timed when they give the same batches",
@@ -168,7 +171,7 @@ def open_and_weigh(make: Callable[[], Stream], batches: int) -> tuple[Stream, fl
     """Open a stream and take some batches: by how many MiB that raised the peak of the resident set.
 
     Its worker processes count with their proportional share of memory after the last batch, most of which are the
-    libraries that each of them loads. None where the system does not say.
+    libraries that each of them loads. None where the system does not report it.
     """
     opened: list[Stream] = []
 
@@ -191,7 +194,7 @@ def open_and_weigh(make: Callable[[], Stream], batches: int) -> tuple[Stream, fl
 
 
 def _share_mib(process: int) -> float:
-    """Of memory that processes share, each has its part."""
+    """The share of this process in memory, in MiB; shared pages count in equal parts."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii", errors="replace").splitlines()
     return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / _KIB
 

@@ -43,7 +43,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Pace:
-    """Milliseconds per sample, a value per turn: by the clock, and of CPU (None where the system does not say)."""
+    """Milliseconds per sample, a value per turn: by the clock, and of CPU (None where that is unknown)."""
 
     time: Spread
     cpu: Spread | None
