@@ -1,4 +1,4 @@
-"""What train-teacher and train-student share: where a run goes, and the training on the terminal."""
+"""The shared part of train-teacher and train-student: the run folder, and the training on the terminal."""
 
 from pathlib import Path
 from typing import Annotated, Any

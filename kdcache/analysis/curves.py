@@ -23,7 +23,7 @@ class Curves:
 
     Attributes:
         losses: the total (`loss`) and its parts, but those that are always 0.
-        scores: of validations, fractions.
+        scores: scores of validations, fractions.
         speed: images per second between two lines of the log.
         waiting: share of that time spent waiting for data.
     """

@@ -18,7 +18,7 @@ class Entry:
     """A member of a comparison: a run, or a model by `SPEC@FILE`, which has no run.
 
     Attributes:
-        text: as the user named it, or its path below the folder that the user named.
+        text: its name as the user wrote it, or its path below the folder that the user named.
         settings: the run's recipe, keyed as the flags without their dashes; {} where there is none.
     """
 

@@ -194,16 +194,16 @@ def _interval(mean: float, error: float, freedom: float) -> Interval:
     return Interval(mean, t_quantile(freedom) * error, two_sided_p(mean / error, freedom))
 
 
-def _welch(one: Spread, two: Spread) -> Interval:
+def _welch(ours: Spread, theirs: Spread) -> Interval:
     """Difference of the means of independent rows of other variances. Source: Welch 1947."""
-    mean, least = one.mean - two.mean, min(one.runs, two.runs)
+    mean, least = ours.mean - theirs.mean, min(ours.runs, theirs.runs)
     if least < 2:
         return Interval(mean, math.nan, math.nan)
-    first, second = (row.std**2 / row.runs for row in (one, two))
+    first, second = (row.std**2 / row.runs for row in (ours, theirs))
     total = first + second
     if total == 0:
         return _interval(mean, 0.0, 1)
-    freedom = total**2 / (first**2 / (one.runs - 1) + second**2 / (two.runs - 1))
+    freedom = total**2 / (first**2 / (ours.runs - 1) + second**2 / (theirs.runs - 1))
     return _interval(mean, math.sqrt(total), freedom)
 
 

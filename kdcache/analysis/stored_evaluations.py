@@ -188,7 +188,7 @@ def keep(record: Record, folder: Path, run: str, metrics: Metrics, *, own_size: 
     """Write an evaluation into a folder, whole or not at all, over the last of its kind; a note if that cannot be.
 
     Args:
-        run: as the user named it.
+        run: its name as the user wrote it.
     """
     path = folder / f"{file_name(record, folder, run, own_size=own_size)}.json"
     try:

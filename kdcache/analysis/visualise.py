@@ -36,7 +36,7 @@ SIDE_BEST, SIDE_WORST = 2, 1
 
 @dataclass(frozen=True)
 class VisualiseOptions:
-    """What is drawn.
+    """The choice of pictures.
 
     Attributes:
         best, worst: images per run, by mIoU or by the IoU of `class_name`.

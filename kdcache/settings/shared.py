@@ -39,7 +39,7 @@ class ImageSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSettings:
-    """What a verb takes of the machine."""
+    """Device and CPU threads of a verb."""
 
     threads: Annotated[int, Ge(0), Setting("CPU threads; 0 lets torch choose.")] = 0
     device: Annotated[str, Setting("auto, cpu or cuda.")] = "auto"
@@ -47,7 +47,7 @@ class MachineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CopySettings:
-    """Where copies of a remote store's shards are kept, and how much room they take."""
+    """The folder for copies of a remote store's shards, and its room in bytes."""
 
     cache_dir: Annotated[
         str | None,

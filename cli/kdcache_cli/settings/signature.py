@@ -99,7 +99,7 @@ def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str
 
 
 def _type(entry: Entry) -> Any:
-    """What Typer itself checks: numbers and switches. Choices and spelled values are text to it."""
+    """The type that Typer checks: numbers and switches. Choices and spelled values are text to it."""
     kind = entry.type
     if entry.setting.repeated:
         kind = list[str]

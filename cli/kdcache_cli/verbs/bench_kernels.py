@@ -131,15 +131,17 @@ def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path
         task = bar.add_task("checking", total=None, note="")
         judged = check(settings, lambda done, total: bar.update(task, completed=done, total=total))
     rows = summary(judged)
-    missed = [one for one in judged if not one.passed]
+    missed = [result for result in judged if not result.passed]
     OUT.print(_accuracy_table(rows, dtypes))
     name = resolved(impl, device)
     OUT.print(
         f"{escape(name)} on {device.type}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False
     )
-    for one in sorted(missed, key=lambda one: -max(one.loss_share, one.gradient_share))[:MISSES_SHOWN]:
-        OUT.print(f"  {_miss(one)}", markup=False, highlight=False, soft_wrap=True)
-    _write(json_file, "kernel accuracy", {"impl": name, "summary": rows, "rows": [one.to_json() for one in judged]})
+    for result in sorted(missed, key=lambda result: -max(result.loss_share, result.gradient_share))[:MISSES_SHOWN]:
+        OUT.print(f"  {_miss(result)}", markup=False, highlight=False, soft_wrap=True)
+    _write(
+        json_file, "kernel accuracy", {"impl": name, "summary": rows, "rows": [result.to_json() for result in judged]}
+    )
     return len(missed)
 
 
@@ -151,26 +153,37 @@ def _print_row(row: "Row", cuda: bool) -> None:
     table.title_justify = "left"
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in (row.ours, *row.rivals):
-        if one.time is not None:
-            table.add_row(*_cells(row, one, one.time, cuda), style="bold" if one is row.ours else None)
+    for contestant in (row.ours, *row.rivals):
+        if contestant.time is not None:
+            table.add_row(
+                *_cells(row, contestant, contestant.time, cuda), style="bold" if contestant is row.ours else None
+            )
     OUT.print(table)
-    for one in (row.ours, *row.rivals):
-        if one.floors:
-            shares = ", ".join(f"{100 * share:.0f} % of the {floor} floor" for floor, share in one.floors.items())
-            OUT.print(f"  {one.title}: {shares}", markup=False, highlight=False, soft_wrap=True)
-        if one.problem:
-            OUT.print(f"  {one.title}: {one.problem}", markup=False, highlight=False, soft_wrap=True)
+    for contestant in (row.ours, *row.rivals):
+        if contestant.floors:
+            shares = ", ".join(
+                f"{100 * share:.0f} % of the {floor} floor" for floor, share in contestant.floors.items()
+            )
+            OUT.print(f"  {contestant.title}: {shares}", markup=False, highlight=False, soft_wrap=True)
+        if contestant.problem:
+            OUT.print(f"  {contestant.title}: {contestant.problem}", markup=False, highlight=False, soft_wrap=True)
     OUT.print()
 
 
-def _cells(row: "Row", one: "Measured", time: "Spread", cuda: bool) -> list[str]:
-    ratios = row.ratios(one)
+def _cells(row: "Row", contestant: "Measured", time: "Spread", cuda: bool) -> list[str]:
+    ratios = row.ratios(contestant)
     spread = f"{_number(time.p20)} to {_number(time.p80)}"
-    cells = [one.title, _number(time.best), _number(time.p50), spread, _times(ratios["best"]), _times(ratios["median"])]
+    cells = [
+        contestant.title,
+        _number(time.best),
+        _number(time.p50),
+        spread,
+        _times(ratios["best"]),
+        _times(ratios["median"]),
+    ]
     if cuda:
-        cells += [_number(one.graph.p50 if one.graph else None), _times(ratios["graph"])]
-    return [*cells, _number(one.peak_mib), _times(ratios["memory"])]
+        cells += [_number(contestant.graph.p50 if contestant.graph else None), _times(ratios["graph"])]
+    return [*cells, _number(contestant.peak_mib), _times(ratios["memory"])]
 
 
 def _ceilings(ceilings: "Ceilings") -> str:
@@ -181,7 +194,7 @@ def _ceilings(ceilings: "Ceilings") -> str:
 
 
 def _accuracy_table(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> Table:
-    """Per value of a factor and dtype: the worst loss error as a share of its bound, the worst gradient error."""
+    """A row per value of a factor: worst loss error as a share of its bound, worst gradient error, by dtype."""
     from kdcache.bench.kernels import GRADIENT_BOUND
 
     table = Table("", "points", "missed", box=None, header_style="dim")
@@ -201,9 +214,9 @@ def _accuracy_table(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> Tabl
     return table
 
 
-def _miss(one: "Judged") -> str:
-    point = " ".join(f"{name}={value}" for name, value in vars(one.point).items())
-    return f"{point}: loss {one.loss_error:.1e} of {one.loss_bound:.1e}, gradient {one.gradient_error:.1e}"
+def _miss(result: "Judged") -> str:
+    point = " ".join(f"{name}={value}" for name, value in vars(result.point).items())
+    return f"{point}: loss {result.loss_error:.1e} of {result.loss_bound:.1e}, gradient {result.gradient_error:.1e}"
 
 
 def _write(path: Path | None, theme: str, content: dict[str, Any]) -> None:

@@ -130,9 +130,9 @@ def _print(report: "Report") -> None:
     for table in report.tables:
         OUT.print()
         OUT.print(_table(table, report))
-        for one in table.rows:
-            if one.problem:
-                OUT.print(f"  {one.title}: {one.problem}", highlight=False, soft_wrap=True, markup=False)
+        for row in table.rows:
+            if row.problem:
+                OUT.print(f"  {row.title}: {row.problem}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _table(turns: "Turns", report: "Report") -> Table:
@@ -149,15 +149,15 @@ def _table(turns: "Turns", report: "Report") -> Table:
         column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in turns.rows:
-        if one.pace is not None:
-            ours = one.name in ("direct", "ring")
-            table.add_row(*_cells(turns, one), style="bold" if ours else None)
+    for row in turns.rows:
+        if row.pace is not None:
+            ours = row.name in ("direct", "ring")
+            table.add_row(*_cells(turns, row), style="bold" if ours else None)
     return table
 
 
-def _cells(turns: "Turns", one: "Measured") -> list[str]:
-    pace = one.pace
+def _cells(turns: "Turns", row: "Measured") -> list[str]:
+    pace = row.pace
     assert pace is not None
     slow, fast = pace.time.p80, pace.time.p20
     if turns.kind == "steps":
@@ -165,9 +165,9 @@ def _cells(turns: "Turns", one: "Measured") -> list[str]:
         cells = [_number(pace.time.p50), f"{_number(fast)} to {_number(slow)}", _number(cpu)]
     else:
         cells = [_number(pace.per_second), f"{_number(1e3 / slow)} to {_number(1e3 / fast)}", _number(pace.cpu_us)]
-    ratios = [MISSING if ratio is None else f"{_ratio(ratio)}x" for ratio in turns.ratios(one).values()]
-    peak = [_number(one.peak_mib)] if turns.kind == "loaders" else []
-    return [one.title, *cells, *ratios, *peak]
+    ratios = [MISSING if ratio is None else f"{_ratio(ratio)}x" for ratio in turns.ratios(row).values()]
+    peak = [_number(row.peak_mib)] if turns.kind == "loaders" else []
+    return [row.title, *cells, *ratios, *peak]
 
 
 def _write(path: Path | None, report: "Report") -> None:

@@ -90,5 +90,5 @@ def report(
 
 
 def _command() -> str | None:
-    """What was typed; None where another program calls the verb."""
+    """The command as typed; None where another program calls the verb."""
     return shlex.join(["kdcache", *sys.argv[1:]]) if sys.argv[1:2] == ["report"] else None

@@ -21,8 +21,8 @@ class TeacherAudit:
     Attributes:
         ece: expected calibration error; NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
-        sure, right: of each class, the mean confidence and the share that is right of the pixels predicted as it.
-        confused: (label, said, share of the label's pixels, pixels), the largest share first.
+        sure, right: mean confidence of the pixels predicted as each class, and the share of them that is right.
+        confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
         kept: (threshold, share of pixels, share of these that is right) of pseudo labels.
     """
 
@@ -72,7 +72,7 @@ def show_audit(audit: TeacherAudit) -> list[Html | None]:
     labelled = f"{audit.labelled} labelled images of {audit.images}"
     head = tag("h3", f"The audit of what it teaches: {labelled} of the store")
     if not audit.bins:
-        return [head, tag("p", "The store has no labels, so nothing says how often it is right.")]
+        return [head, tag("p", "The store has no labels, so it is not known how often it is right.")]
     surer = (
         math.isfinite(audit.ece) and sum(share * (sure - right) for _, _, share, sure, right in audit.bins if share) > 0
     )
@@ -168,7 +168,7 @@ def _classes(audit: TeacherAudit) -> Html:
     for name, sure, right in sorted(zip(audit.class_names, audit.sure, audit.right, strict=True), key=_surest):
         gap = "-" if math.isnan(sure - right) else f"{100 * (sure - right):+.1f}".replace("-", "\N{MINUS SIGN}")
         rows.append((name, percent(sure), percent(right), gap))
-    return simple_table("Of pixels that it says to be of a class", ("class", "sure %", "right %", "too sure by"), rows)
+    return simple_table("Pixels that it predicts as each class", ("class", "sure %", "right %", "too sure by"), rows)
 
 
 def _surest(row: tuple[str, float, float]) -> float:
@@ -177,8 +177,8 @@ def _surest(row: tuple[str, float, float]) -> float:
 
 
 def _confused(audit: TeacherAudit) -> Html:
-    rows = [(label, said, percent(share), f"{pixels:,}") for label, said, share, pixels in audit.confused]
-    return simple_table("What it confuses most", ("label", "said to be", "% of the label", "pixels"), rows, "words")
+    rows = [(label, predicted, percent(share), f"{pixels:,}") for label, predicted, share, pixels in audit.confused]
+    return simple_table("What it confuses most", ("label", "predicted", "% of the label", "pixels"), rows, "words")
 
 
 def _kept(audit: TeacherAudit) -> Html:

@@ -20,10 +20,10 @@ SAMPLES = 3
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What is compared, and what the page shows besides.
+    """The comparison and the other contents of a page.
 
     Attributes:
-        title: of the page; None makes one of the data's name.
+        title: title of the page; None makes one of the data's name.
         samples: best and worst images; 0 shows none.
         audit: `report.json` of a teacher's audit (inspect --teacher-report).
         pictures: a folder of pictures that the page mentions.

@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True)
 class _Frame:
-    """From values to coordinates."""
+    """Coordinates of values in a chart."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -46,8 +46,8 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", d
     """A chart of some lines, with their values in its attributes for whoever points at them.
 
     Args:
-        unit: of the values, written at the axis and behind read values.
-        digits: of read values.
+        unit: unit of the values, written at the axis and behind read values.
+        digits: digits of read values.
     """
     drawn = [Line(line.name, line.style, thin(line.points)) for line in lines if line.points]
     if not drawn:
@@ -128,7 +128,7 @@ def _rounded(value: float) -> float:
 
 
 def _alternative(title: str, lines: Sequence[Line], unit: str, digits: int) -> str:
-    """For those who do not see it: where each line ends."""
+    """A text alternative: the last value of each line."""
     ends = [f"{line.name} {line.points[-1][1]:.{digits}f}{f' {unit}' if unit else ''}" for line in lines]
     return f"{title}: at the end {', '.join(ends[:12])}{', ...' if len(ends) > 12 else ''}"
 

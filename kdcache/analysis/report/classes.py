@@ -86,8 +86,8 @@ def _bar(row: Row, place: int, colour: tuple[int, int, int], marks: list[float],
         track = tag("span", fill, *lines, class_="bar-track", aria_hidden="true")
     shown = percent(value)
     gap = row.class_differences[place] if row.class_differences else None
-    said = tag("span", tag("strong", shown) if best else shown, class_="value")
-    return tag("div", tag("span", row.name, class_="name", title=row.name), track, said, _gap(gap), class_="bar-line")
+    figure = tag("span", tag("strong", shown) if best else shown, class_="value")
+    return tag("div", tag("span", row.name, class_="name", title=row.name), track, figure, _gap(gap), class_="bar-line")
 
 
 def _gap(difference: Difference | None) -> Html:
@@ -102,9 +102,9 @@ def _gap(difference: Difference | None) -> Html:
 
 def _teacher_line(row: Row, place: int) -> Html:
     name = tag("span", row.name, class_="name")
-    said = tag("span", percent(row.iou[place].mean), class_="value")
+    figure = tag("span", percent(row.iou[place].mean), class_="value")
     return tag(
-        "div", name, tag("span", class_="rule"), said, tag("span", class_="delta"), class_="bar-line teacher-line"
+        "div", name, tag("span", class_="rule"), figure, tag("span", class_="delta"), class_="bar-line teacher-line"
     )
 
 

@@ -49,12 +49,12 @@ def paragraphs(texts: Iterable[str], class_: str | None = None) -> Html:
 def section(name: str, title: str, *children: Child, lead: Child = None) -> Html:
     """A part of the page that the contents lead to."""
     head = tag("h2", title, id=f"{name}-title")
-    about = None if not lead else tag("p", lead, class_="lead")
-    return tag("section", head, about, *children, id=name, aria_labelledby=f"{name}-title")
+    introduction = None if not lead else tag("p", lead, class_="lead")
+    return tag("section", head, introduction, *children, id=name, aria_labelledby=f"{name}-title")
 
 
 def scroll_box(label: str, child: Html) -> Html:
-    """What may be wider than the page scrolls in its own box, by keyboard too."""
+    """A box that scrolls by itself, by keyboard too, for contents wider than the page."""
     return tag("div", child, class_="scroll", role="region", aria_label=label, tabindex="0")
 
 
@@ -85,7 +85,7 @@ def data_uri(kind: str, content: bytes) -> str:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """For attributes of drawings: few digits, and no exponent."""
+    """A number as text for attributes of drawings: few digits, and no exponent."""
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") if math.isfinite(value) else "0"
 
 
@@ -94,8 +94,8 @@ def points(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _attributes(given: Mapping[str, Attribute]) -> Iterable[str]:
-    for name, value in given.items():
+def _attributes(attributes: Mapping[str, Attribute]) -> Iterable[str]:
+    for name, value in attributes.items():
         if value is None or value is False:
             continue
         key = name.rstrip("_").replace("_", "-")

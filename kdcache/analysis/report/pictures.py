@@ -28,7 +28,7 @@ def pictures(comparison: Comparison, samples: Sequence[Sample], folder: Path | N
     rows = [place for place, _ in enumerate(comparison.rows) if place in {one.place for one in samples[0].said}]
     lead = (
         "The best and the worst images by the mean over all rows, the teacher apart. The mIoU of an image is the mean "
-        "over the classes in its label or in what is said; their mean is not the mIoU of the set."
+        "over the classes in its label or its prediction; their mean is not the mIoU of the set."
     )
     body = tag("div", *(_sample(comparison, sample) for sample in samples), class_="samples")
     none = tag("p", "None of these images has that class.", class_="empty", id="no-sample", hidden=True)
@@ -37,7 +37,7 @@ def pictures(comparison: Comparison, samples: Sequence[Sample], folder: Path | N
 
 
 def _tools(comparison: Comparison, rows: Sequence[int]) -> list[Html]:
-    """What lies on either side of the line."""
+    """The controls for the two sides of the line."""
     best = max(measured(comparison), key=lambda row: row.miou.mean, default=None)
     right = next((place for place in rows if comparison.rows[place] is best), rows[0])
     names = [("image", "image"), ("label", "ground truth")]

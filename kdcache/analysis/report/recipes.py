@@ -1,4 +1,4 @@
-"""What was run: the settings of each row, the commands that run it again, versions and machines."""
+"""The runs: the settings of each row, the commands that run it again, versions and machines."""
 
 import json
 import shlex

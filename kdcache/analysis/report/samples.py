@@ -32,8 +32,8 @@ class Said:
     """The prediction of a row's first run for an image; PNGs of its classes, and of where it is wrong.
 
     Attributes:
-        place: of the row in the comparison.
-        miou: of this image; iou: per class, NaN where there is nothing to score.
+        place: place of the row in the comparison.
+        miou: mIoU of this image; iou: per class, NaN where there is nothing to score.
     """
 
     place: int
@@ -71,8 +71,8 @@ def choose_samples(
     """The best and the worst images by the mean of all rows; then one each for classes that these do not show.
 
     Args:
-        split: that of the comparison; with own folds the images are of the fold that the first run left out.
-        count: of the best, of the worst, and at most of the others.
+        split: split of the comparison; with own folds the images are of the fold that the first run left out.
+        count: images among the best, among the worst, and at most among the others.
     """
     first_runs = _first_runs(comparison, runs)
     fold = next((run.fold for row, run in first_runs if not row.teacher), None) if comparison.own_fold else None
@@ -124,7 +124,7 @@ def encode_wrong(label_HW: Array, predicted_HW: Array, size: tuple[int, int]) ->
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
-    """At most 640 pixels at the longer side; never enlarged."""
+    """The size (H, W) of a picture: at most 640 pixels at the longer side, never enlarged."""
     factor = min(1.0, MOST_PIXELS / max(height, width))
     return max(1, round(factor * height)), max(1, round(factor * width))
 
@@ -142,7 +142,7 @@ def _of_fold(row: Row, runs: Sequence[Entry], fold: str) -> Entry | None:
 def _for_classes(
     shown: Shown, split: Split, means: dict[int, float], taken: Sequence[int], most: int
 ) -> list[tuple[int, str]]:
-    """For each class in the label of no image that was taken, the image in whose label it is found best."""
+    """Images for classes that no image so far has in its label: the one with the best IoU for each."""
     images = shown.scores.images
     seen = {place for position in taken for place in _present(split, images[position].number)}
     positions: list[tuple[int, str]] = []

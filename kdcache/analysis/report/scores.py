@@ -76,7 +76,10 @@ def sortable(comparison: Comparison, columns: Sequence[Column], caption: str, cl
     contestants = [row for row in comparison.rows if not row.teacher]
     teachers = [row for row in comparison.rows if row.teacher]
     tops = [_top(column, contestants) for column in columns]
-    head = [_header("row", "settings that tell the rows apart"), *(_header(one.name, one.about) for one in columns)]
+    head = [
+        _header("row", "settings in which the rows differ"),
+        *(_header(column.name, column.about) for column in columns),
+    ]
     numbers = {id(row): place for place, row in enumerate(comparison.rows)}
     bodies = [
         tag("tbody", *(_line(row, numbers[id(row)], columns, tops) for row in rows), class_=name)
@@ -115,8 +118,8 @@ def _columns(comparison: Comparison) -> list[Column]:
         Column("GFLOPs", "of one image, 2 per multiply-add", lambda row: row.cost.flops, _flops),
     ]
     if several:
-        about = "trainings that differ in seed and fold"
-        columns.insert(0, Column("runs", about, lambda row: len(row.runs), lambda row: str(len(row.runs))))
+        explanation = "trainings that differ in seed and fold"
+        columns.insert(0, Column("runs", explanation, lambda row: len(row.runs), lambda row: str(len(row.runs))))
     if timed:
         columns.append(Column("ms", "time of one image", _milliseconds, _latency))
     return columns
@@ -128,8 +131,8 @@ def _top(column: Column, rows: Sequence[Row]) -> float:
     return column.best(values) if column.best is not None and len(set(values)) > 1 else math.nan
 
 
-def _header(name: str, about: str) -> Html:
-    button = tag("button", name, tag("span", class_="arrow", aria_hidden="true"), type="button", title=about)
+def _header(name: str, explanation: str) -> Html:
+    button = tag("button", name, tag("span", class_="arrow", aria_hidden="true"), type="button", title=explanation)
     return tag("th", button, scope="col")
 
 

@@ -69,7 +69,7 @@ def _gaps(rows: Sequence[Row]) -> list[Difference]:
 
 
 def _answer(rows: Sequence[Row]) -> str:
-    """On all rows: that the best of several did well by luck is no answer."""
+    """The answer of all rows: that the best of several did well by luck is none."""
     gaps = [gap for gap in _gaps(rows) if not is_nothing(gap.mean)]
     if not gaps:
         return "No difference."

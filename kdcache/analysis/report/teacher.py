@@ -23,7 +23,7 @@ def teacher(comparison: Comparison, audit: TeacherAudit | None) -> Html | None:
             parts += _weaknesses(comparison, row, rival)
     elif rows:
         parts.append(
-            tag("p", "There is no baseline among the rows, so nothing says where the teacher has little to teach.")
+            tag("p", "There is no baseline among the rows, so it is not known where the teacher has little to teach.")
         )
     if audit is not None:
         parts += show_audit(audit)

@@ -49,7 +49,7 @@ FACTORS = ("stride", "temperature", "num_classes", "window", "values")
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What to check: the whole grid by default, or a part of it."""
+    """The choice of points: the whole grid by default, or a part of it."""
 
     device: torch.device
     impl: str = "auto"
@@ -144,16 +144,18 @@ def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """A row per value of every factor: the worst errors by dtype, the points and how many missed a bound."""
     rows = []
     for factor in FACTORS:
-        for value in dict.fromkeys(getattr(one.point, factor) for one in judged):
-            among = [one for one in judged if getattr(one.point, factor) == value]
+        for value in dict.fromkeys(getattr(result.point, factor) for result in judged):
+            among = [result for result in judged if getattr(result.point, factor) == value]
             by_dtype = {
                 dtype: {
-                    "loss_share": _worst([one.loss_share for one in among if one.point.dtype == dtype]),
-                    "gradient_error": _worst([one.gradient_error for one in among if one.point.dtype == dtype]),
+                    "loss_share": _worst([result.loss_share for result in among if result.point.dtype == dtype]),
+                    "gradient_error": _worst(
+                        [result.gradient_error for result in among if result.point.dtype == dtype]
+                    ),
                 }
-                for dtype in dict.fromkeys(one.point.dtype for one in among)
+                for dtype in dict.fromkeys(result.point.dtype for result in among)
             }
-            missed = sum(not one.passed for one in among)
+            missed = sum(not result.passed for result in among)
             rows.append({"factor": factor, "value": value, "points": len(among), "missed": missed, "worst": by_dtype})
     return rows
 

@@ -146,17 +146,17 @@ def _chunked(case: Case, inputs: Inputs) -> Contestant:
         # Counted once per batch: with equal denominators the images' losses add up to the batch's.
         share_B = inputs.mask.sum((1, 2)) / inputs.mask.sum()
         for image in range(B):
-            one = slice(image, image + 1)
-            student_1Chw = inputs.student.detach()[one].requires_grad_()
+            rows = slice(image, image + 1)
+            student_1Chw = inputs.student.detach()[rows].requires_grad_()
             part = share_B[image] * eager_loss(
                 student_1Chw,
-                inputs.teacher[one],
-                inputs.labels_int64[one],
-                inputs.mask[one],
+                inputs.teacher[rows],
+                inputs.labels_int64[rows],
+                inputs.mask[rows],
                 case.temperature,
                 case.shape.ignore_index,
             )
-            gradient_BChw[one] = _gradient(part, student_1Chw)
+            gradient_BChw[rows] = _gradient(part, student_1Chw)
             total += part.detach()
         return total, gradient_BChw
 

@@ -1,4 +1,4 @@
-"""What a GPU allows: ceilings measured in the same run, and the least work of a case.
+"""Limits of a GPU: ceilings measured in the same run, and the least work of a case.
 
 Three floors for our kernel, after the mathematics of its fast path; a fraction is floor / measured median, and the
 largest one shows what binds:

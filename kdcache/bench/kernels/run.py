@@ -28,7 +28,7 @@ PEAK_BYTES = {"eager": 32, "chunked": 32, "compile": 16, "compile-max-autotune":
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure; every combination is a case.
+    """The choice of measurements; every combination is a case.
 
     Attributes:
         impl: implementation of `kdcache_kernels.distill_loss`.
@@ -52,12 +52,12 @@ class Settings:
     def cases(self) -> Iterator[Case]:
         """Every combination, once."""
         grid = (
-            Case(shape, dtype, layout, temperature, kept)
+            Case(shape, dtype, layout, temperature, k)
             for shape in self.shapes
             for dtype in self.dtypes
             for layout in self.layouts
             for temperature in self.temperatures
-            for kept in self.kept
+            for k in self.kept
         )
         # 8 of 8 classes and all of 8 are the same target.
         yield from {str(case): case for case in grid}.values()

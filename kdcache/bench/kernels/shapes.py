@@ -1,4 +1,4 @@
-"""What is measured: shapes, their presets, and the tensors of one case.
+"""Inputs of the benchmark: shapes, their presets, and the tensors of one case.
 
 Logits are random with a spread of 3, a tenth of the labels is void, and the seed is fixed: a case is the same tensors
 in every process and on every device. What a rival may have before the clock starts is prepared here too (int64 labels,

@@ -1,4 +1,4 @@
-"""What a training step costs when a loader feeds it, against the same step on one batch that lies in memory.
+"""The cost of a training step that a loader feeds, against the same step on one batch that lies in memory.
 
 Waiting for a batch is only a part of that: a loader that draws ahead takes cores from the step. The steps are those of
 `train-student`: forward, loss, backward, optimizer, by one student that all contestants train in turn.
@@ -58,7 +58,7 @@ def step_contestants(
     """The step on a batch from memory, then fed by each stream.
 
     Args:
-        steps: of a turn.
+        steps: steps of a turn.
     """
     batch = reference_batch(draws, 0, batch_size)
     if device.type == "cuda":

@@ -44,7 +44,7 @@ _ENTRY = struct.Struct("<QQ")  # of a shard's index: offset, bytes
 
 @dataclass(frozen=True)
 class Source:
-    """What the readers read.
+    """The data that the readers read.
 
     Attributes:
         paths: the target arrays.

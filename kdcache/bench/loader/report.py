@@ -1,4 +1,4 @@
-"""What is measured, and what comes of it: settings, tables, JSON."""
+"""Settings and results of the benchmark: tables, JSON."""
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,14 +17,14 @@ MEMORY = "memory"
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure.
+    """The choice of measurements.
 
     Attributes:
         against: names of READERS and LOADERS.
-        records: that a reader reads, and about as many samples that a loader loads, per turn.
+        records: records that a reader reads per turn, and about as many samples that a loader loads.
         workers: processes of the DataLoader. threads: threads of the ring.
         repeats: turns of each.
-        augments: of the loaders, each measured on its own.
+        augments: augmentations of the loaders, each measured on its own.
         steps: training steps per contestant, over all turns; 0 for none.
     """
 

@@ -188,7 +188,7 @@ def _dataset(kind: type[CacheDataset], *, records: Records, augment: str) -> Cac
 
 
 def _about(cache: Cache) -> dict[str, Any]:
-    """What was read, for whoever compares figures."""
+    """A description of the store that was read, for comparisons of figures."""
     arrays = {
         path: {"shape": list(cache.specs[path].shape), "dtype": cache.specs[path].dtype}
         for path in cache.target_paths()

@@ -79,7 +79,7 @@ class Stream:
 
     Args:
         make: the dataset, of one of the types of LOADERS.
-        workers, threads: of the loaders that have them.
+        workers, threads: numbers for the loaders that have them.
         device: where the batches go.
     Attributes:
         processes: ids of its workers.

@@ -24,11 +24,11 @@ _QUIET = 0.1  # of a core
 
 @dataclass(frozen=True)
 class Contestant:
-    """What takes turns.
+    """A contestant that takes turns.
 
     Attributes:
         work: what a turn does.
-        samples: that a turn yields.
+        samples: number of samples that a turn yields.
         before: done at the start of a turn, off the clock.
         processes: ids of its workers.
     """
