@@ -53,7 +53,7 @@ class Coverage:
 
     Attributes:
         thresholds: the least confidence that is kept, of each class.
-        said, kept: pixels predicted as each class, and those of them that are kept.
+        said, kept: numbers of pixels predicted as each class, and those of them that are kept.
         precision: share of the kept, labelled pixels that are right; NaN without any.
     """
 

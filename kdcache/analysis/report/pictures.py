@@ -116,7 +116,7 @@ def _layer(key: str, name: str, pictures: Sequence[Html]) -> Html:
 def _said(comparison: Comparison, sample: Sample, one: Said) -> Html:
     name = comparison.rows[one.place].name
     pictures = [
-        _picture(sample, f"what {name} says", data_uri("image/png", one.classes), "map"),
+        _picture(sample, f"prediction of {name}", data_uri("image/png", one.classes), "map"),
         _picture(sample, "", data_uri("image/png", one.wrong), "wrong"),
     ]
     return _layer(f"row{one.place}", f"{name}: {percent(one.miou)}\N{NO-BREAK SPACE}%", pictures)

@@ -18,7 +18,7 @@ class Column:
     """A column of numbers.
 
     Attributes:
-        about: what the header says when it is pointed at.
+        about: explanation that the header shows when it is pointed at.
         value: what the column is sorted by; NaN is unknown, and stays last.
         cell: what is shown.
         best: whether the best is marked, the largest or the smallest one.
