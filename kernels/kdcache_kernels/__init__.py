@@ -2,8 +2,8 @@
 
 This package knows tensors only: no store, no models, no command line, and nothing of kdcache.
 `distill_loss` is the loss, `pack` and `densify` the form in which targets are stored, `choose_k` how many
-classes that form must keep, `target_argmax_confidence` what gates and audits look at. Everything runs on the
-CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
+classes that form must keep, `target_argmax_confidence` the classes and probabilities for gates and audits.
+Everything runs on the CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
 
     parts = distill_loss(student_logits, labels, target, kl_weight=1.0, temperature=2.0)
     parts.loss.backward()

@@ -1,7 +1,7 @@
 """Checks of the arguments of the public functions.
 
 Shapes, dtypes and Python numbers are checked everywhere. Values inside tensors are checked on the CPU alone:
-elsewhere looking would wait for the device, and the loss comes out as NaN instead. With KDCACHE_DEBUG=1 in the
+elsewhere reading them would wait for the device, and the loss comes out as NaN instead. With KDCACHE_DEBUG=1 in the
 environment they are checked on every device, and a loss that is not finite raises with the position of its cause.
 
 Legend: B batch, C classes, H W label size, h w the student's own size.
@@ -24,17 +24,17 @@ SHOWN = 8
 
 
 def debugging() -> bool:
-    """Whether KDCACHE_DEBUG=1 asks to look at values that are on a device."""
+    """Whether KDCACHE_DEBUG=1 is set, with which values on a device are checked too."""
     return os.environ.get("KDCACHE_DEBUG", "0") not in ("", "0")
 
 
-def may_look(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at: free on the CPU, a wait elsewhere, not there while tracing."""
+def may_read(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may be read: free on the CPU, a wait elsewhere, impossible while tracing."""
     return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or debugging())
 
 
 def check_number(name: str, value: float, *, above_zero: bool = False) -> None:
-    """Refuse a number that is not finite, negative, or zero where it must be above zero."""
+    """Refuse a number that is not finite, negative, or zero where it must be above zero. Raises: ValueRangeError."""
     if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
         raise ValueRangeError(
             f"{name} is finite and {'above 0' if above_zero else 'at least 0'}.",
@@ -52,7 +52,7 @@ def check_tensor(
     device: torch.device,
     remedy: str,
 ) -> None:
-    """Refuse a tensor of another shape, dtype or device; no dtypes means any. None passes."""
+    """Refuse a tensor of another shape, dtype or device; no dtypes means any. None passes. Raises: ShapeError."""
     if tensor is None:
         return
     if tuple(tensor.shape) != shape or (dtypes and tensor.dtype not in dtypes):
@@ -71,7 +71,7 @@ def check_tensor(
 
 
 def check_student(logits: Tensor) -> None:
-    """Refuse anything but (B, C, h, w) floats of at least one class and pixel."""
+    """Refuse anything but (B, C, h, w) floats of at least one class and pixel. Raises: ShapeError."""
     if logits.dim() != 4 or not logits.is_floating_point() or min(logits.shape[1:]) < 1:
         raise ShapeError(
             "student_logits_BChw is a (B, C, h, w) tensor of floats.",
@@ -82,7 +82,7 @@ def check_student(logits: Tensor) -> None:
 
 
 def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the label size from the labels or from `size`, which must agree."""
+    """Return the label size (H, W) from the labels or from `size`, which must agree. Raises: ShapeError."""
     if labels is not None and labels.dim() != 3:
         raise ShapeError(
             "labels_BHW is a (B, H, W) tensor.",
@@ -95,21 +95,21 @@ def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int
             received="neither",
             remedy="Pass size=(H, W), the resolution at which the loss is taken.",
         )
-    found = None if labels is None else (labels.shape[1], labels.shape[2])
-    wanted = found if size is None else (int(size[0]), int(size[1]))
+    label_size = None if labels is None else (labels.shape[1], labels.shape[2])
+    wanted = label_size if size is None else (int(size[0]), int(size[1]))
     assert wanted is not None
-    if (found is not None and found != wanted) or min(wanted) < 1:
+    if (label_size is not None and label_size != wanted) or min(wanted) < 1:
         raise ShapeError(
             "size is the (H, W) of labels_BHW, each at least 1.",
-            received=f"size={wanted}, labels {found}",
+            received=f"size={wanted}, labels {label_size}",
             remedy="Leave size out where there are labels.",
         )
     return wanted
 
 
 def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse a class id that is neither below C nor `ignore_index`."""
-    if not may_look(labels):
+    """Refuse a class id that is neither below C nor `ignore_index`. Raises: ValueRangeError."""
+    if not may_read(labels):
         return
     wrong = (labels < 0) | (labels >= num_classes) if labels.dtype.is_signed else labels >= num_classes
     # A comparison with a number that the dtype cannot hold is false for every pixel.
@@ -124,15 +124,15 @@ def check_class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> None
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int, device: torch.device) -> None:
-    """Refuse class weights that are not C floats."""
+    """Refuse class weights that are not C floats. Raises: ShapeError."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     remedy = "Pass one weight for each of the student's classes."
     check_tensor("class_weight", class_weight, (num_classes,), dtypes, device, remedy)
 
 
 def check_class_weight_values(class_weight: Tensor | None) -> None:
-    """Refuse class weights that are negative or not finite."""
-    if class_weight is None or not may_look(class_weight):
+    """Refuse class weights that are negative or not finite. Raises: ValueRangeError."""
+    if class_weight is None or not may_read(class_weight):
         return
     wrong = ~((class_weight >= 0) & class_weight.isfinite())
     if wrong.any():
@@ -144,15 +144,18 @@ def check_class_weight_values(class_weight: Tensor | None) -> None:
 
 
 def check_window(window: Tensor | None, flip: Tensor | None, batch: int, device: torch.device) -> None:
-    """Refuse windows that are not (B, 4) float64 and flips that are not (B,) bool."""
+    """Refuse windows that are not (B, 4) float64 and flips that are not (B,) bool. Raises: ShapeError."""
     remedy = "Pass (y0, x0, y1, x1) per sample, edges in pixels of the view."
     check_tensor("window_B4", window, (batch, 4), (torch.float64,), device, remedy)
     check_tensor("flip_B", flip, (batch,), (torch.bool,), device, "Pass one bool per sample.")
 
 
 def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None) -> None:
-    """Refuse windows that are empty, reversed or not finite, or that show nothing of a view of `view_size`."""
-    if window is None or not may_look(window):
+    """Refuse windows that are empty, reversed or not finite, or that show nothing of a view of `view_size`.
+
+    Raises: ValueRangeError.
+    """
+    if window is None or not may_read(window):
         return
     good = window.isfinite().all(1) & (window[:, 2:] > window[:, :2]).all(1)
     if not good.all():
@@ -160,7 +163,7 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
         raise ValueRangeError(
             "window_B4 is finite, with y0 < y1 and x0 < x1.",
             received=f"{window[sample].tolist()} for sample {sample}",
-            remedy="A flip is said with flip_B, never by reversing the edges.",
+            remedy="Flip with flip_B, never by reversing the edges.",
         )
     if view_size is None:
         return
@@ -175,7 +178,7 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
 
 
 def check_target(target: PackedTarget, num_classes: int, batch: int, device: torch.device) -> None:
-    """Refuse a target of other classes, another batch or on another device."""
+    """Refuse a target of other classes, another batch or on another device. Raises: ShapeError."""
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
             "target has the batch size and the classes of student_logits_BChw.",
@@ -191,7 +194,10 @@ def check_target(target: PackedTarget, num_classes: int, batch: int, device: tor
 
 
 def check_weight(name: str, value: Tensor | float, device: torch.device) -> None:
-    """Refuse the weight of a term that is neither a number of at least 0 nor a 0-dimensional tensor."""
+    """Refuse the weight of a term that is neither a number of at least 0 nor a 0-dimensional tensor.
+
+    Raises: ShapeError, ValueRangeError.
+    """
     if isinstance(value, Tensor):
         check_tensor(name, value, (), (), device, "Pass a 0-dimensional tensor, such as a scheduled weight.")
     else:
@@ -199,7 +205,10 @@ def check_weight(name: str, value: Tensor | float, device: torch.device) -> None
 
 
 def check_denominator(name: str, value: Tensor | float | None, device: torch.device) -> None:
-    """Refuse what is neither a number of at least 0 nor a 0-dimensional tensor on the device."""
+    """Refuse a denominator that is neither a number of at least 0 nor a 0-dimensional tensor on the device.
+
+    Raises: ShapeError, ValueRangeError.
+    """
     if isinstance(value, Tensor):
         check_tensor(name, value, (), (), device, "Pass a 0-dimensional tensor, such as a sum reduced over ranks.")
     elif value is not None:
@@ -207,33 +216,36 @@ def check_denominator(name: str, value: Tensor | float | None, device: torch.dev
 
 
 def check_values(problem: LossProblem) -> None:
-    """Refuse the values inside tensors that no kernel can use, where they may be looked at."""
+    """Refuse values inside tensors that no kernel can use, where they may be read. Raises: ValueRangeError."""
     check_class_weight_values(problem.class_weight)
     if problem.use_ce:
         assert problem.labels is not None
         check_class_ids(problem.labels, problem.student.shape[1], problem.ignore_index)
     if problem.target is not None:
         check_window_values(problem.window, problem.target.view_size)
-        if problem.target.indices is not None and may_look(problem.target.indices):
+        if problem.target.indices is not None and may_read(problem.target.indices):
             check_ids(problem.target.indices, problem.target.num_classes)
 
 
 def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
-    """In debugging, raise for a loss that is not finite, with the position of what made it so."""
+    """With KDCACHE_DEBUG=1, refuse a loss that is not finite.
+
+    Raises: ValueRangeError with the position of the first value that made it so.
+    """
     if not debugging() or bool(loss.isfinite()):
         return
     suspects = {"student_logits_BChw": problem.student, "pixel_weight_BHW": problem.pixel_weight}
     if problem.target is not None:
         suspects |= {"target.values": problem.target.values, "target.tail": problem.target.tail}
-    found = []
+    causes = []
     for name, tensor in suspects.items():
         wrong = None if tensor is None else ~tensor.isfinite()
         if tensor is not None and wrong is not None and wrong.any():
             position = _first(wrong)
-            found.append(f"{name}{list(position)} is {tensor[position].item()} ({int(wrong.sum())} of them)")
+            causes.append(f"{name}{list(position)} is {tensor[position].item()} ({int(wrong.sum())} of them)")
     raise ValueRangeError(
         "The loss is finite.",
-        received=f"{loss.item()}; " + ("; ".join(found) or "logits so large that logits / temperature overflow"),
+        received=f"{loss.item()}; " + ("; ".join(causes) or "logits so large that logits / temperature overflow"),
         remedy="Look at those positions; in training, lower the learning rate or clip the gradient.",
     )
 

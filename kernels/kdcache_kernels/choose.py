@@ -39,7 +39,7 @@ def gradient_error(
         k: 1 to C.
         temperature: > 0, dimensionless.
         size: (H, W) of the labels in pixels.
-        align_corners: of the head's resize.
+        align_corners: whether the head's resize aligns corners.
     Returns: a dimensionless number; 0 for one class. Waits for the device.
     Raises: ShapeError for the logits, ValueRangeError for k or temperature.
     Memory: O(C*H*W): one image at a time.
@@ -66,7 +66,7 @@ def gradient_error(
         teacher_1Chw = logits_BChw[one].to(dtype)
         # Drawn on the CPU: the figure must not depend on the device.
         noise_1Chw = torch.randn(teacher_1Chw.shape, generator=generator, dtype=dtype).to(teacher_1Chw.device)
-        kept_1Chw = densify(
+        packed_1Chw = densify(
             values[one],
             None if indices is None else indices[one],
             None if tail is None else tail[one],
@@ -74,7 +74,7 @@ def gradient_error(
             dtype,
         )
         exact_1CHW = probabilities(teacher_1Chw)
-        error = error + (probabilities(kept_1Chw) - exact_1CHW).double().square().sum()
+        error = error + (probabilities(packed_1Chw) - exact_1CHW).double().square().sum()
         gradient = gradient + (probabilities(teacher_1Chw + noise_1Chw) - exact_1CHW).double().square().sum()
     if float(gradient) == 0:
         return 0.0
@@ -87,10 +87,10 @@ def choose_k(
     """Choose k as `--top-k auto` does: dense up to 32 classes, else the smallest that keeps the gradient.
 
     Args:
-        logits_BChw: raw logits of the real teacher, 16 records of it by custom.
+        logits_BChw: raw logits of the teacher itself, by custom of 16 records.
         size: (H, W) of the labels in pixels.
         num_classes: C, which the logits must have.
-        align_corners: of the head's resize.
+        align_corners: whether the head's resize aligns corners.
     Returns: (k, table): the smallest k of 8, 16, 32, 64, C whose gradient error is at most 0.05 at T = 1 and
         T = 2 (C, if no smaller one is), and `table[k][temperature]` for every k that was measured on the way.
         The table is empty up to 32 classes.

@@ -13,8 +13,8 @@ class KernelError(ValueError):
 
     Args:
         rule: what must hold, naming the argument, in one sentence.
-        received: what was found instead.
-        remedy: what the caller can do about it.
+        received: the value or property found instead.
+        remedy: a step that the caller can take.
     """
 
     def __init__(self, rule: str, *, received: str, remedy: str) -> None:

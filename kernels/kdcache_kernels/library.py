@@ -1,4 +1,4 @@
-"""The operators as PyTorch knows them: registered, with fake kernels for tracing and a backward.
+"""The operators in PyTorch: registered, with fake kernels for tracing and a backward.
 
 A `torch.library.custom_op` is opaque to `torch.compile` and to autograd, which is what a fused kernel wants: it is
 called in the forward, returns the loss together with its gradient, and the backward is one multiplication.
@@ -125,7 +125,7 @@ distill_loss.register_autograd(_backward, setup_context=_keep_gradient)
 
 
 def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
-    """Call the operator, whatever autocast says: the kernels know which precision each step needs."""
+    """Call the operator without autocast: the kernels choose the precision of each step."""
     with torch.autocast(problem.student.device.type, enabled=False):
         loss, ce, kl, _ = distill_loss(family, *loss_arguments(problem))
     return LossParts(loss, ce, kl)

@@ -5,7 +5,7 @@
 | triton | CUDA (and the CPU under TRITON_INTERPRET=1) | fused kernels; nothing of label size times classes |
 | numba | CPU | the same for the CPU |
 | reference | anything, float64 too | plain PyTorch, the oracle; several tensors of label size times classes |
-| auto | | the fused family of the device; for what it cannot take the reference, with a warning that says so |
+| auto | | the fused family of the device; for tensors it cannot take the reference, with a warning |
 
 Legend: B batch, C classes, k kept classes, H W label size, h w the student's or the target's own size.
 """
@@ -79,7 +79,7 @@ def distill_loss(
         target: packed teacher logits of the same batch; None for CE alone.
         size: (H, W) in pixels; needed without labels.
         ce_weight, kl_weight: >= 0, dimensionless. A number of 0 leaves the term out; a 0-dimensional tensor on the
-            device is never looked at, so that a schedule can fill it under a CUDA graph.
+            device is never read by the host, so that a schedule can fill it under a CUDA graph.
         temperature: > 0, dimensionless.
         class_weight: (C,) floats >= 0, for CE; None weighs every class 1.
         ignore_index: the void id, which may be one that the labels' dtype cannot hold.
@@ -96,10 +96,10 @@ def distill_loss(
         impl: "auto", "triton", "numba" or "reference"; the module's docstring has the table.
     Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel; kl includes T^2. The loss alone carries a
         gradient, once; twice with the reference.
-    Raises: ShapeError, ValueRangeError naming the argument. What is wrong inside a tensor is an error on the CPU; on
+    Raises: ShapeError, ValueRangeError naming the argument. A wrong value inside a tensor is an error on the CPU; on
         CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or beside the view
-        makes the loss NaN. KDCACHE_DEBUG=1 in the environment looks on every device, and raises for a loss that is not
-        finite with the position of its cause.
+        makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is
+        not finite with the position of its cause.
     Memory: fused, two float32 copies of the low-resolution logits and the gradient; never anything of label size times
         classes. The reference keeps three (B, C, H, W) tensors for the backward and has eight at its peak.
     Source: Hinton et al. 2015, section 2. Oracle: kdcache_kernels.reference.
@@ -171,7 +171,7 @@ def distill_denominators(
     flip_B: Tensor | None = None,
     distill_void: bool = True,
 ) -> Denominators:
-    """Count what `distill_loss` divides by, so that ranks and accumulation steps can share the sums.
+    """Count the denominators of `distill_loss`, so that ranks and accumulation steps can share the sums.
 
     With the sums over all parts of a batch passed to each part's `distill_loss`, the parts' losses add up to
     the loss of the whole batch. (DistributedDataParallel averages gradients: multiply the loss by the number
@@ -252,7 +252,7 @@ def pack(logits_BChw: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, Te
     """Keep the k largest classes of every pixel, and how much mass the others had.
 
     Of equal logits the lowest class id is kept. A pixel with NaN, +inf or nothing but -inf comes out as NaN in
-    every value and in the tail: looking for it here would synchronise with the device, so the caller looks at
+    every value and in the tail: checking for it here would synchronise with the device, so the caller checks
     the values it is about to write. A single -inf is the finite -6e4.
 
     Args:
@@ -295,7 +295,7 @@ def densify(
         impl: one of IMPLEMENTATIONS.
     Returns: (B, C, h, w); contiguous when k < C.
     Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU;
-        on CUDA, where looking would synchronise, the pixel is NaN.
+        on CUDA, where checking would synchronise, the pixel is NaN.
     """
     topk.check_packed(values, indices, tail, num_classes)
     values = values.detach()

@@ -1,4 +1,4 @@
-"""What one call of a fused loss kernel gets and returns, the same for every family.
+"""The input and the result of a fused loss kernel, the same for every family.
 
 The public functions check their arguments and turn them into a `LossProblem`; a family (numba on the CPU, Triton on
 CUDA) turns it into a `LossResult`. Nothing in between is of label size times classes.
@@ -24,7 +24,7 @@ class LossProblem:
         labels: (B, H, W) uint8 or signed integers, any strides; None without.
         target: packed teacher logits; not None exactly when KL is computed.
         size: (H, W) in pixels.
-        use_ce: whether CE is computed; labels are there then. (Without it, they may still mask the KL.)
+        use_ce: whether CE is computed; labels are not None then. (Without it, they may still mask the KL.)
         ce_weight, kl_weight: 0-dimensional floats on the device of the student.
         ce_denominator, kl_denominator: 0-dimensional floats on the device; None counts this batch.
         temperature: > 0.
@@ -64,7 +64,7 @@ class LossProblem:
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """Of the gradient that a family returns; an averaged gradient in float16 would flush to 0."""
+        """The dtype of the gradient that a family returns; an averaged gradient in float16 would flush to 0."""
         return gradient_dtype(self.student)
 
 
@@ -74,12 +74,12 @@ def gradient_dtype(student: Tensor) -> torch.dtype:
 
 
 class LossResult(NamedTuple):
-    """What a family returns.
+    """The result of a family.
 
     Attributes:
         loss, ce, kl: 0-dimensional float32; NaN when a counted pixel is lost.
         gradient: (B, C, h, w) contiguous in `gradient_dtype`, d loss / d student, meaningless where the loss is NaN;
-            (0,) when it was not wanted.
+            (0,) without `need_gradient`.
     """
 
     loss: Tensor

@@ -1,4 +1,4 @@
-"""The distillation loss in plain PyTorch: the oracle of every test, and what runs where no fused kernel does.
+"""The distillation loss in plain PyTorch: the oracle of every test, and the fallback where no fused kernel runs.
 
 It upsamples both sets of logits and lets autograd do the rest, so it holds up to eight tensors at label
 resolution; in return it is short, works on any device and dtype, and differentiates twice. Three things set
@@ -41,7 +41,7 @@ class LossParts(NamedTuple):
 
 
 class Denominators(NamedTuple):
-    """What the two terms are divided by, 0-dimensional float64 tensors.
+    """The denominators of the two terms, 0-dimensional float64 tensors.
 
     Attributes:
         ce: the sum of the class weights of the labelled pixels (their number without class weights).
@@ -55,7 +55,7 @@ class Denominators(NamedTuple):
 def distill_loss_reference(problem: LossProblem) -> LossParts:
     """Compute what `kdcache_kernels.distill_loss` documents, from arguments that it has checked.
 
-    Float32 throughout, whatever autocast says; float64 for float64 logits. A class id out of range makes CE
+    Float32 throughout, under autocast too; float64 for float64 logits. A class id out of range makes CE
     NaN.
     """
     logits_BChw, labels_BHW, target = problem.student, problem.labels, problem.target

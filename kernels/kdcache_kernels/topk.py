@@ -1,4 +1,4 @@
-"""Packed targets: what a teacher said about a batch, as a store keeps it.
+"""Packed targets: a teacher's logits for a batch, in the form that a store keeps.
 
 A packed target holds, per target pixel, the k largest logits minus the largest one in float16, their class
 ids, and the log-odds of the mass outside them. With k = C it is dense, in class order, without ids and tail.
@@ -145,7 +145,7 @@ def index_dtype(num_classes: int) -> torch.dtype:
 
 
 def check_logits(logits_BChw: Tensor, k: int) -> None:
-    """Refuse logits that are not (B, C, h, w) floats, and k outside 1 to C."""
+    """Refuse logits that are not (B, C, h, w) floats, and k outside 1 to C. Raises: ShapeError, ValueRangeError."""
     if logits_BChw.dim() != 4 or not logits_BChw.is_floating_point():
         raise ShapeError(
             "logits_BChw is a (B, C, h, w) tensor of floats.",
@@ -163,7 +163,7 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
 
 
 def check_device(name: str, device: torch.device) -> None:
-    """Refuse a device that cannot compute what every implementation needs."""
+    """Refuse a device without float64, which every implementation needs. Raises: ShapeError."""
     if device.type in NO_FLOAT64:
         raise ShapeError(
             f"{name} is on a device that has float64: the CPU, CUDA or ROCm.",
@@ -173,7 +173,7 @@ def check_device(name: str, device: torch.device) -> None:
 
 
 def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
-    """Check shapes, dtypes and devices, never values: nothing here waits for a device."""
+    """Check shapes, dtypes and devices, never values: nothing here waits for a device. Raises: ShapeError."""
     if values.dim() != 4 or not values.is_floating_point():
         raise ShapeError(
             "values is a (B, k, h, w) tensor of floats.",
@@ -223,7 +223,7 @@ def _check_part(
 
 
 def check_ids(ids: Tensor, num_classes: int) -> None:
-    """Refuse class ids of num_classes or more; waits for the device."""
+    """Refuse class ids of num_classes or more; waits for the device. Raises: ValueRangeError."""
     ids = ids.long()  # uint16 has no comparisons
     if ids.numel() and int(ids.max()) >= num_classes:
         wrong = sorted(set(ids[ids >= num_classes].tolist()))[:8]

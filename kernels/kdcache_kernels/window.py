@@ -25,7 +25,7 @@ class ViewPositions(NamedTuple):
         y, x: (B, H) and (B, W) float64 edge coordinates, in pixels of the view; the centre of its first
             pixel is at 0.5.
         view_size: (height, width) of the view in pixels.
-        is_whole_view: known without looking at the values to be the whole view, unflipped.
+        is_whole_view: whether it is the whole view, unflipped, by the arguments and not by their values.
     """
 
     y: Tensor
@@ -62,7 +62,7 @@ def view_positions(
         flip_B: (B,) bool; column j of the image is column W - 1 - j of the window. None flips nothing.
         view_size: (height, width) of the view in pixels.
         size: (H, W) of the image in pixels.
-        device: where the positions are wanted.
+        device: the device of the positions.
     Returns: positions with a batch axis of B, or of 1 when neither a window nor a flip is given.
     """
     H, W = size
@@ -97,7 +97,7 @@ def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool,
         n_in: cells that cover the view along this axis.
         align_corners: as in `torch.nn.functional.interpolate`: whether the centres of the first and last
             pixel fall on the centres of the first and last cell, or the outer edges fall on the outer edges.
-        dtype: of the result; the arithmetic before it is float64.
+        dtype: dtype of the result; the arithmetic before it is float64.
     Returns: rows that sum to 1 with at most two entries that are not 0; beyond the last centre the edge
         repeats.
     """
@@ -177,7 +177,7 @@ def _contract(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 def full_float32() -> Iterator[None]:
     """Forbid TF32 and bfloat16 inside float32 matrix products: they keep 10 and 7 bits of a logit.
 
-    The settings are the process's own, so they are put back at once and left alone when they are right
+    The settings are the process's own, so they are restored at once, and not touched where they are right
     already.
     """
     mkldnn: Any = torch.backends.mkldnn

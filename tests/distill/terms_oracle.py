@@ -118,7 +118,7 @@ def sampled(image: Tensor, batch: TermBatch, sample: int, grid: tuple[int, int])
     """(c, h, w): a map of the view at the cells of a window, tap by tap."""
     assert batch.window is not None
     assert batch.flip is not None
-    found = np.zeros((image.shape[0], *grid))
+    result = np.zeros((image.shape[0], *grid))
     (y0, x0, y1, x1), values = batch.window[sample].tolist(), image.double().numpy()
     _, height, width = values.shape
     for i in range(grid[0]):
@@ -129,10 +129,10 @@ def sampled(image: Tensor, batch: TermBatch, sample: int, grid: tuple[int, int])
             y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
             top, left = int(y), int(x)
             below, right, dy, dx = min(top + 1, height - 1), min(left + 1, width - 1), y - top, x - left
-            found[:, i, j] = (1 - dy) * ((1 - dx) * values[:, top, left] + dx * values[:, top, right]) + dy * (
+            result[:, i, j] = (1 - dy) * ((1 - dx) * values[:, top, left] + dx * values[:, top, right]) + dy * (
                 (1 - dx) * values[:, below, left] + dx * values[:, below, right]
             )
-    return found
+    return result
 
 
 def shares(batch: TermBatch, sample: int, grid: tuple[int, int]) -> tuple[Array, Array]:
@@ -161,8 +161,8 @@ def shares(batch: TermBatch, sample: int, grid: tuple[int, int]) -> tuple[Array,
 
 
 def resized(image: Tensor, grid: tuple[int, int]) -> Array:
-    found: Array = F.interpolate(image[None].double(), grid, mode="bilinear")[0].detach().numpy()
-    return found
+    result: Array = F.interpolate(image[None].double(), grid, mode="bilinear")[0].detach().numpy()
+    return result
 
 
 def softmax(x: Array, axis: int = 0) -> Array:
@@ -206,16 +206,16 @@ def projected(term: Term, batch: TermBatch, sample: int) -> Array:
 
 
 def pseudo_oracle(term: Term, batch: TermBatch) -> float:
-    total = kept = 0.0
+    total = labelled = 0.0
     assert batch.target is not None
     for sample in range(B):
         p = softmax(sampled(batch.target.values[sample], batch, sample, SIZE))
         q = softmax(resized(batch.logits[sample], SIZE))
         inside, gate = shares(batch, sample, SIZE)
         for i, j in np.argwhere((p.max(0) >= 0.6) & (inside > 0.5)):
-            kept += 1
+            labelled += 1
             total -= gate[i, j] * math.log(q[p[:, i, j].argmax(), i, j])
-    return total / kept
+    return total / labelled
 
 
 def at_oracle(term: Term, batch: TermBatch) -> float:

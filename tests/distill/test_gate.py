@@ -22,13 +22,13 @@ GATES = {
 
 def weights(name: str, target, label: Tensor) -> Tensor:
     """What a gate says, from the teacher's probabilities in float64."""
-    confidence, said = upsampled(target, False)[0].softmax(1).max(1)
-    weight = torch.ones(said.shape, dtype=torch.float64)
+    confidence, argmax = upsampled(target, False)[0].softmax(1).max(1)
+    weight = torch.ones(argmax.shape, dtype=torch.float64)
     if name in ("correct", "all"):
-        weight *= (said == label) | (label == 255)
+        weight *= (argmax == label) | (label == 255)
     if name == "confidence":
         weight *= confidence.half() >= 0.8  # as the kernels give it
-    return weight * TABLE.double()[said] if name in ("classes", "all") else weight
+    return weight * TABLE.double()[argmax] if name in ("classes", "all") else weight
 
 
 @pytest.mark.parametrize("kind", ["dense", "top-k"])
@@ -42,9 +42,9 @@ def test_a_gate_weighs_pixels_and_does_not_shrink_the_denominator(name: str, kin
     (wanted,) = torch.autograd.grad(expected, reference)
     student.requires_grad_()
     losses = DistillLoss(Format(), ce_weight=0, kl_weight=1.0, gate=GATES[name])(student, labelled(target, label))
-    (found,) = torch.autograd.grad(losses.loss, student)
+    (gradient,) = torch.autograd.grad(losses.loss, student)
     assert losses.kl.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_an_open_gate_costs_nothing() -> None:
@@ -74,9 +74,9 @@ def test_pasted_pixels_learn_from_the_neighbour_s_target(gate: str, void: bool) 
     criterion = DistillLoss(Format(), ce_weight=0.0, kl_weight=1.0, gate=GATES.get(gate), distill_void=void)
     batch = labelled(target, label, own)
     losses = criterion(student, batch)
-    (found,) = torch.autograd.grad(losses.loss, student)
+    (gradient,) = torch.autograd.grad(losses.loss, student)
     assert losses.kl.item() == pytest.approx((total / count).item(), rel=1e-5)
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
     assert set(criterion.parts(student, batch)) == {"kl"}
 
 

@@ -56,12 +56,12 @@ def gradients(model: SegmentationModel, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
     """Layer by layer; a layer that hardly gets any gradient is measured by all of it."""
     total = torch.cat([g.flatten() for g in expected.values()]).norm()
     assert total > 1e-3
     for name, other in expected.items():
-        assert (found[name] - other).norm() <= bound * (other.norm() + 1e-3 * total), name
+        assert (actual[name] - other).norm() <= bound * (other.norm() + 1e-3 * total), name
 
 
 @pytest.fixture(params=["initial", "trained"])
@@ -145,7 +145,7 @@ def test_what_warp_loses_beside_a_live_teacher(
         live = gradients(model, live_kl(model, teacher, batch.pixels, 2.0))
         losses = DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(model(model.normalise(batch.pixels)).logits, batch)
         warped = gradients(model, losses.loss)
-        pair = [torch.cat([g.flatten() for g in found.values()]) for found in (live, warped)]
+        pair = [torch.cat([g.flatten() for g in actual.values()]) for actual in (live, warped)]
         cosines[name] = F.cosine_similarity(*pair, dim=0).item()
     assert cosines["whole"] > 0.9999
     assert cosines["whole"] > cosines["flipped"] > cosines["zoomed"] > 0.2, cosines
@@ -156,10 +156,10 @@ def test_a_top_k_store_points_the_same_way(
 ) -> None:
     torch.manual_seed(2)
     model = build_model("kdcache:tiny", 7)
-    found = []
+    actual = []
     for cache in (dense, make_cache(top_k=5)):
         batch = stored_batch(cache)
         logits = model(model.normalise(batch.pixels)).logits
         loss = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=1.0)(logits, batch).loss
-        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
-    assert F.cosine_similarity(*found, dim=0) > 0.99
+        actual.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    assert F.cosine_similarity(*actual, dim=0) > 0.99

@@ -91,8 +91,8 @@ class Scene:
 
     def losses(self, **options: Any) -> dict[str, float]:
         criterion = criterion_of(self.width, **options)
-        found = criterion(self.outputs, self.batch())
-        return dict(zip(criterion.names[1:], [found.kl.item(), *(x.item() for x in found.terms)], strict=True))
+        actual = criterion(self.outputs, self.batch())
+        return dict(zip(criterion.names[1:], [actual.kl.item(), *(x.item() for x in actual.terms)], strict=True))
 
 
 def by_formula(scene: Scene) -> dict[str, float]:
@@ -123,11 +123,11 @@ def decoupled(s: Tensor, t: Tensor, label: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("how", ["grey", "void"])
 def test_what_does_not_count_is_as_what_is_not_there(how: str) -> None:
-    found = Scene().greyed().losses() if how == "grey" else Scene().voided().losses(distill_void=False)
+    actual = Scene().greyed().losses() if how == "grey" else Scene().voided().losses(distill_void=False)
     left = Scene(LEFT)
-    assert found == pytest.approx(left.losses(), rel=1e-6)
-    assert {name: found[name] for name in by_formula(left)} == pytest.approx(by_formula(left), rel=1e-6)
-    assert all(abs(found[name] / value - 1) > 1e-3 for name, value in Scene().losses().items()), "the halves differ"
+    assert actual == pytest.approx(left.losses(), rel=1e-6)
+    assert {name: actual[name] for name in by_formula(left)} == pytest.approx(by_formula(left), rel=1e-6)
+    assert all(abs(actual[name] / value - 1) > 1e-3 for name, value in Scene().losses().items()), "the halves differ"
 
 
 def test_void_pixels_that_teach_count() -> None:

@@ -28,19 +28,19 @@ STUDENT = {"stage1": 8, "stage2": 16, "head": 32}
 
 def manifest(*, k: int = 7, features: tuple[str, ...] = (), maps: tuple[str, ...] = (), raw: bool | None = None) -> Any:
     head = SimpleNamespace(k=k, classes=7, size=(6, 9)) if raw is None else SimpleNamespace(k=k, classes=7, raw=raw)
-    found = SimpleNamespace(
+    actual = SimpleNamespace(
         heads={"segmentation": head}, features={tap: SimpleNamespace(channels=5, size=(3, 4)) for tap in features}
     )
     if maps:
-        found.statistics = {"confidence": SimpleNamespace()} | {
+        actual.statistics = {"confidence": SimpleNamespace()} | {
             f"at.{tap}": SimpleNamespace(size=(72, 72)) for tap in maps
         }
-    return found
+    return actual
 
 
 def store(**options: Any) -> Any:
-    about = manifest(**options)
-    return SimpleNamespace(num_classes=7, view_size=(24, 36), align_corners=False, manifest=about)
+    contents = manifest(**options)
+    return SimpleNamespace(num_classes=7, view_size=(24, 36), align_corners=False, manifest=contents)
 
 
 def test_methods() -> None:
@@ -104,7 +104,7 @@ def test_what_is_no_term_is_refused(table: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "about", "flag"),
+    ("kind", "contents", "flag"),
     [
         ("sp", {}, "--features TAP"),
         ("hint", {}, "--features TAP"),
@@ -116,13 +116,13 @@ def test_what_is_no_term_is_refused(table: dict[str, Any], message: str) -> None
         ("dkd", {"k": 3}, "--top-k 7"),
     ],
 )
-def test_a_store_without_the_arrays_is_refused_with_the_flag(kind: str, about: dict[str, Any], flag: str) -> None:
+def test_a_store_without_the_arrays_is_refused_with_the_flag(kind: str, contents: dict[str, Any], flag: str) -> None:
     with pytest.raises(RecipeError, match="a term learns from arrays that the store has") as raised:
-        check_terms([TermSpec("pseudo"), TermSpec(kind)], manifest(**about))
+        check_terms([TermSpec("pseudo"), TermSpec(kind)], manifest(**contents))
     assert f"build the store with {flag} as well" in raised.value.remedy
     assert raised.value.received.startswith(f"{kind} needs ")
     with pytest.raises(RecipeError):
-        make_term(TermSpec(kind), targets=store(**about), student_taps=STUDENT)
+        make_term(TermSpec(kind), targets=store(**contents), student_taps=STUDENT)
 
 
 def test_all_that_is_missing_is_said_at_once() -> None:
@@ -139,7 +139,7 @@ def test_a_store_that_has_all_serves_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "about", "taps"),
+    ("spec", "contents", "taps"),
     [
         (TermSpec("hint"), {"features": ("stage2",)}, ("stage2", "stage2")),
         (TermSpec("hint"), {"features": ("stage2", "deep")}, ("head", "deep")),
@@ -151,9 +151,9 @@ def test_a_store_that_has_all_serves_all() -> None:
         (TermSpec("dist"), {}, (None, None)),
     ],
 )
-def test_default_taps(spec: TermSpec, about: dict[str, Any], taps: tuple[str | None, str | None]) -> None:
-    found = resolve_taps(spec, manifest(**about), list(STUDENT))
-    assert (found.student_tap, found.teacher_tap) == taps
+def test_default_taps(spec: TermSpec, contents: dict[str, Any], taps: tuple[str | None, str | None]) -> None:
+    actual = resolve_taps(spec, manifest(**contents), list(STUDENT))
+    assert (actual.student_tap, actual.teacher_tap) == taps
 
 
 def test_unknown_taps_of_the_student_are_refused() -> None:
@@ -164,9 +164,9 @@ def test_unknown_taps_of_the_student_are_refused() -> None:
 
 
 def test_what_a_term_reads() -> None:
-    about = manifest(features=("deep",), maps=("deep",), raw=True)
+    contents = manifest(features=("deep",), maps=("deep",), raw=True)
     reads = {
-        kind: arrays_of(resolve_taps(TermSpec(kind), about, list(STUDENT)), about)
+        kind: arrays_of(resolve_taps(TermSpec(kind), contents, list(STUDENT)), contents)
         for kind in ("at", "sp", "cwd", "dkd")
     }
     assert reads == {
@@ -207,7 +207,7 @@ def test_projections_are_the_terms_own_parameters() -> None:
         kind: [tuple(p.shape) for p in make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).parameters()]
         for kind in KINDS
     }
-    assert {kind for kind, found in shapes.items() if found} == {"hint", "cosine"}
+    assert {kind for kind, actual in shapes.items() if actual} == {"hint", "cosine"}
     assert shapes["hint"] == [(5, 32, 1, 1), (5,)]
     spec = TermSpec("cwd", teacher_tap="deep")
     term = make_term(spec, targets=targets, student_taps=STUDENT)

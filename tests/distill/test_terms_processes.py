@@ -67,15 +67,15 @@ if size > 1:
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """Through gloo: the mean over the processes of every term's loss and of its gradients by all parameters."""
-    found = []
+    actual = []
     for size in (1, 2):
         words = [[sys.executable, "-c", _PART, str(rank), str(size), str(tmp_path)] for rank in range(size)]
         processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in words]
         errors = [process.communicate(timeout=120)[1] for process in processes]
         assert not any(process.returncode for process in processes), errors
-        found.append(torch.load(tmp_path / f"{size}.pt", weights_only=True))
-    for kind, one in found[0].items():
-        for a, b in zip(one, found[1][kind], strict=True):
+        actual.append(torch.load(tmp_path / f"{size}.pt", weights_only=True))
+    for kind, one in actual[0].items():
+        for a, b in zip(one, actual[1][kind], strict=True):
             assert (a - b).norm() <= 1e-5 * a.norm(), kind
         assert one[1].norm() > 0
 

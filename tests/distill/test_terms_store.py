@@ -50,9 +50,9 @@ def test_channels_of_a_store_are_those_of_its_teacher(raw: Cache, teacher: Segme
     (wanted,) = torch.autograd.grad(expected, student)
 
     criterion = DistillLoss(raw, ce_weight=0.0, kl_weight=0.0, further=[term], impl="reference")
-    found = criterion(student, batch)
-    (gradient,) = torch.autograd.grad(found.loss, student)
-    assert found.terms[0].item() == pytest.approx(expected.item(), rel=1e-3)
+    actual = criterion(student, batch)
+    (gradient,) = torch.autograd.grad(actual.loss, student)
+    assert actual.terms[0].item() == pytest.approx(expected.item(), rel=1e-3)
     assert (gradient - term.weight * wanted).norm() <= 1e-3 * term.weight * wanted.norm()
     without = replace(batch, arrays={MAXIMUM: torch.zeros_like(batch.arrays[MAXIMUM])})
     assert criterion(student, without).terms[0].item() != pytest.approx(expected.item(), rel=0.02)

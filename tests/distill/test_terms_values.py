@@ -60,12 +60,12 @@ def test_a_gradient_is_that_of_the_value(name: str, gated: bool, counted: bool) 
     (x,) = inputs_of(term, batch)
 
     def value(x: Tensor, *parameters: Tensor) -> Tensor:
-        found: Tensor = torch.func.functional_call(
+        actual: Tensor = torch.func.functional_call(
             term,
             dict(zip(dict(term.named_parameters()), parameters, strict=True)),
             replace(batch, features={"head": x}) if term.student_taps() else replace(batch, logits=x),
         )
-        return found
+        return actual
 
     parameters = [p.detach().clone().requires_grad_() for p in term.parameters()]
     assert torch.autograd.gradcheck(value, (x.requires_grad_(), *parameters), fast_mode=True)
@@ -74,8 +74,8 @@ def test_a_gradient_is_that_of_the_value(name: str, gated: bool, counted: bool) 
 @pytest.mark.parametrize("name", SPECS)
 def test_single_precision_gradients_are_those_of_double(name: str) -> None:
     _, expected = gradients(term_of(name), batch_of(gated=True))
-    _, found = gradients(term_of(name, torch.float32), batch_of(gated=True, dtype=torch.float32))
-    for one, other in zip(found, expected, strict=True):
+    _, actual = gradients(term_of(name, torch.float32), batch_of(gated=True, dtype=torch.float32))
+    for one, other in zip(actual, expected, strict=True):
         assert (one - other).norm() <= 2e-5 * other.norm()
 
 
@@ -102,9 +102,9 @@ def test_without_counted_pixels_there_is_nothing_to_learn(name: str, how: str) -
     else:
         away = torch.tensor([VIEW[0] + 1.0, 0.0, VIEW[0] + 9.0, 9.0], dtype=torch.float64).repeat(B, 1)
         batch = replace(batch, window=away)
-    loss, found = gradients(term_of(name), batch)
+    loss, actual = gradients(term_of(name), batch)
     assert loss.item() == 0
-    assert all((gradient == 0).all() for gradient in found)
+    assert all((gradient == 0).all() for gradient in actual)
 
 
 @pytest.mark.parametrize("how", ["beside the view", "not counted"])
@@ -139,10 +139,10 @@ def test_maps_of_zeros_have_finite_gradients(name: str) -> None:
         )
         term = term_of(name, torch.float32)
         torch.nn.init.zeros_(list(term.parameters())[-1]) if list(term.parameters()) else None
-        loss, found = gradients(term, batch)
+        loss, actual = gradients(term, batch)
         assert loss.isfinite()
-        assert all(gradient.isfinite().all() for gradient in found)
-        assert max(gradient.abs().max() for gradient in found) < 1e3
+        assert all(gradient.isfinite().all() for gradient in actual)
+        assert max(gradient.abs().max() for gradient in actual) < 1e3
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -214,14 +214,14 @@ def test_the_most_confident_of_each_class(share: float) -> None:
     rng = np.random.default_rng(3)
     argmax = rng.integers(0, 4, (2, 11, 13)).astype(np.uint8)
     confidence = rng.choice(np.linspace(0, 1, 40), (2, 11, 13)).astype(np.float16)  # many are equal, some are 0
-    found = most_confident(torch.from_numpy(argmax), torch.from_numpy(confidence), share, 6).numpy()
-    assert not found[confidence == 0].any()
+    actual = most_confident(torch.from_numpy(argmax), torch.from_numpy(confidence), share, 6).numpy()
+    assert not actual[confidence == 0].any()
     for name in range(6):
         of_class = (argmax == name) & (confidence > 0)
-        kept = found & of_class
-        assert kept.sum() == math.floor(share * of_class.sum())
-        if kept.any():
-            assert confidence[kept].min() >= confidence[of_class & ~kept].max(initial=0)
+        labelled = actual & of_class
+        assert labelled.sum() == math.floor(share * of_class.sum())
+        if labelled.any():
+            assert confidence[labelled].min() >= confidence[of_class & ~labelled].max(initial=0)
 
 
 def test_pseudo_labels_by_quantile_learn() -> None:
@@ -313,7 +313,7 @@ def test_parts_of_a_batch_average_to_the_whole(name: str, gated: bool) -> None:
         count = torch.stack([term.count(half) for term, half in zip(terms, halves, strict=True)]).mean(0)
         parts = list(pool.map(gradients, terms, halves, [count, count]))
     assert (parts[0][0] + parts[1][0]).item() / 2 == pytest.approx(loss.item(), rel=1e-9)
-    joined = torch.cat([found[1][0] for found in parts]) / 2
+    joined = torch.cat([actual[1][0] for actual in parts]) / 2
     assert (joined - gradient).norm() <= 1e-9 * gradient.norm()
     for one, two, expected in zip(parts[0][1][1:], parts[1][1][1:], by_parameters, strict=True):
         assert ((one + two) / 2 - expected).norm() <= 1e-9 * expected.norm()
@@ -323,12 +323,12 @@ def test_parts_of_a_batch_average_to_the_whole(name: str, gated: bool) -> None:
 def test_the_user_is_told_what_is_resized_and_projected(name: str) -> None:
     term, batch = term_of(name), batch_of()
     term.prepare(batch)
-    said = term.describe() or ""
-    kind, resizes = SPECS[name].kind, "resized from" in said
+    description = term.describe() or ""
+    kind, resizes = SPECS[name].kind, "resized from" in description
     assert resizes == (kind not in ("pseudo", "sp"))
-    assert ("projected from 4 to 6 channels" in said) == (kind in ("hint", "cosine") or name == "cwd of a tap")
-    assert ("7x10 to the teacher's 6x9" in said) == (kind in ("dist", "dkd") or name == "cwd")
-    assert ("4x11 to the teacher's 5x8" in said) == (resizes and bool(term.student_taps()))
+    assert ("projected from 4 to 6 channels" in description) == (kind in ("hint", "cosine") or name == "cwd of a tap")
+    assert ("7x10 to the teacher's 6x9" in description) == (kind in ("dist", "dkd") or name == "cwd")
+    assert ("4x11 to the teacher's 5x8" in description) == (resizes and bool(term.student_taps()))
     assert batch.target is not None
     alike = replace(batch, logits=batch.logits[:, :, :6, :9], features={"head": torch.zeros(B, 6, *FEATURE)})
     term.prepare(alike)

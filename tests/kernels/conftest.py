@@ -80,8 +80,8 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def device(request: pytest.FixtureRequest) -> torch.device:
     if hasattr(request, "param"):
         return torch.device(request.param)
-    found: Backend = request.getfixturevalue("backend")
-    return found.device
+    value: Backend = request.getfixturevalue("backend")
+    return value.device
 
 
 @pytest.fixture

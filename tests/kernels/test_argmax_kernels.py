@@ -34,8 +34,8 @@ def assert_exact(target, size, backend, window=None, flip=None):
     assert ids.shape == confidence.shape == (target.batch_size, *size)
     logits, inside = exact_logits(target, size, window, flip)
     highest = logits.amax(1)
-    chosen = logits.gather(1, ids.long()[:, None])[:, 0]
-    torch.testing.assert_close(chosen, highest, rtol=0, atol=2e-5)
+    argmax_logit = logits.gather(1, ids.long()[:, None])[:, 0]
+    torch.testing.assert_close(argmax_logit, highest, rtol=0, atol=2e-5)
     assert (ids == logits.argmax(1)).float().mean() > 0.99
     exact = (highest - logits.logsumexp(1)).exp() * inside
     torch.testing.assert_close(confidence.double(), exact, rtol=HALF_UNIT, atol=SMALLEST)

@@ -182,8 +182,8 @@ def test_loss_scale_of_a_grad_scaler(distill_loss, backend, dtype):
 def test_a_weight_on_the_device_is_a_weight(distill_loss, backend):
     z, y, target = make(backend.device)
     expected = distill_loss(z, y, target, ce_weight=0.25, kl_weight=1.5)
-    given = [torch.tensor(value, device=backend.device) for value in (0.25, 1.5)]
-    parts = distill_loss(z, y, target, ce_weight=given[0], kl_weight=given[1])
+    two_weights = [torch.tensor(value, device=backend.device) for value in (0.25, 1.5)]
+    parts = distill_loss(z, y, target, ce_weight=two_weights[0], kl_weight=two_weights[1])
     torch.testing.assert_close(parts.loss, expected.loss)
     with pytest.raises(ShapeError, match="kl_weight"):
         distill_loss(z, y, target, kl_weight=torch.ones(1, device=backend.device))
@@ -209,9 +209,9 @@ def test_the_public_functions_take_the_operators(backend):
     """Same results by name as by the reference; the contract itself is tested elsewhere."""
     logits = torch.randn(2, C, *GRID, generator=torch.Generator().manual_seed(1)).to(backend.device)
     for k in (2, C):
-        expected, found = (pack(logits, k, impl=impl) for impl in ("reference", backend.impl))
-        assert [x is None for x in found] == [x is None for x in expected]
-        torch.testing.assert_close(found[0], expected[0])
+        expected, actual = (pack(logits, k, impl=impl) for impl in ("reference", backend.impl))
+        assert [x is None for x in actual] == [x is None for x in expected]
+        torch.testing.assert_close(actual[0], expected[0])
         target = PackedTarget(*expected, C, SIZE)
         dense = [densify(*expected, C, impl=impl) for impl in ("reference", backend.impl)]
         torch.testing.assert_close(dense[1], dense[0])

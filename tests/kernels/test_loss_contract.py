@@ -160,11 +160,11 @@ def run(case: Case, impl: str, device: torch.device) -> tuple[LossParts, Tensor]
 def compare(case: Case, backend) -> None:
     """Loss and gradient at the tolerances of the project; a repeat to the bit, but for the interpreter."""
     expected, expected_gradient = run(case, "reference", backend.device)
-    found, gradient = run(case, backend.impl, backend.device)
+    actual, gradient = run(case, backend.impl, backend.device)
     T = max(case.temperature, 1.0)
     # KL is what two numbers of some bits leave of each other: roundings average out over pixels if these differ.
     roundings = 1 + 8 / (case.student[0] * case.student[1]) ** 0.5
-    for name, a, b in zip(expected._fields, found, expected, strict=True):
+    for name, a, b in zip(expected._fields, actual, expected, strict=True):
         allowed = 1e-6 * abs(b.item()) + 1e-7 * T * T * max(1, case.kl_weight) * max(
             roundings, case.scale / case.temperature / 10
         )
@@ -183,7 +183,7 @@ def compare(case: Case, backend) -> None:
         return
     again, gradient_again = run(case, backend.impl, backend.device)
     assert torch.equal(gradient_again, gradient)
-    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again, actual, strict=True))
 
 
 COMMON = {

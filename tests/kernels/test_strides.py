@@ -96,9 +96,9 @@ def loss_and_gradient(tensors: dict[str, Tensor], impl: str) -> tuple[Tensor, ..
     return (*(part.detach() for part in parts), gradient)
 
 
-def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """To the bit, but for the reference: its matrix products go another way over matrices with gaps."""
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
@@ -137,14 +137,14 @@ def test_arguments_of_the_other_functions(layout, backend):
     tensors = arguments(4, backend.device)
     laid_out = {name: layout(tensor) for name, tensor in tensors.items()}
     results = []
-    for given in (contiguous(laid_out), laid_out):
-        packed = tuple(given[name] for name in ("values", "indices", "tail"))
+    for laid in (contiguous(laid_out), laid_out):
+        packed = tuple(laid[name] for name in ("values", "indices", "tail"))
         target, size = PackedTarget(*packed, C, (8, 12)), (8, 12)
-        where = {"window_B4": given["window_B4"], "flip_B": given["flip_B"]}
+        where = {"window_B4": laid["window_B4"], "flip_B": laid["flip_B"]}
         counts = distill_denominators(
-            given["labels_BHW"], target, num_classes=C, class_weight=given["class_weight"], distill_void=False, **where
+            laid["labels_BHW"], target, num_classes=C, class_weight=laid["class_weight"], distill_void=False, **where
         )
-        logits = given["student_logits_BChw"]
+        logits = laid["student_logits_BChw"]
         kept = [pack(x, k, impl=backend.impl) for k in (K, C) for x in (logits, logits.half())]
         results.append(
             (
@@ -157,9 +157,9 @@ def test_arguments_of_the_other_functions(layout, backend):
             )
         )
         assert choose_k(logits, size, C) == (C, {})
-    for found, expected in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        assert not found.requires_grad
+    for actual, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        assert not actual.requires_grad
 
 
 @pytest.mark.parametrize("layout", [with_gaps, turned, expanded], ids=lambda f: f.__name__)
@@ -167,9 +167,9 @@ def test_scaling_a_gradient(layout, backend):
     """The operator of the backward, which a compiled program may hand a gradient with gaps."""
     gradient, factor = layout(torch.randn(2, 3, 4, 5, device=backend.device)), with_gaps(torch.tensor(0.5))
     scale = loss.scale_gradient if backend.impl == "triton" else library.scale_gradient
-    found = scale(gradient, factor.to(backend.device), torch.float16)
-    torch.testing.assert_close(found, (gradient * 0.5).half(), rtol=0, atol=0)
-    assert found.is_contiguous()
+    actual = scale(gradient, factor.to(backend.device), torch.float16)
+    torch.testing.assert_close(actual, (gradient * 0.5).half(), rtol=0, atol=0)
+    assert actual.is_contiguous()
 
 
 class TestOffsetsBeyond32Bits:

@@ -172,8 +172,8 @@ def test_gradient_error_is_over_all_pixels_of_all_images(align_corners):
         for x in (logits, logits + noise, kept)
     )
     expected = ((approximate - p).norm() / (student - p).norm()).item()
-    found = gradient_error(logits, 4, 2.0, size, align_corners=align_corners)
-    assert found == pytest.approx(expected, rel=1e-12)
+    actual = gradient_error(logits, 4, 2.0, size, align_corners=align_corners)
+    assert actual == pytest.approx(expected, rel=1e-12)
     logits = smooth_logits(40, 4.0, "cpu")
     _, table = choose_k(logits, size, 40, align_corners=align_corners)
     assert table[8] == {T: gradient_error(logits, 8, T, size, align_corners=align_corners) for T in (1.0, 2.0)}
@@ -188,8 +188,8 @@ def test_choose_k(device):
     assert choose_k(smooth_logits(32, 4.0, device), (16, 16), 32) == (32, {})
     logits = smooth_logits(40, 4.0, device)
     logits[:, 12:] -= 30  # 12 classes that matter: 8 are too few
-    chosen, table = choose_k(logits, (16, 16), 40)
-    assert chosen == 16
+    best_k, table = choose_k(logits, (16, 16), 40)
+    assert best_k == 16
     assert list(table) == [8, 16]
     assert max(table[8].values()) > 0.05 >= max(table[16].values())
     flat, table = choose_k(smooth_logits(40, 1.0, device), (16, 16), 40)

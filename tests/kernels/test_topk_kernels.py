@@ -171,9 +171,11 @@ def test_the_round_trip_keeps_the_distribution(backend):
     values, indices, tail = pack(logits, 6, impl=backend.impl)
     p = densify(values, indices, tail, 33, impl=backend.impl).double().softmax(1)
     exact = logits.double().softmax(1)
-    kept = indices.long()
-    torch.testing.assert_close(p.gather(1, kept), exact.gather(1, kept), rtol=4e-3, atol=0)
-    torch.testing.assert_close(1 - p.gather(1, kept).sum(1), 1 - exact.gather(1, kept).sum(1), rtol=4e-3, atol=1e-12)
+    ids_long = indices.long()
+    torch.testing.assert_close(p.gather(1, ids_long), exact.gather(1, ids_long), rtol=4e-3, atol=0)
+    torch.testing.assert_close(
+        1 - p.gather(1, ids_long).sum(1), 1 - exact.gather(1, ids_long).sum(1), rtol=4e-3, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0, 12.0])
@@ -182,9 +184,9 @@ def test_what_missing_classes_share_is_rounded_once(scale, backend):
     num_classes = 21 if backend.interpreted else 171
     packed = topk.pack(random_logits((1, num_classes, 6, 8), scale=scale, device=backend.device), 8)
     exact = densify(*packed, num_classes, torch.float64, impl="reference")
-    found = densify(*packed, num_classes, impl=backend.impl)
+    actual = densify(*packed, num_classes, impl=backend.impl)
     unit = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf, device=backend.device)) - exact.float().abs()
-    error = found.double() - exact
+    error = actual.double() - exact
     assert (error.abs() <= unit.double() / 2 + 3e-7).all()
     if scale == 1:
         assert abs(error.mean().item()) <= 8e-8

@@ -82,14 +82,14 @@ def exact(problem: LossProblem) -> Result:
     return Result(parts.ce.item(), parts.kl.item(), gradient)
 
 
-def assert_close(found: Result, problem: LossProblem, gradient_error: float = 2e-6) -> None:
+def assert_close(actual: Result, problem: LossProblem, gradient_error: float = 2e-6) -> None:
     """Terms to 1e-6 of themselves, the gradient to `gradient_error` of its largest element."""
     expected, T = exact(problem), problem.temperature
-    assert found.ce == pytest.approx(expected.ce, rel=1e-6, abs=1e-7)
-    assert found.kl == pytest.approx(expected.kl, rel=1e-6, abs=1e-7 * max(T, 1) ** 2)
-    assert found.gradient.dtype == problem.gradient_dtype
+    assert actual.ce == pytest.approx(expected.ce, rel=1e-6, abs=1e-7)
+    assert actual.kl == pytest.approx(expected.kl, rel=1e-6, abs=1e-7 * max(T, 1) ** 2)
+    assert actual.gradient.dtype == problem.gradient_dtype
     largest = expected.gradient.abs().max().item()
-    error = (found.gradient.double() - expected.gradient).abs().max().item()
+    error = (actual.gradient.double() - expected.gradient).abs().max().item()
     # With one class the gradient is 0, and what is left is the rounding of a probability of 1.
     assert error <= gradient_error * (largest if problem.student.shape[1] > 1 else 1)
 

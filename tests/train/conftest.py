@@ -51,8 +51,8 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             with torch.no_grad():
                 model.classifier.weight.mul_(60)
         path = tmp_path_factory.mktemp("store") / "cache.zarr"
-        chosen = {"size": SIZE, "views": 1, "batch_size": 4, "shard_records": 4, **options}
-        build_cache(samples, Teacher(model.eval(), "test"), path, BuildOptions(**chosen))
+        build = {"size": SIZE, "views": 1, "batch_size": 4, "shard_records": 4, **options}
+        build_cache(samples, Teacher(model.eval(), "test"), path, BuildOptions(**build))
         return path
 
     return make
@@ -129,11 +129,11 @@ def eager_step(cache: Cache, config: Callable[..., TrainConfig]) -> Callable[...
     """A fresh step of a store, the same each time: eager_step(model spec, device, settings of a run)."""
 
     def make(spec: str = "kdcache:tiny", device: str = "cpu", *, capturable: bool = False, **changes: Any) -> EagerStep:
-        chosen, place = config(**{"lr": 0.01, **changes}), torch.device(device)
+        run_config, place = config(**{"lr": 0.01, **changes}), torch.device(device)
         torch.manual_seed(3)
         model = build_model(spec, cache.num_classes).to(place).train().to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(model, chosen, capturable=capturable)
-        return EagerStep(model, DistillLoss(cache), optimizer, device=place, clip_grad=chosen.clip_grad)
+        optimizer = make_optimizer(model, run_config, capturable=capturable)
+        return EagerStep(model, DistillLoss(cache), optimizer, device=place, clip_grad=run_config.clip_grad)
 
     return make
 
@@ -152,9 +152,9 @@ class Backend:
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Traced programs run as they are; the machine's compiler is left to the slow tests."""
-    found = Backend()
-    monkeypatch.setattr("kdcache.train.step.compiled.BACKEND", found)
-    return found
+    fake = Backend()
+    monkeypatch.setattr("kdcache.train.step.compiled.BACKEND", fake)
+    return fake
 
 
 @pytest.fixture

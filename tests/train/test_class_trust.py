@@ -81,9 +81,9 @@ def test_trust_is_the_teacher_s_lead_on_what_was_left_out(plain: Path, cache_pat
             confusion.update(full[0].argmax(0), label)
     lead = [t - s for t, s in zip(*(confusion.metrics().iou for confusion in confusions), strict=True)]
     expected = [1.0 if np.isnan(value) else float(np.clip(value / 0.05, 0, 1)) for value in lead]
-    found = trust_from_run(Records(cache), str(plain), torch.device("cpu"))
-    assert found == pytest.approx(expected, abs=1e-4)
-    assert len(set(found)) > 1
+    trust = trust_from_run(Records(cache), str(plain), torch.device("cpu"))
+    assert trust == pytest.approx(expected, abs=1e-4)
+    assert len(set(trust)) > 1
 
 
 def test_a_training_says_what_it_trusts(plain: Path, student: dict[str, Any], tmp_path: Path) -> None:

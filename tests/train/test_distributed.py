@@ -146,8 +146,8 @@ class Crew:
 
     def _line(self) -> list[int]:
         assert self._process.stdout is not None
-        found: list[int] = json.loads(self._process.stdout.readline())
-        return found
+        actual: list[int] = json.loads(self._process.stdout.readline())
+        return actual
 
 
 @pytest.fixture(scope="session")
@@ -330,8 +330,8 @@ def test_a_process_out_of_memory_ends_all(
     }
     ended = go(settings, tmp_path / "run", 2, preludes=room)
     assert ended.codes == [2, 2], ended.err
-    said = "a batch must fit into memory" if 0 in hungry else "another process has gone"
-    assert said in ended.err[0]
+    rule = "a batch must fit into memory" if 0 in hungry else "another process has gone"
+    assert rule in ended.err[0]
     assert "Traceback" not in "".join(ended.err)
 
 
@@ -386,8 +386,8 @@ def test_the_losses_of_parts_average_to_the_whole_s(
     assert own[0].ce != own[1].ce
     mean = Counts.mean(own)
     parts = [loss(z, part, mean) for part, z in zip(halves(batch), logits.split(1), strict=True)]
-    found = torch.stack([torch.stack(list(part[:3])) for part in parts]).mean(0)
-    torch.testing.assert_close(found, torch.stack(list(whole[:3])), rtol=2e-6, atol=0)
+    actual = torch.stack([torch.stack(list(part[:3])) for part in parts]).mean(0)
+    torch.testing.assert_close(actual, torch.stack(list(whole[:3])), rtol=2e-6, atol=0)
     (gradient,) = torch.autograd.grad((parts[0].loss + parts[1].loss) / 2, logits)
     assert (gradient - expected).norm() <= 2e-6 * expected.norm()
 
@@ -579,8 +579,8 @@ def test_a_loss_that_is_no_number_on_one_process_is_so_on_all(
     uneven: dict[str, Any], go: Callable[..., Ended], tmp_path: Path
 ) -> None:
     (tmp_path / "nan.py").write_text(_NAN)
-    chosen = uneven | {"model": f"{tmp_path}/nan.py:build", "val_every": 2, "val": None}
-    ended = go(chosen, tmp_path / "run")
+    changed = uneven | {"model": f"{tmp_path}/nan.py:build", "val_every": 2, "val": None}
+    ended = go(changed, tmp_path / "run")
     assert ended.codes == [2, 2], ended.err
     assert "at iteration 4" in panels(ended)  # the first of five calls was a rehearsal
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)

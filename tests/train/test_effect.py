@@ -21,8 +21,8 @@ def queue(folder: Path, *words: str) -> dict[str, Any]:
                "--json", str(folder / "effect.json"), "--size", "48x64", "--large", "96x128",
                "--teacher-iterations", "2", "--iterations", "2", "--final-iterations", "3", "--seeds", "2",
                "--only", PLAIN, "--only", CROSSED, *words]  # fmt: skip
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     result: dict[str, Any] = json.loads((folder / "effect.json").read_text())
     return result
 
@@ -39,14 +39,14 @@ def test_the_queue_of_recipes(tmp_path: Path) -> None:
     judges = {id for id, fold in zip(ids, folds_of(ids, 5), strict=True) if fold == 0}
     assert set(open_split(str(tmp_path / "out" / "part"), "train").ids) == set(ids) - judges
 
-    found = queue(tmp_path)
-    finals = {(row["arm"], row["seed"]): row["miou"] for row in found["rows"] if row["phase"] == "final"}
+    process = queue(tmp_path)
+    finals = {(row["arm"], row["seed"]): row["miou"] for row in process["rows"] if row["phase"] == "final"}
     assert set(finals) == {(arm, seed) for arm in (PLAIN, CROSSED) for seed in (100, 101)}
-    gain = next(gain for gain in found["gains"] if gain["arm"] == CROSSED)
+    gain = next(gain for gain in process["gains"] if gain["arm"] == CROSSED)
     mean = sum(finals[CROSSED, seed] - finals[PLAIN, seed] for seed in (100, 101)) / 2
     assert (gain["over"], gain["iterations"], gain["pairs"]) == (PLAIN, 3, 2)
     assert gain["mean"] == pytest.approx(mean, abs=1e-3)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
-    assert queue(tmp_path)["rows"] == found["rows"]
+    assert queue(tmp_path)["rows"] == process["rows"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")} == before

@@ -275,9 +275,9 @@ def test_two_commands_that_begin_at_once_do_not_share_a_folder(
     run = tmp_path / "new"
     own = api.make_criterion
 
-    def slow(*given: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         shutil.copytree(whole, run)
-        return own(*given)
+        return own(*arguments)
 
     monkeypatch.setattr(api, "make_criterion", slow)
     with pytest.raises(RecipeError, match="holds a run already"):
@@ -310,10 +310,10 @@ def started_by(pid: int) -> set[int]:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
             if state != "Z":  # ended: nobody has asked how
                 parents[int(path.parent.name)] = int(parent)
-    found, more = set[int](), {pid}
+    descendants, more = set[int](), {pid}
     while more := {one for one, parent in parents.items() if parent in more}:
-        found |= more
-    return found
+        descendants |= more
+    return descendants
 
 
 def alive(pid: int) -> bool:

@@ -103,9 +103,9 @@ def test_best_is_the_best_validated_step_and_last_is_the_last(
     assert result["best_step"] == rows[int(np.argmax(scores))]["step"]
     assert result["best_step"] < 16, "choose settings whose score does not rise to the end"
     for which, expected in (("best", max(scores)), ("last", scores[-1])):
-        model, about = load_run(tmp_path, which)
+        model, summary = load_run(tmp_path, which)
         assert not model.training
-        assert evaluate_model(model, open_split(scenes, "val"), about.size).miou == pytest.approx(expected, abs=1e-12)
+        assert evaluate_model(model, open_split(scenes, "val"), summary.size).miou == pytest.approx(expected, abs=1e-12)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert [entry["name"] for entry in rows[0]["classes"]] == list(open_split(scenes, "val").classes.names)
 
@@ -227,9 +227,9 @@ def test_observers_see_everything(student: dict[str, Any], tmp_path: Path) -> No
 def test_a_loss_that_is_no_number_stops_the_run_and_is_explained(
     settings: dict[str, Any], model_file: Callable[[str], str], tmp_path: Path, read_metrics: Read
 ) -> None:
-    chosen = settings | {"model": model_file("nan"), "val_every": 2, "val": None, "gradients_every": 1}
+    changed = settings | {"model": model_file("nan"), "val_every": 2, "val": None, "gradients_every": 1}
     with pytest.raises(ModelError) as caught:
-        go(chosen, tmp_path)
+        go(changed, tmp_path)
     assert "term ce is nan at iteration 3" in caught.value.received
     ids = open_split(settings["data"], "train").ids
     order = np.random.default_rng((0, 0)).permutation(6)
@@ -263,9 +263,9 @@ def test_a_target_that_is_no_number_is_named_as_kl(
 def test_on_a_gpu_no_checkpoint_is_written_after_a_loss_that_is_no_number(
     settings: dict[str, Any], model_file: Callable[[str], str], tmp_path: Path
 ) -> None:
-    chosen = settings | {"model": model_file("nan"), "val_every": 2, "val": None, "log_every": 6, "gradients_every": 0}
+    changed = settings | {"model": model_file("nan"), "val_every": 2, "val": None, "log_every": 6, "gradients_every": 0}
     with pytest.raises(ModelError, match="iteration 3"):
-        go(chosen | {"device": "cuda"}, tmp_path)
+        go(changed | {"device": "cuda"}, tmp_path)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"] == 2
 
 
@@ -284,9 +284,9 @@ def test_losses_not_yet_looked_at_are_checked_before_a_checkpoint(
                 watch.check_finite = check  # type: ignore[method-assign]
 
     monkeypatch.setattr("kdcache.train.api.Trainer", Late)
-    chosen = settings | {"model": model_file("nan"), "val_every": 2, "log_every": 5, "gradients_every": 0}
+    changed = settings | {"model": model_file("nan"), "val_every": 2, "log_every": 5, "gradients_every": 0}
     with pytest.raises(ModelError, match="iteration 3"):
-        go(chosen, tmp_path)
+        go(changed, tmp_path)
     state = weights_of(tmp_path / "checkpoint.pt")
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "best.safetensors").values())
@@ -397,8 +397,8 @@ def test_class_weights_come_from_the_data(
         "source": student | still | {"cache": str(source_path), "data": scenes},
     }
     losses = {}
-    for name, chosen in runs.items():
-        go(chosen, tmp_path / name)
+    for name, changed in runs.items():
+        go(changed, tmp_path / name)
         losses[name] = read_metrics(tmp_path / name, "train")[0]["ce"]
     torch.manual_seed(0)
     model = build_model("kdcache:tiny", 7)
@@ -437,8 +437,8 @@ def test_a_student_needs_neither_teacher_nor_data_set(
     build_cache(split, teacher, tmp_path / "cache.zarr", BuildOptions(size=(32, 48), views=1))
     shutil.rmtree(tmp_path / "teacher")
     shutil.rmtree(data)
-    chosen = student | {"cache": str(tmp_path / "cache.zarr"), "val": None, "iterations": 3}
-    done = python(_ALONE, json.dumps(chosen), str(tmp_path / "run"))
+    changed = student | {"cache": str(tmp_path / "cache.zarr"), "val": None, "iterations": 3}
+    done = python(_ALONE, json.dumps(changed), str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["iterations"] == 3
     assert all(row["kl"] > 0 for row in read_metrics(tmp_path / "run", "train"))
@@ -449,14 +449,14 @@ def test_a_student_needs_neither_teacher_nor_data_set(
 
 def test_a_run_is_loaded_by_its_weights(student: dict[str, Any], tmp_path: Path) -> None:
     go(student, tmp_path / "run")
-    model, about = load_run(tmp_path / "run", "last")
+    model, summary = load_run(tmp_path / "run", "last")
     saved = load_file(tmp_path / "run" / "last.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
-    assert about.size == (32, 48)
-    assert about.spec == "kdcache:tiny"
-    about.check_classes(about.class_names, "here")
+    assert summary.size == (32, 48)
+    assert summary.spec == "kdcache:tiny"
+    summary.check_classes(summary.class_names, "here")
     with pytest.raises(MismatchError, match="in there"):
-        about.check_classes(tuple(reversed(about.class_names)), "there")
+        summary.check_classes(tuple(reversed(summary.class_names)), "there")
 
 
 def test_what_is_no_run_is_said(student: dict[str, Any], tmp_path: Path) -> None:
@@ -486,9 +486,9 @@ def test_weights_that_are_damaged_or_of_another_model_are_refused(student: dict[
     with pytest.raises(ModelError, match=r"best\.safetensors"):
         load_run(run)
     path.write_bytes(whole)
-    about = json.loads((run / "model.json").read_text())
-    about["class_names"], about["class_colours"] = about["class_names"][:-1], about["class_colours"][:-1]
-    (run / "model.json").write_text(json.dumps(about))
+    summary = json.loads((run / "model.json").read_text())
+    summary["class_names"], summary["class_colours"] = summary["class_names"][:-1], summary["class_colours"][:-1]
+    (run / "model.json").write_text(json.dumps(summary))
     with pytest.raises(ModelError):
         load_run(run)
 
@@ -497,10 +497,10 @@ def test_a_student_s_run_knows_the_store_s_classes(
     student: dict[str, Any], cache_path: Path, tmp_path: Path, scenes: str
 ) -> None:
     go(student, tmp_path / "run")
-    _, about = load_run(tmp_path / "run")
+    _, summary = load_run(tmp_path / "run")
     classes = open_split(scenes, "train").classes
-    assert about.class_names == classes.names == open_cache(cache_path).manifest.dataset.class_names
-    assert about.class_colours == classes.colours
+    assert summary.class_names == classes.names == open_cache(cache_path).manifest.dataset.class_names
+    assert summary.class_colours == classes.colours
 
 
 @pytest.mark.parametrize("verb", ["train-teacher", "train-student"])
@@ -513,9 +513,9 @@ def test_a_batch_of_more_than_there_are_is_noted(
         def note(self, text: str) -> None:
             notes.append(text)
 
-    given = (settings if verb == "train-teacher" else student) | {"iterations": 1, "val": None}
+    oversized = (settings if verb == "train-teacher" else student) | {"iterations": 1, "val": None}
     for batch_size in (2, 200):
         notes.clear()
-        train(make_config(**(given | {"batch_size": batch_size})), tmp_path / str(batch_size), observer=Watcher())
-        said = [text for text in notes if text.startswith("--batch-size 200 is more than the ")]
-        assert len(said) == (batch_size == 200), notes
+        train(make_config(**(oversized | {"batch_size": batch_size})), tmp_path / str(batch_size), observer=Watcher())
+        warnings = [text for text in notes if text.startswith("--batch-size 200 is more than the ")]
+        assert len(warnings) == (batch_size == 200), notes

@@ -32,19 +32,19 @@ class Told(World):
         yield Agreement(stop)
 
     def total(self, tensor: Tensor) -> Tensor:
-        for found in self.counted:
-            found.append(tensor.clone())
+        for confusion in self.counted:
+            confusion.append(tensor.clone())
         return torch.stack([tensor, *self.others]).sum(0)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
 def test_several_processes_validate_what_one_would(config: Callable[..., TrainConfig], processes: int) -> None:
-    chosen, val = config(val=VAL, batch_size=2 * processes), open_split(VAL, "val")
+    settings, val = config(val=VAL, batch_size=2 * processes), open_split(VAL, "val")
     torch.manual_seed(5)
     model = build_model("kdcache:tiny", len(val.classes))
 
     def validate(world: World) -> dict[str, object]:
-        metrics = _validator(val, chosen, CPU, Observer(), world)(model)
+        metrics = _validator(val, settings, CPU, Observer(), world)(model)
         return dict(metrics.to_json())
 
     parts: list[Tensor] = []

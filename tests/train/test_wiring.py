@@ -40,8 +40,8 @@ def build(num_classes=7):
 
 
 def first_batch(trainer: Trainer) -> Batch:
-    found: Batch = default_collate([trainer.draws[draw] for draw in range(trainer.config.batch_size)])
-    return found
+    actual: Batch = default_collate([trainer.draws[draw] for draw in range(trainer.config.batch_size)])
+    return actual
 
 
 # --- the loss ----------------------------------------------------------------------------------------------
@@ -97,9 +97,9 @@ def test_a_term_resizes_as_its_student_does(begin: Begin, cache: Cache, tmp_path
         gate = Gate(GateSpec("confidence", 0.5))
         expected = DistillLoss(cache, kl_weight=0.0, align_corners=True, gate=gate, further=[term])
         values.append(expected(student, batch).loss.item())
-    found = trainer.eager.criterion(student, batch).loss.item()
-    assert found == pytest.approx(values[0], rel=1e-6)
-    assert found != pytest.approx(values[1], rel=1e-4)
+    actual = trainer.eager.criterion(student, batch).loss.item()
+    assert actual == pytest.approx(values[0], rel=1e-6)
+    assert actual != pytest.approx(values[1], rel=1e-4)
 
 
 def test_labels_of_other_proportions_than_the_view_are_learnt_from(begin: Begin) -> None:
@@ -140,9 +140,9 @@ def test_mixed_pixels_are_learnt_with_their_labels_and_targets(begin: Begin, cac
     assert mixed.own is not None
     assert 0 < mixed.own.float().mean() < 1
     logits = model(model.normalise(mixed.pixels)).logits
-    found = trainer.eager.forward(batch)
-    assert torch.equal(found.loss, DistillLoss(cache)(logits, mixed).loss)
-    assert found.loss != DistillLoss(cache)(logits, replace(mixed, own=None)).loss
+    actual = trainer.eager.forward(batch)
+    assert torch.equal(actual.loss, DistillLoss(cache)(logits, mixed).loss)
+    assert actual.loss != DistillLoss(cache)(logits, replace(mixed, own=None)).loss
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", torch.bfloat16), ("auto", torch.float32), ("off", torch.float32)])
@@ -202,8 +202,8 @@ def test_scores_choose_the_best_weights_and_halve_the_rate(
     result = train(make_config(**settings), tmp_path)
     assert (result["best_miou"], result["best_step"]) == (0.4, 2)
     for which, step in (("best", 2), ("last", 9)):
-        kept = load_file(tmp_path / f"{which}.safetensors")
-        assert all(torch.equal(tensor, states[step - 1][name]) for name, tensor in kept.items()), which
+        weights = load_file(tmp_path / f"{which}.safetensors")
+        assert all(torch.equal(tensor, states[step - 1][name]) for name, tensor in weights.items()), which
     assert [row["lr"] for row in read_metrics(tmp_path, "train")] == pytest.approx([0.01] * 8 + [0.005])
 
 

@@ -38,19 +38,19 @@ def of_teacher(cache: Cache, samples: list[int]) -> Counts:
 
 def of_labels(data: str, samples: list[int], classes: int) -> Counts:
     labels = [open_split(data, "train").label(number) for number in samples]
-    found: Counts = sum(
+    actual: Counts = sum(
         np.bincount(label[label < 255].ravel(), minlength=classes) for label in labels if label is not None
     )
-    return found
+    return actual
 
 
 def balanced(counts: Counts, kind: str) -> Tensor:
     """Median frequency over frequency, or its root; the mean over pixels is 1."""
     frequency = counts / counts.sum()
-    there = frequency[frequency > 0]
-    raw = (np.median(there) / there) ** (0.5 if kind == "sqrt" else 1.0)
+    present = frequency[frequency > 0]
+    raw = (np.median(present) / present) ** (0.5 if kind == "sqrt" else 1.0)
     weights = np.ones(len(counts))
-    weights[frequency > 0] = raw / (raw * there).sum()
+    weights[frequency > 0] = raw / (raw * present).sum()
     return torch.from_numpy(weights)
 
 
@@ -61,11 +61,11 @@ def kl_of(trainer: Trainer, weight: Tensor) -> tuple[float, float]:
     batch = default_collate([dataset[number] for number in range(len(dataset))])
     generator = torch.Generator().manual_seed(4)
     student = 2 * torch.randn(len(dataset), len(weight), 8, 12, generator=generator)
-    found = trainer.eager.criterion(student, batch).kl.item()
+    actual = trainer.eager.criterion(student, batch).kl.item()
     size, T = batch.label.shape[1:], trainer.config.temperature
     s, t = (F.interpolate(x.double(), size, mode="bilinear") for x in (student, batch.target.values))
     kl = F.kl_div((s / T).log_softmax(1), (t / T).softmax(1), reduction="none").sum(1)
-    return found, (T**2 * kl * weight[t.argmax(1)]).mean().item()
+    return actual, (T**2 * kl * weight[t.argmax(1)]).mean().item()
 
 
 @pytest.mark.parametrize("kind", ["sqrt", "median"])
@@ -79,11 +79,11 @@ def test_class_balance_goes_by_the_teacher_s_classes(
     assert len(dataset) == (limit or SAMPLES)
     weight = balanced(of_teacher(cache, dataset.indices), kind)
     assert trainer.eager.criterion.gate.class_weight.tolist() == pytest.approx(weight.tolist(), rel=1e-6)
-    found, expected = kl_of(trainer, weight)
-    assert found == pytest.approx(expected, rel=1e-4)
+    actual, expected = kl_of(trainer, weight)
+    assert actual == pytest.approx(expected, rel=1e-4)
     by_labels = balanced(of_labels(scenes, dataset.indices, cache.num_classes), kind)
     for other in (by_labels, torch.ones_like(weight)):  # both far beyond what passes above
-        assert found != pytest.approx(kl_of(trainer, other)[1], rel=0.002), "the test could not tell"
+        assert actual != pytest.approx(kl_of(trainer, other)[1], rel=0.002), "the test could not tell"
 
 
 def test_class_balance_of_a_top_k_store(begin: Callable[..., Trainer], source_path: Path, scenes: str) -> None:
@@ -114,9 +114,9 @@ def test_measured_trust_weighs_the_kl_that_trains(
     assert 0 < trust.double().mean() < 1, "the test could not tell"
     trainer = begin(class_trust="auto", trust_against=str(plain))
     assert trainer.eager.criterion.gate.class_weight.tolist() == trust.tolist()
-    found, expected = kl_of(trainer, trust.double())
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert found != pytest.approx(kl_of(trainer, torch.ones_like(trust))[1], rel=0.02)
+    actual, expected = kl_of(trainer, trust.double())
+    assert actual == pytest.approx(expected, rel=1e-4)
+    assert actual != pytest.approx(kl_of(trainer, torch.ones_like(trust))[1], rel=0.02)
 
 
 def test_trust_and_balance_multiply(begin: Callable[..., Trainer], cache: Cache, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_trust_and_balance_multiply(begin: Callable[..., Trainer], cache: Cache,
     file.write_text("".join(f'"{name}" = {value}\n' for name, value in zip(names, trust, strict=True)))
     trainer = begin(class_trust=str(file), class_balance="sqrt")
     weight = balanced(of_teacher(cache, list(range(SAMPLES))), "sqrt") * torch.tensor(trust)
-    found, expected = kl_of(trainer, weight)
-    assert found == pytest.approx(expected, rel=1e-4)
+    actual, expected = kl_of(trainer, weight)
+    assert actual == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ class _Taps(NamedTuple):
 
     @classmethod
     def of(cls, position: Tensor, n_view: int, n_in: int, align_corners: bool) -> "_Taps":
-        """As `window.hat_matrix` does. Where the next weight is 0 both cells are one; a NaN has weights of NaN."""
+        """Compute taps as `window.hat_matrix` does. A next weight of 0 makes both cells one; NaN has weights of NaN."""
         if not align_corners:
             source = position * n_in / n_view - 0.5
         elif n_view == 1:
@@ -51,7 +51,7 @@ class _Taps(NamedTuple):
         weight, next_weight = 1 - (source - cell), 1 - (cell + 1 - source)
         cell = cell.nan_to_num(0)
         return cls(
-            # Unsigned, for numba looks whether an index is negative.
+            # Unsigned, for numba checks whether a signed index is negative.
             cell.numpy().astype(np.uint32),
             (cell + (next_weight > 0)).numpy().astype(np.uint32),
             weight.float().numpy(),
@@ -77,9 +77,9 @@ def _stretch(blend, cells, next_cells, weights, next_weights, block, largest, id
     largest[:n] = -np.inf
     ids[:n] = 0
     for c in range(blend.shape[0]):
-        given, line, this = blend[c], block[c], np.int32(c)
+        source, line, this = blend[c], block[c], np.int32(c)
         for j in range(n):
-            line[j] = _f(given[cells[j]] * weights[j]) + _f(given[next_cells[j]] * next_weights[j])
+            line[j] = _f(source[cells[j]] * weights[j]) + _f(source[next_cells[j]] * next_weights[j])
         for j in range(n):
             x, so_far, id = line[j], largest[j], ids[j]
             ids[j] = this if x > so_far else id

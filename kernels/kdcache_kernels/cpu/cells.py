@@ -7,7 +7,7 @@ and wherever else needed, the pixel at 1/8, 3/8, 5/8 or 7/8 between nodes a and 
 
 so a node costs one exponential and four products, a pixel one product: a quarter of the exponentials, and no gather of
 logits, for neighbouring nodes lie side by side. The price: nothing is subtracted per pixel, so logits may span 80 nats
-at most (the caller looks), and all kinks must fall on nodes (strides 4, 8, 12, ...; flips; windows by whole cells).
+at most (the caller checks), and all kinks must fall on nodes (strides 4, 8, 12, ...; flips; windows by whole cells).
 
 A task is a cell row: the label rows between two rows of low-resolution logits. It writes its share of the gradient of
 both, each to its own array, so that no other task writes there and no sum depends on who did what.
@@ -51,7 +51,7 @@ def _student_nodes(c, n, above, below, fraction, scale, value, root):
 
 @njit(**OPTIONS)
 def _target_nodes(c, n, above, below, fraction, student, lead, root):
-    """`lead` is by how much the target's node is above the student's."""
+    """Write the roots of the target's nodes, and to `lead` the target's nodes minus the student's."""
     for k in range(n):
         a = above[c, k]
         a += fraction * (below[c, k] - a)

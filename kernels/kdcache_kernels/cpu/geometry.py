@@ -30,7 +30,7 @@ SPAN = 4
 """Pixels between two nodes."""
 
 SCRATCH_FLOATS = 96 * 1024
-"""What a tile may use: 384 KiB, of an L2 cache of 512."""
+"""Floats that a tile may use: 384 KiB, of an L2 cache of 512."""
 
 
 class Taps(NamedTuple):
@@ -41,7 +41,7 @@ class Taps(NamedTuple):
 
     @classmethod
     def of(cls, source: Array, n_in: int) -> "Taps":
-        """Of positions in cells; beyond the centres of the outermost cells, these repeat. NaN becomes a NaN weight."""
+        """Make taps of positions in cells; beyond the outermost centres their cells repeat. A NaN has a NaN weight."""
         clamped = np.clip(source, 0, n_in - 1)
         low = np.floor(clamped)
         index = np.nan_to_num(low).astype(np.uint32)
@@ -192,9 +192,9 @@ def _extended(sources_BN: Array, places: Array) -> Array:
     """The sources of other places of the axis; they lie on a line. Next to a cell's centre they are put on it."""
     first = sources_BN[:, :1]
     slope = (sources_BN[:, -1:] - first) / (sources_BN.shape[1] - 1)
-    found = first + slope * places
-    centres = np.round(found)
-    result: Array = np.where(np.abs(found - centres) < 1e-9, centres, found)
+    sources = first + slope * places
+    centres = np.round(sources)
+    result: Array = np.where(np.abs(sources - centres) < 1e-9, centres, sources)
     return result
 
 

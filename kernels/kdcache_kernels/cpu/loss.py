@@ -1,7 +1,7 @@
 """The fused loss on the CPU: two resizes, two softmaxes, the gradient; no tensor of label size times classes.
 
 Rows of low-resolution logits are resampled class by class into scratch that stays in the L2 cache, and the gradient is
-collected there too. What eager PyTorch writes to memory, eight tensors of label size times classes, is never there.
+collected there too. The eight tensors of label size times classes that eager PyTorch writes to memory never exist.
 Two kernels share the work: `cells.py` for the usual strides, `pixels.py` for everything else.
 
 Bitwise the same for any number of threads: what a task writes belongs to it alone, and every sum has one order.
@@ -44,7 +44,7 @@ class _Nodes(NamedTuple):
 
 
 class _Pixels(NamedTuple):
-    """Label pixels as the kernels read them, see `count_pixels`, and what the terms divide by."""
+    """Label pixels in the form that the kernels read, see `count_pixels`, and the denominators of the terms."""
 
     ids: Array
     weight: Array
@@ -69,8 +69,8 @@ def distill_loss(problem: LossProblem) -> LossResult:
         packed = problem.target
         target_BChw = densify(packed.values, packed.indices, packed.tail, packed.num_classes).float().contiguous()
     plan, student, target = _lay_out(problem, student_BChw, target_BChw)
-    found = _count(problem, plan)
-    gradient_BChw, ce, kl = _compute(problem, plan, student, target, found)
+    counted = _count(problem, plan)
+    gradient_BChw, ce, kl = _compute(problem, plan, student, target, counted)
     if student.lost.any() or (target is not None and target.lost.any()):
         ce_lost, kl_lost = _lost_terms(problem, plan, student, target)
         ce, kl = (math.nan if ce_lost else ce), (math.nan if kl_lost else kl)
@@ -85,7 +85,7 @@ def _result(problem: LossProblem, ce: float, kl: float, gradient_BChw: Tensor) -
 
 
 def _temperature(problem: LossProblem) -> float:
-    """CE alone is computed as if at T = 1."""
+    """The temperature of the problem; 1 for CE alone."""
     return problem.temperature if problem.use_kl else 1.0
 
 
@@ -149,21 +149,22 @@ def _count(problem: LossProblem, plan: Plan) -> _Pixels:
     if wrong and problem.labels is not None:
         checks.check_class_ids(problem.labels, C, problem.ignore_index)
 
-    def given(denominator: Tensor | None, count: float) -> float:
+    def denominator_of(denominator: Tensor | None, count: float) -> float:
         return float(count if denominator is None else denominator)
 
-    return _Pixels(ids, weight, gate, given(problem.ce_denominator, weight_sum), given(problem.kl_denominator, counted))
+    ce = denominator_of(problem.ce_denominator, weight_sum)
+    return _Pixels(ids, weight, gate, ce, denominator_of(problem.kl_denominator, counted))
 
 
 def _compute(
-    problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None, found: _Pixels
+    problem: LossProblem, plan: Plan, student: _Nodes, target: _Nodes | None, counted: _Pixels
 ) -> tuple[Tensor, float, float]:
     """Return the gradient, CE and KL."""
     B, C, h, w = problem.student.shape
     T = _temperature(problem)
     both = problem.use_ce and problem.use_kl
     form = TWO if both and T not in (1, 2) else (SQUARE if both and T == 2 else ONE)
-    per_ce, per_kl = (1 / x if x else 0.0 for x in (found.ce_denominator, found.kl_denominator))
+    per_ce, per_kl = (1 / x if x else 0.0 for x in (counted.ce_denominator, counted.kl_denominator))
     factors = (float(problem.ce_weight) * per_ce, float(problem.kl_weight) * T * per_kl)
     targets = (student if target is None else target).values
     shape = student.values.shape if problem.need_gradient else (0,) * 5
@@ -172,7 +173,7 @@ def _compute(
     rows = (plan.starts, plan.student_rows.fraction, plan.target_rows.low.astype(np.int64), plan.target_rows.fraction)
     common = (form, np.float32(T), np.array(factors, np.float32))
     results = (problem.use_kl, problem.need_gradient, upper, lower, losses_Bh2)
-    labels = (found.ids, found.weight, found.gate)
+    labels = (counted.ids, counted.weight, counted.gate)
     if plan.columns is None:
         run(cells, B * h, student.values, targets, *labels, *rows, *common, *results)
     else:

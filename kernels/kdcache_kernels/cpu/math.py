@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH, "nogil"
 
 
 def _digest_of_sources() -> str:
-    """Of every file whose functions or constants end up in the machine code; `topk.py` has a limit of logits."""
+    """The digest of all files whose functions or constants enter the machine code; `topk.py` has a limit of logits."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for path in (*sorted(folder.glob("*.py")), folder.parent / "topk.py"):
@@ -79,7 +79,7 @@ def _compiling() -> Iterator[None]:
 
 
 def njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba's own, but of compiled functions under NUMBA_DISABLE_JIT too: Python has no intrinsics to run them with."""
+    """Compile by numba's njit, under NUMBA_DISABLE_JIT too: Python cannot run the intrinsics."""
 
     @_compiling()
     def dispatched(function: Callable[..., Any]) -> Any:

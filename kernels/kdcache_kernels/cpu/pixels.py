@@ -2,7 +2,7 @@
 
 What a gather costs is paid once per row of logits: stretched to the columns of a tile, two such rows serve every label
 row between them, in loops over contiguous memory. The gradient goes the same way back. The maximum over classes is
-looked for only where exponentials of the logits as they are could overflow or vanish. About 1.7 times slower than
+searched only where exponentials of the logits as they are could overflow or vanish. About 1.7 times slower than
 `cells.py`, whose way of sharing out the work this is.
 
 Legend: B batch, C classes, H label rows, h w a tensor's own rows and columns, n label columns of a tile.
@@ -17,16 +17,16 @@ _f = np.float32
 
 @njit(**OPTIONS)
 def _stretch(j, rows_hCw, index, fraction, pair, held):
-    """Resample row j to the columns of a tile, unless it is there; row j and j + 1 never share a place."""
+    """Resample row j to the columns of a tile, unless `pair` holds it; row j and j + 1 never share a place."""
     place = j % 2
     if held[place] == j:
         return
     held[place] = j
     for c in range(pair.shape[1]):
-        given, row = rows_hCw[j, c], pair[place, c]
+        source, row = rows_hCw[j, c], pair[place, c]
         for k in range(index.size):
-            a = given[index[k]]
-            row[k] = a + fraction[k] * (given[index[k] + np.uint32(1)] - a)
+            a = source[index[k]]
+            row[k] = a + fraction[k] * (source[index[k] + np.uint32(1)] - a)
 
 
 @njit(**OPTIONS)
@@ -97,9 +97,9 @@ def _gradient(c, n, form, fraction, ids, e, e_1, v, slopes, pull):
 def _shrink(n, pull_Cn, index, fraction, rows_Cw):
     """The transpose of `_stretch`: add what every column pulls to the two cells that it lies between."""
     for c in range(rows_Cw.shape[0]):
-        row, given = rows_Cw[c], pull_Cn[c]
+        row, pulls = rows_Cw[c], pull_Cn[c]
         for k in range(n):
-            g = given[k]
+            g = pulls[k]
             right = fraction[k] * g
             row[index[k]] += g - right
             row[index[k] + np.uint32(1)] += right

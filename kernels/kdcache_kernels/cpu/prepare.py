@@ -97,7 +97,7 @@ def count_pixels(
     first, last, labels, ignore_index, class_weight, pixel_weight, inside_y, inside_x,
     use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, counts,
 ):  # fmt: skip
-    """Say for each label pixel what it weighs in each term, tile by tile and phase by phase.
+    """Write the weight of each label pixel in each term, tile by tile and phase by phase.
 
     Pixel k of a tile and phase p is column P * (tile * pitch + k) + p - offset, if there is one and k < pitch.
 

@@ -53,7 +53,7 @@ class _Job:
         self.idle = threading.Condition(self.lock)
 
     def run(self, helpers: int) -> None:
-        _POOL.ask(self, helpers)
+        _POOL.submit(self, helpers)
         self.work()
         with self.idle:
             self.running -= 1
@@ -89,7 +89,7 @@ class _Pool:
         self.lock = threading.Lock()
         self.size = 0
 
-    def ask(self, job: _Job, helpers: int) -> None:
+    def submit(self, job: _Job, helpers: int) -> None:
         with self.lock:
             for index in range(self.size, helpers):
                 threading.Thread(target=self._serve, name=f"kdcache-kernel-{index}", daemon=True).start()

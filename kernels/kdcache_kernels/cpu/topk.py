@@ -26,9 +26,9 @@ from .math import exp2, kernel, njit
 from .threads import run
 
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-"""With Python's error model a division looks for a zero, and the loop around it does not vectorise.
+"""With Python's error model a division checks for a zero, and the loop around it does not vectorise.
 
-Not those of the loss: values here may be infinite, and a store holds the sign of a zero.
+The loss has other options: values here may be infinite, and a store holds the sign of a zero.
 """
 exact_kernel = partial(kernel, options=OPTIONS)
 """`math.kernel` without the liberties that the loss takes with floats."""
@@ -64,9 +64,9 @@ def _read_block(logits, start, strides, n, block, largest):
     if pixel_stride == 1:
         for c in range(num_classes):
             base, row = start + c * class_stride, block[c]
-            given = logits[base : base + n]  # an index that starts at 0 is known not to be negative
+            source = logits[base : base + n]  # an index that starts at 0 is known not to be negative
             for j in range(n):  # an assignment of slices takes three times as long
-                row[j] = given[j]
+                row[j] = source[j]
     else:  # channels last: a pixel's classes share a cache line
         for j in range(n):
             base = start + j * pixel_stride
@@ -104,21 +104,21 @@ def _find_nearest(block, n, nearest, ids):
 
 @njit(**OPTIONS)
 def _write_values(distance, largest, n, out):
-    """Write what is stored of a class; NaN where the maximum is."""
+    """Write the stored values of a class; NaN where the maximum is NaN."""
     for j in range(n):
         out[j] = _f(_f(0) - min(distance[j], _LIMIT)) + _f(largest[j] - largest[j])  # never -0
 
 
 @njit(**OPTIONS)
-def _write_tail(block, nearest, kept, largest, n, rest, out):
-    """Write the log-odds of the mass of what is left in `block` to the sum `kept`; both relative to the maximum."""
+def _write_tail(block, nearest, mass, largest, n, rest, out):
+    """Write the log-odds of the mass of what is left in `block` to the sum `mass`; both relative to the maximum."""
     rest[:n] = 0
     for c in range(block.shape[0]):
         row = block[c]
         for j in range(n):
             rest[j] += exp2(_f(nearest[j] - row[j]) * LOG2_E)
     for j in range(n):
-        odds = _f(_f(math.log(_f(rest[j] / kept[j]))) - nearest[j])
+        odds = _f(_f(math.log(_f(rest[j] / mass[j]))) - nearest[j])
         out[j] = min(max(odds, -_LIMIT), _LIMIT) + _f(largest[j] - largest[j])
 
 
@@ -130,7 +130,7 @@ def _pack_tasks(first, last, logits, strides, shape, width, values, indices, tai
     blocks = (w + width - 1) // width
     block, ids = np.empty((num_classes, width), np.float32), np.zeros(width, np.int32)
     largest, nearest = np.empty(width, np.float32), np.empty(width, np.float32)
-    kept, rest = np.empty(width, np.float32), np.empty(width, np.float32)
+    mass, rest = np.empty(width, np.float32), np.empty(width, np.float32)
     for task in range(first, last):
         b, i, x = task // (h * blocks), (task // blocks) % h, (task % blocks) * width
         n = min(width, w - x)
@@ -141,21 +141,21 @@ def _pack_tasks(first, last, logits, strides, shape, width, values, indices, tai
             for c in range(k):
                 _write_values(block[c], largest, n, values[b, c][here])
             continue
-        kept[:n] = 0
+        mass[:n] = 0
         for rank in range(k):
             _find_nearest(block, n, nearest, ids)
             _write_values(nearest, largest, n, values[b, rank][here])
             indices[b, rank][here] = ids[:n]
             for j in range(n):
-                kept[j] += exp2(_f(_f(0) - nearest[j]) * LOG2_E)
+                mass[j] += exp2(_f(_f(0) - nearest[j]) * LOG2_E)
                 block[ids[j], j] = _TAKEN
         _find_nearest(block, n, nearest, ids)
-        _write_tail(block, nearest, kept, largest, n, rest, tail[b][here])
+        _write_tail(block, nearest, mass, largest, n, rest, tail[b][here])
 
 
 @njit(**OPTIONS)
 def _spread_tail(values, tail, n, log_missing, largest, fill):
-    """Find what a class that was not kept gets: log-sum-exp of `values` (k, n) + tail - log_missing, clamped."""
+    """Find the logit of classes that were not kept: log-sum-exp of `values` (k, n) + tail - log_missing, clamped."""
     largest[:n] = -_LARGEST
     for rank in range(values.shape[0]):
         row = values[rank]

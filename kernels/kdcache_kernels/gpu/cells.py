@@ -379,12 +379,12 @@ def combine_kernel(
 
 
 class Tiling(NamedTuple):
-    """How the work is cut; it changes no bit of the gradient.
+    """The sizes into which the work is cut; they change no bit of the gradient.
 
     Attributes:
-        rows: of cells per strip. An image has h + 1: each row of logits is the lower edge of one and the upper of
+        rows: rows of cells per strip. An image has h + 1: each row of logits is the lower edge of one and the upper of
             the next.
-        lanes: of a program, a power of two; one of them is the halo.
+        lanes: lanes of a program, a power of two; one of them is the halo.
     """
 
     rows: int

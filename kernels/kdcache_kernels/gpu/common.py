@@ -43,16 +43,16 @@ def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
         label_ptrs: block of pointers, any integer type.
         exists: bool block: the pixel lies in the image and is this program's.
     """
-    found = tl.load(label_ptrs, mask=exists)
-    if found.dtype.primitive_bitwidth == 64:
-        labelled = exists & (found != IGNORE_INDEX)
+    ids = tl.load(label_ptrs, mask=exists)
+    if ids.dtype.primitive_bitwidth == 64:
+        labelled = exists & (ids != IGNORE_INDEX)
     else:
-        found = found.to(tl.int32)
+        ids = ids.to(tl.int32)
         labelled = exists
         if IGNORE_INDEX >= -(2**31) and IGNORE_INDEX < 2**31:
-            labelled = exists & (found != IGNORE_INDEX)
-    valid = (found >= 0) & (found < num_classes)
-    return tl.where(labelled, tl.where(valid, found.to(tl.int32), WRONG), VOID)
+            labelled = exists & (ids != IGNORE_INDEX)
+    valid = (ids >= 0) & (ids < num_classes)
+    return tl.where(labelled, tl.where(valid, ids.to(tl.int32), WRONG), VOID)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def load_pixel(
     DISTILL_VOID: tl.constexpr,
     IGNORE_INDEX: tl.constexpr,
 ):
-    """What a block of pixels counts for.
+    """The weights of a block of pixels in both terms.
 
     Args:
         label_ptrs, pixel_weight_ptrs: blocks of pointers of one shape; unused where there are none.
@@ -88,22 +88,22 @@ def load_pixel(
     kl_counted = ce_counted
     ce_weight = tl.zeros(exists.shape, tl.float32)
     kl_weight = ce_weight
-    kept = exists
+    taught = exists
     if HAS_LABELS and (USE_CE or not DISTILL_VOID):
-        found = load_label(label_ptrs, exists, num_classes, IGNORE_INDEX)
-        labelled = found != VOID
+        ids = load_label(label_ptrs, exists, num_classes, IGNORE_INDEX)
+        labelled = ids != VOID
         if not DISTILL_VOID:
-            kept = labelled
+            taught = labelled
         if USE_CE:
             ce_counted = labelled
-            label = tl.maximum(found, 0)
+            label = tl.maximum(ids, 0)
             if HAS_CLASS_WEIGHT:
-                ce_weight = tl.load(class_weight_ptr + label, mask=found >= 0, other=0.0).to(tl.float32)
+                ce_weight = tl.load(class_weight_ptr + label, mask=ids >= 0, other=0.0).to(tl.float32)
             else:
-                ce_weight = tl.where(found >= 0, 1.0, 0.0)
-            ce_weight = tl.where(found == WRONG, float("nan"), ce_weight)
+                ce_weight = tl.where(ids >= 0, 1.0, 0.0)
+            ce_weight = tl.where(ids == WRONG, float("nan"), ce_weight)
     if USE_KL:
-        kl_counted = kept & in_view
+        kl_counted = taught & in_view
         if HAS_PIXEL_WEIGHT:
             kl_weight = tl.load(pixel_weight_ptrs, mask=kl_counted, other=0).to(tl.float32)
         else:
@@ -112,7 +112,7 @@ def load_pixel(
 
 
 def gpu(device: torch.device) -> GPUTarget:
-    """What the kernels are compiled for: NVIDIA's or AMD's compiler, and how many lanes a warp has (64 on a CDNA)."""
+    """The target of compilation: NVIDIA's or AMD's compiler, and how many lanes a warp has (64 on a CDNA)."""
     if device.type == "cpu":  # the interpreter
         return GPUTarget("cuda", 90, 32)
     target: GPUTarget = triton.runtime.driver.active.get_current_target()
@@ -127,7 +127,7 @@ def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; an H200's for the interpreter."""
+    """The number of multiprocessors of the GPU; an H200's for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

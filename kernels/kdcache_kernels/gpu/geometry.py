@@ -114,7 +114,7 @@ def _shift(size, cells, view, start, end):
 
 @triton.jit
 def _store_factors(
-    counts_ptr, num_counts, known_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
+    counts_ptr, num_counts, pixel_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
     kl_denominator_ptr, temperature,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CE_DENOMINATOR: tl.constexpr, HAS_KL_DENOMINATOR: tl.constexpr,
     COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,7 +130,7 @@ def _store_factors(
     ce_count = tl.sum(ce, 0)
     kl_count = tl.sum(kl, 0)
     if not COUNTS_KL:
-        kl_count = _double(known_count)
+        kl_count = _double(pixel_count)
     if HAS_CE_DENOMINATOR:
         ce_count = tl.load(ce_denominator_ptr).to(tl.float64)
     if HAS_KL_DENOMINATOR:
@@ -155,7 +155,7 @@ def geometry_kernel(
     student_row_ptr, student_row_fraction_ptr, student_row_inside_ptr, student_column_ptr, student_column_fraction_ptr,
     student_column_inside_ptr, target_row_ptr, target_row_fraction_ptr, target_row_inside_ptr, target_column_ptr,
     target_column_fraction_ptr, target_column_inside_ptr, route_ptr, shift_ptr, factors_ptr,
-    B, h, w, ht, wt, H, W, view_height, view_width, num_ranges, num_counts, known_count, temperature,
+    B, h, w, ht, wt, H, W, view_height, view_width, num_ranges, num_counts, pixel_count, temperature,
     HAS_WINDOW: tl.constexpr, HAS_FLIP: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
     STUDENT_ALIGN: tl.constexpr, TARGET_ALIGN: tl.constexpr, FAST: tl.constexpr, GUARD_RANGE: tl.constexpr,
     HAS_CE_DENOMINATOR: tl.constexpr, HAS_KL_DENOMINATOR: tl.constexpr, COUNTS_CE: tl.constexpr,
@@ -169,7 +169,7 @@ def geometry_kernel(
     image = tl.program_id(0)
     if image == B:
         _store_factors(
-            counts_ptr, num_counts, known_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
+            counts_ptr, num_counts, pixel_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
             kl_denominator_ptr, temperature, USE_CE, USE_KL, HAS_CE_DENOMINATOR, HAS_KL_DENOMINATOR,
             COUNTS_CE, COUNTS_KL, BLOCK,
         )  # fmt: skip
@@ -212,8 +212,8 @@ def geometry_kernel(
             widest = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, num_ranges, BLOCK):
                 offs_n = start + tl.arange(0, BLOCK)
-                found = tl.load(ranges_ptr + image * num_ranges + offs_n, mask=offs_n < num_ranges, other=0.0)
-                widest = tl.maximum(widest, found)
+                ranges_n = tl.load(ranges_ptr + image * num_ranges + offs_n, mask=offs_n < num_ranges, other=0.0)
+                widest = tl.maximum(widest, ranges_n)
             fast = fast & (tl.max(widest, 0) <= MOST_NATS)
         tl.store(route_ptr + image, fast.to(tl.int32))
     else:

@@ -1,9 +1,9 @@
 """The distillation loss on CUDA: which kernels run, in which order, and their sum.
 
-Six launches at most and no look at the device: prepare, geometry, the fast kernel (cells, with its combination of
+Six launches at most and no wait for the device: prepare, geometry, the fast kernel (cells, with its combination of
 edges, or pixels), tiles, totals. Tiles takes any geometry and any range of logits; the fast kernel takes what meets
 the student's grid cell by cell, at a third of the time. Which image goes where is decided on the device, so both
-are launched, and each passes by the other's images in a few microseconds. Where the host can tell that the fast
+are launched, and each passes by the other's images in a few microseconds. Where the host knows that the fast
 kernel cannot run at all (sizes, aligned corners), tiles runs alone.
 
 Legend: B batch, C classes, h w student's size, P programs of a kernel.

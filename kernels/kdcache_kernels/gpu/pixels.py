@@ -3,11 +3,11 @@
 Image classification (h = w = 1) and full-resolution heads, also under whole-pixel windows and flips. The classes run
 twice in blocks, for the sums of the softmaxes and for the gradient; nothing of size C is kept, and the second loop
 reads the logits mostly from the cache. Without interpolation, the largest of the normalised logits is 0 at every pixel:
-no maximum is looked for, and any range will do. A class of a pixel costs 25 instructions at T = 2 (sm_90) and at least
+no maximum is searched, and any range will do. A class of a pixel costs 25 instructions at T = 2 (sm_90) and at least
 12 bytes of memory, which bound it: 0.25 ms at 16 x 21 x 512^2 and the 4.3 TB/s of an H200.
 
 Blocks are classes by pixels. A lane has four neighbouring pixels of an image and two classes of them at a time, so that
-it loads 16 bytes at once and sums up classes without asking another lane. With h = w = 1 it is the classes that are
+it loads 16 bytes at once and sums up classes without reading another lane. With h = w = 1 it is the classes that are
 contiguous: a block is then up to 1024 classes of one pixel, or all classes of a few.
 
 Legend: B batch, C classes, h w label size and the student's, ht wt the target's; u, v the student's and the target's
@@ -27,7 +27,7 @@ from .prep import Prepared
 from .sample import LOWEST_LOGIT, SMALL
 
 CLASSES, PIXELS = 2, 128
-"""Of an image, that a program does at once."""
+"""Classes and pixels of an image that a program does at once."""
 ROW = 1024
 """Classes that a program does at once where they are contiguous."""
 
@@ -74,7 +74,7 @@ def _gradient(
     """Write a 2^(T u) + ku 2^u - kv 2^v, less k_ce times its weight at the label's class (-1: none)."""
     for start in range(0, num_classes, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        known_c = c < num_classes
+        exists_c = c < num_classes
         u = _load_block(student_n, exists_n, start, num_classes, plane, absent_u, BLOCK_C)
         if USE_KL:
             v = _load_block(target_n, exists_n, start, num_classes, target_plane, LOWEST_LOGIT, BLOCK_C)
@@ -92,10 +92,10 @@ def _gradient(
         if USE_CE:
             k_label_c = tl.zeros((BLOCK_C,), tl.float32) + k_ce
             if HAS_CLASS_WEIGHT:
-                k_label_c *= tl.load(class_weight_ptr + c, mask=known_c, other=0.0).to(tl.float32)
+                k_label_c *= tl.load(class_weight_ptr + c, mask=exists_c, other=0.0).to(tl.float32)
             g -= tl.where(c[:, None] == label[None, :], k_label_c[:, None], 0.0)
         gradient_ptrs = gradient_n[None, :] + (c * plane)[:, None]
-        tl.store(gradient_ptrs, g.to(gradient_ptrs.dtype.element_ty), mask=known_c[:, None] & exists_n[None, :])
+        tl.store(gradient_ptrs, g.to(gradient_ptrs.dtype.element_ty), mask=exists_c[:, None] & exists_n[None, :])
 
 
 @triton.jit
@@ -206,12 +206,12 @@ def pixels_kernel(
 
 
 class Tiling(NamedTuple):
-    """How the work is cut; of these, only the classes can change a bit of the gradient.
+    """The sizes into which the work is cut; of these, only the classes can change a bit of the gradient.
 
     Attributes:
-        classes, pixels: of a block, a power of two each.
-        programs: at most.
-        num_warps: of a program.
+        classes, pixels: classes and pixels of a block, a power of two each.
+        programs: the most programs.
+        num_warps: warps of a program.
     """
 
     classes: int

@@ -1,4 +1,4 @@
-"""What the Triton loss kernels start from: both sets of logits in one form, and the geometry.
+"""The input of the Triton loss kernels: both sets of logits in one form, and the geometry.
 
 One launch reads the student's and the target's logits at their own small sizes, whatever their dtype, strides and k,
 and writes float32, contiguous, normalised and scaled for exp2: every later kernel then has one variant. It also finds
@@ -86,15 +86,15 @@ def _normalise(
         largest = tl.maximum(largest, tl.max(tl.where(mask, x, float("-inf")), 0))
         smallest = tl.minimum(smallest, tl.min(tl.where(mask, x, float("inf")), 0))
         wrong = tl.maximum(wrong, tl.max(tl.where(tl.abs(x) <= limit, 0, 1), 0))
-    kept = exists & (wrong == 0)
-    largest = tl.where(kept, largest, 0.0)
+    usable = exists & (wrong == 0)
+    largest = tl.where(usable, largest, 0.0)
     tl.store(lost_ptr + offs_n, wrong.to(tl.uint8), mask=exists)
-    tl.store(range_ptr, tl.max((largest - tl.where(kept, smallest, 0.0)) * stretch, 0))
+    tl.store(range_ptr, tl.max((largest - tl.where(usable, smallest, 0.0)) * stretch, 0))
     for start in range(0, num_classes, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
         mask = (offs_c < num_classes)[:, None] & exists[None, :]
         x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
-        value = (tl.where(kept[None, :], x, 0.0) - largest[None, :]) * scale
+        value = (tl.where(usable[None, :], x, 0.0) - largest[None, :]) * scale
         tl.store(out_ptr + offs_c[:, None] * (h * w) + offs_n[None, :], value, mask=mask)
 
 
@@ -104,30 +104,30 @@ def _densify(
     stretch,
     BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same for a packed target: the tail's fill for every class, then the kept ones over it."""
+    """Normalise a packed target like `_normalise`: the tail's fill for every class, then the kept ones over it."""
     offs_n = block * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < num_pixels
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     smallest = tl.full((BLOCK,), float("inf"), tl.float32)
     wrong = tl.zeros((BLOCK,), tl.int32)
-    for kept in range(k):
-        x = tl.load(values_ptr + kept * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
-        ids = tl.load(indices_ptr + kept * num_pixels + offs_n, mask=exists, other=0).to(tl.int32)
+    for rank in range(k):
+        x = tl.load(values_ptr + rank * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
+        ids = tl.load(indices_ptr + rank * num_pixels + offs_n, mask=exists, other=0).to(tl.int32)
         largest = tl.maximum(largest, x)
         smallest = tl.minimum(smallest, x)
         wrong = wrong | tl.where(tl.abs(x) <= limit, 0, 1) | tl.where(ids < num_classes, 0, 1)
     largest = tl.where(wrong == 0, largest, 0.0)
     mass = tl.zeros((BLOCK,), tl.float32)
-    for kept in range(k):
-        x = tl.load(values_ptr + kept * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
+    for rank in range(k):
+        x = tl.load(values_ptr + rank * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
         mass += tl.exp(tl.where(wrong == 0, x - largest, 0.0))
     tail = tl.load(tail_ptr + offs_n, mask=exists, other=0.0).to(tl.float32)
     fill = tail_fill(largest, mass, tail, num_classes, k).to(tl.float32)
     wrong = wrong | tl.where(tl.abs(fill) <= limit, 0, 1)  # NaN too
-    known = exists & (wrong == 0)
-    fill = tl.where(known, fill, 0.0)
-    largest = tl.where(known, tl.maximum(largest, fill), 0.0)
-    smallest = tl.where(known, tl.minimum(smallest, fill), 0.0)
+    usable = exists & (wrong == 0)
+    fill = tl.where(usable, fill, 0.0)
+    largest = tl.where(usable, tl.maximum(largest, fill), 0.0)
+    smallest = tl.where(usable, tl.minimum(smallest, fill), 0.0)
     tl.store(lost_ptr + offs_n, wrong.to(tl.uint8), mask=exists)
     tl.store(range_ptr, tl.max((largest - smallest) * stretch, 0))
     fill = (fill - largest) * scale
@@ -138,10 +138,10 @@ def _densify(
         tl.store(ptrs, tl.broadcast_to(fill[None, :], (BLOCK_C, BLOCK)), mask=mask)
     # Another thread may have filled what this one overwrites.
     tl.debug_barrier()
-    for kept in range(k):
-        x = tl.load(values_ptr + kept * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
-        ids = tl.load(indices_ptr + kept * num_pixels + offs_n, mask=exists, other=0).to(tl.int32)
-        tl.store(out_ptr + ids * num_pixels + offs_n, (x - largest) * scale, mask=known)
+    for rank in range(k):
+        x = tl.load(values_ptr + rank * num_pixels + offs_n, mask=exists, other=0.0).to(tl.float32)
+        ids = tl.load(indices_ptr + rank * num_pixels + offs_n, mask=exists, other=0).to(tl.int32)
+        tl.store(out_ptr + ids * num_pixels + offs_n, (x - largest) * scale, mask=usable)
 
 
 @triton.jit

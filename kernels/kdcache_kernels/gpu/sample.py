@@ -99,7 +99,7 @@ def softmax_sums_below_peaks(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr,
 ):  # fmt: skip
-    """The same for logits of any range, relative to the largest u and v.
+    """Compute the sums of `softmax_sums` for logits of any range, relative to the largest u and v.
 
     Returns: the four sums, the last in units of 2^12, and the largest u and v.
     """
@@ -141,8 +141,8 @@ def student_group(y_n, cell_n, index_ptr, fraction_ptr, H):
     exists_qn = rows_qn < H
     rows_qn = tl.minimum(rows_qn, H - 1)
     fraction_qn = tl.load(fraction_ptr + rows_qn)
-    found_qn = cell_of(tl.load(index_ptr + rows_qn), fraction_qn)
-    return rows_qn, exists_qn & (found_qn == cell_n[None, :]), tl.where(found_qn < 0, 1.0, fraction_qn)
+    own_cell_qn = cell_of(tl.load(index_ptr + rows_qn), fraction_qn)
+    return rows_qn, exists_qn & (own_cell_qn == cell_n[None, :]), tl.where(own_cell_qn < 0, 1.0, fraction_qn)
 
 
 @triton.jit

@@ -34,8 +34,10 @@ def reciprocal(x):
 
 @triton.jit
 def interpolation(low, width, flip, S: tl.constexpr):
-    """How the pixels of a cell between columns `low` and `low + 1` read a grid of `width` >= 2 columns.
+    """The column and the fractions with which the pixels of a cell from column `low` to `low + 1` read a grid.
 
+    Args:
+        width: columns of the grid, at least 2.
     Returns: column, first, step: pixel r reads `(1 - f) x[column] + f x[column + 1]` with f = first + r step; both
         columns lie in the grid, and beyond its edge f is 0 or 1 throughout. A flipped cell is read from the right.
     """
@@ -157,7 +159,7 @@ def moments(sequence, linear, higher, LINEAR: tl.constexpr, HIGHER: tl.constexpr
 
 @triton.jit
 def unpack(labels, index: tl.constexpr):
-    """One of the class ids that are kept in pairs, 16 bits each; VOID and WRONG stay negative."""
+    """One of the class ids that are packed in pairs, 16 bits each; VOID and WRONG stay negative."""
     if index % 2 == 0:
         return (labels[index // 2] << 16) >> 16
     return labels[index // 2] >> 16
@@ -267,7 +269,7 @@ def pixel_factors(
     S: tl.constexpr, ROWS: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """What every pixel's exponentials are multiplied by in the gradient, and its part of the loss.
+    """Compute the factors of every pixel's exponentials in the gradient, and its part of the loss.
 
     Returns: tuples for the student at T = 1 and at T and for the target (its gate over its sum, without k_kl); the
         cell's sums of ce weight * log2(ce) and of gate * log2(kl / teacher); whether KL counts a pixel of it.
@@ -296,25 +298,25 @@ def pixel_factors(
                     factor = tl.where(label >= 0, factor, 0.0)
                 ce_factors += (factor,)
             if USE_KL:
-                kept = active & in_image(q, g, i, j, h, w, r, S, ROWS)
+                counted = active & in_image(q, g, i, j, h, w, r, S, ROWS)
                 if HAS_WINDOW:
-                    kept = kept & (tl.load(row_inside_ptrs + q, mask=kept, other=0) != 0)
-                    kept = kept & (tl.load(column_inside_ptrs + r, mask=kept, other=0) != 0)
+                    counted = counted & (tl.load(row_inside_ptrs + q, mask=counted, other=0) != 0)
+                    counted = counted & (tl.load(column_inside_ptrs + r, mask=counted, other=0) != 0)
                 if not DISTILL_VOID:
-                    kept = kept & (unpack(labels, q * S + r) != VOID)
-                kl_any = kl_any | kept
+                    counted = counted & (unpack(labels, q * S + r) != VOID)
+                kl_any = kl_any | counted
                 inverse = reciprocal(teacher[q * S + r])
                 ratio = kl[q * S + r] * inverse
                 factor = reciprocal(kl[q * S + r]) * k_kl
                 if HAS_PIXEL_WEIGHT:
-                    gate = tl.load(gate_ptrs + q * stride_ph + r * stride_pw, mask=kept, other=0).to(tl.float32)
+                    gate = tl.load(gate_ptrs + q * stride_ph + r * stride_pw, mask=counted, other=0).to(tl.float32)
                     kl_log = tl.fma(gate, tl.log2(ratio), kl_log)
                     factor = factor * gate
                     inverse = inverse * gate
                 else:
-                    kl_exponent, kl_product = _split(ratio, kept, kl_exponent, kl_product)
-                    factor = tl.where(kept, factor, 0.0)
-                    inverse = tl.where(kept, inverse, 0.0)
+                    kl_exponent, kl_product = _split(ratio, counted, kl_exponent, kl_product)
+                    factor = tl.where(counted, factor, 0.0)
+                    inverse = tl.where(counted, inverse, 0.0)
                 kl_factors += (factor,)
                 teacher_factors += (inverse,)
     if not HAS_CLASS_WEIGHT:

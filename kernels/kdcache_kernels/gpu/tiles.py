@@ -73,7 +73,7 @@ def _gradient(
     value_qn = values_ptr + tl.arange(0, ROWS)[:, None] * (VALUES * LANES) + lane[None, :]
     for start in range(0, sizes[0], BLOCK):
         class_c = start + tl.arange(0, BLOCK)
-        known_c = class_c < sizes[0]
+        exists_c = class_c < sizes[0]
         c = tl.minimum(class_c, sizes[0] - 1)
         offset_cn = (c * sizes[1])[:, None]
         top_cn = tl.load((student_rows[0] + left_n)[None, :] + offset_cn)
@@ -130,8 +130,8 @@ def _gradient(
         next_cn = left_low_cn + tl.gather(right_low_cn, shift_cn, 1)
         now_ptrs = now_ptr + c[:, None] * LANES + lane[None, :]
         next_ptrs = next_ptr + c[:, None] * LANES + lane[None, :]
-        tl.store(now_ptrs, tl.load(now_ptrs) + now_cn, mask=known_c[:, None])
-        tl.store(next_ptrs, tl.load(next_ptrs) + next_cn, mask=known_c[:, None])
+        tl.store(now_ptrs, tl.load(now_ptrs) + now_cn, mask=exists_c[:, None])
+        tl.store(next_ptrs, tl.load(next_ptrs) + next_cn, mask=exists_c[:, None])
 
 
 @triton.jit
@@ -139,12 +139,12 @@ def _finish_row(sums_ptr, gradient_n, writes_n, num_classes, plane, BLOCK: tl.co
     """Write out the sums of a row of student pixels and set them to 0."""
     for start in range(0, num_classes, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        known_c = (c < num_classes)[:, None]
+        exists_c = (c < num_classes)[:, None]
         sum_ptrs = sums_ptr + c[:, None] * LANES + tl.arange(0, LANES)[None, :]
-        sums_cn = tl.load(sum_ptrs, mask=known_c, other=0.0)
-        tl.store(sum_ptrs, tl.zeros((BLOCK, LANES), tl.float32), mask=known_c)
+        sums_cn = tl.load(sum_ptrs, mask=exists_c, other=0.0)
+        tl.store(sum_ptrs, tl.zeros((BLOCK, LANES), tl.float32), mask=exists_c)
         gradient_ptrs = gradient_n[None, :] + (c * plane)[:, None]
-        tl.store(gradient_ptrs, sums_cn.to(gradient_ptrs.dtype.element_ty), mask=known_c & writes_n[None, :])
+        tl.store(gradient_ptrs, sums_cn.to(gradient_ptrs.dtype.element_ty), mask=exists_c & writes_n[None, :])
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def _visit(
     HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The terms of the pixels in column r of each lane's cell, and what their gradient needs.
+    """The terms of the pixels in column r of each lane's cell, and the factors of their gradient.
 
     Returns: CE and KL of each lane in nats, weighted; 1 when the gradient needs the maxima, else 0.
     """
@@ -372,11 +372,11 @@ def tiles_kernel(
 
 
 class Tiling(NamedTuple):
-    """How the work is cut; of these, only the class blocks can change a bit of the result.
+    """The sizes into which the work is cut; of these, only the class blocks can change a bit of the result.
 
     Attributes:
         strip_rows: rows of student pixels per strip.
-        lanes: per program, one warp of them on a GPU.
+        lanes: lanes per program, one warp of them on a GPU.
         block_sums: classes that are summed at once; divides their number.
         block_classes: classes whose gradient is computed at once.
         programs: at most; each has a scratch buffer of 18 KB at stride 4 and 21 classes.

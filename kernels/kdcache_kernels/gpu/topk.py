@@ -102,16 +102,16 @@ def _next_ranks(logits_ptrs, stride_c, num_classes, largest, last_bits, last_id,
 
 @triton.jit
 def _log_odds(
-    logits_ptrs, stride_c, num_classes, largest, last_bits, last_id, nearest, kept, exists, BLOCK: tl.constexpr
+    logits_ptrs, stride_c, num_classes, largest, last_bits, last_id, nearest, mass, exists, BLOCK: tl.constexpr
 ):
-    """Log-odds of the mass after the last class taken to `kept`; `nearest` is the smallest distance among them."""
+    """Log-odds of the mass after the last class kept, to `mass`; `nearest` is the smallest distance among them."""
     rest = tl.zeros((BLOCK,), tl.float32)
     for c in range(num_classes):
         bits = _distance_bits(logits_ptrs, largest, exists)
         term = tl.exp(_float(nearest) - _float(bits))
         rest += tl.where(_follows(bits, c, last_bits, last_id), term, 0.0)
         logits_ptrs += stride_c
-    odds = tl.log(rest) - tl.log(kept) - _float(nearest)
+    odds = tl.log(rest) - tl.log(mass) - _float(nearest)
     # Where nothing but -inf is left its sum is NaN.
     return tl.where(nearest < INFINITY_BITS, odds, -LIMIT)
 
@@ -149,31 +149,31 @@ def _pack_kernel(
         last_bits = tl.full((BLOCK,), -1, tl.int32)
         last_id = tl.full((BLOCK,), -1, tl.int32)
         nearest = last_bits  # of what is not kept
-        kept = tl.zeros((BLOCK,), tl.float32)
+        mass = tl.zeros((BLOCK,), tl.float32)
         for rank in range(0, k, RANKS):
             bits, ids = _next_ranks(logits_ptrs, stride_c, num_classes, largest, last_bits, last_id, exists, BLOCK)
             for slot in tl.static_range(RANKS):
                 if rank + slot < k:
                     last_bits, last_id, nearest = bits[slot], ids[slot], bits[slot + 1]
                     distance = _float(last_bits)
-                    kept += tl.exp(-distance)
+                    mass += tl.exp(-distance)
                     _store_half(values_ptrs, 0.0 - distance, largest, exists)
                     tl.store(indices_ptrs, last_id.to(indices_ptr.dtype.element_ty), mask=exists)
                     values_ptrs += num_pixels
                     indices_ptrs += num_pixels
-        odds = _log_odds(logits_ptrs, stride_c, num_classes, largest, last_bits, last_id, nearest, kept, exists, BLOCK)
+        odds = _log_odds(logits_ptrs, stride_c, num_classes, largest, last_bits, last_id, nearest, mass, exists, BLOCK)
         _store_half(tail_ptr + image * num_pixels + pixel, odds, largest, exists)
 
 
 @triton.jit
-def tail_fill(largest, kept, tail, num_classes, k):
-    """What each class that was not kept gets, float64: rounded once, by the caller, as C - k classes share the error.
+def tail_fill(largest, mass, tail, num_classes, k):
+    """The logit of a class that was not kept, float64: rounded once, by the caller, as C - k classes share the error.
 
     Args:
-        largest: of the kept logits. kept: sum of their exponentials relative to it. tail: log-odds of the others.
+        largest: of the kept logits. mass: sum of their exponentials relative to it. tail: log-odds of the others.
     """
     one = tl.full((), 1.0, tl.float64)
-    fill = largest.to(tl.float64) + tl.log(kept.to(tl.float64)) + tail.to(tl.float64) - tl.log((num_classes - k) * one)
+    fill = largest.to(tl.float64) + tl.log(mass.to(tl.float64)) + tail.to(tl.float64) - tl.log((num_classes - k) * one)
     # Written with comparisons, which leave a NaN what it is.
     return tl.where(fill > LIMIT, LIMIT, tl.where(fill < -LIMIT, -LIMIT, fill))
 
@@ -200,13 +200,13 @@ def _densify_kernel(
         highest_id = tl.maximum(highest_id, tl.load(indices_ptr + offs, mask=exists, other=0).to(tl.int32))
         offs += num_pixels
     largest = tl.where(tl.abs(largest) <= LARGEST_FLOAT, largest, 0.0)
-    kept = tl.zeros((BLOCK,), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
     offs = start
     for _ in range(k):
-        kept += tl.exp(tl.load(values_ptr + offs, mask=exists, other=0.0).to(tl.float32) - largest)
+        mass += tl.exp(tl.load(values_ptr + offs, mask=exists, other=0.0).to(tl.float32) - largest)
         offs += num_pixels
     tail = tl.load(tail_ptr + image * num_pixels + pixel, mask=exists, other=0.0).to(tl.float32)
-    fill = tail_fill(largest, kept, tail, num_classes, k).to(tl.float32)
+    fill = tail_fill(largest, mass, tail, num_classes, k).to(tl.float32)
     wrong = highest_id >= num_classes
     fill = tl.where(wrong, float("nan"), fill)
     dense_ptrs = dense_ptr + image * num_classes * num_pixels + pixel
@@ -256,7 +256,7 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
 def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> Tensor:
     """Compute what `kdcache_kernels.densify` documents for float32: a new, contiguous tensor.
 
-    A pixel with a class id out of range is NaN in every class: looking would wait for the device.
+    A pixel with a class id out of range is NaN in every class: a check would wait for the device.
     """
     check_packed(values, indices, tail, num_classes)
     if indices is None or tail is None:

@@ -97,23 +97,23 @@ def test_wide_logits_are_left_to_the_other_layout(monkeypatch):
         kernel = getattr(numba_loss, name)
         monkeypatch.setattr(numba_loss, name, lambda *a, name=name, kernel=kernel: (used.append(name), kernel(*a)))
     expected = loss_and_gradient(student.double(), labels, target, impl="reference")
-    found = loss_and_gradient(student, labels, target)
+    actual = loss_and_gradient(student, labels, target)
     assert set(used) == {"pixels"}
-    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[1].double(), expected[1], rtol=0, atol=2e-6 * expected[1].abs().max().item())
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual[1].double(), expected[1], rtol=0, atol=2e-6 * expected[1].abs().max().item())
 
 
 def test_exp2_and_log2_at_their_errors():
     x = np.linspace(-126, 127.49, 100_001, dtype=np.float32)
     exact = np.exp2(x.astype(np.float64))
-    found = np.array([numba_math.exp2(each) for each in x], np.float64)
-    assert np.abs(found / exact - 1).max() < 1.3e-7
+    actual = np.array([numba_math.exp2(each) for each in x], np.float64)
+    assert np.abs(actual / exact - 1).max() < 1.3e-7
     assert [numba_math.exp2(np.float32(each)) for each in (-127.5, -1e30)] == [0, 0]
     for y in (np.geomspace(1e-37, 1e37, 50_001), np.linspace(0.99, 1.01, 50_001)):
         y = y.astype(np.float32)
         exact = np.log2(y.astype(np.float64))
-        found = np.array([numba_math.log2(each) for each in y], np.float64)
-        assert np.abs(found - exact).max() <= 2e-7 * max(1, np.abs(exact).max())
+        actual = np.array([numba_math.log2(each) for each in y], np.float64)
+        assert np.abs(actual - exact).max() <= 2e-7 * max(1, np.abs(exact).max())
 
 
 LOSS = """

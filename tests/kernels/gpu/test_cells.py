@@ -37,9 +37,9 @@ def run(problem: LossProblem, rows: int = 1, lanes: int = 32) -> Result:
 
 
 def assert_exact(problem: LossProblem, gradient_error: float = 2e-6, **tiling: int) -> Result:
-    found = run(problem, **tiling)
-    assert_close(found, problem, gradient_error)
-    return found
+    actual = run(problem, **tiling)
+    assert_close(actual, problem, gradient_error)
+    return actual
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5, slow(3.0), slow(4.0)])
@@ -157,12 +157,12 @@ def test_no_labels():
 def test_an_image_of_void_alone():
     problem = make_problem(2, B=2, distill_void=False)
     problem.labels[0] = VOID
-    found = assert_exact(problem)
-    assert not found.gradient[0].any()
+    actual = assert_exact(problem)
+    assert not actual.gradient[0].any()
     problem.labels[:] = VOID
-    found = run(problem)
-    assert found[:2] == (0, 0)
-    assert not found.gradient.any()
+    actual = run(problem)
+    assert actual[:2] == (0, 0)
+    assert not actual.gradient.any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, slow(-torch.inf), slow(3e38)])
@@ -179,9 +179,9 @@ def test_a_lost_student_pixel(counted, value):
         assert same_bits(run(problem), expected)
         return
     problem.labels[0, 2, 2] = 1
-    found = run(problem)
-    assert found.ce != found.ce
-    assert found.kl != found.kl
+    actual = run(problem)
+    assert actual.ce != actual.ce
+    assert actual.kl != actual.kl
 
 
 @pytest.mark.parametrize("flipped", [slow(False), True])
@@ -199,9 +199,9 @@ def test_a_lost_target_pixel(counted, flipped):
         assert same_bits(run(problem), expected)
         return
     problem.labels[0, 2, -3 if flipped else 2] = 1
-    found = run(problem)
-    assert found.ce == pytest.approx(exact(problem).ce, rel=1e-6)
-    assert found.kl != found.kl
+    actual = run(problem)
+    assert actual.ce == pytest.approx(exact(problem).ce, rel=1e-6)
+    assert actual.kl != actual.kl
 
 
 def test_a_lost_pixel_counts_at_weight_0():
@@ -212,9 +212,9 @@ def test_a_lost_pixel_counts_at_weight_0():
     problem.labels[0, 0, 0] = 0
     problem.labels[0, -1, -1] = 2
     problem.student[0, 1, 0, 0] = torch.nan
-    found = run(problem)
-    assert found.ce != found.ce
-    assert found.kl != found.kl
+    actual = run(problem)
+    assert actual.ce != actual.ce
+    assert actual.kl != actual.kl
 
 
 @pytest.mark.parametrize("label", [3, slow(200), slow(-7)])
@@ -223,17 +223,17 @@ def test_a_class_out_of_range_spoils_ce_alone(label):
     labels = problem.labels.to(torch.int32)
     kl = exact(problem).kl
     labels[0, 3, 4] = label
-    found = run(dataclasses.replace(problem, labels=labels))
-    assert found.ce != found.ce
-    assert found.kl == pytest.approx(kl, rel=1e-6)
+    actual = run(dataclasses.replace(problem, labels=labels))
+    assert actual.ce != actual.ce
+    assert actual.kl == pytest.approx(kl, rel=1e-6)
 
 
 @pytest.mark.parametrize("terms", ["both", slow("ce"), slow("kl")])
 def test_without_a_gradient_the_terms_have_the_same_bits(terms):
     problem = make_problem(2, terms=terms)
-    found = run(dataclasses.replace(problem, need_gradient=False))
-    assert found.gradient is None
-    assert found[:2] == run(problem)[:2]
+    actual = run(dataclasses.replace(problem, need_gradient=False))
+    assert actual.gradient is None
+    assert actual[:2] == run(problem)[:2]
 
 
 @pytest.mark.parametrize("stride", [2, slow(4), slow(8)])
@@ -251,8 +251,8 @@ def test_a_repeat_has_the_same_bits():
 
 
 def test_an_image_does_not_depend_on_the_others():
-    given = {"ce_denominator": torch.tensor(5.0, device=DEVICE), "kl_denominator": torch.tensor(9.0, device=DEVICE)}
-    both = make_problem(2, B=2, terms="ce", **given)
+    shared = {"ce_denominator": torch.tensor(5.0, device=DEVICE), "kl_denominator": torch.tensor(9.0, device=DEVICE)}
+    both = make_problem(2, B=2, terms="ce", **shared)
     second = dataclasses.replace(both, student=both.student[1:], labels=both.labels[1:])
     gradients = run(both).gradient, run(second).gradient
     assert torch.equal(gradients[0][1:], gradients[1])
@@ -273,9 +273,9 @@ def test_equal_logits_have_no_kl():
     # Packing keeps such numbers as they are.
     problem.student.copy_((problem.student * 4).round() / 4)
     target = PackedTarget(*pack(problem.student, 3, impl="reference"), 3, problem.size)
-    found = run(dataclasses.replace(problem, target=target))
-    assert abs(found.kl) <= 1e-7
-    assert found.gradient.abs().max() <= 1e-8
+    actual = run(dataclasses.replace(problem, target=target))
+    assert abs(actual.kl) <= 1e-7
+    assert actual.gradient.abs().max() <= 1e-8
 
 
 def test_images_of_another_kernel_are_passed_by():
@@ -293,10 +293,10 @@ def test_images_of_another_kernel_are_passed_by():
     assert gradient[1].isnan().all()
     assert not partials[partials.shape[0] // 2 :].any()
     expected = exact(problem)
-    found = loss.distill_loss(problem)
-    assert found.ce.item() == pytest.approx(expected.ce, rel=1e-6)
-    assert found.kl.item() == pytest.approx(expected.kl, rel=1e-6)
-    error = (found.gradient.double() - expected.gradient).abs().max()
+    actual = loss.distill_loss(problem)
+    assert actual.ce.item() == pytest.approx(expected.ce, rel=1e-6)
+    assert actual.kl.item() == pytest.approx(expected.kl, rel=1e-6)
+    error = (actual.gradient.double() - expected.gradient).abs().max()
     assert error <= 2e-6 * expected.gradient.abs().max()
 
 

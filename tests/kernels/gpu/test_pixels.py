@@ -43,9 +43,9 @@ def run(problem: LossProblem, tiling: "Tiling | None" = None) -> Result:
 
 
 def assert_exact(problem: LossProblem, gradient_error: float = 2e-6, tiling: "Tiling | None" = None) -> Result:
-    found = run(problem, tiling)
-    assert_close(found, problem, gradient_error)
-    return found
+    actual = run(problem, tiling)
+    assert_close(actual, problem, gradient_error)
+    return actual
 
 
 def tiling(classes: int, pixels: int, programs: int = 1000, num_warps: int = 1) -> "Tiling":
@@ -165,12 +165,12 @@ def test_no_labels():
 def test_an_image_of_void_alone():
     problem = make_problem(B=2, distill_void=False)
     problem.labels[0] = VOID
-    found = assert_exact(problem)
-    assert not found.gradient[0].any()
+    actual = assert_exact(problem)
+    assert not actual.gradient[0].any()
     problem.labels[:] = VOID
-    found = run(problem)
-    assert found[:2] == (0, 0)
-    assert not found.gradient.any()
+    actual = run(problem)
+    assert actual[:2] == (0, 0)
+    assert not actual.gradient.any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, slow(-torch.inf), slow(3e38)])
@@ -185,9 +185,9 @@ def test_a_lost_pixel(of, value):
     logits[0, 1, 1, 2] = value
     assert same_bits(run(problem), expected)
     problem.labels[0, 1, 2] = 1
-    found = run(problem)
-    assert (found.ce != found.ce) == (of == "student")
-    assert found.kl != found.kl
+    actual = run(problem)
+    assert (actual.ce != actual.ce) == (of == "student")
+    assert actual.kl != actual.kl
 
 
 def test_a_lost_pixel_counts_at_weight_0():
@@ -195,9 +195,9 @@ def test_a_lost_pixel_counts_at_weight_0():
     problem = make_problem(class_weight=weight, pixel_weight=torch.zeros(1, 3, 5, device=DEVICE))
     problem.labels[0, 1, 2] = 0
     problem.student[0, 1, 1, 2] = torch.nan
-    found = run(problem)
-    assert found.ce != found.ce
-    assert found.kl != found.kl
+    actual = run(problem)
+    assert actual.ce != actual.ce
+    assert actual.kl != actual.kl
 
 
 @pytest.mark.parametrize("label", [3, slow(200), slow(-7)])
@@ -206,17 +206,17 @@ def test_a_class_out_of_range_spoils_ce_alone(label):
     labels = problem.labels.to(torch.int32)
     kl = exact(problem).kl
     labels[0, 2, 4] = label
-    found = run(dataclasses.replace(problem, labels=labels))
-    assert found.ce != found.ce
-    assert found.kl == pytest.approx(kl, rel=1e-6)
+    actual = run(dataclasses.replace(problem, labels=labels))
+    assert actual.ce != actual.ce
+    assert actual.kl == pytest.approx(kl, rel=1e-6)
 
 
 @pytest.mark.parametrize("terms", ["both", "ce", "kl"])
 def test_without_a_gradient_the_terms_have_the_same_bits(terms):
     problem = make_problem(terms=terms)
-    found = run(dataclasses.replace(problem, need_gradient=False))
-    assert found.gradient is None
-    assert found[:2] == run(problem)[:2]
+    actual = run(dataclasses.replace(problem, need_gradient=False))
+    assert actual.gradient is None
+    assert actual[:2] == run(problem)[:2]
 
 
 def test_no_tiling_changes_a_bit():
@@ -256,10 +256,10 @@ def test_images_of_another_kernel_are_passed_by():
     assert gradient[0].isfinite().all()
     assert gradient[1].isnan().all()
     expected = exact(problem)
-    found = loss.distill_loss(problem)
-    assert found.ce.item() == pytest.approx(expected.ce, rel=1e-6)
-    assert found.kl.item() == pytest.approx(expected.kl, rel=1e-6)
-    error = (found.gradient.double() - expected.gradient).abs().max()
+    actual = loss.distill_loss(problem)
+    assert actual.ce.item() == pytest.approx(expected.ce, rel=1e-6)
+    assert actual.kl.item() == pytest.approx(expected.kl, rel=1e-6)
+    error = (actual.gradient.double() - expected.gradient).abs().max()
     assert error <= 2e-6 * expected.gradient.abs().max()
 
 

@@ -313,17 +313,17 @@ def test_factors(case):
         )
     expected = [0.7 / ce, 1 / ce] if ce else [0, 0]
     expected_kl = [0.3 * 2.5 / kl, 2.5**2 / kl] if kl else [0, 0]
-    found = prepare(problem).factors
-    assert found[[0, 2]].tolist() == pytest.approx(expected, rel=1e-6)
-    assert found[[1, 3]].tolist() == pytest.approx(expected_kl, rel=1e-6)
+    actual = prepare(problem).factors
+    assert actual[[0, 2]].tolist() == pytest.approx(expected, rel=1e-6)
+    assert actual[[1, 3]].tolist() == pytest.approx(expected_kl, rel=1e-6)
 
 
 @pytest.mark.parametrize("given", [4.5, 0.0])
 def test_given_denominators(given):
     denominators = {name: torch.tensor(given, device=DEVICE) for name in ("ce_denominator", "kl_denominator")}
-    found = prepare(make(**denominators)).factors.tolist()
+    actual = prepare(make(**denominators)).factors.tolist()
     expected = [0.7 / given, 0.3 * 2.5 / given, 1 / given, 2.5**2 / given] if given else [0] * 4
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert actual == pytest.approx(expected, rel=1e-6)
 
 
 def test_nothing_to_count():

@@ -95,12 +95,12 @@ def run(problem: LossProblem, tiling: Tiling | None = None, prepared: Prepared |
 
 def check(problem: LossProblem, rounding: float = 0.0) -> None:
     """Against the reference; `rounding` is what the float32 rounding of large logits adds, relative."""
-    found, expected = run(problem), expect(problem)
+    actual, expected = run(problem), expect(problem)
     T = max(1.0, problem.temperature)
-    for a, b in zip(found[:2], expected[:2], strict=True):
+    for a, b in zip(actual[:2], expected[:2], strict=True):
         assert abs(a - b) <= (1e-6 + rounding) * abs(b) + 1e-7 * T * T
     largest = expected.gradient.abs().max()
-    assert (found.gradient.double() - expected.gradient).abs().max() <= (2e-6 + rounding) * largest + 1e-8
+    assert (actual.gradient.double() - expected.gradient).abs().max() <= (2e-6 + rounding) * largest + 1e-8
 
 
 RESIZES = {
@@ -216,9 +216,9 @@ def test_another_void(ignore_index):
 
 def test_denominators_of_0():
     zero = torch.zeros((), device=DEVICE)
-    found = run(make(ce_denominator=zero, kl_denominator=zero))
-    assert found.ce == found.kl == 0
-    assert (found.gradient == 0).all()
+    actual = run(make(ce_denominator=zero, kl_denominator=zero))
+    assert actual.ce == actual.kl == 0
+    assert (actual.gradient == 0).all()
 
 
 @pytest.mark.slow
@@ -243,17 +243,17 @@ def test_a_class_id_out_of_range(wrong, dtype):
     problem = make(B=1)
     labels = problem.labels.to(dtype)
     labels[0, 3, 2] = wrong
-    found = run(replace(problem, labels=labels))
-    assert found.ce.isnan()
-    assert found.kl.isfinite()
+    actual = run(replace(problem, labels=labels))
+    assert actual.ce.isnan()
+    assert actual.kl.isfinite()
 
 
 def test_all_void():
     problem = make(distill_void=False)
     problem.labels[:] = 255
-    found = run(problem)
-    assert found.ce == found.kl == 0
-    assert (found.gradient == 0).all()
+    actual = run(problem)
+    assert actual.ce == actual.kl == 0
+    assert (actual.gradient == 0).all()
 
 
 @pytest.mark.slow
@@ -284,9 +284,9 @@ def test_lost_logits(where, at, counted):
 
 @pytest.mark.parametrize("window", [[NAN] * 4, [6.0, 0, 9, 4], [0, -3, 5, 0], [0, 0, NAN, 4]], ids=str)
 def test_a_window_that_shows_nothing_makes_kl_nan(window):
-    found = run(make(window=[[0, 0, 5, 4], window]))
-    assert found.kl.isnan()
-    assert found.ce.isfinite()
+    actual = run(make(window=[[0, 0, 5, 4], window]))
+    assert actual.kl.isnan()
+    assert actual.ce.isfinite()
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -325,13 +325,13 @@ def test_layouts(layout):
 def test_half_precision(dtype):
     problem = make()
     problem = replace(problem, student=problem.student.to(dtype))
-    found = run(problem)
-    assert found.gradient.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    actual = run(problem)
+    assert actual.gradient.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     if dtype == torch.float16:
         check(problem)
     else:
         expected = expect(problem).gradient
-        assert (found.gradient.double() - expected).abs().max() <= 8e-3 * expected.abs().max()
+        assert (actual.gradient.double() - expected).abs().max() <= 8e-3 * expected.abs().max()
 
 
 @pytest.mark.slow
@@ -368,9 +368,9 @@ def test_the_same_bits_for_every_tiling():
     problem = mixed()
     expected = run(problem, choose_tiling(problem)._replace(block_sums=4, block_classes=4))
     for tiling in TILINGS:
-        found = run(problem, tiling)
-        assert torch.equal(found.gradient, expected.gradient), tiling
-        torch.testing.assert_close(torch.stack(found[:2]), torch.stack(expected[:2]), rtol=1e-14, atol=0)
+        actual = run(problem, tiling)
+        assert torch.equal(actual.gradient, expected.gradient), tiling
+        torch.testing.assert_close(torch.stack(actual[:2]), torch.stack(expected[:2]), rtol=1e-14, atol=0)
 
 
 def part(problem: LossProblem, image: int) -> LossProblem:
@@ -397,12 +397,12 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_images_of_another_route_are_left_alone():
     problem = mixed()
     prepared = replace(prepare(problem), route=torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE))
-    found = run(problem, prepared=prepared)
+    actual = run(problem, prepared=prepared)
     alone = run(part(problem, 1))
-    assert found.gradient[0].isnan().all()
-    assert found.gradient[2].isnan().all()
-    assert torch.equal(found.gradient[1], alone.gradient[0])
-    torch.testing.assert_close(torch.stack(found[:2]), torch.stack(alone[:2]), rtol=1e-14, atol=0)
+    assert actual.gradient[0].isnan().all()
+    assert actual.gradient[2].isnan().all()
+    assert torch.equal(actual.gradient[1], alone.gradient[0])
+    torch.testing.assert_close(torch.stack(actual[:2]), torch.stack(alone[:2]), rtol=1e-14, atol=0)
 
 
 @pytest.mark.slow
@@ -413,17 +413,17 @@ def test_a_batch_of_both_routes(size):
     window = [[H / 2, 0, 1.5 * H, W], [0.1, 0, 0.9 * H, W]]
     problem = make(student=(2, 3), grid=(2, 3), size=size, window=window, flip=[True, False])
     assert prepare(problem).route.tolist() == [1, 0]
-    found, expected = triton_loss.distill_loss(problem), expect(problem)
+    actual, expected = triton_loss.distill_loss(problem), expect(problem)
     loss = 0.7 * expected.ce + 0.3 * expected.kl
-    for a, b in zip(found[:3], (loss, expected.ce, expected.kl), strict=True):
+    for a, b in zip(actual[:3], (loss, expected.ce, expected.kl), strict=True):
         assert abs(a - b) <= 1e-6 * abs(b) + 4e-7
-    error = (found.gradient.double() - expected.gradient).abs().max()
+    error = (actual.gradient.double() - expected.gradient).abs().max()
     assert error <= 2e-6 * expected.gradient.abs().max()
 
 
 def test_an_empty_batch():
     problem = make()
     empty = replace(problem, student=problem.student[:0], labels=problem.labels[:0], target=None)
-    found = triton_loss.distill_loss(empty)
-    assert found.loss == 0
-    assert found.gradient.shape == (0, 4, 2, 3)
+    actual = triton_loss.distill_loss(empty)
+    assert actual.loss == 0
+    assert actual.gradient.shape == (0, 4, 2, 3)

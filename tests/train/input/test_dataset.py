@@ -156,13 +156,13 @@ def test_target_and_pixels_lie_at_the_same_place_to_half_a_pixel(ramped: tuple, 
         grid = np.stack(np.broadcast_arrays((2 * x / VIEW[1] - 1)[None], (2 * y / VIEW[0] - 1)[:, None]), -1)
         values = target.values[None].double()
         sampled = F.grid_sample(values, torch.from_numpy(grid)[None], padding_mode="border", align_corners=False)[0]
-        said = (sampled[:2] - sampled[2]) / RAMP_GAIN * 255
+        position = (sampled[:2] - sampled[2]) / RAMP_GAIN * 255
         # A bilinear resize repeats the outermost cell's centre: two pixels of the view.
         rows, columns = (y > 3) & (y < VIEW[0] - 3), (x > 3) & (x < VIEW[1] - 3)
         inner = torch.from_numpy(rows[:, None] & columns[None])
         assert inner.any()
         assert (label[inner] == 0).all()
-        difference = (said - pixels[..., :2].permute(2, 0, 1))[:, inner]
+        difference = (position - pixels[..., :2].permute(2, 0, 1))[:, inner]
         per_pixel = torch.tensor([255 / VIEW[1], 255 / VIEW[0]])
         assert ((difference.abs() - 1.2).amax(1) <= 0.5 * per_pixel).all()
         assert (difference.mean(1).abs() <= 0.6).all()
@@ -305,11 +305,11 @@ def test_a_dataloader_s_user_meets_every_view(workers: int, make_cache: Callable
 def test_items_own_their_memory(cache: Cache) -> None:
     dataset = CacheDataset(cache, augment="none")
     before = dataset.draw(0, 0, np.random.default_rng(0))
-    kept = before.pixels.clone(), before.label.clone(), before.target.values.clone()
+    copies = before.pixels.clone(), before.label.clone(), before.target.values.clone()
     for part in (before.pixels, before.label, before.target.values):
         part.zero_()
     after = dataset.draw(0, 0, np.random.default_rng(0))
-    for part, original in zip((after.pixels, after.label, after.target.values), kept, strict=True):
+    for part, original in zip((after.pixels, after.label, after.target.values), copies, strict=True):
         assert torch.equal(part, original)
 
 
@@ -356,9 +356,9 @@ def test_what_lies_beyond_the_image_does_not_teach(make_cache: Callable) -> None
     full = [F.interpolate(z.double(), (32, 48), mode="bilinear") for z in (student, batch.target.values)]
     p, q = ((z / 2).log_softmax(1) for z in full)
     kl = 4 * F.kl_div(p, q, reduction="none", log_target=True).sum(1)[shown].mean()
-    found = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0)(student, batch)
-    assert found.kl.item() == pytest.approx(kl.item(), rel=1e-5)
-    assert found.loss.item() == pytest.approx(kl.item(), rel=1e-5)
+    actual = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0)(student, batch)
+    assert actual.kl.item() == pytest.approx(kl.item(), rel=1e-5)
+    assert actual.loss.item() == pytest.approx(kl.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("augment", ["warp", "none"])

@@ -94,15 +94,15 @@ def test_copies_and_steps_wait_for_each_other(log: list[tuple[Any, ...]]) -> Non
         assert isinstance(batch, Batch)
         assert batch.pixels[0, 0] == number
         log.append(("step", number))
-    told: list[tuple[Any, ...]] = []
+    events: list[tuple[Any, ...]] = []
     for number in range(5):
-        told.append(("loader", number, "side"))
+        events.append(("loader", number, "side"))
         if number == 0:
-            told.append(("side", "waits for", "compute"))
+            events.append(("side", "waits for", "compute"))
         if number >= SLOTS:  # the mark of the step that read this slot
-            told.append(("side", "waits for", "compute", number - SLOTS + 1))
-        told += [("compute", "waits for", "side"), ("step", number), ("compute", "marks", number + 1)]
-    assert log == told
+            events.append(("side", "waits for", "compute", number - SLOTS + 1))
+        events += [("compute", "waits for", "side"), ("step", number), ("compute", "marks", number + 1)]
+    assert log == events
 
 
 @pytest.mark.usefixtures("log")
@@ -114,7 +114,7 @@ def test_two_slots_take_turns_and_the_loader_s_memory_is_left() -> None:
         if isinstance(batch, Batch)
     ]
     assert len(set(seen)) == SLOTS
-    assert all(here != there for here, there in itertools.pairwise(seen))
+    assert all(here != following for here, following in itertools.pairwise(seen))
     assert not {place for pair in seen for place in pair} & {
         part.data_ptr() for one in batches for part in tensors_of(one)
     }
@@ -124,8 +124,8 @@ def test_two_slots_take_turns_and_the_loader_s_memory_is_left() -> None:
 def test_errors_come_in_their_place(log: list[tuple[Any, ...]], over_side_stream: bool) -> None:
     error = CorruptError("a record is whole", received="half of it", remedy="build it again")
     batches: list[Batch | KDCacheError] = [error, batch_number(1), error, batch_number(3)]
-    found = _over_side_stream(iter(batches), CPU, None) if over_side_stream else feed(batches, CPU)
-    for number, batch in enumerate(found):
+    fed = _over_side_stream(iter(batches), CPU, None) if over_side_stream else feed(batches, CPU)
+    for number, batch in enumerate(fed):
         if number % 2:
             assert isinstance(batch, Batch)
             assert batch.label[1, 1] == number
@@ -184,14 +184,14 @@ def test_what_a_gpu_gets_is_what_was_drawn(
     if gathered:
         dataset.on_device = DeviceTargets.load(cache, device)
     loader = make_loader(Draws(dataset, 0), first=0, last=24, batch_size=4, workers=workers, pin_memory=True)
-    found = []
+    fed = []
     for batch in feed(loader, device, dataset.on_device):
         assert isinstance(batch, Batch)
         torch.cuda._sleep(20_000_000)
-        found.append([part.clone() for part in tensors_of(batch)])
+        fed.append([part.clone() for part in tensors_of(batch)])
     draws = Draws(CacheDataset(Records(cache, split)), 0)
-    assert len(found) == 24
-    for step, parts in enumerate(found):
+    assert len(fed) == 24
+    for step, parts in enumerate(fed):
         for row in range(4):
             expected = draws[4 * step + row]
             assert isinstance(expected, Batch)

@@ -70,10 +70,10 @@ def test_half_of_the_neighbour_s_classes_are_pasted_whole() -> None:
     assert own[1].all()
     for row in range(2, B):
         theirs = label[row ^ 1]
-        there = {int(c) for c in theirs.unique() if c != 255}
+        shown = {int(c) for c in theirs.unique() if c != 255}
         pasted = {int(c) for c in theirs[~own[row]].unique()}
-        assert len(pasted) == (len(there) + 1) // 2
-        assert pasted <= there
+        assert len(pasted) == (len(shown) + 1) // 2
+        assert pasted <= shown
         assert not own[row][torch.isin(theirs, torch.tensor(sorted(pasted), dtype=torch.uint8))].any()
 
 

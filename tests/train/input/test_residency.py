@@ -123,14 +123,14 @@ def test_a_damaged_record_is_told_of_and_not_kept(make_cache: Callable[..., Path
     cache = open_cache(path)
     kept = RamRecords(cache, [array])
     out = np.empty(cache.specs[array].shape, np.float16)
-    told: list[int] = []
+    read_records: list[int] = []
     for record in 2 * [*range(6)]:
         try:
             kept.read_into(record, array, out)
         except CorruptError:
-            told.append(record)
-    assert len(told) == 2
-    assert told[0] == told[1]
+            read_records.append(record)
+    assert len(read_records) == 2
+    assert read_records[0] == read_records[1]
 
 
 def test_kept_records_travel_empty(top_k: Cache) -> None:
@@ -238,14 +238,14 @@ def on_device(cache: Cache, device: torch.device) -> CacheDataset:
 def test_targets_gathered_by_number_are_those_that_are_read(
     cache: Cache, top_k: Cache, workers: int, store: str
 ) -> None:
-    chosen = cache if store == "dense" else top_k
-    dataset = on_device(chosen, CPU)
+    source = cache if store == "dense" else top_k
+    dataset = on_device(source, CPU)
     batch = next(iter(loader(dataset, workers)))
     assert batch.targets == {}
     assert batch.record.dtype == torch.int64
     assert batch.record.shape == (4,)
     gathered = (replace(batch, record=None) for batch in feed(loader(dataset, workers), CPU, dataset.on_device))
-    assert equal(clones(gathered), clones(loader(CacheDataset(chosen), workers)))
+    assert equal(clones(gathered), clones(loader(CacheDataset(source), workers)))
 
 
 def test_wide_class_numbers_are_gathered() -> None:

@@ -34,9 +34,9 @@ def copied(batch: Batch | KDCacheError) -> list[torch.Tensor]:
 def test_the_batches_of_a_data_loader(cache: Cache, threads: int, depth: int) -> None:
     draws = Draws(CacheDataset(cache), 5)
     expected = [tensors(default_collate([draws[4 * step + row] for row in range(4)])) for step in range(3, 12)]
-    found = [copied(batch) for batch in Ring(draws, Steps(3, 12, 4), threads=threads, depth=depth)]
-    assert len(found) == len(expected) == 9
-    for one, two in zip(found, expected, strict=True):
+    actual = [copied(batch) for batch in Ring(draws, Steps(3, 12, 4), threads=threads, depth=depth)]
+    assert len(actual) == len(expected) == 9
+    for one, two in zip(actual, expected, strict=True):
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 

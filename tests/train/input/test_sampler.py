@@ -103,8 +103,8 @@ def test_threads_in_different_epochs_get_their_own(cache: Cache) -> None:
     order = Order(6, 3, 2)
     draws = np.random.default_rng(0).integers(0, 600, 4000).tolist()
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(order.visit, draws))
-    assert found == [(int(epoch_order(3, draw // 6, 6, 2)[draw % 6]), draw // 6) for draw in draws]
+        drawn = list(pool.map(order.visit, draws))
+    assert drawn == [(int(epoch_order(3, draw // 6, 6, 2)[draw % 6]), draw // 6) for draw in draws]
 
 
 @given(
@@ -135,8 +135,8 @@ def test_each_stream_visits_all_of_its_records_in_every_epoch(labelled: list[boo
         own = [visit for visit in visits if stream[visit[0]]]
         assert len(own) == 120
         for epoch in range(120 // len(records)):
-            there = [record for record, of in own if of == epoch]
-            assert there == records[epoch_order(9, epoch, len(records))].tolist()
+            visited = [record for record, of in own if of == epoch]
+            assert visited == records[epoch_order(9, epoch, len(records))].tolist()
 
 
 def test_half_of_a_batch_has_labels_where_fewer_samples_have() -> None:

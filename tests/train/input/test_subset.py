@@ -27,16 +27,16 @@ def test_a_larger_part_holds_a_smaller_one(one: int, two: int) -> None:
 @given(st.permutations(range(20)))
 def test_a_part_does_not_depend_on_the_order(order: list[int]) -> None:
     ids = IDS[:20]
-    chosen = {ids[n] for n in Part(samples=0.3).choose(ids).samples}
+    selection = {ids[n] for n in Part(samples=0.3).choose(ids).samples}
     shuffled = [ids[n] for n in order]
-    assert {shuffled[n] for n in Part(samples=0.3).choose(shuffled).samples} == chosen
+    assert {shuffled[n] for n in Part(samples=0.3).choose(shuffled).samples} == selection
 
 
 def test_labels_are_a_part_of_the_samples() -> None:
-    chosen = Part(samples=20, labels=0.25).choose(IDS)
-    assert len(chosen.samples) == 20
-    assert len(chosen.labelled) == 5
-    assert chosen.labelled < set(chosen.samples)
+    selection = Part(samples=20, labels=0.25).choose(IDS)
+    assert len(selection.samples) == 20
+    assert len(selection.labelled) == 5
+    assert selection.labelled < set(selection.samples)
 
 
 def test_a_share_is_the_nearest_number_and_at_least_one_sample_is_one() -> None:
@@ -47,9 +47,9 @@ def test_a_share_is_the_nearest_number_and_at_least_one_sample_is_one() -> None:
 
 def test_a_fold_is_left_out_first() -> None:
     folds = folds_of(IDS, 5)
-    chosen = Part(without=(2, 5)).choose(IDS).samples
-    assert chosen == np.flatnonzero(folds != 2).tolist()
-    assert set(Part(without=(2, 5), samples=0.5).choose(IDS).samples) <= set(chosen)
+    selection = Part(without=(2, 5)).choose(IDS).samples
+    assert selection == np.flatnonzero(folds != 2).tolist()
+    assert set(Part(without=(2, 5), samples=0.5).choose(IDS).samples) <= set(selection)
 
 
 @pytest.mark.parametrize("part", [Part(samples=51), Part(samples=0.001), Part(samples=10, labels=11)])

@@ -44,8 +44,8 @@ def tensors_of(owners: list[Any]) -> list[torch.Tensor]:
 
 
 def test_everything_is_as_it_was_saved(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    chosen = config(schedule="plateau", lr=0.1)
-    saved, owners = new(1, chosen, tmp_path, Three())
+    settings = config(schedule="plateau", lr=0.1)
+    saved, owners = new(1, settings, tmp_path, Three())
     model, criterion, optimizer, schedule = owners
     pixels = torch.rand(2, 3, 16, 16)
     for scale in (1.0, 3.0):
@@ -59,20 +59,20 @@ def test_everything_is_as_it_was_saved(config: Callable[..., TrainConfig], tmp_p
     saved.save()
 
     for rank, expected in ((0, {"cpu": random}), (1, OTHERS[0]), (2, OTHERS[1]), (3, None)):
-        found, others = new(2, chosen, tmp_path, World(rank, 4))
+        restored, others = new(2, settings, tmp_path, World(rank, 4))
         assert not torch.equal(tensors_of(others)[0], tensors_of(owners)[0])
-        given = found.restore()
-        assert (given is None) == (expected is None)
-        assert given is None or torch.equal(given["cpu"], expected["cpu"])
+        random_state = restored.restore()
+        assert (random_state is None) == (expected is None)
+        assert random_state is None or torch.equal(random_state["cpu"], expected["cpu"])
         pairs = list(zip(tensors_of(others), tensors_of(owners), strict=True))
         assert len(pairs) > 50
         assert all(torch.equal(a, b) for a, b in pairs)
-        assert found.now == saved.now
+        assert restored.now == saved.now
         assert others[3].lr == schedule.lr == 0.05
         assert others[3].state_dict() == schedule.state_dict()
 
 
 def test_nothing_saved_is_nothing_restored(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    found, _ = new(1, config(), tmp_path)
-    assert found.restore() is None
-    assert found.now == Progress()
+    restored, _ = new(1, config(), tmp_path)
+    assert restored.restore() is None
+    assert restored.now == Progress()

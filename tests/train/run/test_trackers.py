@@ -96,16 +96,16 @@ def test_every_scalar_has_its_name(
     student: dict[str, Any], tmp_path: Path, memory: list[Memory], read_metrics: Read
 ) -> None:
     assert go(student | {"log": "wandb", "gradients_every": 3, "log_every": 2}, tmp_path / "my-run") == []
-    (told,) = memory
-    assert told.beginning.name == "my-run"
-    assert told.beginning.step == 0
-    recipe = told.beginning.recipe
+    (calls,) = memory
+    assert calls.beginning.name == "my-run"
+    assert calls.beginning.step == 0
+    recipe = calls.beginning.recipe
     assert (recipe["model"], recipe["lr"], recipe["size"], recipe["iterations"]) == ("kdcache:tiny", 0.006, "32x48", 6)
     assert json.loads(json.dumps(recipe)) == recipe
-    assert told.ended is True
+    assert calls.ended is True
 
     def sent(room: str) -> list[tuple[int, dict[str, float]]]:
-        return [(step, row) for step, row in told.rows if next(iter(row)).startswith(room)]
+        return [(step, row) for step, row in calls.rows if next(iter(row)).startswith(room)]
 
     assert [step for step, _ in sent("train/")] == [2, 4, 6]
     assert [step for step, _ in sent("gradients/")] == [1, 4]
@@ -185,11 +185,11 @@ def test_a_missing_package_is_named_before_anything_is_written(
 
 
 def test_observers_are_told_in_their_order() -> None:
-    told: list[tuple[str, str, tuple[Any, ...]]] = []
+    calls: list[tuple[str, str, tuple[Any, ...]]] = []
 
     def make(name: str) -> Observer:
         methods = {
-            event: lambda self, *args, event=event, **named: told.append((name, event, (*args, *named.values())))
+            event: lambda self, *args, event=event, **named: calls.append((name, event, (*args, *named.values())))
             for event in vars(Observer)
             if not event.startswith("_")
         }
@@ -205,9 +205,9 @@ def test_observers_are_told_in_their_order() -> None:
     both.validated(1, metrics, True)
     both.ended(completed=True)
     events = [event for event in vars(Observer) if not event.startswith("_")]
-    assert [(name, event) for name, event, _ in told] == [(name, event) for event in events for name in ("one", "two")]
-    assert told[0][2] == (1, 2, 3)
-    assert told[-1][2] == (True,)
+    assert [(name, event) for name, event, _ in calls] == [(name, event) for event in events for name in ("one", "two")]
+    assert calls[0][2] == (1, 2, 3)
+    assert calls[-1][2] == (True,)
 
 
 # --- the loggers themselves --------------------------------------------------------------------------------

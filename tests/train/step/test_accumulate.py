@@ -32,10 +32,10 @@ CPU = torch.device("cpu")
 class Keeping(torch.optim.SGD):
     """Learns nothing; keeps the gradients that it was to learn from."""
 
-    kept: list[torch.Tensor]
+    applied: list[torch.Tensor]
 
     def step(self, closure: Any = None) -> None:
-        self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.applied = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,13 @@ def test_mixed_parts_are_the_whole(mix: str, both: Callable[..., Any]) -> None:
 
 def agree(whole: EagerStep, parted: EagerStep, batch: Batch, norms: bool) -> None:
     if norms:
-        (losses, found), (expected, of_whole) = parted.with_norms(batch), whole.with_norms(batch)
-        assert found == pytest.approx(of_whole, rel=1e-5)
-        assert len(found) > 0
+        (losses, own_norms), (expected, of_whole) = parted.with_norms(batch), whole.with_norms(batch)
+        assert own_norms == pytest.approx(of_whole, rel=1e-5)
+        assert len(own_norms) > 0
     else:
         losses, expected = parted(batch), whole(batch)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-7)
-    gradients, wanted = parted.optimizer.kept, whole.optimizer.kept
+    gradients, wanted = parted.optimizer.applied, whole.optimizer.applied
     assert len(gradients) == len(wanted) > 10
     assert close(torch.cat([g.flatten() for g in wanted]), torch.cat([g.flatten() for g in gradients]))
     assert all(p.grad is None for p in parted.model.parameters())

@@ -135,8 +135,8 @@ def test_a_replay_gets_batch_rate_and_random_numbers_and_leaves_the_rest_alone(
     paper: list[int | str],
     backend: Any,
 ) -> None:
-    chosen = {"optimizer": optimizer, "iterations": 10, "warmup": 3, "clip_grad": 0.5}
-    plain, other = (eager_step(model_file("dropout"), capturable=True, **chosen) for _ in range(2))
+    options = {"optimizer": optimizer, "iterations": 10, "warmup": 3, "clip_grad": 0.5}
+    plain, other = (eager_step(model_file("dropout"), capturable=True, **options) for _ in range(2))
     notes: list[str] = []
     torch.manual_seed(5)
     step = make_step("graphed", other, batches[0], notes.append)
@@ -144,9 +144,9 @@ def test_a_replay_gets_batch_rate_and_random_numbers_and_leaves_the_rest_alone(
     assert [note.split(" in ")[0] for note in notes] == ["--step graphed: prepared"]
     assert backend.programs == 1
     assert paper == ["error", 0], "the last warm-up, alone, may not wait for the device"
-    found = losses_of(step, other, batches, config(lr=0.01, **chosen))
+    found = losses_of(step, other, batches, config(lr=0.01, **options))
     torch.manual_seed(5)
-    expected = losses_of(plain, plain, batches, config(lr=0.01, **chosen))
+    expected = losses_of(plain, plain, batches, config(lr=0.01, **options))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "also those that replays followed"
     assert all(torch.equal(a, b) for a, b in zip(state_of(other), state_of(plain), strict=True))
     assert len({float(losses[0]) for losses in found}) == 10
@@ -187,11 +187,11 @@ def test_a_step_that_waits_is_not_recorded_and_says_why(
 def test_ten_replays_are_ten_eager_steps(
     optimizer: str, compiled: bool, eager_step: Make, batches: list[Batch], config: Callable[..., TrainConfig]
 ) -> None:
-    chosen = {"optimizer": optimizer, "iterations": 10, "warmup": 3, "clip_grad": 0.5, "lr": 1e-3}
-    plain, other = (eager_step(device="cuda", capturable=True, **chosen) for _ in range(2))
+    options = {"optimizer": optimizer, "iterations": 10, "warmup": 3, "clip_grad": 0.5, "lr": 1e-3}
+    plain, other = (eager_step(device="cuda", capturable=True, **options) for _ in range(2))
     forward = CompiledStep(other, batches[0]).forward if compiled else other.forward
-    found = losses_of(GraphedStep(other, forward, batches[0]), other, batches, config(**chosen))
-    expected = losses_of(plain, plain, batches, config(**chosen))
+    found = losses_of(GraphedStep(other, forward, batches[0]), other, batches, config(**options))
+    expected = losses_of(plain, plain, batches, config(**options))
     tolerance = 2e-3 if compiled else 1e-4
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=tolerance, atol=tolerance)
     if optimizer == "sgd":  # Adam's first updates are signs, which rounding may turn

@@ -126,13 +126,13 @@ def test_a_compiled_step_is_the_eager_one(
     read_metrics: Read,
     backend: Any,
 ) -> None:
-    chosen = {
+    training = {
         "dense": student,
         "top-k": student | {"cache": str(source_path), "data": scenes, "amp": "bf16"},
         "labels alone": settings,
     }[store]
     changes = {"optimizer": optimizer, "lr": 0.005, "gradients_every": 3, "clip_grad": 0.5, "class_weights": "sqrt"}
-    agree(chosen | changes, tmp_path, read_metrics, 1e-6)
+    agree(training | changes, tmp_path, read_metrics, 1e-6)
     assert backend.programs == 1
 
 
@@ -304,9 +304,9 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_why(
     code: str, reason: str, student: dict[str, Any], tmp_path: Path, backend: Any
 ) -> None:
     (tmp_path / "untraceable.py").write_text(code)
-    chosen = student | {"model": f"{tmp_path}/untraceable.py:build", "val": None}
-    go(chosen | {"step": "eager"}, tmp_path / "eager")
-    notes = go(chosen | {"step": "compiled"}, tmp_path / "compiled")
+    training = student | {"model": f"{tmp_path}/untraceable.py:build", "val": None}
+    go(training | {"step": "eager"}, tmp_path / "eager")
+    notes = go(training | {"step": "compiled"}, tmp_path / "compiled")
     assert len(notes) == 1
     assert notes[0].startswith("--step compiled: the model is not compiled, its operations run one by one (")
     assert reason in notes[0]
@@ -351,15 +351,15 @@ def test_a_rate_in_a_tensor_is_the_rate_in_a_number(
 ) -> None:
     from kdcache.train.step.optim import Schedule
 
-    chosen = config(optimizer=optimizer, schedule=schedule, lr=0.1, warmup=3, iterations=20, weight_decay=0.1)
-    found = []
+    training = config(optimizer=optimizer, schedule=schedule, lr=0.1, warmup=3, iterations=20, weight_decay=0.1)
+    actual = []
     for capturable in (False, True):
         torch.manual_seed(0)
         model = nn.Conv2d(3, 4, 3)
-        adam = make_optimizer(model, chosen, capturable=capturable)
+        adam = make_optimizer(model, training, capturable=capturable)
         tensors = [group["lr"] for group in adam.param_groups]
         assert all(isinstance(lr, torch.Tensor) == capturable for lr in tensors)
-        plan = Schedule(adam, chosen)
+        plan = Schedule(adam, training)
         rates = []
         for number in range(20):
             model(torch.full((1, 3, 5, 5), 0.1 * number)).square().sum().backward()
@@ -372,10 +372,10 @@ def test_a_rate_in_a_tensor_is_the_rate_in_a_number(
             assert all(float(group["lr"]) == pytest.approx(plan.lr, rel=1e-6) for group in adam.param_groups)
         # In place: a graph has recorded these very tensors.
         assert not capturable or all(a is b["lr"] for a, b in zip(tensors, adam.param_groups, strict=True))
-        found.append((rates, [p.detach().clone() for p in model.parameters()]))
-    assert found[0][0] == found[1][0]
-    assert len(set(found[0][0])) > 1
-    for one, two in zip(found[0][1], found[1][1], strict=True):
+        actual.append((rates, [p.detach().clone() for p in model.parameters()]))
+    assert actual[0][0] == actual[1][0]
+    assert len(set(actual[0][0])) > 1
+    for one, two in zip(actual[0][1], actual[1][1], strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
@@ -383,7 +383,7 @@ def test_a_rate_in_a_tensor_is_the_rate_in_a_number(
 @pytest.mark.parametrize("saved", [False, True])
 def test_an_optimizer_s_state_fits_every_way(saved: bool, optimizer: str, config: Callable[..., TrainConfig]) -> None:
     """Saved by one way (earlier versions: a number as rate, and initial_lr), loaded by the other."""
-    chosen = config(optimizer=optimizer, lr=0.1)
+    training = config(optimizer=optimizer, lr=0.1)
     torch.manual_seed(0)
     model = nn.Conv2d(3, 4, 3)
 
@@ -393,7 +393,7 @@ def test_an_optimizer_s_state_fits_every_way(saved: bool, optimizer: str, config
             model(torch.full((1, 3, 5, 5), 0.1 * number)).square().sum().backward()
             optimizer.step()
 
-    first = make_optimizer(model, chosen, capturable=saved)
+    first = make_optimizer(model, training, capturable=saved)
     learn(first, model)
     state = first.state_dict()
     for group in state["param_groups"]:
@@ -402,7 +402,7 @@ def test_an_optimizer_s_state_fits_every_way(saved: bool, optimizer: str, config
     results = []
     for capturable in (False, True):
         other = copy.deepcopy(model)
-        second = make_optimizer(other, chosen, capturable=capturable)
+        second = make_optimizer(other, training, capturable=capturable)
         load_optimizer(second, copy.deepcopy(state))
         for group in second.param_groups:
             assert isinstance(group["lr"], torch.Tensor) == capturable

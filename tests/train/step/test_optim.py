@@ -22,25 +22,25 @@ def new(config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
 
 
 def rates(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[float]:
-    found = []
+    actual = []
     for _ in range(steps):
-        found.append(schedule.lr)
+        actual.append(schedule.lr)
         optimizer.step()
         schedule.after_step()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("power", [0.9, 2.0])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_poly_is_its_formula_with_linear_warm_up(config: Callable[..., TrainConfig], power: float, warmup: int) -> None:
-    found = rates(*new(config(iterations=40, lr=0.02, power=power, warmup=warmup)), 40)
+    actual = rates(*new(config(iterations=40, lr=0.02, power=power, warmup=warmup)), 40)
     expected = [0.02 * (step + 1) / warmup if step < warmup else 0.02 * (1 - step / 40) ** power for step in range(40)]
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert actual == pytest.approx(expected, rel=1e-12)
 
 
 def test_constant_stays_after_its_warm_up(config: Callable[..., TrainConfig]) -> None:
-    found = rates(*new(config(iterations=10, lr=0.5, schedule="constant", warmup=4)), 10)
-    assert found == pytest.approx([0.125, 0.25, 0.375] + [0.5] * 7)
+    actual = rates(*new(config(iterations=10, lr=0.5, schedule="constant", warmup=4)), 10)
+    assert actual == pytest.approx([0.125, 0.25, 0.375] + [0.5] * 7)
 
 
 def test_plateau_halves_when_the_score_has_not_risen_for_five_validations(
@@ -65,24 +65,24 @@ def test_the_teacher_fades_on_a_line(config: Callable[..., TrainConfig]) -> None
 
 @pytest.mark.parametrize("name", ["poly", "constant", "plateau"])
 def test_the_state_goes_on_where_it_was_saved(config: Callable[..., TrainConfig], name: str) -> None:
-    chosen = config(iterations=40, lr=0.1, schedule=name, warmup=3, optimizer="sgd")
+    settings = config(iterations=40, lr=0.1, schedule=name, warmup=3, optimizer="sgd")
     scores = [0.5] * 40
 
     def go_on(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: range) -> list[float]:
-        found = []
+        actual = []
         for step in steps:
-            found += rates(optimizer, schedule, 1)
+            actual += rates(optimizer, schedule, 1)
             schedule.after_validation(scores[step])
-        return found
+        return actual
 
-    whole = go_on(*new(chosen), range(40))
-    optimizer, schedule = new(chosen)
+    whole = go_on(*new(settings), range(40))
+    optimizer, schedule = new(settings)
     first = go_on(optimizer, schedule, range(17))
     file = io.BytesIO()
     torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    optimizer, schedule = new(chosen)
+    optimizer, schedule = new(settings)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     assert first + go_on(optimizer, schedule, range(17, 40)) == whole
