@@ -57,10 +57,10 @@ class DistillLoss(nn.Module):
         targets: an open cache (number of classes, view size and resize rule of its targets).
         ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. With KL at 1, the formula as it stands,
             its gradient is several times that of the labels.
-        temperature: of the KL term, above 0.
+        temperature: temperature T of the KL term, above 0.
         class_weight: (C,) weights of the cross-entropy.
         distill_void: whether the teacher's terms count pixels without a label, too.
-        align_corners: of the student's own final resize.
+        align_corners: whether the student's own final resize aligns corners.
         gate: which pixels the teacher's terms count, and how much; default all alike.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
         scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
@@ -148,7 +148,7 @@ class DistillLoss(nn.Module):
         """The denominators of the parts of the loss of a batch, which do not depend on the student.
 
         Args:
-            dtype: of the terms' counts: float64 for a student of float64.
+            dtype: dtype of the terms' counts: float64 for a student of float64.
         Raises: RecipeError, DataError as `forward`, except for what concerns the student's outputs.
         """
         self._check(batch)
@@ -178,7 +178,7 @@ class DistillLoss(nn.Module):
         """Loss, and its parts before weighting: all scalars, float32.
 
         Args:
-            outputs: of the student: logits (B, C, h, w) at the head's native stride, which receive the gradient, and
+            outputs: the student's: logits (B, C, h, w) at the head's native stride, which receive the gradient, and
                 the features (B, c, h, w) that `student_taps` names; or logits alone.
             batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
                 without a teacher, whose parts are then 0.

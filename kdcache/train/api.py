@@ -1,4 +1,4 @@
-"""From settings to a trained run: what `train-teacher` and `train-student` do."""
+"""The run of a training from its settings, for `train-teacher` and `train-student`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,10 +62,10 @@ def train(
 def make_trainer(
     config: TrainConfig, run: Path, world: World, observer: Observer, *, resume: bool, lock: RunLock | None = None
 ) -> Trainer:
-    """Check everything, then begin the run folder.
+    """Check all settings and data, then begin the run folder.
 
     Args:
-        lock: of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
+        lock: lock of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
     """
     with world.together():
         world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)

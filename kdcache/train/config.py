@@ -103,10 +103,10 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         """Return the settings with size, iterations, val_every, shuffle and labelled_share filled in, in iterations.
 
         Args:
-            samples: of the training data, for epochs.
+            samples: number of samples of the training data, for epochs.
             size: (H, W) to use when none was given.
-            shuffle: what auto means for the data; a run keeps it, also where its store moves.
-            labelled_share: what was chosen for the data; None draws all samples alike.
+            shuffle: full or window, in place of auto; a run keeps it, also where its store moves.
+            labelled_share: share of every batch that has labels; None draws all samples alike.
         """
         iterations = self.iterations or DEFAULT_ITERATIONS
         if self.epochs is not None:

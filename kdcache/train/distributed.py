@@ -87,6 +87,7 @@ class World:
 
         Args:
             stop: whether this process received a request to stop; the agreement has whether any did.
+        Raises: the first failed process's error, as a KDCacheError; process 0 raises its own error as it is.
         """
         agreement, own = Agreement(stop), None
         if self.size == 1:

@@ -90,7 +90,7 @@ def distill_loss(
         pixel_weight_BHW: gate of the KL term, any dtype, taken as a number (uint8: 0 or 1, not 0 to 255). It multiplies
             a pixel's KL and does not shrink the denominator. A non-finite weight of a counted pixel makes KL NaN.
         distill_void: whether void pixels teach too. False needs labels to find them; a batch without counts all.
-        align_corners: of the student's resize; the target carries its own.
+        align_corners: whether the student's resize aligns corners; the target carries its own.
         ce_denominator, kl_denominator: replace the counts of this batch, 0-dimensional tensors on the device or
             numbers: the global batch's, from `distill_denominators`, summed over ranks and accumulation steps.
         impl: "auto", "triton", "numba" or "reference"; the module's docstring has the table.
@@ -291,7 +291,7 @@ def densify(
     Args:
         values, indices, tail: as in `PackedTarget`.
         num_classes: C.
-        dtype: of the result; float32 takes the fused kernels, another dtype the reference.
+        dtype: dtype of the result; float32 takes the fused kernels, another dtype the reference.
         impl: one of IMPLEMENTATIONS.
     Returns: (B, C, h, w); contiguous when k < C.
     Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU;

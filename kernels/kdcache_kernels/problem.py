@@ -34,7 +34,7 @@ class LossProblem:
         flip: (B,) bool, any stride; None mirrors nothing.
         pixel_weight: (B, H, W), any dtype and strides; None weighs every pixel 1.
         distill_void: whether pixels of label `ignore_index` count in the KL.
-        align_corners: of the student's resize; the target carries its own.
+        align_corners: whether the student's resize aligns corners; the target carries its own.
         need_gradient: whether the gradient is wanted.
     """
 

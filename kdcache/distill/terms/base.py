@@ -38,7 +38,7 @@ class TermBatch:
         size: (H, W).
         counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
             label); None is all.
-        window, flip: as of a `Batch`.
+        window, flip: as in `Batch`.
     """
 
     logits: Tensor

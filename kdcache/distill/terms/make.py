@@ -38,7 +38,7 @@ def make_term(
     Args:
         targets: an open cache.
         student_taps: the student's features -> channels, most useful last.
-        align_corners: of the student's own final resize.
+        align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
     Raises: RecipeError for a store that lacks what the term reads, naming the build flag, and for unknown taps.
     """

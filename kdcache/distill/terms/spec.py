@@ -33,8 +33,8 @@ class TermSpec:
         student_tap, teacher_tap: features to compare. `cwd` without taps compares logits.
         temperature: above 0, dimensionless.
         alpha, beta, gamma: weights of the parts of `dkd` (alpha, beta) and `dist` (beta, gamma).
-        threshold: of `pseudo`: the least probability of a pseudo label, in (0, 1).
-        quantile: of `pseudo`, instead: the share of each class's pixels that is kept, the most confident ones.
+        threshold: the least probability of a pseudo label (`pseudo`), in (0, 1).
+        quantile: instead of `threshold`, the share of each class's pixels with a pseudo label, the most confident ones.
     Raises: RecipeError for anything else.
     """
 

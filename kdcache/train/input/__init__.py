@@ -1,4 +1,4 @@
-"""From samples to batches on the device.
+"""Samples of a training, and their way to batches on the device.
 
 batch.py              one item, and a batch of them
 dataset.py            samples through drawn windows, from a data set

@@ -108,7 +108,7 @@ class DrawnDataset(Dataset[Batch], ABC):
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
         """The labels of `labelled`, each once, at the data set's size; of a store that keeps them, its first views'.
 
-        Raises: what reading raises.
+        Raises: KDCacheError of a label that cannot be read.
         """
         assert self.split is not None
         labels = prefetch(self.split.label, self.labelled, threads=2, ahead=8)

@@ -88,7 +88,7 @@ def make_loader(
     """Batches of the steps [first, last), in order; `next_batch` takes them. A batch is valid until the next.
 
     Args:
-        batch_size: of all processes together.
+        batch_size: samples of a batch, of all processes together.
         workers: number of threads that draw ahead samples of a store, or of processes for files that must be decoded
             and rendered (forkserver, for CUDA and thread pools do not survive a fork). 0 draws between steps.
         rank, world: this process's part of each batch is its rank-th of `world` equal ones.

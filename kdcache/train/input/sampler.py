@@ -152,7 +152,7 @@ class Steps:
     """Draw numbers of the steps [first, last), of one process of several: step s takes draws s*B to (s+1)*B.
 
     Args:
-        batch_size: B, of all processes together.
+        batch_size: B, the samples of a batch, of all processes together.
         rank, world: this process takes draws [rank*B/world, (rank+1)*B/world) of each step.
     Raises: RecipeError when `world` does not divide the batch.
     """

@@ -59,7 +59,7 @@ def choose_step(name: str, device: torch.device, processes: int = 1) -> str:
 class CompiledStep:
     """A step whose forward and backward are compiled for the shapes of `batch`; other shapes run eagerly.
 
-    Raises: what the compiler raises for a model that it cannot trace as a whole, or would compile at every step.
+    Raises: any error of the compiler for a model that it cannot trace as a whole, or would compile at every step.
     """
 
     def __init__(self, eager: EagerStep, batch: Batch) -> None:
@@ -91,7 +91,7 @@ def make_step(kind: str, eager: EagerStep, batch: Batch, note: Callable[[str], N
 
     Args:
         kind: eager, compiled or graphed.
-        batch: as the loader gives them all.
+        batch: the first batch, whose shapes all others have.
         note: receives what was made, how long it took, and what did not work.
     """
     if kind == "eager":

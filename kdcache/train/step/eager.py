@@ -29,12 +29,12 @@ class EagerStep:
 
     Args:
         model, criterion: on `device`; both may have parameters.
-        optimizer: of them.
+        optimizer: the optimizer of their parameters.
         bf16: whether the model runs under autocast.
         clip_grad: largest norm of the gradient; 0 does not clip.
-        mix: what is pasted between the samples of a batch.
+        mix: pastes between the samples of a batch; None does not.
     Attributes:
-        network: what runs forward: the model, or what shares its gradients with other processes.
+        network: the module that runs forward: the model, or a wrapper that shares its gradients between processes.
         average: mean of a tensor over the processes; None when there is one.
     """
 

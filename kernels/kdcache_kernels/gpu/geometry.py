@@ -1,4 +1,4 @@
-"""Where every pixel lies in the two grids of logits, which kernel takes an image, and what pixels are multiplied by.
+"""Positions of every pixel in the two grids of logits, the kernel of each image, and the factors of the pixels.
 
 One program per image writes tables of taps in float64, in the order of operations of `window.py` and without fused
 multiplications, so that they are bit for bit those of the reference; a further program turns counts into factors.

@@ -237,7 +237,7 @@ def launch(
     """Run the kernel on the images whose route is 1.
 
     Args:
-        prepared: of this problem, with stride 1.
+        prepared: this problem's, with stride 1.
         gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
     Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
     """

@@ -42,8 +42,8 @@ class Prepared:
         student: (B, C, h, w) float32, contiguous: (logit - largest of its pixel) * log2(e) / T; 0 where lost.
         student_lost: (B, h, w) uint8.
         target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same; one element each when KL is off.
-        student_rows, student_columns: of (H,) and (W,).
-        target_rows, target_columns: of (Bt, H) and (Bt, W), Bt = B with a window or a flip, else 1; when KL is off,
+        student_rows, student_columns: taps of shapes (H,) and (W,).
+        target_rows, target_columns: taps (Bt, H) and (Bt, W), Bt = B with a window or a flip, else 1; when KL is off,
             of (1, 1).
         route: (B,) int32: 1 where the fast kernel takes the image, 0 where tiles does.
         shift: (B, 3) int32: row, column, flip (0 or 1): student cell (i, j) meets target cell (row + i, column + j),
@@ -191,7 +191,7 @@ def prepare_kernel(
     HAS_FLIP: tl.constexpr, PACKED: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """For every image: programs of the student's pixels, then of the target's, then those that count labels."""
+    """Run for every image programs of the student's pixels, then of the target's, then those that count labels."""
     programs = student_blocks + target_blocks + count_blocks
     image = tl.program_id(0) // programs
     block = tl.program_id(0) % programs

@@ -57,7 +57,7 @@ def student_logits(top_cn, bottom_cn, blend):
 
 @triton.jit
 def target_logits(rows, columns, blend, offset_c):
-    """From three rows; a row of weight 0 leaves no trace, however large its logits."""
+    """The target's logits from three rows; a row of weight 0 leaves no trace, however large its logits."""
     v_cqn = blend[1][None, :, :] * along_row(rows[0], columns, offset_c)[:, None, :]
     v_cqn += blend[2][None, :, :] * along_row(rows[1], columns, offset_c)[:, None, :]
     return v_cqn + blend[3][None, :, :] * along_row(rows[2], columns, offset_c)[:, None, :]
@@ -68,7 +68,7 @@ def softmax_sums(
     student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Over classes: 2^(T u), 2^u, 2^v and 2^v (v - u). BLOCK divides the number of classes."""
+    """Sums over classes: 2^(T u), 2^u, 2^v and 2^v (v - u). BLOCK divides the number of classes."""
     s1 = tl.zeros(blend[0].shape, tl.float32)
     su = s1
     sv = s1
