@@ -11,7 +11,7 @@
     records.py      Records: a store with the data set that it was built from
     sample_ids.py   the ids
     verify.py       every byte against the ledger
-    summary.py      what `kdcache inspect` says
+    summary.py      what `kdcache inspect` prints
 
 It knows tensors as numpy arrays and no models.
 """

@@ -4,7 +4,7 @@ An array whose shards stay what they are is copied file by file, each compared w
 fast as disk and network are. Any other is read row by row, rounded when the codec says so, and encoded again.
 
 A copy is written like any store, so it goes on where it was interrupted, and several workers may share it. It keeps the
-source's `created`: that is when its teacher spoke, and it tells a copy of this store from one of another.
+source's `created`: that is when its teacher ran, and it distinguishes a copy of this store from one of another.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class CopyChanges:
-    """What a copy has otherwise than its source; None keeps it.
+    """The differences of a copy from its source; None keeps what the source has.
 
     Attributes:
         samples: numbers of the samples to keep, in ascending order, with all their views.
@@ -49,7 +49,7 @@ class CopyChanges:
 
 @dataclass(frozen=True)
 class CopyResult:
-    """What a copy did; `records` were copied now, `kept` were there already.
+    """The result of a copy; `records` were copied now, `kept` were finished before.
 
     `complete` is False when other workers have still to finish their shards.
     """
@@ -165,7 +165,7 @@ def _part_of_dataset(source: Cache, numbers: Sequence[int]) -> Dataset:
 
 
 def _check(source: Cache, changes: CopyChanges) -> None:
-    """Whether the source has what the copy shall have. Raises StoreError."""
+    """Refuse changes that the source does not allow. Raises StoreError."""
     manifest = source.manifest
     unknown = sorted(set(changes.features or ()) - set(manifest.features))
     if unknown:
@@ -221,7 +221,7 @@ class _Copying:
         assert self.source.ledger is not None
         place, key = self.source.place, shard_key(spec, shard)
         expected = self.source.ledger.file(shard, key)
-        for _ in range(2 if place.remote else 1):  # what was spoiled on its way is asked for again
+        for _ in range(2 if place.remote else 1):  # what was spoiled on its way is fetched again
             try:
                 content = place.read(key, most=expected.bytes)
             except (OSError, ValueError) as error:
@@ -243,7 +243,7 @@ class _Copying:
 
 
 class _Shard(Mapping[str, Array | bytes]):
-    """The arrays of one shard, each made when it is asked for: memory holds one of them."""
+    """The arrays of one shard, each made when it is used: memory holds one of them."""
 
     def __init__(self, copying: _Copying, shard: int) -> None:
         self._copying, self._number = copying, shard

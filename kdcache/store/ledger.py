@@ -25,13 +25,13 @@ from kdcache.store.format.shard import chunk_checksums
 
 COMPLETE = "complete.json"
 WHOLE = "ledger.jsonl"
-# Through no folder above the store: what a ledger lists is looked for on this machine.
+# Through no folder above the store: the files that a ledger lists are opened on this machine.
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$", max_length=500)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileRecord(BaseModel):
-    """A file of a shard. `crc32c` has the 4 bytes that end each of its chunks, in their order: they tell a reader that
+    """A file of a shard. `crc32c` has the 4 bytes that end each of its chunks, in their order: they show a reader that
     a chunk, whole in itself, is the one that was written there, without reading the file for its sha256.
     """
 
@@ -42,7 +42,7 @@ class FileRecord(BaseModel):
 
 
 class ShardRecord(BaseModel):
-    """What a finished shard consists of; `files` are keyed by path below the store."""
+    """The files of a finished shard; `files` are keyed by path below the store."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     shard: Annotated[int, Field(ge=0)]
@@ -51,7 +51,7 @@ class ShardRecord(BaseModel):
 
 
 class Completion(BaseModel):
-    """The seal of a finished store. `ledger_sha256` also tells the content of one store from another's."""
+    """The seal of a finished store. `ledger_sha256` also distinguishes the content of one store from another's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     shards: Annotated[int, Field(ge=0)]
@@ -60,17 +60,17 @@ class Completion(BaseModel):
 
     @property
     def content(self) -> bytes:
-        """As it is written."""
+        """The seal as it is written."""
         return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the seal, and so of every byte of the store: published elsewhere, it tells who changed it."""
+        """SHA-256 of the seal, and so of every byte of the store: published elsewhere, it shows any change."""
         return hashlib.sha256(self.content).hexdigest()
 
 
 class Ledger:
-    """The ledger of a sealed store, read when it is first asked."""
+    """The ledger of a sealed store, read when it is first used."""
 
     def __init__(self, place: Place, completion: Completion) -> None:
         self.place = place
@@ -84,7 +84,7 @@ class Ledger:
         return Ledger, (self.place, self.completion)
 
     def record(self, shard: int) -> ShardRecord:
-        """Raises: CorruptError."""
+        """The record of a shard. Raises CorruptError."""
         record = self._records.get(shard)
         if record is None:
             record = _parse_record(self.place, WHOLE, self._lines[shard])
@@ -110,7 +110,7 @@ class Ledger:
         len(self._lines)
 
     def file(self, shard: int, key: str) -> FileRecord:
-        """What a shard's file must be. Raises CorruptError."""
+        """Size and digests that a shard's file must have. Raises CorruptError."""
         record = self.record(shard).files.get(key)
         if record is None:
             raise damaged_metadata(self.place.describe(WHOLE), f"it lists no {key}")
@@ -154,7 +154,7 @@ def is_of(manifest: Manifest, shard: int, record: ShardRecord) -> bool:
 
 
 def is_published(place: Place, record: ShardRecord) -> bool:
-    """Whether the shard's own ledger record is there and says the same."""
+    """Whether the shard's own ledger record is there and equal."""
     try:
         return place.read(record_key(record.shard)) == canonical(record)
     except (OSError, ValueError):
@@ -253,6 +253,7 @@ def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
     """Write complete.json: from here on the store is whole. False when a shard is not finished.
 
     What fits already is left untouched: a finished store may be on a disk that cannot be written.
+    Raises: CorruptError for a metadata file that is missing.
     """
     records = [read_shard_record(place, shard) for shard in range(shards)]
     if None in records:

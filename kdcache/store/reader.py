@@ -39,7 +39,7 @@ class Cache:
     Attributes:
         place: where its files are.
         manifest: who made it, from what and how.
-        ledger: what its files must be; None for a store that is not sealed.
+        ledger: size and digests of its files; None for a store that is not sealed.
     """
 
     def __init__(self, place: Place | Path, manifest: Manifest, ledger: Ledger | None = None) -> None:
@@ -77,7 +77,7 @@ class Cache:
 
     @property
     def align_corners(self) -> bool:
-        """Of the teacher's resize from native stride to the view."""
+        """Whether the teacher's resize from native stride to the view aligns corners."""
         return self.head.align_corners
 
     @property
@@ -99,7 +99,7 @@ class Cache:
             raise
 
     def check_files(self) -> None:
-        """Every file is there with its size: better known before a training than in it.
+        """Check that every file is there with its size: better before a training than in it.
 
         Raises: CorruptError naming the first that is not.
         """
@@ -186,7 +186,7 @@ class Cache:
             spec = self.specs.get(path)
             if spec is None:
                 raise StoreError(
-                    "a reader asks for arrays that the store has",
+                    "an array that is read is one of the store's",
                     received=f"{self.place} has no array {path}; it has {', '.join(self.specs)}",
                     remedy="build the store with what the run needs (see build-teacher-cache --help)",
                 )
@@ -199,7 +199,7 @@ class Cache:
         return array
 
     def _open_shard(self, path: str, shard: int, below: str) -> tuple[int, bytes]:
-        """Descriptor of a shard of an array, which is as long as the ledger says, and what its chunks end with."""
+        """Descriptor of a shard of an array, as long as the ledger says, and the checksums that its chunks end with."""
         key = f"{path}/{below}"
         if self.ledger is None:
             return self.place.open(key), b""

@@ -32,7 +32,7 @@ class Records:
         self._checked = set[int]()
         if split is not None:
             _check_digest(cache, split)
-            # All at once, and before a DataLoader's workers get copies: a training asks for every record.
+            # All at once, and before a DataLoader's workers get copies: a training reads every record.
             self._windows, self._flips, self._checksums = map(cache.column, ("window", "flip", "pixel_checksum"))
 
     @classmethod
@@ -89,7 +89,7 @@ class Records:
         return self._checked_view(record)[1]
 
     def target(self, record: int) -> dict[str, Array]:
-        """What the store keeps of the teacher's logits: `values`, and of the top k `indices` and `tail`; (k, h, w).
+        """The stored target: `values` (k, h, w) float16; of the top k also `indices` (k, h, w) and `tail` (h, w).
 
         Raises: CorruptError as `Cache.read`.
         """

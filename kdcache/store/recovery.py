@@ -1,4 +1,4 @@
-"""What a build makes good in a store that was damaged: by accident, a copy that broke off, a failing disk.
+"""Repair of a damaged store by a build: after an accident, a copy that broke off, a failing disk.
 
 Everything but the shards can be written again without the teacher: array metadata and ids follow from the manifest and
 the command; the manifest has a spare (`manifest.json`, with its own digest); a record of the ledger is once more in
@@ -21,7 +21,7 @@ from kdcache.store.ledger import COMPLETE, Completion, ShardRecord, read_or_none
 
 ROOT = "zarr.json"
 SPARE = "manifest.json"
-"""The root's zarr.json once more: it alone holds what no build can say again, such as when the first one began."""
+"""The root's zarr.json once more: it alone holds what no build can write again, such as when the first one began."""
 
 
 def spare_of(root: bytes) -> bytes:
@@ -54,8 +54,9 @@ def sealed_keys(place: Place, manifest: Manifest) -> list[str]:
 
 
 def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) -> None:
-    """Manifest, array metadata and ids are those that were sealed. Raises CorruptError naming the file and the seal:
-    a digest does not tell which of the two was changed.
+    """Check that manifest, array metadata and ids are those that were sealed.
+
+    Raises: CorruptError naming the file and the seal: a digest does not show which of the two was changed.
     """
     for key in keys:
         try:
@@ -72,7 +73,7 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
 
 
 def is_intact(place: Place, completion: Completion | None) -> bool:
-    """Whether nothing says that the root's zarr.json is another than what was written: no spare, no seal."""
+    """Whether the root's zarr.json is what was written, as far as spare and seal show."""
     root = read_or_none(place, ROOT, MAX_JSON_BYTES) or b""
     sealed = None if completion is None else completion.metadata.get(ROOT)
     return read_spare(place) is not None or sealed in (None, hashlib.sha256(root).hexdigest())
@@ -160,7 +161,7 @@ class State:
 def examine_shards(place: Place, manifest: Manifest, shards: Sequence[int], completion: Completion | None) -> State:
     """Look at every file of some shards; a record in the ledger that is not what it should be is written again.
 
-    An object store keeps what it took: there sizes are compared, bytes are not fetched to be looked at again.
+    An object store keeps what it took: there sizes are compared, bytes are not fetched again for a check.
     """
     sealed = ledger.sealed_records(place, completion)
     listed: list[ShardRecord] = []

@@ -34,7 +34,7 @@ class SampleIds(Sequence[str]):
 
     def __init__(self, text: bytes, ends: Array) -> None:
         self._text, self._ends = text, ends
-        for _ in self:  # all are decoded once, so that no later look can fail
+        for _ in self:  # all are decoded once, so that no later access can fail
             pass
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""A part of a store's samples: which they are, and what stands for their ids."""
+"""A part of a store's samples: which they are, and the digest of their ids."""
 
 import hashlib
 import json
@@ -16,13 +16,13 @@ def evenly_spread(total: int, most: int) -> list[int]:
 
 
 def spread_samples(source: Cache, count: int) -> list[int]:
-    """`count` sample numbers, evenly spread over a store. Raises StoreError for a number that it does not have."""
+    """`count` sample numbers, evenly spread over a store. Raises StoreError unless it has as many."""
     samples = source.manifest.dataset.samples
     if not 1 <= count <= samples:
         raise StoreError(
             "a copy has from one to all of the samples",
             received=f"{count} of {samples} samples of {source.place}",
-            remedy=f"ask for 1 to {samples}",
+            remedy=f"give a number from 1 to {samples}",
         )
     return evenly_spread(samples, count)
 
@@ -43,6 +43,6 @@ def samples_of_ids(source: Cache, ids: Sequence[str]) -> list[int]:
 
 
 def ids_digest(class_names: Sequence[str], ids: Sequence[str]) -> str:
-    """What the manifest keeps of class names and ids; the `digest` of the split that has just these samples."""
+    """SHA-256 of class names and ids, as the manifest has it; the `digest` of the split that has just these samples."""
     text = json.dumps([list(class_names), list(ids)], ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()

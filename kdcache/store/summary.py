@@ -1,4 +1,4 @@
-"""What `kdcache inspect` says of a store, complete or not."""
+"""The summary of a store, complete or not, that `kdcache inspect` prints."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -166,7 +166,7 @@ def _size(size: tuple[int, int]) -> str:
 
 
 def _several(manifest: Manifest) -> str:
-    """The members of an ensemble, and how they speak."""
+    """The members of an ensemble, and how they are combined."""
     teacher = manifest.teacher
     parts = [", ".join(f"{member.share:.0%} {member.spec}" for member in teacher.members)] if teacher.members else []
     if teacher.folds is not None:

@@ -18,7 +18,7 @@ from kdcache.store.recovery import check_metadata, chunk_counts
 
 @dataclass
 class VerifyReport:
-    """What `verify_files` found.
+    """The result of `verify_files`.
 
     Attributes:
         damaged: files below the store whose bytes are not those written. remedy: what mends them.

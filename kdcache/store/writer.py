@@ -3,9 +3,9 @@
 The order is what makes a crash harmless: array files, fsync, ledger record; `complete.json` last. A process
 that dies leaves finished shards, which a later one keeps, and at most one unfinished shard, which it redoes.
 
-Any number of processes may build one store. On a disk each takes the next shard that nobody has claimed, and a claim
-ends with its process; workers with numbers (`Worker`) keep to their own shards, which needs no claims: on an object
-store there are none. Who finishes the last shard seals the store.
+Any number of processes may build one store. On a disk each takes the next shard that no process has claimed, and a
+claim ends with its process; workers with numbers (`Worker`) keep to their own shards, which needs no claims: on an
+object store there are none. The process that finishes the last shard seals the store.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from kdcache.store.reader import read_manifest, store_exists
 
 Array = np.ndarray[Any, Any]
 _SETTING = threading.Lock()
-_POLL_SECONDS = 0.5  # between looks at the shards of others
+_POLL_SECONDS = 0.5  # between checks of the shards of others
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class StoreWriter:
     def repair(
         self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], checksums: Callable[[int], Array] | None
     ) -> None:
-        """Prepare to write damaged shards again. Before anything is given up, all that could refuse it is asked.
+        """Prepare to write damaged shards again. All that could refuse it is checked before anything is given up.
 
         Args:
             now: what the command would begin: its libraries and device are those of today.
@@ -172,7 +172,7 @@ class StoreWriter:
         file = None if record is None else record.files[key]
         stored = ledger.read_or_none(self.place, key, MAX_JSON_BYTES)
         if file is not None and (stored is None or hashlib.sha256(stored).hexdigest() != file.sha256):
-            # This file itself is damaged: its digest tells whether it would be the same again.
+            # This file itself is damaged: its digest shows whether it would be the same again.
             stored = self._encoder.encode(spec, shard, rendered)
             same = hashlib.sha256(stored).hexdigest() == file.sha256
             if same and needed:  # what proves it must outlast the record, should this repair be interrupted
@@ -249,7 +249,7 @@ def open_writer(
 
     Args:
         checksums: of the pixels of a shard's records, as they render now (`records/pixel_checksum`). A shard is written
-            again only if these are the stored ones; None does not ask.
+            again only if these are the stored ones; None does not compare.
     Raises:
         StoreError: the place holds something else.
         MismatchError: a store is there that was begun with other inputs, or pixels are others now; it is left as it is.
@@ -278,7 +278,7 @@ def open_writer(
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:
-    """For a store that another command began.
+    """The error for a store that another command began.
 
     Args:
         intact: whether its manifest is what was written, as far as one can tell.

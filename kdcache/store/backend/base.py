@@ -29,14 +29,14 @@ class Place(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """As the user named it, for messages."""
+        """The place as the user named it, for messages."""
 
     def describe(self, key: str) -> str:
         """A file as messages name it."""
         return f"{str(self).rstrip('/')}/{key}"
 
     def at(self, version: str) -> "Place":
-        """The same place, known to hold the store that `version` identifies: copies of another one do not count."""
+        """This place, known to hold the store that `version` identifies: copies of another one do not count."""
         return self
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Place(ABC):
 
     @abstractmethod
     def publish_exclusive(self, key: str, content: bytes) -> bool:
-        """`publish` a file that nobody else may have published; False when somebody did."""
+        """`publish` a file, unless another process has published it already: then False."""
 
     @abstractmethod
     def remove(self, key: str) -> None:

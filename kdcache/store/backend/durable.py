@@ -78,9 +78,9 @@ def file_digest(file: Path | int) -> str:
 
 @contextmanager
 def disk_space_errors(path: Path | str) -> Iterator[None]:
-    """Turn what the operating system says to a write into a StoreError that says what is safe and what to do.
+    """Turn a refusal of the operating system to write into an error that names what is safe and what to do.
 
-    No space, a file system or a folder that cannot be written, a name that is too long.
+    Raises: StoreError for no space, a file system or a folder that cannot be written, a name that is too long.
     """
     try:
         yield

@@ -184,12 +184,14 @@ class Folder(Place):
 
     def tidy(self) -> None:
         for left in (*self.folder.rglob(f"*{PARTIAL}"), *self.folder.glob(f"ledger/*{LOCK}")):
-            with suppress(FileNotFoundError):  # somebody else's tidying
+            with suppress(FileNotFoundError):  # another process's tidying
                 left.unlink()
 
 
 def _release(lock: FileLock) -> None:
-    Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is still there
+    Path(lock.lock_file).unlink(
+        missing_ok=True
+    )  # while it is held: a process that waits for it checks that it is still there
     lock.release()
 
 

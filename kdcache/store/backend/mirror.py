@@ -1,8 +1,9 @@
-"""Copies of remote files on this machine, in a folder of bounded size: who was not used for longest makes room.
+"""Copies of remote files on this machine, in a folder of bounded size: files that were not used for longest make room.
 
-Any number of processes may share it. A file is fetched once, by who first asks, under a name that means nothing, and
-moved to its place when it is whole; others wait for it. It takes its room before it is fetched, so that the bound holds
-at any time; what a killed process left half fetched goes when room is made. Only files below `mirrors/` are removed.
+Any number of processes may share it. A file is fetched once, by the first that needs it, under a name that means
+nothing, and moved to its place when it is whole; others wait for it. It takes its room before it is fetched, so that
+the bound holds at any time; what a killed process left half fetched goes when room is made. Only files below `mirrors/`
+are removed.
 """
 
 import fcntl
@@ -207,7 +208,7 @@ def _opened(path: Path, size: int | None) -> int | None:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether nobody writes a file any more: its lock ended with its process."""
+    """Whether no process writes a file any more: its lock ended with its process."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -43,7 +43,7 @@ PAUSE_SECONDS = 0.4  # after the first attempt; doubled after each
 BACKOFF: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2}
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120), "backoff": BACKOFF}
 CLIENT: Any = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
-_FEW = 4  # files that are asked for one by one; more are listed with the whole store
+_FEW = 4  # files that are requested one by one; more are listed with the whole store
 _CHUNK_BYTES = 2**23
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|bucket does not exist")
 _MACHINE_ROLE = re.compile(r"169\.254\.\d+\.\d+|metadata\.google\.internal|/latest/api/token")
@@ -55,7 +55,7 @@ class Bucket(Place):
 
     Args:
         mirror: where copies for reading are kept.
-        version: what tells the content from that of another store that was there before; see `at`.
+        version: what distinguishes the content from that of another store that was there before; see `at`.
     Raises: StoreError for an address that is not understood.
     """
 
@@ -112,7 +112,7 @@ class Bucket(Place):
     def _answers(self, key: str = "") -> Iterator[None]:
         """Turn what the object store refuses into an error with a remedy.
 
-        The original is not kept as its cause: an answer may repeat what it was asked with, credentials too.
+        The original is not kept as its cause: an answer may repeat the request, credentials too.
         """
         try:
             yield
@@ -125,7 +125,7 @@ class Bucket(Place):
             ) from None
 
     def _get(self, key: str, take: Callable[[Any], T]) -> T:
-        """What `take` makes of an object; asked for again when its body breaks off, or `take` raises ValueError."""
+        """The result of `take` for an object; fetched again when its body breaks off, or `take` raises ValueError."""
         for attempt in range(1, ATTEMPTS + 1):
             with self._answers(key):
                 result = obstore.get(self._client, key)
@@ -210,6 +210,7 @@ class Bucket(Place):
         return self._get(key, take)
 
     def begin(self, files: Mapping[str, bytes]) -> None:
+        """Write the metadata, zarr.json last, unless it is there. Raises StoreError for an object of something else."""
         if self._size("zarr.json") is not None:
             return
         present = set[str]()
@@ -260,7 +261,7 @@ def _read(result: Any, most: int) -> bytes | int:
 
 
 def _summary(text: str) -> str:
-    """What an object store said, without the body of its answer and what follows a `?`: they may repeat credentials."""
+    """The first line of an answer, without its body and what follows a `?`: they may repeat credentials."""
     first = re.sub(r"\?\S*", "", text.partition("\n")[0].partition("<")[0]).strip(" :")
     code = re.search(r"<Code>(\w{1,60})</Code>", text)
     return f"{first[:300]} ({code[1]})" if code else first[:300]

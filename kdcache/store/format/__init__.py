@@ -1,4 +1,4 @@
-"""What lies in a store.
+"""The contents of a store.
 
 manifest.py          who made it, from what, how
 manifest_models.py   the parts of that: data set, view, heads, the teacher's fingerprint
@@ -6,5 +6,5 @@ schema.py            arrays, chunks
 codec.py             how they are compressed, and what is rounded before
 shard.py             records straight from shards, at the decoder's speed
 layout.py            which arrays that can be done with
-damage.py            what to say of a file that is not what was written
+damage.py            errors for files that are not what was written
 """

@@ -1,6 +1,6 @@
 """What `--codec` means: how chunks are compressed, and what small rounds away before they are.
 
-    default   lz4; what the teacher said, in float16. CamVid's 11 classes on 36 x 48: 30.0 KiB, 43 us of CPU per read
+    default   lz4; targets in float16. CamVid's 11 classes on 36 x 48: 30.0 KiB, 43 us of CPU per read
     small     targets keep 5 of float16's 10 mantissa bits, zstd: 15.0 KiB, 146 us
     none      nothing is compressed: 37.1 KiB, 15 us
 

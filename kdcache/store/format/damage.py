@@ -1,4 +1,4 @@
-"""What to say of a file that is not what was written, or cannot be read. `file` is a path or an address."""
+"""Errors for files that are not what was written, or cannot be read. `file` is a path or an address."""
 
 import errno
 
@@ -33,7 +33,7 @@ def damaged(file: object, what: str) -> CorruptError:
 
 
 def remedy_of_files(*, remote: bool) -> str:
-    """What to do about a list of files, as a sentence."""
+    """The remedy for a list of files, as a sentence."""
     return (
         f"Delete these files, then {AGAIN}: it redoes them alone." if remote else f"R{AGAIN[1:]}: it redoes them alone."
     )
@@ -49,7 +49,7 @@ def damaged_metadata(file: object, what: str = "it was changed or removed") -> C
 
 
 def unreadable(file: object, what: str, error: Exception) -> KDCacheError:
-    """For a shard: it is damaged, or this process may not or cannot open it."""
+    """The error for a shard that is damaged, or that this process may not or cannot open."""
     number = getattr(error, "errno", None)
     if number in _OURS:
         return _not_allowed(file, error)
@@ -57,7 +57,7 @@ def unreadable(file: object, what: str, error: Exception) -> KDCacheError:
 
 
 def unreadable_metadata(file: object, error: Exception, what: str = "it was changed or removed") -> KDCacheError:
-    """The same for metadata, ledger and seal."""
+    """The error for metadata, ledger or seal that are damaged, or that this process may not or cannot open."""
     number = getattr(error, "errno", None)
     if number in _OURS:
         return _not_allowed(file, error)

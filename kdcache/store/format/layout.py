@@ -46,7 +46,7 @@ _SETTINGS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What zarr.json says, reduced to what reading needs.
+    """The part of zarr.json that reading needs.
 
     Attributes:
         shape, dtype: of the array; little endian.

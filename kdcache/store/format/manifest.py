@@ -107,7 +107,7 @@ class Manifest(Part):
         return last - first
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What keeps `other` from continuing this build, in words; time stamps, figures and repairs do not count."""
+        """Descriptions of what keeps `other` from continuing this build, but for time stamps, figures and repairs."""
         differences = self.teacher.differences(other.teacher)
         for part in ("dataset", "view", "build"):
             differences += part_differences(part, getattr(self, part), getattr(other, part))
@@ -120,7 +120,7 @@ class Manifest(Part):
         return differences
 
     def to_json(self) -> dict[str, Any]:
-        """As the attribute `kdcache` has it. `repairs` are left out where there are none: older readers know none."""
+        """The value of the attribute `kdcache`. Without repairs there is no `repairs`, which older readers refuse."""
         return self.model_dump(mode="json", exclude=None if self.repairs else {"repairs"})
 
     def with_environment(self, of: "Manifest") -> "Manifest":
@@ -161,12 +161,15 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
 
 @contextmanager
 def well_formed_parts() -> Iterator[None]:
-    """What a manifest of a new store is made of can be read again. Raises StoreError naming what cannot."""
+    """Turn a value that a manifest may not hold into an error.
+
+    Raises: StoreError naming the field.
+    """
     try:
         yield
     except ValidationError as error:
         raise StoreError(
-            "what a store says of itself must be well formed, and its names of splits and taps be names of folders",
+            "a manifest must be well formed, and its names of splits and taps be names of folders",
             received=_first_fault(error),
             remedy="name the split's folder or the tap otherwise, or correct the value",
         ) from error

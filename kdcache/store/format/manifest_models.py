@@ -106,7 +106,7 @@ class View(Part):
 
     @property
     def share(self) -> tuple[float, float] | None:
-        """Of crops, what one shows at scale 1, as a part of the image's height and width."""
+        """The part of the image's height and width that a crop shows at scale 1."""
         if self.image_size is None:
             return None
         return self.size[0] / self.image_size[0], self.size[1] / self.image_size[1]
@@ -204,20 +204,20 @@ class Training(Part):
 
 
 class Augmented(Part):
-    """Test-time augmentation: the teacher's word is the mean over these renderings of a view."""
+    """Test-time augmentation: the teacher's prediction is the mean over these renderings of a view."""
 
     flip: bool
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], Field(min_length=1)]
 
 
 class Fingerprint(Part):
-    """What identifies a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code.
+    """The identity of a teacher. `probe` (raw logits on two fixed images, pooled) catches changed code.
 
     Attributes:
         members: of an ensemble, whose probabilities are averaged; `weights` is then the digest of all together.
-        folds: the members do not speak together: each spoke of the samples of one fold, which it had not seen.
+        folds: probabilities are not averaged: each member predicted the samples of one fold, which it had not seen.
         trainings: of each member, or of the one teacher; None where that is not known. Empty in stores that were begun
-            before it was asked. It is no part of who the teacher is.
+            before it was recorded. It is no part of the teacher's identity.
     """
 
     spec: str
@@ -245,7 +245,7 @@ class Fingerprint(Part):
         return self
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """What differs, in words. The probe may differ by 1 % of its largest value: hardware rounds."""
+        """Descriptions of what differs. The probe may differ by 1 % of its largest value: hardware rounds."""
         differences = [
             f"{name}: {unlike(getattr(self, name), getattr(other, name))}"
             for name in ("spec", "weights", "precision", "mean", "std", "class_map", "members", "tta", "folds")
@@ -294,7 +294,7 @@ Nats = Annotated[float, Field(ge=0)]
 
 
 class Fidelity(Part):
-    """What storing lost, on a few records: the stored target beside the teacher's raw logits, at the view's size.
+    """The loss by storing, on a few records: the stored target beside the teacher's raw logits, at the view's size.
 
     Attributes:
         kl_t1, kl_t4: KL(teacher || stored) at T = 1 and 4, mean over the pixels. kl_t1_max: of the worst pixel.
@@ -325,7 +325,7 @@ def part_differences(title: str, one: Part, other: Part) -> list[str]:
 
 
 def unlike(one: Any, other: Any) -> str:
-    """Two unequal values as an error says them: whole, of nested ones what differs."""
+    """Two unequal values as messages have them: whole, or for nested ones the items that differ."""
     if isinstance(one, Part) and isinstance(other, Part):
         one, other = one.model_dump(), other.model_dump()
     if isinstance(one, dict) and isinstance(other, dict):
@@ -343,6 +343,6 @@ def _items(items: Iterable[tuple[str, Any, Any]]) -> str:
 
 
 def short(value: Any) -> str:
-    """As an error says it."""
+    """A value as messages have it: at most 60 characters."""
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -188,8 +188,8 @@ class _File:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class _Shard:
-    """What is known of a shard: `identity` tells its file from another, `ends` has the 4 bytes that each of its chunks
-    must end with, and is empty when these are not known.
+    """A shard that was opened: `identity` distinguishes its file from another, `ends` has the 4 bytes that each of its
+    chunks must end with, and is empty when these are not known.
     """
 
     name: str
@@ -277,7 +277,7 @@ def _decode_blosc(payload: Any, out: Array) -> None:
 
 
 def decode_zstd(payload: Any, out: Array) -> None:
-    # A frame that holds less than was asked for is no error to zstd: the rest of `out` would stay what it was.
+    # A frame that holds less than was requested is no error to zstd: the rest of `out` would stay what it was.
     # One that does not say what it holds would be decoded to its end, whatever that takes.
     magic, descriptor = _ZSTD_HEADER.unpack_from(payload)
     kind, single = descriptor >> 6, descriptor >> 5 & 1

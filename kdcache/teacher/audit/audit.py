@@ -1,4 +1,4 @@
-"""The teacher's audit: how good it is where, how sure, what it would teach wrongly. From what the store holds.
+"""The teacher's audit: how good it is where, how sure, what it would teach wrongly. It reads the store alone.
 
 One pass over the whole images: confusion with the labels, confidences, the images where it loses most. Counts are exact
 and small (`ConfusionMatrix`, `ConfidenceCounts`), so memory does not grow with the number of records.
@@ -28,7 +28,7 @@ _GRADIENT_NUMBERS = 200_000_000  # at view size, all classes: about a minute on 
 
 @dataclass(frozen=True)
 class Confused:
-    """A pair of classes: `share` of the pixels labelled `label` were said to be `said`."""
+    """A pair of classes: `share` of the pixels labelled `label` were predicted to be `said`."""
 
     label: str
     said: str
@@ -38,7 +38,7 @@ class Confused:
 
 @dataclass(frozen=True)
 class Scored:
-    """The teacher on one image: mIoU over the classes that are in its label or in what was said."""
+    """The teacher on one image: mIoU over the classes that are in its label or its prediction."""
 
     record: int
     sample: str
@@ -47,10 +47,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a store says about its teacher. Without labels `metrics` and `calibration` are None, `confused` is empty.
+    """The audit of a store's teacher. Without labels `metrics` and `calibration` are None, `confused` is empty.
 
     Attributes:
-        counts: (C, C), pixels by label and by what was said.
+        counts: (C, C), pixels by label and by predicted class.
         coverage: of pseudo labels, one for each of THRESHOLDS.
         worst: images by mIoU, the worst first.
     """
@@ -72,7 +72,7 @@ class Audit:
         return self.coverage[THRESHOLDS.index(threshold)]
 
     def said_instead(self, label: int) -> Confused | None:
-        """What is said most often of pixels of a class, other than that class."""
+        """The other class that pixels of a class are predicted to be most often; None when there is none."""
         return next(iter(_pairs(self.class_names, self.counts[label : label + 1], label)), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _gradient(records: Records, numbers: list[int]) -> GradientErrors:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not have."""
+    """A value of JSON with None for NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -64,7 +64,7 @@ def write_report(audit: Audit, records: Records, folder: Path) -> list[Path]:
         figures["gradient.png"] = _gradient(audit)
     if audit.metrics is not None:
         figures |= {"classes.png": _classes(audit), "calibration.png": _calibration(audit)}
-        title = "What the teacher says of each label, % of the label's pixels"
+        title = "The teacher's predictions for each label, % of the label's pixels"
         figures["confusion.png"] = draw_confusion(audit.counts, audit.class_names, title)
     for name, figure in figures.items():
         save_figure(figure, folder / name)
@@ -123,7 +123,7 @@ def _calibration(audit: Audit) -> "Figure":
     below.bar(middles, [100 * part.share for part in calibration.bins], width, color="#8a8a8a")
     names = audit.class_names
     right = dress(
-        figure.add_subplot(grid[:, 1]), "filled: right when it says this class; outlined: its mean confidence"
+        figure.add_subplot(grid[:, 1]), "filled: right when it predicts this class; outlined: its mean confidence"
     )
     class_bars(right, names, audit.class_colours, calibration.precision, calibration.confidence)
     return figure
@@ -175,7 +175,7 @@ def _gradient(audit: Audit) -> "Figure":
 
 
 def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure":
-    """Image, label, what was said, and where these differ."""
+    """Image, label, prediction, and where the two differ."""
     pixels = records.pixels(scored.record)
     whole = read_whole(records, scored.record, labelled=True)
     assert whole.label is not None

@@ -1,6 +1,6 @@
-"""Whole images of a store: what the teacher said of each at view size, beside its pixels and its label.
+"""Whole images of a store: the teacher's prediction at view size, beside pixels and label.
 
-Of a store that has crops alone, the first crop of each image stands for it.
+In a store that has crops alone, the first crop of each image stands for it.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ class Whole:
     """One record that shows a whole image, or the first crop of one.
 
     Attributes:
-        argmax: (H, W), the class of every pixel of the view. confidence: its probability at T = 1, float16.
+        argmax: (H, W), the most likely class of every pixel. confidence: its probability at T = 1, float16.
         inside: (H, W) bool, where the view shows its image; None for everywhere.
-        label: (H, W) uint8, 255 is void; None without a label, or when nobody knows it.
+        label: (H, W) uint8, 255 is void; None without a label, or where it cannot be read.
     """
 
     record: int

@@ -34,7 +34,10 @@ SETTINGS = "pseudo-labels.json"
 
 @dataclass(frozen=True)
 class Rule:
-    """Which pixels are kept: those at least as sure as `threshold`, or the surest `quantile` of every class."""
+    """Which pixels are kept: those at least as sure as `threshold`, or the surest `quantile` of every class.
+
+    Raises: RecipeError unless exactly one of them is set, above 0 and below 1.
+    """
 
     threshold: float | None = None
     quantile: float | None = None
@@ -51,7 +54,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did: `written` files now, `kept` were there; the coverage counts all of them."""
+    """The result of an export: files `written` now, files `kept` from before; the coverage counts all of them."""
 
     class_names: tuple[str, ...]
     coverage: Coverage
@@ -69,7 +72,7 @@ def export_pseudo_labels(
 ) -> Exported:
     """Write a PNG per sample. Interrupted, the same call goes on.
 
-    Without its data set, precision is unknown of a store without pixels.
+    A store without pixels has no precision unless its data set is given.
 
     Args:
         images: write the images too.
@@ -110,7 +113,7 @@ def export_pseudo_labels(
 
 
 def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
-    """uint8 (H, W): the class that was said where its confidence reaches the class's threshold, 255 elsewhere."""
+    """uint8 (H, W): the most likely class where its confidence reaches that class's threshold, 255 elsewhere."""
     argmax = whole.argmax.numpy()
     sure = whole.confidence.numpy().astype(np.float64) >= thresholds_C[argmax]
     label: Array = np.where(sure, argmax, IGNORE_INDEX).astype(np.uint8)
@@ -118,7 +121,7 @@ def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:
 
 
 def _settings(cache: Cache, rule: Rule) -> dict[str, Any]:
-    """What the labels depend on."""
+    """Everything that the labels depend on, as JSON."""
     manifest = cache.manifest
     return {
         "store": {

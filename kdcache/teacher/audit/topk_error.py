@@ -1,4 +1,4 @@
-"""The error that keeping only k classes would make in the gradient of the KL term, on what a teacher said.
+"""The error that keeping only k classes would make in the gradient of the KL term, on a teacher's targets.
 
 The gradient of T^2 KL(p_t || p_s) by the student's logits is T (p_s - p_t), so the relative error is
 ||p_t' - p_t|| / ||p_s - p_t|| over every pixel at view size, with t' what is left of t: its k largest classes and the

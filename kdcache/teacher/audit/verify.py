@@ -1,4 +1,4 @@
-"""Is what the store holds what the teacher says? Scores against labels, and a sample against the teacher itself."""
+"""Stored targets checked: scores against labels, and a sample beside new predictions of the teacher."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Agreement:
 def score_cache(records: Records, limit: int = 512) -> Metrics | None:
     """The teacher's metrics on the labels of whole images at view size, read back; None without labels.
 
-    Of a store that has crops alone, on the first crop of each image.
+    A store that has crops alone is scored on the first crop of each image.
 
     Raises: MismatchError for a store without pixels that has no data set, or a changed one.
     """
@@ -99,7 +99,7 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
     for record, pixels, drift in _pixels(records, numbers):
         if drift:
             drifted.append(records.sample(record))
-        model = teacher.speaker(folds[record])
+        model = teacher.model_for(folds[record])
         logits, _ = teach(model, torch.from_numpy(pixels)[None], (), precision, device, grid)
         again = pack_batch(logits.cpu(), {}, cache.head.k)
         stored = packed_target(records, [record])
@@ -131,11 +131,11 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
 
 
 def _check_split(records: Records) -> None:
-    """What the teacher saw must be there."""
+    """Refuse records whose pixels, as the teacher saw them, cannot be had."""
     cache, taught = records.cache, records.cache.manifest.view.teacher_size
     if records.split is None and taught is not None:
         raise MismatchError(
-            "a teacher is asked again about what it saw, which no store keeps where it was larger than the views",
+            "a teacher is compared on the pixels that it saw, which no store keeps if they were larger than the views",
             received=f"{cache.place} was taught at {taught[0]}x{taught[1]}, and no data set was given",
             remedy=f"add --data (the folder of {cache.manifest.dataset.name!r})",
         )

@@ -1,6 +1,6 @@
 """The teacher's one pass over a data set, into a store. Interrupted, it goes on where it stopped.
 
-What an earlier store says already is taken over from it, and the teacher is asked about the rest.
+Targets that an earlier store has already are taken over from it; the teacher runs for the rest.
 
 Three stages: threads render images (ahead, beside a GPU), the teacher runs in the calling thread, one thread
 compresses, writes and syncs finished shards meanwhile. Memory holds two shards and a few batches, whatever the number
@@ -38,10 +38,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build did.
+    """The result of a build.
 
     Attributes:
-        records: taught now. kept: were there already.
+        records: how many the teacher ran for now. kept: how many were finished before.
         reused: taken over from an earlier store; with a new tap they are among those that were taught.
         complete: False when other workers have still to finish their shards: the last one seals the store.
         repair: of records that were damaged and taught again with other versions than the rest.
@@ -63,7 +63,7 @@ class BuildResult:
 
 
 class _Batch(NamedTuple):
-    """Records of one shard and what the store keeps of the teacher's word on them: path -> rows."""
+    """Records of one shard and the rows that the store keeps of the teacher's outputs for them, by path."""
 
     items: list[Rendered]
     rows: dict[str, Array]
@@ -97,7 +97,7 @@ def build_cache(
     Args:
         progress: called with (records done, records), those that were there already included.
         worker: which part of a build that several processes share; default all of it.
-        reuse: an earlier store of the same teacher, from which is taken over what would be said again (reuse.py).
+        reuse: an earlier store of the same teacher, whose targets are taken over where they would be equal (reuse.py).
     Raises: KDCacheError of every kind; what is finished stays, and the same call continues.
     """
     place(teacher.model, options.device)
@@ -134,13 +134,13 @@ def build_cache(
 
 
 def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: int) -> Array:
-    """What the records of a shard render to now."""
+    """Checksums of the pixels that the records of a shard render to now."""
     rendered = render_batches(split, manifest, [shard], threads=options.render_threads, ahead=False)
     return np.array([item.checksum for item in rendered], np.uint64)
 
 
 def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int, *, raw: bool = False) -> dict[str, Tensor]:
-    """What the store keeps of a teacher's output: path -> tensor with a leading B, on the same device.
+    """A teacher's outputs as the store keeps them: path -> tensor with a leading B, on the same device.
 
     Args:
         raw: also the largest logit of every pixel.
@@ -201,7 +201,7 @@ class _Pass:
         """Start a batch; what is returned waits for its result."""
         options, head = self._options, self._manifest.heads["segmentation"]
         pixels = torch.from_numpy(np.stack([item.taught for item in items]))
-        model, grid = self._teacher.speaker(items[0].fold), head.size if head.resampled else None
+        model, grid = self._teacher.model_for(items[0].fold), head.size if head.resampled else None
         try:
             logits, features = teach(model, pixels, self._taps, options.precision, options.device, grid)
             tapped = {tap: features[tap] for tap in options.features}

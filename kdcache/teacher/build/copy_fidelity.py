@@ -14,9 +14,9 @@ _NEGLIGIBLE = 0.1  # float16 alone loses a thousandth of what five bits of manti
 def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
     """The figures of a copy into `codec` (None: the source's).
 
-    The source's own where the copy holds the same numbers, decoded or not. Where it rounds, what that loses beside the
-    source, if the source keeps all classes and is known to have lost next to nothing itself. Else None: two losses
-    cannot be told from the second alone.
+    They are the source's own where the copy holds the same numbers, decoded or not. Where it rounds, they are measured
+    against the source, if that keeps all classes and is known to have lost next to nothing itself. Otherwise None: the
+    second of two losses does not give their sum.
     """
     manifest = source.manifest
     if not rounds(manifest, codec):

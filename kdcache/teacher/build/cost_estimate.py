@@ -33,7 +33,7 @@ _SEAL = 3  # ledger.jsonl, complete.json and the spare of the manifest
 
 @dataclass(frozen=True)
 class Setting:
-    """The choices whose price is told."""
+    """The choices that a cost is estimated for."""
 
     k: int
     codec: Codec
@@ -42,7 +42,7 @@ class Setting:
     pixels: Literal["stored", "source"]
 
     def flags(self, other: "Setting") -> str:
-        """What `self` has otherwise than `other`, as one types it."""
+        """The flags in which `self` differs from `other`, as they are typed."""
         mine, others = asdict(self), asdict(other)
         names = {"k": "top-k"}
         changed = {names.get(name, name): value for name, value in mine.items() if value != others[name]}
@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a setting takes. `sizes` are bytes per record on disk; `seconds` is the teacher's pass."""
+    """The cost of a setting. `sizes` are bytes per record on disk; `seconds` is the teacher's pass."""
 
     setting: Setting
     sizes: Sizes
@@ -70,7 +70,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build will cost.
+    """The cost of a build, and of settings that differ in one thing.
 
     Attributes:
         taught: records that were taught to find out. seconds: of one record, as chosen.

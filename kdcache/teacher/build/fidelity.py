@@ -20,7 +20,7 @@ _BAND_NUMBERS = 2_000_000  # of a band of rows of the view, all classes: 16 MB i
 def measure_fidelity(
     logits: Iterable[Tensor], k: int, codec: Codec, size: tuple[int, int], *, align_corners: bool
 ) -> Fidelity:
-    """Pack every image's logits to k classes, round as `codec` does, and compare with what the teacher said.
+    """Pack every image's logits to k classes, round as `codec` does, and compare with the raw logits.
 
     Args:
         logits: raw, (C, h, w) float32, at least one image; any device.
@@ -73,7 +73,7 @@ def _bands(x_Chw: Tensor, size: tuple[int, int], align_corners: bool) -> Iterato
 
 
 def _kl(exact_CbW: Tensor, stored_CbW: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(said || stored) in nats per pixel, at T = 1 and at T = 4."""
+    """KL(exact || stored) in nats per pixel, at T = 1 and at T = 4."""
     exact_CbW, stored_CbW = (x - x.amax(0) for x in (exact_CbW, stored_CbW))
     excess_CbW = exact_CbW - stored_CbW
     # Exponentials are what this costs: e^x is the fourth power of e^(x/4).

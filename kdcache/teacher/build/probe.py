@@ -53,7 +53,7 @@ class TeacherProbe:
         """
         teacher, classes = self.teacher, len(self.split.classes)
         folds: Iterable[int | None] = [None] if teacher.folds is None else range(teacher.folds)
-        outputs = [self._teach([0], self.taps, teacher.speaker(fold)) for fold in folds]
+        outputs = [self._teach([0], self.taps, teacher.model_for(fold)) for fold in folds]
         logits, features = outputs[0]
         if logits.shape[1] != classes:
             raise ModelError(
@@ -99,13 +99,13 @@ class TeacherProbe:
                 received=f"--teacher-grid view and {self.teacher.origin}",
                 remedy="use --teacher-grid own, the default",
             )
-        model = self.teacher.speaker(None if self.teacher.folds is None else 0)
+        model = self.teacher.model_for(None if self.teacher.folds is None else 0)
         model = model.plain() if isinstance(model, EnsembleModel) else model
         height, width = self._teach([0], (), model, enlarged=False).logits.shape[-2:]
         return height, width
 
     def _logits(self, samples: Sequence[int], fold: int | None) -> torch.Tensor:
-        return self._teach(samples, (), self.teacher.speaker(fold), self.grid).logits
+        return self._teach(samples, (), self.teacher.model_for(fold), self.grid).logits
 
     def _teach(
         self,

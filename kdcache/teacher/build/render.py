@@ -19,8 +19,8 @@ class Rendered:
     """One record before the teacher sees it.
 
     Attributes:
-        taught: what the teacher looks at: the pixels, or a larger rendering of the same window.
-        old: the record of an earlier store that says it already. fold: whose teacher speaks of it.
+        taught: the teacher's input: the pixels, or a larger rendering of the same window.
+        old: the record of an earlier store that has it already. fold: the member of the teacher that predicts it.
     """
 
     record: int
@@ -39,7 +39,10 @@ class Rendered:
 
 
 def render_records(split: Split, view: View, records: Iterable[int]) -> list[Rendered]:
-    """Views of one sample, which is read once."""
+    """Views of one sample, which is read once.
+
+    Raises: DataError as `Split.image` and `Split.label`.
+    """
     numbers = list(records)
     sample = numbers[0] // view.views_per_sample
     image, label = split.image(sample), split.label(sample)

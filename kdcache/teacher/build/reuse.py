@@ -1,9 +1,9 @@
-"""Taking over what an earlier store says: a teacher need not repeat itself.
+"""Taking over the targets of an earlier store: no teacher needs to run twice on the same pixels.
 
 A record is taken over when the same view of the same sample renders to the very pixels that were taught on, in a store
-of the same teacher, classes, size and head. About one that is damaged there the teacher is asked again. A tap or
-statistic that the earlier store does not have sends every record through the teacher once more, for that alone: the
-target stays the stored one.
+of the same teacher, classes, size and head. The teacher runs again for one that is damaged there. A tap or statistic
+that the earlier store does not have sends every record through the teacher once more, for that alone: the target stays
+the stored one.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ _LOOKED_AT = ("records/pixel_checksum", "records/window", "records/flip")
 
 
 class Reuse:
-    """What the store `old` says that one of `manifest` would say again.
+    """The records of the store `old` that a store of `manifest` would only repeat.
 
     Attributes:
         complete: whether a record that is taken over needs the teacher no more.
-        damaged: records of the earlier store that were looked for, and cannot be read.
-    Raises: CorruptError for a ledger without which nothing can be told of any record.
+        damaged: records of the earlier store that are needed and cannot be read.
+    Raises: CorruptError for a damaged ledger, without which no record can be trusted.
     """
 
     def __init__(self, old: Cache, manifest: Manifest) -> None:
@@ -72,7 +72,7 @@ class Reuse:
         return record if same else None
 
     def rows(self, records: Sequence[int]) -> dict[str, Array]:
-        """What is taken over of some records that were found in the earlier store: path -> rows."""
+        """Rows of records that `find` has found in the earlier store, by path."""
         read = [self._read.pop(record) for record in records]
         return round_targets({path: np.stack([row[path] for row in read]) for path in self._paths}, self._codec)
 
@@ -140,7 +140,7 @@ def plan_extended(probe: TeacherProbe, old: Cache) -> Manifest:
 def _refuse(old: Cache, differences: Sequence[str]) -> None:
     if differences:
         raise MismatchError(
-            "a store takes over what the same teacher said, of the same classes at the same size",
+            "a store takes over targets of the same teacher, of the same classes at the same size",
             received=f"{old.place} differs in " + "; ".join(differences),
             remedy="give the teacher and the settings that it was built with, or build anew: build-teacher-cache",
         )

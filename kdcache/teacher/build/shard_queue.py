@@ -36,7 +36,7 @@ class ShardQueue:
         """Take records of one shard, in any order; the last of them sends it off, after the one before is on disk.
 
         Args:
-            said: what the teacher said about them: path -> rows.
+            outputs: of the teacher: path -> rows.
         """
         shard = batch[0].record // self._writer.manifest.build.shard_records
         first, last = self._writer.manifest.shard_range(shard)

@@ -1,4 +1,4 @@
-"""Small maps beside the targets: where the teacher looks, how sure it is, whether its members agree.
+"""Small maps beside the targets: where the teacher's features are large, how sure it is, whether its members agree.
 
     at:TAP       sum of squares over a tap's channels, divided by the largest (Zagoruyko 2017, arXiv 1612.03928)
     confidence   largest probability        entropy   in nats        agreement   of an ensemble's members
@@ -21,16 +21,16 @@ from kdcache.teacher.load.load import Teacher
 _OF_THE_DISTRIBUTION = ("confidence", "entropy", "agreement")
 
 
-def statistics_of(words: Sequence[str], grid: tuple[int, int], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
-    """What the manifest says of words that `taps_of` has found right.
+def statistics_of(names: Sequence[str], grid: tuple[int, int], features: Mapping[str, Tensor]) -> dict[str, Statistic]:
+    """The manifest's entries for `--statistics`, which `taps_of` has checked.
 
     Args:
         grid: (h, w) of the target.
         features: tap -> (B, c, h', w'), of the taps that are named.
     """
     statistics = {}
-    for word in dict.fromkeys(words):
-        kind, _, tap = word.partition(":")
+    for name in dict.fromkeys(names):
+        kind, _, tap = name.partition(":")
         if kind == "at":
             height, width = features[tap].shape[-2:]
             statistics[f"at.{tap}"] = Statistic(kind="at", tap=tap, size=(height, width))
@@ -39,15 +39,15 @@ def statistics_of(words: Sequence[str], grid: tuple[int, int], features: Mapping
     return statistics
 
 
-def taps_of(words: Sequence[str], teacher: Teacher) -> list[str]:
+def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
     """The taps that statistics are made of.
 
-    Raises: RecipeError for a word that is no statistic, and for agreement where there is none; ModelError for a tap
+    Raises: RecipeError for a name that is no statistic, and for agreement where there is none; ModelError for a tap
         that the teacher does not have.
     """
     taps = []
-    for word in words:
-        kind, colon, tap = word.partition(":")
+    for name in names:
+        kind, colon, tap = name.partition(":")
         if kind == "at" and tap:
             teacher.model.check_taps([tap])
             taps.append(tap)
@@ -55,14 +55,14 @@ def taps_of(words: Sequence[str], teacher: Teacher) -> list[str]:
             near = ["at:TAP"] if kind == "at" else difflib.get_close_matches(kind, _OF_THE_DISTRIBUTION, n=1)
             raise RecipeError(
                 f"a statistic is at:TAP, {', '.join(_OF_THE_DISTRIBUTION[:-1])} or {_OF_THE_DISTRIBUTION[-1]}",
-                received=repr(word),
+                received=repr(name),
                 remedy=f"did you mean {near[0]}?" if near else "for instance --statistics at:head,confidence",
             )
         if kind == "agreement":
             if not isinstance(teacher.model, EnsembleModel) or len(teacher.model.members) < 2 or teacher.folds:
                 raise RecipeError(
                     "agreement is that of several teachers on the same image",
-                    received=f"{teacher.origin}" + (", of which each speaks of its own fold" if teacher.folds else ""),
+                    received=f"{teacher.origin}" + (", each of which predicts its own fold" if teacher.folds else ""),
                     remedy="give --teacher several times and no --folds, or leave agreement out",
                 )
             taps.append(AGREEMENT)
@@ -76,7 +76,7 @@ def measure(
 
     Args:
         logits_BChw: as they are stored, whatever their constant.
-        features: tap -> (B, c, h', w'), AGREEMENT among them when it is asked for.
+        features: tap -> (B, c, h', w'), AGREEMENT among them when a statistic needs it.
     """
     log_p = logits_BChw.float().log_softmax(1)
     maps = {}

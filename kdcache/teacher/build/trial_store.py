@@ -22,14 +22,14 @@ from kdcache_kernels import densify, pack
 Progress = Callable[[str, int, int], None]
 Sizes = dict[str, float]
 """Path of an array -> bytes on disk per record."""
-_TAP_RECORDS = 4  # for taps that nobody has asked for
+_TAP_RECORDS = 4  # for taps that the options do not name
 _TARGET = "targets/segmentation/"
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one record takes. `build` is the whole pass; `render`, `teach` and `write` are its stages, each on its own;
-    `read` is what a student pays for a target that lies in the page cache.
+    """Seconds that one record takes. `build` is the whole pass; `render`, `teach` and `write` are its stages, each on
+    its own; `read` is what a student pays for a target that lies in the page cache.
     """
 
     build: float
@@ -92,8 +92,8 @@ class Trial:
         items = [render_records(part, view, [number])[0] for number in range(len(part))]
         rendered = time.perf_counter()
         pixels = torch.from_numpy(np.stack([item.taught for item in items]))
-        speaker = self._teacher.speaker(0 if self._teacher.folds else None)
-        teach(speaker, pixels, options.features, options.precision, options.device)[0].cpu()
+        model = self._teacher.model_for(0 if self._teacher.folds else None)
+        teach(model, pixels, options.features, options.precision, options.device)[0].cpu()
         taught = time.perf_counter()
         _, written = self._rewritten(self._whole, k, codec)
         return Seconds(
@@ -112,15 +112,15 @@ class Trial:
         part, out = self._part(samples), self._folder / what.replace(" ", "-")
         # An index has a place for every chunk of a full shard: with smaller ones a record bears as much of it.
         options = replace(options, shard_records=min(self._shard_records, samples * options.views))
-        tell = lambda done, total: self._progress(what, done, total)  # noqa: E731
-        result = build_cache(part, self._teacher, out, options, tell, reuse=reuse)
+        report = lambda done, total: self._progress(what, done, total)  # noqa: E731
+        result = build_cache(part, self._teacher, out, options, report, reuse=reuse)
         return open_cache(out), result.seconds
 
     def _path(self, cache: Cache, k: int, codec: Codec) -> Path:
         return cache.path.with_name(f"{cache.path.name}-{k}-{codec}")
 
     def _rewrite(self, cache: Cache, k: int, codec: Codec) -> tuple[Sizes, float]:
-        """What the store takes with k classes and a codec, and how long it took to write it."""
+        """Sizes of the store with k classes and a codec, and the seconds that it took to write it."""
         out, seconds = self._path(cache, k, codec), 0.0
         manifest = cache.manifest.model_copy(
             update={"heads": {"segmentation": cache.head.model_copy(update={"k": k})}, "codec": codec}

@@ -1,4 +1,4 @@
-"""Several teachers as one: an ensemble that speaks together, or one teacher per fold that has not seen it."""
+"""Several teachers as one: an ensemble that averages probabilities, or for each fold a teacher that has not seen it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ def load_teachers(
     std: RGB | None = None,
     trust: bool = False,
 ) -> Teacher:
-    """Load one teacher, or several that speak as one.
+    """Load one teacher, or several as one.
 
     Args:
         origins, classes, class_map, mean, std, trust: as `load_teacher`, for each of them.
         weights: of their probabilities; default equal ones.
-        tta: renderings of every image that a word is the mean of.
-        folds: the teachers do not speak together: number i speaks of the samples of fold i. See `check_cross_fit`.
+        tta: renderings of every image over which predictions are averaged.
+        folds: probabilities are not averaged: teacher i predicts the samples of fold i. See `check_cross_fit`.
     Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
     """
     _check_counts(origins, weights, folds)
@@ -52,7 +52,7 @@ def load_like(
 ) -> Teacher:
     """The teachers of a store once more: weights, augmentation, folds and normalisation are as its manifest says.
 
-    Whether they are the same teachers, their fingerprint tells.
+    Whether they are the same teachers is for their fingerprint to show.
     Raises: as `load_teachers`; MismatchError unless there are as many.
     """
     count = max(1, len(about.members))
@@ -82,8 +82,8 @@ def load_like(
 def check_cross_fit(origins: Sequence[str], split: Split) -> None:
     """Refuse teachers of which one has seen the fold that it is to teach, or whose folds leave out a class.
 
-    Reads every label of the split. The runs' word is their recipe, `fold = "i/K"`, and the digest of the split that
-    they were trained on.
+    Reads every label of the split. What a run has seen is known from its recipe, `fold = "i/K"`, and the digest of the
+    split that it was trained on.
     Raises: MismatchError, RecipeError.
     """
     folds = len(origins)
@@ -92,7 +92,7 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
         run = Run.open(origin)
         if run.recipe is None:
             raise RecipeError(
-                "the teacher of a fold is a run, whose recipe says which fold it left out",
+                "the teacher of a fold is a run, whose recipe names the fold that it left out",
                 received=f"{run.folder / RECIPE}, which is not there",
                 remedy="give the --out of train-teacher --fold I/K",
             )
@@ -113,7 +113,7 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
 
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
-    """Which teacher speaks of every sample of a split; None when all speak together."""
+    """The number of the teacher that predicts each sample of a split; None when all predict together."""
     return None if teacher.folds is None else split.folds(teacher.folds).tolist()
 
 
@@ -128,7 +128,7 @@ def _check_counts(origins: Sequence[str], weights: Sequence[float] | None, folds
         )
     if weights is not None and len(set(weights)) > 1:
         raise RecipeError(
-            "the teachers of folds do not speak together, so that they have no weights",
+            "the teachers of folds are not averaged, so that they have no weights",
             received=f"--folds {folds} and --teacher-weights {','.join(f'{weight:g}' for weight in weights)}",
             remedy="leave out --teacher-weights",
         )

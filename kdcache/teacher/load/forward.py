@@ -31,7 +31,7 @@ def teach(
 
     Args:
         pixels_BHW3: uint8, on any device.
-        grid: (h, w), coarser than the teacher's own, that its word is averaged to.
+        grid: (h, w), coarser than the teacher's own, that its probabilities are averaged to.
     """
     with torch.inference_mode():
         with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
@@ -42,9 +42,9 @@ def teach(
 
 
 def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Logits on a coarser grid: of the mean probabilities in each of its cells, float32.
+    """Logits of the mean probabilities in each cell of a coarser grid, (B, C, *grid) float32.
 
-    A teacher at 288x384 whose word is kept on the grid of 144x192 (CamVid, 34 images): KL to its own grid 0.012 nats,
+    A teacher at 288x384 with targets on the grid of 144x192 (CamVid, 34 images): KL to its own grid 0.012 nats,
     against 0.019 for antialiased logits, 0.013 for their means, and the best likelihood of the labels of these.
     The mean of the log-sum-exp is added back: raw logits stay about what they were.
     """
@@ -64,7 +64,7 @@ def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def out_of_memory(batch_size: int, error: Exception) -> ModelError:
-    """A full GPU, with the way out."""
+    """The error for a full GPU, with the batch size to try."""
     return ModelError(
         "a batch of the teacher must fit the device's memory",
         received=f"out of memory at batch size {batch_size}",
@@ -73,7 +73,7 @@ def out_of_memory(batch_size: int, error: Exception) -> ModelError:
 
 
 def not_finite(what: str, record: int, sample: str) -> ModelError:
-    """A teacher that says NaN or infinity; -inf for a single class is finite once packed."""
+    """The error for NaN or infinite outputs of a teacher; -inf for a single class is finite once packed."""
     return ModelError(
         "a teacher's output must be finite",
         received=f"NaN or infinity in {what} of record {record}, {sample}",

@@ -25,15 +25,15 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model in eval mode that speaks the data set's classes.
+    """A model in eval mode that predicts the data set's classes.
 
     Attributes:
         origin: what the user gave.
         size: (H, W) it was trained at, when known.
         class_map: data class of each of its own classes (-1 dropped), when it was mapped.
         notes: what a user should know, such as auxiliary heads that were left out.
-        folds: how many folds the members of an ensemble have divided among them, when they do not speak together.
-        trainings: of each member, or of the one model, as far as it is a run that says so; empty when nobody asked.
+        folds: how many folds the members of an ensemble divide among them; None when their probabilities are averaged.
+        trainings: of each member, or of the one model, as far as it is a run that records it; empty when not looked up.
     """
 
     model: SegmentationModel
@@ -44,8 +44,8 @@ class Teacher:
     folds: int | None = None
     trainings: tuple[Training | None, ...] = ()
 
-    def speaker(self, fold: int | None) -> SegmentationModel:
-        """Who speaks of the samples of a fold; None: all together, which is whom a fingerprint is of."""
+    def model_for(self, fold: int | None) -> SegmentationModel:
+        """The model that predicts the samples of a fold; with None the whole, of which the fingerprint is."""
         if fold is None or not isinstance(self.model, EnsembleModel):
             return self.model
         return self.model.member(fold)
@@ -66,7 +66,7 @@ def load_teacher(
         origin: a run folder, `SPEC@FILE` (weights trained elsewhere) or `SPEC@default` (the library's own,
             downloaded now).
         classes: of the data set.
-        class_map: file that says which data class each teacher class becomes; probabilities are summed.
+        class_map: file with the data class that each teacher class becomes; probabilities are summed.
         mean, std: of RGB in 0..1; default the model's own.
         trust: of a run, whether a function that it names may be imported and called (see `load_run`).
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
@@ -100,7 +100,7 @@ def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes
         raise ModelError(
             "a teacher has as many classes as the data set",
             received=f"{origin} has {count}, the data set has {len(classes)}",
-            remedy="give --class-map FILE, which says for each teacher class which class of the data it becomes",
+            remedy="give --class-map FILE, which has for each teacher class the class of the data that it becomes",
         )
     if names is not None and tuple(names) != classes.names:
         raise MismatchError(

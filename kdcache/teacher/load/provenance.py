@@ -1,4 +1,4 @@
-"""What a teacher that is a run says of its own training: on which samples, and which fold of them it left out."""
+"""The training of a teacher that is a run: on which samples, and which fold of them it left out."""
 
 from kdcache.data import parse_fold
 from kdcache.errors import RecipeError
@@ -7,7 +7,7 @@ from kdcache.store.format.manifest_models import Training
 
 
 def training_of(run: Run) -> Training | None:
-    """The training of a run; None where it does not say, or was trained from a store, whose teacher had its own."""
+    """The training of a run; None where it is not recorded, or for a run from a store, whose teacher had its own."""
     kind, _, digest = run.model.trained_on.partition(" ")
     if kind != "data":
         return None

@@ -437,7 +437,7 @@ def test_teachers_that_have_seen_their_fold(tmp_path, runs, folder_data, options
         plan_manifest(TeacherProbe(split, teacher, options(features=("head",))))
     with pytest.raises(RecipeError, match="agreement is that of several") as caught:
         plan_manifest(TeacherProbe(split, teacher, options(statistics=("agreement",))))
-    assert "speaks of its own fold" in caught.value.received
+    assert "predicts its own fold" in caught.value.received
 
 
 @pytest.mark.slow
