@@ -217,7 +217,7 @@ class _Copying:
         return self._file(spec, shard) if path in self.whole else self._rows(spec, shard)
 
     def _file(self, spec: ArraySpec, shard: int) -> bytes:
-        """Raises: CorruptError for a file that is not what the ledger says."""
+        """The bytes of a shard's file of the source. Raises CorruptError when they are not what the ledger says."""
         assert self.source.ledger is not None
         place, key = self.source.place, shard_key(spec, shard)
         expected = self.source.ledger.file(shard, key)

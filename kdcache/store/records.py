@@ -60,7 +60,7 @@ class Records:
         return self.cache.pixels_stored or self.split is not None
 
     def check_complete(self) -> None:
-        """Raises: MismatchError for a store without pixels that has no data set beside it."""
+        """Refuse a store without pixels that has no data set beside it. Raises MismatchError."""
         if not self.complete:
             raise MismatchError(
                 "a store without pixels needs its data set beside it",

@@ -40,8 +40,8 @@ def verify_files(
     Args:
         location: of a complete store.
         progress: called with (shards done, shards).
-        seal: what the digest of its seal must be, as it was published elsewhere: who changes a store can change its
-            ledger and its seal with it.
+        seal: what the digest of its seal must be, as it was published elsewhere: a change of a store can
+            include its ledger and its seal.
     Raises: IncompleteError, CorruptError (ledger or metadata), VersionError, StoreError, MismatchError (the seal).
     """
     place = open_place(location)

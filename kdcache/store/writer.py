@@ -103,7 +103,7 @@ class StoreWriter:
                 release()
 
     def wait(self) -> None:
-        """Between two passes over `claimed`: others are at work, and one that dies leaves its shards to who waits."""
+        """Between two passes over `claimed`: others are at work, and one that dies leaves its shards to this one."""
         time.sleep(_POLL_SECONDS)
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array | bytes]) -> None:

@@ -258,7 +258,7 @@ def chunk_checksums(content: bytes, chunks: int) -> bytes:
 
 
 def _check_chunk(shard: _Shard, chunk: int, parts: list[Any]) -> None:
-    """Raises ValueError unless the bytes of a chunk, in parts and with its crc32c, are those that were written."""
+    """Check that the bytes of a chunk, in parts and with its crc32c, are those that were written. Raises ValueError."""
     crc = 0
     for part in parts:
         crc = google_crc32c.extend(crc, part)

@@ -104,8 +104,15 @@ def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str,
             "share": coverage.total_share,
             "precision": coverage.total_precision,
             "classes": [
-                {"name": name, "threshold": least, "said": said, "kept": kept, "share": share, "precision": right}
-                for name, least, said, kept, share, right in zip(class_names, *columns, strict=True)
+                {
+                    "name": name,
+                    "threshold": least,
+                    "said": predicted,
+                    "kept": pixels,
+                    "share": share,
+                    "precision": right,
+                }
+                for name, least, predicted, pixels, share, right in zip(class_names, *columns, strict=True)
             ],
         }
     )

@@ -155,25 +155,25 @@ def estimate(
     return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), head.classes)
 
 
-def _neighbours(chosen: Setting, classes: int, taps: Sequence[str]) -> Iterator[Setting]:
-    """Settings that differ from the chosen one in one thing."""
+def _neighbours(own: Setting, classes: int, taps: Sequence[str]) -> Iterator[Setting]:
+    """Settings that differ from the options' own one in one thing."""
     ks = [k for k in (*_KS, classes) if k <= classes]
-    smaller, larger = [k for k in ks if k < chosen.k], [k for k in ks if k > chosen.k]
+    smaller, larger = [k for k in ks if k < own.k], [k for k in ks if k > own.k]
     for k in dict.fromkeys([*smaller[-2:], *larger[:1], classes]):
-        yield replace(chosen, k=k)
+        yield replace(own, k=k)
     for codec in _CODECS:
-        yield replace(chosen, codec=codec)
-    for views in (1, 4, 16) if chosen.views == 1 else (1, max(2, chosen.views // 2), 2 * chosen.views):
-        yield replace(chosen, views=views)
-    yield replace(chosen, features=())
+        yield replace(own, codec=codec)
+    for views in (1, 4, 16) if own.views == 1 else (1, max(2, own.views // 2), 2 * own.views):
+        yield replace(own, views=views)
+    yield replace(own, features=())
     for tap in taps:
-        if tap not in chosen.features:
-            yield replace(chosen, features=(*chosen.features, tap))
-    yield replace(chosen, pixels="source" if chosen.pixels == "stored" else "stored")
+        if tap not in own.features:
+            yield replace(own, features=(*own.features, tap))
+    yield replace(own, pixels="source" if own.pixels == "stored" else "stored")
 
 
 def _cost(trial: Trial, setting: Setting, manifest: Manifest, seconds: float) -> Cost:
-    """Args: manifest: of the chosen setting. seconds: of a record."""
+    """The cost of a setting, by the manifest of the options' own one and the seconds of a record."""
     sizes = trial.sizes(setting.k, setting.codec, setting.views, setting.features)
     if setting.pixels == "source":
         sizes = {path: size for path, size in sizes.items() if not path.startswith(("pixels/", "labels/"))}
