@@ -104,11 +104,10 @@ class Folder(Place):
         path = self.folder
         existing = next(part for part in (path, *path.absolute().parents) if part.exists())
         if not existing.is_dir() or (existing == path and not (path / "zarr.json").exists() and any(path.iterdir())):
+            content = "holds something else, and no zarr.json" if existing.is_dir() else "is a file"
             raise StoreError(
                 "a store is written into a new or empty folder, or goes on where it was begun",
-                received=f"{existing} holds something else, and no zarr.json"
-                if existing.is_dir()
-                else f"{existing} is a file",
+                received=f"{existing} {content}",
                 remedy="give another folder, or empty it yourself if nothing in it is needed",
             )
 
@@ -189,9 +188,8 @@ class Folder(Place):
 
 
 def _release(lock: FileLock) -> None:
-    Path(lock.lock_file).unlink(
-        missing_ok=True
-    )  # while it is held: a process that waits for it checks that it is still there
+    # While it is held: a process that waits for it checks that it is still there.
+    Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
 
