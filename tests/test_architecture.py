@@ -306,6 +306,43 @@ def test_a_module_is_described_and_not_too_long(module: str) -> None:
     assert (ast.get_docstring(ast.parse(text)) or "").strip()
 
 
+PROJECT_ERRORS = {
+    *("KDCacheError", "StoreError", "IncompleteError", "CorruptError", "MismatchError", "VersionError", "DataError"),
+    *("RecipeError", "ModelError", "KernelError", "ShapeError", "ValueRangeError"),
+}
+
+
+def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """What belongs to a function's own body, and not to one inside it."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            yield child
+            yield from own_nodes(child)
+
+
+def public_functions(body: list[ast.stmt], owner: ast.ClassDef | None = None) -> Iterator[tuple[ast.FunctionDef, str]]:
+    """Functions and methods without an underscore, with their docstrings; a constructor has its class's too."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, node)
+        elif isinstance(node, ast.FunctionDef) and (node.name == "__init__" or not node.name.startswith("_")):
+            about_class = ast.get_docstring(owner) if owner is not None and node.name == "__init__" else None
+            yield node, f"{ast.get_docstring(node) or ''} {about_class or ''}"
+
+
+@pytest.mark.parametrize("package", ["kdcache", KERNELS])
+def test_public_functions_say_which_errors_they_raise(package: str) -> None:
+    silent = []
+    for module in (module for module in MODULES if module.partition(".")[0] == package):
+        tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+        for function, docstring in public_functions(tree.body):
+            raised = {node.exc for node in own_nodes(function) if isinstance(node, ast.Raise) and node.exc is not None}
+            names = {getattr(error.func if isinstance(error, ast.Call) else error, "id", "") for error in raised}
+            if names & PROJECT_ERRORS and not re.search(r"\b[Rr]aise", docstring):
+                silent.append(f"{module}.{function.name}")
+    assert silent == []
+
+
 def test_nothing_is_left_to_be_filled_in() -> None:
     """A table that is promised is there: no placeholder stands in code or docs."""
     pages = [*MODULES.values(), ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
