@@ -262,7 +262,7 @@ def kl_pixels(
 
 
 def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index: int, num_classes: int) -> Tensor:
-    """Return the sum of the class weights of the labelled pixels, or without weights their number."""
+    """Return the sum of the class weights of the labelled pixels, or without weights their number, 0-dimensional."""
     counted_BHW = (labels_BHW != ignore_index) & (labels_BHW >= 0) & (labels_BHW < num_classes)
     if class_weight is None:
         return counted_BHW.sum()

@@ -116,7 +116,7 @@ class Estimate:
 
 
 def student_seconds(spec: str, classes: int, options: BuildOptions) -> float:
-    """Forward and backward of a student, per image of the view's size, in batches of the build's.
+    """Seconds of forward and backward of a student, per image of the view's size, in batches of the build's.
 
     Raises: ModelError for a spec that is none.
     """

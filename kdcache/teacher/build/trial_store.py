@@ -85,7 +85,7 @@ class Trial:
         return {path: size for path, size in sizes.items() if path in taps or not path.startswith("features/")}
 
     def seconds(self, k: int, codec: Codec) -> Seconds:
-        """How long a record takes."""
+        """The seconds that a record takes, by what they go into."""
         options, view = self._options, self._whole.manifest.view
         part = self._part(min(options.batch_size, len(self._whole)))
         began = time.perf_counter()
