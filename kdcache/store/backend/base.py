@@ -11,9 +11,9 @@ from pathlib import Path
 
 Release = Callable[[], None]
 MAX_JSON_BYTES = 2**23
-"""Of a manifest, a seal or a ledger record. What is longer is an attack or an accident."""
+"""The most bytes of a manifest, a seal or a ledger record. A longer one is an attack or an accident."""
 MAX_SEALED_BYTES = 2**30
-"""Of the whole ledger, or of the ids of all samples: 13 million records in shards of 128."""
+"""The most bytes of the whole ledger, or of all ids: 13 million records in shards of 128."""
 
 
 class Place(ABC):

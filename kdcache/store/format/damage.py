@@ -6,7 +6,7 @@ from kdcache.errors import CorruptError, KDCacheError, StoreError
 
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)  # no fault of the store
 AGAIN = "run the command that wrote it (build-teacher-cache, extend or copy) again"
-"""As the remedies begin."""
+"""The words that remedies begin with."""
 
 
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:

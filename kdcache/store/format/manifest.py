@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 # What a claim of more would ask of memory is an attack or an accident.
 MAX_SHARDS = 2**20
 MAX_RECORD_BYTES = 2**28
-"""Of a record in one array, decoded."""
+"""The most bytes of a record in one array, decoded."""
 
 Codec = Literal["default", "small", "none"]
 

@@ -21,9 +21,9 @@ MOST_SHOWN = 8
 # What becomes a path is one name of a folder below the store, or below what is exported from it. It is data from
 # elsewhere: it leads nowhere else.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_length=200)]
-"""Of a head, a tap, a statistic: an array's folder."""
+"""The pattern of the name of a head, a tap or a statistic: it is an array's folder."""
 FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]*$", max_length=200)]
-"""Of a split: a folder of the user's, in any language."""
+"""The pattern of the name of a split: it is a folder of the user's, in any language."""
 
 Count = Annotated[int, Field(ge=0, le=MAX_RECORDS)]
 Channel = Annotated[int, Field(ge=0, le=255)]
