@@ -225,6 +225,14 @@ def test_every_module_of_the_wheel_is_imported(installed: Path, tmp_path: Path) 
     assert int(told) == len(there)
 
 
+EMPTY_PAGE = """
+from kdcache.analysis.comparison import Comparison
+from kdcache.analysis.report import page
+nothing = Comparison("streets", "val", "0" * 64, 0, False, "best", (), (), (), ())
+print(page.__file__, page.page(nothing, [], title="Nothing"))
+"""
+
+
 @pytest.mark.slow
 def test_the_command_of_the_wheel_finds_its_files(installed: Path, tmp_path: Path) -> None:
     assert "train-student" in run(installed / "kdcache", "--help", cwd=tmp_path)
@@ -233,8 +241,8 @@ def test_the_command_of_the_wheel_finds_its_files(installed: Path, tmp_path: Pat
     recipes = run(installed / "kdcache", "sweep", cwd=tmp_path)
     for recipe in (ROOT / "kdcache/sweep/recipes").glob("*.toml"):
         assert recipe.stem in recipes
-    page = "from kdcache.analysis.report import page as p; print(p.__file__); print(p._document('', p.Html('')))"
-    told = run(installed / "python", "-c", page, cwd=tmp_path)
+    told = run(installed / "python", "-c", EMPTY_PAGE, cwd=tmp_path)
     assert told.startswith(str(installed.parent))
     for name in ("page.css", "page.js"):
         assert (ROOT / "kdcache/analysis/report" / name).read_text(encoding="utf-8") in told
+    assert "No row has a baseline to be measured against." in told

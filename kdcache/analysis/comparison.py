@@ -13,7 +13,7 @@ from kdcache.analysis.banner import banner
 from kdcache.analysis.spread import Difference, Key, Spread, plain
 from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
-from kdcache.metrics.cost import Cost
+from kdcache.metrics.cost import Cost, Latency
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,22 @@ class Comparison:
         """The note above the tables and the page; None where there is none."""
         return banner(self.data, self.smoke)
 
+    @property
+    def contestants(self) -> list[Row]:
+        return [row for row in self.rows if not row.teacher]
+
+    @property
+    def teachers(self) -> list[Row]:
+        return [row for row in self.rows if row.teacher]
+
+    @property
+    def latency(self) -> Latency | None:
+        """The first measured time of an image; device and threads are those of all."""
+        return next((row.cost.latency for row in self.rows if row.cost.latency is not None), None)
+
     def best(self, value: Callable[[Row], float]) -> float:
         """The largest value of a column, the teacher apart; NaN when there is none."""
-        values = [value(row) for row in self.rows if not row.teacher and not math.isnan(value(row))]
+        values = [value(row) for row in self.contestants if not math.isnan(value(row))]
         return max(values, default=math.nan)
 
     def to_json(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def legend(comparison: Comparison) -> list[str]:
             "± is the standard deviation over runs, which differ in seed and fold; marked is the best mean"
         )
     sentences += _about_differences(comparison)
-    timed = next((row.cost.latency for row in comparison.rows if row.cost.latency is not None), None)
+    timed = comparison.latency
     sentences.append("FLOPs of convolutions, matrix products and attention, 2 per multiply-add (MAC)")
     if timed is not None:
         sentences.append(

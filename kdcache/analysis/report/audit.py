@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.analysis.report.html import Child, Html, number, simple_table, tag
+from markupsafe import Markup
+
+from kdcache.analysis.report.render import number, points, render
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.metrics.tables import percent
 
 _SIZE, _EDGE, _MARGIN = 260, 40, 14
+_INNER = _SIZE - _EDGE - _MARGIN
+"""Pixels of the diagram, of its left edge and of its margin, and of its axes."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +71,31 @@ def _failure(path: Path, error: Exception) -> str:
     return f"has no {error}" if isinstance(error, KeyError) else f"has other content: {error}"
 
 
-def show_audit(audit: TeacherAudit) -> list[Html | None]:
+def show_audit(audit: TeacherAudit) -> Markup:
     """How sure the teacher is and how often it is right, what it confuses, what thresholds keep."""
-    labelled = f"{audit.labelled} labelled images of {audit.images}"
-    head = tag("h3", f"The audit of what it teaches: {labelled} of the store")
     if not audit.bins:
-        return [head, tag("p", "The store has no labels, so it is not known how often it is right.")]
-    surer = (
-        math.isfinite(audit.ece) and sum(share * (sure - right) for _, _, share, sure, right in audit.bins if share) > 0
+        return render("audit.html", audit=audit)
+    gap = sum(share * (sure - right) for _, _, share, sure, right in audit.bins if share)
+    return render(
+        "audit.html",
+        audit=audit,
+        surer=math.isfinite(audit.ece) and gap > 0,
+        size=_SIZE,
+        left=_EDGE,
+        right=_EDGE + _INNER,
+        top=_MARGIN,
+        bottom=_MARGIN + _INNER,
+        ticks=[(f"{100 * value:.0f}", number(_across(value)), number(_up(value))) for value in (0, 0.5, 1)],
+        bars=_bars(audit),
+        classes=[
+            (name, percent(sure), percent(right), points(sure - right, 1))
+            for name, sure, right in sorted(zip(audit.class_names, audit.sure, audit.right, strict=True), key=_surest)
+        ],
+        confused=[
+            (label, predicted, percent(share), f"{pixels:,}") for label, predicted, share, pixels in audit.confused
+        ],
+        thresholds=[(f"{least:g}", percent(share), percent(right)) for least, share, right in audit.kept],
     )
-    words = (
-        f"Its expected calibration error is {percent(audit.ece)} points: on the whole it is "
-        f"{'surer than it is right' if surer else 'right more often than it is sure'}."
-    )
-    figure = tag(
-        "figure",
-        tag("figcaption", "How often it is right, by how sure it is"),
-        _reliability(audit),
-        class_="reliability",
-    )
-    return [
-        head,
-        tag("p", words),
-        tag("div", figure, _classes(audit), class_="two"),
-        tag("div", _confused(audit), _kept(audit), class_="two"),
-    ]
 
 
 def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
@@ -124,63 +128,31 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _reliability(audit: TeacherAudit) -> Html:
-    """Bars of accuracy over confidence; on the diagonal they are honest. What is seldom is faint."""
-    inner = _SIZE - _EDGE - _MARGIN
-
-    def across(value: float) -> float:
-        return _EDGE + inner * value
-
-    def up(value: float) -> float:
-        return _MARGIN + inner * (1 - value)
-
-    most = max((share for _, _, share, _, _ in audit.bins if share == share), default=1.0) or 1.0
-    parts: list[Html] = []
-    for value in (0, 0.5, 1):
-        parts.append(tag("line", class_="grid", x1=_EDGE, x2=across(1), y1=number(up(value)), y2=number(up(value))))
-        text = f"{100 * value:.0f}"
-        parts.append(tag("text", text, class_="tick", x=_EDGE - 6, y=number(up(value)), dy="0.35em", text_anchor="end"))
-        parts.append(tag("text", text, class_="tick", x=number(across(value)), y=_SIZE - 16, text_anchor="middle"))
-    for low, high, share, sure, right in audit.bins:
-        if math.isnan(right):
-            continue
-        title = f"{100 * share:.1f} % of pixels: sure {percent(sure)} %, right {percent(right)} %"
-        parts.append(
-            tag(
-                "rect",
-                tag("title", title),
-                class_="bin",
-                x=number(across(low) + 0.5),
-                y=number(up(right)),
-                width=number(inner * (high - low) - 1),
-                height=number(inner * right),
-                style=f"--share:{number(0.3 + 0.7 * math.sqrt(share / most))}",
-            )
-        )
-    parts.append(tag("line", class_="diagonal", x1=_EDGE, y1=number(up(0)), x2=number(across(1)), y2=number(up(1))))
-    parts.append(tag("text", "% sure", class_="axis-name", x=number(across(1)), y=_SIZE - 2, text_anchor="end"))
-    label = f"Reliability diagram; expected calibration error {percent(audit.ece)} points"
-    return tag("svg", *parts, viewBox=f"0 0 {_SIZE} {_SIZE}", role="img", aria_label=label)
+def _across(value: float) -> float:
+    return _EDGE + _INNER * value
 
 
-def _classes(audit: TeacherAudit) -> Html:
-    rows: list[tuple[Child, ...]] = []
-    for name, sure, right in sorted(zip(audit.class_names, audit.sure, audit.right, strict=True), key=_surest):
-        gap = "-" if math.isnan(sure - right) else f"{100 * (sure - right):+.1f}".replace("-", "\N{MINUS SIGN}")
-        rows.append((name, percent(sure), percent(right), gap))
-    return simple_table("Pixels that it predicts as each class", ("class", "sure %", "right %", "too sure by"), rows)
+def _up(value: float) -> float:
+    return _MARGIN + _INNER * (1 - value)
+
+
+def _bars(audit: TeacherAudit) -> list[dict[str, Any]]:
+    """Bars of accuracy over confidence; what is seldom is faint."""
+    most = max((share for _, _, share, _, _ in audit.bins if not math.isnan(share)), default=1.0) or 1.0
+    return [
+        {
+            "title": f"{100 * share:.1f} % of pixels: sure {percent(sure)} %, right {percent(right)} %",
+            "x": _across(low) + 0.5,
+            "y": _up(right),
+            "width": _INNER * (high - low) - 1,
+            "height": _INNER * right,
+            "share": 0.3 + 0.7 * math.sqrt(share / most),
+        }
+        for low, high, share, sure, right in audit.bins
+        if not math.isnan(right)
+    ]
 
 
 def _surest(row: tuple[str, float, float]) -> float:
     gap = row[1] - row[2]
     return math.inf if math.isnan(gap) else -gap
-
-
-def _confused(audit: TeacherAudit) -> Html:
-    rows = [(label, predicted, percent(share), f"{pixels:,}") for label, predicted, share, pixels in audit.confused]
-    return simple_table("What it confuses most", ("label", "predicted", "% of the label", "pixels"), rows, "words")
-
-
-def _kept(audit: TeacherAudit) -> Html:
-    rows = [(f"{least:g}", percent(share), percent(right)) for least, share, right in audit.kept]
-    return simple_table("Pseudo labels over a threshold", ("confidence", "pixels kept %", "of these right %"), rows)

@@ -9,11 +9,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.analysis.report.html import Html, number, tag
+from markupsafe import Markup
+
+from kdcache.analysis.report.render import number, render
 
 WIDTH, HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 14, 34
-_MOST_POINTS, _MANY = 240, 8
+_MOST_POINTS = 240
 Points = Sequence[tuple[float, float]]
 
 
@@ -42,7 +44,7 @@ class _Frame:
         return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * (value - low) / (high - low)
 
 
-def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", digits: int = 2) -> Html:
+def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", digits: int = 2) -> Markup:
     """A chart of some lines, with their values in its attributes for whoever points at them.
 
     Args:
@@ -51,26 +53,26 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, unit: str = "", d
     """
     drawn = [Line(line.name, line.style, thin(line.points)) for line in lines if line.points]
     if not drawn:
-        return tag("figure", tag("figcaption", title), tag("p", "nothing was logged", class_="empty"), class_="chart")
+        return render("chart.html", title=title, lines=())
     frame = _frame(drawn)
-    parts = [*_grid(frame, x_name), *(_line(line, frame) for line in drawn)]
-    drawing = tag(
-        "svg",
-        *parts,
-        tag("g", class_="cursor"),
-        class_="many" if len(drawn) > _MANY else None,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=_alternative(title, drawn, unit, digits),
-        data_frame=json.dumps([*frame.x, *frame.y]),
-        data_box=json.dumps([_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM]),
-        data_unit=unit,
-        data_digits=digits,
-        data_x=x_name,
+    return render(
+        "chart.html",
+        title=title,
+        lines=[(line, _values(line), _places(line, frame)) for line in drawn],
+        alternative=_alternative(title, drawn, unit, digits),
+        frame=json.dumps([*frame.x, *frame.y]),
+        x_ticks=[(frame.across(value), tick_text(value)) for value in ticks(*frame.x, 6)],
+        y_ticks=[(number(frame.up(value)), tick_text(value)) for value in ticks(*frame.y, 5)],
+        unit=unit,
+        digits=digits,
+        x_name=x_name,
+        width=WIDTH,
+        height=HEIGHT,
+        left=_LEFT,
+        right=WIDTH - _RIGHT,
+        top=_TOP,
+        bottom=HEIGHT - _BOTTOM,
     )
-    name = f"{title}, {unit}" if unit else title
-    readout = tag("div", class_="readout", hidden=True)
-    return tag("figure", tag("figcaption", name), tag("div", drawing, readout, class_="plot"), class_="chart")
 
 
 def thin(points: Points) -> list[tuple[float, float]]:
@@ -93,38 +95,20 @@ def _frame(lines: Sequence[Line]) -> _Frame:
     return _Frame((first, last if last > first else first + 1), (bottom, high + pad))
 
 
-def _grid(frame: _Frame, x_name: str) -> list[Html]:
-    parts = []
-    for value in ticks(*frame.y, 5):
-        y = number(frame.up(value))
-        parts.append(tag("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y))
-        parts.append(tag("text", tick_text(value), class_="tick", x=_LEFT - 6, y=y, text_anchor="end", dy="0.35em"))
-    for value in ticks(*frame.x, 6):
-        x = frame.across(value)
-        # A number at the very edge would be cut.
-        anchor = "end" if x > WIDTH - _RIGHT - 14 else "middle"
-        parts.append(tag("text", tick_text(value), class_="tick", x=number(x), y=HEIGHT - 19, text_anchor=anchor))
-    parts.append(tag("line", class_="axis-line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=HEIGHT - _BOTTOM, y2=HEIGHT - _BOTTOM))
-    parts.append(tag("text", x_name, class_="axis-name", x=WIDTH - _RIGHT, y=HEIGHT - 4, text_anchor="end"))
-    return parts
-
-
 def tick_text(value: float) -> str:
     """40000 as 40k, and a real minus."""
     text = f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _line(line: Line, frame: _Frame) -> Html:
-    at = [(number(frame.across(step), 1), number(frame.up(value), 1)) for step, value in line.points]
-    path = tag("polyline", points=" ".join(f"{x},{y}" for x, y in at))
-    dots = [tag("circle", cx=x, cy=y, r="2.6") for x, y in at] if len(at) < 16 else []
-    values = json.dumps([[_rounded(step), _rounded(value)] for step, value in line.points], separators=(",", ":"))
-    return tag("g", path, *dots, class_=f"line {line.style}", data_name=line.name, data_points=values)
+def _places(line: Line, frame: _Frame) -> list[tuple[str, str]]:
+    return [(number(frame.across(step), 1), number(frame.up(value), 1)) for step, value in line.points]
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+def _values(line: Line) -> str:
+    """What the pointer reads, with six digits."""
+    rounded = [[float(f"{part:.6g}") for part in point] for point in line.points]
+    return json.dumps(rounded, separators=(",", ":"))
 
 
 def _alternative(title: str, lines: Sequence[Line], unit: str, digits: int) -> str:

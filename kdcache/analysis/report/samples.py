@@ -28,7 +28,7 @@ _LABELS_READ = 50
 
 
 @dataclass(frozen=True)
-class Said:
+class RowPrediction:
     """The prediction of a row's first run for an image; PNGs of its classes, and of where it is wrong.
 
     Attributes:
@@ -62,7 +62,7 @@ class Sample:
     present: tuple[int, ...]
     image: bytes
     label: bytes
-    said: tuple[Said, ...]
+    predictions: tuple[RowPrediction, ...]
 
 
 def choose_samples(
@@ -178,7 +178,7 @@ def _sample(models: Sequence[tuple[int, Shown]], split: Split, position: int, wh
         argmax, label = shown.predict(split, first.number)
         score = shown.scores.images[position]
         wrong = encode_wrong(label, argmax, size)
-        predictions.append(Said(place, score.miou, score.iou, encode_classes(argmax, colours, size), wrong))
+        predictions.append(RowPrediction(place, score.miou, score.iou, encode_classes(argmax, colours, size), wrong))
     assert label is not None
     return Sample(
         first.sample,

@@ -3,209 +3,147 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from markupsafe import Markup
 
 from kdcache.analysis.comparison import Comparison, Row
-from kdcache.analysis.report.html import Child, Html, join, number, points, scroll_box, section, simple_table, tag
-from kdcache.analysis.report.summary import verdict
+from kdcache.analysis.report.render import number, points, render
 from kdcache.analysis.spread import Difference, Spread
-from kdcache.analysis.tables import difference_table, legend, row_name
+from kdcache.analysis.tables import difference_table, legend
 from kdcache.metrics.tables import percent
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of numbers.
+class Cell:
+    """A number of a row.
 
     Attributes:
-        about: explanation that the header shows when it is pointed at.
         value: what the column is sorted by; NaN is unknown, and stays last.
-        cell: what is shown.
-        best: whether the best is marked, the largest or the smallest one.
+        small: its spread, in small print behind the text.
+        gap: the difference whose verdict stands behind it.
+        best: whether it is the largest of its column.
     """
 
+    value: float
+    text: str
+    small: str = ""
+    gap: Difference | None = None
+    best: bool = False
+
+    @property
+    def sort(self) -> str | None:
+        return None if math.isnan(self.value) else number(self.value, 9)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its header, the explanation that this shows when it is pointed at, and whether the best is marked."""
+
     name: str
-    about: str
-    value: Callable[[Row], float]
-    cell: Callable[[Row], Child]
-    best: Callable[[Sequence[float]], float] | None = None
+    explanation: str
+    cell: Callable[[Row], Cell]
+    ranked: bool = False
 
 
-def scores(comparison: Comparison) -> Html:
+def scores(comparison: Comparison) -> Markup:
     """Section of the two tables and of what they mean."""
-    notes = tag("ul", *(tag("li", line) for line in legend(comparison)), class_="notes")
-    return section(
-        "scores",
-        "Scores and cost",
-        sortable(comparison, _columns(comparison), "Scores, distance to the baseline, cost of one image"),
-        _distances(comparison),
-        tag("details", tag("summary", "What the columns mean"), notes),
-        lead="The best of each column is bold; the teacher stands apart, for it is no contestant. "
-        "A click on a column's name sorts by it.",
+    header, distances = difference_table(comparison)
+    return render(
+        "scores.html",
+        table=sortable(comparison, _columns(comparison)),
+        distances_header=header,
+        distances=[
+            [name, baseline, *(re.sub(r"-(?=\d)", "\N{MINUS SIGN}", cell) for cell in cells)]
+            for name, baseline, *cells in distances
+        ],
+        legend=legend(comparison),
     )
 
 
-def _distances(comparison: Comparison) -> Html | None:
-    """Both intervals, the correlation of the pairs, p-values: what the verdicts stand on."""
-    header, rows = difference_table(comparison)
-    if not rows:
-        return None
-    signed = [
-        [name, baseline, *(re.sub(r"-(?=\d)", "\N{MINUS SIGN}", cell) for cell in cells)]
-        for name, baseline, *cells in rows
-    ]
-    table = simple_table("Distance to the baseline, points of mIoU", header, signed)
-    return tag("details", tag("summary", "What the verdicts stand on"), table)
-
-
-def class_scores(comparison: Comparison) -> Html:
+def class_scores(comparison: Comparison) -> dict[str, Any]:
     """IoU of every class, a column each."""
     columns = [
-        Column(name, f"IoU of {name}, %", value := _iou(place), _shown(value), max)
-        for place, name in enumerate(comparison.class_names)
+        Column(name, f"IoU of {name}, %", _iou(place), ranked=True) for place, name in enumerate(comparison.class_names)
     ]
-    columns.append(
-        Column("mIoU", "mean over the classes that occur, %", lambda row: row.miou.mean, _spread(_miou), max)
-    )
-    table = sortable(comparison, columns, "IoU of each class, %", "dense")
-    return tag("details", tag("summary", "The same as a table"), table)
+    columns.append(Column("mIoU", "mean over the classes that occur, %", _spread(lambda row: row.miou), ranked=True))
+    return sortable(comparison, columns)
 
 
-def sortable(comparison: Comparison, columns: Sequence[Column], caption: str, class_: str = "") -> Html:
-    """A table whose header cells are buttons; without a script it is a table as any other."""
-    contestants = [row for row in comparison.rows if not row.teacher]
-    teachers = [row for row in comparison.rows if row.teacher]
-    tops = [_top(column, contestants) for column in columns]
-    head = [
-        _header("row", "settings in which the rows differ"),
-        *(_header(column.name, column.about) for column in columns),
-    ]
-    numbers = {id(row): place for place, row in enumerate(comparison.rows)}
+def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
+    """The header and the bodies, contestants and teachers, of a table whose columns sort."""
+    lines = [(place, row, [column.cell(row) for column in columns]) for place, row in enumerate(comparison.rows)]
+    for number_of_column, column in enumerate(columns):
+        values = {cells[number_of_column].value for _, row, cells in lines if not row.teacher}
+        top = max((value for value in values if not math.isnan(value)), default=math.nan)
+        # Where all are equal none is best.
+        ranked = column.ranked and sum(not math.isnan(value) for value in values) > 1
+        for _, row, cells in lines:
+            cell = cells[number_of_column]
+            cells[number_of_column] = replace(cell, best=ranked and not row.teacher and cell.value == top)
     bodies = [
-        tag("tbody", *(_line(row, numbers[id(row)], columns, tops) for row in rows), class_=name)
-        for rows, name in ((contestants, "contestants"), (teachers, "teachers"))
-        if rows
+        (name, [line for line in lines if line[1].teacher is teacher])
+        for name, teacher in (("contestants", False), ("teachers", True))
     ]
-    table = tag(
-        "table",
-        tag("caption", tag("span", caption)),
-        tag("thead", tag("tr", *head)),
-        *bodies,
-        class_=f"sortable {class_}".strip(),
-    )
-    return scroll_box(caption, table)
-
-
-def swatch(place: int, row: Row) -> Html:
-    """The colour of a row in all drawings."""
-    return tag("span", class_=f"swatch {row_class(place, row)}", aria_hidden="true")
-
-
-def row_class(place: int, row: Row) -> str:
-    """CSS class that gives a row its colour."""
-    return "row-teacher" if row.teacher else f"row-{place % 8}"
+    header = [("row", "settings in which the rows differ"), *((column.name, column.explanation) for column in columns)]
+    return {"header": header, "bodies": [(name, body) for name, body in bodies if body]}
 
 
 def _columns(comparison: Comparison) -> list[Column]:
-    several = any(len(row.runs) > 1 for row in comparison.rows)
-    timed = any(row.cost.latency is not None for row in comparison.rows)
     columns = [
-        Column("mIoU %", "mean IoU over the classes that occur", lambda row: row.miou.mean, _spread(_miou), max),
-        Column("to baseline", "points of mIoU", _gap, _gap_cell),
-        Column("mAcc %", "mean share of a class's pixels that is found", lambda r: r.macc.mean, _spread(_macc), max),
-        Column("aAcc %", "share of all pixels that is right", lambda row: row.aacc.mean, _spread(_aacc), max),
-        Column("parameters", "of the network", lambda row: row.cost.parameters, _parameters),
-        Column("GFLOPs", "of one image, 2 per multiply-add", lambda row: row.cost.flops, _flops),
+        Column("mIoU %", "mean IoU over the classes that occur", _spread(lambda row: row.miou), ranked=True),
+        Column("to baseline", "points of mIoU", _gap),
+        Column("mAcc %", "mean share of a class's pixels that is found", _spread(lambda row: row.macc), ranked=True),
+        Column("aAcc %", "share of all pixels that is right", _spread(lambda row: row.aacc), ranked=True),
+        Column("parameters", "of the network", _parameters),
+        Column("GFLOPs", "of one image, 2 per multiply-add", _flops),
     ]
-    if several:
-        explanation = "trainings that differ in seed and fold"
-        columns.insert(0, Column("runs", explanation, lambda row: len(row.runs), lambda row: str(len(row.runs))))
-    if timed:
-        columns.append(Column("ms", "time of one image", _milliseconds, _latency))
+    if any(len(row.runs) > 1 for row in comparison.rows):
+        columns.insert(0, Column("runs", "trainings that differ in seed and fold", _runs))
+    if comparison.latency is not None:
+        columns.append(Column("ms", "time of one image", _milliseconds))
     return columns
 
 
-def _top(column: Column, rows: Sequence[Row]) -> float:
-    values = [value for row in rows if not math.isnan(value := column.value(row))]
-    # Where all are equal none is best.
-    return column.best(values) if column.best is not None and len(set(values)) > 1 else math.nan
-
-
-def _header(name: str, explanation: str) -> Html:
-    button = tag("button", name, tag("span", class_="arrow", aria_hidden="true"), type="button", title=explanation)
-    return tag("th", button, scope="col")
-
-
-def _line(row: Row, place: int, columns: Sequence[Column], tops: Sequence[float]) -> Html:
-    name = tag("th", swatch(place, row), row_name(row), scope="row", data_value=place)
-    cells = []
-    for column, top in zip(columns, tops, strict=True):
-        value, shown = column.value(row), column.cell(row)
-        best = not row.teacher and value == top
-        sort = None if math.isnan(value) else number(value, 9)
-        cells.append(tag("td", tag("strong", shown) if best else shown, data_value=sort))
-    return tag("tr", name, *cells)
-
-
-def _miou(row: Row) -> Spread:
-    return row.miou
-
-
-def _macc(row: Row) -> Spread:
-    return row.macc
-
-
-def _aacc(row: Row) -> Spread:
-    return row.aacc
-
-
-def _spread(column: Callable[[Row], Spread]) -> Callable[[Row], Child]:
-    def cell(row: Row) -> Child:
-        spread = column(row)
-        return join(percent(spread.mean), None if math.isnan(spread.std) else tag("small", f" ± {percent(spread.std)}"))
+def _spread(of_row: Callable[[Row], Spread]) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        spread = of_row(row)
+        return Cell(
+            spread.mean, percent(spread.mean), "" if math.isnan(spread.std) else f"\u00b1 {percent(spread.std)}"
+        )
 
     return cell
 
 
-def _iou(place: int) -> Callable[[Row], float]:
-    return lambda row: row.iou[place].mean
+def _iou(place: int) -> Callable[[Row], Cell]:
+    return lambda row: Cell(row.iou[place].mean, percent(row.iou[place].mean))
 
 
-def _shown(value: Callable[[Row], float]) -> Callable[[Row], Child]:
-    return lambda row: percent(value(row))
+def _gap(row: Row) -> Cell:
+    gap = row.difference
+    if gap is None or math.isnan(gap.mean):
+        return Cell(math.nan, "baseline" if row.baseline else "-")
+    ends = "" if math.isnan(gap.half_width) else f"{points(gap.low)} to {points(gap.high)}"
+    return Cell(gap.mean, points(gap.mean), ends, gap)
 
 
-def _gap(row: Row) -> float:
-    return math.nan if row.difference is None else row.difference.mean
+def _runs(row: Row) -> Cell:
+    return Cell(len(row.runs), str(len(row.runs)))
 
 
-def _gap_cell(row: Row) -> Child:
-    if row.difference is None or math.isnan(row.difference.mean):
-        return "baseline" if row.baseline else "-"
-    return join(points(row.difference.mean), _interval(row.difference), verdict(row.difference))
+def _parameters(row: Row) -> Cell:
+    return Cell(row.cost.parameters, f"{row.cost.parameters / 1e6:.2f} M")
 
 
-def _interval(difference: Difference) -> Html | None:
-    if math.isnan(difference.half_width):
-        return None
-    return tag("small", f" {points(difference.low)} to {points(difference.high)}")
+def _flops(row: Row) -> Cell:
+    return Cell(row.cost.flops, f"{row.cost.flops / 1e9:.3f}")
 
 
-def _parameters(row: Row) -> str:
-    return f"{row.cost.parameters / 1e6:.2f} M"
-
-
-def _flops(row: Row) -> str:
-    return f"{row.cost.flops / 1e9:.3f}"
-
-
-def _milliseconds(row: Row) -> float:
-    return math.nan if row.cost.latency is None else row.cost.latency.mean_ms
-
-
-def _latency(row: Row) -> Child:
+def _milliseconds(row: Row) -> Cell:
     latency = row.cost.latency
     if latency is None:
-        return "-"
-    spread = None if math.isnan(latency.std_ms) else tag("small", f" ± {latency.std_ms:.2f}")
-    return join(f"{latency.mean_ms:.2f}", spread)
+        return Cell(math.nan, "-")
+    return Cell(
+        latency.mean_ms, f"{latency.mean_ms:.2f}", "" if math.isnan(latency.std_ms) else f"\u00b1 {latency.std_ms:.2f}"
+    )

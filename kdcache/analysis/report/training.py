@@ -4,12 +4,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
 
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.curves import Curves, read_curves
 from kdcache.analysis.report.charts import Line, line_chart
-from kdcache.analysis.report.html import Child, Html, join, number, section, simple_table, tag
-from kdcache.analysis.report.scores import row_class, swatch
+from kdcache.analysis.report.render import number, render, row_class
 from kdcache.analysis.runs import Entry
 from kdcache.run_folder import Run
 
@@ -60,7 +62,7 @@ def read_norms(run: Run) -> Norms:
     return norms
 
 
-def curves(trainings: Sequence[Training]) -> Html | None:
+def curves(trainings: Sequence[Training]) -> Markup | None:
     """Section of the curves; None when no run keeps a log."""
     if not trainings:
         return None
@@ -77,33 +79,28 @@ def curves(trainings: Sequence[Training]) -> Html | None:
         ),
         line_chart("Speed", [_line(run, run.curves.speed) for run in trainings], "iteration", "images/s", 1),
     ]  # fmt: skip
-    lead = "Rows that learn from other terms have other losses: compare the lines of one part, or mIoU."
-    grid = tag("div", *charts, class_="charts")
-    return section("training", "How the trainings went", _legend(trainings), grid, lead=lead)
+    return render("training.html", rows={training.place: training.row for training in trainings}, charts=charts)
 
 
-def gradients(trainings: Sequence[Training]) -> Html | None:
+def gradients(trainings: Sequence[Training]) -> Markup | None:
     """Section on the terms' gradients beside that of cross-entropy; None when there is no term besides."""
-    rows: list[tuple[Child, ...]] = []
-    middles: dict[tuple[str, str], list[float]] = {}
-    for training in trainings:
-        for name in dict.fromkeys(name for _, norms in training.norms for name in norms if name != "ce"):
-            shares = _shares(training.norms, name)
-            rows.append((join(swatch(training.place, training.row), training.name), name, *_cells(shares)))
-            if shares:
-                middles.setdefault((training.row.name, name), []).append(statistics.median(shares))
-    if not rows:
+    terms = [
+        _term(training, name)
+        for training in trainings
+        for name in dict.fromkeys(name for _, norms in training.norms for name in norms if name != "ce")
+    ]
+    if not terms:
         return None
-    warnings = [tag("p", text) for key, values in middles.items() if (text := _warning(*key, values)) is not None]
-    box = tag("div", *warnings, class_="warning") if warnings else None
-    table = simple_table(
-        "Norm of each weighted term's gradient over the student's parameters, beside that of cross-entropy",
-        ("row", "term", "first", "median", "last", "0.001 to 1000 times, the shaded part is in proportion", "verdict"),
-        rows,
-        "gradients",
+    middles: dict[tuple[str, str], list[float]] = {}
+    for term in terms:
+        if term["shares"]:
+            middles.setdefault((term["training"].row.name, term["name"]), []).append(term["middle"])
+    return render(
+        "gradients.html",
+        terms=terms,
+        warnings=[text for key, values in middles.items() if (text := _warning(*key, values)) is not None],
+        zone=(_log_place(LITTLE), number(100 - float(_log_place(MUCH)))),
     )
-    lead = "A term whose gradient is a hundredth of cross-entropy's does nothing; one of ten times drowns the labels."
-    return section("gradients", "What each term of the loss did", box, table, lead=lead)
 
 
 def _warning(row: str, name: str, middles: Sequence[float]) -> str | None:
@@ -134,42 +131,28 @@ def _shares(norms: Norms, name: str) -> list[float]:
     return [norm / ce for norm, ce in pairs if ce > 0 and math.isfinite(norm) and math.isfinite(ce)]
 
 
-def _cells(shares: Sequence[float]) -> tuple[Child, ...]:
-    if not shares:
-        return ("-", "-", "-", None, "no cross-entropy beside it")
-    middle = statistics.median(shares)
-    zone = f"left:{number(_log_place(LITTLE))}%;right:{number(100 - _log_place(MUCH))}%"
-    track = tag(
-        "span",
-        tag("span", class_="zone", style=zone),
-        *(tag("span", class_="dot small", style=f"left:{number(_log_place(share))}%") for share in shares),
-        tag("span", class_="dot", style=f"left:{number(_log_place(middle))}%"),
-        class_="log-track",
-        aria_hidden="true",
-    )
-    word = judge(middle)
-    chip = tag("span", word or "in proportion", class_=f"chip {'worse' if word else 'within'}")
-    return (f"{shares[0]:.2g} \u00d7", f"{middle:.2g} \u00d7", f"{shares[-1]:.2g} \u00d7", track, chip)
+def _term(training: Training, name: str) -> dict[str, Any]:
+    """A term of a run: the ratios of its gradient to that of cross-entropy, and where they stand on the scale."""
+    shares = _shares(training.norms, name)
+    middle = statistics.median(shares) if shares else math.nan
+    return {
+        "training": training,
+        "name": name,
+        "shares": shares,
+        "middle": middle,
+        "places": list(map(_log_place, shares)),
+        "place": _log_place(middle),
+        "word": judge(middle),
+    }
 
 
-def _log_place(share: float) -> float:
+def _log_place(share: float) -> str:
     """Percent of the way from 0.001 to 1000, by logarithm."""
-    held = min(max(share, _LOWEST), _HIGHEST)
-    return 100 * math.log(held / _LOWEST) / math.log(_HIGHEST / _LOWEST)
+    clipped = min(max(share, _LOWEST), _HIGHEST)
+    return number(100 * math.log(clipped / _LOWEST) / math.log(_HIGHEST / _LOWEST))
 
 
 def _line(training: Training, points: Sequence[tuple[int, float]], factor: float = 1.0) -> Line:
-    style = f"{row_class(training.place, training.row)} of-{training.place}" + (
-        " dashed" if training.place >= 8 else ""
-    )
+    dashed = " dashed" if training.place >= 8 else ""
+    style = f"{row_class(training.row, training.place)} of-{training.place}{dashed}"
     return Line(training.name, style, [(step, factor * value) for step, value in points])
-
-
-def _legend(trainings: Sequence[Training]) -> Html:
-    """A switch for each row: with the script they hide its lines."""
-    seen = {training.place: training.row for training in trainings}
-    switches = [
-        tag("label", tag("input", type="checkbox", checked=True, data_place=place), swatch(place, row), row.name)
-        for place, row in seen.items()
-    ]
-    return tag("div", *switches, class_="legend controls", role="group", aria_label="Rows that are drawn")

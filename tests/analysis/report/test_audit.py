@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from kdcache.analysis.report.audit import read_audit, show_audit
-from kdcache.analysis.report.html import join
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
 
 CLASSES = ("road", "<b>car</b>")
@@ -58,7 +57,7 @@ def test_an_audit_is_read(written: Callable[..., Path]) -> None:
 
 
 def test_an_audit_is_shown(written: Callable[..., Path]) -> None:
-    shown = join(*show_audit(read_audit(written())))
+    shown = show_audit(read_audit(written()))
     for text in ("3 labelled images of 4", "20.00 points", "surer than it is right", "+20.0", "12,345", "&lt;b&gt;car"):
         assert text in shown
     assert "<b>" not in shown
@@ -69,7 +68,7 @@ def test_an_audit_is_shown(written: Callable[..., Path]) -> None:
 
 
 def test_an_audit_without_labels(written: Callable[..., Path]) -> None:
-    shown = join(*show_audit(read_audit(written(calibration=None, confused=[], labelled=0))))
+    shown = show_audit(read_audit(written(calibration=None, confused=[], labelled=0)))
     assert "no labels" in shown
     assert "nan" not in shown
 

@@ -17,7 +17,7 @@ from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.report.page import page, write_report
 from kdcache.analysis.report.samples import (
-    Said,
+    RowPrediction,
     Sample,
     choose_samples,
     encode_classes,
@@ -75,18 +75,18 @@ def test_images_are_the_same_through_all_rows(three: Path) -> None:
     assert len({sample.sample for sample in samples}) == len(samples)
     assert samples[0].mean >= samples[1].mean >= samples[3].mean >= samples[2].mean
     for sample in samples:
-        assert [said.place for said in sample.said] == [0, 1]
-        assert sample.mean == pytest.approx(np.mean([said.miou for said in sample.said]))
+        assert [one.place for one in sample.predictions] == [0, 1]
+        assert sample.mean == pytest.approx(np.mean([one.miou for one in sample.predictions]))
         label = split.label(split.ids.index(sample.sample))
         assert label is not None
         assert set(sample.present) == set(np.unique(label).tolist()) - {255}
         shown = np.asarray(Image.open(io.BytesIO(sample.label)).convert("RGB"))
         table = np.array([*split.classes.colours, *[VOID_RGB] * (256 - len(split.classes))], np.uint8)
         assert (shown == table[label]).all()
-        for said in sample.said:
-            wrong = np.asarray(Image.open(io.BytesIO(said.wrong)).convert("RGBA"))
-            says = np.asarray(Image.open(io.BytesIO(said.classes)).convert("RGB"))
-            assert ((wrong[..., 3] > 0) == ((says != table[label]).any(-1) & (label != 255))).all()
+        for one in sample.predictions:
+            wrong = np.asarray(Image.open(io.BytesIO(one.wrong)).convert("RGBA"))
+            predicted = np.asarray(Image.open(io.BytesIO(one.classes)).convert("RGB"))
+            assert ((wrong[..., 3] > 0) == ((predicted != table[label]).any(-1) & (label != 255))).all()
             assert (wrong[wrong[..., 3] > 0][:, :3] == WRONG_RGB).all()
 
 
@@ -108,7 +108,7 @@ def test_with_own_folds_no_image_was_trained_on(world: Path, derive: Callable[..
     split = open_split(found.data, "train")
     samples = choose_samples(found, find_runs(runs), split, Judging(), 6, quiet)
     assert {sample.sample for sample in samples} == set(fold_alone(split, 1, 2).ids)
-    assert all(len(sample.said) == 2 for sample in samples)
+    assert all(len(sample.predictions) == 2 for sample in samples)
 
 
 def test_pictures_are_small_and_true() -> None:
@@ -140,9 +140,10 @@ def test_five_rows_and_six_images_are_small(three: Path) -> None:
     size = shown_size(960, 1280)
     classes, wrong = encode_classes(ids, COLOURS, size), encode_wrong(ids, np.roll(ids, 9), size)
     rows = tuple(replace(found.rows[0], name=f"row {place}") for place in range(5))
-    said = tuple(Said(place, 0.5, (0.5,) * 7, classes, wrong) for place in range(5))
+    predictions = tuple(RowPrediction(place, 0.5, (0.5,) * 7, classes, wrong) for place in range(5))
     samples = [
-        Sample(f"s{n}", f"best {n}", 0.5, size, (0, 1), encode_image(photo, size), classes, said) for n in range(6)
+        Sample(f"s{n}", f"best {n}", 0.5, size, (0, 1), encode_image(photo, size), classes, predictions)
+        for n in range(6)
     ]
     text = page(replace(found, rows=rows), find_runs([three / "runs" / "kl-0"]), title="A", samples=samples)
     assert len(text.encode()) < 4_000_000

@@ -1,0 +1,70 @@
+"""The templates of the page, filled in by jinja2: names of classes, runs and samples are text wherever they stand."""
+
+import base64
+import math
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kdcache.analysis.comparison import Row
+from kdcache.analysis.gallery import shorten
+from kdcache.analysis.tables import row_name
+from kdcache.metrics.tables import percent
+
+
+def render(template: str, **values: Any) -> Markup:
+    """A template with these values in it; what is no Markup is escaped."""
+    return Markup(_environment().get_template(template).render(values))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__package__ or ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    filters = (css_colour, data_uri, firm, number, percent, points, quoted, row_class, row_name, shorten)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.tests["unknown"] = math.isnan
+    return environment
+
+
+def css_colour(colour: tuple[int, int, int]) -> str:
+    """The colour of a class in labels and predictions."""
+    return "rgb({} {} {})".format(*colour)
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A file within the page. Args: kind: its media type, such as image/png."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def firm(text: str) -> str:
+    """A number and its percent sign stay on one line."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number as text for attributes of drawings: few digits, and no exponent."""
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if math.isfinite(value) else "0"
+
+
+def points(value: float, digits: int = 2) -> str:
+    """A difference of fractions in points, signed, with a real minus."""
+    return "-" if math.isnan(value) else f"{100 * value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def quoted(name: str) -> str:
+    """A row's name within a sentence: it may have commas of its own."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
+def row_class(row: Row, place: int) -> str:
+    """CSS class that gives a row its colour in all drawings."""
+    return "row-teacher" if row.teacher else f"row-{place % 8}"
