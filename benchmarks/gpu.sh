@@ -5,8 +5,8 @@
 # (default benchmarks/results), named after the GPU. Needs no installed package: the import roots are set here. Exits with 1
 # when a check fails, after running the rest.
 #     benchmarks/gpu.sh --effect [DATA] [RESULTS]
-# goes on with the queue of benchmarks/effect.py instead, for about 10 minutes: call it again until nothing is left. EFFECT
-# names a folder that keeps teachers and stores from one call to the next.
+# goes on with the study of benchmarks/effect.py instead (DATA is CamVid), for about 10 minutes: call it again until nothing
+# is left. EFFECT names a folder that keeps teachers and stores from one call to the next.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 effect=
@@ -21,8 +21,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$results"
 if [ -n "$effect" ]; then
-  "$python" benchmarks/effect.py --data "$data" --out "${EFFECT:-$work/effect}" --json "$results/effect-$gpu.json" \
-    --size 288x384 --large 576x768 --iterations 3000 --final-iterations 3000 --seeds 5 --parallel 4 --minutes 8
+  "$python" benchmarks/effect.py --data "$data" --out "${EFFECT:-$work/effect}" --json "$results/study-$gpu.json" \
+    --parallel 4 --minutes 8
   exit
 fi
 failed=()

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from math import isfinite
+from math import inf, isfinite
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Predicate
@@ -120,6 +120,23 @@ def parse_logs(value: Any) -> Any:
     return tuple(dict.fromkeys(loggers))
 
 
+def parse_lr_scales(value: Any) -> Any:
+    """'encoder=0.1', or a list of such, as a tuple of them; each is read by `lr_scales`."""
+    parts = (value,) if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+        lr_scales(tuple(parts))
+        return tuple(parts)
+    return value
+
+
+def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
+    """Factors on the learning rate by prefix of parameter names. Raises: ValueError for text that is not PREFIX=X."""
+    scales = {prefix: float(factor) for prefix, _, factor in (text.partition("=") for text in texts)}
+    if len(scales) < len(texts) or not all(prefix and 0 < factor < inf for prefix, factor in scales.items()):
+        raise ValueError
+    return scales
+
+
 Size = Annotated[
     tuple[Count, Count],
     Spelling(
@@ -143,6 +160,14 @@ Bytes = Annotated[
     int, Ge(1), Spelling(parse_bytes, rule="a size from 1 byte on, such as 50GiB or 200MB", example="50GiB")
 ]
 Logs = Annotated[tuple[str, ...], Spelling(parse_logs, rule=None, example="tensorboard")]
+LrScales = Annotated[
+    tuple[str, ...],
+    Spelling(
+        parse_lr_scales,
+        rule="PREFIX=X, a prefix of parameter names, each given once, and a factor above 0",
+        example="encoder=0.1",
+    ),
+]
 Words = Annotated[tuple[str, ...], Spelling(parse_words, show=",".join, rule=None, example="")]
 Numbers = Annotated[
     tuple[float, ...], Spelling(parse_numbers, rule="one number per teacher, with commas between", example="2,1")

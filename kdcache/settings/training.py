@@ -8,7 +8,7 @@ from annotated_types import Ge, Le, Lt
 
 from kdcache.settings.setting import Setting
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.spelling import Count, Every, Logs, Positive, Range, Weight
+from kdcache.settings.spelling import Count, Every, Logs, LrScales, Positive, Range, Weight
 
 DEFAULT_ITERATIONS = 4000
 LEARNING_RATE = 1e-3
@@ -168,6 +168,15 @@ class TrainSettings:
             automatic=True,
         ),
     ] = LEARNING_RATE
+    lr_scale: Annotated[
+        LrScales,
+        _step(
+            "Factor on the learning rate of parameters whose name begins with PREFIX, e.g. encoder=0.1 where that is "
+            "pretrained. May be repeated; the longest prefix counts.",
+            metavar="PREFIX=X",
+            repeated=True,
+        ),
+    ] = ()
     weight_decay: Annotated[Weight, _step("Weight decay, not of biases and normalisations.")] = 0.01
     momentum: Annotated[float, Ge(0), Lt(1), _step("Momentum of sgd.")] = 0.9
     schedule: Annotated[

@@ -73,9 +73,7 @@ class Trainer:
         if config.accumulate > 1 and self._kind != "eager":
             self.observer.note(f"--accumulate learns from the parts of a batch in eager steps, not {self._kind}")
             self._kind = "eager"
-        # Some terms bring projections, which are trained too.
-        learning = torch.nn.ModuleList([self.model, self.criterion])
-        optimizer = make_optimizer(learning, config, capturable=self._kind == "graphed")
+        optimizer = make_optimizer(self.model, config, self.criterion, capturable=self._kind == "graphed")
         self._schedule = Schedule(optimizer, config)
         made = EagerStep if config.accumulate == 1 else partial(AccumulatedStep, parts=config.accumulate)
         self.eager = made(

@@ -59,6 +59,7 @@ WRONG = {
     "augment": ["mixup"],
     "scale": ["2:1", "0:1", "1", "1:2:3", (0.5,), (2.0, 0.5), (1.0, INFINITY)],
     "flip": ["sideways"],
+    "lr_scale": ["encoder", "=2", "a=0", "a=nan", "a=inf", ["a=1", "a=2"], [3], 3],
     "jitter": [-0.1, 1.1, NAN],
     "shuffle": ["epoch", None],
     "resident": ["disk", None],
@@ -129,7 +130,9 @@ def test_the_value_of_a_remedy_is_taken() -> None:
                 make_config(**{**BASE, name: value})
             flag, _, instance = caught.value.remedy.partition("for instance ")[2].partition(" or ")[0].partition(" ")
             if flag == "--" + name.replace("_", "-"):
-                made = make_config(**{**BASE, "method": "kl", name: [instance] if name == "log" else instance})
+                made = make_config(
+                    **{**BASE, "method": "kl", name: [instance] if name in ("log", "lr_scale") else instance}
+                )
                 assert getattr(made, name) is not None
                 taken += 1
     assert taken > 60

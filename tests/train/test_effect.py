@@ -1,52 +1,101 @@
-"""benchmarks/effect.py, the queue that compares recipes: whose rows, which folds, and that it goes on from its rows."""
+"""benchmarks/effect.py, the queue of the study: whose frames a data set has, and that it goes on from its rows."""
 
+import argparse
+import importlib
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
-from kdcache.data import folds_of, open_split, write_scenes
+from kdcache.data import open_split, write_scenes
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "effect.py"
-PLAIN, CROSSED = "plain from files, lr 0.006", "dist, lr 0.006, 4 views, cross-fitted"
-
-pytestmark = pytest.mark.slow
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+SEQUENCES = {"0001TP": 6, "0006R0": 4, "0016E5": 14}  # frames of train
 
 
-def queue(folder: Path, *words: str) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), "--data", str(folder / "data"), "--out", str(folder / "out"),
-               "--json", str(folder / "effect.json"), "--size", "48x64", "--large", "96x128",
-               "--teacher-iterations", "2", "--iterations", "2", "--final-iterations", "3", "--seeds", "2",
-               "--only", PLAIN, "--only", CROSSED, *words]  # fmt: skip
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    result: dict[str, Any] = json.loads((folder / "effect.json").read_text())
-    return result
+@pytest.fixture
+def effect(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield importlib.import_module("effect")
+    for name in ("effect", "arms", "common"):
+        sys.modules.pop(name, None)
 
 
-def test_the_queue_of_recipes(tmp_path: Path) -> None:
-    """Both phases, from a teacher of each half to paired gains; a second call repeats nothing."""
-    write_scenes(tmp_path / "data", "scenes:48x64,train=40,val=4,seed=0")
-    searched = queue(tmp_path, "--phases", "search")
-    assert {(row["phase"], row["arm"]) for row in searched["rows"]} == {("search", PLAIN), ("search", CROSSED)}
-    assert searched["gains"] == []
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    """Procedural images under names of CamVid's frames."""
+    out = tmp_path / "camvid"
+    write_scenes(out, f"scenes:48x64,train={sum(SEQUENCES.values())},val=2,seed=0")
+    names = iter([f"{sequence}_{30 * frame:05d}" for sequence, frames in SEQUENCES.items() for frame in range(frames)])
+    for image in sorted((out / "images" / "train").iterdir()):
+        name = next(names)
+        label = out / "labels" / "train" / f"{image.stem}.png"
+        label.rename(label.with_stem(name))
+        image.rename(image.with_stem(name))
+    return out
 
-    # What cross-fitted teachers see lacks the fold that students are judged on, and nothing else.
-    ids = open_split(str(tmp_path / "data"), "train").ids
-    judges = {id for id, fold in zip(ids, folds_of(ids, 5), strict=True) if fold == 0}
-    assert set(open_split(str(tmp_path / "out" / "part"), "train").ids) == set(ids) - judges
 
-    process = queue(tmp_path)
-    finals = {(row["arm"], row["seed"]): row["miou"] for row in process["rows"] if row["phase"] == "final"}
-    assert set(finals) == {(arm, seed) for arm in (PLAIN, CROSSED) for seed in (100, 101)}
-    gain = next(gain for gain in process["gains"] if gain["arm"] == CROSSED)
-    mean = sum(finals[CROSSED, seed] - finals[PLAIN, seed] for seed in (100, 101)) / 2
-    assert (gain["over"], gain["iterations"], gain["pairs"]) == (PLAIN, 3, 2)
-    assert gain["mean"] == pytest.approx(mean, abs=1e-3)
+def sequences(data: Path, split: str) -> dict[str, int]:
+    ids = open_split(str(data), split).ids
+    return {name: count for name in SEQUENCES if (count := sum(id.startswith(name) for id in ids))}
+
+
+def test_nothing_is_trained_on_the_sequence_that_judges(effect: ModuleType, camvid: Path, tmp_path: Path) -> None:
+    folders = effect.Folders(camvid, tmp_path / "out")
+    assert sequences(folders.data("dev"), "train") == {"0001TP": 6, "0016E5": 14}
+    assert sequences(folders.data("dev"), "val") == {"0006R0": 4}
+    assert sequences(folders.data("apart"), "train") == {"0001TP": 6, "0006R0": 4}
+    assert open_split(str(folders.data("apart")), "val").ids == open_split(str(camvid), "val").ids
+    assert sequences(folders.data("all"), "train") == SEQUENCES
+
+
+def test_few_labels_are_those_of_a_block(
+    effect: ModuleType, camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(effect.BLOCKS, "46-a", ("0016E5", 3, 8))
+    folders = effect.Folders(camvid, tmp_path / "out")
+    few, only = (folders.data(f"{kind}-46-a") for kind in ("few", "only"))
+    block = [f"0016E5_{30 * frame:05d}" for frame in range(3, 8)]
+    assert sequences(few, "train") == {"0001TP": 6, "0016E5": 14}
+    assert sorted(path.stem for path in (few / "labels" / "train").iterdir()) == block
+    assert sorted(open_split(str(only), "train").ids) == block
+    assert sequences(few, "val") == sequences(only, "val") == {"0006R0": 4}
+
+
+@pytest.mark.slow
+def test_a_row_is_kept_and_not_repeated(
+    effect: ModuleType, camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a teacher through its store to students, one of labels and one of targets; a second call does nothing."""
+    monkeypatch.setitem(effect.TEACHERS, "base", "--model kdcache:base --size 144x192 --iterations 2")
+    monkeypatch.setitem(effect.STORES, "base", replace(effect.STORES["base"], views=2))
+    arms = [effect.Arm("E1", name, "base", f"--method {name} --augment replay", 2) for name in ("none", "dist")]
+    files = effect.Arm("E1", "files", "", "", 2)
+    where = argparse.Namespace(data=camvid, out=tmp_path / "out", json=tmp_path / "study.json", minutes=60)
+    study = effect.Study(where)
+    study.teach("base")
+    for arm in (*arms, files):
+        study.run(arm, 3)
+    rows = json.loads(where.json.read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["base", "none", "dist", "files"]
+    for row in rows:
+        assert 0 < row["miou"] < 100
+        assert row["miou"] == row["by_iteration"]["2"]
+    assert json.loads(where.json.read_text())["summary"]["E1"]["dist"]["runs"] == 1
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
-    assert queue(tmp_path)["rows"] == process["rows"]
+    again = effect.Study(where)
+    again.teach("base")
+    for arm in (*arms, files):
+        again.run(arm, 3)
+    assert json.loads(where.json.read_text())["rows"] == rows
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")} == before
+
+
+def test_the_summary_is_a_mean_and_its_interval_over_seeds(effect: ModuleType) -> None:
+    rows = [{"stage": "E1", "arm": "a", "miou": score} for score in (50.0, 52.0, 54.0)]
+    assert effect.summary(rows) == {"E1": {"a": {"mean": 52.0, "half": 4.97, "runs": 3}}}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache.errors import RecipeError
+from kdcache.settings.spelling import lr_scales
 from kdcache.train.config import TrainConfig
 
 PATIENCE = 5
@@ -18,27 +20,58 @@ BETTER = 1e-4
 """The relative gain over the best score that counts as better."""
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, *, capturable: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, criterion: nn.Module | None = None, *, capturable: bool = False
+) -> torch.optim.Optimizer:
     """Make AdamW, Adam or SGD; biases and normalisation weights are not decayed.
 
     Args:
+        criterion: a loss whose own parameters, projections, are trained too, at the full rate.
         capturable: for a CUDA graph: rate and step count are tensors beside the parameters, which a replay reads, and
             the update is torch's fused kernel (its other SGD reads the rate back to the host).
+    Raises: RecipeError for a prefix in `lr_scale` that begins no parameter's name.
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    device = next(model.parameters()).device
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+            "lr": torch.tensor(config.lr, dtype=torch.float32, device=device) if capturable else config.lr,
+            "lr_scale": scale,
+        }
+        for (scale, decayed), parameters in _by_scale(model, criterion, lr_scales(config.lr_scale)).items()
     ]
-    options: dict[str, Any] = {"lr": config.lr}
-    if capturable:
-        device = next(model.parameters()).device
-        options = {"lr": torch.tensor(config.lr, dtype=torch.float32, device=device), "fused": True}
+    options: dict[str, Any] = {"fused": True} if capturable else {}
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, **options)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, capturable=capturable, **options)
+
+
+def _by_scale(
+    model: nn.Module, criterion: nn.Module | None, scales: Mapping[str, float]
+) -> dict[tuple[float, bool], list[nn.Parameter]]:
+    """Group trained parameters by their factor on the learning rate and by whether they are decayed.
+
+    Names are those of the model's state dict, as they stand in a file of weights.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    unused = set(scales)
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if scales else {}
+    for parameter in (*model.parameters(), *(criterion.parameters() if criterion is not None else ())):
+        if parameter.requires_grad:
+            name = names.get(id(parameter), "")
+            prefix = max((prefix for prefix in scales if name.startswith(prefix)), key=len, default="")
+            unused.discard(prefix)
+            groups.setdefault((scales.get(prefix, 1.0), parameter.ndim > 1), []).append(parameter)
+    if unused:
+        heads = sorted({name.partition(".")[0] for name in names.values()})
+        raise RecipeError(
+            "--lr-scale PREFIX=X names parameters of the model by the beginning of their names",
+            received=f"{sorted(unused)[0]!r}, which begins the name of none",
+            remedy=f"use one of {', '.join(heads)}, or a longer prefix",
+        )
+    return groups
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -127,6 +160,6 @@ class Schedule:
         self.lr = lr
         for group in self._optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)  # in place: a CUDA graph reads this very tensor
+                group["lr"].fill_(lr * group["lr_scale"])  # in place: a CUDA graph reads this very tensor
             else:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kdcache.errors import RecipeError
 from kdcache.train import TrainConfig
 from kdcache.train.step.optim import Schedule, distill_weight_scale, make_optimizer
 
@@ -102,3 +103,31 @@ def test_biases_and_normalisations_are_not_decayed(
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
     if name == "sgd":
         assert optimizer.param_groups[0]["momentum"] == 0.7
+
+
+def test_rates_scale_by_the_beginning_of_names(config: Callable[..., TrainConfig]) -> None:
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"stem": nn.Conv2d(3, 4, 1), "body": nn.Conv2d(4, 4, 1)}),
+                           "head": nn.Conv2d(4, 2, 1)})  # fmt: skip
+    settings = config(iterations=10, lr=0.5, lr_scale=("encoder=0.1", "encoder.stem=0.01"), warmup=0)
+    projection = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, settings, projection)
+    schedule = Schedule(optimizer, settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names |= {id(parameter): name for name, parameter in projection.named_parameters()}
+
+    def scaled() -> dict[str, float]:
+        return {names[id(p)]: group["lr"] / schedule.lr for group in optimizer.param_groups for p in group["params"]}
+
+    expected = {name: 0.01 if "stem" in name else 0.1 if "encoder" in name else 1.0 for name in names.values()}
+    assert scaled() == pytest.approx(expected)
+    for parameter in (*model.parameters(), *projection.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    schedule.after_step()
+    assert schedule.lr < 0.5
+    assert scaled() == pytest.approx(expected)
+
+
+def test_a_prefix_of_no_parameter_is_refused(config: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(RecipeError, match="begins the name of none"):
+        make_optimizer(nn.Sequential(nn.Conv2d(3, 4, 1)), config(lr_scale="encoder=0.1"))
