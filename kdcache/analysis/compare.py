@@ -228,10 +228,8 @@ class _Judge:
 
     def score(self, run: Entry, teacher: bool) -> RunScore:
         """The score of a run; with `own_fold`, a teacher that left out no fold is judged on all of the split."""
-        part, own = self._split, None
-        if self._options.own_fold and not (teacher and run.fold is None):
-            fold, folds = run.own_fold()
-            part, own = fold_alone(part, fold, folds), f"{fold}/{folds}"
+        own = run.own_fold() if self._options.own_fold and not (teacher and run.fold is None) else None
+        part = self._split if own is None else fold_alone(self._split, *own)
         evaluation: Evaluation = evaluate_run(
             run,
             part,

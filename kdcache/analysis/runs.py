@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcache.data import ClassList, parse_fold
+from kdcache.data import ClassList, Fold, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
@@ -43,19 +43,19 @@ class Entry:
 
     @property
     def fold(self) -> str | None:
-        """The fold of the data that this run was not trained on: I/K."""
-        fold = self.settings.get("fold", self.settings.get("val-fold"))
-        return None if fold is None else str(fold)
+        """The fold of the data that this run was not trained on: I/K, or of whole sequences I/K by PATTERN."""
+        fold, by = self.settings.get("fold", self.settings.get("val-fold")), self.settings.get("folds-by")
+        return None if fold is None else f"{fold}" + ("" if by is None else f" by {by}")
 
-    def own_fold(self) -> tuple[int, int]:
-        """(I, K) of `fold`. Raises: RecipeError for a run that left out none."""
+    def own_fold(self) -> Fold:
+        """The fold that this run was not trained on. Raises: RecipeError for a run that left out none."""
         if self.fold is None:
             raise RecipeError(
                 "a run is judged on its own fold when its training left one out",
                 received=f"{self.text} was trained on all samples",
                 remedy="train with --fold I/K, or leave out --own-fold",
             )
-        return parse_fold(self.fold)
+        return parse_fold(self.fold.partition(" ")[0], self.settings.get("folds-by"))
 
     def load(
         self, classes: ClassList, which: str = "best", size: tuple[int, int] | None = None

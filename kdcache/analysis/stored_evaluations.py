@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.analysis.runs import Entry
-from kdcache.data import Split, prefetch
+from kdcache.data import Fold, Split, prefetch
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
 from kdcache.files import read_object, write_whole
@@ -70,13 +70,13 @@ def evaluate_run(
     digest: str,
     judging: Judging,
     progress: Progress | None = None,
-    fold: str | None = None,
+    fold: Fold | None = None,
 ) -> Evaluation:
     """Metrics of a run, or of SPEC@FILE, on a split, from an earlier evaluation where that is the same.
 
     Args:
         digest: `data_digest` of the split.
-        fold: I/K, when the split is one fold of another.
+        fold: the fold that the split is of another one.
     Raises: MismatchError for other classes; DataError without labels; ModelError when memory does not suffice.
     """
     run = entry.run
@@ -103,7 +103,7 @@ class Record:
     Attributes:
         weights_sha256: None for weights that no file holds.
         which: `best` or `last` weights of a run; None for other weights.
-        fold: I/K, when only this fold of the split was judged.
+        fold: the fold of the split that was judged; None for all of it.
         size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
         class_map_sha256: digest of the map from its classes to those of the data.
     """
@@ -115,7 +115,7 @@ class Record:
     which: str | None
     data: str
     split: str
-    fold: str | None
+    fold: Fold | None
     data_sha256: str
     size: tuple[int, int]
     at_size: bool = False
@@ -131,7 +131,7 @@ class Record:
         size: tuple[int, int],
         *,
         which: str | None,
-        fold: str | None = None,
+        fold: Fold | None = None,
         at_size: bool = False,
         class_map: Path | None = None,
     ) -> "Record":
@@ -166,7 +166,8 @@ class Record:
         }
 
     def to_json(self) -> dict[str, Any]:
-        names = {"weights": self.which, "data": self.data, "split": self.split, "fold": self.fold}
+        fold = None if self.fold is None else str(self.fold)
+        names = {"weights": self.which, "data": self.data, "split": self.split, "fold": fold}
         return {**names, **self.identity}
 
     def name(self, *, own_size: bool) -> str:
@@ -176,7 +177,9 @@ class Record:
             own_size: whether the model sees images at the size that it was trained at.
         """
         parts = [f"evaluation-{self.split}"]
-        parts += [] if self.fold is None else [f"fold-{self.fold.replace('/', '-of-')}"]
+        if self.fold is not None:
+            parts += [f"fold-{self.fold.number}-of-{self.fold.folds}"]
+            parts += [] if self.fold.by is None else [f"by-{hashlib.sha256(self.fold.by.encode()).hexdigest()[:8]}"]
         parts += [self.which] if self.which not in (None, "best") else []
         parts += [] if own_size else [f"{self.size[0]}x{self.size[1]}"]
         parts += ["at-size"] if self.at_size else []

@@ -23,7 +23,7 @@ from kdcache.analysis.per_image import class_number, ranked, sample_numbers, sco
 from kdcache.analysis.runs import Entry, find_runs
 from kdcache.analysis.score_figures import draw_distribution, metrics_text
 from kdcache.analysis.stored_evaluations import Judging, memory_errors
-from kdcache.data import Split, fold_alone, parse_fold
+from kdcache.data import Fold, Split, fold_alone
 from kdcache.errors import RecipeError
 from kdcache.metrics.figures import draw_confusion, save_figure
 from kdcache.metrics.tables import percent
@@ -43,7 +43,7 @@ class VisualiseOptions:
         ids: samples to draw instead, the same for every run.
         teacher: a run or SPEC@FILE whose prediction is a panel of every picture.
         smoke: the runs are those of a recipe made small: every picture is marked.
-        fold: I/K, only that fold of the split: what trainings with --fold I/K have not seen.
+        fold: only that fold of the split: what trainings with this --fold have not seen.
     """
 
     judging: Judging = field(default_factory=Judging)
@@ -52,7 +52,7 @@ class VisualiseOptions:
     ids: tuple[str, ...] = ()
     class_name: str | None = None
     teacher: str | None = None
-    fold: str | None = None
+    fold: Fold | None = None
     smoke: bool = False
 
 
@@ -87,7 +87,7 @@ def visualise(
     teachers = find_runs([options.teacher], options.judging.which) if options.teacher else []
     source: Split = comparable_split(entries, data, split)
     if options.fold is not None:
-        source = fold_alone(source, *parse_fold(options.fold))
+        source = fold_alone(source, *options.fold)
     ranked_class = None if options.class_name is None else class_number(source, options.class_name)
     numbers = sample_numbers(source, options.ids)
     above = banner(source.data, options.smoke)

@@ -5,7 +5,8 @@
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     draw_window, colour_jitter                what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
-    folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen
+    folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
+    shared_sequences                          videos of which some frames are judged and others trained on
     prefetch                                  ordered results from a bounded pool of threads
     check, class_weights                      a report on a whole data set, and weights from its counts
 
@@ -13,7 +14,7 @@ Everything wrong with a user's data is a `DataError`; wrong arguments of a calle
 """
 
 from kdcache.data.check import CheckReport, check, class_weights
-from kdcache.data.folds import check_fold_labels, check_folds, fold_alone, parse_fold
+from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
 from kdcache.data.prefetch import prefetch
@@ -26,8 +27,9 @@ from kdcache.data.rendering.augment import (
     inside_rectangle,
 )
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, folds_of
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
+from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
 from kdcache.data.split_report import SplitReport
 
 __all__ = [
@@ -36,12 +38,15 @@ __all__ = [
     "Augmentation",
     "CheckReport",
     "ClassList",
+    "Fold",
+    "SharedSequence",
     "Split",
     "SplitReport",
     "Window",
     "check",
     "check_fold_labels",
     "check_folds",
+    "check_folds_by",
     "class_weights",
     "colour_jitter",
     "download",
@@ -57,5 +62,6 @@ __all__ = [
     "pixel_checksum",
     "prefetch",
     "render",
+    "shared_sequences",
     "write_scenes",
 ]

@@ -2,43 +2,62 @@
 
 A teacher is almost always right on the labels that it was trained on, with a confidence that it has nowhere else. Its
 targets are more honest where it has not seen the labels: K teachers, each trained without one of K folds, teach that
-fold. Frames of one video are scattered over the folds, so the teacher of one has seen its neighbours.
+fold. Folds by id scatter the frames of a video, so that the teacher of one has seen its neighbours; folds by sequence
+keep them together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.prefetch import prefetch
 from kdcache.data.sample import Pixels, Split
+from kdcache.data.sequences import folds_of
 from kdcache.errors import RecipeError
 
 
-def parse_fold(text: str) -> tuple[int, int]:
-    """Read '1/4' as (1, 4): the second of four folds, counted from 0. Raises: RecipeError for another form."""
+class Fold(NamedTuple):
+    """Fold `number`, from 0, of `folds`; `by` is the pattern of the sequences that are dealt out whole, if any."""
+
+    number: int
+    folds: int
+    by: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.folds}" + ("" if self.by is None else f" by {self.by}")
+
+    def holds(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Whether each sample is in the fold, (N,), of all ids of a split. Raises: RecipeError as `folds_of` does."""
+        held: npt.NDArray[np.bool_] = folds_of(ids, self.folds, self.by) == self.number
+        return held
+
+
+def parse_fold(text: str, by: str | None = None) -> Fold:
+    """Read '1/4' as the second of four folds. Raises: RecipeError for another form."""
     first, _, second = text.partition("/")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second) and int(second) >= 2):
         raise RecipeError("--fold is I/K: fold I, from 0, of K", received=repr(text), remedy="for instance --fold 0/4")
-    return int(first), int(second)
+    return Fold(int(first), int(second), by)
 
 
-def fold_alone(split: Split, fold: int, folds: int) -> Split:
+def fold_alone(split: Split, number: int, folds: int, by: str | None = None) -> Split:
     """The samples of one fold, on which a model that was trained without it can be judged.
 
-    Raises: RecipeError for a number of folds that the split cannot have.
+    Raises: RecipeError for folds that the split cannot have.
     """
-    return SplitPart(split, np.flatnonzero(split.folds(folds) == fold).tolist())
+    return SplitPart(split, np.flatnonzero(split.folds(folds, by) == number).tolist())
 
 
-def check_folds(split: Split, folds: int) -> None:
+def check_folds(split: Split, folds: int, by: str | None = None) -> None:
     """Refuse folds whose absence leaves a class without a labelled pixel: its teacher could never teach that class.
 
     Reads every label. Raises: RecipeError for such folds; DataError for a label that cannot be read.
     """
-    fold_of = split.folds(folds)
+    fold_of = split.folds(folds, by)
     labelled = [index for index in range(len(split)) if split.has_label(index)]
     labels = prefetch(split.label, labelled, threads=2, ahead=8)
     check_fold_labels([zip(fold_of[labelled].tolist(), labels, strict=True)], folds, split.classes.names)
@@ -68,7 +87,7 @@ def check_fold_labels(
         raise RecipeError(
             "every class has labelled pixels outside of each fold, or nobody trained without it could know it",
             received="; ".join(alone[:5]) + f" of {folds}" + (f", and {len(alone) - 5} more" if len(alone) > 5 else ""),
-            remedy="use another number of folds, or label more images of the class",
+            remedy="use another number of folds, or another --folds-by, or label more images of the class",
         )
 
 
@@ -100,6 +119,6 @@ class SplitPart(Split):
 class Excerpt(SplitPart):
     """Some of the samples, to estimate the cost of all of them: each stays in its fold of the whole split."""
 
-    def folds(self, folds: int) -> npt.NDArray[np.int64]:
+    def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
         """The fold of every sample (N,), as the whole split deals them out. Raises RecipeError as it does."""
-        return self._whole.folds(folds)[self._numbers]
+        return self._whole.folds(folds, by)[self._numbers]

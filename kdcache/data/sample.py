@@ -14,19 +14,18 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.errors import DataError, RecipeError
+from kdcache.data.sequences import folds_of
+from kdcache.errors import DataError
 
 IGNORE_INDEX = 255
 """The id of void pixels in every label: no class, no loss, no metric."""
-
-MOST_FOLDS = 255
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -139,9 +138,9 @@ class Split(ABC):
         label = self.label(index)
         return _array_digest(self.image(index)), None if label is None else _array_digest(label)
 
-    def folds(self, folds: int) -> npt.NDArray[np.int64]:
+    def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
         """The fold of every sample (N,), as `folds_of` deals them out. Raises RecipeError as it does."""
-        return folds_of(self.ids, folds)
+        return folds_of(self.ids, folds, by)
 
     def digest(self) -> str:
         """SHA-256 over class names, sample ids and `label_map`. Cheap: it reads no file, so it cannot see contents."""
@@ -172,27 +171,3 @@ def voc_colour(index: int) -> tuple[int, int, int]:
 
 def _array_digest(array: Pixels) -> str:
     return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def folds_of(ids: Sequence[str], folds: int) -> npt.NDArray[np.int64]:
-    """The fold of every sample, (N,): ids are ranked by a hash and dealt out in turn, so sizes differ by at most one.
-
-    The hash is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id in UTF-8: neither the order of the ids nor
-    what they are called matters. A further sample may move others into another fold.
-
-    Raises: RecipeError unless there are 2 to 255 folds, and a sample for each.
-    """
-    if not 2 <= folds <= min(MOST_FOLDS, len(ids)):
-        raise RecipeError(
-            f"a split has 2 to {MOST_FOLDS} folds, none of them empty",
-            received=f"{folds} folds of {len(ids)} samples",
-            remedy="use --folds 2, or a number up to the samples",
-        )
-    ranked = sorted(range(len(ids)), key=lambda number: (_key(ids[number]), ids[number]))
-    fold_of = np.empty(len(ids), np.int64)
-    fold_of[ranked] = np.arange(len(ids)) % folds
-    return fold_of
-
-
-def _key(sample: str) -> bytes:
-    return hashlib.blake2b(sample.encode(), digest_size=8, key=b"kdcache folds").digest()

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from kdcache.settings.setting import Setting
-from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
+from kdcache.settings.shared import FOLDS_BY, DataSettings, ImageSettings, MachineSettings
 from kdcache.settings.spelling import Colour, Count, Numbers, Size, TopK, Views, Words, Zoom
 
 VIEWS = "Views of an image"
@@ -49,6 +49,7 @@ class TeacherSettings:
             "has not seen."
         ),
     ] = None
+    folds_by: Annotated[str | None, _teacher(FOLDS_BY, metavar="PATTERN")] = None
     class_map: Annotated[Path | None, _teacher("Which class of the data each teacher class becomes.")] = None
     mean: Annotated[Colour | None, _teacher("Normalisation, if not the model's own.", metavar="R,G,B")] = None
     std: Annotated[Colour | None, _teacher("Normalisation, if not the model's own.", metavar="R,G,B")] = None

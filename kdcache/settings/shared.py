@@ -8,6 +8,11 @@ from annotated_types import Ge
 from kdcache.settings.setting import Setting
 from kdcache.settings.spelling import Bytes, Count, Size
 
+FOLDS_BY = (
+    "Keep whole sequences, such as videos, in a fold: a regular expression whose first group (or whole match) in a "
+    "sample's id names its sequence, e.g. '^(.+)_'."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:

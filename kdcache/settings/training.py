@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Lt
 
 from kdcache.settings.setting import Setting
-from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
 from kdcache.settings.spelling import Count, Every, Logs, LrScales, Positive, Range, Weight
 
 DEFAULT_ITERATIONS = 4000
@@ -126,6 +126,7 @@ class TrainSettings:
         _part("Leave out fold I, from 0, of K: for cross-fitting (--folds), or to evaluate on it.", metavar="I/K"),
     ] = None
     val_fold: Annotated[str | None, _part("Validate on this fold of the split alone.", metavar="I/K")] = None
+    folds_by: Annotated[str | None, _part(FOLDS_BY, metavar="PATTERN")] = None
 
     augment: Annotated[
         Literal["auto", "warp", "replay", "none"],

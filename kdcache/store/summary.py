@@ -171,6 +171,8 @@ def _several(manifest: Manifest) -> str:
     parts = [", ".join(f"{member.share:.0%} {member.spec}" for member in teacher.members)] if teacher.members else []
     if teacher.folds is not None:
         parts.append(f"one for each of {teacher.folds} folds")
+    if teacher.folds_by is not None:
+        parts[-1] += f" of the sequences {teacher.folds_by}"
     if teacher.tta is not None:
         scales = ", ".join(f"{scale:g}" for scale in teacher.tta.scales)
         parts.append(f"at scales {scales}" + (" and mirrored" if teacher.tta.flip else ""))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.data import parse_fold
+from kdcache.data import check_folds_by, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RESULT
 from kdcache.settings.shared import ImageSettings
@@ -23,7 +23,7 @@ from kdcache.sweep.recipe import Arm, Flags, Recipe, check_names
 
 Known = Mapping[str, set[str]]
 """Verb -> names of its flags, without dashes."""
-_TRAINING = {"name", "data", "split", "val-split", "val-fold", "fold", "seed", "out", "resume", "recipe"}
+_TRAINING = {"name", "data", "split", "val-split", "val-fold", "fold", "folds-by", "seed", "out", "resume", "recipe"}
 OWN = {
     "train-teacher": _TRAINING,
     "train-student": _TRAINING | {"cache", "val"},
@@ -196,7 +196,8 @@ class _Planner:
         compare = ("compare", *runs, *words({**judged, **files}))
         shown = [str(self._runs[arm.name][0]) for arm in self._recipe.arms]
         drawn = {**where, "teacher": spec or self._teacher_run(self._folds[0]), "out": out / "pictures"}
-        drawn |= {"num": self._recipe.show.get("num", 10)} | ({"fold": f"0/{folds}"} if folds else {})
+        drawn |= {"num": self._recipe.show.get("num", 10)}
+        drawn |= {"fold": f"0/{folds}", "folds-by": self._recipe.data.get("folds-by", "")} if folds else {}
         compared = self._add(Job("comparison", compare, None, tuple(trained)))
         pictures = self._add(Job("pictures", ("visualise", *shown, *words(drawn)), None, (compared,)))
         page = {**judged, "pictures": out / "pictures", "title": self._recipe.title, "out": out / "report.html"}
@@ -207,7 +208,8 @@ class _Planner:
         part = self._recipe.data.get("held-out") if fold is None else f"{fold}/{self._recipe.folds}"
         if part is None:
             return {"val-split": self._val_split}
-        return {"fold": part, "val-split": self._split, "val-fold": part}
+        by = self._recipe.data.get("folds-by", "")
+        return {"fold": part, "val-split": self._split, "val-fold": part, "folds-by": by}
 
     def _teacher_run(self, fold: int | None) -> Path:
         return self._out / "teachers" / f"teacher{_of(fold, '-')}"
@@ -237,6 +239,8 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
                 "a recipe has folds or a part held out", received="both", remedy="leave out folds, or held-out"
             )
         parse_fold(str(held_out))
+    if folds_by := recipe.data.get("folds-by"):  # "" leaves it out
+        check_folds_by(str(folds_by), folds=any((folds, held_out)))
     teacher = {key: value for key, value in recipe.teacher.items() if key != "spec"}
     for table, verb, flags in (
         ("[teacher]", "train-teacher", teacher),

@@ -5,7 +5,8 @@
     seeds = [0, 1]                 of every arm; default [0]
 
     [data]                         layout, split, val-split; folds = 2 cross-validates over the split, held-out = "0/5"
-                                   leaves a fifth of it out of all trainings, which are validated on it
+                                   leaves a fifth of it out of all trainings, which are validated on it; folds-by =
+                                   "^(.+)_" keeps whole sequences in a fold
     [teacher]                      flags of train-teacher, or spec = "torchvision:fcn_resnet50@default"
     [store]                        flags of build-teacher-cache
     [student]                      flags of train-student that all arms share
@@ -34,7 +35,7 @@ Flags = Mapping[str, Any]
 
 TABLES = ("data", "teacher", "store", "student", "show")
 _TOP = {"title", "about", "seeds", "arm", "smoke", *TABLES}
-_KEYS = {"data": {"layout", "path", "split", "val-split", "folds", "held-out"}, "show": {"num"}}
+_KEYS = {"data": {"layout", "path", "split", "val-split", "folds", "held-out", "folds-by"}, "show": {"num"}}
 _REPEATED = "term"
 SMOKE_TITLE = "Smoke run: "
 
@@ -53,7 +54,7 @@ class Recipe:
 
     Attributes:
         source: the text it was read from, before `--smoke` and `--set`.
-        data: layout, path, split, val-split, folds, held-out. show: num.
+        data: layout, path, split, val-split, folds, held-out, folds-by. show: num.
         teacher, store, student: flags of their verbs.
         arms: every combination of their values, each once.
         smoke: it was made small by `--smoke`, which its title shows.

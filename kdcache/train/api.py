@@ -32,7 +32,7 @@ from kdcache.train.run.lock import RunLock
 from kdcache.train.run.metrics_log import Observer, Observers
 from kdcache.train.run.monitor import check_logits
 from kdcache.train.run.trackers import Loggers, check_loggers
-from kdcache.train.sources import open_dataset, open_store, open_validation
+from kdcache.train.sources import open_dataset, open_store, open_validation, shared_with_judge
 from kdcache.train.step.batch_fit import largest_fitting, memory_error, memory_errors, requested_memory
 from kdcache.train.step.compiled import choose_step
 from kdcache.train.trainer import Trainer
@@ -113,6 +113,8 @@ def make_trainer(
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
         for text in _notes(config, model, dataset, cache):
+            observer.note(text)
+        if (text := shared_with_judge(config, dataset, val)) is not None:
             observer.note(text)
         watching = observer
         if config.log and world.first:

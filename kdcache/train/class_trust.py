@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.data import IGNORE_INDEX, folds_of, parse_fold
+from kdcache.data import IGNORE_INDEX
 from kdcache.distill import Batch
 from kdcache.errors import MismatchError, RecipeError, plain_logger
 from kdcache.metrics import ConfusionMatrix
@@ -76,7 +76,7 @@ def trust_from_run(
             remedy="give --class-trust FILE, or a store that was built without --crop",
         )
     config = read_config(Path(run))
-    if config.teaches or config.fold is None:
+    if config.teaches or config.left_out is None:
         raise RecipeError(
             "--trust-against is a run without a teacher that left out a fold, on which both are compared",
             received=f"{run}: method {config.method}, " + (f"fold {config.fold}" if config.fold else "no --fold"),
@@ -90,12 +90,11 @@ def trust_from_run(
             received=f"{', '.join(run_model.class_names)} in {run} against {', '.join(names)}",
             remedy="give a run of this store's classes",
         )
-    for text in (check_same_samples(cache, run, run_model.trained_on, config), doubt(cache, config.fold)):
+    for text in (check_same_samples(cache, run, run_model.trained_on, config), doubt(cache, config.left_out)):
         if text is not None:
             note(text)
-    fold, folds = parse_fold(config.fold)
     dataset = CacheDataset(records, augment="none", size=cache.view_size)
-    held_out = np.flatnonzero(folds_of(cache.ids, folds) == fold).tolist()
+    held_out = np.flatnonzero(config.left_out.holds(cache.ids)).tolist()
     teacher, student = (ConfusionMatrix(names, IGNORE_INDEX) for _ in range(2))
     model.eval().to(device)
     for number in held_out:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from kdcache.data import parse_fold
+from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, parse_method
 from kdcache.distill.terms.spec import compares_features
@@ -96,6 +96,16 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     def teaches(self) -> bool:
         """Whether anything is learnt from a teacher."""
         return self.wants_kl or bool(self.terms)
+
+    @property
+    def left_out(self) -> Fold | None:
+        """The fold of the samples that the training does not see."""
+        return None if self.fold is None else parse_fold(self.fold, self.folds_by)
+
+    @property
+    def validated_fold(self) -> Fold | None:
+        """The fold of the validation data that the training is validated on; None for all of it."""
+        return None if self.val_fold is None else parse_fold(self.val_fold, self.folds_by)
 
     def resolved(
         self, samples: int, size: tuple[int, int], shuffle: str = "full", labelled_share: float | None = None
@@ -237,9 +247,7 @@ def _check_data(config: TrainConfig) -> None:
         raise RecipeError(
             "--scale runs from small to large", received=f"{low}:{high}", remedy=f"use --scale {high}:{low}"
         )
-    for fold in (config.fold, config.val_fold):
-        if fold is not None:
-            parse_fold(fold)
+    check_folds_by(config.folds_by, folds=any((config.left_out, config.validated_fold)))
     if config.val_fold is not None and config.val is None:
         raise RecipeError(
             "--val-fold is a part of the validation data",

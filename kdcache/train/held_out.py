@@ -3,7 +3,7 @@
 Folds are dealt out over a whole list of ids: fold 0 of 5 of another list, or of a part of it, is other samples.
 """
 
-from kdcache.data import parse_fold
+from kdcache.data import Fold
 from kdcache.errors import KDCacheError, MismatchError
 from kdcache.store import Cache, open_cache
 from kdcache.store.subset import ids_digest
@@ -36,18 +36,21 @@ def check_same_samples(cache: Cache, run: str, trained_on: str, config: TrainCon
     return None
 
 
-def doubt(cache: Cache, fold: str) -> str | None:
-    """A note that the teacher may have seen fold 'I/K', on which it is compared; None when it cannot have."""
+def doubt(cache: Cache, fold: Fold) -> str | None:
+    """A note that the teacher may have seen the fold on which it is compared; None when it cannot have."""
     teacher, digest = cache.manifest.teacher, cache.manifest.dataset.ids_digest
     if teacher.folds is not None:  # each sample's teacher has not seen it
         return None
     trainings = teacher.trainings or (None,)
     on_these = [training for training in trainings if training is not None and training.ids_digest == digest]
-    has_seen = [training for training in on_these if not training.left_out(*parse_fold(fold))]
-    remedy = f"train the teacher with --fold {fold} too and build its store, or build with --folds K"
+    has_seen = [training for training in on_these if not training.left_out(*fold)]
+    flags = f"--fold {fold.number}/{fold.folds}" + ("" if fold.by is None else f" --folds-by '{fold.by}'")
+    remedy = f"train the teacher with {flags} too and build its store, or build with --folds K"
     if has_seen:
         without = has_seen[0].fold
-        seen = "all of these samples" if without is None else f"all but fold {without[0]}/{without[1]} of these samples"
+        seen = "all of these samples"
+        if without is not None:
+            seen = f"all but fold {Fold(*without, has_seen[0].folds_by)} of these samples"
         return (
             f"the teacher was trained on {seen}, so it may have seen fold {fold}, on which it is compared with the "
             f"plain run: trust in it is too generous. Remedy: {remedy}"

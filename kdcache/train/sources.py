@@ -1,5 +1,6 @@
 """The data of a training: a store or a data folder to draw from, and a split to validate on."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from kdcache.data import (
@@ -11,8 +12,8 @@ from kdcache.data import (
     fold_alone,
     folds_of,
     open_split,
-    parse_fold,
     prefetch,
+    shared_sequences,
 )
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.store import Cache, Records, open_cache
@@ -55,7 +56,34 @@ def open_validation(config: TrainConfig, classes: ClassList) -> Split | None:
             received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",
             remedy="give the validation data of the same class list",
         )
-    return split if config.val_fold is None else fold_alone(split, *parse_fold(config.val_fold))
+    return split if config.validated_fold is None else fold_alone(split, *config.validated_fold)
+
+
+def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:
+    """A warning that names the sequences of which the training sees some samples and is judged on others, or None.
+
+    The judge is the validation data, and the fold that is left out. `shared_sequences` has the rule for ids without
+    `--folds-by`.
+    """
+    source = dataset.cache or dataset.split
+    assert source is not None
+    judges, judged = [], list[str]()
+    if val is not None:
+        judges.append("validation")
+        judged += val.ids
+    if config.left_out is not None:
+        judges.append(f"fold {config.fold}")
+        judged += itertools.compress(source.ids, config.left_out.holds(source.ids))
+    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(judged)), config.folds_by)
+    if not shared:
+        return None
+    some = [f"{name} ({count} judged, {trained} trained on)" for name, count, trained in shared[:5]]
+    more = f" and {len(shared) - len(some)} more" if len(shared) > len(some) else ""
+    return (
+        f"training and what judges it ({' and '.join(judges)}) share sequences: {', '.join(some)}{more}. Frames of one "
+        "video are alike, so the score says little about other videos. Remedy: judge on other sequences, which "
+        "--folds-by PATTERN (for instance '^(.+)_') keeps whole in a fold"
+    )
 
 
 def source_split(config: TrainConfig, cache: Cache) -> Split | None:
@@ -67,7 +95,7 @@ def _part(config: TrainConfig) -> Part:
     return Part(
         samples=config.limit_samples,
         labels=config.limit_labels,
-        without=None if config.fold is None else parse_fold(config.fold),
+        without=config.left_out,
         views=config.limit_views,
     )
 
@@ -87,8 +115,8 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
             received="no --size",
             remedy="add --size HxW, for instance --size 288x384",
         )
-    if config.fold is not None:
-        check_folds(split, parse_fold(config.fold)[1])
+    if config.left_out is not None:
+        check_folds(split, *config.left_out[1:])
     dataset = LabelledDataset(split, config.size, _augmentation(config), part=_part(config))
     if len(dataset) == 0:
         raise DataError(
@@ -116,22 +144,22 @@ def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
             received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label",
             remedy="use --method kl with --distill-on all, which learns from targets alone",
         )
-    if config.fold is not None:
-        folds = parse_fold(config.fold)[1]
+    if config.left_out is not None:
+        _, folds, by = config.left_out
         if split is None:
-            check_fold_labels(_labels_of_folds(cache, folds), folds, dataset.classes.names)
+            check_fold_labels(_labels_of_folds(cache, folds, by), folds, dataset.classes.names)
         else:
-            check_folds(split, folds)
+            check_folds(split, folds, by)
     return dataset
 
 
-def _labels_of_folds(cache: Cache, folds: int) -> Iterator[Iterator[tuple[int, Array]]]:
+def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Iterator[tuple[int, Array]]]:
     """The labels that a store keeps, with the fold of each.
 
     A first view that is whole has all of its sample's labels but for pixels that its size loses: drawn views, which may
     show them, come in a second round. A store of crops gives all views at once: what the first ones miss is chance.
     """
-    fold_of = folds_of(cache.ids, folds).tolist()
+    fold_of = folds_of(cache.ids, folds, by).tolist()
     labelled, view = cache.column("labelled"), cache.manifest.view
 
     def labels(views: Sequence[int]) -> Iterator[tuple[int, Array]]:

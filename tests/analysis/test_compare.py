@@ -305,6 +305,17 @@ def test_each_run_on_the_fold_that_it_left_out(world: Path, derive: Callable[...
         compare([world / "runs/none-0"], str(world / "data"), "train", options(own_fold=True))
 
 
+def test_each_run_on_the_sequences_that_it_left_out(world: Path, derive: Callable[..., Path]) -> None:
+    settings = {"folds_by": "(.)$", "noise": 0.1}
+    runs = [derive(f"cv-{fold}", fold=f"{fold}/2", **settings) for fold in (0, 1)]
+    (row,) = compare(runs, str(world / "data"), "train", options(own_fold=True)).rows
+    for fold, (run, score) in enumerate(zip(runs, row.runs, strict=True)):
+        model, about = load_run(run)
+        part = fold_alone(open_split(world / "data", "train"), fold, 2, "(.)$")
+        assert score.metrics.miou == evaluate_model(model, part, about.size).miou
+        assert score.fold == f"{fold}/2 by (.)$"
+
+
 def test_a_folds_teacher_is_judged_on_its_fold_alone(world: Path, derive: Callable[..., Path]) -> None:
     """Its training part would flatter it."""
     students = [derive(f"cv-{fold}", fold=f"{fold}/2", noise=0.1) for fold in (0, 1)]

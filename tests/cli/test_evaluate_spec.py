@@ -54,6 +54,10 @@ def test_every_kind_of_evaluation_has_its_own_file(world, cli, monkeypatch) -> N
         "evaluation-val-last-16x24-at-size": ("--weights last --size 16x24 --at-size", {"at_size": True}),
         "evaluation-train": ("--split train", {"split": "train"}),
         "evaluation-train-fold-1-of-2": ("--split train --fold 1/2", {"fold": "1/2", "split": "train"}),
+        "evaluation-train-fold-1-of-2-by-1886a0ae": (
+            "--split train --fold 1/2 --folds-by (.)$",
+            {"fold": "1/2 by (.)$"},
+        ),
     }
     for name, (flags, said) in kinds.items():
         before = evaluations(run)
@@ -74,7 +78,7 @@ def test_every_kind_of_evaluation_has_its_own_file(world, cli, monkeypatch) -> N
     assert found[new]["class_map_sha256"] == digest
     assert found["evaluation-val.json"]["class_map_sha256"] is None
     assert found["evaluation-val.json"]["at_size"] is False
-    assert len({one["data_sha256"] for one in found.values()}) == 3
+    assert len({one["data_sha256"] for one in found.values()}) == 4
     weights = hashlib.sha256((run / "best.safetensors").read_bytes()).hexdigest()
     assert {one["weights_sha256"] for one in found.values()} == {weights}
 

@@ -193,6 +193,12 @@ CASES = {
     "more samples than there are": (nothing, STUDENT + " --limit-samples 70", "70 of 6 samples"),
     "more views than there are": (nothing, STUDENT + " --augment replay --limit-views 2", "2 of 1"),
     "fold that cannot be": (nothing, STUDENT + " --fold 7/7", "'7/7'"),
+    "folds by no pattern": (nothing, STUDENT + " --fold 0/2 --folds-by (", "'(': missing )"),
+    "folds by what is in no id": (nothing, STUDENT + " --fold 0/2 --folds-by x(.)", "none in 6 of 6 ids"),
+    "folds of one sequence": (nothing, STUDENT + " --fold 0/2 --folds-by ^.", "2 folds of 1 sequences"),
+    "folds by a pattern alone": (nothing, STUDENT + " --folds-by ^.", "'^.' without folds"),
+    "judged folds by a pattern alone": (
+        nothing, "evaluate {w}/teacher --data {w}/data --folds-by ^.", "'^.' without folds"),
     "mixed odd batches": (nothing, STUDENT + " --mix cutmix --batch-size 5", "--batch-size 5"),
     "mix of nothing known": (nothing, STUDENT + " --mix mixup", "'mixup'"),
     "mix beside features": (nothing, STUDENT + " --mix cutmix --method dist", "with dist, which cannot"),

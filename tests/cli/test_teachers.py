@@ -102,6 +102,8 @@ CASES = {
     "folds of one": (BUILD + " --folds 1", "--folds 1 and 1 teachers"),
     "folds of fewer teachers": (TWO + " --folds 3", "--folds 3 and 2 teachers"),
     "folds that were seen": (TWO + " --folds 2", "has seen all folds"),
+    "folds of other sequences": (TWO + " --folds 2 --folds-by (.)$", "--folds-by '(.)$', has seen all folds"),
+    "sequences without folds": (TWO + " --folds-by (.)$", "'(.)$' without folds"),
     "weights of folds": (TWO + " --folds 2 --teacher-weights 1,2", "--folds 2 and --teacher-weights 1,2"),
     "teacher size": (BUILD + " --teacher-size 64", "'64'"),
     "teacher grid": (BUILD + " --teacher-grid coarse", "'coarse'"),

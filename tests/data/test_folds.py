@@ -35,7 +35,8 @@ def test_folds_that_cannot_be(ids, folds) -> None:
 
 
 def test_a_fold_by_its_name() -> None:
-    assert parse_fold("1/4") == (1, 4)
+    assert parse_fold("1/4") == (1, 4, None)
+    assert str(parse_fold("1/4", "^.")) == "1/4 by ^."
     for text in ("", "4/4", "-1/4", "1", "0/1", "1/4/5", "a/b", "1.0/4"):
         with pytest.raises(RecipeError, match="--fold"):
             parse_fold(text)

@@ -70,6 +70,17 @@ def test_folds_have_teachers_and_stores_of_their_own() -> None:
     assert "--own-fold" in by_name["comparison"]
 
 
+def test_folds_of_whole_sequences() -> None:
+    for data in ({"folds": 2}, {"held-out": "0/5"}):
+        trainings = {"train-teacher", "train-student"}
+        for by, verbs in (("^(.+)_", trainings | ({"visualise"} if "folds" in data else set())), ("", set())):
+            words_of = [job.words for job in plan(data=data | {"folds-by": by}).jobs]
+            assert {words[0] for words in words_of if "--folds-by" in words} == verbs
+            assert {value(words, "--folds-by") for words in words_of if "--folds-by" in words} == (
+                {by} if by else set()
+            )
+
+
 def test_a_smoke_run_says_so_wherever_it_is_shown() -> None:
     for smoke in (False, True):
         shown = plan(smoke=smoke).jobs[-3:]
@@ -110,6 +121,8 @@ def test_a_teacher_that_exists_is_not_trained() -> None:
         ({"data": {"folds": 1}}, "leave it out"),
         ({"data": {"folds": 2, "held-out": "0/5"}}, "leave out"),
         ({"data": {"held-out": "5/5"}}, ""),
+        ({"data": {"folds-by": "^(.+)_"}}, "leave out --folds-by"),
+        ({"data": {"folds": 2, "folds-by": "("}}, "^(.+)_"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(changes: dict[str, Any], named: str) -> None:

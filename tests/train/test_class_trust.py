@@ -151,6 +151,21 @@ def test_a_teacher_of_whom_nothing_is_known(plain: Path, cache: Cache) -> None:
     assert noted(with_teacher(cache, folds=3), plain) == [], "each sample's teacher has not seen it"
 
 
+def test_a_fold_of_sequences_is_no_fold_of_ids(plain: Path, cache: Cache) -> None:
+    left_out = Training(ids_digest=cache.manifest.dataset.ids_digest, fold=(0, 3), folds_by="(.)$")
+    (text,) = noted(with_teacher(cache, trainings=(left_out,)), plain)
+    assert "trained on all but fold 0/3 by (.)$ of these samples" in text
+    recipe = plain / "recipe.toml"
+    content = recipe.read_text()
+    recipe.write_text(f'folds-by = "(.)$"\n{content}')
+    try:
+        assert noted(with_teacher(cache, trainings=(left_out,)), plain) == []
+        (text,) = noted(with_teacher(cache, trainings=(left_out.model_copy(update={"folds_by": None}),)), plain)
+        assert "--fold 0/3 --folds-by '(.)$'" in text
+    finally:
+        recipe.write_text(content)
+
+
 def test_a_half_left_out_is_two_quarters() -> None:
     half = Training(ids_digest="", fold=(1, 2))
     assert [half.left_out(fold, 4) for fold in range(4)] == [False, True, False, True]

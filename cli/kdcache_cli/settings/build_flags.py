@@ -23,7 +23,8 @@ Out = Annotated[
     str, typer.Option("--out", help="Store to write, a folder or s3://BUCKET/PREFIX; an interrupted one is continued.")
 ]
 ORDER = (
-    *("teacher_weights", "tta", "folds", "teacher_size", "teacher_grid", "class_map", "mean", "std", "precision"),
+    *("teacher_weights", "tta", "folds", "folds_by", "teacher_size", "teacher_grid", "class_map", "mean", "std"),
+    "precision",
     *names(BuildSettings, STORED),
     *names(BuildSettings, VIEWS),
     *("batch_size", "render_threads"),
@@ -55,12 +56,13 @@ def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOp
         weights=teacher.teacher_weights,
         tta=None if teacher.tta is None else Tta.parse(teacher.tta),
         folds=teacher.folds,
+        folds_by=teacher.folds_by,
         class_map=teacher.class_map,
         mean=teacher.mean,
         std=teacher.std,
     )
     if teacher.folds is not None:
-        check_cross_fit(teacher.teacher, source)
+        check_cross_fit(teacher.teacher, source, teacher.folds_by)
     for note in loaded.notes:
         ERRORS.print(f"note: {note}", markup=False)
     size = images.size or loaded.size

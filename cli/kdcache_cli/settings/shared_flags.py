@@ -15,12 +15,21 @@ from kdcache.settings.training import TRAINING
 from kdcache_cli.settings.signature import flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+    from kdcache import data
     from kdcache.store.backend.base import Place
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """'288x384' as (288, 384): height, then width. Raises: RecipeError for other text."""
     return cast("tuple[int, int] | None", entries(ImageSettings)["size"].read(text))
+
+
+def parse_fold(fold: str | None, folds_by: str | None) -> "data.Fold | None":
+    """The fold that --fold and --folds-by name. Raises: RecipeError for other text, or a pattern without a fold."""
+    from kdcache import data
+
+    data.check_folds_by(folds_by, folds=fold is not None)
+    return None if fold is None else data.parse_fold(fold, folds_by)
 
 
 def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
@@ -118,6 +127,14 @@ Worker = Annotated[
         metavar="I/N",
         help="This process is number I, from 0, of N that write the store together, on any machines.",
     ),
+]
+Fold = Annotated[
+    str | None,
+    typer.Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out."),
+]
+FoldsBy = Annotated[
+    str | None,
+    typer.Option("--folds-by", metavar="PATTERN", help="Of the folds of sequences that train --folds-by made."),
 ]
 CacheDir = Annotated[str | None, flag(CopySettings, "cache_dir")]
 CacheBytes = Annotated[str | None, flag(CopySettings, "cache_bytes")]

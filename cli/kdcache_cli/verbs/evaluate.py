@@ -27,10 +27,8 @@ def evaluate(
     ],
     data: shared_flags.Data,
     split: shared_flags.Split = TrainSettings.val_split,
-    fold: Annotated[
-        str | None,
-        typer.Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out."),
-    ] = None,
+    fold: shared_flags.Fold = None,
+    folds_by: shared_flags.FoldsBy = None,
     weights: Annotated[str, typer.Option("--weights", help="Weights of a run: best or last.")] = JudgeSettings.weights,
     class_map: Annotated[
         Path | None, typer.Option("--class-map", help="Which class of the data each class of the model becomes.")
@@ -61,7 +59,7 @@ def evaluate(
     import torch
 
     from kdcache.analysis.stored_evaluations import Record, data_digest, weights_file
-    from kdcache.data import fold_alone, open_split, parse_fold
+    from kdcache.data import fold_alone, open_split
     from kdcache.metrics import at_chance, class_rows, evaluate_model, percent
     from kdcache.models import PROBABILITIES, returns_probabilities
     from kdcache.models.run import open_model, split_spec
@@ -73,10 +71,9 @@ def evaluate(
     source = open_split(data, split)
     model, description = open_model(run, source.classes, shared_flags.parse_size(size), which, class_map=class_map)
     description.check_classes(source.classes.names, data)
-    part = None
-    if fold is not None:
-        number, folds = parse_fold(fold)
-        source, part = fold_alone(source, number, folds), f"{number}/{folds}"
+    part = shared_flags.parse_fold(fold, folds_by)
+    if part is not None:
+        source = fold_alone(source, *part)
     where = pick_device(device)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(source), note="")

@@ -70,7 +70,7 @@ def extend(
     source = open_split(settings["data"], settings["split"] or manifest.dataset.split)
     loaded = load_like(manifest.teacher, teacher.teacher, source.classes, class_map=teacher.class_map)
     if loaded.folds is not None:
-        check_cross_fit(teacher.teacher, source)
+        check_cross_fit(teacher.teacher, source, loaded.folds_by)
     for note in loaded.notes:
         ERRORS.print(f"note: {note}", markup=False)
     changes = {name: value for name, value in read_values(BuildSettings, settings).items() if value is not None}

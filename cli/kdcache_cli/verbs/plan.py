@@ -29,6 +29,7 @@ _SHORT = {
     "teacher_weights": {"help": "Weights of several."},
     "tta": {"help": "Mirrored and rescaled too.", "metavar": "flip,scales=S:S"},
     "folds": {"help": "Cross-fitting with K teachers."},
+    "folds_by": {"help": "Keep whole sequences in a fold."},
     "teacher_size": {"help": "Size of the teacher's input for the same window."},
     "teacher_grid": {"help": "own or view."},
     "top_k": {"help": "Classes kept per pixel: auto or a number."},

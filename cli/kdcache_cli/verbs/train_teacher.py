@@ -13,7 +13,7 @@ _ORDER = (
     *("data", "model", "out", "size", "split", "val_split", "name", "init", "threads", "device", "resume", "recipe"),
     *names(TrainSettings, OPTIMIZATION),
     *("amp", "step", "workers", "val_every", "log_every", "gradients_every", "keep_every", "log"),
-    *("class_weights", "scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold"),
+    *("class_weights", "scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
 )
 
 

@@ -20,9 +20,8 @@ def visualise(
     out: Annotated[Path, _Option("--out", help="Folder of the pictures: new, empty, or that of an earlier call.")],
     data: OptionalData = None,
     split: OptionalSplit = None,
-    fold: Annotated[
-        str | None, _Option("--fold", metavar="I/K", help="Only fold I, from 0, of K: what train --fold I/K left out.")
-    ] = None,
+    fold: shared_flags.Fold = None,
+    folds_by: shared_flags.FoldsBy = None,
     teacher: Annotated[
         str | None, _Option("--teacher", metavar="RUN", help="A run or SPEC@FILE: a panel of every picture.")
     ] = None,
@@ -54,7 +53,8 @@ def visualise(
 
     judged = judging(weights, size, batch_size, device, threads)
     names = tuple(name.strip() for name in (ids or "").split(",") if name.strip())
-    options = VisualiseOptions(judged, num, num, names, class_name, teacher, fold, smoke)
+    part = shared_flags.parse_fold(fold, folds_by)
+    options = VisualiseOptions(judged, num, num, names, class_name, teacher, part, smoke)
     with progress_bar() as bar:
         task = bar.add_task("scoring", total=None, note="")
         made = visualise_runs(

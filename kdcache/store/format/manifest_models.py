@@ -187,20 +187,28 @@ class Training(Part):
     Attributes:
         ids_digest: of its samples and classes, as `Dataset` has that of the store's own.
         fold: (i, K) left out fold i of K; None left out none.
+        folds_by: the pattern of the sequences that its folds keep whole; None for folds by id.
     """
 
     ids_digest: str
     fold: tuple[Count, Count] | None = None
+    folds_by: str | None = None
 
     @model_validator(mode="after")
     def _fold_is_one_of_them(self) -> "Training":
         if self.fold is not None and not self.fold[0] < self.fold[1] >= 2:
             raise ValueError(f"there is no fold {self.fold[0]} of {self.fold[1]}")
+        if self.fold is None and self.folds_by is not None:
+            raise ValueError(f"folds_by is {short(self.folds_by)!r} without a fold")
         return self
 
-    def left_out(self, fold: int, folds: int) -> bool:
-        """Whether all of fold `fold` of `folds` of its samples was left out: a K-th is made of whole 2K-ths."""
-        return self.fold is not None and folds % self.fold[1] == 0 and fold % self.fold[1] == self.fold[0]
+    def left_out(self, fold: int, folds: int, by: str | None = None) -> bool:
+        """Whether all of fold `fold` of `folds` of its samples was left out: by id, a K-th is made of whole 2K-ths."""
+        if self.fold is None or self.folds_by != by:
+            return False
+        if by is not None:
+            return self.fold == (fold, folds)
+        return folds % self.fold[1] == 0 and fold % self.fold[1] == self.fold[0]
 
 
 class Augmented(Part):
@@ -216,6 +224,7 @@ class Fingerprint(Part):
     Attributes:
         members: of an ensemble, whose probabilities are averaged; `weights` is then the digest of all together.
         folds: probabilities are not averaged: each member predicted the samples of one fold, which it had not seen.
+        folds_by: the pattern of the sequences that these folds keep whole; None for folds by id.
         trainings: of each member, or of the one teacher; None where that is not known. Empty in stores that were begun
             before it was recorded. It is no part of the teacher's identity.
     """
@@ -229,6 +238,7 @@ class Fingerprint(Part):
     members: Annotated[tuple[Member, ...], Field(max_length=255)] = ()
     tta: Augmented | None = None
     folds: Annotated[int, Field(ge=2, le=255)] | None = None
+    folds_by: str | None = None
     trainings: Annotated[tuple[Training | None, ...], Field(max_length=255)] = ()
     probe: tuple[Logit, ...]
 
@@ -236,6 +246,8 @@ class Fingerprint(Part):
     def _one_member_per_fold(self) -> "Fingerprint":
         if self.folds is not None and self.folds != len(self.members):
             raise ValueError(f"{self.folds} folds of {len(self.members)} members")
+        if self.folds is None and self.folds_by is not None:
+            raise ValueError(f"folds_by is {short(self.folds_by)!r} without folds")
         return self
 
     @model_validator(mode="after")
@@ -248,7 +260,18 @@ class Fingerprint(Part):
         """Descriptions of what differs. The probe may differ by 1 % of its largest value: hardware rounds."""
         differences = [
             f"{name}: {unlike(getattr(self, name), getattr(other, name))}"
-            for name in ("spec", "weights", "precision", "mean", "std", "class_map", "members", "tta", "folds")
+            for name in (
+                "spec",
+                "weights",
+                "precision",
+                "mean",
+                "std",
+                "class_map",
+                "members",
+                "tta",
+                "folds",
+                "folds_by",
+            )
             if getattr(self, name) != getattr(other, name)
         ]
         scale = max((abs(value) for value in self.probe if math.isfinite(value)), default=0.0)

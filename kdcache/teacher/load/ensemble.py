@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcache.data import ClassList, Split, check_folds, parse_fold
+from kdcache.data import ClassList, Fold, Split, check_folds, check_folds_by
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.models import EnsembleModel, Tta
 from kdcache.run_folder import RECIPE, Run
 from kdcache.store import Fingerprint
 from kdcache.teacher.load.load import RGB, Teacher, load_teacher
+from kdcache.teacher.load.provenance import fold_left_out
 
 
 def load_teachers(
@@ -18,6 +19,7 @@ def load_teachers(
     weights: Sequence[float] | None = None,
     tta: Tta | None = None,
     folds: int | None = None,
+    folds_by: str | None = None,
     class_map: str | Path | None = None,
     mean: RGB | None = None,
     std: RGB | None = None,
@@ -30,9 +32,10 @@ def load_teachers(
         weights: of their probabilities; default equal ones.
         tta: renderings of every image over which predictions are averaged.
         folds: probabilities are not averaged: teacher i predicts the samples of fold i. See `check_cross_fit`.
+        folds_by: the pattern of the sequences that folds keep whole.
     Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
     """
-    _check_counts(origins, weights, folds)
+    _check_counts(origins, weights, folds, folds_by)
     loaded = [load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust) for origin in origins]
     if len(loaded) == 1 and tta is None and weights is None:
         return loaded[0]
@@ -43,6 +46,7 @@ def load_teachers(
         loaded[0].class_map,
         tuple(dict.fromkeys(note for teacher in loaded for note in teacher.notes)),
         folds,
+        folds_by,
         tuple(training for teacher in loaded for training in teacher.trainings),
     )
 
@@ -70,6 +74,7 @@ def load_like(
         weights=[member.share for member in about.members],
         tta=None if about.tta is None else Tta(about.tta.flip, about.tta.scales),
         folds=about.folds,
+        folds_by=about.folds_by,
         class_map=class_map,
     )
     assert isinstance(teacher.model, EnsembleModel)
@@ -79,16 +84,20 @@ def load_like(
     return teacher
 
 
-def check_cross_fit(origins: Sequence[str], split: Split) -> None:
+def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None) -> None:
     """Refuse teachers of which one has seen the fold that it is to teach, or whose folds leave out a class.
 
-    Reads every label of the split. What a run has seen is known from its recipe, `fold = "i/K"`, and the digest of the
-    split that it was trained on.
+    Reads every label of the split. What a run has seen is known from its recipe, `fold = "i/K"` and `folds-by`, and the
+    digest of the split that it was trained on.
+
+    Args:
+        by: the pattern of the sequences that folds keep whole.
     Raises: MismatchError, RecipeError.
     """
     folds = len(origins)
-    check_folds(split, folds)
-    for fold, origin in enumerate(origins):
+    check_folds(split, folds, by)
+    for number, origin in enumerate(origins):
+        wanted = Fold(number, folds, by)
         run = Run.open(origin)
         if run.recipe is None:
             raise RecipeError(
@@ -96,13 +105,14 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
                 received=f"{run.folder / RECIPE}, which is not there",
                 remedy="give the --out of train-teacher --fold I/K",
             )
-        left_out = run.recipe.get("fold")
-        if left_out is None or parse_fold(str(left_out)) != (fold, folds):
+        left_out = fold_left_out(run.recipe)
+        if left_out != wanted:
             raise MismatchError(
                 "the teacher of a fold was trained without it: --teacher number I, from 0, of K with --fold I/K",
-                received=f"{origin}, number {fold} of {folds}, "
+                received=f"{origin}, number {number} of {folds}{_sequences(by)}, "
                 + (f"has fold {left_out}" if left_out else "has seen all folds"),
-                remedy=f"kdcache train-teacher --fold {fold}/{folds} --out ..., and give the runs in this order",
+                remedy=f"kdcache train-teacher --fold {number}/{folds}{_sequences(by)} --out ..., and give the runs in "
+                "this order",
             )
         if run.model.trained_on != f"data {split.digest()}":
             raise MismatchError(
@@ -114,10 +124,17 @@ def check_cross_fit(origins: Sequence[str], split: Split) -> None:
 
 def folds_of_split(teacher: Teacher, split: Split) -> Sequence[int] | None:
     """The number of the teacher that predicts each sample of a split; None when all predict together."""
-    return None if teacher.folds is None else split.folds(teacher.folds).tolist()
+    return None if teacher.folds is None else split.folds(teacher.folds, teacher.folds_by).tolist()
 
 
-def _check_counts(origins: Sequence[str], weights: Sequence[float] | None, folds: int | None) -> None:
+def _sequences(by: str | None) -> str:
+    return "" if by is None else f" --folds-by '{by}'"
+
+
+def _check_counts(
+    origins: Sequence[str], weights: Sequence[float] | None, folds: int | None, folds_by: str | None
+) -> None:
+    check_folds_by(folds_by, folds=folds is not None)
     if folds is None:
         return
     if folds < 2 or folds != len(origins):

@@ -29,6 +29,7 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
         members=_members(model),
         tta=_augmented(model),
         folds=teacher.folds,
+        folds_by=teacher.folds_by,
         trainings=teacher.trainings,
         probe=tuple(float(f"{value:.6g}") for value in pooled.tolist()),
     )

@@ -33,6 +33,7 @@ class Teacher:
         class_map: data class of each of its own classes (-1 dropped), when it was mapped.
         notes: what a user should know, such as auxiliary heads that were left out.
         folds: how many folds the members of an ensemble divide among them; None when their probabilities are averaged.
+        folds_by: the pattern of the sequences that these folds keep whole; None for folds by id.
         trainings: of each member, or of the one model, as far as it is a run that records it; empty when not looked up.
     """
 
@@ -42,6 +43,7 @@ class Teacher:
     class_map: tuple[int, ...] | None = None
     notes: tuple[str, ...] = field(default=())
     folds: int | None = None
+    folds_by: str | None = None
     trainings: tuple[Training | None, ...] = ()
 
     def model_for(self, fold: int | None) -> SegmentationModel:

@@ -1,6 +1,9 @@
 """The training of a teacher that is a run: on which samples, and which fold of them it left out."""
 
-from kdcache.data import parse_fold
+from collections.abc import Mapping
+from typing import Any
+
+from kdcache.data import Fold, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.run_folder import Run
 from kdcache.store.format.manifest_models import Training
@@ -14,7 +17,15 @@ def training_of(run: Run) -> Training | None:
     try:
         if run.recipe is None:
             return None
-        fold = run.recipe.get("fold")
-        return Training(ids_digest=digest, fold=None if fold is None else parse_fold(str(fold)))
+        fold = fold_left_out(run.recipe)
+        if fold is None:
+            return Training(ids_digest=digest)
+        return Training(ids_digest=digest, fold=(fold.number, fold.folds), folds_by=fold.by)
     except (RecipeError, ValueError):  # a teacher needs no recipe: it is only not known then
         return None
+
+
+def fold_left_out(recipe: Mapping[str, Any]) -> Fold | None:
+    """The fold that a run with this recipe was trained without. Raises: RecipeError for one that is malformed."""
+    fold, by = recipe.get("fold"), recipe.get("folds-by")
+    return None if fold is None else parse_fold(str(fold), None if by is None else str(by))

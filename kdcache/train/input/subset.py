@@ -8,7 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kdcache.data import folds_of, id_hash
+import numpy as np
+
+from kdcache.data import Fold, id_hash
 from kdcache.errors import RecipeError
 
 
@@ -25,13 +27,13 @@ class Part:
 
     Attributes:
         samples, labels: a number, or below 1 a share; None is all.
-        without: (i, K) leaves out fold i of K.
+        without: the fold that is left out.
         views: replays the first `views` views of a store; None is all.
     """
 
     samples: float | None = None
     labels: float | None = None
-    without: tuple[int, int] | None = None
+    without: Fold | None = None
     views: int | None = None
 
     @property
@@ -44,13 +46,8 @@ class Part:
         numbers = range(len(ids))
         if self.whole:
             return Selection(numbers, numbers)
-        if self.without is not None:
-            fold, folds = self.without
-            fold_of = folds_of(ids, folds)
-            ranked = [number for number in numbers if fold_of[number] != fold]
-        else:
-            ranked = list(numbers)
-        ranked.sort(key=lambda number: (id_hash(ids[number]), ids[number]))
+        seen = numbers if self.without is None else np.flatnonzero(~self.without.holds(ids)).tolist()
+        ranked = sorted(seen, key=lambda number: (id_hash(ids[number]), ids[number]))
         used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
         labelled = used[: _count("--limit-labels", self.labels, len(used))]
         return Selection(sorted(used), frozenset(labelled))

@@ -25,6 +25,16 @@ def test_a_training_left_out_what_is_part_of_its_fold(fold, asked, left_out) -> 
     assert Training(ids_digest="0", fold=fold).left_out(*asked) is left_out
 
 
+def test_folds_of_sequences_are_no_folds_of_ids() -> None:
+    half = Training(ids_digest="0", fold=(0, 2), folds_by="^.")
+    assert half.left_out(0, 2, "^.")
+    assert not any(
+        (half.left_out(0, 2), half.left_out(0, 2, "^.."), half.left_out(0, 4, "^."), half.left_out(1, 2, "^."))
+    )
+    with pytest.raises(ValueError, match="without a fold"):
+        Training(ids_digest="0", folds_by="^.")
+
+
 @pytest.mark.parametrize(
     ("crop", "low", "beyond"),
     [

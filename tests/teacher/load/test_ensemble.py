@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kdcache.data import Window, folds_of, open_split, render
 from kdcache.distill import DistillLoss
-from kdcache.errors import MismatchError, ModelError, RecipeError
+from kdcache.errors import MismatchError, ModelError, RecipeError, StoreError
 from kdcache.models import EnsembleModel, Tta
 from kdcache.models.run import write_run_model, write_weights
 from kdcache.run_folder import RunModel
@@ -438,6 +438,32 @@ def test_teachers_that_have_seen_their_fold(tmp_path, runs, folder_data, options
     with pytest.raises(RecipeError, match="agreement is that of several") as caught:
         plan_manifest(TeacherProbe(split, teacher, options(statistics=("agreement",))))
     assert "predicts its own fold" in caught.value.received
+
+
+def test_folds_of_whole_sequences(tmp_path, runs, folder_data, options) -> None:
+    split, by = open_split(folder_data, "train"), "(.)$"
+    with pytest.raises(MismatchError, match="trained without it") as caught:
+        check_cross_fit(runs, split, by)
+    assert "--folds-by '(.)$', has fold 0/3" in caught.value.received
+    for run in runs:
+        recipe = Path(run, "recipe.toml")
+        recipe.write_text(f"{recipe.read_text()}folds-by = '{by}'\n")
+    check_cross_fit(runs, split, by)
+    with pytest.raises(MismatchError, match="trained without it"):
+        check_cross_fit(runs, split)
+    with pytest.raises(RecipeError, match="--folds-by"):
+        load_teachers(runs, split.classes, folds_by=by)
+    teacher = load_teachers(runs, split.classes, folds=3, folds_by=by)
+    build_cache(split, teacher, tmp_path / "s.zarr", options())
+    cache = open_cache(tmp_path / "s.zarr")
+    assert cache.column("fold").tolist() == folds_of(split.ids, 3, by).tolist() != folds_of(split.ids, 3).tolist()
+    about = cache.manifest.teacher
+    assert (about.folds, about.folds_by) == (3, by)
+    assert about.trainings[1] == Training(ids_digest=split.digest(), fold=(1, 3), folds_by=by)
+    assert load_like(about, runs, split.classes).folds_by == by
+    assert about.differences(about.model_copy(update={"folds_by": None})) == ["folds_by: (.)$ against None"]
+    with pytest.raises(StoreError, match="the inputs that it was begun with"):
+        build_cache(split, load_teachers(runs, split.classes, folds=3), tmp_path / "s.zarr", options())
 
 
 @pytest.mark.slow

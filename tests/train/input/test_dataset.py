@@ -19,7 +19,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, default_collate
 
-from kdcache.data import IGNORE_INDEX, OUTSIDE_RGB, Augmentation, open_split, write_scenes
+from kdcache.data import IGNORE_INDEX, OUTSIDE_RGB, Augmentation, Fold, open_split, write_scenes
 from kdcache.distill import Batch, DistillLoss
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
@@ -391,7 +391,7 @@ def test_a_part_takes_its_own_views(make_cache: Callable) -> None:
     """Numbers of drawn samples are not those of the store's."""
     cache = open_cache(make_cache(views=2))
     whole = CacheDataset(cache, augment="replay")
-    part = CacheDataset(cache, augment="replay", part=Part(without=(0, 2)))
+    part = CacheDataset(cache, augment="replay", part=Part(without=Fold(0, 2)))
     assert 0 < len(part) < len(whole)
     assert part.indices != whole.indices[: len(part)]
     for index, number in enumerate(part.indices):
@@ -412,7 +412,7 @@ def test_a_view_is_replayed_whole_from_store_source_memory_and_device(
     split, path = open_split(scenes, "train"), "features/head"
     stored, source = (open_cache(make_cache(features=("head",), pixels=p, **VIEWS[name])) for p in ("stored", "source"))
     still: dict[str, object] = {"augment": "replay", "augmentation": Augmentation.off(), "extras": (path,)}
-    still["part"] = Part(without=(0, 2))
+    still["part"] = Part(without=Fold(0, 2))
     datasets = [
         CacheDataset(stored, **still),
         CacheDataset(Records(source, split), **still),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.data import folds_of, open_split
+from kdcache.data import Fold, folds_of, open_split
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.store import open_cache
 from kdcache.train import CacheDataset, LabelledDataset
@@ -47,9 +47,9 @@ def test_a_share_is_the_nearest_number_and_at_least_one_sample_is_one() -> None:
 
 def test_a_fold_is_left_out_first() -> None:
     folds = folds_of(IDS, 5)
-    selection = Part(without=(2, 5)).choose(IDS).samples
+    selection = Part(without=Fold(2, 5)).choose(IDS).samples
     assert selection == np.flatnonzero(folds != 2).tolist()
-    assert set(Part(without=(2, 5), samples=0.5).choose(IDS).samples) <= set(selection)
+    assert set(Part(without=Fold(2, 5), samples=0.5).choose(IDS).samples) <= set(selection)
 
 
 @pytest.mark.parametrize("part", [Part(samples=51), Part(samples=0.001), Part(samples=10, labels=11)])

@@ -1,0 +1,215 @@
+"""Sequences of samples, such as the frames of a video: folds of whole ones, and those that judge and training share.
+
+Frames of one video are alike: a model that has learnt from the neighbours of a frame is judged too well on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.errors import RecipeError
+
+MOST_FOLDS = 255
+EXAMPLE = "'^(.+)_', what stands before the last _"
+_LAST_NUMBER = re.compile(r"(.*[^0-9]|)([0-9]{1,18})([^0-9]*)", re.DOTALL)
+
+
+class SharedSequence(NamedTuple):
+    """A sequence of which some samples are judged and others trained on, with the numbers of both."""
+
+    name: str
+    judged: int
+    trained: int
+
+
+def sequence_pattern(text: str) -> re.Pattern[str]:
+    """Compile the pattern of `--folds-by`. Raises: RecipeError for a text that is no regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise RecipeError(
+            "--folds-by is a regular expression, whose match in a sample's id names the sequence",
+            received=f"{text!r}: {error}",
+            remedy=f"for instance {EXAMPLE}",
+        ) from error
+
+
+def check_folds_by(by: str | None, *, folds: bool) -> None:
+    """Check `--folds-by`. Raises: RecipeError for a text that is no regular expression, or where there are no folds."""
+    if by is not None:
+        sequence_pattern(by)
+        if not folds:
+            raise RecipeError(
+                "--folds-by names the samples that stay together in a fold",
+                received=f"--folds-by {by!r} without folds",
+                remedy="add the folds (--fold I/K of a training, --folds K of a build), or leave out --folds-by",
+            )
+
+
+def sequences_of(ids: Sequence[str], by: str) -> list[str]:
+    """The sequence of every sample: the first group of the pattern in its id, or the whole match.
+
+    Raises: RecipeError for a text that is no regular expression, or that does not name the sequence of every id.
+    """
+    pattern = sequence_pattern(by)
+    names = [_matched(pattern, sample) for sample in ids]
+    nameless = [sample for sample, name in zip(ids, names, strict=True) if not name]
+    if nameless:
+        raise RecipeError(
+            "--folds-by matches in every id, and names a sequence there",
+            received=f"{by!r} names none in {len(nameless)} of {len(ids)} ids, such as {nameless[0]!r}",
+            remedy=f"give a pattern that fits all ids, for instance {EXAMPLE}",
+        )
+    return names
+
+
+def folds_of(ids: Sequence[str], folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
+    """The fold of every sample, (N,).
+
+    Without a pattern ids are ranked by a hash and dealt out in turn, so sizes differ by at most one. With a pattern
+    whole sequences are dealt out, the largest first, each to the fold with the fewest samples; then the largest fold
+    exchanges sequences with others as long as that brings their sizes closer. The hash, which also orders sequences of
+    one size, is BLAKE2b of 8 bytes, keyed with `kdcache folds`, over the id or name in UTF-8: neither the order of the
+    ids nor what they are called matters. A further sample may move others into another fold.
+
+    Raises: RecipeError unless there are 2 to 255 folds, and a sample or sequence for each; as `sequences_of` does.
+    """
+    if not 2 <= folds <= min(MOST_FOLDS, len(ids)):
+        raise RecipeError(
+            f"a split has 2 to {MOST_FOLDS} folds, none of them empty",
+            received=f"{folds} folds of {len(ids)} samples",
+            remedy="use --folds 2, or a number up to the samples",
+        )
+    if by is None:
+        fold_of = np.empty(len(ids), np.int64)
+        fold_of[sorted(range(len(ids)), key=lambda number: _rank(ids[number]))] = np.arange(len(ids)) % folds
+        return fold_of
+    names = sequences_of(ids, by)
+    sizes = Counter(names)
+    if len(sizes) < folds:
+        some = ", ".join(sorted(sizes)[:5]) + (", ..." if len(sizes) > 5 else "")
+        raise RecipeError(
+            "folds of whole sequences need a sequence for each fold",
+            received=f"{folds} folds of {len(sizes)} sequences, which --folds-by {by!r} names: {some}",
+            remedy=f"use up to {len(sizes)} folds, or a pattern that names shorter sequences"
+            if len(sizes) > 1
+            else "give a pattern that names shorter sequences, or leave out --folds-by",
+        )
+    fold_of_sequence = {name: fold for fold, part in enumerate(_deal(sizes, folds)) for name in part}
+    return np.array([fold_of_sequence[name] for name in names], np.int64)
+
+
+def shared_sequences(
+    data: Sequence[str], used: Sequence[int], judged: Sequence[str], by: str | None = None
+) -> list[SharedSequence]:
+    """The sequences of which some samples are trained on and others judged.
+
+    A pattern names the sequences; ids without a match have none. Without a pattern, ids that differ in their last
+    number alone are a sequence where these numbers seem to be those of frames:
+
+    - the training data, or what is judged, has four or more of them, and at least half of the steps from one to the
+      next are equal (photographs out of a larger collection have irregular numbers);
+    - they are more than a count of the training data, which rises by 1 through all of it;
+    - no id is trained on and judged alike (a count that begins anew in every split).
+
+    Args:
+        data: ids of the training data, of which those with the numbers `used` are trained on.
+        judged: ids of the samples that the training is judged on.
+    Raises: RecipeError for a text that is no regular expression.
+    """
+    trained = {data[number] for number in used}
+    sequence_of = _numbered(data, trained, judged) if by is None else _named({*trained, *judged}, by)
+    of_judge, of_training = (
+        Counter(sequence_of[sample] for sample in samples if sample in sequence_of) for samples in (judged, trained)
+    )
+    names = sorted(of_judge.keys() & of_training.keys())
+    return [SharedSequence(name, of_judge[name], of_training[name]) for name in names]
+
+
+def _matched(pattern: re.Pattern[str], sample: str) -> str:
+    match = pattern.search(sample)
+    return "" if match is None else match[min(1, pattern.groups)] or ""
+
+
+def _named(ids: set[str], by: str) -> dict[str, str]:
+    pattern = sequence_pattern(by)
+    return {sample: name for sample in ids if (name := _matched(pattern, sample))}
+
+
+def _numbered(data: Sequence[str], trained: set[str], judged: Sequence[str]) -> dict[str, str]:
+    """Sample -> its sequence, an id with * for its last number, of ids in both that number frames."""
+    of_data, of_judge = _by_last_number(data), _by_last_number(judged)
+    sequence_of: dict[str, str] = {}
+    for before, after in of_data.keys() & of_judge.keys():
+        frames, judged_frames = of_data[before, after], of_judge[before, after]
+        step = _usual_step(frames.values())
+        count = step == 1 and len(frames) == len(data)
+        both = any(sample in trained for sample in judged_frames)
+        if not count and not both and (step or _usual_step(judged_frames.values())):
+            sequence_of |= dict.fromkeys((*frames, *judged_frames), f"{before}*{after}")
+    return sequence_of
+
+
+def _by_last_number(ids: Sequence[str]) -> dict[tuple[str, str], dict[str, int]]:
+    """(What is before the last number, what is after it) -> sample -> that number."""
+    numbers: dict[tuple[str, str], dict[str, int]] = {}
+    for sample in ids:
+        if (match := _LAST_NUMBER.fullmatch(sample)) is not None:
+            numbers.setdefault((match[1], match[3]), {})[sample] = int(match[2])
+    return numbers
+
+
+def _usual_step(numbers: Collection[int]) -> int | None:
+    """The step that at least half of the numbers make to the next one; None for irregular ones, or fewer than four."""
+    if len(numbers) < 4:
+        return None
+    step, times = Counter(second - first for first, second in pairwise(sorted(numbers))).most_common(1)[0]
+    return step if 2 * times >= len(numbers) - 1 else None
+
+
+def _deal(sizes: Mapping[str, int], folds: int) -> list[list[str]]:
+    """The sequences of each fold, from the samples of each sequence."""
+    parts: list[list[str]] = [[] for _ in range(folds)]
+    fullness = [(0, fold) for fold in range(folds)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], *_rank(name))):
+        samples, fold = fullness[0]
+        parts[fold].append(name)
+        heapq.heapreplace(fullness, (samples + sizes[name], fold))
+    while True:
+        *others, fullest = sorted(parts, key=lambda part: sum(sizes[name] for name in part))
+        if not any(_exchange(sizes, fullest, part) for part in others):
+            return parts
+
+
+def _exchange(sizes: Mapping[str, int], large: list[str], small: list[str]) -> bool:
+    """Exchange a sequence of the large part for a smaller one, or none, of the small part; False if none helps."""
+    gap = sum(sizes[name] for name in large) - sum(sizes[name] for name in small)
+    outgoing, incoming = ({sizes[name]: name for name in reversed(part)} for part in (large, small))
+    exchanges = [
+        (abs(gap - 2 * (lost - gained)), lost, gained)
+        for lost in outgoing
+        for gained in (0, *incoming)
+        if 0 < lost - gained < gap
+    ]
+    if not exchanges:
+        return False
+    _, lost, gained = min(exchanges)
+    large.remove(outgoing[lost])
+    small.append(outgoing[lost])
+    if gained:
+        small.remove(incoming[gained])
+        large.append(incoming[gained])
+    return True
+
+
+def _rank(sample: str) -> tuple[bytes, str]:
+    return hashlib.blake2b(sample.encode(), digest_size=8, key=b"kdcache folds").digest(), sample
