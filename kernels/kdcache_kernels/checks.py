@@ -193,24 +193,13 @@ def check_target(target: PackedTarget, num_classes: int, batch: int, device: tor
         )
 
 
-def check_weight(name: str, value: Tensor | float, device: torch.device) -> None:
-    """Refuse the weight of a term that is neither a number of at least 0 nor a 0-dimensional tensor.
+def check_scalar(name: str, value: Tensor | float | None, device: torch.device, example: str) -> None:
+    """Refuse what is neither a number of at least 0 nor a 0-dimensional tensor on the device. None passes.
 
     Raises: ShapeError, ValueRangeError.
     """
     if isinstance(value, Tensor):
-        check_tensor(name, value, (), (), device, "Pass a 0-dimensional tensor, such as a scheduled weight.")
-    else:
-        check_number(name, value)
-
-
-def check_denominator(name: str, value: Tensor | float | None, device: torch.device) -> None:
-    """Refuse a denominator that is neither a number of at least 0 nor a 0-dimensional tensor on the device.
-
-    Raises: ShapeError, ValueRangeError.
-    """
-    if isinstance(value, Tensor):
-        check_tensor(name, value, (), (), device, "Pass a 0-dimensional tensor, such as a sum reduced over ranks.")
+        check_tensor(name, value, (), (), device, f"Pass a 0-dimensional tensor, such as {example}.")
     elif value is not None:
         check_number(name, value)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ShapeError, ValueRangeError
-from .topk import compute_dtype, densify, pack
+from .topk import check_logits, compute_dtype, densify, pack
 
 DENSE_UP_TO = 32
 CANDIDATES = (8, 16, 32, 64)
@@ -51,7 +51,7 @@ def gradient_error(
             received=f"{temperature}",
             remedy="Measure at T = 1 and T = 2.",
         )
-    values, indices, tail = pack(logits_BChw, k)
+    check_logits(logits_BChw, k)
     num_classes = logits_BChw.shape[1]
     dtype = compute_dtype(logits_BChw.dtype)
     generator = torch.Generator().manual_seed(SEED)
@@ -61,18 +61,12 @@ def gradient_error(
         image_1CHW = F.interpolate(image_1Chw, size, mode="bilinear", align_corners=align_corners)
         return (image_1CHW / temperature).softmax(1)
 
-    for sample in range(logits_BChw.shape[0]):
-        one = slice(sample, sample + 1)
-        teacher_1Chw = logits_BChw[one].to(dtype)
+    for logits_Chw in logits_BChw.unbind():
+        logits_1Chw = logits_Chw[None]
+        teacher_1Chw = logits_1Chw.to(dtype)
         # Drawn on the CPU: the figure must not depend on the device.
         noise_1Chw = torch.randn(teacher_1Chw.shape, generator=generator, dtype=dtype).to(teacher_1Chw.device)
-        packed_1Chw = densify(
-            values[one],
-            None if indices is None else indices[one],
-            None if tail is None else tail[one],
-            num_classes,
-            dtype,
-        )
+        packed_1Chw = densify(*pack(logits_1Chw, k), num_classes, dtype)
         exact_1CHW = probabilities(teacher_1Chw)
         error = error + (probabilities(packed_1Chw) - exact_1CHW).double().square().sum()
         gradient = gradient + (probabilities(teacher_1Chw + noise_1Chw) - exact_1CHW).double().square().sum()

@@ -7,6 +7,8 @@
 They are laid out as kdcache's own errors are, without importing them: this package knows tensors only.
 """
 
+from functools import partial
+
 
 class KernelError(ValueError):
     """Base of every error that kdcache_kernels raises on purpose.
@@ -27,12 +29,8 @@ class KernelError(ValueError):
         return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.rule, self.received, self.remedy)
-
-
-def _rebuild(kind: type[KernelError], rule: str, received: str, remedy: str) -> KernelError:
-    """Let an error cross a process boundary (a DataLoader worker) with its parts."""
-    return kind(rule, received=received, remedy=remedy)
+        """Let an error cross a process boundary (a DataLoader worker) with its parts."""
+        return partial(type(self), received=self.received, remedy=self.remedy), (self.rule,)
 
 
 class ShapeError(KernelError):

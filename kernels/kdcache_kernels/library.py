@@ -13,6 +13,7 @@ Legend: B batch, C classes, k kept classes, H W label size, h w the logits' own 
 """
 
 import importlib
+from collections.abc import Iterable
 from typing import Any, get_type_hints
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import checks
 from .problem import LossProblem, LossResult, gradient_dtype
 from .reference import LossParts
-from .topk import PackedTarget, index_dtype
+from .topk import PackedTarget, argmax_dtype, index_dtype
 
 FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
 """The sub-package of each family."""
@@ -52,32 +53,41 @@ _ARGUMENTS = (*_PROBLEM_TYPES, *(f"target_{name}" for name in _TARGET_TYPES))
 """The loss's arguments by position, but for the family. Those of the target are None where there is none."""
 
 
-def _loss_schema() -> str:
-    types = (*_PROBLEM_TYPES.values(), *(kind.removesuffix("?") + "?" for kind in _TARGET_TYPES.values()))
-    arguments = ", ".join(f"{kind} {name}" for kind, name in zip(types, _ARGUMENTS, strict=True))
-    return f"(str family, {arguments}) -> (Tensor, Tensor, Tensor, Tensor)"
+def _schema(types: Iterable[str], names: Iterable[str]) -> str:
+    return ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
+
+
+_LOSS_TYPES = (*_PROBLEM_TYPES.values(), *(kind.removesuffix("?") + "?" for kind in _TARGET_TYPES.values()))
+_LOSS_SCHEMA = f"(str family, {_schema(_LOSS_TYPES, _ARGUMENTS)}) -> (Tensor, Tensor, Tensor, Tensor)"
+_TARGET_SCHEMA = _schema(_TARGET_TYPES.values(), _TARGET_TYPES)
+_ARGMAX_SCHEMA = f"(str family, {_TARGET_SCHEMA}, Tensor? window, Tensor? flip, SymInt[] size) -> (Tensor, Tensor)"
+
+
+def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
+    """Return a target as the operators take it: the values of its fields. A gradient reaches the student alone."""
+    values = (getattr(target, name, None) for name in _TARGET_TYPES)
+    return tuple(value.detach() if isinstance(value, Tensor) else value for value in values)
 
 
 def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
     """Return the problem as the operator takes it: the values of `_ARGUMENTS`, in their order."""
-    target = [getattr(problem.target, name, None) for name in _TARGET_TYPES]
-    # A gradient reaches the student alone. The problem's own tensors are detached already.
-    target = [value.detach() if isinstance(value, Tensor) else value for value in target]
-    return (*(getattr(problem, name) for name in _PROBLEM_TYPES), *target)
+    return (*(getattr(problem, name) for name in _PROBLEM_TYPES), *target_arguments(problem.target))
+
+
+def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
+    """Return an operator's arguments as it was called with: the dispatcher turns tuples into lists."""
+    return [tuple(value) if isinstance(value, list) else value for value in arguments]
 
 
 def _loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
     """Return the problem whose `loss_arguments` these are."""
-    # The dispatcher turns tuples into lists.
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in zip(_ARGUMENTS, arguments, strict=True)
-    }
-    target = {name: fields.pop(f"target_{name}") for name in _TARGET_TYPES}
-    return LossProblem(target=None if target["values"] is None else PackedTarget(**target), **fields)
+    values = _with_tuples(arguments)
+    fields = dict(zip(_PROBLEM_TYPES, values, strict=False))
+    target = values[len(fields) :]
+    return LossProblem(target=None if target[0] is None else PackedTarget(*target), **fields)
 
 
-@torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_loss_schema())
+@torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_LOSS_SCHEMA)
 def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, ce, kl, gradient); see `LossProblem` and `LossResult`."""
     problem = _loss_problem(arguments)
@@ -191,38 +201,17 @@ def _(values: Tensor, indices: Tensor, tail: Tensor, num_classes: int, family: s
     return values.new_empty((B, num_classes, h, w), dtype=torch.float32)
 
 
-@torch.library.custom_op("kdcache::argmax_confidence", mutates_args=())
-def argmax_confidence(
-    values: Tensor,
-    indices: Tensor | None,
-    tail: Tensor | None,
-    window: Tensor | None,
-    flip: Tensor | None,
-    num_classes: int,
-    view_size: list[int],
-    align_corners: bool,
-    size: list[int],
-    family: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("kdcache::argmax_confidence", mutates_args=(), schema=_ARGMAX_SCHEMA)
+def argmax_confidence(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Return (argmax, confidence) as `kdcache_kernels.target_argmax_confidence` does."""
-    target = PackedTarget(values, indices, tail, num_classes, (view_size[0], view_size[1]), align_corners)
-    ids, confidence = _module(family, "argmax").argmax_confidence(target, (size[0], size[1]), window, flip)
+    *fields, window, flip, size = _with_tuples(arguments)
+    ids, confidence = _module(family, "argmax").argmax_confidence(PackedTarget(*fields), size, window, flip)
     return ids, confidence
 
 
 @argmax_confidence.register_fake
-def _(
-    values: Tensor,
-    indices: Tensor | None,
-    tail: Tensor | None,
-    window: Tensor | None,
-    flip: Tensor | None,
-    num_classes: int,
-    view_size: list[int],
-    align_corners: bool,
-    size: list[int],
-    family: str,
-) -> tuple[Tensor, Tensor]:
-    shape = (values.shape[0], size[0], size[1])
-    ids = values.new_empty(shape, dtype=torch.uint8 if num_classes <= 256 else torch.int16)
+def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    (values, _, _, num_classes), size = arguments[:4], arguments[-1]
+    shape = (values.shape[0], *size)
+    ids = values.new_empty(shape, dtype=argmax_dtype(num_classes))
     return ids, values.new_empty(shape, dtype=torch.float16)

@@ -109,16 +109,16 @@ def distill_loss(
     device = student_logits_BChw.device
     family = choose_implementation(impl, device, student_logits_BChw.dtype)
     checks.check_number("temperature", temperature, above_zero=True)
-    checks.check_weight("ce_weight", ce_weight, device)
-    checks.check_weight("kl_weight", kl_weight, device)
+    checks.check_scalar("ce_weight", ce_weight, device, "a scheduled weight")
+    checks.check_scalar("kl_weight", kl_weight, device, "a scheduled weight")
     size = checks.check_size(labels_BHW, size)
     remedy = "Pass one value per pixel of the label."
     checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
     checks.check_tensor("pixel_weight_BHW", pixel_weight_BHW, (B, *size), (), device, remedy)
     checks.check_class_weight(class_weight, num_classes, device)
     checks.check_window(window_B4, flip_B, B, device)
-    checks.check_denominator("ce_denominator", ce_denominator, device)
-    checks.check_denominator("kl_denominator", kl_denominator, device)
+    checks.check_scalar("ce_denominator", ce_denominator, device, "a sum reduced over ranks")
+    checks.check_scalar("kl_denominator", kl_denominator, device, "a sum reduced over ranks")
     if target is not None:
         checks.check_target(target, num_classes, B, device)
     use_ce = labels_BHW is not None and (isinstance(ce_weight, Tensor) or ce_weight > 0)
@@ -232,19 +232,10 @@ def target_argmax_confidence(
     family = choose_implementation(impl, target.device, torch.float32)
     if family == "reference":
         return argmax_confidence_reference(target, size, window_B4, flip_B)
-    argmax_BHW, confidence_BHW = library.argmax_confidence(
-        target.values,
-        target.indices,
-        target.tail,
-        window_B4,
-        flip_B,
-        num_classes=target.num_classes,
-        view_size=target.view_size,
-        align_corners=target.align_corners,
-        size=size,
-        family=family,
+    result: tuple[Tensor, Tensor] = library.argmax_confidence(
+        family, *library.target_arguments(target), window_B4, flip_B, size
     )
-    return argmax_BHW, confidence_BHW
+    return result
 
 
 @torch.no_grad()

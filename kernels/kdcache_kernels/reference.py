@@ -14,7 +14,7 @@ it apart from the usual two lines around `F.kl_div`:
 Legend: B batch, C classes, H W label size, h w the student's or the target's own size.
 """
 
-from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import LossProblem
-from .topk import PackedTarget, compute_dtype
+from .topk import PackedTarget, argmax_dtype, compute_dtype
 from .window import Size, ViewPositions, resample, view_positions, window_misses_view
 
 
@@ -211,37 +211,19 @@ def argmax_confidence_reference(
     target: PackedTarget, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Compute what `kdcache_kernels.target_argmax_confidence` documents; O(C*H*W): one image at a time."""
-    B = target.batch_size
-    dtype = torch.uint8 if target.num_classes <= 256 else torch.int16
-    argmax_BHW = torch.empty((B, *size), dtype=dtype, device=target.device)
-    confidence_BHW = torch.empty((B, *size), dtype=torch.float16, device=target.device)
-    for sample in range(B):
-        logits_CHW, lost_HW, inside_HW = _upsampled_image(target, sample, size, window_B4, flip_B)
-        largest_HW, ids_HW = logits_CHW.max(0)
-        argmax_BHW[sample] = ids_HW
-        probability_HW = (largest_HW - logits_CHW.logsumexp(0)).exp()
-        probability_HW = probability_HW.masked_fill(lost_HW, torch.nan).masked_fill(~inside_HW, 0)
-        confidence_BHW[sample] = probability_HW
+    shape = (target.batch_size, *size)
+    argmax_BHW = torch.empty(shape, dtype=argmax_dtype(target.num_classes), device=target.device)
+    confidence_BHW = torch.empty(shape, dtype=torch.float16, device=target.device)
+    for one in (slice(sample, sample + 1) for sample in range(target.batch_size)):
+        window_14, flip_1 = (None if tensor is None else tensor[one] for tensor in (window_B4, flip_B))
+        with torch.autocast(target.device.type, enabled=False):
+            positions = view_positions(window_14, flip_1, target.view_size, size, target.device)
+            image = target.map(itemgetter(one))
+            logits_1CHW, lost_1HW = _Upsampled.of_target(image, positions, size, torch.float32, 1.0)
+        largest_1HW, argmax_BHW[one] = logits_1CHW.max(1)
+        probability_1HW = (largest_1HW - logits_1CHW.logsumexp(1)).exp()
+        confidence_BHW[one] = probability_1HW.masked_fill(lost_1HW, torch.nan).masked_fill(~positions.inside(), 0)
     return argmax_BHW, confidence_BHW
-
-
-def _upsampled_image(
-    target: PackedTarget, sample: int, size: Size, window_B4: Tensor | None, flip_B: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one sample's (C, H, W) float32 logits, and which (H, W) pixels are lost and in the view."""
-    one = slice(sample, sample + 1)
-    part = replace(
-        target,
-        values=target.values[one],
-        indices=None if target.indices is None else target.indices[one],
-        tail=None if target.tail is None else target.tail[one],
-    )
-    window_14 = None if window_B4 is None else window_B4[one]
-    flip_1 = None if flip_B is None else flip_B[one]
-    with torch.autocast(target.device.type, enabled=False):
-        positions = view_positions(window_14, flip_1, target.view_size, size, target.device)
-        teacher = _Upsampled.of_target(part, positions, size, torch.float32, 1.0)
-    return teacher.logits[0], teacher.lost[0], positions.inside()[0]
 
 
 def kl_pixels(

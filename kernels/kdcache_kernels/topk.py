@@ -10,6 +10,7 @@ Legend: B batch, C classes, k kept classes, h w target pixels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,16 +77,13 @@ class PackedTarget:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedTarget":
         """Return the same target with its tensors on `device`; `non_blocking` as in `Tensor.to`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            values=self.values.to(device, non_blocking=non_blocking),
-            indices=move(self.indices),
-            tail=move(self.tail),
-        )
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedTarget":
+        """Return the target with `function` of each of its tensors in the tensor's place."""
+        tensors = {"values": self.values, "indices": self.indices, "tail": self.tail}
+        changes = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **changes)  # type: ignore[arg-type]
 
     def densify(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (B, C, h, w) logits; see `kdcache_kernels.densify`."""
@@ -142,6 +140,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def index_dtype(num_classes: int) -> torch.dtype:
     """Return the dtype of stored class ids."""
     return torch.uint8 if num_classes <= 256 else torch.uint16
+
+
+def argmax_dtype(num_classes: int) -> torch.dtype:
+    """Return the dtype of class ids that a comparison takes, which uint16 does not."""
+    return torch.uint8 if num_classes <= 256 else torch.int16
 
 
 def check_logits(logits_BChw: Tensor, k: int) -> None:

@@ -88,6 +88,15 @@ def window_misses_view(window_B4: Tensor, view_size: Size) -> Tensor:
     return (y0_B >= view_size[0]) | (x0_B >= view_size[1]) | (y1_B <= 0) | (x1_B <= 0)
 
 
+def source_cells(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool) -> Tensor:
+    """Return positions in cells of an axis, from those in pixels of the view; arguments as in `hat_matrix`."""
+    if not align_corners:
+        return position_BN * n_in / n_view - 0.5
+    if n_view == 1:
+        return torch.zeros_like(position_BN)
+    return (position_BN - 0.5) * (n_in - 1) / (n_view - 1)
+
+
 def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool, dtype: torch.dtype) -> Tensor:
     """Return the (B, N, n) bilinear weights of positions on one axis of a view.
 
@@ -101,12 +110,7 @@ def hat_matrix(position_BN: Tensor, n_view: int, n_in: int, align_corners: bool,
     Returns: rows that sum to 1 with at most two entries that are not 0; beyond the last centre the edge
         repeats.
     """
-    if not align_corners:
-        source_BN = position_BN * n_in / n_view - 0.5
-    elif n_view == 1:
-        source_BN = torch.zeros_like(position_BN)
-    else:
-        source_BN = (position_BN - 0.5) * (n_in - 1) / (n_view - 1)
+    source_BN = source_cells(position_BN, n_view, n_in, align_corners)
     cell_n = torch.arange(n_in, dtype=torch.float64, device=position_BN.device)
     source_BN1 = source_BN.clamp(0, n_in - 1)[..., None]
     return (1 - (source_BN1 - cell_n).abs()).clamp_min(0).to(dtype)

@@ -79,9 +79,9 @@ def test_opcheck_of_the_others(backend):
     for k in (2, C):
         torch.library.opcheck(library.pack, (logits, k, backend.impl))
     torch.library.opcheck(library.densify, (*parts, C, backend.impl))
-    geometry = (None, None, C, SIZE, False, SIZE)
-    torch.library.opcheck(library.argmax_confidence, (*parts, *geometry, backend.impl))
-    torch.library.opcheck(library.argmax_confidence, (logits.half(), None, None, *geometry, backend.impl))
+    for one in (target, PackedTarget(logits.half(), None, None, C, SIZE)):
+        arguments = (backend.impl, *library.target_arguments(one), None, None, SIZE)
+        torch.library.opcheck(library.argmax_confidence, arguments)
     gradient = torch.randn(2, 3, device=backend.device)
     factor = torch.ones((), device=backend.device)
     torch.library.opcheck(library.scale_gradient, (gradient, factor, torch.float16))

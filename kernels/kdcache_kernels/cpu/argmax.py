@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..topk import PackedTarget
-from ..window import view_positions
+from ..topk import PackedTarget, argmax_dtype
+from ..window import source_cells, view_positions
 from .math import exp2, njit
 from .threads import run
 from .topk import LOG2_E, OPTIONS, block_width, densify, exact_kernel, larger
@@ -40,13 +40,7 @@ class _Taps(NamedTuple):
     @classmethod
     def of(cls, position: Tensor, n_view: int, n_in: int, align_corners: bool) -> "_Taps":
         """Compute taps as `window.hat_matrix` does. A next weight of 0 makes both cells one; NaN has weights of NaN."""
-        if not align_corners:
-            source = position * n_in / n_view - 0.5
-        elif n_view == 1:
-            source = torch.zeros_like(position)
-        else:
-            source = (position - 0.5) * (n_in - 1) / (n_view - 1)
-        source = source.clamp(0, n_in - 1)
+        source = source_cells(position, n_view, n_in, align_corners).clamp(0, n_in - 1)
         cell = source.floor()
         weight, next_weight = 1 - (source - cell), 1 - (cell + 1 - source)
         cell = cell.nan_to_num(0)
@@ -149,4 +143,4 @@ def argmax_confidence(
             _Taps.of(positions.x, target.view_size[1], w, target.align_corners),
             *(block_width(num_classes, size[1]), argmax_BHW.numpy(), confidence_BHW.numpy()),
         )
-    return argmax_BHW.to(torch.uint8 if num_classes <= 256 else torch.int16), confidence_BHW.half()
+    return argmax_BHW.to(argmax_dtype(num_classes)), confidence_BHW.half()

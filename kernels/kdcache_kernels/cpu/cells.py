@@ -60,25 +60,27 @@ def _target_nodes(c, n, above, below, fraction, student, lead, root):
 
 
 @njit(**OPTIONS)
+def _pixels(c, k, root, e, sums):
+    """Write the exponentials of class c at the four pixels of span k, and add them to the sums."""
+    e0, e1, e2, e3 = _span(root[k], root[k + 1])
+    e[c, k], e[c, TILE + k], e[c, 2 * TILE + k], e[c, 3 * TILE + k] = e0, e1, e2, e3
+    sums[k] += e0
+    sums[TILE + k] += e1
+    sums[2 * TILE + k] += e2
+    sums[3 * TILE + k] += e3
+    return e0, e1, e2, e3
+
+
+@njit(**OPTIONS)
 def _student_pixels(c, n, root, e, sums):
     for k in range(n):
-        e0, e1, e2, e3 = _span(root[k], root[k + 1])
-        e[c, k], e[c, TILE + k], e[c, 2 * TILE + k], e[c, 3 * TILE + k] = e0, e1, e2, e3
-        sums[k] += e0
-        sums[TILE + k] += e1
-        sums[2 * TILE + k] += e2
-        sums[3 * TILE + k] += e3
+        _pixels(c, k, root, e, sums)
 
 
 @njit(**OPTIONS)
 def _student_pixels_and_squares(c, n, root, e, sums, square_sums):
     for k in range(n):
-        e0, e1, e2, e3 = _span(root[k], root[k + 1])
-        e[c, k], e[c, TILE + k], e[c, 2 * TILE + k], e[c, 3 * TILE + k] = e0, e1, e2, e3
-        sums[k] += e0
-        sums[TILE + k] += e1
-        sums[2 * TILE + k] += e2
-        sums[3 * TILE + k] += e3
+        e0, e1, e2, e3 = _pixels(c, k, root, e, sums)
         square_sums[k] += e0 * e0
         square_sums[TILE + k] += e1 * e1
         square_sums[2 * TILE + k] += e2 * e2
@@ -88,12 +90,7 @@ def _student_pixels_and_squares(c, n, root, e, sums, square_sums):
 @njit(**OPTIONS)
 def _target_pixels(c, n, root, lead, v, sums, cross):
     for k in range(n):
-        v0, v1, v2, v3 = _span(root[k], root[k + 1])
-        v[c, k], v[c, TILE + k], v[c, 2 * TILE + k], v[c, 3 * TILE + k] = v0, v1, v2, v3
-        sums[k] += v0
-        sums[TILE + k] += v1
-        sums[2 * TILE + k] += v2
-        sums[3 * TILE + k] += v3
+        v0, v1, v2, v3 = _pixels(c, k, root, v, sums)
         a = lead[k]
         d = lead[k + 1] - a
         cross[k] += v0 * (a + _1 * d)
@@ -119,33 +116,24 @@ def _gradient_of(form):
     """
 
     @njit(**OPTIONS)
-    def student_part(e, e_1, slope_1, slope_T):
+    def pixel(c, i, id, e, e_1, v, slopes):
+        slope_1, slope_T, slope_v, hot = slopes
         if form == ONE:
-            return e * (slope_1 + slope_T)
-        if form == SQUARE:
-            return e * (slope_1 * e + slope_T)
-        return e_1 * slope_1 + e * slope_T
+            g = e[c, i] * (slope_1[i] + slope_T[i]) - v[c, i] * slope_v[i]
+        elif form == SQUARE:
+            g = e[c, i] * (slope_1[i] * e[c, i] + slope_T[i]) - v[c, i] * slope_v[i]
+        else:
+            g = e_1[c, i] * slope_1[i] + e[c, i] * slope_T[i] - v[c, i] * slope_v[i]
+        return g - (hot[i] if id == np.uint32(c) else _f(0))
 
     @njit(**OPTIONS)
-    def gradient(c, n, fraction, ids_Pn, e, e_1, v, slope_1, slope_T, slope_v, hot, pull):
-        this, nothing = np.uint32(c), _f(0)
+    def gradient(c, n, fraction, ids_Pn, e, e_1, v, slopes, pull):
         for k in range(n):
-            right, whole = nothing, nothing
-            g = student_part(e[c, k], e_1[c, k], slope_1[k], slope_T[k]) - v[c, k] * slope_v[k]
-            g -= hot[k] if ids_Pn[0, k] == this else nothing
-            right, whole = _1 * g, g
-            i = TILE + k
-            g = student_part(e[c, i], e_1[c, i], slope_1[i], slope_T[i]) - v[c, i] * slope_v[i]
-            g -= hot[i] if ids_Pn[1, k] == this else nothing
-            right, whole = right + _3 * g, whole + g
-            i = 2 * TILE + k
-            g = student_part(e[c, i], e_1[c, i], slope_1[i], slope_T[i]) - v[c, i] * slope_v[i]
-            g -= hot[i] if ids_Pn[2, k] == this else nothing
-            right, whole = right + _5 * g, whole + g
-            i = 3 * TILE + k
-            g = student_part(e[c, i], e_1[c, i], slope_1[i], slope_T[i]) - v[c, i] * slope_v[i]
-            g -= hot[i] if ids_Pn[3, k] == this else nothing
-            right, whole = right + _7 * g, whole + g
+            g0 = pixel(c, k, ids_Pn[0, k], e, e_1, v, slopes)
+            g1 = pixel(c, TILE + k, ids_Pn[1, k], e, e_1, v, slopes)
+            g2 = pixel(c, 2 * TILE + k, ids_Pn[2, k], e, e_1, v, slopes)
+            g3 = pixel(c, 3 * TILE + k, ids_Pn[3, k], e, e_1, v, slopes)
+            right, whole = _1 * g0 + _3 * g1 + _5 * g2 + _7 * g3, g0 + g1 + g2 + g3
             left = whole - right
             pull[c, k] += left - fraction * left
             pull[c, TILE + k] += right - fraction * right
@@ -168,26 +156,9 @@ def _write_nodes(c, n, pull, upper, lower):
 
 @kernel
 def cells(
-    first,
-    last,
-    student,
-    target,
-    ids,
-    weight,
-    gate,
-    starts,
-    fractions,
-    target_rows,
-    target_fractions,
-    form,
-    temperature,
-    factors,
-    use_kl,
-    need_gradient,
-    upper,
-    lower,
-    losses,
-):
+    first, last, student, target, ids, weight, gate, starts, fractions, target_rows, target_fractions,
+    form, temperature, factors, use_kl, need_gradient, upper, lower, losses,
+):  # fmt: skip
     """Do the cell rows `first` to `last`, numbered image by image.
 
     Args:
@@ -222,11 +193,8 @@ def cells(
             for y in range(starts[i], starts[i + 1]):
                 fraction = fractions[y]
                 j = target_rows[bt, y]
-                t_above, t_below, t_fraction = (
-                    target[b, j, tile],
-                    target[b, min(j + 1, ht - 1), tile],
-                    target_fractions[bt, y],
-                )
+                t_above, t_below = target[b, j, tile], target[b, min(j + 1, ht - 1), tile]
+                t_fraction = target_fractions[bt, y]
                 sum_T[:], sum_1[:] = 0, 0
                 if use_kl:
                     sum_v[:], cross[:] = 0, 0
@@ -250,13 +218,14 @@ def cells(
                 )  # fmt: skip
                 if not need_gradient:
                     continue
+                slopes = (slope_1, slope_T, slope_v, hot)
                 for c in range(C):
                     if form == ONE:
-                        _gradient_one(c, n, fraction, pixel_ids, e, e_1, v, slope_1, slope_T, slope_v, hot, pull)
+                        _gradient_one(c, n, fraction, pixel_ids, e, e_1, v, slopes, pull)
                     elif form == SQUARE:
-                        _gradient_square(c, n, fraction, pixel_ids, e, e_1, v, slope_1, slope_T, slope_v, hot, pull)
+                        _gradient_square(c, n, fraction, pixel_ids, e, e_1, v, slopes, pull)
                     else:
-                        _gradient_two(c, n, fraction, pixel_ids, e, e_1, v, slope_1, slope_T, slope_v, hot, pull)
+                        _gradient_two(c, n, fraction, pixel_ids, e, e_1, v, slopes, pull)
             for p in range(4):
                 losses[b, i, 0] += total(loss, p * TILE, n)
                 losses[b, i, 1] += total(loss, (4 + p) * TILE, n)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..window import Size, view_positions
+from ..window import Size, source_cells, view_positions
 from .math import TILE
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -121,13 +121,13 @@ def _plan(geometry: Geometry, for_cells: bool, window_B4: Tensor | None, flip_B:
     shown = view_positions(window_B4, flip_B, view, size, torch.device("cpu"))
     y, x = shown.y.numpy(), shown.x.numpy()
     aligned, target_aligned = geometry.align_corners, geometry.target_align_corners
-    columns = _sources(whole.x.numpy(), size[1], w, aligned)
-    target_columns = _sources(x, view[1], wt, target_aligned)
-    rows = Taps.of(_sources(whole.y.numpy(), size[0], h, aligned)[0], h)
+    columns = source_cells(whole.x, size[1], w, aligned).numpy()
+    target_columns = source_cells(shown.x, view[1], wt, target_aligned).numpy()
+    rows = Taps.of(source_cells(whole.y, size[0], h, aligned)[0].numpy(), h)
     fields: dict[str, Any] = {
         "student_rows": rows,
         "student_columns": Taps.of(columns[0], w),
-        "target_rows": Taps.of(_sources(y, view[0], ht, target_aligned), ht),
+        "target_rows": Taps.of(source_cells(shown.y, view[0], ht, target_aligned).numpy(), ht),
         "target_columns": Taps.of(target_columns, wt),
         "inside_y": ~((y < 0) | (y > view[0])),
         "inside_x": ~((x < 0) | (x > view[1])),
@@ -136,15 +136,6 @@ def _plan(geometry: Geometry, for_cells: bool, window_B4: Tensor | None, flip_B:
     layout = _cells if for_cells else _pixels
     columns_fields = layout(geometry, columns, target_columns)
     return None if columns_fields is None else Plan(**fields, **columns_fields)
-
-
-def _sources(position: Array, n_view: int, n_in: int, align_corners: bool) -> Array:
-    """Positions in cells of an axis, as in `window.hat_matrix`, before the clamp."""
-    if not align_corners:
-        return position * n_in / n_view - 0.5
-    if n_view == 1:
-        return np.zeros_like(position)
-    return (position - 0.5) * (n_in - 1) / (n_view - 1)
 
 
 def _cells(geometry: Geometry, columns: Array, target_columns: Array) -> dict[str, Any] | None:
