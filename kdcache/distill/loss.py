@@ -171,8 +171,8 @@ class DistillLoss(nn.Module):
             return Counts(ce, kl)
         no_logits = torch.empty((len(batch.label), 0, 1, 1), dtype=dtype, device=batch.label.device)
         term_batch = self._batch(no_logits, {}, batch, None)
-        terms = tuple(term.count(term_batch) for term in self._terms())
-        return Counts(ce, kl, terms)
+        terms = [term.count(term_batch) if term.weight > 0 else torch.zeros_like(kl) for term in self._terms()]
+        return Counts(ce, kl, tuple(terms))
 
     def forward(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> Losses:
         """Loss, and its parts before weighting: all scalars, float32.
@@ -216,14 +216,15 @@ class DistillLoss(nn.Module):
         if len(self.further) and batch.targets is not None:
             values = self._values(self._batch(logits, features, batch, gate), counts)
             for name, term, value in zip(self.names[2:], self._terms(), values, strict=True):
-                parts[name] = self._now(term.weight) * value
+                if term.weight > 0:
+                    parts[name] = self._now(term.weight) * value
         return parts
 
     def _values(self, batch: "TermBatch", counts: Counts | None) -> list[Tensor]:
-        """Values of the further terms, not weighted."""
-        terms = self._terms()
+        """Values of the further terms, not weighted; 0 for one of weight 0, which may lack its arrays."""
+        terms, zero = self._terms(), torch.zeros((), device=batch.logits.device)
         shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
-        return [term(batch, count) for term, count in zip(terms, shared, strict=True)]
+        return [term(batch, count) if term.weight > 0 else zero for term, count in zip(terms, shared, strict=True)]
 
     def _check(self, batch: Batch, logits: Tensor | None = None, features: Mapping[str, Tensor] | None = None) -> None:
         """Check a batch, with the student's outputs where there are some. Raises: RecipeError, DataError."""

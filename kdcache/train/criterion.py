@@ -1,9 +1,9 @@
 """The loss of a training, made from its settings: terms, gate, class weights."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,9 +15,9 @@ from kdcache.models import SegmentationModel
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.train.class_trust import read_trust, trust_from_run
 from kdcache.train.config import TrainConfig
+from kdcache.train.input.batch import Array
 from kdcache.train.input.dataset import DrawnDataset
 
-Counts = np.ndarray[Any, np.dtype[np.int64]]
 COUNTED_TARGETS = 256
 """Samples of a store, at most, that the frequencies of the teacher's classes are counted on."""
 
@@ -63,20 +63,20 @@ def make_criterion(
     )
 
 
-def label_counts(dataset: DrawnDataset) -> Counts:
+def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
     """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice."""
     counts = sum(map(_bincount, dataset.labels()), np.zeros(256, np.int64))
     return counts[: len(dataset.classes)]
 
 
-def target_counts(cache: Cache, samples: Sequence[int]) -> Counts:
+def target_counts(cache: Cache, samples: Sequence[int]) -> npt.NDArray[np.int64]:
     """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread."""
     numbers = evenly_spread(len(samples), COUNTED_TARGETS)
     counts = [_bincount(_best_class(cache, cache.manifest.record(samples[number]))) for number in numbers]
     return sum(counts, np.zeros(256, np.int64))[: cache.num_classes]
 
 
-def _best_class(cache: Cache, record: int) -> np.ndarray[Any, Any]:
+def _best_class(cache: Cache, record: int) -> Array:
     rows = cache.read(record, cache.target_paths())
     best = rows["targets/segmentation/values"].argmax(0)
     indices = rows.get("targets/segmentation/indices")
@@ -150,5 +150,5 @@ def _class_weight(config: TrainConfig, dataset: DrawnDataset) -> Tensor | None:
     return torch.as_tensor(class_weights(label_counts(dataset), config.class_weights), dtype=torch.float32)
 
 
-def _bincount(ids: np.ndarray[Any, Any]) -> Counts:
+def _bincount(ids: Array) -> npt.NDArray[np.int64]:
     return np.bincount(ids.reshape(-1), minlength=256)

@@ -90,7 +90,7 @@ def test_a_whole_view_is_an_interpolation() -> None:
 ALONE = Batch()
 """What a data set without a store gives for targets."""
 WITHOUT = Batch(targets=None)
-"""A batch that is said to have no teacher."""
+"""A batch without a teacher."""
 
 
 @pytest.mark.parametrize(

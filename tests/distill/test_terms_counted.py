@@ -182,6 +182,19 @@ def test_terms_are_told_what_a_batch_lacks() -> None:
     assert not criterion.parts(scene.logits, without)
 
 
+def test_a_term_of_weight_0_needs_no_array() -> None:
+    scene = Scene()
+    criterion, batch = criterion_of(scene.width), replace(scene.batch(), arrays={})
+    for term in criterion._terms():
+        term.weight = 0.0
+    counts = criterion.counts(batch)
+    assert [count.item() for count in counts.terms] == [0.0] * len(SPECS)
+    for losses in (criterion(scene.logits, batch), criterion(scene.logits, batch, counts)):
+        assert losses.loss.item() == losses.kl.item() > 0
+        assert [value.item() for value in losses.terms] == [0.0] * len(SPECS)
+    assert list(criterion.parts(scene.logits, batch)) == ["kl"]
+
+
 def test_what_shows_the_image_is_half_open() -> None:
     """Of pixels whose centres lie on its edges, the first row and column count."""
     window = torch.tensor([[0.0, 0.0, 4.0, 4.0]], dtype=torch.float64)

@@ -30,7 +30,7 @@ def test_a_file_names_every_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "received"),
     [
         ("sky = 1\nroad = 1\npoles = 1", "'pole'"),
         ("sky = 1\nroad = 1", "pole"),
@@ -41,12 +41,12 @@ def test_a_file_names_every_class(tmp_path: Path) -> None:
         ("sky", "trust.toml"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused(content: str, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_wrong_is_refused(content: str, received: str, tmp_path: Path) -> None:
     path = tmp_path / "trust.toml"
     path.write_text(content)
     with pytest.raises(KDCacheError, match="--class-trust auto") as caught:
         read_trust(str(path), NAMES)
-    assert said in caught.value.received
+    assert received in caught.value.received
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,10 @@ def test_trust_is_the_teacher_s_lead_on_what_was_left_out(plain: Path, cache_pat
         rows = cache.read(number, ["pixels/image", "labels/segmentation", "targets/segmentation/values"])
         label = torch.from_numpy(rows["labels/segmentation"])
         pixels = torch.from_numpy(rows["pixels/image"])[None]
-        said = torch.from_numpy(rows["targets/segmentation/values"]).double()[None]
+        target = torch.from_numpy(rows["targets/segmentation/values"]).double()[None]
         with torch.inference_mode():
             own = model.eval()(model.normalise(pixels)).logits.double()
-        for confusion, logits in zip(confusions, (said, own), strict=True):
+        for confusion, logits in zip(confusions, (target, own), strict=True):
             full = torch.nn.functional.interpolate(logits, label.shape, mode="bilinear")
             confusion.update(full[0].argmax(0), label)
     lead = [t - s for t, s in zip(*(confusion.metrics().iou for confusion in confusions), strict=True)]

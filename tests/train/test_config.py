@@ -82,13 +82,13 @@ def test_a_value_out_of_range_names_its_flag(name: str, value: object) -> None:
         make_config(**{**BASE, name: value})
     flag = "--" + name.replace("_", "-")
     # The order of a scale's ends is a rule over the whole, whose message names it.
-    said = {
+    rule = {
         "scale": "scale runs from small",
         "term": "a term" if "=" not in str(value) else "of ",
         "gate": "gate",
         "val_fold": "--fold",
     }.get(name, flag)
-    assert flag in str(caught.value) or said in str(caught.value)
+    assert flag in str(caught.value) or rule in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_refusal_says_the_whole_range_and_what_was_given(name: str, value: obj
     assert caught.value.received == f"--{name.replace('_', '-')} {value}"
 
 
-def test_no_refusal_speaks_as_a_validator_does() -> None:
+def test_no_refusal_has_the_words_of_a_validator() -> None:
     for name, values in WRONG.items():
         for value in values:
             with pytest.raises(RecipeError) as caught:
@@ -188,8 +188,8 @@ def test_warp_mirrors_stored_features_only_when_it_is_asked_to(kind: str) -> Non
     config = make_config(**BASE, method=kind, augment="warp")
     with pytest.raises(RecipeError, match="--no-flip"):
         check_flip(config)
-    for said in (True, False):
-        check_flip(config.model_copy(update={"flip": said}))
+    for flip in (True, False):
+        check_flip(config.model_copy(update={"flip": flip}))
     for free in ({"augment": "replay"}, {"augment": "none"}, {"method": "kl"}, {"method": "dist+dkd+pseudo"}):
         check_flip(config.model_copy(update=free))
 

@@ -244,7 +244,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 60) -> None:
 
 
 def panels(ended: Ended) -> str:
-    """What the only process with a message said."""
+    """The message of the only process that wrote one."""
     assert all(not text for text in (*ended.out, *ended.err[1:])), ended
     assert ended.err[0].count("received") == 1, ended.err[0]
     return ended.err[0]

@@ -112,19 +112,19 @@ def test_weights_that_do_nothing_or_everything_are_told_once(rich_student: dict[
     terms = ["at,weight=1e-6", "dkd,weight=1000"]
     go(rich_student | {"method": "none", "term": terms}, tmp_path / "run", observer=notes)
     assert sum("at hardly does anything" in text for text in notes.texts) == 1
-    assert sum("dkd drowns the labels" in text for text in notes.texts) == 1
+    assert sum("dkd dominates the loss" in text for text in notes.texts) == 1
 
 
 def test_ten_times_the_labels_is_told_and_judged_after_a_second_look() -> None:
     watch = Watch(["loss"], World(), lambda step: [])
     norms = {"ce": 2.0, "dist": 50.0, "kl": 19.0, "at": 0.1, "cwd": 300.0}
     first = list(watch.lopsided(0, norms))
-    assert [text.split(":")[0] for text in first] == ["dist is loud at the start", "cwd drowns the labels"]
+    assert [text.split(":")[0] for text in first] == ["dist dominates the loss at the start", "cwd dominates the loss"]
     assert "25 times" in first[0]
     second = list(watch.lopsided(100, norms | {"kl": 21.0, "at": 0.01}))
     assert [text.split(":")[0] for text in second] == [
-        "dist drowns the labels",
-        "kl drowns the labels",
+        "dist dominates the loss",
+        "kl dominates the loss",
         "at hardly does anything",
     ]
     assert list(watch.lopsided(500, norms)) == []
@@ -142,7 +142,7 @@ def test_what_would_do_nothing_is_told_or_refused(rich_student: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "words"),
     [
         ({"method": "cwd"}, "--raw-logits"),
         ({"method": "at", "cache": "plain"}, "--statistics at:"),
@@ -159,13 +159,13 @@ def test_what_would_do_nothing_is_told_or_refused(rich_student: dict[str, Any], 
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
-    changes: dict[str, Any], said: str, rich_student: dict[str, Any], cache_path: Path, tmp_path: Path
+    changes: dict[str, Any], words: str, rich_student: dict[str, Any], cache_path: Path, tmp_path: Path
 ) -> None:
     if changes.get("cache") == "plain":
         changes = changes | {"cache": str(cache_path)}
     with pytest.raises(KDCacheError) as caught:
         go(rich_student | changes, tmp_path / "run")
-    assert said in str(caught.value)
+    assert words in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 

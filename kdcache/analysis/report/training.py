@@ -118,7 +118,7 @@ def judge(share: float) -> str | None:
     """Words on a ratio of norms; None where it is in proportion."""
     if share < LITTLE:
         return "hardly does anything"
-    return "drowns the labels" if share > MUCH else None
+    return "dominates the loss" if share > MUCH else None
 
 
 def times(share: float) -> str:

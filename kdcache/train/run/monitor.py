@@ -111,8 +111,8 @@ class Watch:
                 continue
             times = f"its gradient is {share:.2g} times that of cross-entropy"
             if step == 0 and MUCH < share <= MUCH_AT_FIRST:
-                yield f"{name} is loud at the start: {times}; what counts is its share once the student learns"
+                yield f"{name} dominates the loss at the start: {times}; its share once the student learns counts"
                 continue
             self._noted.add(name)
-            verdict = "hardly does anything" if share < LITTLE else "drowns the labels"
+            verdict = "hardly does anything" if share < LITTLE else "dominates the loss"
             yield f"{name} {verdict}: {times}; change its weight"

@@ -408,12 +408,12 @@ def test_terms_that_do_nothing_or_everything(tmp_path: Path) -> None:
         "hardly does anything",
         None,
         None,
-        "drowns the labels",
+        "dominates the loss",
     ]
     runs = [write_run(tmp_path / name, log(share)) for name, share in (("kl", 0.004), ("at", 25.0), ("none", 0.5))]
     found = parsed(comparison(), runs)
     assert "kl: kl hardly does anything, for its gradient is 0.004 times that of cross-entropy" in found.text
-    assert "at: kl drowns the labels, for its gradient is 25 times that of cross-entropy" in found.text
+    assert "at: kl dominates the loss, for its gradient is 25 times that of cross-entropy" in found.text
     assert found.text.count("in proportion") == 2  # the scale's name and the third row
 
 

@@ -204,10 +204,10 @@ def test_replay_gives_stored_pixels_exactly(cache: Cache) -> None:
 
 
 def test_replay_jitters_pixels_alone_and_none_never(cache: Cache) -> None:
-    loud = Augmentation(jitter=0.9)
+    strong = Augmentation(jitter=0.9)
     stored = cache.read(0, ["pixels/image", "labels/segmentation"])
     for augment, changed in (("replay", True), ("none", False)):
-        dataset = CacheDataset(cache, augment=augment, augmentation=loud)
+        dataset = CacheDataset(cache, augment=augment, augmentation=strong)
         samples = [dataset.draw(0, 0, np.random.default_rng(seed)) for seed in range(4)]
         assert [not np.array_equal(s.pixels, stored["pixels/image"]) for s in samples] == [changed] * 4
         assert all(np.array_equal(s.label, stored["labels/segmentation"]) for s in samples)
