@@ -75,6 +75,15 @@ class Batch:
         """Return the batch with its tensors on another device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def empty_like(self, device: torch.device) -> "Batch":
+        """Allocate tensors of the same shapes on a device."""
+        return self.map(lambda tensor: torch.empty_like(tensor, device=device))
+
+    def copy_from(self, other: "Batch") -> None:
+        """Queue copies of another batch into this one's tensors; torch holds pinned memory until it was read."""
+        for tensor, source in zip(tensors_of(self), tensors_of(other), strict=True):
+            tensor.copy_(source, non_blocking=True)
+
     def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory, from which a GPU copies; `DataLoader` calls it."""
         return self.map(lambda tensor: tensor.pin_memory())

@@ -14,7 +14,7 @@ from kdcache.distill.terms import TermSpec, parse_method
 from kdcache.distill.terms.spec import compares_features
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RECIPE, Run
-from kdcache.settings import Spelling, entries
+from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
 from kdcache.train.input.mix import Mix
@@ -74,7 +74,10 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        check_consistent(self)
+        _check_data(self)
+        _check_loss(self)
+        _check_teaching(self)
+        _check_whole_batch(self)
         return self
 
     @property
@@ -157,21 +160,16 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RecipeError(f"a training needs {flag}", received=f"no {flag}", remedy=f"give {flag}")
     field = TrainConfig.model_fields[name]
-    spelling, default = _spelling(name), field.get_default()
+    entry, default = entries(*TRAINING).get(name), field.get_default()
     rule = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else in_words(field)
     instance = None if default in (None, ()) or field.is_required() else str(default)
-    if spelling is not None:
-        rule, instance = spelling.rule or rule, spelling.example
+    if entry is not None and entry.spelling is not None:
+        rule, instance = entry.spelling.rule or rule, entry.spelling.example
     return RecipeError(
         f"{flag} is {rule}",
         received=f"{flag} {value if isinstance(value, str | int | float) else repr(value)}",
         remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
     )
-
-
-def _spelling(name: str) -> Spelling | None:
-    entry = entries(*TRAINING).get(name)
-    return None if entry is None else entry.spelling
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -192,14 +190,6 @@ def read_config(run: Path) -> TrainConfig:
             received=f"{path}: {wrong.received}; {wrong.rule}" if recipe else f"{path} is empty",
             remedy="restore it from a copy, or begin again in another --out",
         ) from error
-
-
-def check_consistent(config: TrainConfig) -> None:
-    """Raises: RecipeError with the flags that contradict each other."""
-    _check_data(config)
-    _check_loss(config)
-    _check_teaching(config)
-    _check_whole_batch(config)
 
 
 def check_flip(config: TrainConfig) -> None:
@@ -278,7 +268,7 @@ def _check_data(config: TrainConfig) -> None:
 
 def _check_loss(config: TrainConfig) -> None:
     parse_gate(config.gate)
-    kl = parse_method(config.method).kl and config.kl_weight > 0
+    kl = config.wants_kl and config.kl_weight > 0
     if config.ce_weight == 0 and not kl and all(term.weight == 0 for term in config.terms):
         raise RecipeError(
             "something must weigh more than 0",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcache.data import class_weights
 from kdcache.distill import DistillLoss, Gate, parse_gate
-from kdcache.distill.terms import Term, TermSpec, arrays_of, check_terms, make_term, resolve_taps
+from kdcache.distill.terms import Term, arrays_of, check_terms, make_term, resolve_taps
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel
 from kdcache.store import Cache, Records, evenly_spread
@@ -86,10 +86,9 @@ def _best_class(cache: Cache, record: int) -> Array:
 
 def _terms(config: TrainConfig, cache: Cache, model: SegmentationModel) -> list[Term]:
     channels = tap_channels(model, config)
-    make: Callable[[TermSpec], Term] = lambda spec: make_term(  # noqa: E731
-        spec, targets=cache, student_taps=channels, align_corners=model.align_corners, impl=config.impl
-    )
-    return [make(spec) for spec in config.terms if spec.weight != 0]
+    options: dict[str, Any] = {"align_corners": model.align_corners, "impl": config.impl}
+    weighted = (spec for spec in config.terms if spec.weight != 0)
+    return [make_term(spec, targets=cache, student_taps=channels, **options) for spec in weighted]
 
 
 def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:

@@ -89,7 +89,10 @@ class CacheDataset(DrawnDataset):
         super().__init__(cache.view_size if size is None else size, augmentation)
         self.augment = augment
         self.records = cache
+        self.remote = cache.remote
+        self.shard_records = max(1, cache.manifest.build.shard_records // cache.manifest.view.views_per_sample)
         self._targets = target_paths(cache) if targets else {}
+        self.target_paths = tuple(self._targets.values())
         self.extras = tuple(extras)
         part = Part() if part is None else part
         everything = range(cache.manifest.dataset.samples)
@@ -121,18 +124,6 @@ class CacheDataset(DrawnDataset):
     @property
     def threads_suffice(self) -> bool:
         return self.split is None
-
-    @property
-    def shard_records(self) -> int:
-        return max(1, self.cache.manifest.build.shard_records // self.cache.manifest.view.views_per_sample)
-
-    @property
-    def remote(self) -> bool:
-        return self.cache.remote
-
-    @property
-    def target_paths(self) -> tuple[str, ...]:
-        return tuple(self._targets.values())
 
     @property
     def paths(self) -> tuple[str, ...]:

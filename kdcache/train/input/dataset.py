@@ -37,6 +37,10 @@ class DrawnDataset(Dataset[Batch], ABC):
         indices: the samples of either that are drawn.
         extras: paths of further arrays that a sample brings; may be changed before the first draw.
         records: source of the store's rows: the store, or memory that keeps them; None for a data set.
+        shard_records: records that are stored side by side, for orders that read one shard after another; None of a
+            data set.
+        remote: whether shards are downloaded.
+        target_paths: paths of the arrays of its targets; empty when it reads none.
         on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
         dice: how many random numbers in 0..1 a sample brings, for draws on the batch's device (mix.py).
     """
@@ -46,6 +50,9 @@ class DrawnDataset(Dataset[Batch], ABC):
     indices: Sequence[int]
     extras: tuple[str, ...] = ()
     records: RecordSource | None = None
+    shard_records: int | None = None
+    remote: bool = False
+    target_paths: tuple[str, ...] = ()
 
     def __init__(self, size: Size, augmentation: Augmentation) -> None:
         self.size = size
@@ -59,24 +66,9 @@ class DrawnDataset(Dataset[Batch], ABC):
         return False
 
     @property
-    def shard_records(self) -> int | None:
-        """Records that are stored side by side, for orders that read one shard after another."""
-        return None
-
-    @property
-    def remote(self) -> bool:
-        """Whether shards are downloaded."""
-        return False
-
-    @property
     def label_flags(self) -> npt.NDArray[np.bool_] | None:
         """Whether each sample has a label, (len(self),) bool; None when all have."""
         return None
-
-    @property
-    def target_paths(self) -> tuple[str, ...]:
-        """Paths of the arrays of its targets; empty when it reads none."""
-        return ()
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -23,7 +23,6 @@ from itertools import cycle
 import torch
 
 from kdcache.distill import Batch
-from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError
 from kdcache.train.input.resident_records import DeviceTargets
 
@@ -97,15 +96,14 @@ class _Slot:
 
     def __init__(self, like: Batch, device: torch.device, targets: DeviceTargets | None) -> None:
         self._targets = targets
-        self._arrived = like.map(lambda part: torch.empty_like(part, device=device))
+        self._arrived = like.empty_like(device)
         gathered = self._arrived.targets if targets is None else targets.empty(len(like))
         self.batch = replace(self._arrived, targets=gathered)
         self.free: torch.cuda.Event | None = None
 
     def fill(self, batch: Batch) -> None:
-        """Queue the copies on the current stream; torch holds pinned memory until it was read."""
-        for tensor, part in zip(tensors_of(self._arrived), tensors_of(batch), strict=True):
-            tensor.copy_(part, non_blocking=True)
+        """Queue the copies on the current stream, and gather the targets that stay on the device."""
+        self._arrived.copy_from(batch)
         if self._targets is not None and self.batch.record is not None:
             self._targets.gather_into(self.batch.record, self.batch.targets or {})
 

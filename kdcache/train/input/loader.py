@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.input.ring_buffer import Ring
 from kdcache.train.input.sampler import Order, Steps, Woven, choose_labelled_share, choose_shuffle
 from kdcache.train.input.shard_prefetch import Ahead, reads_ahead
+
+T = TypeVar("T")
 
 
 class Draws(Dataset[Batch | KDCacheError]):
@@ -88,31 +91,20 @@ def make_loader(
     """Batches of the steps [first, last), in order; `next_batch` takes them. A batch is valid until the next.
 
     Args:
-        batch_size: samples of a batch, of all processes together.
+        batch_size: samples of a batch, of all processes together; a multiple of `world`.
         workers: number of threads that draw ahead samples of a store, or of processes for files that must be decoded
             and rendered (forkserver, for CUDA and thread pools do not survive a fork). 0 draws between steps.
         rank, world: this process's part of each batch is its rank-th of `world` equal ones.
-    Raises: RecipeError when `world` does not divide the batch.
     """
     steps = Steps(first, last, batch_size, rank, world)
-    loader = _make_loader(draws, steps, workers, pin_memory)
-    if draws.by_window and reads_ahead(draws.dataset):
-        return Ahead(loader, draws, draws.dataset, steps)
-    return loader
-
-
-def _make_loader(draws: Draws, steps: Steps, workers: int, pin_memory: bool) -> Ring | DataLoader[Batch | KDCacheError]:
+    loader: Ring | DataLoader[Batch | KDCacheError]
     if not workers or draws.dataset.threads_suffice:
-        return Ring(draws, steps, threads=workers, pin_memory=pin_memory)
-    return DataLoader(
-        draws,
-        collate_fn=_collate,
-        batch_sampler=steps,  # type: ignore[arg-type] # ranges of draws are as good as lists
-        num_workers=workers,
-        multiprocessing_context="forkserver",
-        worker_init_fn=_start_worker,
-        pin_memory=pin_memory,
-    )
+        loader = Ring(draws, steps, threads=workers, pin_memory=pin_memory)
+    else:
+        loader = _data_loader(draws, steps, _collate, workers, pin_memory)
+    if draws.by_window and reads_ahead(draws.dataset):
+        return Ahead(loader, draws.visit, draws.dataset, steps)
+    return loader
 
 
 def sample_loader(
@@ -135,22 +127,27 @@ def sample_loader(
         workers: processes that draw ahead; 0 draws between steps.
     Raises: KDCacheError of a sample that could not be drawn, by a worker wrapped into a RuntimeError.
     """
+    draws = Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.label_flags))
+    return _data_loader(draws, Steps(0, iterations, batch_size), _collate_or_raise, workers)
+
+
+def _data_loader(
+    draws: Draws, steps: Steps, collate: Callable[[list[Batch | KDCacheError]], T], workers: int, pin: bool = False
+) -> DataLoader[T]:
     return DataLoader(
-        Draws(dataset, seed, shuffle, choose_labelled_share(labelled_share, dataset.label_flags)),  # type: ignore[arg-type] # errors among the samples are raised
-        collate_fn=_collate_or_raise,
-        batch_sampler=Steps(0, iterations, batch_size),  # type: ignore[arg-type] # ranges are as good as lists
+        draws,  # type: ignore[arg-type] # `collate` makes batches of samples and errors
+        collate_fn=collate,
+        batch_sampler=steps,  # type: ignore[arg-type] # ranges of draws are as good as lists
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_start_worker if workers else None,
+        worker_init_fn=_start_worker,
+        pin_memory=pin,
     )
 
 
 def next_batch(batches: Iterator[Batch | KDCacheError]) -> Batch:
     """The next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
-    batch = next(batches)
-    if isinstance(batch, KDCacheError):
-        raise batch
-    return batch
+    return _raised(next(batches))
 
 
 def _collate(items: list[Batch | KDCacheError]) -> Batch | KDCacheError:
@@ -160,7 +157,10 @@ def _collate(items: list[Batch | KDCacheError]) -> Batch | KDCacheError:
 
 
 def _collate_or_raise(items: list[Batch | KDCacheError]) -> Batch:
-    batch = _collate(items)
+    return _raised(_collate(items))
+
+
+def _raised(batch: Batch | KDCacheError) -> Batch:
     if isinstance(batch, KDCacheError):
         raise batch
     return batch

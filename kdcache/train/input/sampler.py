@@ -20,11 +20,12 @@ Legend: R records.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from kdcache.errors import RecipeError
+from kdcache.train.input.dataset import DrawnDataset
 
 SHUFFLES = ("auto", "full", "window")
 WINDOW_RECORDS = 2048
@@ -121,16 +122,7 @@ def epoch_order(seed: int, epoch: int, records: int, shard_records: int | None =
     return order
 
 
-class Shuffled(Protocol):
-    """The facts about a dataset that the choice of its order takes."""
-
-    @property
-    def remote(self) -> bool: ...
-    @property
-    def shard_records(self) -> int | None: ...
-
-
-def choose_shuffle(shuffle: str, dataset: Shuffled) -> str:
+def choose_shuffle(shuffle: str, dataset: DrawnDataset) -> str:
     """Resolve to `full` or `window`. Raises: RecipeError for an unknown order, or windows of data without shards."""
     if shuffle == "auto":
         return "window" if dataset.remote else "full"
@@ -152,9 +144,8 @@ class Steps:
     """Draw numbers of the steps [first, last), of one process of several: step s takes draws s*B to (s+1)*B.
 
     Args:
-        batch_size: B, the samples of a batch, of all processes together.
+        batch_size: B, the samples of a batch, of all processes together; a multiple of `world`.
         rank, world: this process takes draws [rank*B/world, (rank+1)*B/world) of each step.
-    Raises: RecipeError when `world` does not divide the batch.
     """
 
     first: int
@@ -165,12 +156,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world
-        if self.batch_size % self.world:
-            raise RecipeError(
-                "--batch-size is that of all processes together, which share it equally",
-                received=f"--batch-size {self.batch_size} for {self.world} processes",
-                remedy=f"use a multiple of {self.world}",
-            )
+        assert self.batch_size % self.world == 0  # by World.check_batch_size
 
     @property
     def rows(self) -> int:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from kdcache.errors import KDCacheError
 from kdcache.store import Cache
@@ -21,23 +21,19 @@ THREADS = 4
 """Files under way at once."""
 
 
-class Order(Protocol):
-    """Gives the sample that a draw takes, and its epoch."""
-
-    def visit(self, draw: int) -> tuple[int, int]: ...
-
-
 class Ahead(Iterable[T]):
     """A loader's batches, while shards of those to come are fetched.
 
     Args:
         loader: gives the batches of `steps`.
-        order: gives the sample that each of their draws takes.
+        visit: gives the sample that a draw takes, and its epoch.
     """
 
-    def __init__(self, loader: Iterable[T], order: Order, dataset: DrawnDataset, steps: Steps) -> None:
+    def __init__(
+        self, loader: Iterable[T], visit: Callable[[int], tuple[int, int]], dataset: DrawnDataset, steps: Steps
+    ) -> None:
         self._loader = loader
-        self._order = order
+        self._visit = visit
         assert dataset.cache is not None
         self._dataset, self._cache = dataset, dataset.cache
         self._steps = steps
@@ -85,7 +81,7 @@ class Ahead(Iterable[T]):
         return last is None or (step - last > self._ahead and not resident)
 
     def _shard(self, draw: int) -> int:
-        record = self._dataset.record(*self._order.visit(draw))
+        record = self._dataset.record(*self._visit(draw))
         return record // self._cache.manifest.build.shard_records
 
     def _fetch(self, shard: int, path: str) -> None:

@@ -42,39 +42,24 @@ class Observer:
         """The training ended: at its last step, or before it by an error or by the user's wish."""
 
 
+def _of_all(name: str) -> Any:
+    """A method that calls the method `name` of each of several observers."""
+
+    def call(self: "Observers", *values: Any, **named: Any) -> None:
+        for observer in self.several:
+            getattr(observer, name)(*values, **named)
+
+    return call
+
+
 class Observers(Observer):
     """Several observers as one, called in their order."""
 
     def __init__(self, several: Sequence[Observer]) -> None:
-        self._several = tuple(several)
+        self.several = tuple(several)
 
-    def started(self, *, step: int, iterations: int, parameters: int) -> None:
-        for one in self._several:
-            one.started(step=step, iterations=iterations, parameters=parameters)
-
-    def note(self, text: str) -> None:
-        for one in self._several:
-            one.note(text)
-
-    def stepped(self, step: int, values: dict[str, float]) -> None:
-        for one in self._several:
-            one.stepped(step, values)
-
-    def gradients(self, step: int, norms: dict[str, float]) -> None:
-        for one in self._several:
-            one.gradients(step, norms)
-
-    def validating(self, done: int, total: int) -> None:
-        for one in self._several:
-            one.validating(done, total)
-
-    def validated(self, step: int, metrics: Metrics, best: bool) -> None:
-        for one in self._several:
-            one.validated(step, metrics, best)
-
-    def ended(self, *, completed: bool) -> None:
-        for one in self._several:
-            one.ended(completed=completed)
+    started, note, stepped, gradients = map(_of_all, ("started", "note", "stepped", "gradients"))
+    validating, validated, ended = map(_of_all, ("validating", "validated", "ended"))
 
 
 class MetricsLog:

@@ -34,11 +34,11 @@ class GraphedStep:
     def __init__(self, eager: EagerStep, forward: Callable[[Batch], Losses], batch: Batch) -> None:
         self._eager = eager
         with torch.cuda.device(eager.device), eager.rehearsal():
-            self._inputs = _Inputs(batch, eager.device)
-            self._inputs.fill(batch)
+            self._inputs = batch.empty_like(eager.device)  # the very tensors that the graph reads
+            self._inputs.copy_from(batch)
 
             def run() -> Tensor:
-                return eager.learn(forward(self._inputs.batch))
+                return eager.learn(forward(self._inputs))
 
             # Nodes of an earlier backward that a cycle keeps alive would pull the parameters' gradients to its stream.
             gc.collect()
@@ -46,10 +46,10 @@ class GraphedStep:
             self._replay, self._losses = record(run, eager.device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        if not self._inputs.fit(batch):
+        if not _fits(batch, self._inputs):
             return self._eager(batch)
         with torch.cuda.device(self._eager.device):
-            self._inputs.fill(batch)
+            self._inputs.copy_from(batch)  # mostly from a slot on the device (device_prefetch.py)
             self._replay()
             return self._losses.clone()  # the next replay overwrites them
 
@@ -85,26 +85,10 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[]
     return graph.replay, result
 
 
-class _Inputs:
-    """The tensors that the graph reads.
-
-    Attributes:
-        batch: the static tensors, in a batch.
-    """
-
-    def __init__(self, like: Batch, device: torch.device) -> None:
-        self.batch = like.map(lambda part: torch.empty_like(part, device=device))
-
-    def fit(self, batch: Batch) -> bool:
-        return all(
-            part.shape == static.shape and part.dtype == static.dtype
-            for part, static in zip(tensors_of(batch), tensors_of(self.batch), strict=True)
-        )
-
-    def fill(self, batch: Batch) -> None:
-        """Queue the copies of a batch, mostly from a slot on the device (device_prefetch.py)."""
-        for static, part in zip(tensors_of(self.batch), tensors_of(batch), strict=True):
-            static.copy_(part, non_blocking=True)
+def _fits(batch: Batch, static: Batch) -> bool:
+    """Whether a batch has the shapes and types that the graph reads."""
+    pairs = zip(tensors_of(batch), tensors_of(static), strict=True)
+    return all(part.shape == own.shape and part.dtype == own.dtype for part, own in pairs)
 
 
 @contextmanager

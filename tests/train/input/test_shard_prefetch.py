@@ -45,10 +45,10 @@ class FarCache:
 class FarDataset(CacheDataset):
     """As much of a dataset as reading ahead asks for."""
 
-    remote = True  # type: ignore[assignment]
-    shard_records = SHARD_RECORDS  # type: ignore[assignment]
+    remote = True
+    shard_records = SHARD_RECORDS
     paths = PATHS  # type: ignore[assignment]
-    target_paths = PATHS[:1]  # type: ignore[assignment]
+    target_paths = PATHS[:1]
 
     def __init__(self, cache: FarCache) -> None:
         self.cache = self.records = cache  # type: ignore[assignment]
@@ -61,12 +61,10 @@ class FarDataset(CacheDataset):
         return index
 
 
-class Windows:
+def visit(draw: int) -> tuple[int, int]:
     """Windows of 8 records: two shards."""
-
-    def visit(self, draw: int) -> tuple[int, int]:
-        epoch, position = divmod(draw, RECORDS)
-        return int(epoch_order(0, epoch, RECORDS, SHARD_RECORDS)[position]), epoch
+    epoch, position = divmod(draw, RECORDS)
+    return int(epoch_order(0, epoch, RECORDS, SHARD_RECORDS)[position]), epoch
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +75,7 @@ def _small_windows(monkeypatch) -> None:
 
 
 def shards_of(steps: range) -> set[int]:
-    return {Windows().visit(draw)[0] // SHARD_RECORDS for step in steps for draw in range(2 * step, 2 * step + 2)}
+    return {visit(draw)[0] // SHARD_RECORDS for step in steps for draw in range(2 * step, 2 * step + 2)}
 
 
 def settled(cache: FarCache) -> set[int]:
@@ -99,7 +97,7 @@ def ended() -> bool:
 
 def test_it_stays_one_window_ahead_of_the_trainer() -> None:
     cache = FarCache()
-    batches = iter(Ahead(range(100), Windows(), FarDataset(cache), Steps(0, 100, 2)))
+    batches = iter(Ahead(range(100), visit, FarDataset(cache), Steps(0, 100, 2)))
     for step in range(12):
         assert next(batches) == step
         # Four steps are a window: those of the next four are here, and nothing beyond the fifth.
@@ -113,7 +111,7 @@ def test_it_stays_one_window_ahead_of_the_trainer() -> None:
 def test_a_shard_is_asked_for_again_in_the_next_epoch_only() -> None:
     cache = FarCache()
     steps = Steps(0, 2 * RECORDS // 2, 2)
-    for _ in Ahead(range(len(steps)), Windows(), FarDataset(cache), steps):
+    for _ in Ahead(range(len(steps)), visit, FarDataset(cache), steps):
         settled(cache)
     assert ended()
     counts = np.bincount([shard for shard, path in cache.fetched if path == PATHS[0]])
@@ -126,7 +124,7 @@ def test_records_that_stay_in_memory_are_fetched_once() -> None:
     dataset = FarDataset(cache)
     dataset.records = object()  # type: ignore[assignment]
     steps = Steps(0, 5 * RECORDS // 2, 2)
-    for step in Ahead(range(len(steps)), Windows(), dataset, steps):
+    for step in Ahead(range(len(steps)), visit, dataset, steps):
         if step < RECORDS // 2:
             settled(cache)
     assert ended()
@@ -137,7 +135,7 @@ def test_targets_on_the_device_are_not_fetched() -> None:
     cache = FarCache()
     dataset = FarDataset(cache)
     dataset.on_device = object()  # type: ignore[assignment]
-    batches = iter(Ahead(range(8), Windows(), dataset, Steps(0, 8, 2)))
+    batches = iter(Ahead(range(8), visit, dataset, Steps(0, 8, 2)))
     next(batches)
     settled(cache)
     assert {path for _, path in cache.fetched} == {"pixels/image"}
@@ -146,7 +144,7 @@ def test_targets_on_the_device_are_not_fetched() -> None:
 
 def test_what_goes_wrong_is_left_to_the_reader() -> None:
     cache = FarCache(broken=tuple(range(12)))
-    batches = iter(Ahead(range(24), Windows(), FarDataset(cache), Steps(0, 24, 2)))
+    batches = iter(Ahead(range(24), visit, FarDataset(cache), Steps(0, 24, 2)))
     assert next(batches) == 0
     assert settled(cache) >= shards_of(range(4))
     assert list(batches) == list(range(1, 24))
@@ -162,7 +160,7 @@ def test_a_loader_that_is_left_early_ends_it() -> None:
         finally:
             closed.append(True)
 
-    batches = iter(Ahead(loader(), Windows(), FarDataset(FarCache()), Steps(0, 100, 2)))
+    batches = iter(Ahead(loader(), visit, FarDataset(FarCache()), Steps(0, 100, 2)))
     next(batches)
     batches.close()
     assert closed == [True]
@@ -182,7 +180,7 @@ def test_leaving_while_fetches_wait_for_their_turn_ends_it() -> None:
         paths = tuple(f"features/{tap}" for tap in range(12))  # type: ignore[assignment]
 
     for _ in range(5):
-        batches = iter(Ahead(range(100), Windows(), Wide(SlowCache()), Steps(0, 100, 2)))
+        batches = iter(Ahead(range(100), visit, Wide(SlowCache()), Steps(0, 100, 2)))
         next(batches)
         time.sleep(0.02)
         batches.close()
