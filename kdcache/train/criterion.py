@@ -86,9 +86,11 @@ def _best_class(cache: Cache, record: int) -> Array:
 
 def _terms(config: TrainConfig, cache: Cache, model: SegmentationModel) -> list[Term]:
     channels = tap_channels(model, config)
-    options: dict[str, Any] = {"align_corners": model.align_corners, "impl": config.impl}
-    weighted = (spec for spec in config.terms if spec.weight != 0)
-    return [make_term(spec, targets=cache, student_taps=channels, **options) for spec in weighted]
+    return [
+        make_term(spec, targets=cache, student_taps=channels, align_corners=model.align_corners, impl=config.impl)
+        for spec in config.terms
+        if spec.weight != 0
+    ]
 
 
 def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:

@@ -58,8 +58,13 @@ class Observers(Observer):
     def __init__(self, several: Sequence[Observer]) -> None:
         self.several = tuple(several)
 
-    started, note, stepped, gradients = map(_of_all, ("started", "note", "stepped", "gradients"))
-    validating, validated, ended = map(_of_all, ("validating", "validated", "ended"))
+    started = _of_all("started")
+    note = _of_all("note")
+    stepped = _of_all("stepped")
+    gradients = _of_all("gradients")
+    validating = _of_all("validating")
+    validated = _of_all("validated")
+    ended = _of_all("ended")
 
 
 class MetricsLog:
