@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import collate as collate_parts
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from kdcache.distill import Batch
+from kdcache.distill import SEGMENTATION, Batch
 
 Array = np.ndarray[Any, Any]
+_STORED = ("targets/", "arrays/")
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,17 @@ class Row:
     def of(cls, batch: Batch, *at: int) -> "Row":
         """Return the memory of a single sample, or of the sample at index `at` of a batch."""
 
-        def array(tensor: Tensor) -> Array:
-            place: Any = (*at, ...)
-            row: Array = tensor.numpy()[place]
-            return row
-
-        def present(tensor: Tensor | None) -> Array | None:
-            return None if tensor is None else array(tensor)
-
-        assert batch.pixels is not None
-        stored = [(path, array(tensor)) for path, tensor in batch.arrays.items()]
-        for head, target in (batch.targets or {}).items():
-            parts = vars(target).items()
-            stored += [(f"targets/{head}/{name}", array(part)) for name, part in parts if part is not None]
+        place: Any = (*at, ...)
+        arrays = {name: tensor.numpy()[place] for name, tensor in batch.to_dict().items()}
         return cls(
-            pixels=array(batch.pixels),
-            label=array(batch.label),
-            stored=stored,
-            window=present(batch.window),
-            flip=present(batch.flip),
-            inside=present(batch.inside),
-            dice=present(batch.dice),
-            record=present(batch.record),
+            pixels=arrays["pixels"],
+            label=arrays[f"labels/{SEGMENTATION}"],
+            stored=[(name.removeprefix("arrays/"), a) for name, a in arrays.items() if name.startswith(_STORED)],
+            window=arrays.get("window"),
+            flip=arrays.get("flip"),
+            inside=arrays.get("inside"),
+            dice=arrays.get("dice"),
+            record=arrays.get("record"),
         )
 
 

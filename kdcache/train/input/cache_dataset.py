@@ -17,7 +17,6 @@ from kdcache.data import (
     prefetch,
     render,
 )
-from kdcache.distill import SEGMENTATION
 from kdcache.errors import RecipeError
 from kdcache.store import Cache, Records
 from kdcache.train.input.batch import Array, Row
@@ -91,8 +90,7 @@ class CacheDataset(DrawnDataset):
         self.records = cache
         self.remote = cache.remote
         self.shard_records = max(1, cache.manifest.build.shard_records // cache.manifest.view.views_per_sample)
-        self._targets = target_paths(cache) if targets else {}
-        self.target_paths = tuple(self._targets.values())
+        self.target_paths = tuple(target_paths(cache).values()) if targets else ()
         self.extras = tuple(extras)
         part = Part() if part is None else part
         everything = range(cache.manifest.dataset.samples)
@@ -152,21 +150,14 @@ class CacheDataset(DrawnDataset):
         records, path = map(self.cache.manifest.record, self.labelled), PIXEL_PATHS[1]
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
-    def target_fields(self) -> dict[str, dict[str, Field]]:
-        if self.on_device is not None or not self._targets:
-            return {}
-        return {SEGMENTATION: {name: self._field(path) for name, path in self._targets.items()}}
-
-    def array_fields(self) -> dict[str, Field]:
-        return {path: self._field(path) for path in self.extras}
-
-    def place_fields(self) -> dict[str, Field]:
-        fields: dict[str, Field] = {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
+    def fields(self) -> dict[str, Field]:
+        fields = super().fields() | {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
+        fields |= {f"arrays/{path}": self._field(path) for path in self.extras}
         if self._inside is not None:
             fields["inside"] = (4,), torch.float64
         if self.on_device is not None:
-            fields["record"] = (), torch.int64
-        return fields
+            return fields | {"record": ((), torch.int64)}
+        return fields | {path: self._field(path) for path in self.target_paths}
 
     def _field(self, path: str) -> Field:
         spec = self.cache.specs[path]

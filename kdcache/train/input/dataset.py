@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kdcache.data import Augmentation, ClassList, Split, Window, colour_jitter, draw_window, prefetch, render
-from kdcache.distill import SEGMENTATION, Batch, Target
+from kdcache.distill import SEGMENTATION, Batch
 from kdcache.store import Cache
 from kdcache.train.input.batch import Row
 from kdcache.train.input.resident_records import DeviceTargets, RecordSource
@@ -117,34 +117,21 @@ class DrawnDataset(Dataset[Batch], ABC):
         Raises: KDCacheError of a sample that cannot be read; `out` is undefined then.
         """
 
-    def target_fields(self) -> dict[str, dict[str, Field]]:
-        """Fields of the targets of a sample: head -> part of its target -> field."""
-        return {}
-
-    def array_fields(self) -> dict[str, Field]:
-        """Fields of the further arrays of the store that a sample brings, by path."""
-        return {}
-
-    def place_fields(self) -> dict[str, Field]:
-        """Fields of a sample's place in its view: those of window, flip, inside and record that it has."""
-        return {}
+    def fields(self) -> dict[str, Field]:
+        """Fields of a sample, named as in `Batch.to_dict`."""
+        fields: dict[str, Field] = {
+            "pixels": ((*self.size, 3), torch.uint8),
+            f"labels/{SEGMENTATION}": (self.size, torch.uint8),
+        }
+        return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
         """Memory for samples: of shape (*leading, ...), so empty() is for one and empty(B) for a batch."""
-
-        def memory(fields: dict[str, Field]) -> dict[str, torch.Tensor]:
-            return {
+        return Batch.from_dict(
+            {
                 name: torch.empty((*leading, *shape), dtype=dtype, pin_memory=pin_memory)
-                for name, (shape, dtype) in fields.items()
+                for name, (shape, dtype) in self.fields().items()
             }
-
-        height, width = self.size
-        dice: dict[str, Field] = {"dice": ((self.dice,), torch.float32)} if self.dice else {}
-        return Batch(
-            labels=memory({SEGMENTATION: ((height, width), torch.uint8)}),
-            targets={head: Target(**memory(parts)) for head, parts in self.target_fields().items()},
-            arrays=memory(self.array_fields()),
-            **memory({"pixels": ((height, width, 3), torch.uint8), **self.place_fields(), **dice}),
         )
 
     def draw(self, index: int, epoch: int, rng: np.random.Generator) -> Batch:
