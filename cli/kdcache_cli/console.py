@@ -1,6 +1,7 @@
 """Where output goes: results to stdout, progress and errors to stderr."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions
@@ -52,6 +53,14 @@ def progress_bar() -> Progress:
         console=ERRORS,
         disable=not ERRORS.is_terminal,
     )
+
+
+@contextmanager
+def progress_of_steps(first: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar whose text changes: a function that is called with (what, done, total)."""
+    with progress_bar() as bar:
+        task = bar.add_task(first, total=None, note="")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def warn(text: str) -> None:

@@ -78,3 +78,25 @@ class JudgeSettings:
     weights: Annotated[Literal["best", "last"], Setting("best or last.")] = "best"
     batch_size: Annotated[Count, Setting("Images per forward pass.", ranged=True)] = 8
     repeats: Annotated[int, Ge(0), Setting("Timed calls per model; 0 times none.", ranged=True)] = 50
+    fresh: Annotated[bool, Setting("Evaluate again what was evaluated before.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """The data that runs are compared on, and what they are measured against."""
+
+    data: Annotated[str | None, Setting("Data to judge on (default: what the runs' recipes validate on).")] = None
+    split: Annotated[str | None, Setting("Which split of it (default: theirs, or val).")] = None
+    teacher: Annotated[str | None, Setting("A run or SPEC@FILE, shown apart.", metavar="RUN")] = None
+    baseline: Annotated[
+        str | None,
+        Setting(
+            "A row, or a run of it, to measure against (default: the same model with --method none).", metavar="NAME"
+        ),
+    ] = None
+    ignore: Annotated[
+        tuple[str, ...],
+        Setting("A setting, besides seed and fold, that does not separate rows.", metavar="KEY", repeated=True),
+    ] = ()
+    own_fold: Annotated[bool, Setting("Judge each run on the fold of the split that its --fold left out.")] = False
+    smoke: Annotated[bool, Setting("Print above everything that the runs are no result, as of sweep --smoke.")] = False

@@ -43,7 +43,12 @@ class TrainSettings:
     model: Annotated[str, Setting("What to train; see [bold]kdcache models[/].", code=True)]
     val: Annotated[str | None, Setting("Labelled data folder to validate on.")] = None
     val_split: Annotated[str, Setting("Split to validate on.")] = "val"
-    name: Annotated[str | None, Setting("Name in tables and pictures (default: what it does).")] = None
+    name: Annotated[
+        str | None,
+        Setting(
+            "Name in tables and pictures (default: in tables the settings in which it differs, in pictures its folder)."
+        ),
+    ] = None
     init: Annotated[str | None, Setting("Start from a weights FILE, or [bold]default[/] (downloads).")] = None
 
     method: Annotated[

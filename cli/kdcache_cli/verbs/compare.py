@@ -3,72 +3,32 @@
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kdcache.settings import entries
-from kdcache.settings.shared import JudgeSettings, MachineSettings
-from kdcache_cli.console import ERRORS, OUT, progress_bar
-from kdcache_cli.settings import shared_flags
-from kdcache_cli.settings.signature import flag
+from kdcache_cli.console import ERRORS, OUT, progress_of_steps
+from kdcache_cli.settings import compare_flags
+from kdcache_cli.settings.signature import takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.comparison import Comparison
-    from kdcache.analysis.stored_evaluations import Judging
 
 _Option = typer.Option
-Runs = Annotated[list[str], typer.Argument(help="Run folders, folders that hold runs, or SPEC@FILE.", metavar="RUN...")]
-OptionalData = Annotated[
-    str | None, _Option("--data", help="Data to judge on (default: what the runs' recipes validate on).")
-]
-OptionalSplit = Annotated[str | None, _Option("--split", help="Which split of it (default: theirs, or val).")]
-Teacher = Annotated[str | None, _Option("--teacher", metavar="RUN", help="A run or SPEC@FILE, shown apart.")]
-Weights = Annotated[str, flag(JudgeSettings, "weights")]
-BatchSize = Annotated[int, flag(JudgeSettings, "batch_size")]
-Baseline = Annotated[
-    str | None,
-    _Option(
-        "--baseline",
-        metavar="NAME",
-        help="A row, or a run of it, to measure against (default: the same model with --method none).",
-    ),
-]
-Ignore = Annotated[
-    list[str] | None,
-    _Option("--ignore", metavar="KEY", help="A setting, besides seed and fold, that does not separate rows."),
-]
-OwnFold = Annotated[
-    bool, _Option("--own-fold", help="Judge each run on the fold of the split that its --fold left out.")
-]
-Repeats = Annotated[int, flag(JudgeSettings, "repeats")]
-Fresh = Annotated[bool, _Option("--fresh", help="Evaluate again what was evaluated before.")]
-Smoke = Annotated[
-    bool, _Option("--smoke", help="Print above everything that the runs are no result, as of sweep --smoke.")
-]
 _WIDEST = 7
 """Rows beside each other in the table of classes: a terminal is higher than it is wide."""
 
 
+@takes(
+    *compare_flags.TABLES,
+    order=("runs", *compare_flags.ROWS, *compare_flags.JUDGING, "markdown", "csv", "json_file", "text"),
+)
 def compare(
-    runs: Runs,
-    data: OptionalData = None,
-    split: OptionalSplit = None,
-    teacher: Teacher = None,
-    baseline: Baseline = None,
-    ignore: Ignore = None,
-    own_fold: OwnFold = False,
-    weights: Weights = JudgeSettings.weights,
-    size: shared_flags.Size = None,
-    batch_size: BatchSize = JudgeSettings.batch_size,
-    repeats: Repeats = JudgeSettings.repeats,
-    threads: shared_flags.Threads = MachineSettings.threads,
-    device: shared_flags.Device = MachineSettings.device,
-    fresh: Fresh = False,
-    smoke: Smoke = False,
+    settings: dict[str, Any],
+    runs: compare_flags.Runs,
     markdown: Annotated[Path | None, _Option("--markdown", help="Write the tables as Markdown.")] = None,
     csv: Annotated[Path | None, _Option("--csv", help="Write a line per row, plain numbers.")] = None,
     json_file: Annotated[Path | None, _Option("--json", help="Write the whole comparison.")] = None,
@@ -85,20 +45,11 @@ def compare(
     [dim]kdcache compare runs/ --teacher teacher --markdown comparison.md[/]
     """
     from kdcache.analysis import tables
-    from kdcache.analysis.compare import CompareOptions
     from kdcache.analysis.compare import compare as compare_runs
 
-    judged = judging(weights, size, batch_size, device, threads, fresh)
-    options = CompareOptions(judged, teacher, baseline, tuple(ignore or ()), own_fold, repeats, smoke)
-    with progress_bar() as bar:
-        task = bar.add_task("comparing", total=None, note="")
-        comparison = compare_runs(
-            runs,
-            data,
-            split,
-            options,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+    options = compare_flags.compare_options(settings)
+    with progress_of_steps("comparing") as report:
+        comparison = compare_runs(runs, settings["data"], settings["split"], options, report)
     _show(comparison)
     contents = (
         (markdown, tables.to_markdown),
@@ -111,21 +62,6 @@ def compare(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content(comparison), encoding="utf-8")
             ERRORS.print(f"written: {path}", markup=False)
-
-
-def judging(
-    weights: str, size: str | None, batch_size: int, device: str, threads: int, fresh: bool = False
-) -> "Judging":
-    """How runs are evaluated, from the flags; sets torch's threads."""
-    import torch
-
-    from kdcache.analysis.stored_evaluations import Judging
-    from kdcache.train import pick_device
-
-    entries(JudgeSettings)["weights"].read(weights)
-    if threads:
-        torch.set_num_threads(threads)
-    return Judging(weights, shared_flags.parse_size(size), batch_size, str(pick_device(device)), fresh)
 
 
 def _to_json(comparison: "Comparison") -> str:

@@ -1,7 +1,7 @@
 """`kdcache predict`: images of no data set, segmented."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -10,10 +10,6 @@ from rich.table import Table
 from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache_cli.console import OUT, progress_bar
 from kdcache_cli.settings import shared_flags
-
-if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
-    pass
-
 from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open_model
 
 

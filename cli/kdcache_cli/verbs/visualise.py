@@ -1,30 +1,33 @@
 """`kdcache visualise`: what models see, as pictures."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kdcache.settings.shared import JudgeSettings, MachineSettings
-from kdcache_cli.console import ERRORS, OUT, progress_bar
-from kdcache_cli.settings import shared_flags
-from kdcache_cli.verbs.compare import BatchSize, OptionalData, OptionalSplit, Runs, Smoke, Weights, judging
+from kdcache_cli.console import ERRORS, OUT, progress_of_steps
+from kdcache_cli.settings import compare_flags, shared_flags
+from kdcache_cli.settings.signature import takes
 
 _Option = typer.Option
 
 
+@takes(
+    *compare_flags.TABLES,
+    order=(
+        *("runs", "out", "data", "split", "fold", "folds_by", "teacher", "num", "ids", "class_name"),
+        *("weights", "size", "batch_size", "threads", "device", "smoke"),
+    ),
+    wording={"teacher": {"help": "A run or SPEC@FILE: a panel of every picture."}},
+)
 def visualise(
-    runs: Runs,
+    settings: dict[str, Any],
+    runs: compare_flags.Runs,
     out: Annotated[Path, _Option("--out", help="Folder of the pictures: new, empty, or that of an earlier call.")],
-    data: OptionalData = None,
-    split: OptionalSplit = None,
     fold: shared_flags.Fold = None,
     folds_by: shared_flags.FoldsBy = None,
-    teacher: Annotated[
-        str | None, _Option("--teacher", metavar="RUN", help="A run or SPEC@FILE: a panel of every picture.")
-    ] = None,
     num: Annotated[int, _Option("--num", min=0, help="Best and worst images of each run.")] = 10,
     ids: Annotated[
         str | None, _Option("--ids", metavar="A,B,C", help="Draw these samples instead, the same of every run.")
@@ -32,12 +35,6 @@ def visualise(
     class_name: Annotated[
         str | None, _Option("--class", metavar="NAME", help="Rank by the IoU of this class instead of mIoU.")
     ] = None,
-    weights: Weights = JudgeSettings.weights,
-    size: shared_flags.Size = None,
-    batch_size: BatchSize = JudgeSettings.batch_size,
-    threads: shared_flags.Threads = MachineSettings.threads,
-    device: shared_flags.Device = MachineSettings.device,
-    smoke: Smoke = False,
 ) -> None:
     """The best and the worst images of each run, confusion, curves; runs side by side.
 
@@ -51,20 +48,12 @@ def visualise(
     from kdcache.analysis.visualise import visualise as visualise_runs
     from kdcache.metrics import percent
 
-    judged = judging(weights, size, batch_size, device, threads)
     names = tuple(name.strip() for name in (ids or "").split(",") if name.strip())
     part = shared_flags.parse_fold(fold, folds_by)
-    options = VisualiseOptions(judged, num, num, names, class_name, teacher, part, smoke)
-    with progress_bar() as bar:
-        task = bar.add_task("scoring", total=None, note="")
-        made = visualise_runs(
-            runs,
-            data,
-            split,
-            out,
-            options,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+    teacher, smoke = settings["teacher"], settings["smoke"]
+    options = VisualiseOptions(compare_flags.judging(settings), num, num, names, class_name, teacher, part, smoke)
+    with progress_of_steps("scoring") as report:
+        made = visualise_runs(runs, settings["data"], settings["split"], out, options, report)
     table = Table("folder", "images", "mIoU %", "mean of images %", box=None, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -1,0 +1,42 @@
+"""Flags of compare, report and visualise: which runs, on what data, how they are judged."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcache.settings import entries, read
+from kdcache.settings.shared import CompareSettings, ImageSettings, JudgeSettings, MachineSettings
+
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.analysis.compare import CompareOptions
+    from kdcache.analysis.stored_evaluations import Judging
+
+TABLES = (ImageSettings, CompareSettings, JudgeSettings, MachineSettings)
+Runs = Annotated[list[str], typer.Argument(help="Run folders, folders that hold runs, or SPEC@FILE.", metavar="RUN...")]
+ROWS = ("data", "split", "teacher", "baseline", "ignore", "own_fold")
+JUDGING = ("weights", "size", "batch_size", "repeats", "threads", "device", "fresh", "smoke")
+
+
+def judging(settings: Mapping[str, Any]) -> "Judging":
+    """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
+    import torch
+
+    from kdcache.analysis.stored_evaluations import Judging
+    from kdcache.train import pick_device
+
+    judge, machine = read(JudgeSettings, settings), read(MachineSettings, settings)
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    size = entries(ImageSettings)["size"].read(settings["size"])
+    return Judging(judge.weights, size, judge.batch_size, str(pick_device(machine.device)), judge.fresh)
+
+
+def compare_options(settings: Mapping[str, Any]) -> "CompareOptions":
+    """How runs are compared. Raises: RecipeError for a value that is none."""
+    from kdcache.analysis.compare import CompareOptions
+
+    rows = read(CompareSettings, settings)
+    return CompareOptions(
+        judging(settings), rows.teacher, rows.baseline, rows.ignore, rows.own_fold, settings["repeats"], rows.smoke
+    )
