@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 
 from kdcache.errors import one_line, plain_text
 
@@ -61,6 +61,13 @@ def progress_of_steps(first: str) -> Iterator[Callable[[str, int, int], None]]:
     with progress_bar() as bar:
         task = bar.add_task(first, total=None, note="")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def figure_table(*header: str, title: str | None = None) -> Table:
+    """A table without borders: names on the left, figures on the right."""
+    columns = [Column(name, justify="right" if place else "left") for place, name in enumerate(header)]
+    above = None if title is None else f"\n{title}"
+    return Table(*columns, title=above, title_style="bold", title_justify="left", box=None, header_style="dim")
 
 
 def warn(text: str) -> None:

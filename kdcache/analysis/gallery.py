@@ -75,65 +75,97 @@ def best_cases(ranking: Sequence[tuple[int, float]], best: int, worst: int, chos
     ]
 
 
-def draw_cases(
-    shown: Shown,
-    split: Split,
-    cases: Sequence[Case],
-    folder: Path,
-    *,
-    teacher: Shown | None = None,
-    ranked_class: int | None = None,
-    above: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Path]:
-    """Draw images through one model: image, ground truth, prediction, overlay, where they differ, and the teacher.
+@dataclass(frozen=True)
+class Gallery:
+    """How images of a split are drawn.
 
-    What an earlier call left in these folders is removed. `above` stands over every picture.
+    Attributes:
+        ranked_class: class whose IoU ranks the images; None ranks them by mIoU.
+        teacher: a model whose prediction is a panel of every picture of one model.
+        above: a note that stands over every picture.
     """
-    _clear(folder, (SUCCESSES, FAILURES, CHOSEN))
-    written = []
-    for done, case in enumerate(cases, 1):
-        image = shown.scores.images[case.position]
-        score = image.score(ranked_class)
-        figure = _case(shown, split, image.number, _title(shown, case, split, ranked_class), teacher)
-        path = folder / case.folder / f"{case.prefix}_{file_part(image.sample)}_iou{score:.4f}.png"
-        save_figure(figure, path, above)
-        written.append(path)
-        if progress is not None:
-            progress(done, len(cases))
-    return written
 
+    split: Split
+    ranked_class: int | None = None
+    teacher: Shown | None = None
+    above: str | None = None
 
-def draw_side_by_side(
-    models: Sequence[Shown],
-    split: Split,
-    cases: Sequence[Case],
-    folder: Path,
-    ranked_class: int | None = None,
-    above: str | None = None,
-) -> list[Path]:
-    """Draw the same images through several models: predictions, and where they are wrong. Scores are their means."""
-    _clear(folder, (SIDE_BY_SIDE,))
-    written = []
-    for case in cases:
-        images = [shown.scores.images[case.position] for shown in models]
-        scores = [image.score(ranked_class) for image in images]
-        pixels = split.image(images[0].number)
-        predicted = [(shown, *shown.predict(split, images[0].number)) for shown in models]
-        label = predicted[0][2]
-        colours = split.classes.colours
-        what = _score_name(split, ranked_class)
-        pictures = [("image", pixels), ("ground truth", colour_ids(label, colours))]
-        for (shown, argmax, _), score in zip(predicted, scores, strict=True):
-            name = f"{shorten(shown.name, 40)}: {what} {percent(score)} %"
-            pictures += [(name, colour_ids(argmax, colours)), ("where it is wrong", mark_wrong(pixels, label, argmax))]
-        legend = _legend(split, [label, *(argmax for _, argmax, _ in predicted)])
-        figure = panels(f"{_rank(case)}: {shorten(images[0].sample)}", pictures, legend)
-        mean = statistics.fmean(scores)
-        path = folder / SIDE_BY_SIDE / f"{case.prefix}_{file_part(images[0].sample)}_iou{mean:.4f}.png"
-        save_figure(figure, path, above)
-        written.append(path)
-    return written
+    def draw_cases(
+        self,
+        shown: Shown,
+        cases: Sequence[Case],
+        folder: Path,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Path]:
+        """Draw images through one model: image, ground truth, prediction, overlay, where they differ, and the teacher.
+
+        What an earlier call left in these folders is removed.
+        """
+        _clear(folder, (SUCCESSES, FAILURES, CHOSEN))
+        written = []
+        for done, case in enumerate(cases, 1):
+            image = shown.scores.images[case.position]
+            score = image.score(self.ranked_class)
+            name = f"{shorten(shown.name, 40)}, {_rank(case)}: {self._score_name} {percent(score)} %"
+            figure = self._one_model(shown, image.number, f"{name}\n{shorten(image.sample, 90)}")
+            written.append(self._save(figure, folder / case.folder, case, image.sample, score))
+            if progress is not None:
+                progress(done, len(cases))
+        return written
+
+    def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> list[Path]:
+        """Draw the same images through several models: predictions, and where they are wrong; scores are means."""
+        _clear(folder, (SIDE_BY_SIDE,))
+        written = []
+        for case in cases:
+            images = [shown.scores.images[case.position] for shown in models]
+            scores = [image.score(self.ranked_class) for image in images]
+            pixels = self.split.image(images[0].number)
+            predicted = [(shown, *shown.predict(self.split, images[0].number)) for shown in models]
+            label = predicted[0][2]
+            pictures = [("image", pixels), ("ground truth", self._coloured(label))]
+            for (shown, argmax, _), score in zip(predicted, scores, strict=True):
+                name = f"{shorten(shown.name, 40)}: {self._score_name} {percent(score)} %"
+                pictures += [(name, self._coloured(argmax)), ("where it is wrong", mark_wrong(pixels, label, argmax))]
+            legend = self._legend([label, *(argmax for _, argmax, _ in predicted)])
+            figure = panels(f"{_rank(case)}: {shorten(images[0].sample)}", pictures, legend)
+            mean = statistics.fmean(scores)
+            written.append(self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, mean))
+        return written
+
+    @property
+    def _score_name(self) -> str:
+        return "mIoU" if self.ranked_class is None else f"IoU of {self.split.classes.names[self.ranked_class]}"
+
+    def _one_model(self, shown: Shown, number: int, title: str) -> "Figure":
+        pixels = self.split.image(number)
+        argmax, label = shown.predict(self.split, number)
+        pictures = [("image", pixels), ("ground truth", self._coloured(label))]
+        present = [label, argmax]
+        if self.teacher is not None:
+            taught, _ = self.teacher.predict(self.split, number)
+            pictures.append(("teacher", self._coloured(taught)))
+            present.append(taught)
+        pictures += [
+            ("prediction", self._coloured(argmax)),
+            ("overlay", overlay(pixels, argmax, self.split.classes, OPACITY)),
+            ("where they differ", mark_wrong(pixels, label, argmax)),
+        ]
+        return panels(title, pictures, self._legend(present))
+
+    def _coloured(self, ids: Array) -> Array:
+        return colour_ids(ids, self.split.classes.colours)
+
+    def _legend(self, ids: Sequence[Array]) -> list[tuple[str, tuple[int, int, int]]]:
+        """The classes that are to be seen, void and wrong."""
+        present = sorted({int(number) for array in ids for number in np.unique(array)} - {IGNORE_INDEX})
+        classes = [(self.split.classes.names[number], self.split.classes.colours[number]) for number in present]
+        return [*classes, ("void", VOID_RGB), ("wrong", WRONG_RGB)]
+
+    def _save(self, figure: "Figure", folder: Path, case: Case, sample: str, score: float) -> Path:
+        path = folder / f"{case.prefix}_{file_part(sample)}_iou{score:.4f}.png"
+        save_figure(figure, path, self.above)
+        return path
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
@@ -152,45 +184,9 @@ def shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else "..." + text[3 - most :]
 
 
-def _case(shown: Shown, split: Split, number: int, title: str, teacher: Shown | None) -> "Figure":
-    pixels = split.image(number)
-    argmax, label = shown.predict(split, number)
-    colours = split.classes.colours
-    pictures = [("image", pixels), ("ground truth", colour_ids(label, colours))]
-    seen = [label, argmax]
-    if teacher is not None:
-        taught, _ = teacher.predict(split, number)
-        pictures.append(("teacher", colour_ids(taught, colours)))
-        seen.append(taught)
-    pictures += [
-        ("prediction", colour_ids(argmax, colours)),
-        ("overlay", overlay(pixels, argmax, split.classes, OPACITY)),
-        ("where they differ", mark_wrong(pixels, label, argmax)),
-    ]
-    return panels(title, pictures, _legend(split, seen))
-
-
-def _title(shown: Shown, case: Case, split: Split, ranked_class: int | None) -> str:
-    image = shown.scores.images[case.position]
-    what = _score_name(split, ranked_class)
-    head = f"{shorten(shown.name, 40)}, {_rank(case)}: {what} {percent(image.score(ranked_class))} %"
-    return f"{head}\n{shorten(image.sample, 90)}"
-
-
 def _rank(case: Case) -> str:
     """`success_rank1` in words."""
     return case.prefix.replace("_", " ").replace("rank", "rank ").replace("chosen", "chosen ")
-
-
-def _score_name(split: Split, ranked_class: int | None) -> str:
-    return "mIoU" if ranked_class is None else f"IoU of {split.classes.names[ranked_class]}"
-
-
-def _legend(split: Split, ids: Sequence[Array]) -> list[tuple[str, tuple[int, int, int]]]:
-    """The classes that are to be seen, void and wrong."""
-    present = sorted({int(number) for array in ids for number in np.unique(array)} - {IGNORE_INDEX})
-    classes = [(split.classes.names[number], split.classes.colours[number]) for number in present]
-    return [*classes, ("void", VOID_RGB), ("wrong", WRONG_RGB)]
 
 
 def _clear(folder: Path, names: Sequence[str]) -> None:

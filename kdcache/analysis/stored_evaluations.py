@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +96,30 @@ def evaluate_run(
     return replace(evaluation, note=keep(record, run.folder, entry.text, evaluation.metrics, own_size=own_size))
 
 
+_NAMES = ("weights", "data", "split", "fold")
+"""Entries of a record in JSON that may differ between equal evaluations."""
+
+
 @dataclass(frozen=True)
 class Record:
     """Everything that the numbers of an evaluation depend on.
 
     Attributes:
-        weights_sha256: None for weights that no file holds.
         which: `best` or `last` weights of a run; None for other weights.
         fold: the fold of the split that was judged; None for all of it.
+        weights_sha256: None for weights that no file holds.
         size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
         class_map_sha256: digest of the map from its classes to those of the data.
     """
 
-    spec: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    weights_sha256: str | None
     which: str | None
     data: str
     split: str
     fold: Fold | None
+    spec: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights_sha256: str | None
     data_sha256: str
     size: tuple[int, int]
     at_size: bool = False
@@ -137,14 +141,14 @@ class Record:
     ) -> "Record":
         """The record of an evaluation; files are read for their digests."""
         return cls(
-            description.spec,
-            description.mean,
-            description.std,
-            None if weights is None else file_digest(weights),
             which,
             split.data,
             split.split,
             fold,
+            description.spec,
+            description.mean,
+            description.std,
+            None if weights is None else file_digest(weights),
             digest,
             size,
             at_size,
@@ -154,21 +158,12 @@ class Record:
     @property
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal for numbers to count as those of a new pass; names may differ."""
-        return {
-            "spec": self.spec,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "weights_sha256": self.weights_sha256,
-            "data_sha256": self.data_sha256,
-            "size": list(self.size),
-            "at_size": self.at_size,
-            "class_map_sha256": self.class_map_sha256,
-        }
+        return {key: value for key, value in self.to_json().items() if key not in _NAMES}
 
     def to_json(self) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # its tuples are lists, as in a file
         fold = None if self.fold is None else str(self.fold)
-        names = {"weights": self.which, "data": self.data, "split": self.split, "fold": fold}
-        return {**names, **self.identity}
+        return {"weights": fields.pop("which"), **fields, "fold": fold}
 
     def name(self, *, own_size: bool) -> str:
         """The name of its file, without an ending; each kind has its own.

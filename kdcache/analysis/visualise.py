@@ -1,20 +1,19 @@
 """From runs to a folder of pictures and figures, for `kdcache visualise`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdcache.analysis.banner import banner
-from kdcache.analysis.compare import comparable_split
+from kdcache.analysis.compare import Progress, comparable_split
 from kdcache.analysis.curves import draw_curves, read_curves
 from kdcache.analysis.gallery import (
     SIDE_BY_SIDE,
     Case,
+    Gallery,
     Shown,
     best_cases,
-    draw_cases,
-    draw_side_by_side,
     folder_names,
     shorten,
     summary_json,
@@ -28,8 +27,6 @@ from kdcache.errors import RecipeError
 from kdcache.metrics.figures import draw_confusion, save_figure
 from kdcache.metrics.tables import percent
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 SUMMARY = "visualise.json"
 SIDE_BEST, SIDE_WORST = 2, 1
 
@@ -90,9 +87,9 @@ def visualise(
         source = fold_alone(source, *options.fold)
     ranked_class = None if options.class_name is None else class_number(source, options.class_name)
     numbers = sample_numbers(source, options.ids)
-    above = banner(source.data, options.smoke)
     models = [score_run(run, source, options.judging, report) for run in entries]
     teacher = score_run(teachers[0], source, options.judging, report) if teachers else None
+    gallery = Gallery(source, ranked_class, teacher, banner(source.data, options.smoke))
     shown = dict(zip(folder_names([run.text for run in entries]), models, strict=True))
     positions = {image.number: position for position, image in enumerate(models[0].scores.images)}
     listed = [positions[number] for number in numbers]
@@ -101,13 +98,13 @@ def visualise(
     with memory_errors(options.judging.device, 1):
         for run, (name, model) in zip(entries, shown.items(), strict=True):
             cases = _cases([model], options, listed, ranked_class, (options.best, options.worst))
-            files += _draw_run(run, model, source, cases, out / name, teacher, ranked_class, report, above)
+            files += _draw_run(run, model, gallery, cases, out / name, report)
             notes += [] if (out / name / "curves.png").is_file() else [f"{run.text} keeps no metrics.jsonl: no curves"]
         report(f"drawing {SIDE_BY_SIDE}", 0, 1)
         several = len(models) > 1
         cases = _cases(models, options, listed, ranked_class, (SIDE_BEST, SIDE_WORST)) if several else []
-        files += draw_side_by_side(models, source, cases, out, ranked_class, above)
-    header = {"data": source.data, "split": source.split, "banner": above, "class": options.class_name}
+        files += gallery.draw_side_by_side(models, cases, out)
+    header = {"data": source.data, "split": source.split, "banner": gallery.above, "class": options.class_name}
     content = {**header, "runs": summary_json(shown)}
     (out / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return Visualised(shown, tuple(files), tuple(notes))
@@ -167,16 +164,14 @@ def _cases(
 def _draw_run(
     run: Entry,
     shown: Shown,
-    split: Split,
+    gallery: Gallery,
     cases: Sequence[Case],
     folder: Path,
-    teacher: Shown | None,
-    ranked_class: int | None,
     progress: Progress,
-    above: str | None,
 ) -> list[Path]:
     """Everything about one run."""
     folder.mkdir(parents=True, exist_ok=True)
+    split, ranked_class, above = gallery.split, gallery.ranked_class, gallery.above
     metrics, counts, name = shown.scores.metrics, shown.scores.confusion.counts, shorten(shown.name)
     title = f"{name} on {shorten(split.data, 40)}, {split.split}: mIoU {percent(metrics.miou)} %"
     figures = {
@@ -199,14 +194,7 @@ def _draw_run(
     header = [("note", above), *header] if above else header
     text = folder / "evaluation_metrics.txt"
     text.write_text(metrics_text(shown.scores, header, ranked_class), encoding="utf-8")
-    pictures = draw_cases(
-        shown,
-        split,
-        cases,
-        folder,
-        teacher=teacher,
-        ranked_class=ranked_class,
-        above=above,
-        progress=lambda done, total: progress(f"drawing {run.name}", done, total),
+    pictures = gallery.draw_cases(
+        shown, cases, folder, lambda done, total: progress(f"drawing {run.name}", done, total)
     )
     return [*(folder / file for file in figures), text, *pictures]

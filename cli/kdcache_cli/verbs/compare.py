@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
-from kdcache_cli.console import ERRORS, OUT, progress_of_steps
+from kdcache_cli.console import ERRORS, OUT, figure_table, progress_of_steps
 from kdcache_cli.settings import compare_flags
 from kdcache_cli.settings.signature import takes
 
@@ -81,8 +80,7 @@ def _show(comparison: "Comparison") -> None:
     (_, *names), *columns = zip(header, *rows, strict=True)
     for first in range(0, len(names), _WIDEST):
         shown = slice(first, first + _WIDEST)
-        table = Table("IoU %", *names[shown], box=None, header_style="dim")
-        _align(table)
+        table = figure_table("IoU %", *names[shown])
         for class_name, *cells in columns[: len(comparison.class_names)]:
             table.add_row(class_name, *map(_cell, cells[shown]))
         OUT.print()
@@ -99,8 +97,7 @@ def _print(title: str, comparison: "Comparison", header: list[str], rows: list[l
 
 
 def _print_rows(title: str, header: list[str], rows: list[list[str]], apart: Sequence[int] = ()) -> None:
-    table = Table(*header, title=f"\n{title}", title_style="bold", title_justify="left", box=None, header_style="dim")
-    _align(table)
+    table = figure_table(*header, title=title)
     for place, cells in enumerate(rows):
         if place in apart:
             table.add_section()
@@ -115,8 +112,3 @@ def _cell(text: str) -> Text | str:
     begin, end = BOLD
     marked = text.startswith(begin) and text.endswith(end)
     return Text(text.removeprefix(begin).removesuffix(end), "bold") if marked else text
-
-
-def _align(table: Table) -> None:
-    for column in table.columns[1:]:
-        column.justify = "right"

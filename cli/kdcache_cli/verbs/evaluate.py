@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from kdcache.settings import entries
 from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
-from kdcache_cli.console import OUT, progress_bar, warn
+from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.signature import flag
 
@@ -86,9 +85,7 @@ def evaluate(
             at_size=at_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    table = Table("class", "IoU %", "Acc %", "pixels %", box=None, header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figure_table("class", "IoU %", "Acc %", "pixels %")
     for row in class_rows(metrics):
         table.add_row(*row)
     OUT.print(table)

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from kdcache.settings.shared import JudgeSettings, MachineSettings
-from kdcache_cli.console import OUT, progress_bar
+from kdcache_cli.console import OUT, figure_table, progress_bar
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open_model
 
@@ -62,8 +61,7 @@ def predict(
             opacity=opacity,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    table = Table("class", "pixels %", box=None, header_style="dim")
-    table.columns[1].justify = "right"
+    table = figure_table("class", "pixels %")
     for number in sorted(range(len(named)), key=lambda number: -pixels_C[number]):
         table.add_row(named.names[number], f"{100 * pixels_C[number] / pixels_C.sum():.2f}")
     OUT.print(table)

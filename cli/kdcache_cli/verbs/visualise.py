@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from kdcache_cli.console import ERRORS, OUT, progress_of_steps
+from kdcache_cli.console import ERRORS, OUT, figure_table, progress_of_steps
 from kdcache_cli.settings import compare_flags, shared_flags
 from kdcache_cli.settings.signature import takes
 
@@ -54,9 +53,7 @@ def visualise(
     options = VisualiseOptions(compare_flags.judging(settings), num, num, names, class_name, teacher, part, smoke)
     with progress_of_steps("scoring") as report:
         made = visualise_runs(runs, settings["data"], settings["split"], out, options, report)
-    table = Table("folder", "images", "mIoU %", "mean of images %", box=None, header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figure_table("folder", "images", "mIoU %", "mean of images %")
     for name, model in made.shown.items():
         scores = model.scores.known()
         mean = sum(scores) / len(scores) if scores else float("nan")

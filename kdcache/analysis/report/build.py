@@ -1,10 +1,10 @@
 """From runs to the page, for `kdcache report`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdcache.analysis.compare import CompareOptions, compare
+from kdcache.analysis.compare import CompareOptions, Progress, compare
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report.audit import read_audit
 from kdcache.analysis.report.page import check_out, write_report
@@ -13,8 +13,6 @@ from kdcache.analysis.runs import find_runs
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 SAMPLES = 3
 
 

@@ -6,12 +6,13 @@ images take about a megabyte. Memory: the models of all rows, and one image at a
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from kdcache.analysis.compare import Progress
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.gallery import Shown
 from kdcache.analysis.per_image import best_and_worst, ranked
@@ -21,7 +22,6 @@ from kdcache.analysis.visualise import score_run
 from kdcache.data import IGNORE_INDEX, Split, fold_alone
 from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, Array
 
-Progress = Callable[[str, int, int], None]
 MOST_PIXELS = 640
 _QUALITY = 85
 _LABELS_READ = 50
