@@ -7,7 +7,8 @@ contestant. One run has no deviation, and none is shown.
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.spread import Difference, Spread
@@ -19,17 +20,17 @@ Mark = tuple[str, str]
 BOLD: Mark = ("**", "**")
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
+_SCORES: tuple[Callable[[Row], Spread], ...] = (attrgetter("miou"), attrgetter("macc"), attrgetter("aacc"))
 
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
     """Scores per row: number of runs, mIoU, mAcc, aAcc (percent) and the distance to the baseline (points)."""
-    columns: list[Callable[[Row], Spread]] = [lambda row: row.miou, lambda row: row.macc, lambda row: row.aacc]
     header = ["row", "runs", "mIoU %", "mAcc %", "aAcc %", "to baseline", "95 % interval", "is"]
     rows = [
         [
             row_name(row),
             str(len(row.runs)),
-            *(_marked(comparison, row, column, mark) for column in columns),
+            *(_marked(comparison, row, column, mark) for column in _SCORES),
             *_difference(row.difference),
         ]
         for row in comparison.rows
@@ -89,12 +90,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 def class_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
     """Class scores per row: IoU of every class, then mIoU, mAcc, aAcc; the names travel with the numbers."""
-    columns: list[Callable[[Row], Spread]] = [
-        *map(_iou, range(len(comparison.class_names))),
-        lambda row: row.miou,
-        lambda row: row.macc,
-        lambda row: row.aacc,
-    ]
+    columns = (*map(_iou, range(len(comparison.class_names))), *_SCORES)
     header = ["row", *comparison.class_names, "mIoU", "mAcc", "aAcc"]
     rows = [
         [row_name(row), *(_marked(comparison, row, column, mark, deviation=False) for column in columns)]
@@ -148,16 +144,8 @@ def to_csv(comparison: Comparison) -> str:
     header = ["row", "model", "teacher", "baseline", "runs", "runs_at_chance"]
     header += [f"{column}_{part}" for column in ("miou", "macc", "aacc") for part in ("mean", "std")]
     header += ["to_baseline", "difference", "low", "high", "paired", "verdict"]
-    header += [
-        "p",
-        "p_adjusted",
-        "comparisons",
-        "correlation",
-        "unpaired",
-        "unpaired_low",
-        "unpaired_high",
-        "unpaired_p",
-    ]
+    header += ["p", "p_adjusted", "comparisons", "correlation"]
+    header += ["unpaired", "unpaired_low", "unpaired_high", "unpaired_p"]
     header += ["height", "width", "parameters", "flops", "macs"]
     header += ["latency_mean_ms", "latency_std_ms", "latency_median_ms", "fps", "device", "threads"]
     header += [f"iou_{part}:{name}" for name in names for part in ("mean", "std")]
@@ -165,16 +153,9 @@ def to_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(one_line, header))
     for row in comparison.rows:
-        scores = [_cell(value) for column in (row.miou, row.macc, row.aacc) for value in (column.mean, column.std)]
-        classes = [_cell(value) for column in row.iou for value in (column.mean, column.std)]
-        head = [
-            one_line(row.name),
-            one_line(row.model),
-            int(row.teacher),
-            int(row.baseline),
-            len(row.runs),
-            len(row.collapsed),
-        ]
+        scores, classes = _mean_and_std(column(row) for column in _SCORES), _mean_and_std(row.iou)
+        counts = [int(row.teacher), int(row.baseline), len(row.runs), len(row.collapsed)]
+        head = [one_line(row.name), one_line(row.model), *counts]
         writer.writerow([*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes])
     return text.getvalue()
 
@@ -265,6 +246,10 @@ def _csv_cost(row: Row) -> list[str]:
         return [*counts, *[""] * 6]
     times = (latency.mean_ms, latency.std_ms, latency.median_ms, latency.fps)
     return [*counts, *map(_cell, times), latency.device, str(latency.threads)]
+
+
+def _mean_and_std(spreads: Iterable[Spread]) -> list[str]:
+    return [_cell(value) for spread in spreads for value in (spread.mean, spread.std)]
 
 
 def _cell(value: float) -> str:

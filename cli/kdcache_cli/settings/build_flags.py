@@ -10,6 +10,7 @@ from kdcache.settings import names, read, read_values
 from kdcache.settings.building import STORED, VIEWS, BuildSettings, TeacherSettings
 from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
 from kdcache_cli.console import ERRORS
+from kdcache_cli.settings.shared_flags import use_machine
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.data import Split
@@ -37,18 +38,14 @@ def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOp
 
     Raises: RecipeError without a size, where the teachers have none of their own.
     """
-    import torch
-
     from kdcache.data import open_split
     from kdcache.models import Tta
     from kdcache.teacher import BuildOptions, check_cross_fit, load_teachers
-    from kdcache.train import pick_device
 
     _check_views(settings)
     images, teacher = read(ImageSettings, settings), read(TeacherSettings, settings)
     machine, options = read(MachineSettings, settings), read_values(BuildSettings, settings)
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
+    device = use_machine(machine.threads, machine.device)
     source = open_split(read(DataSettings, settings).data, images.split)
     loaded = load_teachers(
         teacher.teacher,
@@ -72,7 +69,7 @@ def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOp
             received="no --size",
             remedy="add --size HxW, for instance --size 288x384",
         )
-    return source, loaded, BuildOptions(size=size, device=pick_device(machine.device), **options)
+    return source, loaded, BuildOptions(size=size, device=device, **options)
 
 
 def _check_views(settings: Mapping[str, Any]) -> None:

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.settings import entries, read
+from kdcache.settings import read
 from kdcache.settings.shared import CompareSettings, ImageSettings, JudgeSettings, MachineSettings
+from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.compare import CompareOptions
@@ -20,16 +21,11 @@ JUDGING = ("weights", "size", "batch_size", "repeats", "threads", "device", "fre
 
 def judging(settings: Mapping[str, Any]) -> "Judging":
     """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
-    import torch
-
     from kdcache.analysis.stored_evaluations import Judging
-    from kdcache.train import pick_device
 
-    judge, machine = read(JudgeSettings, settings), read(MachineSettings, settings)
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
-    size = entries(ImageSettings)["size"].read(settings["size"])
-    return Judging(judge.weights, size, judge.batch_size, str(pick_device(machine.device)), judge.fresh)
+    judge, size = read(JudgeSettings, settings), shared_flags.parse_size(settings["size"])
+    device = shared_flags.use_machine(settings["threads"], settings["device"])
+    return Judging(judge.weights, size, judge.batch_size, str(device), judge.fresh)
 
 
 def compare_options(settings: Mapping[str, Any]) -> "CompareOptions":

@@ -14,7 +14,9 @@ from kdcache.settings.spelling import parse_bytes
 from kdcache.settings.training import TRAINING
 from kdcache_cli.settings.signature import flag
 
-if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch and zarr
+    import torch
+
     from kdcache import data
     from kdcache.store.backend.base import Place
 
@@ -51,6 +53,17 @@ def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
             f"{flag} is one of {', '.join(allowed)}", received=repr(value), remedy=f"use {flag} {allowed[0]}"
         )
     return value
+
+
+def use_machine(threads: int, device: str) -> "torch.device":
+    """The device that `auto`, `cpu` or `cuda` names; sets torch's threads, unless they are 0. Raises: RecipeError."""
+    import torch
+
+    from kdcache.train import pick_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    return pick_device(device)
 
 
 def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "Place":

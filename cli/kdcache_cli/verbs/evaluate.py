@@ -10,6 +10,7 @@ from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
+from kdcache_cli.settings.model_flags import Weights
 from kdcache_cli.settings.signature import flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
@@ -28,7 +29,7 @@ def evaluate(
     split: shared_flags.Split = TrainSettings.val_split,
     fold: shared_flags.Fold = None,
     folds_by: shared_flags.FoldsBy = None,
-    weights: Annotated[str, typer.Option("--weights", help="Weights of a run: best or last.")] = JudgeSettings.weights,
+    weights: Weights = JudgeSettings.weights,
     class_map: Annotated[
         Path | None, typer.Option("--class-map", help="Which class of the data each class of the model becomes.")
     ] = None,
@@ -55,17 +56,13 @@ def evaluate(
     [dim]kdcache evaluate runs/student --data camvid[/]
     [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
     """
-    import torch
-
     from kdcache.analysis.stored_evaluations import Record, data_digest, weights_file
     from kdcache.data import fold_alone, open_split
     from kdcache.metrics import at_chance, class_rows, evaluate_model, percent
     from kdcache.models import PROBABILITIES, returns_probabilities
     from kdcache.models.run import open_model, split_spec
-    from kdcache.train import pick_device
 
-    if threads:
-        torch.set_num_threads(threads)
+    where = shared_flags.use_machine(threads, device)
     which = entries(JudgeSettings)["weights"].read(weights)
     source = open_split(data, split)
     model, description = open_model(run, source.classes, shared_flags.parse_size(size), which, class_map=class_map)
@@ -73,7 +70,6 @@ def evaluate(
     part = shared_flags.parse_fold(fold, folds_by)
     if part is not None:
         source = fold_alone(source, *part)
-    where = pick_device(device)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(source), note="")
         metrics = evaluate_model(

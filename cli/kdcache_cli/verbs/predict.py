@@ -37,14 +37,10 @@ def predict(
 
     [dim]kdcache predict runs/student photos --out predicted[/]
     """
-    import torch
-
     from kdcache.analysis.predict import find_images, predict_images
     from kdcache.data import ClassList
-    from kdcache.train import pick_device
 
-    if threads:
-        torch.set_num_threads(threads)
+    where = shared_flags.use_machine(threads, device)
     inputs = find_images(images)
     model, description = open_model(run, size, weights, classes)
     named = ClassList(description.class_names, description.class_colours)
@@ -56,7 +52,7 @@ def predict(
             inputs,
             out,
             description.size,
-            device=pick_device(device),
+            device=where,
             batch_size=batch_size,
             opacity=opacity,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -35,7 +35,7 @@ class TeacherAudit:
     labelled: int
     class_names: tuple[str, ...]
     ece: float
-    bins: tuple[tuple[float, float, float, float, float], ...]
+    bins: tuple[tuple[float, ...], ...]
     sure: tuple[float, ...]
     right: tuple[float, ...]
     confused: tuple[tuple[str, str, float, int], ...]
@@ -107,7 +107,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
         labelled=int(content["labelled"]),
         class_names=tuple(str(row["name"]) for row in content["pseudo_labels"][0]["classes"]),
         ece=_number(calibration["ece"]),
-        bins=tuple(_five([_number(part[key]) for key in keys]) for part in calibration["bins"]),
+        bins=tuple(tuple(_number(part[key]) for key in keys) for part in calibration["bins"]),
         sure=tuple(map(_number, calibration["confidence"])),
         right=tuple(map(_number, calibration["precision"])),
         confused=tuple(
@@ -117,11 +117,6 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
             (float(p["threshold"]), _number(p["share"]), _number(p["precision"])) for p in content["pseudo_labels"]
         ),
     )
-
-
-def _five(values: list[float]) -> tuple[float, float, float, float, float]:
-    low, high, share, confidence, accuracy = values
-    return low, high, share, confidence, accuracy
 
 
 def _number(value: float | None) -> float:

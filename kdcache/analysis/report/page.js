@@ -170,14 +170,14 @@ if (stages.length) choose();
 for (const button of all(".copy")) {
   button.addEventListener("click", async () => {
     const code = button.parentElement.querySelector("code");
-    let said = "Copied";
+    let outcome = "Copied";
     try {
       await navigator.clipboard.writeText(code.textContent);
     } catch {
       getSelection().selectAllChildren(code);
-      said = "Selected";
+      outcome = "Selected";
     }
-    button.textContent = said;
+    button.textContent = outcome;
     setTimeout(() => { button.textContent = "Copy"; }, 1500);
   });
 }

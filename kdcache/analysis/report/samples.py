@@ -199,6 +199,6 @@ def _nearest(ids_HW: Array, size: tuple[int, int]) -> Image.Image:
 
 
 def _bytes(picture: Image.Image, kind: str, **options: object) -> bytes:
-    held = io.BytesIO()
-    picture.save(held, kind, **options)
-    return held.getvalue()
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
