@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class Evaluation:
     """Metrics of one run; `reused` when an earlier pass had them; `note` when they could not be kept."""
 
     metrics: Metrics
-    size: tuple[int, int]
     reused: bool
     note: str | None = None
 
@@ -81,7 +80,7 @@ def evaluate_run(
     """
     run = entry.run
     if run is None:
-        return _evaluate(entry, split, judging, progress)
+        return Evaluation(_evaluate(entry, split, judging, progress), reused=False)
     description = run.model
     description.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
     weights = run.weights(judging.which)
@@ -90,10 +89,10 @@ def evaluate_run(
     )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if metrics is not None:
-        return Evaluation(metrics, record.size, reused=True)
-    evaluation = _evaluate(entry, split, judging, progress)
-    own_size = record.size == description.size
-    return replace(evaluation, note=keep(record, run.folder, entry.text, evaluation.metrics, own_size=own_size))
+        return Evaluation(metrics, reused=True)
+    metrics = _evaluate(entry, split, judging, progress)
+    note = keep(record, run.folder, entry.text, metrics, own_size=record.size == description.size)
+    return Evaluation(metrics, reused=False, note=note)
 
 
 _NAMES = ("weights", "data", "split", "fold")
@@ -225,10 +224,10 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> 
     write_whole(path, json.dumps({"run": run, **record.to_json(), **metrics.to_json()}, indent=1) + "\n")
 
 
-def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> Evaluation:
+def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> Metrics:
     model, description = entry.load(split.classes, judging.which, judging.size)
     with memory_errors(judging.device, judging.batch_size):
-        metrics = evaluate_model(
+        return evaluate_model(
             model.to(judging.device),
             split,
             description.size,
@@ -236,7 +235,6 @@ def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress |
             batch_size=judging.batch_size,
             progress=progress,
         )
-    return Evaluation(metrics, description.size, reused=False)
 
 
 def metrics_of(content: Mapping[str, Any]) -> Metrics:
