@@ -4,6 +4,7 @@ import glob
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from kdcache.data.classes import write_classes
 from kdcache.data.files import IMAGE_SUFFIXES, read_image
 from kdcache.errors import DataError, ModelError, RecipeError
 from kdcache.files import replacing
-from kdcache.metrics.evaluate import Progress, batches
+from kdcache.metrics.evaluate import Progress
 from kdcache.metrics.figures import Array, colour_ids, palette_png, png_bytes
 from kdcache.models import SegmentationModel
 
@@ -103,7 +104,7 @@ def predict_images(
         lambda index: _load(images[index], size), range(len(images)), threads=threads, ahead=2 * batch_size
     )
     with ThreadPoolExecutor(max(1, threads)) as writers:
-        for batch in batches(pictures, batch_size):
+        while batch := list(islice(pictures, batch_size)):
             pixels = torch.from_numpy(np.stack([picture.small for picture in batch])).to(device)
             logits_BChw = model(model.normalise(pixels)).logits.float()
             if not bool(torch.isfinite(logits_BChw).all()):

@@ -24,7 +24,7 @@ from kdcache.analysis.score_figures import draw_distribution, metrics_text
 from kdcache.analysis.stored_evaluations import Judging, memory_errors
 from kdcache.data import Fold, Split, fold_alone
 from kdcache.errors import RecipeError
-from kdcache.metrics.figures import draw_confusion, save_figure
+from kdcache.metrics.figures import check_own_folder, draw_confusion, save_figure
 from kdcache.metrics.tables import percent
 
 SUMMARY = "visualise.json"
@@ -79,7 +79,7 @@ def visualise(
     """
     options = options or VisualiseOptions()
     report = progress or (lambda what, done, total: None)
-    check_out(out)
+    check_own_folder(out, SUMMARY, "pictures are drawn into a new or empty folder, or over earlier ones")
     entries = find_runs(runs, options.judging.which)
     teachers = find_runs([options.teacher], options.judging.which) if options.teacher else []
     source: Split = comparable_split(entries, data, split)
@@ -108,19 +108,6 @@ def visualise(
     content = {**header, "runs": summary_json(shown)}
     (out / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return Visualised(shown, tuple(files), tuple(notes))
-
-
-def check_out(out: Path) -> None:
-    """Refuse a folder that holds other files than our pictures. Raises: RecipeError."""
-    held = "is no folder" if out.exists() and not out.is_dir() else ""
-    if not held and out.is_dir() and any(out.iterdir()) and not (out / SUMMARY).is_file():
-        held = "holds something else"
-    if held:
-        raise RecipeError(
-            "pictures are drawn into a new or empty folder, or over earlier ones",
-            received=f"{out} {held}",
-            remedy="give another folder with --out",
-        )
 
 
 def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) -> Shown:

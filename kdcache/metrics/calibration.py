@@ -6,16 +6,16 @@ that every bin, threshold and quantile is exact and can be chosen after the pass
 Legend: C classes, V values of float16 from 0 to 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX
 
-Array = np.ndarray[Any, Any]
 BINS = 15
 # Non-negative floats are ordered as their bits are.
 VALUES_V = np.arange(int(np.float16(1).view(np.uint16)) + 1, dtype=np.uint16).view(np.float16).astype(np.float64)
@@ -49,27 +49,27 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The pixels that thresholds keep, per predicted class; shares are of all pixels predicted as that class.
+    """The pixels that thresholds select, per predicted class; shares are of all pixels predicted as that class.
 
     Attributes:
-        thresholds: the least confidence that is kept, of each class.
-        said, kept: numbers of pixels predicted as each class, and those of them that are kept.
-        precision: share of the kept, labelled pixels that are right; NaN without any.
+        thresholds: the least confidence that is selected, of each class.
+        predicted, selected: numbers of pixels predicted as each class, and those of them that are selected.
+        precision: share of the selected, labelled pixels that are right; NaN without any.
     """
 
     thresholds: tuple[float, ...]
-    said: tuple[int, ...]
-    kept: tuple[int, ...]
+    predicted: tuple[int, ...]
+    selected: tuple[int, ...]
     precision: tuple[float, ...]
     total_precision: float
 
     @property
     def shares(self) -> tuple[float, ...]:
-        return tuple(_ratio(covered, predicted) for covered, predicted in zip(self.kept, self.said, strict=True))
+        return _ratios(self.selected, self.predicted)
 
     @property
     def total_share(self) -> float:
-        return _ratio(sum(self.kept), sum(self.said))
+        return _ratio(sum(self.selected), sum(self.predicted))
 
 
 class ConfidenceCounts:
@@ -85,7 +85,11 @@ class ConfidenceCounts:
         )
 
     def update(
-        self, argmax_HW: Tensor, confidence_HW: Tensor, label_HW: Array | None, counted_HW: Array | None = None
+        self,
+        argmax_HW: Tensor,
+        confidence_HW: Tensor,
+        label_HW: NDArray[Any] | None,
+        counted_HW: NDArray[Any] | None = None,
     ) -> None:
         """Add pixels: class ids and float16 confidences in 0..1.
 
@@ -127,14 +131,14 @@ class ConfidenceCounts:
         """The pixels whose confidence is at or above a threshold, one for all classes or one for each."""
         thresholds_C = np.broadcast_to(np.asarray(threshold, np.float64), len(self.predicted_CV))
         first_C = np.searchsorted(VALUES_V, thresholds_C, side="left")
-        kept_C, labelled_C, right_C = (
+        selected_C, labelled_C, right_C = (
             np.array([row[first:].sum() for row, first in zip(counts_CV, first_C, strict=True)])
             for counts_CV in (self.predicted_CV, self.labelled_CV, self.right_CV)
         )
         return Coverage(
             thresholds=tuple(thresholds_C.tolist()),
-            said=tuple(self.predicted_CV.sum(1).tolist()),
-            kept=tuple(kept_C.tolist()),
+            predicted=tuple(self.predicted_CV.sum(1).tolist()),
+            selected=tuple(selected_C.tolist()),
             precision=_ratios(right_C, labelled_C),
             total_precision=_ratio(right_C.sum(), labelled_C.sum()),
         )
@@ -154,5 +158,5 @@ def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else float("nan")
 
 
-def _ratios(parts: Array, wholes: Array) -> tuple[float, ...]:
+def _ratios(parts: Iterable[float], wholes: Iterable[float]) -> tuple[float, ...]:
     return tuple(_ratio(part, whole) for part, whole in zip(parts, wholes, strict=True))

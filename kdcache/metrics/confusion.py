@@ -5,7 +5,7 @@ the classes that occur (a class absent from labels and predictions is NaN, not 0
 mIoU is never a mean over images.
 """
 
-import math
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +28,9 @@ class Metrics:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; NaN becomes null, for JSON has none. Classes travel with their names."""
-        return {
-            "miou": _plain(self.miou),
-            "macc": _plain(self.macc),
-            "aacc": _plain(self.aacc),
-            "classes": [
-                {"name": name, "iou": _plain(iou), "acc": _plain(acc), "label_pixels": pixels}
-                for name, iou, acc, pixels in zip(self.class_names, self.iou, self.acc, self.label_pixels, strict=True)
-            ],
-        }
+        rows = zip(self.class_names, self.iou, self.acc, self.label_pixels, strict=True)
+        classes = [dict(zip(("name", "iou", "acc", "label_pixels"), row, strict=True)) for row in rows]
+        return without_nan({"miou": self.miou, "macc": self.macc, "aacc": self.aacc, "classes": classes})
 
 
 class ConfusionMatrix:
@@ -72,5 +66,7 @@ class ConfusionMatrix:
         )
 
 
-def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def without_nan(content: dict[str, Any]) -> dict[str, Any]:
+    """An object of JSON with None for NaN, which JSON does not have."""
+    plain: dict[str, Any] = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return plain

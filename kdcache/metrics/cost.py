@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdcache.metrics.machine import cpu_name
 from kdcache.metrics.timing import no_garbage_collection
 from kdcache.models import SegmentationModel
+from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings
 
 REPEATS, WARM_UP = JudgeSettings.repeats, 10
@@ -63,59 +64,37 @@ class Cost:
 
     def to_json(self) -> dict[str, Any]:
         latency = None if self.latency is None else {**asdict(self.latency), "fps": self.latency.fps}
-        return {
-            "size": list(self.size),
-            "parameters": self.parameters,
-            "flops": self.flops,
-            "macs": self.macs,
-            "latency": latency,
-        }
+        return {**asdict(self), "size": list(self.size), "macs": self.macs, "latency": latency}
 
 
 def measure_cost(
-    model: SegmentationModel,
-    size: tuple[int, int],
-    *,
-    device: torch.device | str = "cpu",
-    repeats: int = REPEATS,
-    warm_up: int = WARM_UP,
+    model: SegmentationModel, size: tuple[int, int], *, device: torch.device | str = "cpu", repeats: int = REPEATS
 ) -> Cost:
     """Count and time a model, which is moved to `device` and put back into its mode.
 
     Args:
         repeats: timed calls; 0 measures no time.
     """
-    was_training = model.training
-    model.to(device).eval()
-    try:
-        latency = measure_latency(model, size, device=device, repeats=repeats, warm_up=warm_up) if repeats else None
+    with in_eval_mode(model.to(device)):
+        latency = measure_latency(model, size, repeats=repeats) if repeats else None
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return Cost(size, parameters, count_flops(model, size, device=device), latency)
-    finally:
-        model.train(was_training)
+        return Cost(size, parameters, count_flops(model, size), latency)
 
 
-def count_flops(model: SegmentationModel, size: tuple[int, int], *, device: torch.device | str = "cpu") -> int:
+def count_flops(model: SegmentationModel, size: tuple[int, int]) -> int:
     """FLOPs of one image, two per multiply-add; the model should be in eval mode."""
     # Attention as plain products: the counter knows not every fused kernel, that of the CPU for one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, *size, device=device))
+        model(torch.zeros(1, 3, *size, device=_device(model)))
     return int(counter.get_total_flops())
 
 
-def measure_latency(
-    model: SegmentationModel,
-    size: tuple[int, int],
-    *,
-    device: torch.device | str = "cpu",
-    repeats: int = REPEATS,
-    warm_up: int = WARM_UP,
-) -> Latency:
-    """Time a model that is on `device`, in eval mode. A GPU is waited for at the end of every call."""
-    where = torch.device(device)
-    x_13HW = torch.rand(1, 3, *size, device=where).contiguous(memory_format=torch.channels_last)
+def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats: int = REPEATS) -> Latency:
+    """Time a model in eval mode, on its device. A GPU is waited for at the end of every call."""
+    device = _device(model)
+    x_13HW = torch.rand(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), no_garbage_collection():
-        warmed = _calls(model, x_13HW, size, least=min(1, warm_up), most=warm_up, seconds=MOST_SECONDS / 5)
+        warmed = _calls(model, x_13HW, size, least=1, most=WARM_UP, seconds=MOST_SECONDS / 5)
         samples_ms = _calls(model, x_13HW, size, least=min(LEAST_REPEATS, repeats), most=repeats, seconds=MOST_SECONDS)
     return Latency(
         mean_ms=statistics.fmean(samples_ms),
@@ -123,7 +102,7 @@ def measure_latency(
         median_ms=statistics.median(samples_ms),
         repeats=len(samples_ms),
         warm_up=len(warmed),
-        device=_device_name(where),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         threads=torch.get_num_threads(),
     )
 
@@ -143,7 +122,5 @@ def _calls(
     return samples_ms
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return cpu_name()
+def _device(model: SegmentationModel) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device

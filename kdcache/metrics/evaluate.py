@@ -1,9 +1,9 @@
 """Evaluating a model on a labelled split, at the labels' own size."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from kdcache.data import IGNORE_INDEX, Split, Window, prefetch, render
 from kdcache.errors import DataError
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.models import SegmentationModel
+from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings
 
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,7 @@ def evaluate_model(
     Raises: DataError when nothing is labelled or an image cannot be read.
     """
     confusion = count_pixels(
-        model,
-        split,
-        size,
-        device=device,
-        batch_size=batch_size,
-        at_size=at_size,
-        threads=threads,
-        progress=progress,
+        model, split, size, device=device, batch_size=batch_size, at_size=at_size, threads=threads, progress=progress
     )
     return confusion.metrics()
 
@@ -127,13 +120,9 @@ def predictions(
         numbers: samples of `split`, in the order of the predictions.
     """
     samples = prefetch(lambda index: _load(split, index, size, at_size), numbers, threads=threads, ahead=4 * batch_size)
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches(samples, batch_size):
+    with in_eval_mode(model):
+        while batch := list(islice(samples, batch_size)):
             yield _predict(model, batch, device)
-    finally:
-        model.train(was_training)
 
 
 @torch.inference_mode()
@@ -155,15 +144,3 @@ def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sa
     pixels, small = render(image, label, window, flip=False, size=size)
     scored_label = small if at_size else np.ascontiguousarray(label)
     return _Sample(index, torch.from_numpy(pixels), torch.from_numpy(scored_label))
-
-
-def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last may be shorter."""
-    batch: list[T] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

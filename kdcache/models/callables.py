@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdcache.errors import ModelError
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.models.native import NativeOutput, SegmentationModel, in_eval_mode
 
 _PROBE_PX = 128  # side of the image that finds the stride; deep enough for stride 32 and a few cells
 
@@ -55,10 +55,9 @@ class WrappedModel(SegmentationModel):
             taps=children,
             align_corners=bool(getattr(network, "align_corners", False)),
         )
-        if getattr(network, "mean", None) is not None:
-            self.mean = _floats(network.mean)
-        if getattr(network, "std", None) is not None:
-            self.std = _floats(network.std)
+        for name in ("mean", "std"):
+            if (values := getattr(network, name, None)) is not None:  # numbers, or a tensor of any shape
+                setattr(self, name, torch.as_tensor(values).flatten().tolist())
         self.network = network
         self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
@@ -151,33 +150,24 @@ def _import(place: str, spec: str) -> ModuleType:
 
 
 def _call(spec: str, function: Callable[..., Any], num_classes: int | None) -> object:
-    arguments = {} if num_classes is None else {"num_classes": num_classes}
-    if num_classes is not None and _takes(function) and not _takes(function, **arguments):
-        arguments = {}  # it knows its own number, which is compared afterwards
-    try:
-        inspect.signature(function).bind(**arguments)
-    except TypeError as error:
-        shown = ", ".join(f"{k}={v}" for k, v in arguments.items()) or "no argument, as no num_classes is known"
-        raise ModelError(
-            "a model function must be callable with num_classes, or without when it knows its own",
-            received=f"{spec} with {shown}: {error}",
-            remedy="write it as def build(num_classes=21), or give the number of classes (in Python num_classes, on "
-            "the command line --classes FOLDER or --data)",
-        ) from error
-    except ValueError:  # a builtin without a signature: the call itself will fail or not
-        pass
-    return function(**arguments)
-
-
-def _takes(function: Callable[..., Any], **arguments: Any) -> bool:
-    """Whether a function's signature takes these arguments; True where it has none."""
-    try:
-        inspect.signature(function).bind(**arguments)
-    except TypeError:
-        return False
-    except ValueError:
-        return True
-    return True
+    named = {} if num_classes is None else {"num_classes": num_classes}
+    problem: TypeError | None = None
+    for arguments in (named, {}):  # the latter for one that knows its own number, which is compared afterwards
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            problem = problem or error
+            continue
+        except ValueError:  # a builtin without a signature: the call itself will fail or not
+            pass
+        return function(**arguments)
+    shown = f"num_classes={num_classes}" if named else "no argument, as no num_classes is known"
+    raise ModelError(
+        "a model function must be callable with num_classes, or without when it knows its own",
+        received=f"{spec} with {shown}: {problem}",
+        remedy="write it as def build(num_classes=21), or give the number of classes (in Python num_classes, on "
+        "the command line --classes FOLDER or --data)",
+    ) from problem
 
 
 @contextmanager
@@ -201,12 +191,10 @@ def _working_folder_on_path() -> Iterator[None]:
 def _logits(spec: str, answer: object) -> Tensor:
     while isinstance(answer, tuple | list) and answer:  # what follows are auxiliary outputs
         answer = answer[0]
-    logits = answer
-    if not isinstance(logits, Tensor):
-        if isinstance(answer, Mapping):
-            logits = answer.get("out", answer.get("logits"))
-        else:
-            logits = getattr(answer, "logits", None)
+    if isinstance(answer, Mapping):
+        logits = answer.get("out", answer.get("logits"))
+    else:
+        logits = answer if isinstance(answer, Tensor) else getattr(answer, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 4:
         shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise ModelError(
@@ -239,12 +227,11 @@ def _recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, An
 
 def _probe(spec: str, network: nn.Module) -> tuple[Tensor, list[str]]:
     """Logits of one black image and the direct children with (B, c, h, w) outputs, in the order they ran."""
-    modes = {module: module.training for module in network.modules()}
     like = next(network.parameters(), torch.empty(0))
     image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
-    network.eval()  # BatchNorm must not learn from the probe
+    children = [name for name, _ in network.named_children()]
     try:
-        with torch.no_grad(), _recorded(network, [name for name, _ in network.named_children()]) as outputs:
+        with torch.no_grad(), in_eval_mode(network), _recorded(network, children) as outputs:
             logits = _logits(spec, network(image))
     except ModelError:
         raise
@@ -254,15 +241,7 @@ def _probe(spec: str, network: nn.Module) -> tuple[Tensor, list[str]]:
             received=f"{spec}: {type(error).__name__}: {error}",
             remedy="accept any height and width",
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return logits, [name for name, y in outputs.items() if isinstance(y, Tensor) and y.ndim == 4]
-
-
-def _floats(values: Any) -> list[float]:
-    """The numbers of a tuple, or of a tensor of any shape."""
-    return [float(v) for v in torch.as_tensor(values).flatten().tolist()]
 
 
 _PREFIX = "network."

@@ -30,9 +30,8 @@ def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence
     Raises: ModelError naming the file and the line, the class or the name.
     """
     path = Path(path)
-    entries = _entries(path)
     table: dict[int, int] = {}
-    for where, teacher, target in entries:
+    for where, teacher, target in _entries(path):
         index = int(teacher) if teacher.isdecimal() else -1
         if not 0 <= index < teacher_classes:
             _refuse(f"teacher ids are 0 to {teacher_classes - 1}", f"{teacher!r} in {where}", "correct the id")
@@ -42,9 +41,7 @@ def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence
     absent = [str(i) for i in range(teacher_classes) if i not in table]
     if absent:
         _refuse(
-            "every teacher class must be listed",
-            f"{path} without {_some(absent)}",
-            "add them, with void to drop one",
+            "every teacher class must be listed", f"{path} without {_some(absent)}", "add them, with void to drop one"
         )
     unhit = [name for i, name in enumerate(class_names) if i not in table.values()]
     if unhit:
@@ -170,9 +167,7 @@ def _target(target: str, where: str, class_names: Sequence[str]) -> int:
     near = difflib.get_close_matches(target.lower(), lowered, n=1)
     hint = f"did you mean {names[lowered.index(near[0])]}?" if near else f"classes: {', '.join(names)}; or void"
     raise ModelError(
-        "a data class must be one of the data's names or ids, or void",
-        received=f"{target!r} in {where}",
-        remedy=hint,
+        "a data class must be one of the data's names or ids, or void", received=f"{target!r} in {where}", remedy=hint
     )
 
 

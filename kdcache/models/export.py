@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
-from kdcache.models.weights import load_weights
+from kdcache.models.weights import load_weights, save_weights
 from kdcache.run_folder import RunModel
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch.export": ".pt2"}
@@ -36,7 +36,8 @@ TOLERANCE = 1e-4
 """The most that a logit may differ by, as a part of the largest: float32 graphs differ by 1e-6 to 1e-5."""
 _LEAST = torch.finfo(torch.float32).tiny
 _TRACED = (2, 160, 224)  # batch, height and width all differ, or the exporter takes them for one number
-_FREE = ((0, 2, 3), (0,), ())  # axes that may vary, the most first
+_AXES = {0: "batch", 2: "height", 3: "width"}
+_FREE = (tuple(_AXES), (0,), ())  # axes that may vary, the most first
 
 
 @dataclass(frozen=True)
@@ -128,19 +129,16 @@ def export_model(
                 remedy="export in another format, or raise --tolerance if you can accept that",
             )
         size_bytes = partial.stat().st_size
-    names = tuple(name for axis, name in ((0, "batch"), (2, "height"), (3, "width")) if axis in free)
-    return Exported(
-        out, kind, size_bytes, names, None if unchecked else _CHECKERS[kind], unchecked, difference, relative
-    )
+    names = tuple(name for axis, name in _AXES.items() if axis in free)
+    checked_by = None if unchecked else _CHECKERS[kind]
+    return Exported(out, kind, size_bytes, names, checked_by, unchecked, difference, relative)
 
 
 def _write_weights(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
-    # Copies: the format takes no two tensors that share memory, as tied weights do.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in deployed.model.state_dict().items()}
-    save_file(tensors, path, {"format": "pt", **metadata})
+    save_weights(deployed.model, path, {"format": "pt", **metadata})
     again = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
     load_weights(again, load_file(path), strict_head=True)
-    return (0, 2, 3), Deployed(again.eval(), raw=True), ""
+    return tuple(_AXES), Deployed(again.eval(), raw=True), ""
 
 
 def _write_program(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
@@ -259,27 +257,23 @@ def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
 
 def _name_axes(graph_model: Any, raw: bool, free: tuple[int, ...]) -> None:
     """Free axes by names that a reader understands."""
-    for value, sides in (
-        (graph_model.graph.inputs[0], ("height", "width")),
-        (graph_model.graph.outputs[0], ("logits_height", "logits_width") if raw else ("height", "width")),
-    ):
-        names = dict(zip((0, 2, 3), ("batch", *sides), strict=True))
-        for axis in free:
-            value.shape[axis] = names[axis]
+    for axis in free:
+        graph_model.graph.inputs[0].shape[axis] = _AXES[axis]
+        graph_model.graph.outputs[0].shape[axis] = f"logits_{_AXES[axis]}" if raw and axis else _AXES[axis]
 
 
 def _format(out: Path, format: str | None) -> str:
-    by_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
+    named = {suffix: name for name, suffix in SUFFIXES.items()}.get(out.suffix)
     allowed = ", ".join(f"{name} ({suffix})" for name, suffix in SUFFIXES.items())
     if format is not None and format not in SUFFIXES:
         raise RecipeError(f"--format is one of {allowed}", received=repr(format), remedy="pick one of them")
-    if out.suffix not in by_suffix or by_suffix[out.suffix] != (format or by_suffix[out.suffix]):
+    if named is None or named != (format or named):
         raise RecipeError(
             f"a file's suffix names its format: {allowed}",
             received=f"--out {out}" + (f" with --format {format}" if format else ""),
             remedy=f"for instance --out {out.with_suffix(SUFFIXES[format or 'onnx'])}" if out.name else "give a file",
         )
-    return by_suffix[out.suffix]
+    return named
 
 
 def _check_place(out: Path) -> None:

@@ -9,7 +9,8 @@ Shapes: B batch, C classes, H W image, h w native stride, c channels of a featur
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,15 +59,6 @@ class SegmentationModel(nn.Module):
         load_report: what `build_model` loaded; None when the weights are random.
     """
 
-    spec: str
-    num_classes: int
-    stride: int
-    align_corners: bool
-    taps: tuple[str, ...]
-    backbone_prefix: str
-    classifier_keys: tuple[str, ...]
-    load_report: LoadReport | None
-
     def __init__(
         self,
         *,
@@ -86,9 +78,8 @@ class SegmentationModel(nn.Module):
         self.taps = tuple(taps)
         self.backbone_prefix = backbone_prefix
         self.classifier_keys = tuple(classifier_keys)
-        self.load_report = None
-        self._mean: tuple[float, float, float] = IMAGENET_MEAN
-        self._std: tuple[float, float, float] = IMAGENET_STD
+        self.load_report: LoadReport | None = None
+        self._mean, self._std = IMAGENET_MEAN, IMAGENET_STD
         # Not buffers: they would follow `model.half()` and lose the precision of the pixels.
         self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -185,6 +176,18 @@ class SegmentationModel(nn.Module):
             std = torch.tensor(self._std, dtype=torch.float32, device=device).view(3, 1, 1)
             moments = self._moments[device] = (mean, std)
         return moments
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, a network is in eval mode: BatchNorm learns nothing. Afterwards every module has its own mode again."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _rgb(name: str, value: Iterable[float]) -> tuple[float, float, float]:

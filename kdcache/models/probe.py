@@ -4,7 +4,7 @@ import torch
 
 from kdcache.models.class_map import ClassMapped
 from kdcache.models.ensemble import EnsembleModel
-from kdcache.models.native import SegmentationModel
+from kdcache.models.native import SegmentationModel, in_eval_mode
 from kdcache.models.registry import is_listed
 
 PROBABILITIES = "returns probabilities (in every pixel none is below 0, and they sum to 1) where logits are due"
@@ -26,17 +26,12 @@ def returns_probabilities(model: SegmentationModel) -> bool:
         return returns_probabilities(model.model)
     if model.num_classes < 2 or is_listed(model.spec):  # those give logits
         return False
-    modes = {module: module.training for module in model.modules()}
     like = next(model.parameters(), torch.empty(0))
-    model.eval()  # BatchNorm must not learn from the probe
     try:
-        with torch.no_grad():  # one by one, as much as any use of the network takes
+        with torch.no_grad(), in_eval_mode(model):  # one by one, as much as any use of the network takes
             return all(_sums_to_one(model, image[None], like) for image in _images())
     except Exception:  # it takes no images of this size, and fails by itself where it is used
         return False
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _sums_to_one(model: SegmentationModel, image_1HW3: torch.Tensor, like: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -90,14 +91,18 @@ def build_model(
     if num_classes is not None and num_classes < 1:
         raise ModelError("num_classes must be at least 1", received=str(num_classes), remedy="count the data's classes")
     strict = num_classes is None if strict_head is None else strict_head
-    state = _state(spec, weights, whole=strict)
+    state = None if weights is None else _state(spec, weights, whole=strict)
     if builder is None:
         model = callables.build(spec, num_classes)
     else:
         count = num_classes
         if count is None:
             if state is None:
-                _refuse_uncounted(spec)
+                raise ModelError(
+                    "the number of classes must be known",
+                    received=f"{spec} with neither num_classes nor weights",
+                    remedy="give the number of classes, or weights to read it from",
+                )
             count = count_classes(state, builder.classifier_keys(name))
         model = builder.build(name, count)
     if state is not None:
@@ -143,10 +148,8 @@ class _CountsOnCpu(TorchFunctionMode):
     """torch.linspace on the CPU: some networks read numbers from it, and on the meta device there are none."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is torch.linspace:
-            kwargs["device"] = "cpu"
-        return function(*args, **kwargs)
+        device = {"device": "cpu"} if function is torch.linspace else {}
+        return function(*args, **{**(kwargs or {}), **device})
 
 
 def _describe(spec: str) -> ModelInfo:
@@ -171,7 +174,11 @@ def _home(spec: str) -> tuple[_Family | None, str]:
         builder = next((module for module in _FAMILIES[family] if name in module.NAMES), None)
         if builder is not None or family == "smp":
             if _lacking(family):
-                _refuse_lacking(spec, family)
+                raise ModelError(
+                    f"{family}:* needs {_NEEDS[family]}, which an extra of kdcache brings",
+                    received=f"{spec}, and no such module",
+                    remedy=_pip(family),
+                )
             if builder is None:
                 smp.check_name(name)
             return builder or smp, name
@@ -199,9 +206,7 @@ def _pip(family: str) -> str:
     return f"pip install kdcache[{family}]"
 
 
-def _state(spec: str, weights: str | Path | None, whole: bool) -> dict[str, Tensor] | None:
-    if weights is None:
-        return None
+def _state(spec: str, weights: str | Path, whole: bool) -> dict[str, Tensor]:
     if weights != "default":
         return read_state_dict(weights)
     builder, name = _home(spec)
@@ -217,14 +222,11 @@ def _state(spec: str, weights: str | Path | None, whole: bool) -> dict[str, Tens
 def _exported_moments(weights: str | Path) -> tuple[list[float], list[float]] | None:
     """Mean and std that a file of `kdcache export` carries: weights mean nothing under another normalisation."""
     metadata = read_metadata(weights)
-    try:
-        return (
-            (json.loads(metadata["mean"]), json.loads(metadata["std"]))
-            if {"mean", "std", "spec"} <= set(metadata)
-            else None
-        )
-    except ValueError:  # somebody else's words for something else
+    if not {"mean", "std", "spec"} <= set(metadata):
         return None
+    with suppress(ValueError):  # somebody else's words for something else
+        return json.loads(metadata["mean"]), json.loads(metadata["std"])
+    return None
 
 
 def _refuse_unknown(spec: str) -> NoReturn:
@@ -237,20 +239,4 @@ def _refuse_unknown(spec: str) -> NoReturn:
         "a model is one that `kdcache models` lists, module:function, or path/to/file.py:function",
         received=repr(spec),
         remedy=f"did you mean {hint}?" if near else f"known names: {hint}",
-    )
-
-
-def _refuse_lacking(spec: str, family: str) -> NoReturn:
-    raise ModelError(
-        f"{family}:* needs {_NEEDS[family]}, which an extra of kdcache brings",
-        received=f"{spec}, and no such module",
-        remedy=_pip(family),
-    )
-
-
-def _refuse_uncounted(spec: str) -> NoReturn:
-    raise ModelError(
-        "the number of classes must be known",
-        received=f"{spec} with neither num_classes nor weights",
-        remedy="give the number of classes, or weights to read it from",
     )

@@ -5,15 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from safetensors.torch import save_file
-
 from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing, write_whole
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function
 from kdcache.models.trust import check_trusted, trusting
-from kdcache.models.weights import load_weights, read_metadata, read_state_dict
+from kdcache.models.weights import load_weights, read_metadata, read_state_dict, save_weights
 from kdcache.run_folder import MODEL, Run, RunModel, weights_path
 
 # The first @ after a spec's last part, which is a name: either path may have one of its own.
@@ -36,10 +34,8 @@ def write_run_model(run: Path, description: RunModel) -> None:
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
     """Write the weights `best` or `last` of a run; the file is replaced whole or not at all."""
-    # Copies: the format takes no two tensors that share memory, as tied weights do.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     with replacing(weights_path(run, which)) as partial:
-        save_file(tensors, partial)
+        save_weights(model, partial)
 
 
 def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False) -> tuple[SegmentationModel, RunModel]:
@@ -118,8 +114,9 @@ def open_model(
         assert parts is not None
         # The number that a map or a missing list goes by is that of the weights.
         count = None if callable(classes) or class_map is not None else len(classes.names)
-        if count is None and is_function(parts[0]):
-            count = _count_of_function(description, class_map)
+        if count is None and is_function(parts[0]):  # its weights cannot be counted before it is built
+            mapped = None if class_map is None else count_sources(class_map)
+            count = mapped if description is None else len(description.class_names)
         model = build_model(parts[0], count, weights=parts[1], strict_head=True).eval()
     if class_map is None and description is not None:
         names, colours = description.class_names, description.class_colours
@@ -137,13 +134,6 @@ def open_model(
         std=model.std,
         trained_on="" if description is None else description.trained_on,
     )
-
-
-def _count_of_function(description: RunModel | None, class_map: str | Path | None) -> int | None:
-    """The number of classes for a user's function where there is no list: its weights cannot be counted before it."""
-    if description is not None:
-        return len(description.class_names)
-    return None if class_map is None else count_sources(class_map)
 
 
 def _description(spec: str, weights: str) -> RunModel | None:

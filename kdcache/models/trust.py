@@ -62,11 +62,8 @@ def remember(spec: str) -> str | None:
         path = _path()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # In one write, at the end: several trainings may begin at once.
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(file, (json.dumps(entry) + "\n").encode())
-        finally:
-            os.close(file)
+        with open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write((json.dumps(entry) + "\n").encode())
     except (OSError, RuntimeError) as error:
         return f"{spec} could not be noted as yours ({error}): this run will need --trust where it is used"
     return None

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
@@ -65,13 +67,17 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = _in_folder(Path(path))
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
+
+
+def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a state dict as safetensors, with texts in its header."""
+    # Copies: the format takes no two tensors that share memory, as tied weights do.
+    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, path, metadata)
 
 
 def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, strict_head: bool) -> LoadReport:
@@ -92,9 +98,9 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
     if not strict_head:
         state, dropped = _as_backbone(model, state)
     auxiliary = [k for k in state if k not in own and k.startswith(_AUXILIARY)]
-    unexpected = [k for k in state if k not in own and not k.startswith(_AUXILIARY)]
+    unexpected = [k for k in state if k not in own and k not in auxiliary]
     counters = [k for k in own if k not in state and k.endswith(_COUNTER)]
-    missing = [k for k in own if k not in state and not k.endswith(_COUNTER)]
+    missing = [k for k in own if k not in state and k not in counters]
     reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
     recounted = [k for k in reshaped if _differs_in_classes(model, k, own[k], state[k])]
     reshaped = [k for k in reshaped if k not in recounted]
@@ -107,7 +113,12 @@ def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, stric
         shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in reshaped]
         _refuse_misfit(model, missing, unexpected, shapes)
     if strict_head and recounted:
-        _refuse_classes(model, state[recounted[0]].shape[0])
+        raise ModelError(
+            "a trained model's weights must have the data's number of classes, or that of the class map",
+            received=f"{state[recounted[0]].shape[0]} classes in the weights, {model.num_classes} in the data or its "
+            f"class map, for {model.spec}",
+            remedy="map each of the model's classes to one of the data's with --class-map FILE",
+        )
     loaded = [k for k in own if k in state and k not in reinitialised]
     _check_numbers(own, {k: state[k] for k in loaded})
     model.load_state_dict({k: state[k] for k in loaded}, strict=False)
@@ -187,9 +198,6 @@ def _in_folder(path: Path) -> Path:
 
 
 def _read_safetensors(path: Path) -> object:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
@@ -300,14 +308,6 @@ def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, value:
     return same_rest and _is_classifier(model, name, own)
 
 
-def _refuse_classes(model: SegmentationModel, count: int) -> None:
-    raise ModelError(
-        "a trained model's weights must have the data's number of classes, or that of the class map",
-        received=f"{count} classes in the weights, {model.num_classes} in the data or its class map, for {model.spec}",
-        remedy="map each of the model's classes to one of the data's with --class-map FILE",
-    )
-
-
 def _refuse_misfit(model: SegmentationModel, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     misfits = "; ".join(f"{len(names)} {kind}: {_names(names)}" for kind, names in kinds.items() if names)
@@ -319,5 +319,4 @@ def _refuse_misfit(model: SegmentationModel, missing: list[str], unexpected: lis
 
 
 def _names(names: list[str]) -> str:
-    more = ", ..." if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])

@@ -14,20 +14,20 @@ CLASSES = 4
 
 
 def draw(seed: int, pixels: int = 3000):
-    """(said, confidence float16, label): surer pixels are right more often, some labels are void."""
+    """(predicted, confidence float16, label): surer pixels are right more often, some labels are void."""
     rng = np.random.default_rng(seed)
     confidence = rng.uniform(0.26, 0.999, pixels).astype(np.float16)
-    said = rng.integers(0, CLASSES, pixels).astype(np.uint8)
-    other = (said + rng.integers(1, CLASSES, pixels)).astype(np.uint8) % CLASSES
-    label = np.where(rng.random(pixels) < confidence**2, said, other).astype(np.uint8)
+    predicted = rng.integers(0, CLASSES, pixels).astype(np.uint8)
+    other = (predicted + rng.integers(1, CLASSES, pixels)).astype(np.uint8) % CLASSES
+    label = np.where(rng.random(pixels) < confidence**2, predicted, other).astype(np.uint8)
     label[rng.random(pixels) < 0.1] = 255
-    return said, confidence, label
+    return predicted, confidence, label
 
 
-def counted(said, confidence, label, parts: int = 3) -> ConfidenceCounts:
+def counted(predicted, confidence, label, parts: int = 3) -> ConfidenceCounts:
     counts = ConfidenceCounts(CLASSES)
-    for part in np.array_split(np.arange(len(said)), parts):
-        counts.update(torch.from_numpy(said[part]), torch.from_numpy(confidence[part]), label[part])
+    for part in np.array_split(np.arange(len(predicted)), parts):
+        counts.update(torch.from_numpy(predicted[part]), torch.from_numpy(confidence[part]), label[part])
     return counts
 
 
@@ -38,15 +38,15 @@ def test_values_are_all_of_float16() -> None:
 
 @pytest.mark.parametrize("bins", [1, 10, 15])
 def test_the_error_is_that_of_torchmetrics(bins) -> None:
-    said, confidence, label = draw(0)
-    probabilities = np.full((len(said), CLASSES), 0.0, np.float64)
+    predicted, confidence, label = draw(0)
+    probabilities = np.full((len(predicted), CLASSES), 0.0, np.float64)
     probabilities[:] = ((1 - confidence.astype(np.float64)) / (CLASSES - 1))[:, None]
-    probabilities[np.arange(len(said)), said] = confidence
+    probabilities[np.arange(len(predicted)), predicted] = confidence
     from torchmetrics.classification import MulticlassCalibrationError  # which imports Triton
 
     judge = MulticlassCalibrationError(num_classes=CLASSES, n_bins=bins, ignore_index=255)
     judge.update(torch.from_numpy(probabilities), torch.from_numpy(label.astype(np.int64)))
-    found = counted(said, confidence, label).calibration(bins)
+    found = counted(predicted, confidence, label).calibration(bins)
     assert found.ece == pytest.approx(float(judge.compute()), abs=1e-6)
     assert found.ece > 0.1
     assert sum(part.share for part in found.bins) == pytest.approx(1)
@@ -69,34 +69,34 @@ def test_bins_are_closed_on_the_right() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 99), threshold=st.floats(0.01, 0.99), parts=st.integers(1, 4))
 def test_coverage_is_that_of_every_pixel(seed, threshold, parts) -> None:
-    said, confidence, label = draw(seed, 400)
-    found = counted(said, confidence, label, parts).coverage(threshold)
-    kept = confidence.astype(np.float64) >= threshold
+    predicted, confidence, label = draw(seed, 400)
+    found = counted(predicted, confidence, label, parts).coverage(threshold)
+    selected = confidence.astype(np.float64) >= threshold
     for c in range(CLASSES):
-        mine = kept & (said == c)
-        assert found.said[c] == (said == c).sum()
-        assert found.kept[c] == mine.sum()
+        mine = selected & (predicted == c)
+        assert found.predicted[c] == (predicted == c).sum()
+        assert found.selected[c] == mine.sum()
         if (label[mine] != 255).any():
             assert found.precision[c] == pytest.approx((label[mine] == c).sum() / (label[mine] != 255).sum())
         else:
             assert np.isnan(found.precision[c])
-    assert found.total_share == pytest.approx(kept.mean())
-    known = kept & (label != 255)
-    if known.any():
-        assert found.total_precision == pytest.approx((said == label)[known].mean())
+    assert found.total_share == pytest.approx(selected.mean())
+    labelled = selected & (label != 255)
+    if labelled.any():
+        assert found.total_precision == pytest.approx((predicted == label)[labelled].mean())
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 99), share=st.floats(0.01, 0.99), levels=st.sampled_from([3, 50, 15361]))
 def test_quantiles_are_those_of_sorted_pixels(seed, share, levels) -> None:
-    """At least the share is kept, and with the next larger confidence it would be less; ties go together."""
-    said, confidence, label = draw(seed, 300)
+    """At least the share is selected, and with the next larger confidence it would be less; ties go together."""
+    predicted, confidence, label = draw(seed, 300)
     confidence = (np.round(confidence.astype(np.float64) * levels) / levels).clip(0, 1).astype(np.float16)
-    said[said == 2] = 3  # class 2 is never said
-    counts = counted(said, confidence, label)
+    predicted[predicted == 2] = 3  # class 2 is never predicted
+    counts = counted(predicted, confidence, label)
     thresholds = counts.quantile_thresholds(share)
     for c in (0, 1, 3):
-        mine = np.sort(confidence[said == c].astype(np.float64))[::-1]
+        mine = np.sort(confidence[predicted == c].astype(np.float64))[::-1]
         assert thresholds[c] == mine[int(np.ceil(share * len(mine) - 1e-9)) - 1]
         assert counts.coverage(thresholds).shares[c] >= share - 1e-9
     assert thresholds[2] == 1
@@ -104,20 +104,20 @@ def test_quantiles_are_those_of_sorted_pixels(seed, share, levels) -> None:
 
 
 def test_unlabelled_pixels_count_for_coverage_alone() -> None:
-    said, confidence, _ = draw(1, 50)
+    predicted, confidence, _ = draw(1, 50)
     counts = ConfidenceCounts(CLASSES)
-    counts.update(torch.from_numpy(said), torch.from_numpy(confidence), None)
-    assert sum(counts.coverage(0.5).said) == 50
+    counts.update(torch.from_numpy(predicted), torch.from_numpy(confidence), None)
+    assert sum(counts.coverage(0.5).predicted) == 50
     assert np.isnan(counts.coverage(0.5).total_precision)
     assert counts.calibration().ece == 0
 
 
 def test_pixels_that_do_not_count_are_in_no_count() -> None:
-    said, confidence, label = draw(2, 60)
+    predicted, confidence, label = draw(2, 60)
     counted_HW = np.arange(60) % 3 > 0
     some, all_of_them = ConfidenceCounts(CLASSES), ConfidenceCounts(CLASSES)
-    some.update(torch.from_numpy(said), torch.from_numpy(confidence), label, counted_HW)
-    part = [torch.from_numpy(array[counted_HW]) for array in (said, confidence)]
+    some.update(torch.from_numpy(predicted), torch.from_numpy(confidence), label, counted_HW)
+    part = [torch.from_numpy(array[counted_HW]) for array in (predicted, confidence)]
     all_of_them.update(*part, label[counted_HW])
     for name in ("predicted_CV", "labelled_CV", "right_CV"):
         assert (getattr(some, name) == getattr(all_of_them, name)).all()

@@ -81,11 +81,11 @@ def _print(exported: "Exported") -> None:
         column.justify = "right"
     coverage = exported.coverage
     rows = zip(
-        exported.class_names, coverage.thresholds, coverage.kept, coverage.shares, coverage.precision, strict=True
+        exported.class_names, coverage.thresholds, coverage.selected, coverage.shares, coverage.precision, strict=True
     )
     for name, least, pixels, share, right in rows:
         table.add_row(name, f"{least:.4g}", f"{pixels:,}", percent(share), percent(right))
     table.add_section()
-    total = (f"{sum(coverage.kept):,}", percent(coverage.total_share), percent(coverage.total_precision))
+    total = (f"{sum(coverage.selected):,}", percent(coverage.total_share), percent(coverage.total_precision))
     table.add_row("all", "", *total)
     OUT.print(table)

@@ -69,8 +69,8 @@ def _print_classes(audit: "Audit") -> None:
     )
     rows = class_rows(metrics)
     for number in order:
-        other = audit.said_instead(number)
-        instead = "" if other is None else f"{other.said} {100 * other.share:.0f} %"
+        other = audit.confused_with(number)
+        instead = "" if other is None else f"{other.predicted} {100 * other.share:.0f} %"
         right, sure = calibration.precision[number], calibration.confidence[number]
         table.add_row(*rows[number], percent(right), percent(sure), instead)
     OUT.print(table)
@@ -90,7 +90,7 @@ def _print_confused(audit: "Audit") -> None:
         table = _table("Most confused", "label", "predicted", "% of the label's pixels", "pixels")
         table.columns[1].justify = "left"
         for pair in audit.confused:
-            table.add_row(pair.label, pair.said, percent(pair.share), f"{pair.pixels:,}")
+            table.add_row(pair.label, pair.predicted, percent(pair.share), f"{pair.pixels:,}")
         OUT.print(table)
     if audit.worst:
         table = _table("Images where it loses most", "image", "mIoU %")

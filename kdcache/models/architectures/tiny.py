@@ -30,8 +30,6 @@ class PyramidNet(SegmentationModel):
     Taps: `stage1` (stride 4) to `stageN`, and `head`: the classifier's input, before dropout.
 
     Args:
-        spec: the name that `build_model` was given.
-        num_classes: C.
         stem: channels at stride 2.
         widths: channels of each stage, at strides 4, 8, ...
         depths: residual blocks of each stage.

@@ -27,17 +27,9 @@ NAMES = (
     "lraspp_mobilenet_v3_large",
 )
 
-# tap -> child of torchvision's backbone; the last block of each width of MobileNetV3-Large, then its last
-# 1x1.
+# tap -> child of torchvision's backbone; the last block of each width of MobileNetV3-Large, then its last 1x1.
 _RESNET_TAPS = {"layer1": "layer1", "layer2": "layer2", "layer3": "layer3", "layer4": "layer4"}
-MOBILENET_TAPS = {
-    "stage1": "1",
-    "stage2": "3",
-    "stage3": "6",
-    "stage4": "12",
-    "stage5": "15",
-    "backbone": "16",
-}
+MOBILENET_TAPS = {"stage1": "1", "stage2": "3", "stage3": "6", "stage4": "12", "stage5": "15", "backbone": "16"}
 
 
 class TorchvisionModel(SegmentationModel):

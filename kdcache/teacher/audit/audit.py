@@ -13,11 +13,13 @@ import torch
 
 from kdcache.data import IGNORE_INDEX
 from kdcache.metrics import ConfusionMatrix, Metrics
-from kdcache.metrics.calibration import Array, Calibration, ConfidenceCounts, Coverage
+from kdcache.metrics.calibration import Calibration, ConfidenceCounts, Coverage
+from kdcache.metrics.confusion import without_nan
 from kdcache.store import Records, evenly_spread
 from kdcache.teacher.audit.first_views import Whole, read_wholes, whole_records
 from kdcache.teacher.audit.topk_error import GradientErrors, gradient_errors
 from kdcache.teacher.audit.verify import packed_target
+from kdcache.teacher.build.render import Array
 
 Progress = Callable[[int, int], None]
 THRESHOLDS = (*(round(0.5 + 0.05 * step, 2) for step in range(10)), 0.97, 0.99)
@@ -28,10 +30,10 @@ _GRADIENT_NUMBERS = 200_000_000  # at view size, all classes: about a minute on 
 
 @dataclass(frozen=True)
 class Confused:
-    """A pair of classes: `share` of the pixels labelled `label` were predicted to be `said`."""
+    """A pair of classes: `share` of the pixels labelled `label` are predicted to be `predicted`."""
 
     label: str
-    said: str
+    predicted: str
     share: float
     pixels: int
 
@@ -71,19 +73,21 @@ class Audit:
         """The coverage at one of THRESHOLDS."""
         return self.coverage[THRESHOLDS.index(threshold)]
 
-    def said_instead(self, label: int) -> Confused | None:
+    def confused_with(self, label: int) -> Confused | None:
         """The other class that pixels of a class are predicted to be most often; None when there is none."""
         return next(iter(_pairs(self.class_names, self.counts[label : label + 1], label)), None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; NaN becomes null."""
-        plain: dict[str, Any] = _without_nan(
+        return without_nan(
             {
                 "images": self.images,
                 "labelled": self.labelled,
                 "teacher": None if self.metrics is None else self.metrics.to_json(),
                 "calibration": None if self.calibration is None else asdict(self.calibration),
-                "confused": [asdict(pair) for pair in self.confused],
+                "confused": [
+                    {"label": x.label, "said": x.predicted, "share": x.share, "pixels": x.pixels} for x in self.confused
+                ],
                 "pixels_by_label_and_said": self.counts.tolist(),
                 "pseudo_labels": [
                     {"threshold": threshold, **coverage_json(self.class_names, coverage)}
@@ -93,30 +97,14 @@ class Audit:
                 "worst": [asdict(scored) for scored in self.worst],
             }
         )
-        return plain
 
 
 def coverage_json(class_names: tuple[str, ...], coverage: Coverage) -> dict[str, Any]:
     """Coverage with the names of its classes; NaN becomes null."""
-    columns = (coverage.thresholds, coverage.said, coverage.kept, coverage.shares, coverage.precision)
-    plain: dict[str, Any] = _without_nan(
-        {
-            "share": coverage.total_share,
-            "precision": coverage.total_precision,
-            "classes": [
-                {
-                    "name": name,
-                    "threshold": least,
-                    "said": predicted,
-                    "kept": pixels,
-                    "share": share,
-                    "precision": right,
-                }
-                for name, least, predicted, pixels, share, right in zip(class_names, *columns, strict=True)
-            ],
-        }
-    )
-    return plain
+    columns = (coverage.thresholds, coverage.predicted, coverage.selected, coverage.shares, coverage.precision)
+    keys = ("name", "threshold", "said", "kept", "share", "precision")
+    classes = [dict(zip(keys, row, strict=True)) for row in zip(class_names, *columns, strict=True)]
+    return without_nan({"share": coverage.total_share, "precision": coverage.total_precision, "classes": classes})
 
 
 def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None = None) -> Audit:
@@ -178,7 +166,7 @@ def _pairs(names: tuple[str, ...], counts_LC: Array, first: int = 0) -> list[Con
             if predicted != label:
                 pixels = int(row_C[predicted])
                 pairs.append(Confused(names[label], names[predicted], pixels / int(row_C.sum()), pixels))
-    return sorted(pairs, key=lambda pair: (-pair.share, pair.label, pair.said))
+    return sorted(pairs, key=lambda pair: (-pair.share, pair.label, pair.predicted))
 
 
 def _gradient(records: Records, numbers: list[int]) -> GradientErrors:
@@ -189,12 +177,3 @@ def _gradient(records: Records, numbers: list[int]) -> GradientErrors:
     sample = [numbers[place] for place in evenly_spread(len(numbers), most)]
     logits = (packed_target(records, [record]).densify()[0] for record in sample)
     return gradient_errors(logits, cache.head.k, cache.view_size, align_corners=cache.align_corners)
-
-
-def _without_nan(value: Any) -> Any:
-    """A value of JSON with None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if value != value else value

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.errors import RecipeError
 from kdcache.metrics import percent
 from kdcache.metrics.figures import (
     INK,
     VOID_RGB,
     WRONG_RGB,
+    check_own_folder,
     class_bars,
     colour_ids,
     draw_confusion,
@@ -38,15 +38,7 @@ _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d")
 
 def check_report_folder(folder: Path) -> None:
     """Refuse a folder that holds something else than a report. Raises RecipeError."""
-    held = "is no folder" if folder.exists() and not folder.is_dir() else ""
-    if not held and folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file():
-        held = "holds something else"
-    if held:
-        raise RecipeError(
-            "a report is written into a new or empty folder, or over an earlier report",
-            received=f"{folder} {held}",
-            remedy="give another folder with --out",
-        )
+    check_own_folder(folder, REPORT, "a report is written into a new or empty folder, or over an earlier report")
 
 
 def write_report(audit: Audit, records: Records, folder: Path) -> list[Path]:

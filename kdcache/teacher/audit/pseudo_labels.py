@@ -22,11 +22,12 @@ from PIL import Image
 from kdcache.data import IGNORE_INDEX, ClassList
 from kdcache.data.classes import write_classes
 from kdcache.errors import CorruptError, MismatchError, RecipeError
-from kdcache.metrics.calibration import Array, ConfidenceCounts, Coverage
-from kdcache.metrics.figures import palette_png, png_bytes
+from kdcache.metrics.calibration import ConfidenceCounts, Coverage
+from kdcache.metrics.figures import check_own_folder, palette_png, png_bytes
 from kdcache.store import Cache, Records
 from kdcache.store.backend.durable import disk_space_errors, write_durably
 from kdcache.teacher.audit.first_views import Whole, read_wholes
+from kdcache.teacher.build.render import Array
 
 Progress = Callable[[str, int, int], None]
 SETTINGS = "pseudo-labels.json"
@@ -99,11 +100,8 @@ def export_pseudo_labels(
         write_classes(out, classes)
         labels, pictures = out / "labels" / dataset.split, out / "images" / dataset.split
         least_C = np.array(coverage.thresholds)
-        for file, whole in zip(
-            files,
-            _with_progress(read_wholes(records, labels=False), "writing labels", len(files), progress),
-            strict=True,
-        ):
+        wholes = _with_progress(read_wholes(records, labels=False), "writing labels", len(files), progress)
+        for file, whole in zip(files, wholes, strict=True):
             if not (path := labels / file).exists():
                 _write(path, palette_png(pseudo_label(whole, least_C), classes.colours))
                 written += 1
@@ -146,12 +144,8 @@ def _check_views(cache: Cache) -> None:
 
 
 def _check_out(out: Path, settings: dict[str, Any]) -> None:
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SETTINGS).is_file())):
-        raise RecipeError(
-            "pseudo labels are written into a new or empty folder, or one that they were written into before",
-            received=f"{out} {'holds something else' if out.is_dir() else 'is a file'}",
-            remedy="give another folder with --out",
-        )
+    rule = "pseudo labels are written into a new or empty folder, or one that they were written into before"
+    check_own_folder(out, SETTINGS, rule)
     if not (out / SETTINGS).is_file():
         return
     try:
@@ -163,9 +157,8 @@ def _check_out(out: Path, settings: dict[str, Any]) -> None:
             remedy="remove the folder, or give another one with --out",
         ) from error
     if before != settings:
-        changed = [
-            name for name, value in settings.items() if not isinstance(before, dict) or before.get(name) != value
-        ]
+        recorded = before if isinstance(before, dict) else {}
+        changed = [name for name, value in settings.items() if recorded.get(name) != value]
         raise MismatchError(
             "a folder holds the pseudo labels of one store by one rule",
             received=f"those in {out} were made with another {' and '.join(changed) or 'version'}",
@@ -176,14 +169,7 @@ def _check_out(out: Path, settings: dict[str, Any]) -> None:
 def _file(sample: str) -> PurePosixPath:
     """An id as a path. It comes from the store: it must not lead out of the folder."""
     path = PurePosixPath(sample + ".png")
-    if (
-        path.is_absolute()
-        or ".." in path.parts
-        or "\\" in sample
-        or "\0" in sample
-        or sample.endswith("/")
-        or not sample
-    ):
+    if path.is_absolute() or ".." in path.parts or {"\\", "\0"} & set(sample) or sample.endswith("/") or not sample:
         raise CorruptError(
             "a sample's id is a path below its data folder",
             received=repr(sample),

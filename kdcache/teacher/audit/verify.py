@@ -1,6 +1,6 @@
 """Stored targets checked: scores against labels, and a sample beside new predictions of the teacher."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,11 @@ from kdcache.data import IGNORE_INDEX
 from kdcache.errors import MismatchError
 from kdcache.metrics import ConfusionMatrix, Metrics
 from kdcache.store import Records, evenly_spread
-from kdcache.teacher.build.build import pack_batch
 from kdcache.teacher.build.render import Array
 from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.load.forward import Precision, place, teach
 from kdcache.teacher.load.load import Teacher
-from kdcache_kernels import PackedTarget, densify, target_argmax_confidence
+from kdcache_kernels import PackedTarget, densify, pack, target_argmax_confidence
 
 # Other hardware rounds differently; another teacher differs by orders of magnitude more.
 MIN_AGREEMENT = 0.995
@@ -96,22 +95,17 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
     kl_sum = largest = 0.0
     drifted = []
     numbers = evenly_spread(len(cache), limit)
-    for record, pixels, drift in _pixels(records, numbers):
+    for record in numbers:
+        pixels, drift = _pixels(records, record)
         if drift:
             drifted.append(records.sample(record))
         model = teacher.model_for(folds[record])
         logits, _ = teach(model, torch.from_numpy(pixels)[None], (), precision, device, grid)
-        again = pack_batch(logits.cpu(), {}, cache.head.k)
-        stored = packed_target(records, [record])
-        if again["targets/segmentation/values"].shape != stored.values.shape:
+        repeated, stored = pack(logits.cpu(), cache.head.k), packed_target(records, [record])
+        if repeated[0].shape != stored.values.shape:
             differences.append("targets: the teacher gives another number of classes or another size")
             break
-        now = densify(
-            again["targets/segmentation/values"],
-            again.get("targets/segmentation/indices"),
-            again.get("targets/segmentation/tail"),
-            cache.num_classes,
-        ).double()
+        now = densify(*repeated, cache.num_classes).double()
         then = densify(stored.values, stored.indices, stored.tail, cache.num_classes).double()
         agreeing += int((now.argmax(1) == then.argmax(1)).sum())
         pixels_seen += now[0, 0].numel()
@@ -142,21 +136,18 @@ def _check_split(records: Records) -> None:
     records.check_complete()
 
 
-def _pixels(records: Records, numbers: Sequence[int]) -> Iterator[tuple[int, Array, bool]]:
-    """(record, pixels as taught, whether the data set now renders other pixels).
+def _pixels(records: Records, record: int) -> tuple[Array, bool]:
+    """The pixels of a record as the teacher saw them, and whether the data set now renders others.
 
     The checksum is of the view alone: both renderings are of one image, and what moves no byte of the student's is
     no drift to it.
     """
-    teacher_size = records.cache.manifest.view.teacher_size
-    for record in numbers:
-        if records.split is None:
-            yield record, records.pixels(record), False
-            continue
-        pixels, _ = records.render(record)
-        drift = not records.is_same(record, pixels)
-        if teacher_size is not None:
-            pixels, _ = records.render(record, teacher_size)
-        elif records.cache.pixels_stored:
-            pixels = records.pixels(record)
-        yield record, pixels, drift
+    if records.split is None:
+        return records.pixels(record), False
+    pixels, _ = records.render(record)
+    drift = not records.is_same(record, pixels)
+    if (teacher_size := records.cache.manifest.view.teacher_size) is not None:
+        pixels, _ = records.render(record, teacher_size)
+    elif records.cache.pixels_stored:
+        pixels = records.pixels(record)
+    return pixels, drift

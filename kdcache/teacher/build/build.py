@@ -208,7 +208,7 @@ class _Pass:
             packed = pack_batch(logits, tapped, head.k, raw=head.raw)
             packed |= measure(self._manifest.statistics, logits, features)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(options.batch_size, error) from error
+            raise out_of_memory(options.batch_size) from error
         return partial(self._fetch, items, *_to_host(packed, options.device))
 
     def _fetch(self, items: list[Rendered], packed: dict[str, Tensor], event: torch.cuda.Event | None) -> _Batch:

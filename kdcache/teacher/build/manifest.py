@@ -46,7 +46,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         raw=options.raw_logits,
         resampled=probe.grid is not None,
     )
-    features = {tap: _feature(feature) for tap, feature in output.features.items()}
+    feature_shapes = {tap: output.features[tap].shape[1:] for tap in options.features}
     return Manifest(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=f"kdcache {_version('kdcache')}",
@@ -62,7 +62,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         ),
         view=probe.view,
         heads={"segmentation": head},
-        features={tap: features[tap] for tap in options.features},
+        features={tap: Feature(channels=c, size=(h, w)) for tap, (c, h, w) in feature_shapes.items()},
         statistics=statistics_of(options.statistics, head.size, output.features),
         teacher=fingerprint(teacher, options.precision, options.device),
         build=Build(
@@ -110,10 +110,6 @@ def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) ->
         return k, None
     on_device = (logits.to(options.device) for logits in sample)
     return k, measure_fidelity(on_device, k, options.codec, size, align_corners=align_corners)
-
-
-def _feature(feature_Bchw: torch.Tensor) -> Feature:
-    return Feature(channels=feature_Bchw.shape[1], size=(feature_Bchw.shape[2], feature_Bchw.shape[3]))
 
 
 def _device_name(device: torch.device) -> str:

@@ -86,7 +86,8 @@ class TeacherProbe:
         for fold, members in by_fold.items():
             for first in range(0, len(members), self.options.batch_size):
                 batch = members[first : first + self.options.batch_size]
-                for sample, raw in zip(batch, self._logits(batch, fold), strict=True):
+                outputs = self._teach(batch, (), self.teacher.model_for(fold), self.grid)
+                for sample, raw in zip(batch, outputs.logits, strict=True):
                     if not raw.amax(0).isfinite().all():
                         record = sample * self.view.views_per_sample
                         raise not_finite("the logits", record, self.split.ids[sample])
@@ -104,9 +105,6 @@ class TeacherProbe:
         height, width = self._teach([0], (), model, enlarged=False).logits.shape[-2:]
         return height, width
 
-    def _logits(self, samples: Sequence[int], fold: int | None) -> torch.Tensor:
-        return self._teach(samples, (), self.teacher.model_for(fold), self.grid).logits
-
     def _teach(
         self,
         samples: Sequence[int],
@@ -122,4 +120,4 @@ class TeacherProbe:
         try:
             return NativeOutput(*teach(model, pixels, taps, options.precision, options.device, grid))
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(options.batch_size, error) from error
+            raise out_of_memory(options.batch_size) from error

@@ -52,34 +52,34 @@ def load_teachers(
 
 
 def load_like(
-    about: Fingerprint, origins: Sequence[str], classes: ClassList, *, class_map: str | Path | None = None
+    fingerprint: Fingerprint, origins: Sequence[str], classes: ClassList, *, class_map: str | Path | None = None
 ) -> Teacher:
     """The teachers of a store once more: weights, augmentation, folds and normalisation are as its manifest says.
 
     Whether they are the same teachers is for their fingerprint to show.
     Raises: as `load_teachers`; MismatchError unless there are as many.
     """
-    count = max(1, len(about.members))
+    count = max(1, len(fingerprint.members))
     if len(origins) != count:
         raise MismatchError(
             "a store is compared with all of its teachers, in the order of its build",
-            received=f"{len(origins)} teachers; the store has {count}: {about.spec}",
+            received=f"{len(origins)} teachers; the store has {count}: {fingerprint.spec}",
             remedy="give --teacher once for each",
         )
-    if not about.members:
-        return load_teacher(origins[0], classes, class_map=class_map, mean=about.mean, std=about.std)
+    if not fingerprint.members:
+        return load_teacher(origins[0], classes, class_map=class_map, mean=fingerprint.mean, std=fingerprint.std)
     teacher = load_teachers(
         origins,
         classes,
-        weights=[member.share for member in about.members],
-        tta=None if about.tta is None else Tta(about.tta.flip, about.tta.scales),
-        folds=about.folds,
-        folds_by=about.folds_by,
+        weights=[member.share for member in fingerprint.members],
+        tta=None if fingerprint.tta is None else Tta(fingerprint.tta.flip, fingerprint.tta.scales),
+        folds=fingerprint.folds,
+        folds_by=fingerprint.folds_by,
         class_map=class_map,
     )
     assert isinstance(teacher.model, EnsembleModel)
-    teacher.model.shares = tuple(member.share for member in about.members)  # to the last bit
-    for model, member in zip(teacher.model.parts, about.members, strict=True):
+    teacher.model.shares = tuple(member.share for member in fingerprint.members)  # to the last bit
+    for model, member in zip(teacher.model.parts, fingerprint.members, strict=True):
         model.mean, model.std = member.mean, member.std
     return teacher
 

@@ -17,6 +17,7 @@ _PROBE_GRID = 2
 def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) -> Fingerprint:
     """Fingerprint of a teacher that is already on `device`."""
     model = teacher.model
+    members, tta = _ensemble(model)
     logits, _ = teach(model, torch.from_numpy(_probe_images()), (), precision, device)
     pooled = F.adaptive_avg_pool2d(logits.double(), _PROBE_GRID).flatten().cpu()
     return Fingerprint(
@@ -26,8 +27,8 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
         mean=model.mean,
         std=model.std,
         class_map=teacher.class_map,
-        members=_members(model),
-        tta=_augmented(model),
+        members=members,
+        tta=tta,
         folds=teacher.folds,
         folds_by=teacher.folds_by,
         trainings=teacher.trainings,
@@ -35,19 +36,15 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
     )
 
 
-def _members(model: SegmentationModel) -> tuple[Member, ...]:
+def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented | None]:
+    """The members of an ensemble and its augmentation."""
     if not isinstance(model, EnsembleModel):
-        return ()
-    return tuple(
+        return (), None
+    members = tuple(
         Member(spec=member.spec, weights=state_digest(member), mean=member.mean, std=member.std, share=share)
         for member, share in zip(model.parts, model.shares, strict=True)
     )
-
-
-def _augmented(model: SegmentationModel) -> Augmented | None:
-    if not isinstance(model, EnsembleModel) or model.tta is None:
-        return None
-    return Augmented(flip=model.tta.flip, scales=model.tta.scales)
+    return members, None if model.tta is None else Augmented(flip=model.tta.flip, scales=model.tta.scales)
 
 
 def _probe_images() -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

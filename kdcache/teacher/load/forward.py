@@ -63,7 +63,7 @@ def area_mean(x_BChw: Tensor, grid: tuple[int, int]) -> Tensor:
     return rows_ih @ x_BChw @ columns_jw.mT
 
 
-def out_of_memory(batch_size: int, error: Exception) -> ModelError:
+def out_of_memory(batch_size: int) -> ModelError:
     """The error for a full GPU, with the batch size to try."""
     return ModelError(
         "a batch of the teacher must fit the device's memory",

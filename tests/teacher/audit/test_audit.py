@@ -117,9 +117,9 @@ def test_every_figure(audited) -> None:
     assert [pair.share for pair in found.confused] == pytest.approx(sorted(shares.flat, reverse=True)[:10], abs=5e-3)
     first = found.confused[0]
     names = found.class_names
-    assert shares[names.index(first.label), names.index(first.said)] == pytest.approx(shares.max(), abs=5e-3)
+    assert shares[names.index(first.label), names.index(first.predicted)] == pytest.approx(shares.max(), abs=5e-3)
     worst_class = names.index(first.label)
-    assert found.said_instead(worst_class) == first
+    assert found.confused_with(worst_class) == first
 
 
 def test_a_store_without_pixels_needs_its_own_data(tmp_path, teacher, folder_data, options) -> None:
@@ -160,7 +160,7 @@ def test_without_labels_there_is_less_to_say(tmp_path, teacher, options) -> None
     found = audit_cache(Records(cache))
     assert (found.images, found.labelled, found.metrics, found.calibration) == (3, 0, None, None)
     assert (found.confused, found.worst) == ((), ())
-    assert sum(found.coverage[0].said) == 3 * 32 * 48
+    assert sum(found.coverage[0].predicted) == 3 * 32 * 48
     names = {path.name for path in write_report(found, Records(cache), tmp_path / "report")}
     assert names == {"pseudo-labels.png", "gradient.png"}
     json.loads((tmp_path / "report" / REPORT).read_text())
@@ -187,7 +187,7 @@ def test_what_lies_beyond_an_image_is_not_counted(tmp_path, teacher, split, opti
         assert (rows["pixels/image"][~inside] == OUTSIDE_RGB).all(1).mean() > 0.7  # but for blended edges
         assert (whole.label[~inside] == 255).all()
         shown += inside.sum()
-    assert sum(found.coverage[0].said) == shown < 0.9 * 7 * 32 * 48
+    assert sum(found.coverage[0].predicted) == shown < 0.9 * 7 * 32 * 48
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -80,7 +80,7 @@ def test_labels_are_what_the_teacher_is_sure_of(built, tmp_path, rule) -> None:
     # The table counts the files themselves; precision is over labelled pixels.
     truth = np.stack([_label(split, sample) for sample in range(7)])
     for c in range(7):
-        assert found.coverage.kept[c] == (ids == c).sum()
+        assert found.coverage.selected[c] == (ids == c).sum()
         known = (ids == c) & (truth != 255)
         if known.any():
             assert found.coverage.precision[c] == pytest.approx((truth[known] == c).mean())
@@ -143,7 +143,7 @@ def test_it_goes_on_and_keeps_what_is_there(built, tmp_path, tree, monkeypatch) 
     assert tree(out) == tree(tmp_path / "whole")
     again = export_pseudo_labels(Records(cache), out, Rule(threshold=0.5))
     assert (again.written, again.kept) == (0, 7)
-    assert again.coverage.kept == found.coverage.kept
+    assert again.coverage.selected == found.coverage.selected
 
 
 def test_another_rule_or_store_is_refused(built, tmp_path, teacher, options, tree) -> None:
