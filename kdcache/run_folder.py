@@ -2,7 +2,7 @@
 
 recipe.toml        the settings, resolved
 model.json         what the weights belong to
-best.safetensors   and last.safetensors, the weights
+best.safetensors   and last.safetensors, the weights; best-ema.safetensors and last-ema.safetensors, their averages
 metrics.jsonl      the log: a line per entry, each with its kind and step
 environment.json   machine and versions
 result.json        written when the training has ended
@@ -15,18 +15,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.files import read_object
+from kdcache.settings.shared import Weights
 
 MODEL = "model.json"
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
+WEIGHTS: tuple[str, ...] = get_args(Weights)
 
 
 class RunModel(BaseModel):
@@ -82,16 +84,24 @@ class RunModel(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder; each of its files is read at its first use, and once."""
+    """A run folder; each of its files is read at its first use, and once.
+
+    Attributes:
+        which: weights that were named with it, as in `RUN@best-ema`; None leaves them to whoever uses the run.
+    """
 
     folder: Path
+    which: str | None = None
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Run":
-        """The run in a folder. Raises: RecipeError when the folder is not a run's."""
-        run = cls(Path(folder))
+    def open(cls, text: str | Path) -> "Run":
+        """The run in a folder, or `RUN@WEIGHTS`. Raises: RecipeError when the folder is not a run's."""
+        run = cls(*(named_weights(str(text)) or (Path(text),)))
         _ = run.model
         return run
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.which is None else f"{self.folder}@{self.which}"
 
     @cached_property
     def model(self) -> RunModel:
@@ -138,14 +148,18 @@ class Run:
             raise _no_recipe(self.folder / RECIPE, error) from error
 
     def weights(self, which: str = "best") -> Path:
-        """The file of the weights `best` or `last`. Raises: RecipeError when the run has none yet."""
+        """The file of its own weights `which`, else of these: one of WEIGHTS. Raises: RecipeError without it."""
+        which = self.which or which
         path = weights_path(self.folder, which)
         if not path.is_file():
             present = sorted(file.stem for file in self.folder.glob("*.safetensors"))
+            other = which.removesuffix("-ema")
             raise RecipeError(
                 f"a run is used by its weights, here {path.name}",
                 received=f"{self.folder} has " + (", ".join(present) if present else "no weights yet"),
-                remedy="let the training finish (the same command with --resume), or give only runs that have them",
+                remedy=f"use --weights {other}, or runs of a training with --ema 0.999"
+                if other != which and other in present
+                else "let the training finish (the same command with --resume), or give only runs that have them",
             )
         return path
 
@@ -189,8 +203,14 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (MODEL, RECIPE))
 
 
+def named_weights(text: str) -> tuple[Path, str] | None:
+    """(Folder of a run, one of WEIGHTS) of `RUN@WEIGHTS`; None for any other text."""
+    folder, _, which = text.rpartition("@")
+    return (Path(folder), which) if which in WEIGHTS and (Path(folder) / MODEL).is_file() else None
+
+
 def weights_path(folder: Path, which: str) -> Path:
-    """The path of a run's weights `best` or `last`."""
+    """The path of a run's weights `which`, one of WEIGHTS."""
     return folder / f"{which}.safetensors"
 
 

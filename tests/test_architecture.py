@@ -35,7 +35,7 @@ ALLOWED = {
     "files": set[str](),
     "settings": {"errors"},
     "data": {"errors"},
-    "run_folder": {"errors", "files"},
+    "run_folder": {"errors", "files", "settings"},
     "models": {"errors", "files", "run_folder"},
     "store": {"data", "errors"},
     "distill": {KERNELS, "errors"},

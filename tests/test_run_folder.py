@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdcache.errors import RecipeError
+from kdcache.models.run import split_spec
 from kdcache.run_folder import Run, RunModel, is_run
 
 MODEL = RunModel(
@@ -50,6 +51,20 @@ def test_a_folder_that_holds_a_model_alone_is_a_run(folder: Path) -> None:
     assert (run.recipe, run.metrics, run.result, run.environment) == (None, None, {}, {})
     with pytest.raises(RecipeError, match="no weights yet"):
         run.weights()
+
+
+def test_weights_may_be_named_with_the_run(folder: Path) -> None:
+    for which in ("best", "best-ema"):
+        (folder / f"{which}.safetensors").write_bytes(b"")
+    run = Run.open(f"{folder}@best-ema")
+    assert (run.folder, run.which, str(run)) == (folder, "best-ema", f"{folder}@best-ema")
+    assert run.weights() == run.weights("last") == folder / "best-ema.safetensors"
+    assert split_spec(f"{folder}@last") is None
+    (folder / "best-ema.safetensors").unlink()
+    with pytest.raises(RecipeError, match="use --weights best, or runs of a training with --ema"):
+        run.weights()
+    with pytest.raises(RecipeError, match="does not exist"):
+        Run.open(f"{folder}@newest")
 
 
 def test_files_are_read_once(folder: Path) -> None:

@@ -51,3 +51,7 @@ class TrainingProgress(Observer):
         self._miou = f" mIoU {100 * metrics.miou:.2f}"
         self._bar.update(self._task, completed=step, note=self._miou.strip())
         ERRORS.print(f"  iteration {step}:{self._miou}{' (best)' if best else ''}")
+
+    def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
+        self._miou += f", EMA {100 * metrics.miou:.2f}"
+        ERRORS.print(f"  iteration {step}: mIoU {100 * metrics.miou:.2f} of the EMA{' (best)' if best else ''}")

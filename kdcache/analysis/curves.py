@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d", "#8a4a9e", "#7a6a4a", "#c23b5a")
-_SCORES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
+_SCORES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "ema_miou": "mIoU of the EMA"}
 _BESIDE = {"kind", "step", "loss", "lr", "images_per_second", "wait_share"}
 Points = list[tuple[int, float]]
 

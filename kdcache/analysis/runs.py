@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Entry:
     @property
     def name(self) -> str:
         """The folder's name, or SPEC@FILE."""
-        return self.text if self.run is None else self.run.folder.resolve().name
+        return self.text if self.run is None else str(replace(self.run, folder=Path(self.run.folder.resolve().name)))
 
     @property
     def title(self) -> str:
@@ -72,19 +72,31 @@ class Entry:
 
 
 def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:
-    """Runs, SPEC@FILE, and all the runs below folders that are none themselves; each once, in this order.
+    """Runs, RUN@WEIGHTS, SPEC@FILE, and all the runs below folders that are none themselves; each once, in this order.
 
     Raises: RecipeError for a folder that is and holds no run, and for a run without the weights `which`.
     """
-    entries: dict[Path | str, Entry] = {}
+    entries: dict[tuple[Path, str | None] | str, Entry] = {}
     for text in map(str, texts):
         if split_spec(text) is not None:
             entries.setdefault(text, Entry(text, None))
             continue
         for run in _runs_below(Path(text)):
             run.weights(which)
-            entries.setdefault(run.folder.resolve(), Entry(str(run.folder), run, run.recipe or {}))
-    return list(entries.values())
+            entries.setdefault((run.folder.resolve(), run.which), Entry(str(run), run, run.recipe or {}))
+    named = any(entry.run is not None and entry.run.which is not None for entry in entries.values())
+    return [_apart(entry, which) if named else entry for entry in entries.values()]
+
+
+def _apart(entry: Entry, which: str) -> Entry:
+    """The entry with its weights among its settings: runs of one recipe with other weights are rows of their own."""
+    if entry.run is None:
+        return entry
+    own = entry.run.which
+    settings = {**entry.settings, "weights": own or which}
+    if own is not None and "name" in settings:
+        settings["name"] = f"{settings['name']} ({own})"
+    return replace(entry, settings=settings)
 
 
 def _runs_below(folder: Path) -> Iterator[Run]:

@@ -24,7 +24,7 @@ from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.evaluate import Progress, evaluate_model
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models.run import split_spec
-from kdcache.run_folder import RunModel, weights_path
+from kdcache.run_folder import Run, RunModel
 from kdcache.settings.shared import JudgeSettings
 
 
@@ -33,7 +33,7 @@ class Judging:
     """How runs are evaluated.
 
     Attributes:
-        which: weights, `best` or `last`.
+        which: weights of a run, such as `best`.
         size: (H, W) that the models see; None is that of each run.
         fresh: evaluate also what is kept.
     """
@@ -83,10 +83,8 @@ def evaluate_run(
         return Evaluation(_evaluate(entry, split, judging, progress), reused=False)
     description = run.model
     description.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
-    weights = run.weights(judging.which)
-    record = Record.of(
-        description, weights, split, digest, judging.size or description.size, which=judging.which, fold=fold
-    )
+    which, weights = weights_of(run, judging.which)
+    record = Record.of(description, weights, split, digest, judging.size or description.size, which=which, fold=fold)
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if metrics is not None:
         return Evaluation(metrics, reused=True)
@@ -104,7 +102,7 @@ class Record:
     """Everything that the numbers of an evaluation depend on.
 
     Attributes:
-        which: `best` or `last` weights of a run; None for other weights.
+        which: weights of a run, such as `best`; None for other weights.
         fold: the fold of the split that was judged; None for all of it.
         weights_sha256: None for weights that no file holds.
         size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
@@ -211,12 +209,16 @@ def file_name(record: Record, folder: Path, run: str, *, own_size: bool = True) 
     return name
 
 
-def weights_file(run: str, which: str) -> Path | None:
-    """The file of a run's weights, or that of SPEC@FILE; None for the library's own."""
-    parts = split_spec(run)
-    if parts is None:
-        return weights_path(Path(run), which)
-    return Path(parts[1]) if Path(parts[1]).is_file() else None
+def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
+    """The weights of a run, `which` unless others were named with it: their name and their file.
+
+    Of SPEC@FILE the name is None; of the library's own, so is the file.
+    """
+    parts = split_spec(run) if isinstance(run, str) else None
+    if parts is not None:
+        return None, Path(parts[1]) if Path(parts[1]).is_file() else None
+    run = Run.open(run) if isinstance(run, str) else run
+    return run.which or which, run.weights(which)
 
 
 def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> None:

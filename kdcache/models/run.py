@@ -12,7 +12,7 @@ from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function
 from kdcache.models.trust import check_trusted, trusting
 from kdcache.models.weights import load_weights, read_metadata, read_state_dict, save_weights
-from kdcache.run_folder import MODEL, Run, RunModel, weights_path
+from kdcache.run_folder import MODEL, Run, RunModel, named_weights, weights_path
 
 # The first @ after a spec's last part, which is a name: either path may have one of its own.
 _SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
@@ -33,7 +33,7 @@ def write_run_model(run: Path, description: RunModel) -> None:
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
-    """Write the weights `best` or `last` of a run; the file is replaced whole or not at all."""
+    """Write the weights `which` of a run; the file is replaced whole or not at all."""
     with replacing(weights_path(run, which)) as partial:
         save_weights(model, partial)
 
@@ -42,8 +42,10 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
     """The trained model of a run, in eval mode, on the CPU.
 
     Args:
-        run: its folder, or the run when it is open.
-        which: `best` (by validation mIoU; the last weights when nothing was validated) or `last`.
+        run: its folder, `RUN@WEIGHTS`, or the run when it is open.
+        which: `best` (by validation mIoU; the last weights when nothing was validated) or `last`; of a training with
+            `ema` also `best-ema` and `last-ema`, the moving average's own best and last. Weights named with the run
+            come first.
         trust: whether a function that the run names may be imported and called, wherever the run comes from; one that
             a training of this user was begun with may be in any case (see `kdcache.models.trust`).
     Raises: RecipeError when the run has no such checkpoint; ModelError when the weights do not fit, or for a function
@@ -60,6 +62,8 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
 
 def split_spec(text: str) -> tuple[str, str] | None:
     """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Raises: ModelError for a spec alone."""
+    if named_weights(text) is not None:
+        return None
     weighted = _SPEC_WITH_WEIGHTS.fullmatch(text)
     if weighted and not (Path(text) / MODEL).is_file():
         return weighted[1], weighted[2]
@@ -84,12 +88,12 @@ def open_model(
     """A trained model from wherever it is, in eval mode, on the CPU.
 
     Args:
-        text: a run folder, `SPEC@FILE` (weights trained elsewhere, or written by `kdcache export`) or
-            `SPEC@default` (the library's own, downloaded now). Every tensor must be in the weights.
+        text: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere, or written by
+            `kdcache export`) or `SPEC@default` (the library's own, downloaded now). Every tensor must be there.
         classes: of the data, or a function from their number to them where there is no data. A run and an exported
             file keep their own unless they are mapped (see `RunModel.check_classes`).
         size: (H, W) of the pixels it is used at; default a run's or an exported file's own.
-        which: of a run's weights, `best` or `last`.
+        which: of a run's weights, as `load_run`.
         class_map: file with the data class that each of its classes becomes (see `read_class_map`).
         trust: as `load_run`.
     Raises: RecipeError for no run, no checkpoint or no size; ModelError for weights or a class map that do not fit.

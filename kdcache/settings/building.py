@@ -27,8 +27,8 @@ class TeacherSettings:
     teacher: Annotated[
         tuple[str, ...],
         Setting(
-            "A run folder, SPEC@FILE (weights trained elsewhere) or SPEC@default (downloads). Given several times, "
-            "they are an ensemble: the mean of their probabilities.",
+            "A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads). Given several "
+            "times, they are an ensemble: the mean of their probabilities.",
             repeated=True,
         ),
     ]

@@ -12,6 +12,7 @@ FOLDS_BY = (
     "Keep whole sequences, such as videos, in a fold: a regular expression whose first group (or whole match) in a "
     "sample's id names its sequence, e.g. '^(.+)_'."
 )
+Weights = Literal["best", "last", "best-ema", "last-ema"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,10 @@ class CopySettings:
 class JudgeSettings:
     """How runs are evaluated and timed."""
 
-    weights: Annotated[Literal["best", "last"], Setting("best or last.")] = "best"
+    weights: Annotated[
+        Weights,
+        Setting("Weights of a run: best or last; of one with --ema also best-ema or last-ema."),
+    ] = "best"
     batch_size: Annotated[Count, Setting("Images per forward pass.", ranged=True)] = 8
     repeats: Annotated[int, Ge(0), Setting("Timed calls per model; 0 times none.", ranged=True)] = 50
     fresh: Annotated[bool, Setting("Evaluate again what was evaluated before.")] = False

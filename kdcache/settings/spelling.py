@@ -5,7 +5,7 @@ import re
 from math import inf, isfinite
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Predicate
+from annotated_types import Ge, Gt, Lt, Predicate
 
 from kdcache.errors import RecipeError
 from kdcache.settings.setting import Spelling
@@ -80,6 +80,11 @@ def parse_colour(value: Any) -> Any:
         return value
     red, green, blue = map(float, value.split(","))
     return red, green, blue
+
+
+def parse_number(value: Any) -> Any:
+    """'0.999' as 0.999."""
+    return float(value) if isinstance(value, str) else value
 
 
 def parse_top_k(value: Any) -> Any:
@@ -175,6 +180,7 @@ Numbers = Annotated[
 Colour = Annotated[
     tuple[float, float, float], Spelling(parse_colour, rule="three numbers for R,G,B in 0..1", example="0.5,0.5,0.5")
 ]
+Decay = Annotated[float, Gt(0), Lt(1), Spelling(parse_number, rule="a decay above 0 and below 1", example="0.999")]
 TopK = Annotated[int, Spelling(parse_top_k, rule="auto or a number of classes", example="auto", nothing="auto")]
 Views = Annotated[
     int,

@@ -8,7 +8,7 @@ from annotated_types import Ge, Le, Lt
 
 from kdcache.settings.setting import Setting
 from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.spelling import Count, Every, Logs, LrScales, Positive, Range, Weight
+from kdcache.settings.spelling import Count, Decay, Every, Logs, LrScales, Positive, Range, Weight
 
 DEFAULT_ITERATIONS = 4000
 LEARNING_RATE = 1e-3
@@ -190,6 +190,14 @@ class TrainSettings:
     ] = "poly"
     power: Annotated[Positive, _step("Exponent of poly.")] = 0.9
     warmup: Annotated[int, Ge(0), _step("Steps of linear warm-up.")] = 0
+    ema: Annotated[
+        Decay | None,
+        _step(
+            "Also keep an exponential moving average of the weights with this decay, e.g. 0.999: it is validated and "
+            "saved beside them, as best-ema and last-ema (default: none).",
+            metavar="DECAY",
+        ),
+    ] = None
     clip_grad: Annotated[Weight, _step("Largest gradient norm; 0 does not clip.")] = 0.0
     seed: Annotated[int, Ge(0), Lt(2**63), _step("Seed of weights, order and augmentation.")] = 0
 

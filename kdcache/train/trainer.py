@@ -28,6 +28,7 @@ from kdcache.train.step.batch_fit import largest_fitting, memory_error, requeste
 from kdcache.train.step.compiled import choose_step, make_step
 from kdcache.train.step.ddp import distribute
 from kdcache.train.step.eager import EagerStep, Step, set_random_state
+from kdcache.train.step.ema import ModelEma
 from kdcache.train.step.optim import Schedule, distill_weight_scale, make_optimizer
 
 
@@ -37,7 +38,7 @@ class Trainer:
     Args:
         criterion: gives the loss and its parts from native-stride logits and features.
         validate: metrics of the model as it stands, or None to train without validation.
-        run: an existing folder; receives checkpoint.pt, best/last.safetensors, metrics.jsonl, result.json.
+        run: an existing folder; receives checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
         world: the processes that train together, each with its part of every batch; the first writes the run.
     Attributes:
         eager: the step that the others are made from.
@@ -85,7 +86,8 @@ class Trainer:
             clip_grad=config.clip_grad,
             mix=None if config.mix is None else Mix(config.mix),
         )
-        self._state = RunState(run, config, self.eager, self._schedule, self._world)
+        self._ema = None if config.ema is None else ModelEma(self.model, config.ema)
+        self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
         self._watch = Watch(
             ("loss", *criterion.names), self._world, lambda step: draws.sample_ids(step, config.batch_size)
         )
@@ -163,6 +165,8 @@ class Trainer:
             batch = next_batch(batches)
         waited = time.perf_counter() - began
         prepared, losses, norms = self._learn(step, batch)
+        if self._ema is not None:
+            self._ema.update(step + 1)
         self._describe()
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
         self._watch.add(step, losses)
@@ -230,20 +234,30 @@ class Trainer:
         return time.perf_counter() - began
 
     def _end_of_interval(self) -> None:
-        """Validate, keep the best, save."""
+        """Validate the weights and their moving average, keep the best of each, save.
+
+        The rate of `plateau` follows the weights, so that a training is the same with and without an average.
+        """
         if self._validate is not None:
-            metrics = self._validate(self.model)
-            now = self._state.now
-            best = metrics.miou > now.best_miou
-            if best:
-                now.best_miou, now.best_step = metrics.miou, now.step
-                self._state.write_weights("best")
+            step, metrics = self._state.now.step, self._validate(self.model)
+            best = self._state.keep_best(metrics.miou)
             self._schedule.after_validation(metrics.miou)
-            self._write_line("validation", now.step, metrics.to_json())
-            self.observer.validated(now.step, metrics, best)
-            if now.step == self._iterations and (text := outcome(metrics)) is not None:
+            averaged = self._validate_ema()
+            beside = {} if averaged is None else {f"ema_{name}": v for name, v in averaged.to_json().items()}
+            self._write_line("validation", step, metrics.to_json() | beside)
+            self.observer.validated(step, metrics, best)
+            if averaged is not None:
+                self.observer.validated_ema(step, averaged, self._state.keep_best(averaged.miou, ema=True))
+            if step == self._iterations and (text := outcome(metrics)) is not None:
                 self.observer.note(text)
         self._state.save()
+
+    def _validate_ema(self) -> Metrics | None:
+        """Metrics of the weights' moving average; None in a training without."""
+        if self._ema is None or self._validate is None:
+            return None
+        with self._ema.in_place():
+            return self._validate(self.model)
 
     def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._log is not None:

@@ -368,6 +368,29 @@ def test_a_model_that_no_run_has_trained(world: Path) -> None:
     assert found.rows[1].difference is None
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_weights_named_with_a_run_are_a_row_of_their_own(named: bool, world: Path, derive: Callable[..., Path]) -> None:
+    runs = [derive(f"ema-{seed}", of=f"none-{seed}") for seed in (0, 1)]
+    for run in runs:
+        if named:
+            (run / "recipe.toml").write_text('name = "Plain"\n' + (run / "recipe.toml").read_text())
+        averages = {name: value / 2 for name, value in load_file(run / "last.safetensors").items()}
+        save_file(averages, run / "best-ema.safetensors")
+    texts = [*map(str, runs), *(f"{run}@best-ema" for run in runs)]
+    found = rows(compare(texts, options=QUICK))
+    assert list(found) == (["Plain", "Plain (best-ema)"] if named else ["weights best", "weights best-ema"])
+    plain, averaged = found.values()
+    assert [score.run for score in averaged.runs] == texts[2:]
+    split = open_split(world / "data", "val")
+    for run, score in zip(runs, averaged.runs, strict=True):
+        model, description = load_run(f"{run}@best-ema")
+        assert score.metrics == evaluate_model(model, split, description.size)
+        assert json.loads((run / "evaluation-val-best-ema.json").read_text())["weights"] == "best-ema"
+    assert plain.miou.mean != averaged.miou.mean
+    again = compare(texts, options=QUICK)
+    assert all(score.reused for row in again.rows for score in row.runs)
+
+
 def test_a_folder_that_may_not_be_written_to(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")

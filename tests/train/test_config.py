@@ -61,6 +61,7 @@ WRONG = {
     "scale": ["2:1", "0:1", "1", "1:2:3", (0.5,), (2.0, 0.5), (1.0, INFINITY)],
     "flip": ["sideways"],
     "lr_scale": ["encoder", "=2", "a=0", "a=nan", "a=inf", ["a=1", "a=2"], [3], 3],
+    "ema": [0, 1, -0.1, 1.5, NAN, True, "much"],
     "jitter": [-0.1, 1.1, NAN],
     "shuffle": ["epoch", None],
     "resident": ["disk", None],
@@ -105,6 +106,7 @@ def test_a_value_out_of_range_names_its_flag(name: str, value: object) -> None:
         ("size", "14x", "--size is HEIGHTxWIDTH in pixels, two whole numbers from 1"),
         ("keep_every", "5 epochs", "--keep-every is a number of iterations such as 500, or of epochs such as 5e"),
         ("flip", "sideways", "--flip is true or false"),
+        ("ema", 1.5, "--ema is a decay above 0 and below 1"),
     ],
 )
 def test_a_refusal_says_the_whole_range_and_what_was_given(name: str, value: object, rule: str) -> None:

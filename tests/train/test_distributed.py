@@ -5,6 +5,7 @@ Most tests run the command line in forked children that find each other as torch
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -189,7 +190,13 @@ def uneven(student: dict[str, Any], uneven_path: Path) -> dict[str, Any]:
     float64 (those of two processes: 2e-6), which ten times this rate turns into 1e-4 of the loss in 15 steps.
     """
     changes = {"batch_size": 4, "iterations": 10, "val_every": 5, "gradients_every": 4, "lr": 0.002, "seed": 3}
-    changes |= {"cache": str(uneven_path), "optimizer": "sgd", "class_weights": "sqrt", "distill_void": False}
+    changes |= {
+        "cache": str(uneven_path),
+        "optimizer": "sgd",
+        "class_weights": "sqrt",
+        "distill_void": False,
+        "ema": 0.8,
+    }
     return student | changes
 
 
@@ -218,17 +225,18 @@ def close(one: Path, two: Path, read_metrics: Read) -> None:
             assert b[name] == pytest.approx(a[name], rel=tolerance), (a["kind"], a["step"], name)
         if "miou" in a:  # a pixel or two between two classes
             assert b["miou"] == pytest.approx(a["miou"], abs=1e-3), a["step"]
-    weights, others = (load_file(run / "last.safetensors") for run in (one, two))
-    assert weights.keys() == others.keys()
     config = read_config(one)
     torch.manual_seed(config.seed)
     begun = build_model(config.model, 7).state_dict()
-    for statistics in (False, True):
+    kinds = ("last",) if config.ema is None else ("last", "last-ema")
+    for which, statistics in itertools.product(kinds, (False, True)):
+        weights, others = (load_file(run / f"{which}.safetensors") for run in (one, two))
+        assert weights.keys() == others.keys()
         names = [name for name in begun if ("running" in name or "num" in name) == statistics]
         if not names:
             continue
         a, b, c = (torch.cat([state[name].double().flatten() for name in names]) for state in (weights, others, begun))
-        assert (a - b).norm() <= WEIGHT * (a - c).norm(), (statistics, float((a - b).norm() / (a - c).norm()))
+        assert (a - b).norm() <= WEIGHT * (a - c).norm(), (which, statistics, float((a - b).norm() / (a - c).norm()))
 
 
 def lines_of(run: Path) -> int:

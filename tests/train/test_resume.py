@@ -28,12 +28,13 @@ from kdcache.train.run.metrics_log import MetricsLog
 
 ITERATIONS, VAL_EVERY = 60, 10
 WEIGHTS = ("last.safetensors", "best.safetensors")
+AVERAGES = ("last-ema.safetensors", "best-ema.safetensors")
 
 
 @pytest.fixture
 def long(student: dict[str, Any]) -> dict[str, Any]:
     """Long enough to be stopped in the middle."""
-    return student | {"iterations": ITERATIONS, "val_every": VAL_EVERY, "gradients_every": 7}
+    return student | {"iterations": ITERATIONS, "val_every": VAL_EVERY, "gradients_every": 7, "ema": 0.95}
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 60) -> None:
 
 def same_run(one: Path, two: Path, read_metrics: Callable[..., list[dict[str, Any]]]) -> None:
     """Equal bytes of the weights, and the same history but for times."""
-    for name in WEIGHTS:
+    for name in WEIGHTS + AVERAGES:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     timing = ("images_per_second", "wait_share")
     histories = [[{k: v for k, v in row.items() if k not in timing} for row in read_metrics(run)] for run in (one, two)]

@@ -14,7 +14,9 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.analysis.stored_evaluations import Judging
 
 TABLES = (ImageSettings, CompareSettings, JudgeSettings, MachineSettings)
-Runs = Annotated[list[str], typer.Argument(help="Run folders, folders that hold runs, or SPEC@FILE.", metavar="RUN...")]
+Runs = Annotated[
+    list[str], typer.Argument(help="Run folders, folders that hold runs, RUN@best-ema, or SPEC@FILE.", metavar="RUN...")
+]
 ROWS = ("data", "split", "teacher", "baseline", "ignore", "own_fold")
 JUDGING = ("weights", "size", "batch_size", "repeats", "threads", "device", "fresh", "smoke")
 

@@ -9,6 +9,7 @@ from kdcache.errors import RecipeError
 from kdcache.settings import entries
 from kdcache.settings.shared import JudgeSettings
 from kdcache_cli.settings import shared_flags
+from kdcache_cli.settings.signature import flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.models import SegmentationModel
@@ -17,10 +18,11 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="A run folder, SPEC@FILE (weights trained or exported elsewhere) or SPEC@default."
+        metavar="RUN",
+        help="A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere, or exported) or SPEC@default.",
     ),
 ]
-Weights = Annotated[str, typer.Option("--weights", help="Weights of a run: best or last.")]
+Weights = Annotated[str, flag(JudgeSettings, "weights")]
 ClassesFolder = Annotated[
     Path | None,
     typer.Option(

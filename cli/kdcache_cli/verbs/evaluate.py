@@ -22,7 +22,8 @@ def evaluate(
     run: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="A run folder, SPEC@FILE (weights trained elsewhere) or SPEC@default (downloads)."
+            metavar="RUN",
+            help="A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads).",
         ),
     ],
     data: shared_flags.Data,
@@ -56,11 +57,11 @@ def evaluate(
     [dim]kdcache evaluate runs/student --data camvid[/]
     [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
     """
-    from kdcache.analysis.stored_evaluations import Record, data_digest, weights_file
+    from kdcache.analysis.stored_evaluations import Record, data_digest, weights_of
     from kdcache.data import fold_alone, open_split
     from kdcache.metrics import at_chance, class_rows, evaluate_model, percent
     from kdcache.models import PROBABILITIES, returns_probabilities
-    from kdcache.models.run import open_model, split_spec
+    from kdcache.models.run import open_model
 
     where = shared_flags.use_machine(threads, device)
     which = entries(JudgeSettings)["weights"].read(weights)
@@ -90,13 +91,14 @@ def evaluate(
         warn(f"{run} {nothing}")
     if returns_probabilities(model):
         warn(f"{run} {PROBABILITIES}")
+    weights_name, weights_path = weights_of(run, which)
     record = Record.of(
         description,
-        weights_file(run, which),
+        weights_path,
         source,
         data_digest(source),
         description.size,
-        which=which if split_spec(run) is None else None,
+        which=weights_name,
         fold=part,
         at_size=at_size,
         class_map=class_map,
@@ -109,8 +111,10 @@ def _write(record: "Record", run: str, metrics: "Metrics", json_file: Path | Non
     from kdcache.metrics import metrics_markdown
     from kdcache.run_folder import Run
 
-    folder = Path() if record.which is None else Path(run)
-    own_size = record.which is None or Run.open(folder).model.size == record.size
+    folder, own_size = Path(), True
+    if record.which is not None:
+        opened = Run.open(run)
+        folder, own_size = opened.folder, opened.model.size == record.size
     name = file_name(record, folder, run, own_size=own_size)
     json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
     write_evaluation(record, json_path, run, metrics)

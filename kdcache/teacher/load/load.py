@@ -65,8 +65,8 @@ def load_teacher(
     """Load a teacher for a data set.
 
     Args:
-        origin: a run folder, `SPEC@FILE` (weights trained elsewhere) or `SPEC@default` (the library's own,
-            downloaded now).
+        origin: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere) or
+            `SPEC@default` (the library's own, downloaded now).
         classes: of the data set.
         class_map: file with the data class that each teacher class becomes; probabilities are summed.
         mean, std: of RGB in 0..1; default the model's own.

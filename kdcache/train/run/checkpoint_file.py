@@ -14,6 +14,7 @@ from kdcache.store.backend.durable import disk_space_errors
 FILE = "checkpoint.pt"
 KEPT = "checkpoints"
 PARTS = {"model", "criterion", "optimizer", "schedule", "progress", "random"}
+EMA = "ema"  # a part of a training with --ema alone
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def load_checkpoint(run: Path, device: torch.device) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error
-    if not isinstance(state, dict) or state.keys() != PARTS:
+    if not isinstance(state, dict) or state.keys() - {EMA} != PARTS:
         raise _unreadable(path, "it holds something else")
     return state
 

@@ -1,5 +1,6 @@
 """The files that a run writes while it trains, and goes on from: weights, checkpoints, the result."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from kdcache.run_folder import RESULT
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
-from kdcache.train.run.checkpoint_file import keep_checkpoint, load_checkpoint, save_checkpoint
+from kdcache.train.run.checkpoint_file import EMA, keep_checkpoint, load_checkpoint, save_checkpoint
 from kdcache.train.run.metrics_log import write_json
 from kdcache.train.step.eager import EagerStep, random_state
+from kdcache.train.step.ema import ModelEma
 from kdcache.train.step.optim import Schedule, load_optimizer
 
 
@@ -33,6 +35,8 @@ class Progress:
     step: int = 0
     best_miou: float = -1.0
     best_step: int = 0
+    ema_best_miou: float = -1.0
+    ema_best_step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     prepared: float = 0.0
@@ -43,10 +47,19 @@ class RunState:
 
     Args:
         step: owner of the model, loss and optimizer.
+        ema: moving average of the model; None in a training without.
         world: all processes call every method; the first one writes.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, step: EagerStep, schedule: Schedule, world: World) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        step: EagerStep,
+        schedule: Schedule,
+        world: World,
+        ema: ModelEma | None = None,
+    ) -> None:
         self._run = run
         self._config = config
         self._model: SegmentationModel = step.model
@@ -54,6 +67,7 @@ class RunState:
         self._optimizer = step.optimizer
         self._device = step.device
         self._schedule = schedule
+        self._ema = ema
         self._world = world
         self.now = Progress()
 
@@ -76,6 +90,8 @@ class RunState:
             ) from error
         load_optimizer(self._optimizer, state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        if self._ema is not None:
+            self._ema.load_state_dict(state[EMA])
         self.now = Progress(**state["progress"])
         states = [state["random"], *state["random"].get("others", [])]
         return states[self._world.rank] if self._world.rank < len(states) else None
@@ -90,11 +106,29 @@ class RunState:
                 remedy=f"let every machine see the folder {self._run}, under this path",
             )
 
-    def write_weights(self, which: str) -> None:
-        """Write the weights of `which`: best or last."""
+    def keep_best(self, miou: float, *, ema: bool = False) -> bool:
+        """Write the weights as the best where no validation of theirs scored higher; returns whether that is so.
+
+        Args:
+            ema: the score is that of the moving average, which has a best of its own.
+        """
+        now = self.now
+        if not miou > (now.ema_best_miou if ema else now.best_miou):
+            return False
+        if ema:
+            now.ema_best_miou, now.ema_best_step = miou, now.step
+        else:
+            now.best_miou, now.best_step = miou, now.step
+        self._write_weights("best", ema=ema)
+        return True
+
+    def _write_weights(self, which: str, *, ema: bool = False) -> None:
+        """Write the weights of `which`: best or last; with `ema` their moving average."""
+        averages = self._ema.in_place() if ema and self._ema is not None else nullcontext()
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:
-                write_weights(self._run, which, self._model)
+                with averages:
+                    write_weights(self._run, f"{which}-ema" if ema else which, self._model)
 
     def save(self) -> None:
         """Replace the checkpoint."""
@@ -109,6 +143,8 @@ class RunState:
                     "progress": vars(self.now),
                     "random": {**own, "others": others} if others else own,
                 }
+                if self._ema is not None:
+                    state[EMA] = self._ema.state_dict()
                 save_checkpoint(self._run, state)
 
     def keep(self) -> None:
@@ -120,9 +156,9 @@ class RunState:
     def finish(self) -> dict[str, Any]:
         """Write the last weights and result.json; returns its content."""
         now = self.now
-        self.write_weights("last")
+        self._write_weights("last")
         if not now.best_step:  # nothing validated, or nothing that could be scored
-            self.write_weights("best")
+            self._write_weights("best")
         result = {
             "iterations": now.step,
             "best_miou": now.best_miou if now.best_step else None,
@@ -132,6 +168,12 @@ class RunState:
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
             "prepared_seconds": round(now.prepared, 3),
         }
+        if self._ema is not None:
+            self._write_weights("last", ema=True)
+            if not now.ema_best_step:
+                self._write_weights("best", ema=True)
+            result["ema_best_miou"] = now.ema_best_miou if now.ema_best_step else None
+            result["ema_best_step"] = now.ema_best_step or now.step
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:
                 write_json(self._run / RESULT, result)

@@ -38,6 +38,9 @@ class Observer:
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
         """A validation ended."""
 
+    def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
+        """A validation of the weights' moving average ended; of trainings with `ema`, after `validated`."""
+
     def ended(self, *, completed: bool) -> None:
         """The training ended: at its last step, or before it by an error or by the user's wish."""
 
@@ -64,6 +67,7 @@ class Observers(Observer):
     gradients = _of_all("gradients")
     validating = _of_all("validating")
     validated = _of_all("validated")
+    validated_ema = _of_all("validated_ema")
     ended = _of_all("ended")
 
 

@@ -7,7 +7,8 @@
 | trackio | by its environment; else its own folder: `trackio show` | goes on under its name |
 
 A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
-`train/images_per_second`, `gradients/<term>`, `val/miou`, `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`.
+`train/images_per_second`, `gradients/<term>`, `val/miou`, `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`,
+and with `--ema` the same below `val_ema/`.
 
 A logger is no part of a training: one that fails is left out from then on, after a note.
 """
@@ -103,12 +104,19 @@ class Loggers(Observer):
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
-        classes = {f"val/iou/{name}": iou for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
-        self._write(step, {"val/miou": metrics.miou, "val/acc": metrics.aacc, "val/macc": metrics.macc, **classes})
+        self._write_scores("val", step, metrics)
+
+    def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
+        self._write_scores("val_ema", step, metrics)
 
     def ended(self, *, completed: bool) -> None:
         self._each(lambda sink: sink.close(completed))
         self._sinks.clear()
+
+    def _write_scores(self, place: str, step: int, metrics: Metrics) -> None:
+        scores = {"miou": metrics.miou, "acc": metrics.aacc, "macc": metrics.macc}
+        classes = {f"iou/{name}": iou for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
+        self._write(step, {f"{place}/{name}": value for name, value in (scores | classes).items()})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         # What is not a number has no place in a plot: a class that does not occur.

@@ -1,6 +1,7 @@
 """One optimizer step, and the ways to run it.
 
 optim.py        optimizers and learning rates
+ema.py          a moving average of the weights
 eager.py        operation by operation
 compiled.py     eager, compiled or graphed: which one runs
 cuda_graph.py   as a CUDA graph

@@ -125,8 +125,13 @@ def test_a_class_that_does_not_occur_is_not_plotted(memory: list[Memory], tmp_pa
     logger = Loggers(["wandb"], tmp_path, {}, lambda text: None)
     logger.started(step=0, iterations=1, parameters=1)
     nan = float("nan")
-    logger.validated(1, Metrics(("sky", "bus"), (0.5, nan), (0.5, nan), (10, 0), 0.5, 0.5, 0.6), True)
-    assert memory[0].rows == [(1, {"val/miou": 0.5, "val/acc": 0.6, "val/macc": 0.5, "val/iou/sky": 0.5})]
+    metrics = Metrics(("sky", "bus"), (0.5, nan), (0.5, nan), (10, 0), 0.5, 0.5, 0.6)
+    logger.validated(1, metrics, True)
+    logger.validated_ema(1, metrics, True)
+    scores = {"miou": 0.5, "acc": 0.6, "macc": 0.5, "iou/sky": 0.5}
+    assert memory[0].rows == [
+        (1, {f"{place}/{name}": score for name, score in scores.items()}) for place in ("val", "val_ema")
+    ]
 
 
 def test_logging_changes_nothing(student: dict[str, Any], tmp_path: Path) -> None:
@@ -203,6 +208,7 @@ def test_observers_are_told_in_their_order() -> None:
     both.gradients(1, {"ce": 1.0})
     both.validating(1, 2)
     both.validated(1, metrics, True)
+    both.validated_ema(1, metrics, False)
     both.ended(completed=True)
     events = [event for event in vars(Observer) if not event.startswith("_")]
     assert [(name, event) for name, event, _ in calls] == [(name, event) for event in events for name in ("one", "two")]

@@ -1,0 +1,75 @@
+"""An exponential moving average (EMA) of a model's weights, which often scores better than the weights themselves.
+
+After optimizer step n, counted from 1: average = d(n) * average + (1 - d(n)) * weights, with the decay
+d(n) = min(decay, (1 + n) / (10 + n)). This is the warm-up of TensorFlow's `ExponentialMovingAverage`: the average
+reaches over the last 9th of the steps until it is as long as `decay` says (0.999 from step 8,991 on), so that short
+trainings are not ruled by the weights that they began with.
+
+Averaged are parameters and floating-point buffers, BatchNorm's running statistics among them, as timm's `ModelEmaV3`
+and EMAN (Cai et al. 2021, arXiv 2101.08482) have it: statistics of the newest weights would not fit averaged ones.
+Integer buffers, such as BatchNorm's count of batches, are copied.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelEma:
+    """The moving average of a model's state dict, on the model's device; begins as a copy of it.
+
+    The model is neither copied nor wrapped: hooks and taps of any model work, and the tensors that a CUDA graph or DDP
+    holds stay where they are.
+
+    Args:
+        model: on its device; its parameters and buffers are changed in place from here on, never replaced.
+        decay: above 0 and below 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._weights: dict[str, Tensor] = model.state_dict()
+        self._averages = {name: weights.detach().clone() for name, weights in self._weights.items()}
+        self._averaged = [name for name, weights in self._weights.items() if weights.is_floating_point()]
+        self._copied = [name for name in self._weights if name not in self._averaged]
+
+    def decay_at(self, step: int) -> float:
+        """The decay of the update after optimizer step `step`, counted from 1."""
+        return min(self._decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step`, counted from 1."""
+        torch._foreach_lerp_(*self._pairs(self._averaged), 1 - self.decay_at(step))
+        if self._copied:
+            torch._foreach_copy_(*self._pairs(self._copied))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the model's names of them; they change with the next update."""
+        return self._averages
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the averages of a model with the same tensors."""
+        for name, average in self._averages.items():
+            average.copy_(state[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the model has the averages; then its own weights again, to the bit."""
+        own = {name: weights.clone() for name, weights in self._weights.items()}
+        self._fill(self._averages)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the model."""
+        torch._foreach_copy_(list(self._weights.values()), list(state.values()))
+
+    def _pairs(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        return [self._averages[name] for name in names], [self._weights[name] for name in names]
