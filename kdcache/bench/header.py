@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from kdcache.metrics.machine import cpu_name
@@ -23,7 +24,8 @@ def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str
         command: what the user typed.
         environment: libraries and threads, from `kdcache.train.run.metrics_log.environment`.
     """
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **environment}
+    memory_gib = round(psutil.virtual_memory().total / 2**30, 1)
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gib": memory_gib, **environment}
     if torch.cuda.is_available():
         machine |= _gpu()
     return {
@@ -46,10 +48,6 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
-
-
-def _memory_gib() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def _gpu() -> dict[str, Any]:

@@ -8,17 +8,18 @@ source's `created`: that is when its teacher ran, and it distinguishes a copy of
 """
 
 import hashlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from kdcache.errors import MismatchError, StoreError
 from kdcache.store.backend.open import open_place
-from kdcache.store.format.codec import round_targets
+from kdcache.store.format.codec import Array, round_targets
 from kdcache.store.format.damage import damaged, unreadable
 from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Dataset, Fidelity
@@ -26,8 +27,6 @@ from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.reader import Cache
 from kdcache.store.subset import ids_digest
 from kdcache.store.writer import StoreWriter, Worker, open_writer
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class CopyChanges:
 
 @dataclass(frozen=True)
 class CopyResult:
-    """The result of a copy; `records` were copied now, `kept` were finished before.
+    """The result of a copy; `records` were copied now, `skipped` were finished before.
 
     `complete` is False when other workers have still to finish their shards.
     """
 
     manifest: Manifest
     records: int
-    kept: int
+    skipped: int
     seconds: float
     complete: bool
 
@@ -83,7 +82,7 @@ def copy_store(
     """
     changes = changes or CopyChanges()
     _check_elsewhere(source, destination)
-    numbers = list(_chosen(source, changes))
+    numbers = list(range(source.manifest.dataset.samples) if changes.samples is None else changes.samples)
     manifest = _manifest(source, changes, numbers, fidelity)
     with open_writer(destination, manifest, [source.ids[number] for number in numbers], worker) as writer:
         if writer.manifest.created != manifest.created:
@@ -98,14 +97,11 @@ def copy_store(
         already = mine - sum(map(manifest.shard_records, writer.missing))
         copied = 0
         began = time.perf_counter()
-        while writer.missing:
-            for shard in writer.claimed():
-                writer.write_shard(shard, _Shard(copying, shard))
-                copied += manifest.shard_records(shard)
-                if progress is not None:
-                    progress(already + copied, mine)
-            if writer.missing:
-                writer.wait()
+        for shard in itertools.chain.from_iterable(writer.passes()):
+            writer.write_shard(shard, _Shard(copying, shard))
+            copied += manifest.shard_records(shard)
+            if progress is not None:
+                progress(already + copied, mine)
         seconds = time.perf_counter() - began
         return CopyResult(writer.manifest, copied, mine - copied, seconds, writer.seal())
 
@@ -125,11 +121,6 @@ def _check_elsewhere(source: Cache, destination: str | Path) -> None:
 def rounds(source: Manifest, codec: Codec | None) -> bool:
     """Whether a copy into `codec` rounds targets that the source's codec did not."""
     return codec == "small" and source.codec != "small"
-
-
-def _chosen(source: Cache, changes: CopyChanges) -> Sequence[int]:
-    every = range(source.manifest.dataset.samples)
-    return every if changes.samples is None else changes.samples
 
 
 def _manifest(source: Cache, changes: CopyChanges, numbers: Sequence[int], fidelity: Fidelity | None) -> Manifest:
@@ -242,17 +233,11 @@ class _Copying:
         return round_targets({spec.path: rows}, self.manifest.codec)[spec.path]
 
 
-class _Shard(Mapping[str, Array | bytes]):
-    """The arrays of one shard, each made when it is used: memory holds one of them."""
+class _Shard(dict[str, Array | bytes]):
+    """The arrays of one shard, each made when it is used and not kept: memory holds one of them."""
 
     def __init__(self, copying: _Copying, shard: int) -> None:
         self._copying, self._number = copying, shard
 
-    def __getitem__(self, path: str) -> Array | bytes:
+    def __missing__(self, path: str) -> Array | bytes:
         return self._copying.content(path, self._number)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._copying.specs)
-
-    def __len__(self) -> int:
-        return len(self._copying.specs)

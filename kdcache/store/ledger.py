@@ -12,14 +12,15 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, cast
+from typing import Annotated, ClassVar, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from kdcache.errors import CorruptError, StoreError
 from kdcache.store.backend.base import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place
 from kdcache.store.format.damage import damaged, damaged_metadata, unreadable_metadata
 from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.manifest_models import Part
 from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.format.shard import chunk_checksums
 
@@ -30,30 +31,29 @@ Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class FileRecord(BaseModel):
+class FileRecord(Part):
     """A file of a shard. `crc32c` has the 4 bytes that end each of its chunks, in their order: they show a reader that
     a chunk, whole in itself, is the one that was written there, without reading the file for its sha256.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     bytes: Annotated[int, Field(ge=0)]
     sha256: Digest
     crc32c: Annotated[str, Field(pattern=r"^([0-9a-f]{8})*$")]
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(Part):
     """The files of a finished shard; `files` are keyed by path below the store."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    noun: ClassVar = "the ledger record"
     shard: Annotated[int, Field(ge=0)]
     records: tuple[int, int]
     files: dict[Key, FileRecord]
 
 
-class Completion(BaseModel):
+class Completion(Part):
     """The seal of a finished store. `ledger_sha256` also distinguishes the content of one store from another's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    noun: ClassVar = "the seal"
     shards: Annotated[int, Field(ge=0)]
     ledger_sha256: Digest
     metadata: dict[Key, Digest]
@@ -67,6 +67,9 @@ class Completion(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the seal, and so of every byte of the store: published elsewhere, it shows any change."""
         return hashlib.sha256(self.content).hexdigest()
+
+
+R = TypeVar("R", ShardRecord, Completion)
 
 
 class Ledger:
@@ -87,7 +90,7 @@ class Ledger:
         """The record of a shard. Raises CorruptError."""
         record = self._records.get(shard)
         if record is None:
-            record = _parse_record(self.place, WHOLE, self._lines[shard])
+            record = _parse(self.place, WHOLE, self._lines[shard], ShardRecord)
             if record.shard != shard:
                 raise damaged_metadata(self.place.describe(WHOLE), f"line {shard} is of shard {record.shard}")
             self._records[shard] = record
@@ -163,20 +166,23 @@ def is_published(place: Place, record: ShardRecord) -> bool:
 
 def read_shard_record(place: Place, shard: int) -> ShardRecord | None:
     """The record of a shard, None when it is not finished. Raises CorruptError when it cannot be read."""
-    key = record_key(shard)
+    return _read(place, record_key(shard), ShardRecord)
+
+
+def _read(place: Place, key: str, kind: type[R]) -> R | None:
     try:
-        return _parse_record(place, key, place.read(key))
+        return _parse(place, key, place.read(key), kind)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise unreadable_metadata(place.describe(key), error, "the ledger record cannot be read") from error
+        raise unreadable_metadata(place.describe(key), error, f"{kind.noun} cannot be read") from error
 
 
-def _parse_record(place: Place, key: str, content: bytes) -> ShardRecord:
+def _parse(place: Place, key: str, content: bytes, kind: type[R]) -> R:
     try:
-        return ShardRecord.model_validate_json(content)
+        return kind.model_validate_json(content)
     except ValidationError as error:
-        raise damaged_metadata(place.describe(key), "the ledger record is malformed") from error
+        raise damaged_metadata(place.describe(key), f"{kind.noun} is malformed") from error
 
 
 def sealed_records(place: Place, completion: Completion | None) -> dict[int, ShardRecord]:
@@ -186,7 +192,7 @@ def sealed_records(place: Place, completion: Completion | None) -> dict[int, Sha
     content = read_or_none(place, WHOLE, MAX_SEALED_BYTES)
     if content is None or hashlib.sha256(content).hexdigest() != completion.ledger_sha256:
         return {}
-    records = [_parse_record(place, WHOLE, line) for line in content.splitlines()]
+    records = [_parse(place, WHOLE, line, ShardRecord) for line in content.splitlines()]
     return {record.shard: record for record in records}
 
 
@@ -280,14 +286,7 @@ def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
 
 def read_completion(place: Place) -> Completion | None:
     """The seal, None while the build is not finished. Raises CorruptError when it cannot be read."""
-    try:
-        return Completion.model_validate_json(place.read(COMPLETE))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise damaged_metadata(place.describe(COMPLETE), "the seal is malformed") from error
-    except (OSError, ValueError) as error:
-        raise unreadable_metadata(place.describe(COMPLETE), error, "the seal cannot be read") from error
+    return _read(place, COMPLETE, Completion)
 
 
 def canonical(record: ShardRecord) -> bytes:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionErr
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
+from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import AGAIN, damaged_metadata, unreadable, unreadable_metadata, without_spare
 from kdcache.store.format.manifest import Manifest, parse_manifest
 from kdcache.store.format.manifest_models import Head
@@ -28,7 +28,7 @@ from kdcache.store.ledger import Ledger
 from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
 from kdcache.store.sample_ids import SampleIds, read_ids
 
-Array = np.ndarray[Any, Any]
+_REMAINS = (SPARE, ledger.COMPLETE)  # of what was a store once
 
 
 class Cache:
@@ -130,7 +130,6 @@ class Cache:
         try:
             return self._array(path).read_all()
         except CorruptError:
-            self._check_place()
             if not self._forget(path, range(self.manifest.shards)):
                 raise
             return self._array(path).read_all()
@@ -155,7 +154,6 @@ class Cache:
         try:
             self._array(path).read_into(record, out)
         except CorruptError:
-            self._check_place()
             if not self._forget(path, [record // self.manifest.build.shard_records]):
                 raise
             self._array(path).read_into(record, out)
@@ -173,7 +171,11 @@ class Cache:
         return [path for path in self.specs if path.startswith("targets/segmentation/")]
 
     def _forget(self, path: str, shards: Sequence[int]) -> bool:
-        """Drop the copies of remote shards when one is damaged; False when there are none: the files themselves are."""
+        """Drop the copies of remote shards when one is damaged; False when there are none: the files themselves are.
+
+        Raises: StoreError when the store itself is gone.
+        """
+        self._check_place()
         dropped = [self.place.forget(shard_key(self.specs[path], shard)) for shard in shards]
         if any(dropped):
             self._arrays.pop(path, None)
@@ -250,7 +252,7 @@ def require_complete(place: Place, manifest: Manifest) -> ledger.Completion:
 
 def store_exists(location: str | Path | Place) -> bool:
     """Whether a store was begun there."""
-    return any(size is not None for size in open_place(location).sizes([ROOT, SPARE, ledger.COMPLETE]))
+    return open_place(location).exists(ROOT, SPARE, ledger.COMPLETE)
 
 
 def read_manifest(location: str | Path | Place) -> Manifest:
@@ -270,7 +272,7 @@ def _read_root(place: Place) -> Manifest:
         metadata = json.loads(place.read("zarr.json"))
         group = isinstance(metadata, dict) and (metadata.get("zarr_format"), metadata.get("node_type")) == (3, "group")
     except (FileNotFoundError, NotADirectoryError) as error:
-        if _has_remains(place):
+        if place.exists(*_REMAINS):
             raise damaged_metadata(file, "it is missing") from error
         raise StoreError(
             "a store is a folder that build-teacher-cache wrote",
@@ -282,11 +284,6 @@ def _read_root(place: Place) -> Manifest:
     attributes = metadata.get("attributes") if group else None
     content = attributes.get("kdcache") if isinstance(attributes, dict) else None
     ours = isinstance(content, dict) and content.get("format") == "kdcache"
-    if not group or (not ours and _has_remains(place)):
+    if not group or (not ours and place.exists(*_REMAINS)):
         raise damaged_metadata(file, "it is not the metadata of a store's Zarr group")
     return parse_manifest(attributes, file)
-
-
-def _has_remains(place: Place) -> bool:
-    """Whether a place without a manifest was a store once."""
-    return any(size is not None for size in place.sizes([SPARE, ledger.COMPLETE]))

@@ -5,16 +5,12 @@ no longer renders to the pixels that the teacher saw.
 """
 
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from kdcache.data import Split, Window, open_split, pixel_checksum, render
 from kdcache.errors import MismatchError
 from kdcache.store.backend.base import Place
+from kdcache.store.format.codec import Array
 from kdcache.store.reader import Cache, open_cache
-
-Array = np.ndarray[Any, Any]
 
 
 class Records:

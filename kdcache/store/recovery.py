@@ -16,7 +16,7 @@ from kdcache.store import ledger
 from kdcache.store.backend.base import MAX_JSON_BYTES, Place
 from kdcache.store.format.damage import AGAIN, unreadable_metadata
 from kdcache.store.format.manifest import Manifest, parse_manifest
-from kdcache.store.format.schema import ArraySpec, chunk_records, metadata_keys, record_arrays
+from kdcache.store.format.schema import ArraySpec, chunk_records, record_arrays
 from kdcache.store.ledger import COMPLETE, Completion, ShardRecord, read_or_none
 
 ROOT = "zarr.json"
@@ -46,11 +46,6 @@ def read_seal(place: Place) -> Completion | None:
         return ledger.read_completion(place)
     except CorruptError:
         return None
-
-
-def sealed_keys(place: Place, manifest: Manifest) -> list[str]:
-    """The files that a seal has digests of, beside the ledger's; a spare only where there is one."""
-    return [*metadata_keys(manifest), *([SPARE] if next(place.sizes([SPARE])) is not None else [])]
 
 
 def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 
 from kdcache.errors import CorruptError
 from kdcache.store.backend.base import Place
+from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import damaged_metadata, unreadable_metadata
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.schema import SAMPLE_ARRAYS
-from kdcache.store.format.shard import Array, decode_zstd
+from kdcache.store.format.shard import decode_zstd
 
 _MOST_RATIO = 250  # decoded over encoded; ids reach 50. What claims more is made to fill memory.
 _SMALL_BYTES = 2**20

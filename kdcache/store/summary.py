@@ -109,20 +109,11 @@ class StoreSummary:
         return rows
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "complete": self.complete,
-            "seal": self.seal,
-            "shards_written": self.shards_written,
-            "records_written": self.records_written,
-            "bytes_on_disk": self.bytes_on_disk,
-            "bytes_per_record": self.bytes_per_record,
-            "target_bytes_per_record": self.target_bytes_per_record,
-            "full_resolution_bytes": self.full_resolution_bytes,
-            "topk_mass": self.topk_mass,
-            "arrays": [{**asdict(array), "ratio": array.ratio} for array in self.arrays],
-            "manifest": self.manifest.model_dump(mode="json"),
-        }
+        names = ["path", "complete", "seal", "shards_written", "records_written", "bytes_on_disk", "bytes_per_record"]
+        names += ["target_bytes_per_record", "full_resolution_bytes", "topk_mass"]
+        arrays = [{**asdict(array), "ratio": array.ratio} for array in self.arrays]
+        manifest = self.manifest.model_dump(mode="json")
+        return {**{name: getattr(self, name) for name in names}, "arrays": arrays, "manifest": manifest}
 
 
 def inspect_store(location: str | Path | Place) -> StoreSummary:

@@ -28,6 +28,7 @@ from kdcache.errors import MismatchError, StoreError, VersionError
 from kdcache.store import ledger, recovery
 from kdcache.store.backend.base import MAX_JSON_BYTES, Place, Release
 from kdcache.store.backend.open import open_place
+from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import restored
 from kdcache.store.format.layout import parse_layout
 from kdcache.store.format.manifest import Manifest
@@ -37,7 +38,6 @@ from kdcache.store.format.shard import chunk_checksums
 from kdcache.store.ledger import FileRecord, ShardRecord
 from kdcache.store.reader import read_manifest, store_exists
 
-Array = np.ndarray[Any, Any]
 _SETTING = threading.Lock()
 _POLL_SECONDS = 0.5  # between checks of the shards of others
 
@@ -86,11 +86,15 @@ class StoreWriter:
             shard for shard in range(self.manifest.shards) if self.worker.owns(shard) and shard not in self.finished
         ]
 
-    def claimed(self) -> Iterator[int]:
-        """The missing shards, one by one, each as this process gets it; those that other processes have are left out.
+    def passes(self) -> Iterator[Iterator[int]]:
+        """Passes over the missing shards until none is: others are at work, and one that dies leaves its shards."""
+        while self.missing:
+            yield self.claimed()
+            if self.missing:
+                time.sleep(_POLL_SECONDS)
 
-        Some may be missing afterwards: see `wait`.
-        """
+    def claimed(self) -> Iterator[int]:
+        """The missing shards, one by one, each as this process gets it, without those that others have claimed."""
         for shard in self.missing:
             release = self.place.claim(shard, [shard_key(spec, shard) for spec in self._specs])
             if release is None:
@@ -101,10 +105,6 @@ class StoreWriter:
             else:
                 self.finished.add(shard)
                 release()
-
-    def wait(self) -> None:
-        """Between two passes over `claimed`: others are at work, and one that dies leaves its shards to this one."""
-        time.sleep(_POLL_SECONDS)
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array | bytes]) -> None:
         """Write one whole shard of every array and publish it.
@@ -136,7 +136,8 @@ class StoreWriter:
     def seal(self) -> bool:
         """Declare the store whole, if every worker has finished its shards; this one must have."""
         assert not self.missing, self.missing
-        return ledger.seal(self.place, self.manifest.shards, recovery.sealed_keys(self.place, self.manifest))
+        keys = [*metadata_keys(self.manifest), *([recovery.SPARE] if self.place.exists(recovery.SPARE) else [])]
+        return ledger.seal(self.place, self.manifest.shards, keys)
 
     def repair(
         self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], checksums: Callable[[int], Array] | None
@@ -217,7 +218,9 @@ class StoreWriter:
             if mine in repairs:
                 return
             self.place.remove(ledger.COMPLETE)
-            root = _root(self.manifest)
+            files: dict[str, Any] = {}
+            _new_group(files, self.manifest)
+            root: bytes = files[recovery.ROOT].to_bytes()
             self.place.publish(recovery.ROOT, root)
             self.place.publish(recovery.SPARE, recovery.spare_of(root))
 
@@ -283,20 +286,17 @@ def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -
     Args:
         intact: whether its manifest is what was written, as far as one can tell.
     """
-    if not intact:
-        return MismatchError(
-            "a store is continued with the inputs that it was begun with",
-            received=f"{place} differs in " + "; ".join(differences) + f"; its {recovery.ROOT} is not what "
-            f"{ledger.COMPLETE} seals, and there is no spare of it",
-            remedy=f"repeat the first command exactly; if this was it, {restored(place)}",
-        )
-    return MismatchError(
-        "a store is continued with the inputs that it was begun with",
-        received=f"{place} differs in " + "; ".join(differences),
-        remedy="repeat the first command exactly, with the versions and on the device that are named where these "
-        "differ, or give another --out (kdcache copy: another DESTINATION); kdcache extend makes a store of more "
-        "views, taps or samples out of a finished one",
+    received = f"{place} differs in " + "; ".join(differences)
+    remedy = (
+        "repeat the first command exactly, with the versions and on the device that are named where these differ, or "
+        "give another --out (kdcache copy: another DESTINATION); kdcache extend makes a store of more views, taps or "
+        "samples out of a finished one"
     )
+    if not intact:
+        received += f"; its {recovery.ROOT} is not what {ledger.COMPLETE} seals, and there is no spare of it"
+        remedy = f"repeat the first command exactly; if this was it, {restored(place)}"
+    rule = "a store is continued with the inputs that it was begun with"
+    return MismatchError(rule, received=received, remedy=remedy)
 
 
 class _Encoder:
@@ -304,8 +304,7 @@ class _Encoder:
 
     def __init__(self, manifest: Manifest) -> None:
         self._files: dict[str, Any] = {}
-        group = zarr.open_group(MemoryStore(self._files), mode="w")
-        self._arrays = create_arrays(group, manifest, ())
+        self._arrays = create_arrays(_new_group(self._files, manifest), manifest, ())
 
     def encode(self, spec: ArraySpec, shard: int, rows: Array) -> bytes:
         array: Any = self._arrays[spec.path]
@@ -340,12 +339,16 @@ def _metadata(manifest: Manifest, ids: Sequence[str]) -> dict[str, bytes]:
     Raises: VersionError when this zarr-python writes arrays that no reader of ours would take.
     """
     files: dict[str, Any] = {}
-    create_arrays(zarr.open_group(MemoryStore(files), mode="w", attributes=_attributes(manifest)), manifest, ids)
+    create_arrays(_new_group(files, manifest), manifest, ids)
     keys = sorted(metadata_keys(manifest), key=lambda key: key == "zarr.json")
     contents = {key: files[key].to_bytes() for key in keys}
     for spec in record_arrays(manifest):
         _check_layout(contents[f"{spec.path}/zarr.json"], f"{spec.path}/zarr.json")
     return contents
+
+
+def _new_group(files: dict[str, Any], manifest: Manifest) -> zarr.Group:
+    return zarr.open_group(MemoryStore(files), mode="w", attributes={"kdcache": manifest.to_json()})
 
 
 def _check_layout(content: bytes, key: str) -> None:
@@ -357,18 +360,6 @@ def _check_layout(content: bytes, key: str) -> None:
             received=f"zarr-python {zarr.__version__} writes another kind: {error.received}",
             remedy="install an earlier zarr-python, or a later kdcache",
         ) from error
-
-
-def _root(manifest: Manifest) -> bytes:
-    """The root's zarr.json."""
-    files: dict[str, Any] = {}
-    zarr.open_group(MemoryStore(files), mode="w", attributes=_attributes(manifest))
-    content: bytes = files[recovery.ROOT].to_bytes()
-    return content
-
-
-def _attributes(manifest: Manifest) -> Any:
-    return {"kdcache": manifest.to_json()}
 
 
 def worker_of(text: str | None) -> Worker:

@@ -63,7 +63,7 @@ def test_an_equal_copy_is_equal_in_every_byte(variant_store, tree, tmp_path, enc
     seen = []
     result = copy_store(open_cache(variant_store), tmp_path / "c", progress=lambda *at: seen.append(at))
     records = result.manifest.records
-    assert (result.records, result.kept, result.complete) == (records, 0, True)
+    assert (result.records, result.skipped, result.complete) == (records, 0, True)
     assert seen[-1] == (records, records)
     assert tree(tmp_path / "c") == tree(variant_store)
     assert encoded == []
@@ -74,7 +74,7 @@ def test_a_finished_copy_is_kept(store, tree, tmp_path) -> None:
     copy_store(source, tmp_path / "c", CopyChanges(codec="small"))
     before = tree(tmp_path / "c")
     result = copy_store(source, tmp_path / "c", CopyChanges(codec="small"))
-    assert (result.records, result.kept) == (0, 10)
+    assert (result.records, result.skipped) == (0, 10)
     assert tree(tmp_path / "c") == before
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_source(store, tree, tmp_path, codec, damage) -> None:
     assert (inspect_store(tmp_path / "c").shards_written, inspect_store(tmp_path / "c").complete) == (1, False)
     file.write_bytes(content)
     result = copy_store(open_cache(store), tmp_path / "c", changes)
-    assert (result.records, result.kept) == (6, 4)
+    assert (result.records, result.skipped) == (6, 4)
     copy_store(open_cache(store), tmp_path / "clean", changes)
     assert tree(tmp_path / "c") == tree(tmp_path / "clean")
 
@@ -230,7 +230,7 @@ def test_killed_at_any_file_it_goes_on(store, tree, tmp_path, codec, file) -> No
     with pytest.raises(IncompleteError):
         open_cache(tmp_path / "c")
     result = copy_store(source, tmp_path / "c", changes)
-    assert result.kept == min(10, 4 * (file // 14))
+    assert result.skipped == min(10, 4 * (file // 14))
     copy_store(source, tmp_path / "clean", changes)
     assert tree(tmp_path / "c") == tree(tmp_path / "clean")
 
@@ -320,7 +320,7 @@ def test_in_an_object_store_a_copy_goes_on(s3, store, tmp_path) -> None:
     address, changes = s3.address(), CopyChanges(codec="small", shard_records=3)
     copy_store(open_cache(store), address, changes, worker=Worker(1, 2))
     copied = copy_store(open_cache(store), address, changes)
-    assert (copied.records, copied.kept, copied.complete) == (6, 4, True)
+    assert (copied.records, copied.skipped, copied.complete) == (6, 4, True)
     copy_store(open_cache(store), tmp_path / "c", changes)
     same(rows_of(tmp_path / "c"), round_targets(rows_of(store), "small"))
     s3.put(address, "targets/segmentation/values/c/1/0/0/0", None)

@@ -239,13 +239,12 @@ def test_many_builders_start_at_once(small, clean, tree, tmp_path) -> None:
     while not Path(sys.argv[3]).exists():
         time.sleep(0.001)
     with open_writer(store, manifest, ids) as writer:
-        while writer.missing:
-            for shard in writer.claimed():
+        for shards in writer.passes():
+            for shard in shards:
                 first, last = manifest.shard_range(shard)
                 writer.write_shard(shard, {path: array[first:last] for path, array in arrays.items()})
                 print(shard, flush=True)
                 time.sleep(0.2)
-            writer.wait()
         assert writer.seal()
     """
     script = [sys.executable, "-c", BUILD + textwrap.dedent(code), plan, tmp_path / "s.zarr", tmp_path / "go"]

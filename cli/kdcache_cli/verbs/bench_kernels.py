@@ -1,6 +1,6 @@
 """`kdcache bench-kernels`: how fast, how small and how exact the loss is, here."""
 
-import shlex
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,8 @@ from rich.table import Table
 
 from kdcache.errors import RecipeError
 from kdcache.settings.shared import MachineSettings
-from kdcache_cli.console import ERRORS, OUT, progress_bar
+from kdcache_cli.console import OUT, figure_table, progress_bar
+from kdcache_cli.measuring import MISSING, JsonFile, check_json, contestants, line, stages, write_result
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for to
     from kdcache.bench.kernels import Ceilings, Judged, Measured, Row, Spread
 
 _Option = typer.Option
-MISSING = "-"
 MISSES_SHOWN = 10
 EVERY = 4
 """One of so many points of the accuracy grid is checked."""
@@ -56,7 +56,7 @@ def bench_kernels(
     ] = None,
     memory: Annotated[bool, _Option(help="Measure peak memory; on a CPU in a fresh process each.")] = True,
     threads: shared_flags.Threads = MachineSettings.threads,
-    json_file: Annotated[Path | None, _Option("--json", help="Write the figures, the machine and the commit.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time, weigh and check the loss kernels on this machine.
 
@@ -66,38 +66,21 @@ def bench_kernels(
     """
     import torch
 
+    from kdcache.bench.kernels import DTYPES, LAYOUTS, RIVALS, Settings, measure, parse_names, parse_shapes
     from kdcache.train import pick_device
 
     if threads:
         torch.set_num_threads(threads)
     where = pick_device(device)
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise RecipeError("--json is a file in a folder that exists", received=str(json_file), remedy="make the folder")
+    cuda = where.type == "cuda"
+    check_json(json_file)
     if check:
         missed = _check(where, dtype, impl, json_file)
         raise typer.Exit(1 if missed else 0)
-    _measure(where, shapes, dtype, layout, temperature, top_k, against, impl, repeats, memory, json_file)
-
-
-def _measure(
-    device: "torch.device",
-    shapes: str | None,
-    dtype: str | None,
-    layout: str,
-    temperature: str,
-    top_k: str,
-    against: str,
-    impl: str,
-    repeats: int | None,
-    memory: bool,
-    json_file: Path | None,
-) -> None:
-    from kdcache.bench.kernels import DTYPES, LAYOUTS, RIVALS, Settings, measure, parse_names, parse_shapes
-
     settings = Settings(
-        device=device,
-        shapes=parse_shapes(shapes or device.type),
-        dtypes=parse_names(dtype or ("bf16" if device.type == "cuda" else "fp32"), "--dtype", DTYPES),
+        device=where,
+        shapes=parse_shapes(shapes or where.type),
+        dtypes=parse_names(dtype or ("bf16" if cuda else "fp32"), "--dtype", DTYPES),
         layouts=parse_names(layout, "--layout", LAYOUTS),
         temperatures=_temperatures(temperature),
         kept=_kept(top_k),
@@ -106,19 +89,14 @@ def _measure(
         repeats=repeats,
         weigh=memory,
     )
-    with progress_bar() as bar:
-        task = bar.add_task("measuring", total=None, note="")
-
-        def note(text: str) -> None:
-            ERRORS.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
-            bar.update(task, description=text)
-
+    with stages() as note:
         rows, ceilings = measure(settings, note)
     for row in rows:
-        _print_row(row, device.type == "cuda")
+        _print_row(row, cuda)
     if ceilings is not None:
-        OUT.print(_ceilings(ceilings), highlight=False, soft_wrap=True)
-    _write(json_file, "kernels", {"ceilings": ceilings and ceilings.to_json(), "rows": [row.to_json() for row in rows]})
+        line(_ceilings(ceilings))
+    result = {"ceilings": ceilings and ceilings.to_json(), "rows": [row.to_json() for row in rows]}
+    write_result(json_file, "bench-kernels", "kernels", result)
 
 
 def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path | None) -> int:
@@ -137,11 +115,10 @@ def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path
     OUT.print(
         f"{escape(name)} on {device.type}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False
     )
-    for result in sorted(missed, key=lambda result: -max(result.loss_share, result.gradient_share))[:MISSES_SHOWN]:
-        OUT.print(f"  {_miss(result)}", markup=False, highlight=False, soft_wrap=True)
-    _write(
-        json_file, "kernel accuracy", {"impl": name, "summary": rows, "rows": [result.to_json() for result in judged]}
-    )
+    for worst in sorted(missed, key=lambda point: -max(point.loss_share, point.gradient_share))[:MISSES_SHOWN]:
+        line(f"  {_miss(worst)}")
+    result = {"impl": name, "summary": rows, "rows": [point.to_json() for point in judged]}
+    write_result(json_file, "bench-kernels", "kernel accuracy", result)
     return len(missed)
 
 
@@ -149,38 +126,23 @@ def _print_row(row: "Row", cuda: bool) -> None:
     """One case: a line for ours and each rival, then what has no place in a column."""
     graphs = ["graph ms", "x graph"] if cuda else []
     times = ["best ms", "median", "p20 to p80", "x best", "x median", *graphs]
-    table = Table("", *times, "peak MiB", "x peak", box=None, header_style="dim", title=str(row.case))
-    table.title_justify = "left"
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = contestants(*times, "peak MiB", "x peak", title=str(row.case))
     for contestant in (row.ours, *row.rivals):
         if contestant.time is not None:
-            table.add_row(
-                *_cells(row, contestant, contestant.time, cuda), style="bold" if contestant is row.ours else None
-            )
+            style = "bold" if contestant is row.ours else None
+            table.add_row(*_cells(row, contestant, contestant.time, cuda), style=style)
     OUT.print(table)
     for contestant in (row.ours, *row.rivals):
-        if contestant.floors:
-            shares = ", ".join(
-                f"{100 * share:.0f} % of the {floor} floor" for floor, share in contestant.floors.items()
-            )
-            OUT.print(f"  {contestant.title}: {shares}", markup=False, highlight=False, soft_wrap=True)
-        if contestant.problem:
-            OUT.print(f"  {contestant.title}: {contestant.problem}", markup=False, highlight=False, soft_wrap=True)
+        shares = ", ".join(f"{100 * share:.0f} % of the {floor} floor" for floor, share in contestant.floors.items())
+        for text in filter(None, (shares, contestant.problem)):
+            line(f"  {contestant.title}: {text}")
     OUT.print()
 
 
 def _cells(row: "Row", contestant: "Measured", time: "Spread", cuda: bool) -> list[str]:
     ratios = row.ratios(contestant)
-    spread = f"{_number(time.p20)} to {_number(time.p80)}"
-    cells = [
-        contestant.title,
-        _number(time.best),
-        _number(time.p50),
-        spread,
-        _times(ratios["best"]),
-        _times(ratios["median"]),
-    ]
+    cells = [contestant.title, _number(time.best), _number(time.p50), f"{_number(time.p20)} to {_number(time.p80)}"]
+    cells += [_times(ratios["best"]), _times(ratios["median"])]
     if cuda:
         cells += [_number(contestant.graph.p50 if contestant.graph else None), _times(ratios["graph"])]
     return [*cells, _number(contestant.peak_mib), _times(ratios["memory"])]
@@ -197,12 +159,8 @@ def _accuracy_table(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> Tabl
     """A row per value of a factor: worst loss error as a share of its bound, worst gradient error, by dtype."""
     from kdcache.bench.kernels import GRADIENT_BOUND
 
-    table = Table("", "points", "missed", box=None, header_style="dim")
-    for dtype in dtypes:
-        table.add_column(f"{dtype} loss / bound")
-        table.add_column(f"gradient ({GRADIENT_BOUND[dtype]:.0e})")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    bounds = [(f"{dtype} loss / bound", f"gradient ({GRADIENT_BOUND[dtype]:.0e})") for dtype in dtypes]
+    table = figure_table("", "points", "missed", *itertools.chain(*bounds))
     factor = None
     for row in rows:
         if factor not in (None, row["factor"]):
@@ -217,17 +175,6 @@ def _accuracy_table(rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> Tabl
 def _miss(result: "Judged") -> str:
     point = " ".join(f"{name}={value}" for name, value in vars(result.point).items())
     return f"{point}: loss {result.loss_error:.1e} of {result.loss_bound:.1e}, gradient {result.gradient_error:.1e}"
-
-
-def _write(path: Path | None, theme: str, content: dict[str, Any]) -> None:
-    if path is None:
-        return
-    from kdcache.bench.kernels import header
-    from kdcache.train.run.metrics_log import environment, write_json
-
-    words = sys.argv[1:] if sys.argv[1:2] == ["bench-kernels"] else ["bench-kernels"]
-    write_json(path, {**header(theme, shlex.join(["kdcache", *words]), environment()), **content})
-    ERRORS.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -1,9 +1,6 @@
 """`kdcache bench-loader`: how fast a store is read and loaded, here."""
 
 import os
-import shlex
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +8,8 @@ from rich.table import Table
 
 from kdcache.errors import RecipeError
 from kdcache.settings.shared import ImageSettings, MachineSettings
-from kdcache_cli.console import ERRORS, OUT, progress_bar
+from kdcache_cli.console import OUT
+from kdcache_cli.measuring import MISSING, JsonFile, check_json, contestants, line, stages, write_result
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for torch
@@ -19,7 +17,6 @@ if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for to
     from kdcache.bench.loader import Table as Turns
 
 _Option = typer.Option
-MISSING = "-"
 EVERYTHING = "memcpy,decoder,direct,tensorstore,zarr,zarrs,fused,files,inline,dataloader,ring,resident,default"
 AUGMENTS = {"none": ("none",), "warp": ("none", "warp")}
 TITLES = {
@@ -56,7 +53,7 @@ def bench_loader(
     device: shared_flags.Device = MachineSettings.device,
     data: shared_flags.OptionalData = None,
     split: shared_flags.Split = ImageSettings.split,
-    json_file: Annotated[Path | None, _Option("--json", help="Write the figures, the machine and the commit.")] = None,
+    json_file: JsonFile = None,
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
@@ -87,8 +84,7 @@ def bench_loader(
         raise RecipeError("--against lists readers and loaders", received=repr(against), remedy="leave it out for all")
     if augment not in AUGMENTS:
         raise RecipeError("--augment is none or warp", received=repr(augment), remedy="use --augment warp for both")
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise RecipeError("--json is a file in a folder that exists", received=str(json_file), remedy="make the folder")
+    check_json(json_file)
     store = open_cache(shared_flags.open_place(cache, cache_dir, cache_bytes))
     for shard in range(store.manifest.shards if store.remote else 0):
         for path in store.specs:
@@ -106,16 +102,10 @@ def bench_loader(
         device=pick_device(device),
     )
     source = open_split(data, split) if data and not store.pixels_stored else None
-    with progress_bar() as bar:
-        task = bar.add_task("measuring", total=None, note="")
-
-        def note(text: str) -> None:
-            ERRORS.print(f"  {text}", highlight=False, soft_wrap=True, markup=False)
-            bar.update(task, description=text)
-
+    with stages() as note:
         report = measure(Records(store, source), settings, note)
     _print(report)
-    _write(json_file, report)
+    write_result(json_file, "bench-loader", "loader", report.to_json())
 
 
 def _print(report: "Report") -> None:
@@ -124,15 +114,13 @@ def _print(report: "Report") -> None:
     facts = report.store
     kib = f"{facts['decoded_bytes'] / 1024:.1f} KiB decoded in {len(facts['arrays'])} arrays"
     machine = f"{os.cpu_count()} cores, {torch.get_num_threads()} of them torch's"
-    OUT.print(
-        f"{facts['records']} records; a target is {kib}; {machine}", markup=False, highlight=False, soft_wrap=True
-    )
+    line(f"{facts['records']} records; a target is {kib}; {machine}")
     for table in report.tables:
         OUT.print()
         OUT.print(_table(table, report))
         for row in table.rows:
             if row.problem:
-                OUT.print(f"  {row.title}: {row.problem}", highlight=False, soft_wrap=True, markup=False)
+                line(f"  {row.title}: {row.problem}")
 
 
 def _table(turns: "Turns", report: "Report") -> Table:
@@ -143,12 +131,10 @@ def _table(turns: "Turns", report: "Report") -> Table:
     cpu = "CPU\nms" if turns.kind == "steps" else "CPU\nus"
     peak = ["peak\nMiB"] if turns.kind == "loaders" else []
     columns = [*unit, "p20 to p80", cpu, *(f"x\n{name}" for name in turns.against), *peak]
-    table = Table("", *columns, box=None, padding=(0, 1, 0, 0), header_style="dim", title=title)
-    table.title_justify = "left"
+    table = contestants(*columns, title=title)
+    table.padding = 0, 1, 0, 0
     for column in table.columns:
         column.no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
     for row in turns.rows:
         if row.pace is not None:
             ours = row.name in ("direct", "ring")
@@ -168,17 +154,6 @@ def _cells(turns: "Turns", row: "Measured") -> list[str]:
     ratios = [MISSING if ratio is None else f"{_ratio(ratio)}x" for ratio in turns.ratios(row).values()]
     peak = [_number(row.peak_mib)] if turns.kind == "loaders" else []
     return [row.title, *cells, *ratios, *peak]
-
-
-def _write(path: Path | None, report: "Report") -> None:
-    if path is None:
-        return
-    from kdcache.bench.kernels import header
-    from kdcache.train.run.metrics_log import environment, write_json
-
-    words = sys.argv[1:] if sys.argv[1:2] == ["bench-loader"] else ["bench-loader"]
-    write_json(path, {**header("loader", shlex.join(["kdcache", *words]), environment()), **report.to_json()})
-    ERRORS.print(f"wrote {path}", markup=False, highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -91,7 +91,7 @@ def copy(
         )
         return
     report = summarise(open_cache(shared_flags.open_place(destination, cache_dir, cache_bytes)))
-    earlier = f" ({result.kept} were there)" if result.kept else ""
+    earlier = f" ({result.skipped} were there)" if result.skipped else ""
     speed = f" in {result.seconds:.1f} s, {result.records / result.seconds:.0f} records/s" if result.records else ""
     OUT.print(
         f"[bold]{escape(destination)}[/]: {result.manifest.records} records{earlier}{speed}; "

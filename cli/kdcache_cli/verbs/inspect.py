@@ -2,7 +2,7 @@
 
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -10,9 +10,6 @@ from rich.table import Table
 from kdcache.errors import RecipeError
 from kdcache_cli.console import OUT, bytes_text
 from kdcache_cli.settings import shared_flags
-
-if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
-    pass
 
 _Option = typer.Option
 

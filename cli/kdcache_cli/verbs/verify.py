@@ -1,7 +1,7 @@
 """`kdcache verify`: every byte of a store, and its teacher."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -9,9 +9,6 @@ from rich.markup import escape
 from kdcache.settings.shared import MachineSettings
 from kdcache_cli.console import OUT, bytes_text, progress_bar
 from kdcache_cli.settings import shared_flags
-
-if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
-    pass
 
 _Option = typer.Option
 

@@ -113,14 +113,9 @@ class Judged:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; an error that is not finite is null, for JSON has no NaN."""
-        errors = {"loss_error": self.loss_error, "gradient_error": self.gradient_error}
-        return {
-            **asdict(self.point),
-            **{name: value if math.isfinite(value) else None for name, value in errors.items()},
-            "loss_bound": self.loss_bound,
-            "gradient_bound": self.gradient_bound,
-            "passed": self.passed,
-        }
+        errors = {name: value for name, value in vars(self).items() if name != "point"}
+        finite = {name: value if math.isfinite(value) else None for name, value in errors.items()}
+        return {**asdict(self.point), **finite, "passed": self.passed}
 
 
 def check(settings: CheckSettings, progress: Callable[[int, int], None] | None = None) -> list[Judged]:
@@ -148,10 +143,8 @@ def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:
             among = [result for result in judged if getattr(result.point, factor) == value]
             by_dtype = {
                 dtype: {
-                    "loss_share": _worst([result.loss_share for result in among if result.point.dtype == dtype]),
-                    "gradient_error": _worst(
-                        [result.gradient_error for result in among if result.point.dtype == dtype]
-                    ),
+                    error: _worst([getattr(result, error) for result in among if result.point.dtype == dtype])
+                    for error in ("loss_share", "gradient_error")
                 }
                 for dtype in dict.fromkeys(result.point.dtype for result in among)
             }
@@ -167,8 +160,7 @@ def _worst(errors: Sequence[float]) -> float:
 
 def _judge(point: Point, device: torch.device, impl: str) -> Judged:
     size = STRIDES[point.stride]
-    drawn = _Drawn(point, size)
-    arguments = drawn.arguments(device)
+    student, arguments = _draw(point, device)
     scale = 2.0 ** round(math.log2(BATCH * size[0] * size[1]))
 
     def run(logits: Tensor, implementation: str) -> tuple[float, Tensor]:
@@ -177,7 +169,7 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
         gradient = torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
         return loss.item(), gradient.double() / scale
 
-    rounded = drawn.student.to(device, DTYPES[point.dtype])
+    rounded = student.to(DTYPES[point.dtype])
     expected, expected_gradient = run(rounded.double(), "reference")
     loss, gradient = run(rounded, impl)
     largest = expected_gradient.abs().max().clamp_min(1e-30)
@@ -192,45 +184,38 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
     )
 
 
-class _Drawn:
-    """The tensors of a point, on the CPU, equal for every dtype."""
+def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """The student's logits in float32 and the other arguments of `distill_loss`, drawn on the CPU."""
+    C, size = point.num_classes, STRIDES[point.stride]
+    generator = torch.Generator().manual_seed(1000 * C + len(point.window))
+    # A crop has room beside it, so that its target has more cells than the student.
+    room = (3, 2) if point.window in ("crop", "scale") else (0, 0)
+    grid = (NATIVE[0] + room[0], NATIVE[1] + room[1])
+    view = (size[0] * grid[0] // NATIVE[0], size[1] * grid[1] // NATIVE[1])
+    student, teacher = (_logits((BATCH, C, *shape), point.values, generator) for shape in (NATIVE, grid))
+    labels = torch.randint(0, C, (BATCH, *size), generator=generator).to(torch.uint8)
+    labels[torch.rand(BATCH, *size, generator=generator) < 0.2] = IGNORE_INDEX
+    labels[0, 0, 0] = 0
+    window = _window(point.window, size, view)
+    return student.to(device), {
+        "labels_BHW": labels.to(device),
+        "target": PackedTarget(*pack(teacher, C if C <= MOST_DENSE else KEPT), C, view).to(device),
+        "window_B4": None if window is None else window.to(device),
+        "flip_B": None if point.window in ("whole", "scale") else torch.tensor([False, True], device=device),
+        "ignore_index": IGNORE_INDEX,
+    }
 
-    def __init__(self, point: Point, size: tuple[int, int]) -> None:
-        C = point.num_classes
-        self._generator = torch.Generator().manual_seed(1000 * C + len(point.window))
-        # A crop has room beside it, so that its target has more cells than the student.
-        room = (3, 2) if point.window in ("crop", "scale") else (0, 0)
-        grid = (NATIVE[0] + room[0], NATIVE[1] + room[1])
-        view = (size[0] * grid[0] // NATIVE[0], size[1] * grid[1] // NATIVE[1])
-        self.student = self._logits((BATCH, C, *NATIVE), point.values)
-        teacher = self._logits((BATCH, C, *grid), point.values)
-        self._target = PackedTarget(*pack(teacher, C if C <= MOST_DENSE else KEPT), C, view)
-        self._labels = torch.randint(0, C, (BATCH, *size), generator=self._generator).to(torch.uint8)
-        self._labels[torch.rand(BATCH, *size, generator=self._generator) < 0.2] = IGNORE_INDEX
-        self._labels[0, 0, 0] = 0
-        self._window = _window(point.window, size, view)
-        self._flip = None if point.window in ("whole", "scale") else torch.tensor([False, True])
 
-    def arguments(self, device: torch.device) -> dict[str, Any]:
-        """The arguments of `distill_loss` beside the student's logits."""
-        return {
-            "labels_BHW": self._labels.to(device),
-            "target": self._target.to(device),
-            "window_B4": None if self._window is None else self._window.to(device),
-            "flip_B": None if self._flip is None else self._flip.to(device),
-            "ignore_index": IGNORE_INDEX,
-        }
-
-    def _logits(self, shape: tuple[int, ...], values: str) -> Tensor:
-        normal = torch.randn(shape, generator=self._generator)
-        if values == "normal":
-            return 3 * normal
-        if values == "wide":
-            # Either sign of the largest value: a saturated softmax, or one that is tied and stays so.
-            return torch.where(normal > 0, 6e4, -6e4)
-        # One image just below the range at which a fast path may stop being valid, one above.
-        image_B111 = torch.tensor([75.0, 90.0])[:, None, None, None]
-        return image_B111 * torch.rand(shape, generator=self._generator)
+def _logits(shape: tuple[int, ...], values: str, generator: torch.Generator) -> Tensor:
+    normal = torch.randn(shape, generator=generator)
+    if values == "normal":
+        return 3 * normal
+    if values == "wide":
+        # Either sign of the largest value: a saturated softmax, or one that is tied and stays so.
+        return torch.where(normal > 0, 6e4, -6e4)
+    # One image just below the range at which a fast path may stop being valid, one above.
+    image_B111 = torch.tensor([75.0, 90.0])[:, None, None, None]
+    return image_B111 * torch.rand(shape, generator=generator)
 
 
 def _window(kind: str, size: tuple[int, int], view: tuple[int, int]) -> Tensor | None:

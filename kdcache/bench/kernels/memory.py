@@ -6,7 +6,7 @@ first, so that loading code is not counted; what a contestant keeps for later ca
 the first at its shape. torch.compile is the exception: it compiles per shape, so a step at that shape comes first.
 
 The peak is `VmHWM` after a reset through `/proc/self/clear_refs`: exact, and free of a sampling thread. Linux alone has
-it. `weigh.py` is what the process runs.
+it.
 """
 
 import ctypes
@@ -21,14 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from kdcache.bench.kernels.rivals import UnavailableError
-from kdcache.bench.kernels.shapes import Case
+from kdcache.bench.kernels.rivals import UnavailableError, prepare
+from kdcache.bench.kernels.shapes import Case, Shape, make_inputs
 
 MIB = 2**20
-WEIGH = "kdcache.bench.kernels.peak_worker"
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_WEIGH = "import sys; from kdcache.bench.kernels.memory import weigh; weigh(sys.argv[1])"
 
 
 def peak_on_device(step: Callable[[], Any]) -> float:
@@ -49,7 +49,7 @@ def peak_in_process(step: Callable[[], Any]) -> float:
     """
     gc.collect()
     _give_back_freed_memory()
-    _CLEAR.write_text("5", encoding="ascii")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     before = _resident_kib("VmRSS")
     step()
     return (_resident_kib("VmHWM") - before) / 1024
@@ -63,7 +63,7 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
     request = json.dumps({"name": name, "case": asdict(case), "impl": impl, "threads": threads})
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
-        [sys.executable, "-m", WEIGH, request],
+        [sys.executable, "-c", _WEIGH, request],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -75,20 +75,30 @@ def peak_in_fresh_process(name: str, case: Case, impl: str, threads: int) -> flo
         # The error's own line: what is indented below it belongs to it.
         lines = [line for line in done.stderr.splitlines() if line and not line[0].isspace()]
         raise UnavailableError(f"memory was not measured: {lines[-1] if lines else done.returncode}")
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["peak_mib"])
+    return float(done.stdout.strip().splitlines()[-1])
 
 
-def available_bytes() -> int | None:
-    """Bytes that the system could still give to a process; None where that is unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+def weigh(request: str) -> None:
+    """The work of the fresh process: warm a contestant up on a tiny shape, weigh one step, print the peak last."""
+    words = json.loads(request)
+    case = Case(**{**words["case"], "shape": Shape(**words["case"]["shape"])})
+    name, impl, cpu = words["name"], words["impl"], torch.device("cpu")
+    torch.set_num_threads(words["threads"])
+    tiny = case.tiny()
+    prepare(name, tiny, make_inputs(tiny, cpu), impl).step()
+    contestant = prepare(name, case, make_inputs(case, cpu), impl)
+    if name.startswith("compile"):
+        contestant.step()
+    print(peak_in_process(contestant.step))
+
+
+def available_bytes() -> int:
+    """Bytes that the system could still give to a process."""
+    return int(psutil.virtual_memory().available)
 
 
 def _resident_kib(field: str) -> int:
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 

@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -53,13 +54,11 @@ class Contestant:
     """A step and what is special about it.
 
     Attributes:
-        name: ours or a name of RIVALS.
         step: may be called any number of times.
         title: for tables.
         capturable: whether its step can be captured as a CUDA graph (it never waits for the device).
     """
 
-    name: str
     step: Step
     title: str
     capturable: bool = True
@@ -81,7 +80,7 @@ def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
         ).loss
         return loss, _gradient(loss, inputs.student)
 
-    return Contestant(OURS, step, f"{OURS} ({resolved(impl, inputs.student.device)})")
+    return Contestant(step, f"{OURS} ({resolved(impl, inputs.student.device)})")
 
 
 def resolved(impl: str, device: torch.device) -> str:
@@ -107,45 +106,27 @@ def eager_loss(
     return ce + T * T * (kl_BHW * mask_BHW).sum() / mask_BHW.sum()
 
 
-def _step_of(loss_function: Callable[..., Tensor], case: Case, inputs: Inputs) -> Step:
+def _whole(title: str, mode: str | None, case: Case, inputs: Inputs) -> Contestant:
+    """The loss of the whole batch, op by op or compiled in a mode of torch.compile."""
+    loss_of = eager_loss if mode is None else torch.compile(eager_loss, fullgraph=True, dynamic=False, mode=mode)
+    targets = inputs.teacher, inputs.labels_int64, inputs.mask, case.temperature, case.shape.ignore_index
+
     def step() -> tuple[Tensor, Tensor]:
-        loss = loss_function(
-            inputs.student,
-            inputs.teacher,
-            inputs.labels_int64,
-            inputs.mask,
-            case.temperature,
-            case.shape.ignore_index,
-        )
+        loss = loss_of(inputs.student, *targets)
         return loss, _gradient(loss, inputs.student)
 
-    return step
-
-
-def _eager(case: Case, inputs: Inputs) -> Contestant:
-    return Contestant("eager", _step_of(eager_loss, case, inputs), "eager")
-
-
-def _compiled(case: Case, inputs: Inputs) -> Contestant:
-    compiled = torch.compile(eager_loss, fullgraph=True, dynamic=False)
-    return Contestant("compile", _step_of(compiled, case, inputs), "torch.compile")
-
-
-def _autotuned(case: Case, inputs: Inputs) -> Contestant:
-    compiled = torch.compile(eager_loss, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-    return Contestant("compile-max-autotune", _step_of(compiled, case, inputs), "torch.compile max-autotune")
+    return Contestant(step, title)
 
 
 def _chunked(case: Case, inputs: Inputs) -> Contestant:
     """Each image's part of the loss and its gradient, written into one buffer."""
-    B = case.shape.batch
 
     def step() -> tuple[Tensor, Tensor]:
         gradient_BChw = torch.empty_like(inputs.student, requires_grad=False)
         total = inputs.student.new_zeros((), dtype=torch.float32)
         # Counted once per batch: with equal denominators the images' losses add up to the batch's.
         share_B = inputs.mask.sum((1, 2)) / inputs.mask.sum()
-        for image in range(B):
+        for image in range(case.shape.batch):
             rows = slice(image, image + 1)
             student_1Chw = inputs.student.detach()[rows].requires_grad_()
             part = share_B[image] * eager_loss(
@@ -160,7 +141,7 @@ def _chunked(case: Case, inputs: Inputs) -> Contestant:
             total += part.detach()
         return total, gradient_BChw
 
-    return Contestant("chunked", step, "eager, image by image")
+    return Contestant(step, "eager, image by image")
 
 
 def _liger(case: Case, inputs: Inputs) -> Contestant:
@@ -179,7 +160,7 @@ def _liger(case: Case, inputs: Inputs) -> Contestant:
         loss = T * T * divergence(log_p_NC, log_q_NC) + cross_entropy(rows_NC, labels_N)
         return loss, _gradient(loss, rows_NC)
 
-    return Contestant("liger", step, "Liger, rows upsampled beforehand", capturable=False)  # it calls .item()
+    return Contestant(step, "Liger, rows upsampled beforehand", capturable=False)  # it calls .item()
 
 
 def _rows(logits_BChw: Tensor, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,9 +191,9 @@ def _gradient(loss: Tensor, leaf: Tensor) -> Tensor:
 
 
 RIVALS: dict[str, Callable[[Case, Inputs], Contestant]] = {
-    "eager": _eager,
-    "compile": _compiled,
-    "compile-max-autotune": _autotuned,
+    "eager": partial(_whole, "eager", None),
+    "compile": partial(_whole, "torch.compile", "default"),
+    "compile-max-autotune": partial(_whole, "torch.compile max-autotune", "max-autotune-no-cudagraphs"),
     "chunked": _chunked,
     "liger": _liger,
 }

@@ -18,7 +18,7 @@ class-pixel.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdcache.bench import timing
 from kdcache.bench.kernels.rivals import prepare
-from kdcache.bench.kernels.shapes import Case, Shape, make_inputs
+from kdcache.bench.kernels.shapes import Case, make_inputs
 
 INSTRUCTIONS_PER_CLASS_PIXEL = 20
 LANES_PER_SFU_LANE = 8
@@ -77,7 +77,7 @@ def least_work(case: Case) -> Work:
     kept_bytes = 2 * case.k + (0 if case.k == C else case.k * (1 if C <= 256 else 2) + 2)
     label_bytes = 1 if shape.ignore_index == 255 else 2
     touched = B * h * w * (2 * C * logit_bytes + kept_bytes) + B * shape.height * shape.width * label_bytes
-    softmaxes = 2 if case.integer_temperature else 3
+    softmaxes = 2 if case.temperature in (1, 2, 3, 4) else 3  # then exp(u) = exp(u / T)**T serves both temperatures
     cells = shape.divides and shape.stride in CELL_STRIDES
     per_class_pixel = softmaxes * 4 / shape.stride**2 if cells else softmaxes
     return Work(
@@ -89,12 +89,12 @@ def least_work(case: Case) -> Work:
 
 def fractions(work: Work, ceilings: Ceilings, milliseconds: float) -> dict[str, float]:
     """Return each floor over the time that was measured; 1 is the floor itself."""
-    seconds = milliseconds / 1e3
-    return {
-        "bytes": work.bytes / ceilings.copy_bytes / seconds,
-        "sfu": work.exps / ceilings.exps / seconds,
-        "issue": work.instructions / ceilings.instructions / seconds,
+    floors = {
+        "bytes": work.bytes / ceilings.copy_bytes,
+        "sfu": work.exps / ceilings.exps,
+        "issue": work.instructions / ceilings.instructions,
     }
+    return {name: floor / (milliseconds / 1e3) for name, floor in floors.items()}
 
 
 def measure_ceilings() -> Ceilings:
@@ -131,13 +131,11 @@ def rival_fraction(name: str, case: Case, ceilings: Ceilings, milliseconds: floa
 
 def bytes_per_class_pixel(case: Case) -> float:
     """Count what the operations of eager read and write, on a small image on the CPU."""
-    side = 4 * case.shape.stride
-    small = replace(case, shape=Shape(1, case.shape.num_classes, side, side, case.shape.stride))
+    small = case.tiny()
     contestant = prepare("eager", small, make_inputs(small, torch.device("cpu")), impl="")
-    touched = _Touched()
-    with touched:
+    with _Touched() as touched:
         contestant.step()
-    return touched.bytes / small.shape.class_pixels
+    return float(touched.bytes / small.shape.class_pixels)
 
 
 class _Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -226,7 +226,7 @@ def _check_room(name: str, case: Case) -> None:
     """Refuse a rival that would need more memory than there is."""
     free = memory.available_bytes()
     needed = PEAK_BYTES.get(name, 0) * case.shape.class_pixels // (case.shape.batch if name == "chunked" else 1)
-    if free is not None and needed > free:
+    if needed > free:
         raise UnavailableError(f"{OUT_OF_MEMORY}: about {needed / 2**30:.1f} GiB of {free / 2**30:.1f}")
 
 

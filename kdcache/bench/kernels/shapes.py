@@ -11,7 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,10 +69,6 @@ class Shape:
         return f"{self.batch}x{self.num_classes}x{self.height}x{self.width}/{self.stride}"
 
 
-def _shapes(*texts: str) -> tuple[Shape, ...]:
-    return tuple(_parse(text) for text in texts)
-
-
 def _parse(text: str) -> Shape:
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)/(\d+)", text.strip().lower())
     numbers = [int(group) for group in match.groups()] if match else []
@@ -89,19 +85,17 @@ def _parse(text: str) -> Shape:
 
 
 PRESETS: dict[str, tuple[Shape, ...]] = {
-    "voc": _shapes("16x21x512x512/4"),
-    "ade": _shapes("16x150x512x512/4"),
-    "cityscapes": _shapes("8x19x768x768/4"),
-    "stride8": _shapes("16x21x512x512/8"),
-    "binary": _shapes("16x2x512x512/4"),
-    "single": _shapes("1x21x512x512/4"),
-    "camvid": _shapes("4x11x288x288/4"),
-    "memory": _shapes("4x21x512x512/4"),
-    "cpu": _shapes("4x11x288x288/4", "2x21x512x512/4", "1x150x512x512/4"),
-    "cuda": _shapes(
-        "16x21x512x512/4", "16x150x512x512/4", "8x19x768x768/4", "16x21x512x512/8", "16x2x512x512/4", "1x21x512x512/4"
-    ),
+    "voc": (Shape(16, 21, 512, 512, 4),),
+    "ade": (Shape(16, 150, 512, 512, 4),),
+    "cityscapes": (Shape(8, 19, 768, 768, 4),),
+    "stride8": (Shape(16, 21, 512, 512, 8),),
+    "binary": (Shape(16, 2, 512, 512, 4),),
+    "single": (Shape(1, 21, 512, 512, 4),),
+    "camvid": (Shape(4, 11, 288, 288, 4),),
+    "memory": (Shape(4, 21, 512, 512, 4),),
+    "cpu": (Shape(4, 11, 288, 288, 4), Shape(2, 21, 512, 512, 4), Shape(1, 150, 512, 512, 4)),
 }
+PRESETS["cuda"] = sum((PRESETS[name] for name in ("voc", "ade", "cityscapes", "stride8", "binary", "single")), ())
 """Named lists of shapes; `cuda` and `cpu` are the defaults of their devices."""
 
 
@@ -150,10 +144,10 @@ class Case:
             return C if C <= MOST_DENSE else KEPT
         return min(self.kept, C)
 
-    @property
-    def integer_temperature(self) -> bool:
-        """Whether one exponential serves both temperatures: exp(u) = exp(u / T)**T."""
-        return self.temperature in (1, 2, 3, 4)
+    def tiny(self) -> "Case":
+        """The same on a single image of 4 by 4 logits."""
+        side = 4 * self.shape.stride
+        return replace(self, shape=Shape(1, self.shape.num_classes, side, side, self.shape.stride))
 
     def __str__(self) -> str:
         return f"{self.shape} {self.dtype} {self.layout} T={self.temperature:g} k={self.k}"

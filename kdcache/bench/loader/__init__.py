@@ -7,7 +7,7 @@ feeding.py   what a training step costs more than on a batch from memory
 report.py    settings, tables, JSON
 run.py       measure(Settings(...)): all of it
 
-It stands in the room `train`, which may know stores and loaders; `kdcache.bench.kernels` may not.
+It may know stores and loaders; `kdcache.bench.kernels` may not.
 """
 
 from kdcache.bench.loader.readers import READERS

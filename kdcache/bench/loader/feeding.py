@@ -5,6 +5,7 @@ Waiting for a batch is only a part of that: a loader that draws ahead takes core
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import repeat
 
 import torch
@@ -65,7 +66,7 @@ def step_contestants(
         batch = batch.pin_memory()
     memory = feed(repeat(batch), device)
 
-    def learner(take: Callable[[], Batch]) -> Callable[[int], None]:
+    def contestant(name: str, title: str, take: Callable[[], Batch], warm_up: int) -> Contestant:
         def learn(count: int) -> None:
             losses: Tensor | None = None
             for _ in range(count):
@@ -73,11 +74,7 @@ def step_contestants(
             if losses is not None:
                 losses.tolist()  # waits for a GPU
 
-        return learn
-
-    def contestant(name: str, title: str, take: Callable[[], Batch], warm_up: int) -> Contestant:
-        learn = learner(take)
-        return Contestant(name, title, lambda: learn(steps), steps, before=lambda: learn(warm_up))
+        return Contestant(name, title, partial(learn, steps), steps, before=partial(learn, warm_up))
 
     fed = [contestant(one.name, f"fed by {one.title}", one.take, one.ahead + 1) for one in streams]
     return [contestant(MEMORY, "one batch from memory", lambda: next_batch(memory), 1), *fed]

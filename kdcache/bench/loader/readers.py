@@ -18,7 +18,6 @@ must have the bytes that zarr-python reads. Which pipeline it uses stands here, 
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from kdcache.bench.kernels.memory import available_bytes
 from kdcache.bench.kernels.rivals import UnavailableError
 from kdcache.errors import RecipeError, StoreError, VersionError
 from kdcache.store import Cache
+from kdcache.store.format.codec import Array
 from kdcache.store.format.layout import CRC_BYTES, read_layout
 
-Array = np.ndarray[Any, Any]
 Reader = Callable[[int], Sequence[Array]]
 """The rows of a record, one per target array; they may lie in buffers that the next call overwrites."""
 
@@ -75,7 +74,7 @@ def open_source(cache: Cache, records: int, folder: Path, seed: int = 0) -> Sour
     order = tuple(np.concatenate(epochs)[:records].tolist())
     record_bytes = sum(row.nbytes for row in cache.read(order[0], paths).values())
     needed, free = _COPIES * len(set(order)) * record_bytes, available_bytes()
-    if free is not None and needed > free:
+    if needed > free:
         raise RecipeError(
             "the records that readers compete for must fit into memory",
             received=f"--records {records}: {needed / 2**30:.1f} GiB of {free / 2**30:.1f} that are free",
@@ -170,12 +169,8 @@ def _open_zarr(path: Path, pipeline: str = "zarr.core.codec_pipeline.BatchedCode
         return zarr.open_array(path, mode="r")
 
 
-def _zarr(source: Source) -> Reader:
-    return _zarr_reader(source, _open_zarr)
-
-
-def _zarr_reader(source: Source, open_array: Callable[[Path], Any]) -> Reader:
-    arrays = [open_array(source.cache.path / path) for path in source.paths]
+def _zarr(source: Source, *pipeline: str) -> Reader:
+    arrays = [_open_zarr(source.cache.path / path, *pipeline) for path in source.paths]
     return lambda record: [array[record] for array in arrays]
 
 
@@ -185,7 +180,7 @@ def _zarrs(source: Source) -> Reader:
     except ImportError as error:
         raise UnavailableError("not installed (pip install zarrs)") from error
     try:
-        return _zarr_reader(source, partial(_open_zarr, pipeline="zarrs.ZarrsCodecPipeline"))
+        return _zarr(source, "zarrs.ZarrsCodecPipeline")
     except UnsupportedMetadataError as error:
         raise UnavailableError(f"not for this layout: {error.__cause__}") from error
 
@@ -194,7 +189,7 @@ def _fused(source: Source) -> Reader:
     name = "FusedCodecPipeline"
     if not hasattr(codec_pipeline, name):
         raise UnavailableError(f"zarr {zarr.__version__} has none (3.3 and later do, on Python 3.12 or later)")
-    return _zarr_reader(source, partial(_open_zarr, pipeline=f"zarr.core.codec_pipeline.{name}"))
+    return _zarr(source, f"zarr.core.codec_pipeline.{name}")
 
 
 def _tensorstore(source: Source) -> Reader:

@@ -1,14 +1,13 @@
 """Settings and results of the benchmark: tables, JSON."""
 
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from kdcache.bench.loader.readers import READERS
-from kdcache.bench.loader.streams import LOADERS
+from kdcache.bench.loader.streams import CPU, LOADERS
 from kdcache.bench.loader.turns import Pace
 
 MEMORY = "memory"
@@ -37,7 +36,7 @@ class Settings:
     augments: tuple[str, ...] = ("none",)
     student: str = "kdcache:tiny"
     steps: int = 70
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,11 @@ class Table:
 
     def ratios(self, row: Measured) -> dict[str, float | None]:
         """Speed-ups over each of `against` by the median times; of steps, slow-downs. None for unknown ones."""
-        paces = {other.name: other.pace for other in self.rows}
-        ratios = {}
-        for name in self.against:
-            other, mine = paces.get(name), row.pace
-            both = other is not None and mine is not None
-            fast = other.time.p50 / mine.time.p50 if both else None  # type: ignore[union-attr]
-            ratios[name] = 1 / fast if fast and self.kind == "steps" else fast
+        ratios: dict[str, float | None] = dict.fromkeys(self.against)
+        for other in self.rows:
+            if other.name in ratios and other.pace is not None and row.pace is not None:
+                faster = other.pace.time.p50 / row.pace.time.p50
+                ratios[other.name] = 1 / faster if self.kind == "steps" else faster
         return ratios
 
     def to_json(self) -> dict[str, Any]:

@@ -53,8 +53,11 @@ def measure(source: Cache | Records, settings: Settings, note: Note = lambda tex
         note("resident: left out, the decoded records are more than half of what is free")
         loaders = [name for name in loaders if name not in ("resident", "default")]
     fed_by = [name for name in FED_BY if name in loaders and settings.steps]
+
+    def dataset(kind: type[CacheDataset], *, augment: str) -> CacheDataset:
+        return kind(records, augment=augment)
+
     # Wrong input is refused before anything is measured.
-    dataset = partial(_dataset, records=records)
     for augment in settings.augments if loaders else ():
         dataset(CacheDataset, augment=augment)
     student = make_student_step(cache, settings.student, settings.device) if fed_by else None
@@ -66,7 +69,7 @@ def measure(source: Cache | Records, settings: Settings, note: Note = lambda tex
     ]
     if student is not None:
         tables.append(_measure_steps(partial(dataset, augment=settings.augments[-1]), fed_by, student, settings, note))
-    return Report(_about(cache), settings, tuple(tables))
+    return Report(_described(cache), settings, tuple(tables))
 
 
 def _measure_readers(cache: Cache, names: Sequence[str], settings: Settings, note: Note) -> Table:
@@ -123,8 +126,7 @@ def _measure_loaders(
         contestants, peaks = [], {}
         for name in names:
             note(f"loaders, augment {augment}: {name}: opening, weighing, comparing")
-            opening = partial(_open, name, dataset, settings)
-            stream, peaks[name] = open_and_weigh(opening, WEIGHED_BATCHES)
+            stream, peaks[name] = open_and_weigh(partial(_open, name, dataset, settings), WEIGHED_BATCHES)
             open_streams.enter_context(stream)
             stream.verify(draws)
             one = Contestant(
@@ -183,11 +185,7 @@ def _open(name: str, dataset: Callable[..., CacheDataset], settings: Settings, d
     )
 
 
-def _dataset(kind: type[CacheDataset], *, records: Records, augment: str) -> CacheDataset:
-    return kind(records, augment=augment)
-
-
-def _about(cache: Cache) -> dict[str, Any]:
+def _described(cache: Cache) -> dict[str, Any]:
     """A description of the store that was read, for comparisons of figures."""
     arrays = {
         path: {"shape": list(cache.specs[path].shape), "dtype": cache.specs[path].dtype}

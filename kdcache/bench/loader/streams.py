@@ -15,10 +15,9 @@ those that the draws give one by one.
 import gc
 import multiprocessing
 from collections.abc import Callable, Generator
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.data import default_collate
 
@@ -37,7 +36,6 @@ ENDLESS = 2**40
 CPU = torch.device("cpu")
 CHECKED = 3
 """Batches that are compared."""
-_KIB = 1024
 
 
 class _ByProcesses(CacheDataset):
@@ -99,7 +97,7 @@ class Stream:
         title, kind = LOADERS[name]
         self.name, self.title = name, title.format(workers=workers, threads=threads)
         self._batch_size = batch_size
-        drawing = {"inline": 0, "dataloader": workers, "ring": threads, "resident": threads, "default": 0}[name]
+        drawing = {"dataloader": workers, "ring": threads, "resident": threads}.get(name, 0)
         loader = make_loader(
             Draws(make(kind), 0),
             first=0,
@@ -113,14 +111,12 @@ class Stream:
         self._step = 0
         started = set(multiprocessing.active_children()) - before
         self.processes = tuple(child.pid for child in started if child.pid is not None)
-        self.ahead = {"inline": 0, "dataloader": 2 * workers, "ring": DEPTH - 1, "resident": DEPTH - 1, "default": 0}[
-            name
-        ]
+        self.ahead = {"dataloader": 2 * workers, "ring": DEPTH - 1, "resident": DEPTH - 1}.get(name, 0)
 
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """End its threads and processes."""
         batches, self._batches = self._batches, None
         if batches is not None:
@@ -147,9 +143,8 @@ class Stream:
             step = self._step
             drawn = [part.cpu() for part in tensors_of(self.take())]
             expected = tensors_of(reference_batch(draws, step, self._batch_size))
-            if not all(
-                a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(drawn, expected, strict=True)
-            ):
+            pairs = zip(drawn, expected, strict=True)
+            if not all(a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in pairs):
                 raise StoreError(
                     "loaders are timed when they give the same batches",
                     received=f"{self.title}: batch {step} differs from its samples drawn one by one",
@@ -181,22 +176,17 @@ def open_and_weigh(make: Callable[[], Stream], batches: int) -> tuple[Stream, fl
 
     try:
         grown = peak_in_process(work)
-        shares = [_share_mib(process) for process in opened[0].processes]
-    except OSError:
+        # Shared pages count in equal parts.
+        shares = [psutil.Process(process).memory_full_info().pss for process in opened[0].processes]
+    except (OSError, psutil.Error):
         if not opened:
             work()
         return opened[0], None
     except BaseException:
         for stream in opened:
-            stream.__exit__(None, None, None)
+            stream.__exit__()
         raise
-    return opened[0], grown + sum(shares)
-
-
-def _share_mib(process: int) -> float:
-    """The share of this process in memory, in MiB; shared pages count in equal parts."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii", errors="replace").splitlines()
-    return int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / _KIB
+    return opened[0], grown + sum(shares) / 2**20
 
 
 def _bits(tensor: torch.Tensor) -> Any:

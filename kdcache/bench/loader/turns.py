@@ -7,17 +7,16 @@ next contestant waits until it has filled them again. So what is timed is the st
 CPU time is that of all threads of this process and of the contestant's worker processes.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from kdcache.bench.timing import Spread
 from kdcache.metrics.timing import no_garbage_collection
 
-_TICKS = os.sysconf("SC_CLK_TCK")
 _POLL_S, _MOST_POLLS = 0.03, 30
 _QUIET = 0.1  # of a core
 
@@ -91,12 +90,7 @@ def _settle(processes: Sequence[int]) -> None:
 def _cpu_seconds(processes: Sequence[int]) -> float | None:
     """CPU time of this process and of some others; theirs comes in ticks of mostly 10 ms."""
     try:
-        return time.process_time() + sum(map(_ticks, processes)) / _TICKS
-    except OSError:
+        times = [psutil.Process(process).cpu_times() for process in processes]
+    except psutil.Error:
         return None
-
-
-def _ticks(process: int) -> int:
-    # The second field, a name in parentheses, may hold anything; user and system time are the 14th and 15th.
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+    return time.process_time() + sum(float(spent.user + spent.system) for spent in times)

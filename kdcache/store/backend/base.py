@@ -54,6 +54,10 @@ class Place(ABC):
     def sizes(self, keys: Iterable[str]) -> Iterator[int | None]:
         """Bytes of each file, None for one that is not there."""
 
+    def exists(self, *keys: str) -> bool:
+        """Whether any of these files is there."""
+        return any(size is not None for size in self.sizes(keys))
+
     @abstractmethod
     def digest(self, key: str) -> str | None:
         """sha256 of a file, None when it is not there; reads all of it."""

@@ -248,7 +248,7 @@ class Bucket(Place):
             return
 
     def claim(self, shard: int, keys: Iterable[str]) -> Release | None:
-        return _nothing
+        return lambda: None
 
     def tidy(self) -> None:
         return
@@ -276,7 +276,3 @@ def _remedy(text: str) -> str:
             " there are none, and this machine has no role of its own"
         )
     return "check address, network and the credentials in the environment; the same command goes on"
-
-
-def _nothing() -> None:
-    """There is nothing to release."""

@@ -17,6 +17,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from kdcache.store.format.manifest import Codec
 
 Array = np.ndarray[Any, Any]
+"""The rows of an array, one record's or more."""
 
 _FEATURES = {"default": ZstdCodec(level=1), "small": ZstdCodec(level=3)}
 _OTHERS = {

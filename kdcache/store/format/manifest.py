@@ -9,24 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import CorruptError, StoreError, VersionError
+from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN
-from kdcache.store.format.manifest_models import (
-    Build,
-    Count,
-    Dataset,
-    Feature,
-    Fidelity,
-    Fingerprint,
-    Head,
-    Name,
-    Part,
-    Repair,
-    Statistic,
-    View,
-    part_differences,
-    short,
-    unlike,
-)
 
 FORMAT_VERSION = 1
 # What a claim of more would ask of memory is an attack or an accident.
@@ -37,7 +21,7 @@ MAX_RECORD_BYTES = 2**28
 Codec = Literal["default", "small", "none"]
 
 
-class Manifest(Part):
+class Manifest(parts.Part):
     """Everything about a store but its ids and arrays. Without `fidelity` nothing was measured.
 
     Attributes:
@@ -48,44 +32,36 @@ class Manifest(Part):
     version: int = FORMAT_VERSION
     created: str
     created_by: str
-    records: Count
-    dataset: Dataset
-    view: View
-    heads: Annotated[dict[Name, Head], Field(max_length=256)]
-    features: dict[Name, Feature] = Field(default_factory=dict, max_length=256)
-    statistics: dict[Name, Statistic] = Field(default_factory=dict, max_length=256)
-    teacher: Fingerprint
-    build: Build
+    records: parts.Count
+    dataset: parts.Dataset
+    view: parts.View
+    heads: Annotated[dict[parts.Name, parts.Head], Field(max_length=256)]
+    features: dict[parts.Name, parts.Feature] = Field(default_factory=dict, max_length=256)
+    statistics: dict[parts.Name, parts.Statistic] = Field(default_factory=dict, max_length=256)
+    teacher: parts.Fingerprint
+    build: parts.Build
     codec: Codec = "default"
-    fidelity: Fidelity | None = None
-    repairs: Annotated[tuple[Repair, ...], Field(max_length=4096)] = ()
+    fidelity: parts.Fidelity | None = None
+    repairs: Annotated[tuple[parts.Repair, ...], Field(max_length=4096)] = ()
 
     @model_validator(mode="after")
-    def _has_the_head_that_is_read(self) -> "Manifest":
+    def _parts_fit_together(self) -> "Manifest":
         if "segmentation" not in self.heads:
             raise ValueError("heads has no 'segmentation'")
         classes, names = self.heads["segmentation"].classes, len(self.dataset.class_names)
         if classes != names:
             raise ValueError(f"the head has {classes} classes, class_names has {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _records_are_views_of_samples(self) -> "Manifest":
         if self.records != self.dataset.samples * self.view.views_per_sample:
             raise ValueError("records is not samples times views_per_sample")
-        return self
-
-    @model_validator(mode="after")
-    def _sizes_are_possible(self) -> "Manifest":
         if self.shards > MAX_SHARDS:
             raise ValueError(f"{self.shards} shards are more than {MAX_SHARDS}")
-        parts: dict[str, tuple[int, ...]]
-        parts = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.heads.items()}
-        parts |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
-        parts |= {f"statistics.{name}": (2, *statistic.size) for name, statistic in self.statistics.items()}
-        for name, sizes in {**parts, "view": (3, *self.view.size)}.items():
-            if math.prod(sizes) > MAX_RECORD_BYTES:
-                raise ValueError(f"{name}: a record of {math.prod(sizes)} bytes is larger than {MAX_RECORD_BYTES}")
+        sizes: dict[str, tuple[int, ...]]
+        sizes = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.heads.items()}
+        sizes |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
+        sizes |= {f"statistics.{name}": (2, *statistic.size) for name, statistic in self.statistics.items()}
+        for name, size in {**sizes, "view": (3, *self.view.size)}.items():
+            if math.prod(size) > MAX_RECORD_BYTES:
+                raise ValueError(f"{name}: a record of {math.prod(size)} bytes is larger than {MAX_RECORD_BYTES}")
         return self
 
     @property
@@ -110,13 +86,11 @@ class Manifest(Part):
         """Descriptions of what keeps `other` from continuing this build, but for time stamps, figures and repairs."""
         differences = self.teacher.differences(other.teacher)
         for part in ("dataset", "view", "build"):
-            differences += part_differences(part, getattr(self, part), getattr(other, part))
-        for name in ("heads", "features", "statistics"):
+            differences += parts.part_differences(part, getattr(self, part), getattr(other, part))
+        for name in ("heads", "features", "statistics", "codec"):
             mine, others = getattr(self, name), getattr(other, name)
             if mine != others:
-                differences.append(f"{name}: {unlike(mine, others)}")
-        if self.codec != other.codec:
-            differences.append(f"codec: {self.codec} against {other.codec}")
+                differences.append(f"{name}: {parts.unlike(mine, others)}")
         return differences
 
     def to_json(self) -> dict[str, Any]:
@@ -179,5 +153,5 @@ def _first_fault(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(step) for step in first["loc"]) or "manifest"
     return f"{place}: {first['msg']}" + (
-        f", not {short(repr(value))}" if isinstance(value := first["input"], str) else ""
+        f", not {parts.short(repr(value))}" if isinstance(value := first["input"], str) else ""
     )

@@ -45,17 +45,26 @@ class ArraySpec:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
+_RECORD_ARRAYS = (
+    ArraySpec("records/sample", (), "int64"),
+    ArraySpec("records/view", (), "int32"),
+    ArraySpec("records/window", (4,), "float64"),
+    ArraySpec("records/flip", (), "uint8"),
+    ArraySpec("records/pixel_checksum", (), "uint64"),
+    ArraySpec("records/labelled", (), "uint8"),
+)
+
+
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
     """values, for a top-k head indices and tail, for raw logits their maximum."""
     entry = manifest.heads[head]
-    height, width = entry.size
-    arrays = [ArraySpec(f"targets/{head}/values", (entry.k, height, width), "float16")]
+    arrays = [ArraySpec(f"targets/{head}/values", (entry.k, *entry.size), "float16")]
     if not entry.dense:
         index_type = "uint8" if entry.classes <= 256 else "uint16"
-        arrays.append(ArraySpec(f"targets/{head}/indices", (entry.k, height, width), index_type))
-        arrays.append(ArraySpec(f"targets/{head}/tail", (height, width), "float16"))
+        arrays.append(ArraySpec(f"targets/{head}/indices", (entry.k, *entry.size), index_type))
+        arrays.append(ArraySpec(f"targets/{head}/tail", entry.size, "float16"))
     if entry.raw:
-        arrays.append(ArraySpec(f"targets/{head}/max", (height, width), "float32"))
+        arrays.append(ArraySpec(f"targets/{head}/max", entry.size, "float32"))
     return arrays
 
 
@@ -64,20 +73,12 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
     arrays = [spec for head in manifest.heads for spec in head_arrays(manifest, head)]
     for tap, feature in manifest.features.items():
         arrays.append(ArraySpec(f"features/{tap}", (feature.channels, *feature.size), "float16"))
-    arrays += [
-        ArraySpec(f"statistics/{name}", statistic.size, "float16") for name, statistic in manifest.statistics.items()
-    ]
+    for name, statistic in manifest.statistics.items():
+        arrays.append(ArraySpec(f"statistics/{name}", statistic.size, "float16"))
     if manifest.view.pixels == "stored":
         arrays.append(ArraySpec("labels/segmentation", manifest.view.size, "uint8"))
         arrays.append(ArraySpec("pixels/image", (*manifest.view.size, 3), "uint8"))
-    arrays += [
-        ArraySpec("records/sample", (), "int64"),
-        ArraySpec("records/view", (), "int32"),
-        ArraySpec("records/window", (4,), "float64"),
-        ArraySpec("records/flip", (), "uint8"),
-        ArraySpec("records/pixel_checksum", (), "uint64"),
-        ArraySpec("records/labelled", (), "uint8"),
-    ]
+    arrays += _RECORD_ARRAYS
     if manifest.view.reaches_beyond:
         arrays.append(ArraySpec("records/source_size", (2,), "int32"))
     if manifest.teacher.folds is not None:

@@ -27,13 +27,13 @@ import numpy as np
 from numcodecs import blosc, zstd
 
 from kdcache.errors import StoreError, VersionError
+from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import unreadable
 from kdcache.store.format.layout import CRC_BYTES, NOT_SUPPORTED, Layout, open_file, read_layout
 
 # Blosc's own threads survive no fork and serve one caller at a time. zarr-python switches them off as well.
 blosc.use_threads = False
 
-Array = np.ndarray[Any, Any]
 OpenShard = Callable[[int, str], tuple[int, bytes]]
 
 _ENTRY = struct.Struct("<QQ")  # of an index: offset, bytes

@@ -116,17 +116,15 @@ def build_cache(
         work = _Pass(probe, writer.manifest, earlier)
         done = taught = reused = 0
         began = time.perf_counter()
-        while writer.missing:
+        for shards in writer.passes():
             with ShardQueue(writer) as queue:
-                for batch in work.batches(writer.claimed()):
+                for batch in work.batches(shards):
                     queue.add(batch.items, batch.rows)
                     done += len(batch.items)
                     taught += len(batch.items) if batch.taught else 0
                     reused += sum(item.old is not None for item in batch.items)
                     if progress is not None:
                         progress(already + done, share)
-            if writer.missing:
-                writer.wait()
         seconds = time.perf_counter() - began
         complete = writer.seal()
     damaged = 0 if earlier is None else len(earlier.damaged)

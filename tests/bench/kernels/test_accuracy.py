@@ -90,14 +90,12 @@ def test_nan_is_the_worst() -> None:
 
 @pytest.mark.parametrize("window", accuracy.WINDOWS)
 def test_windows_are_what_they_are_called(window: str) -> None:
-    size = (20, 28)
-    point = accuracy.Point("fp32", "4", 2.0, 3, window, "range")
-    arguments = accuracy._Drawn(point, size).arguments(CPU)
+    _, arguments = accuracy._draw(accuracy.Point("fp32", "4", 2.0, 3, window, "range"), CPU)
     target, edges, flip = arguments["target"], arguments["window_B4"], arguments["flip_B"]
     assert (edges is None) == (window in ("whole", "flip"))
     assert (flip is None) == (window in ("whole", "scale"))
     if edges is None:
-        assert target.view_size == size
+        assert target.view_size == (20, 28)
         return
     height, width = target.view_size
     beyond = (edges[:, 0] < 0) | (edges[:, 1] < 0) | (edges[:, 2] > height) | (edges[:, 3] > width)
@@ -108,7 +106,7 @@ def test_windows_are_what_they_are_called(window: str) -> None:
 
 def test_values_are_what_they_are_called() -> None:
     drawn = {
-        values: accuracy._Drawn(accuracy.Point("fp32", "4", 2.0, 33, "whole", values), (20, 28)).student
+        values: accuracy._draw(accuracy.Point("fp32", "4", 2.0, 33, "whole", values), CPU)[0]
         for values in accuracy.VALUES
     }
     assert set(drawn["wide"].unique().tolist()) == {-6e4, 6e4}
