@@ -13,29 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..topk import PackedTarget
+from ..topk import PackedTarget, argmax_dtype
 from ..window import view_positions
-from .topk import BLOCK, NUM_WARPS, densify, pixels
+from .topk import BLOCK, OPTIONS, densify, first_class, pixels
 
 USABLE = tl.constexpr(torch.finfo(torch.float32).max / 8)  # as in the loss: a logit beyond it is lost
 
 
 @triton.jit
-def _lost_kernel(
-    logits_ptr,
-    lost_ptr,
-    total,
-    num_pixels,
-    num_classes,
-    w,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    BLOCK: tl.constexpr,
-):
+def _lost_kernel(logits_ptr, strides, lost_ptr, total, num_pixels, num_classes, w, BLOCK: tl.constexpr):
     image, pixel, exists = pixels(num_pixels, total, BLOCK)
-    logits_ptrs = logits_ptr + image * stride_b + (pixel // w) * stride_h + (pixel % w) * stride_w
+    logits_ptrs, stride_c = first_class(logits_ptr, strides, image, pixel, w)
     lost = tl.zeros((BLOCK,), tl.int32)
     for _ in range(num_classes):
         x = tl.load(logits_ptrs, mask=exists, other=0.0).to(tl.float32)
@@ -63,29 +51,10 @@ def _taps(position, n_view, n_in, ALIGN_CORNERS: tl.constexpr):
 
 @triton.jit
 def _argmax_kernel(
-    logits_ptr,
-    lost_ptr,
-    rows_ptr,
-    columns_ptr,
-    argmax_ptr,
-    confidence_ptr,
-    total,
-    num_classes,
-    H,
-    W,
-    h,
-    w,
-    view_h,
-    view_w,
-    stride_yb,
-    stride_xb,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    ALIGN_CORNERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, strides, lost_ptr, rows_ptr, stride_yb, columns_ptr, stride_xb, argmax_ptr, confidence_ptr, total,
+    num_classes, H, W, h, w, view_h, view_w,
+    ALIGN_CORNERS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     num_pixels = tl.cast(H, tl.int64) * W
     image, pixel, exists = pixels(num_pixels, total, BLOCK)
     y = tl.load(rows_ptr + image * stride_yb + pixel // W)
@@ -101,6 +70,7 @@ def _argmax_kernel(
     below, right = next_weight_y > 0, next_weight_x > 0
     lost = lost00 | (lost01 & right) | (lost10 & below) | (lost11 & below & right)
 
+    stride_b, stride_c, stride_h, stride_w = strides
     ptrs = logits_ptr + image * stride_b
     ptrs00 = ptrs + row * stride_h + column * stride_w
     ptrs01 = ptrs + row * stride_h + next_column * stride_w
@@ -143,7 +113,7 @@ def argmax_confidence(
     B, num_classes, device = target.batch_size, target.num_classes, target.device
     H, W = size
     h, w = target.values.shape[2:]
-    argmax_BHW = torch.empty((B, H, W), dtype=torch.uint8 if num_classes <= 256 else torch.int16, device=device)
+    argmax_BHW = torch.empty((B, H, W), dtype=argmax_dtype(num_classes), device=device)
     confidence_BHW = torch.empty((B, H, W), dtype=torch.float16, device=device)
     if B == 0:
         return argmax_BHW, confidence_BHW
@@ -155,20 +125,11 @@ def argmax_confidence(
     lost_Bhw = torch.empty((B, h, w), dtype=torch.uint8, device=device)
     with torch.cuda.device_of(logits_BChw):
         _lost_kernel[(triton.cdiv(B * h * w, BLOCK),)](
-            *(logits_BChw, lost_Bhw, B * h * w, h * w, num_classes, w),
-            *logits_BChw.stride(),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
+            logits_BChw, logits_BChw.stride(), lost_Bhw, B * h * w, h * w, num_classes, w, **OPTIONS
         )
         _argmax_kernel[(triton.cdiv(B * H * W, BLOCK),)](
-            *(logits_BChw, lost_Bhw, rows, columns, argmax_BHW, confidence_BHW),
-            *(B * H * W, num_classes, H, W, h, w, *target.view_size),
-            *(H if len(rows) > 1 else 0, W if len(columns) > 1 else 0),
-            *logits_BChw.stride(),
-            ALIGN_CORNERS=target.align_corners,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+            logits_BChw, logits_BChw.stride(), lost_Bhw, rows, H if len(rows) > 1 else 0,
+            columns, W if len(columns) > 1 else 0, argmax_BHW, confidence_BHW,
+            B * H * W, num_classes, H, W, h, w, *target.view_size, ALIGN_CORNERS=target.align_corners, **OPTIONS,
+        )  # fmt: skip
     return argmax_BHW, confidence_BHW

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, WRONG, gpu, integer_power, launch_options, multiprocessors, pixel_arguments
+from .common import LN2, WRONG, gpu, integer_power, launch_options, multiprocessors, pixels_of
 from .prep import Prepared
 from .surface import (
     add_powers,
@@ -71,10 +71,8 @@ def _or(a, b):
 
 @triton.jit
 def _sums(
-    student, target, student_step, target_step, s_first, s_step, t_first, t_step, y_first, num_classes, temperature,
-    zero,
-    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
-):  # fmt: skip
+    student, target, y_first, pixels, temperature, zero, S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr
+):
     """Softmax denominators of every pixel: student at T = 1, student at T, target at T."""
     ce = ()
     kl = ()
@@ -83,46 +81,46 @@ def _sums(
         ce += (zero,)
         kl += (zero,)
         teacher += (zero,)
-    a = load_corners(student[0], student[1], 0)
+    a = load_corners(student, 0)
     b = a
-    if USE_KL:
-        b = load_corners(target[0], target[1], 0)
-    for c in range(num_classes):
-        surface = make_surface(a, s_first, s_step, y_first, S)
+    if pixels.USE_KL:
+        b = load_corners(target, 0)
+    for c in range(pixels.num_classes):
+        surface = make_surface(a, student, y_first, S)
         sequence = exponentials(surface)
-        if USE_KL:
-            teacher_sequence = exponentials(make_surface(b, t_first, t_step, y_first, S))
+        if pixels.USE_KL:
+            teacher_sequence = exponentials(make_surface(b, target, y_first, S))
         # The next class's corners are on their way while this one's pixels are computed.
-        following = tl.minimum(c + 1, num_classes - 1)
-        a = load_corners(student[0], student[1], following * student_step)
-        if USE_KL:
-            b = load_corners(target[0], target[1], following * target_step)
+        following = tl.minimum(c + 1, pixels.num_classes - 1)
+        a = load_corners(student, following)
+        if pixels.USE_KL:
+            b = load_corners(target, following)
             kl = add_powers(kl, sequence, 1, S, ROWS)
             teacher = add_powers(teacher, teacher_sequence, 1, S, ROWS)
-        if USE_CE and POWER == 0:
+        if pixels.USE_CE and POWER == 0:
             ce = add_powers(ce, exponentials(scaled(surface, temperature)), 1, S, ROWS)
-        elif USE_CE and (POWER > 1 or not USE_KL):
+        elif pixels.USE_CE and (POWER > 1 or not pixels.USE_KL):
             ce = add_powers(ce, sequence, POWER, S, ROWS)
-    if POWER == 1 and USE_KL:
+    if POWER == 1 and pixels.USE_KL:
         ce = kl
     return ce, kl, teacher
 
 
 @triton.jit
 def _moments(
-    surface, sequence, share, ce, kl, k_kl, temperature,
-    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
+    surface, sequence, share, ce, kl, k_kl, pixels, temperature,
+    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Moments of a class's gradient, the labels left out; `share` are those of the target's probability."""
-    if USE_CE and POWER == 0:
+    if pixels.USE_CE and POWER == 0:
         m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)
-        if USE_KL:
+        if pixels.USE_KL:
             m = subtract(m, -1.0, moments(sequence, kl, kl, True, 0, S, ROWS))
-    elif USE_CE:
-        m = moments(sequence, kl, ce, USE_KL, POWER, S, ROWS)
+    elif pixels.USE_CE:
+        m = moments(sequence, kl, ce, pixels.USE_KL, POWER, S, ROWS)
     else:
         m = moments(sequence, kl, kl, True, 0, S, ROWS)
-    if USE_KL:
+    if pixels.USE_KL:
         m = subtract(m, k_kl, share)
     return m
 
@@ -158,55 +156,52 @@ def _spread(
 
 @triton.jit
 def _gradient(
-    student, target, s_first, s_step, t_first, t_step, y_first, labels, present, ce, kl, teacher, kl_cell,
-    left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, class_weight_ptr, k_ce, k_kl,
-    num_classes, student_step, target_step, w, temperature,
-    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
-    HAS_CLASS_WEIGHT: tl.constexpr, HAS_GRADIENT: tl.constexpr,
+    student, target, y_first, labels, present, ce, kl, teacher, kl_cell, left_lane, upper_last, upper_step, step, g,
+    writes, gradient_ptrs, edge_ptrs, k_ce, k_kl, pixels, w, temperature,
+    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """The second loop over the classes: writes the gradient.
 
     Returns: `kl_cell` plus the cell's sum of gate * q (v - u), and its sum of class weight * label's logit; base 2.
     """
     ce_label = kl_cell * 0.0
-    last = num_classes - 1
-    a = load_corners(student[0], student[1], last * student_step)
+    last = pixels.num_classes - 1
+    a = load_corners(student, last)
     b = a
-    if USE_KL:
-        b = load_corners(target[0], target[1], last * target_step)
+    if pixels.USE_KL:
+        b = load_corners(target, last)
     # Backwards: the classes that the first loop read last are still in the cache.
-    for back in range(num_classes):
+    for back in range(pixels.num_classes):
         c = last - back
-        surface = make_surface(a, s_first, s_step, y_first, S)
+        surface = make_surface(a, student, y_first, S)
         sequence = exponentials(surface)
         following = tl.maximum(c - 1, 0)
-        a = load_corners(student[0], student[1], following * student_step)
+        a = load_corners(student, following)
         share = surface
-        if USE_KL:
-            teacher_surface = make_surface(b, t_first, t_step, y_first, S)
-            b = load_corners(target[0], target[1], following * target_step)
+        if pixels.USE_KL:
+            teacher_surface = make_surface(b, target, y_first, S)
+            b = load_corners(target, following)
             share = moments(exponentials(teacher_surface), teacher, teacher, True, 0, S, ROWS)
             kl_cell += contract(difference(teacher_surface, surface), share, S, ROWS)
-        if HAS_GRADIENT:
-            m = _moments(surface, sequence, share, ce, kl, k_kl, temperature, S, ROWS, POWER, USE_CE, USE_KL)
-        if USE_CE:
+        if gradient_ptrs is not None:
+            m = _moments(surface, sequence, share, ce, kl, k_kl, pixels, temperature, S, ROWS, POWER)
+        if pixels.USE_CE:
             # Few classes are in a warp's labels; for most, this is skipped.
             bit = (present >> (c & 31)) & 1
             if bit != 0:
                 hits = label_moments(labels, c, S, ROWS)
                 weight = 1.0
-                if HAS_CLASS_WEIGHT:
-                    weight = tl.load(class_weight_ptr + c).to(tl.float32)
+                if pixels.class_weight is not None:
+                    weight = tl.load(pixels.class_weight + c).to(tl.float32)
                 # Loaded again: to keep the surface would cost registers at every class.
-                corners = load_corners(student[0], student[1], c * student_step)
-                again = make_surface(corners, s_first, s_step, y_first, S)
+                again = make_surface(load_corners(student, c), student, y_first, S)
                 ce_label += contract(again, hits, S, ROWS) * weight
-                if HAS_GRADIENT:
+                if gradient_ptrs is not None:
                     m = subtract(m, k_ce * weight, hits)
-        if HAS_GRADIENT:
+        if gradient_ptrs is not None:
             _spread(
-                m, s_first, s_step, left_lane, upper_last, upper_step, step, g, writes,
-                gradient_ptrs + c * student_step, edge_ptrs + c * w, num_classes * w, S // ROWS,
+                m, student[3], student[4], left_lane, upper_last, upper_step, step, g, writes,
+                gradient_ptrs + c * student[2], edge_ptrs + c * w, pixels.num_classes * w, S // ROWS,
             )  # fmt: skip
     return kl_cell, ce_label
 
@@ -215,11 +210,7 @@ def _gradient(
 def cells_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr,
     row_inside_ptr, column_inside_ptr, route_ptr, shift_ptr, factors_ptr, gradient_ptr, edges_ptr, partials_ptr,
-    label_ptr, class_weight_ptr, pixel_weight_ptr, stride_lb, stride_lh, stride_lw, stride_pb, stride_ph, stride_pw,
-    num_classes, h, w, ht, wt, blocks, strips, rows, temperature,
-    S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, HAS_PIXEL_WEIGHT: tl.constexpr,
-    DISTILL_VOID: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_GRADIENT: tl.constexpr, IGNORE_INDEX: tl.constexpr,
+    pixels, h, w, ht, wt, blocks, strips, rows, temperature, S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Each program does NC - 1 columns of cells, down their strips, of one image.
 
@@ -245,29 +236,31 @@ def cells_kernel(
     left_lane = tl.maximum(lane - 1, 0)
     owned = alive & (lane > 0)
 
-    base = image.to(tl.int64) * num_classes
+    base = image.to(tl.int64) * pixels.num_classes
     student_ptr += base * (h * w)
     s_column, s_first, s_step = interpolation(j, w, lane < 0, S)
     t_first = s_first
     t_step = s_step
-    if USE_KL:
+    if pixels.USE_KL:
         target_ptr += base * (ht * wt)
         row_shift = tl.load(shift_ptr + 3 * image)
         column_shift = tl.load(shift_ptr + 3 * image + 1)
         flip = tl.load(shift_ptr + 3 * image + 2) != 0
         t_low = tl.where(flip, w - 2 - j, j) + column_shift
         t_column, t_first, t_step = interpolation(t_low, wt, flip, S)
-    if HAS_LABELS:
-        label_ptr += image.to(tl.int64) * stride_lb
-    if HAS_PIXEL_WEIGHT:
-        pixel_weight_ptr += image.to(tl.int64) * stride_pb
-    if HAS_WINDOW:
+    label_ptr = pixels.labels
+    if label_ptr is not None:
+        label_ptr += image.to(tl.int64) * pixels.label_strides[0]
+    gate_ptr = pixels.gate
+    if gate_ptr is not None:
+        gate_ptr += image.to(tl.int64) * pixels.gate_strides[0]
+    if row_inside_ptr is not None:
         row_inside_ptr += image * (h * S)
         column_inside_ptr += image * (w * S)
-    if HAS_GRADIENT:
+    if gradient_ptr is not None:
         gradient_ptr += base * (h * w)
         edges_ptr += base * strips * PLANES * w
-    plane = num_classes * w
+    plane = pixels.num_classes * w
     k_ce = tl.load(factors_ptr)
     k_kl = tl.load(factors_ptr + 1)
     zero = tl.zeros((NC,), tl.float32)
@@ -286,38 +279,32 @@ def cells_kernel(
         x = j * S + S // 2
         s_top = tl.maximum(i, 0) * w
         s_bottom = tl.minimum(i + 1, h - 1) * w
-        student = (student_ptr + s_top + s_column, student_ptr + s_bottom + s_column)
+        student = (student_ptr + s_top + s_column, student_ptr + s_bottom + s_column, h * w, s_first, s_step)
         target = student
-        if USE_KL:
+        if pixels.USE_KL:
             t_top = tl.minimum(tl.maximum(row_shift + i, 0), ht - 1) * wt
             t_bottom = tl.minimum(tl.maximum(row_shift + i + 1, 0), ht - 1) * wt
-            target = (target_ptr + t_top + t_column, target_ptr + t_bottom + t_column)
+            target = (target_ptr + t_top + t_column, target_ptr + t_bottom + t_column, ht * wt, t_first, t_step)
         labels = (zero,)
-        gate_ptrs = student_ptr
-        row_inside_ptrs = student_ptr
-        column_inside_ptrs = student_ptr
-        if HAS_LABELS and (USE_CE or not DISTILL_VOID):
-            label_ptrs = label_ptr + y.to(tl.int64) * stride_lh + x * stride_lw
-            labels, seen, lowest, highest = read_labels(
-                label_ptrs, stride_lh, stride_lw, active, i, j, g, h, w, num_classes, S, ROWS, IGNORE_INDEX
-            )
-        if HAS_PIXEL_WEIGHT:
-            gate_ptrs = pixel_weight_ptr + y.to(tl.int64) * stride_ph + x * stride_pw
-        if HAS_WINDOW:
+        gate_ptrs = gate_ptr
+        row_inside_ptrs = row_inside_ptr
+        column_inside_ptrs = column_inside_ptr
+        if label_ptr is not None and (pixels.USE_CE or not pixels.DISTILL_VOID):
+            label_ptrs = label_ptr + y.to(tl.int64) * pixels.label_strides[1] + x * pixels.label_strides[2]
+            labels, seen, lowest, highest = read_labels(label_ptrs, pixels, active, i, j, g, h, w, S, ROWS)
+        if gate_ptr is not None:
+            gate_ptrs = gate_ptr + y.to(tl.int64) * pixels.gate_strides[1] + x * pixels.gate_strides[2]
+        if row_inside_ptr is not None:
             row_inside_ptrs = row_inside_ptr + y
             column_inside_ptrs = column_inside_ptr + x
-        ce, kl, teacher = _sums(
-            student, target, h * w, ht * wt, s_first, s_step, t_first, t_step, y_first, num_classes, temperature, zero,
-            S, ROWS, POWER, USE_CE, USE_KL,
-        )  # fmt: skip
+        ce, kl, teacher = _sums(student, target, y_first, pixels, temperature, zero, S, ROWS, POWER)
         ce, kl, teacher, ce_cell, kl_cell, kl_any = pixel_factors(
-            ce, kl, teacher, labels, class_weight_ptr, gate_ptrs, stride_ph, stride_pw, row_inside_ptrs,
-            column_inside_ptrs, k_ce, k_kl, active, i, j, g, h, w, zero,
-            S, ROWS, USE_CE, USE_KL, HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, HAS_WINDOW,
+            ce, kl, teacher, labels, pixels, gate_ptrs, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, active,
+            i, j, g, h, w, zero, S, ROWS,
         )  # fmt: skip
 
         present = 0
-        if USE_CE:
+        if pixels.USE_CE:
             present = tl.reduce(seen, 0, _or)
         # The share of the upper row of logits at the last pixel row of this turn, and its decrease per pixel row.
         inner = (i >= 0) & (i < h - 1)
@@ -326,24 +313,22 @@ def cells_kernel(
         writes = owned & active & (j >= 0)
         gradient_ptrs = gradient_ptr
         edge_ptrs = edges_ptr
-        if HAS_GRADIENT:
+        if gradient_ptr is not None:
             gradient_ptrs = gradient_ptr + i * w + j
             edge_ptrs = edges_ptr + strip * PLANES * plane + j
         kl_cell, ce_label = _gradient(
-            student, target, s_first, s_step, t_first, t_step, y_first, labels, present, ce, kl, teacher, kl_cell,
-            left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, class_weight_ptr, k_ce, k_kl,
-            num_classes, h * w, ht * wt, w, temperature,
-            S, ROWS, POWER, USE_CE, USE_KL, HAS_CLASS_WEIGHT, HAS_GRADIENT,
+            student, target, y_first, labels, present, ce, kl, teacher, kl_cell, left_lane, upper_last, upper_step,
+            step, g, writes, gradient_ptrs, edge_ptrs, k_ce, k_kl, pixels, w, temperature, S, ROWS, POWER,
         )  # fmt: skip
 
-        if USE_CE or USE_KL:
+        if pixels.USE_CE or pixels.USE_KL:
             student_spoilt = any_lost(student_lost_ptr + image * (h * w), s_top, s_bottom, j, w)
-        if USE_CE:
+        if pixels.USE_CE:
             ce_cell = LN2 * (ce_cell - temperature * ce_label)
             spoilt = (lowest == WRONG) | ((highest >= 0) & student_spoilt)
             ce_cell = tl.where(spoilt, float("nan"), ce_cell)
             ce_sum += tl.where(owned & active, ce_cell, 0.0)
-        if USE_KL:
+        if pixels.USE_KL:
             spoilt = student_spoilt | any_lost(target_lost_ptr + image * (ht * wt), t_top, t_bottom, t_low, wt)
             kl_cell = tl.where(kl_any & spoilt, float("nan"), LN2 * kl_cell)
             kl_sum += tl.where(owned & active, kl_cell, 0.0)
@@ -431,13 +416,12 @@ def launch(
     edges = None
     if gradient is not None:
         edges = torch.empty((B, strips, 2 if groups == 1 else 4, C, w), dtype=torch.float32, device=device)
-    ht, wt = prepared.target.shape[2:] if problem.use_kl else (1, 1)
     cells_kernel[(B * blocks,)](
-        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.target_rows.inside,
-        prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, gradient, edges, partials,
-        **pixel_arguments(problem), h=h, w=w, ht=ht, wt=wt, blocks=blocks, strips=strips, rows=rows,
-        temperature=problem.temperature, S=stride, NC=lanes, POWER=integer_power(problem.temperature),
-        HAS_WINDOW=problem.window is not None, HAS_GRADIENT=gradient is not None,
+        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost,
+        *((None, None) if problem.window is None else (prepared.target_rows.inside, prepared.target_columns.inside)),
+        prepared.route, prepared.shift, prepared.factors, gradient, edges, partials, pixels_of(problem),
+        h, w, *prepared.target.shape[2:], blocks, strips, rows, problem.temperature,
+        S=stride, NC=lanes, POWER=integer_power(problem.temperature),
         num_stages=1, enable_fp_fusion=False, **launch_options(lanes, REGISTERS, device),
     )  # fmt: skip
     if gradient is not None and strips > 1:

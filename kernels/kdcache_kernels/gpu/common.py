@@ -1,4 +1,4 @@
-"""Helpers shared by the Triton kernels: what a pixel counts for, powers, and the arguments that all of them take.
+"""Helpers shared by the Triton kernels: what a pixel counts for, powers, sums, and the arguments that all of them take.
 
 A pixel's label, class weight, gate and masks are read by one function, so that every kernel counts the same pixels.
 It costs about 20 instructions per pixel, once, against 20 per pixel and class for the rest.
@@ -6,7 +6,7 @@ It costs about 20 instructions per pixel, once, against 20 per pixel and class f
 Legend: B batch, C classes, H W label size.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,6 @@ from triton.backends.compiler import GPUTarget
 
 from ..problem import LossProblem
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 VOID = tl.constexpr(-1)
 WRONG = tl.constexpr(-2)
@@ -55,26 +54,35 @@ def load_label(label_ptrs, exists, num_classes, IGNORE_INDEX: tl.constexpr):
     return tl.where(labelled, tl.where(valid, ids.to(tl.int32), WRONG), VOID)
 
 
+class Pixels(NamedTuple):
+    """The label pixels of a problem as every kernel takes them; what is None at a launch is no part of its variant.
+
+    Attributes:
+        labels, gate: tensors (pointers in a kernel) of labels and pixel weights; None without.
+        label_strides, gate_strides: (batch, row, column).
+        class_weight: contiguous; None without.
+        num_classes: C.
+        USE_CE, USE_KL, DISTILL_VOID, IGNORE_INDEX: constants, as in `LossProblem`.
+    """
+
+    labels: Any
+    label_strides: Any
+    gate: Any
+    gate_strides: Any
+    class_weight: Any
+    num_classes: Any
+    USE_CE: Any
+    USE_KL: Any
+    DISTILL_VOID: Any
+    IGNORE_INDEX: Any
+
+
 @triton.jit
-def load_pixel(
-    label_ptrs,
-    class_weight_ptr,
-    pixel_weight_ptrs,
-    exists,
-    in_view,
-    num_classes,
-    USE_CE: tl.constexpr,
-    USE_KL: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
-    HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_PIXEL_WEIGHT: tl.constexpr,
-    DISTILL_VOID: tl.constexpr,
-    IGNORE_INDEX: tl.constexpr,
-):
+def load_pixel(pixels, label_ptrs, gate_ptrs, exists, in_view):
     """The weights of a block of pixels in both terms.
 
     Args:
-        label_ptrs, pixel_weight_ptrs: blocks of pointers of one shape; unused where there are none.
+        label_ptrs, gate_ptrs: blocks of pointers of one shape; unused where there are none.
         exists: bool block: the pixel lies in the image and is this program's.
         in_view: bool block: its centre lies in the target's view.
     Returns: blocks
@@ -89,26 +97,39 @@ def load_pixel(
     ce_weight = tl.zeros(exists.shape, tl.float32)
     kl_weight = ce_weight
     taught = exists
-    if HAS_LABELS and (USE_CE or not DISTILL_VOID):
-        ids = load_label(label_ptrs, exists, num_classes, IGNORE_INDEX)
+    if pixels.labels is not None and (pixels.USE_CE or not pixels.DISTILL_VOID):
+        ids = load_label(label_ptrs, exists, pixels.num_classes, pixels.IGNORE_INDEX)
         labelled = ids != VOID
-        if not DISTILL_VOID:
+        if not pixels.DISTILL_VOID:
             taught = labelled
-        if USE_CE:
+        if pixels.USE_CE:
             ce_counted = labelled
             label = tl.maximum(ids, 0)
-            if HAS_CLASS_WEIGHT:
-                ce_weight = tl.load(class_weight_ptr + label, mask=ids >= 0, other=0.0).to(tl.float32)
+            if pixels.class_weight is not None:
+                ce_weight = tl.load(pixels.class_weight + label, mask=ids >= 0, other=0.0).to(tl.float32)
             else:
                 ce_weight = tl.where(ids >= 0, 1.0, 0.0)
             ce_weight = tl.where(ids == WRONG, float("nan"), ce_weight)
-    if USE_KL:
+    if pixels.USE_KL:
         kl_counted = taught & in_view
-        if HAS_PIXEL_WEIGHT:
-            kl_weight = tl.load(pixel_weight_ptrs, mask=kl_counted, other=0).to(tl.float32)
+        if pixels.gate is not None:
+            kl_weight = tl.load(gate_ptrs, mask=kl_counted, other=0).to(tl.float32)
         else:
             kl_weight = tl.where(kl_counted, 1.0, 0.0)
     return label, ce_weight, kl_weight, ce_counted, kl_counted
+
+
+@triton.jit
+def sum_pairs(pairs_ptr, num_pairs, BLOCK: tl.constexpr):
+    """The sums over a (num_pairs, 2) float64 tensor: of what the programs of a kernel wrote for CE and for KL."""
+    ce = tl.zeros((BLOCK,), tl.float64)
+    kl = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, num_pairs, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        exists = offs_n < num_pairs
+        ce += tl.load(pairs_ptr + 2 * offs_n, mask=exists, other=0.0)
+        kl += tl.load(pairs_ptr + 2 * offs_n + 1, mask=exists, other=0.0)
+    return tl.sum(ce, 0), tl.sum(kl, 0)
 
 
 def gpu(device: torch.device) -> GPUTarget:
@@ -136,30 +157,18 @@ def integer_power(temperature: float) -> int:
     return int(temperature) if temperature in (1, 2, 3, 4) else 0
 
 
-def pixel_arguments(problem: LossProblem) -> dict[str, Any]:
-    """The keyword arguments with which a kernel calls `load_pixel`, and the strides (batch, row, column) it needs.
-
-    label_ptr, stride_lb, stride_lh, stride_lw, class_weight_ptr, pixel_weight_ptr, stride_pb, stride_ph, stride_pw,
-    num_classes, and the constants of `load_pixel`. Class weights have no stride there: they are made contiguous.
-    """
-    labels, pixel_weight = problem.labels, problem.pixel_weight
-    class_weight = None if problem.class_weight is None else problem.class_weight.contiguous()
-    if pixel_weight is not None and pixel_weight.dtype == torch.bool:
-        pixel_weight = pixel_weight.view(torch.uint8)
-    label_strides = (0, 0, 0) if labels is None else labels.stride()
-    weight_strides = (0, 0, 0) if pixel_weight is None else pixel_weight.stride()
-    return {
-        "label_ptr": labels,
-        **dict(zip(("stride_lb", "stride_lh", "stride_lw"), label_strides, strict=True)),
-        "class_weight_ptr": class_weight,
-        "pixel_weight_ptr": pixel_weight,
-        **dict(zip(("stride_pb", "stride_ph", "stride_pw"), weight_strides, strict=True)),
-        "num_classes": problem.student.shape[1],
-        "USE_CE": problem.use_ce,
-        "USE_KL": problem.use_kl,
-        "HAS_LABELS": labels is not None,
-        "HAS_CLASS_WEIGHT": class_weight is not None,
-        "HAS_PIXEL_WEIGHT": pixel_weight is not None,
-        "DISTILL_VOID": problem.distill_void or labels is None,
-        "IGNORE_INDEX": problem.ignore_index,
-    }
+def pixels_of(problem: LossProblem) -> Pixels:
+    """Return the label pixels of a problem in the form that kernels take."""
+    labels, gate, class_weight = problem.labels, problem.pixel_weight, problem.class_weight
+    return Pixels(
+        labels=labels,
+        label_strides=None if labels is None else labels.stride(),
+        gate=gate.view(torch.uint8) if gate is not None and gate.dtype == torch.bool else gate,
+        gate_strides=None if gate is None else gate.stride(),
+        class_weight=None if class_weight is None else class_weight.contiguous(),
+        num_classes=problem.student.shape[1],
+        USE_CE=tl.constexpr(problem.use_ce),
+        USE_KL=tl.constexpr(problem.use_kl),
+        DISTILL_VOID=tl.constexpr(problem.distill_void or labels is None),
+        IGNORE_INDEX=tl.constexpr(problem.ignore_index),
+    )

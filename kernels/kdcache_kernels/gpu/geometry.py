@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import sum_pairs
+
 MOST_NATS = tl.constexpr(80.0)
 """Range of a pixel's logits, over min(T, 1), up to which exp2 of normalised logits stays a normal float32."""
 ALIGNED = tl.constexpr(1e-9)
@@ -41,9 +43,10 @@ def _double(x):
 
 
 @triton.jit
-def load_window(window_ptr, view_height, view_width, HAS_WINDOW: tl.constexpr):
+def load_window(window_ptr, image, view_height, view_width):
     """(y0, x0, y1, x1) of an image; NaN where it shows no part of the view, which must show in the loss."""
-    if HAS_WINDOW:
+    if window_ptr is not None:
+        window_ptr += image * 4
         y0 = tl.load(window_ptr)
         x0 = tl.load(window_ptr + 1)
         y1 = tl.load(window_ptr + 2)
@@ -74,9 +77,10 @@ def is_inside(position, view):
 
 @triton.jit
 def _store_taps(
-    index_ptr, fraction_ptr, inside_ptr, size, view, cells, view_start, view_end, flip,
+    taps, first, size, view, cells, view_start, view_end, flip,
     HAS_WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the taps of an axis of `size` pixels, from entry `first` of the tables on."""
     for start in range(0, size, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         exists = offs_n < size
@@ -96,9 +100,9 @@ def _store_taps(
         # The reference's hat function at the upper cell, so that its weight is 0 exactly when theirs is.
         fraction = 1.0 - tl.abs(source - (lower + 1.0))
         fraction = tl.where(fraction < 0, 0.0, fraction)
-        tl.store(index_ptr + offs_n, lower.to(tl.int32), mask=exists)
-        tl.store(fraction_ptr + offs_n, fraction.to(tl.float32), mask=exists)
-        tl.store(inside_ptr + offs_n, is_inside(position, view).to(tl.uint8), mask=exists)
+        tl.store(taps.index + first + offs_n, lower.to(tl.int32), mask=exists)
+        tl.store(taps.fraction + first + offs_n, fraction.to(tl.float32), mask=exists)
+        tl.store(taps.inside + first + offs_n, is_inside(position, view).to(tl.uint8), mask=exists)
 
 
 @triton.jit
@@ -116,24 +120,17 @@ def _shift(size, cells, view, start, end):
 def _store_factors(
     counts_ptr, num_counts, pixel_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
     kl_denominator_ptr, temperature,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CE_DENOMINATOR: tl.constexpr, HAS_KL_DENOMINATOR: tl.constexpr,
-    COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, BLOCK: tl.constexpr,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    ce = tl.zeros((BLOCK,), tl.float64)
-    kl = tl.zeros((BLOCK,), tl.float64)
+    ce_count = _double(0)
+    kl_count = _double(pixel_count)
     if COUNTS_CE or COUNTS_KL:
-        for start in range(0, num_counts, BLOCK):
-            offs_n = start + tl.arange(0, BLOCK)
-            exists = offs_n < num_counts
-            ce += tl.load(counts_ptr + 2 * offs_n, mask=exists, other=0.0)
-            kl += tl.load(counts_ptr + 2 * offs_n + 1, mask=exists, other=0.0)
-    ce_count = tl.sum(ce, 0)
-    kl_count = tl.sum(kl, 0)
-    if not COUNTS_KL:
-        kl_count = _double(pixel_count)
-    if HAS_CE_DENOMINATOR:
+        ce_count, counted = sum_pairs(counts_ptr, num_counts, BLOCK)
+        if COUNTS_KL:
+            kl_count = counted
+    if ce_denominator_ptr is not None:
         ce_count = tl.load(ce_denominator_ptr).to(tl.float64)
-    if HAS_KL_DENOMINATOR:
+    if kl_denominator_ptr is not None:
         kl_count = tl.load(kl_denominator_ptr).to(tl.float64)
     ce_inverse = tl.where(ce_count == 0, 0.0, 1.0 / tl.where(ce_count == 0, 1.0, ce_count))
     kl_inverse = tl.where(kl_count == 0, 0.0, 1.0 / tl.where(kl_count == 0, 1.0, kl_count))
@@ -151,15 +148,11 @@ def _store_factors(
 @triton.jit
 def geometry_kernel(
     window_ptr, flip_ptr, ranges_ptr, counts_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
-    kl_denominator_ptr,
-    student_row_ptr, student_row_fraction_ptr, student_row_inside_ptr, student_column_ptr, student_column_fraction_ptr,
-    student_column_inside_ptr, target_row_ptr, target_row_fraction_ptr, target_row_inside_ptr, target_column_ptr,
-    target_column_fraction_ptr, target_column_inside_ptr, route_ptr, shift_ptr, factors_ptr,
+    kl_denominator_ptr, row_taps, column_taps, target_row_taps, target_column_taps, route_ptr, shift_ptr, factors_ptr,
     B, h, w, ht, wt, H, W, view_height, view_width, num_ranges, num_counts, pixel_count, temperature,
-    HAS_WINDOW: tl.constexpr, HAS_FLIP: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr,
-    STUDENT_ALIGN: tl.constexpr, TARGET_ALIGN: tl.constexpr, FAST: tl.constexpr, GUARD_RANGE: tl.constexpr,
-    HAS_CE_DENOMINATOR: tl.constexpr, HAS_KL_DENOMINATOR: tl.constexpr, COUNTS_CE: tl.constexpr,
-    COUNTS_KL: tl.constexpr, BLOCK: tl.constexpr,
+    USE_CE: tl.constexpr, USE_KL: tl.constexpr, STUDENT_ALIGN: tl.constexpr, TARGET_ALIGN: tl.constexpr,
+    FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 to B - 1 do an image each, program B the factors.
 
@@ -170,37 +163,24 @@ def geometry_kernel(
     if image == B:
         _store_factors(
             counts_ptr, num_counts, pixel_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
-            kl_denominator_ptr, temperature, USE_CE, USE_KL, HAS_CE_DENOMINATOR, HAS_KL_DENOMINATOR,
-            COUNTS_CE, COUNTS_KL, BLOCK,
+            kl_denominator_ptr, temperature, USE_CE, USE_KL, COUNTS_CE, COUNTS_KL, BLOCK,
         )  # fmt: skip
         return
     if image == 0:
-        _store_taps(
-            student_row_ptr, student_row_fraction_ptr, student_row_inside_ptr, H, H, h, image, image, image < 0,
-            False, STUDENT_ALIGN, BLOCK,
-        )  # fmt: skip
-        _store_taps(
-            student_column_ptr, student_column_fraction_ptr, student_column_inside_ptr, W, W, w, image, image,
-            image < 0, False, STUDENT_ALIGN, BLOCK,
-        )  # fmt: skip
+        _store_taps(row_taps, 0, H, H, h, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
+        _store_taps(column_taps, 0, W, W, w, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
     fast = image >= 0
     flip = image < 0
     if USE_KL:
-        if HAS_WINDOW:
-            window_ptr += image * 4
-        y0, x0, y1, x1 = load_window(window_ptr, view_height, view_width, HAS_WINDOW)
-        if HAS_FLIP:
+        HAS_WINDOW: tl.constexpr = window_ptr is not None
+        y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
+        if flip_ptr is not None:
             flip = tl.load(flip_ptr + image) != 0
-        if HAS_WINDOW or HAS_FLIP or image == 0:
+        if HAS_WINDOW or flip_ptr is not None or image == 0:
             _store_taps(
-                target_row_ptr + image * H, target_row_fraction_ptr + image * H, target_row_inside_ptr + image * H,
-                H, view_height, ht, y0, y1, image < 0, HAS_WINDOW, TARGET_ALIGN, BLOCK,
-            )  # fmt: skip
-            _store_taps(
-                target_column_ptr + image * W, target_column_fraction_ptr + image * W,
-                target_column_inside_ptr + image * W, W, view_width, wt, x0, x1, flip,
-                HAS_WINDOW, TARGET_ALIGN, BLOCK,
-            )  # fmt: skip
+                target_row_taps, image * H, H, view_height, ht, y0, y1, image < 0, HAS_WINDOW, TARGET_ALIGN, BLOCK
+            )
+            _store_taps(target_column_taps, image * W, W, view_width, wt, x0, x1, flip, HAS_WINDOW, TARGET_ALIGN, BLOCK)
         row, row_aligned = _shift(h, ht, view_height, y0, y1)
         column, column_aligned = _shift(w, wt, view_width, x0, x1)
         fast = fast & row_aligned & column_aligned

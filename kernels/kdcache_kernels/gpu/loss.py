@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..problem import LossProblem, LossResult
+from .common import sum_pairs
 from .prep import prepare
 
 SUMS = 2048
@@ -27,26 +28,14 @@ SCALED = 4096
 
 
 @triton.jit
-def _sum_partials(partials_ptr, num_partials, BLOCK: tl.constexpr):
-    ce = tl.zeros((BLOCK,), tl.float64)
-    kl = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, num_partials, BLOCK):
-        offs_p = start + tl.arange(0, BLOCK)
-        exists = offs_p < num_partials
-        ce += tl.load(partials_ptr + 2 * offs_p, mask=exists, other=0.0)
-        kl += tl.load(partials_ptr + 2 * offs_p + 1, mask=exists, other=0.0)
-    return tl.sum(ce, 0), tl.sum(kl, 0)
-
-
-@triton.jit
 def totals_kernel(
     fast_ptr, tiles_ptr, num_fast, num_tiles, factors_ptr, ce_weight_ptr, kl_weight_ptr, loss_ptr, ce_ptr, kl_ptr,
     HAS_FAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The terms and the loss from the (P, 2) partial sums of the kernels, in float64."""
-    ce, kl = _sum_partials(tiles_ptr, num_tiles, BLOCK)
+    ce, kl = sum_pairs(tiles_ptr, num_tiles, BLOCK)
     if HAS_FAST:
-        fast_ce, fast_kl = _sum_partials(fast_ptr, num_fast, BLOCK)
+        fast_ce, fast_kl = sum_pairs(fast_ptr, num_fast, BLOCK)
         ce += fast_ce
         kl += fast_kl
     ce *= tl.load(factors_ptr + 2).to(tl.float64)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, integer_power, load_pixel, multiprocessors, pixel_arguments, power
+from .common import LN2, integer_power, load_pixel, multiprocessors, pixels_of, power
 from .prep import Prepared
 from .sample import LOWEST_LOGIT, SMALL
 
@@ -42,57 +42,55 @@ def _load_block(base_n, exists_n, start, num_classes, plane, absent, BLOCK_C: tl
 
 @triton.jit
 def _sums(
-    student_n, target_n, exists_n, num_classes, plane, target_plane, temperature, absent_u,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    student_n, target_n, exists_n, pixels, plane, target_plane, temperature, absent_u,
+    POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Sums over the classes of 2^(T u), 2^u, 2^v and SMALL * 2^v (v - u)."""
     s1 = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     su = s1
     sv = s1
     cross = s1
-    for start in range(0, num_classes, BLOCK_C):
-        u = _load_block(student_n, exists_n, start, num_classes, plane, absent_u, BLOCK_C)
-        if USE_KL:
-            v = _load_block(target_n, exists_n, start, num_classes, target_plane, LOWEST_LOGIT, BLOCK_C)
+    for start in range(0, pixels.num_classes, BLOCK_C):
+        u = _load_block(student_n, exists_n, start, pixels.num_classes, plane, absent_u, BLOCK_C)
+        if pixels.USE_KL:
+            v = _load_block(target_n, exists_n, start, pixels.num_classes, target_plane, LOWEST_LOGIT, BLOCK_C)
             eu = tl.exp2(u)
             ev = tl.exp2(v)
             su += eu
             sv += ev
             cross += ev * SMALL * (v - u)
-        if USE_CE:
+        if pixels.USE_CE:
             s1 += power(eu, POWER) if POWER > 0 else tl.exp2(temperature * u)
     return tl.sum(s1, 0), tl.sum(su, 0), tl.sum(sv, 0), tl.sum(cross, 0)
 
 
 @triton.jit
 def _gradient(
-    student_n, target_n, gradient_n, exists_n, label, k_ce, a, ku, kv, class_weight_ptr, num_classes, plane,
-    target_plane, temperature, absent_u,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, POWER: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    student_n, target_n, gradient_n, exists_n, label, k_ce, a, ku, kv, pixels, plane, target_plane, temperature,
+    absent_u, POWER: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write a 2^(T u) + ku 2^u - kv 2^v, less k_ce times its weight at the label's class (-1: none)."""
-    for start in range(0, num_classes, BLOCK_C):
+    for start in range(0, pixels.num_classes, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        exists_c = c < num_classes
-        u = _load_block(student_n, exists_n, start, num_classes, plane, absent_u, BLOCK_C)
-        if USE_KL:
-            v = _load_block(target_n, exists_n, start, num_classes, target_plane, LOWEST_LOGIT, BLOCK_C)
+        exists_c = c < pixels.num_classes
+        u = _load_block(student_n, exists_n, start, pixels.num_classes, plane, absent_u, BLOCK_C)
+        if pixels.USE_KL:
+            v = _load_block(target_n, exists_n, start, pixels.num_classes, target_plane, LOWEST_LOGIT, BLOCK_C)
             eu = tl.exp2(u)
             factor = ku[None, :]
-            if USE_CE and POWER == 1:
+            if pixels.USE_CE and POWER == 1:
                 factor += a[None, :]
-            if USE_CE and POWER > 1:
+            if pixels.USE_CE and POWER > 1:
                 factor += a[None, :] * power(eu, POWER - 1)
             g = eu * factor - tl.exp2(v) * kv[None, :]
-            if USE_CE and POWER == 0:
+            if pixels.USE_CE and POWER == 0:
                 g += a[None, :] * tl.exp2(temperature * u)
         else:
             g = a[None, :] * tl.exp2(temperature * u)
-        if USE_CE:
+        if pixels.USE_CE:
             k_label_c = tl.zeros((BLOCK_C,), tl.float32) + k_ce
-            if HAS_CLASS_WEIGHT:
-                k_label_c *= tl.load(class_weight_ptr + c, mask=exists_c, other=0.0).to(tl.float32)
+            if pixels.class_weight is not None:
+                k_label_c *= tl.load(pixels.class_weight + c, mask=exists_c, other=0.0).to(tl.float32)
             g -= tl.where(c[:, None] == label[None, :], k_label_c[:, None], 0.0)
         gradient_ptrs = gradient_n[None, :] + (c * plane)[:, None]
         tl.store(gradient_ptrs, g.to(gradient_ptrs.dtype.element_ty), mask=exists_c[:, None] & exists_n[None, :])
@@ -118,13 +116,9 @@ def _target_pixels(
 @triton.jit
 def pixels_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_inside_ptr, column_inside_ptr, route_ptr,
-    shift_ptr, factors_ptr, gradient_ptr, partials_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr,
-    stride_lb, stride_lh, stride_lw, stride_pb, stride_ph, stride_pw, num_classes, batch, h, w, ht, wt, image_blocks,
-    num_blocks, temperature,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr, MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    shift_ptr, factors_ptr, gradient_ptr, partials_ptr, pixels, batch, h, w, ht, wt, image_blocks, num_blocks,
+    temperature,
+    MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of pixels of the images whose route is 1."""
     pid = tl.program_id(0)
@@ -150,36 +144,36 @@ def pixels_kernel(
         exists = exists & (tl.load(route_ptr + (image + at * 0)) == 1)
         if tl.max(exists.to(tl.int32), 0) > 0:
             image64 = tl.full((), 1, tl.int64) * image
-            student_n = student_ptr + image64 * num_classes * plane + at
+            student_n = student_ptr + image64 * pixels.num_classes * plane + at
             lost = tl.load(student_lost_ptr + image64 * plane + at, mask=exists, other=0)
             target_n = student_n
             in_view = exists
-            if USE_KL:
+            if pixels.USE_KL:
                 target_at, in_view = _target_pixels(
                     at, exists, image, shift_ptr, row_inside_ptr, column_inside_ptr, h, w, ht, wt, MOVED
                 )
-                target_n = target_ptr + image64 * num_classes * target_plane + target_at
+                target_n = target_ptr + image64 * pixels.num_classes * target_plane + target_at
                 target_lost = tl.load(target_lost_ptr + image64 * target_plane + target_at, mask=exists, other=0)
             s1, su, sv, cross = _sums(
-                student_n, target_n, exists, num_classes, plane, target_plane, temperature, absent_u,
-                USE_CE, USE_KL, POWER, BLOCK_C, BLOCK_N,
-            )  # fmt: skip
+                student_n, target_n, exists, pixels, plane, target_plane, temperature, absent_u, POWER, BLOCK_C, BLOCK_N
+            )
             i = (at // w).to(tl.int64)
             j = (at % w).to(tl.int64)
-            label_ptrs = at
-            if HAS_LABELS:
-                label_ptrs = label_ptr + image64 * stride_lb + i * stride_lh + j * stride_lw
-            pixel_weight_ptrs = at
-            if HAS_PIXEL_WEIGHT:
-                pixel_weight_ptrs = pixel_weight_ptr + image64 * stride_pb + i * stride_ph + j * stride_pw
+            label_ptrs = pixels.labels
+            if label_ptrs is not None:
+                stride_b, stride_h, stride_w = pixels.label_strides
+                label_ptrs += image64 * stride_b + i * stride_h + j * stride_w
+            gate_ptrs = pixels.gate
+            if gate_ptrs is not None:
+                stride_b, stride_h, stride_w = pixels.gate_strides
+                gate_ptrs += image64 * stride_b + i * stride_h + j * stride_w
             label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(
-                label_ptrs, class_weight_ptr, pixel_weight_ptrs, exists, in_view, num_classes,
-                USE_CE, USE_KL, HAS_LABELS, HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, IGNORE_INDEX,
-            )  # fmt: skip
+                pixels, label_ptrs, gate_ptrs, exists, in_view
+            )
             a = s1
             ku = s1
             kv = s1
-            if USE_CE:
+            if pixels.USE_CE:
                 ce_weight = ce_weight.to(tl.float32)
                 s1 = tl.where(exists, s1, 1.0)
                 u_label = tl.load(student_n + label * plane, mask=exists, other=0.0)
@@ -187,19 +181,18 @@ def pixels_kernel(
                 ce_sum += tl.where(ce_counted & (lost != 0), float("nan"), ce).to(tl.float64)
                 label = tl.where(ce_counted, label, -1)
                 a = k_ce * ce_weight / s1
-            if USE_KL:
+            if pixels.USE_KL:
                 su = tl.where(exists, su, 1.0)
                 sv = tl.where(exists, sv, 1.0)
                 kl = LN2 * (cross / sv / SMALL + tl.log2(su / sv)) * kl_weight
                 kl_sum += tl.where(kl_counted & ((lost | target_lost) != 0), float("nan"), kl).to(tl.float64)
                 ku = k_kl * kl_weight / su
                 kv = k_kl * kl_weight / sv
-            if HAS_GRADIENT:
-                gradient_n = gradient_ptr + image64 * num_classes * plane + at
+            if gradient_ptr is not None:
+                gradient_n = gradient_ptr + image64 * pixels.num_classes * plane + at
                 _gradient(
-                    student_n, target_n, gradient_n, exists, label, k_ce, a, ku, kv, class_weight_ptr, num_classes,
-                    plane, target_plane, temperature, absent_u,
-                    USE_CE, USE_KL, HAS_CLASS_WEIGHT, POWER, BLOCK_C,
+                    student_n, target_n, gradient_n, exists, label, k_ce, a, ku, kv, pixels, plane, target_plane,
+                    temperature, absent_u, POWER, BLOCK_C,
                 )  # fmt: skip
     tl.store(partials_ptr + 2 * pid, tl.sum(ce_sum, 0))
     tl.store(partials_ptr + 2 * pid + 1, tl.sum(kl_sum, 0))
@@ -243,7 +236,6 @@ def launch(
     """
     B, _, h, w = problem.student.shape
     device = problem.student.device
-    ht, wt = prepared.target.shape[2:] if problem.use_kl else (1, 1)
     tiling = choose_tiling(problem) if tiling is None else tiling
     single = h * w == 1
     image_blocks = 1 if single else triton.cdiv(h * w, tiling.pixels)
@@ -253,8 +245,7 @@ def launch(
     pixels_kernel[(programs,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.target_rows.inside,
         prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, gradient, partials,
-        **pixel_arguments(problem), batch=B, h=h, w=w, ht=ht, wt=wt, image_blocks=image_blocks, num_blocks=num_blocks,
-        temperature=problem.temperature, HAS_GRADIENT=gradient is not None,
+        pixels_of(problem), B, h, w, *prepared.target.shape[2:], image_blocks, num_blocks, problem.temperature,
         MOVED=problem.window is not None or problem.flip is not None, SINGLE=single,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         BLOCK_C=tiling.classes, BLOCK_N=tiling.pixels, num_warps=tiling.num_warps, enable_fp_fusion=True,

@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import load_pixel, pixel_arguments
-from .geometry import Taps as Taps
-from .geometry import geometry_kernel, is_inside, load_window, view_positions
+from .common import load_pixel, pixels_of
+from .geometry import Taps, geometry_kernel, is_inside, load_window, view_positions
 from .topk import tail_fill
 
 LARGEST = torch.finfo(torch.float32).max
@@ -69,10 +68,11 @@ class Prepared:
 
 @triton.jit
 def _normalise(
-    x_ptr, stride_c, stride_h, stride_w, out_ptr, lost_ptr, range_ptr, block, num_classes, h, w, limit, scale, stretch,
+    x_ptr, strides, out_ptr, lost_ptr, range_ptr, block, num_classes, h, w, limit, scale, stretch,
     FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap."""
+    _, stride_c, stride_h, stride_w = strides
     offs_n = block * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < h * w
     pixel_ptrs = x_ptr + (offs_n * stride_w if FLAT else offs_n // w * stride_h + offs_n % w * stride_w)
@@ -146,32 +146,33 @@ def _densify(
 
 @triton.jit
 def _count(
-    label_ptr, stride_lh, stride_lw, class_weight_ptr, window_ptr, counts_ptr, block, flip, num_classes, H, W,
-    view_height, view_width,
-    COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    pixels, window_ptr, flip_ptr, counts_ptr, image, block, H, W, view_height, view_width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The class weights of the labelled pixels and the number of those KL counts, in a block of rows of an image."""
     offs_y = block * ROWS + tl.arange(0, ROWS)
-    y0, x0, y1, x1 = load_window(window_ptr, view_height, view_width, HAS_WINDOW)
+    y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
+    flip = image < 0
+    if window_ptr is not None and flip_ptr is not None:
+        flip = tl.load(flip_ptr + image) != 0
+    label_ptr = pixels.labels
+    if label_ptr is not None:
+        stride_b, stride_h, stride_w = pixels.label_strides
+        label_ptr += image.to(tl.int64) * stride_b
     ce = tl.zeros((ROWS, COLUMNS), tl.float64)
     kl = tl.zeros((ROWS, COLUMNS), tl.float64)
     for start in range(0, W, COLUMNS):
         offs_x = start + tl.arange(0, COLUMNS)
         exists = (offs_y < H)[:, None] & (offs_x < W)[None, :]
         in_view = exists
-        if HAS_WINDOW:
+        if window_ptr is not None:
             y = view_positions(offs_y, H, view_height, y0, y1, True)
             x = view_positions(tl.where(flip, W - 1 - offs_x, offs_x), W, view_width, x0, x1, True)
             in_view = is_inside(y, view_height)[:, None] & is_inside(x, view_width)[None, :]
         ptrs = label_ptr
-        if HAS_LABELS:
-            ptrs = label_ptr + offs_y.to(tl.int64)[:, None] * stride_lh + offs_x.to(tl.int64)[None, :] * stride_lw
-        _, ce_weight, kl_weight, _, _ = load_pixel(
-            ptrs, class_weight_ptr, ptrs, exists, in_view, num_classes,
-            COUNTS_CE, COUNTS_KL, HAS_LABELS, HAS_CLASS_WEIGHT, False, DISTILL_VOID, IGNORE_INDEX,
-        )  # fmt: skip
+        if label_ptr is not None:
+            ptrs += offs_y.to(tl.int64)[:, None] * stride_h + offs_x.to(tl.int64)[None, :] * stride_w
+        _, ce_weight, kl_weight, _, _ = load_pixel(pixels, ptrs, None, exists, in_view)
         # A class id out of range weighs NaN, which is for the loss alone.
         ce += tl.where(ce_weight == ce_weight, ce_weight, 0.0).to(tl.float64)
         kl += kl_weight.to(tl.float64)
@@ -181,33 +182,29 @@ def _count(
 
 @triton.jit
 def prepare_kernel(
-    student_ptr, student_out_ptr, student_lost_ptr, target_ptr, indices_ptr, tail_ptr, target_out_ptr, target_lost_ptr,
-    label_ptr, class_weight_ptr, window_ptr, flip_ptr, ranges_ptr, counts_ptr,
-    stride_sb, stride_sc, stride_sh, stride_sw, stride_lb, stride_lh, stride_lw,
-    num_classes, k, h, w, ht, wt, H, W, view_height, view_width, student_blocks, target_blocks, count_blocks,
-    student_limit, target_limit, scale, stretch,
-    USE_KL: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, HAS_LABELS: tl.constexpr,
-    HAS_CLASS_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_FLIP: tl.constexpr, PACKED: tl.constexpr, FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    student_ptr, student_strides, student_out_ptr, student_lost_ptr, target_ptr, indices_ptr, tail_ptr, target_out_ptr,
+    target_lost_ptr, pixels, window_ptr, flip_ptr, ranges_ptr, counts_ptr, k, h, w, ht, wt, H, W, view_height,
+    view_width, student_blocks, target_blocks, count_blocks, student_limit, target_limit, scale, stretch,
+    FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Run for every image programs of the student's pixels, then of the target's, then those that count labels."""
     programs = student_blocks + target_blocks + count_blocks
     image = tl.program_id(0) // programs
     block = tl.program_id(0) % programs
     image64 = image.to(tl.int64)
+    num_classes = pixels.num_classes
     ranges_ptr += image * (student_blocks + target_blocks) + block
     if block < student_blocks:
         _normalise(
-            student_ptr + image64 * stride_sb, stride_sc, stride_sh, stride_sw,
+            student_ptr + image64 * student_strides[0], student_strides,
             student_out_ptr + image64 * num_classes * (h * w), student_lost_ptr + image64 * (h * w), ranges_ptr,
             block, num_classes, h, w, student_limit, scale, stretch, FLAT, BLOCK_C, BLOCK,
         )  # fmt: skip
     elif block < student_blocks + target_blocks:
-        if USE_KL:
+        if target_ptr is not None:
             out_ptr = target_out_ptr + image64 * num_classes * (ht * wt)
             lost_ptr = target_lost_ptr + image64 * (ht * wt)
-            if PACKED:
+            if indices_ptr is not None:
                 _densify(
                     target_ptr + image64 * k * (ht * wt), indices_ptr + image64 * k * (ht * wt),
                     tail_ptr + image64 * (ht * wt), out_ptr, lost_ptr, ranges_ptr, block - student_blocks, k,
@@ -215,22 +212,14 @@ def prepare_kernel(
                 )  # fmt: skip
             else:
                 _normalise(
-                    target_ptr + image64 * num_classes * (ht * wt), ht * wt, wt, 1, out_ptr, lost_ptr, ranges_ptr,
+                    target_ptr + image64 * num_classes * (ht * wt), (0, ht * wt, wt, 1), out_ptr, lost_ptr, ranges_ptr,
                     block - student_blocks, num_classes, ht, wt, target_limit, scale, stretch, True, BLOCK_C, BLOCK,
                 )  # fmt: skip
     else:
         block -= student_blocks + target_blocks
-        if HAS_LABELS:
-            label_ptr += image64 * stride_lb
-        flip = image < 0
-        if HAS_WINDOW:
-            window_ptr += image * 4
-            if HAS_FLIP:
-                flip = tl.load(flip_ptr + image) != 0
         _count(
-            label_ptr, stride_lh, stride_lw, class_weight_ptr, window_ptr,
-            counts_ptr + 2 * (image * count_blocks + block), block, flip, num_classes, H, W, view_height, view_width,
-            COUNTS_CE, COUNTS_KL, HAS_LABELS, HAS_CLASS_WEIGHT, DISTILL_VOID, IGNORE_INDEX, HAS_WINDOW, ROWS, COLUMNS,
+            pixels, window_ptr, flip_ptr, counts_ptr + 2 * (image * count_blocks + block), image, block, H, W,
+            view_height, view_width, ROWS, COLUMNS,
         )  # fmt: skip
 
 
@@ -279,7 +268,8 @@ def _launch_prepare(
         return torch.empty(shape, dtype=dtype, device=student.device)
 
     ranges, counts = empty(B, blocks[0] + blocks[1]), empty(B, blocks[2], 2, dtype=torch.float64)
-    students, targets = (empty(B, C, h, w), empty(B, h, w, dtype=torch.uint8)), (empty(1), empty(1, dtype=torch.uint8))
+    students = empty(B, C, h, w), empty(B, h, w, dtype=torch.uint8)
+    targets = empty(1, 1, 1, 1), empty(1, 1, 1, dtype=torch.uint8)
     values = indices = tail = None
     k, ht, wt, view = 0, 1, 1, (1, 1)
     if target is not None:
@@ -289,18 +279,13 @@ def _launch_prepare(
         values = target.values.contiguous()
         indices = None if target.indices is None else target.indices.contiguous()
         tail = None if target.tail is None else target.tail.contiguous()
-    pixels = pixel_arguments(problem)
+    counted = pixels_of(problem)._replace(USE_CE=tl.constexpr(counts_ce), USE_KL=tl.constexpr(counts_kl), gate=None)
     prepare_kernel[(B * sum(blocks),)](
-        student, *students, values, indices, tail, *targets,
-        pixels["label_ptr"], pixels["class_weight_ptr"], window, flip, ranges, counts,
-        *student.stride(), pixels["stride_lb"], pixels["stride_lh"], pixels["stride_lw"],
-        C, k, h, w, ht, wt, H, W, *view, *blocks,
+        student, student.stride(), *students, values, indices, tail, *targets, counted, window, flip, ranges, counts,
+        k, h, w, ht, wt, H, W, *view, *blocks,
         LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), min(math.log2(math.e) / T, LARGEST),
         max(1.0, 1 / T),
-        USE_KL=problem.use_kl, COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, HAS_LABELS=pixels["HAS_LABELS"],
-        HAS_CLASS_WEIGHT=pixels["HAS_CLASS_WEIGHT"], DISTILL_VOID=pixels["DISTILL_VOID"],
-        IGNORE_INDEX=problem.ignore_index, HAS_WINDOW=window is not None, HAS_FLIP=flip is not None,
-        PACKED=indices is not None, FLAT=student.stride(2) == w * student.stride(3) or h == 1,
+        FLAT=student.stride(2) == w * student.stride(3) or h == 1,
         BLOCK_C=min(32, triton.next_power_of_2(C)), BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -328,12 +313,10 @@ def _launch_geometry(
     factors = torch.empty(4, dtype=torch.float32, device=device)
     geometry_kernel[(B + 1,)](
         window, flip, ranges, counts, problem.ce_weight, problem.kl_weight, problem.ce_denominator,
-        problem.kl_denominator, *(part for table in tables for part in table), route, shift, factors,
+        problem.kl_denominator, *tables, route, shift, factors,
         B, h, w, ht, wt, H, W, *view, ranges.shape[1], B * counts.shape[1], B * H * W, problem.temperature,
-        HAS_WINDOW=window is not None, HAS_FLIP=flip is not None, USE_CE=problem.use_ce, USE_KL=problem.use_kl,
-        STUDENT_ALIGN=problem.align_corners, TARGET_ALIGN=target is not None and target.align_corners,
-        FAST=stride > 0, GUARD_RANGE=stride > 1, HAS_CE_DENOMINATOR=problem.ce_denominator is not None,
-        HAS_KL_DENOMINATOR=problem.kl_denominator is not None, COUNTS_CE=counts_ce, COUNTS_KL=counts_kl,
-        BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
+        USE_CE=problem.use_ce, USE_KL=problem.use_kl, STUDENT_ALIGN=problem.align_corners,
+        TARGET_ALIGN=target is not None and target.align_corners, FAST=stride > 0, GUARD_RANGE=stride > 1,
+        COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return Prepared(*logits, *tables, route, shift, factors, stride)

@@ -5,8 +5,8 @@ student pixels and, of the target's, between three: a class then costs 10 loads 
 itself would cost 8. Tables of taps say where a pixel lies (`geometry`), so any ratio and window will do.
 
 Legend: u, v the student's and the target's base-2 logits / T at a label pixel. Blocks: c classes, q rows of a group,
-n lanes. Tuples: columns are the pixels left and right of a label column and its fraction; blend the weights by which
-a group's rows mix, see `student_group` and `target_group`.
+n lanes. Tuples: taps are a table, `geometry.Taps`; columns are the pixels left and right of a label column and its
+fraction; blend the weights by which a group's rows mix, see `student_group` and `target_group`.
 """
 
 import triton
@@ -28,14 +28,14 @@ def cell_of(index, fraction):
 
 
 @triton.jit
-def first_pixel(index_ptr, fraction_ptr, cell_n, size, STEPS: tl.constexpr):
+def first_pixel(taps, cell_n, size, STEPS: tl.constexpr):
     """The first of `size` pixels that lies in the cell or beyond, by bisection of the monotone table."""
     low_n = cell_n * 0
     high_n = low_n + size
     for _ in range(STEPS):
         middle_n = (low_n + high_n) // 2
         at_n = tl.minimum(middle_n, size - 1)
-        reached_n = cell_of(tl.load(index_ptr + at_n), tl.load(fraction_ptr + at_n)) >= cell_n
+        reached_n = cell_of(tl.load(taps.index + at_n), tl.load(taps.fraction + at_n)) >= cell_n
         open_n = low_n < high_n
         low_n = tl.where(open_n & (reached_n == 0), middle_n + 1, low_n)
         high_n = tl.where(open_n & reached_n, middle_n, high_n)
@@ -65,8 +65,8 @@ def target_logits(rows, columns, blend, offset_c):
 
 @triton.jit
 def softmax_sums(
-    student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+    student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels,
+    POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over classes: 2^(T u), 2^u, 2^v and 2^v (v - u). BLOCK divides the number of classes."""
     s1 = tl.zeros(blend[0].shape, tl.float32)
@@ -78,27 +78,26 @@ def softmax_sums(
         top = along_row(student_rows[0], student_columns, c * sizes[1])
         bottom = along_row(student_rows[1], student_columns, c * sizes[1])
         u = student_logits(top, bottom, blend)
-        if USE_KL:
+        if pixels.USE_KL:
             v = target_logits(target_rows, target_columns, blend, c * sizes[2])
             eu = tl.exp2(u)
             ev = tl.exp2(v)
             su += tl.sum(eu, 0)
             sv += tl.sum(ev, 0)
             cross += tl.sum(ev * (v - u), 0)
-            if USE_CE and POWER > 1:
+            if pixels.USE_CE and POWER > 1:
                 s1 += tl.sum(power(eu, POWER), 0)
-        if USE_CE and POWER == 0:
+        if pixels.USE_CE and POWER == 0:
             s1 += tl.sum(tl.exp2(temperature * u), 0)
-    if USE_CE and POWER == 1:
+    if pixels.USE_CE and POWER == 1:
         s1 = su
     return s1, su, sv, cross
 
 
 @triton.jit
 def softmax_sums_below_peaks(
-    student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr,
-):  # fmt: skip
+    student_rows, student_columns, target_rows, target_columns, blend, sizes, temperature, pixels
+):
     """Compute the sums of `softmax_sums` for logits of any range, relative to the largest u and v.
 
     Returns: the four sums, the last in units of 2^12, and the largest u and v.
@@ -118,9 +117,9 @@ def softmax_sums_below_peaks(
         step_u = peak_u - higher
         peak_u = higher
         u -= higher
-        if USE_CE:
+        if pixels.USE_CE:
             s1 = s1 * tl.exp2(temperature * step_u) + tl.exp2(temperature * u)
-        if USE_KL:
+        if pixels.USE_KL:
             v = tl.sum(target_logits(target_rows, target_columns, blend, c * sizes[2]), 0)
             higher = tl.maximum(peak_v, v)
             step_v = peak_v - higher
@@ -135,25 +134,25 @@ def softmax_sums_below_peaks(
 
 
 @triton.jit
-def student_group(y_n, cell_n, index_ptr, fraction_ptr, H):
+def student_group(y_n, cell_n, taps, H):
     """The next ROWS label rows from y on, which of them lie in the cell (they come first), and their fractions."""
     rows_qn = y_n[None, :] + tl.arange(0, ROWS)[:, None]
     exists_qn = rows_qn < H
     rows_qn = tl.minimum(rows_qn, H - 1)
-    fraction_qn = tl.load(fraction_ptr + rows_qn)
-    own_cell_qn = cell_of(tl.load(index_ptr + rows_qn), fraction_qn)
+    fraction_qn = tl.load(taps.fraction + rows_qn)
+    own_cell_qn = cell_of(tl.load(taps.index + rows_qn), fraction_qn)
     return rows_qn, exists_qn & (own_cell_qn == cell_n[None, :]), tl.where(own_cell_qn < 0, 1.0, fraction_qn)
 
 
 @triton.jit
-def target_group(at_qn, first_n, index_ptr, fraction_ptr):
+def target_group(at_qn, first_n, taps):
     """Where label rows lie between three target rows from `first_n` on.
 
     Returns: whether they lie there (the first always does), whether between the last two rows, the fraction, and the
     weights of the three rows.
     """
-    index_qn = tl.load(index_ptr + at_qn)
-    fraction_qn = tl.load(fraction_ptr + at_qn)
+    index_qn = tl.load(taps.index + at_qn)
+    fraction_qn = tl.load(taps.fraction + at_qn)
     reached_qn = (index_qn >= first_n[None, :]) & (index_qn <= first_n[None, :] + 1)
     below_qn = index_qn > first_n[None, :]
     upper_qn = 1.0 - fraction_qn
@@ -166,9 +165,9 @@ def target_group(at_qn, first_n, index_ptr, fraction_ptr):
 
 
 @triton.jit
-def load_columns(at_n, index_ptr, fraction_ptr, width):
-    left_n = tl.load(index_ptr + at_n)
-    return left_n, tl.minimum(left_n + 1, width - 1), tl.load(fraction_ptr + at_n)
+def load_columns(at_n, taps, width):
+    left_n = tl.load(taps.index + at_n)
+    return left_n, tl.minimum(left_n + 1, width - 1), tl.load(taps.fraction + at_n)
 
 
 @triton.jit

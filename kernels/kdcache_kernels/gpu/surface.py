@@ -8,8 +8,9 @@ instructions per pixel: summing the partial sums of G[0], G[1], ..., G[S-1] weig
 Every contraction is written as `tl.fma` and the kernels are compiled without automatic fusion, so that a result does
 not depend on how a compiler groups the rest of a kernel.
 
-Legend: S pixels of a cell's row; ROWS pixel rows of the cell that are done at a time; q row, r column of a pixel.
-Per-pixel values are tuples of ROWS * S blocks, because Triton keeps those in registers.
+Legend: S pixels of a cell's row; ROWS pixel rows of the cell that are done at a time; q row, r column of a pixel. A
+grid is a tuple: pointers to the left pixels of the rows above and below a cell, elements of a class, first and step of
+`interpolation`. Per-pixel values are tuples of ROWS * S blocks, because Triton keeps those in registers.
 """
 
 import triton
@@ -49,19 +50,21 @@ def interpolation(low, width, flip, S: tl.constexpr):
 
 
 @triton.jit
-def load_corners(top_ptrs, bottom_ptrs, offset):
-    """The four corners of every lane's cell: top left and right, bottom left and right."""
+def load_corners(grid, c):
+    """Class c at the four corners of every lane's cell: top left and right, bottom left and right."""
+    offset = c * grid[2]
     return (
-        tl.load(top_ptrs + offset),
-        tl.load(top_ptrs + offset + 1),
-        tl.load(bottom_ptrs + offset),
-        tl.load(bottom_ptrs + offset + 1),
+        tl.load(grid[0] + offset),
+        tl.load(grid[0] + offset + 1),
+        tl.load(grid[1] + offset),
+        tl.load(grid[1] + offset + 1),
     )
 
 
 @triton.jit
-def make_surface(corners, first, step, y_first, S: tl.constexpr):
+def make_surface(corners, grid, y_first, S: tl.constexpr):
     """(value, dx, dy, dxy): the logit at the first pixel and its increments; rows start at `y_first` of the cell."""
+    first, step = grid[3], grid[4]
     top = corners[1] - corners[0]
     bottom = corners[3] - corners[2]
     upper = tl.fma(top, first, corners[0])
@@ -229,11 +232,9 @@ def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, R
 
 
 @triton.jit
-def read_labels(
-    label_ptrs, stride_lh, stride_lw, active, i, j, g, h, w, num_classes,
-    S: tl.constexpr, ROWS: tl.constexpr, IGNORE_INDEX: tl.constexpr,
-):  # fmt: skip
+def read_labels(label_ptrs, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
     """Labels of a cell in pairs, see `unpack`; a bit for each of them modulo 32; the lowest and the highest."""
+    _, stride_h, stride_w = pixels.label_strides
     labels = ()
     seen = active.to(tl.int32) * 0
     lowest = seen
@@ -241,7 +242,8 @@ def read_labels(
     for q in tl.static_range(ROWS):
         for r in tl.static_range(S):
             exists = active & in_image(q, g, i, j, h, w, r, S, ROWS)
-            label = load_label(label_ptrs + q * stride_lh + r * stride_lw, exists, num_classes, IGNORE_INDEX)
+            ptrs = label_ptrs + q * stride_h + r * stride_w
+            label = load_label(ptrs, exists, pixels.num_classes, pixels.IGNORE_INDEX)
             seen = seen | (1 << (label & 31))
             lowest = tl.minimum(lowest, label)
             highest = tl.maximum(highest, label)
@@ -264,10 +266,8 @@ def _split(value, counted, exponent, product):
 
 @triton.jit
 def pixel_factors(
-    ce, kl, teacher, labels, class_weight_ptr, gate_ptrs, stride_ph, stride_pw, row_inside_ptrs, column_inside_ptrs,
-    k_ce, k_kl, active, i, j, g, h, w, zero,
-    S: tl.constexpr, ROWS: tl.constexpr, USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    ce, kl, teacher, labels, pixels, gate_ptrs, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, active, i, j, g, h, w,
+    zero, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute the factors of every pixel's exponentials in the gradient, and its part of the loss.
 
@@ -286,30 +286,31 @@ def pixel_factors(
     kl_any = active != active
     for q in tl.static_range(ROWS):
         for r in tl.static_range(S):
-            if USE_CE:
+            if pixels.USE_CE:
                 label = unpack(labels, q * S + r)
                 factor = reciprocal(ce[q * S + r]) * k_ce
-                if HAS_CLASS_WEIGHT:
-                    weight = tl.load(class_weight_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
+                if pixels.class_weight is not None:
+                    weight = tl.load(pixels.class_weight + label, mask=label >= 0, other=0.0).to(tl.float32)
                     ce_log = tl.fma(weight, tl.log2(ce[q * S + r]), ce_log)
                     factor = factor * weight
                 else:
                     ce_exponent, ce_product = _split(ce[q * S + r], label >= 0, ce_exponent, ce_product)
                     factor = tl.where(label >= 0, factor, 0.0)
                 ce_factors += (factor,)
-            if USE_KL:
+            if pixels.USE_KL:
                 counted = active & in_image(q, g, i, j, h, w, r, S, ROWS)
-                if HAS_WINDOW:
+                if row_inside_ptrs is not None:
                     counted = counted & (tl.load(row_inside_ptrs + q, mask=counted, other=0) != 0)
                     counted = counted & (tl.load(column_inside_ptrs + r, mask=counted, other=0) != 0)
-                if not DISTILL_VOID:
+                if not pixels.DISTILL_VOID:
                     counted = counted & (unpack(labels, q * S + r) != VOID)
                 kl_any = kl_any | counted
                 inverse = reciprocal(teacher[q * S + r])
                 ratio = kl[q * S + r] * inverse
                 factor = reciprocal(kl[q * S + r]) * k_kl
-                if HAS_PIXEL_WEIGHT:
-                    gate = tl.load(gate_ptrs + q * stride_ph + r * stride_pw, mask=counted, other=0).to(tl.float32)
+                if pixels.gate is not None:
+                    ptrs = gate_ptrs + q * pixels.gate_strides[1] + r * pixels.gate_strides[2]
+                    gate = tl.load(ptrs, mask=counted, other=0).to(tl.float32)
                     kl_log = tl.fma(gate, tl.log2(ratio), kl_log)
                     factor = factor * gate
                     inverse = inverse * gate
@@ -319,9 +320,9 @@ def pixel_factors(
                     inverse = tl.where(counted, inverse, 0.0)
                 kl_factors += (factor,)
                 teacher_factors += (inverse,)
-    if not HAS_CLASS_WEIGHT:
+    if pixels.class_weight is None:
         ce_log = (ce_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(ce_product)
-    if not HAS_PIXEL_WEIGHT:
+    if pixels.gate is None:
         kl_log = (kl_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(kl_product)
     return ce_factors, kl_factors, teacher_factors, ce_log, kl_log, kl_any
 

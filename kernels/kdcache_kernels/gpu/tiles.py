@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, gpu, integer_power, launch_options, load_pixel, multiprocessors, pixel_arguments, power
+from .common import LN2, gpu, integer_power, launch_options, load_pixel, multiprocessors, pixels_of, power
 from .prep import Prepared
 from .sample import (
     ROWS,
@@ -62,10 +62,8 @@ REGISTERS = 168
 @triton.jit
 def _gradient(
     student_rows, target_rows, blend, cell_n, left_n, right_n, first_n, target_at_n, columns, values_ptr, now_ptr,
-    next_ptr, column_fraction_ptr, target_index_ptr, target_fraction_ptr, class_weight_ptr, k_ce, sizes, W, wt,
-    temperature,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr, POWER: tl.constexpr,
-    PEAKS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    next_ptr, taps, target_taps, pixels, k_ce, sizes, W, wt, temperature,
+    POWER: tl.constexpr, PEAKS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Add what a group of rows gives the corners of its cells to the sums of this row of cells and the next."""
     lane = tl.arange(0, LANES)
@@ -81,8 +79,8 @@ def _gradient(
         bottom_cn = tl.load((student_rows[1] + left_n)[None, :] + offset_cn)
         bottom_step_cn = tl.load((student_rows[1] + right_n)[None, :] + offset_cn) - bottom_cn
         k_label_c = tl.zeros((BLOCK,), tl.float32) + k_ce
-        if HAS_CLASS_WEIGHT:
-            k_label_c *= tl.load(class_weight_ptr + c).to(tl.float32)
+        if pixels.class_weight is not None:
+            k_label_c *= tl.load(pixels.class_weight + c).to(tl.float32)
         # Sums over the cell of g, g * row fraction, g * column fraction, g * both.
         all_cn = tl.zeros((BLOCK, LANES), tl.float32)
         low_cn = all_cn
@@ -90,29 +88,29 @@ def _gradient(
         right_low_cn = all_cn
         for r in range(columns):
             x_n = tl.minimum(first_n + r, W - 1)
-            fraction_n = tl.load(column_fraction_ptr + x_n)[None, :]
+            fraction_n = tl.load(taps.fraction + x_n)[None, :]
             at_qn = value_qn + r * (ROWS * VALUES * LANES)
             u = student_logits(top_cn + fraction_n * top_step_cn, bottom_cn + fraction_n * bottom_step_cn, blend)
             if PEAKS:
                 u -= tl.load(at_qn + 4 * LANES)[None]
-            if USE_KL:
-                t_columns = load_columns(target_at_n + x_n, target_index_ptr, target_fraction_ptr, wt)
+            if pixels.USE_KL:
+                t_columns = load_columns(target_at_n + x_n, target_taps, wt)
                 v = target_logits(target_rows, t_columns, blend, c * sizes[2])
                 if PEAKS:
                     v -= tl.load(at_qn + 5 * LANES)[None]
                 eu = tl.exp2(u)
                 ku = tl.load(at_qn + 2 * LANES)[None]
-                if USE_CE and POWER == 1:
+                if pixels.USE_CE and POWER == 1:
                     ku += tl.load(at_qn + LANES)[None]
-                if USE_CE and POWER > 1:
+                if pixels.USE_CE and POWER > 1:
                     ku += tl.load(at_qn + LANES)[None] * power(eu, POWER - 1)
                 # Spelt out, so that no choice of which product is fused is left to the compiler.
                 g = tl.fma(eu, ku, -(tl.exp2(v) * tl.load(at_qn + 3 * LANES)[None]))
-                if USE_CE and POWER == 0:
+                if pixels.USE_CE and POWER == 0:
                     g += tl.exp2(temperature * u) * tl.load(at_qn + LANES)[None]
             else:
                 g = tl.exp2(temperature * u) * tl.load(at_qn + LANES)[None]
-            if USE_CE:
+            if pixels.USE_CE:
                 is_label = tl.load(at_qn)[None] == class_c.to(tl.float32)[:, None, None]
                 g -= tl.where(is_label, k_label_c[:, None, None], 0.0)
             sum_cn = tl.sum(g, 1)
@@ -150,30 +148,26 @@ def _finish_row(sums_ptr, gradient_n, writes_n, num_classes, plane, BLOCK: tl.co
 @triton.jit
 def _visit(
     r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places, left_n, right_n, first_n,
-    target_at_n, live_qn, in_view_qn, label_row_ptrs, pixel_weight_row_ptrs, stride_lw, stride_pw, value_ptrs,
-    column_fraction_ptr, target_index_ptr, target_fraction_ptr, target_inside_ptr, class_weight_ptr, k_ce, k_kl, sizes,
-    W, wt, temperature,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+    target_at_n, live_qn, in_view_qn, label_row_ptrs, gate_row_ptrs, value_ptrs, taps, target_taps, pixels, k_ce, k_kl,
+    sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The terms of the pixels in column r of each lane's cell, and the factors of their gradient.
 
     Returns: CE and KL of each lane in nats, weighted; 1 when the gradient needs the maxima, else 0.
     """
     x_n = tl.minimum(first_n + r, W - 1)
-    columns = (left_n, right_n, tl.load(column_fraction_ptr + x_n))
+    columns = (left_n, right_n, tl.load(taps.fraction + x_n))
     target_columns = columns
-    if USE_KL:
-        target_columns = load_columns(target_at_n + x_n, target_index_ptr, target_fraction_ptr, wt)
-        in_view_qn = in_view_qn & (tl.load(target_inside_ptr + target_at_n + x_n) != 0)[None, :]
+    if pixels.USE_KL:
+        target_columns = load_columns(target_at_n + x_n, target_taps, wt)
+        in_view_qn = in_view_qn & (tl.load(target_taps.inside + target_at_n + x_n) != 0)[None, :]
     s1, su, sv, cross = softmax_sums(
-        student_rows, columns, target_rows, target_columns, blend, sizes, temperature, USE_CE, USE_KL, POWER, BLOCK
+        student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels, POWER, BLOCK
     )
     lowest = s1
-    if USE_KL:
+    if pixels.USE_KL:
         lowest = tl.where(tl.abs(cross) == float("inf"), 0.0, tl.minimum(su, sv))
-        if USE_CE:
+        if pixels.USE_CE:
             lowest = tl.minimum(lowest, s1)
     peak_u = tl.zeros(live_qn.shape, tl.float32)
     peak_v = peak_u
@@ -183,7 +177,7 @@ def _visit(
     if tl.max(tl.max(low.to(tl.int32), 0), 0) > 0:
         # A pixel keeps its first sums where they serve: its bits must not depend on who shares the program.
         s1_low, su_low, sv_low, cross_low, peak_u, peak_v = softmax_sums_below_peaks(
-            student_rows, columns, target_rows, target_columns, blend, sizes, temperature, USE_CE, USE_KL
+            student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels
         )
         s1 = tl.where(low, s1_low, s1)
         su = tl.where(low, su_low, su)
@@ -193,22 +187,19 @@ def _visit(
         peak_v = tl.where(low, peak_v, 0.0)
         unit = tl.where(low, 1.0 / SMALL, unit)
         has_peaks = 1
-    label_ptrs = live_qn
-    if HAS_LABELS:
-        label_ptrs = label_row_ptrs + (x_n * stride_lw)[None, :]
-    pixel_weight_ptrs = live_qn
-    if HAS_PIXEL_WEIGHT:
-        pixel_weight_ptrs = pixel_weight_row_ptrs + (x_n * stride_pw)[None, :]
-    label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(
-        label_ptrs, class_weight_ptr, pixel_weight_ptrs, live_qn, in_view_qn, sizes[0],
-        USE_CE, USE_KL, HAS_LABELS, HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, IGNORE_INDEX,
-    )  # fmt: skip
+    label_ptrs = label_row_ptrs
+    if pixels.labels is not None:
+        label_ptrs += (x_n * pixels.label_strides[2])[None, :]
+    gate_ptrs = gate_row_ptrs
+    if pixels.gate is not None:
+        gate_ptrs += (x_n * pixels.gate_strides[2])[None, :]
+    label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(pixels, label_ptrs, gate_ptrs, live_qn, in_view_qn)
     below_lost = tl.where(blend[0] > 0, lost_on_row(student_lost_rows[1], columns)[None, :], 0)
     lost = (lost_on_row(student_lost_rows[0], columns)[None, :] | below_lost) != 0
     ce_n = tl.zeros(x_n.shape, tl.float32)
     kl_n = ce_n
     value_ptrs += r * (ROWS * VALUES * x_n.shape[0])
-    if USE_CE:
+    if pixels.USE_CE:
         ce_weight = ce_weight.to(tl.float32)
         u_label = label_logit(student_rows, columns, blend[0], label * sizes[1])
         ce = (tl.log2(s1) - temperature * (u_label - peak_u)) * ce_weight
@@ -216,7 +207,7 @@ def _visit(
         if HAS_GRADIENT:
             tl.store(value_ptrs, tl.where(ce_counted, label.to(tl.float32), -1.0))
             tl.store(value_ptrs + x_n.shape[0], k_ce * ce_weight / s1)
-    if USE_KL:
+    if pixels.USE_KL:
         t_fraction, below = target_places
         lost0 = lost_on_row(target_lost_rows[0], target_columns)[None, :]
         lost1 = lost_on_row(target_lost_rows[1], target_columns)[None, :]
@@ -236,18 +227,15 @@ def _visit(
 
 @triton.jit
 def tiles_kernel(
-    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_index_ptr, row_fraction_ptr, column_index_ptr,
-    column_fraction_ptr, target_row_index_ptr, target_row_fraction_ptr, target_row_inside_ptr, target_column_index_ptr,
-    target_column_fraction_ptr, target_column_inside_ptr, route_ptr, factors_ptr, gradient_ptr, scratch_ptr,
-    partials_ptr, label_ptr, class_weight_ptr, pixel_weight_ptr,
-    stride_lb, stride_lh, stride_lw, stride_pb, stride_ph, stride_pw, num_classes, h, w, H, W, ht, wt, target_batch,
-    strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, temperature,
-    USE_CE: tl.constexpr, USE_KL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_PIXEL_WEIGHT: tl.constexpr, DISTILL_VOID: tl.constexpr, IGNORE_INDEX: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr, ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
+    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_taps, column_taps, target_row_taps,
+    target_column_taps, route_ptr, factors_ptr, gradient_ptr, scratch_ptr, partials_ptr, pixels, h, w, H, W, ht, wt,
+    target_batch, strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, temperature,
+    ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, STEPS: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of lanes; lanes are the cell columns -1 to w - 1 of all strips."""
+    HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
+    num_classes = pixels.num_classes
     pid = tl.program_id(0)
     lane = tl.arange(0, LANES)
     sizes = (num_classes, h * w, ht * wt)
@@ -277,13 +265,13 @@ def tiles_kernel(
             target_image = tl.where(target_batch > 1, image, 0)
             left = tl.maximum(j, 0)
             right = tl.minimum(j + 1, w - 1)
-            first = first_pixel(column_index_ptr, column_fraction_ptr, j, W, STEPS)
-            count = tl.where(alive, first_pixel(column_index_ptr, column_fraction_ptr, j + 1, W, STEPS) - first, 0)
+            first = first_pixel(column_taps, j, W, STEPS)
+            count = tl.where(alive, first_pixel(column_taps, j + 1, W, STEPS) - first, 0)
             columns = tl.max(count, 0)
             # From the row of cells above the strip; without a gradient only that above the image has pixels to count.
             i = first_row - 1
             start = i if HAS_GRADIENT else tl.where(i < 0, -1, first_row)
-            y = first_pixel(row_index_ptr, row_fraction_ptr, start, H, STEPS)
+            y = first_pixel(row_taps, start, H, STEPS)
             if HAS_GRADIENT:
                 _finish_row(sums_ptr, student_n, lane < 0, 2 * num_classes, 0, BLOCK_C, LANES)
             for step in range(strip_rows + 1):
@@ -296,21 +284,19 @@ def tiles_kernel(
                 next_ptr = sums_ptr + (1 - step % 2) * num_classes * LANES
                 pending = 1
                 while pending > 0:
-                    rows, live, fraction = student_group(y, i, row_index_ptr, row_fraction_ptr, H)
+                    rows, live, fraction = student_group(y, i, row_taps, H)
                     live = live & alive[None, :]
                     in_view = live
                     blend = (fraction,)
                     target_places = (fraction,)
                     target_rows = student_rows
                     target_lost_rows = student_lost_rows
-                    if USE_KL:
+                    if pixels.USE_KL:
                         t_at = target_image[None, :] * H + rows
-                        t_row = tl.load(target_row_index_ptr + target_image * H + tl.minimum(y, H - 1))
-                        reached, below, t_fraction, weights = target_group(
-                            t_at, t_row, target_row_index_ptr, target_row_fraction_ptr
-                        )
+                        t_row = tl.load(target_row_taps.index + target_image * H + tl.minimum(y, H - 1))
+                        reached, below, t_fraction, weights = target_group(t_at, t_row, target_row_taps)
                         live = live & reached
-                        in_view = live & (tl.load(target_row_inside_ptr + t_at) != 0)
+                        in_view = live & (tl.load(target_row_taps.inside + t_at) != 0)
                         blend = (fraction, weights[0], weights[1], weights[2])  # type: ignore[assignment]
                         target_places = (t_fraction, below)  # type: ignore[assignment]
                         row0 = t_row * wt
@@ -318,13 +304,14 @@ def tiles_kernel(
                         row2 = tl.minimum(t_row + 2, ht - 1) * wt
                         target_rows = (target_n + row0, target_n + row1, target_n + row2)  # type: ignore[assignment]
                         target_lost_rows = (target_lost_n + row0, target_lost_n + row1, target_lost_n + row2)  # type: ignore[assignment]
-                    label_row_ptrs = live
-                    if HAS_LABELS:
-                        label_row_ptrs = label_ptr + (image64[None, :] * stride_lb + rows.to(tl.int64) * stride_lh)
-                    pixel_weight_row_ptrs = live
-                    if HAS_PIXEL_WEIGHT:
-                        row_offsets = image64[None, :] * stride_pb + rows.to(tl.int64) * stride_ph
-                        pixel_weight_row_ptrs = pixel_weight_ptr + row_offsets
+                    label_row_ptrs = pixels.labels
+                    if label_row_ptrs is not None:
+                        stride_b, stride_h, _ = pixels.label_strides
+                        label_row_ptrs += image64[None, :] * stride_b + rows.to(tl.int64) * stride_h
+                    gate_row_ptrs = pixels.gate
+                    if gate_row_ptrs is not None:
+                        stride_b, stride_h, _ = pixels.gate_strides
+                        gate_row_ptrs += image64[None, :] * stride_b + rows.to(tl.int64) * stride_h
                     taken = tl.sum(live.to(tl.int32), 0)
                     y += taken
                     pending = tl.max(taken, 0)
@@ -335,11 +322,8 @@ def tiles_kernel(
                             ce, kl, has_peaks = _visit(
                                 r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places,
                                 left, right, first, target_image * W, exists, exists & in_view, label_row_ptrs,
-                                pixel_weight_row_ptrs, stride_lw, stride_pw, value_ptrs, column_fraction_ptr,
-                                target_column_index_ptr, target_column_fraction_ptr, target_column_inside_ptr,
-                                class_weight_ptr, k_ce, k_kl, sizes, W, wt, temperature, USE_CE, USE_KL, HAS_LABELS,
-                                HAS_CLASS_WEIGHT, HAS_PIXEL_WEIGHT, DISTILL_VOID, IGNORE_INDEX, HAS_GRADIENT, POWER,
-                                BLOCK_SUMS,
+                                gate_row_ptrs, value_ptrs, column_taps, target_column_taps, pixels, k_ce, k_kl, sizes,
+                                W, wt, temperature, HAS_GRADIENT, POWER, BLOCK_SUMS,
                             )  # fmt: skip
                             ce_n += tl.where(counted, ce, 0.0).to(tl.float64)
                             kl_n += tl.where(counted, kl, 0.0).to(tl.float64)
@@ -349,16 +333,14 @@ def tiles_kernel(
                             if any_peaks > 0:
                                 _gradient(
                                     student_rows, target_rows, blend, j, left, right, first, target_image * W, columns,
-                                    values_ptr, now_ptr, next_ptr, column_fraction_ptr, target_column_index_ptr,
-                                    target_column_fraction_ptr, class_weight_ptr, k_ce, sizes, W, wt, temperature,
-                                    USE_CE, USE_KL, HAS_CLASS_WEIGHT, POWER, True, BLOCK_C, LANES,
+                                    values_ptr, now_ptr, next_ptr, column_taps, target_column_taps, pixels, k_ce,
+                                    sizes, W, wt, temperature, POWER, True, BLOCK_C, LANES,
                                 )  # fmt: skip
                             else:
                                 _gradient(
                                     student_rows, target_rows, blend, j, left, right, first, target_image * W, columns,
-                                    values_ptr, now_ptr, next_ptr, column_fraction_ptr, target_column_index_ptr,
-                                    target_column_fraction_ptr, class_weight_ptr, k_ce, sizes, W, wt, temperature,
-                                    USE_CE, USE_KL, HAS_CLASS_WEIGHT, POWER, False, BLOCK_C, LANES,
+                                    values_ptr, now_ptr, next_ptr, column_taps, target_column_taps, pixels, k_ce,
+                                    sizes, W, wt, temperature, POWER, False, BLOCK_C, LANES,
                                 )  # fmt: skip
                             tl.debug_barrier()
                 if HAS_GRADIENT:
@@ -420,7 +402,6 @@ def launch(
     """
     B, C, h, w = problem.student.shape
     (H, W), device = problem.size, problem.student.device
-    ht, wt = prepared.target.shape[2:] if problem.use_kl else (1, 1)
     tiling = choose_tiling(problem) if tiling is None else tiling
     strips = triton.cdiv(h, tiling.strip_rows)
     num_lanes = B * strips * (w + 1)
@@ -431,12 +412,11 @@ def launch(
     scratch = torch.empty(0 if gradient is None else programs * scratch_size, device=device)
     partials = torch.empty((programs, 2), dtype=torch.float64, device=device)
     tiles_kernel[(programs,)](
-        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, *prepared.student_rows[:2],
-        *prepared.student_columns[:2], *prepared.target_rows, *prepared.target_columns, prepared.route,
-        prepared.factors, gradient, scratch, partials, **pixel_arguments(problem), h=h, w=w, H=H, W=W, ht=ht, wt=wt,
-        target_batch=prepared.target_rows.index.shape[0], strips=strips, strip_rows=tiling.strip_rows,
-        num_lanes=num_lanes, num_blocks=num_blocks, most_columns=columns, scratch_size=scratch_size,
-        temperature=problem.temperature, HAS_GRADIENT=gradient is not None, ALL_IMAGES=all_images,
+        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.student_rows,
+        prepared.student_columns, prepared.target_rows, prepared.target_columns, prepared.route, prepared.factors,
+        gradient, scratch, partials, pixels_of(problem), h, w, H, W, *prepared.target.shape[2:],
+        prepared.target_rows.index.shape[0], strips, tiling.strip_rows, num_lanes, num_blocks, columns, scratch_size,
+        problem.temperature, ALL_IMAGES=all_images,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         STEPS=max(H, W).bit_length(), BLOCK_SUMS=tiling.block_sums, BLOCK_C=tiling.block_classes, LANES=tiling.lanes,
         enable_fp_fusion=True, **launch_options(tiling.lanes, REGISTERS, device),

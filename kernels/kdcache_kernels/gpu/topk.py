@@ -19,7 +19,8 @@ from torch import Tensor
 from ..topk import LOGIT_LIMIT, check_logits, check_packed, index_dtype
 
 BLOCK = 128
-NUM_WARPS = 4
+OPTIONS = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+"""Of every launch with a pixel per lane."""
 LIMIT = tl.constexpr(LOGIT_LIMIT)
 LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -35,6 +36,12 @@ def pixels(num_pixels, total, BLOCK: tl.constexpr):
     offs = tl.where(exists, offs, 0)
     image = offs // num_pixels
     return image, offs - image * num_pixels, exists
+
+
+@triton.jit
+def first_class(logits_ptr, strides, image, pixel, w):
+    """Pointers to class 0 of each lane's pixel, and what leads from a class to the next."""
+    return logits_ptr + image * strides[0] + (pixel // w) * strides[2] + (pixel % w) * strides[3], strides[1]
 
 
 @triton.jit
@@ -118,24 +125,11 @@ def _log_odds(
 
 @triton.jit
 def _pack_kernel(
-    logits_ptr,
-    values_ptr,
-    indices_ptr,
-    tail_ptr,
-    total,
-    num_pixels,
-    num_classes,
-    k,
-    w,
-    stride_b,
-    stride_c,
-    stride_h,
-    stride_w,
-    DENSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, strides, values_ptr, indices_ptr, tail_ptr, total, num_pixels, num_classes, k, w,
+    DENSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     image, pixel, exists = pixels(num_pixels, total, BLOCK)
-    logits_ptrs = logits_ptr + image * stride_b + (pixel // w) * stride_h + (pixel % w) * stride_w
+    logits_ptrs, stride_c = first_class(logits_ptr, strides, image, pixel, w)
     largest = _largest_logit(logits_ptrs, stride_c, num_classes, exists, BLOCK)
     values_ptrs = values_ptr + image * k * num_pixels + pixel
     if DENSE:
@@ -180,15 +174,7 @@ def tail_fill(largest, mass, tail, num_classes, k):
 
 @triton.jit
 def _densify_kernel(
-    values_ptr,
-    indices_ptr,
-    tail_ptr,
-    dense_ptr,
-    total,
-    num_pixels,
-    num_classes,
-    k,
-    BLOCK: tl.constexpr,
+    values_ptr, indices_ptr, tail_ptr, dense_ptr, total, num_pixels, num_classes, k, BLOCK: tl.constexpr
 ):
     image, pixel, exists = pixels(num_pixels, total, BLOCK)
     start = image * k * num_pixels + pixel
@@ -242,14 +228,9 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
     if values.numel() > 0:
         with torch.cuda.device_of(logits_BChw):
             _pack_kernel[(triton.cdiv(B * h * w, BLOCK),)](
-                *(logits_BChw, values, indices, tail),
-                *(B * h * w, h * w, num_classes, k, w),
-                *logits_BChw.stride(),
-                DENSE=dense,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+                logits_BChw, logits_BChw.stride(), values, indices, tail, B * h * w, h * w, num_classes, k, w,
+                DENSE=dense, **OPTIONS,
+            )  # fmt: skip
     return (values, None, None) if dense else (values, indices, tail)
 
 
@@ -266,10 +247,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
     if B > 0:
         with torch.cuda.device_of(values):
             _densify_kernel[(triton.cdiv(B * h * w, BLOCK),)](
-                *(values.contiguous(), indices.contiguous(), tail.contiguous(), dense_BChw),
-                *(B * h * w, h * w, num_classes, k),
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+                values.contiguous(), indices.contiguous(), tail.contiguous(), dense_BChw,
+                B * h * w, h * w, num_classes, k, **OPTIONS,
+            )  # fmt: skip
     return dense_BChw

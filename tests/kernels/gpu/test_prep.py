@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kdcache_kernels import PackedTarget, pack
-from kdcache_kernels.gpu.prep import Taps, fast_stride, prepare
+from kdcache_kernels.gpu.geometry import Taps
+from kdcache_kernels.gpu.prep import fast_stride, prepare
 from kdcache_kernels.problem import LossProblem
 from kdcache_kernels.reference import ce_weight_sum, kl_pixels
 from kdcache_kernels.window import hat_matrix, view_positions
