@@ -72,16 +72,13 @@ class CheckReport:
 
 @dataclass
 class _Reading:
-    """Size, counts and defects of one sample, read by one thread."""
+    """Size, counts and defects of one sample, read by one thread; a defect has the name of its table of the report."""
 
     size: tuple[int, int] | None = None
-    counts: npt.NDArray[np.int64] | None = None
-    out_of_range: dict[int, int] = field(default_factory=dict)
+    counts: npt.NDArray[np.int64] | int = 0
     digests: tuple[str, str | None] | None = None
     pixels: int | None = None
-    palette: str = ""
-    unreadable: str = ""
-    mismatched: str = ""
+    defects: dict[str, Any] = field(default_factory=dict)
 
 
 def check(
@@ -187,21 +184,15 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
     for index, (sample, reading) in enumerate(zip(split.ids, readings, strict=True)):
         if reading.size is not None:
             sizes[reading.size] += 1
-        if reading.counts is not None:
-            counts += reading.counts
-        if reading.out_of_range:
-            report.out_of_range[sample] = {str(i): count for i, count in reading.out_of_range.items()}
-        if reading.unreadable:
-            report.unreadable[sample] = reading.unreadable
-        if reading.mismatched:
-            report.mismatched[sample] = reading.mismatched
+        counts += reading.counts
+        for table, defect in reading.defects.items():
+            if defect:
+                getattr(report, table)[sample] = defect
         if reading.digests is not None:
             total.update(repr(reading.digests).encode("ascii"))
             digested += 1
         if reading.pixels is not None:
             images.append((sample, reading.pixels))
-        if reading.palette:
-            report.palettes[sample] = reading.palette
         if progress is not None:
             progress(split.split, index + 1, len(split))
     report.class_pixels = counts[: len(split.classes)].tolist()
@@ -220,13 +211,15 @@ def _read(split: Split, index: int) -> _Reading:
         reading.pixels = pixel_checksum(image)
         label = split.raw_label(index)
         if label is not None and label.shape != reading.size:
-            reading.mismatched = describe_sizes(label.shape, reading.size)
+            reading.defects["mismatched"] = describe_sizes(label.shape, reading.size)
         elif label is not None:
             reading.counts = np.bincount(label.reshape(-1), minlength=256).astype(np.int64)
-            reading.out_of_range = ids_out_of_range(label, len(split.classes))
-            reading.palette = wrong_palette(split, index, label) if isinstance(split, FileSplit) else ""
+            strays = ids_out_of_range(label, len(split.classes))
+            reading.defects["out_of_range"] = {str(number): count for number, count in strays.items()}
+            if isinstance(split, FileSplit):
+                reading.defects["palettes"] = wrong_palette(split, index, label)
     except DataError as error:
-        reading.unreadable = error.received
+        reading.defects["unreadable"] = error.received
     return reading
 
 

@@ -22,7 +22,7 @@ fold and seed, which is trained before. "" leaves a flag out.
 import difflib
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -83,10 +83,6 @@ class Recipe:
             if arm.name == name:
                 return arm
         raise unknown("'@NAME' is the name of an arm", name, [arm.name for arm in self.arms])
-
-    def with_seeds(self, seeds: tuple[int, ...]) -> "Recipe":
-        """This recipe with other seeds."""
-        return replace(self, seeds=seeds)
 
 
 def list_recipes() -> dict[str, str]:

@@ -4,13 +4,11 @@ One process does them in order. `parallel` runs several side by side; torchrun's
 numbers, without messages: whoever needs a job of another waits for the file that it leaves.
 """
 
-import os
 import shlex
 import time
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import tomli_w
 
@@ -20,6 +18,8 @@ from kdcache.sweep.plan import Job, Sweep
 from kdcache.sweep.summary import write_details
 
 RECORD = "sweep.toml"
+LOGS = "logs"
+"""The folder for the output of jobs that run side by side."""
 _POLL_SECONDS = 1.0
 
 Runner = Callable[[Job], None]
@@ -160,16 +160,6 @@ def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
 def _flags_of(words: Sequence[str]) -> list[str]:
     """Flags with their values, as one types them."""
     return [part.strip() for part in " ".join(words).split(" --")]
-
-
-def logs_of(out: Path) -> Path:
-    """The folder for the output of jobs that run side by side."""
-    return out / "logs"
-
-
-def share_of_torchrun() -> tuple[int, int]:
-    """(rank, processes) when torchrun started this process, else (0, 1)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def without_torchrun(environment: Sequence[tuple[str, str]]) -> dict[str, str]:

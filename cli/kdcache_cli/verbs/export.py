@@ -1,7 +1,7 @@
 """`kdcache export`: a trained model as a file to deploy."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -9,10 +9,6 @@ from rich.markup import escape
 from kdcache.settings.shared import JudgeSettings
 from kdcache_cli.console import OUT, bytes_text
 from kdcache_cli.settings import shared_flags
-
-if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
-    pass
-
 from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open_model
 
 

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from rich.markup import escape
 from kdcache.errors import RecipeError
 from kdcache_cli.console import ERRORS, OUT
 from kdcache_cli.settings import shared_flags
+from kdcache_cli.torchrun import numbered
 
 if TYPE_CHECKING:
     from kdcache.sweep import Job, Sweep, Watcher
@@ -53,7 +55,6 @@ def sweep(
     [dim]kdcache sweep camvid-segformer --data CamVid --out s0 --set student.iterations=4000[/]
     """
     from kdcache.sweep import list_recipes, plan_sweep, read_recipe, run_jobs
-    from kdcache.sweep.run import share_of_torchrun
 
     verbs = context.find_root().command
     if recipe is None:
@@ -64,14 +65,14 @@ def sweep(
         raise RecipeError("a sweep has a folder", received="no --out", remedy="add --out DIR")
     read = read_recipe(recipe, smoke=smoke, changes=changes or ())
     if seeds is not None:
-        read = read.with_seeds(shared_flags.parse_numbers(seeds, "--seeds"))
+        read = replace(read, seeds=shared_flags.parse_numbers(seeds, "--seeds"))
     planned = plan_sweep(read, data, out, flags_of(verbs))
     if dry_run:
         for job in planned.jobs:
             OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.next_words))}", soft_wrap=True)
         return
     _check_code(planned, recipe, changes or ())
-    part = share_of_torchrun()
+    part = numbered()
     alone = parallel == 1 and part[1] == 1
     run_jobs(
         planned,
@@ -121,9 +122,9 @@ class _Apart:
     """Each job in a process of its own, with its share of the cores and its output in a log."""
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:
-        from kdcache.sweep.run import logs_of, without_torchrun
+        from kdcache.sweep.run import LOGS, without_torchrun
 
-        self._logs = logs_of(sweep.out)
+        self._logs = sweep.out / LOGS
         self._environment = without_torchrun(list(os.environ.items()))
         side_by_side = parallel * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))

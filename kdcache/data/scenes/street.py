@@ -17,18 +17,16 @@ import numpy.typing as npt
 
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels
 
-CLASSES = ClassList(
-    ("sky", "building", "road", "vegetation", "pole", "vehicle", "pedestrian"),
-    (
-        (70, 130, 180),
-        (120, 90, 80),
-        (128, 64, 128),
-        (107, 142, 35),
-        (220, 220, 0),
-        (0, 0, 142),
-        (220, 20, 60),
-    ),
-)
+COLOURS = {
+    "sky": (70, 130, 180),
+    "building": (120, 90, 80),
+    "road": (128, 64, 128),
+    "vegetation": (107, 142, 35),
+    "pole": (220, 220, 0),
+    "vehicle": (0, 0, 142),
+    "pedestrian": (220, 20, 60),
+}
+CLASSES = ClassList(tuple(COLOURS), tuple(COLOURS.values()))
 SKY, BUILDING, ROAD, VEGETATION, POLE, VEHICLE, PEDESTRIAN = range(7)
 
 Floats = npt.NDArray[np.float32]

@@ -107,11 +107,14 @@ def check_cross_fit(origins: Sequence[str], split: Split, by: str | None = None)
             )
         left_out = fold_left_out(run.recipe)
         if left_out != wanted:
+            same = left_out is not None and left_out[:2] == wanted[:2]
             raise MismatchError(
                 "the teacher of a fold was trained without it: --teacher number I, from 0, of K with --fold I/K",
                 received=f"{origin}, number {number} of {folds}{_sequences(by)}, "
                 + (f"has fold {left_out}" if left_out else "has seen all folds"),
-                remedy=f"kdcache train-teacher --fold {number}/{folds}{_sequences(by)} --out ..., and give the runs in "
+                remedy="repeat the --folds-by of the trainings, or "
+                * same
+                + f"kdcache train-teacher --fold {number}/{folds}{_sequences(by)} --out ..., and give the runs in "
                 "this order",
             )
         if run.model.trained_on != f"data {split.digest()}":
