@@ -1,12 +1,14 @@
 """Losses of a student. Tensors in, tensors out: no store, no data.
 
-    loss.py      cross-entropy beside KL, fused, and what comes beside them
-    terms/       the other terms
-    gate.py      weights per pixel of the teacher's terms
-    batch.py     a batch: pixels, labels and targets by name
-    counts.py    the denominators of its parts
-    target.py    a teacher's outputs of one head
-    checks.py    checks of a batch before a loss reads it
+    loss.py           cross-entropy beside KL, fused, and what comes beside them
+    terms/            the other terms
+    smoothing.py      cross-entropy with smoothed labels
+    gate.py           weights per pixel of the teacher's terms
+    batch.py          a batch: pixels, labels and targets by name
+    counts.py         the denominators of its parts
+    target.py         a teacher's outputs of one head
+    label_targets.py  labels in the teacher's place
+    checks.py         checks of a batch before a loss reads it
 
 The format of the targets comes from a store, or from anything with the attributes of `TargetFormat`.
 """
@@ -14,6 +16,7 @@ The format of the targets comes from a store, or from anything with the attribut
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
+from kdcache.distill.label_targets import LabelTargets
 from kdcache.distill.loss import DistillLoss, Losses
 from kdcache.distill.target import Target, TargetFormat
 from kdcache_kernels import KernelError
@@ -27,6 +30,7 @@ __all__ = [
     "Gate",
     "GateSpec",
     "KernelError",
+    "LabelTargets",
     "Losses",
     "Target",
     "TargetFormat",

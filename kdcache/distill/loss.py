@@ -5,14 +5,14 @@ The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and
 never of the store.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill.batch import Batch
+from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.checks import (
     Size,
     check_arrays,
@@ -25,8 +25,11 @@ from kdcache.distill.checks import (
 )
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate
+from kdcache.distill.label_targets import LabelTargets
+from kdcache.distill.smoothing import smoothed_cross_entropy
 from kdcache.distill.target import TargetFormat
 from kdcache_kernels import distill_denominators, distill_loss
+from kdcache_kernels.topk import compute_dtype
 
 if TYPE_CHECKING:
     from kdcache.distill.terms import Term, TermBatch
@@ -54,12 +57,16 @@ class DistillLoss(nn.Module):
     """CE + KL of a batch, from low-resolution student logits and a packed target, and further terms.
 
     Args:
-        targets: an open cache (number of classes, view size and resize rule of its targets).
+        targets: an open cache (number of classes, view size and resize rule of its targets); or `LabelTargets`, with
+            which the labels of every batch stand in the place of its targets.
         ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. With KL at 1, the formula as it stands,
             its gradient is several times that of the labels.
         temperature: temperature T of the KL term, above 0.
         class_weight: (C,) weights of the cross-entropy.
-        distill_void: whether the teacher's terms count pixels without a label, too.
+        label_smoothing: share of every label that is spread evenly over all classes, in [0, 1). Above 0 the
+            cross-entropy is not fused: it keeps tensors of label size times classes, and its values are those of
+            `torch.nn.functional.cross_entropy`.
+        distill_void: whether the teacher's terms count pixels without a label, too; not where labels are the targets.
         align_corners: whether the student's own final resize aligns corners.
         gate: which pixels the teacher's terms count, and how much; default all alike.
         further: other terms (`kdcache.distill.terms`), each with its own weight.
@@ -80,6 +87,7 @@ class DistillLoss(nn.Module):
         kl_weight: float = 0.3,
         temperature: float = 2.0,
         class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
         ignore_index: int = 255,
         distill_void: bool = True,
         align_corners: bool = False,
@@ -94,8 +102,9 @@ class DistillLoss(nn.Module):
         self.ce_weight = ce_weight
         self.kl_weight = kl_weight
         self.temperature = temperature
+        self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
-        self.distill_void = distill_void
+        self.distill_void = distill_void and not isinstance(targets, LabelTargets)
         self.align_corners = align_corners
         self.impl = impl
         self.gate = gate or Gate()
@@ -126,7 +135,7 @@ class DistillLoss(nn.Module):
         return tuple(dict.fromkeys(path for term in self._terms() for path in term.arrays()))
 
     def set_distill_weight_scale(self, scale: float) -> None:
-        """Multiply the weights of KL and of all further terms by `scale` from now on. Only for `scheduled`."""
+        """Multiply the weights of KL and of the further teacher terms by `scale` from now on. Only for `scheduled`."""
         assert self.distill_weight_scale is not None
         self.distill_weight_scale.fill_(scale)
 
@@ -151,6 +160,7 @@ class DistillLoss(nn.Module):
             dtype: dtype of the terms' counts: float64 for a student of float64.
         Raises: RecipeError, DataError as `forward`, except for what concerns the student's outputs.
         """
+        batch = self._with_targets(batch, dtype)
         self._check(batch)
         teaching = self.kl_weight > 0 and self._teaches(batch)
         views = self._views(batch) if teaching else []
@@ -167,12 +177,13 @@ class DistillLoss(nn.Module):
             distill_void=self.distill_void,
         )
         kl = _counted_in(views) if views else kl
-        if batch.targets is None or not len(self.further):
+        if not len(self.further):
             return Counts(ce, kl)
         no_logits = torch.empty((len(batch.label), 0, 1, 1), dtype=dtype, device=batch.label.device)
         term_batch = self._batch(no_logits, {}, batch, None)
-        terms = [term.count(term_batch) if term.weight > 0 else torch.zeros_like(kl) for term in self._terms()]
-        return Counts(ce, kl, tuple(terms))
+        zero = no_logits.new_zeros(())
+        terms = tuple(term.count(term_batch) if _active(term, batch) else zero for term in self._terms())
+        return Counts(ce, kl, terms)
 
     def forward(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> Losses:
         """Loss, and its parts before weighting: all scalars, float32.
@@ -188,17 +199,16 @@ class DistillLoss(nn.Module):
             for one without labels, of unequal rows, or whose labels do not show what the target's window shows.
         """
         logits, features = _unpacked(outputs)
+        batch = self._with_targets(batch, logits.dtype)
         self._check(batch, logits, features)
         gate = self._gate(batch)
         loss, ce, kl = self._fused(logits, batch, gate, counts, self.ce_weight, self.kl_weight)
-        if not len(self.further):
-            return Losses(loss, ce, kl)
-        if batch.targets is None:
-            return Losses(loss, ce, kl, tuple(torch.zeros_like(ce) for _ in self.further))
-        values = self._values(self._batch(logits, features, batch, gate), counts)
-        for term, value in zip(self._terms(), values, strict=True):
-            loss = loss + self._now(term.weight) * value
-        return Losses(loss, ce, kl, tuple(value.detach() for value in values))
+        values: list[Tensor] = []
+        for term, value in self._values(logits, features, batch, gate, counts):
+            values.append(torch.zeros_like(ce) if value is None else value.detach())
+            if value is not None:
+                loss = loss + self._weight(term) * value
+        return Losses(loss, ce, kl, tuple(values))
 
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
         """Every active term on its own, weighted and differentiable: name -> scalar. For gradient norms.
@@ -206,6 +216,7 @@ class DistillLoss(nn.Module):
         Args, Raises: as `forward`.
         """
         logits, features = _unpacked(outputs)
+        batch = self._with_targets(batch, logits.dtype)
         self._check(batch, logits, features)
         gate = self._gate(batch)
         parts = {}
@@ -213,24 +224,40 @@ class DistillLoss(nn.Module):
             parts["ce"] = self._fused(logits, batch, gate, counts, self.ce_weight, 0.0)[0]
         if self.kl_weight > 0 and self._teaches(batch):
             parts["kl"] = self._fused(logits, batch, gate, counts, 0.0, self.kl_weight)[0]
-        if len(self.further) and batch.targets is not None:
-            values = self._values(self._batch(logits, features, batch, gate), counts)
-            for name, term, value in zip(self.names[2:], self._terms(), values, strict=True):
-                if term.weight > 0:
-                    parts[name] = self._now(term.weight) * value
+        values = self._values(logits, features, batch, gate, counts)
+        for name, (term, value) in zip(self.names[2:], values, strict=True):
+            if value is not None:
+                parts[name] = self._weight(term) * value
         return parts
 
-    def _values(self, batch: "TermBatch", counts: Counts | None) -> list[Tensor]:
-        """Values of the further terms, not weighted; 0 for one of weight 0, which may lack its arrays."""
-        terms, zero = self._terms(), torch.zeros((), device=batch.logits.device)
+    def _values(
+        self,
+        logits: Tensor,
+        features: Mapping[str, Tensor],
+        batch: Batch,
+        gate: Tensor | None,
+        counts: Counts | None,
+    ) -> "Iterator[tuple[Term, Tensor | None]]":
+        """The further terms, each with its value, not weighted; None for one that does not count."""
+        terms = self._terms()
+        if not terms:
+            return
         shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
-        return [term(batch, count) if term.weight > 0 else zero for term, count in zip(terms, shared, strict=True)]
+        term_batch = self._batch(logits, features, batch, gate)
+        for term, count in zip(terms, shared, strict=True):
+            yield term, term(term_batch, count) if _active(term, batch) else None
+
+    def _with_targets(self, batch: Batch, dtype: torch.dtype) -> Batch:
+        """The batch with the targets that the teacher's terms read: its own, or its labels in their place."""
+        if not isinstance(self.targets, LabelTargets) or SEGMENTATION not in batch.labels:
+            return batch
+        return self.targets.replace_targets(batch, compute_dtype(dtype))
 
     def _check(self, batch: Batch, logits: Tensor | None = None, features: Mapping[str, Tensor] | None = None) -> None:
         """Check a batch, with the student's outputs where there are some. Raises: RecipeError, DataError."""
         if torch.compiler.is_compiling():
             return
-        terms = [term for term in self._terms() if term.weight > 0]
+        terms = [term for term in self._terms() if term.weight > 0 and term.reads_teacher]
         kl = ["kl"] if self.kl_weight > 0 else []
         check_targets(batch, self.targets, kl + [term.kind for term in terms if term.reads_target])
         check_rows(logits, batch)
@@ -247,6 +274,9 @@ class DistillLoss(nn.Module):
 
     def _now(self, weight: float) -> Tensor | float:
         return weight if self.distill_weight_scale is None else weight * self.distill_weight_scale
+
+    def _weight(self, term: "Term") -> Tensor | float:
+        return self._now(term.weight) if term.reads_teacher else term.weight
 
     def _terms(self) -> "list[Term]":
         return list(self.further)  # type: ignore[arg-type]
@@ -309,6 +339,18 @@ class DistillLoss(nn.Module):
         kl_weight: float,
         kl_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.label_smoothing > 0 and ce_weight > 0:
+            loss, _, kl = self._call(logits, batch, weight, counts, 0.0, kl_weight, kl_count)
+            ce = smoothed_cross_entropy(
+                logits,
+                batch.label,
+                self.label_smoothing,
+                class_weight=self.class_weight,
+                ignore_index=self.ignore_index,
+                align_corners=self.align_corners,
+                count=None if counts is None else counts.ce,
+            )
+            return loss + ce_weight * ce, ce.detach(), kl
         target = batch.target
         packed = None if target is None or self.targets is None else target.packed(self.targets)
         return distill_loss(
@@ -356,6 +398,11 @@ class DistillLoss(nn.Module):
             if mask_BHW is not None:
                 counted = mask_BHW if counted is None else counted & mask_BHW
         return counted
+
+
+def _active(term: "Term", batch: Batch) -> bool:
+    """Whether a term counts: one of weight 0 may lack its arrays, and a batch without a teacher has terms on labels."""
+    return term.weight > 0 and (batch.targets is not None or not term.reads_teacher)
 
 
 def _unpacked(outputs: Outputs | Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:

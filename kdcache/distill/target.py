@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -25,7 +26,8 @@ class Target:
     """Packed logits of a batch at native stride; of a single sample, without the leading B. A pytree.
 
     Attributes:
-        values: (B, k, h, w) float16, logit minus the pixel's maximum over classes.
+        values: (B, k, h, w) float16, logit minus the pixel's maximum over classes; float32 or float64 log-probabilities
+            where labels stand in the teacher's place.
         indices: (B, k, h, w) uint8 or uint16 class ids; None when all classes are kept.
         tail: (B, h, w) float16 log-odds of the mass outside the top k; None when all classes are kept.
     """
@@ -37,13 +39,19 @@ class Target:
     def packed(self, form: TargetFormat) -> PackedTarget:
         """Return the target in the form that the kernels take."""
         return PackedTarget(
-            values=self.values,
+            values=self.values.to(torch.float16),
             indices=self.indices,
             tail=self.tail,
             num_classes=form.num_classes,
             view_size=form.view_size,
             align_corners=form.align_corners,
         )
+
+    def dense(self, form: TargetFormat, dtype: torch.dtype) -> Tensor:
+        """(B, C, h, w) logits of all classes, up to a constant per pixel."""
+        if self.values.dtype != torch.float16:
+            return self.values.to(dtype)
+        return self.packed(form).densify(dtype)
 
 
 pytree.register_dataclass(Target)

@@ -55,9 +55,17 @@ class TrainSettings:
         str,
         _loss(
             "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
-            "cwd, dist, dkd. auto is dist; kl with --mix or --accumulate, which dist cannot follow."
+            "cwd, dist, dkd, and dice and lovasz, which need no teacher. auto is dist; kl with --mix or --accumulate, "
+            "which dist cannot follow."
         ),
     ] = "auto"
+    teacher: Annotated[
+        Literal["store", "labels"],
+        _loss(
+            "What the teacher terms learn from: the store's targets; or labels, averaged over the same cells in their "
+            "place, the control that shows what a loss does without a teacher (--cache or --data)."
+        ),
+    ] = "store"
     term: Annotated[
         tuple[Any, ...],
         _loss(
@@ -72,6 +80,12 @@ class TrainSettings:
         Weight, _loss("Weight of T^2 * KL. At 1 its gradient is several times that of the labels.")
     ] = 0.3
     ce_weight: Annotated[Weight, _loss("Weight of the cross-entropy.")] = 1.0
+    label_smoothing: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        _loss("Share of every label that is spread over all classes, in the cross-entropy. Above 0 it is not fused."),
+    ] = 0.0
     impl: Annotated[
         Literal["auto", "triton", "numba", "reference"],
         _loss(

@@ -79,7 +79,7 @@ def make_trainer(
         cache = open_store(config)
         config = config.model_copy(update={"augment": choose_augment(config.augment, cache)})
         check_replays(config)
-        if cache is not None and config.teaches:
+        if cache is not None and config.reads_targets:
             check_logits(cache)
         as_given, config = config, config.model_copy(update={"flip": config.flip is not False})
         dataset = open_dataset(config, cache)

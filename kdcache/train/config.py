@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.distill import parse_gate
-from kdcache.distill.terms import TermSpec, parse_method
-from kdcache.distill.terms.spec import compares_features
+from kdcache.distill.terms import TermSpec, check_terms, parse_method
+from kdcache.distill.terms.spec import compares_features, reads_teacher
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
@@ -77,6 +77,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         _check_data(self)
         _check_loss(self)
         _check_teaching(self)
+        _check_label_teacher(self)
         _check_whole_batch(self)
         return self
 
@@ -97,8 +98,13 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
 
     @property
     def teaches(self) -> bool:
-        """Whether anything is learnt from a teacher."""
-        return self.wants_kl or bool(self.terms)
+        """Whether anything is learnt from a teacher, or from labels in its place."""
+        return self.wants_kl or any(map(reads_teacher, self.terms))
+
+    @property
+    def reads_targets(self) -> bool:
+        """Whether a store's targets are read."""
+        return self.teaches and self.teacher == "store"
 
     @property
     def left_out(self) -> Fold | None:
@@ -258,11 +264,14 @@ def _check_data(config: TrainConfig) -> None:
         )
     if config.cache is None and config.data is None:
         raise RecipeError("there must be something to train on", received="no --cache and no --data", remedy="give one")
-    if config.cache is None and config.teaches:
+    if config.cache is None and config.reads_targets:
+        kinds = [*(["kl"] if config.wants_kl else []), *(term.kind for term in config.terms if reads_teacher(term))]
         raise RecipeError(
-            f"method {config.method} learns from a store",
-            received="no --cache",
-            remedy="give --cache STORE, or use --method none",
+            "the terms of a teacher learn from a store",
+            received=f"{', '.join(kinds)}, and no --cache",
+            remedy="give --cache STORE; or learn from labels alone, by --method none or --teacher labels"
+            if config.verb == "train-student"
+            else "use terms on labels, dice or lovasz; or train-student, with --cache STORE",
         )
 
 
@@ -300,6 +309,27 @@ def _check_teaching(config: TrainConfig) -> None:
         )
 
 
+def _check_label_teacher(config: TrainConfig) -> None:
+    if config.teacher == "store":
+        return
+    if not config.teaches:
+        raise RecipeError(
+            "--teacher labels puts labels in the place of a teacher's logits",
+            received=f"--method {config.method}, which reads none",
+            remedy="leave --teacher out, or choose another --method",
+        )
+    check_terms(config.terms, None)
+    flags = {"--gate": config.gate != "none", "--class-trust": config.class_trust is not None}
+    flags |= {"--class-balance": config.class_balance != "none"}
+    weighing = [flag for flag, used in flags.items() if used]
+    if weighing:
+        raise RecipeError(
+            f"{', '.join(flags)} weigh the targets that a store has of a teacher",
+            received=f"{', '.join(weighing)} with --teacher labels",
+            remedy="leave one of them out",
+        )
+
+
 def _check_whole_batch(config: TrainConfig) -> None:
     if config.accumulate > 1 and config.whole_batch:
         raise RecipeError(
@@ -310,9 +340,10 @@ def _check_whole_batch(config: TrainConfig) -> None:
     if config.mix is None:
         return
     Mix(config.mix)
-    if config.terms:
+    taught = [term.kind for term in config.terms if reads_teacher(term)]
+    if taught:
         raise RecipeError(
             "--mix pastes pixels, labels and logits",
-            received=f"--mix {config.mix} with {', '.join(term.kind for term in config.terms)}, which cannot follow",
+            received=f"--mix {config.mix} with {', '.join(taught)}, which cannot follow",
             remedy="leave one of them out; --method kl can",
         )

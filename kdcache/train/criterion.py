@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 from kdcache.data import class_weights
-from kdcache.distill import DistillLoss, Gate, parse_gate
-from kdcache.distill.terms import Term, arrays_of, check_terms, make_term, resolve_taps
+from kdcache.distill import DistillLoss, Gate, LabelTargets, parse_gate
+from kdcache.distill.terms import Term, TermTargets, arrays_of, check_terms, make_term, resolve_taps
 from kdcache.errors import RecipeError
-from kdcache.models import SegmentationModel
+from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.train.class_trust import read_trust, trust_from_run
 from kdcache.train.config import TrainConfig
 from kdcache.train.input.batch import Array
 from kdcache.train.input.dataset import DrawnDataset
+from kdcache.train.run.monitor import TARGET_VALUES
 
+Size = tuple[int, int]
 COUNTED_TARGETS = 256
 """Samples of a store, at most, that the frequencies of the teacher's classes are counted on."""
 
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
     """Paths of the arrays that the terms read beside the targets. Raises: RecipeError for a store that lacks some."""
-    if cache is None:
+    if cache is None or config.teacher == "labels":
         return ()
     check_terms(config.terms, cache.manifest)
     resolved = [resolve_taps(spec, cache.manifest, model.taps) for spec in config.terms]
@@ -42,21 +44,25 @@ def make_criterion(
 
     Args:
         device: where a plain run is evaluated for `--class-trust auto`.
-        note: receives the trust in each class of the teacher.
+        note: receives the trust in each class of the teacher, or the cells on which labels stand in its place.
     """
     cache = dataset.cache
-    gate = None if cache is None or not config.teaches else _gate(config, cache, dataset, device, note)
-    terms = [] if cache is None else _terms(config, cache, model)
+    gate = None if cache is None or not config.reads_targets else _gate(config, cache, dataset, device, note)
+    alone = config.teacher == "labels" or cache is None
+    labels = _label_targets(config, model, dataset) if alone and (config.teaches or config.terms) else None
+    if labels is not None and config.teaches:
+        note(f"--teacher labels: a control without a teacher, labels on {labels.grid[0]}x{labels.grid[1]} cells")
     return DistillLoss(
-        cache,
+        labels if config.teacher == "labels" else cache,
         ce_weight=config.ce_weight,
         kl_weight=config.kl_weight if config.wants_kl else 0.0,
         temperature=config.temperature,
         class_weight=_class_weight(config, dataset),
+        label_smoothing=config.label_smoothing,
         distill_void=config.distill_void,
         align_corners=model.align_corners,
         gate=gate,
-        further=terms,
+        further=_terms(config, labels or cache, model),
         scheduled=config.distill_schedule != "constant",
         size=config.size,
         impl=config.impl,
@@ -78,35 +84,49 @@ def target_counts(cache: Cache, samples: Sequence[int]) -> npt.NDArray[np.int64]
 
 def _best_class(cache: Cache, record: int) -> Array:
     rows = cache.read(record, cache.target_paths())
-    best = rows["targets/segmentation/values"].argmax(0)
+    best = rows[TARGET_VALUES].argmax(0)
     indices = rows.get("targets/segmentation/indices")
     argmax = best if indices is None else np.take_along_axis(indices, best[None], 0)[0]
     return np.asarray(argmax).astype(np.int64)
 
 
-def _terms(config: TrainConfig, cache: Cache, model: SegmentationModel) -> list[Term]:
+def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset) -> LabelTargets:
+    """Labels as targets, on the store's cells; without a store, on those of the student's logits."""
+    assert config.size is not None
+    cache = dataset.cache
+    shape = _probe(model, config.size).logits.shape if cache is None else cache.specs[TARGET_VALUES].shape
+    return LabelTargets(len(dataset.classes), config.size, (shape[-2], shape[-1]))
+
+
+def _terms(config: TrainConfig, targets: TermTargets | None, model: SegmentationModel) -> list[Term]:
+    if targets is None or not config.terms:
+        return []
     channels = tap_channels(model, config)
     return [
-        make_term(spec, targets=cache, student_taps=channels, align_corners=model.align_corners, impl=config.impl)
+        make_term(spec, targets=targets, student_taps=channels, align_corners=model.align_corners, impl=config.impl)
         for spec in config.terms
         if spec.weight != 0
     ]
 
 
 def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:
-    """Channels of every tap of a model: tap -> channels, by one forward that changes nothing."""
+    """Channels of every tap of a model: tap -> channels."""
     assert config.size is not None
-    if not config.terms:
-        return {}
+    features = _probe(model, config.size).features
+    return {tap: features[tap].shape[1] for tap in model.taps}
+
+
+def _probe(model: SegmentationModel, size: Size) -> NativeOutput:
+    """Outputs of a model for a black image of (H, W), by a forward that changes nothing."""
     was_training = model.training
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():
-            pixels = torch.zeros((1, *config.size, 3), dtype=torch.uint8, device=device)
-            features = model.eval()(model.normalise(pixels), model.taps).features
+            pixels = torch.zeros((1, *size, 3), dtype=torch.uint8, device=device)
+            outputs: NativeOutput = model.eval()(model.normalise(pixels), model.taps)
     finally:
         model.train(was_training)
-    return {tap: features[tap].shape[1] for tap in model.taps}
+    return outputs
 
 
 def _gate(

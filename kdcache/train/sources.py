@@ -133,16 +133,18 @@ def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
         Records(cache, split),
         augment=config.augment,
         size=config.size,
-        targets=config.teaches,
+        targets=config.reads_targets,
         augmentation=_augmentation(config),
         part=_part(config),
-        labelled_only=not config.teaches or config.distill_on == "labelled",
+        labelled_only=not config.reads_targets or config.distill_on == "labelled",
     )
     if len(dataset) == 0:
         raise DataError(
             "training on labels needs labelled samples",
             received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label",
-            remedy="use --method kl with --distill-on all, which learns from targets alone",
+            remedy="use --method kl with --distill-on all, which learns from targets alone"
+            if config.teacher == "store"
+            else "leave --teacher labels out: the store's targets need no labels",
         )
     if config.left_out is not None:
         _, folds, by = config.left_out

@@ -179,7 +179,9 @@ def test_what_a_term_reads() -> None:
     for kind in KINDS:
         term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT)
         assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
-        assert term.student_taps() == (() if term.reads_target else ("head",))
+        on_labels = kind in ("dice", "lovasz")
+        assert term.reads_teacher == (not on_labels)
+        assert term.student_taps() == (() if term.reads_target or on_labels else ("head",))
         assert (term.gather, term.describe()) == (None, None)
 
 
@@ -187,7 +189,7 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
     targets = store(features=("deep",), raw=True)
     weights = {kind: make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).weight for kind in KINDS}
     documented = {"sp": 50.0, "hint": 1.0, "cosine": 2.0, "cwd": 0.15, "dist": 1.0, "dkd": 0.02, "pseudo": 1.0}
-    assert weights == documented | {"at": 6}
+    assert weights == documented | {"at": 6, "dice": 1.0, "lovasz": 1.0}
     channels, dkd, pseudo = (
         make_term(spec, targets=targets, student_taps=STUDENT)
         for spec in (TermSpec("cwd", teacher_tap="deep"), TermSpec("dkd"), TermSpec("pseudo"))

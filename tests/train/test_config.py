@@ -39,6 +39,8 @@ WRONG = {
     "size": ["32", "0x48", "32x", "32x48x3", "axb", (32,), (-1, 4)],
     "ce_weight": [-0.1, NAN, INFINITY, "much"],
     "kl_weight": [-1, NAN, INFINITY],
+    "label_smoothing": [-0.1, 1.0, NAN],
+    "teacher": ["label", "model", None],
     "temperature": [0, -1, NAN, INFINITY],
     "distill_void": ["perhaps"],
     "class_weights": ["mean"],

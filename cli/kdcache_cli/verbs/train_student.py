@@ -15,14 +15,15 @@ _ORDER = (
 )
 
 
-@takes(*TRAINING, order=_ORDER, required=("cache",))
+@takes(*TRAINING, order=_ORDER)
 def train_student(
     settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None
 ) -> None:
     """Train a student from a store: no teacher is loaded or run.
 
     With --method none the student sees identical pixels in identical order, so
-    that two runs differ by the targets alone.
+    that two runs differ by the targets alone; with --teacher labels it learns by
+    the same terms, from the labels.
 
     Several processes share every batch and train as one would: torchrun
     --nproc-per-node 2 -m kdcache_cli train-student and the same flags.

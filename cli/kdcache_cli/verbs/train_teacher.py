@@ -13,11 +13,15 @@ _ORDER = (
     *("data", "model", "out", "size", "split", "val_split", "name", "init", "threads", "device", "resume", "recipe"),
     *names(TrainSettings, OPTIMIZATION),
     *("amp", "step", "workers", "val_every", "log_every", "gradients_every", "keep_every", "log"),
-    *("class_weights", "scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
+    *("term", "label_smoothing", "class_weights"),
+    *("scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
 )
 
 
-@takes(TrainSettings, DataSettings, ImageSettings, MachineSettings, order=_ORDER)
+_TERM = "A term on labels beside the cross-entropy, dice or lovasz, e.g. dice,weight=0.5. May be repeated."
+
+
+@takes(TrainSettings, DataSettings, ImageSettings, MachineSettings, order=_ORDER, wording={"term": {"help": _TERM}})
 def train_teacher(
     settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None
 ) -> None:

@@ -9,6 +9,7 @@
 | `cwd` | where each class (or channel of a tap) is strong | the teacher's cells |
 | `dist` | how predictions vary over classes and over cells | the target's cells |
 | `dkd` | target class and other classes apart | the target's cells |
+| `dice`, `lovasz` | how predictions and labels overlap, without a teacher | the label's pixels |
 
     check_terms(specs, cache.manifest)
     term = make_term(TermSpec("cosine"), targets=cache, student_taps={"head": 32})

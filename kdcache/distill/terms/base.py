@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdcache.distill.target import Target, TargetFormat
 from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
-from kdcache.distill.terms.spec import TermSpec, compares_features
+from kdcache.distill.terms.spec import TermSpec, compares_features, reads_teacher
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size
 
@@ -17,7 +17,7 @@ MAXIMUM = "targets/segmentation/max"
 
 
 class TermTargets(TargetFormat, Protocol):
-    """The facts about a store that making terms takes; an open cache is one."""
+    """The facts about a store that making terms takes; an open cache is one. Labels in its place have no manifest."""
 
     @property
     def manifest(self) -> Any: ...
@@ -94,7 +94,12 @@ class Term(nn.Module):
     @property
     def reads_target(self) -> bool:
         """Whether `TermBatch.target` must hold the teacher's logits."""
-        return not compares_features(self.spec)
+        return self.reads_teacher and not compares_features(self.spec)
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether it learns from a teacher, or from labels in its place; False for a term on labels alone."""
+        return reads_teacher(self.spec)
 
     def student_taps(self) -> tuple[str, ...]:
         """The student's features that it needs."""
@@ -166,7 +171,7 @@ class Term(nn.Module):
         """Student's and teacher's logits (B, C, h, w) on the target's cells, and how much those count."""
         assert batch.target is not None  # by `reads_target`
         student_BChw = wide(batch.logits)
-        teacher_BChw = batch.target.packed(self.targets).densify(student_BChw.dtype)
+        teacher_BChw = batch.target.dense(self.targets, student_BChw.dtype)
         if MAXIMUM in self._arrays:
             teacher_BChw = teacher_BChw + batch.stored[MAXIMUM][:, None].to(student_BChw.dtype)
         teacher_BChw = self.seen(batch, teacher_BChw, student_BChw.dtype)

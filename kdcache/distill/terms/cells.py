@@ -60,13 +60,18 @@ def lay_cells(
     counts_BHW = view_positions(window_B4, flip_B, view_size, size, like.device).inside().expand(batch_size, *size)
     if counted_BHW is not None:
         counts_BHW = counts_BHW & counted_BHW
-    shares = [area_matrix(cells, pixels, like)[None] for cells, pixels in zip(grid, size, strict=True)]
-    counted_Bhw = resample(counts_BHW[:, None].to(like.dtype), *shares)[:, 0]
+    counted_Bhw = area_mean(counts_BHW[:, None].to(like.dtype), grid)[:, 0]
     if pixel_weight_BHW is None:
         return Cells(counted_Bhw, counted_Bhw)
     # Where, not times: a gate that is not finite at a pixel that does not count must not change the term.
     gated_BHW = torch.where(counts_BHW, pixel_weight_BHW.detach().to(like.dtype), 0)
-    return Cells(counted_Bhw, resample(gated_BHW[:, None], *shares)[:, 0])
+    return Cells(counted_Bhw, area_mean(gated_BHW[:, None], grid)[:, 0])
+
+
+def area_mean(map_BcHW: Tensor, grid: Size) -> Tensor:
+    """(B, c, h, w): the mean of a map over the area of each of h x w cells that tile it."""
+    pixels = map_BcHW.shape[2:]
+    return resample(map_BcHW, *(area_matrix(n, of, map_BcHW)[None] for n, of in zip(grid, pixels, strict=True)))
 
 
 def sample_view(

@@ -8,12 +8,14 @@ from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
 from kdcache.distill.terms.decoupled import Decoupled
 from kdcache.distill.terms.features import Cosine, Hint, Projected
 from kdcache.distill.terms.needs import arrays_of, resolve_taps
+from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
 from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.distill.terms.relations import Relations
 from kdcache.distill.terms.similarity import Similarity
 from kdcache.distill.terms.spec import TermSpec, compares_features
 
 _PROJECTED: dict[str, type[Projected]] = {"hint": Hint, "cosine": Cosine, "cwd": ChannelFeatures}
+_ON_LABELS: dict[str, type[Overlap]] = {"dice": Dice, "lovasz": Lovasz}
 _PLAIN: dict[str, type[Term]] = {
     "at": Attention,
     "sp": Similarity,
@@ -36,16 +38,19 @@ def make_term(
     Projections are drawn from torch's global generator.
 
     Args:
-        targets: an open cache.
+        targets: an open cache, or `LabelTargets`.
         student_taps: the student's features -> channels, most useful last.
         align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
-    Raises: RecipeError for a store that lacks what the term reads, naming the build flag, and for unknown taps.
+    Raises: RecipeError for a store that lacks what the term reads, naming the build flag, for unknown taps, and for a
+        term of features where labels stand in the teacher's place.
     """
     spec = resolve_taps(spec, targets.manifest, list(student_taps))
     arrays = arrays_of(spec, targets.manifest)
     if spec.kind == "pseudo":
         return Pseudo(spec, targets, arrays, align_corners=align_corners, impl=impl)
+    if spec.kind in _ON_LABELS:
+        return _ON_LABELS[spec.kind](spec, targets, align_corners=align_corners)
     if spec.kind in _PROJECTED and compares_features(spec):
         assert spec.student_tap is not None and spec.teacher_tap is not None  # noqa: PT018 - just resolved
         return _PROJECTED[spec.kind](

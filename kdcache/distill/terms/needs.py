@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kdcache.distill.terms.base import MAXIMUM
-from kdcache.distill.terms.spec import TermSpec, compares_features
+from kdcache.distill.terms.spec import TermSpec, compares_features, reads_teacher
 from kdcache.errors import RecipeError
 
 
@@ -21,9 +21,12 @@ def check_terms(specs: Iterable[TermSpec], manifest: Any) -> None:
     """Check that a store has the arrays that some terms read.
 
     Args:
-        manifest: of an open cache.
+        manifest: of an open cache; None where labels stand in the teacher's place.
     Raises: RecipeError that names all build flags that would help.
     """
+    if manifest is None:
+        _check_logits_alone(specs)
+        return
     lacks = [(spec.kind, lack) for spec in specs for lack in missing(spec, manifest)]
     if lacks:
         flags = " ".join(dict.fromkeys(lack.flag for _, lack in lacks))
@@ -31,6 +34,16 @@ def check_terms(specs: Iterable[TermSpec], manifest: Any) -> None:
             "a term learns from arrays that the store has",
             received="; ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(lacks)),
             remedy=f"build the store with {flags} as well, or leave the term out",
+        )
+
+
+def _check_logits_alone(specs: Iterable[TermSpec]) -> None:
+    features = [spec.kind for spec in specs if compares_features(spec)]
+    if features:
+        raise RecipeError(
+            "labels can stand in the place of a teacher's logits, not of its features",
+            received=f"{', '.join(dict.fromkeys(features))} with --teacher labels",
+            remedy="choose among kl, pseudo, cwd (without taps), dist and dkd; or leave --teacher out",
         )
 
 
@@ -63,13 +76,15 @@ def arrays_of(spec: TermSpec, manifest: Any) -> tuple[str, ...]:
         # Of an attention map and the features that it was made from, the map is smaller.
         mapped = spec.kind == "at" and spec.teacher_tap in _maps(manifest)
         return (f"statistics/at.{spec.teacher_tap}" if mapped else f"features/{spec.teacher_tap}",)
-    return (MAXIMUM,) if spec.kind == "cwd" else ()
+    return (MAXIMUM,) if spec.kind == "cwd" and manifest is not None else ()
 
 
 def missing(spec: TermSpec, manifest: Any) -> list[Missing]:
     """The arrays that a store lacks for a term; [] when it has all."""
     if compares_features(spec):
         return _missing_feature(spec, manifest)
+    if not reads_teacher(spec):
+        return []
     head, lacks = manifest.heads["segmentation"], []
     if spec.kind in ("cwd", "dkd") and head.k < head.classes:
         what = f"the logits of all {head.classes} classes, of which {head.k} are kept"

@@ -18,9 +18,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "cwd": (*_TAPS, "temperature"),
     "dist": ("temperature", "beta", "gamma"),
     "dkd": ("temperature", "alpha", "beta"),
+    "dice": (),
+    "lovasz": (),
 }
 """Kind of term -> its options beside its weight. `ce` and `kl` are parts of DistillLoss itself."""
 FUSED = ("ce", "kl")
+ON_LABELS = ("dice", "lovasz")
+"""Kinds of terms that learn from labels alone, without a teacher."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,11 @@ def compares_features(spec: TermSpec) -> bool:
     if spec.kind == "cwd":
         return spec.teacher_tap is not None or spec.student_tap is not None
     return KINDS[spec.kind] == _TAPS
+
+
+def reads_teacher(spec: TermSpec) -> bool:
+    """Whether a term learns from a teacher."""
+    return spec.kind not in ON_LABELS
 
 
 def check_kind(kind: str) -> None:

@@ -1,0 +1,111 @@
+"""Terms on labels alone: how a prediction and the label of each class overlap in an image."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
+from kdcache.distill.terms.cells import resize
+from kdcache.distill.terms.spec import TermSpec
+
+
+class Overlap(Term):
+    """A loss per image and class; mean over the classes that an image's label shows, then over labelled images.
+
+    Neither is a sum over pixels, so each image is on its own: processes and accumulated parts change nothing. Void
+    pixels count nowhere, an image of void alone does not count. Gates and masks of a teacher's terms do not apply.
+
+    Args:
+        align_corners: whether the student's own final resize aligns corners.
+    """
+
+    def __init__(self, spec: TermSpec, targets: TermTargets, *, align_corners: bool = False) -> None:
+        super().__init__(spec, targets)
+        self.student_align_corners = align_corners
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
+        probability_BCP = logits_BCHW.softmax(1).flatten(2)
+        label_B1P = _labels(batch).flatten(1)[:, None]
+        shown_BCP = label_B1P == torch.arange(logits_BCHW.shape[1], device=label_B1P.device)[:, None]
+        labelled_B1P = shown_BCP.any(1, keepdim=True)
+        present_BC = shown_BCP.any(2)
+        loss_BC = torch.where(present_BC, self.of_classes(probability_BCP, shown_BCP, labelled_B1P), 0)
+        loss_B = divide(loss_BC.sum(1), present_BC.sum(1).to(loss_BC.dtype))
+        return divide(loss_B.sum(), self.count(batch) if count is None else count)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The number of images with a labelled pixel, 0-dimensional."""
+        labelled_BHW = _labels(batch) < self.targets.num_classes
+        return labelled_BHW.flatten(1).any(1).to(wide(batch.logits).dtype).sum()
+
+    def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
+        """The loss (B, C) of each class; of one that a label does not show it is not used.
+
+        Args:
+            probability_BCP: of the student.
+            shown_BCP: bool, whether a pixel's label is the class.
+            labelled_B1P: bool, whether a pixel has a label.
+        """
+        raise NotImplementedError
+
+
+class Dice(Overlap):
+    """`dice`: 1 - 2 sum(p g) / (sum p + sum g) over the labelled pixels of an image, g the one-hot label.
+
+    Classes that an image's label does not show are left out; probability they get is missing elsewhere.
+
+    Default weight 1.
+    Source: Milletari et al. 2016, arXiv 1606.04797, whose denominator has squares; as written by Sudre et al. 2017,
+    arXiv 1707.03237, equation 2.
+    """
+
+    def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
+        both_BC = (probability_BCP * shown_BCP).sum(2)
+        either_BC = (probability_BCP * labelled_B1P).sum(2) + shown_BCP.sum(2)
+        return 1 - 2 * both_BC / either_BC.masked_fill(either_BC == 0, 1)
+
+
+class Lovasz(Overlap):
+    """`lovasz`: the Lovasz extension of 1 - IoU at the errors |g - p| of an image's labelled pixels.
+
+    As the authors' code with `classes="present", per_image=True`, but that an image of void alone does not count. It
+    sorts the pixels of every class and keeps several tensors of label size times classes.
+
+    Default weight 1.
+    Source: Berman et al. 2018, arXiv 1705.08790, algorithm 1 and equation 12.
+    """
+
+    def of_classes(self, probability_BCP: Tensor, shown_BCP: Tensor, labelled_B1P: Tensor) -> Tensor:
+        error_BCP = (shown_BCP.to(probability_BCP.dtype) - probability_BCP).abs()
+        with torch.no_grad():
+            # Void pixels come last, where they change no other pixel's weight.
+            order_BCP = falling_order(error_BCP.masked_fill(~labelled_B1P, -1))
+            shown_sorted_BCP = shown_BCP.gather(2, order_BCP).to(error_BCP.dtype)
+            weight_BCP = torch.empty_like(error_BCP).scatter(2, order_BCP, jaccard_steps(shown_sorted_BCP))
+        return (error_BCP * weight_BCP * labelled_B1P).sum(2)
+
+
+def falling_order(error_BCP: Tensor) -> Tensor:
+    """Positions of a map's values along its last axis, from the largest value on."""
+    if error_BCP.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.argsort(-error_BCP.numpy(), axis=2))  # in a seventh of torch's time
+    return error_BCP.argsort(dim=2, descending=True, stable=True)
+
+
+def jaccard_steps(shown_BCP: Tensor) -> Tensor:
+    """How much 1 - IoU rises with each further wrong pixel, (B, C, P), of pixels by falling error.
+
+    Args:
+        shown_BCP: 1 where the pixel's label is the class, else 0.
+    """
+    total_BC1 = shown_BCP.sum(2, keepdim=True)
+    intersection_BCP = total_BC1 - shown_BCP.cumsum(2)
+    union_BCP = total_BC1 + (1 - shown_BCP).cumsum(2)
+    jaccard_BCP = 1 - intersection_BCP / union_BCP
+    return jaccard_BCP.diff(dim=2, prepend=torch.zeros_like(jaccard_BCP[..., :1]))
+
+
+def _labels(batch: TermBatch) -> Tensor:
+    assert batch.labels is not None, "a batch has labels (check_rows)"
+    return batch.labels
