@@ -6,10 +6,10 @@
     training.py    the table of a training
     building.py    the tables of a build
 
-A table is a dataclass whose fields are `Annotated[type, ..., Setting(help)] = default`. The flags of the verbs, the
+A table is a dataclass whose fields are `name: type = setting(default, help)`. The flags of the verbs, the
 keys of recipes and the models that check them (`kdcache.train.TrainConfig`) are made from the tables.
 """
 
-from kdcache.settings.setting import Entry, Setting, Spelling, entries, names, read, read_values
+from kdcache.settings.setting import Entry, Setting, Spelling, entries, names, read, read_values, setting
 
-__all__ = ["Entry", "Setting", "Spelling", "entries", "names", "read", "read_values"]
+__all__ = ["Entry", "Setting", "Spelling", "entries", "names", "read", "read_values", "setting"]

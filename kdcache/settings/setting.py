@@ -1,19 +1,23 @@
 """The entries of a table of settings, and how a table is read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from kdcache.errors import RecipeError
 
 Table = TypeVar("Table")
+T = TypeVar("T")
+
+REQUIRED: Any = MISSING
+"""The default of a setting that must be given."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting as the command line shows it; a mark in the annotation of a table's field.
+    """A setting as the command line shows it.
 
     Attributes:
         help: one or two sentences.
@@ -36,16 +40,27 @@ class Setting:
     code: bool = False
 
 
+def setting(default: T, help: str, **shown: Any) -> T:
+    """A field of a table: its default, and how the command line shows it.
+
+    Args:
+        help, shown: attributes of `Setting`.
+    """
+    made: Any = field(default=default, metadata={"setting": Setting(help, **shown)})
+    return cast(T, made)
+
+
 @dataclass(frozen=True)
 class Spelling:
     """How a value is written as text; a mark in the annotation of its type, which pydantic obeys.
 
     Attributes:
-        parse: makes the value of a text and leaves alone what is no text. Raises ValueError or RecipeError.
+        parse: makes the value of a text. Raises ValueError or RecipeError.
         rule: what the text is, as in "--size is HEIGHTxWIDTH in pixels"; None where the type or `parse` has the rule.
         example: a text that is right.
         show: makes the text of a value; None where a recipe holds the value as it is.
         nothing: the text that stands for None.
+        text_only: `parse` leaves alone what is no text; else it gets any value.
     """
 
     parse: Callable[[Any], Any]
@@ -53,12 +68,17 @@ class Spelling:
     example: str
     show: Callable[[Any], str] | None = None
     nothing: str | None = None
+    text_only: bool = True
+
+    def read(self, value: Any) -> Any:
+        """The value of a text, or of what is no text. Raises: as `parse`."""
+        return value if self.text_only and not isinstance(value, str) else self.parse(value)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core import core_schema
 
         shown = None if self.show is None else core_schema.plain_serializer_function_ser_schema(self.show)
-        return core_schema.no_info_before_validator_function(self.parse, handler(source), serialization=shown)
+        return core_schema.no_info_before_validator_function(self.read, handler(source), serialization=shown)
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ class Entry:
         if self.spelling is None:
             return value
         try:
-            return self.spelling.parse(value)
+            return self.spelling.read(value)
         except ValueError as error:
             raise RecipeError(
                 f"{self.flag} is {self.spelling.rule}",
@@ -126,13 +146,12 @@ def entries(*tables: type) -> dict[str, Entry]:
     made = {}
     for table in tables:
         hints = get_type_hints(table, include_extras=True)
-        for field in fields(table):
-            kind, optional, marks = _bare(hints[field.name])
-            setting = next((mark for mark in marks if isinstance(mark, Setting)), None)
+        for own in fields(table):
+            kind, optional, marks = _bare(hints[own.name])
             spelling = next((mark for mark in marks if isinstance(mark, Spelling)), None)
-            if setting is not None:
-                default = field.default if field.default_factory is MISSING else field.default_factory()
-                made[field.name] = Entry(field.name, kind, optional, default, setting, spelling, marks)
+            if "setting" in own.metadata:
+                shown = own.metadata["setting"]
+                made[own.name] = Entry(own.name, kind, optional, own.default, shown, spelling, marks)
     return made
 
 

@@ -18,21 +18,17 @@ Weight = Annotated[float, Ge(0), Predicate(isfinite)]
 Count = Annotated[int, Ge(1)]
 
 
-def parse_size(value: Any) -> Any:
+def parse_size(text: str) -> tuple[int, int]:
     """'144x192' as (144, 192): height, then width."""
-    if not isinstance(value, str):
-        return value
-    parts = value.lower().split("x")
+    parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError
     return int(parts[0]), int(parts[1])
 
 
-def parse_range(value: Any) -> Any:
+def parse_range(text: str) -> tuple[float, float]:
     """'0.5:2' as (0.5, 2.0)."""
-    if not isinstance(value, str):
-        return value
-    low, high = map(float, value.split(":"))
+    low, high = map(float, text.split(":"))
     return low, high
 
 
@@ -44,11 +40,9 @@ def parse_every(value: Any) -> Any:
     return text if text.endswith("e") else int(text)
 
 
-def parse_bytes(value: Any) -> Any:
-    """'50GiB' or '200MB' as a number of bytes; a number, and None, as they are. Raises: RecipeError for other text."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", value.strip().lower())
+def parse_bytes(text: str) -> int:
+    """'50GiB' or '200MB' as a number of bytes. Raises: RecipeError for other text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
     count = 0
     if match is not None:
         number, unit, binary = match.groups()
@@ -56,53 +50,40 @@ def parse_bytes(value: Any) -> Any:
     if count < 1:
         raise RecipeError(
             "--cache-bytes is a number of bytes, with a unit if you like",
-            received=repr(value),
+            received=repr(text),
             remedy="for instance --cache-bytes 50GiB, 200MB or 1000000000",
         )
     return count
 
 
-def parse_words(value: Any) -> Any:
+def parse_words(text: str) -> tuple[str, ...]:
     """'a,b' as ('a', 'b'), each once; '' as ()."""
-    if not isinstance(value, str):
-        return value
-    return tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
-def parse_numbers(value: Any) -> Any:
+def parse_numbers(text: str) -> tuple[float, ...]:
     """'2,1' as (2.0, 1.0)."""
-    return tuple(map(float, value.split(","))) if isinstance(value, str) else value
+    return tuple(map(float, text.split(",")))
 
 
-def parse_colour(value: Any) -> Any:
+def parse_colour(text: str) -> tuple[float, float, float]:
     """'0.485,0.456,0.406' as three numbers."""
-    if not isinstance(value, str):
-        return value
-    red, green, blue = map(float, value.split(","))
+    red, green, blue = map(float, text.split(","))
     return red, green, blue
 
 
-def parse_number(value: Any) -> Any:
-    """'0.999' as 0.999."""
-    return float(value) if isinstance(value, str) else value
-
-
-def parse_top_k(value: Any) -> Any:
+def parse_top_k(text: str) -> int | None:
     """A number of classes; 'auto' as None."""
-    if not isinstance(value, str):
-        return value
-    if value != "auto" and not value.isdigit():
+    if text != "auto" and not text.isdigit():
         raise ValueError
-    return None if value == "auto" else int(value)
+    return None if text == "auto" else int(text)
 
 
-def parse_views(value: Any) -> Any:
+def parse_views(text: str) -> int:
     """A number of views per sample; 'full' as 1."""
-    if not isinstance(value, str):
-        return value
-    if value != "full" and not (value.isdecimal() and int(value)):
+    if text != "full" and not (text.isdecimal() and int(text)):
         raise ValueError
-    return 1 if value == "full" else int(value)
+    return 1 if text == "full" else int(text)
 
 
 def parse_logs(value: Any) -> Any:
@@ -159,16 +140,19 @@ Range = Annotated[
 ]
 Every = Annotated[
     int | str,
-    Spelling(parse_every, rule="a number of iterations such as 500, or of epochs such as 5e", example="500"),
+    Spelling(
+        parse_every, text_only=False, rule="a number of iterations such as 500, or of epochs such as 5e", example="500"
+    ),
 ]
 Bytes = Annotated[
     int, Ge(1), Spelling(parse_bytes, rule="a size from 1 byte on, such as 50GiB or 200MB", example="50GiB")
 ]
-Logs = Annotated[tuple[str, ...], Spelling(parse_logs, rule=None, example="tensorboard")]
+Logs = Annotated[tuple[str, ...], Spelling(parse_logs, text_only=False, rule=None, example="tensorboard")]
 LrScales = Annotated[
     tuple[str, ...],
     Spelling(
         parse_lr_scales,
+        text_only=False,
         rule="PREFIX=X, a prefix of parameter names, each given once, and a factor above 0",
         example="encoder=0.1",
     ),
@@ -180,7 +164,7 @@ Numbers = Annotated[
 Colour = Annotated[
     tuple[float, float, float], Spelling(parse_colour, rule="three numbers for R,G,B in 0..1", example="0.5,0.5,0.5")
 ]
-Decay = Annotated[float, Gt(0), Lt(1), Spelling(parse_number, rule="a decay above 0 and below 1", example="0.999")]
+Decay = Annotated[float, Gt(0), Lt(1), Spelling(float, rule="a decay above 0 and below 1", example="0.999")]
 TopK = Annotated[int, Spelling(parse_top_k, rule="auto or a number of classes", example="auto", nothing="auto")]
 Views = Annotated[
     int,

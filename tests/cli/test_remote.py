@@ -83,7 +83,6 @@ def test_bytes_as_one_writes_them(text, count) -> None:
     from kdcache.settings.spelling import parse_bytes
 
     assert parse_bytes(text) == count
-    assert parse_bytes(count) == count
 
 
 def test_a_remote_cache_without_obstore(tmp_path) -> None:

@@ -11,8 +11,9 @@ from annotated_types import Ge, Le
 from typer.testing import CliRunner
 
 from kdcache.errors import RecipeError
-from kdcache.settings import Setting, entries, names, read, read_values
+from kdcache.settings import entries, names, read, read_values, setting
 from kdcache.settings.building import BUILD, BuildSettings
+from kdcache.settings.setting import REQUIRED
 from kdcache.settings.spelling import Size, TopK, Words
 from kdcache.settings.training import TRAINING, TrainSettings
 from kdcache.teacher import BuildOptions
@@ -24,14 +25,14 @@ from kdcache_cli.settings.signature import takes
 @dataclass(frozen=True, kw_only=True)
 class Bread:
     secret: str = "no flag"
-    flour: Annotated[Literal["rye", "wheat"], Setting("Of what.")]
-    loaves: Annotated[int, Ge(1), Le(9), Setting("How many.", panel="Oven", ranged=True)] = 2
-    tin: Annotated[Size | None, Setting("How large.", panel="Oven")] = None
-    seeds: Annotated[Words, Setting("What is on it.")] = ("poppy",)
-    slices: Annotated[TopK | None, Setting("How thin.")] = None
-    crisp: Annotated[bool, Setting("Whether it is.")] = True
-    hours: Annotated[float, Setting("How long.", automatic=True)] = 1.5
-    guests: Annotated[tuple[str, ...], Setting("Who eats it.", repeated=True)] = ()
+    flour: Literal["rye", "wheat"] = setting(REQUIRED, "Of what.")
+    loaves: Annotated[int, Ge(1), Le(9)] = setting(2, "How many.", panel="Oven", ranged=True)
+    tin: Size | None = setting(None, "How large.", panel="Oven")
+    seeds: Words = setting(("poppy",), "What is on it.")
+    slices: TopK | None = setting(None, "How thin.")
+    crisp: bool = setting(True, "Whether it is.")
+    hours: float = setting(1.5, "How long.", automatic=True)
+    guests: tuple[str, ...] = setting((), "Who eats it.", repeated=True)
 
 
 def test_a_table_is_read_once_in_its_order() -> None:

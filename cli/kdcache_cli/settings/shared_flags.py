@@ -10,7 +10,6 @@ import typer
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, DataSettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.spelling import parse_bytes
 from kdcache.settings.training import TRAINING
 from kdcache_cli.settings.signature import flag
 
@@ -70,7 +69,8 @@ def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "P
     """The place of a store, with the folder for copies when that is remote."""
     from kdcache.store.backend.open import open_place
 
-    return open_place(store, None if cache_dir is None else Path(cache_dir), parse_bytes(cache_bytes))
+    room = entries(CopySettings)["cache_bytes"].read(cache_bytes)
+    return open_place(store, None if cache_dir is None else Path(cache_dir), room)
 
 
 def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
