@@ -174,15 +174,6 @@ class CacheDataset(DrawnDataset):
         else:
             self._from_source(index, record, window, flip, out)
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
-        self._place(record, window, flip, out)
-        if not self._has_label(self.indices[index]):
-            out.label[...] = IGNORE_INDEX
-        for path, array in out.stored:
-            self.records.read_into(record, path, array)
-        self._roll(rng, out)
-
-    def _place(self, record: int, window: Window, flip: bool, out: Row) -> None:
-        """Write where a sample lies in its view, and the number of its record."""
         assert out.window is not None
         assert out.flip is not None
         out.window[...] = (window.y0, window.x0, window.y1, window.x1)
@@ -191,6 +182,11 @@ class CacheDataset(DrawnDataset):
             out.inside[...] = self._inside[record]
         if out.record is not None:
             out.record[...] = record
+        if not self._has_label(self.indices[index]):
+            out.label[...] = IGNORE_INDEX
+        for path, array in out.stored:
+            self.records.read_into(record, path, array)
+        self._roll(rng, out)
 
     def _has_label(self, number: int) -> bool:
         return number in self._labels_used and bool(self._has_labels[number])

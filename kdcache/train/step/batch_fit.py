@@ -25,13 +25,6 @@ def requested_memory(error: BaseException) -> str:
     return f"{number} {unit}" if unit.lower() != "bytes" else f"{int(number) / 2**30:.3g} GiB"
 
 
-def free_memory(device: torch.device) -> None:
-    """Return unused memory to the device and the system."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.device, together: int = 1) -> int | None:
     """The largest half, quarter, eighth ... of a batch for which `attempt` fits into memory; None when none does.
 
@@ -41,7 +34,9 @@ def largest_fitting(attempt: Callable[[int], None], size: int, device: torch.dev
     """
     while size > together:
         size = max(together, size // 2 // together * together)
-        free_memory(device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
             attempt(size)
         except Exception as error:
