@@ -23,7 +23,6 @@ from kdcache.store import Cache
 from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.input.resident_records import DeviceTargets, RamRecords, decoded_bytes
 
-CHOICES = ("auto", "ram", "gpu", "off")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -38,12 +37,11 @@ def keep_records(
     """Let a dataset keep its records in the place that `choice` names.
 
     Args:
+        choice: auto, ram, gpu or off.
         workers: workers of the loader; processes share no memory, so each of them would keep records of its own.
         note: receives what is kept, or why nothing is.
     Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the store.
     """
-    if choice not in CHOICES:
-        raise RecipeError(f"--resident is one of {', '.join(CHOICES)}", received=repr(choice), remedy="leave it out")
     if choice == "gpu" and device.type != "cuda":
         raise RecipeError(
             "--resident gpu keeps the targets on a GPU",

@@ -9,6 +9,8 @@ from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_run_model
 from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel
+from kdcache.settings import entries
+from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.config import TrainConfig, read_config
 from kdcache.train.run.checkpoint_file import KEPT
@@ -18,23 +20,9 @@ from kdcache.train.run.metrics_log import environment, write_json
 BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS}
 EVENTS = "events.out.tfevents."  # of tensorboard
 # What may change between a run's start and its resumption without changing what it learns.
-FREE_ON_RESUME = {
-    "name",
-    "workers",
-    "threads",
-    "log",
-    "log_every",
-    "keep_every",
-    "device",
-    "step",
-    "impl",
-    "resident",
-    "data",
-    "val",
-    "cache",
-    "cache_dir",
-    "cache_bytes",
-}
+PLACES = {*entries(SourceSettings, CopySettings), "cache", "val"}
+EXECUTION = {*entries(MachineSettings), "name", "workers", "log", "log_every", "keep_every", "step", "impl", "resident"}
+FREE_ON_RESUME = PLACES | EXECUTION
 
 
 def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) -> None:
