@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from kdcache.data import open_split
 from kdcache.distill import Batch
 from kdcache.distill.batch import tensors_of
-from kdcache.errors import CorruptError, RecipeError
+from kdcache.errors import CorruptError
 from kdcache.store import Cache, Records, open_cache
 from kdcache.train import CacheDataset, LabelledDataset
 from kdcache.train.input.batch import collate
@@ -116,13 +116,6 @@ def assemble(draws: Draws, world: int, workers: int) -> list[Batch]:
 
 def joined(parts: tuple[Batch, ...]) -> Batch:
     return collate(parts).map(lambda tensor: tensor.flatten(0, 1))
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(cache: Cache) -> None:
-    with pytest.raises(RecipeError, match="equally"):
-        make_loader(
-            Draws(CacheDataset(cache), 0), first=0, last=1, batch_size=4, workers=0, pin_memory=False, rank=1, world=3
-        )
 
 
 def test_a_labelled_dataset_needs_no_target(scenes: str) -> None:
