@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
-from kdcache_cli.console import OUT, progress_bar
+from kdcache_cli.console import OUT, progress_of_stages
 
 if TYPE_CHECKING:
     from kdcache.data import SplitReport
@@ -47,15 +47,8 @@ def check(
 
     if fetch:
         _download(data)
-    with progress_bar() as bar:
-        tasks: dict[str, object] = {}
-
-        def progress(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(f"reading {name}", total=total, note="")
-            bar.update(tasks[name], completed=done)  # type: ignore[arg-type]
-
-        report = check_data(data, split, progress=progress)
+    with progress_of_stages() as update:
+        report = check_data(data, split, progress=lambda name, done, total: update(f"reading {name}", done, total))
     place = f" in {escape(report.folder)}" if report.folder else ""
     OUT.print(f"layout [bold]{report.layout}[/]{place}: {escape(report.why)}", highlight=False)
     for name, part in report.splits.items():

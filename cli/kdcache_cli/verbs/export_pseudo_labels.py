@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from kdcache_cli.console import OUT, progress_bar
+from kdcache_cli.console import OUT, figure_table, progress_of_steps
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
@@ -55,15 +54,8 @@ def export_pseudo_labels(
 
     rule = Rule(threshold, quantile)
     records = Records.open(shared_flags.open_place(store, cache_dir, cache_bytes), data, split)
-    with progress_bar() as bar:
-        task = bar.add_task("", total=None, note="")
-        exported = export(
-            records,
-            out,
-            rule,
-            images=images,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+    with progress_of_steps("") as progress:
+        exported = export(records, out, rule, images=images, progress=progress)
     _print(exported)
     earlier = f" ({exported.kept} were there)" if exported.kept else ""
     OUT.print(f"[bold]{escape(str(out))}[/]: {exported.written} label files written{earlier}")
@@ -76,9 +68,7 @@ def export_pseudo_labels(
 def _print(exported: "Exported") -> None:
     from kdcache.metrics import percent
 
-    table = Table("class", "confidence from", "pixels kept", "of class %", "right %", box=None, header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figure_table("class", "confidence from", "pixels kept", "of class %", "right %")
     coverage = exported.coverage
     rows = zip(
         exported.class_names, coverage.thresholds, coverage.selected, coverage.shares, coverage.precision, strict=True

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from kdcache_cli.console import OUT, progress_bar
+from kdcache_cli.console import OUT, figure_table, progress_bar
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.store.backend.base import Place
@@ -48,13 +47,6 @@ def _beside(place: "Place") -> Path:
     return Path(name) if place.remote else place.folder.absolute().with_name(name)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(*columns, title=f"\n{title}", title_style="bold", title_justify="left", box=None, header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
-
-
 def _print_classes(audit: "Audit") -> None:
     from kdcache.metrics import class_rows, percent
 
@@ -63,7 +55,7 @@ def _print_classes(audit: "Audit") -> None:
         return
     metrics, calibration = audit.metrics, audit.calibration
     title = f"The teacher on {audit.labelled} labelled images of {audit.images}"
-    table = _table(title, "class", "IoU %", "Acc %", "pixels %", "right %", "sure %", "instead")
+    table = figure_table("class", "IoU %", "Acc %", "pixels %", "right %", "sure %", "instead", title=title)
     order = sorted(
         range(len(metrics.iou)), key=lambda number: (metrics.iou[number] != metrics.iou[number], metrics.iou[number])
     )
@@ -87,13 +79,13 @@ def _print_confused(audit: "Audit") -> None:
     from kdcache.metrics import percent
 
     if audit.confused:
-        table = _table("Most confused", "label", "predicted", "% of the label's pixels", "pixels")
+        table = figure_table("label", "predicted", "% of the label's pixels", "pixels", title="Most confused")
         table.columns[1].justify = "left"
         for pair in audit.confused:
             table.add_row(pair.label, pair.predicted, percent(pair.share), f"{pair.pixels:,}")
         OUT.print(table)
     if audit.worst:
-        table = _table("Images where it loses most", "image", "mIoU %")
+        table = figure_table("image", "mIoU %", title="Images where it loses most")
         for scored in audit.worst:
             table.add_row(scored.sample, percent(scored.miou))
         OUT.print(table)
@@ -103,12 +95,12 @@ def _print_coverage(audit: "Audit") -> None:
     from kdcache.metrics import percent
     from kdcache.teacher.audit.audit import THRESHOLDS
 
-    table = _table("Pseudo labels over thresholds", "confidence", "pixels kept %", "of these right %")
+    table = figure_table("confidence", "pixels kept %", "of these right %", title="Pseudo labels over thresholds")
     for threshold, coverage in zip(THRESHOLDS, audit.coverage, strict=True):
         table.add_row(f"{threshold:g}", percent(coverage.total_share), percent(coverage.total_precision))
     OUT.print(table)
     parts = [audit.coverage_at(threshold) for threshold in (0.7, 0.9)]
-    table = _table("and of each class", "class", "kept at 0.7 %", "right %", "kept at 0.9 %", "right %")
+    table = figure_table("class", "kept at 0.7 %", "right %", "kept at 0.9 %", "right %", title="and of each class")
     for number, name in enumerate(audit.class_names):
         cells = [percent(share[number]) for part in parts for share in (part.shares, part.precision)]
         table.add_row(name, *cells)
@@ -126,7 +118,7 @@ def _print_gradient(audit: "Audit") -> None:
         f"Error of the KL gradient with only k of {gradient.kept} classes, % of its norm ({gradient.records} images)"
     )
     students = (("uniform", gradient.uniform), ("noisy", gradient.noisy))
-    table = _table(title, "k", *(f"{name}\nT = {T:g}" for name, _ in students for T in TEMPERATURES))
+    table = figure_table("k", *(f"{name}\nT = {T:g}" for name, _ in students for T in TEMPERATURES), title=title)
     for k in gradient.noisy:
         table.add_row(str(k), *(percent(errors[k][T]) for _, errors in students for T in TEMPERATURES))
     OUT.print(table)

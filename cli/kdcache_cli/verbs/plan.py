@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress
-from rich.table import Table
 
 from kdcache.settings.building import BUILD
-from kdcache_cli.console import ERRORS, OUT, bytes_text, progress_bar
+from kdcache_cli.console import ERRORS, OUT, bytes_text, figure_table, progress_of_stages
 from kdcache_cli.settings import build_flags
 from kdcache_cli.settings.signature import takes
 
@@ -76,8 +74,8 @@ def plan(
 
     source, loaded, build_options = build_flags.prepare(settings)
     learning = None if student is None else student_seconds(student, len(source.classes), build_options)
-    with progress_bar() as bar:
-        estimated = estimate(source, loaded, build_options, records=records, progress=_Stages(bar).update)
+    with progress_of_stages() as progress:
+        estimated = estimate(source, loaded, build_options, records=records, progress=progress)
     free = _free_bytes(out)
     _print_settings(estimated)
     _print_time(estimated)
@@ -99,18 +97,6 @@ def plan(
         json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-class _Stages:
-    """A bar for each stage."""
-
-    def __init__(self, bar: Progress) -> None:
-        self._bar, self._tasks = bar, dict[str, object]()
-
-    def update(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total, note="")
-        self._bar.update(self._tasks[what], completed=done)  # type: ignore[arg-type]
-
-
 def _print_settings(estimate: "Estimate") -> None:
     planned = estimate.chosen
     share = "all" if planned.setting.k == estimate.classes else f"the top {planned.setting.k} of"
@@ -119,12 +105,13 @@ def _print_settings(estimate: "Estimate") -> None:
         f"{bytes_text(planned.bytes_per_record)}, keeping {share} {estimate.classes} classes; the teacher's pass takes "
         f"[bold]{_time(planned.seconds)}[/] on this machine. From {estimate.taught} records."
     )
-    table = Table("array", "per record", "in all", box=None, header_style="dim")
+    table = figure_table("array", "per record", "in all")
     for path, size in planned.sizes.items():
         if not path.startswith("records/"):
             table.add_row(path, bytes_text(size), bytes_text(size * planned.records))
-    _right(table)
-    table = Table("otherwise", "per record", "in all", "times", "files", "pass", box=None, header_style="dim")
+    OUT.print()
+    OUT.print(table)
+    table = figure_table("otherwise", "per record", "in all", "times", "files", "pass")
     for cost in estimate.neighbours:
         ratio = f"{cost.bytes / planned.bytes:.2f}"
         flags = cost.setting.flags(planned.setting)
@@ -136,12 +123,6 @@ def _print_settings(estimate: "Estimate") -> None:
             f"{cost.files:,}",
             _time(cost.seconds),
         )
-    _right(table)
-
-
-def _right(table: Table) -> None:
-    for column in table.columns[1:]:
-        column.justify = "right"
     OUT.print()
     OUT.print(table)
 
