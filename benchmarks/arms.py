@@ -45,6 +45,7 @@ TEACHER = "--batch-size 8 --warmup 100 --class-weights sqrt --gradients-every 0"
 TEACHERS = {
     # Flags of train-teacher by name. The data set is chosen where a teacher is used.
     "base": "--model kdcache:base --size 144x192 --lr 2e-3 --iterations 4000",
+    "brief": LITE % ("lite0", "144x192", "1e-3", 250),
     "lite0": LITE % ("lite0", "144x192", "1e-3", 2000),
     "lite0-slow": LITE % ("lite0", "144x192", "1e-3 --lr-scale encoder=0.2", 2000),
     "lite0-large": LITE % ("lite0", "288x384", "1e-3", 2000),
@@ -64,11 +65,13 @@ class Store:
 LARGE = "--teacher-size 288x384 --teacher-grid view"
 STORES = {
     "base": Store(("base",)),
+    "pixels": Store(("brief",)),  # for students that read no targets: every store of a size has the same pixels
     "lite": Store(("lite0-large",), LARGE),
 }
 VIEWS = "--size 144x192 --view-scale 1:2"
 STUDENT = (
-    "--model kdcache:tiny --batch-size 8 --lr 6e-3 --warmup 100 --class-weights sqrt --gradients-every 0 --threads 1"
+    "--model kdcache:tiny --batch-size 8 --lr 6e-3 --warmup 100 --class-weights sqrt --ema 0.999 --gradients-every 0 "
+    "--threads 1"
 )
 FOUR, ALL = "--augment replay --limit-views 4", "--augment replay"
 
@@ -96,15 +99,19 @@ class Arm:
 
 PLAIN = "--method none"
 CONTROLS = (
+    Arm("E1", "plain, 4 views", "pixels", f"{PLAIN} {FOUR}"),
+    Arm("E1", "dist of labels, 4 views", "pixels", f"--method dist --teacher labels {FOUR}"),
+    Arm("E1", "plain, 16 views", "pixels", f"{PLAIN} {ALL}"),
     Arm("E1", "plain, files", "", ""),
-    Arm("E1", "plain, 4 views", "lite", f"{PLAIN} {FOUR}"),
-    Arm("E1", "plain, 16 views", "lite", f"{PLAIN} {ALL}"),
+    Arm("E1", "dice, 4 views", "pixels", f"--method dice {FOUR}"),
+    Arm("E1", "lovasz, 4 views", "pixels", f"--method lovasz {FOUR}"),
+    Arm("E1", "label smoothing 0.1, 4 views", "pixels", f"{PLAIN} --label-smoothing 0.1 {FOUR}"),
     Arm("E1", "dist of the teacher, 4 views", "lite", f"--method dist {FOUR}"),
     Arm("E1", "dist of the teacher, 16 views", "lite", f"--method dist {ALL}"),
 )
 PLATEAU = tuple(
     Arm("E3", f"{name}, {iterations} iterations", store, flags, iterations, (0, 1))
-    for iterations in (4500, 9000, 18000)
-    for name, store, flags in (("plain, 16 views", "lite", f"{PLAIN} {ALL}"), ("plain, files", "", ""))
+    for iterations in (1500, 4500, 9000, 18000)
+    for name, store, flags in (("plain, 16 views", "pixels", f"{PLAIN} {ALL}"), ("plain, files", "", ""))
 )
 ARMS = (*CONTROLS, *PLATEAU)

@@ -138,7 +138,7 @@ class Study:
                 store = self.folders.store(arm.store, arm.data, arm.teacher_data or arm.data)
                 source = f"train-student --cache {store} --val {data}"
             resume = "--resume" if out.exists() else ""
-            length = f"--seed {seed} --iterations {arm.iterations}"
+            length = f"--seed {seed} --iterations {arm.iterations} --val-every {max(1, arm.iterations // 5)}"
             kdcache(f"{source} --out {out} {length} {STUDENT} {arm.flags} {resume}")
         self.add({**key, "store": arm.store, "data": arm.data, "flags": arm.flags, **scores(Run.open(out))})
 
