@@ -45,15 +45,6 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
-    """Return `value`. Raises: RecipeError for a value that is not one of `allowed`."""
-    if value not in allowed:
-        raise RecipeError(
-            f"{flag} is one of {', '.join(allowed)}", received=repr(value), remedy=f"use {flag} {allowed[0]}"
-        )
-    return value
-
-
 def use_machine(threads: int, device: str) -> "torch.device":
     """The device that `auto`, `cpu` or `cuda` names; sets torch's threads, unless they are 0. Raises: RecipeError."""
     import torch

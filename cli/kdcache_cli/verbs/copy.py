@@ -7,6 +7,8 @@ import typer
 from rich.markup import escape
 
 from kdcache.errors import RecipeError
+from kdcache.settings import entries
+from kdcache.settings.building import BuildSettings
 from kdcache_cli.console import OUT, bytes_text, progress_bar
 from kdcache_cli.settings import shared_flags
 
@@ -61,12 +63,13 @@ def copy(
     from kdcache.store.copy import rounds
 
     cache = open_cache(shared_flags.open_place(source, cache_dir, cache_bytes))
+    choices = entries(BuildSettings)
     changes = CopyChanges(
-        codec=None if codec is None else shared_flags.one_of("--codec", codec, ("default", "small", "none")),  # type: ignore[arg-type]
+        codec=choices["codec"].read(codec),
         shard_records=shard_records,
         samples=_samples(cache, samples, ids),
         features=None if features is None else tuple(tap for tap in features.split(",") if tap),
-        pixels=None if pixels is None else shared_flags.one_of("--pixels", pixels, ("stored", "source")),  # type: ignore[arg-type]
+        pixels=choices["pixels"].read(pixels),
     )
     fidelity = None
     if rounds(cache.manifest, changes.codec) and not store_exists(destination):  # a copy that was begun has its figures
