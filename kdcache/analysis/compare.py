@@ -77,9 +77,13 @@ def compare(
     scores = {group.name: tuple(judge.score(run, group.teacher) for run in group.runs) for group in groups}
     costs = {group.name: judge.cost(group.runs[0]) for group in groups}
     baselines = {group.name: choose_baseline(group, groups, options.baseline) for group in groups}
-    used = {baseline.name for baseline in baselines.values() if baseline is not None}
+    controls = {group.name: choose_control(group, groups) for group in groups}
+    used = {rival.name for rival in (*baselines.values(), *controls.values()) if rival is not None}
     rows = [
-        _row(group, scores, costs[group.name], baselines[group.name], len(source.classes), group.name in used)
+        replace(
+            _row(group, scores, costs[group.name], baselines[group.name], len(source.classes), group.name in used),
+            control=_miou_difference(scores, group, controls[group.name]),
+        )
         for group in groups
     ]
     return Comparison(
@@ -163,21 +167,36 @@ def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = N
     rivals = [other for other in plain_rows if other.model == group.model]
     if not group.taught or not rivals:
         return None
-    return min(rivals, key=lambda other: sum(other.differs[key] != value for key, value in group.differs.items()))
+    return min(rivals, key=group.likeness)
+
+
+def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The control of a row: its model and terms with labels in the teacher's place, of several the one most like it."""
+    if group.control or group.teacher or not group.taught:
+        return None
+    own = [group.settings.get(key) for key in ("model", "method", "term")]
+    rivals = [other for other in groups if other.control and not other.teacher]
+    rivals = [other for other in rivals if [other.settings.get(key) for key in ("model", "method", "term")] == own]
+    return min(rivals, key=group.likeness, default=None)
 
 
 def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Rows whose verdicts are adjusted: those on mIoU together, those on the classes of all rows together.
 
-    The teacher is no contestant, so its verdicts are its own and make no other harder to reach.
+    Distances to controls are adjusted with those to baselines. The teacher is no contestant, so its verdicts are its
+    own and make no other harder to reach.
     """
     places = [place for place, row in enumerate(rows) if row.difference is not None and not row.teacher]
-    totals = adjust([gap for place in places if (gap := rows[place].difference) is not None])
+    controlled = [place for place, row in enumerate(rows) if row.control is not None]
+    gaps = [*(rows[place].difference for place in places), *(rows[place].control for place in controlled)]
+    totals = iter(adjust([gap for gap in gaps if gap is not None]))
     classes = iter(adjust([gap for place in places for gap in rows[place].class_differences]))
     adjusted = list(rows)
-    for place, total in zip(places, totals, strict=True):
+    for place in places:
         own = tuple(next(classes) for _ in rows[place].class_differences)
-        adjusted[place] = replace(rows[place], difference=total, class_differences=own)
+        adjusted[place] = replace(rows[place], difference=next(totals), class_differences=own)
+    for place in controlled:
+        adjusted[place] = replace(adjusted[place], control=next(totals))
     return tuple(adjusted)
 
 
@@ -257,6 +276,13 @@ class _Judge:
                 )
             self._progress(f"timing {entry.name}", 1, 1)
         return self._costs[key]
+
+
+def _miou_difference(scores: dict[str, tuple[RunScore, ...]], group: Group, rival: Group | None) -> Difference | None:
+    if rival is None:
+        return None
+    own, theirs = ({score.key: score.metrics.miou for score in scores[each.name]} for each in (group, rival))
+    return difference(own, theirs, rival.name)
 
 
 def _row(

@@ -45,6 +45,7 @@ class Row:
         difference: in mIoU; None for a baseline and for a row without one. class_differences: in each class's IoU.
         cost: the cost of one image with the first run's model.
         teacher: a row apart: no contestant. baseline: others are measured against it.
+        control: in mIoU, to the row that learnt by the same terms from labels in the teacher's place; None without one.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Row:
     cost: Cost
     teacher: bool
     baseline: bool
+    control: Difference | None = None
 
     @property
     def collapsed(self) -> tuple[tuple[str, str], ...]:
@@ -78,6 +80,7 @@ class Row:
             "macc": self.macc.to_json(),
             "aacc": self.aacc.to_json(),
             "difference": None if self.difference is None else self.difference.to_json(),
+            "control": None if self.control is None else self.control.to_json(),
             "classes": [
                 {"name": name, "iou": iou.to_json(), "difference": None if gap is None else gap.to_json()}
                 for name, iou, gap in zip(class_names, self.iou, gaps, strict=True)

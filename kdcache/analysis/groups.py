@@ -31,7 +31,12 @@ MACHINE = (
     "workers",
 )
 """Settings of a run that do not decide what it learns."""
-_NAMING = ("model", "method", "term", "kl-weight", "temperature", "ce-weight", "gate", "class-trust", "class-weights")
+CONTROL = "control: labels in the teacher's place"
+"""The name, alone or after others, of a row that learnt from labels by the terms of a teacher."""
+_NAMING = (
+    *("model", "method", "teacher", "term", "kl-weight", "temperature", "ce-weight", "gate", "class-trust"),
+    "class-weights",
+)
 """Settings that name rows, the first ones first; then all others by the alphabet, and what holds paths."""
 _LAST = ("init", "cache", "data", "split", "val", "val-split", "verb")
 _OF_A_TEACHER = ("kl-weight", "temperature")
@@ -66,8 +71,22 @@ class Group:
 
     @property
     def taught(self) -> bool:
-        """Whether it learnt from more than labels; a model without a recipe is no baseline, so it counts as taught."""
+        """Whether it learnt by more than cross-entropy; a model without a recipe is no baseline, so it counts, too."""
         return self.settings.get("method") != "none" or bool(self.settings.get("term"))
+
+    @property
+    def control(self) -> bool:
+        """Whether labels stood in the teacher's place."""
+        return is_control(self.settings)
+
+    def likeness(self, other: "Group") -> int:
+        """The number of settings, of those that separate rows, in which another row is not like this one."""
+        return sum(other.differs[key] != value for key, value in self.differs.items())
+
+
+def is_control(settings: Mapping[str, Any]) -> bool:
+    """Whether labels stood in the teacher's place in a run of these settings."""
+    return settings.get("teacher") == "labels"
 
 
 def group_runs(runs: Sequence[Entry], ignore: Iterable[str] = ()) -> tuple[list[Group], list[str]]:
@@ -159,8 +178,9 @@ def _names(parts: Sequence[Sequence[Entry]], keys: Sequence[str]) -> list[str]:
     for members in parts:
         settings = members[0].settings
         idle = _OF_A_TEACHER if settings.get("method") == "none" else ()
-        words = [_words(key, settings.get(key)) for key in keys if key not in idle] if settings else []
-        names.append(str(settings.get("name") or ", ".join(words) or members[0].name))
+        words = [_words(key, settings.get(key)) for key in keys if key not in (*idle, "teacher")] if settings else []
+        own = [str(settings["name"])] if settings.get("name") else words
+        names.append(", ".join([*own, CONTROL] if is_control(settings) else own) or members[0].name)
     for source in ("name", "text"):
         counts = Counter(names)
         names = [

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from kdcache.analysis.comparison import Comparison, Row
+from kdcache.analysis.groups import CONTROL
 from kdcache.analysis.spread import Difference, Spread
 from kdcache.errors import one_line
 from kdcache.metrics.tables import markdown_table, percent
@@ -39,11 +40,10 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Rows with a known distance to their baseline: both intervals, the correlation of the pairs, p and p by Holm."""
+    """Known distances of rows to their baseline and control: both intervals, correlation of pairs, p and p by Holm."""
     header = ["row", "to", "points", "paired, 95 %", "unpaired, 95 %", "correlation", "p", "p by Holm", "is"]
     rows = []
-    for row in comparison.rows:
-        gap = row.difference
+    for row, gap in ((each, gap) for each in comparison.rows for gap in (each.difference, each.control)):
         if gap is not None and not math.isnan(gap.mean):
             paired = interval(gap.low, gap.high) if gap.paired else "-"
             rows.append(
@@ -178,9 +178,10 @@ def to_text(comparison: Comparison) -> str:
 
 
 def row_name(row: Row) -> str:
-    """The name of a row, marked as the baseline unless the name contains that."""
+    """The name of a row, marked as the baseline unless the name contains that, or says that it is a control."""
     name = one_line(row.name)
-    return f"{name} (baseline)" if row.baseline and "baseline" not in name.lower() else name
+    marked = "baseline" in name.lower() or name.endswith(CONTROL)
+    return f"{name} (baseline)" if row.baseline and not marked else name
 
 
 def _iou(number: int) -> Callable[[Row], Spread]:
@@ -207,6 +208,11 @@ def _about_differences(comparison: Comparison) -> list[str]:
     pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
     baselines = " and ".join(sorted({gap.baseline for gap in gaps}))
     sentences = [f"points of mIoU to {baselines}, {pairs}; 95 % interval by Student's t"]
+    if any(row.control is not None for row in comparison.rows):
+        sentences.append(
+            f"a row named '{CONTROL}' learnt by the same terms without a teacher: what it has over the baseline is the "
+            "loss's own, and the distance of a row to it is what the teacher adds"
+        )
     if any(math.isnan(gap.half_width) for gap in gaps):
         sentences.append("one run (or one pair) has no interval: how much a seed changes is unknown")
     if any(gap.paired and not math.isnan(gap.half_width) for gap in gaps):

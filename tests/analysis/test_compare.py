@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from kdcache.analysis.compare import CompareOptions, adjust_rows, choose_baseline, comparable_split, compare
 from kdcache.analysis.comparison import Comparison, Row
-from kdcache.analysis.groups import Group
+from kdcache.analysis.groups import CONTROL, Group
+from kdcache.analysis.report.summary import headline
 from kdcache.analysis.runs import Entry
 from kdcache.analysis.spread import Difference, Spread
 from kdcache.analysis.stored_evaluations import Judging, data_digest, memory_errors
-from kdcache.analysis.tables import legend
+from kdcache.analysis.tables import legend, to_markdown
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
 from kdcache.metrics import evaluate_model
@@ -234,6 +235,34 @@ def test_verdicts_of_all_rows_are_adjusted_together() -> None:
     assert [(one.difference.comparisons, one.difference.adjusted) for one in (a, b)] == [(2, 0.02), (2, 0.04)]
     assert [gap.comparisons for one in (a, b) for gap in one.class_differences] == [4] * 4
     assert [gap.adjusted for one in (a, b) for gap in one.class_differences] == pytest.approx([0.04, 0.4, 0.4, 0.04])
+
+
+def test_a_row_is_measured_against_its_own_control(world: Path, derive: Callable[..., Path]) -> None:
+    """The same terms with labels in the teacher's place; both against labels alone, all adjusted together."""
+    for seed in (0, 1):
+        derive(f"dist-{seed}", method="dist", seed=seed, noise=0.05)
+        derive(f"control-{seed}", method="dist", seed=seed, teacher="labels", noise=0.1)
+        derive(f"kl-{seed}", method="kl", seed=seed)
+    names = [f"{kind}-{seed}" for kind in ("none", "kl", "dist", "control") for seed in (0, 1)]
+    comparison = compare([world / "runs" / name for name in names], options=options())
+    found = rows(comparison)
+    control = f"dist, {CONTROL}"
+    assert list(found) == ["none", "kl", "dist", control]
+    assert found["dist"].control is not None
+    assert found["dist"].control.baseline == control
+    assert found["dist"].control.mean == pytest.approx(found["dist"].miou.mean - found[control].miou.mean)
+    assert (found["kl"].control, found["none"].control, found[control].control) == (None, None, None)
+    assert found[control].baseline
+    assert found[control].difference is not None
+    assert {gap.comparisons for gap in (found["dist"].control, found["dist"].difference) if gap is not None} == {4}
+    assert found["dist"].to_json(comparison.class_names)["control"]["baseline"] == control
+    table = to_markdown(comparison)
+    assert table.count(f"| dist | {control} |") == 1
+    assert "what the teacher adds" in table
+    assert "(baseline)" not in next(line for line in table.splitlines() if line.startswith(f"| {control}"))
+    best = replace(found["dist"], miou=Spread.of([0.9]))
+    _, _, reservations = headline(replace(comparison, rows=(found["none"], best, found[control])))
+    assert any("its control, the same loss with labels in the teacher's place" in text for text in reservations)
 
 
 def test_what_makes_numbers_worth_little_is_said(world: Path, derive: Callable[..., Path]) -> None:

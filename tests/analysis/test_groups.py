@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdcache.analysis.groups import Group, group_runs, nearest
+from kdcache.analysis.groups import CONTROL, Group, group_runs, nearest
 from kdcache.analysis.runs import Entry
 from kdcache.errors import RecipeError
 from kdcache.run_folder import Run
@@ -75,6 +75,12 @@ def test_the_machine_tells_no_rows_apart(setting: str) -> None:
             [run("a"), run("b", term=[{"kind": "cosine", "weight": 0.1}, {"kind": "at"}])],
             ["no term", "cosine,weight=0.1 + at"],
         ),
+        (
+            [run("a", method="none"), run("b"), run("c", teacher="labels")],
+            ["none", "kl", f"kl, {CONTROL}"],
+        ),
+        ([run("a", teacher="store"), run("b", teacher="labels")], ["a", CONTROL]),
+        ([run("a", name="KD"), run("b", name="KD'", teacher="labels")], ["KD", f"KD', {CONTROL}"]),
         ([run("a")], ["a"]),
         ([run("a"), Entry("kdcache:tiny@w.pt", None)], ["a", "kdcache:tiny@w.pt"]),
     ],

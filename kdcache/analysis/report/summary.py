@@ -43,7 +43,7 @@ def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
     sentence = f"The best row, {quoted(best.name)}, {reached}{_interval(difference)}."
     if len(rows) > 1:
         sentence = f"{_tally(gaps)} {sentence}"
-    more = [*_meaning(gaps), *_caution(gaps, difference), *_teacher(comparison, best)]
+    more = [*_meaning(gaps), *_control(best), *_caution(gaps, difference), *_teacher(comparison, best)]
     nothing = [f"{words}." for row in comparison.rows if (words := collapse(row, quoted(row.name)))]
     if all(_both_collapsed(comparison, *pair) for pair in rows):
         same = all(is_nothing(gap.mean) for gap in gaps)
@@ -155,6 +155,17 @@ def _meaning(gaps: Sequence[Difference]) -> list[str]:
 
 def _runs(difference: Difference) -> str:
     return f"{difference.runs} pairs of runs" if difference.paired else f"{difference.runs} runs"
+
+
+def _control(best: Row) -> list[str]:
+    """How much of the best row's score its loss reaches without a teacher."""
+    gap = best.control
+    if gap is None or math.isnan(gap.mean):
+        return []
+    return [
+        f"It reaches {gap_words(gap.mean)} its control, the same loss with labels in the teacher's place"
+        f"{_interval(gap)}: this much is the teacher's."
+    ]
 
 
 def _caution(gaps: Sequence[Difference], best: Difference) -> list[str]:
