@@ -8,14 +8,16 @@ or from a new one on the same data.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs, nearest
 from kdcache.analysis.runs import Entry, find_runs
-from kdcache.analysis.spread import Difference, Key, Spread, adjust, difference
+from kdcache.analysis.spread import Blocks, Difference, Key, Spread, adjust, difference, resample
 from kdcache.analysis.stored_evaluations import Evaluation, Judging, data_digest, evaluate_run, memory_errors
 from kdcache.data import Split, fold_alone, open_split
+from kdcache.data.sequences import sequences_of
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import REPEATS, Cost, measure_cost
@@ -33,6 +35,7 @@ class CompareOptions:
         teacher: a run or SPEC@FILE that is shown apart.
         baseline: name of a row, or of a run in it; None takes each model's row that learnt from labels alone.
         ignore: settings, besides seed and fold, that do not separate rows.
+        blocks_by: pattern of the sequences whose resampling gives the interval over images; None resamples images.
         own_fold: judge each run on the fold of the split that its training left out (cross-validation).
         repeats: timed calls per model; 0 measures no latency.
         smoke: the runs are those of a recipe made small: what is made of them is marked.
@@ -42,6 +45,7 @@ class CompareOptions:
     teacher: str | None = None
     baseline: str | None = None
     ignore: tuple[str, ...] = ()
+    blocks_by: str | None = None
     own_fold: bool = False
     repeats: int = REPEATS
     smoke: bool = False
@@ -59,8 +63,8 @@ def compare(
     Args:
         runs: run folders, folders that hold runs, SPEC@FILE.
         data, split: default: those that the runs' recipes validate on, which must be the same.
-    Raises: RecipeError for runs that are none and names that are unknown; MismatchError for runs of other classes or
-        other data.
+    Raises: RecipeError for runs that are none, for names that are unknown, and for a pattern of sequences that does not
+        name several; MismatchError for runs of other classes or other data.
     """
     options = options or CompareOptions()
     which = options.judging.which
@@ -70,6 +74,7 @@ def compare(
     if not members:
         raise RecipeError("a comparison has runs besides the teacher", received="none", remedy="name some runs")
     source = comparable_split(members, data, split)
+    blocks = choose_blocks(source, options.blocks_by)
     groups, notes = group_runs(members, options.ignore)
     groups += _apart(teachers, groups)
     _check_baseline(options.baseline, groups)
@@ -81,8 +86,8 @@ def compare(
     used = {rival.name for rival in (*baselines.values(), *controls.values()) if rival is not None}
     rows = [
         replace(
-            _row(group, scores, costs[group.name], baselines[group.name], len(source.classes), group.name in used),
-            control=_miou_difference(scores, group, controls[group.name]),
+            _row(group, scores, costs[group.name], baselines[group.name], blocks, group.name in used),
+            control=_miou_difference(scores, group, controls[group.name], blocks),
         )
         for group in groups
     ]
@@ -135,6 +140,25 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
                 remedy="name the data for all with --data and --split, or compare fewer runs",
             )
     return source
+
+
+def choose_blocks(split: Split, by: str | None) -> Blocks:
+    """What is resampled for intervals over images: the labelled images, or the sequences that a pattern names.
+
+    Raises: RecipeError for a pattern that is none, that does not fit every id, or that names one sequence alone.
+    """
+    ids = [sample for number, sample in enumerate(split.ids) if split.has_label(number)]
+    if by is None:
+        return Blocks.of({sample: sample for sample in ids}, "images")
+    blocks = Blocks.of(dict(zip(ids, sequences_of(ids, by, "--blocks-by"), strict=True)), "sequences")
+    if blocks.count < 2:
+        raise RecipeError(
+            "an interval over sequences needs several of them",
+            received=f"--blocks-by {by!r} names one sequence alone in the {len(ids)} ids of {split.data}, split "
+            f"{split.split!r}",
+            remedy="give a pattern that names shorter sequences, or leave it out for an interval over images",
+        )
+    return blocks
 
 
 def _validated_on(run: Entry, data: str, split: str) -> Split:
@@ -278,21 +302,41 @@ class _Judge:
         return self._costs[key]
 
 
-def _miou_difference(scores: dict[str, tuple[RunScore, ...]], group: Group, rival: Group | None) -> Difference | None:
+def _miou_difference(
+    scores: dict[str, tuple[RunScore, ...]], group: Group, rival: Group | None, blocks: Blocks
+) -> Difference | None:
+    """The distance in mIoU, with what its interval spans and with its interval over images or sequences."""
     if rival is None:
         return None
-    own, theirs = ({score.key: score.metrics.miou for score in scores[each.name]} for each in (group, rival))
-    return difference(own, theirs, rival.name)
+    own, theirs = scores[group.name], scores[rival.name]
+    gap = difference(_by_key(own, attrgetter("miou")), _by_key(theirs, attrgetter("miou")), rival.name)
+    if gap.paired:
+        common = {score.key for score in own} & {score.key for score in theirs}
+        own, theirs = (tuple(score for score in row if score.key in common) for row in (own, theirs))
+    folds = {score.fold for score in (*own, *theirs)}
+    ours, others = ([images for score in row if (images := score.metrics.images)] for row in (own, theirs))
+    known = (len(ours), len(others)) == (len(own), len(theirs))
+    return replace(
+        gap,
+        over="seeds" if len(folds) < 2 else "seeds and folds",
+        resampled=resample(ours, others, blocks) if known else None,
+    )
 
 
 def _row(
-    group: Group, scores: dict[str, tuple[RunScore, ...]], cost: Cost, baseline: Group | None, classes: int, used: bool
+    group: Group,
+    scores: dict[str, tuple[RunScore, ...]],
+    cost: Cost,
+    baseline: Group | None,
+    blocks: Blocks,
+    used: bool,
 ) -> Row:
     own = scores[group.name]
+    classes = len(own[0].metrics.class_names)
     gaps: list[Difference] = []
     if baseline is not None:
         theirs = scores[baseline.name]
-        columns = [lambda metrics: metrics.miou, *map(_iou, range(classes))]
+        columns = map(_iou, range(classes))
         gaps = [difference(_by_key(own, column), _by_key(theirs, column), baseline.name) for column in columns]
     return Row(
         name=group.name,
@@ -303,8 +347,8 @@ def _row(
         macc=Spread.of(score.metrics.macc for score in own),
         aacc=Spread.of(score.metrics.aacc for score in own),
         iou=tuple(Spread.of(score.metrics.iou[number] for score in own) for number in range(classes)),
-        difference=gaps[0] if gaps else None,
-        class_differences=tuple(gaps[1:]),
+        difference=_miou_difference(scores, group, baseline, blocks),
+        class_differences=tuple(gaps),
         cost=cost,
         teacher=group.teacher,
         baseline=used,

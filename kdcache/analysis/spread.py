@@ -11,6 +11,10 @@ all of them is as rare as it is for one alone. An interval is that of its own ro
 
 Folds share most of their training samples, so an interval over folds is narrower than it should be (Nadeau and Bengio
 2003); over seeds it covers training alone, not other images.
+
+What other images would change is the other half: the trained runs stay as they are, and images, or sequences of them,
+are drawn with replacement as often as there are, the same for both rows (a block bootstrap; Kuensch 1989). Frames of a
+video are alike, so that an interval over them as single images is too narrow.
 """
 
 import math
@@ -19,9 +23,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.metrics.confusion import ImageCounts
+
 Key = tuple[Any, ...]
 """The key of a run in its row: seed and fold."""
 CONFIDENCE = 0.95
+RESAMPLES = 10_000
+"""Draws of the bootstrap."""
+_AT_ONCE = 500
 LEAST_PAIRS = 3
 """Pairs that have a correlation; that of two pairs is 1 or -1, whatever they are."""
 
@@ -65,6 +77,54 @@ class Interval:
         return {"mean": plain(self.mean), "low": plain(self.low), "high": plain(self.high), "p": plain(self.p)}
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What is resampled.
+
+    Attributes:
+        over: images, or sequences.
+        number_of: block of each image, by its id; numbers are those from 0 on.
+    """
+
+    over: str
+    number_of: Mapping[str, int]
+
+    @classmethod
+    def of(cls, names: Mapping[str, str], over: str) -> "Blocks":
+        """The blocks of images, from the name of each image's block by its id."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names.values()))}
+        return cls(over, {sample: numbers[name] for sample, name in names.items()})
+
+    @property
+    def count(self) -> int:
+        return len(set(self.number_of.values()))
+
+    def totals(self, images: ImageCounts) -> npt.NDArray[np.float64]:
+        """Hits and unions of every block, (2, blocks, C)."""
+        totals = np.zeros((2, self.count, images.hits.shape[1]))
+        places = np.array([self.number_of[sample] for sample in images.ids], np.int64)
+        for total, counts in zip(totals, (images.hits, images.unions), strict=True):
+            np.add.at(total, places, counts)
+        return totals
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """The 95 % interval of a difference over resampled blocks: percentiles of the bootstrap; NaN for fewer than two.
+
+    Attributes:
+        over: images, or sequences. count: how many there are.
+    """
+
+    over: str
+    count: int
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"over": self.over, "count": self.count, "low": plain(self.low), "high": plain(self.high)}
+
+
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
@@ -79,6 +139,8 @@ class Difference(Interval):
         correlation: correlation of the pairs; NaN for fewer than three, and where a side does not vary.
         unpaired: the same difference by Welch, over all runs of both rows.
         comparisons: verdicts that are adjusted together, this one included. adjusted: p by Holm over them.
+        over: what the intervals above span: seeds, or seeds and folds.
+        resampled: the interval over images or sequences; None where their counts are not known.
     """
 
     baseline: str
@@ -88,6 +150,8 @@ class Difference(Interval):
     unpaired: Interval = UNKNOWN
     comparisons: int = 1
     adjusted: float = math.nan
+    over: str = "seeds"
+    resampled: Resampled | None = None
 
     @property
     def verdict(self) -> str:
@@ -103,6 +167,7 @@ class Difference(Interval):
         return {
             "baseline": self.baseline,
             **super().to_json(),
+            "over": self.over,
             "runs": self.runs,
             "paired": self.paired,
             "correlation": plain(self.correlation),
@@ -110,6 +175,7 @@ class Difference(Interval):
             "comparisons": self.comparisons,
             "p_adjusted": plain(self.adjusted),
             "verdict": self.verdict,
+            "resampled": None if self.resampled is None else self.resampled.to_json(),
         }
 
 
@@ -142,6 +208,44 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
         unpaired=welch,
         adjusted=result.p,
     )
+
+
+def resample(ours: Sequence[ImageCounts], theirs: Sequence[ImageCounts], blocks: Blocks) -> Resampled:
+    """The interval of the difference of two rows' mIoU, each the mean over its runs, over resampled blocks.
+
+    Blocks are drawn RESAMPLES times, always from the same random numbers. A class that a draw leaves out is left out of
+    its mIoU, as everywhere.
+    """
+    if blocks.count < 2 or not ours or not theirs:
+        return Resampled(blocks.over, blocks.count, math.nan, math.nan)
+    rows = [np.stack([blocks.totals(images) for images in row]) for row in (ours, theirs)]
+    generator, gaps = np.random.default_rng(0), list[npt.NDArray[np.float64]]()
+    for _ in range(RESAMPLES // _AT_ONCE):
+        times = generator.multinomial(blocks.count, np.full(blocks.count, 1 / blocks.count), _AT_ONCE).astype(float)
+        gaps.append(_mean_miou(rows[0], times) - _mean_miou(rows[1], times))
+    drawn = np.concatenate(gaps)
+    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    known = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(known, tails).tolist() if known.size else (math.nan, math.nan)
+    return Resampled(blocks.over, blocks.count, low, high)
+
+
+def _mean_miou(runs: npt.NDArray[np.float64], times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The mean over runs of the mIoU of each draw, (draws,).
+
+    Args:
+        runs: hits and unions, (runs, 2, blocks, C). times: how often each block was drawn, (draws, blocks).
+    """
+    hits, unions = np.moveaxis(np.tensordot(times, runs, (1, 2)), 2, 0)  # (draws, runs, C) each
+    return _nan_mean(_nan_mean(np.divide(hits, unions, out=np.full_like(hits, np.nan), where=unions > 0)))
+
+
+def _nan_mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The mean over the last axis without NaN; NaN where there is nothing else."""
+    known = ~np.isnan(values)
+    sums, counts = np.where(known, values, 0.0).sum(-1), known.sum(-1)
+    means: npt.NDArray[np.float64] = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    return means
 
 
 def adjust(differences: Sequence[Difference]) -> list[Difference]:

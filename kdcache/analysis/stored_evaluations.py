@@ -3,7 +3,8 @@
 Every kind of evaluation has a file of its own (`evaluation-*.json` in the run's folder), with everything that its
 numbers depend on. It counts when the SHA-256 of the weights, that of the data (every image and label of the split), the
 model, the size that it sees, the size at which it is judged and the class map are those of today; then it is as good as
-a new pass.
+a new pass. Beside it lies an `.npz` of the same name with the counts of every image (`ids`, `hits` and `unions`, a row
+per image and a column per class), whose SHA-256 it has; without that file the evaluation is made anew.
 """
 
 import hashlib
@@ -11,16 +12,18 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kdcache.analysis.runs import Entry
 from kdcache.data import Fold, Split, prefetch
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
-from kdcache.files import read_object, write_whole
-from kdcache.metrics.confusion import Metrics
+from kdcache.files import read_object, replacing, write_whole
+from kdcache.metrics.confusion import ImageCounts, Metrics
 from kdcache.metrics.evaluate import Progress, evaluate_model
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models.run import split_spec
@@ -93,6 +96,7 @@ def evaluate_run(
     return Evaluation(metrics, reused=False, note=note)
 
 
+IMAGES = ".npz"
 _NAMES = ("weights", "data", "split", "fold")
 """Entries of a record in JSON that may differ between equal evaluations."""
 
@@ -222,8 +226,29 @@ def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
 
 
 def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> None:
-    """Write an evaluation whole or not at all. Raises: OSError."""
-    write_whole(path, json.dumps({"run": run, **record.to_json(), **metrics.to_json()}, indent=1) + "\n")
+    """Write an evaluation, each file whole or not at all. Raises: OSError."""
+    images = None
+    if metrics.images is not None:
+        with replacing(path.with_suffix(IMAGES)) as partial:
+            _write_images(partial, metrics.images)
+        images = file_digest(path.with_suffix(IMAGES))
+    content = {"run": run, **record.to_json(), "images_sha256": images, **metrics.to_json()}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def _write_images(path: Path, images: ImageCounts) -> None:
+    with path.open("wb") as file:  # given a name, numpy would add a suffix
+        hits, unions = images.hits.astype(np.uint32), images.unions.astype(np.uint32)
+        np.savez_compressed(file, ids=np.array(images.ids), hits=hits, unions=unions)
+
+
+def _read_images(path: Path, sha256: str) -> ImageCounts:
+    """Read the counts beside an evaluation. Raises: OSError, ValueError, KeyError when they are not those."""
+    if not path.is_file() or file_digest(path) != sha256:
+        raise ValueError(f"{path} is of another evaluation")
+    with np.load(path) as content:
+        hits, unions = (content[name].astype(np.int64) for name in ("hits", "unions"))
+        return ImageCounts(tuple(content["ids"].tolist()), hits, unions)
 
 
 def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> Metrics:
@@ -277,8 +302,8 @@ def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...
             if all(content[key] == value for key, value in identity.items()):
                 metrics = metrics_of(content)
                 if metrics.class_names == class_names:
-                    return metrics
-        except (ValueError, KeyError, TypeError):  # another file, or one of another version
+                    return replace(metrics, images=_read_images(path.with_suffix(IMAGES), content["images_sha256"]))
+        except (OSError, ValueError, KeyError, TypeError):  # another file, or one of another version
             continue
     return None
 

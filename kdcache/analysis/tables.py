@@ -7,18 +7,20 @@ contestant. One run has no deviation, and none is shown.
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.groups import CONTROL
-from kdcache.analysis.spread import Difference, Spread
+from kdcache.analysis.spread import RESAMPLES, Difference, Spread
 from kdcache.errors import one_line
 from kdcache.metrics.tables import markdown_table, percent
 
 Mark = tuple[str, str]
 """What stands before and after a cell that is best."""
 BOLD: Mark = ("**", "**")
+FEW_BLOCKS = 10
+"""Sequences below which their interval is too narrow to go without a note."""
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
 _SCORES: tuple[Callable[[Row], Spread], ...] = (attrgetter("miou"), attrgetter("macc"), attrgetter("aacc"))
@@ -26,7 +28,7 @@ _SCORES: tuple[Callable[[Row], Spread], ...] = (attrgetter("miou"), attrgetter("
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
     """Scores per row: number of runs, mIoU, mAcc, aAcc (percent) and the distance to the baseline (points)."""
-    header = ["row", "runs", "mIoU %", "mAcc %", "aAcc %", "to baseline", "95 % interval", "is"]
+    header = ["row", "runs", "mIoU %", "mAcc %", "aAcc %", "to baseline", f"95 % over {spans(comparison)[0]}", "is"]
     rows = [
         [
             row_name(row),
@@ -40,8 +42,10 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Known distances of rows to their baseline and control: both intervals, correlation of pairs, p and p by Holm."""
-    header = ["row", "to", "points", "paired, 95 %", "unpaired, 95 %", "correlation", "p", "p by Holm", "is"]
+    """Known distances of rows to their baseline and control: intervals, correlation of pairs, p and p by Holm."""
+    seeds, images = spans(comparison)
+    intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
+    header = ["row", "to", "points", *intervals, "correlation", "p", "p by Holm", "is"]
     rows = []
     for row, gap in ((each, gap) for each in comparison.rows for gap in (each.difference, each.control)):
         if gap is not None and not math.isnan(gap.mean):
@@ -53,6 +57,7 @@ def difference_table(comparison: Comparison) -> Table:
                     f"{100 * gap.mean:+.2f}",
                     paired,
                     interval(gap.unpaired.low, gap.unpaired.high),
+                    "-" if gap.resampled is None else interval(gap.resampled.low, gap.resampled.high),
                     "-" if math.isnan(gap.correlation) else f"{gap.correlation:+.2f}",
                     p_value(gap.p),
                     p_value(gap.adjusted),
@@ -60,6 +65,13 @@ def difference_table(comparison: Comparison) -> Table:
                 ]
             )
     return header, rows
+
+
+def spans(comparison: Comparison) -> tuple[str, str]:
+    """What the intervals of a comparison span: seeds (and folds), and images or sequences."""
+    gaps = [row.difference for row in comparison.rows if row.difference is not None]
+    seeds = max((gap.over for gap in gaps), key=len, default="seeds")
+    return seeds, next((gap.resampled.over for gap in gaps if gap.resampled is not None), "images")
 
 
 def interval(low: float, high: float) -> str:
@@ -146,6 +158,7 @@ def to_csv(comparison: Comparison) -> str:
     header += ["to_baseline", "difference", "low", "high", "paired", "verdict"]
     header += ["p", "p_adjusted", "comparisons", "correlation"]
     header += ["unpaired", "unpaired_low", "unpaired_high", "unpaired_p"]
+    header += ["over", "resampled_over", "resampled_count", "resampled_low", "resampled_high"]
     header += ["height", "width", "parameters", "flops", "macs"]
     header += ["latency_mean_ms", "latency_std_ms", "latency_median_ms", "fps", "device", "threads"]
     header += [f"iou_{part}:{name}" for name in names for part in ("mean", "std")]
@@ -207,7 +220,8 @@ def _about_differences(comparison: Comparison) -> list[str]:
     all_paired = all(gap.paired for gap in gaps)
     pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
     baselines = " and ".join(sorted({gap.baseline for gap in gaps}))
-    sentences = [f"points of mIoU to {baselines}, {pairs}; 95 % interval by Student's t"]
+    over = spans(comparison)[0]
+    sentences = [f"points of mIoU to {baselines}, {pairs}; 95 % interval over {over} by Student's t"]
     if any(row.control is not None for row in comparison.rows):
         sentences.append(
             f"a row named '{CONTROL}' learnt by the same terms without a teacher: what it has over the baseline is the "
@@ -227,6 +241,23 @@ def _about_differences(comparison: Comparison) -> list[str]:
             "among all of them is at most 5 %; intervals are those of one comparison; verdicts on classes are adjusted "
             "over the classes of all rows"
         )
+    return sentences + _about_images(gaps)
+
+
+def _about_images(gaps: Sequence[Difference]) -> list[str]:
+    """What the intervals over images or sequences say; nothing where there are none."""
+    drawn = next((gap.resampled for gap in gaps if gap.resampled is not None), None)
+    if drawn is None:
+        return []
+    sentences = [
+        f"the interval over {drawn.over} is a bootstrap: {RESAMPLES:,} draws of the {drawn.count} {drawn.over} with "
+        f"replacement, the same for both rows; it says what other {drawn.over} would change for these trained runs, "
+        "the one over seeds what other trainings would change on these images; verdicts are those over seeds"
+    ]
+    if drawn.over == "images":
+        sentences.append("frames of a video are alike: there, resample whole sequences with --blocks-by")
+    elif drawn.count < FEW_BLOCKS:
+        sentences.append(f"{drawn.count} sequences are few: the interval over them is too narrow")
     return sentences
 
 
@@ -238,11 +269,15 @@ def _difference(difference: Difference | None) -> list[str]:
 
 def _csv_difference(difference: Difference | None) -> list[str]:
     if difference is None:
-        return [""] * 14
+        return [""] * 19
     ends, free = (difference.mean, difference.low, difference.high), difference.unpaired
     more = [*map(_cell, (difference.p, difference.adjusted)), str(difference.comparisons)]
     numbers = map(_cell, (difference.correlation, free.mean, free.low, free.high, free.p))
-    return [difference.baseline, *map(_cell, ends), str(int(difference.paired)), difference.verdict, *more, *numbers]
+    drawn = difference.resampled
+    spans = [difference.over, *([""] * 4 if drawn is None else [drawn.over, str(drawn.count)])]
+    spans += [] if drawn is None else map(_cell, (drawn.low, drawn.high))
+    paired = str(int(difference.paired))
+    return [difference.baseline, *map(_cell, ends), paired, difference.verdict, *more, *numbers, *spans]
 
 
 def _csv_cost(row: Row) -> list[str]:

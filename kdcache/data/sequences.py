@@ -31,13 +31,13 @@ class SharedSequence(NamedTuple):
     trained: int
 
 
-def sequence_pattern(text: str) -> re.Pattern[str]:
-    """Compile the pattern of `--folds-by`. Raises: RecipeError for a text that is no regular expression."""
+def sequence_pattern(text: str, flag: str = "--folds-by") -> re.Pattern[str]:
+    """Compile the pattern of a flag. Raises: RecipeError for a text that is no regular expression."""
     try:
         return re.compile(text)
     except re.error as error:
         raise RecipeError(
-            "--folds-by is a regular expression, whose match in a sample's id names the sequence",
+            f"{flag} is a regular expression, whose match in a sample's id names the sequence",
             received=f"{text!r}: {error}",
             remedy=f"for instance {EXAMPLE}",
         ) from error
@@ -55,17 +55,19 @@ def check_folds_by(by: str | None, *, folds: bool) -> None:
             )
 
 
-def sequences_of(ids: Sequence[str], by: str) -> list[str]:
+def sequences_of(ids: Sequence[str], by: str, flag: str = "--folds-by") -> list[str]:
     """The sequence of every sample: the first group of the pattern in its id, or the whole match.
 
+    Args:
+        flag: names the pattern in errors.
     Raises: RecipeError for a text that is no regular expression, or that does not name the sequence of every id.
     """
-    pattern = sequence_pattern(by)
+    pattern = sequence_pattern(by, flag)
     names = [_matched(pattern, sample) for sample in ids]
     nameless = [sample for sample, name in zip(ids, names, strict=True) if not name]
     if nameless:
         raise RecipeError(
-            "--folds-by matches in every id, and names a sequence there",
+            f"{flag} matches in every id, and names a sequence there",
             received=f"{by!r} names none in {len(nameless)} of {len(ids)} ids, such as {nameless[0]!r}",
             remedy=f"give a pattern that fits all ids, for instance {EXAMPLE}",
         )

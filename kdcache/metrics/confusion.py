@@ -7,16 +7,43 @@ mIoU is never a mean over images.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class ImageCounts:
+    """Pixels per image and class, int64 (N, C), from which the IoU of any selection of images follows.
+
+    Attributes:
+        ids: of the images.
+        hits: pixels of a class in label and prediction alike. unions: in either of them. Void is left out.
+    """
+
+    ids: tuple[str, ...]
+    hits: npt.NDArray[np.int64]
+    unions: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, ids: Sequence[str], counts: Sequence[Tensor]) -> "ImageCounts":
+        """The counts of images from their confusion matrices, (C, C) each."""
+        matrices = torch.stack(list(counts)).numpy()
+        hits = np.diagonal(matrices, axis1=1, axis2=2).copy()
+        return cls(tuple(ids), hits, matrices.sum(1) + matrices.sum(2) - hits)
+
+
 @dataclass(frozen=True)
 class Metrics:
-    """Fractions in 0..1; NaN where a class does not occur."""
+    """Fractions in 0..1; NaN where a class does not occur.
+
+    Attributes:
+        images: counts of every image; None where they were not kept. No part of what is equal, or of JSON.
+    """
 
     class_names: tuple[str, ...]
     iou: tuple[float, ...]
@@ -25,6 +52,7 @@ class Metrics:
     miou: float
     macc: float
     aacc: float
+    images: ImageCounts | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; NaN becomes null, for JSON has none. Classes travel with their names."""
@@ -42,12 +70,17 @@ class ConfusionMatrix:
         size = len(self.class_names)
         self.counts = torch.zeros(size, size, dtype=torch.int64)
 
-    def update(self, predicted: Tensor, label: Tensor) -> None:
-        """Add pixels; any integer types, equal shapes. Ids at or above the number of classes are a bug upstream."""
+    def update(self, predicted: Tensor, label: Tensor) -> Tensor:
+        """Add pixels; any integer types, equal shapes. Ids at or above the number of classes are a bug upstream.
+
+        Returns: the counts of these pixels alone, (C, C).
+        """
         classes = len(self.class_names)
         counted = label != self.ignore_index
         pairs = label[counted].to(torch.int64) * classes + predicted[counted].to(torch.int64)
-        self.counts += torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes).cpu()
+        added = torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes).cpu()
+        self.counts += added
+        return added
 
     def metrics(self) -> Metrics:
         """IoU and accuracy of everything added so far."""

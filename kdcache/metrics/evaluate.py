@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX, Split, Window, prefetch, render
 from kdcache.errors import DataError
-from kdcache.metrics.confusion import ConfusionMatrix, Metrics
+from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings
@@ -46,7 +46,7 @@ def evaluate_model(
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Metrics:
-    """Confusion matrix of `model` over the labelled samples of `split`.
+    """Metrics of `model` over the labelled samples of `split`, from one confusion matrix; with counts of every image.
 
     Images are resized to `size`, logits are upsampled to each label's own size (`at_size`: the label is
     resized instead, which is cheaper and not comparable with published figures).
@@ -56,10 +56,24 @@ def evaluate_model(
         progress: called with (images done, images).
     Raises: DataError when nothing is labelled or an image cannot be read.
     """
+    ids, counts = list[str](), list[Tensor]()
+
+    def count_image(prediction: Predicted, own: Tensor) -> None:
+        ids.append(split.ids[prediction.number])
+        counts.append(own)
+
     confusion = count_pixels(
-        model, split, size, device=device, batch_size=batch_size, at_size=at_size, threads=threads, progress=progress
+        model,
+        split,
+        size,
+        device=device,
+        batch_size=batch_size,
+        at_size=at_size,
+        threads=threads,
+        progress=progress,
+        each=count_image,
     )
-    return confusion.metrics()
+    return replace(confusion.metrics(), images=ImageCounts.of(ids, counts))
 
 
 def count_pixels(
@@ -73,11 +87,13 @@ def count_pixels(
     threads: int = 2,
     progress: Progress | None = None,
     part: tuple[int, int] = (0, 1),
+    each: Callable[[Predicted, Tensor], None] | None = None,
 ) -> ConfusionMatrix:
     """The counts of `evaluate_model`, which several processes may share out: they add up to the whole.
 
     Args:
         part: (i, n) takes every n-th labelled sample from the i-th on.
+        each: called with every prediction and its own counts, (C, C).
     Raises: DataError for a split without labels.
     """
     labelled = [index for index in range(len(split)) if split.has_label(index)]
@@ -96,7 +112,9 @@ def count_pixels(
     with closing(predicted_batches):
         for batch in predicted_batches:
             for prediction in batch:
-                confusion.update(prediction.argmax, prediction.label)
+                own = confusion.update(prediction.argmax, prediction.label)
+                if each is not None:
+                    each(prediction, own)
             done += len(batch)
             if progress is not None:
                 progress(done, len(mine))

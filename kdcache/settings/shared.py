@@ -89,5 +89,11 @@ class CompareSettings:
     ignore: tuple[str, ...] = setting(
         (), "A setting, besides seed and fold, that does not separate rows.", metavar="KEY", repeated=True
     )
+    blocks_by: str | None = setting(
+        None,
+        "Take the interval over images from whole sequences, such as videos, whose frames are alike: a regular "
+        "expression whose first group (or whole match) in a sample's id names its sequence, e.g. '^(.+)_'.",
+        metavar="PATTERN",
+    )
     own_fold: bool = setting(False, "Judge each run on the fold of the split that its --fold left out.")
     smoke: bool = setting(False, "Print above everything that the runs are no result, as of sweep --smoke.")

@@ -146,10 +146,21 @@ def of_another_version(run: Path, data: Path) -> None:
     path.write_text(json.dumps(found))
 
 
-@pytest.mark.parametrize("change", [retrained, relabelled, repainted, damaged, of_another_version])
+def without_counts(run: Path, data: Path) -> None:
+    (run / "evaluation-val.npz").unlink()
+
+
+def counts_of_another(run: Path, data: Path) -> None:
+    shutil.copy(run.with_name("none-1") / "evaluation-val.npz", run)
+
+
+KEPT_OF_ANOTHER = [retrained, relabelled, repainted, damaged, of_another_version, without_counts, counts_of_another]
+
+
+@pytest.mark.parametrize("change", KEPT_OF_ANOTHER)
 def test_what_is_kept_of_something_else_is_not_used(world: Path, change: Callable[[Path, Path], None]) -> None:
     run = world / "runs/none-0"
-    compare([run], options=QUICK)
+    compare([world / "runs"], options=QUICK)
     change(run, world / "data")
     found = compare([run], options=QUICK).rows[0].runs[0]
     model, about = load_run(run)
@@ -163,8 +174,8 @@ def test_another_size_other_weights_and_fresh_are_evaluated(world: Path) -> None
     compare([run], options=QUICK)
     for judging in (Judging(size=(32, 48)), Judging(which="last"), Judging(fresh=True)):
         assert not compare([run], options=options(judging)).rows[0].runs[0].reused
-    names = {path.name for path in run.glob("evaluation-*")}
-    assert names == {"evaluation-val.json", "evaluation-val-32x48.json", "evaluation-val-last.json"}
+    kinds = ("evaluation-val", "evaluation-val-32x48", "evaluation-val-last")
+    assert {path.name for path in run.glob("evaluation-*")} == {f"{k}{end}" for k in kinds for end in (".json", ".npz")}
     assert compare([run], options=options(Judging(size=(32, 48)))).rows[0].runs[0].reused
     assert compare([run], options=QUICK).rows[0].runs[0].reused
 
@@ -418,6 +429,42 @@ def test_weights_named_with_a_run_are_a_row_of_their_own(named: bool, world: Pat
     assert plain.miou.mean != averaged.miou.mean
     again = compare(texts, options=QUICK)
     assert all(score.reused for row in again.rows for score in row.runs)
+
+
+def test_the_difference_has_an_interval_over_images_or_sequences(world: Path, derive: Callable[..., Path]) -> None:
+    for seed in (0, 1):
+        derive(f"kl-{seed}", of=f"none-{seed}", method="kl", noise=0.3)
+    over_images = rows(compare([world / "runs"], options=QUICK))["kl"].difference
+    by_hundreds = rows(compare([world / "runs"], options=options(blocks_by=r"(\d)$")))["kl"].difference
+    assert over_images is not None
+    assert by_hundreds is not None
+    images, sequences = over_images.resampled, by_hundreds.resampled
+    assert images is not None
+    assert sequences is not None
+    assert (over_images.over, images.over, images.count) == ("seeds", "images", 6)
+    assert (sequences.over, sequences.count) == ("sequences", 6)
+    assert (images.low, images.high) == (sequences.low, sequences.high)
+    assert images.low < over_images.mean < images.high
+    with np.load(world / "runs/kl-0/evaluation-val.npz") as content:
+        ious = content["hits"].sum(0) / content["unions"].sum(0)
+        assert content["ids"].tolist() == list(open_split(world / "data", "val").ids)
+    kept = json.loads((world / "runs/kl-0/evaluation-val.json").read_text())
+    assert [row["iou"] for row in kept["classes"]] == pytest.approx(ious.tolist())
+
+
+@pytest.mark.usefixtures("no_evaluation")
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(", "--blocks-by is a regular expression"),
+        ("nothing", "--blocks-by matches in every id"),
+        ("^.", "names one sequence alone in the 6 ids"),
+    ],
+)
+def test_sequences_that_cannot_be(pattern: str, words: str, world: Path) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        compare([world / "runs"], options=options(blocks_by=pattern))
+    assert pattern in caught.value.received
 
 
 def test_a_folder_that_may_not_be_written_to(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.analysis.spread import Difference, Spread, adjust, difference, t_quantile, two_sided_p
+from kdcache.analysis import spread
+from kdcache.analysis.spread import Blocks, Difference, Spread, adjust, difference, resample, t_quantile, two_sided_p
+from kdcache.metrics.confusion import ImageCounts
 
 # Published two-sided 95 % points of Student's t.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 9: 2.262, 10: 2.228, 29: 2.045, 120: 1.980}
@@ -241,3 +243,87 @@ def test_the_interval_holds_the_truth_19_times_in_20(shift: int, counts: tuple[i
         found = difference(ours, row(*(noise if not shift else rng.normal(size=counts[1]))), "none")
         held += abs(found.mean - 1) <= found.half_width
     assert 0.935 < held / 2000 < 0.985 if shift else 0.935 < held / 2000 < 0.965
+
+
+# --- over images and sequences -----------------------------------------------------------------------------
+
+
+def counts(images: int, classes: int, seed: int, ids: list[str] | None = None) -> ImageCounts:
+    """Random counts of images, some of which lack some classes."""
+    rng = np.random.default_rng(seed)
+    unions = rng.integers(0, 50, (images, classes)) * rng.integers(0, 2, (images, classes))
+    names = ids or [f"{number // 3}_{number % 3}" for number in range(images)]
+    return ImageCounts(tuple(names), rng.integers(0, 51, unions.shape) * unions // 50, unions)
+
+
+def blocks_of(ids: tuple[str, ...], by_sequence: bool) -> Blocks:
+    names = {sample: sample.partition("_")[0] if by_sequence else sample for sample in ids}
+    return Blocks.of(names, "sequences" if by_sequence else "images")
+
+
+def miou(images: ImageCounts, times: list[int]) -> float:
+    """The mIoU of some images, each as often as it was drawn; by loops."""
+    ious = []
+    for number in range(images.hits.shape[1]):
+        hits = sum(n * int(hit) for n, hit in zip(times, images.hits[:, number], strict=True))
+        union = sum(n * int(pixels) for n, pixels in zip(times, images.unions[:, number], strict=True))
+        ious += [hits / union] if union else []
+    return sum(ious) / len(ious) if ious else math.nan
+
+
+@pytest.mark.parametrize("by_sequence", [False, True])
+def test_draws_are_those_of_a_loop(by_sequence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spread, "RESAMPLES", 40)
+    monkeypatch.setattr(spread, "_AT_ONCE", 20)
+    ours, theirs = [counts(7, 4, seed) for seed in (0, 1)], [counts(7, 4, seed) for seed in (2, 3, 4)]
+    blocks = blocks_of(ours[0].ids, by_sequence)
+    assert blocks.count == (3 if by_sequence else 7)
+    found = resample(ours, theirs, blocks)
+    rng, gaps = np.random.default_rng(0), []
+    for _ in range(2):
+        for drawn in rng.multinomial(blocks.count, [1 / blocks.count] * blocks.count, 20):
+            times = [int(drawn[blocks.number_of[sample]]) for sample in ours[0].ids]
+            means = [np.nanmean([miou(images, times) for images in row]) for row in (ours, theirs)]
+            gaps.append(means[0] - means[1])
+    assert [found.low, found.high] == pytest.approx(np.nanquantile(gaps, [0.025, 0.975]).tolist(), abs=1e-12)
+    assert found == resample(ours, theirs, blocks)
+
+
+def test_the_interval_over_images_is_that_of_a_mean_and_that_over_copies_wider() -> None:
+    """Images of one pixel and one class: IoU is a mean of zeros and ones, whose interval is known."""
+    rng, size = np.random.default_rng(5), 400
+    right, none = rng.integers(0, 2, (size, 1)), np.zeros((size, 1), np.int64)
+    frames = [f"{number}_{frame}" for number in range(size) for frame in range(4)]
+    rows = [ImageCounts(tuple(frames), hits.repeat(4, 0), np.ones((4 * size, 1), np.int64)) for hits in (right, none)]
+    half = 1.96 * float(right.std()) / size**0.5
+    over_sequences = resample(rows[:1], rows[1:], blocks_of(rows[0].ids, by_sequence=True))
+    assert (over_sequences.over, over_sequences.count) == ("sequences", size)
+    assert over_sequences.low == pytest.approx(right.mean() - half, abs=0.1 * half)
+    assert over_sequences.high == pytest.approx(right.mean() + half, abs=0.1 * half)
+    over_images = resample(rows[:1], rows[1:], blocks_of(rows[0].ids, by_sequence=False))
+    assert over_images.high - over_images.low == pytest.approx(half, rel=0.1)  # of four times as many
+
+
+def test_the_same_images_give_both_rows_the_same_draws() -> None:
+    """What is hard for both rows alike widens no interval."""
+    one = counts(30, 3, 0)
+    better = ImageCounts(one.ids, np.minimum(one.hits + one.unions // 10, one.unions), one.unions)
+    blocks = blocks_of(one.ids, by_sequence=False)
+    paired, alone = resample([better], [one], blocks), resample([better], [counts(30, 3, 9)], blocks)
+    assert 0 < paired.low < paired.high < 0.11
+    assert alone.high - alone.low > 3 * (paired.high - paired.low)
+
+
+def test_runs_of_folds_have_images_of_their_own() -> None:
+    whole = counts(8, 3, 1)
+    parts = [ImageCounts(whole.ids[k::2], whole.hits[k::2], whole.unions[k::2]) for k in (0, 1)]
+    found = resample(parts, parts[::-1], blocks_of(whole.ids, by_sequence=False))
+    assert found.low == pytest.approx(0, abs=1e-12)
+    assert found.high == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("ids", [["a_0"] * 1, ["a_0", "a_1"]])
+def test_one_block_has_no_interval(ids: list[str]) -> None:
+    images = counts(len(ids), 2, 0, ids)
+    found = resample([images], [images], blocks_of(images.ids, by_sequence=True))
+    assert found.to_json() == {"over": "sequences", "count": 1, "low": None, "high": None}

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore
-from kdcache.analysis.spread import Difference, Interval, Spread, adjust, difference
+from kdcache.analysis.spread import Difference, Interval, Resampled, Spread, adjust, difference
 from kdcache.analysis.tables import (
     class_table,
     cost_table,
@@ -190,6 +190,7 @@ def measured() -> Comparison:
     a, b, alone = adjust(
         [difference(scores(*values), none, "none") for values in ((0.56, 0.57, 0.575), (0.52, 0.51, 0.53), (0.6,))]
     )
+    a = replace(a, resampled=Resampled("sequences", 4, 0.01, 0.09))
     teacher = difference(scores(0.7, 0.71), none, "none")
     one = metrics(0.8, 0.4, NAN)
     rows = (
@@ -206,15 +207,17 @@ def test_distances_say_what_their_verdicts_stand_on() -> None:
     comparison = measured()
     gaps = {one.name: one.difference for one in comparison.rows if one.difference is not None}
     header, rows = difference_table(comparison)
-    assert header == ["row", "to", "points", "paired, 95 %", "unpaired, 95 %", "correlation", "p", "p by Holm", "is"]
+    intervals = ["paired over seeds, 95 %", "unpaired over seeds, 95 %", "over sequences, 95 %"]
+    assert header == ["row", "to", "points", *intervals, "correlation", "p", "p by Holm", "is"]
     assert [cells[0] for cells in rows] == ["a", "b", "alone", "teacher"]
     a, b = gaps["a"], gaps["b"]
     assert rows[0][1:4] == ["none", "+5.83", f"{100 * a.low:+.2f} to {100 * a.high:+.2f}"]
     assert rows[0][4] == f"{100 * a.unpaired.low:+.2f} to {100 * a.unpaired.high:+.2f}"
-    assert rows[0][5] == f"{a.correlation:+.2f}"
-    assert rows[0][6:8] == [f"{a.p:.3f}", f"{2 * a.p:.3f}"]
-    assert rows[1][6] == rows[1][7] == f"{b.p:.3f}"
-    assert rows[2][2:] == ["+10.00", "-", "-", "-", "-", "-", "one run: unknown"]
+    assert [cells[5] for cells in rows] == ["+1.00 to +9.00", "-", "-", "-"]
+    assert rows[0][6] == f"{a.correlation:+.2f}"
+    assert rows[0][7:9] == [f"{a.p:.3f}", f"{2 * a.p:.3f}"]
+    assert rows[1][7] == rows[1][8] == f"{b.p:.3f}"
+    assert rows[2][2:] == ["+10.00", "-", "-", "-", "-", "-", "-", "one run: unknown"]
     unpaired = difference({(9, None): 0.6, (8, None): 0.62}, {(0, None): 0.5, (1, None): 0.51}, "none")
     (_, (cells,)) = difference_table(
         Comparison(**{**vars(comparison), "rows": (row("u", metrics(0.5, 0.5, NAN), gap=unpaired),)})
@@ -255,11 +258,14 @@ def test_all_tables_agree_on_the_verdicts() -> None:
             ("unpaired_low", gap["unpaired"]["low"]),
             ("unpaired_high", gap["unpaired"]["high"]),
             ("unpaired_p", gap["unpaired"]["p"]),
+            *((f"resampled_{end}", (gap["resampled"] or {}).get(end)) for end in ("low", "high", "count")),
         ):
             assert (float(line[column]) if line[column] else None) == value, column
         assert (line["verdict"], int(line["comparisons"])) == (gap["verdict"], gap["comparisons"])
         assert shown[said["name"]][-1] == scores[said["name"]][-1] == gap["verdict"]
-        assert shown[said["name"]][6] == ("-" if gap["p"] is None else p_value(gap["p"]))
+        assert line["resampled_over"] == ("" if gap["resampled"] is None else "sequences")
+        assert (line["over"], gap["over"]) == ("seeds", "seeds")
+        assert shown[said["name"]][7] == ("-" if gap["p"] is None else p_value(gap["p"]))
     assert [line["comparisons"] for line in csv_rows] == ["", "2", "2", "1", "1"]
 
 
@@ -268,6 +274,8 @@ def test_the_legend_says_how_many_comparisons_there_are() -> None:
     assert any(text.startswith("2 comparisons: verdicts are adjusted by Holm") for text in said)
     assert any("correlation of the pairs is about 0" in text for text in said)
     assert any("one run (or one pair) has no interval" in text for text in said)
+    assert any("the interval over sequences is a bootstrap: 10,000 draws of the 4 sequences" in text for text in said)
+    assert "4 sequences are few: the interval over them is too narrow" in said
 
 
 def test_one_comparison_is_not_adjusted_and_not_said_to_be(comparison: Comparison) -> None:

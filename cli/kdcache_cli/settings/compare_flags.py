@@ -17,7 +17,7 @@ TABLES = (ImageSettings, CompareSettings, JudgeSettings, MachineSettings)
 Runs = Annotated[
     list[str], typer.Argument(help="Run folders, folders that hold runs, RUN@best-ema, or SPEC@FILE.", metavar="RUN...")
 ]
-ROWS = ("data", "split", "teacher", "baseline", "ignore", "own_fold")
+ROWS = ("data", "split", "teacher", "baseline", "ignore", "blocks_by", "own_fold")
 JUDGING = ("weights", "size", "batch_size", "repeats", "threads", "device", "fresh", "smoke")
 
 
@@ -36,5 +36,12 @@ def compare_options(settings: Mapping[str, Any]) -> "CompareOptions":
 
     rows = read(CompareSettings, settings)
     return CompareOptions(
-        judging(settings), rows.teacher, rows.baseline, rows.ignore, rows.own_fold, settings["repeats"], rows.smoke
+        judging(settings),
+        rows.teacher,
+        rows.baseline,
+        rows.ignore,
+        rows.blocks_by,
+        rows.own_fold,
+        settings["repeats"],
+        rows.smoke,
     )

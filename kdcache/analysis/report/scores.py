@@ -11,7 +11,7 @@ from markupsafe import Markup
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.report.render import number, points, render
 from kdcache.analysis.spread import Difference, Spread
-from kdcache.analysis.tables import difference_table, legend
+from kdcache.analysis.tables import difference_table, legend, spans
 from kdcache.metrics.tables import percent
 
 
@@ -91,14 +91,18 @@ def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any
 
 
 def _columns(comparison: Comparison) -> list[Column]:
+    seeds, images = spans(comparison)
     columns = [
         Column("mIoU %", "mean IoU over the classes that occur", _spread(lambda row: row.miou), ranked=True),
-        Column("to baseline", "points of mIoU", _gap),
+        Column("to baseline", f"points of mIoU, with their 95 % interval over {seeds}", _gap),
         Column("mAcc %", "mean share of a class's pixels that is found", _spread(lambda row: row.macc), ranked=True),
         Column("aAcc %", "share of all pixels that is right", _spread(lambda row: row.aacc), ranked=True),
         Column("parameters", "of the network", _parameters),
         Column("GFLOPs", "of one image, 2 per multiply-add", _flops),
     ]
+    if any(row.difference is not None and row.difference.resampled is not None for row in comparison.rows):
+        explanation = f"of the points to the baseline: their 95 % interval over resampled {images}"
+        columns.insert(2, Column(f"over {images}", explanation, _resampled))
     if any(len(row.runs) > 1 for row in comparison.rows):
         columns.insert(0, Column("runs", "trainings that differ in seed and fold", _runs))
     if comparison.latency is not None:
@@ -126,6 +130,13 @@ def _gap(row: Row) -> Cell:
         return Cell(math.nan, "baseline" if row.baseline else "-")
     ends = "" if math.isnan(gap.half_width) else f"{points(gap.low)} to {points(gap.high)}"
     return Cell(gap.mean, points(gap.mean), ends, gap)
+
+
+def _resampled(row: Row) -> Cell:
+    drawn = None if row.difference is None else row.difference.resampled
+    if drawn is None or math.isnan(drawn.low):
+        return Cell(math.nan, "-")
+    return Cell(drawn.low, f"{points(drawn.low)} to {points(drawn.high)}")
 
 
 def _runs(row: Row) -> Cell:

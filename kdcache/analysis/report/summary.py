@@ -119,9 +119,11 @@ def is_nothing(gap: float) -> bool:
 
 
 def _interval(difference: Difference) -> str:
-    if math.isnan(difference.half_width):
-        return ""
-    return f" (95 % interval {points(difference.low)} to {points(difference.high)})"
+    drawn = difference.resampled
+    spans = [(difference.over, difference.low, difference.high)]
+    spans += [] if drawn is None else [(drawn.over, drawn.low, drawn.high)]
+    texts = [f"over {over} {points(low)} to {points(high)}" for over, low, high in spans if not math.isnan(low)]
+    return f" (95 % interval {', '.join(texts)})" if texts else ""
 
 
 def _meaning(gaps: Sequence[Difference]) -> list[str]:

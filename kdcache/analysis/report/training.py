@@ -67,9 +67,13 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
     if not trainings:
         return None
     parts = dict.fromkeys(name for run in trainings for name in run.curves.losses if name != "loss")
+    scores = {"miou": "Validation mIoU", "ema_miou": "Validation mIoU of the weights' moving average (EMA)"}
     charts = [
-        line_chart("Validation mIoU", [_line(run, run.curves.scores.get("miou", []), 100) for run in trainings],
-                   "iteration", "%"),
+        *(
+            line_chart(title, [_line(run, run.curves.scores.get(name, []), 100) for run in trainings], "iteration", "%")
+            for name, title in scores.items()
+            if name == "miou" or any(name in run.curves.scores for run in trainings)
+        ),
         line_chart("Training loss, all terms together", [_line(run, run.curves.losses["loss"]) for run in trainings],
                    "iteration", digits=4),
         *(

@@ -23,7 +23,7 @@ from kdcache.analysis.report.summary import headline, ticks
 from kdcache.analysis.report.teacher import lost_classes
 from kdcache.analysis.report.training import LITTLE, MUCH, judge, read_norms
 from kdcache.analysis.runs import Entry
-from kdcache.analysis.spread import Difference, Interval, Spread, adjust
+from kdcache.analysis.spread import Difference, Interval, Resampled, Spread, adjust
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.run_folder import Run
@@ -230,15 +230,15 @@ def test_only_its_own_script_runs() -> None:
 @pytest.mark.parametrize(
     ("gap", "half", "answer", "words"),
     [
-        (0.02, 0.01, "Yes.", "2.00 points more than \u201cnone\u201d (95 % interval +1.00 to +3.00)"),
+        (0.02, 0.01, "Yes.", "2.00 points more than \u201cnone\u201d (95 % interval over seeds +1.00 to +3.00)"),
         (-0.02, 0.01, "No.", "2.00 points less than \u201cnone\u201d"),
-        (0.02, 0.03, "Not shown.", "interval \u22121.00 to +5.00"),
+        (0.02, 0.03, "Not shown.", "interval over seeds \u22121.00 to +5.00"),
         (0.02, NAN, "It looks so, but one run shows little.", "2.00 points more than \u201cnone\u201d."),
         (-0.02, NAN, "It does not look so, but one run shows little.", "2.00 points less"),
         (0.0, NAN, "No difference.", "as much as"),
         (0.00004, NAN, "No difference.", "as much as"),
         (-0.00004, 0.00001, "No difference.", "as much as"),
-        (0.00001, 0.03, "No difference.", "as much as \u201cnone\u201d (95 % interval \u22123.00 to +3.00)"),
+        (0.00001, 0.03, "No difference.", "as much as \u201cnone\u201d (95 % interval over seeds \u22123.00 to +3.00)"),
         (0.00006, NAN, "It looks so, but one run shows little.", "0.01 points more than"),
     ],
 )
@@ -339,6 +339,17 @@ def test_one_row_says_what_pairing_bought() -> None:
     told = " ".join(more)
     assert "3 pairs of runs" in told
     assert "Not paired by seed, the interval is +0.50 to +3.50. The correlation of the pairs is 0.12" in told
+
+
+def test_every_interval_says_what_it_spans() -> None:
+    drawn = Resampled("sequences", 4, 0.005, 0.045)
+    gap = Difference(0.02, 0.01, 0.01, "none", 3, paired=True, adjusted=0.01, over="seeds and folds", resampled=drawn)
+    found = comparison((replace(ROWS[0], difference=gap), ROWS[2]))
+    _, sentence, _ = headline(found)
+    assert "(95 % interval over seeds and folds +1.00 to +3.00, over sequences +0.50 to +4.50)" in sentence
+    shown = parsed(found)
+    for words in ("over sequences", "paired over seeds and folds, 95 %", "over sequences, 95 %", "4 sequences are few"):
+        assert words in shown.text
 
 
 def test_the_page_has_what_the_verdicts_stand_on() -> None:
