@@ -10,13 +10,13 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Counts:
-    """Denominators of a batch, 0-dimensional on its device; or their mean over the parts of a larger batch. A pytree.
+    """Denominators of a batch, on its device; or their mean over the parts of a larger batch. A pytree.
 
     A loss divided by the mean over n parts, averaged over these, is that of the whole batch.
 
     Attributes:
-        ce: sum of the class weights of labelled pixels.
-        kl: pixels that the KL counts.
+        ce: sum of the class weights of labelled pixels, 0-dimensional.
+        kl: pixels that the KL counts, 0-dimensional.
         terms: `Term.count` of each further term, in the order of `DistillLoss.further`.
     """
 
@@ -31,9 +31,10 @@ class Counts:
             average: mean of a tensor over the processes.
         """
         own, spec = pytree.tree_flatten(self)
-        means = average(torch.stack([count.double() for count in own])).unbind()
+        mean = average(torch.cat([count.double().flatten() for count in own]))
+        means = torch.split(mean, [count.numel() for count in own])
         counts: Counts = pytree.tree_unflatten(
-            [mean.to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
+            [mean.view_as(count).to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
         )
         return counts
 

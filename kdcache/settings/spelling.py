@@ -123,6 +123,19 @@ def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
     return scales
 
 
+def parse_schedule(text: str) -> str:
+    """'constant', 'fade' or 'warmup:500' as it stands. Raises: ValueError for anything else."""
+    if text not in ("constant", "fade") and not warmup_steps(text):
+        raise ValueError
+    return text
+
+
+def warmup_steps(text: str) -> int:
+    """The number of steps of 'warmup:500'; 0 for any other text."""
+    kind, _, steps = text.partition(":")
+    return int(steps) if kind == "warmup" and steps.isdecimal() else 0
+
+
 Size = Annotated[
     tuple[Count, Count],
     Spelling(
@@ -163,6 +176,9 @@ Numbers = Annotated[
 ]
 Colour = Annotated[
     tuple[float, float, float], Spelling(parse_colour, rule="three numbers for R,G,B in 0..1", example="0.5,0.5,0.5")
+]
+DistillSchedule = Annotated[
+    str, Spelling(parse_schedule, rule="constant, fade or warmup:N, a number of iterations", example="warmup:500")
 ]
 Decay = Annotated[float, Gt(0), Lt(1), Spelling(float, rule="a decay above 0 and below 1", example="0.999")]
 TopK = Annotated[int, Spelling(parse_top_k, rule="auto or a number of classes", example="auto", nothing="auto")]

@@ -1,6 +1,7 @@
 """The loss of a training, made from its settings: terms, gate, class weights."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kdcache.data import class_weights
 from kdcache.distill import DistillLoss, Gate, LabelTargets, parse_gate
-from kdcache.distill.terms import Term, TermTargets, arrays_of, check_terms, make_term, resolve_taps
+from kdcache.distill.terms import Term, TermSpec, TermTargets, arrays_of, check_terms, make_term, resolve_taps
 from kdcache.errors import RecipeError
 from kdcache.models import NativeOutput, SegmentationModel
 from kdcache.store import Cache, Records, evenly_spread
@@ -62,7 +63,7 @@ def make_criterion(
         distill_void=config.distill_void,
         align_corners=model.align_corners,
         gate=gate,
-        further=_terms(config, labels or cache, model),
+        further=_terms(config, labels or cache, model, dataset),
         scheduled=config.distill_schedule != "constant",
         size=config.size,
         impl=config.impl,
@@ -98,15 +99,35 @@ def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: Drawn
     return LabelTargets(len(dataset.classes), config.size, (shape[-2], shape[-1]))
 
 
-def _terms(config: TrainConfig, targets: TermTargets | None, model: SegmentationModel) -> list[Term]:
+def _terms(
+    config: TrainConfig, targets: TermTargets | None, model: SegmentationModel, dataset: DrawnDataset
+) -> list[Term]:
     if targets is None or not config.terms:
         return []
     channels = tap_channels(model, config)
-    return [
-        make_term(spec, targets=targets, student_taps=channels, align_corners=model.align_corners, impl=config.impl)
-        for spec in config.terms
-        if spec.weight != 0
-    ]
+
+    def term(spec: TermSpec) -> Term:
+        return make_term(
+            spec,
+            targets=targets,
+            student_taps=channels,
+            align_corners=model.align_corners,
+            impl=config.impl,
+            class_weight=_target_weight(config, spec.class_weights or "none", dataset),
+        )
+
+    return [term(spec) for spec in config.terms if spec.weight != 0]
+
+
+def _target_weight(
+    config: TrainConfig, kind: Literal["none", "median", "sqrt"], dataset: DrawnDataset
+) -> Tensor | None:
+    """Weights (C,) of the classes by how rare they are among the targets: the store's, or labels in their place."""
+    if kind == "none":
+        return None
+    stored = dataset.cache if config.teacher == "store" else None
+    counts = label_counts(dataset) if stored is None else target_counts(stored, dataset.indices)
+    return torch.as_tensor(class_weights(counts, kind), dtype=torch.float32)
 
 
 def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int]:

@@ -24,6 +24,8 @@ MAXIMUM, DEEP, MAP = "targets/segmentation/max", "features/deep", "statistics/at
 
 SPECS = {
     "pseudo": TermSpec("pseudo", threshold=0.6),
+    "pseudo over all pixels": TermSpec("pseudo", threshold=0.6, normalise="all"),
+    "pseudo by the confident share": TermSpec("pseudo", threshold=0.6, normalise="share"),
     "at": TermSpec("at", teacher_tap="deep"),
     "at of a stored map": TermSpec("at", teacher_tap="seen"),
     "sp": TermSpec("sp", teacher_tap="deep"),
@@ -206,16 +208,24 @@ def projected(term: Term, batch: TermBatch, sample: int) -> Array:
 
 
 def pseudo_oracle(term: Term, batch: TermBatch) -> float:
-    total = labelled = 0.0
+    """From sums over all counted pixels, and over those among them where the teacher is confident."""
     assert batch.target is not None
-    for sample in range(B):
+    weight = np.ones(C) if term.class_weight is None else np.asarray(term.class_weight, np.float64)
+    numbers, weights, totals = np.zeros(2), np.zeros(2), np.zeros(2)
+    for sample in range(len(batch.logits)):
         p = softmax(sampled(batch.target.values[sample], batch, sample, SIZE))
         q = softmax(resized(batch.logits[sample], SIZE))
         inside, gate = shares(batch, sample, SIZE)
-        for i, j in np.argwhere((p.max(0) >= 0.6) & (inside > 0.5)):
-            labelled += 1
-            total -= gate[i, j] * math.log(q[p[:, i, j].argmax(), i, j])
-    return total / labelled
+        for i, j in np.argwhere(inside > 0.5):
+            c = p[:, i, j].argmax()
+            which = np.array([1, p[c, i, j] >= 0.6])
+            numbers += which
+            weights += which * weight[c]
+            totals -= which * weight[c] * gate[i, j] * math.log(q[c, i, j])
+    normalise = term.spec.normalise or "kept"
+    if normalise == "share":
+        return float(totals[0] / numbers[0] * numbers[1] / numbers[0])
+    return float(totals[1] / (weights[1] if normalise == "kept" else numbers[0]))
 
 
 def at_oracle(term: Term, batch: TermBatch) -> float:

@@ -96,6 +96,10 @@ def test_a_spec_goes_through_a_recipe() -> None:
         ({"kind": "pseudo", "threshold": 1.0}, "above 0 and below 1"),
         ({"kind": "pseudo", "quantile": 0.0}, "above 0 and below 1"),
         ({"kind": "pseudo", "threshold": 0.5, "quantile": 0.5}, "leave one of them out"),
+        ({"kind": "pseudo", "normalise": "some"}, "normalise of a term is one of kept, all, share"),
+        ({"kind": "pseudo", "class-weights": "mean"}, "class_weights of a term is one of none, median, sqrt"),
+        ({"kind": "dkd", "normalise": "all"}, "options of dkd are"),
+        ({"kind": "dice", "threshold": 0.5}, "options of dice are weight"),
     ],
 )
 def test_what_is_no_term_is_refused(table: dict[str, Any], message: str) -> None:

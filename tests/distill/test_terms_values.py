@@ -376,3 +376,26 @@ def test_a_gpu_says_what_the_cpu_says_without_waiting(name: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["all", "gated"])
+@pytest.mark.parametrize("normalise", ["kept", "all", "share"])
+def test_pseudo_labels_are_weighed_by_class(normalise: str, gated: bool) -> None:
+    """Against the oracle; two unequal parts that share their counts learn what the batch does; 0 without any label."""
+    spec = TermSpec("pseudo", threshold=0.6, normalise=normalise)
+    weight = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0])
+    term = make_term(spec, targets=Store(), student_taps={}, class_weight=weight)
+    batch = batch_of(gated=gated, counted=True)
+    expected = oracle(term, batch)
+    assert expected > 0.1
+    loss, (gradient,) = gradients(term, batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert oracle(make_term(spec, targets=Store(), student_taps={}), batch) != pytest.approx(expected, rel=1e-3)
+    parts = [part_of(batch, part) for part in (slice(0, 2), slice(2, 4))]
+    count = torch.stack([term.count(part) for part in parts]).mean(0)
+    shared = [gradients(term, part, count) for part in parts]
+    assert sum(part.item() for part, _ in shared) / 2 == pytest.approx(expected, rel=1e-9)
+    assert (torch.cat([part[0] for _, part in shared]) / 2 - gradient).norm() <= 1e-9 * gradient.norm()
+    unsure = make_term(replace(spec, threshold=0.9999999), targets=Store(), student_taps={})
+    loss, (gradient,) = gradients(unsure, batch)
+    assert (loss.item(), gradient.abs().sum().item()) == (0, 0)

@@ -25,7 +25,7 @@ WRONG = {
     "method": ["", "kll", "kl+kl", "none+kl", "kl,at"],
     "term": [["focal"], ["at,weight=-1"], ["at,temperature=2"], ["pseudo,threshold=1.5"], [{"weight": 1}], "at"],
     "distill_on": ["void"],
-    "distill_schedule": ["linear"],
+    "distill_schedule": ["linear", "warmup", "warmup:0", "warmup:x", "warmup:-1"],
     "gate": ["wrong", "confidence", "confidence:1", "confidence:nan", "correct:0.5"],
     "class_balance": ["mean"],
     "mix": ["mixup", "cutmix:0", "classmix:2", "cutmix:x"],

@@ -102,6 +102,15 @@ def test_a_term_resizes_as_its_student_does(begin: Begin, cache: Cache, tmp_path
     assert actual != pytest.approx(values[1], rel=1e-4)
 
 
+def test_pseudo_labels_are_weighed_as_often_as_their_classes_are_targets(begin: Begin, cache: Cache) -> None:
+    trainer = begin(method="none", term=["pseudo,class_weights=median"])
+    (term,) = trainer.criterion.further
+    best = [cache.read(number, ["targets/segmentation/values"]) for number in range(len(cache.ids))]
+    counts = np.bincount(np.stack([row["targets/segmentation/values"].argmax(0) for row in best]).ravel(), minlength=7)
+    assert torch.equal(term.class_weight, torch.tensor(class_weights(counts, "median"), dtype=torch.float32))
+    assert trainer.criterion.class_weight is None
+
+
 def test_labels_of_other_proportions_than_the_view_are_learnt_from(begin: Begin) -> None:
     trainer = begin(size="24x24")
     trainer.eager(first_batch(trainer))

@@ -139,7 +139,10 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The denominator of `loss`: the counted cells, 0-dimensional. Only the dtype and rows of `logits` matter."""
+        """The denominator of `loss`: the counted cells, 0-dimensional. Only the dtype and rows of `logits` matter.
+
+        A term whose formula takes several sums over the batch has as many numbers.
+        """
         return self.cells(batch, self.grid(batch), wide(batch.logits)).counted.sum()
 
     def grid(self, batch: TermBatch) -> Size:

@@ -16,7 +16,8 @@ class Decoupled(Term):
     class where that is void or there is no label. Cells weigh by their share of counted pixels times the gate.
 
     Default weight 0.02, alpha 1, beta 8, temperature 4 (the paper's on CIFAR-100, with its T^2; nats per cell): a
-    gradient of 1 to 1.3 of CE's. Published: 1.
+    gradient of 1 to 1.3 of CE's. Published: 1. On ImageNet the authors take beta 0.5 and temperature 1; their code
+    warms the weight up, over 20 of CIFAR's 240 epochs (`--distill-schedule warmup:N`).
     Source: Zhao et al. 2022, arXiv 2203.08679, equation 7.
     """
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from kdcache.distill.terms.attention import Attention
 from kdcache.distill.terms.base import Term, TermTargets
 from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
@@ -32,6 +34,7 @@ def make_term(
     student_taps: Mapping[str, int],
     align_corners: bool = False,
     impl: str = "auto",
+    class_weight: Tensor | None = None,
 ) -> Term:
     """Make the module of a term, on the CPU.
 
@@ -42,13 +45,14 @@ def make_term(
         student_taps: the student's features -> channels, most useful last.
         align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
+        class_weight: (C,) of `pseudo`; None weighs every class 1.
     Raises: RecipeError for a store that lacks what the term reads, naming the build flag, for unknown taps, and for a
         term of features where labels stand in the teacher's place.
     """
     spec = resolve_taps(spec, targets.manifest, list(student_taps))
     arrays = arrays_of(spec, targets.manifest)
     if spec.kind == "pseudo":
-        return Pseudo(spec, targets, arrays, align_corners=align_corners, impl=impl)
+        return Pseudo(spec, targets, arrays, align_corners=align_corners, impl=impl, class_weight=class_weight)
     if spec.kind in _ON_LABELS:
         return _ON_LABELS[spec.kind](spec, targets, align_corners=align_corners)
     if spec.kind in _PROJECTED and compares_features(spec):

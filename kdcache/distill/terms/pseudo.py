@@ -16,15 +16,27 @@ NONE = -1
 class Pseudo(Term):
     """`pseudo`: cross-entropy with argmax t where max softmax(t) >= threshold, at the label's size.
 
-    Mean over the pixels that have a pseudo label. With `quantile` instead of a threshold, the most confident share of
-    each class's pixels has one: of the counted pixels of this process's batch that the teacher gives to the class.
-    Pixels that do not count (outside the view, grey, void) have none.
+    | normalise | labelled | divided by |
+    | --- | --- | --- |
+    | `kept` | the confident pixels | the class weights of these |
+    | `all` | the confident pixels | all counted pixels (FixMatch) |
+    | `share` | all counted pixels | all counted pixels, times the share of the confident ones (DACS, DAFormer) |
 
-    Default weight 1, threshold 0.7: a gradient of 1 to 1.2 of CE's.
-    Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911.
+    With `quantile` instead of a threshold, the confident pixels are the most confident share of each class's: of the
+    counted pixels of this process's batch that the teacher gives to the class. Pixels that do not count (outside the
+    view, grey, void) have no label.
+
+    Args:
+        class_weight: (C,) of the cross-entropy; None weighs every class 1.
+
+    Default weight 1, threshold 0.7, kept: a gradient of 1 to 1.2 of CE's.
+    Source: Lee 2013, "Pseudo-Label"; the quantile per class: Zou et al. 2018, arXiv 1810.07911; FixMatch: Sohn et al.
+    2020, arXiv 2001.07685, equation 4; the share: Tranheden et al. 2021, arXiv 2007.08702; Hoyer et al. 2022, arXiv
+    2111.14887, with their code.
     """
 
     default_threshold = 0.7
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -34,38 +46,46 @@ class Pseudo(Term):
         *,
         align_corners: bool = False,
         impl: str = "auto",
+        class_weight: Tensor | None = None,
     ) -> None:
         super().__init__(spec, targets, arrays)
         self.threshold = self.default_threshold if spec.threshold is None else spec.threshold
         self.quantile = spec.quantile
+        self.normalise = spec.normalise or "kept"
         self.student_align_corners = align_corners
         self.impl = impl
+        self.register_buffer("class_weight", class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        pseudo_BHW = self.labels(batch)
-        count = _labelled(pseudo_BHW) if count is None else count
+        pseudo_BHW, own = self._labels_and_count(batch)
+        count = own if count is None else count
+        if self.normalise == "share":
+            confident, counted = count.unbind()
+            count = torch.where(confident > 0, counted * counted / confident, 0)
         if batch.pixel_weight is None:
             return distill_loss(
                 batch.logits,
                 pseudo_BHW,
                 ignore_index=NONE,
                 ce_denominator=count,
+                class_weight=self.class_weight,
                 align_corners=self.student_align_corners,
                 impl="reference" if batch.logits.dtype == torch.float64 else self.impl,
             ).loss
         # The fused loss takes no weight per labelled pixel.
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
-        ce_BHW = F.cross_entropy(logits_BCHW, pseudo_BHW.long(), ignore_index=NONE, reduction="none")
+        weight_C = None if self.class_weight is None else self.class_weight.to(logits_BCHW.dtype)
+        ce_BHW = F.cross_entropy(logits_BCHW, pseudo_BHW.long(), weight_C, ignore_index=NONE, reduction="none")
         weight_BHW = torch.where(pseudo_BHW != NONE, batch.pixel_weight.detach().to(ce_BHW.dtype), 0)
         return divide((ce_BHW * weight_BHW).sum(), count.to(ce_BHW.dtype))
 
     def count(self, batch: TermBatch) -> Tensor:
-        """The pixels with a pseudo label, float64."""
-        return _labelled(self.labels(batch))
+        """The denominator, float64; for `share` the confident and the counted pixels, (2,)."""
+        return self._labels_and_count(batch)[1]
 
     @torch.no_grad()
-    def labels(self, batch: TermBatch) -> Tensor:
-        """(B, H, W) int16 pseudo labels, NONE where the teacher is not sure enough."""
+    def _labels_and_count(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
+        """(B, H, W) int16 pseudo labels, NONE where there is none, and what `count` returns."""
         assert batch.target is not None  # by `reads_target`
         argmax_BHW, confidence_BHW = target_argmax_confidence(
             batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
@@ -73,14 +93,22 @@ class Pseudo(Term):
         if batch.counted is not None:
             confidence_BHW = confidence_BHW.masked_fill(~batch.counted, 0)  # as outside the view
         if self.quantile is None:
-            sure_BHW = confidence_BHW >= self.threshold
+            confident_BHW = confidence_BHW >= self.threshold
         else:
-            sure_BHW = most_confident(argmax_BHW, confidence_BHW, self.quantile, self.targets.num_classes)
-        return argmax_BHW.to(torch.int16).masked_fill(~sure_BHW, NONE)
+            confident_BHW = most_confident(argmax_BHW, confidence_BHW, self.quantile, self.targets.num_classes)
+        argmax_BHW, counted_BHW = argmax_BHW.to(torch.int16), confidence_BHW > 0
+        labels_BHW = argmax_BHW.masked_fill(~confident_BHW, NONE)
+        if self.normalise == "all":
+            return labels_BHW, _sum(counted_BHW)
+        if self.normalise == "share":
+            return argmax_BHW.masked_fill(~counted_BHW, NONE), torch.stack([_sum(confident_BHW), _sum(counted_BHW)])
+        if self.class_weight is None:
+            return labels_BHW, _sum(confident_BHW)
+        return labels_BHW, _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
 
 
-def _labelled(pseudo_BHW: Tensor) -> Tensor:
-    return (pseudo_BHW != NONE).sum().to(torch.float64)
+def _sum(counted_BHW: Tensor) -> Tensor:
+    return counted_BHW.sum(dtype=torch.float64)
 
 
 def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num_classes: int) -> Tensor:

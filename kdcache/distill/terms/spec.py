@@ -4,13 +4,13 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kdcache.errors import RecipeError
 
 _TAPS = ("student_tap", "teacher_tap")
 KINDS: dict[str, tuple[str, ...]] = {
-    "pseudo": ("threshold", "quantile"),
+    "pseudo": ("threshold", "quantile", "normalise", "class_weights"),
     "at": _TAPS,
     "sp": _TAPS,
     "hint": _TAPS,
@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "lovasz": (),
 }
 """Kind of term -> its options beside its weight. `ce` and `kl` are parts of DistillLoss itself."""
+CHOICES = {"normalise": ("kept", "all", "share"), "class_weights": ("none", "median", "sqrt")}
+"""Option -> the words that it takes, the first of them the default."""
 FUSED = ("ce", "kl")
 ON_LABELS = ("dice", "lovasz")
 """Kinds of terms that learn from labels alone, without a teacher."""
@@ -39,6 +41,8 @@ class TermSpec:
         alpha, beta, gamma: weights of the parts of `dkd` (alpha, beta) and `dist` (beta, gamma).
         threshold: the least probability of a pseudo label (`pseudo`), in (0, 1).
         quantile: instead of `threshold`, the share of each class's pixels with a pseudo label, the most confident ones.
+        normalise: what `pseudo` is divided by; one of CHOICES.
+        class_weights: of `pseudo`, by how rare a class is among the targets; one of CHOICES.
     Raises: RecipeError for anything else.
     """
 
@@ -52,6 +56,8 @@ class TermSpec:
     gamma: float | None = None
     threshold: float | None = None
     quantile: float | None = None
+    normalise: str | None = None
+    class_weights: Literal["none", "median", "sqrt"] | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -160,6 +166,8 @@ def _refuse_option(kind: str, option: str) -> None:
 def _check_value(kind: str, option: str, value: Any) -> None:
     if option in _TAPS:
         good, rule = isinstance(value, str) and bool(value), "the name of a tap"
+    elif option in CHOICES:
+        good, rule = value in CHOICES[option], f"one of {', '.join(CHOICES[option])}"
     elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         good, rule = False, "a finite number"
     elif option in ("threshold", "quantile"):

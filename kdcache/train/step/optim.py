@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import RecipeError
-from kdcache.settings.spelling import lr_scales
+from kdcache.settings.spelling import lr_scales, warmup_steps
 from kdcache.train.config import TrainConfig
 
 PATIENCE = 5
@@ -93,10 +93,15 @@ def distill_weight_scale(config: TrainConfig, step: int) -> float:
     """The factor, 0 to 1, on the weights of the teacher's terms at a step.
 
     `constant` is 1 throughout; `fade` falls on a line from 1 to 0 (Clark et al. 2019, arXiv 1907.04829, section 3.3:
-    teacher annealing).
+    teacher annealing); `warmup:N` rises on a line to 1, which it reaches in the Nth step (as in the authors' code of
+    `dkd`, there over 20 of 240 epochs).
     """
     assert config.iterations is not None, "resolve the settings first"
-    return 1.0 if config.distill_schedule == "constant" else max(0.0, 1.0 - step / config.iterations)
+    if config.distill_schedule == "constant":
+        return 1.0
+    if config.distill_schedule == "fade":
+        return max(0.0, 1.0 - step / config.iterations)
+    return min(1.0, (step + 1) / warmup_steps(config.distill_schedule))
 
 
 class Schedule:

@@ -88,6 +88,12 @@ def close(one: torch.Tensor, two: torch.Tensor) -> bool:
         {"method": "kl", "distill_schedule": "fade"},
         {"method": "kl+at+hint+cosine+dkd+pseudo", "gate": "correct"},
         {"method": "cwd", "term": ["cwd,teacher_tap=head"]},
+        {"method": "kl+dkd+cwd", "teacher": "labels", "label_smoothing": 0.1, "class_weights": "median"},
+        {
+            "method": "dice+lovasz",
+            "label_smoothing": 0.2,
+            "term": ["pseudo,threshold=0.3,normalise=share,class_weights=sqrt"],
+        },
     ],
 )
 def test_parts_are_the_whole(changes: dict[str, Any], parts: int, norms: bool, both: Callable[..., Any]) -> None:

@@ -62,6 +62,9 @@ def test_the_teacher_fades_on_a_line(config: Callable[..., TrainConfig]) -> None
     scales = [distill_weight_scale(fading, step) for step in range(9)]
     assert scales == pytest.approx([1 - step / 8 for step in range(9)])
     assert distill_weight_scale(config(**taught), 8) == 1
+    rising = config(**taught, distill_schedule="warmup:4")
+    scales = [distill_weight_scale(rising, step) for step in range(8)]
+    assert scales == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize("name", ["poly", "constant", "plateau"])
