@@ -83,6 +83,28 @@ def target_counts(cache: Cache, samples: Sequence[int]) -> npt.NDArray[np.int64]
     return sum(counts, np.zeros(256, np.int64))[: cache.num_classes]
 
 
+def channel_moments(cache: Cache, path: str, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (c,) of a stored feature's channels, over all positions.
+
+    They are of the first views of at most COUNTED_TARGETS samples, evenly spread. A channel that does not vary has the
+    standard deviation 1.
+
+    Args:
+        path: features/<tap>.
+        samples: numbers of samples.
+    Returns: float32; sums are float64.
+    """
+    numbers = evenly_spread(len(samples), COUNTED_TARGETS)
+    means = []
+    for number in numbers:
+        row_chw = cache.read(cache.manifest.record(samples[number]), [path])[path].astype(np.float64)
+        means.append(np.stack([row_chw.mean((1, 2)), np.square(row_chw).mean((1, 2))]))
+    mean_c, square_c = np.mean(means, axis=0)
+    std_c = np.sqrt(np.maximum(square_c - mean_c**2, 0))
+    std_c = np.where(std_c > 1e-6 * np.abs(mean_c), std_c, 1)
+    return torch.tensor(mean_c, dtype=torch.float32), torch.tensor(std_c, dtype=torch.float32)
+
+
 def _best_class(cache: Cache, record: int) -> Array:
     rows = cache.read(record, cache.target_paths())
     best = rows[TARGET_VALUES].argmax(0)
@@ -107,6 +129,10 @@ def _terms(
     channels = tap_channels(model, config)
 
     def term(spec: TermSpec) -> Term:
+        moments = None
+        if spec.standardise == "channels" and dataset.cache is not None:
+            spec = resolve_taps(spec, dataset.cache.manifest, list(channels))
+            moments = channel_moments(dataset.cache, f"features/{spec.teacher_tap}", dataset.indices)
         return make_term(
             spec,
             targets=targets,
@@ -114,6 +140,7 @@ def _terms(
             align_corners=model.align_corners,
             impl=config.impl,
             class_weight=_target_weight(config, spec.class_weights or "none", dataset),
+            moments=moments,
         )
 
     return [term(spec) for spec in config.terms if spec.weight != 0]

@@ -14,6 +14,7 @@ from kdcache.errors import KDCacheError
 from kdcache.metrics import Metrics
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import SegmentationModel
+from kdcache.settings.spelling import warmup_steps
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
 from kdcache.train.input.device_prefetch import feed
@@ -175,8 +176,9 @@ class Trainer:
         if norms:
             self._write_line("gradients", step + 1, norms)
             self.observer.gradients(step + 1, norms)
-            for text in self._watch.lopsided(step, norms):
-                self.observer.note(text)
+            if step + 1 >= warmup_steps(config.distill_schedule):  # until then weights are small on purpose
+                for text in self._watch.lopsided(step, norms):
+                    self.observer.note(text)
         lr = self._schedule.lr
         self._schedule.after_step()
         now = self._state.now

@@ -31,6 +31,8 @@ SPECS = {
     "sp": TermSpec("sp", teacher_tap="deep"),
     "hint": TermSpec("hint", teacher_tap="deep"),
     "cosine": TermSpec("cosine", teacher_tap="deep"),
+    "hint of standardised channels": TermSpec("hint", teacher_tap="deep", standardise="channels", distance="smooth-l1"),
+    "cosine by two layers": TermSpec("cosine", teacher_tap="deep", standardise="channels", projector="mlp"),
     "cwd": TermSpec("cwd"),
     "cwd of a tap": TermSpec("cwd", teacher_tap="deep", temperature=1.5),
     "dist": TermSpec("dist"),
@@ -58,9 +60,15 @@ class Store:
         )
 
 
+MOMENTS = torch.linspace(-1, 1, CHANNELS), torch.linspace(0.5, 2, CHANNELS)
+"""Mean and standard deviation of the teacher's channels."""
+
+
 def term_of(name: str, dtype: torch.dtype = torch.float64) -> Term:
     torch.manual_seed(5)
-    return make_term(SPECS[name], targets=Store(), student_taps={"head": STUDENT_CHANNELS}).to(dtype)
+    moments = MOMENTS if SPECS[name].standardise else None
+    taps = {"head": STUDENT_CHANNELS}
+    return make_term(SPECS[name], targets=Store(), student_taps=taps, moments=moments).to(dtype)
 
 
 def batch_of(
@@ -177,7 +185,9 @@ def oracle(term: Term, batch: TermBatch) -> float:
         "pseudo": pseudo_oracle,
         "at": at_oracle,
         "sp": sp_oracle,
-        "hint": lambda term, batch: projected_oracle(term, batch, lambda s, t: ((s - t) ** 2).mean(0)),
+        "hint": lambda term, batch: projected_oracle(
+            term, batch, smooth_l1 if term.spec.distance == "smooth-l1" else lambda s, t: ((s - t) ** 2).mean(0)
+        ),
         "cosine": lambda term, batch: projected_oracle(
             term, batch, lambda s, t: 1 - (s * t).sum(0) / np.sqrt((s * s).sum(0) * (t * t).sum(0))
         ),
@@ -197,14 +207,26 @@ def logits_of(batch: TermBatch, sample: int, raw: bool = False) -> tuple[Array, 
 
 
 def projected(term: Term, batch: TermBatch, sample: int) -> Array:
-    """The student's features, resized first and then projected channel by channel."""
-    features = resized(batch.features["head"][sample], FEATURE)
+    """The student's features, resized first and then projected channel by channel; last by two layers."""
     parameters = {name: p.detach().double().numpy() for name, p in term.named_parameters()}
-    if not parameters:
-        return features
-    weight = parameters["projection.weight"][:, :, 0, 0]
-    bias = parameters.get("projection.bias", np.zeros(len(weight)))
-    return np.stack([sum(weight[o, i] * features[i] for i in range(len(features))) + bias[o] for o in range(len(bias))])
+
+    def layer(features: Array, name: str) -> Array:
+        weight = parameters[f"{name}.weight"][:, :, 0, 0]
+        bias = parameters.get(f"{name}.bias", np.zeros(len(weight)))
+        sums = [sum(w * f for w, f in zip(row, features, strict=True)) for row in weight]
+        return np.stack(sums) + bias[:, None, None]
+
+    if term.spec.projector == "mlp":
+        hidden = layer(batch.features["head"][sample].detach().double().numpy(), "projection.0")
+        gelu = hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) / 2
+        return resized(torch.from_numpy(layer(gelu, "projection.2")), FEATURE)
+    features = resized(batch.features["head"][sample], FEATURE)
+    return layer(features, "projection") if parameters else features
+
+
+def smooth_l1(s: Array, t: Array) -> Array:
+    d = np.abs(s - t)
+    return np.asarray(np.where(d < 1, d**2 / 2, d - 0.5).mean(0))
 
 
 def pseudo_oracle(term: Term, batch: TermBatch) -> float:
@@ -263,6 +285,9 @@ def projected_oracle(term: Term, batch: TermBatch, distance: Callable[[Array, Ar
     for sample in range(B):
         counted, gated = shares(batch, sample, FEATURE)
         t = sampled(batch.stored[DEEP][sample], batch, sample, FEATURE)
+        if term.spec.standardise:
+            mean, std = (moment.double().numpy()[:, None, None] for moment in MOMENTS)
+            t = (t - mean) / std
         total += (gated * distance(projected(term, batch, sample), t)).sum()
         count += counted.sum()
     return total / count

@@ -99,6 +99,10 @@ def test_a_spec_goes_through_a_recipe() -> None:
         ({"kind": "pseudo", "normalise": "some"}, "normalise of a term is one of kept, all, share"),
         ({"kind": "pseudo", "class-weights": "mean"}, "class_weights of a term is one of none, median, sqrt"),
         ({"kind": "dkd", "normalise": "all"}, "options of dkd are"),
+        ({"kind": "hint", "standardise": "all"}, "standardise of a term is one of none, channels"),
+        ({"kind": "hint", "projector": "3"}, "projector of a term is one of linear, mlp"),
+        ({"kind": "hint", "distance": "l1"}, "distance of a term is one of mse, smooth-l1"),
+        ({"kind": "cosine", "distance": "mse"}, "options of cosine are"),
         ({"kind": "dice", "threshold": 0.5}, "options of dice are weight"),
     ],
 )
@@ -225,6 +229,15 @@ def test_projections_are_the_terms_own_parameters() -> None:
     two = make_term(TermSpec("hint"), targets=targets, student_taps=STUDENT)
     two.load_state_dict(one.state_dict())
     assert torch.equal(one.state_dict()["projection.weight"], two.state_dict()["projection.weight"])
+
+
+def test_a_term_that_standardises_needs_moments() -> None:
+    spec, targets = TermSpec("hint", standardise="channels"), store(features=("deep",))
+    with pytest.raises(RecipeError, match="mean and standard deviation"):
+        make_term(spec, targets=targets, student_taps=STUDENT)
+    term = make_term(spec, targets=targets, student_taps=STUDENT, moments=(torch.zeros(5), torch.ones(5)))
+    assert {"teacher_mean", "teacher_std"} <= set(term.state_dict())
+    assert "teacher_mean" not in make_term(TermSpec("hint"), targets=targets, student_taps=STUDENT).state_dict()
 
 
 def test_a_store_of_today_serves_what_it_can(dense: Cache, sparse: Cache) -> None:

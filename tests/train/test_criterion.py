@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from kdcache.models import build_model
-from kdcache.train.criterion import tap_channels
+from kdcache.store import open_cache
+from kdcache.train import make_config, train
+from kdcache.train.criterion import channel_moments, tap_channels
 
 
 def test_a_look_at_the_taps_is_no_training(config, cache_path) -> None:
@@ -24,3 +32,26 @@ def test_a_look_at_the_taps_is_no_training(config, cache_path) -> None:
     model.eval()
     tap_channels(model, student)
     assert not model.training
+
+
+def test_moments_are_those_of_the_stored_channels(make_cache: Callable[..., Path]) -> None:
+    cache = open_cache(make_cache(features=("head",)))
+    values = np.stack([cache.read(number, ["features/head"])["features/head"] for number in range(len(cache.ids))])
+    mean, std = channel_moments(cache, "features/head", range(len(cache.ids)))
+    assert np.allclose(mean, values.astype(np.float64).mean((0, 2, 3)), rtol=1e-6)
+    expected = values.astype(np.float64).std((0, 2, 3))
+    assert np.allclose(std, np.where(expected > 0, expected, 1), rtol=1e-5)
+
+
+def test_a_run_with_standardised_features_resumes_to_the_bit(
+    make_cache: Callable[..., Path], student: dict[str, Any], tmp_path: Path
+) -> None:
+    terms = ["hint,standardise=channels,distance=smooth-l1", "cosine,standardise=channels,projector=mlp"]
+    settings = student | {"cache": str(make_cache(features=("head",))), "method": "none", "term": terms, "val": None}
+    settings |= {"iterations": 4, "val_every": 2, "flip": True}
+    train(make_config(**settings), tmp_path / "whole")
+    train(make_config(**settings, keep_every=2), tmp_path / "kept")
+    (tmp_path / "kept" / "checkpoints" / "step-000002.pt").replace(tmp_path / "kept" / "checkpoint.pt")
+    train(make_config(**settings, keep_every=2), tmp_path / "kept", resume=True)
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "kept"))
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,5 +1,7 @@
 """Channel-wise distillation: where in the image each channel is strong."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,15 +48,10 @@ class ChannelFeatures(Projected):
     default_temperature = 4.0
 
     def __init__(
-        self,
-        spec: TermSpec,
-        targets: TermTargets,
-        arrays: tuple[str, ...],
-        *,
-        student_channels: int,
-        teacher_channels: int,
+        self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...], *, student_channels: int, **others: Any
     ) -> None:
-        super().__init__(spec, targets, arrays, student_channels=student_channels, teacher_channels=teacher_channels)
+        super().__init__(spec, targets, arrays, student_channels=student_channels, **others)
+        teacher_channels = others["teacher_channels"]
         # A bias would move all positions alike, which a softmax over them does not see.
         alike = student_channels == teacher_channels
         self.projection = nn.Identity() if alike else nn.Conv2d(student_channels, teacher_channels, 1, bias=False)

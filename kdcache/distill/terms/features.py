@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, grid_of, wide
 from kdcache.distill.terms.cells import Cells, resize
@@ -12,11 +13,22 @@ TINY = 1e-24
 
 
 class Projected(Term):
-    """A term that projects the student's features by a trained 1x1 convolution.
+    """A term that projects the student's features, cell by cell, by a trained projector.
+
+    | projector | layers |
+    | --- | --- |
+    | `linear` | a 1x1 convolution |
+    | `mlp` | two 1x1 convolutions with a GELU between, as wide as the teacher's features |
 
     Args:
         student_channels, teacher_channels: channels of the taps.
+        moments: (mean, standard deviation) of the teacher's channels, (c,) each, that standardise its features; None
+            takes them as they are. They are kept in checkpoints. Source: Theia, Shang et al. 2024, arXiv 2407.20179;
+            PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, which compares ways to do so.
     """
+
+    teacher_mean: Tensor | None
+    teacher_std: Tensor | None
 
     def __init__(
         self,
@@ -26,43 +38,57 @@ class Projected(Term):
         *,
         student_channels: int,
         teacher_channels: int,
+        moments: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__(spec, targets, arrays)
         self.projection: nn.Module = nn.Conv2d(student_channels, teacher_channels, 1)
+        if spec.projector == "mlp":
+            self.projection = nn.Sequential(
+                self.projection, nn.GELU(), nn.Conv2d(teacher_channels, teacher_channels, 1)
+            )
+        mean_c, std_c = moments or (None, None)
+        self.register_buffer("teacher_mean", mean_c)
+        self.register_buffer("teacher_std", std_c)
 
     def prepare(self, batch: TermBatch) -> None:
         student, teacher = batch.features[self._student_tap], batch.stored[self._arrays[0]]
         projected = f"projected from {student.shape[1]} to {teacher.shape[1]} channels"
-        self.note_resize(student, teacher, then=projected if isinstance(self.projection, nn.Conv2d) else "")
+        self.note_resize(student, teacher, then="" if isinstance(self.projection, nn.Identity) else projected)
 
     def both_features(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
         """Student's and teacher's features (B, c, h, w) on the teacher's cells, and how much those count."""
         student_Bchw = wide(batch.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
+        if self.teacher_mean is not None and self.teacher_std is not None:
+            mean_c11, std_c11 = (x.to(teacher_Bchw.dtype)[:, None, None] for x in (self.teacher_mean, self.teacher_std))
+            teacher_Bchw = (teacher_Bchw - mean_c11) / std_c11
         grid = grid_of(teacher_Bchw)
         cells = self.cells(batch, grid, student_Bchw)
-        # A 1x1 convolution and a resize commute: the student's own grid is mostly the smaller one.
+        # Before the resize, with which a 1x1 convolution commutes: the student's own grid is mostly the smaller one.
         return resize(self.projection(student_Bchw), grid), teacher_Bchw, cells
 
 
 class Hint(Projected):
-    """`hint`: mean over channels and cells of (P(F_s) - F_t)^2, P a trained 1x1 convolution.
+    """`hint`: mean over channels and cells of (P(F_s) - F_t)^2, P a trained projector.
 
-    The teacher's features are taken as they are, so that the term's size depends on theirs.
+    With the distance `smooth-l1` a difference d counts d^2 / 2 up to 1, and |d| - 1/2 beyond. Unless they are
+    standardised, the teacher's features are taken as they are, so that the term's size depends on theirs.
 
     Default weight 1 (mean over every element; FitNets halves the sum): a gradient of 0.2 to 0.7 of CE's.
-    Source: Romero et al. 2015, arXiv 1412.6550, section 2.2.
+    Source: Romero et al. 2015, arXiv 1412.6550, section 2.2; smooth L1: Girshick 2015, arXiv 1504.08083, equation 3.
     """
 
     default_weight = 1.0
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         student_Bchw, teacher_Bchw, cells = self.both_features(batch)
+        if self.spec.distance == "smooth-l1":
+            return self.mean(F.smooth_l1_loss(student_Bchw, teacher_Bchw, reduction="none").mean(1), cells, count)
         return self.mean((student_Bchw - teacher_Bchw).square().mean(1), cells, count)
 
 
 class Cosine(Projected):
-    """`cosine`: mean over cells of 1 - cos(P(F_s), F_t), P a trained 1x1 convolution.
+    """`cosine`: mean over cells of 1 - cos(P(F_s), F_t), P a trained projector.
 
     A cell of zeros on either side has the cosine 0 and no gradient.
 

@@ -15,6 +15,7 @@ from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.distill.terms.relations import Relations
 from kdcache.distill.terms.similarity import Similarity
 from kdcache.distill.terms.spec import TermSpec, compares_features
+from kdcache.errors import RecipeError
 
 _PROJECTED: dict[str, type[Projected]] = {"hint": Hint, "cosine": Cosine, "cwd": ChannelFeatures}
 _ON_LABELS: dict[str, type[Overlap]] = {"dice": Dice, "lovasz": Lovasz}
@@ -35,6 +36,7 @@ def make_term(
     align_corners: bool = False,
     impl: str = "auto",
     class_weight: Tensor | None = None,
+    moments: tuple[Tensor, Tensor] | None = None,
 ) -> Term:
     """Make the module of a term, on the CPU.
 
@@ -46,11 +48,18 @@ def make_term(
         align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
         class_weight: (C,) of `pseudo`; None weighs every class 1.
+        moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
     Raises: RecipeError for a store that lacks what the term reads, naming the build flag, for unknown taps, and for a
-        term of features where labels stand in the teacher's place.
+        term of features where labels stand in the teacher's place, or one that standardises without `moments`.
     """
     spec = resolve_taps(spec, targets.manifest, list(student_taps))
     arrays = arrays_of(spec, targets.manifest)
+    if spec.standardise == "channels" and moments is None:
+        raise RecipeError(
+            "a term that standardises the teacher's channels is given their mean and standard deviation",
+            received=f"{spec.kind} with standardise=channels and no moments",
+            remedy="make_term(..., moments=channel_moments(cache, path, samples)) of kdcache.train.criterion",
+        )
     if spec.kind == "pseudo":
         return Pseudo(spec, targets, arrays, align_corners=align_corners, impl=impl, class_weight=class_weight)
     if spec.kind in _ON_LABELS:
@@ -63,5 +72,6 @@ def make_term(
             arrays,
             student_channels=student_taps[spec.student_tap],
             teacher_channels=targets.manifest.features[spec.teacher_tap].channels,
+            moments=moments,
         )
     return _PLAIN[spec.kind](spec, targets, arrays)

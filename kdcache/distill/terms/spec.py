@@ -13,8 +13,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "pseudo": ("threshold", "quantile", "normalise", "class_weights"),
     "at": _TAPS,
     "sp": _TAPS,
-    "hint": _TAPS,
-    "cosine": _TAPS,
+    "hint": (*_TAPS, "standardise", "projector", "distance"),
+    "cosine": (*_TAPS, "standardise", "projector"),
     "cwd": (*_TAPS, "temperature"),
     "dist": ("temperature", "beta", "gamma"),
     "dkd": ("temperature", "alpha", "beta"),
@@ -22,7 +22,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "lovasz": (),
 }
 """Kind of term -> its options beside its weight. `ce` and `kl` are parts of DistillLoss itself."""
-CHOICES = {"normalise": ("kept", "all", "share"), "class_weights": ("none", "median", "sqrt")}
+CHOICES = {
+    "normalise": ("kept", "all", "share"),
+    "class_weights": ("none", "median", "sqrt"),
+    "standardise": ("none", "channels"),
+    "projector": ("linear", "mlp"),
+    "distance": ("mse", "smooth-l1"),
+}
 """Option -> the words that it takes, the first of them the default."""
 FUSED = ("ce", "kl")
 ON_LABELS = ("dice", "lovasz")
@@ -43,6 +49,8 @@ class TermSpec:
         quantile: instead of `threshold`, the share of each class's pixels with a pseudo label, the most confident ones.
         normalise: what `pseudo` is divided by; one of CHOICES.
         class_weights: of `pseudo`, by how rare a class is among the targets; one of CHOICES.
+        standardise, projector, distance: of features: the teacher's channels, the student's projection and how both are
+            compared; each one of CHOICES.
     Raises: RecipeError for anything else.
     """
 
@@ -58,6 +66,9 @@ class TermSpec:
     quantile: float | None = None
     normalise: str | None = None
     class_weights: Literal["none", "median", "sqrt"] | None = None
+    standardise: str | None = None
+    projector: str | None = None
+    distance: str | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -133,7 +144,7 @@ def compares_features(spec: TermSpec) -> bool:
     """Whether a term compares taps, not logits."""
     if spec.kind == "cwd":
         return spec.teacher_tap is not None or spec.student_tap is not None
-    return KINDS[spec.kind] == _TAPS
+    return "teacher_tap" in KINDS[spec.kind]
 
 
 def reads_teacher(spec: TermSpec) -> bool:
