@@ -97,6 +97,7 @@ def evaluate_run(
 
 
 IMAGES = ".npz"
+"""The suffix of the counts of every image, beside an evaluation."""
 _NAMES = ("weights", "data", "split", "fold")
 """Entries of a record in JSON that may differ between equal evaluations."""
 

@@ -28,7 +28,16 @@ _SCORES: tuple[Callable[[Row], Spread], ...] = (attrgetter("miou"), attrgetter("
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
     """Scores per row: number of runs, mIoU, mAcc, aAcc (percent) and the distance to the baseline (points)."""
-    header = ["row", "runs", "mIoU %", "mAcc %", "aAcc %", "to baseline", f"95 % over {spans(comparison)[0]}", "is"]
+    header = [
+        "row",
+        "runs",
+        "mIoU %",
+        "mAcc %",
+        "aAcc %",
+        "to baseline",
+        f"95 % over {interval_spans(comparison)[0]}",
+        "is",
+    ]
     rows = [
         [
             row_name(row),
@@ -43,7 +52,7 @@ def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
 
 def difference_table(comparison: Comparison) -> Table:
     """Known distances of rows to their baseline and control: intervals, correlation of pairs, p and p by Holm."""
-    seeds, images = spans(comparison)
+    seeds, images = interval_spans(comparison)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
     header = ["row", "to", "points", *intervals, "correlation", "p", "p by Holm", "is"]
     rows = []
@@ -67,7 +76,7 @@ def difference_table(comparison: Comparison) -> Table:
     return header, rows
 
 
-def spans(comparison: Comparison) -> tuple[str, str]:
+def interval_spans(comparison: Comparison) -> tuple[str, str]:
     """What the intervals of a comparison span: seeds (and folds), and images or sequences."""
     gaps = [row.difference for row in comparison.rows if row.difference is not None]
     seeds = max((gap.over for gap in gaps), key=len, default="seeds")
@@ -220,7 +229,7 @@ def _about_differences(comparison: Comparison) -> list[str]:
     all_paired = all(gap.paired for gap in gaps)
     pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
     baselines = " and ".join(sorted({gap.baseline for gap in gaps}))
-    over = spans(comparison)[0]
+    over = interval_spans(comparison)[0]
     sentences = [f"points of mIoU to {baselines}, {pairs}; 95 % interval over {over} by Student's t"]
     if any(row.control is not None for row in comparison.rows):
         sentences.append(

@@ -28,7 +28,7 @@ def test_a_run_and_its_weights_score_the_same(world, cli, monkeypatch) -> None:
     monkeypatch.chdir(world / "here")
     spec = cli(*words(f"evaluate {SPEC} {FLAGS}", world))
     assert spec.code == 0, spec.err
-    assert "written: evaluation-val.json, evaluation-val.md" in spec.out
+    assert "written: evaluation-val.json, evaluation-val.npz, evaluation-val.md" in spec.out
     one = json.loads((world / "teacher/evaluation-val.json").read_text())
     two = json.loads((world / "here/evaluation-val.json").read_text())
     assert one["miou"] == two["miou"]

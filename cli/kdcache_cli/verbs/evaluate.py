@@ -107,7 +107,7 @@ def evaluate(
 
 
 def _write(record: "Record", run: str, metrics: "Metrics", json_file: Path | None, markdown: Path | None) -> None:
-    from kdcache.analysis.stored_evaluations import file_name, write_evaluation
+    from kdcache.analysis.stored_evaluations import IMAGES, file_name, write_evaluation
     from kdcache.metrics import metrics_markdown
     from kdcache.run_folder import Run
 
@@ -120,4 +120,5 @@ def _write(record: "Record", run: str, metrics: "Metrics", json_file: Path | Non
     write_evaluation(record, json_path, run, metrics)
     title = f"{run} on {record.data}, {name.removeprefix('evaluation-')}"
     markdown_path.write_text(metrics_markdown(title, metrics), encoding="utf-8")
-    OUT.print(f"written: {json_path}, {markdown_path}", markup=False, highlight=False)
+    written = ", ".join(map(str, (json_path, json_path.with_suffix(IMAGES), markdown_path)))
+    OUT.print(f"written: {written}", markup=False, highlight=False)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.report.render import number, points, render
 from kdcache.analysis.spread import Difference, Spread
-from kdcache.analysis.tables import difference_table, legend, spans
+from kdcache.analysis.tables import difference_table, interval_spans, legend
 from kdcache.metrics.tables import percent
 
 
@@ -91,10 +91,10 @@ def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any
 
 
 def _columns(comparison: Comparison) -> list[Column]:
-    seeds, images = spans(comparison)
+    seeds, images = interval_spans(comparison)
     columns = [
         Column("mIoU %", "mean IoU over the classes that occur", _spread(lambda row: row.miou), ranked=True),
-        Column("to baseline", f"points of mIoU, with their 95 % interval over {seeds}", _gap),
+        Column(f"to baseline, over {seeds}", f"points of mIoU, with their 95 % interval over {seeds}", _gap),
         Column("mAcc %", "mean share of a class's pixels that is found", _spread(lambda row: row.macc), ranked=True),
         Column("aAcc %", "share of all pixels that is right", _spread(lambda row: row.aacc), ranked=True),
         Column("parameters", "of the network", _parameters),

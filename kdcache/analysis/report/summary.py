@@ -10,6 +10,7 @@ from kdcache.analysis.comparison import Comparison, Row, collapse, is_collapsed
 from kdcache.analysis.report.charts import ticks
 from kdcache.analysis.report.render import number, points, quoted, render
 from kdcache.analysis.spread import Difference
+from kdcache.analysis.tables import interval_spans
 from kdcache.metrics.tables import percent
 
 _MOST_TICKS = 6
@@ -214,6 +215,7 @@ def differences(comparison: Comparison) -> dict[str, Any] | None:
     return {
         "lines": lines,
         "baselines": {gap.baseline for _, gap in rows},
+        "over": interval_spans(comparison)[0],
         "tested": any(not math.isnan(gap.half_width) for _, gap in rows),
         "comparisons": max(gap.comparisons for _, gap in rows),
         "zero": place(0),
