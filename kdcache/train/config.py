@@ -263,7 +263,11 @@ def _check_data(config: TrainConfig) -> None:
             remedy="leave one of them out",
         )
     if config.cache is None and config.data is None:
-        raise RecipeError("there must be something to train on", received="no --cache and no --data", remedy="give one")
+        raise RecipeError(
+            "there must be something to train on",
+            received="no --cache and no --data",
+            remedy="give --cache STORE; or --data DATA, to learn from its labels alone",
+        )
     if config.cache is None and config.reads_targets:
         kinds = [*(["kl"] if config.wants_kl else []), *(term.kind for term in config.terms if reads_teacher(term))]
         raise RecipeError(
