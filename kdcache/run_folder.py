@@ -42,6 +42,7 @@ class RunModel(BaseModel):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
+    labels: str | None = None  # which of its samples' labels are learnt from, as `pack_flags` has them
 
     @model_validator(mode="after")
     def _check_names(self) -> "RunModel":
@@ -62,8 +63,8 @@ class RunModel(BaseModel):
             )
 
     def metadata(self) -> dict[str, str]:
-        """The fields as exported files carry them: text as it is, the rest as JSON. `trained_on` stays behind."""
-        fields = self.model_dump(mode="json", exclude={"trained_on"})
+        """The fields as exported files carry them: text as it is, the rest as JSON. Its training stays behind."""
+        fields = self.model_dump(mode="json", exclude={"trained_on", "labels"})
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
     @classmethod

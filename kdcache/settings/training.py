@@ -105,7 +105,9 @@ class TrainSettings:
         "none", "Weights of the targets by how rare their class is: none, median or sqrt."
     )
 
-    limit_labels: Positive | None = _part(None, "Use the labels of so many samples.", metavar="N")
+    limit_labels: Positive | None = _part(
+        None, "Use the labels of so many samples. A store whose teacher had others of them is refused.", metavar="N"
+    )
     labelled_share: Annotated[float, Ge(0.001), Le(0.999)] | None = _part(
         None,
         "Where only some samples have a label: their share of every batch (default: as many as there are, at "

@@ -6,7 +6,7 @@
     api.py           from settings to a run
     criterion.py     the loss that the settings describe
     class_trust.py   a weight per class of the teacher, by how far it beats a plain run
-    held_out.py      whether that is measured on samples that the teacher has not seen
+    held_out.py      whether the teacher has seen the fold or the labels that a run goes without
     trainer.py       the loop
     distributed.py   the processes of torchrun, and what they agree on
     interrupt.py     requests to stop a training

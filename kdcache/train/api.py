@@ -20,6 +20,7 @@ from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.config import TrainConfig, check_flip, check_processes, check_replays
 from kdcache.train.criterion import make_criterion, needed_arrays
 from kdcache.train.distributed import World, pick_device, processes
+from kdcache.train.held_out import check_teacher
 from kdcache.train.input.cache_dataset import choose_augment
 from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.input.loader import Draws
@@ -83,6 +84,9 @@ def make_trainer(
             check_logits(cache)
         as_given, config = config, config.model_copy(update={"flip": config.flip is not False})
         dataset = open_dataset(config, cache)
+        if cache is not None:
+            for warning in check_teacher(cache, config, dataset.labels_used):
+                observer.note(warning)
         classes = dataset.classes
         shuffle = choose_shuffle(config.shuffle, dataset)
         share = choose_labelled_share(config.labelled_share, dataset.label_flags)
@@ -107,7 +111,7 @@ def make_trainer(
     with world.together():
         if world.first:
             hold_folder(config, run, resume, dataset.identity, lock)
-            write_beginning(config, run, model, classes, dataset.identity, world.size)
+            write_beginning(config, run, model, dataset, world.size)
             if (text := remember(config.model)) is not None:
                 observer.note(text)
             if resume and not (run / CHECKPOINT).is_file():

@@ -42,6 +42,7 @@ SUBSTITUTIONS = [
     (r"--crop \d+x\d+", "--crop 32x32"),
     (r"--teacher-size \d+x\d+", "--teacher-size 64x96"),
     (r"--views \d+", "--views 2"),
+    (r"(--limit-(?:samples|labels)) \d+", r"\1 4"),
     # A teacher of two iterations is sure of nothing.
     (r"--threshold 0\.7", "--threshold 0.1"),
     # Benchmarks look at little, once.

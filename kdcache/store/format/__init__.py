@@ -3,6 +3,7 @@
 manifest.py          who made it, from what, how
 manifest_models.py   the parts of that: data set, view, heads, the teacher's fingerprint
 schema.py            arrays, chunks
+flags.py             a flag per sample, as text of the manifest
 codec.py             how they are compressed, and what is rounded before
 shard.py             records straight from shards, at the decoder's speed
 layout.py            which arrays that can be done with

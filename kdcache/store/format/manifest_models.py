@@ -188,11 +188,14 @@ class Training(Part):
         ids_digest: of its samples and classes, as `Dataset` has that of the store's own.
         fold: (i, K) left out fold i of K; None left out none.
         folds_by: the pattern of the sequences that its folds keep whole; None for folds by id.
+        labels: the samples whose labels it learnt from, as `pack_flags` has them, in the order of the digest's ids;
+            None in stores and runs that were begun before it was recorded.
     """
 
     ids_digest: str
     fold: tuple[Count, Count] | None = None
     folds_by: str | None = None
+    labels: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]+={0,2}$")] | None = None
 
     @model_validator(mode="after")
     def _fold_is_one_of_them(self) -> "Training":

@@ -1,4 +1,4 @@
-"""The training of a teacher that is a run: on which samples, and which fold of them it left out."""
+"""The training of a teacher that is a run: on which samples, without which fold of them, with which labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,10 +17,10 @@ def training_of(run: Run) -> Training | None:
     try:
         if run.recipe is None:
             return None
-        fold = fold_left_out(run.recipe)
+        fold, labels = fold_left_out(run.recipe), run.model.labels
         if fold is None:
-            return Training(ids_digest=digest)
-        return Training(ids_digest=digest, fold=(fold.number, fold.folds), folds_by=fold.by)
+            return Training(ids_digest=digest, labels=labels)
+        return Training(ids_digest=digest, fold=(fold.number, fold.folds), folds_by=fold.by, labels=labels)
     except (RecipeError, ValueError):  # a teacher needs no recipe: it is only not known then
         return None
 

@@ -81,6 +81,14 @@ class DrawnDataset(Dataset[Batch], ABC):
         return self.indices
 
     @property
+    def labels_used(self) -> npt.NDArray[np.bool_]:
+        """Whether each sample of the source, drawn or not, has a label that is used: (N,) bool."""
+        count = len(self.split or ()) if self.cache is None else self.cache.manifest.dataset.samples
+        used = np.zeros(count, np.bool_)
+        used[list(self.labelled)] = True
+        return used
+
+    @property
     @abstractmethod
     def classes(self) -> ClassList:
         """The classes of its labels."""

@@ -3,7 +3,6 @@
 import difflib
 from pathlib import Path
 
-from kdcache.data import ClassList
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.models import SegmentationModel
@@ -12,7 +11,9 @@ from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunMode
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
 from kdcache.store.backend.durable import disk_space_errors
+from kdcache.store.format.flags import pack_flags
 from kdcache.train.config import TrainConfig, read_config
+from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.run.checkpoint_file import KEPT
 from kdcache.train.run.lock import LOCK, RunLock
 from kdcache.train.run.metrics_log import environment, write_json
@@ -104,7 +105,7 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
 
 
 def write_beginning(
-    config: TrainConfig, run: Path, model: SegmentationModel, classes: ClassList, identity: str, processes: int
+    config: TrainConfig, run: Path, model: SegmentationModel, dataset: DrawnDataset, processes: int
 ) -> None:
     """Write the files that a reader of the folder needs, before the first step."""
     assert config.size is not None
@@ -115,12 +116,13 @@ def write_beginning(
         write_whole(run / RECIPE, config.to_toml())
         run_model = RunModel(
             spec=config.model,
-            class_names=classes.names,
-            class_colours=classes.colours,
+            class_names=dataset.classes.names,
+            class_colours=dataset.classes.colours,
             size=config.size,
             mean=model.mean,
             std=model.std,
-            trained_on=identity,
+            trained_on=dataset.identity,
+            labels=pack_flags(dataset.labels_used),
         )
         write_run_model(run, run_model)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})

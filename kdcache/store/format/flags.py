@@ -1,0 +1,40 @@
+"""A flag per sample as text, for JSON: bits, the first sample in the lowest of the first byte; zlib; Base64."""
+
+import base64
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.errors import CorruptError
+
+Flags = npt.NDArray[np.bool_]
+
+
+def pack_flags(flags_N: Flags) -> str:
+    """The text of flags (N,) bool: a few where they are alike, about N / 6 characters at most."""
+    return base64.b64encode(zlib.compress(np.packbits(flags_N, bitorder="little").tobytes(), 9)).decode("ascii")
+
+
+def unpack_flags(text: str, count: int, where: object) -> Flags:
+    """The flags (count,) bool of a text. Raises: CorruptError, which names `where`, for a text that is not of so many.
+
+    A text that would inflate to more is not inflated further.
+    """
+    size = -(-count // 8)
+    inflater = zlib.decompressobj()
+    try:
+        content = inflater.decompress(base64.b64decode(text, validate=True), size + 1)
+    except (ValueError, zlib.error) as error:
+        raise _corrupt(where, str(error)) from error
+    if len(content) != size or not inflater.eof:
+        raise _corrupt(where, f"a text of {len(text)} characters, which is not of {count} samples")
+    return np.unpackbits(np.frombuffer(content, np.uint8), count=count, bitorder="little").astype(np.bool_)
+
+
+def _corrupt(where: object, what: str) -> CorruptError:
+    return CorruptError(
+        "flags of samples are a bit per sample, compressed by zlib, in Base64",
+        received=f"{where}: {what}",
+        remedy="restore the store from a copy, or build it again from the teacher's run",
+    )
