@@ -134,6 +134,11 @@ class Cache:
                 raise
             return self._array(path).read_all()
 
+    @cached_property
+    def has_label(self) -> Array:
+        """Whether each sample has a label, (N,) bool. All views of a sample do, or none. Read once."""
+        return self.column("labelled")[:: self.manifest.view.views_per_sample].astype(np.bool_)
+
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
         """Rows of one record, path -> array of the schema's shape and type, each with memory of its own.
 

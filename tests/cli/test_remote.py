@@ -36,7 +36,8 @@ def test_the_whole_way_through_a_bucket(world, cli, tree, s3, tmp_path) -> None:
     train = f"train-student --val {data} {STUDENT} --cache-bytes 1MB --iterations"
     far = cli(*f"{train} 4 --cache {address} --out {tmp_path}/far".split(), "--cache-dir", copies)
     assert far.code == 0, far.err
-    shards = [request.key for request in s3.requests if "/c/" in request.key]
+    # The index of ids is read by the seal's check and again by whoever needs ids; a shard of records once.
+    shards = [key for request in s3.requests if "/c/" in (key := request.key) and "/samples/" not in key]
     assert s3.counted("PUT") == 0
     assert len(shards) == len(set(shards)) > 6
     assert list(copies.glob("mirrors/*/targets/segmentation/values/c/*/0/0/0"))

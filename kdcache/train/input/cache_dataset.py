@@ -96,8 +96,7 @@ class CacheDataset(DrawnDataset):
         everything = range(cache.manifest.dataset.samples)
         used = Selection(everything, everything) if part.whole else part.choose(cache.ids)
         self._labels_used = used.labelled
-        self._has_labels = cache.column("labelled")[:: cache.manifest.view.views_per_sample].astype(bool)
-        self._complete = bool(self._has_labels.all()) and part.labels is None
+        self._complete = bool(cache.has_label.all()) and part.labels is None
         self.indices = used.samples
         if labelled_only and not self._complete:
             self.indices = [number for number in used.samples if self._has_label(number)]
@@ -189,7 +188,7 @@ class CacheDataset(DrawnDataset):
         self._roll(rng, out)
 
     def _has_label(self, number: int) -> bool:
-        return number in self._labels_used and bool(self._has_labels[number])
+        return number in self._labels_used and bool(self.cache.has_label[number])
 
     def _read(self, record: int, path: str) -> Array:
         """Read a row that is not to be written to."""
