@@ -241,8 +241,8 @@ def test_the_command_of_the_wheel_finds_its_files(installed: Path, tmp_path: Pat
     recipes = run(installed / "kdcache", "sweep", cwd=tmp_path)
     for recipe in (ROOT / "kdcache/sweep/recipes").glob("*.toml"):
         assert recipe.stem in recipes
-    told = run(installed / "python", "-c", EMPTY_PAGE, cwd=tmp_path)
-    assert told.startswith(str(installed.parent))
+    output = run(installed / "python", "-c", EMPTY_PAGE, cwd=tmp_path)
+    assert output.startswith(str(installed.parent))
     for name in ("page.css", "page.js"):
-        assert (ROOT / "kdcache/analysis/report" / name).read_text(encoding="utf-8") in told
-    assert "No row has a baseline to be measured against." in told
+        assert (ROOT / "kdcache/analysis/report" / name).read_text(encoding="utf-8") in output
+    assert "No row has a baseline to be measured against." in output

@@ -76,7 +76,7 @@ def student(dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def loss_of(*specs: TermSpec, ce_weight: float = 0.0, kl_weight: float = 0.0) -> DistillLoss:
-    """Of float64 logits, which the reference takes."""
+    """A loss on the reference implementation, which takes float64 logits."""
     further = [make_term(spec, targets=LABELS, student_taps={}) for spec in specs]
     return DistillLoss(LABELS, ce_weight=ce_weight, kl_weight=kl_weight, further=further, impl="reference")
 

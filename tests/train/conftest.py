@@ -222,16 +222,21 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._running = False
 
     def start(self, settings: dict[str, Any], out: Path, *, resume: bool = False) -> int:
         """Begin a training; returns its process id, which leads a process group of its own."""
         assert self._process.stdin is not None
+        if self._running:  # a test failed before it waited: the next line is an exit code, no process id
+            self.wait()
         self._process.stdin.write(json.dumps({"settings": settings, "out": str(out), "resume": resume}) + "\n")
         self._process.stdin.flush()
+        self._running = True
         return self._line()
 
     def wait(self) -> int:
         """Exit code of the training; -9 after SIGKILL."""
+        self._running = False
         return self._line()
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ def test_a_teacher_of_the_same_labels_or_fewer(taught: Callable[..., Cache], not
 
 
 def test_other_labels_are_more_labels(cache: Cache, taught: Callable[..., Cache], notes: Notes) -> None:
-    """As many, but not the same ones."""
+    """A teacher of as many labels, of other samples, is refused too."""
     labels = pack_flags(~first(4, list(cache.ids)))
     with pytest.raises(MismatchError, match="without labels"):
         notes(taught(2, labels=labels), limit_labels=2)

@@ -20,7 +20,7 @@ from ..topk import LOGIT_LIMIT, check_logits, check_packed, index_dtype
 
 BLOCK = 128
 OPTIONS = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
-"""Of every launch with a pixel per lane."""
+"""Launch options of the kernels that give each lane a pixel."""
 LIMIT = tl.constexpr(LOGIT_LIMIT)
 LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 INFINITY_BITS = tl.constexpr(0x7F800000)
