@@ -271,15 +271,13 @@ def seal(place: Place, shards: int, metadata_keys: Iterable[str]) -> bool:
         raise damaged_metadata(place.describe(missing))
     ledger_sha256 = hashlib.sha256(whole).hexdigest()
     completion = Completion(shards=shards, ledger_sha256=ledger_sha256, metadata=cast(dict[str, str], metadata))
-    listed = read_or_none(place, WHOLE, MAX_SEALED_BYTES) == whole
-    sealed = read_or_none(place, COMPLETE, MAX_JSON_BYTES) == completion.content
     with place.alone():  # processes that finish together would tidy away what the other is writing
         place.tidy()
-        if not listed:
-            if not sealed:  # a seal of another ledger
-                place.remove(COMPLETE)
+        if read_or_none(place, WHOLE, MAX_SEALED_BYTES) != whole:
+            if read_or_none(place, COMPLETE, MAX_JSON_BYTES) not in (None, completion.content):
+                place.remove(COMPLETE)  # a seal of another ledger; never that of a process which finished just before
             place.publish(WHOLE, whole)
-        if not sealed:
+        if read_or_none(place, COMPLETE, MAX_JSON_BYTES) != completion.content:
             place.publish(COMPLETE, completion.content)
     return True
 

@@ -270,8 +270,9 @@ def open_writer(
         raise _another(place, differences, intact=recovery.is_intact(place, completion))
     files = _metadata(present, ids)
     same = present.build.libraries == manifest.build.libraries
-    recovery.restore_metadata(place, files, completion, same_libraries=same)
-    recovery.restore_spare(place, completion)
+    with place.alone():  # one that finishes meanwhile would tidy away what is being written
+        recovery.restore_metadata(place, files, completion, same_libraries=same)
+        recovery.restore_spare(place, completion)
     mine = [shard for shard in range(present.shards) if worker.owns(shard)]
     state = recovery.examine_shards(place, present, mine, completion)
     writer = StoreWriter(place, present, worker)

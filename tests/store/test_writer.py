@@ -29,7 +29,7 @@ BUILD = """
 import json, os, signal, sys
 import numpy as np
 from pathlib import Path
-from kdcache.store import Manifest, open_writer
+from kdcache.store import Manifest, open_cache, open_writer
 
 plan, store = Path(sys.argv[1]), Path(sys.argv[2])
 manifest = Manifest.model_validate_json((plan / "manifest.json").read_bytes())
@@ -208,6 +208,26 @@ def test_two_builders_at_once_share_the_shards(small, clean, tree, tmp_path) -> 
     assert tree(path) == clean
 
 
+def test_what_another_builder_sealed_just_before_stays_sealed(small, clean, tree, tmp_path, monkeypatch) -> None:
+    """A store that one builder reports as finished opens at every moment, whoever seals it after."""
+    path = tmp_path / "s.zarr"
+    with open_writer(path, small.manifest, small.ids) as one, open_writer(path, small.manifest, small.ids) as other:
+        for shard in one.claimed():
+            one.write_shard(shard, small.rows(shard))
+        assert list(other.claimed()) == []
+        wait, removed = one.place.alone, []
+
+        def wait_for_the_other():
+            assert other.seal()
+            return wait()
+
+        monkeypatch.setattr(one.place, "alone", wait_for_the_other)
+        monkeypatch.setattr(one.place, "remove", removed.append)
+        assert one.seal()
+    assert removed == []
+    assert tree(path) == clean
+
+
 def test_a_builder_that_dies_leaves_its_shards(small, clean, tree, tmp_path) -> None:
     path = tmp_path / "s.zarr"
     plan = save_plan(small, tmp_path / "plan")
@@ -246,6 +266,7 @@ def test_many_builders_start_at_once(small, clean, tree, tmp_path) -> None:
                 print(shard, flush=True)
                 time.sleep(0.2)
         assert writer.seal()
+    open_cache(store)
     """
     script = [sys.executable, "-c", BUILD + textwrap.dedent(code), plan, tmp_path / "s.zarr", tmp_path / "go"]
     builders = [subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
