@@ -41,7 +41,7 @@ DATA = {
 }
 
 LITE = "--model {here}/pretrained.py:%s --size %s --lr %s --iterations %d"
-TEACHER = "--batch-size 8 --warmup 100 --class-weights sqrt --gradients-every 0"
+TEACHER = "--batch-size 8 --warmup 100 --class-weights sqrt --ema 0.999 --gradients-every 0"
 TEACHERS = {
     # Flags of train-teacher by name. The data set is chosen where a teacher is used.
     "base": "--model kdcache:base --size 144x192 --lr 2e-3 --iterations 4000",
