@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from common import header, spread, synchronise, write
-from kdcache.data import Split, open_split, prefetch
+from kdcache.data import SEGMENTATION, Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_writer
 from kdcache.store.format.manifest_models import View
@@ -50,11 +50,11 @@ class Cycled(Split):
     def image(self, index: int) -> np.ndarray[Any, Any]:
         return self._inner.image(index % len(self._inner))
 
-    def label(self, index: int) -> np.ndarray[Any, Any] | None:
-        return self._inner.label(index % len(self._inner))
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        return self._inner.has_label(index % len(self._inner), task)
 
-    def has_label(self, index: int) -> bool:
-        return self._inner.has_label(index % len(self._inner))
+    def _segmentation(self, index: int) -> np.ndarray[Any, Any] | None:
+        return self._inner.label(index % len(self._inner))
 
 
 class Measured(NamedTuple):

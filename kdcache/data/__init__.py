@@ -1,6 +1,6 @@
 """Data: samples and their layouts, procedural scenes, rendering of views, augmentation, checks.
 
-    open_split(data, split) -> Split          ids, classes, image(i), label(i); of a folder, VOC, Cityscapes, ...
+    open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); of a folder, VOC, ...
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     draw_window, colour_jitter                what is random for the student
@@ -27,14 +27,16 @@ from kdcache.data.rendering.augment import (
     inside_rectangle,
 )
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Split
+from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
 from kdcache.data.split_report import SplitReport
 
 __all__ = [
+    "DEPTH",
     "IGNORE_INDEX",
     "OUTSIDE_RGB",
+    "SEGMENTATION",
     "Augmentation",
     "CheckReport",
     "ClassList",

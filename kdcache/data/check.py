@@ -76,7 +76,7 @@ class _Reading:
 
     size: tuple[int, int] | None = None
     counts: npt.NDArray[np.int64] | int = 0
-    digests: tuple[str, str | None] | None = None
+    digests: tuple[str | None, ...] | None = None
     pixels: int | None = None
     defects: dict[str, Any] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.prefetch import prefetch
-from kdcache.data.sample import Pixels, Split
+from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, Pixels, Split
 from kdcache.data.sequences import folds_of
 from kdcache.errors import RecipeError
 
@@ -103,17 +103,23 @@ class SplitPart(Split):
     def image(self, index: int) -> Pixels:
         return self._whole.image(self._numbers[index])
 
-    def label(self, index: int) -> Pixels | None:
-        return self._whole.label(self._numbers[index])
-
-    def has_label(self, index: int) -> bool:
-        return self._whole.has_label(self._numbers[index])
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        return self._whole.has_label(self._numbers[index], task)
 
     def raw_label(self, index: int) -> Pixels | None:
         return self._whole.raw_label(self._numbers[index])
 
-    def content_digests(self, index: int) -> tuple[str, str | None]:
+    def raw_depth(self, index: int) -> Depth | None:
+        return self._whole.raw_depth(self._numbers[index])
+
+    def content_digests(self, index: int) -> tuple[str | None, ...]:
         return self._whole.content_digests(self._numbers[index])
+
+    def _segmentation(self, index: int) -> Pixels | None:
+        return self._whole.label(self._numbers[index])
+
+    def _depth(self, index: int) -> Depth | None:
+        return self._whole.label(self._numbers[index], DEPTH)
 
 
 class Excerpt(SplitPart):

@@ -4,8 +4,9 @@ A `Split` is the one interface that the teacher pass, the trainer and the checks
 paths or seeds, never pixels, so it is small, picklable (DataLoader workers use forkserver) and cheap to
 open. `image` and `label` return arrays of their own: a caller may write into them.
 
-Labels are uint8 with 255 for void, which bounds a class list at 255 classes. Every published
-segmentation benchmark in use fits, and the label of a 1024 x 2048 image stays at 2 MiB.
+A sample may have a label of every task, of some or of none. Labels of segmentation are uint8 with 255 for void, which
+bounds a class list at 255 classes: every published benchmark in use fits, and the label of a 1024 x 2048 image stays at
+2 MiB. Labels of depth are float32 metres with NaN where the depth is unknown.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,16 @@ from kdcache.errors import DataError
 IGNORE_INDEX = 255
 """The id of void pixels in every label: no class, no loss, no metric."""
 
+SEGMENTATION: Final = "segmentation"
+"""The task of a class id per pixel."""
+
+DEPTH: Final = "depth"
+"""The task of the distance per pixel from the camera's plane (along its axis), in metres."""
+
+TASKS = (SEGMENTATION, DEPTH)
+
 Pixels = npt.NDArray[np.uint8]
+Depth = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class Split(ABC):
         ids: stable unique sample ids, sorted; `index` below counts in this order.
         label_map: uint8 (256,), the class id of every number in the label files; None where they are class ids already.
 
-    Subclasses set these and write `image`, `label` and `has_label`.
+    Subclasses set these and write `image`, `has_label` and `_segmentation`; those with depth write `_depth` too.
     """
 
     data: str
@@ -108,6 +118,11 @@ class Split(ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of which a sample has a label, in the order of `TASKS`; reads no file."""
+        return tuple(task for task in TASKS if any(self.has_label(index, task) for index in range(len(self))))
+
     @abstractmethod
     def image(self, index: int) -> Pixels:
         """The image: uint8 (H, W, 3), RGB, EXIF-upright, contiguous, the caller's own.
@@ -115,28 +130,57 @@ class Split(ABC):
         Raises: DataError naming the file.
         """
 
-    @abstractmethod
-    def label(self, index: int) -> Pixels | None:
-        """The class ids: uint8 (H, W) of the image's size, 255 for void; None without a label.
+    @overload
+    def label(self, index: int, task: Literal["segmentation"] = ...) -> Pixels | None: ...
+    @overload
+    def label(self, index: int, task: Literal["depth"]) -> Depth | None: ...
+    @overload
+    def label(self, index: int, task: str) -> Pixels | Depth | None: ...
+    def label(self, index: int, task: str = SEGMENTATION) -> Pixels | Depth | None:
+        """The label of a task, of the image's size; None without one.
 
-        Raises: DataError for a file that is no label of this image, or ids beyond the classes.
+        Segmentation is uint8 (H, W) class ids, 255 for void; depth is float32 (H, W) metres above 0, NaN where unknown.
+
+        Raises: DataError for a file that is no label of this image, ids beyond the classes, or depths that cannot be;
+            ValueError for another task.
         """
+        check_task(task)
+        return self._depth(index) if task == DEPTH else self._segmentation(index)
 
     @abstractmethod
-    def has_label(self, index: int) -> bool:
-        """Whether the sample has a label; reads no file."""
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        """Whether the sample has a label of a task; reads no file."""
 
     def raw_label(self, index: int) -> Pixels | None:
-        """`label`, compared with neither image nor classes, for reports on broken data.
+        """The label of segmentation, compared with neither image nor classes, for reports on broken data.
 
         Numbers that no class has stay as they are in the file.
         """
-        return self.label(index)
+        return self._segmentation(index)
 
-    def content_digests(self, index: int) -> tuple[str, str | None]:
-        """SHA-256 of what the image and the label (None without one) hold: here of their arrays."""
-        label = self.label(index)
-        return _array_digest(self.image(index)), None if label is None else _array_digest(label)
+    def raw_depth(self, index: int) -> Depth | None:
+        """The label of depth, not compared with the image, for reports: its numbers may be negative or of no unit."""
+        return self._depth(index)
+
+    def content_digests(self, index: int) -> tuple[str | None, ...]:
+        """SHA-256 of what the image and the labels hold, here of their arrays.
+
+        The label of segmentation comes second (None without one), that of depth third, where there is one.
+        """
+        segmentation, depth = self._segmentation(index), self._depth(index)
+        return (
+            _array_digest(self.image(index)),
+            None if segmentation is None else _array_digest(segmentation),
+            *(() if depth is None else (_array_digest(depth),)),
+        )
+
+    @abstractmethod
+    def _segmentation(self, index: int) -> Pixels | None:
+        """The label of segmentation, as `label` describes it. Raises: as it does."""
+
+    def _depth(self, index: int) -> Depth | None:
+        """The label of depth, as `label` describes it. Raises: as it does."""
+        return None
 
     def folds(self, folds: int, by: str | None = None) -> npt.NDArray[np.int64]:
         """The fold of every sample (N,), as `folds_of` deals them out. Raises RecipeError as it does."""
@@ -148,6 +192,12 @@ class Split(ABC):
         if self.label_map is not None:
             content.append(self.label_map.tolist())
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode("ascii")).hexdigest()
+
+
+def check_task(task: str) -> None:
+    """Refuse a name that is no task of this room. Raises: ValueError."""
+    if task not in TASKS:
+        raise ValueError(f"a task is one of {', '.join(TASKS)}, got {task!r}")
 
 
 def ids_out_of_range(label: Pixels, classes: int) -> dict[int, int]:
@@ -169,5 +219,5 @@ def voc_colour(index: int) -> tuple[int, int, int]:
     return r, g, b
 
 
-def _array_digest(array: Pixels) -> str:
+def _array_digest(array: Pixels | Depth) -> str:
     return hashlib.sha256(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes()).hexdigest()

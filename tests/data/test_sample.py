@@ -17,11 +17,11 @@ class OnlyIds(Split):
     def image(self, index: int) -> np.ndarray:
         return np.full((2, 3, 3), index, np.uint8)
 
-    def label(self, index: int) -> np.ndarray | None:
-        return np.zeros((2, 3), np.uint8) if self.has_label(index) else None
+    def has_label(self, index: int, task: str = "segmentation") -> bool:
+        return index == 0 and task == "segmentation"
 
-    def has_label(self, index: int) -> bool:
-        return index == 0
+    def _segmentation(self, index: int) -> np.ndarray | None:
+        return np.zeros((2, 3), np.uint8) if self.has_label(index) else None
 
 
 def test_default_colours_are_distinct_and_kept_through_json() -> None:

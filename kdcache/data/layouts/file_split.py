@@ -7,7 +7,7 @@ from pathlib import Path
 from kdcache.data.files import file_digest, image_size, read_image, read_label
 from kdcache.data.layouts.label_ids import numbers_in
 from kdcache.data.layouts.scan import Scan
-from kdcache.data.sample import ClassList, Pixels, Split, ids_out_of_range
+from kdcache.data.sample import SEGMENTATION, ClassList, Pixels, Split, ids_out_of_range
 from kdcache.errors import DataError
 
 
@@ -46,10 +46,10 @@ class FileSplit(Split):
         self._sizes[index] = (pixels.shape[0], pixels.shape[1])
         return pixels
 
-    def has_label(self, index: int) -> bool:
-        return self._label_files[index] is not None
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        return task == SEGMENTATION and self._label_files[index] is not None
 
-    def label(self, index: int) -> Pixels | None:
+    def _segmentation(self, index: int) -> Pixels | None:
         """See `Split.label`. Raises: DataError for a label of another size than its image, or ids of no class."""
         label = self.raw_label(index)
         if label is None:
@@ -78,7 +78,7 @@ class FileSplit(Split):
             self._label_ids.check(numbers_in(label), path)
         return label if self.label_map is None else self.label_map.take(label)
 
-    def content_digests(self, index: int) -> tuple[str, str | None]:
+    def content_digests(self, index: int) -> tuple[str | None, ...]:
         """SHA-256 of the bytes of the image file and of the label file (None without one)."""
         path = self.label_path(index)
         return file_digest(self.image_path(index)), None if path is None else file_digest(path)

@@ -1,5 +1,8 @@
 """`scenes`: a procedural data set without files, for tests, tutorials and a first run.
 
+Its depth is exact, or a LiDAR's: `LINES` scan lines of `POINTS` points over the whole image, of which `LOST` are
+missing, as where a surface returns nothing. The pixels and the ids are the same with depth and without.
+
 A sample is a pure function of (seed, split, index): workers, machines and reruns see the same pixels, and
 a larger `train` extends a smaller one. Drawing takes a few milliseconds, so each process keeps the
 samples it drew, up to `CACHE_BYTES`.
@@ -14,20 +17,26 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from kdcache.data.classes import write_classes
 from kdcache.data.folder import IMAGES, LABELS
-from kdcache.data.sample import Pixels, Split
+from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, Pixels, Split
 from kdcache.data.scenes.street import CLASSES, draw_street
 from kdcache.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
 """Most memory that one process spends on drawn samples."""
 
+LINES, POINTS, LOST = 32, 64, 0.15
+"""Scan lines of sparse depth, points of a line, and the share of points that is missing."""
+
 _UNLABELLED = "unlabelled"
+_DEPTHS, _TASKS = ("none", "exact", "sparse"), ("both", "halves", "depth")
 _LEAST_SIDE, _MOST_SIDE = 16, 8192
 
 
@@ -45,6 +54,9 @@ class ScenesSpec:
         train, val: samples with labels.
         seed: another seed is another data set.
         unlabelled: samples of a split of that name that has no labels; 0 means there is no such split.
+        depth: `none`; `exact`; `sparse`, where the depth of train is a LiDAR's and that of val is exact.
+        tasks: the labels of train where there is depth: `both` of every sample; in `halves`, of segmentation for the
+            samples of even number and of depth for the others; `depth` alone. The samples of val have both.
     """
 
     height: int = 96
@@ -53,25 +65,33 @@ class ScenesSpec:
     val: int = 16
     seed: int = 0
     unlabelled: int = 0
+    depth: str = "none"
+    tasks: str = "both"
 
     @classmethod
     def parse(cls, data: str) -> ScenesSpec:
-        """Read `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`.
+        """Read `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0,depth=none,tasks=both`.
 
         Raises: DataError naming the part that is not understood.
         """
-        values: dict[str, int] = {}
+        values: dict[str, Any] = {}
         for part in filter(None, data.partition(":")[2].split(",")):
             size = re.fullmatch(r"(\d+)x(\d+)", part.strip())
-            option = re.fullmatch(r"(train|val|seed|unlabelled)=(\d+)", part.strip())
-            fields = dict(zip(("height", "width"), map(int, size.groups()), strict=True)) if size else {}
-            fields |= {option[1]: int(option[2])} if option else {}
+            number = re.fullmatch(r"(train|val|seed|unlabelled)=(\d+)", part.strip())
+            word = re.fullmatch(rf"(depth)=({'|'.join(_DEPTHS)})|(tasks)=({'|'.join(_TASKS)})", part.strip())
+            fields: dict[str, Any] = (
+                dict(zip(("height", "width"), map(int, size.groups()), strict=True)) if size else {}
+            )
+            fields |= {number[1]: int(number[2])} if number else {}
+            fields |= {word[1] or word[3]: word[2] or word[4]} if word else {}
             if not fields or values.keys() & fields.keys():
                 raise _malformed(data, f"{part!r} {'twice' if fields else 'is no part of it'}")
             values |= fields
         spec = cls(**values)
         if not all(_LEAST_SIDE <= side <= _MOST_SIDE for side in (spec.height, spec.width)):
             raise _malformed(data, f"{spec.height}x{spec.width}, sides are {_LEAST_SIDE} to {_MOST_SIDE}")
+        if "tasks" in values and spec.depth == "none":
+            raise _malformed(data, f"tasks={spec.tasks} without depth=exact or depth=sparse")
         return spec
 
     def splits(self) -> list[str]:
@@ -108,17 +128,50 @@ class ScenesSplit(Split):
         self.ids = tuple(f"{prefix}-{index:06d}" for index in range(self.spec.samples(split)))
 
     def image(self, index: int) -> Pixels:
-        return self._sample(index)[0].copy()
+        pixels: Pixels = self._sample(index)[0].copy()
+        return pixels
 
-    def label(self, index: int) -> Pixels | None:
-        return self._sample(index)[1].copy() if self.has_label(index) else None
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        if self.split == _UNLABELLED or (task == DEPTH and self.spec.depth == "none"):
+            return False
+        if self.split != "train" or self.spec.tasks == "both":
+            return True
+        even = range(len(self))[index] % 2 == 0
+        return (task == DEPTH) != (self.spec.tasks == "halves" and even)
 
-    def has_label(self, index: int) -> bool:
-        return self.split != _UNLABELLED
+    def _segmentation(self, index: int) -> Pixels | None:
+        if not self.has_label(index):
+            return None
+        label: Pixels = self._sample(index)[1].copy()
+        return label
 
-    def _sample(self, index: int) -> tuple[Pixels, Pixels]:
-        index = range(len(self))[index]
-        return _CACHE.get(self.spec.height, self.spec.width, self.spec.seed, self.split, index)
+    def _depth(self, index: int) -> Depth | None:
+        if not self.has_label(index, DEPTH):
+            return None
+        metres: Depth = self._sample(index)[2].copy()
+        if self.spec.depth == "sparse" and self.split == "train":
+            seed = [self.spec.seed, zlib.crc32(b"lidar"), range(len(self))[index]]
+            metres[~lidar_points(np.random.default_rng(seed), metres.shape)] = np.nan
+        return metres
+
+    def _sample(self, index: int) -> tuple[Any, ...]:
+        spec, index = self.spec, range(len(self))[index]
+        return _CACHE.get(spec.height, spec.width, spec.seed, self.split, index, depth=spec.depth != "none")
+
+
+def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """The pixels that a LiDAR's points fall on: scan lines at equal distances, each begun at a random place.
+
+    Args:
+        size: (H, W) of the image.
+    Returns: bool (H, W).
+    """
+    pitch_y, pitch_x = max(size[0] // LINES, 1), max(size[1] // POINTS, 1)
+    points = np.zeros(size, np.bool_)
+    for row in range(pitch_y // 2, size[0], pitch_y):
+        columns = np.arange(int(rng.integers(pitch_x)), size[1], pitch_x)
+        points[row, columns[rng.random(len(columns)) >= LOST]] = True
+    return points
 
 
 def write_scenes(folder: str | os.PathLike[str], data: str = "scenes", *, suffix: str = ".png") -> Path:
@@ -154,18 +207,21 @@ class _Cache:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
-        self._samples: OrderedDict[tuple[int, int, int, str, int], tuple[Pixels, Pixels]] = OrderedDict()
+        self._samples: OrderedDict[tuple[int, int, int, str, int, bool], tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, height: int, width: int, seed: int, split: str, index: int) -> tuple[Pixels, Pixels]:
-        key = (height, width, seed, split, index)
+    def get(
+        self, height: int, width: int, seed: int, split: str, index: int, *, depth: bool = False
+    ) -> tuple[Any, ...]:
+        """Pixels and label of a sample, and its depth where asked for, which takes twice the memory."""
+        key = (height, width, seed, split, index, depth)
         with self._lock:
             if key in self._samples:
                 self._samples.move_to_end(key)
                 return self._samples[key]
         # Drawn outside the lock; two threads may draw the same sample once each, to the same result.
         rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
-        sample = draw_street(rng, height, width)
+        sample = draw_street(rng, height, width)[: 3 if depth else 2]
         with self._lock:
             if key not in self._samples:
                 self._samples[key] = sample
@@ -181,7 +237,8 @@ _CACHE = _Cache(CACHE_BYTES)
 
 def _malformed(data: str, what: str) -> DataError:
     return DataError(
-        "Procedural scenes read scenes:HxW,train=N,val=N,seed=N,unlabelled=N, each part optional.",
+        f"Procedural scenes read scenes:HxW,train=N,val=N,seed=N,unlabelled=N,"
+        f"depth={'|'.join(_DEPTHS)},tasks={'|'.join(_TASKS)}, each part optional.",
         received=f"{data!r}: {what}",
         remedy="For example scenes:96x128,train=64,val=16; a folder of that name is ./scenes.",
     )

@@ -5,6 +5,11 @@ one percent and a pixel wide; colours overlap (overcast sky and pale facades, as
 of any colour) and shift from scene to scene with the light, so texture and place must be learned; near
 things hide far ones.
 
+Depth is exact, along the axis of a pinhole camera of `FOCAL` image heights' focal length, `CAMERA_HEIGHT` metres above
+level ground: row r below the horizon shows ground at `FOCAL * CAMERA_HEIGHT * height / (r + 0.5 - horizon)`. Things
+stand upright on it, all of a thing at the depth of its foot, by which its size was drawn. The ground ends in a bank at
+`GROUND_ENDS` metres, behind which the facades stand, nearer to the sides. The sky has no depth (NaN).
+
 Only numpy, elementwise arithmetic and one generator, so that a seed means one picture.
 """
 
@@ -15,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Depth, Pixels
 
 COLOURS = {
     "sky": (70, 130, 180),
@@ -27,6 +32,18 @@ COLOURS = {
     "pedestrian": (220, 20, 60),
 }
 CLASSES = ClassList(tuple(COLOURS), tuple(COLOURS.values()))
+CAMERA_HEIGHT = 2.3
+"""Metres above the ground."""
+
+FOCAL = 1.0
+"""Focal length in image heights: a field of view of 53 degrees from top to bottom."""
+
+GROUND_ENDS = 60.0
+"""Metres; things stand at 36 to 48 metres at most."""
+
+FARTHEST = 80.0
+"""Metres at which the facades at the vanishing point stand, and no other; those at the sides stand at `GROUND_ENDS`."""
+
 SKY, BUILDING, ROAD, VEGETATION, POLE, VEHICLE, PEDESTRIAN = range(7)
 
 Floats = npt.NDArray[np.float32]
@@ -37,20 +54,21 @@ _GREENS = np.array([(74, 96, 48), (96, 104, 60), (58, 78, 46), (118, 112, 72)], 
 _CLOTHES = np.array([(60, 60, 70), (130, 60, 55), (70, 85, 120), (150, 140, 125), (90, 95, 70)], np.float32)
 
 
-def draw_street(rng: np.random.Generator, height: int, width: int) -> tuple[Pixels, Pixels]:
+def draw_street(rng: np.random.Generator, height: int, width: int) -> tuple[Pixels, Pixels, Depth]:
     """Draw a street.
 
     Args:
         rng: the only source of randomness.
         height, width: pixels, at least 16.
-    Returns: uint8 (height, width, 3) RGB and uint8 (height, width) ids of `CLASSES`, 255 for void.
+    Returns: uint8 (height, width, 3) RGB; uint8 (height, width) ids of `CLASSES`, 255 for void; float32 (height, width)
+        depth in metres, NaN in the sky.
     """
     scene = _Scene.draw(rng, height, width)
     scene.sky()
     scene.skyline()
     scene.ground()
     scene.things()
-    return scene.photograph(), scene.annotate()
+    return scene.photograph(), scene.annotate(), scene.metres
 
 
 @dataclass
@@ -58,6 +76,7 @@ class _Scene:
     rng: np.random.Generator
     rgb: Floats
     ids: Pixels
+    metres: Depth
     horizon: int
     vanishing_x: float
     road_x: float
@@ -69,6 +88,7 @@ class _Scene:
             rng=rng,
             rgb=np.zeros((height, width, 3), np.float32),
             ids=np.zeros((height, width), np.uint8),
+            metres=np.full((height, width), np.nan, np.float32),
             horizon=int(height * rng.uniform(0.36, 0.52)),
             vanishing_x=width * rng.uniform(0.3, 0.7),
             road_x=width * rng.uniform(0.35, 0.65),
@@ -98,10 +118,10 @@ class _Scene:
             aside = min(abs(x + wide / 2 - self.vanishing_x) / self.width, 0.6)
             tall = int(self.horizon * min(self.rng.uniform(0.15, 0.6) + aside, 1.05))
             if self.rng.random() < 0.86:
-                self.facade(self.horizon - tall, x, wide)
+                self.facade(self.horizon - tall, x, wide, FARTHEST - (FARTHEST - GROUND_ENDS) * aside / 0.6)
             x += wide
 
-    def facade(self, top: int, left: int, wide: int) -> None:
+    def facade(self, top: int, left: int, wide: int, metres: float) -> None:
         rng, y0, x0, x1 = self.rng, max(top, 0), max(left, 0), min(left + wide, self.width)
         y1 = min(self.horizon + max(self.height // 24, 1), self.height)
         if x1 <= x0 or y1 <= y0:
@@ -115,6 +135,7 @@ class _Scene:
         wall = np.where(windows, wall * glass, wall)
         self.rgb[y0:y1, x0:x1] = colour * wall[..., None]
         self.ids[y0:y1, x0:x1] = BUILDING
+        self.metres[y0:y1, x0:x1] = metres
 
     def ground(self) -> None:
         """Verges to both sides, the road as a trapezoid to the vanishing point, broken lane marks."""
@@ -127,6 +148,7 @@ class _Scene:
         tufts = _grain(rng, size, 0.35) * _noise(rng, rows, self.width, 6, 8)
         self.rgb[below] = grass * (np.float32(0.7) + np.float32(0.8) * tufts)[..., None]
         self.ids[below] = VEGETATION
+        self.metres[below] = np.minimum(self.metres_at(depth), np.float32(GROUND_ENDS))
         asphalt = np.float32(rng.uniform(75, 150)) + np.array((4, 2, -2), np.float32) * np.float32(rng.normal())
         shade = np.float32(0.85) + np.float32(0.3) * _noise(rng, rows, self.width, 4, 3)
         marks = (np.abs(offset) < depth * np.float32(0.012 * self.width)) & ((depth * 9 + rng.random()) % 1 < 0.5)
@@ -134,6 +156,11 @@ class _Scene:
         road = np.abs(offset) < self.road_reach(depth)
         self.rgb[below][road] = (asphalt * paint[..., None])[road]
         self.ids[below][road] = ROAD
+
+    def metres_at(self, depth: Floats | float) -> Floats:
+        """Metres from the camera to ground at `depth`, from 0 at the horizon to 1 at the lower edge of the image."""
+        scale = FOCAL * CAMERA_HEIGHT * self.height / (self.height - self.horizon)
+        return np.asarray(scale / np.asarray(depth, np.float64), np.float32)
 
     def road_centre(self, depth: Floats | float) -> Floats:
         return np.asarray(self.vanishing_x + (self.road_x - self.vanishing_x) * depth, np.float32)
@@ -162,7 +189,7 @@ class _Scene:
         trunk = (np.abs(x) < 0.05) & (y > 0.5)
         green = _GREENS[self.rng.integers(len(_GREENS))] * np.float32(self.rng.uniform(0.5, 1.2))
         leaves = np.float32(1.25) - np.float32(0.5) * y + np.float32(0.5) * (ragged - np.float32(1))
-        self.put(box, crown | trunk, green * leaves[..., None], VEGETATION)
+        self.put(box, crown | trunk, green * leaves[..., None], VEGETATION, depth)
 
     def vehicle(self, depth: float) -> None:
         rng, wide = self.rng, self.width * depth * self.rng.uniform(0.2, 0.34)
@@ -175,7 +202,7 @@ class _Scene:
         colour = np.float32(rng.uniform(40, 220)) + rng.normal(0, 26, 3).astype(np.float32)
         tone = np.where(glass, np.float32(0.45), np.float32(1.2) - np.float32(0.45) * y)
         tone = np.where(wheels, np.float32(0.3), tone)
-        self.put(box, body, colour * tone[..., None], VEHICLE)
+        self.put(box, body, colour * tone[..., None], VEHICLE, depth)
 
     def person(self, depth: float) -> None:
         rng, tall = self.rng, self.height * depth * self.rng.uniform(0.34, 0.48)
@@ -190,7 +217,7 @@ class _Scene:
         colour = np.where(
             head[..., None], np.float32(rng.uniform(70, 190)) * np.array([1, 0.8, 0.68], np.float32), colour
         )
-        self.put(box, head | trunk | legs, colour, PEDESTRIAN)
+        self.put(box, head | trunk | legs, colour, PEDESTRIAN, depth)
 
     def pole(self, depth: float) -> None:
         rng, tall = self.rng, self.height * depth * self.rng.uniform(0.8, 1.3)
@@ -200,7 +227,7 @@ class _Scene:
         mast = np.abs(x) * wide < thick * 0.5 + 0.01
         sign = (y < 0.16) & (np.abs(x) < 0.4) if rng.random() < 0.4 else (y < 0.03) & (x > 0)
         colour = np.float32(rng.uniform(55, 160)) * np.array([1, 1, 1.04], np.float32)
-        self.put(box, mast | sign, colour * (np.float32(1.15) - np.float32(0.3) * (x > 0))[..., None], POLE)
+        self.put(box, mast | sign, colour * (np.float32(1.15) - np.float32(0.3) * (x > 0))[..., None], POLE, depth)
 
     def beside(self, depth: float, low: float, high: float) -> float:
         """A place left or right of the road's edge, in road half-widths beyond it."""
@@ -222,9 +249,10 @@ class _Scene:
         x = ((columns + 0.5 - centre) / wide).astype(np.float32)[None, :]
         return y, x, (_span(rows), _span(columns))
 
-    def put(self, box: tuple[slice, slice], mask: Mask, colour: Floats, label: int) -> None:
+    def put(self, box: tuple[slice, slice], mask: Mask, colour: Floats, label: int, depth: float) -> None:
         self.rgb[box] = np.where(mask[..., None], colour, self.rgb[box])
         self.ids[box] = np.where(mask, label, self.ids[box])
+        self.metres[box] = np.where(mask, self.metres_at(depth), self.metres[box])
 
     def photograph(self) -> Pixels:
         """Light of the day, haze towards the horizon, a soft lens, sensor noise."""

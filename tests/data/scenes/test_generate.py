@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import pickle
 import subprocess
@@ -160,3 +161,98 @@ def test_the_cache_is_bounded_and_keeps_what_is_used() -> None:
 def test_the_spec_is_read_in_any_order() -> None:
     assert ScenesSpec.parse("scenes:val=2,32x48,seed=5") == ScenesSpec(32, 48, val=2, seed=5)
     assert ScenesSpec.parse("scenes") == ScenesSpec.parse("scenes:") == ScenesSpec()
+
+
+# Depth
+
+DEEP = "scenes:48x64,train=6,val=2,unlabelled=2,seed=7,depth={},tasks={}"
+
+
+def depths(data: str, split: str = "train") -> list[np.ndarray | None]:
+    opened = open_split(data, split)
+    return [opened.label(index, "depth") for index in range(len(opened))]
+
+
+@pytest.mark.parametrize("depth", ["exact", "sparse"])
+def test_depth_changes_neither_pixels_nor_ids(depth) -> None:
+    assert checksums(DEEP.format(depth, "both")) == checksums(SMALL)
+    assert open_split(DEEP.format(depth, "halves"), "train").digest() == open_split(SMALL, "train").digest()
+
+
+def test_pixels_and_ids_are_what_they_were_before_there_was_depth() -> None:
+    """A store's bytes hang on them: the digest is that of the commit before depth."""
+    digest = hashlib.sha256()
+    for spec in ("scenes:37x53,train=6,seed=3", "scenes:96x128,train=4"):
+        split = open_split(spec, "train")
+        digest.update(b"".join(a.tobytes() for i in range(len(split)) for a in (split.image(i), split.label(i))))
+    assert digest.hexdigest() == "791aa575e9948e51d9548f74b8ed7b48ef73a48fb4c45895338c324a8dad4c4c"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "segmentation", "depth"),
+    [
+        ("both", [1, 1, 1, 1], [1, 1, 1, 1]),
+        ("halves", [1, 0, 1, 0], [0, 1, 0, 1]),
+        ("depth", [0, 0, 0, 0], [1, 1, 1, 1]),
+    ],
+)
+def test_tasks_say_which_samples_have_which_labels(tasks, segmentation, depth) -> None:
+    data = DEEP.format("sparse", tasks)
+    train = open_split(data, "train")
+    for index in range(4):
+        assert [train.has_label(index), train.has_label(index, "depth")] == [segmentation[index], depth[index]]
+        assert (train.label(index) is not None) == segmentation[index]
+        assert (train.label(index, "depth") is not None) == depth[index]
+    assert train.tasks == (("depth",) if tasks == "depth" else ("segmentation", "depth"))
+    assert open_split(data, "val").tasks == ("segmentation", "depth")
+    assert open_split(data, "unlabelled").tasks == ()
+    assert open_split(SMALL, "train").tasks == ("segmentation",)
+
+
+def test_sparse_depth_is_a_tenth_of_the_exact_depth_and_that_of_val_is_exact() -> None:
+    exact, sparse = depths("scenes:train=8,depth=exact"), depths("scenes:train=8,depth=sparse")
+    for whole, points in zip(exact, sparse, strict=True):
+        at = np.isfinite(points)
+        assert np.array_equal(points[at], whole[at])
+    assert 0.05 < np.mean([np.isfinite(points) for points in sparse]) < 0.2
+    assert np.array_equal(depths("scenes:depth=sparse", "val"), depths("scenes:depth=exact", "val"), equal_nan=True)
+
+
+def test_depth_is_that_of_a_pinhole_camera_over_level_ground() -> None:
+    """Written anew: each column's ground rises like 1 / (rows below the horizon), the same for all columns of a row."""
+    split = open_split("scenes:96x128,val=0,train=8,depth=exact", "train")
+    for index in range(8):
+        label, metres = split.label(index), split.label(index, "depth").astype(np.float64)
+        ground = np.where((label == 2) & (metres < 60), metres, np.nan)  # the road
+        rows = np.flatnonzero(np.isfinite(ground).any(axis=1))
+        per_row = np.nanmedian(ground[rows], axis=1)
+        assert np.nanmax(np.abs(ground[rows] - per_row[:, None])) < 1e-4
+        horizon = np.median(rows + 0.5 - 2.3 * 96 / per_row)
+        assert abs(horizon - round(horizon)) < 1e-3
+        np.testing.assert_allclose(per_row, 2.3 * 96 / (rows + 0.5 - horizon), rtol=1e-5)
+        assert np.nanmax(metres) <= 80
+        standing = np.isin(label, (4, 5, 6))  # poles, vehicles, pedestrians, which hide ground that is farther away
+        plane = 2.3 * 96 / np.maximum(np.arange(96)[:, None] - horizon, 1e-9)  # at the upper edge of its pixels
+        assert (metres <= plane + 1e-3)[standing].all()
+        assert metres[label == 1].min() >= 60  # facades stand behind all else
+        assert np.isnan(metres[label == 0]).all()
+
+
+def test_a_thing_has_one_depth() -> None:
+    """Depth is level within a thing: the image has far fewer depths of vehicles than pixels of them."""
+    split = open_split("scenes:96x128,train=6,depth=exact", "train")
+    for index in range(6):
+        of_vehicles = split.label(index, "depth")[split.label(index) == 5]
+        assert len(np.unique(of_vehicles)) <= 6
+
+
+@pytest.mark.parametrize("part", ["depth=dense", "tasks=halves", "depth=exact,tasks=all", "depth=none,tasks=both"])
+def test_malformed_depth_shows_what_is_wrong(part) -> None:
+    with pytest.raises(DataError, match="depth=none") as caught:
+        open_split(f"scenes:{part}", "train")
+    assert part in caught.value.received
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="segmentation, depth"):
+        open_split(SMALL, "train").label(0, "colour")
