@@ -3,6 +3,7 @@
     open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); of a folder, VOC, ...
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     render(image, label, window, ...)         the one rendering that teacher pass and training share
+    render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
     draw_window, colour_jitter                what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
     folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
@@ -26,6 +27,7 @@ from kdcache.data.rendering.augment import (
     id_hash,
     inside_rectangle,
 )
+from kdcache.data.rendering.depth import render_depth, zoom_of
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
@@ -64,6 +66,8 @@ __all__ = [
     "pixel_checksum",
     "prefetch",
     "render",
+    "render_depth",
     "shared_sequences",
     "write_scenes",
+    "zoom_of",
 ]

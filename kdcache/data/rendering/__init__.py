@@ -4,5 +4,7 @@ view.py       windows, and the one rendering that teacher and training share
 resample.py   resizing, antialiased
 compiled.py   the compiled loops of it
 recolour.py   colour jitter
+depth.py      depth labels, and by how much a view is zoomed
+nearest.py    the compiled loops of it
 augment.py    what is drawn at random
 """
