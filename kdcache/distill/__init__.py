@@ -4,6 +4,8 @@
     terms/            the other terms
     smoothing.py      cross-entropy with smoothed labels
     gate.py           weights per pixel of the teacher's terms
+    depth.py          losses between maps of depth
+    balance.py        the balance of several heads' losses
     batch.py          a batch: pixels, labels and targets by name
     counts.py         the denominators of its parts
     target.py         a teacher's outputs of one head
@@ -13,6 +15,7 @@
 The format of the targets comes from a store, or from anything with the attributes of `TargetFormat`.
 """
 
+from kdcache.distill.balance import FixedBalance, UncertaintyBalance
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
@@ -27,6 +30,7 @@ __all__ = [
     "Batch",
     "Counts",
     "DistillLoss",
+    "FixedBalance",
     "Gate",
     "GateSpec",
     "KernelError",
@@ -34,6 +38,7 @@ __all__ = [
     "Losses",
     "Target",
     "TargetFormat",
+    "UncertaintyBalance",
     "choose_implementation",
     "parse_gate",
 ]

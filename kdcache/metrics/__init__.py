@@ -1,6 +1,7 @@
-"""Metrics of a model on labelled images, by mmsegmentation's convention.
+"""Metrics of a model on labelled images: segmentation by mmsegmentation's convention, depth by KITTI's.
 
     confusion.py     one confusion matrix over a whole set, and the metrics that follow from it
+    depth.py         errors of depth maps: rmse, abs_rel, silog, delta
     chance.py        whether a model has learnt anything
     evaluate.py      a model on a labelled split
     calibration.py   calibration, and what a confidence threshold keeps
@@ -16,11 +17,15 @@ It knows no stores, no runs and no trainings.
 
 from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
+from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics
 from kdcache.metrics.evaluate import evaluate_model
 from kdcache.metrics.tables import class_rows, comparison_rows, markdown_table, metrics_markdown, percent
 
 __all__ = [
+    "DEPTH_METRICS",
     "ConfusionMatrix",
+    "DepthErrors",
+    "DepthMetrics",
     "Metrics",
     "at_chance",
     "class_rows",

@@ -1,0 +1,126 @@
+"""The balance of tasks: how the losses of several heads become one.
+
+| balance | loss |
+| --- | --- |
+| `fixed` | sum of w_i L_i, w_i given: 0.5 each of two |
+| `uncertainty` | sum over the heads of L_i weighed by a learnt variance (below) |
+
+`uncertainty` learns one number s_i per head together with the network. s_i is the logarithm of a variance (of a scale,
+for an absolute error), so the weight exp(-s_i) is above 0 whatever is learnt:
+
+| form | loss of a head | for |
+| --- | --- | --- |
+| `squared` | L exp(-s) / 2 + s / 2 | mean squared errors: a Gaussian of variance exp(s) |
+| `absolute` | L exp(-s) + s | errors like L1, berHu, SILog: a Laplacian of scale exp(s) |
+| `classes` | L exp(-s) + s / 2 | cross-entropy of logits divided by the variance, as the paper approximates it |
+
+Each has its smallest value where the head's loss is worth what its variance says: s = log L, log L and log 2L. The loss
+may be negative; only its gradient means something. A loss of 0 has no smallest value: a head that counts no pixel in a
+batch is left out of it, with its s.
+
+Source: Kendall, Gal and Cipolla 2018, arXiv 1705.07115, section 3.2; the absolute form is the same with a Laplacian.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import RecipeError
+
+Form = Literal["squared", "absolute", "classes"]
+BALANCES = ("fixed", "uncertainty")
+
+
+class FixedBalance(nn.Module):
+    """The sum of the heads' losses, each times its weight.
+
+    Args:
+        weights: by head, finite and at least 0.
+    Raises: RecipeError for another weight, or none.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        if not weights or not all(0 <= weight < float("inf") for weight in weights.values()):
+            raise RecipeError(
+                "the weight of a head's loss is a finite number, at least 0",
+                received=", ".join(f"{head} {weight}" for head, weight in weights.items()) or "no head",
+                remedy="for instance segmentation 0.5, depth 0.5",
+            )
+        self.heads = tuple(weights)
+        self._weights = dict(weights)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weight of each head's loss, 0-dimensional."""
+        return {head: torch.tensor(weight) for head, weight in self._weights.items()}
+
+    def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of all heads.
+
+        Args:
+            losses: scalars by head.
+            counted: is not read: a head without a counted pixel has the loss 0.
+        Raises: RecipeError for other heads than those with a weight.
+        """
+        _check_heads(losses, self.heads)
+        return torch.stack([self._weights[head] * losses[head] for head in self.heads]).sum()
+
+
+class UncertaintyBalance(nn.Module):
+    """The heads' losses, each weighed by a variance that is learnt.
+
+    Its parameters belong into the optimizer, without weight decay (which pulls every weight to 1), and into the
+    checkpoint; they are in its state dict as `log_variance.<head>`. They start at 0.
+
+    Args:
+        forms: of each head's loss, by head.
+    Raises: RecipeError for a form that is none, or no head.
+    """
+
+    def __init__(self, forms: Mapping[str, Form]) -> None:
+        super().__init__()
+        if not forms or any(form not in get_args(Form) for form in forms.values()):
+            raise RecipeError(
+                f"the loss of a head has a form: {', '.join(get_args(Form))}",
+                received=", ".join(f"{head} {form}" for head, form in forms.items()) or "no head",
+                remedy="classes for cross-entropy, squared for squared errors, absolute for the terms of depth",
+            )
+        self.forms = dict(forms)
+        self.heads = tuple(forms)
+        self.log_variance = nn.ParameterDict({head: nn.Parameter(torch.zeros(())) for head in forms})
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """The weight of each head's loss, 0-dimensional: exp(-s), half of it for a squared error."""
+        return {head: self._factor(head) * (-self.log_variance[head]).exp() for head in self.heads}
+
+    def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of all heads, with gradients to the losses and to the variances.
+
+        Args:
+            losses: scalars by head.
+            counted: how many pixels (images, class weights) each head's loss is of, 0-dimensional, over all processes
+                and parts: a head whose number is 0 is left out. None is all heads.
+        Raises: RecipeError for other heads than those with a form.
+        """
+        _check_heads(losses, self.heads)
+        parts = []
+        for head in self.heads:
+            s = self.log_variance[head]
+            part = self._factor(head) * losses[head] * (-s).exp() + (s if self.forms[head] == "absolute" else s / 2)
+            parts.append(part if counted is None else part * (counted[head] > 0))
+        return torch.stack(parts).sum()
+
+    def _factor(self, head: str) -> float:
+        return 0.5 if self.forms[head] == "squared" else 1.0
+
+
+def _check_heads(losses: Mapping[str, Tensor], heads: tuple[str, ...]) -> None:
+    if set(losses) != set(heads):
+        raise RecipeError(
+            "a balance is given the loss of each of its heads",
+            received=f"losses of {', '.join(losses) or 'none'} for {', '.join(heads)}",
+            remedy="balance the heads that are trained",
+        )

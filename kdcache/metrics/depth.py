@@ -1,0 +1,171 @@
+"""Depth metrics by the convention of KITTI and Eigen: per image over its valid pixels, then the mean over images.
+
+A valid pixel has a label strictly between the minimum and the maximum depth, inside the crop. Predictions are clipped
+to that range, labels outside it do not count. Each metric is that of one image; the result is the mean over the images
+with a valid pixel, so an image of few LiDAR points weighs as much as a dense one, and the root of rmse is taken before
+the mean. So do the KITTI benchmark and the evaluations of Monodepth, BTS and ZoeDepth; Eigen's paper itself states
+means over all pixels of a set, which are other numbers where images have unequal numbers of points.
+
+| metric | of an image, d the label, p the prediction, both in metres, g = log p - log d | unit |
+| --- | --- | --- |
+| `rmse` | sqrt(mean (p - d)^2) | metres |
+| `rmse_log` | sqrt(mean g^2) | |
+| `abs_rel` | mean \\|p - d\\| / d | |
+| `sq_rel` | mean (p - d)^2 / d | metres |
+| `silog` | 100 sqrt(mean g^2 - (mean g)^2) | |
+| `delta1`, `delta2`, `delta3` | share of pixels with max(p / d, d / p) < 1.25, 1.25^2, 1.25^3 | fraction |
+
+Sources: Eigen et al. 2014, arXiv 1406.2283, section 4.1; silog Uhrig et al. 2017, arXiv 1708.06500, and KITTI's
+development kit; the crop Garg et al. 2016, arXiv 1603.04992, in the numbers of Monodepth's code.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kdcache.errors import DataError
+from kdcache.metrics.confusion import without_nan
+
+DEPTH_METRICS = ("rmse", "rmse_log", "abs_rel", "sq_rel", "silog", "delta1", "delta2", "delta3")
+"""Names of the metrics, in the order of every row of them."""
+Crop = Literal["none", "garg"]
+_GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)
+"""Top, bottom, left and right of Garg's crop, as shares of the height and the width."""
+
+
+@dataclass(frozen=True, eq=False)
+class DepthImages:
+    """Metrics of single images, float64 (N, 8) in the order of `DEPTH_METRICS`, and the images' ids."""
+
+    ids: tuple[str, ...]
+    values: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DepthMetrics:
+    """Means over images of the metrics of this module; NaN without an image that has a valid pixel.
+
+    Attributes:
+        counted_images, pixels: images with a valid pixel, and all their valid pixels.
+        images: metrics of every counted image. No part of what is equal, or of JSON.
+    """
+
+    rmse: float
+    rmse_log: float
+    abs_rel: float
+    sq_rel: float
+    silog: float
+    delta1: float
+    delta2: float
+    delta3: float
+    counted_images: int
+    pixels: int
+    images: DepthImages | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; NaN becomes null, for JSON has none."""
+        return without_nan({name: value for name, value in asdict(self).items() if name != "images"})
+
+
+class DepthErrors:
+    """Metrics of images, accumulated one image at a time; several processes share out the images and merge.
+
+    Args:
+        min_depth, max_depth: range of valid labels in metres, exclusive; predictions are clipped to it.
+        crop: `garg` counts the pixels inside Garg's crop of the label's size alone, as on KITTI.
+    Raises: DataError for a range that is none.
+    """
+
+    def __init__(self, *, min_depth: float = 1e-3, max_depth: float = 80.0, crop: Crop = "none") -> None:
+        if not 0 < min_depth < max_depth < math.inf:
+            raise DataError(
+                "depth is measured in a range of metres, 0 < minimum < maximum, both finite",
+                received=f"{min_depth:g} to {max_depth:g}",
+                remedy="take 0.001 to 80 for KITTI, 0.001 to 10 for NYU",
+            )
+        self.min_depth, self.max_depth, self.crop = min_depth, max_depth, crop
+        self._rows: list[tuple[str, int, npt.NDArray[np.float64]]] = []
+
+    def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
+        """Add an image; one without a valid pixel does not count.
+
+        Args:
+            predicted, label: (H, W) in metres; a label that is not finite is not valid.
+            sample_id: of the image.
+        Raises: DataError for maps of unequal sizes.
+        """
+        if predicted.shape != label.shape or label.ndim != 2:
+            raise DataError(
+                "a depth map is compared with a label of its size, (H, W)",
+                received=f"a prediction of {tuple(predicted.shape)} and a label of {tuple(label.shape)}",
+                remedy="resize the raw output to the label's size first",
+            )
+        p, d = (x.detach().cpu().numpy().astype(np.float64) for x in (predicted, label))
+        valid = self.valid(d)
+        if valid.any():
+            p = np.clip(p[valid], self.min_depth, self.max_depth)
+            self._rows.append((sample_id, int(valid.sum()), _metrics_of(p, d[valid])))
+
+    def valid(self, label_HW: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """Which pixels (H, W) of a label count."""
+        valid: npt.NDArray[np.bool_] = (label_HW > self.min_depth) & (label_HW < self.max_depth)  # False for NaN
+        if self.crop == "none":
+            return valid
+        height, width = label_HW.shape
+        top, bottom, left, right = (
+            int(share * side) for share, side in zip(_GARG, (height, height, width, width), strict=True)
+        )
+        inside = np.zeros_like(valid)
+        inside[top:bottom, left:right] = True
+        return valid & inside
+
+    @classmethod
+    def merged(cls, parts: Iterable["DepthErrors"]) -> "DepthErrors":
+        """The errors of all parts, of which each measured other images with the same settings.
+
+        Raises: DataError for parts of other settings.
+        """
+        first, *rest = parts
+        whole = cls(min_depth=first.min_depth, max_depth=first.max_depth, crop=first.crop)
+        for part in (first, *rest):
+            settings = (part.min_depth, part.max_depth, part.crop)
+            if settings != (whole.min_depth, whole.max_depth, whole.crop):
+                raise DataError(
+                    "depth metrics that are merged have one range and crop",
+                    received=f"{(whole.min_depth, whole.max_depth, whole.crop)} and {settings}",
+                    remedy="measure all parts alike",
+                )
+            whole._rows += part._rows
+        return whole
+
+    def metrics(self) -> DepthMetrics:
+        """The means over the images added so far: to the bit the same for any order of them and any sharing out."""
+        values = np.stack([row for _, _, row in self._rows]) if self._rows else np.empty((0, len(DEPTH_METRICS)))
+        means = [math.fsum(column) / len(column) if len(column) else math.nan for column in values.T]
+        return DepthMetrics(
+            **dict(zip(DEPTH_METRICS, means, strict=True)),
+            counted_images=len(self._rows),
+            pixels=sum(pixels for _, pixels, _ in self._rows),
+            images=DepthImages(tuple(sample_id for sample_id, _, _ in self._rows), values),
+        )
+
+
+def _metrics_of(p: npt.NDArray[np.float64], d: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The metrics (8,) of one image's valid pixels (P,)."""
+    error, g = p - d, np.log(p) - np.log(d)
+    ratio = np.maximum(p / d, d / p)
+    return np.array(
+        [
+            np.sqrt(np.square(error).mean()),
+            np.sqrt(np.square(g).mean()),
+            (np.abs(error) / d).mean(),
+            (np.square(error) / d).mean(),
+            100 * g.std(),
+            *((ratio < 1.25**power).mean() if np.isfinite(ratio).all() else math.nan for power in (1, 2, 3)),
+        ]
+    )
