@@ -6,6 +6,7 @@ except on val: its sequence, 0016E5, lies in train before and after it, and the 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 JUDGE, OF_VAL = "0006R0", "0016E5"
 BLOCKS = {
@@ -44,29 +45,45 @@ LITE = "--model {here}/pretrained.py:%s --size %s --lr %s --iterations %d"
 TEACHER = "--batch-size 8 --warmup 100 --class-weights sqrt --ema 0.999 --gradients-every 0"
 TEACHERS = {
     # Flags of train-teacher by name. The data set is chosen where a teacher is used.
-    "base": "--model kdcache:base --size 144x192 --lr 2e-3 --iterations 4000",
     "brief": LITE % ("lite0", "144x192", "1e-3", 250),
     "lite0": LITE % ("lite0", "144x192", "1e-3", 2000),
     "lite0-slow": LITE % ("lite0", "144x192", "1e-3 --lr-scale encoder=0.2", 2000),
     "lite0-large": LITE % ("lite0", "288x384", "1e-3", 2000),
     "lite2-large": LITE % ("lite2", "288x384", "1e-3", 2000),
+    "few": LITE % ("lite0", "288x384", "1e-3", 1000),
+}
+TRIED = ("lite0", "lite0-slow", "lite0-large", "lite2-large")  # in E2
+COMBINED = {
+    # Teachers read together, by name: runs as --teacher names them, and --tta.
+    "lite0-large, EMA": (("lite0-large-dev-0@last-ema",), ""),
+    "lite0-large, flip": (("lite0-large-dev-0@last",), "flip"),
+    "lite0-large and lite2-large, flip": (("lite0-large-dev-0@last", "lite2-large-dev-0@last"), "flip"),
 }
 
 
 @dataclass(frozen=True)
 class Store:
-    """A store of teachers' targets: which teachers, and the flags of build-teacher-cache beside size and views."""
+    """A store of teachers' targets.
+
+    Attributes:
+        flags: of build-teacher-cache, beside size and views.
+        trained_on: the data set that the teachers were trained on; "" for what an arm says.
+    """
 
     teachers: tuple[str, ...]
     flags: str = ""
-    views: int = 16
+    views: int = 4
+    trained_on: str = ""
 
 
 LARGE = "--teacher-size 288x384 --teacher-grid view"
 STORES = {
-    "base": Store(("base",)),
-    "pixels": Store(("brief",)),  # for students that read no targets: every store of a size has the same pixels
+    "pixels": Store(
+        ("brief",), trained_on="dev"
+    ),  # for students that read no targets: every store of a size has the same pixels
     "lite": Store(("lite0-large",), LARGE),
+    "few": Store(("few",), LARGE, views=4),
+    "taps": Store(("lite0-large",), f"{LARGE} --raw-logits --features encoder.blocks.4,encoder.blocks.6", views=4),
 }
 VIEWS = "--size 144x192 --view-scale 1:2"
 STUDENT = (
@@ -85,6 +102,7 @@ class Arm:
         data: a key of `DATA`, of the store and of the judge.
         flags: beside those of all students.
         teacher_data: what the store's teachers were trained on; "" for `data`.
+        live: a key of `TEACHERS`, trained on `data`, which is run in every step; "" takes targets from the store.
     """
 
     stage: str
@@ -95,6 +113,7 @@ class Arm:
     seeds: tuple[int, ...] = tuple(range(8))
     data: str = "dev"
     teacher_data: str = ""
+    live: str = ""
 
 
 PLAIN = "--method none"
@@ -107,11 +126,54 @@ CONTROLS = (
     Arm("E1", "lovasz, 4 views", "pixels", f"--method lovasz {FOUR}"),
     Arm("E1", "label smoothing 0.1, 4 views", "pixels", f"{PLAIN} --label-smoothing 0.1 {FOUR}"),
     Arm("E1", "dist of the teacher, 4 views", "lite", f"--method dist {FOUR}"),
-    Arm("E1", "dist of the teacher, 16 views", "lite", f"--method dist {ALL}"),
 )
 PLATEAU = tuple(
     Arm("E3", f"{name}, {iterations} iterations", store, flags, iterations, (0, 1))
     for iterations in (1500, 4500, 9000, 18000)
     for name, store, flags in (("plain, 16 views", "pixels", f"{PLAIN} {ALL}"), ("plain, files", "", ""))
 )
-ARMS = (*CONTROLS, *PLATEAU)
+
+# What the stages so far have chosen, for those that follow.
+STRONGEST, LENGTH = ("pixels", f"{PLAIN} {ALL}"), 4500
+WINNER, CONTROL = f"--method dist {FOUR}", f"--method dist --teacher labels {FOUR}"
+FRESH = tuple(range(100, 108))
+
+
+def few(block: str) -> tuple[Arm, ...]:
+    """Students of the labels of a block: alone, with the control, and with all images and a teacher of the block."""
+    only: dict[str, Any] = {"stage": "E4", "iterations": LENGTH, "seeds": (0, 1, 2), "data": f"only-{block}"}
+    return (
+        Arm(name=f"plain, {block}", store=STRONGEST[0], flags=STRONGEST[1], **only),
+        Arm(name=f"control, {block}", store="pixels", flags=CONTROL, **only),
+        Arm("E4", f"distilled, {block}", "few", WINNER, LENGTH, (0, 1, 2), f"few-{block}", f"only-{block}"),
+    )
+
+
+FEW = (
+    *(arm for block in BLOCKS for arm in few(block)),
+    Arm("E4", "plain, all labels", *STRONGEST, LENGTH, (0, 1, 2)),
+)
+DEEP = "student_tap=stage4,teacher_tap=encoder.blocks.6"
+OTHERS = tuple(
+    Arm("E5", name, "taps", f"{flags} {FOUR}", LENGTH, (0, 1))
+    for name, flags in (
+        ("dist", "--method dist"),
+        ("cosine", f"--method none --term cosine,{DEEP},standardise=channels"),
+        ("hint", f"--method none --term hint,{DEEP},standardise=channels"),
+        ("hint and dist", f"--method dist --term hint,{DEEP},standardise=channels"),
+        ("kl, T = 1, CE 0.3", "--method kl --temperature 1 --kl-weight 1 --ce-weight 0.3"),
+        ("cwd", "--method cwd"),
+        ("pseudo", "--method pseudo"),
+    )
+)
+FINAL = tuple(
+    Arm("E6", f"{name}, {data}", store, flags, LENGTH, FRESH, data)
+    for data in ("all", "apart")
+    for name, store, flags in (
+        ("plain", *STRONGEST),
+        ("control", "pixels", CONTROL),
+        ("distilled", "lite", WINNER),
+    )
+)
+LIVE = Arm("E6", "live, all", "lite", WINNER, LENGTH, FRESH[:2], "all", live="lite0-large")
+ARMS = (*CONTROLS, *PLATEAU, *FEW, *OTHERS, *FINAL, LIVE)

@@ -27,10 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from arms import ARMS, BLOCKS, DATA, STORES, STUDENT, TEACHER, TEACHERS, VIEWS, Arm, Data
+from arms import ARMS, BLOCKS, COMBINED, DATA, STORES, STUDENT, TEACHER, TEACHERS, TRIED, VIEWS, Arm, Data
 from common import header, write
 from kdcache.analysis.spread import t_quantile
+from kdcache.data import open_split
+from kdcache.metrics import Metrics, evaluate_model
+from kdcache.models.ensemble import Tta
 from kdcache.run_folder import RESULT, Run
+from kdcache.teacher import load_teachers
 
 HERE = Path(__file__).parent
 
@@ -70,8 +74,9 @@ class Folders:
 
     def store(self, name: str, data: str, teacher_data: str) -> Path:
         """A store of `STORES` of the images of `data`."""
-        out = self.out / "stores" / f"{name}-{data}-{teacher_data}.zarr"
         store = STORES[name]
+        teacher_data = store.trained_on or teacher_data
+        out = self.out / "stores" / f"{name}-{data}-{teacher_data}.zarr"
         with self.alone(out):
             if not (out / "complete.json").is_file():
                 teachers = " ".join(f"--teacher {self.teacher(teacher, teacher_data)}" for teacher in store.teachers)
@@ -106,10 +111,19 @@ def link(path: Path, folder: Path) -> None:
     (folder / path.name).symlink_to(path)
 
 
-def kdcache(words: str) -> None:
-    """A verb of the command line, with one thread. Raises: SystemExit with its output when it fails."""
+def run_name(arm: str, seed: int) -> str:
+    """The folder of an arm's run."""
+    return f"{re.sub('[^a-z0-9.]+', '-', arm.lower())}-{seed}"
+
+
+def kdcache(words: str, live: str = "") -> None:
+    """A verb of the command line, with one thread; with a teacher in every step where `live` names one.
+
+    Raises: SystemExit with its output when it fails.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kdcache_cli", *words.split()]
+    program = [str(HERE / "live_teacher.py"), live] if live else ["-m", "kdcache_cli"]
+    command = [sys.executable, *program, *words.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr}")
@@ -130,7 +144,7 @@ class Study:
         key = {"stage": arm.stage, "arm": arm.name, "seed": seed, "iterations": arm.iterations}
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
-        out = self.folders.out / "runs" / arm.stage / f"{re.sub('[^a-z0-9.]+', '-', arm.name.lower())}-{seed}"
+        out = self.folders.out / "runs" / arm.stage / run_name(arm.name, seed)
         if not (out / RESULT).is_file():
             data = self.folders.data(arm.data)
             source = f"train-teacher --data {data} --size 144x192"
@@ -139,7 +153,8 @@ class Study:
                 source = f"train-student --cache {store} --val {data}"
             resume = "--resume" if out.exists() else ""
             length = f"--seed {seed} --iterations {arm.iterations} --val-every {max(1, arm.iterations // 5)}"
-            kdcache(f"{source} --out {out} {length} {STUDENT} {arm.flags} {resume}")
+            live = str(self.folders.teacher(arm.live, arm.data)) if arm.live else ""
+            kdcache(f"{source} --out {out} {length} {STUDENT} {arm.flags} {resume}", live)
         self.add({**key, "store": arm.store, "data": arm.data, "flags": arm.flags, **scores(Run.open(out))})
 
     def teach(self, name: str) -> None:
@@ -151,11 +166,32 @@ class Study:
         flags = TEACHERS[name].format(here=HERE.name)
         self.add({**key, "iterations": run.result["iterations"], "data": "dev", "flags": flags, **scores(run)})
 
+    def combine(self, name: str) -> None:
+        """Evaluate several teachers, or views of one, as one and add a row, unless it is there or time is up."""
+        key = {"stage": "E2", "arm": name, "seed": 0}
+        if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
+            return
+        members, tta = COMBINED[name]
+        for member in members:
+            self.folders.teacher(member.split("-dev-")[0], "dev")
+        split = open_split(str(self.folders.data("dev")), "val")
+        origins = [str(self.folders.out / "teachers" / member) for member in members]
+        model = load_teachers(origins, split.classes, tta=Tta.parse(tta) if tta else None).model
+        metrics = evaluate_model(model, split, Run.open(origins[0].partition("@")[0]).model.size, threads=1)
+        self.add(
+            {
+                **key,
+                "data": "dev",
+                "flags": " and ".join(members) + (f" --tta {tta}" if tta else ""),
+                **percent(metrics),
+            }
+        )
+
     def add(self, row: dict[str, Any]) -> None:
         with self._lock:
             self.rows.append(row)
             write(self.json, {**header("effect"), "summary": summary(self.rows), "rows": self.rows})
-        print(f"{row['stage']} {row['arm']}, seed {row['seed']}: {row['miou']:.2f} ({row['seconds']} s)", flush=True)
+        print(f"{row['stage']} {row['arm']}, seed {row['seed']}: {row['miou']:.2f}", flush=True)
 
 
 def scores(run: Run) -> dict[str, Any]:
@@ -168,6 +204,12 @@ def scores(run: Run) -> dict[str, Any]:
         "classes": {of["name"]: round(100 * of["iou"], 2) for of in lines[-1]["classes"] if of["iou"] is not None},
         "seconds": round(run.result["seconds"]),
     }
+
+
+def percent(metrics: Metrics) -> dict[str, Any]:
+    """mIoU and IoU by class in percent."""
+    classes = {name: round(100 * iou, 2) for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
+    return {"miou": round(100 * metrics.miou, 3), "classes": classes}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,7 +242,8 @@ def main() -> None:
         for stage in arguments.stages.split(","):
             arms = [arm for arm in ARMS if arm.stage == stage and is_wanted(arm.name)]
             if stage == "E2":
-                jobs += [pool.submit(study.teach, name) for name in TEACHERS if is_wanted(name)]
+                jobs += [pool.submit(study.teach, name) for name in TRIED if is_wanted(name)]
+                jobs += [pool.submit(study.combine, name) for name in COMBINED if is_wanted(name)]
             for seed in sorted({seed for arm in arms for seed in arm.seeds}):  # every arm once before any twice
                 jobs += [pool.submit(study.run, arm, seed) for arm in arms if seed in arm.seeds]
         for job in jobs:

@@ -1,10 +1,23 @@
-"""A step with the teacher in the loop, for comparisons with one from a store: same loss, same pixels, same order."""
+"""A step with the teacher in the loop, for comparisons with one from a store: same loss, same pixels, same order.
 
+Before the words of a `kdcache train-student` it makes that training live:
+
+    python benchmarks/live_teacher.py runs/teacher train-student --cache camvid.zarr ...
+"""
+
+import sys
 from dataclasses import replace
+from typing import Any
 
+from torch.nn import functional as F
+
+from kdcache.data import ClassList
 from kdcache.distill import SEGMENTATION, Batch, Target
 from kdcache.models import SegmentationModel
+from kdcache.run_folder import Run
+from kdcache.teacher import load_teacher
 from kdcache.teacher.load.forward import Precision, place, teach
+from kdcache.train import api
 from kdcache.train.step.eager import EagerStep
 from kdcache_kernels import pack
 
@@ -15,16 +28,51 @@ class LiveStep(EagerStep):
     Args:
         eager: the step it is made of.
         teacher: put on the same device.
+        size: (H, W) of the teacher's input, default the student's. Pixels are resized to it, bilinear, and the
+            probabilities averaged to the grid that the student's size would have given.
     """
 
-    def __init__(self, eager: EagerStep, teacher: SegmentationModel, precision: Precision = "float32") -> None:
+    def __init__(
+        self,
+        eager: EagerStep,
+        teacher: SegmentationModel,
+        precision: Precision = "float32",
+        size: tuple[int, int] | None = None,
+    ) -> None:
         self.__dict__.update(eager.__dict__)
         place(teacher, eager.device)
-        self._teacher, self._precision = teacher, precision
+        self._teacher, self._precision, self._size = teacher, precision, size
 
     def to_device(self, batch: Batch) -> Batch:
         """The batch on the device, with the teacher's logits of all classes as its target."""
         batch = super().to_device(batch)
-        logits, _ = teach(self._teacher, batch.pixels, (), self._precision, self.device)
+        assert batch.pixels is not None
+        pixels, grid = batch.pixels, None
+        if self._size not in (None, tuple(pixels.shape[1:3])):
+            stride = self._teacher.stride
+            grid = pixels.shape[1] // stride, pixels.shape[2] // stride
+            resized = F.interpolate(pixels.permute(0, 3, 1, 2).float(), self._size, mode="bilinear")
+            pixels = resized.round().to(pixels.dtype).permute(0, 2, 3, 1)
+        logits, _ = teach(self._teacher, pixels, (), self._precision, self.device, grid)
         values, _, _ = pack(logits, logits.shape[1])
         return replace(batch, targets={SEGMENTATION: Target(values)}, window=None, flip=None)
+
+
+def main() -> None:
+    origin, make = sys.argv.pop(1), api.make_trainer
+
+    def make_live(*arguments: Any, **options: Any) -> Any:
+        trainer = make(*arguments, **options)
+        described = Run.open(origin).model
+        teacher = load_teacher(origin, ClassList(described.class_names, described.class_colours))
+        trainer.use(LiveStep(trainer.eager, teacher.model, size=described.size))
+        return trainer
+
+    api.make_trainer = make_live
+    from kdcache_cli.app import main as command_line
+
+    command_line()
+
+
+if __name__ == "__main__":
+    main()

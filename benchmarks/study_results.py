@@ -1,0 +1,92 @@
+"""What the study leaves beside its rows: final weights for judges with images of their own, and the README's plot.
+
+    python benchmarks/study_results.py --json benchmarks/results/study-cpu.json --runs study/runs \
+        --weights benchmarks/results/weights --plot docs/assets/study.png
+
+Each file of weights names its classes, size and normalisation, so that any split judges it:
+
+    kdcache evaluate kdcache:tiny@benchmarks/results/weights/e6-distilled-all-100.safetensors --data camvid
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from arms import BLOCKS
+from effect import run_name
+from kdcache.analysis.spread import t_quantile
+from kdcache.run_folder import Run
+
+FEW_SEEDS, FINAL_SEEDS = (0,), (100, 101, 102)  # 10 MB are the most that results may take
+LINES = {
+    "distilled from the store": ("E6", "distilled, all", "#0072B2"),
+    "its control: the labels in the teacher's place": ("E6", "control, all", "#E69F00"),
+    "plain": ("E6", "plain, all", "#666666"),
+    "distilled with the teacher in every step": ("E6", "live, all", "#CC79A7"),
+}
+
+
+def write_weights(runs: Path, out: Path) -> int:
+    """Write the last weights of some runs of E4 and E6 as float16 and return their bytes together."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"E4/{run_name(f'{arm}, {block}', seed)}" for arm in ("plain", "distilled") for block in BLOCKS
+             for seed in FEW_SEEDS]  # fmt: skip
+    names += [f"E6/{run_name(f'{arm}, {data}', seed)}" for arm in ("plain", "control", "distilled")
+              for data in ("all", "apart") for seed in FINAL_SEEDS]  # fmt: skip
+    size = 0
+    for name in names:
+        run = Run.open(runs / name)
+        tensors = load_file(run.folder / "last.safetensors")
+        halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+        path = out / f"{name.lower().replace('/', '-')}.safetensors"
+        save_file(halves, path, metadata={"format": "pt", **run.model.metadata()})
+        size += path.stat().st_size
+    return size
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """mIoU on val against seconds of training: mean over seeds, and its 95 % interval as a band.
+
+    The seconds are those of an arm's fastest run: others waited for whatever else the machine did.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for label, (stage, arm, colour) in LINES.items():
+        runs = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
+        if not runs:
+            continue
+        seconds = min(row["seconds"] for row in runs)
+        steps = sorted(map(int, runs[0]["by_iteration"]))
+        scores = np.array([[row["by_iteration"][str(step)] for step in steps] for row in runs])
+        x, mean = np.array(steps) / steps[-1] * seconds, scores.mean(0)
+        (line,) = axes.plot(x, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(runs)} seeds)")
+        if len(runs) > 1:
+            half = t_quantile(len(runs) - 1) * scores.std(0, ddof=1) / len(runs) ** 0.5
+            axes.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xscale="log", xlabel="seconds of training, one CPU core", ylabel="mIoU on CamVid's val, %")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, help="folder of the study's runs")
+    parser.add_argument("--weights", type=Path, help="folder for the final weights")
+    parser.add_argument("--plot", type=Path, help="file for the plot")
+    arguments = parser.parse_args()
+    if arguments.weights is not None:
+        print(f"{arguments.weights}: {write_weights(arguments.runs, arguments.weights) / 1e6:.1f} MB")
+    if arguments.plot is not None:
+        draw(json.loads(arguments.json.read_text())["rows"], arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
