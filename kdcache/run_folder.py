@@ -17,10 +17,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.files import read_object
+from kdcache.heads import RegressionHead
 from kdcache.settings.shared import Weights
 
 MODEL = "model.json"
@@ -43,6 +51,7 @@ class RunModel(BaseModel):
     std: tuple[float, float, float]
     trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
     labels: str | None = None  # which of its samples' labels are learnt from, as `pack_flags` has them
+    heads: dict[str, RegressionHead] = {}  # beside segmentation
 
     @model_validator(mode="after")
     def _check_names(self) -> "RunModel":
@@ -52,6 +61,12 @@ class RunModel(BaseModel):
         if len(self.class_colours) != len(self.class_names):
             raise ValueError(f"{len(self.class_colours)} class_colours for {len(self.class_names)} class_names")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_heads(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A model of segmentation alone is described as before there were other heads."""
+        fields: dict[str, Any] = serialise(self)
+        return fields if self.heads else {name: value for name, value in fields.items() if name != "heads"}
 
     def check_classes(self, names: tuple[str, ...], where: str) -> None:
         """Compare the classes of data with this model's. Raises: MismatchError when they differ."""

@@ -9,11 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kdcache.distill.target import Target, TargetFormat
+from kdcache.heads import SEGMENTATION as SEGMENTATION
 from kdcache_kernels import target_argmax_confidence
 from kdcache_kernels.window import ViewPositions, view_positions
-
-SEGMENTATION = "segmentation"
-"""The task of class ids per pixel, and the head that predicts them."""
 
 
 @dataclass(frozen=True)

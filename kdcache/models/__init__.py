@@ -9,7 +9,7 @@ Importing this package imports torch, but no model zoo.
 
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
-from kdcache.models.native import LoadReport, NativeOutput, SegmentationModel
+from kdcache.models.native import LoadReport, Outputs, SegmentationModel
 from kdcache.models.probe import PROBABILITIES, returns_probabilities
 from kdcache.models.registry import ModelInfo, TapInfo, build_model, is_function, list_models, missing_models
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
@@ -21,7 +21,7 @@ __all__ = [
     "EnsembleModel",
     "LoadReport",
     "ModelInfo",
-    "NativeOutput",
+    "Outputs",
     "SegmentationModel",
     "TapInfo",
     "Tta",

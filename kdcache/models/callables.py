@@ -3,6 +3,12 @@
 The function is called with `num_classes=`, unless it takes none, and returns a module. A `SegmentationModel` is used as
 it is; anything else is wrapped: it may answer with a tensor, a mapping with `out` (or `logits`), an object with
 `.logits`, or a tuple or list whose first element is one of these.
+
+A network of several heads says so in its attribute `kdcache_heads`, and answers with a mapping of these names:
+
+    network.kdcache_heads = {"segmentation": "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}
+
+The fields of a regression are those of `kdcache.heads.RegressionHead`; `{}` declares a network of features alone.
 """
 
 import importlib
@@ -22,8 +28,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdcache.errors import ModelError
-from kdcache.models.native import NativeOutput, SegmentationModel, in_eval_mode
+from kdcache.heads import SEGMENTATION, CategoricalHead, HeadKind, head_kind
+from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
 
+_DECLARED = "kdcache_heads"
 _PROBE_PX = 128  # side of the image that finds the stride; deep enough for stride 32 and a few cells
 
 
@@ -35,25 +43,31 @@ class WrappedModel(SegmentationModel):
     wanted, see only the calls of their own thread, and copy the feature, which a later in-place layer would
     overwrite.
 
-    The module's attributes `align_corners` (False when absent), `mean` and `std` are honoured.
+    The module's attributes `align_corners` (False when absent), `mean`, `std` and `kdcache_heads` are honoured.
 
-    Raises: ModelError when the network fails on an image, or has another number of classes.
+    Raises: ModelError when the network fails on an image, has another number of classes, or other heads than it says.
     """
 
     def __init__(self, spec: str, network: nn.Module, num_classes: int | None) -> None:
-        logits, children = _probe(spec, network)
-        if num_classes is not None and logits.shape[1] != num_classes:
+        heads, children = _probe(spec, network)
+        kinds = _kinds(spec, network, heads)
+        segmentation = kinds.get(SEGMENTATION)
+        classes = segmentation.classes if isinstance(segmentation, CategoricalHead) else 0
+        if num_classes is not None and segmentation is not None and classes != num_classes:
             raise ModelError(
                 "a model must return one channel per class",
-                received=f"{logits.shape[1]} channels for {num_classes} classes from {spec}",
+                received=f"{classes} channels for {num_classes} classes from {spec}",
                 remedy="use the num_classes that the function is given",
             )
+        rows = max((head.shape[-2] for head in heads.values()), default=_PROBE_PX)
+        rows = heads[SEGMENTATION].shape[-2] if segmentation is not None else rows
         super().__init__(
             spec=spec,
-            num_classes=logits.shape[1],
-            stride=max(1, round(_PROBE_PX / logits.shape[-2])),
+            num_classes=classes,
+            stride=max(1, round(_PROBE_PX / rows)),
             taps=children,
             align_corners=bool(getattr(network, "align_corners", False)),
+            head_kinds=kinds,
         )
         for name in ("mean", "std"):
             if (values := getattr(network, name, None)) is not None:  # numbers, or a tensor of any shape
@@ -62,13 +76,13 @@ class WrappedModel(SegmentationModel):
         self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """Run the network. Raises: ModelError for an unknown tap, or one that gives no (B, c, h, w) tensor."""
         self.check_taps(taps)
         if not taps:
-            return NativeOutput(_logits(self.spec, self.network(x_B3HW)), {})
+            return Outputs(_heads(self.spec, self.network, self.network(x_B3HW)), {})
         with _recorded(self.network, taps) as outputs:
-            logits = _logits(self.spec, self.network(x_B3HW))
+            heads = _heads(self.spec, self.network, self.network(x_B3HW))
         features = {}
         for tap in taps:
             feature = outputs.get(tap)
@@ -80,7 +94,7 @@ class WrappedModel(SegmentationModel):
                     remedy=f"tap another module, for example {', '.join(self.taps) or 'a convolution'}",
                 )
             features[tap] = feature
-        return NativeOutput(logits, features)
+        return Outputs(heads, features)
 
     def check_taps(self, taps: Iterable[str]) -> None:
         modules = {name for name, _ in self.network.named_modules() if name}
@@ -117,7 +131,8 @@ def build(spec: str, num_classes: int | None) -> SegmentationModel:
     if not isinstance(network, SegmentationModel):
         return WrappedModel(spec, network, num_classes)
     network.spec = spec
-    if num_classes is not None and network.num_classes != num_classes:
+    counted = SEGMENTATION in network.head_kinds
+    if counted and num_classes is not None and network.num_classes != num_classes:
         raise ModelError(
             "a model must have the number of classes that it is built for",
             received=f"{network.num_classes} instead of {num_classes} from {spec}",
@@ -188,6 +203,45 @@ def _working_folder_on_path() -> Iterator[None]:
             sys.path.remove(folder)
 
 
+def _heads(spec: str, network: nn.Module, answer: object) -> dict[str, Tensor]:
+    """The outputs of a network by the names of its heads. Raises: ModelError for one that is missing or no map."""
+    declared = getattr(network, _DECLARED, None)
+    if declared is None:
+        return {SEGMENTATION: _logits(spec, answer)}
+    heads = {}
+    for name in declared:
+        head = answer.get(name) if isinstance(answer, Mapping) else None
+        if not isinstance(head, Tensor) or head.ndim != 4:
+            shown = f"{name!r} of shape {tuple(head.shape)}" if isinstance(head, Tensor) else f"no tensor {name!r}"
+            raise ModelError(
+                f"a network with {_DECLARED} returns a mapping with a tensor (B, C, h, w) for each of its names",
+                received=f"{type(answer).__name__} with {shown} from {spec}",
+                remedy=f'return {{"{name}": ...}}, or leave that name out of {_DECLARED}',
+            )
+        heads[name] = head
+    return heads
+
+
+def _kinds(spec: str, network: nn.Module, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
+    """What each head's output means. Raises: ModelError for a declaration that is none, or does not fit the output."""
+    declared = getattr(network, _DECLARED, None)
+    if declared is None:
+        return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
+    kinds: dict[str, HeadKind] = {}
+    for name, declaration in declared.items():
+        try:
+            kinds[name] = head_kind(declaration, heads[name].shape[1])
+            if isinstance(kinds[name], CategoricalHead) != (name == SEGMENTATION):
+                raise ValueError(f"{SEGMENTATION} is categorical, and all others are regressions")
+        except ValueError as error:
+            raise ModelError(
+                f"{_DECLARED} has for each head categorical, regression, or a mapping of kind and its fields",
+                received=f"{name!r} of {spec}: {error}",
+                remedy='for instance {"depth": {"kind": "regression", "parameterisation": "exp", "max_depth": 80.0}}',
+            ) from error
+    return kinds
+
+
 def _logits(spec: str, answer: object) -> Tensor:
     while isinstance(answer, tuple | list) and answer:  # what follows are auxiliary outputs
         answer = answer[0]
@@ -225,14 +279,14 @@ def _recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, An
         yield outputs
 
 
-def _probe(spec: str, network: nn.Module) -> tuple[Tensor, list[str]]:
-    """Logits of one black image and the direct children with (B, c, h, w) outputs, in the order they ran."""
+def _probe(spec: str, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """The heads' outputs for one black image; the direct children with (B, c, h, w) outputs in the order they ran."""
     like = next(network.parameters(), torch.empty(0))
     image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
     children = [name for name, _ in network.named_children()]
     try:
         with torch.no_grad(), in_eval_mode(network), _recorded(network, children) as outputs:
-            logits = _logits(spec, network(image))
+            heads = _heads(spec, network, network(image))
     except ModelError:
         raise
     except Exception as error:
@@ -241,7 +295,7 @@ def _probe(spec: str, network: nn.Module) -> tuple[Tensor, list[str]]:
             received=f"{spec}: {type(error).__name__}: {error}",
             remedy="accept any height and width",
         ) from error
-    return logits, [name for name, y in outputs.items() if isinstance(y, Tensor) and y.ndim == 4]
+    return heads, [name for name, y in outputs.items() if isinstance(y, Tensor) and y.ndim == 4]
 
 
 _PREFIX = "network."

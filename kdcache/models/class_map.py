@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ModelError
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.heads import SEGMENTATION, CategoricalHead
+from kdcache.models.native import Outputs, SegmentationModel
 
 DROPPED = -1
 _VOID = "void"
@@ -92,6 +93,7 @@ class ClassMapped(SegmentationModel):
             stride=model.stride,
             taps=model.taps,
             align_corners=model.align_corners,
+            head_kinds={**model.head_kinds, SEGMENTATION: CategoricalHead(count)},
         )
         self.model = model
         self.mean, self.std = model.mean, model.std
@@ -102,9 +104,9 @@ class ClassMapped(SegmentationModel):
         self.register_buffer("sources", torch.tensor([g + [0] * (most - len(g)) for g in groups]))
         self.register_buffer("absent", torch.tensor([[j >= len(g) for j in range(most)] for g in groups]))
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
-        logits, features = self.model(x_B3HW, taps)
-        return NativeOutput(self.map_logits(logits), features)
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        outputs = self.model(x_B3HW, taps)
+        return Outputs({**outputs.heads, SEGMENTATION: self.map_logits(outputs.logits)}, outputs.features)
 
     def map_logits(self, logits_BChw: Tensor) -> Tensor:
         """Teacher logits (B, teacher classes, h, w) to (B, num_classes, h, w) of the same dtype."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.heads import SEGMENTATION
+from kdcache.models.native import Outputs, SegmentationModel
 
 AGREEMENT = "ensemble.agreement"
 """A tap of its own: the weight of the members whose best class is the ensemble's, (B, 1, h, w)."""
@@ -112,7 +113,7 @@ class EnsembleModel(SegmentationModel):
     def check_taps(self, taps: Iterable[str]) -> None:
         self.parts[0].check_taps(tap for tap in taps if tap != AGREEMENT)
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """Log of the mean probabilities (B, C, h, w), with features; `x_B3HW` is RGB in 0..1 (see `normalise`)."""
         self.check_taps(taps)
         member_taps = [tap for tap in taps if tap != AGREEMENT]
@@ -134,7 +135,7 @@ class EnsembleModel(SegmentationModel):
         if AGREEMENT in taps:
             best_B1hw = mean_BChw.argmax(1, keepdim=True)
             features[AGREEMENT] = _weighted(self.shares, [(p.argmax(1, keepdim=True) == best_B1hw) for p in p_MBChw])
-        return NativeOutput(mean_BChw.clamp(min=_LEAST).log(), {tap: features[tap] for tap in taps})
+        return Outputs({SEGMENTATION: mean_BChw.clamp(min=_LEAST).log()}, {tap: features[tap] for tap in taps})
 
 
 def _renderings(x_B3HW: Tensor, tta: Tta) -> Iterator[tuple[Tensor, bool, bool]]:

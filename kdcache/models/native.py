@@ -1,4 +1,4 @@
-"""The one interface of every segmentation model: logits at the head's native stride, features by name.
+"""The one interface of every model: the outputs of its heads at their native stride, features by name.
 
 Most heads end in a bilinear resize to the image's size. That resize is deterministic, so it is left out here:
 storing and distilling what comes before it costs 16 to 64 times less. `SegmentationModel.upsample` is the
@@ -19,16 +19,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError
+from kdcache.heads import SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class NativeOutput(NamedTuple):
-    """A model's outputs for a batch."""
+class Outputs(NamedTuple):
+    """A model's outputs for a batch.
 
-    logits: Tensor  # (B, C, h, w) at the native stride, not upsampled
-    features: dict[str, Tensor]  # tap -> (B, c, h', w'); exactly the taps that were given
+    Attributes:
+        heads: name -> (B, C, h, w) at the head's native stride, not upsampled: `segmentation` has logits, `depth` the
+            raw output of a regression (`kdcache.heads`).
+        features: tap -> (B, c, h', w'); exactly the taps that were given.
+    """
+
+    heads: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits (B, C, h, w) of segmentation. Raises: ModelError for a model without that head."""
+        if SEGMENTATION not in self.heads:
+            raise ModelError(
+                f"logits are those of a head {SEGMENTATION}",
+                received=f"a model with {', '.join(self.heads) or 'no head'}",
+                remedy=f"use a model that has a head {SEGMENTATION}",
+            )
+        return self.heads[SEGMENTATION]
 
 
 @dataclass(frozen=True)
@@ -50,9 +68,10 @@ class SegmentationModel(nn.Module):
 
     Attributes:
         spec: the name that `build_model` was given.
-        num_classes: C.
+        num_classes: C; 0 without a head `segmentation`.
+        head_kinds: what each head's output means, by the head's name.
         stride: nominal native stride in pixels; sizes, never the stride, set the exact ratio.
-        align_corners: of the head's final bilinear resize.
+        align_corners: of the heads' final bilinear resize.
         taps: names of the features on offer, most useful last.
         backbone_prefix: of the backbone's names in the state dict; "" when it is not known.
         classifier_keys: prefixes of the tensors whose first axis is the classes; () when they are not known.
@@ -69,10 +88,13 @@ class SegmentationModel(nn.Module):
         align_corners: bool = False,
         backbone_prefix: str = "",
         classifier_keys: Sequence[str] = (),
+        head_kinds: Mapping[str, HeadKind] | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.num_classes = num_classes
+        own = {SEGMENTATION: CategoricalHead(num_classes)}
+        self.head_kinds: dict[str, HeadKind] = dict(own if head_kinds is None else head_kinds)
         self.stride = stride
         self.align_corners = align_corners
         self.taps = tuple(taps)
@@ -85,15 +107,15 @@ class SegmentationModel(nn.Module):
 
     if TYPE_CHECKING:  # nn.Module types its call as Any
 
-        def __call__(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput: ...
+        def __call__(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs: ...
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         """Run the network.
 
         Args:
             x_B3HW: floating, already normalised (see `normalise`).
             taps: names out of `self.taps`.
-        Returns: logits (B, C, h, w) at the native stride, and the features (B, c, h', w') by tap.
+        Returns: each head's output (B, C, h, w) at its native stride, and the features (B, c, h', w') by tap.
         Raises: ModelError for an unknown tap.
         """
         raise NotImplementedError
@@ -148,10 +170,15 @@ class SegmentationModel(nn.Module):
         return x_B3HW.sub(mean).div_(std)
 
     def upsample(self, logits_BChw: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resize logits to (H, W) = `size` as the head itself would: bilinear, with its `align_corners`."""
+        """Resize a head's output to (H, W) = `size` as it would itself: bilinear, with its `align_corners`."""
         if tuple(logits_BChw.shape[-2:]) == tuple(size):
             return logits_BChw
         return F.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=self.align_corners)
+
+    @property
+    def regressions(self) -> dict[str, RegressionHead]:
+        """The heads of numbers, by name."""
+        return {name: kind for name, kind in self.head_kinds.items() if isinstance(kind, RegressionHead)}
 
     def check_taps(self, taps: Iterable[str]) -> None:
         """Refuse names that are no taps of this model. Raises: ModelError for the first, with the nearest."""

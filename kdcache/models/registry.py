@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from kdcache.errors import ModelError
 from kdcache.models import callables
-from kdcache.models.architectures import deeplab, segformer, smp, tiny, torchvision_heads
+from kdcache.models.architectures import deeplab, hydra, segformer, smp, tiny, torchvision_heads
+from kdcache.models.depth import split_depth, with_depth
 from kdcache.models.native import SegmentationModel
 from kdcache.models.weights import count_classes, load_weights, read_metadata, read_state_dict
 
@@ -36,7 +37,7 @@ class _Family(Protocol):
 
 _FAMILIES: dict[str, tuple[_Family, ...]] = {
     "torchvision": (torchvision_heads,),
-    "kdcache": (tiny, deeplab),
+    "kdcache": (tiny, hydra, deeplab),
     "segformer": (segformer,),
     "smp": (smp,),
 }
@@ -61,6 +62,7 @@ class ModelInfo:
     stride: int
     align_corners: bool
     taps: Mapping[str, TapInfo]
+    heads: tuple[str, ...]
 
 
 def build_model(
@@ -75,7 +77,8 @@ def build_model(
     """Build a model in training mode on the CPU.
 
     Args:
-        spec: a name that `list_models` shows, `module:function` or `path/to/file.py:function`.
+        spec: a name that `list_models` shows, `module:function` or `path/to/file.py:function`; with `+depth` after it
+            a depth head is added (see `kdcache.models.depth`).
         num_classes: None takes the number that the weights have, or a `module:function`'s own.
         weights: None initialises at random and downloads nothing; `default` downloads the library's own
             weights once; anything else is a file or folder (see `read_state_dict`). What was loaded is
@@ -87,13 +90,14 @@ def build_model(
     Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, or a foreign
         function that fails.
     """
-    builder, name = _home(spec)
+    base, depth = split_depth(spec)
+    builder, name = _home(base)
     if num_classes is not None and num_classes < 1:
         raise ModelError("num_classes must be at least 1", received=str(num_classes), remedy="count the data's classes")
     strict = num_classes is None if strict_head is None else strict_head
-    state = None if weights is None else _state(spec, weights, whole=strict)
+    state = None if weights is None else _state(base, weights, whole=strict)
     if builder is None:
-        model = callables.build(spec, num_classes)
+        model = callables.build(base, num_classes)
     else:
         count = num_classes
         if count is None:
@@ -105,6 +109,8 @@ def build_model(
                 )
             count = count_classes(state, builder.classifier_keys(name))
         model = builder.build(name, count)
+    if depth is not None:
+        model = with_depth(spec, model, depth)
     if state is not None:
         model.load_report = load_weights(model, state, strict_head=strict)
     if builder is smp and weights == "default":
@@ -120,7 +126,7 @@ def build_model(
 
 def is_listed(spec: str) -> bool:
     """Whether a spec is of one of the families that come with kdcache, whatever its name there."""
-    return spec.rpartition(":")[0] in _FAMILIES
+    return split_depth(spec)[0].rpartition(":")[0] in _FAMILIES
 
 
 def is_function(spec: str) -> bool:
@@ -128,7 +134,7 @@ def is_function(spec: str) -> bool:
 
     Nothing is imported. Raises: ModelError for a spec that is neither that nor a listed one.
     """
-    return _home(spec)[0] is None
+    return _home(split_depth(spec)[0])[0] is None
 
 
 def list_models() -> list[ModelInfo]:
@@ -164,6 +170,7 @@ def _describe(spec: str) -> ModelInfo:
         stride=model.stride,
         align_corners=model.align_corners,
         taps=MappingProxyType(taps),
+        heads=tuple(model.head_kinds),
     )
 
 

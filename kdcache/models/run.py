@@ -56,6 +56,13 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
     with trusting(trust):
         check_trusted(description.spec, str(run.folder / MODEL))
     model = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
+    if model.regressions != description.heads:
+        raise ModelError(
+            "a run's model has the heads that its description names",
+            received=f"{run.folder / MODEL} has {description.heads or 'none'}, {description.spec} builds "
+            f"{model.regressions or 'none'}",
+            remedy="use the version of the model that was trained",
+        )
     load_weights(model, read_state_dict(path), strict_head=True)
     return model.eval(), description
 
@@ -137,6 +144,7 @@ def open_model(
         mean=model.mean,
         std=model.std,
         trained_on="" if description is None else description.trained_on,
+        heads=model.regressions,
     )
 
 

@@ -29,6 +29,8 @@ _ATTRIBUTES = ("model.", "student.", "network.", "net.")  # of a LightningModule
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _AUXILIARY = ("aux_classifier.", "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
 _IMAGE_HEADS = ("classifier.", "fc.")
+DEPTH_HEAD = "depth_head."
+"""The prefix of the tensors of a depth head that was added to a model."""
 _COUNTER = "num_batches_tracked"  # absent from old files, and unused while BatchNorm has a momentum
 _NAMED = 4  # names shown per kind of misfit
 
@@ -291,6 +293,8 @@ def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple
 
 
 def _is_head(model: SegmentationModel, name: str, value: Tensor) -> bool:
+    if name.startswith(DEPTH_HEAD):
+        return True
     if model.backbone_prefix:
         return not name.startswith(model.backbone_prefix)
     return _is_classifier(model, name, value)

@@ -12,7 +12,7 @@ from kdcache.data import class_weights
 from kdcache.distill import DistillLoss, Gate, LabelTargets, parse_gate
 from kdcache.distill.terms import Term, TermSpec, TermTargets, arrays_of, check_terms, make_term, resolve_taps
 from kdcache.errors import RecipeError
-from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.train.class_trust import read_trust, trust_from_run
 from kdcache.train.config import TrainConfig
@@ -164,14 +164,14 @@ def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int
     return {tap: features[tap].shape[1] for tap in model.taps}
 
 
-def _probe(model: SegmentationModel, size: Size) -> NativeOutput:
+def _probe(model: SegmentationModel, size: Size) -> Outputs:
     """Outputs of a model for a black image of (H, W), by a forward that changes nothing."""
     was_training = model.training
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():
             pixels = torch.zeros((1, *size, 3), dtype=torch.uint8, device=device)
-            outputs: NativeOutput = model.eval()(model.normalise(pixels), model.taps)
+            outputs: Outputs = model.eval()(model.normalise(pixels), model.taps)
     finally:
         model.train(was_training)
     return outputs

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, Target
 from kdcache.distill.terms import TermSpec, make_term
 from kdcache.errors import DataError, RecipeError
-from kdcache.models import NativeOutput
+from kdcache.models import Outputs
 
 B, C, HEIGHT, WIDTH, CELL = 4, 5, 12, 16, 4
 LEFT = WIDTH // 2
@@ -86,8 +86,8 @@ class Scene:
         )
 
     @property
-    def outputs(self) -> NativeOutput:
-        return NativeOutput(self.logits, {"head": self.head})
+    def outputs(self) -> Outputs:
+        return Outputs({"segmentation": self.logits}, {"head": self.head})
 
     def losses(self, **options: Any) -> dict[str, float]:
         criterion = criterion_of(self.width, **options)

@@ -88,7 +88,8 @@ def test_forms_and_answers(here: Path, place: str, function: str) -> None:
     place = place.replace("ABSOLUTE", str(here / "foreign_nets.py"))
     model = build_model(f"{place}:{function}", 5)
     assert sys.path == path
-    logits, features = model(torch.zeros(2, 3, 40, 48))
+    heads, features = model(torch.zeros(2, 3, 40, 48))
+    logits = heads["segmentation"]
     assert logits.shape == (2, 5, 10, 12)
     assert features == {}
     assert (model.stride, model.num_classes, model.align_corners) == (4, 5, False)
@@ -144,7 +145,8 @@ def test_taps_are_module_names_and_hooks_go_away(here: Path) -> None:
     assert model.taps == ("stem", "classifier")
     x = torch.randn(1, 3, 16, 16)
     with torch.inference_mode():
-        logits, features = model(x, ["stem.1", "stem", "classifier"])
+        heads, features = model(x, ["stem.1", "stem", "classifier"])
+        logits = heads["segmentation"]
         network = model.get_submodule("network")
         norm = network.get_submodule("stem.1")(network.get_submodule("stem.0")(x))
     assert torch.equal(features["stem.1"], norm)  # not what the in-place ReLU made of it

@@ -62,7 +62,8 @@ def test_probabilities_are_summed() -> None:
     inner = build_model("kdcache:tiny", 5, mean=(0.1, 0.2, 0.3)).eval().double()
     mapped = ClassMapped(inner, torch.tensor([2, 0, 2, 1, 2]))
     x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
-    logits, features = mapped(x, ["stage2"])
+    heads, features = mapped(x, ["stage2"])
+    logits = heads["segmentation"]
     native = inner(x, ["stage2"])
     p = native.logits.softmax(1)
     expected = torch.stack([p[:, 1], p[:, 3], p[:, 0] + p[:, 2] + p[:, 4]], 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kdcache.errors import ModelError, RecipeError
-from kdcache.models import AGREEMENT, EnsembleModel, NativeOutput, SegmentationModel, Tta, build_model
+from kdcache.models import AGREEMENT, EnsembleModel, Outputs, SegmentationModel, Tta, build_model
 
 CLASSES = 4
 
@@ -31,7 +31,7 @@ class Strided(SegmentationModel):
     def forward(self, x_B3HW, taps=()):
         self.check_taps(taps)
         y = self.conv(x_B3HW)
-        return NativeOutput(y, dict.fromkeys(taps, y[:, :2]))
+        return Outputs({"segmentation": y}, dict.fromkeys(taps, y[:, :2]))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def rgb(pixels: torch.Tensor) -> np.ndarray:
     return pixels.numpy().transpose(0, 3, 1, 2) / 255
 
 
-def answer(model: EnsembleModel, pixels: torch.Tensor, taps=()) -> NativeOutput:
+def answer(model: EnsembleModel, pixels: torch.Tensor, taps=()) -> Outputs:
     with torch.inference_mode():
         return model(model.normalise(pixels), taps)
 

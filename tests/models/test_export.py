@@ -147,11 +147,11 @@ class _OneSize(SegmentationModel):
         self.layer = nn.Conv2d(3, 3, 1)
 
     def forward(self, x_B3HW: Tensor, taps: Any = ()) -> Any:
-        from kdcache.models import NativeOutput
+        from kdcache.models import Outputs
 
         if x_B3HW.shape[-2:] != (64, 96) or x_B3HW.shape[0] != (self.batch or x_B3HW.shape[0]):
             raise ValueError("another size")
-        return NativeOutput(self.layer(x_B3HW), {})
+        return Outputs({"segmentation": self.layer(x_B3HW)}, {})
 
 
 @pytest.mark.parametrize(("batch", "free"), [(None, ("batch",)), (1, ())])

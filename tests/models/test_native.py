@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.models import ClassMapped, EnsembleModel, NativeOutput, SegmentationModel
+from kdcache.models import ClassMapped, EnsembleModel, Outputs, SegmentationModel
 from kdcache.models.export import Deployed
 
 MEAN, STD = (0.1, 0.4, 0.7), (0.2, 0.3, 0.5)
@@ -19,8 +19,8 @@ class Coarse(SegmentationModel):
     def __init__(self, align_corners: bool = False) -> None:
         super().__init__(spec="own:coarse", num_classes=3, stride=8, taps=(), align_corners=align_corners)
 
-    def forward(self, x_B3HW: Tensor, taps: object = ()) -> NativeOutput:
-        return NativeOutput(F.avg_pool2d(x_B3HW, 8), {})
+    def forward(self, x_B3HW: Tensor, taps: object = ()) -> Outputs:
+        return Outputs({"segmentation": F.avg_pool2d(x_B3HW, 8)}, {})
 
 
 @pytest.fixture

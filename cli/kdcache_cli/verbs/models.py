@@ -11,6 +11,8 @@ from kdcache_cli.console import OUT
 
 _NOTES = (
     "Yours: [bold]module:function[/] or [bold]path/to/file.py:function[/], called with num_classes=...",
+    "[bold]MODEL+depth[/] is any of them with a depth head: MODEL+depth,tap=NAME,as=exp,max=10 names the tap (default "
+    "the last), softplus (the default) or exp of the raw output, and the largest depth in metres (80).",
     "smp: any ARCH-ENCODER of segmentation_models_pytorch, also tu-* encoders of timm.",
     "Weights 'default' of segformer:* and of mit_* encoders are NVIDIA's: for research, not for commerce.",
 )
@@ -34,6 +36,7 @@ def models(
                 "parameters": info.parameters,
                 "stride": info.stride,
                 "align_corners": info.align_corners,
+                "heads": list(info.heads),
                 "taps": {tap: {"channels": t.channels, "stride": t.stride} for tap, t in info.taps.items()},
             }
             for info in infos

@@ -1,6 +1,7 @@
 """The networks that names of the registry stand for.
 
 tiny.py                `kdcache:tiny`, `kdcache:base`
+hydra.py               `kdcache:hydra`, segmentation and depth on one encoder
 torchvision_heads.py   torchvision's FCN, DeepLab and LR-ASPP
 deeplab.py             DeepLab as the documents train it
 segformer.py           SegFormer

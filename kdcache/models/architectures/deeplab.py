@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from kdcache.heads import SEGMENTATION
 from kdcache.models.architectures import torchvision_heads
 from kdcache.models.architectures.torchvision_heads import MOBILENET_TAPS
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.models.native import Outputs, SegmentationModel
 
 NAMES = ("deeplab-mobilenet",)
 _CHANNELS = 256
@@ -48,7 +49,7 @@ class LightDeepLab(SegmentationModel):
         self.classifier = nn.Conv2d(_CHANNELS, num_classes, 1)
         self._tap_of = {child: tap for tap, child in MOBILENET_TAPS.items()}
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         self.check_taps(taps)
         features: dict[str, Tensor] = {}
         x = x_B3HW
@@ -58,7 +59,7 @@ class LightDeepLab(SegmentationModel):
                 features[tap] = x
         features["reduced"] = x = self.reduce(x)
         features["head"] = x = self.context(x)
-        return NativeOutput(self.classifier(self.dropout(x)), {tap: features[tap] for tap in taps})
+        return Outputs({SEGMENTATION: self.classifier(self.dropout(x))}, {tap: features[tap] for tap in taps})
 
 
 def classifier_keys(name: str) -> tuple[str, ...]:

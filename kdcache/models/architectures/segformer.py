@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.heads import SEGMENTATION
+from kdcache.models.native import Outputs, SegmentationModel
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ class SegFormer(SegmentationModel):
         self.register_state_dict_post_hook(_publish)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_unpublish)  # type: ignore[no-untyped-call]
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         self.check_taps(taps)
         features: dict[str, Tensor] = {}
         x = x_B3HW
         for name, stage in zip(_STAGES, self.segformer.stages, strict=True):  # type: ignore[arg-type]
             x = features[name] = stage(x)
         logits, features["head"] = self._head([features[name] for name in _STAGES])
-        return NativeOutput(logits, {tap: features[tap] for tap in taps})
+        return Outputs({SEGMENTATION: logits}, {tap: features[tap] for tap in taps})
 
     def _head(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The modules of transformers' SegformerDecodeHead, which does not return what it fuses."""

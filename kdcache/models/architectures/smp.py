@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.heads import SEGMENTATION
 from kdcache.models.architectures.hub import not_downloaded
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.models.native import Outputs, SegmentationModel
 
 NAMES = (
     "unet-resnet18",
@@ -63,13 +64,13 @@ class SmpModel(SegmentationModel):
         self.segmentation_head = network.segmentation_head
         self._multiple = int(network.encoder.output_stride) if network.requires_divisible_input_shape else 1
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         self.check_taps(taps)
         self._check_size(x_B3HW.shape[-2], x_B3HW.shape[-1])
         features = self.encoder(x_B3HW)
         by_tap = {f"stage{i}": feature for i, feature in enumerate(features)}
         by_tap["head"] = self.decoder(list(features))
-        return NativeOutput(self.segmentation_head[0](by_tap["head"]), {tap: by_tap[tap] for tap in taps})
+        return Outputs({SEGMENTATION: self.segmentation_head[0](by_tap["head"])}, {tap: by_tap[tap] for tap in taps})
 
     def _check_size(self, height: int, width: int) -> None:
         step = self._multiple

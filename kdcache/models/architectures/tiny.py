@@ -13,13 +13,14 @@ decoder resizes to the exact size of the skip it adds.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.heads import SEGMENTATION
+from kdcache.models.native import Outputs, SegmentationModel
 
 NAMES = ("tiny", "base")
 
@@ -57,7 +58,7 @@ class PyramidNet(SegmentationModel):
             backbone_prefix="encoder.",
             classifier_keys=classifier_keys(spec),
         )
-        stages = OrderedDict([("stem", nn.Sequential(_conv(3, stem, 2), _conv(stem, widths[0], 2)))])
+        stages = OrderedDict([("stem", nn.Sequential(conv(3, stem, 2), conv(stem, widths[0], 2)))])
         before = widths[0]
         for i, (name, width, depth) in enumerate(zip(names, widths, depths, strict=True)):
             first = _Residual(before, width, stride=1 if i == 0 else 2)
@@ -67,26 +68,21 @@ class PyramidNet(SegmentationModel):
         # Without BatchNorm: one value per image and channel has no spread to normalise by in a batch of one.
         self.context = nn.Conv2d(before, decoder, 1)
         self.lateral = nn.ModuleDict({n: nn.Conv2d(w, decoder, 1) for n, w in zip(names, widths, strict=True)})
-        self.smooth = _conv(decoder, decoder)
+        self.smooth = conv(decoder, decoder)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(decoder, num_classes, 1)
         self._initialise()
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         self.check_taps(taps)
         features: dict[str, Tensor] = {}
         x = x_B3HW
         for name, stage in self.encoder.items():
             x = features[name] = stage(x)
         # `mean`, not adaptive pooling: its gradient is deterministic on CUDA.
-        y: Tensor = self.context(x.mean((2, 3), keepdim=True))
-        for name, lateral in reversed(list(self.lateral.items())):
-            skip = lateral(features[name])
-            if y.shape[-2:] != (1, 1):  # a single cell broadcasts: the same numbers without a resize
-                y = F.interpolate(y, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-            y = skip + y
+        y = fuse(self.lateral, features, self.context(x.mean((2, 3), keepdim=True)))
         features["head"] = y = self.smooth(y)
-        return NativeOutput(self.classifier(self.dropout(y)), {tap: features[tap] for tap in taps})
+        return Outputs({SEGMENTATION: self.classifier(self.dropout(y))}, {tap: features[tap] for tap in taps})
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -100,12 +96,28 @@ class PyramidNet(SegmentationModel):
         nn.init.normal_(self.classifier.weight, std=0.01)
 
 
+def fuse(lateral: nn.ModuleDict, features: Mapping[str, Tensor], context: Tensor) -> Tensor:
+    """The sum of a feature pyramid at its finest stage: from the deepest up, each resized to the next.
+
+    Args:
+        lateral: projections by stage, the finest first.
+        context: (B, c, 1, 1), added to the deepest.
+    """
+    y = context
+    for name, project in reversed(list(lateral.items())):
+        skip = project(features[name])
+        if y.shape[-2:] != (1, 1):  # a single cell broadcasts: the same numbers without a resize
+            y = F.interpolate(y, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        y = skip + y
+    return y
+
+
 class _Residual(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
 
     def __init__(self, channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, out_channels, stride)
+        self.conv1 = conv(channels, out_channels, stride)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.shortcut: nn.Module = nn.Identity()
@@ -122,7 +134,7 @@ class _Residual(nn.Module):
         nn.init.zeros_(self.norm2.weight)
 
 
-def _conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+def conv(channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError
-from kdcache.models.native import NativeOutput, SegmentationModel
+from kdcache.heads import SEGMENTATION
+from kdcache.models.native import Outputs, SegmentationModel
 
 NAMES = (
     "fcn_resnet50",
@@ -55,7 +56,7 @@ class TorchvisionModel(SegmentationModel):
         self.classifier = network.get_submodule("classifier")
         self._tap_of = {child: tap for tap, child in stages.items()}
 
-    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         self.check_taps(taps)
         x = x_B3HW
         features: dict[str, Tensor] = {}  # of every stage that is tapped or that the head reads
@@ -68,7 +69,7 @@ class TorchvisionModel(SegmentationModel):
             if tap in taps:
                 features[tap] = x
         logits, features["head"] = self._head(features)
-        return NativeOutput(logits, {tap: features[tap] for tap in taps})
+        return Outputs({SEGMENTATION: logits}, {tap: features[tap] for tap in taps})
 
     def _head(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x = head = features["read/out"]

@@ -7,7 +7,8 @@ import torch
 
 from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError
-from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
+from kdcache.heads import SEGMENTATION
+from kdcache.models import EnsembleModel, Outputs, SegmentationModel
 from kdcache.store.format.manifest import well_formed_parts
 from kdcache.teacher.build.options import BuildOptions, view_of
 from kdcache.teacher.build.render import render_records
@@ -44,7 +45,7 @@ class TeacherProbe:
         teacher.model.check_taps(options.features)
         self.taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
 
-    def probe(self) -> NativeOutput:
+    def probe(self) -> Outputs:
         """The teacher's outputs for the first record, which give the shapes of all.
 
         Returns: logits (1, C, h, w) on the grid that the store keeps, features (1, c, h', w') by tap.
@@ -54,7 +55,7 @@ class TeacherProbe:
         teacher, classes = self.teacher, len(self.split.classes)
         folds: Iterable[int | None] = [None] if teacher.folds is None else range(teacher.folds)
         outputs = [self._teach([0], self.taps, teacher.model_for(fold)) for fold in folds]
-        logits, features = outputs[0]
+        logits = outputs[0].logits
         if logits.shape[1] != classes:
             raise ModelError(
                 "a teacher gives one logit per class of the data set",
@@ -73,7 +74,7 @@ class TeacherProbe:
             grid = min(height, logits.shape[-2]), min(width, logits.shape[-1])
             self.grid = None if grid == tuple(logits.shape[-2:]) else grid
             logits = coarser(logits, grid)
-        return NativeOutput(logits, features)
+        return Outputs({SEGMENTATION: logits}, outputs[0].features)
 
     def logits(self, samples: Sequence[int]) -> Iterator[torch.Tensor]:
         """Raw logits (C, h, w) of the first views of some samples, a batch of each fold at a time.
@@ -113,11 +114,12 @@ class TeacherProbe:
         grid: tuple[int, int] | None = None,
         *,
         enlarged: bool = True,
-    ) -> NativeOutput:
+    ) -> Outputs:
         options, views = self.options, self.view.views_per_sample
         items = [render_records(self.split, self.view, [sample * views])[0] for sample in samples]
         pixels = torch.from_numpy(np.stack([item.taught if enlarged else item.pixels for item in items]))
         try:
-            return NativeOutput(*teach(model, pixels, taps, options.precision, options.device, grid))
+            logits, features = teach(model, pixels, taps, options.precision, options.device, grid)
+            return Outputs({SEGMENTATION: logits}, features)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(options.batch_size) from error

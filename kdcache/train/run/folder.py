@@ -123,6 +123,7 @@ def write_beginning(
             std=model.std,
             trained_on=dataset.identity,
             labels=pack_flags(dataset.labels_used),
+            heads=model.regressions,
         )
         write_run_model(run, run_model)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.distill import Batch, Counts, DistillLoss, Losses
-from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.models import Outputs, SegmentationModel
 from kdcache.train.input.mix import Mix
 
 Step = Callable[[Batch], Tensor]
@@ -19,7 +19,7 @@ Step = Callable[[Batch], Tensor]
 class LossInputs(NamedTuple):
     """The arguments of the loss, in its order."""
 
-    outputs: NativeOutput
+    outputs: Outputs
     batch: Batch
     counts: Counts | None
 

@@ -35,7 +35,8 @@ def test_it_is_what_its_description_says() -> None:
     for size in [(256, 256), (100, 130)]:
         x = torch.randn(1, 3, *size)
         with torch.inference_mode():
-            logits, features = model(x, model.taps)
+            heads, features = model(x, model.taps)
+            logits = heads["segmentation"]
             assert torch.equal(logits, expected(x))
             assert torch.equal(features["reduced"], expected[:20](x))
             assert torch.equal(model.get_submodule("classifier")(features["head"]), logits)

@@ -75,7 +75,8 @@ def test_head_tap_is_the_classifiers_input_before_dropout() -> None:
     torch.manual_seed(0)
     model = build_model("segformer:b0", CLASSES).eval()
     with torch.inference_mode():
-        logits, features = model(torch.randn(1, 3, 40, 56), ["head"])
+        heads, features = model(torch.randn(1, 3, 40, 56), ["head"])
+        logits = heads["segmentation"]
         assert features["head"].shape == (1, 256, 10, 14)
         assert torch.equal(model.get_submodule("decode_head.classifier")(features["head"]), logits)
 

@@ -70,7 +70,8 @@ def test_resized_logits_are_the_librarys_masks(name: str) -> None:
 def test_head_tap_is_the_classifiers_input() -> None:
     model = build_model("smp:deeplabv3plus-resnet18", CLASSES).eval()
     with torch.inference_mode():
-        logits, features = model(torch.randn(1, 3, 64, 64), ["head"])
+        heads, features = model(torch.randn(1, 3, 64, 64), ["head"])
+        logits = heads["segmentation"]
         assert torch.equal(model.get_submodule("segmentation_head.0")(features["head"]), logits)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from kdcache.errors import ModelError
 from kdcache.models import build_model, list_models, missing_models
-from kdcache.models.architectures import deeplab, segformer, smp, tiny, torchvision_heads
+from kdcache.models.architectures import deeplab, hydra, segformer, smp, tiny, torchvision_heads
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -18,7 +18,8 @@ def test_shapes_at_any_size(name: str, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = build_model(f"kdcache:{name}", 7).eval()
     with torch.inference_mode():
-        logits, features = model(torch.randn(2, 3, *size), model.taps)
+        heads, features = model(torch.randn(2, 3, *size), model.taps)
+        logits = heads["segmentation"]
     assert logits.shape == (2, 7, -(-size[0] // 4), -(-size[1] // 4))
     assert tuple(features) == model.taps == ("stage1", "stage2", "stage3", "stage4", "head")
     for i in range(4):
@@ -103,7 +104,7 @@ def test_list_models() -> None:
     infos = {info.spec: info for info in list_models()}
     families = {
         "torchvision": torchvision_heads.NAMES,
-        "kdcache": (*tiny.NAMES, *deeplab.NAMES),
+        "kdcache": (*tiny.NAMES, *hydra.NAMES, *deeplab.NAMES),
         "segformer": segformer.NAMES,
         "smp": smp.NAMES,
     }

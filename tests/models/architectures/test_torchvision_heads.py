@@ -76,7 +76,8 @@ def test_head_tap_is_the_classifiers_input_before_dropout() -> None:
     torch.manual_seed(0)
     model = build_model("torchvision:fcn_resnet50", CLASSES).eval()
     with torch.inference_mode():
-        logits, features = model(torch.randn(1, 3, 33, 33), ["head"])
+        heads, features = model(torch.randn(1, 3, 33, 33), ["head"])
+        logits = heads["segmentation"]
         classifier = model.get_submodule("classifier.4")
         assert torch.equal(classifier(features["head"]), logits)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kdcache.data import IGNORE_INDEX, Window, open_split, render
 from kdcache.errors import KDCacheError, MismatchError, ModelError
 from kdcache.metrics import evaluate_model
-from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Records, open_cache
 from kdcache.teacher import Teacher, build_cache, compare_teacher, load_teacher, score_cache
 from kdcache.teacher.audit.verify import Agreement
@@ -61,10 +61,10 @@ class Says(SegmentationModel):
         super().__init__(spec="own:says", num_classes=classes, stride=8, taps=())
         self.second = second
 
-    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> NativeOutput:
+    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> Outputs:
         logits = torch.zeros(len(x_B3HW), self.num_classes, 4, 6)
         logits[:, 1] = self.second
-        return NativeOutput(logits, {})
+        return Outputs({"segmentation": logits}, {})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 
 from kdcache.data import Split, Window, open_split, pixel_checksum, render
 from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
-from kdcache.models import NativeOutput
+from kdcache.models import Outputs
 from kdcache.store import inspect_store, open_cache, verify_files
 from kdcache.teacher import TeacherProbe, build_cache, load_teacher, plan_manifest
 from kdcache.teacher.build import manifest
@@ -23,7 +23,7 @@ from kdcache_kernels import choose_k, pack
 TAPS = ("stage2", "head")
 
 
-def answers(teacher, split: Split, records: range, taps=()) -> NativeOutput:
+def answers(teacher, split: Split, records: range, taps=()) -> Outputs:
     """The teacher on rendered records, by nothing but the model's own interface."""
     pixels = [
         render(split.image(r), None, Window.full(*split.image(r).shape[:2]), flip=False, size=(32, 48))[0]
@@ -95,7 +95,8 @@ def test_the_store_holds_what_the_teacher_says(tmp_path, teacher, split, folder_
     assert cache.manifest.dataset.class_names == source.classes.names
     shards = [range(0, 2), range(2, 3), range(3, 5), range(5, 6), range(6, 7)]  # batches, cut at shards of 3
     for batch in shards:
-        logits, features = answers(teacher, source, batch, TAPS)
+        heads, features = answers(teacher, source, batch, TAPS)
+        logits = heads["segmentation"]
         values, indices, tail = pack(logits, k)
         for row, record in enumerate(batch):
             wanted = {"targets/segmentation/values": values[row].numpy()}
@@ -254,11 +255,12 @@ def test_an_answer_that_is_no_number(tmp_path, teacher, split, options, monkeypa
     marked = answers_input(teacher, split, 4)
 
     def poisoned(self, x, taps=()):
-        logits, features = forward(self, x, taps)
+        heads, features = forward(self, x, taps)
+        logits = heads["segmentation"]
         for row in range(len(x)):
             if x.shape[-2:] == marked.shape[-2:] and torch.equal(x[row], marked):
                 (logits if where == "logits" else features["head"])[row, 0, 2, 3] = value
-        return NativeOutput(logits, features)
+        return Outputs({"segmentation": logits}, features)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(teacher.model), "forward", poisoned)

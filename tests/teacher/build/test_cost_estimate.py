@@ -12,7 +12,7 @@ import torch
 
 from kdcache.data import open_split
 from kdcache.errors import KDCacheError
-from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel
+from kdcache.models import EnsembleModel, Outputs, SegmentationModel
 from kdcache.store import Cache, open_cache, summarise
 from kdcache.store.writer import StoreWriter
 from kdcache.teacher import Teacher, TeacherProbe, build_cache
@@ -313,7 +313,7 @@ def test_a_students_seconds_are_of_one_image(options, monkeypatch, batch_size, c
             clock[0] += (100 if len(seen) == 1 else 3) * len(x)  # the first pass compiles
             logits = self.body(x)
             logits.register_hook(lambda gradient: clock.__setitem__(0, clock[0] + 2 * len(gradient)))
-            return NativeOutput(logits, {})
+            return Outputs({"segmentation": logits}, {})
 
     monkeypatch.setattr("kdcache.teacher.build.cost_estimate.build_model", lambda spec, classes: Ticking())
     monkeypatch.setattr("kdcache.teacher.build.cost_estimate.time", SimpleNamespace(perf_counter=lambda: clock[0]))

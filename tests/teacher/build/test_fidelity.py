@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from kdcache.data import Split, Window, open_split, render
 from kdcache.errors import MismatchError, ModelError
-from kdcache.models import NativeOutput
+from kdcache.models import Outputs
 from kdcache.store import open_cache, read_manifest
 from kdcache.teacher import TeacherProbe, build_cache, load_teacher, plan_manifest
 from kdcache.teacher.build import fidelity
@@ -269,10 +269,11 @@ def test_an_answer_that_is_no_number_stops_the_build_before_it_begins(
     forward = type(teacher.model).forward
 
     def poisoned(self, x, taps=()):
-        logits, features = forward(self, x, taps)
+        heads, features = forward(self, x, taps)
+        logits = heads["segmentation"]
         if len(x) == 2 and x.shape[-2:] == SIZE:
             logits[1, 0, 2, 3] = float("nan")
-        return NativeOutput(logits, features)
+        return Outputs({"segmentation": logits}, features)
 
     monkeypatch.setattr(type(teacher.model), "forward", poisoned)
     with pytest.raises(ModelError, match="finite") as caught:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdcache.data import folds_of
 from kdcache.errors import ModelError
-from kdcache.models import EnsembleModel, NativeOutput, SegmentationModel, Tta
+from kdcache.models import EnsembleModel, Outputs, SegmentationModel, Tta
 from kdcache.teacher import Teacher, TeacherProbe
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.manifest import plan_manifest
@@ -24,13 +24,13 @@ class Strided(SegmentationModel):
         self.body = torch.nn.Conv2d(3, classes, stride, stride)
         torch.nn.init.normal_(self.body.weight, std=0.1 * sharp)
 
-    def forward(self, x_B3HW: Tensor, taps: object = ()) -> NativeOutput:
-        return NativeOutput(self.body(x_B3HW), {})
+    def forward(self, x_B3HW: Tensor, taps: object = ()) -> Outputs:
+        return Outputs({"segmentation": self.body(x_B3HW)}, {})
 
 
 class Probabilities(Strided):
-    def forward(self, x_B3HW: Tensor, taps: object = ()) -> NativeOutput:
-        return NativeOutput(super().forward(x_B3HW).logits.softmax(1), {})
+    def forward(self, x_B3HW: Tensor, taps: object = ()) -> Outputs:
+        return Outputs({"segmentation": super().forward(x_B3HW).logits.softmax(1)}, {})
 
 
 def of_folds(*members: SegmentationModel) -> Teacher:

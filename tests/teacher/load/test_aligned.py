@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.data import Window, open_split, render
-from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Records, open_cache
 from kdcache.teacher import Teacher, TeacherProbe, build_cache, copied_fidelity
 from kdcache.teacher.audit.audit import audit_cache
@@ -33,8 +33,8 @@ class Coarse(SegmentationModel):
         self.body = torch.nn.Conv2d(3, classes, 16, 16)
         torch.nn.init.normal_(self.body.weight, std=0.2)
 
-    def forward(self, x_B3HW: Tensor, taps: object = ()) -> NativeOutput:
-        return NativeOutput(self.body(x_B3HW), {})
+    def forward(self, x_B3HW: Tensor, taps: object = ()) -> Outputs:
+        return Outputs({"segmentation": self.body(x_B3HW)}, {})
 
 
 def coarse(classes: int, align_corners: bool = True) -> Teacher:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.models import Outputs, SegmentationModel
 from kdcache.teacher import Teacher
 from kdcache.teacher.load.fingerprint import fingerprint
 
@@ -45,12 +45,12 @@ class Known(SegmentationModel):
         super().__init__(spec="own:known", num_classes=3, stride=8, taps=())
         self.mean, self.std = (0.2, 0.4, 0.6), (0.5, 1.0, 2.0)
 
-    def forward(self, x_B3HW: Tensor, taps: object = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: object = ()) -> Outputs:
         pooled = torch.nn.functional.avg_pool2d
         bright = pooled(x_B3HW, 8).mean(1)
         contrast = pooled((x_B3HW[:, :1] - x_B3HW[:, :1].mean()).square(), 8)[:, 0]
         together = pooled(x_B3HW[:, :1] * x_B3HW[:, 2:], 8)[:, 0]
-        return NativeOutput(torch.stack([bright, contrast, together], 1), {})
+        return Outputs({"segmentation": torch.stack([bright, contrast, together], 1)}, {})
 
 
 def test_the_probe_is_of_the_precision_of_the_build(teacher) -> None:

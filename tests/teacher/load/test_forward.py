@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.models import Outputs, SegmentationModel
 from kdcache.teacher.load.forward import place, teach
 
 CPU = torch.device("cpu")
@@ -22,10 +22,10 @@ class Noisy(SegmentationModel):
         self.drop = nn.Dropout(0.5)
         self.seen: list[torch.dtype] = []
 
-    def forward(self, x_B3HW: Tensor, taps: object = ()) -> NativeOutput:
+    def forward(self, x_B3HW: Tensor, taps: object = ()) -> Outputs:
         y = self.body(x_B3HW)
         self.seen.append(y.dtype)
-        return NativeOutput(self.drop(y), dict.fromkeys(taps, y))
+        return Outputs({"segmentation": self.drop(y)}, dict.fromkeys(taps, y))
 
 
 @pytest.fixture

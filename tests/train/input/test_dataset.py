@@ -23,7 +23,7 @@ from kdcache.data import IGNORE_INDEX, OUTSIDE_RGB, Augmentation, Fold, open_spl
 from kdcache.distill import Batch, DistillLoss
 from kdcache.distill.batch import tensors_of
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
-from kdcache.models import NativeOutput, SegmentationModel
+from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Cache, Records, open_cache
 from kdcache.train import CacheDataset, LabelledDataset
 from kdcache.train.input.residency import keep_records
@@ -47,18 +47,18 @@ class Plain(SegmentationModel):
 class Colours(Plain):
     """Scores of a cell: how near its mean colour is to that of each class."""
 
-    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> NativeOutput:
+    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> Outputs:
         colours = torch.from_numpy(COLOURS).float() / 255
         cells = F.avg_pool2d(x_B3HW, 4)[:, None]
-        return NativeOutput(-40 * (cells - colours[None, :, :, None, None]).square().sum(2), {})
+        return Outputs({"segmentation": -40 * (cells - colours[None, :, :, None, None]).square().sum(2)}, {})
 
 
 class Ramp(Plain):
     """Scores of a cell: its red, its green, and zero."""
 
-    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> NativeOutput:
+    def forward(self, x_B3HW: torch.Tensor, taps: object = ()) -> Outputs:
         cells = F.avg_pool2d(x_B3HW, 4)[:, :2] * RAMP_GAIN
-        return NativeOutput(torch.cat([cells, torch.zeros_like(cells[:, :1])], 1), {})
+        return Outputs({"segmentation": torch.cat([cells, torch.zeros_like(cells[:, :1])], 1)}, {})
 
 
 def write_folder(root: Path, samples: list[tuple[np.ndarray, np.ndarray]], classes: str) -> str:

@@ -1,0 +1,125 @@
+"""The kinds of heads: what a network's raw output means, and the one way in which it becomes depth.
+
+    categorical   logits of classes, whose softmax is the prediction
+    regression    numbers per cell: depth is `softplus` or `exp` of the raw output, clipped at `max_depth`
+
+A map of depth is resized as the raw output, before the nonlinearity: between its cells a network predicts, with `exp`,
+the geometric mean of depths. Depth that was resized afterwards would be other numbers, larger at every edge.
+Torch is imported where a tensor is given.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEGMENTATION = "segmentation"
+"""The task of class ids per pixel, and the head that predicts them."""
+DEPTH = "depth"
+"""The task of depth per pixel, and the head that predicts it."""
+
+Parameterisation = Literal["softplus", "exp", "identity"]
+
+
+@dataclass(frozen=True)
+class CategoricalHead:
+    """A head of logits (B, classes, h, w)."""
+
+    classes: int
+    kind: Literal["categorical"] = "categorical"
+
+
+@dataclass(frozen=True)
+class RegressionHead:
+    """A head of numbers (B, channels, h, w), as model.json and a declaration in code have it.
+
+    Attributes:
+        unit: of the values: `m` for depth in metres; any other name, such as `relative`, where there are none.
+        parameterisation: of the values by the raw output: `softplus` and `exp` are positive, `identity` any number.
+        max_depth: the largest magnitude of the values, at which they are clipped; None clips nothing.
+    Raises: ValueError for values that make no head.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  where pydantic reads one
+
+    channels: int = 1
+    unit: str = "m"
+    parameterisation: Parameterisation = "softplus"
+    max_depth: float | None = 80.0
+    kind: Literal["regression"] = "regression"
+
+    def __post_init__(self) -> None:
+        if self.parameterisation not in (names := get_args(Parameterisation)):
+            raise ValueError(f"parameterisation is one of {', '.join(names)}, not {self.parameterisation}")
+        if self.channels < 1:
+            raise ValueError(f"channels is at least 1, not {self.channels}")
+        if self.max_depth is not None and not 0 < self.max_depth < math.inf:
+            raise ValueError(f"max_depth is a finite number above 0, not {self.max_depth:g}")
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The least and the largest value; None where nothing is clipped."""
+        if self.max_depth is None:
+            return None
+        return (-self.max_depth if self.parameterisation == "identity" else 0.0), self.max_depth
+
+    def values(self, raw: "Tensor") -> "Tensor":
+        """Values in the head's unit (see `values_of`)."""
+        return values_of(raw, self.parameterisation, self.max_depth)
+
+
+HeadKind = CategoricalHead | RegressionHead
+
+
+def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: float | None) -> "Tensor":
+    """Depth from a raw output of any shape, which was resized before; differentiable, float32 or float64.
+
+    The gradient is 0 where the value is clipped at `max_depth`.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    wide = raw if raw.dtype == torch.float64 else raw.float()
+    if parameterisation == "exp":
+        # Clipped first: the gradient of an infinite exponential would be NaN.
+        return (wide if max_depth is None else wide.clamp(max=math.log(max_depth))).exp()
+    values = F.softplus(wide) if parameterisation == "softplus" else wide
+    return values if max_depth is None else values.clamp(-max_depth, max_depth)
+
+
+def raw_of(values: "Tensor", parameterisation: Parameterisation) -> "Tensor":
+    """The raw output of which these are the `values_of`, float32 or float64; -inf at a depth of 0."""
+    import torch
+
+    wide = values if values.dtype == torch.float64 else values.float()
+    if parameterisation == "exp":
+        return wide.log()
+    # log(e^v - 1), as neither large nor small values lose their digits.
+    return wide + torch.log(-torch.expm1(-wide)) if parameterisation == "softplus" else wide
+
+
+def head_kind(declaration: object, channels: int) -> HeadKind:
+    """The kind of a head from its declaration: `categorical`, `regression`, or a mapping of `kind` and the fields.
+
+    Args:
+        channels: of the head's output.
+    Raises: ValueError for anything else, or other channels than declared.
+    """
+    fields: dict[str, Any] = dict(declaration) if isinstance(declaration, Mapping) else {"kind": declaration}
+    kind = fields.pop("kind", None)
+    try:
+        if kind == "categorical":
+            head: HeadKind = CategoricalHead(**{"classes": channels, **fields})
+        elif kind == "regression":
+            head = RegressionHead(**{"channels": channels, **fields})
+        else:
+            raise ValueError("kind is categorical or regression")
+    except TypeError as error:
+        raise ValueError(str(error).partition(") ")[2] or str(error)) from error
+    declared = head.classes if isinstance(head, CategoricalHead) else head.channels
+    if declared != channels:
+        raise ValueError(f"{declared} channels are declared, {channels} are returned")
+    return head

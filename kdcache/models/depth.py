@@ -1,0 +1,190 @@
+"""A depth head on any model: `MODEL+depth`, and the spelling of its options.
+
+    kdcache:tiny+depth                            on the model's last tap, softplus, at most 80 m
+    kdcache:tiny+depth,tap=stage2,as=exp,max=10   on a tap that is named, exp, at most 10 m
+    kdcache:hydra,max=10                          of a model that has a depth head, its parameterisation alone
+
+Two 3x3 convolutions, at the tap's stride; the second has one channel. Shapes: c channels of the tap.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.heads import DEPTH, Parameterisation, RegressionHead, raw_of
+from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
+from kdcache.models.weights import DEPTH_HEAD
+
+_PROBE_PX = 128  # side of the image that finds the tap's channels
+_CHANNELS = 32
+_START = 8
+"""The first predictions are `max_depth` divided by this, whatever the image shows."""
+_OPTIONS = ("tap", "as", "max")
+
+
+@dataclass(frozen=True)
+class DepthSpec:
+    """What a spec says of depth.
+
+    Attributes:
+        added: whether a head is added; else the model has one. tap: where; None is the last.
+        head: its parameterisation.
+    """
+
+    added: bool
+    tap: str | None
+    head: RegressionHead
+
+
+def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
+    """The spec of a model, and what follows it about depth; None where nothing does.
+
+    Raises: ModelError for an option that is none.
+    """
+    folder, slash, rest = spec.rpartition("/")  # a folder may be called anything
+    name, *options = rest.split(",")
+    text = folder + slash + name
+    model = text.removesuffix(f"+{DEPTH}")
+    if "+" in model.removeprefix(folder + slash).rpartition(":")[2]:
+        raise _refused(spec, f"{model.rpartition('+')[2]!r} after +", f"{model.rpartition('+')[0]}+{DEPTH}")
+    if model == text and not options:
+        return spec, None
+    values = dict[str, str]()
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in _OPTIONS or name in values or not value or (name == "tap" and model == text):
+            raise _refused(spec, repr(option), f"{model}+{DEPTH},tap=head,as=exp,max=10")
+        values[name] = value
+    try:
+        kind: Any = values.get("as", RegressionHead.parameterisation)
+        if kind not in get_args(Parameterisation)[:2]:
+            raise ValueError(f"as is softplus or exp, not {kind}")
+        head = RegressionHead(parameterisation=kind, max_depth=float(values.get("max", RegressionHead.max_depth or 0)))
+    except ValueError as error:
+        raise _refused(spec, str(error), f"{text},as=exp,max=10") from error
+    return model, DepthSpec(model != text, values.get("tap"), head)
+
+
+class DepthDecoder(nn.Sequential):
+    """Two 3x3 convolutions from a feature (B, c, h, w) to the raw output (B, 1, h, w)."""
+
+    def __init__(self, channels: int, head: RegressionHead, width: int = _CHANNELS) -> None:
+        first = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        last = nn.Conv2d(width, head.channels, 3, padding=1)
+        super().__init__(first, nn.BatchNorm2d(width), nn.ReLU(inplace=True), last)
+        nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
+        start_at_one_depth(last, head)
+
+
+def start_at_one_depth(last: nn.Conv2d, head: RegressionHead) -> None:
+    """Have a head begin with nearly the same depth everywhere: `max_depth` / 8, 10 m of 80."""
+    nn.init.normal_(last.weight, std=0.01)
+    assert last.bias is not None
+    depth = torch.tensor((head.max_depth or 1.0) / _START, device="cpu")
+    nn.init.constant_(last.bias, float(raw_of(depth, head.parameterisation)))
+
+
+class OwnDepth(SegmentationModel):
+    """A model of kdcache's that has a depth head, whose last convolution is `depth_output`."""
+
+    depth_output: nn.Conv2d
+
+    def set_depth(self, head: RegressionHead) -> None:
+        """Choose the parameterisation of a model with random weights: the head begins at one depth of it."""
+        self.head_kinds[DEPTH] = head
+        start_at_one_depth(self.depth_output, head)
+
+
+class WithDepth(SegmentationModel):
+    """A model and a depth head on one of its taps; the state dict keeps the model's names, and adds `depth_head.*`.
+
+    Raises: ModelError for a tap that the model does not have, or that is no (B, c, h, w) feature.
+    """
+
+    def __init__(self, spec: str, model: SegmentationModel, depth: DepthSpec) -> None:
+        if depth.tap is None and not model.taps:
+            raise ModelError(
+                "a depth head is put on a tap of the model",
+                received=f"{model.spec}, which lists none",
+                remedy=f"name one: {spec},tap=NAME (a module whose output is (B, c, h, w))",
+            )
+        tap = depth.tap or model.taps[-1]
+        model.check_taps([tap])
+        super().__init__(
+            spec=spec,
+            num_classes=model.num_classes,
+            stride=model.stride,
+            taps=model.taps,
+            align_corners=model.align_corners,
+            backbone_prefix=model.backbone_prefix,
+            classifier_keys=model.classifier_keys,
+            head_kinds={**model.head_kinds, DEPTH: depth.head},
+        )
+        self.mean, self.std = model.mean, model.std
+        self.model = model
+        self.depth_tap = tap
+        self.depth_head = DepthDecoder(_channels(model, tap), depth.head)
+        self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.depth_tap])))
+        raw_B1hw = self.depth_head(outputs.features[self.depth_tap])
+        return Outputs({**outputs.heads, DEPTH: raw_B1hw}, {tap: outputs.features[tap] for tap in taps})
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        self.model.check_taps(taps)
+
+    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.model.adopt_names(state)
+
+
+def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> SegmentationModel:
+    """The model with the depth head that its spec asks for.
+
+    Raises: ModelError where the model has one already and another is to be added, or has none that options name.
+    """
+    if depth.added and DEPTH not in model.head_kinds:
+        return WithDepth(spec, model, depth)
+    if not depth.added and isinstance(model, OwnDepth):
+        model.spec = spec
+        model.set_depth(depth.head)
+        return model
+    raise ModelError(
+        f"+{DEPTH} adds a depth head to a model without one; its options are of that head, or of kdcache's own",
+        received=f"{spec}, and {model.spec} has " + ("one" if DEPTH in model.head_kinds else "none"),
+        remedy=f"write {model.spec}" if DEPTH in model.head_kinds else f"write {model.spec}+{DEPTH}",
+    )
+
+
+def _channels(model: SegmentationModel, tap: str) -> int:
+    like = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
+    with torch.no_grad(), in_eval_mode(model):
+        feature = model(image, [tap]).features[tap]
+    return feature.shape[1]
+
+
+def _refused(spec: str, received: str, example: str) -> ModelError:
+    return ModelError(
+        f"a depth head is MODEL+{DEPTH}, with options ,tap=NAME ,as=softplus or ,as=exp and ,max=METRES",
+        received=f"{spec!r}: {received}",
+        remedy=f"for instance {example}",
+    )
+
+
+_PREFIX = "model."
+
+
+def _strip_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for key in [k for k in state if k.startswith(prefix + _PREFIX)]:
+        state[prefix + key[len(prefix + _PREFIX) :]] = state.pop(key)
+
+
+def _add_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(prefix + DEPTH_HEAD)]:
+        state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)
