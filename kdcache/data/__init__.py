@@ -15,6 +15,7 @@ Everything wrong with a user's data is a `DataError`; wrong arguments of a calle
 """
 
 from kdcache.data.check import CheckReport, check, class_weights
+from kdcache.data.depth_report import DepthReport
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
@@ -42,6 +43,7 @@ __all__ = [
     "Augmentation",
     "CheckReport",
     "ClassList",
+    "DepthReport",
     "Fold",
     "SharedSequence",
     "Split",

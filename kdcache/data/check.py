@@ -12,21 +12,23 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.data.depth_report import DepthCounts
 from kdcache.data.doubts import doubts_of, wrong_palette
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
 from kdcache.data.layouts.registry import LayoutRoot, find_layout
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.view import pixel_checksum
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Split, ids_out_of_range
+from kdcache.data.sample import DEPTH, IGNORE_INDEX, ClassList, Split, ids_out_of_range
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.data.split_report import SplitReport
-from kdcache.errors import DataError
+from kdcache.errors import DataError, RecipeError
 
 WeightKind = Literal["none", "median", "sqrt"]
 Progress = Callable[[str, int, int], None]
@@ -72,12 +74,16 @@ class CheckReport:
 
 @dataclass
 class _Reading:
-    """Size, counts and defects of one sample, read by one thread; a defect has the name of its table of the report."""
+    """Size, counts and defects of one sample, read by one thread; a defect has the name of its table of the report.
+
+    `depth` is what was counted of it, or why its size does not fit.
+    """
 
     size: tuple[int, int] | None = None
     counts: npt.NDArray[np.int64] | int = 0
     digests: tuple[str | None, ...] | None = None
     pixels: int | None = None
+    depth: DepthCounts | str | None = None
     defects: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,6 +92,7 @@ def check(
     splits: Sequence[str] | None = None,
     *,
     contents: bool = True,
+    max_depth: float | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> CheckReport:
@@ -95,10 +102,16 @@ def check(
         data: as for `open_split`.
         splits: which; all by default.
         contents: decode and hash every file; else only names are compared.
+        max_depth: metres, above 0, beyond which no depth is possible; None allows any.
         progress: called with (split, samples done, samples) after every sample.
         threads: decoding threads; by default one per core, at most 8.
-    Raises: DataError where nothing can be examined: no folder, no such split, no images, no class list.
+    Raises: DataError where nothing can be examined: no folder, no such split, no images, no class list; RecipeError for
+        a `max_depth` that is none.
     """
+    if max_depth is not None and not max_depth > 0:
+        raise RecipeError(
+            "--max-depth is a distance in metres above 0", received=f"{max_depth:g}", remedy="for instance 80"
+        )
     data = os.fspath(data)
     layout_root = None if is_scenes(data) else find_layout(data)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
@@ -107,6 +120,7 @@ def check(
     classes: ClassList | None = None
     for name in splits if splits is not None else list_splits(data):
         split, report = _open(data, name, layout_root)
+        report.depth.max_depth = max_depth
         classes = split.classes
         if contents:
             for sample, pixels in _read_split(split, report, progress, threads):
@@ -165,11 +179,12 @@ def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, 
         scan = layout.scan(root, name)
         split = FileSplit(data, name, layout.classes(root), root, scan)
         report.clashes = [path for _, _, path in scan.clashes]
-        report.without_image = scan.orphans + scan.foreign
+        report.without_image = scan.orphans + scan.foreign + ([] if scan.depth is None else scan.depth.orphans)
         report.missing = scan.missing
     report.images = len(split)
     report.without_label = [sample for i, sample in enumerate(split.ids) if not split.has_label(i)]
     report.labelled = len(split) - len(report.without_label)
+    report.depth.labelled = sum(split.has_label(i, DEPTH) for i in range(len(split)))
     report.class_pixels = [0] * len(split.classes)
     return split, report
 
@@ -180,7 +195,8 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
     sizes: Counter[tuple[int, int]] = Counter()
     total = hashlib.sha256(split.digest().encode("ascii"))
     images, digested = [], 0
-    readings = prefetch(lambda i: _read(split, i), range(len(split)), threads=threads, ahead=2 * threads + 1)
+    read = partial(_read, split, max_depth=report.depth.max_depth)
+    readings = prefetch(read, range(len(split)), threads=threads, ahead=2 * threads + 1)
     for index, (sample, reading) in enumerate(zip(split.ids, readings, strict=True)):
         if reading.size is not None:
             sizes[reading.size] += 1
@@ -188,6 +204,10 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
         for table, defect in reading.defects.items():
             if defect:
                 getattr(report, table)[sample] = defect
+        if isinstance(reading.depth, DepthCounts):
+            report.depth.add(sample, reading.depth)
+        elif reading.depth is not None:
+            report.depth.mismatched[sample] = reading.depth
         if reading.digests is not None:
             total.update(repr(reading.digests).encode("ascii"))
             digested += 1
@@ -202,7 +222,7 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
     return images
 
 
-def _read(split: Split, index: int) -> _Reading:
+def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
     reading = _Reading()
     try:
         reading.digests = split.content_digests(index)
@@ -218,6 +238,10 @@ def _read(split: Split, index: int) -> _Reading:
             reading.defects["out_of_range"] = {str(number): count for number, count in strays.items()}
             if isinstance(split, FileSplit):
                 reading.defects["palettes"] = wrong_palette(split, index, label)
+        depth = split.raw_depth(index)
+        if depth is not None:
+            fits = depth.shape == reading.size
+            reading.depth = DepthCounts.of(depth, max_depth) if fits else describe_sizes(depth.shape, reading.size)
     except DataError as error:
         reading.defects["unreadable"] = error.received
     return reading

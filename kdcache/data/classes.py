@@ -42,6 +42,12 @@ def read_classes(folder: Path) -> ClassList:
             remedy="Write one class name per line, in the order of the ids in the labels.",
         ) from error
     parsed = [entry for number, line in enumerate(text.splitlines(), 1) if (entry := _parse(path, number, line))]
+    if not parsed:
+        raise DataError(
+            f"A {CLASSES_FILE} lists 2 to 255 classes.",
+            received=f"0 classes in {path}",
+            remedy="Write one class name per line, in the order of the ids in the labels.",
+        )
     try:
         return ClassList(tuple(name for name, _ in parsed), _complete([colour for _, colour in parsed]))
     except DataError as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdcache.data.classes import CLASSES_FILE
 from kdcache.data.files import label_palette
-from kdcache.data.folder import IMAGES, LABELS, Folder
+from kdcache.data.folder import DEPTHS, IMAGES, LABELS, Folder
 from kdcache.data.layouts.file_split import FileSplit, describe_some
 from kdcache.data.layouts.registry import LayoutRoot
 from kdcache.data.layouts.scan import folders_in, is_picture, scan_folders
@@ -51,7 +51,8 @@ def doubts_of(
         whole: these are all splits of the data set.
     """
     doubts = Doubts()
-    if place is not None and (isinstance(place.layout, Folder) or place.layout.lists_classes(place.root)):
+    own = place is not None and (isinstance(place.layout, Folder) or place.layout.lists_classes(place.root))
+    if own and classes.names:
         _doubt_names(classes.names, doubts)
     _doubt_labels(reports, place, doubts, whole=whole)
     for report in reports.values():
@@ -113,17 +114,23 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
     """Splits that have no label although a training reads them, and labels that lie elsewhere."""
     total = sum(report.images for report in reports.values())
     for name, report in reports.items():
-        if report.labelled:
+        doubts.warnings += report.depth.warnings(name)
+        if report.labelled or report.depth.labelled:
             continue
         elsewhere = "" if place is None else _labels_elsewhere(place, name)
         if elsewhere:
             doubts.problems.append(elsewhere)
-        elif name == "train" and any(other.labelled for other in reports.values()):
+        elif name == "train" and any(other.labelled or other.depth.labelled for other in reports.values()):
             doubts.problems.append(
                 f"{name}: none of {report.images} images has a label: a training on labels learns nothing; add labels, "
                 "or train from a store of a teacher's targets"
             )
-    if whole and total and not doubts.problems and not any(report.labelled for report in reports.values()):
+    if (
+        whole
+        and total
+        and not doubts.problems
+        and not any(report.labelled or report.depth.labelled for report in reports.values())
+    ):
         doubts.problems.append(
             f"none of {total} images has a label: a training on labels learns nothing; add labels, or train from a "
             "store of a teacher's targets"
@@ -144,7 +151,7 @@ def _labels_elsewhere(layout_root: LayoutRoot, split: str) -> str:
         return ""
     scan = layout.scan(root, split)
     for other in folders_in(root):
-        if other in (IMAGES, LABELS):
+        if other in (IMAGES, LABELS, DEPTHS):
             continue
         for place in (f"{other}/{split}", other):
             pairs = len(scan_folders(root, scan.image_place, place, scan.label_ids).labels)

@@ -1,4 +1,4 @@
-"""Decoding one image or label file, and refusing what would decode to something else than meant.
+"""Decoding one image, label or depth file, and refusing what would decode to something else than meant.
 
 Pillow is forgiving where training must not be: it clips 16-bit pictures to white, stretches the ids of
 4-bit grey labels (5 becomes 85) and ignores the camera's rotation. All of that is settled here.
@@ -10,8 +10,10 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from kdcache.data.sample import Pixels
@@ -73,6 +75,53 @@ def read_label(path: Path) -> Pixels:
                 remedy="Save the ids as an 8-bit single-channel PNG (255 = void), not their colours.",
             )
         return np.array(image, dtype=np.uint8)
+
+
+def read_numbers(path: Path) -> npt.NDArray[Any]:
+    """Decode a file of a number per pixel, (H, W): 16-bit grey PNG, TIFF, `.npy`, or `.npz` (one array, or `depth`).
+
+    Raises: DataError for an unreadable file, another kind of PNG, or an array of another shape or kind.
+    """
+    if path.suffix.lower() in (".npy", ".npz"):
+        numbers = _read_array(path)
+    else:
+        with _opened(path, "depth file") as image:
+            kind = _png_kind(path) if path.suffix.lower() == ".png" else ""
+            if kind not in ("", "16-bit grey") or (not kind and not image.mode.startswith(("I", "F"))):
+                raise DataError(
+                    "A picture of depth has one channel: a PNG of 16 bits, or a TIFF of 16 bits or floats.",
+                    received=f"{kind or f'mode {image.mode}'} in {path}",
+                    remedy="Save the depth itself, not a picture that shows it; 8 bits are too few for metres.",
+                )
+            numbers = np.array(image)
+    if numbers.ndim != 2 or numbers.dtype.kind not in "uif":
+        raise DataError(
+            "A depth file holds a number for each pixel, (height, width).",
+            received=f"{numbers.dtype} {numbers.shape} in {path}",
+            remedy="Save an array of two dimensions, of floats or whole numbers.",
+        )
+    return numbers
+
+
+def _read_array(path: Path) -> npt.NDArray[Any]:
+    try:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return content
+        with content:
+            names = content.files
+            if "depth" in names or len(names) == 1:
+                array: npt.NDArray[Any] = content["depth" if "depth" in names else names[0]]
+                return array
+    except MemoryError:
+        raise
+    except Exception as error:  # as decoders of pictures: OSError, ValueError, EOFError, zipfile.BadZipFile ...
+        raise _unreadable(path, "depth file", error) from error
+    raise DataError(
+        "An .npz file of depth has one array, or one that is called depth.",
+        received=f"{', '.join(names) or 'none'} in {path}",
+        remedy="Rename the array to depth.",
+    )
 
 
 def label_palette(path: Path) -> list[tuple[int, int, int]] | None:

@@ -3,27 +3,41 @@
     DIR/classes.txt                 names in the order of the ids
     DIR/images/<split>/**.jpg       or png, webp, bmp, tif; folders may nest
     DIR/labels/<split>/**.png       8-bit ids, 255 = void; the same path below <split> as the image
+    DIR/depth/<split>/**.npy        depth; or npz, tiff, png; the same path below <split> as the image
+    DIR/depth.toml                  the unit of depth in whole numbers, and what means unknown
 
 Pictures right in `images/` are divided by lists of their names, `train.txt`, `val.txt` and `test.txt`; without lists
 all of it is `train`.
 
 A sample's id is the image's path below `images/<split>` without its last suffix (`a.b.jpg` is `a.b`), with
 forward slashes. Labels may be missing, for a split or for single samples; a label without an image is an
-error, for it means that names do not match and that training would silently see no labels.
+error, for it means that names do not match and that training would silently see no labels. The same holds for depth;
+data with depth and without labels need no classes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from kdcache.data.classes import CLASSES_FILE, read_classes
 from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.depth import read_unit
 from kdcache.data.layouts.label_ids import LabelIds
-from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, holds_pictures, lists_in, scan_folders, scan_whole
+from kdcache.data.layouts.scan import (
+    WHOLE,
+    Scan,
+    folders_in,
+    holds_pictures,
+    lists_in,
+    scan_depth,
+    scan_folders,
+    scan_whole,
+)
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 
-IMAGES, LABELS = "images", "labels"
+IMAGES, LABELS, DEPTHS = "images", "labels", "depth"
 SPLITS = ("train", "val", "test")
 
 LABEL_IDS = LabelIds(
@@ -37,14 +51,15 @@ class Folder(Layout):
 
     name: ClassVar[str] = "folder"
     looks_for: ClassVar[str] = (
-        f"{IMAGES}/SPLIT/ and {CLASSES_FILE} (or {LABELS}/SPLIT/); or pictures right in {IMAGES}/"
+        f"{IMAGES}/SPLIT/ and {CLASSES_FILE} (or {LABELS}/SPLIT/, or {DEPTHS}/SPLIT/); or pictures right in {IMAGES}/"
     )
     split_is: ClassVar[str] = f"a folder below {IMAGES}, or a list of pictures right in it"
 
     def matches(self, root: Path) -> bool:
+        listed, deep = (root / CLASSES_FILE).is_file(), (root / DEPTHS).is_dir()
         if folders_in(root / IMAGES):
-            return (root / CLASSES_FILE).is_file() or bool(folders_in(root / LABELS))
-        return (root / CLASSES_FILE).is_file() and holds_pictures(root / IMAGES)
+            return listed or deep or bool(folders_in(root / LABELS))
+        return (listed or deep) and holds_pictures(root / IMAGES)
 
     def splits(self, root: Path) -> list[str]:
         return folders_in(root / IMAGES) or lists_in(root, SPLITS) or [WHOLE]
@@ -53,12 +68,23 @@ class Folder(Layout):
         folders, lists = folders_in(root / IMAGES), lists_in(root, SPLITS)
         what = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
         divided = "" if folders else f", divided by {', '.join(f'{name}.txt' for name in lists)}" if lists else ""
-        return f"{what} and {CLASSES_FILE}{divided}"
+        beside = CLASSES_FILE if (root / CLASSES_FILE).is_file() or not (root / DEPTHS).is_dir() else f"{DEPTHS}/"
+        return f"{what} and {beside}{divided}"
 
     def _classes(self, root: Path) -> ClassList:
-        return read_classes(root)
+        without = (root / DEPTHS).is_dir() and not (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
+        return ClassList(()) if without else read_classes(root)
 
     def _scan(self, root: Path, split: str) -> Scan:
-        if not folders_in(root / IMAGES):
-            return scan_whole(root, split, IMAGES, LABELS, LABEL_IDS, SPLITS)
-        return scan_folders(root, f"{IMAGES}/{split}", f"{LABELS}/{split}", LABEL_IDS)
+        whole = not folders_in(root / IMAGES)
+        if whole:
+            scan = scan_whole(root, split, IMAGES, LABELS, LABEL_IDS, SPLITS)
+        else:
+            scan = scan_folders(root, f"{IMAGES}/{split}", f"{LABELS}/{split}", LABEL_IDS)
+        place = DEPTHS if whole else f"{DEPTHS}/{split}"
+        if not (root / place).is_dir():
+            return scan
+        scan = scan_depth(scan, root, place, read_unit(root))
+        if scan.depth is not None and whole and lists_in(root, SPLITS):  # the depth of other lists' images
+            scan = replace(scan, depth=replace(scan.depth, orphans=[]))
+        return scan

@@ -14,7 +14,7 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
 
     Args:
         data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, camvid, voc,
-            cityscapes, gta5, ade20k; or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0` with
+            cityscapes, gta5, ade20k, kitti-depth, nyu; or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
             `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth` (a folder of that name is `./scenes`).
         split: its name, such as `train`.
     Raises: DataError with what is missing or malformed.

@@ -45,7 +45,7 @@ class ClassList:
     """Class names in the order of their ids, and a colour for each.
 
     Args:
-        names: 2 to 255 unique, non-empty names; the position is the id.
+        names: 2 to 255 unique, non-empty names; the position is the id. None at all for data without segmentation.
         colours: RGB, 0 to 255, one per name; left out, distinct ones are made.
 
     Raises: DataError for a list or colours that break these rules.
@@ -74,7 +74,7 @@ class ClassList:
         return cls(tuple(value["names"]), colours)
 
     def _check(self) -> None:
-        if not 2 <= len(self.names) < IGNORE_INDEX + 1:
+        if len(self.names) == 1 or len(self.names) > IGNORE_INDEX:
             raise DataError(
                 f"A class list has 2 to {IGNORE_INDEX} classes ({IGNORE_INDEX} is the id of void).",
                 received=f"{len(self.names)} classes",

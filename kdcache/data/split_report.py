@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from kdcache.data.depth_report import DepthReport
 from kdcache.data.layouts.file_split import describe_some
 from kdcache.data.sample import IGNORE_INDEX
 
@@ -14,12 +15,13 @@ class SplitReport:
     """The contents and defects of one split. Lists name samples by id, files by their path in the split's folder.
 
     Attributes:
-        images, labelled: samples, and those with a label file.
+        images, labelled: samples, and those with a label of segmentation.
+        depth: the labels of depth.
         class_pixels: pixels per class id; void_pixels: pixels of 255; over all readable labels.
         sizes: "HxW" -> number of images of that upright size.
         out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
-        without_label: samples without one; no problem by itself.
-        without_image: label files that no image has (a wrong suffix included).
+        without_label: samples without one of segmentation; no problem by itself.
+        without_image: label and depth files that no image has (a wrong suffix included).
         clashes: image files (or lines of a list) whose id another image already has.
         missing: files that a list names, or their siblings call for, and that are not there.
         unreadable: sample -> why its image or label could not be read, or its numbers not be taken for ids.
@@ -44,6 +46,7 @@ class SplitReport:
     mismatched: dict[str, str] = field(default_factory=dict)
     palettes: dict[str, str] = field(default_factory=dict)
     digest: str | None = None
+    depth: DepthReport = field(default_factory=DepthReport)
 
     def shares(self) -> tuple[list[float], float]:
         """Share of the labelled pixels per class, and of void; zeros without any."""
@@ -72,7 +75,7 @@ class SplitReport:
             f"{self.split}: {len(names)} {what}: {describe_some(names)}; {remedy}"
             for names, what, remedy in kinds
             if names
-        ]
+        ] + self.depth.problems(self.split)
 
     def _stray_ids(self, most: int = 6) -> str:
         """Which ids are no class, in how many files and pixels: `12 in 5 files, 250 pixels`."""

@@ -46,6 +46,21 @@ def test_a_check_says_why_and_warns_without_failing(cli, tmp_path) -> None:
     assert report["why"] == "images/train/, images/val/ and classes.txt"
 
 
+def test_a_check_shows_depth_and_refuses_what_lies_beyond(cli, tmp_path) -> None:
+    data = "scenes:32x48,train=4,val=1,depth=sparse,tasks=halves"
+    looked = cli("data", "check", data, "--json", tmp_path / "report.json", "--max-depth", "80")
+    assert looked.code == 0, looked.out + looked.err
+    assert "train: 4 images, 2 labelled, 2 with depth" in looked.out
+    assert "40 to 80" in looked.out
+    depth = json.loads((tmp_path / "report.json").read_text())["splits"]["train"]["depth"]
+    assert f"depth: {depth['least']:.2f} to {depth['most']:.2f} m, known for" in looked.out
+    assert sum(depth["histogram"]) == depth["known"] > 0
+    refused = cli("data", "check", data, "--max-depth", "50")
+    assert refused.code == 1
+    assert "beyond 50 m" in refused.out
+    assert cli("data", "check", data, "--max-depth", "-1").code == 2
+
+
 def test_pictures_without_splits_train_as_the_message_says(cli, tmp_path) -> None:
     root = tmp_path / "mine"
     for name in "abcdefgh":

@@ -117,7 +117,7 @@ def test_numbers_beyond_one_s_own_classes_are_refused_with_a_way_back(tiny, tmp_
 
 @pytest.mark.parametrize("content", ["", "a\na\n", "only one\n"])
 def test_a_class_list_that_is_none_is_refused_in_every_layout(content, tiny, tmp_path) -> None:
-    for layout in LAYOUTS:
+    for layout in tiny.NUMBERS:
         root = tiny.write(layout, tmp_path / layout)
         (root / "classes.txt").write_text(content)
         with pytest.raises(DataError) as caught:

@@ -36,7 +36,7 @@ def test_no_folder_and_a_folder_of_another_layout(layout, tiny, tmp_path) -> Non
     assert repr(f"{layout}:") in refusal(lambda: open_split(f"{layout}:", "train")).received
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["folder", "camvid", "voc", "cityscapes", "gta5", "ade20k"])
 def test_a_missing_split_names_those_that_exist(layout, tiny, tmp_path) -> None:
     root = tiny.write(layout, tmp_path / "set")
     received = refusal(lambda: open_split(root, "tset")).received

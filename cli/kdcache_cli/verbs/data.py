@@ -12,7 +12,7 @@ from kdcache.errors import RecipeError
 from kdcache_cli.console import OUT, progress_of_stages
 
 if TYPE_CHECKING:
-    from kdcache.data import SplitReport
+    from kdcache.data import DepthReport, SplitReport
 
 app = typer.Typer(no_args_is_help=True, help="Check data sets.", rich_markup_mode="rich")
 
@@ -28,10 +28,14 @@ def check(
         str,
         typer.Argument(
             help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]; folder, camvid, voc, "
-            "cityscapes, gta5, ade20k), or [bold]scenes[/]."
+            "cityscapes, gta5, ade20k, kitti-depth, nyu), or [bold]scenes[/]."
         ),
     ],
     split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.")] = None,
+    max_depth: Annotated[
+        float | None,
+        typer.Option("--max-depth", metavar="METRES", help="No depth may lie beyond; 80 for streets, 10 for rooms."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here too.")] = None,
     fetch: Annotated[
         bool,
@@ -40,7 +44,8 @@ def check(
 ) -> None:
     """Read a data set once and list what is in it and what is wrong with it.
 
-    Its layout and why it is taken for one, classes and their share of pixels, ids that are no class, sizes, a digest.
+    Its layout and why it is taken for one, classes and their share of pixels, ids that are no class, sizes, a digest;
+    of depth its range, the share of pixels that have one, a histogram, and what cannot be metres.
     Exits with 1 where a training would fail or learn nothing; warnings are of what is seldom meant.
     """
     from kdcache.data import check as check_data
@@ -48,7 +53,12 @@ def check(
     if fetch:
         _download(data)
     with progress_of_stages() as update:
-        report = check_data(data, split, progress=lambda name, done, total: update(f"reading {name}", done, total))
+        report = check_data(
+            data,
+            split,
+            max_depth=max_depth,
+            progress=lambda name, done, total: update(f"reading {name}", done, total),
+        )
     place = f" in {escape(report.folder)}" if report.folder else ""
     OUT.print(f"layout [bold]{report.layout}[/]{place}: {escape(report.why)}", highlight=False)
     for name, part in report.splits.items():
@@ -78,9 +88,12 @@ def _download(data: str) -> None:
 
 def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None:
     sizes = ", ".join(f"{count} of {size}" for size, count in list(part.sizes.items())[:4])
-    OUT.print(f"[bold]{escape(name)}[/]: {part.images} images, {part.labelled} labelled; sizes {sizes}")
+    deep = f", {part.depth.labelled} with depth" if part.depth.labelled else ""
+    OUT.print(f"[bold]{escape(name)}[/]: {part.images} images, {part.labelled} labelled{deep}; sizes {sizes}")
     if part.digest:
         OUT.print(f"digest {part.digest[:16]}")
+    if part.depth.labelled:
+        _print_depth(part.depth)
     if not part.labelled:
         return
     shares, void = part.shares()
@@ -88,4 +101,20 @@ def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None
     for index, (title, share) in enumerate(zip(names, shares, strict=True)):
         table.add_row(str(index), title, f"{100 * share:.2f}")
     table.add_row("255", "void", f"{100 * void:.2f}")
+    OUT.print(table)
+
+
+def _print_depth(depth: "DepthReport") -> None:
+    if depth.least is None or depth.most is None:
+        OUT.print("depth: no pixel has a known one")
+        return
+    share = f"{100 * depth.share:.1f} % of their pixels"
+    OUT.print(f"depth: {depth.least:.2f} to {depth.most:.2f} m, known for {share}", highlight=False)
+    table = Table("metres", "pixels %", "", box=None, header_style="dim")
+    most = max(depth.histogram)
+    ends = [f"to {edge:g}" for edge in depth.edges[1:]] + ["and more"]
+    for low, end, count in zip(depth.edges, ends, depth.histogram, strict=True):
+        if count:
+            bar = "#" * max(round(30 * count / most), 1)
+            table.add_row(f"{low:g} {end}", f"{100 * count / depth.known:.2f}", bar)
     OUT.print(table)

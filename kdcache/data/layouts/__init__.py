@@ -3,8 +3,9 @@
     base.py         the interface of a layout, and refusing what a split must not have
     scan.py         finding images and labels, by folder or by list
     file_split.py   the samples that were found, read one by one
+    depth.py        from the numbers of a depth file to metres
     label_ids.py    tables from the numbers of a label file to class ids
-    camvid.py, voc.py, cityscapes.py, gta5.py, ade20k.py, and ../folder.py for a data set of one's own
+    camvid.py, voc.py, cityscapes.py, gta5.py, ade20k.py, kitti_depth.py, nyu.py, and ../folder.py for data of one's own
     registry.py     which of them a folder has
     download.py     fetching a data set that needs no account or agreement
 

@@ -140,6 +140,12 @@ class Layout(ABC):
                 remedy=f"Give each label its image's name, as in {next(iter(scan.images.values()))!r}; "
                 "remove the labels that have no image.",
             )
+        if scan.depth is not None and scan.depth.orphans:
+            raise DataError(
+                "Every depth file belongs to an image: it has its path (another suffix), or the layout's name for it.",
+                received=f"{describe_some(scan.depth.orphans)} in {root / scan.depth.place}",
+                remedy=f"Give each one its image's name, as in {next(iter(scan.images))!r}; remove the others.",
+            )
         return FileSplit(data, split, self.classes(root), root, scan)
 
     def may_share(self, one: str, other: str) -> bool:

@@ -3,6 +3,8 @@
     leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png
     gtFine/SPLIT/CITY/NAME_gtFine_labelIds.png          ids of all 34 kinds
     gtFine/SPLIT/CITY/NAME_gtFine_labelTrainIds.png     class ids already: used where there are no labelIds
+    disparity/SPLIT/CITY/NAME_disparity.png             16-bit disparity, which becomes depth by
+    camera/SPLIT/CITY/NAME_camera.json                  its camera's baseline and focal length
 
 labelIds are mapped to the 19 classes when they are read, once. Mapped twice, road (0) would be void, a traffic sign (7)
 road and a person (11) building, and training would go on with what is left; so files that show it are refused.
@@ -17,8 +19,9 @@ from typing import ClassVar
 
 from kdcache.data.files import LABEL_SUFFIX
 from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.depth import camera_of, read_disparity
 from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
-from kdcache.data.layouts.scan import Scan, folders_in, scan_folders
+from kdcache.data.layouts.scan import Scan, folders_in, scan_depth, scan_folders
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
@@ -50,7 +53,8 @@ MOST_LABEL_ID = 33
 _SELDOM = (5, 9, 10, 14, 18)
 """dynamic, parking, rail track, guard rail, pole group; as train ids: pole, terrain, sky, truck, bicycle."""
 
-IMAGES, LABELS = "leftImg8bit", "gtFine"
+IMAGES, LABELS, DISPARITY = "leftImg8bit", "gtFine", "disparity"
+_DISPARITY_END = "_disparity"
 _IMAGE_END, _IDS_END, _TRAIN_IDS_END = "_leftImg8bit", "_gtFine_labelIds", "_gtFine_labelTrainIds"
 
 
@@ -109,6 +113,23 @@ class Cityscapes(Layout):
         return CLASSES
 
     def _scan(self, root: Path, split: str) -> Scan:
+        scan, place = self._scan_labels(root, split), f"{DISPARITY}/{split}"
+        if not (root / place).is_dir():
+            return scan
+        scan = scan_depth(
+            scan,
+            root,
+            place,
+            read_disparity,
+            depth_end=_DISPARITY_END,
+            image_of=lambda name: name.removesuffix(_DISPARITY_END) + _IMAGE_END,
+        )
+        assert scan.depth is not None
+        cameras = [camera_of(root / path) for path in scan.depth.files.values()]
+        lost = [camera.relative_to(root).as_posix() for camera in cameras if not camera.is_file()]
+        return replace(scan, missing=scan.missing + lost)
+
+    def _scan_labels(self, root: Path, split: str) -> Scan:
         places = f"{IMAGES}/{split}", f"{LABELS}/{split}"
         fine = scan_folders(root, *places, LABEL_IDS, image_end=_IMAGE_END, label_end=_IDS_END)
         train = scan_folders(root, *places, TRAIN_IDS, image_end=_IMAGE_END, label_end=_TRAIN_IDS_END)

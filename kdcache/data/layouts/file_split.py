@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcache.data.files import file_digest, image_size, read_image, read_label
+from kdcache.data.layouts.depth import check_depth
 from kdcache.data.layouts.label_ids import numbers_in
 from kdcache.data.layouts.scan import Scan
-from kdcache.data.sample import SEGMENTATION, ClassList, Pixels, Split, ids_out_of_range
+from kdcache.data.sample import DEPTH, SEGMENTATION, ClassList, Depth, Pixels, Split, ids_out_of_range
 from kdcache.errors import DataError
 
 
@@ -30,6 +31,8 @@ class FileSplit(Split):
         self._label_ids = scan.label_ids
         self._image_files = tuple(scan.images.values())
         self._label_files = tuple(scan.labels.get(sample) for sample in self.ids)
+        self._read_depth = None if scan.depth is None else scan.depth.read
+        self._depth_files = tuple(None if scan.depth is None else scan.depth.files.get(sample) for sample in self.ids)
         self._sizes: dict[int, tuple[int, int]] = {}
 
     def image_path(self, index: int) -> Path:
@@ -47,20 +50,16 @@ class FileSplit(Split):
         return pixels
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
-        return task == SEGMENTATION and self._label_files[index] is not None
+        files = {SEGMENTATION: self._label_files, DEPTH: self._depth_files}.get(task)
+        return files is not None and files[index] is not None
 
     def _segmentation(self, index: int) -> Pixels | None:
         """See `Split.label`. Raises: DataError for a label of another size than its image, or ids of no class."""
         label = self.raw_label(index)
         if label is None:
             return None
-        path, size = self.label_path(index), self._size(index)
-        if label.shape != size:
-            raise DataError(
-                "A label has the size of its image (upright by EXIF).",
-                received=f"{describe_sizes(label.shape, size)}: {path}, {self.image_path(index)}",
-                remedy="Resize the labels (nearest) or restore the images they were drawn on.",
-            )
+        path = self.label_path(index)
+        self._check_size(index, label.shape, path)
         if bad := ids_out_of_range(label, len(self.classes)):
             raise DataError(
                 self._label_ids.rule.format(last=len(self.classes) - 1),
@@ -78,10 +77,37 @@ class FileSplit(Split):
             self._label_ids.check(numbers_in(label), path)
         return label if self.label_map is None else self.label_map.take(label)
 
+    def depth_path(self, index: int) -> Path | None:
+        """The absolute path of the depth's file; None without one."""
+        name = self._depth_files[index]
+        return None if name is None else self._root / name
+
+    def raw_depth(self, index: int) -> Depth | None:
+        path = self.depth_path(index)
+        return None if path is None or self._read_depth is None else self._read_depth(path)
+
+    def _depth(self, index: int) -> Depth | None:
+        """See `Split.label`. Raises: DataError for depth of another size than its image, or that cannot be metres."""
+        depth, path = self.raw_depth(index), self.depth_path(index)
+        if depth is None or path is None:
+            return None
+        self._check_size(index, depth.shape, path)
+        check_depth(depth, path)
+        return depth
+
     def content_digests(self, index: int) -> tuple[str | None, ...]:
-        """SHA-256 of the bytes of the image file and of the label file (None without one)."""
-        path = self.label_path(index)
-        return file_digest(self.image_path(index)), None if path is None else file_digest(path)
+        """SHA-256 of the bytes of the image file, the label file (None without one) and, if any, the depth file."""
+        path, depth = self.label_path(index), self.depth_path(index)
+        digests = file_digest(self.image_path(index)), None if path is None else file_digest(path)
+        return digests if depth is None else (*digests, file_digest(depth))
+
+    def _check_size(self, index: int, shape: tuple[int, ...], path: Path | None) -> None:
+        if shape != (size := self._size(index)):
+            raise DataError(
+                "A label has the size of its image (upright by EXIF).",
+                received=f"{describe_sizes(shape, size)}: {path}, {self.image_path(index)}",
+                remedy="Resize the labels (nearest) or restore the images they were drawn on.",
+            )
 
     def _size(self, index: int) -> tuple[int, int]:
         """(height, width), remembered from `image`: the rotation is not in a PNG's header, only behind its pixels."""

@@ -32,6 +32,9 @@ class LabelIds:
     check: Callable[[Seen, Path], None] | None = None
 
 
+NO_LABELS = LabelIds("The layout has no labels of segmentation.", "Use the folder layout for data with labels.")
+
+
 def id_table(class_of_number: Mapping[int, int]) -> Pixels:
     """A table of 256 entries, uint8, not writable: `class_of_number` maps numbers to class ids or void.
 

@@ -14,12 +14,14 @@ from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.camvid import CamVid
 from kdcache.data.layouts.cityscapes import Cityscapes
 from kdcache.data.layouts.gta5 import Gta5
+from kdcache.data.layouts.kitti_depth import KittiDepth
+from kdcache.data.layouts.nyu import Nyu
 from kdcache.data.layouts.scan import folders_in, holds_pictures
 from kdcache.data.layouts.voc import Voc
 from kdcache.errors import DataError
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (Folder(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k())
+    layout.name: layout for layout in (Folder(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiDepth(), Nyu())
 }
 
 # Two characters at least: one is a Windows drive.

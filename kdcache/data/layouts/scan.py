@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kdcache.data.files import IMAGE_SUFFIXES, LABEL_SUFFIX
+from kdcache.data.layouts.depth import DEPTH_SUFFIXES, DepthReader, DepthScan
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.errors import DataError
 
@@ -31,6 +32,7 @@ class Scan:
         foreign: pictures below `label_place` that are no PNG.
         clashes: (id, first, second) of images with one id; the first is in `images`.
         missing: files that a list or their siblings call for and that are not there.
+        depth: the files of depth; None where the layout or the split has none.
     """
 
     images: dict[str, str]
@@ -42,26 +44,35 @@ class Scan:
     foreign: list[str] = field(default_factory=list)
     clashes: list[tuple[str, str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    depth: DepthScan | None = None
 
 
 def scan_folders(
-    root: Path, image_place: str, label_place: str, label_ids: LabelIds, *, image_end: str = "", label_end: str = ""
+    root: Path,
+    image_place: str,
+    label_place: str,
+    label_ids: LabelIds,
+    *,
+    image_begin: str = "",
+    image_end: str = "",
+    label_end: str = "",
 ) -> Scan:
     """Pair the images below one folder with the labels below another, by their paths without suffix.
 
     Args:
+        image_begin: what the names of images begin with.
         image_end, label_end: what the names of images and labels end with before the suffix; files whose names do
             not are no part of it. A label's path with `image_end` for `label_end` is the id of its image.
     """
     scan = Scan({}, {}, label_ids, image_place, label_place)
-    for sample, path in sorted(_pictures(root / image_place)):
-        if not sample.endswith(image_end):
+    for sample, path in sorted(_files(root / image_place)):
+        if not sample.endswith(image_end) or not sample.rpartition("/")[2].startswith(image_begin):
             continue
         if sample in scan.images:
             first = scan.images[sample].removeprefix(f"{image_place}/")
             scan.clashes.append((sample, first, path))
         scan.images.setdefault(sample, f"{image_place}/{path}")
-    for name, path in sorted(_pictures(root / label_place)):
+    for name, path in sorted(_files(root / label_place)):
         if not name.endswith(label_end):
             continue
         sample = name.removesuffix(label_end) + image_end
@@ -72,6 +83,37 @@ def scan_folders(
         else:
             scan.labels[sample] = f"{label_place}/{path}"
     return scan
+
+
+def scan_depth(
+    scan: Scan,
+    root: Path,
+    place: str,
+    read: DepthReader,
+    *,
+    depth_begin: str = "",
+    depth_end: str = "",
+    image_of: Callable[[str], str] | None = None,
+) -> Scan:
+    """The scan with the depth files below a folder, whose paths are those of their images, or made so by `image_of`.
+
+    Args:
+        place: the folder, below the data set's.
+        read: from a file to metres.
+        depth_begin, depth_end: what the names of depth files begin and end with before the suffix; others are none.
+        image_of: the id of a depth file's image, from its own path without suffix.
+    """
+    files: dict[str, str] = {}
+    orphans = []
+    for name, path in sorted(_files(root / place, DEPTH_SUFFIXES)):
+        if not name.endswith(depth_end) or not name.rpartition("/")[2].startswith(depth_begin):
+            continue
+        sample = name if image_of is None else image_of(name)
+        if sample not in scan.images or sample in files:
+            orphans.append(path)
+        else:
+            files[sample] = f"{place}/{path}"
+    return replace(scan, depth=DepthScan(files, place, read, orphans))
 
 
 def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
@@ -140,6 +182,15 @@ def holds_pictures(folder: Path) -> bool:
         return any(is_picture(entry.name) and entry.is_file() for entry in entries)
 
 
+def pictures_in(folder: Path) -> dict[str, str]:
+    """Names of the pictures right in a folder, by their names without suffix, sorted; none without such a folder."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if is_picture(entry.name))
+    return {name[: name.rindex(".")]: name for name in names}
+
+
 def is_picture(name: str) -> bool:
     """Whether a suffix is a picture's. Hidden files are never data: macOS leaves `._a.jpg` beside `a.jpg`."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
@@ -151,7 +202,7 @@ def _listed_id(word: str) -> str:
     return name[: name.rindex(".")] if is_picture(name) else name
 
 
-def _pictures(top: Path) -> Iterator[tuple[str, str]]:
+def _files(top: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tuple[str, str]]:
     """(id, posix path) below `top`, through links (data sets are often linked together), each folder once."""
     seen: set[str] = set()
     for folder, folders, names in os.walk(top, followlinks=True):
@@ -160,6 +211,7 @@ def _pictures(top: Path) -> Iterator[tuple[str, str]]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in filter(is_picture, names):
-            path = (Path(folder) / name).relative_to(top).as_posix()
-            yield path[: path.rindex(".")], path
+        for name in names:
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                path = (Path(folder) / name).relative_to(top).as_posix()
+                yield path[: path.rindex(".")], path

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from kdcache.data.classes import write_classes
-from kdcache.data.folder import IMAGES, LABELS
+from kdcache.data.folder import DEPTHS, IMAGES, LABELS
 from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, Pixels, Split
 from kdcache.data.scenes.street import CLASSES, draw_street
 from kdcache.errors import DataError
@@ -198,6 +198,10 @@ def write_scenes(folder: str | os.PathLike[str], data: str = "scenes", *, suffix
             if label is not None:
                 (root / LABELS / name).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(label).save(root / LABELS / name / f"{stem}.png")
+            depth = split.label(index, DEPTH)
+            if depth is not None:
+                (root / DEPTHS / name).mkdir(parents=True, exist_ok=True)
+                np.save(root / DEPTHS / name / f"{stem}.npy", depth)
     return root
 
 

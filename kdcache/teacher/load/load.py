@@ -102,7 +102,9 @@ def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes
         raise ModelError(
             "a teacher has as many classes as the data set",
             received=f"{origin} has {count}, the data set has {len(classes)}",
-            remedy="give --class-map FILE, which has for each teacher class the class of the data that it becomes",
+            remedy="give --class-map FILE, which has for each teacher class the class of the data that it becomes"
+            if classes.names
+            else "write the teacher's class names into a classes.txt in the data folder, one a line, in their order",
         )
     if names is not None and tuple(names) != classes.names:
         raise MismatchError(

@@ -253,6 +253,17 @@ def test_malformed_depth_shows_what_is_wrong(part) -> None:
     assert part in caught.value.received
 
 
+def test_written_out_depth_is_the_same_metres(tmp_path) -> None:
+    data = DEEP.format("sparse", "halves")
+    root = write_scenes(tmp_path / "data", data)
+    for name in ("train", "val"):
+        made, read = open_split(data, name), open_split(root, name)
+        for i in range(len(made)):
+            assert [read.has_label(i), read.has_label(i, "depth")] == [made.has_label(i), made.has_label(i, "depth")]
+            if made.has_label(i, "depth"):
+                assert np.array_equal(read.label(i, "depth"), made.label(i, "depth"), equal_nan=True)
+
+
 def test_an_unknown_task_is_refused() -> None:
     with pytest.raises(ValueError, match="segmentation, depth"):
         open_split(SMALL, "train").label(0, "colour")

@@ -1,0 +1,128 @@
+"""The depth labels of a split, counted: their range, how many pixels have one, a histogram, and what cannot be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kdcache.data.layouts.depth import DEPTH_FILE, impossible_depth
+from kdcache.data.layouts.file_split import describe_some
+from kdcache.data.sample import Depth
+
+EDGES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+"""Where the histogram's bins begin, in metres; the last is open."""
+
+LEAST_SHARE = 0.001
+"""Share of pixels with a known depth below which a split is warned of; of a LiDAR's single scan it is about 0.05."""
+
+LEAST_METRES = 0.1
+"""Where nothing is farther, numbers were divided once too often, or are relative."""
+
+
+@dataclass
+class DepthReport:
+    """Depth labels and their defects. Lists name samples by id.
+
+    Attributes:
+        labelled: samples with a depth label.
+        pixels, known: pixels of all labels that were read, and those with a depth above 0.
+        least, most: metres; None where none is known.
+        edges, histogram: where bins begin, in metres (the last is open), and the known pixels in each.
+        impossible: sample -> why its depths cannot be metres: negative, all unknown, numbers of a file.
+        beyond: sample -> pixels beyond `max_depth`, where one was named.
+        mismatched: sample -> both sizes, where a label has not its image's size.
+    """
+
+    labelled: int = 0
+    pixels: int = 0
+    known: int = 0
+    least: float | None = None
+    most: float | None = None
+    edges: list[float] = field(default_factory=lambda: list(EDGES))
+    histogram: list[int] = field(default_factory=lambda: [0] * len(EDGES))
+    max_depth: float | None = None
+    impossible: dict[str, str] = field(default_factory=dict)
+    beyond: dict[str, int] = field(default_factory=dict)
+    mismatched: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The share of the pixels whose depth is known; 0 without any."""
+        return self.known / max(self.pixels, 1)
+
+    def add(self, sample: str, depth: DepthCounts) -> None:
+        """Count the label of a sample."""
+        self.pixels += depth.pixels
+        self.known += sum(depth.histogram)
+        self.histogram = [total + count for total, count in zip(self.histogram, depth.histogram, strict=True)]
+        if depth.most is not None and depth.least is not None:
+            self.least = depth.least if self.least is None else min(self.least, depth.least)
+            self.most = depth.most if self.most is None else max(self.most, depth.most)
+        if depth.impossible:
+            self.impossible[sample] = depth.impossible
+        if depth.beyond:
+            self.beyond[sample] = depth.beyond
+
+    def problems(self, split: str) -> list[str]:
+        """One sentence per kind of defect, with how many, the first few, and a remedy."""
+        why = next(iter(self.impossible.values()), "")
+        kinds = (
+            (list(self.mismatched), "depth labels have another size than their image", "resize them (nearest)"),
+            (
+                list(self.impossible),
+                f"depth labels cannot be metres ({why})",
+                f"name the unit, and what means unknown, in {DEPTH_FILE} (layout folder), or correct the files",
+            ),
+            (
+                list(self.beyond),
+                f"depth labels reach beyond {self.max_depth:g} m ({sum(self.beyond.values())} pixels)"
+                if self.max_depth is not None
+                else "",
+                "name a larger --max-depth, or mark those pixels as unknown (0)",
+            ),
+        )
+        return [
+            f"{split}: {len(names)} {what}: {describe_some(names)}; {remedy}" for names, what, remedy in kinds if names
+        ]
+
+    def warnings(self, split: str) -> list[str]:
+        """Sentences on what may be meant so, and seldom is."""
+        doubts = []
+        if self.known and self.share < LEAST_SHARE:
+            doubts.append(
+                f"{split}: {100 * self.share:.3f} % of the pixels have a known depth: too few to learn much from; "
+                "check that the files are those of these images"
+            )
+        if self.most is not None and self.most < LEAST_METRES and not self.impossible:
+            doubts.append(
+                f"{split}: no depth is beyond {self.most:g} m: were the numbers divided once too often, or are they "
+                f"relative? Depth is in metres; {DEPTH_FILE} names the unit (layout folder)"
+            )
+        return doubts
+
+
+@dataclass(frozen=True)
+class DepthCounts:
+    """What a check counts of one depth label; see `DepthReport`."""
+
+    pixels: int
+    histogram: list[int]
+    least: float | None
+    most: float | None
+    impossible: str
+    beyond: int
+
+    @classmethod
+    def of(cls, depth: Depth, max_depth: float | None) -> DepthCounts:
+        """Count a label, float32 (H, W), NaN where unknown."""
+        known = depth[depth > 0]
+        return cls(
+            depth.size,
+            np.histogram(known, (*EDGES, math.inf))[0].tolist(),
+            float(known.min()) if known.size else None,
+            float(known.max()) if known.size else None,
+            impossible_depth(depth),
+            0 if max_depth is None else int(np.count_nonzero(known > max_depth)),
+        )

@@ -1,0 +1,170 @@
+"""Files of depth: from the numbers in them to metres, and what cannot be depth in metres.
+
+A file holds float metres, or whole numbers of a unit that only its layout or a `depth.toml` knows: KITTI's PNGs count
+1/256 of a metre, NYU's millimetres, Cityscapes' disparity is turned into depth by the camera. A unit is never guessed.
+Unknown is 0 (as in all of these), NaN or infinite, and becomes NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache.data.files import read_numbers
+from kdcache.data.sample import Depth
+from kdcache.errors import DataError
+
+DEPTH_FILE = "depth.toml"
+DEPTH_SUFFIXES = (".png", ".npy", ".npz", ".tif", ".tiff")
+
+FARTHEST_MEDIAN = 1000.0
+"""Metres. Where half of a label is farther, a file's numbers were taken for metres: KITTI's lie about 2,500, a room's
+millimetres likewise."""
+
+DepthReader = Callable[[Path], Depth]
+"""From a file to float32 (H, W), NaN where unknown; raises DataError. A function that worker processes can be sent."""
+
+
+@dataclass(frozen=True)
+class DepthScan:
+    """The depth files of a split on disk.
+
+    Attributes:
+        files: id -> path below the data set's folder, of ids that have an image.
+        place: the folder that was searched, below the data set's folder.
+        read: from such a file to metres.
+        orphans: files that no image has, below `place`.
+    """
+
+    files: dict[str, str]
+    place: str
+    read: DepthReader
+    orphans: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DepthUnit:
+    """The unit of the numbers in depth files.
+
+    Args:
+        per_metre: what numbers are divided by; None where nothing says, and files of whole numbers are refused.
+        invalid: numbers that mean "unknown", beside NaN and infinite ones.
+    """
+
+    per_metre: float | None = None
+    invalid: tuple[float, ...] = (0.0,)
+
+    def __call__(self, path: Path) -> Depth:
+        """The depth in a file. Raises: DataError for one that cannot be read, or whole numbers of no known unit."""
+        numbers = read_numbers(path)
+        if self.per_metre is None and numbers.dtype.kind in "ui":
+            raise DataError(
+                f"Depth in whole numbers has a unit: units_per_metre in {DEPTH_FILE}, beside images/.",
+                received=f"{numbers.dtype} up to {numbers.max()} in {path}, and no units_per_metre",
+                remedy=f"Write `units_per_metre = 1000` (millimetres) or 256 (as KITTI has it) into {DEPTH_FILE}.",
+            )
+        unknown = np.isin(numbers, self.invalid) | ~np.isfinite(numbers)
+        metres = numbers.astype(np.float32) / np.float32(self.per_metre or 1.0)
+        metres[unknown] = np.nan
+        return metres
+
+
+KITTI_UNIT, NYU_UNIT = DepthUnit(256.0), DepthUnit(1000.0)
+
+
+def read_unit(root: Path) -> DepthUnit:
+    """The unit that a data folder's `depth.toml` names; without that file, float metres alone are read.
+
+    Raises: DataError for a file that is not as it should be.
+    """
+    path = root / DEPTH_FILE
+    if not path.is_file():
+        return DepthUnit()
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _malformed(path, str(error)) from error
+    per_metre, invalid = entries.pop("units_per_metre", None), entries.pop("invalid", [0])
+    if entries:
+        raise _malformed(path, f"unknown keys {', '.join(sorted(entries))}")
+    if per_metre is not None and not (_is_number(per_metre) and 0 < per_metre < math.inf):
+        raise _malformed(path, f"units_per_metre = {per_metre!r}")
+    if not isinstance(invalid, list) or not all(map(_is_number, invalid)):
+        raise _malformed(path, f"invalid = {invalid!r}")
+    return DepthUnit(None if per_metre is None else float(per_metre), tuple(map(float, invalid)))
+
+
+def read_disparity(path: Path) -> Depth:
+    """Depth of a Cityscapes disparity: baseline * fx / ((number - 1) / 256), by the sample's camera file.
+
+    0 is unknown; so is 1, a disparity of 0. Source: the README of cityscapesScripts.
+
+    Raises: DataError for a file that cannot be read, or a camera without baseline and fx.
+    """
+    numbers = read_numbers(path).astype(np.float32)
+    camera = camera_of(path)
+    try:
+        entries = json.loads(camera.read_text(encoding="utf-8"))
+        constant = float(entries["extrinsic"]["baseline"]) * float(entries["intrinsic"]["fx"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "A camera file of Cityscapes has extrinsic.baseline (metres) and intrinsic.fx (pixels).",
+            received=f"{camera}: {type(error).__name__} {error}",
+            remedy="Restore the file from its source (camera_trainvaltest.zip).",
+        ) from error
+    numbers[numbers <= 1] = np.nan
+    depth: Depth = np.float32(constant * 256) / (numbers - 1)
+    return depth
+
+
+def camera_of(disparity: Path) -> Path:
+    """The camera file of DIR/disparity/SPLIT/CITY/NAME_disparity.png: DIR/camera/SPLIT/CITY/NAME_camera.json."""
+    city, split = disparity.parent.name, disparity.parent.parent.name
+    name = disparity.stem.removesuffix("_disparity") + "_camera.json"
+    return disparity.parents[3] / "camera" / split / city / name
+
+
+def impossible_depth(depth: Depth) -> str:
+    """Why depths cannot be metres along a camera's axis; empty where they can be, unknown ones included."""
+    known = depth[~np.isnan(depth)]
+    if not known.size:
+        return "no pixel has a known depth"
+    if (negative := int(np.count_nonzero(known <= 0))) != 0:
+        return f"{negative} of {known.size} depths are not above 0 (the least is {known.min():g})"
+    if 2 * int(np.count_nonzero(known > FARTHEST_MEDIAN)) > known.size:
+        middle = float(np.median(known))
+        return (
+            f"half of the depths are beyond {middle:,.0f} m, as where a file's numbers are taken for metres: "
+            f"in 1/256 m (KITTI) that would be {middle / 256:.1f} m, in millimetres {middle / 1000:.1f} m"
+        )
+    return ""
+
+
+def check_depth(depth: Depth, path: Path) -> None:
+    """Refuse depths that cannot be metres, and a label without a known one. Raises: DataError."""
+    if reason := impossible_depth(depth):
+        raise DataError(
+            "Depth is in metres, above 0, and known for a pixel at least.",
+            received=f"{reason}: {path}",
+            remedy=f"Name the unit, and what means unknown, in {DEPTH_FILE} (layout folder); or correct the file, or "
+            "remove it. `kdcache data check` lists all such files.",
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _malformed(path: Path, received: str) -> DataError:
+    return DataError(
+        f"{DEPTH_FILE} has `units_per_metre`, a number above 0, and `invalid`, the numbers that mean unknown.",
+        received=f"{path}: {received}",
+        remedy="For instance `units_per_metre = 1000` for millimetres; `invalid = [0]` is the default.",
+    )
