@@ -77,7 +77,7 @@ HeadKind = CategoricalHead | RegressionHead
 def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: float | None) -> "Tensor":
     """Depth from a raw output of any shape, which was resized before; differentiable, float32 or float64.
 
-    The gradient is 0 where the value is clipped at `max_depth`.
+    The gradient passes the clip at `max_depth` (see `clip`).
     """
     import torch
     from torch.nn import functional as F
@@ -85,9 +85,19 @@ def values_of(raw: "Tensor", parameterisation: Parameterisation, max_depth: floa
     wide = raw if raw.dtype == torch.float64 else raw.float()
     if parameterisation == "exp":
         # Clipped first: the gradient of an infinite exponential would be NaN.
-        return (wide if max_depth is None else wide.clamp(max=math.log(max_depth))).exp()
-    values = F.softplus(wide) if parameterisation == "softplus" else wide
-    return values if max_depth is None else values.clamp(-max_depth, max_depth)
+        return (wide if max_depth is None else clip(wide, None, math.log(max_depth))).exp()
+    values = F.softplus(wide, threshold=40) if parameterisation == "softplus" else wide
+    return values if max_depth is None else clip(values, -max_depth, max_depth)
+
+
+def clip(values: "Tensor", low: float | None, high: float | None) -> "Tensor":
+    """Values clipped to a range; their gradient is that of a value at the bound, not 0.
+
+    A prediction that left the range would otherwise never learn its way back. What is not finite stays so where a
+    gradient is taken, so that a loss shows it.
+    """
+    clipped = values.clamp(low, high)
+    return clipped.detach() + (values - values.detach()) if values.requires_grad else clipped
 
 
 def raw_of(values: "Tensor", parameterisation: Parameterisation) -> "Tensor":

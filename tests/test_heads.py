@@ -39,12 +39,14 @@ def test_the_raw_output_is_the_reverse(value, parameterisation) -> None:
 
 
 @pytest.mark.parametrize("parameterisation", ["softplus", "exp", "identity"])
-def test_gradients_are_finite_and_vanish_where_values_are_clipped(parameterisation) -> None:
+def test_gradients_are_finite_and_pass_the_clip(parameterisation) -> None:
     raw = torch.tensor([-50.0, 0.0, 1.0, 500.0], requires_grad=True)
-    values_of(raw, parameterisation, 80.0).sum().backward()
+    values = values_of(raw, parameterisation, 80.0)
+    values.sum().backward()
+    assert torch.equal(values, values_of(raw.detach(), parameterisation, 80.0))
     assert raw.grad is not None
     assert raw.grad.isfinite().all()
-    assert raw.grad[-1] == 0
+    assert raw.grad[-1] == pytest.approx(80 if parameterisation == "exp" else 1)  # that of a value at the bound
     assert raw.grad[1] > 0
     inside = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: values_of(x, parameterisation, 80.0), inside)

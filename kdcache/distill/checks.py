@@ -90,6 +90,40 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
         )
 
 
+def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tensor] | None) -> None:
+    """Check that a batch and a student have what the terms of heads beside segmentation compare.
+
+    Args:
+        terms: that count.
+        heads: the student's outputs by head; None checks the batch alone.
+    Raises: RecipeError for a missing output, label or target; DataError for labels of another size.
+    """
+    for term in terms:
+        name = term.head
+        if name is None:
+            continue
+        if heads is not None and name not in heads:
+            raise RecipeError(
+                f"{term.kind} compares the student's head {name}",
+                received="outputs without it",
+                remedy="use a model with such a head, and pass its outputs whole: criterion(model(x), batch)",
+            )
+        where = "labels" if not term.reads_teacher else "targets"
+        if name not in (getattr(batch, where) or {}):
+            raise RecipeError(
+                f"{term.kind} reads the {where} of {name} of every batch",
+                received=f"a batch without {where} of {name}",
+                remedy="train on data that has them, or leave the term out",
+            )
+        label = batch.labels.get(name)
+        if where == "labels" and label is not None and label.shape != batch.label.shape:
+            raise DataError(
+                "the labels of all tasks of a batch show the same pixels",
+                received=f"labels of {name} {tuple(label.shape)}, of {SEGMENTATION} {tuple(batch.label.shape)}",
+                remedy="render them as the loader does, (B, H, W) each",
+            )
+
+
 def shows_otherwise(batch: Batch, form: TargetFormat, whole: Size | None) -> bool:
     """Whether labels cannot be what the windows of a batch show.
 

@@ -16,6 +16,7 @@ from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.checks import (
     Size,
     check_arrays,
+    check_heads,
     check_rows,
     check_taps,
     check_targets,
@@ -41,7 +42,15 @@ class Outputs(Protocol):
     @property
     def logits(self) -> Tensor: ...
     @property
+    def heads(self) -> Mapping[str, Tensor]: ...
+    @property
     def features(self) -> Mapping[str, Tensor]: ...
+
+
+class _Outputs(NamedTuple):
+    logits: Tensor
+    heads: Mapping[str, Tensor] = {}
+    features: Mapping[str, Tensor] = {}
 
 
 class Losses(NamedTuple):
@@ -139,6 +148,11 @@ class DistillLoss(nn.Module):
         assert self.distill_weight_scale is not None
         self.distill_weight_scale.fill_(scale)
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the student's heads that the terms read beside segmentation."""
+        return tuple(dict.fromkeys(term.head for term in self._terms() if term.head is not None))
+
     def describe(self) -> list[str]:
         """Descriptions of what the terms resize or project; complete after the first batch."""
         return [text for term in self._terms() if (text := term.describe())]
@@ -180,7 +194,7 @@ class DistillLoss(nn.Module):
         if not len(self.further):
             return Counts(ce, kl)
         no_logits = torch.empty((len(batch.label), 0, 1, 1), dtype=dtype, device=batch.label.device)
-        term_batch = self._batch(no_logits, {}, batch, None)
+        term_batch = self._batch(_Outputs(no_logits), batch, None)
         zero = no_logits.new_zeros(())
         terms = tuple(term.count(term_batch) if _active(term, batch) else zero for term in self._terms())
         return Counts(ce, kl, terms)
@@ -189,8 +203,9 @@ class DistillLoss(nn.Module):
         """Loss, and its parts before weighting: all scalars, float32.
 
         Args:
-            outputs: the student's: logits (B, C, h, w) at the head's native stride, which receive the gradient, and
-                the features (B, c, h, w) that `student_taps` names; or logits alone.
+            outputs: the student's: logits (B, C, h, w) and the outputs of the heads that `heads` names, each at its
+                native stride, which receive the gradient, and the features (B, c, h, w) that `student_taps` names; or
+                logits alone.
             batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
                 without a teacher, whose parts are then 0.
             counts: denominators of the parts: the mean over the parts of a batch that several processes or steps share,
@@ -198,13 +213,13 @@ class DistillLoss(nn.Module):
         Raises: RecipeError for a batch without the targets, arrays or features that a term of weight reads; DataError
             for one without labels, of unequal rows, or whose labels do not show what the target's window shows.
         """
-        logits, features = _unpacked(outputs)
-        batch = self._with_targets(batch, logits.dtype)
-        self._check(batch, logits, features)
+        own = _unpacked(outputs)
+        batch = self._with_targets(batch, own.logits.dtype)
+        self._check(batch, own)
         gate = self._gate(batch)
-        loss, ce, kl = self._fused(logits, batch, gate, counts, self.ce_weight, self.kl_weight)
+        loss, ce, kl = self._fused(own.logits, batch, gate, counts, self.ce_weight, self.kl_weight)
         values: list[Tensor] = []
-        for term, value in self._values(logits, features, batch, gate, counts):
+        for term, value in self._values(own, batch, gate, counts):
             values.append(torch.zeros_like(ce) if value is None else value.detach())
             if value is not None:
                 loss = loss + self._weight(term) * value
@@ -215,35 +230,30 @@ class DistillLoss(nn.Module):
 
         Args, Raises: as `forward`.
         """
-        logits, features = _unpacked(outputs)
-        batch = self._with_targets(batch, logits.dtype)
-        self._check(batch, logits, features)
+        own = _unpacked(outputs)
+        batch = self._with_targets(batch, own.logits.dtype)
+        self._check(batch, own)
         gate = self._gate(batch)
         parts = {}
         if self.ce_weight > 0:
-            parts["ce"] = self._fused(logits, batch, gate, counts, self.ce_weight, 0.0)[0]
+            parts["ce"] = self._fused(own.logits, batch, gate, counts, self.ce_weight, 0.0)[0]
         if self.kl_weight > 0 and self._teaches(batch):
-            parts["kl"] = self._fused(logits, batch, gate, counts, 0.0, self.kl_weight)[0]
-        values = self._values(logits, features, batch, gate, counts)
+            parts["kl"] = self._fused(own.logits, batch, gate, counts, 0.0, self.kl_weight)[0]
+        values = self._values(own, batch, gate, counts)
         for name, (term, value) in zip(self.names[2:], values, strict=True):
             if value is not None:
                 parts[name] = self._weight(term) * value
         return parts
 
     def _values(
-        self,
-        logits: Tensor,
-        features: Mapping[str, Tensor],
-        batch: Batch,
-        gate: Tensor | None,
-        counts: Counts | None,
+        self, outputs: _Outputs, batch: Batch, gate: Tensor | None, counts: Counts | None
     ) -> "Iterator[tuple[Term, Tensor | None]]":
         """The further terms, each with its value, not weighted; None for one that does not count."""
         terms = self._terms()
         if not terms:
             return
         shared: Sequence[Tensor | None] = [None] * len(terms) if counts is None else counts.terms
-        term_batch = self._batch(logits, features, batch, gate)
+        term_batch = self._batch(outputs, batch, gate)
         for term, count in zip(terms, shared, strict=True):
             yield term, term(term_batch, count) if _active(term, batch) else None
 
@@ -253,19 +263,21 @@ class DistillLoss(nn.Module):
             return batch
         return self.targets.replace_targets(batch, compute_dtype(dtype))
 
-    def _check(self, batch: Batch, logits: Tensor | None = None, features: Mapping[str, Tensor] | None = None) -> None:
+    def _check(self, batch: Batch, outputs: _Outputs | None = None) -> None:
         """Check a batch, with the student's outputs where there are some. Raises: RecipeError, DataError."""
         if torch.compiler.is_compiling():
             return
+        active = [term for term in self._terms() if _active(term, batch)]
         terms = [term for term in self._terms() if term.weight > 0 and term.reads_teacher]
         kl = ["kl"] if self.kl_weight > 0 else []
         check_targets(batch, self.targets, kl + [term.kind for term in terms if term.reads_target])
-        check_rows(logits, batch)
+        check_rows(None if outputs is None else outputs.logits, batch)
+        check_heads(active, batch, None if outputs is None else outputs.heads)
         if batch.targets is None or self.targets is None or not (kl or terms):
             return
         check_arrays(terms, batch)
-        if features is not None:
-            check_taps(terms, features)
+        if outputs is not None:
+            check_taps(terms, outputs.features)
         if batch.size not in self._fitting and may_read_values(batch.label):
             if shows_otherwise(batch, self.targets, self._size):
                 raise window_error(self.targets, batch.size, self._size)
@@ -291,12 +303,13 @@ class DistillLoss(nn.Module):
         weight: Tensor | None = self.gate(batch, self.targets, impl=self.impl)
         return weight
 
-    def _batch(self, logits: Tensor, features: Mapping[str, Tensor], batch: Batch, gate: Tensor | None) -> "TermBatch":
-        from kdcache.distill.terms import TermBatch
+    def _batch(self, outputs: _Outputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
+        from kdcache.distill.terms import HeadBatch, TermBatch
 
+        targets = batch.targets or {}
         return TermBatch(
-            logits=logits,
-            features=features,
+            logits=outputs.logits,
+            features=outputs.features,
             labels=batch.label,
             target=batch.target,
             stored=batch.arrays,
@@ -305,6 +318,11 @@ class DistillLoss(nn.Module):
             counted=self._counted(batch),
             window=batch.window,
             flip=batch.flip,
+            shown=self._shown(batch) if self.heads else None,
+            heads={
+                name: HeadBatch(outputs.heads.get(name), batch.labels.get(name), targets.get(name))
+                for name in self.heads
+            },
         )
 
     def _fused(
@@ -391,7 +409,7 @@ class DistillLoss(nn.Module):
 
     def _counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
-        shown_BHW = None if self.targets is None else batch.shown(self.targets, batch.size)
+        shown_BHW = self._shown(batch)
         labelled_BHW = None if self.distill_void else batch.label != self.ignore_index
         counted: Tensor | None = None
         for mask_BHW in (own_BHW, shown_BHW, labelled_BHW):
@@ -399,14 +417,20 @@ class DistillLoss(nn.Module):
                 counted = mask_BHW if counted is None else counted & mask_BHW
         return counted
 
+    def _shown(self, batch: Batch) -> Tensor | None:
+        """Which pixels (B, H, W) show the image; None is all."""
+        return None if self.targets is None else batch.shown(self.targets, batch.size)
+
 
 def _active(term: "Term", batch: Batch) -> bool:
     """Whether a term counts: one of weight 0 may lack its arrays, and a batch without a teacher has terms on labels."""
     return term.weight > 0 and (batch.targets is not None or not term.reads_teacher)
 
 
-def _unpacked(outputs: Outputs | Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-    return (outputs, {}) if isinstance(outputs, Tensor) else (outputs.logits, outputs.features)
+def _unpacked(outputs: Outputs | Tensor) -> _Outputs:
+    return (
+        _Outputs(outputs) if isinstance(outputs, Tensor) else _Outputs(outputs.logits, outputs.heads, outputs.features)
+    )
 
 
 def _counted_in(views: Sequence[tuple[Batch, Tensor]]) -> Tensor:

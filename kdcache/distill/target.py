@@ -23,11 +23,12 @@ class TargetFormat(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """Packed logits of a batch at native stride; of a single sample, without the leading B. A pytree.
+    """Packed logits of a batch at native stride, or values of a regression; of a single sample, without B. A pytree.
 
     Attributes:
         values: (B, k, h, w) float16, logit minus the pixel's maximum over classes; float32 or float64 log-probabilities
-            where labels stand in the teacher's place.
+            where labels stand in the teacher's place. Of a regression head (B, channels, h, w) float16 or float32 in
+            the head's unit, without indices and tail; what is not finite is unknown.
         indices: (B, k, h, w) uint8 or uint16 class ids; None when all classes are kept.
         tail: (B, h, w) float16 log-odds of the mass outside the top k; None when all classes are kept.
     """

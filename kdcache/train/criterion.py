@@ -10,7 +10,16 @@ from torch import Tensor
 
 from kdcache.data import class_weights
 from kdcache.distill import DistillLoss, Gate, LabelTargets, parse_gate
-from kdcache.distill.terms import Term, TermSpec, TermTargets, arrays_of, check_terms, make_term, resolve_taps
+from kdcache.distill.terms import (
+    Term,
+    TermSpec,
+    TermTargets,
+    arrays_of,
+    check_student,
+    check_terms,
+    make_term,
+    resolve_taps,
+)
 from kdcache.errors import RecipeError
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.store import Cache, Records, evenly_spread
@@ -29,7 +38,7 @@ def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationM
     """Paths of the arrays that the terms read beside the targets. Raises: RecipeError for a store that lacks some."""
     if cache is None or config.teacher == "labels":
         return ()
-    check_terms(config.terms, cache.manifest)
+    check_terms(config.terms, cache.manifest, kl=config.wants_kl)
     resolved = [resolve_taps(spec, cache.manifest, model.taps) for spec in config.terms]
     return tuple(dict.fromkeys(path for spec in resolved for path in arrays_of(spec, cache.manifest)))
 
@@ -46,7 +55,9 @@ def make_criterion(
     Args:
         device: where a plain run is evaluated for `--class-trust auto`.
         note: receives the trust in each class of the teacher, or the cells on which labels stand in its place.
+    Raises: RecipeError for a model whose heads are not those that the loss compares.
     """
+    _check_heads(config, model)
     cache = dataset.cache
     gate = None if cache is None or not config.reads_targets else _gate(config, cache, dataset, device, note)
     alone = config.teacher == "labels" or cache is None
@@ -137,6 +148,7 @@ def _terms(
             spec,
             targets=targets,
             student_taps=channels,
+            student_heads=model.head_kinds,
             align_corners=model.align_corners,
             impl=config.impl,
             class_weight=_target_weight(config, spec.class_weights or "none", dataset),
@@ -144,6 +156,13 @@ def _terms(
         )
 
     return [term(spec) for spec in config.terms if spec.weight != 0]
+
+
+def _check_heads(config: TrainConfig, model: SegmentationModel) -> None:
+    weights = {"ce": config.ce_weight, "kl": config.kl_weight if config.wants_kl else 0.0}
+    for part, weight in weights.items():
+        if weight > 0:
+            check_student(part, model.head_kinds)
 
 
 def _target_weight(

@@ -21,15 +21,23 @@ from kdcache.distill.terms import (
 )
 from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, RegressionHead
 from kdcache.store import Cache
 
 STUDENT = {"stage1": 8, "stage2": 16, "head": 32}
 
 
+HEADS = {SEGMENTATION: CategoricalHead(7), DEPTH: RegressionHead()}
+ON_DEPTH = {kind for kind in KINDS if kind.startswith("depth-")}
+
+
 def manifest(*, k: int = 7, features: tuple[str, ...] = (), maps: tuple[str, ...] = (), raw: bool | None = None) -> Any:
     head = SimpleNamespace(k=k, classes=7, size=(6, 9)) if raw is None else SimpleNamespace(k=k, classes=7, raw=raw)
+    facts = {"channels": 1, "unit": "m", "parameterisation": "exp", "range": (0.0, 80.0)}
+    depth = SimpleNamespace(kind="regression", align_corners=False, **facts)
     actual = SimpleNamespace(
-        heads={"segmentation": head}, features={tap: SimpleNamespace(channels=5, size=(3, 4)) for tap in features}
+        heads={"segmentation": head, "depth": depth},
+        features={tap: SimpleNamespace(channels=5, size=(3, 4)) for tap in features},
     )
     if maps:
         actual.statistics = {"confidence": SimpleNamespace()} | {
@@ -185,19 +193,24 @@ def test_what_a_term_reads() -> None:
     }
     targets = store(features=("deep",), maps=("deep",), raw=True)
     for kind in KINDS:
-        term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT)
+        term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT, student_heads=HEADS)
         assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
-        on_labels = kind in ("dice", "lovasz")
+        on_labels = kind in ("dice", "lovasz") or kind in ON_DEPTH - {"depth-ssi"}
         assert term.reads_teacher == (not on_labels)
-        assert term.student_taps() == (() if term.reads_target or on_labels else ("head",))
+        assert term.student_taps() == (() if term.reads_target or on_labels or kind in ON_DEPTH else ("head",))
+        assert term.head == ("depth" if kind in ON_DEPTH else None)
         assert (term.gather, term.describe()) == (None, None)
 
 
 def test_weights_of_the_spec_and_of_the_kind() -> None:
     targets = store(features=("deep",), raw=True)
-    weights = {kind: make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).weight for kind in KINDS}
+    weights = {
+        kind: make_term(TermSpec(kind), targets=targets, student_taps=STUDENT, student_heads=HEADS).weight
+        for kind in KINDS
+    }
     documented = {"sp": 50.0, "hint": 1.0, "cosine": 2.0, "cwd": 0.15, "dist": 1.0, "dkd": 0.02, "pseudo": 1.0}
-    assert weights == documented | {"at": 6, "dice": 1.0, "lovasz": 1.0}
+    depth = {"depth-l1": 1.0, "depth-berhu": 1.0, "depth-silog": 1.0, "depth-ssi": 1.0, "depth-gradient": 0.5}
+    assert weights == documented | {"at": 6, "dice": 1.0, "lovasz": 1.0} | depth
     channels, dkd, pseudo = (
         make_term(spec, targets=targets, student_taps=STUDENT)
         for spec in (TermSpec("cwd", teacher_tap="deep"), TermSpec("dkd"), TermSpec("pseudo"))
@@ -215,7 +228,7 @@ def test_projections_are_the_terms_own_parameters() -> None:
     targets = store(features=("deep",), raw=True)
     shapes = {
         kind: [tuple(p.shape) for p in make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).parameters()]
-        for kind in KINDS
+        for kind in set(KINDS) - ON_DEPTH
     }
     assert {kind for kind, actual in shapes.items() if actual} == {"hint", "cosine"}
     assert shapes["hint"] == [(5, 32, 1, 1), (5,)]

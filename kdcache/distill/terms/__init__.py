@@ -10,25 +10,29 @@
 | `dist` | how predictions vary over classes and over cells | the target's cells |
 | `dkd` | target class and other classes apart | the target's cells |
 | `dice`, `lovasz` | how predictions and labels overlap, without a teacher | the label's pixels |
+| `depth-l1`, `depth-berhu`, `depth-silog` | depth in metres with labels, or a teacher's | the label's pixels |
+| `depth-ssi`, `depth-gradient` | the shape of depth, likewise | the label's pixels |
 
     check_terms(specs, cache.manifest)
     term = make_term(TermSpec("cosine"), targets=cache, student_taps={"head": 32})
     loss = loss + term.weight * term(TermBatch(logits, features, labels, target, stored, pixel_weight, size))
 """
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets
+from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets
 from kdcache.distill.terms.make import make_term
-from kdcache.distill.terms.needs import arrays_of, check_terms, resolve_taps
+from kdcache.distill.terms.needs import arrays_of, check_student, check_terms, resolve_taps
 from kdcache.distill.terms.spec import KINDS, Method, TermSpec, parse_method
 
 __all__ = [
     "KINDS",
+    "HeadBatch",
     "Method",
     "Term",
     "TermBatch",
     "TermSpec",
     "TermTargets",
     "arrays_of",
+    "check_student",
     "check_terms",
     "make_term",
     "parse_method",

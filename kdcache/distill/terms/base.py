@@ -1,7 +1,7 @@
 """The base of all terms: one loss between a student and the arrays of a store, on its own and unweighted."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdcache.distill.target import Target, TargetFormat
 from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
-from kdcache.distill.terms.spec import TermSpec, compares_features, reads_teacher
+from kdcache.distill.terms.spec import TermSpec, reads_logits, reads_teacher
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size
 
@@ -21,6 +21,21 @@ class TermTargets(TargetFormat, Protocol):
 
     @property
     def manifest(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """What a batch has for a head beside segmentation; None for what it has not.
+
+    Attributes:
+        output: (B, c, h, w) of the student at its native stride, raw; receives the gradient.
+        label: (B, H, W) of the task of the same name.
+        target: the teacher's values.
+    """
+
+    output: Tensor | None = None
+    label: Tensor | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,8 @@ class TermBatch:
         counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
             label); None is all.
         window, flip: as in `Batch`.
+        shown: (B, H, W) bool, which pixels show the image; None is all.
+        heads: heads beside segmentation, by name.
     """
 
     logits: Tensor
@@ -51,6 +68,8 @@ class TermBatch:
     counted: Tensor | None = None
     window: Tensor | None = None
     flip: Tensor | None = None
+    shown: Tensor | None = None
+    heads: Mapping[str, HeadBatch] = field(default_factory=dict)
 
 
 class Term(nn.Module):
@@ -94,7 +113,12 @@ class Term(nn.Module):
     @property
     def reads_target(self) -> bool:
         """Whether `TermBatch.target` must hold the teacher's logits."""
-        return self.reads_teacher and not compares_features(self.spec)
+        return reads_logits(self.spec)
+
+    @property
+    def head(self) -> str | None:
+        """The head beside segmentation whose output it compares; None for a term of logits or features."""
+        return None
 
     @property
     def reads_teacher(self) -> bool:

@@ -8,14 +8,16 @@ from kdcache.distill.terms.attention import Attention
 from kdcache.distill.terms.base import Term, TermTargets
 from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
 from kdcache.distill.terms.decoupled import Decoupled
+from kdcache.distill.terms.depth import DEPTH_TERMS
 from kdcache.distill.terms.features import Cosine, Hint, Projected
-from kdcache.distill.terms.needs import arrays_of, resolve_taps
+from kdcache.distill.terms.needs import arrays_of, check_student, depth_head, resolve_taps
 from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
 from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.distill.terms.relations import Relations
 from kdcache.distill.terms.similarity import Similarity
-from kdcache.distill.terms.spec import TermSpec, compares_features
+from kdcache.distill.terms.spec import TermSpec, compares_features, of_depth, reads_teacher
 from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
 
 _PROJECTED: dict[str, type[Projected]] = {"hint": Hint, "cosine": Cosine, "cwd": ChannelFeatures}
 _ON_LABELS: dict[str, type[Overlap]] = {"dice": Dice, "lovasz": Lovasz}
@@ -33,6 +35,7 @@ def make_term(
     *,
     targets: TermTargets,
     student_taps: Mapping[str, int],
+    student_heads: Mapping[str, HeadKind] | None = None,
     align_corners: bool = False,
     impl: str = "auto",
     class_weight: Tensor | None = None,
@@ -45,13 +48,17 @@ def make_term(
     Args:
         targets: an open cache, or `LabelTargets`.
         student_taps: the student's features -> channels, most useful last.
+        student_heads: what the student's heads are, by name; None is a head of segmentation alone.
         align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
         class_weight: (C,) of `pseudo`; None weighs every class 1.
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
     Raises: RecipeError for a store that lacks what the term reads, naming the build flag, for unknown taps, and for a
-        term of features where labels stand in the teacher's place, or one that standardises without `moments`.
+        term of features or of depth where labels stand in the teacher's place, one that standardises without `moments`,
+        and one whose head the student lacks or has of another kind.
     """
+    if of_depth(spec) or not compares_features(spec):
+        check_student(spec.kind, student_heads or {SEGMENTATION: CategoricalHead(targets.num_classes)})
     spec = resolve_taps(spec, targets.manifest, list(student_taps))
     arrays = arrays_of(spec, targets.manifest)
     if spec.standardise == "channels" and moments is None:
@@ -62,6 +69,19 @@ def make_term(
         )
     if spec.kind == "pseudo":
         return Pseudo(spec, targets, arrays, align_corners=align_corners, impl=impl, class_weight=class_weight)
+    if of_depth(spec):
+        assert student_heads is not None, "check_student refuses a student without a head of depth"
+        student = student_heads[DEPTH]
+        assert isinstance(student, RegressionHead), "check_student refuses another kind"
+        taught = reads_teacher(spec)
+        return DEPTH_TERMS[spec.kind](
+            spec,
+            targets,
+            student=student,
+            teacher=depth_head(targets.manifest) if taught else None,
+            align_corners=align_corners,
+            teacher_align_corners=taught and targets.manifest.heads[DEPTH].align_corners,
+        )
     if spec.kind in _ON_LABELS:
         return _ON_LABELS[spec.kind](spec, targets, align_corners=align_corners)
     if spec.kind in _PROJECTED and compares_features(spec):

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kdcache.distill.terms.base import MAXIMUM
-from kdcache.distill.terms.spec import TermSpec, compares_features, reads_teacher
+from kdcache.distill.terms.spec import TermSpec, compares_features, of_depth, reads_teacher
 from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION, HeadKind, RegressionHead
 
 
 class Missing(NamedTuple):
@@ -17,17 +18,20 @@ class Missing(NamedTuple):
     flag: str
 
 
-def check_terms(specs: Iterable[TermSpec], manifest: Any) -> None:
+def check_terms(specs: Iterable[TermSpec], manifest: Any, *, kl: bool = False) -> None:
     """Check that a store has the arrays that some terms read.
 
     Args:
         manifest: of an open cache; None where labels stand in the teacher's place.
+        kl: whether KL is read, too.
     Raises: RecipeError that names all build flags that would help.
     """
     if manifest is None:
         _check_logits_alone(specs)
         return
-    lacks = [(spec.kind, lack) for spec in specs for lack in missing(spec, manifest)]
+    specs = list(specs)
+    lacks = [("kl", lack) for lack in _missing_logits(manifest)] if kl else []
+    lacks += [(spec.kind, lack) for spec in specs for lack in missing(spec, manifest)]
     if lacks:
         flags = " ".join(dict.fromkeys(lack.flag for _, lack in lacks))
         raise RecipeError(
@@ -35,9 +39,83 @@ def check_terms(specs: Iterable[TermSpec], manifest: Any) -> None:
             received="; ".join(f"{kind} needs {lack.what}" for kind, lack in dict.fromkeys(lacks)),
             remedy=f"build the store with {flags} as well, or leave the term out",
         )
+    for spec in specs:
+        if of_depth(spec) and spec.kind != "depth-ssi" and reads_teacher(spec):
+            _check_metres(spec.kind, "the store's", depth_head(manifest))
+
+
+def check_student(kind: str, heads: Mapping[str, HeadKind]) -> None:
+    """Check that a student has the head whose output a term compares, and that it is of the right kind.
+
+    Args:
+        kind: of the term; ce and kl as well.
+        heads: the student's, by name.
+    Raises: RecipeError.
+    """
+    depth = kind.startswith("depth-")
+    name, right = (DEPTH, "regression") if depth else (SEGMENTATION, "categorical")
+    head = heads.get(name)
+    if head is None or head.kind != right:
+        raise RecipeError(
+            f"{kind} compares a head {name} that is {right}" + (": numbers" if depth else ": logits of classes"),
+            received=f"a student with {_heads_text(heads)}",
+            remedy=f"use a student with such a head, for instance --model MODEL+{DEPTH}"
+            if depth
+            else "use a student with such a head; or leave it out (--ce-weight 0, --method none) beside terms of depth",
+        )
+    if depth and kind != "depth-ssi":
+        _check_metres(kind, "the student's", head)
+
+
+def depth_head(manifest: Any) -> RegressionHead:
+    """The head of depth that a store has, as models have it."""
+    head = manifest.heads[DEPTH]
+    largest = None if head.range is None else head.range[1]
+    return RegressionHead(head.channels, head.unit, head.parameterisation, largest)
+
+
+def _check_metres(kind: str, whose: str, head: Any) -> None:
+    if head.unit != "m":
+        raise RecipeError(
+            f"{kind} compares depth in metres",
+            received=f"{whose} head {DEPTH} in unit {head.unit!r}",
+            remedy="depth-ssi compares depth that is known up to a scale and a shift",
+        )
+
+
+def _heads_text(heads: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({_kind(head)})" for name, head in heads.items()) or "no head"
+
+
+def _kind(head: Any) -> str:
+    return str(getattr(head, "kind", "categorical"))
+
+
+def _missing_logits(manifest: Any) -> list[Missing]:
+    head = manifest.heads.get(SEGMENTATION)
+    if head is not None and _kind(head) == "categorical":
+        return []
+    what = f"logits of a categorical head {SEGMENTATION} (the store has {_heads_text(manifest.heads)})"
+    return [Missing(what, f"--heads {SEGMENTATION}")]
+
+
+def _missing_depth(manifest: Any) -> list[Missing]:
+    head = manifest.heads.get(DEPTH)
+    if head is not None and _kind(head) == "regression":
+        return []
+    what = f"targets of a regression head {DEPTH} (the store has {_heads_text(manifest.heads)})"
+    return [Missing(what, f"--heads {DEPTH}")]
 
 
 def _check_logits_alone(specs: Iterable[TermSpec]) -> None:
+    specs = list(specs)
+    depths = [spec.kind for spec in specs if of_depth(spec) and reads_teacher(spec)]
+    if depths:
+        raise RecipeError(
+            "a term of depth against a teacher reads a store's targets of depth",
+            received=f"{', '.join(dict.fromkeys(depths))} without a store, or with --teacher labels",
+            remedy="give --cache; or compare with labels, --term depth-silog,reference=labels",
+        )
     features = [spec.kind for spec in specs if compares_features(spec)]
     if features:
         raise RecipeError(
@@ -85,7 +163,12 @@ def missing(spec: TermSpec, manifest: Any) -> list[Missing]:
         return _missing_feature(spec, manifest)
     if not reads_teacher(spec):
         return []
-    head, lacks = manifest.heads["segmentation"], []
+    if of_depth(spec):
+        return _missing_depth(manifest)
+    lacks = _missing_logits(manifest)
+    if lacks:
+        return lacks
+    head = manifest.heads[SEGMENTATION]
     if spec.kind in ("cwd", "dkd") and head.k < head.classes:
         what = f"the logits of all {head.classes} classes, of which {head.k} are kept"
         lacks.append(Missing(what, f"--top-k {head.classes}"))

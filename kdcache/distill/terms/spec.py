@@ -20,6 +20,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dkd": ("temperature", "alpha", "beta"),
     "dice": (),
     "lovasz": (),
+    "depth-l1": ("reference",),
+    "depth-berhu": ("reference",),
+    "depth-silog": ("reference",),
+    "depth-ssi": ("reference", "alpha"),
+    "depth-gradient": ("reference",),
 }
 """Kind of term -> its options beside its weight. `ce` and `kl` are parts of DistillLoss itself."""
 CHOICES = {
@@ -28,8 +33,9 @@ CHOICES = {
     "standardise": ("none", "channels"),
     "projector": ("linear", "mlp"),
     "distance": ("mse", "smooth-l1"),
+    "reference": ("labels", "teacher"),
 }
-"""Option -> the words that it takes, the first of them the default."""
+"""Option -> the words that it takes, the first of them the default (of `reference`, but for `depth-ssi`: teacher)."""
 FUSED = ("ce", "kl")
 ON_LABELS = ("dice", "lovasz")
 """Kinds of terms that learn from labels alone, without a teacher."""
@@ -44,13 +50,15 @@ class TermSpec:
         weight: at least 0.
         student_tap, teacher_tap: features to compare. `cwd` without taps compares logits.
         temperature: above 0, dimensionless.
-        alpha, beta, gamma: weights of the parts of `dkd` (alpha, beta) and `dist` (beta, gamma).
+        alpha, beta, gamma: weights of the parts of `dkd` (alpha, beta) and `dist` (beta, gamma); alpha of gradient
+            matching in `depth-ssi`.
         threshold: the least probability of a pseudo label (`pseudo`), in (0, 1).
         quantile: instead of `threshold`, the share of each class's pixels with a pseudo label, the most confident ones.
         normalise: what `pseudo` is divided by; one of CHOICES.
         class_weights: of `pseudo`, by how rare a class is among the targets; one of CHOICES.
         standardise, projector, distance: of features: the teacher's channels, the student's projection and how both are
             compared; each one of CHOICES.
+        reference: what a term of depth compares with; one of CHOICES.
     Raises: RecipeError for anything else.
     """
 
@@ -69,6 +77,7 @@ class TermSpec:
     standardise: str | None = None
     projector: str | None = None
     distance: str | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -147,9 +156,23 @@ def compares_features(spec: TermSpec) -> bool:
     return "teacher_tap" in KINDS[spec.kind]
 
 
+def of_depth(spec: TermSpec) -> bool:
+    """Whether a term compares depth."""
+    return spec.kind.startswith("depth-")
+
+
 def reads_teacher(spec: TermSpec) -> bool:
     """Whether a term learns from a teacher."""
+    if of_depth(spec):
+        # What aligns scale and shift is for teachers whose depth has none of its own.
+        default = "teacher" if spec.kind == "depth-ssi" else "labels"
+        return (spec.reference or default) == "teacher"
     return spec.kind not in ON_LABELS
+
+
+def reads_logits(spec: TermSpec) -> bool:
+    """Whether a term reads the teacher's logits of segmentation."""
+    return reads_teacher(spec) and not compares_features(spec) and not of_depth(spec)
 
 
 def check_kind(kind: str) -> None:

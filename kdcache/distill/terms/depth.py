@@ -1,0 +1,180 @@
+"""Terms of a depth head: against labels, or against a teacher's stored depth.
+
+The student's raw output is resized to the label's size, bilinear, then becomes metres (`kdcache.heads`). A label is
+valid where it is a number within 0.001 m and the head's `max_depth`. A teacher's map lies on its own cells and is
+dense: it is sampled bilinearly at the label's pixels, through window and flip as logits are, in the space in which its
+head resizes: its values become the raw output that they came from, are resampled, and become values again. A cell whose
+value is not finite has none, nor has a pixel that reads it. Values beyond the student's range are clipped to it, as a
+prediction is; labels beyond it do not count.
+
+A gate and the void of segmentation labels concern classes: these terms count every pixel inside the view that shows the
+image. Each is the mean over the images that have a valid pixel; `depth-l1` is the mean over all valid pixels.
+
+Default weights are those of the published sums, 1 (depth-gradient: 0.5): see the gradient norms that a run prints.
+"""
+
+import torch
+from torch import Tensor
+
+from kdcache.distill import depth
+from kdcache.distill.target import Target
+from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets, divide, grid_of, wide
+from kdcache.distill.terms.cells import resample, resize
+from kdcache.distill.terms.spec import TermSpec
+from kdcache.heads import DEPTH, RegressionHead, clip, raw_of
+from kdcache_kernels.window import view_positions
+
+MIN_DEPTH = 1e-3
+"""The smallest depth in metres that counts, of labels, teachers and students: logarithms and inverses stay finite."""
+METRES = "m"
+
+
+class DepthTerm(Term):
+    """A loss between two maps of depth in metres, as `of_images` has it.
+
+    Args:
+        student: the student's depth head.
+        teacher: the store's depth head; None against labels.
+        align_corners, teacher_align_corners: whether the final resize of the student's head, of the store's, aligns
+            corners.
+    """
+
+    def __init__(
+        self,
+        spec: TermSpec,
+        targets: TermTargets,
+        *,
+        student: RegressionHead,
+        teacher: RegressionHead | None = None,
+        align_corners: bool = False,
+        teacher_align_corners: bool = False,
+    ) -> None:
+        super().__init__(spec, targets)
+        self.student, self.teacher = student, teacher
+        self.student_align_corners, self.teacher_align_corners = align_corners, teacher_align_corners
+        self.alpha = 0.5 if spec.alpha is None else spec.alpha
+
+    @property
+    def head(self) -> str:
+        return DEPTH
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        own = batch.heads[DEPTH]
+        assert own.output is not None, "the student's outputs have the head (check_heads)"
+        raw_B1HW = resize(wide(own.output), batch.size, self.student_align_corners)
+        prediction_BHW = self.compared(self.student.values(raw_B1HW)[:, 0], self.student)
+        reference_BHW, mask_BHW = self._reference(batch, prediction_BHW.dtype)
+        weight_B = self.image_weight(mask_BHW, prediction_BHW.dtype)
+        total = (weight_B * self.of_images(prediction_BHW, reference_BHW, mask_BHW)).sum()
+        return divide(total, weight_B.sum() if count is None else count.to(total.dtype))
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The denominator of `loss`: the images with a valid pixel (`depth-l1`: the valid pixels), 0-dimensional."""
+        dtype = wide(batch.logits).dtype
+        return self.image_weight(self._reference(batch, dtype)[1], dtype).sum()
+
+    def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight (B,) of each image's loss in the mean over the batch: 1 with a valid pixel, 0 without."""
+        return mask_BHW.flatten(1).any(1).to(dtype)
+
+    def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
+        """What is compared, of values in a head's unit; of labels without a head: metres, at least `MIN_DEPTH`."""
+        return clip(values_BHW, MIN_DEPTH, None)
+
+    def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        """The loss (B,) of each image's valid pixels, 0 without any (`kdcache.distill.depth`)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _reference(self, batch: TermBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the student is compared with, and which pixels of it are valid: (B, H, W) each."""
+        own = batch.heads[DEPTH]
+        if self.teacher is None:
+            values_BHW, mask_BHW = self._label(own)
+        else:
+            assert own.target is not None, "a batch has the targets of its terms (check_heads)"
+            values_BHW, mask_BHW = self._taught(own.target, batch, dtype)
+        if batch.shown is not None:
+            mask_BHW = mask_BHW & batch.shown
+        return self.compared(values_BHW.to(dtype), self.teacher), mask_BHW
+
+    def _label(self, own: HeadBatch) -> tuple[Tensor, Tensor]:
+        assert own.label is not None, "a batch has the labels of its terms (check_heads)"
+        return own.label, (own.label >= MIN_DEPTH) & (own.label <= (self.student.max_depth or torch.inf))
+
+    def _taught(self, target: Target, batch: TermBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        assert self.teacher is not None, "only against a teacher"
+        values_B1hw = wide(target.values).to(dtype)
+        raw_B1hw = raw_of(_above_zero(values_B1hw, self.teacher), self.teacher.parameterisation)
+        known_B1hw = raw_B1hw.isfinite() & values_B1hw.isfinite()
+        positions = view_positions(batch.window, batch.flip, self.targets.view_size, batch.size, values_B1hw.device)
+        matrices = positions.hat_matrices(grid_of(raw_B1hw), self.teacher_align_corners, dtype)
+        raw_B1HW = resample(torch.where(known_B1hw, raw_B1hw, 0), *matrices)
+        unknown_B1HW = resample((~known_B1hw).to(dtype), *matrices)
+        taught_BHW = self.teacher.values(raw_B1HW)[:, 0]
+        if self.teacher.unit == METRES and self.student.max_depth is not None:
+            taught_BHW = taught_BHW.clamp_max(self.student.max_depth)
+        return taught_BHW, (unknown_B1HW[:, 0] == 0) & positions.inside()
+
+
+class DepthL1(DepthTerm):
+    """`depth-l1`: mean |p - r| in metres, over all valid pixels of a batch."""
+
+    def image_weight(self, mask_BHW: Tensor, dtype: torch.dtype) -> Tensor:
+        return mask_BHW.sum((1, 2)).to(dtype)
+
+    def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        return depth.l1(prediction_BHW, reference_BHW, mask_BHW)
+
+
+class DepthBerhu(DepthTerm):
+    """`depth-berhu`: the reverse Huber loss in metres, its bound a fifth of an image's largest error."""
+
+    def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        return depth.berhu(prediction_BHW, reference_BHW, mask_BHW)
+
+
+class DepthSilog(DepthTerm):
+    """`depth-silog`: 10 sqrt(mean g^2 - 0.85 (mean g)^2) of g = log p - log r of an image."""
+
+    def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        return depth.silog(prediction_BHW, reference_BHW, mask_BHW)
+
+
+class DepthGradient(DepthTerm):
+    """`depth-gradient`: gradient matching of logarithms, over four scales: edges and shapes, whatever the scale is."""
+
+    default_weight = 0.5
+
+    def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        return depth.gradient_matching(prediction_BHW.log(), reference_BHW.log(), mask_BHW)
+
+
+class DepthSsi(DepthTerm):
+    """`depth-ssi`: inverse depths, each aligned by its own median and deviation, the worst fifth left out.
+
+    With gradient matching at weight alpha, 0.5. Metres are inverted; a head of another unit has inverse depth up to a
+    scale and a shift already, as those of MiDaS and Depth Anything.
+    """
+
+    def compared(self, values_BHW: Tensor, head: RegressionHead | None) -> Tensor:
+        if head is not None and head.unit != METRES:
+            return values_BHW
+        return clip(values_BHW, MIN_DEPTH, None).reciprocal()
+
+    def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
+        return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.alpha)
+
+
+def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:
+    """Values of which a positive parameterisation has a raw output: what float16 rounded to 0 is the smallest depth."""
+    return values if head.parameterisation == "identity" else values.clamp_min(MIN_DEPTH)
+
+
+DEPTH_TERMS: dict[str, type[DepthTerm]] = {
+    "depth-l1": DepthL1,
+    "depth-berhu": DepthBerhu,
+    "depth-silog": DepthSilog,
+    "depth-ssi": DepthSsi,
+    "depth-gradient": DepthGradient,
+}
