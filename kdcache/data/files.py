@@ -94,7 +94,7 @@ def read_numbers(path: Path) -> npt.NDArray[Any]:
                     remedy="Save the depth itself, not a picture that shows it; 8 bits are too few for metres.",
                 )
             numbers = np.array(image)
-    if numbers.ndim != 2 or numbers.dtype.kind not in "uif":
+    if numbers.ndim != 2 or not numbers.size or numbers.dtype.kind not in "uif":
         raise DataError(
             "A depth file holds a number for each pixel, (height, width).",
             received=f"{numbers.dtype} {numbers.shape} in {path}",
@@ -105,10 +105,10 @@ def read_numbers(path: Path) -> npt.NDArray[Any]:
 
 def _read_array(path: Path) -> npt.NDArray[Any]:
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return content
-        with content:
+        with path.open("rb") as file:  # numpy leaves a broken .npz open that it opened itself
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return content
             names = content.files
             if "depth" in names or len(names) == 1:
                 array: npt.NDArray[Any] = content["depth" if "depth" in names else names[0]]

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, overload
 
 import numpy as np
@@ -118,7 +119,7 @@ class Split(ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def tasks(self) -> tuple[str, ...]:
         """The tasks of which a sample has a label, in the order of `TASKS`; reads no file."""
         return tuple(task for task in TASKS if any(self.has_label(index, task) for index in range(len(self))))

@@ -125,8 +125,8 @@ class Cityscapes(Layout):
             image_of=lambda name: name.removesuffix(_DISPARITY_END) + _IMAGE_END,
         )
         assert scan.depth is not None
-        cameras = [camera_of(root / path) for path in scan.depth.files.values()]
-        lost = [camera.relative_to(root).as_posix() for camera in cameras if not camera.is_file()]
+        cameras = [camera_of(Path(path)) for path in scan.depth.files.values()]
+        lost = [camera.as_posix() for camera in cameras if not (root / camera).is_file()]
         return replace(scan, missing=scan.missing + lost)
 
     def _scan_labels(self, root: Path, split: str) -> Scan:

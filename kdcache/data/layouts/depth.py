@@ -70,9 +70,12 @@ class DepthUnit:
                 received=f"{numbers.dtype} up to {numbers.max()} in {path}, and no units_per_metre",
                 remedy=f"Write `units_per_metre = 1000` (millimetres) or 256 (as KITTI has it) into {DEPTH_FILE}.",
             )
-        unknown = np.isin(numbers, self.invalid) | ~np.isfinite(numbers)
-        metres = numbers.astype(np.float32) / np.float32(self.per_metre or 1.0)
-        metres[unknown] = np.nan
+        with np.errstate(all="ignore"):  # what float32 has no number for is infinite
+            metres = numbers.astype(np.float32)
+            metres /= np.float32(self.per_metre or 1.0)
+        for number in self.invalid:
+            np.putmask(metres, numbers == number, np.nan)
+        np.putmask(metres, np.isinf(metres), np.nan)
         return metres
 
 
@@ -126,20 +129,20 @@ def read_disparity(path: Path) -> Depth:
 
 def camera_of(disparity: Path) -> Path:
     """The camera file of DIR/disparity/SPLIT/CITY/NAME_disparity.png: DIR/camera/SPLIT/CITY/NAME_camera.json."""
-    city, split = disparity.parent.name, disparity.parent.parent.name
-    name = disparity.stem.removesuffix("_disparity") + "_camera.json"
-    return disparity.parents[3] / "camera" / split / city / name
+    folders = list(disparity.parent.parts)
+    folders[len(folders) - 1 - folders[::-1].index("disparity")] = "camera"
+    return Path(*folders, disparity.stem.removesuffix("_disparity") + "_camera.json")
 
 
 def impossible_depth(depth: Depth) -> str:
     """Why depths cannot be metres along a camera's axis; empty where they can be, unknown ones included."""
-    known = depth[~np.isnan(depth)]
-    if not known.size:
+    known, wrong = (int(np.count_nonzero(mask)) for mask in (~np.isnan(depth), depth <= 0))
+    if not known:
         return "no pixel has a known depth"
-    if (negative := int(np.count_nonzero(known <= 0))) != 0:
-        return f"{negative} of {known.size} depths are not above 0 (the least is {known.min():g})"
-    if 2 * int(np.count_nonzero(known > FARTHEST_MEDIAN)) > known.size:
-        middle = float(np.median(known))
+    if wrong:
+        return f"{wrong} of {known} depths are not above 0 (the least is {np.nanmin(depth):g})"
+    if 2 * int(np.count_nonzero(depth > FARTHEST_MEDIAN)) > known:
+        middle = float(np.nanmedian(depth))
         return (
             f"half of the depths are beyond {middle:,.0f} m, as where a file's numbers are taken for metres: "
             f"in 1/256 m (KITTI) that would be {middle / 256:.1f} m, in millimetres {middle / 1000:.1f} m"

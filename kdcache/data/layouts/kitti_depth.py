@@ -87,7 +87,7 @@ def _selection(root: Path) -> str | None:
 
 def _image_folder(root: Path, place: str, drive: str, camera: str) -> str | None:
     """The folder of a drive's raw images below the root; where the root is the annotations' own, beside it too."""
-    above = ["", ".."] if root.name == ANNOTATED else [""]
+    above = ["", ".."] if root.absolute().name == ANNOTATED else [""]
     bases = [f"{up}/{base}".strip("/") for up in above for base in ("", *folders_in(root / up))]
     raw = [f"{base}/{drive[:10]}/{drive}/{camera}/data".lstrip("/") for base in bases]
     return next((folder for folder in (f"{place}/{drive}/{camera}/data", *raw) if (root / folder).is_dir()), None)

@@ -56,6 +56,7 @@ def in_units(per_metre: float) -> np.ndarray:
         (".npy", in_units(256).astype(np.int32), "units_per_metre = 256.0"),
         (".npy", np.where(np.isnan(METRES), -1, METRES * 1000), "units_per_metre = 1000\ninvalid = [-1, 0]"),
         (".npy", np.where(np.isnan(METRES), np.inf, METRES), ""),
+        (".npy", np.where(np.isnan(METRES), 1e300, METRES.astype(np.float64)), ""),  # beyond float32
     ],
 )
 def test_each_format_becomes_the_same_metres(deep, suffix, numbers, toml) -> None:
@@ -81,6 +82,7 @@ def test_each_format_becomes_the_same_metres(deep, suffix, numbers, toml) -> Non
         (".npy", METRES[:-1], "", "label 5 x 8, image 6 x 8"),
         (".npy", METRES[None], "", r"\(1, 6, 8\)"),
         (".npy", METRES.astype(complex), "", "complex"),
+        (".npy", np.zeros((0, 8), np.uint16), "", r"\(0, 8\)"),
         (".npy", np.array([{}], object), "", "can be read"),
         (".png", np.ones(SIZE, np.uint8), "units_per_metre = 1", "8-bit grey"),
         (".png", np.ones((*SIZE, 3), np.uint8), "units_per_metre = 1", "8-bit RGB"),
@@ -108,6 +110,17 @@ def test_an_unreadable_file_is_named(deep) -> None:
     split.depth_path(0).write_bytes(b"\x93NUMPY nothing")
     with pytest.raises(DataError, match=r"depth file .* can be read"):
         split.label(0, "depth")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".png", ".tiff"])
+def test_a_file_cut_short_is_named(deep, suffix) -> None:
+    split = deep(suffix, in_units(256) if suffix == ".png" else METRES, "units_per_metre = 256")
+    path = split.depth_path(0)
+    whole = path.read_bytes()
+    for length in (0, 7, 60, len(whole) - 30):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=path.name):
+            split.label(0, "depth")
 
 
 def test_depth_without_an_image_is_refused_and_reported(deep, builder) -> None:
@@ -217,6 +230,19 @@ def test_disparity_becomes_depth_by_the_camera(tiny, tmp_path) -> None:
     assert np.isfinite(depth[0, 2:]).all()
 
 
+def test_cities_are_no_must(tiny, tmp_path) -> None:
+    root = tmp_path / "city"
+    tiny.save_image(root / "leftImg8bit/train/a/one_leftImg8bit.png")
+    for folder in ("leftImg8bit/train/a", "disparity/train", "camera/train"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    tiny.save_image(root / "leftImg8bit/train/two_leftImg8bit.png")
+    Image.fromarray(np.full(tiny.SIZE, 2561, np.uint16)).save(root / "disparity/train/two_disparity.png")
+    with pytest.raises(DataError, match=r"no 'camera/train/two_camera\.json'"):
+        open_split(root, "train")
+    (root / "camera/train/two_camera.json").write_text('{"extrinsic": {"baseline": 0.2}, "intrinsic": {"fx": 1000}}')
+    assert open_split(root, "train").label(1, "depth")[0, 0] == pytest.approx(20)
+
+
 def test_a_camera_that_lacks_or_is_none_is_named(tiny, tmp_path) -> None:
     root = cityscapes(tiny, tmp_path / "city")
     camera = root / "camera/train/trainstadt/trainstadt_a_camera.json"
@@ -226,3 +252,14 @@ def test_a_camera_that_lacks_or_is_none_is_named(tiny, tmp_path) -> None:
     camera.unlink()
     with pytest.raises(DataError, match=r"no 'camera/train/trainstadt/trainstadt_a_camera\.json'"):
         open_split(root, "train")
+
+
+def test_an_npz_has_one_array_or_one_called_depth(builder) -> None:
+    builder.pair("a")
+    (builder.root / "depth/train").mkdir(parents=True)
+    path = builder.root / "depth/train/a.npz"
+    np.savez_compressed(path, METRES)
+    assert np.nanmax(open_split(builder.root, "train").label(0, "depth")) == np.nanmax(METRES)
+    np.savez(path, one=METRES, other=METRES)
+    with pytest.raises(DataError, match=r"one, other in .*a\.npz"):
+        open_split(builder.root, "train").label(0, "depth")
