@@ -1,6 +1,7 @@
 """Losses of a student. Tensors in, tensors out: no store, no data.
 
     loss.py           cross-entropy beside KL, fused, and what comes beside them
+    streams.py        the losses of several streams, each on its rows of a batch
     terms/            the other terms
     smoothing.py      cross-entropy with smoothed labels
     gate.py           weights per pixel of the teacher's terms
@@ -21,14 +22,17 @@ from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
 from kdcache.distill.label_targets import LabelTargets
 from kdcache.distill.loss import DistillLoss, Losses
+from kdcache.distill.streams import AnyBatch, Criterion, StreamBatch, StreamLoss
 from kdcache.distill.target import Target, TargetFormat
 from kdcache_kernels import KernelError
 from kdcache_kernels.ops import choose_implementation
 
 __all__ = [
     "SEGMENTATION",
+    "AnyBatch",
     "Batch",
     "Counts",
+    "Criterion",
     "DistillLoss",
     "FixedBalance",
     "Gate",
@@ -36,6 +40,8 @@ __all__ = [
     "KernelError",
     "LabelTargets",
     "Losses",
+    "StreamBatch",
+    "StreamLoss",
     "Target",
     "TargetFormat",
     "UncertaintyBalance",

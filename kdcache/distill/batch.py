@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,8 +14,34 @@ from kdcache_kernels import target_argmax_confidence
 from kdcache_kernels.window import ViewPositions, view_positions
 
 
+class Tensors:
+    """Tensors by name, of samples along their first axis. A pytree."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the same with `change` applied to every tensor."""
+        changed: Self = pytree.tree_map_only(Tensor, change, self)
+        return changed
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the same with its tensors on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def empty_like(self, device: torch.device) -> Self:
+        """Allocate tensors of the same shapes on a device."""
+        return self.map(lambda tensor: torch.empty_like(tensor, device=device))
+
+    def copy_from(self, other: "Tensors") -> None:
+        """Queue copies of another batch into this one's tensors; torch holds pinned memory until it was read."""
+        for tensor, source in zip(tensors_of(self), tensors_of(other), strict=True):
+            tensor.copy_(source, non_blocking=True)
+
+    def pin_memory(self) -> Self:
+        """Return the same in pinned memory, from which a GPU copies; `DataLoader` calls it."""
+        return self.map(lambda tensor: tensor.pin_memory())
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(Tensors):
     """Tensors of B samples, by name; what is absent is None, or a key that is not there. A pytree.
 
     An item of a dataset has the same fields without the leading B.
@@ -64,27 +90,9 @@ class Batch:
     def __len__(self) -> int:
         return len(tensors_of(self)[0])
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return the batch with `change` applied to every tensor."""
-        changed: Batch = pytree.tree_map_only(Tensor, change, self)
-        return changed
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Return the batch with its tensors on another device."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def empty_like(self, device: torch.device) -> "Batch":
-        """Allocate tensors of the same shapes on a device."""
-        return self.map(lambda tensor: torch.empty_like(tensor, device=device))
-
-    def copy_from(self, other: "Batch") -> None:
-        """Queue copies of another batch into this one's tensors; torch holds pinned memory until it was read."""
-        for tensor, source in zip(tensors_of(self), tensors_of(other), strict=True):
-            tensor.copy_(source, non_blocking=True)
-
-    def pin_memory(self) -> "Batch":
-        """Return the batch in pinned memory, from which a GPU copies; `DataLoader` calls it."""
-        return self.map(lambda tensor: tensor.pin_memory())
+    def each(self, change: "Callable[[Batch], Batch]") -> "Batch":
+        """Return the batch after `change`, which `StreamBatch` applies to every stream of its own."""
+        return change(self)
 
     def rows(self, count: int, first: int = 0) -> "Batch":
         """Return `count` samples from `first` on, as views of the batch's memory."""
@@ -149,7 +157,7 @@ _PLAIN = ("pixels", "window", "flip", "inside", "own", "dice", "record")
 pytree.register_dataclass(Batch)
 
 
-def tensors_of(batch: Batch) -> list[Tensor]:
+def tensors_of(batch: Tensors) -> list[Tensor]:
     """The tensors of a batch, in an order that equal batches share."""
     return pytree.tree_leaves(batch)
 

@@ -2,17 +2,43 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-@dataclass(frozen=True)
-class Counts:
+class Denominators:
     """Denominators of a batch, on its device; or their mean over the parts of a larger batch. A pytree.
 
     A loss divided by the mean over n parts, averaged over these, is that of the whole batch.
+    """
+
+    def averaged(self, average: Callable[[Tensor], Tensor]) -> Self:
+        """The mean over processes, by one exchange.
+
+        Args:
+            average: mean of a tensor over the processes.
+        """
+        own, spec = pytree.tree_flatten(self)
+        mean = average(torch.cat([count.double().flatten() for count in own]))
+        means = torch.split(mean, [count.numel() for count in own])
+        counts: Self = pytree.tree_unflatten(
+            [mean.view_as(count).to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
+        )
+        return counts
+
+    @classmethod
+    def mean(cls, parts: Sequence[Self]) -> Self:
+        """The mean over the equal parts of a batch."""
+        counts: Self = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
+        return counts
+
+
+@dataclass(frozen=True)
+class Counts(Denominators):
+    """Denominators of the parts of one loss.
 
     Attributes:
         ce: sum of the class weights of labelled pixels, 0-dimensional.
@@ -24,25 +50,13 @@ class Counts:
     kl: Tensor
     terms: tuple[Tensor, ...] = ()
 
-    def averaged(self, average: Callable[[Tensor], Tensor]) -> "Counts":
-        """The mean over processes, by one exchange.
 
-        Args:
-            average: mean of a tensor over the processes.
-        """
-        own, spec = pytree.tree_flatten(self)
-        mean = average(torch.cat([count.double().flatten() for count in own]))
-        means = torch.split(mean, [count.numel() for count in own])
-        counts: Counts = pytree.tree_unflatten(
-            [mean.view_as(count).to(count.dtype) for mean, count in zip(means, own, strict=True)], spec
-        )
-        return counts
+@dataclass(frozen=True)
+class StreamCounts(Denominators):
+    """Denominators of the losses of several streams, in their order."""
 
-    @classmethod
-    def mean(cls, parts: Sequence["Counts"]) -> "Counts":
-        """The mean over the equal parts of a batch."""
-        counts: Counts = pytree.tree_map(lambda *each: torch.stack(each).mean(0), *parts)
-        return counts
+    streams: tuple[Counts, ...]
 
 
 pytree.register_dataclass(Counts)
+pytree.register_dataclass(StreamCounts)

@@ -17,7 +17,9 @@ DROPPED = -1
 _VOID = "void"
 
 
-def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence[str]) -> Tensor:
+def read_class_map(
+    path: str | Path, teacher_classes: int, class_names: Sequence[str], *, all_hit: bool = True
+) -> Tensor:
     """Read a class map: the data class that each teacher class becomes.
 
     A text file has one line per teacher class, `<teacher id> <data class name or id or void>`; `#` starts a
@@ -26,7 +28,7 @@ def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence
 
     Args:
         teacher_classes: how many the teacher has; every one must be listed once.
-        class_names: the data's; every one must be hit at least once.
+        class_names: the data's; every one must be hit at least once, unless `all_hit` is False.
     Returns: int64 (teacher_classes,), data class id or -1 for a dropped class.
     Raises: ModelError naming the file and the line, the class or the name.
     """
@@ -45,7 +47,7 @@ def read_class_map(path: str | Path, teacher_classes: int, class_names: Sequence
             "every teacher class must be listed", f"{path} without {_some(absent)}", "add them, with void to drop one"
         )
     unhit = [name for i, name in enumerate(class_names) if i not in table.values()]
-    if unhit:
+    if unhit and all_hit:
         _refuse(
             "every data class needs a teacher class",
             f"{path} gives none to {_some(unhit)}",

@@ -4,6 +4,7 @@
     spelling.py    values that are written as text: 288x384, 0.5:2.0, 50GiB
     shared.py      tables that several verbs share: data, the machine, copies of a remote store
     training.py    the table of a training
+    streams.py     a training from several sources: their tables and rows
     building.py    the tables of a build
 
 A table is a dataclass whose fields are `name: type = setting(default, help)`. The flags of the verbs, the

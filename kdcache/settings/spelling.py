@@ -13,6 +13,9 @@ from kdcache.settings.setting import Spelling
 LOGGERS = ("tensorboard", "wandb", "trackio")
 """Where metrics can be sent; each is also the name of a package, and of the extra that installs it."""
 
+TASKS = ("segmentation", "depth")
+"""What may be labelled, and predicted by a head of the same name."""
+
 Positive = Annotated[float, Gt(0), Predicate(isfinite)]
 Weight = Annotated[float, Ge(0), Predicate(isfinite)]
 Count = Annotated[int, Ge(1)]
@@ -123,6 +126,17 @@ def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
     return scales
 
 
+def parse_tasks(value: Any) -> Any:
+    """'all', 'none' or tasks joined by +, or a list of them, as text; each once. Raises: ValueError for other words."""
+    words = value.split("+") if isinstance(value, str) else value
+    if not isinstance(words, list | tuple):
+        raise ValueError
+    words = [str(word).strip() for word in words]
+    if words not in (["all"], ["none"]) and (not words or set(words) - set(TASKS) or len(set(words)) < len(words)):
+        raise ValueError
+    return "+".join(words)
+
+
 def parse_schedule(text: str) -> str:
     """'constant', 'fade' or 'warmup:500' as it stands. Raises: ValueError for anything else."""
     if text not in ("constant", "fade") and not warmup_steps(text):
@@ -179,6 +193,9 @@ Colour = Annotated[
 ]
 DistillSchedule = Annotated[
     str, Spelling(parse_schedule, rule="constant, fade or warmup:N, a number of iterations", example="warmup:500")
+]
+Tasks = Annotated[
+    str, Spelling(parse_tasks, text_only=False, rule="all, none, or tasks such as segmentation+depth", example="none")
 ]
 Decay = Annotated[float, Gt(0), Lt(1), Spelling(float, rule="a decay above 0 and below 1", example="0.999")]
 TopK = Annotated[int, Spelling(parse_top_k, rule="auto or a number of classes", example="auto", nothing="auto")]

@@ -8,7 +8,18 @@ from annotated_types import Ge, Le, Lt
 
 from kdcache.settings.setting import REQUIRED, setting
 from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
-from kdcache.settings.spelling import Count, Decay, DistillSchedule, Every, Logs, LrScales, Positive, Range, Weight
+from kdcache.settings.spelling import (
+    Count,
+    Decay,
+    DistillSchedule,
+    Every,
+    Logs,
+    LrScales,
+    Positive,
+    Range,
+    Tasks,
+    Weight,
+)
 
 DEFAULT_ITERATIONS = 4000
 LEARNING_RATE = 1e-3
@@ -46,6 +57,15 @@ class TrainSettings:
         "Name in tables and pictures (default: in tables the settings in which it differs, in pictures its folder).",
     )
     init: str | None = setting(None, "Start from a weights FILE, or [bold]default[/] (downloads).")
+
+    stream: tuple[Any, ...] = setting(
+        (),
+        "One of several sources that share every batch: a name, then its settings, e.g. kitti,cache=kitti.zarr,"
+        "share=0.5,weight=1,labels=none,method=kl. May be repeated; in a recipe, each is a table named stream. Other "
+        "flags are those of all streams.",
+        metavar="NAME,X=Y",
+        repeated=True,
+    )
 
     method: str = _loss(
         "auto",
@@ -105,6 +125,9 @@ class TrainSettings:
         "none", "Weights of the targets by how rare their class is: none, median or sqrt."
     )
 
+    labels: Tasks = _part(
+        "all", "Which labels are used: all, none (a teacher's targets alone), or tasks as segmentation+depth."
+    )
     limit_labels: Positive | None = _part(
         None, "Use the labels of so many samples. A store whose teacher had others of them is refused.", metavar="N"
     )

@@ -18,6 +18,7 @@ from kdcache.data import check_folds_by, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RESULT
 from kdcache.settings.shared import ImageSettings
+from kdcache.settings.streams import term_line, to_line
 from kdcache.settings.training import TrainSettings
 from kdcache.sweep.recipe import Arm, Flags, Recipe, check_names
 
@@ -99,7 +100,8 @@ def words(flags: Flags) -> Iterator[str]:
             yield f"--{key}" if value else f"--no-{key}"
         elif isinstance(value, list):
             for entry in value:
-                yield from (f"--{key}", _term(entry) if isinstance(entry, dict) else str(entry))
+                line = to_line if key == "stream" else term_line
+                yield from (f"--{key}", line(entry) if isinstance(entry, dict) else str(entry))
         else:
             yield from (f"--{key}", str(value))
 
@@ -222,10 +224,6 @@ def _of(fold: int | None, before: str = ", ") -> str:
     if fold is None:
         return ""
     return f"{before}fold{'' if before == '-' else ' '}{fold}"
-
-
-def _term(table: Mapping[str, Any]) -> str:
-    return ",".join([str(table["kind"]), *(f"{key}={value}" for key, value in table.items() if key != "kind")])
 
 
 def _check(recipe: Recipe, flags_of_verbs: Known) -> None:

@@ -31,12 +31,12 @@ from typing import Any
 from kdcache.errors import RecipeError
 
 Flags = Mapping[str, Any]
-"""Flags of a verb without their dashes; a list is a choice, but for `term`, which is a list of tables."""
+"""Flags of a verb without their dashes; a list is a choice, but for `term` and `stream`, lists of tables."""
 
 TABLES = ("data", "teacher", "store", "student", "show")
 _TOP = {"title", "about", "seeds", "arm", "smoke", *TABLES}
 _KEYS = {"data": {"layout", "path", "split", "val-split", "folds", "held-out", "folds-by"}, "show": {"num"}}
-_REPEATED = "term"
+_REPEATED = ("term", "stream")
 SMOKE_TITLE = "Smoke run: "
 
 
@@ -216,7 +216,7 @@ def _arms(content: dict[str, Any]) -> Iterator[Arm]:
         flags = {key: value for key, value in table.items() if key != "name"}
         shared = {key: value for key, value in content.get("student", {}).items() if key not in flags}
         both = {**shared, **flags}
-        axes = {key: value for key, value in both.items() if isinstance(value, list) and key != _REPEATED}
+        axes = {key: value for key, value in both.items() if isinstance(value, list) and key not in _REPEATED}
         for values in product(*axes.values()):
             choice = dict(zip(axes, values, strict=True))
             arm = Arm(_name(str(table["name"]), {**both, **choice}, choice), {**flags, **choice})

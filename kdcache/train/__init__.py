@@ -1,6 +1,8 @@
 """Training: one trainer for teachers and students.
 
     config.py        the settings (= the flags, = recipe.toml), and which do not go together
+    streams.py       the settings of each of several sources
+    term_setting.py  a term of the loss as a setting
     ranges.py        the values that a setting takes, in words
     sources.py       the training and validation data of the settings
     api.py           from settings to a run

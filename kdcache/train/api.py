@@ -1,6 +1,7 @@
 """The run of a training from its settings, for `train-teacher` and `train-student`."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,32 +9,36 @@ from typing import Any
 import torch
 
 from kdcache.data import Split
-from kdcache.distill import choose_implementation
+from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
 from kdcache.metrics import Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, count_pixels
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
 from kdcache.models.trust import remember
-from kdcache.store import Cache
 from kdcache.store.backend.durable import disk_space_errors
-from kdcache.train.config import TrainConfig, check_flip, check_processes, check_replays
+from kdcache.train.config import TrainConfig, check_flip, check_processes
 from kdcache.train.criterion import make_criterion, needed_arrays
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.held_out import check_teacher
-from kdcache.train.input.cache_dataset import choose_augment
-from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.input.loader import Draws
 from kdcache.train.input.residency import keep_records
 from kdcache.train.input.sampler import choose_labelled_share, choose_shuffle
 from kdcache.train.input.shard_prefetch import check_room
+from kdcache.train.input.streams import StreamDraws, stream_seed
 from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
-from kdcache.train.run.folder import check_folder, hold_folder, write_beginning
+from kdcache.train.run.folder import check_folder, hold_folder, identity_of, write_beginning
 from kdcache.train.run.lock import RunLock
 from kdcache.train.run.metrics_log import Observer, Observers
-from kdcache.train.run.monitor import check_logits
 from kdcache.train.run.trackers import Loggers, check_loggers
-from kdcache.train.sources import open_dataset, open_store, open_validation, shared_with_judge
+from kdcache.train.sources import (
+    Source,
+    check_validation,
+    open_sources,
+    open_validation,
+    share_classes,
+    shared_with_judge,
+)
 from kdcache.train.step.batch_fit import largest_fitting, memory_error, memory_errors, requested_memory
 from kdcache.train.step.compiled import choose_step
 from kdcache.train.trainer import Trainer
@@ -69,64 +74,61 @@ def make_trainer(
         lock: lock of the folder, taken by the first process before it writes there; None trusts the caller to be alone.
     """
     with world.together():
-        world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
-        check_processes(config, world.size)
+        if not config.stream:  # whose rows are checked each
+            world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
+        for stream in config.streams:
+            check_processes(stream.config, world.size)
         check_loggers(config.log)
         device = pick_device(config.device, world)
         choose_step(config.step, device, world.size)
         choose_implementation(config.impl, device, torch.float32)
         if config.threads:
             torch.set_num_threads(config.threads)
-        cache = open_store(config)
-        config = config.model_copy(update={"augment": choose_augment(config.augment, cache)})
-        check_replays(config)
-        if cache is not None and config.reads_targets:
-            check_logits(cache)
-        as_given, config = config, config.model_copy(update={"flip": config.flip is not False})
-        dataset = open_dataset(config, cache)
-        if cache is not None:
-            for warning in check_teacher(cache, config, dataset.labels_used):
-                observer.note(warning)
-        classes = dataset.classes
-        shuffle = choose_shuffle(config.shuffle, dataset)
-        share = choose_labelled_share(config.labelled_share, dataset.label_flags)
-        if config.labelled_share is not None and share is None:
-            observer.note("--labelled-share has nothing to share out: all samples have a label, or none")
-        config = config.resolved(len(dataset), dataset.size, shuffle, share)
+        sources = open_sources(config, world.size * config.accumulate)
+        datasets = [source.dataset for source in sources]
+        for source in sources:
+            with source.named():
+                _note_all(_check_seen(source), source.note(observer.note))
+        val = open_validation(config) if config.stream else None
+        classes = share_classes(sources, None if val is None else val.classes)
+        config = _resolve(config, sources, observer)
+        identity = identity_of(datasets)
         if world.first:
-            check_folder(config, run, resume, dataset.identity)
+            check_folder(config, run, resume, identity)
             if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
                 lock.take()
-        val = open_validation(config, classes)
+        val = val or open_validation(config)
+        if val is not None:
+            check_validation(config, classes, val)
         # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,
         # and on every process.
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
-        dataset.extras = needed_arrays(config, cache, model)
-        if cache is not None:
-            check_flip(as_given)
-        criterion = make_criterion(config, model, dataset, device, observer.note)
-        keep_records(dataset, config.resident, device, workers=config.workers, note=observer.note)
-        check_room(dataset, config.shuffle, observer.note)
+        criterion = _combined([_criterion(source, model, device, observer) for source in sources], sources)
+        for source in sources:
+            with source.named():
+                note = source.note(observer.note)
+                workers = config.workers
+                keep_records(source.dataset, config.resident, device, workers=workers, among=len(sources), note=note)
+                check_room(source.dataset, source.config.shuffle, note)
     with world.together():
         if world.first:
-            hold_folder(config, run, resume, dataset.identity, lock)
-            write_beginning(config, run, model, dataset, world.size)
+            hold_folder(config, run, resume, identity, lock)
+            write_beginning(config, run, model, datasets, world.size)
             if (text := remember(config.model)) is not None:
                 observer.note(text)
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
-        for text in _notes(config, model, dataset, cache):
-            observer.note(text)
-        if (text := shared_with_judge(config, dataset, val)) is not None:
-            observer.note(text)
+        _note_all(_model_notes(config, model), observer.note)
+        for source in sources:
+            _note_all(_notes(source, val), source.note(observer.note))
         watching = observer
         if config.log and world.first:
             recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
             watching = Observers([observer, Loggers(config.log, run, recipe, observer.note)])
         return Trainer(
             model,
-            Draws(dataset, config.seed, config.shuffle, config.labelled_share),
+            [_draws(source, stream_seed(config.seed, number)) for number, source in enumerate(sources)],
             criterion,
             config,
             run,
@@ -137,8 +139,59 @@ def make_trainer(
         )
 
 
-def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset, cache: Cache | None) -> Iterator[str]:
-    """Notes on what initialisation left out, how labels are shared out, and what warp works on."""
+def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
+    for text in texts:
+        note(text)
+
+
+def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer) -> TrainConfig:
+    """Fill in what depends on the data: of each stream, and of the training, whose epoch shows every stream once."""
+    for source in sources:
+        own, dataset = source.config, source.dataset
+        with source.named():
+            shuffle = choose_shuffle(own.shuffle, dataset)
+        share = choose_labelled_share(own.labelled_share, dataset.label_flags)
+        if own.labelled_share is not None and share is None:
+            source.note(observer.note)("--labelled-share has nothing to share out: all samples have a label, or none")
+        source.config = own.resolved(len(dataset), dataset.size, shuffle, share)
+    if not config.stream:
+        return sources[0].config
+    # An epoch takes as many batches as the stream that takes most.
+    samples = max(math.ceil(len(source.dataset) * config.batch_size / source.rows) for source in sources)
+    resolved = config.resolved(samples, sources[0].dataset.size, config.shuffle)
+    return resolved.with_streams([source.config for source in sources])
+
+
+def _criterion(source: Source, model: SegmentationModel, device: torch.device, observer: Observer) -> DistillLoss:
+    """The loss of a stream, whose samples bring from now on what it reads."""
+    with source.named():
+        source.dataset.extras = needed_arrays(source.config, source.cache, model)
+        if source.cache is not None:
+            check_flip(source.given)
+        return make_criterion(source.config, model, source.dataset, device, source.note(observer.note))
+
+
+def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source]) -> Criterion:
+    """The loss of all streams; of one source its own."""
+    if len(criteria) == 1 and not sources[0].stream.name:
+        return criteria[0]
+    streams = [source.stream for source in sources]
+    return StreamLoss(criteria, [stream.name for stream in streams], [stream.weight for stream in streams])
+
+
+def _draws(source: Source, seed: int) -> StreamDraws:
+    own = source.config
+    draws = Draws(source.dataset, seed, own.shuffle, own.labelled_share)
+    return StreamDraws(source.stream.name, draws, source.rows)
+
+
+def _check_seen(source: Source) -> list[str]:
+    """Notes on what the teacher of a stream may have seen. Raises: as `check_teacher`."""
+    return [] if source.cache is None else check_teacher(source.cache, source.config, source.dataset.labels_used)
+
+
+def _model_notes(config: TrainConfig, model: SegmentationModel) -> Iterator[str]:
+    """Notes on what initialisation left out, and on a model of probabilities."""
     report = model.load_report
     if report is not None and report.reinitialised:
         yield f"--init leaves at random: {', '.join(report.reinitialised)}"
@@ -146,10 +199,19 @@ def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset,
         yield f"--init does not use auxiliary heads: {', '.join(report.unused_auxiliary)}"
     if returns_probabilities(model):
         yield f"{config.model} {PROBABILITIES}: leave the softmax out, or it learns badly and cannot teach"
-    if config.batch_size > len(dataset):
+
+
+def _notes(source: Source, val: Split | None) -> Iterator[str]:
+    """Notes on the rows of a stream, how labels are shared out, what warp works on, and sequences that are judged."""
+    config, dataset, cache = source.config, source.dataset, source.cache
+    if source.stream.name:
+        yield f"{source.rows} of {config.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
+            f"{source.stream.weight:g}"
+        )
+    if source.rows > len(dataset):
         yield (
             f"--batch-size {config.batch_size} is more than the {len(dataset)} samples: every batch takes each about "
-            f"{config.batch_size / len(dataset):.2g} times"
+            f"{source.rows / len(dataset):.2g} times"
         )
     flags = dataset.label_flags
     if config.labelled_share is not None and flags is not None:
@@ -162,8 +224,10 @@ def _notes(config: TrainConfig, model: SegmentationModel, dataset: DrawnDataset,
         rest = "an epoch shows one of each sample" if config.augment == "replay" else "only the whole images are used"
         yield f"the store has {views} views of a sample; with --augment {config.augment} {rest}"
     if cache is not None and config.augment == "warp":
-        source = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
-        yield f"augmentation warp {source}, and moves the targets alike"
+        changed = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
+        yield f"augmentation warp {changed}, and moves the targets alike"
+    if (text := shared_with_judge(config, dataset, val)) is not None:
+        yield text
 
 
 @contextmanager

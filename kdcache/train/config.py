@@ -1,12 +1,13 @@
 """The settings of a training as one strict model, made from their tables."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, cast
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.distill import parse_gate
@@ -16,32 +17,15 @@ from kdcache.errors import RecipeError
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.streams import StreamSettings, check_rows, shares_of
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
 from kdcache.train.input.mix import Mix
 from kdcache.train.ranges import in_words
+from kdcache.train.streams import Stream, StreamOwn, flag_of, make_stream, read_tables
+from kdcache.train.term_setting import Terms
 
-
-def parse_term(value: Any) -> Any:
-    """Parse 'cosine,weight=0.1,teacher_tap=layer4', or a table of a recipe, into a term; other values pass."""
-    if isinstance(value, str):
-        kind, *options = value.split(",")
-        value = {"kind": kind, **dict(map(_option, options))}
-    return TermSpec.of(value) if isinstance(value, dict) else value
-
-
-def _option(text: str) -> tuple[str, Any]:
-    key, _, value = text.partition("=")
-    try:
-        return key.strip(), float(value)
-    except ValueError:
-        return key.strip(), value.strip()
-
-
-Terms = Annotated[tuple[TermSpec, ...], BeforeValidator(lambda terms: tuple(map(parse_term, terms)))]
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
+_RESOLVED = ("augment", "flip", "shuffle", "labelled_share")
+"""Settings that are filled in when the data of a stream are known."""
 
 
 class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, SourceSettings, TrainSettings, frozen=True):
@@ -52,7 +36,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     `resolved`.
     """
 
-    model_config = ConfigDict(extra="forbid", alias_generator=_flag, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", alias_generator=flag_of, populate_by_name=True)
 
     term: Terms
 
@@ -62,7 +46,11 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         """Fill in what depends on other settings alone: the learning rate, and the method `auto`."""
         if not isinstance(settings, dict):
             return settings
+        settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
         choices: dict[str, Any] = {}
+        if settings.get("stream"):
+            tables = read_tables(settings["stream"])
+            choices["stream"] = tuple(make_stream(settings, table, cls, _refused).table for table in tables)
         if settings.get("lr") is None:
             rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
             choices["lr"] = rates.get(str(settings.get("model")), LEARNING_RATE)
@@ -74,12 +62,34 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
+        _check_run(self)
+        if self.stream:  # each stream's settings were checked as those of a training
+            self.rows()
+            return self
         _check_data(self)
         _check_loss(self)
         _check_teaching(self)
         _check_label_teacher(self)
         _check_whole_batch(self)
         return self
+
+    @property
+    def streams(self) -> tuple[Stream["TrainConfig"], ...]:
+        """The streams, each with settings as of a training of its own; without `stream` the training is the only one.
+
+        Raises: RecipeError for shares that do not sum up to 1, or leave a stream without a row of a batch.
+        """
+        if not self.stream:
+            return (Stream("", 1.0, 1.0, None, self, {}),)
+        training = self.model_dump(exclude={"stream"})
+        made = [make_stream(training, table, TrainConfig, _refused) for table in read_tables(self.stream)]
+        shares = shares_of({stream.name: stream.share for stream in made})
+        return tuple(replace(stream, share=share) for stream, share in zip(made, shares, strict=True))
+
+    def rows(self, parts: int = 1) -> list[int]:
+        """Rows of every batch that each stream has, which `parts` processes and parts share. Raises: RecipeError."""
+        named = {stream.name: cast("float", stream.share) for stream in self.streams}
+        return check_rows(named, self.batch_size, 1 if self.mix is None else 2, parts)
 
     @property
     def wants_kl(self) -> bool:
@@ -138,6 +148,14 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
             settings["keep_every"] = -(-int(self.keep_every[:-1]) * samples // self.batch_size)
         return TrainConfig(**settings | {"val_every": val_every})
 
+    def with_streams(self, resolved: "Sequence[TrainConfig]") -> "TrainConfig":
+        """Return the settings whose streams have what `resolved` filled in; without streams they are resolved alone."""
+        tables = []
+        for table, own in zip(self.stream, resolved, strict=False):
+            chosen = own.model_dump(mode="json", by_alias=True, exclude_none=True, include=set(_RESOLVED))
+            tables.append({**table, **chosen})
+        return self.model_copy(update={"stream": tuple(tables)})
+
     def to_toml(self) -> str:
         """Return the recipe file; settings that are None are left out, for TOML has no null."""
         return tomli_w.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True))
@@ -155,18 +173,19 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
     """Return the error for the first setting that is wrong, with its flag and the values it takes."""
     first = error.errors()[0]
     name = str(first["loc"][0]).replace("-", "_") if first["loc"] else ""
-    flag, value = "--" + _flag(name), settings.get(name, first["input"])
+    flag, value = "--" + flag_of(name), settings.get(name, first["input"])
+    fields = StreamOwn.model_fields | TrainConfig.model_fields
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, TrainConfig.model_fields, n=1)
+        near = difflib.get_close_matches(name, fields, n=1)
         return RecipeError(
             "every setting is one that a training has",
             received=f"{flag} {value}",
-            remedy=f"did you mean --{_flag(near[0])}?" if near else "leave it out: --help lists those there are",
+            remedy=f"did you mean --{flag_of(near[0])}?" if near else "leave it out: --help lists those there are",
         )
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RecipeError(f"a training needs {flag}", received=f"no {flag}", remedy=f"give {flag}")
-    field = TrainConfig.model_fields[name]
-    entry, default = entries(*TRAINING).get(name), field.get_default()
+    field = fields[name]
+    entry, default = entries(*TRAINING, StreamSettings).get(name), field.get_default()
     rule = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else in_words(field)
     instance = None if default in (None, ()) or field.is_required() else str(default)
     if entry is not None and entry.spelling is not None:
@@ -237,13 +256,8 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         )
 
 
-def _check_data(config: TrainConfig) -> None:
-    low, high = config.scale
-    if low > high:
-        raise RecipeError(
-            "--scale runs from small to large", received=f"{low}:{high}", remedy=f"use --scale {high}:{low}"
-        )
-    check_folds_by(config.folds_by, folds=any((config.left_out, config.validated_fold)))
+def _check_run(config: TrainConfig) -> None:
+    """Check what concerns all streams."""
     if config.val_fold is not None and config.val is None:
         raise RecipeError(
             "--val-fold is a part of the validation data",
@@ -262,6 +276,15 @@ def _check_data(config: TrainConfig) -> None:
             received=f"--iterations {config.iterations} and --epochs {config.epochs}",
             remedy="leave one of them out",
         )
+
+
+def _check_data(config: TrainConfig) -> None:
+    low, high = config.scale
+    if low > high:
+        raise RecipeError(
+            "--scale runs from small to large", received=f"{low}:{high}", remedy=f"use --scale {high}:{low}"
+        )
+    check_folds_by(config.folds_by, folds=any((config.left_out, config.validated_fold)))
     if config.cache is None and config.data is None:
         raise RecipeError(
             "there must be something to train on",

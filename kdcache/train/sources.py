@@ -1,9 +1,14 @@
 """The data of a training: a store or a data folder to draw from, and a split to validate on."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
 
 from kdcache.data import (
+    IGNORE_INDEX,
     Augmentation,
     ClassList,
     Split,
@@ -15,14 +20,148 @@ from kdcache.data import (
     prefetch,
     shared_sequences,
 )
-from kdcache.errors import DataError, MismatchError, RecipeError
+from kdcache.distill.terms.spec import reads_teacher
+from kdcache.errors import DataError, KDCacheError, MismatchError, RecipeError
+from kdcache.models import read_class_map
+from kdcache.models.class_map import DROPPED
 from kdcache.store import Cache, Records, open_cache
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TrainConfig, check_replays
 from kdcache.train.input.batch import Array
-from kdcache.train.input.cache_dataset import CacheDataset
+from kdcache.train.input.cache_dataset import CacheDataset, choose_augment
 from kdcache.train.input.dataset import DrawnDataset, LabelledDataset
 from kdcache.train.input.mix import Mix
 from kdcache.train.input.subset import Part
+from kdcache.train.run.monitor import check_logits
+from kdcache.train.streams import Stream, in_stream
+
+
+@dataclass
+class Source:
+    """The data of a stream.
+
+    Attributes:
+        stream: name, weight and class map.
+        given: the stream's settings, with `augment` resolved; `flip` is as the user gave it.
+        config: the same with `flip` resolved, and whatever else depends on the data.
+        rows: its rows of every batch.
+    """
+
+    stream: Stream[TrainConfig]
+    given: TrainConfig
+    config: TrainConfig
+    cache: Cache | None
+    dataset: DrawnDataset
+    rows: int
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors inside name the stream."""
+        with _named(self.stream.name):
+            yield
+
+    def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
+        """A receiver of notes that names the stream."""
+        name = self.stream.name
+        return (lambda text: note(f"stream {name}: {text}")) if name else note
+
+
+def open_sources(config: TrainConfig, parts: int) -> list[Source]:
+    """Open and check the data of every stream.
+
+    Args:
+        parts: number of processes times parts that share every batch.
+    Raises: KDCacheError of every kind, with the name of the stream.
+    """
+    rows = config.rows(parts) if config.stream else [config.batch_size]
+    opened = []
+    for stream in config.streams:
+        with _named(stream.name):
+            opened.append((stream, open_store(stream.config)))
+    size = _shared_size(config, [cache for _, cache in opened]) if config.stream else config.size
+    sources = []
+    for (stream, cache), count in zip(opened, rows, strict=True):
+        with _named(stream.name):
+            augment = choose_augment(stream.config.augment, cache)
+            given = stream.config.model_copy(update={"augment": augment, "size": size})
+            check_replays(given)
+            if cache is not None and given.reads_targets:
+                check_logits(cache)
+            own = given.model_copy(update={"flip": given.flip is not False})
+            sources.append(Source(stream, given, own, cache, open_dataset(own, cache), count))
+    return sources
+
+
+def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> ClassList:
+    """Let every stream draw labels of the same classes, by its class map where it has one; returns the classes.
+
+    They are those of the streams without a class map; where all have one, those of the validation data.
+    Raises: MismatchError for streams of other classes, or a class map where targets are of its own classes;
+        ModelError for a class map that is malformed.
+    """
+    own = [source for source in sources if source.stream.class_map is None]
+    if not own and val is None:
+        raise MismatchError(
+            "the classes of a training are those of a stream without a class map, or of its validation data",
+            received="a class map for every stream, and no --val",
+            remedy="add --val DATA, whose classes those maps name",
+        )
+    classes = own[0].dataset.classes if own else val
+    assert classes is not None
+    for source in sources:
+        names = source.dataset.own_classes.names
+        if source.stream.class_map is not None:
+            with source.named():
+                _map_classes(source, classes)
+        elif names != classes.names:
+            raise MismatchError(
+                "all streams have the same classes in the same order",
+                received=f"{', '.join(names)} in the stream {source.stream.name} against {', '.join(classes.names)} in "
+                f"{own[0].stream.name}",
+                remedy="give the one with other classes a class-map: a file with a line `<its id> <class>` for each",
+            )
+    return classes
+
+
+def _map_classes(source: Source, classes: ClassList) -> None:
+    """Let the labels of a stream become classes of the training. Raises: MismatchError, ModelError."""
+    assert source.stream.class_map is not None
+    if source.config.reads_targets:
+        raise MismatchError(
+            "a class map is one of labels: a store's targets are of the classes that it was built with",
+            received=f"class-map {source.stream.class_map} with the method {source.config.method}, which reads targets",
+            remedy="build the store for the training's classes (build-teacher-cache --class-map), or use method none",
+        )
+    own = source.dataset.own_classes.names
+    table = read_class_map(source.stream.class_map, len(own), classes.names, all_hit=False)
+    lookup = np.full(256, IGNORE_INDEX, np.uint8)
+    lookup[: len(own)] = [IGNORE_INDEX if target == DROPPED else target for target in table.tolist()]
+    source.dataset.mapped = classes, lookup
+
+
+def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[int, int] | None:
+    """(H, W) of the pixels of all streams: as it is given, or that of the stores' views.
+
+    Raises: RecipeError for views of several sizes.
+    """
+    sizes = dict.fromkeys(cache.view_size for cache in caches if cache is not None)
+    if config.size is None and len(sizes) > 1:
+        texts = [f"{height}x{width}" for height, width in sizes]
+        raise RecipeError(
+            "all streams have pixels of one size",
+            received=f"stores with views of {' and '.join(texts)}, and no --size",
+            remedy=f"add --size {texts[0]}",
+        )
+    return config.size or next(iter(sizes), None)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except KDCacheError as error:
+        if not name:
+            raise
+        raise in_stream(name, error) from error
 
 
 def open_store(config: TrainConfig) -> Cache | None:
@@ -37,26 +176,28 @@ def open_store(config: TrainConfig) -> Cache | None:
 def open_dataset(config: TrainConfig, cache: Cache | None) -> DrawnDataset:
     """Open the samples of a training."""
     dataset = _of_folder(config) if cache is None else _of_store(config, cache)
+    _check_labels(config, dataset)
     if config.mix is not None:
         dataset.dice = Mix(config.mix).dice
     return dataset
 
 
-def open_validation(config: TrainConfig, classes: ClassList) -> Split | None:
-    """Open the split that a training is validated on, or its fold `--val-fold`; None without `--val`.
-
-    Raises: MismatchError when its classes are not those of the training.
-    """
+def open_validation(config: TrainConfig) -> Split | None:
+    """Open the split that a training is validated on, or its fold `--val-fold`; None without `--val`."""
     if config.val is None:
         return None
     split = open_split(config.val, config.val_split)
+    return split if config.validated_fold is None else fold_alone(split, *config.validated_fold)
+
+
+def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> None:
+    """Raises: MismatchError when the classes of the validation data are not those of the training."""
     if split.classes.names != classes.names:
         raise MismatchError(
             "training and validation have the same classes in the same order",
             received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",
             remedy="give the validation data of the same class list",
         )
-    return split if config.validated_fold is None else fold_alone(split, *config.validated_fold)
 
 
 def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:
@@ -91,10 +232,27 @@ def source_split(config: TrainConfig, cache: Cache) -> Split | None:
     return open_split(config.data, config.split) if config.data and not cache.pixels_stored else None
 
 
+def _check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
+    """Refuse terms on labels that nothing is labelled for. Raises: RecipeError."""
+    terms = [term.kind for term in config.terms if not reads_teacher(term) and term.weight != 0]
+    if "depth" in config.labels.split("+"):
+        raise RecipeError(
+            "--labels names what the data are labelled with",
+            received=f"--labels {config.labels} for data with labels of segmentation",
+            remedy="use --labels all",
+        )
+    if terms and not dataset.labelled:
+        raise RecipeError(
+            "terms on labels take labelled samples",
+            received=f"{', '.join(terms)}, and no sample with a label that is used (--labels {config.labels})",
+            remedy="leave them out, or give labels",
+        )
+
+
 def _part(config: TrainConfig) -> Part:
     return Part(
         samples=config.limit_samples,
-        labels=config.limit_labels,
+        labels=0 if config.labels == "none" else config.limit_labels,
         without=config.left_out,
         views=config.limit_views,
     )

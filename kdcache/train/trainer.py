@@ -1,7 +1,7 @@
 """One trainer for teachers and students: the loop, its checkpoints, its times."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.distill import Batch, DistillLoss
+from kdcache.distill import AnyBatch, Criterion
 from kdcache.errors import KDCacheError
 from kdcache.metrics import Metrics
 from kdcache.metrics.oom import is_out_of_memory
@@ -17,9 +17,9 @@ from kdcache.models import SegmentationModel
 from kdcache.settings.spelling import warmup_steps
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
-from kdcache.train.input.device_prefetch import feed
-from kdcache.train.input.loader import Draws, make_loader, next_batch
+from kdcache.train.input.loader import next_batch
 from kdcache.train.input.mix import Mix
+from kdcache.train.input.streams import StreamDraws, feed_streams
 from kdcache.train.interrupt import Interrupted, stop_requests
 from kdcache.train.run.checkpointing import RunState
 from kdcache.train.run.metrics_log import MetricsLog, Observer
@@ -34,9 +34,10 @@ from kdcache.train.step.optim import Schedule, distill_weight_scale, make_optimi
 
 
 class Trainer:
-    """Trains `model` on `draws` until `config.iterations`.
+    """Trains `model` on the rows of its streams until `config.iterations`.
 
     Args:
+        streams: the sources of every batch, in the order of the criterion's.
         criterion: gives the loss and its parts from native-stride logits and features.
         validate: metrics of the model as it stands, or None to train without validation.
         run: an existing folder; receives checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
@@ -48,8 +49,8 @@ class Trainer:
     def __init__(
         self,
         model: SegmentationModel,
-        draws: Draws,
-        criterion: DistillLoss,
+        streams: Sequence[StreamDraws],
+        criterion: Criterion,
         config: TrainConfig,
         run: Path,
         *,
@@ -60,7 +61,7 @@ class Trainer:
     ) -> None:
         # Pixels come channels last: the weights in the same order spare a transposition at every layer.
         self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.draws = draws
+        self.streams = tuple(streams)
         self.criterion = criterion.to(device)
         assert config.iterations is not None, "resolve the settings first"
         assert config.val_every is not None
@@ -89,12 +90,13 @@ class Trainer:
         )
         self._ema = None if config.ema is None else ModelEma(self.model, config.ema)
         self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
-        self._watch = Watch(
-            ("loss", *criterion.names), self._world, lambda step: draws.sample_ids(step, config.batch_size)
-        )
+        self._watch = Watch(("loss", *criterion.names), self._world, self._sample_ids)
         self._step: Step | None = None  # made from the first batch
         self._log: MetricsLog | None = None  # of the first process
         self._described = False
+
+    def _sample_ids(self, step: int) -> list[str]:
+        return [sample for stream in self.streams for sample in stream.sample_ids(step)]
 
     def use(self, step: EagerStep) -> None:
         """Train with another eager step, made of `eager`'s own parts."""
@@ -116,19 +118,17 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         self.observer.started(step=first, iterations=iterations, parameters=parameters)
         torch.manual_seed(world.seed(self.config.seed, first))  # whatever an observer has drawn
-        loader = make_loader(
-            self.draws,
+        batches = feed_streams(
+            self.streams,
+            self.device,
             first=first,
             last=iterations,
-            batch_size=self.config.batch_size,
             workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
             rank=world.rank,
             world=world.size,
         )
-        batches = feed(loader, self.device, self.draws.dataset.on_device)
         if random is not None:
-            # After feed(): a DataLoader takes a number from this generator when it starts.
+            # After feed_streams(): a DataLoader takes a number from this generator when it starts.
             set_random_state(self.device, random)
         self.model.train()
         completed = False
@@ -158,12 +158,12 @@ class Trainer:
             self.observer.ended(completed=completed)
         return self._state.finish()
 
-    def _one_step(self, step: int, batches: Iterator[Batch | KDCacheError], stop: bool) -> bool:
+    def _one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
         """Take a step; returns whether any process received a request to stop before it."""
         config = self.config
         began = time.perf_counter()
         with self._world.together(stop=stop) as agreed:
-            batch = next_batch(batches)
+            batch: AnyBatch = next_batch(batches)
         waited = time.perf_counter() - began
         prepared, losses, norms = self._learn(step, batch)
         if self._ema is not None:
@@ -194,7 +194,7 @@ class Trainer:
             self.observer.stepped(now.step, report)
         return agreed.stop
 
-    def _learn(self, step: int, batch: Batch) -> tuple[float, Tensor, dict[str, float] | None]:
+    def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, dict[str, float] | None]:
         """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
         measured = measures_norms(step, self.config.gradients_every)
         try:
@@ -225,7 +225,7 @@ class Trainer:
             for text in self.criterion.describe():
                 self.observer.note(text)
 
-    def _prepare(self, batch: Batch) -> float:
+    def _prepare(self, batch: AnyBatch) -> float:
         """Make the step from the first batch; returns the seconds that it took, which are no training."""
         if self._step is not None:
             return 0.0

@@ -60,6 +60,7 @@ WRONG = {
     "step": ["fused", None],
     "impl": ["cuda", None],
     "augment": ["mixup"],
+    "labels": ["some", "", "all+depth", "depth+depth", 3],
     "scale": ["2:1", "0:1", "1", "1:2:3", (0.5,), (2.0, 0.5), (1.0, INFINITY)],
     "flip": ["sideways"],
     "lr_scale": ["encoder", "=2", "a=0", "a=nan", "a=inf", ["a=1", "a=2"], [3], 3],
@@ -145,7 +146,7 @@ def test_the_value_of_a_remedy_is_taken() -> None:
 
 def test_every_field_with_a_range_is_in_the_table() -> None:
     free = {"data", "split", "val", "val_split", "cache", "cache_dir", "init", "device", "class_trust", "trust_against"}
-    free |= {"name"}
+    free |= {"name", "stream"}
     assert set(WRONG) == set(TrainConfig.model_fields) - free
 
 

@@ -208,7 +208,9 @@ def words_of(settings: dict[str, Any], out: Path, *, resume: bool = False) -> li
         if value is None or name in left_out:
             continue
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, list):
+            words += [word for entry in value for word in (f"--{flag}", str(entry))]
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", str(value)]
@@ -285,8 +287,9 @@ def build(num_classes=7):
         {"model": "spare", "method": "none"},
         {"method": "kl+dist+pseudo", "batch_size": 4},
         {"mix": "classmix", "gate": "confidence:0.5", "class_balance": "sqrt", "batch_size": 4},
+        {"stream": ["a,share=0.75,method=kl+dist", "b,method=none,weight=0.5"], "batch_size": 8},
     ],
-    ids=["uneven", "clipped", "unused parameters", "terms", "mixed"],
+    ids=["uneven", "clipped", "unused parameters", "terms", "mixed", "streams"],
 )
 def test_two_processes_train_as_one(
     changes: dict[str, Any],

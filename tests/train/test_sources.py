@@ -84,7 +84,7 @@ def test_sequences_that_judge_and_training_share(
 ) -> None:
     config = make_config(**(settings | {"data": videos, "val": videos} | changes))
     dataset = open_dataset(config, None)
-    text = shared_with_judge(config, dataset, open_validation(config, dataset.classes))
+    text = shared_with_judge(config, dataset, open_validation(config))
     assert (text is None) if shared is None else (text is not None and shared in text), text
 
 

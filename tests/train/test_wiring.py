@@ -40,7 +40,7 @@ def build(num_classes=7):
 
 
 def first_batch(trainer: Trainer) -> Batch:
-    actual: Batch = default_collate([trainer.draws[draw] for draw in range(trainer.config.batch_size)])
+    actual: Batch = default_collate([trainer.streams[0].draws[draw] for draw in range(trainer.config.batch_size)])
     return actual
 
 
@@ -290,7 +290,7 @@ def test_a_training_visits_what_its_seed_order_and_share_say(
     orders = {
         key: [Woven(labelled, 0.25, *key).visit(draw) for draw in range(24)] for key in ((4, 2), (4, None), (0, 2))
     }
-    assert [trainer.draws.visit(draw) for draw in range(24)] == orders[asked]
+    assert [trainer.streams[0].draws.visit(draw) for draw in range(24)] == orders[asked]
     assert all(order != orders[asked] for key, order in orders.items() if key != asked)
 
 
@@ -299,10 +299,10 @@ def test_a_fold_is_left_out_and_judged_on(
 ) -> None:
     split = open_split(scenes, "train")
     of = folds_of(split.ids, 3)
-    judging = open_validation(config(val=scenes, val_split="train", val_fold="1/3"), split.classes)
+    judging = open_validation(config(val=scenes, val_split="train", val_fold="1/3"))
     assert judging is not None
     assert list(judging.ids) == [name for name, fold in zip(split.ids, of, strict=True) if fold == 1]
-    whole = open_validation(config(val=scenes, val_split="val"), split.classes)
+    whole = open_validation(config(val=scenes, val_split="val"))
     assert whole is not None
     assert list(whole.ids) == list(open_split(scenes, "val").ids)
     for chosen in (config(limit_samples=2, limit_labels=1), make_config(**student | {"limit_samples": 2})):

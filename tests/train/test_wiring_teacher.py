@@ -56,7 +56,7 @@ def balanced(counts: Counts, kind: str) -> Tensor:
 
 def kl_of(trainer: Trainer, weight: Tensor) -> tuple[float, float]:
     """KL of random logits: as the criterion that trains has it, and in float64 with a weight per teacher's class."""
-    dataset = trainer.draws.dataset
+    dataset = trainer.streams[0].draws.dataset
     assert isinstance(dataset, CacheDataset)
     batch = default_collate([dataset[number] for number in range(len(dataset))])
     generator = torch.Generator().manual_seed(4)
@@ -74,7 +74,7 @@ def test_class_balance_goes_by_the_teacher_s_classes(
     kind: str, limit: int | None, begin: Callable[..., Trainer], cache: Cache, scenes: str
 ) -> None:
     trainer = begin(class_balance=kind, limit_samples=limit)
-    dataset = trainer.draws.dataset
+    dataset = trainer.streams[0].draws.dataset
     assert isinstance(dataset, CacheDataset)
     assert len(dataset) == (limit or SAMPLES)
     weight = balanced(of_teacher(cache, dataset.indices), kind)

@@ -10,6 +10,7 @@ import typer
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, DataSettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings.streams import term_line, to_line
 from kdcache.settings.training import TRAINING
 from kdcache_cli.settings.signature import flag
 
@@ -96,17 +97,12 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
                 received=f"{key!r} in {path}",
                 remedy=f"did you mean {near[0].replace('_', '-')!r}?" if near else f"see kdcache {verb} --help",
             )
-        values[name] = list(map(_one_line, value)) if isinstance(value, list) else value
+        line = to_line if name == "stream" else term_line
+        values[name] = (
+            [line(table) if isinstance(table, dict) else table for table in value] if isinstance(value, list) else value
+        )
     context.default_map = {**(context.default_map or {}), **values}
     return path
-
-
-def _one_line(table: Any) -> Any:
-    """A table of a recipe, such as [[term]], as its flag takes it: the kind first, then the options."""
-    if not isinstance(table, dict):
-        return table
-    options = [f"{key.replace('-', '_')}={value}" for key, value in table.items() if key != "kind"]
-    return ",".join([str(table.get("kind", "")), *options])
 
 
 Recipe = Annotated[

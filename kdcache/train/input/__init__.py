@@ -9,6 +9,7 @@ residency.py          whether they do
 mix.py                CutMix, ClassMix
 sampler.py            which record a draw takes
 loader.py             draws by number, and who draws ahead
+streams.py            the rows of each of several sources
 ring_buffer.py        buffers used again, and threads that draw into them
 shard_prefetch.py     shards of a remote store, fetched before they are needed
 device_prefetch.py    the way of a batch to the device

@@ -109,7 +109,7 @@ class CacheDataset(DrawnDataset):
         self._inside = _inside(cache) if replayed_grey else None
 
     @property
-    def classes(self) -> ClassList:
+    def own_classes(self) -> ClassList:
         dataset = self.cache.manifest.dataset
         return ClassList(dataset.class_names, dataset.class_colours)
 
@@ -143,9 +143,9 @@ class CacheDataset(DrawnDataset):
         view = 0 if self._turns is None else (epoch + self._turns[index]) % self._views
         return self.cache.manifest.record(self.indices[index], view)
 
-    def labels(self) -> Iterator[Array]:
+    def _own_labels(self) -> Iterator[Array]:
         if self.split is not None:
-            return super().labels()
+            return super()._own_labels()
         records, path = map(self.cache.manifest.record, self.labelled), PIXEL_PATHS[1]
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
@@ -185,7 +185,7 @@ class CacheDataset(DrawnDataset):
             out.label[...] = IGNORE_INDEX
         for path, array in out.stored:
             self.records.read_into(record, path, array)
-        self._roll(rng, out)
+        self._finish(rng, out)
 
     def _has_label(self, number: int) -> bool:
         return number in self._labels_used and bool(self.cache.has_label[number])

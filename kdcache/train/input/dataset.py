@@ -43,6 +43,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         target_paths: paths of the arrays of its targets; empty when it reads none.
         on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
         dice: how many random numbers in 0..1 a sample brings, for draws on the batch's device (mix.py).
+        mapped: the classes that its labels become, and the class of each number in them (256,) uint8; None leaves them.
     """
 
     cache: Cache | None = None
@@ -59,6 +60,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         self.augmentation = augmentation
         self.on_device: DeviceTargets | None = None
         self.dice = 0
+        self.mapped: tuple[ClassList, npt.NDArray[np.uint8]] | None = None
 
     @property
     def threads_suffice(self) -> bool:
@@ -89,9 +91,14 @@ class DrawnDataset(Dataset[Batch], ABC):
         return used
 
     @property
-    @abstractmethod
     def classes(self) -> ClassList:
-        """The classes of its labels."""
+        """The classes of its labels, as it draws them."""
+        return self.own_classes if self.mapped is None else self.mapped[0]
+
+    @property
+    @abstractmethod
+    def own_classes(self) -> ClassList:
+        """The classes of its source's labels."""
 
     @property
     @abstractmethod
@@ -110,6 +117,9 @@ class DrawnDataset(Dataset[Batch], ABC):
 
         Raises: KDCacheError of a label that cannot be read.
         """
+        return self._own_labels() if self.mapped is None else map(self.mapped[1].take, self._own_labels())
+
+    def _own_labels(self) -> Iterator[npt.NDArray[np.uint8]]:
         assert self.split is not None
         labels = prefetch(self.split.label, self.labelled, threads=2, ahead=8)
         return (label for label in labels if label is not None)
@@ -154,8 +164,10 @@ class DrawnDataset(Dataset[Batch], ABC):
         seed = int(torch.randint(2**62, ()).item())
         return self.draw(index, seed, np.random.default_rng(seed))
 
-    def _roll(self, rng: np.random.Generator, out: Row) -> None:
-        """Fill the dice, last of all: what else is drawn does not depend on them."""
+    def _finish(self, rng: np.random.Generator, out: Row) -> None:
+        """Map the label's classes and fill the dice, last of all: what else is drawn does not depend on them."""
+        if self.mapped is not None:
+            self.mapped[1].take(out.label, out=out.label)
         if out.dice is not None:
             rng.random(out=out.dice, dtype=np.float32)
 
@@ -179,7 +191,7 @@ class LabelledDataset(DrawnDataset):
         self.indices = [index for index in used.samples if split.has_label(index) and index in used.labelled]
 
     @property
-    def classes(self) -> ClassList:
+    def own_classes(self) -> ClassList:
         return self.split.classes
 
     @property
@@ -195,4 +207,4 @@ class LabelledDataset(DrawnDataset):
         window, flip = self._window(rng, *image.shape[:2])
         render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
-        self._roll(rng, out)
+        self._finish(rng, out)

@@ -145,7 +145,7 @@ def _data_loader(
     )
 
 
-def next_batch(batches: Iterator[Batch | KDCacheError]) -> Batch:
+def next_batch(batches: Iterator[T | KDCacheError]) -> T:
     """The next batch of a loader. Raises: the KDCacheError of a sample that could not be drawn."""
     return _raised(next(batches))
 
@@ -160,7 +160,7 @@ def _collate_or_raise(items: list[Batch | KDCacheError]) -> Batch:
     return _raised(_collate(items))
 
 
-def _raised(batch: Batch | KDCacheError) -> Batch:
+def _raised(batch: T | KDCacheError) -> T:
     if isinstance(batch, KDCacheError):
         raise batch
     return batch

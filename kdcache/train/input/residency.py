@@ -32,6 +32,7 @@ def keep_records(
     device: torch.device,
     *,
     workers: int = 0,
+    among: int = 1,
     note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Let a dataset keep its records in the place that `choice` names.
@@ -39,6 +40,7 @@ def keep_records(
     Args:
         choice: auto, ram, gpu or off.
         workers: workers of the loader; processes share no memory, so each of them would keep records of its own.
+        among: datasets that share what may be taken.
         note: receives what is kept, or why nothing is.
     Raises: RecipeError for a choice that is not possible here; for gpu also any error of reading the store.
     """
@@ -60,13 +62,13 @@ def keep_records(
             )
         return
     on_gpu = choice == "gpu" or (choice == "auto" and device.type == "cuda" and not dataset.remote)
-    if on_gpu and _keep_on_device(dataset, cache, choice, device, note):
+    if on_gpu and _keep_on_device(dataset, cache, choice, device, note, among):
         return
     processes = 1 if dataset.threads_suffice else max(1, workers)
     if choice == "auto" and processes > 1:
         note(f"resident: off, {processes} worker processes would each keep records of their own")
     else:
-        _keep_in_memory(dataset, cache, choice, processes, note)
+        _keep_in_memory(dataset, cache, choice, processes, note, among)
 
 
 def free_bytes() -> int:
@@ -81,11 +83,11 @@ def free_bytes() -> int:
 
 
 def _keep_on_device(
-    dataset: DrawnDataset, cache: Cache, choice: str, device: torch.device, note: Callable[[str], None]
+    dataset: DrawnDataset, cache: Cache, choice: str, device: torch.device, note: Callable[[str], None], among: int
 ) -> bool:
     """Whether the targets are on the device now. Raises: RecipeError when they must be and do not fit."""
     needed = decoded_bytes(cache, dataset.target_paths)
-    half = torch.cuda.mem_get_info(device)[0] // 2
+    half = torch.cuda.mem_get_info(device)[0] // 2 // among
     if needed > half and choice == "gpu":
         raise _too_large(
             f"{_gib(needed)} of targets on the GPU", half, "use --resident ram or off, or a smaller --top-k"
@@ -98,11 +100,11 @@ def _keep_on_device(
 
 
 def _keep_in_memory(
-    dataset: DrawnDataset, cache: Cache, choice: str, processes: int, note: Callable[[str], None]
+    dataset: DrawnDataset, cache: Cache, choice: str, processes: int, note: Callable[[str], None], among: int
 ) -> None:
     # Processes that share a batch visit all records between them: each comes to keep the whole store.
     copies = processes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed, half = copies * decoded_bytes(cache, dataset.paths), free_bytes() // 2
+    needed, half = copies * decoded_bytes(cache, dataset.paths), free_bytes() // 2 // among
     if not needed:
         note("resident: off, no record is read from this store")
         return

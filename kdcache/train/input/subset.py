@@ -26,7 +26,7 @@ class Part:
     """The part of a training set that is used.
 
     Attributes:
-        samples, labels: a number, or below 1 a share; None is all.
+        samples, labels: a number, or below 1 a share; None is all. Labels may be 0, none.
         without: the fold that is left out.
         views: replays the first `views` views of a store; None is all.
     """
@@ -49,7 +49,7 @@ class Part:
         seen = numbers if self.without is None else np.flatnonzero(~self.without.holds(ids)).tolist()
         ranked = sorted(seen, key=lambda number: (id_hash(ids[number]), ids[number]))
         used = ranked[: _count("--limit-samples", self.samples, len(ranked))]
-        labelled = used[: _count("--limit-labels", self.labels, len(used))]
+        labelled = used[: _count("--limit-labels", self.labels, len(used))] if self.labels != 0 else []
         return Selection(sorted(used), frozenset(labelled))
 
 

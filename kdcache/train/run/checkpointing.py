@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdcache.distill import DistillLoss
+from kdcache.distill import Criterion
 from kdcache.errors import ModelError, RecipeError
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
@@ -63,7 +63,7 @@ class RunState:
         self._run = run
         self._config = config
         self._model: SegmentationModel = step.model
-        self._criterion: DistillLoss = step.criterion
+        self._criterion: Criterion = step.criterion
         self._optimizer = step.optimizer
         self._device = step.device
         self._schedule = schedule

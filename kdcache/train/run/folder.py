@@ -1,7 +1,11 @@
 """The folder of a run: new, empty, or the very run that goes on; and its files from before the first step."""
 
 import difflib
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
@@ -26,11 +30,19 @@ EXECUTION = {*entries(MachineSettings), "name", "workers", "log", "log_every", "
 FREE_ON_RESUME = PLACES | EXECUTION
 
 
+def identity_of(datasets: Sequence[DrawnDataset]) -> str:
+    """A text that identifies the samples of a training: of its data set or store, or of all its streams in order."""
+    identities = [dataset.identity for dataset in datasets]
+    if len(identities) == 1:
+        return identities[0]
+    return f"streams {hashlib.sha256(json.dumps(identities).encode()).hexdigest()}"
+
+
 def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) -> None:
     """Check that the folder is new or empty, holds a run that has learnt nothing yet, or this very run to be resumed.
 
     Args:
-        identity: `DrawnDataset.identity` of the training data.
+        identity: `identity_of` the training data.
     Raises: RecipeError for any other folder.
     """
     if resume and not run.exists():
@@ -60,7 +72,7 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
     changed = [
         f"--{name.replace('_', '-')} {getattr(config, name)} (was {getattr(before, name)})"
         for name in TrainConfig.model_fields
-        if name not in FREE_ON_RESUME and getattr(config, name) != getattr(before, name)
+        if name not in FREE_ON_RESUME and _fixed(config, name) != _fixed(before, name)
     ]
     # Folders may move, what is in them may not change.
     if (config.val is None) != (before.val is None):
@@ -74,6 +86,12 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
             remedy="repeat the first command and add --resume, or give another --out"
             + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
         )
+
+
+def _fixed(config: TrainConfig, name: str) -> Any:
+    """The value of a setting as far as it may not change: of streams without their places."""
+    value = getattr(config, name)
+    return [{k: v for k, v in table.items() if k not in PLACES} for table in value] if name == "stream" else value
 
 
 def _means_nothing(path: Path) -> bool:
@@ -105,10 +123,11 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
 
 
 def write_beginning(
-    config: TrainConfig, run: Path, model: SegmentationModel, dataset: DrawnDataset, processes: int
+    config: TrainConfig, run: Path, model: SegmentationModel, datasets: Sequence[DrawnDataset], processes: int
 ) -> None:
     """Write the files that a reader of the folder needs, before the first step."""
     assert config.size is not None
+    classes = datasets[0].classes
     with disk_space_errors(run):
         clear_partials(run)
         clear_partials(run / KEPT)
@@ -116,13 +135,13 @@ def write_beginning(
         write_whole(run / RECIPE, config.to_toml())
         run_model = RunModel(
             spec=config.model,
-            class_names=dataset.classes.names,
-            class_colours=dataset.classes.colours,
+            class_names=classes.names,
+            class_colours=classes.colours,
             size=config.size,
             mean=model.mean,
             std=model.std,
-            trained_on=dataset.identity,
-            labels=pack_flags(dataset.labels_used),
+            trained_on=identity_of(datasets),
+            labels=pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None,
             heads=model.regressions,
         )
         write_run_model(run, run_model)

@@ -73,7 +73,7 @@ class Watch:
         self._world = world
         self._sample_ids = sample_ids
         self._unchecked: list[tuple[int, Tensor]] = []
-        self._noted = {"ce"}
+        self._noted = set[str]()
 
     def add(self, step: int, losses: Tensor) -> None:
         """Add the losses of a step, on their device, to be checked later."""
@@ -103,10 +103,14 @@ class Watch:
         return list(rows[-1])
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
-        """Notes, once each, on terms whose gradients are negligible or overwhelming beside cross-entropy's."""
-        ce = norms.get("ce", 0.0)
+        """Notes, once each, on terms whose gradients are negligible or overwhelming beside cross-entropy's.
+
+        A stream's terms stand beside its own cross-entropy.
+        """
         for name, norm in norms.items():
-            share = norm / ce if ce else 1.0
+            stream, slash, part = name.rpartition("/")
+            ce = norms.get(f"{stream}{slash}ce", 0.0)
+            share = norm / ce if ce and part not in ("ce", "loss") else 1.0
             if LITTLE <= share <= MUCH or name in self._noted:
                 continue
             times = f"its gradient is {share:.2g} times that of cross-entropy"

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.distill import Batch, Counts
+from kdcache.distill import AnyBatch
+from kdcache.distill.counts import Denominators
 from kdcache.train.step.eager import EagerStep, LossInputs, row
 
 
@@ -35,18 +36,18 @@ class AccumulatedStep(EagerStep):
         super().__init__(*others, **named)
         self._parts = parts
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: AnyBatch) -> Tensor:
         return self._learn_parts(batch, None)
 
-    def with_norms(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, dict[str, float]]:
         total: dict[str, list[Tensor]] = {}
         losses = self._learn_parts(batch, total)
         return losses, {name: self._norm(gradients) for name, gradients in total.items()}
 
-    def held(self, batch: Batch) -> Batch:
+    def held(self, batch: AnyBatch) -> AnyBatch:
         return self._part(batch, 0)
 
-    def _learn_parts(self, batch: Batch, total: dict[str, list[Tensor]] | None) -> Tensor:
+    def _learn_parts(self, batch: AnyBatch, total: dict[str, list[Tensor]] | None) -> Tensor:
         """Take the step; adds each term's gradient to `total` unless that is None."""
         whole, criterion, rows = self.to_device(batch), self.criterion, []
         counts = self._shared_counts(whole)
@@ -61,14 +62,14 @@ class AccumulatedStep(EagerStep):
         self._update()
         return torch.stack(rows).mean(0)
 
-    def _part(self, batch: Batch, number: int) -> Batch:
+    def _part(self, batch: AnyBatch, number: int) -> AnyBatch:
         size = len(batch) // self._parts
         return batch.rows(size, number * size)
 
-    def _shared_counts(self, whole: Batch) -> Counts:
+    def _shared_counts(self, whole: AnyBatch) -> Any:
         """The denominators of every part's loss: the mean over the parts, and over the processes."""
         parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
-        counts = Counts.mean([self.criterion.counts(part) for part in parts])
+        counts = Denominators.mean([self._count(part) for part in parts])
         return counts if self.average is None else counts.averaged(self.average)
 
     def _add_gradients(self, total: dict[str, list[Tensor]], inputs: LossInputs) -> None:

@@ -19,11 +19,12 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcache.distill import Batch, KernelError, Losses
+from kdcache.distill import AnyBatch, KernelError
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.train.step.eager import EagerStep, Step
 
@@ -62,8 +63,8 @@ class CompiledStep:
     Raises: any error of the compiler for a model that it cannot trace as a whole, or would compile at every step.
     """
 
-    def __init__(self, eager: EagerStep, batch: Batch) -> None:
-        def forward(batch: Batch) -> Losses:
+    def __init__(self, eager: EagerStep, batch: AnyBatch) -> None:
+        def forward(batch: AnyBatch) -> Any:
             return eager.forward(batch)
 
         # The compiler keeps its programs, and counts them against a limit, by code object: each run has its own.
@@ -78,15 +79,15 @@ class CompiledStep:
             with torch.compiler.set_stance("fail_on_recompile"):
                 torch.autograd.backward(self._compiled(on_device).loss)
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: AnyBatch) -> Tensor:
         return self._eager.learn(self.forward(self._eager.to_device(batch)))
 
-    def forward(self, batch: Batch) -> Losses:
+    def forward(self, batch: AnyBatch) -> Any:
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._compiled(batch)
 
 
-def make_step(kind: str, eager: EagerStep, batch: Batch, note: Callable[[str], None]) -> Step:
+def make_step(kind: str, eager: EagerStep, batch: AnyBatch, note: Callable[[str], None]) -> Step:
     """The step of a kind, tried on the first batch; or the next simpler one that runs.
 
     Args:

@@ -10,11 +10,12 @@ those of the model and the optimizer, so that validations, checkpoints and eager
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdcache.distill import Batch, Losses
+from kdcache.distill import AnyBatch
 from kdcache.distill.batch import tensors_of
 from kdcache.train.step.eager import EagerStep
 
@@ -31,7 +32,7 @@ class GraphedStep:
     Raises: RuntimeError when the step waits for the device, or does anything else that a graph cannot hold.
     """
 
-    def __init__(self, eager: EagerStep, forward: Callable[[Batch], Losses], batch: Batch) -> None:
+    def __init__(self, eager: EagerStep, forward: Callable[[AnyBatch], Any], batch: AnyBatch) -> None:
         self._eager = eager
         with torch.cuda.device(eager.device), eager.rehearsal():
             self._inputs = batch.empty_like(eager.device)  # the very tensors that the graph reads
@@ -45,7 +46,7 @@ class GraphedStep:
             warm_up(run)
             self._replay, self._losses = record(run, eager.device)
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: AnyBatch) -> Tensor:
         if not _fits(batch, self._inputs):
             return self._eager(batch)
         with torch.cuda.device(self._eager.device):
@@ -85,7 +86,7 @@ def record(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[]
     return graph.replay, result
 
 
-def _fits(batch: Batch, static: Batch) -> bool:
+def _fits(batch: AnyBatch, static: AnyBatch) -> bool:
     """Whether a batch has the shapes and types that the graph reads."""
     pairs = zip(tensors_of(batch), tensors_of(static), strict=True)
     return all(part.shape == own.shape and part.dtype == own.dtype for part, own in pairs)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.distill import Batch
+from kdcache.distill import AnyBatch
 from kdcache.train.distributed import World
 from kdcache.train.step.eager import EagerStep
 
 
-def distribute(eager: EagerStep, batch: Batch, world: World) -> None:
+def distribute(eager: EagerStep, batch: AnyBatch, world: World) -> None:
     """Turn a step into this process's part of one.
 
     Args:

@@ -3,16 +3,17 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from kdcache.distill import Batch, Counts, DistillLoss, Losses
+from kdcache.distill import AnyBatch, Criterion
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.train.input.mix import Mix
 
-Step = Callable[[Batch], Tensor]
+Step = Callable[[AnyBatch], Tensor]
 """Learns from a batch of the loader; returns its loss and the parts of it on the device, detached and its own."""
 
 
@@ -20,8 +21,8 @@ class LossInputs(NamedTuple):
     """The arguments of the loss, in its order."""
 
     outputs: Outputs
-    batch: Batch
-    counts: Counts | None
+    batch: AnyBatch
+    counts: Any  # Counts, or StreamCounts; None
 
 
 class EagerStep:
@@ -32,7 +33,7 @@ class EagerStep:
         optimizer: the optimizer of their parameters.
         bf16: whether the model runs under autocast.
         clip_grad: largest norm of the gradient; 0 does not clip.
-        mix: pastes between the samples of a batch; None does not.
+        mix: pastes between the samples of a batch, within a stream; None does not.
     Attributes:
         network: the module that runs forward: the model, or a wrapper that shares its gradients between processes.
         average: mean of a tensor over the processes; None when there is one.
@@ -41,7 +42,7 @@ class EagerStep:
     def __init__(
         self,
         model: SegmentationModel,
-        criterion: DistillLoss,
+        criterion: Criterion,
         optimizer: torch.optim.Optimizer,
         *,
         device: torch.device,
@@ -60,10 +61,10 @@ class EagerStep:
         self._clip_grad = clip_grad
         self._mix = mix
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: AnyBatch) -> Tensor:
         return self.learn(self.forward(self.to_device(batch)))
 
-    def with_norms(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, dict[str, float]]:
         """Take the same step; returns also the L2 norm of each weighted term's gradient over the model's parameters."""
         inputs = self._loss_inputs(self.to_device(batch))
         norms = {name: self._norm(gradients) for name, gradients in self._term_gradients(inputs)}
@@ -72,7 +73,7 @@ class EagerStep:
     def _term_gradients(self, inputs: LossInputs) -> Iterator[tuple[str, list[Tensor]]]:
         """Gradients of each weighted term by the model's parameters that it reaches; the graph stays."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        for name, term in self.criterion.parts(*inputs).items():
+        for name, term in self.criterion.parts(*inputs).items():  # type: ignore[arg-type]
             gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
             yield name, [gradient for gradient in gradients if gradient is not None]
 
@@ -82,15 +83,14 @@ class EagerStep:
         squares = [g.float().square().sum() for g in whole]
         return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
-    def to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: AnyBatch) -> AnyBatch:
         return batch.to(self.device, non_blocking=True)
 
-    def forward(self, batch: Batch) -> Losses:
-        """The differentiable loss of a batch on the device."""
-        losses: Losses = self.criterion(*self._loss_inputs(batch))
-        return losses
+    def forward(self, batch: AnyBatch) -> Any:
+        """The losses of a batch on the device, `Losses` or `StreamLosses`; the first is differentiable."""
+        return self.criterion(*self._loss_inputs(batch))
 
-    def _loss_inputs(self, batch: Batch, counts: Counts | None = None) -> LossInputs:
+    def _loss_inputs(self, batch: AnyBatch, counts: Any = None) -> LossInputs:
         """The inputs of the loss: the model's outputs, and the batch that they are compared with.
 
         Args:
@@ -103,19 +103,22 @@ class EagerStep:
             outputs = self.network(x_B3HW, self._taps)
         return LossInputs(outputs, batch, self._counts(batch) if counts is None else counts)
 
-    def _counts(self, batch: Batch) -> Counts | None:
+    def _counts(self, batch: AnyBatch) -> Any:
         """The denominators of the loss where several processes share a batch; None where the loss counts itself."""
-        return None if self.average is None else self.criterion.counts(batch).averaged(self.average)
+        return None if self.average is None else self._count(batch).averaged(self.average)
 
-    def _mixed(self, batch: Batch) -> Batch:
-        """The batch after pasting."""
-        return batch if self._mix is None else self._mix(batch)
+    def _count(self, batch: AnyBatch) -> Any:
+        return self.criterion.counts(batch)  # type: ignore[arg-type] # both are of one stream, or of several
 
-    def held(self, batch: Batch) -> Batch:
+    def _mixed(self, batch: AnyBatch) -> AnyBatch:
+        """The batch after pasting, within each stream."""
+        return batch if self._mix is None else batch.each(self._mix)
+
+    def held(self, batch: AnyBatch) -> AnyBatch:
         """The part of a batch that goes through the model at once: all of it."""
         return batch
 
-    def learn(self, losses: Losses) -> Tensor:
+    def learn(self, losses: Any) -> Tensor:
         """Take backward and the optimizer's step, which clears the gradients; returns `row(losses)`."""
         torch.autograd.backward(losses.loss)
         self._update()
@@ -133,7 +136,7 @@ class EagerStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def attempt(self, batch: Batch, norms: bool) -> None:
+    def attempt(self, batch: AnyBatch, norms: bool) -> None:
         """Rehearse a step on a batch that goes through the model at once, to see whether it fits into memory."""
         with self.rehearsal():
             inputs = self._loss_inputs(self.to_device(batch))
@@ -175,9 +178,9 @@ class EagerStep:
             set_random_state(self.device, random)
 
 
-def row(losses: Losses) -> Tensor:
-    """Stack the loss and its parts, detached, into one tensor (3 + terms,)."""
-    return torch.stack([part.detach() for part in (*losses[:3], *losses.terms)])
+def row(losses: Any) -> Tensor:
+    """Stack the loss and its parts, detached, into one tensor (1 + names,), in the order of the criterion's names."""
+    return torch.stack([part.detach() for part in pytree.tree_leaves(losses)])
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

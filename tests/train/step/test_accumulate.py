@@ -21,6 +21,7 @@ from kdcache.train.criterion import make_criterion, needed_arrays
 from kdcache.train.distributed import World
 from kdcache.train.input.loader import Draws
 from kdcache.train.input.mix import Mix
+from kdcache.train.input.streams import StreamDraws
 from kdcache.train.step.accumulate import AccumulatedStep
 from kdcache.train.step.eager import EagerStep
 from kdcache.train.trainer import Trainer
@@ -243,7 +244,7 @@ def test_the_trainer_makes_the_step_that_was_asked_for(
         chosen = config(batch_size=4, accumulate=parts, val=None)
         made = Trainer(
             build_model("kdcache:tiny", cache.num_classes),
-            Draws(CacheDataset(cache), 0),
+            [StreamDraws("", Draws(CacheDataset(cache), 0), 4)],
             DistillLoss(cache),
             chosen,
             tmp_path,

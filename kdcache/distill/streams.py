@@ -1,0 +1,149 @@
+"""The loss of a step that learns from several streams: each stream's rows have a loss of their own.
+
+    batches of the streams --one forward over all pixels--> outputs --rows of each--> its DistillLoss --weights--> sum
+
+A batch of one stream is a `Batch`, and its loss a `DistillLoss`; these classes stand in their places where there are
+several, with the same methods.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from kdcache.distill.batch import Batch, Tensors
+from kdcache.distill.counts import Counts, StreamCounts
+from kdcache.distill.loss import DistillLoss, Losses
+
+
+@dataclass(frozen=True)
+class StreamBatch(Tensors):
+    """The batches of several streams, in their order. A pytree; each stream has as many rows at every step."""
+
+    streams: tuple[Batch, ...]
+
+    @property
+    def pixels(self) -> Tensor:
+        """The pixels of all streams (B, H, W, 3), copied into one tensor."""
+        return torch.cat([batch.pixels for batch in self.streams if batch.pixels is not None])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.streams))
+
+    def rows(self, count: int, first: int = 0) -> "StreamBatch":
+        """Return the share of `count` samples from `first` on of every stream, at least one of each."""
+        whole = len(self)
+        return self.each(lambda batch: batch.rows(max(1, len(batch) * count // whole), len(batch) * first // whole))
+
+    def each(self, change: Callable[[Batch], Batch]) -> "StreamBatch":
+        """Return the batches after `change`."""
+        return StreamBatch(tuple(map(change, self.streams)))
+
+
+class StreamLosses(NamedTuple):
+    """The weighted sum of the streams' losses, which alone carries a gradient, and each stream's own losses."""
+
+    loss: Tensor
+    streams: tuple[Losses, ...]
+
+
+class StreamLoss(nn.Module):
+    """The weighted sum of the losses of several streams.
+
+    Args:
+        criteria: the loss of each stream.
+        names: the streams' names, which stand before those of their parts: `kitti/ce`.
+        weights: at least 0; the denominators of a stream's loss are its own, so its share of the batch is no weight.
+    """
+
+    def __init__(self, criteria: Sequence[DistillLoss], names: Sequence[str], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.streams = nn.ModuleList(criteria)
+        self.stream_names = tuple(names)
+        self.weights = tuple(weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the values that follow the loss in `StreamLosses`, a stream's own loss first."""
+        return tuple(f"{stream}/{part}" for stream, criterion in self._named() for part in ("loss", *criterion.names))
+
+    @property
+    def student_taps(self) -> tuple[str, ...]:
+        """Names of the student's features that any stream reads."""
+        return tuple(dict.fromkeys(tap for _, criterion in self._named() for tap in criterion.student_taps))
+
+    @property
+    def distill_weight_scale(self) -> Tensor | None:
+        """The factor on the teacher terms' weights; None where no stream has a schedule."""
+        scales = (criterion.distill_weight_scale for _, criterion in self._named())
+        return next((scale for scale in scales if scale is not None), None)
+
+    def set_distill_weight_scale(self, scale: float) -> None:
+        """Multiply the weights of the teacher terms of the streams with a schedule by `scale` from now on."""
+        for _, criterion in self._named():
+            if criterion.distill_weight_scale is not None:
+                criterion.set_distill_weight_scale(scale)
+
+    def describe(self) -> list[str]:
+        """Descriptions of what the terms resize or project, after the stream's name."""
+        return [f"{stream}: {text}" for stream, criterion in self._named() for text in criterion.describe()]
+
+    def share(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Let terms that compare all samples of a stream read its rows of other processes."""
+        for _, criterion in self._named():
+            criterion.share(gather)
+
+    def counts(self, batch: StreamBatch) -> StreamCounts:
+        """The denominators of each stream's loss. Raises: as `DistillLoss.counts`."""
+        pairs = zip(self._named(), batch.streams, strict=True)
+        return StreamCounts(tuple(criterion.counts(own) for (_, criterion), own in pairs))
+
+    def forward(self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None = None) -> StreamLosses:
+        """The loss, and every stream's losses: all scalars, float32.
+
+        Args:
+            outputs: the student's, for the pixels of all streams in their order.
+            counts: as of `DistillLoss`, of each stream.
+        Raises: as `DistillLoss.forward`.
+        """
+        losses = [criterion(own, part, count) for criterion, own, part, count in self._parted(outputs, batch, counts)]
+        weighted = [weight * own.loss for weight, own in zip(self.weights, losses, strict=True)]
+        return StreamLosses(torch.stack(weighted).sum(), tuple(own._replace(loss=own.loss.detach()) for own in losses))
+
+    def parts(self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None = None) -> dict[str, Tensor]:
+        """Every stream's loss and its active terms, weighted and differentiable: name -> scalar. For gradient norms.
+
+        Args, Raises: as `forward`.
+        """
+        parts: dict[str, Tensor] = {}
+        parted = self._parted(outputs, batch, counts)
+        for name, weight, (criterion, own, part, count) in zip(self.stream_names, self.weights, parted, strict=True):
+            of_stream = {term: weight * value for term, value in criterion.parts(own, part, count).items()}
+            whole = {"loss": torch.stack(list(of_stream.values())).sum()} if of_stream else {}
+            parts |= {f"{name}/{term}": value for term, value in (whole | of_stream).items()}
+        return parts
+
+    def _named(self) -> Iterator[tuple[str, DistillLoss]]:
+        return zip(self.stream_names, self.streams, strict=True)  # type: ignore[arg-type]
+
+    def _parted(
+        self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None
+    ) -> Iterator[tuple[DistillLoss, Any, Batch, Counts | None]]:
+        """Yield the loss of each stream with its rows of the outputs, its batch and its denominators."""
+        leaves, spec = pytree.tree_flatten(outputs)
+        rows = list(map(len, batch.streams))
+        # torch.split, whose backward is one concatenation: slices would each add to zeros of the whole.
+        split = zip(*(leaf.split(rows) for leaf in leaves), strict=True)
+        of_streams = [None] * len(rows) if counts is None else counts.streams
+        for (_, criterion), own, part, count in zip(self._named(), split, batch.streams, of_streams, strict=True):
+            yield criterion, pytree.tree_unflatten(own, spec), part, count
+
+
+pytree.register_dataclass(StreamBatch)
+Criterion = DistillLoss | StreamLoss
+"""The loss of a training step: of one stream, or of several."""
+AnyBatch = Batch | StreamBatch
+"""What a training step learns from: rows of one stream, or of several."""

@@ -1,0 +1,181 @@
+"""The streams of a training: their tables and lines, and the rows that each has of a batch.
+
+A stream is a table of a recipe, or a line of the command line as comma-separated values (RFC 4180: what holds a comma
+stands in double quotes). Its keys are those of `StreamSettings`, and settings of the training of its own:
+
+    --stream 'kitti,cache=kitti.zarr,share=0.5,method=kl,"term=cosine,weight=0.1"'
+"""
+
+import csv
+import difflib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Gt, Le
+
+from kdcache.errors import RecipeError
+from kdcache.settings.setting import REQUIRED, entries, names, setting
+from kdcache.settings.spelling import Weight
+from kdcache.settings.training import GATE, LOSS, PART, VIEW, TrainSettings
+
+_LARGEST = 4096
+"""The largest batch that a remedy names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """The settings that a stream alone has."""
+
+    name: str = setting(REQUIRED, "Name of the stream.")
+    share: Annotated[float, Gt(0), Le(1)] | None = setting(None, "Its share of every batch (default: of what is left).")
+    weight: Weight = setting(1.0, "Weight of its loss.")
+    class_map: Path | None = setting(None, "Which class of the training each class of its labels becomes.")
+
+
+SOURCE = ("cache", "data", "split")
+"""The settings that say where a stream's samples come from."""
+_WHOLE = ("impl", "distill_schedule", "val_fold", "mix")
+"""Settings of the panels below that are those of the whole training."""
+OVERRIDDEN = (
+    *SOURCE,
+    *(name for panel in (LOSS, GATE, PART, VIEW) for name in names(TrainSettings, panel) if name not in _WHOLE),
+    "shuffle",
+)
+"""The settings of a training that a stream may have of its own."""
+
+
+def parse_stream(value: Any) -> Any:
+    """The table of a line `NAME,KEY=VALUE,...` or of a recipe, keyed with underscores; what is neither passes.
+
+    Raises: RecipeError for a line without a name, and for keys that a stream does not have.
+    """
+    if isinstance(value, str):
+        value = _of_line(value)
+    if not isinstance(value, Mapping):
+        return value
+    table = {str(key).replace("-", "_"): own for key, own in value.items()}
+    allowed = [*entries(StreamSettings), *OVERRIDDEN]
+    for key in table:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            whole = key in entries(TrainSettings)
+            raise RecipeError(
+                "the keys of a stream are its own and those of its data, loss, part of the data and augmentation",
+                received=f"{key.replace('_', '-')!r} of {table.get('name', 'a stream')}",
+                remedy="it is a setting of the whole training: give it beside the streams"
+                if whole
+                else f"did you mean {near[0].replace('_', '-')}?"
+                if near
+                else f"there are {', '.join(sorted(name.replace('_', '-') for name in allowed))}",
+            )
+    return table
+
+
+def to_line(table: Mapping[str, Any]) -> str:
+    """The line of the command line for a table of a recipe; of a list (`term`), each entry stands for itself."""
+    fields = [str(table.get("name", ""))]
+    for key, value in table.items():
+        if key == "name":
+            continue
+        for entry in value if isinstance(value, list | tuple) else (value,):
+            text = term_line(entry) if isinstance(entry, Mapping) else str(entry)
+            fields.append(f"{key.replace('_', '-')}={text}")
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(fields)
+    return line.getvalue()
+
+
+def term_line(table: Mapping[str, Any]) -> str:
+    """The line of the command line for a [[term]] of a recipe: the kind first, then its options."""
+    options = [f"{key.replace('-', '_')}={value}" for key, value in table.items() if key != "kind"]
+    return ",".join([str(table.get("kind", "")), *options])
+
+
+def shares_of(named: Mapping[str, float | None]) -> list[float]:
+    """The share of every stream, given by name; those without one share what is left evenly.
+
+    Raises: RecipeError for shares that do not sum up to 1.
+    """
+    total = sum(share for share in named.values() if share is not None)
+    open_streams = sum(share is None for share in named.values())
+    rest = 1 - total
+    if rest < -1e-6 or (open_streams and rest < 1e-6) or (not open_streams and abs(rest) > 1e-6):
+        texts = [f"{name} {'no share' if share is None else f'{share:g}'}" for name, share in named.items()]
+        raise RecipeError(
+            "the shares of all streams sum up to 1; streams without one share what is left",
+            received=f"{', '.join(texts)}: together {total:g}",
+            remedy="correct them, or leave one of them out",
+        )
+    return [rest / open_streams if share is None else share for share in named.values()]
+
+
+def rows_of(shares: Sequence[float], batch_size: int, together: int = 1) -> list[int]:
+    """Rows of a batch that each stream has, by largest remainders; they do not depend on the number of processes.
+
+    Args:
+        together: rows of a stream that stay together (pairs, where samples are pasted).
+    """
+    exact = [share * (batch_size // together) for share in shares]
+    rows = [math.floor(units + 1e-9) for units in exact]
+    order = sorted(range(len(rows)), key=lambda number: rows[number] - exact[number])
+    for number in order[: batch_size // together - sum(rows)]:
+        rows[number] += 1
+    return [together * units for units in rows]
+
+
+def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, parts: int = 1) -> list[int]:
+    """Rows of every stream, given by name with its share, which processes and parts of a batch share evenly.
+
+    Args:
+        parts: number of processes times parts.
+    Raises: RecipeError with the smallest batch from this one on that works.
+    """
+    shares, unit = list(named.values()), together * parts
+
+    def works(size: int) -> bool:
+        return all(rows > 0 and rows % unit == 0 for rows in rows_of(shares, size, together))
+
+    rows = rows_of(shares, batch_size, together)
+    if sum(rows) == batch_size and works(batch_size):
+        return rows
+    sizes = range(-(-batch_size // unit) * unit, max(_LARGEST, 2 * batch_size) + 1, unit)
+    size = next((size for size in sizes if works(size)), None)
+    texts = [f"{name} {own} of {share:g}" for (name, share), own in zip(named.items(), rows, strict=True)]
+    raise RecipeError(
+        "every stream has a row of every batch"
+        + (f", and as many of each of its {parts} processes and parts" if parts > 1 else "")
+        + (f", {together} of which stay together" if together > 1 else ""),
+        received=f"--batch-size {batch_size}, of which the shares are {', '.join(texts)} rows",
+        remedy=f"use --batch-size {size}, the smallest from there on that works, or other shares"
+        if size is not None
+        else "give every stream a larger share",
+    )
+
+
+def _of_line(text: str) -> dict[str, Any]:
+    first, *options = next(csv.reader([" ".join(text.splitlines())], skipinitialspace=True), []) or [""]
+    if not first.strip() or "=" in first:
+        raise RecipeError(
+            "--stream is NAME,KEY=VALUE,...: the name first",
+            received=repr(text),
+            remedy="for instance --stream kitti,cache=kitti.zarr,share=0.5",
+        )
+    table: dict[str, Any] = {"name": first.strip()}
+    for option in options:
+        key, equals, value = option.partition("=")
+        name = key.strip().replace("-", "_")
+        if not equals or (name in table and name != "term"):
+            raise RecipeError(
+                "--stream gives each of its keys once, as KEY=VALUE; what holds a comma stands in double quotes",
+                received=f"{option!r} in {text!r}",
+                remedy="""for instance --stream 'kitti,cache=kitti.zarr,"term=cosine,weight=0.1"'""",
+            )
+        if name == "term":  # repeated as the flag is; an empty one stands for none
+            table[name] = [*table.get(name, []), *([value] if value else [])]
+        else:
+            table[name] = value.strip()
+    return table

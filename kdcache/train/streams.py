@@ -1,0 +1,128 @@
+"""The streams of a training: each one's settings, as of a training of its own."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdcache.distill.terms import parse_method
+from kdcache.distill.terms.spec import reads_teacher
+from kdcache.errors import KDCacheError, RecipeError
+from kdcache.settings.streams import OVERRIDDEN, StreamSettings, parse_stream
+from kdcache.train.term_setting import parse_term
+
+Config = TypeVar("Config", bound=BaseModel)
+_WITHOUT_TEACHER = {
+    "teacher": "store",
+    "gate": "none",
+    "class_trust": None,
+    "trust_against": None,
+    "class_balance": "none",
+    "distill_schedule": "constant",
+}
+"""Settings that concern a teacher alone, as a stream without one has them whatever the training has."""
+
+
+def flag_of(name: str) -> str:
+    """The name of a setting as its flag and its key in a recipe have it."""
+    return name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Stream(Generic[Config]):
+    """A source of every batch.
+
+    Attributes:
+        name: "" for the only source of a training without streams.
+        share: its share of every batch; None where it gets what others leave.
+        weight: weight of its loss.
+        class_map: file with the class of the training that each class of its labels becomes.
+        config: the training's settings with the stream's own in their places.
+        table: its table in a recipe.
+    """
+
+    name: str
+    share: float | None
+    weight: float
+    class_map: Path | None
+    config: Config
+    table: Mapping[str, Any]
+
+
+class StreamOwn(BaseModel, StreamSettings, frozen=True):
+    """The settings that a stream alone has, checked."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=flag_of, populate_by_name=True)
+
+
+def make_stream(
+    training: Mapping[str, Any],
+    table: Mapping[str, Any],
+    make: Callable[..., Config],
+    refused: Callable[[ValidationError, Mapping[str, Any]], KDCacheError],
+) -> Stream[Config]:
+    """The stream of a table, whose settings stand in the place of the training's.
+
+    A stream that names its source has nothing of the training's; one without a teacher nothing that weighs targets.
+
+    Args:
+        make: makes the settings of a training, checked.
+        refused: makes the error for settings that are refused.
+    Raises: KDCacheError that names the stream.
+    """
+    own = {key: value for key, value in table.items() if key in OVERRIDDEN}
+    merged = {**training, "stream": (), **own}
+    if "cache" in own or "data" in own:
+        merged |= {"cache": own.get("cache"), "data": own.get("data")}
+    try:
+        alone = StreamOwn(**{key: value for key, value in table.items() if key not in OVERRIDDEN})
+        config = make(**_fitting(merged, own))
+    except ValidationError as error:
+        raise in_stream(str(table.get("name")), refused(error, {**merged, **table})) from error
+    except KDCacheError as error:
+        raise in_stream(str(table.get("name")), error) from error
+    settings = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    resolved = {flag_of(key): settings[flag_of(key)] for key in {**own, "method": None} if flag_of(key) in settings}
+    plain = alone.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return Stream(alone.name, alone.share, alone.weight, alone.class_map, config, plain | resolved)
+
+
+def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stream without those of the training that concern a teacher, where the stream has none."""
+    settings = dict(merged)
+    if settings.get("method", "auto") == "auto":
+        if settings.get("cache") is not None:
+            return settings
+        settings["method"] = "none"
+    method = parse_method(str(settings["method"]))
+    terms = (*method.terms, *map(parse_term, settings.get("term", ())))
+    if method.kl or any(map(reads_teacher, terms)):
+        return settings
+    return settings | {key: value for key, value in _WITHOUT_TEACHER.items() if key not in own}
+
+
+def in_stream(name: str, error: KDCacheError) -> KDCacheError:
+    """The error with the stream that it concerns; as it is where there is but one source."""
+    if not name:
+        return error
+    return type(error)(error.rule, received=f"stream {name}: {error.received}", remedy=error.remedy)
+
+
+def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """The tables of streams, keyed with underscores, from lines or tables.
+
+    Raises: RecipeError for what is no table of a stream, and for names that are no names or occur twice.
+    """
+    tables = list(map(parse_stream, values))
+    names = [table.get("name") if isinstance(table, Mapping) else None for table in tables]
+    for name, table in zip(names, tables, strict=True):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or names.count(name) > 1:
+            raise RecipeError(
+                "every stream has a name of its own, of letters, digits, dots and dashes",
+                received=f"{name!r} {names.count(name)} times" if isinstance(name, str) else f"{table!r}",
+                remedy="give each a name, for instance --stream kitti,cache=kitti.zarr,share=0.5",
+            )
+    return tables

@@ -1,0 +1,95 @@
+"""Streams as lines and tables, their shares, and the rows that they get of a batch."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.errors import RecipeError
+from kdcache.settings.streams import check_rows, parse_stream, rows_of, shares_of, to_line
+
+VALUES = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1).filter(
+    lambda text: text == text.strip()
+)
+
+
+@given(cache=VALUES, data=VALUES, terms=st.lists(st.sampled_from(["cosine,weight=0.1", "dice"]), min_size=1))
+def test_a_table_survives_its_line(cache: str, data: str, terms: list[str]) -> None:
+    table = {"name": "one", "cache": cache, "limit_samples": "5", "term": terms, "data": data}
+    assert parse_stream(to_line(table)) == table
+
+
+def test_a_recipe_s_tables_become_lines() -> None:
+    table = {"name": "a", "limit-labels": 3, "term": [{"kind": "cosine", "student-tap": "head"}, "dice"]}
+    line = to_line(table)
+    assert line == 'a,limit-labels=3,"term=cosine,student_tap=head",term=dice'
+    assert parse_stream(line) == {
+        "name": "a",
+        "limit_labels": "3",
+        "term": ["cosine,student_tap=head", "dice"],
+    }
+    assert parse_stream("a,term=") == {"name": "a", "term": []}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("cache=a", "the name first"),
+        ("", "the name first"),
+        ("a,cache", "KEY=VALUE"),
+        ("a,cache=x,cache=y", "once"),
+        ("a,chache=x", "did you mean cache"),
+        ("a,lr=0.1", "a setting of the whole training"),
+        ("a,mix=cutmix", "a setting of the whole training"),
+    ],
+)
+def test_malformed_lines_are_refused(line: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_stream(line)
+
+
+def test_streams_without_a_share_get_what_is_left() -> None:
+    assert shares_of({"a": 0.5, "b": None, "c": None}) == [0.5, 0.25, 0.25]
+    assert shares_of({"a": None}) == [1.0]
+    assert shares_of({"a": 0.25, "b": 0.75}) == [0.25, 0.75]
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.6), (0.5, 0.4), (1.0, None), (0.7, 0.7, None)])
+def test_shares_that_do_not_sum_up_are_refused(shares: tuple[float | None, ...]) -> None:
+    with pytest.raises(RecipeError, match="sum up to 1"):
+        shares_of(dict(zip("abc", shares, strict=False)))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(1, 64), st.sampled_from([1, 2]))
+def test_rows_are_those_of_the_shares_within_a_unit(parts: list[int], units: int, together: int) -> None:
+    shares = [part / sum(parts) for part in parts]
+    rows = rows_of(shares, units * together, together)
+    assert sum(rows) == units * together
+    for share, own in zip(shares, rows, strict=True):
+        assert own % together == 0
+        assert abs(own / together - share * units) < 1 + 1e-6
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(1, 40),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, 3]),
+)
+def test_the_batch_of_the_remedy_is_the_smallest_that_works(
+    parts: list[int], size: int, together: int, processes: int
+) -> None:
+    named = {f"s{number}": part / sum(parts) for number, part in enumerate(parts)}
+
+    def works(batch: int) -> bool:
+        rows = rows_of(list(named.values()), batch, together)
+        return sum(rows) == batch and all(own and own % (together * processes) == 0 for own in rows)
+
+    if works(size):
+        assert check_rows(named, size, together, processes) == rows_of(list(named.values()), size, together)
+        return
+    with pytest.raises(RecipeError) as refused:
+        check_rows(named, size, together, processes)
+    better = next(batch for batch in range(size, 5000) if works(batch))
+    assert f"--batch-size {better}," in refused.value.remedy

@@ -1,0 +1,271 @@
+"""Trainings from several streams: one forward, each stream's own loss, and the promises of one stream."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdcache.data import Augmentation, open_split, write_scenes
+from kdcache.distill import StreamLoss
+from kdcache.errors import KDCacheError, MismatchError, RecipeError
+from kdcache.models import build_model
+from kdcache.train import LabelledDataset, Observer, make_config, train
+from kdcache.train.api import make_trainer
+from kdcache.train.config import TrainConfig
+from kdcache.train.distributed import World
+from kdcache.train.input.loader import Draws
+from kdcache.train.input.streams import stream_seed
+from kdcache.train.trainer import Trainer
+
+SCENES, OTHERS = "scenes:32x48,train=6,val=3", "scenes:32x48,train=5,val=3"
+Read = Callable[..., list[dict[str, Any]]]
+
+
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.fixture
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Two streams of labels, three rows and one of four, weights 1 and 0.5."""
+    streams = [
+        {"name": "a", "data": SCENES, "share": 0.75},
+        {"name": "b", "data": OTHERS, "weight": 0.5, "scale": "0.5:1.5", "jitter": 0},
+    ]
+    return settings | {"verb": "train-student", "data": None, "batch_size": 4, "stream": streams}
+
+
+@pytest.fixture
+def taught(student: dict[str, Any], cache_path: Path) -> dict[str, Any]:
+    """A stream that learns from the store, and one from labels of a data set."""
+    streams = [f"a,cache={cache_path},share=0.5,method=kl+dist", f'b,"data={OTHERS}",weight=0.5']
+    return student | {"cache": None, "method": "auto", "batch_size": 4, "size": "32x48", "stream": streams}
+
+
+def begun(settings: dict[str, Any], run: Path, observer: Observer | None = None) -> Trainer:
+    return make_trainer(make_config(**settings), run, World(), observer or Observer(), resume=False)
+
+
+def test_the_first_step_is_one_forward_and_each_stream_s_mean(
+    plain: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    train(make_config(**plain | {"iterations": 1, "val": None, "gradients_every": 1, "seed": 4}), tmp_path / "run")
+    torch.manual_seed(4)
+    model = build_model("kdcache:tiny", 7)
+    parts = []
+    for number, (data, rows, augmentation) in enumerate(
+        [(SCENES, 3, Augmentation()), (OTHERS, 1, Augmentation(scale=(0.5, 1.5), jitter=0))]
+    ):
+        dataset = LabelledDataset(open_split(data, "train"), (32, 48), augmentation)
+        draws = Draws(dataset, stream_seed(4, number))
+        parts.append([draws[draw] for draw in range(rows)])
+    samples = [sample for part in parts for sample in part]
+    logits = model.train()(model.normalise(torch.stack([sample.pixels for sample in samples]))).logits
+    z = F.interpolate(logits, (32, 48), mode="bilinear")
+    label = torch.stack([sample.label for sample in samples]).long()
+    losses = [F.cross_entropy(z[:3], label[:3], ignore_index=255), F.cross_entropy(z[3:], label[3:], ignore_index=255)]
+    (row,) = read_metrics(tmp_path / "run", "train")
+    assert row["a/ce"] == pytest.approx(losses[0].item(), rel=1e-5)
+    assert row["b/loss"] == pytest.approx(losses[1].item(), rel=1e-5)
+    assert row["loss"] == pytest.approx((losses[0] + 0.5 * losses[1]).item(), rel=1e-5)
+    (norms,) = read_metrics(tmp_path / "run", "gradients")
+    for name, loss in (("a", losses[0]), ("b", 0.5 * losses[1])):
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        assert norms[f"{name}/loss"] == norms[f"{name}/ce"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_each_stream_has_terms_notes_and_a_table_of_its_own(
+    taught: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    notes = Notes()
+    train(make_config(**taught), tmp_path / "run", observer=notes)
+    names = [name for name in read_metrics(tmp_path / "run", "train")[0] if "/" in name]
+    assert names == ["a/loss", "a/ce", "a/kl", "a/dist", "b/loss", "b/ce", "b/kl"]
+    assert "stream a: 2 of 4 rows of every batch, 6 samples, weight 1" in notes.texts
+    assert "stream b: 2 of 4 rows of every batch, 5 samples, weight 0.5" in notes.texts
+    recipe = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
+    assert [table["method"] for table in recipe["stream"]] == ["kl+dist", "none"]
+    again = TrainConfig.model_validate(recipe)
+    assert again.to_toml() == (tmp_path / "run" / "recipe.toml").read_text()
+    assert [stream.config.augment for stream in again.streams] == ["warp", "warp"]
+
+
+def test_a_run_goes_on_where_its_stores_moved_but_not_with_other_shares(
+    taught: dict[str, Any], cache_path: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(make_config(**taught), run)
+    moved = tmp_path / "moved.zarr"
+    moved.symlink_to(cache_path)
+    streams = [taught["stream"][0].replace(str(cache_path), str(moved)), taught["stream"][1]]
+    train(make_config(**taught | {"stream": streams}), run, resume=True)
+    with pytest.raises(RecipeError, match="--stream"):
+        train(make_config(**taught | {"stream": [f"{streams[0]},weight=2", streams[1]]}), run, resume=True)
+    other = [streams[0], streams[1].replace("train=5", "train=4")]
+    with pytest.raises(RecipeError, match="another store or data set"):
+        train(make_config(**taught | {"stream": other}), run, resume=True)
+
+
+def test_parts_of_a_batch_have_rows_of_every_stream(
+    taught: dict[str, Any], model_file: Callable[[str], str], tmp_path: Path, read_metrics: Read
+) -> None:
+    streams = [taught["stream"][0].replace("kl+dist", "kl"), taught["stream"][1]]
+    settings = taught | {"model": model_file("tied"), "gradients_every": 2, "lr": 0.01, "stream": streams, "val": None}
+    for name, parts in (("whole", 1), ("parts", 2)):
+        train(make_config(**settings | {"accumulate": parts}), tmp_path / name)
+    for kind in ("train", "gradients"):
+        rows = [read_metrics(tmp_path / name, kind) for name in ("whole", "parts")]
+        for one, two in zip(*rows, strict=True):
+            for name in (name for name in one if "/" in name or name == "loss"):
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), (kind, one["step"], name)
+
+
+def test_a_compiled_step_takes_streams(
+    taught: dict[str, Any], tmp_path: Path, read_metrics: Read, backend: Any
+) -> None:
+    streams = [taught["stream"][0].replace("kl+dist", "kl"), taught["stream"][1]]
+    settings = taught | {"stream": streams, "val": None, "gradients_every": 0, "lr": 0.005}
+    for step in ("eager", "compiled"):
+        train(make_config(**settings | {"step": step}), tmp_path / step)
+    assert backend.programs > 0
+    rows = [read_metrics(tmp_path / step, "train") for step in ("eager", "compiled")]
+    for one, two in zip(*rows, strict=True):
+        for name in (name for name in one if "/" in name):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
+
+
+def test_samples_are_pasted_within_a_stream(taught: dict[str, Any], tmp_path: Path) -> None:
+    streams = [taught["stream"][0].replace("kl+dist", "kl"), taught["stream"][1]]
+    trainer = begun(taught | {"mix": "cutmix", "stream": streams, "val": None}, tmp_path / "run")
+    assert isinstance(trainer.criterion, StreamLoss)
+    assert [stream.draws.dataset.dice for stream in trainer.streams] == [4, 4]
+    result = trainer.train(resume=False)
+    assert result["iterations"] == 6
+
+
+def killed_runs(kills: int, settings: dict[str, Any], nursery: Any, tmp_path: Path, read_metrics: Read) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(make_config(**settings), whole)
+    rng = random.Random(kills)
+    for attempt in range(kills):
+        pid = nursery.start(settings, killed, resume=attempt > 0 and (killed / "recipe.toml").exists())
+        time.sleep(rng.uniform(0.1, 1.0))
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        assert nursery.wait() in (-signal.SIGKILL, 0)
+    train(make_config(**settings), killed, resume=(killed / "recipe.toml").exists())
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    timing = ("images_per_second", "wait_share")
+    rows = [[{k: v for k, v in row.items() if k not in timing} for row in read_metrics(run)] for run in (whole, killed)]
+    assert rows[0] == rows[1]
+
+
+def test_two_streams_killed_at_random_end_as_if_nothing_had_happened(
+    taught: dict[str, Any], nursery: Any, model_file: Callable[[str], str], tmp_path: Path, read_metrics: Read
+) -> None:
+    settings = taught | {"model": model_file("dropout"), "iterations": 40, "val_every": 10, "gradients_every": 7}
+    killed_runs(2, settings, nursery, tmp_path, read_metrics)
+
+
+@pytest.mark.slow
+def test_two_streams_killed_ten_times(
+    taught: dict[str, Any], nursery: Any, model_file: Callable[[str], str], tmp_path: Path, read_metrics: Read
+) -> None:
+    settings = taught | {"model": model_file("dropout"), "iterations": 200, "val_every": 10, "workers": 2}
+    killed_runs(10, settings, nursery, tmp_path, read_metrics)
+
+
+@pytest.fixture
+def renamed(tmp_path: Path) -> Path:
+    """A data folder of the scenes whose class list has the classes in the reverse order."""
+    root = write_scenes(tmp_path / "renamed", OTHERS)
+    path = next(root.glob("classes.*"))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(reversed(lines)) + "\n")
+    return root
+
+
+def test_labels_of_another_class_list_are_mapped(plain: dict[str, Any], renamed: Path, tmp_path: Path) -> None:
+    names = open_split(OTHERS, "train").classes.names
+    own = open_split(str(renamed), "train").classes.names
+    assert own == names[::-1]
+    lines = [f"{number} {name if number else 'void'}" for number, name in enumerate(own)]
+    (tmp_path / "map.txt").write_text("\n".join(lines))
+    streams = [plain["stream"][0], {"name": "b", "data": str(renamed)}]
+    with pytest.raises(MismatchError, match="class-map"):
+        begun(plain | {"stream": streams, "val": None}, tmp_path / "run")
+    streams[1] |= {"class-map": str(tmp_path / "map.txt")}
+    trainer = begun(plain | {"stream": streams, "val": SCENES}, tmp_path / "run")
+    dataset = trainer.streams[1].draws.dataset
+    assert dataset.classes.names == names
+    mapped = np.array([names.index(name) if number else 255 for number, name in enumerate(own)], np.uint8)
+    raw = LabelledDataset(open_split(str(renamed), "train"), (32, 48))
+    for draw in range(3):
+        label, wanted = (Draws(one, 5)[draw].label.numpy() for one in (dataset, raw))
+        assert np.array_equal(label, np.append(mapped, np.full(249, 255, np.uint8))[wanted])
+    counted, before = (np.bincount(np.concatenate([x.ravel() for x in one.labels()])) for one in (dataset, raw))
+    assert counted[mapped[1]] == before[1]
+
+
+def test_a_stream_without_labels_learns_from_targets_alone(
+    taught: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    streams = [taught["stream"][0].replace("kl+dist", "kl,labels=none"), taught["stream"][1]]
+    train(make_config(**taught | {"stream": streams, "gradients_every": 1, "val": None}), tmp_path / "run")
+    assert all(row["a/ce"] == 0 < row["a/kl"] for row in read_metrics(tmp_path / "run", "train"))
+    assert all(row["a/ce"] == 0 < row["a/kl"] for row in read_metrics(tmp_path / "run", "gradients"))
+
+
+def test_a_stream_inherits_the_training_s_store_and_drops_what_weighs_a_teacher(
+    student: dict[str, Any], cache_path: Path
+) -> None:
+    config = make_config(
+        **student | {"gate": "correct", "batch_size": 4, "stream": ["a,limit-samples=2", "b,method=none,labels=all"]}
+    )
+    a, b = (stream.config for stream in config.streams)
+    assert a.cache == b.cache == str(cache_path)
+    assert (a.gate, a.method, a.limit_samples) == ("correct", "kl", 2)
+    assert (b.gate, b.method, b.limit_samples) == ("none", "none", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 6, "accumulate": 2, "method": "kl", "stream": ["a", "b"]}, r"--batch-size 8"),
+        ({"stream": ["a,share=0.01", "b"]}, r"--batch-size 50"),
+        ({"stream": ["a,share=0.5", "b,share=0.6"]}, "sum up to 1"),
+        ({"stream": ["a", "a"]}, "a name of its own"),
+        ({"stream": ["a", "b,wieght=2"]}, "did you mean weight"),
+        ({"stream": ["a", "b,weight=-2"]}, r"stream b: --weight -2"),
+        ({"stream": ["a", "b,data=x,method=kl"]}, "stream b: kl, and no --cache"),
+        ({"stream": ["a", "b,method=dice,labels=none"]}, "stream b: .*none of"),
+        ({"stream": ["a", "b,method=kl+dice,labels=none"]}, "stream b: dice, and no sample with a label"),
+        ({"stream": ["a", "b,labels=depth"]}, "stream b: --labels depth"),
+        ({"stream": ["a", "b,augment=warp,limit-views=3"]}, "stream b: --limit-views"),
+        ({"stream": ["a", "b,cache=nowhere.zarr"]}, "stream b: "),
+        ({"stream": ["a,method=none,class-map=x", "b,method=none,class-map=y"], "val": None}, "a class map for every"),
+        ({"stream": ["a", "b,class-map=y"]}, "reads targets"),
+    ],
+)
+def test_bad_streams_are_refused(changes: dict[str, Any], words: str, student: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(KDCacheError, match=words):
+        begun(student | {"batch_size": 4} | changes, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
