@@ -4,6 +4,7 @@ Contestants take turns in one run, each with data, forward, loss, backward and o
 
     none    labels alone: the fused operation, which reads no targets
     kl      the same pixels, and targets from the store
+    two     the same as kl, half of the rows from each of two streams with a loss of its own
     live    the same pixels, and a forward pass of the teacher
 
 Peak memory is that of a fresh process per contestant (on a GPU, of its allocator). The teacher's weights are random:
@@ -28,22 +29,24 @@ from common import header, synchronise, write
 from kdcache.bench.loader.turns import Contestant, in_turn
 from kdcache.data import open_split
 from kdcache.data.folds import SplitPart
-from kdcache.distill import Batch, DistillLoss
+from kdcache.distill import AnyBatch, DistillLoss, StreamLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.store import Cache, open_cache
 from kdcache.teacher import BuildOptions, Teacher, build_cache
 from kdcache.train import CacheDataset, make_config
-from kdcache.train.input.device_prefetch import feed
-from kdcache.train.input.loader import Draws, make_loader, next_batch
+from kdcache.train.input.loader import Draws, next_batch
+from kdcache.train.input.streams import StreamDraws, feed_streams, stream_seed
 from kdcache.train.step.compiled import choose_step, make_step
 from kdcache.train.step.eager import EagerStep, Step
 from kdcache.train.step.optim import make_optimizer
 from live_teacher import LiveStep
 
-KINDS = ("none", "kl", "live")
+KINDS = ("none", "kl", "two", "live")
 RECORDS = 32  # of the store: the clock does not care which
 MANY = 10**6  # steps that a loader offers
 BOUNDS = {"cpu": 1.10, "cuda": 1.05}
+STREAMS_BOUND = 1.05
+"""Of a step of two streams beside one with as many rows."""
 
 
 def teacher_of(spec: str, classes: int) -> SegmentationModel:
@@ -61,25 +64,27 @@ def make_store(arguments: argparse.Namespace, folder: Path) -> Path:
 
 def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[Any]:
     device = torch.device(arguments.device)
-    dataset = CacheDataset(cache, augment="warp", targets=kind == "kl")
-    loader = make_loader(
-        Draws(dataset, 0),
-        first=0,
-        last=MANY,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        pin_memory=device.type == "cuda",
-    )
-    return feed(loader, device)
+    count = 2 if kind == "two" else 1
+    streams = [
+        StreamDraws(
+            f"s{number}",
+            Draws(CacheDataset(cache, augment="warp", targets=kind in ("kl", "two")), stream_seed(0, number)),
+            arguments.batch_size // count,
+        )
+        for number in range(count)
+    ]
+    return feed_streams(streams, device, first=0, last=MANY, workers=arguments.workers)
 
 
-def make(cache: Cache, kind: str, batch: Batch, arguments: argparse.Namespace) -> Step:
+def make(cache: Cache, kind: str, batch: AnyBatch, arguments: argparse.Namespace) -> Step:
     device = torch.device(arguments.device)
     config = make_config(verb="train-student", model=arguments.student, cache=str(cache.path), method="kl")
     way = choose_step("auto", device)
     torch.manual_seed(0)
     model = build_model(arguments.student, cache.num_classes).to(device).train().to(memory_format=torch.channels_last)
-    criterion = DistillLoss(cache, kl_weight=0.0 if kind == "none" else 1.0, align_corners=model.align_corners)
+    weight = 0.0 if kind == "none" else 1.0
+    criteria = [DistillLoss(cache, kl_weight=weight, align_corners=model.align_corners) for _ in range(2)]
+    criterion = StreamLoss(criteria, ["s0", "s1"], [0.5, 0.5]) if kind == "two" else criteria[0]
     optimizer = make_optimizer(model, config, capturable=way == "graphed" and kind != "live")
     eager = EagerStep(model, criterion.to(device), optimizer, device=device, bf16=device.type == "cuda")
     if kind == "live":
@@ -139,6 +144,9 @@ def measure(store: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "kl_over_none": round(ms["kl"] / ms["none"], 4),
         "bound": bound,
         "met": ms["kl"] <= bound * ms["none"],
+        "two_streams_over_one": round(ms["two"] / ms["kl"], 4),
+        "streams_bound": STREAMS_BOUND,
+        "streams_met": ms["two"] <= STREAMS_BOUND * ms["kl"],
         "live_over_none": round(ms["live"] / ms["none"], 3),
         "live_over_kl": round(ms["live"] / ms["kl"], 3),
         "peak_mib": memory,
@@ -169,7 +177,7 @@ def main() -> None:
     if arguments.json is not None:
         settings = {"teacher": arguments.teacher, "student": arguments.student, "size": list(arguments.size)}
         write(arguments.json, {**header("step"), **settings, "batch_size": arguments.batch_size, **results})
-    sys.exit(0 if results["met"] else 1)
+    sys.exit(0 if results["met"] and results["streams_met"] else 1)
 
 
 if __name__ == "__main__":

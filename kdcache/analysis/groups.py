@@ -13,6 +13,7 @@ from typing import Any
 
 from kdcache.analysis.runs import Entry
 from kdcache.errors import RecipeError
+from kdcache.settings.streams import to_line
 
 REPEATED = ("seed", "fold", "val-fold")
 """What runs of one row differ in."""
@@ -193,6 +194,8 @@ def _names(parts: Sequence[Sequence[Entry]], keys: Sequence[str]) -> list[str]:
 def _words(key: str, value: Any) -> str:
     if value is None or value == []:
         return f"no {key}"
+    if key == "stream":
+        return "streams " + " + ".join(map(to_line, value))
     if key == "term":
         return " + ".join(",".join([str(term["kind"]), *_options(term)]) for term in value)
     return str(value) if key in _BARE else f"{key} {str(value).lower() if isinstance(value, bool) else value}"

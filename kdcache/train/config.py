@@ -58,6 +58,9 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
             parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
             taught = "kl" if parted else "dist"
             choices["method"] = taught if settings.get("verb") == "train-student" else "none"
+            methods = {table["method"] for table in choices.get("stream", ())}
+            if len(methods) == 1:
+                choices["method"] = methods.pop()
         return settings | choices
 
     @model_validator(mode="after")

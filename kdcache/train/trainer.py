@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ class Trainer:
         config = self.config
         began = time.perf_counter()
         with self._world.together(stop=stop) as agreed:
-            batch: AnyBatch = next_batch(batches)
+            batch = cast("AnyBatch", next_batch(batches))
         waited = time.perf_counter() - began
         prepared, losses, norms = self._learn(step, batch)
         if self._ema is not None:

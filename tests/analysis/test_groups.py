@@ -76,6 +76,10 @@ def test_the_machine_tells_no_rows_apart(setting: str) -> None:
             ["no term", "cosine,weight=0.1 + at"],
         ),
         (
+            [run("a"), run("b", stream=[{"name": "x", "share": 0.5}, {"name": "y", "limit-labels": 3}])],
+            ["no stream", "streams x,share=0.5 + y,limit-labels=3"],
+        ),
+        (
             [run("a", method="none"), run("b"), run("c", teacher="labels")],
             ["none", "kl", f"kl, {CONTROL}"],
         ),

@@ -67,6 +67,9 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
     if not trainings:
         return None
     parts = dict.fromkeys(name for run in trainings for name in run.curves.losses if name != "loss")
+    streams = dict.fromkeys(
+        name for run in trainings for _, norms in run.norms for name in norms if name.endswith("/loss")
+    )
     scores = {"miou": "Validation mIoU", "ema_miou": "Validation mIoU of the weights' moving average (EMA)"}
     charts = [
         *(
@@ -81,17 +84,27 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
                        [_line(run, run.curves.losses.get(name, [])) for run in trainings], "iteration", digits=4)
             for name in parts
         ),
+        *(
+            line_chart(f"Gradient norm of {name}, weighted",
+                       [_line(run, [(step, norms[name]) for step, norms in run.norms if name in norms])
+                        for run in trainings], "iteration", digits=4)
+            for name in streams
+        ),
         line_chart("Speed", [_line(run, run.curves.speed) for run in trainings], "iteration", "images/s", 1),
     ]  # fmt: skip
     return render("training.html", rows={training.place: training.row for training in trainings}, charts=charts)
 
 
 def gradients(trainings: Sequence[Training]) -> Markup | None:
-    """Section on the terms' gradients beside that of cross-entropy; None when there is no term besides."""
+    """Section on the terms' gradients beside that of cross-entropy; None when there is no term besides.
+
+    A stream's terms stand beside its own cross-entropy.
+    """
     terms = [
         _term(training, name)
         for training in trainings
-        for name in dict.fromkeys(name for _, norms in training.norms for name in norms if name != "ce")
+        for name in dict.fromkeys(name for _, norms in training.norms for name in norms)
+        if name.rpartition("/")[2] not in ("ce", "loss")
     ]
     if not terms:
         return None
@@ -131,7 +144,8 @@ def times(share: float) -> str:
 
 
 def _shares(norms: Norms, name: str) -> list[float]:
-    pairs = [(terms.get(name, math.nan), terms.get("ce", math.nan)) for _, terms in norms]
+    stream, slash, _ = name.rpartition("/")
+    pairs = [(terms.get(name, math.nan), terms.get(f"{stream}{slash}ce", math.nan)) for _, terms in norms]
     return [norm / ce for norm, ce in pairs if ce > 0 and math.isfinite(norm) and math.isfinite(ce)]
 
 

@@ -438,6 +438,18 @@ def test_norms_without_cross_entropy(tmp_path: Path) -> None:
     assert "no cross-entropy beside it" in parsed(comparison(), [run]).text
 
 
+def test_each_stream_has_curves_and_terms_of_its_own(tmp_path: Path) -> None:
+    norms = {"a/loss": 2.5, "a/ce": 2.0, "a/kl": 1.0, "b/loss": 0.5, "b/ce": 0.5}
+    losses = {"a/loss": 1.5, "a/ce": 1.0, "a/kl": 0.5, "b/loss": 0.3, "b/ce": 0.3}
+    streams = [{"kind": "gradients", "step": 1, **norms}, {"kind": "train", "step": 10, "loss": 1.8, **losses}]
+    text = parsed(comparison(), [write_run(tmp_path / "kl", streams)]).text
+    for title in ("its part b/loss", "its part a/kl", "Gradient norm of a/loss", "Gradient norm of b/loss"):
+        assert title in text
+    assert "Gradient norm of a/kl" not in text
+    assert "a/kl" in text.partition("What each term of the loss did")[2]
+    assert "no cross-entropy beside it" not in text
+
+
 def test_a_log_that_was_cut_short(tmp_path: Path) -> None:
     run = write_run(tmp_path / "kl", log(0.5))
     with (tmp_path / "kl" / "metrics.jsonl").open("a") as file:
