@@ -86,8 +86,14 @@ class Layout(ABC):
             return True
 
     def why(self, root: Path) -> str:
-        """The reason why a folder is of this layout, and where its classes come from, for messages."""
-        classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else "the layout's own classes"
+        """The reason why a folder is of this layout, and where its classes come from, for messages.
+
+        Raises: DataError as `classes`.
+        """
+        if self.lists_classes(root):
+            classes = f"the classes of {CLASSES_FILE}"
+        else:
+            classes = "the layout's own classes" if self._classes(root) else "no classes"
         return f"{self.looks_for}; {classes}"
 
     def scan(self, root: Path, split: str) -> Scan:

@@ -24,6 +24,8 @@ _SOURCES = {
     "cityscapes": "https://www.cityscapes-dataset.com (after registration)",
     "gta5": "https://download.visinf.tu-darmstadt.de/data/from_games",
     "ade20k": "http://sceneparsing.csail.mit.edu",
+    "kitti-depth": "https://www.cvlibs.net/datasets/kitti/eval_depth.php?benchmark=depth_prediction",
+    "nyu": "https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html",
 }
 
 

@@ -64,7 +64,8 @@ def zoom_of(window: Window, image_size: tuple[int, int], share: tuple[float, flo
     """How many times nearer the scene looks in a view of a window than in one of the whole image.
 
     It is the scale s that `draw_window` drew: things are s times larger. Where a window has another aspect ratio than
-    the image, it is the geometric mean of both axes.
+    the image, it is the geometric mean of both axes. The zooms of a view of the image and of a window in that view
+    multiply.
 
     Args:
         window: in pixels of the image, or of the view that the window is cut from.

@@ -37,6 +37,7 @@ def test_splits_samples_and_millimetres(tmp_path, home) -> None:
     assert open_split(f"nyu:{tmp_path}", "test").ids == ("bathroom/rgb_00007",)
     report = check(tmp_path, max_depth=10)
     assert (report.layout, report.problems) == ("nyu", [])
+    assert report.why.endswith("; no classes")
 
 
 def test_the_official_training_images_where_there_are_no_others(tmp_path) -> None:

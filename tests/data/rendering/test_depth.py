@@ -96,6 +96,13 @@ def test_zoom_is_the_scale_that_was_drawn_and_divides(share) -> None:
         assert np.nanmax(shown) == np.nanmin(shown) == pytest.approx(12 / scale, rel=1e-6)
 
 
+def test_the_zooms_of_a_view_and_of_a_window_in_it_multiply() -> None:
+    view, inner = Window(10, 20, 40, 60), Window(3, 4, 13, 24)  # of an image of 60 x 80, and of a view of 30 x 40
+    step_y, step_x = (40 - 10) / 30, (60 - 20) / 40
+    direct = Window(10 + 3 * step_y, 20 + 4 * step_x, 10 + 13 * step_y, 20 + 24 * step_x)
+    assert zoom_of(direct, (60, 80)) == pytest.approx(zoom_of(view, (60, 80)) * zoom_of(inner, (30, 40)))
+
+
 def test_a_ground_plane_zoomed_by_two_is_the_plane_of_a_lower_camera() -> None:
     """Why dividing is right: rows of a plane seen through a window of half the size, about the horizon, look alike."""
     rows = np.arange(32, dtype=np.float64)[:, None] + 0.5
