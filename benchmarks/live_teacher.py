@@ -53,7 +53,7 @@ class LiveStep(EagerStep):
             grid = pixels.shape[1] // stride, pixels.shape[2] // stride
             resized = F.interpolate(pixels.permute(0, 3, 1, 2).float(), self._size, mode="bilinear")
             pixels = resized.round().to(pixels.dtype).permute(0, 2, 3, 1)
-        logits, _ = teach(self._teacher, pixels, (), self._precision, self.device, grid)
+        logits = teach(self._teacher, pixels, (), self._precision, self.device, grid).logits
         values, _, _ = pack(logits, logits.shape[1])
         return replace(batch, targets={SEGMENTATION: Target(values)}, window=None, flip=None)
 

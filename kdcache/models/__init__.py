@@ -9,6 +9,8 @@ Importing this package imports torch, but no model zoo.
 
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
+from kdcache.models.joint import JointModel
+from kdcache.models.joint import Part as JointPart
 from kdcache.models.native import LoadReport, Outputs, SegmentationModel
 from kdcache.models.probe import PROBABILITIES, returns_probabilities
 from kdcache.models.registry import ModelInfo, TapInfo, build_model, is_function, list_models, missing_models
@@ -19,6 +21,8 @@ __all__ = [
     "PROBABILITIES",
     "ClassMapped",
     "EnsembleModel",
+    "JointModel",
+    "JointPart",
     "LoadReport",
     "ModelInfo",
     "Outputs",

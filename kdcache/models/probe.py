@@ -2,8 +2,10 @@
 
 import torch
 
+from kdcache.heads import SEGMENTATION
 from kdcache.models.class_map import ClassMapped
 from kdcache.models.ensemble import EnsembleModel
+from kdcache.models.joint import JointModel
 from kdcache.models.native import SegmentationModel, in_eval_mode
 from kdcache.models.registry import is_listed
 
@@ -24,6 +26,8 @@ def returns_probabilities(model: SegmentationModel) -> bool:
         return any(map(returns_probabilities, model.parts))
     if isinstance(model, ClassMapped):
         return returns_probabilities(model.model)
+    if isinstance(model, JointModel):
+        return any(returns_probabilities(part.model) for part in model.parts if SEGMENTATION in part.heads)
     if model.num_classes < 2 or is_listed(model.spec):  # those give logits
         return False
     like = next(model.parameters(), torch.empty(0))

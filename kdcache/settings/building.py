@@ -27,7 +27,8 @@ class TeacherSettings:
     teacher: tuple[str, ...] = setting(
         REQUIRED,
         "A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads). Given several "
-        "times, they are an ensemble: the mean of their probabilities.",
+        "times, they are an ensemble: the mean of their probabilities. HEAD=TEACHER takes that head from a teacher of "
+        "its own, such as depth=runs/depth.",
         repeated=True,
     )
     teacher_weights: Numbers | None = _teacher(None, "Weights of several teachers (default: equal).", metavar="W,W")
@@ -62,6 +63,10 @@ class BuildSettings:
     top_k: TopK | None = _stored(
         None, "Classes kept per pixel: auto (all up to 32, else as many as it takes) or a number."
     )
+    heads: Words = _stored(
+        (), "Comma-separated heads of the teacher to store, such as segmentation,depth (default: all)."
+    )
+    features_only: bool = _stored(False, "Store no head, but the taps of --features alone.")
     features: Words = _stored((), "Comma-separated taps to store; see kdcache models.")
     statistics: Words = _stored(
         (), "Comma-separated maps to store: at:TAP (attention), confidence, entropy, agreement (of several teachers)."

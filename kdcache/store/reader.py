@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError
+from kdcache.heads import SEGMENTATION
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
@@ -63,12 +64,19 @@ class Cache:
 
     @property
     def head(self) -> Head:
-        """The segmentation head."""
-        return self.manifest.heads["segmentation"]
+        """The segmentation head. Raises: StoreError for a store without."""
+        if self.manifest.segmentation is None:
+            raise StoreError(
+                f"targets of classes are those of a head {SEGMENTATION}",
+                received=f"{self.place} has {', '.join(self.manifest.heads) or 'no heads, features alone'}",
+                remedy="train with terms on features alone (--method none --term hint), or build a store with the "
+                f"teacher's {SEGMENTATION}",
+            )
+        return self.manifest.segmentation
 
     @property
     def num_classes(self) -> int:
-        return self.head.classes
+        return len(self.manifest.dataset.class_names)
 
     @property
     def view_size(self) -> tuple[int, int]:
@@ -77,8 +85,8 @@ class Cache:
 
     @property
     def align_corners(self) -> bool:
-        """Whether the teacher's resize from native stride to the view aligns corners."""
-        return self.head.align_corners
+        """Whether the teacher's resize of segmentation from native stride to the view aligns corners."""
+        return self.manifest.segmentation is not None and self.manifest.segmentation.align_corners
 
     @property
     def pixels_stored(self) -> bool:
@@ -171,9 +179,9 @@ class Cache:
         except (OSError, ValueError) as error:
             raise unreadable(self.place.describe(key), "the shard cannot be opened", error) from error
 
-    def target_paths(self) -> list[str]:
-        """Arrays that make up the segmentation target: values, and for top-k indices and tail."""
-        return [path for path in self.specs if path.startswith("targets/segmentation/")]
+    def target_paths(self, head: str = SEGMENTATION) -> list[str]:
+        """Arrays that make up the target of a head: values, and for top-k indices and tail; [] without that head."""
+        return [path for path in self.specs if path.startswith(f"targets/{head}/")]
 
     def _forget(self, path: str, shards: Sequence[int]) -> bool:
         """Drop the copies of remote shards when one is damaged; False when there are none: the files themselves are.

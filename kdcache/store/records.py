@@ -7,7 +7,8 @@ no longer renders to the pixels that the teacher saw.
 from pathlib import Path
 
 from kdcache.data import Split, Window, open_split, pixel_checksum, render
-from kdcache.errors import MismatchError
+from kdcache.errors import MismatchError, StoreError
+from kdcache.heads import SEGMENTATION
 from kdcache.store.backend.base import Place
 from kdcache.store.format.codec import Array
 from kdcache.store.reader import Cache, open_cache
@@ -84,12 +85,19 @@ class Records:
             return self.cache.read(record, ["labels/segmentation"])["labels/segmentation"]
         return self._checked_view(record)[1]
 
-    def target(self, record: int) -> dict[str, Array]:
+    def target(self, record: int, head: str = SEGMENTATION) -> dict[str, Array]:
         """The stored target: `values` (k, h, w) float16; of the top k also `indices` (k, h, w) and `tail` (h, w).
 
-        Raises: CorruptError as `Cache.read`.
+        Of a regression `values` (c, h, w) in the head's unit, float16 or float32.
+        Raises: CorruptError as `Cache.read`; StoreError for a head that the store does not have.
         """
-        rows = self.cache.read(record, self.cache.target_paths())
+        if head not in self.cache.manifest.heads:
+            raise StoreError(
+                "a target is that of one of the store's heads",
+                received=f"{head!r}; {self.cache.place} has {', '.join(self.cache.manifest.heads) or 'none'}",
+                remedy="build the store with that head of the teacher's (build-teacher-cache --heads)",
+            )
+        rows = self.cache.read(record, self.cache.target_paths(head))
         return {path.rsplit("/", 1)[1]: row for path, row in rows.items()}
 
     def window(self, record: int) -> tuple[Window, bool]:

@@ -1,6 +1,6 @@
 """The summary of a store, complete or not, that `kdcache inspect` prints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,21 @@ class StoreSummary:
 
     @property
     def full_resolution_bytes(self) -> int:
-        """fp16 logits of every class at view size, per record: what storing them naively would take."""
+        """fp16 logits and values of every head at view size, per record: what storing them naively would take."""
         height, width = self.manifest.view.size
-        return sum(head.classes for head in self.manifest.heads.values()) * height * width * 2
+        channels = sum(head.classes for head in self.manifest.categorical.values())
+        channels += sum(head.channels for head in self.manifest.regressions.values())
+        return channels * height * width * 2
 
     @property
     def saving(self) -> float:
         """Full-resolution bytes over target bytes."""
-        return self.full_resolution_bytes / self.target_bytes_per_record if self.records_written else 0.0
+        return self.full_resolution_bytes / self.target_bytes_per_record if self.target_bytes_per_record else 0.0
 
     def facts(self) -> list[tuple[str, str]]:
         """(name, value) rows for a person."""
         m = self.manifest
-        head = m.heads["segmentation"]
         state = "complete" if self.complete else "half built: run the same command again to go on"
-        classes = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
         rows = [
             ("store", f"{self.path} (format {m.version}, {m.created_by}, {m.created})"),
             ("state", f"{state}; {self.shards_written} of {m.shards} shards, {self.records_written} records"),
@@ -85,14 +85,14 @@ class StoreSummary:
                      f"{m.dataset.labelled} labelled, {len(m.dataset.class_names)} classes"),
             ("view", f"{m.view.kind} at {_size(m.view.size)}, pixels {m.view.pixels}{_drawn(m)}"),
             ("teacher", f"{m.teacher.spec}, {m.teacher.precision}, weights {m.teacher.weights[:12]}{_several(m)}"),
-            ("targets", f"{classes} at {_size(head.size)} ({'averaged' if head.resampled else 'native stride'})"
-                        + (", and every pixel's largest logit" if head.raw else "")),
+            ("targets", "; ".join(_targets(m)) or f"none, features alone: {', '.join(m.features)}"),
             ("codec", m.codec),
             ("built", f"batch {m.build.batch_size}, {m.build.device}, {m.build.threads} threads, "
                       f"shards of {m.build.shard_records} records"),
             ("size", f"{self.bytes_on_disk:,} bytes, {self.bytes_per_record:,.0f} per record, "
-                     f"targets {self.target_bytes_per_record:,.0f}: full-resolution fp16 logits would be "
-                     f"{self.full_resolution_bytes:,}, {self.saving:.1f} times as much"),
+                     f"targets {self.target_bytes_per_record:,.0f}"
+                     + (f": full-resolution fp16 logits would be "
+                        f"{self.full_resolution_bytes:,}, {self.saving:.1f} times as much" if m.heads else "")),
         ]  # fmt: skip
         if m.fidelity is not None:
             rows.insert(7, ("fidelity", m.fidelity.describe()))
@@ -147,13 +147,28 @@ def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cach
         ArraySummary(spec.path, spec.shape, spec.dtype, spec.record_bytes * written, sizes.get(spec.path, 0))
         for spec in record_arrays(manifest)
     )
-    mass = None if cache is None or cache.head.dense else _topk_mass(cache)
+    head = manifest.segmentation
+    mass = None if cache is None or head is None or head.dense else _topk_mass(cache)
     seal = None if cache is None or cache.ledger is None else cache.ledger.completion.digest
     return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass, seal)
 
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _targets(manifest: Manifest) -> Iterator[str]:
+    """What is stored of each head."""
+    for head in manifest.categorical.values():
+        classes = "all classes" if head.dense else f"top {head.k} of {head.classes} classes"
+        grid = "averaged" if head.resampled else "native stride"
+        yield f"{classes} at {_size(head.size)} ({grid})" + (", and every pixel's largest logit" if head.raw else "")
+    for name, regression in manifest.regressions.items():
+        bounds = "" if regression.range is None else f" from {regression.range[0]:g} to {regression.range[1]:g}"
+        yield (
+            f"{name}{bounds} {regression.unit} at {_size(regression.size)} (native stride, {regression.dtype}, "
+            f"{regression.parameterisation})"
+        )
 
 
 def _several(manifest: Manifest) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, check_terms, parse_method
-from kdcache.distill.terms.spec import compares_features, reads_teacher
+from kdcache.distill.terms.spec import compares_features, reads_logits, reads_teacher
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
@@ -118,6 +118,12 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     def reads_targets(self) -> bool:
         """Whether a store's targets are read."""
         return self.teaches and self.teacher == "store"
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a store's targets of classes are read, and not its features alone."""
+        of_logits = any(reads_logits(term) and term.weight != 0 for term in self.terms)
+        return self.reads_targets and (of_logits or (self.wants_kl and self.kl_weight != 0))
 
     @property
     def left_out(self) -> Fold | None:

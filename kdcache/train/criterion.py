@@ -128,7 +128,8 @@ def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: Drawn
     """Labels as targets, on the store's cells; without a store, on those of the student's logits."""
     assert config.size is not None
     cache = dataset.cache
-    shape = _probe(model, config.size).logits.shape if cache is None else cache.specs[TARGET_VALUES].shape
+    stored = None if cache is None else cache.specs.get(TARGET_VALUES)
+    shape = _probe(model, config.size).logits.shape if stored is None else stored.shape
     return LabelTargets(len(dataset.classes), config.size, (shape[-2], shape[-1]))
 
 

@@ -85,7 +85,7 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
             given = stream.config.model_copy(update={"augment": augment, "size": size})
             check_replays(given)
             if cache is not None and given.reads_targets:
-                check_logits(cache)
+                check_logits(cache, needed=given.reads_logits)
             own = given.model_copy(update={"flip": given.flip is not False})
             sources.append(Source(stream, given, own, cache, open_dataset(own, cache), count))
     return sources

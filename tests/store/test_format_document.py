@@ -216,7 +216,7 @@ def test_the_reader_refuses(script, reader, store) -> None:
         reader.read(array, 0)
     group = store / "zarr.json"
     about = group.read_text()
-    group.write_text(about.replace('"version": 1', '"version": 2'))
+    group.write_text(about.replace('"version": 1', '"version": 3'))
     assert "no complete store" in run(script, store, 0).stderr
     group.write_text(about)
     (store / "complete.json").unlink()
@@ -235,6 +235,7 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
         "per tap": True,
         "per statistic": True,
         "raw logits": head.raw,
+        "regression": False,
         "pixels stored": manifest.view.pixels == "stored",
         "views beyond": manifest.view.drawn is not None and manifest.view.drawn.scale[0] < 1,
         "folds": manifest.teacher.folds is not None,

@@ -83,13 +83,20 @@ def teach_and_tell(
     OUT.print(f"[bold]{escape(str(out))}[/]: {len(cache)} records{earlier}{taken}{speed}")
     OUT.print(
         f"{bytes_text(summary.bytes_on_disk)} on disk, {bytes_text(summary.bytes_per_record)} per record, "
-        f"of which targets {bytes_text(summary.target_bytes_per_record)}; full-resolution fp16 logits would be "
-        f"{bytes_text(summary.full_resolution_bytes)} per record, {summary.saving:.1f} times the targets"
+        f"of which targets {bytes_text(summary.target_bytes_per_record)}"
+        + (
+            f"; full-resolution fp16 logits would be {bytes_text(summary.full_resolution_bytes)} per record, "
+            f"{summary.saving:.1f} times the targets"
+            if summary.manifest.heads
+            else ""
+        )
     )
     if summary.manifest.fidelity is not None:
         OUT.print(
             f"what codec {summary.manifest.codec} stored, beside the teacher: {summary.manifest.fidelity.describe()}"
         )
+    if summary.manifest.segmentation is None:
+        return
     _print_score(score_cache(Records(cache, source)), "first crops" if cache.manifest.view.kind == "crop" else "labels")
 
 

@@ -69,10 +69,14 @@ def verify(
         OUT.print(f"  [red]another teacher[/] {escape(line)}")
     for name in agreement.drifted:
         OUT.print(f"  [red]drifted pixels[/] {escape(name)}")
-    OUT.print(
-        f"{agreement.records} records against the teacher: argmax agreement {100 * agreement.argmax:.3f} %, "
-        f"KL {agreement.kl:.2e} nats, largest logit error {agreement.largest_error:.2e}"
-    )
+    parts = [f"{path} off by at most {error:.1e} of its largest" for path, error in agreement.values.items()]
+    if manifest.segmentation is not None:
+        parts.insert(
+            0,
+            f"argmax agreement {100 * agreement.argmax:.3f} %, KL {agreement.kl:.2e} nats, largest logit error "
+            f"{agreement.largest_error:.2e}",
+        )
+    OUT.print(f"{agreement.records} records against the teacher: {'; '.join(parts)}")
     OUT.print("[green]the store holds the targets of this teacher[/]" if agreement.ok else "[red]it does not[/]")
     if not agreement.ok:
         raise typer.Exit(1)

@@ -1,7 +1,7 @@
 """What `--codec` means: how chunks are compressed, and what small rounds away before they are.
 
     default   lz4; targets in float16. CamVid's 11 classes on 36 x 48: 30.0 KiB, 43 us of CPU per read
-    small     targets keep 5 of float16's 10 mantissa bits, zstd: 15.0 KiB, 146 us
+    small     logits keep 5 of float16's 10 mantissa bits, zstd: 15.0 KiB, 146 us
     none      nothing is compressed: 37.1 KiB, 15 us
 
 Rounding happens before the write and arrays stay plain: as a Zarr filter it would shut out libraries without numcodecs.
@@ -25,6 +25,7 @@ _OTHERS = {
     "small": BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"),
 }
 _ROUNDED = BitRound(keepbits=5)
+_LOGITS = "targets/segmentation/"
 _LARGEST = np.float16(59392)  # of 5 mantissa bits, within the bound of packed targets, 60000
 
 
@@ -36,7 +37,7 @@ def compressors(path: str, codec: Codec) -> tuple[Any, ...]:
 
 
 def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]:
-    """The rows that a store of this codec keeps: small rounds float16 targets, nothing else is touched.
+    """The rows that a store of this codec keeps: small rounds float16 logits, nothing else is touched.
 
     Rounding is to the nearest, ties to even, and keeps order: the largest class stays at 0, top-k values stay sorted,
     though unequal ones may become equal.
@@ -46,7 +47,7 @@ def round_targets(arrays: Mapping[str, Array], codec: Codec) -> dict[str, Array]
     Returns: as many arrays of the same types; those that change are new.
     """
     return {
-        path: _round(rows) if codec == "small" and path.startswith("targets/") and rows.dtype == np.float16 else rows
+        path: _round(rows) if codec == "small" and path.startswith(_LOGITS) and rows.dtype == np.float16 else rows
         for path, rows in arrays.items()
     }
 

@@ -2,17 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import CorruptError, StoreError, VersionError
+from kdcache.heads import SEGMENTATION
 from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The version of stores with any heads or none; those of segmentation alone are of version 1, as they always were."""
 # What a claim of more would ask of memory is an attack or an accident.
 MAX_SHARDS = 2**20
 MAX_RECORD_BYTES = 2**28
@@ -29,13 +31,13 @@ class Manifest(parts.Part):
     """
 
     format: Literal["kdcache"] = "kdcache"
-    version: int = FORMAT_VERSION
+    version: Literal[1, 2] = 1
     created: str
     created_by: str
     records: parts.Count
     dataset: parts.Dataset
     view: parts.View
-    heads: Annotated[dict[parts.Name, parts.Head], Field(max_length=256)]
+    heads: Annotated[dict[parts.Name, parts.AnyHead], Field(max_length=256)]
     features: dict[parts.Name, parts.Feature] = Field(default_factory=dict, max_length=256)
     statistics: dict[parts.Name, parts.Statistic] = Field(default_factory=dict, max_length=256)
     teacher: parts.Fingerprint
@@ -46,23 +48,42 @@ class Manifest(parts.Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Manifest":
-        if "segmentation" not in self.heads:
-            raise ValueError("heads has no 'segmentation'")
-        classes, names = self.heads["segmentation"].classes, len(self.dataset.class_names)
-        if classes != names:
-            raise ValueError(f"the head has {classes} classes, class_names has {names}")
+        if self.version != version_of(self.heads):
+            raise ValueError(f"heads has {', '.join(self.heads) or 'none'} in version {self.version}")
+        for name, head in self.heads.items():
+            if isinstance(head, parts.Head) != (name == SEGMENTATION):
+                raise ValueError(f"heads.{name} is {head.kind}")
+        segmentation, names = self.segmentation, len(self.dataset.class_names)
+        if segmentation is not None and segmentation.classes != names:
+            raise ValueError(f"the head has {segmentation.classes} classes, class_names has {names}")
         if self.records != self.dataset.samples * self.view.views_per_sample:
             raise ValueError("records is not samples times views_per_sample")
         if self.shards > MAX_SHARDS:
             raise ValueError(f"{self.shards} shards are more than {MAX_SHARDS}")
         sizes: dict[str, tuple[int, ...]]
-        sizes = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.heads.items()}
+        sizes = {f"heads.{name}": (2, max(head.k, 2), *head.size) for name, head in self.categorical.items()}
+        sizes |= {f"heads.{name}": (4, head.channels, *head.size) for name, head in self.regressions.items()}
         sizes |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
         sizes |= {f"statistics.{name}": (2, *statistic.size) for name, statistic in self.statistics.items()}
         for name, size in {**sizes, "view": (3, *self.view.size)}.items():
             if math.prod(size) > MAX_RECORD_BYTES:
                 raise ValueError(f"{name}: a record of {math.prod(size)} bytes is larger than {MAX_RECORD_BYTES}")
         return self
+
+    @property
+    def segmentation(self) -> parts.Head | None:
+        """The head of classes; None without."""
+        return self.categorical.get(SEGMENTATION)
+
+    @property
+    def categorical(self) -> dict[str, parts.Head]:
+        """Heads of classes by name."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, parts.Head)}
+
+    @property
+    def regressions(self) -> dict[str, parts.Regression]:
+        """Heads of numbers by name."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, parts.Regression)}
 
     @property
     def shards(self) -> int:
@@ -103,6 +124,11 @@ class Manifest(parts.Part):
         return self.model_copy(update={"build": self.build.model_copy(update=same)})
 
 
+def version_of(heads: Mapping[str, parts.Head | parts.Regression]) -> Literal[1, 2]:
+    """The format's version of a store with these heads."""
+    return 1 if set(heads) == {SEGMENTATION} else 2
+
+
 def parse_manifest(attributes: Any, where: str) -> Manifest:
     """Check the group's attributes and return the manifest.
 
@@ -116,9 +142,9 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
             received=f"{where} has none",
             remedy="give the folder that build-teacher-cache wrote (its --out)",
         )
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise VersionError(
-            f"this version of kdcache reads store format {FORMAT_VERSION}",
+            f"this version of kdcache reads store formats 1 to {FORMAT_VERSION}",
             received=f"{where} has format {version!r}",
             remedy=f"use the kdcache that wrote it (`created_by` in its zarr.json); if this did, {AGAIN}: it mends it",
         )
@@ -151,7 +177,10 @@ def well_formed_parts() -> Iterator[None]:
 
 def _first_fault(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(str(step) for step in first["loc"]) or "manifest"
+    steps = [str(step) for step in first["loc"]]
+    if steps[:1] == ["heads"] and len(steps) > 2:
+        del steps[2]  # the kind, by which pydantic tells the heads apart
+    place = ".".join(steps) or "manifest"
     return f"{place}: {first['msg']}" + (
         f", not {parts.short(repr(value))}" if isinstance(value := first["input"], str) else ""
     )

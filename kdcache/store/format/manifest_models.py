@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from kdcache.heads import Parameterisation
 
 MAX_RECORDS = 2**31
 """What a claim of more would ask of memory is an attack or an accident."""
 MOST_SIDE, MOST_VIEWS = 65536, 4096
 LEAST_ZOOM, MOST_ZOOM = 1 / 64, 1024
+LEAST_HALF, MOST_HALF = 2**-4, 60000.0
 MOST_SHOWN = 8
 """Items of a list or a table that a difference names one by one."""
 
@@ -142,6 +145,45 @@ class Head(Part):
     @property
     def dense(self) -> bool:
         return self.k == self.classes
+
+
+class Regression(Part):
+    """One output of the teacher that is numbers: `channels` values in `unit` on an (h, w) grid.
+
+    Attributes:
+        range: the least and the largest value; None where there are no bounds.
+        parameterisation: of the values by the raw output, in which a map is resized (`kdcache.heads`).
+    """
+
+    kind: Literal["regression"]
+    channels: Annotated[int, Field(ge=1, le=65535)]
+    size: Size
+    align_corners: bool
+    unit: Annotated[str, Field(min_length=1, max_length=64)]
+    range: tuple[float, float] | None
+    parameterisation: Parameterisation
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> "Regression":
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"range {self.range[0]:g} to {self.range[1]:g} is none")
+        return self
+
+    @property
+    def dtype(self) -> str:
+        """`float16` where the range allows it: its largest magnitude is far from float16's ends, 6e-5 and 65504."""
+        largest = 0.0 if self.range is None else max(map(abs, self.range))
+        return "float16" if LEAST_HALF <= largest <= MOST_HALF else "float32"
+
+
+def _kind_of(head: Any) -> str:
+    return str(head.get("kind", "categorical") if isinstance(head, dict) else getattr(head, "kind", None))
+
+
+AnyHead = Annotated[
+    Annotated[Head, Tag("categorical")] | Annotated[Regression, Tag("regression")], Discriminator(_kind_of)
+]
+"""A head of either kind; without `kind` it is categorical."""
 
 
 class Feature(Part):

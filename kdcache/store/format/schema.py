@@ -1,6 +1,7 @@
 """The arrays of a store: names, shapes, types, chunks. One table; writer and reader both use it.
 
-    targets/<head>/values    (R, k, h, w)   float16   logit minus the pixel's maximum over classes
+    targets/<head>/values    (R, k, h, w)   float16   logit minus the pixel's maximum over classes; of a regression
+                                                      (R, c, h, w), its values, float32 where the range needs it
     targets/<head>/indices   (R, k, h, w)   uint8     class ids (uint16 above 256); absent if k = C
     targets/<head>/tail      (R, h, w)      float16   log-odds of the mass outside the k; absent if k = C
     targets/<head>/max       (R, h, w)      float32   that maximum; with --raw-logits
@@ -27,6 +28,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from kdcache.store.format.codec import compressors
 from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.manifest_models import Regression
 
 SAMPLE_ARRAYS = ("samples/id_bytes", "samples/id_ends")
 SMALL_BYTES = 1024  # per record: below, a chunk holds a whole shard
@@ -56,8 +58,10 @@ _RECORD_ARRAYS = (
 
 
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
-    """values, for a top-k head indices and tail, for raw logits their maximum."""
+    """values, for a top-k head indices and tail, for raw logits their maximum; of a regression values alone."""
     entry = manifest.heads[head]
+    if isinstance(entry, Regression):
+        return [ArraySpec(f"targets/{head}/values", (entry.channels, *entry.size), entry.dtype)]
     arrays = [ArraySpec(f"targets/{head}/values", (entry.k, *entry.size), "float16")]
     if not entry.dense:
         index_type = "uint8" if entry.classes <= 256 else "uint16"

@@ -1,7 +1,7 @@
 """Stored targets checked: scores against labels, and a sample beside new predictions of the teacher."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ import torch
 from kdcache.data import IGNORE_INDEX
 from kdcache.errors import MismatchError
 from kdcache.metrics import ConfusionMatrix, Metrics
-from kdcache.store import Records, evenly_spread
+from kdcache.store import Cache, Records, evenly_spread
 from kdcache.teacher.build.render import Array
 from kdcache.teacher.load.fingerprint import fingerprint
 from kdcache.teacher.load.forward import Precision, place, teach
@@ -19,6 +19,8 @@ from kdcache_kernels import PackedTarget, densify, pack, target_argmax_confidenc
 # Other hardware rounds differently; another teacher differs by orders of magnitude more.
 MIN_AGREEMENT = 0.995
 MAX_KL = 1e-3
+MAX_VALUE_ERROR = 1e-2
+"""Of values of a regression and of features, as a part of the largest stored one."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Agreement:
         drifted: records whose pixels are no longer those that were taught on.
         argmax: share of target pixels with the same best class.
         kl: mean KL(teacher || stored) in nats at T = 1; largest_error: of any probability-relevant logit.
+        values: largest error of each array of a regression, and of features where there is no head, as a part of its
+            largest magnitude in the record.
     """
 
     records: int
@@ -38,20 +42,24 @@ class Agreement:
     argmax: float
     kl: float
     largest_error: float
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        return not self.fingerprint and not self.drifted and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
+        same = not self.fingerprint and not self.drifted and all(e <= MAX_VALUE_ERROR for e in self.values.values())
+        return same and self.argmax >= MIN_AGREEMENT and self.kl <= MAX_KL
 
 
 def score_cache(records: Records, limit: int = 512) -> Metrics | None:
-    """The teacher's metrics on the labels of whole images at view size, read back; None without labels.
+    """The teacher's metrics on the labels of whole images at view size, read back; None without labels or classes.
 
     A store that has crops alone is scored on the first crop of each image.
 
     Raises: MismatchError for a store without pixels that has no data set, or a changed one.
     """
     cache = records.cache
+    if cache.manifest.segmentation is None:
+        return None
     labelled = cache.column("labelled")
     confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
     for record in map(cache.manifest.record, evenly_spread(cache.manifest.dataset.samples, limit)):
@@ -90,9 +98,12 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
     place(teacher.model, device)
     differences = cache.manifest.teacher.differences(fingerprint(teacher, precision, device))
     folds = cache.column("fold").tolist() if teacher.folds and "records/fold" in cache.specs else [None] * len(cache)
-    grid = cache.head.size if cache.head.resampled else None
+    manifest, head = cache.manifest, cache.manifest.segmentation
+    grid = head.size if head is not None and head.resampled else None
+    taps = () if manifest.heads else tuple(manifest.features)
     agreeing = pixels_seen = 0
     kl_sum = largest = 0.0
+    values = dict[str, float]()
     drifted = []
     numbers = evenly_spread(len(cache), limit)
     for record in numbers:
@@ -100,8 +111,14 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
         if drift:
             drifted.append(records.sample(record))
         model = teacher.model_for(folds[record])
-        logits, _ = teach(model, torch.from_numpy(pixels)[None], (), precision, device, grid)
-        repeated, stored = pack(logits.cpu(), cache.head.k), packed_target(records, [record])
+        outputs = teach(model, torch.from_numpy(pixels)[None], taps, precision, device, grid)
+        numbers_now = {f"targets/{name}/values": outputs.heads.get(name) for name in manifest.regressions}
+        numbers_now |= {f"features/{tap}": outputs.features[tap] for tap in taps}
+        for path, error in _value_errors(cache, record, numbers_now).items():
+            values[path] = max(values.get(path, 0.0), error)
+        if head is None:
+            continue
+        repeated, stored = pack(outputs.logits.cpu(), head.k), packed_target(records, [record])
         if repeated[0].shape != stored.values.shape:
             differences.append("targets: the teacher gives another number of classes or another size")
             break
@@ -118,10 +135,24 @@ def compare_teacher(records: Records, teacher: Teacher, device: torch.device, li
         records=len(numbers),
         fingerprint=tuple(differences),
         drifted=tuple(drifted),
-        argmax=agreeing / max(pixels_seen, 1),
+        argmax=agreeing / pixels_seen if pixels_seen or head is not None else 1.0,
         kl=kl_sum / max(pixels_seen, 1),
         largest_error=largest,
+        values=values,
     )
+
+
+def _value_errors(cache: Cache, record: int, now: Mapping[str, torch.Tensor | None]) -> dict[str, float]:
+    """Largest error of each array of a record, as a part of its largest magnitude; infinite for another shape."""
+    errors = {}
+    for path, row in cache.read(record, list(now)).items():
+        stored, value = torch.from_numpy(row).double(), now[path]
+        if value is None or value.shape[1:] != stored.shape:
+            errors[path] = float("inf")
+            continue
+        largest = float(stored.abs().max())
+        errors[path] = float((value[0].cpu().double() - stored).abs().max()) / (largest or 1.0)
+    return errors
 
 
 def _check_split(records: Records) -> None:

@@ -8,7 +8,7 @@ of records.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from kdcache.data import Split
+from kdcache.errors import ModelError
+from kdcache.heads import SEGMENTATION
+from kdcache.models import Outputs
 from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, store_exists
-from kdcache.store.format.manifest_models import Repair
+from kdcache.store.format.manifest_models import Head, Regression, Repair
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
@@ -137,18 +140,24 @@ def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: i
     return np.array([item.checksum for item in rendered], np.uint64)
 
 
-def pack_batch(logits_BChw: Tensor, features: dict[str, Tensor], k: int, *, raw: bool = False) -> dict[str, Tensor]:
+def pack_batch(outputs: Outputs, heads: Mapping[str, Head | Regression], taps: Sequence[str]) -> dict[str, Tensor]:
     """A teacher's outputs as the store keeps them: path -> tensor with a leading B, on the same device.
 
     Args:
-        raw: also the largest logit of every pixel.
+        outputs: of `teach`. heads: the manifest's. taps: of the features that are stored.
     """
-    values, indices, tail = pack(logits_BChw, k)
-    packed = {"targets/segmentation/values": values}
-    if indices is not None and tail is not None:
-        packed |= {"targets/segmentation/indices": indices, "targets/segmentation/tail": tail}
-    if raw:
-        packed["targets/segmentation/max"] = logits_BChw.float().amax(1)
+    packed: dict[str, Tensor] = {}
+    for name, head in heads.items():
+        if isinstance(head, Regression):
+            packed[f"targets/{name}/values"] = outputs.heads[name].to(getattr(torch, head.dtype))
+            continue
+        values, indices, tail = pack(outputs.heads[name], head.k)
+        packed[f"targets/{name}/values"] = values
+        if indices is not None and tail is not None:
+            packed |= {f"targets/{name}/indices": indices, f"targets/{name}/tail": tail}
+        if head.raw:
+            packed[f"targets/{name}/max"] = outputs.heads[name].float().amax(1)
+    features = {tap: outputs.features[tap] for tap in taps}
     # fp16 ends at 65504: beyond, a finite feature saturates. An infinite one stays so, to be refused.
     limit = torch.finfo(torch.float16).max
     packed |= {f"features/{tap}": f.clamp(-limit, limit).where(f.isfinite(), f).half() for tap, f in features.items()}
@@ -197,14 +206,13 @@ class _Pass:
 
     def _launch(self, items: list[Rendered]) -> Callable[[], _Batch]:
         """Start a batch; what is returned waits for its result."""
-        options, head = self._options, self._manifest.heads["segmentation"]
+        options, heads, head = self._options, self._manifest.heads, self._manifest.segmentation
         pixels = torch.from_numpy(np.stack([item.taught for item in items]))
-        model, grid = self._teacher.model_for(items[0].fold), head.size if head.resampled else None
+        model, grid = self._teacher.model_for(items[0].fold), head.size if head and head.resampled else None
         try:
-            logits, features = teach(model, pixels, self._taps, options.precision, options.device, grid)
-            tapped = {tap: features[tap] for tap in options.features}
-            packed = pack_batch(logits, tapped, head.k, raw=head.raw)
-            packed |= measure(self._manifest.statistics, logits, features)
+            outputs = teach(model, pixels, self._taps, options.precision, options.device, grid)
+            packed = pack_batch(outputs, heads, options.features)
+            packed |= measure(self._manifest.statistics, outputs.heads.get(SEGMENTATION), outputs.features)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(options.batch_size) from error
         return partial(self._fetch, items, *_to_host(packed, options.device))
@@ -219,12 +227,29 @@ class _Pass:
                 if not finite.all():
                     bad = items[int((~finite).nonzero()[0])]
                     raise not_finite(path, bad.record, self._split.ids[bad.sample])
+        self._check_ranges(items, packed)
         rows = round_targets({path: tensor.numpy() for path, tensor in packed.items()}, self._manifest.codec)
         places = [place for place, item in enumerate(items) if item.old is not None]
         if places:
             for path, stored in self._take_over([items[place] for place in places]).rows.items():
                 rows[path][places] = stored
         return _Batch(items, rows, taught=True)
+
+    def _check_ranges(self, items: list[Rendered], packed: Mapping[str, Tensor]) -> None:
+        """Refuse values of a regression outside the range of its head, but for their rounding."""
+        for name, head in self._manifest.regressions.items():
+            if head.range is None:
+                continue
+            values = packed[f"targets/{name}/values"].flatten(1)
+            low, high = torch.tensor(head.range, dtype=values.dtype)
+            outside = ((values < low) | (values > high)).any(1)
+            if outside.any():
+                bad = items[int(outside.nonzero()[0])]
+                raise ModelError(
+                    f"values of a head lie in its range, {head.range[0]:g} to {head.range[1]:g} {head.unit}",
+                    received=f"others in {name} of record {bad.record}, {self._split.ids[bad.sample]}",
+                    remedy="declare the head's max_depth as large as its values get",
+                )
 
     def _take_over(self, items: list[Rendered]) -> _Batch:
         assert self._reuse is not None

@@ -26,7 +26,7 @@ def copied_fidelity(source: Cache, codec: Codec | None) -> Fidelity | None:
     rows = [source.read(record, source.target_paths()) for record in records]
     if all(np.array_equal(row[path], rounded) for row in rows for path, rounded in round_targets(row, codec).items()):
         return manifest.fidelity  # a copy of a rounded store
-    if not source.head.dense or manifest.fidelity is None:
+    if manifest.segmentation is None or not source.head.dense or manifest.fidelity is None:
         return None
     logits = (torch.from_numpy(row["targets/segmentation/values"]).float() for row in rows)
     lost = measure_fidelity(logits, source.head.k, codec, source.view_size, align_corners=source.align_corners)

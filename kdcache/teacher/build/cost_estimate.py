@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from kdcache.data import Split
+from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import Codec, Manifest
 from kdcache.store.format.schema import metadata_keys
@@ -147,7 +148,13 @@ def estimate(
     manifest = plan_manifest(probe)  # which refuses what cannot be, and chooses k
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
         trial = Trial(probe, records, Path(folder), progress or (lambda *_: None))
-        head = manifest.heads["segmentation"]
+        head = manifest.segmentation
+        if head is None:
+            raise RecipeError(
+                "a plan compares how many classes are kept",
+                received=f"a store of {', '.join(manifest.heads) or 'features alone'}",
+                remedy="build a store of a few samples and look at it with kdcache inspect",
+            )
         own = Setting(head.k, options.codec, options.views, tuple(options.features), options.pixels)
         seconds = trial.seconds(own.k, own.codec)
         settings = dict.fromkeys([own, *_neighbours(own, head.classes, trial.taps)])

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from kdcache.errors import ModelError, RecipeError
-from kdcache.models import PROBABILITIES, returns_probabilities
+from kdcache.heads import SEGMENTATION, RegressionHead
+from kdcache.models import PROBABILITIES, Outputs, returns_probabilities
 from kdcache.store import Fidelity, Manifest, evenly_spread
-from kdcache.store.format.manifest import well_formed_parts
-from kdcache.store.format.manifest_models import Build, Dataset, Feature, Head
+from kdcache.store.format.manifest import version_of, well_formed_parts
+from kdcache.store.format.manifest_models import Build, Dataset, Feature, Head, Regression
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.statistics import statistics_of
@@ -34,20 +35,15 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         the data set; StoreError for a split or a tap whose name is none of a folder.
     """
     split, teacher, options = probe.split, probe.teacher, probe.options
-    _check_logits(teacher)
+    if SEGMENTATION in probe.heads:
+        _check_logits(teacher)
     output = probe.probe()
-    classes, height, width = output.logits.shape[1:]
-    k, figures = _top_k_and_fidelity(probe, classes, fidelity=fidelity and options.fidelity)
-    head = Head(
-        classes=classes,
-        k=k,
-        size=(height, width),
-        align_corners=teacher.model.align_corners,
-        raw=options.raw_logits,
-        resampled=probe.grid is not None,
-    )
+    heads, figures = _heads(probe, output, fidelity=fidelity and options.fidelity)
+    segmentation = heads.get(SEGMENTATION)
+    grid = (1, 1) if segmentation is None else segmentation.size  # of no statistic then
     feature_shapes = {tap: output.features[tap].shape[1:] for tap in options.features}
     return Manifest(
+        version=version_of(heads),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=f"kdcache {_version('kdcache')}",
         records=len(split) * options.views,
@@ -61,9 +57,9 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
             class_colours=split.classes.colours,
         ),
         view=probe.view,
-        heads={"segmentation": head},
+        heads=heads,
         features={tap: Feature(channels=c, size=(h, w)) for tap, (c, h, w) in feature_shapes.items()},
-        statistics=statistics_of(options.statistics, head.size, output.features),
+        statistics=statistics_of(options.statistics, grid, output.features),
         teacher=fingerprint(teacher, options.precision, options.device),
         build=Build(
             batch_size=options.batch_size,
@@ -78,6 +74,41 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         codec=options.codec,
         fidelity=figures,
     )
+
+
+def _heads(
+    probe: TeacherProbe, output: Outputs, *, fidelity: bool
+) -> tuple[dict[str, Head | Regression], Fidelity | None]:
+    """The manifest's heads, and what is lost by storing that of segmentation.
+
+    Args:
+        output: of `probe.probe()`.
+    """
+    model, heads, figures = probe.teacher.model, dict[str, Head | Regression](), None
+    for name, value in output.heads.items():
+        channels, height, width = value.shape[1:]
+        kind = model.head_kinds[name]
+        if isinstance(kind, RegressionHead):
+            heads[name] = Regression(
+                kind="regression",
+                channels=channels,
+                size=(height, width),
+                align_corners=model.align_corners,
+                unit=kind.unit,
+                range=kind.range,
+                parameterisation=kind.parameterisation,
+            )
+            continue
+        k, figures = _top_k_and_fidelity(probe, channels, fidelity=fidelity)
+        heads[name] = Head(
+            classes=channels,
+            k=k,
+            size=(height, width),
+            align_corners=model.align_corners,
+            raw=probe.options.raw_logits,
+            resampled=probe.grid is not None,
+        )
+    return heads, figures
 
 
 def _check_logits(teacher: Teacher) -> None:

@@ -1,5 +1,6 @@
 """The teacher before anything is written: its outputs for a few first views."""
 
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,50 @@ from kdcache.teacher.load.forward import coarser, not_finite, out_of_memory, tea
 from kdcache.teacher.load.load import Teacher
 
 
+def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
+    """The heads of a teacher that a build stores, in the teacher's order.
+
+    Raises: RecipeError for heads that the teacher lacks, for none without `--features-only`, and for options of logits
+        where there are none.
+    """
+    own = tuple(teacher.model.head_kinds)
+    wrong = next((name for name in options.heads if name not in own), None)
+    if wrong is not None or (options.features_only and options.heads):
+        near = difflib.get_close_matches(wrong or "", own, n=1)
+        raise RecipeError(
+            "--heads names heads of the teacher" + (", and --features-only none" if wrong is None else ""),
+            received=f"--heads {','.join(options.heads)}; {teacher.origin} has {', '.join(own) or 'none'}",
+            remedy=f"did you mean {near[0]}?" if near else "leave out --heads, which stores all",
+        )
+    heads = () if options.features_only else tuple(name for name in own if name in (options.heads or own))
+    if not heads and not (options.features_only and options.features):
+        raise RecipeError(
+            "a store has heads of its teacher, or with --features-only the taps of --features",
+            received=f"{teacher.origin} with {', '.join(own) or 'no head'}"
+            + (", --features-only and no --features" if options.features_only else ""),
+            remedy="add --features-only --features TAP (kdcache models lists taps)",
+        )
+    _check_logit_options(options, heads)
+    return heads
+
+
+def _check_logit_options(options: BuildOptions, heads: Sequence[str]) -> None:
+    of_logits = {
+        "--top-k": options.top_k is not None,
+        "--raw-logits": options.raw_logits,
+        "--statistics": any(not name.startswith("at:") for name in options.statistics),
+    }
+    given = [flag for flag, used in of_logits.items() if used and SEGMENTATION not in heads]
+    if options.teacher_grid == "view" and set(heads) != {SEGMENTATION}:
+        given.append("--teacher-grid view")
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)} is of logits, those of a head {SEGMENTATION}",
+            received=f"a store of {', '.join(heads) or 'features alone'}",
+            remedy="leave it out, or store other heads (--heads)",
+        )
+
+
 class TeacherProbe:
     """A teacher, the split that it is run on and the options of that build, with what a few first views show of them.
 
@@ -25,6 +70,7 @@ class TeacherProbe:
         split, teacher, options: as given; the teacher is on the options' device.
         view: how the views of the split are drawn and rendered.
         folds: for every sample the member that predicts it; None when all predict together.
+        heads: the teacher's heads that are stored, in its order.
         taps: of the teacher, everything that the build needs: features, then those of statistics.
         grid: (h, w) that logits are averaged to, set by `probe`; None for the teacher's own.
     Raises: RecipeError for options that do not go together; ModelError for a tap that the teacher does not have.
@@ -42,20 +88,24 @@ class TeacherProbe:
                 received=f"{', '.join(options.features)}, and {teacher.folds} teachers of a fold each",
                 remedy="leave out --features, or --folds",
             )
+        self.heads = heads_of(options, teacher)
         teacher.model.check_taps(options.features)
         self.taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
 
     def probe(self) -> Outputs:
         """The teacher's outputs for the first record, which give the shapes of all.
 
-        Returns: logits (1, C, h, w) on the grid that the store keeps, features (1, c, h', w') by tap.
+        Returns: the heads that are stored, (1, C, h, w) on the store's grid, and features (1, c, h', w') by tap.
         Raises: ModelError for another number of classes than the data set's, or folds on different grids; RecipeError
             for `--teacher-grid view` with a head that aligns corners.
         """
         teacher, classes = self.teacher, len(self.split.classes)
         folds: Iterable[int | None] = [None] if teacher.folds is None else range(teacher.folds)
         outputs = [self._teach([0], self.taps, teacher.model_for(fold)) for fold in folds]
-        logits = outputs[0].logits
+        heads = {name: outputs[0].heads[name] for name in self.heads}
+        if SEGMENTATION not in heads:
+            return Outputs(heads, outputs[0].features)
+        logits = heads[SEGMENTATION]
         if logits.shape[1] != classes:
             raise ModelError(
                 "a teacher gives one logit per class of the data set",
@@ -74,7 +124,7 @@ class TeacherProbe:
             grid = min(height, logits.shape[-2]), min(width, logits.shape[-1])
             self.grid = None if grid == tuple(logits.shape[-2:]) else grid
             logits = coarser(logits, grid)
-        return Outputs({SEGMENTATION: logits}, outputs[0].features)
+        return Outputs({**heads, SEGMENTATION: logits}, outputs[0].features)
 
     def logits(self, samples: Sequence[int]) -> Iterator[torch.Tensor]:
         """Raw logits (C, h, w) of the first views of some samples, a batch of each fold at a time.
@@ -119,7 +169,6 @@ class TeacherProbe:
         items = [render_records(self.split, self.view, [sample * views])[0] for sample in samples]
         pixels = torch.from_numpy(np.stack([item.taught if enlarged else item.pixels for item in items]))
         try:
-            logits, features = teach(model, pixels, taps, options.precision, options.device, grid)
-            return Outputs({SEGMENTATION: logits}, features)
+            return teach(model, pixels, taps, options.precision, options.device, grid)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(options.batch_size) from error

@@ -40,7 +40,8 @@ class Reuse:
         old_statistics = old.manifest.statistics
         maps = [name for name, statistic in manifest.statistics.items() if old_statistics.get(name) == statistic]
         self.complete = (len(taps), len(maps)) == (len(manifest.features), len(manifest.statistics))
-        self._paths = [*old.target_paths(), *(f"features/{tap}" for tap in taps), *(f"statistics/{n}" for n in maps)]
+        targets = [path for head in old.manifest.heads for path in old.target_paths(head)]
+        self._paths = [*targets, *(f"features/{tap}" for tap in taps), *(f"statistics/{n}" for n in maps)]
         self._samples = {sample: number for number, sample in enumerate(old.ids)}
         self._read: dict[int, dict[str, Array]] = {}
         self.damaged = set[int]()
@@ -79,7 +80,7 @@ class Reuse:
 
 def options_of(old: Manifest, **changes: Any) -> BuildOptions:
     """The options that a store was built with, but for `changes` (fields of BuildOptions)."""
-    drawn, head = old.view.drawn, old.heads["segmentation"]
+    drawn, head = old.view.drawn, old.segmentation
     views: dict[str, Any] = (
         {} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}
     )
@@ -87,9 +88,11 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
         "size": old.view.image_size or old.view.size,
         "crop": None if old.view.image_size is None else old.view.size,
         "teacher_size": old.view.teacher_size,
-        "teacher_grid": "view" if head.resampled else "own",
-        "top_k": head.k,
-        "raw_logits": head.raw,
+        "heads": tuple(old.heads),
+        "features_only": not old.heads,
+        "teacher_grid": "view" if head is not None and head.resampled else "own",
+        "top_k": None if head is None else head.k,
+        "raw_logits": head is not None and head.raw,
         "features": tuple(old.features),
         "statistics": tuple(map(_statistic_flag, old.statistics.values())),
         "views": old.view.views_per_sample,

@@ -70,15 +70,15 @@ def taps_of(names: Sequence[str], teacher: Teacher) -> list[str]:
 
 
 def measure(
-    statistics: Mapping[str, Statistic], logits_BChw: Tensor, features: Mapping[str, Tensor]
+    statistics: Mapping[str, Statistic], logits_BChw: Tensor | None, features: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Path -> (B, h, w) float16, on the same device.
 
     Args:
-        logits_BChw: as they are stored, whatever their constant.
+        logits_BChw: as they are stored, whatever their constant; None where no statistic is of the distribution.
         features: tap -> (B, c, h', w'), AGREEMENT among them when a statistic needs it.
     """
-    log_p = logits_BChw.float().log_softmax(1)
+    log_p = torch.empty(0) if logits_BChw is None else logits_BChw.float().log_softmax(1)
     maps = {}
     for name, statistic in statistics.items():
         if statistic.kind == "at":

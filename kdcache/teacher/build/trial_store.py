@@ -11,6 +11,7 @@ import torch
 
 from kdcache.data import Split
 from kdcache.data.folds import Excerpt
+from kdcache.heads import SEGMENTATION
 from kdcache.store import Cache, Codec, evenly_spread, open_cache, open_writer, round_targets, summarise
 from kdcache.teacher.build.build import build_cache
 from kdcache.teacher.build.options import BuildOptions
@@ -93,7 +94,7 @@ class Trial:
         rendered = time.perf_counter()
         pixels = torch.from_numpy(np.stack([item.taught for item in items]))
         model = self._teacher.model_for(0 if self._teacher.folds else None)
-        teach(model, pixels, options.features, options.precision, options.device)[0].cpu()
+        teach(model, pixels, options.features, options.precision, options.device).logits.cpu()
         taught = time.perf_counter()
         _, written = self._rewritten(self._whole, k, codec)
         return Seconds(
@@ -123,7 +124,10 @@ class Trial:
         """Sizes of the store with k classes and a codec, and the seconds that it took to write it."""
         out, seconds = self._path(cache, k, codec), 0.0
         manifest = cache.manifest.model_copy(
-            update={"heads": {"segmentation": cache.head.model_copy(update={"k": k})}, "codec": codec}
+            update={
+                "heads": {**cache.manifest.heads, SEGMENTATION: cache.head.model_copy(update={"k": k})},
+                "codec": codec,
+            }
         )
         with open_writer(out, manifest, cache.ids) as writer:
             for shard in writer.claimed():

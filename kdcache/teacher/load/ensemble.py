@@ -1,15 +1,20 @@
 """Several teachers as one: an ensemble that averages probabilities, or for each fold a teacher that has not seen it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kdcache.data import ClassList, Fold, Split, check_folds, check_folds_by
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.models import EnsembleModel, Tta
+from kdcache.models import EnsembleModel, JointModel, JointPart, Tta
 from kdcache.run_folder import RECIPE, Run
 from kdcache.store import Fingerprint
 from kdcache.teacher.load.load import RGB, Teacher, load_teacher
 from kdcache.teacher.load.provenance import fold_left_out
+
+_NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.+)")
+"""`HEAD=ORIGIN`; a spec has a colon before any equals sign."""
 
 
 def load_teachers(
@@ -28,13 +33,29 @@ def load_teachers(
     """Load one teacher, or several as one.
 
     Args:
-        origins, classes, class_map, mean, std, trust: as `load_teacher`, for each of them.
+        origins, classes, class_map, mean, std, trust: as `load_teacher`, for each of them. `HEAD=ORIGIN` takes that
+            head from a teacher of its own, without the others' weights, augmentation, folds and normalisation.
         weights: of their probabilities; default equal ones.
         tta: renderings of every image over which predictions are averaged.
         folds: probabilities are not averaged: teacher i predicts the samples of fold i. See `check_cross_fit`.
         folds_by: the pattern of the sequences that folds keep whole.
     Raises: as `load_teacher`; RecipeError for weights or folds that are not one per teacher.
     """
+    origins, named = heads_apart(origins)
+    if named:
+        if mean is not None or std is not None:
+            raise RecipeError(
+                "teachers of a head each are normalised as they were trained",
+                received=f"--mean or --std, and a teacher of its own for {', '.join(named)}",
+                remedy="leave them out, or build a store for each head",
+            )
+        main = None
+        if origins:
+            main = load_teachers(
+                origins, classes, weights=weights, tta=tta, folds=folds, folds_by=folds_by, class_map=class_map,
+                trust=trust,
+            )  # fmt: skip
+        return _joined(main, {name: load_teacher(origin, classes, trust=trust) for name, origin in named.items()})
     _check_counts(origins, weights, folds, folds_by)
     loaded = [load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust) for origin in origins]
     if len(loaded) == 1 and tta is None and weights is None:
@@ -51,6 +72,49 @@ def load_teachers(
     )
 
 
+def heads_apart(origins: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Teachers that are given as they are, and by head those that are given as `HEAD=ORIGIN`.
+
+    Raises: RecipeError for a head that is given twice.
+    """
+    plain, named = [], dict[str, str]()
+    for origin in origins:
+        match = None if Path(origin).exists() else _NAMED.fullmatch(origin)
+        if match is None:
+            plain.append(origin)
+        elif match[1] in named:
+            raise RecipeError(
+                "a head is taken from one teacher",
+                received=f"{match[1]} of {named[match[1]]} and of {match[2]}",
+                remedy=f"give --teacher {match[1]}=... once",
+            )
+        else:
+            named[match[1]] = match[2]
+    return plain, named
+
+
+def _joined(main: Teacher | None, named: Mapping[str, Teacher]) -> Teacher:
+    """One teacher with the heads of several: those of the first that no other is named for, and the named ones."""
+    if main is not None and main.folds is not None:
+        raise RecipeError(
+            "the teachers of folds give every head themselves",
+            received=f"--folds {main.folds} and a teacher of its own for {', '.join(named)}",
+            remedy="leave out --folds, or build a store for each head",
+        )
+    teachers = [*([] if main is None else [main]), *named.values()]
+    parts = [JointPart(teacher.model, (name,)) for name, teacher in named.items()]
+    if main is not None:
+        parts.insert(0, JointPart(main.model, tuple(name for name in main.model.head_kinds if name not in named)))
+    sizes = {teacher.size for teacher in teachers if teacher.size is not None}
+    return replace(
+        teachers[0],
+        model=JointModel(parts).eval(),
+        origin=", ".join([*([] if main is None else [main.origin]), *(f"{n}={t.origin}" for n, t in named.items())]),
+        size=sizes.pop() if len(sizes) == 1 else None,
+        notes=tuple(dict.fromkeys(note for teacher in teachers for note in teacher.notes)),
+    )
+
+
 def load_like(
     fingerprint: Fingerprint, origins: Sequence[str], classes: ClassList, *, class_map: str | Path | None = None
 ) -> Teacher:
@@ -59,6 +123,14 @@ def load_like(
     Whether they are the same teachers is for their fingerprint to show.
     Raises: as `load_teachers`; MismatchError unless there are as many.
     """
+    plain, named = heads_apart(origins)
+    if named:
+        main = None
+        if fingerprint.members:
+            main = load_like(fingerprint, plain, classes, class_map=class_map)
+        elif plain:  # normalised as it was trained: a store of such teachers has no other normalisation
+            main = load_teachers(plain, classes, class_map=class_map)
+        return _joined(main, {name: load_teacher(origin, classes) for name, origin in named.items()})
     count = max(1, len(fingerprint.members))
     if len(origins) != count:
         raise MismatchError(

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from kdcache.models import EnsembleModel, SegmentationModel, state_digest
+from kdcache.models import EnsembleModel, JointModel, SegmentationModel, state_digest
 from kdcache.store import Fingerprint
 from kdcache.store.format.manifest_models import Augmented, Member
 from kdcache.teacher.load.forward import Precision, teach
@@ -18,8 +18,11 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
     """Fingerprint of a teacher that is already on `device`."""
     model = teacher.model
     members, tta = _ensemble(model)
-    logits, _ = teach(model, torch.from_numpy(_probe_images()), (), precision, device)
-    pooled = F.adaptive_avg_pool2d(logits.double(), _PROBE_GRID).flatten().cpu()
+    probed = () if model.head_kinds else model.taps[-1:]
+    outputs = teach(model, torch.from_numpy(_probe_images()), probed, precision, device)
+    # A network without a head is known by its features.
+    maps = outputs.heads or {tap: feature.float().mean(1, keepdim=True) for tap, feature in outputs.features.items()}
+    pooled = torch.cat([F.adaptive_avg_pool2d(x.double(), _PROBE_GRID).flatten() for x in maps.values()]).cpu()
     return Fingerprint(
         spec=model.spec,
         weights=state_digest(model),
@@ -38,6 +41,8 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
 
 def _ensemble(model: SegmentationModel) -> tuple[tuple[Member, ...], Augmented | None]:
     """The members of an ensemble and its augmentation."""
+    if isinstance(model, JointModel):
+        return _ensemble(model.parts[0].model)
     if not isinstance(model, EnsembleModel):
         return (), None
     members = tuple(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import ModelError
-from kdcache.models import SegmentationModel
+from kdcache.heads import SEGMENTATION
+from kdcache.models import Outputs, SegmentationModel
 from kdcache_kernels.window import area_matrix
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -26,8 +27,10 @@ def teach(
     precision: Precision,
     device: torch.device,
     grid: tuple[int, int] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits (B, C, h, w) float32 at native stride and the tapped features, on `device`.
+) -> Outputs:
+    """The teacher's heads (B, C, h, w) float32 at native stride and the tapped features, on `device`.
+
+    Segmentation has logits; a regression has its values in the head's unit, after the nonlinearity.
 
     Args:
         pixels_BHW3: uint8, on any device.
@@ -37,8 +40,11 @@ def teach(
         with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
             pixels = pixels_BHW3.to(device, non_blocking=True)
             output = model(model.normalise(pixels), taps)
-        logits = output.logits.float()
-        return logits if grid is None else coarser(logits, grid), output.features
+        heads = {name: head.float() for name, head in output.heads.items()}
+        heads |= {name: kind.values(heads[name]) for name, kind in model.regressions.items()}
+        if grid is not None:
+            heads[SEGMENTATION] = coarser(heads[SEGMENTATION], grid)
+        return Outputs(heads, output.features)
 
 
 def coarser(logits_BChw: Tensor, grid: tuple[int, int]) -> Tensor:

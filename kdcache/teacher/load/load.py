@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kdcache.data import ClassList
 from kdcache.errors import MismatchError, ModelError
+from kdcache.heads import SEGMENTATION
 from kdcache.models import (
     ClassMapped,
     EnsembleModel,
@@ -92,7 +93,7 @@ def load_teacher(
     if class_map is not None:
         table = read_class_map(class_map, model.num_classes, classes.names)
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
-    else:
+    elif SEGMENTATION in model.head_kinds:
         _check_classes(origin, model.num_classes, names, classes)
     return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=(training,))
 

@@ -90,7 +90,7 @@ class DeviceTargets:
         for record, row in enumerate(rows):
             for name, path in paths.items():
                 parts[name][record].copy_(torch.from_numpy(row[path]))
-        return cls({SEGMENTATION: Target(**parts)})
+        return cls({SEGMENTATION: Target(**parts)} if parts else {})
 
     def empty(self, batch_size: int) -> dict[str, Target]:
         """Allocate memory for the targets of a batch (B, ...), by head."""

@@ -31,13 +31,17 @@ def measures_norms(step: int, every: int) -> bool:
     return every > 0 and (step % every == 0 or step == SOON < every)
 
 
-def check_logits(cache: Cache) -> None:
+def check_logits(cache: Cache, *, needed: bool = True) -> None:
     """Refuse a store of a teacher that returned probabilities, as far as its first target shows it.
 
     Targets are stored less their largest, so probabilities p as p - max p. These give max p, for all sum to 1, and then
     show that none is below 0: with logits as far apart, and more than a few classes, that does not happen.
-    Raises: MismatchError.
+    Args:
+        needed: whether targets of classes are read; False lets a store without them pass.
+    Raises: MismatchError; StoreError for a store without targets of classes that are needed.
     """
+    if cache.manifest.segmentation is None and not needed:
+        return
     if not cache.head.dense or cache.num_classes < _LEAST_CLASSES:
         return
     values_Chw = cache.read(0, [TARGET_VALUES])[TARGET_VALUES].astype(np.float64)

@@ -38,7 +38,7 @@ def test_a_teacher_that_was_being_trained_answers_as_one_that_is_not(pixels) -> 
     with torch.no_grad():
         wanted = model.body(model.normalise(pixels))
     place(model, CPU)
-    logits, _ = teach(model, pixels, (), "float32", CPU)
+    logits = teach(model, pixels, (), "float32", CPU).logits
     torch.testing.assert_close(logits, wanted)
     assert not logits.requires_grad
 
@@ -49,5 +49,6 @@ def test_a_teacher_that_was_being_trained_answers_as_one_that_is_not(pixels) -> 
 def test_the_precision_is_the_one_that_was_asked_for(pixels, precision, computed) -> None:
     """Inside; logits come as float32 whatever it was."""
     model = Noisy().eval()
-    logits, features = teach(model, pixels, ("body",), precision, CPU)
+    outputs = teach(model, pixels, ("body",), precision, CPU)
+    logits, features = outputs.logits, outputs.features
     assert (model.seen, features["body"].dtype, logits.dtype) == ([computed], computed, torch.float32)
