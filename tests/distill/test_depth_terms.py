@@ -276,7 +276,7 @@ def test_a_prediction_beyond_the_range_learns_its_way_back(parameterisation: Par
 
 def test_gates_void_and_schedules_of_classes_leave_labels_of_depth_alone() -> None:
     outputs, batch = batch_of()
-    further = [term_of("depth-silog", "labels"), term_of("depth-silog", "teacher")]
+    further = [term_of("depth-silog", reference, weight=1.0) for reference in ("labels", "teacher")]
     plain = DistillLoss(Store(), kl_weight=0.0, ce_weight=0.0, further=further, impl="reference")
     other = DistillLoss(
         Store(),

@@ -209,7 +209,7 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
         for kind in KINDS
     }
     documented = {"sp": 50.0, "hint": 1.0, "cosine": 2.0, "cwd": 0.15, "dist": 1.0, "dkd": 0.02, "pseudo": 1.0}
-    depth = {"depth-l1": 1.0, "depth-berhu": 1.0, "depth-silog": 1.0, "depth-ssi": 1.0, "depth-gradient": 0.5}
+    depth = {"depth-l1": 0.1, "depth-berhu": 0.04, "depth-silog": 0.1, "depth-ssi": 0.3, "depth-gradient": 0.5}
     assert weights == documented | {"at": 6, "dice": 1.0, "lovasz": 1.0} | depth
     channels, dkd, pseudo = (
         make_term(spec, targets=targets, student_taps=STUDENT)
