@@ -2,7 +2,7 @@
 
 from rich.progress import Progress, TaskID
 
-from kdcache.metrics import Metrics
+from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.train import Observer
 from kdcache_cli.console import ERRORS
 
@@ -53,6 +53,10 @@ class TrainingProgress(Observer):
         self._miou = f" mIoU {100 * metrics.miou:.2f}"
         self._bar.update(self._task, completed=step, note=self._miou.strip())
         ERRORS.print(f"  iteration {step}:{self._miou}{' (best)' if best else ''}")
+
+    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
+        self._miou += f", depth rmse {metrics.rmse:.3g} m"
+        ERRORS.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m, abs_rel {metrics.abs_rel:.3g}")
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
         self._miou += f", EMA {100 * metrics.miou:.2f}"

@@ -151,6 +151,11 @@ class TrainSettings:
         "auto: replay where the store has several views, else warp.",
     )
     scale: Range = _view((0.5, 2.0), "Random zoom.", metavar="MIN:MAX")
+    depth_zoom: Literal["none", "divide", "keep"] = _view(
+        "none",
+        "Metric depth in a zoomed image: none draws no zoom (--scale is 1:1), divide divides it by the zoom, as what "
+        "is twice as large looks half as far; or keep it.",
+    )
     flip: bool | None = _view(
         None,
         "Random horizontal flip: yes, except where warp would mirror stored features, which needs --flip.",

@@ -10,6 +10,7 @@
     class_trust.py   a weight per class of the teacher, by how far it beats a plain run
     held_out.py      whether the teacher has seen the fold or the labels that a run goes without
     trainer.py       the loop
+    depth_validation.py  metrics of a depth head
     distributed.py   the processes of torchrun, and what they agree on
     interrupt.py     requests to stop a training
     input/           from samples to batches on the device

@@ -10,7 +10,7 @@ import torch
 
 from kdcache.data import Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
-from kdcache.metrics import Metrics
+from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, count_pixels
 from kdcache.metrics.oom import is_out_of_memory
@@ -19,6 +19,7 @@ from kdcache.models.trust import remember
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.config import TrainConfig, check_flip, check_processes
 from kdcache.train.criterion import make_criterion, needed_arrays
+from kdcache.train.depth_validation import depth_errors, validates_depth
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.held_out import check_teacher
 from kdcache.train.input.loader import Draws
@@ -134,6 +135,7 @@ def make_trainer(
             run,
             device=device,
             validate=None if val is None else _validator(val, config, device, observer, world),
+            validate_depth=None if val is None else _depth_validator(model, val, config, device, world),
             observer=watching,
             world=world,
         )
@@ -239,6 +241,22 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def _depth_validator(
+    model: SegmentationModel, val: Split, config: TrainConfig, device: torch.device, world: World
+) -> Callable[[SegmentationModel], DepthMetrics] | None:
+    """Each process validates depth on its part of the samples; None where there is no depth to validate."""
+    if not validates_depth(model, val):
+        return None
+
+    def validate(model: SegmentationModel) -> DepthMetrics:
+        assert config.size is not None
+        with world.together():
+            errors = depth_errors(model, val, config.size, device=device, part=(world.rank, world.size))
+        return DepthErrors.merged(world.gather(errors)).metrics()
+
+    return validate
 
 
 def _validator(val: Split, config: TrainConfig, device: torch.device, observer: Observer, world: World) -> Any:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, check_terms, parse_method
-from kdcache.distill.terms.spec import compares_features, reads_logits, reads_teacher
+from kdcache.distill.terms.spec import compares_features, of_depth, reads_logits, reads_teacher
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
@@ -24,7 +24,7 @@ from kdcache.train.ranges import in_words
 from kdcache.train.streams import Stream, StreamOwn, flag_of, make_stream, read_tables
 from kdcache.train.term_setting import Terms
 
-_RESOLVED = ("augment", "flip", "shuffle", "labelled_share")
+_RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
 
 
@@ -124,6 +124,11 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         """Whether a store's targets of classes are read, and not its features alone."""
         of_logits = any(reads_logits(term) and term.weight != 0 for term in self.terms)
         return self.reads_targets and (of_logits or (self.wants_kl and self.kl_weight != 0))
+
+    @property
+    def reads_depth(self) -> bool:
+        """Whether labels of depth are read."""
+        return any(of_depth(term) and not reads_teacher(term) and term.weight != 0 for term in self.terms)
 
     @property
     def left_out(self) -> Fold | None:
@@ -287,7 +292,27 @@ def _check_run(config: TrainConfig) -> None:
         )
 
 
+def _check_depth(config: TrainConfig) -> None:
+    if not config.reads_depth:
+        return
+    terms = ", ".join(term.kind for term in config.terms if of_depth(term))
+    if config.labels != "all" and "depth" not in config.labels.split("+"):
+        raise RecipeError(
+            "a term of depth on labels reads labels of depth",
+            received=f"{terms} with --labels {config.labels}",
+            remedy="use --labels all or segmentation+depth, or compare with a store: --term depth-silog,"
+            "reference=teacher",
+        )
+    if config.depth_zoom == "none" and config.scale not in (TrainSettings.scale, (1.0, 1.0)):
+        raise RecipeError(
+            "a zoomed image looks nearer than it is: metric depth is drawn without zoom",
+            received=f"{terms} with --scale {config.scale[0]:g}:{config.scale[1]:g}",
+            remedy="leave --scale out; or divide the labels by the zoom, --depth-zoom divide",
+        )
+
+
 def _check_data(config: TrainConfig) -> None:
+    _check_depth(config)
     low, high = config.scale
     if low > high:
         raise RecipeError(
@@ -376,7 +401,7 @@ def _check_whole_batch(config: TrainConfig) -> None:
     if config.mix is None:
         return
     Mix(config.mix)
-    taught = [term.kind for term in config.terms if reads_teacher(term)]
+    taught = [term.kind for term in config.terms if reads_teacher(term) or of_depth(term)]
     if taught:
         raise RecipeError(
             "--mix pastes pixels, labels and logits",

@@ -20,7 +20,7 @@ from kdcache.data import (
     prefetch,
     shared_sequences,
 )
-from kdcache.distill.terms.spec import reads_teacher
+from kdcache.distill.terms.spec import of_depth, reads_teacher
 from kdcache.errors import DataError, KDCacheError, MismatchError, RecipeError
 from kdcache.models import read_class_map
 from kdcache.models.class_map import DROPPED
@@ -82,7 +82,9 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
     for (stream, cache), count in zip(opened, rows, strict=True):
         with _named(stream.name):
             augment = choose_augment(stream.config.augment, cache)
-            given = stream.config.model_copy(update={"augment": augment, "size": size})
+            given = stream.config.model_copy(
+                update={"augment": augment, "size": size, "scale": _drawn_scale(stream.config)}
+            )
             check_replays(given)
             if cache is not None and given.reads_targets:
                 check_logits(cache, needed=given.reads_logits)
@@ -235,18 +237,29 @@ def source_split(config: TrainConfig, cache: Cache) -> Split | None:
 def _check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
     """Refuse terms on labels that nothing is labelled for. Raises: RecipeError."""
     terms = [term.kind for term in config.terms if not reads_teacher(term) and term.weight != 0]
-    if "depth" in config.labels.split("+"):
-        raise RecipeError(
-            "--labels names what the data are labelled with",
-            received=f"--labels {config.labels} for data with labels of segmentation",
-            remedy="use --labels all",
-        )
+    asked = "" if config.labels == "all" else f"--labels {config.labels}"
+    depths = [term.kind for term in config.terms if of_depth(term) and not reads_teacher(term)]
+    if config.reads_depth or "depth" in config.labels.split("+"):
+        offered = dataset.split.tasks if dataset.cache is None and dataset.split is not None else ("segmentation",)
+        if "depth" not in offered:
+            raise RecipeError(
+                "terms of depth on labels take a data set with labels of depth",
+                received=f"{', '.join([*([asked] if asked else []), *depths])} for data with labels of "
+                f"{', '.join(offered)}",
+                remedy="give such a data set as the source, for instance --data scenes:96x128,depth=exact; or leave "
+                "depth out",
+            )
     if terms and not dataset.labelled:
         raise RecipeError(
             "terms on labels take labelled samples",
             received=f"{', '.join(terms)}, and no sample with a label that is used (--labels {config.labels})",
             remedy="leave them out, or give labels",
         )
+
+
+def _drawn_scale(config: TrainConfig) -> tuple[float, float]:
+    """The zoom that is drawn: none where metric depth is to keep its meaning."""
+    return (1.0, 1.0) if config.reads_depth and config.depth_zoom == "none" else config.scale
 
 
 def _part(config: TrainConfig) -> Part:
@@ -275,7 +288,8 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
         )
     if config.left_out is not None:
         check_folds(split, *config.left_out[1:])
-    dataset = LabelledDataset(split, config.size, _augmentation(config), part=_part(config))
+    depth = config.depth_zoom if config.reads_depth else None
+    dataset = LabelledDataset(split, config.size, _augmentation(config), part=_part(config), depth=depth)
     if len(dataset) == 0:
         raise DataError(
             "training needs labelled images",

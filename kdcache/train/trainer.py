@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcache.distill import AnyBatch, Criterion
 from kdcache.errors import KDCacheError
-from kdcache.metrics import Metrics
+from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import SegmentationModel
 from kdcache.settings.spelling import warmup_steps
@@ -40,6 +40,7 @@ class Trainer:
         streams: the sources of every batch, in the order of the criterion's.
         criterion: gives the loss and its parts from native-stride logits and features.
         validate: metrics of the model as it stands, or None to train without validation.
+        validate_depth: the same of its depth, or None.
         run: an existing folder; receives checkpoint.pt, best/last[-ema].safetensors, metrics.jsonl, result.json.
         world: the processes that train together, each with its part of every batch; the first writes the run.
     Attributes:
@@ -56,6 +57,7 @@ class Trainer:
         *,
         device: torch.device,
         validate: Callable[[SegmentationModel], Metrics] | None = None,
+        validate_depth: Callable[[SegmentationModel], DepthMetrics] | None = None,
         observer: Observer | None = None,
         world: World | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Trainer:
         self.device = device
         self.observer = observer or Observer()
         self._validate = validate
+        self._validate_depth = validate_depth
         self._world = world or World()
         self._kind = choose_step(config.step, device, self._world.size)
         if config.accumulate > 1 and self._kind != "eager":
@@ -246,8 +249,13 @@ class Trainer:
             self._schedule.after_validation(metrics.miou)
             averaged = self._validate_ema()
             beside = {} if averaged is None else {f"ema_{name}": v for name, v in averaged.to_json().items()}
+            depth = None if self._validate_depth is None else self._validate_depth(self.model)
+            if depth is not None:
+                beside |= {f"depth_{name}": value for name, value in depth.to_json().items()}
             self._write_line("validation", step, metrics.to_json() | beside)
             self.observer.validated(step, metrics, best)
+            if depth is not None:
+                self.observer.validated_depth(step, depth)
             if averaged is not None:
                 self.observer.validated_ema(step, averaged, self._state.keep_best(averaged.miou, ema=True))
             if step == self._iterations and (text := outcome(metrics)) is not None:

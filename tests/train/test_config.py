@@ -60,6 +60,7 @@ WRONG = {
     "step": ["fused", None],
     "impl": ["cuda", None],
     "augment": ["mixup"],
+    "depth_zoom": ["yes", None],
     "labels": ["some", "", "all+depth", "depth+depth", 3],
     "scale": ["2:1", "0:1", "1", "1:2:3", (0.5,), (2.0, 0.5), (1.0, INFINITY)],
     "flip": ["sideways"],

@@ -14,6 +14,7 @@ from torch.utils.data._utils.collate import collate as collate_parts
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from kdcache.distill import SEGMENTATION, Batch
+from kdcache.heads import DEPTH
 
 Array = np.ndarray[Any, Any]
 _STORED = ("targets/", "arrays/")
@@ -25,6 +26,7 @@ class Row:
 
     Attributes:
         label: labels of segmentation.
+        depth: labels of depth; None where none are drawn.
         stored: (path, memory for a row of that array of the store): targets and further arrays.
         others: as in `Batch`, where None is absent, too.
     """
@@ -37,6 +39,7 @@ class Row:
     inside: Array | None
     dice: Array | None
     record: Array | None
+    depth: Array | None = None
 
     @classmethod
     def of(cls, batch: Batch, *at: int) -> "Row":
@@ -53,6 +56,7 @@ class Row:
             inside=arrays.get("inside"),
             dice=arrays.get("dice"),
             record=arrays.get("record"),
+            depth=arrays.get(f"labels/{DEPTH}"),
         )
 
 

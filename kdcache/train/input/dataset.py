@@ -7,14 +7,27 @@ draws the same whether it reads targets or not, so that runs with and without di
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from kdcache.data import Augmentation, ClassList, Split, Window, colour_jitter, draw_window, prefetch, render
+from kdcache.data import (
+    Augmentation,
+    ClassList,
+    Split,
+    Window,
+    colour_jitter,
+    draw_window,
+    prefetch,
+    render,
+    render_depth,
+    zoom_of,
+)
 from kdcache.distill import SEGMENTATION, Batch
+from kdcache.heads import DEPTH
 from kdcache.store import Cache
 from kdcache.train.input.batch import Row
 from kdcache.train.input.resident_records import DeviceTargets, RecordSource
@@ -180,15 +193,32 @@ class LabelledDataset(DrawnDataset):
 
     Args:
         part: which samples of the split; default all.
+        depth: what a zoom does to labels of depth, which samples then bring too: `divide` divides the metres by it,
+            `keep` (and `none`, without a zoom) leaves them. None draws no depth.
     """
 
     def __init__(
-        self, split: Split, size: Size, augmentation: Augmentation | None = None, *, part: Part | None = None
+        self,
+        split: Split,
+        size: Size,
+        augmentation: Augmentation | None = None,
+        *,
+        part: Part | None = None,
+        depth: Literal["none", "divide", "keep"] | None = None,
     ) -> None:
         super().__init__(size, Augmentation() if augmentation is None else augmentation)
         self.split: Split = split
         used = (Part() if part is None else part).choose(split.ids)
-        self.indices = [index for index in used.samples if split.has_label(index) and index in used.labelled]
+        self.depth = depth
+        tasks = (SEGMENTATION,) if depth is None else (SEGMENTATION, DEPTH)
+        self.indices = [
+            index
+            for index in used.samples
+            if any(split.has_label(index, task) for task in tasks) and index in used.labelled
+        ]
+
+    def fields(self) -> dict[str, Field]:
+        return super().fields() | ({} if self.depth is None else {f"labels/{DEPTH}": (self.size, torch.float32)})
 
     @property
     def own_classes(self) -> ClassList:
@@ -206,5 +236,9 @@ class LabelledDataset(DrawnDataset):
         image, label = self.split.image(source), self.split.label(source)
         window, flip = self._window(rng, *image.shape[:2])
         render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
+        if out.depth is not None:
+            zoom = zoom_of(window, (image.shape[0], image.shape[1])) if self.depth == "divide" else 1.0
+            metres = self.split.label(source, "depth")
+            render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
         self._finish(rng, out)

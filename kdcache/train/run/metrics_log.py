@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdcache.files import write_whole
-from kdcache.metrics import Metrics
+from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.run_folder import METRICS
 from kdcache.store.backend.durable import disk_space_errors
 
@@ -41,6 +41,9 @@ class Observer:
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
         """A validation of the weights' moving average ended; of trainings with `ema`, after `validated`."""
 
+    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
+        """A validation of depth ended, after `validated`; of models with a depth head on data with such labels."""
+
     def ended(self, *, completed: bool) -> None:
         """The training ended: at its last step, or before it by an error or by the user's wish."""
 
@@ -68,6 +71,7 @@ class Observers(Observer):
     validating = _of_all("validating")
     validated = _of_all("validated")
     validated_ema = _of_all("validated_ema")
+    validated_depth = _of_all("validated_depth")
     ended = _of_all("ended")
 
 

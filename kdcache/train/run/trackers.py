@@ -8,7 +8,7 @@
 
 A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
 `train/images_per_second`, `gradients/<term>`, `val/miou`, `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`,
-and with `--ema` the same below `val_ema/`.
+with `--ema` the same below `val_ema/`, and of a depth head `val/depth_rmse` and the other metrics of depth.
 
 A logger is no part of a training: one that fails is left out from then on, after a note.
 """
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kdcache.errors import RecipeError
-from kdcache.metrics import Metrics
+from kdcache.metrics import DepthMetrics, Metrics
+from kdcache.metrics.depth import DEPTH_METRICS
 from kdcache.train.run.metrics_log import Observer
 
 PROJECT = "kdcache"
@@ -108,6 +109,9 @@ class Loggers(Observer):
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
         self._write_scores("val_ema", step, metrics)
+
+    def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
+        self._write(step, {f"val/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
 
     def ended(self, *, completed: bool) -> None:
         self._each(lambda sink: sink.close(completed))

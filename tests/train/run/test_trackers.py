@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kdcache.errors import RecipeError
-from kdcache.metrics import Metrics
+from kdcache.metrics import DepthErrors, Metrics
 from kdcache.settings.spelling import LOGGERS
 from kdcache.train import Observer, make_config, train
 from kdcache.train.run import trackers
@@ -209,6 +209,7 @@ def test_observers_are_told_in_their_order() -> None:
     both.validating(1, 2)
     both.validated(1, metrics, True)
     both.validated_ema(1, metrics, False)
+    both.validated_depth(1, DepthErrors().metrics())
     both.ended(completed=True)
     events = [event for event in vars(Observer) if not event.startswith("_")]
     assert [(name, event) for name, event, _ in calls] == [(name, event) for event in events for name in ("one", "two")]
