@@ -1,7 +1,8 @@
 """A trained model as a file for deployment: its weights alone, an ONNX graph, or a torch.export program.
 
-Graphs take what a camera gives, RGB in 0..1 as float32 (B, 3, H, W), and answer with logits (B, C, H, W): the
-normalisation and the resize, which are easily done wrong elsewhere, are inside. Batch, height and width are free where
+Graphs take what a camera gives, RGB in 0..1 as float32 (B, 3, H, W), and answer with logits (B, C, H, W), and depth in
+metres (B, 1, H, W) where the model has that head: normalisation, resize and the nonlinearity after it, which are easily
+done wrong elsewhere, are inside. Batch, height and width are free where
 the exporter can keep them so. Every file carries class names, colours, mean, std, size and spec, and is compared with
 the model itself before it gets its name.
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing
+from kdcache.heads import SEGMENTATION
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
 from kdcache.models.weights import load_weights, save_weights
@@ -77,12 +79,28 @@ class Deployed(nn.Module):
         self.register_buffer("mean", torch.tensor(model.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(model.std).view(3, 1, 1))
 
-    def forward(self, image: Tensor) -> Tensor:
-        """float32 RGB in 0..1 (B, 3, H, W) to logits (B, C, H, W), or (B, C, h, w) with `raw`."""
-        logits: Tensor = self.model((image - self.mean) / self.std).logits
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """float32 RGB in 0..1 (B, 3, H, W) to each head's map in the order of `names`, a tuple of several.
+
+        Those are logits (B, C, H, W), and values of a regression in its unit, resized before its nonlinearity; with
+        `raw` the heads' own outputs (B, C, h, w).
+        """
+        answers = self._answers(image)
+        return answers if len(answers) > 1 else answers[0]
+
+    def _answers(self, image: Tensor) -> tuple[Tensor, ...]:
+        heads = self.model((image - self.mean) / self.std).heads
         if self.raw:
-            return logits
-        return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
+            return tuple(heads[name] for name in self.model.head_kinds)
+        aligned, size = self.model.align_corners, image.shape[-2:]
+        full = {n: F.interpolate(x, size=size, mode="bilinear", align_corners=aligned) for n, x in heads.items()}
+        regressions = self.model.regressions
+        return tuple(regressions[n].values(full[n]) if n in regressions else full[n] for n in self.model.head_kinds)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the answers."""
+        return ["logits" if name == SEGMENTATION else name for name in self.model.head_kinds]
 
 
 def export_model(
@@ -158,7 +176,8 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
             remedy="pip install kdcache[onnx]",
         )
     program, free = _trace(deployed, description)
-    made = torch.onnx.export(program, (), input_names=["image"], output_names=["logits"], dynamo=True, verbose=False)
+    names = deployed.names
+    made = torch.onnx.export(program, (), input_names=["image"], output_names=names, dynamo=True, verbose=False)
     assert made is not None
     made.model.metadata_props.update(metadata)
     _name_axes(made.model, deployed.raw, free)
@@ -170,10 +189,11 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
     session = onnxruntime.InferenceSession(path.read_bytes(), settings, providers=["CPUExecutionProvider"])
-    return free, lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0]), ""
+    return free, lambda image: tuple(map(torch.from_numpy, session.run(names, {"image": image.numpy()}))), ""
 
 
-_Written = tuple[tuple[int, ...], Callable[[Tensor], Tensor] | None, str]
+_Run = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+_Written = tuple[tuple[int, ...], _Run | None, str]
 """Free axes, the file as a function (None when nothing can run it), and why not."""
 _WRITERS: dict[str, Callable[[Deployed, RunModel, dict[str, str], Path], _Written]] = {
     "safetensors": _write_weights,
@@ -207,7 +227,7 @@ def _trace(deployed: Deployed, description: RunModel) -> tuple[Any, tuple[int, .
 
 
 def _compare(
-    deployed: Deployed, run: Callable[[Tensor], Tensor], description: RunModel, free: tuple[int, ...], raw: bool
+    deployed: Deployed, run: _Run, description: RunModel, free: tuple[int, ...], raw: bool
 ) -> tuple[float, float]:
     """Largest difference at the size of use and, where it may be another, at another one; also relative to a logit."""
     sizes = [(1, *description.size)]
@@ -219,23 +239,28 @@ def _compare(
         image = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(number))
         expected = own(image)
         try:
-            logits = run(image)
+            answers = _several(run(image))
         except Exception as error:
             raise ModelError(
                 "an exported file runs",
                 received=f"{type(error).__name__} at {batch}x3x{height}x{width}: {str(error).splitlines()[0]}",
                 remedy="export in another format",
             ) from error
-        if logits.shape != expected.shape:
-            raise ModelError(
-                "an exported file answers in the model's shape",
-                received=f"{tuple(logits.shape)} instead of {tuple(expected.shape)}",
-                remedy="export in another format",
-            )
-        difference = (logits - expected).abs().max()
-        differences.append(torch.stack([difference, difference / expected.abs().max().clamp(min=_LEAST)]))
+        for answer, own_answer in zip(answers, _several(expected), strict=True):
+            if answer.shape != own_answer.shape:
+                raise ModelError(
+                    "an exported file answers in the model's shape",
+                    received=f"{tuple(answer.shape)} instead of {tuple(own_answer.shape)}",
+                    remedy="export in another format",
+                )
+            difference = (answer - own_answer).abs().max()
+            differences.append(torch.stack([difference, difference / own_answer.abs().max().clamp(min=_LEAST)]))
     worst, relative = torch.stack(differences).amax(0).tolist()  # NaN stays NaN
     return worst, relative
+
+
+def _several(answers: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (answers,) if isinstance(answers, Tensor) else tuple(answers)
 
 
 def _other(side: int) -> int:
@@ -247,9 +272,11 @@ def _other(side: int) -> int:
 def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
     """Metadata that a user of the graph needs: input, output, stride."""
     answer = f"logits (B, C, h, w) at stride {model.stride}" if raw else "logits (B, C, H, W)"
+    grid = {name: "h, w), raw" if raw else f"H, W) in {kind.unit}" for name, kind in model.regressions.items()}
+    units = [f"{name} (B, {kind.channels}, {grid[name]}" for name, kind in model.regressions.items()]
     return {
         "input": "image: float32 RGB in 0..1 (B, 3, H, W); normalisation is inside",
-        "output": f"{answer}; argmax over C is the class id",
+        "output": "; ".join([f"{answer}; argmax over C is the class id", *units]),
         "stride": str(model.stride),
         "align_corners": json.dumps(model.align_corners),
     }
@@ -259,7 +286,8 @@ def _name_axes(graph_model: Any, raw: bool, free: tuple[int, ...]) -> None:
     """Free axes by names that a reader understands."""
     for axis in free:
         graph_model.graph.inputs[0].shape[axis] = _AXES[axis]
-        graph_model.graph.outputs[0].shape[axis] = f"logits_{_AXES[axis]}" if raw and axis else _AXES[axis]
+        for output in graph_model.graph.outputs:
+            output.shape[axis] = f"{output.name}_{_AXES[axis]}" if raw and axis else _AXES[axis]
 
 
 def _format(out: Path, format: str | None) -> str:

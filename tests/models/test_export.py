@@ -272,3 +272,40 @@ def test_wrong_places_and_formats(tmp_path: Path) -> None:
             export_model(model, description, tmp_path / out, **options)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.onnx"]
     assert (tmp_path / "thesis.onnx").read_text() == "thesis"
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_depth_is_the_second_answer(tmp_path, suffix, raw) -> None:
+    """In metres, of the raw output that was resized; with --raw that output itself."""
+    if suffix == ".onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = build_model("kdcache:hydra,as=exp,max=20", 3).eval()
+    with torch.no_grad():
+        model.depth_output.weight.normal_(std=0.5)
+    description = RunModel(
+        spec=model.spec, class_names=("a", "b", "c"), class_colours=((0, 0, 0), (1, 1, 1), (2, 2, 2)), size=(64, 96),
+        mean=model.mean, std=model.std, heads=model.regressions,
+    )  # fmt: skip
+    path = tmp_path / f"m{suffix}"
+    exported = export_model(model, description, path, raw=raw)
+    assert exported.relative <= 1e-4
+    image = torch.rand(2, 3, 96, 64)
+    heads = model(model.standardise(image)).heads
+    wanted = heads["depth"]
+    if not raw:
+        full = F.interpolate(wanted.double(), size=(96, 64), mode="bilinear", align_corners=False)
+        wanted = full.exp().clamp(max=20).float()
+        metres_resized = F.interpolate(heads["depth"].exp(), size=(96, 64), mode="bilinear", align_corners=False)
+        assert (metres_resized - wanted).abs().max() > 1e-2  # another map
+    if suffix == ".pt2":
+        logits, depth = torch.export.load(path).module()(image)
+    else:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == ["logits", "depth"]
+        logits, depth = map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
+        assert '"max_depth": 20' in session.get_modelmeta().custom_metadata_map["heads"]
+    assert logits.shape[1] == 3
+    torch.testing.assert_close(depth, wanted, rtol=1e-3, atol=1e-4)
