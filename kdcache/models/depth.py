@@ -49,8 +49,9 @@ def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
     name, *options = rest.split(",")
     text = folder + slash + name
     model = text.removesuffix(f"+{DEPTH}")
-    if "+" in model.removeprefix(folder + slash).rpartition(":")[2]:
-        raise _refused(spec, f"{model.rpartition('+')[2]!r} after +", f"{model.rpartition('+')[0]}+{DEPTH}")
+    name, _, added = model.removeprefix(folder + slash).rpartition(":")[2].rpartition("+")
+    if name and added[:1].isalpha():  # `deeplabv3+-resnet101` is a name of smp's, misspelt
+        raise _refused(spec, f"{added!r} after +", f"{model.rpartition('+')[0]}+{DEPTH}")
     if model == text and not options:
         return spec, None
     values = dict[str, str]()

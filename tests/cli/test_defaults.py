@@ -62,9 +62,8 @@ def test_a_training_has_the_settings_of_its_verb(verb: str, needed: dict[str, An
     flags = {name: value for name, value in defaults(verb).items() if name in TrainConfig.model_fields}
     assert len(flags) > 30
     # Who draws ahead is the machine's; lists that may be repeated begin as None.
-    flags = {
-        name: () if name in ("term", "log", "lr_scale") else value for name, value in flags.items() if name != "workers"
-    }
+    lists = ("term", "log", "lr_scale", "stream")
+    flags = {name: () if name in lists else value for name, value in flags.items() if name != "workers"}
     given = {"verb": verb, "model": model, **needed}
     assert make_config(**{**flags, **given}) == make_config(**given)
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
-from torch import Tensor
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets, StreamBatch, StreamLoss
 from kdcache.distill.counts import Denominators
+from kdcache.models import Outputs
 
 C, SIZE = 4, (8, 12)
-
-
-class Outputs(NamedTuple):
-    logits: Tensor
-    features: dict[str, Tensor]
 
 
 def batch_of(rows: int, seed: int) -> Batch:
@@ -34,7 +27,8 @@ def streams() -> tuple[StreamLoss, StreamBatch, Outputs]:
     taught = DistillLoss(LabelTargets(C, SIZE, (2, 3)), kl_weight=0.7, class_weight=torch.tensor([1.0, 2, 3, 4]))
     batch = StreamBatch((batch_of(2, 1), batch_of(3, 3)))
     torch.manual_seed(5)
-    outputs = Outputs(torch.randn(5, C, 2, 3, requires_grad=True), {"tap": torch.randn(5, 2, 1, 1)})
+    logits = torch.randn(5, C, 2, 3, requires_grad=True)
+    outputs = Outputs({"segmentation": logits}, {"tap": torch.randn(5, 2, 1, 1)})
     return StreamLoss([plain, taught], ["a", "b"], [0.5, 2.0]), batch, outputs
 
 
@@ -73,9 +67,9 @@ def test_denominators_of_parts_average_to_the_whole(streams: tuple[StreamLoss, S
     assert torch.equal(torch.cat([part.streams[0].label for part in parts]), whole.streams[0].label)
     counts = Denominators.mean([criterion.counts(part) for part in parts])
     of_parts = [torch.cat([logits[:2], logits[4:5]]), torch.cat([logits[2:4], logits[5:]])]
-    outputs = [Outputs(own, {}) for own in of_parts]
+    outputs = [Outputs({"segmentation": own}, {}) for own in of_parts]
     losses = [criterion(own, part, counts).loss for own, part in zip(outputs, parts, strict=True)]
-    torch.testing.assert_close(sum(losses) / 2, criterion(Outputs(logits, {}), whole).loss)
+    torch.testing.assert_close(sum(losses) / 2, criterion(Outputs({"segmentation": logits}, {}), whole).loss)
 
 
 def test_pixels_are_those_of_all_streams_in_their_order() -> None:

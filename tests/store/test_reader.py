@@ -240,7 +240,7 @@ def test_a_missing_file_is_refused_at_opening(store, name) -> None:
     assert str(store) in caught.value.received
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, [1]])
+@pytest.mark.parametrize("version", [0, 3, "1", None, 1.5, [1]])
 def test_another_version(store, version) -> None:
     content = json.loads((store / "zarr.json").read_bytes())
     content["attributes"]["kdcache"]["version"] = version

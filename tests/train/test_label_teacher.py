@@ -32,7 +32,7 @@ class Notes(Observer):
 
 
 def first_batch(trainer: Trainer) -> Batch:
-    actual: Batch = default_collate([trainer.draws[draw] for draw in range(4)])
+    actual: Batch = default_collate([trainer.streams[0].draws[draw] for draw in range(4)])
     return actual
 
 
