@@ -21,7 +21,7 @@ SEQUENCES = {"0001TP": 6, "0006R0": 4, "0016E5": 14}  # frames of train
 def effect(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield importlib.import_module("effect")
-    for name in ("effect", "arms", "common"):
+    for name in ("effect", "arms", "common", "study_results"):
         sys.modules.pop(name, None)
 
 
@@ -70,28 +70,32 @@ def test_few_labels_are_those_of_a_block(
 def test_a_row_is_kept_and_not_repeated(
     effect: ModuleType, camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a teacher through its store to students, one of labels and one of targets; a second call does nothing."""
+    """From a teacher through its store to students: of labels, targets, a live teacher; twice does nothing more."""
     monkeypatch.setitem(effect.TEACHERS, "base", "--model kdcache:base --size 144x192 --iterations 2")
-    monkeypatch.setitem(effect.STORES, "base", replace(effect.STORES["base"], views=2))
+    monkeypatch.setitem(effect.STORES, "base", replace(effect.STORES["pixels"], teachers=("base",), views=2))
+    monkeypatch.setitem(effect.COMBINED, "mirrored", (("base-dev-0@last", "base-dev-0@last-ema"), "flip"))
     arms = [effect.Arm("E1", name, "base", f"--method {name} --augment replay", 2) for name in ("none", "dist")]
+    live = effect.Arm("E1", "live", "base", "--method dist --augment replay --jitter 0", 2, live="base")
     files = effect.Arm("E1", "files", "", "", 2)
     where = argparse.Namespace(data=camvid, out=tmp_path / "out", json=tmp_path / "study.json", minutes=60)
     study = effect.Study(where)
     study.teach("base")
-    for arm in (*arms, files):
+    for arm in (*arms, live, files):
         study.run(arm, 3)
+    study.combine("mirrored")
     rows = json.loads(where.json.read_text())["rows"]
-    assert [row["arm"] for row in rows] == ["base", "none", "dist", "files"]
+    assert [row["arm"] for row in rows] == ["base", "none", "dist", "live", "files", "mirrored"]
     for row in rows:
         assert 0 < row["miou"] < 100
-        assert row["miou"] == row["by_iteration"]["2"]
+        assert row["miou"] == row.get("by_iteration", {"2": row["miou"]})["2"]
     assert json.loads(where.json.read_text())["summary"]["E1"]["dist"]["runs"] == 1
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
     again = effect.Study(where)
     again.teach("base")
-    for arm in (*arms, files):
+    for arm in (*arms, live, files):
         again.run(arm, 3)
+    again.combine("mirrored")
     assert json.loads(where.json.read_text())["rows"] == rows
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")} == before
 
@@ -99,3 +103,14 @@ def test_a_row_is_kept_and_not_repeated(
 def test_the_summary_is_a_mean_and_its_interval_over_seeds(effect: ModuleType) -> None:
     rows = [{"stage": "E1", "arm": "a", "miou": score} for score in (50.0, 52.0, 54.0)]
     assert effect.summary(rows) == {"E1": {"a": {"mean": 52.0, "half": 4.97, "runs": 3}}}
+
+
+def test_the_plot_draws_the_arms_that_there_are(effect: ModuleType, tmp_path: Path) -> None:
+    scores = {"750": 40.0, "1500": 50.0}
+    rows = [
+        {"stage": "E6", "arm": f"{arm}, all", "seconds": 90 + seed, "by_iteration": scores}
+        for arm in ("plain", "distilled")
+        for seed in range(2)
+    ]
+    importlib.import_module("study_results").draw(rows, tmp_path / "plots" / "study.png")
+    assert (tmp_path / "plots" / "study.png").read_bytes().startswith(b"\x89PNG")
