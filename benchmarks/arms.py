@@ -82,6 +82,7 @@ STORES = {
         ("brief",), trained_on="dev"
     ),  # for students that read no targets: every store of a size has the same pixels
     "lite": Store(("lite0-large",), LARGE),
+    "lite-16": Store(("lite0-large",), LARGE, views=16),
     "few": Store(("few",), LARGE, views=4),
     "taps": Store(("lite0-large",), f"{LARGE} --raw-logits --features encoder.blocks.4,encoder.blocks.6", views=4),
 }
@@ -126,6 +127,9 @@ CONTROLS = (
     Arm("E1", "lovasz, 4 views", "pixels", f"--method lovasz {FOUR}"),
     Arm("E1", "label smoothing 0.1, 4 views", "pixels", f"{PLAIN} --label-smoothing 0.1 {FOUR}"),
     Arm("E1", "dist of the teacher, 4 views", "lite", f"--method dist {FOUR}"),
+    # Plain gains from more views: so may the others.
+    Arm("E1", "dist of labels, 16 views", "pixels", f"--method dist --teacher labels {ALL}"),
+    Arm("E1", "dist of the teacher, 16 views", "lite-16", f"--method dist {ALL}"),
 )
 PLATEAU = tuple(
     Arm("E3", f"{name}, {iterations} iterations", store, flags, iterations, (0, 1))
