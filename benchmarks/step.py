@@ -46,7 +46,7 @@ RECORDS = 32  # of the store: the clock does not care which
 MANY = 10**6  # steps that a loader offers
 BOUNDS = {"cpu": 1.10, "cuda": 1.05}
 STREAMS_BOUND = 1.05
-"""Of a step of two streams beside one with as many rows."""
+"""The most that a step of two streams may cost, as a multiple of one stream's with as many rows."""
 
 
 def teacher_of(spec: str, classes: int) -> SegmentationModel:

@@ -217,7 +217,7 @@ class _Cache:
     def get(
         self, height: int, width: int, seed: int, split: str, index: int, *, depth: bool = False
     ) -> tuple[Any, ...]:
-        """Pixels and label of a sample, and its depth where asked for, which takes twice the memory."""
+        """Pixels and label of a sample, and with `depth` its depth, which takes twice the memory."""
         key = (height, width, seed, split, index, depth)
         with self._lock:
             if key in self._samples:

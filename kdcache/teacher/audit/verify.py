@@ -20,7 +20,7 @@ from kdcache_kernels import PackedTarget, densify, pack, target_argmax_confidenc
 MIN_AGREEMENT = 0.995
 MAX_KL = 1e-3
 MAX_VALUE_ERROR = 1e-2
-"""Of values of a regression and of features, as a part of the largest stored one."""
+"""The largest error of a regression's values or of features, as a part of the largest stored value."""
 
 
 @dataclass(frozen=True)
