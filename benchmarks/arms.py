@@ -46,11 +46,11 @@ TEACHER = "--batch-size 8 --warmup 100 --class-weights sqrt --ema 0.999 --gradie
 TEACHERS = {
     # Flags of train-teacher by name. The data set is chosen where a teacher is used.
     "brief": LITE % ("lite0", "144x192", "1e-3", 250),
-    "lite0": LITE % ("lite0", "144x192", "1e-3", 2000),
-    "lite0-slow": LITE % ("lite0", "144x192", "1e-3 --lr-scale encoder=0.2", 2000),
+    "lite0": LITE % ("lite0", "144x192", "1e-3", 1000),
+    "lite0-slow": LITE % ("lite0", "144x192", "1e-3 --lr-scale encoder=0.2", 1000),
     "lite0-large": LITE % ("lite0", "288x384", "1e-3", 2000),
-    "lite2-large": LITE % ("lite2", "288x384", "1e-3", 2000),
-    "few": LITE % ("lite0", "288x384", "1e-3", 1000),
+    "lite2-large": LITE % ("lite2", "288x384", "1e-3", 1000),
+    "few": LITE % ("lite0", "288x384", "1e-3", 600),
 }
 TRIED = ("lite0", "lite0-slow", "lite0-large", "lite2-large")  # in E2
 COMBINED = {
@@ -132,9 +132,8 @@ CONTROLS = (
     Arm("E1", "dist of the teacher, 16 views", "lite-16", f"--method dist {ALL}"),
 )
 PLATEAU = tuple(
-    Arm("E3", f"{name}, {iterations} iterations", store, flags, iterations, (0, 1))
+    Arm("E3", f"plain, 16 views, {iterations} iterations", "pixels", f"{PLAIN} {ALL}", iterations, (0, 1))
     for iterations in (1500, 4500, 9000, 18000)
-    for name, store, flags in (("plain, 16 views", "pixels", f"{PLAIN} {ALL}"), ("plain, files", "", ""))
 )
 
 # What the stages so far have chosen, for those that follow.
