@@ -51,6 +51,7 @@ TEACHERS = {
     "lite0-large": LITE % ("lite0", "288x384", "1e-3", 2000),
     "lite2-large": LITE % ("lite2", "288x384", "1e-3", 1000),
     "few": LITE % ("lite0", "288x384", "1e-3", 600),
+    "brief-fold": LITE % ("lite0", "144x192", "1e-3", 250) + " --fold 0/5",
 }
 TRIED = ("lite0", "lite0-slow", "lite0-large", "lite2-large")  # in E2
 COMBINED = {
@@ -78,12 +79,12 @@ class Store:
 
 LARGE = "--teacher-size 288x384 --teacher-grid view"
 STORES = {
-    "pixels": Store(
-        ("brief",), trained_on="dev"
-    ),  # for students that read no targets: every store of a size has the same pixels
+    # For students that read no targets: every store of a size has the same pixels.
+    "pixels": Store(("brief",), views=16, trained_on="dev"),
     "lite": Store(("lite0-large",), LARGE),
     "lite-16": Store(("lite0-large",), LARGE, views=16),
     "few": Store(("few",), LARGE, views=4),
+    "fold": Store(("brief-fold",)),
     "taps": Store(("lite0-large",), f"{LARGE} --raw-logits --features encoder.blocks.4,encoder.blocks.6", views=4),
 }
 VIEWS = "--size 144x192 --view-scale 1:2"
@@ -101,7 +102,7 @@ class Arm:
     Attributes:
         store: a key of `STORES`; "" trains from the files of the data set.
         data: a key of `DATA`, of the store and of the judge.
-        flags: beside those of all students.
+        flags: beside those of all students; {runs} is the folder of all runs.
         teacher_data: what the store's teachers were trained on; "" for `data`.
         live: a key of `TEACHERS`, trained on `data`, which is run in every step; "" takes targets from the store.
     """
@@ -169,6 +170,14 @@ OTHERS = tuple(
         ("pseudo", "--method pseudo"),
     )
 )
+# Trust is measured on a fold that the teacher and a plain run have not seen.
+FOLD = f"--fold 0/5 {FOUR}"
+TRUST = "--class-trust auto --trust-against {runs}/E5/plain-a-fold-left-out-0"
+TRUSTED = (
+    Arm("E5", "plain, a fold left out", "fold", f"{PLAIN} {FOLD}", seeds=(0,)),
+    Arm("E5", "kl, a fold left out", "fold", f"--method kl {FOLD}", seeds=(0, 1, 2, 3)),
+    Arm("E5", "kl trusted by class, a fold left out", "fold", f"--method kl {TRUST} {FOLD}", seeds=(0, 1, 2, 3)),
+)
 FINAL = tuple(
     Arm("E6", f"{name}, {data}", store, flags, LENGTH, FRESH, data)
     for data in ("all", "apart")
@@ -179,4 +188,4 @@ FINAL = tuple(
     )
 )
 LIVE = Arm("E6", "live, all", "lite", WINNER, LENGTH, FRESH[:2], "all", live="lite0-large")
-ARMS = (*CONTROLS, *PLATEAU, *FEW, *OTHERS, *FINAL, LIVE)
+ARMS = (*CONTROLS, *PLATEAU, *FEW, *OTHERS, *TRUSTED, *FINAL, LIVE)

@@ -154,7 +154,8 @@ class Study:
             resume = "--resume" if out.exists() else ""
             length = f"--seed {seed} --iterations {arm.iterations} --val-every {max(1, arm.iterations // 5)}"
             live = str(self.folders.teacher(arm.live, arm.data)) if arm.live else ""
-            kdcache(f"{source} --out {out} {length} {STUDENT} {arm.flags} {resume}", live)
+            flags = arm.flags.format(runs=self.folders.out / "runs")
+            kdcache(f"{source} --out {out} {length} {STUDENT} {flags} {resume}", live)
         self.add({**key, "store": arm.store, "data": arm.data, "flags": arm.flags, **scores(Run.open(out))})
 
     def teach(self, name: str) -> None:
