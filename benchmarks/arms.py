@@ -50,7 +50,7 @@ TEACHERS = {
     "lite0-slow": LITE % ("lite0", "144x192", "1e-3 --lr-scale encoder=0.2", 1000),
     "lite0-large": LITE % ("lite0", "288x384", "1e-3", 2000),
     "lite2-large": LITE % ("lite2", "288x384", "1e-3", 1000),
-    "few": LITE % ("lite0", "288x384", "1e-3", 600),
+    "few": LITE % ("lite0", "288x384", "1e-3", 300) + " --val-every 300",
     "brief-fold": LITE % ("lite0", "144x192", "1e-3", 250) + " --fold 0/5",
 }
 TRIED = ("lite0", "lite0-slow", "lite0-large", "lite2-large")  # in E2
