@@ -1,5 +1,6 @@
 """The line above every table, picture and page whose figures could be taken for a result and are none."""
 
+from kdcache.data.joined import parts_of, task_of
 from kdcache.data.scenes.generate import is_scenes
 
 
@@ -10,7 +11,7 @@ def banner(data: str, smoke: bool = False) -> str | None:
         data: the data set as a user names it.
         smoke: the runs are those of a recipe made small.
     """
-    drawn = is_scenes(data)
+    drawn = any(is_scenes(task_of(part)[1]) for part in parts_of(data))
     if not drawn and not smoke:
         return None
     what = "Smoke run" if smoke else "Procedural scenes"

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from kdcache.data.depth_report import DepthCounts
 from kdcache.data.doubts import doubts_of, wrong_palette
+from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
 from kdcache.data.layouts.registry import LayoutRoot, find_layout
@@ -113,6 +114,12 @@ def check(
             "--max-depth is a distance in metres above 0", received=f"{max_depth:g}", remedy="for instance 80"
         )
     data = os.fspath(data)
+    if len(parts_of(data)) > 1 or task_of(data)[0] is not None:
+        raise DataError(
+            "A check is of one data set, with all labels that it has.",
+            received=repr(data),
+            remedy="Check " + ", then ".join(task_of(part)[1] for part in parts_of(data)) + ".",
+        )
     layout_root = None if is_scenes(data) else find_layout(data)
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
     reports: dict[str, SplitReport] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from kdcache.data.joined import Joined, OneTask, parts_of, task_of
 from kdcache.data.layouts.registry import find_layout
 from kdcache.data.sample import Split
 from kdcache.data.scenes.generate import ScenesSpec, ScenesSplit, is_scenes
@@ -16,10 +17,16 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
         data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, camvid, voc,
             cityscapes, gta5, ade20k, kitti-depth, nyu; or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
             `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth` (a folder of that name is `./scenes`).
-        split: its name, such as `train`.
+            `depth:DATA` or `segmentation:DATA` has the labels of that task alone; `DATA + DATA` the samples of both.
+        split: its name, such as `train`; of all where several are joined.
     Raises: DataError with what is missing or malformed.
     """
     data = os.fspath(data)
+    if len(parts := parts_of(data)) > 1:
+        return Joined(data, [open_split(part, split) for part in parts])
+    task, data = task_of(data)
+    if task is not None:
+        return OneTask(open_split(data, split), task)
     if is_scenes(data):
         return ScenesSplit(data, split)
     layout, root = find_layout(data)
@@ -27,13 +34,16 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
 
 
 def list_splits(data: str | os.PathLike[str]) -> list[str]:
-    """Names of the splits that `open_split` would find, sorted.
+    """Names of the splits that `open_split` would find, sorted; of joined data sets those that all of them have.
 
     Some hold the same images on purpose, as `trainval` of VOC does.
 
     Raises: DataError for a malformed spec or a folder of no known layout.
     """
     data = os.fspath(data)
+    if len(parts := parts_of(data)) > 1:
+        return sorted(set.intersection(*(set(list_splits(part)) for part in parts)))
+    data = task_of(data)[1]
     if is_scenes(data):
         return ScenesSpec.parse(data).splits()
     layout, root = find_layout(data)

@@ -1,0 +1,133 @@
+"""Several data sets as one, and the labels of one task alone: what a model of several tasks is judged on.
+
+    city + depth:kitti-depth:/data/kitti     segmentation and whatever else `city` has, and the depth of KITTI
+
+Parts stand around ` + `, spaces included. The classes are those of the first part that has any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdcache.data.sample import DEPTH, SEGMENTATION, TASKS, ClassList, Depth, Pixels, Split
+from kdcache.errors import DataError
+
+JOINT = " + "
+"""What stands between the data sets of a joined one."""
+
+
+def parts_of(data: str) -> list[str]:
+    """The specs of the data sets that `data` joins; itself where it is one, or a folder of that name."""
+    return [data] if Path(data).exists() else [part.strip() for part in data.split(JOINT)]
+
+
+def task_of(data: str) -> tuple[str | None, str]:
+    """The task whose labels alone are used, of a spec `depth:DATA` or `segmentation:DATA`, and the data set."""
+    task, colon, rest = data.partition(":")
+    return (task, rest) if colon and task in TASKS else (None, data)
+
+
+class OneTask(Split):
+    """The samples of a split with their labels of one task alone."""
+
+    def __init__(self, whole: Split, task: str) -> None:
+        self.data, self.split, self.ids = f"{task}:{whole.data}", whole.split, whole.ids
+        self.classes = whole.classes if task == SEGMENTATION else ClassList(())
+        self.label_map = whole.label_map if task == SEGMENTATION else None
+        self._whole, self._task = whole, task
+
+    def image(self, index: int) -> Pixels:
+        return self._whole.image(index)
+
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        return task == self._task and self._whole.has_label(index, task)
+
+    def raw_label(self, index: int) -> Pixels | None:
+        return self._whole.raw_label(index) if self._task == SEGMENTATION else None
+
+    def raw_depth(self, index: int) -> Depth | None:
+        return self._whole.raw_depth(index) if self._task == DEPTH else None
+
+    def _segmentation(self, index: int) -> Pixels | None:
+        return self._whole.label(index) if self._task == SEGMENTATION else None
+
+    def _depth(self, index: int) -> Depth | None:
+        return self._whole.label(index, DEPTH) if self._task == DEPTH else None
+
+
+class Joined(Split):
+    """The samples of several splits, in the order of their ids.
+
+    An id that two of them have makes each sample's id begin with the number of its part, from 1: `2/000001`.
+
+    Args:
+        data: the spec as the user gave it.
+        parts: at least one.
+    Raises: DataError for parts with other classes than the first that has any.
+    """
+
+    def __init__(self, data: str, parts: Sequence[Split]) -> None:
+        self.data, self.split = data, parts[0].split
+        self.classes = _shared_classes(parts)
+        places = [(part.ids[i], number, i) for number, part in enumerate(parts) for i in range(len(part))]
+        if len({name for name, *_ in places}) < len(places):
+            places = [(f"{number + 1}/{name}", number, i) for name, number, i in places]
+        places.sort()
+        self.ids = tuple(name for name, *_ in places)
+        self._parts = tuple(parts)
+        self._places = [place for _, *place in places]
+
+    def image(self, index: int) -> Pixels:
+        part, own = self._at(index)
+        return part.image(own)
+
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        part, own = self._at(index)
+        return part.has_label(own, task)
+
+    def raw_label(self, index: int) -> Pixels | None:
+        part, own = self._at(index)
+        return part.raw_label(own)
+
+    def raw_depth(self, index: int) -> Depth | None:
+        part, own = self._at(index)
+        return part.raw_depth(own)
+
+    def content_digests(self, index: int) -> tuple[str | None, ...]:
+        part, own = self._at(index)
+        return part.content_digests(own)
+
+    def digest(self) -> str:
+        """SHA-256 over the digests of the parts."""
+        return hashlib.sha256(" ".join(part.digest() for part in self._parts).encode("ascii")).hexdigest()
+
+    def _segmentation(self, index: int) -> Pixels | None:
+        part, own = self._at(index)
+        return part.label(own)
+
+    def _depth(self, index: int) -> Depth | None:
+        part, own = self._at(index)
+        return part.label(own, DEPTH)
+
+    def _at(self, index: int) -> tuple[Split, int]:
+        part, own = self._places[index]
+        return self._parts[part], own
+
+
+def _shared_classes(parts: Sequence[Split]) -> ClassList:
+    """The classes of the first part that has any. Raises: DataError for a part that has others."""
+    with_classes = [part for part in parts if len(part.classes)]
+    if not with_classes:
+        return ClassList(())
+    first = with_classes[0]
+    for part in with_classes[1:]:
+        if part.classes.names != first.classes.names:
+            raise DataError(
+                "Data sets that are joined have the same classes in the same order, or none.",
+                received=f"{', '.join(part.classes.names)} in {part.data} against {', '.join(first.classes.names)} in "
+                f"{first.data}",
+                remedy=f"Use the labels of depth alone, as depth:{part.data}, or give both the same classes.txt.",
+            )
+    return first.classes
