@@ -282,7 +282,13 @@ class _Judge:
             own,
         )
         self.notes += [evaluation.note] if evaluation.note else []
-        return RunScore(run.text, *run.key, evaluation.metrics, evaluation.reused)
+        if evaluation.metrics.segmentation is None:
+            raise DataError(
+                "runs are compared by their segmentation",
+                received=f"{run.text}, of which depth alone is judged on {part.data}",
+                remedy="use kdcache evaluate, or data with labels of classes",
+            )
+        return RunScore(run.text, *run.key, evaluation.metrics.segmentation, evaluation.reused)
 
     def cost(self, entry: Entry) -> Cost:
         """The cost of a network; runs of one spec at one size share a measurement, for they are the same program."""

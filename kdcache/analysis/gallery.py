@@ -24,8 +24,8 @@ import numpy as np
 from kdcache.analysis.per_image import ImageScores, best_and_worst
 from kdcache.analysis.predict import overlay
 from kdcache.data import IGNORE_INDEX, Split
-from kdcache.metrics.evaluate import predictions
 from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, Array, colour_ids, file_part, mark_wrong, panels, save_figure
+from kdcache.metrics.predictions import predictions
 from kdcache.metrics.tables import percent
 from kdcache.models import SegmentationModel
 

@@ -19,7 +19,8 @@ from kdcache.analysis.spread import plain
 from kdcache.data import Split
 from kdcache.errors import DataError, RecipeError
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
-from kdcache.metrics.evaluate import Predicted, Progress, predictions
+from kdcache.metrics.evaluate import Progress
+from kdcache.metrics.predictions import Predicted, predictions
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import JudgeSettings
 

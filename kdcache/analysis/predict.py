@@ -41,11 +41,6 @@ class _Picture:
     small: Array  # uint8 (H, W, 3), at the size that the model sees
 
 
-def unnamed_classes(count: int) -> ClassList:
-    """Numbered classes, for a model without class names."""
-    return ClassList(tuple(f"class {number}" for number in range(count)))
-
-
 def find_images(paths: Sequence[str]) -> list[Input]:
     """Images out of paths of files, folders and patterns such as `photos/*.jpg`.
 

@@ -65,10 +65,24 @@ class Entry:
         Raises: MismatchError for other classes; RecipeError without weights; ModelError when they do not fit.
         """
         if self.run is None:
-            return open_model(self.text, classes, size, which)
-        self.run.model.check_classes(classes.names, "the data")  # before the weights are read
+            return open_model(self.text, classes if len(classes) else unnamed_classes, size, which)
+        check_classes(self.run.model, classes, "the data")  # before the weights are read
         model, description = load_run(self.run, which)
         return model, description if size is None else description.model_copy(update={"size": size})
+
+
+def unnamed_classes(count: int) -> ClassList:
+    """Numbered classes, for a model without class names."""
+    return ClassList(tuple(f"class {number}" for number in range(count)))
+
+
+def check_classes(description: RunModel, classes: ClassList, where: str) -> None:
+    """Compare a model's classes with those of data, where both have some: of depth alone there are none.
+
+    Raises: MismatchError when they differ.
+    """
+    if len(classes) and description.class_names:
+        description.check_classes(classes.names, where)
 
 
 def find_runs(texts: Sequence[str | Path], which: str = "best") -> list[Entry]:

@@ -3,8 +3,9 @@
 Every kind of evaluation has a file of its own (`evaluation-*.json` in the run's folder), with everything that its
 numbers depend on. It counts when the SHA-256 of the weights, that of the data (every image and label of the split), the
 model, the size that it sees, the size at which it is judged and the class map are those of today; then it is as good as
-a new pass. Beside it lies an `.npz` of the same name with the counts of every image (`ids`, `hits` and `unions`, a row
-per image and a column per class), whose SHA-256 it has; without that file the evaluation is made anew.
+a new pass. Beside it lies an `.npz` of the same name with the numbers of every image, whose SHA-256 it has: counts of
+segmentation (`ids`, `hits` and `unions`, a row per image and a column per class), metrics of depth (`depth_ids` and
+`depth`, a column per metric). Without that file the evaluation is made anew.
 """
 
 import hashlib
@@ -12,23 +13,26 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdcache.analysis.runs import Entry
+from kdcache.analysis.runs import Entry, check_classes
 from kdcache.data import Fold, Split, prefetch
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ImageCounts, Metrics
-from kdcache.metrics.evaluate import Progress, evaluate_model
+from kdcache.metrics.depth import DEPTH_METRICS, DepthImages, DepthMetrics, DepthRange
+from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
 from kdcache.metrics.oom import is_out_of_memory
+from kdcache.metrics.predictions import metric_depth
 from kdcache.models.run import split_spec
 from kdcache.run_folder import Run, RunModel
-from kdcache.settings.shared import JudgeSettings
+from kdcache.settings.shared import DepthSettings, JudgeSettings
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Judging:
         which: weights of a run, such as `best`.
         size: (H, W) that the models see; None is that of each run.
         fresh: evaluate also what is kept.
+        depth: the pixels of labels of depth that count.
     """
 
     which: str = JudgeSettings.weights
@@ -46,23 +51,24 @@ class Judging:
     batch_size: int = JudgeSettings.batch_size
     device: str = "cpu"
     fresh: bool = False
+    depth: DepthSettings = field(default_factory=DepthSettings)
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics of one run; `reused` when an earlier pass had them; `note` when they could not be kept."""
 
-    metrics: Metrics
+    metrics: TaskMetrics
     reused: bool
     note: str | None = None
 
 
 def data_digest(split: Split, threads: int = 2) -> str:
-    """SHA-256 over class names, ids, and the contents of every labelled image and its label; reads them all."""
-    labelled = [index for index in range(len(split)) if split.has_label(index)]
+    """SHA-256 over class names, ids, and the contents of every labelled image and its labels; reads them all."""
+    labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in split.tasks)]
     digest = hashlib.sha256(split.digest().encode())
-    for image, label in prefetch(split.content_digests, labelled, threads=threads, ahead=16):
-        digest.update(f"{image} {label}\n".encode())
+    for contents in prefetch(split.content_digests, labelled, threads=threads, ahead=16):
+        digest.update(f"{' '.join(map(str, contents))}\n".encode())
     return digest.hexdigest()
 
 
@@ -85,9 +91,18 @@ def evaluate_run(
     if run is None:
         return Evaluation(_evaluate(entry, split, judging, progress), reused=False)
     description = run.model
-    description.check_classes(split.classes.names, f"{split.data}, split {split.split!r}")
+    check_classes(description, split.classes, f"{split.data}, split {split.split!r}")
     which, weights = weights_of(run, judging.which)
-    record = Record.of(description, weights, split, digest, judging.size or description.size, which=which, fold=fold)
+    record = Record.of(
+        description,
+        weights,
+        split,
+        digest,
+        judging.size or description.size,
+        which=which,
+        fold=fold,
+        depth=judged_range(description, split, judging.depth),
+    )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if metrics is not None:
         return Evaluation(metrics, reused=True)
@@ -112,6 +127,7 @@ class Record:
         weights_sha256: None for weights that no file holds.
         size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
         class_map_sha256: digest of the map from its classes to those of the data.
+        depth: pixels of depth that count; None where depth is not judged.
     """
 
     which: str | None
@@ -126,6 +142,7 @@ class Record:
     size: tuple[int, int]
     at_size: bool = False
     class_map_sha256: str | None = None
+    depth: DepthRange | None = None
 
     @classmethod
     def of(
@@ -140,6 +157,7 @@ class Record:
         fold: Fold | None = None,
         at_size: bool = False,
         class_map: Path | None = None,
+        depth: DepthRange | None = None,
     ) -> "Record":
         """The record of an evaluation; files are read for their digests."""
         return cls(
@@ -155,6 +173,7 @@ class Record:
             size,
             at_size,
             None if class_map is None else file_digest(class_map),
+            depth,
         )
 
     @property
@@ -164,6 +183,8 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # its tuples are lists, as in a file
+        if self.depth is None:
+            del fields["depth"]
         fold = None if self.fold is None else str(self.fold)
         return {"weights": fields.pop("which"), **fields, "fold": fold}
 
@@ -181,10 +202,13 @@ class Record:
         parts += [] if own_size else [f"{self.size[0]}x{self.size[1]}"]
         parts += ["at-size"] if self.at_size else []
         parts += [] if self.class_map_sha256 is None else [f"map-{self.class_map_sha256[:8]}"]
+        if self.depth not in (None, DepthRange()):
+            parts.append(f"depth-{self.depth.min_depth:g}-{self.depth.max_depth:g}")
+            parts += [] if self.depth.crop == "none" else [self.depth.crop]
         return "-".join(parts)
 
 
-def keep(record: Record, folder: Path, run: str, metrics: Metrics, *, own_size: bool = True) -> str | None:
+def keep(record: Record, folder: Path, run: str, metrics: TaskMetrics, *, own_size: bool = True) -> str | None:
     """Write an evaluation into a folder, whole or not at all, over the last of its kind; a note if that cannot be.
 
     Args:
@@ -226,47 +250,76 @@ def weights_of(run: Run | str, which: str) -> tuple[str | None, Path | None]:
     return run.which or which, run.weights(which)
 
 
-def write_evaluation(record: Record, path: Path, run: str, metrics: Metrics) -> None:
+def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics) -> None:
     """Write an evaluation, each file whole or not at all. Raises: OSError."""
     images = None
-    if metrics.images is not None:
-        with replacing(path.with_suffix(IMAGES)) as partial:
-            _write_images(partial, metrics.images)
+    if arrays := _arrays_of_images(metrics):
+        with replacing(path.with_suffix(IMAGES)) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # given a name, numpy would add a suffix
         images = file_digest(path.with_suffix(IMAGES))
     content = {"run": run, **record.to_json(), "images_sha256": images, **metrics.to_json()}
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def _write_images(path: Path, images: ImageCounts) -> None:
-    with path.open("wb") as file:  # given a name, numpy would add a suffix
-        hits, unions = images.hits.astype(np.uint32), images.unions.astype(np.uint32)
-        np.savez_compressed(file, ids=np.array(images.ids), hits=hits, unions=unions)
+def _arrays_of_images(metrics: TaskMetrics) -> dict[str, Any]:
+    """The numbers of single images, as the file beside an evaluation has them; {} where they were not kept."""
+    arrays: dict[str, Any] = {}
+    if metrics.segmentation is not None and (counts := metrics.segmentation.images) is not None:
+        arrays |= {"ids": np.array(counts.ids), "hits": counts.hits.astype(np.uint32)}
+        arrays["unions"] = counts.unions.astype(np.uint32)
+    if metrics.depth is not None and (images := metrics.depth.images) is not None:
+        arrays |= {"depth_ids": np.array(images.ids), "depth": images.values}
+    return arrays
 
 
-def _read_images(path: Path, sha256: str) -> ImageCounts:
-    """Read the counts beside an evaluation. Raises: OSError, ValueError, KeyError when they are not those."""
+def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
+    """Metrics with the numbers of images beside an evaluation. Raises: OSError, ValueError, KeyError without them."""
     if not path.is_file() or file_digest(path) != sha256:
         raise ValueError(f"{path} is of another evaluation")
+    segmentation, depth = metrics.segmentation, metrics.depth
     with np.load(path) as content:
-        hits, unions = (content[name].astype(np.int64) for name in ("hits", "unions"))
-        return ImageCounts(tuple(content["ids"].tolist()), hits, unions)
+        if segmentation is not None:
+            hits, unions = (content[name].astype(np.int64) for name in ("hits", "unions"))
+            segmentation = replace(segmentation, images=ImageCounts(tuple(content["ids"].tolist()), hits, unions))
+        if depth is not None:
+            depth = replace(depth, images=DepthImages(tuple(content["depth_ids"].tolist()), content["depth"]))
+    return TaskMetrics(segmentation, depth)
 
 
-def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> Metrics:
+def judged_range(description: RunModel, split: Split, settings: DepthSettings) -> DepthRange | None:
+    """The pixels of labels of depth that count for a model; None where its depth is not judged on this split.
+
+    Raises: DataError for a range that is none.
+    """
+    head = metric_depth(description.heads)
+    return None if head is None or DEPTH not in split.tasks else DepthRange.of(head, settings)
+
+
+def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> TaskMetrics:
     model, description = entry.load(split.classes, judging.which, judging.size)
+    depth = None if judged_range(description, split, judging.depth) is None else judging.depth
     with memory_errors(judging.device, judging.batch_size):
-        return evaluate_model(
+        return evaluate_tasks(
             model.to(judging.device),
             split,
             description.size,
+            depth=depth,
             device=judging.device,
             batch_size=judging.batch_size,
             progress=progress,
         )
 
 
-def metrics_of(content: Mapping[str, Any]) -> Metrics:
-    """The metrics that `Metrics.to_json` described. Raises: KeyError, TypeError for other content."""
+def metrics_of(content: Mapping[str, Any]) -> TaskMetrics:
+    """The metrics that `TaskMetrics.to_json` described. Raises: KeyError, TypeError for other content."""
+    if "tasks" not in content:
+        return TaskMetrics(_segmentation_of(content))
+    segmentation, depth = (content["tasks"].get(task) for task in (SEGMENTATION, DEPTH))
+    own = None if segmentation is None else _segmentation_of(segmentation)
+    return TaskMetrics(own, None if depth is None else _depth_of(depth))
+
+
+def _segmentation_of(content: Mapping[str, Any]) -> Metrics:
     classes = content["classes"]
     return Metrics(
         class_names=tuple(str(row["name"]) for row in classes),
@@ -277,6 +330,11 @@ def metrics_of(content: Mapping[str, Any]) -> Metrics:
         macc=_number(content["macc"]),
         aacc=_number(content["aacc"]),
     )
+
+
+def _depth_of(content: Mapping[str, Any]) -> DepthMetrics:
+    values: dict[str, Any] = {name: _number(content[name]) for name in DEPTH_METRICS}
+    return DepthMetrics(**values, counted_images=int(content["counted_images"]), pixels=int(content["pixels"]))
 
 
 @contextmanager
@@ -296,14 +354,14 @@ def memory_errors(device: str, batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...]) -> Metrics | None:
+def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...]) -> TaskMetrics | None:
     for path in sorted(folder.glob("evaluation-*.json")):
         content = read_object(path)
         try:
             if all(content[key] == value for key, value in identity.items()):
                 metrics = metrics_of(content)
-                if metrics.class_names == class_names:
-                    return replace(metrics, images=_read_images(path.with_suffix(IMAGES), content["images_sha256"]))
+                if metrics.segmentation is None or metrics.segmentation.class_names == class_names:
+                    return _with_images(metrics, path.with_suffix(IMAGES), content["images_sha256"])
         except (OSError, ValueError, KeyError, TypeError):  # another file, or one of another version
             continue
     return None

@@ -3,6 +3,7 @@
     confusion.py     one confusion matrix over a whole set, and the metrics that follow from it
     depth.py         errors of depth maps: rmse, abs_rel, silog, delta
     chance.py        whether a model has learnt anything
+    predictions.py   a model's answers to every task, at the labels' size
     evaluate.py      a model on a labelled split
     calibration.py   calibration, and what a confidence threshold keeps
     tables.py        metrics as rows of a table
@@ -17,8 +18,8 @@ It knows no stores, no runs and no trainings.
 
 from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
-from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics
-from kdcache.metrics.evaluate import evaluate_model
+from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics, DepthRange
+from kdcache.metrics.evaluate import TaskMetrics, evaluate_model, evaluate_tasks
 from kdcache.metrics.tables import class_rows, comparison_rows, markdown_table, metrics_markdown, percent
 
 __all__ = [
@@ -26,11 +27,14 @@ __all__ = [
     "ConfusionMatrix",
     "DepthErrors",
     "DepthMetrics",
+    "DepthRange",
     "Metrics",
+    "TaskMetrics",
     "at_chance",
     "class_rows",
     "comparison_rows",
     "evaluate_model",
+    "evaluate_tasks",
     "markdown_table",
     "metrics_markdown",
     "percent",

@@ -22,18 +22,21 @@ development kit; the crop Garg et al. 2016, arXiv 1603.04992, in the numbers of 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from kdcache.errors import DataError
+from kdcache.heads import RegressionHead
 from kdcache.metrics.confusion import without_nan
+from kdcache.settings.shared import Crop, DepthSettings
 
 DEPTH_METRICS = ("rmse", "rmse_log", "abs_rel", "sq_rel", "silog", "delta1", "delta2", "delta3")
 """Names of the metrics, in the order of every row of them."""
-Crop = Literal["none", "garg"]
+MAX_DEPTH = 80.0
+"""Metres from which on labels do not count, unless another maximum is given or known of the model."""
 _GARG = (0.40810811, 0.99189189, 0.03594771, 0.96405229)
 """Top, bottom, left and right of Garg's crop, as shares of the height and the width."""
 
@@ -72,23 +75,61 @@ class DepthMetrics:
         return without_nan({name: value for name, value in asdict(self).items() if name != "images"})
 
 
-class DepthErrors:
-    """Metrics of images, accumulated one image at a time; several processes share out the images and merge.
+@dataclass(frozen=True)
+class DepthRange:
+    """The pixels of a label of depth that count.
 
-    Args:
+    Attributes:
         min_depth, max_depth: range of valid labels in metres, exclusive; predictions are clipped to it.
         crop: `garg` counts the pixels inside Garg's crop of the label's size alone, as on KITTI.
     Raises: DataError for a range that is none.
     """
 
-    def __init__(self, *, min_depth: float = 1e-3, max_depth: float = 80.0, crop: Crop = "none") -> None:
-        if not 0 < min_depth < max_depth < math.inf:
+    min_depth: float = DepthSettings.min_depth
+    max_depth: float = MAX_DEPTH
+    crop: Crop = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_depth < self.max_depth < math.inf:
             raise DataError(
                 "depth is measured in a range of metres, 0 < minimum < maximum, both finite",
-                received=f"{min_depth:g} to {max_depth:g}",
+                received=f"{self.min_depth:g} to {self.max_depth:g}",
                 remedy="take 0.001 to 80 for KITTI, 0.001 to 10 for NYU",
             )
-        self.min_depth, self.max_depth, self.crop = min_depth, max_depth, crop
+
+    @classmethod
+    def of(cls, head: RegressionHead | None, settings: DepthSettings | None = None) -> "DepthRange":
+        """The range of some settings; without their maximum it ends where the head clips, or at 80 metres."""
+        chosen = settings or DepthSettings()
+        own = MAX_DEPTH if head is None or head.max_depth is None else head.max_depth
+        return cls(chosen.min_depth, own if chosen.max_depth is None else chosen.max_depth, chosen.depth_crop)
+
+    def __str__(self) -> str:
+        return f"{self.min_depth:g} to {self.max_depth:g} m" + ("" if self.crop == "none" else f", {self.crop} crop")
+
+    def valid(self, label_HW: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Which pixels (H, W) of a label count."""
+        valid: npt.NDArray[np.bool_] = (label_HW > self.min_depth) & (label_HW < self.max_depth)  # False for NaN
+        if self.crop == "none":
+            return valid
+        height, width = label_HW.shape
+        top, bottom, left, right = (
+            int(share * side) for share, side in zip(_GARG, (height, height, width, width), strict=True)
+        )
+        inside = np.zeros_like(valid)
+        inside[top:bottom, left:right] = True
+        return valid & inside
+
+
+class DepthErrors:
+    """Metrics of images, accumulated one image at a time; several processes share out the images and merge.
+
+    Args:
+        depth_range: the pixels that count.
+    """
+
+    def __init__(self, depth_range: DepthRange | None = None) -> None:
+        self.range = depth_range or DepthRange()
         self._rows: list[tuple[str, int, npt.NDArray[np.float64]]] = []
 
     def update(self, predicted: Tensor, label: Tensor, sample_id: str = "") -> None:
@@ -106,23 +147,10 @@ class DepthErrors:
                 remedy="resize the raw output to the label's size first",
             )
         p, d = (x.detach().cpu().numpy().astype(np.float64) for x in (predicted, label))
-        valid = self.valid(d)
+        valid = self.range.valid(d)
         if valid.any():
-            p = np.clip(p[valid], self.min_depth, self.max_depth)
+            p = np.clip(p[valid], self.range.min_depth, self.range.max_depth)
             self._rows.append((sample_id, int(valid.sum()), _metrics_of(p, d[valid])))
-
-    def valid(self, label_HW: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        """Which pixels (H, W) of a label count."""
-        valid: npt.NDArray[np.bool_] = (label_HW > self.min_depth) & (label_HW < self.max_depth)  # False for NaN
-        if self.crop == "none":
-            return valid
-        height, width = label_HW.shape
-        top, bottom, left, right = (
-            int(share * side) for share, side in zip(_GARG, (height, height, width, width), strict=True)
-        )
-        inside = np.zeros_like(valid)
-        inside[top:bottom, left:right] = True
-        return valid & inside
 
     @classmethod
     def merged(cls, parts: Iterable["DepthErrors"]) -> "DepthErrors":
@@ -131,13 +159,12 @@ class DepthErrors:
         Raises: DataError for parts of other settings.
         """
         first, *rest = parts
-        whole = cls(min_depth=first.min_depth, max_depth=first.max_depth, crop=first.crop)
+        whole = cls(first.range)
         for part in (first, *rest):
-            settings = (part.min_depth, part.max_depth, part.crop)
-            if settings != (whole.min_depth, whole.max_depth, whole.crop):
+            if part.range != whole.range:
                 raise DataError(
                     "depth metrics that are merged have one range and crop",
-                    received=f"{(whole.min_depth, whole.max_depth, whole.crop)} and {settings}",
+                    received=f"{whole.range} and {part.range}",
                     remedy="measure all parts alike",
                 )
             whole._rows += part._rows

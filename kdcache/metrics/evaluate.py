@@ -1,38 +1,38 @@
 """Evaluating a model on a labelled split, at the labels' own size."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.data import IGNORE_INDEX, Split, Window, prefetch, render
+from kdcache.data import IGNORE_INDEX, Split
 from kdcache.errors import DataError
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
+from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
+from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
 from kdcache.models import SegmentationModel
-from kdcache.models.native import in_eval_mode
-from kdcache.settings.shared import JudgeSettings
+from kdcache.settings.shared import DepthSettings, JudgeSettings
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """The prediction for a sample, by its number in the split: argmax and label, uint8 (H, W) of the label's size."""
+class TaskMetrics:
+    """Metrics of a model on a split, by task; None for what the model does not predict or no sample has a label of."""
 
-    number: int
-    argmax: Tensor
-    label: Tensor
+    segmentation: Metrics | None = None
+    depth: DepthMetrics | None = None
 
-
-@dataclass(frozen=True)
-class _Sample:
-    number: int
-    pixels: Tensor  # uint8 (H, W, 3), at the run's size
-    label: Tensor  # uint8, at its own size (or the run's, with at_size)
+    def to_json(self) -> dict[str, Any]:
+        """Segmentation alone as `Metrics` has it; else each task's numbers by its name, in `tasks`."""
+        if self.depth is None:
+            return {} if self.segmentation is None else self.segmentation.to_json()
+        own = {SEGMENTATION: self.segmentation, DEPTH: self.depth}
+        return {"tasks": {task: metrics.to_json() for task, metrics in own.items() if metrics is not None}}
 
 
 def evaluate_model(
@@ -96,13 +96,7 @@ def count_pixels(
         each: called with every prediction and its own counts, (C, C).
     Raises: DataError for a split without labels.
     """
-    labelled = [index for index in range(len(split)) if split.has_label(index)]
-    if not labelled:
-        raise DataError(
-            "evaluation needs labels",
-            received=f"{split.data}, split {split.split!r}: none of {len(split)} images has one",
-            remedy="give a labelled split with --split",
-        )
+    labelled = _labelled(split, (SEGMENTATION,))
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
     mine = labelled[part[0] :: part[1]]
     predicted_batches = predictions(
@@ -121,44 +115,104 @@ def count_pixels(
     return confusion
 
 
-def predictions(
+def evaluate_tasks(
     model: SegmentationModel,
     split: Split,
-    numbers: Sequence[int],
     size: tuple[int, int],
     *,
+    depth: DepthSettings | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
-) -> Generator[list[Predicted], None, None]:
-    """Predictions for labelled samples, a batch at a time; close it, and the model is back in its mode.
+    progress: Progress | None = None,
+) -> TaskMetrics:
+    """Metrics of every task that `model` predicts and that `split` has labels of, in one pass; with those of images.
 
     Args:
-        numbers: samples of `split`, in the order of the predictions.
+        size, at_size, progress: as in `evaluate_model`.
+        depth: pixels of labels of depth that count. What is no default needs depth to be judged.
+    Raises: DataError where no task is judged, for depths without a depth, and for an image that cannot be read.
     """
-    samples = prefetch(lambda index: _load(split, index, size, at_size), numbers, threads=threads, ahead=4 * batch_size)
-    with in_eval_mode(model):
-        while batch := list(islice(samples, batch_size)):
-            yield _predict(model, batch, device)
+    tasks = check_tasks(model, split, depth)
+    confusion, ids, counts = ConfusionMatrix(split.classes.names, IGNORE_INDEX), list[str](), list[Tensor]()
+    errors = DepthErrors(DepthRange.of(model.regressions[DEPTH], depth)) if DEPTH in tasks else None
+    labelled = _labelled(split, tasks)
+    batches = predictions(
+        model,
+        split,
+        labelled,
+        size,
+        tasks=tasks,
+        device=device,
+        batch_size=batch_size,
+        at_size=at_size,
+        threads=threads,
+    )
+    done = 0
+    with closing(batches):
+        for batch in batches:
+            for one in batch:
+                sample = split.ids[one.number]
+                if SEGMENTATION in one.labels:
+                    ids.append(sample)
+                    counts.append(confusion.update(one.argmax, one.label))
+                if errors is not None and DEPTH in one.labels:
+                    errors.update(one.answers[DEPTH], one.labels[DEPTH], sample)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(labelled))
+    segmentation = replace(confusion.metrics(), images=ImageCounts.of(ids, counts)) if ids else None
+    return TaskMetrics(segmentation, None if errors is None else _judged(errors, split))
 
 
-@torch.inference_mode()
-def _predict(model: SegmentationModel, batch: list[_Sample], device: torch.device | str) -> list[Predicted]:
-    pixels = torch.stack([sample.pixels for sample in batch]).to(device)
-    logits = model(model.normalise(pixels)).logits.float()
-    predicted = []
-    for logits_Chw, sample in zip(logits, batch, strict=True):
-        height, width = sample.label.shape
-        full = model.upsample(logits_Chw[None], (height, width))[0]
-        predicted.append(Predicted(sample.number, full.argmax(0).to(torch.uint8).cpu(), sample.label))
-    return predicted
+def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | None = None) -> tuple[str, ...]:
+    """The tasks of which a model is judged on a split.
+
+    Raises: DataError where there is none, and for a range of depths without depth.
+    """
+    tasks, where = judged_tasks(model, split), f"{split.data}, split {split.split!r}"
+    labels = f"labels of {', '.join(split.tasks)}" if split.tasks else "no labels"
+    predicted = ", ".join(predicted_tasks(model)) or "no task that has labels"
+    received = f"{model.spec} predicts {predicted}; {where} has {labels}"
+    if not tasks:
+        raise DataError(
+            "a model is judged by labels of a task that it predicts",
+            received=received,
+            remedy="give a labelled split with --split, or data with labels of " + " or ".join(predicted_tasks(model))
+            if predicted_tasks(model)
+            else "use a model with a head of segmentation, or of depth in metres",
+        )
+    if depth not in (None, DepthSettings()) and DEPTH not in tasks:
+        raise DataError(
+            "a range or crop of depth is for a model that predicts depth in metres, on data with labels of depth",
+            received=received,
+            remedy="leave out --min-depth, --max-depth and --depth-crop, or give such a model and such data",
+        )
+    return tasks
 
 
-def _load(split: Split, index: int, size: tuple[int, int], at_size: bool) -> _Sample:
-    image, label = split.image(index), split.label(index)
-    assert label is not None, index
-    window = Window.full(*image.shape[:2])
-    pixels, small = render(image, label, window, flip=False, size=size)
-    scored_label = small if at_size else np.ascontiguousarray(label)
-    return _Sample(index, torch.from_numpy(pixels), torch.from_numpy(scored_label))
+def _labelled(split: Split, tasks: Sequence[str]) -> list[int]:
+    """Numbers of the samples with a label of a task. Raises: DataError where there is none."""
+    labelled = [index for index in range(len(split)) if any(split.has_label(index, task) for task in tasks)]
+    if not labelled:
+        raise DataError(
+            "evaluation needs labels",
+            received=f"{split.data}, split {split.split!r}: none of {len(split)} images has one",
+            remedy="give a labelled split with --split",
+        )
+    return labelled
+
+
+def _judged(errors: DepthErrors, split: Split) -> DepthMetrics:
+    """The metrics of depth. Raises: DataError where no pixel counts."""
+    metrics = errors.metrics()
+    if not metrics.counted_images:
+        raise DataError(
+            f"labels of depth have pixels between {errors.range.min_depth:g} and {errors.range.max_depth:g} m"
+            + (" inside the crop" if errors.range.crop != "none" else ""),
+            received=f"{split.data}, split {split.split!r}: no such pixel in any label",
+            remedy="see the range of the labels with kdcache data check; give --min-depth and --max-depth that fit, or "
+            "correct the unit in depth.toml",
+        )
+    return metrics

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from kdcache.errors import one_line
 from kdcache.metrics.confusion import Metrics
+from kdcache.metrics.depth import DepthMetrics
+from kdcache.metrics.evaluate import TaskMetrics
 
 
 def percent(value: float) -> str:
@@ -31,11 +33,43 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([first, "| --- |" + " ---: |" * (len(header) - 1), *rest]) + "\n"
 
 
-def metrics_markdown(title: str, metrics: Metrics) -> str:
-    """One evaluation: the summary, then a row per class."""
-    summary = f"mIoU {percent(metrics.miou)}, mAcc {percent(metrics.macc)}, aAcc {percent(metrics.aacc)}"
-    table = markdown_table(("class", "IoU %", "Acc %", "pixels %"), class_rows(metrics))
-    return f"# {title}\n\n{summary}\n\n{table}"
+DEPTH_HEADS = {
+    "rmse": "rmse m",
+    "rmse_log": "rmse log",
+    "abs_rel": "abs rel",
+    "sq_rel": "sq rel m",
+    "silog": "silog",
+    "delta1": "\N{GREEK SMALL LETTER DELTA}1 %",
+    "delta2": "\N{GREEK SMALL LETTER DELTA}2 %",
+    "delta3": "\N{GREEK SMALL LETTER DELTA}3 %",
+}
+"""Headers of the metrics of depth, by name: with their unit."""
+
+
+def depth_figure(name: str, value: float) -> str:
+    """A metric of depth by its name: shares of pixels in percent, all else with four significant digits; NaN as '-'."""
+    if math.isnan(value):
+        return "-"
+    return percent(value) if name.startswith("delta") else f"{value:#.4g}".rstrip(".")
+
+
+def depth_rows(metrics: DepthMetrics) -> list[tuple[str, str]]:
+    """(metric with its unit, value) of one evaluation of depth."""
+    return [(head, depth_figure(name, getattr(metrics, name))) for name, head in DEPTH_HEADS.items()]
+
+
+def metrics_markdown(title: str, metrics: TaskMetrics) -> str:
+    """One evaluation: a table of each task; of segmentation the summary, then a row per class."""
+    parts = [f"# {title}\n"]
+    if (segmentation := metrics.segmentation) is not None:
+        parts.append(
+            f"mIoU {percent(segmentation.miou)}, mAcc {percent(segmentation.macc)}, aAcc {percent(segmentation.aacc)}\n"
+        )
+        parts.append(markdown_table(("class", "IoU %", "Acc %", "pixels %"), class_rows(segmentation)))
+    if (depth := metrics.depth) is not None:
+        parts.append(f"Depth of {depth.counted_images} images, {depth.pixels} pixels\n")
+        parts.append(markdown_table(("depth", "mean of images"), depth_rows(depth)))
+    return "\n".join(parts)
 
 
 def comparison_rows(

@@ -13,6 +13,8 @@ FOLDS_BY = (
     "sample's id names its sequence, e.g. '^(.+)_'."
 )
 Weights = Literal["best", "last", "best-ema", "last-ema"]
+Crop = Literal["none", "garg"]
+"""The part of a label of depth that is judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,20 @@ class JudgeSettings:
     batch_size: Count = setting(8, "Images per forward pass.", ranged=True)
     repeats: Annotated[int, Ge(0)] = setting(50, "Timed calls per model; 0 times none.", ranged=True)
     fresh: bool = setting(False, "Evaluate again what was evaluated before.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthSettings:
+    """Which pixels of a label of depth are judged."""
+
+    min_depth: float = setting(1e-3, "Labels of depth up to it do not count.", metavar="METRES")
+    max_depth: float | None = setting(
+        None,
+        "Labels of depth from it on do not count, and predictions are clipped to it (default: the model's own "
+        "maximum, or 80).",
+        metavar="METRES",
+    )
+    depth_crop: Crop = setting("none", "none, or garg: judge inside Garg's crop alone, as is the custom on KITTI.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,21 @@
 """Validation of a depth head: metrics of its predictions on the images with labels of depth."""
 
-import numpy as np
+from contextlib import closing
+
 import torch
 
-from kdcache.data import Split, Window, render
+from kdcache.data import Split
 from kdcache.heads import DEPTH
-from kdcache.metrics import DepthErrors
+from kdcache.metrics.depth import DepthErrors, DepthRange
+from kdcache.metrics.predictions import judged_tasks, predictions
 from kdcache.models import SegmentationModel
-from kdcache.models.native import in_eval_mode
 
 
 def validates_depth(model: SegmentationModel, val: Split) -> bool:
     """Whether a model predicts metres that the validation data have labels of."""
-    head = model.regressions.get(DEPTH)
-    return head is not None and head.unit == "m" and DEPTH in val.tasks
+    return DEPTH in judged_tasks(model, val)
 
 
-@torch.inference_mode()
 def depth_errors(
     model: SegmentationModel,
     split: Split,
@@ -32,17 +31,12 @@ def depth_errors(
         part: (i, n) takes every n-th labelled sample from the i-th on.
     Raises: DataError for an image or label that cannot be read.
     """
-    head = model.regressions[DEPTH]
-    errors = DepthErrors() if head.max_depth is None else DepthErrors(max_depth=head.max_depth)
+    errors = DepthErrors(DepthRange.of(model.regressions[DEPTH]))
     labelled = [index for index in range(len(split)) if split.has_label(index, DEPTH)]
-    with in_eval_mode(model):
-        for index in labelled[part[0] :: part[1]]:
-            image, label = split.image(index), split.label(index, DEPTH)
-            window = Window.full(*image.shape[:2])
-            pixels, _ = render(image, None, window, flip=False, size=size)
-            raw_B1hw = model(model.normalise(torch.from_numpy(pixels)[None].to(device))).heads[DEPTH]
-            label_HW = torch.from_numpy(np.asarray(label))
-            height, width = label_HW.shape
-            depth_HW = head.values(model.upsample(raw_B1hw.float(), (height, width)))[0, 0]
-            errors.update(depth_HW, label_HW, split.ids[index])
+    batches = predictions(
+        model, split, labelled[part[0] :: part[1]], size, tasks=(DEPTH,), device=device, batch_size=1, threads=0
+    )
+    with closing(batches):
+        for prediction in (one for batch in batches for one in batch):
+            errors.update(prediction.answers[DEPTH], prediction.labels[DEPTH], split.ids[prediction.number])
     return errors

@@ -27,7 +27,7 @@ from kdcache.analysis.stored_evaluations import Judging, data_digest, memory_err
 from kdcache.analysis.tables import legend, to_markdown
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
-from kdcache.metrics import evaluate_model
+from kdcache.metrics import evaluate_model, evaluate_tasks
 from kdcache.metrics.cost import Cost
 from kdcache.models.run import load_run
 
@@ -49,7 +49,7 @@ def no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("evaluated again")
 
-    monkeypatch.setattr("kdcache.analysis.stored_evaluations.evaluate_model", refuse)
+    monkeypatch.setattr("kdcache.analysis.stored_evaluations.evaluate_tasks", refuse)
 
 
 def test_the_numbers_are_those_of_the_runs(world: Path, derive: Callable[..., Path]) -> None:
@@ -107,7 +107,7 @@ def test_a_comparison_is_plain_json(world: Path) -> None:
 @pytest.mark.usefixtures("no_evaluation")
 def test_what_was_evaluated_is_kept(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as context:
-        context.setattr("kdcache.analysis.stored_evaluations.evaluate_model", evaluate_model)
+        context.setattr("kdcache.analysis.stored_evaluations.evaluate_tasks", evaluate_tasks)
         first = compare([world / "runs"], options=QUICK)
     again = compare([world / "runs"], options=QUICK)
     assert [one.reused for one in first.rows[0].runs] == [False, False]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kdcache.analysis.per_image import best_and_worst, class_number, ranked, sample_numbers, score_images
 from kdcache.data import Split, open_split
 from kdcache.errors import DataError, RecipeError
-from kdcache.metrics import evaluate, evaluate_model
+from kdcache.metrics import evaluate_model, predictions
 from kdcache.models import SegmentationModel
 
 SIZE = (32, 48)
@@ -21,7 +21,7 @@ SIZE = (32, 48)
 
 def by_sets(model: SegmentationModel, split: Split, number: int) -> list[float]:
     """IoU per class of one image, by sets of pixels; NaN for a class that is neither in the label nor said."""
-    (said,) = next(evaluate.predictions(model, split, [number], SIZE))
+    (said,) = next(predictions.predictions(model, split, [number], SIZE))
     label, argmax = said.label.numpy(), said.argmax.numpy()
     counted = label != 255
     found = []
@@ -52,10 +52,10 @@ def test_all_images_together_are_the_evaluation(model: SegmentationModel, split:
 
 
 def test_predictions_are_not_kept(model: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: weakref.WeakSet[evaluate.Predicted] = weakref.WeakSet()
+    alive: weakref.WeakSet[predictions.Predicted] = weakref.WeakSet()
     most = 0
 
-    class Watched(evaluate.Predicted):
+    class Watched(predictions.Predicted):
         __hash__ = object.__hash__
 
         def __init__(self, *values: object) -> None:
@@ -64,7 +64,7 @@ def test_predictions_are_not_kept(model: SegmentationModel, monkeypatch: pytest.
             alive.add(self)
             most = max(most, len(alive))
 
-    monkeypatch.setattr(evaluate, "Predicted", Watched)
+    monkeypatch.setattr(predictions, "Predicted", Watched)
     model = type(model)("kdcache:tiny", 7, stem=8, widths=(16, 32), depths=(1, 1), decoder=8)
     score_images(model, open_split("scenes:32x48,val=24", "val"), SIZE, batch_size=2)
     assert 2 <= most <= 4

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kdcache.analysis.predict import Input, argmax_at, find_images, overlay, predict_images, unnamed_classes
+from kdcache.analysis.predict import Input, argmax_at, find_images, overlay, predict_images
+from kdcache.analysis.runs import unnamed_classes
 from kdcache.data import ClassList
 from kdcache.data.classes import read_classes
 from kdcache.data.files import read_image, read_label

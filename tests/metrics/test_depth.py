@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import DataError
-from kdcache.metrics import DEPTH_METRICS, DepthErrors, DepthMetrics
+from kdcache.metrics import DEPTH_METRICS, DepthErrors, DepthMetrics, DepthRange
 
 LOW, HIGH = 1e-3, 80.0
 
@@ -113,14 +113,14 @@ def test_the_garg_crop_is_that_of_the_published_code(size: tuple[int, int]) -> N
     (top, bottom), (left, right) = [int(share * height) for share in rows], [int(share * width) for share in columns]
     if size == (375, 1242):
         assert (top, bottom, left, right) == (153, 371, 44, 1197)
-    valid = DepthErrors(crop="garg").valid(np.full(size, 5.0))
+    valid = DepthRange(crop="garg").valid(np.full(size, 5.0))
     assert valid.sum() == (bottom - top) * (right - left)
     assert valid[top:bottom, left:right].all()
 
 
 def test_the_crop_and_the_range_choose_pixels() -> None:
     predicted, label = maps(8, (20, 30), 1.0)
-    errors = DepthErrors(min_depth=2.0, max_depth=50.0, crop="garg")
+    errors = DepthErrors(DepthRange(2.0, 50.0, "garg"))
     add(errors, (predicted, label))
     expected = of_image(predicted, label, 2.0, 50.0, (8, 19, 1, 28))
     assert values(errors.metrics()) == pytest.approx(expected, rel=1e-9)
@@ -153,6 +153,6 @@ def test_bad_input_is_refused() -> None:
         DepthErrors().update(torch.ones(2, 3), torch.ones(4, 6))
     for bounds in ({"min_depth": 0.0}, {"max_depth": math.inf}, {"max_depth": math.nan}, {"min_depth": 90.0}):
         with pytest.raises(DataError, match="range of metres"):
-            DepthErrors(**bounds)
+            DepthRange(**bounds)
     with pytest.raises(DataError, match="one range and crop"):
-        DepthErrors.merged([DepthErrors(), DepthErrors(max_depth=10.0)])
+        DepthErrors.merged([DepthErrors(), DepthErrors(DepthRange(max_depth=10.0))])

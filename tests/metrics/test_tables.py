@@ -12,6 +12,7 @@ import torch
 from kdcache.metrics import (
     ConfusionMatrix,
     Metrics,
+    TaskMetrics,
     class_rows,
     comparison_rows,
     markdown_table,
@@ -95,7 +96,7 @@ def test_markdown_escapes_what_would_end_a_cell() -> None:
 
 def test_an_evaluation_as_markdown() -> None:
     found = measure([0, 1, 2, 3])
-    text = metrics_markdown("student", found)
+    text = metrics_markdown("student", TaskMetrics(found))
     assert text.startswith("# student\n\nmIoU ")
     assert percent(found.aacc) in text.splitlines()[2]
     assert [cells(line)[0] for line in text.splitlines()[6:]] == list(NAMES)

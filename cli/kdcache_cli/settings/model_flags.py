@@ -35,7 +35,7 @@ ClassesFolder = Annotated[
 
 def open_model(run: str, size: str | None, weights: str, classes: Path | None) -> "tuple[SegmentationModel, RunModel]":
     """The model of a run or of SPEC@FILE, and its description. Raises: RecipeError, ModelError, MismatchError."""
-    from kdcache.analysis.predict import unnamed_classes
+    from kdcache.analysis.runs import unnamed_classes
     from kdcache.data.classes import read_classes
     from kdcache.models import run as runs
 

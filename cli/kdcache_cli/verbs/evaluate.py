@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcache.settings import entries
-from kdcache.settings.shared import JudgeSettings, MachineSettings
+from kdcache.settings.shared import DepthSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
@@ -15,7 +15,7 @@ from kdcache_cli.settings.signature import flag
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.stored_evaluations import Record
-    from kdcache.metrics import Metrics
+    from kdcache.metrics import DepthRange, TaskMetrics
 
 
 def evaluate(
@@ -38,6 +38,9 @@ def evaluate(
     at_size: Annotated[
         bool, typer.Option("--at-size", help="Compare at the run's size instead of the labels' own.")
     ] = False,
+    min_depth: Annotated[float, flag(DepthSettings, "min_depth")] = DepthSettings.min_depth,
+    max_depth: Annotated[float | None, flag(DepthSettings, "max_depth")] = DepthSettings.max_depth,
+    depth_crop: Annotated[str, flag(DepthSettings, "depth_crop")] = DepthSettings.depth_crop,
     batch_size: Annotated[int, flag(JudgeSettings, "batch_size")] = JudgeSettings.batch_size,
     threads: shared_flags.Threads = MachineSettings.threads,
     device: shared_flags.Device = MachineSettings.device,
@@ -48,48 +51,50 @@ def evaluate(
         Path | None, typer.Option("--markdown", help="(default: evaluation-KIND.md in the run, else here)")
     ] = None,
 ) -> None:
-    """mIoU, mAcc, aAcc and IoU per class, by mmsegmentation's convention.
+    """mIoU, mAcc, aAcc and IoU per class, by mmsegmentation's convention; depth by KITTI's.
 
-    One confusion matrix over the split, void left out, at the labels' own size.
+    Every task is judged that the model predicts and the split has labels of, at the
+    labels' own size. Classes: one confusion matrix over the split, void left out.
+    Depth: rmse, abs rel, silog and the like of each image, then their mean.
     A run's tables are written into its folder, those of SPEC@FILE into the current
-    one; each kind (split, fold, weights, size, class map) has files of its own.
+    one; each kind (split, fold, weights, size, class map, depths) has files of its own.
 
     [dim]kdcache evaluate runs/student --data camvid[/]
     [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
     """
-    from kdcache.analysis.stored_evaluations import Record, data_digest, weights_of
+    from kdcache.analysis.runs import check_classes, unnamed_classes
+    from kdcache.analysis.stored_evaluations import Record, data_digest, judged_range, weights_of
     from kdcache.data import fold_alone, open_split
-    from kdcache.metrics import at_chance, class_rows, evaluate_model, percent
+    from kdcache.metrics import evaluate_tasks
     from kdcache.models import PROBABILITIES, returns_probabilities
     from kdcache.models.run import open_model
+    from kdcache.settings import read
 
     where = shared_flags.use_machine(threads, device)
     which = entries(JudgeSettings)["weights"].read(weights)
     source = open_split(data, split)
-    model, description = open_model(run, source.classes, shared_flags.parse_size(size), which, class_map=class_map)
-    description.check_classes(source.classes.names, data)
+    depth = read(DepthSettings, {"min_depth": min_depth, "max_depth": max_depth, "depth_crop": depth_crop})
+    classes = source.classes if len(source.classes) else unnamed_classes
+    model, description = open_model(run, classes, shared_flags.parse_size(size), which, class_map=class_map)
+    check_classes(description, source.classes, data)
     part = shared_flags.parse_fold(fold, folds_by)
     if part is not None:
         source = fold_alone(source, *part)
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(source), note="")
-        metrics = evaluate_model(
+        metrics = evaluate_tasks(
             model.to(where),
             source,
             description.size,
+            depth=depth,
             device=where,
             batch_size=batch_size,
             at_size=at_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    table = figure_table("class", "IoU %", "Acc %", "pixels %")
-    for row in class_rows(metrics):
-        table.add_row(*row)
-    OUT.print(table)
-    OUT.print(f"[bold]mIoU {percent(metrics.miou)}[/]  mAcc {percent(metrics.macc)}  aAcc {percent(metrics.aacc)}")
-    if (nothing := at_chance(metrics)) is not None:
-        warn(f"{run} {nothing}")
-    if returns_probabilities(model):
+    depth_range = judged_range(description, source, depth)
+    _show(metrics, run, depth_range)
+    if metrics.segmentation is not None and returns_probabilities(model):
         warn(f"{run} {PROBABILITIES}")
     weights_name, weights_path = weights_of(run, which)
     record = Record.of(
@@ -102,11 +107,32 @@ def evaluate(
         fold=part,
         at_size=at_size,
         class_map=class_map,
+        depth=depth_range,
     )
     _write(record, run, metrics, json_file, markdown)
 
 
-def _write(record: "Record", run: str, metrics: "Metrics", json_file: Path | None, markdown: Path | None) -> None:
+def _show(metrics: "TaskMetrics", run: str, depth_range: "DepthRange | None") -> None:
+    from kdcache.metrics import at_chance, class_rows, percent
+    from kdcache.metrics.tables import depth_rows
+
+    if (classes := metrics.segmentation) is not None:
+        table = figure_table("class", "IoU %", "Acc %", "pixels %")
+        for row in class_rows(classes):
+            table.add_row(*row)
+        OUT.print(table)
+        OUT.print(f"[bold]mIoU {percent(classes.miou)}[/]  mAcc {percent(classes.macc)}  aAcc {percent(classes.aacc)}")
+        if (nothing := at_chance(classes)) is not None:
+            warn(f"{run} {nothing}")
+    if (depth := metrics.depth) is not None:
+        table = figure_table("depth", "mean of images")
+        for cells in depth_rows(depth):
+            table.add_row(*cells)
+        OUT.print(table)
+        OUT.print(f"[bold]rmse {depth.rmse:.4g} m[/]  {depth.counted_images} images, labels of {depth_range}")
+
+
+def _write(record: "Record", run: str, metrics: "TaskMetrics", json_file: Path | None, markdown: Path | None) -> None:
     from kdcache.analysis.stored_evaluations import IMAGES, file_name, write_evaluation
     from kdcache.metrics import metrics_markdown
     from kdcache.run_folder import Run

@@ -1,0 +1,132 @@
+"""Predictions of a model for samples of a split, of every task that both have, at the size of the labels."""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.data import DEPTH, SEGMENTATION, Split, Window, prefetch, render, render_depth
+from kdcache.data.sample import TASKS
+from kdcache.heads import RegressionHead
+from kdcache.models import SegmentationModel
+from kdcache.models.native import in_eval_mode
+from kdcache.settings.shared import JudgeSettings
+
+METRES = "m"
+"""The unit of a depth head that is compared with labels."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The predictions for a sample, by its number in the split, and its labels, all of one size (H, W).
+
+    Attributes:
+        answers: by task: argmax uint8 of `segmentation`, float32 metres of `depth`.
+        labels: by task, those that the sample has: uint8 with 255 for void, float32 metres with NaN where unknown.
+    """
+
+    number: int
+    answers: dict[str, Tensor]
+    labels: dict[str, Tensor]
+
+    @property
+    def argmax(self) -> Tensor:
+        return self.answers[SEGMENTATION]
+
+    @property
+    def label(self) -> Tensor:
+        """The label of segmentation."""
+        return self.labels[SEGMENTATION]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    number: int
+    pixels: Tensor  # uint8 (H, W, 3), at the run's size
+    labels: dict[str, Tensor]
+    size: tuple[int, int]  # of the labels and of the predictions
+
+
+def metric_depth(heads: Mapping[str, RegressionHead]) -> RegressionHead | None:
+    """The head of depth among a model's regressions, where it is in metres."""
+    head = heads.get(DEPTH)
+    return head if head is not None and head.unit == METRES else None
+
+
+def predicted_tasks(model: SegmentationModel) -> tuple[str, ...]:
+    """The tasks that a model predicts: classes, and depth where it is in metres."""
+    own = {SEGMENTATION: SEGMENTATION in model.head_kinds, DEPTH: metric_depth(model.regressions) is not None}
+    return tuple(task for task in TASKS if own[task])
+
+
+def judged_tasks(model: SegmentationModel, split: Split) -> tuple[str, ...]:
+    """The tasks that a model predicts and that a sample of the split has a label of."""
+    return tuple(task for task in predicted_tasks(model) if task in split.tasks)
+
+
+def predictions(
+    model: SegmentationModel,
+    split: Split,
+    numbers: Sequence[int],
+    size: tuple[int, int],
+    *,
+    tasks: Sequence[str] = (SEGMENTATION,),
+    device: torch.device | str = "cpu",
+    batch_size: int = JudgeSettings.batch_size,
+    at_size: bool = False,
+    threads: int = 2,
+) -> Generator[list[Predicted], None, None]:
+    """Predictions for samples, a batch at a time; close it, and the model is back in its mode.
+
+    A head's output is resized as it is; the raw output of depth becomes metres behind the resize.
+
+    Args:
+        numbers: samples of `split`, in the order of the predictions.
+        size: (H, W) the model sees. at_size: whether labels are resized to it, instead of predictions to the labels'.
+        tasks: those to predict, out of the model's; labels are read of these alone.
+    """
+    samples = prefetch(
+        lambda index: _load(split, index, size, tasks, at_size), numbers, threads=threads, ahead=4 * batch_size
+    )
+    with in_eval_mode(model):
+        while batch := list(islice(samples, batch_size)):
+            yield _predict(model, batch, tasks, device)
+
+
+@torch.inference_mode()
+def _predict(
+    model: SegmentationModel, batch: list[_Sample], tasks: Sequence[str], device: torch.device | str
+) -> list[Predicted]:
+    pixels = torch.stack([sample.pixels for sample in batch]).to(device)
+    heads = model(model.normalise(pixels)).heads
+    return [
+        Predicted(
+            sample.number,
+            {task: answer_of(model, task, heads[task][place].float(), sample.size).cpu() for task in tasks},
+            sample.labels,
+        )
+        for place, sample in enumerate(batch)
+    ]
+
+
+def answer_of(model: SegmentationModel, task: str, output_Chw: Tensor, size: tuple[int, int]) -> Tensor:
+    """The answer (H, W) to a task at `size` by a head's output: argmax uint8, or values in the head's unit."""
+    full_CHW = model.upsample(output_Chw[None], size)[0]
+    return full_CHW.argmax(0).to(torch.uint8) if task == SEGMENTATION else model.regressions[task].values(full_CHW)[0]
+
+
+def _load(split: Split, index: int, size: tuple[int, int], tasks: Sequence[str], at_size: bool) -> _Sample:
+    image = split.image(index)
+    window = Window.full(*image.shape[:2])
+    label = split.label(index) if SEGMENTATION in tasks else None
+    pixels, small = render(image, label, window, flip=False, size=size)
+    labels: dict[str, Tensor] = {}
+    if label is not None:
+        labels[SEGMENTATION] = torch.from_numpy(small if at_size else np.ascontiguousarray(label))
+    if DEPTH in tasks and (metres := split.label(index, DEPTH)) is not None:
+        small_metres = render_depth(metres, window, flip=False, size=size) if at_size else np.ascontiguousarray(metres)
+        labels[DEPTH] = torch.from_numpy(small_metres)
+    return _Sample(index, torch.from_numpy(pixels), labels, size if at_size else image.shape[:2])
