@@ -1,6 +1,7 @@
-"""Predictions for images that are in no data set: labels and overlays as PNGs."""
+"""Predictions for images that are in no data set: labels, overlays and depth as files."""
 
 import glob
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,16 +14,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kdcache.data import ClassList, Window, prefetch, render
+from kdcache.data import DEPTH, SEGMENTATION, ClassList, Window, prefetch, render
 from kdcache.data.classes import write_classes
 from kdcache.data.files import IMAGE_SUFFIXES, read_image
+from kdcache.data.layouts.depth import DEPTH_FILE
 from kdcache.errors import DataError, ModelError, RecipeError
-from kdcache.files import replacing
+from kdcache.files import replacing, write_whole
+from kdcache.heads import RegressionHead
+from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.evaluate import Progress
 from kdcache.metrics.figures import Array, colour_ids, palette_png, png_bytes
+from kdcache.metrics.predictions import METRES, answer_of
 from kdcache.models import SegmentationModel
 
 LABELS, OVERLAYS = "labels", "overlays"
+DEPTHS, DEPTH_COLOURS = "depth", "depth_colours"
+DEPTH_FORMATS = ("png", "npy")
+_LARGEST = 2**16 - 1
 _WILD = frozenset("*?[")
 
 
@@ -62,6 +70,30 @@ def find_images(paths: Sequence[str]) -> list[Input]:
     return list(images.values())
 
 
+@dataclass(frozen=True)
+class PredictOptions:
+    """What is written of a prediction.
+
+    Attributes:
+        opacity: opacity of the classes' colours over the image, 0 to 1.
+        depth_format: `png`, 16 bits in the unit that `depth.toml` names, or `npy`, float32.
+    Raises: RecipeError for values that are none.
+    """
+
+    opacity: float = 0.5
+    depth_format: str = "png"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.opacity <= 1:
+            raise RecipeError("--opacity is 0 to 1", received=f"{self.opacity:g}", remedy="for instance --opacity 0.5")
+        if self.depth_format not in DEPTH_FORMATS:
+            raise RecipeError(
+                f"--depth-format is one of {', '.join(DEPTH_FORMATS)}",
+                received=repr(self.depth_format),
+                remedy="use --depth-format png",
+            )
+
+
 @torch.inference_mode()
 def predict_images(
     model: SegmentationModel,
@@ -72,26 +104,28 @@ def predict_images(
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 4,
-    opacity: float = 0.5,
+    options: PredictOptions | None = None,
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Array:
-    """Write `labels/NAME.png` and `overlays/NAME.png`, of every image's own size, and `classes.txt`.
+    """Write what a model predicts for images, of every image's own size.
 
-    Images are resized to `size` and logits upsampled, as in an evaluation. A label's pixels are the class ids; its
-    palette shows their colours.
+    Of segmentation `labels/NAME.png`, `overlays/NAME.png` and `classes.txt`; of depth `depth/NAME.png` (or `.npy`),
+    `depth_colours/NAME.png` with a bar in metres and, for whole numbers, `depth.toml`. Beside a folder `images` with
+    the same images these are a data folder. Images are resized to `size` and the heads' outputs upsampled, as in an
+    evaluation. A label's pixels are the class ids; its palette shows their colours.
 
     Args:
         out: a folder that is not there yet, or empty.
-        opacity: opacity of the classes' colours over the image, 0 to 1.
         progress: called with (images done, images).
     Returns: pixels per class, int64 (C,).
-    Raises: RecipeError for such a folder or opacity, DataError for an image that cannot be read.
+    Raises: RecipeError for such a folder, or a depth that no PNG holds; DataError for an image that cannot be read.
     """
-    if not 0 <= opacity <= 1:
-        raise RecipeError("--opacity is 0 to 1", received=f"{opacity:g}", remedy="for instance --opacity 0.5")
-    out = Path(out)
-    _prepare(out, classes)
+    out, options = Path(out), options or PredictOptions()
+    depth = model.regressions.get(DEPTH)
+    units = None if depth is None or options.depth_format != "png" else units_per_metre(depth)
+    _prepare(out, classes if SEGMENTATION in model.head_kinds else None, units)
+    writer = _Writer(out, classes, options, units, METRES if depth is None else depth.unit)
     model = model.to(device).eval()
     counts = np.zeros(len(classes), np.int64)
     done = 0
@@ -101,24 +135,46 @@ def predict_images(
     with ThreadPoolExecutor(max(1, threads)) as writers:
         while batch := list(islice(pictures, batch_size)):
             pixels = torch.from_numpy(np.stack([picture.small for picture in batch])).to(device)
-            logits_BChw = model(model.normalise(pixels)).logits.float()
-            if not bool(torch.isfinite(logits_BChw).all()):
-                _refuse_logits(model, batch)
-            ids = [
-                argmax_at(model, logits_Chw, picture.whole.shape[:2]).cpu().numpy()
-                for logits_Chw, picture in zip(logits_BChw, batch, strict=True)
-            ]
+            heads = {name: head.float() for name, head in model(model.normalise(pixels)).heads.items()}
+            if not all(bool(torch.isfinite(head).all()) for head in heads.values()):
+                _refuse_outputs(model, batch)
+            answers = [_answers(model, heads, place, picture) for place, picture in enumerate(batch)]
             writing = [
-                writers.submit(_write, out, picture, ids_HW, classes, opacity)
-                for picture, ids_HW in zip(batch, ids, strict=True)
+                writers.submit(writer.write, picture, answer) for picture, answer in zip(batch, answers, strict=True)
             ]
-            for ids_HW, written in zip(ids, writing, strict=True):
+            for answer, written in zip(answers, writing, strict=True):
                 written.result()
-                counts += np.bincount(ids_HW.reshape(-1), minlength=len(classes))
+                if SEGMENTATION in answer:
+                    counts += np.bincount(answer[SEGMENTATION].reshape(-1), minlength=len(classes))
             done += len(batch)
             if progress is not None:
                 progress(done, len(images))
     return counts
+
+
+def units_per_metre(head: RegressionHead) -> int:
+    """The unit of depth in PNGs of 16 bits: millimetres where these suffice, else KITTI's 1/256 m.
+
+    Raises: RecipeError for a depth that is not in metres, or that may be beyond what 16 bits hold.
+    """
+    fitting = [units for units in (1000, 256) if head.max_depth is not None and head.max_depth * units <= _LARGEST]
+    if head.unit != METRES or not fitting:
+        raise RecipeError(
+            f"a PNG of 16 bits holds metres, at most {_LARGEST / 256:.0f}",
+            received=f"depth in {head.unit}, at most {head.max_depth}",
+            remedy="use --depth-format npy",
+        )
+    return fitting[0]
+
+
+def _answers(model: SegmentationModel, heads: dict[str, Tensor], place: int, picture: _Picture) -> dict[str, Array]:
+    """Class ids and depth (H, W) of one image, by task."""
+    answers, size = dict[str, Array](), picture.whole.shape[:2]
+    if SEGMENTATION in heads:
+        answers[SEGMENTATION] = argmax_at(model, heads[SEGMENTATION][place], size).cpu().numpy()
+    if DEPTH in model.regressions:
+        answers[DEPTH] = answer_of(model, DEPTH, heads[DEPTH][place], size).cpu().numpy()
+    return answers
 
 
 def argmax_at(model: SegmentationModel, logits_Chw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -169,7 +225,7 @@ def _matches(text: str) -> list[Input]:
     return images
 
 
-def _prepare(out: Path, classes: ClassList) -> None:
+def _prepare(out: Path, classes: ClassList | None, units: int | None) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RecipeError(
             "predictions are written into a new or empty folder",
@@ -180,12 +236,15 @@ def _prepare(out: Path, classes: ClassList) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError("--out is a folder that can be made", received=f"{error}", remedy="give another") from error
-    write_classes(out, classes)
+    if classes is not None:
+        write_classes(out, classes)
+    if units is not None:
+        write_whole(out / DEPTH_FILE, f"units_per_metre = {units}\n")
 
 
-def _refuse_logits(model: SegmentationModel, batch: Sequence[_Picture]) -> NoReturn:
+def _refuse_outputs(model: SegmentationModel, batch: Sequence[_Picture]) -> NoReturn:
     raise ModelError(
-        "a model's logits are finite",
+        "a model's logits, and its depths, are finite",
         received=f"NaN or infinite ones from {model.spec} in {', '.join(str(p.input.path) for p in batch[:4])}",
         remedy="use weights from before the training diverged",
     )
@@ -197,10 +256,41 @@ def _load(image: Input, size: tuple[int, int]) -> _Picture:
     return _Picture(image, whole_HW3, small_HW3)
 
 
-def _write(out: Path, picture: _Picture, ids_HW: Array, classes: ClassList, opacity: float) -> None:
-    shown = Image.fromarray(overlay(picture.whole, ids_HW, classes, opacity))
-    for folder, content in ((LABELS, palette_png(ids_HW, classes.colours)), (OVERLAYS, png_bytes(shown))):
-        path = out / folder / f"{picture.input.name}.png"
+@dataclass(frozen=True)
+class _Writer:
+    """The files of predictions below a folder; `unit` of depth, and `units` of PNGs per metre."""
+
+    out: Path
+    classes: ClassList
+    options: PredictOptions
+    units: int | None
+    unit: str
+
+    def write(self, picture: _Picture, answers: dict[str, Array]) -> None:
+        """Write the files of one image, each whole or not at all."""
+        if (ids_HW := answers.get(SEGMENTATION)) is not None:
+            shown = Image.fromarray(overlay(picture.whole, ids_HW, self.classes, self.options.opacity))
+            self._write(LABELS, picture, "png", palette_png(ids_HW, self.classes.colours))
+            self._write(OVERLAYS, picture, "png", png_bytes(shown))
+        if (depth_HW := answers.get(DEPTH)) is not None:
+            suffix = self.options.depth_format
+            self._write(DEPTHS, picture, suffix, _npy(depth_HW) if self.units is None else _png(depth_HW, self.units))
+            coloured = DepthMap(depth_HW, bar_end([depth_HW]), unit=self.unit).picture()
+            self._write(DEPTH_COLOURS, picture, "png", png_bytes(coloured))
+
+    def _write(self, folder: str, picture: _Picture, suffix: str, content: bytes) -> None:
+        path = self.out / folder / f"{picture.input.name}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             partial.write_bytes(content)
+
+
+def _png(depth_HW: Array, units: int) -> bytes:
+    """A PNG of 16 bits; 0 would mean unknown, so the least number is 1."""
+    return png_bytes(Image.fromarray(np.clip(np.rint(depth_HW * units), 1, _LARGEST).astype(np.uint16)))
+
+
+def _npy(depth_HW: Array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, depth_HW.astype(np.float32), allow_pickle=False)
+    return file.getvalue()

@@ -8,6 +8,7 @@
     calibration.py   calibration, and what a confidence threshold keeps
     tables.py        metrics as rows of a table
     figures.py       figures, and labels in their colours
+    depth_figures.py depth and its errors in colours
     cost.py          parameters, arithmetic, time per image
     timing.py        time without the garbage collector's
     machine.py       the processor, for figures

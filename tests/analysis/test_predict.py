@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdcache.analysis.predict import Input, argmax_at, find_images, overlay, predict_images
+from kdcache.analysis.predict import Input, PredictOptions, argmax_at, find_images, overlay, predict_images
 from kdcache.analysis.runs import unnamed_classes
 from kdcache.data import ClassList
 from kdcache.data.classes import read_classes
@@ -49,7 +49,7 @@ def test_labels_and_overlays_are_what_the_model_says(
     assert [image.name for image in images] == ["a", "b", "day/a", "turned"]
     seen: list[tuple[int, int]] = []
     counts = predict_images(
-        model, classes, images, tmp_path / "out", SIZE, batch_size=3, opacity=0.25,
+        model, classes, images, tmp_path / "out", SIZE, batch_size=3, options=PredictOptions(0.25),
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == [(3, 4), (4, 4)]
@@ -130,7 +130,7 @@ def test_wrong_places_and_numbers(model: SegmentationModel, classes: ClassList, 
     with pytest.raises(RecipeError, match="can be made"):
         predict_images(model, classes, images, photos / "notes.txt/out", SIZE)
     with pytest.raises(RecipeError, match=r"1\.5"):
-        predict_images(model, classes, images, tmp_path / "out", SIZE, opacity=1.5)
+        PredictOptions(opacity=1.5)
     (photos / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.png"):
         predict_images(model, classes, images, tmp_path / "out", SIZE)

@@ -1,4 +1,4 @@
-"""`kdcache predict`: images of no data set, segmented."""
+"""`kdcache predict`: classes and depth of images of no data set."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from kdcache.errors import RecipeError
 from kdcache.settings.shared import JudgeSettings, MachineSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar
 from kdcache_cli.settings import shared_flags
@@ -17,10 +18,14 @@ def predict(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders (with all below) or quoted patterns.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="New or empty folder for labels/, overlays/ and classes.txt.")],
+    out: Annotated[Path, typer.Option("--out", help="New or empty folder for labels/, overlays/, depth/.")],
     opacity: Annotated[
         float, typer.Option("--opacity", min=0.0, max=1.0, help="Opacity of the classes' colours over the image.")
     ] = 0.5,
+    depth_format: Annotated[
+        str | None,
+        typer.Option("--depth-format", help="png (16 bits, its unit in depth.toml; the default) or npy (float32)."),
+    ] = None,
     weights: Weights = JudgeSettings.weights,
     size: shared_flags.Size = None,
     classes: ClassesFolder = None,
@@ -28,21 +33,38 @@ def predict(
     threads: shared_flags.Threads = MachineSettings.threads,
     device: shared_flags.Device = MachineSettings.device,
 ) -> None:
-    """Segment images that are in no data set.
+    """Predict classes and depth of images that are in no data set.
 
     For every image a label PNG, whose pixels are class ids and whose palette shows
-    their colours, and an overlay, both of the image's own size, upright as its
+    their colours, and an overlay; of a model with a depth head its depth, and that
+    in colours with a bar in metres. All are of the image's own size, upright as its
     camera meant it. The model sees the image at --size (default: the size that it
     was trained at).
 
     [dim]kdcache predict runs/student photos --out predicted[/]
     """
-    from kdcache.analysis.predict import find_images, predict_images
-    from kdcache.data import ClassList
+    from kdcache.analysis.predict import (
+        DEPTH_COLOURS,
+        DEPTHS,
+        LABELS,
+        OVERLAYS,
+        PredictOptions,
+        find_images,
+        predict_images,
+    )
+    from kdcache.data import DEPTH, SEGMENTATION, ClassList
 
     where = shared_flags.use_machine(threads, device)
+    options = PredictOptions(opacity, depth_format or "png")
     inputs = find_images(images)
     model, description = open_model(run, size, weights, classes)
+    has_depth, has_classes = DEPTH in model.head_kinds, SEGMENTATION in model.head_kinds
+    if depth_format is not None and not has_depth:
+        raise RecipeError(
+            "--depth-format is for a model with a depth head",
+            received=f"{run}, which has {', '.join(model.head_kinds)}",
+            remedy="leave it out, or give a model that predicts depth, such as one trained as MODEL+depth",
+        )
     named = ClassList(description.class_names, description.class_colours)
     with progress_bar() as bar:
         task = bar.add_task("predicting", total=len(inputs), note="")
@@ -54,11 +76,14 @@ def predict(
             description.size,
             device=where,
             batch_size=batch_size,
-            opacity=opacity,
+            options=options,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    table = figure_table("class", "pixels %")
-    for number in sorted(range(len(named)), key=lambda number: -pixels_C[number]):
-        table.add_row(named.names[number], f"{100 * pixels_C[number] / pixels_C.sum():.2f}")
-    OUT.print(table)
-    OUT.print(f"[bold]{len(inputs)}[/] images: {escape(str(out))}/labels, {escape(str(out))}/overlays", highlight=False)
+    if has_classes:
+        table = figure_table("class", "pixels %")
+        for number in sorted(range(len(named)), key=lambda number: -pixels_C[number]):
+            table.add_row(named.names[number], f"{100 * pixels_C[number] / pixels_C.sum():.2f}")
+        OUT.print(table)
+    folders = [LABELS, OVERLAYS] * has_classes + [DEPTHS, DEPTH_COLOURS] * has_depth
+    written = ", ".join(escape(f"{out}/{folder}") for folder in folders)
+    OUT.print(f"[bold]{len(inputs)}[/] images: {written}", highlight=False)
