@@ -21,6 +21,9 @@ SEGMENTATION = "segmentation"
 DEPTH = "depth"
 """The task of depth per pixel, and the head that predicts it."""
 
+METRES = "m"
+"""The unit of depth in metres; heads of any other know depth up to a scale and a shift."""
+
 Parameterisation = Literal["softplus", "exp", "identity"]
 
 

@@ -55,6 +55,8 @@ class Batch(Tensors):
         flip: (B,) bool, whether the window is shown mirrored; None mirrors nothing.
         inside: (B, 4) float64 edges, in pixels of the view, of what shows the image, where the rest is grey; None is
             the whole view.
+        zoom: (B,) float64, how many times nearer the window looks than the view that the teacher saw: a target in
+            metres is divided by it; None divides nothing.
         own: (B, H, W) bool, False where a pixel was pasted from the neighbour (rows 2n and 2n + 1 are neighbours),
             whose target counts there; None is all.
         dice: (B, N) float32 random numbers in 0..1, for what is drawn where batches are.
@@ -68,6 +70,7 @@ class Batch(Tensors):
     window: Tensor | None = None
     flip: Tensor | None = None
     inside: Tensor | None = None
+    zoom: Tensor | None = None
     own: Tensor | None = None
     dice: Tensor | None = None
     record: Tensor | None = None
@@ -100,8 +103,8 @@ class Batch(Tensors):
 
     def neighbours(self) -> "Batch":
         """Return the batch's pixels and labels with the targets of the neighbours: rows 1, 0, 3, 2, ... B is even."""
-        moved = pytree.tree_map_only(Tensor, neighbours, (self.targets, self.window, self.flip, self.inside))
-        return replace(self, targets=moved[0], window=moved[1], flip=moved[2], inside=moved[3])
+        of_targets = {name: getattr(self, name) for name in ("targets", "window", "flip", "inside", "zoom")}
+        return replace(self, **pytree.tree_map_only(Tensor, neighbours, of_targets))
 
     def argmax_confidence(
         self, form: TargetFormat, size: tuple[int, int], *, impl: str = "auto"
@@ -153,7 +156,7 @@ class Batch(Tensors):
         return cls(**plain, labels=groups["labels"], targets=targets, arrays=groups["arrays"])
 
 
-_PLAIN = ("pixels", "window", "flip", "inside", "own", "dice", "record")
+_PLAIN = ("pixels", "window", "flip", "inside", "zoom", "own", "dice", "record")
 pytree.register_dataclass(Batch)
 
 

@@ -318,6 +318,8 @@ class DistillLoss(nn.Module):
             counted=self._counted(batch),
             window=batch.window,
             flip=batch.flip,
+            zoom=batch.zoom,
+            own=batch.own,
             shown=self._shown(batch) if self.heads else None,
             heads={
                 name: HeadBatch(outputs.heads.get(name), batch.labels.get(name), targets.get(name))

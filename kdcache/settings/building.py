@@ -96,11 +96,16 @@ class BuildSettings:
         metavar="HxW",
     )
     view_seed: Annotated[int, Ge(0)] = _view(0, "Seed of the crops.", ranged=True)
-    view_scale: Zoom = _view(
-        (1.0, 2.0),
+    view_scale: Zoom | None = _view(
+        None,
         "Zoom of the crops: 2 shows a quarter of the image, 0.5 all of it at half its size amid grey, which "
-        "teaches nothing.",
+        "teaches nothing (default: 1:2; with depth in metres 1:1).",
         metavar="LOW:HIGH",
+    )
+    depth_zoom: Literal["none", "divide", "keep"] = _view(
+        "none",
+        "Labels of depth in a zoomed view: none zooms no view, divide divides metres by the zoom, as what is twice as "
+        "large looks half as far; or keep them.",
     )
     view_flip: bool = _view(True, "Mirror half of the crops.", default_shown=False)
 

@@ -132,6 +132,9 @@ def _manifest(source: Cache, changes: CopyChanges, numbers: Sequence[int], fidel
         update={
             "records": len(numbers) * manifest.view.views_per_sample,
             "dataset": manifest.dataset if changes.samples is None else _part_of_dataset(source, numbers),
+            "depth": manifest.depth
+            if changes.samples is None or manifest.depth is None
+            else manifest.depth.model_copy(update={"labelled": int(np.count_nonzero(source.has_depth[numbers]))}),
             "view": manifest.view.model_copy(update={"pixels": pixels}),
             "features": {tap: feature for tap, feature in manifest.features.items() if tap in taps},
             "build": manifest.build.model_copy(
@@ -145,11 +148,10 @@ def _manifest(source: Cache, changes: CopyChanges, numbers: Sequence[int], fidel
 
 def _part_of_dataset(source: Cache, numbers: Sequence[int]) -> Dataset:
     manifest = source.manifest
-    labelled = source.column("labelled")[[manifest.record(number) for number in numbers]]
     return manifest.dataset.model_copy(
         update={
             "samples": len(numbers),
-            "labelled": int(np.count_nonzero(labelled)),
+            "labelled": int(np.count_nonzero(source.has_label[numbers])),
             "ids_digest": ids_digest(manifest.dataset.class_names, [source.ids[number] for number in numbers]),
         }
     )

@@ -23,7 +23,7 @@ from kdcache.store.format.codec import Array
 from kdcache.store.format.damage import AGAIN, damaged_metadata, unreadable, unreadable_metadata, without_spare
 from kdcache.store.format.manifest import Manifest, parse_manifest
 from kdcache.store.format.manifest_models import Head
-from kdcache.store.format.schema import metadata_keys, record_arrays, shard_key
+from kdcache.store.format.schema import LABELLED, LABELLED_DEPTH, metadata_keys, record_arrays, shard_key
 from kdcache.store.format.shard import ShardArray
 from kdcache.store.ledger import Ledger
 from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
@@ -144,8 +144,19 @@ class Cache:
 
     @cached_property
     def has_label(self) -> Array:
-        """Whether each sample has a label, (N,) bool. All views of a sample do, or none. Read once."""
-        return self.column("labelled")[:: self.manifest.view.views_per_sample].astype(np.bool_)
+        """Whether each sample has a label of segmentation, (N,) bool. All views of a sample do, or none. Read once."""
+        flags: Array = np.not_equal(self._labelled & LABELLED, 0)
+        return flags
+
+    @cached_property
+    def has_depth(self) -> Array:
+        """Whether each sample has a label of depth, (N,) bool."""
+        flags: Array = np.not_equal(self._labelled & LABELLED_DEPTH, 0)
+        return flags
+
+    @cached_property
+    def _labelled(self) -> Array:
+        return self.column("labelled")[:: self.manifest.view.views_per_sample]
 
     def read(self, record: int, paths: Sequence[str]) -> dict[str, Array]:
         """Rows of one record, path -> array of the schema's shape and type, each with memory of its own.

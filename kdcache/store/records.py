@@ -6,9 +6,9 @@ no longer renders to the pixels that the teacher saw.
 
 from pathlib import Path
 
-from kdcache.data import Split, Window, open_split, pixel_checksum, render
+from kdcache.data import Split, Window, open_split, pixel_checksum, render, render_depth, zoom_of
 from kdcache.errors import MismatchError, StoreError
-from kdcache.heads import SEGMENTATION
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store.backend.base import Place
 from kdcache.store.format.codec import Array
 from kdcache.store.reader import Cache, open_cache
@@ -79,10 +79,15 @@ class Records:
             return self.cache.read(record, ["pixels/image"])["pixels/image"]
         return self._checked_view(record)[0]
 
-    def label(self, record: int) -> Array:
-        """The view's label: uint8 (H, W), 255 is void. Raises: as `pixels`."""
+    def label(self, record: int, task: str = SEGMENTATION) -> Array:
+        """The view's label of a task: uint8 (H, W), 255 is void; of depth float32 metres, NaN is unknown.
+
+        Raises: as `pixels`; StoreError for a store that keeps pixels and no label of the task.
+        """
         if self.cache.pixels_stored:
-            return self.cache.read(record, ["labels/segmentation"])["labels/segmentation"]
+            return self.cache.read(record, [f"labels/{task}"])[f"labels/{task}"]
+        if task == DEPTH:
+            return self._rendered_depth(record)
         return self._checked_view(record)[1]
 
     def target(self, record: int, head: str = SEGMENTATION) -> dict[str, Array]:
@@ -115,6 +120,19 @@ class Records:
         window, flip = self.window(record)
         image, label = self.split.image(sample), self.split.label(sample)
         return render(image, label, window, flip=flip, size=size or self.cache.view_size)
+
+    def _rendered_depth(self, record: int) -> Array:
+        """The label of depth as the data set renders it now, and as a store with its pixels has it."""
+        self.check_complete()
+        assert self.split is not None
+        manifest = self.cache.manifest
+        sample, (window, flip) = record // manifest.view.views_per_sample, self.window(record)
+        zoom = 1.0
+        if manifest.depth is not None and manifest.depth.zoom == "divide":
+            height, width = self.split.image(sample).shape[:2]
+            zoom = zoom_of(window, (height, width), manifest.view.share or (1.0, 1.0))
+        metres = self.split.label(sample, "depth")
+        return render_depth(metres, window, flip=flip, size=self.cache.view_size, zoom=zoom)
 
     def is_same(self, record: int, pixels: Array) -> bool:
         """Whether pixels are those of the view that the teacher saw, to the bit."""

@@ -94,8 +94,14 @@ class StoreSummary:
                      + (f": full-resolution fp16 logits would be "
                         f"{self.full_resolution_bytes:,}, {self.saving:.1f} times as much" if m.heads else "")),
         ]  # fmt: skip
+        if m.depth is not None and m.depth.labelled:
+            zoom = {"none": "", "divide": ", divided by the zoom of each view", "keep": ", not divided by a zoom"}
+            place = "in the data set" if m.view.pixels == "source" else "stored"
+            text = f"labels of {m.depth.labelled} samples in metres, {place}{zoom[m.depth.zoom]}"
+            rows.insert(3, ("depth", text))
         if m.fidelity is not None:
-            rows.insert(7, ("fidelity", m.fidelity.describe()))
+            at = next(row for row, (name, _) in enumerate(rows) if name == "built")
+            rows.insert(at, ("fidelity", m.fidelity.describe()))
         if m.features:
             taps = ", ".join(f"{tap} {f.channels}x{f.size[0]}x{f.size[1]}" for tap, f in m.features.items())
             rows.insert(6, ("features", taps))

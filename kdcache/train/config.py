@@ -14,6 +14,7 @@ from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, check_terms, parse_method
 from kdcache.distill.terms.spec import compares_features, of_depth, reads_logits, reads_teacher
 from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
@@ -129,6 +130,27 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     def reads_depth(self) -> bool:
         """Whether labels of depth are read."""
         return any(of_depth(term) and not reads_teacher(term) and term.weight != 0 for term in self.terms)
+
+    @property
+    def target_heads(self) -> tuple[str, ...]:
+        """The heads of a store whose targets are read, where it has them."""
+        if not self.reads_targets:
+            return ()
+        terms = [term for term in self.terms if reads_teacher(term) and term.weight != 0]
+        of_classes = self.wants_kl or not all(map(of_depth, terms))
+        return (*((SEGMENTATION,) if of_classes else ()), *((DEPTH,) if any(map(of_depth, terms)) else ()))
+
+    @property
+    def compares_metres(self) -> bool:
+        """Whether metres are compared, of labels or of a teacher; `depth-ssi` of a teacher sees neither its scale."""
+        taught = [term for term in self.terms if of_depth(term) and reads_teacher(term) and term.weight != 0]
+        return self.reads_depth or (self.reads_targets and any(term.kind != "depth-ssi" for term in taught))
+
+    @property
+    def label_tasks(self) -> tuple[str, ...]:
+        """The tasks whose labels are used."""
+        used = (SEGMENTATION, DEPTH) if self.labels in ("all", "none") else self.labels.split("+")
+        return tuple(task for task in (SEGMENTATION, DEPTH) if task in used and (task != DEPTH or self.reads_depth))
 
     @property
     def left_out(self) -> Fold | None:
@@ -293,10 +315,10 @@ def _check_run(config: TrainConfig) -> None:
 
 
 def _check_depth(config: TrainConfig) -> None:
-    if not config.reads_depth:
-        return
     terms = ", ".join(term.kind for term in config.terms if of_depth(term))
-    if config.labels != "all" and "depth" not in config.labels.split("+"):
+    if not config.compares_metres:
+        return
+    if config.reads_depth and config.labels != "all" and "depth" not in config.labels.split("+"):
         raise RecipeError(
             "a term of depth on labels reads labels of depth",
             received=f"{terms} with --labels {config.labels}",
@@ -401,10 +423,10 @@ def _check_whole_batch(config: TrainConfig) -> None:
     if config.mix is None:
         return
     Mix(config.mix)
-    taught = [term.kind for term in config.terms if reads_teacher(term) or of_depth(term)]
+    taught = [term.kind for term in config.terms if reads_teacher(term) and not of_depth(term)]
     if taught:
         raise RecipeError(
-            "--mix pastes pixels, labels and logits",
+            "--mix pastes pixels, labels, logits and depth",
             received=f"--mix {config.mix} with {', '.join(taught)}, which cannot follow",
             remedy="leave one of them out; --method kl can",
         )

@@ -22,13 +22,14 @@ from kdcache.data import (
 )
 from kdcache.distill.terms.spec import of_depth, reads_teacher
 from kdcache.errors import DataError, KDCacheError, MismatchError, RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import read_class_map
 from kdcache.models.class_map import DROPPED
 from kdcache.store import Cache, Records, open_cache
 from kdcache.train.config import TrainConfig, check_replays
 from kdcache.train.input.batch import Array
 from kdcache.train.input.cache_dataset import CacheDataset, choose_augment
-from kdcache.train.input.dataset import DrawnDataset, LabelledDataset
+from kdcache.train.input.dataset import DepthZoom, DrawnDataset, LabelledDataset
 from kdcache.train.input.mix import Mix
 from kdcache.train.input.subset import Part
 from kdcache.train.run.monitor import check_logits
@@ -237,18 +238,6 @@ def source_split(config: TrainConfig, cache: Cache) -> Split | None:
 def _check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
     """Refuse terms on labels that nothing is labelled for. Raises: RecipeError."""
     terms = [term.kind for term in config.terms if not reads_teacher(term) and term.weight != 0]
-    asked = "" if config.labels == "all" else f"--labels {config.labels}"
-    depths = [term.kind for term in config.terms if of_depth(term) and not reads_teacher(term)]
-    if config.reads_depth or "depth" in config.labels.split("+"):
-        offered = dataset.split.tasks if dataset.cache is None and dataset.split is not None else ("segmentation",)
-        if "depth" not in offered:
-            raise RecipeError(
-                "terms of depth on labels take a data set with labels of depth",
-                received=f"{', '.join([*([asked] if asked else []), *depths])} for data with labels of "
-                f"{', '.join(offered)}",
-                remedy="give such a data set as the source, for instance --data scenes:96x128,depth=exact; or leave "
-                "depth out",
-            )
     if terms and not dataset.labelled:
         raise RecipeError(
             "terms on labels take labelled samples",
@@ -257,9 +246,51 @@ def _check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
         )
 
 
+def _check_depth_labels(config: TrainConfig, offered: Sequence[str]) -> None:
+    """Refuse terms on labels of depth for data without. Raises: RecipeError.
+
+    Args:
+        offered: tasks of which the source has labels.
+    """
+    if DEPTH in offered or not (config.reads_depth or DEPTH in config.labels.split("+")):
+        return
+    asked = [] if config.labels == "all" else [f"--labels {config.labels}"]
+    depths = [term.kind for term in config.terms if of_depth(term) and not reads_teacher(term)]
+    raise RecipeError(
+        "terms of depth on labels take a data set with labels of depth, or a store that was built from one",
+        received=f"{', '.join([*asked, *depths])} for data with labels of {', '.join(offered) or 'no task'}",
+        remedy="give such a data set as the source, for instance --data scenes:96x128,depth=exact; or leave depth out",
+    )
+
+
+def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
+    """What a zoom does to metres: as the training says, or where it replays zoomed views, as the store was built.
+
+    Raises: RecipeError where both say something else, or neither says anything.
+    """
+    drawn, depth = cache.manifest.view.drawn, cache.manifest.depth
+    if config.augment != "replay" or drawn is None or drawn.scale == (1.0, 1.0) or not config.compares_metres:
+        return config.depth_zoom
+    built = "none" if depth is None else depth.zoom
+    if built == config.depth_zoom == "none":
+        raise RecipeError(
+            "a zoomed image looks nearer than it is: replayed views with a zoom want a rule for metric depth",
+            received=f"{cache.place}, whose views are zoomed {drawn.scale[0]:g} to {drawn.scale[1]:g} times, and no "
+            "--depth-zoom",
+            remedy="add --depth-zoom divide, or keep; or use --augment warp; or build views without a zoom",
+        )
+    if "none" not in (built, config.depth_zoom) and built != config.depth_zoom:
+        raise RecipeError(
+            "replayed views have the depth that their store was built with",
+            received=f"--depth-zoom {config.depth_zoom} for {cache.place}, built with --depth-zoom {built}",
+            remedy=f"use --depth-zoom {built}, or leave it out; or build another store",
+        )
+    return config.depth_zoom if built == "none" else built
+
+
 def _drawn_scale(config: TrainConfig) -> tuple[float, float]:
     """The zoom that is drawn: none where metric depth is to keep its meaning."""
-    return (1.0, 1.0) if config.reads_depth and config.depth_zoom == "none" else config.scale
+    return (1.0, 1.0) if config.compares_metres and config.depth_zoom == "none" else config.scale
 
 
 def _part(config: TrainConfig) -> Part:
@@ -288,8 +319,15 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
         )
     if config.left_out is not None:
         check_folds(split, *config.left_out[1:])
-    depth = config.depth_zoom if config.reads_depth else None
-    dataset = LabelledDataset(split, config.size, _augmentation(config), part=_part(config), depth=depth)
+    _check_depth_labels(config, split.tasks)
+    dataset = LabelledDataset(
+        split,
+        config.size,
+        _augmentation(config),
+        part=_part(config),
+        tasks=config.label_tasks,
+        depth_zoom=config.depth_zoom,
+    )
     if len(dataset) == 0:
         raise DataError(
             "training needs labelled images",
@@ -301,14 +339,18 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
 
 def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
     split = source_split(config, cache)
+    stored = (SEGMENTATION, DEPTH) if "labels/depth" in cache.specs else (SEGMENTATION,)
+    _check_depth_labels(config, stored if split is None else split.tasks)
     dataset = CacheDataset(
         Records(cache, split),
         augment=config.augment,
         size=config.size,
-        targets=config.reads_targets,
+        targets=config.target_heads,
         augmentation=_augmentation(config),
         part=_part(config),
         labelled_only=not config.reads_targets or config.distill_on == "labelled",
+        tasks=config.label_tasks,
+        depth_zoom=_zoom_of_depth(config, cache),
     )
     if len(dataset) == 0:
         raise DataError(
@@ -334,11 +376,11 @@ def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Itera
     show them, come in a second round. A store of crops gives all views at once: what the first ones miss is chance.
     """
     fold_of = folds_of(cache.ids, folds, by).tolist()
-    labelled, view = cache.column("labelled"), cache.manifest.view
+    labelled, view = cache.has_label, cache.manifest.view
 
     def labels(views: Sequence[int]) -> Iterator[tuple[int, Array]]:
-        numbers = [(number, cache.manifest.record(number, v)) for number in range(len(fold_of)) for v in views]
-        numbers = [(number, record) for number, record in numbers if labelled[record]]
+        used = np.flatnonzero(labelled).tolist()
+        numbers = [(number, cache.manifest.record(number, v)) for number in used for v in views]
         path = "labels/segmentation"
         rows = prefetch(lambda item: cache.read(item[1], [path])[path], numbers, threads=2, ahead=8)
         return zip((fold_of[number] for number, _ in numbers), rows, strict=True)

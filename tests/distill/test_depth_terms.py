@@ -119,6 +119,22 @@ def references(batch: Batch, reference: str, *, align_corners: bool = False) -> 
     return pairs
 
 
+def moved_references(batch: Batch, zoom: Tensor, own: Tensor) -> list[tuple[Map, Mask]]:
+    """A teacher's maps divided by each window's zoom, and where a pixel was pasted that of the neighbour."""
+    assert batch.targets is not None
+    assert batch.window is not None
+    assert batch.flip is not None
+    pairs = []
+    for taught, window, flip, by in zip(batch.targets[DEPTH].values, batch.window, batch.flip, zoom, strict=True):
+        raw, inside = sampled(taught.double().clamp(max=80).log(), window, flip, False)
+        pairs.append((np.minimum(values(raw, TEACHER) / float(by), 50.0), inside))
+    owns = own.numpy()
+    return [
+        tuple(np.where(owns[row], a, b) for a, b in zip(pairs[row], pairs[row ^ 1], strict=True))
+        for row in range(len(pairs))
+    ]
+
+
 def oracle(kind: str, outputs: Outputs, pairs: list[tuple[Map, Mask]]) -> float:
     """The mean over images with a valid pixel; of `depth-l1` over all valid pixels."""
     raw = F.interpolate(outputs.heads[DEPTH].detach(), LABEL, mode="bilinear")[:, 0].numpy()
@@ -388,3 +404,23 @@ def test_batches_and_outputs_that_lack_depth_are_refused() -> None:
     half = {**batch.labels, DEPTH: batch.labels[DEPTH][:, ::2]}
     with pytest.raises(DataError, match="labels of all tasks of a batch show the same pixels"):
         loss_of(term, outputs, replace(batch, labels=half))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_s_metres_follow_zoom_and_pasting(kind: str) -> None:
+    outputs, batch = batch_of()
+    zoom = torch.tensor([2.0, 0.5, 1.25, 3.0], dtype=torch.float64)
+    own = torch.rand(4, *LABEL, generator=torch.Generator().manual_seed(1)) < 0.6
+    changed = replace(batch, zoom=zoom, own=own)
+    wanted = oracle(kind, outputs, moved_references(batch, zoom, own))
+    term = term_of(kind, "teacher")
+    assert loss_of(term, outputs, changed).item() == pytest.approx(wanted, rel=1e-5)
+    assert loss_of(term, outputs, batch).item() != pytest.approx(wanted, rel=1e-2)
+    # What lies beyond the image is grey with whoever it was pasted from.
+    inside = torch.tensor([[0.0, 0.0, *VIEW], [4.0, 6.0, 15.0, 20.0], [0.0, 0.0, *VIEW], [0.0, 0.0, *VIEW]]).double()
+    shown = replace(batch, inside=inside).shown(Store(), LABEL)
+    assert shown is not None
+    pasted = torch.where(own, shown, shown[[1, 0, 3, 2]]).numpy()
+    pairs = [(r, m & p) for (r, m), p in zip(moved_references(batch, zoom, own), pasted, strict=True)]
+    value = loss_of(term, outputs, replace(changed, inside=inside)).item()
+    assert value == pytest.approx(oracle(kind, outputs, pairs), rel=1e-5)

@@ -106,7 +106,7 @@ def check_fields(first: str, content: Any, named: dict[str, str]) -> None:
         assert has_type(value, written[path][0]), (path, value)
         found[path] = value
     absent = {path for path in written if path not in found}
-    may_be_absent = ("features.<tap>.", "fidelity.", "statistics.<name>.", "teacher.tta.", "view.drawn.")
+    may_be_absent = ("depth.", "features.<tap>.", "fidelity.", "statistics.<name>.", "teacher.tta.", "view.drawn.")
     assert all(path.startswith(may_be_absent) for path in absent), absent
     for path, (kind, example) in written.items():
         assert has_type(example, kind), (path, kind, example)
@@ -236,6 +236,7 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
         "per statistic": True,
         "raw logits": head.raw,
         "regression": False,
+        "depth labels": False,
         "pixels stored": manifest.view.pixels == "stored",
         "views beyond": manifest.view.drawn is not None and manifest.view.drawn.scale[0] < 1,
         "folds": manifest.teacher.folds is not None,

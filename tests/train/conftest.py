@@ -29,6 +29,7 @@ from kdcache.train.step.optim import make_optimizer
 from kdcache.train.trainer import Trainer
 
 SCENES = "scenes:32x48,train=6,val=3"
+HALVES = "scenes:32x48,train=6,val=3,depth=exact,tasks=halves"
 SIZE = (32, 48)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
@@ -73,6 +74,27 @@ def cache(cache_path: Path) -> Cache:
 def source_path(make_cache: Callable[..., Path]) -> Path:
     """A top-3 store of `scenes` without pixels."""
     return make_cache(top_k=3, pixels="source")
+
+
+@pytest.fixture(scope="session")
+def depth_teacher() -> torch.nn.Module:
+    """A random teacher of classes and of metres, both of which differ from cell to cell."""
+    torch.manual_seed(12)
+    model = build_model("kdcache:hydra,as=exp,max=80", 7)
+    with torch.no_grad():
+        model.get_parameter("depth_output.weight").normal_(std=0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def depth_paths(make_cache: Callable[..., Path], depth_teacher: torch.nn.Module) -> dict[str, Path]:
+    """Stores of both heads, of scenes with labels of either task: with their pixels, without, and of several views."""
+    ways: dict[str, dict[str, Any]] = {
+        "stored": {"views": 2},
+        "source": {"views": 2, "pixels": "source"},
+        "zoomed": {"views": 3, "view_scale": (1.5, 2.0), "depth_zoom": "divide"},
+    }
+    return {name: make_cache(HALVES, model=depth_teacher, **options) for name, options in ways.items()}
 
 
 @pytest.fixture

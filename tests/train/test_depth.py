@@ -15,13 +15,16 @@ from kdcache.data import Augmentation, open_split
 from kdcache.errors import KDCacheError
 from kdcache.metrics import DepthMetrics
 from kdcache.models import build_model
-from kdcache.train import LabelledDataset, Observer, make_config, train
+from kdcache.store import Records, open_cache
+from kdcache.train import CacheDataset, LabelledDataset, Observer, make_config, train
 from kdcache.train.api import make_trainer
 from kdcache.train.distributed import World
 from kdcache.train.input.loader import Draws
 
 EXACT = "scenes:32x48,train=6,val=3,depth=exact"
+HALVES = "scenes:32x48,train=6,val=3,depth=exact,tasks=halves"
 SIZE = (32, 48)
+BOTH = ("segmentation", "depth")
 Read = Callable[..., list[dict[str, Any]]]
 
 
@@ -49,7 +52,7 @@ def test_the_first_step_compares_metres(both: dict[str, Any], tmp_path: Path, re
     train(make_config(**both | weighed | {"iterations": 1, "val": None, "seed": 2}), tmp_path / "run")
     torch.manual_seed(2)
     model = build_model("kdcache:tiny+depth", 7)
-    dataset = LabelledDataset(open_split(EXACT, "train"), SIZE, Augmentation(scale=(1.0, 1.0)), depth="none")
+    dataset = LabelledDataset(open_split(EXACT, "train"), SIZE, Augmentation(scale=(1.0, 1.0)), tasks=BOTH)
     draws = Draws(dataset, 2)
     samples = [draws[draw] for draw in range(2)]
     outputs = model.train()(model.normalise(torch.stack([sample.pixels for sample in samples])))
@@ -89,7 +92,7 @@ def test_a_zoom_divides_the_metres() -> None:
     split = open_split(EXACT, "train")
     zoomed = Augmentation(scale=(2.0, 2.0), jitter=0)
     kept, divided = (
-        Draws(LabelledDataset(split, SIZE, zoomed, depth=how), 3)[0].labels["depth"]  # type: ignore[union-attr]
+        Draws(LabelledDataset(split, SIZE, zoomed, tasks=BOTH, depth_zoom=how), 3)[0].labels["depth"]  # type: ignore[union-attr]
         for how in ("keep", "divide")
     )
     torch.testing.assert_close(divided * 2, kept, equal_nan=True)
@@ -123,7 +126,6 @@ def test_a_stream_of_depth_beside_one_of_segmentation(both: dict[str, Any], tmp_
         ({"data": "scenes:32x48,train=6,val=3"}, "take a data set with labels of depth"),
         ({"labels": "segmentation"}, "reads labels of depth"),
         ({"model": "kdcache:tiny"}, "head depth"),
-        ({"mix": "cutmix"}, "--mix pastes"),
         ({"method": "none", "labels": "depth", "data": "scenes:32x48,train=6,val=3"}, "labels of segmentation"),
     ],
 )
@@ -131,3 +133,112 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str, both: di
     with pytest.raises(KDCacheError, match=words):
         begun(both | {"val": None} | changes, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def taught(settings: dict[str, Any], depth_paths: dict[str, Path]) -> dict[str, Any]:
+    """A student of a store's depth alone, on its stored views."""
+    changes = {"verb": "train-student", "model": "kdcache:tiny+depth", "data": None, "val": None}
+    terms = {"method": "none", "ce_weight": 0.0, "term": ["depth-l1,reference=teacher,weight=0.5"]}
+    return settings | changes | terms | {"cache": str(depth_paths["stored"]), "augment": "replay"}
+
+
+def test_the_first_step_compares_the_store_s_metres(taught: dict[str, Any], tmp_path: Path, read_metrics: Read) -> None:
+    train(make_config(**taught | {"iterations": 1, "seed": 2}), tmp_path / "run")
+    torch.manual_seed(2)
+    model = build_model("kdcache:tiny+depth", 7)
+    cache = open_cache(taught["cache"])
+    draws = Draws(CacheDataset(cache, augment="replay", targets=("depth",)), 2)
+    samples = [draws[draw] for draw in range(2)]
+    records = [draws.dataset.record(*draws.visit(draw)) for draw in range(2)]
+    outputs = model.train()(model.normalise(torch.stack([sample.pixels for sample in samples])))
+    raw = F.interpolate(outputs.heads["depth"].double(), SIZE, mode="bilinear")[:, 0]
+    depth = F.softplus(raw).clamp(1e-3, 80)
+    stored = np.stack([Records(cache).target(record, "depth")["values"] for record in records])
+    logarithm = torch.from_numpy(stored).double().clamp_min(1e-3).log()
+    reference = F.interpolate(logarithm, SIZE, mode="bilinear")[:, 0].exp()
+    expected = (depth - reference).abs().mean().item()
+    (row,) = read_metrics(tmp_path / "run", "train")
+    assert row["depth-l1"] == pytest.approx(expected, rel=1e-4)
+    assert row["loss"] == pytest.approx(0.5 * expected, rel=1e-4)
+    assert row["ce"] == row["kl"] == 0
+
+
+@pytest.mark.parametrize("store", ["stored", "source"])
+def test_labels_and_targets_of_depth_teach_from_a_store(
+    taught: dict[str, Any], depth_paths: dict[str, Path], store: str, tmp_path: Path, read_metrics: Read
+) -> None:
+    """With logits and pasting beside them, as the labels of its data set or its own."""
+    changes: dict[str, Any] = {"cache": str(depth_paths[store]), "method": "kl", "ce_weight": 1.0, "mix": "cutmix"}
+    changes |= {"term": ["depth-silog,reference=teacher", "depth-l1"], "augment": "warp", "depth_zoom": "divide"}
+    changes |= {"data": HALVES} if store == "source" else {}
+    train(make_config(**taught | changes), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run", "train")
+    assert len(rows) == 6
+    assert all(row["kl"] > 0 and row["depth-silog"] > 0 for row in rows)
+    assert any(row["depth-l1"] > 0 for row in rows)
+    assert any(row["ce"] > 0 for row in rows)
+
+
+def test_a_store_of_depth_alone_is_a_source(
+    taught: dict[str, Any], make_cache: Callable[..., Path], depth_teacher: torch.nn.Module, tmp_path: Path
+) -> None:
+    store = make_cache(HALVES, model=depth_teacher, heads=("depth",))
+    result = train(make_config(**taught | {"cache": str(store), "augment": "auto"}), tmp_path / "run")
+    assert result["iterations"] == 6
+    with pytest.raises(KDCacheError, match="targets of classes are those of a head segmentation"):
+        begun(taught | {"cache": str(store), "method": "pseudo"}, tmp_path / "refused")
+
+
+def test_a_training_reads_the_heads_that_it_learns_from(taught: dict[str, Any], tmp_path: Path) -> None:
+    def heads(**changes: Any) -> tuple[str, ...]:
+        return begun(taught | changes, tmp_path / "run").streams[0].draws.dataset.heads
+
+    assert heads() == ("depth",)
+    assert heads(method="kl") == ("segmentation", "depth")
+    assert heads(term=["pseudo", "depth-l1,reference=teacher,weight=0"]) == ("segmentation",)
+    assert heads(term=[], ce_weight=1.0) == ()
+
+
+@pytest.mark.parametrize(
+    ("store", "changes", "words"),
+    [
+        ("zoomed", {"depth_zoom": "keep"}, "--depth-zoom keep for .*, built with --depth-zoom divide"),
+        ("zoomed", {"term": ["depth-l1"], "depth_zoom": "keep"}, "built with --depth-zoom divide"),
+        ("stored", {"augment": "warp", "scale": "0.7:2"}, "metric depth is drawn without zoom"),
+        ("plain", {}, "targets of a regression head depth"),
+        ("plain", {"term": ["depth-l1"]}, "a store that was built from one"),
+        ("stored", {"model": "kdcache:tiny"}, "depth"),
+        ("stored", {"method": "at"}, "the attention map or features of"),
+    ],
+)
+def test_depth_that_a_store_cannot_teach_is_refused(
+    taught: dict[str, Any],
+    depth_paths: dict[str, Path],
+    cache_path: Path,
+    store: str,
+    changes: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+) -> None:
+    path = cache_path if store == "plain" else depth_paths[store]
+    with pytest.raises(KDCacheError, match=words):
+        begun(taught | {"cache": str(path)} | changes, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_replayed_zooms_follow_their_store(
+    taught: dict[str, Any], depth_paths: dict[str, Path], make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    zoomed = taught | {"cache": str(depth_paths["zoomed"]), "term": ["depth-l1,reference=teacher", "depth-l1"]}
+    for how in ("none", "divide"):
+        assert begun(zoomed | {"depth_zoom": how}, tmp_path / how).streams[0].draws.dataset.depth_zoom == "divide"
+    relative = zoomed | {"depth_zoom": "keep", "term": ["depth-ssi"]}
+    assert begun(relative, tmp_path / "ssi").streams[0].draws.dataset.depth_zoom == "keep"
+    # A store that was built when its data had no depth says nothing of zooms.
+    silent = make_cache("scenes:32x48,train=6,val=3", views=2, view_scale=(1.5, 2.0), pixels="source")
+    labels = taught | {"cache": str(silent), "data": EXACT, "term": ["depth-l1"]}
+    with pytest.raises(KDCacheError, match="want a rule for metric depth"):
+        begun(labels, tmp_path / "silent")
+    dataset = begun(labels | {"depth_zoom": "divide"}, tmp_path / "silent").streams[0].draws.dataset
+    assert dataset.depth_zoom == "divide"

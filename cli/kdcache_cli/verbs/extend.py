@@ -28,7 +28,7 @@ _LIKE_OLD = {
 @takes(
     *(*BUILD, CopySettings),
     order=(
-        *("old", "data", "teacher", "out", "split", "views", "view_seed", "view_scale", "view_flip"),
+        *("old", "data", "teacher", "out", "split", "views", "view_seed", "view_scale", "view_flip", "depth_zoom"),
         *("features", "statistics", "pixels", "codec", "shard_records", "class_map", "batch_size", "render_threads"),
         *("worker", "threads", "device", "cache_dir", "cache_bytes"),
     ),

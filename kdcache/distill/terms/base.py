@@ -53,7 +53,7 @@ class TermBatch:
         size: (H, W).
         counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
             label); None is all.
-        window, flip: as in `Batch`.
+        window, flip, zoom, own: as in `Batch`.
         shown: (B, H, W) bool, which pixels show the image; None is all.
         heads: heads beside segmentation, by name.
     """
@@ -68,6 +68,8 @@ class TermBatch:
     counted: Tensor | None = None
     window: Tensor | None = None
     flip: Tensor | None = None
+    zoom: Tensor | None = None
+    own: Tensor | None = None
     shown: Tensor | None = None
     heads: Mapping[str, HeadBatch] = field(default_factory=dict)
 

@@ -4,7 +4,8 @@ The student's raw output is resized to the label's size, bilinear, then becomes 
 valid where it is a number within 0.001 m and the head's `max_depth`. A teacher's map lies on its own cells and is
 dense: it is sampled bilinearly at the label's pixels, through window and flip as logits are, in the space in which its
 head resizes: its values become the raw output that they came from, are resampled, and become values again. A cell whose
-value is not finite has none, nor has a pixel that reads it. Values beyond the student's range are clipped to it, as a
+value is not finite has none, nor has a pixel that reads it. Metres are divided by the zoom of a window that was drawn
+to look nearer than the view that the teacher saw. Values beyond the student's range are clipped to it, as a
 prediction is; labels beyond it do not count.
 
 A gate and the void of segmentation labels concern classes: these terms count every pixel inside the view that shows the
@@ -19,16 +20,16 @@ import torch
 from torch import Tensor
 
 from kdcache.distill import depth
+from kdcache.distill.batch import neighbours
 from kdcache.distill.target import Target
 from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets, divide, grid_of, wide
 from kdcache.distill.terms.cells import resample, resize
 from kdcache.distill.terms.spec import TermSpec
-from kdcache.heads import DEPTH, RegressionHead, clip, raw_of
+from kdcache.heads import DEPTH, METRES, RegressionHead, clip, raw_of
 from kdcache_kernels.window import view_positions
 
 MIN_DEPTH = 1e-3
 """The smallest depth in metres that counts, of labels, teachers and students: logarithms and inverses stay finite."""
-METRES = "m"
 
 
 class DepthTerm(Term):
@@ -95,9 +96,10 @@ class DepthTerm(Term):
             values_BHW, mask_BHW = self._label(own)
         else:
             assert own.target is not None, "a batch has the targets of its terms (check_heads)"
-            values_BHW, mask_BHW = self._taught(own.target, batch, dtype)
+            taught = self._taught(own.target, batch, dtype)
+            values_BHW, mask_BHW = (_pasted(map_BHW, batch.own) for map_BHW in taught)
         if batch.shown is not None:
-            mask_BHW = mask_BHW & batch.shown
+            mask_BHW = mask_BHW & _pasted(batch.shown, batch.own)
         return self.compared(values_BHW.to(dtype), self.teacher), mask_BHW
 
     def _label(self, own: HeadBatch) -> tuple[Tensor, Tensor]:
@@ -114,6 +116,8 @@ class DepthTerm(Term):
         raw_B1HW = resample(torch.where(known_B1hw, raw_B1hw, 0), *matrices)
         unknown_B1HW = resample((~known_B1hw).to(dtype), *matrices)
         taught_BHW = self.teacher.values(raw_B1HW)[:, 0]
+        if batch.zoom is not None and self.teacher.unit == METRES:
+            taught_BHW = taught_BHW / batch.zoom.to(dtype)[:, None, None]
         if self.teacher.unit == METRES and self.student.max_depth is not None:
             taught_BHW = taught_BHW.clamp_max(self.student.max_depth)
         return taught_BHW, (unknown_B1HW[:, 0] == 0) & positions.inside()
@@ -174,6 +178,11 @@ class DepthSsi(DepthTerm):
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
         return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.alpha)
+
+
+def _pasted(map_BHW: Tensor, own_BHW: Tensor | None) -> Tensor:
+    """A map of the images of a batch, with the neighbour's where pixels were pasted from there, to the same place."""
+    return map_BHW if own_BHW is None else torch.where(own_BHW, map_BHW, neighbours(map_BHW))
 
 
 def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:

@@ -27,6 +27,7 @@ class Manifest(parts.Part):
     """Everything about a store but its ids and arrays. Without `fidelity` nothing was measured.
 
     Attributes:
+        depth: of a store with labels of depth or a head of metres; None of any other, and of the first stores.
         repairs: shards that were taught again with other versions than `build` says.
     """
 
@@ -36,6 +37,7 @@ class Manifest(parts.Part):
     created_by: str
     records: parts.Count
     dataset: parts.Dataset
+    depth: parts.DepthLabels | None = None
     view: parts.View
     heads: Annotated[dict[parts.Name, parts.AnyHead], Field(max_length=256)]
     features: dict[parts.Name, parts.Feature] = Field(default_factory=dict, max_length=256)
@@ -48,8 +50,11 @@ class Manifest(parts.Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Manifest":
-        if self.version != version_of(self.heads):
-            raise ValueError(f"heads has {', '.join(self.heads) or 'none'} in version {self.version}")
+        if self.version != version_of(self.heads, depth=self.depth is not None):
+            depth = "" if self.depth is None else " and depth"
+            raise ValueError(f"heads has {', '.join(self.heads) or 'none'}{depth} in version {self.version}")
+        if self.depth is not None and self.depth.labelled > self.dataset.samples:
+            raise ValueError(f"depth.labelled is {self.depth.labelled} of {self.dataset.samples} samples")
         for name, head in self.heads.items():
             if isinstance(head, parts.Head) != (name == SEGMENTATION):
                 raise ValueError(f"heads.{name} is {head.kind}")
@@ -65,7 +70,8 @@ class Manifest(parts.Part):
         sizes |= {f"heads.{name}": (4, head.channels, *head.size) for name, head in self.regressions.items()}
         sizes |= {f"features.{name}": (2, tap.channels, *tap.size) for name, tap in self.features.items()}
         sizes |= {f"statistics.{name}": (2, *statistic.size) for name, statistic in self.statistics.items()}
-        for name, size in {**sizes, "view": (3, *self.view.size)}.items():
+        depth_labels = self.depth is not None and self.depth.labelled
+        for name, size in {**sizes, "view": (4 if depth_labels else 3, *self.view.size)}.items():
             if math.prod(size) > MAX_RECORD_BYTES:
                 raise ValueError(f"{name}: a record of {math.prod(size)} bytes is larger than {MAX_RECORD_BYTES}")
         return self
@@ -106,6 +112,8 @@ class Manifest(parts.Part):
     def differences(self, other: "Manifest") -> list[str]:
         """Descriptions of what keeps `other` from continuing this build, but for time stamps, figures and repairs."""
         differences = self.teacher.differences(other.teacher)
+        if self.depth != other.depth:
+            differences.append(f"depth: {self.depth} against {other.depth}")
         for part in ("dataset", "view", "build"):
             differences += parts.part_differences(part, getattr(self, part), getattr(other, part))
         for name in ("heads", "features", "statistics", "codec"):
@@ -115,8 +123,8 @@ class Manifest(parts.Part):
         return differences
 
     def to_json(self) -> dict[str, Any]:
-        """The value of the attribute `kdcache`. Without repairs there is no `repairs`, which older readers refuse."""
-        return self.model_dump(mode="json", exclude=None if self.repairs else {"repairs"})
+        """The value of the attribute `kdcache`. No `repairs` or `depth` is left out, as older readers want it."""
+        return self.model_dump(mode="json", exclude={name for name in ("repairs", "depth") if not getattr(self, name)})
 
     def with_environment(self, of: "Manifest") -> "Manifest":
         """This one, as if it were of a build in the environment of another: its libraries and device."""
@@ -124,9 +132,13 @@ class Manifest(parts.Part):
         return self.model_copy(update={"build": self.build.model_copy(update=same)})
 
 
-def version_of(heads: Mapping[str, parts.Head | parts.Regression]) -> Literal[1, 2]:
-    """The format's version of a store with these heads."""
-    return 1 if set(heads) == {SEGMENTATION} else 2
+def version_of(heads: Mapping[str, parts.Head | parts.Regression], *, depth: bool = False) -> Literal[1, 2]:
+    """The format's version of a store with these heads.
+
+    Args:
+        depth: whether its manifest has `depth`.
+    """
+    return 1 if set(heads) == {SEGMENTATION} and not depth else 2
 
 
 def parse_manifest(attributes: Any, where: str) -> Manifest:

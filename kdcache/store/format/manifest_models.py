@@ -59,6 +59,18 @@ class Dataset(Part):
         return self
 
 
+class DepthLabels(Part):
+    """The depth that a store has to do with, of labels or of a head in metres.
+
+    Attributes:
+        labelled: samples with a label of depth.
+        zoom: what the zoom of drawn views did to the labels: nothing is zoomed, they are divided by it, or kept.
+    """
+
+    labelled: Count
+    zoom: Literal["none", "divide", "keep"]
+
+
 Zoom = Annotated[float, Field(ge=LEAST_ZOOM, le=MOST_ZOOM)]
 
 

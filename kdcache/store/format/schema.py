@@ -8,6 +8,7 @@
     features/<tap>           (R, c, h, w)   float16
     statistics/<name>        (R, h, w)      float16
     labels/segmentation      (R, H, W)      uint8     255 is void; with --pixels stored
+    labels/depth             (R, H, W)      float32   metres, NaN is unknown; likewise, of data with labels of depth
     pixels/image             (R, H, W, 3)   uint8     with --pixels stored
     records/*                (R, ...)                 sample, view, window, flip, pixel_checksum, labelled;
                                                       source_size of views that reach beyond it; fold of cross-fitting
@@ -31,6 +32,8 @@ from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import Regression
 
 SAMPLE_ARRAYS = ("samples/id_bytes", "samples/id_ends")
+LABELLED, LABELLED_DEPTH = 1, 2
+"""The bits of `records/labelled`: a label of segmentation, one of depth."""
 SMALL_BYTES = 1024  # per record: below, a chunk holds a whole shard
 
 
@@ -81,6 +84,8 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
         arrays.append(ArraySpec(f"statistics/{name}", statistic.size, "float16"))
     if manifest.view.pixels == "stored":
         arrays.append(ArraySpec("labels/segmentation", manifest.view.size, "uint8"))
+        if manifest.depth is not None and manifest.depth.labelled:
+            arrays.append(ArraySpec("labels/depth", manifest.view.size, "float32"))
         arrays.append(ArraySpec("pixels/image", (*manifest.view.size, 3), "uint8"))
     arrays += _RECORD_ARRAYS
     if manifest.view.reaches_beyond:

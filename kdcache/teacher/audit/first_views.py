@@ -68,9 +68,9 @@ def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
     Args:
         labels: whether labels are read, where they are there.
     """
-    labelled = records.cache.column("labelled")
+    labelled, views = records.cache.has_label, records.cache.manifest.view.views_per_sample
     for record in whole_records(records.cache):
-        yield read_whole(records, record, labelled=labels and bool(labelled[record]))
+        yield read_whole(records, record, labelled=labels and bool(labelled[record // views]))
 
 
 def _inside(cache: Cache, record: int) -> Array | None:

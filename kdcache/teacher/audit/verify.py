@@ -60,10 +60,10 @@ def score_cache(records: Records, limit: int = 512) -> Metrics | None:
     cache = records.cache
     if cache.manifest.segmentation is None:
         return None
-    labelled = cache.column("labelled")
     confusion = ConfusionMatrix(cache.manifest.dataset.class_names, IGNORE_INDEX)
-    for record in map(cache.manifest.record, evenly_spread(cache.manifest.dataset.samples, limit)):
-        if not labelled[record]:
+    for sample in evenly_spread(cache.manifest.dataset.samples, limit):
+        record = cache.manifest.record(sample)
+        if not cache.has_label[sample]:
             continue
         argmax, _ = target_argmax_confidence(packed_target(records, [record]), cache.view_size)
         confusion.update(argmax[0], torch.from_numpy(records.label(record)))

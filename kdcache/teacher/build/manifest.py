@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from kdcache.errors import ModelError, RecipeError
-from kdcache.heads import SEGMENTATION, RegressionHead
+from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
 from kdcache.models import PROBABILITIES, Outputs, returns_probabilities
 from kdcache.store import Fidelity, Manifest, evenly_spread
 from kdcache.store.format.manifest import version_of, well_formed_parts
-from kdcache.store.format.manifest_models import Build, Dataset, Feature, Head, Regression
+from kdcache.store.format.manifest_models import Build, Dataset, DepthLabels, Feature, Head, Regression
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.statistics import statistics_of
@@ -43,7 +43,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
     grid = (1, 1) if segmentation is None else segmentation.size  # of no statistic then
     feature_shapes = {tap: output.features[tap].shape[1:] for tap in options.features}
     return Manifest(
-        version=version_of(heads),
+        version=version_of(heads, depth=probe.metres),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=f"kdcache {_version('kdcache')}",
         records=len(split) * options.views,
@@ -56,6 +56,7 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
             class_names=split.classes.names,
             class_colours=split.classes.colours,
         ),
+        depth=_depth(probe),
         view=probe.view,
         heads=heads,
         features={tap: Feature(channels=c, size=(h, w)) for tap, (c, h, w) in feature_shapes.items()},
@@ -74,6 +75,16 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         codec=options.codec,
         fidelity=figures,
     )
+
+
+def _depth(probe: TeacherProbe) -> DepthLabels | None:
+    """The labels of depth of a store that has to do with metres."""
+    if not probe.metres:
+        return None
+    drawn = probe.view.drawn
+    zoomed = drawn is not None and drawn.scale != (1.0, 1.0)
+    labelled = sum(probe.split.has_label(index, DEPTH) for index in range(len(probe.split)))
+    return DepthLabels(labelled=labelled, zoom=probe.options.depth_zoom if zoomed else "none")
 
 
 def _heads(

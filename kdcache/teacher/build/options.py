@@ -1,6 +1,6 @@
 """The choices of a build, and the views that they make."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,7 +20,9 @@ class BuildOptions(BuildSettings):
         statistics: `at:TAP`, `confidence`, `entropy`, `agreement`. raw_logits: keep every pixel's largest logit.
         views: of each sample: the whole image, and views - 1 that are drawn; with `crop` all are.
         crop: (H, W) of the views, cut out of the image at zoom times `size`.
-        view_scale: range of the zoom of drawn views, below 1 the image amid grey; view_flip: mirror half of them.
+        view_scale: range of the zoom of drawn views, below 1 the image amid grey; None is `ZOOM`, and 1 with depth in
+            metres. view_flip: mirror half of them.
+        depth_zoom: what a zoom does to labels of depth.
         teacher_size: (H, W) of what the teacher sees of the same windows; default the views'.
         teacher_grid: `own` keeps the grid of the logits that come of it, `view` averages probabilities to the grid
             that the views themselves, without augmentation, would have given.
@@ -33,9 +35,39 @@ class BuildOptions(BuildSettings):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+ZOOM = (1.0, 2.0)
+"""The range of the zoom of drawn views, where nothing else is said."""
+
+
+def with_zoom(options: BuildOptions, *, metres: bool) -> BuildOptions:
+    """The options with the zoom of the views filled in.
+
+    Args:
+        metres: whether the store has depth in metres, labels or a head, which a zoom contradicts.
+    Raises: RecipeError for views that are zoomed although nothing says what becomes of metres, and for `depth_zoom`
+        without metres.
+    """
+    if options.depth_zoom != "none" and not metres:
+        raise RecipeError(
+            "--depth-zoom says what a zoom does to depth in metres",
+            received=f"--depth-zoom {options.depth_zoom}, no labels of depth and no stored head in metres",
+            remedy="leave it out",
+        )
+    still = metres and options.depth_zoom == "none"
+    scale = options.view_scale or ((1.0, 1.0) if still else ZOOM)
+    drawn = options.views > 1 or options.crop is not None
+    if still and drawn and tuple(scale) != (1.0, 1.0):
+        raise RecipeError(
+            "a zoomed view looks nearer than it is: views of a store with depth in metres are drawn without zoom",
+            received=f"--view-scale {scale[0]:g}:{scale[1]:g} and labels of depth, or a head in metres",
+            remedy="leave --view-scale out; or say what becomes of the metres: --depth-zoom divide, or keep",
+        )
+    return replace(options, view_scale=scale)
+
+
 def view_of(options: BuildOptions) -> View:
     """How views are drawn and rendered. Raises RecipeError."""
-    low, high = options.view_scale
+    low, high = options.view_scale or ZOOM
     if not 1 <= options.views <= MOST_VIEWS or options.view_seed < 0 or not LEAST_ZOOM <= low <= high <= MOST_ZOOM:
         raise RecipeError(
             f"a sample has 1 to {MOST_VIEWS} views; the zoom of those that are drawn is a range from {LEAST_ZOOM:g} to "

@@ -8,10 +8,10 @@ import torch
 
 from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError
-from kdcache.heads import SEGMENTATION
+from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel
 from kdcache.store.format.manifest import well_formed_parts
-from kdcache.teacher.build.options import BuildOptions, view_of
+from kdcache.teacher.build.options import BuildOptions, view_of, with_zoom
 from kdcache.teacher.build.render import render_records
 from kdcache.teacher.build.statistics import taps_of
 from kdcache.teacher.load.ensemble import folds_of_split
@@ -71,15 +71,20 @@ class TeacherProbe:
         view: how the views of the split are drawn and rendered.
         folds: for every sample the member that predicts it; None when all predict together.
         heads: the teacher's heads that are stored, in its order.
+        metres: whether one of them, or labels of the split, are depth in metres.
         taps: of the teacher, everything that the build needs: features, then those of statistics.
         grid: (h, w) that logits are averaged to, set by `probe`; None for the teacher's own.
-    Raises: RecipeError for options that do not go together; ModelError for a tap that the teacher does not have.
+    Raises: RecipeError for heads that the teacher lacks, and for options that do not go together; ModelError for a tap
+        that the teacher does not have.
     """
 
     @well_formed_parts()
     def __init__(self, split: Split, teacher: Teacher, options: BuildOptions) -> None:
-        self.split, self.teacher, self.options = split, teacher, options
-        self.view = view_of(options)
+        self.heads = heads_of(options, teacher)
+        kinds = [teacher.model.head_kinds[name] for name in self.heads]
+        self.metres = DEPTH in split.tasks or any(getattr(kind, "unit", None) == METRES for kind in kinds)
+        self.split, self.teacher, self.options = split, teacher, with_zoom(options, metres=self.metres)
+        self.view = view_of(self.options)
         self.folds = folds_of_split(teacher, split)
         self.grid: tuple[int, int] | None = None
         if teacher.folds is not None and options.features:
@@ -88,7 +93,6 @@ class TeacherProbe:
                 received=f"{', '.join(options.features)}, and {teacher.folds} teachers of a fold each",
                 remedy="leave out --features, or --folds",
             )
-        self.heads = heads_of(options, teacher)
         teacher.model.check_taps(options.features)
         self.taps = tuple(dict.fromkeys([*options.features, *taps_of(options.statistics, teacher)]))
 

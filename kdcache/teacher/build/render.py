@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.data import Split, Window, draw_view, pixel_checksum, prefetch, render
+from kdcache.data import Split, Window, draw_view, pixel_checksum, prefetch, render, render_depth, zoom_of
+from kdcache.heads import DEPTH
 from kdcache.store import Manifest
-from kdcache.store.format.manifest_models import View
+from kdcache.store.format.manifest_models import DepthLabels, View
 
 Array = np.ndarray[Any, Any]
 
@@ -34,18 +35,27 @@ class Rendered:
     source_size: tuple[int, int]
     checksum: int
     labelled: bool
+    depth: Array | None = None  # float32 (H, W) metres, NaN where unknown; None where no depth is stored
+    depth_labelled: bool = False
     old: int | None = None
     fold: int | None = None
 
 
-def render_records(split: Split, view: View, records: Iterable[int]) -> list[Rendered]:
+def render_records(
+    split: Split, view: View, records: Iterable[int], depth: DepthLabels | None = None
+) -> list[Rendered]:
     """Views of one sample, which is read once.
 
+    Args:
+        depth: what is stored of labels of depth; None is nothing.
     Raises: DataError as `Split.image` and `Split.label`.
     """
     numbers = list(records)
     sample = numbers[0] // view.views_per_sample
     image, label = split.image(sample), split.label(sample)
+    depth_labelled = depth is not None and split.has_label(sample, DEPTH)
+    stored = depth is not None and bool(depth.labelled) and view.pixels == "stored"
+    metres = split.label(sample, "depth") if stored and depth_labelled else None
     rendered = []
     source_size = image.shape[0], image.shape[1]
     for record in numbers:
@@ -55,6 +65,10 @@ def render_records(split: Split, view: View, records: Iterable[int]) -> list[Ren
         taught = pixels
         if view.teacher_size is not None:
             taught, _ = render(image, None, window, flip=flip, size=view.teacher_size)
+        far = None
+        if depth is not None and stored:
+            zoom = zoom_of(window, source_size, view.share or (1.0, 1.0)) if depth.zoom == "divide" else 1.0
+            far = render_depth(metres, window, flip=flip, size=view.size, zoom=zoom)
         rendered.append(
             Rendered(
                 record=record,
@@ -68,6 +82,8 @@ def render_records(split: Split, view: View, records: Iterable[int]) -> list[Ren
                 source_size=source_size,
                 checksum=pixel_checksum(pixels),
                 labelled=label is not None,
+                depth=far,
+                depth_labelled=depth_labelled,
             )
         )
     return rendered
@@ -81,7 +97,7 @@ def render_batches(
     A CPU teacher's threads meet at a barrier after every operation. Rendering at the same time keeps one of them from
     its core and the others waiting: with a small teacher that took a third of the build's CPU time.
     """
-    work = lambda records: render_records(split, manifest.view, records)  # noqa: E731
+    work = lambda records: render_records(split, manifest.view, records, manifest.depth)  # noqa: E731
     step, views = manifest.build.batch_size, manifest.view.views_per_sample
     batches = (_by_sample(batch, views) for shard in shards for batch in batches_of(manifest, shard))
     if ahead:

@@ -85,6 +85,7 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
         {} if drawn is None else {"view_seed": drawn.seed, "view_scale": drawn.scale, "view_flip": drawn.flip}
     )
     options = {
+        "depth_zoom": "none" if old.depth is None else old.depth.zoom,
         "size": old.view.image_size or old.view.size,
         "crop": None if old.view.image_size is None else old.view.size,
         "teacher_size": old.view.teacher_size,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.store import Manifest, StoreWriter
-from kdcache.store.format.schema import record_arrays
+from kdcache.store.format.schema import LABELLED, LABELLED_DEPTH, record_arrays
 from kdcache.teacher.build.render import Array, Rendered
 
 
@@ -61,7 +61,7 @@ def _record_rows(batch: Sequence[Rendered], manifest: Manifest) -> dict[str, Any
         "records/window": [item.window.as_tuple() for item in batch],
         "records/flip": [item.flip for item in batch],
         "records/pixel_checksum": np.array([item.checksum for item in batch], np.uint64),
-        "records/labelled": [item.labelled for item in batch],
+        "records/labelled": [LABELLED * item.labelled + LABELLED_DEPTH * item.depth_labelled for item in batch],
     }
     if manifest.view.reaches_beyond:
         rows["records/source_size"] = [item.source_size for item in batch]
@@ -70,4 +70,5 @@ def _record_rows(batch: Sequence[Rendered], manifest: Manifest) -> dict[str, Any
     if manifest.view.pixels == "stored":
         rows["labels/segmentation"] = [item.label for item in batch]
         rows["pixels/image"] = [item.pixels for item in batch]
+        rows["labels/depth"] = [item.depth for item in batch]
     return rows

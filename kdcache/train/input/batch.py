@@ -39,6 +39,7 @@ class Row:
     inside: Array | None
     dice: Array | None
     record: Array | None
+    zoom: Array | None = None
     depth: Array | None = None
 
     @classmethod
@@ -56,6 +57,7 @@ class Row:
             inside=arrays.get("inside"),
             dice=arrays.get("dice"),
             record=arrays.get("record"),
+            zoom=arrays.get("zoom"),
             depth=arrays.get(f"labels/{DEPTH}"),
         )
 

@@ -16,12 +16,16 @@ from kdcache.data import (
     inside_rectangle,
     prefetch,
     render,
+    render_depth,
+    zoom_of,
 )
+from kdcache.distill import SEGMENTATION
 from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH
 from kdcache.store import Cache, Records
 from kdcache.train.input.batch import Array, Row
-from kdcache.train.input.dataset import DrawnDataset, Field, Size
-from kdcache.train.input.resident_records import PIXEL_PATHS, RamRecords, RecordSource, target_paths
+from kdcache.train.input.dataset import DepthZoom, DrawnDataset, Field, Size
+from kdcache.train.input.resident_records import DEPTH_PATH, PIXEL_PATHS, RamRecords, RecordSource, target_paths
 from kdcache.train.input.subset import Part, Selection
 
 AUGMENTS = ("auto", "warp", "replay", "none")
@@ -46,10 +50,14 @@ class CacheDataset(DrawnDataset):
             as the teacher saw them, another one in every epoch, with colour jitter; `none` the whole image without.
             `auto` replays a store of several views or of crops, and warps another.
         size: (H, W) of the pixels; default the view's.
-        targets: False reads no targets (same draws).
+        targets: the store's heads whose targets are read; True is all, False none (same draws).
         extras: paths of further arrays that a sample brings (features, statistics).
         part: which samples, labels and views are used; default all.
-        labelled_only: whether samples without a label are left out.
+        labelled_only: whether samples without a label of any of the tasks are left out.
+        tasks: whose labels are used. Labels of depth are those of the store, or with `--pixels source` of the data set.
+        depth_zoom: what the zoom of a warp does to metres, of labels and of targets: `divide` divides them by it,
+            `keep` (and `none`, without a zoom) leaves them. Labels that a replay renders anew are divided by the
+            view's zoom.
     Raises: RecipeError for an augmentation that does not exist or that a store of crops cannot have.
     """
 
@@ -62,11 +70,13 @@ class CacheDataset(DrawnDataset):
         *,
         augment: str = "auto",
         size: Size | None = None,
-        targets: bool = True,
+        targets: bool | Sequence[str] = True,
         augmentation: Augmentation | None = None,
         extras: Sequence[str] = (),
         part: Part | None = None,
         labelled_only: bool = False,
+        tasks: Sequence[str] = (SEGMENTATION,),
+        depth_zoom: DepthZoom = "none",
     ) -> None:
         if augment not in AUGMENTS:
             raise RecipeError(
@@ -85,18 +95,21 @@ class CacheDataset(DrawnDataset):
                 remedy="use --augment replay",
             )
         augmentation = augmentation if augment != "none" else Augmentation.off()
-        super().__init__(cache.view_size if size is None else size, augmentation)
+        super().__init__(cache.view_size if size is None else size, augmentation, tasks, depth_zoom)
         self.augment = augment
         self.records = cache
         self.remote = cache.remote
         self.shard_records = max(1, cache.manifest.build.shard_records // cache.manifest.view.views_per_sample)
-        self.target_paths = tuple(target_paths(cache).values()) if targets else ()
+        heads = tuple(cache.manifest.heads)
+        self.heads = heads if targets is True else tuple(head for head in heads if targets and head in targets)
+        self.target_paths = target_paths(cache, self.heads)
         self.extras = tuple(extras)
         part = Part() if part is None else part
         everything = range(cache.manifest.dataset.samples)
         used = Selection(everything, everything) if part.whole else part.choose(cache.ids)
         self._labels_used = used.labelled
-        self._complete = bool(cache.has_label.all()) and part.labels is None
+        self._flags = {task: self._of_task(task) for task in self.tasks}
+        self._complete = bool(np.any([*self._flags.values()], axis=0).all()) and part.labels is None
         self.indices = used.samples
         if labelled_only and not self._complete:
             self.indices = [number for number in used.samples if self._has_label(number)]
@@ -107,6 +120,7 @@ class CacheDataset(DrawnDataset):
         self._turns = [id_hash(cache.ids[number]) % self._views for number in self.indices] if turning else None
         replayed_grey = augment == "replay" and cache.manifest.view.reaches_beyond
         self._inside = _inside(cache) if replayed_grey else None
+        self._zooms = augment == "warp" and depth_zoom == "divide" and DEPTH in self.heads
 
     @property
     def own_classes(self) -> ClassList:
@@ -124,7 +138,8 @@ class CacheDataset(DrawnDataset):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return (*self.target_paths, *self.extras, *(() if self.split else PIXEL_PATHS))
+        pixels = PIXEL_PATHS if DEPTH not in self.tasks else (*PIXEL_PATHS, DEPTH_PATH)
+        return (*self.target_paths, *self.extras, *(() if self.split else pixels))
 
     @property
     def label_flags(self) -> npt.NDArray[np.bool_] | None:
@@ -144,7 +159,7 @@ class CacheDataset(DrawnDataset):
         return self.cache.manifest.record(self.indices[index], view)
 
     def _own_labels(self) -> Iterator[Array]:
-        if self.split is not None:
+        if self.split is not None or SEGMENTATION not in self.tasks:
             return super()._own_labels()
         records, path = map(self.cache.manifest.record, self.labelled), PIXEL_PATHS[1]
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
@@ -154,6 +169,8 @@ class CacheDataset(DrawnDataset):
         fields |= {f"arrays/{path}": self._field(path) for path in self.extras}
         if self._inside is not None:
             fields["inside"] = (4,), torch.float64
+        if self._zooms:
+            fields["zoom"] = (), torch.float64
         if self.on_device is not None:
             return fields | {"record": ((), torch.int64)}
         return fields | {path: self._field(path) for path in self.target_paths}
@@ -170,6 +187,10 @@ class CacheDataset(DrawnDataset):
         if self.split is None:
             image, label = self._read(record, PIXEL_PATHS[0]), self._read(record, PIXEL_PATHS[1])
             render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
+            if out.depth is not None:
+                metres = self._read(record, DEPTH_PATH)
+                zoom = zoom_of(window, (height, width)) if self.depth_zoom == "divide" else 1.0
+                render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
         else:
             self._from_source(index, record, window, flip, out)
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
@@ -179,16 +200,28 @@ class CacheDataset(DrawnDataset):
         out.flip[...] = flip
         if out.inside is not None and self._inside is not None:
             out.inside[...] = self._inside[record]
+        if out.zoom is not None:
+            out.zoom[...] = zoom_of(window, (height, width))
         if out.record is not None:
             out.record[...] = record
-        if not self._has_label(self.indices[index]):
+        if not self._has_label(self.indices[index], SEGMENTATION):
             out.label[...] = IGNORE_INDEX
+        if out.depth is not None and not self._has_label(self.indices[index], DEPTH):
+            out.depth[...] = np.nan
         for path, array in out.stored:
             self.records.read_into(record, path, array)
         self._finish(rng, out)
 
-    def _has_label(self, number: int) -> bool:
-        return number in self._labels_used and bool(self.cache.has_label[number])
+    def _has_label(self, number: int, task: str | None = None) -> bool:
+        """Whether a sample has a label that is used, of a task or of any."""
+        tasks = self.tasks if task is None else (task,)
+        return number in self._labels_used and any(task in self._flags and self._flags[task][number] for task in tasks)
+
+    def _of_task(self, task: str) -> npt.NDArray[np.bool_]:
+        """Whether each sample of the store has a label of a task, (N,)."""
+        if self.split is not None and task == DEPTH:
+            return np.array([self.split.has_label(number, DEPTH) for number in range(len(self.split))], np.bool_)
+        return self.cache.has_depth if task == DEPTH else self.cache.has_label
 
     def _read(self, record: int, path: str) -> Array:
         """Read a row that is not to be written to."""
@@ -203,13 +236,19 @@ class CacheDataset(DrawnDataset):
         """Crop the source itself, which is sharper than enlarging the view; `window` is in pixels of the view."""
         assert self.split is not None
         number = self.indices[index]
-        image, label = self.split.image(number), self.split.label(number)
+        image = self.split.image(number)
+        label = self.split.label(number) if SEGMENTATION in self.tasks else None
         self.source.check_image(record, image)
         shown, mirrored = self.source.window(record)
         if self.augment == "warp":  # of view 0, which is the whole image
             (height, width), (view_height, view_width) = image.shape[:2], self.cache.view_size
             shown, mirrored = window.scaled(height / view_height, width / view_width), flip
         render(image, label, shown, flip=mirrored, size=self.size, out=(out.pixels, out.label))
+        if out.depth is not None:
+            share = (1.0, 1.0) if self.augment == "warp" else self.cache.manifest.view.share or (1.0, 1.0)
+            zoom = zoom_of(shown, (image.shape[0], image.shape[1]), share) if self.depth_zoom == "divide" else 1.0
+            metres = self.split.label(number, "depth")
+            render_depth(metres, shown, flip=mirrored, size=self.size, zoom=zoom, out=out.depth)
 
 
 def _views(cache: Cache, limit: int | None) -> int:

@@ -34,6 +34,7 @@ from kdcache.train.input.resident_records import DeviceTargets, RecordSource
 from kdcache.train.input.subset import Part
 
 Size = tuple[int, int]
+DepthZoom = Literal["none", "divide", "keep"]
 Field = tuple[tuple[int, ...], torch.dtype]
 """Shape and type of a tensor of one sample."""
 
@@ -44,6 +45,9 @@ class DrawnDataset(Dataset[Batch], ABC):
     Args:
         size: (H, W) of the pixels that come out.
         augmentation: scale, flip and colour jitter; `Augmentation.off()` for none.
+        tasks: whose labels are used. Samples have labels of segmentation in any case, void where these are not.
+        depth_zoom: what a zoom does to metres, of labels and of targets: `divide` divides them by it, `keep` (and
+            `none`, without a zoom) leaves them.
     Attributes:
         cache: the store that targets come from; None for a data set alone.
         split: the data set that pixels and labels come from; None for a store that keeps them.
@@ -53,6 +57,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         shard_records: records that are stored side by side, for orders that read one shard after another; None of a
             data set.
         remote: whether shards are downloaded.
+        heads: of the store, those whose targets a sample brings; `target_paths` are their arrays.
         target_paths: paths of the arrays of its targets; empty when it reads none.
         on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
         dice: how many random numbers in 0..1 a sample brings, for draws on the batch's device (mix.py).
@@ -66,11 +71,20 @@ class DrawnDataset(Dataset[Batch], ABC):
     records: RecordSource | None = None
     shard_records: int | None = None
     remote: bool = False
+    heads: tuple[str, ...] = ()
     target_paths: tuple[str, ...] = ()
 
-    def __init__(self, size: Size, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        size: Size,
+        augmentation: Augmentation,
+        tasks: Sequence[str] = (SEGMENTATION,),
+        depth_zoom: DepthZoom = "none",
+    ) -> None:
         self.size = size
         self.augmentation = augmentation
+        self.tasks = tuple(tasks)
+        self.depth_zoom = depth_zoom
         self.on_device: DeviceTargets | None = None
         self.dice = 0
         self.mapped: tuple[ClassList, npt.NDArray[np.uint8]] | None = None
@@ -92,7 +106,7 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     @property
     def labelled(self) -> Sequence[int]:
-        """The samples of `indices` whose labels are used."""
+        """The samples of `indices` with a label of a task that is used."""
         return self.indices
 
     @property
@@ -134,6 +148,8 @@ class DrawnDataset(Dataset[Batch], ABC):
 
     def _own_labels(self) -> Iterator[npt.NDArray[np.uint8]]:
         assert self.split is not None
+        if SEGMENTATION not in self.tasks:
+            return iter(())
         labels = prefetch(self.split.label, self.labelled, threads=2, ahead=8)
         return (label for label in labels if label is not None)
 
@@ -154,6 +170,8 @@ class DrawnDataset(Dataset[Batch], ABC):
             "pixels": ((*self.size, 3), torch.uint8),
             f"labels/{SEGMENTATION}": (self.size, torch.uint8),
         }
+        if DEPTH in self.tasks:
+            fields[f"labels/{DEPTH}"] = (self.size, torch.float32)
         return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
@@ -193,8 +211,7 @@ class LabelledDataset(DrawnDataset):
 
     Args:
         part: which samples of the split; default all.
-        depth: what a zoom does to labels of depth, which samples then bring too: `divide` divides the metres by it,
-            `keep` (and `none`, without a zoom) leaves them. None draws no depth.
+        tasks, depth_zoom: as of `DrawnDataset`; a sample without a label of any of the tasks is left out.
     """
 
     def __init__(
@@ -204,21 +221,17 @@ class LabelledDataset(DrawnDataset):
         augmentation: Augmentation | None = None,
         *,
         part: Part | None = None,
-        depth: Literal["none", "divide", "keep"] | None = None,
+        tasks: Sequence[str] = (SEGMENTATION,),
+        depth_zoom: DepthZoom = "none",
     ) -> None:
-        super().__init__(size, Augmentation() if augmentation is None else augmentation)
+        super().__init__(size, Augmentation() if augmentation is None else augmentation, tasks, depth_zoom)
         self.split: Split = split
         used = (Part() if part is None else part).choose(split.ids)
-        self.depth = depth
-        tasks = (SEGMENTATION,) if depth is None else (SEGMENTATION, DEPTH)
         self.indices = [
             index
             for index in used.samples
             if any(split.has_label(index, task) for task in tasks) and index in used.labelled
         ]
-
-    def fields(self) -> dict[str, Field]:
-        return super().fields() | ({} if self.depth is None else {f"labels/{DEPTH}": (self.size, torch.float32)})
 
     @property
     def own_classes(self) -> ClassList:
@@ -233,11 +246,12 @@ class LabelledDataset(DrawnDataset):
 
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
         source = self.indices[index]
-        image, label = self.split.image(source), self.split.label(source)
+        image = self.split.image(source)
+        label = self.split.label(source) if SEGMENTATION in self.tasks else None
         window, flip = self._window(rng, *image.shape[:2])
         render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
         if out.depth is not None:
-            zoom = zoom_of(window, (image.shape[0], image.shape[1])) if self.depth == "divide" else 1.0
+            zoom = zoom_of(window, (image.shape[0], image.shape[1])) if self.depth_zoom == "divide" else 1.0
             metres = self.split.label(source, "depth")
             render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)

@@ -1,4 +1,4 @@
-"""CutMix and ClassMix: parts of one sample of a batch pasted into its neighbour, pixels and labels alike.
+"""CutMix and ClassMix: parts of one sample of a batch pasted into its neighbour, pixels and labels of all tasks alike.
 
 Rows 2n and 2n + 1 of a batch are neighbours, so that processes which share a batch paste as one would. Where a pixel
 was pasted, the neighbour's target teaches (`Batch.own`): targets move as pixels do.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.distill import SEGMENTATION, Batch
+from kdcache.distill import Batch
 from kdcache.distill.batch import neighbours
 from kdcache.errors import RecipeError
 
@@ -67,8 +67,8 @@ class Mix:
             pasted_BHW = _classes(dice_BN[:, 1:], other_BHW)
         own_BHW = ~(pasted_BHW & (dice_BN[:, 0] < self._share)[:, None, None])
         pixels = torch.where(own_BHW[..., None], batch.pixels, neighbours(batch.pixels))
-        label_BHW = torch.where(own_BHW, batch.label, other_BHW)
-        return replace(batch, pixels=pixels, labels={**batch.labels, SEGMENTATION: label_BHW}, own=own_BHW)
+        labels = {task: torch.where(own_BHW, label, neighbours(label)) for task, label in batch.labels.items()}
+        return replace(batch, pixels=pixels, labels=labels, own=own_BHW)
 
 
 def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:

@@ -94,7 +94,7 @@ def _keep_on_device(
         )
     if needed > half or not needed:
         return False
-    dataset.on_device = DeviceTargets.load(cache, device)
+    dataset.on_device = DeviceTargets.load(cache, device, dataset.heads)
     note(f"resident: {_gib(needed)} of decoded targets are kept on the GPU (half of free: {_gib(half)})")
     return True
 

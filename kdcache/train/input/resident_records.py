@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kdcache.data import prefetch
-from kdcache.distill import SEGMENTATION, Target
+from kdcache.distill import Batch, Target
 from kdcache.store import Cache
 from kdcache.train.input.batch import Array
 
 TARGET_PARTS = ("values", "indices", "tail")
 """Parts of a target, in their order; the last two are absent from a dense one."""
 PIXEL_PATHS = ("pixels/image", "labels/segmentation")
+DEPTH_PATH = "labels/depth"
 
 
 class RecordSource(Protocol):
@@ -78,19 +79,25 @@ class DeviceTargets:
         return DeviceTargets, ()
 
     @classmethod
-    def load(cls, cache: Cache, device: torch.device, *, threads: int = 2) -> "DeviceTargets":
-        """Read every target of a store. Raises: KDCacheError of a record that cannot be read."""
-        paths = target_paths(cache)
-        specs = {name: cache.specs[path] for name, path in paths.items()}
-        parts = {
-            name: torch.empty((len(cache), *spec.shape), dtype=getattr(torch, spec.dtype), device=device)
-            for name, spec in specs.items()
+    def load(
+        cls, cache: Cache, device: torch.device, heads: Sequence[str] | None = None, *, threads: int = 2
+    ) -> "DeviceTargets":
+        """Read the targets of all records of a store.
+
+        Args:
+            heads: of the store; None is all.
+        Raises: KDCacheError of a record that cannot be read.
+        """
+        paths = target_paths(cache, heads)
+        arrays = {
+            path: torch.empty((len(cache), *spec.shape), dtype=getattr(torch, spec.dtype), device=device)
+            for path, spec in ((path, cache.specs[path]) for path in paths)
         }
-        rows = prefetch(lambda n: cache.read(n, tuple(paths.values())), range(len(cache)), threads=threads, ahead=16)
+        rows = prefetch(lambda n: cache.read(n, paths), range(len(cache)), threads=threads, ahead=16)
         for record, row in enumerate(rows):
-            for name, path in paths.items():
-                parts[name][record].copy_(torch.from_numpy(row[path]))
-        return cls({SEGMENTATION: Target(**parts)} if parts else {})
+            for path in paths:
+                arrays[path][record].copy_(torch.from_numpy(row[path]))
+        return cls(Batch.from_dict(arrays).targets)
 
     def empty(self, batch_size: int) -> dict[str, Target]:
         """Allocate memory for the targets of a batch (B, ...), by head."""
@@ -109,10 +116,11 @@ class DeviceTargets:
             torch.index_select(_selectable(part), 0, records_B, out=_selectable(memory))
 
 
-def target_paths(cache: Cache) -> dict[str, str]:
-    """Names of the parts of a store's targets -> paths of their arrays, in their order."""
-    stored = cache.target_paths()
-    return {name: path for name in TARGET_PARTS if (path := f"targets/segmentation/{name}") in stored}
+def target_paths(cache: Cache, heads: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Paths of the arrays that the targets of some heads of a store consist of; None is all heads."""
+    names = cache.manifest.heads if heads is None else heads
+    paths = (f"targets/{head}/{part}" for head in names for part in TARGET_PARTS)
+    return tuple(path for path in paths if path in cache.specs)
 
 
 def decoded_bytes(cache: Cache, paths: Sequence[str]) -> int:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import torch
+import zarr
 from safetensors.torch import save_file
 
-from kdcache.data import Window, render
+from kdcache.data import Window, open_split, render
 from kdcache.errors import ModelError, RecipeError, StoreError
 from kdcache.heads import RegressionHead
 from kdcache.models import build_model
-from kdcache.store import Records, open_cache, verify_files
+from kdcache.store import CopyChanges, Records, copy_store, open_cache, summarise, verify_files
 from kdcache.teacher import build_cache, compare_teacher, load_like, load_teachers, score_cache
+from kdcache.teacher.build.manifest import plan_manifest
+from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.reuse import options_of
 
 SIZE = (32, 48)
@@ -216,3 +225,141 @@ def test_features_alone_train_a_student(tmp_path, split, options, teacher) -> No
     config = TrainConfig.model_validate({**settings, "method": "none", "term": ["hint"], "ce_weight": 0.0})
     result = train(config, tmp_path / "run")
     assert result["iterations"] == 2
+
+
+DEPTHS = "scenes:32x48,train=5,val=2,depth=sparse,tasks=halves"
+CROPS = {"size": (48, 72), "crop": SIZE, "views": 2, "view_scale": (0.5, 1.5)}
+ZOOMS: dict[str, dict] = {
+    "whole": {"views": 3},
+    "divided": {"views": 3, "view_scale": (1.0, 2.5), "depth_zoom": "divide"},
+    "kept": {"views": 3, "view_scale": (1.0, 2.5), "depth_zoom": "keep"},
+    "crops": {**CROPS, "depth_zoom": "divide"},
+}
+
+
+def zoom_of_record(cache, record: int) -> float:
+    """How many times larger than in the whole image things are."""
+    row = cache.read(record, ["records/window"])["records/window"]
+    shown = (row[2] - row[0]) * (row[3] - row[1])
+    return math.sqrt(32 * 48 / shown * (4 / 9 if cache.manifest.view.kind == "crop" else 1))
+
+
+@pytest.mark.parametrize("way", ZOOMS)
+def test_labels_of_depth_are_stored(tmp_path, options, origins, way) -> None:
+    """Also of a teacher of classes alone: the store stands for its data set."""
+    split = open_split(DEPTHS, "train")
+    teacher = load_teachers([origins["classes"]], split.classes)
+    build_cache(split, teacher, tmp_path / "store", options(**ZOOMS[way]))
+    cache = open_cache(tmp_path / "store")
+    manifest, views = cache.manifest, cache.manifest.view.views_per_sample
+    how = {"whole": "none", "kept": "keep"}.get(way, "divide")
+    assert (manifest.version, manifest.depth.labelled, manifest.depth.zoom) == (2, 2, how)
+    assert manifest.dataset.labelled == 3
+    assert manifest.view.drawn.scale == ((1.0, 1.0) if way == "whole" else ZOOMS[way]["view_scale"])
+    assert cache.has_depth.tolist() == [not flag for flag in cache.has_label]
+    counted = 0
+    for record in range(len(cache)):
+        label = Records(cache).label(record, "depth")
+        assert (label.shape, label.dtype) == (SIZE, np.float32)
+        metres = split.label(record // views, "depth")
+        known = label[np.isfinite(label)].astype(np.float64)
+        if metres is None:
+            assert len(known) == 0
+            continue
+        counted += len(known)
+        zoom = 1.0 if how != "divide" else zoom_of_record(cache, record)
+        values = metres[np.isfinite(metres)].astype(np.float64)
+        nearest = values[np.abs(known[:, None] * zoom - values).argmin(1)] if len(known) else known
+        np.testing.assert_allclose(known * zoom, nearest, rtol=1e-6)
+    assert counted > 100
+    assert verify_files(tmp_path / "store").damaged == []
+    # The data set renders the same, and a store of its pixels' source is asked for it.
+    build_cache(split, teacher, tmp_path / "source", options(**ZOOMS[way], pixels="source"))
+    other = Records.open(tmp_path / "source", DEPTHS)
+    assert "labels/depth" not in other.cache.specs
+    assert (other.cache.manifest.depth, other.cache.has_depth.tolist()) == (manifest.depth, cache.has_depth.tolist())
+    for record in range(len(cache)):
+        np.testing.assert_array_equal(other.label(record, "depth"), Records(cache).label(record, "depth"))
+
+
+def test_copies_and_extended_stores_have_the_labels_of_depth(tmp_path, options, origins) -> None:
+    split = open_split(DEPTHS, "train")
+    teacher = load_teachers([origins["both"]], split.classes)
+    build_cache(split, teacher, tmp_path / "old", options(**ZOOMS["divided"]))
+    old = open_cache(tmp_path / "old")
+    numbers = [0, 1, 3]
+    copy_store(old, tmp_path / "part", CopyChanges(samples=numbers, codec="small", shard_records=4))
+    part = open_cache(tmp_path / "part")
+    assert part.manifest.depth.labelled == int(old.has_depth[numbers].sum()) == 2
+    assert part.manifest.dataset.labelled == 1
+    for place, number in enumerate(numbers):
+        for view in range(3):
+            mine, its = part.manifest.record(place, view), old.manifest.record(number, view)
+            for path in ("labels/depth", "targets/depth/values"):
+                np.testing.assert_array_equal(part.read(mine, [path])[path], old.read(its, [path])[path])
+    none = [number for number in range(5) if not old.has_depth[number]]
+    copy_store(old, tmp_path / "none", CopyChanges(samples=none))
+    assert "labels/depth" not in open_cache(tmp_path / "none").specs
+    copy_store(old, tmp_path / "bare", CopyChanges(pixels="source"))
+    bare = open_cache(tmp_path / "bare")
+    assert "labels/depth" not in bare.specs
+    assert bare.manifest.depth == old.manifest.depth
+    chosen = options_of(bare.manifest, pixels="stored", views=4, fidelity=False)
+    assert build_cache(split, teacher, tmp_path / "new", chosen, reuse=bare).reused == len(old)
+    new = open_cache(tmp_path / "new")
+    assert new.manifest.depth == old.manifest.depth
+    for record in range(len(old)):
+        mine = new.manifest.record(*divmod(record, 3))
+        np.testing.assert_array_equal(Records(new).label(mine, "depth"), Records(old).label(record, "depth"))
+    facts = dict(summarise(old).facts())
+    assert facts["depth"] == "labels of 2 samples in metres, stored, divided by the zoom of each view"
+
+
+def test_a_zoom_and_metres_want_a_rule(tmp_path, split, options, origins) -> None:
+    both, classes = (load_teachers([origins[name]], split.classes) for name in ("both", "classes"))
+    zoomed = {"views": 2, "view_scale": (1.0, 2.0)}
+    for teacher, data in ((both, split), (classes, open_split(DEPTHS, "train"))):
+        with pytest.raises(RecipeError, match="--depth-zoom divide, or keep"):
+            build_cache(data, teacher, tmp_path / "store", options(**zoomed))
+        manifest = plan_manifest(TeacherProbe(data, teacher, options(views=2)))
+        assert manifest.view.drawn.scale == (1.0, 1.0)
+        kept = plan_manifest(TeacherProbe(data, teacher, options(**zoomed, depth_zoom="keep")))
+        assert kept.depth.zoom == "keep"
+    with pytest.raises(RecipeError, match="no labels of depth and no stored head in metres"):
+        build_cache(split, both, tmp_path / "store", options(**zoomed, depth_zoom="keep", heads=("segmentation",)))
+    manifest = plan_manifest(TeacherProbe(split, both, options(views=2, heads=("segmentation",))))
+    assert (manifest.version, manifest.depth, manifest.view.drawn.scale) == (1, None, (1.0, 2.0))
+    assert "depth" not in manifest.to_json()
+    assert not (tmp_path / "store").exists()
+
+
+def test_zarr_libraries_read_depth_by_the_document_alone(tmp_path, options, origins) -> None:
+    """Head and labels, and docs/format.md's own reader; NaN is unknown."""
+    split = open_split(DEPTHS, "train")
+    teacher = load_teachers([origins["both"]], split.classes)
+    build_cache(split, teacher, tmp_path / "store", options(views=2))
+    cache = open_cache(tmp_path / "store")
+    about = json.loads((tmp_path / "store" / "zarr.json").read_bytes())["attributes"]["kdcache"]
+    head = about["heads"]["depth"]
+    assert (head["kind"], head["unit"], head["parameterisation"]) == ("regression", "m", "exp")
+    shape = (about["records"], head["channels"], *head["size"])
+    paths = {"targets/depth/values": shape, "labels/depth": (about["records"], *about["view"]["size"])}
+    group = zarr.open_group(tmp_path / "store", mode="r")
+    for path, wanted_shape in paths.items():
+        wanted = np.stack([cache.read(record, [path])[path] for record in range(len(cache))])
+        assert wanted.shape == wanted_shape
+        place = {"driver": "file", "path": str(tmp_path / "store" / path)}
+        other = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result().read().result()
+        for rows in (np.asarray(group[path][:]), other):
+            assert rows.dtype == wanted.dtype
+            assert rows.tobytes() == wanted.tobytes()
+    labelled = np.asarray(group["records/labelled"][:])
+    known = np.isfinite(np.asarray(group["labels/depth"][:])).any((1, 2))
+    assert np.array_equal(labelled & 2 != 0, known)
+    document = Path(__file__).parents[3] / "docs" / "format.md"
+    script = re.search(r"<!-- reader -->\n```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    assert script is not None
+    (tmp_path / "reader.py").write_text(script[1], encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "store"), "3", "depth"]
+    printed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    np.testing.assert_array_equal(np.float32(printed), Records(cache).target(3, "depth")["values"].astype(np.float32))

@@ -48,6 +48,20 @@ def test_pixels_labels_and_owners_agree(text: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip((mixed, mixed_label, own), again, strict=True))
 
 
+def test_labels_of_depth_are_pasted_alike() -> None:
+    mix = Mix("classmix")
+    pixels, label = batch()
+    metres = torch.where(torch.rand(B, H, W) < 0.5, torch.nan, pixels[..., 0].float())
+    mixed = mix(Batch(pixels=pixels, labels={SEGMENTATION: label, "depth": metres}, dice=dice(mix)))
+    assert mixed.pixels is not None
+    assert mixed.own is not None
+    depth = mixed.labels["depth"]
+    known = torch.where(mixed.own, metres.isfinite(), metres.isfinite()[torch.arange(B) ^ 1])
+    assert torch.equal(depth.isfinite(), known)
+    assert torch.equal(depth[known], mixed.pixels[..., 0].float()[known])
+    assert not mixed.own.all()
+
+
 def test_a_box_is_pasted_whose_area_is_uniform() -> None:
     mix = Mix("cutmix")
     pixels, label = batch()
