@@ -143,6 +143,18 @@ class ConfidenceCounts:
             total_precision=_ratio(right_C.sum(), labelled_C.sum()),
         )
 
+    def threshold_keeping(self, share: float) -> float:
+        """The largest threshold, one for all classes, that keeps at least `share` of all pixels; 1 without pixels."""
+        kept_V = self.predicted_CV.sum(0)[::-1].cumsum()[::-1]
+        enough_V = (kept_V >= share * kept_V[0]) & (kept_V > 0)
+        return float(VALUES_V[np.flatnonzero(enough_V)[-1]]) if enough_V.any() else 1.0
+
+    @property
+    def highest(self) -> float:
+        """The largest confidence of any pixel; 0 without pixels."""
+        values = VALUES_V[self.predicted_CV.any(0)]
+        return float(values[-1]) if len(values) else 0.0
+
     def quantile_thresholds(self, share: float) -> tuple[float, ...]:
         """The largest threshold per class that keeps at least `share` of its pixels; equal confidences go together.
 

@@ -2,6 +2,7 @@
 
     recipe.py     reading recipe files
     recipes/      the recipes that are shipped
+    data.py       whether the data of streams go together
     plan.py       from a recipe to jobs: commands, what each makes, what it needs
     run.py        doing the jobs: one by one, side by side, or shared out by torchrun
     summary.py    each run's best iteration and scores, fold by fold
@@ -10,8 +11,9 @@ A job is a command of `kdcache`, so that a sweep does nothing that its user coul
 is the caller's choice.
 """
 
+from kdcache.sweep.data import check_data
 from kdcache.sweep.plan import Job, Sweep, plan_sweep
 from kdcache.sweep.recipe import Recipe, list_recipes, read_recipe
 from kdcache.sweep.run import Watcher, run_jobs
 
-__all__ = ["Job", "Recipe", "Sweep", "Watcher", "list_recipes", "plan_sweep", "read_recipe", "run_jobs"]
+__all__ = ["Job", "Recipe", "Sweep", "Watcher", "check_data", "list_recipes", "plan_sweep", "read_recipe", "run_jobs"]

@@ -1,7 +1,7 @@
 """From a recipe to jobs: the commands of a sweep, what each of them makes and what it needs.
 
-OUT/teachers/teacher[-fold0]       one per fold, or none when the recipe names a teacher that exists
-OUT/stores/store[-fold0].zarr      their targets
+OUT/teachers/teacher[-fold0]       one per fold, or none when the recipe names a teacher that exists; others by name
+OUT/stores/store[-fold0].zarr      their targets; STREAM.zarr and STREAM-NAME.zarr of a stream's data
 OUT/runs/ARM[-fold0][-seed1]       the students
 OUT/comparison.md .csv .json       the table; kd_comparison_results.txt is its short form
 OUT/pictures/                      best and worst images, confusion, curves; all arms side by side
@@ -10,7 +10,7 @@ OUT/report.html                    all of it on one page
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from kdcache.data import check_folds_by, parse_fold
 from kdcache.errors import RecipeError
 from kdcache.run_folder import RESULT
 from kdcache.settings.shared import ImageSettings
-from kdcache.settings.streams import term_line, to_line
+from kdcache.settings.streams import parse_stream, term_line, to_line
 from kdcache.settings.training import TrainSettings
-from kdcache.sweep.recipe import Arm, Flags, Recipe, check_names
+from kdcache.sweep.recipe import STORE, TEACHER, Arm, Flags, Recipe, check_names, unknown
 
 Known = Mapping[str, set[str]]
 """Verb -> names of its flags, without dashes."""
@@ -31,6 +31,8 @@ OWN = {
     "build-teacher-cache": {"data", "split", "out", "teacher"},
 }
 """Flags that a sweep gives by itself."""
+_OF_LABELS = ("name", "data", "split", "class_map")
+"""Keys of a stream that say whose labels it has: those that a teacher's training takes over."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,32 @@ class Sweep:
     Attributes:
         jobs: in an order in which none comes before what it needs.
         runs: arm -> its runs' folders.
+        data: what is judged on, and learnt from where there are no streams.
+        sources: data of streams by name.
     """
 
     recipe: Recipe
     out: Path
     jobs: tuple[Job, ...]
     runs: Mapping[str, tuple[Path, ...]]
+    data: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan_sweep(recipe: Recipe, data: str | None, out: Path, known: Known) -> Sweep:
+def plan_sweep(
+    recipe: Recipe, data: str | None, out: Path, known: Known, sources: Mapping[str, str] | None = None
+) -> Sweep:
     """Plan all jobs of a recipe.
 
     Args:
-        data: the data folder; default the recipe's own `path`.
+        data: the data folder; default the recipe's own `path`, or `val` of its streams' data.
         known: the flags that recipes may name.
-    Raises: RecipeError for flags that do not exist or are the sweep's own, for arms that need each other, and without
-        data.
+        sources: data of streams by name, in place of the recipe's own.
+    Raises: RecipeError for flags that do not exist or are the sweep's own, for arms that need each other, for stores
+        and teachers that are not there, and without data.
     """
-    data = data or recipe.data.get("path")
+    of_streams = data_of_streams(recipe, sources or {})
+    data = data or recipe.data.get("path") or _validation(recipe, of_streams)
     if data is None:
         layout = recipe.data.get("layout")
         raise RecipeError(
@@ -88,7 +98,38 @@ def plan_sweep(recipe: Recipe, data: str | None, out: Path, known: Known) -> Swe
             remedy="add --data DIR, or try it with --smoke first",
         )
     _check(recipe, known)
-    return _Planner(recipe, data, out).plan()
+    return _Planner(recipe, data, of_streams, out).plan()
+
+
+def data_of_streams(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str]:
+    """The data set of every stream that arms share, by name.
+
+    Args:
+        sources: those that are given in place of the recipe's own.
+    Raises: RecipeError for a stream without data, and for data of a stream that does not exist.
+    """
+    names = [str(table["name"]) for table in recipe.stream]
+    check_names("names before --data NAME=DIR are streams of the recipe, and", sources, names)
+    data = {str(table["name"]): str(table.get("data", "")) for table in recipe.stream} | dict(sources)
+    if missing := [name for name in names if not data[name]]:
+        have = [f"{name} has {folder}" for name, folder in data.items() if folder]
+        raise RecipeError(
+            "every stream of a recipe has a data set",
+            received=f"no data for {' and '.join(missing)} of {recipe.name}" + "".join(f"; {text}" for text in have),
+            remedy=f"add {' '.join(f'--data {name}=DIR' for name in missing)}, or try it with --smoke first",
+        )
+    return data
+
+
+def _validation(recipe: Recipe, data: Mapping[str, str]) -> str | None:
+    """The data that a recipe with streams is judged on: its `val`, or those of the first stream."""
+    if not data:
+        return None
+    text = str(recipe.data.get("val", f"{{{next(iter(data))}}}"))
+    for name in re.findall(r"{([^}]*)}", text):
+        check_names("names in val of [data] are streams of the recipe, and", [name], data)
+        text = text.replace(f"{{{name}}}", data[name])
+    return text
 
 
 def words(flags: Flags) -> Iterator[str]:
@@ -112,8 +153,8 @@ def folder_name(text: str) -> str:
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, data: str, out: Path) -> None:
-        self._recipe, self._data, self._out = recipe, data, out
+    def __init__(self, recipe: Recipe, data: str, of_streams: Mapping[str, str], out: Path) -> None:
+        self._recipe, self._data, self._of_streams, self._out = recipe, data, of_streams, out
         self._split = str(recipe.data.get("split", ImageSettings.split))
         self._val_split = str(recipe.data.get("val-split", TrainSettings.val_split))
         self._folds: list[int | None] = [None] if recipe.folds is None else list(range(recipe.folds))
@@ -122,35 +163,86 @@ class _Planner:
         self._under_way: list[str] = []
 
     def plan(self) -> Sweep:
-        for fold in self._folds:
-            if "spec" not in self._recipe.teacher:
-                self._teacher(fold)
-            self._store(fold)
+        if not self._recipe.stream:  # streams name the stores that they read
+            for fold in self._folds:
+                self._store(STORE, None, fold)
         for arm in self._recipe.arms:
             for fold in self._folds:
                 for seed in self._recipe.seeds:
                     self._run(arm, fold, seed)
         self._show()
-        return Sweep(self._recipe, self._out, tuple(self._jobs), self._runs)
+        return Sweep(self._recipe, self._out, tuple(self._jobs), self._runs, self._data, self._of_streams)
 
     def _add(self, job: Job) -> str:
-        self._jobs.append(job)
+        """Add a job, unless it is planned already; returns its name."""
+        if job.name not in (planned.name for planned in self._jobs):
+            self._jobs.append(job)
         return job.name
 
-    def _teacher(self, fold: int | None) -> None:
-        run = self._teacher_run(fold)
-        flags = {**self._recipe.teacher, **self._judged(fold), "data": self._data, "split": self._split, "out": run}
-        command = ("train-teacher", *words(flags), "--resume")
-        self._add(Job(f"teacher{_of(fold)}", command, run / RESULT))
+    def _teacher(self, name: str, fold: int | None) -> str:
+        """Add the training of a teacher; returns the job's name."""
+        run = self._teacher_run(fold, name)
+        flags = {**self._recipe.teacher, **self._recipe.teachers.get(name, {}), **self._judged(fold), "out": run}
+        streams = [self._table(stream) for stream in flags.pop("stream", ())]
+        if streams:
+            flags |= {"stream": [{key: table[key] for key in _OF_LABELS if key in table} for table in streams]}
+            flags |= {"method": "none", "val": self._data}
+        else:
+            flags |= {"data": self._data, "split": self._split}
+        command = ("train-student" if streams else "train-teacher", *words(flags), "--resume")
+        title = TEACHER if name == TEACHER else f"teacher {name}"
+        return self._add(Job(f"{title}{_of(fold)}", command, run / RESULT))
 
-    def _store(self, fold: int | None) -> None:
-        place = self._place(fold)
-        trained = "spec" not in self._recipe.teacher
-        teacher = self._teacher_run(fold) if trained else self._recipe.teacher["spec"]
-        flags = {**self._recipe.store, "teacher": teacher, "data": self._data, "split": self._split, "out": place}
-        needs = (f"teacher{_of(fold)}",) if trained else ()
+    def _store(self, name: str, stream: str | None, fold: int | None) -> tuple[Path, str]:
+        """Add the building of a store, of a stream's data or of all; returns its folder and the job's name."""
+        flags = {**self._recipe.store, **self._recipe.stores.get(name, {})}
+        named = flags.pop("teacher", f"@{TEACHER}")
+        needs, teachers = list[str](), list[str]()
+        for teacher in named if isinstance(named, list) else [named]:
+            own = str(teacher).removeprefix("@")
+            if own not in (TEACHER, *self._recipe.teachers):
+                raise unknown(f"teachers of [stores.{name}] are tables", own, [TEACHER, *self._recipe.teachers])
+            if "spec" in self._recipe.teacher:
+                teachers.append(str(self._recipe.teacher["spec"]))
+            else:
+                needs.append(self._teacher(own, fold))
+                teachers.append(str(self._teacher_run(fold, own)))
+        place = self._place(fold, name, stream)
+        source = self._table(stream) if stream else {"data": self._data}
+        flags |= {"teacher": teachers if len(teachers) > 1 else teachers[0], "data": source["data"]}
+        flags |= {"split": source.get("split", self._split), "out": place}
+        title = " ".join(filter(None, (STORE, stream, "" if name == STORE else name)))
         command = ("build-teacher-cache", *words(flags))
-        self._add(Job(f"store{_of(fold)}", command, place / "complete.json", needs))
+        return place, self._add(Job(f"{title}{_of(fold)}", command, place / "complete.json", tuple(needs)))
+
+    def _table(self, stream: str) -> dict[str, Any]:
+        """The table of a stream that arms share, with its data and split."""
+        table = next(dict(parse_stream(table)) for table in self._recipe.stream if table["name"] == stream)
+        return {"name": stream, "data": self._of_streams[stream], "split": self._split} | {
+            key: value for key, value in table.items() if key not in ("name", "data")
+        }
+
+    def _streams(self, arm: Arm, fold: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+        """The streams of an arm with their data and stores in place, and the jobs that build those."""
+        tables, needs = [], []
+        for own in arm.flags.get("stream", ()):
+            table = {key: value for key, value in own.items() if value != ""}
+            name, cache = str(table["name"]), str(table.get("cache", ""))
+            if name in self._of_streams:
+                table = {"name": name, "data": self._of_streams[name], "split": self._split} | {
+                    key: value for key, value in table.items() if key not in ("name", "data")
+                }
+            if cache.startswith("@"):
+                store = cache[1:]
+                if store not in (STORE, *self._recipe.stores) or name not in self._of_streams:
+                    raise unknown("'@NAME' of a stream is a store", cache[1:], [STORE, *self._recipe.stores])
+                place, job = self._store(store, name, fold)
+                needs.append(job)
+                table["cache"] = place
+                if {**self._recipe.store, **self._recipe.stores.get(store, {})}.get("pixels") != "source":
+                    table = {key: value for key, value in table.items() if key not in ("data", "split")}
+            tables.append(table)
+        return tables, needs
 
     def _run(self, arm: Arm, fold: int | None, seed: int) -> Path:
         """Add the run of an arm, after the runs that its flags name with '@'; returns its folder."""
@@ -165,7 +257,13 @@ class _Planner:
                 remedy="take one of the '@' values out",
             )
         self._under_way.append(name)
-        flags, needs = {**self._recipe.student, **arm.flags}, [f"store{_of(fold)}"]
+        flags = {**self._recipe.student, **arm.flags}
+        streams, needs = self._streams(arm, fold)
+        if streams:
+            flags["stream"] = streams
+        else:
+            needs.append(f"store{_of(fold)}")
+            flags["cache"] = self._place(fold)
         for key, value in flags.items():
             if isinstance(value, str) and value.startswith("@"):
                 other = self._recipe.arm(value[1:])
@@ -175,7 +273,6 @@ class _Planner:
         flags |= {
             "name": arm.name,
             **self._judged(fold),
-            "cache": self._place(fold),
             "val": self._data,
             "seed": seed,
             "out": run,
@@ -194,6 +291,7 @@ class _Planner:
         tables = {"markdown": "comparison.md", "csv": "comparison.csv", "json": "comparison.json"}
         files = {key: out / name for key, name in (tables | {"text": "kd_comparison_results.txt"}).items()}
         judged = {**where, "teacher": spec or out / "teachers"} | ({"own-fold": True} if folds else {})
+        judged |= {"baseline": self._recipe.show.get("baseline", "")}
         runs = [str(run) for arm in self._recipe.arms for run in self._runs[arm.name]]
         compare = ("compare", *runs, *words({**judged, **files}))
         shown = [str(self._runs[arm.name][0]) for arm in self._recipe.arms]
@@ -213,17 +311,22 @@ class _Planner:
         by = self._recipe.data.get("folds-by", "")
         return {"fold": part, "val-split": self._split, "val-fold": part, "folds-by": by}
 
-    def _teacher_run(self, fold: int | None) -> Path:
-        return self._out / "teachers" / f"teacher{_of(fold, '-')}"
+    def _teacher_run(self, fold: int | None, name: str = TEACHER) -> Path:
+        return self._out / "teachers" / f"{folder_name(name)}{_of(fold, '-')}"
 
-    def _place(self, fold: int | None) -> Path:
-        return self._out / "stores" / f"store{_of(fold, '-')}.zarr"
+    def _place(self, fold: int | None, name: str = STORE, stream: str | None = None) -> Path:
+        of_stream = [stream, *([name] if name != STORE else [])] if stream else [name]
+        return self._out / "stores" / f"{folder_name('-'.join(map(str, of_stream)))}{_of(fold, '-')}.zarr"
 
 
 def _of(fold: int | None, before: str = ", ") -> str:
     if fold is None:
         return ""
     return f"{before}fold{'' if before == '-' else ' '}{fold}"
+
+
+def _without(flags: Flags, *keys: str) -> Flags:
+    return {key: value for key, value in flags.items() if key not in keys}
 
 
 def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
@@ -239,10 +342,17 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
         parse_fold(str(held_out))
     if folds_by := recipe.data.get("folds-by"):  # "" leaves it out
         check_folds_by(str(folds_by), folds=any((folds, held_out)))
-    teacher = {key: value for key, value in recipe.teacher.items() if key != "spec"}
+    if recipe.stream and (folds or held_out):
+        raise RecipeError(
+            "folds are of the data of one stream",
+            received="folds or held-out beside [[stream]]",
+            remedy="leave them out, or give a stream a fold of its own",
+        )
     for table, verb, flags in (
-        ("[teacher]", "train-teacher", teacher),
+        ("[teacher]", "train-teacher", _without(recipe.teacher, "spec", "stream")),
+        *((f"[teachers.{name}]", "train-teacher", _without(own, "seed")) for name, own in recipe.teachers.items()),
         ("[store]", "build-teacher-cache", recipe.store),
+        *((f"[stores.{name}]", "build-teacher-cache", _without(own, TEACHER)) for name, own in recipe.stores.items()),
         ("[student]", "train-student", recipe.student),
         *((f"the arm {arm.name!r}", "train-student", arm.flags) for arm in recipe.arms),
     ):

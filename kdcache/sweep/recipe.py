@@ -6,17 +6,25 @@
 
     [data]                         layout, split, val-split; folds = 2 cross-validates over the split, held-out = "0/5"
                                    leaves a fifth of it out of all trainings, which are validated on it; folds-by =
-                                   "^(.+)_" keeps whole sequences in a fold
-    [teacher]                      flags of train-teacher, or spec = "torchvision:fcn_resnet50@default"
+                                   "^(.+)_" keeps whole sequences in a fold; val = "{NAME} + depth:{NAME}" is judged on
+                                   data of streams
+    [teacher]                      flags of train-teacher, or spec = "torchvision:fcn_resnet50@default"; stream =
+                                   ["NAME"] lets it learn from the labels of those streams
+    [teachers.NAME]                another one, by its difference to [teacher], such as seed = 1
     [store]                        flags of build-teacher-cache
+    [stores.NAME]                  another one, by its difference to [store]; teacher = ["@teacher", "@NAME"]
+    [[stream]]                     a stream of the students' batches: name, data and the keys of --stream
     [student]                      flags of train-student that all arms share
     [[arm]]                        a name and flags of its own; a list of values makes an arm of each
-    [show]                         num: best and worst images of each arm
+    [show]                         num: best and worst images of each arm; baseline: the arm to measure against
     [smoke]                        the same tables, whose keys replace those above with --smoke, those of [[smoke.arm]]
-                                   in the arm of that name
+                                   and [[smoke.stream]] in the one of that name
 
 In a name, {kl-weight} stands for the flag's value. The value "@NAME" of a flag is the run of that arm with the same
 fold and seed, which is trained before. "" leaves a flag out.
+
+A stream's `cache` is "@store", or "@NAME" of [stores.NAME]: a store of that stream's data. An arm changes a stream by
+its name, `stream.kitti.share = [0.25, 0.5]` ({kitti.share} in its own), and leaves it out by `stream.kitti = false`.
 """
 
 import difflib
@@ -29,14 +37,22 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import RecipeError
+from kdcache.settings.streams import parse_stream
 
 Flags = Mapping[str, Any]
 """Flags of a verb without their dashes; a list is a choice, but for `term` and `stream`, lists of tables."""
 
-TABLES = ("data", "teacher", "store", "student", "show")
-_TOP = {"title", "about", "seeds", "arm", "smoke", *TABLES}
-_KEYS = {"data": {"layout", "path", "split", "val-split", "folds", "held-out", "folds-by"}, "show": {"num"}}
+TABLES = ("data", "teacher", "teachers", "store", "stores", "student", "show")
+_NAMED = ("arm", "stream")
+"""Lists of tables with a name."""
+_TOP = {"title", "about", "seeds", "smoke", *_NAMED, *TABLES}
+_KEYS = {
+    "data": {"layout", "path", "split", "val-split", "val", "folds", "held-out", "folds-by"},
+    "show": {"num", "baseline"},
+}
 _REPEATED = ("term", "stream")
+TEACHER, STORE = "teacher", "store"
+"""The names of the teacher and of the store that every recipe has."""
 SMOKE_TITLE = "Smoke run: "
 
 
@@ -54,9 +70,10 @@ class Recipe:
 
     Attributes:
         source: the text it was read from, before `--smoke` and `--set`.
-        data: layout, path, split, val-split, folds, held-out, folds-by. show: num.
-        teacher, store, student: flags of their verbs.
-        arms: every combination of their values, each once.
+        data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline.
+        teacher, store, student: flags of their verbs. teachers, stores: how others differ from them, by name.
+        stream: tables of the streams that arms share, in their order.
+        arms: every combination of their values, each once; `stream` is the list of its streams, where it has any.
         smoke: it was made small by `--smoke`, which its title shows.
     """
 
@@ -70,6 +87,9 @@ class Recipe:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...] = (0,)
     show: Flags = field(default_factory=dict)
+    teachers: Mapping[str, Flags] = field(default_factory=dict)
+    stores: Mapping[str, Flags] = field(default_factory=dict)
+    stream: tuple[Flags, ...] = ()
     smoke: bool = False
 
     @property
@@ -118,11 +138,13 @@ def read_recipe(origin: str, *, smoke: bool = False, changes: Iterable[str] = ()
             )
     for table, keys in _KEYS.items():
         check_names(f"keys of [{table}]", content.get(table, {}), keys)
+    _check_tables(content)
     return Recipe(
         name=Path(origin).stem,
         title=SMOKE_TITLE * smoke + str(content.get("title", Path(origin).stem)),
         about=str(content.get("about", "")),
         arms=tuple(_arms(content)),
+        stream=tuple(content.get("stream", ())),
         seeds=_seeds(content.get("seeds", [0])),
         smoke=smoke,
         **{table: content.get(table, {}) for table in TABLES},
@@ -171,29 +193,31 @@ def _replaced(content: dict[str, Any], smoke: dict[str, Any]) -> dict[str, Any]:
     """The content with tables merged key by key, but for the teacher, whose table is replaced as a whole."""
     merged = dict(content)
     for key, value in smoke.items():
-        if key == "arm":
-            merged[key] = _replaced_arms(content.get(key, []), value)
+        if key in _NAMED:
+            merged[key] = _replaced_named(key, content.get(key, []), value)
             continue
         whole = key == "teacher" or not isinstance(value, dict)
         merged[key] = value if whole else {**content.get(key, {}), **value}
     return merged
 
 
-def _replaced_arms(arms: Any, smoke: Any) -> list[dict[str, Any]]:
-    """The arms in their order, each with the keys of the small one of its name."""
-    _check_arms(arms)
-    _check_arms(smoke)
-    small = {str(arm["name"]): arm for arm in smoke}
-    check_names("names of [[smoke.arm]]", small, [str(arm["name"]) for arm in arms])
-    return [{**arm, **small.get(str(arm["name"]), {})} for arm in arms]
+def _replaced_named(kind: str, tables: Any, smoke: Any) -> list[dict[str, Any]]:
+    """The arms or streams in their order, each with the keys of the small one of its name."""
+    _check_named(kind, tables)
+    _check_named(kind, smoke)
+    small = {str(table["name"]): table for table in smoke}
+    check_names(f"names of [[smoke.{kind}]]", small, [str(table["name"]) for table in tables])
+    return [{**table, **small.get(str(table["name"]), {})} for table in tables]
 
 
 def _change(content: dict[str, Any], text: str) -> None:
     where, equals, value = text.partition("=")
     table, _, key = where.strip().rpartition(".")
-    if not equals or not key or (table and table not in TABLES):
+    first, _, name = table.partition(".")
+    nested = first in ("stream", "teachers", "stores")
+    if not equals or not key or (table and first not in (*TABLES, "stream")) or bool(name) != nested:
         raise RecipeError(
-            "--set is TABLE.KEY=VALUE, or seeds=[0, 1]",
+            "--set is TABLE.KEY=VALUE, stream.NAME.KEY=VALUE, or seeds=[0, 1]",
             received=repr(text),
             remedy=f"the tables are {', '.join(TABLES)}; for instance --set student.iterations=1000",
         )
@@ -201,7 +225,12 @@ def _change(content: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
-    if table:
+    if first == "stream":
+        content[first] = _replaced_named(first, content.get(first, []), [{"name": name, key: parsed}])
+    elif nested:
+        tables = content.get(first, {})
+        content[first] = {**tables, name: {**tables.get(name, {}), key: parsed}}
+    elif table:
         content[table] = {**content.get(table, {}), key: parsed}
     else:
         check_names("keys of --set without a table", [key], ["seeds"])
@@ -210,16 +239,20 @@ def _change(content: dict[str, Any], text: str) -> None:
 
 def _arms(content: dict[str, Any]) -> Iterator[Arm]:
     tables = content.get("arm", [])
-    _check_arms(tables)
+    _check_named("arm", tables)
     seen: set[str] = set()
     for table in tables:
-        flags = {key: value for key, value in table.items() if key != "name"}
-        shared = {key: value for key, value in content.get("student", {}).items() if key not in flags}
-        both = {**shared, **flags}
-        axes = {key: value for key, value in both.items() if isinstance(value, list) and key not in _REPEATED}
+        own = {key: value for key, value in table.items() if key not in ("name", "stream")}
+        shared = {key: value for key, value in content.get("student", {}).items() if key not in own}
+        both = {**shared, **own, **_stream_changes(table)}
+        axes = {key: value for key, value in both.items() if isinstance(value, list) and not _is_repeated(key)}
         for values in product(*axes.values()):
             choice = dict(zip(axes, values, strict=True))
-            arm = Arm(_name(str(table["name"]), {**both, **choice}, choice), {**flags, **choice})
+            flags = {key: value for key, value in {**own, **choice}.items() if not _of_stream(key)}
+            changes = {key: value for key, value in {**both, **choice}.items() if _of_stream(key)}
+            if streams := _streams(table, content.get("stream", []), changes):
+                flags["stream"] = streams
+            arm = Arm(_name(str(table["name"]), {**both, **choice}, choice), flags)
             if arm.name in seen:
                 raise RecipeError(
                     "arms have names of their own",
@@ -230,11 +263,70 @@ def _arms(content: dict[str, Any]) -> Iterator[Arm]:
             yield arm
 
 
-def _check_arms(arms: Any) -> None:
-    if not isinstance(arms, list) or not arms or not all(isinstance(arm, dict) and "name" in arm for arm in arms):
+def _is_repeated(key: str) -> bool:
+    return key.rpartition(".")[2] in _REPEATED
+
+
+def _of_stream(key: str) -> bool:
+    """Whether a key is that of a stream, `kitti.share`: flags have no dots."""
+    return "." in key
+
+
+def _stream_changes(arm: Flags) -> dict[str, Any]:
+    """What an arm changes in streams, as `kitti.share`; `kitti.` is False for one that it leaves out."""
+    changes = arm.get("stream", {})
+    if isinstance(changes, list):
+        return {}
+    if not isinstance(changes, dict) or not all(own is False or isinstance(own, dict) for own in changes.values()):
         raise RecipeError(
-            "a recipe has [[arm]] tables with a name", received=repr(arms)[:80], remedy="add [[arm]] and name = ..."
+            "an arm changes streams by their names, or has tables of its own",
+            received=f"stream = {changes!r} of the arm {arm['name']!r}",
+            remedy="write stream.NAME.share = 0.5, or stream.NAME = false to leave it out",
         )
+    flat: dict[str, Any] = {}
+    for name, own in changes.items():
+        flat |= {f"{name}.": False} if own is False else {f"{name}.{key}": value for key, value in own.items()}
+    return flat
+
+
+def _streams(arm: Flags, shared: list[dict[str, Any]], changes: Flags) -> list[dict[str, Any]]:
+    """The streams of an arm: its own tables, or those that arms share with its changes. Raises: RecipeError."""
+    if isinstance(arm.get("stream"), list):
+        return list(arm["stream"])
+    by_name = {str(table["name"]): dict(table) for table in shared}
+    for key, value in changes.items():
+        name, _, option = key.partition(".")
+        check_names(f"streams of the arm {arm['name']!r}", [name], by_name or ["none: the recipe has no [[stream]]"])
+        by_name[name][option] = value
+    streams = [table for table in by_name.values() if table.pop("", True)]
+    return [dict(parse_stream(table)) for table in streams]
+
+
+def _check_named(kind: str, tables: Any) -> None:
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) and "name" in t for t in tables):
+        raise RecipeError(
+            f"a recipe has [[{kind}]] tables with a name",
+            received=repr(tables)[:80],
+            remedy=f"add [[{kind}]] and name = ...",
+        )
+
+
+def _check_tables(content: dict[str, Any]) -> None:
+    """Check the streams, and the tables of further teachers and stores. Raises: RecipeError."""
+    if "stream" in content:
+        _check_named("stream", content["stream"])
+        for table in content["stream"]:
+            parse_stream(table)
+    names = [str(table["name"]) for table in content.get("stream", [])]
+    check_names("streams of [teacher]", content.get(TEACHER, {}).get("stream", []), names or ["no [[stream]]"])
+    for kind, first in (("teachers", TEACHER), ("stores", STORE)):
+        for name, table in content.get(kind, {}).items():
+            if not isinstance(table, dict) or name == first:
+                raise RecipeError(
+                    f"[{kind}.NAME] is a table, and {first} the name of [{first}]",
+                    received=f"{kind}.{name} = {table!r}",
+                    remedy=f"write the keys in which it differs from [{first}] below [{kind}.another]",
+                )
 
 
 def _name(template: str, flags: Flags, choice: Flags) -> str:

@@ -9,6 +9,7 @@
     criterion.py     the loss that the settings describe
     class_trust.py   a weight per class of the teacher, by how far it beats a plain run
     held_out.py      whether the teacher has seen the fold or the labels that a run goes without
+    pseudo_labels.py  how many pixels of a teacher a threshold keeps
     trainer.py       the loop
     depth_validation.py  metrics of a depth head
     distributed.py   the processes of torchrun, and what they agree on

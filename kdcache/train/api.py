@@ -27,6 +27,7 @@ from kdcache.train.input.residency import keep_records
 from kdcache.train.input.sampler import choose_labelled_share, choose_shuffle
 from kdcache.train.input.shard_prefetch import check_room
 from kdcache.train.input.streams import StreamDraws, stream_seed
+from kdcache.train.pseudo_labels import pseudo_notes
 from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
 from kdcache.train.run.folder import check_folder, hold_folder, identity_of, write_beginning
 from kdcache.train.run.lock import RunLock
@@ -90,6 +91,7 @@ def make_trainer(
         for source in sources:
             with source.named():
                 _note_all(_check_seen(source), source.note(observer.note))
+                _note_all(pseudo_notes(source.config, source.cache), source.note(observer.note))
         val = open_validation(config) if config.stream else None
         classes = share_classes(sources, None if val is None else val.classes)
         config = _resolve(config, sources, observer)

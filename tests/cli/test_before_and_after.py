@@ -77,7 +77,7 @@ def test_a_report_from_the_data_set(world, cli) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("rule", [("--threshold", "0.3"), ("--quantile", "0.5")])
+@pytest.mark.parametrize("rule", [("--threshold", "0.15"), ("--quantile", "0.5")])
 def test_pseudo_labels(world, cli, tree, rule) -> None:
     words = (*PSEUDO.format(w=world).split(), *rule, "--images", "--json", world / "kept.json")
     told = cli(*words)

@@ -112,6 +112,7 @@ def test_a_dry_run_shows_commands_and_makes_nothing(cli, tmp_path: Path) -> None
         (("voc-compare", "--smoke", "--out", "OUT", "--set", "student.itertions=1"), "did you mean iterations"),
         (("voc-compare", "--smoke", "--out", "OUT", "--set", "nonsense"), "TABLE.KEY=VALUE"),
         (("voc-compare", "--smoke", "--out", "OUT", "--seeds", "a"), "--seeds"),
+        (("voc-compare", "--data", "a", "--data", "b", "--out", "OUT"), "leave one of them out"),
         (("voc-compare", "--data", "NOWHERE", "--out", "OUT"), "NOWHERE"),
     ],
 )

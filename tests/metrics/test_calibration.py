@@ -136,3 +136,13 @@ def test_a_share_that_is_reached_exactly_is_enough() -> None:
     counts = ConfidenceCounts(1)
     counts.update(torch.zeros(4, dtype=torch.uint8), torch.from_numpy(confidence), None)
     assert [counts.quantile_thresholds(share) for share in (0.25, 0.5, 0.75, 1.0)] == [(1.0,), (0.75,), (0.5,), (0.25,)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_one_threshold_keeps_a_share_of_all_pixels(share) -> None:
+    predicted, confidence, label = draw(5)
+    counts = counted(predicted, confidence, label)
+    ranked = np.sort(confidence)[::-1]
+    assert counts.threshold_keeping(share) == ranked[int(np.ceil(share * len(ranked))) - 1]
+    assert counts.highest == confidence.max()
+    assert (ConfidenceCounts(CLASSES).threshold_keeping(share), ConfidenceCounts(CLASSES).highest) == (1.0, 0.0)

@@ -40,7 +40,8 @@ def value(command: tuple[str, ...], flag: str) -> str:
 def test_each_job_comes_after_what_it_needs() -> None:
     for name in list_recipes():
         for smoke in (False, True):
-            sweep = plan_sweep(read_recipe(name, smoke=smoke), "scenes", Path("out"), KNOWN)
+            read = read_recipe(name, smoke=smoke)
+            sweep = plan_sweep(read, "scenes", Path("out"), KNOWN, {table["name"]: "DIR" for table in read.stream})
             seen = set[str]()
             for job in sweep.jobs:
                 assert set(job.needs) <= seen, job
@@ -49,6 +50,78 @@ def test_each_job_comes_after_what_it_needs() -> None:
             assert [job.words[0] for job in sweep.jobs[-3:]] == ["compare", "visualise", "report"]
             done = [job.done for job in sweep.jobs if job.done is not None]
             assert len(set(done)) == len(done)
+
+
+HYDRA = replace(
+    RECIPE,
+    teacher={"model": "kdcache:base", "stream": ["city"]},
+    teachers={"second": {"seed": 1}},
+    stores={"both": {"teacher": ["@teacher", "@second"]}, "mirrored": {"tta": "flip"}},
+    stream=({"name": "city", "data": "CITY", "class-map": "c.txt"}, {"name": "far", "cache": "@store", "share": 0.5}),
+    data={"val": "{city} + depth:{far}"},
+    show={"baseline": "plain"},
+    arms=(
+        Arm("plain", {"stream": [{"name": "city", "class_map": "c.txt"}]}),
+        Arm("far", {"stream": [{"name": "city"}, {"name": "far", "cache": "@store", "share": 0.25}]}),
+        Arm("two", {"stream": [{"name": "far", "cache": "@both"}]}),
+        Arm("flipped", {"stream": [{"name": "far", "cache": "@mirrored"}]}),
+    ),
+)
+
+
+def hydra(**changes: Any) -> Sweep:
+    return plan_sweep(replace(HYDRA, **changes), None, Path("out"), KNOWN, {"far": "FAR"})
+
+
+def test_streams_have_their_data_stores_and_teachers() -> None:
+    sweep = hydra()
+    names = [job.name for job in sweep.jobs]
+    assert names[:-3] == [
+        *("plain", "teacher", "store far", "far", "teacher second", "store far both", "two"),
+        *("store far mirrored", "flipped"),
+    ]
+    jobs = {job.name: job for job in sweep.jobs}
+    assert value(jobs["teacher"].words, "--stream") == "city,data=CITY,split=train,class-map=c.txt"
+    assert value(jobs["teacher second"].words, "--seed") == "1"
+    judged = "CITY + depth:FAR"
+    for job in sweep.jobs:
+        if job.words[0].startswith("train-"):
+            assert value(job.words, "--val") == judged
+        elif job.words[0].startswith("build-"):
+            assert value(job.words, "--data") == "FAR"
+            teachers = [job.words[at + 1] for at, word in enumerate(job.words) if word == "--teacher"]
+            assert teachers == ["out/teachers/teacher", "out/teachers/second"][: len(teachers)]
+            assert len(teachers) == 1 + job.name.endswith("both")
+        else:
+            assert value(job.words, "--data") == judged
+    streams = [word for at, word in enumerate(jobs["far"].words) if jobs["far"].words[at - 1] == "--stream"]
+    assert streams == ["city,data=CITY,split=train", "far,cache=out/stores/far.zarr,share=0.25"]
+    assert "--cache" not in jobs["far"].words
+    assert value(jobs["two"].words, "--stream") == "far,cache=out/stores/far-both.zarr"
+    assert set(jobs["store far both"].needs) == {"teacher", "teacher second"}
+    assert value(jobs["comparison"].words, "--baseline") == "plain"
+    kept = hydra(store={"pixels": "source"}).jobs
+    assert (
+        "far,data=FAR,split=train,cache=out/stores/far.zarr,share=0.25"
+        in next(j for j in kept if j.name == "far").words
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stream": (*HYDRA.stream, {"name": "more"})}, "--data more=DIR"),
+        ({"stores": {}}, "store"),
+        ({"stores": HYDRA.stores | {"both": {"teacher": ["@thrid"]}}}, "did you mean"),
+        ({"data": {"val": "{cit}"}}, "did you mean city"),
+        ({"data": {"folds": 2}}, "fold of its own"),
+        ({"teachers": {"second": {"modl": "x"}}}, "did you mean model"),
+    ],
+)
+def test_streams_that_cannot_be_planned_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        hydra(**changes)
+    assert named in caught.value.remedy
 
 
 def test_folds_have_teachers_and_stores_of_their_own() -> None:

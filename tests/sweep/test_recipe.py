@@ -151,10 +151,12 @@ def test_small_arms_replace_keys_of_the_arm_of_their_name(recipe: str) -> None:
 def test_small_recipes_train_long_enough_to_show_something(name: str) -> None:
     """Two hundred steps of the small networks, on scenes: pictures of a network that has learnt."""
     small = read_recipe(name, smoke=True)
-    scenes = ScenesSpec.parse(small.data["path"])
-    steps = small.student.get("iterations") or small.student["epochs"] * scenes.train // small.student["batch-size"]
+    data = [str(table["data"]) for table in small.stream] or [small.data["path"]]
+    scenes = [ScenesSpec.parse(text) for text in data]
+    steps = small.student.get("iterations") or small.student["epochs"] * scenes[0].train // small.student["batch-size"]
     assert steps == small.teacher["iterations"] == 200
-    assert (small.student["model"], small.teacher["model"]) == ("kdcache:tiny", "kdcache:base")
+    assert small.student["model"] in ("kdcache:tiny", "kdcache:hydra")
+    assert small.teacher["model"] == "kdcache:base"
     assert small.smoke
 
 
@@ -173,3 +175,91 @@ def test_taps_that_recipes_name_are_taps_of_their_models(name: str) -> None:
             for term in arm.flags.get("term", []):
                 assert term["teacher_tap"] in read.store["features"].split(",")
                 assert term["student_tap"] in taps[read.student["model"]]
+
+
+STREAMS = """
+[teacher]
+model = "kdcache:base"
+stream = ["city"]
+[teachers.second]
+seed = 1
+[stores.mirrored]
+tta = "flip"
+[[stream]]
+name = "city"
+class-map = "city.txt"
+[[stream]]
+name = "far"
+cache = "@store"
+share = 0.5
+term = [{ kind = "pseudo", threshold = 0.7 }]
+[student]
+model = "kdcache:hydra"
+[[arm]]
+name = "as it is"
+[[arm]]
+name = "share {far.share}"
+lr = [1e-3, 2e-3]
+stream.far.share = [0.25, 0.75]
+[[arm]]
+name = "alone"
+stream.city = false
+stream.far.term = []
+[[arm]]
+name = "own"
+stream = [{ name = "other", data = "DIR" }]
+[smoke.student]
+iterations = 3
+[[smoke.stream]]
+name = "far"
+data = "scenes"
+"""
+
+
+@pytest.fixture
+def streams(tmp_path: Path) -> Path:
+    path = tmp_path / "streams.toml"
+    path.write_text(STREAMS, encoding="utf-8")
+    return path
+
+
+def test_arms_change_streams_by_name_and_their_lists_are_choices(streams: Path) -> None:
+    read = read_recipe(str(streams))
+    city, far = (
+        {"name": "city", "class_map": "city.txt"},
+        {"name": "far", "cache": "@store", "share": 0.5, "term": [{"kind": "pseudo", "threshold": 0.7}]},
+    )
+    assert {arm.name: (arm.flags.get("lr"), arm.flags["stream"]) for arm in read.arms} == {
+        "as it is": (None, [city, far]),
+        "share 0.25, lr 0.001": (1e-3, [city, far | {"share": 0.25}]),
+        "share 0.75, lr 0.001": (1e-3, [city, far | {"share": 0.75}]),
+        "share 0.25, lr 0.002": (2e-3, [city, far | {"share": 0.25}]),
+        "share 0.75, lr 0.002": (2e-3, [city, far | {"share": 0.75}]),
+        "alone": (None, [far | {"term": []}]),
+        "own": (None, [{"name": "other", "data": "DIR"}]),
+    }
+    small = read_recipe(str(streams), smoke=True, changes=["stream.far.share=0.75", "teachers.second.lr=0.1"])
+    assert small.arms[0].flags["stream"] == [city, far | {"data": "scenes", "share": 0.75}]
+    assert small.teachers == {"second": {"seed": 1, "lr": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("stream.far.share =", "stream.fr.share =", "did you mean far"),
+        ("stream.city = false", "stream.city = 3", "stream.NAME = false"),
+        ('stream = ["city"]', 'stream = ["cty"]', "did you mean city"),
+        ("share = 0.5", "shar = 0.5", "did you mean share"),
+        ('[[stream]]\nname = "city"', "[[stream]]", "name = ..."),
+        ("[teachers.second]", "[teachers.teacher]", "another"),
+        ('[stores.mirrored]\ntta = "flip"', "[stores]\nmirrored = 1", "another"),
+        ('[[smoke.stream]]\nname = "far"', '[[smoke.stream]]\nname = "fra"', "did you mean far"),
+    ],
+)
+def test_streams_that_are_wrong_are_named_with_their_remedy(streams: Path, old: str, new: str, named: str) -> None:
+    text = streams.read_text(encoding="utf-8")
+    assert old in text
+    streams.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(str(streams), smoke=True)
+    assert named in caught.value.remedy

@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher.audit.pseudo_labels import Exported
 
 _Option = typer.Option
+_LITTLE = 0.5
+"""The share of the pixels below which labels are few."""
 
 
 def export_pseudo_labels(
@@ -47,6 +49,7 @@ def export_pseudo_labels(
     [dim]kdcache export-pseudo-labels camvid.zarr --out camvid-pseudo --threshold 0.7[/]
     [dim]kdcache export-pseudo-labels street.zarr --out street-pseudo --quantile 0.5 --images[/]
     """
+    from kdcache.metrics import percent
     from kdcache.store import Records
     from kdcache.teacher.audit.audit import coverage_json
     from kdcache.teacher.audit.pseudo_labels import Rule
@@ -57,6 +60,11 @@ def export_pseudo_labels(
     with progress_of_steps("") as progress:
         exported = export(records, out, rule, images=images, progress=progress)
     _print(exported)
+    if threshold is not None and exported.coverage.total_share < _LITTLE:
+        OUT.print(
+            f"[yellow]the teacher is sure of {percent(exported.coverage.total_share)} % of the pixels: --threshold "
+            f"{exported.half:.2g} would keep half, --quantile 0.5 half of every class[/]"
+        )
     earlier = f" ({exported.kept} were there)" if exported.kept else ""
     OUT.print(f"[bold]{escape(str(out))}[/]: {exported.written} label files written{earlier}")
     if json_file is not None:

@@ -31,7 +31,14 @@ def sweep(
     recipe: Annotated[
         str | None, typer.Argument(help="A recipe that is shipped, or a TOML file; without one they are listed.")
     ] = None,
-    data: Annotated[str | None, _Option("--data", help="Data folder (or LAYOUT:DIR).")] = None,
+    data: Annotated[
+        list[str] | None,
+        _Option(
+            "--data",
+            metavar="[NAME=]DIR",
+            help="Data folder (or LAYOUT:DIR); NAME=DIR, repeated, for the streams of a recipe that has some.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, _Option("--out", help="Where everything goes; a sweep that was stopped goes on.")
     ] = None,
@@ -54,7 +61,7 @@ def sweep(
 
     [dim]kdcache sweep camvid-segformer --data CamVid --out s0 --set student.iterations=4000[/]
     """
-    from kdcache.sweep import list_recipes, plan_sweep, read_recipe, run_jobs
+    from kdcache.sweep import check_data, list_recipes, plan_sweep, read_recipe, run_jobs
 
     verbs = context.find_root().command
     if recipe is None:
@@ -66,12 +73,15 @@ def sweep(
     read = read_recipe(recipe, smoke=smoke, changes=changes or ())
     if seeds is not None:
         read = replace(read, seeds=shared_flags.parse_numbers(seeds, "--seeds"))
-    planned = plan_sweep(read, data, out, flags_of(verbs))
+    folder, sources = _data_of(data or [], [str(table["name"]) for table in read.stream])
+    planned = plan_sweep(read, folder, out, flags_of(verbs), sources)
     if dry_run:
         for job in planned.jobs:
             OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.next_words))}", soft_wrap=True)
         return
     _check_code(planned, recipe, changes or ())
+    if planned.sources:
+        check_data(planned)
     part = numbered()
     alone = parallel == 1 and part[1] == 1
     run_jobs(
@@ -83,6 +93,27 @@ def sweep(
     )
     if part[0] == 0:
         _show(planned)
+
+
+def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """What --data says: the data folder, and those of streams by name. Raises: RecipeError for one that is twice."""
+    named: dict[str, str] = {}
+    folder = None
+    for value in values:
+        name, equals, rest = value.partition("=")
+        of_stream = bool(equals) and name in streams
+        if (name in named) if of_stream else (folder is not None):
+            raise RecipeError(
+                "--data is given once, or once for every stream of the recipe",
+                received=" ".join(f"--data {text}" for text in values),
+                remedy="leave one of them out"
+                + (f"; the streams are {', '.join(streams)}: --data {streams[0]}=DIR" if streams else ""),
+            )
+        if of_stream:
+            named[name] = rest
+        else:
+            folder = value
+    return folder, named
 
 
 def _check_code(planned: "Sweep", recipe: str, changes: Sequence[str]) -> None:

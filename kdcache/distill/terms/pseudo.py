@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdcache.distill.target import Target, TargetFormat
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
 from kdcache.distill.terms.cells import resize
 from kdcache.distill.terms.spec import TermSpec
@@ -105,6 +106,12 @@ class Pseudo(Term):
         if self.class_weight is None:
             return labels_BHW, _sum(confident_BHW)
         return labels_BHW, _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
+
+
+def confidence_of(target: Target, form: TargetFormat) -> tuple[Tensor, Tensor]:
+    """The most likely class of a target's pixels at view size, (B, H, W), and its probability at T = 1, float16."""
+    argmax_BHW, confidence_BHW = target_argmax_confidence(target.packed(form), form.view_size)
+    return argmax_BHW, confidence_BHW
 
 
 def _sum(counted_BHW: Tensor) -> Tensor:

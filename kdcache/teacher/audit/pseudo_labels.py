@@ -55,10 +55,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Exported:
-    """The result of an export: files `written` now, files `kept` from before; the coverage counts all of them."""
+    """The result of an export: files `written` now, files `kept` from before; the coverage counts all of them.
+
+    Attributes:
+        half: the threshold, one for all classes, that would keep half of the pixels.
+    """
 
     class_names: tuple[str, ...]
     coverage: Coverage
+    half: float
     written: int
     kept: int
 
@@ -78,7 +83,8 @@ def export_pseudo_labels(
     Args:
         images: write the images too.
         progress: called with (what, samples done, samples).
-    Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another store or rule.
+    Raises: RecipeError, MismatchError for a folder that holds something else, or labels of another store or rule;
+        RecipeError for a rule that keeps no pixel.
     """
     cache = records.cache
     if images:
@@ -92,7 +98,15 @@ def export_pseudo_labels(
     for whole in _with_progress(read_wholes(records), "counting confidences", len(files), progress):
         counts.update(whole.argmax, whole.confidence, whole.label)
     least = rule.threshold if rule.threshold is not None else counts.quantile_thresholds(rule.quantile or 0.0)
-    coverage = counts.coverage(least)
+    coverage, half = counts.coverage(least), counts.threshold_keeping(0.5)
+    if not any(coverage.selected):
+        raise RecipeError(
+            "a rule of pseudo labels keeps some pixels",
+            received=f"none from {rule.threshold or max(coverage.thresholds):g} in all {len(files)} samples of "
+            f"{cache.place} (split {dataset.split}): the surest pixel has {counts.highest:.2g}",
+            remedy=f"use --threshold {half:.2g}, which keeps half; but look at the teacher's mIoU first: below 0.5 it "
+            "needs more training",
+        )
     written = 0
     with disk_space_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +121,7 @@ def export_pseudo_labels(
                 written += 1
             if images and not (path := pictures / file).exists():
                 _write(path, png_bytes(Image.fromarray(records.pixels(whole.record))))
-    return Exported(classes.names, coverage, written, len(files) - written)
+    return Exported(classes.names, coverage, half, written, len(files) - written)
 
 
 def pseudo_label(whole: Whole, thresholds_C: Array) -> Array:

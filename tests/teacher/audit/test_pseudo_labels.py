@@ -90,6 +90,17 @@ def test_labels_are_what_the_teacher_is_sure_of(built, tmp_path, rule) -> None:
     assert (found.written, found.kept) == (7, 0)
 
 
+def test_a_rule_that_keeps_nothing_is_refused_before_a_file_is_written(built, tmp_path) -> None:
+    cache, split = built
+    with pytest.raises(RecipeError, match=r"none from 0\.9999 in all 7 samples") as caught:
+        export_pseudo_labels(Records(cache, split), tmp_path / "out", Rule(threshold=0.9999))
+    assert str(cache.place) in caught.value.received
+    assert not (tmp_path / "out").exists()
+    half = float(caught.value.remedy.split("--threshold ")[1].split(",")[0])
+    coverage = export_pseudo_labels(Records(cache, split), tmp_path / "out", Rule(threshold=half)).coverage
+    assert coverage.total_share == pytest.approx(0.5, abs=0.1)  # two digits
+
+
 def _label(split, sample: int) -> np.ndarray:
     from kdcache.data import Window, render
 

@@ -1,0 +1,78 @@
+"""Whether the data of a recipe's streams go together, looked at before anything is trained: names alone, no pixels."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kdcache.data import DEPTH, Split, open_split
+from kdcache.errors import DataError, MismatchError
+from kdcache.settings.shared import ImageSettings
+from kdcache.settings.streams import parse_stream
+from kdcache.settings.training import TrainSettings
+from kdcache.sweep.plan import Sweep
+
+
+def check_data(sweep: Sweep) -> None:
+    """Open the data of all streams of a recipe and compare their classes, and those of the data to judge on.
+
+    Raises: MismatchError for other classes; DataError for a stream whose data have no label of a task that it learns,
+        and for data that cannot be opened, with the name of the stream.
+    """
+    recipe = sweep.recipe
+    splits: dict[str, Split] = {}
+    tables = {str(table["name"]): parse_stream(table) for table in recipe.stream}
+    for name, table in tables.items():
+        of_data = str(table.get("split", recipe.data.get("split", ImageSettings.split)))
+        try:
+            splits[name] = open_split(sweep.sources[name], of_data)
+        except DataError as error:
+            raise type(error)(error.rule, received=f"stream {name}: {error.received}", remedy=error.remedy) from error
+        _check_labels(name, table, splits[name])
+    own = {name: split for name, split in splits.items() if "class_map" not in tables[name]}
+    if not own:
+        return
+    first = next(iter(own))
+    for name, split in own.items():
+        if split.classes.names != splits[first].classes.names:
+            raise _other_classes(name, split, first, splits[first], taught=bool(tables[name].get("cache")))
+    judge = open_split(sweep.data, str(recipe.data.get("val-split", TrainSettings.val_split)))
+    if judge.classes.names != splits[first].classes.names:
+        raise MismatchError(
+            "a recipe is judged on data with the classes of its streams",
+            received=f"{_names(judge)} in {judge.data} against {_names(splits[first])} in the stream {first}",
+            remedy="give --data DIR with those classes, or another val in [data]",
+        )
+
+
+def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:
+    """Raises: DataError for tasks of which a stream reads labels that its data do not have."""
+    labels = str(table.get("labels", "all"))
+    tasks = set() if labels in ("all", "none") else set(labels.split("+"))
+    terms = [term for term in table.get("term", ()) if isinstance(term, Mapping)]
+    if any(str(t.get("kind")).startswith("depth-") and t.get("reference", "labels") == "labels" for t in terms):
+        tasks.add(DEPTH)
+    if lacking := sorted(tasks - set(split.tasks)):
+        raise DataError(
+            "the data of a stream have labels of the tasks that it learns from labels",
+            received=f"stream {name}: none of {len(split)} samples of {split.data}, split {split.split!r}, has a label "
+            f"of {' or '.join(lacking)}" + (f", but of {' and '.join(split.tasks)}" if split.tasks else ""),
+            remedy=f"give others, --data {name}=DIR (kdcache data check DIR shows what is there)",
+        )
+
+
+def _other_classes(name: str, split: Split, first: str, other: Split, *, taught: bool) -> MismatchError:
+    """The error for a stream with other classes than the first: labels are mapped, targets are built for classes."""
+    if taught:
+        remedy = f"write the classes of {first}, one a line, into classes.txt where the data of {name} begin"
+    else:
+        remedy = (
+            f"give it a class map, a file with a line `<its id> <class>` for each: --set stream.{name}.class-map=FILE"
+        )
+    return MismatchError(
+        "all streams have the same classes in the same order",
+        received=f"{_names(split)} in the stream {name} ({split.data}) against {_names(other)} in {first}",
+        remedy=remedy,
+    )
+
+
+def _names(split: Split) -> str:
+    return ", ".join(split.classes.names) or "no classes"

@@ -1,0 +1,84 @@
+"""How much of a teacher's pseudo labels a training keeps, looked at before its first step."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from kdcache.distill import Target
+from kdcache.distill.terms.pseudo import Pseudo, confidence_of
+from kdcache.errors import RecipeError
+from kdcache.metrics.calibration import ConfidenceCounts, Coverage
+from kdcache.store import Cache, Records
+from kdcache.train.config import TrainConfig
+
+LOOKED_AT = 64
+"""Samples by which the share of pixels with a pseudo label is told."""
+LITTLE = 0.5
+"""The share of pixels with a pseudo label below which it is worth a note."""
+
+
+def pseudo_notes(config: TrainConfig, cache: Cache | None) -> Iterator[str]:
+    """Notes on thresholds that keep less than half of the pixels, of the first views of some samples.
+
+    Raises: RecipeError for a threshold that keeps none of any sample, where nothing else is learnt.
+    """
+    if cache is None or not config.reads_targets:
+        return
+    active = [term for term in config.terms if term.weight != 0]
+    specs = [term for term in active if term.kind == "pseudo" and term.quantile is None]
+    alone = len(active) == len(specs) and config.ce_weight == 0 and not config.wants_kl
+    for threshold in dict.fromkeys(spec.threshold or Pseudo.default_threshold for spec in specs):
+        samples = cache.manifest.dataset.samples
+        some = range(0, samples, -(-samples // LOOKED_AT))
+        counts = _counts(cache, some)
+        coverage, half = counts.coverage(threshold), f"{counts.threshold_keeping(LITTLE):.2g}"
+        if any(coverage.selected) or _keeps_any(cache, threshold, counts):
+            if coverage.total_share < LITTLE:
+                yield (
+                    f"pseudo labels from {threshold:g} are on {100 * coverage.total_share:.3g} % of the pixels "
+                    f"({_by_class(cache, coverage)}), by {len(some)} of {samples} samples; {half} would keep half. "
+                    "Look at the teacher's mIoU, or lower the threshold"
+                )
+            continue
+        none = _none_found(cache, threshold, counts)
+        if alone:
+            raise none
+        yield f"no pseudo labels: {none.received}. Remedy: {none.remedy}"
+
+
+def _counts(cache: Cache, samples: range) -> ConfidenceCounts:
+    """The confidences of the first views of samples."""
+    records, counts = Records.of(cache), ConfidenceCounts(cache.num_classes)
+    for sample in samples:
+        arrays = records.target(cache.manifest.record(sample))
+        target = Target(**{name: torch.from_numpy(np.ascontiguousarray(own))[None] for name, own in arrays.items()})
+        argmax_1HW, confidence_1HW = confidence_of(target, cache)
+        counts.update(argmax_1HW[0], confidence_1HW[0], None)
+    return counts
+
+
+def _keeps_any(cache: Cache, threshold: float, counts: ConfidenceCounts) -> bool:
+    """Whether a threshold keeps a pixel of any sample; adds what it looks at to `counts`."""
+    for sample in range(cache.manifest.dataset.samples):
+        own = _counts(cache, range(sample, sample + 1))
+        counts.predicted_CV += own.predicted_CV
+        if own.highest >= threshold:
+            return True
+    return False
+
+
+def _none_found(cache: Cache, threshold: float, counts: ConfidenceCounts) -> RecipeError:
+    dataset = cache.manifest.dataset
+    return RecipeError(
+        "pseudo labels are pixels of which the teacher is sure, and something must be learnt",
+        received=f"none from {threshold:g} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "
+        f"the surest pixel has {counts.highest:.2g}",
+        remedy=f"give a threshold of {counts.threshold_keeping(LITTLE):.2g}, which keeps half; but look at the "
+        "teacher's mIoU first: below 0.5 it needs more training",
+    )
+
+
+def _by_class(cache: Cache, coverage: Coverage) -> str:
+    shares = zip(cache.manifest.dataset.class_names, coverage.shares, strict=True)
+    return ", ".join(f"{name} {100 * share:.2g} %" for name, share in shares if share == share) or "no class"

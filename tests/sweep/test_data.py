@@ -1,0 +1,64 @@
+"""Data of streams: what does not go together is refused before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_plan import HYDRA, KNOWN
+
+from kdcache.data import ClassList
+from kdcache.data.classes import write_classes
+from kdcache.errors import DataError, KDCacheError, MismatchError
+from kdcache.sweep import check_data, plan_sweep
+
+CITY = "scenes:32x48,train=2,val=2"
+FAR = "scenes:32x48,train=2,val=2,seed=1,depth=sparse,tasks=depth"
+TERM = [{"kind": "depth-silog"}]
+
+
+def check(sources: dict[str, str], *, data: str | None = None, **far: Any) -> None:
+    stream = ({"name": "city"}, {"name": "far", "cache": "@store", "term": TERM, **far})
+    check_data(plan_sweep(replace(HYDRA, stream=stream), data, Path("out"), KNOWN, sources))
+
+
+def folder(path: Path, *names: str) -> str:
+    for split in ("train", "val"):
+        (path / "images" / split).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(path / "images" / split / "a.png")
+    write_classes(path, ClassList(names))
+    return str(path)
+
+
+def test_data_that_go_together_pass() -> None:
+    check({"city": CITY, "far": FAR})
+
+
+def test_other_classes_are_refused_with_the_remedy_of_their_kind(tmp_path: Path) -> None:
+    other = folder(tmp_path, "a", "b")
+    with pytest.raises(MismatchError, match="a, b in the stream far") as caught:
+        check({"city": CITY, "far": other}, term=[])
+    assert "classes.txt" in caught.value.remedy
+    with pytest.raises(MismatchError, match=r"--set stream\.far\.class-map=FILE"):
+        check({"city": CITY, "far": other}, term=[], cache="")
+    check({"city": CITY, "far": other}, term=[], class_map="map.txt", data=CITY)
+    with pytest.raises(MismatchError, match="judged"):
+        check({"city": CITY, "far": FAR}, data=other)
+
+
+@pytest.mark.parametrize(
+    ("far", "keys", "named"),
+    [
+        (CITY, {}, "none of 2 samples of scenes:32x48,train=2,val=2, split 'train', has a label of depth"),
+        (FAR, {"labels": "segmentation"}, "but of depth"),
+        ("NOWHERE", {}, "stream far: NOWHERE"),
+    ],
+)
+def test_a_stream_without_the_labels_that_it_learns_is_named(far: str, keys: dict[str, Any], named: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check({"city": CITY, "far": far}, **keys)
+    assert named in caught.value.received
+    assert isinstance(caught.value, KDCacheError)
