@@ -11,6 +11,7 @@
     counts.py         the denominators of its parts
     target.py         a teacher's outputs of one head
     label_targets.py  labels in the teacher's place
+    merged_targets.py a store's targets as those of other classes
     checks.py         checks of a batch before a loss reads it
 
 The format of the targets comes from a store, or from anything with the attributes of `TargetFormat`.
@@ -22,6 +23,7 @@ from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
 from kdcache.distill.label_targets import LabelTargets
 from kdcache.distill.loss import DistillLoss, Losses
+from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.streams import AnyBatch, Criterion, StreamBatch, StreamLoss
 from kdcache.distill.target import Target, TargetFormat
 from kdcache_kernels import KernelError
@@ -40,6 +42,7 @@ __all__ = [
     "KernelError",
     "LabelTargets",
     "Losses",
+    "MergedTargets",
     "StreamBatch",
     "StreamLoss",
     "Target",

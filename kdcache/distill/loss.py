@@ -27,6 +27,7 @@ from kdcache.distill.checks import (
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate
 from kdcache.distill.label_targets import LabelTargets
+from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.smoothing import smoothed_cross_entropy
 from kdcache.distill.target import TargetFormat
 from kdcache_kernels import distill_denominators, distill_loss
@@ -67,7 +68,8 @@ class DistillLoss(nn.Module):
 
     Args:
         targets: an open cache (number of classes, view size and resize rule of its targets); or `LabelTargets`, with
-            which the labels of every batch stand in the place of its targets.
+            which the labels of every batch stand in the place of its targets; or `MergedTargets` of a store of other
+            classes.
         ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. With KL at 1, the formula as it stands,
             its gradient is several times that of the labels.
         temperature: temperature T of the KL term, above 0.
@@ -258,7 +260,9 @@ class DistillLoss(nn.Module):
             yield term, term(term_batch, count) if _active(term, batch) else None
 
     def _with_targets(self, batch: Batch, dtype: torch.dtype) -> Batch:
-        """The batch with the targets that the teacher's terms read: its own, or its labels in their place."""
+        """The batch with the targets that the teacher's terms read: its own, merged, or its labels in their place."""
+        if isinstance(self.targets, MergedTargets):
+            return self.targets.replace_targets(batch)
         if not isinstance(self.targets, LabelTargets) or SEGMENTATION not in batch.labels:
             return batch
         return self.targets.replace_targets(batch, compute_dtype(dtype))

@@ -7,7 +7,7 @@
 Importing this package imports torch, but no model zoo.
 """
 
-from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
+from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, read_class_map
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
 from kdcache.models.joint import JointModel
 from kdcache.models.joint import Part as JointPart
@@ -20,6 +20,7 @@ __all__ = [
     "AGREEMENT",
     "PROBABILITIES",
     "ClassMapped",
+    "ClassMerge",
     "EnsembleModel",
     "JointModel",
     "JointPart",

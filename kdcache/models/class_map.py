@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION, CategoricalHead
@@ -64,6 +64,26 @@ def count_sources(path: str | Path) -> int:
     return max(ids) + 1
 
 
+class ClassMerge(nn.Module):
+    """Logits of merged classes: the logsumexp of their sources', so that probabilities are summed.
+
+    Args:
+        class_map: the class that each class becomes, each hit; -1 is dropped.
+    """
+
+    sources: Tensor
+    absent: Tensor
+
+    def __init__(self, class_map: Sequence[int]) -> None:
+        super().__init__()
+        sources, absent = _merge_tables(class_map)
+        self.register_buffer("sources", sources, persistent=False)
+        self.register_buffer("absent", absent, persistent=False)
+
+    def forward(self, logits_BChw: Tensor) -> Tensor:
+        return _merge(logits_BChw, self.sources, self.absent)
+
+
 class ClassMapped(SegmentationModel):
     """A model with the data's classes: probabilities of merged classes are summed.
 
@@ -99,12 +119,10 @@ class ClassMapped(SegmentationModel):
         )
         self.model = model
         self.mean, self.std = model.mean, model.std
-        groups = [[i for i, c in enumerate(targets) if c == target] for target in range(count)]
-        most = max(len(g) for g in groups)
-        # A table of fixed size, so that the forward is one gather whatever the map. In the state dict, so
-        # that another map is another digest.
-        self.register_buffer("sources", torch.tensor([g + [0] * (most - len(g)) for g in groups]))
-        self.register_buffer("absent", torch.tensor([[j >= len(g) for j in range(most)] for g in groups]))
+        sources, absent = _merge_tables(targets)
+        # In the state dict, so that another map is another digest.
+        self.register_buffer("sources", sources)
+        self.register_buffer("absent", absent)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         outputs = self.model(x_B3HW, taps)
@@ -112,13 +130,29 @@ class ClassMapped(SegmentationModel):
 
     def map_logits(self, logits_BChw: Tensor) -> Tensor:
         """Teacher logits (B, teacher classes, h, w) to (B, num_classes, h, w) of the same dtype."""
-        wide = logits_BChw if logits_BChw.dtype == torch.float64 else logits_BChw.float()
-        gathered = wide[:, self.sources]  # (B, num_classes, most, h, w)
-        gathered = gathered.masked_fill(self.absent[:, :, None, None], -torch.inf)
-        return gathered.logsumexp(2).to(logits_BChw.dtype)
+        return _merge(logits_BChw, self.sources, self.absent)
 
     def check_taps(self, taps: Iterable[str]) -> None:
         self.model.check_taps(taps)
+
+
+def _merge_tables(targets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The sources of every class, and which of them are none: (classes, most) each.
+
+    They are tables of fixed size, so that merging is one gather whatever the map.
+    """
+    groups = [[i for i, c in enumerate(targets) if c == target] for target in range(max(targets) + 1)]
+    most = max(len(g) for g in groups)
+    sources = torch.tensor([g + [0] * (most - len(g)) for g in groups])
+    return sources, torch.tensor([[j >= len(g) for j in range(most)] for g in groups])
+
+
+def _merge(logits_BChw: Tensor, sources: Tensor, absent: Tensor) -> Tensor:
+    """Logits (B, classes, h, w) of the same dtype."""
+    wide = logits_BChw if logits_BChw.dtype == torch.float64 else logits_BChw.float()
+    gathered = wide[:, sources]  # (B, classes, most, h, w)
+    gathered = gathered.masked_fill(absent[:, :, None, None], -torch.inf)
+    return gathered.logsumexp(2).to(logits_BChw.dtype)
 
 
 def _entries(path: Path) -> list[tuple[str, str, str]]:

@@ -33,7 +33,7 @@ class StreamSettings:
     name: str = setting(REQUIRED, "Name of the stream.")
     share: Annotated[float, Gt(0), Le(1)] | None = setting(None, "Its share of every batch (default: of what is left).")
     weight: Weight = setting(1.0, "Weight of its loss.")
-    class_map: Path | None = setting(None, "Which class of the training each class of its labels becomes.")
+    class_map: Path | None = setting(None, "Which class of the training each of its classes becomes.")
 
 
 SOURCE = ("cache", "data", "split")

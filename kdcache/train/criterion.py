@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcache.data import class_weights
-from kdcache.distill import DistillLoss, Gate, LabelTargets, parse_gate
+from kdcache.data import IGNORE_INDEX, class_weights
+from kdcache.distill import SEGMENTATION, DistillLoss, Gate, LabelTargets, MergedTargets, parse_gate
 from kdcache.distill.terms import (
     Term,
     TermSpec,
@@ -21,7 +21,7 @@ from kdcache.distill.terms import (
     resolve_taps,
 )
 from kdcache.errors import RecipeError
-from kdcache.models import Outputs, SegmentationModel
+from kdcache.models import ClassMerge, Outputs, SegmentationModel
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.train.class_trust import read_trust, trust_from_run
 from kdcache.train.config import TrainConfig
@@ -60,12 +60,13 @@ def make_criterion(
     _check_heads(config, model)
     cache = dataset.cache
     gate = None if cache is None or not config.reads_targets else _gate(config, cache, dataset, device, note)
+    stored = None if cache is None else stored_targets(cache, dataset)
     alone = config.teacher == "labels" or cache is None
     labels = _label_targets(config, model, dataset) if alone and (config.teaches or config.terms) else None
     if labels is not None and config.teaches:
         note(f"--teacher labels: a control without a teacher, labels on {labels.grid[0]}x{labels.grid[1]} cells")
     return DistillLoss(
-        labels if config.teacher == "labels" else cache,
+        labels if config.teacher == "labels" else stored,
         ce_weight=config.ce_weight,
         kl_weight=config.kl_weight if config.wants_kl else 0.0,
         temperature=config.temperature,
@@ -74,11 +75,19 @@ def make_criterion(
         distill_void=config.distill_void,
         align_corners=model.align_corners,
         gate=gate,
-        further=_terms(config, labels or cache, model, dataset),
+        further=_terms(config, labels or stored, model, dataset),
         scheduled=config.distill_schedule != "constant",
         size=config.size,
         impl=config.impl,
     )
+
+
+def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets:
+    """A store's targets, as those of the classes of its labels where these are mapped."""
+    if dataset.mapped is None or SEGMENTATION not in dataset.heads:
+        return cache
+    lookup = dataset.mapped[1][: cache.num_classes].astype(int)
+    return MergedTargets(cache, ClassMerge(np.where(lookup == IGNORE_INDEX, -1, lookup).tolist()), len(dataset.classes))
 
 
 def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
@@ -87,11 +96,17 @@ def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
     return counts[: len(dataset.classes)]
 
 
-def target_counts(cache: Cache, samples: Sequence[int]) -> npt.NDArray[np.int64]:
-    """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread."""
-    numbers = evenly_spread(len(samples), COUNTED_TARGETS)
-    counts = [_bincount(_best_class(cache, cache.manifest.record(samples[number]))) for number in numbers]
-    return sum(counts, np.zeros(256, np.int64))[: cache.num_classes]
+def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:
+    """How many target pixels (C,) a teacher gives to each class, on at most COUNTED_TARGETS samples, evenly spread.
+
+    Of a stream with a class map it is the class that the best of the store's becomes.
+    """
+    samples, mapped = dataset.indices, dataset.mapped
+    counts = np.zeros(256, np.int64)
+    for number in evenly_spread(len(samples), COUNTED_TARGETS):
+        best = _best_class(cache, cache.manifest.record(samples[number]))
+        counts += _bincount(best if mapped is None else mapped[1][best])
+    return counts[: len(dataset.classes)]
 
 
 def channel_moments(cache: Cache, path: str, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -173,7 +188,7 @@ def _target_weight(
     if kind == "none":
         return None
     stored = dataset.cache if config.teacher == "store" else None
-    counts = label_counts(dataset) if stored is None else target_counts(stored, dataset.indices)
+    counts = label_counts(dataset) if stored is None else target_counts(stored, dataset)
     return torch.as_tensor(class_weights(counts, kind), dtype=torch.float32)
 
 
@@ -207,9 +222,9 @@ def _gate(
             received=f"{config.cache}, in which no sample that is used has a label",
             remedy="use --gate confidence:0.7 or none",
         )
-    weight = torch.ones(cache.num_classes)
+    weight = torch.ones(len(dataset.classes))
     if config.class_balance != "none":
-        counts = target_counts(cache, dataset.indices)
+        counts = target_counts(cache, dataset)
         weight = weight * torch.as_tensor(class_weights(counts, config.class_balance), dtype=torch.float32)
     if config.class_trust is not None:
         weight = weight * _trust(config, cache, dataset, device, note)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from kdcache.data import (
     prefetch,
     shared_sequences,
 )
-from kdcache.distill.terms.spec import of_depth, reads_teacher
+from kdcache.distill.terms.spec import of_depth, reads_logits, reads_teacher
 from kdcache.errors import DataError, KDCacheError, MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import read_class_map
@@ -127,18 +128,33 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
 
 def _map_classes(source: Source, classes: ClassList) -> None:
     """Let the labels of a stream become classes of the training. Raises: MismatchError, ModelError."""
-    assert source.stream.class_map is not None
-    if source.config.reads_targets:
-        raise MismatchError(
-            "a class map is one of labels: a store's targets are of the classes that it was built with",
-            received=f"class-map {source.stream.class_map} with the method {source.config.method}, which reads targets",
-            remedy="build the store for the training's classes (build-teacher-cache --class-map), or use method none",
-        )
-    own = source.dataset.own_classes.names
-    table = read_class_map(source.stream.class_map, len(own), classes.names, all_hit=False)
+    path, own = source.stream.class_map, source.dataset.own_classes.names
+    assert path is not None
+    taught = SEGMENTATION in source.dataset.heads
+    if taught:
+        _check_mapped_targets(source, path)
+    # A class that no target can have would be taught to be nowhere.
+    table = read_class_map(path, len(own), classes.names, all_hit=taught)
     lookup = np.full(256, IGNORE_INDEX, np.uint8)
     lookup[: len(own)] = [IGNORE_INDEX if target == DROPPED else target for target in table.tolist()]
     source.dataset.mapped = classes, lookup
+
+
+def _check_mapped_targets(source: Source, path: Path) -> None:
+    """Refuse to map targets that cannot be. Raises: MismatchError."""
+    assert source.cache is not None
+    head, config = source.cache.head, source.config
+    raw = [term.kind for term in config.terms if term.kind == "cwd" and reads_logits(term)]
+    lacks = [f"the {head.k} largest of {head.classes} classes in {source.cache.place}"] if not head.dense else []
+    lacks += [f"{kind}, which reads raw logits" for kind in raw]
+    lacks += [f"--class-trust {config.class_trust}, of the store's classes"] if config.class_trust else []
+    if lacks:
+        raise MismatchError(
+            "a class map sums the probabilities of a store's classes: its targets have all of them",
+            received=f"class-map {path} with {', '.join(lacks)}",
+            remedy="build the store for the training's classes (build-teacher-cache --class-map), or "
+            + (f"with --top-k {head.classes}" if not head.dense else "leave that out"),
+        )
 
 
 def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[int, int] | None:

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from kdcache.data import Augmentation, open_split, write_scenes
 from kdcache.distill import StreamLoss
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
 from kdcache.models import build_model
-from kdcache.train import LabelledDataset, Observer, make_config, train
+from kdcache.store import open_cache
+from kdcache.train import CacheDataset, LabelledDataset, Observer, make_config, train
 from kdcache.train.api import make_trainer
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
@@ -186,10 +188,22 @@ def test_two_streams_killed_at_random_end_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classes", "depth"])
 def test_two_streams_killed_ten_times(
-    taught: dict[str, Any], nursery: Any, model_file: Callable[[str], str], tmp_path: Path, read_metrics: Read
+    kind: str,
+    taught: dict[str, Any],
+    depth_paths: dict[str, Path],
+    nursery: Any,
+    model_file: Callable[[str], str],
+    tmp_path: Path,
+    read_metrics: Read,
 ) -> None:
+    """Of depth one stream has stored targets and labels of depth, pasted and zoomed."""
     settings = taught | {"model": model_file("dropout"), "iterations": 200, "val_every": 10, "workers": 2}
+    if kind == "depth":
+        terms = '"term=depth-silog,reference=teacher",term=depth-l1,augment=warp,depth-zoom=divide,scale=1:2'
+        depth = f"a,cache={depth_paths['stored']},share=0.5,method=kl,{terms}"
+        settings |= {"model": "kdcache:hydra", "mix": "classmix", "stream": [depth, taught["stream"][1]]}
     killed_runs(10, settings, nursery, tmp_path, read_metrics)
 
 
@@ -223,6 +237,55 @@ def test_labels_of_another_class_list_are_mapped(plain: dict[str, Any], renamed:
         assert np.array_equal(label, np.append(mapped, np.full(249, 255, np.uint8))[wanted])
     counted, before = (np.bincount(np.concatenate([x.ravel() for x in one.labels()])) for one in (dataset, raw))
     assert counted[mapped[1]] == before[1]
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A data folder of the scenes with four classes, and the class that each of theirs is there; 255 is void."""
+    root, table = write_scenes(tmp_path / "merged", OTHERS), np.array([2, 0, 3, 1, 1, 255, 0], np.uint8)
+    path = next(root.glob("classes.*"))
+    path.write_text("one\ntwo\nthree\nfour\n")
+    whole = np.append(table, np.full(249, 255, np.uint8))
+    for label in (root / "labels").rglob("*.png"):
+        Image.fromarray(whole[np.asarray(Image.open(label))]).save(label)
+    return root, table
+
+
+def test_targets_of_another_class_list_are_merged(
+    taught: dict[str, Any], merged: tuple[Path, np.ndarray], cache_path: Path, tmp_path: Path, read_metrics: Read
+) -> None:
+    """The first step beside probabilities that are summed and renormalised in float64."""
+    root, table = merged
+    names = open_split(str(root), "train").classes.names
+    lines = [f"{number} {'void' if to == 255 else names[to]}" for number, to in enumerate(table.tolist())]
+    (tmp_path / "map.txt").write_text("\n".join(lines))
+    taught_of = f"b,cache={cache_path},augment=none,class-map={tmp_path / 'map.txt'}"
+    settings = taught | {"stream": [f"a,data={root},augment=none,method=none,share=0.5", taught_of], "val": None}
+    kl = ["method=kl,gate=confidence:0.3", "class-balance=sqrt"]
+    settings["stream"][1] = ",".join([taught_of, *kl])
+    train(make_config(**settings | {"iterations": 2}), tmp_path / "weighed")
+    assert read_metrics(tmp_path / "weighed", "train")[0]["b/kl"] > 0
+    settings["stream"][1] = f"{taught_of},method=kl"
+    train(make_config(**settings | {"iterations": 1, "seed": 4}), tmp_path / "run")
+    torch.manual_seed(4)
+    model = build_model("kdcache:tiny", 4)
+    cache = open_cache(cache_path)
+    own = Draws(LabelledDataset(open_split(str(root), "train"), (32, 48), Augmentation.off()), 4)
+    stored = Draws(CacheDataset(cache, augment="none"), stream_seed(4, 1))
+    samples = [*(own[draw] for draw in range(2)), *(stored[draw] for draw in range(2))]
+    outputs = model.train()(model.normalise(torch.stack([sample.pixels for sample in samples])))
+    logits = F.interpolate(outputs.logits[2:].double(), (32, 48), mode="bilinear")
+    values = torch.stack([sample.targets["segmentation"].values for sample in samples[2:]]).double()
+    p = values.softmax(1)
+    sums = torch.stack([p[:, np.flatnonzero(table == to)].sum(1) for to in range(4)], 1)
+    z = F.interpolate(sums.log(), (32, 48), mode="bilinear")
+    kl = (z / 2).softmax(1) * ((z / 2).log_softmax(1) - (logits / 2).log_softmax(1))
+    label = torch.stack(
+        [torch.from_numpy(np.append(table, [255] * 249))[sample.label.long()] for sample in samples[2:]]
+    )
+    (row,) = read_metrics(tmp_path / "run", "train")
+    assert row["b/kl"] == pytest.approx(4 * kl.sum(1).mean().item(), rel=2e-3)
+    assert row["b/ce"] == pytest.approx(F.cross_entropy(logits, label.long(), ignore_index=255).item(), rel=1e-4)
 
 
 def test_a_stream_without_labels_learns_from_targets_alone(
@@ -262,10 +325,21 @@ def test_a_stream_inherits_the_training_s_store_and_drops_what_weighs_a_teacher(
         ({"stream": ["a", "b,augment=warp,limit-views=3"]}, "stream b: --limit-views"),
         ({"stream": ["a", "b,cache=nowhere.zarr"]}, "stream b: "),
         ({"stream": ["a,method=none,class-map=x", "b,method=none,class-map=y"], "val": None}, "a class map for every"),
-        ({"stream": ["a", "b,class-map=y"]}, "reads targets"),
+        ({"stream": ["a", "b,class-map=y"]}, "stream b: y"),
+        ({"stream": ["a", "b,class-map={w}/map.txt,term=cwd"]}, "cwd, which reads raw logits|--raw-logits"),
+        (
+            {"stream": ["a", "b,class-map={w}/map.txt,class-trust={w}/trust"]},
+            "--class-trust .*, of the store's classes",
+        ),
+        ({"stream": ["a", "b,class-map={w}/merged.txt"]}, "every data class needs a teacher class"),
     ],
 )
 def test_bad_streams_are_refused(changes: dict[str, Any], words: str, student: dict[str, Any], tmp_path: Path) -> None:
+    names = open_split(SCENES, "train").classes.names
+    (tmp_path / "map.txt").write_text("\n".join(f"{number} {name}" for number, name in enumerate(names)))
+    (tmp_path / "merged.txt").write_text("\n".join(f"{number} {names[number // 2]}" for number in range(len(names))))
+    streams = [line.replace("{w}", str(tmp_path)) for line in changes.get("stream", ())]
+    changes = changes | ({"stream": streams} if streams else {})
     with pytest.raises(KDCacheError, match=words):
         begun(student | {"batch_size": 4} | changes, tmp_path / "run")
     assert not (tmp_path / "run").exists()

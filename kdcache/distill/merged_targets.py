@@ -1,0 +1,58 @@
+"""A store's targets as those of other classes: several classes become one, some are dropped.
+
+The probabilities of merged classes are summed at native stride, and renormalised where classes are dropped: what a
+teacher would have given whose classes had been mapped before its store was built, up to the rounding of float16.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcache.distill.batch import SEGMENTATION, Batch
+from kdcache.distill.target import Target
+from kdcache.distill.terms.base import TermTargets
+from kdcache_kernels.window import Size
+
+_LOWEST = -60000.0
+"""What the values of a store were cut to before they became float16."""
+
+
+class MergedTargets(nn.Module):
+    """The targets of a store as those of a training's classes; takes its place in `DistillLoss`.
+
+    Args:
+        store: an open cache, whose targets have all of its classes.
+        merge: logits (B, store's classes, h, w) -> (B, num_classes, h, w), float32.
+        num_classes: of the training.
+    """
+
+    def __init__(self, store: TermTargets, merge: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.store, self.merge, self.num_classes = store, merge, num_classes
+
+    @property
+    def view_size(self) -> Size:
+        return self.store.view_size
+
+    @property
+    def align_corners(self) -> bool:
+        return self.store.align_corners
+
+    @property
+    def manifest(self) -> Any:
+        """That of the store, with a head of the training's classes."""
+        manifest = self.store.manifest
+        merged = {"classes": self.num_classes, "k": self.num_classes, "raw": False}
+        heads = {**manifest.heads, SEGMENTATION: manifest.heads[SEGMENTATION].model_copy(update=merged)}
+        return manifest.model_copy(update={"heads": heads})
+
+    @torch.no_grad()
+    def replace_targets(self, batch: Batch) -> Batch:
+        """Return the batch with its target of segmentation merged; without one it is the same."""
+        if batch.target is None:
+            return batch
+        merged_BChw = self.merge(batch.target.values.float())
+        values_BChw = (merged_BChw - merged_BChw.amax(1, keepdim=True)).clamp_min(_LOWEST)
+        return replace(batch, targets={**(batch.targets or {}), SEGMENTATION: Target(values_BChw.half())})
