@@ -11,6 +11,7 @@ from kdcache.errors import RecipeError
 from kdcache.metrics.calibration import ConfidenceCounts, Coverage
 from kdcache.store import Cache, Records
 from kdcache.train.config import TrainConfig
+from kdcache.train.input.resident_records import TARGET_PARTS
 
 LOOKED_AT = 64
 """Samples by which the share of pixels with a pseudo label is told."""
@@ -52,7 +53,8 @@ def _counts(cache: Cache, samples: range) -> ConfidenceCounts:
     records, counts = Records.of(cache), ConfidenceCounts(cache.num_classes)
     for sample in samples:
         arrays = records.target(cache.manifest.record(sample))
-        target = Target(**{name: torch.from_numpy(np.ascontiguousarray(own))[None] for name, own in arrays.items()})
+        parts = {name: own for name, own in arrays.items() if name in TARGET_PARTS}
+        target = Target(**{name: torch.from_numpy(np.ascontiguousarray(own))[None] for name, own in parts.items()})
         argmax_1HW, confidence_1HW = confidence_of(target, cache)
         counts.update(argmax_1HW[0], confidence_1HW[0], None)
     return counts

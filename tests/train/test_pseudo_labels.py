@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from kdcache.errors import RecipeError
-from kdcache.store import Cache
+from kdcache.store import Cache, open_cache
 from kdcache.train import make_config
 from kdcache.train.config import TrainConfig
 from kdcache.train.pseudo_labels import pseudo_notes
@@ -60,3 +61,10 @@ def test_quantiles_other_terms_and_data_without_a_store_have_none(cache: Cache, 
     assert not list(pseudo_notes(pseudo(term=[{"kind": "pseudo", "quantile": 0.1}]), cache))
     assert not list(pseudo_notes(pseudo(method="kl"), cache))
     assert not list(pseudo_notes(pseudo(0.9999), None))
+
+
+def test_a_store_of_raw_logits_is_looked_at_too(make_cache: Callable[..., Path], cache: Cache, pseudo: Any) -> None:
+    raw = open_cache(make_cache(raw_logits=True))
+    threshold = float(confidences(cache).quantile(0.75))
+    own, other = (list(pseudo_notes(pseudo(threshold), store)) for store in (raw, cache))
+    assert own == other != []
