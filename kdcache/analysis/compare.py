@@ -6,22 +6,31 @@ A row is a recipe; its runs differ in seed and fold. Metrics come from the evalu
 or from a new one on the same data.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs, nearest
-from kdcache.analysis.runs import Entry, find_runs
+from kdcache.analysis.runs import Entry, find_runs, regressions_of
 from kdcache.analysis.spread import Blocks, Difference, Key, Spread, adjust, difference, resample
-from kdcache.analysis.stored_evaluations import Evaluation, Judging, data_digest, evaluate_run, memory_errors
+from kdcache.analysis.stored_evaluations import (
+    Evaluation,
+    Judging,
+    data_digest,
+    evaluate_run,
+    judged_range,
+    memory_errors,
+)
 from kdcache.data import Split, fold_alone, open_split
 from kdcache.data.sequences import sequences_of
 from kdcache.errors import DataError, MismatchError, RecipeError
-from kdcache.metrics.confusion import Metrics
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.cost import REPEATS, Cost, measure_cost
+from kdcache.metrics.depth import DEPTH_METRICS, DepthRange
 from kdcache.models import PROBABILITIES, returns_probabilities
+from kdcache.settings.shared import DepthSettings
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -74,7 +83,8 @@ def compare(
     if not members:
         raise RecipeError("a comparison has runs besides the teacher", received="none", remedy="name some runs")
     source = comparable_split(members, data, split)
-    blocks = choose_blocks(source, options.blocks_by)
+    options, depth_range = _one_range(options, [*members, *teachers], source)
+    blocks = {task: choose_blocks(source, options.blocks_by, task) for task in source.tasks}
     groups, notes = group_runs(members, options.ignore)
     groups += _apart(teachers, groups)
     _check_baseline(options.baseline, groups)
@@ -87,7 +97,8 @@ def compare(
     rows = [
         replace(
             _row(group, scores, costs[group.name], baselines[group.name], blocks, group.name in used),
-            control=_miou_difference(scores, group, controls[group.name], blocks),
+            control=_difference(scores, group, controls[group.name], blocks, SEGMENTATION),
+            depth_control=_difference(scores, group, controls[group.name], blocks, DEPTH),
         )
         for group in groups
     ]
@@ -95,7 +106,7 @@ def compare(
         data=source.data,
         split=source.split,
         data_sha256=judge.digest(source),
-        images=sum(map(source.has_label, range(len(source)))),
+        images=sum(any(source.has_label(number, task) for task in source.tasks) for number in range(len(source))),
         own_fold=options.own_fold,
         weights=which,
         class_names=source.classes.names,
@@ -103,7 +114,30 @@ def compare(
         rows=adjust_rows(rows),
         notes=(*_warnings(rows), *notes, *judge.notes),
         smoke=options.smoke,
+        depth_range=None if depth_range is None else str(depth_range),
     )
+
+
+def _one_range(
+    options: CompareOptions, members: Sequence[Entry], split: Split
+) -> tuple[CompareOptions, DepthRange | None]:
+    """Options that judge all depth by one range, up to the largest depth of any model, and that range.
+
+    Raises: DataError for a range where no depth is judged.
+    """
+    judging = options.judging
+    heads = [regressions_of(entry, split.classes, judging.which) for entry in members if DEPTH in split.tasks]
+    ranges = [own for each in heads if (own := judged_range(each, split, judging.depth)) is not None]
+    if not ranges:
+        if judging.depth != DepthSettings():
+            raise DataError(
+                "a range or crop of depth is for models that predict depth in metres, on data with labels of depth",
+                received=f"{', '.join(entry.text for entry in members[:3])} on {split.data}, split {split.split!r}",
+                remedy="leave out --min-depth, --max-depth and --depth-crop, or give such models and such data",
+            )
+        return options, None
+    widest = max(ranges, key=lambda one: one.max_depth)
+    return replace(options, judging=replace(judging, depth=replace(judging.depth, max_depth=widest.max_depth))), widest
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
@@ -142,12 +176,12 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
     return source
 
 
-def choose_blocks(split: Split, by: str | None) -> Blocks:
+def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blocks:
     """What is resampled for intervals over images: the labelled images, or the sequences that a pattern names.
 
     Raises: RecipeError for a pattern that is none, that does not fit every id, or that names one sequence alone.
     """
-    ids = [sample for number, sample in enumerate(split.ids) if split.has_label(number)]
+    ids = [sample for number, sample in enumerate(split.ids) if split.has_label(number, task)]
     if by is None:
         return Blocks.of({sample: sample for sample in ids}, "images")
     blocks = Blocks.of(dict(zip(ids, sequences_of(ids, by, "--blocks-by"), strict=True)), "sequences")
@@ -207,8 +241,8 @@ def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
 def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Rows whose verdicts are adjusted: those on mIoU together, those on the classes of all rows together.
 
-    Distances to controls are adjusted with those to baselines. The teacher is no contestant, so its verdicts are its
-    own and make no other harder to reach.
+    Distances to controls are adjusted with those to baselines; those in depth are a question of their own, adjusted
+    together. The teacher is no contestant, so its verdicts are its own and make no other harder to reach.
     """
     places = [place for place, row in enumerate(rows) if row.difference is not None and not row.teacher]
     controlled = [place for place, row in enumerate(rows) if row.control is not None]
@@ -221,6 +255,21 @@ def adjust_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
         adjusted[place] = replace(rows[place], difference=next(totals), class_differences=own)
     for place in controlled:
         adjusted[place] = replace(adjusted[place], control=next(totals))
+    return _adjust_depth(adjusted)
+
+
+def _adjust_depth(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows whose verdicts on depth are adjusted together."""
+    slots = [
+        (place, name)
+        for place, row in enumerate(rows)
+        for name in ("depth_difference", "depth_control")
+        if getattr(row, name) is not None and not row.teacher
+    ]
+    adjusted = list(rows)
+    for (place, name), gap in zip(slots, adjust([getattr(rows[place], name) for place, name in slots]), strict=True):
+        changes: dict[str, Any] = {name: gap}
+        adjusted[place] = replace(adjusted[place], **changes)
     return tuple(adjusted)
 
 
@@ -282,13 +331,7 @@ class _Judge:
             own,
         )
         self.notes += [evaluation.note] if evaluation.note else []
-        if evaluation.metrics.segmentation is None:
-            raise DataError(
-                "runs are compared by their segmentation",
-                received=f"{run.text}, of which depth alone is judged on {part.data}",
-                remedy="use kdcache evaluate, or data with labels of classes",
-            )
-        return RunScore(run.text, *run.key, evaluation.metrics.segmentation, evaluation.reused)
+        return RunScore(run.text, *run.key, evaluation.metrics, evaluation.reused, self._split.classes.names)
 
     def cost(self, entry: Entry) -> Cost:
         """The cost of a network; runs of one spec at one size share a measurement, for they are the same program."""
@@ -308,25 +351,38 @@ class _Judge:
         return self._costs[key]
 
 
-def _miou_difference(
-    scores: dict[str, tuple[RunScore, ...]], group: Group, rival: Group | None, blocks: Blocks
+def _difference(
+    scores: dict[str, tuple[RunScore, ...]], group: Group, rival: Group | None, blocks: Mapping[str, Blocks], task: str
 ) -> Difference | None:
-    """The distance in mIoU, with what its interval spans and with its interval over images or sequences."""
-    if rival is None:
+    """The distance in mIoU or rmse of depth, with what its interval spans and its interval over images or sequences.
+
+    None without a rival, and for a task that neither is judged in.
+    """
+    judged = task in blocks and any(score.images(task) is not None for score in scores[group.name])
+    if rival is None or (task == DEPTH and not judged):
         return None
     own, theirs = scores[group.name], scores[rival.name]
-    gap = difference(_by_key(own, attrgetter("miou")), _by_key(theirs, attrgetter("miou")), rival.name)
+    value: Callable[[RunScore], float] = _rmse if task == DEPTH else _miou
+    gap = difference(_by_key(own, value), _by_key(theirs, value), rival.name)
     if gap.paired:
         common = {score.key for score in own} & {score.key for score in theirs}
         own, theirs = (tuple(score for score in row if score.key in common) for row in (own, theirs))
     folds = {score.fold for score in (*own, *theirs)}
-    ours, others = ([images for score in row if (images := score.metrics.images)] for row in (own, theirs))
-    known = (len(ours), len(others)) == (len(own), len(theirs))
+    ours, others = ([images for score in row if (images := score.images(task))] for row in (own, theirs))
+    known = task in blocks and (len(ours), len(others)) == (len(own), len(theirs))
     return replace(
         gap,
         over="seeds" if len(folds) < 2 else "seeds and folds",
-        resampled=resample(ours, others, blocks) if known else None,
+        resampled=resample(ours, others, blocks[task]) if known else None,
     )
+
+
+def _miou(score: RunScore) -> float:
+    return score.metrics.miou
+
+
+def _rmse(score: RunScore) -> float:
+    return score.depth("rmse")
 
 
 def _row(
@@ -334,11 +390,12 @@ def _row(
     scores: dict[str, tuple[RunScore, ...]],
     cost: Cost,
     baseline: Group | None,
-    blocks: Blocks,
+    blocks: Mapping[str, Blocks],
     used: bool,
 ) -> Row:
     own = scores[group.name]
     classes = len(own[0].metrics.class_names)
+    judged = any(score.tasks.depth is not None for score in own)
     gaps: list[Difference] = []
     if baseline is not None:
         theirs = scores[baseline.name]
@@ -353,7 +410,9 @@ def _row(
         macc=Spread.of(score.metrics.macc for score in own),
         aacc=Spread.of(score.metrics.aacc for score in own),
         iou=tuple(Spread.of(score.metrics.iou[number] for score in own) for number in range(classes)),
-        difference=_miou_difference(scores, group, baseline, blocks),
+        difference=_difference(scores, group, baseline, blocks, SEGMENTATION),
+        depth_difference=_difference(scores, group, baseline, blocks, DEPTH),
+        depth={name: Spread.of(score.depth(name) for score in own) for name in DEPTH_METRICS} if judged else {},
         class_differences=tuple(gaps),
         cost=cost,
         teacher=group.teacher,
@@ -361,9 +420,9 @@ def _row(
     )
 
 
-def _iou(number: int) -> Callable[[Metrics], float]:
-    return lambda metrics: metrics.iou[number]
+def _iou(number: int) -> Callable[[RunScore], float]:
+    return lambda score: score.metrics.iou[number]
 
 
-def _by_key(scores: Iterable[RunScore], column: Callable[[Metrics], float]) -> dict[Key, float]:
-    return {score.key: column(score.metrics) for score in scores}
+def _by_key(scores: Iterable[RunScore], column: Callable[[RunScore], float]) -> dict[Key, float]:
+    return {score.key: column(score) for score in scores}

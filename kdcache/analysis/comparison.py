@@ -6,25 +6,50 @@ and is checked against the data's.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.analysis.banner import banner
-from kdcache.analysis.spread import Difference, Key, Spread, plain
+from kdcache.analysis.spread import Difference, Images, Key, Spread, plain
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
+from kdcache.metrics.evaluate import TaskMetrics
 
 
 @dataclass(frozen=True)
 class RunScore:
-    """One run of a row; `reused` when the metrics are those of a kept evaluation."""
+    """One run of a row; `reused` when the metrics are those of a kept evaluation.
+
+    Attributes:
+        tasks: metrics of the tasks that are judged.
+        class_names: those of the comparison.
+    """
 
     run: str
     seed: int | None
     fold: str | None
-    metrics: Metrics
+    tasks: TaskMetrics
     reused: bool
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def metrics(self) -> Metrics:
+        """Metrics of segmentation; NaN throughout where it is not judged."""
+        if self.tasks.segmentation is not None:
+            return self.tasks.segmentation
+        names, nothing = self.class_names, (math.nan,) * len(self.class_names)
+        return Metrics(names, nothing, nothing, (0,) * len(names), math.nan, math.nan, math.nan)
+
+    def images(self, task: str) -> Images | None:
+        """The numbers of single images of a task; None where they were not kept."""
+        metrics = self.tasks.segmentation if task == SEGMENTATION else self.tasks.depth
+        return None if metrics is None else metrics.images
+
+    def depth(self, name: str) -> float:
+        """A metric of depth by its name; NaN where depth is not judged."""
+        return math.nan if self.tasks.depth is None else float(getattr(self.tasks.depth, name))
 
     @property
     def key(self) -> Key:
@@ -32,7 +57,8 @@ class RunScore:
 
     def to_json(self) -> dict[str, Any]:
         origin = {"run": self.run, "seed": self.seed, "fold": self.fold, "reused": self.reused}
-        return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json()}
+        depth = {} if self.tasks.depth is None else {"depth": self.tasks.depth.to_json()}
+        return {**origin, "at_chance": at_chance(self.metrics), **self.metrics.to_json(), **depth}
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,8 @@ class Row:
         cost: the cost of one image with the first run's model.
         teacher: a row apart: no contestant. baseline: others are measured against it.
         control: in mIoU, to the row that learnt by the same terms from labels in the teacher's place; None without one.
+        depth: metrics of depth by name, means over images; {} where depth is not judged.
+        depth_difference, depth_control: in rmse of depth, metres, to the same rows.
     """
 
     name: str
@@ -62,6 +90,19 @@ class Row:
     teacher: bool
     baseline: bool
     control: Difference | None = None
+    depth: dict[str, Spread] = field(default_factory=dict)
+    depth_difference: Difference | None = None
+    depth_control: Difference | None = None
+
+    def depth_spread(self, name: str) -> Spread:
+        """A metric of depth by its name; NaN where depth is not judged."""
+        return self.depth.get(name, Spread.of(()))
+
+    def differences(self, task: str) -> tuple[Difference | None, Difference | None]:
+        """The distances to baseline and control in a task: in mIoU, or in metres of rmse."""
+        if task == DEPTH:
+            return self.depth_difference, self.depth_control
+        return self.difference, self.control
 
     @property
     def collapsed(self) -> tuple[tuple[str, str], ...]:
@@ -85,9 +126,17 @@ class Row:
                 {"name": name, "iou": iou.to_json(), "difference": None if gap is None else gap.to_json()}
                 for name, iou, gap in zip(class_names, self.iou, gaps, strict=True)
             ],
+            **self._depth_json(),
             "cost": self.cost.to_json(),
             "runs": [score.to_json() for score in self.runs],
         }
+
+    def _depth_json(self) -> dict[str, Any]:
+        if not self.depth:
+            return {}
+        gaps = {"difference": self.depth_difference, "control": self.depth_control}
+        shown = {name: None if gap is None else gap.to_json() for name, gap in gaps.items()}
+        return {"depth": {**{name: spread.to_json() for name, spread in self.depth.items()}, **shown}}
 
 
 def collapse(row: Row, name: str) -> str | None:
@@ -112,7 +161,7 @@ def is_collapsed(row: Row) -> bool:
 
 def alike(row: Row) -> str | None:
     """The warning about runs that all have the same score, unless they collapsed: there is no noise to measure."""
-    scores = {score.metrics.miou for score in row.runs}
+    scores = {(score.tasks.segmentation, score.tasks.depth) for score in row.runs}
     if len(row.runs) < 2 or len(scores) > 1 or is_collapsed(row):
         return None
     return (
@@ -130,6 +179,7 @@ class Comparison:
         images: labelled ones, on which every run was judged (with `own_fold`: each on those of its fold).
         notes: what a reader could misread.
         smoke: the runs are those of a recipe made small, and no result.
+        depth_range: the labels of depth that count, in words; None where depth is not judged.
     """
 
     data: str
@@ -143,6 +193,7 @@ class Comparison:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     smoke: bool = False
+    depth_range: str | None = None
 
     @property
     def banner(self) -> str | None:
@@ -158,14 +209,30 @@ class Comparison:
         return [row for row in self.rows if row.teacher]
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of which a run is judged."""
+        scores = [score.tasks for row in self.rows for score in row.runs]
+        judged = {
+            SEGMENTATION: any(one.segmentation is not None for one in scores),
+            DEPTH: any(one.depth is not None for one in scores),
+        }
+        return tuple(task for task, known in judged.items() if known)
+
+    @property
     def latency(self) -> Latency | None:
         """The first measured time of an image; device and threads are those of all."""
         return next((row.cost.latency for row in self.rows if row.cost.latency is not None), None)
 
-    def best(self, value: Callable[[Row], float]) -> float:
-        """The largest value of a column, the teacher apart; NaN when there is none."""
+    def best(self, value: Callable[[Row], float], *, least: bool = False) -> float:
+        """The largest value of a column, or the least, the teacher apart; NaN when there is none."""
         values = [value(row) for row in self.contestants if not math.isnan(value(row))]
-        return max(values, default=math.nan)
+        return min(values, default=math.nan) if least else max(values, default=math.nan)
+
+    def _best_depth(self) -> dict[str, Any]:
+        if DEPTH not in self.tasks:
+            return {}
+        rmse = self.best(lambda row: row.depth_spread("rmse").mean, least=True)
+        return {"best_depth_rmse": plain(rmse), "depth_range": self.depth_range}
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; NaN becomes null."""
@@ -182,6 +249,7 @@ class Comparison:
                 for name, colour in zip(self.class_names, self.class_colours, strict=True)
             ],
             "best_miou": plain(self.best(lambda row: row.miou.mean)),
+            **self._best_depth(),
             "rows": [row.to_json(self.class_names) for row in self.rows],
             "notes": list(self.notes),
         }

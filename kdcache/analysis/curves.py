@@ -1,7 +1,7 @@
 """How a training went, from its `metrics.jsonl`: loss, validation, speed, waiting for data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kdcache.metrics.figures import dress, new_figure
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d", "#8a4a9e", "#7a6a4a", "#c23b5a")
 _SCORES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "ema_miou": "mIoU of the EMA"}
-_BESIDE = {"kind", "step", "loss", "lr", "images_per_second", "wait_share"}
+_DEPTH = {"depth_rmse": "rmse of depth", "ema_depth_rmse": "rmse of the EMA's depth"}
+_BESIDE = {"kind", "step", "tasks", "loss", "lr", "images_per_second", "wait_share"}
 Points = list[tuple[int, float]]
 
 
@@ -24,6 +25,7 @@ class Curves:
     Attributes:
         losses: the total (`loss`) and its parts, but those that are always 0.
         scores: scores of validations, fractions.
+        depth: rmse of depth in validations, metres.
         speed: images per second between two lines of the log.
         waiting: share of that time spent waiting for data.
     """
@@ -32,6 +34,7 @@ class Curves:
     scores: dict[str, Points]
     speed: Points
     waiting: Points
+    depth: dict[str, Points] = field(default_factory=dict)
 
 
 def read_curves(run: Run) -> Curves | None:
@@ -41,13 +44,15 @@ def read_curves(run: Run) -> Curves | None:
     training = [row for row in rows if row["kind"] == "train"]
     names = list(dict.fromkeys(name for row in training for name in row if name not in _BESIDE))
     losses = {name: _points(training, name) for name in ("loss", *names)}
-    scores = {name: _points([row for row in rows if row["kind"] == "validation"], name) for name in _SCORES}
+    validations = [row for row in rows if row["kind"] == "validation"]
+    scores, depth = ({name: _points(validations, name) for name in names} for names in (_SCORES, _DEPTH))
     speed, waiting = _between(training)
     return Curves(
         losses={name: points for name, points in losses.items() if name == "loss" or any(value for _, value in points)},
         scores={name: points for name, points in scores.items() if points},
         speed=speed,
         waiting=waiting,
+        depth={name: points for name, points in depth.items() if points},
     )
 
 
@@ -61,7 +66,10 @@ def draw_curves(curves: Curves, title: str, batch_size: int | None = None) -> "F
     in_percent = {
         _SCORES[name]: [(step, 100 * value) for step, value in points] for name, points in curves.scores.items()
     }
-    _draw(dress(scores, "validation", "step", "%"), in_percent)
+    beside = {_DEPTH[name]: points for name, points in curves.depth.items()}
+    _draw(dress(scores, "validation", "step", "%" if in_percent or not beside else "m"), in_percent or beside)
+    if in_percent and beside:
+        _draw_beside(scores, beside)
     _draw(dress(speed, _speed_title(curves.speed, batch_size), "step", "images/s"), {"images/s": curves.speed})
     _draw(
         dress(waiting, "waiting for data", "step", "% of the time"),
@@ -85,6 +93,17 @@ def _draw(axes: "Axes", lines: dict[str, Points]) -> None:
         axes.legend(fontsize=9, framealpha=0.8, edgecolor="none")
     if not drawn:
         axes.text(0.5, 0.5, "nothing was logged", ha="center", va="center", transform=axes.transAxes, fontsize=10)
+
+
+def _draw_beside(axes: "Axes", lines: dict[str, Points]) -> None:
+    """Metres over the same steps, on an axis of their own at the right."""
+    right = axes.twinx()
+    for number, (name, points) in enumerate(lines.items()):
+        steps, values = zip(*points, strict=True)
+        right.plot(steps, values, color=_LINES[-1 - number], linestyle="--", label=name)
+    right.set_ylabel("m", fontsize=10)
+    right.tick_params(labelsize=9)
+    right.legend(fontsize=9, framealpha=0.8, edgecolor="none", loc="center right")
 
 
 def _speed_title(speed: Points, batch_size: int | None) -> str:

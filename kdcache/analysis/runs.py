@@ -8,6 +8,7 @@ from typing import Any
 
 from kdcache.data import ClassList, Fold, parse_fold
 from kdcache.errors import RecipeError
+from kdcache.heads import RegressionHead
 from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
 from kdcache.run_folder import MODEL, Run, RunModel, is_run
@@ -69,6 +70,14 @@ class Entry:
         check_classes(self.run.model, classes, "the data")  # before the weights are read
         model, description = load_run(self.run, which)
         return model, description if size is None else description.model_copy(update={"size": size})
+
+
+def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str, RegressionHead]:
+    """The regressions that a member predicts; SPEC@FILE is loaded for it.
+
+    Raises: as `Entry.load`.
+    """
+    return entry.run.model.heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].heads
 
 
 def unnamed_classes(count: int) -> ClassList:

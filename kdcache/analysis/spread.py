@@ -27,7 +27,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.metrics.confusion import ImageCounts
+from kdcache.metrics.depth import DepthImages
 
+Images = ImageCounts | DepthImages
+"""The numbers of single images of one run."""
 Key = tuple[Any, ...]
 """The key of a run in its row: seed and fold."""
 CONFIDENCE = 0.95
@@ -99,11 +102,16 @@ class Blocks:
     def count(self) -> int:
         return len(set(self.number_of.values()))
 
-    def totals(self, images: ImageCounts) -> npt.NDArray[np.float64]:
-        """Hits and unions of every block, (2, blocks, C)."""
-        totals = np.zeros((2, self.count, images.hits.shape[1]))
+    def totals(self, images: Images) -> npt.NDArray[np.float64]:
+        """Hits and unions of every block, (2, blocks, C); of depth the sum of the images' rmse and their number."""
+        if isinstance(images, DepthImages):
+            rmse = images.values[:, :1]
+            parts: list[npt.NDArray[Any]] = [rmse, np.ones_like(rmse)]
+        else:
+            parts = [images.hits, images.unions]
+        totals = np.zeros((2, self.count, parts[0].shape[1]))
         places = np.array([self.number_of[sample] for sample in images.ids], np.int64)
-        for total, counts in zip(totals, (images.hits, images.unions), strict=True):
+        for total, counts in zip(totals, parts, strict=True):
             np.add.at(total, places, counts)
         return totals
 
@@ -210,8 +218,10 @@ def difference(ours: Mapping[Key, float], theirs: Mapping[Key, float], baseline:
     )
 
 
-def resample(ours: Sequence[ImageCounts], theirs: Sequence[ImageCounts], blocks: Blocks) -> Resampled:
-    """The interval of the difference of two rows' mIoU, each the mean over its runs, over resampled blocks.
+def resample(ours: Sequence[Images], theirs: Sequence[Images], blocks: Blocks) -> Resampled:
+    """The interval of the difference of two rows, in mIoU or in rmse of depth, over resampled blocks.
+
+    Each row's score is the mean over its runs.
 
     Blocks are drawn RESAMPLES times, always from the same random numbers. A class that a draw leaves out is left out of
     its mIoU, as everywhere.
@@ -222,7 +232,7 @@ def resample(ours: Sequence[ImageCounts], theirs: Sequence[ImageCounts], blocks:
     generator, gaps = np.random.default_rng(0), list[npt.NDArray[np.float64]]()
     for _ in range(RESAMPLES // _AT_ONCE):
         times = generator.multinomial(blocks.count, np.full(blocks.count, 1 / blocks.count), _AT_ONCE).astype(float)
-        gaps.append(_mean_miou(rows[0], times) - _mean_miou(rows[1], times))
+        gaps.append(_mean_score(rows[0], times) - _mean_score(rows[1], times))
     drawn = np.concatenate(gaps)
     tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     known = drawn[~np.isnan(drawn)]
@@ -230,11 +240,11 @@ def resample(ours: Sequence[ImageCounts], theirs: Sequence[ImageCounts], blocks:
     return Resampled(blocks.over, blocks.count, low, high)
 
 
-def _mean_miou(runs: npt.NDArray[np.float64], times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The mean over runs of the mIoU of each draw, (draws,).
+def _mean_score(runs: npt.NDArray[np.float64], times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The mean over runs of the mIoU, or of the rmse, of each draw, (draws,).
 
     Args:
-        runs: hits and unions, (runs, 2, blocks, C). times: how often each block was drawn, (draws, blocks).
+        runs: totals of blocks, (runs, 2, blocks, C). times: how often each block was drawn, (draws, blocks).
     """
     hits, unions = np.moveaxis(np.tensordot(times, runs, (1, 2)), 2, 0)  # (draws, runs, C) each
     return _nan_mean(_nan_mean(np.divide(hits, unions, out=np.full_like(hits, np.nan), where=unions > 0)))

@@ -24,7 +24,7 @@ from kdcache.data import Fold, Split, prefetch
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
-from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
 from kdcache.metrics.confusion import ImageCounts, Metrics
 from kdcache.metrics.depth import DEPTH_METRICS, DepthImages, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
@@ -101,7 +101,7 @@ def evaluate_run(
         judging.size or description.size,
         which=which,
         fold=fold,
-        depth=judged_range(description, split, judging.depth),
+        depth=judged_range(description.heads, split, judging.depth),
     )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if metrics is not None:
@@ -286,18 +286,18 @@ def _with_images(metrics: TaskMetrics, path: Path, sha256: str) -> TaskMetrics:
     return TaskMetrics(segmentation, depth)
 
 
-def judged_range(description: RunModel, split: Split, settings: DepthSettings) -> DepthRange | None:
+def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: DepthSettings) -> DepthRange | None:
     """The pixels of labels of depth that count for a model; None where its depth is not judged on this split.
 
     Raises: DataError for a range that is none.
     """
-    head = metric_depth(description.heads)
+    head = metric_depth(heads)
     return None if head is None or DEPTH not in split.tasks else DepthRange.of(head, settings)
 
 
 def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> TaskMetrics:
     model, description = entry.load(split.classes, judging.which, judging.size)
-    depth = None if judged_range(description, split, judging.depth) is None else judging.depth
+    depth = None if judged_range(description.heads, split, judging.depth) is None else judging.depth
     with memory_errors(judging.device, judging.batch_size):
         return evaluate_tasks(
             model.to(judging.device),

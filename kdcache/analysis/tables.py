@@ -14,7 +14,9 @@ from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.groups import CONTROL
 from kdcache.analysis.spread import RESAMPLES, Difference, Spread
 from kdcache.errors import one_line
-from kdcache.metrics.tables import markdown_table, percent
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.metrics.depth import DEPTH_METRICS
+from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, markdown_table, percent
 
 Mark = tuple[str, str]
 """What stands before and after a cell that is best."""
@@ -27,46 +29,65 @@ _SCORES: tuple[Callable[[Row], Spread], ...] = (attrgetter("miou"), attrgetter("
 
 
 def score_table(comparison: Comparison, mark: Mark = BOLD) -> Table:
-    """Scores per row: number of runs, mIoU, mAcc, aAcc (percent) and the distance to the baseline (points)."""
-    header = [
-        "row",
-        "runs",
-        "mIoU %",
-        "mAcc %",
-        "aAcc %",
-        "to baseline",
-        f"95 % over {interval_spans(comparison)[0]}",
-        "is",
-    ]
-    rows = [
-        [
-            row_name(row),
-            str(len(row.runs)),
-            *(_marked(comparison, row, column, mark) for column in _SCORES),
-            *_difference(row.difference),
-        ]
-        for row in comparison.rows
-    ]
-    return header, rows
+    """Scores per row: runs, then of each task its metrics and the distance to the baseline with its verdict.
+
+    Segmentation has mIoU, mAcc and aAcc in percent, and points of mIoU; depth rmse in metres, of which less is better,
+    abs rel, delta 1, and metres of rmse.
+    """
+    header, cells = ["row", "runs"], [[row_name(row), str(len(row.runs))] for row in comparison.rows]
+    for task in comparison.tasks or (SEGMENTATION,):
+        header += [*_COLUMNS[task], *_distance_header(comparison, task)]
+        for row, own in zip(comparison.rows, cells, strict=True):
+            own += _task_cells(comparison, row, task, mark)
+            own += _difference(row.differences(task)[0], task)
+    return header, cells
 
 
-def difference_table(comparison: Comparison) -> Table:
+_DEPTH_SCORES = ("rmse", "abs_rel", "delta1")
+_COLUMNS = {
+    SEGMENTATION: ["mIoU %", "mAcc %", "aAcc %"],
+    DEPTH: [DEPTH_HEADS[name] for name in _DEPTH_SCORES],
+}
+
+
+def _distance_header(comparison: Comparison, task: str) -> list[str]:
+    seeds = interval_spans(comparison, task)[0]
+    of = " of rmse" if task == DEPTH and SEGMENTATION in comparison.tasks else ""
+    return [f"to baseline{of}", f"95 % over {seeds}", "is"]
+
+
+def _task_cells(comparison: Comparison, row: Row, task: str, mark: Mark) -> list[str]:
+    if task == SEGMENTATION:
+        return [_marked(comparison, row, column, mark) for column in _SCORES]
+    return [_marked_depth(comparison, row, name, mark) for name in _DEPTH_SCORES]
+
+
+def _marked_depth(comparison: Comparison, row: Row, name: str, mark: Mark) -> str:
+    spread = row.depth_spread(name)
+    text = depth_figure(name, spread.mean)
+    if not math.isnan(spread.std):
+        text += f" ± {depth_figure(name, spread.std)}"
+    best = comparison.best(lambda other: other.depth_spread(name).mean, least=not name.startswith("delta"))
+    return f"{mark[0]}{text}{mark[1]}" if spread.mean == best and not row.teacher else text
+
+
+def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
     """Known distances of rows to their baseline and control: intervals, correlation of pairs, p and p by Holm."""
-    seeds, images = interval_spans(comparison)
+    seeds, images = interval_spans(comparison, task)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
-    header = ["row", "to", "points", *intervals, "correlation", "p", "p by Holm", "is"]
+    header = ["row", "to", DISTANCES[task], *intervals, "correlation", "p", "p by Holm", "is"]
     rows = []
-    for row, gap in ((each, gap) for each in comparison.rows for gap in (each.difference, each.control)):
+    for row, gap in ((each, gap) for each in comparison.rows for gap in each.differences(task)):
         if gap is not None and not math.isnan(gap.mean):
-            paired = interval(gap.low, gap.high) if gap.paired else "-"
+            paired = interval(gap.low, gap.high, task) if gap.paired else "-"
             rows.append(
                 [
                     row_name(row),
                     gap.baseline,
-                    f"{100 * gap.mean:+.2f}",
+                    distance(gap.mean, task),
                     paired,
-                    interval(gap.unpaired.low, gap.unpaired.high),
-                    "-" if gap.resampled is None else interval(gap.resampled.low, gap.resampled.high),
+                    interval(gap.unpaired.low, gap.unpaired.high, task),
+                    "-" if gap.resampled is None else interval(gap.resampled.low, gap.resampled.high, task),
                     "-" if math.isnan(gap.correlation) else f"{gap.correlation:+.2f}",
                     p_value(gap.p),
                     p_value(gap.adjusted),
@@ -76,16 +97,29 @@ def difference_table(comparison: Comparison) -> Table:
     return header, rows
 
 
-def interval_spans(comparison: Comparison) -> tuple[str, str]:
+DISTANCES = {SEGMENTATION: "points", DEPTH: "metres"}
+"""The unit of distances in a task: hundredths of mIoU, metres of rmse."""
+DISTANCE_TITLES = {
+    SEGMENTATION: "Distance to the baseline, points of mIoU",
+    DEPTH: "Distance to the baseline in depth, metres of rmse (less is better)",
+}
+
+
+def distance(gap: float, task: str = SEGMENTATION) -> str:
+    """A difference in a task, signed: points with two digits, metres with three."""
+    return f"{gap:+.3f}" if task == DEPTH else f"{100 * gap:+.2f}"
+
+
+def interval_spans(comparison: Comparison, task: str = SEGMENTATION) -> tuple[str, str]:
     """What the intervals of a comparison span: seeds (and folds), and images or sequences."""
-    gaps = [row.difference for row in comparison.rows if row.difference is not None]
+    gaps = [gap for row in comparison.rows if (gap := row.differences(task)[0]) is not None]
     seeds = max((gap.over for gap in gaps), key=len, default="seeds")
     return seeds, next((gap.resampled.over for gap in gaps if gap.resampled is not None), "images")
 
 
-def interval(low: float, high: float) -> str:
-    """Ends in points; '-' where they are unknown."""
-    return "-" if math.isnan(low) else f"{100 * low:+.2f} to {100 * high:+.2f}"
+def interval(low: float, high: float, task: str = SEGMENTATION) -> str:
+    """Ends in points, or in metres; '-' where they are unknown."""
+    return "-" if math.isnan(low) else f"{distance(low, task)} to {distance(high, task)}"
 
 
 def p_value(value: float) -> str:
@@ -129,6 +163,13 @@ def legend(comparison: Comparison) -> list[str]:
         f"{where} (sha256 {comparison.data_sha256[:12]}), weights {comparison.weights}; one confusion matrix per run, "
         "void left out, at the labels' own size",
     ]
+    if comparison.depth_range is not None:
+        sentences.append(
+            f"depth: labels of {comparison.depth_range}, metrics of each image, then their mean; of rmse, abs rel and "
+            "their distances to the baseline less is better; verdicts on depth are adjusted among themselves"
+        )
+    if len(comparison.tasks) > 1:
+        sentences.append("a dash: that task is not judged, for the model does not predict it")
     several = any(len(row.runs) > 1 for row in comparison.rows)
     if several:
         sentences.append(
@@ -149,14 +190,24 @@ def legend(comparison: Comparison) -> list[str]:
 def to_markdown(comparison: Comparison) -> str:
     """The tables and what they mean."""
     scores, classes, cost = score_table(comparison), class_table(comparison), cost_table(comparison)
-    header, gaps = difference_table(comparison)
-    distances = f"## Distance to the baseline, points of mIoU\n\n{markdown_table(header, gaps)}\n" if gaps else ""
+    distances = ""
+    for task, title in DISTANCE_TITLES.items():
+        header, gaps = difference_table(comparison, task)
+        distances += f"## {title}\n\n{markdown_table(header, gaps)}\n" if gaps else ""
+    per_class = f"## IoU per class, %\n\n{markdown_table(*classes)}\n" if SEGMENTATION in comparison.tasks else ""
     notes = "".join(f"- {text}\n" for text in legend(comparison))
     above = "" if comparison.banner is None else f"> **{comparison.banner}**\n\n"
     return (
         f"# Comparison on {comparison.data}, {comparison.split}\n\n{above}{markdown_table(*scores)}\n{distances}"
-        f"## IoU per class, %\n\n{markdown_table(*classes)}\n## Cost\n\n{markdown_table(*cost)}\n{notes}"
+        f"{per_class}## Cost\n\n{markdown_table(*cost)}\n{notes}"
     )
+
+
+_CSV_DIFFERENCE = (
+    *("to_baseline", "difference", "low", "high", "paired", "verdict", "p", "p_adjusted", "comparisons", "correlation"),
+    *("unpaired", "unpaired_low", "unpaired_high", "unpaired_p"),
+    *("over", "resampled_over", "resampled_count", "resampled_low", "resampled_high"),
+)
 
 
 def to_csv(comparison: Comparison) -> str:
@@ -164,13 +215,12 @@ def to_csv(comparison: Comparison) -> str:
     names = comparison.class_names
     header = ["row", "model", "teacher", "baseline", "runs", "runs_at_chance"]
     header += [f"{column}_{part}" for column in ("miou", "macc", "aacc") for part in ("mean", "std")]
-    header += ["to_baseline", "difference", "low", "high", "paired", "verdict"]
-    header += ["p", "p_adjusted", "comparisons", "correlation"]
-    header += ["unpaired", "unpaired_low", "unpaired_high", "unpaired_p"]
-    header += ["over", "resampled_over", "resampled_count", "resampled_low", "resampled_high"]
+    header += _CSV_DIFFERENCE
     header += ["height", "width", "parameters", "flops", "macs"]
     header += ["latency_mean_ms", "latency_std_ms", "latency_median_ms", "fps", "device", "threads"]
     header += [f"iou_{part}:{name}" for name in names for part in ("mean", "std")]
+    depth = DEPTH in comparison.tasks
+    header += _csv_depth_header() if depth else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(one_line, header))
@@ -178,20 +228,31 @@ def to_csv(comparison: Comparison) -> str:
         scores, classes = _mean_and_std(column(row) for column in _SCORES), _mean_and_std(row.iou)
         counts = [int(row.teacher), int(row.baseline), len(row.runs), len(row.collapsed)]
         head = [one_line(row.name), one_line(row.model), *counts]
-        writer.writerow([*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes])
+        own = [*_mean_and_std(map(row.depth_spread, DEPTH_METRICS)), *_csv_difference(row.depth_difference)]
+        cells = [*head, *scores, *_csv_difference(row.difference), *_csv_cost(row), *classes]
+        writer.writerow([*cells, *(own if depth else [])])
     return text.getvalue()
+
+
+def _csv_depth_header() -> list[str]:
+    scores = [f"depth_{name}_{part}" for name in DEPTH_METRICS for part in ("mean", "std")]
+    return [*scores, *(f"depth_{name}" for name in _CSV_DIFFERENCE)]
 
 
 def to_text(comparison: Comparison) -> str:
     """The small table of a report: method, mIoU as a fraction, parameters, milliseconds per image."""
-    lines = [f"{'Knowledge Distillation':<36}{'mIoU':<20}{'# Parameters':<19}{'Inference Speed (ms)':<25}".rstrip()]
+    depth = f"{'Depth RMSE (m)':<20}" if DEPTH in comparison.tasks else ""
+    header = f"{'Knowledge Distillation':<36}{'mIoU':<20}{depth}{'# Parameters':<19}{'Inference Speed (ms)':<25}"
+    lines = [header.rstrip()]
     lines.append("-" * 100)
     for row in comparison.rows:
         latency = row.cost.latency
         speed = "-" if latency is None else _plus_minus(latency.mean_ms, latency.std_ms)
-        miou = f"{row.miou.mean:.4f}" + ("" if math.isnan(row.miou.std) else f" ± {row.miou.std:.4f}")
+        miou = "-" if math.isnan(row.miou.mean) else f"{row.miou.mean:.4f}"
+        miou += "" if math.isnan(row.miou.std) else f" ± {row.miou.std:.4f}"
+        rmse = f"{_marked_depth(comparison, row, 'rmse', ('', '')):<19} " if depth else ""
         name, parameters = row_name(row), _millions(row.cost.parameters).replace(" ", "")
-        lines.append(f"{name:<35} {miou:<19} {parameters:<18} {speed}")
+        lines.append(f"{name:<35} {miou:<19} {rmse}{parameters:<18} {speed}")
     rule = "=" * 100
     notes = "\n".join(legend(comparison))
     body = "\n".join(lines)
@@ -270,15 +331,15 @@ def _about_images(gaps: Sequence[Difference]) -> list[str]:
     return sentences
 
 
-def _difference(difference: Difference | None) -> list[str]:
-    if difference is None or math.isnan(difference.mean):
+def _difference(gap: Difference | None, task: str) -> list[str]:
+    if gap is None or math.isnan(gap.mean):
         return ["-", "-", "-"]
-    return [f"{100 * difference.mean:+.2f}", interval(difference.low, difference.high), difference.verdict]
+    return [distance(gap.mean, task), interval(gap.low, gap.high, task), gap.verdict]
 
 
 def _csv_difference(difference: Difference | None) -> list[str]:
     if difference is None:
-        return [""] * 19
+        return [""] * len(_CSV_DIFFERENCE)
     ends, free = (difference.mean, difference.low, difference.high), difference.unpaired
     more = [*map(_cell, (difference.p, difference.adjusted)), str(difference.comparisons)]
     numbers = map(_cell, (difference.correlation, free.mean, free.low, free.high, free.p))

@@ -33,7 +33,13 @@ def _table(row: dict[str, Any]) -> str:
         for run in row["runs"]
     ]
     mean = ["mean", "", *(_percent(row[key]["mean"]) for key in ("miou", "macc", "aacc"))]
-    return markdown_table(["run", "best iteration", "mIoU %", "mAcc %", "aAcc %"], [*rows, mean])
+    header = ["run", "best iteration", "mIoU %", "mAcc %", "aAcc %"]
+    if "depth" in row:
+        header.append("rmse m")
+        for cells, run in zip(rows, row["runs"], strict=True):
+            cells.append(_metres(run.get("depth", {}).get("rmse")))
+        mean.append(_metres(row["depth"]["rmse"]["mean"]))
+    return markdown_table(header, [*rows, mean])
 
 
 def _name(run: dict[str, Any]) -> str:
@@ -45,6 +51,10 @@ def _name(run: dict[str, Any]) -> str:
 def _iteration(run: Path) -> str:
     """The iteration of the weights that were judged; a teacher that was trained elsewhere has none."""
     return str(Run(run).result.get("best_step", "-"))
+
+
+def _metres(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _percent(value: float | None) -> str:

@@ -10,6 +10,7 @@ from kdcache.analysis.comparison import Row, RunScore, alike, collapse, is_colla
 from kdcache.analysis.spread import Spread
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost
+from kdcache.metrics.evaluate import TaskMetrics
 
 ALONE = Metrics(("road", "car"), (0.75, 0.0), (1.0, 0.0), (75, 25), 0.375, 0.5, 0.75)
 RANDOM = Metrics(("road", "car"), (0.6, 0.15), (0.75, 0.25), (75, 25), 0.375, 0.5, 0.625)
@@ -18,7 +19,9 @@ FINE = Metrics(("road", "car"), (0.9, 0.7), (0.95, 0.85), (75, 25), 0.8, 0.9, 0.
 
 def row(*runs: Metrics) -> Row:
     nothing = Spread(math.nan, math.nan, 0)
-    scores = tuple(RunScore(f"runs/kl-{seed}", seed, None, one, reused=False) for seed, one in enumerate(runs))
+    scores = tuple(
+        RunScore(f"runs/kl-{seed}", seed, None, TaskMetrics(one), reused=False) for seed, one in enumerate(runs)
+    )
     cost = Cost((1, 1), 1, 2, None)
     return Row("kl", "m", {}, scores, nothing, nothing, nothing, (), None, (), cost, teacher=False, baseline=False)
 

@@ -25,6 +25,7 @@ from kdcache.analysis.tables import (
 )
 from kdcache.metrics import Metrics
 from kdcache.metrics.cost import Cost, Latency
+from kdcache.metrics.evaluate import TaskMetrics
 
 NAMES = ("road", "car|bus", "never")
 LATENCY = Latency(15.234, 1.2, 15.1, 50, 10, "a CPU", 2)
@@ -42,7 +43,9 @@ def row(name: str, *runs: Metrics, gap: Difference | None = None, latency: Laten
         name=name,
         model="kdcache:tiny",
         differs={},
-        runs=tuple(RunScore(f"{name}-{seed}", seed, None, one, reused=False) for seed, one in enumerate(runs)),
+        runs=tuple(
+            RunScore(f"{name}-{seed}", seed, None, TaskMetrics(one), reused=False) for seed, one in enumerate(runs)
+        ),
         miou=Spread.of(one.miou for one in runs),
         macc=Spread.of(one.macc for one in runs),
         aacc=Spread.of(one.aacc for one in runs),

@@ -78,7 +78,7 @@ def test_a_batch_that_does_not_fit(place, cli, monkeypatch) -> None:
     def starve(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    for verb, target in (("compare", "stored_evaluations.evaluate_model"), ("visualise", "visualise.score_images")):
+    for verb, target in (("compare", "stored_evaluations.evaluate_tasks"), ("visualise", "visualise.score_images")):
         monkeypatch.setattr(f"kdcache.analysis.{target}", starve)
         words = ["--out", place / "new"] if verb == "visualise" else []
         told = cli(verb, place / "runs/kl-0", "--batch-size", "6", *words)

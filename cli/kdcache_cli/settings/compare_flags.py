@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcache.settings import read
-from kdcache.settings.shared import CompareSettings, ImageSettings, JudgeSettings, MachineSettings
+from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.compare import CompareOptions
     from kdcache.analysis.stored_evaluations import Judging
 
-TABLES = (ImageSettings, CompareSettings, JudgeSettings, MachineSettings)
+TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
 Runs = Annotated[
     list[str], typer.Argument(help="Run folders, folders that hold runs, RUN@best-ema, or SPEC@FILE.", metavar="RUN...")
 ]
 ROWS = ("data", "split", "teacher", "baseline", "ignore", "blocks_by", "own_fold")
-JUDGING = ("weights", "size", "batch_size", "repeats", "threads", "device", "fresh", "smoke")
+DEPTH = ("min_depth", "max_depth", "depth_crop")
+JUDGING = ("weights", "size", *DEPTH, "batch_size", "repeats", "threads", "device", "fresh", "smoke")
 
 
 def judging(settings: Mapping[str, Any]) -> "Judging":
@@ -27,7 +28,7 @@ def judging(settings: Mapping[str, Any]) -> "Judging":
 
     judge, size = read(JudgeSettings, settings), shared_flags.parse_size(settings["size"])
     device = shared_flags.use_machine(settings["threads"], settings["device"])
-    return Judging(judge.weights, size, judge.batch_size, str(device), judge.fresh)
+    return Judging(judge.weights, size, judge.batch_size, str(device), judge.fresh, read(DepthSettings, settings))
 
 
 def compare_options(settings: Mapping[str, Any]) -> "CompareOptions":

@@ -68,17 +68,26 @@ def _to_json(comparison: "Comparison") -> str:
 
 
 def _show(comparison: "Comparison") -> None:
-    from kdcache.analysis.tables import class_table, cost_table, difference_table, legend, score_table
+    from kdcache.analysis.tables import (
+        DISTANCE_TITLES,
+        class_table,
+        cost_table,
+        difference_table,
+        legend,
+        score_table,
+    )
+    from kdcache.heads import SEGMENTATION
 
     if comparison.banner is not None:
         OUT.print(f"[yellow]{escape(comparison.banner)}[/]", highlight=False)
-    _print("mIoU and what is noise", comparison, *score_table(comparison))
-    header, rows = difference_table(comparison)
-    if rows:
-        _print_rows("Distance to the baseline, points of mIoU", header, rows)
+    _print("Scores and what is noise", comparison, *score_table(comparison))
+    for task, title in DISTANCE_TITLES.items():
+        header, rows = difference_table(comparison, task)
+        if rows:
+            _print_rows(title, header, rows)
     header, rows = class_table(comparison)
     (_, *names), *columns = zip(header, *rows, strict=True)
-    for first in range(0, len(names), _WIDEST):
+    for first in range(0, len(names) if SEGMENTATION in comparison.tasks else 0, _WIDEST):
         shown = slice(first, first + _WIDEST)
         table = figure_table("IoU %", *names[shown])
         for class_name, *cells in columns[: len(comparison.class_names)]:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -10,9 +10,15 @@ from markupsafe import Markup
 from kdcache.analysis.comparison import Comparison, Row, RunScore
 from kdcache.analysis.report.render import render
 from kdcache.analysis.runs import Entry
-from kdcache.metrics.tables import percent
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.metrics.tables import depth_figure, percent
 from kdcache.run_folder import RECIPE
 
+_SCORES: dict[str, tuple[str, Callable[[RunScore], str]]] = {
+    SEGMENTATION: ("mIoU %", lambda score: percent(score.metrics.miou)),
+    DEPTH: ("rmse m", lambda score: depth_figure("rmse", score.depth("rmse"))),
+}
+"""The score of a run in a task: its header, and its text."""
 _MACHINE = {"platform": "system", "python": "Python", "cpus": "CPUs", "threads": "threads", "gpu": "GPU"}
 
 
@@ -21,8 +27,9 @@ def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | No
     return render(
         "recipes.html",
         command=command,
-        rows=[(place, row, _row(row, runs)) for place, row in enumerate(comparison.rows)],
+        rows=[(place, row, _row(row, runs, comparison.tasks)) for place, row in enumerate(comparison.rows)],
         machines=_machines(comparison, runs),
+        tasks=[_SCORES[task][0] for task in comparison.tasks],
     )
 
 
@@ -35,23 +42,23 @@ def again(entry: Entry) -> str | None:
     return shlex.join(["kdcache", verb, "--recipe", f"{folder}/{RECIPE}", "--out", f"{folder}-again"])
 
 
-def _row(row: Row, runs: Mapping[str, Entry]) -> dict[str, Any]:
+def _row(row: Row, runs: Mapping[str, Entry], tasks: Sequence[str]) -> dict[str, Any]:
     entries = [runs[score.run] for score in row.runs if score.run in runs]
     kind = "teacher, " if row.teacher else "baseline, " if row.baseline else ""
     return {
         "count": f"{kind}{len(row.runs)} run{'' if len(row.runs) == 1 else 's'}",
         "settings": [(key, setting(value)) for key, value in row.differs.items()],
-        "runs": [_run(score, runs.get(score.run)) for score in row.runs],
+        "runs": [_run(score, runs.get(score.run), tasks) for score in row.runs],
         "commands": [command for entry in entries if (command := again(entry)) is not None],
         "recipe": entries[0].run.recipe_text if entries and entries[0].run else None,
         "several": entries[0].text if len(entries) > 1 else None,
     }
 
 
-def _run(score: RunScore, entry: Entry | None) -> list[str]:
+def _run(score: RunScore, entry: Entry | None, tasks: Sequence[str]) -> list[str]:
     result = entry.run.result if entry is not None and entry.run is not None else {}
     results = [result.get(key) for key in ("best_step", "iterations", "seconds", "images_per_second")]
-    cells = [score.run, score.seed, score.fold or None, percent(score.metrics.miou), *results]
+    cells = [score.run, score.seed, score.fold or None, *(_SCORES[task][1](score) for task in tasks), *results]
     return ["-" if cell is None else f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
 
 

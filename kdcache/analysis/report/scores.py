@@ -9,10 +9,11 @@ from typing import Any
 from markupsafe import Markup
 
 from kdcache.analysis.comparison import Comparison, Row
-from kdcache.analysis.report.render import number, points, render
+from kdcache.analysis.report.render import number, render
 from kdcache.analysis.spread import Difference, Spread
-from kdcache.analysis.tables import difference_table, interval_spans, legend
-from kdcache.metrics.tables import percent
+from kdcache.analysis.tables import DISTANCE_TITLES, difference_table, distance, interval_spans, legend
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, percent
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,15 @@ class Cell:
         value: what the column is sorted by; NaN is unknown, and stays last.
         small: its spread, in small print behind the text.
         gap: the difference whose verdict stands behind it.
-        best: whether it is the largest of its column.
+        less: whether less is better, of the value and of the gap.
+        best: whether it is the best of its column.
     """
 
     value: float
     text: str
     small: str = ""
     gap: Difference | None = None
+    less: bool = False
     best: bool = False
 
     @property
@@ -49,17 +52,20 @@ class Column:
 
 def scores(comparison: Comparison) -> Markup:
     """Section of the two tables and of what they mean."""
-    header, distances = difference_table(comparison)
+    tables = [(title, *difference_table(comparison, task)) for task, title in DISTANCE_TITLES.items()]
     return render(
         "scores.html",
         table=sortable(comparison, _columns(comparison)),
-        distances_header=header,
-        distances=[
-            [name, baseline, *(re.sub(r"-(?=\d)", "\N{MINUS SIGN}", cell) for cell in cells)]
-            for name, baseline, *cells in distances
-        ],
+        distances=[(title, header, _with_minus(rows)) for title, header, rows in tables if rows],
         legend=legend(comparison),
     )
+
+
+def _with_minus(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [
+        [name, baseline, *(re.sub(r"-(?=\d)", "\N{MINUS SIGN}", cell) for cell in cells)]
+        for name, baseline, *cells in rows
+    ]
 
 
 def class_scores(comparison: Comparison) -> dict[str, Any]:
@@ -75,8 +81,10 @@ def sortable(comparison: Comparison, columns: Sequence[Column]) -> dict[str, Any
     """The header and the bodies, contestants and teachers, of a table whose columns sort."""
     lines = [(place, row, [column.cell(row) for column in columns]) for place, row in enumerate(comparison.rows)]
     for number_of_column, column in enumerate(columns):
-        values = {cells[number_of_column].value for _, row, cells in lines if not row.teacher}
-        top = max((value for value in values if not math.isnan(value)), default=math.nan)
+        own = [cells[number_of_column] for _, row, cells in lines if not row.teacher]
+        values = {cell.value for cell in own}
+        known = [value for value in values if not math.isnan(value)]
+        top = (min if any(cell.less for cell in own) else max)(known, default=math.nan)
         # Where all are equal none is best.
         ranked = column.ranked and sum(not math.isnan(value) for value in values) > 1
         for _, row, cells in lines:
@@ -94,15 +102,21 @@ def _columns(comparison: Comparison) -> list[Column]:
     seeds, images = interval_spans(comparison)
     columns = [
         Column("mIoU %", "mean IoU over the classes that occur", _spread(lambda row: row.miou), ranked=True),
-        Column(f"to baseline, over {seeds}", f"points of mIoU, with their 95 % interval over {seeds}", _gap),
+        Column(
+            f"to baseline, over {seeds}", f"points of mIoU, with their 95 % interval over {seeds}", _gap(SEGMENTATION)
+        ),
         Column("mAcc %", "mean share of a class's pixels that is found", _spread(lambda row: row.macc), ranked=True),
         Column("aAcc %", "share of all pixels that is right", _spread(lambda row: row.aacc), ranked=True),
-        Column("parameters", "of the network", _parameters),
-        Column("GFLOPs", "of one image, 2 per multiply-add", _flops),
     ]
     if any(row.difference is not None and row.difference.resampled is not None for row in comparison.rows):
         explanation = f"of the points to the baseline: their 95 % interval over resampled {images}"
-        columns.insert(2, Column(f"over {images}", explanation, _resampled))
+        columns.insert(2, Column(f"over {images}", explanation, _resampled(SEGMENTATION)))
+    columns = columns if SEGMENTATION in comparison.tasks else []
+    columns += _depth_columns(comparison) if DEPTH in comparison.tasks else []
+    columns += [
+        Column("parameters", "of the network", _parameters),
+        Column("GFLOPs", "of one image, 2 per multiply-add", _flops),
+    ]
     if any(len(row.runs) > 1 for row in comparison.rows):
         columns.insert(0, Column("runs", "trainings that differ in seed and fold", _runs))
     if comparison.latency is not None:
@@ -124,19 +138,58 @@ def _iou(place: int) -> Callable[[Row], Cell]:
     return lambda row: Cell(row.iou[place].mean, percent(row.iou[place].mean))
 
 
-def _gap(row: Row) -> Cell:
-    gap = row.difference
-    if gap is None or math.isnan(gap.mean):
-        return Cell(math.nan, "baseline" if row.baseline else "-")
-    ends = "" if math.isnan(gap.half_width) else f"{points(gap.low)} to {points(gap.high)}"
-    return Cell(gap.mean, points(gap.mean), ends, gap)
+def _depth_columns(comparison: Comparison) -> list[Column]:
+    """Metrics of depth, and the distance to the baseline in metres of rmse."""
+    seeds, images = interval_spans(comparison, DEPTH)
+    columns = [
+        Column("rmse m", "of depth, root mean square error in metres; less is better", _depth("rmse"), ranked=True),
+        Column(
+            f"rmse to baseline, over {seeds}", "metres of rmse, with their 95 % interval; less is better", _gap(DEPTH)
+        ),
+        Column("abs rel", "error of depth as a part of the depth; less is better", _depth("abs_rel"), ranked=True),
+        Column(DEPTH_HEADS["delta1"], "share of pixels within a factor of 1.25", _depth("delta1"), ranked=True),
+    ]
+    if any(gap is not None and gap.resampled is not None for row in comparison.rows for gap in row.differences(DEPTH)):
+        explanation = f"of the metres to the baseline: their 95 % interval over resampled {images}"
+        columns.insert(2, Column(f"rmse over {images}", explanation, _resampled(DEPTH)))
+    return columns
 
 
-def _resampled(row: Row) -> Cell:
-    drawn = None if row.difference is None else row.difference.resampled
-    if drawn is None or math.isnan(drawn.low):
-        return Cell(math.nan, "-")
-    return Cell(drawn.low, f"{points(drawn.low)} to {points(drawn.high)}")
+def _depth(name: str) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        spread = row.depth_spread(name)
+        small = "" if math.isnan(spread.std) else f"\u00b1 {depth_figure(name, spread.std)}"
+        return Cell(spread.mean, depth_figure(name, spread.mean), small, less=not name.startswith("delta"))
+
+    return cell
+
+
+def signed(gap: float, task: str) -> str:
+    """A difference in a task with a real minus: points, or metres."""
+    return "-" if math.isnan(gap) else distance(gap, task).replace("-", "\N{MINUS SIGN}")
+
+
+def _gap(task: str) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        gap, _ = row.differences(task)
+        less = task == DEPTH
+        if gap is None or math.isnan(gap.mean):
+            return Cell(math.nan, "baseline" if row.baseline else "-", less=less)
+        ends = "" if math.isnan(gap.half_width) else f"{signed(gap.low, task)} to {signed(gap.high, task)}"
+        return Cell(gap.mean, signed(gap.mean, task), ends, gap, less)
+
+    return cell
+
+
+def _resampled(task: str) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        gap, _ = row.differences(task)
+        drawn = None if gap is None else gap.resampled
+        if drawn is None or math.isnan(drawn.low):
+            return Cell(math.nan, "-")
+        return Cell(drawn.low, f"{signed(drawn.low, task)} to {signed(drawn.high, task)}")
+
+    return cell
 
 
 def _runs(row: Row) -> Cell:

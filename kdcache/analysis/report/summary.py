@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from markupsafe import Markup
@@ -9,9 +10,11 @@ from markupsafe import Markup
 from kdcache.analysis.comparison import Comparison, Row, collapse, is_collapsed
 from kdcache.analysis.report.charts import ticks
 from kdcache.analysis.report.render import number, points, quoted, render
+from kdcache.analysis.report.scores import signed
 from kdcache.analysis.spread import Difference
 from kdcache.analysis.tables import interval_spans
-from kdcache.metrics.tables import percent
+from kdcache.heads import DEPTH
+from kdcache.metrics.tables import depth_figure, percent
 
 _MOST_TICKS = 6
 Measured = tuple[Row, Difference]
@@ -35,6 +38,10 @@ def summary(comparison: Comparison, device: str | None) -> Markup:
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
     """A word, a sentence, and the reservations beside it, on all rows that have a baseline."""
     rows = measured(comparison)
+    depth = _depth_sentence(comparison)
+    if not rows and depth is not None:
+        answer, sentence = depth
+        return answer, sentence[0].upper() + sentence[1:], []
     if not rows:
         remedy = "A baseline is a run of the same model that learnt from labels alone (--method none)"
         return "Unknown.", "No row has a baseline to be measured against.", [f"{remedy}; --baseline names another."]
@@ -50,7 +57,32 @@ def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
         same = all(is_nothing(gap.mean) for gap in gaps)
         word = "No difference." if same else "Unknown: nothing was learnt."
         return word, " ".join([*nothing, sentence]), _teacher(comparison, best)
-    return _answer(gaps), sentence, [*nothing, *more]
+    return _answer(gaps), sentence, [*nothing, *more, *(() if depth is None else (f"Depth: {depth[1]}",))]
+
+
+def _depth_sentence(comparison: Comparison) -> tuple[str, str] | None:
+    """The answer and a sentence on depth: the row of the least rmse among those measured against a baseline.
+
+    None where there is none.
+    """
+    gaps = [gap for row in comparison.contestants if (gap := row.depth_difference) and not math.isnan(gap.mean)]
+    if not gaps:
+        return None
+    rows = [row for row in comparison.contestants if row.depth_difference in gaps]
+    best = min(rows, key=lambda row: row.depth_spread("rmse").mean)
+    gap = best.depth_difference
+    assert gap is not None
+    # In rmse less is better: the sign that the words go by is turned round.
+    answer = _answer([replace(one, mean=-one.mean) for one in gaps])
+    words = "as much as" if gap.mean == 0 else f"{abs(gap.mean):.3f} m {'less' if gap.mean < 0 else 'more'} than"
+    ends = (
+        ""
+        if math.isnan(gap.half_width)
+        else (f" (95 % interval over {gap.over} {signed(gap.low, DEPTH)} to {signed(gap.high, DEPTH)})")
+    )
+    rmse = depth_figure("rmse", best.depth_spread("rmse").mean)
+    sentence = f"the best row, {quoted(best.name)}, has an rmse of {rmse} m, {words} {quoted(gap.baseline)}{ends}: "
+    return answer, f"{sentence}{gap.verdict}."
 
 
 def measured(comparison: Comparison) -> list[Measured]:

@@ -3,13 +3,13 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
 
 from kdcache.analysis.comparison import Comparison, Row
-from kdcache.analysis.curves import Curves, read_curves
+from kdcache.analysis.curves import Curves, Points, read_curves
 from kdcache.analysis.report.charts import Line, line_chart
 from kdcache.analysis.report.render import number, render, row_class
 from kdcache.analysis.runs import Entry
@@ -18,18 +18,28 @@ from kdcache.run_folder import Run
 LITTLE, MUCH = 0.01, 10.0
 """Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a word."""
 _LOWEST, _HIGHEST = 1e-3, 1e3
+_DEPTH = {
+    "depth_rmse": "Validation rmse of depth",
+    "ema_depth_rmse": "Validation rmse of depth of the weights' moving average (EMA)",
+}
+_OF_TASKS = {
+    "loss": "Training loss of the task {task}",
+    "norm": "Gradient norm of the task {task}",
+    "weight": "Weight of the task {task}",
+}
 Norms = list[tuple[int, dict[str, float]]]
 
 
 @dataclass(frozen=True)
 class Training:
-    """The log of one run of a row; `norms` of its terms' gradients by step."""
+    """The log of one run of a row; `norms` of its terms' gradients by step, and what it has of `tasks`."""
 
     row: Row
     place: int
     run: Entry
     curves: Curves
     norms: Norms
+    tasks: Mapping[str, Mapping[str, Points]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -48,7 +58,7 @@ def read_trainings(comparison: Comparison, runs: Mapping[str, Entry]) -> list[Tr
             entry = runs.get(score.run)
             if entry is None or entry.run is None or (curves := read_curves(entry.run)) is None:
                 continue
-            trainings.append(Training(row, place, entry, curves, read_norms(entry.run)))
+            trainings.append(Training(row, place, entry, curves, read_norms(entry.run), read_tasks(entry.run)))
     return trainings
 
 
@@ -57,9 +67,21 @@ def read_norms(run: Run) -> Norms:
     norms = []
     for row in run.metrics or ():
         if row["kind"] == "gradients":
-            terms = {name: value for name, value in row.items() if name not in ("kind", "step")}
+            terms = {name: value for name, value in row.items() if name not in ("kind", "step", "tasks")}
             norms.append((row["step"], {name: math.nan if norm is None else norm for name, norm in terms.items()}))
     return norms
+
+
+def read_tasks(run: Run) -> dict[str, dict[str, Points]]:
+    """Points of a run's log by what they measure, a key of _OF_TASKS, and by task."""
+    measured: dict[str, dict[str, Points]] = {key: {} for key in _OF_TASKS}
+    for row in run.metrics or ():
+        for task, own in row.get("tasks", {}).items() if row["kind"] in ("train", "gradients") else ():
+            for key in _OF_TASKS:
+                # A gradients line has the losses of its one batch too: those of the train lines are drawn.
+                if own.get(key) is not None and (key == "norm" or row["kind"] == "train"):
+                    measured[key].setdefault(task, []).append((row["step"], float(own[key])))
+    return measured
 
 
 def curves(trainings: Sequence[Training]) -> Markup | None:
@@ -75,7 +97,13 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
         *(
             line_chart(title, [_line(run, run.curves.scores.get(name, []), 100) for run in trainings], "iteration", "%")
             for name, title in scores.items()
-            if name == "miou" or any(name in run.curves.scores for run in trainings)
+            if any(name in run.curves.scores for run in trainings)
+            or (name == "miou" and not any(run.curves.depth for run in trainings))
+        ),
+        *(
+            line_chart(title, [_line(run, run.curves.depth.get(name, [])) for run in trainings], "iteration", "m", 3)
+            for name, title in _DEPTH.items()
+            if any(name in run.curves.depth for run in trainings)
         ),
         line_chart("Training loss, all terms together", [_line(run, run.curves.losses["loss"]) for run in trainings],
                    "iteration", digits=4),
@@ -89,6 +117,12 @@ def curves(trainings: Sequence[Training]) -> Markup | None:
                        [_line(run, [(step, norms[name]) for step, norms in run.norms if name in norms])
                         for run in trainings], "iteration", digits=4)
             for name in streams
+        ),
+        *(
+            line_chart(title.format(task=task),
+                       [_line(run, run.tasks.get(key, {}).get(task, [])) for run in trainings], "iteration", digits=4)
+            for key, title in _OF_TASKS.items()
+            for task in dict.fromkeys(task for run in trainings for task in run.tasks.get(key, {}))
         ),
         line_chart("Speed", [_line(run, run.curves.speed) for run in trainings], "iteration", "images/s", 1),
     ]  # fmt: skip

@@ -26,6 +26,7 @@ from kdcache.analysis.runs import Entry
 from kdcache.analysis.spread import Difference, Interval, Resampled, Spread, adjust
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
+from kdcache.metrics.evaluate import TaskMetrics
 from kdcache.run_folder import Run
 
 CLASSES = ("road", "car", "sky")
@@ -80,7 +81,7 @@ def row(
     known = [value for value in iou if not math.isnan(value)]
     miou = sum(known) / len(known) if known else NAN
     metrics = Metrics(CLASSES, tuple(iou), tuple(iou), (60, 30, 10), miou, miou, 0.9)
-    score = RunScore(f"runs/{name}", 0, None, metrics, reused=False)
+    score = RunScore(f"runs/{name}", 0, None, TaskMetrics(metrics), reused=False)
     gaps = () if gap is None else tuple(Difference(gap, half, NAN, baseline, 2, paired=True) for _ in CLASSES)
     return Row(
         name=name,
@@ -308,7 +309,7 @@ def collapsed(name: str, gap: float | None, place: int = 0, **about: bool) -> Ro
     acc = tuple(float(number == place) for number in range(3))
     metrics = Metrics(CLASSES, tuple(iou), acc, counts, sum(iou) / 3, 1 / 3, counts[place] / 100)
     found = row(name, iou, gap, **about)
-    return replace(found, runs=(replace(found.runs[0], metrics=metrics),))
+    return replace(found, runs=(replace(found.runs[0], tasks=TaskMetrics(metrics)),))
 
 
 @pytest.mark.parametrize(

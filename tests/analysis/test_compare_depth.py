@@ -1,0 +1,187 @@
+"""Runs of several tasks side by side: a best and a verdict for each task, a dash where a run has none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.analysis.compare import CompareOptions, compare
+from kdcache.analysis.comparison import Comparison
+from kdcache.analysis.report.build import ReportOptions, make_report
+from kdcache.analysis.report.summary import headline
+from kdcache.analysis.spread import Blocks, resample
+from kdcache.analysis.stored_evaluations import Judging
+from kdcache.analysis.tables import BOLD, difference_table, score_table, to_csv, to_markdown, to_text
+from kdcache.data import open_split
+from kdcache.errors import DataError
+from kdcache.metrics import evaluate_tasks
+from kdcache.metrics.depth import DepthImages
+from kdcache.models import build_model
+from kdcache.models.run import load_run
+from kdcache.models.weights import save_weights
+from kdcache.run_folder import RunModel
+from kdcache.settings.shared import DepthSettings
+
+DATA = "scenes:40x56,train=2,val=5,depth=exact"
+SIZE = (24, 40)
+
+
+def write_run(folder: Path, spec: str, method: str, seed: int) -> None:
+    """A run of random weights, as a training leaves it, with lines on depth and on tasks in its log."""
+    torch.manual_seed(seed + 10 * (method == "none"))
+    model, classes = build_model(spec, 7), open_split(DATA, "val").classes
+    if "+depth" in spec:
+        with torch.no_grad():
+            model.depth_head[-1].weight.mul_(30)
+    description = RunModel(
+        spec=spec,
+        class_names=classes.names,
+        class_colours=classes.colours,
+        size=SIZE,
+        mean=model.mean,
+        std=model.std,
+        heads=model.regressions,
+    )
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text(description.model_dump_json())
+    settings = {"verb": "train-student", "model": spec, "val": DATA, "method": method, "seed": seed}
+    (folder / "recipe.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+    save_weights(model, folder / "best.safetensors")
+    tasks = {"segmentation": {"loss": 1.0, "weight": 0.5}, "depth": {"loss": 0.5, "weight": 0.5}}
+    norms = {task: {"norm": 1.0, "ratio": 1.0} for task in tasks}
+    lines = [
+        {"kind": "train", "step": 1, "loss": 2.0, "ce": 1.0, "tasks": tasks},
+        {"kind": "gradients", "step": 1, "ce": 1.0, "tasks": norms},
+        {"kind": "validation", "step": 1, "miou": 0.1, "depth_rmse": 20.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of a taught and of a plain network of both tasks, and one of segmentation alone."""
+    root = tmp_path_factory.mktemp("runs")
+    for method in ("kl", "none"):
+        for seed in (0, 1):
+            write_run(root / f"{method}-{seed}", "kdcache:tiny+depth", method, seed)
+    write_run(root / "plain", "kdcache:tiny", "none", 0)
+    return root
+
+
+QUICK = CompareOptions(repeats=0)
+
+
+@pytest.fixture(scope="module")
+def compared(runs: Path) -> Comparison:
+    return compare([runs], options=QUICK)
+
+
+def test_every_task_has_the_scores_of_an_evaluation(runs: Path, compared: Comparison) -> None:
+    assert compared.tasks == ("segmentation", "depth")
+    for row in compared.rows:
+        for score in row.runs:
+            model, description = load_run(score.run)
+            assert score.tasks == evaluate_tasks(model, open_split(DATA, "val"), description.size)
+    again = compare([runs], options=QUICK)
+    assert all(score.reused for row in again.rows for score in row.runs)
+    assert again.to_json()["rows"][0]["depth"] == compared.to_json()["rows"][0]["depth"]
+
+
+def test_of_depth_the_least_is_best_and_who_has_none_has_a_dash(compared: Comparison) -> None:
+    header, rows = score_table(compared)
+    column = header.index("rmse m")
+    shown = {cells[0]: cells[column] for cells in rows}
+    least = min((row for row in compared.rows if row.depth), key=lambda row: row.depth["rmse"].mean)
+    best = [name for name, cell in shown.items() if cell.startswith(BOLD[0])]
+    assert len(best) == 1
+    assert least.name in best[0]
+    plain = next(row for row in compared.rows if not row.depth)
+    assert shown[plain.name] == "-" or shown[f"{plain.name} (baseline)"] == "-"
+    assert "-" in [cells[header.index("δ1 %")] for cells in rows]
+
+
+def test_the_distance_in_depth_is_that_of_the_pairs(compared: Comparison) -> None:
+    taught = next(row for row in compared.rows if row.differs.get("method") == "kl")
+    gap = taught.depth_difference
+    assert gap is not None
+    assert gap.paired
+    baseline = next(row for row in compared.rows if row.name == gap.baseline)
+    pairs = [
+        one.depth("rmse") - two.depth("rmse") for one in taught.runs for two in baseline.runs if one.seed == two.seed
+    ]
+    assert gap.mean == pytest.approx(np.mean(pairs))
+    assert gap.resampled is not None
+    assert gap.resampled.low < gap.mean < gap.resampled.high
+    assert gap.comparisons == 1
+    assert taught.difference is not None
+    _, cells = difference_table(compared, "depth")
+    assert [row[2] for row in cells] == [f"{gap.mean:+.3f}"]
+
+
+def test_the_bootstrap_over_images_is_that_of_the_mean_of_rmse() -> None:
+    """Against draws written out, one image at a time."""
+    generator = np.random.default_rng(0)
+    ids = tuple("abcdef")
+    ours, theirs = (
+        [DepthImages(ids, generator.uniform(1, 5, (6, 8))) for _ in range(2)],
+        [DepthImages(ids, generator.uniform(2, 6, (6, 8))) for _ in range(3)],
+    )
+    drawn = resample(ours, theirs, Blocks.of({name: name for name in ids}, "images"))
+    own = np.mean([one.values[:, 0] for one in ours], 0) - np.mean([one.values[:, 0] for one in theirs], 0)
+    means = [own[np.random.default_rng(seed).integers(0, 6, 6)].mean() for seed in range(4000)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    assert drawn.low == pytest.approx(low, abs=0.08)
+    assert drawn.high == pytest.approx(high, abs=0.08)
+
+
+def test_files_have_every_task(compared: Comparison) -> None:
+    assert "## Distance to the baseline in depth, metres of rmse" in to_markdown(compared)
+    rows = list(csv.DictReader(io.StringIO(to_csv(compared))))
+    shown = [row["depth_rmse_mean"] for row in rows]
+    assert shown.count("") == 1
+    assert "Depth RMSE (m)" in to_text(compared)
+    content = json.loads(json.dumps(compared.to_json(), allow_nan=False))
+    assert content["best_depth_rmse"] == min(float(value) for value in shown if value)
+    assert {run["miou"] is None for row in content["rows"] for run in row["runs"]} == {False}
+
+
+def test_one_range_for_all(runs: Path, compared: Comparison) -> None:
+    assert compared.depth_range == "0.001 to 80 m"
+    judging = Judging(depth=DepthSettings(max_depth=20))
+    near = compare([runs], options=CompareOptions(judging, repeats=0))
+    assert near.depth_range == "0.001 to 20 m"
+    with pytest.raises(DataError, match="leave out --min-depth"):
+        compare([runs / "plain"], options=CompareOptions(judging, repeats=0))
+
+
+def test_segmentation_alone_has_the_tables_that_it_had(runs: Path) -> None:
+    alone = compare([runs / "plain"], options=QUICK)
+    assert "rmse" not in to_markdown(alone) + to_csv(alone) + to_text(alone)
+    assert "depth" not in json.dumps(alone.to_json()["rows"])
+
+
+@pytest.mark.parametrize("names", [("kl-0",), ("kl-0", "kl-1", "none-0", "none-1", "plain")])
+def test_the_page_shows_every_task(runs: Path, names: tuple[str, ...], tmp_path: Path) -> None:
+    options = ReportOptions(QUICK, samples=1)
+    comparison = make_report([runs / name for name in names], None, None, tmp_path / "page.html", options)
+    page = (tmp_path / "page.html").read_text()
+    for text in ("rmse m", "Validation rmse of depth", "Gradient norm of the task depth", "Weight of the task depth"):
+        assert text in page
+    if len(names) > 1:
+        assert any(sentence.startswith("Depth: the best row") for sentence in headline(comparison)[2])
+
+
+def test_a_worse_rmse_is_no_yes() -> None:
+    from kdcache.analysis.report.summary import _answer
+    from kdcache.analysis.spread import Difference
+
+    worse = Difference(-0.4, 0.1, 0.01, "none", 3, paired=True)
+    assert _answer([worse]) == "No."
+    assert not math.isnan(worse.mean)
