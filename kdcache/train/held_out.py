@@ -80,7 +80,7 @@ def _check_labels(cache: Cache, config: TrainConfig, labels_used: Flags) -> str 
     Labels of the fold that the run leaves out are for a note. Returns: a note when the teacher's labels are not known.
     """
     limit = config.limit_labels
-    without = ~(cache.has_label if limit is None else labels_used)
+    without = ~(cache.has_label | cache.has_depth if limit is None else labels_used)
     if not without.any():
         return None
     if config.left_out is not None:

@@ -113,6 +113,9 @@ def test_a_dry_run_shows_commands_and_makes_nothing(cli, tmp_path: Path) -> None
         (("voc-compare", "--smoke", "--out", "OUT", "--set", "nonsense"), "TABLE.KEY=VALUE"),
         (("voc-compare", "--smoke", "--out", "OUT", "--seeds", "a"), "--seeds"),
         (("voc-compare", "--data", "a", "--data", "b", "--out", "OUT"), "leave one of them out"),
+        (("safetrip-hydranet", "--data", "surface=a", "--out", "OUT"), "--data polygon=DIR --data kitti=DIR"),
+        (("safetrip-hydranet", "--smoke", "--data", "kitti=scenes:48x64", "--out", "OUT"), "label of depth"),
+        (("safetrip-hydranet", "--smoke", "--set", "stream.kiti.share=1", "--out", "OUT"), "did you mean kitti"),
         (("voc-compare", "--data", "NOWHERE", "--out", "OUT"), "NOWHERE"),
     ],
 )

@@ -125,6 +125,7 @@ def test_a_recipe_without_a_small_form_says_so(recipe: str) -> None:
 def test_the_shipped_recipes_are_read_whole_and_small() -> None:
     names = list_recipes()
     assert {"camvid-segformer", "camvid-segformer-cure", "voc-compare", "voc-deeplab-mobilenet"} <= set(names)
+    assert "safetrip-hydranet" in names
     for name, title in names.items():
         for smoke in (False, True):
             read = read_recipe(name, smoke=smoke)

@@ -219,3 +219,13 @@ def test_labels_that_the_store_lacks(stored: Callable[..., Cache], data: Path, n
 def test_labels_that_the_teacher_lacked_too(stored: Callable[..., Cache], data: Path, notes: Notes) -> None:
     few = without_labels(data, but=2)
     assert notes(stored(few)) == []
+
+
+def test_a_teacher_of_two_tasks_learnt_from_no_more_samples_than_have_a_label_of_either(
+    make_cache: Callable[..., Path], notes: Notes
+) -> None:
+    """Half of the samples have classes, the others depth: none is without a label."""
+    cache = open_cache(make_cache("scenes:32x48,train=6,val=2,depth=exact,tasks=halves"))
+    assert cache.has_label.sum() == cache.has_depth.sum() == 3
+    training = Training(ids_digest=cache.manifest.dataset.ids_digest, labels=pack_flags(np.ones(6, np.bool_)))
+    assert notes(with_trainings(cache, training)) == []
