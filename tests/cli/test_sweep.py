@@ -21,6 +21,12 @@ EPOCHS = ("teacher.iterations=2", "student.epochs=2", "student.val-every=1", "st
 """Far fewer steps than `--smoke` has: these tests look at what comes out, not at how good it is."""
 
 
+FEW = tuple(
+    f'stream.{name}.data="scenes:48x64,train=16,val=4,seed={seed}{depth}"'
+    for seed, (name, depth) in enumerate({"surface": "", "polygon": "", "kitti": ",depth=sparse,tasks=depth"}.items())
+)
+
+
 def quick(changes: tuple[str, ...] = QUICK) -> list[str]:
     sizes = (
         "teacher.size=48x64",
@@ -162,3 +168,25 @@ def test_a_sweep_side_by_side_that_fails_says_why_and_goes_on(cli, tmp_path: Pat
     assert whole.code == 0, whole.err
     assert (tmp_path / "new" / "report.html").is_file()
     assert len(list((tmp_path / "new" / "logs").iterdir())) == 8
+
+
+@pytest.mark.slow
+def test_a_network_of_two_tasks_from_three_streams(cli, tmp_path: Path) -> None:
+    """A teacher of two labelled sets, its targets of images with depth, and each way to learn from them."""
+    out = tmp_path / "out"
+    told = cli("sweep", "safetrip-hydranet", "--smoke", "--out", out, *quick((*QUICK[:3], *FEW)))
+    assert told.code == 0, told.err
+    rows = [row["name"] for row in json.loads((out / "comparison.json").read_text(encoding="utf-8"))["rows"]]
+    assert [*rows[:2], *rows[-3:]] == [
+        *("without pseudo labels", "pseudo labels from 0.7", "teacher of mirrored and rescaled images"),
+        *("two teachers", "teacher"),
+    ]
+    assert {path.name for path in (out / "stores").iterdir()} >= {"kitti.zarr", "kitti-tta.zarr", "kitti-ensemble.zarr"}
+    assert "none from 0.9 in all 16 samples" in " ".join(told.err.split())  # a teacher of two steps is sure of nothing
+    lines = (out / "runs" / "pseudo-labels-from-0.7" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    validated = [line for line in map(json.loads, lines) if line["kind"] == "validation"]
+    assert all(line["miou"] > 0 and line["depth_rmse"] > 0 for line in validated)
+    trained = next(line for line in map(json.loads, lines) if line["kind"] == "train")
+    assert {"surface/ce", "polygon/ce", "kitti/pseudo", "kitti/depth-silog"} <= set(trained)
+    _check_pictures(out / "pictures", len(rows) - 1)
+    assert (out / "report.html").stat().st_size > 0
