@@ -33,7 +33,7 @@ def check_data(sweep: Sweep) -> None:
     first = next(iter(own))
     for name, split in own.items():
         if split.classes.names != splits[first].classes.names:
-            raise _other_classes(name, split, first, splits[first], taught=bool(tables[name].get("cache")))
+            raise _other_classes(name, split, first, splits[first])
     judge = open_split(sweep.data, str(recipe.data.get("val-split", TrainSettings.val_split)))
     if judge.classes.names != splits[first].classes.names:
         raise MismatchError(
@@ -59,14 +59,11 @@ def _check_labels(name: str, table: Mapping[str, Any], split: Split) -> None:
         )
 
 
-def _other_classes(name: str, split: Split, first: str, other: Split, *, taught: bool) -> MismatchError:
-    """The error for a stream with other classes than the first: labels are mapped, targets are built for classes."""
-    if taught:
+def _other_classes(name: str, split: Split, first: str, other: Split) -> MismatchError:
+    """The error for a stream with other classes than the first."""
+    remedy = f"give it a class map, a line `<id> <class>` for each of its own: --set stream.{name}.class-map=FILE"
+    if not split.classes.names:
         remedy = f"write the classes of {first}, one a line, into classes.txt where the data of {name} begin"
-    else:
-        remedy = (
-            f"give it a class map, a file with a line `<its id> <class>` for each: --set stream.{name}.class-map=FILE"
-        )
     return MismatchError(
         "all streams have the same classes in the same order",
         received=f"{_names(split)} in the stream {name} ({split.data}) against {_names(other)} in {first}",

@@ -41,9 +41,10 @@ def test_other_classes_are_refused_with_the_remedy_of_their_kind(tmp_path: Path)
     other = folder(tmp_path, "a", "b")
     with pytest.raises(MismatchError, match="a, b in the stream far") as caught:
         check({"city": CITY, "far": other}, term=[])
+    assert "--set stream.far.class-map=FILE" in caught.value.remedy
+    with pytest.raises(MismatchError, match="no classes in the stream far") as caught:
+        check({"city": CITY, "far": f"depth:{other}"}, term=[])
     assert "classes.txt" in caught.value.remedy
-    with pytest.raises(MismatchError, match=r"--set stream\.far\.class-map=FILE"):
-        check({"city": CITY, "far": other}, term=[], cache="")
     check({"city": CITY, "far": other}, term=[], class_map="map.txt", data=CITY)
     with pytest.raises(MismatchError, match="judged"):
         check({"city": CITY, "far": FAR}, data=other)
