@@ -20,6 +20,7 @@ SEGMENTATION = "segmentation"
 """The task of class ids per pixel, and the head that predicts them."""
 DEPTH = "depth"
 """The task of depth per pixel, and the head that predicts it."""
+TASKS = (SEGMENTATION, DEPTH)
 
 METRES = "m"
 """The unit of depth in metres; heads of any other know depth up to a scale and a shift."""

@@ -44,6 +44,11 @@ class TrainingProgress(Observer):
         shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
         ERRORS.print(f"  gradient norms at {step}: {shown}", markup=False)
 
+    def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
+        shown = [f"{task} {own['norm']:.3g} ({own['ratio']:.2g} times)" for task, own in tasks.items() if "norm" in own]
+        if shown:
+            ERRORS.print(f"  gradient norms of the tasks at {step}: {', '.join(shown)}", markup=False)
+
     def validating(self, done: int, total: int) -> None:
         assert self._task is not None
         self._bar.update(self._task, note=f"validating {done}/{total}{self._miou}")

@@ -7,6 +7,8 @@
     gate.py           weights per pixel of the teacher's terms
     depth.py          losses between maps of depth
     balance.py        the balance of several heads' losses
+    masks.py          which pixels the teacher's terms count
+    outputs.py        a student's outputs as a loss reads them, and what it makes of them
     batch.py          a batch: pixels, labels and targets by name
     counts.py         the denominators of its parts
     target.py         a teacher's outputs of one head
@@ -17,13 +19,14 @@
 The format of the targets comes from a store, or from anything with the attributes of `TargetFormat`.
 """
 
-from kdcache.distill.balance import FixedBalance, UncertaintyBalance
+from kdcache.distill.balance import Balance, FixedBalance, UncertaintyBalance
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate, GateSpec, parse_gate
 from kdcache.distill.label_targets import LabelTargets
-from kdcache.distill.loss import DistillLoss, Losses
+from kdcache.distill.loss import DistillLoss
 from kdcache.distill.merged_targets import MergedTargets
+from kdcache.distill.outputs import Losses
 from kdcache.distill.streams import AnyBatch, Criterion, StreamBatch, StreamLoss
 from kdcache.distill.target import Target, TargetFormat
 from kdcache_kernels import KernelError
@@ -32,6 +35,7 @@ from kdcache_kernels.ops import choose_implementation
 __all__ = [
     "SEGMENTATION",
     "AnyBatch",
+    "Balance",
     "Batch",
     "Counts",
     "Criterion",

@@ -52,9 +52,13 @@ class FixedBalance(nn.Module):
         self.heads = tuple(weights)
         self._weights = dict(weights)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weight of each head's loss, 0-dimensional."""
-        return {head: torch.tensor(weight) for head, weight in self._weights.items()}
+    def factors(self) -> Mapping[str, Tensor | float]:
+        """The weight of each head's loss, as gradients have it."""
+        return self._weights
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each head's loss, as numbers of the host."""
+        return dict(self._weights)
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
         """The loss of all heads.
@@ -92,9 +96,13 @@ class UncertaintyBalance(nn.Module):
         self.log_variance = nn.ParameterDict({head: nn.Parameter(torch.zeros(())) for head in forms})
 
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
+    def factors(self) -> Mapping[str, Tensor | float]:
         """The weight of each head's loss, 0-dimensional: exp(-s), half of it for a squared error."""
         return {head: self._factor(head) * (-self.log_variance[head]).exp() for head in self.heads}
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each head's loss, read from the device."""
+        return {head: float(factor) for head, factor in self.factors().items()}
 
     def forward(self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor] | None = None) -> Tensor:
         """The loss of all heads, with gradients to the losses and to the variances.
@@ -115,6 +123,19 @@ class UncertaintyBalance(nn.Module):
 
     def _factor(self, head: str) -> float:
         return 0.5 if self.forms[head] == "squared" else 1.0
+
+
+Balance = FixedBalance | UncertaintyBalance
+
+
+def weigh_parts(parts: Mapping[str, Tensor], tasks: Mapping[str, str], balance: Balance) -> dict[str, Tensor]:
+    """Parts of a loss by name, each times the weight of its task; gradients reach the parts alone.
+
+    Args:
+        tasks: the task of each part.
+    """
+    factors = balance.factors()
+    return {name: factors[tasks[name]] * part for name, part in parts.items()}
 
 
 def _check_heads(losses: Mapping[str, Tensor], heads: tuple[str, ...]) -> None:

@@ -81,14 +81,19 @@ class Batch(Tensors):
         return self.labels[SEGMENTATION]
 
     @property
+    def any_label(self) -> Tensor:
+        """The labels of one of the tasks, (B, H, W): of segmentation where there are any. Raises: KeyError for none."""
+        return self.labels[SEGMENTATION if SEGMENTATION in self.labels else next(iter(self.labels), SEGMENTATION)]
+
+    @property
     def target(self) -> Target | None:
         """The target of segmentation; None for a batch without."""
         return None if self.targets is None else self.targets.get(SEGMENTATION)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the labels of segmentation."""
-        return self.label.shape[-2], self.label.shape[-1]
+        """(H, W) of the labels, of whichever task."""
+        return self.any_label.shape[-2], self.any_label.shape[-1]
 
     def __len__(self) -> int:
         return len(tensors_of(self)[0])
@@ -127,7 +132,7 @@ class Batch(Tensors):
         return rows_BH[:, :, None] & columns_BW[:, None, :]
 
     def _positions(self, form: TargetFormat, size: tuple[int, int]) -> ViewPositions:
-        device = self.label.device if self.window is None else self.window.device
+        device = self.any_label.device if self.window is None else self.window.device
         return view_positions(self.window, self.flip, form.view_size, size, device)
 
     def to_dict(self) -> dict[str, Tensor]:

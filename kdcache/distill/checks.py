@@ -50,14 +50,14 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
         logits: (B, C, h, w) of the student; None checks the batch alone.
     Raises: DataError.
     """
-    if SEGMENTATION not in batch.labels:
+    if not batch.labels:
         raise DataError(
             "a batch has labels; what is not labelled has void ones",
-            received=f"no labels of {SEGMENTATION}",
+            received="no labels of any task",
             remedy=f'add labels={{"{SEGMENTATION}": torch.full((B, H, W), 255, dtype=torch.uint8)}}',
         )
     rows = {} if logits is None else {"logits": len(logits)}
-    rows["labels"] = len(batch.label)
+    rows["labels"] = len(batch.any_label)
     rows |= {} if batch.target is None else {"target": len(batch.target.values)}
     rows |= {} if batch.window is None else {"window": len(batch.window)}
     if len(set(rows.values())) > 1:
@@ -65,6 +65,21 @@ def check_rows(logits: Tensor | None, batch: Batch) -> None:
             "logits, labels and target are of the same samples",
             received=", ".join(f"{name} of {count}" for name, count in rows.items()),
             remedy="pass them as the loader gave them, and cut all or none",
+        )
+
+
+def check_logits(reading: Sequence[str]) -> None:
+    """Check what a loss reads of a student without logits.
+
+    Args:
+        reading: names of the parts that read logits of segmentation.
+    Raises: RecipeError for any.
+    """
+    if reading:
+        raise RecipeError(
+            f"{', '.join(reading)} compare the logits of a head {SEGMENTATION}",
+            received="a student without that head",
+            remedy="leave them out, ce_weight=0 and kl_weight=0; or use a student that has it",
         )
 
 
@@ -116,10 +131,10 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
                 remedy="train on data that has them, or leave the term out",
             )
         label = batch.labels.get(name)
-        if where == "labels" and label is not None and label.shape != batch.label.shape:
+        if where == "labels" and label is not None and label.shape[-2:] != batch.size:
             raise DataError(
                 "the labels of all tasks of a batch show the same pixels",
-                received=f"labels of {name} {tuple(label.shape)}, of {SEGMENTATION} {tuple(batch.label.shape)}",
+                received=f"labels of {name} {tuple(label.shape)}, of {SEGMENTATION} {tuple(batch.any_label.shape)}",
                 remedy="render them as the loader does, (B, H, W) each",
             )
 

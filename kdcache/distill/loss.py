@@ -3,20 +3,24 @@
 `loss = ce_weight * CE(up(z), y) + kl_weight * T^2 * KL(softmax(up(t)/T) || softmax(up(z)/T)) + sum of weight * term`.
 The first two are one operation, `kdcache_kernels.distill_loss`. Temperature and weights are choices of the training,
 never of the store.
+
+A term of depth is of the task `depth`, all else of `segmentation`; a balance weighs the sums of the two.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from kdcache.distill.balance import Balance, FixedBalance, weigh_parts
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.checks import (
     Size,
     check_arrays,
     check_heads,
+    check_logits,
     check_rows,
     check_taps,
     check_targets,
@@ -27,40 +31,17 @@ from kdcache.distill.checks import (
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate
 from kdcache.distill.label_targets import LabelTargets
+from kdcache.distill.masks import TeacherMasks, counted_in, times
 from kdcache.distill.merged_targets import MergedTargets
+from kdcache.distill.outputs import Losses, Outputs, StudentOutputs, unpacked
 from kdcache.distill.smoothing import smoothed_cross_entropy
 from kdcache.distill.target import TargetFormat
+from kdcache.heads import TASKS
 from kdcache_kernels import distill_denominators, distill_loss
 from kdcache_kernels.topk import compute_dtype
 
 if TYPE_CHECKING:
     from kdcache.distill.terms import Term, TermBatch
-
-
-class Outputs(Protocol):
-    """A student's outputs for a batch."""
-
-    @property
-    def logits(self) -> Tensor: ...
-    @property
-    def heads(self) -> Mapping[str, Tensor]: ...
-    @property
-    def features(self) -> Mapping[str, Tensor]: ...
-
-
-class _Outputs(NamedTuple):
-    logits: Tensor
-    heads: Mapping[str, Tensor] = {}
-    features: Mapping[str, Tensor] = {}
-
-
-class Losses(NamedTuple):
-    """Scalars, float32: the loss, which alone carries a gradient, and its parts before weighting."""
-
-    loss: Tensor
-    ce: Tensor
-    kl: Tensor
-    terms: tuple[Tensor, ...] = ()  # in the order of DistillLoss.further
 
 
 class DistillLoss(nn.Module):
@@ -84,6 +65,7 @@ class DistillLoss(nn.Module):
         scheduled: whether `set_distill_weight_scale` may change the weights of the teacher's terms while training.
         size: (H, W) of the labels of a whole view, where that has other proportions than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
+        balance: of the losses of two tasks; None adds them up.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
     """
 
@@ -107,15 +89,18 @@ class DistillLoss(nn.Module):
         scheduled: bool = False,
         size: Size | None = None,
         impl: str = "auto",
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         self.targets = targets
+        self.balance = balance
         self.ce_weight = ce_weight
         self.kl_weight = kl_weight
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.distill_void = distill_void and not isinstance(targets, LabelTargets)
+        self._masks = TeacherMasks(targets, self.distill_void, ignore_index)
         self.align_corners = align_corners
         self.impl = impl
         self.gate = gate or Gate()
@@ -128,12 +113,26 @@ class DistillLoss(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the parts, in the order of `Losses` without its loss. A kind that occurs twice is numbered."""
+        """Names of the parts, in the order of `Losses` without loss and tasks. A kind that occurs twice is numbered."""
         kinds = [term.kind for term in self._terms()]
         counted = [
             f"{kind}_{kinds[:at].count(kind) + 1}" if kind in kinds[:at] else kind for at, kind in enumerate(kinds)
         ]
         return ("ce", "kl", *counted)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that are learnt: those with a part of weight above 0."""
+        learnt = {term.task for term in self._terms() if term.weight > 0}
+        if self.ce_weight > 0 or self.kl_weight > 0:
+            learnt.add(SEGMENTATION)
+        return tuple(task for task in TASKS if task in learnt)
+
+    @property
+    def part_tasks(self) -> dict[str, str]:
+        """The task of each part, by its name."""
+        tasks = (SEGMENTATION, SEGMENTATION, *(term.task for term in self._terms()))
+        return dict(zip(self.names, tasks, strict=True))
 
     @property
     def student_taps(self) -> tuple[str, ...]:
@@ -178,8 +177,29 @@ class DistillLoss(nn.Module):
         """
         batch = self._with_targets(batch, dtype)
         self._check(batch)
+        ce, kl = self._fused_counts(batch)
+        if not len(self.further):
+            return Counts(ce, kl)
+        no_logits = torch.empty((len(batch.any_label), 0, 1, 1), dtype=dtype, device=batch.any_label.device)
+        term_batch = self._batch(StudentOutputs(no_logits), batch, None)
+        zero = no_logits.new_zeros(())
+        terms = tuple(term.count(term_batch) if _active(term, batch) else zero for term in self._terms())
+        return Counts(ce, kl, terms)
+
+    def counted(self, counts: Counts) -> dict[str, Tensor]:
+        """How much the parts of weight count of each task that is learnt, 0-dimensional: above 0 where any counts."""
+        weights = (self.ce_weight, self.kl_weight, *(term.weight for term in self._terms()))
+        parts = list(zip(self.part_tasks.values(), weights, (counts.ce, counts.kl, *counts.terms), strict=False))
+        counted = {own: [n.sum() for task, weight, n in parts if task == own and weight > 0] for own in self.tasks}
+        return {task: torch.stack(numbers).sum() for task, numbers in counted.items()}
+
+    def _fused_counts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The denominators of cross-entropy and KL."""
+        if SEGMENTATION not in batch.labels:
+            zero = torch.zeros((), device=batch.any_label.device)
+            return zero, zero
         teaching = self.kl_weight > 0 and self._teaches(batch)
-        views = self._views(batch) if teaching else []
+        views = self._masks.views(batch) if teaching else []
         target = batch.target if teaching and not views else None
         num_classes = self.targets.num_classes if self.targets is not None else 256
         ce, kl = distill_denominators(
@@ -192,14 +212,7 @@ class DistillLoss(nn.Module):
             flip_B=None if target is None else batch.flip,
             distill_void=self.distill_void,
         )
-        kl = _counted_in(views) if views else kl
-        if not len(self.further):
-            return Counts(ce, kl)
-        no_logits = torch.empty((len(batch.label), 0, 1, 1), dtype=dtype, device=batch.label.device)
-        term_batch = self._batch(_Outputs(no_logits), batch, None)
-        zero = no_logits.new_zeros(())
-        terms = tuple(term.count(term_batch) if _active(term, batch) else zero for term in self._terms())
-        return Counts(ce, kl, terms)
+        return ce, counted_in(views) if views else kl
 
     def forward(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> Losses:
         """Loss, and its parts before weighting: all scalars, float32.
@@ -207,7 +220,7 @@ class DistillLoss(nn.Module):
         Args:
             outputs: the student's: logits (B, C, h, w) and the outputs of the heads that `heads` names, each at its
                 native stride, which receive the gradient, and the features (B, c, h, w) that `student_taps` names; or
-                logits alone.
+                logits alone. One of depth alone has no logits.
             batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
                 without a teacher, whose parts are then 0.
             counts: denominators of the parts: the mean over the parts of a batch that several processes or steps share,
@@ -215,24 +228,43 @@ class DistillLoss(nn.Module):
         Raises: RecipeError for a batch without the targets, arrays or features that a term of weight reads; DataError
             for one without labels, of unequal rows, or whose labels do not show what the target's window shows.
         """
-        own = _unpacked(outputs)
+        by_task, losses = self.by_task(outputs, batch, counts)
+        if self.balance is None:
+            return losses
+        balanced = {task: by_task[task] for task in self.balance.heads}
+        fixed = isinstance(self.balance, FixedBalance)
+        counted = None if fixed else self.counted(counts or self.counts(batch))
+        own = tuple(loss.detach() for loss in balanced.values())
+        return losses._replace(loss=self.balance(balanced, counted), tasks=own)
+
+    def by_task(
+        self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None
+    ) -> tuple[dict[str, Tensor], Losses]:
+        """The weighted sum of each task's parts, differentiable; and the losses with the sum of these.
+
+        Args, Raises: as `forward`.
+        """
+        own = unpacked(outputs)
         batch = self._with_targets(batch, own.logits.dtype)
         self._check(batch, own)
         gate = self._gate(batch)
-        loss, ce, kl = self._fused(own.logits, batch, gate, counts, self.ce_weight, self.kl_weight)
+        fused, ce, kl = self._fused(own.logits, batch, gate, counts, self.ce_weight, self.kl_weight)
+        by_task: dict[str, Tensor] = {SEGMENTATION: fused}
         values: list[Tensor] = []
         for term, value in self._values(own, batch, gate, counts):
             values.append(torch.zeros_like(ce) if value is None else value.detach())
             if value is not None:
-                loss = loss + self._weight(term) * value
-        return Losses(loss, ce, kl, tuple(values))
+                weighted = self._weight(term) * value
+                by_task[term.task] = by_task[term.task] + weighted if term.task in by_task else weighted
+        loss, *others = by_task.values()
+        return by_task, Losses(sum(others, loss), ce, kl, tuple(values))
 
     def parts(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> dict[str, Tensor]:
-        """Every active term on its own, weighted and differentiable: name -> scalar. For gradient norms.
+        """Every active term on its own, weighted (by the balance, too) and differentiable, by name. For gradient norms.
 
         Args, Raises: as `forward`.
         """
-        own = _unpacked(outputs)
+        own = unpacked(outputs)
         batch = self._with_targets(batch, own.logits.dtype)
         self._check(batch, own)
         gate = self._gate(batch)
@@ -245,10 +277,10 @@ class DistillLoss(nn.Module):
         for name, (term, value) in zip(self.names[2:], values, strict=True):
             if value is not None:
                 parts[name] = self._weight(term) * value
-        return parts
+        return parts if self.balance is None else weigh_parts(parts, self.part_tasks, self.balance)
 
     def _values(
-        self, outputs: _Outputs, batch: Batch, gate: Tensor | None, counts: Counts | None
+        self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None, counts: Counts | None
     ) -> "Iterator[tuple[Term, Tensor | None]]":
         """The further terms, each with its value, not weighted; None for one that does not count."""
         terms = self._terms()
@@ -267,7 +299,7 @@ class DistillLoss(nn.Module):
             return batch
         return self.targets.replace_targets(batch, compute_dtype(dtype))
 
-    def _check(self, batch: Batch, outputs: _Outputs | None = None) -> None:
+    def _check(self, batch: Batch, outputs: StudentOutputs | None = None) -> None:
         """Check a batch, with the student's outputs where there are some. Raises: RecipeError, DataError."""
         if torch.compiler.is_compiling():
             return
@@ -276,16 +308,18 @@ class DistillLoss(nn.Module):
         kl = ["kl"] if self.kl_weight > 0 else []
         check_targets(batch, self.targets, kl + [term.kind for term in terms if term.reads_target])
         check_rows(None if outputs is None else outputs.logits, batch)
+        if outputs is not None and outputs.logits.shape[1] == 0:
+            check_logits(["ce"] * (self.ce_weight > 0) + kl + [term.kind for term in active if term.reads_logits])
         check_heads(active, batch, None if outputs is None else outputs.heads)
         if batch.targets is None or self.targets is None or not (kl or terms):
             return
         check_arrays(terms, batch)
         if outputs is not None:
             check_taps(terms, outputs.features)
-        if batch.size not in self._fitting and may_read_values(batch.label):
+        if batch.size not in self._fitting and may_read_values(batch.any_label):
             if shows_otherwise(batch, self.targets, self._size):
                 raise window_error(self.targets, batch.size, self._size)
-            if batch.label.device.type != "cpu":  # reading waits for the device: once for each size
+            if batch.any_label.device.type != "cpu":  # reading waits for the device: once for each size
                 self._fitting.add(batch.size)
 
     def _now(self, weight: float) -> Tensor | float:
@@ -307,24 +341,24 @@ class DistillLoss(nn.Module):
         weight: Tensor | None = self.gate(batch, self.targets, impl=self.impl)
         return weight
 
-    def _batch(self, outputs: _Outputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
+    def _batch(self, outputs: StudentOutputs, batch: Batch, gate: Tensor | None) -> "TermBatch":
         from kdcache.distill.terms import HeadBatch, TermBatch
 
         targets = batch.targets or {}
         return TermBatch(
             logits=outputs.logits,
             features=outputs.features,
-            labels=batch.label,
+            labels=batch.labels.get(SEGMENTATION),
             target=batch.target,
             stored=batch.arrays,
             pixel_weight=gate,
             size=batch.size,
-            counted=self._counted(batch),
+            counted=self._masks.counted(batch),
             window=batch.window,
             flip=batch.flip,
             zoom=batch.zoom,
             own=batch.own,
-            shown=self._shown(batch) if self.heads else None,
+            shown=self._masks.shown(batch) if self.heads else None,
             heads={
                 name: HeadBatch(outputs.heads.get(name), batch.labels.get(name), targets.get(name))
                 for name in self.heads
@@ -340,16 +374,19 @@ class DistillLoss(nn.Module):
         ce_weight: float,
         kl_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if logits.shape[1] == 0:
+            zero = logits.new_zeros((), dtype=compute_dtype(logits.dtype))
+            return zero, zero, zero
         if kl_weight == 0 or not self._teaches(batch):
             return self._call(logits, replace(batch, targets=None), None, counts, ce_weight, kl_weight)
-        views = self._views(batch)
+        views = self._masks.views(batch)
         if not views:
             return self._call(logits, batch, gate, counts, ce_weight, kl_weight)
         (_, mask_BHW), *pasted = views
-        count = _counted_in(views) if counts is None else counts.kl
-        loss, ce, kl = self._call(logits, batch, _times(mask_BHW, gate), counts, ce_weight, kl_weight, count)
+        count = counted_in(views) if counts is None else counts.kl
+        loss, ce, kl = self._call(logits, batch, times(mask_BHW, gate), counts, ce_weight, kl_weight, count)
         for other, mask_BHW in pasted:
-            more = self._call(logits, other, _times(mask_BHW, self._gate(other)), counts, 0.0, kl_weight, count)
+            more = self._call(logits, other, times(mask_BHW, self._gate(other)), counts, 0.0, kl_weight, count)
             loss, kl = loss + more[0], kl + more[2]
         return loss, ce, kl
 
@@ -396,53 +433,7 @@ class DistillLoss(nn.Module):
             impl=self.impl,
         )
 
-    def _views(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        """Pairs of a batch and the mask (B, H, W) of its pixels that KL counts; empty where the fused loss counts them.
-
-        The first is the batch itself; where pixels are pasted, the second has the neighbours' targets.
-        """
-        if batch.own is None:
-            return [] if batch.inside is None else [(batch, self._counted_by_kl(batch, None))]
-        other = batch.neighbours()
-        return [(batch, self._counted_by_kl(batch, batch.own)), (other, self._counted_by_kl(other, ~batch.own))]
-
-    def _counted_by_kl(self, batch: Batch, own_BHW: Tensor | None) -> Tensor:
-        """Which pixels (B, H, W) of a part of the batch the KL counts."""
-        assert self.targets is not None
-        inside_BHW = batch.in_view(self.targets, batch.size).expand_as(batch.label)
-        counted_BHW = self._counted(batch, own_BHW)
-        return inside_BHW if counted_BHW is None else inside_BHW & counted_BHW
-
-    def _counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
-        """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
-        shown_BHW = self._shown(batch)
-        labelled_BHW = None if self.distill_void else batch.label != self.ignore_index
-        counted: Tensor | None = None
-        for mask_BHW in (own_BHW, shown_BHW, labelled_BHW):
-            if mask_BHW is not None:
-                counted = mask_BHW if counted is None else counted & mask_BHW
-        return counted
-
-    def _shown(self, batch: Batch) -> Tensor | None:
-        """Which pixels (B, H, W) show the image; None is all."""
-        return None if self.targets is None else batch.shown(self.targets, batch.size)
-
 
 def _active(term: "Term", batch: Batch) -> bool:
     """Whether a term counts: one of weight 0 may lack its arrays, and a batch without a teacher has terms on labels."""
     return term.weight > 0 and (batch.targets is not None or not term.reads_teacher)
-
-
-def _unpacked(outputs: Outputs | Tensor) -> _Outputs:
-    return (
-        _Outputs(outputs) if isinstance(outputs, Tensor) else _Outputs(outputs.logits, outputs.heads, outputs.features)
-    )
-
-
-def _counted_in(views: Sequence[tuple[Batch, Tensor]]) -> Tensor:
-    """The number of pixels that KL counts of some views, 0-dimensional float32."""
-    return torch.stack([mask_BHW.sum(dtype=torch.float32) for _, mask_BHW in views]).sum()
-
-
-def _times(mask_BHW: Tensor, gate_BHW: Tensor | None) -> Tensor:
-    return mask_BHW.float() if gate_BHW is None else gate_BHW * mask_BHW

@@ -6,7 +6,7 @@ A batch of one stream is a `Batch`, and its loss a `DistillLoss`; these classes 
 several, with the same methods.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from kdcache.distill.balance import Balance, FixedBalance, weigh_parts
 from kdcache.distill.batch import Batch, Tensors
 from kdcache.distill.counts import Counts, StreamCounts
-from kdcache.distill.loss import DistillLoss, Losses
+from kdcache.distill.loss import DistillLoss
+from kdcache.distill.outputs import Losses
+from kdcache.heads import TASKS
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,15 @@ class StreamBatch(Tensors):
 
 
 class StreamLosses(NamedTuple):
-    """The weighted sum of the streams' losses, which alone carries a gradient, and each stream's own losses."""
+    """The weighted sum of the streams' losses, which alone carries a gradient, and each stream's own losses.
+
+    Attributes:
+        tasks: the weighted sum of each task's parts over all streams, before the balance; empty without one.
+    """
 
     loss: Tensor
     streams: tuple[Losses, ...]
+    tasks: tuple[Tensor, ...] = ()
 
 
 class StreamLoss(nn.Module):
@@ -57,18 +65,38 @@ class StreamLoss(nn.Module):
         criteria: the loss of each stream.
         names: the streams' names, which stand before those of their parts: `kitti/ce`.
         weights: at least 0; the denominators of a stream's loss are its own, so its share of the batch is no weight.
+        balance: of two tasks' losses, each the weighted sum over the streams that learn it; None adds up the streams.
     """
 
-    def __init__(self, criteria: Sequence[DistillLoss], names: Sequence[str], weights: Sequence[float]) -> None:
+    def __init__(
+        self,
+        criteria: Sequence[DistillLoss],
+        names: Sequence[str],
+        weights: Sequence[float],
+        balance: Balance | None = None,
+    ) -> None:
         super().__init__()
+        self.balance = balance
         self.streams = nn.ModuleList(criteria)
         self.stream_names = tuple(names)
         self.weights = tuple(weights)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the values that follow the loss in `StreamLosses`, a stream's own loss first."""
+        """Names of the values that follow the loss in `StreamLosses` but for the tasks, a stream's own loss first."""
         return tuple(f"{stream}/{part}" for stream, criterion in self._named() for part in ("loss", *criterion.names))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that any stream of weight above 0 learns."""
+        learnt = [task for _, weight, criterion in self._weighed() if weight > 0 for task in criterion.tasks]
+        return tuple(task for task in TASKS if task in learnt)
+
+    @property
+    def part_tasks(self) -> dict[str, str]:
+        """The task of each part of a stream, by its name."""
+        named = ((stream, criterion.part_tasks) for stream, criterion in self._named())
+        return {f"{stream}/{part}": task for stream, tasks in named for part, task in tasks.items()}
 
     @property
     def student_taps(self) -> tuple[str, ...]:
@@ -109,12 +137,20 @@ class StreamLoss(nn.Module):
             counts: as of `DistillLoss`, of each stream.
         Raises: as `DistillLoss.forward`.
         """
-        losses = [criterion(own, part, count) for criterion, own, part, count in self._parted(outputs, batch, counts)]
-        weighted = [weight * own.loss for weight, own in zip(self.weights, losses, strict=True)]
-        return StreamLosses(torch.stack(weighted).sum(), tuple(own._replace(loss=own.loss.detach()) for own in losses))
+        parted = self._parted(outputs, batch, counts)
+        by_task, losses = zip(*(own.by_task(rows, part, count) for own, rows, part, count in parted), strict=True)
+        of_streams = tuple(own._replace(loss=own.loss.detach()) for own in losses)
+        if self.balance is None:
+            weighted = [weight * own.loss for weight, own in zip(self.weights, losses, strict=True)]
+            return StreamLosses(torch.stack(weighted).sum(), of_streams)
+        fixed = isinstance(self.balance, FixedBalance)
+        counted = None if fixed else self._counted(counts or self.counts(batch))
+        balanced = {task: self._of_task(task, by_task) for task in self.balance.heads}
+        loss = self.balance(balanced, counted)
+        return StreamLosses(loss, of_streams, tuple(own.detach() for own in balanced.values()))
 
     def parts(self, outputs: Any, batch: StreamBatch, counts: StreamCounts | None = None) -> dict[str, Tensor]:
-        """Every stream's loss and its active terms, weighted and differentiable: name -> scalar. For gradient norms.
+        """Every stream's loss and its active terms, weighted (by the balance, too) and differentiable, by name.
 
         Args, Raises: as `forward`.
         """
@@ -122,9 +158,27 @@ class StreamLoss(nn.Module):
         parted = self._parted(outputs, batch, counts)
         for name, weight, (criterion, own, part, count) in zip(self.stream_names, self.weights, parted, strict=True):
             of_stream = {term: weight * value for term, value in criterion.parts(own, part, count).items()}
+            if self.balance is not None:
+                of_stream = weigh_parts(of_stream, criterion.part_tasks, self.balance)
             whole = {"loss": torch.stack(list(of_stream.values())).sum()} if of_stream else {}
             parts |= {f"{name}/{term}": value for term, value in (whole | of_stream).items()}
         return parts
+
+    def _of_task(self, task: str, by_task: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The weighted sum of the losses of a task over the streams that have it."""
+        weighted = [weight * own[task] for weight, own in zip(self.weights, by_task, strict=True) if task in own]
+        return torch.stack(weighted).sum()
+
+    def _counted(self, counts: StreamCounts) -> dict[str, Tensor]:
+        """How much counts of each task over all streams of weight above 0, 0-dimensional."""
+        counted: dict[str, Tensor] = {}
+        for (_, weight, criterion), own in zip(self._weighed(), counts.streams, strict=True):
+            for task, count in criterion.counted(own).items() if weight > 0 else ():
+                counted[task] = counted[task] + count if task in counted else count
+        return counted
+
+    def _weighed(self) -> Iterator[tuple[str, float, DistillLoss]]:
+        return zip(self.stream_names, self.weights, self.streams, strict=True)  # type: ignore[arg-type]
 
     def _named(self) -> Iterator[tuple[str, DistillLoss]]:
         return zip(self.stream_names, self.streams, strict=True)  # type: ignore[arg-type]

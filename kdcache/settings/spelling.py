@@ -126,6 +126,23 @@ def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
     return scales
 
 
+def parse_task_weights(value: Any) -> Any:
+    """'depth=0.7', or a list of such, as a tuple of them; each is read by `task_weights`. Raises: as that."""
+    parts = (value,) if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+        task_weights(tuple(parts))
+        return tuple(parts)
+    return value
+
+
+def task_weights(texts: tuple[str, ...]) -> dict[str, float]:
+    """Weights by task of 'depth=0.7'. Raises: ValueError for text that is not TASK=X, each task once."""
+    weights = {task.strip(): float(weight) for task, _, weight in (text.partition("=") for text in texts)}
+    if len(weights) < len(texts) or set(weights) - set(TASKS) or not all(0 <= x < inf for x in weights.values()):
+        raise ValueError
+    return weights
+
+
 def parse_tasks(value: Any) -> Any:
     """'all', 'none' or tasks joined by +, or a list of them, as text; each once. Raises: ValueError for other words."""
     words = value.split("+") if isinstance(value, str) else value
@@ -196,6 +213,15 @@ DistillSchedule = Annotated[
 ]
 Tasks = Annotated[
     str, Spelling(parse_tasks, text_only=False, rule="all, none, or tasks such as segmentation+depth", example="none")
+]
+TaskWeights = Annotated[
+    tuple[str, ...],
+    Spelling(
+        parse_task_weights,
+        text_only=False,
+        rule=f"TASK=X, one of {', '.join(TASKS)}, each given once, and a weight of at least 0",
+        example="depth=0.7",
+    ),
 ]
 Decay = Annotated[float, Gt(0), Lt(1), Spelling(float, rule="a decay above 0 and below 1", example="0.999")]
 TopK = Annotated[int, Spelling(parse_top_k, rule="auto or a number of classes", example="auto", nothing="auto")]

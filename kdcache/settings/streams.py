@@ -38,7 +38,7 @@ class StreamSettings:
 
 SOURCE = ("cache", "data", "split")
 """The settings that say where a stream's samples come from."""
-_WHOLE = ("impl", "distill_schedule", "val_fold", "mix")
+_WHOLE = ("impl", "balance", "task_weight", "distill_schedule", "val_fold", "mix")
 """Settings of the panels below that are those of the whole training."""
 OVERRIDDEN = (
     *SOURCE,

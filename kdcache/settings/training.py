@@ -18,6 +18,7 @@ from kdcache.settings.spelling import (
     Positive,
     Range,
     Tasks,
+    TaskWeights,
     Weight,
 )
 
@@ -91,6 +92,17 @@ class TrainSettings:
     ce_weight: Weight = _loss(1.0, "Weight of the cross-entropy.")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = _loss(
         0.0, "Share of every label that is spread over all classes, in the cross-entropy. Above 0 it is not fused."
+    )
+    balance: Literal["fixed", "uncertainty"] = _loss(
+        "fixed",
+        "How the losses of two tasks become one: fixed weights (--task-weight), or weights that are learnt from each "
+        "task's uncertainty (Kendall 2018).",
+    )
+    task_weight: TaskWeights = _loss(
+        (),
+        "Weight of a task where two are learnt, e.g. depth=0.7 (default: 0.5 each). May be repeated.",
+        metavar="TASK=X",
+        repeated=True,
     )
     impl: Literal["auto", "triton", "numba", "reference"] = _loss(
         "auto",

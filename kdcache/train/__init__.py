@@ -2,7 +2,7 @@
 
     config.py        the settings (= the flags, = recipe.toml), and which do not go together
     streams.py       the settings of each of several sources
-    term_setting.py  a term of the loss as a setting
+    term_setting.py  a term of the loss as a setting; the balance of tasks
     ranges.py        the values that a setting takes, in words
     sources.py       the training and validation data of the settings
     api.py           from settings to a run

@@ -43,6 +43,7 @@ from kdcache.train.sources import (
 )
 from kdcache.train.step.batch_fit import largest_fitting, memory_error, memory_errors, requested_memory
 from kdcache.train.step.compiled import choose_step
+from kdcache.train.term_setting import make_balance
 from kdcache.train.trainer import Trainer
 
 
@@ -107,7 +108,7 @@ def make_trainer(
         # and on every process.
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
-        criterion = _combined([_criterion(source, model, device, observer) for source in sources], sources)
+        criterion = _combined([_criterion(source, model, device, observer) for source in sources], sources, config)
         for source in sources:
             with source.named():
                 note = source.note(observer.note)
@@ -175,12 +176,14 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
         return make_criterion(source.config, model, source.dataset, device, source.note(observer.note))
 
 
-def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source]) -> Criterion:
-    """The loss of all streams; of one source its own."""
+def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:
+    """The loss of all streams, of one source its own; with the balance of two tasks."""
+    balance = make_balance(config.balance, config.task_weight, config.tasks)
     if len(criteria) == 1 and not sources[0].stream.name:
+        criteria[0].balance = balance
         return criteria[0]
     streams = [source.stream for source in sources]
-    return StreamLoss(criteria, [stream.name for stream in streams], [stream.weight for stream in streams])
+    return StreamLoss(criteria, [stream.name for stream in streams], [stream.weight for stream in streams], balance)
 
 
 def _draws(source: Source, seed: int) -> StreamDraws:

@@ -14,7 +14,7 @@ from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, check_terms, parse_method
 from kdcache.distill.terms.spec import compares_features, of_depth, reads_logits, reads_teacher
 from kdcache.errors import RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
@@ -23,7 +23,7 @@ from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNIN
 from kdcache.train.input.mix import Mix
 from kdcache.train.ranges import in_words
 from kdcache.train.streams import Stream, StreamOwn, flag_of, make_stream, read_tables
-from kdcache.train.term_setting import Terms
+from kdcache.train.term_setting import Terms, check_balance, learnt_tasks
 
 _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
@@ -67,6 +67,8 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         _check_run(self)
+        if self.balance != "fixed" or self.task_weight:
+            check_balance(self.balance, self.task_weight, self.tasks)
         if self.stream:  # each stream's settings were checked as those of a training
             self.rows()
             return self
@@ -151,6 +153,14 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         """The tasks whose labels are used."""
         used = (SEGMENTATION, DEPTH) if self.labels in ("all", "none") else self.labels.split("+")
         return tuple(task for task in (SEGMENTATION, DEPTH) if task in used and (task != DEPTH or self.reads_depth))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that are learnt, by any stream of weight above 0: those with a part of weight above 0."""
+        if not self.stream:
+            return learnt_tasks(self.terms, self.ce_weight > 0 or (self.wants_kl and self.kl_weight > 0))
+        learnt = {task for stream in self.streams if stream.weight > 0 for task in stream.config.tasks}
+        return tuple(task for task in TASKS if task in learnt)
 
     @property
     def left_out(self) -> Fold | None:

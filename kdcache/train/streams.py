@@ -25,6 +25,9 @@ _WITHOUT_TEACHER = {
 }
 """Settings that concern a teacher alone, as a stream without one has them whatever the training has."""
 
+_WITHOUT_BALANCE = {"balance": "fixed", "task_weight": ()}
+"""The balance of a stream, whose tasks are balanced with those of the others."""
+
 
 def flag_of(name: str) -> str:
     """The name of a setting as its flag and its key in a recipe have it."""
@@ -74,7 +77,7 @@ def make_stream(
     Raises: KDCacheError that names the stream.
     """
     own = {key: value for key, value in table.items() if key in OVERRIDDEN}
-    merged = {**training, "stream": (), **own}
+    merged = {**training, "stream": (), **_WITHOUT_BALANCE, **own}
     if "cache" in own or "data" in own:
         merged |= {"cache": own.get("cache"), "data": own.get("data")}
     try:

@@ -1,10 +1,21 @@
-"""Terms of the loss as a setting: the text of a flag, or a table of a recipe."""
+"""Terms of the loss as a setting, the text of a flag or a table of a recipe; and the balance of their tasks."""
 
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from kdcache.distill import Balance, FixedBalance, UncertaintyBalance
+from kdcache.distill.balance import Form
 from kdcache.distill.terms import TermSpec
+from kdcache.distill.terms.spec import of_depth
+from kdcache.errors import RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION, TASKS
+from kdcache.settings.spelling import task_weights
+
+EVEN = 0.5
+"""The weight of a task where none is given."""
+_FORMS: dict[str, Form] = {SEGMENTATION: "classes", DEPTH: "absolute"}
 
 
 def parse_term(value: Any) -> Any:
@@ -24,3 +35,61 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 Terms = Annotated[tuple[TermSpec, ...], BeforeValidator(lambda terms: tuple(map(parse_term, terms)))]
+
+
+def learnt_tasks(terms: Iterable[TermSpec], fused: bool) -> tuple[str, ...]:
+    """The tasks of which a part of the loss weighs more than 0.
+
+    Args:
+        fused: whether cross-entropy or KL does.
+    """
+    learnt = {DEPTH if of_depth(term) else SEGMENTATION for term in terms if term.weight != 0}
+    return tuple(task for task in TASKS if task in learnt or (fused and task == SEGMENTATION))
+
+
+def check_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> None:
+    """Check a balance that is not the default.
+
+    Args:
+        weights: TASK=X.
+        tasks: those that are learnt.
+    Raises: RecipeError for fewer than two tasks, for weights beside learnt ones, and where all weights are 0.
+    """
+    received = [f"--task-weight {text}" for text in weights]
+    if balance == "uncertainty":
+        received.insert(0, "--balance uncertainty")
+    if len(tasks) < 2:
+        raise RecipeError(
+            "a balance is one of two tasks",
+            received=f"{', '.join(received)}, and {' '.join(tasks) or 'nothing'} alone is learnt",
+            remedy="leave it out; or learn both, for instance --model MODEL+depth with --term depth-silog",
+        )
+    if weights and balance == "uncertainty":
+        raise RecipeError(
+            "the balance `uncertainty` learns the weights of the tasks",
+            received=", ".join(received),
+            remedy="leave one of them out",
+        )
+    if not any(_fixed(weights, tasks).values()):
+        raise RecipeError(
+            "a task weighs more than 0",
+            received=f"{', '.join(received)}: nothing would be learnt",
+            remedy="raise one of them",
+        )
+
+
+def make_balance(balance: str, weights: Sequence[str], tasks: Sequence[str]) -> Balance | None:
+    """The balance of the tasks of a training; None for one task, whose loss is the whole.
+
+    Args:
+        weights: TASK=X, of `fixed`.
+    """
+    if len(tasks) < 2:
+        return None
+    if balance == "fixed":
+        return FixedBalance(_fixed(weights, tasks))
+    return UncertaintyBalance({task: _FORMS[task] for task in tasks})
+
+
+def _fixed(weights: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
+    return {task: task_weights(tuple(weights)).get(task, EVEN) for task in tasks}

@@ -1,7 +1,7 @@
 """One trainer for teachers and students: the loop, its checkpoints, its times."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from kdcache.train.step.compiled import choose_step, make_step
 from kdcache.train.step.ddp import distribute
 from kdcache.train.step.eager import EagerStep, Step, set_random_state
 from kdcache.train.step.ema import ModelEma
+from kdcache.train.step.gradient_norms import Norms, task_lines
 from kdcache.train.step.optim import Schedule, distill_weight_scale, make_optimizer
 
 
@@ -93,7 +94,9 @@ class Trainer:
         )
         self._ema = None if config.ema is None else ModelEma(self.model, config.ema)
         self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
-        self._watch = Watch(("loss", *criterion.names), self._world, self._sample_ids)
+        self._tasks = () if criterion.balance is None else criterion.balance.heads
+        names = ("loss", *criterion.names, *self._tasks)
+        self._watch = Watch(names, self._world, self._sample_ids, criterion.part_tasks)
         self._step: Step | None = None  # made from the first batch
         self._log: MetricsLog | None = None  # of the first process
         self._described = False
@@ -175,13 +178,10 @@ class Trainer:
         logged = (step + 1) % config.log_every == 0 or step + 1 == self._iterations
         self._watch.add(step, losses)
         # On a GPU reading every loss would stall the queue: losses are read when they are logged.
-        values = self._watch.check_finite() if logged or norms or self.device.type == "cpu" else []
-        if norms:
-            self._write_line("gradients", step + 1, norms)
-            self.observer.gradients(step + 1, norms)
-            if step + 1 >= warmup_steps(config.distill_schedule):  # until then weights are small on purpose
-                for text in self._watch.lopsided(step, norms):
-                    self.observer.note(text)
+        reading = logged or norms is not None or self.device.type == "cpu"
+        values = self._watch.check_finite() if reading else []
+        if norms is not None:
+            self._write_norms(step, norms, dict(zip(self._watch.names, values, strict=True)))
         lr = self._schedule.lr
         self._schedule.after_step()
         now = self._state.now
@@ -193,11 +193,32 @@ class Trainer:
             speed = config.batch_size * now.step / now.seconds
             report = dict(zip(self._watch.names, values, strict=True))
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
-            self._write_line("train", now.step, report)
-            self.observer.stepped(now.step, report)
+            self._report(report)
         return agreed.stop
 
-    def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, dict[str, float] | None]:
+    def _report(self, values: dict[str, float]) -> None:
+        """Log a step, with the losses and weights of the tasks that are balanced."""
+        step, balance = self._state.now.step, self.criterion.balance
+        weights = {} if balance is None else balance.weights()
+        tasks = {task: {"loss": values.pop(task), "weight": weight} for task, weight in weights.items()}
+        self._write_line("train", step, values | ({"tasks": tasks} if tasks else {}))
+        self.observer.stepped(step, values)
+        if tasks:
+            self.observer.balanced(step, tasks)
+
+    def _write_norms(self, step: int, norms: Norms, losses: Mapping[str, float]) -> None:
+        """Log the gradients of a step, and note terms and tasks that hardly do anything or dominate."""
+        tasks = task_lines(losses, norms)
+        if norms.terms:
+            self._write_line("gradients", step + 1, norms.terms | ({"tasks": tasks} if tasks else {}))
+            self.observer.gradients(step + 1, norms.terms)
+        if tasks:
+            self.observer.balanced(step + 1, tasks)
+        if step + 1 >= warmup_steps(self.config.distill_schedule):  # until then weights are small on purpose
+            _note_all(self._watch.lopsided(step, norms.terms), self.observer.note)
+            _note_all(self._watch.starving(tasks), self.observer.note)
+
+    def _learn(self, step: int, batch: AnyBatch) -> tuple[float, Tensor, Norms | None]:
         """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
         measured = measures_norms(step, self.config.gradients_every)
         try:
@@ -272,3 +293,8 @@ class Trainer:
     def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(kind, step, values)
+
+
+def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
+    for text in texts:
+        note(text)

@@ -62,7 +62,7 @@ def test_a_training_has_the_settings_of_its_verb(verb: str, needed: dict[str, An
     flags = {name: value for name, value in defaults(verb).items() if name in TrainConfig.model_fields}
     assert len(flags) > 30
     # Who draws ahead is the machine's; lists that may be repeated begin as None.
-    lists = ("term", "log", "lr_scale", "stream")
+    lists = ("term", "log", "lr_scale", "task_weight", "stream")
     flags = {name: () if name in lists else value for name, value in flags.items() if name != "workers"}
     given = {"verb": verb, "model": model, **needed}
     assert make_config(**{**flags, **given}) == make_config(**given)
@@ -86,7 +86,7 @@ def test_a_build_has_the_options_of_its_verb(verb: str, tmp_path: Path) -> None:
 
 
 def test_the_loss_is_that_of_a_training() -> None:
-    mine, theirs = shared(defaults("train-student"), of_python(DistillLoss.__init__), {"gate"})
+    mine, theirs = shared(defaults("train-student"), of_python(DistillLoss.__init__), {"gate", "balance"})
     assert {"kl_weight", "ce_weight", "temperature", "distill_void", "impl"} <= set(mine)
     assert mine == theirs
 

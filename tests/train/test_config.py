@@ -42,6 +42,8 @@ WRONG = {
     "label_smoothing": [-0.1, 1.0, NAN],
     "teacher": ["label", "model", None],
     "temperature": [0, -1, NAN, INFINITY],
+    "balance": ["gradnorm", None],
+    "task_weight": ["depth", "depth=-1", "height=1", "depth=nan", ["depth=1", "depth=2"], [3], 3],
     "distill_void": ["perhaps"],
     "class_weights": ["mean"],
     "iterations": [0, -5, 1.5],
@@ -137,9 +139,9 @@ def test_the_value_of_a_remedy_is_taken() -> None:
                 make_config(**{**BASE, name: value})
             flag, _, instance = caught.value.remedy.partition("for instance ")[2].partition(" or ")[0].partition(" ")
             if flag == "--" + name.replace("_", "-"):
-                made = make_config(
-                    **{**BASE, "method": "kl", name: [instance] if name in ("log", "lr_scale") else instance}
-                )
+                method = "kl+depth-silog" if name == "task_weight" else "kl"
+                several = name in ("log", "lr_scale", "task_weight")
+                made = make_config(**{**BASE, "method": method, name: [instance] if several else instance})
                 assert getattr(made, name) is not None
                 taken += 1
     assert taken > 60

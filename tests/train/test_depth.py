@@ -67,7 +67,8 @@ def test_the_first_step_compares_metres(both: dict[str, Any], tmp_path: Path, re
     expected = (depth - label)[valid].abs().mean().item()
     assert row["depth-l1"] == pytest.approx(expected, rel=1e-4)
     assert row["ce"] == pytest.approx(ce, rel=1e-5)
-    assert row["loss"] == pytest.approx(ce + 0.5 * expected, rel=1e-4)
+    assert row["tasks"]["depth"] == {"loss": pytest.approx(0.5 * expected, rel=1e-4), "weight": 0.5}
+    assert row["loss"] == pytest.approx(0.5 * ce + 0.5 * 0.5 * expected, rel=1e-4)
 
 
 def test_both_tasks_are_validated(both: dict[str, Any], tmp_path: Path, read_metrics: Read) -> None:

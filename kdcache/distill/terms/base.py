@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kdcache.distill.target import Target, TargetFormat
 from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
-from kdcache.distill.terms.spec import TermSpec, reads_logits, reads_teacher
+from kdcache.distill.terms.spec import TermSpec, compares_features, reads_logits, reads_teacher
+from kdcache.heads import SEGMENTATION
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size
 
@@ -121,6 +122,16 @@ class Term(nn.Module):
     def head(self) -> str | None:
         """The head beside segmentation whose output it compares; None for a term of logits or features."""
         return None
+
+    @property
+    def task(self) -> str:
+        """The task whose loss it is a part of: that of its head; segmentation, of logits and features."""
+        return self.head or SEGMENTATION
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads the student's logits of segmentation."""
+        return self.head is None and not compares_features(self.spec)
 
     @property
     def reads_teacher(self) -> bool:

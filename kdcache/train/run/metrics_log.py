@@ -32,6 +32,12 @@ class Observer:
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         """L2 norms of each weighted term's gradient over the student's parameters, every `gradients_every` steps."""
 
+    def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
+        """Loss and weight of each of two tasks, after `stepped`; and after `gradients` with its norm and ratio.
+
+        The norm is of its gradient over the parameters that both tasks reach, its ratio to the other's.
+        """
+
     def validating(self, done: int, total: int) -> None:
         """A number of images is validated so far."""
 
@@ -68,6 +74,7 @@ class Observers(Observer):
     note = _of_all("note")
     stepped = _of_all("stepped")
     gradients = _of_all("gradients")
+    balanced = _of_all("balanced")
     validating = _of_all("validating")
     validated = _of_all("validated")
     validated_ema = _of_all("validated_ema")
@@ -88,14 +95,19 @@ class MetricsLog:
             self._file = path.open("ab", buffering=0)  # what does not fit is not tried again when it is closed
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        line = json.dumps({"kind": kind, "step": step, **plain}).encode() + b"\n"
+        line = json.dumps({"kind": kind, "step": step, **_finite(values)}).encode() + b"\n"
         with disk_space_errors(self._run):
             while line:  # a disk that is nearly full takes a part of it, and nothing the next time
                 line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with None for those that are not finite, at any depth of mappings."""
+    nested = {name: _finite(value) for name, value in values.items() if isinstance(value, dict)}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()} | nested
 
 
 def environment() -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Checks of the numbers of a training: losses that must stay finite, terms whose weight is worth a note."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdcache.errors import MismatchError, ModelError
+from kdcache.heads import DEPTH
 from kdcache.metrics import Metrics, at_chance
 from kdcache.store import Cache
 from kdcache.train.distributed import World
@@ -16,6 +17,8 @@ LITTLE, MUCH = 0.01, 10.0
 """Norms of a term's gradient, beside that of cross-entropy, beyond which its weight is worth a note."""
 MUCH_AT_FIRST = 100.0
 """The upper bound at the first step: there `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
+STARVING = 0.1
+"""The norm of a task's gradient, beside the other task's, below which it starves, if it is so at two looks running."""
 SOON = 100
 """The step of a second measurement, where norms have settled and little is lost yet."""
 
@@ -68,12 +71,21 @@ class Watch:
     """Checks losses on demand, several steps at once: on a GPU, reading every one would stall the queue.
 
     Args:
-        names: names of the loss and its parts.
-        sample_ids: gives the ids of the batch of a step.
+        names: names of the loss, its parts and tasks.
+        sample_ids: gives the ids of the batch of a step, each after its stream's name and a colon.
+        part_tasks: the task of each part, by its name.
     """
 
-    def __init__(self, names: Sequence[str], world: World, sample_ids: Callable[[int], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        world: World,
+        sample_ids: Callable[[int], Sequence[str]],
+        part_tasks: Mapping[str, str] | None = None,
+    ) -> None:
         self.names = names
+        self._part_tasks = dict(part_tasks or {})
+        self._starving = set[str]()
         self._world = world
         self._sample_ids = sample_ids
         self._unchecked: list[tuple[int, Tensor]] = []
@@ -93,18 +105,49 @@ class Watch:
         rows = self._world.mean(torch.stack([row for _, row in self._unchecked])).tolist()
         for (step, _), row in zip(self._unchecked, rows, strict=True):
             if not all(map(math.isfinite, row)):
-                parts = dict(zip(self.names, row, strict=True))
-                terms = [name for name in self.names[1:] if not math.isfinite(parts[name])] or ["loss"]
-                ids = self._sample_ids(step)
-                raise ModelError(
-                    "a loss must stay finite",
-                    received=f"term {' and '.join(terms)} is {parts[terms[0]]} at iteration {step + 1}, "
-                    f"records {', '.join(ids)}",
-                    remedy="lower --lr, set --clip-grad 1, add --warmup, or look at those records; "
-                    "the last checkpoint is untouched",
-                )
+                raise self._not_finite(step, dict(zip(self.names, row, strict=True)))
         self._unchecked.clear()
         return list(rows[-1])
+
+    def _not_finite(self, step: int, values: Mapping[str, float]) -> ModelError:
+        """The error of a step whose loss is not finite: its terms with their heads and streams, and its records."""
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        terms = [name for name in wrong if name in self._part_tasks]
+        streams = {f"{stream}:" for stream, slash, _ in (name.rpartition("/") for name in terms) if slash}
+        ids = [own for own in self._sample_ids(step) if not streams or own.startswith(tuple(streams))]
+        depth = any(self._part_tasks[name] == DEPTH for name in terms)
+        return ModelError(
+            "a loss must stay finite",
+            received=f"{' and '.join(map(self._term, terms)) or 'the loss'} is {values[(terms or wrong)[0]]} at "
+            f"iteration {step + 1}, records {', '.join(ids)}",
+            remedy="clip the gradient, --clip-grad 1; then lower --lr, or add --warmup; then look at "
+            + ("the depth of those records, its unit and range: kdcache data check" if depth else "those records")
+            + "; the last checkpoint is untouched",
+        )
+
+    def _term(self, name: str) -> str:
+        """Words for a part of the loss."""
+        stream, slash, term = name.rpartition("/")
+        return f"term {term} of the head {self._part_tasks[name]}" + (f" in the stream {stream}" if slash else "")
+
+    def starving(self, tasks: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+        """Notes, once each, on a task whose gradient is small beside the other's at two looks running.
+
+        Args:
+            tasks: weight, norm and ratio of each, by name (`task_lines`).
+        """
+        for task, own in tasks.items():
+            if own["weight"] == 0 or not own["ratio"] < STARVING:
+                self._starving.discard(task)
+            elif task not in self._starving:
+                self._starving.add(task)
+            elif f"task {task}" not in self._noted:
+                self._noted.add(f"task {task}")
+                (other,) = (name for name in tasks if name != task)
+                yield (
+                    f"the head {task} starves: at two looks running its gradient over the shared parameters was below "
+                    f"{STARVING:g} times that of {other}, now {own['ratio']:.2g} times; {_evened(tasks)}"
+                )
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:
         """Notes, once each, on terms whose gradients are negligible or overwhelming beside cross-entropy's.
@@ -124,3 +167,14 @@ class Watch:
             self._noted.add(name)
             verdict = "hardly does anything" if share < LITTLE else "dominates the loss"
             yield f"{name} {verdict}: {times}; change its weight"
+
+
+def _evened(tasks: Mapping[str, Mapping[str, float]]) -> str:
+    """Words on the fixed weights, of sum 1, with which the gradients of all tasks have one norm."""
+    plain = {task: own["norm"] / own["weight"] for task, own in tasks.items() if own["weight"] > 0}
+    silent = [task for task, norm in plain.items() if norm == 0]
+    if silent:
+        return f"no weight would balance them, for {' and '.join(silent)} has no gradient there at all"
+    whole = sum(1 / norm for norm in plain.values())
+    flags = " ".join(f"--task-weight {task}={1 / norm / whole:.2g}" for task, norm in plain.items())
+    return f"{flags} would balance them"

@@ -104,6 +104,13 @@ class Loggers(Observer):
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         self._write(step, {f"gradients/{name}": norm for name, norm in norms.items()})
 
+    def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
+        measured = all("norm" in own for own in tasks.values())
+        rooms = {"gradients": "norm", "ratio": "ratio"} if measured else {"balance": "weight", "tasks": "loss"}
+        self._write(
+            step, {f"train/{room}/{task}": own[key] for room, key in rooms.items() for task, own in tasks.items()}
+        )
+
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
         self._write_scores("val", step, metrics)
 

@@ -5,6 +5,7 @@ ema.py          a moving average of the weights
 eager.py        operation by operation
 compiled.py     eager, compiled or graphed: which one runs
 cuda_graph.py   as a CUDA graph
+gradient_norms.py  of terms and tasks
 accumulate.py   from parts of a batch
 ddp.py          the step of one of several processes
 batch_fit.py    running out of memory, and the batch sizes that fit

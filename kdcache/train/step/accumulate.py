@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdcache.distill import AnyBatch
 from kdcache.distill.counts import Denominators
-from kdcache.train.step.eager import EagerStep, LossInputs, row
+from kdcache.train.step.eager import EagerStep, row
+from kdcache.train.step.gradient_norms import Norms, add_gradients
 
 
 class AccumulatedStep(EagerStep):
@@ -39,15 +40,16 @@ class AccumulatedStep(EagerStep):
     def __call__(self, batch: AnyBatch) -> Tensor:
         return self._learn_parts(batch, None)
 
-    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, dict[str, float]]:
-        total: dict[str, list[Tensor]] = {}
+    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
+        total: dict[str, list[Tensor | None]] = {}
+        weights = {} if self.criterion.balance is None else self.criterion.balance.weights()
         losses = self._learn_parts(batch, total)
-        return losses, {name: self._norm(gradients) for name, gradients in total.items()}
+        return losses, self._norms(total.items())._replace(weights=weights)
 
     def held(self, batch: AnyBatch) -> AnyBatch:
         return self._part(batch, 0)
 
-    def _learn_parts(self, batch: AnyBatch, total: dict[str, list[Tensor]] | None) -> Tensor:
+    def _learn_parts(self, batch: AnyBatch, total: dict[str, list[Tensor | None]] | None) -> Tensor:
         """Take the step; adds each term's gradient to `total` unless that is None."""
         whole, criterion, rows = self.to_device(batch), self.criterion, []
         counts = self._shared_counts(whole)
@@ -55,7 +57,7 @@ class AccumulatedStep(EagerStep):
             with self._alone() if number + 1 < self._parts else nullcontext():
                 inputs = self._loss_inputs(self._part(whole, number), counts)
                 if total is not None:
-                    self._add_gradients(total, inputs)
+                    add_gradients(total, self._term_gradients(inputs), self._parts)
                 losses = criterion(*inputs)
                 torch.autograd.backward(losses.loss / self._parts)
             rows.append(row(losses))
@@ -71,12 +73,6 @@ class AccumulatedStep(EagerStep):
         parts = [self._mixed(self._part(whole, number)) for number in range(self._parts)]
         counts = Denominators.mean([self._count(part) for part in parts])
         return counts if self.average is None else counts.averaged(self.average)
-
-    def _add_gradients(self, total: dict[str, list[Tensor]], inputs: LossInputs) -> None:
-        for name, gradients in self._term_gradients(inputs):
-            own = [gradient / self._parts for gradient in gradients]
-            before = total.get(name)
-            total[name] = own if before is None else [a + b for a, b in zip(before, own, strict=True)]
 
     def _alone(self) -> AbstractContextManager[Any]:
         """Inside, gradients are not yet exchanged between processes."""

@@ -1,7 +1,7 @@
 """One optimizer step (forward, loss, backward, clipping, optimizer) as PyTorch runs it; see also compiled.py."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from kdcache.distill import AnyBatch, Criterion
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.train.input.mix import Mix
+from kdcache.train.step.gradient_norms import Gradient, Norms, TaskGradients, l2_norm
 
 Step = Callable[[AnyBatch], Tensor]
 """Learns from a batch of the loader; returns its loss and the parts of it on the device, detached and its own."""
@@ -64,24 +65,25 @@ class EagerStep:
     def __call__(self, batch: AnyBatch) -> Tensor:
         return self.learn(self.forward(self.to_device(batch)))
 
-    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, dict[str, float]]:
-        """Take the same step; returns also the L2 norm of each weighted term's gradient over the model's parameters."""
+    def with_norms(self, batch: AnyBatch) -> tuple[Tensor, Norms]:
+        """Take the same step; returns also the norms of each weighted term's and task's gradient."""
         inputs = self._loss_inputs(self.to_device(batch))
-        norms = {name: self._norm(gradients) for name, gradients in self._term_gradients(inputs)}
+        norms = self._norms(self._term_gradients(inputs))
         return self.learn(self.criterion(*inputs)), norms
 
-    def _term_gradients(self, inputs: LossInputs) -> Iterator[tuple[str, list[Tensor]]]:
-        """Gradients of each weighted term by the model's parameters that it reaches; the graph stays."""
+    def _term_gradients(self, inputs: LossInputs) -> Iterator[tuple[str, Gradient]]:
+        """Gradients of each weighted term by the model's parameters; the graph stays."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for name, term in self.criterion.parts(*inputs).items():  # type: ignore[arg-type]
-            gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-            yield name, [gradient for gradient in gradients if gradient is not None]
+            yield name, torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
 
-    def _norm(self, gradients: list[Tensor]) -> float:
-        """The L2 norm of a gradient over all parameters, averaged over the processes first."""
-        whole = [g if self.average is None else self.average(g) for g in gradients]
-        squares = [g.float().square().sum() for g in whole]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    def _norms(self, gradients: Iterable[tuple[str, Gradient]]) -> Norms:
+        """The norms of the terms' gradients, and of their sum over each task."""
+        tasks, terms = TaskGradients(self.criterion), dict[str, float]()
+        for name, gradient in gradients:
+            terms[name] = l2_norm(gradient, self.average)
+            tasks.add(name, gradient)
+        return tasks.norms(terms, lambda gradient: l2_norm(gradient, self.average))
 
     def to_device(self, batch: AnyBatch) -> AnyBatch:
         return batch.to(self.device, non_blocking=True)

@@ -206,6 +206,7 @@ def test_observers_are_told_in_their_order() -> None:
     both.note("text")
     both.stepped(1, {"loss": 2.0})
     both.gradients(1, {"ce": 1.0})
+    both.balanced(1, {"depth": {"loss": 1.0, "weight": 0.5}})
     both.validating(1, 2)
     both.validated(1, metrics, True)
     both.validated_ema(1, metrics, False)

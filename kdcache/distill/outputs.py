@@ -1,0 +1,52 @@
+"""The outputs of a student, as a loss reads them, and what it makes of them."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from kdcache.heads import SEGMENTATION
+
+
+class Outputs(Protocol):
+    """A student's outputs for a batch; `logits` are read of one that has a head `segmentation`, or no heads by name."""
+
+    @property
+    def logits(self) -> Tensor: ...
+    @property
+    def heads(self) -> Mapping[str, Tensor]: ...
+    @property
+    def features(self) -> Mapping[str, Tensor]: ...
+
+
+class StudentOutputs(NamedTuple):
+    """Logits (B, C, h, w), of no class, (B, 0, 1, 1), where the student has none; heads and features by name."""
+
+    logits: Tensor
+    heads: Mapping[str, Tensor] = {}
+    features: Mapping[str, Tensor] = {}
+
+
+class Losses(NamedTuple):
+    """Scalars, float32: the loss, which alone carries a gradient, and its parts before weighting.
+
+    Attributes:
+        terms: in the order of DistillLoss.further.
+        tasks: the weighted sum of each task's parts, before the balance; empty where no tasks are balanced.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    terms: tuple[Tensor, ...] = ()
+    tasks: tuple[Tensor, ...] = ()
+
+
+def unpacked(outputs: Outputs | Tensor) -> StudentOutputs:
+    """The outputs of a student, or logits alone, as a loss reads them."""
+    if isinstance(outputs, Tensor):
+        return StudentOutputs(outputs)
+    if outputs.heads and SEGMENTATION not in outputs.heads:
+        other = next(iter(outputs.heads.values()))
+        return StudentOutputs(other.new_empty((len(other), 0, 1, 1)), outputs.heads, outputs.features)
+    return StudentOutputs(outputs.logits, outputs.heads, outputs.features)
