@@ -6,6 +6,11 @@ back, and at other scales. Published on Cityscapes with flips and scales: PSPNet
 Means are of probabilities, not of logits: a member whose logits are large would outvote the others. They are taken on
 the finest grid of all, to which each is resized bilinearly as its own head would.
 
+Depth is the weighted mean of metres over the members that have such a head. That has the least squared error, and does
+not hang on a parameterisation: the mean of raw outputs of `exp` is the geometric mean, which is never more. Each raw
+output is resized before it becomes metres, and the mean becomes a raw output again. Renderings at other scales are left
+out of it: an enlarged image shows a nearer scene.
+
 Shapes: B batch, C classes, H W image, h w the finest grid, M members.
 """
 
@@ -19,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError
-from kdcache.heads import SEGMENTATION
+from kdcache.heads import SEGMENTATION, HeadKind, RegressionHead, raw_of
 from kdcache.models.native import Outputs, SegmentationModel
 
 AGREEMENT = "ensemble.agreement"
@@ -71,7 +76,8 @@ class EnsembleModel(SegmentationModel):
         members: of the same classes, with the same `align_corners`.
         weights: one per member, finite and above 0; default equal ones. Only their ratios count.
         tta: renderings of every image; default as it is.
-    Raises: ModelError when the members do not fit each other; RecipeError for such weights.
+    Raises: ModelError when the members do not fit each other; RecipeError for such weights, and for scales without 1 of
+        members with depth.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class EnsembleModel(SegmentationModel):
             stride=min(member.stride for member in members),
             taps=first.taps,
             align_corners=first.align_corners,
+            head_kinds=_common_heads(members, tta),
         )
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         self.members = nn.ModuleList(members)
@@ -114,39 +121,98 @@ class EnsembleModel(SegmentationModel):
         self.parts[0].check_taps(tap for tap in taps if tap != AGREEMENT)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        """Log of the mean probabilities (B, C, h, w), with features; `x_B3HW` is RGB in 0..1 (see `normalise`)."""
+        """The log of mean probabilities (B, C, h, w), the raw output of mean depth (B, 1, h', w'), and features.
+
+        Args:
+            x_B3HW: RGB in 0..1 (see `normalise`).
+        """
         self.check_taps(taps)
         member_taps = [tap for tap in taps if tap != AGREEMENT]
-        p_of_members: list[list[Tensor]] = []
+        answers: dict[str, list[list[Tensor]]] = {name: [[] for _ in self.parts] for name in self.head_kinds}
         features: dict[str, Tensor] = {}
         for place, member in enumerate(self.parts):
-            p_of_members.append([])
-            for x, mirrored, plain in _renderings(x_B3HW, self.tta or Tta()):
+            for x, mirrored, unscaled in _renderings(x_B3HW, self.tta or Tta()):
+                plain = unscaled and not mirrored
                 output = member(member.standardise(x), member_taps if plain and place == 0 else ())
                 features |= output.features
-                p_BChw = output.logits.float().softmax(1)
-                p_of_members[-1].append(p_BChw.flip(-1) if mirrored else p_BChw)
+                for name in output.heads.keys() & answers.keys():
+                    if name == SEGMENTATION or unscaled:
+                        head = output.heads[name].flip(-1) if mirrored else output.heads[name]
+                        answers[name][place].append(head.float().softmax(1) if name == SEGMENTATION else head.float())
         if member_taps and not features:
             features = self.parts[0](self.parts[0].standardise(x_B3HW), member_taps).features
-        passes = [p_BChw for passes in p_of_members for p_BChw in passes]
-        grid = max(p.shape[-2] for p in passes), max(p.shape[-1] for p in passes)
-        p_MBChw = [torch.stack([self.upsample(p, grid) for p in passes]).mean(0) for passes in p_of_members]
-        mean_BChw = _weighted(self.shares, p_MBChw)
-        if AGREEMENT in taps:
-            best_B1hw = mean_BChw.argmax(1, keepdim=True)
-            features[AGREEMENT] = _weighted(self.shares, [(p.argmax(1, keepdim=True) == best_B1hw) for p in p_MBChw])
-        return Outputs({SEGMENTATION: mean_BChw.clamp(min=_LEAST).log()}, {tap: features[tap] for tap in taps})
+        heads = {name: self._mean_regression(name, answers[name]) for name in self.regressions}
+        if SEGMENTATION in answers:
+            p_MBChw = self._means(answers[SEGMENTATION])
+            mean_BChw = _weighted(self.shares, p_MBChw)
+            heads = {SEGMENTATION: mean_BChw.clamp(min=_LEAST).log(), **heads}
+            if AGREEMENT in taps:
+                best = mean_BChw.argmax(1, keepdim=True)
+                features[AGREEMENT] = _weighted(self.shares, [(p.argmax(1, keepdim=True) == best) for p in p_MBChw])
+        return Outputs(heads, {tap: features[tap] for tap in taps})
+
+    def _means(self, passes_of_members: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Each member's mean over its renderings, on the finest grid of all."""
+        passes = [one for of_member in passes_of_members for one in of_member]
+        grid = max(one.shape[-2] for one in passes), max(one.shape[-1] for one in passes)
+        return [torch.stack([self.upsample(one, grid) for one in own]).mean(0) for own in passes_of_members]
+
+    def _mean_regression(self, name: str, raw_of_members: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The raw output of the mean value over the members that have a head, on the finest grid of theirs."""
+        kind = self.regressions[name]
+        owners = [place for place, raws in enumerate(raw_of_members) if raws]
+        grid = tuple(max(raw.shape[axis] for place in owners for raw in raw_of_members[place]) for axis in (-2, -1))
+        values = [
+            torch.stack([kind.values(self.upsample(raw, (grid[0], grid[1]))) for raw in raw_of_members[place]]).mean(0)
+            for place in owners
+        ]
+        total = sum(self.shares[place] for place in owners)
+        mean = _weighted([self.shares[place] / total for place in owners], values)
+        return raw_of(mean if kind.parameterisation == "identity" else mean.clamp(min=_LEAST), kind.parameterisation)
+
+
+def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict[str, HeadKind]:
+    """The heads of an ensemble: all that a member has.
+
+    Raises: ModelError for regressions of one name that are not alike, or of several members in no metres; RecipeError
+        for scales without 1.
+    """
+    kinds: dict[str, HeadKind] = {}
+    for member in members:
+        for name, kind in member.head_kinds.items():
+            if (other := kinds.setdefault(name, kind)) != kind and name != SEGMENTATION:
+                raise ModelError(
+                    f"teachers of one ensemble have the same head {name}",
+                    received=f"{other} and {kind} of {member.spec}",
+                    remedy=f"take that head from one of them: --teacher {name}=TEACHER",
+                )
+    for name, kind in kinds.items():
+        if not isinstance(kind, RegressionHead):
+            continue
+        if kind.unit != "m" and sum(name in member.head_kinds for member in members) > 1:
+            raise ModelError(
+                "depth is averaged over teachers where it is in metres",
+                received=f"{name} in {kind.unit} of several teachers, each with a scale and shift of its own",
+                remedy=f"take that head from one of them: --teacher {name}=TEACHER",
+            )
+        if tta is not None and 1.0 not in tta.scales:
+            raise RecipeError(
+                f"{name} is averaged over renderings at scale 1: an enlarged image shows a nearer scene",
+                received=f"--tta with scales {':'.join(f'{scale:g}' for scale in tta.scales)}",
+                remedy="add 1 to the scales",
+            )
+    return kinds
 
 
 def _renderings(x_B3HW: Tensor, tta: Tta) -> Iterator[tuple[Tensor, bool, bool]]:
-    """(image, whether it is mirrored, whether it is the image as it is)."""
+    """(image, whether it is mirrored, whether it has the image's own size)."""
     for scale in tta.scales:
         size = [max(1, round(side * scale)) for side in x_B3HW.shape[-2:]]
         same = size == list(x_B3HW.shape[-2:])
         x = x_B3HW if same else F.interpolate(x_B3HW, size, mode="bilinear", antialias=True)
         yield x, False, same
         if tta.flip:
-            yield x.flip(-1), True, False
+            yield x.flip(-1), True, same
 
 
 def _weighted(shares: Sequence[float], values: Sequence[Tensor]) -> Tensor:

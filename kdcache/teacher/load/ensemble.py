@@ -60,6 +60,13 @@ def load_teachers(
     loaded = [load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust) for origin in origins]
     if len(loaded) == 1 and tta is None and weights is None:
         return loaded[0]
+    heads = [tuple(teacher.model.head_kinds) for teacher in loaded]
+    if folds is not None and len(set(heads)) > 1:
+        raise RecipeError(
+            "the teachers of folds have the same heads, for each predicts samples of its own",
+            received="; ".join(f"{origin}: {', '.join(own)}" for origin, own in zip(origins, heads, strict=True)),
+            remedy="train them alike",
+        )
     return Teacher(
         EnsembleModel([teacher.model for teacher in loaded], weights, tta).eval(),
         ", ".join(origins),
