@@ -98,11 +98,13 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
 def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> ClassList:
     """Let every stream draw labels of the same classes, by its class map where it has one; returns the classes.
 
-    They are those of the streams without a class map; where all have one, those of the validation data.
+    They are those of the streams without a class map; where all have one, those of the validation data. A stream of
+    data without classes, such as KITTI's depth, takes them as they are.
     Raises: MismatchError for streams of other classes, or a class map where targets are of its own classes;
         ModelError for a class map that is malformed.
     """
     own = [source for source in sources if source.stream.class_map is None]
+    own = [source for source in own if source.dataset.own_classes.names] or own
     if not own and val is None:
         raise MismatchError(
             "the classes of a training are those of a stream without a class map, or of its validation data",
@@ -116,6 +118,8 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
         if source.stream.class_map is not None:
             with source.named():
                 _map_classes(source, classes)
+        elif not names:
+            source.dataset.mapped = classes, np.full(256, IGNORE_INDEX, np.uint8)
         elif names != classes.names:
             raise MismatchError(
                 "all streams have the same classes in the same order",

@@ -239,6 +239,20 @@ def test_labels_of_another_class_list_are_mapped(plain: dict[str, Any], renamed:
     assert counted[mapped[1]] == before[1]
 
 
+def test_data_without_classes_teach_depth_beside_those_with_classes(plain: dict[str, Any], tmp_path: Path) -> None:
+    far = {
+        "name": "far",
+        "data": f"depth:{OTHERS},depth=exact",
+        "labels": "depth",
+        "ce-weight": 0,
+        "method": "depth-l1",
+    }
+    names = open_split(SCENES, "train").classes.names
+    for streams in ([plain["stream"][0], far], [far, plain["stream"][0]]):
+        trainer = begun(plain | {"model": "kdcache:hydra", "stream": streams, "val": SCENES}, tmp_path / "run")
+        assert [stream.draws.dataset.classes.names for stream in trainer.streams] == [names] * 2
+
+
 @pytest.fixture
 def merged(tmp_path: Path) -> tuple[Path, np.ndarray]:
     """A data folder of the scenes with four classes, and the class that each of theirs is there; 255 is void."""
