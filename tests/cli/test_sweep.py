@@ -177,9 +177,9 @@ def test_a_network_of_two_tasks_from_three_streams(cli, tmp_path: Path) -> None:
     told = cli("sweep", "safetrip-hydranet", "--smoke", "--out", out, *quick((*QUICK[:3], *FEW)))
     assert told.code == 0, told.err
     rows = [row["name"] for row in json.loads((out / "comparison.json").read_text(encoding="utf-8"))["rows"]]
-    assert [*rows[:2], *rows[-3:]] == [
+    assert [*rows[:2], *rows[-4:]] == [
         *("without pseudo labels", "pseudo labels from 0.7", "teacher of mirrored and rescaled images"),
-        *("two teachers", "teacher"),
+        *("two teachers", "balance learnt (uncertainty)", "teacher"),
     ]
     assert {path.name for path in (out / "stores").iterdir()} >= {"kitti.zarr", "kitti-tta.zarr", "kitti-ensemble.zarr"}
     assert "none from 0.9 in all 16 samples" in " ".join(told.err.split())  # a teacher of two steps is sure of nothing
