@@ -23,9 +23,10 @@ import numpy as np
 
 from kdcache.analysis.per_image import ImageScores, best_and_worst
 from kdcache.analysis.predict import overlay
-from kdcache.data import IGNORE_INDEX, Split
+from kdcache.data import DEPTH, IGNORE_INDEX, Split
+from kdcache.metrics.depth_figures import DepthMap, absolute_error, bar_end
 from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, Array, colour_ids, file_part, mark_wrong, panels, save_figure
-from kdcache.metrics.predictions import predictions
+from kdcache.metrics.predictions import predicted_tasks, predictions
 from kdcache.metrics.tables import percent
 from kdcache.models import SegmentationModel
 
@@ -53,6 +54,18 @@ class Shown:
         with closing(batches):
             prediction = next(batches)[0]
         return prediction.argmax.numpy(), prediction.label.numpy()
+
+    def predict_depth(self, split: Split, number: int) -> tuple[Array, Array | None] | None:
+        """Metres float32 (H, W) of one image, and its label, if it has one; None for a model without metric depth."""
+        if DEPTH not in predicted_tasks(self.model):
+            return None
+        batches = predictions(
+            self.model, split, [number], self.size, tasks=(DEPTH,), device=self.device, batch_size=1, threads=0
+        )
+        with closing(batches):
+            prediction = next(batches)[0]
+        label = prediction.labels.get(DEPTH)
+        return prediction.answers[DEPTH].numpy(), None if label is None else label.numpy()
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class Gallery:
         folder: Path,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Path]:
-        """Draw images through one model: image, ground truth, prediction, overlay, where they differ, and the teacher.
+        """Draw images through one model: image, ground truth, teacher, prediction, overlay, difference; depth below.
 
         What an earlier call left in these folders is removed.
         """
@@ -140,7 +153,7 @@ class Gallery:
     def _one_model(self, shown: Shown, number: int, title: str) -> "Figure":
         pixels = self.split.image(number)
         argmax, label = shown.predict(self.split, number)
-        pictures = [("image", pixels), ("ground truth", self._coloured(label))]
+        pictures: list[tuple[str, Array]] = [("image", pixels), ("ground truth", self._coloured(label))]
         present = [label, argmax]
         if self.teacher is not None:
             taught, _ = self.teacher.predict(self.split, number)
@@ -151,7 +164,23 @@ class Gallery:
             ("overlay", overlay(pixels, argmax, self.split.classes, OPACITY)),
             ("where they differ", mark_wrong(pixels, label, argmax)),
         ]
-        return panels(title, pictures, self._legend(present))
+        return panels(title, [*pictures, *self._depth(shown, number)], self._legend(present))
+
+    def _depth(self, shown: Shown, number: int) -> list[tuple[str, DepthMap]]:
+        """Depth of one image: ground truth, prediction and error, as far as they are known; [] without a depth head."""
+        predicted = shown.predict_depth(self.split, number)
+        if predicted is None:
+            return []
+        metres, label = predicted
+        high = bar_end([metres] if label is None else [metres, label])
+        if label is None:
+            return [("depth, prediction", DepthMap(metres, high))]
+        error = absolute_error(metres, label)
+        return [
+            ("depth, ground truth", DepthMap(label, high)),
+            ("depth, prediction", DepthMap(metres, high)),
+            (f"depth, absolute error: {_mean_error(error)}", DepthMap(error, bar_end([error]), "error")),
+        ]
 
     def _coloured(self, ids: Array) -> Array:
         return colour_ids(ids, self.split.classes.colours)
@@ -182,6 +211,12 @@ def folder_names(paths: Sequence[str]) -> list[str]:
 def shorten(text: str, most: int = 60) -> str:
     """The end of a long id or path: its beginning is what all have in common."""
     return text if len(text) <= most else "..." + text[3 - most :]
+
+
+def _mean_error(error: Array) -> str:
+    """The mean of the known errors in words."""
+    known = error[np.isfinite(error)]
+    return f"mean {known.mean():.3g} m" if known.size else "no label"
 
 
 def _rank(case: Case) -> str:

@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -161,18 +161,30 @@ def mark_wrong(pixels_HW3: Array, label_HW: Array, predicted_HW: Array) -> Array
     return marked_HW3
 
 
+class Drawn(Protocol):
+    """A picture that draws itself, with its own bar."""
+
+    def draw(self, axes: "Axes") -> None:
+        """Put it into axes."""
+
+
 def panels(
-    title: str, pictures: Sequence[tuple[str, Array]], legend: Sequence[tuple[str, tuple[int, int, int]]]
+    title: str, pictures: Sequence[tuple[str, Array | Drawn]], legend: Sequence[tuple[str, tuple[int, int, int]]]
 ) -> "Figure":
-    """Pictures of one size in two columns, and what the colours mean beside them."""
+    """Pictures of one size in two columns, and what the colours mean beside them; the first one is an array."""
     from matplotlib.patches import Patch
 
-    height, width = pictures[0][1].shape[:2]
+    first = pictures[0][1]
+    assert isinstance(first, np.ndarray)
+    height, width = first.shape[:2]
     rows = -(-len(pictures) // 2)
     figure = new_figure(11.5, 0.8 + rows * (4.6 * height / width + 0.35), title)
     for number, (name, picture) in enumerate(pictures, 1):
         axes = figure.add_subplot(rows, 2, number)
-        axes.imshow(picture, interpolation="nearest")
+        if isinstance(picture, np.ndarray):
+            axes.imshow(picture, interpolation="nearest")
+        else:
+            picture.draw(axes)
         axes.set_title(one_line(name), fontsize=11, color=INK)
         axes.set_axis_off()
     colours = hex_colours([colour for _, colour in legend])
