@@ -63,6 +63,9 @@ class TrainingProgress(Observer):
         self._miou += f", depth rmse {metrics.rmse:.3g} m"
         ERRORS.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m, abs_rel {metrics.abs_rel:.3g}")
 
+    def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
+        ERRORS.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m of the EMA")
+
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
         self._miou += f", EMA {100 * metrics.miou:.2f}"
         ERRORS.print(f"  iteration {step}: mIoU {100 * metrics.miou:.2f} of the EMA{' (best)' if best else ''}")

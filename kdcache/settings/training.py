@@ -51,7 +51,7 @@ class TrainSettings:
     verb: Literal["train-teacher", "train-student"]
     cache: str | None = setting(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
     model: str = setting(REQUIRED, "What to train; see [bold]kdcache models[/].", code=True)
-    val: str | None = setting(None, "Labelled data folder to validate on.")
+    val: str | None = setting(None, "Labelled data to validate on; best weights are those of the best mIoU.")
     val_split: str = setting("val", "Split to validate on.")
     name: str | None = setting(
         None,

@@ -268,27 +268,30 @@ class Trainer:
             step, metrics = self._state.now.step, self._validate(self.model)
             best = self._state.keep_best(metrics.miou)
             self._schedule.after_validation(metrics.miou)
-            averaged = self._validate_ema()
-            beside = {} if averaged is None else {f"ema_{name}": v for name, v in averaged.to_json().items()}
             depth = None if self._validate_depth is None else self._validate_depth(self.model)
-            if depth is not None:
-                beside |= {f"depth_{name}": value for name, value in depth.to_json().items()}
+            averaged, ema_depth = self._validate_ema()
+            beside = {} if averaged is None else {f"ema_{name}": v for name, v in averaged.to_json().items()}
+            for prefix, own in (("depth", depth), ("ema_depth", ema_depth)):
+                beside |= {} if own is None else {f"{prefix}_{name}": value for name, value in own.to_json().items()}
             self._write_line("validation", step, metrics.to_json() | beside)
             self.observer.validated(step, metrics, best)
             if depth is not None:
                 self.observer.validated_depth(step, depth)
             if averaged is not None:
                 self.observer.validated_ema(step, averaged, self._state.keep_best(averaged.miou, ema=True))
+            if ema_depth is not None:
+                self.observer.validated_ema_depth(step, ema_depth)
             if step == self._iterations and (text := outcome(metrics)) is not None:
                 self.observer.note(text)
         self._state.save()
 
-    def _validate_ema(self) -> Metrics | None:
-        """Metrics of the weights' moving average; None in a training without."""
+    def _validate_ema(self) -> tuple[Metrics | None, DepthMetrics | None]:
+        """Metrics of the weights' moving average, and of its depth; None in a training without."""
         if self._ema is None or self._validate is None:
-            return None
+            return None, None
         with self._ema.in_place():
-            return self._validate(self.model)
+            depth = None if self._validate_depth is None else self._validate_depth(self.model)
+            return self._validate(self.model), depth
 
     def _write_line(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if self._log is not None:

@@ -50,6 +50,9 @@ class Observer:
     def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
         """A validation of depth ended, after `validated`; of models with a depth head on data with such labels."""
 
+    def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
+        """A validation of the moving average's depth ended, after `validated_ema`."""
+
     def ended(self, *, completed: bool) -> None:
         """The training ended: at its last step, or before it by an error or by the user's wish."""
 
@@ -79,6 +82,7 @@ class Observers(Observer):
     validated = _of_all("validated")
     validated_ema = _of_all("validated_ema")
     validated_depth = _of_all("validated_depth")
+    validated_ema_depth = _of_all("validated_ema_depth")
     ended = _of_all("ended")
 
 

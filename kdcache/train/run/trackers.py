@@ -7,8 +7,11 @@
 | trackio | by its environment; else its own folder: `trackio show` | goes on under its name |
 
 A run has the name of its folder; its configuration is the recipe. Scalars are `train/loss`, `train/<term>`, `train/lr`,
-`train/images_per_second`, `gradients/<term>`, `val/miou`, `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`,
-with `--ema` the same below `val_ema/`, and of a depth head `val/depth_rmse` and the other metrics of depth.
+`train/images_per_second`, `gradients/<term>`, `val/miou`, `val/seg_miou` (the same number, named as beside another
+task), `val/acc` (of all pixels), `val/macc`, `val/iou/<class>`, of depth `val/depth_rmse` and the other metrics, and
+with `--ema` the same below `val_ema/`. Where two tasks are learnt, `train/balance/<task>` is the weight of each,
+`train/tasks/<task>` its loss, `train/gradients/<task>` the norm of its gradient, `train/ratio/<task>` that norm beside
+the other task's.
 
 A logger is no part of a training: one that fails is left out from then on, after a note.
 """
@@ -120,12 +123,15 @@ class Loggers(Observer):
     def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
         self._write(step, {f"val/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
 
+    def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
+        self._write(step, {f"val_ema/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
+
     def ended(self, *, completed: bool) -> None:
         self._each(lambda sink: sink.close(completed))
         self._sinks.clear()
 
     def _write_scores(self, place: str, step: int, metrics: Metrics) -> None:
-        scores = {"miou": metrics.miou, "acc": metrics.aacc, "macc": metrics.macc}
+        scores = {"miou": metrics.miou, "seg_miou": metrics.miou, "acc": metrics.aacc, "macc": metrics.macc}
         classes = {f"iou/{name}": iou for name, iou in zip(metrics.class_names, metrics.iou, strict=True)}
         self._write(step, {f"{place}/{name}": value for name, value in (scores | classes).items()})
 

@@ -117,6 +117,7 @@ def test_every_scalar_has_its_name(
     assert sent("gradients/")[0][1].keys() == {"gradients/ce", "gradients/kl"}
     for (_, row), line in zip(sent("val/"), read_metrics(tmp_path / "my-run", "validation"), strict=True):
         assert (row["val/miou"], row["val/acc"], row["val/macc"]) == (line["miou"], line["aacc"], line["macc"])
+        assert row["val/seg_miou"] == line["miou"]
         classes = {f"val/iou/{entry['name']}": entry["iou"] for entry in line["classes"] if entry["iou"] is not None}
         assert {name: value for name, value in row.items() if name.startswith("val/iou/")} == classes
 
@@ -128,7 +129,7 @@ def test_a_class_that_does_not_occur_is_not_plotted(memory: list[Memory], tmp_pa
     metrics = Metrics(("sky", "bus"), (0.5, nan), (0.5, nan), (10, 0), 0.5, 0.5, 0.6)
     logger.validated(1, metrics, True)
     logger.validated_ema(1, metrics, True)
-    scores = {"miou": 0.5, "acc": 0.6, "macc": 0.5, "iou/sky": 0.5}
+    scores = {"miou": 0.5, "seg_miou": 0.5, "acc": 0.6, "macc": 0.5, "iou/sky": 0.5}
     assert memory[0].rows == [
         (1, {f"{place}/{name}": score for name, score in scores.items()}) for place in ("val", "val_ema")
     ]
@@ -189,6 +190,28 @@ def test_a_missing_package_is_named_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_two_tasks_reach_their_names_also_those_of_the_moving_average(
+    settings: dict[str, Any], tmp_path: Path, memory: list[Memory], read_metrics: Read
+) -> None:
+    data = "scenes:32x48,train=6,val=3,depth=exact"
+    both = {"verb": "train-student", "model": "kdcache:tiny+depth", "data": data, "val": data, "method": "depth-silog"}
+    go(settings | both | {"log": "wandb", "gradients_every": 3, "ema": 0.5}, tmp_path / "run")
+    sent: dict[str, list[float]] = {}
+    for _, row in memory[0].rows:
+        for name, value in row.items():
+            sent.setdefault(name, []).append(value)
+    lines = {kind: read_metrics(tmp_path / "run", kind) for kind in ("train", "gradients", "validation")}
+    for room, name in (("val", "depth_rmse"), ("val_ema", "ema_depth_rmse")):
+        assert sent[f"{room}/depth_rmse"] == [line[name] for line in lines["validation"]]
+    assert sent["val_ema/seg_miou"] == [line["ema_miou"] for line in lines["validation"]]
+    assert sent["val/depth_rmse"] != sent["val_ema/depth_rmse"]
+    for task in ("segmentation", "depth"):
+        assert sent[f"train/balance/{task}"] == [0.5] * 6
+        assert sent[f"train/tasks/{task}"] == [line["tasks"][task]["loss"] for line in lines["train"]]
+        for room, key in (("gradients", "norm"), ("ratio", "ratio")):
+            assert sent[f"train/{room}/{task}"] == [line["tasks"][task][key] for line in lines["gradients"]]
+
+
 def test_observers_are_told_in_their_order() -> None:
     calls: list[tuple[str, str, tuple[Any, ...]]] = []
 
@@ -211,6 +234,7 @@ def test_observers_are_told_in_their_order() -> None:
     both.validated(1, metrics, True)
     both.validated_ema(1, metrics, False)
     both.validated_depth(1, DepthErrors().metrics())
+    both.validated_ema_depth(1, DepthErrors().metrics())
     both.ended(completed=True)
     events = [event for event in vars(Observer) if not event.startswith("_")]
     assert [(name, event) for name, event, _ in calls] == [(name, event) for event in events for name in ("one", "two")]
