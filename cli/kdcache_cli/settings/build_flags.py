@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcache.errors import RecipeError
+from kdcache.heads import SEGMENTATION
 from kdcache.settings import names, read, read_values
 from kdcache.settings.building import STORED, VIEWS, BuildSettings, TeacherSettings
 from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
@@ -57,6 +58,7 @@ def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOp
         class_map=teacher.class_map,
         mean=teacher.mean,
         std=teacher.std,
+        classified=not options["features_only"] and (not options["heads"] or SEGMENTATION in options["heads"]),
     )
     if teacher.folds is not None:
         check_cross_fit(teacher.teacher, source, teacher.folds_by)

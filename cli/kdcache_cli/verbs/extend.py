@@ -68,7 +68,13 @@ def extend(
     manifest = earlier.manifest
     _check_place(old, out)
     source = open_split(settings["data"], settings["split"] or manifest.dataset.split)
-    loaded = load_like(manifest.teacher, teacher.teacher, source.classes, class_map=teacher.class_map)
+    loaded = load_like(
+        manifest.teacher,
+        teacher.teacher,
+        source.classes,
+        class_map=teacher.class_map,
+        classified=manifest.segmentation is not None,
+    )
     if loaded.folds is not None:
         check_cross_fit(teacher.teacher, source, loaded.folds_by)
     for note in loaded.notes:

@@ -100,9 +100,10 @@ def plan(
 def _print_settings(estimate: "Estimate") -> None:
     planned = estimate.chosen
     share = "all" if planned.setting.k == estimate.classes else f"the top {planned.setting.k} of"
+    kept = "" if planned.setting.k is None else f", keeping {share} {estimate.classes} classes"
     OUT.print(
         f"[bold]{bytes_text(planned.bytes)}[/] in {planned.files:,} files, {planned.records:,} records of "
-        f"{bytes_text(planned.bytes_per_record)}, keeping {share} {estimate.classes} classes; the teacher's pass takes "
+        f"{bytes_text(planned.bytes_per_record)}{kept}; the teacher's pass takes "
         f"[bold]{_time(planned.seconds)}[/] on this machine. From {estimate.taught} records."
     )
     table = figure_table("array", "per record", "in all")

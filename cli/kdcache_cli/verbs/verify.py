@@ -63,7 +63,8 @@ def verify(
     manifest = read_manifest(place)
     dataset = manifest.dataset
     classes = ClassList(dataset.class_names, dataset.class_colours)
-    loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map)
+    classified = manifest.segmentation is not None
+    loaded = load_like(manifest.teacher, teacher, classes, class_map=class_map, classified=classified)
     agreement = compare_teacher(Records.open(place, data, split), loaded, pick_device(device), records)
     for line in agreement.fingerprint:
         OUT.print(f"  [red]another teacher[/] {escape(line)}")

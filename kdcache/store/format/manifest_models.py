@@ -46,7 +46,7 @@ class Dataset(Part):
     samples: Count
     labelled: Count
     ids_digest: str
-    class_names: Annotated[tuple[str, ...], Field(min_length=1, max_length=65535)]
+    class_names: Annotated[tuple[str, ...], Field(max_length=65535)]
     class_colours: tuple[tuple[Channel, Channel, Channel], ...]
 
     @model_validator(mode="after")

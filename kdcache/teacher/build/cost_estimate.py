@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 
 from kdcache.data import Split
-from kdcache.errors import RecipeError
 from kdcache.models import build_model
 from kdcache.store import Codec, Manifest
 from kdcache.store.format.schema import metadata_keys
@@ -34,9 +33,9 @@ _SEAL = 3  # ledger.jsonl, complete.json and the spare of the manifest
 
 @dataclass(frozen=True)
 class Setting:
-    """The choices that a cost is estimated for."""
+    """The choices that a cost is estimated for; `k` is None without targets of classes."""
 
-    k: int
+    k: int | None
     codec: Codec
     views: int
     features: tuple[str, ...]
@@ -75,6 +74,7 @@ class Estimate:
 
     Attributes:
         taught: records that were taught to find out. seconds: of one record, as chosen.
+        classes: of the head of classes; 0 without.
     """
 
     chosen: Cost
@@ -149,25 +149,22 @@ def estimate(
     with tempfile.TemporaryDirectory(prefix="kdcache-plan-") as folder:
         trial = Trial(probe, records, Path(folder), progress or (lambda *_: None))
         head = manifest.segmentation
-        if head is None:
-            raise RecipeError(
-                "a plan compares how many classes are kept",
-                received=f"a store of {', '.join(manifest.heads) or 'features alone'}",
-                remedy="build a store of a few samples and look at it with kdcache inspect",
-            )
-        own = Setting(head.k, options.codec, options.views, tuple(options.features), options.pixels)
+        k, classes = (None, 0) if head is None else (head.k, head.classes)
+        own = Setting(k, options.codec, options.views, tuple(options.features), options.pixels)
         seconds = trial.seconds(own.k, own.codec)
-        settings = dict.fromkeys([own, *_neighbours(own, head.classes, trial.taps)])
+        others = [one for one in _neighbours(own, classes, trial.taps) if manifest.heads or one.features]
+        settings = dict.fromkeys([own, *others])
         costs = [_cost(trial, setting, manifest, seconds.build) for setting in settings]
-    return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), head.classes)
+    return Estimate(costs[0], tuple(costs[1:]), seconds, trial.taught, len(split), classes)
 
 
 def _neighbours(own: Setting, classes: int, taps: Sequence[str]) -> Iterator[Setting]:
     """Settings that differ from the options' own one in one thing."""
-    ks = [k for k in (*_KS, classes) if k <= classes]
-    smaller, larger = [k for k in ks if k < own.k], [k for k in ks if k > own.k]
-    for k in dict.fromkeys([*smaller[-2:], *larger[:1], classes]):
-        yield replace(own, k=k)
+    if own.k is not None:
+        ks = [k for k in (*_KS, classes) if k <= classes]
+        smaller, larger = [k for k in ks if k < own.k], [k for k in ks if k > own.k]
+        for k in dict.fromkeys([*smaller[-2:], *larger[:1], classes]):
+            yield replace(own, k=k)
     for codec in _CODECS:
         yield replace(own, codec=codec)
     for views in (1, 4, 16) if own.views == 1 else (1, max(2, own.views // 2), 2 * own.views):

@@ -57,7 +57,8 @@ class Trial:
         samples = max(1, min(records, len(split)) // (2 if self._drawn else 1))
         self._shard_records = options.shard_records
         # All classes and pixels are kept, so that fewer can be written from them.
-        self._options = replace(options, top_k=len(split.classes), codec="default", pixels="stored", views=1)
+        top_k = len(split.classes) if SEGMENTATION in probe.heads else None
+        self._options = replace(options, top_k=top_k, codec="default", pixels="stored", views=1)
         self._build("warming up", 1, self._options)  # compiles kernels, which a large build does not notice
         self._whole, seconds = self._build("teaching a few images", samples, self._options)
         self._build_seconds = seconds / samples
@@ -73,7 +74,7 @@ class Trial:
             self._more, _ = self._build("and further taps", min(_TAP_RECORDS, samples), few)
         self._rewritten = remember(self._rewrite)
 
-    def sizes(self, k: int, codec: Codec, views: int, features: Sequence[str]) -> Sizes:
+    def sizes(self, k: int | None, codec: Codec, views: int, features: Sequence[str]) -> Sizes:
         """Every array, with pixels, of `views` views of a sample, on the average of them."""
         whole, both = (self._rewritten(cache, k, codec)[0] for cache in (self._whole, self._both))
         sizes = {}
@@ -81,11 +82,11 @@ class Trial:
             drawn = 2 * both[path] - size if self._drawn else size
             sizes[path] = (size + (views - 1) * drawn) / views
         if self._more is not None and not set(features) <= set(self._options.features):
-            sizes |= self._rewritten(self._more, self._more.head.k, codec)[0] | sizes
+            sizes |= self._rewritten(self._more, _classes_of(self._more), codec)[0] | sizes
         taps = {f"features/{tap}" for tap in features}
         return {path: size for path, size in sizes.items() if path in taps or not path.startswith("features/")}
 
-    def seconds(self, k: int, codec: Codec) -> Seconds:
+    def seconds(self, k: int | None, codec: Codec) -> Seconds:
         """The seconds that a record takes, by what they go into."""
         options, view = self._options, self._whole.manifest.view
         part = self._part(min(options.batch_size, len(self._whole)))
@@ -94,7 +95,9 @@ class Trial:
         rendered = time.perf_counter()
         pixels = torch.from_numpy(np.stack([item.taught for item in items]))
         model = self._teacher.model_for(0 if self._teacher.folds else None)
-        teach(model, pixels, options.features, options.precision, options.device).logits.cpu()
+        outputs = teach(model, pixels, options.features, options.precision, options.device)
+        for output in (*outputs.heads.values(), *outputs.features.values()):
+            output.cpu()
         taught = time.perf_counter()
         _, written = self._rewritten(self._whole, k, codec)
         return Seconds(
@@ -117,22 +120,24 @@ class Trial:
         result = build_cache(part, self._teacher, out, options, report, reuse=reuse)
         return open_cache(out), result.seconds
 
-    def _path(self, cache: Cache, k: int, codec: Codec) -> Path:
+    def _path(self, cache: Cache, k: int | None, codec: Codec) -> Path:
         return cache.path.with_name(f"{cache.path.name}-{k}-{codec}")
 
-    def _rewrite(self, cache: Cache, k: int, codec: Codec) -> tuple[Sizes, float]:
-        """Sizes of the store with k classes and a codec, and the seconds that it took to write it."""
+    def _rewrite(self, cache: Cache, k: int | None, codec: Codec) -> tuple[Sizes, float]:
+        """Sizes of the store with k classes and a codec, and the seconds that it took to write it.
+
+        Args:
+            k: None of a store without targets of classes.
+        """
         out, seconds = self._path(cache, k, codec), 0.0
-        manifest = cache.manifest.model_copy(
-            update={
-                "heads": {**cache.manifest.heads, SEGMENTATION: cache.head.model_copy(update={"k": k})},
-                "codec": codec,
-            }
-        )
+        fewer = {} if k is None else {SEGMENTATION: cache.head.model_copy(update={"k": k})}
+        manifest = cache.manifest.model_copy(update={"heads": {**cache.manifest.heads, **fewer}, "codec": codec})
         with open_writer(out, manifest, cache.ids) as writer:
             for shard in writer.claimed():
                 rows = _rows(cache, range(*manifest.shard_range(shard)))
-                rows = round_targets(rows if k == cache.head.k else _keep(rows, k, cache.num_classes), codec)
+                if k is not None and k != cache.head.k:
+                    rows = _keep(rows, k, cache.num_classes)
+                rows = round_targets(rows, codec)
                 began = time.perf_counter()
                 writer.write_shard(shard, rows)
                 seconds += time.perf_counter() - began
@@ -140,14 +145,22 @@ class Trial:
         summary = summarise(open_cache(out))
         return {array.path: array.bytes_on_disk / len(cache) for array in summary.arrays}, seconds
 
-    def _read_seconds(self, k: int, codec: Codec) -> float:
+    def _read_seconds(self, k: int | None, codec: Codec) -> float:
         self._rewritten(self._whole, k, codec)
         cache = open_cache(self._path(self._whole, k, codec))
+        folder = "targets/" if cache.manifest.heads else "features/"
+        paths = [path for path in cache.specs if path.startswith(folder)]
         for _ in range(2):  # the first time opens shards
             began = time.perf_counter()
             for record in range(len(cache)):
-                cache.read(record, cache.target_paths())
+                cache.read(record, paths)
         return (time.perf_counter() - began) / len(cache)
+
+
+def _classes_of(cache: Cache) -> int | None:
+    """The number of classes that a store keeps; None without a head of classes."""
+    head = cache.manifest.segmentation
+    return None if head is None else head.k
 
 
 def _rows(cache: Cache, records: Sequence[int]) -> dict[str, Array]:

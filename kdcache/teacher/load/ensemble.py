@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kdcache.data import ClassList, Fold, Split, check_folds, check_folds_by
 from kdcache.errors import MismatchError, RecipeError
+from kdcache.heads import SEGMENTATION
 from kdcache.models import EnsembleModel, JointModel, JointPart, Tta
 from kdcache.run_folder import RECIPE, Run
 from kdcache.store import Fingerprint
@@ -29,12 +30,14 @@ def load_teachers(
     mean: RGB | None = None,
     std: RGB | None = None,
     trust: bool = False,
+    classified: bool = True,
 ) -> Teacher:
     """Load one teacher, or several as one.
 
     Args:
-        origins, classes, class_map, mean, std, trust: as `load_teacher`, for each of them. `HEAD=ORIGIN` takes that
-            head from a teacher of its own, without the others' weights, augmentation, folds and normalisation.
+        origins, classes, class_map, mean, std, trust, classified: as `load_teacher`, for each of them. `HEAD=ORIGIN`
+            takes that head from a teacher of its own, without the others' weights, augmentation, folds and
+            normalisation.
         weights: of their probabilities; default equal ones.
         tta: renderings of every image over which predictions are averaged.
         folds: probabilities are not averaged: teacher i predicts the samples of fold i. See `check_cross_fit`.
@@ -53,11 +56,14 @@ def load_teachers(
         if origins:
             main = load_teachers(
                 origins, classes, weights=weights, tta=tta, folds=folds, folds_by=folds_by, class_map=class_map,
-                trust=trust,
+                trust=trust, classified=classified,
             )  # fmt: skip
-        return _joined(main, {name: load_teacher(origin, classes, trust=trust) for name, origin in named.items()})
+        return _joined(main, _of_heads(named, classes, trust=trust))
     _check_counts(origins, weights, folds, folds_by)
-    loaded = [load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust) for origin in origins]
+    loaded = [
+        load_teacher(origin, classes, class_map=class_map, mean=mean, std=std, trust=trust, classified=classified)
+        for origin in origins
+    ]
     if len(loaded) == 1 and tta is None and weights is None:
         return loaded[0]
     heads = [tuple(teacher.model.head_kinds) for teacher in loaded]
@@ -122,11 +128,26 @@ def _joined(main: Teacher | None, named: Mapping[str, Teacher]) -> Teacher:
     )
 
 
+def _of_heads(named: Mapping[str, str], classes: ClassList, *, trust: bool = False) -> dict[str, Teacher]:
+    """The teachers of one head each; only one of classes must have the data's."""
+    return {
+        name: load_teacher(origin, classes, trust=trust, classified=name == SEGMENTATION)
+        for name, origin in named.items()
+    }
+
+
 def load_like(
-    fingerprint: Fingerprint, origins: Sequence[str], classes: ClassList, *, class_map: str | Path | None = None
+    fingerprint: Fingerprint,
+    origins: Sequence[str],
+    classes: ClassList,
+    *,
+    class_map: str | Path | None = None,
+    classified: bool = True,
 ) -> Teacher:
     """The teachers of a store once more: weights, augmentation, folds and normalisation are as its manifest says.
 
+    Args:
+        classified: whether the store has a head of classes.
     Whether they are the same teachers is for their fingerprint to show.
     Raises: as `load_teachers`; MismatchError unless there are as many.
     """
@@ -134,10 +155,10 @@ def load_like(
     if named:
         main = None
         if fingerprint.members:
-            main = load_like(fingerprint, plain, classes, class_map=class_map)
+            main = load_like(fingerprint, plain, classes, class_map=class_map, classified=classified)
         elif plain:  # normalised as it was trained: a store of such teachers has no other normalisation
-            main = load_teachers(plain, classes, class_map=class_map)
-        return _joined(main, {name: load_teacher(origin, classes) for name, origin in named.items()})
+            main = load_teachers(plain, classes, class_map=class_map, classified=classified)
+        return _joined(main, _of_heads(named, classes))
     count = max(1, len(fingerprint.members))
     if len(origins) != count:
         raise MismatchError(
@@ -146,7 +167,9 @@ def load_like(
             remedy="give --teacher once for each",
         )
     if not fingerprint.members:
-        return load_teacher(origins[0], classes, class_map=class_map, mean=fingerprint.mean, std=fingerprint.std)
+        return load_teacher(
+            origins[0], classes, class_map=class_map, mean=fingerprint.mean, std=fingerprint.std, classified=classified
+        )
     teacher = load_teachers(
         origins,
         classes,
@@ -155,6 +178,7 @@ def load_like(
         folds=fingerprint.folds,
         folds_by=fingerprint.folds_by,
         class_map=class_map,
+        classified=classified,
     )
     assert isinstance(teacher.model, EnsembleModel)
     teacher.model.shares = tuple(member.share for member in fingerprint.members)  # to the last bit

@@ -62,6 +62,7 @@ def load_teacher(
     mean: RGB | None = None,
     std: RGB | None = None,
     trust: bool = False,
+    classified: bool = True,
 ) -> Teacher:
     """Load a teacher for a data set.
 
@@ -71,6 +72,7 @@ def load_teacher(
         classes: of the data set.
         class_map: file with the data class that each teacher class becomes; probabilities are summed.
         mean, std: of RGB in 0..1; default the model's own.
+        classified: whether its head of classes is used, which must be the data's.
         trust: of a run, whether a function that it names may be imported and called (see `load_run`).
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
@@ -79,7 +81,7 @@ def load_teacher(
         spec, weights = weighted
         count = None  # that of the weights, which must be whole
         if is_function(spec):
-            count = len(classes) if class_map is None else count_sources(class_map)
+            count = (len(classes) or None) if class_map is None else count_sources(class_map)
         model = build_model(spec, count, weights=weights, mean=mean, std=std, strict_head=True)
         report = model.load_report
         if report is not None and report.unused_auxiliary:
@@ -93,7 +95,7 @@ def load_teacher(
     if class_map is not None:
         table = read_class_map(class_map, model.num_classes, classes.names)
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
-    elif SEGMENTATION in model.head_kinds:
+    elif SEGMENTATION in model.head_kinds and classified:
         _check_classes(origin, model.num_classes, names, classes)
     return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=(training,))
 

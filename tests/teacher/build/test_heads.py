@@ -22,6 +22,7 @@ from kdcache.heads import RegressionHead
 from kdcache.models import build_model
 from kdcache.store import CopyChanges, Records, copy_store, open_cache, summarise, verify_files
 from kdcache.teacher import build_cache, compare_teacher, load_like, load_teachers, score_cache
+from kdcache.teacher.build.cost_estimate import estimate
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.probe import TeacherProbe
 from kdcache.teacher.build.reuse import options_of
@@ -363,3 +364,38 @@ def test_zarr_libraries_read_depth_by_the_document_alone(tmp_path, options, orig
     command = [sys.executable, str(tmp_path / "reader.py"), str(tmp_path / "store"), "3", "depth"]
     printed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     np.testing.assert_array_equal(np.float32(printed), Records(cache).target(3, "depth")["values"].astype(np.float32))
+
+
+def test_data_without_classes_have_a_store_of_depth(tmp_path, options, origins) -> None:
+    """Of a teacher that has classes, too; its head of classes is refused there."""
+    split = open_split("depth:scenes:32x48,train=4,val=2,depth=exact,tasks=depth", "train")
+    assert len(split.classes) == 0
+    with pytest.raises(ModelError, match="as many classes as the data set"):
+        load_teachers([origins["both"]], split.classes)
+    for given, heads in (([origins["both"]], ("depth",)), ([f"depth={origins['both']}"], ())):
+        teacher = load_teachers(given, split.classes, classified=False)
+        store = tmp_path / str(len(heads))
+        build_cache(split, teacher, store, options(heads=heads, views=2))
+        cache = open_cache(store)
+        assert (list(cache.manifest.heads), cache.manifest.dataset.class_names) == (["depth"], ())
+        again = load_like(cache.manifest.teacher, given, split.classes, classified=False)
+        assert compare_teacher(Records(cache), again, CPU, 2).ok
+        assert verify_files(store).damaged == []
+        assert np.isfinite(Records(cache).label(0, "depth")).any()
+
+
+@pytest.mark.parametrize("changes", [{"heads": ("depth",)}, {}, {"features_only": True, "features": ("stage2",)}])
+def test_a_plan_of_any_heads_is_what_the_build_takes(tmp_path, options, origins, changes) -> None:
+    split = open_split("scenes:32x48,train=9,val=2,depth=exact", "train")
+    teacher = load_teachers([origins["both"]], split.classes)
+    chosen = options(**{"shard_records": 4, **changes})
+    planned = estimate(split, teacher, chosen, records=8)
+    build_cache(split, teacher, tmp_path / "store", chosen)
+    built = {array.path: array.bytes_on_disk for array in summarise(open_cache(tmp_path / "store")).arrays}
+    assert planned.chosen.sizes.keys() == built.keys()
+    for path in ("targets/depth/values", "labels/depth", "features/stage2"):
+        if path in built:
+            assert planned.chosen.sizes[path] * 9 == pytest.approx(built[path], rel=0.15)
+    assert planned.chosen.files == sum(path.is_file() for path in (tmp_path / "store").rglob("*"))
+    assert (planned.chosen.setting.k, planned.classes) == ((None, 0) if changes else (7, 7))
+    assert all(cost.setting.features or not changes.get("features_only") for cost in planned.neighbours)
