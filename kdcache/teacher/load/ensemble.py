@@ -146,9 +146,10 @@ def load_like(
 ) -> Teacher:
     """The teachers of a store once more: weights, augmentation, folds and normalisation are as its manifest says.
 
+    Whether they are the same teachers is for their fingerprint to show.
+
     Args:
         classified: whether the store has a head of classes.
-    Whether they are the same teachers is for their fingerprint to show.
     Raises: as `load_teachers`; MismatchError unless there are as many.
     """
     plain, named = heads_apart(origins)
