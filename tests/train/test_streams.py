@@ -253,6 +253,31 @@ def test_data_without_classes_teach_depth_beside_those_with_classes(plain: dict[
         assert [stream.draws.dataset.classes.names for stream in trainer.streams] == [names] * 2
 
 
+@pytest.mark.parametrize("store", [False, True])
+def test_a_stream_of_data_without_classes_learns_depth_alone(
+    plain: dict[str, Any],
+    make_cache: Callable[..., Path],
+    depth_teacher: torch.nn.Module,
+    store: bool,
+    tmp_path: Path,
+    read_metrics: Read,
+) -> None:
+    """From its labels, and from a store of a teacher's depth, beside a stream with classes."""
+    data = "depth:scenes:32x48,train=5,val=3,depth=exact,tasks=depth"
+    far = {"name": "b", "data": data, "method": "depth-l1"}
+    if store:
+        path = make_cache(data, model=depth_teacher, heads=("depth",))
+        far = {"name": "b", "cache": str(path), "method": "none", "term": ["depth-l1", "depth-silog,reference=teacher"]}
+    settings = plain | {"model": "kdcache:hydra", "stream": [far, plain["stream"][0]], "size": "32x48"}
+    train(make_config(**settings), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run", "train")
+    assert len(rows) == 6
+    for row in rows:
+        assert row["b/ce"] == 0 < row["a/ce"]
+        assert row["b/depth-l1"] > 0
+        assert row.get("b/depth-silog", 1) > 0
+
+
 @pytest.fixture
 def merged(tmp_path: Path) -> tuple[Path, np.ndarray]:
     """A data folder of the scenes with four classes, and the class that each of theirs is there; 255 is void."""
