@@ -197,7 +197,7 @@ def test_a_training_reads_the_heads_that_it_learns_from(taught: dict[str, Any], 
 
     assert heads() == ("depth",)
     assert heads(method="kl") == ("segmentation", "depth")
-    assert heads(term=["pseudo", "depth-l1,reference=teacher,weight=0"]) == ("segmentation",)
+    assert heads(term=["pseudo,quantile=0.5", "depth-l1,reference=teacher,weight=0"]) == ("segmentation",)
     assert heads(term=[], ce_weight=1.0) == ()
 
 
