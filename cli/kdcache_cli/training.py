@@ -31,6 +31,8 @@ def run_training(settings: dict[str, Any], out: Path, resume: bool) -> None:
         raise typer.Exit(130) from None
     best = result["best_miou"]
     score = "not validated" if best is None else f"best mIoU {percent(best)} at iteration {result['best_step']}"
+    if (rmse := result.get("best_depth_rmse")) is not None:
+        score = f"best depth rmse {rmse:.3g} m at iteration {result['best_step']}"
     if (ema := result.get("ema_best_miou")) is not None:
         score += f", of the EMA {percent(ema)} at iteration {result['ema_best_step']}"
     OUT.print(

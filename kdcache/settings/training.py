@@ -51,7 +51,9 @@ class TrainSettings:
     verb: Literal["train-teacher", "train-student"]
     cache: str | None = setting(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
     model: str = setting(REQUIRED, "What to train; see [bold]kdcache models[/].", code=True)
-    val: str | None = setting(None, "Labelled data to validate on; best weights are those of the best mIoU.")
+    val: str | None = setting(
+        None, "Labelled data to validate on; best weights have the best mIoU, of depth alone the smallest rmse."
+    )
     val_split: str = setting("val", "Split to validate on.")
     name: str | None = setting(
         None,

@@ -10,9 +10,10 @@ import torch
 
 from kdcache.data import Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
+from kdcache.heads import SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
-from kdcache.metrics.evaluate import Progress, count_pixels
+from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
 from kdcache.models.trust import remember
@@ -137,7 +138,9 @@ def make_trainer(
             config,
             run,
             device=device,
-            validate=None if val is None else _validator(val, config, device, observer, world),
+            validate=None
+            if val is None or SEGMENTATION not in _judged(model, val, config)
+            else _validator(val, config, device, observer, world),
             validate_depth=None if val is None else _depth_validator(model, val, config, device, world),
             observer=watching,
             world=world,
@@ -246,6 +249,15 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[str, ...]:
+    """The tasks that are validated: of those that the model predicts and the data label, what is learnt if any is.
+
+    Raises: DataError where there is none.
+    """
+    judged = check_tasks(model, val)
+    return tuple(task for task in judged if task in config.tasks) or judged
 
 
 def _depth_validator(

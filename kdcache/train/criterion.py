@@ -144,7 +144,7 @@ def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: Drawn
     assert config.size is not None
     cache = dataset.cache
     stored = None if cache is None else cache.specs.get(TARGET_VALUES)
-    shape = _probe(model, config.size).logits.shape if stored is None else stored.shape
+    shape = _of_classes(_probe(model, config.size)).shape if stored is None else stored.shape
     return LabelTargets(len(dataset.classes), config.size, (shape[-2], shape[-1]))
 
 
@@ -197,6 +197,11 @@ def tap_channels(model: SegmentationModel, config: TrainConfig) -> dict[str, int
     assert config.size is not None
     features = _probe(model, config.size).features
     return {tap: features[tap].shape[1] for tap in model.taps}
+
+
+def _of_classes(outputs: Outputs) -> Tensor:
+    """The logits of a model; of one without, the output of another head."""
+    return outputs.logits if SEGMENTATION in outputs.heads else next(iter(outputs.heads.values()))
 
 
 def _probe(model: SegmentationModel, size: Size) -> Outputs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kdcache.distill import AnyBatch, Criterion
 from kdcache.errors import KDCacheError
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import SegmentationModel
@@ -162,7 +163,9 @@ class Trainer:
                 self._log.close()
             batches.close()  # and with it the threads that draw ahead
             self.observer.ended(completed=completed)
-        return self._state.finish()
+        return self._state.finish(
+            DEPTH if self._validate is None and self._validate_depth is not None else SEGMENTATION
+        )
 
     def _one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
         """Take a step; returns whether any process received a request to stop before it."""
@@ -264,7 +267,9 @@ class Trainer:
 
         The rate of `plateau` follows the weights, so that a training is the same with and without an average.
         """
-        if self._validate is not None:
+        if self._validate is None and self._validate_depth is not None:
+            self._validate_depth_alone(self._validate_depth)
+        elif self._validate is not None:
             step, metrics = self._state.now.step, self._validate(self.model)
             best = self._state.keep_best(metrics.miou)
             self._schedule.after_validation(metrics.miou)
@@ -284,6 +289,23 @@ class Trainer:
             if step == self._iterations and (text := outcome(metrics)) is not None:
                 self.observer.note(text)
         self._state.save()
+
+    def _validate_depth_alone(self, validate: Callable[[SegmentationModel], DepthMetrics]) -> None:
+        """Validate depth where no segmentation is: the best weights are those of the smallest rmse."""
+        step, metrics = self._state.now.step, validate(self.model)
+        line = {f"depth_{name}": value for name, value in metrics.to_json().items()}
+        self._state.keep_best(-metrics.rmse)
+        self._schedule.after_validation(-metrics.rmse)
+        averaged = None
+        if self._ema is not None:
+            with self._ema.in_place():
+                averaged = validate(self.model)
+            line |= {f"ema_depth_{name}": value for name, value in averaged.to_json().items()}
+            self._state.keep_best(-averaged.rmse, ema=True)
+        self._write_line("validation", step, line)
+        self.observer.validated_depth(step, metrics)
+        if averaged is not None:
+            self.observer.validated_ema_depth(step, averaged)
 
     def _validate_ema(self) -> tuple[Metrics | None, DepthMetrics | None]:
         """Metrics of the weights' moving average, and of its depth; None in a training without."""

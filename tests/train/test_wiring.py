@@ -228,7 +228,9 @@ def test_the_last_step_ends_every_interval(
     progress = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
     assert (progress["step"], result["iterations"]) == (5, 5)
     assert (
-        progress["best_miou"] == result["best_miou"] == max(row["miou"] for row in read_metrics(tmp_path, "validation"))
+        progress["best_score"]
+        == result["best_miou"]
+        == max(row["miou"] for row in read_metrics(tmp_path, "validation"))
     )
 
 

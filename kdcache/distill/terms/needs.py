@@ -30,7 +30,7 @@ def check_terms(specs: Iterable[TermSpec], manifest: Any, *, kl: bool = False) -
         _check_logits_alone(specs)
         return
     specs = list(specs)
-    lacks = [("kl", lack) for lack in _missing_logits(manifest)] if kl else []
+    lacks = [("kl", lack) for lack in _missing_head(manifest, SEGMENTATION)] if kl else []
     lacks += [(spec.kind, lack) for spec in specs for lack in missing(spec, manifest)]
     if lacks:
         flags = " ".join(dict.fromkeys(lack.flag for _, lack in lacks))
@@ -91,20 +91,15 @@ def _kind(head: Any) -> str:
     return str(getattr(head, "kind", "categorical"))
 
 
-def _missing_logits(manifest: Any) -> list[Missing]:
-    head = manifest.heads.get(SEGMENTATION)
-    if head is not None and _kind(head) == "categorical":
+def _missing_head(manifest: Any, name: str) -> list[Missing]:
+    """The head of a task that a store lacks, or has of another kind."""
+    kind, values = ("regression", "targets") if name == DEPTH else ("categorical", "logits")
+    head = manifest.heads.get(name)
+    if head is not None and _kind(head) == kind:
         return []
-    what = f"logits of a categorical head {SEGMENTATION} (the store has {_heads_text(manifest.heads)})"
-    return [Missing(what, f"--heads {SEGMENTATION}")]
-
-
-def _missing_depth(manifest: Any) -> list[Missing]:
-    head = manifest.heads.get(DEPTH)
-    if head is not None and _kind(head) == "regression":
-        return []
-    what = f"targets of a regression head {DEPTH} (the store has {_heads_text(manifest.heads)})"
-    return [Missing(what, f"--heads {DEPTH}")]
+    return [
+        Missing(f"{values} of a {kind} head {name} (the store has {_heads_text(manifest.heads)})", f"--heads {name}")
+    ]
 
 
 def _check_logits_alone(specs: Iterable[TermSpec]) -> None:
@@ -164,8 +159,8 @@ def missing(spec: TermSpec, manifest: Any) -> list[Missing]:
     if not reads_teacher(spec):
         return []
     if of_depth(spec):
-        return _missing_depth(manifest)
-    lacks = _missing_logits(manifest)
+        return _missing_head(manifest, DEPTH)
+    lacks = _missing_head(manifest, SEGMENTATION)
     if lacks:
         return lacks
     head = manifest.heads[SEGMENTATION]

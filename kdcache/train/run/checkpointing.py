@@ -1,5 +1,6 @@
 """The files that a run writes while it trains, and goes on from: weights, checkpoints, the result."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from kdcache.distill import Criterion
 from kdcache.errors import ModelError, RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_weights
 from kdcache.run_folder import RESULT
@@ -28,14 +30,15 @@ class Progress:
 
     Attributes:
         seconds: seconds of training.
+        best_score: mIoU; of depth alone, the rmse below 0.
         waited: seconds of these that were spent waiting for data.
         prepared: seconds of preparing a step, which are no training.
     """
 
     step: int = 0
-    best_miou: float = -1.0
+    best_score: float = -math.inf
     best_step: int = 0
-    ema_best_miou: float = -1.0
+    ema_best_score: float = -math.inf
     ema_best_step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -106,19 +109,19 @@ class RunState:
                 remedy=f"let every machine see the folder {self._run}, under this path",
             )
 
-    def keep_best(self, miou: float, *, ema: bool = False) -> bool:
+    def keep_best(self, score: float, *, ema: bool = False) -> bool:
         """Write the weights as the best where no validation of theirs scored higher; returns whether that is so.
 
         Args:
             ema: the score is that of the moving average, which has a best of its own.
         """
         now = self.now
-        if not miou > (now.ema_best_miou if ema else now.best_miou):
+        if not score > (now.ema_best_score if ema else now.best_score):
             return False
         if ema:
-            now.ema_best_miou, now.ema_best_step = miou, now.step
+            now.ema_best_score, now.ema_best_step = score, now.step
         else:
-            now.best_miou, now.best_step = miou, now.step
+            now.best_score, now.best_step = score, now.step
         self._write_weights("best", ema=ema)
         return True
 
@@ -153,26 +156,35 @@ class RunState:
             if self._world.first:
                 keep_checkpoint(self._run, self.now.step)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the last weights and result.json; returns its content."""
+    def finish(self, judged: str = SEGMENTATION) -> dict[str, Any]:
+        """Write the last weights and result.json; returns its content.
+
+        Args:
+            judged: the task whose scores chose the best weights.
+        """
         now = self.now
         self._write_weights("last")
         if not now.best_step:  # nothing validated, or nothing that could be scored
             self._write_weights("best")
         result = {
             "iterations": now.step,
-            "best_miou": now.best_miou if now.best_step else None,
+            "best_miou": now.best_score if now.best_step and judged == SEGMENTATION else None,
             "best_step": now.best_step or now.step,
             "seconds": round(now.seconds, 3),
             "images_per_second": round(self._config.batch_size * now.step / max(now.seconds, 1e-9), 3),
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
             "prepared_seconds": round(now.prepared, 3),
         }
+        if judged == DEPTH and now.best_step:
+            result["best_depth_rmse"] = -now.best_score
         if self._ema is not None:
+            if judged == DEPTH and now.ema_best_step:
+                result["ema_best_depth_rmse"] = -now.ema_best_score
             self._write_weights("last", ema=True)
             if not now.ema_best_step:
                 self._write_weights("best", ema=True)
-            result["ema_best_miou"] = now.ema_best_miou if now.ema_best_step else None
+            scored = now.ema_best_step and judged == SEGMENTATION
+            result["ema_best_miou"] = now.ema_best_score if scored else None
             result["ema_best_step"] = now.ema_best_step or now.step
         with self._world.together(), disk_space_errors(self._run):
             if self._world.first:

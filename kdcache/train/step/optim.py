@@ -128,11 +128,12 @@ class Schedule:
             self._step += 1
             self._set(self._highest * self._factor(self._step))
 
-    def after_validation(self, miou: float) -> None:
+    def after_validation(self, score: float) -> None:
+        """Count a validation: its mIoU; of depth alone, the rmse below 0."""
         if self._kind != "plateau":
             return
-        if miou > self._best * (1 + BETTER):
-            self._best, self._stalled = miou, 0
+        if score > self._best * (1 + BETTER if self._best > 0 else 1 - BETTER):
+            self._best, self._stalled = score, 0
         else:
             self._stalled += 1
         if self._stalled > PATIENCE:

@@ -54,7 +54,7 @@ def test_everything_is_as_it_was_saved(config: Callable[..., TrainConfig], tmp_p
         optimizer.zero_grad()
     for score in (0.5, *[0.4] * 8):
         schedule.after_validation(score)
-    saved.now = Progress(step=7, best_miou=0.5, best_step=3, seconds=12.5, waited=1.5, prepared=0.25)
+    saved.now = Progress(step=7, best_score=0.5, best_step=3, seconds=12.5, waited=1.5, prepared=0.25)
     random = torch.get_rng_state()
     saved.save()
 

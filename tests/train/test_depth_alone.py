@@ -1,0 +1,70 @@
+"""Trainings of depth alone: no head, no labels of segmentation are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache.errors import ModelError
+from kdcache.train import make_config, train
+
+ALONE = "scenes:32x48,train=6,val=3,depth=exact,tasks=depth"
+Read = Callable[..., list[dict[str, Any]]]
+NETWORK = """
+from torch import nn
+
+class Network(nn.Module):
+    kdcache_heads = {"depth": {"kind": "regression"}}
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 1, 3, 1, 1))
+
+    def forward(self, x):
+        return {"depth": self.body(x)}
+
+def build(num_classes):
+    return Network()
+"""
+
+
+@pytest.fixture
+def alone(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "depths.py").write_text(NETWORK)
+    changes = {"verb": "train-student", "model": f"{tmp_path / 'depths.py'}:build", "data": ALONE, "val": ALONE}
+    return settings | changes | {"method": "depth-silog", "ce_weight": 0, "lr": 0.01}
+
+
+@pytest.mark.parametrize("model", ["own", "kdcache:tiny+depth"])
+def test_depth_alone_is_trained_validated_and_its_best_is_the_smallest_rmse(
+    model: str, alone: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    settings = alone | ({} if model == "own" else {"model": model})
+    result = train(make_config(**settings | {"ema": 0.5, "iterations": 12}), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run", "validation")
+    assert all("miou" not in line for line in lines)
+    assert result["best_miou"] is None
+    assert result["best_depth_rmse"] == min(line["depth_rmse"] for line in lines)
+    assert result["ema_best_depth_rmse"] == min(line["ema_depth_rmse"] for line in lines)
+    assert lines[-1]["depth_rmse"] < lines[0]["depth_rmse"]
+    again = train(make_config(**settings | {"ema": 0.5, "iterations": 12}), tmp_path / "run", resume=True)
+    assert again["best_depth_rmse"] == result["best_depth_rmse"]
+
+
+def test_a_loss_that_is_not_finite_names_head_stream_and_remedies_in_order(
+    alone: dict[str, Any], tmp_path: Path
+) -> None:
+    streams = [
+        {"name": "near", "data": ALONE},
+        {"name": "far", "data": ALONE.replace("train=6", "train=5")},
+    ]
+    settings = alone | {"data": None, "stream": streams, "lr": 1e30, "schedule": "constant", "val": None}
+    with pytest.raises(ModelError) as error:
+        train(make_config(**settings | {"optimizer": "sgd", "iterations": 30}), tmp_path / "run")
+    assert "term depth-silog of the head depth in the stream near" in error.value.received
+    assert "records near:" in error.value.received
+    words = ("--clip-grad", "--lr", "the depth of those records")
+    assert sorted(words, key=error.value.remedy.index) == list(words)
