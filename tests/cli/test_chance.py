@@ -32,10 +32,10 @@ def test_one_class_everywhere_is_said(constant, cli, command) -> None:
 
 
 def test_a_model_that_has_learnt_is_not_reproached(world, cli, monkeypatch) -> None:
-    import kdcache.metrics.evaluate as run
+    import kdcache.metrics.predictions as run
 
     monkeypatch.setattr(
-        run, "_predict", lambda model, batch, device: [run.Predicted(s.number, s.label, s.label) for s in batch]
+        run, "_predict", lambda model, batch, *_: [run.Predicted(s.number, s.labels, s.labels) for s in batch]
     )
     ended = cli(*COMMANDS["evaluate"].format(w=world).split())
     assert ended.code == 0, ended.err

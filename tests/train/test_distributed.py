@@ -523,7 +523,7 @@ def test_one_process_that_is_asked_to_stop_stops_all(
 
 _FAILS = """
 from kdcache.errors import CorruptError, DataError, StoreError
-from kdcache.metrics import evaluate as run
+from kdcache.metrics import predictions as run
 from kdcache.train.run import checkpointing as state
 from kdcache.train import trainer
 
