@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kdcache.errors import RecipeError
+
 _PARTIAL = ".partial"
 
 
@@ -41,6 +43,21 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def check_own_folder(folder: Path, marker: str, rule: str) -> None:
+    """Refuse a folder to write into, unless it is new, empty, or holds the file `marker` of an earlier time.
+
+    Args:
+        rule: the rule of the error's message.
+    Raises: RecipeError.
+    """
+    if folder.is_dir():
+        problem = "holds something else" if any(folder.iterdir()) and not (folder / marker).is_file() else ""
+    else:
+        problem = "is no folder" if folder.exists() else ""
+    if problem:
+        raise RecipeError(rule, received=f"{folder} {problem}", remedy="give another folder with --out")
 
 
 def is_partial(path: Path) -> bool:

@@ -24,7 +24,8 @@ from kdcache.analysis.score_figures import draw_distribution, metrics_text
 from kdcache.analysis.stored_evaluations import Judging, memory_errors
 from kdcache.data import Fold, Split, fold_alone
 from kdcache.errors import RecipeError
-from kdcache.metrics.figures import check_own_folder, draw_confusion, save_figure
+from kdcache.files import check_own_folder
+from kdcache.metrics.figures import draw_confusion, save_figure
 from kdcache.metrics.tables import percent
 
 SUMMARY = "visualise.json"

@@ -6,6 +6,7 @@
     render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
     draw_window, colour_jitter                what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
+    restyle                                   a data set in the style of another one
     folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
     shared_sequences                          videos of which some frames are judged and others trained on
     prefetch                                  ordered results from a bounded pool of threads
@@ -30,6 +31,7 @@ from kdcache.data.rendering.augment import (
 )
 from kdcache.data.rendering.depth import render_depth, zoom_of
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
+from kdcache.data.restyling.restyle import Restyled, Style, restyle
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
@@ -45,9 +47,11 @@ __all__ = [
     "ClassList",
     "DepthReport",
     "Fold",
+    "Restyled",
     "SharedSequence",
     "Split",
     "SplitReport",
+    "Style",
     "Window",
     "check",
     "check_fold_labels",
@@ -69,6 +73,7 @@ __all__ = [
     "prefetch",
     "render",
     "render_depth",
+    "restyle",
     "shared_sequences",
     "write_scenes",
     "zoom_of",

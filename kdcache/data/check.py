@@ -142,7 +142,7 @@ def check(
     problems = [problem for report in reports.values() for problem in report.problems()]
     place, why = ("scenes", ""), "drawn, no files"
     if layout_root is not None:
-        layout, root = layout_root
+        layout, root, _ = layout_root
         place, why = (layout.name, str(root)), layout.why(root)
     doubts = doubts_of(reports, classes, layout_root, whole=splits is None)
     problems += [*_repeats(where, layout_root), *doubts.problems]
@@ -182,8 +182,8 @@ def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, 
     if layout_root is None:
         split = open_split(data, name)
     else:
-        layout, root = layout_root
-        scan = layout.scan(root, name)
+        layout, root, images = layout_root
+        scan = layout.scan(root, name, images)
         split = FileSplit(data, name, layout.classes(root), root, scan)
         report.clashes = [path for _, _, path in scan.clashes]
         report.without_image = scan.orphans + scan.foreign + ([] if scan.depth is None else scan.depth.orphans)

@@ -146,7 +146,7 @@ def _doubt_labels(reports: Mapping[str, SplitReport], place: LayoutRoot | None, 
 
 def _labels_elsewhere(layout_root: LayoutRoot, split: str) -> str:
     """A warning of labels in a folder beside `images/` that the folder layout does not read; "" without one."""
-    layout, root = layout_root
+    layout, root, _ = layout_root
     if not isinstance(layout, Folder):
         return ""
     scan = layout.scan(root, split)

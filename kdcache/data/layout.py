@@ -17,6 +17,8 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
         data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, camvid, voc,
             cityscapes, gta5, ade20k, kitti-depth, nyu; or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
             `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth` (a folder of that name is `./scenes`).
+            `,images=FOLDER` behind a folder takes the images of the same samples from another one, which has
+            FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
             `depth:DATA` or `segmentation:DATA` has the labels of that task alone; `DATA + DATA` the samples of both.
         split: its name, such as `train`; of all where several are joined.
     Raises: DataError with what is missing or malformed.
@@ -29,8 +31,8 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
         return OneTask(open_split(data, split), task)
     if is_scenes(data):
         return ScenesSplit(data, split)
-    layout, root = find_layout(data)
-    return layout.open(data, root, split)
+    layout, root, images = find_layout(data)
+    return layout.open(data, root, split, images)
 
 
 def list_splits(data: str | os.PathLike[str]) -> list[str]:
@@ -46,5 +48,5 @@ def list_splits(data: str | os.PathLike[str]) -> list[str]:
     data = task_of(data)[1]
     if is_scenes(data):
         return ScenesSpec.parse(data).splits()
-    layout, root = find_layout(data)
+    layout, root, _ = find_layout(data)
     return layout.splits(root)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.errors import RecipeError, one_line, plain_text
+from kdcache.errors import one_line, plain_text
 from kdcache.files import replacing
 
 if TYPE_CHECKING:
@@ -31,21 +31,6 @@ _LONGEST_NAME = 100
 _SHOWN = 40  # classes of a matrix that still has readable names
 _LETTERS_PER_INCH = 11
 """Height of a line in 10 points bold."""
-
-
-def check_own_folder(folder: Path, marker: str, rule: str) -> None:
-    """Refuse a folder to write into, unless it is new, empty, or holds the file `marker` of an earlier time.
-
-    Args:
-        rule: the rule of the error's message.
-    Raises: RecipeError.
-    """
-    if folder.is_dir():
-        problem = "holds something else" if any(folder.iterdir()) and not (folder / marker).is_file() else ""
-    else:
-        problem = "is no folder" if folder.exists() else ""
-    if problem:
-        raise RecipeError(rule, received=f"{folder} {problem}", remedy="give another folder with --out")
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":

@@ -29,7 +29,7 @@ def own_data(tiny, root: Path, classes: tuple[str, ...] = OWN) -> Path:
 def test_one_s_own_pictures_without_splits_are_not_gta5(classes, tiny, tmp_path) -> None:
     """Not even with Cityscapes' names: GTA5's release has no classes.txt, and its ids would void most of the labels."""
     root = own_data(tiny, tmp_path / "mine", classes)
-    assert find_layout(str(root)) == (LAYOUTS["folder"], root)
+    assert find_layout(str(root)) == (LAYOUTS["folder"], root, None)
     assert list_splits(root) == ["train"]
     split = open_split(root, "train")
     assert (split.ids, split.classes.names) == (tuple("abcdef"), classes)

@@ -57,7 +57,7 @@ def expected(layout: str) -> dict[int, int]:
 @pytest.mark.parametrize("layout", WITH_LABELS)
 def test_a_layout_is_found_and_every_number_mapped(layout, tiny, tmp_path) -> None:
     root = tiny.write(layout, tmp_path / "set")
-    assert find_layout(str(root)) == (LAYOUTS[layout], root)
+    assert find_layout(str(root)) == (LAYOUTS[layout], root, None)
     assert list_splits(root) == list_splits(f"{layout}:{root}") == SPLITS[layout]
     table = expected(layout)
     before, after = PREFIXES.get(layout, ("", ""))
@@ -108,7 +108,7 @@ def test_a_check_has_no_problem_and_counts_what_is_there(layout, tiny, tmp_path)
 )
 def test_a_data_set_may_begin_below_the_folder(layout, home, tiny, tmp_path) -> None:
     root = tiny.write(layout, tmp_path / home)
-    assert find_layout(str(tmp_path)) == find_layout(f"{layout}:{tmp_path}") == (LAYOUTS[layout], root)
+    assert find_layout(str(tmp_path)) == find_layout(f"{layout}:{tmp_path}") == (LAYOUTS[layout], root, None)
     assert len(open_split(tmp_path, "train")) == 3
 
 

@@ -1,4 +1,4 @@
-"""`kdcache data ...`: checks of data sets."""
+"""`kdcache data ...`: checks and restyling of data sets."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
-from kdcache_cli.console import OUT, progress_of_stages
+from kdcache_cli.console import OUT, progress_of_stages, warn
 
 if TYPE_CHECKING:
     from kdcache.data import DepthReport, SplitReport
 
-app = typer.Typer(no_args_is_help=True, help="Check data sets.", rich_markup_mode="rich")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `check` a verb of its own while it is the only one."""
+app = typer.Typer(no_args_is_help=True, help="Check and restyle data sets.", rich_markup_mode="rich")
 
 
 @app.command()
@@ -28,7 +23,8 @@ def check(
         str,
         typer.Argument(
             help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]; folder, camvid, voc, "
-            "cityscapes, gta5, ade20k, kitti-depth, nyu), or [bold]scenes[/]."
+            "cityscapes, gta5, ade20k, kitti-depth, nyu), or [bold]scenes[/]. [bold],images=DIR2[/] behind it: other "
+            "images of its samples."
         ),
     ],
     split: Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.")] = None,
@@ -72,6 +68,60 @@ def check(
     if report.problems:
         raise typer.Exit(1)
     OUT.print("no problem" if report.warnings else "[green]nothing wrong[/]")
+
+
+@app.command()
+def restyle(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Data set whose images are restyled.")],
+    like: Annotated[str, typer.Option("--like", metavar="TARGET", help="Data set whose style they get.")],
+    out: Annotated[Path, typer.Option("--out", help="Data folder to write; an interrupted restyling is continued.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="fda (Fourier domain adaptation: amplitudes of low frequencies) or histogram (of each channel).",
+        ),
+    ] = "fda",
+    beta: Annotated[
+        float,
+        typer.Option("--beta", help="Reach of the frequencies that fda replaces, as a part of the shorter side."),
+    ] = 0.01,
+    split: Annotated[str, typer.Option("--split", help="Which split of the source.")] = "train",
+    like_split: Annotated[str, typer.Option("--like-split", help="Which split of the target.")] = "train",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides which target image goes with which image.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Working threads; 0: one per core, at most 8.")] = 0,
+) -> None:
+    """Write a data set in the style of another one, without a network.
+
+    Every image gets the style of one image of the target, drawn by the seed and the sample's id, and keeps its size
+    (fda resizes the target's image to it). OUT is a data set of layout folder: labels and depth are links to the
+    source's, or class ids and metres in files of their own where that has other numbers; OUT/restyled/SPLIT.csv
+    says which target image each had. Images that a network translated need no restyling: gta5:DIR,images=DIR2.
+
+    [dim]kdcache data restyle gta5:/data/gta5 --like cityscapes:/data/cityscapes --out gta5-fda[/]
+    [dim]kdcache data restyle scenes --like camvid --method histogram --out scenes-camvid[/]
+    """
+    from kdcache.data import Style
+    from kdcache.data import restyle as restyle_data
+
+    with progress_of_stages() as update:
+        restyled = restyle_data(
+            source,
+            like,
+            out,
+            Style(method, beta, seed),  # type: ignore[arg-type] # which refuses other methods
+            split=split,
+            like_split=like_split,
+            threads=threads or None,
+            progress=lambda done, total: update("restyling", done, total),
+        )
+    for note in restyled.notes:
+        warn(note)
+    OUT.print(
+        f"{escape(str(out))}: {restyled.written} images written, {restyled.kept} kept; labels: {restyled.linked} "
+        f"links, {restyled.copied} files",
+        highlight=False,
+    )
 
 
 def _download(data: str) -> None:

@@ -11,7 +11,7 @@ from kdcache.data.classes import CLASSES_FILE, read_classes
 from kdcache.data.files import IMAGE_SUFFIXES
 from kdcache.data.layouts.file_split import FileSplit, describe_some
 from kdcache.data.layouts.label_ids import LabelIds
-from kdcache.data.layouts.scan import WHOLE, Scan
+from kdcache.data.layouts.scan import WHOLE, Scan, replace_images
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
@@ -96,9 +96,11 @@ class Layout(ABC):
             classes = "the layout's own classes" if self._classes(root) else "no classes"
         return f"{self.looks_for}; {classes}"
 
-    def scan(self, root: Path, split: str) -> Scan:
+    def scan(self, root: Path, split: str, images: Path | None = None) -> Scan:
         """Find the images and labels of a split; refuses only a split that is missing or without images.
 
+        Args:
+            images: a folder with other images of the same samples, such as translated ones.
         Raises: DataError for such a split, or a list that cannot be read.
         """
         if split not in (names := self.splits(root)):
@@ -110,6 +112,8 @@ class Layout(ABC):
         scan = self._scan(root, split)
         if self.lists_classes(root):
             scan = replace(scan, label_ids=_numbers_of_lines(self.name))
+        if images is not None:
+            scan = replace_images(scan, images, split)
         if not scan.images and scan.missing:
             raise self._missing(root, split, scan)
         if not scan.images:
@@ -121,13 +125,15 @@ class Layout(ABC):
             )
         return scan
 
-    def open(self, data: str, root: Path, split: str) -> FileSplit:
+    def open(self, data: str, root: Path, split: str, images: Path | None = None) -> FileSplit:
         """Open a split for use.
 
+        Args:
+            images: as in `scan`.
         Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels that belong to no
             image, or files that a list names and that are not there.
         """
-        scan = self.scan(root, split)
+        scan = self.scan(root, split, images)
         if scan.missing:
             raise self._missing(root, split, scan)
         if scan.clashes:

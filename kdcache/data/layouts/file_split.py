@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdcache.data.files import file_digest, image_size, read_image, read_label
-from kdcache.data.layouts.depth import check_depth
+from kdcache.data.layouts.depth import DepthUnit, check_depth
 from kdcache.data.layouts.label_ids import numbers_in
 from kdcache.data.layouts.scan import Scan
 from kdcache.data.sample import DEPTH, SEGMENTATION, ClassList, Depth, Pixels, Split, ids_out_of_range
@@ -81,6 +81,11 @@ class FileSplit(Split):
         """The absolute path of the depth's file; None without one."""
         name = self._depth_files[index]
         return None if name is None else self._root / name
+
+    @property
+    def depth_unit(self) -> DepthUnit | None:
+        """The unit of the numbers in the files of depth; None without such files, or where each has its own camera."""
+        return self._read_depth if isinstance(self._read_depth, DepthUnit) else None
 
     def raw_depth(self, index: int) -> Depth | None:
         path = self.depth_path(index)

@@ -25,23 +25,49 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 # Two characters at least: one is a Windows drive.
+_OTHER_IMAGES = re.compile(r"(?P<data>.+),\s*images=(?P<images>[^,]*)", re.DOTALL)
 _PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
 
 
 class LayoutRoot(NamedTuple):
-    """A layout, and the folder in which a data set of it begins."""
+    """A layout, the folder in which a data set of it begins, and the folder of other images for it."""
 
     layout: Layout
     root: Path
+    images: Path | None = None
 
 
 def find_layout(data: str) -> LayoutRoot:
     """The layout of a data set on disk, and where it begins.
 
     Args:
-        data: a folder, or LAYOUT:FOLDER.
-    Raises: DataError when the folder or the layout does not exist, or when none or several of them fit.
+        data: a folder, or LAYOUT:FOLDER; `,images=FOLDER` behind it names a folder with other images.
+    Raises: DataError when a folder or the layout does not exist, or when none or several of them fit.
     """
+    data, images = split_images(data)
+    return _layout_of(data)._replace(images=images)
+
+
+def split_images(data: str) -> tuple[str, Path | None]:
+    """What stands before `,images=FOLDER`, and the folder; None without one, or where the whole is a path that exists.
+
+    Raises: DataError where there is no such folder.
+    """
+    match = None if Path(data).expanduser().exists() else _OTHER_IMAGES.fullmatch(data)
+    if match is None:
+        return data, None
+    folder = Path(match["images"].strip()).expanduser()
+    if not match["images"].strip() or not folder.is_dir():
+        raise DataError(
+            "images= names a folder with an image for every sample: FOLDER/SPLIT/ID.png, or FOLDER/ID.png.",
+            received=f"{match['images']!r}, which is no folder, in {data!r}",
+            remedy="Check the path, or leave out images= to use the data set's own.",
+        )
+    return match["data"], folder
+
+
+def _layout_of(data: str) -> LayoutRoot:
+    """The layout and the root of a folder or LAYOUT:FOLDER. Raises: DataError as `find_layout`."""
     name, folder = split_prefix(data)
     if not folder.is_dir():
         raise DataError(
@@ -52,7 +78,7 @@ def find_layout(data: str) -> LayoutRoot:
     if name is not None:
         return _with_its_classes(_named(LAYOUTS[name], folder), folder)
     candidates = [LayoutRoot(layout, root) for layout in LAYOUTS.values() if (root := layout.find(folder)) is not None]
-    if any(isinstance(layout, Folder) for layout, _ in candidates):
+    if any(isinstance(one.layout, Folder) for one in candidates):
         # A classes.txt beside images/ and labels/ makes them one's own data: GTA5's release has none.
         candidates = [
             one for one in candidates if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()
@@ -62,8 +88,8 @@ def find_layout(data: str) -> LayoutRoot:
     if candidates:
         raise DataError(
             "A folder holds a data set of one layout.",
-            received=f"{folder} holds " + ", ".join(f"{layout.name} ({root})" for layout, root in candidates),
-            remedy="Name the one that is meant: " + " or ".join(f"{layout.name}:{folder}" for layout, _ in candidates),
+            received=f"{folder} holds " + ", ".join(f"{one.layout.name} ({one.root})" for one in candidates),
+            remedy="Name the one that is meant: " + " or ".join(f"{one.layout.name}:{folder}" for one in candidates),
         )
     raise DataError(
         "A data folder has a layout that kdcache knows.",

@@ -145,6 +145,30 @@ def scan_whole(root: Path, split: str, images: str, labels: str, label_ids: Labe
     return keep_listed(everything, root, f"{split}.txt") if lists_in(root, lists) else everything
 
 
+def replace_images(scan: Scan, folder: Path, split: str) -> Scan:
+    """The scan with its images from another folder, by the ids of the samples: FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
+
+    A sample without an image there is missing; other pictures are no part of it.
+
+    Args:
+        folder: where FOLDER/SPLIT is a folder, images are looked for in that alone.
+    """
+    top = folder.absolute()
+    top = top / split if (top / split).is_dir() else top
+    images: dict[str, str] = {}
+    clashes = []
+    for sample, path in sorted(_files(top)):
+        if sample in images:
+            clashes.append((sample, images[sample], path))
+        elif sample in scan.images:
+            images[sample] = (top / path).as_posix()
+    missing = [(top / f"{sample}.png").as_posix() for sample in scan.images if sample not in images]
+    images = {sample: images[sample] for sample in scan.images if sample in images}
+    return replace(
+        scan, images=images, image_place=top.as_posix(), clashes=scan.clashes + clashes, missing=scan.missing + missing
+    )
+
+
 def read_list(path: Path) -> list[Line]:
     """Lines of a list that are not blank, as words. Raises: DataError for a file that is no text in UTF-8."""
     try:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdcache.data import IGNORE_INDEX
+from kdcache.files import check_own_folder
 from kdcache.metrics import percent
 from kdcache.metrics.figures import (
     INK,
     VOID_RGB,
     WRONG_RGB,
-    check_own_folder,
     class_bars,
     colour_ids,
     draw_confusion,

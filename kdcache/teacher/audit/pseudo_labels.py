@@ -22,8 +22,9 @@ from PIL import Image
 from kdcache.data import IGNORE_INDEX, ClassList
 from kdcache.data.classes import write_classes
 from kdcache.errors import CorruptError, MismatchError, RecipeError
+from kdcache.files import check_own_folder
 from kdcache.metrics.calibration import ConfidenceCounts, Coverage
-from kdcache.metrics.figures import check_own_folder, palette_png, png_bytes
+from kdcache.metrics.figures import palette_png, png_bytes
 from kdcache.store import Cache, Records
 from kdcache.store.backend.durable import disk_space_errors, write_durably
 from kdcache.teacher.audit.first_views import Whole, read_wholes

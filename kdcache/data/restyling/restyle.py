@@ -1,0 +1,272 @@
+"""A data set in the style of another one, as a data set of layout `folder`.
+
+    OUT/images/<split>/<id>.png     restyled, of the source image's size
+    OUT/labels/<split>/<id>.png     links to the source's labels; class ids where the source's numbers are others
+    OUT/depth/<split>/<id>.npy      likewise; depth.toml has the unit of depth that is linked
+    OUT/classes.txt                 the source's names and colours
+    OUT/restyled/<split>.csv        which target image gave each image its style
+    OUT/restyled.json               from which data by which rule: what is there is kept only when these are equal
+
+Every file is written whole or not at all, and images lie in a hidden folder until the split has all of them: an
+interrupted restyling is never taken for a small data set, and goes on at the file where it ended. The target image of a
+sample is a function of the seed, the sample's id and the target's list of samples: no order and no thread changes it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from kdcache.data.classes import write_classes
+from kdcache.data.folder import DEPTHS, IMAGES, LABELS
+from kdcache.data.layout import open_split
+from kdcache.data.layouts.depth import DEPTH_FILE
+from kdcache.data.layouts.file_split import FileSplit
+from kdcache.data.prefetch import prefetch
+from kdcache.data.rendering.augment import id_hash
+from kdcache.data.restyling.transfer import fourier_transfer, match_histograms, replaced_frequencies
+from kdcache.data.sample import DEPTH, Pixels, Split
+from kdcache.errors import RecipeError
+from kdcache.files import check_own_folder, read_object, replacing, write_whole
+
+Method = Literal["fda", "histogram"]
+Progress = Callable[[int, int], None]
+
+SETTINGS, PAIRS = "restyled.json", "restyled"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How images are restyled.
+
+    Args:
+        method: `fda`, Fourier domain adaptation, or `histogram`, histogram matching per channel.
+        beta: of `fda`, the reach of the replaced frequencies as a part of the shorter side: 0.01 (the default of the
+            authors' code), 0.05 or 0.09 in the paper.
+        seed: decides which target image goes with which sample.
+
+    Raises: RecipeError for another method, or a beta outside (0, 0.5].
+    """
+
+    method: Method = "fda"
+    beta: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise RecipeError(
+                "--method is fda or histogram", received=repr(self.method), remedy="for instance --method fda"
+            )
+        if not 0 < self.beta <= 0.5:
+            raise RecipeError(
+                "--beta is a part of the image's shorter side, above 0 and at most 0.5",
+                received=f"{self.beta:g}",
+                remedy="use 0.01, 0.05 or 0.09, as the paper does",
+            )
+
+
+@dataclass(frozen=True)
+class Restyled:
+    """The result of a restyling: images `written` now, images `kept` from before.
+
+    Attributes:
+        linked: labels that are links to the source's. copied: labels that are files of their own.
+        notes: sentences on what may not be meant.
+    """
+
+    written: int
+    kept: int
+    linked: int
+    copied: int
+    notes: tuple[str, ...] = ()
+
+
+def restyle(
+    source: str | os.PathLike[str],
+    like: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    style: Style | None = None,
+    *,
+    split: str = "train",
+    like_split: str = "train",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Restyled:
+    """Write a split of `source` in the style of images of `like`. Interrupted, the same call goes on.
+
+    Args:
+        source, like: data sets, as for `open_split`. Labels and depth of `source` go along; of `like` images alone
+            count.
+        out: a new folder, or one that other splits of the same restyling are in.
+        style: default `fda` with the authors' settings.
+        threads: working threads; by default one per core, at most 8.
+        progress: called with (images done, images).
+    Raises: DataError for data that cannot be read; RecipeError for a folder that holds something else.
+    """
+    style = style or Style()
+    work = _Work(open_split(source, split), open_split(like, like_split), Path(out), style)
+    work.prepare()
+    threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+    total, written = len(work.source), 0
+    for done, new in enumerate(prefetch(work.write, range(total), threads=threads, ahead=2 * threads + 1), 1):
+        written += new
+        if progress is not None:
+            progress(done, total)
+    work.publish()
+    labels = [path for index in range(total) if (path := work.label_file(index)) is not None]
+    linked = sum(path.is_symlink() for path in labels)
+    return Restyled(written, total - written, linked, len(labels) - linked, work.notes())
+
+
+@dataclass(frozen=True)
+class _Work:
+    source: Split
+    target: Split
+    out: Path
+    style: Style
+
+    def prepare(self) -> None:
+        """Refuse what cannot be done, and write everything but samples. Raises: RecipeError, DataError."""
+        rule = "a restyled data set is written into a new or empty folder, or one that it was written into before"
+        check_own_folder(self.out, SETTINGS, rule)
+        self._check_settings(settings := self._settings())
+        (self.out / PAIRS).mkdir(parents=True, exist_ok=True)
+        write_whole(self.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        if len(self.source.classes):
+            write_classes(self.out, self.source.classes)
+        if (unit := self._unit_text()) is not None:
+            write_whole(self.out / DEPTH_FILE, unit)
+        pairs = io.StringIO()
+        rows = ((sample, self.target.ids[self.partner(i)]) for i, sample in enumerate(self.source.ids))
+        csv.writer(pairs, lineterminator="\n").writerows([("image", "target"), *rows])
+        write_whole(self.out / PAIRS / f"{self.source.split}.csv", pairs.getvalue())
+
+    def write(self, index: int) -> bool:
+        """Write what a sample lacks, its image last; returns whether that was one."""
+        sample = self.source.ids[index]
+        self._write_label(index)
+        self._write_depth(index)
+        path = self._image_folder() / f"{sample}.png"
+        if path.exists():
+            return False
+        restyled = self._restyled(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            Image.fromarray(restyled).save(partial, format="PNG")
+        return True
+
+    def publish(self) -> None:
+        """Give the split its name, when it has all its images."""
+        folder = self.out / IMAGES / self.source.split
+        if not folder.exists():
+            self._image_folder().replace(folder)
+
+    def partner(self, index: int) -> int:
+        """The number of the target image that gives a sample its style."""
+        rng = np.random.default_rng((self.style.seed, id_hash(self.source.ids[index])))
+        return int(rng.integers(len(self.target)))
+
+    def label_file(self, index: int) -> Path | None:
+        """The path of a sample's label in the new data set; None without one."""
+        if not self.source.has_label(index):
+            return None
+        return self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
+
+    def notes(self) -> tuple[str, ...]:
+        """What the settings make of these images, where that may not be meant."""
+        size = self.source.image(0).shape[:2]
+        if self.style.method != "fda" or replaced_frequencies((size[0], size[1]), self.style.beta):
+            return ()
+        return (
+            f"--beta {self.style.beta:g} of {size[0]} x {size[1]} pixels is less than one frequency: the mean colour "
+            f"alone is the target's; from --beta {1 / min(size):.2g} on there is more",
+        )
+
+    def _image_folder(self) -> Path:
+        """The folder of the split's images: hidden until all of them are there."""
+        folder = self.out / IMAGES / self.source.split
+        return folder if folder.exists() else folder.with_name(f".{folder.name}.unfinished")
+
+    def _restyled(self, index: int) -> Pixels:
+        image, other = self.source.image(index), self.target.image(self.partner(index))
+        if self.style.method == "histogram":
+            return match_histograms(image, other)
+        return fourier_transfer(image, other, self.style.beta)
+
+    def _write_label(self, index: int) -> None:
+        path = self.label_file(index)
+        if path is None or path.exists():
+            return
+        own = self.source.label_path(index) if isinstance(self.source, FileSplit) else None
+        if own is not None and self.source.label_map is None and own.suffix == path.suffix:
+            _link(own, path)
+            return
+        label = np.asarray(self.source.raw_label(index))  # a defect of the source's stays for `data check` to name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            Image.fromarray(label).save(partial, format="PNG")
+
+    def _write_depth(self, index: int) -> None:
+        if not self.source.has_label(index, DEPTH):
+            return
+        folder, sample = self.out / DEPTHS / self.source.split, self.source.ids[index]
+        own = self.source.depth_path(index) if isinstance(self.source, FileSplit) else None
+        if own is not None and self._unit_text() is not None:
+            if not (path := folder / f"{sample}{own.suffix}").exists():
+                _link(own, path)
+            return
+        path = folder / f"{sample}.npy"
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, np.asarray(self.source.raw_depth(index)))
+
+    def _unit_text(self) -> str | None:
+        """`depth.toml` of depth files that can be linked; None where depth is not in files, or a camera's disparity."""
+        unit = self.source.depth_unit if isinstance(self.source, FileSplit) else None
+        if unit is None:
+            return None
+        per_metre = "" if unit.per_metre is None else f"units_per_metre = {unit.per_metre!r}\n"
+        return f"{per_metre}invalid = {json.dumps(list(unit.invalid))}\n"
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that images depend on, beside the source's own, as JSON."""
+        style = asdict(self.style)
+        if self.style.method != "fda":
+            del style["beta"]
+        target = {"data": self.target.data, "split": self.target.split, "samples": self.target.digest()}
+        classes = list(self.source.classes.names)
+        return {"source": self.source.data, "like": target, "style": style, "classes": classes}
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        before = read_object(self.out / SETTINGS)
+        changed = [name for name, value in settings.items() if before and before.get(name) != value]
+        if changed:
+            raise RecipeError(
+                "a folder holds one restyling of one data set",
+                received=f"{self.out}, which was written with another {' and '.join(changed)}: "
+                + "; ".join(f"{name} {json.dumps(before.get(name))}" for name in changed),
+                remedy="give another folder with --out, or remove that one",
+            )
+
+
+def _link(file: Path, path: Path) -> None:
+    """Link to a file, or copy it where links are impossible."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a link to what is no longer there
+    try:
+        path.symlink_to(file.resolve())
+    except OSError:
+        with replacing(path) as partial:
+            shutil.copyfile(file, partial)
