@@ -42,7 +42,7 @@ class MergedTargets(nn.Module):
 
     @property
     def manifest(self) -> Any:
-        """That of the store, with a head of the training's classes."""
+        """The store's manifest, with a head of the training's classes in the place of its own."""
         manifest = self.store.manifest
         merged = {"classes": self.num_classes, "k": self.num_classes, "raw": False}
         heads = {**manifest.heads, SEGMENTATION: manifest.heads[SEGMENTATION].model_copy(update=merged)}

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Callable
 from math import inf, isfinite
 from typing import Annotated, Any
 
@@ -110,12 +111,8 @@ def parse_logs(value: Any) -> Any:
 
 
 def parse_lr_scales(value: Any) -> Any:
-    """'encoder=0.1', or a list of such, as a tuple of them; each is read by `lr_scales`."""
-    parts = (value,) if isinstance(value, str) else value
-    if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
-        lr_scales(tuple(parts))
-        return tuple(parts)
-    return value
+    """'encoder=0.1', or a list of such, as a tuple of them. Raises: as `lr_scales`, which reads them."""
+    return _each(value, lr_scales)
 
 
 def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
@@ -127,12 +124,8 @@ def lr_scales(texts: tuple[str, ...]) -> dict[str, float]:
 
 
 def parse_task_weights(value: Any) -> Any:
-    """'depth=0.7', or a list of such, as a tuple of them; each is read by `task_weights`. Raises: as that."""
-    parts = (value,) if isinstance(value, str) else value
-    if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
-        task_weights(tuple(parts))
-        return tuple(parts)
-    return value
+    """'depth=0.7', or a list of such, as a tuple of them. Raises: as `task_weights`, which reads them."""
+    return _each(value, task_weights)
 
 
 def task_weights(texts: tuple[str, ...]) -> dict[str, float]:
@@ -141,6 +134,15 @@ def task_weights(texts: tuple[str, ...]) -> dict[str, float]:
     if len(weights) < len(texts) or set(weights) - set(TASKS) or not all(0 <= x < inf for x in weights.values()):
         raise ValueError
     return weights
+
+
+def _each(value: Any, read: Callable[[tuple[str, ...]], object]) -> Any:
+    """A text, or a list of texts, as a tuple of them; other values pass. Raises: as `read` does for the texts."""
+    parts = (value,) if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+        read(tuple(parts))
+        return tuple(parts)
+    return value
 
 
 def parse_tasks(value: Any) -> Any:

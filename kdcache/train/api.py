@@ -94,7 +94,7 @@ def make_trainer(
             with source.named():
                 _note_all(_check_seen(source), source.note(observer.note))
                 _note_all(pseudo_notes(source.config, source.cache), source.note(observer.note))
-        val = open_validation(config) if config.stream else None
+        val = open_validation(config)
         classes = share_classes(sources, None if val is None else val.classes)
         config = _resolve(config, sources, observer)
         identity = identity_of(datasets)
@@ -102,7 +102,6 @@ def make_trainer(
             check_folder(config, run, resume, identity)
             if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
                 lock.take()
-        val = val or open_validation(config)
         if val is not None:
             check_validation(config, classes, val)
         # Seeded before the weights are drawn: the same seed gives the same initialisation with and without a teacher,

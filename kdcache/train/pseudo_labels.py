@@ -14,7 +14,7 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.input.resident_records import TARGET_PARTS
 
 LOOKED_AT = 64
-"""Samples by which the share of pixels with a pseudo label is told."""
+"""Samples on which the share of pixels with a pseudo label is estimated."""
 LITTLE = 0.5
 """The share of pixels with a pseudo label below which it is worth a note."""
 

@@ -98,36 +98,48 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
 def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> ClassList:
     """Let every stream draw labels of the same classes, by its class map where it has one; returns the classes.
 
-    They are those of the streams without a class map; where all have one, those of the validation data. A stream of
-    data without classes, such as KITTI's depth, takes them as they are.
+    They are those of the streams without a class map; where all that have classes have one, those of the validation
+    data. A stream of data without classes, such as KITTI's depth, takes them as they are.
     Raises: MismatchError for streams of other classes, or a class map where targets are of its own classes;
         ModelError for a class map that is malformed.
     """
-    own = [source for source in sources if source.stream.class_map is None]
-    own = [source for source in own if source.dataset.own_classes.names] or own
-    if not own and val is None:
+    first = _class_source(sources)
+    classes = val if first is None else first.dataset.classes
+    if classes is None:
         raise MismatchError(
             "the classes of a training are those of a stream without a class map, or of its validation data",
-            received="a class map for every stream, and no --val",
+            received="a class map for every stream that has classes, and no --val",
             remedy="add --val DATA, whose classes those maps name",
         )
-    classes = own[0].dataset.classes if own else val
-    assert classes is not None
     for source in sources:
         names = source.dataset.own_classes.names
         if source.stream.class_map is not None:
             with source.named():
                 _map_classes(source, classes)
         elif not names:
-            source.dataset.mapped = classes, np.full(256, IGNORE_INDEX, np.uint8)
-        elif names != classes.names:
+            source.dataset.mapped = classes, _void_but([])
+        elif first is not None and names != classes.names:
             raise MismatchError(
                 "all streams have the same classes in the same order",
                 received=f"{', '.join(names)} in the stream {source.stream.name} against {', '.join(classes.names)} in "
-                f"{own[0].stream.name}",
+                f"{first.stream.name}",
                 remedy="give the one with other classes a class-map: a file with a line `<its id> <class>` for each",
             )
     return classes
+
+
+def _class_source(sources: Sequence[Source]) -> Source | None:
+    """The stream whose classes are those of all; None where they are the validation data's."""
+    own = [source for source in sources if source.stream.class_map is None]
+    named = [source for source in own if source.dataset.own_classes.names]
+    return named[0] if named else own[0] if len(own) == len(sources) else None
+
+
+def _void_but(classes: Sequence[int]) -> Array:
+    """The ids (256,) uint8 that the first ids of a label become; all others are void."""
+    lookup = np.full(256, IGNORE_INDEX, np.uint8)
+    lookup[: len(classes)] = classes
+    return lookup
 
 
 def _map_classes(source: Source, classes: ClassList) -> None:
@@ -139,8 +151,7 @@ def _map_classes(source: Source, classes: ClassList) -> None:
         _check_mapped_targets(source, path)
     # A class that no target can have would be taught to be nowhere.
     table = read_class_map(path, len(own), classes.names, all_hit=taught)
-    lookup = np.full(256, IGNORE_INDEX, np.uint8)
-    lookup[: len(own)] = [IGNORE_INDEX if target == DROPPED else target for target in table.tolist()]
+    lookup = _void_but([IGNORE_INDEX if target == DROPPED else target for target in table.tolist()])
     source.dataset.mapped = classes, lookup
 
 

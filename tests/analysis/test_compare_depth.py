@@ -126,7 +126,7 @@ def test_the_distance_in_depth_is_that_of_the_pairs(compared: Comparison) -> Non
 
 
 def test_the_bootstrap_over_images_is_that_of_the_mean_of_rmse() -> None:
-    """Against draws written out, one image at a time."""
+    """The draws are written out here, one image at a time."""
     generator = np.random.default_rng(0)
     ids = tuple("abcdef")
     ours, theirs = (

@@ -44,8 +44,8 @@ def quick(changes: tuple[str, ...] = QUICK) -> list[str]:
 def test_a_recipe_leaves_all_that_its_user_would_have(name: str, cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
     small = quick(EPOCHS if name == "voc-deeplab-mobilenet" else QUICK)
-    told = cli("sweep", name, "--smoke", "--out", out, *small)
-    assert told.code == 0, told.err
+    ended = cli("sweep", name, "--smoke", "--out", out, *small)
+    assert ended.code == 0, ended.err
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     rows = [row["name"] for row in found["rows"]]
     assert rows == [*RUNS[name], "teacher"]
@@ -95,17 +95,17 @@ def _check_pictures(pictures: Path, runs: int) -> None:
 
 
 def test_without_a_recipe_they_are_listed(cli) -> None:
-    told = cli("sweep")
-    assert told.code == 0
-    assert all(name in told.out for name in RUNS)
+    ended = cli("sweep")
+    assert ended.code == 0
+    assert all(name in ended.out for name in RUNS)
 
 
 def test_a_dry_run_shows_commands_and_makes_nothing(cli, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = cli("sweep", "camvid-segformer", "--data", "CamVid", "--out", out, "--seeds", "0,1", "--dry-run")
-    assert told.code == 0
-    assert told.out.count("kdcache train-student") == 20
-    assert "--iterations 40000" in told.out
+    ended = cli("sweep", "camvid-segformer", "--data", "CamVid", "--out", out, "--seeds", "0,1", "--dry-run")
+    assert ended.code == 0
+    assert ended.out.count("kdcache train-student") == 20
+    assert "--iterations 40000" in ended.out
     assert not out.exists()
 
 
@@ -127,17 +127,17 @@ def test_a_dry_run_shows_commands_and_makes_nothing(cli, tmp_path: Path) -> None
 )
 def test_what_is_wrong_is_said(words: tuple[str, ...], named: str, cli, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    told = cli("sweep", *words)
-    assert told.code == 2
-    assert named in told.err
-    assert "Traceback" not in told.err
+    ended = cli("sweep", *words)
+    assert ended.code == 2
+    assert named in ended.err
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.slow
 def test_the_cure_weighs_classes_by_trust_and_names_every_combination(cli, tmp_path: Path) -> None:
-    told = cli("sweep", "camvid-segformer-cure", "--smoke", "--out", tmp_path / "out", *quick())
-    assert told.code == 0, told.err
-    assert "trust in the teacher: sky" in told.err
+    ended = cli("sweep", "camvid-segformer-cure", "--smoke", "--out", tmp_path / "out", *quick())
+    assert ended.code == 0, ended.err
+    assert "trust in the teacher: sky" in ended.err
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
     rows = [row["name"] for row in found["rows"]]
     assert len(rows) == 11
@@ -157,9 +157,9 @@ def test_a_sweep_side_by_side_that_fails_says_why_and_goes_on(cli, tmp_path: Pat
         encoding="utf-8",
     )
     out = tmp_path / "out"
-    told = cli("sweep", recipe, "--out", out, "--parallel", "2", "--set", "student.init=none.pt")
-    assert told.code == 2
-    assert "none.pt" in told.err
+    ended = cli("sweep", recipe, "--out", out, "--parallel", "2", "--set", "student.init=none.pt")
+    assert ended.code == 2
+    assert "none.pt" in ended.err
     assert (out / "teachers" / "teacher" / "result.json").is_file()
     refused = cli("sweep", recipe, "--out", out, "--parallel", "2")
     assert refused.code == 2
@@ -174,15 +174,15 @@ def test_a_sweep_side_by_side_that_fails_says_why_and_goes_on(cli, tmp_path: Pat
 def test_a_network_of_two_tasks_from_three_streams(cli, tmp_path: Path) -> None:
     """A teacher of two labelled sets, its targets of images with depth, and each way to learn from them."""
     out = tmp_path / "out"
-    told = cli("sweep", "safetrip-hydranet", "--smoke", "--out", out, *quick((*QUICK[:3], *FEW)))
-    assert told.code == 0, told.err
+    ended = cli("sweep", "safetrip-hydranet", "--smoke", "--out", out, *quick((*QUICK[:3], *FEW)))
+    assert ended.code == 0, ended.err
     rows = [row["name"] for row in json.loads((out / "comparison.json").read_text(encoding="utf-8"))["rows"]]
     assert [*rows[:2], *rows[-4:]] == [
         *("without pseudo labels", "pseudo labels from 0.7", "teacher of mirrored and rescaled images"),
         *("two teachers", "balance learnt (uncertainty)", "teacher"),
     ]
     assert {path.name for path in (out / "stores").iterdir()} >= {"kitti.zarr", "kitti-tta.zarr", "kitti-ensemble.zarr"}
-    assert "none from 0.9 in all 16 samples" in " ".join(told.err.split())  # a teacher of two steps is sure of nothing
+    assert "none from 0.9 in all 16 samples" in " ".join(ended.err.split())  # a teacher of two steps is sure of nothing
     lines = (out / "runs" / "pseudo-labels-from-0.7" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     validated = [line for line in map(json.loads, lines) if line["kind"] == "validation"]
     assert all(line["miou"] > 0 and line["depth_rmse"] > 0 for line in validated)

@@ -40,6 +40,20 @@ iterations = 2
 """
 
 
+def replace_in(path: Path, old: str, new: str) -> None:
+    """Replace a part of a recipe that stands in it."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def remedy_of(recipe: str, **options: bool) -> str:
+    """The remedy with which a recipe is refused."""
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(recipe, **options)
+    return caught.value.remedy
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     path = tmp_path / "mine.toml"
@@ -93,15 +107,10 @@ def test_changes_are_values_of_toml_or_words(recipe: str) -> None:
     ],
 )
 def test_what_is_wrong_is_named_with_its_remedy(recipe: str, old: str, new: str, named: str) -> None:
-    path = Path(recipe)
-    text = path.read_text(encoding="utf-8")
     if new.startswith('name = "kl"'):
-        text = text.replace("kl-weight = [0.5, 1]\ntemperature = [1.0, 4.0]\n", "")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(recipe)
-    assert named in caught.value.remedy
+        replace_in(Path(recipe), "kl-weight = [0.5, 1]\ntemperature = [1.0, 4.0]\n", "")
+    replace_in(Path(recipe), old, new)
+    assert named in remedy_of(recipe)
 
 
 @pytest.mark.parametrize("change", ["iterations=5", "student", "studnet.lr=1", "student.=1"])
@@ -258,9 +267,5 @@ def test_arms_change_streams_by_name_and_their_lists_are_choices(streams: Path) 
     ],
 )
 def test_streams_that_are_wrong_are_named_with_their_remedy(streams: Path, old: str, new: str, named: str) -> None:
-    text = streams.read_text(encoding="utf-8")
-    assert old in text
-    streams.write_text(text.replace(old, new, 1), encoding="utf-8")
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(str(streams), smoke=True)
-    assert named in caught.value.remedy
+    replace_in(streams, old, new)
+    assert named in remedy_of(str(streams), smoke=True)

@@ -169,7 +169,7 @@ def test_the_first_step_compares_the_store_s_metres(taught: dict[str, Any], tmp_
 def test_labels_and_targets_of_depth_teach_from_a_store(
     taught: dict[str, Any], depth_paths: dict[str, Path], store: str, tmp_path: Path, read_metrics: Read
 ) -> None:
-    """With logits and pasting beside them, as the labels of its data set or its own."""
+    """Logits and pasting stand beside them; the labels are the store's own, or those of its data set."""
     changes: dict[str, Any] = {"cache": str(depth_paths[store]), "method": "kl", "ce_weight": 1.0, "mix": "cutmix"}
     changes |= {"term": ["depth-silog,reference=teacher", "depth-l1"], "augment": "warp", "depth_zoom": "divide"}
     changes |= {"data": HALVES} if store == "source" else {}

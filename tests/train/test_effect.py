@@ -3,8 +3,7 @@
 import argparse
 import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,16 +12,12 @@ import pytest
 
 from kdcache.data import open_split, write_scenes
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 SEQUENCES = {"0001TP": 6, "0006R0": 4, "0016E5": 14}  # frames of train
 
 
 @pytest.fixture
-def effect(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    yield importlib.import_module("effect")
-    for name in ("effect", "arms", "common", "study_results"):
-        sys.modules.pop(name, None)
+def effect(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("effect")
 
 
 @pytest.fixture

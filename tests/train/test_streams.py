@@ -198,7 +198,7 @@ def test_two_streams_killed_ten_times(
     tmp_path: Path,
     read_metrics: Read,
 ) -> None:
-    """Of depth one stream has stored targets and labels of depth, pasted and zoomed."""
+    """The stream of depth has stored targets and labels of depth, pasted and zoomed."""
     settings = taught | {"model": model_file("dropout"), "iterations": 200, "val_every": 10, "workers": 2}
     if kind == "depth":
         terms = '"term=depth-silog,reference=teacher",term=depth-l1,augment=warp,depth-zoom=divide,scale=1:2'
@@ -253,6 +253,20 @@ def test_data_without_classes_teach_depth_beside_those_with_classes(plain: dict[
         assert [stream.draws.dataset.classes.names for stream in trainer.streams] == [names] * 2
 
 
+def test_classes_of_the_validation_data_reach_mapped_streams_and_those_without_classes(
+    plain: dict[str, Any], tmp_path: Path
+) -> None:
+    names = open_split(SCENES, "train").classes.names
+    (tmp_path / "map.txt").write_text("\n".join(f"{number} {name}" for number, name in enumerate(names)))
+    mapped = plain["stream"][0] | {"class-map": str(tmp_path / "map.txt")}
+    far = {"name": "far", "data": f"depth:{OTHERS},depth=exact", "labels": "depth", "method": "depth-l1"}
+    settings = plain | {"model": "kdcache:hydra", "stream": [far, mapped]}
+    trainer = begun(settings | {"val": SCENES}, tmp_path / "run")
+    assert [stream.draws.dataset.classes.names for stream in trainer.streams] == [names] * 2
+    with pytest.raises(MismatchError, match="no --val"):
+        begun(settings | {"val": None}, tmp_path / "other")
+
+
 @pytest.mark.parametrize("store", [False, True])
 def test_a_stream_of_data_without_classes_learns_depth_alone(
     plain: dict[str, Any],
@@ -262,7 +276,7 @@ def test_a_stream_of_data_without_classes_learns_depth_alone(
     tmp_path: Path,
     read_metrics: Read,
 ) -> None:
-    """From its labels, and from a store of a teacher's depth, beside a stream with classes."""
+    """Depth is learnt from labels, and from a store of a teacher's depth, beside a stream with classes."""
     data = "depth:scenes:32x48,train=5,val=3,depth=exact,tasks=depth"
     far = {"name": "b", "data": data, "method": "depth-l1"}
     if store:

@@ -1,23 +1,17 @@
 """benchmarks/tasks.py: what its queue makes of rows; that it goes on from them."""
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def tasks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    yield importlib.import_module("tasks")
-    for name in ("tasks", "effect", "arms", "common"):
-        sys.modules.pop(name, None)
+def tasks(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("tasks")
 
 
 def row(arm: str, seed: int, **scores: float) -> dict[str, object]:

@@ -247,7 +247,7 @@ def zoom_of_record(cache, record: int) -> float:
 
 @pytest.mark.parametrize("way", ZOOMS)
 def test_labels_of_depth_are_stored(tmp_path, options, origins, way) -> None:
-    """Also of a teacher of classes alone: the store stands for its data set."""
+    """A store of a teacher of classes alone has them, too: it stands for its data set."""
     split = open_split(DEPTHS, "train")
     teacher = load_teachers([origins["classes"]], split.classes)
     build_cache(split, teacher, tmp_path / "store", options(**ZOOMS[way]))
@@ -335,7 +335,7 @@ def test_a_zoom_and_metres_want_a_rule(tmp_path, split, options, origins) -> Non
 
 
 def test_zarr_libraries_read_depth_by_the_document_alone(tmp_path, options, origins) -> None:
-    """Head and labels, and docs/format.md's own reader; NaN is unknown."""
+    """The libraries read head and labels, as docs/format.md's own reader does; NaN is unknown."""
     split = open_split(DEPTHS, "train")
     teacher = load_teachers([origins["both"]], split.classes)
     build_cache(split, teacher, tmp_path / "store", options(views=2))
@@ -367,7 +367,7 @@ def test_zarr_libraries_read_depth_by_the_document_alone(tmp_path, options, orig
 
 
 def test_data_without_classes_have_a_store_of_depth(tmp_path, options, origins) -> None:
-    """Of a teacher that has classes, too; its head of classes is refused there."""
+    """The teacher has classes, too, and its head of classes is refused there."""
     split = open_split("depth:scenes:32x48,train=4,val=2,depth=exact,tasks=depth", "train")
     assert len(split.classes) == 0
     with pytest.raises(ModelError, match="as many classes as the data set"):
