@@ -49,10 +49,14 @@ class MergedTargets(nn.Module):
         return manifest.model_copy(update={"heads": heads})
 
     @torch.no_grad()
+    def merged(self, target: Target) -> Target:
+        """Return a target of the store's classes as one of the training's."""
+        merged_BChw = self.merge(target.values.float())
+        values_BChw = (merged_BChw - merged_BChw.amax(1, keepdim=True)).clamp_min(_LOWEST)
+        return Target(values_BChw.half())
+
     def replace_targets(self, batch: Batch) -> Batch:
         """Return the batch with its target of segmentation merged; without one it is the same."""
         if batch.target is None:
             return batch
-        merged_BChw = self.merge(batch.target.values.float())
-        values_BChw = (merged_BChw - merged_BChw.amax(1, keepdim=True)).clamp_min(_LOWEST)
-        return replace(batch, targets={**(batch.targets or {}), SEGMENTATION: Target(values_BChw.half())})
+        return replace(batch, targets={**(batch.targets or {}), SEGMENTATION: self.merged(batch.target)})

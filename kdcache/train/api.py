@@ -93,9 +93,11 @@ def make_trainer(
         for source in sources:
             with source.named():
                 _note_all(_check_seen(source), source.note(observer.note))
-                _note_all(pseudo_notes(source.config, source.cache), source.note(observer.note))
         val = open_validation(config)
         classes = share_classes(sources, None if val is None else val.classes)
+        for source in sources:
+            with source.named():
+                _note_all(pseudo_notes(source.config, source.dataset), source.note(observer.note))
         config = _resolve(config, sources, observer)
         identity = identity_of(datasets)
         if world.first:

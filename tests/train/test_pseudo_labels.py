@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from kdcache.data import ClassList, open_split
 from kdcache.errors import RecipeError
 from kdcache.store import Cache, open_cache
-from kdcache.train import make_config
+from kdcache.train import CacheDataset, make_config
 from kdcache.train.config import TrainConfig
+from kdcache.train.input.dataset import LabelledDataset
 from kdcache.train.pseudo_labels import pseudo_notes
 
 
@@ -27,20 +30,24 @@ def pseudo(student: dict[str, Any]) -> Callable[..., TrainConfig]:
     )
 
 
-def confidences(cache: Cache) -> torch.Tensor:
-    """The teacher's probability of its class, of every pixel of the first views."""
+def probabilities(cache: Cache, merged: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Probabilities (N, len(merged), H, W) of merged classes, of all first views, in float64."""
     paths = ["targets/segmentation/values"]
     rows = [cache.read(cache.manifest.record(n), paths)[paths[0]] for n in range(cache.manifest.dataset.samples)]
-    logits = F.interpolate(
-        torch.stack([torch.from_numpy(row) for row in rows]).double(), cache.view_size, mode="bilinear"
-    )
-    return logits.softmax(1).amax(1).flatten()
+    p_NChw = torch.stack([torch.from_numpy(row) for row in rows]).double().softmax(1)
+    sums = torch.stack([p_NChw[:, list(own)].sum(1) for own in merged], 1)
+    return F.interpolate(sums.log(), cache.view_size, mode="bilinear").softmax(1)
+
+
+def confidences(cache: Cache) -> torch.Tensor:
+    """The teacher's probability of its class, of every pixel of the first views."""
+    return probabilities(cache, [[number] for number in range(cache.num_classes)]).amax(1).flatten()
 
 
 def test_a_low_share_is_told_with_the_threshold_that_keeps_half(cache: Cache, pseudo: Any) -> None:
     sure = confidences(cache)
     quarter, most = (float(sure.quantile(q)) for q in (0.75, 0.1))
-    notes = list(pseudo_notes(pseudo(quarter, most), cache))
+    notes = list(pseudo_notes(pseudo(quarter, most), CacheDataset(cache)))
     assert len(notes) == 1  # of the threshold that keeps most there is nothing to say
     share, half = re.findall(r"are on ([0-9.]+) % of the pixels .*; ([0-9.]+) would keep half", notes[0])[0]
     assert float(share) == pytest.approx(25, abs=2)
@@ -48,23 +55,43 @@ def test_a_low_share_is_told_with_the_threshold_that_keeps_half(cache: Cache, ps
     assert any(f"{name} " in notes[0] for name in cache.manifest.dataset.class_names)
 
 
+def test_merged_classes_are_as_sure_as_the_sum_of_their_probabilities(cache: Cache, pseudo: Any) -> None:
+    merged = [[0, 2, 4, 6], [1, 3]]  # 5 is dropped
+    dataset = CacheDataset(cache)
+    lookup = np.full(256, 255, np.uint8)
+    for number, own in enumerate(merged):
+        lookup[own] = number
+    dataset.mapped = ClassList(("even", "odd"), ((0, 0, 0), (9, 9, 9))), lookup
+    sure, best = probabilities(cache, merged).max(1)
+    threshold = float(sure.quantile(0.75))
+    (note,) = pseudo_notes(pseudo(threshold), dataset)
+    shares = {name: float(share) for name, share in re.findall(r"(even|odd) ([0-9.e+]+) %", note)}
+    for number, name in enumerate(("even", "odd")):
+        own = sure[best == number]
+        assert shares.get(name, 0) == pytest.approx(100 * float((own >= threshold).double().mean()), abs=3)
+    total = float(re.findall(r"are on ([0-9.]+) %", note)[0])
+    assert total == pytest.approx(25, abs=2)
+    assert list(pseudo_notes(pseudo(threshold), CacheDataset(cache))) != [note]
+
+
 def test_none_at_all_is_noted_and_refused_where_nothing_else_is_learnt(cache: Cache, pseudo: Any) -> None:
     samples = cache.manifest.dataset.samples
-    (note,) = pseudo_notes(pseudo(0.9999), cache)
+    (note,) = pseudo_notes(pseudo(0.9999), CacheDataset(cache))
     assert f"none from 0.9999 in all {samples} samples of {cache.place} (split train)" in note
     with pytest.raises(RecipeError, match="none from") as caught:
-        list(pseudo_notes(pseudo(0.9999, ce_weight=0.0), cache))
+        list(pseudo_notes(pseudo(0.9999, ce_weight=0.0), CacheDataset(cache)))
     assert "which keeps half" in caught.value.remedy
 
 
-def test_quantiles_other_terms_and_data_without_a_store_have_none(cache: Cache, pseudo: Any) -> None:
-    assert not list(pseudo_notes(pseudo(term=[{"kind": "pseudo", "quantile": 0.1}]), cache))
-    assert not list(pseudo_notes(pseudo(method="kl"), cache))
-    assert not list(pseudo_notes(pseudo(0.9999), None))
+def test_quantiles_other_terms_and_data_without_a_store_have_none(cache: Cache, scenes: str, pseudo: Any) -> None:
+    assert not list(pseudo_notes(pseudo(term=[{"kind": "pseudo", "quantile": 0.1}]), CacheDataset(cache)))
+    assert not list(pseudo_notes(pseudo(method="kl"), CacheDataset(cache)))
+    folder = LabelledDataset(open_split(scenes, "train"), (32, 48))
+    assert not list(pseudo_notes(pseudo(0.9999), folder))
 
 
 def test_a_store_of_raw_logits_is_looked_at_too(make_cache: Callable[..., Path], cache: Cache, pseudo: Any) -> None:
     raw = open_cache(make_cache(raw_logits=True))
     threshold = float(confidences(cache).quantile(0.75))
-    own, other = (list(pseudo_notes(pseudo(threshold), store)) for store in (raw, cache))
+    own, other = (list(pseudo_notes(pseudo(threshold), CacheDataset(store))) for store in (raw, cache))
     assert own == other != []
