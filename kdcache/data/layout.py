@@ -16,7 +16,8 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
     Args:
         data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, camvid, voc,
             cityscapes, gta5, ade20k, kitti-depth, nyu; or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
-            `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth` (a folder of that name is `./scenes`).
+            `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth`, `style=game` or `style=camera` (a
+            folder of that name is `./scenes`).
             `,images=FOLDER` behind a folder takes the images of the same samples from another one, which has
             FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
             `depth:DATA` or `segmentation:DATA` has the labels of that task alone; `DATA + DATA` the samples of both.

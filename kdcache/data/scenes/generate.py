@@ -27,6 +27,7 @@ from kdcache.data.classes import write_classes
 from kdcache.data.folder import DEPTHS, IMAGES, LABELS
 from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, Pixels, Split
 from kdcache.data.scenes.street import CLASSES, draw_street
+from kdcache.data.scenes.styles import STYLES
 from kdcache.errors import DataError
 
 CACHE_BYTES = 512 * 2**20
@@ -36,7 +37,12 @@ LINES, POINTS, LOST = 32, 64, 0.15
 """Scan lines of sparse depth, points of a line, and the share of points that is missing."""
 
 _UNLABELLED = "unlabelled"
-_DEPTHS, _TASKS = ("none", "exact", "sparse"), ("both", "halves", "depth")
+_WORDS = {
+    "depth": ("none", "exact", "sparse"),
+    "tasks": ("both", "halves", "depth"),
+    "style": tuple(STYLES),
+}
+"""Parts of a spec that are one of some words."""
 _LEAST_SIDE, _MOST_SIDE = 16, 8192
 
 
@@ -57,6 +63,7 @@ class ScenesSpec:
         depth: `none`; `exact`; `sparse`, where the depth of train is a LiDAR's and that of val is exact.
         tasks: the labels of train where there is depth: `both` of every sample; in `halves`, of segmentation for the
             samples of even number and of depth for the others; `depth` alone. The samples of val have both.
+        style: `game` and `camera` are two domains, with other pictures of other streets and the same classes.
     """
 
     height: int = 96
@@ -67,10 +74,11 @@ class ScenesSpec:
     unlabelled: int = 0
     depth: str = "none"
     tasks: str = "both"
+    style: str = "default"
 
     @classmethod
     def parse(cls, data: str) -> ScenesSpec:
-        """Read `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0,depth=none,tasks=both`.
+        """Read `scenes` or `scenes:HxW,train=64,val=16,seed=0,unlabelled=0,depth=none,tasks=both,style=game`.
 
         Raises: DataError naming the part that is not understood.
         """
@@ -78,12 +86,12 @@ class ScenesSpec:
         for part in filter(None, data.partition(":")[2].split(",")):
             size = re.fullmatch(r"(\d+)x(\d+)", part.strip())
             number = re.fullmatch(r"(train|val|seed|unlabelled)=(\d+)", part.strip())
-            word = re.fullmatch(rf"(depth)=({'|'.join(_DEPTHS)})|(tasks)=({'|'.join(_TASKS)})", part.strip())
+            key, _, value = part.strip().partition("=")
             fields: dict[str, Any] = (
                 dict(zip(("height", "width"), map(int, size.groups()), strict=True)) if size else {}
             )
             fields |= {number[1]: int(number[2])} if number else {}
-            fields |= {word[1] or word[3]: word[2] or word[4]} if word else {}
+            fields |= {key: value} if value in _WORDS.get(key, ()) else {}
             if not fields or values.keys() & fields.keys():
                 raise _malformed(data, f"{part!r} {'twice' if fields else 'is no part of it'}")
             values |= fields
@@ -123,8 +131,9 @@ class ScenesSplit(Split):
         self.data = data
         self.split = split
         self.classes = CLASSES
-        # The seed is part of the id: another seed is other pictures, and the digest must differ.
-        prefix = f"{self.spec.height}x{self.spec.width}-seed{self.spec.seed}/{split}"
+        # Seed and style are part of the id: another one is other pictures, and the digest must differ.
+        style = "" if self.spec.style == "default" else f"-{self.spec.style}"
+        prefix = f"{self.spec.height}x{self.spec.width}-seed{self.spec.seed}{style}/{split}"
         self.ids = tuple(f"{prefix}-{index:06d}" for index in range(self.spec.samples(split)))
 
     def image(self, index: int) -> Pixels:
@@ -156,7 +165,8 @@ class ScenesSplit(Split):
 
     def _sample(self, index: int) -> tuple[Any, ...]:
         spec, index = self.spec, range(len(self))[index]
-        return _CACHE.get(spec.height, spec.width, spec.seed, self.split, index, depth=spec.depth != "none")
+        depth = spec.depth != "none"
+        return _CACHE.get(spec.height, spec.width, spec.seed, self.split, index, depth=depth, style=spec.style)
 
 
 def lidar_points(rng: np.random.Generator, size: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -211,21 +221,31 @@ class _Cache:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
-        self._samples: OrderedDict[tuple[int, int, int, str, int, bool], tuple[Any, ...]] = OrderedDict()
+        self._samples: OrderedDict[tuple[int, int, int, str, int, bool, str], tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(
-        self, height: int, width: int, seed: int, split: str, index: int, *, depth: bool = False
+        self,
+        height: int,
+        width: int,
+        seed: int,
+        split: str,
+        index: int,
+        *,
+        depth: bool = False,
+        style: str = "default",
     ) -> tuple[Any, ...]:
         """Pixels and label of a sample, and with `depth` its depth, which takes twice the memory."""
-        key = (height, width, seed, split, index, depth)
+        key = (height, width, seed, split, index, depth, style)
         with self._lock:
             if key in self._samples:
                 self._samples.move_to_end(key)
                 return self._samples[key]
         # Drawn outside the lock; two threads may draw the same sample once each, to the same result.
-        rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
-        sample = draw_street(rng, height, width)[: 3 if depth else 2]
+        # A style has streets of its own, or two domains would show the same ones.
+        name = split if style == "default" else f"{split}-{style}"
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
+        sample = draw_street(rng, height, width, STYLES[style])[: 3 if depth else 2]
         with self._lock:
             if key not in self._samples:
                 self._samples[key] = sample
@@ -241,8 +261,9 @@ _CACHE = _Cache(CACHE_BYTES)
 
 def _malformed(data: str, what: str) -> DataError:
     return DataError(
-        f"Procedural scenes read scenes:HxW,train=N,val=N,seed=N,unlabelled=N,"
-        f"depth={'|'.join(_DEPTHS)},tasks={'|'.join(_TASKS)}, each part optional.",
+        "Procedural scenes read scenes:HxW,train=N,val=N,seed=N,unlabelled=N,"
+        + ",".join(f"{key}={'|'.join(words)}" for key, words in _WORDS.items())
+        + ", each part optional.",
         received=f"{data!r}: {what}",
         remedy="For example scenes:96x128,train=64,val=16; a folder of that name is ./scenes.",
     )

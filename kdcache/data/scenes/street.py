@@ -6,7 +6,8 @@ of any colour) and shift from scene to scene with the light, so texture and plac
 things hide far ones.
 
 Depth is exact, along the axis of a pinhole camera of `FOCAL` image heights' focal length, `CAMERA_HEIGHT` metres above
-level ground: row r below the horizon shows ground at `FOCAL * CAMERA_HEIGHT * height / (r + 0.5 - horizon)`. Things
+level ground (of a style: its own height): row r below the horizon shows ground at `FOCAL * CAMERA_HEIGHT * height /
+(r + 0.5 - horizon)`. Things
 stand upright on it, all of a thing at the depth of its foot, by which its size was drawn. The ground ends in a bank at
 `GROUND_ENDS` metres, behind which the facades stand, nearer to the sides. The sky has no depth (NaN).
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.sample import IGNORE_INDEX, ClassList, Depth, Pixels
+from kdcache.data.scenes.styles import STYLES, Colour, Style
 
 COLOURS = {
     "sky": (70, 130, 180),
@@ -32,14 +34,14 @@ COLOURS = {
     "pedestrian": (220, 20, 60),
 }
 CLASSES = ClassList(tuple(COLOURS), tuple(COLOURS.values()))
-CAMERA_HEIGHT = 2.3
+CAMERA_HEIGHT = STYLES["default"].camera_height
 """Metres above the ground."""
 
 FOCAL = 1.0
 """Focal length in image heights: a field of view of 53 degrees from top to bottom."""
 
 GROUND_ENDS = 60.0
-"""Metres; things stand at 36 to 48 metres at most."""
+"""Metres; things stand at 36 to 48 metres at most, in every style nearer than this."""
 
 FARTHEST = 80.0
 """Metres at which the facades at the vanishing point stand, and no other; those at the sides stand at `GROUND_ENDS`."""
@@ -49,21 +51,20 @@ SKY, BUILDING, ROAD, VEGETATION, POLE, VEHICLE, PEDESTRIAN = range(7)
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-_FACADES = np.array([(150, 148, 145), (172, 158, 138), (140, 95, 80), (110, 112, 120), (190, 188, 182)], np.float32)
-_GREENS = np.array([(74, 96, 48), (96, 104, 60), (58, 78, 46), (118, 112, 72)], np.float32)
-_CLOTHES = np.array([(60, 60, 70), (130, 60, 55), (70, 85, 120), (150, 140, 125), (90, 95, 70)], np.float32)
 
-
-def draw_street(rng: np.random.Generator, height: int, width: int) -> tuple[Pixels, Pixels, Depth]:
+def draw_street(
+    rng: np.random.Generator, height: int, width: int, style: Style = STYLES["default"]
+) -> tuple[Pixels, Pixels, Depth]:
     """Draw a street.
 
     Args:
         rng: the only source of randomness.
         height, width: pixels, at least 16.
+        style: what it is made of and seen by.
     Returns: uint8 (height, width, 3) RGB; uint8 (height, width) ids of `CLASSES`, 255 for void; float32 (height, width)
         depth in metres, NaN in the sky.
     """
-    scene = _Scene.draw(rng, height, width)
+    scene = _Scene.draw(rng, height, width, style)
     scene.sky()
     scene.skyline()
     scene.ground()
@@ -74,6 +75,7 @@ def draw_street(rng: np.random.Generator, height: int, width: int) -> tuple[Pixe
 @dataclass
 class _Scene:
     rng: np.random.Generator
+    style: Style
     rgb: Floats
     ids: Pixels
     metres: Depth
@@ -83,16 +85,17 @@ class _Scene:
     road_half: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, height: int, width: int) -> _Scene:
+    def draw(cls, rng: np.random.Generator, height: int, width: int, style: Style) -> _Scene:
         return cls(
             rng=rng,
+            style=style,
             rgb=np.zeros((height, width, 3), np.float32),
             ids=np.zeros((height, width), np.uint8),
             metres=np.full((height, width), np.nan, np.float32),
-            horizon=int(height * rng.uniform(0.36, 0.52)),
+            horizon=int(height * rng.uniform(*style.horizon)),
             vanishing_x=width * rng.uniform(0.3, 0.7),
             road_x=width * rng.uniform(0.35, 0.65),
-            road_half=width * rng.uniform(0.38, 0.7),
+            road_half=width * rng.uniform(*style.road_half),
         )
 
     @property
@@ -104,7 +107,7 @@ class _Scene:
         return int(self.ids.shape[1])
 
     def sky(self) -> None:
-        rows, blue = self.horizon + 1, self.rng.random()
+        rows, blue = self.horizon + 1, self.rng.uniform(*self.style.sky)
         top = np.array((195 - 110 * blue, 200 - 60 * blue, 208 + 10 * blue), np.float32)
         fade = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
         clouds = _noise(self.rng, rows, self.width, 3, 5)[..., None] * np.float32(self.rng.uniform(10, 60))
@@ -117,7 +120,7 @@ class _Scene:
             wide = int(self.width * self.rng.uniform(0.07, 0.24)) + 2
             aside = min(abs(x + wide / 2 - self.vanishing_x) / self.width, 0.6)
             tall = int(self.horizon * min(self.rng.uniform(0.15, 0.6) + aside, 1.05))
-            if self.rng.random() < 0.86:
+            if self.rng.random() < self.style.built:
                 self.facade(self.horizon - tall, x, wide, FARTHEST - (FARTHEST - GROUND_ENDS) * aside / 0.6)
             x += wide
 
@@ -126,8 +129,8 @@ class _Scene:
         y1 = min(self.horizon + max(self.height // 24, 1), self.height)
         if x1 <= x0 or y1 <= y0:
             return
-        colour = _FACADES[rng.integers(len(_FACADES))] * np.float32(rng.uniform(0.65, 1.2))
-        pitch_y, pitch_x = rng.integers(4, 8), rng.integers(4, 8)
+        colour = self.one_of(self.style.facades) * np.float32(rng.uniform(0.65, 1.2))
+        pitch_y, pitch_x = rng.integers(*self.style.windows), rng.integers(*self.style.windows)
         y, x = np.arange(y0, y1)[:, None] - top, np.arange(x0, x1)[None, :] - left
         windows = (y % pitch_y >= pitch_y // 2) & (x % pitch_x >= pitch_x // 2)
         glass = np.float32(rng.uniform(0.45, 1.25))
@@ -144,12 +147,13 @@ class _Scene:
         depth = (np.arange(rows, dtype=np.float32) + np.float32(0.5))[:, None] / np.float32(rows)
         x = np.arange(self.width, dtype=np.float32)[None, :] + np.float32(0.5)
         offset = x - self.road_centre(depth)
-        grass = _GREENS[rng.integers(len(_GREENS))] * np.float32(rng.uniform(0.8, 1.4))
-        tufts = _grain(rng, size, 0.35) * _noise(rng, rows, self.width, 6, 8)
+        grass = self.one_of(self.style.greens) * np.float32(rng.uniform(*self.style.grass))
+        tufts = self.grain(size, 0.35) * _noise(rng, rows, self.width, 6, 8)
         self.rgb[below] = grass * (np.float32(0.7) + np.float32(0.8) * tufts)[..., None]
         self.ids[below] = VEGETATION
         self.metres[below] = np.minimum(self.metres_at(depth), np.float32(GROUND_ENDS))
-        asphalt = np.float32(rng.uniform(75, 150)) + np.array((4, 2, -2), np.float32) * np.float32(rng.normal())
+        grey = np.float32(rng.uniform(*self.style.road))
+        asphalt = grey + np.array((4, 2, -2), np.float32) * np.float32(rng.normal())
         shade = np.float32(0.85) + np.float32(0.3) * _noise(rng, rows, self.width, 4, 3)
         marks = (np.abs(offset) < depth * np.float32(0.012 * self.width)) & ((depth * 9 + rng.random()) % 1 < 0.5)
         paint = np.where(marks, np.float32(1.6), shade)
@@ -159,7 +163,7 @@ class _Scene:
 
     def metres_at(self, depth: Floats | float) -> Floats:
         """Metres from the camera to ground at `depth`, from 0 at the horizon to 1 at the lower edge of the image."""
-        scale = FOCAL * CAMERA_HEIGHT * self.height / (self.height - self.horizon)
+        scale = FOCAL * self.style.camera_height * self.height / (self.height - self.horizon)
         return np.asarray(scale / np.asarray(depth, np.float64), np.float32)
 
     def road_centre(self, depth: Floats | float) -> Floats:
@@ -170,29 +174,29 @@ class _Scene:
 
     def things(self) -> None:
         """Everything that stands on the ground, far to near; most of it is far, as in perspective."""
-        rng = self.rng
+        rng, style = self.rng, self.style
         makers = (
-            [self.tree] * rng.integers(1, 6)
-            + [self.vehicle] * rng.integers(1, 6)
-            + [self.person] * rng.integers(1, 7)
-            + [self.pole] * rng.integers(2, 7)
+            [self.tree] * rng.integers(*style.trees)
+            + [self.vehicle] * rng.integers(*style.vehicles)
+            + [self.person] * rng.integers(*style.people)
+            + [self.pole] * rng.integers(*style.poles)
         )
         depths = 0.1 + 0.9 * rng.random(len(makers)) ** 1.6
         for k in np.argsort(-depths, kind="stable")[::-1]:
             makers[k](float(depths[k]))
 
     def tree(self, depth: float) -> None:
-        tall = self.height * depth * self.rng.uniform(0.6, 1.1)
+        tall = self.height * self.scale(depth) * self.rng.uniform(0.6, 1.1)
         y, x, box = self.stand(depth, tall, tall * self.rng.uniform(0.5, 0.8), self.beside(depth, 0.1, 0.6))
-        ragged = _noise(self.rng, *_size(box), 5, 5) + _grain(self.rng, _size(box), 0.25)
+        ragged = _noise(self.rng, *_size(box), 5, 5) + self.grain(_size(box), 0.25)
         crown = ((y - 0.38) / 0.38) ** 2 + (x / 0.5) ** 2 < ragged * np.float32(0.9)
         trunk = (np.abs(x) < 0.05) & (y > 0.5)
-        green = _GREENS[self.rng.integers(len(_GREENS))] * np.float32(self.rng.uniform(0.5, 1.2))
+        green = self.one_of(self.style.greens) * np.float32(self.rng.uniform(0.5, 1.2))
         leaves = np.float32(1.25) - np.float32(0.5) * y + np.float32(0.5) * (ragged - np.float32(1))
         self.put(box, crown | trunk, green * leaves[..., None], VEGETATION, depth)
 
     def vehicle(self, depth: float) -> None:
-        rng, wide = self.rng, self.width * depth * self.rng.uniform(0.2, 0.34)
+        rng, wide = self.rng, self.width * self.scale(depth) * self.rng.uniform(0.2, 0.34)
         side = self.road_centre(depth) + self.road_reach(depth) * rng.uniform(-0.8, 0.8)
         y, x, box = self.stand(depth, wide * rng.uniform(0.5, 0.75), wide, float(side))
         cabin = (y < 0.5) & (np.abs(x) < 0.3 + 0.22 * y)
@@ -205,14 +209,14 @@ class _Scene:
         self.put(box, body, colour * tone[..., None], VEHICLE, depth)
 
     def person(self, depth: float) -> None:
-        rng, tall = self.rng, self.height * depth * self.rng.uniform(0.34, 0.48)
+        rng, tall = self.rng, self.height * self.scale(depth) * self.rng.uniform(0.34, 0.48)
         on_road = rng.random() < 0.25
         side = self.beside(depth, -0.9, -0.1) if on_road else self.beside(depth, 0.01, 0.25)
         y, x, box = self.stand(depth, tall, tall * 0.42, side)
         head = ((y - 0.1) / 0.1) ** 2 + (x / 0.22) ** 2 < 1
         trunk = ((y - 0.42) / 0.27) ** 2 + (x / 0.42) ** 2 < 1
         legs = (y > 0.55) & (np.abs(np.abs(x) - 0.08 - 0.22 * (y - 0.55)) < 0.14)
-        shirt, trousers = _CLOTHES[rng.integers(len(_CLOTHES), size=2)] * rng.uniform(0.6, 1.5, (2, 1))
+        shirt, trousers = self.one_of(self.style.clothes, size=2) * rng.uniform(0.6, 1.5, (2, 1))
         colour = np.where((y < 0.58)[..., None], shirt, trousers).astype(np.float32)
         colour = np.where(
             head[..., None], np.float32(rng.uniform(70, 190)) * np.array([1, 0.8, 0.68], np.float32), colour
@@ -220,14 +224,30 @@ class _Scene:
         self.put(box, head | trunk | legs, colour, PEDESTRIAN, depth)
 
     def pole(self, depth: float) -> None:
-        rng, tall = self.rng, self.height * depth * self.rng.uniform(0.8, 1.3)
-        thick = max(self.width * depth * 0.014, 1.0)
+        rng, tall = self.rng, self.height * self.scale(depth) * self.rng.uniform(0.8, 1.3)
+        thick = max(self.width * self.scale(depth) * 0.014, 1.0)
         wide = max(thick * 7, 3.0)
         y, x, box = self.stand(depth, tall, wide, self.beside(depth, 0.01, 0.2))
         mast = np.abs(x) * wide < thick * 0.5 + 0.01
         sign = (y < 0.16) & (np.abs(x) < 0.4) if rng.random() < 0.4 else (y < 0.03) & (x > 0)
         colour = np.float32(rng.uniform(55, 160)) * np.array([1, 1, 1.04], np.float32)
         self.put(box, mast | sign, colour * (np.float32(1.15) - np.float32(0.3) * (x > 0))[..., None], POLE, depth)
+
+    def scale(self, depth: float) -> float:
+        """The size of things at `depth`, which a higher camera sees farther away."""
+        return depth * (CAMERA_HEIGHT / self.style.camera_height)
+
+    def one_of(self, colours: tuple[Colour, ...], size: int | None = None) -> Floats:
+        """One of some colours, or `size` of them, float32."""
+        return np.asarray(np.array(colours, np.float32)[self.rng.integers(len(colours), size=size)])
+
+    def grain(self, size: tuple[int, int], strength: float) -> Floats:
+        """Pixel noise, which repeats where the style has a tile."""
+        side = self.style.tile
+        if not side:
+            return _grain(self.rng, size, strength)
+        tile = _grain(self.rng, (side, side), strength)
+        return np.tile(tile, (size[0] // side + 1, size[1] // side + 1))[: size[0], : size[1]]
 
     def beside(self, depth: float, low: float, high: float) -> float:
         """A place left or right of the road's edge, in road half-widths beyond it."""
@@ -256,15 +276,16 @@ class _Scene:
 
     def photograph(self) -> Pixels:
         """Light of the day, haze towards the horizon, a soft lens, sensor noise."""
-        rng, rgb = self.rng, self.rgb
-        light = np.float32(rng.uniform(0.6, 1.15)) * rng.uniform(0.85, 1.15, 3).astype(np.float32)
+        rng, rgb, style = self.rng, self.rgb, self.style
+        light = np.float32(rng.uniform(*style.light)) * rng.uniform(*style.tint, 3).astype(np.float32)
         light = light * (np.float32(0.75) + np.float32(0.5) * _noise(rng, self.height, self.width, 2, 3)[..., None])
-        rgb = rgb * light
-        soft = rgb.copy()
-        soft[:, 1:-1] = (rgb[:, :-2] + 2 * rgb[:, 1:-1] + rgb[:, 2:]) / 4
-        soft[1:-1] = (soft[:-2] + 2 * soft[1:-1] + soft[2:]) / 4
-        noise = rng.standard_normal(rgb.shape, np.float32) * np.float32(rng.uniform(4, 12))
-        return np.clip(soft + noise + np.float32(0.5), 0, 255).astype(np.uint8)
+        rgb = _saturated(rgb * light, style.saturation)
+        if style.shade:
+            rgb = rgb * _vignette(self.height, self.width, style.shade)
+        for _ in range(style.blurs):
+            rgb = _softened(rgb)
+        noise = rng.standard_normal(rgb.shape, np.float32) * np.float32(rng.uniform(*style.noise))
+        return np.clip(rgb + noise + np.float32(0.5), 0, 255).astype(np.uint8)
 
     def annotate(self) -> Pixels:
         """The ids, with void along some of the borders, where an annotator would not decide."""
@@ -289,6 +310,28 @@ def _noise(rng: np.random.Generator, height: int, width: int, ny: int, nx: int) 
 def _grain(rng: np.random.Generator, size: tuple[int, int], strength: float) -> Floats:
     """Pixel noise: uniform in 1 +- strength."""
     return np.float32(1 - strength) + rng.random(size, np.float32) * np.float32(2 * strength)
+
+
+def _saturated(rgb: Floats, saturation: float) -> Floats:
+    """Colours moved away from their grey, or towards it; 1 leaves them, to the bit."""
+    if saturation == 1:
+        return rgb
+    grey = rgb.mean(2, keepdims=True)
+    return np.asarray(grey + (rgb - grey) * np.float32(saturation))
+
+
+def _vignette(height: int, width: int, shade: float) -> Floats:
+    """The light that a lens lets through, (height, width, 1): 1 in the middle, less by `shade` in the corners."""
+    y, x = (((np.arange(n, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / n) - 1) ** 2 for n in (height, width))
+    return np.asarray(1 - np.float32(shade / 2) * (y[:, None] + x[None, :]))[..., None]
+
+
+def _softened(rgb: Floats) -> Floats:
+    """Each channel smoothed by [1, 2, 1] / 4 along both axes; the border stays."""
+    soft = rgb.copy()
+    soft[:, 1:-1] = (rgb[:, :-2] + 2 * rgb[:, 1:-1] + rgb[:, 2:]) / 4
+    soft[1:-1] = (soft[:-2] + 2 * soft[1:-1] + soft[2:]) / 4
+    return soft
 
 
 def _span(indices: npt.NDArray[np.int_]) -> slice:

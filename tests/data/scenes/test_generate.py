@@ -118,6 +118,49 @@ def test_malformed_specs_show_what_is_wrong(data) -> None:
     assert data in caught.value.received
 
 
+@pytest.mark.parametrize("style", ["game", "camera"])
+def test_a_style_is_a_domain_of_its_own(style) -> None:
+    spec, other = f"scenes:48x64,train=30,depth=exact,style={style}", {"game": "camera", "camera": "game"}[style]
+    split, plain = open_split(spec, "train"), open_split("scenes:48x64,train=30,depth=exact", "train")
+    assert split.classes == plain.classes
+    assert not set(split.ids) & set(plain.ids)
+    assert split.digest() != open_split(spec.replace(style, other), "train").digest()
+    assert checksums(spec) == checksums(spec)
+    assert not set(checksums(spec)) & set(checksums("scenes:48x64,train=30"))
+    counts = sum(np.bincount(split.label(i).reshape(-1), minlength=256) for i in range(30))
+    assert (counts[:7] / counts.sum() > 0.003).all()
+    assert counts[7:IGNORE_INDEX].sum() == 0
+    metres = np.stack([split.label(i, "depth") for i in range(30)])
+    assert np.nanmin(metres) > 1
+    assert np.nanmax(metres) <= 80
+    assert np.isnan(metres[np.stack([split.label(i) for i in range(30)]) == 0]).all()
+
+
+def test_styles_differ_in_light_noise_sharpness_and_who_is_there() -> None:
+    """Of 40 scenes each: brighter, cleaner and more saturated is game, with more cars and fewer people."""
+    measured = {}
+    for style in ("game", "camera"):
+        split = open_split(f"scenes:48x64,train=40,style={style}", "train")
+        images = np.stack([split.image(i) for i in range(40)]).astype(float)
+        labels = np.stack([split.label(i) for i in range(40)])
+        sky = (labels[:, :-2] == 0) & (labels[:, 2:] == 0)
+        rough = np.abs(images[:, :-2] + images[:, 2:] - 2 * images[:, 1:-1]).mean(3)[sky].mean()
+        measured[style] = {
+            "light": images.mean(),
+            "saturation": (images.max(3) - images.min(3)).mean(),
+            "clean": -rough,
+            "vehicles": (labels == 5).mean(),
+            "nobody": -(labels == 6).mean(),
+        }
+    assert all(measured["game"][name] > measured["camera"][name] for name in measured["game"]), measured
+
+
+def test_default_is_a_style_and_leaves_the_ids() -> None:
+    assert open_split("scenes:48x64,style=default", "train").ids == open_split("scenes:48x64", "train").ids
+    with pytest.raises(DataError, match=r"style=default\|game\|camera"):
+        open_split("scenes:style=film", "train")
+
+
 def test_missing_splits_are_named() -> None:
     with pytest.raises(DataError, match="there are: train, val"):
         open_split("scenes", "unlabelled")

@@ -1,0 +1,111 @@
+"""The styles of procedural scenes: what a street is made of, who is in it, and by what it is seen.
+
+`default` is the scenes' own. `game` and `camera` are two domains for adaptation from one to the other, as from rendered
+frames to photographs: other textures, light, noise, camera heights and class frequencies, but the same classes. The
+tiles of `game` repeat, its colours are saturated, its pictures sharp and clean, and many cars are seen from low down;
+`camera` is dim, dull, soft, noisy and darker to the edges, with people and poles seen from higher up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Range = tuple[float, float]
+Counts = tuple[int, int]
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Style:
+    """The numbers of a street's drawing; ranges are uniform.
+
+    Attributes:
+        facades, greens, clothes: base colours.
+        sky: how blue it is, from overcast (0) to clear (1).
+        windows: their pitch in pixels, half-open.
+        grass, road: brightness, and that of asphalt, 0 to 255.
+        tile: side in pixels of the ground's and the leaves' repeated texture; 0 repeats none.
+        trees, vehicles, people, poles: how many of them, half-open.
+        built: the part of the skyline that is built up.
+        horizon: its place, as a part of the height. road_half: the road's half-width at the lower edge, of the width.
+        camera_height: metres above the ground.
+        light, tint: brightness of the day, and that of each channel. saturation: 1 leaves it.
+        shade: the part of the light that is lost in the corners. blurs: how often the lens softens. noise: the
+            sensor's standard deviation, of 255.
+    """
+
+    facades: tuple[Colour, ...] = (
+        (150, 148, 145),
+        (172, 158, 138),
+        (140, 95, 80),
+        (110, 112, 120),
+        (190, 188, 182),
+    )
+    greens: tuple[Colour, ...] = ((74, 96, 48), (96, 104, 60), (58, 78, 46), (118, 112, 72))
+    clothes: tuple[Colour, ...] = ((60, 60, 70), (130, 60, 55), (70, 85, 120), (150, 140, 125), (90, 95, 70))
+    sky: Range = (0.0, 1.0)
+    windows: Counts = (4, 8)
+    grass: Range = (0.8, 1.4)
+    road: Range = (75, 150)
+    tile: int = 0
+    trees: Counts = (1, 6)
+    vehicles: Counts = (1, 6)
+    people: Counts = (1, 7)
+    poles: Counts = (2, 7)
+    built: float = 0.86
+    horizon: Range = (0.36, 0.52)
+    road_half: Range = (0.38, 0.7)
+    camera_height: float = 2.3
+    light: Range = (0.6, 1.15)
+    tint: tuple[Colour, Colour] = ((0.85, 0.85, 0.85), (1.15, 1.15, 1.15))
+    saturation: float = 1.0
+    shade: float = 0.0
+    blurs: int = 1
+    noise: Range = (4, 12)
+
+
+STYLES = {
+    "default": Style(),
+    "game": Style(
+        facades=((196, 150, 104), (214, 188, 140), (168, 86, 66), (104, 128, 168), (222, 214, 196)),
+        greens=((70, 128, 40), (104, 140, 48), (48, 104, 44), (140, 150, 60)),
+        clothes=((30, 30, 50), (190, 40, 40), (40, 80, 180), (220, 200, 60), (60, 150, 80)),
+        sky=(0.6, 1.0),
+        windows=(5, 7),
+        road=(90, 120),
+        tile=6,
+        vehicles=(3, 9),
+        people=(0, 4),
+        poles=(1, 4),
+        horizon=(0.34, 0.46),
+        road_half=(0.5, 0.8),
+        camera_height=1.7,
+        light=(0.95, 1.2),
+        tint=((1.0, 0.95, 0.85), (1.1, 1.05, 0.95)),
+        saturation=1.35,
+        blurs=0,
+        noise=(0, 1.5),
+    ),
+    "camera": Style(
+        facades=((120, 108, 98), (138, 130, 120), (118, 88, 78), (96, 98, 104), (160, 158, 152)),
+        greens=((66, 78, 52), (84, 88, 62), (54, 66, 48), (100, 98, 74)),
+        clothes=((45, 45, 52), (88, 62, 60), (62, 70, 88), (110, 104, 98), (72, 74, 64)),
+        sky=(0.0, 0.35),
+        windows=(3, 8),
+        grass=(0.7, 1.2),
+        road=(60, 105),
+        trees=(2, 8),
+        vehicles=(1, 4),
+        people=(2, 9),
+        poles=(3, 9),
+        horizon=(0.42, 0.54),
+        road_half=(0.34, 0.6),
+        camera_height=2.6,
+        light=(0.6, 1.05),
+        tint=((0.82, 0.9, 0.95), (0.98, 1.02, 1.15)),
+        saturation=0.7,
+        shade=0.3,
+        blurs=2,
+        noise=(8, 16),
+    ),
+}
