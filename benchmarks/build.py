@@ -31,10 +31,10 @@ import numpy as np
 import torch
 
 from common import header, spread, synchronise, write
-from kdcache.data import SEGMENTATION, Split, open_split, prefetch
+from kdcache.data import DEPTH, SEGMENTATION, Split, open_split, prefetch
 from kdcache.models import build_model
 from kdcache.store import open_writer
-from kdcache.store.format.manifest_models import View
+from kdcache.store.format.manifest_models import DepthLabels, View
 from kdcache.teacher import BuildOptions, Teacher, TeacherProbe, build_cache, plan_manifest
 from kdcache.teacher.build.build import pack_batch
 from kdcache.teacher.build.render import Rendered, batches_of, render_records
@@ -62,6 +62,9 @@ class Cycled(Split):
     def _segmentation(self, index: int) -> np.ndarray[Any, Any] | None:
         return self._inner.label(index % len(self._inner))
 
+    def _depth(self, index: int) -> np.ndarray[Any, Any] | None:
+        return self._inner.label(index % len(self._inner), DEPTH)
+
 
 class Measured(NamedTuple):
     """One measurement over some images."""
@@ -82,7 +85,9 @@ class Stopwatch:
 
 
 def _rendered(split: Split, index: int, options: BuildOptions) -> Rendered:
-    return render_records(split, View(size=options.size, pixels="stored"), [index])[0]
+    """The whole image of a sample and its labels, of depth where the split has any, as a build renders them."""
+    depth = DepthLabels(labelled=len(split), zoom="none") if DEPTH in split.tasks else None
+    return render_records(split, View(size=options.size, pixels="stored"), [index], depth)[0]
 
 
 def bare_inference(split: Split, teacher: Teacher, options: BuildOptions, count: int) -> Measured:

@@ -11,7 +11,7 @@ import torch
 
 from kdcache.data import Split
 from kdcache.data.folds import Excerpt
-from kdcache.heads import SEGMENTATION
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.store import Cache, Codec, evenly_spread, open_cache, open_writer, round_targets, summarise
 from kdcache.teacher.build.build import build_cache
 from kdcache.teacher.build.options import BuildOptions
@@ -109,7 +109,10 @@ class Trial:
         )
 
     def _part(self, samples: int) -> Split:
-        return Excerpt(self._split, evenly_spread(len(self._split), samples))
+        """Samples evenly spread over those with a label of depth and those without, of the former at least one."""
+        has_depth = [self._split.has_label(index, DEPTH) for index in range(len(self._split))]
+        order = np.argsort(np.logical_not(has_depth), kind="stable")
+        return Excerpt(self._split, np.sort(order[evenly_spread(len(order), samples)]).tolist())
 
     def _build(self, what: str, samples: int, options: BuildOptions, reuse: Cache | None = None) -> tuple[Cache, float]:
         """A store of evenly spread samples in one shard or more, and how long its pass took."""

@@ -17,6 +17,7 @@ import zarr
 from safetensors.torch import save_file
 
 from kdcache.data import Window, open_split, render
+from kdcache.data.folds import SplitPart
 from kdcache.errors import ModelError, RecipeError, StoreError
 from kdcache.heads import RegressionHead
 from kdcache.models import build_model
@@ -382,6 +383,22 @@ def test_data_without_classes_have_a_store_of_depth(tmp_path, options, origins) 
         assert compare_teacher(Records(cache), again, CPU, 2).ok
         assert verify_files(store).damaged == []
         assert np.isfinite(Records(cache).label(0, "depth")).any()
+
+
+@pytest.mark.parametrize("few", [range(1, 15, 2), [7]])
+def test_a_plan_sees_labels_of_depth_that_only_some_samples_have(tmp_path, options, origins, few) -> None:
+    class Few(SplitPart):
+        def has_label(self, index: int, task: str = "segmentation") -> bool:
+            return index in few if task == "depth" else True
+
+    split = Few(open_split("scenes:32x48,train=15,val=2,depth=exact", "train"), range(15))
+    teacher = load_teachers([origins["classes"]], split.classes)
+    planned = estimate(split, teacher, options(views=2, depth_zoom="divide", shard_records=4), records=8)
+    build_cache(split, teacher, tmp_path / "store", options(views=2, depth_zoom="divide", shard_records=4))
+    built = {array.path: array.bytes_on_disk for array in summarise(open_cache(tmp_path / "store")).arrays}
+    assert planned.chosen.sizes.keys() == built.keys()
+    if len(few) > 1:
+        assert planned.chosen.sizes["labels/depth"] * 30 == pytest.approx(built["labels/depth"], rel=0.3)
 
 
 @pytest.mark.parametrize("changes", [{"heads": ("depth",)}, {}, {"features_only": True, "features": ("stage2",)}])
