@@ -1,6 +1,6 @@
 """Where output goes: results to stdout, progress and errors to stderr."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,20 @@ def figure_table(*header: str, title: str | None = None) -> Table:
     columns = [Column(name, justify="right" if place else "left") for place, name in enumerate(header)]
     above = None if title is None else f"\n{title}"
     return Table(*columns, title=above, title_style="bold", title_justify="left", box=None, header_style="dim")
+
+
+def histogram_table(header: str, bins: Sequence[tuple[str, int]], what: str = "pixels") -> Table:
+    """A table of counts, each with its share and a bar; bins that hold nothing are left out.
+
+    Args:
+        header: what the bins are of. bins: (words, count). what: what is counted.
+    """
+    table = Table(header, f"{what} %", "", box=None, header_style="dim")
+    total, most = sum(count for _, count in bins), max(count for _, count in bins)
+    for words, count in bins:
+        if count:
+            table.add_row(words, f"{100 * count / total:.2f}", "#" * max(round(30 * count / most), 1))
+    return table
 
 
 def warn(text: str) -> None:

@@ -12,6 +12,7 @@
     sample_ids.py   the ids
     verify.py       every byte against the ledger
     summary.py      what `kdcache inspect` prints
+    value_statistics.py  depth in a store: range, mean, median, histogram
 
 It knows tensors as numpy arrays and no models.
 """

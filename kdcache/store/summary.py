@@ -15,6 +15,7 @@ from kdcache.store.format.schema import record_arrays
 from kdcache.store.ledger import ShardRecord
 from kdcache.store.reader import Cache, open_cache, read_manifest
 from kdcache.store.subset import evenly_spread
+from kdcache.store.value_statistics import ValueStatistics, value_statistics
 
 _MASS_RECORDS = 16  # records whose tails are read for the top-k mass
 
@@ -37,7 +38,13 @@ class ArraySummary:
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """Sizes of a store. Bytes per record count what is on disk."""
+    """Sizes of a store. Bytes per record count what is on disk.
+
+    Attributes:
+        topk_mass: mean probability inside the top k; None for dense targets.
+        seal: digest of the seal; None of a store that is half built.
+        values: of every regression and of stored labels of depth; () of a store that is half built.
+    """
 
     path: str
     manifest: Manifest
@@ -45,8 +52,9 @@ class StoreSummary:
     shards_written: int
     records_written: int
     arrays: tuple[ArraySummary, ...]
-    topk_mass: float | None  # mean probability inside the top k; None for dense targets
-    seal: str | None = None  # digest of the seal; None of a store that is half built
+    topk_mass: float | None
+    seal: str | None = None
+    values: tuple[ValueStatistics, ...] = ()
 
     @property
     def bytes_on_disk(self) -> int:
@@ -91,7 +99,7 @@ class StoreSummary:
                       f"shards of {m.build.shard_records} records"),
             ("size", f"{self.bytes_on_disk:,} bytes, {self.bytes_per_record:,.0f} per record, "
                      f"targets {self.target_bytes_per_record:,.0f}"
-                     + (f": full-resolution fp16 logits would be "
+                     + (f": full-resolution fp16 {'values' if m.segmentation is None else 'logits'} would be "
                         f"{self.full_resolution_bytes:,}, {self.saving:.1f} times as much" if m.heads else "")),
         ]  # fmt: skip
         if m.depth is not None and m.depth.labelled:
@@ -119,7 +127,13 @@ class StoreSummary:
         names += ["target_bytes_per_record", "full_resolution_bytes", "topk_mass"]
         arrays = [{**asdict(array), "ratio": array.ratio} for array in self.arrays]
         manifest = self.manifest.model_dump(mode="json")
-        return {**{name: getattr(self, name) for name in names}, "arrays": arrays, "manifest": manifest}
+        values = [statistics.to_json() for statistics in self.values]
+        return {
+            **{name: getattr(self, name) for name in names},
+            "arrays": arrays,
+            "values": values,
+            "manifest": manifest,
+        }
 
 
 def inspect_store(location: str | Path | Place) -> StoreSummary:
@@ -156,7 +170,8 @@ def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cach
     head = manifest.segmentation
     mass = None if cache is None or head is None or head.dense else _topk_mass(cache)
     seal = None if cache is None or cache.ledger is None else cache.ledger.completion.digest
-    return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass, seal)
+    values = () if cache is None else value_statistics(cache)
+    return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass, seal, values)
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdcache.errors import RecipeError
-from kdcache_cli.console import OUT, progress_of_stages, warn
+from kdcache_cli.console import OUT, histogram_table, progress_of_stages, warn
 
 if TYPE_CHECKING:
     from kdcache.data import DepthReport, SplitReport
@@ -160,11 +160,6 @@ def _print_depth(depth: "DepthReport") -> None:
         return
     share = f"{100 * depth.share:.1f} % of their pixels"
     OUT.print(f"depth: {depth.least:.2f} to {depth.most:.2f} m, known for {share}", highlight=False)
-    table = Table("metres", "pixels %", "", box=None, header_style="dim")
-    most = max(depth.histogram)
     ends = [f"to {edge:g}" for edge in depth.edges[1:]] + ["and more"]
-    for low, end, count in zip(depth.edges, ends, depth.histogram, strict=True):
-        if count:
-            bar = "#" * max(round(30 * count / most), 1)
-            table.add_row(f"{low:g} {end}", f"{100 * count / depth.known:.2f}", bar)
-    OUT.print(table)
+    bins = [(f"{low:g} {end}", count) for low, end, count in zip(depth.edges, ends, depth.histogram, strict=True)]
+    OUT.print(histogram_table("metres", bins))

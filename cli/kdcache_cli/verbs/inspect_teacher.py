@@ -1,17 +1,21 @@
 """`kdcache inspect --teacher-report`: the audit on the terminal."""
 
 import json as json_module
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
 
-from kdcache_cli.console import OUT, figure_table, progress_bar
+from kdcache_cli.console import OUT, figure_table, progress_of_steps
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.store.backend.base import Place
     from kdcache.teacher.audit.audit import Audit
+    from kdcache.teacher.audit.depth_audit import RegressionAudit
+    from kdcache.teacher.audit.feature_audit import FeatureAudit
 
 
 def report_teacher(
@@ -19,26 +23,28 @@ def report_teacher(
 ) -> None:
     """Audit a store, write the report, print it (`json`: report.json instead)."""
     from kdcache.store import Records
-    from kdcache.teacher.audit.audit import audit_cache
     from kdcache.teacher.audit.figures import check_report_folder, write_report
+    from kdcache.teacher.audit.store_audit import audit_store
 
     records = Records.open(place, data, split)
     folder = out or _beside(place)
     check_report_folder(folder)
-    with progress_bar() as bar:
-        task = bar.add_task("auditing the teacher", total=None, note="")
-        audit = audit_cache(
-            records, worst=worst, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-        bar.update(task, note="drawing")
+    with progress_of_steps("auditing the teacher") as progress:
+        audit = audit_store(records, worst=worst, progress=progress)
+        progress("drawing", 0, 1)
         pictures = write_report(audit, records, folder)
     if json:
         typer.echo(json_module.dumps(audit.to_json(), indent=1))
         return
-    _print_classes(audit)
-    _print_confused(audit)
-    _print_coverage(audit)
-    _print_gradient(audit)
+    if audit.classes is not None:
+        _print_classes(audit.classes)
+        _print_confused(audit.classes)
+        _print_coverage(audit.classes)
+        _print_gradient(audit.classes)
+    for regression in audit.regressions:
+        _print_regression(regression)
+    if audit.features:
+        _print_features(audit.features)
     OUT.print(f"\n[bold]{escape(str(folder))}[/]: report.json and {len(pictures)} pictures")
 
 
@@ -123,3 +129,45 @@ def _print_gradient(audit: "Audit") -> None:
         table.add_row(str(k), *(percent(errors[k][T]) for _, errors in students for T in TEMPERATURES))
     OUT.print(table)
     OUT.print("[dim]uniform: a student that knows nothing; noisy: one that is its teacher plus unit noise[/]")
+
+
+def _print_regression(audit: "RegressionAudit") -> None:
+    from kdcache.metrics.tables import depth_figure, depth_rows, percent
+
+    if audit.metrics is None:
+        why = "no label" if audit.unit == "m" else f"values in {audit.unit!r}, which are known up to a scale"
+        OUT.print(f"{audit.name}: {audit.images} images and {why}: its error is unknown", markup=False)
+        return
+    title = f"The teacher's {audit.name} on {audit.labelled} labelled images of {audit.images}, {audit.depth_range}"
+    OUT.print(f"\n[bold]{escape(title)}[/]", highlight=False)
+    table = figure_table("metric", "mean of images")
+    for cells in depth_rows(audit.metrics):
+        table.add_row(*cells)
+    OUT.print(table)
+    total = sum(part.pixels for part in audit.ranges)
+    table = figure_table("metres", "pixels %", "rmse m", "abs rel", title="By the label's distance")
+    for part in audit.ranges:
+        distance = f"{part.low:g} to {part.high:g}" if math.isfinite(part.high) else f"{part.low:g} and more"
+        errors = depth_figure("rmse", part.rmse), depth_figure("abs_rel", part.abs_rel)
+        table.add_row(distance, percent(part.pixels / total), *errors)
+    OUT.print(table)
+    if audit.worst:
+        table = figure_table("image", "rmse m", title=f"Images where its {audit.name} errs most")
+        for scored in audit.worst:
+            table.add_row(scored.sample, depth_figure("rmse", scored.rmse))
+        OUT.print(table)
+
+
+def _print_features(audits: "Sequence[FeatureAudit]") -> None:
+    table = figure_table(
+        "tap", "channels", "size", "mean norm", "constant", "effective", title="Features of the teacher"
+    )
+    for audit in audits:
+        height, width = audit.size
+        numbers = f"{audit.mean_norm:.4g}", str(audit.constant), f"{audit.effective:.1f}"
+        table.add_row(audit.tap, str(audit.channels), f"{height}x{width}", *numbers)
+    OUT.print(table)
+    OUT.print(
+        "[dim]constant: channels that hardly vary; effective: dimensions that the variance is spread over, "
+        "(sum v)^2 / sum v^2 of the covariance's eigenvalues[/]"
+    )

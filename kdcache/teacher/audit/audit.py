@@ -1,11 +1,10 @@
-"""The teacher's audit: how good it is where, how sure, what it would teach wrongly. It reads the store alone.
+"""The audit of a teacher's classes: how good it is where, how sure, what it would teach wrongly, from the store alone.
 
 One pass over the whole images: confusion with the labels, confidences, the images where it loses most. Counts are exact
 and small (`ConfusionMatrix`, `ConfidenceCounts`), so memory does not grow with the number of records.
 """
 
 import heapq
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,12 +15,11 @@ from kdcache.metrics import ConfusionMatrix, Metrics
 from kdcache.metrics.calibration import Calibration, ConfidenceCounts, Coverage
 from kdcache.metrics.confusion import without_nan
 from kdcache.store import Records, evenly_spread
-from kdcache.teacher.audit.first_views import Whole, read_wholes, whole_records
+from kdcache.teacher.audit.first_views import Progress, Whole, read_wholes, whole_records
 from kdcache.teacher.audit.topk_error import GradientErrors, gradient_errors
 from kdcache.teacher.audit.verify import packed_target
 from kdcache.teacher.build.render import Array
 
-Progress = Callable[[int, int], None]
 THRESHOLDS = (*(round(0.5 + 0.05 * step, 2) for step in range(10)), 0.97, 0.99)
 CONFUSED = 10  # pairs that are named
 _GRADIENT_RECORDS = 16

@@ -26,13 +26,16 @@ from kdcache.metrics.figures import (
 from kdcache.store import Records
 from kdcache.teacher.audit.audit import THRESHOLDS, Audit, Scored
 from kdcache.teacher.audit.first_views import read_whole
+from kdcache.teacher.audit.store_audit import StoreAudit
 from kdcache.teacher.audit.topk_error import TEMPERATURES
+from kdcache.teacher.audit.value_figures import SAMPLES, write_features, write_regression
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT = "report.json"
 _WORST = "worst"
+_PICTURES = ("pseudo-labels.png", "gradient.png", "classes.png", "calibration.png", "confusion.png", "depth.png")
 _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d")
 
 
@@ -41,16 +44,28 @@ def check_report_folder(folder: Path) -> None:
     check_own_folder(folder, REPORT, "a report is written into a new or empty folder, or over an earlier report")
 
 
-def write_report(audit: Audit, records: Records, folder: Path) -> list[Path]:
+def write_report(whole: StoreAudit, records: Records, folder: Path) -> list[Path]:
     """Write report.json and the pictures; what an earlier report left there is replaced.
 
     Returns: the pictures.
     """
     check_report_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT).write_text(json.dumps(audit.to_json(), indent=1) + "\n", encoding="utf-8")
-    for old in (folder / _WORST).glob("rank*.png"):
+    (folder / REPORT).write_text(json.dumps(whole.to_json(), indent=1) + "\n", encoding="utf-8")
+    for old in [path for name in (_WORST, SAMPLES) for path in (folder / name).glob("*.png")]:
         old.unlink()
+    for name in _PICTURES:
+        (folder / name).unlink(missing_ok=True)
+    written = [] if whole.classes is None else _write_classes(whole.classes, records, folder)
+    for regression in whole.regressions:
+        written += write_regression(regression, records, folder)
+    for features in whole.features:
+        written += write_features(features, records, folder)
+    return written
+
+
+def _write_classes(audit: Audit, records: Records, folder: Path) -> list[Path]:
+    """The pictures of a head of classes."""
     figures = {"pseudo-labels.png": _coverage(audit)}
     if audit.gradient.noisy:
         figures["gradient.png"] = _gradient(audit)

@@ -3,7 +3,7 @@
 In a store that has crops alone, the first crop of each image stands for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,9 @@ from kdcache.store import Cache, Records
 from kdcache.teacher.audit.verify import packed_target
 from kdcache.teacher.build.render import Array
 from kdcache_kernels import PackedTarget, target_argmax_confidence
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def read_whole(records: Records, record: int, *, labelled: bool) -> Whole:
             remedy="build the store again",
         )
     label = records.label(record) if labelled and records.complete else None
-    sample, inside = records.sample(record), _inside(cache, record)
+    sample, inside = records.sample(record), inside_view(cache, record)
     return Whole(record, sample, target, argmax_1HW[0], confidence_1HW[0], inside, label)
 
 
@@ -73,7 +76,8 @@ def read_wholes(records: Records, *, labels: bool = True) -> Iterator[Whole]:
         yield read_whole(records, record, labelled=labels and bool(labelled[record // views]))
 
 
-def _inside(cache: Cache, record: int) -> Array | None:
+def inside_view(cache: Cache, record: int) -> Array | None:
+    """Where a view shows its image, (H, W) bool; None for everywhere."""
     if not cache.manifest.view.reaches_beyond:
         return None
     paths = ["records/window", "records/flip", "records/source_size"]

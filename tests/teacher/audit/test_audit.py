@@ -19,6 +19,7 @@ from kdcache.teacher import build_cache
 from kdcache.teacher.audit.audit import THRESHOLDS, audit_cache
 from kdcache.teacher.audit.figures import REPORT, write_report
 from kdcache.teacher.audit.first_views import read_wholes
+from kdcache.teacher.audit.store_audit import StoreAudit
 from kdcache.teacher.audit.topk_error import candidates, gradient_errors
 from kdcache.teacher.audit.verify import packed_target
 from kdcache_kernels import gradient_error
@@ -161,7 +162,7 @@ def test_without_labels_there_is_less_to_say(tmp_path, teacher, options) -> None
     assert (found.images, found.labelled, found.metrics, found.calibration) == (3, 0, None, None)
     assert (found.confused, found.worst) == ((), ())
     assert sum(found.coverage[0].predicted) == 3 * 32 * 48
-    names = {path.name for path in write_report(found, Records(cache), tmp_path / "report")}
+    names = {path.name for path in write_report(StoreAudit(found.images, found), Records(cache), tmp_path / "report")}
     assert names == {"pseudo-labels.png", "gradient.png"}
     json.loads((tmp_path / "report" / REPORT).read_text())
 
@@ -244,7 +245,7 @@ def test_pictures_and_report(tmp_path, teacher, split, options) -> None:
     for old in (folder / REPORT, folder / "worst/rank07-old-miou0.1000.png"):
         old.write_bytes(b"")
     found = audit_cache(Records(cache), worst=2)
-    written = write_report(found, Records(cache), folder)
+    written = write_report(StoreAudit(found.images, found), Records(cache), folder)
     assert sorted(written) == sorted(folder.rglob("*.png"))
     assert len(written) == 5 + 2
     for path in written:
@@ -270,7 +271,7 @@ def test_a_report_overwrites_nothing_else(tmp_path, teacher, split, options, hel
     thesis = folder if held == "file" else folder / "thesis.tex"
     thesis.write_text("thesis")
     with pytest.raises(RecipeError, match="report"):
-        write_report(audit_cache(Records(cache)), Records(cache), folder)
+        write_report(StoreAudit(7, audit_cache(Records(cache))), Records(cache), folder)
     assert thesis.read_text() == "thesis"
     assert len(list(tmp_path.rglob("*.png"))) == 0
 

@@ -32,6 +32,7 @@ from kdcache.teacher import build_cache
 from kdcache.teacher.audit.audit import audit_cache
 from kdcache.teacher.audit.figures import write_report
 from kdcache.teacher.audit.pseudo_labels import SETTINGS, Rule, _file, export_pseudo_labels
+from kdcache.teacher.audit.store_audit import StoreAudit
 
 
 def judged(cache, record: int):
@@ -280,7 +281,7 @@ def use(store: Path, out: Path) -> None:
     with contextlib.suppress(KDCacheError):
         export_pseudo_labels(Records(cache), out / "labels", Rule(threshold=0.3), images=True)
     with contextlib.suppress(KDCacheError):
-        write_report(audit_cache(Records(cache), worst=1), Records(cache), out / "report")
+        write_report(StoreAudit(1, audit_cache(Records(cache), worst=1)), Records(cache), out / "report")
     with contextlib.suppress(KDCacheError):
         copy_store(cache, out / "copy.zarr")
 

@@ -1,0 +1,218 @@
+"""The audit of a store's regressions: depth beside its labels, on whole images at view size.
+
+A stored map becomes one of the view's size as the training terms have it: its values become the raw output that they
+came from, which is resized and becomes values again (`kdcache.heads`). Metres are judged by KITTI's convention
+(`kdcache.metrics.depth`), up to the head's range; a map in another unit is known up to a scale, and is compared with no
+label. Memory: counts of fixed size, and one image.
+"""
+
+import heapq
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdcache.data.depth_report import EDGES
+from kdcache.heads import DEPTH, METRES, raw_of, values_of
+from kdcache.metrics.confusion import without_nan
+from kdcache.metrics.depth import MAX_DEPTH, DepthErrors, DepthMetrics, DepthRange
+from kdcache.store import Records
+from kdcache.store.format.manifest_models import Regression
+from kdcache.teacher.audit.first_views import Progress, inside_view, whole_records
+from kdcache.teacher.build.render import Array
+
+JOINT_BINS = 64
+"""Bins of equal width, from 0 to the end of the range, of the counts of predictions by labels."""
+_LEAST = 1e-3
+
+
+@dataclass(frozen=True)
+class RangeError:
+    """Pixels whose label is from `low` to `high` metres: their rmse and abs rel, NaN without any."""
+
+    low: float
+    high: float
+    pixels: int
+    rmse: float
+    abs_rel: float
+
+
+@dataclass(frozen=True)
+class DepthScored:
+    """One image by the teacher's rmse in metres."""
+
+    record: int
+    sample: str
+    rmse: float
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionAudit:
+    """The audit of one head. Without labels, or of another unit than metres, `metrics` is None and `worst` empty.
+
+    Attributes:
+        high: the value at which the bins end; larger ones are in the last.
+        predicted, labels: (JOINT_BINS,), pixels by value, of the teacher and of the labels.
+        joint: (JOINT_BINS, JOINT_BINS), labelled pixels by label and by prediction.
+        ranges: errors by the label's distance.
+        worst: images by rmse, the largest first.
+    """
+
+    name: str
+    unit: str
+    images: int
+    labelled: int
+    high: float
+    predicted: Array
+    labels: Array
+    joint: Array
+    depth_range: DepthRange | None
+    metrics: DepthMetrics | None
+    ranges: tuple[RangeError, ...]
+    worst: tuple[DepthScored, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; NaN becomes null."""
+        return without_nan(
+            {
+                "unit": self.unit,
+                "images": self.images,
+                "labelled": self.labelled,
+                "range": None if self.depth_range is None else str(self.depth_range),
+                "teacher": None if self.metrics is None else self.metrics.to_json(),
+                "by_distance": [vars(part) for part in self.ranges],
+                "bins_end": self.high,
+                "pixels_by_prediction": self.predicted.tolist(),
+                "pixels_by_label": self.labels.tolist(),
+                "worst": [vars(scored) for scored in self.worst],
+            }
+        )
+
+
+def audit_regression(
+    records: Records, name: str, *, worst: int = 10, progress: Progress | None = None
+) -> RegressionAudit:
+    """Judge a head of numbers by what the store holds.
+
+    Args:
+        name: of the head.
+        worst: how many images to name where the teacher errs most.
+        progress: called with (images done, images).
+    Raises: MismatchError for a missing or a changed data set; CorruptError.
+    """
+    records.check_complete()
+    cache = records.cache
+    head, numbers = cache.manifest.regressions[name], whole_records(cache)
+    compared = name == DEPTH and head.unit == METRES
+    counts = _Counts(_bins_end(records, head, name, numbers))
+    errors = (
+        DepthErrors(DepthRange(max_depth=counts.high if head.range is None else head.range[1])) if compared else None
+    )
+    heap: list[tuple[float, int, DepthScored]] = []  # a heap whose smallest is the best of the worst
+    labelled = 0
+    for done, number in enumerate(numbers, 1):
+        values = map_at_view(records, number, name).numpy()
+        inside = inside_view(cache, number)
+        counts.predicted += counts.of(values if inside is None else values[inside])
+        if errors is not None and (label := depth_label(records, number)) is not None:
+            labelled += 1
+            label = np.where(np.isfinite(values), label, np.nan)
+            counts.compare(values, label, errors.range)
+            if (rmse := _rmse(errors.range, values, label)) is not None:
+                errors.update(torch.from_numpy(values), torch.from_numpy(label), sample := records.sample(number))
+                heapq.heappush(heap, (rmse, -number, DepthScored(number, sample, rmse)))
+                if len(heap) > worst:
+                    heapq.heappop(heap)
+        if progress is not None:
+            progress(done, len(numbers))
+    judged = errors is not None and labelled > 0
+    return RegressionAudit(
+        name=name,
+        unit=head.unit,
+        images=len(numbers),
+        labelled=labelled,
+        high=counts.high,
+        predicted=counts.predicted,
+        labels=counts.labels,
+        joint=counts.joint,
+        depth_range=errors.range if errors is not None and judged else None,
+        metrics=errors.metrics() if errors is not None and judged else None,
+        ranges=counts.ranges() if judged else (),
+        worst=tuple(scored for *_, scored in sorted(heap, reverse=True)),
+    )
+
+
+def map_at_view(records: Records, record: int, name: str) -> Tensor:
+    """The first channel of a stored regression at view size, float32 (H, W) in the head's unit."""
+    head = records.cache.manifest.regressions[name]
+    values_chw = torch.from_numpy(records.target(record, name)["values"]).float()
+    if head.parameterisation != "identity":
+        values_chw = values_chw.clamp(min=_LEAST)
+    raw_chw = raw_of(values_chw[:1], head.parameterisation)
+    raw_HW = F.interpolate(raw_chw[None], records.cache.view_size, mode="bilinear", align_corners=head.align_corners)[
+        0, 0
+    ]
+    return values_of(raw_HW, head.parameterisation, None if head.range is None else head.range[1])
+
+
+def depth_label(records: Records, record: int) -> Array | None:
+    """The label of depth of a record, float32 (H, W) metres; None where its sample has none."""
+    labelled = records.cache.has_depth[record // records.cache.manifest.view.views_per_sample]
+    return records.label(record, DEPTH) if labelled else None
+
+
+class _Counts:
+    """Counts over pixels, of values clipped to 0..high."""
+
+    def __init__(self, high: float) -> None:
+        self.high = high
+        self.predicted, self.labels = np.zeros(JOINT_BINS, np.int64), np.zeros(JOINT_BINS, np.int64)
+        self.joint = np.zeros((JOINT_BINS, JOINT_BINS), np.int64)
+        self._sums = np.zeros((3, len(EDGES)))  # pixels, squares, relative errors by the label's distance
+
+    def bins(self, values: Array) -> Array:
+        """The bin of every value."""
+        bins: Array = np.clip(values * (JOINT_BINS / self.high), 0, JOINT_BINS - 1).astype(np.int64)
+        return bins
+
+    def of(self, values: Array) -> Array:
+        return np.bincount(self.bins(values[np.isfinite(values)]), minlength=JOINT_BINS)
+
+    def compare(self, values: Array, label: Array, depth_range: DepthRange) -> None:
+        valid = depth_range.valid(label)
+        d, p = label[valid].astype(np.float64), values[valid].astype(np.float64)
+        p = np.clip(p, depth_range.min_depth, depth_range.max_depth)
+        self.labels += self.of(d)
+        pairs = np.bincount(self.bins(d) * JOINT_BINS + self.bins(p), minlength=JOINT_BINS**2)
+        self.joint += pairs.reshape(JOINT_BINS, JOINT_BINS)
+        place = np.searchsorted(EDGES, d, side="right") - 1
+        for row, weights in enumerate((np.ones_like(d), np.square(p - d), np.abs(p - d) / d)):
+            self._sums[row] += np.bincount(place, weights, len(EDGES))
+
+    def ranges(self) -> tuple[RangeError, ...]:
+        """The errors at each distance that occurs."""
+        return tuple(
+            RangeError(low, high, int(pixels), math.sqrt(squares / pixels), relative / pixels)
+            for low, high, pixels, squares, relative in zip(EDGES, (*EDGES[1:], math.inf), *self._sums, strict=True)
+            if pixels
+        )
+
+
+def _bins_end(records: Records, head: Regression, name: str, numbers: list[int]) -> float:
+    """The end of the head's range; without one, the largest stored value, or 80 where none is above 0."""
+    if head.range is not None:
+        return head.range[1]
+    largest = max((float(records.target(number, name)["values"].max()) for number in numbers), default=0.0)
+    return largest if 0 < largest < math.inf else MAX_DEPTH
+
+
+def _rmse(depth_range: DepthRange, values: Array, label: Array) -> float | None:
+    """The rmse of one image; None without a valid pixel."""
+    one = DepthErrors(depth_range)
+    one.update(torch.from_numpy(values), torch.from_numpy(label))
+    metrics = one.metrics()
+    return metrics.rmse if metrics.counted_images else None

@@ -1,0 +1,57 @@
+"""The audit of everything that a store holds of its teacher: classes, depth, and features where there is no head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kdcache.store import Records
+from kdcache.teacher.audit.audit import Audit, audit_cache
+from kdcache.teacher.audit.depth_audit import RegressionAudit, audit_regression
+from kdcache.teacher.audit.feature_audit import FeatureAudit, audit_features
+from kdcache.teacher.audit.first_views import whole_records
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class StoreAudit:
+    """The audits of a store's outputs; `classes` is None without a head of segmentation."""
+
+    images: int
+    classes: Audit | None = None
+    regressions: tuple[RegressionAudit, ...] = ()
+    features: tuple[FeatureAudit, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers: of classes at the top level, `regressions` and `features` by name."""
+        classes = {"images": self.images} if self.classes is None else self.classes.to_json()
+        values = {audit.name: audit.to_json() for audit in self.regressions}
+        features = {audit.tap: audit.to_json() for audit in self.features}
+        return {**classes, "regressions": values, "features": features}
+
+
+def audit_store(records: Records, *, worst: int = 10, progress: Progress | None = None) -> StoreAudit:
+    """Judge the teacher of a store by what the store holds.
+
+    Args:
+        worst: how many images to name, of each task, where the teacher is worst.
+    Raises: MismatchError for a missing or a changed data set; CorruptError.
+    """
+    report = progress or (lambda what, done, total: None)
+    cache = records.cache
+    records.check_complete()
+    classes = None
+    if cache.manifest.segmentation is not None:
+        classes = audit_cache(records, worst=worst, progress=lambda *now: report("auditing classes", *now))
+    regressions = []
+    for name in cache.manifest.regressions:
+        what = f"auditing {name}"
+        regressions.append(
+            audit_regression(records, name, worst=worst, progress=lambda *now, what=what: report(what, *now))
+        )
+    features = [
+        audit_features(cache, tap, lambda *now, tap=tap: report(f"auditing {tap}", *now))
+        for tap in (() if cache.manifest.heads else cache.manifest.features)
+    ]
+    return StoreAudit(len(whole_records(cache)), classes, tuple(regressions), tuple(features))

@@ -1,0 +1,122 @@
+"""Audits of depth, alone or beside classes, and of features: against float64 from the arrays and the labels."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from kdcache.data import open_split
+from kdcache.models import build_model
+from kdcache.store import Records, open_cache
+from kdcache.store.value_statistics import ValueStatistics, value_statistics
+from kdcache.teacher import build_cache, load_teacher
+from kdcache.teacher.audit.depth_audit import JOINT_BINS, map_at_view
+from kdcache.teacher.audit.figures import REPORT, write_report
+from kdcache.teacher.audit.store_audit import audit_store
+
+SPEC = "kdcache:hydra,as=exp,max=40"
+SIZE = (32, 48)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory, options):
+    """Records of `both` heads, of `depth` alone, of `features` alone, and of depth without labels (`bare`)."""
+    root = tmp_path_factory.mktemp("stores")
+    torch.manual_seed(1)
+    model = build_model(SPEC, 7)
+    with torch.no_grad():
+        model.depth_output.weight.normal_(std=0.3)
+    save_file(dict(model.state_dict()), root / "w.safetensors")
+    made = {}
+    kinds = {
+        "both": {},
+        "depth": {"heads": ("depth",)},
+        "features": {"features": ("stage2",), "features_only": True},
+        "bare": {"heads": ("depth",)},
+    }
+    for name, changes in kinds.items():
+        split = open_split("scenes:36x52,train=5" + ("" if name == "bare" else ",depth=sparse"), "train")
+        teacher = load_teacher(f"{SPEC}@{root / 'w.safetensors'}", split.classes)
+        build_cache(split, teacher, root / f"{name}.zarr", options(**changes))
+        made[name] = Records(open_cache(root / f"{name}.zarr"), split)
+    return made
+
+
+@pytest.mark.parametrize("name", ["both", "depth"])
+def test_errors_are_those_of_the_stored_depth_at_view_size(stores, name) -> None:
+    records = stores[name]
+    audit = audit_store(records, worst=2)
+    depth = audit.regressions[0]
+    assert (audit.classes is not None) == (name == "both")
+    rmse, bins, relative = {}, np.zeros(JOINT_BINS), {}
+    for number in range(5):
+        values = records.cache.read(number, ["targets/depth/values"])["targets/depth/values"].astype(np.float64)
+        up = F.interpolate(torch.from_numpy(np.log(values))[None], SIZE, mode="bilinear")[0, 0].exp().numpy()
+        np.testing.assert_allclose(map_at_view(records, number, "depth").numpy(), up, rtol=1e-5)
+        bins += np.histogram(np.minimum(up, 40), JOINT_BINS, (0, 40))[0]
+        label = records.label(number, "depth").astype(np.float64)
+        valid = (label > 0.001) & (label < 40)
+        rmse[records.sample(number)] = np.sqrt(np.square(up - label)[valid].mean())
+        for low, high in ((5, 10), (20, 40)):
+            inside = valid & (label >= low) & (label < high)
+            relative.setdefault(low, []).extend((np.abs(up - label)[inside] / label[inside]).tolist())
+    assert depth.metrics.rmse == pytest.approx(np.mean(list(rmse.values())), rel=1e-5)
+    assert np.abs(depth.predicted - bins).sum() <= 4  # float32 at an edge of a bin
+    assert depth.joint.sum() == depth.labels.sum() == depth.metrics.pixels
+    for part in depth.ranges:
+        if part.low in relative:
+            assert part.abs_rel == pytest.approx(np.mean(relative[part.low]), rel=1e-5)
+    assert [scored.sample for scored in depth.worst] == sorted(rmse, key=rmse.__getitem__)[::-1][:2]
+
+
+def test_features_are_measured_where_there_is_no_head(stores) -> None:
+    audit = audit_store(stores["features"])
+    assert (audit.classes, audit.regressions) == (None, ())
+    cache = stores["features"].cache
+    vectors = np.stack([cache.read(n, ["features/stage2"])["features/stage2"] for n in range(5)]).astype(np.float64)
+    flat = vectors.transpose(0, 2, 3, 1).reshape(-1, vectors.shape[1])
+    values = np.linalg.eigvalsh(np.cov(flat.T, bias=True))
+    found = audit.features[0]
+    assert found.effective == pytest.approx(values.sum() ** 2 / np.square(values).sum())
+    assert found.mean_norm == pytest.approx(np.linalg.norm(flat, axis=1).mean())
+    assert found.constant == int((flat.std(0) <= 1e-6 * flat.std(0).max()).sum())
+    assert audit_store(stores["both"]).features == ()
+
+
+def test_every_kind_of_store_has_pictures(stores, tmp_path) -> None:
+    """In one folder after the other: what an earlier kind left there goes."""
+    expected = {
+        "both": {"depth.png", "classes.png", "worst"},
+        "depth": {"depth.png", "worst"},
+        "bare": {"depth.png", "samples"},
+        "features": {"samples"},
+    }
+    for name, files in expected.items():
+        written = write_report(audit_store(stores[name], worst=1), stores[name], tmp_path)
+        assert all(path.is_file() for path in written)
+        assert {path.relative_to(tmp_path).parts[0] for path in written} >= files
+        content = json.loads((tmp_path / REPORT).read_text(), parse_constant=pytest.fail)
+        assert set(content["regressions"]) == ({"depth"} if name != "features" else set())
+    assert {path.name for path in tmp_path.rglob("*.png")} == {path.name for path in written}
+
+
+def test_statistics_of_stored_values(stores) -> None:
+    taught, labels = value_statistics(stores["both"].cache)
+    cache = stores["both"].cache
+    values = np.stack([cache.read(n, ["targets/depth/values"])["targets/depth/values"] for n in range(5)])
+    assert (taught.least, taught.most) == (values.min(), values.max())
+    assert taught.mean == pytest.approx(values.astype(np.float64).mean())
+    assert taught.median == pytest.approx(np.median(values.astype(np.float64)))
+    assert taught.valid == 1
+    metres = np.stack([cache.read(n, ["labels/depth"])["labels/depth"] for n in range(5)])
+    assert labels.valid == pytest.approx(np.isfinite(metres).mean())
+    assert labels.mean == pytest.approx(np.nanmean(metres.astype(np.float64)))
+    assert sum(labels.histogram) == np.isfinite(metres).sum()
+    assert len(value_statistics(stores["bare"].cache)) == 1
+    nothing = ValueStatistics.of("labels/depth", "m", [np.full((2, 2), np.nan)], positive=True)
+    assert (nothing.valid, nothing.least, nothing.histogram) == (0.0, None, ())
