@@ -9,6 +9,7 @@ stands in double quotes). Its keys are those of `StreamSettings`, and settings o
 import csv
 import difflib
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ SOURCE = ("cache", "data", "split")
 """The settings that say where a stream's samples come from."""
 _WHOLE = ("impl", "balance", "task_weight", "distill_schedule", "val_fold", "mix")
 """Settings of the panels below that are those of the whole training."""
+_OF_TERMS = ("weight", "temperature", "class_weights")
+"""Settings of a stream that a term has, too: behind a term it would not be clear whose they are."""
 OVERRIDDEN = (
     *SOURCE,
     *(name for panel in (LOSS, GATE, PART, VIEW) for name in names(TrainSettings, panel) if name not in _WHOLE),
@@ -76,9 +79,9 @@ def parse_stream(value: Any) -> Any:
 
 
 def to_line(table: Mapping[str, Any]) -> str:
-    """The line of the command line for a table of a recipe; of a list (`term`), each entry stands for itself."""
+    """The line of the command line for a table of a recipe; of a list (`term`, the last), each stands for itself."""
     fields = [str(table.get("name", ""))]
-    for key, value in table.items():
+    for key, value in sorted(table.items(), key=lambda item: item[0] == "term"):
         if key == "name":
             continue
         for entry in value if isinstance(value, list | tuple) else (value,):
@@ -156,6 +159,22 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
     )
 
 
+def _check_quotes(options: Sequence[str]) -> None:
+    """Refuse a value whose commas do not stand in quotes, as far as its next part shows it. Raises: RecipeError."""
+    for option, following in itertools.pairwise(options):
+        key, _, value = option.partition("=")
+        name = following.partition("=")[0].strip().replace("-", "_")
+        broken = name not in {*entries(StreamSettings), *OVERRIDDEN, *entries(TrainSettings)}
+        whole = not value or "," in value or key not in ("data", "term")
+        if not whole and (broken or (key == "term" and name in _OF_TERMS)):
+            raise RecipeError(
+                "--stream is comma-separated: a value that holds a comma stands in double quotes, with its key",
+                received=f"{option},{following}",
+                remedy=f"""write '"{option},{following}"' if both are one value"""
+                + ("" if broken else f"; or put {following} before {option} if it is the stream's"),
+            )
+
+
 def _of_line(text: str) -> dict[str, Any]:
     first, *options = next(csv.reader([" ".join(text.splitlines())], skipinitialspace=True), []) or [""]
     if not first.strip() or "=" in first:
@@ -164,6 +183,7 @@ def _of_line(text: str) -> dict[str, Any]:
             received=repr(text),
             remedy="for instance --stream kitti,cache=kitti.zarr,share=0.5",
         )
+    _check_quotes(options)
     table: dict[str, Any] = {"name": first.strip()}
     for option in options:
         key, equals, value = option.partition("=")

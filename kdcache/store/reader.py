@@ -69,8 +69,8 @@ class Cache:
             raise StoreError(
                 f"targets of classes are those of a head {SEGMENTATION}",
                 received=f"{self.place} has {', '.join(self.manifest.heads) or 'no heads, features alone'}",
-                remedy="train with terms on features alone (--method none --term hint), or build a store with the "
-                f"teacher's {SEGMENTATION}",
+                remedy="train with terms on what it has (--method none with --term hint for features, or --term "
+                f"depth-silog,reference=teacher for depth), or build a store with the teacher's {SEGMENTATION}",
             )
         return self.manifest.segmentation
 

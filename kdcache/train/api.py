@@ -10,7 +10,7 @@ import torch
 
 from kdcache.data import Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
-from kdcache.heads import SEGMENTATION
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
@@ -20,7 +20,7 @@ from kdcache.models.trust import remember
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.config import TrainConfig, check_flip, check_processes
 from kdcache.train.criterion import make_criterion, needed_arrays
-from kdcache.train.depth_validation import depth_errors, validates_depth
+from kdcache.train.depth_validation import check_depth_labels, depth_errors, validates_depth
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.held_out import check_teacher
 from kdcache.train.input.loader import Draws
@@ -177,7 +177,10 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
         source.dataset.extras = needed_arrays(source.config, source.cache, model)
         if source.cache is not None:
             check_flip(source.given)
-        return make_criterion(source.config, model, source.dataset, device, source.note(observer.note))
+        criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note))
+        if source.config.reads_depth:
+            check_depth_labels(source.dataset, model.regressions[DEPTH])
+        return criterion
 
 
 def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source], config: TrainConfig) -> Criterion:

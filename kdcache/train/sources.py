@@ -92,6 +92,7 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
                 check_logits(cache, needed=given.reads_logits)
             own = given.model_copy(update={"flip": given.flip is not False})
             sources.append(Source(stream, given, own, cache, open_dataset(own, cache), count))
+    _check_both_learn(config, sources)
     return sources
 
 
@@ -277,21 +278,45 @@ def _check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
         )
 
 
-def _check_depth_labels(config: TrainConfig, offered: Sequence[str]) -> None:
-    """Refuse terms on labels of depth for data without. Raises: RecipeError.
+def _check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
+    """Refuse terms on labels of a task for data without. Raises: RecipeError.
 
     Args:
         offered: tasks of which the source has labels.
     """
-    if DEPTH in offered or not (config.reads_depth or DEPTH in config.labels.split("+")):
-        return
-    asked = [] if config.labels == "all" else [f"--labels {config.labels}"]
-    depths = [term.kind for term in config.terms if of_depth(term) and not reads_teacher(term)]
-    raise RecipeError(
-        "terms of depth on labels take a data set with labels of depth, or a store that was built from one",
-        received=f"{', '.join([*asked, *depths])} for data with labels of {', '.join(offered) or 'no task'}",
-        remedy="give such a data set as the source, for instance --data scenes:96x128,depth=exact; or leave depth out",
-    )
+    named = () if config.labels in ("all", "none") else config.labels.split("+")
+    terms = [term for term in config.terms if not reads_teacher(term) and term.weight != 0]
+    for task in (SEGMENTATION, DEPTH):
+        kinds = [term.kind for term in terms if of_depth(term) == (task == DEPTH)]
+        if task in offered or not (kinds or task in named):
+            continue
+        asked = [f"--labels {config.labels}"] if task in named else []
+        example = ", for instance --data scenes:96x128,depth=exact" if task == DEPTH else ""
+        raise RecipeError(
+            f"terms of {task} on labels take a data set with labels of {task}, or a store that was built from one",
+            received=f"{', '.join([*asked, *kinds])} for data with labels of {', '.join(offered) or 'no task'}",
+            remedy=f"give such a data set as the source{example}; or leave {task} out",
+        )
+
+
+def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
+    """Refuse a balance of two tasks where segmentation has neither labels nor targets. Raises: RecipeError."""
+    if len(config.tasks) > 1 and not any(map(_shows_classes, sources)):
+        raise RecipeError(
+            "each of two tasks learns from labels, or from a teacher's targets",
+            received=f"--ce-weight {config.ce_weight:g} and labels of depth alone",
+            remedy="add --ce-weight 0, so that depth alone is learnt; or give data with labels of segmentation",
+        )
+
+
+def _shows_classes(source: Source) -> bool:
+    """Whether a stream has labels of segmentation that are used, or targets of it."""
+    config, cache, split = source.config, source.cache, source.dataset.split
+    if source.stream.weight == 0 or config.reads_logits:
+        return source.stream.weight > 0
+    if SEGMENTATION not in config.label_tasks or config.labels == "none":
+        return False
+    return SEGMENTATION in split.tasks if split is not None else cache is not None and bool(cache.has_label.any())
 
 
 def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
@@ -350,7 +375,7 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
         )
     if config.left_out is not None:
         check_folds(split, *config.left_out[1:])
-    _check_depth_labels(config, split.tasks)
+    _check_tasks(config, split.tasks)
     dataset = LabelledDataset(
         split,
         config.size,
@@ -370,8 +395,7 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
 
 def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
     split = source_split(config, cache)
-    stored = (SEGMENTATION, DEPTH) if "labels/depth" in cache.specs else (SEGMENTATION,)
-    _check_depth_labels(config, stored if split is None else split.tasks)
+    _check_tasks(config, _stored_tasks(cache) if split is None else split.tasks)
     dataset = CacheDataset(
         Records(cache, split),
         augment=config.augment,
@@ -398,6 +422,12 @@ def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
         else:
             check_folds(split, folds, by)
     return dataset
+
+
+def _stored_tasks(cache: Cache) -> tuple[str, ...]:
+    """The tasks of which a store with pixels keeps labels."""
+    classes = (SEGMENTATION,) if cache.manifest.dataset.class_names else ()
+    return (*classes, DEPTH) if "labels/depth" in cache.specs else classes
 
 
 def _labels_of_folds(cache: Cache, folds: int, by: str | None) -> Iterator[Iterator[tuple[int, Array]]]:

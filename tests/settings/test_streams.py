@@ -30,6 +30,9 @@ def test_a_recipe_s_tables_become_lines() -> None:
         "term": ["cosine,student_tap=head", "dice"],
     }
     assert parse_stream("a,term=") == {"name": "a", "term": []}
+    assert parse_stream("a,term=,weight=2") == {"name": "a", "term": [], "weight": "2"}
+    last = to_line({"name": "a", "term": ["dice"], "weight": 0.5})  # the weight of the stream, not of its term
+    assert parse_stream(last) == {"name": "a", "term": ["dice"], "weight": "0.5"}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,10 @@ def test_a_recipe_s_tables_become_lines() -> None:
         ("a,chache=x", "did you mean cache"),
         ("a,lr=0.1", "a setting of the whole training"),
         ("a,mix=cutmix", "a setting of the whole training"),
+        ("a,data=scenes:32x48,train=6,share=0.5", r'"data=scenes:32x48,train=6"'),
+        ("a,data=my,folder", r'"data=my,folder"'),
+        ("a,term=cosine,teacher_tap=head", r'"term=cosine,teacher_tap=head"'),
+        ("a,term=dice,weight=0.5", "put weight=0.5 before term=dice"),
     ],
 )
 def test_malformed_lines_are_refused(line: str, words: str) -> None:

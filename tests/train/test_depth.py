@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdcache.data import Augmentation, open_split
-from kdcache.errors import KDCacheError
+from kdcache.data import Augmentation, open_split, write_scenes
+from kdcache.errors import DataError, KDCacheError, RecipeError
 from kdcache.metrics import DepthMetrics
 from kdcache.models import build_model
 from kdcache.store import Records, open_cache
@@ -128,11 +129,38 @@ def test_a_stream_of_depth_beside_one_of_segmentation(both: dict[str, Any], tmp_
         ({"labels": "segmentation"}, "reads labels of depth"),
         ({"model": "kdcache:tiny"}, "head depth"),
         ({"method": "none", "labels": "depth", "data": "scenes:32x48,train=6,val=3"}, "labels of segmentation"),
+        ({"data": f"{EXACT},tasks=depth"}, "add --ce-weight 0"),
+        ({"data": f"{EXACT},tasks=depth", "method": "dice+depth-l1"}, "dice for data with labels of depth"),
+        ({"data": f"{EXACT},tasks=depth", "labels": "segmentation", "method": "none"}, "--labels segmentation"),
+        ({"model": "kdcache:hydra,max=0.5"}, r"none in 6 labels: they are .* give the head another maximum"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str, both: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(KDCacheError, match=words):
+    with pytest.raises(KDCacheError) as caught:
         begun(both | {"val": None} | changes, tmp_path / "run")
+    assert re.search(words, str(caught.value), flags=re.DOTALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stream_without_the_labels_of_its_terms_is_named(both: dict[str, Any], tmp_path: Path) -> None:
+    """Cross-entropy may find none in one of several streams, whose labels are void; a term on labels may not."""
+    far = {"name": "far", "data": f"{EXACT},tasks=depth", "method": "depth-l1"}
+    streams = [{"name": "near", "data": EXACT, "method": "none"}, far]
+    settings = both | {"data": None, "val": None, "batch_size": 4}
+    assert begun(settings | {"stream": streams}, tmp_path / "run").criterion.tasks == ("segmentation", "depth")
+    with pytest.raises(RecipeError, match="stream far: dice for data with labels of depth"):
+        begun(settings | {"stream": [streams[0], far | {"method": "dice+depth-l1"}]}, tmp_path / "refused")
+    with pytest.raises(RecipeError, match="add --ce-weight 0"):
+        begun(settings | {"stream": [far, {**far, "name": "other"}]}, tmp_path / "refused")
+
+
+def test_labels_of_depth_without_a_known_pixel_are_refused(both: dict[str, Any], tmp_path: Path) -> None:
+    root = write_scenes(tmp_path / "data", EXACT)
+    files = sorted((root / "depth" / "train").iterdir())
+    for path in files:
+        np.save(path, np.full_like(np.load(path), np.nan))
+    with pytest.raises(DataError, match="no pixel has a known depth"):
+        begun(both | {"data": str(root), "val": None}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
