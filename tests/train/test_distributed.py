@@ -316,6 +316,26 @@ def test_two_processes_train_as_one(
     assert files[0] == files[1]
 
 
+def test_two_processes_learn_the_balance_of_two_tasks_as_one(
+    uneven: dict[str, Any], go: Callable[..., Ended], tmp_path: Path, read_metrics: Read
+) -> None:
+    """Half of the samples have labels of each task, so that the processes count different numbers of pixels of both."""
+    data = "scenes:32x48,train=6,val=3,depth=exact,tasks=halves"
+    settings = uneven | {"cache": None, "data": data, "val": data, "size": "32x48", "model": "kdcache:tiny+depth"}
+    settings |= {"method": "depth-silog", "balance": "uncertainty"}
+    for name, ranks in (("one", 1), ("two", 2)):
+        ended = go(settings, tmp_path / name, ranks)
+        assert ended.codes == [0] * ranks, ended.err
+    close(tmp_path / "one", tmp_path / "two", read_metrics)
+    for task in ("segmentation", "depth"):
+        one, two = (
+            [line["tasks"][task]["weight"] for line in read_metrics(tmp_path / name, "train")]
+            for name in ("one", "two")
+        )
+        assert two == pytest.approx(one, rel=LOSS)
+        assert one[-1] != pytest.approx(one[0], rel=1e-4)  # it is learnt
+
+
 def test_parts_of_the_shares_of_two_processes_are_the_batch(
     uneven: dict[str, Any], go: Callable[..., Ended], tmp_path: Path, read_metrics: Read
 ) -> None:

@@ -89,6 +89,25 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
 
 
+OF_TWO_TASKS = {"val/miou", "val/acc", "val/seg_miou", "val/depth_rmse"} | {
+    f"train/{room}/{task}" for room in ("balance", "gradients") for task in ("segmentation", "depth")
+}
+"""Names under which a training of two tasks is looked for."""
+
+
+@pytest.fixture
+def two_tasks(settings: dict[str, Any]) -> dict[str, Any]:
+    """A training of segmentation and depth, validated on both."""
+    data = "scenes:32x48,train=6,val=3,depth=exact"
+    return settings | {
+        "verb": "train-student",
+        "model": "kdcache:tiny+depth",
+        "data": data,
+        "val": data,
+        "method": "depth-silog",
+    }
+
+
 # --- what is sent ------------------------------------------------------------------------------------------
 
 
@@ -191,11 +210,9 @@ def test_a_missing_package_is_named_before_anything_is_written(
 
 
 def test_two_tasks_reach_their_names_also_those_of_the_moving_average(
-    settings: dict[str, Any], tmp_path: Path, memory: list[Memory], read_metrics: Read
+    two_tasks: dict[str, Any], tmp_path: Path, memory: list[Memory], read_metrics: Read
 ) -> None:
-    data = "scenes:32x48,train=6,val=3,depth=exact"
-    both = {"verb": "train-student", "model": "kdcache:tiny+depth", "data": data, "val": data, "method": "depth-silog"}
-    go(settings | both | {"log": "wandb", "gradients_every": 3, "ema": 0.5}, tmp_path / "run")
+    go(two_tasks | {"log": "wandb", "gradients_every": 3, "ema": 0.5}, tmp_path / "run")
     sent: dict[str, list[float]] = {}
     for _, row in memory[0].rows:
         for name, value in row.items():
@@ -268,6 +285,12 @@ def test_loggers_may_change_on_resume(student: dict[str, Any], tmp_path: Path) -
     assert [step for step, _ in scalars(tmp_path)["train/loss"]] == [4, 5, 6]
 
 
+def test_tensorboard_shows_two_tasks_under_their_names(two_tasks: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    go(two_tasks | {"log": "tensorboard"}, tmp_path / "run")
+    assert scalars(tmp_path / "run").keys() >= OF_TWO_TASKS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("configured", [True, False])
 def test_wandb_goes_on_in_the_same_run_and_sends_nothing(
@@ -316,3 +339,34 @@ def test_trackio_has_the_run(
     assert {name for name, _, _ in rows} == {"my-run"}
     losses = {step for _, step, values in rows if "train/loss" in str(values)}
     assert losses == {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.slow
+def test_wandb_has_two_tasks_under_their_names(
+    two_tasks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = tmp_path / "run"
+    go(two_tasks | {"log": "wandb"}, run)
+    written = b"".join(path.read_bytes() for path in (run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [name for name in sorted(OF_TWO_TASKS) if name.encode() not in written] == []
+
+
+@pytest.mark.slow
+def test_trackio_has_two_tasks_under_their_names(
+    two_tasks: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: Callable[..., Any]
+) -> None:
+    pytest.importorskip("trackio")
+    code = (
+        "import json, sys\nfrom kdcache.train import make_config, train\n"
+        "train(make_config(**json.loads(sys.argv[1])), sys.argv[2])"
+    )
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    done = python(code, json.dumps(two_tasks | {"log": ["trackio"]}), str(tmp_path / "my-run"))
+    assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "trackio" / "kdcache.db") as database:
+        rows = [json.loads(values) for (values,) in database.execute("select metrics from metrics")]
+    database.close()
+    assert {name for row in rows for name in row} >= OF_TWO_TASKS
