@@ -279,11 +279,7 @@ def _check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
 
 
 def _check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
-    """Refuse terms on labels of a task for data without. Raises: RecipeError.
-
-    Args:
-        offered: tasks of which the source has labels.
-    """
+    """Refuse terms on labels of a task that is none of `offered`, which the source labels. Raises: RecipeError."""
     named = () if config.labels in ("all", "none") else config.labels.split("+")
     terms = [term for term in config.terms if not reads_teacher(term) and term.weight != 0]
     for task in (SEGMENTATION, DEPTH):
