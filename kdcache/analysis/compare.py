@@ -232,9 +232,7 @@ def choose_control(group: Group, groups: Sequence[Group]) -> Group | None:
     """The control of a row: its model and terms with labels in the teacher's place, of several the one most like it."""
     if group.control or group.teacher or not group.taught:
         return None
-    own = [group.settings.get(key) for key in ("model", "method", "term")]
-    rivals = [other for other in groups if other.control and not other.teacher]
-    rivals = [other for other in rivals if [other.settings.get(key) for key in ("model", "method", "term")] == own]
+    rivals = [other for other in groups if other.control and not other.teacher and other.terms == group.terms]
     return min(rivals, key=group.likeness, default=None)
 
 

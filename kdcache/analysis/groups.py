@@ -44,6 +44,8 @@ _OF_A_TEACHER = ("kl-weight", "temperature")
 """Settings that a run without KL has and does not use: no part of its name."""
 _NAMED = 40
 """Names that a message lists at most."""
+DEPTH_ON_LABELS = ("depth-l1", "depth-berhu", "depth-silog", "depth-gradient")
+"""Terms that compare depth with labels, unless they say `reference=teacher`: without them a model learns no depth."""
 _BARE = ("model", "method", "verb")
 """Settings whose values need no name beside them."""
 
@@ -72,22 +74,70 @@ class Group:
 
     @property
     def taught(self) -> bool:
-        """Whether it learnt by more than cross-entropy; a model without a recipe is no baseline, so it counts, too."""
-        return self.settings.get("method") != "none" or bool(self.settings.get("term"))
+        """Whether it learnt by more than cross-entropy and depth from labels, in any of its streams.
+
+        A model without a recipe is no baseline, so it counts, too.
+        """
+        return not self.settings or any(map(_is_taught, stream_settings(self.settings)))
+
+    @property
+    def terms(self) -> list[tuple[Any, ...]]:
+        """The model, and what each stream learns by, whether from a teacher or from labels in its place."""
+        return [
+            (self.settings.get("model"),),
+            *((own.get("method"), own.get("term")) for own in stream_settings(self.settings)),
+        ]
 
     @property
     def control(self) -> bool:
         """Whether labels stood in the teacher's place."""
         return is_control(self.settings)
 
-    def likeness(self, other: "Group") -> int:
-        """The number of settings, of those that separate rows, in which another row is not like this one."""
-        return sum(other.differs[key] != value for key, value in self.differs.items())
+    def likeness(self, other: "Group") -> float:
+        """The number of settings, of those that separate rows, in which another row is not like this one.
+
+        Streams of the same names count by the share of their settings that differ; a setting of the whole training
+        that every stream has of its own does not count.
+        """
+        streams = [*(self.settings.get("stream") or ()), *(other.settings.get("stream") or ())]
+        both = bool(self.settings.get("stream")) and bool(other.settings.get("stream"))
+        own = {key for key in self.differs if both and all(key in stream for stream in streams)}
+        return sum(
+            _unlike_streams(value, other.differs[key]) if key == "stream" else other.differs[key] != value
+            for key, value in self.differs.items()
+            if key not in own
+        )
+
+
+def stream_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings of each stream of a recipe, those of the whole training where it has none of its own."""
+    streams: Sequence[Mapping[str, Any]] = settings.get("stream") or ({},)
+    return [{**settings, **own} for own in streams]
 
 
 def is_control(settings: Mapping[str, Any]) -> bool:
-    """Whether labels stood in the teacher's place in a run of these settings."""
-    return settings.get("teacher") == "labels"
+    """Whether labels stood in the teacher's place (in all streams of a teacher's terms) in a run of these settings."""
+    if not settings.get("stream"):
+        return settings.get("teacher") == "labels"
+    taught = [own for own in stream_settings(settings) if _is_taught(own)]
+    return bool(taught) and all(own.get("teacher") == "labels" for own in taught)
+
+
+def _is_taught(settings: Mapping[str, Any]) -> bool:
+    """Whether there is a term besides cross-entropy and those that compare depth with labels."""
+    method = str(settings.get("method"))
+    terms = [{"kind": kind} for kind in method.split("+") if kind != "none"] + list(settings.get("term") or ())
+    return any(term["kind"] not in DEPTH_ON_LABELS or term.get("reference", "labels") != "labels" for term in terms)
+
+
+def _unlike_streams(one: Any, other: Any) -> float:
+    """The share of settings in which the streams of two rows differ; 1 for other streams."""
+    ours, theirs = ({table.get("name"): table for table in streams or ()} for streams in (one, other))
+    if ours.keys() != theirs.keys() or not ours:
+        return float(one != other)
+    keys = {(name, key) for tables in (ours, theirs) for name, table in tables.items() for key in table}
+    differing = sum(bool(ours[name].get(key) != theirs[name].get(key)) for name, key in keys)
+    return differing / len(keys)
 
 
 def group_runs(runs: Sequence[Entry], ignore: Iterable[str] = ()) -> tuple[list[Group], list[str]]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from kdcache.analysis.groups import CONTROL, Group, group_runs, nearest
+from kdcache.analysis.compare import choose_baseline, choose_control
+from kdcache.analysis.groups import CONTROL, DEPTH_ON_LABELS, Group, group_runs, nearest
 from kdcache.analysis.runs import Entry
+from kdcache.distill.terms.spec import KINDS, ON_LABELS, TermSpec, reads_teacher
 from kdcache.errors import RecipeError
 from kdcache.run_folder import Run
 
@@ -134,3 +136,47 @@ def test_many_names_are_not_all_listed() -> None:
     assert nearest("kk", ["kl", "none"]) == "did you mean kl?"
     assert nearest("xyz", ["kl", "none"]) == "there are: kl, none"
     assert nearest("xyz", map(str, range(1000))).endswith("39 ...")
+
+
+def rows_of(*runs: Entry) -> dict[str, Group]:
+    return {group.runs[0].name: group for group in group_runs(runs)[0]}
+
+
+def stream(name: str, **settings: Any) -> dict[str, Any]:
+    return {"name": name, "share": 0.5, **settings}
+
+
+def test_a_row_is_plain_by_what_its_streams_learn_from() -> None:
+    """The top-level method says nothing where there are streams."""
+    silog = {"kind": "depth-silog", "reference": "teacher"}
+    plain = [stream("a", method="none"), stream("b", method="depth-silog", data="d")]
+    taught = [stream("a", method="none"), stream("b", method="kl", data="d")]
+    rows = rows_of(
+        run("plain", method="dist", stream=plain),
+        run("taught", method="none", stream=taught),
+        run("other", method="none", stream=[plain[0], stream("b", method="none", term=[silog], data="d")]),
+        run("control", method="none", stream=[taught[0], {**taught[1], "teacher": "labels"}]),
+        run("depth", method="depth-l1+depth-gradient"),
+        run("bare", method="none"),
+    )
+    assert {name: row.taught for name, row in rows.items()} == {
+        "plain": False,
+        "taught": True,
+        "other": True,
+        "control": True,
+        "depth": False,
+        "bare": False,
+    }
+    assert [name for name, row in rows.items() if row.control] == ["control"]
+    groups = list(rows.values())
+    # Of the plain rows the one with streams is most like those with streams; the control has the terms of `taught`.
+    assert choose_baseline(rows["taught"], groups) is rows["plain"]
+    assert choose_baseline(rows["other"], groups) is rows["plain"]
+    assert choose_control(rows["taught"], groups) is rows["control"]
+    assert choose_control(rows["other"], groups) is None
+
+
+def test_terms_of_depth_on_labels_are_those_of_trainings() -> None:
+    for kind in KINDS:
+        on_labels = kind not in ON_LABELS and not reads_teacher(TermSpec(kind))
+        assert on_labels == (kind in DEPTH_ON_LABELS), kind
