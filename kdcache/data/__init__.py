@@ -4,7 +4,7 @@
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
-    draw_window, colour_jitter                what is random for the student
+    draw_window, colour_jitter, RandAugment   what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
     restyle                                   a data set in the style of another one
     folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
@@ -30,6 +30,7 @@ from kdcache.data.rendering.augment import (
     inside_rectangle,
 )
 from kdcache.data.rendering.depth import render_depth, zoom_of
+from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
 from kdcache.data.restyling.restyle import Restyled, Style, restyle
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
@@ -47,6 +48,7 @@ __all__ = [
     "ClassList",
     "DepthReport",
     "Fold",
+    "RandAugment",
     "Restyled",
     "SharedSequence",
     "Split",

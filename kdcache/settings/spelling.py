@@ -156,6 +156,21 @@ def parse_tasks(value: Any) -> Any:
     return "+".join(words)
 
 
+def parse_jitter(value: Any) -> Any:
+    """A strength from 0 to 1, or 'randaugment:N,M' as it stands. Raises: ValueError for anything else."""
+    if isinstance(value, str) and rand_augment(value) is not None:
+        return value
+    if isinstance(value, bool) or not 0 <= (strength := float(value)) <= 1:
+        raise ValueError
+    return strength
+
+
+def rand_augment(text: str) -> tuple[int, int] | None:
+    """Operations and magnitude of 'randaugment:2,9'; None for any other text, and for numbers that it cannot have."""
+    match = re.fullmatch(r"randaugment:([1-9]|1[0-6]),([12]?[0-9]|30)", text.replace(" ", ""))
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
 def parse_schedule(text: str) -> str:
     """'constant', 'fade' or 'warmup:500' as it stands. Raises: ValueError for anything else."""
     if text not in ("constant", "fade") and not warmup_steps(text):
@@ -212,6 +227,15 @@ Colour = Annotated[
 ]
 DistillSchedule = Annotated[
     str, Spelling(parse_schedule, rule="constant, fade or warmup:N, a number of iterations", example="warmup:500")
+]
+Jitter = Annotated[
+    float | str,
+    Spelling(
+        parse_jitter,
+        text_only=False,
+        rule="a strength from 0 to 1, or randaugment:N,M, with 1 to 16 operations and a magnitude of 0 to 30",
+        example="randaugment:2,9",
+    ),
 ]
 Tasks = Annotated[
     str, Spelling(parse_tasks, text_only=False, rule="all, none, or tasks such as segmentation+depth", example="none")

@@ -13,6 +13,7 @@ from kdcache.settings.spelling import (
     Decay,
     DistillSchedule,
     Every,
+    Jitter,
     Logs,
     LrScales,
     Positive,
@@ -175,7 +176,12 @@ class TrainSettings:
         "Random horizontal flip: yes, except where warp would mirror stored features, which needs --flip.",
         default_shown=False,
     )
-    jitter: Annotated[float, Ge(0), Le(1)] = _view(0.3, "Strength of colour jitter; 0 is off.")
+    jitter: Jitter = _view(
+        0.3,
+        "Strength of colour jitter, 0 is off; or randaugment:N,M: N of RandAugment's colour operations, of magnitude M "
+        "of 0 to 30.",
+        metavar="X|randaugment:N,M",
+    )
     mix: str | None = _view(
         None, "Paste between the samples of a batch: cutmix or classmix, with a share as cutmix:0.5."
     )

@@ -12,6 +12,7 @@ from kdcache.data import (
     IGNORE_INDEX,
     Augmentation,
     ClassList,
+    RandAugment,
     Split,
     check_fold_labels,
     check_folds,
@@ -26,6 +27,7 @@ from kdcache.errors import DataError, KDCacheError, MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import read_class_map
 from kdcache.models.class_map import DROPPED
+from kdcache.settings.spelling import rand_augment
 from kdcache.store import Cache, Records, open_cache
 from kdcache.train.config import TrainConfig, check_replays
 from kdcache.train.input.batch import Array
@@ -357,7 +359,15 @@ def _part(config: TrainConfig) -> Part:
 def _augmentation(config: TrainConfig) -> Augmentation:
     if config.augment == "none":
         return Augmentation.off()
-    return Augmentation(scale=config.scale, flip=config.flip is not False, jitter=config.jitter)
+    return Augmentation(scale=config.scale, flip=config.flip is not False, jitter=_jitter(config.jitter))
+
+
+def _jitter(setting: float | str) -> float | RandAugment:
+    if not isinstance(setting, str):
+        return setting
+    operations = rand_augment(setting)
+    assert operations is not None, setting
+    return RandAugment(*operations)
 
 
 def _of_folder(config: TrainConfig) -> LabelledDataset:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 
-from kdcache.data import Augmentation, class_weights, folds_of, open_split
+from kdcache.data import Augmentation, RandAugment, class_weights, folds_of, open_split
 from kdcache.distill import Batch, DistillLoss, Gate, GateSpec
 from kdcache.distill.terms import TermSpec, make_term
 from kdcache.store import Cache, open_cache
@@ -257,6 +257,7 @@ def test_augmentation_is_what_was_asked_for(
     assert drawn(augment="warp") == Augmentation()
     for changes in ({"scale": (0.8, 1.5)}, {"flip": False}, {"jitter": 0.1}):
         assert drawn(augment="warp", **changes) == Augmentation(**changes)
+    assert drawn(augment="warp", jitter="randaugment:3,12") == Augmentation(jitter=RandAugment(3, 12))
     assert drawn(augment="none") == Augmentation.off()
 
 

@@ -6,5 +6,6 @@ compiled.py   the compiled loops of it
 recolour.py   colour jitter
 depth.py      depth labels, and by how much a view is zoomed
 nearest.py    the compiled loops of it
+rand_augment.py  RandAugment's colour operations
 augment.py    what is drawn at random
 """

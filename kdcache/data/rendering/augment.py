@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import Window
 from kdcache.data.sample import Pixels
 
@@ -36,18 +37,19 @@ class Augmentation:
         scale: zoom is uniform in this range, 1 = the whole view, 2 = a window of half its size,
             0.5 = the view at half size amid grey.
         flip: mirror left and right half of the time.
-        jitter: strength of colour jitter, 0 (off) to 1.
+        jitter: strength of colour jitter, 0 (off) to 1; or colour operations of RandAugment.
 
     Raises: ValueError for values outside these ranges.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
     flip: bool = True
-    jitter: float = 0.3
+    jitter: float | RandAugment = 0.3
 
     def __post_init__(self) -> None:
         _check_scale(self.scale)
-        _check_strength(self.jitter)
+        if not isinstance(self.jitter, RandAugment):
+            _check_strength(self.jitter)
 
     @classmethod
     def off(cls) -> Augmentation:
@@ -140,9 +142,9 @@ def id_hash(sample: str) -> int:
 
 
 def colour_jitter(
-    rng: np.random.Generator, pixels_HW3: Pixels, strength: float, *, out: Pixels | None = None
+    rng: np.random.Generator, pixels_HW3: Pixels, strength: float | RandAugment, *, out: Pixels | None = None
 ) -> Pixels:
-    """Change brightness, contrast, saturation and hue at random.
+    """Change brightness, contrast, saturation and hue at random, or do RandAugment's colour operations.
 
     Factors are uniform in [1 - strength, 1 + strength], the hue in +- strength / 6 turns. The contrast pivots
     on the mean grey (of every second pixel and row: a mean needs no more).
@@ -154,6 +156,10 @@ def colour_jitter(
     Returns: uint8 (H, W, 3).
     Raises: ValueError for a strength outside 0..1.
     """
+    if isinstance(strength, RandAugment):
+        words = rng.random(4).view(np.uint64)  # as many as below, however many operations there are
+        result = strength(np.random.default_rng(words), pixels_HW3)
+        return result if out is None else _copied(result, out)
     _check_strength(strength)
     brightness, contrast, saturation, hue = rng.uniform(-strength, strength, 4).tolist()
     if strength == 0:
@@ -165,6 +171,11 @@ def colour_jitter(
         result[...] = pixels_HW3
     recolour(result, brightness, contrast, saturation, hue * HUE_TURNS_PER_STRENGTH, LUMA)
     return result
+
+
+def _copied(pixels_HW3: Pixels, out: Pixels) -> Pixels:
+    out[...] = pixels_HW3
+    return out
 
 
 def _check_scale(scale: tuple[float, float]) -> None:
