@@ -140,7 +140,7 @@ def test_rooms_form_no_circle() -> None:
 ORDER = [
     ("store.format", "store.backend", "store"),
     ("teacher.load", "teacher.build", "teacher.audit"),
-    ("train.input", "train.config", "train.step", "train.run", "train.trainer", "train.api"),
+    ("train.input", "train.config", "train.step", "train.run", "train.sources", "train.trainer", "train.api"),
     ("bench.timing", "bench.kernels", "bench.loader"),
     ("analysis", "analysis.report"),
 ]
@@ -371,6 +371,7 @@ LISTED = [
     "train",
     "train.input",
     "train.run",
+    "train.sources",
     "train.step",
 ]
 

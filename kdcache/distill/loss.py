@@ -358,7 +358,7 @@ class DistillLoss(nn.Module):
             flip=batch.flip,
             zoom=batch.zoom,
             own=batch.own,
-            shown=self._masks.shown(batch) if self.heads else None,
+            shown=self._masks.shown(batch) if any(term.reads_shown for term in self._terms()) else None,
             heads={
                 name: HeadBatch(outputs.heads.get(name), batch.labels.get(name), targets.get(name))
                 for name in self.heads

@@ -1,10 +1,10 @@
 """Training: one trainer for teachers and students.
 
     config.py        the settings (= the flags, = recipe.toml), and which do not go together
+    checks.py        whether they go together with the data and the processes
     streams.py       the settings of each of several sources
     term_setting.py  a term of the loss as a setting; the balance of tasks
     ranges.py        the values that a setting takes, in words
-    sources.py       the training and validation data of the settings
     api.py           from settings to a run
     criterion.py     the loss that the settings describe
     class_trust.py   a weight per class of the teacher, by how far it beats a plain run
@@ -14,6 +14,7 @@
     depth_validation.py  metrics of a depth head
     distributed.py   the processes of torchrun, and what they agree on
     interrupt.py     requests to stop a training
+    sources/         the training and validation data of the settings
     input/           from samples to batches on the device
     step/            one optimizer step: eager, compiled, graphed, in parts, in several processes
     run/             the folder of a run: checkpoints, logs, lock

@@ -18,7 +18,8 @@ from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
 from kdcache.models.trust import remember
 from kdcache.store.backend.durable import disk_space_errors
-from kdcache.train.config import TrainConfig, check_flip, check_processes
+from kdcache.train.checks import check_flip, check_processes, check_supervised
+from kdcache.train.config import TrainConfig
 from kdcache.train.criterion import make_criterion, needed_arrays
 from kdcache.train.depth_validation import check_depth_labels, depth_errors, validates_depth
 from kdcache.train.distributed import World, pick_device, processes
@@ -82,6 +83,7 @@ def make_trainer(
             world.check_batch_size(config.batch_size, 1 if config.mix is None else 2, config.accumulate)
         for stream in config.streams:
             check_processes(stream.config, world.size)
+        check_supervised(config)
         check_loggers(config.log)
         device = pick_device(config.device, world)
         choose_step(config.step, device, world.size)

@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from kdcache.data import Fold, check_folds_by, parse_fold
 from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, check_terms, parse_method
-from kdcache.distill.terms.spec import compares_features, of_depth, reads_logits, reads_teacher
+from kdcache.distill.terms.spec import (
+    ON_PREDICTIONS,
+    of_depth,
+    reads_labels,
+    reads_logits,
+    reads_teacher,
+)
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.run_folder import RECIPE, Run
@@ -116,6 +122,19 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     def teaches(self) -> bool:
         """Whether anything is learnt from a teacher, or from labels in its place."""
         return self.wants_kl or any(map(reads_teacher, self.terms))
+
+    @property
+    def learns_unlabelled(self) -> bool:
+        """Whether samples without a label teach: by a store's targets, or by a term on predictions alone."""
+        return self.reads_targets or any(term.kind in ON_PREDICTIONS and term.weight != 0 for term in self.terms)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether classes or depth are learnt from labels or from a teacher, by any stream."""
+        if self.stream:
+            return any(stream.weight > 0 and stream.config.supervised for stream in self.streams)
+        on_labels = self.ce_weight > 0 or any(reads_labels(term) and term.weight != 0 for term in self.terms)
+        return self.teaches or (self.labels != "none" and on_labels)
 
     @property
     def reads_targets(self) -> bool:
@@ -261,45 +280,6 @@ def read_config(run: Path) -> TrainConfig:
             received=f"{path}: {wrong.received}; {wrong.rule}" if recipe else f"{path} is empty",
             remedy="restore it from a copy, or begin again in another --out",
         ) from error
-
-
-def check_flip(config: TrainConfig) -> None:
-    """Check that stored features are mirrored only with `--flip`, while pixels are by default.
-
-    Features of a mirrored image are not the mirrored features, of transformers least of all.
-
-    Args:
-        config: settings whose augment is not auto.
-    Raises: RecipeError for stored features that would be mirrored without `--flip`.
-    """
-    stored = [term.kind for term in config.terms if compares_features(term)]
-    if config.flip is None and config.augment == "warp" and stored and config.cache is not None:
-        raise RecipeError(
-            "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
-            received=f"{', '.join(stored)} with --augment warp without --flip or --no-flip",
-            remedy="use --no-flip; or --flip, for a convolutional teacher that hardly minds; or replay stored --views",
-        )
-
-
-def check_replays(config: TrainConfig) -> None:
-    """Raises: RecipeError for a number of views where no view is replayed. The config's augment is not auto."""
-    if config.limit_views is not None and config.augment != "replay":
-        raise RecipeError(
-            "--limit-views says how many of the stored views are replayed",
-            received=f"--limit-views {config.limit_views} with --augment {config.augment}: whole images alone",
-            remedy="leave it out, or use --augment replay with a store of several --views",
-        )
-
-
-def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raises: RecipeError for what several processes cannot compute as one would."""
-    quantiles = [term.kind for term in config.terms if term.quantile is not None]
-    if processes > 1 and quantiles:
-        raise RecipeError(
-            "several processes train as one would, and a quantile is one of a whole batch",
-            received=f"{', '.join(quantiles)} by quantile with {processes} processes, each of which sees its own part",
-            remedy="give a threshold instead, or use one process",
-        )
 
 
 def _check_run(config: TrainConfig) -> None:

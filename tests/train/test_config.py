@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kdcache.errors import RecipeError
 from kdcache.train import TrainConfig, make_config, read_config
-from kdcache.train.config import check_flip, check_processes
+from kdcache.train.checks import check_flip, check_processes
 
 BASE: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": "x.zarr", "val": "x"}
 NAN, INFINITY = float("nan"), float("inf")

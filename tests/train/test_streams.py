@@ -29,6 +29,7 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
 from kdcache.train.input.loader import Draws
 from kdcache.train.input.streams import stream_seed
+from kdcache.train.sources import open_sources
 from kdcache.train.trainer import Trainer
 
 SCENES, OTHERS = "scenes:32x48,train=6,val=3", "scenes:32x48,train=5,val=3"
@@ -396,3 +397,21 @@ def test_bad_streams_are_refused(changes: dict[str, Any], words: str, student: d
     with pytest.raises(KDCacheError, match=words):
         begun(student | {"batch_size": 4} | changes, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["data", "cache"])
+def test_a_stream_without_labels_teaches_by_its_entropy(
+    plain: dict[str, Any], cache_path: Path, tmp_path: Path, read_metrics: Read, source: str
+) -> None:
+    """All of its images count, and the student decides on them."""
+    unlabelled = {"name": "b", source: OTHERS if source == "data" else str(cache_path), "labels": "none"}
+    unlabelled |= {"method": "none", "term": ["entropy,weight=1"]}
+    settings = plain | {"val": None, "iterations": 60, "lr": 1e-2, "stream": [plain["stream"][0], unlabelled]}
+    config = make_config(**settings)
+    assert len(open_sources(config, 1)[1].dataset) == (5 if source == "data" else 6)
+    train(config, tmp_path / "run")
+    entropies = [line["b/entropy"] for line in read_metrics(tmp_path / "run", "train")]
+    assert 0 < entropies[-1] < 0.7 * entropies[0] < 0.7
+    alone = settings | {"stream": [unlabelled]}
+    with pytest.raises(RecipeError, match="streams b, of which none has either"):
+        begun(alone, tmp_path / "alone")

@@ -10,6 +10,7 @@
 | `dist` | how predictions vary over classes and over cells | the target's cells |
 | `dkd` | target class and other classes apart | the target's cells |
 | `dice`, `lovasz` | how predictions and labels overlap, without a teacher | the label's pixels |
+| `entropy` | how undecided predictions are, without a teacher or labels | the label's pixels |
 | `depth-l1`, `depth-berhu`, `depth-silog` | depth in metres with labels, or a teacher's | the label's pixels |
 | `depth-ssi`, `depth-gradient` | the shape of depth, likewise | the label's pixels |
 

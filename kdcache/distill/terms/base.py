@@ -55,7 +55,7 @@ class TermBatch:
         counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
             label); None is all.
         window, flip, zoom, own: as in `Batch`.
-        shown: (B, H, W) bool, which pixels show the image; None is all.
+        shown: (B, H, W) bool, which pixels show the image, for terms that read it; None is all.
         heads: heads beside segmentation, by name.
     """
 
@@ -90,12 +90,14 @@ class Term(nn.Module):
         weight, temperature: the spec's, or the kind's default. Default weights give a gradient over the student's
             parameters that compares with CE's. The docstrings say how: mean over batches of CamVid at 144x192, teacher
             kdcache:base at stride 4, student kdcache:tiny after 150 and 650 steps.
+        reads_shown: whether it reads `TermBatch.shown`.
         gather: concatenates a tensor over the processes along its first axis, in which the own part alone carries a
             gradient; None when there is one.
     """
 
     default_weight: ClassVar[float] = 1.0
     default_temperature: ClassVar[float] = 1.0
+    reads_shown: ClassVar[bool] = False
 
     def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = ()) -> None:
         super().__init__()

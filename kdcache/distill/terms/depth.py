@@ -43,6 +43,8 @@ class DepthTerm(Term):
             corners.
     """
 
+    reads_shown = True
+
     def __init__(
         self,
         spec: TermSpec,

@@ -9,18 +9,18 @@ from kdcache.distill.terms.base import Term, TermTargets
 from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
 from kdcache.distill.terms.decoupled import Decoupled
 from kdcache.distill.terms.depth import DEPTH_TERMS
+from kdcache.distill.terms.entropy import Entropy
 from kdcache.distill.terms.features import Cosine, Hint, Projected
 from kdcache.distill.terms.needs import arrays_of, check_student, depth_head, resolve_taps
 from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
 from kdcache.distill.terms.pseudo import Pseudo
-from kdcache.distill.terms.relations import Relations
-from kdcache.distill.terms.similarity import Similarity
+from kdcache.distill.terms.relations import Relations, Similarity
 from kdcache.distill.terms.spec import TermSpec, compares_features, of_depth, reads_teacher
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
 
 _PROJECTED: dict[str, type[Projected]] = {"hint": Hint, "cosine": Cosine, "cwd": ChannelFeatures}
-_ON_LABELS: dict[str, type[Overlap]] = {"dice": Dice, "lovasz": Lovasz}
+_WITHOUT_TEACHER: dict[str, type[Overlap | Entropy]] = {"dice": Dice, "lovasz": Lovasz, "entropy": Entropy}
 _PLAIN: dict[str, type[Term]] = {
     "at": Attention,
     "sp": Similarity,
@@ -82,8 +82,8 @@ def make_term(
             align_corners=align_corners,
             teacher_align_corners=taught and targets.manifest.heads[DEPTH].align_corners,
         )
-    if spec.kind in _ON_LABELS:
-        return _ON_LABELS[spec.kind](spec, targets, align_corners=align_corners)
+    if spec.kind in _WITHOUT_TEACHER:
+        return _WITHOUT_TEACHER[spec.kind](spec, targets, align_corners=align_corners)
     if spec.kind in _PROJECTED and compares_features(spec):
         assert spec.student_tap is not None and spec.teacher_tap is not None  # noqa: PT018 - just resolved
         return _PROJECTED[spec.kind](

@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dkd": ("temperature", "alpha", "beta"),
     "dice": (),
     "lovasz": (),
+    "entropy": (),
     "depth-l1": ("reference",),
     "depth-berhu": ("reference",),
     "depth-silog": ("reference",),
@@ -39,6 +40,8 @@ CHOICES = {
 FUSED = ("ce", "kl")
 ON_LABELS = ("dice", "lovasz")
 """Kinds of terms that learn from labels alone, without a teacher."""
+ON_PREDICTIONS = ("entropy",)
+"""Kinds of terms that learn from the student's predictions alone, without a teacher or a label."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,12 @@ def reads_teacher(spec: TermSpec) -> bool:
         # What aligns scale and shift is for teachers whose depth has none of its own.
         default = "teacher" if spec.kind == "depth-ssi" else "labels"
         return (spec.reference or default) == "teacher"
-    return spec.kind not in ON_LABELS
+    return spec.kind not in (*ON_LABELS, *ON_PREDICTIONS)
+
+
+def reads_labels(spec: TermSpec) -> bool:
+    """Whether a term learns from labels."""
+    return not reads_teacher(spec) and spec.kind not in ON_PREDICTIONS
 
 
 def reads_logits(spec: TermSpec) -> bool:

@@ -141,16 +141,6 @@ class CacheDataset(DrawnDataset):
         pixels = PIXEL_PATHS if DEPTH not in self.tasks else (*PIXEL_PATHS, DEPTH_PATH)
         return (*self.target_paths, *self.extras, *(() if self.split else pixels))
 
-    @property
-    def label_flags(self) -> npt.NDArray[np.bool_] | None:
-        if self._complete:
-            return None
-        return np.array([self._has_label(number) for number in self.indices], np.bool_)
-
-    @property
-    def labelled(self) -> list[int]:
-        return [number for number in self.indices if self._has_label(number)]
-
     def sample_id(self, index: int) -> str:
         return self.cache.ids[self.indices[index]]
 
@@ -213,7 +203,6 @@ class CacheDataset(DrawnDataset):
         self._finish(rng, out)
 
     def _has_label(self, number: int, task: str | None = None) -> bool:
-        """Whether a sample has a label that is used, of a task or of any."""
         tasks = self.tasks if task is None else (task,)
         return number in self._labels_used and any(task in self._flags and self._flags[task][number] for task in tasks)
 

@@ -7,7 +7,7 @@ draws the same whether it reads targets or not, so that runs with and without di
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,8 @@ class DrawnDataset(Dataset[Batch], ABC):
     remote: bool = False
     heads: tuple[str, ...] = ()
     target_paths: tuple[str, ...] = ()
+    _complete = True
+    """Whether every sample has a label that is used."""
 
     def __init__(
         self,
@@ -97,7 +99,9 @@ class DrawnDataset(Dataset[Batch], ABC):
     @property
     def label_flags(self) -> npt.NDArray[np.bool_] | None:
         """Whether each sample has a label, (len(self),) bool; None when all have."""
-        return None
+        if self._complete:
+            return None
+        return np.array([self._has_label(number) for number in self.indices], np.bool_)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -107,7 +111,7 @@ class DrawnDataset(Dataset[Batch], ABC):
     @property
     def labelled(self) -> Sequence[int]:
         """The samples of `indices` with a label of a task that is used."""
-        return self.indices
+        return [number for number in self.indices if self._has_label(number)]
 
     @property
     def labels_used(self) -> npt.NDArray[np.bool_]:
@@ -152,6 +156,10 @@ class DrawnDataset(Dataset[Batch], ABC):
             return iter(())
         labels = prefetch(self.split.label, self.labelled, threads=2, ahead=8)
         return (label for label in labels if label is not None)
+
+    @abstractmethod
+    def _has_label(self, number: int, task: str | None = None) -> bool:
+        """Whether a sample of the source has a label that is used, of a task or of any."""
 
     @abstractmethod
     def sample_id(self, index: int) -> str:
@@ -207,11 +215,12 @@ class DrawnDataset(Dataset[Batch], ABC):
 
 
 class LabelledDataset(DrawnDataset):
-    """The labelled samples of a split, for training without a teacher.
+    """The samples of a split, for training without a teacher.
 
     Args:
         part: which samples of the split; default all.
-        tasks, depth_zoom: as of `DrawnDataset`; a sample without a label of any of the tasks is left out.
+        tasks, depth_zoom: as of `DrawnDataset`.
+        labelled_only: whether samples without a label of any of the tasks are left out.
     """
 
     def __init__(
@@ -223,15 +232,15 @@ class LabelledDataset(DrawnDataset):
         part: Part | None = None,
         tasks: Sequence[str] = (SEGMENTATION,),
         depth_zoom: DepthZoom = "none",
+        labelled_only: bool = True,
     ) -> None:
         super().__init__(size, Augmentation() if augmentation is None else augmentation, tasks, depth_zoom)
         self.split: Split = split
         used = (Part() if part is None else part).choose(split.ids)
-        self.indices = [
-            index
-            for index in used.samples
-            if any(split.has_label(index, task) for task in tasks) and index in used.labelled
-        ]
+        self._labels_used = used.labelled
+        labelled = [number for number in used.samples if self._has_label(number)]
+        self._complete = labelled_only or len(labelled) == len(used.samples)
+        self.indices = labelled if self._complete else used.samples
 
     @property
     def own_classes(self) -> ClassList:
@@ -244,15 +253,25 @@ class LabelledDataset(DrawnDataset):
     def sample_id(self, index: int) -> str:
         return self.split.ids[self.indices[index]]
 
+    def _has_label(self, number: int, task: str | None = None) -> bool:
+        tasks = self.tasks if task is None else (task,)
+        return number in self._labels_used and any(
+            task in self.tasks and self.split.has_label(number, task) for task in tasks
+        )
+
+    def _label(self, number: int, task: str) -> npt.NDArray[Any] | None:
+        """A label that is used; None where there is none."""
+        return self.split.label(number, task) if self._has_label(number, task) else None
+
     def draw_into(self, index: int, epoch: int, rng: np.random.Generator, out: Row) -> None:
         source = self.indices[index]
         image = self.split.image(source)
-        label = self.split.label(source) if SEGMENTATION in self.tasks else None
+        label = self._label(source, SEGMENTATION)
         window, flip = self._window(rng, *image.shape[:2])
         render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
         if out.depth is not None:
             zoom = zoom_of(window, (image.shape[0], image.shape[1])) if self.depth_zoom == "divide" else 1.0
-            metres = self.split.label(source, "depth")
+            metres = self._label(source, DEPTH)
             render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
         colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
         self._finish(rng, out)

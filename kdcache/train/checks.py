@@ -1,0 +1,56 @@
+"""Whether settings go together once the data, their augmentation and the number of processes are known."""
+
+from kdcache.distill.terms.spec import compares_features
+from kdcache.errors import RecipeError
+from kdcache.train.config import TrainConfig
+
+
+def check_flip(config: TrainConfig) -> None:
+    """Check that stored features are mirrored only with `--flip`, while pixels are by default.
+
+    Features of a mirrored image are not the mirrored features, of transformers least of all.
+
+    Args:
+        config: settings whose augment is not auto.
+    Raises: RecipeError for stored features that would be mirrored without `--flip`.
+    """
+    stored = [term.kind for term in config.terms if compares_features(term)]
+    if config.flip is None and config.augment == "warp" and stored and config.cache is not None:
+        raise RecipeError(
+            "a mirrored image's features are not the mirrored features of the image, which is all that warp can make",
+            received=f"{', '.join(stored)} with --augment warp without --flip or --no-flip",
+            remedy="use --no-flip; or --flip, for a convolutional teacher that hardly minds; or replay stored --views",
+        )
+
+
+def check_replays(config: TrainConfig) -> None:
+    """Raises: RecipeError for a number of views where no view is replayed. The config's augment is not auto."""
+    if config.limit_views is not None and config.augment != "replay":
+        raise RecipeError(
+            "--limit-views says how many of the stored views are replayed",
+            received=f"--limit-views {config.limit_views} with --augment {config.augment}: whole images alone",
+            remedy="leave it out, or use --augment replay with a store of several --views",
+        )
+
+
+def check_supervised(config: TrainConfig) -> None:
+    """Raises: RecipeError for terms on predictions alone, to which any one class everywhere is as good as the truth."""
+    if not config.supervised:
+        raise RecipeError(
+            "something is learnt from labels, or from a teacher",
+            received=f"--method {config.method} with --labels {config.labels} and --ce-weight {config.ce_weight:g}"
+            if not config.stream
+            else f"streams {', '.join(stream.name for stream in config.streams)}, of which none has either",
+            remedy="add a stream with labels, or a --method that has a teacher",
+        )
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """Raises: RecipeError for what several processes cannot compute as one would."""
+    quantiles = [term.kind for term in config.terms if term.quantile is not None]
+    if processes > 1 and quantiles:
+        raise RecipeError(
+            "several processes train as one would, and a quantile is one of a whole batch",
+            received=f"{', '.join(quantiles)} by quantile with {processes} processes, each of which sees its own part",
+            remedy="give a threshold instead, or use one process",
+        )

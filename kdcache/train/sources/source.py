@@ -1,0 +1,121 @@
+"""The data of every stream of a training: a store or a data folder to draw from."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kdcache.errors import KDCacheError, RecipeError
+from kdcache.heads import SEGMENTATION
+from kdcache.store import Cache
+from kdcache.train.checks import check_replays
+from kdcache.train.config import TrainConfig
+from kdcache.train.input.cache_dataset import choose_augment
+from kdcache.train.input.dataset import DrawnDataset
+from kdcache.train.run.monitor import check_logits
+from kdcache.train.sources.samples import drawn_scale, open_dataset, open_store
+from kdcache.train.streams import Stream, in_stream
+
+
+@dataclass
+class Source:
+    """The data of a stream.
+
+    Attributes:
+        stream: name, weight and class map.
+        given: the stream's settings, with `augment` resolved; `flip` is as the user gave it.
+        config: the same with `flip` resolved, and whatever else depends on the data.
+        rows: its rows of every batch.
+    """
+
+    stream: Stream[TrainConfig]
+    given: TrainConfig
+    config: TrainConfig
+    cache: Cache | None
+    dataset: DrawnDataset
+    rows: int
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors inside name the stream."""
+        with _named(self.stream.name):
+            yield
+
+    def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
+        """A receiver of notes that names the stream."""
+        name = self.stream.name
+        return (lambda text: note(f"stream {name}: {text}")) if name else note
+
+
+def open_sources(config: TrainConfig, parts: int) -> list[Source]:
+    """Open and check the data of every stream.
+
+    Args:
+        parts: number of processes times parts that share every batch.
+    Raises: KDCacheError of every kind, with the name of the stream.
+    """
+    rows = config.rows(parts) if config.stream else [config.batch_size]
+    opened = []
+    for stream in config.streams:
+        with _named(stream.name):
+            opened.append((stream, open_store(stream.config)))
+    size = _shared_size(config, [cache for _, cache in opened]) if config.stream else config.size
+    sources = []
+    for (stream, cache), count in zip(opened, rows, strict=True):
+        with _named(stream.name):
+            augment = choose_augment(stream.config.augment, cache)
+            given = stream.config.model_copy(
+                update={"augment": augment, "size": size, "scale": drawn_scale(stream.config)}
+            )
+            check_replays(given)
+            if cache is not None and given.reads_targets:
+                check_logits(cache, needed=given.reads_logits)
+            own = given.model_copy(update={"flip": given.flip is not False})
+            sources.append(Source(stream, given, own, cache, open_dataset(own, cache), count))
+    _check_both_learn(config, sources)
+    return sources
+
+
+def _shared_size(config: TrainConfig, caches: Sequence[Cache | None]) -> tuple[int, int] | None:
+    """(H, W) of the pixels of all streams: as it is given, or that of the stores' views.
+
+    Raises: RecipeError for views of several sizes.
+    """
+    sizes = dict.fromkeys(cache.view_size for cache in caches if cache is not None)
+    if config.size is None and len(sizes) > 1:
+        texts = [f"{height}x{width}" for height, width in sizes]
+        raise RecipeError(
+            "all streams have pixels of one size",
+            received=f"stores with views of {' and '.join(texts)}, and no --size",
+            remedy=f"add --size {texts[0]}",
+        )
+    return config.size or next(iter(sizes), None)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except KDCacheError as error:
+        if not name:
+            raise
+        raise in_stream(name, error) from error
+
+
+def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
+    """Refuse a balance of two tasks where segmentation has neither labels nor targets. Raises: RecipeError."""
+    if len(config.tasks) > 1 and not any(map(_shows_classes, sources)):
+        raise RecipeError(
+            "each of two tasks learns from labels, or from a teacher's targets",
+            received=f"--ce-weight {config.ce_weight:g} and labels of depth alone",
+            remedy="add --ce-weight 0, so that depth alone is learnt; or give data with labels of segmentation",
+        )
+
+
+def _shows_classes(source: Source) -> bool:
+    """Whether a stream has labels of segmentation that are used, or targets of it."""
+    config, cache, split = source.config, source.cache, source.dataset.split
+    if source.stream.weight == 0 or config.reads_logits:
+        return source.stream.weight > 0
+    if SEGMENTATION not in config.label_tasks or config.labels == "none":
+        return False
+    return SEGMENTATION in split.tasks if split is not None else cache is not None and bool(cache.has_label.any())

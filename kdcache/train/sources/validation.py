@@ -1,0 +1,53 @@
+"""What a training is validated on."""
+
+import itertools
+
+from kdcache.data import ClassList, Split, fold_alone, open_split, shared_sequences
+from kdcache.errors import MismatchError
+from kdcache.train.config import TrainConfig
+from kdcache.train.input.dataset import DrawnDataset
+
+
+def open_validation(config: TrainConfig) -> Split | None:
+    """Open the split that a training is validated on, or its fold `--val-fold`; None without `--val`."""
+    if config.val is None:
+        return None
+    split = open_split(config.val, config.val_split)
+    return split if config.validated_fold is None else fold_alone(split, *config.validated_fold)
+
+
+def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> None:
+    """Raises: MismatchError when the classes of the validation data are not those of the training."""
+    if split.classes.names != classes.names:
+        raise MismatchError(
+            "training and validation have the same classes in the same order",
+            received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",
+            remedy="give the validation data of the same class list",
+        )
+
+
+def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:
+    """A warning that names the sequences of which the training sees some samples and is judged on others, or None.
+
+    The judge is the validation data, and the fold that is left out. `shared_sequences` has the rule for ids without
+    `--folds-by`.
+    """
+    source = dataset.cache or dataset.split
+    assert source is not None
+    judges, judged = [], list[str]()
+    if val is not None:
+        judges.append("validation")
+        judged += val.ids
+    if config.left_out is not None:
+        judges.append(f"fold {config.fold}")
+        judged += itertools.compress(source.ids, config.left_out.holds(source.ids))
+    shared = shared_sequences(source.ids, dataset.indices, list(dict.fromkeys(judged)), config.folds_by)
+    if not shared:
+        return None
+    some = [f"{name} ({count} judged, {trained} trained on)" for name, count, trained in shared[:5]]
+    more = f" and {len(shared) - len(some)} more" if len(shared) > len(some) else ""
+    return (
+        f"training and what judges it ({' and '.join(judges)}) share sequences: {', '.join(some)}{more}. Frames of one "
+        "video are alike, so the score says little about other videos. Remedy: judge on other sequences, which "
+        "--folds-by PATTERN (for instance '^(.+)_') keeps whole in a fold"
+    )
