@@ -221,9 +221,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {stage: {arm: interval(values) for arm, values in arms.items()} for stage, arms in scores.items()}
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return {"mean": round(float(np.mean(values)), 2), "half": round(float(half), 2), "runs": len(values)}
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and half the width of its 95 % interval over seeds, which one run does not have."""
+    n = len(values)
+    half = round(float(t_quantile(n - 1) * np.std(values, ddof=1) / n**0.5), 2) if n > 1 else None
+    return {"mean": round(float(np.mean(values)), 2), "half": half, "runs": n}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from kdcache.data import ClassList
 from kdcache.distill import SEGMENTATION, Batch, Target
+from kdcache.distill.terms.base import MAXIMUM
 from kdcache.models import SegmentationModel
 from kdcache.run_folder import Run
 from kdcache.teacher import load_teacher
@@ -55,7 +56,10 @@ class LiveStep(EagerStep):
             pixels = resized.round().to(pixels.dtype).permute(0, 2, 3, 1)
         logits = teach(self._teacher, pixels, (), self._precision, self.device, grid).logits
         values, _, _ = pack(logits, logits.shape[1])
-        return replace(batch, targets={SEGMENTATION: Target(values)}, window=None, flip=None)
+        arrays = {
+            path: logits.amax(1).to(array.dtype) if path == MAXIMUM else array for path, array in batch.arrays.items()
+        }
+        return replace(batch, targets={SEGMENTATION: Target(values)}, arrays=arrays, window=None, flip=None)
 
 
 def main() -> None:

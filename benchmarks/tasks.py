@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=3000)
-    parser.add_argument("--teacher-iterations", type=int, default=6000)
+    parser.add_argument("--teacher-iterations", type=int, default=3000)
     parser.add_argument("--only", action="append", metavar="ARM", choices=tuple(ARMS), help="these arms alone")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after so long")
     parser.add_argument("--repeats", type=int, default=50, help="timed calls of each network")
