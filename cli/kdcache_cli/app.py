@@ -31,6 +31,7 @@ from kdcache_cli.verbs import (
     plan,
     predict,
     report,
+    self_train,
     sweep,
     train_student,
     train_teacher,
@@ -82,6 +83,7 @@ app.command("build-teacher-cache", context_settings=build_flags.ALSO_SHORTER, ri
 )
 app.command("train-student", rich_help_panel="Work")(train_student.train_student)
 app.command("sweep", rich_help_panel="Work")(sweep.sweep)
+app.command("self-train", rich_help_panel="Work")(self_train.self_train)
 app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
 app.command("extend", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(extend.extend)
 app.command("copy", rich_help_panel="Work")(copy.copy)

@@ -3,6 +3,7 @@
     recipe.py     reading recipe files
     recipes/      the recipes that are shipped
     data.py       whether the data of streams go together
+    rounds.py     rounds of self-training, as arms and stores
     plan.py       from a recipe to jobs: commands, what each makes, what it needs
     run.py        doing the jobs: one by one, side by side, or shared out by torchrun
     summary.py    each run's best iteration and scores, fold by fold

@@ -2,6 +2,7 @@
 
 OUT/teachers/teacher[-fold0]       one per fold, or none when the recipe names a teacher that exists; others by name
 OUT/stores/store[-fold0].zarr      their targets; STREAM.zarr and STREAM-NAME.zarr of a stream's data
+OUT/audits/STORE/report.json       what the teachers of rounds are worth by the labels of the stream
 OUT/runs/ARM[-fold0][-seed1]       the students
 OUT/comparison.md .csv .json       the table; kd_comparison_results.txt is its short form
 OUT/pictures/                      best and worst images, confusion, curves; all arms side by side
@@ -16,11 +17,12 @@ from typing import Any
 
 from kdcache.data import check_folds_by, parse_fold
 from kdcache.errors import RecipeError
-from kdcache.run_folder import RESULT
+from kdcache.run_folder import RESULT, WEIGHTS
 from kdcache.settings.shared import ImageSettings
 from kdcache.settings.streams import parse_stream, term_line, to_line
 from kdcache.settings.training import TrainSettings
 from kdcache.sweep.recipe import STORE, TEACHER, Arm, Flags, Recipe, check_names, unknown
+from kdcache.sweep.rounds import unrolled
 
 Known = Mapping[str, set[str]]
 """Verb -> names of its flags, without dashes."""
@@ -97,6 +99,7 @@ def plan_sweep(
             received=f"no --data for {recipe.name}" + (f", which is made for the layout {layout}" if layout else ""),
             remedy="add --data DIR, or try it with --smoke first",
         )
+    recipe = unrolled(recipe)
     _check(recipe, known)
     return _Planner(recipe, data, of_streams, out).plan()
 
@@ -193,27 +196,46 @@ class _Planner:
         title = TEACHER if name == TEACHER else f"teacher {name}"
         return self._add(Job(f"{title}{_of(fold)}", command, run / RESULT))
 
-    def _store(self, name: str, stream: str | None, fold: int | None) -> tuple[Path, str]:
+    def _store(self, name: str, stream: str | None, fold: int | None, seed: int = 0) -> tuple[Path, str]:
         """Add the building of a store, of a stream's data or of all; returns its folder and the job's name."""
         flags = {**self._recipe.store, **self._recipe.stores.get(name, {})}
         named = flags.pop("teacher", f"@{TEACHER}")
-        needs, teachers = list[str](), list[str]()
-        for teacher in named if isinstance(named, list) else [named]:
-            own = str(teacher).removeprefix("@")
-            if own not in (TEACHER, *self._recipe.teachers):
-                raise unknown(f"teachers of [stores.{name}] are tables", own, [TEACHER, *self._recipe.teachers])
-            if "spec" in self._recipe.teacher:
-                teachers.append(str(self._recipe.teacher["spec"]))
-            else:
-                needs.append(self._teacher(own, fold))
-                teachers.append(str(self._teacher_run(fold, own)))
-        place = self._place(fold, name, stream)
+        taught = [self._taught(str(own), name, fold, seed) for own in (named if isinstance(named, list) else [named])]
+        teachers, needs = [text for text, _, _ in taught], [job for _, job, _ in taught if job]
+        own_seed = seed if any(of_seed for _, _, of_seed in taught) else 0
+        place = self._place(fold, name, stream, own_seed)
         source = self._table(stream) if stream else {"data": self._data}
         flags |= {"teacher": teachers if len(teachers) > 1 else teachers[0], "data": source["data"]}
         flags |= {"split": source.get("split", self._split), "out": place}
         title = " ".join(filter(None, (STORE, stream, "" if name == STORE else name)))
         command = ("build-teacher-cache", *words(flags))
-        return place, self._add(Job(f"{title}{_of(fold)}", command, place / "complete.json", tuple(needs)))
+        title += _of(fold) + (f", seed {own_seed}" if own_seed else "")
+        job = self._add(Job(title, command, place / "complete.json", tuple(needs)))
+        if self._recipe.rounds.get("audit"):
+            self._audit(place, job)
+        return place, job
+
+    def _taught(self, named: str, store: str, fold: int | None, seed: int) -> tuple[str, str, bool]:
+        """A teacher of a store, "@NAME": what the build is given, the job before it, and whether it has a seed."""
+        own, at, which = named.removeprefix("@").rpartition("@")
+        own, weights = (own, f"@{which}") if at and which in WEIGHTS else (named.removeprefix("@"), "")
+        arms = [arm.name for arm in self._recipe.arms]
+        if own in arms:
+            run = self._run(self._recipe.arm(own), fold, seed)
+            return f"{run}{weights}", next(job.name for job in self._jobs if job.done == run / RESULT), True
+        if own not in (TEACHER, *self._recipe.teachers):
+            raise unknown(
+                f"teachers of [stores.{store}] are tables or arms", own, [TEACHER, *self._recipe.teachers, *arms]
+            )
+        if "spec" in self._recipe.teacher:
+            return str(self._recipe.teacher["spec"]), "", False
+        return f"{self._teacher_run(fold, own)}{weights}", self._teacher(own, fold), False
+
+    def _audit(self, store: Path, job: str) -> None:
+        """Add the audit of a store's teacher by the labels of its data."""
+        out = self._out / "audits" / store.stem
+        command = ("inspect", str(store), "--teacher-report", "--out", str(out))
+        self._add(Job(f"audit of {job}", command, out / "report.json", (job,)))
 
     def _table(self, stream: str) -> dict[str, Any]:
         """The table of a stream that arms share, with its data and split."""
@@ -222,7 +244,7 @@ class _Planner:
             key: value for key, value in table.items() if key not in ("name", "data")
         }
 
-    def _streams(self, arm: Arm, fold: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    def _streams(self, arm: Arm, fold: int | None, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
         """The streams of an arm with their data and stores in place, and the jobs that build those."""
         tables, needs = [], []
         for own in arm.flags.get("stream", ()):
@@ -236,7 +258,7 @@ class _Planner:
                 store = cache[1:]
                 if store not in (STORE, *self._recipe.stores) or name not in self._of_streams:
                     raise unknown("'@NAME' of a stream is a store", cache[1:], [STORE, *self._recipe.stores])
-                place, job = self._store(store, name, fold)
+                place, job = self._store(store, name, fold, seed)
                 needs.append(job)
                 table["cache"] = place
                 if {**self._recipe.store, **self._recipe.stores.get(store, {})}.get("pixels") != "source":
@@ -258,7 +280,7 @@ class _Planner:
             )
         self._under_way.append(name)
         flags = {**self._recipe.student, **arm.flags}
-        streams, needs = self._streams(arm, fold)
+        streams, needs = self._streams(arm, fold, seed)
         if streams:
             flags["stream"] = streams
         else:
@@ -267,8 +289,9 @@ class _Planner:
         for key, value in flags.items():
             if isinstance(value, str) and value.startswith("@"):
                 other = self._recipe.arm(value[1:])
-                flags[key] = self._run(other, fold, seed)
-                needs += [job.name for job in self._jobs if job.done == flags[key] / RESULT]
+                run_of_other = self._run(other, fold, seed)
+                needs += [job.name for job in self._jobs if job.done == run_of_other / RESULT]
+                flags[key] = run_of_other / "last.safetensors" if key == "init" else run_of_other
         self._under_way.pop()
         flags |= {
             "name": arm.name,
@@ -314,9 +337,10 @@ class _Planner:
     def _teacher_run(self, fold: int | None, name: str = TEACHER) -> Path:
         return self._out / "teachers" / f"{folder_name(name)}{_of(fold, '-')}"
 
-    def _place(self, fold: int | None, name: str = STORE, stream: str | None = None) -> Path:
+    def _place(self, fold: int | None, name: str = STORE, stream: str | None = None, seed: int = 0) -> Path:
         of_stream = [stream, *([name] if name != STORE else [])] if stream else [name]
-        return self._out / "stores" / f"{folder_name('-'.join(map(str, of_stream)))}{_of(fold, '-')}.zarr"
+        text = folder_name("-".join(map(str, of_stream))) + _of(fold, "-") + (f"-seed{seed}" if seed else "")
+        return self._out / "stores" / f"{text}.zarr"
 
 
 def _of(fold: int | None, before: str = ", ") -> str:
@@ -351,7 +375,7 @@ def _check(recipe: Recipe, flags_of_verbs: Known) -> None:
     for table, verb, flags in (
         ("[teacher]", "train-teacher", _without(recipe.teacher, "spec", "stream")),
         *((f"[teachers.{name}]", "train-teacher", _without(own, "seed")) for name, own in recipe.teachers.items()),
-        ("[store]", "build-teacher-cache", recipe.store),
+        ("[store]", "build-teacher-cache", _without(recipe.store, TEACHER)),
         *((f"[stores.{name}]", "build-teacher-cache", _without(own, TEACHER)) for name, own in recipe.stores.items()),
         ("[student]", "train-student", recipe.student),
         *((f"the arm {arm.name!r}", "train-student", arm.flags) for arm in recipe.arms),

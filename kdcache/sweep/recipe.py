@@ -12,10 +12,16 @@
                                    ["NAME"] lets it learn from the labels of those streams
     [teachers.NAME]                another one, by its difference to [teacher], such as seed = 1
     [store]                        flags of build-teacher-cache
-    [stores.NAME]                  another one, by its difference to [store]; teacher = ["@teacher", "@NAME"]
+    [stores.NAME]                  another one, by its difference to [store]; teacher = ["@teacher", "@NAME"], a
+                                   teacher or the run of an arm (of the same seed); "@NAME@last-ema" are its weights
     [[stream]]                     a stream of the students' batches: name, data and the keys of --stream
     [student]                      flags of train-student that all arms share
-    [[arm]]                        a name and flags of its own; a list of values makes an arm of each
+    [[arm]]                        a name and flags of its own; a list of values makes an arm of each; rounds = 3 makes
+                                   three, each of which reads a store that the one before has taught
+    [rounds]                       of such arms: init = "last" begins with the student before (default "scratch");
+                                   weights of a student that teach (default last, or last-ema with ema); quantile =
+                                   [0.2, 0.25] is the share of each class with a pseudo label, by round; audit = true
+                                   compares each teacher with labels of the stream
     [show]                         num: best and worst images of each arm; baseline: the arm to measure against
     [smoke]                        the same tables, whose keys replace those above with --smoke, those of [[smoke.arm]]
                                    and [[smoke.stream]] in the one of that name
@@ -42,12 +48,13 @@ from kdcache.settings.streams import parse_stream
 Flags = Mapping[str, Any]
 """Flags of a verb without their dashes; a list is a choice, but for `term` and `stream`, lists of tables."""
 
-TABLES = ("data", "teacher", "teachers", "store", "stores", "student", "show")
+TABLES = ("data", "teacher", "teachers", "store", "stores", "student", "rounds", "show")
 _NAMED = ("arm", "stream")
 """Lists of tables with a name."""
 _TOP = {"title", "about", "seeds", "smoke", *_NAMED, *TABLES}
 _KEYS = {
     "data": {"layout", "path", "split", "val-split", "val", "folds", "held-out", "folds-by"},
+    "rounds": {"init", "weights", "quantile", "audit"},
     "show": {"num", "baseline"},
 }
 _REPEATED = ("term", "stream")
@@ -73,6 +80,7 @@ class Recipe:
         data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline.
         teacher, store, student: flags of their verbs. teachers, stores: how others differ from them, by name.
         stream: tables of the streams that arms share, in their order.
+        rounds: how arms with `rounds` go on from round to round.
         arms: every combination of their values, each once; `stream` is the list of its streams, where it has any.
         smoke: it was made small by `--smoke`, which its title shows.
     """
@@ -90,6 +98,7 @@ class Recipe:
     teachers: Mapping[str, Flags] = field(default_factory=dict)
     stores: Mapping[str, Flags] = field(default_factory=dict)
     stream: tuple[Flags, ...] = ()
+    rounds: Flags = field(default_factory=dict)
     smoke: bool = False
 
     @property

@@ -29,7 +29,7 @@ from kdcache.train.input.residency import keep_records
 from kdcache.train.input.sampler import choose_labelled_share, choose_shuffle
 from kdcache.train.input.shard_prefetch import check_room
 from kdcache.train.input.streams import StreamDraws, stream_seed
-from kdcache.train.pseudo_labels import pseudo_notes
+from kdcache.train.pseudo_labels import check_collapse, pseudo_notes
 from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
 from kdcache.train.run.folder import check_folder, hold_folder, identity_of, write_beginning
 from kdcache.train.run.lock import RunLock
@@ -100,6 +100,7 @@ def make_trainer(
         for source in sources:
             with source.named():
                 _note_all(pseudo_notes(source.config, source.dataset), source.note(observer.note))
+                _note_collapse(source, sources, observer)
         config = _resolve(config, sources, observer)
         identity = identity_of(datasets)
         if world.first:
@@ -153,6 +154,14 @@ def make_trainer(
 def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
     for text in texts:
         note(text)
+
+
+def _note_collapse(source: Source, sources: Sequence[Source], observer: Observer) -> None:
+    """Note, or refuse, a teacher of images without labels that knows few of the classes. Raises: RecipeError."""
+    labelled = [own.dataset for own in sources if own.learns_classes_from_labels]
+    if source.dataset not in labelled:
+        text = check_collapse(source.config, source.dataset, labelled)
+        _note_all([text] if text else [], source.note(observer.note))
 
 
 def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer) -> TrainConfig:

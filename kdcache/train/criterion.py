@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,8 @@ from kdcache.train.run.monitor import TARGET_VALUES
 Size = tuple[int, int]
 COUNTED_TARGETS = 256
 """Samples of a store, at most, that the frequencies of the teacher's classes are counted on."""
+
+_COUNTED: "WeakKeyDictionary[DrawnDataset, npt.NDArray[np.int64]]" = WeakKeyDictionary()
 
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
@@ -91,9 +94,13 @@ def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets
 
 
 def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice."""
-    counts = sum(map(_bincount, dataset.labels()), np.zeros(256, np.int64))
-    return counts[: len(dataset.classes)]
+    """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice.
+
+    They are counted once: reading all labels takes as long as an epoch of plain training reads.
+    """
+    if dataset not in _COUNTED:
+        _COUNTED[dataset] = sum(map(_bincount, dataset.labels()), np.zeros(256, np.int64))
+    return _COUNTED[dataset][: len(dataset.classes)]
 
 
 def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:

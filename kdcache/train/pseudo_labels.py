@@ -1,8 +1,12 @@
-"""How much of a teacher's pseudo labels a training keeps, looked at before its first step."""
+"""What a teacher gives images without labels, looked at before a training's first step.
 
-from collections.abc import Iterator
+How much of its pseudo labels a threshold keeps, and whether it still knows most classes.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kdcache.distill import MergedTargets, Target
@@ -11,12 +15,14 @@ from kdcache.errors import RecipeError
 from kdcache.metrics.calibration import ConfidenceCounts, Coverage
 from kdcache.store import Cache, Records
 from kdcache.train.config import TrainConfig
-from kdcache.train.criterion import stored_targets
+from kdcache.train.criterion import label_counts, stored_targets, target_counts
 from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.input.resident_records import TARGET_PARTS
 
 LOOKED_AT = 64
 """Samples on which the share of pixels with a pseudo label is estimated."""
+KNOWN = 0.5
+"""The share of the labels' classes that a teacher has to know, by the entropy of both."""
 LITTLE = 0.5
 """The share of pixels with a pseudo label below which it is worth a note."""
 
@@ -92,3 +98,45 @@ def _none_found(cache: Cache, threshold: float, counts: ConfidenceCounts) -> Rec
 def _by_class(dataset: DrawnDataset, coverage: Coverage) -> str:
     shares = zip(dataset.classes.names, coverage.shares, strict=True)
     return ", ".join(f"{name} {100 * share:.2g} %" for name, share in shares if share == share) or "no class"
+
+
+def check_collapse(config: TrainConfig, dataset: DrawnDataset, labelled: Sequence[DrawnDataset]) -> str | None:
+    """A note on a teacher that gives few classes to samples without labels, or None.
+
+    Classes are counted by the exponential of their entropy: a class of few pixels hardly counts. A student that
+    learns from such a teacher, and teaches in its turn, ends with one class.
+
+    Args:
+        config: of a stream that learns from targets without labels. dataset: its samples.
+        labelled: the samples of all streams that learn from labels of classes.
+    Raises: RecipeError with `--collapse refuse`.
+    """
+    if dataset.cache is None or not config.reads_logits or config.teacher == "labels" or not labelled:
+        return None
+    taught = target_counts(dataset.cache, dataset)
+    shown = np.sum([label_counts(own) for own in labelled], 0)
+    of_teacher, of_labels = effective_classes(taught), effective_classes(shown)
+    if of_teacher >= KNOWN * of_labels:
+        return None
+    names = dataset.classes.names
+    shares = [counts / max(1, counts.sum()) for counts in (taught, shown)]
+    table = ", ".join(
+        f"{names[number]} {100 * shares[0][number]:.1f} % ({100 * shares[1][number]:.1f} %)"
+        for number in np.argsort(-shares[1], kind="stable").tolist()
+    )
+    error = RecipeError(
+        "a teacher of images without labels knows at least half as many classes as the labels",
+        received=f"{dataset.cache.place}: {of_teacher:.1f} classes beside {of_labels:.1f} of the labels, by entropy; "
+        f"targets (labels): {table}",
+        remedy="look at the teacher's mIoU on such images; teach with an earlier round or a higher threshold, or force "
+        "it by --collapse note",
+    )
+    if config.collapse == "refuse":
+        raise error
+    return f"{error.received}. Remedy: {error.remedy}"
+
+
+def effective_classes(counts: npt.NDArray[np.int64]) -> float:
+    """The number of equally frequent classes with the entropy of these counts; 0 of none."""
+    p = counts[counts > 0] / max(1, counts.sum())
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from kdcache.data import Augmentation, open_split, write_scenes
@@ -397,6 +398,16 @@ def test_bad_streams_are_refused(changes: dict[str, Any], words: str, student: d
     with pytest.raises(KDCacheError, match=words):
         begun(student | {"batch_size": 4} | changes, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_one_stream_trains_as_a_training_without_streams(
+    settings: dict[str, Any], plain: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = plain | {"stream": [{"name": "a", "data": SCENES}], "gradients_every": 1}
+    train(make_config(**alone), tmp_path / "stream")
+    train(make_config(**settings | {"batch_size": 4}), tmp_path / "plain")
+    of_stream, of_plain = (load_file(tmp_path / name / "last.safetensors") for name in ("stream", "plain"))
+    assert all(torch.equal(of_stream[name], of_plain[name]) for name in of_plain)
 
 
 @pytest.mark.parametrize("source", ["data", "cache"])

@@ -61,7 +61,7 @@ def sweep(
 
     [dim]kdcache sweep camvid-segformer --data CamVid --out s0 --set student.iterations=4000[/]
     """
-    from kdcache.sweep import check_data, list_recipes, plan_sweep, read_recipe, run_jobs
+    from kdcache.sweep import list_recipes, plan_sweep, read_recipe
 
     verbs = context.find_root().command
     if recipe is None:
@@ -75,11 +75,22 @@ def sweep(
         read = replace(read, seeds=shared_flags.parse_numbers(seeds, "--seeds"))
     folder, sources = _data_of(data or [], [str(table["name"]) for table in read.stream])
     planned = plan_sweep(read, folder, out, flags_of(verbs), sources)
+    do_sweep(planned, verbs, (recipe, *(change.partition("=")[2] for change in changes or ())), parallel, dry_run)
+
+
+def do_sweep(planned: "Sweep", verbs: Any, typed: Sequence[str], parallel: int, dry_run: bool) -> None:
+    """Do a sweep, or show its commands.
+
+    Args:
+        verbs: the command line. typed: the recipe, then the values that this command line names itself.
+    """
+    from kdcache.sweep import check_data, run_jobs
+
     if dry_run:
         for job in planned.jobs:
             OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.next_words))}", soft_wrap=True)
         return
-    _check_code(planned, recipe, changes or ())
+    _check_code(planned, *typed)
     if planned.sources:
         check_data(planned)
     part = numbered()
@@ -116,7 +127,7 @@ def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None,
     return folder, named
 
 
-def _check_code(planned: "Sweep", recipe: str, changes: Sequence[str]) -> None:
+def _check_code(planned: "Sweep", recipe: str, *typed: str) -> None:
     """Refuse code that the recipe names, and not this command line: its jobs would name it on theirs."""
     from kdcache.models.run import split_spec
     from kdcache.models.trust import check_trusted
@@ -127,7 +138,7 @@ def _check_code(planned: "Sweep", recipe: str, changes: Sequence[str]) -> None:
     for job in planned.jobs:
         named |= {value: value for flag, value in pairwise(job.words) if flag == "--model"}
     for model, text in named.items():
-        if not any(change.partition("=")[2].strip(" '\"") == text for change in changes):
+        if not any(value.strip(" '\"") == text for value in typed):
             check_trusted(model, recipe)
 
 

@@ -78,7 +78,7 @@ def feed_streams(
         )
         for stream in streams
     ]
-    return feeds[0] if len(feeds) == 1 else _joined(feeds)
+    return _joined(feeds) if len(feeds) > 1 or streams[0].name else feeds[0]
 
 
 def _joined(feeds: Sequence[Generator[Batch | KDCacheError, None, None]]) -> Generator[Drawn, None, None]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from kdcache.distill.terms.spec import of_depth, reads_labels
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.heads import SEGMENTATION
 from kdcache.store import Cache
@@ -39,6 +40,14 @@ class Source:
         """Errors inside name the stream."""
         with _named(self.stream.name):
             yield
+
+    @property
+    def learns_classes_from_labels(self) -> bool:
+        """Whether any of its samples has a label of classes that is learnt from."""
+        config = self.config
+        on_labels = config.ce_weight > 0 or any(reads_labels(term) and not of_depth(term) for term in config.terms)
+        used = self.stream.weight > 0 and SEGMENTATION in config.label_tasks and config.labels != "none"
+        return on_labels and used and bool(self.dataset.labelled)
 
     def note(self, note: Callable[[str], None]) -> Callable[[str], None]:
         """A receiver of notes that names the stream."""
