@@ -52,6 +52,7 @@ class RunModel(BaseModel):
     trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
     labels: str | None = None  # which of its samples' labels are learnt from, as `pack_flags` has them
     heads: dict[str, RegressionHead] = {}  # beside segmentation
+    untrained: tuple[str, ...] = ()  # heads that are at random, for nothing was learnt of them
 
     @model_validator(mode="after")
     def _check_names(self) -> "RunModel":
@@ -66,7 +67,12 @@ class RunModel(BaseModel):
     def _without_empty_heads(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A model of segmentation alone is described as before there were other heads."""
         fields: dict[str, Any] = serialise(self)
-        return fields if self.heads else {name: value for name, value in fields.items() if name != "heads"}
+        return {name: value for name, value in fields.items() if value or name not in ("heads", "untrained")}
+
+    @property
+    def judged_heads(self) -> dict[str, RegressionHead]:
+        """The heads beside segmentation of which something was learnt."""
+        return {name: head for name, head in self.heads.items() if name not in self.untrained}
 
     def check_classes(self, names: tuple[str, ...], where: str) -> None:
         """Compare the classes of data with this model's. Raises: MismatchError when they differ."""

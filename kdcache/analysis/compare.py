@@ -357,7 +357,7 @@ def _difference(
     None without a rival, and for a task that neither is judged in.
     """
     judged = task in blocks and any(score.images(task) is not None for score in scores[group.name])
-    if rival is None or (task == DEPTH and not judged):
+    if rival is None or not judged:
         return None
     own, theirs = scores[group.name], scores[rival.name]
     value: Callable[[RunScore], float] = _rmse if task == DEPTH else _miou

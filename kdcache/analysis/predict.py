@@ -122,9 +122,9 @@ def predict_images(
     Raises: RecipeError for such a folder, or a depth that no PNG holds; DataError for an image that cannot be read.
     """
     out, options = Path(out), options or PredictOptions()
-    depth = model.regressions.get(DEPTH)
+    depth = model.regressions.get(DEPTH) if DEPTH in model.learnt_heads else None
     units = None if depth is None or options.depth_format != "png" else units_per_metre(depth)
-    _prepare(out, classes if SEGMENTATION in model.head_kinds else None, units)
+    _prepare(out, classes if SEGMENTATION in model.learnt_heads else None, units)
     writer = _Writer(out, classes, options, units, METRES if depth is None else depth.unit)
     model = model.to(device).eval()
     counts = np.zeros(len(classes), np.int64)
@@ -135,7 +135,8 @@ def predict_images(
     with ThreadPoolExecutor(max(1, threads)) as writers:
         while batch := list(islice(pictures, batch_size)):
             pixels = torch.from_numpy(np.stack([picture.small for picture in batch])).to(device)
-            heads = {name: head.float() for name, head in model(model.normalise(pixels)).heads.items()}
+            outputs = model(model.normalise(pixels)).heads
+            heads = {name: head.float() for name, head in outputs.items() if name in model.learnt_heads}
             if not all(bool(torch.isfinite(head).all()) for head in heads.values()):
                 _refuse_outputs(model, batch)
             answers = [_answers(model, heads, place, picture) for place, picture in enumerate(batch)]
@@ -172,7 +173,7 @@ def _answers(model: SegmentationModel, heads: dict[str, Tensor], place: int, pic
     answers, size = dict[str, Array](), picture.whole.shape[:2]
     if SEGMENTATION in heads:
         answers[SEGMENTATION] = argmax_at(model, heads[SEGMENTATION][place], size).cpu().numpy()
-    if DEPTH in model.regressions:
+    if DEPTH in heads:
         answers[DEPTH] = answer_of(model, DEPTH, heads[DEPTH][place], size).cpu().numpy()
     return answers
 

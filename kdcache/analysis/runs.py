@@ -77,7 +77,7 @@ def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str,
 
     Raises: as `Entry.load`.
     """
-    return entry.run.model.heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].heads
+    return entry.run.model.judged_heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].judged_heads
 
 
 def unnamed_classes(count: int) -> ClassList:

@@ -101,7 +101,7 @@ def evaluate_run(
         judging.size or description.size,
         which=which,
         fold=fold,
-        depth=judged_range(description.heads, split, judging.depth),
+        depth=judged_range(description.judged_heads, split, judging.depth),
     )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if metrics is not None:
@@ -297,7 +297,7 @@ def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: De
 
 def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> TaskMetrics:
     model, description = entry.load(split.classes, judging.which, judging.size)
-    depth = None if judged_range(description.heads, split, judging.depth) is None else judging.depth
+    depth = None if judged_range(description.judged_heads, split, judging.depth) is None else judging.depth
     with memory_errors(judging.device, judging.batch_size):
         return evaluate_tasks(
             model.to(judging.device),

@@ -99,6 +99,7 @@ def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
 
 DISTANCES = {SEGMENTATION: "points", DEPTH: "metres"}
 """The unit of distances in a task: hundredths of mIoU, metres of rmse."""
+_DISTANCE_WORDS = {SEGMENTATION: "points of mIoU", DEPTH: "metres of rmse"}
 DISTANCE_TITLES = {
     SEGMENTATION: "Distance to the baseline, points of mIoU",
     DEPTH: "Distance to the baseline in depth, metres of rmse (less is better)",
@@ -159,17 +160,16 @@ def legend(comparison: Comparison) -> list[str]:
     where = f"{comparison.data}, split {comparison.split}: {comparison.images} labelled images"
     if comparison.own_fold:
         where += ", each run on the fold that its training left out"
-    sentences = [
-        f"{where} (sha256 {comparison.data_sha256[:12]}), weights {comparison.weights}; one confusion matrix per run, "
-        "void left out, at the labels' own size",
-    ]
+    matrix = "one confusion matrix per run, void left out, " if SEGMENTATION in comparison.tasks else ""
+    where += f" (sha256 {comparison.data_sha256[:12]}), weights {comparison.weights}"
+    sentences = [f"{where}; {matrix}at the labels' own size"]
     if comparison.depth_range is not None:
         sentences.append(
             f"depth: labels of {comparison.depth_range}, metrics of each image, then their mean; of rmse, abs rel and "
             "their distances to the baseline less is better; verdicts on depth are adjusted among themselves"
         )
     if len(comparison.tasks) > 1:
-        sentences.append("a dash: that task is not judged, for the model does not predict it")
+        sentences.append("a dash: that task is not judged, for the model does not predict it, or has not learnt it")
     several = any(len(row.runs) > 1 for row in comparison.rows)
     if several:
         sentences.append(
@@ -180,7 +180,7 @@ def legend(comparison: Comparison) -> list[str]:
     sentences.append("FLOPs of convolutions, matrix products and attention, 2 per multiply-add (MAC)")
     if timed is not None:
         sentences.append(
-            f"time of one image from pixels on the device to logits at its size: {timed.device}, {timed.threads} "
+            f"time of one image from pixels on the device to outputs at its size: {timed.device}, {timed.threads} "
             f"thread{'s' if timed.threads > 1 else ''}, batch size 1, {timed.repeats} calls after {timed.warm_up}; "
             "rows of one model share it"
         )
@@ -284,15 +284,17 @@ def _marked(
 
 def _about_differences(comparison: Comparison) -> list[str]:
     """How distances to baselines were judged, and how many at once."""
-    gaps = [row.difference for row in comparison.rows if row.difference is not None]
+    by_task = {task: [gap for row in comparison.rows if (gap := row.differences(task)[0])] for task in DISTANCES}
+    gaps = [gap for own in by_task.values() for gap in own]
     if not gaps:
         return []
     all_paired = all(gap.paired for gap in gaps)
     pairs = "over runs of equal seed and fold" if all_paired else "paired by seed and fold where they pair"
     baselines = " and ".join(sorted({gap.baseline for gap in gaps}))
-    over = interval_spans(comparison)[0]
-    sentences = [f"points of mIoU to {baselines}, {pairs}; 95 % interval over {over} by Student's t"]
-    if any(row.control is not None for row in comparison.rows):
+    over = max((interval_spans(comparison, task)[0] for task, own in by_task.items() if own), key=len)
+    units = " and ".join(_DISTANCE_WORDS[task] for task, own in by_task.items() if own)
+    sentences = [f"{units} to {baselines}, {pairs}; 95 % interval over {over} by Student's t"]
+    if any(row.differences(task)[1] is not None for row in comparison.rows for task in DISTANCES):
         sentences.append(
             f"a row named '{CONTROL}' learnt by the same terms without a teacher: what it has over the baseline is the "
             "loss's own, and the distance of a row to it is what the teacher adds"

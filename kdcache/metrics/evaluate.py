@@ -175,6 +175,8 @@ def check_tasks(model: SegmentationModel, split: Split, depth: DepthSettings | N
     labels = f"labels of {', '.join(split.tasks)}" if split.tasks else "no labels"
     predicted = ", ".join(predicted_tasks(model)) or "no task that has labels"
     received = f"{model.spec} predicts {predicted}; {where} has {labels}"
+    if model.untrained:
+        received += f"; its run learnt nothing of {', '.join(model.untrained)}"
     if not tasks:
         raise DataError(
             "a model is judged by labels of a task that it predicts",

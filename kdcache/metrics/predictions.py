@@ -57,9 +57,9 @@ def metric_depth(heads: Mapping[str, RegressionHead]) -> RegressionHead | None:
 
 
 def predicted_tasks(model: SegmentationModel) -> tuple[str, ...]:
-    """The tasks that a model predicts: classes, and depth where it is in metres."""
+    """The tasks that a model predicts, of heads that have learnt: classes, and depth where it is in metres."""
     own = {SEGMENTATION: SEGMENTATION in model.head_kinds, DEPTH: metric_depth(model.regressions) is not None}
-    return tuple(task for task in TASKS if own[task])
+    return tuple(task for task in TASKS if own[task] and task not in model.untrained)
 
 
 def judged_tasks(model: SegmentationModel, split: Split) -> tuple[str, ...]:

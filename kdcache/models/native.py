@@ -70,6 +70,7 @@ class SegmentationModel(nn.Module):
         spec: the name that `build_model` was given.
         num_classes: C; 0 without a head `segmentation`.
         head_kinds: what each head's output means, by the head's name.
+        untrained: names of the heads that are at random, for its run learnt nothing of them: they are not judged.
         stride: nominal native stride in pixels; sizes, never the stride, set the exact ratio.
         align_corners: of the heads' final bilinear resize.
         taps: names of the features on offer, most useful last.
@@ -95,6 +96,7 @@ class SegmentationModel(nn.Module):
         self.num_classes = num_classes
         own = {SEGMENTATION: CategoricalHead(num_classes)}
         self.head_kinds: dict[str, HeadKind] = dict(own if head_kinds is None else head_kinds)
+        self.untrained: tuple[str, ...] = ()
         self.stride = stride
         self.align_corners = align_corners
         self.taps = tuple(taps)
@@ -174,6 +176,11 @@ class SegmentationModel(nn.Module):
         if tuple(logits_BChw.shape[-2:]) == tuple(size):
             return logits_BChw
         return F.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=self.align_corners)
+
+    @property
+    def learnt_heads(self) -> tuple[str, ...]:
+        """The names of the heads of which something was learnt, as far as that is known."""
+        return tuple(name for name in self.head_kinds if name not in self.untrained)
 
     @property
     def regressions(self) -> dict[str, RegressionHead]:

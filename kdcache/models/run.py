@@ -64,6 +64,7 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
             remedy="use the version of the model that was trained",
         )
     load_weights(model, read_state_dict(path), strict_head=True)
+    model.untrained = description.untrained
     return model.eval(), description
 
 
@@ -136,6 +137,7 @@ def open_model(
         names, colours = class_list.names, class_list.colours
     if class_map is not None:
         model = ClassMapped(model, read_class_map(class_map, model.num_classes, names)).eval()
+    model.untrained = () if description is None else description.untrained
     return model, RunModel(
         spec=model.spec,
         class_names=names,
@@ -145,6 +147,7 @@ def open_model(
         std=model.std,
         trained_on="" if description is None else description.trained_on,
         heads=model.regressions,
+        untrained=model.untrained,
     )
 
 

@@ -18,7 +18,7 @@ from kdcache.analysis.report.build import ReportOptions, make_report
 from kdcache.analysis.report.summary import headline
 from kdcache.analysis.spread import Blocks, resample
 from kdcache.analysis.stored_evaluations import Judging
-from kdcache.analysis.tables import BOLD, difference_table, score_table, to_csv, to_markdown, to_text
+from kdcache.analysis.tables import BOLD, difference_table, legend, score_table, to_csv, to_markdown, to_text
 from kdcache.data import open_split
 from kdcache.errors import DataError
 from kdcache.metrics import evaluate_tasks
@@ -33,7 +33,7 @@ DATA = "scenes:40x56,train=2,val=5,depth=exact"
 SIZE = (24, 40)
 
 
-def write_run(folder: Path, spec: str, method: str, seed: int) -> None:
+def write_run(folder: Path, spec: str, method: str, seed: int, untrained: tuple[str, ...] = ()) -> None:
     """A run of random weights, as a training leaves it, with lines on depth and on tasks in its log."""
     torch.manual_seed(seed + 10 * (method == "none"))
     model, classes = build_model(spec, 7), open_split(DATA, "val").classes
@@ -48,6 +48,7 @@ def write_run(folder: Path, spec: str, method: str, seed: int) -> None:
         mean=model.mean,
         std=model.std,
         heads=model.regressions,
+        untrained=untrained,
     )
     folder.mkdir(parents=True)
     (folder / "model.json").write_text(description.model_dump_json())
@@ -185,3 +186,38 @@ def test_a_worse_rmse_is_no_yes() -> None:
     worse = Difference(-0.4, 0.1, 0.01, "none", 3, paired=True)
     assert _answer([worse]) == "No."
     assert not math.isnan(worse.mean)
+
+
+def test_runs_of_depth_alone_have_a_best_and_a_verdict_and_no_word_of_classes(tmp_path: Path) -> None:
+    for method in ("kl", "none"):
+        for seed in (0, 1, 2):
+            write_run(tmp_path / f"{method}-{seed}", "kdcache:tiny+depth", method, seed, ("segmentation",))
+    alone = compare([tmp_path], options=QUICK)
+    assert alone.tasks == ("depth",)
+    assert not any("learnt nothing" in note for note in alone.notes)
+    header, rows = score_table(alone)
+    assert "mIoU %" not in header
+    assert sum(cells[header.index("rmse m")].startswith(BOLD[0]) for cells in rows) == 1
+    taught = next(row for row in alone.rows if row.differs.get("method") == "kl")
+    assert taught.difference is None
+    assert taught.depth_difference is not None
+    assert taught.depth_difference.verdict in ("above noise", "within noise")
+    assert any(taught.depth_difference.verdict in cells for cells in rows)
+    words = " ".join(legend(alone))
+    assert "metres of rmse to" in words
+    assert not any(term in words for term in ("confusion", "mIoU", "void"))
+    assert "IoU" not in to_markdown(alone)
+
+
+def test_a_head_of_which_a_run_learnt_nothing_is_not_judged(tmp_path: Path) -> None:
+    write_run(tmp_path / "metres", "kdcache:tiny+depth", "none", 0, ("segmentation",))
+    write_run(tmp_path / "classes", "kdcache:tiny+depth", "none", 0, ("depth",))
+    split = open_split(DATA, "val")
+    metres, classes = (load_run(tmp_path / name)[0] for name in ("metres", "classes"))
+    assert evaluate_tasks(metres, split, SIZE).segmentation is None
+    assert evaluate_tasks(classes, split, SIZE).depth is None
+    with pytest.raises(DataError, match="depth in metres"):
+        evaluate_tasks(classes, split, SIZE, depth=DepthSettings(max_depth=10))
+    with pytest.raises(DataError) as error:
+        evaluate_tasks(metres, open_split("scenes:40x56,train=2,val=5", "val"), SIZE)
+    assert "learnt nothing of segmentation" in error.value.received

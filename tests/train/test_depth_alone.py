@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from kdcache.errors import ModelError
+from kdcache.models import build_model
+from kdcache.models.weights import save_weights
+from kdcache.run_folder import Run
 from kdcache.train import make_config, train
+from kdcache.train.run.folder import untrained_heads
 
 ALONE = "scenes:32x48,train=6,val=3,depth=exact,tasks=depth"
 Read = Callable[..., list[dict[str, Any]]]
@@ -52,6 +56,20 @@ def test_depth_alone_is_trained_validated_and_its_best_is_the_smallest_rmse(
     assert lines[-1]["depth_rmse"] < lines[0]["depth_rmse"]
     again = train(make_config(**settings | {"ema": 0.5, "iterations": 12}), tmp_path / "run", resume=True)
     assert again["best_depth_rmse"] == result["best_depth_rmse"]
+    assert Run.open(tmp_path / "run").model.untrained == (() if model == "own" else ("segmentation",))
+
+
+def test_a_head_is_at_random_where_neither_weights_nor_the_training_gave_it_values(tmp_path: Path) -> None:
+    fresh = build_model("kdcache:tiny+depth", 3)
+    assert untrained_heads(fresh, ("depth",)) == ("segmentation",)
+    assert untrained_heads(fresh, ("segmentation",)) == ("depth",)
+    assert untrained_heads(fresh, ()) == ()  # features alone: no head is more at random than another
+    save_weights(build_model("kdcache:tiny", 3), tmp_path / "classes.safetensors")
+    begun = build_model("kdcache:tiny+depth", 3, weights=tmp_path / "classes.safetensors", strict_head=False)
+    assert untrained_heads(begun, ("depth",)) == ()
+    assert untrained_heads(begun, ("segmentation",)) == ("depth",)
+    other = build_model("kdcache:tiny+depth", 4, weights=tmp_path / "classes.safetensors", strict_head=False)
+    assert untrained_heads(other, ("depth",)) == ("segmentation",)
 
 
 def test_a_loss_that_is_not_finite_names_head_stream_and_remedies_in_order(

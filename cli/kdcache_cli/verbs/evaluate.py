@@ -92,7 +92,7 @@ def evaluate(
             at_size=at_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    depth_range = judged_range(description.heads, source, depth)
+    depth_range = judged_range(description.judged_heads, source, depth)
     _show(metrics, run, depth_range)
     if metrics.segmentation is not None and returns_probabilities(model):
         warn(f"{run} {PROBABILITIES}")

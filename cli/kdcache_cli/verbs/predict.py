@@ -58,11 +58,11 @@ def predict(
     options = PredictOptions(opacity, depth_format or "png")
     inputs = find_images(images)
     model, description = open_model(run, size, weights, classes)
-    has_depth, has_classes = DEPTH in model.head_kinds, SEGMENTATION in model.head_kinds
+    has_depth, has_classes = DEPTH in model.learnt_heads, SEGMENTATION in model.learnt_heads
     if depth_format is not None and not has_depth:
         raise RecipeError(
             "--depth-format is for a model with a depth head",
-            received=f"{run}, which has {', '.join(model.head_kinds)}",
+            received=f"{run}, which has {', '.join(model.learnt_heads)}",
             remedy="leave it out, or give a model that predicts depth, such as one trained as MODEL+depth",
         )
     named = ClassList(description.class_names, description.class_colours)

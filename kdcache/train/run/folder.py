@@ -9,8 +9,10 @@ from typing import Any
 
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_run_model
+from kdcache.models.weights import DEPTH_HEAD
 from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
@@ -122,6 +124,22 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
     check_folder(config, run, resume, identity)
 
 
+def untrained_heads(model: SegmentationModel, tasks: Sequence[str]) -> tuple[str, ...]:
+    """The heads of classes and of depth that stay at random: they begin so, and nothing is learnt of them.
+
+    Args:
+        tasks: those that are learnt; of features alone there are none, and no head is named then.
+    """
+    report = model.load_report
+    at_random = {SEGMENTATION: model.classifier_keys, DEPTH: (DEPTH_HEAD,)}
+    return tuple(
+        head
+        for head in model.head_kinds
+        if tasks and head in at_random and head not in tasks
+        if report is None or any(name.startswith(at_random[head]) for name in report.reinitialised)
+    )
+
+
 def write_beginning(
     config: TrainConfig, run: Path, model: SegmentationModel, datasets: Sequence[DrawnDataset], processes: int
 ) -> None:
@@ -143,6 +161,7 @@ def write_beginning(
             trained_on=identity_of(datasets),
             labels=pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None,
             heads=model.regressions,
+            untrained=untrained_heads(model, config.tasks),
         )
         write_run_model(run, run_model)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})
