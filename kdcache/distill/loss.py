@@ -275,7 +275,7 @@ class DistillLoss(nn.Module):
             parts["kl"] = self._fused(own.logits, batch, gate, counts, 0.0, self.kl_weight)[0]
         values = self._values(own, batch, gate, counts)
         for name, (term, value) in zip(self.names[2:], values, strict=True):
-            if value is not None:
+            if value is not None and term.teaches_student:
                 parts[name] = self._weight(term) * value
         return parts if self.balance is None else weigh_parts(parts, self.part_tasks, self.balance)
 
@@ -363,6 +363,7 @@ class DistillLoss(nn.Module):
                 name: HeadBatch(outputs.heads.get(name), batch.labels.get(name), targets.get(name))
                 for name in self.heads
             },
+            others=outputs.others,
         )
 
     def _fused(

@@ -20,11 +20,16 @@ class Outputs(Protocol):
 
 
 class StudentOutputs(NamedTuple):
-    """Logits (B, C, h, w), of no class, (B, 0, 1, 1), where the student has none; heads and features by name."""
+    """Logits (B, C, h, w), of no class, (B, 0, 1, 1), where the student has none; heads and features by name.
+
+    Attributes:
+        others: logits (B', C, h, w) of the rows of other streams of the batch, by the stream's name.
+    """
 
     logits: Tensor
     heads: Mapping[str, Tensor] = {}
     features: Mapping[str, Tensor] = {}
+    others: Mapping[str, Tensor] = {}
 
 
 class Losses(NamedTuple):
@@ -42,8 +47,10 @@ class Losses(NamedTuple):
     tasks: tuple[Tensor, ...] = ()
 
 
-def unpacked(outputs: Outputs | Tensor) -> StudentOutputs:
+def unpacked(outputs: Outputs | StudentOutputs | Tensor) -> StudentOutputs:
     """The outputs of a student, or logits alone, as a loss reads them."""
+    if isinstance(outputs, StudentOutputs):
+        return outputs
     if isinstance(outputs, Tensor):
         return StudentOutputs(outputs)
     if outputs.heads and SEGMENTATION not in outputs.heads:

@@ -18,7 +18,7 @@ from kdcache.distill.balance import Balance, FixedBalance, weigh_parts
 from kdcache.distill.batch import Batch, Tensors
 from kdcache.distill.counts import Counts, StreamCounts
 from kdcache.distill.loss import DistillLoss
-from kdcache.distill.outputs import Losses
+from kdcache.distill.outputs import Losses, unpacked
 from kdcache.heads import TASKS
 
 
@@ -192,8 +192,12 @@ class StreamLoss(nn.Module):
         # torch.split, whose backward is one concatenation: slices would each add to zeros of the whole.
         split = zip(*(leaf.split(rows) for leaf in leaves), strict=True)
         of_streams = [None] * len(rows) if counts is None else counts.streams
-        for (_, criterion), own, part, count in zip(self._named(), split, batch.streams, of_streams, strict=True):
-            yield criterion, pytree.tree_unflatten(own, spec), part, count
+        unflat = (unpacked(pytree.tree_unflatten(own, spec)) for own in split)
+        outputs_of = dict(zip(self.stream_names, unflat, strict=True))
+        logits = {name: own.logits for name, own in outputs_of.items()}
+        for (name, criterion), part, count in zip(self._named(), batch.streams, of_streams, strict=True):
+            others = {other: of_other for other, of_other in logits.items() if other != name}
+            yield criterion, outputs_of[name]._replace(others=others), part, count
 
 
 pytree.register_dataclass(StreamBatch)

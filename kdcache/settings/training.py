@@ -74,8 +74,8 @@ class TrainSettings:
     method: str = _loss(
         "auto",
         "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
-        "cwd, dist, dkd, and dice, lovasz and entropy, which need no teacher. auto is dist; kl with --mix or "
-        "--accumulate, which dist cannot follow.",
+        "cwd, dist, dkd, and dice, lovasz, entropy and adversarial, which need no teacher. auto is dist; kl with --mix "
+        "or --accumulate, which dist cannot follow.",
     )
     teacher: Literal["store", "labels"] = _loss(
         "store",

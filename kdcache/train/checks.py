@@ -54,3 +54,20 @@ def check_processes(config: TrainConfig, processes: int) -> None:
             received=f"{', '.join(quantiles)} by quantile with {processes} processes, each of which sees its own part",
             remedy="give a threshold instead, or use one process",
         )
+
+
+def check_adversaries(config: TrainConfig) -> None:
+    """Raises: RecipeError for adversarial terms without another stream whose predictions they are to pass for."""
+    names = [stream.name for stream in config.streams]
+    for stream in config.streams:
+        others = [name for name in names if name != stream.name]
+        for term in stream.config.terms:
+            if term.kind == "adversarial" and (term.against not in others if term.against else len(others) != 1):
+                raise RecipeError(
+                    "an adversarial term makes predictions on its stream pass for those on one other stream",
+                    received=(f"against {term.against}" if term.against else "no `against`")
+                    + f" in the stream {stream.name or '(none)'}, beside {', '.join(others) or 'no other'}",
+                    remedy=f"add against={others[0]} to the term"
+                    if others
+                    else "give the labelled images, and those without labels with this term, as a --stream each",
+                )

@@ -195,6 +195,7 @@ class Trainer:
         if logged:
             speed = config.batch_size * now.step / now.seconds
             report = dict(zip(self._watch.names, values, strict=True))
+            _note_all(self._watch.won(report), self.observer.note)
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
             self._report(report)
         return agreed.stop

@@ -195,7 +195,7 @@ def test_what_a_term_reads() -> None:
     for kind in KINDS:
         term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT, student_heads=HEADS)
         assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
-        on_labels = kind in ("dice", "lovasz", "entropy") or kind in ON_DEPTH - {"depth-ssi"}
+        on_labels = kind in ("dice", "lovasz", "entropy", "adversarial") or kind in ON_DEPTH - {"depth-ssi"}
         assert term.reads_teacher == (not on_labels)
         assert term.student_taps() == (() if term.reads_target or on_labels or kind in ON_DEPTH else ("head",))
         assert term.head == ("depth" if kind in ON_DEPTH else None)
@@ -210,7 +210,7 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
     }
     documented = {"sp": 50.0, "hint": 1.0, "cosine": 2.0, "cwd": 0.15, "dist": 1.0, "dkd": 0.02, "pseudo": 1.0}
     depth = {"depth-l1": 0.1, "depth-berhu": 0.04, "depth-silog": 0.1, "depth-ssi": 0.3, "depth-gradient": 0.5}
-    assert weights == documented | {"at": 6, "dice": 1.0, "lovasz": 1.0, "entropy": 0.001} | depth
+    assert weights == documented | {"at": 6, "dice": 1.0, "lovasz": 1.0, "entropy": 0.001, "adversarial": 0.001} | depth
     channels, dkd, pseudo = (
         make_term(spec, targets=targets, student_taps=STUDENT)
         for spec in (TermSpec("cwd", teacher_tap="deep"), TermSpec("dkd"), TermSpec("pseudo"))
@@ -228,7 +228,7 @@ def test_projections_are_the_terms_own_parameters() -> None:
     targets = store(features=("deep",), raw=True)
     shapes = {
         kind: [tuple(p.shape) for p in make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).parameters()]
-        for kind in set(KINDS) - ON_DEPTH
+        for kind in set(KINDS) - ON_DEPTH - {"adversarial"}
     }
     assert {kind for kind, actual in shapes.items() if actual} == {"hint", "cosine"}
     assert shapes["hint"] == [(5, 32, 1, 1), (5,)]

@@ -30,6 +30,7 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
 from kdcache.train.input.loader import Draws
 from kdcache.train.input.streams import stream_seed
+from kdcache.train.interrupt import Interrupted
 from kdcache.train.sources import open_sources
 from kdcache.train.trainer import Trainer
 
@@ -426,3 +427,61 @@ def test_a_stream_without_labels_teaches_by_its_entropy(
     alone = settings | {"stream": [unlabelled]}
     with pytest.raises(RecipeError, match="streams b, of which none has either"):
         begun(alone, tmp_path / "alone")
+
+
+@pytest.fixture
+def adversarial(plain: dict[str, Any]) -> dict[str, Any]:
+    """Labels of one stream; predictions on the other are to pass for those on the first."""
+    camera = {"name": "b", "data": OTHERS, "labels": "none", "method": "none", "term": ["adversarial,weight=0.1"]}
+    return plain | {"val": None, "stream": [plain["stream"][0], camera], "clip_grad": 0.01, "gradients_every": 2}
+
+
+def test_a_discriminator_learns_by_itself_and_resumes_to_the_bit(
+    adversarial: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    config = make_config(**adversarial)
+    train(config, tmp_path / "whole")
+    losses = read_metrics(tmp_path / "whole", "train")
+    assert losses[0]["b/discriminator"] == pytest.approx(0.69, abs=0.03)
+    assert losses[-1]["b/discriminator"] < losses[0]["b/discriminator"]  # whatever the student's clipping
+    assert "b/discriminator" not in read_metrics(tmp_path / "whole", "gradients")[0]
+
+    class Stop(Observer):
+        def stepped(self, step: int, values: dict[str, float]) -> None:
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    with suppress(Interrupted):
+        train(config, tmp_path / "stopped", observer=Stop())
+    assert not (tmp_path / "stopped/result.json").exists()
+    train(config, tmp_path / "stopped", resume=True)
+    for name in ("model", "criterion"):
+        whole, resumed = (
+            torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)[name] for run in ("whole", "stopped")
+        )
+        assert any("discriminator" in key for key in whole) == (name == "criterion")
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    best = load_file(tmp_path / "whole/last.safetensors")
+    assert not any("discriminator" in key for key in best)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": "sgd"}, "trained by Adam"),
+        (
+            {"stream": ["a,data=scenes", "b,data=scenes,term=adversarial", "c,data=scenes"]},
+            "no `against` in the stream b",
+        ),
+        ({"stream": ["a,data=scenes", 'b,data=scenes,"term=adversarial,against=c"']}, "against c in the stream b"),
+        (
+            {"stream": (), "data": "scenes", "method": "none", "term": ["adversarial"], "size": "32x48"},
+            "beside no other",
+        ),
+    ],
+)
+def test_an_adversary_without_its_stream_is_refused(
+    adversarial: dict[str, Any], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        begun(adversarial | changes, tmp_path / "run")

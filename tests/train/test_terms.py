@@ -173,3 +173,12 @@ def test_a_gate_needs_labels(make_cache: Callable[..., Path], rich_student: dict
     store = make_cache("scenes:32x48,train=6,val=3,unlabelled=4", "unlabelled")
     with pytest.raises(RecipeError, match="--gate correct"):
         go(rich_student | {"cache": str(store), "method": "kl", "gate": "correct"}, tmp_path / "run")
+
+
+def test_a_discriminator_that_wins_is_noted_once() -> None:
+    watch = Watch(["loss"], World(), lambda step: [])
+    values = [0.005] * 9 + [0.3] + [0.005] * 10 + [0.001] * 20
+    notes = [list(watch.won({"loss": 1.0, "camera/discriminator": value})) for value in values]
+    assert [number for number, texts in enumerate(notes) if texts] == [19]
+    assert "of the stream camera wins" in notes[19][0]
+    assert not list(watch.won({"discriminator/ce": 0.0}))

@@ -11,6 +11,7 @@
 | `dkd` | target class and other classes apart | the target's cells |
 | `dice`, `lovasz` | how predictions and labels overlap, without a teacher | the label's pixels |
 | `entropy` | how undecided predictions are, without a teacher or labels | the label's pixels |
+| `adversarial` | predictions on a stream with those on another, by a discriminator | the label's pixels |
 | `depth-l1`, `depth-berhu`, `depth-silog` | depth in metres with labels, or a teacher's | the label's pixels |
 | `depth-ssi`, `depth-gradient` | the shape of depth, likewise | the label's pixels |
 
@@ -20,7 +21,7 @@
 """
 
 from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets
-from kdcache.distill.terms.make import make_term
+from kdcache.distill.terms.make import discriminator_parameters, make_term, with_discriminators
 from kdcache.distill.terms.needs import arrays_of, check_student, check_terms, resolve_taps
 from kdcache.distill.terms.spec import KINDS, Method, TermSpec, parse_method
 
@@ -35,7 +36,9 @@ __all__ = [
     "arrays_of",
     "check_student",
     "check_terms",
+    "discriminator_parameters",
     "make_term",
     "parse_method",
     "resolve_taps",
+    "with_discriminators",
 ]

@@ -57,6 +57,7 @@ class TermBatch:
         window, flip, zoom, own: as in `Batch`.
         shown: (B, H, W) bool, which pixels show the image, for terms that read it; None is all.
         heads: heads beside segmentation, by name.
+        others: logits (B', C, h, w) of the rows of other streams of the batch, by the stream's name.
     """
 
     logits: Tensor
@@ -73,6 +74,7 @@ class TermBatch:
     own: Tensor | None = None
     shown: Tensor | None = None
     heads: Mapping[str, HeadBatch] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Term(nn.Module):
@@ -134,6 +136,11 @@ class Term(nn.Module):
     def reads_logits(self) -> bool:
         """Whether it reads the student's logits of segmentation."""
         return self.head is None and not compares_features(self.spec)
+
+    @property
+    def teaches_student(self) -> bool:
+        """Whether the student gets a gradient of it."""
+        return True
 
     @property
     def reads_teacher(self) -> bool:

@@ -1,18 +1,19 @@
 """The modules that compute the terms of a recipe."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from kdcache.distill.terms.attention import Attention
 from kdcache.distill.terms.base import Term, TermTargets
 from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
 from kdcache.distill.terms.decoupled import Decoupled
 from kdcache.distill.terms.depth import DEPTH_TERMS
-from kdcache.distill.terms.entropy import Entropy
 from kdcache.distill.terms.features import Cosine, Hint, Projected
 from kdcache.distill.terms.needs import arrays_of, check_student, depth_head, resolve_taps
 from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
+from kdcache.distill.terms.predictions import Adversarial, Discrimination, Discriminator, Entropy
 from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.distill.terms.relations import Relations, Similarity
 from kdcache.distill.terms.spec import TermSpec, compares_features, of_depth, reads_teacher
@@ -20,7 +21,12 @@ from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
 
 _PROJECTED: dict[str, type[Projected]] = {"hint": Hint, "cosine": Cosine, "cwd": ChannelFeatures}
-_WITHOUT_TEACHER: dict[str, type[Overlap | Entropy]] = {"dice": Dice, "lovasz": Lovasz, "entropy": Entropy}
+_WITHOUT_TEACHER: dict[str, type[Overlap | Entropy | Adversarial]] = {
+    "dice": Dice,
+    "lovasz": Lovasz,
+    "entropy": Entropy,
+    "adversarial": Adversarial,
+}
 _PLAIN: dict[str, type[Term]] = {
     "at": Attention,
     "sp": Similarity,
@@ -95,3 +101,15 @@ def make_term(
             moments=moments,
         )
     return _PLAIN[spec.kind](spec, targets, arrays)
+
+
+def with_discriminators(terms: Sequence[Term]) -> list[Term]:
+    """The terms, each adversarial one followed by the loss of its discriminator."""
+    pairs = ([term, Discrimination(term)] if isinstance(term, Adversarial) else [term] for term in terms)
+    return [term for pair in pairs for term in pair]
+
+
+def discriminator_parameters(criterion: Module) -> list[Parameter]:
+    """Parameters of the discriminators of a loss, which learn beside the student by a rate of their own."""
+    found = (module for module in criterion.modules() if isinstance(module, Discriminator))
+    return [parameter for module in found for parameter in module.parameters()]

@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dice": (),
     "lovasz": (),
     "entropy": (),
+    "adversarial": ("against", "loss"),
     "depth-l1": ("reference",),
     "depth-berhu": ("reference",),
     "depth-silog": ("reference",),
@@ -35,12 +36,13 @@ CHOICES = {
     "projector": ("linear", "mlp"),
     "distance": ("mse", "smooth-l1"),
     "reference": ("labels", "teacher"),
+    "loss": ("vanilla", "least-squares"),
 }
 """Option -> the words that it takes, the first of them the default (of `reference`, but for `depth-ssi`: teacher)."""
 FUSED = ("ce", "kl")
 ON_LABELS = ("dice", "lovasz")
 """Kinds of terms that learn from labels alone, without a teacher."""
-ON_PREDICTIONS = ("entropy",)
+ON_PREDICTIONS = ("entropy", "adversarial")
 """Kinds of terms that learn from the student's predictions alone, without a teacher or a label."""
 
 
@@ -62,6 +64,8 @@ class TermSpec:
         standardise, projector, distance: of features: the teacher's channels, the student's projection and how both are
             compared; each one of CHOICES.
         reference: what a term of depth compares with; one of CHOICES.
+        against: the stream whose predictions those of `adversarial` are to pass for; None is the only other one.
+        loss: of `adversarial`; one of CHOICES.
     Raises: RecipeError for anything else.
     """
 
@@ -81,6 +85,8 @@ class TermSpec:
     projector: str | None = None
     distance: str | None = None
     reference: str | None = None
+    against: str | None = None
+    loss: str | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -206,8 +212,9 @@ def _refuse_option(kind: str, option: str) -> None:
 
 
 def _check_value(kind: str, option: str, value: Any) -> None:
-    if option in _TAPS:
-        good, rule = isinstance(value, str) and bool(value), "the name of a tap"
+    if option in (*_TAPS, "against"):
+        what = "stream" if option == "against" else "tap"
+        good, rule = isinstance(value, str) and bool(value), f"the name of a {what}"
     elif option in CHOICES:
         good, rule = value in CHOICES[option], f"one of {', '.join(CHOICES[option])}"
     elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

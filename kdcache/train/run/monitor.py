@@ -19,6 +19,8 @@ MUCH_AT_FIRST = 100.0
 """The upper bound at the first step: there `dist` at weight 1 is at 10 to 25, and later at 1 to 1.6."""
 STARVING = 0.1
 """The norm of a task's gradient, beside the other task's, below which it starves, if it is so at two looks running."""
+WON, WON_LOOKS = 0.01, 10
+"""A discriminator has won whose loss was below the first at so many logged steps running: chance is log 2, or 1/4."""
 SOON = 100
 """The step of a second measurement, where norms have settled and little is lost yet."""
 
@@ -86,6 +88,7 @@ class Watch:
         self.names = names
         self._part_tasks = dict(part_tasks or {})
         self._starving = set[str]()
+        self._looks = dict[str, int]()
         self._world = world
         self._sample_ids = sample_ids
         self._unchecked: list[tuple[int, Tensor]] = []
@@ -147,6 +150,25 @@ class Watch:
                 yield (
                     f"the head {task} starves: at two looks running its gradient over the shared parameters was below "
                     f"{STARVING:g} times that of {other}, now {own['ratio']:.2g} times; {_evened(tasks)}"
+                )
+
+    def won(self, values: Mapping[str, float]) -> Iterator[str]:
+        """Notes, once each, on discriminators whose loss was near 0 at all of the last looks.
+
+        Args:
+            values: losses of a step, by name.
+        """
+        for name, value in values.items():
+            stream, slash, part = name.rpartition("/")
+            if part.partition("_")[0] != "discriminator":
+                continue
+            self._looks[name] = self._looks.get(name, 0) + 1 if value < WON else 0
+            if self._looks[name] >= WON_LOOKS and name not in self._noted:
+                self._noted.add(name)
+                yield (
+                    f"the discriminator{f' of the stream {stream}' if slash else ''} wins: at {WON_LOOKS} looks "
+                    f"running its loss was below {WON:g}, now {value:.2g}. It tells the streams apart with ease and "
+                    "the student learns little from it: raise the term's weight, or use loss=least-squares"
                 )
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:

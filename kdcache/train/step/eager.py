@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kdcache.distill import AnyBatch, Criterion
+from kdcache.distill.terms import discriminator_parameters
 from kdcache.models import Outputs, SegmentationModel
 from kdcache.train.input.mix import Mix
 from kdcache.train.step.gradient_norms import Gradient, Norms, TaskGradients, l2_norm
@@ -61,6 +62,9 @@ class EagerStep:
         self._bf16 = bf16
         self._clip_grad = clip_grad
         self._mix = mix
+        apart = set(map(id, discriminator_parameters(criterion)))
+        parameters = [*model.parameters(), *criterion.parameters()]
+        self._student_parameters = [parameter for parameter in parameters if id(parameter) not in apart]
 
     def __call__(self, batch: AnyBatch) -> Tensor:
         return self.learn(self.forward(self.to_device(batch)))
@@ -128,13 +132,12 @@ class EagerStep:
 
     def _update(self) -> None:
         """Average, clip and apply the gradients, then clear them."""
-        parameters = [*self.model.parameters(), *self.criterion.parameters()]
         if self.average is not None:
             for parameter in self.criterion.parameters():  # the model's are averaged by what shares it
                 if parameter.grad is not None:
                     parameter.grad = self.average(parameter.grad)
         if self._clip_grad > 0:
-            torch.nn.utils.clip_grad_norm_(parameters, self._clip_grad)
+            torch.nn.utils.clip_grad_norm_(self._student_parameters, self._clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

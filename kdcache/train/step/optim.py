@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdcache.distill.terms import discriminator_parameters
+from kdcache.distill.terms.predictions import Discriminator
 from kdcache.errors import RecipeError
 from kdcache.settings.spelling import lr_scales, warmup_steps
 from kdcache.train.config import TrainConfig
@@ -26,13 +28,14 @@ def make_optimizer(
     """Make AdamW, Adam or SGD; biases and normalisation weights are not decayed.
 
     Args:
-        criterion: a loss whose own parameters, projections, are trained too, at the full rate.
+        criterion: a loss whose own parameters are trained too: projections at the full rate, discriminators by Adam at
+            theirs, which falls with the schedule.
         capturable: for a CUDA graph: rate and step count are tensors beside the parameters, which a replay reads, and
             the update is torch's fused kernel (its other SGD reads the rate back to the host).
-    Raises: RecipeError for a prefix in `lr_scale` that begins no parameter's name.
+    Raises: RecipeError for a prefix in `lr_scale` that begins no parameter's name, and for SGD with a discriminator.
     """
     device = next(model.parameters()).device
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decayed else 0.0,
@@ -41,6 +44,15 @@ def make_optimizer(
         }
         for (scale, decayed), parameters in _by_scale(model, criterion, lr_scales(config.lr_scale)).items()
     ]
+    if adversaries := [] if criterion is None else discriminator_parameters(criterion):
+        if config.optimizer == "sgd":
+            raise RecipeError(
+                "a discriminator is trained by Adam, in the optimizer of the student",
+                received="--optimizer sgd with a term adversarial",
+                remedy="use --optimizer adamw or adam",
+            )
+        own = {"params": adversaries, "lr_scale": Discriminator.RATE / config.lr, "betas": Discriminator.BETAS}
+        groups.append({**groups[0], **own, "weight_decay": 0.0})
     options: dict[str, Any] = {"fused": True} if capturable else {}
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, **options)
@@ -58,8 +70,9 @@ def _by_scale(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     unused = set(scales)
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} if scales else {}
+    apart = set() if criterion is None else set(map(id, discriminator_parameters(criterion)))
     for parameter in (*model.parameters(), *(criterion.parameters() if criterion is not None else ())):
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in apart:
             name = names.get(id(parameter), "")
             prefix = max((prefix for prefix in scales if name.startswith(prefix)), key=len, default="")
             unused.discard(prefix)

@@ -1,0 +1,139 @@
+"""Terms on predictions alone: how undecided a student is, and whether its predictions tell where an image is from."""
+
+import math
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
+from kdcache.distill.terms.cells import resize
+from kdcache.distill.terms.spec import TermSpec
+
+
+class Entropy(Term):
+    """`entropy`: the mean over pixels of -sum(p log p) / log C, of the student's own probabilities at the label's size.
+
+    It reads no label and no target: pixels without a label count as others do, pixels that show no image do not. It
+    keeps several tensors of label size times classes.
+
+    Args:
+        align_corners: whether the student's own final resize aligns corners.
+
+    Default weight 0.001.
+    Source: Vu et al. 2019 (ADVENT), arXiv 1811.12833, equation 3, divided by log C as in the authors' code.
+    """
+
+    default_weight = 0.001
+    reads_shown = True
+
+    def __init__(self, spec: TermSpec, targets: TermTargets, *, align_corners: bool = False) -> None:
+        super().__init__(spec, targets)
+        self.student_align_corners = align_corners
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
+        log_BCHW = logits_BCHW.log_softmax(1)
+        entropy_BHW = -(log_BCHW.exp() * log_BCHW).sum(1) / math.log(logits_BCHW.shape[1])
+        if batch.shown is not None:
+            entropy_BHW = torch.where(batch.shown, entropy_BHW, 0)
+        return divide(entropy_BHW.sum(), self.count(batch) if count is None else count)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """The number of pixels that show the image, 0-dimensional."""
+        like = wide(batch.logits)
+        if batch.shown is None:
+            return like.new_full((), len(like) * batch.size[0] * batch.size[1])
+        return batch.shown.sum().to(like.dtype)
+
+
+class Discriminator(nn.Sequential):
+    """A network that tells two streams apart by maps of probabilities: (B, C, H, W) to a number per patch (B, 1, h, w).
+
+    Convolutions of 4x4 and stride 2, five of them where an image is 32 pixels or more; 64 channels, doubled by each. It
+    is trained by a rate and moments of its own (`RATE`, `BETAS`); its gradient is not clipped with the student's.
+
+    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, section 3.3, with the rates of the authors' code.
+    """
+
+    RATE: ClassVar[float] = 1e-4
+    BETAS: ClassVar[tuple[float, float]] = (0.9, 0.99)
+
+    def __init__(self, num_classes: int, size: tuple[int, int]) -> None:
+        halvings = max(1, min(5, int(math.log2(min(size)))))
+        channels = [num_classes, *(64 * 2**number for number in range(halvings - 1)), 1]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        super().__init__(*layers[:-1])
+
+
+class Adversarial(Term):
+    """`adversarial`: how well the student's predictions on this stream pass for those on another one.
+
+    `loss=vanilla`: mean over patches of -log D(q); `least-squares`: of (D(q) - 1)^2. q are the student's probabilities
+    at the label's size, D says how much they look like those on the stream `against`. The student learns to deceive D,
+    and D, in the same step and at the same weights, to tell the two apart (`discrimination`).
+
+    Default weight 0.001, of least squares 0.01.
+    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equation 4; least squares: Mao et al. 2017, arXiv
+    1611.04076.
+    """
+
+    def __init__(self, spec: TermSpec, targets: TermTargets, *, align_corners: bool = False) -> None:
+        super().__init__(spec, targets)
+        self.square = spec.loss == "least-squares"
+        if spec.weight is None:
+            self.weight = 0.01 if self.square else 0.001
+        self.student_align_corners = align_corners
+        self.discriminator = Discriminator(targets.num_classes, targets.view_size)
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        passes = torch.func.functional_call(self.discriminator, fixed, (self._probabilities(batch.logits, batch.size),))
+        return self._distance(passes, 1.0)
+
+    def discrimination(self, batch: TermBatch) -> Tensor:
+        """The discriminator's own loss, which the student gets no gradient of: mean over both streams, halved each."""
+        rows = (batch.logits, self._against(batch))
+        own, other = (self.discriminator(self._probabilities(logits.detach(), batch.size)) for logits in rows)
+        return (self._distance(own, 0.0) + self._distance(other, 1.0)) / 2
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """1: every image has as many patches, so that the mean over parts of a batch is that of the whole."""
+        return wide(batch.logits).new_ones(())
+
+    def _against(self, batch: TermBatch) -> Tensor:
+        """The logits of the other stream's rows."""
+        return batch.others[self.spec.against] if self.spec.against else next(iter(batch.others.values()))
+
+    def _probabilities(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        dtype = next(self.discriminator.parameters()).dtype
+        return resize(wide(logits), size, self.student_align_corners).softmax(1).to(dtype)
+
+    def _distance(self, passes: Tensor, label: float) -> Tensor:
+        """Mean distance of the discriminator's answers from a label: 1 is the other stream."""
+        labels = torch.full_like(passes, label)
+        return F.mse_loss(passes, labels) if self.square else F.binary_cross_entropy_with_logits(passes, labels)
+
+
+class Discrimination(Term):
+    """`discriminator`: the loss that the discriminator of an `adversarial` term learns from, of weight 1."""
+
+    def __init__(self, adversary: Adversarial) -> None:
+        super().__init__(adversary.spec, adversary.targets)
+        self.kind, self.weight = "discriminator", 1.0
+        self._adversary = (adversary,)  # in a tuple: its parameters are the other term's
+
+    @property
+    def teaches_student(self) -> bool:
+        return False
+
+    def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
+        return self._adversary[0].discrimination(batch)
+
+    def count(self, batch: TermBatch) -> Tensor:
+        """1, as of `Adversarial`."""
+        return wide(batch.logits).new_ones(())
