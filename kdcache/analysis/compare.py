@@ -83,7 +83,8 @@ def compare(
     if not members:
         raise RecipeError("a comparison has runs besides the teacher", received="none", remedy="name some runs")
     source = comparable_split(members, data, split)
-    options, depth_range = _one_range(options, [*members, *teachers], source)
+    judging, depth_range = one_range(options.judging, [*members, *teachers], source)
+    options = replace(options, judging=judging)
     blocks = {task: choose_blocks(source, options.blocks_by, task) for task in source.tasks}
     groups, notes = group_runs(members, options.ignore)
     groups += _apart(teachers, groups)
@@ -118,14 +119,11 @@ def compare(
     )
 
 
-def _one_range(
-    options: CompareOptions, members: Sequence[Entry], split: Split
-) -> tuple[CompareOptions, DepthRange | None]:
-    """Options that judge all depth by one range, up to the largest depth of any model, and that range.
+def one_range(judging: Judging, members: Sequence[Entry], split: Split) -> tuple[Judging, DepthRange | None]:
+    """How all depth is judged by one range, up to the largest depth of any model, and that range.
 
     Raises: DataError for a range where no depth is judged.
     """
-    judging = options.judging
     heads = [regressions_of(entry, split.classes, judging.which) for entry in members if DEPTH in split.tasks]
     ranges = [own for each in heads if (own := judged_range(each, split, judging.depth)) is not None]
     if not ranges:
@@ -135,9 +133,9 @@ def _one_range(
                 received=f"{', '.join(entry.text for entry in members[:3])} on {split.data}, split {split.split!r}",
                 remedy="leave out --min-depth, --max-depth and --depth-crop, or give such models and such data",
             )
-        return options, None
+        return judging, None
     widest = max(ranges, key=lambda one: one.max_depth)
-    return replace(options, judging=replace(judging, depth=replace(judging.depth, max_depth=widest.max_depth))), widest
+    return replace(judging, depth=replace(judging.depth, max_depth=widest.max_depth)), widest
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:

@@ -1,5 +1,6 @@
 """The score of each image, and which images are shown: the best, the worst, or those that are named.
 
+Depth is scored by the rmse of each image, in metres, of which less is better.
 IoU of one image is that of its own confusion matrix; its mIoU is the mean over the classes that are in its label or in
 its prediction, void left out. The mean of these over images is not the mIoU of the set, which has one matrix over
 all images, and is never called so.
@@ -18,50 +19,87 @@ from kdcache.analysis.groups import nearest
 from kdcache.analysis.spread import plain
 from kdcache.data import Split
 from kdcache.errors import DataError, RecipeError
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
-from kdcache.metrics.evaluate import Progress
+from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
+from kdcache.metrics.evaluate import Progress, check_tasks
 from kdcache.metrics.predictions import Predicted, predictions
+from kdcache.metrics.tables import depth_figure, percent
 from kdcache.models import SegmentationModel
-from kdcache.settings.shared import JudgeSettings
+from kdcache.settings.shared import DepthSettings, JudgeSettings
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """One image: `number` in its split, mIoU and IoU per class; NaN where there is nothing to score."""
+    """One image: `number` in its split, mIoU, IoU per class, rmse in metres; NaN where there is nothing to score."""
 
     number: int
     sample: str
     miou: float
     iou: tuple[float, ...]
+    rmse: float = math.nan
 
-    def score(self, ranked_class: int | None) -> float:
-        """The score that images are ranked by: mIoU, or the IoU of one class."""
-        return self.miou if ranked_class is None else self.iou[ranked_class]
+
+@dataclass(frozen=True)
+class Score:
+    """A score that images are ranked by: mIoU, the IoU of one class, or the rmse of depth, of which less is better.
+
+    Attributes:
+        place: the number of the class; None for all.
+    """
+
+    name: str = "mIoU"
+    task: str = SEGMENTATION
+    place: int | None = None
+
+    def of(self, image: ImageScore) -> float:
+        """The score of an image."""
+        if self.task == DEPTH:
+            return image.rmse
+        return image.miou if self.place is None else image.iou[self.place]
+
+    def text(self, value: float) -> str:
+        """The score with its name and its unit."""
+        return f"{self.name} " + (f"{depth_figure('rmse', value)} m" if self.task == DEPTH else f"{percent(value)} %")
+
+    def stem(self, value: float) -> str:
+        """The score as a part of a file's name."""
+        return f"{'rmse' if self.task == DEPTH else 'iou'}{value:.4f}"
+
+
+MIOU, RMSE = Score(), Score("rmse", DEPTH)
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """All labelled images of a split, and the matrix over them. Memory: 8 bytes per image and class."""
+    """All labelled images of a split, and the metrics over them. Memory: 8 bytes per image and class.
+
+    Attributes:
+        confusion: the matrix over all images. depth: metrics of depth; None where it is not judged.
+        tasks: those that are judged.
+    """
 
     images: tuple[ImageScore, ...]
     confusion: ConfusionMatrix
+    depth: DepthMetrics | None = None
+    tasks: tuple[str, ...] = (SEGMENTATION,)
 
     @property
     def metrics(self) -> Metrics:
         return self.confusion.metrics()
 
-    def known(self, ranked_class: int | None = None) -> list[float]:
+    def known(self, score: Score = MIOU) -> list[float]:
         """Scores without NaN, in the order of the split."""
-        return [score for image in self.images if not math.isnan(score := image.score(ranked_class))]
+        return [value for image in self.images if not math.isnan(value := score.of(image))]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **self.metrics.to_json(),
-            "images": [
-                {"sample": image.sample, "miou": plain(image.miou), "iou": list(map(plain, image.iou))}
-                for image in self.images
-            ],
-        }
+        classes = self.metrics.to_json() if SEGMENTATION in self.tasks else {}
+        depth = {} if self.depth is None else {"depth": self.depth.to_json()}
+        return {**classes, **depth, "images": [self._image_json(image) for image in self.images]}
+
+    def _image_json(self, image: ImageScore) -> dict[str, Any]:
+        classes = {"miou": plain(image.miou), "iou": list(map(plain, image.iou))} if SEGMENTATION in self.tasks else {}
+        return {"sample": image.sample, **classes, **({} if self.depth is None else {"rmse": plain(image.rmse)})}
 
 
 def score_images(
@@ -69,41 +107,52 @@ def score_images(
     split: Split,
     size: tuple[int, int],
     *,
+    depth: DepthSettings | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = JudgeSettings.batch_size,
     progress: Progress | None = None,
 ) -> ImageScores:
-    """One pass over the labelled images.
+    """One pass over the images with a label of any task: scores of every task that the model predicts.
 
-    Raises: DataError when nothing is labelled or an image cannot be read.
+    Args:
+        depth: pixels of labels of depth that count.
+    Raises: DataError when nothing is labelled, the model predicts nothing of it, or an image cannot be read.
     """
-    labelled = [number for number in range(len(split)) if split.has_label(number)]
+    labelled = [number for number in range(len(split)) if _has_label(split, number)]
     if not labelled:
         raise DataError(
             "images are scored by their labels",
             received=f"{split.data}, split {split.split!r}: none of {len(split)} images has one",
             remedy="give a labelled split with --split",
         )
+    tasks = check_tasks(model, split)
     total = ConfusionMatrix(split.classes.names)
+    errors = DepthErrors(DepthRange.of(model.regressions[DEPTH], depth)) if DEPTH in tasks else None
     images: list[ImageScore] = []
-    batches = predictions(model, split, labelled, size, device=device, batch_size=batch_size)
+    batches = predictions(model, split, labelled, size, tasks=tasks, device=device, batch_size=batch_size)
     with closing(batches):
         for batch in batches:
-            images += [_score(prediction, split, total) for prediction in batch]
+            images += [_score(prediction, split, total, errors) for prediction in batch]
             if progress is not None:
                 progress(len(images), len(labelled))
-    return ImageScores(tuple(images), total)
+    return ImageScores(tuple(images), total, None if errors is None else errors.metrics(), tasks)
 
 
-def ranked(scores: Sequence[ImageScores], ranked_class: int | None = None) -> list[tuple[int, float]]:
+def shared_score(scores: Sequence[ImageScores]) -> Score | None:
+    """The score by which images are ranked for several models: mIoU where all have it, else rmse; None without both."""
+    shared = [score for score in (MIOU, RMSE) if all(score.task in one.tasks for one in scores)]
+    return shared[0] if shared else None
+
+
+def ranked(scores: Sequence[ImageScores], score: Score = MIOU) -> list[tuple[int, float]]:
     """(position in `images`, score), the best first; of several models the mean, where all have a score.
 
     Equal scores keep the order of the split.
     """
-    rows = zip(*([image.score(ranked_class) for image in of_model.images] for of_model in scores), strict=True)
+    rows = zip(*([score.of(image) for image in of_model.images] for of_model in scores), strict=True)
     means = [(position, statistics.fmean(row)) for position, row in enumerate(rows)]
     scored = [(position, mean) for position, mean in means if not math.isnan(mean)]
-    return sorted(scored, key=lambda pair: -pair[1])
+    return sorted(scored, key=lambda pair: pair[1] if score.task == DEPTH else -pair[1])
 
 
 def best_and_worst(ranking: Sequence[tuple[int, float]], best: int, worst: int) -> tuple[list[int], list[int]]:
@@ -133,19 +182,31 @@ def sample_numbers(split: Split, ids: Sequence[str]) -> list[int]:
                 received=f"{sample!r} in {split.data}, split {split.split!r}",
                 remedy=nearest(sample, split.ids),
             )
-        if not split.has_label(places[sample]):
+        if not _has_label(split, places[sample]):
             raise RecipeError(
                 "images are scored by their labels", received=f"{sample!r} has none", remedy="leave it out of --ids"
             )
     return list(dict.fromkeys(places[sample] for sample in ids))
 
 
-def _score(prediction: Predicted, split: Split, total: ConfusionMatrix) -> ImageScore:
+def _has_label(split: Split, number: int) -> bool:
+    return any(split.has_label(number, task) for task in split.tasks)
+
+
+def _score(prediction: Predicted, split: Split, total: ConfusionMatrix, errors: DepthErrors | None) -> ImageScore:
+    """The scores of an image, which is added to the matrix and to the errors of depth."""
+    sample, rmse = split.ids[prediction.number], math.nan
+    if errors is not None and DEPTH in prediction.labels:
+        one = DepthErrors(errors.range)
+        one.update(prediction.answers[DEPTH], prediction.labels[DEPTH], sample)
+        errors.add(one)
+        rmse = one.metrics().rmse
     own = ConfusionMatrix(split.classes.names)
-    own.update(prediction.argmax, prediction.label)
-    total.counts += own.counts
+    if SEGMENTATION in prediction.labels:
+        own.update(prediction.argmax, prediction.label)
+        total.counts += own.counts
     if not own.counts.any():  # nothing but void
         nothing = (math.nan,) * len(split.classes)
-        return ImageScore(prediction.number, split.ids[prediction.number], math.nan, nothing)
+        return ImageScore(prediction.number, sample, math.nan, nothing, rmse)
     metrics = own.metrics()
-    return ImageScore(prediction.number, split.ids[prediction.number], metrics.miou, metrics.iou)
+    return ImageScore(prediction.number, sample, metrics.miou, metrics.iou, rmse)

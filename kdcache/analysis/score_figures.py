@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kdcache.analysis.per_image import ImageScores
+from kdcache.analysis.per_image import MIOU, RMSE, ImageScores, Score, ranked
 from kdcache.errors import one_line
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.figures import INK, Colours, dress, hex_colours, new_figure
-from kdcache.metrics.tables import class_rows, percent
+from kdcache.metrics.tables import class_rows, depth_rows, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 _LISTED = 10
 
 
-def draw_distribution(scores: ImageScores, colours: Colours, title: str, ranked_class: int | None = None) -> "Figure":
+def draw_distribution(scores: ImageScores, colours: Colours, title: str, score: Score = MIOU) -> "Figure":
     """How the score is spread over images, and the quartiles of every class."""
     names = scores.confusion.class_names
     figure = new_figure(13, max(4.8, 1.6 + 0.36 * len(names)), title)
     left, right = figure.subplots(1, 2)
-    percentages = 100 * np.array(scores.known(ranked_class))
-    what = "mIoU" if ranked_class is None else f"IoU of {names[ranked_class]}"
+    percentages = 100 * np.array(scores.known(score))
+    what = score.name
     dress(left, f"{what}, {len(percentages)} images", f"{what} %", "images")
     left.hist(percentages, bins=np.linspace(0, 100, 21), color="#1b6ca8", edgecolor="white", linewidth=0.8)
     left.set_xlim(0, 100)
@@ -51,16 +52,48 @@ def draw_distribution(scores: ImageScores, colours: Colours, title: str, ranked_
     return figure
 
 
-def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], ranked_class: int | None = None) -> str:
+def draw_rmse(scores: ImageScores, title: str) -> "Figure":
+    """How the rmse of depth is spread over images."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(8, 4.8, title)
+    values = np.array(scores.known(RMSE))
+    axes = dress(figure.add_subplot(), f"rmse, {len(values)} images", "rmse m", "images")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if values.size:
+        axes.hist(values, bins=20, color="#1b6ca8", edgecolor="white", linewidth=0.8)
+        for value, style, name in ((values.mean(), "-", "mean"), (np.median(values), "--", "median")):
+            axes.axvline(value, color="#d1661f", linestyle=style, linewidth=1.6, label=f"{name} {value:.3g} m")
+        axes.legend(fontsize=9, frameon=False)
+    return figure
+
+
+def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], score: Score = MIOU) -> str:
     """The figures of one model as plain text.
 
     Args:
         about: what was evaluated, as (name, value).
+        score: score that the best and the worst images are listed by.
     """
+    lines = [f"{name + ':':<12} {value}" for name, value in about]
+    if SEGMENTATION in scores.tasks:
+        lines += _class_lines(scores)
+    if scores.depth is not None:
+        rows = depth_rows(scores.depth)
+        lines += ["", f"Depth: metrics of each image, then the mean of {scores.depth.counted_images} images"]
+        lines += [f"{name:<10} {value:>10}" for name, value in rows]
+    order = [scores.images[position] for position, _ in ranked([scores], score)]
+    for title, images in (("best", order[:_LISTED]), ("worst", order[::-1][:_LISTED])):
+        lines += ["", f"The {title} images by {score.name}, {'m' if score.task == DEPTH else '%'}"]
+        lines += [f"{score.text(score.of(image)).split()[-2]:>7}  {image.sample}" for image in images]
+    return "\n".join(lines) + "\n"
+
+
+def _class_lines(scores: ImageScores) -> list[str]:
+    """The figures of segmentation: over all pixels, and image by image."""
     metrics, mious = scores.metrics, scores.known()
     width = max(len(name) for name in (*metrics.class_names, "class"))
-    lines = [f"{name + ':':<12} {value}" for name, value in about]
-    lines += ["", "Over all pixels (one confusion matrix, void left out)"]
+    lines = ["", "Over all pixels (one confusion matrix, void left out)"]
     lines += [f"mIoU {percent(metrics.miou)} %, mAcc {percent(metrics.macc)} %, aAcc {percent(metrics.aacc)} %", ""]
     lines.append(f"{'class':<{width}}  {'IoU %':>7}  {'Acc %':>7}  {'pixels %':>8}  {'images':>6}")
     for place, (name, iou, acc, share) in enumerate(class_rows(metrics)):
@@ -74,15 +107,7 @@ def metrics_text(scores: ImageScores, about: Sequence[tuple[str, str]], ranked_c
             f"mean {percent(statistics.fmean(mious))} %, median {percent(statistics.median(mious))} %, "
             f"standard deviation {percent(spread)}, least {percent(min(mious))} %, most {percent(max(mious))} %"
         )
-    name = "mIoU" if ranked_class is None else f"IoU of {metrics.class_names[ranked_class]}"
-    order = sorted(
-        (image for image in scores.images if not math.isnan(image.score(ranked_class))),
-        key=lambda image: -image.score(ranked_class),
-    )
-    for title, images in (("best", order[:_LISTED]), ("worst", order[::-1][:_LISTED])):
-        lines += ["", f"The {title} images by {name}, %"]
-        lines += [f"{percent(image.score(ranked_class)):>7}  {image.sample}" for image in images]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _having(scores: ImageScores, place: int) -> int:

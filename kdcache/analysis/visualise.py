@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdcache.analysis.banner import banner
-from kdcache.analysis.compare import Progress, comparable_split
+from kdcache.analysis.compare import Progress, comparable_split, one_range
 from kdcache.analysis.curves import draw_curves, read_curves
 from kdcache.analysis.gallery import (
     SIDE_BY_SIDE,
@@ -18,18 +19,31 @@ from kdcache.analysis.gallery import (
     shorten,
     summary_json,
 )
-from kdcache.analysis.per_image import class_number, ranked, sample_numbers, score_images
+from kdcache.analysis.per_image import (
+    MIOU,
+    RMSE,
+    Score,
+    class_number,
+    ranked,
+    sample_numbers,
+    score_images,
+    shared_score,
+)
 from kdcache.analysis.runs import Entry, find_runs
-from kdcache.analysis.score_figures import draw_distribution, metrics_text
+from kdcache.analysis.score_figures import draw_distribution, draw_rmse, metrics_text
 from kdcache.analysis.stored_evaluations import Judging, memory_errors
 from kdcache.data import Fold, Split, fold_alone
 from kdcache.errors import RecipeError
 from kdcache.files import check_own_folder
+from kdcache.heads import SEGMENTATION
 from kdcache.metrics.figures import draw_confusion, save_figure
-from kdcache.metrics.tables import percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUMMARY = "visualise.json"
 SIDE_BEST, SIDE_WORST = 2, 1
+_FIGURES = ("iou_distribution.png", "confusion.png", "rmse_distribution.png", "curves.png")
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class VisualiseOptions:
     """The choice of pictures.
 
     Attributes:
-        best, worst: images per run, by mIoU or by the IoU of `class_name`.
+        best, worst: images per run, by mIoU or by the IoU of `class_name`; by rmse of a run of depth alone.
         ids: samples to draw instead, the same for every run.
         teacher: a run or SPEC@FILE whose prediction is a panel of every picture.
         smoke: the runs are those of a recipe made small: every picture is marked.
@@ -86,11 +100,13 @@ def visualise(
     source: Split = comparable_split(entries, data, split)
     if options.fold is not None:
         source = fold_alone(source, *options.fold)
-    ranked_class = None if options.class_name is None else class_number(source, options.class_name)
+    by_class = None if options.class_name is None else _class_score(source, options.class_name)
     numbers = sample_numbers(source, options.ids)
-    models = [score_run(run, source, options.judging, report) for run in entries]
-    teacher = score_run(teachers[0], source, options.judging, report) if teachers else None
-    gallery = Gallery(source, ranked_class, teacher, banner(source.data, options.smoke))
+    judging, _ = one_range(options.judging, [*entries, *teachers], source)
+    models = [score_run(run, source, judging, report) for run in entries]
+    _check_class(by_class, entries, models)
+    teacher = score_run(teachers[0], source, judging, report) if teachers else None
+    gallery = Gallery(source, teacher, banner(source.data, options.smoke))
     shown = dict(zip(folder_names([run.text for run in entries]), models, strict=True))
     positions = {image.number: position for position, image in enumerate(models[0].scores.images)}
     listed = [positions[number] for number in numbers]
@@ -98,12 +114,16 @@ def visualise(
     notes: list[str] = []
     with memory_errors(options.judging.device, 1):
         for run, (name, model) in zip(entries, shown.items(), strict=True):
-            cases = _cases([model], options, listed, ranked_class, (options.best, options.worst))
-            files += _draw_run(run, model, gallery, cases, out / name, report)
+            score = by_class or shared_score([model.scores]) or MIOU
+            cases = _cases([model], options, listed, score, (options.best, options.worst))
+            files += _draw_run(run, model, gallery, cases, score, out / name, report)
             notes += [] if (out / name / "curves.png").is_file() else [f"{run.text} keeps no metrics.jsonl: no curves"]
         report(f"drawing {SIDE_BY_SIDE}", 0, 1)
-        several = len(models) > 1
-        cases = _cases(models, options, listed, ranked_class, (SIDE_BEST, SIDE_WORST)) if several else []
+        shared = by_class or shared_score([model.scores for model in models])
+        several = len(models) > 1 and shared is not None
+        cases = _cases(models, options, listed, shared, (SIDE_BEST, SIDE_WORST)) if several and shared else []
+        if shared is None:
+            notes.append("the runs share no task by which images are ranked: none are drawn side by side")
         files += gallery.draw_side_by_side(models, cases, out)
     header = {"data": source.data, "split": source.split, "banner": gallery.above, "class": options.class_name}
     content = {**header, "runs": summary_json(shown)}
@@ -122,6 +142,7 @@ def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) ->
             model.to(judging.device),
             split,
             description.size,
+            depth=judging.depth,
             device=judging.device,
             batch_size=judging.batch_size,
             progress=lambda done, total: progress(f"scoring {run.name}", done, total),
@@ -133,20 +154,36 @@ def _cases(
     models: Sequence[Shown],
     options: VisualiseOptions,
     listed: Sequence[int],
-    ranked_class: int | None,
+    score: Score,
     counts: tuple[int, int],
 ) -> list[Case]:
     """The listed images; else by rank. Raises: RecipeError when there is nothing to rank."""
     if listed:
-        return best_cases([], *counts, chosen=listed)
-    ranking = ranked([shown.scores for shown in models], ranked_class)
+        return best_cases([], *counts, chosen=listed, score=score)
+    ranking = ranked([shown.scores for shown in models], score)
     if not ranking:
         raise RecipeError(
             "images are ranked by what is in their labels",
             received=f"no image with {options.class_name or 'a labelled pixel'}",
             remedy="name another --class, or other data",
         )
-    return best_cases(ranking, *counts)
+    return best_cases(ranking, *counts, score=score)
+
+
+def _class_score(split: Split, name: str) -> Score:
+    """The IoU of a class. Raises: RecipeError for a class that the data do not have."""
+    return Score(f"IoU of {name}", place=class_number(split, name))
+
+
+def _check_class(by_class: Score | None, runs: Sequence[Entry], models: Sequence[Shown]) -> None:
+    """Refuse a ranking by a class for runs that predict none. Raises: RecipeError."""
+    without = [run.text for run, shown in zip(runs, models, strict=True) if SEGMENTATION not in shown.scores.tasks]
+    if by_class is not None and without:
+        raise RecipeError(
+            "--class ranks images of runs that are judged in segmentation",
+            received=f"{', '.join(without[:3])}, judged in depth alone",
+            remedy="leave out --class: images are ranked by the rmse of depth then",
+        )
 
 
 def _draw_run(
@@ -154,35 +191,47 @@ def _draw_run(
     shown: Shown,
     gallery: Gallery,
     cases: Sequence[Case],
+    score: Score,
     folder: Path,
     progress: Progress,
 ) -> list[Path]:
     """Everything about one run."""
     folder.mkdir(parents=True, exist_ok=True)
-    split, ranked_class, above = gallery.split, gallery.ranked_class, gallery.above
-    metrics, counts, name = shown.scores.metrics, shown.scores.confusion.counts, shorten(shown.name)
-    title = f"{name} on {shorten(split.data, 40)}, {split.split}: mIoU {percent(metrics.miou)} %"
-    figures = {
-        "iou_distribution.png": draw_distribution(shown.scores, split.classes.colours, title, ranked_class),
-        "confusion.png": draw_confusion(counts.numpy(), metrics.class_names, f"{name}: prediction per label, %"),
-    }
+    split, above = gallery.split, gallery.above
+    figures = _score_figures(shown, split, score)
     curves = None if run.run is None else read_curves(run.run)
     if curves is not None:
         batch_size = run.settings.get("batch-size")
-        figures["curves.png"] = draw_curves(curves, f"The training of {name}", batch_size)
-    (folder / "curves.png").unlink(missing_ok=True)
+        figures["curves.png"] = draw_curves(curves, f"The training of {shorten(shown.name)}", batch_size)
+    for file in _FIGURES:
+        (folder / file).unlink(missing_ok=True)
     for file, figure in figures.items():
         save_figure(figure, folder / file, above)
     header = [
         ("run", shown.name),
         ("data", f"{split.data}, split {split.split}"),
+        ("heads", ", ".join(shown.heads)),
         ("images", f"{len(shown.scores.images)} labelled"),
         ("input", f"{shown.size[0]}x{shown.size[1]}; judged at the labels' own size"),
     ]
     header = [("note", above), *header] if above else header
     text = folder / "evaluation_metrics.txt"
-    text.write_text(metrics_text(shown.scores, header, ranked_class), encoding="utf-8")
+    text.write_text(metrics_text(shown.scores, header, score), encoding="utf-8")
     pictures = gallery.draw_cases(
         shown, cases, folder, lambda done, total: progress(f"drawing {run.name}", done, total)
     )
     return [*(folder / file for file in figures), text, *pictures]
+
+
+def _score_figures(shown: Shown, split: Split, score: Score) -> dict[str, "Figure"]:
+    """How scores are spread over images, a picture for each task, and the confusion matrix; by their files."""
+    scores, name = shown.scores, shorten(shown.name)
+    title, figures = f"{name} on {shorten(split.data, 40)}, {split.split}", dict[str, "Figure"]()
+    if SEGMENTATION in scores.tasks:
+        metrics, counts = scores.metrics, scores.confusion.counts.numpy()
+        spread = draw_distribution(scores, split.classes.colours, f"{title}: {MIOU.text(metrics.miou)}", score)
+        confusion = draw_confusion(counts, metrics.class_names, f"{name}: prediction per label, %")
+        figures |= {_FIGURES[0]: spread, _FIGURES[1]: confusion}
+    if scores.depth is not None:
+        figures[_FIGURES[2]] = draw_rmse(scores, f"{title}: {RMSE.text(scores.depth.rmse)}")
+    return figures

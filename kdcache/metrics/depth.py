@@ -170,6 +170,10 @@ class DepthErrors:
             whole._rows += part._rows
         return whole
 
+    def add(self, other: "DepthErrors") -> None:
+        """Add the images of other errors, which were measured with the same settings."""
+        self._rows += other._rows
+
     def metrics(self) -> DepthMetrics:
         """The means over the images added so far: to the bit the same for any order of them and any sharing out."""
         values = np.stack([row for _, _, row in self._rows]) if self._rows else np.empty((0, len(DEPTH_METRICS)))

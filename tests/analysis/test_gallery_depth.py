@@ -37,7 +37,7 @@ def test_depth_stands_below_the_classes() -> None:
 def test_the_error_is_that_of_the_prediction() -> None:
     split = open_split("scenes:40x56,train=2,val=1,depth=exact", "val")
     model = shown("kdcache:tiny+depth", split)
-    pictures = dict(Gallery(split)._depth(model, 0))
+    pictures = dict(Gallery(split)._depth(model.predict(split, 0)))
     label, metres = pictures["depth, ground truth"].values, pictures["depth, prediction"].values
     error = next(one.values for name, one in pictures.items() if "error" in name)
     known = np.isfinite(label)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.analysis.per_image import best_and_worst, class_number, ranked, sample_numbers, score_images
+from kdcache.analysis.per_image import Score, best_and_worst, class_number, ranked, sample_numbers, score_images
 from kdcache.data import Split, open_split
 from kdcache.errors import DataError, RecipeError
 from kdcache.metrics import evaluate_model, predictions
@@ -90,11 +90,11 @@ def test_ranks_are_those_of_the_mean_over_models(model: SegmentationModel, split
     order = [image for image, _ in ranked([one, other])]
     means = [(a.miou + b.miou) / 2 for a, b in zip(one.images, other.images, strict=True)]
     assert order == sorted(range(5), key=lambda place: -means[place])
-    by_class = [place for place, _ in ranked([one], 2)]
+    by_class = [place for place, _ in ranked([one], Score("IoU", place=2))]
     assert by_class == sorted(
         (p for p in range(5) if not np.isnan(one.images[p].iou[2])), key=lambda p: -one.images[p].iou[2]
     )
-    assert ranked([one], 4) == [] or all(score == 0 for _, score in ranked([one], 4))
+    assert all(value == 0 for _, value in ranked([one], Score("IoU", place=4)))
 
 
 @given(st.integers(0, 30), st.integers(0, 12), st.integers(0, 12))

@@ -17,7 +17,7 @@ _Option = typer.Option
     *compare_flags.TABLES,
     order=(
         *("runs", "out", "data", "split", "fold", "folds_by", "teacher", "num", "ids", "class_name"),
-        *("weights", "size", "batch_size", "threads", "device", "smoke"),
+        *("weights", "size", *compare_flags.DEPTH, "batch_size", "threads", "device", "smoke"),
     ),
     wording={"teacher": {"help": "A run or SPEC@FILE: a panel of every picture."}},
 )
@@ -38,14 +38,18 @@ def visualise(
     """The best and the worst images of each run, confusion, curves; runs side by side.
 
     An image's score is the mean IoU over the classes in its label or its
-    prediction, void left out. Several runs are also drawn side by side: the two
+    prediction, void left out; of a run that predicts depth alone it is the rmse of
+    its depth. Depth, its label and its error stand below the classes. Several runs are also drawn side by side: the two
     best images and the worst, by the mean over the runs.
 
     [dim]kdcache visualise runs/none runs/kl --data camvid --teacher teacher --out pictures[/]
     """
+    from kdcache.analysis.per_image import MIOU, RMSE
     from kdcache.analysis.visualise import VisualiseOptions
     from kdcache.analysis.visualise import visualise as visualise_runs
+    from kdcache.heads import SEGMENTATION
     from kdcache.metrics import percent
+    from kdcache.metrics.tables import depth_figure
 
     names = tuple(name.strip() for name in (ids or "").split(",") if name.strip())
     part = shared_flags.parse_fold(fold, folds_by)
@@ -53,11 +57,18 @@ def visualise(
     options = VisualiseOptions(compare_flags.judging(settings), num, num, names, class_name, teacher, part, smoke)
     with progress_of_steps("scoring") as report:
         made = visualise_runs(runs, settings["data"], settings["split"], out, options, report)
-    table = figure_table("folder", "images", "mIoU %", "mean of images %")
+    every = [model.scores for model in made.shown.values()]
+    of_classes, of_depth = any(SEGMENTATION in one.tasks for one in every), any(one.depth for one in every)
+    headers = [*(["mIoU %", "mean of images %"] if of_classes else []), *(["rmse m"] if of_depth else [])]
+    table = figure_table("folder", "shows", "images", *headers)
     for name, model in made.shown.items():
-        scores = model.scores.known()
+        scores = model.scores.known(MIOU)
         mean = sum(scores) / len(scores) if scores else float("nan")
-        table.add_row(str(out / name), str(len(model.scores.images)), percent(model.scores.metrics.miou), percent(mean))
+        miou = model.scores.metrics.miou if SEGMENTATION in model.scores.tasks else float("nan")
+        cells = [percent(miou), percent(mean)] if of_classes else []
+        rmse = float("nan") if model.scores.depth is None else model.scores.depth.rmse
+        cells += [depth_figure(RMSE.name, rmse)] if of_depth else []
+        table.add_row(str(out / name), ", ".join(model.heads), str(len(model.scores.images)), *cells)
     OUT.print(table)
     pictures = sum(path.suffix == ".png" for path in made.files)
     OUT.print(f"[bold]{escape(str(out))}[/]: {pictures} pictures")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kdcache.analysis.compare import CompareOptions, Progress, compare
+from kdcache.analysis.compare import CompareOptions, Progress, compare, one_range
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report.audit import read_audit
 from kdcache.analysis.report.page import check_out, write_report
@@ -69,7 +69,8 @@ def make_report(
     samples: tuple[Sample, ...] = ()
     if options.samples:
         source = open_split(comparison.data, comparison.split)
-        samples = choose_samples(comparison, everything, source, judging, options.samples, report)
+        one_judging, _ = one_range(judging, everything, source)
+        samples = choose_samples(comparison, everything, source, one_judging, options.samples, report)
     report("writing the page", 0, 1)
     write_report(
         comparison,

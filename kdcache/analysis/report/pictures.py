@@ -20,7 +20,7 @@ def pictures(comparison: Comparison, samples: Sequence[Sample], folder: Path | N
     if folder is None and not samples:
         return None
     rows = comparison.rows
-    drawn = sorted(one.place for one in samples[0].predictions) if samples else []
+    drawn = sorted({one.place for sample in samples for one in sample.predictions if one.classes is not None})
     best, _ = max(measured(comparison), key=lambda pair: pair[0].miou.mean, default=(None, None))
     right = next((place for place in drawn if rows[place] is best), drawn[0] if drawn else None)
     counts = [sum(place in one.present for one in samples) for place in range(len(comparison.class_names))]
@@ -35,6 +35,8 @@ def pictures(comparison: Comparison, samples: Sequence[Sample], folder: Path | N
             ("label", "ground truth", None),
             *((f"row{place}", rows[place].name, place) for place in drawn),
         ],
-        right=f"row{right}",
+        right="label" if right is None else f"row{right}",
+        has_classes=any(one.label is not None for one in samples) and bool(drawn),
+        score=samples[0].score if samples else None,
         classes=[(place, *of_class) for place, of_class in enumerate(classes) if of_class[-1]],
     )

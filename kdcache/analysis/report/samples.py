@@ -6,8 +6,8 @@ images take about a megabyte. Memory: the models of all rows, and one image at a
 
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -15,12 +15,15 @@ from PIL import Image
 from kdcache.analysis.compare import Progress
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.gallery import Shown
-from kdcache.analysis.per_image import best_and_worst, ranked
+from kdcache.analysis.per_image import Score, best_and_worst, ranked, shared_score
 from kdcache.analysis.runs import Entry
 from kdcache.analysis.stored_evaluations import Judging, memory_errors
 from kdcache.analysis.visualise import score_run
 from kdcache.data import IGNORE_INDEX, Split, fold_alone
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.metrics.depth_figures import DepthMap, absolute_error, bar_end
 from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, Array
+from kdcache.metrics.predictions import Predicted
 
 MOST_PIXELS = 640
 _QUALITY = 85
@@ -34,13 +37,14 @@ class RowPrediction:
     Attributes:
         place: place of the row in the comparison.
         miou: mIoU of this image; iou: per class, NaN where there is nothing to score.
+        classes, wrong: None for a row that is not judged in segmentation, and for an image without a label of it.
     """
 
     place: int
     miou: float
     iou: tuple[float, ...]
-    classes: bytes
-    wrong: bytes
+    classes: bytes | None
+    wrong: bytes | None
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,24 @@ class Sample:
 
     Attributes:
         why: `best 1`, `worst 2`, or the class that it is shown for.
-        mean: mIoU of this image, the mean over the rows without the teacher.
+        score: mIoU or rmse, by which the images are ranked.
+        mean: that of this image, the mean over the rows without the teacher.
         size: (H, W) as it is shown.
         present: classes in its label, the largest first.
-        image: JPEG. label: PNG.
+        image: JPEG. label: PNG; None for an image without a label of segmentation.
+        depth: (title, JPEG) of the label of depth, and of each row's depth and error, with bars in metres.
     """
 
     sample: str
     why: str
+    score: Score
     mean: float
     size: tuple[int, int]
     present: tuple[int, ...]
     image: bytes
-    label: bytes
+    label: bytes | None
     predictions: tuple[RowPrediction, ...]
+    depth: tuple[tuple[str, bytes], ...] = ()
 
 
 def choose_samples(
@@ -72,6 +80,7 @@ def choose_samples(
 
     Args:
         split: split of the comparison; with own folds the images are of the fold that the first run left out.
+        judging: how the comparison was judged; its depth by one range.
         count: images among the best, among the worst, and at most among the others.
     """
     first_runs = _first_runs(comparison, runs)
@@ -85,16 +94,20 @@ def choose_samples(
     places = {id(row): place for place, row in enumerate(comparison.rows)}
     models = [(places[id(row)], score_run(run, split, judging, progress)) for row, run in first_runs]
     contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
-    ranking = ranked([shown.scores for shown in contestants])
+    score = shared_score([shown.scores for shown in contestants])
+    if score is None:  # rows of classes alone and rows of depth alone share no image that is best
+        return ()
+    ranking = ranked([shown.scores for shown in contestants], score)
     best, worst = best_and_worst(ranking, count, count)
     means = dict(ranking)
     positions = [(position, f"best {rank}") for rank, position in enumerate(best, 1)]
     positions += [(position, f"worst {rank}") for rank, position in enumerate(worst, 1)]
-    positions += _for_classes(contestants[0], split, means, [position for position, _ in positions], count)
+    if score.task == SEGMENTATION:
+        positions += _for_classes(contestants[0], split, means, [position for position, _ in positions], count)
     samples = []
     with memory_errors(judging.device, 1):
         for done, (position, why) in enumerate(positions, 1):
-            samples.append(_sample(models, split, position, why, means[position]))
+            samples.append(_sample(models, comparison, split, position, (why, score, means[position])))
             progress("drawing images", done, len(positions))
     return tuple(samples)
 
@@ -167,29 +180,57 @@ def _present(split: Split, number: int) -> tuple[int, ...]:
     return tuple(sorted(np.flatnonzero(counts).tolist(), key=lambda place: -int(counts[place])))
 
 
-def _sample(models: Sequence[tuple[int, Shown]], split: Split, position: int, why: str, mean: float) -> Sample:
+def _sample(
+    models: Sequence[tuple[int, Shown]],
+    comparison: Comparison,
+    split: Split,
+    position: int,
+    why: tuple[str, Score, float],
+) -> Sample:
     first = models[0][1].scores.images[position]
-    pixels = split.image(first.number)
+    pixels, label = split.image(first.number), split.label(first.number)
     size = shown_size(*pixels.shape[:2])
     colours = split.classes.colours
-    predictions = []
-    label: Array | None = None
+    predictions, answers = list[RowPrediction](), list[tuple[str, Predicted]]()
     for place, shown in models:
-        argmax, label = shown.predict(split, first.number)
-        score = shown.scores.images[position]
-        wrong = encode_wrong(label, argmax, size)
-        predictions.append(RowPrediction(place, score.miou, score.iou, encode_classes(argmax, colours, size), wrong))
-    assert label is not None
+        own, score = shown.predict(split, first.number), shown.scores.images[position]
+        answers.append((comparison.rows[place].name, own))
+        classes = wrong = None
+        if SEGMENTATION in own.answers and label is not None:
+            argmax = own.argmax.numpy()
+            classes, wrong = encode_classes(argmax, colours, size), encode_wrong(label, argmax, size)
+        predictions.append(RowPrediction(place, score.miou, score.iou, classes, wrong))
     return Sample(
         first.sample,
-        why,
-        mean,
+        *why,
         size,
         _present(split, first.number),
         encode_image(pixels, size),
-        encode_classes(label, colours, size),
+        None if label is None else encode_classes(label, colours, size),
         tuple(predictions),
+        tuple(_depth(answers, size)),
     )
+
+
+def _depth(answers: Sequence[tuple[str, Predicted]], size: tuple[int, int]) -> Iterator[tuple[str, bytes]]:
+    """The label of depth, and each row's depth and error, as JPEGs: one bar for all depths, one for all errors."""
+    metres = {name: own.answers[DEPTH].numpy() for name, own in answers if DEPTH in own.answers}
+    label = next((own.labels[DEPTH].numpy() for _, own in answers if DEPTH in own.labels), None)
+    high = bar_end(metres.values() if label is None else [*metres.values(), label])
+    errors = {} if label is None else {name: absolute_error(one, label) for name, one in metres.items()}
+    worst = bar_end(errors.values())
+    if label is not None and metres:
+        yield "depth, ground truth", encode_depth(DepthMap(label, high), size)
+    for name, one in metres.items():
+        yield f"depth, {name}", encode_depth(DepthMap(one, high), size)
+        if name in errors:
+            yield f"error of depth, {name}", encode_depth(DepthMap(errors[name], worst, "error"), size)
+
+
+def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:
+    """A JPEG of depth or its error with a bar below; no depth is mixed with its neighbour."""
+    small = Image.fromarray(depth.values.astype(np.float32)).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return _bytes(replace(depth, values=np.asarray(small)).picture(), "JPEG", quality=_QUALITY, optimize=True)
 
 
 def _nearest(ids_HW: Array, size: tuple[int, int]) -> Image.Image:

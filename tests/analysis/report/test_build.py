@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from kdcache.analysis.compare import CompareOptions, compare
+from kdcache.analysis.per_image import MIOU
 from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.report.page import page, write_report
 from kdcache.analysis.report.samples import (
@@ -142,7 +143,7 @@ def test_five_rows_and_six_images_are_small(three: Path) -> None:
     rows = tuple(replace(found.rows[0], name=f"row {place}") for place in range(5))
     predictions = tuple(RowPrediction(place, 0.5, (0.5,) * 7, classes, wrong) for place in range(5))
     samples = [
-        Sample(f"s{n}", f"best {n}", 0.5, size, (0, 1), encode_image(photo, size), classes, predictions)
+        Sample(f"s{n}", f"best {n}", MIOU, 0.5, size, (0, 1), encode_image(photo, size), classes, predictions)
         for n in range(6)
     ]
     text = page(replace(found, rows=rows), find_runs([three / "runs" / "kl-0"]), title="A", samples=samples)
