@@ -164,6 +164,7 @@ class _Planner:
         self._jobs: list[Job] = []
         self._runs: dict[str, tuple[Path, ...]] = {arm.name: () for arm in recipe.arms}
         self._under_way: list[str] = []
+        self._audits: dict[Path, None] = {}
 
     def plan(self) -> Sweep:
         if not self._recipe.stream:  # streams name the stores that they read
@@ -202,7 +203,8 @@ class _Planner:
         named = flags.pop("teacher", f"@{TEACHER}")
         taught = [self._taught(str(own), name, fold, seed) for own in (named if isinstance(named, list) else [named])]
         teachers, needs = [text for text, _, _ in taught], [job for _, job, _ in taught if job]
-        own_seed = seed if any(of_seed for _, _, of_seed in taught) else 0
+        of_arm = any(of_seed for _, _, of_seed in taught)
+        own_seed = seed if of_arm else 0
         place = self._place(fold, name, stream, own_seed)
         source = self._table(stream) if stream else {"data": self._data}
         flags |= {"teacher": teachers if len(teachers) > 1 else teachers[0], "data": source["data"]}
@@ -212,7 +214,9 @@ class _Planner:
         title += _of(fold) + (f", seed {own_seed}" if own_seed else "")
         job = self._add(Job(title, command, place / "complete.json", tuple(needs)))
         if self._recipe.rounds.get("audit"):
-            self._audit(place, job)
+            report = self._audit(place, job)
+            if not of_arm or seed == self._recipe.seeds[0]:
+                self._audits.setdefault(report)
         return place, job
 
     def _taught(self, named: str, store: str, fold: int | None, seed: int) -> tuple[str, str, bool]:
@@ -231,11 +235,12 @@ class _Planner:
             return str(self._recipe.teacher["spec"]), "", False
         return f"{self._teacher_run(fold, own)}{weights}", self._teacher(own, fold), False
 
-    def _audit(self, store: Path, job: str) -> None:
-        """Add the audit of a store's teacher by the labels of its data."""
+    def _audit(self, store: Path, job: str) -> Path:
+        """Add the audit of a store's teacher by the labels of its data; returns its file."""
         out = self._out / "audits" / store.stem
         command = ("inspect", str(store), "--teacher-report", "--out", str(out))
         self._add(Job(f"audit of {job}", command, out / "report.json", (job,)))
+        return out / "report.json"
 
     def _table(self, stream: str) -> dict[str, Any]:
         """The table of a stream that arms share, with its data and split."""
@@ -323,7 +328,13 @@ class _Planner:
         drawn |= {"fold": f"0/{folds}", "folds-by": self._recipe.data.get("folds-by", "")} if folds else {}
         compared = self._add(Job("comparison", compare, None, tuple(trained)))
         pictures = self._add(Job("pictures", ("visualise", *shown, *words(drawn)), None, (compared,)))
-        page = {**judged, "pictures": out / "pictures", "title": self._recipe.title, "out": out / "report.html"}
+        page = {
+            **judged,
+            "audit": list(self._audits),
+            "pictures": out / "pictures",
+            "title": self._recipe.title,
+            "out": out / "report.html",
+        }
         self._add(Job("report", ("report", *runs, *words(page)), None, (pictures,)))
 
     def _judged(self, fold: int | None) -> dict[str, Any]:

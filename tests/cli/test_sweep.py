@@ -212,7 +212,7 @@ def test_self_training_leaves_every_round(cli, tmp_path: Path) -> None:
         "show.num=1",
     )
     flags += [word for change in changes for word in ("--set", change)]
-    flags += ["--size", "48x64", "--iterations", "4", "--rounds", "2", "--init", "last", "--audit"]
+    flags += ["--size", "48x64", "--iterations", "4", "--rounds", "2", "--init", "last"]
     for _ in range(2):  # the second time nothing is left to do but the page
         ended = cli("self-train", "--out", tmp_path / "out", *flags)
         assert ended.code == 0, ended.err
@@ -225,5 +225,6 @@ def test_self_training_leaves_every_round(cli, tmp_path: Path) -> None:
     assert stores[1].manifest.teacher.weights == state_digest(student)
     assert stores[0].manifest.teacher.weights != stores[1].manifest.teacher.weights
     assert (tmp_path / "out/audits/target-self-training-round-2/report.json").is_file()
+    assert "What the teacher of each round gives" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     refused = cli("self-train", "--out", tmp_path / "none", "--smoke", "--rounds", "0")
     assert refused.code == 2

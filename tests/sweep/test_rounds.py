@@ -68,6 +68,9 @@ def test_each_round_is_taught_by_the_one_before() -> None:
         assert audit.needs == (name,)
         assert audit.done == Path(value(audit.words, "--out")) / "report.json"
     assert "--collapse" not in jobs["source only"].words
+    words = jobs["report"].words
+    shown = [words[at + 1] for at, word in enumerate(words) if word == "--audit"]
+    assert shown == [f"out/audits/camera{name}/report.json" for name in ("", "-self-round-2", "-self-round-3")]
 
 
 def test_seeds_have_stores_of_their_own_after_the_first_round() -> None:

@@ -27,8 +27,12 @@ def report(
     title: Annotated[str | None, _Option("--title", help="Title of the page (default: of the data's name).")] = None,
     num: Annotated[int, _Option("--num", min=0, help="Best and worst images; 0 shows none.")] = 3,
     audit: Annotated[
-        Path | None,
-        _Option("--audit", metavar="FILE", help="report.json of inspect --teacher-report: the teacher's audit."),
+        list[Path] | None,
+        _Option(
+            "--audit",
+            metavar="FILE",
+            help="report.json of inspect --teacher-report: the teacher's audit. Repeated: of the teachers of rounds.",
+        ),
     ] = None,
     pictures: Annotated[
         Path | None, _Option("--pictures", metavar="DIR", help="Folder of visualise, which the page mentions.")
@@ -44,7 +48,9 @@ def report(
     from kdcache.analysis.report import ReportOptions, make_report
     from kdcache.analysis.report.summary import headline
 
-    options = ReportOptions(compare_flags.compare_options(settings), title, num, audit, pictures, _command())
+    options = ReportOptions(
+        compare_flags.compare_options(settings), title, num, tuple(audit or ()), pictures, _command()
+    )
     with progress_of_steps("comparing") as shown:
         comparison = make_report(runs, settings["data"], settings["split"], out, options, shown)
     answer, sentence, _ = headline(comparison)

@@ -64,9 +64,8 @@ def self_train(
         int | None, _Option("--iterations", min=1, help="Steps of each student (default: 4000).")
     ] = None,
     audit: Annotated[
-        bool,
-        _Option("--audit", help="Judge each round's teacher by labels of the target's train split."),
-    ] = False,
+        bool, _Option("--audit/--no-audit", help="Judge each round's teacher by labels of the target's train split.")
+    ] = True,
     seeds: Annotated[
         str, _Option("--seeds", metavar="A,B,C", help="Seeds of the students; each has rounds of its own.")
     ] = "0",
@@ -127,8 +126,7 @@ def _with_rounds(arm: "Arm", rounds: int) -> "Arm":
 def _changes(pseudo_labels: str, init: str, size: str | None, audit: bool) -> Iterator[str]:
     """What the flags change in the recipe, as --set has it. Raises: RecipeError for a rule that there is not."""
     yield f"rounds.init={init}"
-    if audit:
-        yield "rounds.audit=true"
+    yield f"rounds.audit={str(audit).lower()}"
     if size is not None:
         yield from (f"{table}.size={size}" for table in ("teacher", "store", "student"))
     kind, _, least = pseudo_labels.partition(":")

@@ -28,6 +28,7 @@ class TeacherAudit:
         sure, right: mean confidence of the pixels predicted as each class, and the share of them that is right.
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
         kept: (threshold, share of pixels, share of these that is right) of pseudo labels.
+        miou: of the teacher; NaN without labels.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class TeacherAudit:
     right: tuple[float, ...]
     confused: tuple[tuple[str, str, float, int], ...]
     kept: tuple[tuple[float, float, float], ...]
+    miou: float = math.nan
 
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Check the classes of the audit. Raises: MismatchError for other classes."""
@@ -116,6 +118,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
         kept=tuple(
             (float(p["threshold"]), _number(p["share"]), _number(p["precision"])) for p in content["pseudo_labels"]
         ),
+        miou=_number((content.get("teacher") or {}).get("miou")),
     )
 
 

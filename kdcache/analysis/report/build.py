@@ -23,7 +23,8 @@ class ReportOptions:
     Attributes:
         title: title of the page; None makes one of the data's name.
         samples: best and worst images; 0 shows none.
-        audit: `report.json` of a teacher's audit (inspect --teacher-report).
+        audits: `report.json` of a teacher's audit (inspect --teacher-report); of several, one after the other, of the
+            teachers of rounds.
         pictures: a folder of pictures that the page mentions.
         command: what the user typed.
     """
@@ -31,7 +32,7 @@ class ReportOptions:
     compare: CompareOptions = field(default_factory=CompareOptions)
     title: str | None = None
     samples: int = SAMPLES
-    audit: Path | None = None
+    audits: tuple[Path, ...] = ()
     pictures: Path | None = None
     command: str | None = None
 
@@ -60,10 +61,10 @@ def make_report(
             received=f"{options.pictures} " + ("is a file" if options.pictures.exists() else "does not exist"),
             remedy="run kdcache visualise first, or leave --pictures out",
         )
-    audit = None if options.audit is None else read_audit(options.audit)
+    audits = [read_audit(path) for path in options.audits]
     judging, teacher = options.compare.judging, options.compare.teacher
     comparison = compare(runs, data, split, options.compare, report)
-    if audit is not None:
+    for audit in audits:
         audit.check_classes(comparison.class_names)
     everything = find_runs([*runs, *([] if teacher is None else [teacher])], judging.which)
     samples: tuple[Sample, ...] = ()
@@ -78,7 +79,7 @@ def make_report(
         out,
         title=options.title,
         samples=samples,
-        audit=audit,
+        audits=audits,
         pictures=options.pictures,
         device=judging.device,
         command=options.command,

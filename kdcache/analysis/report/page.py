@@ -20,6 +20,7 @@ from kdcache.analysis.report.classes import classes
 from kdcache.analysis.report.pictures import pictures as show_pictures
 from kdcache.analysis.report.recipes import recipes
 from kdcache.analysis.report.render import render
+from kdcache.analysis.report.rounds import rounds
 from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.scores import scores
 from kdcache.analysis.report.summary import summary
@@ -64,7 +65,7 @@ def page(
     *,
     title: str | None = None,
     samples: Sequence[Sample] = (),
-    audit: TeacherAudit | None = None,
+    audits: Sequence[TeacherAudit] = (),
     pictures: Path | None = None,
     device: str | None = None,
     command: str | None = None,
@@ -87,7 +88,8 @@ def page(
         ("scores", "Scores", scores(comparison)),
         ("classes", "Classes", classes(comparison)),
         ("pictures", "Pictures", show_pictures(comparison, samples, pictures)),
-        ("teacher", "Teacher", teacher(comparison, audit)),
+        ("teacher", "Teacher", teacher(comparison, audits[0] if audits else None)),
+        ("rounds", "Rounds", rounds(audits)),
         ("training", "Training", curves(trainings)),
         ("gradients", "Loss terms", gradients(trainings)),
         ("recipes", "What was run", recipes(comparison, by_text, command)),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kdcache.analysis.report.audit import read_audit, show_audit
+from kdcache.analysis.report.rounds import rounds
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
 
 CLASSES = ("road", "<b>car</b>")
@@ -131,3 +132,21 @@ def test_an_audit_of_other_classes(written: Callable[..., Path]) -> None:
     with pytest.raises(MismatchError, match="road, tree"):
         found.check_classes(("road", "tree"))
     assert issubclass(MismatchError, KDCacheError)
+
+
+def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
+    audits = []
+    for number, miou in enumerate((0.4, 0.5, 0.3)):
+        path = tmp_path / f"camera-round-{number}" / "report.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(audit(teacher={"miou": miou})))
+        audits.append(read_audit(path))
+    shown = str(rounds(audits))
+    assert (
+        "40.00 to 30.00 %: rounds amplified what the teacher gets wrong. The best teacher is that of round 2" in shown
+    )
+    assert shown.index("1: camera-round-0") < shown.index("2: camera-round-1") < shown.index("3: camera-round-2")
+    assert "<td>80.00</td><td>90.00</td>" in shown.replace("\n", "")
+    assert rounds(audits[:1]) is None
+    audits[0].path.write_text(json.dumps(audit(teacher=None, calibration=None, confused=[], labelled=0)))
+    assert "have no labels" in str(rounds([read_audit(audits[0].path), audits[1]]))

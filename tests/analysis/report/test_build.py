@@ -174,7 +174,7 @@ def other_suffix(root: Path) -> ReportOptions:
 
 
 def no_audit(root: Path) -> ReportOptions:
-    return ReportOptions(QUICK, audit=root / "nowhere.json")
+    return ReportOptions(QUICK, audits=(root / "nowhere.json",))
 
 
 def no_pictures(root: Path) -> ReportOptions:
@@ -207,7 +207,7 @@ def test_an_audit_of_another_teacher(world: Path) -> None:
     content = {"images": 1, "labelled": 0, "calibration": None, "confused": []}
     kept = [{"threshold": 0.5, "share": 1.0, "precision": None, "classes": classes}]
     (world / "audit.json").write_text(json.dumps({**content, "pseudo_labels": kept}))
-    options = ReportOptions(QUICK, samples=0, audit=world / "audit.json")
+    options = ReportOptions(QUICK, samples=0, audits=(world / "audit.json",))
     with pytest.raises(MismatchError, match="heaven"):
         make_report([world / "runs"], None, None, world / "page.html", options)
     assert not (world / "page.html").exists()

@@ -1,0 +1,48 @@
+"""What the teachers of rounds of self-training are worth, one after the other."""
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from kdcache.analysis.report.audit import TeacherAudit
+from kdcache.analysis.report.render import render
+from kdcache.metrics.tables import percent
+
+THRESHOLDS = (0.5, 0.7, 0.9)
+
+
+def rounds(audits: Sequence[TeacherAudit]) -> Markup | None:
+    """Section on the pseudo labels of every round, by audits in their order; None for fewer than two."""
+    if len(audits) < 2:
+        return None
+    rows = [
+        (
+            f"{number}: {audit.path.parent.name}",
+            percent(audit.miou),
+            percent(audit.ece),
+            *(cell for threshold in THRESHOLDS for cell in _over(audit, threshold)),
+        )
+        for number, audit in enumerate(audits, 1)
+    ]
+    header = ["round, store", "teacher's mIoU %", "calibration error, points"]
+    header += [text for t in THRESHOLDS for text in (f"kept over {t:g} %", "of these right %")]
+    return render("rounds.html", header=header, rows=rows, verdict=_verdict(audits))
+
+
+def _over(audit: TeacherAudit, threshold: float) -> tuple[str, str]:
+    """The pixels that a threshold keeps, and how many of these are right, in percent."""
+    kept = {least: (share, right) for least, share, right in audit.kept}
+    share, right = kept.get(threshold, (math.nan, math.nan))
+    return percent(share), percent(right)
+
+
+def _verdict(audits: Sequence[TeacherAudit]) -> str:
+    first, last = audits[0].miou, audits[-1].miou
+    if math.isnan(first) or math.isnan(last):
+        return "The stores have no labels, so it is not known how often the teachers are right."
+    best = max(range(len(audits)), key=lambda number: audits[number].miou)
+    change = f"From the first teacher to the last, mIoU on these images went from {percent(first)} to {percent(last)} %"
+    if last < first:
+        return f"{change}: rounds amplified what the teacher gets wrong. The best teacher is that of round {best + 1}."
+    return f"{change}. The best teacher is that of round {best + 1}."
