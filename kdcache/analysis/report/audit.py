@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,23 @@ from markupsafe import Markup
 
 from kdcache.analysis.report.render import number, points, render
 from kdcache.errors import MismatchError, RecipeError
-from kdcache.metrics.tables import percent
+from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, percent
 
 _SIZE, _EDGE, _MARGIN = 260, 40, 14
 _INNER = _SIZE - _EDGE - _MARGIN
 """Pixels of the diagram, of its left edge and of its margin, and of its axes."""
 
 
+Table = tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]
+"""Caption, header and rows."""
+
+
 @dataclass(frozen=True)
 class TeacherAudit:
-    """The result of `inspect --teacher-report`.
+    """The result of `inspect --teacher-report`; without classes, of depth or features alone, all about them is empty.
 
     Attributes:
+        tables: of heads of numbers, such as depth, and of features.
         ece: expected calibration error; NaN without labels.
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
         sure, right: mean confidence of the pixels predicted as each class, and the share of them that is right.
@@ -41,11 +46,15 @@ class TeacherAudit:
     right: tuple[float, ...]
     confused: tuple[tuple[str, str, float, int], ...]
     kept: tuple[tuple[float, float, float], ...]
+<<<<<<< HEAD
     miou: float = math.nan
+=======
+    tables: tuple[Table, ...] = ()
+>>>>>>> f5f6288 (report --audit shows audits of depth alone and of features alone)
 
     def check_classes(self, names: tuple[str, ...]) -> None:
-        """Check the classes of the audit. Raises: MismatchError for other classes."""
-        if names != self.class_names:
+        """Check the classes of the audit, where it and the data have some. Raises: MismatchError for other classes."""
+        if names and self.class_names and names != self.class_names:
             raise MismatchError(
                 "the audit is of a teacher of the same classes, in the same order",
                 received=f"{', '.join(self.class_names)} in {self.path} against {', '.join(names)}",
@@ -101,6 +110,9 @@ def show_audit(audit: TeacherAudit) -> Markup:
 
 
 def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
+    others = (*_depth_tables(content), *_feature_tables(content)) if "regressions" in content else ()
+    if "pseudo_labels" not in content and others:
+        return TeacherAudit(path, int(content["images"]), 0, (), math.nan, (), (), (), (), (), others)
     calibration = content["calibration"] or {"ece": None, "bins": [], "confidence": [], "precision": []}
     keys = ("low", "high", "share", "confidence", "accuracy")
     return TeacherAudit(
@@ -118,8 +130,51 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
         kept=tuple(
             (float(p["threshold"]), _number(p["share"]), _number(p["precision"])) for p in content["pseudo_labels"]
         ),
+<<<<<<< HEAD
         miou=_number((content.get("teacher") or {}).get("miou")),
+=======
+        tables=others,
+>>>>>>> f5f6288 (report --audit shows audits of depth alone and of features alone)
     )
+
+
+def _depth_tables(content: Mapping[str, Any]) -> Iterator[Table]:
+    """Tables of the heads of numbers: their metrics, and errors by the label's distance, where they were judged."""
+    for name, head in content["regressions"].items():
+        judged, images = head["teacher"], int(head["images"])
+        if judged is None:
+            unit = f"in {head['unit']}, not judged: it has no labels in metres"
+            yield f"{name} of {images} images", ("unit",), ((unit,),)
+            continue
+        values = [(words, depth_figure(key, _number(judged[key]))) for key, words in DEPTH_HEADS.items()]
+        where = f"{name}: {int(head['labelled'])} labelled images of {images}, labels of {head['range']}"
+        yield where, ("metric", "mean of images"), tuple(values)
+        rows = tuple(
+            (
+                f"{part['low']:g} to {part['high']:g} m",
+                f"{int(part['pixels']):,}",
+                depth_figure("rmse", _number(part["rmse"])),
+                depth_figure("abs_rel", _number(part["abs_rel"])),
+            )
+            for part in head["by_distance"]
+        )
+        yield f"{name}: errors by the label's distance", ("distance", "pixels", "rmse m", "abs rel"), rows
+
+
+def _feature_tables(content: Mapping[str, Any]) -> Iterator[Table]:
+    """The table of the taps whose features are stored; none without."""
+    rows = tuple(
+        (
+            tap,
+            str(int(one["channels"])),
+            str(int(one["constant"])),
+            f"{_number(one['mean_norm']):.4g}",
+            f"{_number(one['effective']):.1f}",
+        )
+        for tap, one in content["features"].items()
+    )
+    if rows:
+        yield "Features", ("tap", "channels", "constant", "mean length", "effective dimensions"), rows
 
 
 def _number(value: float | None) -> float:

@@ -134,6 +134,7 @@ def test_an_audit_of_other_classes(written: Callable[..., Path]) -> None:
     assert issubclass(MismatchError, KDCacheError)
 
 
+<<<<<<< HEAD
 def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     audits = []
     for number, miou in enumerate((0.4, 0.5, 0.3)):
@@ -150,3 +151,39 @@ def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     assert rounds(audits[:1]) is None
     audits[0].path.write_text(json.dumps(audit(teacher=None, calibration=None, confused=[], labelled=0)))
     assert "have no labels" in str(rounds([read_audit(audits[0].path), audits[1]]))
+=======
+def test_an_audit_of_depth_alone_and_of_features_alone(tmp_path: Path) -> None:
+    names = ("rmse_log", "abs_rel", "sq_rel", "silog", "delta1", "delta2", "delta3")
+    near = {"low": 0.0, "high": 5.0, "pixels": 1234, "rmse": None, "abs_rel": 0.5}
+    judged = {
+        "unit": "m",
+        "images": 4,
+        "labelled": 3,
+        "range": "0.001 to 80 m",
+        "teacher": {"rmse": 2.5, **dict.fromkeys(names, 0.5)},
+        "by_distance": [near],
+    }
+    relative = {**judged, "unit": "relative", "teacher": None, "by_distance": []}
+    tap = {"tap": "stage4", "channels": 64, "constant": 3, "mean_norm": 1.25, "effective": 6.2}
+    path = tmp_path / "report.json"
+    for regressions, features, words in (
+        ({"depth": judged}, {}, ("rmse m", "2.500", "0 to 5 m", "1,234", "3 labelled images of 4")),
+        ({"depth": relative}, {}, ("in relative, not judged",)),
+        ({}, {"stage4": tap}, ("effective dimensions", "stage4", "6.2")),
+    ):
+        path.write_text(json.dumps({"images": 4, "regressions": regressions, "features": features}))
+        one = read_audit(path)
+        one.check_classes(CLASSES)  # there are none to be other than these
+        shown = show_audit(one)
+        ElementTree.fromstring(f"<div>{shown}</div>")
+        assert all(text in shown for text in (*words, "4 images of the store"))
+        assert not any(text in shown for text in ("calibration", "how often it is right"))
+    both = tmp_path / "both.json"
+    both.write_text(json.dumps(audit(regressions={"depth": judged}, features={})))
+    shown = show_audit(read_audit(both))
+    assert "rmse m" in shown
+    assert "expected calibration error" in shown
+    path.write_text(json.dumps({"images": 4, "regressions": {}, "features": {}}))
+    with pytest.raises(RecipeError):
+        read_audit(path)
+>>>>>>> f5f6288 (report --audit shows audits of depth alone and of features alone)
