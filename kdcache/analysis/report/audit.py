@@ -46,11 +46,8 @@ class TeacherAudit:
     right: tuple[float, ...]
     confused: tuple[tuple[str, str, float, int], ...]
     kept: tuple[tuple[float, float, float], ...]
-<<<<<<< HEAD
     miou: float = math.nan
-=======
     tables: tuple[Table, ...] = ()
->>>>>>> f5f6288 (report --audit shows audits of depth alone and of features alone)
 
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Check the classes of the audit, where it and the data have some. Raises: MismatchError for other classes."""
@@ -112,7 +109,7 @@ def show_audit(audit: TeacherAudit) -> Markup:
 def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
     others = (*_depth_tables(content), *_feature_tables(content)) if "regressions" in content else ()
     if "pseudo_labels" not in content and others:
-        return TeacherAudit(path, int(content["images"]), 0, (), math.nan, (), (), (), (), (), others)
+        return TeacherAudit(path, int(content["images"]), 0, (), math.nan, (), (), (), (), (), tables=others)
     calibration = content["calibration"] or {"ece": None, "bins": [], "confidence": [], "precision": []}
     keys = ("low", "high", "share", "confidence", "accuracy")
     return TeacherAudit(
@@ -130,11 +127,8 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
         kept=tuple(
             (float(p["threshold"]), _number(p["share"]), _number(p["precision"])) for p in content["pseudo_labels"]
         ),
-<<<<<<< HEAD
         miou=_number((content.get("teacher") or {}).get("miou")),
-=======
         tables=others,
->>>>>>> f5f6288 (report --audit shows audits of depth alone and of features alone)
     )
 
 

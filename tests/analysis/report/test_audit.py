@@ -134,7 +134,6 @@ def test_an_audit_of_other_classes(written: Callable[..., Path]) -> None:
     assert issubclass(MismatchError, KDCacheError)
 
 
-<<<<<<< HEAD
 def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     audits = []
     for number, miou in enumerate((0.4, 0.5, 0.3)):
@@ -151,7 +150,8 @@ def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     assert rounds(audits[:1]) is None
     audits[0].path.write_text(json.dumps(audit(teacher=None, calibration=None, confused=[], labelled=0)))
     assert "have no labels" in str(rounds([read_audit(audits[0].path), audits[1]]))
-=======
+
+
 def test_an_audit_of_depth_alone_and_of_features_alone(tmp_path: Path) -> None:
     names = ("rmse_log", "abs_rel", "sq_rel", "silog", "delta1", "delta2", "delta3")
     near = {"low": 0.0, "high": 5.0, "pixels": 1234, "rmse": None, "abs_rel": 0.5}
@@ -186,4 +186,3 @@ def test_an_audit_of_depth_alone_and_of_features_alone(tmp_path: Path) -> None:
     path.write_text(json.dumps({"images": 4, "regressions": {}, "features": {}}))
     with pytest.raises(RecipeError):
         read_audit(path)
->>>>>>> f5f6288 (report --audit shows audits of depth alone and of features alone)
