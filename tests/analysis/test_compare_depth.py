@@ -16,6 +16,7 @@ from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.per_image import RMSE
 from kdcache.analysis.report.build import ReportOptions, make_report
+from kdcache.analysis.report.recipes import streams
 from kdcache.analysis.report.summary import headline
 from kdcache.analysis.spread import Blocks, resample
 from kdcache.analysis.stored_evaluations import Judging
@@ -255,3 +256,17 @@ def test_pictures_of_depth_alone_are_ranked_by_rmse_and_the_page_shows_them(tmp_
     assert page.count('alt="depth, ground truth of') == 2
     assert "error of depth, " in page
     assert not any(words in page for words in ("mIoU of this image", 'id="mark-wrong"'))
+
+
+def test_the_page_has_share_rows_and_weight_of_each_stream(tmp_path: Path) -> None:
+    tables = [{"name": "<b>", "share": 0.25, "weight": 0.5, "data": "a"}, {"name": "far", "cache": "b.zarr"}]
+    assert streams({}) == streams({"stream": [], "batch-size": 8}) == []
+    expected = [["<b>", "a", "25.00", "2", "0.5"], ["far", "b.zarr", "75.00", "6", "1"]]
+    assert streams({"stream": tables, "batch-size": 8}) == expected
+    write_run(tmp_path / "run", "kdcache:tiny+depth", "none", 0)
+    with (tmp_path / "run" / "recipe.toml").open("a") as recipe:
+        recipe.write('batch-size = 8\n[[stream]]\nname = "near"\nshare = 0.25\ndata = "a"\n[[stream]]\nname = "far"\n')
+    make_report([tmp_path / "run"], None, None, tmp_path / "page.html", ReportOptions(QUICK, samples=0))
+    page = (tmp_path / "page.html").read_text()
+    assert "The streams of" in page
+    assert "share of the batch" in page

@@ -13,6 +13,7 @@ from kdcache.analysis.runs import Entry
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.tables import depth_figure, percent
 from kdcache.run_folder import RECIPE
+from kdcache.settings.streams import rows_of, shares_of
 
 _SCORES: dict[str, tuple[str, Callable[[RunScore], str]]] = {
     SEGMENTATION: ("mIoU %", lambda score: percent(score.metrics.miou)),
@@ -52,7 +53,22 @@ def _row(row: Row, runs: Mapping[str, Entry], tasks: Sequence[str]) -> dict[str,
         "commands": [command for entry in entries if (command := again(entry)) is not None],
         "recipe": entries[0].run.recipe_text if entries and entries[0].run else None,
         "several": entries[0].text if len(entries) > 1 else None,
+        "streams": streams(entries[0].settings) if entries else [],
     }
+
+
+def streams(settings: Mapping[str, Any]) -> list[list[str]]:
+    """The streams of a recipe: name, source, share of the batch in percent, rows of it, weight; [] without streams."""
+    tables, batch = settings.get("stream") or [], settings.get("batch-size")
+    if not tables or not isinstance(batch, int):
+        return []
+    shares = shares_of({table["name"]: table.get("share") for table in tables})
+    rows = rows_of(shares, batch, 1 if settings.get("mix") is None else 2)
+    sources = [str(table.get("cache") or table.get("data") or settings.get("cache") or "-") for table in tables]
+    return [
+        [table["name"], source, percent(share), str(own), f"{table.get('weight', 1.0):g}"]
+        for table, source, share, own in zip(tables, sources, shares, rows, strict=True)
+    ]
 
 
 def _run(score: RunScore, entry: Entry | None, tasks: Sequence[str]) -> list[str]:
