@@ -39,6 +39,21 @@ RESULT = "result.json"
 WEIGHTS: tuple[str, ...] = get_args(Weights)
 
 
+class RunStream(BaseModel):
+    """The samples of one of several streams that a run learnt from.
+
+    Attributes:
+        ids_digest: of their classes and ids, as a store's manifest has it.
+        labels: whose labels are learnt from, as `pack_flags` has them.
+        taught: whether a store's targets are learnt from, too.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ids_digest: str
+    labels: str
+    taught: bool
+
+
 class RunModel(BaseModel):
     """The model that a run's weights belong to. Class names and colours travel with the model into every table."""
 
@@ -53,6 +68,7 @@ class RunModel(BaseModel):
     labels: str | None = None  # which of its samples' labels are learnt from, as `pack_flags` has them
     heads: dict[str, RegressionHead] = {}  # beside segmentation
     untrained: tuple[str, ...] = ()  # heads that are at random, for nothing was learnt of them
+    streams: tuple[RunStream, ...] = ()  # where there are several, instead of `labels`
 
     @model_validator(mode="after")
     def _check_names(self) -> "RunModel":
@@ -64,10 +80,10 @@ class RunModel(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty_heads(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A model of segmentation alone is described as before there were other heads."""
+    def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A model of segmentation alone, from one source, is described without the fields of others."""
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if value or name not in ("heads", "untrained")}
+        return {name: value for name, value in fields.items() if value or name not in ("heads", "untrained", "streams")}
 
     @property
     def judged_heads(self) -> dict[str, RegressionHead]:
@@ -85,7 +101,7 @@ class RunModel(BaseModel):
 
     def metadata(self) -> dict[str, str]:
         """The fields as exported files carry them: text as it is, the rest as JSON. Its training stays behind."""
-        fields = self.model_dump(mode="json", exclude={"trained_on", "labels"})
+        fields = self.model_dump(mode="json", exclude={"trained_on", "labels", "streams"})
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
     @classmethod

@@ -65,9 +65,9 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
             parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
             taught = "kl" if parted else "dist"
             choices["method"] = taught if settings.get("verb") == "train-student" else "none"
-            methods = {table["method"] for table in choices.get("stream", ())}
-            if len(methods) == 1:
-                choices["method"] = methods.pop()
+        if settings.get("stream"):  # each has its own by now: the training's is a summary of what they learn by
+            kinds = [kind.strip() for table in choices["stream"] for kind in table["method"].split("+")]
+            choices["method"] = "+".join(dict.fromkeys(kind for kind in kinds if kind != "none")) or "none"
         return settings | choices
 
     @model_validator(mode="after")
@@ -129,12 +129,17 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         return self.reads_targets or any(term.kind in ON_PREDICTIONS and term.weight != 0 for term in self.terms)
 
     @property
+    def learns_labels(self) -> bool:
+        """Whether a training of one source learns from labels, by cross-entropy or terms."""
+        on_labels = self.ce_weight > 0 or any(reads_labels(term) and term.weight != 0 for term in self.terms)
+        return self.labels != "none" and (on_labels or (self.teaches and self.teacher == "labels"))
+
+    @property
     def supervised(self) -> bool:
         """Whether classes or depth are learnt from labels or from a teacher, by any stream."""
         if self.stream:
             return any(stream.weight > 0 and stream.config.supervised for stream in self.streams)
-        on_labels = self.ce_weight > 0 or any(reads_labels(term) and term.weight != 0 for term in self.terms)
-        return self.teaches or (self.labels != "none" and on_labels)
+        return self.teaches or self.learns_labels
 
     @property
     def reads_targets(self) -> bool:
@@ -334,8 +339,16 @@ def _check_data(config: TrainConfig) -> None:
     if config.cache is None and config.data is None:
         raise RecipeError(
             "there must be something to train on",
-            received="no --cache and no --data",
-            remedy="give --cache STORE; or --data DATA, to learn from its labels alone",
+            received="no --cache and no --data" if config.verb == "train-student" else "no --data and no --stream",
+            remedy="give --cache STORE; or --data DATA, to learn from its labels alone"
+            if config.verb == "train-student"
+            else "give --data DATA, or --stream NAME,data=DATA for each of several data sets",
+        )
+    if config.verb == "train-teacher" and config.reads_targets and config.cache is not None:
+        raise RecipeError(
+            "train-teacher learns from labels alone",
+            received=f"--method {config.method} with the store {config.cache}",
+            remedy="leave the method out, so that the labels of the store teach; or use train-student",
         )
     if config.cache is None and config.reads_targets:
         kinds = [*(["kl"] if config.wants_kl else []), *(term.kind for term in config.terms if reads_teacher(term))]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcache.data import folds_of, open_split, write_scenes
+from kdcache.data import Fold, folds_of, open_split, write_scenes
 from kdcache.errors import CorruptError, MismatchError
 from kdcache.store import Cache, open_cache
-from kdcache.store.format.flags import pack_flags
+from kdcache.store.format.flags import pack_flags, unpack_flags
 from kdcache.store.format.manifest_models import Training
 from kdcache.teacher import BuildOptions, build_cache, load_teacher
 from kdcache.train import Observer, make_config, train
@@ -229,3 +229,43 @@ def test_a_teacher_of_two_tasks_learnt_from_no_more_samples_than_have_a_label_of
     assert cache.has_label.sum() == cache.has_depth.sum() == 3
     training = Training(ids_digest=cache.manifest.dataset.ids_digest, labels=pack_flags(np.ones(6, np.bool_)))
     assert notes(with_trainings(cache, training)) == []
+
+
+def test_every_stream_of_a_teacher_counts(settings: dict[str, Any], data: Path, tmp_path: Path, notes: Notes) -> None:
+    """A student cannot go without labels that one stream of its teacher had, though the others had none of them."""
+    others, teacher = "scenes:32x48,train=5,val=2", str(tmp_path / "teacher")
+    streams: list[dict[str, Any]] = [
+        {"name": "others", "data": others, "share": 0.5},
+        {"name": "few", "data": str(data), "fold": "1/3", "limit_labels": 2},
+        {"name": "bare", "data": str(data), "labels": "none", "method": "entropy"},
+    ]
+    changes = {"data": None, "batch_size": 4, "stream": streams, "iterations": 1, "val": None}
+    train(make_config(**settings | changes), tmp_path / "teacher")
+    split = open_split(str(data), "train")
+    trainings = load_teacher(teacher, split.classes).trainings
+    digests = [open_split(others, "train").digest(), split.digest(), split.digest()]
+    assert [training and training.ids_digest for training in trainings] == digests
+    assert [training and training.fold for training in trainings] == [None, (1, 3), None]
+    build_cache(split, load_teacher(teacher, split.classes), tmp_path / "store", BuildOptions(size=(32, 48)))
+    cache = open_cache(tmp_path / "store")
+    assert cache.manifest.teacher.trainings == trainings
+    few = Part(labels=2, without=Fold(1, 3, None)).choose(cache.ids).labelled
+    labels = [unpack_flags(training.labels, SAMPLES, "") for training in trainings if training and training.labels]
+    assert [set(np.flatnonzero(flags)) for flags in labels[1:]] == [few, set()]
+    assert notes(cache, limit_labels=2, fold="1/3") == []
+    with pytest.raises(MismatchError, match="without labels") as caught:
+        notes(cache, limit_labels=1, fold="1/3")
+    assert "those of 1 more" in caught.value.received
+
+
+def test_the_teacher_of_a_stream_s_store_is_not_known(
+    student: dict[str, Any], cache_path: Path, data: Path, tmp_path: Path
+) -> None:
+    streams = [f"taught,cache={cache_path},share=0.5,method=kl", f"labelled,data={data}"]
+    changes = {"cache": None, "method": "auto", "batch_size": 2, "stream": streams, "iterations": 1, "val": None}
+    train(make_config(**student | changes | {"size": "32x48"}), tmp_path / "run")
+    split = open_split(str(data), "train")
+    *seen, unknown = load_teacher(str(tmp_path / "run"), split.classes).trainings
+    assert unknown is None
+    digests = [open_cache(cache_path).manifest.dataset.ids_digest, split.digest()]
+    assert [training and training.ids_digest for training in seen] == digests

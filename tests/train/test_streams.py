@@ -107,6 +107,7 @@ def test_each_stream_has_terms_notes_and_a_table_of_its_own(
     assert "stream b: 2 of 4 rows of every batch, 5 samples, weight 0.5" in notes.texts
     recipe = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     assert [table["method"] for table in recipe["stream"]] == ["kl+dist", "none"]
+    assert recipe["method"] == "kl+dist", "what the streams learn by"
     again = TrainConfig.model_validate(recipe)
     assert again.to_toml() == (tmp_path / "run" / "recipe.toml").read_text()
     assert [stream.config.augment for stream in again.streams] == ["warp", "warp"]
@@ -485,3 +486,27 @@ def test_an_adversary_without_its_stream_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=words):
         begun(adversarial | changes, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("methods", "whole"),
+    [(("none", "none"), "none"), (("none", "entropy"), "entropy"), (("kl+at", "none", "dist+at"), "kl+at+dist")],
+)
+def test_the_method_of_a_run_is_what_its_streams_learn_by(methods: tuple[str, ...], whole: str) -> None:
+    base = {"verb": "train-student", "model": "kdcache:tiny", "size": "32x48", "batch_size": 4}
+    streams = [f"s{number},cache=x,method={method}" for number, method in enumerate(methods)]
+    for method in ("auto", "pseudo"):
+        config = make_config(**base, stream=streams, method=method)
+        assert config.method == whole
+        assert TrainConfig.model_validate(tomllib.loads(config.to_toml())).to_toml() == config.to_toml()
+
+
+def test_a_teacher_of_streams_learns_from_labels_alone() -> None:
+    base = {"verb": "train-teacher", "model": "kdcache:tiny", "size": "32x48", "batch_size": 4}
+    config = make_config(**base, stream=[f'a,"data={SCENES}"', "b,cache=x"])
+    assert [stream.config.method for stream in config.streams] == ["none", "none"]
+    with pytest.raises(RecipeError, match="train-teacher learns from labels alone") as caught:
+        make_config(**base, stream=[f'a,"data={SCENES}"', "b,cache=x,method=kl"])
+    assert caught.value.received.startswith("stream b: ")
+    with pytest.raises(RecipeError, match="no --data and no --stream"):
+        make_config(**base)

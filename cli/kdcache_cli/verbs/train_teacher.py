@@ -10,18 +10,25 @@ from kdcache_cli.settings.signature import takes
 from kdcache_cli.training import Out, Resume, run_training
 
 _ORDER = (
-    *("data", "model", "out", "size", "split", "val_split", "name", "init", "threads", "device", "resume", "recipe"),
+    *("data", "model", "out", "val", "size", "split", "val_split", "stream", "name", "init"),
+    *("threads", "device", "resume", "recipe"),
     *names(TrainSettings, OPTIMIZATION),
     *("amp", "step", "workers", "val_every", "log_every", "gradients_every", "keep_every", "log"),
     *("term", "label_smoothing", "class_weights"),
     *("scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
 )
 
-
 _TERM = "A term on labels beside the cross-entropy, dice or lovasz, e.g. dice,weight=0.5. May be repeated."
+_VAL = "Labelled data to validate on (default: --data); best weights have the best mIoU."
+_STREAM = (
+    "One of several data sets that share every batch, in place of --data: a name, then its settings, e.g. "
+    "real,data=camvid,share=0.5,weight=1. May be repeated; in a recipe, each is a table named stream. Other flags are "
+    "those of all streams."
+)
+_WORDING = {"term": {"help": _TERM}, "val": {"help": _VAL}, "stream": {"help": _STREAM}}
 
 
-@takes(TrainSettings, DataSettings, ImageSettings, MachineSettings, order=_ORDER, wording={"term": {"help": _TERM}})
+@takes(TrainSettings, DataSettings, ImageSettings, MachineSettings, order=_ORDER, unset=["data"], wording=_WORDING)
 def train_teacher(
     settings: dict[str, Any], out: Out, resume: Resume = False, recipe: shared_flags.Recipe = None
 ) -> None:
@@ -32,4 +39,5 @@ def train_teacher(
 
     [dim]kdcache train-teacher --data camvid --model kdcache:base --size 288x384 --iterations 8000 --out runs/teacher[/]
     """
-    run_training({**settings, "verb": "train-teacher", "val": settings["data"]}, out, resume)
+    val = settings["val"] or settings["data"]
+    run_training({**settings, "verb": "train-teacher", "val": val}, out, resume)

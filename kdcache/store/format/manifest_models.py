@@ -282,8 +282,9 @@ class Fingerprint(Part):
         members: of an ensemble, whose probabilities are averaged; `weights` is then the digest of all together.
         folds: probabilities are not averaged: each member predicted the samples of one fold, which it had not seen.
         folds_by: the pattern of the sequences that these folds keep whole; None for folds by id.
-        trainings: of each member, or of the one teacher; None where that is not known. Empty in stores that were begun
-            before it was recorded. It is no part of the teacher's identity.
+        trainings: of each member, or of the one teacher; several of one that learnt from several data sets. None stands
+            for one that is not known. Empty in stores that were begun before it was recorded. It is no part of the
+            teacher's identity.
     """
 
     spec: str
@@ -296,7 +297,7 @@ class Fingerprint(Part):
     tta: Augmented | None = None
     folds: Annotated[int, Field(ge=2, le=255)] | None = None
     folds_by: str | None = None
-    trainings: Annotated[tuple[Training | None, ...], Field(max_length=255)] = ()
+    trainings: Annotated[tuple[Training | None, ...], Field(max_length=65535)] = ()
     probe: tuple[Logit, ...]
 
     @model_validator(mode="after")
@@ -308,8 +309,8 @@ class Fingerprint(Part):
         return self
 
     @model_validator(mode="after")
-    def _one_training_per_teacher(self) -> "Fingerprint":
-        if self.trainings and len(self.trainings) != max(1, len(self.members)):
+    def _a_training_per_teacher(self) -> "Fingerprint":
+        if self.trainings and len(self.trainings) < max(1, len(self.members)):
             raise ValueError(f"{len(self.trainings)} trainings of {max(1, len(self.members))} teachers")
         return self
 

@@ -19,7 +19,7 @@ from kdcache.models import (
 from kdcache.models.run import load_run, split_spec
 from kdcache.run_folder import Run
 from kdcache.store.format.manifest_models import Training
-from kdcache.teacher.load.provenance import training_of
+from kdcache.teacher.load.provenance import trainings_of
 
 RGB = tuple[float, float, float]
 
@@ -35,7 +35,8 @@ class Teacher:
         notes: what a user should know, such as auxiliary heads that were left out.
         folds: how many folds the members of an ensemble divide among them; None when their probabilities are averaged.
         folds_by: the pattern of the sequences that these folds keep whole; None for folds by id.
-        trainings: of each member, or of the one model, as far as it is a run that records it; empty when not looked up.
+        trainings: of each member, or of the one model, on each of its streams, as far as it is a run that records them;
+            empty when not looked up.
     """
 
     model: SegmentationModel
@@ -76,7 +77,8 @@ def load_teacher(
         trust: of a run, whether a function that it names may be imported and called (see `load_run`).
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
-    size, names, notes, training = None, None, list[str](), None
+    size, names, notes = None, None, list[str]()
+    trainings: tuple[Training | None, ...] = (None,)
     if (weighted := split_spec(origin)) is not None:
         spec, weights = weighted
         count = None  # that of the weights, which must be whole
@@ -89,7 +91,7 @@ def load_teacher(
     else:
         run = Run.open(origin)
         model, run_model = load_run(run, trust=trust)
-        size, names, training = run_model.size, run_model.class_names, training_of(run)
+        size, names, trainings = run_model.size, run_model.class_names, trainings_of(run)
         model.mean, model.std = mean or model.mean, std or model.std
     mapped = None
     if class_map is not None:
@@ -97,7 +99,7 @@ def load_teacher(
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
     elif SEGMENTATION in model.head_kinds and classified:
         _check_classes(origin, model.num_classes, names, classes)
-    return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=(training,))
+    return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=trainings)
 
 
 def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:

@@ -1,4 +1,4 @@
-"""The training of a teacher that is a run: on which samples, without which fold of them, with which labels."""
+"""The trainings of a teacher that is a run: on which samples, without which fold of them, with which labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,20 +9,37 @@ from kdcache.run_folder import Run
 from kdcache.store.format.manifest_models import Training
 
 
-def training_of(run: Run) -> Training | None:
-    """The training of a run; None where it is not recorded, or for a run from a store, whose teacher had its own."""
+def trainings_of(run: Run) -> tuple[Training | None, ...]:
+    """The trainings of a run: that on its data set, or on each of its streams.
+
+    None stands for what is not recorded: of a run from a store, and after the streams that learn from stores, for the
+    teachers of these, which had trainings of their own.
+    """
     kind, _, digest = run.model.trained_on.partition(" ")
-    if kind != "data":
-        return None
-    try:
-        if run.recipe is None:
-            return None
-        fold, labels = fold_left_out(run.recipe), run.model.labels
-        if fold is None:
-            return Training(ids_digest=digest, labels=labels)
-        return Training(ids_digest=digest, fold=(fold.number, fold.folds), folds_by=fold.by, labels=labels)
-    except (RecipeError, ValueError):  # a teacher needs no recipe: it is only not known then
-        return None
+    try:  # a teacher needs no recipe: it is only not known then
+        recipe, streams = run.recipe, run.model.streams
+        if recipe is None:
+            return (None,)
+        if kind == "data":
+            return (_training(digest, run.model.labels, recipe),)
+        tables = recipe.get("stream", ())
+        if kind != "streams" or not streams or len(tables) != len(streams):
+            return (None,)
+        seen = [
+            _training(stream.ids_digest, stream.labels, {**recipe, **table})
+            for stream, table in zip(streams, tables, strict=True)
+        ]
+    except (RecipeError, ValueError):
+        return (None,)
+    return (*seen, None) if any(stream.taught for stream in streams) else tuple(seen)
+
+
+def _training(digest: str, labels: str | None, settings: Mapping[str, Any]) -> Training:
+    """The training with these settings, on the samples of a digest. Raises: RecipeError, ValueError."""
+    fold = fold_left_out(settings)
+    if fold is None:
+        return Training(ids_digest=digest, labels=labels)
+    return Training(ids_digest=digest, fold=(fold.number, fold.folds), folds_by=fold.by, labels=labels)
 
 
 def fold_left_out(recipe: Mapping[str, Any]) -> Fold | None:

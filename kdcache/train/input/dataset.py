@@ -136,6 +136,14 @@ class DrawnDataset(Dataset[Batch], ABC):
     def identity(self) -> str:
         """A text that identifies the samples: a digest of the data's ids and classes, or the seal of the store."""
 
+    @property
+    def ids_digest(self) -> str:
+        """The digest of the ids and classes of its source, as a store's manifest has it."""
+        if self.cache is not None:
+            return self.cache.manifest.dataset.ids_digest
+        assert self.split is not None
+        return self.split.digest()
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -13,7 +13,7 @@ from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import SegmentationModel
 from kdcache.models.run import write_run_model
 from kdcache.models.weights import DEPTH_HEAD
-from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel
+from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel, RunStream
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
 from kdcache.store.backend.durable import disk_space_errors
@@ -162,6 +162,18 @@ def write_beginning(
             labels=pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None,
             heads=model.regressions,
             untrained=untrained_heads(model, config.tasks),
+            streams=_streams(config, datasets) if len(datasets) > 1 else (),
         )
         write_run_model(run, run_model)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})
+
+
+def _streams(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[RunStream, ...]:
+    """What the run learns from each of its streams."""
+    recorded = []
+    for stream, dataset in zip(config.streams, datasets, strict=True):
+        own, learns = stream.config, stream.weight > 0
+        labels = dataset.labels_used & (learns and own.learns_labels)
+        taught = learns and own.reads_targets
+        recorded.append(RunStream(ids_digest=dataset.ids_digest, labels=pack_flags(labels), taught=taught))
+    return tuple(recorded)
