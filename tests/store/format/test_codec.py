@@ -184,8 +184,11 @@ def test_what_a_teacher_has_seen_may_be_missing_and_must_be_possible(plan) -> No
         content["teacher"]["trainings"] = [{"ids_digest": "", "fold": fold}]
         with pytest.raises(CorruptError, match="trainings"):
             parse_manifest({"kdcache": content}, "here")
-    content["teacher"]["trainings"] = [None, None]
-    with pytest.raises(CorruptError, match="2 trainings of 1 teachers"):
+    content["teacher"]["trainings"] = [None, {"ids_digest": "a"}]
+    assert len(parse_manifest({"kdcache": content}, "here").teacher.trainings) == 2, "one of each of its data sets"
+    member = {"spec": "a", "weights": "b", "mean": [0, 0, 0], "std": [1, 1, 1], "share": 0.5}
+    content["teacher"] |= {"members": [member, member], "trainings": [None]}
+    with pytest.raises(CorruptError, match="1 trainings of 2 teachers"):
         parse_manifest({"kdcache": content}, "here")
 
 
