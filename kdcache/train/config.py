@@ -61,13 +61,13 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         if settings.get("lr") is None:
             rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
             choices["lr"] = rates.get(str(settings.get("model")), LEARNING_RATE)
-        if settings.get("method", "auto") == "auto":  # `dist` helps more and compares a whole batch of own pixels
-            parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
-            taught = "kl" if parted else "dist"
-            choices["method"] = taught if settings.get("verb") == "train-student" else "none"
         if settings.get("stream"):  # each has its own by now: the training's is a summary of what they learn by
             kinds = [kind.strip() for table in choices["stream"] for kind in table["method"].split("+")]
             choices["method"] = "+".join(dict.fromkeys(kind for kind in kinds if kind != "none")) or "none"
+        elif settings.get("method", "auto") == "auto":  # `dist` helps more and compares a whole batch of own pixels
+            parted = settings.get("mix") is not None or settings.get("accumulate") not in (None, 1)
+            taught = "kl" if parted else "dist"
+            choices["method"] = taught if settings.get("verb") == "train-student" else "none"
         return settings | choices
 
     @model_validator(mode="after")

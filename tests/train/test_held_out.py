@@ -269,3 +269,11 @@ def test_the_teacher_of_a_stream_s_store_is_not_known(
     assert unknown is None
     digests = [open_cache(cache_path).manifest.dataset.ids_digest, split.digest()]
     assert [training and training.ids_digest for training in seen] == digests
+
+
+def test_a_teacher_of_one_stream_has_the_fold_of_that(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    changes = {"data": None, "stream": [f"only,data={data},fold=1/3"], "iterations": 1, "val": None}
+    train(make_config(**settings | changes), tmp_path / "teacher")
+    (training,) = load_teacher(str(tmp_path / "teacher"), open_split(str(data), "train").classes).trainings
+    assert training is not None
+    assert training.fold == (1, 3)

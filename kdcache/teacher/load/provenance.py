@@ -20,9 +20,9 @@ def trainings_of(run: Run) -> tuple[Training | None, ...]:
         recipe, streams = run.recipe, run.model.streams
         if recipe is None:
             return (None,)
-        if kind == "data":
-            return (_training(digest, run.model.labels, recipe),)
         tables = recipe.get("stream", ())
+        if kind == "data":  # of the only stream, where the training has one
+            return (_training(digest, run.model.labels, {**recipe, **(tables[0] if tables else {})}),)
         if kind != "streams" or not streams or len(tables) != len(streams):
             return (None,)
         seen = [
