@@ -10,7 +10,7 @@ import pytest
 from kdcache.analysis.compare import choose_baseline, choose_control
 from kdcache.analysis.groups import CONTROL, DEPTH_ON_LABELS, Group, group_runs, nearest
 from kdcache.analysis.runs import Entry
-from kdcache.distill.terms.spec import KINDS, ON_LABELS, TermSpec, reads_teacher
+from kdcache.distill.terms.spec import KINDS, ON_LABELS, TermSpec, reads_labels
 from kdcache.errors import RecipeError
 from kdcache.run_folder import Run
 
@@ -178,5 +178,5 @@ def test_a_row_is_plain_by_what_its_streams_learn_from() -> None:
 
 def test_terms_of_depth_on_labels_are_those_of_trainings() -> None:
     for kind in KINDS:
-        on_labels = kind not in ON_LABELS and not reads_teacher(TermSpec(kind))
+        on_labels = kind not in ON_LABELS and reads_labels(TermSpec(kind))
         assert on_labels == (kind in DEPTH_ON_LABELS), kind
