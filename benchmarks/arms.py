@@ -198,3 +198,13 @@ FINAL = tuple(
 )
 LIVE = Arm("E6", "live, all", "final-16-raw", WINNER, LENGTH, FRESH[:2], "all", live="final")
 ARMS = (*CONTROLS, *PLATEAU, *FEW, *OTHERS, *TRUSTED, *FINAL, LIVE)
+
+# Arms whose difference answers a question, each with its baseline: by stage and name.
+QUESTIONS = (
+    *((f"E1 dist of the teacher, {views} views", f"E1 {baseline}, {views} views")
+      for views in (4, 16) for baseline in ("plain", "dist of labels")),
+    *((f"E1 dist of labels, {views} views", f"E1 plain, {views} views") for views in (4, 16)),
+    *((f"E4 distilled, {block}", f"E4 {baseline}, {block}") for block in BLOCKS for baseline in ("plain", "control")),
+    *((f"E6 {arm}, {data}", f"E6 {baseline}, {data}") for data in ("all", "apart")
+      for arm, baseline in (("distilled", "plain"), ("distilled", "control"), ("control", "plain"))),
+)  # fmt: skip

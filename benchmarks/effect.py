@@ -27,9 +27,23 @@ from typing import Any
 
 import numpy as np
 
-from arms import ARMS, BLOCKS, COMBINED, DATA, STORES, STUDENT, TEACHER, TEACHERS, TRIED, VIEWS, Arm, Data
+from arms import (
+    ARMS,
+    BLOCKS,
+    COMBINED,
+    DATA,
+    QUESTIONS,
+    STORES,
+    STUDENT,
+    TEACHER,
+    TEACHERS,
+    TRIED,
+    VIEWS,
+    Arm,
+    Data,
+)
 from common import header, write
-from kdcache.analysis.spread import t_quantile
+from kdcache.analysis.spread import difference, t_quantile
 from kdcache.data import open_split
 from kdcache.metrics import Metrics, evaluate_model
 from kdcache.models.ensemble import Tta
@@ -191,7 +205,15 @@ class Study:
     def add(self, row: dict[str, Any]) -> None:
         with self._lock:
             self.rows.append(row)
-            write(self.json, {**header("effect"), "summary": summary(self.rows), "rows": self.rows})
+            write(
+                self.json,
+                {
+                    **header("effect"),
+                    "summary": summary(self.rows),
+                    "differences": differences(self.rows),
+                    "rows": self.rows,
+                },
+            )
         print(f"{row['stage']} {row['arm']}, seed {row['seed']}: {row['miou']:.2f}", flush=True)
 
 
@@ -219,6 +241,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         scores.setdefault(row["stage"], {}).setdefault(row["arm"], []).append(row["miou"])
     return {stage: {arm: interval(values) for arm, values in arms.items()} for stage, arms in scores.items()}
+
+
+def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Differences of arms that answer the study's questions, with 95 % intervals over seeds (paired, and Welch's)."""
+    scores: dict[str, dict[tuple[int], float]] = {}
+    for row in rows:
+        scores.setdefault(f"{row['stage']} {row['arm']}", {})[(row["seed"],)] = row["miou"]
+    return {
+        f"{arm} - {baseline}": difference(scores[arm], scores[baseline], baseline).to_json()
+        for arm, baseline in QUESTIONS
+        if arm in scores and baseline in scores
+    }
 
 
 def interval(values: list[float]) -> dict[str, float | None]:

@@ -67,7 +67,7 @@ def batches(cache: Cache, kind: str, arguments: argparse.Namespace) -> Iterator[
     count = 2 if kind == "two" else 1
     streams = [
         StreamDraws(
-            f"s{number}",
+            f"s{number}" if count > 1 else "",
             Draws(CacheDataset(cache, augment="warp", targets=kind in ("kl", "two")), stream_seed(0, number)),
             arguments.batch_size // count,
         )

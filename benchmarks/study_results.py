@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 from safetensors.torch import load_file, save_file
 
 from arms import BLOCKS
@@ -23,6 +24,8 @@ from kdcache.analysis.spread import t_quantile
 from kdcache.run_folder import Run
 
 FEW_SEEDS, FINAL_SEEDS = (0,), (100, 101, 102)  # 10 MB are the most that results may take
+LEAST_SEEDS = 3  # of a band: the interval of two is wider than the plot
+TICKS = (0.5, 1, 2, 5, 10, 20, 40)
 LINES = {
     "distilled from the store": ("E6", "distilled, all", "#0072B2"),
     "its control: the labels in the teacher's place": ("E6", "control, all", "#E69F00"),
@@ -50,26 +53,29 @@ def write_weights(runs: Path, out: Path) -> int:
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """mIoU on val against seconds of training: mean over seeds, and its 95 % interval as a band.
+    """mIoU on val against minutes of training: mean over seeds, and its 95 % interval as a band.
 
-    The seconds are those of an arm's fastest run: others waited for whatever else the machine did.
+    The minutes are those of an arm's fastest run: others waited for whatever else the machine did.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     for label, (stage, arm, colour) in LINES.items():
         runs = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
         if not runs:
             continue
-        seconds = min(row["seconds"] for row in runs)
+        minutes = min(row["seconds"] for row in runs) / 60
         steps = sorted(map(int, runs[0]["by_iteration"]))
         scores = np.array([[row["by_iteration"][str(step)] for step in steps] for row in runs])
-        x, mean = np.array(steps) / steps[-1] * seconds, scores.mean(0)
+        x, mean = np.array(steps) / steps[-1] * minutes, scores.mean(0)
         (line,) = axes.plot(x, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(runs)} seeds)")
-        if len(runs) > 1:
+        if len(runs) >= LEAST_SEEDS:
             half = t_quantile(len(runs) - 1) * scores.std(0, ddof=1) / len(runs) ** 0.5
             axes.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xscale="log", xlabel="seconds of training, one CPU core", ylabel="mIoU on CamVid's val, %")
+    axes.set_xscale("log")
+    axes.set_xticks(TICKS, labels=map(str, TICKS))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="minutes of training, one CPU core", ylabel="mIoU on CamVid's val, %")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     plt.close(figure)

@@ -79,7 +79,9 @@ def compare(
     which = options.judging.which
     teachers = [] if options.teacher is None else find_runs([options.teacher], which)
     apart = {entry.run.folder.resolve() for entry in teachers if entry.run is not None}
-    members = [run for run in find_runs(runs, which) if run.run is None or run.run.folder.resolve() not in apart]
+    named = find_runs(runs, which)
+    members = [run for run in named if run.run is None or run.run.folder.resolve() not in apart]
+    left_out = [f"{run.text} has no row of its own: it is the --teacher" for run in named if run not in members]
     if not members:
         raise RecipeError("a comparison has runs besides the teacher", received="none", remedy="name some runs")
     source = comparable_split(members, data, split)
@@ -113,7 +115,7 @@ def compare(
         class_names=source.classes.names,
         class_colours=source.classes.colours,
         rows=adjust_rows(rows),
-        notes=(*_warnings(rows), *notes, *judge.notes),
+        notes=(*_warnings(rows), *left_out, *notes, *judge.notes),
         smoke=options.smoke,
         depth_range=None if depth_range is None else str(depth_range),
     )

@@ -11,7 +11,7 @@ segmentation (`ids`, `hits` and `unions`, a row per image and a column per class
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
-from kdcache.metrics.confusion import ImageCounts, Metrics
+from kdcache.metrics.confusion import ImageCounts, Metrics, without_nan
+from kdcache.metrics.data_sets import OnDataSet, common_classes, common_mious
 from kdcache.metrics.depth import DEPTH_METRICS, DepthImages, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
 from kdcache.metrics.oom import is_out_of_memory
@@ -259,6 +260,28 @@ def write_evaluation(record: Record, path: Path, run: str, metrics: TaskMetrics)
         images = file_digest(path.with_suffix(IMAGES))
     content = {"run": run, **record.to_json(), "images_sha256": images, **metrics.to_json()}
     write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def name_of_several(records: Sequence[Record], run: str, *, own_size: bool = True) -> str:
+    """The file of an evaluation on several data sets, without an ending: never that of one alone, which is used again.
+
+    Args:
+        run: its name as the user wrote it.
+        own_size: as in `Record.name`.
+    """
+    kinds = [[record.data, record.name(own_size=own_size), record.which or run] for record in records]
+    return f"evaluations-{hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]}"
+
+
+def write_evaluations(records: Sequence[Record], path: Path, run: str, results: Sequence[OnDataSet]) -> None:
+    """Write the evaluations of a run on several data sets, whole or not at all. Raises: OSError."""
+    content = {
+        "run": run,
+        "common_classes": list(common_classes(results)),
+        "common_miou": [common_mious(results).get(number) for number in range(len(results))],
+        "data_sets": [record.to_json() | one.to_json() for record, one in zip(records, results, strict=True)],
+    }
+    write_whole(path, json.dumps(without_nan(content), indent=1) + "\n")
 
 
 def _arrays_of_images(metrics: TaskMetrics) -> dict[str, Any]:

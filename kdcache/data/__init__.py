@@ -2,6 +2,7 @@
 
     open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); of a folder, VOC, ...
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
+    classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
     render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
     draw_window, colour_jitter, RandAugment   what is random for the student
@@ -15,6 +16,7 @@
 Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
 """
 
+from kdcache.data.by_name import ClassesByName, classes_by_name
 from kdcache.data.check import CheckReport, check, class_weights
 from kdcache.data.depth_report import DepthReport
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
@@ -46,6 +48,7 @@ __all__ = [
     "Augmentation",
     "CheckReport",
     "ClassList",
+    "ClassesByName",
     "DepthReport",
     "Fold",
     "RandAugment",
@@ -60,6 +63,7 @@ __all__ = [
     "check_folds",
     "check_folds_by",
     "class_weights",
+    "classes_by_name",
     "colour_jitter",
     "download",
     "draw_view",

@@ -186,7 +186,8 @@ def _open(data: str, name: str, layout_root: LayoutRoot | None) -> tuple[Split, 
         scan = layout.scan(root, name, images)
         split = FileSplit(data, name, layout.classes(root), root, scan)
         report.clashes = [path for _, _, path in scan.clashes]
-        report.without_image = scan.orphans + scan.foreign + ([] if scan.depth is None else scan.depth.orphans)
+        report.without_image = scan.orphans + scan.foreign
+        report.depth.without_image = [] if scan.depth is None else scan.depth.orphans
         report.missing = scan.missing
     report.images = len(split)
     report.without_label = [sample for i, sample in enumerate(split.ids) if not split.has_label(i)]
@@ -244,13 +245,13 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
             strays = ids_out_of_range(label, len(split.classes))
             reading.defects["out_of_range"] = {str(number): count for number, count in strays.items()}
             if isinstance(split, FileSplit):
-                reading.defects["palettes"] = wrong_palette(split, index, label)
+                reading.defects["palettes"] = wrong_palette(split, index)
         depth = split.raw_depth(index)
         if depth is not None:
             fits = depth.shape == reading.size
             reading.depth = DepthCounts.of(depth, max_depth) if fits else describe_sizes(depth.shape, reading.size)
     except DataError as error:
-        reading.defects["unreadable"] = error.received
+        reading.defects["unreadable"] = f"{error.received}. {error.remedy}"
     return reading
 
 

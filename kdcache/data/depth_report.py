@@ -33,6 +33,7 @@ class DepthReport:
         impossible: sample -> why its depths cannot be metres: negative, all unknown, numbers of a file.
         beyond: sample -> pixels beyond `max_depth`, where one was named.
         mismatched: sample -> both sizes, where a label has not its image's size.
+        without_image: files that are of no image, or of one that has another depth file already.
     """
 
     labelled: int = 0
@@ -46,6 +47,7 @@ class DepthReport:
     impossible: dict[str, str] = field(default_factory=dict)
     beyond: dict[str, int] = field(default_factory=dict)
     mismatched: dict[str, str] = field(default_factory=dict)
+    without_image: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -69,6 +71,11 @@ class DepthReport:
         """One sentence per kind of defect, with how many, the first few, and a remedy."""
         why = next(iter(self.impossible.values()), "")
         kinds = (
+            (
+                self.without_image,
+                "depth files belong to no image, or to one that has another",
+                "give each its image's path, with its own suffix, or remove it",
+            ),
             (list(self.mismatched), "depth labels have another size than their image", "resize them (nearest)"),
             (
                 list(self.impossible),

@@ -12,16 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kdcache.data.classes import CLASSES_FILE
-from kdcache.data.files import label_palette
+from kdcache.data.files import label_palette, read_label
 from kdcache.data.folder import DEPTHS, IMAGES, LABELS, Folder
+from kdcache.data.layouts.cityscapes import CLASSES as CITYSCAPES
+from kdcache.data.layouts.cityscapes import MOST_LABEL_ID, to_classes
 from kdcache.data.layouts.file_split import FileSplit, describe_some
 from kdcache.data.layouts.registry import LayoutRoot
 from kdcache.data.layouts.scan import folders_in, is_picture, scan_folders
-from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels, default_colours
+from kdcache.data.sample import IGNORE_INDEX, ClassList, default_colours
 from kdcache.data.split_report import SplitReport
 
 MOST_VOID = 0.9
 """Share of void among labelled pixels beyond which a split is warned of."""
+
+MAPPED_TWICE_VOID = 0.25
+"""Share of void from which street scenes without plants, sky and cars look mapped twice."""
 
 _HEADS = frozenset(
     ("id", "ids", "index", "idx", "class", "classes", "class_id", "class_name", "name", "names", "label", "labels")
@@ -61,23 +66,26 @@ def doubts_of(
     return doubts
 
 
-def wrong_palette(split: FileSplit, index: int, label: Pixels) -> str:
-    """Why the colours of a palette label contradict its indices as class ids; empty where they do not."""
+def wrong_palette(split: FileSplit, index: int) -> str:
+    """Why the colours of a palette label contradict its indices, mapped or not; empty where they do not."""
     path = split.label_path(index)
-    palette = None if path is None or split.label_map is not None else label_palette(path)
-    if palette is None:
+    palette = None if path is None else label_palette(path)
+    if path is None or palette is None:
         return ""
     names, colours = split.classes.names, split.classes.colours
-    used = [int(i) for i in np.unique(label) if i != IGNORE_INDEX and i < len(palette)]
+    class_of = np.arange(256) if split.label_map is None else split.label_map
+    used = [int(i) for i in np.unique(read_label(path)) if i != IGNORE_INDEX and i < len(palette)]
     class_of_colour = {colour: number for number, colour in enumerate(colours)}
     if colours != default_colours(len(colours)):
         matches = [(i, class_of_colour[palette[i]]) for i in used if palette[i] in class_of_colour]
-        shown = [(i, names[number]) for i, number in matches if i != number]
-        if 2 * len(shown) > len(matches):  # two classes may share a colour
+        shown = [(i, names[number]) for i, number in matches if class_of[i] != number]
+        if 2 * len(shown) > len(matches):  # two classes may share a colour, or a class and something void
             return ", ".join(f"index {i} has the colour of {name!r}" for i, name in shown[:3])
     greys = {i: palette[i][0] for i in used if len(set(palette[i])) == 1}
-    ids = set(greys.values())
-    if len(greys) == len(used) and ids <= {*range(len(names)), IGNORE_INDEX} and not ids <= {0, IGNORE_INDEX}:
+    ids, numbers = set(greys.values()), np.flatnonzero((class_of < len(names)) | (class_of == IGNORE_INDEX)).tolist()
+    if names == CITYSCAPES.names:  # the greys may be labelIds, although the files are to hold train ids
+        numbers += range(MOST_LABEL_ID + 1)
+    if len(greys) == len(used) and ids <= set(numbers) and not ids <= {0, IGNORE_INDEX}:
         moved = [f"index {i} is grey {grey}" for i, grey in greys.items() if grey != i]
         return ", ".join(moved[:3])
     return ""
@@ -191,8 +199,26 @@ def _doubt_shares(reports: Mapping[str, SplitReport], classes: ClassList, doubts
                 f"{name}: {100 * void:.1f} % of the labelled pixels are void: compare the numbers in the labels with "
                 "those of the layout"
             )
+    _doubt_mapped_twice(read, classes, doubts)
     if not doubts.problems:
         _doubt_unseen(seen, classes, doubts)
+
+
+def _doubt_mapped_twice(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
+    """Streets of which a second map from labelIds to train ids has left the first classes, and void for the rest."""
+    if classes.names != CITYSCAPES.names or not reports:
+        return
+    once = to_classes(MOST_LABEL_ID)
+    left = {once[number] for number in range(len(classes))}
+    pixels = np.sum([report.class_pixels for report in reports.values()], 0)
+    void = sum(report.void_pixels for report in reports.values())
+    share = void / max(1, void + int(pixels.sum()))
+    if share >= MAPPED_TWICE_VOID and set(np.flatnonzero(pixels).tolist()) <= left:
+        doubts.problems.append(
+            f"the labels look mapped to train ids twice: {100 * share:.1f} % of their pixels are void, and none is "
+            "vegetation, sky or a car, but road is left where a traffic sign was, building where a person was: make "
+            "them again from the labelIds, mapped once"
+        )
 
 
 def _one_class(report: SplitReport, number: int, classes: ClassList) -> str:

@@ -21,10 +21,11 @@ class SplitReport:
         sizes: "HxW" -> number of images of that upright size.
         out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
         without_label: samples without one of segmentation; no problem by itself.
-        without_image: label and depth files that no image has (a wrong suffix included).
+        without_image: label files that no image has (a wrong suffix included).
         clashes: image files (or lines of a list) whose id another image already has.
         missing: files that a list names, or their siblings call for, and that are not there.
-        unreadable: sample -> why its image or label could not be read, or its numbers not be taken for ids.
+        unreadable: sample -> why its image or a label could not be read, or its numbers not be taken for ids or metres,
+            and the remedy.
         mismatched: sample -> both sizes, where a label has not its image's size.
         palettes: sample -> how the colours of its palette contradict its indices.
         digest: SHA-256 over class names, ids and contents; None when contents were not read or a
@@ -62,9 +63,13 @@ class SplitReport:
             (
                 list(self.unreadable),
                 "samples cannot be read",
-                f"restore them ({next(iter(self.unreadable.values()), '')})",
+                f"the first: {next(iter(self.unreadable.values()), '')}",
             ),
-            (list(self.mismatched), "labels have another size than their image", "resize the labels (nearest)"),
+            (
+                list(self.mismatched),
+                "labels have another size than their image",
+                "resize the labels (nearest), or the images that images= names",
+            ),
             (
                 list(self.out_of_range),
                 f"labels have ids that are no class ({self._stray_ids()})",

@@ -5,6 +5,7 @@
     chance.py        whether a model has learnt anything
     predictions.py   a model's answers to every task, at the labels' size
     evaluate.py      a model on a labelled split
+    data_sets.py     a model on several data sets, side by side
     calibration.py   calibration, and what a confidence threshold keeps
     tables.py        metrics as rows of a table
     figures.py       figures, and labels in their colours
@@ -19,9 +20,10 @@ It knows no stores, no runs and no trainings.
 
 from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
+from kdcache.metrics.data_sets import OnDataSet
 from kdcache.metrics.depth import DEPTH_METRICS, DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import TaskMetrics, evaluate_model, evaluate_tasks
-from kdcache.metrics.tables import class_rows, comparison_rows, markdown_table, metrics_markdown, percent
+from kdcache.metrics.tables import class_rows, comparison_rows, iou_listing, markdown_table, metrics_markdown, percent
 
 __all__ = [
     "DEPTH_METRICS",
@@ -30,12 +32,14 @@ __all__ = [
     "DepthMetrics",
     "DepthRange",
     "Metrics",
+    "OnDataSet",
     "TaskMetrics",
     "at_chance",
     "class_rows",
     "comparison_rows",
     "evaluate_model",
     "evaluate_tasks",
+    "iou_listing",
     "markdown_table",
     "metrics_markdown",
     "percent",

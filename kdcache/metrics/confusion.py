@@ -6,6 +6,7 @@ mIoU is never a mean over images.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,26 @@ class Metrics:
         classes = [dict(zip(("name", "iou", "acc", "label_pixels"), row, strict=True)) for row in rows]
         return without_nan({"miou": self.miou, "macc": self.macc, "aacc": self.aacc, "classes": classes})
 
+    def over(self, names: Sequence[str]) -> "Metrics":
+        """The metrics of some classes alone, outside which no pixel is labelled; their means are means of these.
+
+        A labelled pixel that is predicted as one of the other classes is a miss of its own, as it was.
+        """
+        kept = [self.class_names.index(name) for name in names]
+        assert sum(self.label_pixels) == sum(self.label_pixels[i] for i in kept), "labels of a class that is left out"
+        iou, acc = (tuple(values[i] for i in kept) for values in (self.iou, self.acc))
+        own = self.images
+        return Metrics(
+            class_names=tuple(names),
+            iou=iou,
+            acc=acc,
+            label_pixels=tuple(self.label_pixels[i] for i in kept),
+            miou=mean_of(iou),
+            macc=mean_of(acc),
+            aacc=self.aacc,
+            images=None if own is None else ImageCounts(own.ids, own.hits[:, kept], own.unions[:, kept]),
+        )
+
 
 class ConfusionMatrix:
     """Counts of (label, prediction) pairs, accumulated in int64."""
@@ -97,6 +118,12 @@ class ConfusionMatrix:
             macc=acc.nanmean().item(),
             aacc=(hits.sum() / labelled.sum()).item(),
         )
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN; NaN without any."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def without_nan(content: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,19 @@ def class_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def iou_listing(metrics: Metrics) -> str:
+    """A line per class, `===>road:       65.35`, and the mean: percent, two digits at most; `nan` where none occurs.
+
+    Source: the listing of AdaptSegNet's compute_iou.py (arXiv 1802.10349).
+    """
+    width = max(12, *(len(name) + 2 for name in metrics.class_names))
+    lines = [
+        f"===>{one_line(name) + ':':<{width}}{round(100 * iou, 2)}"
+        for name, iou in zip(metrics.class_names, metrics.iou, strict=True)
+    ]
+    return "\n".join([*lines, f"===> mIoU: {round(100 * metrics.miou, 2)}"]) + "\n"
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A GitHub table; the first column is left-aligned, the rest to the right."""
     first, *rest = [

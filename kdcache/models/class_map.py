@@ -118,6 +118,7 @@ class ClassMapped(SegmentationModel):
             head_kinds={**model.head_kinds, SEGMENTATION: CategoricalHead(count)},
         )
         self.model = model
+        self.untrained = model.untrained
         self.mean, self.std = model.mean, model.std
         sources, absent = _merge_tables(targets)
         # In the state dict, so that another map is another digest.

@@ -91,13 +91,14 @@ class EnsembleModel(SegmentationModel):
                     received=", ".join(f"{member.spec} {getattr(member, name)}" for member in members),
                     remedy="leave out those that differ; --class-map FILE maps classes",
                 )
+        kinds = _common_heads(members, tta)
         super().__init__(
             spec=" + ".join(member.spec for member in members),
-            num_classes=first.num_classes,
+            num_classes=first.num_classes if SEGMENTATION in kinds else 0,
             stride=min(member.stride for member in members),
             taps=first.taps,
             align_corners=first.align_corners,
-            head_kinds=_common_heads(members, tta),
+            head_kinds=kinds,
         )
         self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         self.members = nn.ModuleList(members)
@@ -135,7 +136,7 @@ class EnsembleModel(SegmentationModel):
                 plain = unscaled and not mirrored
                 output = member(member.standardise(x), member_taps if plain and place == 0 else ())
                 features |= output.features
-                for name in output.heads.keys() & answers.keys():
+                for name in member.learnt_heads:
                     if name == SEGMENTATION or unscaled:
                         head = output.heads[name].flip(-1) if mirrored else output.heads[name]
                         answers[name][place].append(head.float().softmax(1) if name == SEGMENTATION else head.float())
@@ -172,14 +173,15 @@ class EnsembleModel(SegmentationModel):
 
 
 def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict[str, HeadKind]:
-    """The heads of an ensemble: all that a member has.
+    """The heads of an ensemble: all that a member has learnt.
 
     Raises: ModelError for regressions of one name that are not alike, or of several members in no metres; RecipeError
         for scales without 1.
     """
     kinds: dict[str, HeadKind] = {}
     for member in members:
-        for name, kind in member.head_kinds.items():
+        for name in member.learnt_heads:
+            kind = member.head_kinds[name]
             if (other := kinds.setdefault(name, kind)) != kind and name != SEGMENTATION:
                 raise ModelError(
                     f"teachers of one ensemble have the same head {name}",
@@ -189,7 +191,7 @@ def _common_heads(members: Sequence[SegmentationModel], tta: Tta | None) -> dict
     for name, kind in kinds.items():
         if not isinstance(kind, RegressionHead):
             continue
-        if kind.unit != "m" and sum(name in member.head_kinds for member in members) > 1:
+        if kind.unit != "m" and sum(name in member.learnt_heads for member in members) > 1:
             raise ModelError(
                 "depth is averaged over teachers where it is in metres",
                 received=f"{name} in {kind.unit} of several teachers, each with a scale and shift of its own",

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing
-from kdcache.heads import SEGMENTATION
+from kdcache.heads import SEGMENTATION, RegressionHead
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model
 from kdcache.models.weights import load_weights, save_weights
@@ -91,16 +91,17 @@ class Deployed(nn.Module):
     def _answers(self, image: Tensor) -> tuple[Tensor, ...]:
         heads = self.model((image - self.mean) / self.std).heads
         if self.raw:
-            return tuple(heads[name] for name in self.model.head_kinds)
+            return tuple(heads[name] for name in self.model.learnt_heads)
         aligned, size = self.model.align_corners, image.shape[-2:]
-        full = {n: F.interpolate(x, size=size, mode="bilinear", align_corners=aligned) for n, x in heads.items()}
+        learnt = {name: heads[name] for name in self.model.learnt_heads}
+        full = {n: F.interpolate(x, size=size, mode="bilinear", align_corners=aligned) for n, x in learnt.items()}
         regressions = self.model.regressions
-        return tuple(regressions[n].values(full[n]) if n in regressions else full[n] for n in self.model.head_kinds)
+        return tuple(regressions[n].values(x) if n in regressions else x for n, x in full.items())
 
     @property
     def names(self) -> list[str]:
-        """Names of the answers."""
-        return ["logits" if name == SEGMENTATION else name for name in self.model.head_kinds]
+        """Names of the answers, those of the heads that have learnt."""
+        return ["logits" if name == SEGMENTATION else name for name in self.model.learnt_heads]
 
 
 def export_model(
@@ -155,6 +156,7 @@ def export_model(
 def _write_weights(deployed: Deployed, description: RunModel, metadata: dict[str, str], path: Path) -> "_Written":
     save_weights(deployed.model, path, {"format": "pt", **metadata})
     again = build_model(description.spec, len(description.class_names), mean=description.mean, std=description.std)
+    again.untrained = deployed.model.untrained
     load_weights(again, load_file(path), strict_head=True)
     return tuple(_AXES), Deployed(again.eval(), raw=True), ""
 
@@ -271,12 +273,17 @@ def _other(side: int) -> int:
 
 def _interface(model: SegmentationModel, raw: bool) -> dict[str, str]:
     """Metadata that a user of the graph needs: input, output, stride."""
-    answer = f"logits (B, C, h, w) at stride {model.stride}" if raw else "logits (B, C, H, W)"
-    grid = {name: "h, w), raw" if raw else f"H, W) in {kind.unit}" for name, kind in model.regressions.items()}
-    units = [f"{name} (B, {kind.channels}, {grid[name]}" for name, kind in model.regressions.items()]
+    answers = []
+    for name in model.learnt_heads:
+        kind = model.head_kinds[name]
+        if isinstance(kind, RegressionHead):
+            answers.append(f"{name} (B, {kind.channels}, " + ("h, w), raw" if raw else f"H, W) in {kind.unit}"))
+        else:
+            grid = f"h, w) at stride {model.stride}" if raw else "H, W)"
+            answers.append(f"logits (B, C, {grid}; argmax over C is the class id")
     return {
         "input": "image: float32 RGB in 0..1 (B, 3, H, W); normalisation is inside",
-        "output": "; ".join([f"{answer}; argmax over C is the class id", *units]),
+        "output": "; ".join(answers),
         "stride": str(model.stride),
         "align_corners": json.dumps(model.align_corners),
     }

@@ -26,7 +26,7 @@ class JointModel(SegmentationModel):
 
     Args:
         parts: models with different heads and equal `align_corners`; the first gives the features.
-    Raises: ModelError for a head that a model does not have, and for models that resize otherwise.
+    Raises: ModelError for a head that a model does not have or has not learnt, and for models that resize otherwise.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -38,6 +38,12 @@ class JointModel(SegmentationModel):
                         "a head is taken from a teacher that has it",
                         received=f"{name!r} of {part.model.spec} with {', '.join(part.model.head_kinds) or 'none'}",
                         remedy="give --teacher NAME=TEACHER with a head of that teacher",
+                    )
+                if name in part.model.untrained:
+                    raise ModelError(
+                        "a head is taken from a teacher that has learnt it",
+                        received=f"{name!r} of {part.model.spec}, whose run learnt nothing of it",
+                        remedy="give the run of a training that learns it, or take another head from this one",
                     )
                 kinds[name] = part.model.head_kinds[name]
         if len({part.model.align_corners for part in parts}) > 1:

@@ -12,7 +12,7 @@ from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function
 from kdcache.models.trust import check_trusted, trusting
 from kdcache.models.weights import load_weights, read_metadata, read_state_dict, save_weights
-from kdcache.run_folder import MODEL, Run, RunModel, named_weights, weights_path
+from kdcache.run_folder import MODEL, WEIGHTS, Run, RunModel, named_weights, weights_path
 
 # The first @ after a spec's last part, which is a name: either path may have one of its own.
 _SPEC_WITH_WEIGHTS = re.compile(r"((?:.*?:)?[^@:/]+)@(.+)")
@@ -112,7 +112,7 @@ def open_model(
         run = Run.open(text)
         description: RunModel | None = run.model
     else:
-        description = _description(*parts)
+        description = described(*parts)
     used_size = size if description is None else size or description.size
     if used_size is None:
         raise RecipeError(
@@ -135,9 +135,9 @@ def open_model(
     else:
         class_list = classes(model.num_classes) if callable(classes) else classes
         names, colours = class_list.names, class_list.colours
+    model.untrained = () if description is None else description.untrained
     if class_map is not None:
         model = ClassMapped(model, read_class_map(class_map, model.num_classes, names)).eval()
-    model.untrained = () if description is None else description.untrained
     return model, RunModel(
         spec=model.spec,
         class_names=names,
@@ -151,8 +151,22 @@ def open_model(
     )
 
 
-def _description(spec: str, weights: str) -> RunModel | None:
-    """The metadata of a file that kdcache exported; None without."""
+def describe_weights(weights: str | Path) -> RunModel | None:
+    """The model that a file of weights is of, by the run that it lies in or by its own header; None without.
+
+    Raises: ModelError for a damaged file; RecipeError for a run whose model.json is damaged.
+    """
+    path = Path(weights)
+    if path.stem in WEIGHTS and (path.parent / MODEL).is_file():
+        return Run.open(path.parent).model
+    return RunModel.from_metadata(read_metadata(path), path)
+
+
+def described(spec: str, weights: str) -> RunModel | None:
+    """The metadata of the file of `SPEC@FILE` where kdcache exported it; None without.
+
+    Raises: ModelError for a damaged file, and for weights of another model.
+    """
     if weights == "default":
         return None
     description = RunModel.from_metadata(read_metadata(weights), Path(weights))

@@ -64,7 +64,8 @@ class BuildSettings:
         None, "Classes kept per pixel: auto (all up to 32, else as many as it takes) or a number."
     )
     heads: Words = _stored(
-        (), "Comma-separated heads of the teacher to store, such as segmentation,depth (default: all)."
+        (),
+        "Comma-separated heads of the teacher to store, such as segmentation,depth (default: all that it has learnt).",
     )
     features_only: bool = _stored(False, "Store no head, but the taps of --features alone.")
     features: Words = _stored((), "Comma-separated taps to store; see kdcache models.")

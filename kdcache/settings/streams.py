@@ -20,9 +20,12 @@ from annotated_types import Gt, Le
 
 from kdcache.errors import RecipeError
 from kdcache.settings.setting import REQUIRED, entries, names, setting
+from kdcache.settings.shared import ImageSettings, MachineSettings
 from kdcache.settings.spelling import Weight
 from kdcache.settings.training import GATE, LOSS, PART, VIEW, TrainSettings
 
+_MISSPELT = 0.82
+"""From this likeness on (difflib's ratio) a word is a misspelt key, else the next part of a value with commas."""
 _LARGEST = 4096
 """The largest batch that a remedy names."""
 
@@ -65,7 +68,7 @@ def parse_stream(value: Any) -> Any:
     for key in table:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, n=1)
-            whole = key in entries(TrainSettings)
+            whole = key in entries(TrainSettings, ImageSettings, MachineSettings)
             raise RecipeError(
                 "the keys of a stream are its own and those of its data, loss, part of the data and augmentation",
                 received=f"{key.replace('_', '-')!r} of {table.get('name', 'a stream')}",
@@ -84,7 +87,10 @@ def to_line(table: Mapping[str, Any]) -> str:
     for key, value in sorted(table.items(), key=lambda item: item[0] == "term"):
         if key == "name":
             continue
-        for entry in value if isinstance(value, list | tuple) else (value,):
+        entries_of_key = value if isinstance(value, list | tuple) else (value,)
+        if key == "labels":  # tasks, as --labels has them
+            entries_of_key = ("+".join(map(str, entries_of_key)),)
+        for entry in entries_of_key:
             text = term_line(entry) if isinstance(entry, Mapping) else str(entry)
             fields.append(f"{key.replace('_', '-')}={text}")
     line = io.StringIO()
@@ -161,10 +167,11 @@ def check_rows(named: Mapping[str, float], batch_size: int, together: int = 1, p
 
 def _check_quotes(options: Sequence[str]) -> None:
     """Refuse a value whose commas do not stand in quotes, as far as its next part shows it. Raises: RecipeError."""
+    own = [*entries(StreamSettings), *OVERRIDDEN, *entries(TrainSettings, ImageSettings, MachineSettings)]
     for option, following in itertools.pairwise(options):
         key, _, value = option.partition("=")
         name = following.partition("=")[0].strip().replace("-", "_")
-        broken = name not in {*entries(StreamSettings), *OVERRIDDEN, *entries(TrainSettings)}
+        broken = not difflib.get_close_matches(name, own, n=1, cutoff=_MISSPELT)
         whole = not value or "," in value or key not in ("data", "term")
         if not whole and (broken or (key == "term" and name in _OF_TERMS)):
             raise RecipeError(
@@ -179,7 +186,7 @@ def _of_line(text: str) -> dict[str, Any]:
     first, *options = next(csv.reader([" ".join(text.splitlines())], skipinitialspace=True), []) or [""]
     if not first.strip() or "=" in first:
         raise RecipeError(
-            "--stream is NAME,KEY=VALUE,...: the name first",
+            "--stream is NAME,KEY=VALUE,...: the name first; a [[stream]] of a recipe has a key name",
             received=repr(text),
             remedy="for instance --stream kitti,cache=kitti.zarr,share=0.5",
         )

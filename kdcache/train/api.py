@@ -21,7 +21,7 @@ from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.checks import check_adversaries, check_flip, check_processes, check_supervised
 from kdcache.train.config import TrainConfig
 from kdcache.train.criterion import make_criterion, needed_arrays
-from kdcache.train.depth_validation import check_depth_labels, depth_errors, validates_depth
+from kdcache.train.depth_validation import check_depth_labels, depth_errors
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.held_out import check_teacher
 from kdcache.train.input.loader import Draws
@@ -31,7 +31,7 @@ from kdcache.train.input.shard_prefetch import check_room
 from kdcache.train.input.streams import StreamDraws, stream_seed
 from kdcache.train.pseudo_labels import check_collapse, pseudo_notes
 from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
-from kdcache.train.run.folder import check_folder, hold_folder, identity_of, write_beginning
+from kdcache.train.run.folder import check_folder, hold_folder, identity_of, untrained_heads, write_beginning
 from kdcache.train.run.lock import RunLock
 from kdcache.train.run.metrics_log import Observer, Observers
 from kdcache.train.run.trackers import Loggers, check_loggers
@@ -114,6 +114,7 @@ def make_trainer(
         # and on every process.
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
+        model.untrained = untrained_heads(model, config.tasks, config.init)
         criterion = _combined([_criterion(source, model, device, observer) for source in sources], sources, config)
         for source in sources:
             with source.named():
@@ -136,6 +137,7 @@ def make_trainer(
         if config.log and world.first:
             recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
             watching = Observers([observer, Loggers(config.log, run, recipe, observer.note)])
+        judged = () if val is None else _judged(model, val, config)
         return Trainer(
             model,
             [_draws(source, stream_seed(config.seed, number)) for number, source in enumerate(sources)],
@@ -143,10 +145,8 @@ def make_trainer(
             config,
             run,
             device=device,
-            validate=None
-            if val is None or SEGMENTATION not in _judged(model, val, config)
-            else _validator(val, config, device, observer, world),
-            validate_depth=None if val is None else _depth_validator(model, val, config, device, world),
+            validate=_validator(val, config, device, observer, world) if val and SEGMENTATION in judged else None,
+            validate_depth=_depth_validator(val, config, device, world) if val and DEPTH in judged else None,
             observer=watching,
             world=world,
         )
@@ -277,11 +277,9 @@ def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[
 
 
 def _depth_validator(
-    model: SegmentationModel, val: Split, config: TrainConfig, device: torch.device, world: World
-) -> Callable[[SegmentationModel], DepthMetrics] | None:
-    """Each process validates depth on its part of the samples; None where there is no depth to validate."""
-    if not validates_depth(model, val):
-        return None
+    val: Split, config: TrainConfig, device: torch.device, world: World
+) -> Callable[[SegmentationModel], DepthMetrics]:
+    """Each process validates depth on its part of the samples."""
 
     def validate(model: SegmentationModel) -> DepthMetrics:
         assert config.size is not None

@@ -12,7 +12,7 @@ from kdcache.distill.terms.depth import MIN_DEPTH
 from kdcache.errors import DataError
 from kdcache.heads import DEPTH, RegressionHead
 from kdcache.metrics.depth import DepthErrors, DepthRange
-from kdcache.metrics.predictions import judged_tasks, predictions
+from kdcache.metrics.predictions import predictions
 from kdcache.models import SegmentationModel
 from kdcache.train.input.batch import Array
 from kdcache.train.input.dataset import DrawnDataset
@@ -48,11 +48,6 @@ def _depth_labels(dataset: DrawnDataset) -> Iterator[Array]:
             yield label
         elif split is None and cache is not None and cache.has_depth[number]:
             yield cache.read(cache.manifest.record(number), ["labels/depth"])["labels/depth"]
-
-
-def validates_depth(model: SegmentationModel, val: Split) -> bool:
-    """Whether a model predicts metres that the validation data have labels of."""
-    return DEPTH in judged_tasks(model, val)
 
 
 def depth_errors(

@@ -47,7 +47,7 @@ def pseudo_notes(config: TrainConfig, dataset: DrawnDataset) -> Iterator[str]:
         some = range(0, samples, -(-samples // LOOKED_AT))
         counts = _counts(cache, targets, some)
         coverage, half = counts.coverage(threshold), f"{counts.threshold_keeping(LITTLE):.2g}"
-        if any(coverage.selected) or _keeps_any(cache, targets, threshold, counts):
+        if any(coverage.selected) or _keeps_any(cache, targets, threshold, counts, some):
             if coverage.total_share < LITTLE:
                 yield (
                     f"pseudo labels from {threshold:g} are on {100 * coverage.total_share:.3g} % of the pixels "
@@ -74,9 +74,13 @@ def _counts(cache: Cache, targets: Cache | MergedTargets, samples: range) -> Con
     return counts
 
 
-def _keeps_any(cache: Cache, targets: Cache | MergedTargets, threshold: float, counts: ConfidenceCounts) -> bool:
-    """Whether a threshold keeps a pixel of any sample; adds what it looks at to `counts`."""
+def _keeps_any(
+    cache: Cache, targets: Cache | MergedTargets, threshold: float, counts: ConfidenceCounts, counted: range
+) -> bool:
+    """Whether a threshold keeps a pixel of a sample that is not yet counted; adds what it looks at to `counts`."""
     for sample in range(cache.manifest.dataset.samples):
+        if sample in counted:
+            continue
         own = _counts(cache, targets, range(sample, sample + 1))
         counts.predicted_CV += own.predicted_CV
         if own.highest >= threshold:

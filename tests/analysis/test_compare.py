@@ -221,6 +221,9 @@ def test_the_teacher_stands_apart(world: Path, derive: Callable[..., Path]) -> N
     assert found["teacher"].difference.baseline == "none"
     comparison = compare([world / "runs/kl-0"], options=options(teacher=str(teacher)))
     assert comparison.best(lambda row: row.miou.mean) == comparison.rows[0].miou.mean < comparison.rows[1].miou.mean
+    also_named = compare([world / "runs/kl-0", teacher], options=options(teacher=str(teacher)))
+    assert [row.name for row in also_named.rows] == [row.name for row in comparison.rows]
+    assert f"{teacher} has no row of its own: it is the --teacher" in also_named.notes
 
 
 def test_verdicts_of_all_rows_are_adjusted_together() -> None:

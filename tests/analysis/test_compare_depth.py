@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,24 @@ def test_pictures_of_depth_alone_are_ranked_by_rmse_and_the_page_shows_them(tmp_
     assert page.count('alt="depth, ground truth of') == 2
     assert "error of depth, " in page
     assert not any(words in page for words in ("mIoU of this image", 'id="mark-wrong"'))
+
+
+def test_the_page_shows_images_of_either_task_and_says_why_there_are_none(tmp_path: Path) -> None:
+    """Of joined data no image has both labels; rows of one task each share no image; --samples 0 wants none."""
+    joined = "scenes:40x56,train=2,val=5 + depth:scenes:40x56,train=2,val=5,seed=2,depth=sparse,tasks=depth"
+    for name, untrained in (("both", ()), ("metres", ("segmentation",)), ("classes", ("depth",))):
+        write_run(tmp_path / name, "kdcache:tiny+depth", "none", 0, untrained)
+    pages = {}
+    for name, runs, samples in (("both", ["both"], 1), ("apart", ["metres", "classes"], 1), ("none", ["both"], 0)):
+        options = ReportOptions(QUICK, samples=samples)
+        make_report([tmp_path / run for run in runs], joined, "val", tmp_path / f"{name}.html", options)
+        pages[name] = (tmp_path / f"{name}.html").read_text()
+    assert re.findall(r'class="rank">([^<]*)<', pages["both"])[:2] == ["best 1", "worst 1"]
+    assert re.findall(r'class="rank">([^<]*)<', pages["both"])[-2:] == ["best in depth 1", "worst in depth 1"]
+    assert pages["both"].count('alt="depth, ground truth of') == 2
+    assert "images with labels of depth" in pages["both"]
+    assert "No image is the best or the worst of all rows" in pages["apart"]
+    assert 'id="pictures"' not in pages["none"]
 
 
 def test_the_page_has_share_rows_and_weight_of_each_stream(tmp_path: Path) -> None:

@@ -169,6 +169,10 @@ CASES = {
     "--weights foo": (nothing, "evaluate {w}/teacher --data {w}/data --weights foo", "best"),
     "recipe with an unknown key": (
         recipe("temprature = 2.0\n"), STUDENT + " --recipe {w}/recipe.toml", "did you mean 'temperature'"),
+    "recipe with one table where there may be several": (
+        recipe('[stream]\nname = "a"\n'), STUDENT + " --recipe {w}/recipe.toml", "write [[stream]] above each"),
+    "recipe with a stream without a name": (
+        recipe('[[stream]]\nshare = 1\n'), STUDENT + " --recipe {w}/recipe.toml", "has a key name"),
     "recipe of another verb": (
         nothing, STUDENT + " --recipe {w}/teacher/recipe.toml", "the command is train-student"),
     "recipe of no training with a foreign key": (

@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 from kdcache.data import CheckReport, check, write_scenes
+from kdcache.data.classes import write_classes
+from kdcache.data.layouts.cityscapes import CLASSES as CITYSCAPES
+from kdcache.data.layouts.cityscapes import to_classes
 
 NAMES = ("road", "car", "sky")
 
@@ -228,3 +231,79 @@ def test_a_mask_of_black_and_white_may_hold_the_ids_0_and_1(builder) -> None:
     for path in (root / "labels/train").iterdir():
         palette([(0, 0, 0), (255, 255, 255)])(np.resize(np.arange(2, dtype=np.uint8), (6, 8))).save(path)
     assert sound(check(root))
+
+
+CLASS_OF_ID = to_classes(33)
+
+
+def street(path: Path, numbers: np.ndarray, colours: dict[int, tuple[int, int, int]] | None = None) -> None:
+    """Write labels, grey or with a palette of these colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(numbers.astype(np.uint8))
+    if colours is not None:
+        image.putpalette([channel for i in range(256) for channel in colours.get(i, (0, 0, 0))])
+    image.save(path)
+
+
+def streets(layout: str, root: Path, numbers: np.ndarray, colours: dict[int, tuple[int, int, int]] | None = None):
+    """A data set of one layout with two images whose labels hold these numbers; its report."""
+    if layout == "folder":
+        root.mkdir()
+        write_classes(root, CITYSCAPES)
+    for name in ("a", "b"):
+        image, label = {
+            "gta5": (f"images/{name}.png", f"labels/{name}.png"),
+            "folder": (f"images/train/{name}.png", f"labels/train/{name}.png"),
+            "labelIds": (f"leftImg8bit/train/x/{name}_leftImg8bit.png", f"gtFine/train/x/{name}_gtFine_labelIds.png"),
+            "trainIds": (
+                f"leftImg8bit/train/x/{name}_leftImg8bit.png",
+                f"gtFine/train/x/{name}_gtFine_labelTrainIds.png",
+            ),
+        }[layout]
+        street(root / label, numbers, colours)
+        (root / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((*numbers.shape, 3), ord(name), np.uint8)).save(root / image)
+    return check(root)
+
+
+IDS = np.resize(np.repeat(np.array([0, 7, 8, 11, 17, 18, 20, 21, 23, 24, 26, 33]), 4), (6, 16))
+"""labelIds of a street, pole group among them, whose colour is that of a pole."""
+COLOURS = {
+    **{n: CITYSCAPES.colours[c] for n, c in CLASS_OF_ID.items() if c != 255},
+    18: (153, 153, 153),
+    5: (111, 74, 0),
+}
+TRAIN_COLOURS = dict(enumerate(CITYSCAPES.colours))
+
+
+def mapped(numbers: np.ndarray) -> np.ndarray:
+    return np.vectorize(lambda n: CLASS_OF_ID.get(n, 255))(numbers)
+
+
+@pytest.mark.parametrize("layout", ["gta5", "labelIds"])
+def test_palettes_of_label_ids_are_those_of_their_classes(layout, tmp_path) -> None:
+    assert streets(layout, tmp_path / "own", IDS, COLOURS).problems == []
+    shifted = {n: colour for n, (_, colour) in zip(COLOURS, [*list(COLOURS.items())[1:], (0, (1, 2, 3))], strict=True)}
+    report = streets(layout, tmp_path / "shifted", IDS, shifted)
+    assert "2 palette labels have colours that say other ids" in the(report.problems)
+    assert "index 7 has the colour of 'sidewalk'" in the(report.problems)
+
+
+@pytest.mark.parametrize("layout", ["folder", "trainIds"])
+def test_palettes_of_train_ids_are_those_of_their_classes(layout, tmp_path) -> None:
+    assert streets(layout, tmp_path / "own", mapped(IDS), TRAIN_COLOURS).problems == []
+    report = streets(layout, tmp_path / "ids", mapped(IDS), COLOURS)
+    assert "index 7 has the colour of 'road'" in the(report.problems)
+    order = sorted(set(IDS.reshape(-1).tolist()), reverse=True)
+    greys = {place: (number,) * 3 for place, number in enumerate(order)}
+    places = np.vectorize(order.index)(IDS)
+    assert "index 0 is grey 33" in the(streets(layout, tmp_path / "greys", places, greys).problems)
+
+
+@pytest.mark.parametrize("layout", ["folder", "trainIds"])
+def test_ids_that_were_mapped_twice(layout, tmp_path) -> None:
+    report = streets(layout, tmp_path / "twice", mapped(mapped(IDS)))
+    assert "look mapped to train ids twice" in the(report.problems)
+    assert streets(layout, tmp_path / "once", mapped(IDS)).problems == []
+    wall = np.resize(np.array([0, 1, 2, 3]), (6, 16))
+    assert streets(layout, tmp_path / "tunnel", wall).problems == []

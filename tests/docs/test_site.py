@@ -37,10 +37,9 @@ def pace(kind: str, name: str, over: str) -> Callable[[Any], float]:
     ]  # type: ignore[no-any-return]
 
 
-def gain(arm: str, over: str, end: str, iterations: int = 1500) -> Callable[[Any], float]:
-    """A paired difference of mIoU, or an end of its interval; without its sign."""
-    asked = {"arm": arm, "over": over, "iterations": iterations}
-    return lambda d: abs(next(g for g in d["gains"] if asked.items() <= g.items())[end])
+def apart(arm: str, over: str, end: str) -> Callable[[Any], float]:
+    """A difference of mIoU, or an end of its interval; without its sign."""
+    return lambda d: abs(d["differences"][f"{arm} - {over}"][end])
 
 
 FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
@@ -60,55 +59,32 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         ("README.md", "docs/index.md"),
     ),
     *(
-        ("effect-cpu.json", lambda d, arm=arm: d["final"]["1500"][arm], text, METHODS)
-        for arm, text in (
-            ("plain from files, lr 0.006", "52.46"),
-            ("plain lr 0.006, 16 views", "53.37"),
-            ("dist w 3, lr 0.006, 16 views of two", "54.82"),
-            ("dist, lr 0.006, 4 views of one", "54.49"),
-            ("plain lr 0.006, 4 views", "51.64"),
+        ("study-cpu.json", lambda d, stage=stage, arm=arm: d["summary"][stage][arm]["mean"], text, METHODS)
+        for stage, arm, text in (
+            ("E2", "lite0-large", "49.3"),
+            ("E4", "plain, all labels", "36.8"),
+            ("E4", "plain, 46-a", "18.6"),
+            ("E4", "distilled, 46-a", "31.5"),
+            ("E4", "distilled, 46-b", "35.7"),
+            ("E4", "distilled, 92-c", "33.4"),
+            ("E6", "plain, all", "56.36"),
+            ("E6", "control, all", "55.34"),
+            ("E6", "distilled, all", "57.11"),
+            ("E6", "plain, apart", "40.47"),
+            ("E6", "control, apart", "39.05"),
+            ("E6", "distilled, apart", "39.55"),
         )
     ),
     *(
-        ("effect-cpu.json", lambda d, arm=arm: d["search"]["1500"][arm], text, METHODS)
-        for arm, text in (
-            ("plain lr 0.001", "39.3"),
-            ("plain lr 0.006", "46.3"),
-            ("plain from files, lr 0.006", "47.5"),
-            ("kl w 1 T 2", "44.2"),
-            ("kl from an ensemble, balanced", "46.0"),
-            ("dist, one teacher", "46.3"),
-            ("dist", "47.5"),
-            ("dist w 3, lr 0.006", "48.0"),
-            ("plain lr 0.006, 16 views", "48.1"),
-            ("kl balanced, lr 0.006, 16 views of two", "48.4"),
-            ("dist w 3, lr 0.006, 16 views of two", "50.8"),
-            ("dist w 3, lr 0.006, 4 views of two", "50.9"),
-            ("dist, lr 0.006, 4 views of one", "51.0"),
-            ("plain, 16 views, a quarter of the labels", "46.4"),
-            ("dist w 3, 16 views of two, a quarter of the labels", "49.7"),
-            ("kl on all, a quarter of the labels, drawn alike", "38.6"),
-        )
-    ),
-    *(
-        ("effect-cpu.json", gain("dist w 3, lr 0.006", "plain from files, lr 0.006", end), text, METHODS)
-        for end, text in (("mean", "0.64"), ("low", "0.52"), ("high", "1.80"))
-    ),
-    *(
-        ("effect-cpu.json", gain("dist w 3, lr 0.006, 16 views of two", over, end), text, METHODS)
-        for over, texts in (
-            ("plain from files, lr 0.006", {"mean": "2.35", "low": "1.05", "high": "3.65"}),
-            ("plain lr 0.006, 16 views", {"mean": "1.45", "low": "0.60", "high": "2.30"}),
+        ("study-cpu.json", apart(arm, over, end), text, METHODS)
+        for arm, over, texts in (
+            ("E4 distilled, 46-a", "E4 plain, 46-a", {"mean": "12.9", "low": "8.0", "high": "17.9"}),
+            ("E4 distilled, 46-b", "E4 plain, 46-b", {"mean": "2.3", "low": "0.7", "high": "3.9"}),
+            ("E6 distilled, all", "E6 plain, all", {"mean": "0.74", "low": "0.16", "high": "1.64"}),
+            ("E6 distilled, all", "E6 control, all", {"mean": "1.76", "low": "1.20", "high": "2.33"}),
+            ("E6 distilled, apart", "E6 plain, apart", {"mean": "0.92", "low": "1.93", "high": "0.09"}),
         )
         for end, text in texts.items()
-    ),
-    *(
-        ("effect-cpu.json", gain("dist, lr 0.006, 4 views of one", "plain lr 0.006, 4 views", end), text, METHODS)
-        for end, text in (("mean", "2.85"), ("low", "1.84"), ("high", "3.85"))
-    ),
-    *(
-        ("effect-cpu.json", gain("plain lr 0.006, 4 views", "plain lr 0.006, 16 views", end), text, METHODS)
-        for end, text in (("mean", "1.72"), ("low", "2.69"), ("high", "0.75"))
     ),
     *(
         ("live-replay-cpu.json", lambda d, end=end: abs(d["cached_minus_live"][end]), text, METHODS)

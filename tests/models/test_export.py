@@ -309,3 +309,18 @@ def test_depth_is_the_second_answer(tmp_path, suffix, raw) -> None:
         assert '"max_depth": 20' in session.get_modelmeta().custom_metadata_map["heads"]
     assert logits.shape[1] == 3
     torch.testing.assert_close(depth, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_of_which_a_run_learnt_nothing_is_no_answer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model("kdcache:hydra", 3).eval()
+    model.untrained = ("segmentation",)
+    description = RunModel(
+        spec=model.spec, class_names=NAMES, class_colours=COLOURS, size=(64, 96), mean=model.mean, std=model.std,
+        heads=model.regressions, untrained=model.untrained,
+    )  # fmt: skip
+    export_model(model, description, tmp_path / "m.onnx")
+    runs = session(tmp_path / "m.onnx")
+    assert [output.name for output in runs.get_outputs()] == ["depth"]
+    assert runs.get_modelmeta().custom_metadata_map["output"] == "depth (B, 1, H, W) in m"
+    assert export_model(model, description, tmp_path / "m.safetensors").relative <= 1e-4

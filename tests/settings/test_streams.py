@@ -29,6 +29,7 @@ def test_a_recipe_s_tables_become_lines() -> None:
         "limit_labels": "3",
         "term": ["cosine,student_tap=head", "dice"],
     }
+    assert to_line({"name": "a", "labels": ["segmentation", "depth"]}) == "a,labels=segmentation+depth"
     assert parse_stream("a,term=") == {"name": "a", "term": []}
     assert parse_stream("a,term=,weight=2") == {"name": "a", "term": [], "weight": "2"}
     last = to_line({"name": "a", "term": ["dice"], "weight": 0.5})  # the weight of the stream, not of its term
@@ -43,6 +44,9 @@ def test_a_recipe_s_tables_become_lines() -> None:
         ("a,cache", "KEY=VALUE"),
         ("a,cache=x,cache=y", "once"),
         ("a,chache=x", "did you mean cache"),
+        ("a,data=x,shar=0.5", "did you mean share"),
+        ("a,term=dice,wieght=2", "did you mean weight"),
+        ("a,data=x,size=32x48", "a setting of the whole training"),
         ("a,lr=0.1", "a setting of the whole training"),
         ("a,mix=cutmix", "a setting of the whole training"),
         ("a,data=scenes:32x48,train=6,share=0.5", r'"data=scenes:32x48,train=6"'),

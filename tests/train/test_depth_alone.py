@@ -10,6 +10,8 @@ import pytest
 
 from kdcache.errors import ModelError
 from kdcache.models import build_model
+from kdcache.models.export import export_model
+from kdcache.models.run import load_run
 from kdcache.models.weights import save_weights
 from kdcache.run_folder import Run
 from kdcache.train import make_config, train
@@ -70,6 +72,31 @@ def test_a_head_is_at_random_where_neither_weights_nor_the_training_gave_it_valu
     assert untrained_heads(begun, ("segmentation",)) == ("depth",)
     other = build_model("kdcache:tiny+depth", 4, weights=tmp_path / "classes.safetensors", strict_head=False)
     assert untrained_heads(other, ("depth",)) == ("segmentation",)
+
+
+def test_weights_of_a_run_that_learnt_nothing_of_a_head_leave_it_at_random(
+    settings: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    """Also those exported from it. What is not learnt is not validated; what another run learns of it is."""
+    data = "scenes:32x48,train=6,val=3,depth=exact"
+    settings |= {"verb": "train-student", "model": "kdcache:tiny+depth", "data": data, "val": data, "iterations": 3}
+    learning = {"segmentation": {"method": "none"}, "depth": {"method": "depth-silog", "ce_weight": 0}}
+    first: dict[str, Path] = {}
+    for task, how in learning.items():
+        first[task] = tmp_path / task
+        train(make_config(**settings | how), first[task])
+        line = read_metrics(first[task], "validation")[-1]
+        assert ("miou" in line, "depth_rmse" in line) == (task == "segmentation", task == "depth")
+    export_model(*load_run(first["depth"]), tmp_path / "exported.safetensors")
+    for name, (init, task, untrained) in {
+        "same": (first["depth"] / "best.safetensors", "depth", ("segmentation",)),
+        "exported": (tmp_path / "exported.safetensors", "depth", ("segmentation",)),
+        "other": (first["depth"] / "last.safetensors", "segmentation", ()),
+        "reverse": (first["segmentation"] / "last.safetensors", "segmentation", ("depth",)),
+    }.items():
+        run = tmp_path / name
+        train(make_config(**settings | learning[task] | {"init": str(init), "iterations": 1, "val": None}), run)
+        assert Run.open(run).model.untrained == untrained, name
 
 
 def test_a_loss_that_is_not_finite_names_head_stream_and_remedies_in_order(

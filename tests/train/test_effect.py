@@ -109,3 +109,18 @@ def test_the_plot_draws_the_arms_that_there_are(effect: ModuleType, tmp_path: Pa
     ]
     importlib.import_module("study_results").draw(rows, tmp_path / "plots" / "study.png")
     assert (tmp_path / "plots" / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_differences_are_paired_by_seed(effect: ModuleType) -> None:
+    scores = {"E6 distilled, all": (3.0, 5.0, 4.0), "E6 plain, all": (1.0, 2.0, 3.0)}
+    rows = [
+        {"stage": arm[:2], "arm": arm[3:], "seed": seed, "miou": miou}
+        for arm, mious in scores.items()
+        for seed, miou in enumerate(mious)
+    ]
+    ((name, paired),) = effect.differences(rows).items()
+    half = 4.302653 / 3**0.5  # Student's t for three pairs, whose differences 2, 3, 1 have a deviation of 1
+    assert name == "E6 distilled, all - E6 plain, all"
+    assert paired["paired"]
+    assert paired["mean"] == pytest.approx(2)
+    assert (paired["low"], paired["high"]) == pytest.approx((2 - half, 2 + half), abs=1e-4)

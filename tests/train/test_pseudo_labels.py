@@ -84,6 +84,22 @@ def test_none_at_all_is_noted_and_refused_where_nothing_else_is_learnt(cache: Ca
     assert "which keeps half" in caught.value.remedy
 
 
+def test_every_sample_is_counted_once(cache: Cache, pseudo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the estimate are not counted again when all samples are searched for a confident pixel."""
+    monkeypatch.setattr(pseudo_labels, "LOOKED_AT", 2)
+    counts = pseudo_labels._counts(cache, cache, range(cache.manifest.dataset.samples))
+    (note,) = pseudo_notes(pseudo(0.9999), CacheDataset(cache))
+    totals = []
+    none_found = pseudo_labels._none_found
+    monkeypatch.setattr(
+        pseudo_labels,
+        "_none_found",
+        lambda cache, threshold, own: totals.append(own.predicted_CV) or none_found(cache, threshold, own),
+    )
+    assert list(pseudo_notes(pseudo(0.9999), CacheDataset(cache))) == [note]
+    np.testing.assert_array_equal(totals[0], counts.predicted_CV)
+
+
 def test_quantiles_other_terms_and_data_without_a_store_have_none(cache: Cache, scenes: str, pseudo: Any) -> None:
     assert not list(pseudo_notes(pseudo(term=[{"kind": "pseudo", "quantile": 0.1}]), CacheDataset(cache)))
     assert not list(pseudo_notes(pseudo(method="kl"), CacheDataset(cache)))

@@ -388,6 +388,8 @@ def test_a_stream_inherits_the_training_s_store_and_drops_what_weighs_a_teacher(
             {"stream": ["a", "b,class-map={w}/map.txt,class-trust={w}/trust"]},
             "--class-trust .*, of the store's classes",
         ),
+        ({"stream": ["a,method=none", "b,method=none,class-map={w}/void.txt"]}, "makes void of all 7 classes"),
+        ({"stream": ["a", "b,method=none,labels=none"]}, "none of 6 samples has a label that --labels none leaves"),
         ({"stream": ["a", "b,class-map={w}/merged.txt"]}, "every data class needs a teacher class"),
     ],
 )
@@ -395,6 +397,7 @@ def test_bad_streams_are_refused(changes: dict[str, Any], words: str, student: d
     names = open_split(SCENES, "train").classes.names
     (tmp_path / "map.txt").write_text("\n".join(f"{number} {name}" for number, name in enumerate(names)))
     (tmp_path / "merged.txt").write_text("\n".join(f"{number} {names[number // 2]}" for number in range(len(names))))
+    (tmp_path / "void.txt").write_text("\n".join(f"{number} void" for number in range(len(names))))
     streams = [line.replace("{w}", str(tmp_path)) for line in changes.get("stream", ())]
     changes = changes | ({"stream": streams} if streams else {})
     with pytest.raises(KDCacheError, match=words):

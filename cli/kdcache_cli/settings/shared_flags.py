@@ -97,6 +97,12 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
                 received=f"{key!r} in {path}",
                 remedy=f"did you mean {near[0].replace('_', '-')!r}?" if near else f"see kdcache {verb} --help",
             )
+        if isinstance(value, dict):
+            raise RecipeError(
+                "what may be given several times is a list of tables, in double brackets",
+                received=f"[{key}] in {path}",
+                remedy=f"write [[{key}]] above each of its tables",
+            )
         line = to_line if name == "stream" else term_line
         values[name] = (
             [line(table) if isinstance(table, dict) else table for table in value] if isinstance(value, list) else value

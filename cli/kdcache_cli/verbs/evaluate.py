@@ -12,10 +12,12 @@ from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import Weights
 from kdcache_cli.settings.signature import flag
+from kdcache_cli.verbs.evaluate_pseudo_labels import evaluate_pseudo_labels, is_pseudo_labels
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.stored_evaluations import Record
-    from kdcache.metrics import DepthRange, TaskMetrics
+    from kdcache.data import Split
+    from kdcache.metrics import DepthRange, OnDataSet, TaskMetrics
 
 
 def evaluate(
@@ -23,11 +25,23 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads).",
+            help="A run folder, RUN@best-ema, SPEC@FILE (weights from elsewhere) or SPEC@default (downloads); or a "
+            "folder of exported pseudo labels.",
         ),
     ],
-    data: shared_flags.Data,
-    split: shared_flags.Split = TrainSettings.val_split,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            help="Data folder or spec, as for data check. Repeated: one table over all, classes joined by name.",
+        ),
+    ],
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--split", help=f"Which split (default: {TrainSettings.val_split}); one for all data, or for each."
+        ),
+    ] = None,
     fold: shared_flags.Fold = None,
     folds_by: shared_flags.FoldsBy = None,
     weights: Weights = JudgeSettings.weights,
@@ -50,6 +64,9 @@ def evaluate(
     markdown: Annotated[
         Path | None, typer.Option("--markdown", help="(default: evaluation-KIND.md in the run, else here)")
     ] = None,
+    listing: Annotated[
+        Path | None, typer.Option("--listing", help="Write IoU as plain text too, a line per class: ===>road: 65.35.")
+    ] = None,
 ) -> None:
     """mIoU, mAcc, aAcc and IoU per class, by mmsegmentation's convention; depth by KITTI's.
 
@@ -58,58 +75,122 @@ def evaluate(
     Depth: rmse, abs rel, silog and the like of each image, then their mean.
     A run's tables are written into its folder, those of SPEC@FILE into the current
     one; each kind (split, fold, weights, size, class map, depths) has files of its own.
+    Several data sets are judged by the classes that each shares with the model, by
+    name; a class map is to those of the first. evaluations-KIND.json has all of them.
+    Of exported pseudo labels: how many labelled pixels have one, how many of these
+    are right, and the mIoU of these; quality-SPLIT.json in their folder.
 
     [dim]kdcache evaluate runs/student --data camvid[/]
+    [dim]kdcache evaluate runs/student --data gta5:/data/gta5 --data cityscapes:/data/city[/]
+    [dim]kdcache evaluate camvid-pseudo --data camvid --split train[/]
     [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
     """
     from kdcache.analysis.runs import check_classes, unnamed_classes
     from kdcache.analysis.stored_evaluations import Record, data_digest, judged_range, weights_of
-    from kdcache.data import fold_alone, open_split
-    from kdcache.metrics import evaluate_tasks
+    from kdcache.data import ClassList, classes_by_name, fold_alone
+    from kdcache.metrics import OnDataSet, evaluate_tasks
     from kdcache.models import PROBABILITIES, returns_probabilities
     from kdcache.models.run import open_model
     from kdcache.settings import read
 
+    part = shared_flags.parse_fold(fold, folds_by)
+    if is_pseudo_labels(Path(run)):
+        others = {
+            "--weights": weights != JudgeSettings.weights,
+            "--class-map": class_map is not None,
+            "--size": size is not None,
+            "--at-size": at_size,
+            "--min-depth": min_depth != DepthSettings.min_depth,
+            "--max-depth": max_depth != DepthSettings.max_depth,
+            "--depth-crop": depth_crop != DepthSettings.depth_crop,
+        }
+        files = {"json_file": json_file, "markdown": markdown, "listing": listing}
+        evaluate_pseudo_labels(Path(run), data, split, part, others=others, **files)
+        return
     where = shared_flags.use_machine(threads, device)
     which = entries(JudgeSettings)["weights"].read(weights)
-    source = open_split(data, split)
+    sources = _open(data, split or [TrainSettings.val_split])
+    several = len(sources) > 1
     depth = read(DepthSettings, {"min_depth": min_depth, "max_depth": max_depth, "depth_crop": depth_crop})
-    classes = source.classes if len(source.classes) else unnamed_classes
+    classes = next((source.classes for source in sources if len(source.classes)), unnamed_classes)
     model, description = open_model(run, classes, shared_flags.parse_size(size), which, class_map=class_map)
-    check_classes(description, source.classes, data)
-    part = shared_flags.parse_fold(fold, folds_by)
+    if not several:
+        check_classes(description, sources[0].classes, data[0])
     if part is not None:
-        source = fold_alone(source, *part)
-    with progress_bar() as bar:
-        task = bar.add_task("evaluating", total=len(source), note="")
-        metrics = evaluate_tasks(
-            model.to(where),
-            source,
-            description.size,
-            depth=depth,
-            device=where,
-            batch_size=batch_size,
-            at_size=at_size,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    depth_range = judged_range(description.judged_heads, source, depth)
-    _show(metrics, run, depth_range)
-    if metrics.segmentation is not None and returns_probabilities(model):
-        warn(f"{run} {PROBABILITIES}")
+        sources = [fold_alone(source, *part) for source in sources]
+    if several:
+        own = ClassList(description.class_names, description.class_colours)
+        sources = [classes_by_name(source, own) for source in sources]
+    if listing is not None:
+        _check_listing(sources, description.class_names)
+    ranges = [judged_range(description.judged_heads, source, depth) for source in sources]
+    results, records = [], []
     weights_name, weights_path = weights_of(run, which)
-    record = Record.of(
-        description,
-        weights_path,
-        source,
-        data_digest(source),
-        description.size,
-        which=weights_name,
-        fold=part,
-        at_size=at_size,
-        class_map=class_map,
-        depth=depth_range,
-    )
-    _write(record, run, metrics, json_file, markdown)
+    with progress_bar() as bar:
+        for source, depth_range in zip(sources, ranges, strict=True):
+            task = bar.add_task("evaluating", total=len(source), note=source.data if several else "")
+            metrics = evaluate_tasks(
+                model.to(where),
+                source,
+                description.size,
+                depth=None if depth_range is None and any(ranges) else depth,
+                device=where,
+                batch_size=batch_size,
+                at_size=at_size,
+                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
+            )
+            results.append(OnDataSet.of(source, metrics))
+            records.append(
+                Record.of(
+                    description,
+                    weights_path,
+                    source,
+                    data_digest(source),
+                    description.size,
+                    which=weights_name,
+                    fold=part,
+                    at_size=at_size,
+                    class_map=class_map,
+                    depth=depth_range,
+                )
+            )
+    if several:
+        _show_several(results, description.class_names, run)
+    else:
+        _show(results[0].metrics, run, ranges[0])
+    if returns_probabilities(model) and any(one.metrics.segmentation is not None for one in results):
+        warn(f"{run} {PROBABILITIES}")
+    if several:
+        _write_several(records, results, description.class_names, run, json_file, markdown, listing)
+    else:
+        _write(records[0], run, results[0].metrics, json_file, markdown, listing)
+
+
+def _open(data: list[str], splits: list[str]) -> "list[Split]":
+    """The data sets, each with its split. Raises: RecipeError for another number of splits."""
+    from kdcache.data import open_split
+    from kdcache.errors import RecipeError
+
+    if len(splits) not in (1, len(data)):
+        raise RecipeError(
+            "--split is given once for all data, or once for each --data, in the same order",
+            received=f"{len(splits)} splits ({', '.join(splits)}) for {len(data)} data sets",
+            remedy="leave out some, or repeat one",
+        )
+    return [open_split(one, split) for one, split in zip(data, splits * (len(data) // len(splits)), strict=True)]
+
+
+def _check_listing(sources: "list[Split]", class_names: tuple[str, ...]) -> None:
+    """Refuse a listing of no class before the pass. Raises: RecipeError."""
+    from kdcache.data import SEGMENTATION
+    from kdcache.errors import RecipeError
+
+    if not class_names or not any(SEGMENTATION in source.tasks for source in sources):
+        raise RecipeError(
+            "a listing is of the IoU of classes",
+            received="a model without classes" if not class_names else "data without labels of segmentation",
+            remedy="leave out --listing",
+        )
 
 
 def _show(metrics: "TaskMetrics", run: str, depth_range: "DepthRange | None") -> None:
@@ -132,19 +213,77 @@ def _show(metrics: "TaskMetrics", run: str, depth_range: "DepthRange | None") ->
         OUT.print(f"[bold]rmse {depth.rmse:.4g} m[/]  {depth.counted_images} images, labels of {depth_range}")
 
 
-def _write(record: "Record", run: str, metrics: "TaskMetrics", json_file: Path | None, markdown: Path | None) -> None:
-    from kdcache.analysis.stored_evaluations import IMAGES, file_name, write_evaluation
-    from kdcache.metrics import metrics_markdown
-    from kdcache.run_folder import Run
+def _show_several(results: "list[OnDataSet]", class_names: tuple[str, ...], run: str) -> None:
+    from kdcache.metrics import at_chance
+    from kdcache.metrics.data_sets import tables
 
-    folder, own_size = Path(), True
-    if record.which is not None:
-        opened = Run.open(run)
-        folder, own_size = opened.folder, opened.model.size == record.size
+    for header, rows in tables(results, class_names):
+        table = figure_table(*header)
+        for cells in rows:
+            table.add_row(*cells)
+        OUT.print(table)
+    for one in results:
+        for note in one.notes():
+            OUT.print(note, markup=False, highlight=False)
+        if one.metrics.segmentation is not None and (nothing := at_chance(one.metrics.segmentation)) is not None:
+            warn(f"{run} on {one.data} {nothing}")
+
+
+def _write(
+    record: "Record",
+    run: str,
+    metrics: "TaskMetrics",
+    json_file: Path | None,
+    markdown: Path | None,
+    listing: Path | None,
+) -> None:
+    from kdcache.analysis.stored_evaluations import IMAGES, file_name, write_evaluation
+    from kdcache.metrics import iou_listing, metrics_markdown
+
+    folder, own_size = _folder(record, run)
     name = file_name(record, folder, run, own_size=own_size)
     json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
     write_evaluation(record, json_path, run, metrics)
     title = f"{run} on {record.data}, {name.removeprefix('evaluation-')}"
     markdown_path.write_text(metrics_markdown(title, metrics), encoding="utf-8")
-    written = ", ".join(map(str, (json_path, json_path.with_suffix(IMAGES), markdown_path)))
-    OUT.print(f"written: {written}", markup=False, highlight=False)
+    written = [json_path, json_path.with_suffix(IMAGES), markdown_path]
+    if listing is not None and metrics.segmentation is not None:
+        listing.write_text(iou_listing(metrics.segmentation), encoding="utf-8")
+        written.append(listing)
+    OUT.print(f"written: {', '.join(map(str, written))}", markup=False, highlight=False)
+
+
+def _write_several(
+    records: "list[Record]",
+    results: "list[OnDataSet]",
+    class_names: tuple[str, ...],
+    run: str,
+    json_file: Path | None,
+    markdown: Path | None,
+    listing: Path | None,
+) -> None:
+    from kdcache.analysis.stored_evaluations import name_of_several, write_evaluations
+    from kdcache.metrics.data_sets import data_sets_markdown
+    from kdcache.metrics.data_sets import listing as listing_of
+
+    folder, own_size = _folder(records[0], run)
+    name = name_of_several(records, run, own_size=own_size)
+    json_path, markdown_path = json_file or folder / f"{name}.json", markdown or folder / f"{name}.md"
+    write_evaluations(records, json_path, run, results)
+    title = f"{run} on {len(results)} data sets"
+    markdown_path.write_text(data_sets_markdown(title, results, class_names), encoding="utf-8")
+    written = [json_path, markdown_path]
+    if listing is not None:
+        listing.write_text(listing_of(results), encoding="utf-8")
+        written.append(listing)
+    OUT.print(f"written: {', '.join(map(str, written))}", markup=False, highlight=False)
+
+
+def _folder(record: "Record", run: str) -> tuple[Path, bool]:
+    """Where an evaluation is written, and whether its images have the size that the model was trained at."""
+    from kdcache.run_folder import Run
+
+    if record.which is None:
+        return Path(), True
+    opened = Run.open(run)
+    return opened.folder, opened.model.size == record.size

@@ -101,14 +101,22 @@ def _print_coverage(audit: "Audit") -> None:
     from kdcache.metrics import percent
     from kdcache.teacher.audit.audit import THRESHOLDS
 
-    table = figure_table("confidence", "pixels kept %", "of these right %", title="Pseudo labels over thresholds")
-    for threshold, coverage in zip(THRESHOLDS, audit.coverage, strict=True):
-        table.add_row(f"{threshold:g}", percent(coverage.total_share), percent(coverage.total_precision))
+    header = ("confidence", "pixels kept %", "of these right %", "their mIoU %")
+    table = figure_table(*header, title="Pseudo labels over thresholds")
+    mious = [one.metrics.miou for one in audit.quality] or [math.nan] * len(THRESHOLDS)
+    for threshold, coverage, miou in zip(THRESHOLDS, audit.coverage, mious, strict=True):
+        table.add_row(f"{threshold:g}", percent(coverage.total_share), percent(coverage.total_precision), percent(miou))
     OUT.print(table)
-    parts = [audit.coverage_at(threshold) for threshold in (0.7, 0.9)]
-    table = figure_table("class", "kept at 0.7 %", "right %", "kept at 0.9 %", "right %", title="and of each class")
+    shown = [(THRESHOLDS.index(threshold), f"{threshold:g}") for threshold in (0.7, 0.9)]
+    titles = [text for _, at in shown for text in (f"kept at {at} %", "right %", "IoU %")]
+    table = figure_table("class", *titles, title="and of each class")
     for number, name in enumerate(audit.class_names):
-        cells = [percent(share[number]) for part in parts for share in (part.shares, part.precision)]
+        cells = []
+        for place, _ in shown:
+            part, iou = audit.coverage[place], math.nan
+            if audit.quality:
+                iou = audit.quality[place].metrics.iou[number]
+            cells += [percent(part.shares[number]), percent(part.precision[number]), percent(iou)]
         table.add_row(name, *cells)
     OUT.print(table)
 

@@ -61,6 +61,7 @@ def visualise(
     of_classes, of_depth = any(SEGMENTATION in one.tasks for one in every), any(one.depth for one in every)
     headers = [*(["mIoU %", "mean of images %"] if of_classes else []), *(["rmse m"] if of_depth else [])]
     table = figure_table("folder", "shows", "images", *headers)
+    table.columns[0].overflow = "fold"  # names of rows often differ at their end alone
     for name, model in made.shown.items():
         scores = model.scores.known(MIOU)
         mean = sum(scores) / len(scores) if scores else float("nan")
@@ -68,7 +69,7 @@ def visualise(
         cells = [percent(miou), percent(mean)] if of_classes else []
         rmse = float("nan") if model.scores.depth is None else model.scores.depth.rmse
         cells += [depth_figure(RMSE.name, rmse)] if of_depth else []
-        table.add_row(str(out / name), ", ".join(model.heads), str(len(model.scores.images)), *cells)
+        table.add_row(name, ", ".join(model.heads), str(len(model.scores.images)), *cells)
     OUT.print(table)
     pictures = sum(path.suffix == ".png" for path in made.files)
     OUT.print(f"[bold]{escape(str(out))}[/]: {pictures} pictures")

@@ -67,7 +67,7 @@ def make_report(
     for audit in audits:
         audit.check_classes(comparison.class_names)
     everything = find_runs([*runs, *([] if teacher is None else [teacher])], judging.which)
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[Sample, ...] | None = None
     if options.samples:
         source = open_split(comparison.data, comparison.split)
         one_judging, _ = one_range(judging, everything, source)

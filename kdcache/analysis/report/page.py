@@ -64,7 +64,7 @@ def page(
     runs: Sequence[Entry],
     *,
     title: str | None = None,
-    samples: Sequence[Sample] = (),
+    samples: Sequence[Sample] | None = None,
     audits: Sequence[TeacherAudit] = (),
     pictures: Path | None = None,
     device: str | None = None,
@@ -75,7 +75,7 @@ def page(
     Args:
         runs: those that were compared; curves, recipes and versions are read from their folders.
         title: default of the data's name.
-        samples: images to show (see `choose_samples`).
+        samples: images to show (see `choose_samples`); None for a page without.
         pictures: a folder of further pictures, which is mentioned.
         device: where the runs were judged.
         command: what the user typed.

@@ -14,11 +14,18 @@ from kdcache.analysis.report.render import render
 from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.summary import measured
 
+NO_SHARED_IMAGE = (
+    "No image is the best or the worst of all rows: some are judged in segmentation alone, others in depth alone. "
+    "A page of either kind shows its images."
+)
 
-def pictures(comparison: Comparison, samples: Sequence[Sample], folder: Path | None) -> Markup | None:
-    """Section of the images; None when there is nothing to show."""
-    if folder is None and not samples:
+
+def pictures(comparison: Comparison, samples: Sequence[Sample] | None, folder: Path | None) -> Markup | None:
+    """Section of the images; None when there is nothing to show and none were wanted (`samples` is None)."""
+    if folder is None and samples is None:
         return None
+    why_none = NO_SHARED_IMAGE if samples is not None else ""
+    samples = samples or ()
     rows = comparison.rows
     drawn = sorted({one.place for sample in samples for one in sample.predictions if one.classes is not None})
     best, _ = max(measured(comparison), key=lambda pair: pair[0].miou.mean, default=(None, None))
@@ -37,6 +44,7 @@ def pictures(comparison: Comparison, samples: Sequence[Sample], folder: Path | N
         ],
         right="label" if right is None else f"row{right}",
         has_classes=any(one.label is not None for one in samples) and bool(drawn),
+        why_none=why_none,
         score=samples[0].score if samples else None,
         classes=[(place, *of_class) for place, of_class in enumerate(classes) if of_class[-1]],
     )

@@ -15,7 +15,7 @@ from PIL import Image
 from kdcache.analysis.compare import Progress
 from kdcache.analysis.comparison import Comparison, Row
 from kdcache.analysis.gallery import Shown
-from kdcache.analysis.per_image import Score, best_and_worst, ranked, shared_score
+from kdcache.analysis.per_image import RMSE, Score, best_and_worst, ranked, shared_score
 from kdcache.analysis.runs import Entry
 from kdcache.analysis.stored_evaluations import Judging, memory_errors
 from kdcache.analysis.visualise import score_run
@@ -78,10 +78,13 @@ def choose_samples(
 ) -> tuple[Sample, ...]:
     """The best and the worst images by the mean of all rows; then one each for classes that these do not show.
 
+    Where these have no labels of depth, which all rows predict, the best and the worst in depth follow.
+
     Args:
         split: split of the comparison; with own folds the images are of the fold that the first run left out.
         judging: how the comparison was judged; its depth by one range.
-        count: images among the best, among the worst, and at most among the others.
+        count: images among the best, among the worst, and at most among the others; in depth likewise.
+    Returns: none where rows of classes alone and rows of depth alone share no score.
     """
     first_runs = _first_runs(comparison, runs)
     fold = next((run.fold for row, run in first_runs if not row.teacher), None) if comparison.own_fold else None
@@ -95,21 +98,37 @@ def choose_samples(
     models = [(places[id(row)], score_run(run, split, judging, progress)) for row, run in first_runs]
     contestants = [shown for place, shown in models if not comparison.rows[place].teacher]
     score = shared_score([shown.scores for shown in contestants])
-    if score is None:  # rows of classes alone and rows of depth alone share no image that is best
+    if score is None:
         return ()
+    chosen = _extremes(contestants, score, count)
+    if score.task == SEGMENTATION:
+        means = dict(ranked([shown.scores for shown in contestants], score))
+        for position, name in _for_classes(contestants[0], split, means, [position for position, _ in chosen], count):
+            chosen.append((position, (name, score, means[position])))
+        numbers = [contestants[0].scores.images[position].number for position, _ in chosen]
+        in_depth = all(DEPTH in shown.scores.tasks for shown in contestants)
+        if in_depth and not any(split.has_label(number, DEPTH) for number in numbers):
+            chosen += _extremes(contestants, RMSE, count, " in depth")
+    samples = []
+    with memory_errors(judging.device, 1):
+        for done, (position, why) in enumerate(chosen, 1):
+            samples.append(_sample(models, comparison, split, position, why))
+            progress("drawing images", done, len(chosen))
+    return tuple(samples)
+
+
+def _extremes(
+    contestants: Sequence[Shown], score: Score, count: int, of: str = ""
+) -> list[tuple[int, tuple[str, Score, float]]]:
+    """(position, why it is shown) of the best and the worst images by the mean of a score."""
     ranking = ranked([shown.scores for shown in contestants], score)
     best, worst = best_and_worst(ranking, count, count)
     means = dict(ranking)
-    positions = [(position, f"best {rank}") for rank, position in enumerate(best, 1)]
-    positions += [(position, f"worst {rank}") for rank, position in enumerate(worst, 1)]
-    if score.task == SEGMENTATION:
-        positions += _for_classes(contestants[0], split, means, [position for position, _ in positions], count)
-    samples = []
-    with memory_errors(judging.device, 1):
-        for done, (position, why) in enumerate(positions, 1):
-            samples.append(_sample(models, comparison, split, position, (why, score, means[position])))
-            progress("drawing images", done, len(positions))
-    return tuple(samples)
+    return [
+        (position, (f"{word}{of} {rank}", score, means[position]))
+        for word, positions in (("best", best), ("worst", worst))
+        for rank, position in enumerate(positions, 1)
+    ]
 
 
 def encode_image(pixels_HW3: Array, size: tuple[int, int]) -> bytes:
@@ -228,8 +247,10 @@ def _depth(answers: Sequence[tuple[str, Predicted]], size: tuple[int, int]) -> I
 
 
 def encode_depth(depth: DepthMap, size: tuple[int, int]) -> bytes:
-    """A JPEG of depth or its error with a bar below; no depth is mixed with its neighbour."""
-    small = Image.fromarray(depth.values.astype(np.float32)).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    """A JPEG of depth or its error with a bar below, at least as wide as it; no depth is mixed with its neighbour."""
+    factor = math.ceil(depth.bar(size[1]).width / size[1])
+    shown = factor * size[1], factor * size[0]
+    small = Image.fromarray(depth.values.astype(np.float32)).resize(shown, Image.Resampling.NEAREST)
     return _bytes(replace(depth, values=np.asarray(small)).picture(), "JPEG", quality=_QUALITY, optimize=True)
 
 

@@ -169,6 +169,16 @@ class Layout(ABC):
         return not held_out or ("trainval" in names and all(name.startswith("val") for name in held_out))
 
     def _missing(self, root: Path, split: str, scan: Scan) -> DataError:
+        if other_images := [path for path in scan.missing if Path(path).is_absolute()]:
+            return DataError(
+                "images= names a folder with an image for every sample of the split: FOLDER/SPLIT/ID.png, or "
+                "FOLDER/ID.png.",
+                received=f"no {describe_some(other_images)} for {len(other_images)} of "
+                f"{len(other_images) + len(scan.images)} samples of {root}, split {split!r}",
+                remedy="Add them under the names of the data set's own images; or"
+                + (" take the other samples out of the list, or" if self.listed else "")
+                + " leave out images= to use the data set's own.",
+            )
         return DataError(
             "Every file that a split calls for is there.",
             received=f"no {describe_some(scan.missing)} in {root}, split {split!r}",

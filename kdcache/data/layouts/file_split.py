@@ -111,7 +111,8 @@ class FileSplit(Split):
             raise DataError(
                 "A label has the size of its image (upright by EXIF).",
                 received=f"{describe_sizes(shape, size)}: {path}, {self.image_path(index)}",
-                remedy="Resize the labels (nearest) or restore the images they were drawn on.",
+                remedy="Resize the labels (nearest) or restore the images they were drawn on; those of images= have "
+                "the size of the data set's own.",
             )
 
     def _size(self, index: int) -> tuple[int, int]:

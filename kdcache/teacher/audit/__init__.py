@@ -10,4 +10,5 @@ topk_error.py      what keeping fewer classes would do to the gradient
 figures.py         the audit as pictures
 value_figures.py   those of depth and features
 pseudo_labels.py   pseudo labels as PNG files
+pseudo_quality.py  pseudo labels beside labels: coverage, precision, mIoU
 """

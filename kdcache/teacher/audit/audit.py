@@ -16,6 +16,7 @@ from kdcache.metrics.calibration import Calibration, ConfidenceCounts, Coverage
 from kdcache.metrics.confusion import without_nan
 from kdcache.store import Records, evenly_spread
 from kdcache.teacher.audit.first_views import Progress, Whole, read_wholes, whole_records
+from kdcache.teacher.audit.pseudo_quality import PseudoCounts, PseudoQuality
 from kdcache.teacher.audit.topk_error import GradientErrors, gradient_errors
 from kdcache.teacher.audit.verify import packed_target
 from kdcache.teacher.build.render import Array
@@ -51,7 +52,7 @@ class Audit:
 
     Attributes:
         counts: (C, C), pixels by label and by predicted class.
-        coverage: of pseudo labels, one for each of THRESHOLDS.
+        coverage: of pseudo labels, one for each of THRESHOLDS. quality: the same beside labels; empty without labels.
         worst: images by mIoU, the worst first.
     """
 
@@ -64,6 +65,7 @@ class Audit:
     calibration: Calibration | None
     confused: tuple[Confused, ...]
     coverage: tuple[Coverage, ...]
+    quality: tuple[PseudoQuality, ...]
     gradient: GradientErrors
     worst: tuple[Scored, ...]
 
@@ -77,6 +79,7 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; NaN becomes null."""
+        beside = [{"beside_labels": one.to_json()} for one in self.quality] or [{}] * len(self.coverage)
         return without_nan(
             {
                 "images": self.images,
@@ -88,8 +91,8 @@ class Audit:
                 ],
                 "pixels_by_label_and_said": self.counts.tolist(),
                 "pseudo_labels": [
-                    {"threshold": threshold, **coverage_json(self.class_names, coverage)}
-                    for threshold, coverage in zip(THRESHOLDS, self.coverage, strict=True)
+                    {"threshold": threshold, **coverage_json(self.class_names, coverage), **labels}
+                    for threshold, coverage, labels in zip(THRESHOLDS, self.coverage, beside, strict=True)
                 ],
                 "kl_gradient_error": asdict(self.gradient),
                 "worst": [asdict(scored) for scored in self.worst],
@@ -118,13 +121,15 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
     names = cache.manifest.dataset.class_names
     confusion = ConfusionMatrix(names, IGNORE_INDEX)
     confidences = ConfidenceCounts(len(names))
+    pseudo = PseudoCounts(names, THRESHOLDS)
     heap: list[tuple[float, int, Scored]] = []  # a heap whose smallest is the best of the worst
     labelled = 0
     numbers = whole_records(cache)
     for done, whole in enumerate(read_wholes(records), 1):
         confidences.update(whole.argmax, whole.confidence, whole.label, whole.inside)
-        if (one := _confusion(whole, names)) is not None:
+        if whole.label is not None and (one := _confusion(whole, names)) is not None:
             labelled += 1
+            pseudo.update(whole.argmax.numpy(), whole.confidence.numpy(), whole.label, whole.inside)
             confusion.counts += one.counts
             scored = Scored(whole.record, whole.sample, one.metrics().miou)
             heapq.heappush(heap, (-scored.miou, -scored.record, scored))
@@ -142,6 +147,7 @@ def audit_cache(records: Records, *, worst: int = 10, progress: Progress | None 
         calibration=confidences.calibration() if labelled else None,
         confused=tuple(_pairs(names, confusion.counts.numpy())[:CONFUSED]),
         coverage=tuple(confidences.coverage(threshold) for threshold in THRESHOLDS),
+        quality=tuple(pseudo.quality(number) for number in range(len(THRESHOLDS))) if labelled else (),
         gradient=_gradient(records, numbers),
         worst=tuple(scored for *_, scored in sorted(heap, reverse=True)),
     )

@@ -15,7 +15,8 @@ class BuildOptions(BuildSettings):
 
     Attributes:
         size: (H, W) of the views, or with `crop` of the whole image at zoom 1.
-        heads: of the teacher's, those that are stored; () is all. features_only: none is, only features.
+        heads: of the teacher's, those that are stored; () is all that it has learnt.
+        features_only: no head is stored, only features.
         top_k: keeps that many classes, None measures how many it takes.
         statistics: `at:TAP`, `confidence`, `entropy`, `agreement`. raw_logits: keep every pixel's largest logit.
         views: of each sample: the whole image, and views - 1 that are drawn; with `crop` all are.

@@ -20,18 +20,19 @@ from kdcache.teacher.load.load import Teacher
 
 
 def heads_of(options: BuildOptions, teacher: Teacher) -> tuple[str, ...]:
-    """The heads of a teacher that a build stores, in the teacher's order.
+    """The heads of a teacher that a build stores, in the teacher's order: without `--heads` those that it has learnt.
 
-    Raises: RecipeError for heads that the teacher lacks, for none without `--features-only`, and for options of logits
-        where there are none.
+    Raises: RecipeError for heads that the teacher lacks or that are at random, for none without `--features-only`, and
+        for options of logits where there are none.
     """
-    own = tuple(teacher.model.head_kinds)
+    own = teacher.model.learnt_heads
     wrong = next((name for name in options.heads if name not in own), None)
     if wrong is not None or (options.features_only and options.heads):
         near = difflib.get_close_matches(wrong or "", own, n=1)
         raise RecipeError(
             "--heads names heads of the teacher" + (", and --features-only none" if wrong is None else ""),
-            received=f"--heads {','.join(options.heads)}; {teacher.origin} has {', '.join(own) or 'none'}",
+            received=f"--heads {','.join(options.heads)}; {teacher.origin} has {', '.join(own) or 'none'}"
+            + (f", and learnt nothing of {wrong}" if wrong in teacher.model.untrained else ""),
             remedy=f"did you mean {near[0]}?" if near else "leave out --heads, which stores all",
         )
     heads = () if options.features_only else tuple(name for name in own if name in (options.heads or own))

@@ -66,7 +66,7 @@ def load_teachers(
     ]
     if len(loaded) == 1 and tta is None and weights is None:
         return loaded[0]
-    heads = [tuple(teacher.model.head_kinds) for teacher in loaded]
+    heads = [teacher.model.learnt_heads for teacher in loaded]
     if folds is not None and len(set(heads)) > 1:
         raise RecipeError(
             "the teachers of folds have the same heads, for each predicts samples of its own",
@@ -117,7 +117,7 @@ def _joined(main: Teacher | None, named: Mapping[str, Teacher]) -> Teacher:
     teachers = [*([] if main is None else [main]), *named.values()]
     parts = [JointPart(teacher.model, (name,)) for name, teacher in named.items()]
     if main is not None:
-        parts.insert(0, JointPart(main.model, tuple(name for name in main.model.head_kinds if name not in named)))
+        parts.insert(0, JointPart(main.model, tuple(name for name in main.model.learnt_heads if name not in named)))
     sizes = {teacher.size for teacher in teachers if teacher.size is not None}
     return replace(
         teachers[0],

@@ -16,7 +16,7 @@ from kdcache.models import (
     is_function,
     read_class_map,
 )
-from kdcache.models.run import load_run, split_spec
+from kdcache.models.run import described, load_run, split_spec
 from kdcache.run_folder import Run
 from kdcache.store.format.manifest_models import Training
 from kdcache.teacher.load.provenance import trainings_of
@@ -70,7 +70,7 @@ def load_teacher(
     Args:
         origin: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere) or
             `SPEC@default` (the library's own, downloaded now).
-        classes: of the data set.
+        classes: of the data set, which those of a run or of an exported file are.
         class_map: file with the data class that each teacher class becomes; probabilities are summed.
         mean, std: of RGB in 0..1; default the model's own.
         classified: whether its head of classes is used, which must be the data's.
@@ -81,10 +81,13 @@ def load_teacher(
     trainings: tuple[Training | None, ...] = (None,)
     if (weighted := split_spec(origin)) is not None:
         spec, weights = weighted
+        if (description := described(spec, weights)) is not None:
+            size, names = description.size, description.class_names
         count = None  # that of the weights, which must be whole
         if is_function(spec):
             count = (len(classes) or None) if class_map is None else count_sources(class_map)
         model = build_model(spec, count, weights=weights, mean=mean, std=std, strict_head=True)
+        model.untrained = () if description is None else description.untrained
         report = model.load_report
         if report is not None and report.unused_auxiliary:
             notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
@@ -93,11 +96,13 @@ def load_teacher(
         model, run_model = load_run(run, trust=trust)
         size, names, trainings = run_model.size, run_model.class_names, trainings_of(run)
         model.mean, model.std = mean or model.mean, std or model.std
+    if model.untrained:
+        notes.append(f"{origin} learnt nothing of {', '.join(model.untrained)}: left out")
     mapped = None
     if class_map is not None:
         table = read_class_map(class_map, model.num_classes, classes.names)
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
-    elif SEGMENTATION in model.head_kinds and classified:
+    elif SEGMENTATION in model.learnt_heads and classified:
         _check_classes(origin, model.num_classes, names, classes)
     return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=trainings)
 

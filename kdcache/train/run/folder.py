@@ -11,7 +11,7 @@ from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.models import SegmentationModel
-from kdcache.models.run import write_run_model
+from kdcache.models.run import describe_weights, write_run_model
 from kdcache.models.weights import DEPTH_HEAD
 from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel, RunStream
 from kdcache.settings import entries
@@ -124,19 +124,22 @@ def hold_folder(config: TrainConfig, run: Path, resume: bool, identity: str, loc
     check_folder(config, run, resume, identity)
 
 
-def untrained_heads(model: SegmentationModel, tasks: Sequence[str]) -> tuple[str, ...]:
+def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | Path | None = None) -> tuple[str, ...]:
     """The heads of classes and of depth that stay at random: they begin so, and nothing is learnt of them.
 
     Args:
         tasks: those that are learnt; of features alone there are none, and no head is named then.
+        init: the weights that the model begins with, whose run may have learnt nothing of a head itself.
     """
     report = model.load_report
+    begun = None if init is None else describe_weights(init)
+    before = () if begun is None else begun.untrained
     at_random = {SEGMENTATION: model.classifier_keys, DEPTH: (DEPTH_HEAD,)}
     return tuple(
         head
         for head in model.head_kinds
         if tasks and head in at_random and head not in tasks
-        if report is None or any(name.startswith(at_random[head]) for name in report.reinitialised)
+        if report is None or head in before or any(name.startswith(at_random[head]) for name in report.reinitialised)
     )
 
 
@@ -161,7 +164,7 @@ def write_beginning(
             trained_on=identity_of(datasets),
             labels=pack_flags(datasets[0].labels_used) if len(datasets) == 1 else None,
             heads=model.regressions,
-            untrained=untrained_heads(model, config.tasks),
+            untrained=model.untrained,
             streams=_streams(config, datasets) if len(datasets) > 1 else (),
         )
         write_run_model(run, run_model)

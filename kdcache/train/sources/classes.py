@@ -71,6 +71,12 @@ def _map_classes(source: Source, classes: ClassList) -> None:
         _check_mapped_targets(source, path)
     # A class that no target can have would be taught to be nowhere.
     table = read_class_map(path, len(own), classes.names, all_hit=taught)
+    if not taught and source.learns_classes_from_labels and (table == DROPPED).all():
+        raise MismatchError(
+            "labels that are learnt have a class of the training",
+            received=f"class-map {path}, which makes void of all {len(own)} classes",
+            remedy="map one of them at least; or leave them out by labels=none, with a --method that reads no labels",
+        )
     lookup = _void_but([IGNORE_INDEX if target == DROPPED else target for target in table.tolist()])
     source.dataset.mapped = classes, lookup
 

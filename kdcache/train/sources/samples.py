@@ -127,10 +127,18 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
     if len(dataset) == 0:
         raise DataError(
             "training needs labelled images",
-            received=f"{config.data}, split {config.split!r}: none of {len(split)} images has a label",
-            remedy="give a labelled split with --split",
+            received=f"{config.data}, split {config.split!r}: none of {len(split)} images has a label{_used(config)}",
+            remedy="give a labelled split with --split" if config.labels == "all" else _OTHER_LABELS,
         )
     return dataset
+
+
+_OTHER_LABELS = "leave --labels out, or use a --method that learns without labels"
+
+
+def _used(config: TrainConfig) -> str:
+    """What follows "a label" where only some labels are used."""
+    return "" if config.labels == "all" else f" that --labels {config.labels} leaves to it"
 
 
 def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
@@ -150,8 +158,10 @@ def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
     if len(dataset) == 0:
         raise DataError(
             "training on labels needs labelled samples",
-            received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label",
-            remedy="use --method kl with --distill-on all, which learns from targets alone"
+            received=f"{config.cache}: none of {cache.manifest.dataset.samples} samples has a label" + _used(config),
+            remedy=_OTHER_LABELS
+            if config.labels != "all" and config.teacher == "store"
+            else "use --method kl with --distill-on all, which learns from targets alone"
             if config.teacher == "store"
             else "leave --teacher labels out: the store's targets need no labels",
         )

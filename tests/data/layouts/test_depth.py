@@ -126,7 +126,11 @@ def test_a_file_cut_short_is_named(deep, suffix) -> None:
 def test_depth_without_an_image_is_refused_and_reported(deep, builder) -> None:
     with pytest.raises(DataError, match=r"'b\.npy'"):
         deep(".npy", METRES, name="b")
-    assert check(builder.root).splits["train"].without_image == ["b.npy"]
+    np.save(builder.root / "depth/train/a.npy", METRES)
+    np.savez(builder.root / "depth/train/a.npz", METRES)
+    report = check(builder.root)
+    assert report.splits["train"].depth.without_image == ["a.npz", "b.npy"]
+    assert "2 depth files belong to no image, or to one that has another: 'a.npz', 'b.npy'" in report.problems[0]
 
 
 def test_samples_may_have_either_label_or_none(deep, builder) -> None:
@@ -179,7 +183,7 @@ def test_a_check_counts_range_share_and_histogram(deep, builder) -> None:
         (np.zeros(SIZE), "", None, "no pixel has a known depth"),
         (METRES, "", 40.0, "beyond 40 m"),
         (METRES[:, :-1], "", None, "another size than their image"),
-        (in_units(256), "", None, "units_per_metre"),
+        (in_units(256), "", None, "Write `units_per_metre = 1000` (millimetres) or 256"),
     ],
 )
 def test_a_check_lists_what_is_impossible(deep, builder, numbers, toml, max_depth, message) -> None:

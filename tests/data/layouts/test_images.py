@@ -45,8 +45,10 @@ def test_a_sample_without_its_image_is_named(tiny, tmp_path) -> None:
     root = tiny.write("gta5", tmp_path / "set")
     translate(str(root), tmp_path / "other", "train")
     (tmp_path / "other" / "a.png").unlink()
-    with pytest.raises(DataError, match=r"other/a\.png"):
+    with pytest.raises(DataError, match=r"other/a\.png") as refused:
         open_split(f"{root},images={tmp_path / 'other'}", "train")
+    assert "for 1 of 3 samples" in refused.value.received
+    assert "leave out images=" in refused.value.remedy
     assert any("other/a.png" in problem for problem in check(f"{root},images={tmp_path / 'other'}", ["train"]).problems)
     Image.new("RGB", (48, 32)).save(tmp_path / "other" / "a.png")
     Image.new("RGB", (48, 32)).save(tmp_path / "other" / "a.jpg")
@@ -60,8 +62,12 @@ def test_images_of_another_size_than_the_labels_are_refused(tiny, tmp_path) -> N
         (tmp_path / "other").mkdir(exist_ok=True)
         Image.new("RGB", (24, 16)).save(tmp_path / "other" / f"{sample}.png")
     split = open_split(f"gta5:{root},images={tmp_path / 'other'}", "train")
-    with pytest.raises(DataError, match="label 32 x 48, image 16 x 24"):
+    with pytest.raises(DataError, match="label 32 x 48, image 16 x 24") as refused:
         split.label(0)
+    assert "images=" in refused.value.remedy
+    (problem,) = check(f"gta5:{root},images={tmp_path / 'other'}", ["train"]).problems
+    assert "3 labels have another size" in problem
+    assert "images=" in problem
 
 
 @pytest.mark.parametrize("folder", ["", "nowhere"])

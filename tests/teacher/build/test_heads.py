@@ -16,11 +16,13 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
-from kdcache.data import Window, open_split, render
+from kdcache.data import ClassList, Window, open_split, render
 from kdcache.data.folds import SplitPart
 from kdcache.errors import ModelError, RecipeError, StoreError
 from kdcache.heads import RegressionHead
-from kdcache.models import build_model
+from kdcache.models import Tta, build_model
+from kdcache.models.run import write_run_model, write_weights
+from kdcache.run_folder import RunModel
 from kdcache.store import CopyChanges, Records, copy_store, open_cache, summarise, verify_files
 from kdcache.teacher import build_cache, compare_teacher, load_like, load_teachers, score_cache
 from kdcache.teacher.build.cost_estimate import estimate
@@ -46,6 +48,26 @@ def origins(tmp_path_factory, split, model_of) -> dict[str, str]:
         save_file(dict(model.state_dict()), folder / f"{name}.safetensors")
         found[name] = f"{spec}@{folder / f'{name}.safetensors'}"
     return found
+
+
+@pytest.fixture(scope="module")
+def both_run(origins, split):
+    """both_run(folder, head): the run of the model of both tasks that learnt nothing of a head."""
+
+    def write(folder: Path, head: str) -> Path:
+        spec, _, weights = origins["both"].partition("@")
+        model = build_model(spec, len(split.classes), weights=weights)
+        names, colours = split.classes.names, split.classes.colours
+        model_json = RunModel(
+            spec=spec, class_names=names, class_colours=colours, size=SIZE, mean=model.mean, std=model.std,
+            heads=model.regressions, untrained=(head,),
+        )  # fmt: skip
+        folder.mkdir()
+        write_run_model(folder, model_json)
+        write_weights(folder, "best", model)
+        return folder
+
+    return write
 
 
 def answers(teacher, split):
@@ -183,6 +205,34 @@ def test_heads_that_cannot_be_stored_are_refused(tmp_path, split, options, origi
     with pytest.raises(RecipeError, match=message):
         build_cache(split, teacher, tmp_path / "store", options(**changes))
     assert not (tmp_path / "store").exists()
+
+
+def test_heads_of_which_a_run_learnt_nothing_are_not_stored(tmp_path, split, options, origins, both_run) -> None:
+    """Neither of the run alone, nor beside other teachers; and they are refused where they are named."""
+    runs = {name: both_run(tmp_path / name, name) for name in ("segmentation", "depth")}
+    for lacking, left in (("segmentation", "depth"), ("depth", "segmentation")):
+        teacher = load_teachers([str(runs[lacking])], split.classes)
+        assert teacher.notes == (f"{runs[lacking]} learnt nothing of {lacking}: left out",)
+        assert TeacherProbe(split, teacher, options()).heads == (left,)
+        with pytest.raises(RecipeError, match=f"has {left}, and learnt nothing of {lacking}"):
+            TeacherProbe(split, teacher, options(heads=(lacking,)))
+        with pytest.raises(ModelError, match=f"'{lacking}' of .*, whose run learnt nothing of it"):
+            load_teachers([f"{lacking}={runs[lacking]}"], split.classes)
+        mirrored = load_teachers([str(runs[lacking])], split.classes, tta=Tta(flip=True))
+        assert TeacherProbe(split, mirrored, options()).heads == (left,)
+    build_cache(split, load_teachers([str(runs["depth"])], split.classes), tmp_path / "store", options())
+    manifest = open_cache(tmp_path / "store").manifest
+    assert (list(manifest.heads), manifest.version) == (["segmentation"], 1)
+    # The mean of an ensemble is one of those that have learnt the head.
+    whole = load_teachers([origins["both"]], split.classes)
+    mean = load_teachers([str(runs["depth"]), origins["both"]], split.classes)
+    x = torch.rand(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        raws = whole.model(whole.model.standardise(x)).heads["depth"], mean.model(x).heads["depth"]
+    torch.testing.assert_close(*map(whole.model.regressions["depth"].values, raws))
+    # Classes that are not learnt need not be the data's.
+    others = ClassList(tuple(f"other {n}" for n in range(4)))
+    assert load_teachers([str(runs["segmentation"])], others).model.learnt_heads == ("depth",)
 
 
 def test_depth_that_is_no_number_or_outside_its_range_is_refused(tmp_path, split, options, origins) -> None:

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from kdcache.data import ClassList
 from kdcache.errors import KDCacheError, MismatchError, ModelError, RecipeError
 from kdcache.models import state_digest
+from kdcache.models.export import export_model
+from kdcache.models.run import load_run
 from kdcache.teacher import load_teacher
 from kdcache.teacher.load.fingerprint import fingerprint
 
@@ -109,11 +111,17 @@ def test_another_number_of_classes(tmp_path, classes, model_of) -> None:
     assert "--class-map" in error.remedy
 
 
-def test_classes_in_another_order(run_folder, classes) -> None:
+def test_classes_in_another_order(run_folder, classes, tmp_path) -> None:
+    """Of a run, and of weights that were exported from it, whose file says which classes are theirs."""
     names = (classes.names[1], classes.names[0], *classes.names[2:])
-    error = refusal(MismatchError, str(run_folder), ClassList(names))
-    assert ", ".join(names) in error.received
-    assert "--class-map" in error.remedy
+    export_model(*load_run(run_folder), tmp_path / "exported.safetensors")
+    for origin in (str(run_folder), f"kdcache:tiny@{tmp_path}/exported.safetensors"):
+        assert load_teacher(origin, classes).size == (32, 48)
+        error = refusal(MismatchError, origin, ClassList(names))
+        assert ", ".join(names) in error.received
+        assert "--class-map" in error.remedy
+    error = refusal(ModelError, f"kdcache:hydra@{tmp_path}/exported.safetensors", classes)
+    assert error.rule == "weights are used with the model that they were exported from"
 
 
 def test_a_class_map(tmp_path, classes, model_of) -> None:

@@ -1,0 +1,89 @@
+"""The labels of a data set in the classes of a model that learnt from another one: joined by name."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Depth, Pixels, Split
+from kdcache.errors import MismatchError
+
+
+class ClassesByName(Split):
+    """The samples of a split with labels in other classes of the same names; classes that have no such name are void.
+
+    Names are the same whatever their case, unless a list has two that differ in it alone.
+
+    Args:
+        classes: those of the labels here, such as a model's.
+
+    Attributes:
+        shared: names that both lists have, in the order of `classes`.
+        missing: names of `classes` that the split does not have.
+        void: names of the split's own classes that `classes` do not have.
+
+    Raises: MismatchError where no name is shared.
+    """
+
+    def __init__(self, whole: Split, classes: ClassList) -> None:
+        own = whole.classes.names
+        self.data, self.split, self.ids, self.classes = whole.data, whole.split, whole.ids, classes
+        class_of = {
+            i: number for i, name in enumerate(own) if (number := _number_of(name, own, classes.names)) is not None
+        }
+        self.shared = tuple(name for number, name in enumerate(classes.names) if number in class_of.values())
+        self.missing = tuple(name for name in classes.names if name not in self.shared)
+        self.void = tuple(name for i, name in enumerate(own) if i not in class_of)
+        if not self.shared:
+            raise MismatchError(
+                "a model is judged by the classes that it shares with the data, joined by name",
+                received=f"{', '.join(own)} in {whole.data}, split {whole.split!r}; the model has "
+                f"{', '.join(classes.names)}",
+                remedy="rename the classes in the data's classes.txt, or name the model's with --class-map",
+            )
+        table = np.full(256, IGNORE_INDEX, np.uint8)
+        table[list(class_of)] = list(class_of.values())
+        self._whole, self._table = whole, table
+        files = whole.label_map
+        self.label_map = table if files is None else table.take(files)
+
+    def image(self, index: int) -> Pixels:
+        return self._whole.image(index)
+
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        return self._whole.has_label(index, task)
+
+    def raw_label(self, index: int) -> Pixels | None:
+        label = self._whole.raw_label(index)
+        return None if label is None else self._table.take(label)
+
+    def raw_depth(self, index: int) -> Depth | None:
+        return self._whole.raw_depth(index)
+
+    def content_digests(self, index: int) -> tuple[str | None, ...]:
+        return self._whole.content_digests(index)
+
+    def _segmentation(self, index: int) -> Pixels | None:
+        label = self._whole.label(index)
+        return None if label is None else self._table.take(label)
+
+    def _depth(self, index: int) -> Depth | None:
+        return self._whole.label(index, DEPTH)
+
+
+def classes_by_name(split: Split, classes: ClassList) -> Split:
+    """A split in the classes of a model: itself where the names are equal, or where one of the two has no classes.
+
+    Raises: MismatchError where no name is shared.
+    """
+    if not len(classes) or split.classes.names in (classes.names, ()):
+        return split
+    return ClassesByName(split, classes)
+
+
+def _number_of(name: str, own: tuple[str, ...], others: tuple[str, ...]) -> int | None:
+    """The place of a name of `own` among others, in any case where both lists have it once; None without."""
+    if name in others:
+        return others.index(name)
+    lowered = [other.lower() for other in others]
+    once = lowered.count(name.lower()) == 1 == [other.lower() for other in own].count(name.lower())
+    return lowered.index(name.lower()) if once else None

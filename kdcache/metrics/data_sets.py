@@ -1,0 +1,134 @@
+"""One model on several data sets, side by side: each judged by the classes that it shares with the model."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdcache.data import ClassesByName, Split
+from kdcache.metrics.confusion import Metrics, mean_of
+from kdcache.metrics.evaluate import TaskMetrics
+from kdcache.metrics.tables import DEPTH_HEADS, depth_figure, iou_listing, markdown_table, percent
+
+Table = tuple[list[str], list[list[str]]]
+"""Header and rows."""
+NOT_SHARED = "not shared"
+
+
+@dataclass(frozen=True)
+class OnDataSet:
+    """The metrics of a model on one data set, of the classes that both have.
+
+    Attributes:
+        missing: classes of the model that the data do not have: no rows of its metrics.
+        void: classes of the data that the model does not have: their pixels are void.
+    """
+
+    data: str
+    split: str
+    metrics: TaskMetrics
+    missing: tuple[str, ...] = ()
+    void: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, split: Split, metrics: TaskMetrics) -> "OnDataSet":
+        """The metrics of a pass over a split, which `classes_by_name` gave: without the classes that it lacks."""
+        if not isinstance(split, ClassesByName):
+            return cls(split.data, split.split, metrics)
+        if metrics.segmentation is not None:
+            metrics = replace(metrics, segmentation=metrics.segmentation.over(split.shared))
+        return cls(split.data, split.split, metrics, split.missing, split.void)
+
+    def to_json(self) -> dict[str, Any]:
+        """The metrics, and the classes that are not shared."""
+        return {"missing_classes": list(self.missing), "void_classes": list(self.void), **self.metrics.to_json()}
+
+    def notes(self) -> Iterator[str]:
+        """Sentences on classes that are not shared."""
+        if self.missing:
+            yield f"{self.data} has no {', '.join(self.missing)}: a prediction of these is a miss, and none has a row"
+        if self.void:
+            yield f"{self.data} has {', '.join(self.void)}, which the model does not know: their pixels are void"
+
+
+def common_classes(results: Sequence[OnDataSet]) -> tuple[str, ...]:
+    """The classes that have an IoU on every data set with labels of segmentation, in the order of the first."""
+    ious = [_ious(one) for _, one in _segmented(results)]
+    first = ious[0] if ious else {}
+    return tuple(name for name in first if not any(math.isnan(iou.get(name, math.nan)) for iou in ious))
+
+
+def common_mious(results: Sequence[OnDataSet]) -> dict[int, float]:
+    """The mIoU over `common_classes` by a data set's number: what may be compared where lists of classes differ."""
+    names = common_classes(results)
+    return {number: mean_of([_ious(one)[name] for name in names]) for number, one in _segmented(results)}
+
+
+def class_table(results: Sequence[OnDataSet], class_names: Sequence[str]) -> Table:
+    """IoU in percent, a column per data set: the classes, their mean, the mean of the common ones where it differs.
+
+    Args:
+        class_names: of the model.
+    """
+    columns = {number: _ious(one) for number, one in _segmented(results)}
+    rows = [[name, *(_cell(ious, name) for ious in columns.values())] for name in class_names]
+    rows.append(["mIoU", *(percent(one.miou) for _, one in _segmented(results))])
+    names = common_classes(results)
+    occur = [sum(not math.isnan(iou) for iou in ious.values()) for ious in columns.values()]
+    if names and any(count != len(names) for count in occur):
+        rows.append([f"mIoU, {len(names)} common", *map(percent, common_mious(results).values())])
+    rows.append(["mAcc", *(percent(one.macc) for _, one in _segmented(results))])
+    rows.append(["aAcc", *(percent(one.aacc) for _, one in _segmented(results))])
+    titles = _titles(results)
+    return ["IoU %", *(titles[number] for number in columns)], rows
+
+
+def depth_table(results: Sequence[OnDataSet]) -> Table:
+    """Metrics of depth, a column per data set that has labels of depth."""
+    depths = {number: one.metrics.depth for number, one in enumerate(results) if one.metrics.depth is not None}
+    rows = [
+        [head, *(depth_figure(name, getattr(depth, name)) for depth in depths.values())]
+        for name, head in DEPTH_HEADS.items()
+    ]
+    titles = _titles(results)
+    return ["depth", *(titles[number] for number in depths)], rows
+
+
+def tables(results: Sequence[OnDataSet], class_names: Sequence[str]) -> list[Table]:
+    """The table of classes, then that of depth; each only where a data set has labels of it."""
+    both = (class_table(results, class_names), depth_table(results))
+    return [table for table in both if len(table[0]) > 1]
+
+
+def data_sets_markdown(title: str, results: Sequence[OnDataSet], class_names: Sequence[str]) -> str:
+    """The tables, then what is not shared."""
+    notes = [f"- {note}\n" for one in results for note in one.notes()]
+    return "\n".join(
+        [f"# {title}\n", *(markdown_table(*table) for table in tables(results, class_names)), "".join(notes)]
+    )
+
+
+def listing(results: Sequence[OnDataSet]) -> str:
+    """`iou_listing` of each data set below its name."""
+    titles = _titles(results)
+    parts = [f"# {titles[number]}\n{iou_listing(one)}" for number, one in _segmented(results)]
+    return "\n".join(parts)
+
+
+def _segmented(results: Sequence[OnDataSet]) -> Iterator[tuple[int, Metrics]]:
+    for number, one in enumerate(results):
+        if one.metrics.segmentation is not None:
+            yield number, one.metrics.segmentation
+
+
+def _ious(metrics: Metrics) -> dict[str, float]:
+    return dict(zip(metrics.class_names, metrics.iou, strict=True))
+
+
+def _cell(ious: dict[str, float], name: str) -> str:
+    return percent(ious[name]) if name in ious else NOT_SHARED
+
+
+def _titles(results: Sequence[OnDataSet]) -> list[str]:
+    """The data sets' names, with their splits."""
+    return [f"{one.data}, {one.split}" for one in results]
