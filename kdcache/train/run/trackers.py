@@ -183,7 +183,8 @@ class WandB:
     def __init__(self, beginning: Beginning) -> None:
         import wandb
 
-        mode: Any = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
+        # Named even where the environment names it: wandb reads the environment once per process.
+        mode: Any = os.environ.get("WANDB_MODE") or (None if wandb.login(prompt=False) else "offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=beginning.name,
@@ -198,7 +199,7 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
         if self._run.url:
             beginning.note(f"wandb: {self._run.url}")
-        elif mode == "offline":
+        elif mode == "offline" and "WANDB_MODE" not in os.environ:
             beginning.note(
                 f"wandb: nobody is logged in, so the run stays in {beginning.run}/wandb; wandb sync sends it"
             )
