@@ -57,8 +57,9 @@ class Batch(Tensors):
             the whole view.
         zoom: (B,) float64, how many times nearer the window looks than the view that the teacher saw: a target in
             metres is divided by it; None divides nothing.
-        own: (B, H, W) bool, False where a pixel was pasted from the neighbour (rows 2n and 2n + 1 are neighbours),
-            whose target counts there; None is all.
+        own: (B, H, W) bool, False where a pixel was pasted from another sample, whose target counts there; None is all.
+        pasted: the targets of the samples that were pasted, with windows in pixels of this batch's views, and nothing
+            else; None is the neighbours' (rows 2n and 2n + 1 are neighbours).
         dice: (B, N) float32 random numbers in 0..1, for what is drawn where batches are.
         record: (B,) int64, whose targets a device keeps; `targets` are gathered by them.
     """
@@ -72,6 +73,7 @@ class Batch(Tensors):
     inside: Tensor | None = None
     zoom: Tensor | None = None
     own: Tensor | None = None
+    pasted: "Batch | None" = None
     dice: Tensor | None = None
     record: Tensor | None = None
 
@@ -106,10 +108,19 @@ class Batch(Tensors):
         """Return `count` samples from `first` on, as views of the batch's memory."""
         return self.map(lambda tensor: tensor[first : first + count])
 
-    def neighbours(self) -> "Batch":
-        """Return the batch's pixels and labels with the targets of the neighbours: rows 1, 0, 3, 2, ... B is even."""
-        of_targets = {name: getattr(self, name) for name in ("targets", "window", "flip", "inside", "zoom")}
-        return replace(self, **pytree.tree_map_only(Tensor, neighbours, of_targets))
+    def targets_alone(self, view_scale: tuple[float, float] = (1.0, 1.0)) -> "Batch":
+        """Return the targets and what says where they lie, and nothing else.
+
+        Args:
+            view_scale: how many times as high and as wide the views become that windows are in pixels of.
+        """
+        window, inside = (_scaled(edges_B4, view_scale) for edges_B4 in (self.window, self.inside))
+        return Batch(targets=self.targets, window=window, flip=self.flip, inside=inside, zoom=self.zoom)
+
+    def with_pasted_targets(self) -> "Batch":
+        """Return the batch's pixels and labels with the targets of the samples that were pasted."""
+        other = self.targets_alone().map(neighbours) if self.pasted is None else self.pasted
+        return replace(self, **{name: getattr(other, name) for name in _OF_TARGETS})
 
     def argmax_confidence(
         self, form: TargetFormat, size: tuple[int, int], *, impl: str = "auto"
@@ -161,6 +172,7 @@ class Batch(Tensors):
         return cls(**plain, labels=groups["labels"], targets=targets, arrays=groups["arrays"])
 
 
+_OF_TARGETS = ("targets", "window", "flip", "inside", "zoom")
 _PLAIN = ("pixels", "window", "flip", "inside", "zoom", "own", "dice", "record")
 pytree.register_dataclass(Batch)
 
@@ -168,6 +180,13 @@ pytree.register_dataclass(Batch)
 def tensors_of(batch: Tensors) -> list[Tensor]:
     """The tensors of a batch, in an order that equal batches share."""
     return pytree.tree_leaves(batch)
+
+
+def _scaled(edges_B4: Tensor | None, scale: tuple[float, float]) -> Tensor | None:
+    """Edges (y0, x0, y1, x1) in pixels of a view of another size."""
+    if edges_B4 is None or scale == (1.0, 1.0):
+        return edges_B4
+    return torch.stack([edge_B * scale[axis % 2] for axis, edge_B in enumerate(edges_B4.unbind(1))], 1)
 
 
 def neighbours(part: Tensor) -> Tensor:

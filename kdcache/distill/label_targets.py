@@ -51,7 +51,13 @@ class LabelTargets:
         """
         log_share_BChw = self.shares(batch.label, dtype).log().clamp_min(LOG_FLOOR)
         return replace(
-            batch, targets={SEGMENTATION: Target(log_share_BChw)}, window=None, flip=None, inside=None, own=None
+            batch,
+            targets={SEGMENTATION: Target(log_share_BChw)},
+            window=None,
+            flip=None,
+            inside=None,
+            own=None,
+            pasted=None,
         )
 
     def shares(self, label_BHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

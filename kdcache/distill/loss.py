@@ -345,7 +345,7 @@ class DistillLoss(nn.Module):
         from kdcache.distill.terms import HeadBatch, TermBatch
 
         targets = batch.targets or {}
-        return TermBatch(
+        made = TermBatch(
             logits=outputs.logits,
             features=outputs.features,
             labels=batch.labels.get(SEGMENTATION),
@@ -365,6 +365,7 @@ class DistillLoss(nn.Module):
             },
             others=outputs.others,
         )
+        return made if batch.pasted is None else replace(made, pasted=made.with_targets(batch.pasted))
 
     def _fused(
         self,

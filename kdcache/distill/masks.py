@@ -26,16 +26,16 @@ class TeacherMasks:
     def views(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
         """Pairs of a batch and the mask (B, H, W) of its pixels that KL counts; empty where the fused loss counts them.
 
-        The first is the batch itself; where pixels are pasted, the second has the neighbours' targets.
+        The first is the batch itself; where pixels are pasted, the second has their targets, if there are any.
         """
         if batch.own is None:
             return [] if batch.inside is None else [(batch, self._counted_by_kl(batch, None))]
-        other = batch.neighbours()
-        return [(batch, self._counted_by_kl(batch, batch.own)), (other, self._counted_by_kl(other, ~batch.own))]
+        own, other = (batch, self._counted_by_kl(batch, batch.own)), batch.with_pasted_targets()
+        return [own] if other.target is None else [own, (other, self._counted_by_kl(other, ~batch.own))]
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
-        shown_BHW = self.shown(batch)
+        shown_BHW = self._shown_of_view(batch)
         label_BHW = batch.labels.get(SEGMENTATION)
         labelled_BHW = None if self.distill_void or label_BHW is None else label_BHW != self.ignore_index
         counted: Tensor | None = None
@@ -45,7 +45,15 @@ class TeacherMasks:
         return counted
 
     def shown(self, batch: Batch) -> Tensor | None:
-        """Which pixels (B, H, W) show the image; None is all."""
+        """Which pixels (B, H, W) show an image, the sample's own or one that was pasted; None is all."""
+        if batch.own is None or (batch.inside is None and batch.pasted is None):
+            return self._shown_of_view(batch)
+        own, other = (self._shown_of_view(view) for view in (batch, batch.with_pasted_targets()))
+        if own is None and other is None:
+            return None
+        return torch.where(batch.own, True if own is None else own, True if other is None else other)
+
+    def _shown_of_view(self, batch: Batch) -> Tensor | None:
         return None if self.targets is None else batch.shown(self.targets, batch.size)
 
     def _counted_by_kl(self, batch: Batch, own_BHW: Tensor | None) -> Tensor:

@@ -38,6 +38,8 @@ class StreamSettings:
     share: Annotated[float, Gt(0), Le(1)] | None = setting(None, "Its share of every batch (default: of what is left).")
     weight: Weight = setting(1.0, "Weight of its loss.")
     class_map: Path | None = setting(None, "Which class of the training each of its classes becomes.")
+    paste: str | None = setting(None, "Paste from paste-from: cutmix or classmix, with a share as cutmix:0.5.")
+    paste_from: str | None = setting(None, "Name of the stream whose samples are pasted into its own.")
 
 
 SOURCE = ("cache", "data", "split")

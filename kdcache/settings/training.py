@@ -65,8 +65,8 @@ class TrainSettings:
     stream: tuple[Any, ...] = setting(
         (),
         "One of several sources that share every batch: a name, then its settings, e.g. kitti,cache=kitti.zarr,"
-        "share=0.5,weight=1,labels=none,method=kl. May be repeated; in a recipe, each is a table named stream. Other "
-        "flags are those of all streams.",
+        "share=0.5,weight=1,labels=none,method=kl; paste=classmix,paste-from=NAME pastes another's samples into its "
+        "own. May be repeated; in a recipe, each is a table named stream. Other flags are those of all streams.",
         metavar="NAME,X=Y",
         repeated=True,
     )

@@ -37,6 +37,7 @@ from kdcache.train.run.metrics_log import Observer, Observers
 from kdcache.train.run.trackers import Loggers, check_loggers
 from kdcache.train.sources import (
     Source,
+    check_pasting,
     check_validation,
     open_sources,
     open_validation,
@@ -98,6 +99,7 @@ def make_trainer(
                 _note_all(_check_seen(source), source.note(observer.note))
         val = open_validation(config)
         classes = share_classes(sources, None if val is None else val.classes)
+        check_pasting(sources)
         for source in sources:
             with source.named():
                 _note_all(pseudo_notes(source.config, source.dataset), source.note(observer.note))
@@ -189,7 +191,8 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
         source.dataset.extras = needed_arrays(source.config, source.cache, model)
         if source.cache is not None:
             check_flip(source.given)
-        criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note))
+        pasted = None if source.pasted is None else source.pasted.dataset
+        criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note), pasted)
         if source.config.reads_depth:
             check_depth_labels(source.dataset, model.regressions[DEPTH])
         return criterion

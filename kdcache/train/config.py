@@ -28,7 +28,7 @@ from kdcache.settings.streams import StreamSettings, check_rows, shares_of
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
 from kdcache.train.input.mix import Mix
 from kdcache.train.ranges import in_words
-from kdcache.train.streams import Stream, StreamOwn, flag_of, make_stream, read_tables
+from kdcache.train.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
 from kdcache.train.term_setting import Terms, check_balance, learnt_tasks
 
 _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
@@ -77,6 +77,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
             check_balance(self.balance, self.task_weight, self.tasks)
         if self.stream:  # each stream's settings were checked as those of a training
             self.rows()
+            check_pastes(self.streams, self.mix)
             return self
         _check_data(self)
         _check_loss(self)
@@ -92,7 +93,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
         Raises: RecipeError for shares that do not sum up to 1, or leave a stream without a row of a batch.
         """
         if not self.stream:
-            return (Stream("", 1.0, 1.0, None, self, {}),)
+            return (Stream("", 1.0, 1.0, None, None, None, self, {}),)
         training = self.model_dump(exclude={"stream"})
         made = [make_stream(training, table, TrainConfig, _refused) for table in read_tables(self.stream)]
         shares = shares_of({stream.name: stream.share for stream in made})
@@ -138,7 +139,8 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
     def supervised(self) -> bool:
         """Whether classes or depth are learnt from labels or from a teacher, by any stream."""
         if self.stream:
-            return any(stream.weight > 0 and stream.config.supervised for stream in self.streams)
+            weighed = [stream for stream in self.streams if stream.weight > 0]
+            return any(stream.paste is not None or stream.config.supervised for stream in weighed)
         return self.teaches or self.learns_labels
 
     @property

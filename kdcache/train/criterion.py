@@ -53,12 +53,14 @@ def make_criterion(
     dataset: DrawnDataset,
     device: torch.device,
     note: Callable[[str], None],
+    pasted: DrawnDataset | None = None,
 ) -> DistillLoss:
     """The loss that `config` describes, on the CPU.
 
     Args:
         device: where a plain run is evaluated for `--class-trust auto`.
         note: receives the trust in each class of the teacher, or the cells on which labels stand in its place.
+        pasted: the stream whose samples, and labels, are pasted into the dataset's.
     Raises: RecipeError for a model whose heads are not those that the loss compares.
     """
     _check_heads(config, model)
@@ -74,7 +76,7 @@ def make_criterion(
         ce_weight=config.ce_weight,
         kl_weight=config.kl_weight if config.wants_kl else 0.0,
         temperature=config.temperature,
-        class_weight=_class_weight(config, dataset),
+        class_weight=_class_weight(config, dataset, pasted),
         label_smoothing=config.label_smoothing,
         distill_void=config.distill_void,
         align_corners=model.align_corners,
@@ -261,10 +263,11 @@ def _trust(
     return torch.tensor(trust, dtype=torch.float32)
 
 
-def _class_weight(config: TrainConfig, dataset: DrawnDataset) -> Tensor | None:
+def _class_weight(config: TrainConfig, dataset: DrawnDataset, pasted: DrawnDataset | None) -> Tensor | None:
     if config.class_weights == "none" or config.ce_weight == 0:
         return None
-    return torch.as_tensor(class_weights(label_counts(dataset), config.class_weights), dtype=torch.float32)
+    counts = label_counts(dataset) + (0 if pasted is None else label_counts(pasted))
+    return torch.as_tensor(class_weights(counts, config.class_weights), dtype=torch.float32)
 
 
 def _bincount(ids: Array) -> npt.NDArray[np.int64]:

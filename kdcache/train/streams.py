@@ -9,9 +9,10 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdcache.distill.terms import parse_method
-from kdcache.distill.terms.spec import reads_teacher
+from kdcache.distill.terms.spec import of_depth, reads_teacher
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.settings.streams import OVERRIDDEN, StreamSettings, parse_stream
+from kdcache.train.input.mix import Mix
 from kdcache.train.term_setting import parse_term
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -43,6 +44,8 @@ class Stream(Generic[Config]):
         share: its share of every batch; None where it gets what others leave.
         weight: weight of its loss.
         class_map: file with the class of the training that each class of its labels becomes.
+        paste, paste_from: how samples of another stream are pasted into its own, and that stream's name; None for
+            none.
         config: the training's settings with the stream's own in their places.
         table: its table in a recipe.
     """
@@ -51,6 +54,8 @@ class Stream(Generic[Config]):
     share: float | None
     weight: float
     class_map: Path | None
+    paste: str | None
+    paste_from: str | None
     config: Config
     table: Mapping[str, Any]
 
@@ -90,7 +95,7 @@ def make_stream(
     settings = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     resolved = {flag_of(key): settings[flag_of(key)] for key in {**own, "method": None} if flag_of(key) in settings}
     plain = alone.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return Stream(alone.name, alone.share, alone.weight, alone.class_map, config, plain | resolved)
+    return Stream(**dict(alone), config=config, table=plain | resolved)
 
 
 def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,3 +134,47 @@ def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:
                 remedy="give each a name, for instance --stream kitti,cache=kitti.zarr,share=0.5",
             )
     return tables
+
+
+def check_pastes(streams: Sequence[Stream[Any]], mix: str | None) -> None:
+    """Check what streams have pasted into their samples, as far as the settings say. Raises: RecipeError.
+
+    Args:
+        mix: `--mix` of the training.
+    """
+    names = [stream.name for stream in streams]
+    for stream in streams:
+        try:
+            if stream.paste is not None or stream.paste_from is not None:
+                _check_paste(stream, [name for name in names if name != stream.name], mix)
+        except KDCacheError as error:
+            raise in_stream(stream.name, error) from error
+
+
+def _check_paste(stream: Stream[Any], others: Sequence[str], mix: str | None) -> None:
+    paste, source = stream.paste, stream.paste_from
+    if paste is None or source not in others:
+        own = ", which is itself" if source == stream.name else ""
+        raise RecipeError(
+            "a stream is pasted into from one other stream: paste says how, paste-from names it",
+            received=f"paste {paste or 'left out'}, paste-from {source or 'left out'}{own}, beside the streams "
+            f"{', '.join(others) or '(none)'}",
+            remedy=f"give both, for instance paste=classmix,paste-from={others[0]}; or leave both out"
+            if others
+            else "give the samples that are pasted as a --stream of their own, with labels",
+        )
+    Mix(paste, "paste=")
+    if mix is not None:
+        raise RecipeError(
+            "a pixel is pasted once: within streams, by --mix, or from one into another, by paste",
+            received=f"paste {paste} with --mix {mix}",
+            remedy="leave one of them out",
+        )
+    taught = [term for term in stream.config.terms if reads_teacher(term) and term.weight != 0]
+    lost = [term.kind for term in taught if not of_depth(term) and term.kind != "pseudo"]
+    if lost:
+        raise RecipeError(
+            "paste moves pixels, labels, logits and depth; pseudo labels count where nothing was pasted",
+            received=f"paste {paste} with {', '.join(lost)}, which cannot follow",
+            remedy="leave one of them out; kl and pseudo can",
+        )

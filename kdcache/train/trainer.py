@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from kdcache.distill import AnyBatch, Criterion
+from kdcache.distill import AnyBatch, Criterion, DistillLoss, StreamLoss
 from kdcache.errors import KDCacheError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthMetrics, Metrics
@@ -19,7 +19,7 @@ from kdcache.settings.spelling import warmup_steps
 from kdcache.train.config import TrainConfig
 from kdcache.train.distributed import World
 from kdcache.train.input.loader import next_batch
-from kdcache.train.input.mix import Mix
+from kdcache.train.input.mix import Mix, Paste, Pastes
 from kdcache.train.input.streams import StreamDraws, feed_streams
 from kdcache.train.interrupt import Interrupted, stop_requests
 from kdcache.train.run.checkpointing import RunState
@@ -91,7 +91,7 @@ class Trainer:
             device=device,
             bf16=config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda"),
             clip_grad=config.clip_grad,
-            mix=None if config.mix is None else Mix(config.mix),
+            mix=_pasting(config, self.criterion),
         )
         self._ema = None if config.ema is None else ModelEma(self.model, config.ema)
         self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
@@ -324,3 +324,18 @@ class Trainer:
 def _note_all(texts: Iterable[str], note: Callable[[str], None]) -> None:
     for text in texts:
         note(text)
+
+
+def _pasting(config: TrainConfig, criterion: Criterion) -> Callable[[AnyBatch], AnyBatch] | None:
+    """What is pasted in every batch: within each stream, or from one into another; None for nothing."""
+    if config.mix is not None:
+        return Mix(config.mix)
+    names = [stream.name for stream in config.streams]
+    pastes = []
+    for number, stream in enumerate(config.streams):
+        if stream.paste is not None and stream.paste_from is not None:
+            assert isinstance(criterion, StreamLoss)
+            source = names.index(stream.paste_from)
+            losses = [cast("DistillLoss", criterion.streams[place]) for place in (number, source)]
+            pastes.append(Paste(number, source, Mix(stream.paste), *(loss.targets for loss in losses)))
+    return Pastes(pastes) if pastes else None

@@ -165,6 +165,20 @@ def test_a_term_is_its_definition(kind: str, reference: str) -> None:
     assert value.item() == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_another_stream_are_pasted_with_their_depth(kind: str, known: bool) -> None:
+    """Where nothing is known of what was pasted, it does not count."""
+    outputs, batch = batch_of()
+    own = torch.rand(4, *LABEL, generator=torch.Generator().manual_seed(7)) < 0.6
+    source = batch.map(lambda tensor: tensor.flip(0))
+    pasted = source.targets_alone() if known else Batch()
+    pairs = list(zip(references(batch, "teacher"), references(source, "teacher"), own.numpy(), strict=True))
+    moved = [(np.where(at, a[0], b[0]), np.where(at, a[1], b[1]) if known else a[1] & at) for a, b, at in pairs]
+    value = loss_of(term_of(kind, "teacher"), outputs, replace(batch, own=own, pasted=pasted))
+    assert value.item() == pytest.approx(oracle(kind, outputs, moved), rel=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_is_resized_as_its_own_head_resizes(kind: str) -> None:
     """With aligned corners, in the space of its raw output, from float16; a map of a live teacher is the same."""

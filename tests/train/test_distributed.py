@@ -288,8 +288,9 @@ def build(num_classes=7):
         {"method": "kl+dist+pseudo", "batch_size": 4},
         {"mix": "classmix", "gate": "confidence:0.5", "class_balance": "sqrt", "batch_size": 4},
         {"stream": ["a,share=0.75,method=kl+dist", "b,method=none,weight=0.5"], "batch_size": 8},
+        {"stream": ["a,share=0.25", "b,method=kl+pseudo,paste=classmix,paste-from=a"], "batch_size": 8},
     ],
-    ids=["uneven", "clipped", "unused parameters", "terms", "mixed", "streams"],
+    ids=["uneven", "clipped", "unused parameters", "terms", "mixed", "streams", "pasted"],
 )
 def test_two_processes_train_as_one(
     changes: dict[str, Any],

@@ -1,12 +1,13 @@
 """The base of all terms: one loss between a student and the arrays of a store, on its own and unweighted."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from kdcache.distill.batch import Batch
 from kdcache.distill.target import Target, TargetFormat
 from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
 from kdcache.distill.terms.spec import TermSpec, compares_features, reads_logits, reads_teacher
@@ -55,7 +56,9 @@ class TermBatch:
         counted: (B, H, W) bool, which pixels of the view the means are over (those that show the image, those with a
             label); None is all.
         window, flip, zoom, own: as in `Batch`.
-        shown: (B, H, W) bool, which pixels show the image, for terms that read it; None is all.
+        pasted: the same with the targets of another stream's samples, whose pixels were pasted; None where the
+            neighbours' were, if any.
+        shown: (B, H, W) bool, which pixels show the image, or one that was pasted, for terms that read it; None is all.
         heads: heads beside segmentation, by name.
         others: logits (B', C, h, w) of the rows of other streams of the batch, by the stream's name.
     """
@@ -72,9 +75,17 @@ class TermBatch:
     flip: Tensor | None = None
     zoom: Tensor | None = None
     own: Tensor | None = None
+    pasted: "TermBatch | None" = None
     shown: Tensor | None = None
     heads: Mapping[str, HeadBatch] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def with_targets(self, batch: Batch) -> "TermBatch":
+        """Return the same with the targets of another batch, where that has them."""
+        targets = batch.targets or {}
+        heads = {name: replace(head, target=targets.get(name)) for name, head in self.heads.items()}
+        moved = {"window": batch.window, "flip": batch.flip, "zoom": batch.zoom}
+        return replace(self, target=batch.target, heads=heads, **moved)
 
 
 class Term(nn.Module):

@@ -99,15 +99,30 @@ class DepthTerm(Term):
             values_BHW, mask_BHW = self._label(own)
         else:
             assert own.target is not None, "a batch has the targets of its terms (check_heads)"
-            taught = self._taught(own.target, batch, dtype)
-            values_BHW, mask_BHW = (_pasted(map_BHW, batch.own) for map_BHW in taught)
+            values_BHW, mask_BHW = self._with_pasted(self._taught(own.target, batch, dtype), batch, dtype)
         if batch.shown is not None:
-            mask_BHW = mask_BHW & _pasted(batch.shown, batch.own)
+            mask_BHW = mask_BHW & batch.shown
         return self.compared(values_BHW.to(dtype), self.teacher), mask_BHW
 
     def _label(self, own: HeadBatch) -> tuple[Tensor, Tensor]:
         assert own.label is not None, "a batch has the labels of its terms (check_heads)"
         return own.label, (own.label >= MIN_DEPTH) & (own.label <= (self.student.max_depth or torch.inf))
+
+    def _with_pasted(
+        self, taught: tuple[Tensor, Tensor], batch: TermBatch, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """A teacher's map and its valid pixels, with those of the samples that were pasted in their places."""
+        (values_BHW, mask_BHW), own_BHW = taught, batch.own
+        if own_BHW is None:
+            return taught
+        if batch.pasted is None:
+            others = neighbours(values_BHW), neighbours(mask_BHW)
+        else:
+            target = batch.pasted.heads[DEPTH].target
+            if target is None:  # nothing is known of what was pasted
+                return values_BHW, mask_BHW & own_BHW
+            others = self._taught(target, batch.pasted, dtype)
+        return torch.where(own_BHW, values_BHW, others[0]), torch.where(own_BHW, mask_BHW, others[1])
 
     def _taught(self, target: Target, batch: TermBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         assert self.teacher is not None, "only against a teacher"
@@ -181,11 +196,6 @@ class DepthSsi(DepthTerm):
 
     def of_images(self, prediction_BHW: Tensor, reference_BHW: Tensor, mask_BHW: Tensor) -> Tensor:
         return depth.scale_shift_invariant(prediction_BHW, reference_BHW, mask_BHW, self.alpha)
-
-
-def _pasted(map_BHW: Tensor, own_BHW: Tensor | None) -> Tensor:
-    """A map of the images of a batch, with the neighbour's where pixels were pasted from there, to the same place."""
-    return map_BHW if own_BHW is None else torch.where(own_BHW, map_BHW, neighbours(map_BHW))
 
 
 def _above_zero(values: Tensor, head: RegressionHead) -> Tensor:

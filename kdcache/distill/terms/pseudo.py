@@ -25,7 +25,7 @@ class Pseudo(Term):
 
     With `quantile` instead of a threshold, the confident pixels are the most confident share of each class's: of the
     counted pixels of this process's batch that the teacher gives to the class. Pixels that do not count (outside the
-    view, grey, void) have no label.
+    view, grey, void) have no label, nor have those that were pasted, which bring a label of their own.
 
     Args:
         class_weight: (C,) of the cross-entropy; None weighs every class 1.
@@ -91,8 +91,9 @@ class Pseudo(Term):
         argmax_BHW, confidence_BHW = target_argmax_confidence(
             batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
         )
-        if batch.counted is not None:
-            confidence_BHW = confidence_BHW.masked_fill(~batch.counted, 0)  # as outside the view
+        for mask_BHW in (batch.counted, batch.own):
+            if mask_BHW is not None:
+                confidence_BHW = confidence_BHW.masked_fill(~mask_BHW, 0)  # as outside the view
         if self.quantile is None:
             confident_BHW = confidence_BHW >= self.threshold
         else:

@@ -1,25 +1,28 @@
-"""CutMix and ClassMix: parts of one sample of a batch pasted into its neighbour, pixels and labels of all tasks alike.
+"""CutMix and ClassMix: parts of one sample of a batch pasted into another, pixels and labels of all tasks alike.
 
-Rows 2n and 2n + 1 of a batch are neighbours, so that processes which share a batch paste as one would. Where a pixel
-was pasted, the neighbour's target teaches (`Batch.own`): targets move as pixels do.
+Rows 2n and 2n + 1 of a batch are neighbours, so that processes which share a batch paste as one would; from one stream
+into another, row n of N takes from row n M // N of the other's M, which equal parts of both share, too. Where a pixel
+was pasted, the other's target teaches (`Batch.own`): targets move as pixels do.
 
 | kind | pasted | source |
 | --- | --- | --- |
 | cutmix | a box whose share of the image is uniform in 0..1 | Yun 2019, arXiv 1905.04899 |
-| classmix | half of the classes that the neighbour's label shows | Olsson 2021, arXiv 2007.07936 |
+| classmix | half of the classes that the other's label shows | Olsson 2021, 2007.07936; DACS 2020, 2007.08702 |
 
 What is random comes with the batch, so a step repeats to the bit whoever computes it.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.distill import Batch
+from kdcache.distill import SEGMENTATION, AnyBatch, Batch, LabelTargets, MergedTargets, StreamBatch
 from kdcache.distill.batch import neighbours
+from kdcache.distill.target import TargetFormat
 from kdcache.errors import RecipeError
 
 CLASSES = 256
@@ -32,12 +35,13 @@ class Mix:
 
     Args:
         text: cutmix or classmix, and the share of samples that are mixed: 'cutmix:0.5'; 1 when left out.
+        flag: what the text is given by, for messages.
     Attributes:
         dice: how many random numbers a sample needs.
     Raises: RecipeError.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, flag: str = "--mix ") -> None:
         self.kind, _, share = text.partition(":")
         try:
             self._share = float(share) if share else 1.0
@@ -45,30 +49,90 @@ class Mix:
             self._share = math.nan
         if self.kind not in NUMBERS or not 0 < self._share <= 1:
             raise RecipeError(
-                "--mix is cutmix or classmix, with the share of samples that are mixed",
+                f"{flag.strip('= ')} is cutmix or classmix, with the share of samples that are mixed",
                 received=repr(text),
-                remedy="for instance --mix cutmix or --mix classmix:0.5",
+                remedy=f"for instance {flag}cutmix or {flag}classmix:0.5",
             )
         self.dice = NUMBERS[self.kind]
 
+    def __call__(self, batch: AnyBatch) -> AnyBatch:
+        """The batch with mixed pixels and labels, and `own`, which of them are a sample's own; within each stream."""
+        return batch.each(lambda own: self.paste(own, Batch(pixels=own.pixels, labels=own.labels).map(neighbours)))
+
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch with mixed pixels and labels, and `own`, which of them are a sample's own.
+    def paste(self, batch: Batch, other: Batch) -> Batch:
+        """The batch with pixels and labels of the rows of another pasted into its own, and `own`, which still are.
 
         Never waits for the device.
         """
         dice_BN = batch.dice
         assert batch.pixels is not None
+        assert other.pixels is not None
         assert dice_BN is not None
-        other_BHW = neighbours(batch.label)
         if self.kind == "cutmix":
             pasted_BHW = _boxes(dice_BN[:, 1:], batch.size)
         else:
-            pasted_BHW = _classes(dice_BN[:, 1:], other_BHW)
+            pasted_BHW = _classes(dice_BN[:, 1:], other.label)
         own_BHW = ~(pasted_BHW & (dice_BN[:, 0] < self._share)[:, None, None])
-        pixels = torch.where(own_BHW[..., None], batch.pixels, neighbours(batch.pixels))
-        labels = {task: torch.where(own_BHW, label, neighbours(label)) for task, label in batch.labels.items()}
+        pixels = torch.where(own_BHW[..., None], batch.pixels, other.pixels)
+        labels = {
+            task: torch.where(own_BHW, label, other.labels.get(task, _unlabelled(task)))
+            for task, label in batch.labels.items()
+        }
         return replace(batch, pixels=pixels, labels=labels, own=own_BHW)
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Pastes rows of one stream into those of another, with their targets where both have some.
+
+    Attributes:
+        into, source: the streams' numbers.
+        form, source_form: the formats of their targets.
+    """
+
+    into: int
+    source: int
+    mix: Mix
+    form: TargetFormat | None = None
+    source_form: TargetFormat | None = None
+
+    def __call__(self, batch: Batch, source: Batch) -> Batch:
+        count, of = len(batch), len(source)
+        if count != of:
+            assert source.pixels is not None
+            rows = torch.arange(count, device=source.pixels.device) * of // count
+            source = source.map(lambda tensor: tensor[rows])
+        return replace(self.mix.paste(batch, source), pasted=self._targets(source))
+
+    def _targets(self, source: Batch) -> Batch:
+        """The source's targets, in the classes of the training and with windows as the stream's own targets have."""
+        form, other = self.form, self.source_form
+        if form is None or other is None or isinstance(form, LabelTargets) or isinstance(other, LabelTargets):
+            return Batch()
+        if isinstance(other, MergedTargets):
+            source = other.replace_targets(source)
+        (height, width), (own_height, own_width) = other.view_size, form.view_size
+        return source.targets_alone((own_height / height, own_width / width))
+
+
+class Pastes:
+    """Pastes between the streams of a batch; each takes from samples that nothing was pasted into."""
+
+    def __init__(self, pastes: Sequence[Paste]) -> None:
+        self._pastes = tuple(pastes)
+
+    def __call__(self, batch: AnyBatch) -> AnyBatch:
+        assert isinstance(batch, StreamBatch)
+        streams = list(batch.streams)
+        for paste in self._pastes:
+            streams[paste.into] = paste(batch.streams[paste.into], batch.streams[paste.source])
+        return StreamBatch(tuple(streams))
+
+
+def _unlabelled(task: str) -> float:
+    """The label of a pixel without one."""
+    return IGNORE_INDEX if task == SEGMENTATION else math.nan
 
 
 def _boxes(dice_B3: Tensor, size: tuple[int, int]) -> Tensor:

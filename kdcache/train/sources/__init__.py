@@ -3,17 +3,20 @@
 source.py      the data of every stream
 samples.py     the samples of one stream, from a store or a data folder
 labelled.py    whether they have the labels that a training learns from
+pasting.py     whether one stream can be pasted into another
 classes.py     classes that the streams share
 validation.py  what a training is validated on
 """
 
 from kdcache.train.sources.classes import share_classes
+from kdcache.train.sources.pasting import check_pasting
 from kdcache.train.sources.samples import open_dataset
 from kdcache.train.sources.source import Source, open_sources
 from kdcache.train.sources.validation import check_validation, open_validation, shared_with_judge
 
 __all__ = [
     "Source",
+    "check_pasting",
     "check_validation",
     "open_dataset",
     "open_sources",

@@ -36,12 +36,18 @@ def open_store(config: TrainConfig) -> Cache | None:
     return cache
 
 
-def open_dataset(config: TrainConfig, cache: Cache | None) -> DrawnDataset:
-    """Open the samples of a training."""
-    dataset = _of_folder(config) if cache is None else _of_store(config, cache)
-    check_labels(config, dataset)
-    if config.mix is not None:
-        dataset.dice = Mix(config.mix).dice
+def open_dataset(config: TrainConfig, cache: Cache | None, paste: str | None = None) -> DrawnDataset:
+    """Open the samples of a training.
+
+    Args:
+        paste: how another stream's samples are pasted into these, which need no labels of their own then.
+    """
+    labelled_only = not (config.learns_unlabelled or paste is not None)
+    dataset = _of_folder(config, labelled_only) if cache is None else _of_store(config, cache, labelled_only)
+    if paste is None:
+        check_labels(config, dataset)
+    if paste is not None or config.mix is not None:
+        dataset.dice = Mix(paste or str(config.mix)).dice
     return dataset
 
 
@@ -103,7 +109,7 @@ def _jitter(setting: float | str) -> float | RandAugment:
     return RandAugment(*operations)
 
 
-def _of_folder(config: TrainConfig) -> LabelledDataset:
+def _of_folder(config: TrainConfig, labelled_only: bool) -> LabelledDataset:
     assert config.data is not None
     split = open_split(config.data, config.split)
     if config.size is None:
@@ -122,7 +128,7 @@ def _of_folder(config: TrainConfig) -> LabelledDataset:
         part=_part(config),
         tasks=config.label_tasks,
         depth_zoom=config.depth_zoom,
-        labelled_only=not config.learns_unlabelled,
+        labelled_only=labelled_only,
     )
     if len(dataset) == 0:
         raise DataError(
@@ -141,7 +147,7 @@ def _used(config: TrainConfig) -> str:
     return "" if config.labels == "all" else f" that --labels {config.labels} leaves to it"
 
 
-def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
+def _of_store(config: TrainConfig, cache: Cache, labelled_only: bool) -> CacheDataset:
     split = source_split(config, cache)
     check_tasks(config, _stored_tasks(cache) if split is None else split.tasks)
     dataset = CacheDataset(
@@ -151,7 +157,7 @@ def _of_store(config: TrainConfig, cache: Cache) -> CacheDataset:
         targets=config.target_heads,
         augmentation=_augmentation(config),
         part=_part(config),
-        labelled_only=not config.learns_unlabelled or config.distill_on == "labelled",
+        labelled_only=labelled_only or config.distill_on == "labelled",
         tasks=config.label_tasks,
         depth_zoom=_zoom_of_depth(config, cache),
     )

@@ -26,6 +26,7 @@ class Source:
         given: the stream's settings, with `augment` resolved; `flip` is as the user gave it.
         config: the same with `flip` resolved, and whatever else depends on the data.
         rows: its rows of every batch.
+        pasted: the stream whose samples are pasted into its own; None without one.
     """
 
     stream: Stream[TrainConfig]
@@ -34,6 +35,7 @@ class Source:
     cache: Cache | None
     dataset: DrawnDataset
     rows: int
+    pasted: "Source | None" = None
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -79,8 +81,13 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
             if cache is not None and given.reads_targets:
                 check_logits(cache, needed=given.reads_logits)
             own = given.model_copy(update={"flip": given.flip is not False})
-            sources.append(Source(stream, given, own, cache, open_dataset(own, cache), count))
+            dataset = open_dataset(own, cache, stream.paste)
+            sources.append(Source(stream, given, own, cache, dataset, count))
     _check_both_learn(config, sources)
+    by_name = {source.stream.name: source for source in sources}
+    for source in sources:
+        if source.stream.paste_from is not None:
+            source.pasted = by_name[source.stream.paste_from]
     return sources
 
 

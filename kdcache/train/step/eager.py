@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 from kdcache.distill import AnyBatch, Criterion
 from kdcache.distill.terms import discriminator_parameters
 from kdcache.models import Outputs, SegmentationModel
-from kdcache.train.input.mix import Mix
 from kdcache.train.step.gradient_norms import Gradient, Norms, TaskGradients, l2_norm
 
 Step = Callable[[AnyBatch], Tensor]
@@ -35,7 +34,7 @@ class EagerStep:
         optimizer: the optimizer of their parameters.
         bf16: whether the model runs under autocast.
         clip_grad: largest norm of the gradient; 0 does not clip.
-        mix: pastes between the samples of a batch, within a stream; None does not.
+        mix: pastes between the samples of a batch, within streams or between them; None does not.
     Attributes:
         network: the module that runs forward: the model, or a wrapper that shares its gradients between processes.
         average: mean of a tensor over the processes; None when there is one.
@@ -50,7 +49,7 @@ class EagerStep:
         device: torch.device,
         bf16: bool = False,
         clip_grad: float = 0.0,
-        mix: Mix | None = None,
+        mix: Callable[[AnyBatch], AnyBatch] | None = None,
     ) -> None:
         self.model = model
         self.network: nn.Module = model
@@ -117,8 +116,8 @@ class EagerStep:
         return self.criterion.counts(batch)  # type: ignore[arg-type] # both are of one stream, or of several
 
     def _mixed(self, batch: AnyBatch) -> AnyBatch:
-        """The batch after pasting, within each stream."""
-        return batch if self._mix is None else batch.each(self._mix)
+        """The batch after pasting."""
+        return batch if self._mix is None else self._mix(batch)
 
     def held(self, batch: AnyBatch) -> AnyBatch:
         """The part of a batch that goes through the model at once: all of it."""

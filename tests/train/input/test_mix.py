@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.distill import SEGMENTATION, Batch
+from kdcache.distill import SEGMENTATION, Batch, StreamBatch
 from kdcache.errors import RecipeError
-from kdcache.train.input.mix import Mix
+from kdcache.train.input.mix import Mix, Paste, Pastes
 
 B, H, W = 64, 24, 32
 
@@ -98,6 +98,29 @@ def test_a_share_of_the_samples_is_mixed() -> None:
     numbers[:, 1] = 0.9
     mixed = ~paste(mix, pixels, label, numbers)[2].flatten(1).all(1)
     assert torch.equal(mixed, numbers[:, 0] < 0.25)
+
+
+def test_a_stream_is_pasted_into_another_without_its_labels() -> None:
+    """Rows take turns; what has no label of a task there has none after it was pasted."""
+    mix = Mix("cutmix")
+    pixels, label = batch()
+    metres = pixels[..., 0].float()
+    into = Batch(pixels=pixels, labels={SEGMENTATION: label, "depth": metres}, dice=dice(mix))
+    source = Batch(pixels=255 - pixels[: B // 4], labels={SEGMENTATION: label[: B // 4].flip(0)})
+    mixed = Pastes([Paste(0, 1, mix)])(StreamBatch((into, source)))
+    assert isinstance(mixed, StreamBatch)
+    first, second = mixed.streams
+    assert second is source
+    assert first.own is not None
+    assert first.pixels is not None
+    rows = torch.arange(B) // 4
+    owner = torch.where(first.own, torch.arange(B)[:, None, None], 255 - rows[:, None, None])
+    assert torch.equal(first.pixels[..., 0].long(), owner)
+    assert torch.equal(first.label, torch.where(first.own, label, source.label[rows]))
+    assert torch.equal(first.labels["depth"].isfinite(), first.own)
+    assert first.pasted is not None
+    assert not first.pasted.targets
+    assert 0.2 < first.own.float().mean() < 0.8
 
 
 @pytest.mark.parametrize("text", ["mixup", "cutmix:0", "cutmix:1.1", "classmix:x", ""])

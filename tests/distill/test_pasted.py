@@ -1,0 +1,153 @@
+"""A loss of samples into which another stream's were pasted, beside a float64 oracle: labels, KL, pseudo labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from target_oracle import LABEL, VIEW, Format, dense_target, inputs, kl_pixels, labelled, top_k, upsampled
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
+from kdcache.distill.terms import TermSpec
+from kdcache.distill.terms.pseudo import Pseudo
+from kdcache.models import Outputs
+from kdcache.train.input.mix import Mix, Paste, Pastes
+
+ROWS, FROM = 4, [0, 0, 1, 1]
+"""The stream has four rows, and the other's two are pasted into them."""
+
+
+class Half(Format):
+    """A store whose views have half the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.view_size = (VIEW[0] // 2, VIEW[1] // 2)
+
+
+def streams() -> tuple[Batch, Batch]:
+    """Targets of two stores, (source, into): top-k and dense; the first two rows of the second have no label."""
+    source = labelled(dense_target(3, seed=2).rows(2, 1), inputs(2, 2)[1])
+    into = labelled(dense_target(ROWS, seed=1), inputs(1, ROWS)[1])
+    into.label[:2] = 255
+    pixels = [torch.full((n, *LABEL, 3), value, dtype=torch.uint8) for n, value in ((2, 7), (ROWS, 90))]
+    dice = torch.rand(ROWS, Mix("classmix").dice, generator=torch.Generator().manual_seed(3))
+    return replace(top_k(source), pixels=pixels[0]), replace(into, pixels=pixels[1], dice=dice)
+
+
+def own_of(source: Batch, dice: Tensor) -> np.ndarray:
+    """Where a row is still its own (4, H, W): all but half of the classes that the other shows, those of least dice."""
+    own = np.ones((ROWS, *LABEL), bool)
+    for row, other in enumerate(FROM):
+        label = source.label[other].numpy()
+        shown = sorted(set(label.flatten().tolist()) - {255}, key=lambda c: float(dice[row, 1 + c]))
+        own[row] = ~np.isin(label, shown[: (len(shown) + 1) // 2])
+    return own
+
+
+def mixed(source: Batch, into: Batch, forms: tuple[Format, Format] = (Format(), Half())) -> Batch:
+    """The second stream after pasting; the source's windows are given in pixels of views of half the size."""
+    assert source.window is not None
+    small = replace(source, window=source.window / 2) if isinstance(forms[1], Half) else source
+    pasted = Pastes([Paste(1, 0, Mix("classmix"), *forms)])(StreamBatch((small, into)))
+    assert isinstance(pasted, StreamBatch)
+    assert pasted.streams[0] is small
+    return pasted.streams[1]
+
+
+def pseudo_of(into: Batch, z: Tensor, counted: Tensor) -> tuple[float, float]:
+    """DACS: every counted pixel, times the share of the confident ones; and the threshold, far from any confidence."""
+    t, _ = upsampled(into, False)
+    confidence, label = t.softmax(1).max(1)
+    seen = confidence[counted]
+    threshold = max(np.linspace(0.9, 0.97, 71), key=lambda x: float((seen - x).abs().min()))
+    share = float((seen >= threshold).double().mean())
+    return share * float(F.cross_entropy(z, label, reduction="none")[counted].mean()), float(threshold)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_what_each_pixel_is_taught_by(weight: float) -> None:
+    """The source's labels and targets where it was pasted, its own elsewhere; all times the stream's weight."""
+    source, into = streams()
+    assert into.dice is not None
+    own = torch.from_numpy(own_of(source, into.dice))
+    logits = inputs(9, ROWS)[0].double().requires_grad_()
+    z = F.interpolate(logits, LABEL, mode="bilinear")
+    other = source.map(lambda tensor: tensor[FROM])
+    label = torch.where(own, into.label, other.label)
+    ce = F.cross_entropy(z, label.long(), ignore_index=255)
+    kls, insides = zip(kl_pixels(logits, into), kl_pixels(logits, other), strict=True)
+    counts = [own & insides[0], ~own & insides[1]]
+    kl = sum(kls[n][counts[n]].sum() for n in (0, 1)) / sum(count.sum() for count in counts)
+    pseudo, threshold = pseudo_of(into, z, counts[0])
+
+    term = Pseudo(TermSpec("pseudo", threshold=threshold, normalise="share", weight=0.7), Format(), impl="reference")
+    target_loss = DistillLoss(Format(), kl_weight=0.4, further=[term], impl="reference")
+    criterion = StreamLoss([DistillLoss(impl="reference"), target_loss], ["source", "into"], [1.0, weight])
+    batch = StreamBatch((replace(source, targets=None), mixed(source, into)))
+    first = inputs(8, 2)[0].double()
+    losses = criterion(Outputs({SEGMENTATION: torch.cat([first, logits])}, {}), batch)
+    assert losses.streams[1].ce.item() == pytest.approx(ce.item(), rel=1e-9)
+    assert losses.streams[1].kl.item() == pytest.approx(kl.item(), rel=1e-9)
+    assert losses.streams[1].terms[0].item() == pytest.approx(pseudo, rel=1e-9)
+    alone = F.cross_entropy(F.interpolate(first, LABEL, mode="bilinear"), source.label.long(), ignore_index=255)
+    expected = alone.item() + weight * (ce + 0.4 * kl + 0.7 * pseudo).item()
+    assert losses.loss.item() == pytest.approx(expected, rel=1e-9)
+    (gradient,) = torch.autograd.grad(losses.loss, logits)
+    (of_ce,) = torch.autograd.grad(ce + 0.4 * kl, logits)
+    assert torch.allclose(gradient, weight * of_ce, rtol=0, atol=1e-12) == (weight == 0)  # pseudo labels are in it, too
+    parts = criterion.parts(Outputs({SEGMENTATION: torch.cat([first, logits])}, {}), batch)
+    assert parts["into/loss"].item() == pytest.approx(weight * (ce + 0.4 * kl + 0.7 * pseudo).item(), rel=1e-9)
+
+
+def test_a_source_without_targets_teaches_by_its_labels_alone() -> None:
+    source, into = streams()
+    assert into.dice is not None
+    own = torch.from_numpy(own_of(source, into.dice))
+    logits = inputs(9, ROWS)[0].double()
+    losses = DistillLoss(Format(), impl="reference")(logits, mixed(replace(source, targets={}), into))
+    kl, inside = kl_pixels(logits, into)
+    assert losses.kl.item() == pytest.approx(kl[own & inside].mean().item(), rel=1e-9)
+
+
+def test_equal_parts_paste_and_count_as_the_whole() -> None:
+    source, into = streams()
+    whole = mixed(source, into, (Format(), Format()))
+    parts = []
+    for part in (0, 1):
+        rows = StreamBatch((source, into)).rows(3, 3 * part)
+        parts.append(mixed(*rows.streams, (Format(), Format())))
+    for part, batch in enumerate(parts):
+        assert batch.pixels is not None
+        assert torch.equal(batch.label, whole.label[2 * part : 2 * part + 2])
+        assert batch.own is not None
+        assert whole.own is not None
+        assert torch.equal(batch.own, whole.own[2 * part : 2 * part + 2])
+        assert torch.equal(batch.pixels[..., 0] == 90, batch.own)
+    criterion = DistillLoss(Format(), impl="reference")
+    counts, of_parts = criterion.counts(whole), [criterion.counts(part) for part in parts]
+    assert sum(float(part.kl) for part in of_parts) == counts.kl
+    assert sum(float(part.ce) for part in of_parts) == counts.ce
+
+
+def test_a_gate_judges_each_target_at_its_own_pixels() -> None:
+    """The gate lets pass what the stream's target, or the pasted one, gets right."""
+    source, into = streams()
+    into.label[:2] = inputs(5, 2)[1]
+    assert into.dice is not None
+    own = torch.from_numpy(own_of(source, into.dice))
+    logits = inputs(9, ROWS)[0].double()
+    batch = mixed(source, into)
+    losses = DistillLoss(Format(), gate=Gate(GateSpec("correct")), impl="reference")(logits, batch)
+    total, counted = 0.0, 0.0
+    for target, mask in ((into, own), (source.map(lambda tensor: tensor[FROM]), ~own)):
+        kl, inside = kl_pixels(logits, target)
+        best = upsampled(target, False)[0].argmax(1)
+        passed = (best == batch.label) | (batch.label == 255)
+        total += float(kl[mask & inside & passed].sum())
+        counted += float((mask & inside).sum())
+    assert losses.kl.item() == pytest.approx(total / counted, rel=1e-3)  # argmax of float16 sums
