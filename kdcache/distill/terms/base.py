@@ -84,8 +84,8 @@ class TermBatch:
         """Return the same with the targets of another batch, where that has them."""
         targets = batch.targets or {}
         heads = {name: replace(head, target=targets.get(name)) for name, head in self.heads.items()}
-        moved = {"window": batch.window, "flip": batch.flip, "zoom": batch.zoom}
-        return replace(self, target=batch.target, heads=heads, **moved)
+        at = batch.window, batch.flip, batch.zoom
+        return replace(self, target=batch.target, heads=heads, window=at[0], flip=at[1], zoom=at[2])
 
 
 class Term(nn.Module):

@@ -36,8 +36,9 @@ def _check_forms(source: Source, pasted: Source) -> None:
     cache, other = source.cache, pasted.cache
     depth = any(of_depth(term) and reads_teacher(term) and term.weight != 0 for term in source.config.terms)
     differs = []
-    if depth and cache is not None and cache.manifest.heads[DEPTH].unit != METRES:
-        differs.append(f"depth in unit {cache.manifest.heads[DEPTH].unit!r}, known up to a scale of each image")
+    unit = depth_head(cache.manifest).unit if depth and cache is not None else METRES
+    if unit != METRES:
+        differs.append(f"depth in unit {unit!r}, known up to a scale of each image")
     if cache is not None and other is not None:
         shared = set(source.dataset.heads) & set(pasted.dataset.heads)
         if SEGMENTATION in shared and cache.align_corners != other.align_corners:
