@@ -54,6 +54,10 @@ class RunStream(BaseModel):
     taught: bool
 
 
+_LEFT_OUT = ("heads", "untrained", "streams", "stores")
+"""Fields that are left out where they are empty."""
+
+
 class RunModel(BaseModel):
     """The model that a run's weights belong to. Class names and colours travel with the model into every table."""
 
@@ -69,6 +73,7 @@ class RunModel(BaseModel):
     heads: dict[str, RegressionHead] = {}  # beside segmentation
     untrained: tuple[str, ...] = ()  # heads that are at random, for nothing was learnt of them
     streams: tuple[RunStream, ...] = ()  # where there are several, instead of `labels`
+    stores: tuple[str, ...] = ()  # seals of the stores whose targets are learnt from
 
     @model_validator(mode="after")
     def _check_names(self) -> "RunModel":
@@ -83,7 +88,7 @@ class RunModel(BaseModel):
     def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A model of segmentation alone, from one source, is described without the fields of others."""
         fields: dict[str, Any] = serialise(self)
-        return {name: value for name, value in fields.items() if value or name not in ("heads", "untrained", "streams")}
+        return {name: value for name, value in fields.items() if value or name not in _LEFT_OUT}
 
     @property
     def judged_heads(self) -> dict[str, RegressionHead]:
@@ -101,7 +106,7 @@ class RunModel(BaseModel):
 
     def metadata(self) -> dict[str, str]:
         """The fields as exported files carry them: text as it is, the rest as JSON. Its training stays behind."""
-        fields = self.model_dump(mode="json", exclude={"trained_on", "labels", "streams"})
+        fields = self.model_dump(mode="json", exclude={"trained_on", "labels", "streams", "stores"})
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
     @classmethod

@@ -20,7 +20,7 @@ from kdcache.errors import CorruptError, StoreError
 from kdcache.store.backend.base import MAX_JSON_BYTES, MAX_SEALED_BYTES, Place
 from kdcache.store.format.damage import damaged, damaged_metadata, unreadable_metadata
 from kdcache.store.format.manifest import Manifest
-from kdcache.store.format.manifest_models import Part
+from kdcache.store.format.manifest_models import Digest, Part
 from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.format.shard import chunk_checksums
 
@@ -28,7 +28,6 @@ COMPLETE = "complete.json"
 WHOLE = "ledger.jsonl"
 # Through no folder above the store: the files that a ledger lists are opened on this machine.
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$", max_length=500)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileRecord(Part):

@@ -107,6 +107,9 @@ class StoreSummary:
             place = "in the data set" if m.view.pixels == "source" else "stored"
             text = f"labels of {m.depth.labelled} samples in metres, {place}{zoom[m.depth.zoom]}"
             rows.insert(3, ("depth", text))
+        if m.teacher.parents:
+            at = next(row for row, (name, _) in enumerate(rows) if name == "targets")
+            rows.insert(at, ("parents", f"the teacher is a student of {', '.join(m.teacher.parents)}"))
         if m.fidelity is not None:
             at = next(row for row, (name, _) in enumerate(rows) if name == "built")
             rows.insert(at, ("fidelity", m.fidelity.describe()))

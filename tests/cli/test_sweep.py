@@ -9,10 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kdcache.models.run import load_run
-from kdcache.models.weights import state_digest
-from kdcache.store import open_cache
-
 RUNS = {
     "camvid-segformer": ["B0", "KD(KL) w=1.0", "KD(KL) w=0.5", "KD(AT)", "KD(SP)"],
     "voc-compare": ["Without KD (Baseline)", "Response-Based", "Feature-Based"],
@@ -194,37 +190,3 @@ def test_a_network_of_two_tasks_from_three_streams(cli, tmp_path: Path) -> None:
     assert {"surface/ce", "polygon/ce", "kitti/pseudo", "kitti/depth-silog"} <= set(trained)
     _check_pictures(out / "pictures", len(rows) - 1)
     assert (out / "report.html").stat().st_size > 0
-
-
-@pytest.mark.slow
-def test_self_training_leaves_every_round(cli, tmp_path: Path) -> None:
-    data = [("source", "game", 0), ("target", "camera", 1)]
-    flags = [
-        word
-        for name, style, seed in data
-        for word in (f"--{name}", f"scenes:48x64,train=16,val=4,style={style},seed={seed}")
-    ]
-    changes = (
-        "teacher.iterations=20",
-        "teacher.val-every=20",
-        "student.val-every=2",
-        "student.collapse=note",
-        "show.num=1",
-    )
-    flags += [word for change in changes for word in ("--set", change)]
-    flags += ["--size", "48x64", "--iterations", "4", "--rounds", "2", "--init", "last"]
-    for _ in range(2):  # the second time nothing is left to do but the page
-        ended = cli("self-train", "--out", tmp_path / "out", *flags)
-        assert ended.code == 0, ended.err
-    assert ended.err.count("done before") == 8
-    found = json.loads((tmp_path / "out/comparison.json").read_text(encoding="utf-8"))
-    rounds = [f"self-training, round {number}" for number in (1, 2)]
-    assert [row["name"] for row in found["rows"]] == ["source alone", *rounds, "teacher"]
-    stores = [open_cache(tmp_path / "out/stores" / f"target{name}.zarr") for name in ("", "-self-training-round-2")]
-    student, _ = load_run(tmp_path / "out/runs/self-training-round-1", "last-ema")
-    assert stores[1].manifest.teacher.weights == state_digest(student)
-    assert stores[0].manifest.teacher.weights != stores[1].manifest.teacher.weights
-    assert (tmp_path / "out/audits/target-self-training-round-2/report.json").is_file()
-    assert "What the teacher of each round gives" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    refused = cli("self-train", "--out", tmp_path / "none", "--smoke", "--rounds", "0")
-    assert refused.code == 2

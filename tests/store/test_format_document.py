@@ -106,7 +106,8 @@ def check_fields(first: str, content: Any, named: dict[str, str]) -> None:
         assert has_type(value, written[path][0]), (path, value)
         found[path] = value
     absent = {path for path in written if path not in found}
-    may_be_absent = ("depth.", "features.<tap>.", "fidelity.", "statistics.<name>.", "teacher.tta.", "view.drawn.")
+    may_be_absent = ("depth.", "features.<tap>.", "fidelity.", "statistics.<name>.", "view.drawn.")
+    may_be_absent += ("teacher.parents", "teacher.tta.")
     assert all(path.startswith(may_be_absent) for path in absent), absent
     for path, (kind, example) in written.items():
         assert has_type(example, kind), (path, kind, example)

@@ -11,10 +11,11 @@ import pytest
 
 from kdcache.data import Fold, folds_of, open_split, write_scenes
 from kdcache.errors import CorruptError, MismatchError
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache, inspect_store, open_cache
 from kdcache.store.format.flags import pack_flags, unpack_flags
+from kdcache.store.format.manifest import parse_manifest
 from kdcache.store.format.manifest_models import Training
-from kdcache.teacher import BuildOptions, build_cache, load_teacher
+from kdcache.teacher import BuildOptions, build_cache, load_teacher, load_teachers
 from kdcache.train import Observer, make_config, train
 from kdcache.train.held_out import check_teacher
 from kdcache.train.input.subset import Part
@@ -269,6 +270,45 @@ def test_the_teacher_of_a_stream_s_store_is_not_known(
     assert unknown is None
     digests = [open_cache(cache_path).manifest.dataset.ids_digest, split.digest()]
     assert [training and training.ids_digest for training in seen] == digests
+
+
+def test_a_store_names_the_stores_that_its_teacher_learnt_from(
+    student: dict[str, Any], settings: dict[str, Any], cache_path: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of streams and of one store; of a store whose labels alone were learnt from nothing is a student's."""
+    taught = f"taught,cache={cache_path},share=0.5,method=kl"
+    streams = {
+        "streams": [taught, f"labelled,data={data}"],
+        "twice": [taught, taught.replace("taught,", "again,")],
+        "labels": [taught.replace("method=kl", "method=none"), f"labelled,data={data}"],
+        "weightless": [f"{taught},weight=0", f"labelled,data={data}"],
+    }
+    common = {"iterations": 1, "val": None, "batch_size": 2, "size": "32x48"}
+    for name, lines in streams.items():
+        train(make_config(**student | {"cache": None, "method": "auto", "stream": lines} | common), tmp_path / name)
+    train(make_config(**student | {"method": "kl"} | common), tmp_path / "alone")
+    train(make_config(**settings | common), tmp_path / "plain")
+    split, ledger = open_split(str(data), "train"), open_cache(cache_path).ledger
+    assert ledger is not None
+    seal = (ledger.completion.digest,)
+    for name, parents in {"streams": seal, "twice": seal, "alone": seal}.items() | {
+        (name, ()) for name in ("labels", "weightless", "plain")
+    }:
+        assert load_teacher(str(tmp_path / name), split.classes).parents == parents, name
+    teachers = load_teachers([str(tmp_path / name) for name in ("plain", "alone", "streams")], split.classes)
+    build_cache(split, teachers, tmp_path / "child", BuildOptions(size=(32, 48)))
+    child = open_cache(tmp_path / "child").manifest
+    assert child.teacher.parents == seal
+    orphan = child.model_copy(update={"teacher": child.teacher.model_copy(update={"parents": ()})})
+    assert orphan.differences(child) == []
+    assert "parents" not in orphan.to_json()["teacher"]
+    assert parse_manifest({"kdcache": orphan.to_json()}, "") == orphan
+    assert ("parents", f"the teacher is a student of {seal[0]}") in inspect_store(tmp_path / "child").facts()
+    for wrong in ("x" * 64, "0" * 63):
+        with pytest.raises(CorruptError, match="parents"):
+            parse_manifest(
+                {"kdcache": child.to_json() | {"teacher": child.to_json()["teacher"] | {"parents": [wrong]}}}, ""
+            )
 
 
 def test_a_teacher_of_one_stream_has_the_fold_of_that(settings: dict[str, Any], data: Path, tmp_path: Path) -> None:

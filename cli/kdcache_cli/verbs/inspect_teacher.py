@@ -43,6 +43,8 @@ def report_teacher(
         _print_gradient(audit.classes)
     for regression in audit.regressions:
         _print_regression(regression)
+    if audit.parents:
+        OUT.print(f"The teacher is a student of the store {', '.join(audit.parents)}", highlight=False)
     if audit.features:
         _print_features(audit.features)
     OUT.print(f"\n[bold]{escape(str(folder))}[/]: report.json and {len(pictures)} pictures")

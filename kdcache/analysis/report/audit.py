@@ -32,8 +32,10 @@ class TeacherAudit:
         bins: (low, high, share, confidence, accuracy) of pixels by confidence.
         sure, right: mean confidence of the pixels predicted as each class, and the share of them that is right.
         confused: (label, prediction, share of the label's pixels, pixels), the largest share first.
-        kept: (threshold, share of pixels, share of these that is right) of pseudo labels.
+        kept: (threshold, share of pixels, share of these that is right, their mIoU) of pseudo labels.
         miou: of the teacher; NaN without labels.
+        seal: digest of the store's seal. parents: those of the stores that its teacher learnt from. Both are empty in
+            audits that were made before they were recorded.
     """
 
     path: Path
@@ -45,9 +47,11 @@ class TeacherAudit:
     sure: tuple[float, ...]
     right: tuple[float, ...]
     confused: tuple[tuple[str, str, float, int], ...]
-    kept: tuple[tuple[float, float, float], ...]
+    kept: tuple[tuple[float, float, float, float], ...]
     miou: float = math.nan
     tables: tuple[Table, ...] = ()
+    seal: str = ""
+    parents: tuple[str, ...] = ()
 
     def check_classes(self, names: tuple[str, ...]) -> None:
         """Check the classes of the audit, where it and the data have some. Raises: MismatchError for other classes."""
@@ -102,7 +106,7 @@ def show_audit(audit: TeacherAudit) -> Markup:
         confused=[
             (label, predicted, percent(share), f"{pixels:,}") for label, predicted, share, pixels in audit.confused
         ],
-        thresholds=[(f"{least:g}", percent(share), percent(right)) for least, share, right in audit.kept],
+        thresholds=[(f"{least:g}", *map(percent, figures)) for least, *figures in audit.kept],
     )
 
 
@@ -125,11 +129,19 @@ def _parse(path: Path, content: Mapping[str, Any]) -> TeacherAudit:
             (str(p["label"]), str(p["said"]), float(p["share"]), int(p["pixels"])) for p in content["confused"]
         ),
         kept=tuple(
-            (float(p["threshold"]), _number(p["share"]), _number(p["precision"])) for p in content["pseudo_labels"]
+            (float(p["threshold"]), _number(p["share"]), _number(p["precision"]), _number(_of_labels(p).get("miou")))
+            for p in content["pseudo_labels"]
         ),
         miou=_number((content.get("teacher") or {}).get("miou")),
         tables=others,
+        seal=str(content.get("store", {}).get("seal", "")),
+        parents=tuple(map(str, content.get("store", {}).get("parents", ()))),
     )
+
+
+def _of_labels(pseudo: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a threshold keeps of the labelled pixels; empty without labels."""
+    return pseudo.get("beside_labels") or {}
 
 
 def _depth_tables(content: Mapping[str, Any]) -> Iterator[Table]:

@@ -19,20 +19,33 @@ def rounds(audits: Sequence[TeacherAudit]) -> Markup | None:
     rows = [
         (
             f"{number}: {audit.path.parent.name}",
+            _short(audit.seal),
+            _parents(audit, audits),
             percent(audit.miou),
             percent(audit.ece),
             *(cell for threshold in THRESHOLDS for cell in _over(audit, threshold)),
         )
         for number, audit in enumerate(audits, 1)
     ]
-    header = ["round, store", "teacher's mIoU %", "calibration error, points"]
+    header = ["round, store", "its seal", "taught by a student of", "teacher's mIoU %", "calibration error, points"]
     header += [text for t in THRESHOLDS for text in (f"kept over {t:g} %", "of these right %")]
     return render("rounds.html", header=header, rows=rows, verdict=_verdict(audits))
 
 
+def _parents(audit: TeacherAudit, audits: Sequence[TeacherAudit]) -> str:
+    """The stores that a teacher learnt from: by their rounds, or by their seals where no round has these."""
+    rounds_of = {other.seal: f"round {number}" for number, other in enumerate(audits, 1) if other.seal}
+    named = (f"{rounds_of.get(parent, 'another store')} ({_short(parent)})" for parent in audit.parents)
+    return ", ".join(named) or ("no store" if audit.seal else "unknown")
+
+
+def _short(seal: str) -> str:
+    return seal[:12] or "unknown"
+
+
 def _over(audit: TeacherAudit, threshold: float) -> tuple[str, str]:
     """The pixels that a threshold keeps, and how many of these are right, in percent."""
-    kept = {least: (share, right) for least, share, right in audit.kept}
+    kept = {least: (share, right) for least, share, right, _ in audit.kept}
     share, right = kept.get(threshold, (math.nan, math.nan))
     return percent(share), percent(right)
 

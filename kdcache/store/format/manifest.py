@@ -123,8 +123,10 @@ class Manifest(parts.Part):
         return differences
 
     def to_json(self) -> dict[str, Any]:
-        """The value of the attribute `kdcache`. No `repairs` or `depth` is left out, as older readers want it."""
-        return self.model_dump(mode="json", exclude={name for name in ("repairs", "depth") if not getattr(self, name)})
+        """The value of the attribute `kdcache`. What older readers do not know is left out where it is empty."""
+        unused: dict[str, Any] = {name: True for name in ("repairs", "depth") if not getattr(self, name)}
+        unused |= {} if self.teacher.parents else {"teacher": {"parents"}}
+        return self.model_dump(mode="json", exclude=unused)
 
     def with_environment(self, of: "Manifest") -> "Manifest":
         """This one, as if it were of a build in the environment of another: its libraries and device."""

@@ -28,6 +28,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$", max_lengt
 FolderName = Annotated[str, Field(pattern=r"^[^./\\\x00-\x1f\x7f-\x9f][^/\\\x00-\x1f\x7f-\x9f]*$", max_length=200)]
 """The pattern of the name of a split: it is a folder of the user's, in any language."""
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=MAX_RECORDS)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
@@ -285,6 +286,8 @@ class Fingerprint(Part):
         trainings: of each member, or of the one teacher; several of one that learnt from several data sets. None stands
             for one that is not known. Empty in stores that were begun before it was recorded. It is no part of the
             teacher's identity.
+        parents: digests of the seals of the stores that its students learnt from, where it is one: in rounds of
+            self-training, of the round before. Neither they are part of its identity.
     """
 
     spec: str
@@ -298,6 +301,7 @@ class Fingerprint(Part):
     folds: Annotated[int, Field(ge=2, le=255)] | None = None
     folds_by: str | None = None
     trainings: Annotated[tuple[Training | None, ...], Field(max_length=65535)] = ()
+    parents: Annotated[tuple[Digest, ...], Field(max_length=65535)] = ()
     probe: tuple[Logit, ...]
 
     @model_validator(mode="after")

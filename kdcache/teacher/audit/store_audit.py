@@ -16,19 +16,27 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class StoreAudit:
-    """The audits of a store's outputs; `classes` is None without a head of segmentation."""
+    """The audits of a store's outputs.
+
+    Attributes:
+        classes: None without a head of segmentation.
+        seal: digest of the store's seal. parents: those of the stores that its teacher learnt from.
+    """
 
     images: int
     classes: Audit | None = None
     regressions: tuple[RegressionAudit, ...] = ()
     features: tuple[FeatureAudit, ...] = ()
+    seal: str = ""
+    parents: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers: of classes at the top level, `regressions` and `features` by name."""
         classes = {"images": self.images} if self.classes is None else self.classes.to_json()
         values = {audit.name: audit.to_json() for audit in self.regressions}
         features = {audit.tap: audit.to_json() for audit in self.features}
-        return {**classes, "regressions": values, "features": features}
+        store = {"seal": self.seal, "parents": list(self.parents)}
+        return {**classes, "store": store, "regressions": values, "features": features}
 
 
 def audit_store(records: Records, *, worst: int = 10, progress: Progress | None = None) -> StoreAudit:
@@ -54,4 +62,6 @@ def audit_store(records: Records, *, worst: int = 10, progress: Progress | None 
         audit_features(cache, tap, lambda *now, tap=tap: report(f"auditing {tap}", *now))
         for tap in (() if cache.manifest.heads else cache.manifest.features)
     ]
-    return StoreAudit(len(whole_records(cache)), classes, tuple(regressions), tuple(features))
+    assert cache.ledger is not None  # of a store that is complete
+    seal, parents = cache.ledger.completion.digest, cache.manifest.teacher.parents
+    return StoreAudit(len(whole_records(cache)), classes, tuple(regressions), tuple(features), seal, parents)

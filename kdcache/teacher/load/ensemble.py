@@ -82,6 +82,7 @@ def load_teachers(
         folds,
         folds_by,
         tuple(training for teacher in loaded for training in teacher.trainings),
+        tuple(dict.fromkeys(parent for teacher in loaded for parent in teacher.parents)),
     )
 
 
@@ -125,6 +126,7 @@ def _joined(main: Teacher | None, named: Mapping[str, Teacher]) -> Teacher:
         origin=", ".join([*([] if main is None else [main.origin]), *(f"{n}={t.origin}" for n, t in named.items())]),
         size=sizes.pop() if len(sizes) == 1 else None,
         notes=tuple(dict.fromkeys(note for teacher in teachers for note in teacher.notes)),
+        parents=tuple(dict.fromkeys(parent for teacher in teachers for parent in teacher.parents)),
     )
 
 

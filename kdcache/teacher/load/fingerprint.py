@@ -35,6 +35,7 @@ def fingerprint(teacher: Teacher, precision: Precision, device: torch.device) ->
         folds=teacher.folds,
         folds_by=teacher.folds_by,
         trainings=teacher.trainings,
+        parents=teacher.parents,
         probe=tuple(float(f"{value:.6g}") for value in pooled.tolist()),
     )
 

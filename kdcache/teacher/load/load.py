@@ -37,6 +37,7 @@ class Teacher:
         folds_by: the pattern of the sequences that these folds keep whole; None for folds by id.
         trainings: of each member, or of the one model, on each of its streams, as far as it is a run that records them;
             empty when not looked up.
+        parents: seals of the stores that it learnt from, as far as it is a run that records them.
     """
 
     model: SegmentationModel
@@ -47,6 +48,7 @@ class Teacher:
     folds: int | None = None
     folds_by: str | None = None
     trainings: tuple[Training | None, ...] = ()
+    parents: tuple[str, ...] = ()
 
     def model_for(self, fold: int | None) -> SegmentationModel:
         """The model that predicts the samples of a fold; with None the whole, of which the fingerprint is."""
@@ -79,6 +81,7 @@ def load_teacher(
     """
     size, names, notes = None, None, list[str]()
     trainings: tuple[Training | None, ...] = (None,)
+    parents: tuple[str, ...] = ()
     if (weighted := split_spec(origin)) is not None:
         spec, weights = weighted
         if (description := described(spec, weights)) is not None:
@@ -95,6 +98,7 @@ def load_teacher(
         run = Run.open(origin)
         model, run_model = load_run(run, trust=trust)
         size, names, trainings = run_model.size, run_model.class_names, trainings_of(run)
+        parents = run_model.stores
         model.mean, model.std = mean or model.mean, std or model.std
     if model.untrained:
         notes.append(f"{origin} learnt nothing of {', '.join(model.untrained)}: left out")
@@ -104,7 +108,7 @@ def load_teacher(
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
     elif SEGMENTATION in model.learnt_heads and classified:
         _check_classes(origin, model.num_classes, names, classes)
-    return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=trainings)
+    return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=trainings, parents=parents)
 
 
 def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:

@@ -166,9 +166,20 @@ def write_beginning(
             heads=model.regressions,
             untrained=model.untrained,
             streams=_streams(config, datasets) if len(datasets) > 1 else (),
+            stores=_stores(config, datasets),
         )
         write_run_model(run, run_model)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})
+
+
+def _stores(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[str, ...]:
+    """The seals of the stores whose targets the run learns from, each once."""
+    seals = dict[str, None]()
+    for stream, dataset in zip(config.streams, datasets, strict=True):
+        ledger = None if dataset.cache is None else dataset.cache.ledger
+        if stream.weight > 0 and stream.config.reads_targets and ledger is not None:
+            seals[ledger.completion.digest] = None
+    return tuple(seals)
 
 
 def _streams(config: TrainConfig, datasets: Sequence[DrawnDataset]) -> tuple[RunStream, ...]:

@@ -25,12 +25,15 @@ def audit(**changes: Any) -> dict[str, Any]:
         {"low": 0.0, "high": 0.5, "share": 0.0, "confidence": None, "accuracy": None},
         {"low": 0.5, "high": 1.0, "share": 1.0, "confidence": 0.9, "accuracy": 0.7},
     ]
+    beside = {"kept": 0.7, "precision": 0.9, "miou": 0.625}
     found: dict[str, Any] = {
         "images": 4,
         "labelled": 3,
         "calibration": {"ece": 0.2, "bins": bins, "confidence": [0.95, None], "precision": [0.75, None]},
         "confused": [{"label": "road", "said": "<b>car</b>", "share": 0.25, "pixels": 12345}],
-        "pseudo_labels": [{"threshold": 0.5, "share": 0.8, "precision": 0.9, "classes": classes}],
+        "pseudo_labels": [
+            {"threshold": 0.5, "share": 0.8, "precision": 0.9, "classes": classes, "beside_labels": beside}
+        ],
     }
     return {**found, **changes}
 
@@ -54,12 +57,24 @@ def test_an_audit_is_read(written: Callable[..., Path]) -> None:
     assert found.sure[0] == 0.95
     assert math.isnan(found.right[1])
     assert found.confused == (("road", "<b>car</b>", 0.25, 12345),)
-    assert found.kept == ((0.5, 0.8, 0.9),)
+    assert found.kept == ((0.5, 0.8, 0.9, 0.625),)
+    assert (found.seal, found.parents) == ("", ())
+    assert math.isnan(
+        read_audit(written(pseudo_labels=[{**audit()["pseudo_labels"][0], "beside_labels": None}])).kept[0][3]
+    )
 
 
 def test_an_audit_is_shown(written: Callable[..., Path]) -> None:
     shown = show_audit(read_audit(written()))
-    for text in ("3 labelled images of 4", "20.00 points", "surer than it is right", "+20.0", "12,345", "&lt;b&gt;car"):
+    for text in (
+        "3 labelled images of 4",
+        "20.00 points",
+        "surer than it is right",
+        "+20.0",
+        "62.50",
+        "12,345",
+        "&lt;b&gt;car",
+    ):
         assert text in shown
     assert "<b>" not in shown
     drawing = ElementTree.fromstring(shown[shown.index("<svg") : shown.index("</svg>") + len("</svg>")])
@@ -139,7 +154,8 @@ def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     for number, miou in enumerate((0.4, 0.5, 0.3)):
         path = tmp_path / f"camera-round-{number}" / "report.json"
         path.parent.mkdir()
-        path.write_text(json.dumps(audit(teacher={"miou": miou})))
+        store = {"seal": f"{number}" * 64, "parents": [] if number == 0 else [("0" if number == 1 else "f") * 64]}
+        path.write_text(json.dumps(audit(teacher={"miou": miou}, store=store)))
         audits.append(read_audit(path))
     shown = str(rounds(audits))
     assert (
@@ -147,6 +163,8 @@ def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     )
     assert shown.index("1: camera-round-0") < shown.index("2: camera-round-1") < shown.index("3: camera-round-2")
     assert "<td>80.00</td><td>90.00</td>" in shown.replace("\n", "")
+    order = [shown.index(text) for text in ("no store", f"round 1 ({'0' * 12})", f"another store ({'f' * 12})")]
+    assert order == sorted(order)
     assert rounds(audits[:1]) is None
     audits[0].path.write_text(json.dumps(audit(teacher=None, calibration=None, confused=[], labelled=0)))
     assert "have no labels" in str(rounds([read_audit(audits[0].path), audits[1]]))
