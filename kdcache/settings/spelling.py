@@ -171,6 +171,24 @@ def rand_augment(text: str) -> tuple[int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]))
 
 
+RARE_TEMPERATURE = 0.01
+"""That of DAFormer."""
+
+
+def parse_sampling(text: str) -> str:
+    """Check even, rare or rare:T. Raises: ValueError."""
+    kind, colon, temperature = text.partition(":")
+    if text != "even" and (kind != "rare" or (colon and not 0 < float(temperature) < inf)):
+        raise ValueError
+    return text
+
+
+def rare_temperature(sampling: str) -> float | None:
+    """The temperature of sampling by rare classes, DAFormer's where none is said; None for even sampling."""
+    kind, _, temperature = sampling.partition(":")
+    return None if kind == "even" else float(temperature or RARE_TEMPERATURE)
+
+
 def parse_schedule(text: str) -> str:
     """'constant', 'fade' or 'warmup:500' as it stands. Raises: ValueError for anything else."""
     if text not in ("constant", "fade") and not warmup_steps(text):
@@ -224,6 +242,9 @@ Numbers = Annotated[
 ]
 Colour = Annotated[
     tuple[float, float, float], Spelling(parse_colour, rule="three numbers for R,G,B in 0..1", example="0.5,0.5,0.5")
+]
+Sampling = Annotated[
+    str, Spelling(parse_sampling, rule="even, rare or rare:T, with a temperature above 0", example="rare:0.01")
 ]
 DistillSchedule = Annotated[
     str, Spelling(parse_schedule, rule="constant, fade or warmup:N, a number of iterations", example="warmup:500")

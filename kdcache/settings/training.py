@@ -18,6 +18,7 @@ from kdcache.settings.spelling import (
     LrScales,
     Positive,
     Range,
+    Sampling,
     Tasks,
     TaskWeights,
     Weight,
@@ -157,6 +158,12 @@ class TrainSettings:
         "Where only some samples have a label: their share of every batch (default: as many as there are, at "
         "least 0.5).",
         metavar="SHARE",
+    )
+    sampling: Sampling = _part(
+        "even",
+        "even: every sample once an epoch; rare: a rare class first, then a sample that shows it, so that all batches "
+        "have some (needs labels); rare:T with another temperature than 0.01, of which a higher one is milder.",
+        metavar="even|rare[:T]",
     )
     limit_views: Count | None = _part(None, "Replay the first so many views of a sample.", metavar="N", ranged=True)
     limit_samples: Positive | None = _part(None, "Use so many samples, below 1 a share; always the same.", metavar="N")

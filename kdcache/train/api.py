@@ -10,6 +10,7 @@ import torch
 
 from kdcache.data import Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
+from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
@@ -20,7 +21,7 @@ from kdcache.models.trust import remember
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.checks import check_adversaries, check_flip, check_processes, check_supervised
 from kdcache.train.config import TrainConfig
-from kdcache.train.criterion import make_criterion, needed_arrays
+from kdcache.train.criterion import make_criterion, needed_arrays, rare_order
 from kdcache.train.depth_validation import check_depth_labels, depth_errors
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.held_out import check_teacher
@@ -124,6 +125,7 @@ def make_trainer(
                 workers = config.workers
                 keep_records(source.dataset, config.resident, device, workers=workers, among=len(sources), note=note)
                 check_room(source.dataset, source.config.shuffle, note)
+        streams = [_draws(source, stream_seed(config.seed, number), observer) for number, source in enumerate(sources)]
     with world.together():
         if world.first:
             hold_folder(config, run, resume, identity, lock)
@@ -142,7 +144,7 @@ def make_trainer(
         judged = () if val is None else _judged(model, val, config)
         return Trainer(
             model,
-            [_draws(source, stream_seed(config.seed, number)) for number, source in enumerate(sources)],
+            streams,
             criterion,
             config,
             run,
@@ -172,7 +174,7 @@ def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer)
     for source in sources:
         own, dataset = source.config, source.dataset
         with source.named():
-            shuffle = choose_shuffle(own.shuffle, dataset)
+            shuffle = choose_shuffle(_shuffle(own), dataset)
         share = choose_labelled_share(own.labelled_share, dataset.label_flags)
         if own.labelled_share is not None and share is None:
             source.note(observer.note)("--labelled-share has nothing to share out: all samples have a label, or none")
@@ -183,6 +185,19 @@ def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer)
     samples = max(math.ceil(len(source.dataset) * config.batch_size / source.rows) for source in sources)
     resolved = config.resolved(samples, sources[0].dataset.size, config.shuffle)
     return resolved.with_streams([source.config for source in sources])
+
+
+def _shuffle(config: TrainConfig) -> str:
+    """The order of an epoch, of which there is none where samples are drawn by class. Raises: RecipeError."""
+    if config.sampling == "even":
+        return config.shuffle
+    if config.shuffle == "window":
+        raise RecipeError(
+            "--sampling rare takes samples from any shard at any time",
+            received=f"--sampling {config.sampling} with --shuffle window",
+            remedy="leave one of them out",
+        )
+    return "full"
 
 
 def _criterion(source: Source, model: SegmentationModel, device: torch.device, observer: Observer) -> DistillLoss:
@@ -208,9 +223,11 @@ def _combined(criteria: Sequence[DistillLoss], sources: Sequence[Source], config
     return StreamLoss(criteria, [stream.name for stream in streams], [stream.weight for stream in streams], balance)
 
 
-def _draws(source: Source, seed: int) -> StreamDraws:
+def _draws(source: Source, seed: int, observer: Observer) -> StreamDraws:
     own = source.config
-    draws = Draws(source.dataset, seed, own.shuffle, own.labelled_share)
+    with source.named():
+        rare = rare_order(own, source.dataset, seed, source.note(observer.note))
+    draws = Draws(source.dataset, seed, own.shuffle, own.labelled_share, rare)
     return StreamDraws(source.stream.name, draws, source.rows)
 
 

@@ -24,18 +24,22 @@ from kdcache.distill.terms import (
 )
 from kdcache.errors import RecipeError
 from kdcache.models import ClassMerge, Outputs, SegmentationModel
+from kdcache.settings.spelling import rare_temperature
 from kdcache.store import Cache, Records, evenly_spread
 from kdcache.train.class_trust import read_trust, trust_from_run
 from kdcache.train.config import TrainConfig
 from kdcache.train.input.batch import Array
 from kdcache.train.input.dataset import DrawnDataset
+from kdcache.train.input.sampler import Rare
 from kdcache.train.run.monitor import TARGET_VALUES
 
 Size = tuple[int, int]
+_NAMED = 5
+"""So many of the classes that are drawn most are named."""
 COUNTED_TARGETS = 256
 """Samples of a store, at most, that the frequencies of the teacher's classes are counted on."""
 
-_COUNTED: "WeakKeyDictionary[DrawnDataset, npt.NDArray[np.int64]]" = WeakKeyDictionary()
+_COUNTED: "WeakKeyDictionary[DrawnDataset, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]" = WeakKeyDictionary()
 
 
 def needed_arrays(config: TrainConfig, cache: Cache | None, model: SegmentationModel) -> tuple[str, ...]:
@@ -97,13 +101,50 @@ def stored_targets(cache: Cache, dataset: DrawnDataset) -> Cache | MergedTargets
 
 
 def label_counts(dataset: DrawnDataset) -> npt.NDArray[np.int64]:
-    """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice.
+    """Pixels per class (C,) over the labels that a training uses: of first views alone, so that none counts twice."""
+    counts: npt.NDArray[np.int64] = sample_counts(dataset)[0].sum(0)
+    return counts
+
+
+def sample_counts(dataset: DrawnDataset) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pixels per class (N, C), and all of them (N,), of each of the N labels that `label_counts` counts.
 
     They are counted once: reading all labels takes as long as an epoch of plain training reads.
     """
     if dataset not in _COUNTED:
-        _COUNTED[dataset] = sum(map(_bincount, dataset.labels()), np.zeros(256, np.int64))
-    return _COUNTED[dataset][: len(dataset.classes)]
+        classes = len(dataset.classes)
+        counted = [(_bincount(label)[:classes], label.size) for label in dataset.labels()]
+        counts_NC = np.array([own for own, _ in counted], np.int64).reshape(-1, classes)
+        _COUNTED[dataset] = counts_NC, np.array([size for _, size in counted], np.int64)
+    return _COUNTED[dataset]
+
+
+def rare_order(config: TrainConfig, dataset: DrawnDataset, seed: int, note: Callable[[str], None]) -> Rare | None:
+    """The order that `--sampling rare` draws samples in; None for even sampling.
+
+    Args:
+        note: receives the classes that are drawn most.
+    Raises: RecipeError for samples without labels of classes.
+    """
+    temperature = rare_temperature(config.sampling)
+    if temperature is None:
+        return None
+    counts_NC, pixels_N = sample_counts(dataset)
+    without = len(dataset) - len(counts_NC)
+    if without or not counts_NC.any():
+        raise RecipeError(
+            "--sampling rare draws samples by the classes of their labels",
+            received=f"{without} of {len(dataset)} samples without a label of classes that is used"
+            if without
+            else "labels that are void everywhere",
+            remedy="leave it out; or draw labelled samples alone (--distill-on labelled), or as a --stream with "
+            "sampling=rare of their own",
+        )
+    order = Rare(counts_NC, pixels_N, seed, temperature)
+    most = np.argsort(-order.probabilities_C, kind="stable")[:_NAMED]
+    drawn = [f"{dataset.classes.names[c]} {100 * order.probabilities_C[c]:.3g} %" for c in most]
+    note(f"--sampling {config.sampling} draws samples by a class that they show: {', '.join(drawn)}")
+    return order
 
 
 def target_counts(cache: Cache, dataset: DrawnDataset) -> npt.NDArray[np.int64]:

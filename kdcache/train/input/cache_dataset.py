@@ -151,7 +151,7 @@ class CacheDataset(DrawnDataset):
     def _own_labels(self) -> Iterator[Array]:
         if self.split is not None or SEGMENTATION not in self.tasks:
             return super()._own_labels()
-        records, path = map(self.cache.manifest.record, self.labelled), PIXEL_PATHS[1]
+        records, path = map(self.cache.manifest.record, self._with_classes()), PIXEL_PATHS[1]
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
     def fields(self) -> dict[str, Field]:

@@ -152,7 +152,8 @@ class DrawnDataset(Dataset[Batch], ABC):
         return self.indices[index]
 
     def labels(self) -> Iterator[npt.NDArray[np.uint8]]:
-        """The labels of `labelled`, each once, at the data set's size; of a store that keeps them, its first views'.
+        """The labels of segmentation of `labelled`, each once, at the data set's size; of a store that keeps them, its
+        first views'.
 
         Raises: KDCacheError of a label that cannot be read.
         """
@@ -162,8 +163,12 @@ class DrawnDataset(Dataset[Batch], ABC):
         assert self.split is not None
         if SEGMENTATION not in self.tasks:
             return iter(())
-        labels = prefetch(self.split.label, self.labelled, threads=2, ahead=8)
+        labels = prefetch(self.split.label, self._with_classes(), threads=2, ahead=8)
         return (label for label in labels if label is not None)
+
+    def _with_classes(self) -> Sequence[int]:
+        """The samples of `indices` with a label of segmentation that is used."""
+        return [number for number in self.indices if self._has_label(number, SEGMENTATION)]
 
     @abstractmethod
     def _has_label(self, number: int, task: str | None = None) -> bool:

@@ -22,7 +22,7 @@ from kdcache.errors import KDCacheError
 from kdcache.train.input.batch import Row
 from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.input.ring_buffer import Ring
-from kdcache.train.input.sampler import Order, Steps, Woven, choose_labelled_share, choose_shuffle
+from kdcache.train.input.sampler import Order, Rare, Steps, Woven, choose_labelled_share, choose_shuffle
 from kdcache.train.input.shard_prefetch import Ahead, reads_ahead
 
 T = TypeVar("T")
@@ -35,17 +35,23 @@ class Draws(Dataset[Batch | KDCacheError]):
         seed: seed of order and augmentation.
         shuffle: auto, full or window (sampler.py); auto reads a remote store by windows.
         labelled_share: share of every batch that has labels, where only some samples have one; None draws all alike.
+        rare: an order by rare classes, in the place of epochs.
     """
 
     def __init__(
-        self, dataset: DrawnDataset, seed: int, shuffle: str = "auto", labelled_share: float | None = None
+        self,
+        dataset: DrawnDataset,
+        seed: int,
+        shuffle: str = "auto",
+        labelled_share: float | None = None,
+        rare: Rare | None = None,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
         self.by_window = choose_shuffle(shuffle, dataset) == "window"
         shard_records, labelled = dataset.shard_records if self.by_window else None, dataset.label_flags
-        self._order: Order | Woven = Order(len(dataset), seed, shard_records)
-        if labelled_share is not None and labelled is not None:
+        self._order: Order | Woven | Rare = rare or Order(len(dataset), seed, shard_records)
+        if rare is None and labelled_share is not None and labelled is not None:
             self._order = Woven(labelled, labelled_share, seed, shard_records)
 
     def visit(self, draw: int) -> tuple[int, int]:

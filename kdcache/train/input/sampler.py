@@ -14,7 +14,9 @@ drive for instance, still spread over hundreds of batches.
 Where some samples have no label, labelled and other ones may be two streams, each in such an order, woven together so
 that every batch has its share of labels.
 
-Legend: R records.
+Where rare classes are to be met more often, there are no epochs: a draw takes a class, then a record that shows it.
+
+Legend: R records, C classes.
 """
 
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import RecipeError
+from kdcache.settings.spelling import RARE_TEMPERATURE
 from kdcache.train.input.dataset import DrawnDataset
 
 SHUFFLES = ("auto", "full", "window")
@@ -35,6 +38,9 @@ WINDOW_SHARDS = 8
 
 LABELLED_SHARE = 0.5
 """Least part of every batch that has labels, where only some samples have one."""
+
+RARE_SHARE = 3000 / (1914 * 1052)
+"""A record shows a class in more than this share of its pixels: 3000 of an image of GTA5, as in DAFormer's settings."""
 
 Records = np.ndarray[Any, np.dtype[np.int64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -87,6 +93,46 @@ class Woven:
         stream, own = (0, before) if (draw + 1) * parts // of > before else (1, draw - before)
         position, epoch = self._orders[stream].visit(own)
         return int(self._records[stream][position]), epoch
+
+
+class Rare:
+    """Records by rare classes: a class with P(c) = softmax((1 - f_c) / T), then evenly one of those that show it.
+
+    f_c is the share of c among all labelled pixels. A record shows a class in more than RARE_SHARE of its pixels; where
+    none does, in any. Classes that no label has are never drawn.
+
+    Args:
+        counts_RC: pixels of each class.
+        pixels_R: all pixels, void ones too.
+        seed: draw n depends on it and n alone.
+        temperature: T, above 0; a higher one is closer to even.
+    Attributes:
+        probabilities_C: P.
+    Source: Hoyer et al. 2022, DAFormer, arXiv 2111.14887, equations 6 and 7, and the code that its authors published.
+    Theirs also draws up to ten crops of the sample, until half of those pixels are inside: crops here do not depend on
+    labels.
+    """
+
+    def __init__(self, counts_RC: Records, pixels_R: Records, seed: int, temperature: float = RARE_TEMPERATURE) -> None:
+        counts_C = counts_RC.sum(0)
+        logits_C = np.where(counts_C > 0, (1 - counts_C / counts_C.sum()) / temperature, -np.inf)
+        odds_C = np.exp(logits_C - logits_C.max())
+        self.probabilities_C = odds_C / odds_C.sum()
+        self._upto_C = np.cumsum(self.probabilities_C)
+        self._seed = seed
+        shown_CR = (counts_RC > RARE_SHARE * pixels_R[:, None]).T
+        self._records = [
+            np.flatnonzero(shown_R if shown_R.any() else any_R > 0)
+            for shown_R, any_R in zip(shown_CR, counts_RC.T, strict=True)
+        ]
+
+    def visit(self, draw: int) -> tuple[int, int]:
+        """The record of a draw, and a random number in the place of an epoch, so that any of its views may come."""
+        # The third word keeps these generators apart from those of the augmentation.
+        rng = np.random.default_rng((self._seed, draw, 2))
+        place = np.searchsorted(self._upto_C, rng.random() * self._upto_C[-1], side="right")
+        records = self._records[int(place)]
+        return int(records[rng.integers(len(records))]), int(rng.integers(2**31))
 
 
 def choose_labelled_share(share: float | None, labelled: Flags | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,6 +19,7 @@ from kdcache.train.input.sampler import (
     WINDOW_RECORDS,
     WINDOW_SHARDS,
     Order,
+    Rare,
     Steps,
     Woven,
     choose_labelled_share,
@@ -200,3 +202,45 @@ def test_ranks_share_every_step(world: int, rows: int, first: int, count: int) -
     ranks = [[list(draws) for draws in Steps(first, last, batch_size, rank, world)] for rank in range(world)]
     assert all(len(steps) == count for steps in (alone, *ranks, Steps(first, last, batch_size)))
     assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == alone  # noqa: RUF017
+
+
+COUNTS = np.array([[900, 100, 0, 0], [950, 40, 0, 0], [0, 0, 0, 0], [990, 0, 1, 0], [700, 200, 60, 0]])
+"""Pixels of four classes in five records of 1000 or, with void, more; one has too few of the third, none the fourth."""
+PIXELS = np.array([1000, 1000, 1000, 1000, 1000])
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 5.0])
+def test_rare_classes_are_drawn_as_often_as_their_formula_says(temperature: float) -> None:
+    """Beside DAFormer's equations in exact fractions: 40,000 draws within five standard deviations."""
+    totals = [int(total) for total in COUNTS.sum(0)]
+    odds = [math.exp((totals[0] - n) / (temperature * sum(totals))) if n else 0.0 for n in totals]
+    probabilities = [one / sum(odds) for one in odds]
+    rare = Rare(COUNTS, PIXELS, 3, temperature)
+    assert rare.probabilities_C == pytest.approx(probabilities, rel=1e-9)
+    shown = [[0, 1, 3, 4], [0, 1, 4], [4]]  # the fourth record has one pixel of the third class: not enough
+    expected = np.zeros(5)
+    for probability, records in zip(probabilities, shown, strict=False):
+        expected[records] += probability / len(records)
+    visits = np.array([rare.visit(draw)[0] for draw in range(40_000)])
+    share = np.bincount(visits, minlength=5) / len(visits)
+    assert (np.abs(share - expected) <= 5 * np.sqrt(expected * (1 - expected) / len(visits)) + 1e-12).all()
+
+
+def test_a_class_of_few_pixels_everywhere_is_drawn_where_it_is() -> None:
+    counts = COUNTS.copy()
+    counts[4, 2] = 0
+    rare = Rare(counts, PIXELS, 3)
+    assert rare.probabilities_C[2] > 0.99
+    assert np.bincount([rare.visit(draw)[0] for draw in range(200)]).argmax() == 3
+
+
+def test_a_rare_draw_depends_on_seed_and_number_alone() -> None:
+    """So two processes draw what one does, and a run that resumes needs no history."""
+    whole = [Rare(COUNTS, PIXELS, 3, 0.3).visit(draw) for draw in range(32)]
+    parts = {}
+    for rank in (1, 0):
+        rare = Rare(COUNTS, PIXELS, 3, 0.3)
+        parts |= {draw: rare.visit(draw) for draws in Steps(0, 4, 8, rank, 2) for draw in draws}
+    assert [parts[draw] for draw in range(32)] == whole
+    assert [Rare(COUNTS, PIXELS, 4, 0.3).visit(draw) for draw in range(32)] != whole
+    assert len({epoch for _, epoch in whole}) == 32  # any of a sample's views
