@@ -161,7 +161,7 @@ class TrainSettings:
     )
     sampling: Sampling = _part(
         "even",
-        "even: every sample once an epoch; rare: a rare class first, then a sample that shows it, so that all batches "
+        "even: every sample once an epoch; rare: a rare class first, then a sample that shows it, so that most batches "
         "have some (needs labels); rare:T with another temperature than 0.01, of which a higher one is milder.",
         metavar="even|rare[:T]",
     )
