@@ -7,6 +7,7 @@
     plan.py       from a recipe to jobs: commands, what each makes, what it needs
     run.py        doing the jobs: one by one, side by side, or shared out by torchrun
     summary.py    each run's best iteration and scores, fold by fold
+    curve.py      scores over a number in which arms differ
 
 A job is a command of `kdcache`, so that a sweep does nothing that its user could not do by hand. How a command is run
 is the caller's choice.

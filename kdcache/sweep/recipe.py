@@ -22,7 +22,8 @@
                                    weights of a student that teach (default last, or last-ema with ema); quantile =
                                    [0.2, 0.25] is the share of each class with a pseudo label, by round; audit = true
                                    compares each teacher with labels of the stream
-    [show]                         num: best and worst images of each arm; baseline: the arm to measure against
+    [show]                         num: best and worst images of each arm; baseline: the arm to measure against; curve =
+                                   "target.limit-samples" draws scores over that key, of a stream or of the arm
     [smoke]                        the same tables, whose keys replace those above with --smoke, those of [[smoke.arm]]
                                    and [[smoke.stream]] in the one of that name
 
@@ -55,7 +56,7 @@ _TOP = {"title", "about", "seeds", "smoke", *_NAMED, *TABLES}
 _KEYS = {
     "data": {"layout", "path", "split", "val-split", "val", "folds", "held-out", "folds-by"},
     "rounds": {"init", "weights", "quantile", "audit"},
-    "show": {"num", "baseline"},
+    "show": {"num", "baseline", "curve"},
 }
 _REPEATED = ("term", "stream")
 TEACHER, STORE = "teacher", "store"
@@ -77,7 +78,7 @@ class Recipe:
 
     Attributes:
         source: the text it was read from, before `--smoke` and `--set`.
-        data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline.
+        data: layout, path, split, val-split, val, folds, held-out, folds-by. show: num, baseline, curve.
         teacher, store, student: flags of their verbs. teachers, stores: how others differ from them, by name.
         stream: tables of the streams that arms share, in their order.
         rounds: how arms with `rounds` go on from round to round.

@@ -14,6 +14,7 @@ import tomli_w
 
 from kdcache.errors import RecipeError
 from kdcache.files import read_object, write_whole
+from kdcache.sweep.curve import write_curve
 from kdcache.sweep.plan import Job, Sweep
 from kdcache.sweep.summary import write_details
 
@@ -65,6 +66,7 @@ def run_jobs(
         _Shared(sweep, runner, watching, part).run(parallel)
     if part[0] == 0:
         write_details(sweep)
+        write_curve(sweep)
 
 
 def is_done(job: Job) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,38 @@ def test_a_smoke_run_says_so_wherever_it_is_shown() -> None:
     for smoke in (False, True):
         shown = plan(smoke=smoke).jobs[-3:]
         assert [("--smoke" in job.words) for job in shown] == [smoke] * 3
+
+
+def test_the_arms_of_gta5_to_cityscapes() -> None:
+    """As many rows small as whole, each with the streams that its name says."""
+    whole, small = (read_recipe("gta5-cityscapes", smoke=smoke) for smoke in (False, True))
+    data = {name: f"{name}-data" for name in ("source", "translated", "target")}
+    sweeps = [plan_sweep(recipe, None, Path("out"), KNOWN, data) for recipe in (whole, small)]
+    assert [len(sweep.runs) for sweep in sweeps] == [38, 38]
+    names = [arm.name for arm in whole.arms]
+    assert len([name for name in names if name.endswith("target labels alone")]) == 5
+    assert len([name for name in names if name.startswith("CutMix, RandAugment")]) == 4
+    jobs = {job.name: job for job in sweeps[0].jobs}
+    streams = {
+        name: [word.partition(",")[0] for before, word in pairwise(jobs[name].words) if before == "--stream"]
+        for name in ("source alone", "2975 target labels alone", "adversarial, source and translated", "CutMix")
+    }
+    assert list(streams.values()) == [
+        ["source"],
+        ["target"],
+        ["source", "translated", "target"],
+        ["translated", "target"],
+    ]
+    assert "labels=none" not in value(jobs["teacher"].words, "--stream")
+    for store, teacher in {"store target": "teachers/teacher", "store target adapted": "runs/CutMix"}.items():
+        assert value(jobs[store].words, "--teacher") == f"out/{teacher}"
+    assert (
+        value(jobs["store target self-training, round 2 adapted"].words, "--teacher")
+        == "out/runs/self-training-round-1@last"
+    )
+    for name in names:
+        targets = [word for word in jobs.get(name, jobs["CutMix"]).words if word.startswith("target,")]
+        assert all(("labels=none" in word) != ("target labels" in name) for word in targets), name
 
 
 def test_a_run_that_another_names_comes_first_with_its_fold_and_seed() -> None:

@@ -207,6 +207,6 @@ def _watcher() -> "Watcher":
 
 
 def _show(planned: "Sweep") -> None:
-    for name in ("report.html", "comparison.md", "details.md", "kd_comparison_results.txt", "pictures"):
+    for name in ("report.html", "comparison.md", "details.md", "kd_comparison_results.txt", "curve.png", "pictures"):
         if (planned.out / name).exists():
             OUT.print(f"  {planned.out / name}", markup=False, highlight=False)

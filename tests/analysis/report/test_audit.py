@@ -154,7 +154,7 @@ def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     for number, miou in enumerate((0.4, 0.5, 0.3)):
         path = tmp_path / f"camera-round-{number}" / "report.json"
         path.parent.mkdir()
-        store = {"seal": f"{number}" * 64, "parents": [] if number == 0 else [("0" if number == 1 else "f") * 64]}
+        store = {"seal": f"{number}" * 64, "parents": [] if number == 0 else [f"{number - 1}" * 64, "f" * 64]}
         path.write_text(json.dumps(audit(teacher={"miou": miou}, store=store)))
         audits.append(read_audit(path))
     shown = str(rounds(audits))
@@ -165,6 +165,11 @@ def test_rounds_are_shown_one_after_the_other(tmp_path: Path) -> None:
     assert "<td>80.00</td><td>90.00</td>" in shown.replace("\n", "")
     order = [shown.index(text) for text in ("no store", f"round 1 ({'0' * 12})", f"another store ({'f' * 12})")]
     assert order == sorted(order)
+    apart = str(rounds([audits[0], audits[2], audits[1]]))
+    assert "The best teacher is that of store 3, with a mIoU of 50.00 %" in apart
+    assert f"store 1 ({'0' * 12})" in apart
+    assert "What the teacher of each store gives" in apart
+    assert "Rounds" not in apart
     assert rounds(audits[:1]) is None
     audits[0].path.write_text(json.dumps(audit(teacher=None, calibration=None, confused=[], labelled=0)))
     assert "have no labels" in str(rounds([read_audit(audits[0].path), audits[1]]))

@@ -1,0 +1,65 @@
+"""`curve.png` of a sweep: scores of its arms over a number in which they differ, such as how many labels they had."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from kdcache.metrics.figures import dress, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from kdcache.sweep.plan import Sweep
+    from kdcache.sweep.recipe import Arm
+
+CURVE = "curve.png"
+_MARKERS = "osD^v"
+
+Points = list[tuple[float, float, float]]
+"""(value of the key, mean mIoU in percent, half of its range over runs)."""
+
+
+def write_curve(sweep: "Sweep") -> None:
+    """Draw mIoU over the key that the recipe's [show] names, a line for each name of arms; nothing without one."""
+    key, comparison = sweep.recipe.show.get("curve"), sweep.out / "comparison.json"
+    if not key or not comparison.is_file():
+        return
+    content = json.loads(comparison.read_text(encoding="utf-8"))
+    lines = read_lines(sweep.recipe.arms, str(key), content["rows"])
+    if not any(len(points) > 1 for points in lines.values()):
+        return
+    figure = new_figure(9, 6, f"{content['banner']}\n{key}" if content.get("banner") else str(key))
+    axes = dress(figure.subplots(), f"mIoU over {key}", f"{key} (logarithmic)", "mIoU %")
+    axes.set_xscale("log")
+    for number, (name, points) in enumerate(lines.items()):
+        values, means, ranges = zip(*sorted(points), strict=True)
+        axes.errorbar(values, means, ranges, marker=_MARKERS[number % len(_MARKERS)], capsize=3, label=name)
+    ticks = sorted({value for points in lines.values() for value, _, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    save_figure(figure, sweep.out / CURVE)
+
+
+def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]]) -> dict[str, Points]:
+    """The points of each line: arms whose names differ in the key's value alone; rows are those of comparison.json."""
+    lines: dict[str, Points] = {}
+    by_name = {row["name"]: [100 * run["miou"] for run in row["runs"] if run["miou"] is not None] for row in rows}
+    for arm in arms:
+        scores = by_name.get(arm.name, [])
+        for value in _values(arm, key) if scores else ():
+            name = re.sub(rf"(?<![\w.]){re.escape(f'{value:g}')}(?![\w.])", "N", arm.name)
+            spread = (max(scores) - min(scores)) / 2
+            lines.setdefault(name, []).append((float(value), math.fsum(scores) / len(scores), spread))
+    return lines
+
+
+def _values(arm: "Arm", key: str) -> Iterator[float]:
+    """The number that an arm has for a key of its own, or `STREAM.KEY`; none where it has none."""
+    stream, dot, own = key.rpartition(".")
+    tables = arm.flags.get("stream", ()) if dot else (arm.flags,)
+    for table in tables:
+        if not dot or table.get("name") == stream:
+            value = table.get(own.replace("-", "_")) if dot else table.get(own)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+                yield value
