@@ -28,17 +28,24 @@ def write_curve(sweep: "Sweep") -> None:
     lines = read_lines(sweep.recipe.arms, str(key), content["rows"])
     if not any(len(points) > 1 for points in lines.values()):
         return
-    figure = new_figure(9, 6, f"{content['banner']}\n{key}" if content.get("banner") else str(key))
-    axes = dress(figure.subplots(), f"mIoU over {key}", f"{key} (logarithmic)", "mIoU %")
+    figure = new_figure(9, 6, f"mIoU over {key}")
+    axes = dress(figure.subplots(), "", f"{key} (logarithmic)", "mIoU %")
     axes.set_xscale("log")
     for number, (name, points) in enumerate(lines.items()):
         values, means, ranges = zip(*sorted(points), strict=True)
-        axes.errorbar(values, means, ranges, marker=_MARKERS[number % len(_MARKERS)], capsize=3, label=name)
+        axes.errorbar(
+            values,
+            means,
+            ranges if any(ranges) else None,
+            marker=_MARKERS[number % len(_MARKERS)],
+            capsize=3,
+            label=name,
+        )
     ticks = sorted({value for points in lines.values() for value, _, _ in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8)
-    save_figure(figure, sweep.out / CURVE)
+    save_figure(figure, sweep.out / CURVE, above=content.get("banner"))
 
 
 def read_lines(arms: "tuple[Arm, ...]", key: str, rows: list[Mapping[str, Any]]) -> dict[str, Points]:

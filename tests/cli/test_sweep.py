@@ -190,3 +190,21 @@ def test_a_network_of_two_tasks_from_three_streams(cli, tmp_path: Path) -> None:
     assert {"surface/ce", "polygon/ce", "kitti/pseudo", "kitti/depth-silog"} <= set(trained)
     _check_pictures(out / "pictures", len(rows) - 1)
     assert (out / "report.html").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_from_a_game_to_a_camera(cli, tmp_path: Path) -> None:
+    """Every arm, small: the stores of a teacher, of a student and of rounds, their audits, and the curve."""
+    out = tmp_path / "out"
+    ended = cli("sweep", "gta5-cityscapes", "--smoke", "--out", out, *quick((*QUICK[:3], "student.collapse=note")))
+    assert ended.code == 0, ended.err
+    rows = [row["name"] for row in json.loads((out / "comparison.json").read_text(encoding="utf-8"))["rows"]]
+    assert len(rows) == 39
+    stores = {path.stem for path in (out / "stores").iterdir()}
+    assert stores == {f"target{name}" for name in ("", "-adapted", "-mean", "-self-training-round-2-adapted")}
+    assert {path.name for path in (out / "audits").iterdir()} == stores
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "What the teacher of each store gives" in page
+    _check_pictures(out / "pictures", len(rows) - 1)
+    with Image.open(out / "curve.png") as image:
+        assert min(image.size) > 300

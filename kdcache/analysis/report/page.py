@@ -20,7 +20,7 @@ from kdcache.analysis.report.classes import classes
 from kdcache.analysis.report.pictures import pictures as show_pictures
 from kdcache.analysis.report.recipes import recipes
 from kdcache.analysis.report.render import render
-from kdcache.analysis.report.rounds import rounds
+from kdcache.analysis.report.rounds import are_rounds, rounds
 from kdcache.analysis.report.samples import Sample
 from kdcache.analysis.report.scores import scores
 from kdcache.analysis.report.summary import summary
@@ -89,7 +89,7 @@ def page(
         ("classes", "Classes", classes(comparison)),
         ("pictures", "Pictures", show_pictures(comparison, samples, pictures)),
         ("teacher", "Teacher", teacher(comparison, audits[0] if audits else None)),
-        ("rounds", "Rounds", rounds(audits)),
+        ("rounds", "Rounds" if are_rounds(audits) else "Stores", rounds(audits)),
         ("training", "Training", curves(trainings)),
         ("gradients", "Loss terms", gradients(trainings)),
         ("recipes", "What was run", recipes(comparison, by_text, command)),

@@ -14,13 +14,10 @@ THRESHOLDS = (0.5, 0.7, 0.9)
 
 
 def rounds(audits: Sequence[TeacherAudit]) -> Markup | None:
-    """Section on the pseudo labels of every store, by audits in their order; None for fewer than two.
-
-    They are of rounds where each store but the first names the one before as its parent, or none says what it is.
-    """
+    """Section on the pseudo labels of every store, by audits in their order; None for fewer than two."""
     if len(audits) < 2:
         return None
-    chained = all(not one.seal or before.seal in one.parents for before, one in pairwise(audits))
+    chained = are_rounds(audits)
     what = "round" if chained else "store"
     rows = [
         (
@@ -42,6 +39,11 @@ def rounds(audits: Sequence[TeacherAudit]) -> Markup | None:
     ]
     header += [text for t in THRESHOLDS for text in (f"kept over {t:g} %", "of these right %")]
     return render("rounds.html", what=what, header=header, rows=rows, verdict=_verdict(audits, chained=chained))
+
+
+def are_rounds(audits: Sequence[TeacherAudit]) -> bool:
+    """Whether each store but the first names the one before as its parent, or does not say what it is."""
+    return all(not one.seal or before.seal in one.parents for before, one in pairwise(audits))
 
 
 def _parents(audit: TeacherAudit, audits: Sequence[TeacherAudit], what: str) -> str:
