@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
+from kdcache.distill.masks import TeacherMasks
 from kdcache.distill.terms import TermSpec
 from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.models import Outputs
@@ -151,3 +152,23 @@ def test_a_gate_judges_each_target_at_its_own_pixels() -> None:
         total += float(kl[mask & inside & passed].sum())
         counted += float((mask & inside).sum())
     assert losses.kl.item() == pytest.approx(total / counted, rel=1e-3)  # argmax of float16 sums
+
+
+def test_what_is_shown_is_of_the_image_that_each_pixel_is_of() -> None:
+    """Terms on predictions count neither the grey beside the stream's image nor that beside the pasted one."""
+    source, into = streams()
+    assert into.dice is not None
+    own = torch.from_numpy(own_of(source, into.dice))
+    upper = torch.tensor([0.0, 0.0, VIEW[0] / 2, VIEW[1]], dtype=torch.float64)
+    masks = TeacherMasks(Format(), True, 255)
+    for grey in (0, 1):
+        pair = [replace(source, inside=upper.repeat(2, 1)), into] if grey == 0 else [source, into]
+        if grey == 1:
+            pair[1] = replace(into, inside=upper.repeat(ROWS, 1))
+        shown = masks.shown(mixed(pair[0], pair[1], (Format(), Format())))
+        alone = pair[grey].map(lambda tensor: tensor[FROM]) if grey == 0 else pair[grey]
+        within = masks.shown(replace(alone, own=None))
+        assert shown is not None
+        assert within is not None
+        assert torch.equal(shown, torch.where(own, within | (grey == 0), within | (grey == 1)))
+        assert not shown.all()

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdcache.data import open_split
 from kdcache.distill import DistillLoss, StreamBatch, StreamLoss
 from kdcache.errors import KDCacheError, RecipeError
+from kdcache.models import build_model
 from kdcache.train import Observer, make_config, train
 from kdcache.train.api import make_trainer
 from kdcache.train.criterion import label_counts
@@ -205,3 +207,31 @@ def test_sources_that_cannot_be_pasted_are_refused(
     with pytest.raises(KDCacheError, match="game"):
         begun(pasted | {"stream": [f'game,"data={GAME}",class-map={tmp_path}/map.txt', camera]}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_targets_of_a_source_with_a_class_map_are_merged_before_they_are_pasted(
+    pasted: dict[str, Any], cache_path: Path, tmp_path: Path, read_metrics: Read
+) -> None:
+    """A map of every class to itself changes nothing but the rounding."""
+    names = open_split(GAME, "train").classes.names
+    (tmp_path / "map.txt").write_text("\n".join(f"{number} {name}" for number, name in enumerate(names)))
+    camera = f"camera,cache={cache_path},labels=none,method=kl,paste=cutmix,paste-from=game"
+    losses = []
+    for mapped in ("", f",class-map={tmp_path}/map.txt"):
+        settings = pasted | {"stream": [f"game,cache={cache_path},method=kl{mapped}", camera], "iterations": 1}
+        train(make_config(**settings), tmp_path / f"run{len(mapped)}")
+        losses.append(read_metrics(tmp_path / f"run{len(mapped)}", "train")[0])
+    assert losses[1]["camera/ce"] == losses[0]["camera/ce"]
+    assert losses[1]["camera/kl"] == pytest.approx(losses[0]["camera/kl"], rel=2e-3)
+
+
+def test_depth_of_another_kind_of_head_is_refused(
+    pasted: dict[str, Any], depth_paths: dict[str, Path], make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_cache(
+        "scenes:32x48,train=6,val=3,depth=exact", model=build_model("kdcache:hydra,as=softplus,max=50", 7)
+    )
+    terms = 'method=kl,"term=depth-silog,reference=teacher"'
+    streams = [f"game,cache={other},{terms}", f"b,cache={depth_paths['stored']},{terms},paste=cutmix,paste-from=game"]
+    with pytest.raises(RecipeError, match=r"(?s)targets that are pasted .*stream b: paste-from game: depth as .*50.*80"):
+        begun(pasted | {"stream": streams, "model": "kdcache:hydra"}, tmp_path / "run")
