@@ -233,5 +233,7 @@ def test_depth_of_another_kind_of_head_is_refused(
     )
     terms = 'method=kl,"term=depth-silog,reference=teacher"'
     streams = [f"game,cache={other},{terms}", f"b,cache={depth_paths['stored']},{terms},paste=cutmix,paste-from=game"]
-    with pytest.raises(RecipeError, match=r"(?s)targets that are pasted .*stream b: paste-from game: depth as .*50.*80"):
+    with pytest.raises(
+        RecipeError, match=r"(?s)targets that are pasted .*stream b: paste-from game: depth as .*50.*80"
+    ):
         begun(pasted | {"stream": streams, "model": "kdcache:hydra"}, tmp_path / "run")
