@@ -29,6 +29,7 @@ INK = "#303030"
 _DOTS_PER_INCH = 120
 _LONGEST_NAME = 100
 _SHOWN = 40  # classes of a matrix that still has readable names
+_MOST_PAIRS = 12  # of pictures, one below the other
 _LETTERS_PER_INCH = 11
 """Height of a line in 10 points bold."""
 
@@ -156,16 +157,22 @@ class Drawn(Protocol):
 def panels(
     title: str, pictures: Sequence[tuple[str, Array | Drawn]], legend: Sequence[tuple[str, tuple[int, int, int]]]
 ) -> "Figure":
-    """Pictures of one size in two columns, and what the colours mean beside them; the first one is an array."""
+    """Pictures of one size in pairs, the pairs one below the other, of more than twelve in several columns.
+
+    What the colours mean stands beside them; the first picture is an array.
+    """
     from matplotlib.patches import Patch
 
     first = pictures[0][1]
     assert isinstance(first, np.ndarray)
     height, width = first.shape[:2]
-    rows = -(-len(pictures) // 2)
-    figure = new_figure(11.5, 0.8 + rows * (4.6 * height / width + 0.35), title)
-    for number, (name, picture) in enumerate(pictures, 1):
-        axes = figure.add_subplot(rows, 2, number)
+    pairs = -(-len(pictures) // 2)
+    columns = -(-pairs // _MOST_PAIRS)
+    rows = -(-pairs // columns)
+    figure = new_figure(2.3 + 9.2 * columns, 0.8 + rows * (4.6 * height / width + 0.35), title)
+    for number, (name, picture) in enumerate(pictures):
+        column, row = divmod(number // 2, rows)
+        axes = figure.add_subplot(rows, 2 * columns, 1 + 2 * columns * row + 2 * column + number % 2)
         if isinstance(picture, np.ndarray):
             axes.imshow(picture, interpolation="nearest")
         else:

@@ -36,6 +36,18 @@ def test_a_name_is_one_line_of_a_legend_and_of_bars(tmp_path, name, shown) -> No
     assert [text.get_text() for text in both.legends[0].get_texts()] == [shown]
 
 
+@pytest.mark.parametrize(("pictures", "columns", "rows"), [(1, 2, 1), (3, 2, 2), (24, 2, 12), (25, 4, 7), (80, 8, 10)])
+def test_pairs_of_pictures_stay_side_by_side(pictures: int, columns: int, rows: int) -> None:
+    figure = panels("title", [(str(number), GREY) for number in range(pictures)], [])
+    grids = [axes.get_subplotspec() for axes in figure.axes]
+    assert {spec.get_gridspec().get_geometry() for spec in grids} == {(rows, columns)}
+    places = [(spec.rowspan.start, spec.colspan.start) for spec in grids]
+    assert len(set(places)) == pictures
+    for (row, column), (next_row, next_column) in zip(places[::2], places[1::2], strict=False):
+        assert (next_row, next_column) == (row, column + 1)
+        assert column % 2 == 0
+
+
 def test_powers_on_an_axis_stay_formulas(tmp_path) -> None:
     figure = new_figure(4, 3, "title")
     axes = figure.add_subplot()
