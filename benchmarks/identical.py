@@ -34,7 +34,7 @@ STORES = {
 }
 COMMON = "--model kdcache:tiny --batch-size 8 --log-every 1 --gradients-every 40 --no-flip --device cpu"
 STUDENT = "--cache dense.zarr --resident off"
-TIMES = ("images_per_second", "wait_share", "seconds")
+TIMES = ("images_per_second", "wait_share", "weak_view_seconds", "seconds")
 PROCESSES = 2
 
 METHODS = ("none", "kl", "dist", "kl+at")

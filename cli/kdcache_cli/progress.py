@@ -36,7 +36,7 @@ class TrainingProgress(Observer):
         """Parts of the loss worth showing: none when cross-entropy is all there is; of streams, each one's loss."""
         if streams := [name for name in values if name.endswith("/loss")]:
             return streams
-        beside = ("loss", "lr", "images_per_second", "wait_share")
+        beside = ("loss", "lr", "images_per_second", "wait_share", "weak_view_seconds")
         terms = [name for name, value in values.items() if name not in beside and value]
         return terms if len(terms) > 1 else []
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d", "#8a4a9e", "#7a6a4a", "#c23b5a")
 _SCORES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "ema_miou": "mIoU of the EMA"}
 _DEPTH = {"depth_rmse": "rmse of depth", "ema_depth_rmse": "rmse of the EMA's depth"}
-_BESIDE = {"kind", "step", "tasks", "loss", "lr", "images_per_second", "wait_share"}
+_BESIDE = {"kind", "step", "tasks", "loss", "lr", "images_per_second", "wait_share", "weak_view_seconds"}
 Points = list[tuple[int, float]]
 
 

@@ -41,6 +41,19 @@ class Tensors:
 
 
 @dataclass(frozen=True)
+class PseudoLabels:
+    """The classes that a network predicts for the pixels of a batch. A pytree.
+
+    Attributes:
+        label: (B, H, W) uint8, int16 above 256 classes.
+        confidence: (B, H, W) float16, the probability of that class.
+    """
+
+    label: Tensor
+    confidence: Tensor
+
+
+@dataclass(frozen=True)
 class Batch(Tensors):
     """Tensors of B samples, by name; what is absent is None, or a key that is not there. A pytree.
 
@@ -62,6 +75,8 @@ class Batch(Tensors):
             else; None is the neighbours' (rows 2n and 2n + 1 are neighbours).
         dice: (B, N) float32 random numbers in 0..1, for what is drawn where batches are.
         record: (B,) int64, whose targets a device keeps; `targets` are gathered by them.
+        weak: (B, H, W, 3) uint8, the pixels before the colour jitter, where something predicts on them.
+        pseudo: who predicts on `weak` (student, ema) -> the pseudo labels.
     """
 
     pixels: Tensor | None = None
@@ -76,6 +91,8 @@ class Batch(Tensors):
     pasted: "Batch | None" = None
     dice: Tensor | None = None
     record: Tensor | None = None
+    weak: Tensor | None = None
+    pseudo: dict[str, PseudoLabels] = field(default_factory=dict)
 
     @property
     def label(self) -> Tensor:
@@ -173,7 +190,8 @@ class Batch(Tensors):
 
 
 _OF_TARGETS = ("targets", "window", "flip", "inside", "zoom")
-_PLAIN = ("pixels", "window", "flip", "inside", "zoom", "own", "dice", "record")
+_PLAIN = ("pixels", "window", "flip", "inside", "zoom", "own", "dice", "record", "weak")
+pytree.register_dataclass(PseudoLabels)
 pytree.register_dataclass(Batch)
 
 

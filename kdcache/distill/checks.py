@@ -105,6 +105,18 @@ def check_taps(terms: "Sequence[Term]", features: Mapping[str, Tensor]) -> None:
         )
 
 
+def check_pseudo(terms: "Sequence[Term]", batch: Batch) -> None:
+    """Raises: RecipeError for terms that count, whose pseudo labels a batch does not bring."""
+    makers = [term.spec.by or "student" for term in terms if term.kind == "consistency" and not term.reads_teacher]
+    missing = [by for by in dict.fromkeys(makers) if by not in batch.pseudo]
+    if missing:
+        raise RecipeError(
+            "consistency reads the pseudo labels of the weak view of every batch",
+            received=f"a batch without those by {', '.join(missing)}",
+            remedy=f'add those of its logits: replace(batch, pseudo={{"{missing[0]}": pseudo_labels(logits, size)}})',
+        )
+
+
 def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tensor] | None) -> None:
     """Check that a batch and a student have what the terms of heads beside segmentation compare.
 

@@ -21,6 +21,7 @@ from kdcache.distill.checks import (
     check_arrays,
     check_heads,
     check_logits,
+    check_pseudo,
     check_rows,
     check_taps,
     check_targets,
@@ -188,7 +189,7 @@ class DistillLoss(nn.Module):
 
     def counted(self, counts: Counts) -> dict[str, Tensor]:
         """How much the parts of weight count of each task that is learnt, 0-dimensional: above 0 where any counts."""
-        weights = (self.ce_weight, self.kl_weight, *(term.weight for term in self._terms()))
+        weights = (self.ce_weight, self.kl_weight, *(0 if term.measured else term.weight for term in self._terms()))
         parts = list(zip(self.part_tasks.values(), weights, (counts.ce, counts.kl, *counts.terms), strict=False))
         counted = {own: [n.sum() for task, weight, n in parts if task == own and weight > 0] for own in self.tasks}
         return {task: torch.stack(numbers).sum() for task, numbers in counted.items()}
@@ -253,7 +254,7 @@ class DistillLoss(nn.Module):
         values: list[Tensor] = []
         for term, value in self._values(own, batch, gate, counts):
             values.append(torch.zeros_like(ce) if value is None else value.detach())
-            if value is not None:
+            if value is not None and not term.measured:
                 weighted = self._weight(term) * value
                 by_task[term.task] = by_task[term.task] + weighted if term.task in by_task else weighted
         loss, *others = by_task.values()
@@ -310,6 +311,7 @@ class DistillLoss(nn.Module):
         check_rows(None if outputs is None else outputs.logits, batch)
         if outputs is not None and outputs.logits.shape[1] == 0:
             check_logits(["ce"] * (self.ce_weight > 0) + kl + [term.kind for term in active if term.reads_logits])
+        check_pseudo(active, batch)
         check_heads(active, batch, None if outputs is None else outputs.heads)
         if batch.targets is None or self.targets is None or not (kl or terms):
             return
@@ -326,7 +328,7 @@ class DistillLoss(nn.Module):
         return weight if self.distill_weight_scale is None else weight * self.distill_weight_scale
 
     def _weight(self, term: "Term") -> Tensor | float:
-        return self._now(term.weight) if term.reads_teacher else term.weight
+        return self._now(term.weight) if term.scheduled else term.weight
 
     def _terms(self) -> "list[Term]":
         return list(self.further)  # type: ignore[arg-type]
@@ -364,6 +366,7 @@ class DistillLoss(nn.Module):
                 for name in self.heads
             },
             others=outputs.others,
+            pseudo=batch.pseudo,
         )
         return made if batch.pasted is None else replace(made, pasted=made.with_targets(batch.pasted))
 

@@ -75,8 +75,8 @@ class TrainSettings:
     method: str = _loss(
         "auto",
         "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
-        "cwd, dist, dkd, and dice, lovasz, entropy and adversarial, which need no teacher. auto is dist; kl with --mix "
-        "or --accumulate, which dist cannot follow.",
+        "cwd, dist, dkd, and dice, lovasz, entropy, consistency and adversarial, which need no teacher. auto is dist; "
+        "kl with --mix or --accumulate, which dist cannot follow.",
     )
     teacher: Literal["store", "labels"] = _loss(
         "store",
@@ -125,8 +125,8 @@ class TrainSettings:
     )
     distill_schedule: DistillSchedule = _gate(
         "constant",
-        "Weight of the teacher terms: constant; fade: falls linearly to 0; warmup:N: rises linearly over the first N "
-        "iterations.",
+        "Weight of the teacher terms, and of consistency: constant; fade: falls linearly to 0; warmup:N: rises "
+        "linearly over the first N iterations.",
     )
     gate: str = _gate(
         "none", "Which pixels are distilled: none (all), correct (not where the label differs) or confidence:X."

@@ -10,6 +10,7 @@ import torch
 
 from kdcache.data import Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
+from kdcache.distill.terms import labellers
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
@@ -208,6 +209,7 @@ def _criterion(source: Source, model: SegmentationModel, device: torch.device, o
             check_flip(source.given)
         pasted = None if source.pasted is None else source.pasted.dataset
         criterion = make_criterion(source.config, model, source.dataset, device, source.note(observer.note), pasted)
+        source.dataset.weak = bool(labellers(criterion))
         if source.config.reads_depth:
             check_depth_labels(source.dataset, model.regressions[DEPTH])
         return criterion

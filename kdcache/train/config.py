@@ -14,6 +14,7 @@ from kdcache.distill import parse_gate
 from kdcache.distill.terms import TermSpec, check_terms, parse_method
 from kdcache.distill.terms.spec import (
     ON_PREDICTIONS,
+    labels_itself,
     of_depth,
     reads_labels,
     reads_logits,
@@ -29,7 +30,7 @@ from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNIN
 from kdcache.train.input.mix import Mix
 from kdcache.train.ranges import in_words
 from kdcache.train.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
-from kdcache.train.term_setting import Terms, check_balance, learnt_tasks
+from kdcache.train.term_setting import Terms, check_balance, check_consistency, learnt_tasks
 
 _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
@@ -81,6 +82,8 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
             return self
         _check_data(self)
         _check_loss(self)
+        jitter = 0 if self.augment == "none" else self.jitter
+        check_consistency(self.terms, ema=self.ema, jitter=jitter, mix=self.mix)
         _check_teaching(self)
         _check_label_teacher(self)
         _check_whole_batch(self)
@@ -358,6 +361,7 @@ def _check_data(config: TrainConfig) -> None:
             "the terms of a teacher learn from a store",
             received=f"{', '.join(kinds)}, and no --cache",
             remedy="give --cache STORE; or learn from labels alone, by --method none or --teacher labels"
+            + ("; or from the student's own, by=student or by=ema" if "consistency" in kinds else "")
             if config.verb == "train-student"
             else "use terms on labels, dice or lovasz; or train-student, with --cache STORE",
         )
@@ -381,6 +385,8 @@ def _check_teaching(config: TrainConfig) -> None:
         "--class-balance": config.class_balance if config.class_balance != "none" else None,
         "--distill-schedule": config.distill_schedule if config.distill_schedule != "constant" else None,
     }
+    if any(map(labels_itself, config.terms)):
+        weighing.pop("--distill-schedule")
     weights = [f"{flag} {value}" for flag, value in weighing.items() if value is not None]
     if weights and not config.teaches:
         raise RecipeError(

@@ -20,7 +20,7 @@ from kdcache.distill.terms import (
     check_terms,
     make_term,
     resolve_taps,
-    with_discriminators,
+    with_companions,
 )
 from kdcache.errors import RecipeError
 from kdcache.models import ClassMerge, Outputs, SegmentationModel
@@ -222,7 +222,7 @@ def _terms(
             moments=moments,
         )
 
-    return with_discriminators([term(spec) for spec in config.terms if spec.weight != 0])
+    return with_companions([term(spec) for spec in config.terms if spec.weight != 0])
 
 
 def _check_heads(config: TrainConfig, model: SegmentationModel) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdcache.distill.terms import parse_method
-from kdcache.distill.terms.spec import of_depth, reads_teacher
+from kdcache.distill.terms.spec import labels_itself, of_depth, reads_teacher
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.settings.streams import OVERRIDDEN, StreamSettings, parse_stream
 from kdcache.train.input.mix import Mix
@@ -109,7 +109,8 @@ def _fitting(merged: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     terms = (*method.terms, *map(parse_term, settings.get("term", ())))
     if method.kl or any(map(reads_teacher, terms)):
         return settings
-    return settings | {key: value for key, value in _WITHOUT_TEACHER.items() if key not in own}
+    kept = {*own, "distill_schedule"} if any(map(labels_itself, terms)) else own
+    return settings | {key: value for key, value in _WITHOUT_TEACHER.items() if key not in kept}
 
 
 def in_stream(name: str, error: KDCacheError) -> KDCacheError:
@@ -171,10 +172,10 @@ def _check_paste(stream: Stream[Any], others: Sequence[str], mix: str | None) ->
             remedy="leave one of them out",
         )
     taught = [term for term in stream.config.terms if reads_teacher(term) and term.weight != 0]
-    lost = [term.kind for term in taught if not of_depth(term) and term.kind != "pseudo"]
+    lost = [term.kind for term in taught if not of_depth(term) and term.kind not in ("pseudo", "consistency")]
     if lost:
         raise RecipeError(
             "paste moves pixels, labels, logits and depth; pseudo labels count where nothing was pasted",
             received=f"paste {paste} with {', '.join(lost)}, which cannot follow",
-            remedy="leave one of them out; kl and pseudo can",
+            remedy="leave one of them out; kl, pseudo and consistency can",
         )

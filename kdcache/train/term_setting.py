@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 from kdcache.distill import Balance, FixedBalance, UncertaintyBalance
 from kdcache.distill.balance import Form
 from kdcache.distill.terms import TermSpec
-from kdcache.distill.terms.spec import of_depth
+from kdcache.distill.terms.spec import labels_itself, of_depth
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
 from kdcache.settings.spelling import task_weights
@@ -35,6 +35,30 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 Terms = Annotated[tuple[TermSpec, ...], BeforeValidator(lambda terms: tuple(map(parse_term, terms)))]
+
+
+def check_consistency(terms: Iterable[TermSpec], *, ema: float | None, jitter: float | str, mix: str | None) -> None:
+    """Check that the strong view of consistency is one, and that what labels the weak one is there.
+
+    Args:
+        jitter: that is drawn; 0 is none.
+    Raises: RecipeError.
+    """
+    for term in terms:
+        if term.kind != "consistency" or term.weight == 0:
+            continue
+        if term.by == "ema" and ema is None:
+            raise RecipeError(
+                "consistency,by=ema learns from the moving average of the weights",
+                received="consistency,by=ema without --ema",
+                remedy="add --ema 0.99; or use by=student, which keeps no average",
+            )
+        if jitter == 0 and (mix is None or not labels_itself(term)):
+            raise RecipeError(
+                "consistency compares a weak view with a strong one, which has jitter",
+                received="consistency without jitter (--jitter 0, or --augment none): both views are the same pixels",
+                remedy="add --jitter randaugment:2,9, or leave --jitter out; not with --augment none",
+            )
 
 
 def learnt_tasks(terms: Iterable[TermSpec], fused: bool) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from kdcache.train.step.eager import EagerStep, Step, set_random_state
 from kdcache.train.step.ema import ModelEma
 from kdcache.train.step.gradient_norms import Norms, task_lines
 from kdcache.train.step.optim import Schedule, distill_weight_scale, make_optimizer
+from kdcache.train.step.weak_view import WeakView
 
 
 class Trainer:
@@ -81,6 +82,7 @@ class Trainer:
         if config.accumulate > 1 and self._kind != "eager":
             self.observer.note(f"--accumulate learns from the parts of a batch in eager steps, not {self._kind}")
             self._kind = "eager"
+        bf16 = config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda")
         optimizer = make_optimizer(self.model, config, self.criterion, capturable=self._kind == "graphed")
         self._schedule = Schedule(optimizer, config)
         made = EagerStep if config.accumulate == 1 else partial(AccumulatedStep, parts=config.accumulate)
@@ -89,11 +91,14 @@ class Trainer:
             self.criterion,
             optimizer,
             device=device,
-            bf16=config.amp == "bf16" or (config.amp == "auto" and device.type == "cuda"),
+            bf16=bf16,
             clip_grad=config.clip_grad,
             mix=_pasting(config, self.criterion),
         )
         self._ema = None if config.ema is None else ModelEma(self.model, config.ema)
+        self._weak = WeakView(
+            self.model, self._ema, self.criterion, device=device, bf16=bf16, parts=config.accumulate, impl=config.impl
+        )
         self._state = RunState(run, config, self.eager, self._schedule, self._world, self._ema)
         self._tasks = () if criterion.balance is None else criterion.balance.heads
         names = ("loss", *criterion.names, *self._tasks)
@@ -101,6 +106,7 @@ class Trainer:
         self._step: Step | None = None  # made from the first batch
         self._log: MetricsLog | None = None  # of the first process
         self._described = False
+        self._first = 0  # the step that this process began with
 
     def _sample_ids(self, step: int) -> list[str]:
         return [sample for stream in self.streams for sample in stream.sample_ids(step)]
@@ -119,6 +125,7 @@ class Trainer:
         with world.together():
             random = self._state.restore() if resume else None
             iterations, first, keep_every = self._iterations, self._state.now.step, self.config.keep_every
+            self._first = first
             assert not isinstance(keep_every, str), "resolve the settings first"
             self._log = MetricsLog(self.run, first) if world.first else None
         self._state.check_same()
@@ -163,6 +170,7 @@ class Trainer:
                 self._log.close()
             batches.close()  # and with it the threads that draw ahead
             self.observer.ended(completed=completed)
+        self._note_cost(self._state.now.step - first)
         return self._state.finish(
             DEPTH if self._validate is None and self._validate_depth is not None else SEGMENTATION
         )
@@ -196,9 +204,22 @@ class Trainer:
             speed = config.batch_size * now.step / now.seconds
             report = dict(zip(self._watch.names, values, strict=True))
             _note_all(self._watch.won(report), self.observer.note)
+            _note_all(self._watch.unsure(report, last=now.step == self._iterations), self.observer.note)
             report |= {"lr": lr, "images_per_second": speed, "wait_share": now.waited / now.seconds}
+            if self._weak.needed:
+                report["weak_view_seconds"] = self._weak.seconds / (now.step - self._first)
             self._report(report)
         return agreed.stop
+
+    def _note_cost(self, steps: int) -> None:
+        """Note what the forwards on weak views cost in the steps of this process."""
+        if self._weak.needed and steps > 0:
+            now = self._state.now
+            own, whole = self._weak.seconds / steps, now.seconds / now.step
+            self.observer.note(
+                f"{self._weak.forwards} forwards in training on weak views, without gradient, took {own:.2g} of "
+                f"{whole:.2g} s a step: {100 * own / whole:.0f} %"
+            )
 
     def _report(self, values: dict[str, float]) -> None:
         """Log a step, with the losses and weights of the tasks that are balanced."""
@@ -226,13 +247,14 @@ class Trainer:
         """Learn from a batch; returns the seconds of preparing for it, its losses and, now and then, gradient norms."""
         measured = measures_norms(step, self.config.gradients_every)
         try:
-            prepared = self._prepare(batch)
+            labelled = self._weak(batch)
+            prepared = self._prepare(labelled)
             if self.criterion.distill_weight_scale is not None:
                 self.criterion.set_distill_weight_scale(distill_weight_scale(self.config, step))
             if measured:
-                return prepared, *self.eager.with_norms(batch)
+                return prepared, *self.eager.with_norms(labelled)
             assert self._step is not None
-            return prepared, self._step(batch), None
+            return prepared, self._step(labelled), None
         except (RuntimeError, MemoryError) as error:
             # Several processes wait for each other: one alone cannot try what fits.
             if self._world.size > 1 or not is_out_of_memory(error):
@@ -242,7 +264,7 @@ class Trainer:
         self._step = None
         held, together = self.eager.held(batch), 1 if self.config.mix is None else 2
         fits = largest_fitting(
-            lambda size: self.eager.attempt(held.rows(size), measured), len(held), self.device, together
+            lambda size: self.eager.attempt(self._weak(held.rows(size)), measured), len(held), self.device, together
         )
         raise memory_error(self.config, self.device, requested, fits)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets, StreamBatch, StreamLoss
-from kdcache.distill.terms import TermSpec, discriminator_parameters, make_term, with_discriminators
-from kdcache.distill.terms.predictions import Discriminator
+from kdcache.distill.terms import TermSpec, discriminator_parameters, make_term, with_companions
+from kdcache.distill.terms.unlabelled.predictions import Discriminator
 from kdcache.errors import RecipeError
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))
@@ -45,7 +45,7 @@ def criterion(**options: Any) -> StreamLoss:
     term = make_term(TermSpec("adversarial", **options), targets=TARGETS, student_taps={})
     losses = [
         DistillLoss(ce_weight=1.0, kl_weight=0.0, impl="reference"),
-        DistillLoss(ce_weight=0.0, kl_weight=0.0, impl="reference", further=with_discriminators([term])),
+        DistillLoss(ce_weight=0.0, kl_weight=0.0, impl="reference", further=with_companions([term])),
     ]
     return StreamLoss(losses, ["source", "target"], [1.0, 1.0]).double()
 

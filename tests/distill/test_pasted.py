@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from kdcache.distill import SEGMENTATION, Batch, DistillLoss, Gate, GateSpec, StreamBatch, StreamLoss
 from kdcache.distill.masks import TeacherMasks
 from kdcache.distill.terms import TermSpec
-from kdcache.distill.terms.pseudo import Pseudo
+from kdcache.distill.terms.unlabelled.pseudo import Pseudo
 from kdcache.models import Outputs
 from kdcache.train.input.mix import Mix, Paste, Pastes
 

@@ -19,7 +19,7 @@ from kdcache.distill.terms import (
     parse_method,
     resolve_taps,
 )
-from kdcache.distill.terms.pseudo import Pseudo
+from kdcache.distill.terms.unlabelled.pseudo import Pseudo
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, RegressionHead
 from kdcache.store import Cache
@@ -111,6 +111,9 @@ def test_a_spec_goes_through_a_recipe() -> None:
         ({"kind": "hint", "projector": "3"}, "projector of a term is one of linear, mlp"),
         ({"kind": "hint", "distance": "l1"}, "distance of a term is one of mse, smooth-l1"),
         ({"kind": "cosine", "distance": "mse"}, "options of cosine are"),
+        ({"kind": "consistency", "threshold": 1.0}, "above 0 and below 1"),
+        ({"kind": "consistency", "by": "teacher"}, "by of a term is one of student, ema, store"),
+        ({"kind": "consistency", "quantile": 0.5}, "options of consistency are weight, by, threshold, normalise"),
         ({"kind": "dice", "threshold": 0.5}, "options of dice are weight"),
     ],
 )
@@ -195,11 +198,13 @@ def test_what_a_term_reads() -> None:
     for kind in KINDS:
         term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT, student_heads=HEADS)
         assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
-        on_labels = kind in ("dice", "lovasz", "entropy", "adversarial") or kind in ON_DEPTH - {"depth-ssi"}
+        on_labels = kind in ("dice", "lovasz", "entropy", "adversarial", "consistency") or kind in ON_DEPTH - {
+            "depth-ssi"
+        }
         assert term.reads_teacher == (not on_labels)
         assert term.student_taps() == (() if term.reads_target or on_labels or kind in ON_DEPTH else ("head",))
         assert term.head == ("depth" if kind in ON_DEPTH else None)
-        assert (term.gather, term.describe()) == (None, None)
+        assert (term.gather, term.describe() is None) == (None, kind != "consistency")
 
 
 def test_weights_of_the_spec_and_of_the_kind() -> None:
@@ -210,7 +215,12 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
     }
     documented = {"sp": 50.0, "hint": 1.0, "cosine": 2.0, "cwd": 0.15, "dist": 1.0, "dkd": 0.02, "pseudo": 1.0}
     depth = {"depth-l1": 0.1, "depth-berhu": 0.04, "depth-silog": 0.1, "depth-ssi": 0.3, "depth-gradient": 0.5}
-    assert weights == documented | {"at": 6, "dice": 1.0, "lovasz": 1.0, "entropy": 0.001, "adversarial": 0.001} | depth
+    assert (
+        weights
+        == documented
+        | {"at": 6, "dice": 1.0, "lovasz": 1.0, "entropy": 0.001, "adversarial": 0.001, "consistency": 1.0}
+        | depth
+    )
     channels, dkd, pseudo = (
         make_term(spec, targets=targets, student_taps=STUDENT)
         for spec in (TermSpec("cwd", teacher_tap="deep"), TermSpec("dkd"), TermSpec("pseudo"))

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from kdcache.distill import SEGMENTATION, Batch, Gate, GateSpec, Target
 from kdcache.distill.terms import Term, TermBatch, TermSpec, make_term
-from kdcache.distill.terms.pseudo import most_confident
+from kdcache.distill.terms.unlabelled.pseudo import most_confident
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["every pixel", "some pixels"])

@@ -23,7 +23,15 @@ WRONG = {
     "verb": ["train", None],
     "model": [None, 3],
     "method": ["", "kll", "kl+kl", "none+kl", "kl,at"],
-    "term": [["focal"], ["at,weight=-1"], ["at,temperature=2"], ["pseudo,threshold=1.5"], [{"weight": 1}], "at"],
+    "term": [
+        ["focal"],
+        ["at,weight=-1"],
+        ["at,temperature=2"],
+        ["pseudo,threshold=1.5"],
+        ["consistency,threshold=0"],
+        [{"weight": 1}],
+        "at",
+    ],
     "distill_on": ["void"],
     "distill_schedule": ["linear", "warmup", "warmup:0", "warmup:x", "warmup:-1"],
     "gate": ["wrong", "confidence", "confidence:1", "confidence:nan", "correct:0.5"],
@@ -182,6 +190,12 @@ def test_unknown_settings_are_refused_by_name() -> None:
         ({"method": "dist", "accumulate": 2}, "--accumulate 2 with dist"),
         ({"method": "kl+at", "mix": "cutmix"}, "--mix cutmix with at"),
         ({"scale": (2.0, 0.5)}, "2.0:0.5"),
+        ({"term": ["consistency,by=ema"]}, "consistency,by=ema without --ema"),
+        ({"term": ["consistency"], "jitter": 0}, "without jitter"),
+        ({"term": ["consistency"], "augment": "none"}, "without jitter"),
+        ({"term": ["consistency,by=store"], "jitter": 0}, "without jitter"),
+        ({"term": ["consistency,by=store"], "mix": "cutmix", "method": "kl"}, "--mix cutmix with consistency"),
+        ({"cache": None, "data": "x", "term": ["consistency,by=store"], "method": "none"}, "consistency, and no"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], named: str) -> None:
@@ -260,16 +274,21 @@ length = st.one_of(
     st.fixed_dictionaries({"epochs": st.integers(1, 1000)}),
     st.just({}),
 )
+CONSISTENT: list[dict[str, Any]] = [
+    {},
+    {"term": ["consistency,by=ema,threshold=0.5"], "ema": 0.99, "augment": "warp", "jitter": "randaugment:2,9"},
+    {"term": ["consistency,normalise=share"], "augment": "replay", "jitter": 0.2},
+]
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
-@given(values=st.fixed_dictionaries({}, optional=VALID), extra=length)
+@given(values=st.fixed_dictionaries({}, optional=VALID), extra=length, term=st.sampled_from(CONSISTENT))
 def test_a_recipe_file_reads_back_as_it_was(
-    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], extra: dict[str, int]
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], extra: dict[str, int], term: dict[str, Any]
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     of_teacher = {"method": "none"} if values.get("verb") == "train-teacher" else {}
-    config = make_config(**(BASE | values | extra | of_teacher))
+    config = make_config(**(BASE | values | extra | term | of_teacher))
     (run / "recipe.toml").write_text(config.to_toml(), encoding="utf-8")
     assert read_config(run) == config
     assert not any("_" in key for key in tomllib.loads(config.to_toml()))

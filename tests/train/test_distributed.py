@@ -279,6 +279,9 @@ def build(num_classes=7):
 """
 
 
+_CONSISTENT = 'b,labels=none,method=none,"term=consistency,by=ema,threshold=0.15,normalise=share"'
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -289,8 +292,9 @@ def build(num_classes=7):
         {"mix": "classmix", "gate": "confidence:0.5", "class_balance": "sqrt", "batch_size": 4},
         {"stream": ["a,share=0.75,method=kl+dist", "b,method=none,weight=0.5"], "batch_size": 8},
         {"stream": ["a,share=0.25", "b,method=kl+pseudo,paste=classmix,paste-from=a"], "batch_size": 8},
+        {"stream": ["a,method=kl", _CONSISTENT], "ema": 0.9, "batch_size": 8},
     ],
-    ids=["uneven", "clipped", "unused parameters", "terms", "mixed", "streams", "pasted"],
+    ids=["uneven", "clipped", "unused parameters", "terms", "mixed", "streams", "pasted", "consistency"],
 )
 def test_two_processes_train_as_one(
     changes: dict[str, Any],

@@ -11,6 +11,7 @@
 | `dkd` | target class and other classes apart | the target's cells |
 | `dice`, `lovasz` | how predictions and labels overlap, without a teacher | the label's pixels |
 | `entropy` | how undecided predictions are, without a teacher or labels | the label's pixels |
+| `consistency` | predictions with those on the weak view that are confident | the label's pixels |
 | `adversarial` | predictions on a stream with those on another, by a discriminator | the label's pixels |
 | `depth-l1`, `depth-berhu`, `depth-silog` | depth in metres with labels, or a teacher's | the label's pixels |
 | `depth-ssi`, `depth-gradient` | the shape of depth, likewise | the label's pixels |
@@ -21,9 +22,10 @@
 """
 
 from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets
-from kdcache.distill.terms.make import discriminator_parameters, make_term, with_discriminators
+from kdcache.distill.terms.make import discriminator_parameters, make_term, with_companions
 from kdcache.distill.terms.needs import arrays_of, check_student, check_terms, resolve_taps
 from kdcache.distill.terms.spec import KINDS, Method, TermSpec, parse_method
+from kdcache.distill.terms.unlabelled.consistency import labellers, pseudo_labels
 
 __all__ = [
     "KINDS",
@@ -37,8 +39,10 @@ __all__ = [
     "check_student",
     "check_terms",
     "discriminator_parameters",
+    "labellers",
     "make_term",
     "parse_method",
+    "pseudo_labels",
     "resolve_taps",
-    "with_discriminators",
+    "with_companions",
 ]

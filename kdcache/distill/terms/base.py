@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache.distill.batch import Batch
+from kdcache.distill.batch import Batch, PseudoLabels
 from kdcache.distill.target import Target, TargetFormat
 from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
 from kdcache.distill.terms.spec import TermSpec, compares_features, reads_logits, reads_teacher
@@ -61,6 +61,7 @@ class TermBatch:
         shown: (B, H, W) bool, which pixels show the image, or one that was pasted, for terms that read it; None is all.
         heads: heads beside segmentation, by name.
         others: logits (B', C, h, w) of the rows of other streams of the batch, by the stream's name.
+        pseudo: pseudo labels of the weak view, by who made them.
     """
 
     logits: Tensor
@@ -79,6 +80,7 @@ class TermBatch:
     shown: Tensor | None = None
     heads: Mapping[str, HeadBatch] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    pseudo: Mapping[str, PseudoLabels] = field(default_factory=dict)
 
     def with_targets(self, batch: Batch) -> "TermBatch":
         """Return the same with the targets of another batch, where that has them."""
@@ -104,6 +106,7 @@ class Term(nn.Module):
             parameters that compares with CE's. The docstrings say how: mean over batches of CamVid at 144x192, teacher
             kdcache:base at stride 4, student kdcache:tiny after 150 and 650 steps.
         reads_shown: whether it reads `TermBatch.shown`.
+        measured: whether its value is logged alone and is no part of the loss.
         gather: concatenates a tensor over the processes along its first axis, in which the own part alone carries a
             gradient; None when there is one.
     """
@@ -111,6 +114,7 @@ class Term(nn.Module):
     default_weight: ClassVar[float] = 1.0
     default_temperature: ClassVar[float] = 1.0
     reads_shown: ClassVar[bool] = False
+    measured: ClassVar[bool] = False
 
     def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -157,6 +161,11 @@ class Term(nn.Module):
     def reads_teacher(self) -> bool:
         """Whether it learns from a teacher, or from labels in its place; False for a term on labels alone."""
         return reads_teacher(self.spec)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether `DistillLoss.set_distill_weight_scale` scales its weight."""
+        return self.reads_teacher
 
     def student_taps(self) -> tuple[str, ...]:
         """The student's features that it needs."""

@@ -13,10 +13,11 @@ from kdcache.distill.terms.depth import DEPTH_TERMS
 from kdcache.distill.terms.features import Cosine, Hint, Projected
 from kdcache.distill.terms.needs import arrays_of, check_student, depth_head, resolve_taps
 from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
-from kdcache.distill.terms.predictions import Adversarial, Discrimination, Discriminator, Entropy
-from kdcache.distill.terms.pseudo import Pseudo
 from kdcache.distill.terms.relations import Relations, Similarity
 from kdcache.distill.terms.spec import TermSpec, compares_features, of_depth, reads_teacher
+from kdcache.distill.terms.unlabelled.consistency import Confident, Consistency
+from kdcache.distill.terms.unlabelled.predictions import Adversarial, Discrimination, Discriminator, Entropy
+from kdcache.distill.terms.unlabelled.pseudo import Pseudo
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, HeadKind, RegressionHead
 
@@ -27,6 +28,7 @@ _WITHOUT_TEACHER: dict[str, type[Overlap | Entropy | Adversarial]] = {
     "entropy": Entropy,
     "adversarial": Adversarial,
 }
+_PSEUDO: dict[str, type[Pseudo]] = {"pseudo": Pseudo, "consistency": Consistency}
 _PLAIN: dict[str, type[Term]] = {
     "at": Attention,
     "sp": Similarity,
@@ -56,7 +58,7 @@ def make_term(
         student_taps: the student's features -> channels, most useful last.
         student_heads: what the student's heads are, by name; None is a head of segmentation alone.
         align_corners: whether the student's own final resize aligns corners.
-        impl: which kernels compute `pseudo` (see `kdcache_kernels.distill_loss`).
+        impl: which kernels compute pseudo labels and their loss (see `kdcache_kernels.distill_loss`).
         class_weight: (C,) of `pseudo`; None weighs every class 1.
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
     Raises: RecipeError for a store that lacks what the term reads, naming the build flag, for unknown taps, and for a
@@ -73,8 +75,10 @@ def make_term(
             received=f"{spec.kind} with standardise=channels and no moments",
             remedy="make_term(..., moments=channel_moments(cache, path, samples)) of kdcache.train.criterion",
         )
-    if spec.kind == "pseudo":
-        return Pseudo(spec, targets, arrays, align_corners=align_corners, impl=impl, class_weight=class_weight)
+    if spec.kind in _PSEUDO:
+        return _PSEUDO[spec.kind](
+            spec, targets, arrays, align_corners=align_corners, impl=impl, class_weight=class_weight
+        )
     if of_depth(spec):
         assert student_heads is not None, "check_student refuses a student without a head of depth"
         student = student_heads[DEPTH]
@@ -103,10 +107,16 @@ def make_term(
     return _PLAIN[spec.kind](spec, targets, arrays)
 
 
-def with_discriminators(terms: Sequence[Term]) -> list[Term]:
-    """The terms, each adversarial one followed by the loss of its discriminator."""
-    pairs = ([term, Discrimination(term)] if isinstance(term, Adversarial) else [term] for term in terms)
-    return [term for pair in pairs for term in pair]
+def with_companions(terms: Sequence[Term]) -> list[Term]:
+    """The terms, each adversarial one followed by its discriminator's loss, consistency by its confident share."""
+    all_terms: list[Term] = []
+    for term in terms:
+        all_terms.append(term)
+        if isinstance(term, Adversarial):
+            all_terms.append(Discrimination(term))
+        if isinstance(term, Consistency):
+            all_terms.append(Confident(term))
+    return all_terms
 
 
 def discriminator_parameters(criterion: Module) -> list[Parameter]:

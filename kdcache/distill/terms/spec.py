@@ -21,6 +21,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dice": (),
     "lovasz": (),
     "entropy": (),
+    "consistency": ("by", "threshold", "normalise"),
     "adversarial": ("against", "loss"),
     "depth-l1": ("reference",),
     "depth-berhu": ("reference",),
@@ -37,13 +38,15 @@ CHOICES = {
     "distance": ("mse", "smooth-l1"),
     "reference": ("labels", "teacher"),
     "loss": ("vanilla", "least-squares"),
+    "by": ("student", "ema", "store"),
 }
-"""Option -> the words that it takes, the first of them the default (of `reference`, but for `depth-ssi`: teacher)."""
+"""Option -> the words that it takes, the first of them the default (but teacher for the `reference` of `depth-ssi`, and
+all for the `normalise` of `consistency`)."""
 FUSED = ("ce", "kl")
 ON_LABELS = ("dice", "lovasz")
 """Kinds of terms that learn from labels alone, without a teacher."""
-ON_PREDICTIONS = ("entropy", "adversarial")
-"""Kinds of terms that learn from the student's predictions alone, without a teacher or a label."""
+ON_PREDICTIONS = ("entropy", "adversarial", "consistency")
+"""Kinds of terms that learn from the student's predictions alone, without a teacher or a label (but for `by=store`)."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,16 @@ class TermSpec:
         temperature: above 0, dimensionless.
         alpha, beta, gamma: weights of the parts of `dkd` (alpha, beta) and `dist` (beta, gamma); alpha of gradient
             matching in `depth-ssi`.
-        threshold: the least probability of a pseudo label (`pseudo`), in (0, 1).
+        threshold: the least probability of a pseudo label (`pseudo`, `consistency`), in (0, 1).
         quantile: instead of `threshold`, the share of each class's pixels with a pseudo label, the most confident ones.
-        normalise: what `pseudo` is divided by; one of CHOICES.
+        normalise: what `pseudo` and `consistency` are divided by; one of CHOICES.
         class_weights: of `pseudo`, by how rare a class is among the targets; one of CHOICES.
         standardise, projector, distance: of features: the teacher's channels, the student's projection and how both are
             compared; each one of CHOICES.
         reference: what a term of depth compares with; one of CHOICES.
         against: the stream whose predictions those of `adversarial` are to pass for; None is the only other one.
         loss: of `adversarial`; one of CHOICES.
+        by: who makes the pseudo labels of `consistency`; one of CHOICES.
     Raises: RecipeError for anything else.
     """
 
@@ -87,6 +91,7 @@ class TermSpec:
     reference: str | None = None
     against: str | None = None
     loss: str | None = None
+    by: str | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -176,12 +181,17 @@ def reads_teacher(spec: TermSpec) -> bool:
         # What aligns scale and shift is for teachers whose depth has none of its own.
         default = "teacher" if spec.kind == "depth-ssi" else "labels"
         return (spec.reference or default) == "teacher"
-    return spec.kind not in (*ON_LABELS, *ON_PREDICTIONS)
+    return spec.kind not in (*ON_LABELS, *ON_PREDICTIONS) or spec.by == "store"
 
 
 def reads_labels(spec: TermSpec) -> bool:
     """Whether a term learns from labels."""
     return not reads_teacher(spec) and spec.kind not in ON_PREDICTIONS
+
+
+def labels_itself(spec: TermSpec) -> bool:
+    """Whether the pseudo labels of a term of weight are made in training, by the student or its moving average."""
+    return spec.kind == "consistency" and spec.by != "store" and spec.weight != 0
 
 
 def reads_logits(spec: TermSpec) -> bool:

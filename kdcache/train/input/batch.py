@@ -41,6 +41,7 @@ class Row:
     record: Array | None
     zoom: Array | None = None
     depth: Array | None = None
+    weak: Array | None = None
 
     @classmethod
     def of(cls, batch: Batch, *at: int) -> "Row":
@@ -59,6 +60,7 @@ class Row:
             record=arrays.get("record"),
             zoom=arrays.get("zoom"),
             depth=arrays.get(f"labels/{DEPTH}"),
+            weak=arrays.get("weak"),
         )
 
 

@@ -11,7 +11,6 @@ from kdcache.data import (
     Augmentation,
     ClassList,
     Window,
-    colour_jitter,
     id_hash,
     inside_rectangle,
     prefetch,
@@ -183,7 +182,7 @@ class CacheDataset(DrawnDataset):
                 render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
         else:
             self._from_source(index, record, window, flip, out)
-        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
+        self._jitter(rng, out)
         assert out.window is not None
         assert out.flip is not None
         out.window[...] = (window.y0, window.x0, window.y1, window.x1)

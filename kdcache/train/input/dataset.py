@@ -61,6 +61,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         target_paths: paths of the arrays of its targets; empty when it reads none.
         on_device: the targets, when a GPU keeps them: samples then bring the number of their record instead.
         dice: how many random numbers in 0..1 a sample brings, for draws on the batch's device (mix.py).
+        weak: whether a sample brings its pixels before the colour jitter, too.
         mapped: the classes that its labels become, and the class of each number in them (256,) uint8; None leaves them.
     """
 
@@ -89,6 +90,7 @@ class DrawnDataset(Dataset[Batch], ABC):
         self.depth_zoom = depth_zoom
         self.on_device: DeviceTargets | None = None
         self.dice = 0
+        self.weak = False
         self.mapped: tuple[ClassList, npt.NDArray[np.uint8]] | None = None
 
     @property
@@ -193,6 +195,8 @@ class DrawnDataset(Dataset[Batch], ABC):
         }
         if DEPTH in self.tasks:
             fields[f"labels/{DEPTH}"] = (self.size, torch.float32)
+        if self.weak:
+            fields["weak"] = ((*self.size, 3), torch.uint8)
         return fields | ({"dice": ((self.dice,), torch.float32)} if self.dice else {})
 
     def empty(self, *leading: int, pin_memory: bool = False) -> Batch:
@@ -215,6 +219,12 @@ class DrawnDataset(Dataset[Batch], ABC):
         # DataLoader does not get the epoch: the seed stands for it, so that any of a sample's views may come.
         seed = int(torch.randint(2**62, ()).item())
         return self.draw(index, seed, np.random.default_rng(seed))
+
+    def _jitter(self, rng: np.random.Generator, out: Row) -> None:
+        """Change the colours of the pixels, which are kept as they were where the weak view is wanted."""
+        if out.weak is not None:
+            out.weak[...] = out.pixels
+        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
 
     def _finish(self, rng: np.random.Generator, out: Row) -> None:
         """Map the label's classes and fill the dice, last of all: what else is drawn does not depend on them."""
@@ -286,5 +296,5 @@ class LabelledDataset(DrawnDataset):
             zoom = zoom_of(window, (image.shape[0], image.shape[1])) if self.depth_zoom == "divide" else 1.0
             metres = self._label(source, DEPTH)
             render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
-        colour_jitter(rng, out.pixels, self.augmentation.jitter, out=out.pixels)
+        self._jitter(rng, out)
         self._finish(rng, out)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdcache.data import IGNORE_INDEX
 from kdcache.distill import SEGMENTATION, AnyBatch, Batch, LabelTargets, MergedTargets, StreamBatch
-from kdcache.distill.batch import neighbours
+from kdcache.distill.batch import PseudoLabels, neighbours
 from kdcache.distill.target import TargetFormat
 from kdcache.errors import RecipeError
 
@@ -57,7 +57,7 @@ class Mix:
 
     def __call__(self, batch: AnyBatch) -> AnyBatch:
         """The batch with mixed pixels and labels, and `own`, which of them are a sample's own; within each stream."""
-        return batch.each(lambda own: self.paste(own, Batch(pixels=own.pixels, labels=own.labels).map(neighbours)))
+        return batch.each(lambda own: self.paste(own, Batch(own.pixels, own.labels, pseudo=own.pseudo).map(neighbours)))
 
     @torch.no_grad()
     def paste(self, batch: Batch, other: Batch) -> Batch:
@@ -79,7 +79,8 @@ class Mix:
             task: torch.where(own_BHW, label, other.labels.get(task, _unlabelled(task)))
             for task, label in batch.labels.items()
         }
-        return replace(batch, pixels=pixels, labels=labels, own=own_BHW)
+        pseudo = {by: _pasted(own, other.pseudo.get(by), own_BHW) for by, own in batch.pseudo.items()}
+        return replace(batch, pixels=pixels, labels=labels, pseudo=pseudo, own=own_BHW)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Paste:
             assert source.pixels is not None
             rows = torch.arange(count, device=source.pixels.device) * of // count
             source = source.map(lambda tensor: tensor[rows])
-        return replace(self.mix.paste(batch, source), pasted=self._targets(source))
+        return replace(self.mix.paste(batch, replace(source, pseudo={})), pasted=self._targets(source))
 
     def _targets(self, source: Batch) -> Batch:
         """The source's targets, in the classes of the training and with windows as the stream's own targets have."""
@@ -128,6 +129,16 @@ class Pastes:
         for paste in self._pastes:
             streams[paste.into] = paste(batch.streams[paste.into], batch.streams[paste.source])
         return StreamBatch(tuple(streams))
+
+
+def _pasted(own: PseudoLabels, other: PseudoLabels | None, own_BHW: Tensor) -> PseudoLabels:
+    """Pseudo labels of mixed pixels: of a confidence of 0, so that they do not count, where there is no other."""
+    if other is None:
+        return replace(own, confidence=torch.where(own_BHW, own.confidence, 0))
+    label, confidence = (
+        torch.where(own_BHW, one, two) for one, two in ((own.label, other.label), (own.confidence, other.confidence))
+    )
+    return PseudoLabels(label, confidence)
 
 
 def _unlabelled(task: str) -> float:

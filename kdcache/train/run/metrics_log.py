@@ -27,7 +27,10 @@ class Observer:
         """A note about this run for its user."""
 
     def stepped(self, step: int, values: dict[str, float]) -> None:
-        """Values of a step, every `log_every` steps: loss, its terms, lr, images_per_second, wait_share."""
+        """Values of a step, every `log_every` steps: loss, its terms, lr, images_per_second, wait_share.
+
+        Where pseudo labels are made of weak views, weak_view_seconds of a step, too.
+        """
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         """L2 norms of each weighted term's gradient over the student's parameters, every `gradients_every` steps."""

@@ -21,6 +21,8 @@ STARVING = 0.1
 """The norm of a task's gradient, beside the other task's, below which it starves, if it is so at two looks running."""
 WON, WON_LOOKS = 0.01, 10
 """A discriminator has won whose loss was below the first at so many logged steps running: chance is log 2, or 1/4."""
+UNSURE_LOOKS = 3
+"""Logged steps running without a confident pixel that are worth a note."""
 SOON = 100
 """The step of a second measurement, where norms have settled and little is lost yet."""
 
@@ -169,6 +171,26 @@ class Watch:
                     f"the discriminator{f' of the stream {stream}' if slash else ''} wins: at {WON_LOOKS} looks "
                     f"running its loss was below {WON:g}, now {value:.2g}. It tells the streams apart with ease and "
                     "the student learns little from it: raise the term's weight, or use loss=least-squares"
+                )
+
+    def unsure(self, values: Mapping[str, float], *, last: bool) -> Iterator[str]:
+        """Notes, once each, on streams without a single confident pixel at some looks running, or at the last.
+
+        Args:
+            values: losses of a step, by name.
+        """
+        for name, value in values.items():
+            stream, slash, part = name.rpartition("/")
+            if part.partition("_")[0] != "confident":
+                continue
+            self._looks[name] = 0 if value > 0 else self._looks.get(name, 0) + 1
+            none = self._looks[name] >= UNSURE_LOOKS or (last and self._looks[name] > 0)
+            if none and name not in self._noted:
+                self._noted.add(name)
+                yield (
+                    f"not a single pixel{f' of the stream {stream}' if slash else ''} is confident, at "
+                    f"{self._looks[name]} looks running: consistency teaches nothing so far. Labels have to make the "
+                    "student sure first; else lower the threshold of the term, or jitter less"
                 )
 
     def lopsided(self, step: int, norms: dict[str, float]) -> Iterator[str]:

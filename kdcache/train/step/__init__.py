@@ -2,6 +2,7 @@
 
 optim.py        optimizers and learning rates
 ema.py          a moving average of the weights
+weak_view.py    pseudo labels of the weak view, made before a step
 eager.py        operation by operation
 compiled.py     eager, compiled or graphed: which one runs
 cuda_graph.py   as a CUDA graph

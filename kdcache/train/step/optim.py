@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.distill.terms import discriminator_parameters
-from kdcache.distill.terms.predictions import Discriminator
+from kdcache.distill.terms.unlabelled.predictions import Discriminator
 from kdcache.errors import RecipeError
 from kdcache.settings.spelling import lr_scales, warmup_steps
 from kdcache.train.config import TrainConfig

@@ -1,5 +1,7 @@
 """Hard pseudo labels: cross-entropy with the teacher's best class where it is sure."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +38,8 @@ class Pseudo(Term):
     2111.14887, with their code.
     """
 
-    default_threshold = 0.7
+    default_threshold: ClassVar[float] = 0.7
+    default_normalise: ClassVar[str] = "kept"
     class_weight: Tensor | None
 
     def __init__(
@@ -52,7 +55,7 @@ class Pseudo(Term):
         super().__init__(spec, targets, arrays)
         self.threshold = self.default_threshold if spec.threshold is None else spec.threshold
         self.quantile = spec.quantile
-        self.normalise = spec.normalise or "kept"
+        self.normalise = spec.normalise or self.default_normalise
         self.student_align_corners = align_corners
         self.impl = impl
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -63,7 +66,8 @@ class Pseudo(Term):
         if self.normalise == "share":
             confident, counted = count.unbind()
             count = torch.where(confident > 0, counted * counted / confident, 0)
-        if batch.pixel_weight is None:
+        pixel_weight_BHW = self._pixel_weight(batch)
+        if pixel_weight_BHW is None:
             return distill_loss(
                 batch.logits,
                 pseudo_BHW,
@@ -77,7 +81,7 @@ class Pseudo(Term):
         logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
         weight_C = None if self.class_weight is None else self.class_weight.to(logits_BCHW.dtype)
         ce_BHW = F.cross_entropy(logits_BCHW, pseudo_BHW.long(), weight_C, ignore_index=NONE, reduction="none")
-        weight_BHW = torch.where(pseudo_BHW != NONE, batch.pixel_weight.detach().to(ce_BHW.dtype), 0)
+        weight_BHW = torch.where(pseudo_BHW != NONE, pixel_weight_BHW.detach().to(ce_BHW.dtype), 0)
         return divide((ce_BHW * weight_BHW).sum(), count.to(ce_BHW.dtype))
 
     def count(self, batch: TermBatch) -> Tensor:
@@ -87,13 +91,7 @@ class Pseudo(Term):
     @torch.no_grad()
     def _labels_and_count(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         """(B, H, W) int16 pseudo labels, NONE where there is none, and what `count` returns."""
-        assert batch.target is not None  # by `reads_target`
-        argmax_BHW, confidence_BHW = target_argmax_confidence(
-            batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
-        )
-        for mask_BHW in (batch.counted, batch.own):
-            if mask_BHW is not None:
-                confidence_BHW = confidence_BHW.masked_fill(~mask_BHW, 0)  # as outside the view
+        argmax_BHW, confidence_BHW = self._best(batch)
         if self.quantile is None:
             confident_BHW = confidence_BHW >= self.threshold
         else:
@@ -107,6 +105,21 @@ class Pseudo(Term):
         if self.class_weight is None:
             return labels_BHW, _sum(confident_BHW)
         return labels_BHW, _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
+
+    def _best(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
+        """The most likely class of each pixel, (B, H, W), and its probability, 0 where a pixel does not count."""
+        assert batch.target is not None  # by `reads_target`
+        argmax_BHW, confidence_BHW = target_argmax_confidence(
+            batch.target.packed(self.targets), batch.size, batch.window, batch.flip, impl=self.impl
+        )
+        for mask_BHW in (batch.counted, batch.own):
+            if mask_BHW is not None:
+                confidence_BHW = confidence_BHW.masked_fill(~mask_BHW, 0)  # as outside the view
+        return argmax_BHW, confidence_BHW
+
+    def _pixel_weight(self, batch: TermBatch) -> Tensor | None:
+        """Weights of the labelled pixels; None is 1."""
+        return batch.pixel_weight
 
 
 def confidence_of(target: Target, form: TargetFormat) -> tuple[Tensor, Tensor]:
