@@ -29,7 +29,8 @@ class Consistency(Pseudo):
     The strong view is the student's image, the weak view the same pixels before the colour jitter, so that both have
     the same geometry and their pixels correspond one to one. p is of the student itself or of its moving average, each
     in eval mode and without gradient (`Batch.pseudo`); or of a stored teacher. Pixels without a label count as others
-    do, pixels that show no image do not. `normalise` is as of `Pseudo`; gates weigh a stored teacher's pixels alone.
+    do, those of a replayed view that show no image do not. `normalise` is as of `Pseudo`; gates weigh a stored
+    teacher's pixels alone.
 
     Default weight 1, threshold 0.968, all.
     Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`, Tranheden et al. 2021
