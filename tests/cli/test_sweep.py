@@ -199,7 +199,7 @@ def test_from_a_game_to_a_camera(cli, tmp_path: Path) -> None:
     ended = cli("sweep", "gta5-cityscapes", "--smoke", "--out", out, *quick((*QUICK[:3], "student.collapse=note")))
     assert ended.code == 0, ended.err
     rows = [row["name"] for row in json.loads((out / "comparison.json").read_text(encoding="utf-8"))["rows"]]
-    assert len(rows) == 41
+    assert len(rows) == 42
     stores = {path.stem for path in (out / "stores").iterdir()}
     assert stores == {f"target{name}" for name in ("", "-adapted", "-mean", "-self-training-round-2-adapted")}
     assert {path.name for path in (out / "audits").iterdir()} == stores
