@@ -20,7 +20,7 @@ from .topk import BLOCK, OPTIONS, densify, first_class, pixels
 USABLE = tl.constexpr(torch.finfo(torch.float32).max / 8)  # as in the loss: a logit beyond it is lost
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_pixels", "num_classes", "w"], do_not_specialize_on_alignment=["strides"])
 def _lost_kernel(logits_ptr, strides, lost_ptr, total, num_pixels, num_classes, w, BLOCK: tl.constexpr):
     image, pixel, exists = pixels(num_pixels, total, BLOCK)
     logits_ptrs, stride_c = first_class(logits_ptr, strides, image, pixel, w)
@@ -49,7 +49,12 @@ def _taps(position, n_view, n_in, ALIGN_CORNERS: tl.constexpr):
     return index, tl.minimum(index + 1, n_in - 1), weight.to(tl.float32), next_weight.to(tl.float32), outside
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "stride_yb", "stride_xb", "total", "num_classes", "H", "W", "h", "w", "view_h", "view_w",
+    ],
+    do_not_specialize_on_alignment=["strides"],
+)  # fmt: skip
 def _argmax_kernel(
     logits_ptr, strides, lost_ptr, rows_ptr, stride_yb, columns_ptr, stride_xb, argmax_ptr, confidence_ptr, total,
     num_classes, H, W, h, w, view_h, view_w,

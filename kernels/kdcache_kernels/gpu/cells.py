@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, WRONG, gpu, integer_power, launch_options, multiprocessors, pixels_of
+from .common import LN2, WRONG, gpu, integer_power, launch_options, multiprocessors, pixels_of, strides_of
 from .prep import Prepared
 from .surface import (
     add_powers,
@@ -206,11 +206,18 @@ def _gradient(
     return kl_cell, ce_label
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "h", "w", "ht", "wt", "blocks", "strips", "rows",
+        "label_stride_b", "label_stride_h", "label_stride_w", "gate_stride_b", "gate_stride_h", "gate_stride_w",
+    ]
+)  # fmt: skip
 def cells_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr,
     row_inside_ptr, column_inside_ptr, route_ptr, shift_ptr, factors_ptr, gradient_ptr, edges_ptr, partials_ptr,
-    pixels, h, w, ht, wt, blocks, strips, rows, temperature, S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr,
+    pixels, h, w, ht, wt, blocks, strips, rows,
+    label_stride_b, label_stride_h, label_stride_w, gate_stride_b, gate_stride_h, gate_stride_w, temperature,
+    S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Each program does NC - 1 columns of cells, down their strips, of one image.
 
@@ -250,10 +257,10 @@ def cells_kernel(
         t_column, t_first, t_step = interpolation(t_low, wt, flip, S)
     label_ptr = pixels.labels
     if label_ptr is not None:
-        label_ptr += image.to(tl.int64) * pixels.label_strides[0]
+        label_ptr += image.to(tl.int64) * label_stride_b
     gate_ptr = pixels.gate
     if gate_ptr is not None:
-        gate_ptr += image.to(tl.int64) * pixels.gate_strides[0]
+        gate_ptr += image.to(tl.int64) * gate_stride_b
     if row_inside_ptr is not None:
         row_inside_ptr += image * (h * S)
         column_inside_ptr += image * (w * S)
@@ -290,17 +297,19 @@ def cells_kernel(
         row_inside_ptrs = row_inside_ptr
         column_inside_ptrs = column_inside_ptr
         if label_ptr is not None and (pixels.USE_CE or not pixels.DISTILL_VOID):
-            label_ptrs = label_ptr + y.to(tl.int64) * pixels.label_strides[1] + x * pixels.label_strides[2]
-            labels, seen, lowest, highest = read_labels(label_ptrs, pixels, active, i, j, g, h, w, S, ROWS)
+            label_ptrs = label_ptr + y.to(tl.int64) * label_stride_h + x * label_stride_w
+            labels, seen, lowest, highest = read_labels(
+                label_ptrs, label_stride_h, label_stride_w, pixels, active, i, j, g, h, w, S, ROWS
+            )
         if gate_ptr is not None:
-            gate_ptrs = gate_ptr + y.to(tl.int64) * pixels.gate_strides[1] + x * pixels.gate_strides[2]
+            gate_ptrs = gate_ptr + y.to(tl.int64) * gate_stride_h + x * gate_stride_w
         if row_inside_ptr is not None:
             row_inside_ptrs = row_inside_ptr + y
             column_inside_ptrs = column_inside_ptr + x
         ce, kl, teacher = _sums(student, target, y_first, pixels, temperature, zero, S, ROWS, POWER)
         ce, kl, teacher, ce_cell, kl_cell, kl_any = pixel_factors(
-            ce, kl, teacher, labels, pixels, gate_ptrs, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, active,
-            i, j, g, h, w, zero, S, ROWS,
+            ce, kl, teacher, labels, pixels, gate_ptrs, gate_stride_h, gate_stride_w, row_inside_ptrs,
+            column_inside_ptrs, k_ce, k_kl, active, i, j, g, h, w, zero, S, ROWS,
         )  # fmt: skip
 
         present = 0
@@ -338,7 +347,7 @@ def cells_kernel(
     tl.store(partials_ptr + 1, tl.sum(kl_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_classes", "h", "strips", "rows"])
 def combine_kernel(
     edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -419,8 +428,9 @@ def launch(
     cells_kernel[(B * blocks,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost,
         *((None, None) if problem.window is None else (prepared.target_rows.inside, prepared.target_columns.inside)),
-        prepared.route, prepared.shift, prepared.factors, gradient, edges, partials, pixels_of(problem),
-        h, w, *prepared.target.shape[2:], blocks, strips, rows, problem.temperature,
+        prepared.route, prepared.shift, prepared.factors, gradient, edges, partials,
+        pixels_of(problem)._replace(label_strides=None, gate_strides=None),
+        h, w, *prepared.target.shape[2:], blocks, strips, rows, *strides_of(problem), problem.temperature,
         S=stride, NC=lanes, POWER=integer_power(problem.temperature),
         num_stages=1, enable_fp_fusion=False, **launch_options(lanes, REGISTERS, device),
     )  # fmt: skip

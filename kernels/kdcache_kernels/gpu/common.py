@@ -59,7 +59,7 @@ class Pixels(NamedTuple):
 
     Attributes:
         labels, gate: tensors (pointers in a kernel) of labels and pixel weights; None without.
-        label_strides, gate_strides: (batch, row, column).
+        label_strides, gate_strides: (batch, row, column); None where a kernel takes them by themselves.
         class_weight: contiguous; None without.
         num_classes: C.
         USE_CE, USE_KL, DISTILL_VOID, IGNORE_INDEX: constants, as in `LossProblem`.
@@ -155,6 +155,15 @@ def multiprocessors(device: torch.device) -> int:
 def integer_power(temperature: float) -> int:
     """POWER of a kernel: T where exp(u) = exp(u / T) ** T spares an exponential and its rounding allows it, else 0."""
     return int(temperature) if temperature in (1, 2, 3, 4) else 0
+
+
+def strides_of(problem: LossProblem) -> tuple[int, ...]:
+    """Strides (batch, row, column) of the labels and of the gate, 0 without; beside `Pixels` in a launch.
+
+    Triton makes a variant for every divisibility of an integer in a tuple, whatever the kernel says; not for these.
+    """
+    tensors = (problem.labels, problem.pixel_weight)
+    return tuple(stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride()))
 
 
 def pixels_of(problem: LossProblem) -> Pixels:

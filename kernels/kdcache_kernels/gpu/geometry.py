@@ -145,7 +145,14 @@ def _store_factors(
     tl.store(factors_ptr + 3, (T * T * kl_inverse).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "B", "h", "w", "ht", "wt", "H", "W", "view_height", "view_width", "num_ranges", "num_counts", "pixel_count",
+    ],
+    do_not_specialize_on_alignment=[
+        "window_ptr", "flip_ptr", "ce_weight_ptr", "kl_weight_ptr", "ce_denominator_ptr", "kl_denominator_ptr",
+    ],
+)  # fmt: skip
 def geometry_kernel(
     window_ptr, flip_ptr, ranges_ptr, counts_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
     kl_denominator_ptr, row_taps, column_taps, target_row_taps, target_column_taps, route_ptr, shift_ptr, factors_ptr,

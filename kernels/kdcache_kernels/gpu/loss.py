@@ -27,7 +27,10 @@ SCALED = 4096
 """Elements of a program of scale_gradient."""
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_fast", "num_tiles"],
+    do_not_specialize_on_alignment=["ce_weight_ptr", "kl_weight_ptr"],
+)
 def totals_kernel(
     fast_ptr, tiles_ptr, num_fast, num_tiles, factors_ptr, ce_weight_ptr, kl_weight_ptr, loss_ptr, ce_ptr, kl_ptr,
     HAS_FAST: tl.constexpr, BLOCK: tl.constexpr,

@@ -113,17 +113,15 @@ def _target_pixels(
     return target_at_n, (row_inside & column_inside) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "h", "ht", "wt", "image_blocks", "num_blocks"])
 def pixels_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_inside_ptr, column_inside_ptr, route_ptr,
-    shift_ptr, factors_ptr, gradient_ptr, partials_ptr, pixels, batch, h, w, ht, wt, image_blocks, num_blocks,
-    temperature,
+    shift_ptr, factors_ptr, gradient_ptr, partials_ptr, pixels, plane, target_plane, batch, h, w, ht, wt, image_blocks,
+    num_blocks, temperature,
     MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of pixels of the images whose route is 1."""
     pid = tl.program_id(0)
-    plane = h * w
-    target_plane = ht * wt
     k_ce = tl.load(factors_ptr)
     k_kl = tl.load(factors_ptr + 1)
     absent_u = LOWEST_LOGIT / tl.maximum(temperature, 1.0)
@@ -235,6 +233,7 @@ def launch(
     Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
     """
     B, _, h, w = problem.student.shape
+    ht, wt = prepared.target.shape[2:]
     device = problem.student.device
     tiling = choose_tiling(problem) if tiling is None else tiling
     single = h * w == 1
@@ -245,7 +244,7 @@ def launch(
     pixels_kernel[(programs,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.target_rows.inside,
         prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, gradient, partials,
-        pixels_of(problem), B, h, w, *prepared.target.shape[2:], image_blocks, num_blocks, problem.temperature,
+        pixels_of(problem), h * w, ht * wt, B, h, w, ht, wt, image_blocks, num_blocks, problem.temperature,
         MOVED=problem.window is not None or problem.flip is not None, SINGLE=single,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         BLOCK_C=tiling.classes, BLOCK_N=tiling.pixels, num_warps=tiling.num_warps, enable_fp_fusion=True,

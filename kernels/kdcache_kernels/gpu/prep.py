@@ -68,13 +68,13 @@ class Prepared:
 
 @triton.jit
 def _normalise(
-    x_ptr, strides, out_ptr, lost_ptr, range_ptr, block, num_classes, h, w, limit, scale, stretch,
+    x_ptr, strides, out_ptr, lost_ptr, range_ptr, block, num_classes, plane, w, limit, scale, stretch,
     FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap."""
     _, stride_c, stride_h, stride_w = strides
     offs_n = block * BLOCK + tl.arange(0, BLOCK)
-    exists = offs_n < h * w
+    exists = offs_n < plane
     pixel_ptrs = x_ptr + (offs_n * stride_w if FLAT else offs_n // w * stride_h + offs_n % w * stride_w)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     smallest = tl.full((BLOCK,), float("inf"), tl.float32)
@@ -95,7 +95,7 @@ def _normalise(
         mask = (offs_c < num_classes)[:, None] & exists[None, :]
         x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
         value = (tl.where(usable[None, :], x, 0.0) - largest[None, :]) * scale
-        tl.store(out_ptr + offs_c[:, None] * (h * w) + offs_n[None, :], value, mask=mask)
+        tl.store(out_ptr + offs_c[:, None] * plane + offs_n[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def _count(
     offs_y = block * ROWS + tl.arange(0, ROWS)
     y0, x0, y1, x1 = load_window(window_ptr, image, view_height, view_width)
     flip = image < 0
-    if window_ptr is not None and flip_ptr is not None:
+    if flip_ptr is not None:
         flip = tl.load(flip_ptr + image) != 0
     label_ptr = pixels.labels
     if label_ptr is not None:
@@ -180,11 +180,17 @@ def _count(
     tl.store(counts_ptr + 1, tl.sum(tl.sum(kl, 1), 0))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "k", "h", "w", "ht", "wt", "H", "view_height", "view_width", "student_blocks", "target_blocks",
+        "count_blocks",
+    ],
+    do_not_specialize_on_alignment=["window_ptr", "flip_ptr"],
+)  # fmt: skip
 def prepare_kernel(
     student_ptr, student_strides, student_out_ptr, student_lost_ptr, target_ptr, indices_ptr, tail_ptr, target_out_ptr,
-    target_lost_ptr, pixels, window_ptr, flip_ptr, ranges_ptr, counts_ptr, k, h, w, ht, wt, H, W, view_height,
-    view_width, student_blocks, target_blocks, count_blocks, student_limit, target_limit, scale, stretch,
+    target_lost_ptr, pixels, window_ptr, flip_ptr, ranges_ptr, counts_ptr, plane, target_plane, k, h, w, ht, wt, H, W,
+    view_height, view_width, student_blocks, target_blocks, count_blocks, student_limit, target_limit, scale, stretch,
     FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Run for every image programs of the student's pixels, then of the target's, then those that count labels."""
@@ -197,23 +203,24 @@ def prepare_kernel(
     if block < student_blocks:
         _normalise(
             student_ptr + image64 * student_strides[0], student_strides,
-            student_out_ptr + image64 * num_classes * (h * w), student_lost_ptr + image64 * (h * w), ranges_ptr,
-            block, num_classes, h, w, student_limit, scale, stretch, FLAT, BLOCK_C, BLOCK,
+            student_out_ptr + image64 * num_classes * plane, student_lost_ptr + image64 * plane, ranges_ptr,
+            block, num_classes, plane, w, student_limit, scale, stretch, FLAT, BLOCK_C, BLOCK,
         )  # fmt: skip
     elif block < student_blocks + target_blocks:
         if target_ptr is not None:
-            out_ptr = target_out_ptr + image64 * num_classes * (ht * wt)
-            lost_ptr = target_lost_ptr + image64 * (ht * wt)
+            out_ptr = target_out_ptr + image64 * num_classes * target_plane
+            lost_ptr = target_lost_ptr + image64 * target_plane
             if indices_ptr is not None:
                 _densify(
-                    target_ptr + image64 * k * (ht * wt), indices_ptr + image64 * k * (ht * wt),
-                    tail_ptr + image64 * (ht * wt), out_ptr, lost_ptr, ranges_ptr, block - student_blocks, k,
-                    num_classes, ht * wt, target_limit, scale, stretch, BLOCK_C, BLOCK,
+                    target_ptr + image64 * k * target_plane, indices_ptr + image64 * k * target_plane,
+                    tail_ptr + image64 * target_plane, out_ptr, lost_ptr, ranges_ptr, block - student_blocks, k,
+                    num_classes, target_plane, target_limit, scale, stretch, BLOCK_C, BLOCK,
                 )  # fmt: skip
             else:
                 _normalise(
-                    target_ptr + image64 * num_classes * (ht * wt), (0, ht * wt, wt, 1), out_ptr, lost_ptr, ranges_ptr,
-                    block - student_blocks, num_classes, ht, wt, target_limit, scale, stretch, True, BLOCK_C, BLOCK,
+                    target_ptr + image64 * num_classes * target_plane, (0, target_plane, wt, 1), out_ptr, lost_ptr,
+                    ranges_ptr, block - student_blocks, num_classes, target_plane, wt, target_limit, scale, stretch,
+                    True, BLOCK_C, BLOCK,
                 )  # fmt: skip
     else:
         block -= student_blocks + target_blocks
@@ -281,12 +288,13 @@ def _launch_prepare(
         tail = None if target.tail is None else target.tail.contiguous()
     counted = pixels_of(problem)._replace(USE_CE=tl.constexpr(counts_ce), USE_KL=tl.constexpr(counts_kl), gate=None)
     prepare_kernel[(B * sum(blocks),)](
-        student, student.stride(), *students, values, indices, tail, *targets, counted, window, flip, ranges, counts,
-        k, h, w, ht, wt, H, W, *view, *blocks,
+        student, student.stride(), *students, values, indices, tail, *targets, counted, window,
+        None if window is None else flip, ranges, counts,
+        h * w, ht * wt, k, h, w, ht, wt, H, W, *view, *blocks,
         LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), min(math.log2(math.e) / T, LARGEST),
         max(1.0, 1 / T),
         FLAT=student.stride(2) == w * student.stride(3) or h == 1,
-        BLOCK_C=min(32, triton.next_power_of_2(C)), BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS,
+        BLOCK_C=max(4, min(32, triton.next_power_of_2(C))), BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return (*students, *targets), ranges, counts

@@ -28,11 +28,11 @@ def cell_of(index, fraction):
 
 
 @triton.jit
-def first_pixel(taps, cell_n, size, STEPS: tl.constexpr):
-    """The first of `size` pixels that lies in the cell or beyond, by bisection of the monotone table."""
+def first_pixel(taps, cell_n, size, steps):
+    """The first of `size` < 2^steps pixels that lies in the cell or beyond, by bisection of the monotone table."""
     low_n = cell_n * 0
     high_n = low_n + size
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle_n = (low_n + high_n) // 2
         at_n = tl.minimum(middle_n, size - 1)
         reached_n = cell_of(tl.load(taps.index + at_n), tl.load(taps.fraction + at_n)) >= cell_n

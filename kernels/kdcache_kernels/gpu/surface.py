@@ -232,9 +232,8 @@ def in_image(q: tl.constexpr, g, i, j, h, w, r: tl.constexpr, S: tl.constexpr, R
 
 
 @triton.jit
-def read_labels(label_ptrs, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
+def read_labels(label_ptrs, stride_h, stride_w, pixels, active, i, j, g, h, w, S: tl.constexpr, ROWS: tl.constexpr):
     """Labels of a cell in pairs, see `unpack`; a bit for each of them modulo 32; the lowest and the highest."""
-    _, stride_h, stride_w = pixels.label_strides
     labels = ()
     seen = active.to(tl.int32) * 0
     lowest = seen
@@ -266,8 +265,8 @@ def _split(value, counted, exponent, product):
 
 @triton.jit
 def pixel_factors(
-    ce, kl, teacher, labels, pixels, gate_ptrs, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, active, i, j, g, h, w,
-    zero, S: tl.constexpr, ROWS: tl.constexpr,
+    ce, kl, teacher, labels, pixels, gate_ptrs, gate_stride_h, gate_stride_w, row_inside_ptrs, column_inside_ptrs,
+    k_ce, k_kl, active, i, j, g, h, w, zero, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute the factors of every pixel's exponentials in the gradient, and its part of the loss.
 
@@ -309,7 +308,7 @@ def pixel_factors(
                 ratio = kl[q * S + r] * inverse
                 factor = reciprocal(kl[q * S + r]) * k_kl
                 if pixels.gate is not None:
-                    ptrs = gate_ptrs + q * pixels.gate_strides[1] + r * pixels.gate_strides[2]
+                    ptrs = gate_ptrs + q * gate_stride_h + r * gate_stride_w
                     gate = tl.load(ptrs, mask=counted, other=0).to(tl.float32)
                     kl_log = tl.fma(gate, tl.log2(ratio), kl_log)
                     factor = factor * gate

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, gpu, integer_power, launch_options, load_pixel, multiprocessors, pixels_of, power
+from .common import LN2, gpu, integer_power, launch_options, load_pixel, multiprocessors, pixels_of, power, strides_of
 from .prep import Prepared
 from .sample import (
     ROWS,
@@ -148,7 +148,8 @@ def _finish_row(sums_ptr, gradient_n, writes_n, num_classes, plane, BLOCK: tl.co
 @triton.jit
 def _visit(
     r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places, left_n, right_n, first_n,
-    target_at_n, live_qn, in_view_qn, label_row_ptrs, gate_row_ptrs, value_ptrs, taps, target_taps, pixels, k_ce, k_kl,
+    target_at_n, live_qn, in_view_qn, label_row_ptrs, gate_row_ptrs, label_stride_w, gate_stride_w,
+    value_ptrs, taps, target_taps, pixels, k_ce, k_kl,
     sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The terms of the pixels in column r of each lane's cell, and the factors of their gradient.
@@ -189,10 +190,10 @@ def _visit(
         has_peaks = 1
     label_ptrs = label_row_ptrs
     if pixels.labels is not None:
-        label_ptrs += (x_n * pixels.label_strides[2])[None, :]
+        label_ptrs += (x_n * label_stride_w)[None, :]
     gate_ptrs = gate_row_ptrs
     if pixels.gate is not None:
-        gate_ptrs += (x_n * pixels.gate_strides[2])[None, :]
+        gate_ptrs += (x_n * gate_stride_w)[None, :]
     label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(pixels, label_ptrs, gate_ptrs, live_qn, in_view_qn)
     below_lost = tl.where(blend[0] > 0, lost_on_row(student_lost_rows[1], columns)[None, :], 0)
     lost = (lost_on_row(student_lost_rows[0], columns)[None, :] | below_lost) != 0
@@ -225,13 +226,19 @@ def _visit(
     return ce_n, kl_n, has_peaks
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "h", "w", "H", "W", "ht", "wt", "target_batch", "strips", "strip_rows", "num_lanes", "num_blocks",
+        "most_columns", "scratch_size", "steps",
+        "label_stride_b", "label_stride_h", "label_stride_w", "gate_stride_b", "gate_stride_h", "gate_stride_w",
+    ],
+)  # fmt: skip
 def tiles_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_taps, column_taps, target_row_taps,
     target_column_taps, route_ptr, factors_ptr, gradient_ptr, scratch_ptr, partials_ptr, pixels, h, w, H, W, ht, wt,
-    target_batch, strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, temperature,
-    ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, STEPS: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr,
-    LANES: tl.constexpr,
+    target_batch, strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, steps,
+    label_stride_b, label_stride_h, label_stride_w, gate_stride_b, gate_stride_h, gate_stride_w, temperature,
+    ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of lanes; lanes are the cell columns -1 to w - 1 of all strips."""
     HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
@@ -265,13 +272,13 @@ def tiles_kernel(
             target_image = tl.where(target_batch > 1, image, 0)
             left = tl.maximum(j, 0)
             right = tl.minimum(j + 1, w - 1)
-            first = first_pixel(column_taps, j, W, STEPS)
-            count = tl.where(alive, first_pixel(column_taps, j + 1, W, STEPS) - first, 0)
+            first = first_pixel(column_taps, j, W, steps)
+            count = tl.where(alive, first_pixel(column_taps, j + 1, W, steps) - first, 0)
             columns = tl.max(count, 0)
             # From the row of cells above the strip; without a gradient only that above the image has pixels to count.
             i = first_row - 1
             start = i if HAS_GRADIENT else tl.where(i < 0, -1, first_row)
-            y = first_pixel(row_taps, start, H, STEPS)
+            y = first_pixel(row_taps, start, H, steps)
             if HAS_GRADIENT:
                 _finish_row(sums_ptr, student_n, lane < 0, 2 * num_classes, 0, BLOCK_C, LANES)
             for step in range(strip_rows + 1):
@@ -306,12 +313,10 @@ def tiles_kernel(
                         target_lost_rows = (target_lost_n + row0, target_lost_n + row1, target_lost_n + row2)  # type: ignore[assignment]
                     label_row_ptrs = pixels.labels
                     if label_row_ptrs is not None:
-                        stride_b, stride_h, _ = pixels.label_strides
-                        label_row_ptrs += image64[None, :] * stride_b + rows.to(tl.int64) * stride_h
+                        label_row_ptrs += image64[None, :] * label_stride_b + rows.to(tl.int64) * label_stride_h
                     gate_row_ptrs = pixels.gate
                     if gate_row_ptrs is not None:
-                        stride_b, stride_h, _ = pixels.gate_strides
-                        gate_row_ptrs += image64[None, :] * stride_b + rows.to(tl.int64) * stride_h
+                        gate_row_ptrs += image64[None, :] * gate_stride_b + rows.to(tl.int64) * gate_stride_h
                     taken = tl.sum(live.to(tl.int32), 0)
                     y += taken
                     pending = tl.max(taken, 0)
@@ -322,8 +327,9 @@ def tiles_kernel(
                             ce, kl, has_peaks = _visit(
                                 r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places,
                                 left, right, first, target_image * W, exists, exists & in_view, label_row_ptrs,
-                                gate_row_ptrs, value_ptrs, column_taps, target_column_taps, pixels, k_ce, k_kl, sizes,
-                                W, wt, temperature, HAS_GRADIENT, POWER, BLOCK_SUMS,
+                                gate_row_ptrs, label_stride_w, gate_stride_w, value_ptrs, column_taps,
+                                target_column_taps, pixels, k_ce, k_kl, sizes, W, wt,
+                                temperature, HAS_GRADIENT, POWER, BLOCK_SUMS,
                             )  # fmt: skip
                             ce_n += tl.where(counted, ce, 0.0).to(tl.float64)
                             kl_n += tl.where(counted, kl, 0.0).to(tl.float64)
@@ -414,11 +420,12 @@ def launch(
     tiles_kernel[(programs,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.student_rows,
         prepared.student_columns, prepared.target_rows, prepared.target_columns, prepared.route, prepared.factors,
-        gradient, scratch, partials, pixels_of(problem), h, w, H, W, *prepared.target.shape[2:],
+        gradient, scratch, partials, pixels_of(problem)._replace(label_strides=None, gate_strides=None),
+        h, w, H, W, *prepared.target.shape[2:],
         prepared.target_rows.index.shape[0], strips, tiling.strip_rows, num_lanes, num_blocks, columns, scratch_size,
-        problem.temperature, ALL_IMAGES=all_images,
+        max(H, W).bit_length(), *strides_of(problem), problem.temperature, ALL_IMAGES=all_images,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
-        STEPS=max(H, W).bit_length(), BLOCK_SUMS=tiling.block_sums, BLOCK_C=tiling.block_classes, LANES=tiling.lanes,
+        BLOCK_SUMS=tiling.block_sums, BLOCK_C=tiling.block_classes, LANES=tiling.lanes,
         enable_fp_fusion=True, **launch_options(tiling.lanes, REGISTERS, device),
     )  # fmt: skip
     return partials

@@ -123,7 +123,9 @@ def _log_odds(
     return tl.where(nearest < INFINITY_BITS, odds, -LIMIT)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["total", "num_pixels", "num_classes", "k", "w"], do_not_specialize_on_alignment=["strides"]
+)
 def _pack_kernel(
     logits_ptr, strides, values_ptr, indices_ptr, tail_ptr, total, num_pixels, num_classes, k, w,
     DENSE: tl.constexpr, BLOCK: tl.constexpr,
@@ -172,7 +174,7 @@ def tail_fill(largest, mass, tail, num_classes, k):
     return tl.where(fill > LIMIT, LIMIT, tl.where(fill < -LIMIT, -LIMIT, fill))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_pixels", "num_classes", "k"])
 def _densify_kernel(
     values_ptr, indices_ptr, tail_ptr, dense_ptr, total, num_pixels, num_classes, k, BLOCK: tl.constexpr
 ):

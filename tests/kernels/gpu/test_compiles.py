@@ -5,6 +5,7 @@ constants that are none, a `tl.dot` of the wrong shape. The launches are the pac
 """
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,27 @@ for target in sys.argv[2:]:
     print(target, *(one.name for one in compiled))
 """
 """What compiles the largest kernel, and those that it needs, for some targets."""
+COUNT = """
+import collections, json, sys
+sys.path.insert(0, sys.argv[1])
+import sass, torch, triton
+from kdcache_kernels.gpu import loss
+kernels = collections.defaultdict(set)
+def record(*, key, fn, **_):
+    kernels[fn.jit_function.fn.__name__].add(key)
+    return True  # nothing is compiled
+triton.knobs.runtime.jit_cache_hook = record
+sass.compile_instead(sass.gpu_target("90"))
+window = sass.empty(sass.BATCH, 4, dtype=torch.float64)
+for stride, h, w in (4, 7, 9), (4, 16, 32), (4, 90, 120), (4, 13, 128), (4, 128, 13), (4, 1, 2), (1, 7, 9), (1, 16, 16):
+    H, W = h * stride, w * stride
+    grid = sass.PackedTarget(sass.empty(sass.BATCH, 21, h, w, dtype=torch.float16), None, None, 21, (H, W))
+    labels, gate = (sass.empty(sass.BATCH, H, W, dtype=kind) for kind in (torch.uint8, torch.float32))
+    problem = sass.problem(1, torch.float16, student=sass.empty(sass.BATCH, 21, h, w), labels=labels, target=grid,
+                           size=(H, W), window=window, pixel_weight=gate)
+    loss.distill_loss(problem)
+print(json.dumps({name: len(keys) for name, keys in kernels.items()}))
+"""
 
 
 def compile_in_a_process(*words: str, folder: Path) -> str:
@@ -58,6 +80,16 @@ def test_the_largest_kernel_compiles_for_every_generation(tmp_path):
     lines = compile_in_a_process("-c", LARGEST, str(BENCHMARKS), *targets, folder=tmp_path).splitlines()
     assert [line.split()[0] for line in lines] == targets
     assert all("tiles_kernel" in line.split() for line in lines)
+
+
+def test_a_step_of_another_size_compiles_nothing_anew(tmp_path):
+    """By Triton's own cache keys. Of pixels and prepare there is one for sizes that 16 divides and one for others."""
+    counts = json.loads(compile_in_a_process("-c", COUNT, str(BENCHMARKS), folder=tmp_path))
+    assert counts.pop("prepare_kernel") <= 8
+    assert counts.pop("pixels_kernel") <= 2
+    assert counts.pop("combine_kernel") <= 2
+    assert counts.pop("geometry_kernel") == 2  # with stride 1, no range is guarded
+    assert counts == {"cells_kernel": 1, "tiles_kernel": 1, "totals_kernel": 1}
 
 
 class _Driver:
