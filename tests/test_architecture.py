@@ -32,12 +32,13 @@ PICKLE_ERRORS = {"UnpicklingError", "PickleError"}  # which torch raises: to nam
 KERNELS, CLI = "kdcache_kernels", "kdcache_cli"
 ALLOWED = {
     "errors": set[str](),
+    "listing": set[str](),
     "files": {"errors"},
     "heads": set[str](),
-    "settings": {"errors"},
+    "settings": {"errors", "listing"},
     "data": {"errors", "files"},
     "run_folder": {"heads", "errors", "files", "settings"},
-    "models": {"heads", "errors", "files", "run_folder"},
+    "models": {"heads", "listing", "errors", "files", "run_folder"},
     "store": {"heads", "data", "errors"},
     "distill": {"heads", KERNELS, "errors"},
     "metrics": {"heads", "data", "models", "errors", "files", "settings"},

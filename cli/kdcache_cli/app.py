@@ -1,9 +1,10 @@
 """The Typer app and its one door: errors become a panel and an exit code."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from rich.panel import Panel
@@ -13,6 +14,7 @@ from typer.core import TyperGroup
 from kdcache.errors import KDCacheError
 from kdcache_cli.console import ERRORS
 from kdcache_cli.settings import build_flags
+from kdcache_cli.settings.signature import hide_switch_types
 from kdcache_cli.torchrun import one_voice
 from kdcache_cli.verbs import (
     bench_kernels,
@@ -39,9 +41,53 @@ from kdcache_cli.verbs import (
     visualise,
 )
 
+_PANELS: dict[str, dict[str, Callable[..., None]]] = {
+    "Start": {"demo": demo.demo, "models": models.models},
+    "Data": {},
+    "Teacher and store": {
+        "train-teacher": train_teacher.train_teacher,
+        "plan": plan.plan,
+        "build-teacher-cache": build_teacher_cache.build_teacher_cache,
+        "inspect": inspect.inspect,
+        "verify": verify.verify,
+        "extend": extend.extend,
+        "copy": copy.copy,
+        "export-pseudo-labels": export_pseudo_labels.export_pseudo_labels,
+    },
+    "Train": {"train-student": train_student.train_student, "sweep": sweep.sweep, "self-train": self_train.self_train},
+    "Judge": {
+        "evaluate": evaluate.evaluate,
+        "compare": compare.compare,
+        "visualise": visualise.visualise,
+        "report": report.report,
+    },
+    "Ship": {"export": export.export, "predict": predict.predict},
+    "Bench": {"bench-kernels": bench_kernels.bench_kernels, "bench-loader": bench_loader.bench_loader},
+}
+"""Verbs by the heading of the help that they stand under, in the order of work."""
+
+_GROUPS = {"data": "Data"}
+"""Groups of verbs, by the heading that they stand under."""
+
+_ALSO_SHORTER = ("plan", "build-teacher-cache", "extend")
+
 
 class _Verbs(TyperGroup):
-    """The group of verbs, with a message about what Ctrl-C leaves behind; Typer itself prints none."""
+    """The group of verbs in the order of work, with a message about what Ctrl-C leaves behind; Typer prints none."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        panels = {verb: list(_PANELS).index(panel) for panel, verbs in _PANELS.items() for verb in verbs}
+        panels |= {group: list(_PANELS).index(panel) for group, panel in _GROUPS.items()}
+        return sorted(super().list_commands(ctx), key=panels.__getitem__)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        hide_switch_types(command)
+        return command
+
+    def get_params(self, ctx: Any) -> Any:
+        hide_switch_types(self)
+        return super().get_params(ctx)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -57,6 +103,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     help="Pay for the teacher once: run a segmentation teacher one time, keep its outputs in a Zarr store, "
     "train any number of students from it.\n\n"
     "The usual way: [bold]train-teacher[/], [bold]build-teacher-cache[/], [bold]train-student[/], "
@@ -64,40 +111,36 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kdcache {version('kdcache')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error instead of a panel."),
-    trust: bool = typer.Option(
-        False, "--trust", help="Import the code that run folders and recipes from elsewhere name as their model."
-    ),
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print results, warnings and errors: no progress and no notes.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error instead of a panel.")] = False,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Import the code that run folders and recipes from elsewhere name as their model."
+        ),
+    ] = False,
 ) -> None:
     """Options of every verb; `main` reads them itself: they may stand anywhere, and parsing may fail."""
 
 
-app.add_typer(data.app, name="data", rich_help_panel="Look")
-app.command("models", rich_help_panel="Look")(models.models)
-app.command("train-teacher", rich_help_panel="Work")(train_teacher.train_teacher)
-app.command("plan", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(plan.plan)
-app.command("build-teacher-cache", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(
-    build_teacher_cache.build_teacher_cache
-)
-app.command("train-student", rich_help_panel="Work")(train_student.train_student)
-app.command("sweep", rich_help_panel="Work")(sweep.sweep)
-app.command("self-train", rich_help_panel="Work")(self_train.self_train)
-app.command("evaluate", rich_help_panel="Work")(evaluate.evaluate)
-app.command("extend", context_settings=build_flags.ALSO_SHORTER, rich_help_panel="Work")(extend.extend)
-app.command("copy", rich_help_panel="Work")(copy.copy)
-app.command("export-pseudo-labels", rich_help_panel="Work")(export_pseudo_labels.export_pseudo_labels)
-app.command("compare", rich_help_panel="Look")(compare.compare)
-app.command("visualise", rich_help_panel="Look")(visualise.visualise)
-app.command("report", rich_help_panel="Look")(report.report)
-app.command("export", rich_help_panel="Work")(export.export)
-app.command("predict", rich_help_panel="Work")(predict.predict)
-app.command("inspect", rich_help_panel="Look")(inspect.inspect)
-app.command("verify", rich_help_panel="Look")(verify.verify)
-app.command("bench-kernels", rich_help_panel="Look")(bench_kernels.bench_kernels)
-app.command("bench-loader", rich_help_panel="Look")(bench_loader.bench_loader)
-app.command("demo", rich_help_panel="Look")(demo.demo)
+app.add_typer(data.app, name="data", rich_help_panel=_GROUPS["data"])
+for _panel, _verbs in _PANELS.items():
+    for _name, _verb in _verbs.items():
+        _settings = build_flags.ALSO_SHORTER if _name in _ALSO_SHORTER else None
+        app.command(_name, context_settings=_settings, rich_help_panel=_panel)(_verb)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -108,8 +151,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if args is None else args
     # Allowed after the verb too, where people add them.
-    words = [word for word in arguments if word not in ("--debug", "--trust")]
+    words = [word for word in arguments if word not in ("--debug", "--trust", "--quiet")]
     debug = "--debug" in arguments
+    ERRORS.quiet = "--quiet" in arguments
     try:
         with one_voice(), _trusting("--trust" in arguments):
             app(args=words)
@@ -150,4 +194,5 @@ def _foreign(error: Exception) -> tuple[str, str, str]:
 
 def _show(rule: str, received: str, remedy: str) -> None:
     body = Text.assemble((rule, "bold"), "\n", ("received  ", "dim"), received, "\n", ("remedy    ", "dim"), remedy)
-    ERRORS.print(Panel(body, title="error", title_align="left", border_style="red"))
+    with ERRORS.heard():
+        ERRORS.print(Panel.fit(body, title="error", title_align="left", border_style="red"))

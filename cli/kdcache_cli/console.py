@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console, ConsoleOptions
@@ -9,13 +11,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.segment import Segment
 from rich.table import Column, Table
+from rich.text import Text
 
 from kdcache.errors import one_line, plain_text
 
@@ -30,9 +34,19 @@ class _Terminal(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
-    def print(self, *objects: Any, markup: bool | None = None, **options: Any) -> None:
+    def print(self, *objects: Any, markup: bool | None = None, soft_wrap: bool | None = None, **options: Any) -> None:
         lines = all(isinstance(part, str) for part in objects)
-        super().print(*objects, markup=lines if markup is None else markup, **options)
+        whole = lines and not self.is_terminal if soft_wrap is None else soft_wrap
+        super().print(*objects, markup=lines if markup is None else markup, soft_wrap=whole, **options)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """A context in which this is printed under --quiet too."""
+        quiet, self.quiet = self.quiet, False
+        try:
+            yield
+        finally:
+            self.quiet = quiet
 
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         if isinstance(renderable, Table):
@@ -47,19 +61,81 @@ class _Terminal(Console):
 OUT = _Terminal()
 ERRORS = _Terminal(stderr=True)
 
+LINE_EVERY_S = 30
+"""How often a line tells how far the work is where no bar can."""
+
+
+class _Left(ProgressColumn):
+    """Time left; rich's own estimate needs two updates, until then it is that of all the time so far."""
+
+    def render(self, task: Task) -> Text:
+        left = seconds_left(task)
+        return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))), style="progress.remaining")
+
+
+def seconds_left(task: Task) -> float | None:
+    """Seconds until a task is complete, at its present rate; None before its first update, or without a total."""
+    if task.time_remaining is not None:
+        return task.time_remaining
+    done, remaining = task.completed - task.fields.get("begun", 0), task.remaining
+    return None if not done > 0 or remaining is None or task.elapsed is None else task.elapsed / done * remaining
+
+
+class _Bar(Progress):
+    """A bar on a terminal; elsewhere, in a file or a pipe, a line every 30 seconds. Under --quiet nothing."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        super().__init__(*columns, console=console, disable=console.quiet or not console.is_terminal)
+        self._ended = Event()
+        self._lines = Thread(target=self._print_lines, name="progress", daemon=True)
+
+    def add_task(  # type: ignore[override]
+        self, description: str, *, total: float | None = None, completed: int = 0, **fields: Any
+    ) -> TaskID:
+        return super().add_task(description, total=total, completed=completed, begun=completed, **fields)
+
+    def start(self) -> None:
+        super().start()
+        if self.disable and not self.console.quiet:
+            self._lines.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        super().stop()
+
+    def _print_lines(self) -> None:
+        while not self._ended.wait(LINE_EVERY_S):
+            for task in self.tasks:
+                if not task.finished:
+                    self.console.print(_line(task), markup=False, highlight=False)
+
+
+def _line(task: Task) -> str:
+    """'teacher's pass: 40/367, 2.1/s, 0:00:19 so far, 0:02:35 left', and the task's note."""
+    so_far, left = task.elapsed or 0, seconds_left(task)
+    parts = [f"{task.completed:.0f}" + ("" if task.total is None else f"/{task.total:.0f}")]
+    if (done := task.completed - task.fields.get("begun", 0)) > 0:
+        rate = task.speed or done / so_far
+        parts.append(f"{rate:.3g}/s" if rate >= 0.1 else f"{1 / rate:.3g} s each")
+    parts.append(f"{timedelta(seconds=round(so_far))} so far")
+    if left is not None:
+        parts.append(f"{timedelta(seconds=round(left))} left")
+    if task.fields.get("note"):
+        parts.append(task.fields["note"])
+    return f"{task.description}: {', '.join(parts)}"
+
 
 def progress_bar() -> Progress:
-    """What, how far, and how long it still takes. On stderr; silent when that is not a terminal."""
-    return Progress(
+    """What, how far, and how long it still takes, on stderr: a bar, or lines where that is not a terminal."""
+    return _Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
         TextColumn("{task.fields[note]}", markup=False),
         console=ERRORS,
-        disable=not ERRORS.is_terminal,
     )
 
 
@@ -108,7 +184,8 @@ def histogram_table(header: str, bins: Sequence[tuple[str, int]], what: str = "p
 
 def warn(text: str) -> None:
     """Print on stderr a warning about a result that is worth little."""
-    ERRORS.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+    with ERRORS.heard():
+        ERRORS.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
 
 def bytes_text(count: float) -> str:

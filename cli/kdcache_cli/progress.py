@@ -25,6 +25,10 @@ class TrainingProgress(Observer):
     def note(self, text: str) -> None:
         ERRORS.print(f"note: {text}", markup=False)
 
+    def advanced(self, step: int) -> None:
+        assert self._task is not None
+        self._bar.update(self._task, completed=step)
+
     def stepped(self, step: int, values: dict[str, float]) -> None:
         assert self._task is not None
         terms = " ".join(f"{name} {values[name]:.3f}" for name in self._terms(values))

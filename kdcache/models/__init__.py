@@ -7,13 +7,14 @@
 Importing this package imports torch, but no model zoo.
 """
 
+from kdcache.listing import ModelInfo, TapInfo, list_models, missing_models
 from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, read_class_map
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
 from kdcache.models.joint import JointModel
 from kdcache.models.joint import Part as JointPart
 from kdcache.models.native import LoadReport, Outputs, SegmentationModel
 from kdcache.models.probe import PROBABILITIES, returns_probabilities
-from kdcache.models.registry import ModelInfo, TapInfo, build_model, is_function, list_models, missing_models
+from kdcache.models.registry import build_model, is_function
 from kdcache.models.weights import load_weights, read_state_dict, state_digest
 
 __all__ = [

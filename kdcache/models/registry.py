@@ -3,11 +3,9 @@
 import difflib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kdcache.errors import ModelError
+from kdcache.listing import NEEDS, ModelInfo, TapInfo, lacks, pip_command
 from kdcache.models import callables
 from kdcache.models.architectures import deeplab, hydra, segformer, smp, tiny, torchvision_heads
 from kdcache.models.depth import split_depth, with_depth
@@ -41,28 +40,6 @@ _FAMILIES: dict[str, tuple[_Family, ...]] = {
     "segformer": (segformer,),
     "smp": (smp,),
 }
-_NEEDS = {"segformer": "transformers", "smp": "segmentation_models_pytorch"}
-"""Family, which is also the name of the extra that brings it -> the module that it is made of."""
-
-
-@dataclass(frozen=True)
-class TapInfo:
-    """A feature on offer: its channels and its stride in pixels."""
-
-    channels: int
-    stride: int
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """One line of the list of models; parameters are counted at 21 classes."""
-
-    spec: str
-    parameters: int
-    stride: int
-    align_corners: bool
-    taps: Mapping[str, TapInfo]
-    heads: tuple[str, ...]
 
 
 def build_model(
@@ -137,17 +114,12 @@ def is_function(spec: str) -> bool:
     return _home(split_depth(spec)[0])[0] is None
 
 
-def list_models() -> list[ModelInfo]:
-    """Models with a name whose library is installed, built without memory or arithmetic (meta device).
+def describe_models() -> list[ModelInfo]:
+    """What `kdcache.listing` has in its table, computed: models built without memory or arithmetic (meta device).
 
-    Imports those libraries. For `smp:` these are examples: it has many more.
+    Imports the libraries that they are made of; leaves out those whose library is not installed.
     """
-    return [_describe(spec) for family in _FAMILIES if not _lacking(family) for spec in _specs(family)]
-
-
-def missing_models() -> dict[str, list[str]]:
-    """Specs that need an extra, by the pip command that installs it; empty when all are there."""
-    return {_pip(family): list(_specs(family)) for family in _NEEDS if _lacking(family)}
+    return [_describe(spec) for family in _FAMILIES if not lacks(family) for spec in _specs(family)]
 
 
 class _CountsOnCpu(TorchFunctionMode):
@@ -169,7 +141,7 @@ def _describe(spec: str) -> ModelInfo:
         parameters=sum(p.numel() for p in model.parameters()),
         stride=model.stride,
         align_corners=model.align_corners,
-        taps=MappingProxyType(taps),
+        taps=taps,
         heads=tuple(model.head_kinds),
     )
 
@@ -180,11 +152,11 @@ def _home(spec: str) -> tuple[_Family | None, str]:
     if family in _FAMILIES:
         builder = next((module for module in _FAMILIES[family] if name in module.NAMES), None)
         if builder is not None or family == "smp":
-            if _lacking(family):
+            if lacks(family):
                 raise ModelError(
-                    f"{family}:* needs {_NEEDS[family]}, which an extra of kdcache brings",
+                    f"{family}:* needs {NEEDS[family]}, which an extra of kdcache brings",
                     received=f"{spec}, and no such module",
-                    remedy=_pip(family),
+                    remedy=pip_command(family),
                 )
             if builder is None:
                 smp.check_name(name)
@@ -203,14 +175,6 @@ def _misspelt(family: str) -> bool:
 
 def _specs(family: str) -> Iterator[str]:
     return (f"{family}:{name}" for module in _FAMILIES[family] for name in module.NAMES)
-
-
-def _lacking(family: str) -> bool:
-    return family in _NEEDS and importlib.util.find_spec(_NEEDS[family]) is None
-
-
-def _pip(family: str) -> str:
-    return f"pip install kdcache[{family}]"
 
 
 def _state(spec: str, weights: str | Path, whole: bool) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The entries of a table of settings, and how a table is read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -28,6 +28,7 @@ class Setting:
         ranged: the help shows the range of the type, which the command line checks by itself.
         default_shown: the help shows the default.
         code: the value may name code to import, which a recipe from elsewhere must not do without --trust.
+        words: what a shell completes the value with, where the type has no choices.
     """
 
     help: str
@@ -38,6 +39,7 @@ class Setting:
     ranged: bool = False
     default_shown: bool = True
     code: bool = False
+    words: tuple[str, ...] | Callable[[], Iterable[str]] | None = None
 
 
 def setting(default: T, help: str, **shown: Any) -> T:

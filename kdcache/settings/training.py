@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, Lt
 
+from kdcache.listing import listed_specs
 from kdcache.settings.setting import REQUIRED, setting
 from kdcache.settings.shared import FOLDS_BY, CopySettings, ImageSettings, MachineSettings, SourceSettings
 from kdcache.settings.spelling import (
@@ -25,6 +26,11 @@ from kdcache.settings.spelling import (
 )
 
 DEFAULT_ITERATIONS = 4000
+METHODS = (
+    *("auto", "none", "kl", "pseudo", "at", "sp", "hint", "cosine", "cwd", "dist", "dkd"),
+    *("dice", "lovasz", "entropy", "consistency", "adversarial"),
+)
+"""What a shell completes --method with; depth terms are options of --term."""
 LEARNING_RATE = 1e-3
 LEARNING_RATES = {"kdcache:tiny": 6e-3, "kdcache:base": 2e-3}
 """Learning rates of Adam and AdamW for models that need their own: for tiny the best of 1e-3 to 8e-3 on CamVid
@@ -52,7 +58,7 @@ class TrainSettings:
 
     verb: Literal["train-teacher", "train-student"]
     cache: str | None = setting(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
-    model: str = setting(REQUIRED, "What to train; see [bold]kdcache models[/].", code=True)
+    model: str = setting(REQUIRED, "What to train; see [bold]kdcache models[/].", code=True, words=listed_specs)
     val: str | None = setting(
         None, "Labelled data to validate on; best weights have the best mIoU, of depth alone the smallest rmse."
     )
@@ -77,6 +83,7 @@ class TrainSettings:
         "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
         "cwd, dist, dkd, and dice, lovasz, entropy, consistency and adversarial, which need no teacher. auto is dist; "
         "kl with --mix or --accumulate, which dist cannot follow.",
+        words=METHODS,
     )
     teacher: Literal["store", "labels"] = _loss(
         "store",

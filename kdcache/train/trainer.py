@@ -200,6 +200,7 @@ class Trainer:
         now.seconds += time.perf_counter() - began - prepared
         now.waited += waited
         now.prepared += prepared
+        self.observer.advanced(now.step)
         if logged:
             speed = config.batch_size * now.step / now.seconds
             report = dict(zip(self._watch.names, values, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 
 import pytest
 from rich.markup import escape
@@ -13,7 +15,7 @@ from rich.text import Text
 from kdcache.errors import DataError
 from kdcache_cli import console
 from kdcache_cli.app import _show
-from kdcache_cli.console import _Terminal, progress_bar
+from kdcache_cli.console import _Terminal, progress_bar, seconds_left
 
 NAMES = ["a[/]b", "[red]x", "[/bold]", "[link=http://x]y[/link]", "$x$", ":smile:", "\\", "[", "]"]
 COMMANDS = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "\x7f", "\u202egnp.exe", "\r", "\x08", "\x00", "\u2066x"]
@@ -84,3 +86,54 @@ def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
     assert "\x1b]0" not in screen.text
     if name in NAMES:
         assert f"rule {name}" in screen.text
+
+
+def piped(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    screen = Screen()
+    monkeypatch.setattr(console, "ERRORS", screen)
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.01)
+    return screen
+
+
+def wait_for_text(screen: Screen) -> None:
+    until = time.monotonic() + 20
+    while not screen.text and time.monotonic() < until:
+        time.sleep(0.005)
+
+
+def test_a_pipe_gets_lines_with_rate_and_time_left(monkeypatch) -> None:
+    screen = piped(monkeypatch)
+    with progress_bar() as bar:
+        task = bar.add_task("teacher's pass", total=40, completed=10, note="")
+        bar.update(task, completed=20)
+        wait_for_text(screen)
+    assert re.match(r"teacher's pass: 20/40, [0-9.e+]+/s, 0:00:0\d so far, 0:00:0\d left\n", screen.text)
+
+
+def test_quiet_has_no_lines(monkeypatch) -> None:
+    screen = piped(monkeypatch)
+    screen.quiet = True
+    with progress_bar() as bar:
+        bar.add_task("teacher's pass", total=40, note="")
+        time.sleep(0.05)
+    with screen.heard():
+        screen.print("an error")
+    assert screen.text == "an error\n"
+
+
+def test_time_left_counts_what_this_process_did() -> None:
+    """A resumed training has not done its first steps in no time."""
+    with progress_bar() as bar:
+        bar.add_task("training", total=100, completed=80)
+        (task,) = bar.tasks
+        assert seconds_left(task) is None
+        task.start_time, task.get_time = 0.0, lambda: 30.0
+        task.completed = 90
+        assert seconds_left(task) == 30
+
+
+def test_a_line_in_a_pipe_is_not_broken() -> None:
+    screen = Screen()
+    screen.width = 40
+    screen.print("word " * 20)
+    assert screen.text.count("\n") == 1

@@ -1,6 +1,6 @@
 """A verb's signature, made from the settings of tables: Typer parses them, the verb receives them by name."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -71,7 +71,8 @@ def flag(table: type, name: str) -> Any:
 
 def option(entry: Entry) -> Any:
     """The Typer option of a setting."""
-    setting = entry.setting
+    setting, words = entry.setting, choices(entry.type)
+    offered = words or setting.words
     options: dict[str, Any] = dict(_range(entry)) if setting.ranged else {}
     if setting.code:
         options["callback"] = check_code
@@ -79,10 +80,29 @@ def option(entry: Entry) -> Any:
         entry.flag + (f"/--no-{entry.flag[2:]}" if entry.type is bool and entry.default is not False else ""),
         help=setting.help,
         rich_help_panel=setting.panel,
-        metavar=setting.metavar,
+        metavar=setting.metavar or ("|".join(words) if words else None),
+        autocompletion=None if offered is None else _completer(offered),
         show_default=setting.default_shown,
         **options,
     )
+
+
+def hide_switch_types(command: Any) -> None:
+    """Show no type beside the switches of a click command: they take no value."""
+    for parameter in getattr(command, "params", ()):
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+
+
+def _completer(words: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What completes the last part of a value that may be a sum (kl+at) or a list (a,b)."""
+
+    def complete(incomplete: str) -> list[str]:
+        offered = words() if callable(words) else words
+        begun = max(incomplete.rfind("+"), incomplete.rfind(",")) + 1
+        return [incomplete[:begun] + word for word in offered if word.startswith(incomplete[begun:])]
+
+    return complete
 
 
 def check_code(context: typer.Context, parameter: typer.CallbackParam, spec: str) -> str:

@@ -7,6 +7,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from kdcache.errors import ModelError
+from kdcache.listing import list_models, missing_models
 from kdcache_cli.console import OUT
 
 _NOTES = (
@@ -19,6 +21,9 @@ _NOTES = (
 
 
 def models(
+    pattern: Annotated[
+        str, typer.Argument(help="A part of the names to list, e.g. b0 or smp:.", show_default=False)
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List model specs: parameters, native stride, feature taps.
@@ -26,9 +31,11 @@ def models(
     Beside these, [bold]module:function[/] or [bold]path/to/file.py:function[/] names a function of yours that
     takes num_classes and returns a torch module. Nothing is downloaded.
     """
-    from kdcache.models import list_models, missing_models
-
-    infos, missing = list_models(), missing_models()
+    infos, missing = list_models(pattern), missing_models(pattern)
+    if not infos and not missing:
+        raise ModelError(
+            "PATTERN is a part of a model's name", received=repr(pattern), remedy="kdcache models lists all names"
+        )
     if json:
         rows = [
             {
@@ -50,7 +57,8 @@ def models(
     for info in infos:
         taps = ", ".join(f"{tap} {t.channels}@{t.stride}" for tap, t in info.taps.items())
         table.add_row(info.spec, f"{info.parameters / 1e6:.2f} M", str(info.stride), taps)
-    OUT.print(table)
+    if infos:
+        OUT.print(table)
     for command, specs in missing.items():
         OUT.print(f"\nWith {escape(command)}:\n  {escape(', '.join(specs))}", highlight=False)
     OUT.print("\n" + "\n".join(_NOTES))

@@ -26,6 +26,9 @@ class Observer:
     def note(self, text: str) -> None:
         """A note about this run for its user."""
 
+    def advanced(self, step: int) -> None:
+        """A step is done: its number from 1. Called at every one, so that a bar can move."""
+
     def stepped(self, step: int, values: dict[str, float]) -> None:
         """Values of a step, every `log_every` steps: loss, its terms, lr, images_per_second, wait_share.
 
@@ -78,6 +81,7 @@ class Observers(Observer):
 
     started = _of_all("started")
     note = _of_all("note")
+    advanced = _of_all("advanced")
     stepped = _of_all("stepped")
     gradients = _of_all("gradients")
     balanced = _of_all("balanced")

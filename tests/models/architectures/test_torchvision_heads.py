@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torchvision.models import segmentation
 
 from kdcache.errors import ModelError
-from kdcache.models import SegmentationModel, build_model, load_weights
+from kdcache.models import SegmentationModel, build_model, list_models, load_weights
 from kdcache.models.architectures import torchvision_heads
-from kdcache.models.registry import list_models
 
 CLASSES = 5
 STRIDES = {"deeplabv3_mobilenet_v3_large": 16}  # 8 for the others

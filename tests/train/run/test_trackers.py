@@ -244,6 +244,7 @@ def test_observers_are_told_in_their_order() -> None:
     metrics = Metrics(("sky",), (1.0,), (1.0,), (1,), 1.0, 1.0, 1.0)
     both.started(step=1, iterations=2, parameters=3)
     both.note("text")
+    both.advanced(1)
     both.stepped(1, {"loss": 2.0})
     both.gradients(1, {"ce": 1.0})
     both.balanced(1, {"depth": {"loss": 1.0, "weight": 0.5}})
