@@ -317,7 +317,8 @@ def _welch(ours: Spread, theirs: Spread) -> Interval:
     total = first + second
     if total == 0:
         return _interval(mean, 0.0, 1)
-    freedom = total**2 / (first**2 / (ours.runs - 1) + second**2 / (theirs.runs - 1))
+    share = first / total  # squares of tiny variances would be 0
+    freedom = 1 / (share**2 / (ours.runs - 1) + (1 - share) ** 2 / (theirs.runs - 1))
     return _interval(mean, math.sqrt(total), freedom)
 
 
