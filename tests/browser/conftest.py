@@ -84,6 +84,23 @@ def opened(chromium: Any, report: Path) -> Callable[..., Any]:
     return open_page
 
 
+@pytest.fixture(scope="session")
+def screenshot() -> Callable[..., bytes]:
+    """`screenshot(page or element, ...)`. Chromium on a busy machine now and then cannot capture a page: three tries."""
+
+    def capture(shown: Any, tries: int = 3, **options: Any) -> bytes:
+        from playwright.sync_api import Error
+
+        try:
+            return bytes(shown.screenshot(**options))
+        except Error:
+            if tries == 1:
+                raise
+            return capture(shown, tries - 1, **options)
+
+    return capture
+
+
 def _hide_classes(labels: Path) -> None:
     """Poles and pedestrians of half the images become void: the scenes have every class in every image."""
     import numpy as np

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 
 SIZES = ((360, 740), (1280, 900))
 Opened = Callable[..., Any]
+Screenshot = Callable[..., bytes]
 
 
 def column(page: Any, place: int) -> list[str]:
@@ -29,10 +30,12 @@ def cut(page: Any, place: int = 0) -> float:
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_and_is_seen(opened: Opened, tmp_path: Path, width: int, height: int, scheme: str) -> None:
+def test_it_fits_and_is_seen(
+    opened: Opened, screenshot: Screenshot, tmp_path: Path, width: int, height: int, scheme: str
+) -> None:
     with opened(width, height, color_scheme=scheme) as page:
         page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
-        page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
+        screenshot(page, path=tmp_path / f"{width}-{scheme}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         beyond = page.evaluate(
             """() => [...document.querySelectorAll("body *")].filter((part) => {
@@ -137,7 +140,7 @@ def test_the_line_follows_a_finger(opened: Opened) -> None:
         assert cut(page) == pytest.approx(25, abs=2)
 
 
-def test_rows_are_switched_for_all_images(opened: Opened) -> None:
+def test_rows_are_switched_for_all_images(opened: Opened, screenshot: Screenshot) -> None:
     with opened() as page:
         shown = "[...document.querySelectorAll('.layer.on-right')].map(layer => layer.dataset.layer)"
         first = page.evaluate(shown)
@@ -151,9 +154,9 @@ def test_rows_are_switched_for_all_images(opened: Opened) -> None:
         assert page.evaluate(shown) != other
         page.locator("fieldset").nth(0).get_by_label("ground truth").check()
         assert "ground truth" in page.locator(".side-left").first.inner_text()
-        before = page.locator(".stage").first.screenshot()
+        before = screenshot(page.locator(".stage").first)
         page.get_by_label("mark what is wrong").check()
-        assert page.locator(".stage").first.screenshot() != before
+        assert screenshot(page.locator(".stage").first) != before
         page.locator("fieldset").nth(0).get_by_label("image").check()
         page.get_by_label("over the image").check()
         through = page.evaluate(
@@ -232,9 +235,9 @@ def test_keys_reach_everything(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_without_a_script(opened: Opened, tmp_path: Path, width: int, height: int) -> None:
+def test_without_a_script(opened: Opened, screenshot: Screenshot, tmp_path: Path, width: int, height: int) -> None:
     with opened(width, height, java_script_enabled=False) as page:
-        page.screenshot(path=tmp_path / f"plain-{width}.png", full_page=True)
+        screenshot(page, path=tmp_path / f"plain-{width}.png", full_page=True)
         sample = page.locator(".sample").first
         pictures = sample.locator("figure img:not(.wrong)")
         assert pictures.count() == 6
