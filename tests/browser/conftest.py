@@ -86,7 +86,7 @@ def opened(chromium: Any, report: Path) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def screenshot() -> Callable[..., bytes]:
-    """`screenshot(page or element, ...)`. On a busy machine Chromium now and then cannot capture a page: three tries."""
+    """`screenshot(page or element, ...)`. Chromium on a busy machine cannot always capture a page: three tries."""
 
     def capture(shown: Any, tries: int = 3, **options: Any) -> bytes:
         from playwright.sync_api import Error
