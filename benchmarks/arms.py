@@ -55,7 +55,12 @@ TEACHERS = {
     "few": LITE % ("lite0", "288x384", "1e-3", 300) + " --val-every 300",
     "brief-fold": LITE % ("lite0", "144x192", "1e-3", 250) + " --fold 0/5",
 }
-TRIED = ("lite0", "lite0-slow", "lite0-large", "lite2-large")  # in E2
+TAUGHT = (
+    # Teachers that are rows of their own: stage, row, teacher and the data that it is trained and judged on.
+    *(("E2", name, name, "dev") for name in ("lite0", "lite0-slow", "lite0-large", "lite2-large")),
+    *(("E4", f"teacher, {block}", "few", f"only-{block}") for block in BLOCKS),
+    *(("E6", f"teacher, {data}", "final", data) for data in ("all", "apart")),
+)
 COMBINED = {
     # Teachers read together, by name: runs as --teacher names them, and --tta.
     "lite0-large, EMA": (("lite0-large-dev-0@last-ema",), ""),
@@ -141,6 +146,9 @@ PLATEAU = tuple(
     for iterations in (1500, 4500, 9000, 18000)
 )
 
+# Whether so few images want more iterations than all of them do.
+LONGER = Arm("E4", "plain, 46-a, 9000 iterations", "pixels", f"{PLAIN} {ALL}", 9000, (0, 1, 2), "only-46-a")
+
 # What the stages so far have chosen, for those that follow.
 STRONGEST, LENGTH = ("pixels", f"{PLAIN} {ALL}"), 4500
 FEW_WINNER, FEW_CONTROL = f"--method dist {FOUR}", f"--method dist --teacher labels {FOUR}"
@@ -161,6 +169,7 @@ def few(block: str) -> tuple[Arm, ...]:
 FEW = (
     *(arm for block in BLOCKS for arm in few(block)),
     Arm("E4", "plain, all labels", *STRONGEST, LENGTH, (0, 1, 2)),
+    LONGER,
 )
 DEEP = "student_tap=stage4,teacher_tap=encoder.blocks.6"
 OTHERS = tuple(

@@ -35,9 +35,9 @@ from arms import (
     QUESTIONS,
     STORES,
     STUDENT,
+    TAUGHT,
     TEACHER,
     TEACHERS,
-    TRIED,
     VIEWS,
     Arm,
     Data,
@@ -172,14 +172,14 @@ class Study:
             kdcache(f"{source} --out {out} {length} {STUDENT} {flags} {resume}", live)
         self.add({**key, "store": arm.store, "data": arm.data, "flags": arm.flags, **scores(Run.open(out))})
 
-    def teach(self, name: str) -> None:
-        """Train a teacher on what students see and add its row, unless it is there or time is up."""
-        key = {"stage": "E2", "arm": name, "seed": 0}
+    def teach(self, stage: str, arm: str, teacher: str, data: str) -> None:
+        """Train a teacher and add its row, unless it is there or time is up."""
+        key = {"stage": stage, "arm": arm, "seed": 0}
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
-        run = Run.open(self.folders.teacher(name, "dev"))
-        flags = TEACHERS[name].format(here=HERE.name)
-        self.add({**key, "iterations": run.result["iterations"], "data": "dev", "flags": flags, **scores(run)})
+        run = Run.open(self.folders.teacher(teacher, data))
+        flags = TEACHERS[teacher].format(here=HERE.name)
+        self.add({**key, "iterations": run.result["iterations"], "data": data, "flags": flags, **scores(run)})
 
     def combine(self, name: str) -> None:
         """Evaluate several teachers, or views of one, as one and add a row, unless it is there or time is up."""
@@ -278,8 +278,10 @@ def main() -> None:
         jobs = []
         for stage in arguments.stages.split(","):
             arms = [arm for arm in ARMS if arm.stage == stage and is_wanted(arm.name)]
+            jobs += [
+                pool.submit(study.teach, *taught) for taught in TAUGHT if taught[0] == stage and is_wanted(taught[1])
+            ]
             if stage == "E2":
-                jobs += [pool.submit(study.teach, name) for name in TRIED if is_wanted(name)]
                 jobs += [pool.submit(study.combine, name) for name in COMBINED if is_wanted(name)]
             for seed in sorted({seed for arm in arms for seed in arm.seeds}):  # every arm once before any twice
                 jobs += [pool.submit(study.run, arm, seed) for arm in arms if seed in arm.seeds]

@@ -74,7 +74,7 @@ def test_a_row_is_kept_and_not_repeated(
     files = effect.Arm("E1", "files", "", "", 2)
     where = argparse.Namespace(data=camvid, out=tmp_path / "out", json=tmp_path / "study.json", minutes=60)
     study = effect.Study(where)
-    study.teach("base")
+    study.teach("E2", "base", "base", "dev")
     for arm in (*arms, live, files):
         study.run(arm, 3)
     study.combine("mirrored")
@@ -87,7 +87,7 @@ def test_a_row_is_kept_and_not_repeated(
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
     again = effect.Study(where)
-    again.teach("base")
+    again.teach("E2", "base", "base", "dev")
     for arm in (*arms, live, files):
         again.run(arm, 3)
     again.combine("mirrored")
