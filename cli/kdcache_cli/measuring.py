@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from kdcache_cli.console import ERRORS, OUT, figure_table, progress_bar
 
 MISSING = "-"
 """The cell of a figure that was not measured."""
+WRITE_EVERY_S = 2.0
+"""Rows that come faster are written together: a thousand small ones take a while."""
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures, the machine and the commit.")]
 
 
@@ -53,9 +56,67 @@ def write_result(path: Path | None, verb: str, theme: str, content: Mapping[str,
     """Write the figures of a verb below their header; nothing without a path."""
     if path is None:
         return
+    from kdcache.train.run.metrics_log import write_json
+
+    write_json(path, {**_header(verb, theme), **content})
+    _wrote(path)
+
+
+def _header(verb: str, theme: str) -> dict[str, Any]:
     from kdcache.bench.header import header
-    from kdcache.train.run.metrics_log import environment, write_json
+    from kdcache.train.run.metrics_log import environment
 
     words = sys.argv[1:] if sys.argv[1:2] == [verb] else [verb]
-    write_json(path, {**header(theme, shlex.join(["kdcache", *words]), environment()), **content})
+    return header(theme, shlex.join(["kdcache", *words]), environment())
+
+
+def _wrote(path: Path) -> None:
     ERRORS.print(f"wrote {path}", markup=False, highlight=False)
+
+
+class GrowingResult:
+    """A result file that is whole JSON at any time: rows as they come, and `complete` at the end.
+
+    Args:
+        path: the file; None writes nothing.
+        of: how many rows there will be.
+    """
+
+    def __init__(self, path: Path | None, verb: str, theme: str, *, of: int) -> None:
+        self._path, self._of = path, of
+        self._rows: list[dict[str, Any]] = []
+        self._content = {} if path is None else _header(verb, theme)
+        self._written = 0.0
+
+    def write(self, **content: Any) -> None:
+        """Write the file with further keys."""
+        self._content |= content
+        if self._path is None:
+            return
+        from kdcache.train.run.metrics_log import write_json
+
+        complete = len(self._rows) == self._of
+        write_json(self._path, {**self._content, "complete": complete, "rows": self._rows})
+        self._written = time.monotonic()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row, and write it unless the file was written a moment ago."""
+        self._rows.append(row)
+        if time.monotonic() - self._written > WRITE_EVERY_S:
+            self.write()
+
+    def end(self, **content: Any) -> None:
+        """Write the file for the last time."""
+        self.write(**content)
+        if self._path is not None:
+            _wrote(self._path)
+
+    @contextmanager
+    def kept_when_interrupted(self) -> Iterator[None]:
+        """Write what there is on Ctrl-C, and end with 130."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.end()
+            ERRORS.print(f"\nInterrupted: {len(self._rows)} of {self._of} rows are measured.")
+            raise typer.Exit(130) from None

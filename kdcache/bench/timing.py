@@ -1,7 +1,9 @@
 """Timing one step, and several in turn.
 
-CUDA: events around the step, 25 warm-ups, the L2 cache overwritten before every repeat (in a training nobody leaves the
-inputs there), and the same once more as a captured graph, which leaves the launches out.
+CUDA: 25 warm-ups, then events around the step, the L2 cache overwritten before every repeat (in a training nobody
+leaves the inputs there), and the same once more as a captured graph, which leaves the launches out: that is the
+device's own time. What the CPU takes to issue a step is timed by its own clock, with the device idle before every call,
+for a full queue would make it wait; where that is longer than the graph, the events have timed the host.
 
 CPU: contestants take turns, a few calls each, over several rounds, so that a neighbour on the machine slows all of
 them; the best of a contestant is then compared with the best of another. One call of each per turn would not do: after
@@ -79,7 +81,7 @@ def in_turn(steps: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, S
 
 
 def on_device(step: Callable[[], Any], repeats: int) -> Spread:
-    """Time a step on the current CUDA device, warmed up before."""
+    """Time a step on the current CUDA device between events, warmed up before."""
     flush = torch.empty(_flush_bytes(), dtype=torch.uint8, device="cuda")
     event: Any = torch.cuda.Event
     events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
@@ -91,6 +93,19 @@ def on_device(step: Callable[[], Any], repeats: int) -> Spread:
             end.record()
         torch.cuda.synchronize()
     return Spread.of([begin.elapsed_time(end) for begin, end in events])
+
+
+def on_host(step: Callable[[], Any], repeats: int) -> Spread:
+    """Time what the CPU takes to issue a step to the current CUDA device, warmed up before."""
+    samples = []
+    with no_garbage_collection():
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            step()
+            samples.append(1e3 * (time.perf_counter() - began))
+    torch.cuda.synchronize()
+    return Spread.of(samples)
 
 
 def as_graph(step: Callable[[], Any], repeats: int) -> Spread:

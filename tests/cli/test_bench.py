@@ -19,7 +19,7 @@ def test_a_table_and_a_file(cli, tmp_path) -> None:
     )
     ended = cli(*words.split())
     assert ended.code == 0, ended.err
-    assert "1x3x16x16/4 bf16 nchw T=2.5 k=2" in ended.out
+    assert "plain 1x3x16x16/4 bf16 nchw T=2.5 k=2" in ended.out
     assert "kdcache (reference)" in ended.out
     assert ended.out.count("liger-kernel") >= 8, "a line for every case, and no crash"
     assert "eager: warm-up" in ended.err
@@ -29,6 +29,7 @@ def test_a_table_and_a_file(cli, tmp_path) -> None:
     assert told["command"].startswith("kdcache bench-kernels")
     assert told["machine"]["packages"]["torch"]
     assert len(told["rows"]) == 8
+    assert told["complete"] is True
     assert {(row["case"]["temperature"], row["case"]["kept"]) for row in told["rows"]} == {
         (temperature, kept) for temperature in (1.0, 2.5) for kept in (2, 3)
     }
@@ -36,6 +37,47 @@ def test_a_table_and_a_file(cli, tmp_path) -> None:
     ours = told["rows"][0]["ours"]
     assert eager["ratio"]["best"] == pytest.approx(eager["time"]["best"] / ours["time"]["best"])
     assert {"best", "p20", "p50", "p80", "repeats"} == set(ours["time"])
+
+
+def test_every_case_of_a_training(cli) -> None:
+    ended = cli(*SMALL.split(), "--case", "all", "--against", "none")
+    assert ended.code == 0, ended.err
+    assert [kind for kind in kernels.KINDS if f"{kind} 1x3x16x16/4" in ended.out] == list(kernels.KINDS)
+    assert "eager" not in ended.out
+
+
+def test_rows_are_shown_and_written_before_the_run_is_interrupted(cli, tmp_path, monkeypatch) -> None:
+    measured = kernels.measure
+
+    def interrupted(*arguments):
+        rows = measured(*arguments)
+        yield next(rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "measure", interrupted)
+    ended = cli(*SMALL.split(), "--temperature", "1,2", "--against", "none", "--json", tmp_path / "k.json")
+    assert ended.code == 130
+    assert "T=1 " in ended.out
+    assert "1 of 2 rows are measured" in ended.err
+    told = json.loads((tmp_path / "k.json").read_text())
+    assert told["complete"] is False
+    assert [row["case"]["temperature"] for row in told["rows"]] == [1.0]
+
+
+def test_the_file_is_whole_after_every_row(cli, tmp_path, monkeypatch) -> None:
+    """Before the next one is measured, however the process ends."""
+    measured, rows = kernels.measure, []
+
+    def watched(*arguments):
+        for row in measured(*arguments):
+            rows.append(len(json.loads((tmp_path / "k.json").read_text())["rows"]))
+            yield row
+
+    monkeypatch.setattr(kernels, "measure", watched)
+    monkeypatch.setattr("kdcache_cli.measuring.WRITE_EVERY_S", -1)
+    ended = cli(*SMALL.split(), "--temperature", "1,2,4", "--against", "none", "--json", tmp_path / "k.json")
+    assert ended.code == 0
+    assert rows == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -66,6 +108,22 @@ def test_a_check_that_holds(cli, tmp_path, small_grid) -> None:
     assert {row["factor"] for row in told["summary"]} == {"stride", "temperature", "num_classes", "window", "values"}
 
 
+def test_a_check_that_is_interrupted_leaves_what_it_judged(cli, tmp_path, small_grid, monkeypatch) -> None:
+    judge = kernels.check
+
+    def interrupted(settings):
+        for number, point in enumerate(judge(settings)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield point
+
+    monkeypatch.setattr(kernels, "check", interrupted)
+    ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--json", tmp_path / "c.json")
+    assert ended.code == 130
+    told = json.loads((tmp_path / "c.json").read_text())
+    assert (told["complete"], len(told["rows"])) == (False, 4)
+
+
 def test_a_check_that_fails(cli, small_grid, monkeypatch) -> None:
     monkeypatch.setitem(kernels.GRADIENT_BOUND, "fp32", -1.0)
     ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--dtype", "fp32")
@@ -81,6 +139,7 @@ WRONG = {
     "dtype": ("--dtype fp8", "'fp8'"),
     "dtype of a check": ("--check --dtype fp8", "'fp8'"),
     "layout": ("--layout nhwc", "'nhwc'"),
+    "case": ("--case trainde", "did you mean 'trained'"),
     "temperature": ("--temperature 0", "'0'"),
     "temperatures": ("--temperature 1,warm", "'1,warm'"),
     "top-k": ("--top-k 0", "'0'"),

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +13,13 @@ from rich.table import Table
 from kdcache.errors import RecipeError
 from kdcache.settings.shared import MachineSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar
-from kdcache_cli.measuring import MISSING, JsonFile, check_json, contestants, line, stages, write_result
+from kdcache_cli.measuring import MISSING, GrowingResult, JsonFile, check_json, contestants, line, stages
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for torch
     import torch
 
-    from kdcache.bench.kernels import Ceilings, Judged, Measured, Row, Spread
+    from kdcache.bench.kernels import Ceilings, Judged, Measured, Row, Settings, Spread
 
 _Option = typer.Option
 MISSES_SHOWN = 10
@@ -41,6 +42,14 @@ def bench_kernels(
             "--dtype", help="Dtypes of the logits: fp32, fp16, bf16 (default: fp32; bf16 on CUDA; with --check all)."
         ),
     ] = None,
+    case: Annotated[
+        str,
+        _Option(
+            "--case",
+            help="What a step computes: plain (labelled pixels), trained (class weights, void pixels that learn from "
+            "the teacher), warp (a window and a flip per image), gate (confident pixels); or [bold]all[/].",
+        ),
+    ] = "plain",
     layout: Annotated[str, _Option("--layout", help="Layout of the student's logits: nchw, channels_last.")] = "nchw",
     temperature: Annotated[str, _Option("--temperature", help="One or several, comma-separated.")] = "2",
     top_k: Annotated[
@@ -48,7 +57,7 @@ def bench_kernels(
     ] = "auto",
     against: Annotated[
         str,
-        _Option("--against", help="eager, compile, compile-max-autotune, chunked (eager, image by image), liger."),
+        _Option("--against", help="eager, compile, compile-max-autotune, chunked (image by image), liger; or none."),
     ] = "eager,compile,liger",
     impl: Annotated[str, _Option("--impl", help="Which implementation of ours.")] = "auto",
     repeats: Annotated[
@@ -61,12 +70,14 @@ def bench_kernels(
     """Time, weigh and check the loss kernels on this machine.
 
     Forward and backward of cross-entropy plus KL, against rivals that run in the same minutes on the same tensors.
+    Rows are printed, and written to --json, as they come: Ctrl-C keeps those that were measured. On a GPU the first
+    figure is that of a CUDA graph, the device's own time; [bold]host ms[/] is what the CPU takes to issue a step.
 
     [dim]kdcache bench-kernels --shapes camvid --against eager,compile --json kernels-cpu.json[/]
     """
     import torch
 
-    from kdcache.bench.kernels import DTYPES, LAYOUTS, RIVALS, Settings, measure, parse_names, parse_shapes
+    from kdcache.bench.kernels import DTYPES, KINDS, LAYOUTS, RIVALS, Settings, parse_names, parse_shapes
     from kdcache.train import pick_device
 
     if threads:
@@ -75,8 +86,7 @@ def bench_kernels(
     cuda = where.type == "cuda"
     check_json(json_file)
     if check:
-        missed = _check(where, dtype, impl, json_file)
-        raise typer.Exit(1 if missed else 0)
+        raise typer.Exit(1 if _check(where, dtype, impl, json_file) else 0)
     settings = Settings(
         device=where,
         shapes=parse_shapes(shapes or where.type),
@@ -84,19 +94,29 @@ def bench_kernels(
         layouts=parse_names(layout, "--layout", LAYOUTS),
         temperatures=_temperatures(temperature),
         kept=_kept(top_k),
-        against=parse_names(against, "--against", RIVALS),
+        kinds=tuple(KINDS) if case == "all" else parse_names(case, "--case", KINDS),
+        against=() if against == "none" else parse_names(against, "--against", RIVALS),
         impl=impl,
         repeats=repeats,
         weigh=memory,
     )
-    with stages() as note:
-        rows, ceilings = measure(settings, note)
-    for row in rows:
-        _print_row(row, cuda)
-    if ceilings is not None:
-        line(_ceilings(ceilings))
-    result = {"ceilings": ceilings and ceilings.to_json(), "rows": [row.to_json() for row in rows]}
-    write_result(json_file, "bench-kernels", "kernels", result)
+    _measure(settings, json_file)
+
+
+def _measure(settings: "Settings", json_file: Path | None) -> None:
+    """Print and write the rows as they come."""
+    from kdcache.bench.kernels import measure, measure_ceilings
+
+    result = GrowingResult(json_file, "bench-kernels", "kernels", of=len(list(settings.cases())))
+    with result.kept_when_interrupted(), stages() as note:
+        ceilings = measure_ceilings(settings, note)
+        result.write(ceilings=ceilings and ceilings.to_json())
+        for row in measure(settings, ceilings, note):
+            _print_row(row, settings.device.type == "cuda")
+            result.add(row.to_json())
+        if ceilings is not None:
+            line(_ceilings(ceilings))
+    result.end()
 
 
 def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path | None) -> int:
@@ -105,28 +125,38 @@ def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path
 
     dtypes = parse_names(dtype or ",".join(DTYPES), "--dtype", DTYPES)
     settings = CheckSettings(device=device, impl=impl, dtypes=dtypes, every=EVERY)
-    with progress_bar() as bar:
-        task = bar.add_task("checking", total=None, note="")
-        judged = check(settings, lambda done, total: bar.update(task, completed=done, total=total))
+    name, total = resolved(impl, device), len(list(settings.points()))
+    result = GrowingResult(json_file, "bench-kernels", "kernel accuracy", of=total)
+    result.write(impl=name)
+    judged: list[Judged] = []
+    with result.kept_when_interrupted(), progress_bar() as bar:
+        task = bar.add_task("checking", total=total, note="")
+        for point in check(settings):
+            judged.append(point)
+            result.add(point.to_json())
+            missed = sum(not one.passed for one in judged)
+            bar.update(task, completed=len(judged), note=f"{missed} missed a bound" if missed else "")
     rows = summary(judged)
+    _print_accuracy(f"{name} on {device.type}", judged, rows, dtypes)
+    result.end(summary=rows)
+    return missed
+
+
+def _print_accuracy(name: str, judged: "Sequence[Judged]", rows: list[dict[str, Any]], dtypes: tuple[str, ...]) -> None:
+    """The table by factors, the verdict, and the points that missed a bound, worst first."""
     missed = [result for result in judged if not result.passed]
     OUT.print(_accuracy_table(rows, dtypes))
-    name = resolved(impl, device)
-    OUT.print(
-        f"{escape(name)} on {device.type}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False
-    )
+    OUT.print(f"{escape(name)}: {len(judged)} points, [bold]{len(missed)} missed a bound[/]", highlight=False)
     for worst in sorted(missed, key=lambda point: -max(point.loss_share, point.gradient_share))[:MISSES_SHOWN]:
         line(f"  {_miss(worst)}")
-    result = {"impl": name, "summary": rows, "rows": [point.to_json() for point in judged]}
-    write_result(json_file, "bench-kernels", "kernel accuracy", result)
-    return len(missed)
 
 
 def _print_row(row: "Row", cuda: bool) -> None:
     """One case: a line for ours and each rival, then what has no place in a column."""
-    graphs = ["graph ms", "x graph"] if cuda else []
-    times = ["best ms", "median", "p20 to p80", "x best", "x median", *graphs]
-    table = contestants(*times, "peak MiB", "x peak", title=str(row.case))
+    device = ["graph ms", "x graph"] if cuda else []
+    times = [f"{'event' if cuda else 'best'} ms", "median", "p20 to p80", "x best", "x median"]
+    host = ["host ms"] if cuda else []
+    table = contestants(*device, *times, *host, "peak MiB", "x peak", title=str(row.case))
     for contestant in (row.ours, *row.rivals):
         if contestant.time is not None:
             style = "bold" if contestant is row.ours else None
@@ -134,18 +164,21 @@ def _print_row(row: "Row", cuda: bool) -> None:
     OUT.print(table)
     for contestant in (row.ours, *row.rivals):
         shares = ", ".join(f"{100 * share:.0f} % of the {floor} floor" for floor, share in contestant.floors.items())
-        for text in filter(None, (shares, contestant.problem)):
+        bound = "the GPU waits for the CPU: event times are the CPU's" if contestant.host_bound else ""
+        for text in filter(None, (shares, bound, contestant.problem)):
             line(f"  {contestant.title}: {text}")
     OUT.print()
 
 
 def _cells(row: "Row", contestant: "Measured", time: "Spread", cuda: bool) -> list[str]:
     ratios = row.ratios(contestant)
-    cells = [contestant.title, _number(time.best), _number(time.p50), f"{_number(time.p20)} to {_number(time.p80)}"]
+    cells = [_number(time.best), _number(time.p50), f"{_number(time.p20)} to {_number(time.p80)}"]
     cells += [_times(ratios["best"]), _times(ratios["median"])]
     if cuda:
-        cells += [_number(contestant.graph.p50 if contestant.graph else None), _times(ratios["graph"])]
-    return [*cells, _number(contestant.peak_mib), _times(ratios["memory"])]
+        graph, host = contestant.graph, contestant.host
+        graph_ms, host_ms = (None if spread is None else spread.p50 for spread in (graph, host))
+        cells = [_number(graph_ms), _times(ratios["graph"]), *cells, _number(host_ms)]
+    return [contestant.title, *cells, _number(contestant.peak_mib), _times(ratios["memory"])]
 
 
 def _ceilings(ceilings: "Ceilings") -> str:

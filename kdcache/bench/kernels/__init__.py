@@ -1,20 +1,21 @@
 """Measuring the loss kernels: time, memory and accuracy against rivals whose code is here.
 
-measure(Settings(...))   one row per case: ours and every rival, timed and weighed in one run
-check(CheckSettings(...))  the accuracy grid against float64
+measure(Settings(...))   a row per case, as it comes: ours and every rival, timed and weighed in one run
+check(CheckSettings(...))  the accuracy grid against float64, point by point
 """
 
 from kdcache.bench.header import header
 from kdcache.bench.kernels.accuracy import GRADIENT_BOUND, CheckSettings, Judged, check, summary
 from kdcache.bench.kernels.rivals import RIVALS, resolved
 from kdcache.bench.kernels.roofline import Ceilings
-from kdcache.bench.kernels.run import Measured, Row, Settings, measure
-from kdcache.bench.kernels.shapes import DTYPES, LAYOUTS, PRESETS, Case, Shape, parse_names, parse_shapes
+from kdcache.bench.kernels.run import Measured, Row, Settings, measure, measure_ceilings
+from kdcache.bench.kernels.shapes import DTYPES, KINDS, LAYOUTS, PRESETS, Case, Shape, parse_names, parse_shapes
 from kdcache.bench.timing import Spread
 
 __all__ = [
     "DTYPES",
     "GRADIENT_BOUND",
+    "KINDS",
     "LAYOUTS",
     "PRESETS",
     "RIVALS",
@@ -30,6 +31,7 @@ __all__ = [
     "check",
     "header",
     "measure",
+    "measure_ceilings",
     "parse_names",
     "parse_shapes",
     "resolved",

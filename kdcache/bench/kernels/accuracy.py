@@ -18,7 +18,7 @@ Legend: B batch, C classes, H W label size, h w logits' own size.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,21 +118,14 @@ class Judged:
         return {**asdict(self.point), **finite, "passed": self.passed}
 
 
-def check(settings: CheckSettings, progress: Callable[[int, int], None] | None = None) -> list[Judged]:
-    """Judge every point.
+def check(settings: CheckSettings) -> Iterator[Judged]:
+    """Judge every point, one after the other.
 
-    Args:
-        progress: called with (points done, points).
     Raises: ValueRangeError for an implementation that cannot run on the device.
     """
-    points = list(settings.points())
     impl = resolved(settings.impl, settings.device)  # by name, so that nothing else can stand in for it
-    judged = []
-    for done, point in enumerate(points, start=1):
-        judged.append(_judge(point, settings.device, impl))
-        if progress is not None:
-            progress(done, len(points))
-    return judged
+    for point in settings.points():
+        yield _judge(point, settings.device, impl)
 
 
 def summary(judged: Sequence[Judged]) -> list[dict[str, Any]]:

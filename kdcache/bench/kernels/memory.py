@@ -24,8 +24,9 @@ from typing import Any
 import psutil
 import torch
 
+from kdcache.bench.kernels.inputs import make_inputs
 from kdcache.bench.kernels.rivals import UnavailableError, prepare
-from kdcache.bench.kernels.shapes import Case, Shape, make_inputs
+from kdcache.bench.kernels.shapes import Case, Shape
 
 MIB = 2**20
 _WEIGH = "import sys; from kdcache.bench.kernels.memory import weigh; weigh(sys.argv[1])"

@@ -1,9 +1,6 @@
 """Ours and its rivals: one step each, forward and backward, on the same tensors.
 
-Every rival computes CE plus T^2 * KL over the labelled pixels at label size in float32, as a user who has looked at a
-profile writes it: logits are cast and the teacher is divided by T at low resolution (s*s times cheaper), labels are
-int64 and the mask is there beforehand, both sides of the KL are logarithms, and nothing is copied. (Upsampling z / T
-anew instead of dividing the upsampled z was 14 % slower, a probability target for F.kl_div 13 %.)
+Every rival computes the loss of the case at label size in float32; `losses` has how.
 
 - eager: that, op by op.
 - compile, compile-max-autotune: that under torch.compile. CUDA graphs are captured for every contestant alike, so the
@@ -11,7 +8,7 @@ anew instead of dividing the upsampled z was 14 % slower, a probability target f
 - chunked: that, image by image with a backward each, for a fraction 1/B of the memory.
 - liger: LigerCrossEntropyLoss and LigerKLDIVLoss. They know rows, not images: their rows are upsampled, gathered
   (labelled pixels alone) and laid out before the clock starts, and their gradient stays at label resolution. That
-  favours them.
+  favours them. They take the plain case alone: their rows are the same for both terms.
 
 Legend: B batch, C classes, H W label size, h w logits' own size, N labelled pixels.
 """
@@ -29,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.bench.kernels.shapes import DTYPES, Case, Inputs
-from kdcache_kernels import distill_loss
+from kdcache.bench.kernels.inputs import Inputs
+from kdcache.bench.kernels.losses import loss_of, targets_of
+from kdcache.bench.kernels.shapes import DTYPES, Case
 from kdcache_kernels.ops import choose_implementation
 
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -65,19 +63,12 @@ class Contestant:
 
 
 def ours(case: Case, inputs: Inputs, impl: str) -> Contestant:
-    """The public function, void pixels left out of both terms."""
+    """The public functions, as a training calls them."""
+
+    loss_of_case = loss_of(case).ours
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = distill_loss(
-            inputs.student,
-            inputs.labels,
-            inputs.target,
-            kl_weight=1.0,
-            temperature=case.temperature,
-            ignore_index=case.shape.ignore_index,
-            distill_void=False,
-            impl=impl,
-        ).loss
+        loss = loss_of_case(case, inputs, impl)
         return loss, _gradient(loss, inputs.student)
 
     return Contestant(step, f"{OURS} ({resolved(impl, inputs.student.device)})")
@@ -88,31 +79,14 @@ def resolved(impl: str, device: torch.device) -> str:
     return choose_implementation(impl, device, torch.float32)
 
 
-def eager_loss(
-    student_BChw: Tensor, teacher_BChw: Tensor, labels_BHW: Tensor, mask_BHW: Tensor, temperature: float, ignore: int
-) -> Tensor:
-    """Return CE + T^2 * KL over the labelled pixels."""
-    T, H, W = temperature, labels_BHW.shape[1], labels_BHW.shape[2]
-    logits_BCHW = F.interpolate(student_BChw.float(), (H, W), mode="bilinear", align_corners=False)
-    teacher_BChw = teacher_BChw if T == 1 else teacher_BChw / T
-    log_q_BCHW = F.log_softmax(F.interpolate(teacher_BChw, (H, W), mode="bilinear", align_corners=False), 1)
-    if T == 1:
-        log_p_BCHW = F.log_softmax(logits_BCHW, 1)
-        ce = F.nll_loss(log_p_BCHW, labels_BHW, ignore_index=ignore)
-    else:
-        log_p_BCHW = F.log_softmax(logits_BCHW / T, 1)
-        ce = F.cross_entropy(logits_BCHW, labels_BHW, ignore_index=ignore)
-    kl_BHW = F.kl_div(log_p_BCHW, log_q_BCHW, reduction="none", log_target=True).sum(1)
-    return ce + T * T * (kl_BHW * mask_BHW).sum() / mask_BHW.sum()
-
-
 def _whole(title: str, mode: str | None, case: Case, inputs: Inputs) -> Contestant:
     """The loss of the whole batch, op by op or compiled in a mode of torch.compile."""
-    loss_of = eager_loss if mode is None else torch.compile(eager_loss, fullgraph=True, dynamic=False, mode=mode)
-    targets = inputs.teacher, inputs.labels_int64, inputs.mask, case.temperature, case.shape.ignore_index
+    eager = loss_of(case).eager
+    compute = eager if mode is None else torch.compile(eager, fullgraph=True, dynamic=False, mode=mode)
+    targets = targets_of(case, inputs)
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = loss_of(inputs.student, *targets)
+        loss = compute(inputs.student, targets)
         return loss, _gradient(loss, inputs.student)
 
     return Contestant(step, title)
@@ -120,23 +94,17 @@ def _whole(title: str, mode: str | None, case: Case, inputs: Inputs) -> Contesta
 
 def _chunked(case: Case, inputs: Inputs) -> Contestant:
     """Each image's part of the loss and its gradient, written into one buffer."""
+    loss, targets = loss_of(case), targets_of(case, inputs)
+    if not loss.by_image:
+        raise UnavailableError(f"the loss of {case.kind} compares images, and cannot be done one by one")
 
     def step() -> tuple[Tensor, Tensor]:
         gradient_BChw = torch.empty_like(inputs.student, requires_grad=False)
         total = inputs.student.new_zeros((), dtype=torch.float32)
-        # Counted once per batch: with equal denominators the images' losses add up to the batch's.
-        share_B = inputs.mask.sum((1, 2)) / inputs.mask.sum()
         for image in range(case.shape.batch):
             rows = slice(image, image + 1)
             student_1Chw = inputs.student.detach()[rows].requires_grad_()
-            part = share_B[image] * eager_loss(
-                student_1Chw,
-                inputs.teacher[rows],
-                inputs.labels_int64[rows],
-                inputs.mask[rows],
-                case.temperature,
-                case.shape.ignore_index,
-            )
+            part = loss.eager(student_1Chw, targets.image(image))
             gradient_BChw[rows] = _gradient(part, student_1Chw)
             total += part.detach()
         return total, gradient_BChw
@@ -145,6 +113,8 @@ def _chunked(case: Case, inputs: Inputs) -> Contestant:
 
 
 def _liger(case: Case, inputs: Inputs) -> Contestant:
+    if case.kind != "plain":
+        raise UnavailableError(f"Liger's losses know rows of one mask, not the case {case.kind}")
     modules = _import_liger(inputs.student.device)
     cross_entropy = modules["LigerCrossEntropyLoss"](ignore_index=case.shape.ignore_index)
     divergence = modules["LigerKLDIVLoss"](reduction="batchmean", log_target=True)

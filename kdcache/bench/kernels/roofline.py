@@ -5,13 +5,14 @@ largest one shows what binds:
 
 - bytes: logits, target and labels read once, the gradient written once, over the speed of a copy.
 - sfu: exponentials over the speed of an exp2 loop. Inside a cell of stride s the logits are bilinear, so 4 exponentials
-  per cell, class and tensor replace s*s: 0.5 per class-pixel at s = 4. Elsewhere it is one per softmax. At
-  T = 1, 2, 3, 4 one softmax of the student gives the other by multiplication.
+  per cell, class and tensor replace s*s: 0.5 per class-pixel at s = 4. Elsewhere, as through a window that is drawn, it
+  is one per softmax. At T = 1, 2, 3, 4 one softmax of the student gives the other by multiplication.
 - issue: 20 instructions per class-pixel over the issue rate. A multiprocessor of compute capability 7.x to 10.x issues
   128 lanes per clock and has 16 special function lanes, so its issue rate is 8 times the measured exp rate, at the same
   clock.
 
-At 16x21x512x512/4 on an H200 that predicts 8, 11 and 53 microseconds: the kernel is bound by issue.
+At 16x21x512x512/4 on an H200 that predicts 8, 11 and 53 microseconds: the kernel is bound by issue. A gate's own pass
+over the target is in none of them.
 
 For a rival only the bytes count: those its operations touch (`bytes_per_class_pixel`), for eager at T = 2 156 per
 class-pixel.
@@ -28,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdcache.bench import timing
+from kdcache.bench.kernels.inputs import make_inputs
 from kdcache.bench.kernels.rivals import prepare
-from kdcache.bench.kernels.shapes import Case, make_inputs
+from kdcache.bench.kernels.shapes import KINDS, Case
 
 INSTRUCTIONS_PER_CLASS_PIXEL = 20
 LANES_PER_SFU_LANE = 8
@@ -78,7 +80,7 @@ def least_work(case: Case) -> Work:
     label_bytes = 1 if shape.ignore_index == 255 else 2
     touched = B * h * w * (2 * C * logit_bytes + kept_bytes) + B * shape.height * shape.width * label_bytes
     softmaxes = 2 if case.temperature in (1, 2, 3, 4) else 3  # then exp(u) = exp(u / T)**T serves both temperatures
-    cells = shape.divides and shape.stride in CELL_STRIDES
+    cells = shape.divides and shape.stride in CELL_STRIDES and not KINDS[case.kind].drawn
     per_class_pixel = softmaxes * 4 / shape.stride**2 if cells else softmaxes
     return Work(
         bytes=touched,

@@ -14,13 +14,15 @@ import torch
 
 from kdcache.bench import timing
 from kdcache.bench.kernels import memory, roofline
+from kdcache.bench.kernels.inputs import Inputs, make_inputs
 from kdcache.bench.kernels.rivals import OURS, RIVALS, Contestant, UnavailableError, prepare, resolved
 from kdcache.bench.kernels.roofline import Ceilings
-from kdcache.bench.kernels.shapes import Case, Inputs, Shape, make_inputs
+from kdcache.bench.kernels.shapes import Case, Shape
 from kdcache.bench.timing import Spread
 from kdcache.metrics.oom import is_out_of_memory
 
 Note = Callable[[str], None]
+HOST_SHARE = 0.9
 OUT_OF_MEMORY = "out of memory"
 PEAK_BYTES = {"eager": 32, "chunked": 32, "compile": 16, "compile-max-autotune": 16}
 """Bytes per class-pixel, rounded up; on a CPU, using more than there is ends the process instead of raising."""
@@ -34,6 +36,7 @@ class Settings:
         impl: implementation of `kdcache_kernels.distill_loss`.
         against: names of RIVALS.
         kept: classes of the target; None as a store would (all up to 32, else 8).
+        kinds: names of KINDS.
         repeats: samples per contestant; None is 100 on CUDA and 15 on the CPU.
         weigh: whether memory is measured; on the CPU that takes a fresh process per contestant.
     """
@@ -44,6 +47,7 @@ class Settings:
     layouts: tuple[str, ...] = ("nchw",)
     temperatures: tuple[float, ...] = (2.0,)
     kept: tuple[int | None, ...] = (None,)
+    kinds: tuple[str, ...] = ("plain",)
     against: tuple[str, ...] = ("eager", "compile", "liger")
     impl: str = "auto"
     repeats: int | None = None
@@ -52,8 +56,9 @@ class Settings:
     def cases(self) -> Iterator[Case]:
         """Every combination, once."""
         grid = (
-            Case(shape, dtype, layout, temperature, k)
+            Case(shape, dtype, layout, temperature, k, kind)
             for shape in self.shapes
+            for kind in self.kinds
             for dtype in self.dtypes
             for layout in self.layouts
             for temperature in self.temperatures
@@ -68,8 +73,9 @@ class Measured:
     """One contestant on one case; what could not be measured is None.
 
     Attributes:
-        time: forward and backward, launches included.
-        graph: the same as a CUDA graph.
+        time: forward and backward, launches included: between events on a GPU.
+        graph: the same as a CUDA graph, which leaves the host out.
+        host: what the CPU takes to issue it to a GPU.
         peak_mib: above the inputs.
         floors: ours: the fractions of the three floors; a rival's: `bytes`, of its own.
         problem: why figures are missing.
@@ -79,9 +85,23 @@ class Measured:
     title: str
     time: Spread | None = None
     graph: Spread | None = None
+    host: Spread | None = None
     peak_mib: float | None = None
     floors: dict[str, float] = field(default_factory=dict)
     problem: str = ""
+
+    @property
+    def headline(self) -> Spread | None:
+        """The device's own time where it is known: that of the graph."""
+        return self.graph or self.time
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether the GPU waits for the CPU, so that `time` is the CPU's."""
+        if self.host is None or self.time is None:
+            return False
+        # Without a graph the device's own time is not known; events around a step that waits have the host's.
+        return self.host.p50 > (self.graph.p50 if self.graph is not None else HOST_SHARE * self.time.p50)
 
 
 @dataclass
@@ -93,11 +113,12 @@ class Row:
     rivals: list[Measured]
 
     def ratios(self, rival: Measured) -> dict[str, float | None]:
-        """How many times slower and larger a rival is: best against best, median against median, as graphs, peaks."""
+        """How many times slower and larger a rival is: best against best, else medians; peaks."""
         return {
             "best": _ratio(_of(rival.time, "best"), _of(self.ours.time, "best")),
             "median": _ratio(_of(rival.time, "p50"), _of(self.ours.time, "p50")),
             "graph": _ratio(_of(rival.graph, "p50"), _of(self.ours.graph, "p50")),
+            "host": _ratio(_of(rival.host, "p50"), _of(self.ours.host, "p50")),
             "memory": _ratio(rival.peak_mib, self.ours.peak_mib),
         }
 
@@ -108,20 +129,26 @@ class Row:
         return {"case": case, "ours": _plain(self.ours), "rivals": rivals}
 
 
-def measure(settings: Settings, note: Note = lambda text: None) -> tuple[list[Row], Ceilings | None]:
-    """Run a benchmark.
+def measure_ceilings(settings: Settings, note: Note = lambda text: None) -> Ceilings | None:
+    """Measure the device's ceilings; None on the CPU. Raises: ValueRangeError for an impl that cannot run there."""
+    resolved(settings.impl, settings.device)
+    if settings.device.type != "cuda":
+        return None
+    note("ceilings: a copy and an exp2 loop")
+    return roofline.measure_ceilings()
+
+
+def measure(settings: Settings, ceilings: Ceilings | None = None, note: Note = lambda text: None) -> Iterator[Row]:
+    """Run a benchmark; a row comes as soon as its case is measured.
 
     Args:
+        ceilings: of the device, for the floors; None leaves those out.
         note: called with a line at every stage.
-    Returns: a row per case, and the device's ceilings (None on the CPU).
-    Raises: what our kernel raises, for instance for an implementation that cannot run here.
+    Raises: what our kernel raises, for instance ValueRangeError for an implementation that cannot run here.
     """
     resolved(settings.impl, settings.device)
-    ceilings = None
-    if settings.device.type == "cuda":
-        note("ceilings: a copy and an exp2 loop")
-        ceilings = roofline.measure_ceilings()
-    return [_measure_case(case, settings, ceilings, note) for case in settings.cases()], ceilings
+    for case in settings.cases():
+        yield _measure_case(case, settings, ceilings, note)
 
 
 def _measure_case(case: Case, settings: Settings, ceilings: Ceilings | None, note: Note) -> Row:
@@ -136,10 +163,10 @@ def _measure_case(case: Case, settings: Settings, ceilings: Ceilings | None, not
     else:
         measured = _on_cpu(names, case, inputs, settings, note)
     for contestant in measured:
-        if ceilings is not None and contestant.time is not None:
+        if ceilings is not None and (time := contestant.headline) is not None:
             if contestant.name == OURS:
-                contestant.floors = roofline.fractions(roofline.least_work(case), ceilings, contestant.time.p50)
-            elif (share := roofline.rival_fraction(contestant.name, case, ceilings, contestant.time.p50)) is not None:
+                contestant.floors = roofline.fractions(roofline.least_work(case), ceilings, time.p50)
+            elif (share := roofline.rival_fraction(contestant.name, case, ceilings, time.p50)) is not None:
                 contestant.floors = {"bytes": share}
     return Row(case, measured[0], measured[1:])
 
@@ -154,6 +181,7 @@ def _on_cuda(name: str, case: Case, inputs: Inputs, settings: Settings, note: No
         measured.title = contestant.title
         note(f"{case}: {contestant.title}: {repeats} repeats")
         measured.time = timing.on_device(contestant.step, repeats)
+        measured.host = timing.on_host(contestant.step, repeats)
         if settings.weigh:
             measured.peak_mib = memory.peak_on_device(contestant.step)
         if contestant.capturable:
@@ -239,4 +267,5 @@ def _ratio(theirs: float | None, mine: float | None) -> float | None:
 
 
 def _plain(measured: Measured) -> dict[str, Any]:
-    return {key: value for key, value in asdict(measured).items() if value not in (None, "", {})}
+    figures = {key: value for key, value in asdict(measured).items() if value not in (None, "", {})}
+    return figures if measured.host is None else {**figures, "host_bound": measured.host_bound}

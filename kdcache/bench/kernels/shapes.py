@@ -1,8 +1,4 @@
-"""Inputs of the benchmark: shapes, their presets, and the tensors of one case.
-
-Logits are random with a spread of 3, a tenth of the labels is void, and the seed is fixed: a case is the same tensors
-in every process and on every device. What a rival may have before the clock starts is prepared here too (int64 labels,
-the mask of the labelled pixels, dense float32 teacher logits), so a rival never pays for our storage format.
+"""Cases of the benchmark: what a step computes, on which shapes, and their names on the command line.
 
 Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size.
 """
@@ -14,13 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from kdcache.errors import RecipeError
-from kdcache_kernels import PackedTarget, pack
 
-VOID_SHARE = 0.1
-LOGIT_SPREAD = 3.0
 MOST_DENSE = 32
 """Classes up to which a store keeps all of them."""
 KEPT = 8
@@ -28,6 +20,34 @@ KEPT = 8
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a step computes.
+
+    Attributes:
+        about: one line for the help.
+        loss: a key of `losses.LOSSES`.
+        trained: class weights, and void pixels that the teacher teaches; else labelled pixels alone, in both terms.
+        drawn: a window and a flip per image, drawn as `--augment warp` does; else whole views.
+        threshold: teacher's confidence from which a pixel counts, found anew in every step; None counts all.
+    """
+
+    about: str
+    loss: str = "distill"
+    trained: bool = True
+    drawn: bool = False
+    threshold: float | None = None
+
+
+KINDS = {
+    "plain": Kind("cross-entropy and KL on labelled pixels", trained=False),
+    "trained": Kind("class weights, and void pixels that the teacher teaches, of views that are replayed"),
+    "warp": Kind("the same, through a window and a flip per image", drawn=True),
+    "gate": Kind("as trained, where the teacher's confidence is at least 0.7", threshold=0.7),
+}
+"""What --case chooses from."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,7 @@ class Case:
     layout: str = "nchw"
     temperature: float = 2.0
     kept: int | None = None
+    kind: str = "plain"
 
     @property
     def k(self) -> int:
@@ -150,48 +171,4 @@ class Case:
         return replace(self, shape=Shape(1, self.shape.num_classes, side, side, self.shape.stride))
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.dtype} {self.layout} T={self.temperature:g} k={self.k}"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one case.
-
-    Attributes:
-        student: (B, C, h, w), the leaf that receives the gradient.
-        labels: (B, H, W) uint8, int16 where 255 is a class.
-        target: packed teacher logits.
-        teacher: (B, C, h, w) float32, the same target dense; for the rivals.
-        labels_int64: (B, H, W), for the rivals.
-        mask: (B, H, W) float32, 1 where a pixel is labelled; for the rivals.
-    """
-
-    student: Tensor
-    labels: Tensor
-    target: PackedTarget
-    teacher: Tensor
-    labels_int64: Tensor
-    mask: Tensor
-
-
-def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw the tensors of a case."""
-    B, C = case.shape.batch, case.shape.num_classes
-    generator = torch.Generator().manual_seed(0)
-
-    def logits() -> Tensor:
-        return (torch.randn(B, C, *case.shape.native, generator=generator) * LOGIT_SPREAD).to(device)
-
-    student = logits().to(DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]).requires_grad_()
-    target = PackedTarget(*pack(logits(), case.k), C, case.shape.size)
-    labels = torch.randint(0, C, (B, *case.shape.size), generator=generator).to(device)
-    void = torch.rand(B, *case.shape.size, generator=generator) < VOID_SHARE
-    labels[void.to(device)] = case.shape.ignore_index
-    return Inputs(
-        student,
-        labels.to(torch.uint8 if case.shape.ignore_index == 255 else torch.int16),
-        target,
-        target.densify().contiguous(),
-        labels,
-        (labels != case.shape.ignore_index).float(),
-    )
+        return f"{self.kind} {self.shape} {self.dtype} {self.layout} T={self.temperature:g} k={self.k}"

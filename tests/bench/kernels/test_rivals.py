@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdcache.bench.kernels import PRESETS, RIVALS, Case, Settings, Shape, parse_names, parse_shapes, rivals
+from kdcache.bench.kernels import KINDS, PRESETS, RIVALS, Case, Settings, Shape, parse_names, parse_shapes, rivals
+from kdcache.bench.kernels.inputs import make_inputs
 from kdcache.bench.kernels.rivals import OURS, UnavailableError, prepare
-from kdcache.bench.kernels.shapes import make_inputs
 from kdcache.errors import RecipeError
-from kdcache_kernels import distill_loss
+from kdcache_kernels import distill_loss, target_argmax_confidence
 
 CPU = torch.device("cpu")
 SMALL = Shape(2, 5, 24, 32, 4)
@@ -66,6 +66,7 @@ def test_a_target_keeps_what_a_store_would(classes: int, kept: int | None, k: in
 def test_cases_are_drawn_once() -> None:
     settings = Settings(CPU, (SMALL, SMALL), ("fp32", "bf16"), temperatures=(1.0, 2.0), kept=(None, 5, 2))
     assert len(list(settings.cases())) == 2 * 2 * 2, "5 of 5 classes are all of them"
+    assert len(list(replace(settings, kinds=tuple(KINDS)).cases())) == len(KINDS) * 2 * 2 * 2
 
 
 @pytest.mark.parametrize("classes", [5, 300])
@@ -84,16 +85,53 @@ def test_inputs_are_the_same_every_time_and_partly_void(classes: int) -> None:
     assert torch.equal(one.mask, 1 - void.float())
 
 
+def test_labels_lie_in_blobs() -> None:
+    """Four rows of 124 pixels, a warp of the Triton kernel at stride 4, show about as many classes as real images."""
+    labels = make_inputs(Case(Shape(3, 21, 512, 512, 4)), CPU).labels
+    strips = labels[:, :, :496].reshape(3, 128, 4, 4, 124).movedim(3, 2).flatten(3).flatten(0, 2)
+    classes = [len(set(strip.tolist()) - {255}) for strip in strips]
+    assert 1.5 < sum(classes) / len(classes) < 3
+    assert all(len(image.unique()) > 6 for image in labels)
+
+
+def test_kinds_are_what_they_are_called() -> None:
+    drawn = {kind: make_inputs(Case(replace(SMALL, batch=8), kind=kind), CPU) for kind in KINDS}
+    for kind, inputs in drawn.items():
+        assert (inputs.class_weight is None) == (kind == "plain")
+        assert (inputs.window is None) == (inputs.flip is None) == (inputs.grid is None) == (kind != "warp")
+        void = inputs.labels == 255
+        assert bool(inputs.mask[void].any()) == (kind != "plain"), "void pixels teach"
+    assert drawn["trained"].mask.all()
+    assert 0 < drawn["warp"].mask.mean() < 1, "a window of the default zooms shows pixels beside the view"
+
+
 # Rivals compute the same loss and gradient
 
 
 def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """In float64, from the rounded logits."""
-    inputs = make_inputs(case, CPU)
+    inputs, kind = make_inputs(case, CPU), KINDS[case.kind]
     leaf = inputs.student.detach().double().requires_grad_()
-    weights = {"kl_weight": 1.0, "temperature": case.temperature}
-    options = {"distill_void": False, "ignore_index": case.shape.ignore_index, "impl": "reference"}
-    loss = distill_loss(leaf, inputs.labels, inputs.target, **weights, **options).loss
+    gate = None
+    if kind.threshold is not None:
+        size = case.shape.size
+        _, confidence = target_argmax_confidence(inputs.target, size, inputs.window, inputs.flip, impl="reference")
+        gate = confidence >= kind.threshold
+        assert 0.05 < gate.float().mean() < 0.95
+    loss = distill_loss(
+        leaf,
+        inputs.labels,
+        inputs.target,
+        kl_weight=1.0,
+        temperature=case.temperature,
+        class_weight=inputs.class_weight,
+        ignore_index=case.shape.ignore_index,
+        window_B4=inputs.window,
+        flip_B=inputs.flip,
+        pixel_weight_BHW=gate,
+        distill_void=kind.trained,
+        impl="reference",
+    ).loss
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -101,12 +139,13 @@ def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     "name",
     [OURS, "eager", "chunked", *(pytest.param(n, marks=pytest.mark.slow) for n in ("compile", "compile-max-autotune"))],
 )
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(("classes", "kept"), [(5, None), (40, 8)])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_rivals_agree_with_the_reference(name: str, temperature: float, classes: int, kept: int | None) -> None:
+def test_rivals_agree_with_the_reference(name: str, kind: str, temperature: float, classes: int, kept: int) -> None:
     torch.compiler.reset()
-    case = Case(replace(SMALL, num_classes=classes), temperature=temperature, kept=kept)
+    case = Case(replace(SMALL, num_classes=classes), temperature=temperature, kept=kept, kind=kind)
     expected_loss, expected = reference(case)
     step = prepare(name, case, make_inputs(case, CPU), "auto").step
     for _ in range(2):
@@ -178,6 +217,13 @@ def test_liger_gets_the_same_pixels(fake_liger: None, temperature: float) -> Non
     upsampled = F.interpolate(leaf, SMALL.size, mode="bilinear")
     back = torch.autograd.grad(upsampled, leaf, gradient_BHWC.permute(0, 3, 1, 2))[0]
     assert relative(back - expected, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "plain"])
+def test_liger_takes_the_plain_case_alone(kind: str, fake_liger: None) -> None:
+    case = Case(SMALL, kind=kind)
+    with pytest.raises(UnavailableError, match=kind):
+        prepare("liger", case, make_inputs(case, CPU), "auto")
 
 
 def test_liger_says_why_it_cannot_run(fake_liger: None, monkeypatch: pytest.MonkeyPatch) -> None:

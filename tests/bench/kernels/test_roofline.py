@@ -14,8 +14,20 @@ import pytest
 import torch
 
 from kdcache.bench import timing
-from kdcache.bench.kernels import PRESETS, Case, Settings, Shape, measure, memory, roofline, run
-from kdcache.bench.kernels.shapes import make_inputs
+from kdcache.bench.kernels import (
+    PRESETS,
+    Case,
+    Measured,
+    Settings,
+    Shape,
+    Spread,
+    measure,
+    measure_ceilings,
+    memory,
+    roofline,
+    run,
+)
+from kdcache.bench.kernels.inputs import make_inputs
 
 SMALL = Shape(2, 5, 24, 32, 4)
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -45,6 +57,11 @@ def test_the_least_work_of_the_headline_shapes(
 def test_exponentials_per_class_pixel(stride: int, temperature: float, height: int, per_class_pixel: float) -> None:
     case = Case(Shape(1, 3, height, 64, stride), temperature=temperature)
     assert roofline.least_work(case).exps == per_class_pixel * case.shape.class_pixels
+
+
+def test_a_drawn_window_costs_an_exponential_per_softmax() -> None:
+    case = Case(Shape(1, 3, 64, 64, 4), kind="warp")
+    assert roofline.least_work(case).exps == 2 * case.shape.class_pixels
 
 
 def test_a_rivals_floor_is_its_own_bytes() -> None:
@@ -81,8 +98,9 @@ def test_the_exp_loop_takes_exponentials() -> None:
 @NO_GPU
 def test_a_run_on_a_gpu() -> None:
     settings = Settings(torch.device("cuda"), (Shape(2, 21, 128, 128, 4),), ("bf16",), repeats=3, against=("eager",))
-    rows, ceilings = measure(settings)
+    ceilings = measure_ceilings(settings)
     assert ceilings is not None
+    rows = list(measure(settings, ceilings))
     assert 1e11 < ceilings.copy_bytes < 1e14
     assert 1e11 < ceilings.exps < 1e14
     ours, (eager,) = rows[0].ours, rows[0].rivals
@@ -169,13 +187,15 @@ def test_the_way_on_a_gpu(pretended: _Cuda) -> None:
         repeats=3,
         against=("eager", "chunked", "liger"),
     )
-    rows, ceilings = measure(settings)
+    ceilings = measure_ceilings(settings)
     assert ceilings is not None
+    rows = list(measure(settings, ceilings))
     eager, chunked, liger = rows[0].rivals
     for one in (rows[0].ours, eager, chunked):
         assert one.time is not None
         assert one.graph is not None
-        assert one.time.repeats == one.graph.repeats == 3
+        assert one.host is not None
+        assert one.time.repeats == one.graph.repeats == one.host.repeats == 3
         assert one.peak_mib == 3
         assert one.problem == ""
     assert set(rows[0].ours.floors) == {"bytes", "sfu", "issue"}
@@ -193,8 +213,19 @@ def test_a_step_that_cannot_be_captured(pretended: _Cuda, monkeypatch: pytest.Mo
     settings = Settings(
         types.SimpleNamespace(type="cuda"), (SMALL,), ("fp32",), impl="reference", repeats=2, against=()
     )  # type: ignore[arg-type]
-    ours = measure(settings)[0][0].ours
+    ours = next(measure(settings)).ours
     assert ours.time is not None
     assert ours.graph is None
     assert "no CUDA graph" in ours.problem
     assert "\n" not in ours.problem
+
+
+@pytest.mark.parametrize(
+    ("time_ms", "graph_ms", "host_ms", "bound"),
+    [(0.8, 0.2, 0.75, True), (0.25, 0.2, 0.1, False), (0.8, None, 0.75, True), (4.0, None, 0.75, False)],
+)
+def test_where_the_gpu_waits_for_the_host(time_ms: float, graph_ms: float | None, host_ms: float, bound: bool) -> None:
+    graph = None if graph_ms is None else Spread.of([graph_ms])
+    one = Measured("kdcache", "kdcache", Spread.of([time_ms]), graph, Spread.of([host_ms]))
+    assert one.host_bound is bound
+    assert one.headline is (graph or one.time)

@@ -11,7 +11,20 @@ import pytest
 import torch
 
 from kdcache.bench import timing
-from kdcache.bench.kernels import RIVALS, Case, Measured, Row, Settings, Shape, Spread, header, measure, memory, rivals
+from kdcache.bench.kernels import (
+    RIVALS,
+    Case,
+    Measured,
+    Row,
+    Settings,
+    Shape,
+    Spread,
+    header,
+    losses,
+    measure,
+    measure_ceilings,
+    memory,
+)
 from kdcache.bench.kernels.rivals import OURS, UnavailableError
 from kdcache_kernels import ValueRangeError
 
@@ -81,11 +94,13 @@ def test_a_process_that_fails_says_so_in_a_line() -> None:
 
 def test_a_run_is_told_as_json() -> None:
     stages: list[str] = []
-    rows, ceilings = measure(replace(TINY_RUN, against=("eager", "chunked"), temperatures=(1.0, 2.0)), stages.append)
-    assert ceilings is None
+    settings = replace(TINY_RUN, against=("eager", "chunked"), temperatures=(1.0, 2.0))
+    assert measure_ceilings(settings) is None
+    rows = list(measure(settings, note=stages.append))
     assert len(rows) == 2
     told = json.loads(json.dumps(rows[0].to_json()))
-    assert told["case"] == {"shape": str(SMALL), "dtype": "fp32", "layout": "nchw", "temperature": 1.0, "kept": 5}
+    case = {"shape": str(SMALL), "dtype": "fp32", "layout": "nchw", "temperature": 1.0, "kept": 5, "kind": "plain"}
+    assert told["case"] == case
     assert [rival["name"] for rival in told["rivals"]] == ["eager", "chunked"]
     assert told["ours"]["time"]["repeats"] == 2
     assert any("eager" in stage and "warm-up" in stage for stage in stages)
@@ -98,10 +113,20 @@ def test_a_run_is_told_as_json() -> None:
             assert row.ratios(rival)["median"] == rival.time.p50 / row.ours.time.p50
 
 
+def test_a_row_comes_before_the_next_case_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
+    rows = measure(replace(TINY_RUN, temperatures=(1.0, 2.0)), note=stages.append)
+    assert next(rows).case.temperature == 1
+    assert stages
+    assert all("T=1 " in stage for stage in stages)
+    assert next(rows).case.temperature == 2
+
+
 def test_ratios() -> None:
-    ours = Measured(OURS, OURS, Spread(2, 3, 4, 5, 9), Spread(1, 1, 1, 1, 9), peak_mib=10)
-    rival = Measured("eager", "eager", Spread(6, 7, 10, 11, 9), None, peak_mib=45)
-    assert Row(Case(SMALL), ours, [rival]).ratios(rival) == {"best": 3, "median": 2.5, "graph": None, "memory": 4.5}
+    ours = Measured(OURS, OURS, Spread(2, 3, 4, 5, 9), Spread(1, 1, 1, 1, 9), Spread(2, 2, 2, 2, 9), peak_mib=10)
+    rival = Measured("eager", "eager", Spread(6, 7, 10, 11, 9), None, Spread(3, 3, 3, 3, 9), peak_mib=45)
+    ratios = Row(Case(SMALL), ours, [rival]).ratios(rival)
+    assert ratios == {"best": 3, "median": 2.5, "graph": None, "host": 1.5, "memory": 4.5}
     gone = Measured("liger", "liger", problem="not installed")
     assert set(Row(Case(SMALL), ours, [gone]).ratios(gone).values()) == {None}
 
@@ -120,7 +145,7 @@ def test_a_rival_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, error: 
         raise error
 
     monkeypatch.setitem(RIVALS, "compile", fail)
-    rows, _ = measure(replace(TINY_RUN, against=("compile", "eager")))
+    rows = list(measure(replace(TINY_RUN, against=("compile", "eager"))))
     failed, eager = rows[0].rivals
     assert failed.problem == problem
     assert failed.time is None
@@ -130,7 +155,7 @@ def test_a_rival_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, error: 
 
 def test_a_rival_that_needs_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 32 * SMALL.class_pixels // 2)
-    rows, _ = measure(replace(TINY_RUN, against=("eager", "chunked")))
+    rows = list(measure(replace(TINY_RUN, against=("eager", "chunked"))))
     eager, chunked = rows[0].rivals
     assert eager.problem.startswith("out of memory")
     assert chunked.time is not None
@@ -146,7 +171,7 @@ def test_a_fresh_process_is_asked_for_everyone(monkeypatch: pytest.MonkeyPatch) 
         return {OURS: 2.0, "eager": 30.0}[name]
 
     monkeypatch.setattr(memory, "peak_in_fresh_process", weigh)
-    rows, _ = measure(replace(TINY_RUN, against=("eager", "chunked"), weigh=True))
+    rows = list(measure(replace(TINY_RUN, against=("eager", "chunked"), weigh=True)))
     assert asked == [(name, rows[0].case, "reference", torch.get_num_threads()) for name in (OURS, "eager", "chunked")]
     eager, chunked = rows[0].rivals
     assert rows[0].ratios(eager)["memory"] == 15
@@ -156,14 +181,14 @@ def test_a_fresh_process_is_asked_for_everyone(monkeypatch: pytest.MonkeyPatch) 
 
 def test_our_own_failure_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueRangeError, match="numbaa"):
-        measure(replace(TINY_RUN, impl="numbaa"))
+        list(measure(replace(TINY_RUN, impl="numbaa")))
 
     def fail(*args: object, **options: object) -> None:
         raise ArithmeticError
 
-    monkeypatch.setattr(rivals, "distill_loss", fail)
+    monkeypatch.setattr(losses, "distill_loss", fail)
     with pytest.raises(ArithmeticError):
-        measure(TINY_RUN)
+        list(measure(TINY_RUN))
 
 
 def test_a_result_says_where_it_comes_from() -> None:

@@ -1,0 +1,143 @@
+"""The tensors of a case.
+
+Logits are random with a spread of 3, and the seed is fixed: a case is the same tensors in every process and on every
+device. Labels lie in blobs, as those of images do: the 4 rows of 124 pixels that a warp of the Triton kernel takes at
+stride 4 show 2 classes of CamVid, and as many here. A tenth of the pixels is void, in blobs too. (Labels drawn pixel by
+pixel put every class into every warp, which costs a quarter more instructions.)
+
+What a rival may have before the clock starts is prepared here too (int64 labels, masks and their sums, dense float32
+teacher logits, sampling positions), so a rival never pays for our storage format.
+
+Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.bench.kernels.shapes import DTYPES, KINDS, LAYOUTS, Case, Shape
+from kdcache.data import draw_window
+from kdcache_kernels import PackedTarget, pack
+from kdcache_kernels.window import view_positions
+
+VOID_SHARE = 0.1
+LOGIT_SPREAD = 3.0
+BLOBS, LABEL_STEP = 4, 4
+"""Blobs along an axis of an image, and pixels to which their edges are drawn."""
+RARITY = 0.8
+"""Spread of what classes have in common over an image, in units of what varies: some are rare."""
+ZOOM = (0.5, 2.0)
+"""The default of `--scale`."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one case; None where its kind has none.
+
+    Attributes:
+        student: (B, C, h, w), the leaf that receives the gradient.
+        labels: (B, H, W) uint8, int16 where 255 is a class.
+        target: packed teacher logits.
+        class_weight: (C,) float32 of the cross-entropy.
+        window, flip: (B, 4) float64 and (B,) bool, as `kdcache_kernels.distill_loss` takes them.
+        teacher: (B, C, h, w) float32, the same target dense; for the rivals, as all that follows.
+        labels_int64: (B, H, W).
+        mask: (B, H, W) float32, 1 where the KL counts a pixel.
+        grid: (B, H, W, 2) float32, where to sample the teacher, in units of `grid_sample`; None samples whole views.
+        ce_count, kl_count: 0-dimensional float32: the class weights of labelled pixels, and the sum of the mask.
+    """
+
+    student: Tensor
+    labels: Tensor
+    target: PackedTarget
+    class_weight: Tensor | None
+    window: Tensor | None
+    flip: Tensor | None
+    teacher: Tensor
+    labels_int64: Tensor
+    mask: Tensor
+    grid: Tensor | None
+    ce_count: Tensor
+    kl_count: Tensor
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw the tensors of a case."""
+    shape, kind = case.shape, KINDS[case.kind]
+    B, C = shape.batch, shape.num_classes
+    generator = torch.Generator().manual_seed(0)
+
+    def logits() -> Tensor:
+        return (torch.randn(B, C, *shape.native, generator=generator) * LOGIT_SPREAD).to(device)
+
+    student = logits().to(DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]).requires_grad_()
+    target = PackedTarget(*pack(logits(), case.k), C, shape.size)
+    labels = draw_labels(shape, generator).to(device)
+    labelled = labels != shape.ignore_index
+    class_weight = _class_weight(C, generator).to(device) if kind.trained else None
+    window, flip = _windows(shape, device) if kind.drawn else (None, None)
+    counted, grid = labelled if not kind.trained else torch.ones_like(labelled), None
+    if window is not None:
+        positions = view_positions(window, flip, shape.size, shape.size, device)
+        counted, grid = positions.inside(), _grid(positions.y, positions.x, shape.size)
+    weight_BHW = labelled.float() if class_weight is None else class_weight[labels.clamp(0, C - 1)] * labelled
+    return Inputs(
+        student=student,
+        labels=labels.to(torch.uint8 if shape.ignore_index == 255 else torch.int16),
+        target=target,
+        class_weight=class_weight,
+        window=window,
+        flip=flip,
+        teacher=target.densify().contiguous(),
+        labels_int64=labels,
+        mask=counted.float(),
+        grid=grid,
+        ce_count=weight_BHW.double().sum().float(),
+        kl_count=counted.sum().float(),
+    )
+
+
+def draw_labels(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Draw (B, H, W) int64 class ids in blobs, `ignore_index` in a tenth of the pixels."""
+    H, W = shape.size
+    rarity_C11 = RARITY * torch.randn(shape.num_classes, 1, 1, generator=generator)
+    images = []
+    for _ in range(shape.batch):  # one after the other: 150 classes of a batch would not be small
+        classes_hw = (_noise(shape.num_classes, shape, generator) + rarity_C11).argmax(0)
+        void_hw = _noise(1, shape, generator)[0]
+        classes_hw[void_hw < void_hw.quantile(VOID_SHARE)] = shape.ignore_index
+        images.append(classes_hw.repeat_interleave(LABEL_STEP, 0).repeat_interleave(LABEL_STEP, 1)[:H, :W])
+    return torch.stack(images)
+
+
+def _noise(channels: int, shape: Shape, generator: torch.Generator) -> Tensor:
+    """Smooth noise (channels, H / LABEL_STEP, W / LABEL_STEP), rounded up."""
+    coarse = torch.randn(1, channels, BLOBS + 1, BLOBS + 1, generator=generator)
+    size = tuple(-(-n // LABEL_STEP) for n in shape.size)
+    return F.interpolate(coarse, size, mode="bicubic", align_corners=False)[0]
+
+
+def _class_weight(num_classes: int, generator: torch.Generator) -> Tensor:
+    """Draw weights as those of `--class-weights sqrt` spread: within a factor of about 10, 1 on average."""
+    weight_C = (0.6 * torch.randn(num_classes, generator=generator)).exp()
+    return weight_C / weight_C.mean()
+
+
+def _windows(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Draw a window and a flip of every image as trainings do that warp."""
+    rng = np.random.default_rng(0)
+    drawn = [draw_window(rng, shape.size, ZOOM, True) for _ in range(shape.batch)]
+    corners = [(window.y0, window.x0, window.y1, window.x1) for window, _ in drawn]
+    flips = [flip for _, flip in drawn]
+    return torch.tensor(corners, dtype=torch.float64, device=device), torch.tensor(flips, device=device)
+
+
+def _grid(y_BH: Tensor, x_BW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Positions in a view of `size` pixels as `grid_sample` takes them: from -1 to 1, edge to edge, x first."""
+    B, H, W = x_BW.shape[0], *size
+    y_BHW = (2 * y_BH / H - 1)[:, :, None].expand(B, H, W)
+    x_BHW = (2 * x_BW / W - 1)[:, None, :].expand(B, H, W)
+    return torch.stack((x_BHW, y_BHW), -1).float()

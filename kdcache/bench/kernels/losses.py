@@ -1,0 +1,135 @@
+"""The losses that are measured: our operation and what eager PyTorch computes for the same value and gradient.
+
+Eager is what a user writes who has looked at a profile: logits are cast and the teacher is divided by T at low
+resolution (s*s times cheaper), labels are int64, masks, their sums and sampling positions are there beforehand, both
+sides of the KL are logarithms, and nothing is copied. (Upsampling z / T anew instead of dividing the upsampled z was
+14 % slower, a probability target for F.kl_div 13 %.)
+
+A loss of another method is a further entry of LOSSES, and a kind of `shapes.KINDS` that names it.
+
+Legend: B batch, C classes, H W label size, h w logits' own size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.bench.kernels.inputs import Inputs
+from kdcache.bench.kernels.shapes import KINDS, Case
+from kdcache_kernels import distill_loss, target_argmax_confidence
+
+
+class Targets(NamedTuple):
+    """What eager learns from, of all images or of one, and its settings; tensors as in `Inputs`."""
+
+    teacher: Tensor
+    labels: Tensor
+    mask: Tensor
+    grid: Tensor | None
+    class_weight: Tensor | None
+    ce_count: Tensor
+    kl_count: Tensor
+    temperature: float
+    threshold: float | None
+    ignore_index: int
+
+    def image(self, index: int) -> "Targets":
+        """Return those of one image; the counts stay the batch's, so that losses of the images add up to its own."""
+        rows = slice(index, index + 1)
+        return self._replace(
+            teacher=self.teacher[rows],
+            labels=self.labels[rows],
+            mask=self.mask[rows],
+            grid=None if self.grid is None else self.grid[rows],
+        )
+
+
+def targets_of(case: Case, inputs: Inputs) -> Targets:
+    """Return what eager learns from in a case."""
+    return Targets(
+        inputs.teacher,
+        inputs.labels_int64,
+        inputs.mask,
+        inputs.grid,
+        inputs.class_weight,
+        inputs.ce_count,
+        inputs.kl_count,
+        case.temperature,
+        KINDS[case.kind].threshold,
+        case.shape.ignore_index,
+    )
+
+
+def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
+    """Return CE + T^2 * KL by the public operation, behind a gate where the kind has one."""
+    kind, weight = KINDS[case.kind], None
+    if kind.threshold is not None:
+        size = case.shape.size
+        _, confidence = target_argmax_confidence(inputs.target, size, inputs.window, inputs.flip, impl=impl)
+        weight = (confidence >= kind.threshold).float()  # as `kdcache.distill.Gate` does
+    return distill_loss(
+        inputs.student,
+        inputs.labels,
+        inputs.target,
+        kl_weight=1.0,
+        temperature=case.temperature,
+        class_weight=inputs.class_weight,
+        ignore_index=case.shape.ignore_index,
+        window_B4=inputs.window,
+        flip_B=inputs.flip,
+        pixel_weight_BHW=weight,
+        distill_void=kind.trained,
+        impl=impl,
+    ).loss
+
+
+def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
+    """Return CE + T^2 * KL: cross-entropy of labelled pixels, KL of those of the mask that pass the gate."""
+    T, size = targets.temperature, targets.labels.shape[1:]
+    logits_BCHW = F.interpolate(student_BChw.float(), size, mode="bilinear", align_corners=False)
+    teacher_BChw = targets.teacher if T == 1 else targets.teacher / T
+    if targets.grid is None:
+        teacher_BCHW = F.interpolate(teacher_BChw, size, mode="bilinear", align_corners=False)
+    else:
+        teacher_BCHW = F.grid_sample(teacher_BChw, targets.grid, padding_mode="border", align_corners=False)
+    log_q_BCHW = F.log_softmax(teacher_BCHW, 1)
+    weight, ignore = targets.class_weight, targets.ignore_index
+    if T == 1:
+        log_p_BCHW = F.log_softmax(logits_BCHW, 1)
+        ce = F.nll_loss(log_p_BCHW, targets.labels, weight, ignore_index=ignore, reduction="sum")
+    else:
+        log_p_BCHW = F.log_softmax(logits_BCHW / T, 1)
+        ce = F.cross_entropy(logits_BCHW, targets.labels, weight, ignore_index=ignore, reduction="sum")
+    mask_BHW = targets.mask
+    if targets.threshold is not None:
+        confidence_BHW = F.softmax(teacher_BCHW * T, 1).amax(1)
+        mask_BHW = mask_BHW * (confidence_BHW.half() >= targets.threshold)
+    kl_BHW = F.kl_div(log_p_BCHW, log_q_BCHW, reduction="none", log_target=True).sum(1)
+    return ce / targets.ce_count + T * T * (kl_BHW * mask_BHW).sum() / targets.kl_count
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as both sides compute it.
+
+    Attributes:
+        ours: of (case, inputs, impl).
+        eager: of (student's logits, targets); fit for torch.compile.
+        by_image: whether it is a sum over images, given the batch's counts; else it cannot be done in parts.
+    """
+
+    ours: Callable[[Case, Inputs, str], Tensor]
+    eager: Callable[[Tensor, Targets], Tensor]
+    by_image: bool = True
+
+
+LOSSES = {"distill": Loss(our_loss, eager_loss)}
+"""By `Kind.loss`."""
+
+
+def loss_of(case: Case) -> Loss:
+    """Return the loss that a case measures."""
+    return LOSSES[KINDS[case.kind].loss]
