@@ -415,6 +415,7 @@ def _row(
         cost=cost,
         teacher=group.teacher,
         baseline=used,
+        distilled=group.distilled,
     )
 
 

@@ -71,6 +71,7 @@ class Row:
         difference: in mIoU; None for a baseline and for a row without one. class_differences: in each class's IoU.
         cost: the cost of one image with the first run's model.
         teacher: a row apart: no contestant. baseline: others are measured against it.
+        distilled: it learnt from a teacher's targets, or has no recipe that would tell.
         control: in mIoU, to the row that learnt by the same terms from labels in the teacher's place; None without one.
         depth: metrics of depth by name, means over images; {} where depth is not judged.
         depth_difference, depth_control: in rmse of depth, metres, to the same rows.
@@ -89,6 +90,7 @@ class Row:
     cost: Cost
     teacher: bool
     baseline: bool
+    distilled: bool = True
     control: Difference | None = None
     depth: dict[str, Spread] = field(default_factory=dict)
     depth_difference: Difference | None = None

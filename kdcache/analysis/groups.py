@@ -46,6 +46,8 @@ _NAMED = 40
 """Names that a message lists at most."""
 DEPTH_ON_LABELS = ("depth-l1", "depth-berhu", "depth-silog", "depth-gradient")
 """Terms that compare depth with labels, unless they say `reference=teacher`: without them a model learns no depth."""
+WITHOUT_TEACHER = ("dice", "lovasz", "entropy", "adversarial", "consistency")
+"""Terms on labels or on the student's predictions alone; `consistency` learns from a teacher with `by=store`."""
 _BARE = ("model", "method", "verb")
 """Settings whose values need no name beside them."""
 
@@ -79,6 +81,11 @@ class Group:
         A model without a recipe is no baseline, so it counts, too.
         """
         return not self.settings or any(map(_is_taught, stream_settings(self.settings)))
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it learnt from a teacher's targets, in any of its streams; a model without a recipe may have."""
+        return not self.settings or any(map(_is_distilled, stream_settings(self.settings)))
 
     @property
     def terms(self) -> list[tuple[Any, ...]]:
@@ -125,9 +132,28 @@ def is_control(settings: Mapping[str, Any]) -> bool:
 
 def _is_taught(settings: Mapping[str, Any]) -> bool:
     """Whether there is a term besides cross-entropy and those that compare depth with labels."""
+    return any(
+        term["kind"] not in DEPTH_ON_LABELS or term.get("reference", "labels") != "labels" for term in _terms(settings)
+    )
+
+
+def _is_distilled(settings: Mapping[str, Any]) -> bool:
+    """Whether there is a term that reads the targets of a teacher, with no labels in its place."""
+    return settings.get("teacher") != "labels" and any(map(reads_targets, _terms(settings)))
+
+
+def reads_targets(term: Mapping[str, Any]) -> bool:
+    """Whether a term, as a recipe has it, learns from a teacher."""
+    kind, reference = str(term["kind"]), term.get("reference")
+    if kind in DEPTH_ON_LABELS or reference is not None:
+        return reference == "teacher"
+    return kind not in WITHOUT_TEACHER or term.get("by") == "store"
+
+
+def _terms(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The tables of all terms, those that `method` names without their weights."""
     method = str(settings.get("method"))
-    terms = [{"kind": kind} for kind in method.split("+") if kind != "none"] + list(settings.get("term") or ())
-    return any(term["kind"] not in DEPTH_ON_LABELS or term.get("reference", "labels") != "labels" for term in terms)
+    return [{"kind": kind} for kind in method.split("+") if kind != "none"] + list(settings.get("term") or ())
 
 
 def _unlike_streams(one: Any, other: Any) -> float:

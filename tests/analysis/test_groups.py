@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kdcache.analysis.compare import choose_baseline, choose_control
-from kdcache.analysis.groups import CONTROL, DEPTH_ON_LABELS, Group, group_runs, nearest
+from kdcache.analysis.groups import CONTROL, DEPTH_ON_LABELS, Group, group_runs, nearest, reads_targets
 from kdcache.analysis.runs import Entry
-from kdcache.distill.terms.spec import KINDS, ON_LABELS, TermSpec, reads_labels
+from kdcache.distill.terms.spec import CHOICES, KINDS, ON_LABELS, TermSpec, reads_labels, reads_teacher
 from kdcache.errors import RecipeError
 from kdcache.run_folder import Run
 
@@ -180,3 +180,25 @@ def test_terms_of_depth_on_labels_are_those_of_trainings() -> None:
     for kind in KINDS:
         on_labels = kind not in ON_LABELS and reads_labels(TermSpec(kind))
         assert on_labels == (kind in DEPTH_ON_LABELS), kind
+
+
+def test_a_row_is_distilled_where_a_teachers_targets_taught_it() -> None:
+    rows = rows_of(
+        run("plain", method="none"),
+        run("dice", method="dice"),
+        run("kl", method="kl"),
+        run("control", method="kl", teacher="labels"),
+        run("stream", method="none", stream=[stream("a", method="none"), stream("b", method="pseudo", cache="c")]),
+        run("itself", method="none", stream=[stream("a", method="none"), stream("b", method="consistency", data="d")]),
+    )
+    assert [name for name, row in rows.items() if row.distilled] == ["kl", "stream"]
+
+
+def test_terms_of_a_teacher_are_those_of_trainings() -> None:
+    for kind in KINDS:
+        options = [
+            {},
+            *({name: value} for name in ("reference", "by") if name in KINDS[kind] for value in CHOICES[name]),
+        ]
+        for option in options:
+            assert reads_targets({"kind": kind, **option}) == reads_teacher(TermSpec(kind, **option)), (kind, option)

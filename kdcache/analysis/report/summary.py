@@ -36,8 +36,12 @@ def summary(comparison: Comparison, device: str | None) -> Markup:
 
 
 def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
-    """A word, a sentence, and the reservations beside it, on all rows that have a baseline."""
-    rows = measured(comparison)
+    """A word, a sentence, and the reservations beside it, on all rows that a teacher taught and that have a baseline.
+
+    Controls and rows of other losses on labels answer only where there are no others.
+    """
+    every = measured(comparison)
+    rows = [pair for pair in every if pair[0].distilled] or every
     depth = _depth_sentence(comparison)
     if not rows and depth is not None:
         answer, sentence = depth
@@ -50,14 +54,17 @@ def headline(comparison: Comparison) -> tuple[str, str, list[str]]:
     reached = f"reaches {percent(best.miou.mean)} % mIoU, {gap_words(difference.mean)} {quoted(difference.baseline)}"
     sentence = f"The best row, {quoted(best.name)}, {reached}{_interval(difference)}."
     if len(rows) > 1:
-        sentence = f"{_tally(gaps)} {sentence}"
+        sentence = f"{_tally(rows)} {sentence}"
     more = [*_meaning(gaps), *_control(best), *_caution(gaps, difference), *_teacher(comparison, best)]
     nothing = [f"{words}." for row in comparison.rows if (words := collapse(row, quoted(row.name)))]
     if all(_both_collapsed(comparison, *pair) for pair in rows):
         same = all(is_nothing(gap.mean) for gap in gaps)
         word = "No difference." if same else "Unknown: nothing was learnt."
         return word, " ".join([*nothing, sentence]), _teacher(comparison, best)
-    return _answer(gaps), sentence, [*nothing, *more, *(() if depth is None else (f"Depth: {depth[1]}",))]
+    more = [*nothing, *more, *(() if depth is None else (f"Depth: {depth[1]}",))]
+    if not best.distilled:
+        return "Unknown.", f"No row that has a baseline learnt from a teacher. {sentence}", more
+    return _answer(gaps, _of_the_loss(rows)), sentence, more
 
 
 def _depth_sentence(comparison: Comparison) -> tuple[str, str] | None:
@@ -65,10 +72,11 @@ def _depth_sentence(comparison: Comparison) -> tuple[str, str] | None:
 
     None where there is none.
     """
-    gaps = [gap for row in comparison.contestants if (gap := row.depth_difference) and not math.isnan(gap.mean)]
-    if not gaps:
+    every = [row for row in comparison.contestants if (gap := row.depth_difference) and not math.isnan(gap.mean)]
+    if not every:
         return None
-    rows = [row for row in comparison.contestants if row.depth_difference in gaps]
+    rows = [row for row in every if row.distilled] or every
+    gaps = [gap for row in rows if (gap := row.depth_difference)]
     best = min(rows, key=lambda row: row.depth_spread("rmse").mean)
     gap = best.depth_difference
     assert gap is not None
@@ -94,12 +102,16 @@ def measured(comparison: Comparison) -> list[Measured]:
     ]
 
 
-def _answer(every: Sequence[Difference]) -> str:
-    """The answer of all rows: that the best of several did well by luck is none."""
+def _answer(every: Sequence[Difference], of_the_loss: int = 0) -> str:
+    """The answer of all rows: that the best of several did well by luck is none.
+
+    Args:
+        of_the_loss: the number of gains above noise that may be the loss's own.
+    """
     gaps = [gap for gap in every if not is_nothing(gap.mean)]
     if not gaps:
         return "No difference."
-    above = sum(gap.verdict == "above noise" and gap.mean > 0 for gap in gaps)
+    above = sum(map(_is_above, gaps)) - of_the_loss
     below = sum(gap.verdict == "above noise" and gap.mean < 0 for gap in gaps)
     if above and below:
         return "For some rows."
@@ -120,8 +132,21 @@ def _both_collapsed(comparison: Comparison, row: Row, difference: Difference) ->
     return is_collapsed(row) and all(map(is_collapsed, baselines))
 
 
-def _tally(every: Sequence[Difference]) -> str:
+def _is_above(gap: Difference) -> bool:
+    return gap.verdict == "above noise" and gap.mean > 0 and not is_nothing(gap.mean)
+
+
+def _of_the_loss(rows: Sequence[Measured]) -> int:
+    """The number of rows above their baseline, but not above their control: their gain may be the loss's own."""
+    return sum(
+        _is_above(gap) and row.control is not None and not math.isnan(row.control.mean) and not _is_above(row.control)
+        for row, gap in rows
+    )
+
+
+def _tally(rows: Sequence[Measured]) -> str:
     """How many rows are better, worse, neither, and by how many comparisons at once."""
+    every = [gap for _, gap in rows]
     gaps = [gap for gap in every if not is_nothing(gap.mean)]
     sure = [gap for gap in gaps if gap.verdict == "above noise"]
     above = sum(gap.mean > 0 for gap in sure)
@@ -136,7 +161,9 @@ def _tally(every: Sequence[Difference]) -> str:
     parts = ", ".join(f"{count} {words}" for count, words in counts if count)
     comparisons = max(gap.comparisons for gap in every)
     how = f" ({comparisons} comparisons, adjusted by Holm)" if comparisons > 1 else ""
-    return f"Of {len(every)} rows measured against a baseline: {parts}{how}."
+    loss = _of_the_loss(rows)
+    own = f" Of those above, {loss} {'is' if loss == 1 else 'are'} not above {'its' if loss == 1 else 'their'} control."
+    return f"Of {len(every)} rows measured against a baseline: {parts}{how}.{own if loss else ''}"
 
 
 def gap_words(gap: float) -> str:
@@ -197,9 +224,15 @@ def _control(best: Row) -> list[str]:
     gap = best.control
     if gap is None or math.isnan(gap.mean):
         return []
+    if _is_above(gap):
+        whose = "this much is the teacher's"
+    elif gap.verdict == "above noise":
+        whose = "the loss does better without the teacher"
+    else:
+        whose = f"{gap.verdict}, so that a gain may be the loss's own"
     return [
         f"It reaches {gap_words(gap.mean)} its control, the same loss with labels in the teacher's place"
-        f"{_interval(gap)}: this much is the teacher's."
+        f"{_interval(gap)}: {whose}."
     ]
 
 

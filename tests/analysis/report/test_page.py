@@ -294,6 +294,47 @@ def test_the_answer_is_over_all_rows(gaps: tuple, answer: str, words: str) -> No
     assert "The best row, \u201ckl0\u201d, reaches 60.00 % mIoU" in sentence
 
 
+CONTROL = replace(row("control", (0.95, 0.6, 0.5), 0.06, 0.01), distilled=False)
+
+
+@pytest.mark.parametrize(
+    ("gap", "half", "answer", "words"),
+    [
+        (0.02, 0.01, "Yes.", "this much is the teacher's"),
+        (0.005, 0.01, "Not shown.", "within noise, so that a gain may be the loss's own"),
+        (-0.05, 0.01, "Not shown.", "the loss does better without the teacher"),
+        (0.02, NAN, "Not shown.", "one run: unknown, so that"),
+    ],
+)
+def test_a_gain_that_the_control_has_too_is_none_of_the_teacher(
+    gap: float, half: float, answer: str, words: str
+) -> None:
+    best = replace(ROWS[0], control=Difference(gap, half, NAN, "control", 2, paired=True))
+    found, sentence, more = headline(comparison((best, CONTROL, ROWS[2])))
+    assert found == answer
+    assert "\u201ckl\u201d, reaches" in sentence
+    assert any(words in text for text in more)
+
+
+def test_rows_above_their_baseline_but_not_their_control_are_counted() -> None:
+    within = Difference(0.005, 0.01, NAN, "control", 2, paired=True)
+    answer, sentence, _ = headline(
+        comparison((replace(ROWS[0], control=within), row("at", (0.8, 0.6, 0.3), 0.02, 0.01), ROWS[2]))
+    )
+    assert answer == "Yes, in 1 of 2 rows."
+    assert "2 above. Of those above, 1 is not above its control." in sentence
+
+
+def test_a_control_does_not_answer_for_a_teacher() -> None:
+    """Nor does a loss on labels: both are above the baseline here, and the one row with a teacher is not."""
+    answer, sentence, _ = headline(comparison((ROWS[1], CONTROL, ROWS[2])))
+    assert answer == "Not shown."
+    assert "The best row, \u201cat\u201d" in sentence
+    answer, sentence, _ = headline(comparison((CONTROL, ROWS[2])))
+    assert answer == "Unknown."
+    assert sentence.startswith("No row that has a baseline learnt from a teacher. The best row, \u201ccontrol\u201d")
+
+
 def test_the_headline_speaks_of_the_best_row_and_its_company() -> None:
     _, sentence, more = headline(comparison())
     assert "\u201ckl\u201d" in sentence
