@@ -20,6 +20,8 @@ SEGMENTATION = "segmentation"
 """The task of class ids per pixel, and the head that predicts them."""
 DEPTH = "depth"
 """The task of depth per pixel, and the head that predicts it."""
+AUXILIARY = "auxiliary"
+"""The second head of class ids per pixel that a model may have in training, on the labels of segmentation."""
 TASKS = (SEGMENTATION, DEPTH)
 
 METRES = "m"

@@ -133,13 +133,16 @@ def check_heads(terms: "Sequence[Term]", batch: Batch, heads: Mapping[str, Tenso
             raise RecipeError(
                 f"{term.kind} compares the student's head {name}",
                 received="outputs without it",
-                remedy="use a model with such a head, and pass its outputs whole: criterion(model(x), batch)",
+                remedy="use a model with such a head, in training mode, and pass its outputs whole: "
+                "criterion(model(x), batch)",
             )
-        where = "labels" if not term.reads_teacher else "targets"
-        if name not in (getattr(batch, where) or {}):
+        if not (term.reads_teacher or term.reads_labels):
+            continue
+        where = "labels" if term.reads_labels else "targets"
+        if term.task not in (getattr(batch, where) or {}):
             raise RecipeError(
-                f"{term.kind} reads the {where} of {name} of every batch",
-                received=f"a batch without {where} of {name}",
+                f"{term.kind} reads the {where} of {term.task} of every batch",
+                received=f"a batch without {where} of {term.task}",
                 remedy="train on data that has them, or leave the term out",
             )
         label = batch.labels.get(name)

@@ -23,13 +23,13 @@ class StudentOutputs(NamedTuple):
     """Logits (B, C, h, w), of no class, (B, 0, 1, 1), where the student has none; heads and features by name.
 
     Attributes:
-        others: logits (B', C, h, w) of the rows of other streams of the batch, by the stream's name.
+        others: outputs for the rows of other streams of the batch, by the stream's name.
     """
 
     logits: Tensor
     heads: Mapping[str, Tensor] = {}
     features: Mapping[str, Tensor] = {}
-    others: Mapping[str, Tensor] = {}
+    others: Mapping[str, "StudentOutputs"] = {}
 
 
 class Losses(NamedTuple):

@@ -194,9 +194,8 @@ class StreamLoss(nn.Module):
         of_streams = [None] * len(rows) if counts is None else counts.streams
         unflat = (unpacked(pytree.tree_unflatten(own, spec)) for own in split)
         outputs_of = dict(zip(self.stream_names, unflat, strict=True))
-        logits = {name: own.logits for name, own in outputs_of.items()}
         for (name, criterion), part, count in zip(self._named(), batch.streams, of_streams, strict=True):
-            others = {other: of_other for other, of_other in logits.items() if other != name}
+            others = {other: of_other for other, of_other in outputs_of.items() if other != name}
             yield criterion, outputs_of[name]._replace(others=others), part, count
 
 

@@ -178,6 +178,16 @@ class SegmentationModel(nn.Module):
         return F.interpolate(logits_BChw, size=size, mode="bilinear", align_corners=self.align_corners)
 
     @property
+    def training_heads(self) -> dict[str, HeadKind]:
+        """The kinds of the heads beside `head_kinds` that answer in training mode alone, by name."""
+        return {}
+
+    @property
+    def deployed(self) -> "SegmentationModel":
+        """The model as its trained weights have it: without heads that answer in training mode alone."""
+        return self
+
+    @property
     def learnt_heads(self) -> tuple[str, ...]:
         """The names of the heads of which something was learnt, as far as that is known."""
         return tuple(name for name in self.head_kinds if name not in self.untrained)

@@ -15,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 from kdcache.errors import ModelError
 from kdcache.listing import NEEDS, ModelInfo, TapInfo, lacks, pip_command
 from kdcache.models import callables
+from kdcache.models.added_heads import base_of
+from kdcache.models.added_heads.auxiliary import WithAuxiliary, split_auxiliary
+from kdcache.models.added_heads.depth import split_depth, with_depth
 from kdcache.models.architectures import deeplab, hydra, segformer, smp, tiny, torchvision_heads
-from kdcache.models.depth import split_depth, with_depth
 from kdcache.models.native import SegmentationModel
 from kdcache.models.weights import count_classes, load_weights, read_metadata, read_state_dict
 
@@ -55,7 +57,7 @@ def build_model(
 
     Args:
         spec: a name that `list_models` shows, `module:function` or `path/to/file.py:function`; with `+depth` after it
-            a depth head is added (see `kdcache.models.depth`).
+            a depth head is added, with `+aux` an auxiliary head for training (see `kdcache.models.added_heads`).
         num_classes: None takes the number that the weights have, or a `module:function`'s own.
         weights: None initialises at random and downloads nothing; `default` downloads the library's own
             weights once; anything else is a file or folder (see `read_state_dict`). What was loaded is
@@ -67,7 +69,8 @@ def build_model(
     Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, or a foreign
         function that fails.
     """
-    base, depth = split_depth(spec)
+    without, auxiliary = split_auxiliary(spec)
+    base, depth = split_depth(without)
     builder, name = _home(base)
     if num_classes is not None and num_classes < 1:
         raise ModelError("num_classes must be at least 1", received=str(num_classes), remedy="count the data's classes")
@@ -87,7 +90,9 @@ def build_model(
             count = count_classes(state, builder.classifier_keys(name))
         model = builder.build(name, count)
     if depth is not None:
-        model = with_depth(spec, model, depth)
+        model = with_depth(without, model, depth)
+    if auxiliary is not None:
+        model = WithAuxiliary(spec, model, auxiliary)
     if state is not None:
         model.load_report = load_weights(model, state, strict_head=strict)
     if builder is smp and weights == "default":
@@ -103,7 +108,7 @@ def build_model(
 
 def is_listed(spec: str) -> bool:
     """Whether a spec is of one of the families that come with kdcache, whatever its name there."""
-    return split_depth(spec)[0].rpartition(":")[0] in _FAMILIES
+    return base_of(spec).rpartition(":")[0] in _FAMILIES
 
 
 def is_function(spec: str) -> bool:
@@ -111,7 +116,7 @@ def is_function(spec: str) -> bool:
 
     Nothing is imported. Raises: ModelError for a spec that is neither that nor a listed one.
     """
-    return _home(split_depth(spec)[0])[0] is None
+    return _home(base_of(spec))[0] is None
 
 
 def describe_models() -> list[ModelInfo]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.files import replacing, write_whole
+from kdcache.models.added_heads import split_auxiliary
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.native import SegmentationModel
 from kdcache.models.registry import build_model, is_function
@@ -33,9 +34,9 @@ def write_run_model(run: Path, description: RunModel) -> None:
 
 
 def write_weights(run: Path, which: str, model: SegmentationModel) -> None:
-    """Write the weights `which` of a run; the file is replaced whole or not at all."""
+    """Write the weights `which` of a run, as it is deployed; the file is replaced whole or not at all."""
     with replacing(weights_path(run, which)) as partial:
-        save_weights(model, partial)
+        save_weights(model.deployed, partial)
 
 
 def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False) -> tuple[SegmentationModel, RunModel]:
@@ -69,11 +70,21 @@ def load_run(run: str | Path | Run, which: str = "best", *, trust: bool = False)
 
 
 def split_spec(text: str) -> tuple[str, str] | None:
-    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder. Raises: ModelError for a spec alone."""
+    """(SPEC, FILE or default) of `SPEC@FILE`; None for a run folder.
+
+    Raises: ModelError for a spec alone, or one with an auxiliary head.
+    """
     if named_weights(text) is not None:
         return None
     weighted = _SPEC_WITH_WEIGHTS.fullmatch(text)
     if weighted and not (Path(text) / MODEL).is_file():
+        base, auxiliary = split_auxiliary(weighted[1])
+        if auxiliary is not None:
+            raise ModelError(
+                "an auxiliary head answers in training alone, and is no part of a trained model",
+                received=text,
+                remedy=f"write {base}@{weighted[2]}",
+            )
         return weighted[1], weighted[2]
     if ":" in text and not Path(text).exists():
         raise ModelError(

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from kdcache.errors import ModelError
-from kdcache.models.depth import split_depth
+from kdcache.models.added_heads import base_of
 from kdcache.models.registry import is_function
 
 _TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
@@ -72,7 +72,7 @@ def remember(spec: str) -> str | None:
 
 def _resolved(spec: str) -> tuple[str, str]:
     """The source file that a spec would import, found without importing anything, and the function in it."""
-    place, _, function = split_depth(spec)[0].rpartition(":")
+    place, _, function = base_of(spec).rpartition(":")
     if place.endswith(".py"):
         return str(Path(place).resolve()), function
     top, _, rest = place.partition(".")

@@ -27,10 +27,12 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
 _LIGHTNING = "pytorch-lightning_version"
 _ATTRIBUTES = ("model.", "student.", "network.", "net.")  # of a LightningModule, where it has several with tensors
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-_AUXILIARY = ("aux_classifier.", "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
 _IMAGE_HEADS = ("classifier.", "fc.")
 DEPTH_HEAD = "depth_head."
 """The prefix of the tensors of a depth head that was added to a model."""
+AUXILIARY_HEAD = "aux_classifier."
+"""The prefix of the tensors of an auxiliary head that was added to a model, and of torchvision's."""
+_AUXILIARY = (AUXILIARY_HEAD, "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
 _COUNTER = "num_batches_tracked"  # absent from old files, and unused while BatchNorm has a momentum
 _NAMED = 4  # names shown per kind of misfit
 
@@ -293,7 +295,7 @@ def _as_backbone(model: SegmentationModel, state: Mapping[str, Tensor]) -> tuple
 
 
 def _is_head(model: SegmentationModel, name: str, value: Tensor) -> bool:
-    if name.startswith(DEPTH_HEAD):
+    if name.startswith((DEPTH_HEAD, AUXILIARY_HEAD)):
         return True
     if model.backbone_prefix:
         return not name.startswith(model.backbone_prefix)

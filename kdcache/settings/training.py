@@ -28,7 +28,7 @@ from kdcache.settings.spelling import (
 DEFAULT_ITERATIONS = 4000
 METHODS = (
     *("auto", "none", "kl", "pseudo", "at", "sp", "hint", "cosine", "cwd", "dist", "dkd"),
-    *("dice", "lovasz", "entropy", "consistency", "adversarial"),
+    *("dice", "lovasz", "auxiliary", "entropy", "consistency", "adversarial"),
 )
 """What a shell completes --method with; depth terms are options of --term."""
 LEARNING_RATE = 1e-3
@@ -58,7 +58,13 @@ class TrainSettings:
 
     verb: Literal["train-teacher", "train-student"]
     cache: str | None = setting(None, "Store that build-teacher-cache wrote, a folder or s3://BUCKET/PREFIX.")
-    model: str = setting(REQUIRED, "What to train; see [bold]kdcache models[/].", code=True, words=listed_specs)
+    model: str = setting(
+        REQUIRED,
+        "What to train; see [bold]kdcache models[/]. MODEL+depth adds a depth head, MODEL+aux an auxiliary head of "
+        "classes that serves the training alone.",
+        code=True,
+        words=listed_specs,
+    )
     val: str | None = setting(
         None, "Labelled data to validate on; best weights have the best mIoU, of depth alone the smallest rmse."
     )
@@ -81,8 +87,8 @@ class TrainSettings:
     method: str = _loss(
         "auto",
         "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
-        "cwd, dist, dkd, and dice, lovasz, entropy, consistency and adversarial, which need no teacher. auto is dist; "
-        "kl with --mix or --accumulate, which dist cannot follow.",
+        "cwd, dist, dkd, and dice, lovasz, auxiliary (of --model MODEL+aux), entropy, consistency and adversarial, "
+        "which need no teacher. auto is dist; kl with --mix or --accumulate, which dist cannot follow.",
         words=METHODS,
     )
     teacher: Literal["store", "labels"] = _loss(

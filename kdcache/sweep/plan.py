@@ -285,6 +285,8 @@ class _Planner:
             )
         self._under_way.append(name)
         flags = {**self._recipe.student, **arm.flags}
+        if str(flags.get("model", "")).startswith("+"):
+            flags["model"] = f"{self._recipe.student.get('model', '')}{flags['model']}"
         streams, needs = self._streams(arm, fold, seed)
         if streams:
             flags["stream"] = streams

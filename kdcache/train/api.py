@@ -20,7 +20,7 @@ from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
 from kdcache.models.trust import remember
 from kdcache.store.backend.durable import disk_space_errors
-from kdcache.train.checks import check_adversaries, check_flip, check_processes, check_supervised
+from kdcache.train.checks import check_adversaries, check_auxiliary, check_flip, check_processes, check_supervised
 from kdcache.train.config import TrainConfig
 from kdcache.train.criterion import make_criterion, needed_arrays, rare_order
 from kdcache.train.depth_validation import check_depth_labels, depth_errors
@@ -88,6 +88,7 @@ def make_trainer(
             check_processes(stream.config, world.size)
         check_supervised(config)
         check_adversaries(config)
+        check_auxiliary(config)
         check_loggers(config.log)
         device = pick_device(config.device, world)
         choose_step(config.step, device, world.size)

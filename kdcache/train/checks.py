@@ -2,6 +2,7 @@
 
 from kdcache.distill.terms.spec import compares_features
 from kdcache.errors import RecipeError
+from kdcache.models.added_heads import split_auxiliary
 from kdcache.train.config import TrainConfig
 
 
@@ -71,3 +72,15 @@ def check_adversaries(config: TrainConfig) -> None:
                     if others
                     else "give the labelled images, and those without labels with this term, as a --stream each",
                 )
+
+
+def check_auxiliary(config: TrainConfig) -> None:
+    """Raises: RecipeError for an auxiliary head that nothing is learnt of."""
+    weighed = [stream.config.terms for stream in config.streams if stream.weight > 0]
+    learnt = any(term.kind == "auxiliary" and term.weight != 0 for terms in weighed for term in terms)
+    if split_auxiliary(config.model)[1] is not None and not learnt:
+        raise RecipeError(
+            "an auxiliary head learns from labels, beside cross-entropy or by a term auxiliary",
+            received=f"--model {config.model} with --ce-weight 0 or auxiliary,weight=0 throughout",
+            remedy=f"use --model {split_auxiliary(config.model)[0]}; or add --term auxiliary",
+        )

@@ -22,6 +22,7 @@ from kdcache.distill.terms.spec import (
 )
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
+from kdcache.models.added_heads import split_auxiliary
 from kdcache.run_folder import RECIPE, Run
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings, SourceSettings
@@ -30,7 +31,7 @@ from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNIN
 from kdcache.train.input.mix import Mix
 from kdcache.train.ranges import in_words
 from kdcache.train.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
-from kdcache.train.term_setting import Terms, check_balance, check_consistency, learnt_tasks
+from kdcache.train.term_setting import Terms, check_balance, check_consistency, learnt_tasks, with_auxiliary
 
 _RESOLVED = ("augment", "scale", "flip", "shuffle", "labelled_share")
 """Settings that are filled in when the data of a stream are known."""
@@ -61,7 +62,7 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
             choices["stream"] = tuple(make_stream(settings, table, cls, _refused).table for table in tables)
         if settings.get("lr") is None:
             rates = {} if settings.get("optimizer") == "sgd" else LEARNING_RATES
-            choices["lr"] = rates.get(str(settings.get("model")), LEARNING_RATE)
+            choices["lr"] = rates.get(split_auxiliary(str(settings.get("model")))[0], LEARNING_RATE)
         if settings.get("stream"):  # each has its own by now: the training's is a summary of what they learn by
             kinds = [kind.strip() for table in choices["stream"] for kind in table["method"].split("+")]
             choices["method"] = "+".join(dict.fromkeys(kind for kind in kinds if kind != "none")) or "none"
@@ -114,8 +115,8 @@ class TrainConfig(BaseModel, MachineSettings, CopySettings, ImageSettings, Sourc
 
     @property
     def terms(self) -> tuple[TermSpec, ...]:
-        """The terms beside CE and KL: those of the method, then those listed one by one."""
-        return (*parse_method(self.method).terms, *self.term)
+        """The terms beside CE and KL: those of the method, those listed one by one, and of an auxiliary head."""
+        return with_auxiliary((*parse_method(self.method).terms, *self.term), self.model, self.ce_weight)
 
     @property
     def whole_batch(self) -> tuple[str, ...]:

@@ -75,17 +75,18 @@ def make_criterion(
     labels = _label_targets(config, model, dataset) if alone and (config.teaches or config.terms) else None
     if labels is not None and config.teaches:
         note(f"--teacher labels: a control without a teacher, labels on {labels.grid[0]}x{labels.grid[1]} cells")
+    class_weight = _class_weight(config, dataset, pasted)
     return DistillLoss(
         labels if config.teacher == "labels" else stored,
         ce_weight=config.ce_weight,
         kl_weight=config.kl_weight if config.wants_kl else 0.0,
         temperature=config.temperature,
-        class_weight=_class_weight(config, dataset, pasted),
+        class_weight=class_weight,
         label_smoothing=config.label_smoothing,
         distill_void=config.distill_void,
         align_corners=model.align_corners,
         gate=gate,
-        further=_terms(config, labels or stored, model, dataset),
+        further=_terms(config, labels or stored, model, dataset, class_weight),
         scheduled=config.distill_schedule != "constant",
         size=config.size,
         impl=config.impl,
@@ -200,8 +201,13 @@ def _label_targets(config: TrainConfig, model: SegmentationModel, dataset: Drawn
 
 
 def _terms(
-    config: TrainConfig, targets: TermTargets | None, model: SegmentationModel, dataset: DrawnDataset
+    config: TrainConfig,
+    targets: TermTargets | None,
+    model: SegmentationModel,
+    dataset: DrawnDataset,
+    label_weight: Tensor | None,
 ) -> list[Term]:
+    """The terms beside CE and KL; `label_weight` (C,) is the class weight of cross-entropy."""
     if targets is None or not config.terms:
         return []
     channels = tap_channels(model, config)
@@ -215,10 +221,13 @@ def _terms(
             spec,
             targets=targets,
             student_taps=channels,
-            student_heads=model.head_kinds,
+            student_heads=model.head_kinds | model.training_heads,
             align_corners=model.align_corners,
             impl=config.impl,
-            class_weight=_target_weight(config, spec.class_weights or "none", dataset),
+            class_weight=label_weight
+            if spec.kind == "auxiliary"
+            else _target_weight(config, spec.class_weights or "none", dataset),
+            label_smoothing=config.label_smoothing,
             moments=moments,
         )
 

@@ -11,6 +11,7 @@ from kdcache.distill.terms import TermSpec
 from kdcache.distill.terms.spec import labels_itself, of_depth
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, TASKS
+from kdcache.models.added_heads import split_auxiliary
 from kdcache.settings.spelling import task_weights
 
 EVEN = 0.5
@@ -35,6 +36,14 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 Terms = Annotated[tuple[TermSpec, ...], BeforeValidator(lambda terms: tuple(map(parse_term, terms)))]
+
+
+def with_auxiliary(terms: tuple[TermSpec, ...], model: str, ce_weight: float) -> tuple[TermSpec, ...]:
+    """The terms, and `auxiliary` beside cross-entropy where the spec of the model adds that head and none is listed."""
+    listed = any(term.kind == "auxiliary" for term in terms)
+    if listed or ce_weight == 0 or split_auxiliary(model)[1] is None:
+        return terms
+    return (*terms, TermSpec("auxiliary"))
 
 
 def check_consistency(terms: Iterable[TermSpec], *, ema: float | None, jitter: float | str, mix: str | None) -> None:

@@ -1,4 +1,4 @@
-"""`adversarial` beside AdaptSegNet's own training step: two networks, two optimizers, one after the other."""
+"""`adversarial` beside AdaptSegNet's own training step: networks and their optimizers, one after the other."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.distill import Batch, DistillLoss, LabelTargets, StreamBatch, StreamLoss
+from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.terms import TermSpec, discriminator_parameters, make_term, with_companions
 from kdcache.distill.terms.unlabelled.predictions import Discriminator
 from kdcache.errors import RecipeError
+from kdcache.heads import CategoricalHead
 
 TARGETS = LabelTargets(C, LABEL, (6, 9))
 BETAS = (0.9, 0.99)
@@ -141,3 +143,85 @@ def test_defaults_and_sizes() -> None:
         TermSpec("adversarial", loss="hinge")
     with pytest.raises(RecipeError, match="name of a stream"):
         TermSpec("adversarial", against="")
+
+
+class TwoLevels(Student):
+    """A second head on the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(8, C, 1)
+
+    def forward(self, pixels: Tensor) -> Any:
+        x = self.layers[:2](pixels.permute(0, 3, 1, 2).double() / 255)
+        logits: Tensor = self.layers[2](x)
+        return StudentOutputs(logits, {"segmentation": logits, "auxiliary": self.second(x)})
+
+
+def test_two_levels_are_trained_as_the_authors_do() -> None:
+    """train_gta2cityscapes_multi.py: lambda_seg 0.1, lambda_adv_target1 0.2 of lambda_adv_target2."""
+    torch.manual_seed(0)
+    heads = {"segmentation": CategoricalHead(C), "auxiliary": CategoricalHead(C)}
+    options: dict[str, Any] = {"targets": TARGETS, "student_taps": {}, "student_heads": heads}
+    second = make_term(TermSpec("adversarial", head="auxiliary"), **options)
+    assert (second.weight, second.kind) == (0.0002, "adversarial-auxiliary")
+    least_squares = make_term(TermSpec("adversarial", head="auxiliary", loss="least-squares"), **options)
+    assert least_squares.weight == pytest.approx(0.002)
+    weights = {"segmentation": 0.3, "auxiliary": 0.06}
+    terms = [make_term(TermSpec("adversarial", head=head, weight=own), **options) for head, own in weights.items()]
+    assert [term.head for term in with_companions(terms)] == [None, None, "auxiliary", "auxiliary"]
+    own_loss = StreamLoss(
+        [
+            DistillLoss(kl_weight=0.0, impl="reference", further=[make_term(TermSpec("auxiliary"), **options)]),
+            DistillLoss(ce_weight=0.0, kl_weight=0.0, impl="reference", further=with_companions(terms)),
+        ],
+        ["source", "target"],
+        [1.0, 1.0],
+    ).double()
+    assert own_loss.names[-4:] == (
+        *("target/adversarial", "target/discriminator"),
+        *("target/adversarial-auxiliary", "target/discriminator-auxiliary"),
+    )
+    student, twin = TwoLevels().double(), TwoLevels().double()
+    twin.load_state_dict(student.state_dict())
+    own_ds = [module for module in own_loss.modules() if isinstance(module, Discriminator)]
+    ds = [Discriminator(C, LABEL).double() for _ in own_ds]
+    for d, own_d in zip(ds, own_ds, strict=True):
+        d.load_state_dict(own_d.state_dict())
+    optimizer = torch.optim.AdamW(
+        [{"params": student.parameters()}, {"params": discriminator_parameters(own_loss), "lr": 1e-3, "betas": BETAS}],
+        lr=1e-2,
+        weight_decay=0,
+    )
+    optimizer_twin = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0)
+    optimizers_d = [torch.optim.Adam(d.parameters(), lr=1e-3, betas=BETAS) for d in ds]
+
+    def levels(batch: Batch) -> list[Tensor]:
+        outputs = twin(batch.pixels)
+        return [F.interpolate(logits, LABEL, mode="bilinear") for logits in outputs.heads.values()]
+
+    for step in batches(3):
+        optimizer.zero_grad()
+        own_loss(student(step.pixels), step).loss.backward()
+        optimizer.step()
+
+        source, target = step.streams
+        for one in (optimizer_twin, *optimizers_d):
+            one.zero_grad()
+        at_source, at_target = levels(source), levels(target)
+        label = source.label.long()
+        (F.cross_entropy(at_source[0], label) + 0.1 * F.cross_entropy(at_source[1], label)).backward()
+        passes = [d(pred.softmax(1)) for d, pred in zip(ds, at_target, strict=True)]
+        deceits = [F.binary_cross_entropy_with_logits(out, torch.ones_like(out)) for out in passes]
+        torch.stack([own * deceit for own, deceit in zip(weights.values(), deceits, strict=True)]).sum().backward()
+        for one in optimizers_d:
+            one.zero_grad()
+        for number, d in enumerate(ds):
+            for pred, truth in ((at_source[number], 1.0), (at_target[number], 0.0)):
+                out = d(pred.detach().softmax(1))
+                (F.binary_cross_entropy_with_logits(out, torch.full_like(out, truth)) / 2).backward()
+        for one in (optimizer_twin, *optimizers_d):
+            one.step()
+    for of, twin_of in ((student, twin), *zip(own_ds, ds, strict=True)):
+        for (name, value), other in zip(of.state_dict().items(), twin_of.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12, msg=name)

@@ -21,13 +21,13 @@ from kdcache.distill.terms import (
 )
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo
 from kdcache.errors import RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION, CategoricalHead, RegressionHead
+from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION, CategoricalHead, RegressionHead
 from kdcache.store import Cache
 
 STUDENT = {"stage1": 8, "stage2": 16, "head": 32}
 
 
-HEADS = {SEGMENTATION: CategoricalHead(7), DEPTH: RegressionHead()}
+HEADS = {SEGMENTATION: CategoricalHead(7), AUXILIARY: CategoricalHead(7), DEPTH: RegressionHead()}
 ON_DEPTH = {kind for kind in KINDS if kind.startswith("depth-")}
 
 
@@ -198,12 +198,12 @@ def test_what_a_term_reads() -> None:
     for kind in KINDS:
         term = make_term(TermSpec(kind), targets=targets, student_taps=STUDENT, student_heads=HEADS)
         assert term.reads_target == (kind in ("pseudo", "cwd", "dist", "dkd"))
-        on_labels = kind in ("dice", "lovasz", "entropy", "adversarial", "consistency") or kind in ON_DEPTH - {
-            "depth-ssi"
-        }
+        on_labels = kind in ("dice", "lovasz", "auxiliary", "entropy", "adversarial", "consistency") or (
+            kind in ON_DEPTH - {"depth-ssi"}
+        )
         assert term.reads_teacher == (not on_labels)
         assert term.student_taps() == (() if term.reads_target or on_labels or kind in ON_DEPTH else ("head",))
-        assert term.head == ("depth" if kind in ON_DEPTH else None)
+        assert term.head == ("depth" if kind in ON_DEPTH else "auxiliary" if kind == "auxiliary" else None)
         assert (term.gather, term.describe() is None) == (None, kind != "consistency")
 
 
@@ -219,6 +219,7 @@ def test_weights_of_the_spec_and_of_the_kind() -> None:
         weights
         == documented
         | {"at": 6, "dice": 1.0, "lovasz": 1.0, "entropy": 0.001, "adversarial": 0.001, "consistency": 1.0}
+        | {"auxiliary": 0.1}
         | depth
     )
     channels, dkd, pseudo = (
@@ -238,7 +239,7 @@ def test_projections_are_the_terms_own_parameters() -> None:
     targets = store(features=("deep",), raw=True)
     shapes = {
         kind: [tuple(p.shape) for p in make_term(TermSpec(kind), targets=targets, student_taps=STUDENT).parameters()]
-        for kind in set(KINDS) - ON_DEPTH - {"adversarial"}
+        for kind in set(KINDS) - ON_DEPTH - {"adversarial", "auxiliary"}
     }
     assert {kind for kind, actual in shapes.items() if actual} == {"hint", "cosine"}
     assert shapes["hint"] == [(5, 32, 1, 1), (5,)]

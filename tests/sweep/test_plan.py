@@ -161,19 +161,22 @@ def test_a_smoke_run_says_so_wherever_it_is_shown() -> None:
         assert [("--smoke" in job.words) for job in shown] == [smoke] * 3
 
 
+TWO_SOURCES = "adversarial, multi level, source and translated"
+
+
 def test_the_arms_of_gta5_to_cityscapes() -> None:
     """As many rows small as whole, each with the streams that its name says."""
     whole, small = (read_recipe("gta5-cityscapes", smoke=smoke) for smoke in (False, True))
     data = {name: f"{name}-data" for name in ("source", "translated", "target")}
     sweeps = [plan_sweep(recipe, None, Path("out"), KNOWN, data) for recipe in (whole, small)]
-    assert [len(sweep.runs) for sweep in sweeps] == [41, 41]
+    assert [len(sweep.runs) for sweep in sweeps] == [46, 46]
     names = [arm.name for arm in whole.arms]
     assert len([name for name in names if name.endswith("target labels alone")]) == 5
-    assert len([name for name in names if name.startswith("CutMix, RandAugment")]) == 4
+    assert len([name for name in names if name.startswith("CutMix, multi level, RandAugment")]) == 4
     jobs = {job.name: job for job in sweeps[0].jobs}
     streams = {
         name: [word.partition(",")[0] for before, word in pairwise(jobs[name].words) if before == "--stream"]
-        for name in ("source alone", "2975 target labels alone", "adversarial, source and translated", "CutMix")
+        for name in ("source alone", "2975 target labels alone", TWO_SOURCES, "CutMix")
     }
     assert list(streams.values()) == [
         ["source"],
@@ -182,6 +185,13 @@ def test_the_arms_of_gta5_to_cityscapes() -> None:
         ["translated", "target"],
     ]
     assert "labels=none" not in value(jobs["teacher"].words, "--stream")
+    for sweep, own in zip(sweeps, ("smp:deeplabv3plus-resnet50", "kdcache:tiny"), strict=True):
+        models = {job.name: value(job.words, "--model") for job in sweep.jobs if job.words[0] == "train-student"}
+        for name in {*models} - {"teacher"}:
+            assert models[name] == own + ("+aux" if "multi level" in name and not name.startswith("own") else ""), name
+    two_levels = [word for before, word in pairwise(jobs[TWO_SOURCES].words) if before == "--stream"][-1]
+    assert two_levels.count("adversarial,against=translated") == 2
+    assert two_levels.count("head=auxiliary") == 1
     for store, teacher in {"store target": "teachers/teacher", "store target adapted": "runs/CutMix"}.items():
         assert value(jobs[store].words, "--teacher") == f"out/{teacher}"
     assert (

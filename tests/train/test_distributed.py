@@ -229,7 +229,7 @@ def close(one: Path, two: Path, read_metrics: Read) -> None:
             assert b["miou"] == pytest.approx(a["miou"], abs=1e-3), a["step"]
     config = read_config(one)
     torch.manual_seed(config.seed)
-    begun = build_model(config.model, 7).state_dict()
+    begun = build_model(config.model, 7).deployed.state_dict()
     kinds = ("last",) if config.ema is None else ("last", "last-ema")
     for which, statistics in itertools.product(kinds, (False, True)):
         weights, others = (load_file(run / f"{which}.safetensors") for run in (one, two))
@@ -279,6 +279,7 @@ def build(num_classes=7):
 """
 
 
+_TWO_LEVELS = 'b,labels=none,method=none,"term=adversarial,weight=0.1","term=adversarial,head=auxiliary,weight=0.1"'
 _CONSISTENT = 'b,labels=none,method=none,"term=consistency,by=ema,threshold=0.15,normalise=share"'
 
 
@@ -293,8 +294,15 @@ _CONSISTENT = 'b,labels=none,method=none,"term=consistency,by=ema,threshold=0.15
         {"stream": ["a,share=0.75,method=kl+dist", "b,method=none,weight=0.5"], "batch_size": 8},
         {"stream": ["a,share=0.25", "b,method=kl+pseudo,paste=classmix,paste-from=a"], "batch_size": 8},
         {"stream": ["a,method=kl", _CONSISTENT], "ema": 0.9, "batch_size": 8},
+        {
+            "model": "kdcache:tiny+aux",
+            "stream": ["a,method=none", _TWO_LEVELS],
+            "optimizer": "adam",
+            "lr": 1e-4,
+            "batch_size": 8,
+        },
     ],
-    ids=["uneven", "clipped", "unused parameters", "terms", "mixed", "streams", "pasted", "consistency"],
+    ids=["uneven", "clipped", "unused parameters", "terms", "mixed", "streams", "pasted", "consistency", "auxiliary"],
 )
 def test_two_processes_train_as_one(
     changes: dict[str, Any],

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.distill.batch import Batch, PseudoLabels
+from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.target import Target, TargetFormat
 from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
-from kdcache.distill.terms.spec import TermSpec, compares_features, reads_logits, reads_teacher
-from kdcache.heads import SEGMENTATION
+from kdcache.distill.terms.spec import (
+    TermSpec,
+    compares_features,
+    head_of,
+    of_depth,
+    reads_labels,
+    reads_logits,
+    reads_teacher,
+)
+from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size
 
@@ -60,7 +69,7 @@ class TermBatch:
             neighbours' were, if any.
         shown: (B, H, W) bool, which pixels show the image, or one that was pasted, for terms that read it; None is all.
         heads: heads beside segmentation, by name.
-        others: logits (B', C, h, w) of the rows of other streams of the batch, by the stream's name.
+        others: outputs for the rows of other streams of the batch, by the stream's name.
         pseudo: pseudo labels of the weak view, by who made them.
     """
 
@@ -79,7 +88,7 @@ class TermBatch:
     pasted: "TermBatch | None" = None
     shown: Tensor | None = None
     heads: Mapping[str, HeadBatch] = field(default_factory=dict)
-    others: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, StudentOutputs] = field(default_factory=dict)
     pseudo: Mapping[str, PseudoLabels] = field(default_factory=dict)
 
     def with_targets(self, batch: Batch) -> "TermBatch":
@@ -140,12 +149,13 @@ class Term(nn.Module):
     @property
     def head(self) -> str | None:
         """The head beside segmentation whose output it compares; None for a term of logits or features."""
-        return None
+        name = head_of(self.spec)
+        return None if name == SEGMENTATION else name
 
     @property
     def task(self) -> str:
-        """The task whose loss it is a part of: that of its head; segmentation, of logits and features."""
-        return self.head or SEGMENTATION
+        """The task whose loss it is a part of: depth of that head, segmentation of all else."""
+        return DEPTH if of_depth(self.spec) else SEGMENTATION
 
     @property
     def reads_logits(self) -> bool:
@@ -161,6 +171,11 @@ class Term(nn.Module):
     def reads_teacher(self) -> bool:
         """Whether it learns from a teacher, or from labels in its place; False for a term on labels alone."""
         return reads_teacher(self.spec)
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it learns from labels."""
+        return reads_labels(self.spec)
 
     @property
     def scheduled(self) -> bool:

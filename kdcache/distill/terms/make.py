@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from kdcache.distill.terms.attention import Attention
+from kdcache.distill.terms.auxiliary import Auxiliary
 from kdcache.distill.terms.base import Term, TermTargets
 from kdcache.distill.terms.channels import ChannelFeatures, ChannelLogits
 from kdcache.distill.terms.decoupled import Decoupled
@@ -14,7 +15,7 @@ from kdcache.distill.terms.features import Cosine, Hint, Projected
 from kdcache.distill.terms.needs import arrays_of, check_student, depth_head, resolve_taps
 from kdcache.distill.terms.overlap import Dice, Lovasz, Overlap
 from kdcache.distill.terms.relations import Relations, Similarity
-from kdcache.distill.terms.spec import TermSpec, compares_features, of_depth, reads_teacher
+from kdcache.distill.terms.spec import TermSpec, compares_features, head_of, of_depth, reads_teacher
 from kdcache.distill.terms.unlabelled.consistency import Confident, Consistency
 from kdcache.distill.terms.unlabelled.predictions import Adversarial, Discrimination, Discriminator, Entropy
 from kdcache.distill.terms.unlabelled.pseudo import Pseudo
@@ -47,6 +48,7 @@ def make_term(
     align_corners: bool = False,
     impl: str = "auto",
     class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> Term:
     """Make the module of a term, on the CPU.
@@ -56,17 +58,19 @@ def make_term(
     Args:
         targets: an open cache, or `LabelTargets`.
         student_taps: the student's features -> channels, most useful last.
-        student_heads: what the student's heads are, by name; None is a head of segmentation alone.
+        student_heads: what the student's heads are in training, by name; None is a head of segmentation alone.
         align_corners: whether the student's own final resize aligns corners.
         impl: which kernels compute pseudo labels and their loss (see `kdcache_kernels.distill_loss`).
-        class_weight: (C,) of `pseudo`; None weighs every class 1.
+        class_weight: (C,) of `pseudo` and `auxiliary`; None weighs every class 1.
+        label_smoothing: of `auxiliary`.
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
     Raises: RecipeError for a store that lacks what the term reads, naming the build flag, for unknown taps, and for a
         term of features or of depth where labels stand in the teacher's place, one that standardises without `moments`,
         and one whose head the student lacks or has of another kind.
     """
     if of_depth(spec) or not compares_features(spec):
-        check_student(spec.kind, student_heads or {SEGMENTATION: CategoricalHead(targets.num_classes)})
+        heads = student_heads or {SEGMENTATION: CategoricalHead(targets.num_classes)}
+        check_student(spec.kind, heads, head_of(spec))
     spec = resolve_taps(spec, targets.manifest, list(student_taps))
     arrays = arrays_of(spec, targets.manifest)
     if spec.standardise == "channels" and moments is None:
@@ -74,6 +78,15 @@ def make_term(
             "a term that standardises the teacher's channels is given their mean and standard deviation",
             received=f"{spec.kind} with standardise=channels and no moments",
             remedy="make_term(..., moments=channel_moments(cache, path, samples)) of kdcache.train.criterion",
+        )
+    if spec.kind == "auxiliary":
+        return Auxiliary(
+            spec,
+            targets,
+            align_corners=align_corners,
+            impl=impl,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
         )
     if spec.kind in _PSEUDO:
         return _PSEUDO[spec.kind](

@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 from kdcache.distill.terms.base import MAXIMUM
 from kdcache.distill.terms.spec import TermSpec, compares_features, of_depth, reads_teacher
 from kdcache.errors import RecipeError
-from kdcache.heads import DEPTH, SEGMENTATION, HeadKind, RegressionHead
+from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION, HeadKind, RegressionHead
+
+_ADDED = {
+    DEPTH: f", for instance --model MODEL+{DEPTH}",
+    AUXILIARY: ": --model MODEL+aux adds it for the training",
+}
 
 
 class Missing(NamedTuple):
@@ -44,24 +49,24 @@ def check_terms(specs: Iterable[TermSpec], manifest: Any, *, kl: bool = False) -
             _check_metres(spec.kind, "the store's", depth_head(manifest))
 
 
-def check_student(kind: str, heads: Mapping[str, HeadKind]) -> None:
+def check_student(kind: str, heads: Mapping[str, HeadKind], name: str = SEGMENTATION) -> None:
     """Check that a student has the head whose output a term compares, and that it is of the right kind.
 
     Args:
         kind: of the term; ce and kl as well.
-        heads: the student's, by name.
+        heads: the student's in training, by name.
+        name: of the head.
     Raises: RecipeError.
     """
-    depth = kind.startswith("depth-")
-    name, right = (DEPTH, "regression") if depth else (SEGMENTATION, "categorical")
+    depth = name == DEPTH
+    right = "regression" if depth else "categorical"
     head = heads.get(name)
     if head is None or head.kind != right:
         raise RecipeError(
             f"{kind} compares a head {name} that is {right}" + (": numbers" if depth else ": logits of classes"),
             received=f"a student with {_heads_text(heads)}",
-            remedy=f"use a student with such a head, for instance --model MODEL+{DEPTH}"
-            if depth
-            else "use a student with such a head; or leave it out (--ce-weight 0, --method none) beside terms of depth",
+            remedy="use a student with such a head"
+            + _ADDED.get(name, "; or leave it out (--ce-weight 0, --method none) beside terms of depth"),
         )
     if depth and kind != "depth-ssi":
         _check_metres(kind, "the student's", head)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from kdcache.errors import RecipeError
+from kdcache.heads import AUXILIARY, DEPTH, SEGMENTATION
 
 _TAPS = ("student_tap", "teacher_tap")
 KINDS: dict[str, tuple[str, ...]] = {
@@ -20,9 +21,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dkd": ("temperature", "alpha", "beta"),
     "dice": (),
     "lovasz": (),
+    "auxiliary": (),
     "entropy": (),
     "consistency": ("by", "threshold", "normalise"),
-    "adversarial": ("against", "loss"),
+    "adversarial": ("against", "loss", "head"),
     "depth-l1": ("reference",),
     "depth-berhu": ("reference",),
     "depth-silog": ("reference",),
@@ -39,11 +41,12 @@ CHOICES = {
     "reference": ("labels", "teacher"),
     "loss": ("vanilla", "least-squares"),
     "by": ("student", "ema", "store"),
+    "head": (SEGMENTATION, AUXILIARY),
 }
 """Option -> the words that it takes, the first of them the default (but teacher for the `reference` of `depth-ssi`, and
 all for the `normalise` of `consistency`)."""
 FUSED = ("ce", "kl")
-ON_LABELS = ("dice", "lovasz")
+ON_LABELS = ("dice", "lovasz", "auxiliary")
 """Kinds of terms that learn from labels alone, without a teacher."""
 ON_PREDICTIONS = ("entropy", "adversarial", "consistency")
 """Kinds of terms that learn from the student's predictions alone, without a teacher or a label (but for `by=store`)."""
@@ -70,6 +73,7 @@ class TermSpec:
         against: the stream whose predictions those of `adversarial` are to pass for; None is the only other one.
         loss: of `adversarial`; one of CHOICES.
         by: who makes the pseudo labels of `consistency`; one of CHOICES.
+        head: whose predictions `adversarial` compares; one of CHOICES.
     Raises: RecipeError for anything else.
     """
 
@@ -92,6 +96,7 @@ class TermSpec:
     against: str | None = None
     loss: str | None = None
     by: str | None = None
+    head: str | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -175,6 +180,13 @@ def of_depth(spec: TermSpec) -> bool:
     return spec.kind.startswith("depth-")
 
 
+def head_of(spec: TermSpec) -> str:
+    """The head of the student that a term compares; segmentation for one of features, too."""
+    if of_depth(spec):
+        return DEPTH
+    return AUXILIARY if spec.kind == "auxiliary" else spec.head or SEGMENTATION
+
+
 def reads_teacher(spec: TermSpec) -> bool:
     """Whether a term learns from a teacher."""
     if of_depth(spec):
@@ -187,6 +199,11 @@ def reads_teacher(spec: TermSpec) -> bool:
 def reads_labels(spec: TermSpec) -> bool:
     """Whether a term learns from labels."""
     return not reads_teacher(spec) and spec.kind not in ON_PREDICTIONS
+
+
+def needs_labels(spec: TermSpec) -> bool:
+    """Whether a term of weight needs labels: `auxiliary` reads them, and counts nothing without, as cross-entropy."""
+    return reads_labels(spec) and spec.kind != "auxiliary" and spec.weight != 0
 
 
 def labels_itself(spec: TermSpec) -> bool:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdcache.heads import DEPTH, RegressionHead
+from kdcache.models.added_heads.depth import OwnDepth
 from kdcache.models.architectures import tiny
 from kdcache.models.architectures.tiny import PyramidNet, conv, fuse
-from kdcache.models.depth import OwnDepth
 from kdcache.models.native import Outputs, SegmentationModel
 
 NAMES = ("hydra",)

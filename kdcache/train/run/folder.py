@@ -155,7 +155,7 @@ def write_beginning(
         # First and whole: its presence marks the folder as a run, which may be resumed whatever else is missing.
         write_whole(run / RECIPE, config.to_toml())
         run_model = RunModel(
-            spec=config.model,
+            spec=model.deployed.spec,
             class_names=classes.names,
             class_colours=classes.colours,
             size=config.size,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kdcache.distill.terms.spec import of_depth, reads_labels
+from kdcache.distill.terms.spec import needs_labels, of_depth
 from kdcache.errors import RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.train.config import TrainConfig
@@ -11,7 +11,7 @@ from kdcache.train.input.dataset import DrawnDataset
 
 def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
     """Refuse terms on labels that nothing is labelled for. Raises: RecipeError."""
-    terms = [term.kind for term in config.terms if reads_labels(term) and term.weight != 0]
+    terms = [term.kind for term in config.terms if needs_labels(term)]
     if terms and not dataset.labelled:
         raise RecipeError(
             "terms on labels take labelled samples",
@@ -23,7 +23,7 @@ def check_labels(config: TrainConfig, dataset: DrawnDataset) -> None:
 def check_tasks(config: TrainConfig, offered: Sequence[str]) -> None:
     """Refuse terms on labels of a task that is none of `offered`, which the source labels. Raises: RecipeError."""
     named = () if config.labels in ("all", "none") else config.labels.split("+")
-    terms = [term for term in config.terms if reads_labels(term) and term.weight != 0]
+    terms = [term for term in config.terms if needs_labels(term)]
     for task in (SEGMENTATION, DEPTH):
         kinds = [term.kind for term in terms if of_depth(term) == (task == DEPTH)]
         if task in offered or not (kinds or task in named):

@@ -12,6 +12,9 @@ from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wid
 from kdcache.distill.terms.cells import resize
 from kdcache.distill.terms.spec import TermSpec
 
+_AUXILIARY_SHARE = 0.2
+"""The default weight of the adversary of an auxiliary head, beside that of the last one: the authors' 0.0002."""
+
 
 class Entropy(Term):
     """`entropy`: the mean over pixels of -sum(p log p) / log C, of the student's own probabilities at the label's size.
@@ -75,29 +78,33 @@ class Adversarial(Term):
 
     `loss=vanilla`: mean over patches of -log D(q); `least-squares`: of (D(q) - 1)^2. q are the student's probabilities
     at the label's size, D says how much they look like those on the stream `against`. The student learns to deceive D,
-    and D, in the same step and at the same weights, to tell the two apart (`discrimination`).
+    and D, in the same step and at the same weights, to tell the two apart (`discrimination`). With `head=auxiliary`, q
+    are the probabilities of the auxiliary head: a second level of the network, with a D of its own.
 
-    Default weight 0.001, of least squares 0.01.
-    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equation 4; least squares: Mao et al. 2017, arXiv
-    1611.04076.
+    Default weight 0.001, of least squares 0.01; of the auxiliary head a fifth of these.
+    Source: Tsai et al. 2018 (AdaptSegNet), arXiv 1802.10349, equations 4 and 5; least squares: Mao et al. 2017, arXiv
+    1611.04076, which the authors' code has of one level alone.
     """
 
     def __init__(self, spec: TermSpec, targets: TermTargets, *, align_corners: bool = False) -> None:
         super().__init__(spec, targets)
         self.square = spec.loss == "least-squares"
         if spec.weight is None:
-            self.weight = 0.01 if self.square else 0.001
+            self.weight = (0.01 if self.square else 0.001) * (1 if self.head is None else _AUXILIARY_SHARE)
+        self.kind = _named(spec.kind, self.head)
         self.student_align_corners = align_corners
         self.discriminator = Discriminator(targets.num_classes, targets.view_size)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        passes = torch.func.functional_call(self.discriminator, fixed, (self._probabilities(batch.logits, batch.size),))
+        passes = torch.func.functional_call(
+            self.discriminator, fixed, (self._probabilities(self._own(batch), batch.size),)
+        )
         return self._distance(passes, 1.0)
 
     def discrimination(self, batch: TermBatch) -> Tensor:
         """The discriminator's own loss, which the student gets no gradient of: mean over both streams, halved each."""
-        rows = (batch.logits, self._against(batch))
+        rows = (self._own(batch), self._against(batch))
         own, other = (self.discriminator(self._probabilities(logits.detach(), batch.size)) for logits in rows)
         return (self._distance(own, 0.0) + self._distance(other, 1.0)) / 2
 
@@ -105,9 +112,16 @@ class Adversarial(Term):
         """1: every image has as many patches, so that the mean over parts of a batch is that of the whole."""
         return wide(batch.logits).new_ones(())
 
+    def _own(self, batch: TermBatch) -> Tensor:
+        """The logits of the stream's rows."""
+        output = batch.logits if self.head is None else batch.heads[self.head].output
+        assert output is not None, "the student's outputs have the head (check_heads)"
+        return output
+
     def _against(self, batch: TermBatch) -> Tensor:
         """The logits of the other stream's rows."""
-        return batch.others[self.spec.against] if self.spec.against else next(iter(batch.others.values()))
+        others = batch.others[self.spec.against] if self.spec.against else next(iter(batch.others.values()))
+        return others.logits if self.head is None else others.heads[self.head]
 
     def _probabilities(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         dtype = next(self.discriminator.parameters()).dtype
@@ -124,7 +138,7 @@ class Discrimination(Term):
 
     def __init__(self, adversary: Adversarial) -> None:
         super().__init__(adversary.spec, adversary.targets)
-        self.kind, self.weight = "discriminator", 1.0
+        self.kind, self.weight = _named("discriminator", self.head), 1.0
         self._adversary = (adversary,)  # in a tuple: its parameters are the other term's
 
     @property
@@ -137,3 +151,8 @@ class Discrimination(Term):
     def count(self, batch: TermBatch) -> Tensor:
         """1, as of `Adversarial`."""
         return wide(batch.logits).new_ones(())
+
+
+def _named(part: str, head: str | None) -> str:
+    """The name of a part of the loss of a head."""
+    return part if head is None else f"{part}-{head}"

@@ -7,7 +7,7 @@
 Two 3x3 convolutions, at the tap's stride; the second has one channel. Shapes: c channels of the tap.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from kdcache.errors import ModelError
 from kdcache.heads import DEPTH, Parameterisation, RegressionHead, raw_of
-from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
+from kdcache.models.added_heads.wrapper import WithHead, tap_channels
+from kdcache.models.native import Outputs, SegmentationModel
 from kdcache.models.weights import DEPTH_HEAD
 
-_PROBE_PX = 128  # side of the image that finds the tap's channels
 _CHANNELS = 32
 _START = 8
 """The first predictions are `max_depth` divided by this, whatever the image shows."""
@@ -51,7 +51,8 @@ def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
     model = text.removesuffix(f"+{DEPTH}")
     name, _, added = model.removeprefix(folder + slash).rpartition(":")[2].rpartition("+")
     if name and added[:1].isalpha():  # `deeplabv3+-resnet101` is a name of smp's, misspelt
-        raise _refused(spec, f"{added!r} after +", f"{model.rpartition('+')[0]}+{DEPTH}")
+        nearest = "aux" if added.startswith("aux") else DEPTH
+        raise _refused(spec, f"{added!r} after +", f"{model.rpartition('+')[0]}+{nearest}")
     if model == text and not options:
         return spec, None
     values = dict[str, str]()
@@ -100,11 +101,13 @@ class OwnDepth(SegmentationModel):
         start_at_one_depth(self.depth_output, head)
 
 
-class WithDepth(SegmentationModel):
-    """A model and a depth head on one of its taps; the state dict keeps the model's names, and adds `depth_head.*`.
+class WithDepth(WithHead):
+    """A model and a depth head on one of its taps.
 
     Raises: ModelError for a tap that the model does not have, or that is no (B, c, h, w) feature.
     """
+
+    prefix = DEPTH_HEAD
 
     def __init__(self, spec: str, model: SegmentationModel, depth: DepthSpec) -> None:
         if depth.tap is None and not model.taps:
@@ -113,35 +116,19 @@ class WithDepth(SegmentationModel):
                 received=f"{model.spec}, which lists none",
                 remedy=f"name one: {spec},tap=NAME (a module whose output is (B, c, h, w))",
             )
-        tap = depth.tap or model.taps[-1]
-        model.check_taps([tap])
         super().__init__(
-            spec=spec,
-            num_classes=model.num_classes,
-            stride=model.stride,
-            taps=model.taps,
-            align_corners=model.align_corners,
-            backbone_prefix=model.backbone_prefix,
-            classifier_keys=model.classifier_keys,
+            spec,
+            model,
+            depth.tap or model.taps[-1],
             head_kinds={**model.head_kinds, DEPTH: depth.head},
+            classifier_keys=model.classifier_keys,
         )
-        self.mean, self.std = model.mean, model.std
-        self.model = model
-        self.depth_tap = tap
-        self.depth_head = DepthDecoder(_channels(model, tap), depth.head)
-        self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+        self.depth_head = DepthDecoder(tap_channels(model, self.tap), depth.head)
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
-        outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.depth_tap])))
-        raw_B1hw = self.depth_head(outputs.features[self.depth_tap])
+        outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.tap])))
+        raw_B1hw = self.depth_head(outputs.features[self.tap])
         return Outputs({**outputs.heads, DEPTH: raw_B1hw}, {tap: outputs.features[tap] for tap in taps})
-
-    def check_taps(self, taps: Iterable[str]) -> None:
-        self.model.check_taps(taps)
-
-    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.model.adopt_names(state)
 
 
 def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> SegmentationModel:
@@ -162,30 +149,10 @@ def with_depth(spec: str, model: SegmentationModel, depth: DepthSpec) -> Segment
     )
 
 
-def _channels(model: SegmentationModel, tap: str) -> int:
-    like = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
-    with torch.no_grad(), in_eval_mode(model):
-        feature = model(image, [tap]).features[tap]
-    return feature.shape[1]
-
-
 def _refused(spec: str, received: str, example: str) -> ModelError:
     return ModelError(
-        f"a depth head is MODEL+{DEPTH}, with options ,tap=NAME ,as=softplus or ,as=exp and ,max=METRES",
+        f"a depth head is MODEL+{DEPTH}, with options ,tap=NAME ,as=softplus or ,as=exp and ,max=METRES; an auxiliary "
+        "head of classes is +aux, at the end",
         received=f"{spec!r}: {received}",
         remedy=f"for instance {example}",
     )
-
-
-_PREFIX = "model."
-
-
-def _strip_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
-    for key in [k for k in state if k.startswith(prefix + _PREFIX)]:
-        state[prefix + key[len(prefix + _PREFIX) :]] = state.pop(key)
-
-
-def _add_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(prefix + DEPTH_HEAD)]:
-        state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)

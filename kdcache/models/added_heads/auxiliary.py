@@ -1,0 +1,127 @@
+"""An auxiliary segmentation head on any model: `MODEL+aux`, and the spelling of its option.
+
+    kdcache:tiny+aux               on the last stage but one of the network
+    kdcache:tiny+aux,tap=stage2    on a tap that is named
+    kdcache:tiny+depth+aux         beside a depth head
+
+It answers in training mode alone, and is no part of the trained model: weights, exports and stores have what the model
+has without it. It is torchvision's `FCNHead` (3x3 convolution to a quarter of the channels, BatchNorm, ReLU, 1x1
+convolution) under torchvision's names, so that its published weights fit where the tap is theirs (`layer3`).
+
+Sources: Zhao et al. 2017 (PSPNet), arXiv 1612.01105, section 3.3; Tsai et al. 2018, arXiv 1802.10349, section 4.1.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kdcache.errors import ModelError
+from kdcache.heads import AUXILIARY, SEGMENTATION, CategoricalHead, HeadKind
+from kdcache.models.added_heads.wrapper import WithHead, tap_channels
+from kdcache.models.native import Outputs, SegmentationModel
+from kdcache.models.weights import AUXILIARY_HEAD
+
+_SPELLED = re.compile(r"(?P<model>.+)\+aux(?:,(?P<options>.*))?")
+_STAGE = re.compile(r"(stage|layer)\d+")
+_DROPOUT = 3
+"""Where an `FCNHead` has its dropout."""
+_CLASSIFIER = f"{AUXILIARY_HEAD}4."
+
+
+@dataclass(frozen=True)
+class AuxiliarySpec:
+    """What a spec says of an auxiliary head.
+
+    Attributes:
+        tap: where it is; None is the last stage of the network but one.
+    """
+
+    tap: str | None = None
+
+
+def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
+    """The spec of a model without its auxiliary head, and what follows about that; None where nothing does.
+
+    Raises: ModelError for an option that is none.
+    """
+    folder, slash, name = spec.rpartition("/")  # a folder may be called anything
+    spelled = _SPELLED.fullmatch(name)
+    if spelled is None:
+        return spec, None
+    model = folder + slash + spelled["model"]
+    if spelled["options"] is None:
+        return model, AuxiliarySpec()
+    key, _, tap = spelled["options"].partition("=")
+    if key != "tap" or not tap or "," in tap:
+        raise ModelError(
+            "an auxiliary head is MODEL+aux, with the option ,tap=NAME",
+            received=f"{spec!r}: {spelled['options']!r}",
+            remedy=f"for instance {model}+aux,tap=stage3",
+        )
+    return model, AuxiliarySpec(tap)
+
+
+class WithAuxiliary(WithHead):
+    """A model and, in training mode, a second head of its classes on one of its taps.
+
+    Raises: ModelError for a model without classes, for a tap that it does not have, and where none is a stage.
+    """
+
+    prefix = AUXILIARY_HEAD
+
+    def __init__(self, spec: str, model: SegmentationModel, auxiliary: AuxiliarySpec) -> None:
+        from torchvision.models.segmentation.fcn import FCNHead
+
+        if SEGMENTATION not in model.head_kinds:
+            raise ModelError(
+                "an auxiliary head learns the classes of a model that has some",
+                received=f"{spec}, and {model.spec} has {', '.join(model.head_kinds) or 'no head'}",
+                remedy=f"write {model.spec}",
+            )
+        super().__init__(
+            spec,
+            model,
+            auxiliary.tap or _last_but_one(spec, model),
+            head_kinds=model.head_kinds,
+            classifier_keys=(*model.classifier_keys, _CLASSIFIER) if model.classifier_keys else (),
+        )
+        self.aux_classifier = FCNHead(tap_channels(model, self.tap), model.num_classes)
+        self.aux_classifier[_DROPOUT] = nn.Identity()  # several processes compute what one does
+
+    @property
+    def training_heads(self) -> dict[str, HeadKind]:
+        return {AUXILIARY: CategoricalHead(self.num_classes)}
+
+    @property
+    def deployed(self) -> SegmentationModel:
+        self.model.mean, self.model.std = self.mean, self.std
+        return self.model
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        if not self.training:
+            return self.model(x_B3HW, taps)
+        outputs = self.model(x_B3HW, tuple(dict.fromkeys([*taps, self.tap])))
+        logits_BChw = self.aux_classifier(outputs.features[self.tap])
+        return Outputs({**outputs.heads, AUXILIARY: logits_BChw}, {tap: outputs.features[tap] for tap in taps})
+
+    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A file's auxiliary head is left out where it is on a tap of other channels."""
+        state = super().adopt_names(state)
+        first = f"{AUXILIARY_HEAD}0.weight"
+        if first not in state or state[first].shape == self.state_dict()[first].shape:
+            return state
+        return {name: value for name, value in state.items() if not name.startswith(AUXILIARY_HEAD)}
+
+
+def _last_but_one(spec: str, model: SegmentationModel) -> str:
+    """The tap of the last stage but one. Raises: ModelError for a model that names no two stages."""
+    stages = [tap for tap in model.taps if _STAGE.fullmatch(tap)]
+    if len(stages) < 2:
+        raise ModelError(
+            "an auxiliary head is put on a tap of the model, the last stage but one where its taps are stages",
+            received=f"{model.spec}, whose taps are {', '.join(model.taps) or 'not listed'}",
+            remedy=f"name one: {spec},tap=NAME (a module whose output is (B, c, h, w))",
+        )
+    return stages[-2]

@@ -1,0 +1,80 @@
+"""The wrapper of a model that adds a head on one of its taps."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.heads import HeadKind
+from kdcache.models.native import SegmentationModel, in_eval_mode
+
+_PROBE_PX = 128  # side of the image that finds the tap's channels
+_PREFIX = "model."
+
+
+class WithHead(SegmentationModel):
+    """A model and one more head; the state dict keeps the model's names, and adds those of the head.
+
+    Attributes:
+        model: as it is without the head.
+        tap: where the head is.
+        prefix: of the head's names in the state dict.
+    Args:
+        head_kinds, classifier_keys: of the whole.
+    Raises: ModelError for a tap that the model does not have.
+    """
+
+    prefix: str
+
+    def __init__(
+        self,
+        spec: str,
+        model: SegmentationModel,
+        tap: str,
+        *,
+        head_kinds: Mapping[str, HeadKind],
+        classifier_keys: Iterable[str],
+    ) -> None:
+        model.check_taps([tap])
+        super().__init__(
+            spec=spec,
+            num_classes=model.num_classes,
+            stride=model.stride,
+            taps=model.taps,
+            align_corners=model.align_corners,
+            backbone_prefix=model.backbone_prefix,
+            classifier_keys=tuple(classifier_keys),
+            head_kinds=head_kinds,
+        )
+        self.mean, self.std = model.mean, model.std
+        self.model = model
+        self.tap = tap
+        self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        self.model.check_taps(taps)
+
+    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.model.adopt_names(state)
+
+
+def tap_channels(model: SegmentationModel, tap: str) -> int:
+    """The number of channels of a model's feature (B, c, h, w)."""
+    like = next(model.parameters(), torch.empty(0))
+    image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
+    with torch.no_grad(), in_eval_mode(model):
+        feature = model(image, [tap]).features[tap]
+    return feature.shape[1]
+
+
+def _strip_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for key in [k for k in state if k.startswith(prefix + _PREFIX)]:
+        state[prefix + key[len(prefix + _PREFIX) :]] = state.pop(key)
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
+    assert isinstance(module, WithHead)
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(prefix + module.prefix)]:
+        state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)
