@@ -1,7 +1,8 @@
 """Several teachers, or one under several renderings of an image, as one model.
 
-The distribution is the weighted mean of the members' probabilities, each the mean over its renderings: mirrored and
-back, and at other scales. Published on Cityscapes with flips and scales: PSPNet-R101 79.8 to 81.0 mIoU.
+The distribution is the weighted mean of probabilities over the members that have learnt classes, each the mean over its
+renderings: mirrored and back, and at other scales. Published on Cityscapes with flips and scales: PSPNet-R101 79.8 to
+81.0 mIoU.
 
 Means are of probabilities, not of logits: a member whose logits are large would outvote the others. They are taken on
 the finest grid of all, to which each is resized bilinearly as its own head would.
@@ -84,17 +85,21 @@ class EnsembleModel(SegmentationModel):
         self, members: Sequence[SegmentationModel], weights: Sequence[float] | None = None, tta: Tta | None = None
     ) -> None:
         first = members[0]
-        for name, what in (("num_classes", "classes"), ("align_corners", "resize of logits (align_corners)")):
-            if len({getattr(member, name) for member in members}) > 1:
+        classified = [member for member in members if SEGMENTATION in member.learnt_heads]
+        for name, what, alike in (
+            ("num_classes", "classes", classified),
+            ("align_corners", "resize of logits (align_corners)", members),
+        ):
+            if len({getattr(member, name) for member in alike}) > 1:
                 raise ModelError(
                     f"teachers of one ensemble have the same {what}",
-                    received=", ".join(f"{member.spec} {getattr(member, name)}" for member in members),
+                    received=", ".join(f"{member.spec} {getattr(member, name)}" for member in alike),
                     remedy="leave out those that differ; --class-map FILE maps classes",
                 )
         kinds = _common_heads(members, tta)
         super().__init__(
             spec=" + ".join(member.spec for member in members),
-            num_classes=first.num_classes if SEGMENTATION in kinds else 0,
+            num_classes=classified[0].num_classes if classified else 0,
             stride=min(member.stride for member in members),
             taps=first.taps,
             align_corners=first.align_corners,
@@ -144,31 +149,37 @@ class EnsembleModel(SegmentationModel):
             features = self.parts[0](self.parts[0].standardise(x_B3HW), member_taps).features
         heads = {name: self._mean_regression(name, answers[name]) for name in self.regressions}
         if SEGMENTATION in answers:
-            p_MBChw = self._means(answers[SEGMENTATION])
-            mean_BChw = _weighted(self.shares, p_MBChw)
+            shares, p_of_owners = self._owners(answers[SEGMENTATION])
+            p_MBChw = self._means(p_of_owners)
+            mean_BChw = _weighted(shares, p_MBChw)
             heads = {SEGMENTATION: mean_BChw.clamp(min=_LEAST).log(), **heads}
             if AGREEMENT in taps:
                 best = mean_BChw.argmax(1, keepdim=True)
-                features[AGREEMENT] = _weighted(self.shares, [(p.argmax(1, keepdim=True) == best) for p in p_MBChw])
+                features[AGREEMENT] = _weighted(shares, [(p.argmax(1, keepdim=True) == best) for p in p_MBChw])
         return Outputs(heads, {tap: features[tap] for tap in taps})
 
-    def _means(self, passes_of_members: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Each member's mean over its renderings, on the finest grid of all."""
-        passes = [one for of_member in passes_of_members for one in of_member]
+    def _owners(self, passes_of_members: Sequence[Sequence[Tensor]]) -> tuple[list[float], list[Sequence[Tensor]]]:
+        """The shares and the passes of the members that have a head; their shares sum to 1."""
+        owners = [place for place, own in enumerate(passes_of_members) if own]
+        total = sum(self.shares[place] for place in owners)
+        return [self.shares[place] / total for place in owners], [passes_of_members[place] for place in owners]
+
+    def _means(self, passes_of_owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Each owner's mean over its renderings, on the finest grid of all."""
+        passes = [one for of_owner in passes_of_owners for one in of_owner]
         grid = max(one.shape[-2] for one in passes), max(one.shape[-1] for one in passes)
-        return [torch.stack([self.upsample(one, grid) for one in own]).mean(0) for own in passes_of_members]
+        return [torch.stack([self.upsample(one, grid) for one in own]).mean(0) for own in passes_of_owners]
 
     def _mean_regression(self, name: str, raw_of_members: Sequence[Sequence[Tensor]]) -> Tensor:
         """The raw output of the mean value over the members that have a head, on the finest grid of theirs."""
         kind = self.regressions[name]
-        owners = [place for place, raws in enumerate(raw_of_members) if raws]
-        grid = tuple(max(raw.shape[axis] for place in owners for raw in raw_of_members[place]) for axis in (-2, -1))
+        shares, raw_of_owners = self._owners(raw_of_members)
+        grid = tuple(max(raw.shape[axis] for raws in raw_of_owners for raw in raws) for axis in (-2, -1))
         values = [
-            torch.stack([kind.values(self.upsample(raw, (grid[0], grid[1]))) for raw in raw_of_members[place]]).mean(0)
-            for place in owners
+            torch.stack([kind.values(self.upsample(raw, (grid[0], grid[1]))) for raw in raws]).mean(0)
+            for raws in raw_of_owners
         ]
-        total = sum(self.shares[place] for place in owners)
-        mean = _weighted([self.shares[place] / total for place in owners], values)
+        mean = _weighted(shares, values)
         return raw_of(mean if kind.parameterisation == "identity" else mean.clamp(min=_LEAST), kind.parameterisation)
 
 

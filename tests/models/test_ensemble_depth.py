@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kdcache.errors import ModelError, RecipeError
 from kdcache.heads import RegressionHead
-from kdcache.models import EnsembleModel, SegmentationModel, Tta, build_model
+from kdcache.models import AGREEMENT, EnsembleModel, SegmentationModel, Tta, build_model
 
 
 def teacher(spec: str, seed: int) -> SegmentationModel:
@@ -72,6 +72,27 @@ def test_who_has_no_depth_has_no_part_in_it(pixels: Tensor) -> None:
     alone = EnsembleModel([plain, teacher("kdcache:tiny", 1)], (5.0, 1.0)).eval()
     assert outputs.logits.shape == alone(alone.normalise(pixels)).logits.shape
     assert torch.allclose(F.softmax(outputs.logits, 1).sum(1), torch.ones(()))
+
+
+@torch.inference_mode()
+def test_who_has_learnt_no_classes_has_no_part_in_them(pixels: Tensor) -> None:
+    first, second = (teacher("kdcache:tiny+depth", seed) for seed in (1, 2))
+    first.untrained = second.untrained = ("depth",)
+    torch.manual_seed(4)
+    depth = build_model("kdcache:tiny+depth", 5).eval()  # its classes were not learnt, and are not counted
+    depth.untrained = ("segmentation",)
+    ensemble = EnsembleModel([depth, first, second], (5.0, 1.0, 3.0)).eval()
+    outputs = ensemble(ensemble.normalise(pixels), [AGREEMENT])
+    alone = EnsembleModel([first, second], (1.0, 3.0)).eval()
+    expected = alone(alone.normalise(pixels), [AGREEMENT])
+    assert ensemble.num_classes == 3
+    assert torch.allclose(outputs.logits, expected.logits, atol=1e-6)
+    assert torch.allclose(outputs.features[AGREEMENT], expected.features[AGREEMENT])
+    np.testing.assert_allclose(
+        ensemble.regressions["depth"].values(outputs.heads["depth"]),
+        metres(depth, pixels.permute(0, 3, 1, 2) / 255, "softplus"),
+        rtol=1e-4,
+    )
 
 
 def test_what_cannot_be_averaged() -> None:
