@@ -191,10 +191,12 @@ class TrainSettings:
         "warp (zoom, crop, flip pixels and targets alike), replay (as stored) or none. "
         "auto: replay where the store has several views, else warp.",
     )
-    scale: Range = _view((0.5, 2.0), "Random zoom.", metavar="MIN:MAX")
+    scale: Range | None = _view(
+        None, "Random zoom (default: 0.5:2; where metric depth is compared 1:1).", metavar="MIN:MAX"
+    )
     depth_zoom: Literal["none", "divide", "keep"] = _view(
         "none",
-        "Metric depth in a zoomed image: none draws no zoom (--scale is 1:1), divide divides it by the zoom, as what "
+        "Metric depth in a zoomed image: none draws no zoom, divide divides it by the zoom, as what "
         "is twice as large looks half as far; or keep it.",
     )
     flip: bool | None = _view(

@@ -326,7 +326,7 @@ def _check_depth(config: TrainConfig) -> None:
             remedy="use --labels all or segmentation+depth, or compare with a store: --term depth-silog,"
             "reference=teacher",
         )
-    if config.depth_zoom == "none" and config.scale not in (TrainSettings.scale, (1.0, 1.0)):
+    if config.depth_zoom == "none" and config.scale not in (None, (1.0, 1.0)):
         raise RecipeError(
             "a zoomed image looks nearer than it is: metric depth is drawn without zoom",
             received=f"{terms} with --scale {config.scale[0]:g}:{config.scale[1]:g}",
@@ -336,7 +336,7 @@ def _check_depth(config: TrainConfig) -> None:
 
 def _check_data(config: TrainConfig) -> None:
     _check_depth(config)
-    low, high = config.scale
+    low, high = config.scale or (1.0, 1.0)
     if low > high:
         raise RecipeError(
             "--scale runs from small to large", received=f"{low}:{high}", remedy=f"use --scale {high}:{low}"

@@ -82,8 +82,9 @@ def _zoom_of_depth(config: TrainConfig, cache: Cache) -> DepthZoom:
 
 
 def drawn_scale(config: TrainConfig) -> tuple[float, float]:
-    """The zoom that is drawn: none where metric depth is to keep its meaning."""
-    return (1.0, 1.0) if config.compares_metres and config.depth_zoom == "none" else config.scale
+    """The zoom that is drawn; where no other is chosen, none for metric depth that is to keep its meaning."""
+    still = config.compares_metres and config.depth_zoom == "none"
+    return config.scale or ((1.0, 1.0) if still else Augmentation.scale)
 
 
 def _part(config: TrainConfig) -> Part:
@@ -98,7 +99,7 @@ def _part(config: TrainConfig) -> Part:
 def _augmentation(config: TrainConfig) -> Augmentation:
     if config.augment == "none":
         return Augmentation.off()
-    return Augmentation(scale=config.scale, flip=config.flip is not False, jitter=_jitter(config.jitter))
+    return Augmentation(scale=drawn_scale(config), flip=config.flip is not False, jitter=_jitter(config.jitter))
 
 
 def _jitter(setting: float | str) -> float | RandAugment:
