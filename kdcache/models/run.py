@@ -165,7 +165,7 @@ def open_model(
 def describe_weights(weights: str | Path) -> RunModel | None:
     """The model that a file of weights is of, by the run that it lies in or by its own header; None without.
 
-    Raises: ModelError for a damaged file; RecipeError for a run whose model.json is damaged.
+    Raises: ModelError for a file that is missing or damaged; RecipeError for a run whose model.json is damaged.
     """
     path = Path(weights)
     if path.stem in WEIGHTS and (path.parent / MODEL).is_file():
@@ -176,7 +176,7 @@ def describe_weights(weights: str | Path) -> RunModel | None:
 def described(spec: str, weights: str) -> RunModel | None:
     """The metadata of the file of `SPEC@FILE` where kdcache exported it; None without.
 
-    Raises: ModelError for a damaged file, and for weights of another model.
+    Raises: ModelError for a file that is missing or damaged, and for weights of another model.
     """
     if weights == "default":
         return None

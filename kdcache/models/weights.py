@@ -47,9 +47,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Raises: ModelError naming the file: missing, of another kind, truncated, or holding pickled objects.
     """
-    path = _in_folder(Path(path))
-    if not path.is_file():
-        raise ModelError("weights must be a file", received=str(path), remedy="check the path")
+    path = _file_of(Path(path))
     if path.suffix == ".safetensors":
         content = _read_safetensors(path)
     elif path.suffix in _TORCH_SUFFIXES:
@@ -66,10 +64,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The texts in the header of a `.safetensors` file or a folder with one; empty for other files.
 
-    Raises: ModelError for a damaged file.
+    Raises: ModelError for a file that is missing or damaged.
     """
-    path = _in_folder(Path(path))
-    if path.suffix != ".safetensors" or not path.is_file():
+    path = _file_of(Path(path))
+    if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -188,9 +186,12 @@ def state_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _in_folder(path: Path) -> Path:
-    if not path.is_dir():
+def _file_of(path: Path) -> Path:
+    """The file of weights that a path is, or that lies in its folder. Raises: ModelError where there is none."""
+    if path.is_file():
         return path
+    if not path.is_dir():
+        raise ModelError("weights must be a file", received=str(path), remedy="check the path")
     file = next((path / name for name in HUB_FILES if (path / name).is_file()), None)
     if file is None:
         raise ModelError(

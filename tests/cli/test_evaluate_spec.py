@@ -221,3 +221,10 @@ def test_models_without_the_extras_name_the_command() -> None:
     rows = {row["spec"]: row for row in json.loads(results[1])}
     assert rows["segformer:b2"] == {"spec": "segformer:b2", "install": "pip install kdcache[segformer]"}
     assert rows["kdcache:tiny"]["parameters"] == 142269
+
+
+@pytest.mark.parametrize("command", ["evaluate {t} --data {w}/data", "export {t} --out {w}/out.onnx"])
+def test_a_file_that_is_missing_is_named_before_a_size_is_asked_for(world, cli, command: str) -> None:
+    done = cli(*words(command.replace("{t}", "kdcache:tiny@{w}/nothing.safetensors"), world))
+    assert done.code == 2
+    assert "weights must be a file" in done.err and "nothing.safetensors" in done.err

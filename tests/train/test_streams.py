@@ -257,6 +257,21 @@ def test_data_without_classes_teach_depth_beside_those_with_classes(plain: dict[
         assert [stream.draws.dataset.classes.names for stream in trainer.streams] == [names] * 2
 
 
+def test_other_classes_that_are_not_read_need_no_map(plain: dict[str, Any], renamed: Path, tmp_path: Path) -> None:
+    near = {"name": "near", "data": str(renamed)}
+    far = {"name": "far", "data": f"{OTHERS},depth=exact", "labels": "depth", "ce-weight": 0, "method": "depth-l1"}
+    settings = plain | {"model": "kdcache:hydra", "val": None}
+    for streams in ([near, far], [far, near]):
+        trainer = begun(settings | {"stream": streams}, tmp_path / "run")
+        datasets = {stream.name: stream.draws.dataset for stream in trainer.streams}
+        assert datasets["far"].classes.names == open_split(str(renamed), "train").classes.names
+        assert (Draws(datasets["far"], 5)[0].label == 255).all()
+        assert (Draws(datasets["near"], 5)[0].label != 255).any()
+    for labels in ("all", "segmentation+depth"):
+        with pytest.raises(MismatchError, match="the same classes in the same order"):
+            begun(settings | {"stream": [near, far | {"labels": labels}]}, tmp_path / "run")
+
+
 def test_classes_of_the_validation_data_reach_mapped_streams_and_those_without_classes(
     plain: dict[str, Any], tmp_path: Path
 ) -> None:

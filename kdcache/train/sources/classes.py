@@ -19,7 +19,8 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
     """Let every stream draw labels of the same classes, by its class map where it has one; returns the classes.
 
     They are those of the streams without a class map; where all that have classes have one, those of the validation
-    data. A stream of data without classes, such as KITTI's depth, takes them as they are.
+    data. A stream that reads no classes takes them as they are: data without any, such as KITTI's depth, or those of
+    which only other labels are used.
     Raises: MismatchError for streams of other classes, or a class map where targets are of its own classes;
         ModelError for a class map that is malformed.
     """
@@ -32,7 +33,7 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
             remedy="add --val DATA, whose classes those maps name",
         )
     for source in sources:
-        names = source.dataset.own_classes.names
+        names = _names_read(source)
         if source.stream.class_map is not None:
             with source.named():
                 _map_classes(source, classes)
@@ -51,8 +52,14 @@ def share_classes(sources: Sequence[Source], val: ClassList | None = None) -> Cl
 def _class_source(sources: Sequence[Source]) -> Source | None:
     """The stream whose classes are those of all; None where they are the validation data's."""
     own = [source for source in sources if source.stream.class_map is None]
-    named = [source for source in own if source.dataset.own_classes.names]
+    named = [source for source in own if _names_read(source)]
     return named[0] if named else own[0] if len(own) == len(sources) else None
+
+
+def _names_read(source: Source) -> tuple[str, ...]:
+    """The classes of the labels that a stream uses, or of its targets."""
+    used = SEGMENTATION in source.config.label_tasks and source.config.labels != "none"
+    return source.dataset.own_classes.names if used or SEGMENTATION in source.dataset.heads else ()
 
 
 def _void_but(classes: Sequence[int]) -> Array:
