@@ -9,32 +9,42 @@ read the same views of one store, with equal steps and, of each task, equally ma
     taught         kdcache:hydra on both, and on the store's classes and depth of every image
 
 Seeds are paired. A finished run is a row of the result file and is not repeated; an interrupted one resumes. The score
-is that of the last iteration. The teacher (kdcache:base+depth, on the same labels) and its store are made first.
+is that of the last iteration. The store's teacher is made first, of networks of a single task with other seeds, on the
+same labels; it predicts the mean over an image and the mirrored one. Its networks see the views that the students will
+see, so that a store of these, of whose targets nothing is learnt, comes before them.
 
     python benchmarks/tasks.py --out tasks --json benchmarks/results/tasks-cpu.json
 """
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import header, write
 from effect import interval, kdcache
-from kdcache.metrics.cost import measure_cost
+from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache.metrics.cost import WARM_UP, count_flops
+from kdcache.metrics.timing import no_garbage_collection
 from kdcache.models import build_model
 from kdcache.run_folder import RESULT, Run
+from kdcache.store.ledger import COMPLETE
 
 SIZE, CLASSES = (96, 128), 7
 DATA = "scenes:96x128,train=2000,val=200,depth=sparse,tasks=halves"
 FEW = "scenes:96x128,train=32,val=8,depth=sparse,tasks=halves"
 ROWS = 8
 """Rows of a step with labels of a task; a shared network sees twice as many."""
-ALL_LABELS = f"--method none --term depth-silog --batch-size {2 * ROWS}"
-ZOOM = "--depth-zoom divide"
-TEACHER = f"--model kdcache:base+depth {ALL_LABELS} {ZOOM} --lr 2e-3 --warmup 100 --log-every 100 --threads 1"
-STORE = f"--views 4 {ZOOM} --threads 1"
+SILOG = "--term depth-silog,weight=0.2"
+STORE = "--size 96x128 --views 4 --depth-zoom divide --threads 1"
+VIEWS = f"--model kdcache:tiny+depth --method none {SILOG} --depth-zoom divide --batch-size {ROWS}"
+"""The training, of one step, whose store gives the views."""
+TEACHERS = (("segmentation", 100), ("depth", 100), ("depth", 101))
+"""Arms and seeds of the networks that are the teacher: of depth it is the mean of two."""
 STUDENT = "--lr 6e-3 --warmup 100 --gradients-every 0 --log-every 100 --threads 1"
 MODELS = {
     "segmentation": "kdcache:tiny",
@@ -45,8 +55,8 @@ MODELS = {
 ARMS = {
     "segmentation": f"--method none --labels segmentation --batch-size {ROWS}",
     "depth": f"--method none --labels depth --ce-weight 0 --term depth-silog --batch-size {ROWS}",
-    "both": ALL_LABELS,
-    "taught": f"--method kl --term depth-silog --term depth-silog,reference=teacher --batch-size {2 * ROWS}",
+    "both": f"--method none {SILOG} --batch-size {2 * ROWS}",
+    "taught": f"--method kl {SILOG} {SILOG},reference=teacher --batch-size {2 * ROWS}",
 }
 SCORES = {"miou": "segmentation", "depth_rmse": "depth"}
 """Score -> the arm of one task that it belongs to."""
@@ -58,37 +68,54 @@ class Queue:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.out, self.json = Path(arguments.out).resolve(), Path(arguments.json)
         self.data = FEW if arguments.few else DATA
-        self.iterations, self.teacher_iterations = arguments.iterations, arguments.teacher_iterations
+        self.iterations = arguments.iterations
         self.ends = time.monotonic() + 60 * arguments.minutes
         content = json.loads(self.json.read_text()) if self.json.is_file() else {}
         self.rows: list[dict[str, Any]] = content.get("rows", [])
-        self.cost: dict[str, Any] = content.get("cost") or cost(arguments.repeats)
+        self.cost: dict[str, Any] = content.get("cost", {})
         self.teacher: dict[str, Any] = content.get("teacher", {})
 
     def store(self) -> Path:
-        """The teacher's store; both are made where they are not there."""
-        run, store, source = self.out / "teacher", self.out / "store.zarr", f"--data {self.data} --size 96x128"
-        if not (run / RESULT).is_file():
-            self._train(run, f"{source} {TEACHER}", self.teacher_iterations, 0)
-        self.teacher = scores(Run.open(run))
-        if not (store / "complete.json").is_file():
-            kdcache(f"build-teacher-cache --teacher {run} {source} --out {store} {STORE}")
+        """The teacher's store; what it is made of is made where it is not there."""
+        store = self.out / "store.zarr"
+        runs = {f"{arm} {seed}": self._trained(arm, self.views(), seed) for arm, seed in TEACHERS}
+        if not (store / COMPLETE).is_file():
+            teachers = " ".join(f"--teacher {run}" for run in runs.values())
+            kdcache(f"build-teacher-cache {teachers} --tta flip --data {self.data} --out {store} {STORE}")
+        self.teacher = {name: scores(Run.open(run)) for name, run in runs.items()}
         return store
+
+    def views(self) -> Path:
+        """The store of the views that all networks are trained on."""
+        run, views = self.out / "views", self.out / "views.zarr"
+        if not (views / COMPLETE).is_file():
+            self._train(run, f"--data {self.data} --size 96x128 {VIEWS} --threads 1", 1, 0)
+            kdcache(f"build-teacher-cache --teacher {run} --data {self.data} --out {views} {STORE}")
+        return views
 
     def run(self, arm: str, seed: int) -> None:
         """Train an arm and add its row, unless it is there or time is up."""
         key = {"arm": arm, "seed": seed, "iterations": self.iterations}
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
-        store, flags = self.store(), f"--model {MODELS[arm]} {ARMS[arm]}"
-        run = self.out / "runs" / f"{arm}-{self.iterations}-{seed}"
-        if not (run / RESULT).is_file():
-            self._train(run, f"--cache {store} {flags} {STUDENT}", self.iterations, seed)
-        row = {**key, "flags": flags, **scores(Run.open(run))}
+        run = self._trained(arm, self.store(), seed)
+        row = {**key, "flags": f"--model {MODELS[arm]} {ARMS[arm]}", **scores(Run.open(run))}
         self.rows.append(row)
+        self.write()
+        print(arm, f"seed {seed}", *(f"{name} {row[name]}" for name in SCORES if name in row), flush=True)
+
+    def write(self) -> None:
+        """Write the result file with the rows and the cost that there are."""
         result = {"data": self.data, "teacher": self.teacher, "cost": self.cost, "summary": summary(self.rows)}
         write(self.json, {**header("tasks"), **result, "rows": self.rows})
-        print(arm, f"seed {seed}", *(f"{name} {row[name]}" for name in SCORES if name in row), flush=True)
+
+    def _trained(self, arm: str, store: Path, seed: int) -> Path:
+        """The run of an arm, which is trained where it is not there."""
+        run = self.out / "runs" / f"{arm}-{self.iterations}-{seed}"
+        if not (run / RESULT).is_file():
+            flags = f"--cache {store} --model {MODELS[arm]} {ARMS[arm]} {STUDENT}"
+            self._train(run, flags, self.iterations, seed)
+        return run
 
     def _train(self, run: Path, flags: str, iterations: int, seed: int) -> None:
         resume = "--resume" if run.exists() else ""
@@ -109,13 +136,35 @@ def scores(run: Run) -> dict[str, Any]:
 
 
 def cost(repeats: int) -> dict[str, Any]:
-    """Multiply-adds and milliseconds of an image for each network, and of the shared one beside the two together."""
-    models = {name: MODELS[name] for name in ("segmentation", "depth", "both")}
-    costs = {name: measure_cost(build_model(spec, CLASSES), SIZE, repeats=repeats) for name, spec in models.items()}
-    macs = {name: own.macs for name, own in costs.items()}
-    ms = {name: own.latency.median_ms for name, own in costs.items() if own.latency is not None}
+    """Multiply-adds and milliseconds of an image for each network, and of the shared one beside the two together.
+
+    The networks take turns. A call ends with the maps of the network's tasks at the image's size.
+    """
+    heads = {"segmentation": [SEGMENTATION], "depth": [DEPTH], "both": [SEGMENTATION, DEPTH]}
+    models = {name: build_model(MODELS[name], CLASSES).eval().to(memory_format=torch.channels_last) for name in heads}
+    image = torch.rand(1, 3, *SIZE).contiguous(memory_format=torch.channels_last)
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode(), no_garbage_collection():
+        for _ in range(WARM_UP + repeats):
+            for name, model in models.items():
+                began = time.perf_counter()
+                outputs = model(image)
+                for head in heads[name]:
+                    model.upsample(outputs.heads[head], SIZE)
+                samples[name].append(1e3 * (time.perf_counter() - began))
     over = lambda of: round(of["both"] / (of["segmentation"] + of["depth"]), 4)  # noqa: E731
-    return {"macs": macs, "median_ms": ms, "macs_over_two": over(macs), "ms_over_two": over(ms)}
+    macs = {name: count_flops(model, SIZE) // 2 for name, model in models.items()}
+    best, median = ({name: of(ms[WARM_UP:]) for name, ms in samples.items()} for of in (min, statistics.median))
+    ratios = {"macs_over_two": over(macs), "best_ms_over_two": over(best), "median_ms_over_two": over(median)}
+    return {
+        "date": header("tasks")["date"],
+        "machine": header("tasks")["machine"],
+        "repeats": repeats,
+        "macs": macs,
+        "best_ms": best,
+        "median_ms": median,
+        **ratios,
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -147,13 +196,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=3000)
-    parser.add_argument("--teacher-iterations", type=int, default=3000)
     parser.add_argument("--only", action="append", metavar="ARM", choices=tuple(ARMS), help="these arms alone")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after so long")
-    parser.add_argument("--repeats", type=int, default=50, help="timed calls of each network")
+    parser.add_argument("--cost", action="store_true", help="measure the networks' cost, and train nothing")
+    parser.add_argument("--repeats", type=int, default=1000, help="timed calls of each network")
     parser.add_argument("--few", action="store_true", help="a few images: to try the queue")
     arguments = parser.parse_args()
     queue = Queue(arguments)
+    if arguments.cost:
+        torch.set_num_threads(1)
+        queue.cost = cost(arguments.repeats)
+        queue.write()
+        return
     for seed in range(arguments.seeds):  # every arm once before any twice
         for arm in arguments.only or ARMS:
             queue.run(arm, seed)

@@ -75,14 +75,18 @@ class PyramidNet(SegmentationModel):
 
     def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
         self.check_taps(taps)
+        features, pyramid_Bchw = self.pyramid(x_B3HW)
+        features["head"] = y = self.smooth(pyramid_Bchw)
+        return Outputs({SEGMENTATION: self.classifier(self.dropout(y))}, {tap: features[tap] for tap in taps})
+
+    def pyramid(self, x_B3HW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The features by stage, and their sum (B, c, h, w) at stride 4, whose c is the decoder's channels."""
         features: dict[str, Tensor] = {}
         x = x_B3HW
         for name, stage in self.encoder.items():
             x = features[name] = stage(x)
         # `mean`, not adaptive pooling: its gradient is deterministic on CUDA.
-        y = fuse(self.lateral, features, self.context(x.mean((2, 3), keepdim=True)))
-        features["head"] = y = self.smooth(y)
-        return Outputs({SEGMENTATION: self.classifier(self.dropout(y))}, {tap: features[tap] for tap in taps})
+        return features, fuse(self.lateral, features, self.context(x.mean((2, 3), keepdim=True)))
 
     def _initialise(self) -> None:
         for module in self.modules():

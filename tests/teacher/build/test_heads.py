@@ -41,7 +41,7 @@ def origins(tmp_path_factory, split, model_of) -> dict[str, str]:
     torch.manual_seed(3)
     both = build_model("kdcache:hydra,as=exp,max=20", len(split.classes))
     with torch.no_grad():
-        both.depth_output.weight.normal_(std=0.5)
+        both.depth_output.weight.normal_(std=0.3)
     models = {"classes": ("kdcache:tiny", model_of(len(split.classes))), "both": ("kdcache:hydra,as=exp,max=20", both)}
     found = {}
     for name, (spec, model) in models.items():
