@@ -305,7 +305,7 @@ def _streams(arm: Flags, shared: list[dict[str, Any]], changes: Flags) -> list[d
         return list(arm["stream"])
     by_name = {str(table["name"]): dict(table) for table in shared}
     for key, value in changes.items():
-        name, _, option = key.partition(".")
+        name, _, option = key.rpartition(".")
         check_names(f"streams of the arm {arm['name']!r}", [name], by_name or ["none: the recipe has no [[stream]]"])
         by_name[name][option] = value
     streams = [table for table in by_name.values() if table.pop("", True)]

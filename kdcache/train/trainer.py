@@ -178,7 +178,7 @@ class Trainer:
     def _one_step(self, step: int, batches: Iterator[AnyBatch | KDCacheError], stop: bool) -> bool:
         """Take a step; returns whether any process received a request to stop before it."""
         config = self.config
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         with self._world.together(stop=stop) as agreed:
             batch = cast("AnyBatch", next_batch(batches))
         waited = time.perf_counter() - began
@@ -198,6 +198,7 @@ class Trainer:
         now = self._state.now
         now.step = step + 1
         now.seconds += time.perf_counter() - began - prepared
+        now.cpu_seconds += time.process_time() - cpu_began
         now.waited += waited
         now.prepared += prepared
         self.observer.advanced(now.step)

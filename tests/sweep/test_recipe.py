@@ -253,6 +253,15 @@ def test_arms_change_streams_by_name_and_their_lists_are_choices(streams: Path) 
     assert small.teachers == {"second": {"seed": 1, "lr": 0.1}}
 
 
+def test_names_of_streams_may_hold_dots(streams: Path) -> None:
+    streams.write_text(
+        STREAMS.replace("stream.far.", 'stream."fda-0.05".').replace('name = "far"', 'name = "fda-0.05"'),
+        encoding="utf-8",
+    )
+    alone = read_recipe(str(streams)).arm("alone")
+    assert [(table["name"], table["term"]) for table in alone.flags["stream"]] == [("fda-0.05", [])]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [

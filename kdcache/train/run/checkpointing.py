@@ -30,6 +30,7 @@ class Progress:
 
     Attributes:
         seconds: seconds of training.
+        cpu_seconds: processor time of the steps, of all threads of this process.
         best_score: mIoU; of depth alone, the rmse below 0.
         waited: seconds of these that were spent waiting for data.
         prepared: seconds of preparing a step, which are no training.
@@ -41,6 +42,7 @@ class Progress:
     ema_best_score: float = -math.inf
     ema_best_step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     waited: float = 0.0
     prepared: float = 0.0
 
@@ -171,6 +173,7 @@ class RunState:
             "best_miou": now.best_score if now.best_step and judged == SEGMENTATION else None,
             "best_step": now.best_step or now.step,
             "seconds": round(now.seconds, 3),
+            "cpu_seconds": round(now.cpu_seconds, 3),
             "images_per_second": round(self._config.batch_size * now.step / max(now.seconds, 1e-9), 3),
             "wait_share": round(now.waited / max(now.seconds, 1e-9), 4),
             "prepared_seconds": round(now.prepared, 3),

@@ -248,6 +248,7 @@ def test_preparing_is_no_training_time(
     result = train(make_config(**student | {"iterations": 2, "val": None}), tmp_path)
     assert result["prepared_seconds"] >= 3
     assert result["seconds"] < 2
+    assert 0 < result["cpu_seconds"] < 3  # a sleep takes none
 
 
 def test_the_way_may_change_on_resume(student: dict[str, Any], tmp_path: Path, backend: Any) -> None:
