@@ -9,8 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kdcache.data import open_split, write_scenes
+from kdcache.models import build_model
 
 SEQUENCES = {"0001TP": 6, "0006R0": 4, "0016E5": 14}  # frames of train
 
@@ -124,3 +127,23 @@ def test_differences_are_paired_by_seed(effect: ModuleType) -> None:
     assert paired["paired"]
     assert paired["mean"] == pytest.approx(2)
     assert (paired["low"], paired["high"]) == pytest.approx((2 - half, 2 + half), abs=1e-4)
+
+
+def test_intervals_over_images_are_those_of_the_weights(
+    effect: ModuleType, camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights against themselves both are zero; of others they span the difference, in stretches as well."""
+    images = importlib.import_module("study_images")
+    monkeypatch.setattr(images, "WEIGHTS", tmp_path)
+    split = open_split(str(camvid), "train")
+    for number, arm in enumerate(("plain", "distilled")):
+        torch.manual_seed(number)
+        model = build_model("kdcache:tiny", len(split.classes.names))
+        save_file(model.state_dict(), tmp_path / f"e6-{arm}-all-0.safetensors")
+    same = images.row("E6", ("plain, all", "plain, all"), (0,), split)
+    assert (same["points"], same["images"]) == (0, {"blocks": 24, "low": 0, "high": 0})
+    other = images.row("E6", ("distilled, all", "plain, all"), (0,), split)
+    assert other["stretches of 10 images"]["blocks"] == 3
+    for over in ("images", "stretches of 10 images"):
+        assert other[over]["low"] <= other["points"] <= other[over]["high"]
+    assert other["points"] != 0
