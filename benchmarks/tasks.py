@@ -99,7 +99,7 @@ class Queue:
         if any(key.items() <= row.items() for row in self.rows) or time.monotonic() > self.ends:
             return
         run = self._trained(arm, self.store(), seed)
-        row = {**key, "flags": f"--model {MODELS[arm]} {ARMS[arm]}", **scores(Run.open(run))}
+        row = {**key, "flags": f"--model {MODELS[arm]} {ARMS[arm]}", **scores(Run.open(run)), **_machine()}
         self.rows.append(row)
         self.write()
         print(arm, f"seed {seed}", *(f"{name} {row[name]}" for name in SCORES if name in row), flush=True)
@@ -121,6 +121,12 @@ class Queue:
         resume = "--resume" if run.exists() else ""
         length = f"--iterations {iterations} --val-every {max(1, iterations // 4)} --seed {seed}"
         kdcache(f"train-student --val {self.data} --out {run} {length} {flags} {resume}")
+
+
+def _machine() -> dict[str, str]:
+    """What a row keeps of the machine: rows of several are one table."""
+    machine = header("tasks")["machine"]
+    return {"cpu": machine["cpu"], "torch": machine["packages"]["torch"]}
 
 
 def scores(run: Run) -> dict[str, Any]:
