@@ -23,6 +23,9 @@ from rich.text import Text
 
 from kdcache.errors import one_line, plain_text
 
+_WIDEST = 1000
+"""The most columns of a table in a file."""
+
 
 class _Terminal(Console):
     """A terminal on which strings from elsewhere are plain text.
@@ -37,7 +40,20 @@ class _Terminal(Console):
     def print(self, *objects: Any, markup: bool | None = None, soft_wrap: bool | None = None, **options: Any) -> None:
         lines = all(isinstance(part, str) for part in objects)
         whole = lines and not self.is_terminal if soft_wrap is None else soft_wrap
-        super().print(*objects, markup=lines if markup is None else markup, soft_wrap=whole, **options)
+        with self._room_for(objects):
+            super().print(*objects, markup=lines if markup is None else markup, soft_wrap=whole, **options)
+
+    @contextmanager
+    def _room_for(self, objects: Sequence[Any]) -> Iterator[None]:
+        """A context in which tables keep all their numbers: a file has no width."""
+        own, tables = self._width, [part for part in objects if isinstance(part, Table)]
+        if tables and not self.is_terminal:
+            unbounded = self.options.update(width=_WIDEST)
+            self.width = max(self.width, *(self.measure(table, options=unbounded).maximum for table in tables))
+        try:
+            yield
+        finally:
+            self._width = own
 
     @contextmanager
     def heard(self) -> Iterator[None]:

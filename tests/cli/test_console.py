@@ -137,3 +137,14 @@ def test_a_line_in_a_pipe_is_not_broken() -> None:
     screen.width = 40
     screen.print("word " * 20)
     assert screen.text.count("\n") == 1
+
+
+def test_tables_in_a_file_are_as_wide_as_their_numbers() -> None:
+    table = Table(*(f"column {number}" for number in range(20)), box=None)
+    table.add_row(*(f"{number}.125" for number in range(20)))
+    for terminal in (False, True):
+        written = io.StringIO()
+        screen = _Terminal(file=written, width=80, force_terminal=terminal)
+        screen.print(table)
+        assert ("19.125" in written.getvalue()) is not terminal
+        assert screen.width == 80
