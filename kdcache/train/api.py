@@ -105,7 +105,8 @@ def make_trainer(
         check_pasting(sources)
         for source in sources:
             with source.named():
-                _note_all(pseudo_notes(source.config, source.dataset), source.note(observer.note))
+                told = pseudo_notes(source.config, source.dataset, pasted=source.pasted is not None)
+                _note_all(told, source.note(observer.note))
                 _note_collapse(source, sources, observer)
         config = _resolve(config, sources, observer)
         identity = identity_of(datasets)

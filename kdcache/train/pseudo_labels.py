@@ -31,20 +31,23 @@ LITTLE = 0.5
 """The share of pixels with a pseudo label below which it is worth a note."""
 
 
-def pseudo_notes(config: TrainConfig, dataset: DrawnDataset) -> Iterator[str]:
+def pseudo_notes(config: TrainConfig, dataset: DrawnDataset, *, pasted: bool = False) -> Iterator[str]:
     """Notes on thresholds that keep less than half of the pixels, of the first views of some samples.
 
     Args:
+        config: of a training of one source, or of a stream.
         dataset: its classes are the training's: where a class map merges a store's, a pseudo label is as sure as the
             sum of their probabilities.
-    Raises: RecipeError for a threshold that keeps none of any sample, where nothing else is learnt.
+        pasted: whether samples of another stream are pasted into it, whose labels it learns.
+    Raises: RecipeError for a threshold that keeps none of any sample, where nothing else is learnt of these.
     """
     cache = dataset.cache
     if cache is None or not config.reads_targets:
         return
     active = [term for term in config.terms if term.weight != 0]
     specs = [term for term in active if _of_store(term) and term.quantile is None]
-    alone = len(active) == len(specs) and config.ce_weight == 0 and not config.wants_kl
+    labels = config.ce_weight > 0 and (pasted or (config.labels != "none" and bool(dataset.labelled)))
+    alone = len(active) == len(specs) and not labels and not config.wants_kl
     targets = stored_targets(cache, dataset)
     for threshold in dict.fromkeys(spec.threshold or _DEFAULTS[spec.kind] for spec in specs):
         samples = cache.manifest.dataset.samples
@@ -101,7 +104,7 @@ def _none_found(cache: Cache, threshold: float, counts: ConfidenceCounts) -> Rec
     dataset = cache.manifest.dataset
     return RecipeError(
         "pseudo labels are pixels of which the teacher is sure, and something must be learnt",
-        received=f"none from {threshold:g} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "
+        received=f"none from {threshold} in all {dataset.samples} samples of {cache.place} (split {dataset.split}): "
         f"the surest pixel has {counts.highest:.2g}",
         remedy=f"give a threshold of {counts.threshold_keeping(LITTLE):.2g}, which keeps half; but look at the "
         "teacher's mIoU first: below 0.5 it needs more training",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kdcache.data import ClassList, open_split
 from kdcache.errors import RecipeError
 from kdcache.store import Cache, open_cache
-from kdcache.train import CacheDataset, make_config, pseudo_labels
+from kdcache.train import CacheDataset, make_config, pseudo_labels, train
 from kdcache.train.config import TrainConfig
 from kdcache.train.criterion import label_counts
 from kdcache.train.input.dataset import LabelledDataset
@@ -79,9 +79,24 @@ def test_none_at_all_is_noted_and_refused_where_nothing_else_is_learnt(cache: Ca
     samples = cache.manifest.dataset.samples
     (note,) = pseudo_notes(pseudo(0.9999), CacheDataset(cache))
     assert f"none from 0.9999 in all {samples} samples of {cache.place} (split train)" in note
-    with pytest.raises(RecipeError, match="none from") as caught:
-        list(pseudo_notes(pseudo(0.9999, ce_weight=0.0), CacheDataset(cache)))
+    for alone in ({"ce_weight": 0.0}, {"labels": "none"}):
+        with pytest.raises(RecipeError, match="none from") as caught:
+            list(pseudo_notes(pseudo(0.9999, **alone), CacheDataset(cache)))
+        assert "which keeps half" in caught.value.remedy
+    assert list(pseudo_notes(pseudo(0.9999, labels="none"), CacheDataset(cache), pasted=True)) == [note]
+
+
+def test_a_target_without_a_confident_pixel_is_refused_beside_labels_of_another(
+    student: dict[str, Any], cache_path: Path, scenes: str, tmp_path: Path
+) -> None:
+    """Nothing would be learnt of it, whatever the others teach; and nothing is begun."""
+    target = f't,cache={cache_path},labels=none,method=none,"term=pseudo,threshold=0.9999"'
+    streams = [f'l,"data={scenes}",method=none', target]
+    settings = student | {"cache": None, "size": "32x48", "stream": streams, "batch_size": 4}
+    with pytest.raises(RecipeError, match="stream t: none from") as caught:
+        train(make_config(**settings), tmp_path / "run")
     assert "which keeps half" in caught.value.remedy
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_sample_is_counted_once(cache: Cache, pseudo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

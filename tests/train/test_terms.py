@@ -182,3 +182,8 @@ def test_a_discriminator_that_wins_is_noted_once() -> None:
     assert [number for number, texts in enumerate(notes) if texts] == [19]
     assert "of the stream camera wins" in notes[19][0]
     assert not list(watch.won({"discriminator/ce": 0.0}))
+    levels = {"camera/discriminator-auxiliary": 0.001, "camera/discriminator-auxiliary_2": 0.002}
+    texts = [text for _ in range(10) for text in watch.won(levels)]
+    assert [text[:72] for text in texts] == [
+        "the discriminator of the auxiliary head of the stream camera wins: at 10"
+    ] * 2

@@ -103,7 +103,7 @@ def export_pseudo_labels(
     if not any(coverage.selected):
         raise RecipeError(
             "a rule of pseudo labels keeps some pixels",
-            received=f"none from {rule.threshold or max(coverage.thresholds):g} in all {len(files)} samples of "
+            received=f"none from {rule.threshold or max(coverage.thresholds)} in all {len(files)} samples of "
             f"{cache.place} (split {dataset.split}): the surest pixel has {counts.highest:.2g}",
             remedy=f"use --threshold {half:.2g}, which keeps half; but look at the teacher's mIoU first: below 0.5 it "
             "needs more training",

@@ -162,13 +162,15 @@ class Watch:
         """
         for name, value in values.items():
             stream, slash, part = name.rpartition("/")
-            if part.partition("_")[0] != "discriminator":
+            kind, _, head = part.partition("_")[0].partition("-")
+            if kind != "discriminator":
                 continue
             self._looks[name] = self._looks.get(name, 0) + 1 if value < WON else 0
             if self._looks[name] >= WON_LOOKS and name not in self._noted:
                 self._noted.add(name)
                 yield (
-                    f"the discriminator{f' of the stream {stream}' if slash else ''} wins: at {WON_LOOKS} looks "
+                    f"the discriminator{f' of the {head} head' if head else ''}"
+                    f"{f' of the stream {stream}' if slash else ''} wins: at {WON_LOOKS} looks "
                     f"running its loss was below {WON:g}, now {value:.2g}. It tells the streams apart with ease and "
                     "the student learns little from it: raise the term's weight, or use loss=least-squares"
                 )
