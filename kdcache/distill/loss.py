@@ -419,7 +419,7 @@ class DistillLoss(nn.Module):
             return loss + ce_weight * ce, ce.detach(), kl
         target = batch.target
         packed = None if target is None or self.targets is None else target.packed(self.targets)
-        return distill_loss(
+        loss, ce, kl = distill_loss(
             logits,
             batch.label,
             packed,
@@ -437,6 +437,7 @@ class DistillLoss(nn.Module):
             kl_denominator=counts.kl if kl_count is None and counts is not None else kl_count,
             impl=self.impl,
         )
+        return loss, ce.detach(), kl.detach()
 
 
 def _active(term: "Term", batch: Batch) -> bool:

@@ -29,8 +29,13 @@ def debugging() -> bool:
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be read: free on the CPU, a wait elsewhere, impossible while tracing."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or debugging())
+    """Whether the values of a tensor may be read: free on the CPU, a wait elsewhere, impossible while tracing.
+
+    Nor under `torch.func`, where a tensor may stand for a batch of them.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" or debugging()
 
 
 def check_number(name: str, value: float, *, above_zero: bool = False) -> None:
@@ -221,7 +226,7 @@ def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
 
     Raises: ValueRangeError with the position of the first value that made it so.
     """
-    if not debugging() or bool(loss.isfinite()):
+    if not debugging() or not may_read(loss) or bool(loss.isfinite()):
         return
     suspects = {"student_logits_BChw": problem.student, "pixel_weight_BHW": problem.pixel_weight}
     if problem.target is not None:

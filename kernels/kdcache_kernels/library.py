@@ -1,7 +1,7 @@
-"""The operators in PyTorch: registered, with fake kernels for tracing and a backward.
+"""The operators in PyTorch: registered, with fake kernels for tracing. `autograd.py` differentiates them.
 
 A `torch.library.custom_op` is opaque to `torch.compile` and to autograd, which is what a fused kernel wants: it is
-called in the forward, returns the loss together with its gradient, and the backward is one multiplication.
+called in the forward and returns the loss together with its gradient.
 
 An operator takes tensors and plain values, never a dataclass. The loss therefore takes the fields of `LossProblem` and
 of its target one by one: its schema, its call and the problem that it computes are made from one table of the fields.
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import checks
 from .problem import LossProblem, LossResult, gradient_dtype
-from .reference import LossParts
 from .topk import PackedTarget, argmax_dtype, index_dtype
 
 FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
@@ -49,7 +48,7 @@ def _schema_types(owner: type) -> dict[str, str]:
 
 
 _PROBLEM_TYPES, _TARGET_TYPES = _schema_types(LossProblem), _schema_types(PackedTarget)
-_ARGUMENTS = (*_PROBLEM_TYPES, *(f"target_{name}" for name in _TARGET_TYPES))
+LOSS_ARGUMENTS = (*_PROBLEM_TYPES, *(f"target_{name}" for name in _TARGET_TYPES))
 """The loss's arguments by position, but for the family. Those of the target are None where there is none."""
 
 
@@ -58,7 +57,8 @@ def _schema(types: Iterable[str], names: Iterable[str]) -> str:
 
 
 _LOSS_TYPES = (*_PROBLEM_TYPES.values(), *(kind.removesuffix("?") + "?" for kind in _TARGET_TYPES.values()))
-_LOSS_SCHEMA = f"(str family, {_schema(_LOSS_TYPES, _ARGUMENTS)}) -> (Tensor, Tensor, Tensor, Tensor)"
+_LOSS_INPUTS = f"(str family, {_schema(_LOSS_TYPES, LOSS_ARGUMENTS)})"
+_LOSS_SCHEMA, _GRADIENT_SCHEMA = f"{_LOSS_INPUTS} -> (Tensor, Tensor, Tensor, Tensor)", f"{_LOSS_INPUTS} -> Tensor"
 _TARGET_SCHEMA = _schema(_TARGET_TYPES.values(), _TARGET_TYPES)
 _ARGMAX_SCHEMA = f"(str family, {_TARGET_SCHEMA}, Tensor? window, Tensor? flip, SymInt[] size) -> (Tensor, Tensor)"
 
@@ -70,7 +70,7 @@ def target_arguments(target: PackedTarget | None) -> tuple[Any, ...]:
 
 
 def loss_arguments(problem: LossProblem) -> tuple[Any, ...]:
-    """Return the problem as the operator takes it: the values of `_ARGUMENTS`, in their order."""
+    """Return the problem as the operator takes it: the values of `LOSS_ARGUMENTS`, in their order."""
     return (*(getattr(problem, name) for name in _PROBLEM_TYPES), *target_arguments(problem.target))
 
 
@@ -79,7 +79,7 @@ def _with_tuples(arguments: Iterable[Any]) -> list[Any]:
     return [tuple(value) if isinstance(value, list) else value for value in arguments]
 
 
-def _loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
+def loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
     """Return the problem whose `loss_arguments` these are."""
     values = _with_tuples(arguments)
     fields = dict(zip(_PROBLEM_TYPES, values, strict=False))
@@ -90,55 +90,46 @@ def _loss_problem(arguments: tuple[Any, ...]) -> LossProblem:
 @torch.library.custom_op("kdcache::distill_loss", mutates_args=(), schema=_LOSS_SCHEMA)
 def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, ce, kl, gradient); see `LossProblem` and `LossResult`."""
-    problem = _loss_problem(arguments)
+    problem = loss_problem(arguments)
     # Here and not before the operator: a compiled program does not run what stands around it.
     checks.check_values(problem)
-    result: LossResult = _module(family, "loss").distill_loss(problem)
-    if problem.student.shape[1] == 1:
-        # The one probability is 1; what the kernels leave of 1 - 1 is a rounding. NaN stays.
-        loss = 0 * result.loss
-        result = LossResult(loss, 0 * result.ce, 0 * result.kl, torch.zeros_like(result.gradient) + loss)
+    result = _computed(problem, family)
     checks.explain_non_finite(problem, result.loss)
     return result.loss, result.ce, result.kl, result.gradient
+
+
+def _computed(problem: LossProblem, family: str) -> LossResult:
+    result: LossResult = _module(family, "loss").distill_loss(problem)
+    if problem.student.shape[1] > 1:
+        return result
+    # The one probability is 1; what the kernels leave of 1 - 1 is a rounding. NaN stays.
+    loss = 0 * result.loss
+    return LossResult(loss, 0 * result.ce, 0 * result.kl, torch.zeros_like(result.gradient) + loss)
 
 
 @distill_loss.register_fake
 def _(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Not the problem: the checks of its target would tie a compiled program to the sizes that it was traced with.
-    fields = dict(zip(_ARGUMENTS, arguments, strict=True))
+    fields = dict(zip(LOSS_ARGUMENTS, arguments, strict=True))
     student = fields["student"]
     loss, ce, kl = (student.new_empty((), dtype=torch.float32) for _ in range(3))
     shape = student.shape if fields["need_gradient"] else (0,)
     return loss, ce, kl, student.new_empty(shape, dtype=gradient_dtype(student))
 
 
-def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    loss, ce, kl, gradient = output
-    _, student, *_ = inputs
-    ctx.mark_non_differentiable(ce, kl, gradient)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gradient, loss)
-    ctx.dtype = student.dtype
+@torch.library.custom_op("kdcache::distill_gradient", mutates_args=(), schema=_GRADIENT_SCHEMA)
+def distill_gradient(family: str, *arguments: Any) -> Tensor:
+    """Return d loss / d student in the student's dtype, contiguous; NaN everywhere where the loss is not finite."""
+    problem = loss_problem(arguments)
+    result = _computed(problem, family)
+    gradient: Tensor = scale_gradient(result.gradient, 1 + 0 * result.loss, problem.student.dtype)
+    return gradient
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the family, of the student, which alone has one, and of the other arguments."""
-    gradient, loss = ctx.saved_tensors
-    student = None
-    if grad_loss is not None:
-        # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
-        student = scale_gradient(gradient, grad_loss.float() + 0 * loss, ctx.dtype)
-    return None, student, *(None for _ in _ARGUMENTS[1:])
-
-
-distill_loss.register_autograd(_backward, setup_context=_keep_gradient)
-
-
-def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
-    """Call the operator without autocast: the kernels choose the precision of each step."""
-    with torch.autocast(problem.student.device.type, enabled=False):
-        loss, ce, kl, _ = distill_loss(family, *loss_arguments(problem))
-    return LossParts(loss, ce, kl)
+@distill_gradient.register_fake
+def _(family: str, *arguments: Any) -> Tensor:
+    student: Tensor = dict(zip(LOSS_ARGUMENTS, arguments, strict=True))["student"]
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("kdcache::scale_gradient", mutates_args=())
@@ -156,17 +147,6 @@ def scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
 @scale_gradient.register_fake
 def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _once(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "distill_loss can be differentiated once.\n"
-        "  received: a backward through its backward (create_graph=True)\n"
-        "  remedy:   pass impl='reference' and float64 logits, which differentiate any number of times."
-    )
-
-
-scale_gradient.register_autograd(_once)
 
 
 @torch.library.custom_op("kdcache::pack", mutates_args=())

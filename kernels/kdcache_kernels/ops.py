@@ -17,7 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from . import checks, library, topk
+from . import autograd, checks, library, topk
 from .errors import ShapeError, ValueRangeError
 from .problem import LossProblem
 from .reference import (
@@ -73,13 +73,14 @@ def distill_loss(
     within 2e-6 of itself plus 2e-6 T^2 of that of exact arithmetic.
 
     Args:
-        student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides; alone gets a gradient.
-            Computed in float32 (the reference: in float64 when it is float64), also under autocast.
+        student_logits_BChw: raw logits, float32, float16, bfloat16 or float64, any strides; gets a gradient, and beside
+            it only weights do. Computed in float32 (the reference: in float64 when it is float64), also under autocast.
         labels_BHW: class ids, uint8 or a signed integer; None for an unlabelled batch.
         target: packed teacher logits of the same batch; None for CE alone.
         size: (H, W) in pixels; needed without labels.
         ce_weight, kl_weight: >= 0, dimensionless. A number of 0 leaves the term out; a 0-dimensional tensor on the
-            device is never read by the host, so that a schedule can fill it under a CUDA graph.
+            device is never read by the host, so that a schedule can fill it under a CUDA graph. One that is learnt gets
+            the term as its gradient, which costs nothing.
         temperature: > 0, dimensionless.
         class_weight: (C,) floats >= 0, for CE; None weighs every class 1.
         ignore_index: the void id, which may be one that the labels' dtype cannot hold.
@@ -94,8 +95,10 @@ def distill_loss(
         ce_denominator, kl_denominator: replace the counts of this batch, 0-dimensional tensors on the device or
             numbers: the global batch's, from `distill_denominators`, summed over ranks and accumulation steps.
         impl: "auto", "triton", "numba" or "reference"; the module's docstring has the table.
-    Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel; kl includes T^2. The loss alone carries a
-        gradient, once; twice with the reference.
+    Returns: (loss, ce, kl), 0-dimensional float32 (float64), nats per pixel; kl includes T^2. Each carries a gradient,
+        once; several times with the reference. The loss's is computed with it. That of ce or kl is computed in the
+        backward, for as much time as the call took and no memory; detach a value that is only logged where a compiled
+        function returns it. `torch.func.grad` and `vmap` work (vmap sample by sample), forward mode raises.
     Raises: ShapeError, ValueRangeError naming the argument. A wrong value inside a tensor is an error on the CPU; on
         CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or beside the view
         makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is
@@ -126,7 +129,7 @@ def distill_loss(
 
     def scalar(value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
-            return value.detach()
+            return value
         return torch.full((), value, dtype=torch.float64, device=device)
 
     problem = LossProblem(
@@ -137,8 +140,8 @@ def distill_loss(
         use_ce=use_ce,
         ce_weight=scalar(ce_weight),
         kl_weight=scalar(kl_weight),
-        ce_denominator=None if ce_denominator is None else scalar(ce_denominator),
-        kl_denominator=None if kl_denominator is None else scalar(kl_denominator),
+        ce_denominator=None if ce_denominator is None else scalar(ce_denominator).detach(),
+        kl_denominator=None if kl_denominator is None else scalar(kl_denominator).detach(),
         temperature=float(temperature),
         class_weight=None if class_weight is None else class_weight.detach(),
         ignore_index=int(ignore_index),
@@ -155,7 +158,7 @@ def distill_loss(
         parts = distill_loss_reference(problem)
         checks.explain_non_finite(problem, parts.loss)
         return parts
-    return library.call_distill_loss(problem, family)
+    return autograd.call_distill_loss(problem, family)
 
 
 @torch.no_grad()

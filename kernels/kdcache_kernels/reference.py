@@ -30,7 +30,7 @@ class LossParts(NamedTuple):
     """The loss and its two terms, 0-dimensional tensors.
 
     Attributes:
-        loss: ce_weight * ce + kl_weight * kl; the one to call `backward` on, for it alone carries a gradient.
+        loss: ce_weight * ce + kl_weight * kl; the one to call `backward` on.
         ce: cross-entropy with the labels, nats per pixel.
         kl: T^2 * KL(teacher || student) at temperature T, nats per pixel.
     """
@@ -65,7 +65,7 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
         # An empty slice: zero, attached to the graph, and zero gradient even from NaN.
         ce = kl = zero = logits_BChw[:0].sum(dtype=dtype)
         if not (problem.use_ce or problem.use_kl):
-            return LossParts(zero, zero.detach(), zero.detach())
+            return LossParts(zero, zero, zero)
         positions = view_positions(None, None, size, size, logits_BChw.device)
         student = _Upsampled.of(logits_BChw.to(dtype), positions, size, problem.align_corners, temperature)
         log_p_BCHW = None
@@ -84,7 +84,7 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
             teacher = _Upsampled.of_target(target, positions, size, dtype, temperature)
             kl = zero + temperature**2 * _kl_divergence(log_p_BCHW, student.lost, teacher, counted_BHW, problem)
         loss = problem.ce_weight * ce + problem.kl_weight * kl
-        return LossParts(_NanReachesAll.apply(loss.to(dtype), logits_BChw), ce.detach(), kl.detach())
+        return LossParts(*(_NanReachesAll.apply(part.to(dtype), logits_BChw) for part in (loss, ce, kl)))
 
 
 class _NanReachesAll(torch.autograd.Function):
@@ -94,11 +94,17 @@ class _NanReachesAll(torch.autograd.Function):
     go on with half a gradient.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, logits_BChw: Tensor) -> Tensor:
+    def forward(loss: Tensor, logits_BChw: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        loss, logits_BChw = inputs
         ctx.save_for_backward(loss)
         ctx.shape, ctx.dtype = logits_BChw.shape, logits_BChw.dtype
-        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

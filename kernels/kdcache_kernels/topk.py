@@ -124,7 +124,7 @@ def densify(
     fill_Bhw = values.double().logsumexp(1) + tail.double() - log_missing
     fill_BChw = fill_Bhw.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).to(dtype)[:, None].expand(-1, num_classes, -1, -1)
     ids_BKhw = indices.long()
-    if ids_BKhw.device.type == "cpu":
+    if ids_BKhw.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
         check_ids(ids_BKhw, num_classes)
     else:
         values = values.masked_fill(ids_BKhw >= num_classes, torch.nan)

@@ -145,11 +145,16 @@ def resample(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
 class _Resample(torch.autograd.Function):
     """The product as one linear operation, so that the backward too runs at full precision."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_BHh, columns_BWw)
+    def forward(x_BChw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
         with full_float32():
             return _contract(x_BChw, rows_BHh, columns_BWw)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -1,0 +1,146 @@
+"""The derivative of the fused loss, for autograd, `torch.compile` and `torch.func`.
+
+The gradient of the loss comes with the loss, and its backward is one multiplication. Those of the terms, where one of
+them is differentiated by itself, are computed in the backward by the same kernels with other weights: a gradient kept
+for each from the forward would cost its memory in every step that does not ask for it. The loss's derivative by a
+weight is the term.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library
+from .library import LOSS_ARGUMENTS
+from .problem import LossProblem
+from .reference import LossParts
+
+_WEIGHTS = ("ce_weight", "kl_weight")
+
+
+def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
+    """Compute a problem's loss and terms, all differentiable; autocast does not enter: the kernels choose precision."""
+    arguments = (family, *library.loss_arguments(problem))
+    with torch.autocast(problem.student.device.type, enabled=False):
+        # A program that is compiled calls the operator, which alone it can trace.
+        loss, ce, kl, _ = (library.distill_loss if torch.compiler.is_compiling() else _Loss.apply)(*arguments)
+    return LossParts(loss, ce, kl)
+
+
+def _each(function: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The rule of vmap for `function`: sample by sample."""
+    results = []
+    for n in range(info.batch_size):
+        pairs = zip(arguments, in_dims, strict=True)
+        own = (x.select(dim, n) if isinstance(x, Tensor) and dim is not None else x for x, dim in pairs)
+        results.append(function(*own))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(each) for each in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    loss, ce, kl, gradient = output
+    ctx.family, *arguments = inputs
+    ctx.mark_non_differentiable(gradient)
+    ctx.set_materialize_grads(False)
+    ctx.places = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
+    ctx.arguments = [None if isinstance(value, Tensor) else value for value in arguments]
+    ctx.save_for_backward(loss, ce, kl, gradient, *(arguments[place] for place in ctx.places))
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all arguments: the student and the weights alone have one."""
+    loss, ce, kl, gradient, *tensors = ctx.saved_tensors
+    for place, tensor in zip(ctx.places, tensors, strict=True):
+        ctx.arguments[place] = tensor
+    fields = dict(zip(LOSS_ARGUMENTS, ctx.arguments, strict=True))
+    grad_loss, grad_ce, grad_kl, _ = grads
+    result: dict[str, Tensor] = {}
+    if grad_loss is not None:
+        for name, term in zip(_WEIGHTS, (ce, kl), strict=True):
+            if ctx.needs_input_grad[1 + LOSS_ARGUMENTS.index(name)]:
+                result[name] = (grad_loss * term.detach()).to(fields[name].dtype)
+    if fields["need_gradient"]:
+        if grad_ce is not None or grad_kl is not None:
+            arguments = _weighed(fields, grad_loss, (grad_ce, grad_kl))
+            result["student"] = _Once.apply(library.distill_gradient, ctx.family, *arguments)
+        elif grad_loss is not None:
+            # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
+            factor = grad_loss.float() + 0 * loss
+            result["student"] = _Once.apply(library.scale_gradient, gradient, factor, fields["student"].dtype)
+    return None, *(result.get(name) for name in LOSS_ARGUMENTS)
+
+
+def _weighed(
+    fields: dict[str, Any], grad_loss: Tensor | None, grad_terms: tuple[Tensor | None, Tensor | None]
+) -> list[Any]:
+    """The arguments of the problem whose loss is what is differentiated; a term without a gradient is left out."""
+    weights: list[Tensor | None] = []
+    for name, grad in zip(_WEIGHTS, grad_terms, strict=True):
+        parts = [] if grad_loss is None else [grad_loss.double() * fields[name].double()]
+        parts += [] if grad is None else [grad.double()]
+        weights.append(torch.stack(parts).sum(0) if parts else None)
+    ce, kl = weights
+    changes: dict[str, Any] = {"ce_weight": fields["ce_weight"] if ce is None else ce}
+    changes |= {"kl_weight": fields["kl_weight"] if kl is None else kl, "use_ce": fields["use_ce"] and ce is not None}
+    if kl is None:
+        changes |= dict.fromkeys(name for name in LOSS_ARGUMENTS if name.startswith("target_"))
+    return list({**fields, **changes}.values())
+
+
+class _Loss(torch.autograd.Function):
+    """The operator for autograd and `torch.func`, whose transforms do not take an operator's own backward."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return library.distill_loss(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _keep(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _backward(ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "distill_loss is differentiated backwards.\n"
+            "  received: a forward-mode derivative (torch.func.jvp, jacfwd, hessian)\n"
+            "  remedy:   take torch.func.grad, vjp or jacrev; jacrev of jacrev with impl='reference' for a Hessian."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _each(_Loss.apply, info, in_dims, arguments)
+
+
+class _Once(torch.autograd.Function):
+    """An operator of the backward, `_Once.apply(operator, *arguments)`: its result is not differentiated again."""
+
+    @staticmethod
+    def forward(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "distill_loss can be differentiated once.\n"
+            "  received: a backward through its backward (create_graph=True)\n"
+            "  remedy:   pass impl='reference' and float64 logits, which differentiate any number of times."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _each(_Once.apply, info, in_dims, arguments)
+
+
+library.distill_loss.register_autograd(_backward, setup_context=_keep)
