@@ -38,7 +38,8 @@ from triton.runtime.jit import JITFunction
 import kdcache_kernels.gpu
 from common import RESULTS, header, write
 from kdcache_kernels import LossProblem, PackedTarget
-from kdcache_kernels.gpu import argmax, loss, topk
+from kdcache_kernels.gpu import argmax, counts, loss, topk
+from kdcache_kernels.problem import Counted
 from kdcache_kernels.topk import index_dtype
 
 CAPABILITIES = ("80", "90")
@@ -159,6 +160,14 @@ def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
     target = packed_target(128)
     yield f"k = {KEPT}", partial(topk.densify, target.values, target.indices, target.tail, CLASSES)
     yield f"k = {KEPT}", partial(argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
+    yield "whole views", count_call(None)
+
+
+def count_call(window: torch.Tensor | None) -> Callable[[], object]:
+    """A call that counts denominators."""
+    labels, size = empty(BATCH, LABELS, LABELS, dtype=torch.uint8), (LABELS, LABELS)
+    counted = Counted(labels, empty(CLASSES), CLASSES, 255, False, size, size, window, None, BATCH)
+    return partial(counts.count, counted, labels.device)
 
 
 def other_calls() -> Iterator[Call]:
@@ -178,6 +187,16 @@ def other_calls() -> Iterator[Call]:
             f"{geometry}, varied",
             partial(loss.distill_loss, problem(cells, torch.float16, **changes[geometry])),
         )
+    label_terms: dict[str, dict[str, Any]] = {
+        "smoothed": {"label_smoothing": 0.1},
+        "weights of pixels": {"ce_pixel_weight": gate, "class_weight": empty(CLASSES), "label_smoothing": 0.1},
+        "focal": {"focal_gamma": 2.0, "ce_pixel_weight": gate.float()},
+    }
+    for name, change in label_terms.items():
+        for geometry in ("stride 1", "stride 4"):
+            cells = CELLS[geometry]
+            yield f"{geometry}, {name}", partial(loss.distill_loss, problem(cells, torch.float16, **change))
+    yield "windows", count_call(window)
     many = packed_target(128, 300)
     yield "300 classes", partial(topk.pack, empty(BATCH, 300, 128, 128), KEPT)
     yield "300 classes", partial(topk.densify, many.values, many.indices, many.tail, 300)
@@ -193,6 +212,7 @@ def brief_calls() -> Iterator[Call]:
     yield "any", partial(loss.scale_gradient, logits, empty(), fp16)
     yield "any", partial(topk.pack, logits, KEPT)
     yield "any", partial(argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
+    yield "any", count_call(None)
 
 
 def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:

@@ -3,7 +3,6 @@
     loss.py           cross-entropy beside KL, fused, and what comes beside them
     streams.py        the losses of several streams, each on its rows of a batch
     terms/            the other terms
-    smoothing.py      cross-entropy with smoothed labels
     gate.py           weights per pixel of the teacher's terms
     depth.py          losses between maps of depth
     balance.py        the balance of several heads' losses

@@ -35,7 +35,6 @@ from kdcache.distill.label_targets import LabelTargets
 from kdcache.distill.masks import TeacherMasks, counted_in, times
 from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.outputs import Losses, Outputs, StudentOutputs, unpacked
-from kdcache.distill.smoothing import smoothed_cross_entropy
 from kdcache.distill.target import TargetFormat
 from kdcache.heads import TASKS
 from kdcache_kernels import distill_denominators, distill_loss
@@ -56,8 +55,7 @@ class DistillLoss(nn.Module):
             its gradient is several times that of the labels.
         temperature: temperature T of the KL term, above 0.
         class_weight: (C,) weights of the cross-entropy.
-        label_smoothing: share of every label that is spread evenly over all classes, in [0, 1). Above 0 the
-            cross-entropy is not fused: it keeps tensors of label size times classes, and its values are those of
+        label_smoothing: share of every label that is spread evenly over all classes, in [0, 1), as in
             `torch.nn.functional.cross_entropy`.
         distill_void: whether the teacher's terms count pixels without a label, too; not where labels are the targets.
         align_corners: whether the student's own final resize aligns corners.
@@ -405,18 +403,6 @@ class DistillLoss(nn.Module):
         kl_weight: float,
         kl_count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.label_smoothing > 0 and ce_weight > 0:
-            loss, _, kl = self._call(logits, batch, weight, counts, 0.0, kl_weight, kl_count)
-            ce = smoothed_cross_entropy(
-                logits,
-                batch.label,
-                self.label_smoothing,
-                class_weight=self.class_weight,
-                ignore_index=self.ignore_index,
-                align_corners=self.align_corners,
-                count=None if counts is None else counts.ce,
-            )
-            return loss + ce_weight * ce, ce.detach(), kl
         target = batch.target
         packed = None if target is None or self.targets is None else target.packed(self.targets)
         loss, ce, kl = distill_loss(
@@ -427,6 +413,7 @@ class DistillLoss(nn.Module):
             kl_weight=0.0 if packed is None else self._now(kl_weight),
             temperature=self.temperature,
             class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             window_B4=None if packed is None else batch.window,
             flip_B=None if packed is None else batch.flip,

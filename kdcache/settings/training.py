@@ -108,7 +108,7 @@ class TrainSettings:
     kl_weight: Weight = _loss(0.3, "Weight of T^2 * KL. At 1 its gradient is several times that of the labels.")
     ce_weight: Weight = _loss(1.0, "Weight of the cross-entropy.")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = _loss(
-        0.0, "Share of every label that is spread over all classes, in the cross-entropy. Above 0 it is not fused."
+        0.0, "Share of every label that is spread over all classes, in the cross-entropy."
     )
     balance: Literal["fixed", "uncertainty"] = _loss(
         "fixed",

@@ -49,6 +49,28 @@ def check_number(name: str, value: float, *, above_zero: bool = False) -> None:
         )
 
 
+def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
+    """Refuse a share outside [0, 1), a negative exponent, and both at once. Raises: ValueRangeError."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueRangeError(
+            "label_smoothing is a share of every label, at least 0 and below 1.",
+            received=f"{label_smoothing}",
+            remedy="0.1 is usual; 0 leaves the labels as they are.",
+        )
+    if not (math.isfinite(focal_gamma) and focal_gamma >= 0):
+        raise ValueRangeError(
+            "focal_gamma is finite and at least 0.",
+            received=f"{focal_gamma}",
+            remedy="2 is usual; 0 is the plain cross-entropy.",
+        )
+    if label_smoothing > 0 and focal_gamma > 0:
+        raise ValueRangeError(
+            "focal_gamma is for labels that are not smoothed.",
+            received=f"focal_gamma {focal_gamma} and label_smoothing {label_smoothing}",
+            remedy="Leave one of them at 0.",
+        )
+
+
 def check_tensor(
     name: str,
     tensor: Tensor | None,
@@ -228,7 +250,11 @@ def explain_non_finite(problem: LossProblem, loss: Tensor) -> None:
     """
     if not debugging() or not may_read(loss) or bool(loss.isfinite()):
         return
-    suspects = {"student_logits_BChw": problem.student, "pixel_weight_BHW": problem.pixel_weight}
+    suspects = {
+        "student_logits_BChw": problem.student,
+        "pixel_weight_BHW": problem.pixel_weight,
+        "ce_pixel_weight_BHW": problem.ce_pixel_weight,
+    }
     if problem.target is not None:
         suspects |= {"target.values": problem.target.values, "target.tail": problem.target.tail}
     causes = []

@@ -13,14 +13,14 @@ Legend: B batch, C classes, k kept classes, H W label size, h w the logits' own 
 """
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .problem import LossProblem, LossResult, gradient_dtype
+from .problem import Counted, LossProblem, LossResult, gradient_dtype
 from .topk import PackedTarget, argmax_dtype, index_dtype
 
 FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
@@ -28,7 +28,7 @@ FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
 
 
 def _module(family: str, operation: str) -> Any:
-    """Return the module with which a family computes an operation: loss, topk or argmax."""
+    """Return the module with which a family computes an operation: loss, counts, topk or argmax."""
     return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
 
 
@@ -147,6 +147,40 @@ def scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
 @scale_gradient.register_fake
 def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("kdcache::denominators", mutates_args=())
+def denominators(
+    family: str,
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    distill_void: bool,
+    size: Sequence[int],
+    view_size: Sequence[int] | None,
+    window: Tensor | None,
+    flip: Tensor | None,
+    anchor: Tensor,
+) -> Tensor:
+    """Return (2,) float64: the counts of CE and KL of `kdcache_kernels.distill_denominators`, where `anchor` is.
+
+    Args:
+        view_size: of the target; None without one.
+        anchor: of as many rows as the batch has.
+    """
+    view = None if view_size is None else tuple(view_size)
+    counted = Counted(
+        labels, class_weight, num_classes, ignore_index, distill_void, tuple(size), view, window, flip, len(anchor)
+    )
+    counts: Tensor = _module(family, "counts").count(counted, anchor.device)
+    return counts
+
+
+@denominators.register_fake
+def _(family: str, *arguments: Any) -> Tensor:
+    counts: Tensor = arguments[-1].new_empty(2, dtype=torch.float64)
+    return counts
 
 
 @torch.library.custom_op("kdcache::pack", mutates_args=())

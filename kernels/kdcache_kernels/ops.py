@@ -50,6 +50,9 @@ def distill_loss(
     kl_weight: Tensor | float = 0.0,
     temperature: float = 1.0,
     class_weight: Tensor | None = None,
+    ce_pixel_weight_BHW: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
     ignore_index: int = 255,
     window_B4: Tensor | None = None,
     flip_B: Tensor | None = None,
@@ -83,6 +86,13 @@ def distill_loss(
             the term as its gradient, which costs nothing.
         temperature: > 0, dimensionless.
         class_weight: (C,) floats >= 0, for CE; None weighs every class 1.
+        ce_pixel_weight_BHW: weight of every pixel in CE, any dtype, taken as a number: a gate of pseudo labels, the
+            pixels of online hard example mining, weights of boundaries. It does not shrink the denominator: for a
+            weighted mean pass `ce_denominator`. A non-finite weight of a labelled pixel makes CE NaN.
+        label_smoothing: the share of every label that is spread evenly over all classes, in [0, 1). Every class then
+            weighs its own log-probability, as in `torch.nn.functional.cross_entropy`; the denominator stays.
+        focal_gamma: >= 0; multiplies a pixel's cross-entropy by (1 - p)^gamma of its label's probability p. Not beside
+            label smoothing. On CUDA, at strides above 1, it takes the slower kernel.
         ignore_index: the void id, which may be one that the labels' dtype cannot hold.
         window_B4: (B, 4) float64 (y0, x0, y1, x1), half-open edges in pixels of the target's view, which the image
             shows; it may reach over the view's edge, but shows some of it. None is the whole view. Without a target, it
@@ -105,7 +115,8 @@ def distill_loss(
         not finite with the position of its cause.
     Memory: fused, two float32 copies of the low-resolution logits and the gradient; never anything of label size times
         classes. The reference keeps three (B, C, H, W) tensors for the backward and has eight at its peak.
-    Source: Hinton et al. 2015, section 2. Oracle: kdcache_kernels.reference.
+    Source: Hinton et al. 2015, section 2; smoothing Szegedy et al. 2016, arXiv 1512.00567, section 7; focal Lin et al.
+        2017, arXiv 1708.02002. Oracle: kdcache_kernels.reference.
     """
     checks.check_student(student_logits_BChw)
     B, num_classes = student_logits_BChw.shape[:2]
@@ -118,6 +129,8 @@ def distill_loss(
     remedy = "Pass one value per pixel of the label."
     checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
     checks.check_tensor("pixel_weight_BHW", pixel_weight_BHW, (B, *size), (), device, remedy)
+    checks.check_tensor("ce_pixel_weight_BHW", ce_pixel_weight_BHW, (B, *size), (), device, remedy)
+    checks.check_label_terms(label_smoothing, focal_gamma)
     checks.check_class_weight(class_weight, num_classes, device)
     checks.check_window(window_B4, flip_B, B, device)
     checks.check_scalar("ce_denominator", ce_denominator, device, "a sum reduced over ranks")
@@ -144,6 +157,9 @@ def distill_loss(
         kl_denominator=None if kl_denominator is None else scalar(kl_denominator).detach(),
         temperature=float(temperature),
         class_weight=None if class_weight is None else class_weight.detach(),
+        ce_pixel_weight=None if ce_pixel_weight_BHW is None or not use_ce else ce_pixel_weight_BHW.detach(),
+        label_smoothing=float(label_smoothing) if use_ce else 0.0,
+        focal_gamma=float(focal_gamma) if use_ce else 0.0,
         ignore_index=int(ignore_index),
         window=None if window_B4 is None or not use_kl else window_B4.detach(),
         flip=flip_B if use_kl else None,
@@ -173,6 +189,7 @@ def distill_denominators(
     window_B4: Tensor | None = None,
     flip_B: Tensor | None = None,
     distill_void: bool = True,
+    impl: str = "auto",
 ) -> Denominators:
     """Count the denominators of `distill_loss`, so that ranks and accumulation steps can share the sums.
 
@@ -181,8 +198,10 @@ def distill_denominators(
     of ranks.)
 
     Args: as in `distill_loss`; num_classes is the student's. One of labels_BHW and target is needed.
-    Returns: (ce, kl), 0-dimensional float64 on the device; 0 without labels or target.
+    Returns: (ce, kl), 0-dimensional float64 on the device; 0 without labels or target. A class id out of range is not
+        counted.
     Raises: ShapeError, ValueRangeError naming the argument.
+    Memory: fused, nothing of label size; the reference several times the labels in int64.
     """
     size = checks.check_size(labels_BHW, size)
     anchor = target.values if labels_BHW is None and target is not None else labels_BHW
@@ -195,12 +214,19 @@ def distill_denominators(
     remedy = "Pass one id per pixel."
     checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
     checks.check_class_weight(class_weight, num_classes, device)
+    family = choose_implementation(impl, device, torch.float32)
+    if target is not None:
+        checks.check_target(target, num_classes, B, device)
+        checks.check_window(window_B4, flip_B, B, device)
+    if family != "reference":
+        view_size = None if target is None else target.view_size
+        window, flip = (None, None) if target is None else (window_B4, flip_B)
+        options = (num_classes, int(ignore_index), distill_void, size, view_size, window, flip, anchor.detach())
+        return Denominators(*library.denominators(family, labels_BHW, class_weight, *options).unbind())
     ce = kl = torch.zeros((), dtype=torch.float64, device=device)
     if labels_BHW is not None:
         ce = ce_weight_sum(labels_BHW.long(), class_weight, ignore_index, num_classes).double()
     if target is not None:
-        checks.check_target(target, num_classes, B, device)
-        checks.check_window(window_B4, flip_B, B, device)
         counted, _ = kl_pixels(target, labels_BHW, size, ignore_index, window_B4, flip_B, distill_void)
         kl = counted.sum().double()
     return Denominators(ce, kl)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .topk import PackedTarget
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossProblem:
     """The arguments of `kdcache_kernels.distill_loss`, checked.
 
@@ -29,10 +29,13 @@ class LossProblem:
         ce_denominator, kl_denominator: 0-dimensional floats on the device; None counts this batch.
         temperature: > 0.
         class_weight: (C,) floats, any stride; None weighs every class 1.
+        ce_pixel_weight: (B, H, W), any dtype and strides, of CE; None weighs every pixel 1.
+        label_smoothing: the share of a label that all classes get, in [0, 1).
+        focal_gamma: exponent of the focal loss, 0 without; not beside label smoothing.
         ignore_index: the void id.
         window: (B, 4) float64, any strides, pixels of the target's view; None is the whole view.
         flip: (B,) bool, any stride; None mirrors nothing.
-        pixel_weight: (B, H, W), any dtype and strides; None weighs every pixel 1.
+        pixel_weight: (B, H, W), any dtype and strides, of KL; None weighs every pixel 1.
         distill_void: whether pixels of label `ignore_index` count in the KL.
         align_corners: whether the student's resize aligns corners; the target carries its own.
         need_gradient: whether the gradient is wanted.
@@ -49,6 +52,9 @@ class LossProblem:
     kl_denominator: Tensor | None
     temperature: float
     class_weight: Tensor | None
+    ce_pixel_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
     ignore_index: int
     window: Tensor | None
     flip: Tensor | None
@@ -66,6 +72,27 @@ class LossProblem:
     def gradient_dtype(self) -> torch.dtype:
         """The dtype of the gradient that a family returns; an averaged gradient in float16 would flush to 0."""
         return gradient_dtype(self.student)
+
+
+class Counted(NamedTuple):
+    """The labels and the geometry of a batch whose denominators are counted.
+
+    Attributes:
+        labels, class_weight, num_classes, ignore_index, distill_void, size, window, flip: as in `LossProblem`.
+        view_size: of the target; None without one.
+        batch: B.
+    """
+
+    labels: Tensor | None
+    class_weight: Tensor | None
+    num_classes: int
+    ignore_index: int
+    distill_void: bool
+    size: tuple[int, ...]
+    view_size: tuple[int, ...] | None
+    window: Tensor | None
+    flip: Tensor | None
+    batch: int
 
 
 def gradient_dtype(student: Tensor) -> torch.dtype:

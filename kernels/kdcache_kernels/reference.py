@@ -187,11 +187,27 @@ def _cross_entropy(
     # Wrong ids are hidden from nll_loss: on CUDA they would end the process. No reduction: its sum is atomic.
     labels_BHW = labels_BHW.masked_fill(wrong_BHW, ignore_index)
     loss_BHW = F.nll_loss(log_p_BCHW, labels_BHW, weight_C, ignore_index=ignore_index, reduction="none")
+    if problem.label_smoothing > 0:
+        share = problem.label_smoothing / num_classes
+        weighted_BCHW = log_p_BCHW if weight_C is None else log_p_BCHW * weight_C[:, None, None]
+        spread_BHW = -weighted_BCHW.sum(1).masked_fill(labels_BHW == ignore_index, 0)
+        loss_BHW = (1 - problem.label_smoothing) * loss_BHW + share * spread_BHW
+    if problem.focal_gamma > 0:
+        own_BHW = F.nll_loss(log_p_BCHW, labels_BHW, ignore_index=ignore_index, reduction="none")
+        loss_BHW = loss_BHW * _power(-torch.expm1(-own_BHW), problem.focal_gamma)
+    if problem.ce_pixel_weight is not None:
+        loss_BHW = loss_BHW * torch.where(counted_BHW, problem.ce_pixel_weight.to(dtype), 0)
     denominator = problem.ce_denominator
     if denominator is None:
         denominator = ce_weight_sum(labels_BHW, weight_C, ignore_index, num_classes)
     spoilt = (counted_BHW & (lost_BHW | wrong_BHW)).any()
     return _divide(loss_BHW.sum(), denominator, spoilt)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """Return x ** exponent for x >= 0; 0 at 0, with a gradient of 0, which is that of x ** exponent * log(1 - x)."""
+    above = x > 0
+    return torch.where(above, torch.where(above, x, 1) ** exponent, 0)
 
 
 def _kl_divergence(

@@ -146,7 +146,8 @@ def test_opcheck_of_the_recomputed_gradient(backend):
     scalar = torch.ones((), dtype=torch.float64, device=backend.device)
     problem = dict.fromkeys(library.LOSS_ARGUMENTS) | {
         "student": z.detach(), "labels": y, "size": (12, 16), "use_ce": True, "ce_weight": scalar, "kl_weight": scalar,
-        "temperature": 2.0, "ignore_index": 255, "distill_void": True, "align_corners": False, "need_gradient": True,
+        "temperature": 2.0, "label_smoothing": 0.0, "focal_gamma": 0.0,
+        "ignore_index": 255, "distill_void": True, "align_corners": False, "need_gradient": True,
     }  # fmt: skip
     values = dict(zip([f"target_{n}" for n in library._TARGET_TYPES], library.target_arguments(target), strict=True))
     torch.library.opcheck(library.distill_gradient, (backend.impl, *(problem | values).values()))

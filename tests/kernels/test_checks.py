@@ -79,6 +79,7 @@ BAD_ARGUMENTS = {
         ({"flip_B": torch.zeros(2)}, ShapeError),
     ],
     "pixel_weight_BHW": [({"pixel_weight_BHW": torch.ones(2, 4, 4)}, ShapeError)],
+    "ce_pixel_weight_BHW": [({"ce_pixel_weight_BHW": torch.ones(2, 4, 4)}, ShapeError)],
     "target": [
         ({"target": PackedTarget(TARGET.values[:1], None, None, C, SIZE)}, ShapeError),
         ({"target": PackedTarget(TARGET.values[:, :4], None, None, 4, SIZE)}, ShapeError),

@@ -37,10 +37,11 @@ def problem(device, k, everything):
             "flip": torch.tensor([True, False], device=device),
             "pixel_weight": torch.rand(2, *SIZE, device=device),
             "class_weight": torch.rand(C, device=device),
+            "ce_pixel_weight": torch.rand(2, *SIZE, device=device),
             "ce_denominator": scalar(300.0),
             "kl_denominator": scalar(350.0),
         }
-    absent = ("class_weight", "window", "flip", "pixel_weight", "ce_denominator", "kl_denominator")
+    absent = ("class_weight", "ce_pixel_weight", "window", "flip", "pixel_weight", "ce_denominator", "kl_denominator")
     return LossProblem(
         student=z,
         labels=y,
@@ -50,6 +51,7 @@ def problem(device, k, everything):
         ce_weight=scalar(1.0),
         kl_weight=scalar(0.5),
         temperature=2.0,
+        label_smoothing=0.1 if everything else 0.0,
         ignore_index=255,
         distill_void=True,
         align_corners=False,

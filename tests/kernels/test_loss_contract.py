@@ -35,6 +35,9 @@ class Case:
     ce_weight: float
     kl_weight: float
     class_weight: bool
+    label_gate: str
+    smoothing: float
+    focal: float
     gate: str
     distill_void: bool
     align_corners: tuple[bool, bool]
@@ -54,6 +57,7 @@ def cases(draw: st.DrawFn, small: bool) -> Case:
     grid = student if same_grid else (draw(cell), draw(cell))
     classes = draw(st.sampled_from([2, 3, 5] if small else [2, 3, 5, 19, 33]))
     weights = draw(st.sampled_from([(1.0, 1.0), (0.3, 2.0), (0.0, 1.0), (1.0, 0.0)]))
+    smoothing, focal = draw(st.sampled_from([(0.0, 0.0), (0.0, 0.0), (0.2, 0.0), (0.0, 2.0), (0.0, 0.5)]))
     return Case(
         batch=draw(st.integers(1, 3)),
         classes=classes,
@@ -73,6 +77,9 @@ def cases(draw: st.DrawFn, small: bool) -> Case:
         ce_weight=weights[0],
         kl_weight=weights[1],
         class_weight=draw(st.booleans()),
+        label_gate=draw(st.sampled_from(["none", "none", "bool", "float"])),
+        smoothing=smoothing,
+        focal=focal,
         gate=draw(st.sampled_from(["none", "uint8", "float"])),
         distill_void=draw(st.booleans()),
         align_corners=(draw(st.booleans()), draw(st.booleans())) if stride is None else (False, False),
@@ -127,13 +134,18 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+def gate_of(kind: str, weight: Tensor) -> Tensor | None:
+    """Of the same pixels, as a number, a count or a mask."""
+    return None if kind == "none" else weight > 1 if kind == "bool" else weight.to(getattr(torch, kind))
+
+
 def run(case: Case, impl: str, device: torch.device) -> tuple[LossParts, Tensor]:
     generator = torch.Generator().manual_seed(case.seed)
     z = (torch.randn(case.batch, case.classes, *case.student, generator=generator) * case.scale).to(case.dtype)
     t = torch.randn(case.batch, case.classes, *case.grid, generator=generator) * max(case.scale, 1)
     labels = labels_of(case, generator)
     window = windows(case, generator)
-    gate = torch.rand(case.batch, *case.size, generator=generator) * 2
+    gate, label_gate = (torch.rand(case.batch, *case.size, generator=generator) * 2 for _ in range(2))
     z = laid_out(z.to(device), case.layout) if impl != "reference" else z.to(device).double()
     target = PackedTarget(*pack(t, case.kept, impl="reference"), case.classes, case.size, case.align_corners[1])
     flip = torch.arange(case.batch, device=device) % 2 == 0 if case.flip else None
@@ -148,9 +160,12 @@ def run(case: Case, impl: str, device: torch.device) -> tuple[LossParts, Tensor]
         kl_weight=case.kl_weight,
         temperature=case.temperature,
         class_weight=weight,
+        ce_pixel_weight_BHW=gate_of(case.label_gate, label_gate.to(device)),
+        label_smoothing=case.smoothing,
+        focal_gamma=case.focal,
         window_B4=None if window is None else window.to(device),
         flip_B=flip,
-        pixel_weight_BHW=None if case.gate == "none" else gate.to(getattr(torch, case.gate)).to(device),
+        pixel_weight_BHW=gate_of(case.gate, gate.to(device)),
         distill_void=case.distill_void,
         align_corners=case.align_corners[0],
         impl=impl,

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from kdcache.distill.smoothing import smoothed_cross_entropy
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets
 from kdcache.distill.terms.spec import TermSpec
 from kdcache.heads import AUXILIARY
@@ -48,20 +47,12 @@ class Auxiliary(Term):
         logits, labels = batch.heads[AUXILIARY].output, batch.labels
         assert logits is not None, "the student's outputs have the head (check_heads)"
         assert labels is not None, "a batch has the labels of its terms (check_heads)"
-        if self.label_smoothing > 0:
-            return smoothed_cross_entropy(
-                logits,
-                labels,
-                self.label_smoothing,
-                class_weight=self.class_weight,
-                align_corners=self.student_align_corners,
-                count=count,
-            )
         return distill_loss(
             logits,
             labels,
             ce_denominator=count,
             class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
             align_corners=self.student_align_corners,
             impl="reference" if logits.dtype == torch.float64 else self.impl,
         ).loss

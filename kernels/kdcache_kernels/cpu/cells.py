@@ -18,7 +18,8 @@ phases one after the other. The last span of a tile is no pixel's.
 
 import numpy as np
 
-from .math import ONE, OPTIONS, SQUARE, TILE, TWO, exp2, kernel, log2, njit, pixel_terms, total
+from .math import ONE, OPTIONS, SQUARE, TILE, TWO, exp2, kernel, log2, njit, total
+from .terms import focal_terms, pixel_terms, smoothing_terms
 
 _f = np.float32
 _EIGHTH, _1, _3, _5, _7 = _f(1 / 8), _f(1 / 8), _f(3 / 8), _f(5 / 8), _f(7 / 8)
@@ -147,6 +148,39 @@ _gradient_one, _gradient_square, _gradient_two = map(_gradient_of, (ONE, SQUARE,
 
 
 @njit(**OPTIONS)
+def _mix_nodes(n, class_weight, above, below, fraction, scale, mixed):
+    """The sums over the classes of class weight * logit, on the nodes."""
+    mixed[:] = 0
+    for c in range(class_weight.size):
+        for k in range(n):
+            a = above[c, k]
+            a += fraction * (below[c, k] - a)
+            mixed[k] += class_weight[c] * (scale * a)
+
+
+@njit(**OPTIONS)
+def _mix_pixels(n, mixed, mix):
+    for k in range(n):
+        a = mixed[k]
+        d = mixed[k + 1] - a
+        mix[k], mix[TILE + k] = a + _1 * d, a + _3 * d
+        mix[2 * TILE + k], mix[3 * TILE + k] = a + _5 * d, a + _7 * d
+
+
+@njit(**OPTIONS)
+def _even_gradient(n, fraction, even, pull):
+    """Add to `pull` (4 * TILE,) what smoothed labels take from every class of weight 1, as `_gradient_of` does."""
+    for k in range(n):
+        g0, g1, g2, g3 = even[k], even[TILE + k], even[2 * TILE + k], even[3 * TILE + k]
+        right, whole = _1 * g0 + _3 * g1 + _5 * g2 + _7 * g3, g0 + g1 + g2 + g3
+        left = whole - right
+        pull[k] += left - fraction * left
+        pull[TILE + k] += right - fraction * right
+        pull[2 * TILE + k] += fraction * left
+        pull[3 * TILE + k] += fraction * right
+
+
+@njit(**OPTIONS)
 def _write_nodes(c, n, pull, upper, lower):
     upper[c, 0], lower[c, 0] = pull[c, 0], pull[c, 2 * TILE]
     for k in range(n - 1):
@@ -156,24 +190,27 @@ def _write_nodes(c, n, pull, upper, lower):
 
 @kernel
 def cells(
-    first, last, student, target, ids, weight, gate, starts, fractions, target_rows, target_fractions,
-    form, temperature, factors, use_kl, need_gradient, upper, lower, losses,
+    first, last, student, target, ids, weight, gate, spread, starts, fractions, target_rows, target_fractions,
+    form, temperature, factors, class_weight, gamma, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
     """Do the cell rows `first` to `last`, numbered image by image.
 
     Args:
         student, target: (B, h, tiles, C, n) base-2 logits at T on the nodes, at most 0.
-        ids, weight, gate: (B, H, tiles, P, n), as `prepare.count_pixels` makes them.
+        ids, weight, gate, spread: (B, H, tiles, P, n), as `prepare.count_pixels` makes them; spread may be empty.
         starts: (h + 1,) the first label row of each cell row. fractions: (H,) the weight of the row below.
         target_rows, target_fractions: (Bt, H) row of the target and weight of the next; Bt = B or 1.
         form: ONE, SQUARE or TWO. temperature: for TWO.
         factors: what CE and KL of a pixel weigh in the gradient, in nats.
+        class_weight: (C,), read where labels are smoothed. gamma: of the focal loss, or 0.
         upper, lower: (B, h, tiles, C, n) results: gradient of cell row i by the nodes of row i and of row i + 1.
         losses: (B, h, 2) results: sums of CE and KL in bits.
     """
     _, h, tiles, C, n = student.shape
     ht = target.shape[1]
     size = 4 * TILE
+    smooth, total_weight = spread.size > 0, class_weight.sum()
+    mixed, mix, even, even_pull = np.zeros(TILE + 1, _f), np.zeros(size, _f), np.zeros(size, _f), np.zeros(size, _f)
     e, v, pull = np.empty((C, size), _f), np.zeros((C, size), _f), np.empty((C, size), _f)
     e_1 = np.empty((C, size), _f) if form == TWO else e
     # A node beyond the last is read for the last span, which is no pixel's.
@@ -188,7 +225,7 @@ def cells(
         losses[b, i, :] = 0
         for tile in range(tiles):
             above, below = student[b, i, tile], student[b, min(i + 1, h - 1), tile]
-            pull[:] = 0
+            pull[:], even_pull[:] = 0, 0
             loss[:] = 0
             for y in range(starts[i], starts[i + 1]):
                 fraction = fractions[y]
@@ -216,6 +253,15 @@ def cells(
                     n, sum_1, sum_T, sum_v, cross, own, weight[b, y, tile], gate[b, y, tile],
                     factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,
                 )  # fmt: skip
+                if smooth:
+                    _mix_nodes(n, class_weight, above, below, fraction, temperature, mixed)
+                    _mix_pixels(n, mixed, mix)
+                    smoothing_terms(
+                        n, sum_1, mix, total_weight, spread[b, y, tile], factors[0], slope_1, even, loss
+                    )  # fmt: skip
+                    _even_gradient(n, fraction, even, even_pull)
+                if gamma > 0:
+                    focal_terms(n, sum_1, own, weight[b, y, tile], gamma, slope_1, hot, loss)
                 if not need_gradient:
                     continue
                 slopes = (slope_1, slope_T, slope_v, hot)
@@ -231,4 +277,7 @@ def cells(
                 losses[b, i, 1] += total(loss, (4 + p) * TILE, n)
             if need_gradient:
                 for c in range(C):
+                    if smooth:
+                        for k in range(size):
+                            pull[c, k] -= class_weight[c] * even_pull[k]
                     _write_nodes(c, n, pull, upper[b, i, tile], lower[b, i, tile])

@@ -49,6 +49,7 @@ class _Pixels(NamedTuple):
     ids: Array
     weight: Array
     gate: Array
+    spread: Array
     ce_denominator: float
     kl_denominator: float
 
@@ -130,20 +131,28 @@ def _to_nodes(logits_BChw: Tensor, temperature: float, limit: float, taps: Taps,
     return _Nodes(values, lost, float(ranges.max()))
 
 
+def _class_weight(problem: LossProblem) -> Array:
+    """(C,) float32."""
+    weight = torch.ones(problem.student.shape[1]) if problem.class_weight is None else problem.class_weight
+    return weight.float().contiguous().numpy()
+
+
 def _count(problem: LossProblem, plan: Plan) -> _Pixels:
     B, C = problem.student.shape[:2]
     H, _ = problem.size
     none = torch.empty((B, 0, 0))
     labels = none.to(torch.uint8) if problem.labels is None else problem.labels.contiguous()
-    pixel_weight = none if problem.pixel_weight is None else problem.pixel_weight.float().contiguous()
-    class_weight = torch.ones(C) if problem.class_weight is None else problem.class_weight.float().contiguous()
+    weights = (problem.ce_pixel_weight, problem.pixel_weight)
+    label_weight, pixel_weight = (none if x is None else x.float().contiguous() for x in weights)
     shape = (B, H, plan.tiles, plan.phases, plan.n)
     ids, weight, gate = np.empty(shape, np.uint32), np.empty(shape, np.float32), np.empty(shape, np.float32)
+    spread = np.empty(shape if problem.label_smoothing > 0 else (0,) * 5, np.float32)
     counts_BH3 = np.empty((B, H, 3))
     run(
-        count_pixels, B * H, labels.numpy(), problem.ignore_index, class_weight.numpy(), pixel_weight.numpy(),
+        count_pixels, B * H, labels.numpy(), problem.ignore_index, _class_weight(problem), label_weight.numpy(),
+        problem.label_smoothing, pixel_weight.numpy(),
         plan.inside_y, plan.inside_x, problem.use_ce, problem.use_kl, not problem.distill_void,
-        plan.pitch, plan.offset, ids, weight, gate, counts_BH3,
+        plan.pitch, plan.offset, ids, weight, gate, spread, counts_BH3,
     )  # fmt: skip
     weight_sum, counted, wrong = counts_BH3.sum((0, 1))
     if wrong and problem.labels is not None:
@@ -153,7 +162,7 @@ def _count(problem: LossProblem, plan: Plan) -> _Pixels:
         return float(count if denominator is None else denominator)
 
     ce = denominator_of(problem.ce_denominator, weight_sum)
-    return _Pixels(ids, weight, gate, ce, denominator_of(problem.kl_denominator, counted))
+    return _Pixels(ids, weight, gate, spread, ce, denominator_of(problem.kl_denominator, counted))
 
 
 def _compute(
@@ -171,9 +180,12 @@ def _compute(
     upper, lower = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     losses_Bh2 = np.zeros((B, h, 2))
     rows = (plan.starts, plan.student_rows.fraction, plan.target_rows.low.astype(np.int64), plan.target_rows.fraction)
-    common = (form, np.float32(T), np.array(factors, np.float32))
+    common = (
+        *(form, np.float32(T), np.array(factors, np.float32)),
+        *(_class_weight(problem), np.float32(problem.focal_gamma)),
+    )
     results = (problem.use_kl, problem.need_gradient, upper, lower, losses_Bh2)
-    labels = (counted.ids, counted.weight, counted.gate)
+    labels = (counted.ids, counted.weight, counted.gate, counted.spread)
     if plan.columns is None:
         run(cells, B * h, student.values, targets, *labels, *rows, *common, *results)
     else:

@@ -1,4 +1,4 @@
-"""What the CPU kernels of the loss share: 2**x and log2 that LLVM vectorises, and what happens at a pixel.
+"""What the CPU kernels of the loss share: 2**x and log2 that LLVM vectorises.
 
 numba's wheels bring no vector exponential, and the C library's takes a pixel at a time. The polynomials here are 14
 instructions for 8 floats on AVX2. NaN and infinity never reach them (logits are cleaned before), but `nnan` and
@@ -10,8 +10,6 @@ zero raises, unless the error model is numpy's.
 
 Everything is inlined by force. A function of its own would exist twice in a process that compiles, once by itself and
 once within the kernel, with other roundings, and which one is called would depend on where the kernel came from.
-
-Legend: C classes, P phases, n pixels of a tile and phase; see `loss.py` for tiles and phases.
 """
 
 import hashlib
@@ -165,31 +163,3 @@ def total(x, start, n):
     for k in range(n):
         result += part[k]
     return result
-
-
-@njit(**OPTIONS)
-def pixel_terms(
-    n, sum_1, sum_T, sum_v, cross, own, weight_Pn, gate_Pn, ce_factor, kl_factor, slope_1, slope_T, slope_v, hot, loss
-):
-    """From sums over classes to the losses of a row of pixels and to the factors of its gradient.
-
-    Args:
-        sum_1, sum_T, sum_v: of the exponentials of the student at T = 1 and at T, and of the target at T.
-        cross: sum of target exponential * (target - student), base-2 logits at T.
-        own: base-2 logarithm of the exponential at T = 1 of the pixel's label.
-        weight_Pn, gate_Pn: factors of CE and KL; 0 where a pixel is not counted.
-        slope_1, slope_T, slope_v, hot: results; the gradient by a student logit is
-            slope_1 * exponential at 1 + slope_T * exponential at T - slope_v * target's exponential [- hot].
-        loss: (2 * 4 * TILE,) float64, CE and KL in bits, to which is added.
-    """
-    for p in range(weight_Pn.shape[0]):
-        start = p * TILE
-        for k in range(n):
-            weight, gate = weight_Pn[p, k], gate_Pn[p, k]
-            kl = cross[start + k] / sum_v[start + k] + log2(sum_T[start + k] / sum_v[start + k])
-            loss[start + k] += weight * (log2(sum_1[start + k]) - own[start + k])
-            loss[4 * TILE + start + k] += gate * kl if gate != 0 else _f(0)
-            hot[start + k] = ce_factor * weight
-            slope_1[start + k] = ce_factor * weight / sum_1[start + k]
-            slope_T[start + k] = kl_factor * gate / sum_T[start + k]
-            slope_v[start + k] = kl_factor * gate / sum_v[start + k]

@@ -10,7 +10,8 @@ Legend: B batch, C classes, H label rows, h w a tensor's own rows and columns, n
 
 import numpy as np
 
-from .math import OPTIONS, SQUARE, TILE, TWO, exp2, kernel, njit, pixel_terms, total
+from .math import OPTIONS, SQUARE, TILE, TWO, exp2, kernel, njit, total
+from .terms import focal_terms, pixel_terms, smoothing_terms
 
 _f = np.float32
 
@@ -94,6 +95,18 @@ def _gradient(c, n, form, fraction, ids, e, e_1, v, slopes, pull):
 
 
 @njit(**OPTIONS)
+def _mix(n, class_weight, above, below, fraction, peak, scale, mix):
+    """The sums over the classes of class weight * logit, relative to the peak as the exponentials are."""
+    mix[:n] = 0
+    for c in range(class_weight.size):
+        for k in range(n):
+            a = above[c, k]
+            mix[k] += class_weight[c] * (a + fraction * (below[c, k] - a) - peak[k])
+    for k in range(n):
+        mix[k] *= scale
+
+
+@njit(**OPTIONS)
 def _shrink(n, pull_Cn, index, fraction, rows_Cw):
     """The transpose of `_stretch`: add what every column pulls to the two cells that it lies between."""
     for c in range(rows_Cw.shape[0]):
@@ -107,14 +120,14 @@ def _shrink(n, pull_Cn, index, fraction, rows_Cw):
 
 @kernel
 def pixels(
-    first, last, student, target, ids, weight, gate, taps, starts, fractions, target_rows, target_fractions,
-    form, temperature, factors, wide, use_kl, need_gradient, upper, lower, losses,
+    first, last, student, target, ids, weight, gate, spread, taps, starts, fractions, target_rows, target_fractions,
+    form, temperature, factors, class_weight, gamma, wide, use_kl, need_gradient, upper, lower, losses,
 ):  # fmt: skip
     """Do the cell rows `first` to `last`, numbered image by image.
 
     Args:
         student, target: (B, h, 1, C, w + 1) base-2 logits at T; the last column repeats.
-        ids, weight, gate: (B, H, tiles, 1, n), as `prepare.count_pixels` makes them.
+        ids, weight, gate, spread: (B, H, tiles, 1, n), as `prepare.count_pixels` makes them; spread may be empty.
         taps: index (tiles, n) of the cell to the left of a column and fraction of the next, of student columns; the
             same with a leading Bt of target columns. Bt is B or 1.
         wide: whether the logits span so much that a pixel's maximum must be subtracted.
@@ -124,6 +137,8 @@ def pixels(
     ht = target.shape[1]
     _, _, tiles, _, n = ids.shape
     index, fraction_x, t_index, t_fraction_x = taps
+    smooth, total_weight = spread.size > 0, class_weight.sum()
+    mix, even, even_pull = np.zeros(n, _f), np.zeros(n, _f), np.zeros((2, n), _f)
     pair, t_pair = np.empty((2, C, n), _f), np.empty((2, C, n), _f)
     held, t_held = np.empty(2, np.int64), np.empty(2, np.int64)
     e, v, pull = np.empty((C, n), _f), np.zeros((C, n), _f), np.empty((2, C, n), _f)
@@ -146,7 +161,7 @@ def pixels(
             for row in (i, next_i):
                 _stretch(row, student[b, :, 0], index[tile], fraction_x[tile], pair, held)
             above, below = pair[i % 2], pair[next_i % 2]
-            pull[:], loss[:] = 0, 0
+            pull[:], even_pull[:], loss[:] = 0, 0, 0
             for y in range(starts[i], starts[i + 1]):
                 fraction, t_fraction = fractions[y], target_fractions[bt, y]
                 pixel_ids = ids[b, y, tile, 0]
@@ -178,6 +193,16 @@ def pixels(
                     n, sum_1, sum_T, sum_v, cross, own, weight[b, y, tile], gate[b, y, tile],
                     factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,
                 )  # fmt: skip
+                if smooth:
+                    _mix(n, class_weight, above, below, fraction, peak, temperature, mix)
+                    smoothing_terms(
+                        n, sum_1, mix, total_weight, spread[b, y, tile], factors[0], slope_1, even, loss
+                    )  # fmt: skip
+                    for k in range(n):
+                        even_pull[0, k] += even[k] - fraction * even[k]
+                        even_pull[1, k] += fraction * even[k]
+                if gamma > 0:
+                    focal_terms(n, sum_1, own, weight[b, y, tile], gamma, slope_1, hot, loss)
                 if need_gradient:
                     slopes = (slope_1, slope_T, slope_v, hot)
                     for c in range(C):
@@ -185,5 +210,10 @@ def pixels(
             losses[b, i, 0] += total(loss, 0, n)
             losses[b, i, 1] += total(loss, 4 * TILE, n)
             if need_gradient:
+                if smooth:
+                    for c in range(C):
+                        for k in range(n):
+                            pull[0, c, k] -= class_weight[c] * even_pull[0, k]
+                            pull[1, c, k] -= class_weight[c] * even_pull[1, k]
                 _shrink(n, pull[0], index[tile], fraction_x[tile], upper[b, i, 0])
                 _shrink(n, pull[1], index[tile], fraction_x[tile], lower[b, i, 0])

@@ -94,8 +94,8 @@ def from_nodes(first, last, upper, lower, index, fraction, gradient):
 
 @kernel
 def count_pixels(
-    first, last, labels, ignore_index, class_weight, pixel_weight, inside_y, inside_x,
-    use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, counts,
+    first, last, labels, ignore_index, class_weight, label_weight, share, pixel_weight, inside_y, inside_x,
+    use_ce, use_kl, skip_void, pitch, offset, ids, weight, gate, spread, counts,
 ):  # fmt: skip
     """Write the weight of each label pixel in each term, tile by tile and phase by phase.
 
@@ -104,15 +104,19 @@ def count_pixels(
     Args:
         labels: (B, H, W) of any integers, or with H = 0 no labels.
         class_weight: (C,) float32.
-        pixel_weight: (B, H, W) float32, or with H = 0 ones.
+        label_weight, pixel_weight: of CE and of KL, (B, H, W) float32, or with H = 0 ones.
+        share: of a label, which is spread over all classes.
         inside_y, inside_x: (Bt, H) and (Bt, W) bool; Bt is B or 1.
         skip_void: whether void pixels do not count in KL.
         ids, weight, gate: (B, H, tiles, P, n) results: class id, weight of CE, weight of KL; 0 where not counted.
+        spread: the same, a class's part of the share times the weight of the pixel; of no element without a share.
         counts: (B, H, 3) float64 results: sum of the class weights, pixels that KL counts, ids out of range.
     """
     _, H, tiles, P, n = ids.shape
     C, W = class_weight.size, inside_x.shape[1]
     has_labels, has_pixel_weight = labels.shape[1] > 0, pixel_weight.shape[1] > 0
+    has_label_weight, has_spread = label_weight.shape[1] > 0, spread.size > 0
+    kept, part = _f(1 - share), _f(share / C)
     for task in range(first, last):
         b, y = task // H, task % H
         bt = b if inside_y.shape[0] > 1 else 0
@@ -124,6 +128,8 @@ def count_pixels(
                     ids[b, y, tile, p, k] = 0
                     weight[b, y, tile, p, k] = 0
                     gate[b, y, tile, p, k] = 0
+                    if has_spread:
+                        spread[b, y, tile, p, k] = 0
                     if k >= pitch or x < 0 or x >= W:
                         continue
                     label = np.int64(labels[b, y, x]) if has_labels else np.int64(0)
@@ -133,8 +139,11 @@ def count_pixels(
                             wrong += 1
                         else:
                             ids[b, y, tile, p, k] = label
-                            weight[b, y, tile, p, k] = class_weight[label]
+                            own = label_weight[b, y, x] if has_label_weight else _f(1)
+                            weight[b, y, tile, p, k] = class_weight[label] * kept * own
                             weight_sum += class_weight[label]
+                            if has_spread:
+                                spread[b, y, tile, p, k] = part * own
                     if use_kl and inside_y[bt, y] and inside_x[bt, x] and not (void and skip_void):
                         counted += 1
                         gate[b, y, tile, p, k] = pixel_weight[b, y, x] if has_pixel_weight else _f(1)

@@ -1,6 +1,7 @@
 """The GPU family: Triton.
 
 loss.py      the fused loss: which kernel computes it
+counts.py    its denominators by themselves
 prep.py      its masks, counts and targets
 geometry.py  windows and the pixels of a cell
 common.py    launches and what kernels share

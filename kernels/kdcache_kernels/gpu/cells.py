@@ -35,11 +35,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, WRONG, gpu, integer_power, launch_options, multiprocessors, pixels_of, strides_of
+from .common import (
+    LN2,
+    WRONG,
+    gpu,
+    integer_power,
+    launch_options,
+    load_label_factors,
+    multiprocessors,
+    pixels_of,
+    strides_of,
+)
 from .prep import Prepared
 from .surface import (
-    add_powers,
     any_lost,
+    class_moments,
     contract,
     difference,
     exponentials,
@@ -50,7 +60,7 @@ from .surface import (
     moments,
     pixel_factors,
     read_labels,
-    scaled,
+    softmax_denominators,
     subtract,
 )
 
@@ -67,62 +77,6 @@ Nothing would be with 152, but 12 warps.
 def _or(a, b):
     """Combine for `tl.reduce`."""
     return a | b
-
-
-@triton.jit
-def _sums(
-    student, target, y_first, pixels, temperature, zero, S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr
-):
-    """Softmax denominators of every pixel: student at T = 1, student at T, target at T."""
-    ce = ()
-    kl = ()
-    teacher = ()
-    for _ in tl.static_range(ROWS * S):
-        ce += (zero,)
-        kl += (zero,)
-        teacher += (zero,)
-    a = load_corners(student, 0)
-    b = a
-    if pixels.USE_KL:
-        b = load_corners(target, 0)
-    for c in range(pixels.num_classes):
-        surface = make_surface(a, student, y_first, S)
-        sequence = exponentials(surface)
-        if pixels.USE_KL:
-            teacher_sequence = exponentials(make_surface(b, target, y_first, S))
-        # The next class's corners are on their way while this one's pixels are computed.
-        following = tl.minimum(c + 1, pixels.num_classes - 1)
-        a = load_corners(student, following)
-        if pixels.USE_KL:
-            b = load_corners(target, following)
-            kl = add_powers(kl, sequence, 1, S, ROWS)
-            teacher = add_powers(teacher, teacher_sequence, 1, S, ROWS)
-        if pixels.USE_CE and POWER == 0:
-            ce = add_powers(ce, exponentials(scaled(surface, temperature)), 1, S, ROWS)
-        elif pixels.USE_CE and (POWER > 1 or not pixels.USE_KL):
-            ce = add_powers(ce, sequence, POWER, S, ROWS)
-    if POWER == 1 and pixels.USE_KL:
-        ce = kl
-    return ce, kl, teacher
-
-
-@triton.jit
-def _moments(
-    surface, sequence, share, ce, kl, k_kl, pixels, temperature,
-    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
-):  # fmt: skip
-    """Moments of a class's gradient, the labels left out; `share` are those of the target's probability."""
-    if pixels.USE_CE and POWER == 0:
-        m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)
-        if pixels.USE_KL:
-            m = subtract(m, -1.0, moments(sequence, kl, kl, True, 0, S, ROWS))
-    elif pixels.USE_CE:
-        m = moments(sequence, kl, ce, pixels.USE_KL, POWER, S, ROWS)
-    else:
-        m = moments(sequence, kl, kl, True, 0, S, ROWS)
-    if pixels.USE_KL:
-        m = subtract(m, k_kl, share)
-    return m
 
 
 @triton.jit
@@ -156,11 +110,12 @@ def _spread(
 
 @triton.jit
 def _gradient(
-    student, target, y_first, labels, present, ce, kl, teacher, kl_cell, left_lane, upper_last, upper_step, step, g,
-    writes, gradient_ptrs, edge_ptrs, k_ce, k_kl, pixels, w, temperature,
+    student, target, y_first, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, present, even, ce, kl,
+    teacher, kl_cell, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs, k_ce, k_kl,
+    label_factors, pixels, w, temperature,
     S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """The second loop over the classes: writes the gradient.
+    """The second loop over the classes: writes the gradient. `even` are the moments of the labelled pixels' weights.
 
     Returns: `kl_cell` plus the cell's sum of gate * q (v - u), and its sum of class weight * label's logit; base 2.
     """
@@ -184,15 +139,24 @@ def _gradient(
             share = moments(exponentials(teacher_surface), teacher, teacher, True, 0, S, ROWS)
             kl_cell += contract(difference(teacher_surface, surface), share, S, ROWS)
         if gradient_ptrs is not None:
-            m = _moments(surface, sequence, share, ce, kl, k_kl, pixels, temperature, S, ROWS, POWER)
+            m = class_moments(surface, sequence, share, ce, kl, k_kl, pixels, temperature, S, ROWS, POWER)
+            if pixels.SMOOTH:
+                of_class = k_ce * label_factors[1]
+                if pixels.class_weight is not None:
+                    of_class *= tl.load(pixels.class_weight + c).to(tl.float32)
+                m = subtract(m, of_class, even)
         if pixels.USE_CE:
             # Few classes are in a warp's labels; for most, this is skipped.
             bit = (present >> (c & 31)) & 1
             if bit != 0:
-                hits = label_moments(labels, c, S, ROWS)
+                hits = label_moments(
+                    labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, c, False, S, ROWS
+                )
                 weight = 1.0
                 if pixels.class_weight is not None:
                     weight = tl.load(pixels.class_weight + c).to(tl.float32)
+                if pixels.SMOOTH:
+                    weight = weight * label_factors[0]
                 # Loaded again: to keep the surface would cost registers at every class.
                 again = make_surface(load_corners(student, c), student, y_first, S)
                 ce_label += contract(again, hits, S, ROWS) * weight
@@ -209,14 +173,17 @@ def _gradient(
 @triton.jit(
     do_not_specialize=[
         "h", "w", "ht", "wt", "blocks", "strips", "rows",
-        "label_stride_b", "label_stride_h", "label_stride_w", "gate_stride_b", "gate_stride_h", "gate_stride_w",
+        "label_stride_b", "label_stride_h", "label_stride_w",
+        "label_gate_stride_b", "label_gate_stride_h", "label_gate_stride_w",
+        "gate_stride_b", "gate_stride_h", "gate_stride_w",
     ]
 )  # fmt: skip
 def cells_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr,
-    row_inside_ptr, column_inside_ptr, route_ptr, shift_ptr, factors_ptr, gradient_ptr, edges_ptr, partials_ptr,
-    pixels, h, w, ht, wt, blocks, strips, rows,
-    label_stride_b, label_stride_h, label_stride_w, gate_stride_b, gate_stride_h, gate_stride_w, temperature,
+    row_inside_ptr, column_inside_ptr, route_ptr, shift_ptr, factors_ptr, mix_ptr, gradient_ptr, edges_ptr,
+    partials_ptr, pixels, h, w, ht, wt, blocks, strips, rows,
+    label_stride_b, label_stride_h, label_stride_w, label_gate_stride_b, label_gate_stride_h, label_gate_stride_w,
+    gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """Each program does NC - 1 columns of cells, down their strips, of one image.
@@ -258,6 +225,11 @@ def cells_kernel(
     label_ptr = pixels.labels
     if label_ptr is not None:
         label_ptr += image.to(tl.int64) * label_stride_b
+    label_gate_ptr = pixels.label_gate
+    if label_gate_ptr is not None:
+        label_gate_ptr += image.to(tl.int64) * label_gate_stride_b
+    if mix_ptr is not None:
+        mix_ptr += image.to(tl.int64) * (h * w)
     gate_ptr = pixels.gate
     if gate_ptr is not None:
         gate_ptr += image.to(tl.int64) * gate_stride_b
@@ -270,6 +242,7 @@ def cells_kernel(
     plane = pixels.num_classes * w
     k_ce = tl.load(factors_ptr)
     k_kl = tl.load(factors_ptr + 1)
+    label_factors = load_label_factors(pixels, factors_ptr)
     zero = tl.zeros((NC,), tl.float32)
     ce_sum = tl.zeros((NC,), tl.float64)
     kl_sum = tl.zeros((NC,), tl.float64)
@@ -293,6 +266,7 @@ def cells_kernel(
             t_bottom = tl.minimum(tl.maximum(row_shift + i + 1, 0), ht - 1) * wt
             target = (target_ptr + t_top + t_column, target_ptr + t_bottom + t_column, ht * wt, t_first, t_step)
         labels = (zero,)
+        label_gate_ptrs = label_gate_ptr
         gate_ptrs = gate_ptr
         row_inside_ptrs = row_inside_ptr
         column_inside_ptrs = column_inside_ptr
@@ -301,16 +275,25 @@ def cells_kernel(
             labels, seen, lowest, highest = read_labels(
                 label_ptrs, label_stride_h, label_stride_w, pixels, active, i, j, g, h, w, S, ROWS
             )
+        if label_gate_ptr is not None:
+            label_gate_ptrs = label_gate_ptr + y.to(tl.int64) * label_gate_stride_h + x * label_gate_stride_w
         if gate_ptr is not None:
             gate_ptrs = gate_ptr + y.to(tl.int64) * gate_stride_h + x * gate_stride_w
         if row_inside_ptr is not None:
             row_inside_ptrs = row_inside_ptr + y
             column_inside_ptrs = column_inside_ptr + x
-        ce, kl, teacher = _sums(student, target, y_first, pixels, temperature, zero, S, ROWS, POWER)
+        ce, kl, teacher = softmax_denominators(student, target, y_first, pixels, temperature, zero, S, ROWS, POWER)
         ce, kl, teacher, ce_cell, kl_cell, kl_any = pixel_factors(
-            ce, kl, teacher, labels, pixels, gate_ptrs, gate_stride_h, gate_stride_w, row_inside_ptrs,
-            column_inside_ptrs, k_ce, k_kl, active, i, j, g, h, w, zero, S, ROWS,
+            ce, kl, teacher, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, pixels, gate_ptrs,
+            gate_stride_h, gate_stride_w, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, label_factors, active, i, j,
+            g, h, w, zero, S, ROWS,
         )  # fmt: skip
+        even = (zero, zero, zero, zero)
+        even_label = zero
+        if pixels.SMOOTH:
+            even = label_moments(labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, 0, True, S, ROWS)
+            mix = (mix_ptr + s_top + s_column, mix_ptr + s_bottom + s_column, h * w, s_first, s_step)
+            even_label = label_factors[1] * contract(make_surface(load_corners(mix, 0), mix, y_first, S), even, S, ROWS)
 
         present = 0
         if pixels.USE_CE:
@@ -326,13 +309,16 @@ def cells_kernel(
             gradient_ptrs = gradient_ptr + i * w + j
             edge_ptrs = edges_ptr + strip * PLANES * plane + j
         kl_cell, ce_label = _gradient(
-            student, target, y_first, labels, present, ce, kl, teacher, kl_cell, left_lane, upper_last, upper_step,
-            step, g, writes, gradient_ptrs, edge_ptrs, k_ce, k_kl, pixels, w, temperature, S, ROWS, POWER,
+            student, target, y_first, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, present, even,
+            ce, kl, teacher, kl_cell, left_lane, upper_last, upper_step, step, g, writes, gradient_ptrs, edge_ptrs,
+            k_ce, k_kl, label_factors, pixels, w, temperature, S, ROWS, POWER,
         )  # fmt: skip
 
         if pixels.USE_CE or pixels.USE_KL:
             student_spoilt = any_lost(student_lost_ptr + image * (h * w), s_top, s_bottom, j, w)
         if pixels.USE_CE:
+            if pixels.SMOOTH:
+                ce_label += even_label
             ce_cell = LN2 * (ce_cell - temperature * ce_label)
             spoilt = (lowest == WRONG) | ((highest >= 0) & student_spoilt)
             ce_cell = tl.where(spoilt, float("nan"), ce_cell)
@@ -428,8 +414,8 @@ def launch(
     cells_kernel[(B * blocks,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost,
         *((None, None) if problem.window is None else (prepared.target_rows.inside, prepared.target_columns.inside)),
-        prepared.route, prepared.shift, prepared.factors, gradient, edges, partials,
-        pixels_of(problem)._replace(label_strides=None, gate_strides=None),
+        prepared.route, prepared.shift, prepared.factors, prepared.mix, gradient, edges, partials,
+        pixels_of(problem)._replace(label_strides=None, gate_strides=None, label_gate_strides=None),
         h, w, *prepared.target.shape[2:], blocks, strips, rows, *strides_of(problem), problem.temperature,
         S=stride, NC=lanes, POWER=integer_power(problem.temperature),
         num_stages=1, enable_fp_fusion=False, **launch_options(lanes, REGISTERS, device),

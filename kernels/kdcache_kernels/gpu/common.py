@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ..problem import LossProblem
@@ -58,36 +59,100 @@ class Pixels(NamedTuple):
     """The label pixels of a problem as every kernel takes them; what is None at a launch is no part of its variant.
 
     Attributes:
-        labels, gate: tensors (pointers in a kernel) of labels and pixel weights; None without.
-        label_strides, gate_strides: (batch, row, column); None where a kernel takes them by themselves.
+        labels, gate, label_gate: tensors (pointers in a kernel) of labels and of KL's and CE's weights of pixels; None
+            without.
+        label_strides, gate_strides, label_gate_strides: (batch, row, column); None where a kernel takes them by
+            themselves.
         class_weight: contiguous; None without.
         num_classes: C.
         USE_CE, USE_KL, DISTILL_VOID, IGNORE_INDEX: constants, as in `LossProblem`.
+        SMOOTH, FOCAL: constants, whether labels are smoothed and the loss is focal; see `label_terms`.
+        WEIGHED: constant, whether what a label pulls at its logit is more than its class weight.
     """
 
     labels: Any
     label_strides: Any
     gate: Any
     gate_strides: Any
+    label_gate: Any
+    label_gate_strides: Any
     class_weight: Any
     num_classes: Any
     USE_CE: Any
     USE_KL: Any
     DISTILL_VOID: Any
     IGNORE_INDEX: Any
+    SMOOTH: Any
+    FOCAL: Any
+    WEIGHED: Any
 
 
 @triton.jit
-def load_pixel(pixels, label_ptrs, gate_ptrs, exists, in_view):
+def load_label_factors(pixels, factors_ptr):
+    """What smoothing leaves of a label, its part for each class, the sum of these over the classes; gamma.
+
+    The first three are 1, 0 and 0 without smoothing.
+    """
+    kept = 1.0
+    part = 0.0
+    parts = 0.0
+    gamma = 0.0
+    if pixels.SMOOTH:
+        kept = tl.load(factors_ptr + 4)
+        part = tl.load(factors_ptr + 5)
+        parts = tl.load(factors_ptr + 6)
+    if pixels.FOCAL:
+        gamma = tl.load(factors_ptr + 7)
+    return kept, part, parts, gamma
+
+
+@triton.jit
+def label_terms(pixels, label_factors, ce_weight, label_gate, log_sum, own, mix):
+    """Cross-entropy of a block of pixels in units of log2, and the factors of its gradient.
+
+    Args:
+        ce_weight, label_gate: as `load_pixel` returns them.
+        log_sum, own, mix: log2 of the sum of the exponentials, the label's logit, and the sum over the classes of class
+            weight * logit where labels are smoothed; base 2 at T = 1, relative to the same.
+    Returns: the loss; what multiplies the probabilities; what pulls at the label's logit, but for its class weight and
+        what smoothing takes of it; what pulls at every class, but for its weight.
+    """
+    whole = ce_weight
+    if pixels.label_gate is not None:
+        whole = whole * label_gate
+    pull = label_gate
+    spread = label_gate * 0.0
+    loss = (log_sum - own) * whole
+    if pixels.SMOOTH:
+        loss = loss * label_factors[0] + label_gate * (label_factors[2] * log_sum - label_factors[1] * mix)
+        whole = whole * label_factors[0] + label_gate * label_factors[2]
+        pull = label_gate * label_factors[0]
+        spread = label_gate * label_factors[1]
+    if pixels.FOCAL:
+        sure = tl.exp2(own - log_sum)
+        rest = 1.0 - sure
+        counts = rest > 0
+        rest = tl.where(counts, rest, 1.0)
+        power = tl.where(counts, tl.exp2(label_factors[3] * tl.log2(rest)), 0.0)
+        slope = power + label_factors[3] * (power / rest) * sure * (log_sum - own) * LN2
+        loss = loss * power
+        whole = whole * slope
+        pull = pull * slope
+    return loss, whole, pull, spread
+
+
+@triton.jit
+def load_pixel(pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view):
     """The weights of a block of pixels in both terms.
 
     Args:
-        label_ptrs, gate_ptrs: blocks of pointers of one shape; unused where there are none.
+        label_ptrs, label_gate_ptrs, gate_ptrs: blocks of pointers of one shape; unused where there are none.
         exists: bool block: the pixel lies in the image and is this program's.
         in_view: bool block: its centre lies in the target's view.
     Returns: blocks
         label: int32, the class id; 0 where the pixel is not labelled or its id is out of range.
         ce_weight: float32, class weight of a labelled pixel, else 0; NaN where the id is out of range.
+        label_gate: float32, CE's weight of a labelled pixel, else 0.
         kl_weight: float32, gate of a pixel that KL counts, else 0.
         ce_counted, kl_counted: bool, whether the terms count the pixel, whatever it weighs.
     """
@@ -95,6 +160,7 @@ def load_pixel(pixels, label_ptrs, gate_ptrs, exists, in_view):
     ce_counted = exists != exists
     kl_counted = ce_counted
     ce_weight = tl.zeros(exists.shape, tl.float32)
+    label_gate = ce_weight
     kl_weight = ce_weight
     taught = exists
     if pixels.labels is not None and (pixels.USE_CE or not pixels.DISTILL_VOID):
@@ -110,13 +176,17 @@ def load_pixel(pixels, label_ptrs, gate_ptrs, exists, in_view):
             else:
                 ce_weight = tl.where(ids >= 0, 1.0, 0.0)
             ce_weight = tl.where(ids == WRONG, float("nan"), ce_weight)
+            if pixels.label_gate is not None:
+                label_gate = tl.load(label_gate_ptrs, mask=ids >= 0, other=0).to(tl.float32)
+            else:
+                label_gate = tl.where(ids >= 0, 1.0, 0.0)
     if pixels.USE_KL:
         kl_counted = taught & in_view
         if pixels.gate is not None:
             kl_weight = tl.load(gate_ptrs, mask=kl_counted, other=0).to(tl.float32)
         else:
             kl_weight = tl.where(kl_counted, 1.0, 0.0)
-    return label, ce_weight, kl_weight, ce_counted, kl_counted
+    return label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted
 
 
 @triton.jit
@@ -158,26 +228,56 @@ def integer_power(temperature: float) -> int:
 
 
 def strides_of(problem: LossProblem) -> tuple[int, ...]:
-    """Strides (batch, row, column) of the labels and of the gate, 0 without; beside `Pixels` in a launch.
+    """Strides (batch, row, column) of the labels and the two gates, 0 without; beside `Pixels` in a launch.
 
     Triton makes a variant for every divisibility of an integer in a tuple, whatever the kernel says; not for these.
     """
-    tensors = (problem.labels, problem.pixel_weight)
+    tensors = (problem.labels, problem.ce_pixel_weight, problem.pixel_weight)
     return tuple(stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride()))
+
+
+def label_pixels(
+    labels: Tensor | None, class_weight: Tensor | None, num_classes: int, ignore_index: int,
+    *, use_ce: bool, use_kl: bool, distill_void: bool,
+) -> Pixels:  # fmt: skip
+    """Return label pixels without weights of their own in the form that kernels take."""
+    return Pixels(
+        labels=labels,
+        label_strides=None if labels is None else labels.stride(),
+        gate=None,
+        gate_strides=None,
+        label_gate=None,
+        label_gate_strides=None,
+        class_weight=None if class_weight is None else class_weight.detach().contiguous(),
+        num_classes=num_classes,
+        USE_CE=tl.constexpr(use_ce),
+        USE_KL=tl.constexpr(use_kl),
+        DISTILL_VOID=tl.constexpr(distill_void or labels is None),
+        IGNORE_INDEX=tl.constexpr(ignore_index),
+        SMOOTH=tl.constexpr(False),
+        FOCAL=tl.constexpr(False),
+        WEIGHED=tl.constexpr(False),
+    )
 
 
 def pixels_of(problem: LossProblem) -> Pixels:
     """Return the label pixels of a problem in the form that kernels take."""
-    labels, gate, class_weight = problem.labels, problem.pixel_weight, problem.class_weight
-    return Pixels(
-        labels=labels,
-        label_strides=None if labels is None else labels.stride(),
-        gate=gate.view(torch.uint8) if gate is not None and gate.dtype == torch.bool else gate,
+    gate, label_gate = problem.pixel_weight, problem.ce_pixel_weight
+    pixels = label_pixels(
+        problem.labels, problem.class_weight, problem.student.shape[1], problem.ignore_index,
+        use_ce=problem.use_ce, use_kl=problem.use_kl, distill_void=problem.distill_void,
+    )  # fmt: skip
+    return pixels._replace(
+        gate=_readable(gate),
         gate_strides=None if gate is None else gate.stride(),
-        class_weight=None if class_weight is None else class_weight.contiguous(),
-        num_classes=problem.student.shape[1],
-        USE_CE=tl.constexpr(problem.use_ce),
-        USE_KL=tl.constexpr(problem.use_kl),
-        DISTILL_VOID=tl.constexpr(problem.distill_void or labels is None),
-        IGNORE_INDEX=tl.constexpr(problem.ignore_index),
+        label_gate=_readable(label_gate),
+        label_gate_strides=None if label_gate is None else label_gate.stride(),
+        SMOOTH=tl.constexpr(problem.label_smoothing > 0),
+        FOCAL=tl.constexpr(problem.focal_gamma > 0),
+        WEIGHED=tl.constexpr(label_gate is not None or problem.label_smoothing > 0 or problem.focal_gamma > 0),
     )
+
+
+def _readable(gate: Tensor | None) -> Tensor | None:
+    """A gate whose dtype Triton knows."""
+    return gate.view(torch.uint8) if gate is not None and gate.dtype == torch.bool else gate

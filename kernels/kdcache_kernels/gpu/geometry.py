@@ -119,9 +119,21 @@ def _shift(size, cells, view, start, end):
 @triton.jit
 def _store_factors(
     counts_ptr, num_counts, pixel_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
-    kl_denominator_ptr, temperature,
+    kl_denominator_ptr, temperature, class_weight_ptr, num_classes, smoothing, gamma,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    total_weight = _double(num_classes)
+    if class_weight_ptr is not None:
+        weights = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, num_classes, BLOCK):
+            offs_c = start + tl.arange(0, BLOCK)
+            weights += tl.load(class_weight_ptr + offs_c, mask=offs_c < num_classes, other=0.0).to(tl.float64)
+        total_weight = tl.sum(weights, 0)
+    part = _double(smoothing) / _double(num_classes)
+    tl.store(factors_ptr + 4, (1.0 - _double(smoothing)).to(tl.float32))
+    tl.store(factors_ptr + 5, part.to(tl.float32))
+    tl.store(factors_ptr + 6, (part * total_weight).to(tl.float32))
+    tl.store(factors_ptr + 7, _double(gamma).to(tl.float32))
     ce_count = _double(0)
     kl_count = _double(pixel_count)
     if COUNTS_CE or COUNTS_KL:
@@ -148,15 +160,18 @@ def _store_factors(
 @triton.jit(
     do_not_specialize=[
         "B", "h", "w", "ht", "wt", "H", "W", "view_height", "view_width", "num_ranges", "num_counts", "pixel_count",
+        "num_classes",
     ],
     do_not_specialize_on_alignment=[
-        "window_ptr", "flip_ptr", "ce_weight_ptr", "kl_weight_ptr", "ce_denominator_ptr", "kl_denominator_ptr",
+        "window_ptr", "flip_ptr", "class_weight_ptr", "ce_weight_ptr", "kl_weight_ptr", "ce_denominator_ptr",
+        "kl_denominator_ptr",
     ],
 )  # fmt: skip
 def geometry_kernel(
     window_ptr, flip_ptr, ranges_ptr, counts_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
     kl_denominator_ptr, row_taps, column_taps, target_row_taps, target_column_taps, route_ptr, shift_ptr, factors_ptr,
     B, h, w, ht, wt, H, W, view_height, view_width, num_ranges, num_counts, pixel_count, temperature,
+    class_weight_ptr, num_classes, smoothing, gamma,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr, STUDENT_ALIGN: tl.constexpr, TARGET_ALIGN: tl.constexpr,
     FAST: tl.constexpr, GUARD_RANGE: tl.constexpr, COUNTS_CE: tl.constexpr, COUNTS_KL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,7 +185,8 @@ def geometry_kernel(
     if image == B:
         _store_factors(
             counts_ptr, num_counts, pixel_count, factors_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
-            kl_denominator_ptr, temperature, USE_CE, USE_KL, COUNTS_CE, COUNTS_KL, BLOCK,
+            kl_denominator_ptr, temperature, class_weight_ptr, num_classes, smoothing, gamma, USE_CE, USE_KL, COUNTS_CE,
+            COUNTS_KL, BLOCK,
         )  # fmt: skip
         return
     if image == 0:

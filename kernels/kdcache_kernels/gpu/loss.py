@@ -92,6 +92,7 @@ def _check_offsets(problem: LossProblem) -> None:
         "student_logits_BChw": problem.student,
         "labels_BHW": problem.labels,
         "pixel_weight_BHW": problem.pixel_weight,
+        "ce_pixel_weight_BHW": problem.ce_pixel_weight,
     }
     for name, tensor in strided.items():
         if tensor is not None and _reach(tensor) >= OFFSETS:

@@ -22,7 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, integer_power, load_pixel, multiprocessors, pixels_of, power
+from .common import (
+    LN2,
+    integer_power,
+    label_terms,
+    load_label_factors,
+    load_pixel,
+    multiprocessors,
+    pixels_of,
+    power,
+)
 from .prep import Prepared
 from .sample import LOWEST_LOGIT, SMALL
 
@@ -66,10 +75,10 @@ def _sums(
 
 @triton.jit
 def _gradient(
-    student_n, target_n, gradient_n, exists_n, label, k_ce, a, ku, kv, pixels, plane, target_plane, temperature,
-    absent_u, POWER: tl.constexpr, BLOCK_C: tl.constexpr,
+    student_n, target_n, gradient_n, exists_n, label, k_ce, pull, even, a, ku, kv, pixels, plane, target_plane,
+    temperature, absent_u, POWER: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write a 2^(T u) + ku 2^u - kv 2^v, less k_ce times its weight at the label's class (-1: none)."""
+    """Write a 2^(T u) + ku 2^u - kv 2^v, less what pulls at the label's class (-1: none) and at all classes."""
     for start in range(0, pixels.num_classes, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         exists_c = c < pixels.num_classes
@@ -91,7 +100,12 @@ def _gradient(
             k_label_c = tl.zeros((BLOCK_C,), tl.float32) + k_ce
             if pixels.class_weight is not None:
                 k_label_c *= tl.load(pixels.class_weight + c, mask=exists_c, other=0.0).to(tl.float32)
-            g -= tl.where(c[:, None] == label[None, :], k_label_c[:, None], 0.0)
+            k_label_cn = k_label_c[:, None]
+            if pixels.SMOOTH:
+                g -= k_label_cn * even[None, :]
+            if pixels.WEIGHED:
+                k_label_cn = k_label_cn * pull[None, :]
+            g -= tl.where(c[:, None] == label[None, :], k_label_cn, 0.0)
         gradient_ptrs = gradient_n[None, :] + (c * plane)[:, None]
         tl.store(gradient_ptrs, g.to(gradient_ptrs.dtype.element_ty), mask=exists_c[:, None] & exists_n[None, :])
 
@@ -116,14 +130,15 @@ def _target_pixels(
 @triton.jit(do_not_specialize=["batch", "h", "ht", "wt", "image_blocks", "num_blocks"])
 def pixels_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_inside_ptr, column_inside_ptr, route_ptr,
-    shift_ptr, factors_ptr, gradient_ptr, partials_ptr, pixels, plane, target_plane, batch, h, w, ht, wt, image_blocks,
-    num_blocks, temperature,
+    shift_ptr, factors_ptr, mix_ptr, gradient_ptr, partials_ptr, pixels, plane, target_plane, batch, h, w, ht, wt,
+    image_blocks, num_blocks, temperature,
     MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of pixels of the images whose route is 1."""
     pid = tl.program_id(0)
     k_ce = tl.load(factors_ptr)
     k_kl = tl.load(factors_ptr + 1)
+    label_factors = load_label_factors(pixels, factors_ptr)
     absent_u = LOWEST_LOGIT / tl.maximum(temperature, 1.0)
     ce_sum = tl.zeros((BLOCK_N,), tl.float64)
     kl_sum = tl.zeros((BLOCK_N,), tl.float64)
@@ -165,20 +180,31 @@ def pixels_kernel(
             if gate_ptrs is not None:
                 stride_b, stride_h, stride_w = pixels.gate_strides
                 gate_ptrs += image64 * stride_b + i * stride_h + j * stride_w
-            label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(
-                pixels, label_ptrs, gate_ptrs, exists, in_view
+            label_gate_ptrs = pixels.label_gate
+            if label_gate_ptrs is not None:
+                stride_b, stride_h, stride_w = pixels.label_gate_strides
+                label_gate_ptrs += image64 * stride_b + i * stride_h + j * stride_w
+            label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted = load_pixel(
+                pixels, label_ptrs, label_gate_ptrs, gate_ptrs, exists, in_view
             )
             a = s1
+            pull = s1
+            even = s1
             ku = s1
             kv = s1
             if pixels.USE_CE:
                 ce_weight = ce_weight.to(tl.float32)
                 s1 = tl.where(exists, s1, 1.0)
                 u_label = tl.load(student_n + label * plane, mask=exists, other=0.0)
-                ce = LN2 * (tl.log2(s1) - temperature * u_label) * ce_weight
-                ce_sum += tl.where(ce_counted & (lost != 0), float("nan"), ce).to(tl.float64)
+                mix = u_label
+                if mix_ptr is not None:
+                    mix = tl.load(mix_ptr + image64 * plane + at, mask=exists, other=0.0)
+                ce, whole, pull, even = label_terms(
+                    pixels, label_factors, ce_weight, label_gate, tl.log2(s1), temperature * u_label, temperature * mix
+                )
+                ce_sum += tl.where(ce_counted & (lost != 0), float("nan"), LN2 * ce).to(tl.float64)
                 label = tl.where(ce_counted, label, -1)
-                a = k_ce * ce_weight / s1
+                a = k_ce * whole / s1
             if pixels.USE_KL:
                 su = tl.where(exists, su, 1.0)
                 sv = tl.where(exists, sv, 1.0)
@@ -189,8 +215,8 @@ def pixels_kernel(
             if gradient_ptr is not None:
                 gradient_n = gradient_ptr + image64 * pixels.num_classes * plane + at
                 _gradient(
-                    student_n, target_n, gradient_n, exists, label, k_ce, a, ku, kv, pixels, plane, target_plane,
-                    temperature, absent_u, POWER, BLOCK_C,
+                    student_n, target_n, gradient_n, exists, label, k_ce, pull, even, a, ku, kv, pixels, plane,
+                    target_plane, temperature, absent_u, POWER, BLOCK_C,
                 )  # fmt: skip
     tl.store(partials_ptr + 2 * pid, tl.sum(ce_sum, 0))
     tl.store(partials_ptr + 2 * pid + 1, tl.sum(kl_sum, 0))
@@ -243,8 +269,8 @@ def launch(
     partials = torch.empty((programs, 2), dtype=torch.float64, device=device)
     pixels_kernel[(programs,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.target_rows.inside,
-        prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, gradient, partials,
-        pixels_of(problem), h * w, ht * wt, B, h, w, ht, wt, image_blocks, num_blocks, problem.temperature,
+        prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, prepared.mix, gradient,
+        partials, pixels_of(problem), h * w, ht * wt, B, h, w, ht, wt, image_blocks, num_blocks, problem.temperature,
         MOVED=problem.window is not None or problem.flip is not None, SINGLE=single,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         BLOCK_C=tiling.classes, BLOCK_N=tiling.pixels, num_warps=tiling.num_warps, enable_fp_fusion=True,

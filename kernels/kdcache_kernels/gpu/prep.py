@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import load_pixel, pixels_of
+from .common import label_pixels, load_pixel
 from .geometry import Taps, geometry_kernel, is_inside, load_window, view_positions
 from .topk import tail_fill
 
@@ -47,8 +47,10 @@ class Prepared:
         route: (B,) int32: 1 where the fast kernel takes the image, 0 where tiles does.
         shift: (B, 3) int32: row, column, flip (0 or 1): student cell (i, j) meets target cell (row + i, column + j),
             flipped (row + i, column + w - 1 - j), clamped to the target's grid. Where route is 1 and KL is on.
-        factors: (4,) float32: ce_weight / ce_denominator, kl_weight * T / kl_denominator (of the gradient),
-            1 / ce_denominator, T^2 / kl_denominator (of the terms); 0 where the denominator is 0.
+        mix: (B, h, w) float32, the sum over the classes of class weight * student; None where labels are not smoothed.
+        factors: (8,) float32: ce_weight / ce_denominator, kl_weight * T / kl_denominator (of the gradient),
+            1 / ce_denominator, T^2 / kl_denominator (of the terms); 0 where the denominator is 0; and what
+            `common.load_label_factors` reads.
         stride: label pixels per student cell when the fast kernel may run (1, 2, 4 or 8), else 0.
     """
 
@@ -63,12 +65,14 @@ class Prepared:
     route: Tensor
     shift: Tensor
     factors: Tensor
+    mix: Tensor | None
     stride: int = 0
 
 
 @triton.jit
 def _normalise(
-    x_ptr, strides, out_ptr, lost_ptr, range_ptr, block, num_classes, plane, w, limit, scale, stretch,
+    x_ptr, strides, out_ptr, lost_ptr, range_ptr, mix_ptr, class_weight_ptr, block, num_classes, plane, w, limit, scale,
+    stretch,
     FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap."""
@@ -90,12 +94,20 @@ def _normalise(
     largest = tl.where(usable, largest, 0.0)
     tl.store(lost_ptr + offs_n, wrong.to(tl.uint8), mask=exists)
     tl.store(range_ptr, tl.max((largest - tl.where(usable, smallest, 0.0)) * stretch, 0))
+    mix = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_classes, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
         mask = (offs_c < num_classes)[:, None] & exists[None, :]
         x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
         value = (tl.where(usable[None, :], x, 0.0) - largest[None, :]) * scale
         tl.store(out_ptr + offs_c[:, None] * plane + offs_n[None, :], value, mask=mask)
+        if mix_ptr is not None:
+            if class_weight_ptr is not None:
+                weight = tl.load(class_weight_ptr + offs_c, mask=offs_c < num_classes, other=0.0).to(tl.float32)
+                value = value * weight[:, None]
+            mix += tl.sum(tl.where(mask, value, 0.0), 0)
+    if mix_ptr is not None:
+        tl.store(mix_ptr + offs_n, mix, mask=exists)
 
 
 @triton.jit
@@ -145,7 +157,7 @@ def _densify(
 
 
 @triton.jit
-def _count(
+def count_block(
     pixels, window_ptr, flip_ptr, counts_ptr, image, block, H, W, view_height, view_width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +184,7 @@ def _count(
         ptrs = label_ptr
         if label_ptr is not None:
             ptrs += offs_y.to(tl.int64)[:, None] * stride_h + offs_x.to(tl.int64)[None, :] * stride_w
-        _, ce_weight, kl_weight, _, _ = load_pixel(pixels, ptrs, None, exists, in_view)
+        _, ce_weight, _, kl_weight, _, _ = load_pixel(pixels, ptrs, None, None, exists, in_view)
         # A class id out of range weighs NaN, which is for the loss alone.
         ce += tl.where(ce_weight == ce_weight, ce_weight, 0.0).to(tl.float64)
         kl += kl_weight.to(tl.float64)
@@ -185,12 +197,13 @@ def _count(
         "k", "h", "w", "ht", "wt", "H", "view_height", "view_width", "student_blocks", "target_blocks",
         "count_blocks",
     ],
-    do_not_specialize_on_alignment=["window_ptr", "flip_ptr"],
+    do_not_specialize_on_alignment=["window_ptr", "flip_ptr", "class_weight_ptr"],
 )  # fmt: skip
 def prepare_kernel(
     student_ptr, student_strides, student_out_ptr, student_lost_ptr, target_ptr, indices_ptr, tail_ptr, target_out_ptr,
-    target_lost_ptr, pixels, window_ptr, flip_ptr, ranges_ptr, counts_ptr, plane, target_plane, k, h, w, ht, wt, H, W,
-    view_height, view_width, student_blocks, target_blocks, count_blocks, student_limit, target_limit, scale, stretch,
+    target_lost_ptr, mix_ptr, class_weight_ptr, pixels, window_ptr, flip_ptr, ranges_ptr, counts_ptr, plane,
+    target_plane, k, h, w, ht, wt, H, W, view_height, view_width, student_blocks, target_blocks, count_blocks,
+    student_limit, target_limit, scale, stretch,
     FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Run for every image programs of the student's pixels, then of the target's, then those that count labels."""
@@ -201,10 +214,13 @@ def prepare_kernel(
     num_classes = pixels.num_classes
     ranges_ptr += image * (student_blocks + target_blocks) + block
     if block < student_blocks:
+        if mix_ptr is not None:
+            mix_ptr += image64 * plane
         _normalise(
             student_ptr + image64 * student_strides[0], student_strides,
             student_out_ptr + image64 * num_classes * plane, student_lost_ptr + image64 * plane, ranges_ptr,
-            block, num_classes, plane, w, student_limit, scale, stretch, FLAT, BLOCK_C, BLOCK,
+            mix_ptr, class_weight_ptr, block, num_classes, plane, w, student_limit, scale, stretch, FLAT, BLOCK_C,
+            BLOCK,
         )  # fmt: skip
     elif block < student_blocks + target_blocks:
         if target_ptr is not None:
@@ -219,12 +235,12 @@ def prepare_kernel(
             else:
                 _normalise(
                     target_ptr + image64 * num_classes * target_plane, (0, target_plane, wt, 1), out_ptr, lost_ptr,
-                    ranges_ptr, block - student_blocks, num_classes, target_plane, wt, target_limit, scale, stretch,
-                    True, BLOCK_C, BLOCK,
+                    ranges_ptr, None, None, block - student_blocks, num_classes, target_plane, wt, target_limit, scale,
+                    stretch, True, BLOCK_C, BLOCK,
                 )  # fmt: skip
     else:
         block -= student_blocks + target_blocks
-        _count(
+        count_block(
             pixels, window_ptr, flip_ptr, counts_ptr + 2 * (image * count_blocks + block), image, block, H, W,
             view_height, view_width, ROWS, COLUMNS,
         )  # fmt: skip
@@ -236,8 +252,8 @@ def fast_stride(problem: LossProblem) -> int:
     stride = H // h
     if stride not in (1, 2, 4, 8) or (h * stride, w * stride) != (H, W) or problem.align_corners:
         return 0
-    if stride > 1 and (w < 2 or C >= 2**15):
-        return 0
+    if stride > 1 and (w < 2 or C >= 2**15 or problem.focal_gamma > 0):
+        return 0  # a focal pixel needs its label's logit before the gradient, which cells knows after it
     if target is None:
         return stride
     ht, wt = target.values.shape[2:]
@@ -255,12 +271,21 @@ def prepare(problem: LossProblem) -> Prepared:
     masked = window is not None or not (problem.distill_void or problem.labels is None)
     counts_ce = problem.use_ce and problem.ce_denominator is None
     counts_kl = problem.use_kl and problem.kl_denominator is None and masked
-    logits, ranges, counts = _launch_prepare(problem, window, flip, counts_ce, counts_kl)
-    return _launch_geometry(problem, window, flip, counts_ce, counts_kl, logits, ranges, counts)
+    mix = None
+    if problem.label_smoothing > 0:
+        (B, _, h, w), device = problem.student.shape, problem.student.device
+        mix = torch.empty((B, h, w), dtype=torch.float32, device=device)
+    logits, ranges, counts = _launch_prepare(problem, window, flip, counts_ce, counts_kl, mix)
+    return _launch_geometry(problem, window, flip, counts_ce, counts_kl, logits, ranges, counts, mix)
 
 
 def _launch_prepare(
-    problem: LossProblem, window: Tensor | None, flip: Tensor | None, counts_ce: bool, counts_kl: bool
+    problem: LossProblem,
+    window: Tensor | None,
+    flip: Tensor | None,
+    counts_ce: bool,
+    counts_kl: bool,
+    mix: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
     """Return (student, student_lost, target, target_lost), (B, programs) ranges and (B, programs, 2) counts."""
     student, target, T = problem.student, problem.target, problem.temperature
@@ -286,9 +311,13 @@ def _launch_prepare(
         values = target.values.contiguous()
         indices = None if target.indices is None else target.indices.contiguous()
         tail = None if target.tail is None else target.tail.contiguous()
-    counted = pixels_of(problem)._replace(USE_CE=tl.constexpr(counts_ce), USE_KL=tl.constexpr(counts_kl), gate=None)
+    counted = label_pixels(
+        problem.labels, problem.class_weight, C, problem.ignore_index,
+        use_ce=counts_ce, use_kl=counts_kl, distill_void=problem.distill_void,
+    )  # fmt: skip
     prepare_kernel[(B * sum(blocks),)](
-        student, student.stride(), *students, values, indices, tail, *targets, counted, window,
+        student, student.stride(), *students, values, indices, tail, *targets, mix,
+        None if mix is None else counted.class_weight, counted, window,
         None if window is None else flip, ranges, counts,
         h * w, ht * wt, k, h, w, ht, wt, H, W, *view, *blocks,
         LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), min(math.log2(math.e) / T, LARGEST),
@@ -302,7 +331,7 @@ def _launch_prepare(
 
 def _launch_geometry(
     problem: LossProblem, window: Tensor | None, flip: Tensor | None, counts_ce: bool, counts_kl: bool,
-    logits: tuple[Tensor, Tensor, Tensor, Tensor], ranges: Tensor, counts: Tensor,
+    logits: tuple[Tensor, Tensor, Tensor, Tensor], ranges: Tensor, counts: Tensor, mix: Tensor | None,
 ) -> Prepared:  # fmt: skip
     """Tables of taps, routes, shifts and factors, from what `_launch_prepare` returned."""
     target, device, stride = problem.target, problem.student.device, fast_stride(problem)
@@ -318,13 +347,15 @@ def _launch_geometry(
     targets = (taps(1, 1), taps(1, 1)) if target is None else (taps(Bt, H), taps(Bt, W))
     tables = (taps(H), taps(W), *targets)
     route, shift = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((B,), (B, 3)))
-    factors = torch.empty(4, dtype=torch.float32, device=device)
+    factors = torch.empty(8, dtype=torch.float32, device=device)
     geometry_kernel[(B + 1,)](
         window, flip, ranges, counts, problem.ce_weight, problem.kl_weight, problem.ce_denominator,
         problem.kl_denominator, *tables, route, shift, factors,
         B, h, w, ht, wt, H, W, *view, ranges.shape[1], B * counts.shape[1], B * H * W, problem.temperature,
+        None if mix is None or problem.class_weight is None else problem.class_weight.contiguous(),
+        problem.student.shape[1], problem.label_smoothing, problem.focal_gamma,
         USE_CE=problem.use_ce, USE_KL=problem.use_kl, STUDENT_ALIGN=problem.align_corners,
         TARGET_ALIGN=target is not None and target.align_corners, FAST=stride > 0, GUARD_RANGE=stride > 1,
         COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return Prepared(*logits, *tables, route, shift, factors, stride)
+    return Prepared(*logits, *tables, route, shift, factors, mix, stride)

@@ -12,13 +12,16 @@ fraction; blend the weights by which a group's rows mix, see `student_group` and
 import triton
 import triton.language as tl
 
-from .common import power
+from .common import LN2, label_terms, load_pixel, power
 
 ROWS = tl.constexpr(4)
 LOWEST_LOGIT = tl.constexpr(-2.5e38)
 """Below any logit, and the difference to any is finite."""
 SMALL = tl.constexpr(2.0**-12)
 """Keeps a sum over classes of such differences finite."""
+LOWEST_SUM = tl.constexpr(2.0**-60)
+VALUES = tl.constexpr(8)
+"""Numbers kept per pixel: label, factors of 2^(T u), 2^u and 2^v, maxima of u and v, pulls at its label and at all."""
 
 
 @triton.jit
@@ -186,3 +189,100 @@ def label_logit(rows, columns, fraction_qn, offset_qn):
     bottom_qn = tl.load((rows[1] + left_n)[None, :] + offset_qn)
     bottom_qn += fraction_n[None, :] * (tl.load((rows[1] + right_n)[None, :] + offset_qn) - bottom_qn)
     return top_qn + fraction_qn * (bottom_qn - top_qn)
+
+
+@triton.jit
+def visit(
+    r, student_rows, student_lost_rows, target_rows, target_lost_rows, mix_rows, blend, target_places, left_n, right_n,
+    first_n, target_at_n, live_qn, in_view_qn, label_row_ptrs, label_gate_row_ptrs, gate_row_ptrs, label_stride_w,
+    label_gate_stride_w, gate_stride_w, value_ptrs, taps, target_taps, pixels, k_ce, k_kl, label_factors,
+    sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The terms of the pixels in column r of each lane's cell, and the factors of their gradient.
+
+    Returns: CE and KL of each lane in nats, weighted; 1 when the gradient needs the maxima, else 0.
+    """
+    x_n = tl.minimum(first_n + r, W - 1)
+    columns = (left_n, right_n, tl.load(taps.fraction + x_n))
+    target_columns = columns
+    if pixels.USE_KL:
+        target_columns = load_columns(target_at_n + x_n, target_taps, wt)
+        in_view_qn = in_view_qn & (tl.load(target_taps.inside + target_at_n + x_n) != 0)[None, :]
+    s1, su, sv, cross = softmax_sums(
+        student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels, POWER, BLOCK
+    )
+    lowest = s1
+    if pixels.USE_KL:
+        lowest = tl.where(tl.abs(cross) == float("inf"), 0.0, tl.minimum(su, sv))
+        if pixels.USE_CE:
+            lowest = tl.minimum(lowest, s1)
+    peak_u = tl.zeros(live_qn.shape, tl.float32)
+    peak_v = peak_u
+    unit = peak_u + 1.0
+    has_peaks = 0
+    low = lowest < LOWEST_SUM
+    if tl.max(tl.max(low.to(tl.int32), 0), 0) > 0:
+        # A pixel keeps its first sums where they serve: its bits must not depend on who shares the program.
+        s1_low, su_low, sv_low, cross_low, peak_u, peak_v = softmax_sums_below_peaks(
+            student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels
+        )
+        s1 = tl.where(low, s1_low, s1)
+        su = tl.where(low, su_low, su)
+        sv = tl.where(low, sv_low, sv)
+        cross = tl.where(low, cross_low, cross)
+        peak_u = tl.where(low, peak_u, 0.0)
+        peak_v = tl.where(low, peak_v, 0.0)
+        unit = tl.where(low, 1.0 / SMALL, unit)
+        has_peaks = 1
+    label_ptrs = label_row_ptrs
+    if pixels.labels is not None:
+        label_ptrs += (x_n * label_stride_w)[None, :]
+    gate_ptrs = gate_row_ptrs
+    if pixels.gate is not None:
+        gate_ptrs += (x_n * gate_stride_w)[None, :]
+    label_gate_ptrs = label_gate_row_ptrs
+    if pixels.label_gate is not None:
+        label_gate_ptrs += (x_n * label_gate_stride_w)[None, :]
+    label, ce_weight, label_gate, kl_weight, ce_counted, kl_counted = load_pixel(
+        pixels, label_ptrs, label_gate_ptrs, gate_ptrs, live_qn, in_view_qn
+    )
+    below_lost = tl.where(blend[0] > 0, lost_on_row(student_lost_rows[1], columns)[None, :], 0)
+    lost = (lost_on_row(student_lost_rows[0], columns)[None, :] | below_lost) != 0
+    ce_n = tl.zeros(x_n.shape, tl.float32)
+    kl_n = ce_n
+    value_ptrs += r * (ROWS * VALUES * x_n.shape[0])
+    if pixels.USE_CE:
+        ce_weight = ce_weight.to(tl.float32)
+        u_label = label_logit(student_rows, columns, blend[0], label * sizes[1])
+        mix = u_label
+        if pixels.SMOOTH:
+            # The sum of the class weights times the maximum goes off every class's logit.
+            mix = label_logit(mix_rows, columns, blend[0], label * 0) - label_factors[2] / label_factors[1] * peak_u
+        ce, whole, pull, even = label_terms(
+            pixels, label_factors, ce_weight, label_gate, tl.log2(s1), temperature * (u_label - peak_u),
+            temperature * mix,
+        )  # fmt: skip
+        ce_n = LN2 * tl.sum(tl.where(ce_counted & lost, float("nan"), ce), 0)
+        if HAS_GRADIENT:
+            tl.store(value_ptrs, tl.where(ce_counted, label.to(tl.float32), -1.0))
+            tl.store(value_ptrs + x_n.shape[0], k_ce * whole / s1)
+            if pixels.WEIGHED:
+                tl.store(value_ptrs + 6 * x_n.shape[0], pull)
+            if pixels.SMOOTH:
+                tl.store(value_ptrs + 7 * x_n.shape[0], even)
+    if pixels.USE_KL:
+        t_fraction, below = target_places
+        lost0 = lost_on_row(target_lost_rows[0], target_columns)[None, :]
+        lost1 = lost_on_row(target_lost_rows[1], target_columns)[None, :]
+        lost2 = lost_on_row(target_lost_rows[2], target_columns)[None, :]
+        below_lost = tl.where(t_fraction > 0, tl.where(below, lost2, lost1), 0)
+        lost = lost | ((tl.where(below, lost1, lost0) | below_lost) != 0)
+        kl = (cross / sv * unit + tl.log2(su / sv)) * kl_weight
+        kl_n = LN2 * tl.sum(tl.where(kl_counted & lost, float("nan"), kl), 0)
+        if HAS_GRADIENT:
+            tl.store(value_ptrs + 2 * x_n.shape[0], k_kl * kl_weight / su)
+            tl.store(value_ptrs + 3 * x_n.shape[0], k_kl * kl_weight / sv)
+    if HAS_GRADIENT:
+        tl.store(value_ptrs + 4 * x_n.shape[0], peak_u)
+        tl.store(value_ptrs + 5 * x_n.shape[0], peak_v)
+    return ce_n, kl_n, has_peaks

@@ -169,11 +169,23 @@ def unpack(labels, index: tl.constexpr):
 
 
 @triton.jit
-def label_moments(labels, c, S: tl.constexpr, ROWS: tl.constexpr):
-    """Moments, as above, of G = 1 at the pixels labelled c, else 0."""
+def label_moments(
+    labels, gate_ptrs, gate_stride_h, gate_stride_w, c, ANY: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
+):
+    """Moments, as above, of G = the weight of the pixels labelled c (with ANY, at all), else 0.
+
+    Args:
+        gate_ptrs: to the first pixel's weight; None for weights of 1. They are read here again: kept, they would cost a
+            register for each pixel.
+    """
     for q in tl.static_range(ROWS):
         for r in tl.static_range(S):
-            hit = tl.where(unpack(labels, q * S + r) == c, 1.0, 0.0)
+            label = unpack(labels, q * S + r)
+            wanted = label >= 0 if ANY else label == c
+            hit = tl.where(wanted, 1.0, 0.0)
+            if gate_ptrs is not None:
+                ptrs = gate_ptrs + q * gate_stride_h + r * gate_stride_w
+                hit = tl.load(ptrs, mask=wanted, other=0).to(tl.float32)
             if r == 0:
                 m0 = hit
                 m1 = m0
@@ -265,8 +277,9 @@ def _split(value, counted, exponent, product):
 
 @triton.jit
 def pixel_factors(
-    ce, kl, teacher, labels, pixels, gate_ptrs, gate_stride_h, gate_stride_w, row_inside_ptrs, column_inside_ptrs,
-    k_ce, k_kl, active, i, j, g, h, w, zero, S: tl.constexpr, ROWS: tl.constexpr,
+    ce, kl, teacher, labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, pixels, gate_ptrs,
+    gate_stride_h, gate_stride_w, row_inside_ptrs, column_inside_ptrs, k_ce, k_kl, label_factors, active,
+    i, j, g, h, w, zero, S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute the factors of every pixel's exponentials in the gradient, and its part of the loss.
 
@@ -288,8 +301,15 @@ def pixel_factors(
             if pixels.USE_CE:
                 label = unpack(labels, q * S + r)
                 factor = reciprocal(ce[q * S + r]) * k_ce
-                if pixels.class_weight is not None:
-                    weight = tl.load(pixels.class_weight + label, mask=label >= 0, other=0.0).to(tl.float32)
+                if pixels.class_weight is not None or pixels.label_gate is not None:
+                    weight = tl.where(label >= 0, 1.0, 0.0)
+                    if pixels.class_weight is not None:
+                        weight = tl.load(pixels.class_weight + label, mask=label >= 0, other=0.0).to(tl.float32)
+                        if pixels.SMOOTH:
+                            weight = tl.where(label >= 0, tl.fma(weight, label_factors[0], label_factors[2]), 0.0)
+                    if pixels.label_gate is not None:
+                        ptrs = label_gate_ptrs + q * label_gate_stride_h + r * label_gate_stride_w
+                        weight = weight * tl.load(ptrs, mask=label >= 0, other=0).to(tl.float32)
                     ce_log = tl.fma(weight, tl.log2(ce[q * S + r]), ce_log)
                     factor = factor * weight
                 else:
@@ -319,11 +339,67 @@ def pixel_factors(
                     inverse = tl.where(counted, inverse, 0.0)
                 kl_factors += (factor,)
                 teacher_factors += (inverse,)
-    if pixels.class_weight is None:
+    if pixels.class_weight is None and pixels.label_gate is None:
         ce_log = (ce_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(ce_product)
     if pixels.gate is None:
         kl_log = (kl_exponent - 127 * ROWS * S).to(tl.float32) + tl.log2(kl_product)
     return ce_factors, kl_factors, teacher_factors, ce_log, kl_log, kl_any
+
+
+@triton.jit
+def softmax_denominators(
+    student, target, y_first, pixels, temperature, zero, S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr
+):
+    """Softmax denominators of every pixel: student at T = 1, student at T, target at T."""
+    ce = ()
+    kl = ()
+    teacher = ()
+    for _ in tl.static_range(ROWS * S):
+        ce += (zero,)
+        kl += (zero,)
+        teacher += (zero,)
+    a = load_corners(student, 0)
+    b = a
+    if pixels.USE_KL:
+        b = load_corners(target, 0)
+    for c in range(pixels.num_classes):
+        surface = make_surface(a, student, y_first, S)
+        sequence = exponentials(surface)
+        if pixels.USE_KL:
+            teacher_sequence = exponentials(make_surface(b, target, y_first, S))
+        # The next class's corners are on their way while this one's pixels are computed.
+        following = tl.minimum(c + 1, pixels.num_classes - 1)
+        a = load_corners(student, following)
+        if pixels.USE_KL:
+            b = load_corners(target, following)
+            kl = add_powers(kl, sequence, 1, S, ROWS)
+            teacher = add_powers(teacher, teacher_sequence, 1, S, ROWS)
+        if pixels.USE_CE and POWER == 0:
+            ce = add_powers(ce, exponentials(scaled(surface, temperature)), 1, S, ROWS)
+        elif pixels.USE_CE and (POWER > 1 or not pixels.USE_KL):
+            ce = add_powers(ce, sequence, POWER, S, ROWS)
+    if POWER == 1 and pixels.USE_KL:
+        ce = kl
+    return ce, kl, teacher
+
+
+@triton.jit
+def class_moments(
+    surface, sequence, share, ce, kl, k_kl, pixels, temperature,
+    S: tl.constexpr, ROWS: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """Moments of a class's gradient, the labels left out; `share` are those of the target's probability."""
+    if pixels.USE_CE and POWER == 0:
+        m = moments(exponentials(scaled(surface, temperature)), ce, ce, False, 1, S, ROWS)
+        if pixels.USE_KL:
+            m = subtract(m, -1.0, moments(sequence, kl, kl, True, 0, S, ROWS))
+    elif pixels.USE_CE:
+        m = moments(sequence, kl, ce, pixels.USE_KL, POWER, S, ROWS)
+    else:
+        m = moments(sequence, kl, kl, True, 0, S, ROWS)
+    if pixels.USE_KL:
+        m = subtract(m, k_kl, share)
+    return m
 
 
 @triton.jit

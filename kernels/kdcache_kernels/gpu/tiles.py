@@ -9,12 +9,12 @@ A cell is the square between four neighbouring student pixels, and the label pix
     row i + 1 +----------+----------+          10 loads serve 4 pixels of a class
 
 One lane owns a column of cells in a strip of `strip_rows` rows, and walks down it. The classes run twice in each group
-of rows: first for the sums of the softmaxes (`_visit`), then for the gradient (`_gradient`); in between, six numbers
-per pixel wait in a scratch buffer that the next group uses again. Over a cell, a lane adds up what its pixels give the
-four corners. The right half goes to the neighbouring lane, the lower half into sums that the next row of cells goes on
-with, and a row of student pixels whose two rows of cells are done is written out. So one program adds up all of a
-gradient element, in an order that depends neither on the tiling nor on the rest of the batch: no atomic addition, and
-the same bits every time.
+of rows: first for the sums of the softmaxes (`sample.visit`), then for the gradient (`_gradient`); in between, up to
+eight numbers per pixel wait in a scratch buffer that the next group uses again. Over a cell, a lane adds up what its
+pixels give the four corners. The right half goes to the neighbouring lane, the lower half into sums that the next row
+of cells goes on with, and a row of student pixels whose two rows of cells are done is written out. So one program adds
+up all of a gradient element, in an order that depends neither on the tiling nor on the rest of the batch: no atomic
+addition, and the same bits every time.
 
 The price is a seam: one lane of 32 and a row of cells per strip are computed twice, for the neighbour and for the
 strip above (their loss is counted once). Seams apart, a class of a pixel costs about 65 instructions at stride 4 with
@@ -35,26 +35,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import LN2, gpu, integer_power, launch_options, load_pixel, multiprocessors, pixels_of, power, strides_of
+from .common import (
+    gpu,
+    integer_power,
+    launch_options,
+    load_label_factors,
+    multiprocessors,
+    pixels_of,
+    power,
+    strides_of,
+)
 from .prep import Prepared
 from .sample import (
     ROWS,
-    SMALL,
+    VALUES,
     first_pixel,
-    label_logit,
     load_columns,
-    lost_on_row,
-    softmax_sums,
-    softmax_sums_below_peaks,
     student_group,
     student_logits,
     target_group,
     target_logits,
+    visit,
 )
 
-LOWEST_SUM = tl.constexpr(2.0**-60)
-VALUES = tl.constexpr(6)
-"""Numbers kept per pixel: label, factors of 2^(T u), 2^u and 2^v, maxima of u and v."""
 REGISTERS = 168
 """Per lane, so that 12 warps share a multiprocessor; left alone, ptxas takes 255, with the same innermost loops."""
 
@@ -112,7 +115,12 @@ def _gradient(
                 g = tl.exp2(temperature * u) * tl.load(at_qn + LANES)[None]
             if pixels.USE_CE:
                 is_label = tl.load(at_qn)[None] == class_c.to(tl.float32)[:, None, None]
-                g -= tl.where(is_label, k_label_c[:, None, None], 0.0)
+                k_label = k_label_c[:, None, None]
+                if pixels.SMOOTH:
+                    g -= k_label * tl.load(at_qn + 7 * LANES)[None]
+                if pixels.WEIGHED:
+                    k_label = k_label * tl.load(at_qn + 6 * LANES)[None]
+                g -= tl.where(is_label, k_label, 0.0)
             sum_cn = tl.sum(g, 1)
             sum_low_cn = tl.sum(g * blend[0][None], 1)
             all_cn += sum_cn
@@ -145,99 +153,21 @@ def _finish_row(sums_ptr, gradient_n, writes_n, num_classes, plane, BLOCK: tl.co
         tl.store(gradient_ptrs, sums_cn.to(gradient_ptrs.dtype.element_ty), mask=exists_c & writes_n[None, :])
 
 
-@triton.jit
-def _visit(
-    r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places, left_n, right_n, first_n,
-    target_at_n, live_qn, in_view_qn, label_row_ptrs, gate_row_ptrs, label_stride_w, gate_stride_w,
-    value_ptrs, taps, target_taps, pixels, k_ce, k_kl,
-    sizes, W, wt, temperature, HAS_GRADIENT: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The terms of the pixels in column r of each lane's cell, and the factors of their gradient.
-
-    Returns: CE and KL of each lane in nats, weighted; 1 when the gradient needs the maxima, else 0.
-    """
-    x_n = tl.minimum(first_n + r, W - 1)
-    columns = (left_n, right_n, tl.load(taps.fraction + x_n))
-    target_columns = columns
-    if pixels.USE_KL:
-        target_columns = load_columns(target_at_n + x_n, target_taps, wt)
-        in_view_qn = in_view_qn & (tl.load(target_taps.inside + target_at_n + x_n) != 0)[None, :]
-    s1, su, sv, cross = softmax_sums(
-        student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels, POWER, BLOCK
-    )
-    lowest = s1
-    if pixels.USE_KL:
-        lowest = tl.where(tl.abs(cross) == float("inf"), 0.0, tl.minimum(su, sv))
-        if pixels.USE_CE:
-            lowest = tl.minimum(lowest, s1)
-    peak_u = tl.zeros(live_qn.shape, tl.float32)
-    peak_v = peak_u
-    unit = peak_u + 1.0
-    has_peaks = 0
-    low = lowest < LOWEST_SUM
-    if tl.max(tl.max(low.to(tl.int32), 0), 0) > 0:
-        # A pixel keeps its first sums where they serve: its bits must not depend on who shares the program.
-        s1_low, su_low, sv_low, cross_low, peak_u, peak_v = softmax_sums_below_peaks(
-            student_rows, columns, target_rows, target_columns, blend, sizes, temperature, pixels
-        )
-        s1 = tl.where(low, s1_low, s1)
-        su = tl.where(low, su_low, su)
-        sv = tl.where(low, sv_low, sv)
-        cross = tl.where(low, cross_low, cross)
-        peak_u = tl.where(low, peak_u, 0.0)
-        peak_v = tl.where(low, peak_v, 0.0)
-        unit = tl.where(low, 1.0 / SMALL, unit)
-        has_peaks = 1
-    label_ptrs = label_row_ptrs
-    if pixels.labels is not None:
-        label_ptrs += (x_n * label_stride_w)[None, :]
-    gate_ptrs = gate_row_ptrs
-    if pixels.gate is not None:
-        gate_ptrs += (x_n * gate_stride_w)[None, :]
-    label, ce_weight, kl_weight, ce_counted, kl_counted = load_pixel(pixels, label_ptrs, gate_ptrs, live_qn, in_view_qn)
-    below_lost = tl.where(blend[0] > 0, lost_on_row(student_lost_rows[1], columns)[None, :], 0)
-    lost = (lost_on_row(student_lost_rows[0], columns)[None, :] | below_lost) != 0
-    ce_n = tl.zeros(x_n.shape, tl.float32)
-    kl_n = ce_n
-    value_ptrs += r * (ROWS * VALUES * x_n.shape[0])
-    if pixels.USE_CE:
-        ce_weight = ce_weight.to(tl.float32)
-        u_label = label_logit(student_rows, columns, blend[0], label * sizes[1])
-        ce = (tl.log2(s1) - temperature * (u_label - peak_u)) * ce_weight
-        ce_n = LN2 * tl.sum(tl.where(ce_counted & lost, float("nan"), ce), 0)
-        if HAS_GRADIENT:
-            tl.store(value_ptrs, tl.where(ce_counted, label.to(tl.float32), -1.0))
-            tl.store(value_ptrs + x_n.shape[0], k_ce * ce_weight / s1)
-    if pixels.USE_KL:
-        t_fraction, below = target_places
-        lost0 = lost_on_row(target_lost_rows[0], target_columns)[None, :]
-        lost1 = lost_on_row(target_lost_rows[1], target_columns)[None, :]
-        lost2 = lost_on_row(target_lost_rows[2], target_columns)[None, :]
-        below_lost = tl.where(t_fraction > 0, tl.where(below, lost2, lost1), 0)
-        lost = lost | ((tl.where(below, lost1, lost0) | below_lost) != 0)
-        kl = (cross / sv * unit + tl.log2(su / sv)) * kl_weight
-        kl_n = LN2 * tl.sum(tl.where(kl_counted & lost, float("nan"), kl), 0)
-        if HAS_GRADIENT:
-            tl.store(value_ptrs + 2 * x_n.shape[0], k_kl * kl_weight / su)
-            tl.store(value_ptrs + 3 * x_n.shape[0], k_kl * kl_weight / sv)
-    if HAS_GRADIENT:
-        tl.store(value_ptrs + 4 * x_n.shape[0], peak_u)
-        tl.store(value_ptrs + 5 * x_n.shape[0], peak_v)
-    return ce_n, kl_n, has_peaks
-
-
 @triton.jit(
     do_not_specialize=[
         "h", "w", "H", "W", "ht", "wt", "target_batch", "strips", "strip_rows", "num_lanes", "num_blocks",
         "most_columns", "scratch_size", "steps",
-        "label_stride_b", "label_stride_h", "label_stride_w", "gate_stride_b", "gate_stride_h", "gate_stride_w",
+        "label_stride_b", "label_stride_h", "label_stride_w",
+        "label_gate_stride_b", "label_gate_stride_h", "label_gate_stride_w",
+        "gate_stride_b", "gate_stride_h", "gate_stride_w",
     ],
 )  # fmt: skip
 def tiles_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_taps, column_taps, target_row_taps,
-    target_column_taps, route_ptr, factors_ptr, gradient_ptr, scratch_ptr, partials_ptr, pixels, h, w, H, W, ht, wt,
-    target_batch, strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, steps,
-    label_stride_b, label_stride_h, label_stride_w, gate_stride_b, gate_stride_h, gate_stride_w, temperature,
+    target_column_taps, route_ptr, factors_ptr, mix_ptr, gradient_ptr, scratch_ptr, partials_ptr, pixels, h, w, H, W,
+    ht, wt, target_batch, strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, steps,
+    label_stride_b, label_stride_h, label_stride_w, label_gate_stride_b, label_gate_stride_h, label_gate_stride_w,
+    gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of lanes; lanes are the cell columns -1 to w - 1 of all strips."""
@@ -248,6 +178,7 @@ def tiles_kernel(
     sizes = (num_classes, h * w, ht * wt)
     k_ce = tl.load(factors_ptr)
     k_kl = tl.load(factors_ptr + 1)
+    label_factors = load_label_factors(pixels, factors_ptr)
     values_ptr = scratch_ptr + pid.to(tl.int64) * scratch_size
     sums_ptr = values_ptr + most_columns * (ROWS * VALUES * LANES)
     value_ptrs = values_ptr + tl.arange(0, ROWS)[:, None] * (VALUES * LANES) + lane[None, :]
@@ -286,6 +217,10 @@ def tiles_kernel(
                 bottom = tl.minimum(i + 1, h - 1) * w
                 student_rows = (student_n + top, student_n + bottom)
                 student_lost_rows = (student_lost_n + top, student_lost_n + bottom)
+                mix_rows = student_rows
+                if pixels.SMOOTH:
+                    mix_n = mix_ptr + image64 * sizes[1]
+                    mix_rows = (mix_n + top, mix_n + bottom)
                 counted = alive & (lane > 0) & ((i >= first_row) | (i < 0))
                 now_ptr = sums_ptr + step % 2 * num_classes * LANES
                 next_ptr = sums_ptr + (1 - step % 2) * num_classes * LANES
@@ -314,6 +249,11 @@ def tiles_kernel(
                     label_row_ptrs = pixels.labels
                     if label_row_ptrs is not None:
                         label_row_ptrs += image64[None, :] * label_stride_b + rows.to(tl.int64) * label_stride_h
+                    label_gate_row_ptrs = pixels.label_gate
+                    if label_gate_row_ptrs is not None:
+                        label_gate_row_ptrs += (
+                            image64[None, :] * label_gate_stride_b + rows.to(tl.int64) * label_gate_stride_h
+                        )
                     gate_row_ptrs = pixels.gate
                     if gate_row_ptrs is not None:
                         gate_row_ptrs += image64[None, :] * gate_stride_b + rows.to(tl.int64) * gate_stride_h
@@ -324,11 +264,12 @@ def tiles_kernel(
                         any_peaks = 0
                         for r in range(columns):
                             exists = live & (r < count)[None, :]
-                            ce, kl, has_peaks = _visit(
-                                r, student_rows, student_lost_rows, target_rows, target_lost_rows, blend, target_places,
-                                left, right, first, target_image * W, exists, exists & in_view, label_row_ptrs,
-                                gate_row_ptrs, label_stride_w, gate_stride_w, value_ptrs, column_taps,
-                                target_column_taps, pixels, k_ce, k_kl, sizes, W, wt,
+                            ce, kl, has_peaks = visit(
+                                r, student_rows, student_lost_rows, target_rows, target_lost_rows, mix_rows, blend,
+                                target_places, left, right, first, target_image * W, exists, exists & in_view,
+                                label_row_ptrs, label_gate_row_ptrs, gate_row_ptrs, label_stride_w,
+                                label_gate_stride_w, gate_stride_w, value_ptrs, column_taps, target_column_taps,
+                                pixels, k_ce, k_kl, label_factors, sizes, W, wt,
                                 temperature, HAS_GRADIENT, POWER, BLOCK_SUMS,
                             )  # fmt: skip
                             ce_n += tl.where(counted, ce, 0.0).to(tl.float64)
@@ -420,7 +361,8 @@ def launch(
     tiles_kernel[(programs,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.student_rows,
         prepared.student_columns, prepared.target_rows, prepared.target_columns, prepared.route, prepared.factors,
-        gradient, scratch, partials, pixels_of(problem)._replace(label_strides=None, gate_strides=None),
+        prepared.mix, gradient, scratch, partials,
+        pixels_of(problem)._replace(label_strides=None, gate_strides=None, label_gate_strides=None),
         h, w, H, W, *prepared.target.shape[2:],
         prepared.target_rows.index.shape[0], strips, tiling.strip_rows, num_lanes, num_blocks, columns, scratch_size,
         max(H, W).bit_length(), *strides_of(problem), problem.temperature, ALL_IMAGES=all_images,

@@ -156,7 +156,7 @@ def test_what_threads_run_is_cached():
                 kernels.add(member.__name__)
                 assert isinstance(member._cache, numba_math._Cache), member
     assert kernels == {
-        *("cells", "pixels", "to_nodes", "from_nodes", "count_pixels"),
+        *("cells", "pixels", "to_nodes", "from_nodes", "count_pixels", "count_rows"),
         *("_pack_tasks", "_densify_tasks", "_argmax_tasks"),
     }
 

@@ -32,7 +32,7 @@ def run(problem: LossProblem, rows: int = 1, lanes: int = 32) -> Result:
     tiling = cells.Tiling(rows, lanes)
     partials = cells.launch(problem, prepared, gradient, stride, tiling=tiling)
     assert partials.dtype == torch.float64
-    ce, kl = (partials.sum(0) * prepared.factors[2:]).float().tolist()
+    ce, kl = (partials.sum(0) * prepared.factors[2:4]).float().tolist()
     return Result(ce, kl, gradient)
 
 

@@ -38,7 +38,7 @@ def run(problem: LossProblem, tiling: "Tiling | None" = None) -> Result:
         gradient = torch.full(problem.student.shape, torch.nan, dtype=problem.gradient_dtype, device=DEVICE)
     partials = triton_pixels.launch(problem, prepared, gradient, tiling=tiling)
     assert partials.dtype == torch.float64
-    ce, kl = (partials.sum(0) * prepared.factors[2:]).float().tolist()
+    ce, kl = (partials.sum(0) * prepared.factors[2:4]).float().tolist()
     return Result(ce, kl, gradient)
 
 

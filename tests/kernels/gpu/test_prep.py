@@ -322,7 +322,7 @@ def test_factors(case):
 @pytest.mark.parametrize("given", [4.5, 0.0])
 def test_given_denominators(given):
     denominators = {name: torch.tensor(given, device=DEVICE) for name in ("ce_denominator", "kl_denominator")}
-    actual = prepare(make(**denominators)).factors.tolist()
+    actual = prepare(make(**denominators)).factors[:4].tolist()
     expected = [0.7 / given, 0.3 * 2.5 / given, 1 / given, 2.5**2 / given] if given else [0] * 4
     assert actual == pytest.approx(expected, rel=1e-6)
 
@@ -330,4 +330,4 @@ def test_given_denominators(given):
 def test_nothing_to_count():
     problem = make(distill_void=False)
     problem.labels[:] = 255
-    assert prepare(problem).factors.tolist() == [0, 0, 0, 0]
+    assert prepare(problem).factors[:4].tolist() == [0, 0, 0, 0]

@@ -89,7 +89,7 @@ def run(problem: LossProblem, tiling: Tiling | None = None, prepared: Prepared |
     prepared = prepare(problem) if prepared is None else prepared
     gradient = torch.full(problem.student.shape, NAN, dtype=problem.gradient_dtype, device=DEVICE)
     partials = launch(problem, prepared, gradient, all_images=all_images, tiling=tiling)
-    ce, kl = partials.sum(0) * prepared.factors[2:]
+    ce, kl = partials.sum(0) * prepared.factors[2:4]
     return Found(ce, kl, gradient)
 
 
@@ -340,7 +340,7 @@ def test_without_a_gradient():
     whole = run(problem)
     prepared = prepare(problem)
     partials = launch(problem, prepared, None, all_images=True, tiling=Tiling(2, 32, 4, 4, 3))
-    terms = partials.sum(0) * prepared.factors[2:]
+    terms = partials.sum(0) * prepared.factors[2:4]
     torch.testing.assert_close(terms, torch.stack(whole[:2]), rtol=1e-14, atol=0)
 
 

@@ -4,11 +4,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kdcache.distill.target import Target, TargetFormat
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
-from kdcache.distill.terms.cells import resize
+from kdcache.distill.terms.base import Term, TermBatch, TermTargets
 from kdcache.distill.terms.spec import TermSpec
 from kdcache_kernels import distill_loss, target_argmax_confidence
 
@@ -66,23 +64,16 @@ class Pseudo(Term):
         if self.normalise == "share":
             confident, counted = count.unbind()
             count = torch.where(confident > 0, counted * counted / confident, 0)
-        pixel_weight_BHW = self._pixel_weight(batch)
-        if pixel_weight_BHW is None:
-            return distill_loss(
-                batch.logits,
-                pseudo_BHW,
-                ignore_index=NONE,
-                ce_denominator=count,
-                class_weight=self.class_weight,
-                align_corners=self.student_align_corners,
-                impl="reference" if batch.logits.dtype == torch.float64 else self.impl,
-            ).loss
-        # The fused loss takes no weight per labelled pixel.
-        logits_BCHW = resize(wide(batch.logits), batch.size, self.student_align_corners)
-        weight_C = None if self.class_weight is None else self.class_weight.to(logits_BCHW.dtype)
-        ce_BHW = F.cross_entropy(logits_BCHW, pseudo_BHW.long(), weight_C, ignore_index=NONE, reduction="none")
-        weight_BHW = torch.where(pseudo_BHW != NONE, pixel_weight_BHW.detach().to(ce_BHW.dtype), 0)
-        return divide((ce_BHW * weight_BHW).sum(), count.to(ce_BHW.dtype))
+        return distill_loss(
+            batch.logits,
+            pseudo_BHW,
+            ignore_index=NONE,
+            ce_denominator=count,
+            class_weight=self.class_weight,
+            ce_pixel_weight_BHW=self._pixel_weight(batch),
+            align_corners=self.student_align_corners,
+            impl="reference" if batch.logits.dtype == torch.float64 else self.impl,
+        ).loss
 
     def count(self, batch: TermBatch) -> Tensor:
         """The denominator, float64; for `share` the confident and the counted pixels, (2,)."""

@@ -1,0 +1,52 @@
+"""The denominators of the loss by themselves, for processes and accumulated parts that share them."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..problem import Counted
+from ..window import view_positions
+from .math import kernel
+from .threads import run
+
+_f = np.float32
+
+
+@kernel
+def count_rows(first, last, labels, ignore_index, class_weight, inside_y, inside_x, use_kl, skip_void, counts):
+    """Count the label rows `first` to `last`, numbered image by image; arguments as of `prepare.count_pixels`.
+
+    Args:
+        counts: (B, H, 2) float64 results: sum of the class weights, pixels that KL counts.
+    """
+    H, W = inside_y.shape[1], inside_x.shape[1]
+    has_labels = labels.shape[1] > 0
+    for task in range(first, last):
+        b, y = task // H, task % H
+        bt = b if inside_y.shape[0] > 1 else 0
+        weight_sum, counted = 0.0, 0
+        for x in range(W):
+            label = np.int64(labels[b, y, x]) if has_labels else np.int64(0)
+            void = has_labels and label == ignore_index
+            if has_labels and not void and label >= 0 and label < class_weight.size:
+                weight_sum += class_weight[label]
+            if use_kl and inside_y[bt, y] and inside_x[bt, x] and not (void and skip_void):
+                counted += 1
+        counts[b, y, 0], counts[b, y, 1] = weight_sum, counted
+
+
+def count(counted: Counted, device: torch.device) -> Tensor:
+    """Compute what `kdcache_kernels.distill_denominators` documents, (2,) float64."""
+    H, W = counted.size
+    view = counted.size if counted.view_size is None else counted.view_size
+    shown = view_positions(counted.window, counted.flip, (view[0], view[1]), (H, W), device)
+    y, x = shown.y.numpy(), shown.x.numpy()
+    labels = torch.empty((counted.batch, 0, 0), dtype=torch.uint8) if counted.labels is None else counted.labels
+    weight = torch.ones(counted.num_classes) if counted.class_weight is None else counted.class_weight
+    counts_BH2 = np.zeros((counted.batch, H, 2))
+    run(
+        count_rows, counted.batch * H, labels.contiguous().numpy(), counted.ignore_index,
+        weight.detach().float().contiguous().numpy(), ~((y < 0) | (y > view[0])), ~((x < 0) | (x > view[1])),
+        counted.view_size is not None, not counted.distill_void, counts_BH2,
+    )  # fmt: skip
+    return torch.from_numpy(counts_BH2.sum((0, 1)))

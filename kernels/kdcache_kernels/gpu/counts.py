@@ -1,0 +1,48 @@
+"""The denominators of the loss by themselves, for processes and accumulated parts that share them."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..problem import Counted
+from .common import label_pixels
+from .prep import COUNT_COLUMNS, COUNT_ROWS, count_block
+
+
+@triton.jit(
+    do_not_specialize=["H", "W", "view_height", "view_width", "blocks"],
+    do_not_specialize_on_alignment=["window_ptr", "flip_ptr"],
+)
+def count_kernel(
+    pixels, window_ptr, flip_ptr, counts_ptr, H, W, view_height, view_width, blocks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Each program counts a block of rows of an image."""
+    image, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    count_block(
+        pixels, window_ptr, flip_ptr, counts_ptr + 2 * tl.program_id(0), image, block, H, W, view_height, view_width,
+        ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+def count(counted: Counted, device: torch.device) -> Tensor:
+    """Compute what `kdcache_kernels.distill_denominators` documents, (2,) float64; nothing waits for the device."""
+    H, W = counted.size
+    use_kl = counted.view_size is not None
+    view = counted.view_size or (1, 1)
+    window = counted.window.to(torch.float64).contiguous() if use_kl and counted.window is not None else None
+    flip = None if window is None or counted.flip is None else counted.flip.contiguous().view(torch.uint8)
+    pixels = label_pixels(
+        counted.labels, counted.class_weight, counted.num_classes, counted.ignore_index,
+        use_ce=counted.labels is not None, use_kl=use_kl, distill_void=counted.distill_void,
+    )  # fmt: skip
+    blocks = triton.cdiv(H, COUNT_ROWS)
+    counts = torch.empty((counted.batch * blocks, 2), dtype=torch.float64, device=device)
+    if len(counts):
+        with torch.cuda.device_of(counts):
+            count_kernel[(len(counts),)](
+                pixels, window, flip, counts, H, W, *view, blocks,
+                ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+    return counts.sum(0)
