@@ -59,7 +59,7 @@ RESTYLED = "fda-"
 FEW = ("student.iterations=4", "student.val-every=4", "student.warmup=0", "seeds=[0]")
 VERBS: Any = typer.main.get_command(app)
 BASELINE = "source only"
-ONLINE = ("EMA consistency", "EMA consistency, ClassMix")
+ONLINE = ("EMA consistency", "EMA consistency, ClassMix, after source only")
 VOID = 255
 
 
@@ -92,6 +92,8 @@ class Stage:
             return
         began = time.process_time()
         kdcache(job.next_words)
+        if not is_done(job):  # a training that is told to stop saves its state and returns
+            raise SystemExit(f"{job.name} was interrupted: run the same command again to go on")
         path = self._seconds_file(job)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(round(time.process_time() - began, 2)))
@@ -277,10 +279,10 @@ def main() -> None:
         data = Stage("final", arguments.data, out, few=arguments.few).data
         short = {"turns": 2, "steps": 8} if arguments.few else {}
         queue.cost = measure_cost(kdcache, data["source"], data["target"], out / "cost", **short)
-        queue.write()
-        return
-    for name in arguments.stages.split(","):
-        queue.run(name, Stage(name, arguments.data, out, few=arguments.few))
+    else:
+        for name in arguments.stages.split(","):
+            queue.run(name, Stage(name, arguments.data, out, few=arguments.few))
+    queue.write()
 
 
 if __name__ == "__main__":

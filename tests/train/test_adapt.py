@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kdcache.data import open_split, write_scenes
+from kdcache.sweep import read_recipe
 
 SEQUENCES = {"0001TP": 3, "0006R0": 2, "0016E5": 7}  # frames of train
 CLASSES = "Sky Building Road Tree Fence Car Pedestrian"
@@ -52,6 +53,14 @@ def test_the_target_has_the_shared_classes_and_no_frame_of_the_judge(
         fence = CLASSES.split().index("Fence")
         assert np.array_equal(ours, np.where(theirs == fence, 255, theirs)[1::2, 1::2])
         assert (ours == 255).any()
+
+
+def test_arms_that_tables_compare_are_in_the_recipe(adapt: ModuleType) -> None:
+    recipes = {stage: read_recipe(str(Path(adapt.__file__).parent / name)) for stage, name in adapt.RECIPES.items()}
+    assert {adapt.BASELINE, *adapt.ONLINE} <= {arm.name for arm in recipes["final"].arms}
+    assert not set(recipes["choices"].seeds) & set(recipes["final"].seeds)
+    for recipe in recipes.values():
+        assert recipe.student["val-every"] == recipe.student["iterations"]  # the score is that of the last
 
 
 def row(arm: str, seed: int, miou: float, chain: float) -> dict[str, object]:
