@@ -39,7 +39,7 @@ DATA = "scenes:96x128,train=2000,val=200,depth=sparse,tasks=halves"
 FEW = "scenes:96x128,train=32,val=8,depth=sparse,tasks=halves"
 ROWS = 8
 """Rows of a step with labels of a task; a shared network sees twice as many."""
-SILOG = "--term depth-silog,weight=0.2"
+SILOG = "--term depth-silog,weight=0.1"
 STORE = "--size 96x128 --views 4 --depth-zoom divide --threads 1"
 VIEWS = f"--model kdcache:tiny+depth --method none {SILOG} --depth-zoom divide --batch-size {ROWS}"
 """The training, of one step, whose store gives the views."""
@@ -111,7 +111,7 @@ class Queue:
 
     def _trained(self, arm: str, store: Path, seed: int) -> Path:
         """The run of an arm, which is trained where it is not there."""
-        run = self.out / "runs" / f"{arm}-{self.iterations}-{seed}"
+        run = self.out / "runs" / f"{arm}-{self.iterations}-{seed}"  # delete it when its flags change
         if not (run / RESULT).is_file():
             flags = f"--cache {store} --model {MODELS[arm]} {ARMS[arm]} {STUDENT}"
             self._train(run, flags, self.iterations, seed)
@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--out", default="tasks", help="folder of the teacher, the store and the runs")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--only", action="append", metavar="ARM", choices=tuple(ARMS), help="these arms alone")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no further run after so long")
@@ -214,7 +215,7 @@ def main() -> None:
         queue.cost = cost(arguments.repeats)
         queue.write()
         return
-    for seed in range(arguments.seeds):  # every arm once before any twice
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):  # every arm once before any twice
         for arm in arguments.only or ARMS:
             queue.run(arm, seed)
 
