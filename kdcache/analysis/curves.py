@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINES = ("#1b6ca8", "#d1661f", "#3a8a4d", "#8a4a9e", "#7a6a4a", "#c23b5a")
+_STYLES = ("-", "--", ":", "-.")
+"""Styles of lines, of which another begins where the colours are used up."""
 _SCORES = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "ema_miou": "mIoU of the EMA"}
 _DEPTH = {"depth_rmse": "rmse of depth", "ema_depth_rmse": "rmse of the EMA's depth"}
 _BESIDE = {"kind", "step", "tasks", "loss", "lr", "images_per_second", "wait_share", "weak_view_seconds"}
@@ -88,7 +90,9 @@ def _draw(axes: "Axes", lines: dict[str, Points]) -> None:
     for number, (name, points) in enumerate(drawn.items()):
         steps, values = zip(*points, strict=True)
         marker = "o" if len(points) < 30 else ""
-        axes.plot(steps, values, color=_LINES[number % len(_LINES)], marker=marker, markersize=3.5, label=name)
+        again, colour = divmod(number, len(_LINES))
+        style = _STYLES[again % len(_STYLES)]
+        axes.plot(steps, values, style, color=_LINES[colour], marker=marker, markersize=3.5, label=name)
     if len(drawn) > 1:
         axes.legend(fontsize=9, framealpha=0.8, edgecolor="none")
     if not drawn:

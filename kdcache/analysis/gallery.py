@@ -203,8 +203,9 @@ class Gallery:
                 pictures.append((f"{name}: {drawn.text(drawn.of(position))}", self._coloured(own.argmax)))
                 pictures += self._wrong(pixels, own)
             if DEPTH in own.answers:
-                pictures.append((f"{name}: {RMSE.text(RMSE.of(position))}", DepthMap(own.answers[DEPTH].numpy(), high)))
-                pictures.append(self._error(own, worst))
+                judged = "depth" if depth is None else RMSE.text(RMSE.of(position))
+                pictures.append((f"{name}: {judged}", DepthMap(own.answers[DEPTH].numpy(), high)))
+                pictures.append(self._error(pixels, own, worst))
         return panels(title, pictures, self._legend(predicted, {task for own in predicted for task in own.answers}))
 
     def _wrong(self, pixels: Array, own: Predicted) -> list[Panel]:
@@ -212,11 +213,11 @@ class Gallery:
         wrong = np.full_like(pixels, 255) if label is None else mark_wrong(pixels, label.numpy(), own.argmax.numpy())
         return [("no label" if label is None else "where it is wrong", wrong)]
 
-    def _error(self, own: Predicted, high: float) -> Panel:
-        metres, label = own.answers[DEPTH].numpy(), own.labels.get(DEPTH)
+    def _error(self, pixels: Array, own: Predicted, high: float) -> Panel:
+        label = own.labels.get(DEPTH)
         if label is None:
-            return "no label", DepthMap(np.full_like(metres, np.nan), high, "error")
-        error = absolute_error(metres, label.numpy())
+            return "no label of depth", np.full_like(pixels, 255)
+        error = absolute_error(own.answers[DEPTH].numpy(), label.numpy())
         return f"absolute error: {_mean_error(error)}", DepthMap(error, high, "error")
 
     def _coloured(self, ids: Tensor) -> Array:

@@ -80,3 +80,14 @@ def test_what_is_drawn(tmp_path: Path) -> None:
     assert speed.get_title() == "speed; 200.0 ms per step of 4 images at the median"
     assert list(waiting.lines[0].get_ydata()) == pytest.approx([50, 0, 50])
     assert speed.get_ylim()[1] > 40
+
+
+def test_no_two_lines_look_alike(tmp_path: Path) -> None:
+    parts = {f"stream{number}/ce": 1.0 + number for number in range(11)}
+    lines = [{"kind": "train", "step": step, "loss": 1.0, **parts} for step in (10, 20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = read_curves(Run(tmp_path))
+    assert curves is not None
+    drawn = draw_curves(curves, "title", BATCH).axes[0].lines
+    assert len(drawn) == 12
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 12
