@@ -248,7 +248,7 @@ def differences(rows: list[dict[str, Any]]) -> dict[str, Any]:
         f"{arm} - {rival}": difference(scores[arm], scores[rival], rival).to_json()
         for rival in (BASELINE, *ONLINE)
         for arm in scores
-        if arm != rival and rival in scores
+        if arm != rival and rival in scores and len(scores[arm]) > 1
     }
 
 
