@@ -94,7 +94,8 @@ def _draw(axes: "Axes", lines: dict[str, Points]) -> None:
         style = _STYLES[again % len(_STYLES)]
         axes.plot(steps, values, style, color=_LINES[colour], marker=marker, markersize=3.5, label=name)
     if len(drawn) > 1:
-        axes.legend(fontsize=9, framealpha=0.8, edgecolor="none")
+        many = len(drawn) > len(_LINES)
+        axes.legend(fontsize=7 if many else 9, ncols=2 if many else 1, handlelength=3, framealpha=0.8, edgecolor="none")
     if not drawn:
         axes.text(0.5, 0.5, "nothing was logged", ha="center", va="center", transform=axes.transAxes, fontsize=10)
 
