@@ -200,6 +200,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_from_a_game_to_a_camera(cli, tmp_path: Path) -> None:
     """Every arm, small: the stores of a teacher, of a student and of rounds, their audits, and the curve."""
     out = tmp_path / "out"
