@@ -1,66 +1,136 @@
 #!/usr/bin/env bash
-# Every GPU check and benchmark of the project, in under 8 minutes on one GPU:
-#     benchmarks/gpu.sh [DATA] [RESULTS]
-# DATA is a data set in the folder layout with splits train and val; procedural scenes when left out. JSON goes to RESULTS
-# (default benchmarks/results), named after the GPU. Needs no installed package: the import roots are set here. Exits with 1
-# when a check fails, after running the rest.
-#     benchmarks/gpu.sh --effect [DATA] [RESULTS]
-# goes on with the study of benchmarks/effect.py instead (DATA is CamVid), for about 10 minutes: call it again until nothing
-# is left. EFFECT names a folder that keeps teachers and stores from one call to the next.
+# Every GPU check and benchmark of the project, in parts that take at most 9 minutes each on one GPU:
+#     benchmarks/gpu.sh [--dry] [--kernels DIR] [--data DATA] [--results DIR] [--minutes N] [PART ...]
+# PART, all of them in this order when none is named:
+#     correctness  accuracy against float64 and the tests of the kernels: what nobody has run
+#     kernels      the loss beside its rivals, the cases of trainings, registers and half precision of the fast kernel
+#     step         a training step, eager, compiled and graphed, beside one without a teacher
+#     rest         builds, the main job, gradients, loaders, a live teacher
+# and, when it is named, `effect`: the study of benchmarks/effect.py (DATA is CamVid), to be called until nothing is left;
+# EFFECT names a folder that keeps its teachers and stores from one call to the next.
+#
+# --kernels is a folder of `kdcache kernels compile`, carried here; without it all kernels are compiled first, which takes
+# 16 cores a minute or two. DATA is a data set in the folder layout with splits train and val; procedural scenes when left
+# out. JSON goes to DIR (default benchmarks/results), named after the GPU, as soon as it is measured. --minutes (default 9)
+# is for the whole call: what does not fit is named at the end. Needs no installed package: the import roots are set here.
+# Exits with 1 when a step fails, after running the rest. --dry goes the same way on a CPU, at sizes that take minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-effect=
-[ "${1:-}" = --effect ] && { effect=yes; shift; }
-data=${1:-scenes:360x480,train=192,val=32,seed=0}
-results=${2:-benchmarks/results}
+began=$SECONDS
+dry='' kernels='' data='' results='' minutes=9 parts=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry) dry=yes ;;
+    --kernels | --data | --results | --minutes)
+      [ $# -gt 1 ] || { echo "$1 needs a value" >&2; exit 2; }
+      declare "${1#--}=$2"
+      shift ;;
+    correctness | kernels | step | rest | effect) parts+=("$1") ;;
+    *) echo "a part is correctness, kernels, step, rest or effect; received '$1'" >&2; exit 2 ;;
+  esac
+  shift
+done
+[ ${#parts[@]} -gt 0 ] || parts=(correctness kernels step rest)
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/cli${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
-"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no usable GPU")' || exit 1
-gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+kdcache=("$python" -m kdcache_cli)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$results"
-if [ -n "$effect" ]; then
-  "$python" benchmarks/effect.py --data "$data" --out "${EFFECT:-$work/effect}" --json "$results/study-$gpu.json" \
-    --parallel 4 --minutes 8
-  exit
+
+if [ -n "$dry" ]; then
+  device=cpu gpu=dry size=32x48 iterations=8 batch=4
+  data=${data:-scenes:48x64,train=16,val=4,seed=0}
+  results=${results:-$work/results}
+  check=(--dtype fp32)
+  shapes=(--shapes 1x3x16x16/4 --repeats 2 --no-memory) all=(--shapes 1x3x16x16/4 --case trained)
+  arch=(--arch sm_90) pytest=(--collect-only)
+  build=(--records 8 --repeats 1 --teachers kdcache:tiny) gradients=(--batches 1) steps=(--seconds 0.05 --repeats 1 --size 48x64)
+  step=(--teacher kdcache:base --student kdcache:tiny --size 32x48 --steps 1 --repeats 1)
+  loader=(--against decoder,direct,inline --records 8 --repeats 1 --steps 2) live=(--pairs 1 --iterations 8)
+else
+  "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no usable GPU; --dry needs none")' || exit 1
+  gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+  device=cuda size=288x384 iterations=1000 batch=16
+  data=${data:-scenes:360x480,train=192,val=32,seed=0}
+  results=${results:-benchmarks/results}
+  check=() shapes=() all=() arch=() pytest=()
+  build=(--records 512 --repeats 3) gradients=() steps=(--seconds 1) step=(--steps 20 --workers 2) loader=()
+  live=(--pairs 2 --iterations 200)
 fi
-failed=()
-budget=470 # seconds for all steps together
-step() { # NAME, most seconds, command
-  local name=$1 limit=$2 began=$SECONDS
+mkdir -p "$results"
+budget=$(awk "BEGIN { print int(60 * $minutes) }")
+
+failed=() left=()
+run() { # NAME, most seconds, command
+  local name=$1 limit=$2 start=$SECONDS
   shift 2
-  limit=$((budget - SECONDS < limit ? budget - SECONDS : limit))
+  local rest=$((budget - (SECONDS - began)))
+  if [ "$rest" -lt 5 ]; then left+=("$name"); return; fi
+  limit=$((rest < limit ? rest : limit))
+  [ -z "$dry" ] || limit=$rest # these are seconds of a GPU
   echo "== $name (at most $limit s)"
-  { [ "$limit" -gt 0 ] && timeout "$limit" "$@"; } || failed+=("$name")
-  echo "== $name: $((SECONDS - began)) s"
+  # An interrupt, so that what was measured is written; what ignores it is killed.
+  timeout --signal=INT --kill-after=15 "$limit" "$@" || failed+=("$name")
+  echo "== $name: $((SECONDS - start)) s"
+}
+bench() { # NAME, most seconds, arguments of bench-kernels
+  run "$1" "$2" "${kdcache[@]}" bench-kernels --device "$device" --json "$results/$1-$gpu.json" "${@:3}"
 }
 
-step accuracy 60 "$python" -m kdcache_cli bench-kernels --check --device cuda
-step kernels 150 "$python" -m kdcache_cli bench-kernels --device cuda --json "$results/kernels-$gpu.json"
-if "$python" -c 'import pytest' 2>/dev/null; then
-  # Most of the tests' time is compiling: several processes, where pytest-xdist is there.
-  processes=()
-  "$python" -c 'import xdist' 2>/dev/null && processes=(-n 12)
-  step tests 200 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${processes[@]}" \
-    -k "cuda or graph or triton or gpu or feed" tests/kernels tests/train/test_{graph,feed,resident}.py \
-    tests/distill
-fi
-step build 60 "$python" benchmarks/build.py --device cuda --data "$data" --size 288x384 --render-threads 8 \
-  --batch-size 16 --records 512 --repeats 3 --json "$results/build-$gpu.json"
-PYTHON=$python step camvid 180 benchmarks/camvid.sh "$data" "$work" 288x384 1000 0
-step gradients 40 "$python" benchmarks/gradients.py --device cuda --data "$data" --cache "$work/camvid.zarr" \
-  --teacher "$work/teacher" --student "$work/student-kl" --json "$results/gradients-$gpu.json"
-step steps 60 "$python" benchmarks/steps.py --device cuda --cache "$work/camvid.zarr" --batch-size 16 \
-  --seconds 1 --iterations 300 --json "$results/steps-$gpu.json"
-step loader 60 "$python" -m kdcache_cli bench-loader --cache "$work/camvid.zarr" --device cuda --batch-size 16 \
-  --json "$results/loader-$gpu.json"
-step step 60 "$python" benchmarks/step.py --device cuda --data "$data" --batch-size 16 --steps 20 --workers 2 \
-  --json "$results/step-$gpu.json"
-step live 60 "$python" benchmarks/live.py --device cuda --data "$data" --cache "$work/camvid.zarr" \
-  --teacher "$work/teacher" --out "$work/live" --pairs 2 --iterations 200 --json "$results/live-$gpu.json"
-"$python" benchmarks/collect.py "$work" --data "$data" --json "$results/training-$gpu.json"
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]}"
-  exit 1
-fi
+compile() { # the kernels, before anything launches them
+  if [ -n "$kernels" ]; then
+    run adopt 30 "${kdcache[@]}" kernels adopt "$kernels"
+  else
+    kernels=$work/kernels
+    run compile 240 "${kdcache[@]}" kernels compile "${arch[@]}" --out "$kernels" "${all[@]}"
+  fi
+  export TRITON_CACHE_DIR=$kernels
+}
+
+correctness() {
+  bench accuracy 150 --check "${check[@]}"
+  if "$python" -c 'import pytest' 2>/dev/null; then
+    # Most of the tests' time is compiling: several processes, where pytest-xdist is there.
+    local processes=()
+    "$python" -c 'import xdist' 2>/dev/null && processes=(-n 12)
+    run tests 330 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${processes[@]}" \
+      "${pytest[@]}" -k "cuda or graph or triton or gpu or feed" tests/kernels tests/train tests/distill
+  fi
+}
+
+kernels() {
+  bench kernels 240 "${shapes[@]}" --against eager,compile
+  bench kernels-cases 100 "${shapes[@]}" --case trained,warp,gate --against eager
+}
+
+step() {
+  run steps 120 "$python" benchmarks/steps.py --device "$device" --batch-size "$batch" --iterations "$iterations" \
+    "${steps[@]}" --json "$results/steps-$gpu.json"
+  run step 120 "$python" benchmarks/step.py --device "$device" --data "$data" --batch-size "$batch" "${step[@]}" \
+    --json "$results/step-$gpu.json"
+}
+
+rest() {
+  run build 60 "$python" benchmarks/build.py --device "$device" --data "$data" --size "$size" --render-threads 8 \
+    --batch-size "$batch" "${build[@]}" --json "$results/build-$gpu.json"
+  PYTHON=$python run camvid 180 benchmarks/camvid.sh "$data" "$work" "$size" "$iterations" 0
+  "$python" benchmarks/collect.py "$work" --data "$data" --json "$results/training-$gpu.json" || failed+=(collect)
+  local store=(--cache "$work/camvid.zarr")
+  run gradients 40 "$python" benchmarks/gradients.py --device "$device" --data "$data" "${store[@]}" \
+    --teacher "$work/teacher" --student "$work/student-kl" "${gradients[@]}" --json "$results/gradients-$gpu.json"
+  run loader 60 "${kdcache[@]}" bench-loader "${store[@]}" --device "$device" --batch-size "$batch" "${loader[@]}" \
+    --json "$results/loader-$gpu.json"
+  run live 90 "$python" benchmarks/live.py --device "$device" --data "$data" "${store[@]}" \
+    --teacher "$work/teacher" --out "$work/live" "${live[@]}" --json "$results/live-$gpu.json"
+}
+
+effect() {
+  run effect "$budget" "$python" benchmarks/effect.py --data "$data" --out "${EFFECT:-$work/effect}" \
+    --json "$results/study-$gpu.json" --parallel 4 --minutes $((budget / 60 - 1))
+}
+
+compile
+for part in "${parts[@]}"; do "$part"; done
+[ ${#left[@]} -eq 0 ] || echo "no time was left for: ${left[*]}"
+[ ${#failed[@]} -eq 0 ] || echo "failed: ${failed[*]}"
+[ ${#left[@]} -eq 0 ] && [ ${#failed[@]} -eq 0 ]

@@ -1,8 +1,6 @@
 """The Triton kernels compiled for a GPU, without one: registers, spills, shared memory, instructions by class.
 
-The package's own launch code runs on meta tensors, and where it would launch a kernel the kernel is compiled instead,
-for a GPU that need not be there: signatures, constants and options are those of a real call. That meta tensors pass
-also shows that nothing on the way reads a value, which would wait for the device.
+Launches are the package's own, on meta tensors (`kdcache_kernels.gpu.offline`).
 
 Counts are static, of the whole kernel and of its innermost loops; what a spill costs depends on where it is. Writes
 benchmarks/results/sass-sm80.json and sass-sm90.json in about three minutes each, most of it for tiles.
@@ -39,6 +37,7 @@ import kdcache_kernels.gpu
 from common import RESULTS, header, write
 from kdcache_kernels import LossProblem, PackedTarget
 from kdcache_kernels.gpu import argmax, counts, loss, topk
+from kdcache_kernels.gpu.offline import compile_instead, gpu_target
 from kdcache_kernels.problem import Counted
 from kdcache_kernels.topk import index_dtype
 
@@ -69,44 +68,6 @@ class Compiled(NamedTuple):
     name: str
     variant: str
     kernel: Any
-
-
-class _Driver:
-    """Stands for the driver of a GPU. Triton keeps kernels by device, so each target is a device of its own."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_device(self) -> int:
-        return hash(self.target)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-
-def gpu_target(name: str) -> GPUTarget:
-    """The target of a name: "90" is sm_90, "gfx942" an AMD GPU; gfx9 has 64 lanes to a warp, later ones 32."""
-    if name.startswith("gfx"):
-        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
-    return GPUTarget("cuda", int(name), 32)
-
-
-def compile_instead(target: GPUTarget) -> list[tuple[str, Any]]:
-    """From now on a launch compiles for `target` and runs nothing; returns where it puts (name, what came out)."""
-    kernels: list[tuple[str, Any]] = []
-
-    def launch(self: Any, grid: Any) -> Callable[..., None]:
-        def compile_only(*args: Any, **options: Any) -> None:
-            kernels.append((self.fn.__name__, self.run(*args, grid=grid, warmup=True, **options)))
-
-        return compile_only
-
-    JITFunction.__getitem__ = launch
-    triton.runtime.driver.set_active(_Driver(target))
-    return kernels
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

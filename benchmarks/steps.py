@@ -164,8 +164,7 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
     device = torch.device(arguments.device)
     eager = fresh_step(cache, arguments, impl=impl)
     batch = eager.to_device(first_batch(cache, arguments.batch_size))
-    logits_BChw = eager.logits(batch.pixels)
-    leaf = logits_BChw.detach().requires_grad_()
+    leaf = logits_of(eager, batch).detach().requires_grad_()
 
     def loss() -> torch.Tensor:
         return torch.autograd.grad(eager.criterion(leaf, batch).loss, leaf)[0]
@@ -173,7 +172,7 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
     gradient = loss()
 
     def student() -> None:
-        torch.autograd.backward(eager.logits(batch.pixels), gradient)
+        torch.autograd.backward(logits_of(eager, batch), gradient)
 
     parts = {"student": student, "loss": loss, "optimizer": eager.optimizer.step}
     times = {name: busy_ms(part, device) for name, part in parts.items()}
@@ -183,6 +182,13 @@ def measure_parts(cache: Cache, arguments: argparse.Namespace, impl: str) -> dic
     print(f"impl={impl}: {shown}; the loss is {100 * share:.1f} %; peak memory {peak:.1f} MiB")
     rounded = {name: round(value, 4) for name, value in times.items()}
     return {"impl": impl, "ms": rounded, "loss_share": round(share, 4), "peak_mib": round(peak, 1)}
+
+
+def logits_of(eager: EagerStep, batch: Batch) -> torch.Tensor:
+    """The student's logits at native stride, under autocast as in `fresh_step`."""
+    x_B3HW = eager.model.normalise(batch.pixels)
+    with torch.autocast(eager.device.type, torch.bfloat16, enabled=eager.device.type == "cuda"):
+        return eager.model(x_B3HW).logits
 
 
 def busy_ms(part: Callable[[], Any], device: torch.device) -> float:

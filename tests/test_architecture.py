@@ -45,7 +45,7 @@ ALLOWED = {
     "teacher": {"heads", "data", "models", "store", "metrics", "errors", "files", "run_folder", "settings", KERNELS},
     "train": {"heads", "data", "models", "store", "metrics", "distill", "errors", "files", "run_folder", "settings"},
     "analysis": {"heads", "data", "models", "metrics", "errors", "files", "run_folder", "settings"},
-    "bench": {"data", "models", "store", "distill", "metrics", "train", "errors", KERNELS},
+    "bench": {"data", "models", "store", "distill", "metrics", "train", "errors", "files", KERNELS},
     "sweep": {"data", "metrics", "analysis", "errors", "files", "run_folder", "settings"},
 }
 """Room -> rooms it may import from."""

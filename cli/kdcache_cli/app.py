@@ -29,6 +29,7 @@ from kdcache_cli.verbs import (
     export_pseudo_labels,
     extend,
     inspect,
+    kernels,
     models,
     plan,
     predict,
@@ -66,7 +67,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
 }
 """Verbs by the heading of the help that they stand under, in the order of work."""
 
-_GROUPS = {"data": "Data"}
+_GROUPS = {"data": "Data", "kernels": "Bench"}
 """Groups of verbs, by the heading that they stand under."""
 
 _ALSO_SHORTER = ("plan", "build-teacher-cache", "extend")
@@ -137,6 +138,7 @@ def _options(
 
 
 app.add_typer(data.app, name="data", rich_help_panel=_GROUPS["data"])
+app.add_typer(kernels.app, name="kernels", rich_help_panel=_GROUPS["kernels"])
 for _panel, _verbs in _PANELS.items():
     for _name, _verb in _verbs.items():
         _settings = build_flags.ALSO_SHORTER if _name in _ALSO_SHORTER else None

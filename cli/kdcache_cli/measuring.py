@@ -1,4 +1,4 @@
-"""What `bench-kernels` and `bench-loader` share: stages on the terminal, tables of figures, the result file."""
+"""What the benchmarks and `kernels compile` share: lists of settings, stages, tables of figures, the result file."""
 
 import shlex
 import sys
@@ -25,6 +25,26 @@ def check_json(path: Path | None) -> None:
     """Refuse a result file that could not be written, before anything is measured. Raises: RecipeError."""
     if path is not None and not path.resolve().parent.is_dir():
         raise RecipeError("--json is a file in a folder that exists", received=str(path), remedy="make the folder")
+
+
+def parse_temperatures(text: str) -> tuple[float, ...]:
+    """Parse a comma list of temperatures. Raises: RecipeError."""
+    try:
+        temperatures = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        temperatures = ()
+    if not temperatures or not all(0 < value < float("inf") for value in temperatures):
+        raise RecipeError("--temperature lists numbers above 0", received=repr(text), remedy="for instance 1,2,2.5")
+    return temperatures
+
+
+def parse_kept(text: str) -> tuple[int | None, ...]:
+    """Parse numbers of target classes: None is auto, the store's default; `sys.maxsize` all. Raises: RecipeError."""
+    words = {"auto": None, "all": sys.maxsize}
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part in words or (part.isdigit() and int(part) > 0) for part in parts):
+        raise RecipeError("--top-k lists numbers of classes, auto or all", received=repr(text), remedy="--top-k 8,all")
+    return tuple(words[part] if part in words else int(part) for part in parts)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ weight is the term.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ _WEIGHTS = ("ce_weight", "kl_weight")
 def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
     """Compute a problem's loss and terms, all differentiable; autocast does not enter: the kernels choose precision."""
     arguments = (family, *library.loss_arguments(problem))
-    with torch.autocast(problem.student.device.type, enabled=False):
+    kind = problem.student.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # meta tensors have none
         # A program that is compiled calls the operator, which alone it can trace.
         loss, ce, kl, _ = (library.distill_loss if torch.compiler.is_compiling() else _Loss.apply)(*arguments)
     return LossParts(loss, ce, kl)

@@ -340,7 +340,7 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -
         )
     if impl == "reference":
         return impl
-    family = {"cuda": "triton", "cpu": "numba"}.get(device.type, "") if impl == "auto" else impl
+    family = next((name for name, kind in _DEVICES.items() if kind == device.type), "") if impl == "auto" else impl
     reason = _refusal(family, device, dtype)
     if reason is None:
         return family

@@ -51,10 +51,14 @@ SUBSTITUTIONS = [
     (r"kdcache bench-loader", "kdcache bench-loader --against decoder,direct,inline --records 8 --repeats 1 --steps 2"),
     (r"--shapes camvid|(?<=bench-kernels) (?=--against)", " --shapes 1x3x16x16/4 --repeats 1 "),
     (r"--against eager,compile,chunked", "--against eager,chunked"),
+    # A few kernels take long enough to compile.
+    (r"(kernels compile .*--out \S+)(?: +--shapes \S+)?(?: --case \S+)?", r"\1 --shapes 1x3x16x16/4 --case trained"),
     (r"bench-kernels --check", "bench-kernels --check --shapes 1x3x16x16/4 --dtype fp32 --temperature 2"),
 ]
 """Pattern and what stands in its place, one after the other, in lines whose continuations are joined."""
-FOREIGN_FLAGS = {"--nproc-per-node", "--slow"}
+GROUPS = ("data", "kernels")
+"""Verbs of two words begin with one of these."""
+FOREIGN_FLAGS = {"--nproc-per-node", "--slow", "--kernels", "--dry"}
 _FENCE = re.compile(r'^```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?$')
 _NOT_RUN = re.compile(r"<!-- not run: (.*) -->")
 _START = re.compile(r"<!-- starts from: (.*) -->")
@@ -121,9 +125,10 @@ def commands_of(block: Block) -> Iterator[list[str]]:
 
 
 def verbs() -> dict[str, typer.core.TyperCommand]:
-    """Verb -> its command; those of `data` by their two words."""
+    """Verb -> its command; those of a group by their two words."""
     found = dict(typer.main.get_command(app).commands)
-    found |= {f"data {name}": verb for name, verb in found.pop("data").commands.items()}
+    for group in GROUPS:
+        found |= {f"{group} {name}": verb for name, verb in found.pop(group).commands.items()}
     return found
 
 
@@ -136,7 +141,7 @@ def test_every_command_parses(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         if block.language != "bash":
             continue
         for words in commands_of(block):
-            verb = " ".join(words[:2]) if words[0] == "data" else words[0]
+            verb = " ".join(words[:2]) if words[0] in GROUPS else words[0]
             assert verb in known, f"{block.where}: no verb {verb}"
             given = words[len(verb.split()) :]
             if "--recipe" in given:  # the file must be there and may give what is required

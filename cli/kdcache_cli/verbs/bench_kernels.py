@@ -1,7 +1,6 @@
 """`kdcache bench-kernels`: how fast, how small and how exact the loss is, here."""
 
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +9,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kdcache.errors import RecipeError
 from kdcache.settings.shared import MachineSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar
-from kdcache_cli.measuring import MISSING, GrowingResult, JsonFile, check_json, contestants, line, stages
+from kdcache_cli.measuring import (
+    MISSING,
+    GrowingResult,
+    JsonFile,
+    check_json,
+    contestants,
+    line,
+    parse_kept,
+    parse_temperatures,
+    stages,
+)
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for torch
@@ -23,8 +31,6 @@ if TYPE_CHECKING:  # the verb imports what it needs: --help must not wait for to
 
 _Option = typer.Option
 MISSES_SHOWN = 10
-EVERY = 4
-"""One of so many points of the accuracy grid is checked."""
 
 
 def bench_kernels(
@@ -92,8 +98,8 @@ def bench_kernels(
         shapes=parse_shapes(shapes or where.type),
         dtypes=parse_names(dtype or ("bf16" if cuda else "fp32"), "--dtype", DTYPES),
         layouts=parse_names(layout, "--layout", LAYOUTS),
-        temperatures=_temperatures(temperature),
-        kept=_kept(top_k),
+        temperatures=parse_temperatures(temperature),
+        kept=parse_kept(top_k),
         kinds=tuple(KINDS) if case == "all" else parse_names(case, "--case", KINDS),
         against=() if against == "none" else parse_names(against, "--against", RIVALS),
         impl=impl,
@@ -121,7 +127,7 @@ def _measure(settings: "Settings", json_file: Path | None) -> None:
 
 def _check(device: "torch.device", dtype: str | None, impl: str, json_file: Path | None) -> int:
     """Print the accuracy grid; return how many points missed a bound."""
-    from kdcache.bench.kernels import DTYPES, CheckSettings, check, parse_names, resolved, summary
+    from kdcache.bench.kernels import DTYPES, EVERY, CheckSettings, check, parse_names, resolved, summary
 
     dtypes = parse_names(dtype or ",".join(DTYPES), "--dtype", DTYPES)
     settings = CheckSettings(device=device, impl=impl, dtypes=dtypes, every=EVERY)
@@ -219,22 +225,3 @@ def _number(value: float | None) -> str:
 
 def _times(value: float | None) -> str:
     return MISSING if value is None else f"{_number(value)}x"
-
-
-def _temperatures(text: str) -> tuple[float, ...]:
-    try:
-        temperatures = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        temperatures = ()
-    if not temperatures or not all(0 < value < float("inf") for value in temperatures):
-        raise RecipeError("--temperature lists numbers above 0", received=repr(text), remedy="for instance 1,2,2.5")
-    return temperatures
-
-
-def _kept(text: str) -> tuple[int | None, ...]:
-    """Numbers of target classes: None for auto, the store's default; `sys.maxsize` for all."""
-    words = {"auto": None, "all": sys.maxsize}
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part in words or (part.isdigit() and int(part) > 0) for part in parts):
-        raise RecipeError("--top-k lists numbers of classes, auto or all", received=repr(text), remedy="--top-k 8,all")
-    return tuple(words[part] if part in words else int(part) for part in parts)

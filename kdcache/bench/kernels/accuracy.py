@@ -44,6 +44,8 @@ TEMPERATURES = (0.05, 1.0, 2.0, 2.5, 4.0, 100.0)
 CLASSES = (2, 3, 21, 33, 150)
 WINDOWS = ("whole", "flip", "crop", "scale", "edge")
 VALUES = ("normal", "wide", "range")
+EVERY = 4
+"""The command line checks one of so many points."""
 FACTORS = ("stride", "temperature", "num_classes", "window", "values")
 
 
@@ -152,15 +154,11 @@ def _worst(errors: Sequence[float]) -> float:
 
 
 def _judge(point: Point, device: torch.device, impl: str) -> Judged:
-    size = STRIDES[point.stride]
     student, arguments = _draw(point, device)
-    scale = 2.0 ** round(math.log2(BATCH * size[0] * size[1]))
 
     def run(logits: Tensor, implementation: str) -> tuple[float, Tensor]:
-        leaf = logits.detach().requires_grad_()
-        loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=implementation).loss
-        gradient = torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
-        return loss.item(), gradient.double() / scale
+        loss, gradient = _compute(point, logits, arguments, implementation)
+        return loss.item(), gradient.double() / _scale(point)
 
     rounded = student.to(DTYPES[point.dtype])
     expected, expected_gradient = run(rounded.double(), "reference")
@@ -175,6 +173,25 @@ def _judge(point: Point, device: torch.device, impl: str) -> Judged:
         gradient_error=((gradient - expected_gradient).abs().max() / largest).item(),
         gradient_bound=GRADIENT_BOUND[point.dtype] + ROUNDOFF * (widest / T + T),
     )
+
+
+def launch(point: Point, device: torch.device) -> None:
+    """Call what a check of a point calls of the implementation, and look at nothing."""
+    student, arguments = _draw(point, device)
+    _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto")
+
+
+def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str) -> tuple[Tensor, Tensor]:
+    """The loss at a point, and the gradient of its multiple by `_scale`."""
+    leaf = logits.detach().requires_grad_()
+    loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=impl).loss
+    return loss, torch.autograd.grad(loss, leaf, torch.full_like(loss, _scale(point)))[0]
+
+
+def _scale(point: Point) -> float:
+    """The power of two that is nearest to the number of pixels."""
+    height, width = STRIDES[point.stride]
+    return float(2 ** round(math.log2(BATCH * height * width)))
 
 
 def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:

@@ -65,17 +65,20 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw the tensors of a case."""
+    """Draw the tensors of a case; on the meta device they are as they would be, and nothing is drawn."""
     shape, kind = case.shape, KINDS[case.kind]
     B, C = shape.batch, shape.num_classes
-    generator = torch.Generator().manual_seed(0)
+    generator, meta = torch.Generator().manual_seed(0), device.type == "meta"
 
     def logits() -> Tensor:
+        if meta:
+            return torch.empty(B, C, *shape.native, device=device)
         return (torch.randn(B, C, *shape.native, generator=generator) * LOGIT_SPREAD).to(device)
 
     student = logits().to(DTYPES[case.dtype], memory_format=LAYOUTS[case.layout]).requires_grad_()
     target = PackedTarget(*pack(logits(), case.k), C, shape.size)
-    labels = draw_labels(shape, generator).to(device)
+    labels = torch.empty((B, *shape.size), dtype=torch.int64, device=device) if meta else draw_labels(shape, generator)
+    labels = labels.to(device)
     labelled = labels != shape.ignore_index
     class_weight = _class_weight(C, generator).to(device) if kind.trained else None
     window, flip = _windows(shape, device) if kind.drawn else (None, None)

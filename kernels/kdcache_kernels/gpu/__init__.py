@@ -12,4 +12,5 @@ tiles.py     tiles of any window
 pixels.py    pixel by pixel
 topk.py      packing and densifying
 argmax.py    the teacher's class and confidence
+offline.py   compiling all of it for a GPU that is not there
 """

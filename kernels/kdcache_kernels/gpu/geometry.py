@@ -10,6 +10,7 @@ Legend: B batch, H W label size, h w student's size, ht wt target's size, S stri
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,12 @@ class Taps(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # a tuple's method, which nobody calls
     fraction: Tensor
     inside: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device, *shape: int) -> "Taps":
+        """Return tables of a shape, to be written."""
+        kinds = (torch.int32, torch.float32, torch.uint8)
+        return cls(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
 
 
 @triton.jit
@@ -76,7 +83,7 @@ def is_inside(position, view):
 
 
 @triton.jit
-def _store_taps(
+def store_taps(
     taps, first, size, view, cells, view_start, view_end, flip,
     HAS_WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -190,8 +197,8 @@ def geometry_kernel(
         )  # fmt: skip
         return
     if image == 0:
-        _store_taps(row_taps, 0, H, H, h, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
-        _store_taps(column_taps, 0, W, W, w, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
+        store_taps(row_taps, 0, H, H, h, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
+        store_taps(column_taps, 0, W, W, w, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
     fast = image >= 0
     flip = image < 0
     if USE_KL:
@@ -200,10 +207,10 @@ def geometry_kernel(
         if flip_ptr is not None:
             flip = tl.load(flip_ptr + image) != 0
         if HAS_WINDOW or flip_ptr is not None or image == 0:
-            _store_taps(
+            store_taps(
                 target_row_taps, image * H, H, view_height, ht, y0, y1, image < 0, HAS_WINDOW, TARGET_ALIGN, BLOCK
             )
-            _store_taps(target_column_taps, image * W, W, view_width, wt, x0, x1, flip, HAS_WINDOW, TARGET_ALIGN, BLOCK)
+            store_taps(target_column_taps, image * W, W, view_width, wt, x0, x1, flip, HAS_WINDOW, TARGET_ALIGN, BLOCK)
         row, row_aligned = _shift(h, ht, view_height, y0, y1)
         column, column_aligned = _shift(w, wt, view_width, x0, x1)
         fast = fast & row_aligned & column_aligned

@@ -13,6 +13,7 @@ Legend: B batch, C classes, k kept classes, h w student's size, ht wt target's s
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -339,10 +340,7 @@ def _launch_geometry(
     ht, wt = (1, 1) if target is None else target.values.shape[2:]
     view = (1, 1) if target is None else target.view_size
 
-    def taps(*shape: int) -> Taps:
-        kinds = (torch.int32, torch.float32, torch.uint8)
-        return Taps(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
-
+    taps = partial(Taps.empty, device)
     Bt = B if window is not None or flip is not None else 1
     targets = (taps(1, 1), taps(1, 1)) if target is None else (taps(Bt, H), taps(Bt, W))
     tables = (taps(H), taps(W), *targets)

@@ -1,0 +1,72 @@
+"""Compiling the kernels for a GPU, without one.
+
+The package's own launch code runs on meta tensors, and where it would launch a kernel the kernel is compiled instead,
+for a GPU that need not be there: signatures, constants and options are those of a real call. That meta tensors pass
+also shows that nothing on the way reads a value, which would wait for the device.
+
+All of this changes Triton and the operators of this process for good: for processes that do nothing else.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+
+import triton
+from torch._library.custom_ops import CustomOpDef
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from .. import library, ops
+from . import loss
+
+Launched = list[tuple[str, Any]]
+"""The name of each kernel and what it was compiled to (None where a hook of Triton's passed it by)."""
+
+
+class _Driver:
+    """Stands for the driver of a GPU. Triton keeps kernels by device, so each target is a device of its own."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return hash(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Return the target of a name: sm_90, or gfx942 of AMD, of which gfx9 has 64 lanes to a warp and later ones 32."""
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+def compile_instead(target: GPUTarget) -> Launched:
+    """Compile for `target` whatever is launched from now on, and run nothing; return where it is put."""
+    kernels: Launched = []
+
+    def launch(self: Any, grid: Any) -> Callable[..., None]:
+        def compile_only(*args: Any, **options: Any) -> None:
+            kernels.append((self.fn.__name__, self.run(*args, grid=grid, warmup=True, **options)))
+
+        return compile_only
+
+    JITFunction.__getitem__ = launch
+    triton.runtime.driver.set_active(_Driver(target))
+    return kernels
+
+
+def launch_from_meta_tensors() -> None:
+    """Let the public functions launch Triton kernels for meta tensors from now on, forward and backward."""
+    ops._DEVICES["triton"] = "meta"
+    for operator in vars(library).values():
+        if isinstance(operator, CustomOpDef):
+            operator.register_fake(operator._init_fn)
+    library.scale_gradient.register_fake(loss.scale_gradient)  # the operator itself asks for the device
