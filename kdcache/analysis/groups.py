@@ -46,7 +46,7 @@ _NAMED = 40
 """Names that a message lists at most."""
 DEPTH_ON_LABELS = ("depth-l1", "depth-berhu", "depth-silog", "depth-gradient")
 """Terms that compare depth with labels, unless they say `reference=teacher`: without them a model learns no depth."""
-WITHOUT_TEACHER = ("dice", "lovasz", "entropy", "adversarial", "consistency")
+WITHOUT_TEACHER = ("dice", "lovasz", "auxiliary", "entropy", "adversarial", "consistency")
 """Terms on labels or on the student's predictions alone; `consistency` learns from a teacher with `by=store`."""
 _BARE = ("model", "method", "verb")
 """Settings whose values need no name beside them."""

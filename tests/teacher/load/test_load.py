@@ -97,6 +97,7 @@ def test_a_bare_spec_has_no_weights(classes) -> None:
 def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
     assert "nowhere" in refusal(RecipeError, str(tmp_path / "nowhere"), classes).received
     assert "w.pth" in refusal(ModelError, f"kdcache:tiny@{tmp_path}/w.pth", classes).received
+    (tmp_path / "w.pth").touch()
     for spec in ("kdcache:tinny", "tiny"):
         assert "kdcache:tiny" in refusal(ModelError, f"{spec}@{tmp_path}/w.pth", classes).remedy
     (run_folder / "best.safetensors").unlink()
