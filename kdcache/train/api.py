@@ -105,8 +105,8 @@ def make_trainer(
         check_pasting(sources)
         for source in sources:
             with source.named():
-                told = pseudo_notes(source.config, source.dataset, pasted=source.pasted is not None)
-                _note_all(told, source.note(observer.note))
+                notes = pseudo_notes(source.config, source.dataset, pasted=source.pasted is not None)
+                _note_all(notes, source.note(observer.note))
                 _note_collapse(source, sources, observer)
         config = _resolve(config, sources, observer)
         identity = identity_of(datasets)

@@ -130,7 +130,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.count = len(inputs)
+        """Keep nothing: there is no further backward."""
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -135,7 +135,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def gate_of(kind: str, weight: Tensor) -> Tensor | None:
-    """Of the same pixels, as a number, a count or a mask."""
+    """The gate that lets the pixels of a weight pass: the weight as a number or a count, or a mask."""
     return None if kind == "none" else weight > 1 if kind == "bool" else weight.to(getattr(torch, kind))
 
 

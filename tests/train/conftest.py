@@ -6,9 +6,12 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -273,6 +276,17 @@ class Nursery:
         """Exit code of the training; -9 after SIGKILL."""
         self._running = False
         return self._line()
+
+    def kill_at_checkpoint(self, settings: dict[str, Any], out: Path) -> None:
+        """Begin a training and kill it once it has written a checkpoint; it may have ended by then."""
+        pid = self.start(settings, out)
+        for _ in range(4000):
+            if (out / "checkpoint.pt").is_file():
+                break
+            time.sleep(0.005)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        assert self.wait() in (-signal.SIGKILL, 0)
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -14,7 +14,7 @@ from kdcache.sweep import read_recipe
 
 SEQUENCES = {"0001TP": 3, "0006R0": 2, "0016E5": 7}  # frames of train
 CLASSES = "Sky Building Road Tree Fence Car Pedestrian"
-"""Those of the scenes by CamVid's names, but for the pole, which is a fence here."""
+"""Class names of the scenes in CamVid's words; the scenes' pole is a fence here."""
 
 
 @pytest.fixture

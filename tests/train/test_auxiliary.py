@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +122,7 @@ def test_two_levels_killed_end_as_if_nothing_had_happened(
     settings = two | {"iterations": 24, "val_every": 4, "val": SCENES, "ema": ema}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(make_config(**settings), whole)
-    pid = nursery.start(settings, killed)
-    for _ in range(4000):
-        if (killed / "checkpoint.pt").is_file():
-            break
-        time.sleep(0.005)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    assert nursery.wait() in (-signal.SIGKILL, 0)
+    nursery.kill_at_checkpoint(settings, killed)
     train(make_config(**settings), killed, resume=True)
     for name in ("last", "best", *(("last-ema", "best-ema") if ema else ())):
         assert (whole / f"{name}.safetensors").read_bytes() == (killed / f"{name}.safetensors").read_bytes()
@@ -200,7 +189,7 @@ def test_parts_of_a_batch_learn_what_the_batch_does(
 def test_a_stream_without_labels_of_classes_counts_nothing(
     two: dict[str, Any], tmp_path: Path, read_metrics: Read
 ) -> None:
-    """As cross-entropy; pasted pixels bring the source's labels to both heads."""
+    """The auxiliary head counts no pixel there, as cross-entropy; pasted pixels bring the source's labels to both."""
     depth = {"name": "d", "data": "scenes:32x48,train=6,val=3,depth=exact,tasks=halves", "method": "depth-silog"}
     streams = [two["stream"][0], depth | {"labels": "depth"}]
     train(make_config(**two | {"model": "kdcache:hydra+aux", "stream": streams}), tmp_path / "depth")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +177,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     settings |= {"stream": streams(f"by={by},threshold=0.16")}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(make_config(**settings), whole)
-    pid = nursery.start(settings, killed)
-    for _ in range(2000):
-        if (killed / "checkpoint.pt").is_file():
-            break
-        time.sleep(0.005)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    assert nursery.wait() in (-signal.SIGKILL, 0)
+    nursery.kill_at_checkpoint(settings, killed)
     train(make_config(**settings), killed, resume=True)
     for name in ("last", "best", "last-ema", "best-ema"):
         assert (whole / f"{name}.safetensors").read_bytes() == (killed / f"{name}.safetensors").read_bytes()

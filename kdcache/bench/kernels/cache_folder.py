@@ -78,8 +78,8 @@ def _check_triton(folder: Path, note: dict[str, Any], here: dict[str, str]) -> N
         )
 
 
-def _describe(found: Mapping[str, Any]) -> str:
-    return f"Triton {found['triton']} for Python {found['python']}, {str(found['digest'])[:8]}"
+def _describe(note: Mapping[str, Any]) -> str:
+    return f"Triton {note['triton']} for Python {note['python']}, {str(note['digest'])[:8]}"
 
 
 def _this_triton() -> dict[str, str]:

@@ -23,7 +23,7 @@ SMALL = ["--shapes", "2x3x16x16/4", "--case", "trained", "--dtype", "fp32"]
 
 
 def environment(kernels: Path = ROOT / "kernels") -> dict[str, str]:
-    """Of a process of its own, which may take the kernels from another place."""
+    """The environment of a process that compiles, which may take the kernels from another place."""
     path = os.pathsep.join(map(str, (kernels, ROOT, ROOT / "cli")))
     return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 

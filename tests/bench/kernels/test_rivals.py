@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from kdcache.bench.kernels import KINDS, PRESETS, RIVALS, Case, Settings, Shape, parse_names, parse_shapes, rivals
 from kdcache.bench.kernels.inputs import make_inputs
+from kdcache.bench.kernels.losses import our_loss
 from kdcache.bench.kernels.rivals import OURS, UnavailableError, prepare
 from kdcache.errors import RecipeError
-from kdcache_kernels import distill_loss, target_argmax_confidence
+from kdcache_kernels import target_argmax_confidence
 
 CPU = torch.device("cpu")
 SMALL = Shape(2, 5, 24, 32, 4)
@@ -112,26 +113,11 @@ def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """In float64, from the rounded logits."""
     inputs, kind = make_inputs(case, CPU), KINDS[case.kind]
     leaf = inputs.student.detach().double().requires_grad_()
-    gate = None
     if kind.threshold is not None:
         size = case.shape.size
         _, confidence = target_argmax_confidence(inputs.target, size, inputs.window, inputs.flip, impl="reference")
-        gate = confidence >= kind.threshold
-        assert 0.05 < gate.float().mean() < 0.95
-    loss = distill_loss(
-        leaf,
-        inputs.labels,
-        inputs.target,
-        kl_weight=1.0,
-        temperature=case.temperature,
-        class_weight=inputs.class_weight,
-        ignore_index=case.shape.ignore_index,
-        window_B4=inputs.window,
-        flip_B=inputs.flip,
-        pixel_weight_BHW=gate,
-        distill_void=kind.trained,
-        impl="reference",
-    ).loss
+        assert 0.05 < (confidence >= kind.threshold).float().mean() < 0.95
+    loss = our_loss(case, replace(inputs, student=leaf), "reference")
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 

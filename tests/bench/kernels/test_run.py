@@ -98,11 +98,11 @@ def test_a_run_is_told_as_json() -> None:
     assert measure_ceilings(settings) is None
     rows = list(measure(settings, note=stages.append))
     assert len(rows) == 2
-    told = json.loads(json.dumps(rows[0].to_json()))
+    row = json.loads(json.dumps(rows[0].to_json()))
     case = {"shape": str(SMALL), "dtype": "fp32", "layout": "nchw", "temperature": 1.0, "kept": 5, "kind": "plain"}
-    assert told["case"] == case
-    assert [rival["name"] for rival in told["rivals"]] == ["eager", "chunked"]
-    assert told["ours"]["time"]["repeats"] == 2
+    assert row["case"] == case
+    assert [rival["name"] for rival in row["rivals"]] == ["eager", "chunked"]
+    assert row["ours"]["time"]["repeats"] == 2
     assert any("eager" in stage and "warm-up" in stage for stage in stages)
     for row in rows:
         assert row.ours.time is not None
