@@ -268,9 +268,16 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
         rule, instance = entry.spelling.rule or rule, entry.spelling.example
     return RecipeError(
         f"{flag} is {rule}",
-        received=f"{flag} {value if isinstance(value, str | int | float) else repr(value)}",
+        received=f"{flag} {_as_typed(value)}",
         remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
     )
+
+
+def _as_typed(value: Any) -> str:
+    """A value as it stands behind its flag; of a flag that may be repeated, with commas between."""
+    if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
+        return ", ".join(value)
+    return str(value) if isinstance(value, str | int | float) else repr(value)
 
 
 def read_config(run: Path) -> TrainConfig:

@@ -100,7 +100,7 @@ def heads_apart(origins: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             raise RecipeError(
                 "a head is taken from one teacher",
                 received=f"{match[1]} of {named[match[1]]} and of {match[2]}",
-                remedy=f"give --teacher {match[1]}=... once",
+                remedy=f"give --teacher {match[1]}=... once; for the mean of several, give them without {match[1]}=",
             )
         else:
             named[match[1]] = match[2]
