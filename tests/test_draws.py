@@ -1,4 +1,4 @@
-"""Hypothesis draws other cases in every run, on a CI server too, and says how to repeat the one that failed."""
+"""Hypothesis draws the same cases in every run of CI, others elsewhere, and says how to repeat one that failed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).parent
 
@@ -38,11 +40,13 @@ print(json.dumps([draws(), draws(), notes]))
 """
 
 
-def test_cases_are_drawn_anew_and_failures_can_be_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ci", [False, True], ids=["elsewhere", "ci"])
+def test_cases_are_drawn_anew_but_in_ci_and_failures_can_be_repeated(ci: bool, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(TESTS / "conftest.py")],
         cwd=tmp_path,
-        env={**os.environ, "CI": "true"},
+        env=environment | ({"CI": "1"} if ci else {}),
         capture_output=True,
         text=True,
         timeout=240,
@@ -51,8 +55,12 @@ def test_cases_are_drawn_anew_and_failures_can_be_repeated(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     first, second, notes = json.loads(done.stdout)
     assert len(first) > 50
-    assert first != second
+    assert (first == second) == ci
     assert any("@reproduce_failure(" in note for note in notes)
+
+
+def test_ci_says_that_it_is_one() -> None:
+    assert "export CI=1" in (TESTS.parent / ".ci" / "run").read_text().splitlines()[3]
 
 
 def test_no_test_keeps_to_the_same_cases() -> None:
