@@ -377,10 +377,11 @@ class DistillLoss(nn.Module):
         ce_weight: float,
         kl_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if logits.shape[1] == 0:
+        by_teacher = kl_weight > 0 and self._teaches(batch)
+        if logits.shape[1] == 0 or (ce_weight == 0 and not by_teacher):
             zero = logits.new_zeros((), dtype=compute_dtype(logits.dtype))
             return zero, zero, zero
-        if kl_weight == 0 or not self._teaches(batch):
+        if not by_teacher:
             return self._call(logits, replace(batch, targets=None), None, counts, ce_weight, kl_weight)
         views = self._masks.views(batch)
         if not views:

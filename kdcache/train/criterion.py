@@ -78,7 +78,7 @@ def make_criterion(
     class_weight = _class_weight(config, dataset, pasted)
     return DistillLoss(
         labels if config.teacher == "labels" else stored,
-        ce_weight=config.ce_weight,
+        ce_weight=config.ce_weight if config.labels != "none" or pasted is not None else 0.0,
         kl_weight=config.kl_weight if config.wants_kl else 0.0,
         temperature=config.temperature,
         class_weight=class_weight,

@@ -366,7 +366,7 @@ def test_a_stream_without_labels_learns_from_targets_alone(
     streams = [taught["stream"][0].replace("kl+dist", "kl,labels=none"), taught["stream"][1]]
     train(make_config(**taught | {"stream": streams, "gradients_every": 1, "val": None}), tmp_path / "run")
     assert all(row["a/ce"] == 0 < row["a/kl"] for row in read_metrics(tmp_path / "run", "train"))
-    assert all(row["a/ce"] == 0 < row["a/kl"] for row in read_metrics(tmp_path / "run", "gradients"))
+    assert all("a/ce" not in row and row["a/kl"] > 0 for row in read_metrics(tmp_path / "run", "gradients"))
 
 
 def test_a_stream_inherits_the_training_s_store_and_drops_what_weighs_a_teacher(

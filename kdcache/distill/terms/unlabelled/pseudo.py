@@ -13,6 +13,9 @@ from kdcache_kernels import distill_loss, target_argmax_confidence
 NONE = -1
 """The pseudo label of a pixel without one."""
 
+_VALUES = 0x3C01
+"""Float16 numbers from 0 to 1."""
+
 
 class Pseudo(Term):
     """`pseudo`: cross-entropy with argmax t where max softmax(t) >= threshold, at the label's size.
@@ -24,8 +27,9 @@ class Pseudo(Term):
     | `share` | all counted pixels | all counted pixels, times the share of the confident ones (DACS, DAFormer) |
 
     With `quantile` instead of a threshold, the confident pixels are the most confident share of each class's: of the
-    counted pixels of this process's batch that the teacher gives to the class. Pixels that do not count (outside the
-    view, grey, void) have no label, nor have those that were pasted, which bring a label of their own.
+    counted pixels of this process's batch that the teacher gives to the class; equal confidences go together. Pixels
+    that do not count (outside the view, grey, void) have no label, nor have those that were pasted, which bring a
+    label of their own.
 
     Args:
         class_weight: (C,) of the cross-entropy; None weighs every class 1.
@@ -124,17 +128,19 @@ def _sum(counted_BHW: Tensor) -> Tensor:
 
 
 def most_confident(argmax_BHW: Tensor, confidence_BHW: Tensor, share: float, num_classes: int) -> Tensor:
-    """(B, H, W) bool: the most confident `share` of each class's pixels, rounded down; never one of confidence 0.
+    """(B, H, W) bool: pixels above the largest confidence that keeps at least `share` of their class's.
 
-    One stable sort by class and confidence, whatever the data.
+    Equal confidences go together, as in a report on pseudo labels; a confidence of 0 is never kept. Confidences are
+    float16, so that a count per class and value finds the thresholds of all classes without a sort.
     """
-    inside = (confidence_BHW > 0).flatten()
-    group = torch.where(inside, argmax_BHW.flatten().long(), num_classes)  # what lies outside is a class of its own
     # The bits of float16 numbers above 0 are in the order of the numbers.
-    bits = confidence_BHW.flatten().view(torch.int16).long()
-    order = ((group << 16) - bits).argsort(stable=True)
-    group = group[order]
-    edges = torch.searchsorted(group, torch.arange(num_classes + 2, device=group.device))
-    rank, size = torch.arange(group.numel(), device=group.device) - edges[group], edges.diff()[group]
-    labelled = (rank < (share * size).floor()) & (group < num_classes)
-    return torch.empty_like(labelled).scatter(0, order, labelled).view_as(argmax_BHW)
+    class_N, value_N = argmax_BHW.flatten().long(), confidence_BHW.flatten().view(torch.int16).long()
+    count_CV = torch.zeros(num_classes * _VALUES, dtype=torch.int32, device=class_N.device)
+    count_CV.scatter_add_(0, class_N * _VALUES + value_N, torch.ones_like(value_N, dtype=torch.int32))
+    count_CV = count_CV.view(num_classes, _VALUES)
+    count_CV[:, 0] = 0
+    below_CV = count_CV.cumsum(1, dtype=torch.int32) - count_CV
+    counted_C1 = count_CV.sum(1, keepdim=True)
+    # Values are kept from the highest on; what lies below a threshold is at most the rest.
+    threshold_C = (counted_C1 - below_CV >= share * counted_C1.double()).sum(1) - 1
+    return ((value_N >= threshold_C[class_N]) & (value_N > 0)).view_as(argmax_BHW)
