@@ -10,12 +10,14 @@
     ├── RecipeError         flags, recipe files, run folders
     └── ModelError          model specs, weights, teachers, non-finite losses
 
-Each names the rule, what was received and the remedy. The command line prints them in one panel
-and exits with 2.
+Each names the rule, what was received and the remedy, and the entry of docs/troubleshooting.md that lists it. The
+command line prints them in one panel and exits with 2.
 """
 
 import logging
 import re
+import sys
+from typing import Self
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -53,17 +55,34 @@ class KDCacheError(Exception):
         rule: what must hold, in one sentence.
         received: what was found instead.
         remedy: what the user can do about it.
+
+    Attributes:
+        entry: the entry of docs/troubleshooting.md, E- and the file that raised it; empty for errors of other packages.
     """
 
     def __init__(self, rule: str, *, received: str, remedy: str) -> None:
         self.rule, self.received, self.remedy = map(plain_text, (rule, received, remedy))
+        self.entry = entry_of(sys._getframe(1).f_globals.get("__name__", ""))
         super().__init__(self.rule, self.received, self.remedy)
 
     def __str__(self) -> str:
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
+        docs = f"\n  see docs: {self.entry}" if self.entry else ""
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}{docs}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.rule, self.received, self.remedy)
+        return _rebuild, (type(self), self.rule, self.received, self.remedy), {"entry": self.entry}
+
+    def restated(self, *, received: str, remedy: str | None = None) -> Self:
+        """The same error of what was received elsewhere, where another remedy may help; its entry stays."""
+        again = type(self)(self.rule, received=received, remedy=self.remedy if remedy is None else remedy)
+        again.entry = self.entry
+        return again
+
+
+def entry_of(module: str) -> str:
+    """The entry of docs/troubleshooting.md for the errors of a module; empty for a module of another package."""
+    package, _, file = module.partition(".")
+    return f"E-{package[8:]}{'.' * (package != 'kdcache')}{file}" if package.startswith("kdcache") and file else ""
 
 
 def _rebuild(kind: type[KDCacheError], rule: str, received: str, remedy: str) -> KDCacheError:

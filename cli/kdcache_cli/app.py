@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from kdcache.errors import KDCacheError
 from kdcache_cli.console import ERRORS
 from kdcache_cli.settings import build_flags
-from kdcache_cli.settings.signature import hide_switch_types
+from kdcache_cli.settings.signature import show_plain_types
 from kdcache_cli.torchrun import one_voice
 from kdcache_cli.verbs import (
     bench_kernels,
@@ -70,6 +70,9 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
 _GROUPS = {"data": "Data", "kernels": "Bench"}
 """Groups of verbs, by the heading that they stand under."""
 
+SYSTEM, DEFECT = "E-system", "E-defect"
+"""Entries of docs/troubleshooting.md for errors of the system, and for those that nobody foresaw."""
+
 _ALSO_SHORTER = ("plan", "build-teacher-cache", "extend")
 
 
@@ -83,12 +86,14 @@ class _Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         command = super().get_command(ctx, cmd_name)
-        hide_switch_types(command)
+        for own in () if command is None else (command, *getattr(command, "commands", {}).values()):
+            show_plain_types(own.get_params(ctx))
         return command
 
     def get_params(self, ctx: Any) -> Any:
-        hide_switch_types(self)
-        return super().get_params(ctx)
+        parameters = super().get_params(ctx)
+        show_plain_types(parameters)
+        return parameters
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -142,7 +147,8 @@ app.add_typer(kernels.app, name="kernels", rich_help_panel=_GROUPS["kernels"])
 for _panel, _verbs in _PANELS.items():
     for _name, _verb in _verbs.items():
         _settings = build_flags.ALSO_SHORTER if _name in _ALSO_SHORTER else None
-        app.command(_name, context_settings=_settings, rich_help_panel=_panel)(_verb)
+        _short = " ".join((_verb.__doc__ or "").partition("\n\n")[0].split())
+        app.command(_name, context_settings=_settings, rich_help_panel=_panel, short_help=_short)(_verb)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -162,13 +168,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except KDCacheError as error:
         if debug:
             raise
-        _show(error.rule, error.received, error.remedy)
+        _show(error.rule, error.received, error.remedy, error.entry)
         sys.exit(2)
     except Exception as error:
         if debug:
             raise
-        rule, received, remedy = _foreign(error)
-        _show(rule, received, remedy)
+        _show(*_foreign(error))
         sys.exit(2)
 
 
@@ -180,21 +185,21 @@ def _trusting(trust: bool) -> AbstractContextManager[None]:
     return trusting()
 
 
-def _foreign(error: Exception) -> tuple[str, str, str]:
-    """Rule, received, remedy of an error that is not kdcache's own; the kernels' errors carry theirs."""
-    parts = [getattr(error, name, None) for name in ("rule", "received", "remedy")]
+def _foreign(error: Exception) -> tuple[str, str, str, str]:
+    """Rule, received, remedy and entry of an error that is not kdcache's own; the kernels' errors carry theirs."""
+    parts = [getattr(error, name, None) for name in ("rule", "received", "remedy", "entry")]
     if all(isinstance(part, str) for part in parts):
-        return str(parts[0]), str(parts[1]), str(parts[2])
+        return str(parts[0]), str(parts[1]), str(parts[2]), str(parts[3])
     if isinstance(error, PermissionError):
-        return "files must be readable and folders writable", str(error), "check the permissions"
-    return (
-        "this should not have happened",
-        f"{type(error).__name__}: {error}",
-        "run again with --debug and report the traceback",
+        return "files must be readable and folders writable", str(error), "check the permissions", SYSTEM
+    received = f"{type(error).__name__}: {error}"
+    return "this should not have happened", received, "run again with --debug and report the traceback", DEFECT
+
+
+def _show(rule: str, received: str, remedy: str, entry: str) -> None:
+    docs = ("\n", ("see docs  ", "dim"), entry) if entry else ()
+    body = Text.assemble(
+        *((rule, "bold"), "\n", ("received  ", "dim"), received, "\n", ("remedy    ", "dim"), remedy, *docs)
     )
-
-
-def _show(rule: str, received: str, remedy: str) -> None:
-    body = Text.assemble((rule, "bold"), "\n", ("received  ", "dim"), received, "\n", ("remedy    ", "dim"), remedy)
     with ERRORS.heard():
         ERRORS.print(Panel.fit(body, title="error", title_align="left", border_style="red"))

@@ -53,7 +53,7 @@ _COLUMNS = {
 def _distance_header(comparison: Comparison, task: str) -> list[str]:
     seeds = interval_spans(comparison, task)[0]
     of = " of rmse" if task == DEPTH and SEGMENTATION in comparison.tasks else ""
-    return [f"to baseline{of}", f"95 % over {seeds}", "is"]
+    return [f"to baseline{of}", f"95 % over {seeds}", "verdict"]
 
 
 def _task_cells(comparison: Comparison, row: Row, task: str, mark: Mark) -> list[str]:
@@ -75,7 +75,7 @@ def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
     """Known distances of rows to their baseline and control: intervals, correlation of pairs, p and p by Holm."""
     seeds, images = interval_spans(comparison, task)
     intervals = [f"paired over {seeds}, 95 %", f"unpaired over {seeds}, 95 %", f"over {images}, 95 %"]
-    header = ["row", "to", DISTANCES[task], *intervals, "correlation", "p", "p by Holm", "is"]
+    header = ["row", "to", DISTANCES[task], *intervals, "correlation", "p", "p by Holm", "verdict"]
     rows = []
     for row, gap in ((each, gap) for each in comparison.rows for gap in each.differences(task)):
         if gap is not None and not math.isnan(gap.mean):

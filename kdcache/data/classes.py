@@ -51,7 +51,7 @@ def read_classes(folder: Path) -> ClassList:
     try:
         return ClassList(tuple(name for name, _ in parsed), _complete([colour for _, colour in parsed]))
     except DataError as error:
-        raise DataError(error.rule, received=f"{error.received} in {path}", remedy=error.remedy) from None
+        raise error.restated(received=f"{error.received} in {path}") from None
 
 
 def write_classes(folder: Path, classes: ClassList) -> None:

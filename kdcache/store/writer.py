@@ -356,8 +356,7 @@ def _check_layout(content: bytes, key: str) -> None:
     try:
         parse_layout(json.loads(content), key)
     except VersionError as error:
-        raise VersionError(
-            error.rule,
+        raise error.restated(
             received=f"zarr-python {zarr.__version__} writes another kind: {error.received}",
             remedy="install an earlier zarr-python, or a later kdcache",
         ) from error

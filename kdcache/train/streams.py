@@ -117,7 +117,7 @@ def in_stream(name: str, error: KDCacheError) -> KDCacheError:
     """The error with the stream that it concerns; as it is where there is but one source."""
     if not name:
         return error
-    return type(error)(error.rule, received=f"stream {name}: {error.received}", remedy=error.remedy)
+    return error.restated(received=f"stream {name}: {error.received}")
 
 
 def read_tables(values: Sequence[Any]) -> list[Mapping[str, Any]]:

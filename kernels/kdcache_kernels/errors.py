@@ -7,6 +7,7 @@
 They are laid out as kdcache's own errors are, without importing them: this package knows tensors only.
 """
 
+import sys
 from functools import partial
 
 
@@ -17,6 +18,9 @@ class KernelError(ValueError):
         rule: what must hold, naming the argument, in one sentence.
         received: the value or property found instead.
         remedy: a step that the caller can take.
+
+    Attributes:
+        entry: the entry of docs/troubleshooting.md, E- and the file that raised it; empty for errors of other packages.
     """
 
     def __init__(self, rule: str, *, received: str, remedy: str) -> None:
@@ -24,13 +28,17 @@ class KernelError(ValueError):
         self.rule = rule
         self.received = received
         self.remedy = remedy
+        package, _, file = sys._getframe(1).f_globals.get("__name__", "").partition(".")
+        self.entry = f"E-kernels.{file}" if package == "kdcache_kernels" else ""
 
     def __str__(self) -> str:
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}"
+        docs = f"\n  see docs: {self.entry}" if self.entry else ""
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}{docs}"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Let an error cross a process boundary (a DataLoader worker) with its parts."""
-        return partial(type(self), received=self.received, remedy=self.remedy), (self.rule,)
+        rebuild = partial(type(self), received=self.received, remedy=self.remedy)
+        return rebuild, (self.rule,), {"entry": self.entry}
 
 
 class ShapeError(KernelError):

@@ -211,7 +211,7 @@ def test_distances_say_what_their_verdicts_stand_on() -> None:
     gaps = {one.name: one.difference for one in comparison.rows if one.difference is not None}
     header, rows = difference_table(comparison)
     intervals = ["paired over seeds, 95 %", "unpaired over seeds, 95 %", "over sequences, 95 %"]
-    assert header == ["row", "to", "points", *intervals, "correlation", "p", "p by Holm", "is"]
+    assert header == ["row", "to", "points", *intervals, "correlation", "p", "p by Holm", "verdict"]
     assert [cells[0] for cells in rows] == ["a", "b", "alone", "teacher"]
     a, b = gaps["a"], gaps["b"]
     assert rows[0][1:4] == ["none", "+5.83", f"{100 * a.low:+.2f} to {100 * a.high:+.2f}"]

@@ -87,11 +87,17 @@ def option(entry: Entry) -> Any:
     )
 
 
-def hide_switch_types(command: Any) -> None:
-    """Show no type beside the switches of a click command: they take no value."""
-    for parameter in getattr(command, "params", ()):
-        if getattr(parameter, "is_flag", False):
+def show_plain_types(parameters: Iterable[Any]) -> None:
+    """Show a word in capitals for the value of each click option, and no type beside switches and arguments."""
+    for parameter in parameters:
+        if parameter.param_type_name == "argument":
+            parameter.display_type = lambda context: ""
+        elif parameter.is_flag:
             parameter.metavar = ""
+        elif parameter.metavar is None:
+            kind = parameter.bare_type() if hasattr(parameter, "bare_type") else parameter.type.name
+            starts = (("int", "N"), ("float", "X"), ("path", "PATH"))
+            parameter.metavar = next((word for start, word in starts if kind.lower().startswith(start)), "TEXT")
 
 
 def _completer(words: Iterable[str] | Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:

@@ -78,6 +78,10 @@ def verify(
             f"{agreement.largest_error:.2e}",
         )
     OUT.print(f"{agreement.records} records against the teacher: {'; '.join(parts)}")
-    OUT.print("[green]the store holds the targets of this teacher[/]" if agreement.ok else "[red]it does not[/]")
+    OUT.print(
+        "[green]the store holds the targets of this teacher[/]"
+        if agreement.ok
+        else "[red]the store does not hold the targets of this teacher[/]"
+    )
     if not agreement.ok:
         raise typer.Exit(1)

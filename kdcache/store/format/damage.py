@@ -14,8 +14,7 @@ AGAIN = "run the command that wrote it (build-teacher-cache, extend or copy) aga
 def without_spare(error: KDCacheError, store: object) -> KDCacheError:
     """The error of a root's zarr.json that no spare is left of: what it held cannot be written again."""
     before = error.remedy.partition(AGAIN)[0]
-    received = f"{error.received}; there is no spare of zarr.json"
-    return type(error)(error.rule, received=received, remedy=before + restored(store))
+    return error.restated(received=f"{error.received}; there is no spare of zarr.json", remedy=before + restored(store))
 
 
 def restored(store: object) -> str:
