@@ -17,8 +17,9 @@ Everything wrong with a user's data is a `DataError`; wrong arguments of a calle
 """
 
 from kdcache.data.by_name import ClassesByName, classes_by_name
-from kdcache.data.check import CheckReport, check, class_weights
-from kdcache.data.depth_report import DepthReport
+from kdcache.data.checks.check import CheckReport, check, class_weights
+from kdcache.data.checks.depth_report import DepthReport
+from kdcache.data.checks.split_report import SplitReport
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
@@ -38,7 +39,6 @@ from kdcache.data.restyling.restyle import Restyled, Style, restyle
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
-from kdcache.data.split_report import SplitReport
 
 __all__ = [
     "DEPTH",

@@ -16,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
+from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.sample import Pixels
 from kdcache.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Compared in lower case."""
 
-LABEL_SUFFIX = ".png"
+LABEL_SUFFIXES = (".png", ".tif", ".tiff")
+"""Formats that keep every number; in lower case."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
@@ -61,20 +63,78 @@ def image_size(path: Path) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def read_label(path: Path) -> Pixels:
-    """Decode a label to uint8 (H, W) ids: an 8-bit grey PNG, or a palette PNG, whose indices count.
+def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
+    """Decode a label, PNG or TIFF, to uint8 (H, W) ids.
 
-    Raises: DataError for an unreadable file or another kind of PNG.
+    One channel of 1 to 16 bits holds ids up to 255, a palette's indices count; three channels of 8 bits hold colours.
+
+    Args:
+        colours: class ids by colour, for labels in RGB; None refuses these.
+    Raises: DataError for an unreadable file, another kind of picture, numbers above 255 or colours of no class.
     """
     with _opened(path, "label") as image:
+        kind, bits = _label_kind(path, image)
+        if image.mode == "L" and bits in (2, 4):  # Pillow stretches grey levels to 0..255
+            stretched: Pixels = np.array(image, dtype=np.uint8)
+            return np.floor_divide(stretched, np.uint8(255 // (2**bits - 1)))
+        if image.mode in ("1", "L", "P"):
+            return np.array(image, dtype=np.uint8)
+        if image.mode.startswith("I"):
+            return _small_numbers(np.array(image), kind, path)
+        if image.mode in ("RGB", "RGBA") and bits == 8:
+            return _ids_of_colours(np.array(image), colours, kind, path)
+        raise DataError(
+            "A label is a PNG or TIFF of class ids (one channel of 1 to 16 bits, or a palette), or of the classes' "
+            "colours (RGB).",
+            received=f"{kind} in {path}",
+            remedy="Save the ids as an 8-bit single-channel PNG (255 = void).",
+        )
+
+
+def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path: Path) -> Pixels:
+    """Class ids (H, W) of uint8 (H, W, 3), or (H, W, 4) without transparency. Raises: DataError."""
+    if colours is None:
+        raise DataError(
+            "A label in RGB needs a classes.txt with a colour of its own for every class.",
+            received=f"{kind} in {path}",
+            remedy="Write `name r g b` for every class into classes.txt; or save the ids as an 8-bit single-channel "
+            "PNG (255 = void), not their colours.",
+        )
+    if pixels.shape[2] == 4 and not (pixels[..., 3] == 255).all():
+        raise DataError(
+            "A label in colours has no transparent pixels: what they mean is not known.",
+            received=f"{int((pixels[..., 3] != 255).sum())} of them in {path}",
+            remedy="Save it as RGB, black where nothing is labelled.",
+        )
+    return colours.ids(pixels[..., :3], path)
+
+
+def _small_numbers(numbers: npt.NDArray[Any], kind: str, path: Path) -> Pixels:
+    """Numbers of 16 bits and more as uint8, (H, W). Raises: DataError for those that are no number from 0 to 255."""
+    wrong = numbers[(numbers < 0) | (numbers > 255)]
+    if wrong.size:
+        raise DataError(
+            "The numbers in a label are from 0 to 255 (void), also in files of 16 bits.",
+            received=f"{kind}, {wrong.size} pixels beyond, such as {int(wrong.reshape(-1)[0])}, in {path}",
+            remedy="Save class ids: files of larger numbers count instances (class * 1000 + number, as Cityscapes' "
+            "instanceIds), or hold depth.",
+        )
+    return numbers.astype(np.uint8)
+
+
+def _label_kind(path: Path, image: Image.Image) -> tuple[str, int]:
+    """What a label's pixels are, in words, and the bits of a channel. Raises: DataError for another format."""
+    if image.format == "PNG":
         kind = _png_kind(path)
-        if kind not in ("8-bit grey", "8-bit palette", "4-bit palette", "2-bit palette", "1-bit palette"):
-            raise DataError(
-                "A label is a PNG of class ids: 8-bit grey or palette.",
-                received=f"{kind} in {path}",
-                remedy="Save the ids as an 8-bit single-channel PNG (255 = void), not their colours.",
-            )
-        return np.array(image, dtype=np.uint8)
+        return kind, int(kind.partition("-")[0])
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (1,))[0]  # type: ignore[attr-defined] # BitsPerSample
+        return f"TIFF of {bits} bits, mode {image.mode}", int(bits)
+    raise DataError(
+        "A label is a PNG or a TIFF, which keep every number as it is.",
+        received=f"{image.format} in {path}",
+        remedy="Save the ids as an 8-bit single-channel PNG (255 = void); of a JPEG only the original will do.",
+    )
 
 
 def read_numbers(path: Path) -> npt.NDArray[Any]:

@@ -14,14 +14,16 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
     """Open one split of a data set.
 
     Args:
-        data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, camvid, voc,
-            cityscapes, gta5, ade20k, kitti-depth, nyu; or `scenes`, `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
+        data: a folder, whose layout is found by what lies in it; LAYOUT:FOLDER, with one of folder, mmseg, kaggle,
+            coco, camvid, voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu; or `scenes`,
+            `scenes:HxW,train=64,val=16,seed=0,unlabelled=0`,
             `depth=exact` or `depth=sparse` and `tasks=both`, `halves` or `depth`, `style=game` or `style=camera` (a
             folder of that name is `./scenes`).
             `,images=FOLDER` behind a folder takes the images of the same samples from another one, which has
             FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
             `depth:DATA` or `segmentation:DATA` has the labels of that task alone; `DATA + DATA` the samples of both.
-        split: its name, such as `train`; of all where several are joined.
+        split: its name, such as `train`; of all where several are joined. `val` means `valid` or `validation` where
+            that is what there is, and the other way round.
     Raises: DataError with what is missing or malformed.
     """
     data = os.fspath(data)

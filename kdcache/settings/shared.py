@@ -23,8 +23,9 @@ class DataSettings:
 
     data: str = setting(
         REQUIRED,
-        "Data folder: your own, CamVid, VOC, Cityscapes, GTA5, ADE20K, KITTI depth or NYU (found by what lies in it, "
-        "or named as in [bold]voc:DIR[/]); or [bold]scenes[/] for the built-in procedural set.",
+        "Data folder: your own (images/ and labels/, or as mmseg, Kaggle and COCO have it), CamVid, VOC, Cityscapes, "
+        "GTA5, ADE20K, KITTI or NYU (found by what lies in it, or named as in [bold]voc:DIR[/]); or [bold]scenes[/] "
+        "for the built-in procedural set.",
     )
 
 

@@ -144,12 +144,12 @@ def test_a_class_list_above_the_data_is_not_passed_over(tiny, tmp_path) -> None:
 def test_what_keeps_a_folder_from_being_one_of_one_s_own(tiny, tmp_path) -> None:
     root = own_data(tiny, tmp_path / "mine")
     (root / "classes.txt").unlink()
-    (root / "labels").rename(root / "masks")
+    (root / "labels").rename(root / "gt")
     with pytest.raises(DataError) as caught:
         open_split(root, "train")
     assert "add classes.txt" in caught.value.remedy
-    assert "(masks) to labels" in caught.value.remedy
-    (root / "masks").rename(root / "labels")
+    assert "(gt) to labels" in caught.value.remedy
+    (root / "gt").rename(root / "labels")
     (root / "classes.txt").write_text("\n".join(OWN))
     assert len(open_split(root, "train")) == 6
 

@@ -18,7 +18,7 @@ from kdcache.data.folds import SplitPart
 from kdcache.data.layouts.label_ids import id_table
 from kdcache.data.layouts.registry import LAYOUTS, find_layout, split_prefix
 
-WITH_LABELS = [name for name in LAYOUTS if name not in ("kitti-depth", "nyu")]
+WITH_LABELS = [name for name in LAYOUTS if name not in ("kitti-semantic", "kitti-depth", "nyu")]
 SPLITS = {name: ["train", "val"] for name in WITH_LABELS} | {"voc": ["train", "trainval", "val"]}
 PREFIXES = {"cityscapes": ("{split}stadt/{split}stadt_", "_leftImg8bit"), "ade20k": ("ADE_{split}_", "")}
 
@@ -50,7 +50,9 @@ def expected(layout: str) -> dict[int, int]:
         return {n: train if 0 <= train < 19 else 255 for n, train in table.items()} | {34: 255}
     if layout == "ade20k":
         return {0: 255} | {n: n - 1 for n in range(1, 151)}
-    classes = {"camvid": 11, "voc": 21, "folder": 3}[layout]
+    if layout == "coco":
+        return {0: 0, 1: 1, 2: 2, 3: 255}
+    classes = {"camvid": 11, "voc": 21, "folder": 3, "mmseg": 3, "kaggle": 3}[layout]
     return {n: n for n in range(classes)} | {11 if layout == "camvid" else 255: 255}
 
 
@@ -127,7 +129,8 @@ def test_names_and_colours_are_those_of_the_field(tiny, tmp_path) -> None:
     assert {index: classes["voc"].colours[index] for index in VOC_COLOURS} == VOC_COLOURS
     assert classes["ade20k"].names[:5] == ("wall", "building", "screen, silver screen", "screen, crt", "thing 5")
     assert len(classes["ade20k"]) == 150
-    assert classes["folder"].names == ("road", "car", "sky")
+    assert {classes[layout].names for layout in ("folder", "mmseg", "kaggle")} == {("road", "car", "sky")}
+    assert classes["coco"].names == ("background", "road", "car")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -189,7 +192,7 @@ def test_the_digest_covers_the_mapping_and_is_what_it_was_without_one(tiny, tmp_
 
     for layout in WITH_LABELS:
         split = open_split(tiny.write(layout, tmp_path / layout), "train")
-        assert (split.digest() == plain(split)) == (layout in ("folder", "voc"))
+        assert (split.digest() == plain(split)) == (layout in ("folder", "mmseg", "kaggle", "coco", "voc"))
         other = pickle.loads(pickle.dumps(split))
         assert other.digest() == split.digest()
         if other.label_map is not None:

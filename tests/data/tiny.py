@@ -16,6 +16,9 @@ from PIL import Image
 SIZE = (32, 48)
 NUMBERS = {
     "folder": (0, 1, 2, 255),
+    "mmseg": (0, 1, 2, 255),
+    "kaggle": (0, 1, 2, 255),
+    "coco": (0, 1, 2, 3),
     "camvid": tuple(range(12)),
     "voc": (*range(21), 255),
     "cityscapes": tuple(range(34)),
@@ -66,6 +69,49 @@ def _folder(root: Path, split: str, names: Sequence[str]) -> None:
     for name in names:
         save_image(root / f"images/{split}/{name}.jpg")
         save_label(root / f"labels/{split}/{name}.png", numbers("folder", name))
+
+
+def _mmseg(root: Path, split: str, names: Sequence[str]) -> None:
+    (root / "classes.txt").write_text("road\ncar\nsky\n")
+    for name in names:
+        save_image(root / f"img_dir/{split}/{name}.jpg")
+        save_label(root / f"ann_dir/{split}/{name}.png", numbers("mmseg", name))
+
+
+def _kaggle(root: Path, split: str, names: Sequence[str]) -> None:
+    """Masks in the colours of the classes."""
+    (root / "classes.txt").write_text("road 1 2 3\ncar 200 0 0\nsky 0 0 255\n")
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:3] = (1, 2, 3), (200, 0, 0), (0, 0, 255)
+    for name in names:
+        save_image(root / f"{split}/images/{name}.jpg")
+        save_label(root / f"{split}/masks/{name}_mask.png", colours[numbers("kaggle", name)])
+
+
+def _coco(root: Path, split: str, names: Sequence[str]) -> None:
+    """Objects of three categories as run lengths; `cloud` is not in classes.txt, so it is void."""
+    (root / "classes.txt").write_text("background\nroad\ncar\n")
+    images, annotations = [], []
+    for number, name in enumerate(names):
+        save_image(root / f"{split}2017/{name}.jpg")
+        images.append({"id": number, "file_name": f"{name}.jpg", "height": SIZE[0], "width": SIZE[1]})
+        for category in (1, 2, 3):
+            flat = (numbers("coco", name) == category).reshape(-1, order="F")
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], flat, [not flat[-1]]]).astype(int)))
+            counts = np.diff(np.concatenate([[0], edges])).tolist()
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": 10 * category,
+                    "iscrowd": 0,
+                    "segmentation": {"size": list(SIZE), "counts": counts},
+                }
+            )
+    categories = [{"id": 10 * n, "name": name} for n, name in enumerate(("road", "car", "cloud"), 1)]
+    path = root / f"annotations/instances_{split}2017.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
 
 def _camvid(root: Path, split: str, names: Sequence[str]) -> None:
@@ -133,6 +179,9 @@ def _lines(path: Path) -> list[str]:
 
 _WRITERS = {
     "folder": _folder,
+    "mmseg": _mmseg,
+    "kaggle": _kaggle,
+    "coco": _coco,
     "camvid": _camvid,
     "voc": _voc,
     "cityscapes": _cityscapes,

@@ -22,8 +22,9 @@ def check(
     data: Annotated[
         str,
         typer.Argument(
-            help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]; folder, camvid, voc, "
-            "cityscapes, gta5, ade20k, kitti-depth, nyu), or [bold]scenes[/]. [bold],images=DIR2[/] behind it: other "
+            help="Data folder, with its layout in front of it if need be ([bold]voc:DIR[/]; folder, mmseg, kaggle, "
+            "coco, camvid, voc, cityscapes, gta5, ade20k, kitti-semantic, kitti-depth, nyu), or [bold]scenes[/]. "
+            "[bold],images=DIR2[/] behind it: other "
             "images of its samples."
         ),
     ],

@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from kdcache.data.classes import CLASSES_FILE, read_classes
+from kdcache.data.classes import CLASSES_FILE, read_classes, read_colour_codes
+from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.files import IMAGE_SUFFIXES
 from kdcache.data.layouts.file_split import FileSplit, describe_some
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.scan import WHOLE, Scan, replace_images
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
+
+VALIDATION = ("val", "valid", "validation")
+"""Names of one split: where a data set has one of them, the others mean it too."""
 
 HOW_TO_SPLIT = " Or keep a fifth of train for validation: train with --fold 0/5 --val-split train --val-fold 0/5."
 
@@ -42,7 +46,7 @@ class Layout(ABC):
     looks_for: ClassVar[str]
     homes: ClassVar[tuple[str, ...]] = ("",)
     split_is: ClassVar[str]
-    pairing: ClassVar[str] = "Every label is a PNG with the path of its image (another suffix)."
+    pairing: ClassVar[str] = "Every label is a PNG or TIFF with the path of its image (another suffix)."
     listed: ClassVar[bool] = False
 
     @abstractmethod
@@ -96,6 +100,20 @@ class Layout(ABC):
             classes = "the layout's own classes" if self._classes(root) else "no classes"
         return f"{self.looks_for}; {classes}"
 
+    def colour_codes(self, root: Path) -> ColourCodes | None:
+        """The colours that labels in RGB may have: those of `classes.txt`; None where a class has none there.
+
+        Raises: DataError for a `classes.txt` that is none.
+        """
+        return read_colour_codes(root)
+
+    def split_named(self, root: Path, split: str) -> str:
+        """The split that a name means: itself where there is one, else for `val` also `valid` and `validation`."""
+        names = self.splits(root)
+        if split in names or split not in VALIDATION:
+            return split
+        return next((name for name in VALIDATION if name in names), split)
+
     def scan(self, root: Path, split: str, images: Path | None = None) -> Scan:
         """Find the images and labels of a split; refuses only a split that is missing or without images.
 
@@ -103,15 +121,19 @@ class Layout(ABC):
             images: a folder with other images of the same samples, such as translated ones.
         Raises: DataError for such a split, or a list that cannot be read.
         """
+        split = self.split_named(root, split)
         if split not in (names := self.splits(root)):
             raise DataError(
                 f"A split is {self.split_is}.",
                 received=f"{split!r} in {root}; there are: {', '.join(names) or 'none'}",
-                remedy="Name one of the splits that exist." + (HOW_TO_SPLIT if names == [WHOLE] else ""),
+                remedy="Name one of the splits that exist."
+                + (HOW_TO_SPLIT if split in VALIDATION and not {*VALIDATION} & {*names} and WHOLE in names else ""),
             )
         scan = self._scan(root, split)
         if self.lists_classes(root):
             scan = replace(scan, label_ids=_numbers_of_lines(self.name))
+        if (colours := self.colour_codes(root)) is not None and scan.label_ids.colours is None:
+            scan = replace(scan, label_ids=replace(scan.label_ids, colours=colours))
         if images is not None:
             scan = replace_images(scan, images, split)
         if not scan.images and scan.missing:
@@ -133,6 +155,7 @@ class Layout(ABC):
         Raises: DataError for a missing split, no images, a bad class list, clashing ids, labels that belong to no
             image, or files that a list names and that are not there.
         """
+        split = self.split_named(root, split)
         scan = self.scan(root, split, images)
         if scan.missing:
             raise self._missing(root, split, scan)

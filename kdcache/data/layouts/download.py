@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from kdcache.data.layouts.published.voc import Voc
 from kdcache.data.layouts.registry import LAYOUTS
-from kdcache.data.layouts.voc import Voc
 from kdcache.errors import DataError
 
 STAGING = ".kdcache-download"

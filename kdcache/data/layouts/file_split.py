@@ -29,6 +29,7 @@ class FileSplit(Split):
         # Absolute, because a worker process may run in another directory.
         self._root = root.absolute()
         self._label_ids = scan.label_ids
+        self._drawn = scan.drawn
         self._image_files = tuple(scan.images.values())
         self._label_files = tuple(scan.labels.get(sample) for sample in self.ids)
         self._read_depth = None if scan.depth is None else scan.depth.read
@@ -40,8 +41,8 @@ class FileSplit(Split):
         return self._root / self._image_files[index]
 
     def label_path(self, index: int) -> Path | None:
-        """The absolute path of the label's file; None without one."""
-        name = self._label_files[index]
+        """The absolute path of the label's own file; None without one, and of labels that are drawn."""
+        name = None if self._drawn is not None else self._label_files[index]
         return None if name is None else self._root / name
 
     def image(self, index: int) -> Pixels:
@@ -58,7 +59,7 @@ class FileSplit(Split):
         label = self.raw_label(index)
         if label is None:
             return None
-        path = self.label_path(index)
+        path = self._root / str(self._label_files[index])
         self._check_size(index, label.shape, path)
         if bad := ids_out_of_range(label, len(self.classes)):
             raise DataError(
@@ -69,10 +70,12 @@ class FileSplit(Split):
         return label
 
     def raw_label(self, index: int) -> Pixels | None:
+        if self._drawn is not None and self._label_files[index] is not None:
+            return self._drawn.label(self.ids[index])
         path = self.label_path(index)
         if path is None:
             return None
-        label = read_label(path)
+        label = read_label(path, self._label_ids.colours)
         if self._label_ids.check is not None:
             self._label_ids.check(numbers_in(label), path)
         return label if self.label_map is None else self.label_map.take(label)
@@ -103,7 +106,10 @@ class FileSplit(Split):
     def content_digests(self, index: int) -> tuple[str | None, ...]:
         """SHA-256 of the bytes of the image file, the label file (None without one) and, if any, the depth file."""
         path, depth = self.label_path(index), self.depth_path(index)
-        digests = file_digest(self.image_path(index)), None if path is None else file_digest(path)
+        label = None if path is None else file_digest(path)
+        if self._drawn is not None and self._label_files[index] is not None:
+            label = self._drawn.digest(self.ids[index])
+        digests = file_digest(self.image_path(index)), label
         return digests if depth is None else (*digests, file_digest(depth))
 
     def _check_size(self, index: int, shape: tuple[int, ...], path: Path | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.sample import IGNORE_INDEX, Pixels
 
 Seen = npt.NDArray[np.bool_]
@@ -22,6 +23,7 @@ class LabelIds:
         rule: which numbers there may be, for messages; `{last}` is the last class id.
         remedy: what to do about others.
         table: uint8 (256,), the class id of every number; None when they are class ids already.
+        colours: class ids of the colours of labels in RGB; None refuses such labels.
         check: raises DataError when the numbers seen in a file, bool (256,), show that it cannot be what it is called;
             it gets the file's path too.
     """
@@ -30,6 +32,7 @@ class LabelIds:
     remedy: str
     table: Pixels | None = None
     check: Callable[[Seen, Path], None] | None = None
+    colours: ColourCodes | None = None
 
 
 NO_LABELS = LabelIds("The layout has no labels of segmentation.", "Use the folder layout for data with labels.")

@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.data.classes import CLASSES_FILE, read_classes
-from kdcache.data.folder import IMAGES, LABELS, Folder
-from kdcache.data.layouts.ade20k import Ade20k
 from kdcache.data.layouts.base import Layout
-from kdcache.data.layouts.camvid import CamVid
-from kdcache.data.layouts.cityscapes import Cityscapes
-from kdcache.data.layouts.gta5 import Gta5
-from kdcache.data.layouts.kitti_depth import KittiDepth
-from kdcache.data.layouts.nyu import Nyu
+from kdcache.data.layouts.own.coco import Coco
+from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
+from kdcache.data.layouts.own.kaggle import Kaggle
+from kdcache.data.layouts.own.mmseg import Mmseg
+from kdcache.data.layouts.published.ade20k import Ade20k
+from kdcache.data.layouts.published.camvid import CamVid
+from kdcache.data.layouts.published.cityscapes import Cityscapes
+from kdcache.data.layouts.published.gta5 import Gta5
+from kdcache.data.layouts.published.kitti_depth import KittiDepth
+from kdcache.data.layouts.published.kitti_semantic import KittiSemantic
+from kdcache.data.layouts.published.nyu import Nyu
+from kdcache.data.layouts.published.voc import Voc
 from kdcache.data.layouts.scan import folders_in, holds_pictures
-from kdcache.data.layouts.voc import Voc
 from kdcache.errors import DataError
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (Folder(), CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiDepth(), Nyu())
+    layout.name: layout
+    for layout in (
+        *(Folder(), Mmseg(), Kaggle(), Coco()),
+        *(CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiSemantic(), KittiDepth(), Nyu()),
+    )
 }
 
 # Two characters at least: one is a Windows drive.

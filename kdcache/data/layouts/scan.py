@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
-from kdcache.data.files import IMAGE_SUFFIXES, LABEL_SUFFIX
+from kdcache.data.files import IMAGE_SUFFIXES, LABEL_SUFFIXES
 from kdcache.data.layouts.depth import DEPTH_SUFFIXES, DepthReader, DepthScan
 from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.data.sample import Pixels
 from kdcache.errors import DataError
 
 WHOLE = "train"
@@ -17,6 +19,16 @@ WHOLE = "train"
 
 Line = tuple[int, list[str]]
 """Number of a line, from 1, and its words."""
+
+
+class DrawnLabels(Protocol):
+    """Labels of segmentation that are drawn from annotations, by the samples' ids."""
+
+    def label(self, sample: str) -> Pixels:
+        """The label, uint8 (H, W). Raises: DataError for annotations that cannot be drawn."""
+
+    def digest(self, sample: str) -> str:
+        """SHA-256 of everything that the label is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,12 @@ class Scan:
         label_ids: what the numbers in the labels mean.
         image_place, label_place: the folders that were searched, below the data set's folder.
         orphans: labels that no image has, below `label_place`.
-        foreign: pictures below `label_place` that are no PNG.
+        foreign: pictures below `label_place` that are neither PNG nor TIFF.
         clashes: (id, first, second) of images with one id; the first is in `images`.
         missing: files that a list or their siblings call for and that are not there.
         depth: the files of depth; None where the layout or the split has none.
+        drawn: labels that are drawn from the annotations in the files of `labels`; None where each file is a label.
+        label_end: what the names of labels end with beside those of their images.
     """
 
     images: dict[str, str]
@@ -45,6 +59,8 @@ class Scan:
     clashes: list[tuple[str, str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     depth: DepthScan | None = None
+    drawn: DrawnLabels | None = None
+    label_end: str = ""
 
 
 def scan_folders(
@@ -56,6 +72,7 @@ def scan_folders(
     image_begin: str = "",
     image_end: str = "",
     label_end: str = "",
+    together: bool = False,
 ) -> Scan:
     """Pair the images below one folder with the labels below another, by their paths without suffix.
 
@@ -63,10 +80,13 @@ def scan_folders(
         image_begin: what the names of images begin with.
         image_end, label_end: what the names of images and labels end with before the suffix; files whose names do
             not are no part of it. A label's path with `image_end` for `label_end` is the id of its image.
+        together: both lie in one folder, in which files that end with `label_end` are labels.
     """
-    scan = Scan({}, {}, label_ids, image_place, label_place)
+    scan = Scan({}, {}, label_ids, image_place, label_place, label_end=label_end)
     for sample, path in sorted(_files(root / image_place)):
         if not sample.endswith(image_end) or not sample.rpartition("/")[2].startswith(image_begin):
+            continue
+        if together and sample.endswith(label_end):
             continue
         if sample in scan.images:
             first = scan.images[sample].removeprefix(f"{image_place}/")
@@ -76,7 +96,7 @@ def scan_folders(
         if not name.endswith(label_end):
             continue
         sample = name.removesuffix(label_end) + image_end
-        if not path.lower().endswith(LABEL_SUFFIX):
+        if not path.lower().endswith(LABEL_SUFFIXES):
             scan.foreign.append(path)
         elif sample not in scan.images or sample in scan.labels:
             scan.orphans.append(path)
@@ -134,7 +154,7 @@ def keep_listed(scan: Scan, root: Path, listing: str) -> Scan:
     labels = {sample: scan.labels[sample] for sample in images if sample in scan.labels}
     missing = [f"{scan.image_place}/{sample}" for sample in sorted(lines.keys() - images.keys())]
     if labels:
-        missing += [f"{scan.label_place}/{sample}{LABEL_SUFFIX}" for sample in images if sample not in labels]
+        missing += [f"{scan.label_place}/{sample}{LABEL_SUFFIXES[0]}" for sample in images if sample not in labels]
     clashes += [clash for clash in scan.clashes if clash[0] in lines]
     return replace(scan, images=images, labels=labels, orphans=[], foreign=[], clashes=clashes, missing=missing)
 
@@ -213,6 +233,11 @@ def pictures_in(folder: Path) -> dict[str, str]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if is_picture(entry.name))
     return {name[: name.rindex(".")]: name for name in names}
+
+
+def names_below(folder: Path) -> list[str]:
+    """Paths of the pictures below a folder, through links, without suffix; none without such a folder."""
+    return [name for name, _ in _files(folder)]
 
 
 def is_picture(name: str) -> bool:

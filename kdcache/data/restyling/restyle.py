@@ -28,10 +28,10 @@ import numpy as np
 from PIL import Image
 
 from kdcache.data.classes import write_classes
-from kdcache.data.folder import DEPTHS, IMAGES, LABELS
 from kdcache.data.layout import open_split
 from kdcache.data.layouts.depth import DEPTH_FILE
 from kdcache.data.layouts.file_split import FileSplit
+from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.augment import id_hash
 from kdcache.data.restyling.transfer import fourier_transfer, match_histograms, replaced_frequencies

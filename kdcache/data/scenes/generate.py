@@ -24,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from kdcache.data.classes import write_classes
-from kdcache.data.folder import DEPTHS, IMAGES, LABELS
+from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
 from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, Pixels, Split
 from kdcache.data.scenes.street import CLASSES, draw_street
 from kdcache.data.scenes.styles import STYLES

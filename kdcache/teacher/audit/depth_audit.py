@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcache.data.depth_report import EDGES
+from kdcache.data.checks.depth_report import EDGES
 from kdcache.heads import DEPTH, METRES, raw_of, values_of
 from kdcache.metrics.confusion import without_nan
 from kdcache.metrics.depth import MAX_DEPTH, DepthErrors, DepthMetrics, DepthRange

@@ -52,7 +52,7 @@ def break_everything(builder) -> None:
     builder.image("wide.png")
     builder.label("wide.png", np.zeros((6, 9), np.uint8))
     builder.image("deep.png")
-    builder.label("deep.png", np.zeros((6, 8), np.uint16))
+    builder.label("deep.png", np.full((6, 8), 256, np.uint16))
     builder.image("beyond.png")
     builder.label("beyond.png", np.full((6, 8), 9, np.uint8))
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from kdcache.data import CheckReport, check, write_scenes
 from kdcache.data.classes import write_classes
-from kdcache.data.layouts.cityscapes import CLASSES as CITYSCAPES
-from kdcache.data.layouts.cityscapes import to_classes
+from kdcache.data.layouts.published.cityscapes import CLASSES as CITYSCAPES
+from kdcache.data.layouts.published.cityscapes import to_classes
 
 NAMES = ("road", "car", "sky")
 
@@ -128,7 +128,7 @@ def test_ids_that_are_no_class_are_listed_by_number_files_and_pixels(builder) ->
     assert "and 40 more ids)" in the(check(root).problems)  # 3 to 47 and 200, of which six are shown
 
 
-@pytest.mark.parametrize("place", ["masks/{split}", "annotations/{split}"])
+@pytest.mark.parametrize("place", ["gt/{split}", "annotations/{split}"])
 def test_labels_in_another_folder(builder, place: str) -> None:
     root = fill(builder, 0, 1, 2)
     for split in ("train", "val"):
@@ -148,8 +148,8 @@ def test_labels_in_another_folder(builder, place: str) -> None:
 
 def test_unsplit_labels_in_another_folder(builder) -> None:
     root = unsplit(fill(builder, 0, 1, 2))
-    (root / "labels").rename(root / "masks")
-    assert "none of 4 images has a label in labels/, but 4 have one in masks/" in the(check(root).problems)
+    (root / "labels").rename(root / "gt")
+    assert "none of 4 images has a label in labels/, but 4 have one in gt/" in the(check(root).problems)
 
 
 def unsplit(root: Path) -> Path:

@@ -18,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.data.depth_report import DepthCounts
-from kdcache.data.doubts import doubts_of, wrong_palette
+from kdcache.data.checks.depth_report import DepthCounts
+from kdcache.data.checks.doubts import doubts_of, wrong_palette
+from kdcache.data.checks.split_report import SplitReport
 from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
@@ -28,7 +29,6 @@ from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.view import pixel_checksum
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, ClassList, Split, ids_out_of_range
 from kdcache.data.scenes.generate import is_scenes
-from kdcache.data.split_report import SplitReport
 from kdcache.errors import DataError, RecipeError
 
 WeightKind = Literal["none", "median", "sqrt"]

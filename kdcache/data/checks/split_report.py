@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from kdcache.data.depth_report import DepthReport
+from kdcache.data.checks.depth_report import DepthReport
 from kdcache.data.layouts.file_split import describe_some
 from kdcache.data.sample import IGNORE_INDEX
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from kdcache.data.files import LABEL_SUFFIX
+from kdcache.data.files import LABEL_SUFFIXES
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.depth import camera_of, read_disparity
 from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
@@ -137,5 +137,5 @@ class Cityscapes(Layout):
             return train
         # One kind for all: a sample that has train ids alone would pass for one without a label.
         lost = sorted(train.labels.keys() - fine.labels.keys())
-        ends = [f"{places[1]}/{sample.removesuffix(_IMAGE_END)}{_IDS_END}{LABEL_SUFFIX}" for sample in lost]
+        ends = [f"{places[1]}/{sample.removesuffix(_IMAGE_END)}{_IDS_END}{LABEL_SUFFIXES[0]}" for sample in lost]
         return replace(fine, missing=ends)

@@ -2,7 +2,8 @@
 
     DIR/classes.txt                 names in the order of the ids
     DIR/images/<split>/**.jpg       or png, webp, bmp, tif; folders may nest
-    DIR/labels/<split>/**.png       8-bit ids, 255 = void; the same path below <split> as the image
+    DIR/labels/<split>/**.png       ids, 255 = void; the same path below <split> as the image, or one that ends with
+                                    _mask or the like (pairs.py)
     DIR/depth/<split>/**.npy        depth; or npz, tiff, png; the same path below <split> as the image
     DIR/depth.toml                  the unit of depth in whole numbers, and what means unknown
 
@@ -25,20 +26,22 @@ from kdcache.data.classes import CLASSES_FILE, read_classes
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.depth import read_unit
 from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.data.layouts.own.pairs import described, scan_pairs
 from kdcache.data.layouts.scan import (
     WHOLE,
     Scan,
     folders_in,
     holds_pictures,
+    keep_listed,
     lists_in,
     scan_depth,
-    scan_folders,
-    scan_whole,
 )
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 
 IMAGES, LABELS, DEPTHS = "images", "labels", "depth"
 SPLITS = ("train", "val", "test")
+MASKS = ("masks", "mask")
+"""Folders beside `images/` that make it another layout, unless there is `labels/` too."""
 
 LABEL_IDS = LabelIds(
     f"Label ids are 0 to {{last}} (the lines of {CLASSES_FILE}) or {IGNORE_INDEX} (void).",
@@ -57,6 +60,8 @@ class Folder(Layout):
 
     def matches(self, root: Path) -> bool:
         listed, deep = (root / CLASSES_FILE).is_file(), (root / DEPTHS).is_dir()
+        if not (root / LABELS).is_dir() and any((root / name).is_dir() for name in MASKS):
+            return False
         if folders_in(root / IMAGES):
             return listed or deep or bool(folders_in(root / LABELS))
         return (listed or deep) and holds_pictures(root / IMAGES)
@@ -69,7 +74,8 @@ class Folder(Layout):
         what = ", ".join(f"{IMAGES}/{name}/" for name in folders[:4]) or f"pictures right in {IMAGES}/"
         divided = "" if folders else f", divided by {', '.join(f'{name}.txt' for name in lists)}" if lists else ""
         beside = CLASSES_FILE if (root / CLASSES_FILE).is_file() or not (root / DEPTHS).is_dir() else f"{DEPTHS}/"
-        return f"{what} and {beside}{divided}"
+        ends = described(self._scan(root, self.splits(root)[0]))
+        return f"{what} and {beside}{divided}{ends}"
 
     def _classes(self, root: Path) -> ClassList:
         without = (root / DEPTHS).is_dir() and not (root / LABELS).is_dir() and not (root / CLASSES_FILE).is_file()
@@ -77,10 +83,10 @@ class Folder(Layout):
 
     def _scan(self, root: Path, split: str) -> Scan:
         whole = not folders_in(root / IMAGES)
-        if whole:
-            scan = scan_whole(root, split, IMAGES, LABELS, LABEL_IDS, SPLITS)
-        else:
-            scan = scan_folders(root, f"{IMAGES}/{split}", f"{LABELS}/{split}", LABEL_IDS)
+        below = "" if whole else f"/{split}"
+        scan = scan_pairs(root, f"{IMAGES}{below}", f"{LABELS}{below}", LABEL_IDS, self.classes(root))
+        if whole and lists_in(root, SPLITS):
+            scan = keep_listed(scan, root, f"{split}.txt")
         place = DEPTHS if whole else f"{DEPTHS}/{split}"
         if not (root / place).is_dir():
             return scan

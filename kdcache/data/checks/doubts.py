@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kdcache.data.checks.split_report import SplitReport
 from kdcache.data.classes import CLASSES_FILE
 from kdcache.data.files import label_palette, read_label
-from kdcache.data.folder import DEPTHS, IMAGES, LABELS, Folder
-from kdcache.data.layouts.cityscapes import CLASSES as CITYSCAPES
-from kdcache.data.layouts.cityscapes import MOST_LABEL_ID, to_classes
 from kdcache.data.layouts.file_split import FileSplit, describe_some
+from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS, Folder
+from kdcache.data.layouts.published.cityscapes import CLASSES as CITYSCAPES
+from kdcache.data.layouts.published.cityscapes import MOST_LABEL_ID, to_classes
 from kdcache.data.layouts.registry import LayoutRoot
 from kdcache.data.layouts.scan import folders_in, is_picture, scan_folders
 from kdcache.data.sample import IGNORE_INDEX, ClassList, default_colours
-from kdcache.data.split_report import SplitReport
 
 MOST_VOID = 0.9
 """Share of void among labelled pixels beyond which a split is warned of."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from kdcache.data.layouts.base import Layout
-from kdcache.data.layouts.cityscapes import CLASSES, refuse_train_ids, to_classes
 from kdcache.data.layouts.label_ids import LabelIds, id_table
+from kdcache.data.layouts.published.cityscapes import CLASSES, refuse_train_ids, to_classes
 from kdcache.data.layouts.scan import WHOLE, Scan, holds_pictures, lists_in, scan_whole
 from kdcache.data.sample import ClassList
 

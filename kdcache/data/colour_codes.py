@@ -1,0 +1,74 @@
+"""Labels whose pixels are colours: from RGB to class ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.data.sample import IGNORE_INDEX, Pixels
+from kdcache.errors import DataError
+
+Colour = tuple[int, int, int]
+
+BLACK: Colour = (0, 0, 0)
+"""The colour of void where no class has it."""
+
+MOST_SHOWN = 4
+
+
+class ColourCodes:
+    """The class id of every colour that RGB labels may have; other colours are refused, never matched to the nearest.
+
+    Args:
+        id_of_colour: class ids; 255 is void. Black is void too, unless a class has it.
+        where: the file that lists the colours, for messages.
+    """
+
+    def __init__(self, id_of_colour: Mapping[Colour, int], where: str) -> None:
+        table = {BLACK: IGNORE_INDEX, **id_of_colour}
+        codes = np.array([_code(colour) for colour in table], np.uint32)
+        order = np.argsort(codes)
+        self._codes, self._ids = codes[order], np.array(list(table.values()), np.uint8)[order]
+        self._where = where
+
+    def ids(self, rgb_HW3: Pixels, path: Path) -> Pixels:
+        """Class ids (H, W) of a label in RGB, uint8 (H, W, 3).
+
+        Args:
+            path: the label's, for messages.
+        Raises: DataError for colours of no class, with their pixel counts.
+        """
+        wide = rgb_HW3.astype(np.uint32)
+        codes_HW = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
+        places = np.searchsorted(self._codes, codes_HW).clip(max=len(self._codes) - 1)
+        strange = self._codes[places] != codes_HW
+        if strange.any():
+            raise DataError(
+                f"A label in RGB holds the colours of {self._where}, exactly; void is black (unless a class has it) or "
+                "the colour of a line `void: r g b`.",
+                received=f"{_describe(codes_HW[strange])} in {path}",
+                remedy=f"Correct the colours in {self._where}; where they are blurred at borders, the label was saved "
+                "as JPEG or resized with interpolation: make it again with nearest, as PNG.",
+            )
+        ids: Pixels = self._ids[places]
+        return ids
+
+
+def shared_colours(colours: Iterable[Colour]) -> list[Colour]:
+    """Colours that occur more than once, each once, sorted."""
+    listed = list(colours)
+    return sorted({colour for colour in listed if listed.count(colour) > 1})
+
+
+def _code(colour: Colour) -> int:
+    return (colour[0] << 16) | (colour[1] << 8) | colour[2]
+
+
+def _describe(codes: npt.NDArray[np.uint32]) -> str:
+    values, counts = np.unique(codes, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:MOST_SHOWN]
+    shown = [f"{c >> 16} {c >> 8 & 255} {c & 255} in {counts[i]} pixels" for i in order if (c := int(values[i])) >= 0]
+    return ", ".join(shown) + (f", and {len(values) - MOST_SHOWN} more colours" if len(values) > MOST_SHOWN else "")

@@ -1,0 +1,161 @@
+"""The folders that data sets are shared in on Kaggle and the like.
+
+    SPLIT/images/**.jpg     SPLIT/masks/**.png          SPLIT is train, val or valid, test
+    images/SPLIT/**.jpg     masks/SPLIT/**.png
+    images/**.jpg           masks/**.png                one split, unless train.txt, val.txt, test.txt divide it
+    SPLIT/**.png            SPLIT_labels/**.png         or SPLIT_masks/
+    SPLIT/a_sat.jpg         SPLIT/a_mask.png            pairs in one folder
+
+Masks may end with `_mask`, `_L` and the like (pairs.py). Classes are those of `classes.txt`, else of `class_dict.csv`,
+whose columns are name, r, g, b.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import ClassVar
+
+from kdcache.data.classes import CLASSES_FILE, colour_codes, read_classes
+from kdcache.data.colour_codes import Colour, ColourCodes
+from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.own.folder import LABEL_IDS
+from kdcache.data.layouts.own.pairs import described, ends_of, scan_pairs
+from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, holds_pictures, keep_listed, lists_in, names_below
+from kdcache.data.sample import ClassList
+from kdcache.errors import DataError
+
+IMAGES = ("images", "image", "imgs", "img")
+MASKS = ("masks", "mask", "annotations", "labels", "label")
+SPLITS = ("train", "val", "valid", "validation", "test")
+CLASS_TABLE = "class_dict.csv"
+_VOID_NAMES = ("void", "unlabelled", "unlabeled", "unknown", "ignore")
+
+Places = dict[str, tuple[str, str]]
+"""Split -> folder of images, folder of masks."""
+
+
+class Kaggle(Layout):
+    """The layout of images with masks, by folder."""
+
+    name: ClassVar[str] = "kaggle"
+    looks_for: ClassVar[str] = (
+        "SPLIT/images/ and SPLIT/masks/; or images/ and masks/; or SPLIT/ and SPLIT_labels/ (or SPLIT_masks/); or "
+        f"SPLIT/ with pairs such as a_sat.jpg and a_mask.png; with {CLASSES_FILE} or {CLASS_TABLE}"
+    )
+    split_is: ClassVar[str] = "train, val (or valid) or test, by folder or by list"
+    pairing: ClassVar[str] = "Every mask is a PNG or TIFF with the name of its image, or one that ends with _mask."
+
+    def matches(self, root: Path) -> bool:
+        return bool(self._places(root))
+
+    def splits(self, root: Path) -> list[str]:
+        places = self._places(root)
+        return (lists_in(root, SPLITS) or [WHOLE]) if list(places) == [""] else sorted(places)
+
+    def why(self, root: Path) -> str:
+        places, splits = self._places(root), self.splits(root)
+        seen = [f"{image}/ with {mask}/" if image != mask else f"pairs in {image}/" for image, mask in places.values()]
+        lists = ", divided by " + ", ".join(f"{name}.txt" for name in lists_in(root, SPLITS)) if "" in places else ""
+        lists = lists if lists_in(root, SPLITS) else ""
+        return f"{', '.join(seen[:4])}{lists}{described(self._scan(root, splits[0]))}; the classes of {_file(root)}"
+
+    def colour_codes(self, root: Path) -> ColourCodes | None:
+        if _file(root) == CLASSES_FILE:
+            return super().colour_codes(root)
+        rows = _read_table(root / CLASS_TABLE)
+        classes = [colour for name, colour in rows if name.lower() not in _VOID_NAMES]
+        void = [colour for name, colour in rows if name.lower() in _VOID_NAMES]
+        return colour_codes(classes, void, str(root / CLASS_TABLE))
+
+    def _classes(self, root: Path) -> ClassList:
+        if _file(root) == CLASSES_FILE:
+            return read_classes(root)
+        rows = [row for row in _read_table(root / CLASS_TABLE) if row[0].lower() not in _VOID_NAMES]
+        return ClassList(tuple(name for name, _ in rows), tuple(colour for _, colour in rows))
+
+    def _scan(self, root: Path, split: str) -> Scan:
+        places, classes = self._places(root), self.classes(root)
+        if "" not in places:
+            return scan_pairs(root, *places[split], LABEL_IDS, classes)
+        scan = scan_pairs(root, *places[""], LABEL_IDS, classes)
+        return keep_listed(scan, root, f"{split}.txt") if lists_in(root, SPLITS) else scan
+
+    def _places(self, root: Path) -> Places:
+        """The folders of every split; of images that folders do not divide, those of the split ""."""
+        splits = [name for name in folders_in(root) if name in SPLITS]
+        for make in (_split_first, _split_last, _beside, _together):
+            if places := make(root, splits):
+                return places
+        return {}
+
+
+def _split_first(root: Path, splits: list[str]) -> Places:
+    """SPLIT/images and SPLIT/masks."""
+    places = {}
+    for split in splits:
+        names = folders_in(root / split)
+        images, masks = _first(IMAGES, names), _first(MASKS, names)
+        if images:
+            places[split] = (f"{split}/{images}", f"{split}/{masks or MASKS[0]}")
+    return places if any((root / masks).is_dir() for _, masks in places.values()) else {}
+
+
+def _split_last(root: Path, splits: list[str]) -> Places:
+    """images/SPLIT and masks/SPLIT, or images and masks; `labels` is the folder layout's, or another one's."""
+    names = folders_in(root)
+    images, masks = _first(IMAGES, names), _first(MASKS[:2], names)
+    if not images or not masks or "labels" in names:
+        return {}
+    below = folders_in(root / images)
+    if below and not holds_pictures(root / images):
+        return {split: (f"{images}/{split}", f"{masks}/{split}") for split in below}
+    return {"": (images, masks)} if holds_pictures(root / images) else {}
+
+
+def _beside(root: Path, splits: list[str]) -> Places:
+    """SPLIT and SPLIT_labels."""
+    names = folders_in(root)
+    ends = ("_labels", "_masks", "_annotations")
+    places = {split: next((f"{split}{end}" for end in ends if f"{split}{end}" in names), "") for split in splits}
+    if not any(places.values()):
+        return {}
+    return {split: (split, labels or f"{split}{ends[0]}") for split, labels in places.items()}
+
+
+def _together(root: Path, splits: list[str]) -> Places:
+    """Pairs of images and masks in one folder, told apart by what their names end with."""
+    flat = [split for split in splits if holds_pictures(root / split)]
+    pairs = [split for split in flat if ends_of(names := names_below(root / split), names, together=True)[1]]
+    return {split: (split, split) for split in flat} if pairs else {}
+
+
+def _first(wanted: tuple[str, ...], names: list[str]) -> str:
+    return next((name for name in wanted if name in names), "")
+
+
+def _file(root: Path) -> str:
+    """The file that has the classes."""
+    return CLASS_TABLE if (root / CLASS_TABLE).is_file() and not (root / CLASSES_FILE).is_file() else CLASSES_FILE
+
+
+def _read_table(path: Path) -> list[tuple[str, Colour]]:
+    """Names and colours of a table of classes, those of void too. Raises: DataError for a table of other columns."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [{(key or "").strip().lower(): value for key, value in row.items()} for row in csv.DictReader(file)]
+        read = [(str(row["name"]).strip(), _colour(row)) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{CLASS_TABLE} has the columns name, r, g and b, of 0 to 255.",
+            received=f"{path}: {type(error).__name__} {error}",
+            remedy=f"Correct it, or write a {CLASSES_FILE} beside it: `name r g b`, a line for every class.",
+        ) from error
+    return read
+
+
+def _colour(row: dict[str, str]) -> Colour:
+    r, g, b = (int(row[channel]) for channel in "rgb")
+    if not all(0 <= level <= 255 for level in (r, g, b)):
+        raise ValueError(f"the colour {r} {g} {b}")
+    return r, g, b

@@ -1,0 +1,78 @@
+"""Which label belongs to which image, where names differ in what they end with: `a.jpg` and `a_mask.png`.
+
+One rule holds for a whole split: of the ends below those that pair most labels, the first of equals. Nothing is paired
+by likeness, so a label that the rule leaves without an image is refused like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.data.layouts.published import cityscapes
+from kdcache.data.layouts.scan import Scan, names_below, scan_folders
+from kdcache.data.sample import ClassList
+
+LABEL_ENDS = (
+    *("", "_mask", "_masks", "_label", "_labels", "_L", "_seg", "_segmentation", "_gt", "_annotation"),
+    *("_gtFine_labelIds", "_gtFine_labelTrainIds", "_labelIds", "_labelTrainIds"),
+)
+"""What names of labels may end with."""
+IMAGE_ENDS = ("", "_sat", "_image", "_img", "_leftImg8bit")
+"""What names of images may end with that those of their labels do not have."""
+BESIDE = ("_color", "_colour", "_instanceIds", "_gtFine_color", "_gtFine_instanceIds")
+"""Ends of pictures that lie beside labels and are none."""
+_LABEL_IDS_ENDS = ("_gtFine_labelIds", "_labelIds")
+
+Ends = tuple[str, str]
+"""What the names of images and of labels end with."""
+
+
+def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelIds, classes: ClassList | None) -> Scan:
+    """Pair the images below one folder with the labels below another, or in the same one.
+
+    Args:
+        classes: those of the labels. Where they are Cityscapes' 19, files called labelIds hold labelIds, not class ids.
+    """
+    together = image_place == label_place
+    images, labels = names_below(root / image_place), names_below(root / label_place)
+    image_end, label_end = ends_of(images, labels, together=together)
+    if label_end in _LABEL_IDS_ENDS and classes is not None and classes.names == cityscapes.CLASSES.names:
+        label_ids = cityscapes.LABEL_IDS
+    if together and not label_end:  # pictures alone: none of them is a label
+        return replace(scan_folders(root, image_place, f"{label_place}/labels", label_ids), label_place=label_place)
+    scan = scan_folders(
+        root, image_place, label_place, label_ids, image_end=image_end, label_end=label_end, together=together
+    )
+    if not label_end or together:
+        return scan
+    strays = [name for name in labels if not name.endswith((label_end, *BESIDE, *(end for end in LABEL_ENDS if end)))]
+    return replace(scan, orphans=scan.orphans + sorted(strays))
+
+
+def ends_of(images: Iterable[str], labels: Iterable[str], *, together: bool = False) -> Ends:
+    """The ends of the names, without suffix, of images and labels that pair most of them; ("", "") where none do.
+
+    Args:
+        together: both lie in one folder, so that the names of labels end with something.
+    """
+    images, labels = list(images), set(labels)
+    best, most = ("", ""), 0
+    for image_end in IMAGE_ENDS:
+        stems = {name.removesuffix(image_end) for name in images if name.endswith(image_end)}
+        if image_end and not together and len(stems) < len(images):
+            continue  # images that do not end so would be no samples, without a word
+        for label_end in LABEL_ENDS:
+            if together and not label_end:
+                continue
+            pairs = sum(name.removesuffix(label_end) in stems for name in labels if name.endswith(label_end))
+            if pairs > most:
+                best, most = (image_end, label_end), pairs
+    return best
+
+
+def described(scan: Scan) -> str:
+    """How a split's labels are called, for reports: nothing where they have the names of their images."""
+    return f", labels end with {scan.label_end}" if scan.label_end else ""
