@@ -3,6 +3,7 @@
     format/         what lies in it: manifest, arrays, codec, shards
     backend/        where its files are: a folder, an object store
     ledger.py       which shards are finished, and the seal
+    worker.py       the numbers of processes that write a store together
     writer.py       whole shards by one owner
     recovery.py     what a build makes good in a damaged store
     copy.py         a store into another codec, other shards, in part
@@ -26,7 +27,8 @@ from kdcache.store.records import Records
 from kdcache.store.subset import evenly_spread, samples_of_ids, spread_samples
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
 from kdcache.store.verify import VerifyReport, verify_files
-from kdcache.store.writer import StoreWriter, Worker, open_writer, worker_of
+from kdcache.store.worker import Worker, worker_of
+from kdcache.store.writer import StoreWriter, open_writer
 
 __all__ = [
     "Cache",

@@ -1,7 +1,7 @@
 """The summary of a store, complete or not, that `kdcache inspect` prints."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class StoreSummary:
         topk_mass: mean probability inside the top k; None for dense targets.
         seal: digest of the seal; None of a store that is half built.
         values: of every regression and of stored labels of depth; () of a store that is half built.
+        missing: shards that are not written, in order.
     """
 
     path: str
@@ -55,6 +56,7 @@ class StoreSummary:
     topk_mass: float | None
     seal: str | None = None
     values: tuple[ValueStatistics, ...] = ()
+    missing: tuple[int, ...] = ()
 
     @property
     def bytes_on_disk(self) -> int:
@@ -102,6 +104,8 @@ class StoreSummary:
                      + (f": full-resolution fp16 {'values' if m.segmentation is None else 'logits'} would be "
                         f"{self.full_resolution_bytes:,}, {self.saving:.1f} times as much" if m.heads else "")),
         ]  # fmt: skip
+        if self.missing:
+            rows.append(("missing", f"shards {_ranges(self.missing)}; shard k is one of --worker I/N with I = k mod N"))
         if m.depth is not None and m.depth.labelled:
             zoom = {"none": "", "divide": ", divided by the zoom of each view", "keep": ", not divided by a zoom"}
             place = "in the data set" if m.view.pixels == "source" else "stored"
@@ -127,7 +131,7 @@ class StoreSummary:
 
     def to_json(self) -> dict[str, Any]:
         names = ["path", "complete", "seal", "shards_written", "records_written", "bytes_on_disk", "bytes_per_record"]
-        names += ["target_bytes_per_record", "full_resolution_bytes", "topk_mass"]
+        names += ["target_bytes_per_record", "full_resolution_bytes", "topk_mass", "missing"]
         arrays = [{**asdict(array), "ratio": array.ratio} for array in self.arrays]
         manifest = self.manifest.model_dump(mode="json")
         values = [statistics.to_json() for statistics in self.values]
@@ -149,7 +153,9 @@ def inspect_store(location: str | Path | Place) -> StoreSummary:
     if ledger.read_completion(place) is not None:
         return summarise(open_cache(place))
     records = [record for shard in range(manifest.shards) if (record := ledger.read_shard_record(place, shard))]
-    return _summary(str(place), manifest, records, None)
+    written = {record.shard for record in records}
+    missing = tuple(shard for shard in range(manifest.shards) if shard not in written)
+    return replace(_summary(str(place), manifest, records, None), missing=missing)
 
 
 def summarise(cache: Cache) -> StoreSummary:
@@ -175,6 +181,17 @@ def _summary(name: str, manifest: Manifest, records: Sequence[ShardRecord], cach
     seal = None if cache is None or cache.ledger is None else cache.ledger.completion.digest
     values = () if cache is None else value_statistics(cache)
     return StoreSummary(name, manifest, cache is not None, len(records), written, arrays, mass, seal, values)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """'0, 3-5' of 0, 3, 4, 5."""
+    ends = [[number, number] for number in numbers[:1]]
+    for number in numbers[1:]:
+        if number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -10,11 +10,9 @@ object store there are none. The process that finishes the last shard seals the 
 
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from kdcache.errors import MismatchError, StoreError, VersionError
+from kdcache.errors import MismatchError, VersionError
 from kdcache.store import ledger, recovery
 from kdcache.store.backend.base import MAX_JSON_BYTES, Place, Release
 from kdcache.store.backend.open import open_place
@@ -37,24 +35,10 @@ from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays,
 from kdcache.store.format.shard import chunk_checksums
 from kdcache.store.ledger import FileRecord, ShardRecord
 from kdcache.store.reader import read_manifest, store_exists
+from kdcache.store.worker import Worker
 
 _SETTING = threading.Lock()
 _POLL_SECONDS = 0.5  # between checks of the shards of others
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Number `index` of `count` processes that build a store together: shard k is that of worker k mod count."""
-
-    index: int = 0
-    count: int = 1
-
-    def owns(self, shard: int) -> bool:
-        return shard % self.count == self.index
-
-    def describe(self, what: str) -> str:
-        """What this worker does, for messages."""
-        return what if self.count == 1 else f"{what}, worker {self.index} of {self.count}"
 
 
 class StoreWriter:
@@ -81,10 +65,8 @@ class StoreWriter:
 
     @property
     def missing(self) -> list[int]:
-        """Shards of this worker still to be written, in order."""
-        return [
-            shard for shard in range(self.manifest.shards) if self.worker.owns(shard) and shard not in self.finished
-        ]
+        """Shards of this worker still to be written, in order; those that it takes over come after its own."""
+        return [shard for shard in self.worker.shards(self.manifest.shards) if shard not in self.finished]
 
     def passes(self) -> Iterator[Iterator[int]]:
         """Passes over the missing shards until none is: others are at work, and one that dies leaves its shards."""
@@ -273,8 +255,7 @@ def open_writer(
     with place.alone():  # one that finishes meanwhile would tidy away what is being written
         recovery.restore_metadata(place, files, completion, same_libraries=same)
         recovery.restore_spare(place, completion)
-    mine = [shard for shard in range(present.shards) if worker.owns(shard)]
-    state = recovery.examine_shards(place, present, mine, completion)
+    state = recovery.examine_shards(place, present, sorted(worker.shards(present.shards)), completion)
     writer = StoreWriter(place, present, worker)
     writer.finished = state.whole
     writer.repair(manifest, state.doubtful, checksums)
@@ -360,26 +341,3 @@ def _check_layout(content: bytes, key: str) -> None:
             received=f"zarr-python {zarr.__version__} writes another kind: {error.received}",
             remedy="install an earlier zarr-python, or a later kdcache",
         ) from error
-
-
-def worker_of(text: str | None) -> Worker:
-    """'2/8' as the third of eight workers; None as torchrun numbers this process, or as the only one.
-
-    Raises: StoreError.
-    """
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    number = f"{rank or 0}/{size or 1}" if text is None else text
-    index, _, count = number.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        if text is None:  # a worker that owns nothing would end as if all were done
-            raise StoreError(
-                "RANK and WORLD_SIZE in the environment number a worker: RANK from 0, below WORLD_SIZE",
-                received=f"RANK={rank}, WORLD_SIZE={size}",
-                remedy="unset RANK WORLD_SIZE, or number the workers with --worker I/N",
-            )
-        raise StoreError(
-            "--worker is I/N: number I, from 0, of N workers",
-            received=repr(text),
-            remedy="for instance --worker 0/4 on the first of four machines",
-        )
-    return Worker(int(index), int(count))

@@ -275,9 +275,8 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
 
 def _as_typed(value: Any) -> str:
     """A value as it stands behind its flag; of a flag that may be repeated, with commas between."""
-    if isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value):
-        return ", ".join(value)
-    return str(value) if isinstance(value, str | int | float) else repr(value)
+    several = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
+    return ", ".join(value) if several else str(value) if isinstance(value, str | int | float) else repr(value)
 
 
 def read_config(run: Path) -> TrainConfig:

@@ -18,7 +18,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, GzipCodec
 
 from kdcache.errors import MismatchError, StoreError, VersionError
-from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files, worker_of
+from kdcache.store import Worker, inspect_store, open_cache, open_writer, verify_files
 from kdcache.store.format import schema
 from kdcache.store.format.manifest_models import Augmented, Feature, Head, Member, Statistic
 
@@ -294,31 +294,24 @@ def test_workers_with_numbers(small, clean, tree, tmp_path, count) -> None:
     assert tree(path) == clean
 
 
-@pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "0/0", "a/b", "1/2/3", "0.5/2"])
-def test_a_worker_is_numbered_from_0(text) -> None:
-    with pytest.raises(StoreError, match="--worker is I/N"):
-        worker_of(text)
+def test_a_worker_takes_over_the_shards_of_those_that_died(small, clean, tree, tmp_path) -> None:
+    path = tmp_path / "s.zarr"
+    with open_writer(path, small.manifest, small.ids, Worker(1, 3)) as writer:
+        assert writer.missing == [1]
+    with open_writer(path, small.manifest, small.ids, Worker(1, 3, take_over=True)) as writer:
+        assert writer.missing == [1, 0, 2]  # its own first
+        for shard in writer.claimed():
+            writer.write_shard(shard, small.rows(shard))
+        assert writer.seal()
+    assert tree(path) == clean
 
 
-def test_the_number_of_a_worker(monkeypatch) -> None:
-    assert worker_of("2/8") == Worker(2, 8)
-    assert worker_of(None) == Worker(0, 1)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert worker_of(None) == Worker(1, 3)
-    assert worker_of("0/2") == Worker(0, 2)
-
-
-@pytest.mark.parametrize(("rank", "size"), [("3", None), ("3", "3"), ("-1", "2"), ("a", "2"), ("0", "0"), ("1", "x")])
-def test_a_number_in_the_environment_that_owns_nothing(monkeypatch, rank: str, size: str | None) -> None:
-    """RANK=3 alone is no share of the work: such a build would write nothing, and say that it is done."""
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if size is not None:
-        monkeypatch.setenv("WORLD_SIZE", size)
-    with pytest.raises(StoreError, match="unset RANK WORLD_SIZE"):
-        worker_of(None)
-    assert worker_of("0/2") == Worker(0, 2)
+def test_a_half_built_store_lists_what_is_missing(small, tmp_path) -> None:
+    small.write(tmp_path / "s.zarr", [1])
+    summary = inspect_store(tmp_path / "s.zarr")
+    assert summary.missing == (0, 2)
+    assert "shards 0, 2;" in dict(summary.facts())["missing"]
+    assert summary.to_json()["missing"] == (0, 2)
 
 
 @pytest.mark.parametrize("what", ["a file", "a folder with a file", "a folder with a hidden file", "another store"])

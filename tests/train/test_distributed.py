@@ -699,10 +699,10 @@ def test_random_numbers_of_processes_differ() -> None:
 # --- torchrun ----------------------------------------------------------------------------------------------
 
 
-def torchrun(words: list[str]) -> subprocess.Popen[str]:
+def torchrun(words: list[str], *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [*command, "-m", "kdcache_cli", *words],
+        [*command, *options, "-m", "kdcache_cli", *words],
         env=os.environ | ONE_THREAD,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -740,3 +740,31 @@ def test_torchrun_is_stopped_by_a_signal_and_goes_on(
     assert step == read_metrics(run, "train")[-1]["step"] < LONG
     assert go(long, run, 1, resume=True).codes == [0]
     assert read_metrics(run, "train")[-1]["step"] == LONG
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_killed_process_to_the_same_weights(
+    long: dict[str, Any], go: Callable[..., Ended], tmp_path: Path, read_metrics: Read
+) -> None:
+    """One command with --resume: it begins the run, and goes on with it when torchrun starts it again."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert go(long, whole).codes == [0, 0]
+    started = torchrun(words_of(long, run, resume=True), "--max-restarts", "3")
+    wait_until(lambda: lines_of(run) > 12, 200)  # after the first checkpoint
+    os.kill(ranks_of(started.pid)[1], signal.SIGKILL)
+    _, err = started.communicate(timeout=300)
+    assert started.returncode == 0, err
+    assert read_metrics(run, "train")[-1]["step"] == LONG
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (whole / name).read_bytes() == (run / name).read_bytes()
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Process numbers of torchrun's children, by rank."""
+    ranks = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        rank = next((int(entry[5:]) for entry in variables if entry.startswith(b"RANK=")), None)
+        if rank is not None:
+            ranks[rank] = int(child)
+    return ranks

@@ -131,8 +131,13 @@ Worker = Annotated[
     typer.Option(
         "--worker",
         metavar="I/N",
-        help="This process is number I, from 0, of N that write the store together, on any machines.",
+        help="This process is number I, from 0, of N that write the store together, on any machines; auto: as Slurm or "
+        "torchrun number it; auto/N: as Kubernetes does, which says no N.",
     ),
+]
+TakeOver = Annotated[
+    bool,
+    typer.Option("--take-over", help="After its own shards, this worker writes those that others have not finished."),
 ]
 Fold = Annotated[
     str | None,

@@ -17,14 +17,26 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.teacher import Teacher as LoadedTeacher
 
 
-@takes(*BUILD, order=("data", "teacher", "out", "split", "size", *build_flags.ORDER, "worker", "threads", "device"))
-def build_teacher_cache(settings: dict[str, Any], out: build_flags.Out, worker: shared_flags.Worker = None) -> None:
+@takes(
+    *BUILD,
+    order=(
+        *("data", "teacher", "out", "split", "size", *build_flags.ORDER, "worker", "take_over", "threads", "device"),
+    ),
+)
+def build_teacher_cache(
+    settings: dict[str, Any],
+    out: build_flags.Out,
+    worker: shared_flags.Worker = None,
+    take_over: shared_flags.TakeOver = False,
+) -> None:
     """Run a teacher over a split once and keep its outputs.
 
     Interrupted, the same command continues; a finished store is checked and left
     as it is. Started several times on one disk, the processes share the work. On
     an object store, or to divide it beforehand, number them with --worker;
-    torchrun does so by itself. The last one finishes the store.
+    torchrun does so by itself, and a scheduler with --worker auto. The last one
+    finishes the store; shards of a worker that died are written by the same
+    command with its number, or by any other with --take-over.
 
     [dim]kdcache build-teacher-cache --data camvid --teacher runs/teacher --out camvid.zarr[/]
     [dim]kdcache build-teacher-cache ... --teacher runs/a --teacher runs/b --tta flip --teacher-size 576x768[/]
@@ -34,7 +46,7 @@ def build_teacher_cache(settings: dict[str, Any], out: build_flags.Out, worker: 
     from kdcache.store import worker_of
 
     source, loaded, build_options = build_flags.prepare(settings)
-    teach_and_tell(source, loaded, out, build_options, worker_of(worker))
+    teach_and_tell(source, loaded, out, build_options, worker_of(worker, take_over))
 
 
 def teach_and_tell(

@@ -44,6 +44,7 @@ def copy(
         str | None, _Option("--pixels", help="source: without images and labels, which the data set gives then.")
     ] = None,
     worker: shared_flags.Worker = None,
+    take_over: shared_flags.TakeOver = False,
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
@@ -76,7 +77,7 @@ def copy(
         from kdcache.teacher import copied_fidelity  # which imports torch
 
         fidelity = copied_fidelity(cache, changes.codec)
-    part = worker_of(worker)
+    part = worker_of(worker, take_over)
     with progress_bar() as bar:
         task = bar.add_task(part.describe("copying"), total=None, note="")
         result = copy_store(

@@ -30,7 +30,7 @@ _LIKE_OLD = {
     order=(
         *("old", "data", "teacher", "out", "split", "views", "view_seed", "view_scale", "view_flip", "depth_zoom"),
         *("features", "statistics", "pixels", "codec", "shard_records", "class_map", "batch_size", "render_threads"),
-        *("worker", "threads", "device", "cache_dir", "cache_bytes"),
+        *("worker", "take_over", "threads", "device", "cache_dir", "cache_bytes"),
     ),
     unset=("split", *entries(BuildSettings)),
     wording=_LIKE_OLD,
@@ -40,6 +40,7 @@ def extend(
     old: Annotated[str, typer.Argument(metavar="OLD", help="A complete store, which is only read.")],
     out: build_flags.Out,
     worker: shared_flags.Worker = None,
+    take_over: shared_flags.TakeOver = False,
 ) -> None:
     """Build a store with more samples, views, taps or statistics than OLD has,
     without computing OLD's targets again.
@@ -83,7 +84,7 @@ def extend(
     changes["features"] = tuple(dict.fromkeys([*manifest.features, *changes.get("features", ())]))
     changes["statistics"] = (*options_of(manifest).statistics, *changes.get("statistics", ()))
     build_options = options_of(manifest, **changes, device=pick_device(machine.device))
-    teach_and_tell(source, loaded, out, build_options, worker_of(worker), earlier)
+    teach_and_tell(source, loaded, out, build_options, worker_of(worker, take_over), earlier)
 
 
 def _check_place(old: str, out: str) -> None:

@@ -114,7 +114,7 @@ def build_cache(
         earlier = Reuse(reuse, manifest)
     checksums = partial(_checksums, split, manifest, options)
     with open_writer(out, manifest, split.ids, worker, checksums) as writer:
-        share = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
+        share = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
         already = share - sum(map(manifest.shard_records, writer.missing))
         work = _Pass(probe, writer.manifest, earlier)
         done = taught = reused = 0

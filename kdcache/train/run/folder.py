@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,11 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
         identity: `identity_of` the training data.
     Raises: RecipeError for any other folder.
     """
-    if resume and not run.exists():
+    if resume and not run.exists() and not _torchrun_restarts():
         raise RecipeError(
             "--resume goes on with a run that is there",
             received=f"{run}, which does not exist{_near(run)}",
-            remedy="correct --out, or leave --resume out to begin a run there",
+            remedy="correct --out, or leave --resume out to begin a run there (torchrun --max-restarts may begin it)",
         )
     if not run.exists() or (run.is_dir() and all(map(_means_nothing, run.iterdir()))):
         return
@@ -88,6 +89,11 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
             remedy="repeat the first command and add --resume, or give another --out"
             + ("; or leave --resume out: nothing was learnt yet" if untrained else ""),
         )
+
+
+def _torchrun_restarts() -> bool:
+    """Whether torchrun starts this command again when a process dies: one command then begins and resumes a run."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def _fixed(config: TrainConfig, name: str) -> Any:

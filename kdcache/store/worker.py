@@ -1,0 +1,138 @@
+"""Workers: which shards of a store each of several processes writes; numbered by hand, torchrun or a scheduler."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kdcache.errors import StoreError
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Number `index` of `count` processes that write a store together: shard k is that of worker k mod count.
+
+    Attributes:
+        take_over: whether it writes the missing shards of the others, too, after its own.
+    """
+
+    index: int = 0
+    count: int = 1
+    take_over: bool = False
+
+    def shards(self, shards: int) -> list[int]:
+        """The shards, of `shards`, that this worker writes where they are missing, its own first."""
+        own = list(range(self.index, shards, self.count))
+        return own + [shard for shard in range(shards) if shard % self.count != self.index] * self.take_over
+
+    def describe(self, what: str) -> str:
+        """What this worker does, for messages."""
+        if self.count == 1:
+            return what
+        return f"{what}, worker {self.index} of {self.count}" + ", with the shards of all others" * self.take_over
+
+
+def worker_of(text: str | None, take_over: bool = False) -> Worker:
+    """A worker by `--worker`.
+
+    Args:
+        text: '2/8' is the third of eight; 'auto' as a scheduler or torchrun numbers this process; 'auto/8' where the
+            scheduler says the number alone; None as torchrun numbers it, or the only one.
+        take_over: whether it takes over the missing shards of the others.
+    Raises: StoreError.
+    """
+    if text is None:
+        numbered = _torchrun(os.environ)
+        worker = _checked(numbered) if numbered is not None else (0, 1)
+    elif text.partition("/")[0] == AUTO:
+        worker = _automatic(text, os.environ)
+    else:
+        worker = _numbers(text)
+    if take_over and worker[1] == 1:
+        raise StoreError(
+            "--take-over is for one of several workers, which writes the missing shards of the others after its own",
+            received="one worker, which writes every shard anyway",
+            remedy="leave it out; or number this worker as it was, --worker I/N",
+        )
+    return Worker(*worker, take_over)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A number and a count as some variables of the environment say, and what these are called and say."""
+
+    index: str
+    count: str
+    variables: str
+
+
+def _torchrun(environment: Mapping[str, str]) -> _Numbered | None:
+    rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
+    if rank is None and size is None:
+        return None
+    return _Numbered(rank or "0", size or "1", f"RANK={rank}, WORLD_SIZE={size}")
+
+
+def _slurm(environment: Mapping[str, str]) -> _Numbered | None:
+    """A task of a Slurm array, whose ids may begin at any number and have a step."""
+    names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "COUNT", "MIN", "STEP")]
+    task, count, first, step = (environment.get(name) for name in names)
+    if task is None:
+        return None
+    variables = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
+    if not all(number is None or number.isdecimal() for number in (task, first, step)):
+        return _Numbered(task, count or "", variables)
+    index, rest = divmod(int(task) - int(first or 0), max(int(step or 1), 1))
+    return _Numbered("" if rest else str(index), count or "", variables)
+
+
+def _kubernetes(environment: Mapping[str, str]) -> _Numbered | None:
+    """A pod of an indexed Job, which is not told how many there are."""
+    index = environment.get("JOB_COMPLETION_INDEX")
+    return None if index is None else _Numbered(index, "", f"JOB_COMPLETION_INDEX={index}")
+
+
+def _automatic(text: str, environment: Mapping[str, str]) -> tuple[int, int]:
+    ways = (_slurm, _kubernetes, _torchrun)
+    numbered = next((found for way in ways if (found := way(environment)) is not None), None)
+    if numbered is None:
+        raise StoreError(
+            "--worker auto reads the number of this process from SLURM_ARRAY_TASK_ID, JOB_COMPLETION_INDEX or RANK",
+            received="an environment without any of them",
+            remedy="submit it as a Slurm array, a Kubernetes Job of completionMode Indexed or by torchrun; or number "
+            "the workers, --worker I/N",
+        )
+    _, _, count = text.partition("/")
+    if count or text.endswith("/"):
+        numbered = _Numbered(numbered.index, count, f"{numbered.variables} with --worker {text}")
+    if not numbered.count:
+        raise StoreError(
+            "a worker knows how many there are",
+            received=f"{numbered.variables} alone",
+            remedy="say it, for instance --worker auto/8 for eight",
+        )
+    return _checked(numbered)
+
+
+def _checked(numbered: _Numbered) -> tuple[int, int]:
+    """The two numbers. Raises: StoreError; a worker that owns nothing would end as if all were done."""
+    index, count = numbered.index, numbered.count
+    if index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return int(index), int(count)
+    raise StoreError(
+        "the environment numbers a worker from 0, below the number of workers (a Slurm array: --array=0-7 for eight)",
+        received=numbered.variables,
+        remedy="unset these variables, or number the workers with --worker I/N",
+    )
+
+
+def _numbers(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise StoreError(
+            "--worker is I/N: number I, from 0, of N workers; or auto",
+            received=repr(text),
+            remedy="for instance --worker 0/4 on the first of four machines",
+        )
+    return int(index), int(count)
