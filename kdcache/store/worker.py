@@ -121,7 +121,7 @@ def _checked(numbered: _Numbered) -> tuple[int, int]:
     if index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)
     raise StoreError(
-        "the environment numbers a worker from 0, below the number of workers (a Slurm array: --array=0-7 for eight)",
+        "the environment numbers a worker from 0, below the number of workers (tasks 0-7 of a Slurm array for eight)",
         received=numbered.variables,
         remedy="unset these variables, or number the workers with --worker I/N",
     )
