@@ -26,7 +26,8 @@ from kdcache.store.format.manifest_models import Dataset, Fidelity
 from kdcache.store.format.schema import ArraySpec, record_arrays, shard_key
 from kdcache.store.reader import Cache
 from kdcache.store.subset import ids_digest
-from kdcache.store.writer import StoreWriter, Worker, open_writer
+from kdcache.store.worker import Worker
+from kdcache.store.writer import StoreWriter, open_writer
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def copy_store(
                 remedy="copy into a new or empty place",
             )
         copying = _Copying(source, writer, numbers)
-        mine = sum(map(manifest.shard_records, filter(writer.worker.owns, range(manifest.shards))))
+        mine = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
         already = mine - sum(map(manifest.shard_records, writer.missing))
         copied = 0
         began = time.perf_counter()
