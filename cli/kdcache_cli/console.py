@@ -77,6 +77,8 @@ class _Terminal(Console):
 OUT = _Terminal()
 ERRORS = _Terminal(stderr=True)
 
+_REST, _LEAST_NOTE = 47, 8
+"""Columns of a bar of ten, counts and times; columns below which a note is left out."""
 LINE_EVERY_S = 30
 """How often a line tells how far the work is where no bar can."""
 
@@ -87,6 +89,22 @@ class _Left(ProgressColumn):
     def render(self, task: Task) -> Text:
         left = seconds_left(task)
         return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))), style="progress.remaining")
+
+
+class _Note(ProgressColumn):
+    """The task's note, as much as a narrow terminal has room for: the bar, its counts and its times come first."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        room = self._console.width - len(task.description) - _REST
+        text = Text(plain_text(task.fields.get("note", "")))
+        if room < _LEAST_NOTE:
+            return Text()
+        text.truncate(room, overflow="ellipsis")
+        return text
 
 
 def seconds_left(task: Task) -> float | None:
@@ -150,7 +168,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         _Left(),
-        TextColumn("{task.fields[note]}", markup=False),
+        _Note(ERRORS),
         console=ERRORS,
     )
 

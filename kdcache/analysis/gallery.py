@@ -3,11 +3,13 @@
     OUT/<run>/successful_cases/success_rank1_<sample>_iou0.9234.png
     OUT/<run>/failure_cases/failure_rank1_<sample>_iou0.1234.png
     OUT/<run>/chosen_cases/chosen1_<sample>_iou0.5000.png      instead of these, for samples named by --ids
+    OUT/<run>/contact_sheet.png                                all of them, small: image, ground truth, prediction
     OUT/<run>/iou_distribution.png, confusion.png, rmse_distribution.png, curves.png, evaluation_metrics.txt
     OUT/side_by_side/                                          the same images through all models
     OUT/visualise.json                                         every score; marks the folder as one of these
 
 Of a run that predicts depth alone images are ranked by their rmse, `success_rank1_<sample>_rmse1.2345.png`.
+Beside each PNG lies the same picture in the other formats that are asked for.
 Predictions are made at the label's own size, scored image by image and dropped; those that are shown are made again.
 Memory does not grow with the number of images.
 """
@@ -18,16 +20,28 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from kdcache.analysis.per_image import MIOU, RMSE, ImageScores, Score, best_and_worst
 from kdcache.analysis.predict import overlay
 from kdcache.data import DEPTH, IGNORE_INDEX, SEGMENTATION, Split
 from kdcache.metrics.depth_figures import UNKNOWN_RGB, DepthMap, absolute_error, bar_end
-from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, Array, colour_ids, file_part, mark_wrong, panels, save_figure
+from kdcache.metrics.figures import (
+    VOID_RGB,
+    Array,
+    Format,
+    Layout,
+    colour_ids,
+    error_colour,
+    file_part,
+    mark_wrong,
+    panels,
+    save_figure,
+)
 from kdcache.metrics.predictions import Predicted, predicted_tasks, predictions
 from kdcache.models import SegmentationModel
 
@@ -35,10 +49,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OPACITY = 0.55
+SHEET = "contact_sheet.png"
+_THUMB_WIDTH = 240
 SUCCESSES, FAILURES, CHOSEN = "successful_cases", "failure_cases", "chosen_cases"
 SIDE_BY_SIDE = "side_by_side"
 Panel = tuple[str, Array | DepthMap]
 """A picture, with its title."""
+Legend = list[tuple[str, tuple[int, int, int]]]
+"""Names and their colours."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +116,18 @@ class Gallery:
     """How images of a split are drawn.
 
     Attributes:
-        teacher: a model whose prediction is a panel of every picture of one model.
+        teacher, baseline: models whose predictions are panels of every picture of one model, but of their own.
         above: a note that stands over every picture.
+        layout: of a picture's panels; row has no overlay and no errors.
+        formats: of every picture.
     """
 
     split: Split
     teacher: Shown | None = None
     above: str | None = None
+    baseline: Shown | None = None
+    layout: Layout = "grid"
+    formats: tuple[Format, ...] = ("png",)
 
     def draw_cases(
         self,
@@ -113,76 +136,89 @@ class Gallery:
         folder: Path,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Path]:
-        """Draw images through one model: image, ground truth, teacher, prediction, overlay, difference; depth below.
+        """Draw images through one model: image, ground truth, teacher, prediction, overlay, errors; depth below.
 
-        What an earlier call left in these folders is removed.
+        A contact sheet has all of them, small. What an earlier call left in these folders is removed.
         """
         _clear(folder, (SUCCESSES, FAILURES, CHOSEN))
-        written = []
+        written, strips = list[Path](), list[Panel]()
         for done, case in enumerate(cases, 1):
             image = shown.scores.images[case.position]
             value = case.score.of(image)
             name = f"{shorten(shown.name, 40)}, {_rank(case)}: {case.score.text(value)}"
-            figure = self._one_model(shown, image.number, f"{name}\n{shorten(image.sample, 90)}")
-            written.append(self._save(figure, folder / case.folder, case, image.sample, value))
+            pictures, legend = self._one_model(shown, image.number)
+            figure = panels(f"{name}\n{shorten(image.sample, 90)}", pictures, legend, self.layout)
+            written += self._save(figure, folder / case.folder, case, image.sample, value)
+            strips.append((f"{_rank(case)}: {case.score.text(value)}", _strip(pictures)))
             if progress is not None:
                 progress(done, len(cases))
+        if strips:
+            title = f"{shorten(shown.name)}: image, ground truth and prediction, as far as they are known"
+            written += save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
         return written
 
     def draw_side_by_side(self, models: Sequence[Shown], cases: Sequence[Case], folder: Path) -> list[Path]:
         """Draw the same images through several models: predictions, and where they are wrong; scores are means."""
         _clear(folder, (SIDE_BY_SIDE,))
-        written = []
+        written = list[Path]()
         for case in cases:
             images = [shown.scores.images[case.position] for shown in models]
             values = [case.score.of(image) for image in images]
             figure = self._several(models, images[0].number, f"{_rank(case)}: {shorten(images[0].sample)}", case.score)
             mean = statistics.fmean(values)
-            written.append(self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, mean))
+            written += self._save(figure, folder / SIDE_BY_SIDE, case, images[0].sample, mean)
         return written
 
-    def _one_model(self, shown: Shown, number: int, title: str) -> "Figure":
+    def _one_model(self, shown: Shown, number: int) -> tuple[list[Panel], Legend]:
         pixels, own = self.split.image(number), shown.predict(self.split, number)
-        taught = None if self.teacher is None else self.teacher.predict(self.split, number)
+        others = {}
+        if self.teacher is not None:
+            others["teacher"] = self.teacher.predict(self.split, number)
+        if self.baseline is not None and self.baseline is not shown:
+            others[shorten(self.baseline.name, 40)] = self.baseline.predict(self.split, number)
+        name = shorten(shown.name, 40) if self.layout == "row" else "prediction"
         pictures: list[Panel] = [("image", pixels)]
         if SEGMENTATION in own.answers:
-            pictures += self._classes(pixels, own, taught)
+            pictures += self._classes(pixels, own, others, name)
         if DEPTH in own.answers:
-            pictures += self._depth(own, taught)
-        return panels(title, pictures, self._legend([own] if taught is None else [own, taught], own.answers))
+            pictures += self._depth(own, others, name)
+        return pictures, self._legend([own, *others.values()], own.answers)
 
-    def _classes(self, pixels: Array, own: Predicted, taught: Predicted | None) -> list[Panel]:
-        """Classes of one image: ground truth, teacher, prediction, overlay, difference, as far as they are known."""
+    def _classes(self, pixels: Array, own: Predicted, others: Mapping[str, Predicted], name: str) -> list[Panel]:
+        """Classes of one image: ground truth, others, prediction; in a grid overlay and errors, too."""
         label, pictures = own.labels.get(SEGMENTATION), list[Panel]()
         if label is not None:
             pictures.append(("ground truth", self._coloured(label)))
-        if taught is not None and SEGMENTATION in taught.answers:
-            pictures.append(("teacher", self._coloured(taught.argmax)))
         pictures += [
-            ("prediction", self._coloured(own.argmax)),
-            ("overlay", overlay(pixels, own.argmax.numpy(), self.split.classes, OPACITY)),
+            (other, self._coloured(taught.argmax)) for other, taught in others.items() if SEGMENTATION in taught.answers
         ]
-        if label is not None:
-            pictures.append(("where they differ", mark_wrong(pixels, label.numpy(), own.argmax.numpy())))
-        return pictures
+        pictures.append((name, self._coloured(own.argmax)))
+        if self.layout == "row":
+            return pictures
+        pictures.append(("overlay", overlay(pixels, own.argmax.numpy(), self.split.classes, OPACITY)))
+        return pictures if label is None else [*pictures, *self._wrong(pixels, own)]
 
-    def _depth(self, own: Predicted, taught: Predicted | None = None) -> list[Panel]:
-        """Depth of one image: ground truth, teacher, prediction, error, as far as they are known; with one bar."""
+    def _depth(self, own: Predicted, others: Mapping[str, Predicted], name: str) -> list[Panel]:
+        """Depth of one image: ground truth, others, prediction, in a grid the error; with one bar."""
         maps = {"depth, ground truth": own.labels.get(DEPTH)}
-        maps["depth, teacher"] = None if taught is None else taught.answers.get(DEPTH)
-        maps["depth, prediction"] = own.answers[DEPTH]
-        known = {name: metres.numpy() for name, metres in maps.items() if metres is not None}
+        maps |= {f"depth, {other}": taught.answers.get(DEPTH) for other, taught in others.items()}
+        maps[f"depth, {name}"] = own.answers[DEPTH]
+        known = {title: metres.numpy() for title, metres in maps.items() if metres is not None}
         high = bar_end(known.values())
-        pictures: list[Panel] = [(name, DepthMap(metres, high)) for name, metres in known.items()]
-        if (label := own.labels.get(DEPTH)) is not None:
+        pictures: list[Panel] = [(title, DepthMap(metres, high)) for title, metres in known.items()]
+        if (label := own.labels.get(DEPTH)) is not None and self.layout == "grid":
             error = absolute_error(own.answers[DEPTH].numpy(), label.numpy())
-            name = f"depth, absolute error: {_mean_error(error)}"
-            pictures.append((name, DepthMap(error, bar_end([error]), "error")))
+            pictures.append(
+                (f"depth, absolute error: {_mean_error(error)}", DepthMap(error, bar_end([error]), "error"))
+            )
         return pictures
 
     def _several(self, models: Sequence[Shown], number: int, title: str, score: Score) -> "Figure":
-        """The image, its labels, then a row of panels for each model and task; one bar for all depths and errors."""
-        pixels = self.split.image(number)
+        """The image, its labels, then panels for each model and task: in a grid its errors, too, in a row the teacher.
+
+        One bar is for all depths, another for all errors.
+        """
+        pixels, in_row = self.split.image(number), self.layout == "row"
         predicted = [shown.predict(self.split, number) for shown in models]
         labels = {task: label for own in predicted for task, label in own.labels.items()}
         metres = [own.answers[DEPTH].numpy() for own in predicted if DEPTH in own.answers]
@@ -194,24 +230,30 @@ class Gallery:
             pictures.append(("ground truth", self._coloured(labels[SEGMENTATION])))
         if depth is not None:
             pictures.append(("depth, ground truth", DepthMap(depth, high)))
-        pictures += [("", np.full_like(pixels, 255))] * (len(pictures) % 2)  # each model's two panels stand in one row
+        if in_row and self.teacher is not None and SEGMENTATION in self.teacher.heads:
+            pictures.append(("teacher", self._coloured(self.teacher.predict(self.split, number).argmax)))
+        if not in_row:  # each model's two panels stand in one row
+            pictures += [("", np.full_like(pixels, 255))] * (len(pictures) % 2)
         for shown, own in zip(models, predicted, strict=True):
             position = next(image for image in shown.scores.images if image.number == number)
             name = shorten(shown.name, 40)
             if SEGMENTATION in own.answers:
                 drawn = score if score.task == SEGMENTATION else MIOU
                 pictures.append((f"{name}: {drawn.text(drawn.of(position))}", self._coloured(own.argmax)))
-                pictures += self._wrong(pixels, own)
+                pictures += [] if in_row else self._wrong(pixels, own)
             if DEPTH in own.answers:
                 judged = "depth" if depth is None else RMSE.text(RMSE.of(position))
                 pictures.append((f"{name}: {judged}", DepthMap(own.answers[DEPTH].numpy(), high)))
-                pictures.append(self._error(pixels, own, worst))
-        return panels(title, pictures, self._legend(predicted, {task for own in predicted for task in own.answers}))
+                pictures += [] if in_row else [self._error(pixels, own, worst)]
+        legend = self._legend(predicted, {task for own in predicted for task in own.answers})
+        return panels(title, pictures, legend, self.layout)
 
     def _wrong(self, pixels: Array, own: Predicted) -> list[Panel]:
         label = own.labels.get(SEGMENTATION)
-        wrong = np.full_like(pixels, 255) if label is None else mark_wrong(pixels, label.numpy(), own.argmax.numpy())
-        return [("no label" if label is None else "where it is wrong", wrong)]
+        if label is None:
+            return [("no label", np.full_like(pixels, 255))]
+        red = error_colour(self.split.classes.colours)
+        return [("errors", mark_wrong(pixels, label.numpy(), own.argmax.numpy(), red))]
 
     def _error(self, pixels: Array, own: Predicted, high: float) -> Panel:
         label = own.labels.get(DEPTH)
@@ -223,21 +265,40 @@ class Gallery:
     def _coloured(self, ids: Tensor) -> Array:
         return colour_ids(ids.numpy(), self.split.classes.colours)
 
-    def _legend(self, shown: Sequence[Predicted], tasks: Collection[str]) -> list[tuple[str, tuple[int, int, int]]]:
+    def _legend(self, shown: Sequence[Predicted], tasks: Collection[str]) -> Legend:
         """The classes that are to be seen, void and wrong; of depth the colour of what is unknown."""
-        entries: list[tuple[str, tuple[int, int, int]]] = []
+        entries: Legend = []
         if SEGMENTATION in tasks:
             maps = [own[SEGMENTATION] for one in shown for own in (one.answers, one.labels) if SEGMENTATION in own]
             present = sorted({int(number) for ids in maps for number in np.unique(ids)} - {IGNORE_INDEX})
             classes = self.split.classes
             entries += [(classes.names[number], classes.colours[number]) for number in present]
-            entries += [("void", VOID_RGB), ("wrong", WRONG_RGB)]
+            entries.append(("void", VOID_RGB))
+            entries += [("wrong", error_colour(classes.colours))] if self.layout == "grid" else []
         return [*entries, ("unknown depth", UNKNOWN_RGB)] if DEPTH in tasks else entries
 
-    def _save(self, figure: "Figure", folder: Path, case: Case, sample: str, value: float) -> Path:
+    def _save(self, figure: "Figure", folder: Path, case: Case, sample: str, value: float) -> list[Path]:
         path = folder / f"{case.prefix}_{file_part(sample)}_{case.score.stem(value)}.png"
-        save_figure(figure, path, self.above)
-        return path
+        return save_figure(figure, path, self.above, self.formats)
+
+
+def _strip(pictures: Sequence[Panel]) -> Array:
+    """Image, ground truth and the last prediction of classes or depth, small and side by side; uint8 (H, W, 3)."""
+    named = {name: picture for name, picture in pictures if name != "overlay" and not _is_error(name)}
+    wanted: list[str] = [name for name in ("image", "ground truth", "depth, ground truth") if name in named]
+    wanted += [name for name in named if name not in wanted][-1:]
+    arrays = [one.rgb() if isinstance(one := named[name], DepthMap) else one for name in wanted[:1] + wanted[-2:]]
+    small = []
+    for place, array in enumerate(arrays):
+        picture = Image.fromarray(array)
+        size = (_THUMB_WIDTH, max(1, round(_THUMB_WIDTH * picture.height / picture.width)))
+        how = Image.Resampling.NEAREST if place else Image.Resampling.LANCZOS
+        small += [np.asarray(picture.resize(size, how)), np.full((size[1], 4, 3), 255, np.uint8)]
+    return np.concatenate(small[:-1], axis=1)
+
+
+def _is_error(name: str) -> bool:
+    return name in ("errors", "no label") or "absolute error" in name
 
 
 def folder_names(paths: Sequence[str]) -> list[str]:
@@ -277,7 +338,7 @@ def _clear(folder: Path, names: Sequence[str]) -> None:
 def _pictures(folder: Path) -> Iterator[Path]:
     for prefix in ("success_rank", "failure_rank", "chosen"):
         for score in ("iou", "rmse"):
-            yield from sorted(folder.glob(f"{prefix}[0-9]*_{score}*.png"))
+            yield from (path for kind in get_args(Format) for path in folder.glob(f"{prefix}[0-9]*_{score}*.{kind}"))
 
 
 def summary_json(shown: Mapping[str, Shown]) -> dict[str, object]:

@@ -1,15 +1,17 @@
 """From runs to a folder of pictures and figures, for `kdcache visualise`."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from kdcache.analysis.banner import banner
 from kdcache.analysis.compare import Progress, comparable_split, one_range
 from kdcache.analysis.curves import draw_curves, read_curves
 from kdcache.analysis.gallery import (
+    SHEET,
     SIDE_BY_SIDE,
     Case,
     Gallery,
@@ -36,7 +38,7 @@ from kdcache.data import Fold, Split, fold_alone
 from kdcache.errors import RecipeError
 from kdcache.files import check_own_folder
 from kdcache.heads import SEGMENTATION
-from kdcache.metrics.figures import draw_confusion, save_figure
+from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +55,7 @@ class VisualiseOptions:
     Attributes:
         best, worst: images per run, by mIoU or by the IoU of `class_name`; by rmse of a run of depth alone.
         ids: samples to draw instead, the same for every run.
-        teacher: a run or SPEC@FILE whose prediction is a panel of every picture.
+        teacher, baseline: runs or SPEC@FILE whose predictions are panels of every picture.
         smoke: the runs are those of a recipe made small: every picture is marked.
         fold: only that fold of the split: what trainings with this --fold have not seen.
     """
@@ -64,6 +66,9 @@ class VisualiseOptions:
     ids: tuple[str, ...] = ()
     class_name: str | None = None
     teacher: str | None = None
+    baseline: str | None = None
+    layout: Layout = "grid"
+    formats: tuple[Format, ...] = ("png",)
     fold: Fold | None = None
     smoke: bool = False
 
@@ -96,17 +101,22 @@ def visualise(
     report = progress or (lambda what, done, total: None)
     check_own_folder(out, SUMMARY, "pictures are drawn into a new or empty folder, or over earlier ones")
     entries = find_runs(runs, options.judging.which)
-    teachers = find_runs([options.teacher], options.judging.which) if options.teacher else []
+    beside = {}
+    for name, text in (("teacher", options.teacher), ("baseline", options.baseline)):
+        if text:
+            beside[name] = find_runs([text], options.judging.which)[0]
     source: Split = comparable_split(entries, data, split)
     if options.fold is not None:
         source = fold_alone(source, *options.fold)
     by_class = None if options.class_name is None else _class_score(source, options.class_name)
     numbers = sample_numbers(source, options.ids)
-    judging, _ = one_range(options.judging, [*entries, *teachers], source)
-    models = [score_run(run, source, judging, report) for run in entries]
+    judging, _ = one_range(options.judging, [*entries, *beside.values()], source)
+    models = [score_run(run, source, judging, report) for run in _named_apart(entries)]
     _check_class(by_class, entries, models)
-    teacher = score_run(teachers[0], source, judging, report) if teachers else None
-    gallery = Gallery(source, teacher, banner(source.data, options.smoke))
+    scored = {run.text: shown for run, shown in zip(entries, models, strict=True)}
+    others = {name: scored.get(run.text) or score_run(run, source, judging, report) for name, run in beside.items()}
+    above = banner(source.data, options.smoke)
+    gallery = Gallery(source, above=above, layout=options.layout, formats=options.formats, **others)
     shown = dict(zip(folder_names([run.text for run in entries]), models, strict=True))
     positions = {image.number: position for position, image in enumerate(models[0].scores.images)}
     listed = [positions[number] for number in numbers]
@@ -129,6 +139,17 @@ def visualise(
     content = {**header, "runs": summary_json(shown)}
     (out / SUMMARY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return Visualised(shown, tuple(files), tuple(notes))
+
+
+def _named_apart(runs: Sequence[Entry]) -> list[Entry]:
+    """The runs, those that share a name with their seed in it."""
+    shared = Counter(run.title for run in runs)
+    return [
+        replace(run, settings={**run.settings, "name": f"{run.title}, seed {run.key[0]}"})
+        if shared[run.title] > 1 and run.key[0] is not None
+        else run
+        for run in runs
+    ]
 
 
 def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) -> Shown:
@@ -197,16 +218,16 @@ def _draw_run(
 ) -> list[Path]:
     """Everything about one run."""
     folder.mkdir(parents=True, exist_ok=True)
-    split, above = gallery.split, gallery.above
+    split, above, formats = gallery.split, gallery.above, gallery.formats
     figures = _score_figures(shown, split, score)
     curves = None if run.run is None else read_curves(run.run)
     if curves is not None:
         batch_size = run.settings.get("batch-size")
         figures["curves.png"] = draw_curves(curves, f"The training of {shorten(shown.name)}", batch_size)
-    for file in _FIGURES:
-        (folder / file).unlink(missing_ok=True)
-    for file, figure in figures.items():
-        save_figure(figure, folder / file, above)
+    for file in (*_FIGURES, SHEET):
+        for kind in get_args(Format):
+            (folder / file).with_suffix(f".{kind}").unlink(missing_ok=True)
+    saved = [path for file, figure in figures.items() for path in save_figure(figure, folder / file, above, formats)]
     header = [
         ("run", shown.name),
         ("data", f"{split.data}, split {split.split}"),
@@ -220,7 +241,7 @@ def _draw_run(
     pictures = gallery.draw_cases(
         shown, cases, folder, lambda done, total: progress(f"drawing {run.name}", done, total)
     )
-    return [*(folder / file for file in figures), text, *pictures]
+    return [*saved, text, *pictures]
 
 
 def _score_figures(shown: Shown, split: Split, score: Score) -> dict[str, "Figure"]:

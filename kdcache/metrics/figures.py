@@ -8,12 +8,12 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 
 from kdcache.data import IGNORE_INDEX
-from kdcache.errors import one_line, plain_text
+from kdcache.errors import RecipeError, one_line, plain_text
 from kdcache.files import replacing
 
 if TYPE_CHECKING:
@@ -25,11 +25,18 @@ Array = np.ndarray[Any, Any]
 Colours = Sequence[tuple[int, int, int]]
 VOID_RGB = (224, 224, 192)  # as in PASCAL VOC; black is a class there
 WRONG_RGB = (225, 30, 45)
+_REDS = (WRONG_RGB, (255, 0, 96), (255, 64, 32), (190, 0, 70), (255, 0, 170), (255, 110, 110), (150, 0, 0))
+_APART = 60.0
+"""Distance in RGB from which two colours are told apart at a glance."""
+Format = Literal["png", "svg", "pdf"]
+Layout = Literal["grid", "row"]
 INK = "#303030"
 _DOTS_PER_INCH = 120
 _LONGEST_NAME = 100
 _SHOWN = 40  # classes of a matrix that still has readable names
 _MOST_PAIRS = 12  # of pictures, one below the other
+_ROW_INCHES = 3.0  # of a picture in a row
+_LEGEND_INCHES = 1.2  # of a name in the legend below a row
 _LETTERS_PER_INCH = 11
 """Height of a line in 10 points bold."""
 
@@ -43,14 +50,40 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
     return figure
 
 
-def save_figure(figure: "Figure", path: Path, above: str | None = None) -> None:
-    """Write a PNG whole or not at all; `above` is a note that stands over all else."""
+def save_figure(
+    figure: "Figure", path: Path, above: str | None = None, formats: Sequence[Format] = ("png",)
+) -> list[Path]:
+    """Write a picture in each format, whole or not at all, and return the files.
+
+    Args:
+        path: of the PNG; other formats have its name with their own suffix. Text in SVG and PDF stays text.
+        above: a note that stands over all else.
+    """
+    from matplotlib import rc_context
+
     if above is not None:
         _put_above(figure, above)
     path.parent.mkdir(parents=True, exist_ok=True)
     _make_plain(figure)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png")
+    files = [path.with_name(f"{path.name.removesuffix('.png')}.{kind}") for kind in formats]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdcache", "pdf.fonttype": 42}):
+        for kind, file in zip(formats, files, strict=True):
+            dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+            with replacing(file) as partial:
+                figure.savefig(partial, format=kind, metadata=dated)
+    return files
+
+
+def check_formats(formats: Sequence[str]) -> tuple[Format, ...]:
+    """The formats of pictures, PNG among them always. Raises: RecipeError for another."""
+    known: tuple[Format, ...] = get_args(Format)
+    if strange := [name for name in formats if name not in known]:
+        raise RecipeError(
+            f"--format is a list of {', '.join(known)}",
+            received=repr(",".join(strange)),
+            remedy="for instance --format png,pdf",
+        )
+    return tuple(name for name in known if name == "png" or name in formats)
 
 
 def _put_above(figure: "Figure", text: str) -> None:
@@ -138,11 +171,21 @@ def png_bytes(image: "Image") -> bytes:
     return buffer.getvalue()
 
 
-def mark_wrong(pixels_HW3: Array, label_HW: Array, predicted_HW: Array) -> Array:
-    """The image in dark grey, wrong predictions in red, void as in labels; uint8 (H, W, 3)."""
+def error_colour(colours: Colours) -> tuple[int, int, int]:
+    """A red for wrong pixels that no class has: the first that is apart from all classes, else the most distant one."""
+    classes = np.array(colours, float).reshape(-1, 3)
+    distances = [np.linalg.norm(classes - red, axis=1).min(initial=np.inf) for red in _REDS]
+    apart = [place for place, distance in enumerate(distances) if distance >= _APART]
+    return _REDS[apart[0] if apart else int(np.argmax(distances))]
+
+
+def mark_wrong(
+    pixels_HW3: Array, label_HW: Array, predicted_HW: Array, wrong: tuple[int, int, int] = WRONG_RGB
+) -> Array:
+    """The image in dark grey, wrong predictions in the colour `wrong`, void as in labels; uint8 (H, W, 3)."""
     grey_HW1 = pixels_HW3.mean(2, keepdims=True)
     marked_HW3 = np.broadcast_to(30 + 0.5 * grey_HW1, pixels_HW3.shape).astype(np.uint8)
-    marked_HW3[label_HW != predicted_HW] = WRONG_RGB
+    marked_HW3[label_HW != predicted_HW] = wrong
     marked_HW3[label_HW == IGNORE_INDEX] = VOID_RGB
     return marked_HW3
 
@@ -155,33 +198,46 @@ class Drawn(Protocol):
 
 
 def panels(
-    title: str, pictures: Sequence[tuple[str, Array | Drawn]], legend: Sequence[tuple[str, tuple[int, int, int]]]
+    title: str,
+    pictures: Sequence[tuple[str, Array | Drawn]],
+    legend: Sequence[tuple[str, tuple[int, int, int]]],
+    layout: Layout = "grid",
 ) -> "Figure":
-    """Pictures of one size in pairs, the pairs one below the other, of more than twelve in several columns.
+    """Pictures of one size, and what their colours mean; the first picture is an array.
 
-    What the colours mean stands beside them; the first picture is an array.
+    Args:
+        layout: grid: in pairs, the pairs one below the other, of more than twelve in several columns, the legend beside
+            them. row: side by side without the title, the legend below them, as in a paper.
     """
     from matplotlib.patches import Patch
 
     first = pictures[0][1]
     assert isinstance(first, np.ndarray)
     height, width = first.shape[:2]
+    in_row = layout == "row"
     pairs = -(-len(pictures) // 2)
     columns = -(-pairs // _MOST_PAIRS)
     rows = -(-pairs // columns)
-    figure = new_figure(2.3 + 9.2 * columns, 0.8 + rows * (4.6 * height / width + 0.35), title)
+    if in_row:
+        across = _ROW_INCHES * len(pictures)
+        words = max(1, int(across / _LEGEND_INCHES))
+        figure = new_figure(across, _ROW_INCHES * height / width + 0.35 + 0.2 * -(-len(legend) // words), "")
+    else:
+        figure = new_figure(2.3 + 9.2 * columns, 0.8 + rows * (4.6 * height / width + 0.35), title)
     for number, (name, picture) in enumerate(pictures):
         column, row = divmod(number // 2, rows)
-        axes = figure.add_subplot(rows, 2 * columns, 1 + 2 * columns * row + 2 * column + number % 2)
+        place = 1 + 2 * columns * row + 2 * column + number % 2
+        axes = figure.add_subplot(*((1, len(pictures), number + 1) if in_row else (rows, 2 * columns, place)))
         if isinstance(picture, np.ndarray):
             axes.imshow(picture, interpolation="nearest")
         else:
             picture.draw(axes)
-        axes.set_title(one_line(name), fontsize=11, color=INK)
+        axes.set_title(one_line(name), fontsize=10 if in_row else 11, color=INK)
         axes.set_axis_off()
     colours = hex_colours([colour for _, colour in legend])
     handles = [Patch(facecolor=colour, edgecolor=INK, linewidth=0.5, label="class") for colour in colours]
-    shown = figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
+    where: Any = {"loc": "outside lower center", "ncols": words} if in_row else {"loc": "outside right center"}
+    shown = figure.legend(handles=handles, fontsize=9, frameon=False, **where)
     for text, (name, _) in zip(shown.get_texts(), legend, strict=True):
         text.set_text(one_line(name))  # as a label, matplotlib would hide a name that begins with _
     return figure

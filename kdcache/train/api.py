@@ -36,6 +36,7 @@ from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
 from kdcache.train.run.folder import check_folder, hold_folder, identity_of, untrained_heads, write_beginning
 from kdcache.train.run.lock import RunLock
 from kdcache.train.run.metrics_log import Observer, Observers
+from kdcache.train.run.sample_panels import sample_panels
 from kdcache.train.run.trackers import Loggers, check_loggers
 from kdcache.train.sources import (
     Source,
@@ -143,7 +144,8 @@ def make_trainer(
         watching = observer
         if config.log and world.first:
             recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-            watching = Observers([observer, Loggers(config.log, run, recipe, observer.note)])
+            panels = None if val is None or config.size is None else sample_panels(model, val, config.size, device)
+            watching = Observers([observer, Loggers(config.log, run, recipe, observer.note, panels)])
         judged = () if val is None else _judged(model, val, config)
         return Trainer(
             model,

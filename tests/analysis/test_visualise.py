@@ -18,7 +18,17 @@ from kdcache.analysis.visualise import Visualised, VisualiseOptions, visualise
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.metrics.confusion import ConfusionMatrix
-from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, colour_ids, draw_confusion, file_part, save_figure
+from kdcache.metrics.figures import (
+    VOID_RGB,
+    WRONG_RGB,
+    check_formats,
+    colour_ids,
+    draw_confusion,
+    error_colour,
+    file_part,
+    panels,
+    save_figure,
+)
 
 NAME = re.compile(r"(success_rank|failure_rank|chosen)(\d+)_([\w.-]+)_iou(\d\.\d{4})\.png")
 
@@ -28,13 +38,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Title and panels of every picture; nothing is drawn, which takes seconds."""
     seen: list[tuple[str, dict[str, Any]]] = []
 
-    def note(title: str, pictures: list[tuple[str, Any]], legend: list[tuple[str, Any]]) -> str:
+    def note(title: str, pictures: list[tuple[str, Any]], legend: list[tuple[str, Any]], layout: str = "grid") -> str:
         seen.append((title, {"legend": legend, **dict(pictures), "names": [name for name, _ in pictures]}))
         return title
 
-    def touch(_: object, path: Path, above: str | None) -> None:
+    def touch(_: object, path: Path, above: str | None, formats: tuple[str, ...] = ("png",)) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
+        return [path]
 
     monkeypatch.setattr(gallery, "panels", note)
     for module in ("gallery", "visualise"):
@@ -58,7 +69,7 @@ def test_real_pictures(world: Path) -> None:
         f"none-0/{name}" for name in ("confusion.png", "curves.png", "evaluation_metrics.txt", "iou_distribution.png")
     }
     assert names > plain
-    assert len(names) == 6
+    assert len(names) == 7
     for path in made.files:
         if path.suffix == ".png":
             with Image.open(path) as picture:
@@ -70,11 +81,13 @@ def test_pictures_of_a_smoke_run_say_so(world: Path, monkeypatch: pytest.MonkeyP
     """Every picture, the text and the summary; none of them otherwise."""
     said: list[str | None] = []
     for module in ("gallery", "visualise"):
-        monkeypatch.setattr(f"kdcache.analysis.{module}.save_figure", lambda figure, path, above: said.append(above))
+        monkeypatch.setattr(
+            f"kdcache.analysis.{module}.save_figure", lambda figure, path, above, formats: said.append(above) or [path]
+        )
     monkeypatch.setattr(gallery, "panels", lambda *given: None)
     make(world, "none-0", "none-1", best=1, worst=1, smoke=smoke)
     wanted = banner("data", smoke)
-    assert said == [wanted] * (2 * (2 + 3) + 3)
+    assert said == [wanted] * (2 * (2 + 3 + 1) + 3)
     texts = [world / "out/none-0/evaluation_metrics.txt", world / "out/visualise.json"]
     assert [("Smoke run" in path.read_text()) for path in texts] == [smoke, smoke]
 
@@ -109,13 +122,14 @@ def test_names_ranks_and_scores(world: Path, drawn: list) -> None:
         assert [match[3] for match in found if match] == expected
         assert [match[2] for match in found if match] == ["1", "2"]
         assert all(float(match[4]) == pytest.approx(scores[match[3]], abs=1e-4) for match in found if match)
-    assert len(drawn) == 4
+    assert len(drawn) == 5  # and a contact sheet of them
 
 
 def test_what_a_picture_shows(world: Path, drawn: list) -> None:
     made = make(world, "none-0", best=1, worst=0, teacher=str(world / "runs/none-1"))
-    ((title, panel),) = drawn
-    assert panel["names"] == ["image", "ground truth", "teacher", "prediction", "overlay", "where they differ"]
+    (title, panel), (_, sheet) = drawn
+    assert sheet["names"] == [f"success rank 1: {title.partition(': ')[2].partition(chr(10))[0]}"]
+    assert panel["names"] == ["image", "ground truth", "teacher", "prediction", "overlay", "errors"]
     split = open_split(world / "data", "val")
     image = max(made.shown["none-0"].scores.images, key=lambda image: image.miou)
     pixels, label = split.image(image.number), split.label(image.number)
@@ -124,11 +138,50 @@ def test_what_a_picture_shows(world: Path, drawn: list) -> None:
     assert np.array_equal(panel["ground truth"], colour_ids(label, split.classes.colours))
     said = panel["prediction"]
     wrong = (said != panel["ground truth"]).any(2) & (label != 255)
-    assert np.array_equal((panel["where they differ"] == WRONG_RGB).all(2), wrong)
-    assert (panel["where they differ"][label == 255] == VOID_RGB).all()
+    assert np.array_equal((panel["errors"] == error_colour(split.classes.colours)).all(2), wrong)
+    assert (panel["errors"][label == 255] == VOID_RGB).all()
     assert np.abs(panel["overlay"] - (0.45 * pixels + 0.55 * said)).max() <= 0.51
     assert not np.array_equal(panel["teacher"], said)
     assert [name for name, _ in panel["legend"]][-2:] == ["void", "wrong"]
+
+
+def test_a_row_for_a_paper(world: Path, drawn: list) -> None:
+    beside = {"teacher": str(world / "runs/none-1"), "baseline": str(world / "runs/none-0")}
+    make(world, "none-0", "none-1", best=1, worst=0, layout="row", **beside)
+    names = [panel["names"] for _, panel in drawn if panel["names"][0] == "image"]
+    own, other, both = names[:3]
+    assert own[:3] == ["image", "ground truth", "teacher"]
+    assert own[3:] == [shorten(str(world / "runs/none-0"), 40)]  # it is its own baseline
+    assert other[3:] == [shorten(str(world / f"runs/none-{seed}"), 40) for seed in (0, 1)]
+    assert len(both) == 5
+    assert both[:3] == own[:3]
+    assert all("wrong" not in dict(panel["legend"]) for _, panel in drawn)
+
+
+def test_formats_for_a_paper_lie_beside_the_png(tmp_path: Path) -> None:
+    """One picture in all of them: text of SVG and PDF stays text, and the same call writes the same bytes."""
+    files: dict[str, bytes] = {}
+    for _ in range(2):
+        pictures = [(name, np.full((48, 64, 3), place, np.uint8)) for place, name in enumerate(("image", "runs/kl"))]
+        figure = panels("a title", pictures, [("road", (1, 2, 3))], "row")
+        made = save_figure(figure, tmp_path / "x_iou0.5.png", formats=check_formats(["pdf", "svg"]))
+        assert [path.name for path in made] == ["x_iou0.5.png", "x_iou0.5.svg", "x_iou0.5.pdf"]
+        assert not files or files == {path.name: path.read_bytes() for path in made}
+        files = {path.name: path.read_bytes() for path in made}
+    svg = files["x_iou0.5.svg"].decode()
+    assert all(f">{name}<" in svg for name in ("image", "runs/kl", "road"))
+    assert "a title" not in svg
+    assert files["x_iou0.5.pdf"].startswith(b"%PDF")
+    with pytest.raises(RecipeError, match="--format is a list of png, svg, pdf"):
+        check_formats(["png", "jpg"])
+
+
+def test_wrong_pixels_have_a_colour_of_their_own() -> None:
+    """Of Cityscapes and ADE20K, too, which have reds."""
+    assert error_colour([]) == error_colour([(0, 0, 0)]) == WRONG_RGB
+    palettes = [[(220, 20, 60), (255, 0, 0), (250, 170, 30)], [WRONG_RGB], [(r, 0, 60) for r in range(0, 256, 8)]]
+    for palette in palettes:
+        assert np.abs(np.array(palette) - error_colour(palette)).sum(1).min() > 40
 
 
 def test_several_runs_side_by_side(world: Path, drawn: list) -> None:

@@ -155,7 +155,7 @@ def test_rows_are_switched_for_all_images(opened: Opened, screenshot: Screenshot
         page.locator("fieldset").nth(0).get_by_label("ground truth").check()
         assert "ground truth" in page.locator(".side-left").first.inner_text()
         before = screenshot(page.locator(".stage").first)
-        page.get_by_label("mark what is wrong").check()
+        page.get_by_label("mark errors").check()
         assert screenshot(page.locator(".stage").first) != before
         page.locator("fieldset").nth(0).get_by_label("image").check()
         page.get_by_label("over the image").check()

@@ -22,7 +22,7 @@ from kdcache.analysis.visualise import score_run
 from kdcache.data import IGNORE_INDEX, Split, fold_alone
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.depth_figures import DepthMap, absolute_error, bar_end
-from kdcache.metrics.figures import VOID_RGB, WRONG_RGB, Array
+from kdcache.metrics.figures import VOID_RGB, Array, error_colour
 from kdcache.metrics.predictions import Predicted
 
 MOST_PIXELS = 640
@@ -147,11 +147,13 @@ def encode_classes(ids_HW: Array, colours: Sequence[tuple[int, int, int]], size:
     return _bytes(picture, "PNG", optimize=True)
 
 
-def encode_wrong(label_HW: Array, predicted_HW: Array, size: tuple[int, int]) -> bytes:
-    """A PNG that is clear but for labelled pixels with a wrong prediction."""
+def encode_wrong(
+    label_HW: Array, predicted_HW: Array, colours: Sequence[tuple[int, int, int]], size: tuple[int, int]
+) -> bytes:
+    """A PNG that is clear but for labelled pixels with a wrong prediction, in a red that no class has."""
     wrong = ((label_HW != predicted_HW) & (label_HW != IGNORE_INDEX)).astype(np.uint8)
     picture = _nearest(wrong, size)
-    picture.putpalette(bytes([0, 0, 0, *WRONG_RGB]))
+    picture.putpalette(bytes([0, 0, 0, *error_colour(colours)]))
     return _bytes(picture, "PNG", optimize=True, transparency=0)
 
 
@@ -217,7 +219,7 @@ def _sample(
         classes = wrong = None
         if SEGMENTATION in own.answers and label is not None:
             argmax = own.argmax.numpy()
-            classes, wrong = encode_classes(argmax, colours, size), encode_wrong(label, argmax, size)
+            classes, wrong = encode_classes(argmax, colours, size), encode_wrong(label, argmax, colours, size)
         predictions.append(RowPrediction(place, score.miou, score.iou, classes, wrong))
     return Sample(
         first.sample,

@@ -12,11 +12,11 @@ from kdcache.metrics import percent
 from kdcache.metrics.figures import (
     INK,
     VOID_RGB,
-    WRONG_RGB,
     class_bars,
     colour_ids,
     draw_confusion,
     dress,
+    error_colour,
     file_part,
     mark_wrong,
     new_figure,
@@ -189,7 +189,7 @@ def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure
     argmax = whole.argmax.numpy()
     counted = whole.label != IGNORE_INDEX
     wrong = float((argmax != whole.label)[counted].mean())
-    colours = audit.class_colours
+    colours, red = audit.class_colours, error_colour(audit.class_colours)
     present = sorted({*np.unique(whole.label[counted]).tolist(), *np.unique(argmax).tolist()})
     legend = [(audit.class_names[number], colours[number]) for number in present]
     title = f"{scored.sample}: mIoU {percent(scored.miou)}, number {rank} from the bottom"
@@ -199,7 +199,7 @@ def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure
             ("image", pixels),
             ("label", colour_ids(whole.label, colours)),
             ("the teacher", colour_ids(argmax, colours)),
-            ("where they differ", mark_wrong(pixels, whole.label, argmax)),
+            ("errors", mark_wrong(pixels, whole.label, argmax, red)),
         ],
-        [*legend, ("void", VOID_RGB), ("wrong", WRONG_RGB)],
+        [*legend, ("void", VOID_RGB), ("wrong", red)],
     )

@@ -119,6 +119,8 @@ def build_cache(
         work = _Pass(probe, writer.manifest, earlier)
         done = taught = reused = 0
         began = time.perf_counter()
+        if progress is not None:
+            progress(already, share)
         for shards in writer.passes():
             with ShardQueue(writer) as queue:
                 for batch in work.batches(shards):

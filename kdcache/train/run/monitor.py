@@ -208,7 +208,7 @@ class Watch:
                 continue
             times = f"its gradient is {share:.2g} times that of cross-entropy"
             if step == 0 and MUCH < share <= MUCH_AT_FIRST:
-                yield f"{name} dominates the loss at the start: {times}; its share once the student learns counts"
+                yield f"{name} dominates the loss at the start: {times}; its share later in the training counts"
                 continue
             self._noted.add(name)
             verdict = "hardly does anything" if share < LITTLE else "dominates the loss"

@@ -13,6 +13,9 @@ with `--ema` the same below `val_ema/`. Where two tasks are learnt, `train/balan
 `train/tasks/<task>` its loss, `train/gradients/<task>` the norm of its gradient, `train/ratio/<task>` that norm beside
 the other task's.
 
+With every validation come pictures of the same few validation samples, `samples/<sample>/<task>`: image, ground truth,
+prediction, errors (`sample_panels.py`).
+
 A logger is no part of a training: one that fails is left out from then on, after a note.
 """
 
@@ -30,6 +33,7 @@ from typing import Any, Protocol
 from kdcache.errors import RecipeError
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.metrics.depth import DEPTH_METRICS
+from kdcache.metrics.figures import Array
 from kdcache.train.run.metrics_log import Observer
 
 PROJECT = "kdcache"
@@ -70,9 +74,10 @@ class Beginning:
 
 
 class Sink(Protocol):
-    """A destination of scalars."""
+    """A destination of scalars, and of pictures, uint8 (H, W, 3)."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None: ...
     def close(self, completed: bool) -> None: ...
 
 
@@ -83,10 +88,20 @@ class Loggers(Observer):
         names: keys of SINKS, whose packages are installed.
         recipe: the settings, as plain values.
         note: receives what fails.
+        panels: draws pictures by name at every validation; None draws none.
     """
 
-    def __init__(self, names: Sequence[str], run: Path, recipe: Mapping[str, Any], note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: Path,
+        recipe: Mapping[str, Any],
+        note: Callable[[str], None],
+        panels: Callable[[], Mapping[str, Array]] | None = None,
+    ) -> None:
         self._names = tuple(names)
+        self._panels = panels
+        self._drawn_at: int | None = None
         self._run = run
         self._recipe = recipe
         self._note = note
@@ -116,12 +131,14 @@ class Loggers(Observer):
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
         self._write_scores("val", step, metrics)
+        self._draw(step)
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
         self._write_scores("val_ema", step, metrics)
 
     def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
         self._write(step, {f"val/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
+        self._draw(step)
 
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
         self._write(step, {f"val_ema/depth_{name}": getattr(metrics, name) for name in DEPTH_METRICS})
@@ -129,6 +146,14 @@ class Loggers(Observer):
     def ended(self, *, completed: bool) -> None:
         self._each(lambda sink: sink.close(completed))
         self._sinks.clear()
+
+    def _draw(self, step: int) -> None:
+        """Send the panels of a step, once: a validation may be of two tasks."""
+        if self._panels is None or self._drawn_at == step or not self._sinks:
+            return
+        self._drawn_at = step
+        pictures = {f"samples/{name}": picture for name, picture in self._panels().items()}
+        self._each(lambda sink: sink.draw(step, pictures))
 
     def _write_scores(self, place: str, step: int, metrics: Metrics) -> None:
         scores = {"miou": metrics.miou, "seg_miou": metrics.miou, "acc": metrics.aacc, "macc": metrics.macc}
@@ -169,6 +194,10 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        for name, picture in pictures.items():
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+
     def close(self, completed: bool) -> None:
         self._writer.close()
 
@@ -207,6 +236,11 @@ class WandB:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
 
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        import wandb
+
+        self._run.log({**{name: wandb.Image(picture) for name, picture in pictures.items()}, "step": step})
+
     def close(self, completed: bool) -> None:
         self._run.finish(exit_code=0 if completed else 1)
 
@@ -241,6 +275,9 @@ class Trackio:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
+        """Trackio gets scalars alone."""
 
     def close(self, completed: bool) -> None:
         with redirect_stdout(io.StringIO()):

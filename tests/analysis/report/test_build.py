@@ -30,7 +30,7 @@ from kdcache.analysis.runs import find_runs
 from kdcache.analysis.stored_evaluations import Judging
 from kdcache.data import fold_alone, open_split
 from kdcache.errors import KDCacheError, MismatchError, RecipeError
-from kdcache.metrics.figures import VOID_RGB, WRONG_RGB
+from kdcache.metrics.figures import VOID_RGB, error_colour
 
 QUICK = CompareOptions(repeats=0)
 COLOURS = ((128, 64, 128), (0, 0, 142))
@@ -88,7 +88,7 @@ def test_images_are_the_same_through_all_rows(three: Path) -> None:
             wrong = np.asarray(Image.open(io.BytesIO(one.wrong)).convert("RGBA"))
             predicted = np.asarray(Image.open(io.BytesIO(one.classes)).convert("RGB"))
             assert ((wrong[..., 3] > 0) == ((predicted != table[label]).any(-1) & (label != 255))).all()
-            assert (wrong[wrong[..., 3] > 0][:, :3] == WRONG_RGB).all()
+            assert (wrong[wrong[..., 3] > 0][:, :3] == error_colour(split.classes.colours)).all()
 
 
 def test_every_class_of_the_data_is_shown(three: Path) -> None:
@@ -126,7 +126,7 @@ def test_pictures_are_small_and_true() -> None:
     assert len(picture) < 4000
     photo = encode_image(np.random.default_rng(0).integers(0, 255, (700, 1000, 3), dtype=np.uint8), (448, 640))
     assert Image.open(io.BytesIO(photo)).size == (640, 448)
-    nothing = np.asarray(Image.open(io.BytesIO(encode_wrong(ids, ids, (448, 640)))).convert("RGBA"))
+    nothing = np.asarray(Image.open(io.BytesIO(encode_wrong(ids, ids, COLOURS, (448, 640)))).convert("RGBA"))
     assert not nothing[..., 3].any()
 
 
@@ -139,7 +139,7 @@ def test_five_rows_and_six_images_are_small(three: Path) -> None:
     photo = np.clip(photo + rng.normal(0, 12, photo.shape), 0, 255).astype(np.uint8)
     ids = np.asarray(Image.fromarray(rng.integers(0, 7, (60, 80), dtype=np.uint8)).resize((1280, 960), 0))
     size = shown_size(960, 1280)
-    classes, wrong = encode_classes(ids, COLOURS, size), encode_wrong(ids, np.roll(ids, 9), size)
+    classes, wrong = encode_classes(ids, COLOURS, size), encode_wrong(ids, np.roll(ids, 9), COLOURS, size)
     rows = tuple(replace(found.rows[0], name=f"row {place}") for place in range(5))
     predictions = tuple(RowPrediction(place, 0.5, (0.5,) * 7, classes, wrong) for place in range(5))
     samples = [

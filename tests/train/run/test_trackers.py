@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.metrics import DepthErrors, Metrics
+from kdcache.metrics.figures import colour_ids
 from kdcache.settings.spelling import LOGGERS
 from kdcache.train import Observer, make_config, train
 from kdcache.train.run import trackers
@@ -48,6 +51,7 @@ class Memory:
     def __init__(self, beginning: Beginning, breaks_at: int = 99) -> None:
         self.beginning = beginning
         self.rows: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[tuple[int, dict[str, Any]]] = []
         self.ended: bool | None = None
         self.breaks_at = breaks_at
 
@@ -55,6 +59,9 @@ class Memory:
         if step >= self.breaks_at:
             raise ConnectionError("no route to host\nand more")
         self.rows.append((step, dict(values)))
+
+    def draw(self, step: int, pictures: Mapping[str, Any]) -> None:
+        self.pictures.append((step, dict(pictures)))
 
     def close(self, completed: bool) -> None:
         self.ended = completed
@@ -87,6 +94,14 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
     shown = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+
+
+def images(run: Path) -> dict[str, list[int]]:
+    """The pictures of a run folder, and at which steps TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(run), size_guidance={"images": 0}).Reload()
+    return {tag: [event.step for event in shown.Images(tag)] for tag in shown.Tags()["images"]}
 
 
 OF_TWO_TASKS = {"val/miou", "val/acc", "val/seg_miou", "val/depth_rmse"} | {
@@ -159,6 +174,28 @@ def test_logging_changes_nothing(student: dict[str, Any], tmp_path: Path) -> Non
     go(student, tmp_path / "two")
     one, two = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+def test_the_same_samples_are_drawn_at_every_validation(
+    two_tasks: dict[str, Any], tmp_path: Path, memory: list[Memory]
+) -> None:
+    """Image, ground truth, prediction and errors of classes; three pictures of depth; of the weights as they are."""
+    go(two_tasks | {"log": "wandb"}, tmp_path / "run")
+    (first, pictures), (last, later) = memory[0].pictures
+    assert (first, last) == (3, 6)
+    assert pictures.keys() == later.keys()
+    split = open_split(two_tasks["val"], "val")
+    wanted = {f"samples/{name}/{task}" for name in split.ids for task in ("segmentation", "depth")}
+    assert pictures.keys() == wanted
+    height, width = 32, 48
+    for name, picture in pictures.items():
+        count = 4 if name.endswith("segmentation") else 3
+        assert (picture.shape, picture.dtype) == ((height, count * (width + 4) - 4, 3), np.uint8)
+    name = f"samples/{split.ids[0]}/segmentation"
+    assert (pictures[name][:, :width] == split.image(0)).all()  # an image of the size that is trained on
+    truth = colour_ids(split.label(0), split.classes.colours)
+    assert (pictures[name][:, width + 4 : 2 * width + 4] == truth).all()
+    assert any((pictures[name] != later[name]).any() for name in wanted)
 
 
 # --- what fails --------------------------------------------------------------------------------------------
@@ -277,6 +314,9 @@ def test_tensorboard_shows_a_run_under_its_name_and_goes_on_after_a_resume(
     assert [step for step, _ in shown["val/miou"]] == [3, 6]
     assert shown["gradients/ce"][0][0] == 1
     assert any(tag.startswith("val/iou/") for tag in shown)
+    assert all(steps == [3, 6] for steps in images(run).values())
+    assert all(name.startswith("samples/") and name.endswith("/segmentation") for name in images(run))
+    assert images(run)
 
 
 def test_loggers_may_change_on_resume(student: dict[str, Any], tmp_path: Path) -> None:
@@ -317,6 +357,8 @@ def test_wandb_goes_on_in_the_same_run_and_sends_nothing(
     written = b"".join(path.read_bytes() for path in (run / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
     for word in (b"train/loss", b"val/miou", b"gradients/ce", b"kdcache:tiny", b"images_per_second"):
         assert word in written, word
+    drawn = {path.name for path in (run / "wandb").glob("offline-run-*/files/media/images/samples/*/*.png")}
+    assert {name.split("_")[0] for name in drawn} == {"segmentation"}
 
 
 @pytest.mark.slow
