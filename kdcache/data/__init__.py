@@ -7,6 +7,7 @@
     render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
     draw_window, colour_jitter, RandAugment   what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
+    convert                                   any data set as a folder of one's own
     restyle                                   a data set in the style of another one
     folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
     shared_sequences                          videos of which some frames are judged and others trained on
@@ -20,6 +21,7 @@ from kdcache.data.by_name import ClassesByName, classes_by_name
 from kdcache.data.checks.check import CheckReport, check, class_weights
 from kdcache.data.checks.depth_report import DepthReport
 from kdcache.data.checks.split_report import SplitReport
+from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
@@ -49,6 +51,8 @@ __all__ = [
     "CheckReport",
     "ClassList",
     "ClassesByName",
+    "Converted",
+    "ConvertedSplit",
     "DepthReport",
     "Fold",
     "RandAugment",
@@ -65,6 +69,7 @@ __all__ = [
     "class_weights",
     "classes_by_name",
     "colour_jitter",
+    "convert",
     "download",
     "draw_view",
     "draw_window",

@@ -91,6 +91,13 @@ def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
         )
 
 
+def is_plain_label(path: Path) -> bool:
+    """Whether a label is a PNG whose 8-bit levels or palette indices are its numbers. Raises: DataError."""
+    with _opened(path, "label") as image:
+        kind, _ = _label_kind(path, image)
+        return kind == "8-bit grey" or kind.endswith("-bit palette")
+
+
 def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path: Path) -> Pixels:
     """Class ids (H, W) of uint8 (H, W, 3), or (H, W, 4) without transparency. Raises: DataError."""
     if colours is None:

@@ -1,6 +1,7 @@
-"""`kdcache data ...`: checks and restyling of data sets."""
+"""`kdcache data ...`: checks, conversion and restyling of data sets."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from kdcache_cli.console import OUT, histogram_table, progress_of_stages, warn
 if TYPE_CHECKING:
     from kdcache.data import DepthReport, SplitReport
 
-app = typer.Typer(no_args_is_help=True, help="Check and restyle data sets.", rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, help="Check, convert and restyle data sets.", rich_markup_mode="rich")
 
 
 @app.command()
@@ -33,6 +34,9 @@ def check(
         float | None,
         typer.Option("--max-depth", metavar="METRES", help="No depth may lie beyond; 80 for streets, 10 for rooms."),
     ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", metavar="FILE", help="Write twelve samples with their labels as a PNG.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here too.")] = None,
     fetch: Annotated[
         bool,
@@ -42,13 +46,19 @@ def check(
     """Read a data set once and list what is in it and what is wrong with it.
 
     Its layout and why it is taken for one, classes and their share of pixels, ids that are no class, sizes, a digest;
-    of depth its range, the share of pixels that have one, a histogram, and what cannot be metres.
+    of depth its range, the share of pixels that have one, a histogram, and what cannot be metres; twelve samples with
+    their labels as a picture. The last line is the command to run next.
     Exits with 1 where a training would fail or learn nothing; warnings are of what is seldom meant.
+
+    [dim]kdcache data check photos --sheet sheet.png[/]
     """
     from kdcache.data import check as check_data
+    from kdcache.data.checks.next_step import next_step
 
     if fetch:
         _download(data)
+    if sheet is not None:
+        _write_sheet(data, split, sheet)
     with progress_of_stages() as update:
         report = check_data(
             data,
@@ -66,9 +76,66 @@ def check(
         OUT.print(f"[red]problem[/] {escape(problem)}")
     for warning in report.warnings:
         OUT.print(f"[yellow]warning[/] {escape(warning)}")
+    if not report.problems:
+        OUT.print("no problem" if report.warnings else "[green]nothing wrong[/]")
+    if sheet is not None:
+        OUT.print(f"sheet: {sheet}", markup=False, highlight=False)
+    OUT.print(f"next: {next_step(report)}", markup=False, highlight=False, soft_wrap=True)
     if report.problems:
         raise typer.Exit(1)
-    OUT.print("no problem" if report.warnings else "[green]nothing wrong[/]")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Data set of any layout, as for data check.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="DST", help="Folder to write; an interrupted conversion is continued.")
+    ],
+    split: Annotated[
+        list[str] | None,
+        typer.Option("--split", help="Only this split; repeatable (default: train, val and test; without these, all)."),
+    ] = None,
+    binary: Annotated[
+        bool, typer.Option("--binary", help="Masks of two classes: 0 is the first, any other number the second.")
+    ] = False,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="Working threads; 0: one per core, at most 8.")] = 0,
+) -> None:
+    """Write a data set of any layout as a folder of one's own: images/, labels/ and classes.txt.
+
+    Images are links to the files of SRC (hard ones on the same disk, which outlive SRC; copies where no link is
+    possible), and so are labels that hold class ids already; polygons, colours and other numbers become class ids.
+    Samples that no training could use are left out, with the reason in DST/converted/SPLIT.csv. DST is new or empty, or
+    an earlier conversion of the same data.
+
+    [dim]kdcache data convert coco:/data/coco coco-folder[/]
+    [dim]kdcache data convert masks masks-folder --binary[/]
+    """
+    from kdcache.data import convert as convert_data
+
+    with progress_of_stages() as update:
+        converted = convert_data(
+            source,
+            out,
+            splits=split,
+            binary=binary,
+            threads=threads or None,
+            progress=lambda name, done, total: update(f"converting {name}", done, total),
+        )
+    OUT.print(f"layout [bold]{converted.layout}[/]: {escape(converted.why)}", highlight=False)
+    for name, part in converted.splits.items():
+        kinds = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in part.links.items())
+        OUT.print(
+            f"[bold]{escape(name)}[/]: {part.written} images written ({kinds or 'none'}), {part.kept} kept, "
+            f"{len(part.dropped)} left out",
+            highlight=False,
+        )
+        for item, why in list(part.dropped.items())[:3]:
+            OUT.print(f"  left out {escape(item)}: {escape(why)}", highlight=False)
+        if part.dropped:
+            OUT.print(f"  all of them: {out}/converted/{name}.csv", markup=False, highlight=False)
+    if converted.unused:
+        OUT.print(f"not converted: {', '.join(converted.unused)} (--split)", markup=False, highlight=False)
+    OUT.print(f"next: kdcache data check {shlex.quote(str(out))} --sheet sheet.png", markup=False, highlight=False)
 
 
 @app.command()
@@ -123,6 +190,13 @@ def restyle(
         f"links, {restyled.copied} files",
         highlight=False,
     )
+
+
+def _write_sheet(data: str, splits: list[str] | None, path: Path) -> None:
+    from kdcache.data import list_splits, open_split
+    from kdcache.data.checks.sheet import write_sheet
+
+    write_sheet([open_split(data, name) for name in splits or list_splits(data)], path)
 
 
 def _download(data: str) -> None:

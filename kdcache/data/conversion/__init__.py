@@ -1,1 +1,5 @@
-"""Conversion of a data set of any layout into a folder of one's own."""
+"""A data set written as another one: a folder of one's own, from any layout.
+
+folder_writer.py  the files of such a folder, linked where they can be
+convert.py        any data set as a folder
+"""

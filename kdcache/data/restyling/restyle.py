@@ -7,9 +7,9 @@
     OUT/restyled/<split>.csv        which target image gave each image its style
     OUT/restyled.json               from which data by which rule: what is there is kept only when these are equal
 
-Every file is written whole or not at all, and images lie in a hidden folder until the split has all of them: an
-interrupted restyling is never taken for a small data set, and goes on at the file where it ended. The target image of a
-sample is a function of the seed, the sample's id and the target's list of samples: no order and no thread changes it.
+An interrupted restyling is never taken for a small data set, and goes on at the file where it ended. The target image
+of a sample is a function of the seed, the sample's id and the target's list of samples: no order and no thread changes
+it.
 """
 
 from __future__ import annotations
@@ -18,26 +18,21 @@ import csv
 import io
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image
 
-from kdcache.data.classes import write_classes
+from kdcache.data.conversion.folder_writer import FolderWriter, save_png
 from kdcache.data.layout import open_split
-from kdcache.data.layouts.depth import DEPTH_FILE
-from kdcache.data.layouts.file_split import FileSplit
-from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.augment import id_hash
 from kdcache.data.restyling.transfer import fourier_transfer, match_histograms, replaced_frequencies
-from kdcache.data.sample import DEPTH, Pixels, Split
+from kdcache.data.sample import Pixels, Split
 from kdcache.errors import RecipeError
-from kdcache.files import check_own_folder, read_object, replacing, write_whole
+from kdcache.files import check_own_folder, read_object, write_whole
 
 Method = Literal["fda", "histogram"]
 Progress = Callable[[int, int], None]
@@ -122,8 +117,8 @@ def restyle(
         written += new
         if progress is not None:
             progress(done, total)
-    work.publish()
-    labels = [path for index in range(total) if (path := work.label_file(index)) is not None]
+    work.folder.publish()
+    labels = [path for index in range(total) if (path := work.folder.label_file(index)) is not None]
     linked = sum(path.is_symlink() for path in labels)
     return Restyled(written, total - written, linked, len(labels) - linked, work.notes())
 
@@ -135,6 +130,10 @@ class _Work:
     out: Path
     style: Style
 
+    @property
+    def folder(self) -> FolderWriter:
+        return FolderWriter(self.source, self.out)
+
     def prepare(self) -> None:
         """Refuse what cannot be done, and write everything but samples. Raises: RecipeError, DataError."""
         rule = "a restyled data set is written into a new or empty folder, or one that it was written into before"
@@ -142,10 +141,7 @@ class _Work:
         self._check_settings(settings := self._settings())
         (self.out / PAIRS).mkdir(parents=True, exist_ok=True)
         write_whole(self.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
-        if len(self.source.classes):
-            write_classes(self.out, self.source.classes)
-        if (unit := self._unit_text()) is not None:
-            write_whole(self.out / DEPTH_FILE, unit)
+        self.folder.write_beginning()
         pairs = io.StringIO()
         rows = ((sample, self.target.ids[self.partner(i)]) for i, sample in enumerate(self.source.ids))
         csv.writer(pairs, lineterminator="\n").writerows([("image", "target"), *rows])
@@ -153,34 +149,18 @@ class _Work:
 
     def write(self, index: int) -> bool:
         """Write what a sample lacks, its image last; returns whether that was one."""
-        sample = self.source.ids[index]
-        self._write_label(index)
-        self._write_depth(index)
-        path = self._image_folder() / f"{sample}.png"
+        self.folder.write_label(index)
+        self.folder.write_depth(index)
+        path = self.folder.image_file(index)
         if path.exists():
             return False
-        restyled = self._restyled(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            Image.fromarray(restyled).save(partial, format="PNG")
+        save_png(self._restyled(index), path)
         return True
-
-    def publish(self) -> None:
-        """Give the split its name, when it has all its images."""
-        folder = self.out / IMAGES / self.source.split
-        if not folder.exists():
-            self._image_folder().replace(folder)
 
     def partner(self, index: int) -> int:
         """The number of the target image that gives a sample its style."""
         rng = np.random.default_rng((self.style.seed, id_hash(self.source.ids[index])))
         return int(rng.integers(len(self.target)))
-
-    def label_file(self, index: int) -> Path | None:
-        """The path of a sample's label in the new data set; None without one."""
-        if not self.source.has_label(index):
-            return None
-        return self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
 
     def notes(self) -> tuple[str, ...]:
         """What the settings make of these images, where that may not be meant."""
@@ -192,53 +172,11 @@ class _Work:
             f"alone is the target's; from --beta {1 / min(size):.2g} on there is more",
         )
 
-    def _image_folder(self) -> Path:
-        """The folder of the split's images: hidden until all of them are there."""
-        folder = self.out / IMAGES / self.source.split
-        return folder if folder.exists() else folder.with_name(f".{folder.name}.unfinished")
-
     def _restyled(self, index: int) -> Pixels:
         image, other = self.source.image(index), self.target.image(self.partner(index))
         if self.style.method == "histogram":
             return match_histograms(image, other)
         return fourier_transfer(image, other, self.style.beta)
-
-    def _write_label(self, index: int) -> None:
-        path = self.label_file(index)
-        if path is None or path.exists():
-            return
-        own = self.source.label_path(index) if isinstance(self.source, FileSplit) else None
-        if own is not None and self.source.label_map is None and own.suffix == path.suffix:
-            _link(own, path)
-            return
-        label = np.asarray(self.source.raw_label(index))  # a defect of the source's stays for `data check` to name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            Image.fromarray(label).save(partial, format="PNG")
-
-    def _write_depth(self, index: int) -> None:
-        if not self.source.has_label(index, DEPTH):
-            return
-        folder, sample = self.out / DEPTHS / self.source.split, self.source.ids[index]
-        own = self.source.depth_path(index) if isinstance(self.source, FileSplit) else None
-        if own is not None and self._unit_text() is not None:
-            if not (path := folder / f"{sample}{own.suffix}").exists():
-                _link(own, path)
-            return
-        path = folder / f"{sample}.npy"
-        if path.exists():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.save(file, np.asarray(self.source.raw_depth(index)))
-
-    def _unit_text(self) -> str | None:
-        """`depth.toml` of depth files that can be linked; None where depth is not in files, or a camera's disparity."""
-        unit = self.source.depth_unit if isinstance(self.source, FileSplit) else None
-        if unit is None:
-            return None
-        per_metre = "" if unit.per_metre is None else f"units_per_metre = {unit.per_metre!r}\n"
-        return f"{per_metre}invalid = {json.dumps(list(unit.invalid))}\n"
 
     def _settings(self) -> dict[str, Any]:
         """Everything that images depend on, beside the source's own, as JSON."""
@@ -259,14 +197,3 @@ class _Work:
                 + "; ".join(f"{name} {json.dumps(before.get(name))}" for name in changed),
                 remedy="give another folder with --out, or remove that one",
             )
-
-
-def _link(file: Path, path: Path) -> None:
-    """Link to a file, or copy it where links are impossible."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # a link to what is no longer there
-    try:
-        path.symlink_to(file.resolve())
-    except OSError:
-        with replacing(path) as partial:
-            shutil.copyfile(file, partial)

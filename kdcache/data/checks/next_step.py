@@ -1,0 +1,47 @@
+"""The command that a check of a data set ends with."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import Path
+
+from kdcache.data.checks.check import CheckReport
+from kdcache.data.layouts.base import VALIDATION
+
+MOST_SIDE, MULTIPLE = 384, 32
+"""The shorter side of the images that are suggested, at most, and what both sides are multiples of."""
+
+
+def next_step(report: CheckReport) -> str:
+    """The command to run next, in one line: to mend what is wrong, convert, train a teacher, or use one."""
+    data = shlex.quote(report.data)
+    if report.problems:
+        return f"mend the problem{'s' * (len(report.problems) > 1)} above, then: kdcache data check {data}"
+    labelled = {name for name, split in report.splits.items() if split.labelled or split.depth.labelled}
+    if not labelled:
+        return f"kdcache build-teacher-cache --data {data} --teacher RUN --out {_name(report)}.zarr"
+    if report.layout == "coco":
+        return f"kdcache data convert {data} {_name(report)}-folder"
+    if "train" not in labelled:
+        return f"kdcache evaluate RUN --data {data} --split {min(labelled)}"
+    classes = any(split.labelled for split in report.splits.values())
+    model = "kdcache:base" if classes else "kdcache:base+depth"
+    folds = "" if labelled & {*VALIDATION} else " --fold 0/5 --val-split train --val-fold 0/5"
+    return (
+        f"kdcache train-teacher --data {data} --model {model} --size {suggested_size(report)}{folds} --out runs/teacher"
+    )
+
+
+def suggested_size(report: CheckReport) -> str:
+    """HxW of the most frequent size of train, shrunk to 384 pixels of the shorter side and rounded to 32."""
+    sizes = Counter(report.splits["train"].sizes)
+    if not sizes:
+        return "HxW"
+    height, width = map(int, sizes.most_common(1)[0][0].split("x"))
+    scale = min(1.0, MOST_SIDE / min(height, width))
+    return "x".join(str(max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE)) for side in (height, width))
+
+
+def _name(report: CheckReport) -> str:
+    return shlex.quote(Path(report.folder or report.data).name or "data")

@@ -1,0 +1,226 @@
+"""Any data set as a folder of one's own: `images/SPLIT`, `labels/SPLIT` of class ids, `classes.txt`.
+
+    OUT/images/<split>/<id>.jpg     links to the source's images
+    OUT/labels/<split>/<id>.png     links too where the numbers are class ids already; else drawn, mapped or decoded
+    OUT/depth/<split>/...           likewise
+    OUT/classes.txt                 the source's names and colours
+    OUT/converted/<split>.csv       what was left out, and why
+    OUT/converted.json              from which data: what is there is kept only when this is equal
+
+A sample that no training could use is left out and named: an image or a label that cannot be read, a label of another
+size or with ids of no class.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from kdcache.data.conversion.folder_writer import FolderWriter, Link, link_file, save_png
+from kdcache.data.joined import parts_of, task_of
+from kdcache.data.layout import list_splits, open_split
+from kdcache.data.layouts.base import VALIDATION
+from kdcache.data.layouts.file_split import FileSplit, describe_sizes
+from kdcache.data.layouts.registry import LayoutRoot, find_layout
+from kdcache.data.prefetch import prefetch
+from kdcache.data.sample import Pixels, Split, ids_out_of_range
+from kdcache.data.scenes.generate import is_scenes
+from kdcache.errors import DataError, RecipeError
+from kdcache.files import check_own_folder, read_object, write_whole
+
+SETTINGS, REPORTS = "converted.json", "converted"
+USUAL = ("train", *VALIDATION, "test")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ConvertedSplit:
+    """The result for one split.
+
+    Attributes:
+        written, kept: images written now, and there from before.
+        links: how many of those written are hard links, links, copies.
+        dropped: sample or file -> why it was left out.
+    """
+
+    written: int
+    kept: int
+    links: Mapping[Link, int]
+    dropped: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The result of a conversion, by split; `unused` names the splits that were not asked for."""
+
+    layout: str
+    why: str
+    splits: Mapping[str, ConvertedSplit]
+    unused: tuple[str, ...] = ()
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    splits: Sequence[str] | None = None,
+    binary: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write a data set as a folder of one's own. Interrupted, the same call goes on.
+
+    Args:
+        source: as for `open_split`, of one data set.
+        out: a new folder, or one that the same data were converted into.
+        splits: which; by default train, val and test, and where there is none of these all.
+        binary: masks in which 0 is the first of two classes and every other number the second, 255 too.
+        threads: working threads; by default one per core, at most 8.
+        progress: called with (split, samples done, samples).
+    Raises: DataError for data that cannot be opened, or of which no sample is left; RecipeError for a folder that holds
+        something else, and for `binary` with other than two classes.
+    """
+    data, folder = os.fspath(source), Path(out)
+    _check_source(data, folder)
+    place = None if is_scenes(data) else find_layout(data)
+    names = list_splits(data)
+    wanted = list(splits) if splits is not None else [name for name in names if name in USUAL] or names
+    opened = [_open(data, name, place) for name in wanted]
+    classes = opened[0][0].classes
+    if binary and len(classes) != 2:
+        raise RecipeError(
+            "--binary is for masks of two classes, the background first",
+            received=f"{len(classes)} classes: {', '.join(classes.names[:4])}",
+            remedy="write the two names into classes.txt, or leave --binary out",
+        )
+    layout, why = ("scenes", "drawn, no files") if place is None else (place.layout.name, place.layout.why(place.root))
+    _prepare(folder, {"source": _absolute(data), "layout": layout, "classes": list(classes.names), "binary": binary})
+    threads = min(os.cpu_count() or 1, 8) if threads is None else threads
+    converted = {}
+    for split, dropped in opened:
+        converted[split.split] = _write_split(split, dropped, folder, binary, threads, progress)
+    unused = tuple(name for name in names if name not in converted)
+    return Converted(layout, why, converted, unused)
+
+
+def _check_source(data: str, folder: Path) -> None:
+    if len(parts_of(data)) > 1 or task_of(data)[0] is not None:
+        raise DataError(
+            "A conversion is of one data set, with all labels that it has.",
+            received=repr(data),
+            remedy="Convert each of them by itself.",
+        )
+    rule = "a data set is converted into a new or empty folder, or one that it was converted into before"
+    check_own_folder(folder, SETTINGS, rule)
+
+
+def _open(data: str, name: str, place: LayoutRoot | None) -> tuple[Split, dict[str, str]]:
+    """A split, opened in spite of defects in its file names, and what these leave out: file -> why."""
+    if place is None:
+        return open_split(data, name), {}
+    layout, root, images = place
+    name = layout.split_named(root, name)
+    scan = layout.scan(root, name, images)
+    dropped = dict.fromkeys(scan.orphans, "no image has this label's name")
+    dropped |= dict.fromkeys(scan.foreign, "a label is a PNG or TIFF")
+    dropped |= {path: f"another image is {sample!r} already: {first}" for sample, first, path in scan.clashes}
+    dropped |= dict.fromkeys(scan.missing, "it is called for, and not there")
+    if scan.depth is not None:
+        dropped |= dict.fromkeys(scan.depth.orphans, "no image has this depth's name")
+    return FileSplit(data, name, layout.classes(root), root, scan), dropped
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> None:
+    """Begin the folder, or refuse one of another conversion. Raises: RecipeError."""
+    before = read_object(folder / SETTINGS)
+    changed = [name for name, value in settings.items() if before and before.get(name) != value]
+    if changed:
+        raise RecipeError(
+            "a folder holds one conversion of one data set",
+            received=f"{folder}, which was written with another {' and '.join(changed)}: "
+            + "; ".join(f"{name} {json.dumps(before.get(name))}" for name in changed),
+            remedy="give another folder, or remove that one",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+
+def _write_split(
+    split: Split, dropped: dict[str, str], folder: Path, binary: bool, threads: int, progress: Progress | None
+) -> ConvertedSplit:
+    writer = FolderWriter(split, folder, hard=True)
+    writer.write_beginning()
+    links: dict[Link, int] = {}
+    kept = written = 0
+    results = prefetch(partial(_write, writer, binary), range(len(split)), threads=threads, ahead=2 * threads + 1)
+    for index, result in enumerate(results):
+        if result == "kept":
+            kept += 1
+        elif result in ("hard link", "link", "copy"):
+            links[result] = links.get(result, 0) + 1  # type: ignore[index,call-overload]
+            written += 1
+        else:
+            dropped[split.ids[index]] = result
+        if progress is not None:
+            progress(split.split, index + 1, len(split))
+    report = io.StringIO()
+    csv.writer(report, lineterminator="\n").writerows([("left out", "why"), *sorted(dropped.items())])
+    (folder / REPORTS).mkdir(exist_ok=True)
+    write_whole(folder / REPORTS / f"{split.split}.csv", report.getvalue())
+    if not written + kept:
+        raise DataError(
+            "A split has samples that a training can use.",
+            received=f"none of {len(split)} in {split.data}, split {split.split!r}: "
+            f"{next(iter(dropped.values()), 'no images')}",
+            remedy=f"See {folder / REPORTS / split.split}.csv for every sample, and kdcache data check for remedies.",
+        )
+    writer.publish()
+    return ConvertedSplit(written, kept, links, dropped)
+
+
+def _write(writer: FolderWriter, binary: bool, index: int) -> str:
+    """Write a sample, its image last: what its image became, `kept`, or why the sample is left out."""
+    split = writer.source
+    own = split.image_path(index) if isinstance(split, FileSplit) else None
+    path = writer.image_file(index, ".png" if own is None else own.suffix)
+    if path.exists():
+        return "kept"
+    if ".." in (parts := PurePosixPath(split.ids[index])).parts or parts.is_absolute():
+        return "its name leads out of the folder"
+    try:
+        image, label = split.image(index), split.raw_label(index)
+        if label is not None:
+            label = (label != 0).astype(np.uint8) if binary else label
+            if why := _unusable(label, image, len(split.classes)):
+                return why
+        writer.write_label(index, label if binary else None)
+        writer.write_depth(index)
+    except DataError as error:
+        return f"{error.rule} {error.received}"
+    if own is None:
+        save_png(image, path)
+        return "copy"
+    return link_file(own, path, hard=True)
+
+
+def _unusable(label: Pixels, image: Pixels, classes: int) -> str:
+    """Why a label cannot be used; empty where it can."""
+    if label.shape != image.shape[:2]:
+        return f"the label has another size: {describe_sizes(label.shape, image.shape[:2])}"
+    strays = ids_out_of_range(label, classes)
+    return f"the label has ids of no class: {', '.join(map(str, strays))}" if strays else ""
+
+
+def _absolute(data: str) -> str:
+    """The spec with its folder as an absolute path, so that another working directory changes nothing."""
+    return data if is_scenes(data) or ":" in data else str(Path(data).expanduser().resolve())

@@ -1,0 +1,141 @@
+"""The files of a data set of layout `folder` that is made from another one.
+
+Labels and depth are links to the source's files where their numbers are class ids and metres already, else files of
+their own. Every file is written whole or not at all, and images lie in a hidden folder until the split has all of them:
+an interrupted writing is never taken for a small data set, and goes on at the file where it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from kdcache.data.classes import write_classes
+from kdcache.data.files import is_plain_label
+from kdcache.data.layouts.depth import DEPTH_FILE
+from kdcache.data.layouts.file_split import FileSplit
+from kdcache.data.layouts.own.folder import DEPTHS, IMAGES, LABELS
+from kdcache.data.sample import DEPTH, Pixels, Split
+from kdcache.files import replacing, write_whole
+
+Link = Literal["hard link", "link", "copy"]
+
+
+@dataclass(frozen=True)
+class FolderWriter:
+    """The samples of a split, to be written below a folder.
+
+    Attributes:
+        hard: whether links share the file itself, so that they outlive the source; else they name it.
+    """
+
+    source: Split
+    out: Path
+    hard: bool = False
+
+    def write_beginning(self) -> None:
+        """Write `classes.txt` and `depth.toml`, as far as the source has classes and depth."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if len(self.source.classes):
+            write_classes(self.out, self.source.classes)
+        if (unit := self._unit_text()) is not None:
+            write_whole(self.out / DEPTH_FILE, unit)
+
+    def image_file(self, index: int, suffix: str = ".png") -> Path:
+        """The path of a sample's image: in the hidden folder until `publish`."""
+        folder = self.out / IMAGES / self.source.split
+        if not folder.exists():
+            folder = folder.with_name(f".{folder.name}.unfinished")
+        return folder / f"{self.source.ids[index]}{suffix}"
+
+    def label_file(self, index: int) -> Path | None:
+        """The path of a sample's label; None without one."""
+        if not self.source.has_label(index):
+            return None
+        return self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
+
+    def write_label(self, index: int, label: Pixels | None = None) -> None:
+        """Write or link a sample's label, unless it is there.
+
+        Args:
+            label: class ids (H, W), which are not the file's numbers; None takes the source's own.
+        """
+        path = self.label_file(index)
+        if path is None or path.exists():
+            return
+        own = self.source.label_path(index) if isinstance(self.source, FileSplit) else None
+        if own is not None and label is None and self.source.label_map is None and is_plain_label(own):
+            link_file(own, path, hard=self.hard)
+            return
+        # A defect of the source's stays for `data check` to name.
+        save_png(np.asarray(self.source.raw_label(index)) if label is None else label, path)
+
+    def write_depth(self, index: int) -> None:
+        """Write or link a sample's depth, unless it is there or the sample has none."""
+        if not self.source.has_label(index, DEPTH):
+            return
+        folder, sample = self.out / DEPTHS / self.source.split, self.source.ids[index]
+        own = self.source.depth_path(index) if isinstance(self.source, FileSplit) else None
+        if own is not None and self._unit_text() is not None:
+            if not (path := folder / f"{sample}{own.suffix}").exists():
+                link_file(own, path, hard=self.hard)
+            return
+        path = folder / f"{sample}.npy"
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.save(file, np.asarray(self.source.raw_depth(index)))
+
+    def publish(self) -> None:
+        """Give the split its name, when it has all its images."""
+        folder = self.out / IMAGES / self.source.split
+        if not folder.exists():
+            folder.with_name(f".{folder.name}.unfinished").replace(folder)
+
+    def _unit_text(self) -> str | None:
+        """`depth.toml` of depth files that can be linked; None where depth is not in files, or a camera's disparity."""
+        unit = self.source.depth_unit if isinstance(self.source, FileSplit) else None
+        if unit is None:
+            return None
+        per_metre = "" if unit.per_metre is None else f"units_per_metre = {unit.per_metre!r}\n"
+        return f"{per_metre}invalid = {json.dumps(list(unit.invalid))}\n"
+
+
+def save_png(pixels: Pixels, path: Path) -> None:
+    """Write an array as a PNG, whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")
+
+
+def link_file(file: Path, path: Path, *, hard: bool = False) -> Link:
+    """Link to a file, or copy it where links are impossible; makes the folder.
+
+    Args:
+        hard: try a hard link first.
+    Returns: what it became.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a link to what is no longer there
+    if hard:
+        try:
+            os.link(file.resolve(), path)
+        except OSError:  # another disk, or one without them
+            pass
+        else:
+            return "hard link"
+    try:
+        path.symlink_to(file.resolve())
+    except OSError:
+        with replacing(path) as partial:
+            shutil.copyfile(file, partial)
+        return "copy"
+    return "link"
