@@ -25,13 +25,15 @@ from kdcache.run_folder import Run
 
 FEW_SEEDS, FINAL_SEEDS = (0,), (100, 101, 102)  # 10 MB are the most that results may take
 LEAST_SEEDS = 3  # of a band: the interval of two is wider than the plot
-TICKS = (0.5, 1, 2, 5, 10, 20, 40)
+TICKS_S = (30, 60, 120, 300, 600, 1200, 2400)
 LINES = {
-    "distilled from the store": ("E6", "distilled, all", "#0072B2"),
-    "its control: the labels in the teacher's place": ("E6", "control, all", "#E69F00"),
-    "plain": ("E6", "plain, all", "#666666"),
-    "distilled with the teacher in every step": ("E6", "live, all", "#CC79A7"),
+    "cached: distilled from the store": ("E6", "distilled, all", "#0072B2"),
+    "control: the same loss, labels in the teacher's place": ("E6", "control, all", "#E69F00"),
+    "plain: labels alone": ("E6", "plain, all", "#666666"),
+    "live: distilled with the teacher in every step": ("E6", "live, all", "#CC79A7"),
 }
+DATA = "Description"
+"""The PNG's text that holds what is drawn, as JSON."""
 
 
 def write_weights(runs: Path, out: Path) -> int:
@@ -52,32 +54,51 @@ def write_weights(runs: Path, out: Path) -> int:
     return size
 
 
-def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """mIoU on val against minutes of training: mean over seeds, and its 95 % interval as a band.
+def curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What is drawn of each arm: seeds, seconds of training, mIoU's mean over seeds and half of its 95 % interval.
 
-    The minutes are those of an arm's fastest run: others waited for whatever else the machine did.
+    The seconds are those of an arm's fastest run: others waited for whatever else the machine did. `half` is None for
+    fewer than three seeds.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    for label, (stage, arm, colour) in LINES.items():
+    drawn = {}
+    for label, (stage, arm, _) in LINES.items():
         runs = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
         if not runs:
             continue
-        minutes = min(row["seconds"] for row in runs) / 60
+        seconds = min(row["seconds"] for row in runs)
         steps = sorted(map(int, runs[0]["by_iteration"]))
         scores = np.array([[row["by_iteration"][str(step)] for step in steps] for row in runs])
-        x, mean = np.array(steps) / steps[-1] * minutes, scores.mean(0)
-        (line,) = axes.plot(x, mean, color=colour, marker="o", markersize=3, label=f"{label} ({len(runs)} seeds)")
+        half = None
         if len(runs) >= LEAST_SEEDS:
-            half = t_quantile(len(runs) - 1) * scores.std(0, ddof=1) / len(runs) ** 0.5
-            axes.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
+            half = (t_quantile(len(runs) - 1) * scores.std(0, ddof=1) / len(runs) ** 0.5).round(3).tolist()
+        drawn[label] = {
+            "seeds": len(runs),
+            "seconds": [round(step / steps[-1] * seconds, 1) for step in steps],
+            "miou": scores.mean(0).round(3).tolist(),
+            "half": half,
+        }
+    return drawn
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """mIoU on val against seconds of training: mean over seeds, its 95 % interval as a band; a PNG that holds both."""
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    drawn = curves(rows)
+    for label, curve in drawn.items():
+        x, mean, half = np.array(curve["seconds"]), np.array(curve["miou"]), curve["half"]
+        words = f"{label} ({curve['seeds']} seeds{', no band' if half is None else ''})"
+        colour = LINES[label][2]
+        axes.plot(x, mean, color=colour, marker="o", markersize=3, label=words)
+        if half is not None:
+            axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
     axes.set_xscale("log")
-    axes.set_xticks(TICKS, labels=map(str, TICKS))
+    axes.set_xticks(TICKS_S, labels=map(str, TICKS_S))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="minutes of training, one CPU core", ylabel="mIoU on CamVid's val, %")
+    axes.set(xlabel="wall-clock seconds of training, one CPU core (logarithmic)", ylabel="mIoU on CamVid's val, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    figure.savefig(out, dpi=150, metadata={DATA: json.dumps(drawn)})
     plt.close(figure)
 
 

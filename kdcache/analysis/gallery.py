@@ -153,7 +153,7 @@ class Gallery:
             if progress is not None:
                 progress(done, len(cases))
         if strips:
-            title = f"{shorten(shown.name)}: image, ground truth and prediction, as far as they are known"
+            title = f"{shorten(shown.name)}: image, ground truth, prediction"
             written += save_figure(panels(title, strips, []), folder / SHEET, self.above, self.formats)
         return written
 
@@ -324,8 +324,11 @@ def _mean_error(error: Array) -> str:
 
 
 def _rank(case: Case) -> str:
-    """`success_rank1` in words."""
-    return case.prefix.replace("_", " ").replace("rank", "rank ").replace("chosen", "chosen ")
+    """`success_rank1` in words: best 1."""
+    for prefix, word in (("success_rank", "best "), ("failure_rank", "worst "), ("chosen", "chosen ")):
+        if case.prefix.startswith(prefix):
+            return word + case.prefix.removeprefix(prefix)
+    return case.prefix
 
 
 def _clear(folder: Path, names: Sequence[str]) -> None:

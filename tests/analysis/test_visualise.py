@@ -128,7 +128,7 @@ def test_names_ranks_and_scores(world: Path, drawn: list) -> None:
 def test_what_a_picture_shows(world: Path, drawn: list) -> None:
     made = make(world, "none-0", best=1, worst=0, teacher=str(world / "runs/none-1"))
     (title, panel), (_, sheet) = drawn
-    assert sheet["names"] == [f"success rank 1: {title.partition(': ')[2].partition(chr(10))[0]}"]
+    assert sheet["names"] == [f"best 1: {title.partition(': ')[2].partition(chr(10))[0]}"]
     assert panel["names"] == ["image", "ground truth", "teacher", "prediction", "overlay", "errors"]
     split = open_split(world / "data", "val")
     image = max(made.shown["none-0"].scores.images, key=lambda image: image.miou)

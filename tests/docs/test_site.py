@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+from kdcache.analysis.spread import t_quantile
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,6 +26,7 @@ TEXTS = {
 }
 
 FRONT = ("README.md", "docs/index.md")
+BENCHMARKS = "docs/benchmarks.md"
 METHODS = ("docs/methods.md",)
 
 
@@ -43,20 +48,20 @@ def apart(arm: str, over: str, end: str) -> Callable[[Any], float]:
 
 
 FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
-    ("step-cpu.json", lambda d: d["kl_over_none"], "1.04", ("README.md", "docs/index.md", "docs/bottleneck.md")),
-    ("step-cpu.json", lambda d: d["live_over_none"], "8.4", ("README.md", "docs/index.md")),
-    ("gradients-cpu.json", lambda d: max(row["worst"] for row in d["rows"]), "1.3e-4", ("README.md", "docs/index.md")),
+    ("step-cpu.json", lambda d: d["kl_over_none"], "1.04", (*FRONT, BENCHMARKS, "docs/bottleneck.md")),
+    ("step-cpu.json", lambda d: d["live_over_none"], "8.4", (*FRONT, BENCHMARKS)),
+    ("gradients-cpu.json", lambda d: max(row["worst"] for row in d["rows"]), "1.3e-4", (BENCHMARKS,)),
     (
         "camvid-cpu.json",
         lambda d: d["store"]["target_bytes_per_record"] / 1024,
         "30.0 KiB",
-        ("README.md", "docs/index.md"),
+        (*FRONT, BENCHMARKS),
     ),
     (
         "camvid-cpu.json",
         lambda d: d["store"]["full_resolution_bytes"] / 1024,
         "594.0 KiB",
-        ("README.md", "docs/index.md"),
+        (*FRONT, BENCHMARKS),
     ),
     *(
         ("study-cpu.json", lambda d, stage=stage, arm=arm: d["summary"][stage][arm]["mean"], text, METHODS)
@@ -90,31 +95,31 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         ("live-replay-cpu.json", lambda d, end=end: abs(d["cached_minus_live"][end]), text, METHODS)
         for end, text in (("mean", "0.03"), ("low", "1.13"), ("high", "1.19"))
     ),
-    ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", ("README.md", "docs/index.md", "docs/kernels.md")),
-    ("kernels-cpu.json", rival(0, "chunked", "best"), "5.0", ("README.md", "docs/index.md", "docs/kernels.md")),
-    ("kernels-cpu.json", rival(0, "compile", "best"), "8.3", ("README.md", "docs/index.md", "docs/kernels.md")),
-    ("kernels-cpu.json", rival(2, "eager", "memory"), "11.9", ("README.md", "docs/index.md", "docs/kernels.md")),
-    ("kernels-cpu.json", rival(2, "compile", "memory"), "5.6", ("README.md", "docs/index.md", "docs/kernels.md")),
+    ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", (*FRONT, BENCHMARKS, "docs/kernels.md")),
+    ("kernels-cpu.json", rival(0, "chunked", "best"), "5.0", (BENCHMARKS, "docs/kernels.md")),
+    ("kernels-cpu.json", rival(0, "compile", "best"), "8.3", (BENCHMARKS, "docs/kernels.md")),
+    ("kernels-cpu.json", rival(2, "eager", "memory"), "11.9", (BENCHMARKS, "docs/kernels.md")),
+    ("kernels-cpu.json", rival(2, "compile", "memory"), "5.6", (BENCHMARKS, "docs/kernels.md")),
     (
         "build-cpu.json",
         lambda d: d["builds"][0]["ratio"]["p50"],
         "0.94",
-        ("README.md", "docs/index.md", "docs/bottleneck.md"),
+        (BENCHMARKS, "docs/bottleneck.md"),
     ),
-    ("loader-cpu.json", pace("readers", "direct", "zarr"), "46", ("docs/index.md",)),
-    ("loader-cpu-python312.json", pace("readers", "direct", "zarr"), "51", FRONT),
-    ("loader-cpu-python312.json", pace("readers", "direct", "zarrs"), "17", FRONT),
-    ("loader-cpu-python312.json", pace("readers", "direct", "fused"), "30", FRONT),
+    ("loader-cpu.json", pace("readers", "direct", "zarr"), "46", (BENCHMARKS,)),
+    ("loader-cpu-python312.json", pace("readers", "direct", "zarr"), "51", (BENCHMARKS,)),
+    ("loader-cpu-python312.json", pace("readers", "direct", "zarrs"), "17", (BENCHMARKS,)),
+    ("loader-cpu-python312.json", pace("readers", "direct", "fused"), "30", (BENCHMARKS,)),
     ("loader-cpu-288.json", pace("readers", "direct", "zarrs"), "6.1", ("docs/bottleneck.md",)),
     ("loader-cpu.json", pace("loaders", "default", "inline"), "3.4", ("docs/bottleneck.md",)),
     (
         "loader-cpu.json",
         pace("steps", "default", "memory"),
         "1.02",
-        ("README.md", "docs/index.md", "docs/bottleneck.md"),
+        (BENCHMARKS, "docs/bottleneck.md"),
     ),
-    ("loader-cpu-288.json", pace("steps", "default", "memory"), "1.06", (*FRONT, "docs/bottleneck.md")),
-    ("crash-cpu.json", lambda d: len(d["builds"]["kills"]), "50 kills", ("docs/index.md", "docs/scale.md")),
+    ("loader-cpu-288.json", pace("steps", "default", "memory"), "1.06", (BENCHMARKS, "docs/bottleneck.md")),
+    ("crash-cpu.json", lambda d: len(d["builds"]["kills"]), "50 kills", (BENCHMARKS, "docs/scale.md")),
     ("crash-cpu.json", lambda d: d["builds"]["finished"], "14 stores", ("docs/scale.md",)),
     ("equivalence-cpu.json", lambda d: d["largest_difference"], "9.5e-7", ("docs/kernels.md",)),
     ("codecs-cpu.json", lambda d: d["codecs"][1]["target_bytes_per_record"], "15,288", ("docs/choosing.md",)),
@@ -143,6 +148,28 @@ WITHDRAWN = (
 @pytest.mark.parametrize("page", TEXTS)
 def test_no_page_repeats_a_withdrawn_claim(page: str) -> None:
     assert not re.search(WITHDRAWN, " ".join(TEXTS[page].split()))
+
+
+def test_the_picture_of_the_front_page_is_of_the_study() -> None:
+    """What the picture holds as text is what the rows give: means over seeds, intervals, seconds of the fastest run."""
+    rows = json.loads((RESULTS / "study-cpu.json").read_text(encoding="utf-8"))["rows"]
+    drawn = json.loads(Image.open(ROOT / "docs" / "assets" / "study.png").text["Description"])
+    arms = {"cached": "distilled, all", "control": "control, all", "plain": "plain, all", "live": "live, all"}
+    assert [label.partition(":")[0] for label in drawn] == list(arms)
+    for curve, arm in zip(drawn.values(), arms.values(), strict=True):
+        runs = [row for row in rows if (row["stage"], row["arm"]) == ("E6", arm)]
+        ends = [row["miou"] for row in runs]
+        assert curve["seeds"] == len({row["seed"] for row in runs})
+        assert curve["seconds"][-1] == min(row["seconds"] for row in runs)
+        assert curve["miou"][-1] == pytest.approx(statistics.fmean(ends), abs=6e-4)
+        if len(ends) < 3:
+            assert curve["half"] is None
+        else:
+            half = t_quantile(len(ends) - 1) * statistics.stdev(ends) / len(ends) ** 0.5
+            assert curve["half"][-1] == pytest.approx(half, abs=6e-4)
+    caption = " ".join(TEXTS["README.md"].split())
+    assert "*live* has two seeds and no band" in caption
+    assert len(next(curve for label, curve in drawn.items() if label.startswith("live"))["seconds"]) > 2
 
 
 @pytest.mark.parametrize("page", FRONT)

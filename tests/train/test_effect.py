@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from kdcache.data import open_split, write_scenes
@@ -110,8 +111,12 @@ def test_the_plot_draws_the_arms_that_there_are(effect: ModuleType, tmp_path: Pa
         for arm in ("plain", "distilled")
         for seed in range(2)
     ]
-    importlib.import_module("study_results").draw(rows, tmp_path / "plots" / "study.png")
-    assert (tmp_path / "plots" / "study.png").read_bytes().startswith(b"\x89PNG")
+    results = importlib.import_module("study_results")
+    results.draw(rows, tmp_path / "plots" / "study.png")
+    drawn = json.loads(Image.open(tmp_path / "plots" / "study.png").text[results.DATA])
+    assert drawn == results.curves(rows)
+    assert [curve["seconds"] for curve in drawn.values()] == [[45.0, 90.0]] * 2
+    assert all(curve["half"] is None for curve in drawn.values())
 
 
 def test_differences_are_paired_by_seed(effect: ModuleType) -> None:
