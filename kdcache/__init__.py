@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.data import open_split as open_split
+    from kdcache.data.memory import from_dataset as from_dataset
+    from kdcache.data.tracing import traced as traced
     from kdcache.distill import Batch as Batch
     from kdcache.distill import DistillLoss as DistillLoss
     from kdcache.distill import Target as Target
@@ -42,10 +44,12 @@ _HOMES = {
     "build_cache": "kdcache.teacher",
     "build_model": "kdcache.models",
     "evaluate_model": "kdcache.metrics",
+    "from_dataset": "kdcache.data.memory",
     "load_run": "kdcache.models.run",
     "load_teacher": "kdcache.teacher",
     "open_cache": "kdcache.store",
     "open_split": "kdcache.data",
+    "traced": "kdcache.data.tracing",
 }
 
 __all__ = list(_HOMES)
@@ -59,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(["__doc__", "__version__", *__all__])

@@ -1,6 +1,7 @@
 """Data: samples and their layouts, procedural scenes, rendering of views, augmentation, checks.
 
     open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); of a folder, VOC, ...
+    memory.from_dataset(dataset, classes)     the same of a data set that the program holds: torch's, Hugging Face's
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
@@ -9,6 +10,7 @@
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
     convert                                   any data set as a folder of one's own
     restyle                                   a data set in the style of another one
+    tracing.traced                            what an augmentation of one's own shows of an image, for a store's targets
     folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
     shared_sequences                          videos of which some frames are judged and others trained on
     prefetch                                  ordered results from a bounded pool of threads

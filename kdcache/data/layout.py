@@ -6,6 +6,7 @@ import os
 
 from kdcache.data.joined import Joined, OneTask, parts_of, task_of
 from kdcache.data.layouts.registry import find_layout
+from kdcache.data.memory import opened
 from kdcache.data.sample import Split
 from kdcache.data.scenes.generate import ScenesSpec, ScenesSplit, is_scenes
 
@@ -22,6 +23,7 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
             `,images=FOLDER` behind a folder takes the images of the same samples from another one, which has
             FOLDER/SPLIT/ID.png, or FOLDER/ID.png.
             `depth:DATA` or `segmentation:DATA` has the labels of that task alone; `DATA + DATA` the samples of both.
+            `memory:NAME@DIGEST` is what `from_dataset` made.
         split: its name, such as `train`; of all where several are joined. `val` means `valid` or `validation` where
             that is what there is, and the other way round.
     Raises: DataError with what is missing or malformed.
@@ -34,6 +36,8 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
         return OneTask(open_split(data, split), task)
     if is_scenes(data):
         return ScenesSplit(data, split)
+    if opened.is_memory(data):
+        return opened.find(data, split)
     layout, root, images = find_layout(data)
     return layout.open(data, root, split, images)
 
@@ -51,5 +55,7 @@ def list_splits(data: str | os.PathLike[str]) -> list[str]:
     data = task_of(data)[1]
     if is_scenes(data):
         return ScenesSpec.parse(data).splits()
+    if opened.is_memory(data):
+        return opened.names(data)
     layout, root, _ = find_layout(data)
     return layout.splits(root)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -51,6 +51,21 @@ class PseudoLabels:
 
     label: Tensor
     confidence: Tensor
+
+
+class StoredTargets(Protocol):
+    """Targets without pixels or labels, as numpy arrays that `Cache.targets_for` makes, shaped as in `Batch`."""
+
+    @property
+    def arrays(self) -> Mapping[str, Any]: ...
+    @property
+    def window(self) -> Any: ...
+    @property
+    def flip(self) -> Any: ...
+    @property
+    def inside(self) -> Any: ...
+    @property
+    def zoom(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,14 @@ class Batch(Tensors):
         for head, target in (self.targets or {}).items():
             flat |= {f"targets/{head}/{name}": part for name, part in vars(target).items() if part is not None}
         return flat | {f"arrays/{path}": array for path, array in self.arrays.items()}
+
+    @classmethod
+    def of_targets(cls, targets: StoredTargets, device: torch.device | str = "cpu") -> "Batch":
+        """Return the batch of stored targets, without pixels and labels, on a device."""
+        named = {**targets.arrays, "window": targets.window, "flip": targets.flip}
+        named |= {name: getattr(targets, name) for name in ("inside", "zoom") if getattr(targets, name) is not None}
+        tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in named.items()}
+        return cls.from_dict(tensors)
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, Tensor]) -> "Batch":

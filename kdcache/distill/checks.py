@@ -1,12 +1,13 @@
 """Checks of a batch before a loss reads it: a teacher term of weight has a target, and labels lie over the target."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kdcache.distill.batch import SEGMENTATION, Batch
+from kdcache.distill.batch import SEGMENTATION, Batch, StoredTargets
 from kdcache.distill.target import TargetFormat
 from kdcache.errors import DataError, RecipeError
 
@@ -41,6 +42,27 @@ def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[s
             remedy="read them, CacheDataset(cache, targets=True); or replace(batch, targets=None) for a batch without "
             "a teacher; or kl_weight=0 and no terms",
         )
+
+
+def labelled_batch(batch: Batch | StoredTargets, labels: Tensor | None, device: torch.device) -> Batch:
+    """Return a batch, or stored targets, with the labels of segmentation that stand beside it.
+
+    Args:
+        labels: (B, H, W) whole numbers.
+        device: where stored targets go.
+    Raises: DataError for stored targets without labels, and for labels of another shape or of floats.
+    """
+    remedy = "pass labels=masks, (B, H, W) ids at the size of the student's image; torch.full((B, H, W), 255, "
+    remedy += "dtype=torch.uint8) for images without labels"
+    if labels is None:
+        raise DataError(
+            "stored targets are compared at the pixels of labels", received="targets and no labels", remedy=remedy
+        )
+    if not isinstance(labels, Tensor) or labels.ndim != 3 or labels.is_floating_point():
+        kind = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise DataError("labels are whole numbers, (B, H, W)", received=kind, remedy=remedy)
+    whole = batch if isinstance(batch, Batch) else Batch.of_targets(batch, device)
+    return replace(whole, labels={**whole.labels, SEGMENTATION: labels})
 
 
 def check_rows(logits: Tensor | None, batch: Batch) -> None:

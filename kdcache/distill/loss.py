@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.distill.balance import Balance, FixedBalance, weigh_parts
-from kdcache.distill.batch import SEGMENTATION, Batch
+from kdcache.distill.batch import SEGMENTATION, Batch, StoredTargets
 from kdcache.distill.checks import (
     Size,
     check_arrays,
@@ -25,6 +25,7 @@ from kdcache.distill.checks import (
     check_rows,
     check_taps,
     check_targets,
+    labelled_batch,
     may_read_values,
     shows_otherwise,
     window_error,
@@ -213,7 +214,14 @@ class DistillLoss(nn.Module):
         )
         return ce, counted_in(views) if views else kl
 
-    def forward(self, outputs: Outputs | Tensor, batch: Batch, counts: Counts | None = None) -> Losses:
+    def forward(
+        self,
+        outputs: Outputs | Tensor,
+        batch: Batch | StoredTargets,
+        counts: Counts | None = None,
+        *,
+        labels: Tensor | None = None,
+    ) -> Losses:
         """Loss, and its parts before weighting: all scalars, float32.
 
         Args:
@@ -221,12 +229,15 @@ class DistillLoss(nn.Module):
                 native stride, which receive the gradient, and the features (B, c, h, w) that `student_taps` names; or
                 logits alone. One of depth alone has no logits.
             batch: labels, `ignore_index` is void; and targets of the same samples. One whose `targets` are None is
-                without a teacher, whose parts are then 0.
+                without a teacher, whose parts are then 0. Stored targets alone (`Cache.targets_for`) take `labels`.
             counts: denominators of the parts: the mean over the parts of a batch that several processes or steps share,
                 whose losses, and their gradients, then average to the whole batch's; None is the batch's own.
+            labels: of segmentation, (B, H, W) whole numbers, in place of the batch's.
         Raises: RecipeError for a batch without the targets, arrays or features that a term of weight reads; DataError
             for one without labels, of unequal rows, or whose labels do not show what the target's window shows.
         """
+        if labels is not None or not isinstance(batch, Batch):
+            batch = labelled_batch(batch, labels, unpacked(outputs).logits.device)
         by_task, losses = self.by_task(outputs, batch, counts)
         if self.balance is None:
             return losses

@@ -8,6 +8,7 @@ Importing this package imports torch, but no model zoo.
 """
 
 from kdcache.listing import ModelInfo, TapInfo, list_models, missing_models
+from kdcache.models.callables import WrappedModel
 from kdcache.models.class_map import ClassMapped, ClassMerge, count_sources, read_class_map
 from kdcache.models.ensemble import AGREEMENT, EnsembleModel, Tta
 from kdcache.models.joint import JointModel
@@ -31,6 +32,7 @@ __all__ = [
     "SegmentationModel",
     "TapInfo",
     "Tta",
+    "WrappedModel",
     "build_model",
     "count_sources",
     "is_function",

@@ -45,12 +45,17 @@ class WrappedModel(SegmentationModel):
 
     The module's attributes `align_corners` (False when absent), `mean`, `std` and `kdcache_heads` are honoured.
 
+    Args:
+        declared: its heads, as `kdcache_heads` has them; None reads that attribute.
     Raises: ModelError when the network fails on an image, has another number of classes, or other heads than it says.
     """
 
-    def __init__(self, spec: str, network: nn.Module, num_classes: int | None) -> None:
-        heads, children = _probe(spec, network)
-        kinds = _kinds(spec, network, heads)
+    def __init__(
+        self, spec: str, network: nn.Module, num_classes: int | None, declared: Mapping[str, Any] | None = None
+    ) -> None:
+        declared = getattr(network, _DECLARED, None) if declared is None else declared
+        heads, children = _probe(spec, network, declared)
+        kinds = _kinds(spec, declared, heads)
         segmentation = kinds.get(SEGMENTATION)
         classes = segmentation.classes if isinstance(segmentation, CategoricalHead) else 0
         if num_classes is not None and segmentation is not None and classes != num_classes:
@@ -73,6 +78,7 @@ class WrappedModel(SegmentationModel):
             if (values := getattr(network, name, None)) is not None:  # numbers, or a tensor of any shape
                 setattr(self, name, torch.as_tensor(values).flatten().tolist())
         self.network = network
+        self._declared = declared
         self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
@@ -80,9 +86,9 @@ class WrappedModel(SegmentationModel):
         """Run the network. Raises: ModelError for an unknown tap, or one that gives no (B, c, h, w) tensor."""
         self.check_taps(taps)
         if not taps:
-            return Outputs(_heads(self.spec, self.network, self.network(x_B3HW)), {})
+            return Outputs(_heads(self.spec, self._declared, self.network(x_B3HW)), {})
         with _recorded(self.network, taps) as outputs:
-            heads = _heads(self.spec, self.network, self.network(x_B3HW))
+            heads = _heads(self.spec, self._declared, self.network(x_B3HW))
         features = {}
         for tap in taps:
             feature = outputs.get(tap)
@@ -203,9 +209,8 @@ def _working_folder_on_path() -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _heads(spec: str, network: nn.Module, answer: object) -> dict[str, Tensor]:
+def _heads(spec: str, declared: Mapping[str, Any] | None, answer: object) -> dict[str, Tensor]:
     """The outputs of a network by the names of its heads. Raises: ModelError for one that is missing or no map."""
-    declared = getattr(network, _DECLARED, None)
     if declared is None:
         return {SEGMENTATION: _logits(spec, answer)}
     heads = {}
@@ -222,9 +227,8 @@ def _heads(spec: str, network: nn.Module, answer: object) -> dict[str, Tensor]:
     return heads
 
 
-def _kinds(spec: str, network: nn.Module, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
+def _kinds(spec: str, declared: Mapping[str, Any] | None, heads: Mapping[str, Tensor]) -> dict[str, HeadKind]:
     """What each head's output means. Raises: ModelError for a declaration that is none, or does not fit the output."""
-    declared = getattr(network, _DECLARED, None)
     if declared is None:
         return {SEGMENTATION: CategoricalHead(heads[SEGMENTATION].shape[1])}
     kinds: dict[str, HeadKind] = {}
@@ -279,14 +283,14 @@ def _recorded(network: nn.Module, names: Sequence[str]) -> Iterator[dict[str, An
         yield outputs
 
 
-def _probe(spec: str, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def _probe(spec: str, network: nn.Module, declared: Mapping[str, Any] | None) -> tuple[dict[str, Tensor], list[str]]:
     """The heads' outputs for one black image; the direct children with (B, c, h, w) outputs in the order they ran."""
     like = next(network.parameters(), torch.empty(0))
     image = torch.zeros(1, 3, _PROBE_PX, _PROBE_PX, device=like.device, dtype=like.dtype)
     children = [name for name, _ in network.named_children()]
     try:
         with torch.no_grad(), in_eval_mode(network), _recorded(network, children) as outputs:
-            heads = _heads(spec, network, network(image))
+            heads = _heads(spec, declared, network(image))
     except ModelError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@
     copy.py         a store into another codec, other shards, in part
     subset.py       which samples a part has
     reader.py       open_cache, Cache
+    targets.py      targets through windows of an augmentation of one's own
     records.py      Records: a store with the data set that it was built from
     sample_ids.py   the ids
     verify.py       every byte against the ledger
@@ -26,6 +27,7 @@ from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records
 from kdcache.store.subset import evenly_spread, samples_of_ids, spread_samples
 from kdcache.store.summary import StoreSummary, inspect_store, summarise
+from kdcache.store.targets import SampleTargets
 from kdcache.store.verify import VerifyReport, verify_files
 from kdcache.store.worker import Worker, worker_of
 from kdcache.store.writer import StoreWriter, open_writer
@@ -39,6 +41,7 @@ __all__ = [
     "Fingerprint",
     "Manifest",
     "Records",
+    "SampleTargets",
     "StoreSummary",
     "StoreWriter",
     "VerifyReport",

@@ -11,10 +11,12 @@ import os
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from kdcache.errors import CorruptError, IncompleteError, StoreError, VersionError
+from kdcache.data import inside_rectangle
+from kdcache.errors import CorruptError, IncompleteError, RecipeError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
@@ -28,6 +30,7 @@ from kdcache.store.format.shard import ShardArray
 from kdcache.store.ledger import Ledger
 from kdcache.store.recovery import ROOT, SPARE, check_metadata, read_spare
 from kdcache.store.sample_ids import SampleIds, read_ids
+from kdcache.store.targets import SampleTargets, sample_numbers, view_windows, view_zooms
 
 _REMAINS = (SPARE, ledger.COMPLETE)  # of what was a store once
 
@@ -49,6 +52,7 @@ class Cache:
         self.ledger = ledger
         self.specs = {spec.path: spec for spec in record_arrays(manifest)}
         self._arrays: dict[str, ShardArray] = {}
+        self._columns: dict[str, Array] = {}
 
     def __len__(self) -> int:
         """Number of records."""
@@ -193,6 +197,74 @@ class Cache:
     def target_paths(self, head: str = SEGMENTATION) -> list[str]:
         """Arrays that make up the target of a head: values, and for top-k indices and tail; [] without that head."""
         return [path for path in self.specs if path.startswith(f"targets/{head}/")]
+
+    def targets_for(
+        self,
+        ids: Sequence[str],
+        windows: Any = None,
+        flips: Any = None,
+        *,
+        heads: Sequence[str] | None = None,
+        depth_zoom: str | None = None,
+    ) -> SampleTargets:
+        """The targets of samples whose pixels an augmentation of one's own has cropped, resized and then flipped.
+
+            losses = DistillLoss(cache, ce_weight=0)(logits, cache.targets_for(ids, windows, flips), labels=masks)
+
+        They are those of the whole image, moved with the window as `CacheDataset(augment="warp")` moves them.
+
+        Args:
+            ids: of B samples, such as a list of a batch's.
+            windows: (B, 4) edges (y0, x0, y1, x1) of what the pixels show, in pixels of the sample's image (upright by
+                its EXIF); an array, a tensor or lists. They may reach beyond the image. None is the whole view.
+            flips: (B,), whether the pixels are mirrored left and right; None mirrors nothing.
+            heads: the store's whose targets are read; default all.
+            depth_zoom: what a window that zooms does to targets in metres: divide, or keep.
+        Raises: DataError for ids that the store does not have, and windows that are none; RecipeError for a store of
+            crops, for an unknown head, and for zoomed windows without a rule for metres; CorruptError as `read`.
+        """
+        if self.manifest.view.kind == "crop":
+            raise RecipeError(
+                "targets for windows of one's own are those of the whole image, moved",
+                received=f"{self.place}, a store of crops",
+                remedy="replay its crops, CacheDataset(cache); or build a store without --crop",
+            )
+        names = tuple(self.manifest.heads) if heads is None else tuple(heads)
+        if (unknown := [name for name in names if name not in self.manifest.heads]) or not names:
+            raise RecipeError(
+                "targets are those of the store's heads",
+                received=f"{', '.join(unknown) or 'no head'} of {', '.join(self.manifest.heads) or 'none'}",
+                remedy="leave heads out for all of them",
+            )
+        records = [self.manifest.record(number, 0) for number in sample_numbers(ids, self._numbers, self.place)]
+        window, flip = view_windows(windows, flips, self._column("window")[records], self.view_size)
+        zoom = None
+        if any(name in self.manifest.regressions for name in names):
+            zoom = view_zooms(window, self.view_size, depth_zoom)
+        arrays = {path: self._rows(records, path) for name in names for path in self.target_paths(name)}
+        inside = None
+        if self.manifest.view.reaches_beyond:
+            shown, mirrored, source = (self._column(name)[records] for name in ("window", "flip", "source_size"))
+            inside = inside_rectangle(shown, mirrored, source, self.view_size)
+        return SampleTargets(arrays, window, flip, inside, zoom)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """The number of each sample by its id."""
+        return {sample: number for number, sample in enumerate(self.ids)}
+
+    def _column(self, name: str) -> Array:
+        """`column`, read once."""
+        if name not in self._columns:
+            self._columns[name] = self.column(name)
+        return self._columns[name]
+
+    def _rows(self, records: Sequence[int], path: str) -> Array:
+        spec = self.specs[path]
+        rows: Array = np.empty((len(records), *spec.shape), spec.dtype)
+        for row, record in zip(rows, records, strict=True):
+            self.read_into(record, path, row)
+        return rows
 
     def _forget(self, path: str, shards: Sequence[int]) -> bool:
         """Drop the copies of remote shards when one is damaged; False when there are none: the files themselves are.

@@ -32,9 +32,9 @@ def teacher() -> SegmentationModel:
 
 @pytest.fixture(scope="session")
 def make_cache(tmp_path_factory: pytest.TempPathFactory, teacher: SegmentationModel) -> Callable[..., Cache]:
-    def make(**options: object) -> Cache:
+    def make(data: str = DATA, **options: object) -> Cache:
         path = tmp_path_factory.mktemp("store") / "cache.zarr"
-        split = open_split(DATA, "train")
+        split = open_split(data, "train")
         build_cache(split, Teacher(teacher, "test"), path, BuildOptions(**{"size": SIZE, "views": 1, **options}))
         return open_cache(path)
 

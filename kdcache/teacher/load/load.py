@@ -1,16 +1,20 @@
-"""Where a teacher comes from: a run folder, `SPEC@FILE` or `SPEC@default`."""
+"""Where a teacher comes from: a run folder, `SPEC@FILE` or `SPEC@default`; or a module that the program holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from kdcache.data import ClassList
+from torch import nn
+
+from kdcache.data import ClassList, Split
 from kdcache.errors import MismatchError, ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import (
     ClassMapped,
     EnsembleModel,
     SegmentationModel,
+    WrappedModel,
     build_model,
     count_sources,
     is_function,
@@ -58,31 +62,55 @@ class Teacher:
 
 
 def load_teacher(
-    origin: str,
-    classes: ClassList,
+    origin: str | Path | nn.Module,
+    classes: ClassList | Split | Sequence[str],
     *,
     class_map: str | Path | None = None,
     mean: RGB | None = None,
     std: RGB | None = None,
+    heads: Mapping[str, Any] | None = None,
+    align_corners: bool | None = None,
     trust: bool = False,
     classified: bool = True,
 ) -> Teacher:
     """Load a teacher for a data set.
 
+        teacher = kdcache.load_teacher("runs/teacher", split)
+        teacher = kdcache.load_teacher(my_module, split, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+    A store knows a teacher by a digest of its weights, and by its answer to two fixed images, wherever it comes from.
+
     Args:
         origin: a run folder, `RUN@best-ema` and the like, `SPEC@FILE` (weights trained elsewhere) or
-            `SPEC@default` (the library's own, downloaded now).
-        classes: of the data set, which those of a run or of an exported file are.
+            `SPEC@default` (the library's own, downloaded now). Or a module: it takes normalised RGB (B, 3, H, W) and
+            returns logits (B, C, h, w), as `kdcache.models.callables` reads them; it is put into eval mode.
+        classes: of the data set, or the data set, which those of a run or of an exported file are.
+        heads: of a module that returns a mapping of several heads, their kinds by name, such as {"segmentation":
+            "categorical", "depth": {"kind": "regression", "max_depth": 10.0}}; default its `kdcache_heads`.
+        align_corners: of a module's own last resize; default its attribute of that name, else False.
         class_map: file with the data class that each teacher class becomes; probabilities are summed.
         mean, std: of RGB in 0..1; default the model's own.
         classified: whether its head of classes is used, which must be the data's.
         trust: of a run, whether a function that it names may be imported and called (see `load_run`).
     Raises: ModelError, MismatchError, RecipeError naming what does not fit.
     """
+    classes = classes.classes if isinstance(classes, Split) else classes
+    classes = classes if isinstance(classes, ClassList) else ClassList(tuple(classes))
     size, names, notes = None, None, list[str]()
     trainings: tuple[Training | None, ...] = (None,)
     parents: tuple[str, ...] = ()
-    if (weighted := split_spec(origin)) is not None:
+    if isinstance(origin, nn.Module):
+        model = _in_memory(origin, heads, align_corners)
+        model.mean, model.std = mean or model.mean, std or model.std
+        origin = model.spec
+        notes += _full_size(model)
+    elif heads is not None or align_corners is not None:
+        raise ModelError(
+            "heads and align_corners describe a module that the program holds",
+            received=f"them with {origin}",
+            remedy="leave them out: a run or a spec has its own",
+        )
+    elif (weighted := split_spec(str(origin))) is not None:
         spec, weights = weighted
         if (description := described(spec, weights)) is not None:
             size, names = description.size, description.class_names
@@ -107,8 +135,29 @@ def load_teacher(
         table = read_class_map(class_map, model.num_classes, classes.names)
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
     elif SEGMENTATION in model.learnt_heads and classified:
-        _check_classes(origin, model.num_classes, names, classes)
-    return Teacher(model.eval(), origin, size, mapped, tuple(notes), trainings=trainings, parents=parents)
+        _check_classes(str(origin), model.num_classes, names, classes)
+    return Teacher(model.eval(), str(origin), size, mapped, tuple(notes), trainings=trainings, parents=parents)
+
+
+def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners: bool | None) -> SegmentationModel:
+    """A module as a model. Raises: ModelError for one that answers otherwise than it says."""
+    if isinstance(module, SegmentationModel):
+        model = module
+    else:
+        model = WrappedModel(f"memory:{type(module).__name__}", module, None, heads)
+    if align_corners is not None:
+        model.align_corners = align_corners
+    return model
+
+
+def _full_size(model: SegmentationModel) -> list[str]:
+    """A note on logits of the image's own size, which take 16 times what those of stride 4 do."""
+    if model.stride > 1 or SEGMENTATION not in model.head_kinds:
+        return []
+    return [
+        f"{model.spec} returns logits of the image's size, and a store keeps them so: where its last operation is a "
+        "bilinear resize, give a module that returns what comes before it, a sixteenth at stride 4"
+    ]
 
 
 def _check_classes(origin: str, count: int, names: Sequence[str] | None, classes: ClassList) -> None:

@@ -1,0 +1,10 @@
+"""Data sets that a program holds: torch's map-style ones, and those of Hugging Face.
+
+from_dataset.py   `from_dataset`: such a data set as a split
+items.py          an item as image and labels
+opened.py         the splits that this process has made, by the name that stands for them in recipes
+"""
+
+from kdcache.data.memory.from_dataset import DatasetSplit, from_dataset
+
+__all__ = ["DatasetSplit", "from_dataset"]

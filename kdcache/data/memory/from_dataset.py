@@ -1,0 +1,305 @@
+"""A map-style data set in memory, of torch or of Hugging Face, as a split."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdcache.data.memory.items import Key, Keys, depth_of, find_keys, image_of, label_of, part_of
+from kdcache.data.memory.opened import PREFIX, register
+from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Depth, Pixels, Split
+from kdcache.errors import DataError
+
+Progress = Callable[[int, int], None]
+_LOOKED_AT = 3
+"""Items that are read twice, to see whether they change."""
+
+
+class DatasetSplit(Split):
+    """The samples of a data set that the program holds. `from_dataset` makes it.
+
+    Attributes:
+        id_rule: in words, what the ids are made of, and so what the digest of the split can see.
+    """
+
+    def __init__(
+        self,
+        items: Any,
+        classes: ClassList,
+        keys: Keys,
+        ids: Sequence[str],
+        order: Sequence[int],
+        *,
+        name: str,
+        split: str,
+        void: int,
+        labelled: dict[str, list[bool]],
+        id_rule: str,
+    ) -> None:
+        self.split, self.classes, self.ids = split, classes, tuple(ids)
+        self.id_rule = id_rule
+        self._items, self._order, self._keys, self._void = items, list(order), keys, void
+        self._labelled = labelled
+        self._start()
+        self.data = f"{PREFIX}{name}@{self.digest()[:12]}"
+        register(self)
+
+    def _start(self) -> None:
+        self._lock, self._last = threading.Lock(), threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        tasks = " and ".join(self.tasks) or "no labels"
+        return f"<{self.data}, split {self.split}: {len(self)} samples, {tasks}; ids are {self.id_rule}>"
+
+    def image(self, index: int) -> Pixels:
+        return image_of(part_of(self._item(index), self._keys.image), self._where(index))
+
+    def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
+        return task in self._labelled and self._labelled[task][index]
+
+    def _segmentation(self, index: int) -> Pixels | None:
+        if not self.has_label(index):
+            return None
+        value, size = self._part(index, SEGMENTATION), self.image(index).shape[:2]
+        label = label_of(value, size, self.classes.names, self._void, self._where(index))
+        if label is None:
+            raise self._lost(index)
+        return label
+
+    def _depth(self, index: int) -> Depth | None:
+        if not self.has_label(index, DEPTH):
+            return None
+        metres = depth_of(self._part(index, DEPTH), self.image(index).shape[:2], self._where(index))
+        if metres is None:
+            raise self._lost(index)
+        return metres
+
+    def _part(self, index: int, task: str) -> Any:
+        return part_of(self._item(index), self._keys.label if task == SEGMENTATION else self._keys.depth)
+
+    def _item(self, index: int) -> Any:
+        """An item, which is kept until this thread reads another one: an image and its label are one item.
+
+        One at a time: a data set of torch is read by one thread of a process.
+        """
+        if getattr(self._last, "index", None) != index:
+            with self._lock:
+                self._last.item = read_item(self._items, self._order[index], self._where(index))
+            self._last.index = index
+        return self._last.item
+
+    def _where(self, index: int) -> str:
+        return f"item {self._order[index]} of {getattr(self, 'data', 'the data set')}"
+
+    def _lost(self, index: int) -> DataError:
+        return DataError(
+            "a sample with a label has it whenever it is read",
+            received=f"{self._where(index)}: None",
+            remedy="leave ids out: then all samples are read once, and those without a label are known",
+        )
+
+
+def from_dataset(
+    dataset: Any,
+    classes: ClassList | Sequence[str],
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    ids: str | Sequence[str] | None = None,
+    image: Key | None = None,
+    label: Key | None = None,
+    depth: Key | None = None,
+    void: int = IGNORE_INDEX,
+    progress: Progress | None = None,
+) -> DatasetSplit:
+    """A data set in memory as a split: it goes wherever a data set does, into builds, trainings and evaluations.
+
+        train = kdcache.from_dataset(my_torch_dataset, classes=["road", "car"])
+        val = kdcache.from_dataset(load_dataset("...", split="validation"), classes=names, split="val", ids="image_id")
+
+    Ids stand for samples in stores and digests. With `ids` they are a column's, and their digest sees names and classes
+    alone, as that of a folder does. Without, every sample is read once, and its id is its number and a digest of its
+    contents. Either way, a store refuses an image that renders to other pixels than its teacher saw.
+
+    Args:
+        dataset: map-style, with a length and numbers as keys; an item is a mapping or tuple of an image (Pillow, uint8)
+            and a label (class ids), before any augmentation or normalisation.
+        classes: names in the order of the ids.
+        split: its name; default the data set's own, else `train`.
+        name: what it is called in recipes and messages; default the data set's own.
+        ids: the column that has them, or one for each sample; default number and digest of contents.
+        image, label, depth: keys of an item's parts, or places in a tuple; default the usual names, `image` and `label`
+            or `mask` among them. Depth, in metres, has no default.
+        void: the number in labels that means no class; 255 does in any case.
+        progress: called with (samples read, samples), where all are read.
+    Raises: DataError for items that are not as said, that differ from one reading to the next, or whose ids are not
+        unique.
+    """
+    count = _length(dataset)
+    classes = classes if isinstance(classes, ClassList) else ClassList(_names(classes))
+    first = read_item(dataset, 0, "item 0")
+    keys = find_keys(first, image, label, depth, "item 0")
+    split = split or str(getattr(dataset, "split", None) or "train").partition("[")[0]
+    name = _plain(name or _own_name(dataset))
+    _check_still(dataset, keys, count, classes, void)
+    labelled = {SEGMENTATION: [keys.label is not None] * count, DEPTH: [keys.depth is not None] * count}
+    if ids is not None:
+        texts, rule = _given_ids(dataset, ids, count), "as given" if not isinstance(ids, str) else f"of column {ids}"
+    else:
+        texts, labelled = _ids_of_contents(dataset, keys, count, classes, void, progress)
+        rule = "numbers and digests of contents: every sample was read once"
+    order = sorted(range(count), key=texts.__getitem__)
+    return DatasetSplit(
+        dataset,
+        classes,
+        keys,
+        [texts[number] for number in order],
+        order,
+        name=name,
+        split=split,
+        void=void,
+        labelled={task: [flags[number] for number in order] for task, flags in labelled.items() if any(flags)},
+        id_rule=rule,
+    )
+
+
+def read_item(dataset: Any, number: int, where: str) -> Any:
+    """An item of a data set. Raises: DataError when the data set fails on it."""
+    try:
+        return dataset[number]
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(
+            "every item of a data set can be read by its number",
+            received=f"{where}: {type(error).__name__}: {error}",
+            remedy="mend the data set, or leave the item out (torch.utils.data.Subset)",
+        ) from error
+
+
+def _length(dataset: Any) -> int:
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(
+            "a data set in memory is map-style: it has a length, and items by their number",
+            received=type(dataset).__name__,
+            remedy="give a torch.utils.data.Dataset, a Hugging Face Dataset (not streaming), or a list of items; a "
+            "DataLoader's data set is its .dataset",
+        )
+    if isinstance(dataset, dict) or hasattr(dataset, "keys"):
+        raise DataError(
+            "one split of a data set is given",
+            received=f"{type(dataset).__name__} with {', '.join(map(str, list(dataset.keys())[:5]))}",
+            remedy="pick one: kdcache.from_dataset(splits['train'], ...)",
+        )
+    if not len(dataset):
+        raise DataError("A split has at least one image.", received="an empty data set", remedy="give one with samples")
+    return len(dataset)
+
+
+def _names(classes: Any) -> tuple[str, ...]:
+    """Class names. Raises: DataError for what is no list of them."""
+    if isinstance(classes, str) or not isinstance(classes, Iterable) or not all(isinstance(c, str) for c in classes):
+        raise DataError(
+            "classes are names in the order of the ids in labels",
+            received=repr(classes)[:80],
+            remedy="give a list such as ['road', 'car']; a Hugging Face ClassLabel has it as .names",
+        )
+    return tuple(classes)
+
+
+def _own_name(dataset: Any) -> str:
+    info = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return str(info) if info else type(dataset).__name__.lower()
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-") or "data"
+
+
+def _given_ids(dataset: Any, ids: str | Sequence[str], count: int) -> list[str]:
+    """Ids of a column, or as they are given. Raises: DataError unless there is one for each sample, each once."""
+    if isinstance(ids, str):
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None and ids in columns:
+            values: Sequence[Any] = list(dataset[ids])
+        else:
+            values = [_column(read_item(dataset, number, f"item {number}"), ids, number) for number in range(count)]
+    else:
+        values = list(ids)
+    texts = [str(value) for value in values]
+    repeated = [text for text, times in Counter(texts).items() if times > 1 or not text]
+    if len(texts) != count or repeated:
+        raise DataError(
+            "ids are texts, one for each sample, each once",
+            received=f"{len(texts)} ids for {count} samples"
+            + (f", {repeated[0]!r} twice or empty" if repeated else ""),
+            remedy="name a column whose values differ; or leave ids out, for numbers and digests of contents",
+        )
+    return texts
+
+
+def _column(item: Any, column: str, number: int) -> Any:
+    try:
+        return item[column]
+    except (KeyError, TypeError, IndexError) as error:
+        offered = ", ".join(map(str, item)) if hasattr(item, "keys") else type(item).__name__
+        raise DataError(
+            "ids are a column of the data set, or one for each sample",
+            received=f"{column!r}; item {number} has {offered}",
+            remedy="name a column that is there, give a list of ids, or leave ids out",
+        ) from error
+
+
+def _contents(item: Any, keys: Keys, classes: ClassList, void: int, where: str) -> tuple[str, bool, bool]:
+    """(Digest of an item's image and labels, whether it has a label of classes, and of depth)."""
+    pixels = image_of(part_of(item, keys.image), where)
+    size = (pixels.shape[0], pixels.shape[1])
+    label = label_of(part_of(item, keys.label), size, classes.names, void, where)
+    metres = depth_of(part_of(item, keys.depth), size, where)
+    digest = hashlib.sha256()
+    for array in (pixels, label, metres):
+        digest.update(b"none" if array is None else repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest(), label is not None, metres is not None
+
+
+def _ids_of_contents(
+    dataset: Any, keys: Keys, count: int, classes: ClassList, void: int, progress: Progress | None
+) -> tuple[list[str], dict[str, list[bool]]]:
+    """Ids of number and digest, and which samples have labels of each task; reads every item."""
+    texts, labelled = list[str](), {SEGMENTATION: list[bool](), DEPTH: list[bool]()}
+    for number in range(count):
+        item = read_item(dataset, number, f"item {number}")
+        digest, has_label, has_depth = _contents(item, keys, classes, void, f"item {number}")
+        texts.append(f"{number:07d}-{digest[:16]}")
+        labelled[SEGMENTATION].append(has_label)
+        labelled[DEPTH].append(has_depth)
+        if progress is not None:
+            progress(number + 1, count)
+    return texts, labelled
+
+
+def _check_still(dataset: Any, keys: Keys, count: int, classes: ClassList, void: int) -> None:
+    """Refuse a data set whose items change from one reading to the next. Raises: DataError."""
+    for number in sorted({0, count // 2, count - 1})[:_LOOKED_AT]:
+        where = f"item {number}"
+        digests = {_contents(read_item(dataset, number, where), keys, classes, void, where) for _ in range(3)}
+        if len(digests) > 1:
+            raise DataError(
+                "a data set gives the same sample each time: views are drawn by the build and the training",
+                received=f"{where} differs from one reading to the next",
+                remedy="take the augmentation out of the data set; or keep it in your own loop, with "
+                "Cache.targets_for (docs/loops.md)",
+            )

@@ -1,0 +1,163 @@
+"""An item of somebody's data set as an image, a label of classes and one of depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from kdcache.data.sample import IGNORE_INDEX, Depth, Pixels, ids_out_of_range
+from kdcache.errors import DataError
+
+IMAGE_KEYS = ("image", "img", "pixel_values", "pixels")
+LABEL_KEYS = ("label", "mask", "annotation", "labels", "masks", "segmentation", "semantic", "target", "seg_map")
+Key = str | int
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where an item has its parts: keys of a mapping, or places in a tuple; None for what it does not have."""
+
+    image: Key
+    label: Key | None
+    depth: Key | None = None
+
+
+def find_keys(item: Any, image: Key | None, label: Key | None, depth: Key | None, where: str) -> Keys:
+    """The keys of an item: those that are given, else those that usual names find.
+
+    Raises: DataError for an item in which a key is not, or none is found for the image.
+    """
+    if isinstance(item, Mapping):
+        offered: list[Key] = list(item)
+        chosen = image if image is not None else next((key for key in IMAGE_KEYS if key in item), None)
+        mask = label if label is not None else next((key for key in LABEL_KEYS if key in item), None)
+    elif isinstance(item, tuple | list):
+        offered = list(range(len(item)))
+        chosen, mask = 0 if image is None else image, (1 if len(item) > 1 else None) if label is None else label
+    else:
+        offered, chosen, mask = [], image, label
+        if image is label is depth is None:
+            return Keys("", None)  # the item is the image
+    wrong = [key for key in (chosen, mask, depth) if key is not None and key not in offered]
+    if chosen is None or wrong:
+        asked = f"no {', '.join(map(repr, wrong))}" if wrong else "no key that is known to be an image's"
+        raise DataError(
+            "an item is a mapping or a tuple that has an image, and a label where there is one",
+            received=f"{where}: {asked}; it has {', '.join(map(repr, offered)) or type(item).__name__}",
+            remedy="name them: kdcache.from_dataset(..., image='photo', label='mask'), or places in a tuple",
+        )
+    return Keys(chosen, mask, depth)
+
+
+def part_of(item: Any, key: Key | None) -> Any:
+    """A part of an item; the item itself for the key ''."""
+    return None if key is None else item if key == "" else item[key]
+
+
+def image_of(value: Any, where: str) -> Pixels:
+    """An image as uint8 (H, W, 3), memory of its own: of Pillow, or whole numbers (H, W, 3), (3, H, W) or (H, W).
+
+    Raises: DataError for anything else; floats have been normalised, and nobody knows how.
+    """
+    if isinstance(value, Image.Image):
+        if value.mode.startswith(("I", "F")):
+            raise _no_image(f"{where}: a picture of mode {value.mode}")
+        upright = ImageOps.exif_transpose(value)
+        return np.array((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
+    array = _array(value)
+    if array is None or array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+        shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
+        raise _no_image(f"{where}: {shown}")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.shape[-1] not in (1, 3) and array.shape[0] in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.shape[-1] not in (1, 3):
+        raise _no_image(f"{where}: {array.dtype} {array.shape}")
+    return np.array(np.broadcast_to(array, (*array.shape[:2], 3)), order="C")
+
+
+def label_of(value: Any, size: tuple[int, int], classes: tuple[str, ...], void: int, where: str) -> Pixels | None:
+    """A label as uint8 (H, W) class ids with 255 for void; None for None.
+
+    Args:
+        size: (H, W) of its image.
+        void: the number in it that means no class, as 255 does.
+    Raises: DataError for a label of another size or kind, and for numbers that are neither class nor void.
+    """
+    if value is None:
+        return None
+    array = np.array(value) if isinstance(value, Image.Image) else _array(value)
+    if array is not None and array.ndim == 3 and 1 in (array.shape[0], array.shape[-1]):
+        array = array[0] if array.shape[0] == 1 else array[..., 0]
+    if array is None or array.ndim != 2 or array.dtype.kind not in "iub":
+        shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
+        raise DataError(
+            "a label is a class id for each pixel, whole numbers (H, W)",
+            received=f"{where}: {shown}",
+            remedy="give ids, not colours, one-hot maps or floats; argmax(0) of one-hot maps, for instance",
+        )
+    if array.shape != size:
+        raise DataError(
+            "a label has the size of its image",
+            received=f"{where}: a label of {array.shape[0]}x{array.shape[1]}, an image of {size[0]}x{size[1]}",
+            remedy="give both before they are resized, or resize both alike",
+        )
+    numbers: npt.NDArray[Any] = array.astype(np.int64)
+    ids = np.where((numbers == void) | (numbers == IGNORE_INDEX), IGNORE_INDEX, numbers)
+    beyond = (ids < 0) | (ids > IGNORE_INDEX)
+    unknown = ids_out_of_range(ids[~beyond].astype(np.uint8), len(classes))
+    wrong = sorted({*np.unique(ids[beyond]).tolist(), *unknown})
+    if wrong:
+        raise DataError(
+            f"Label ids are 0 to {len(classes) - 1} (the classes) or {IGNORE_INDEX} (void).",
+            received=f"{where}: {', '.join(map(str, wrong[:8]))} for {len(classes)} classes",
+            remedy="list every class; or say which number is void, kdcache.from_dataset(..., void=-100)",
+        )
+    return ids.astype(np.uint8)
+
+
+def depth_of(value: Any, size: tuple[int, int], where: str) -> Depth | None:
+    """A label of depth as float32 (H, W) metres, NaN where it is not above 0; None for None.
+
+    Raises: DataError for one of another size or kind.
+    """
+    if value is None:
+        return None
+    array = np.array(value) if isinstance(value, Image.Image) else _array(value)
+    if array is not None and array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array is None or array.shape != size or array.dtype.kind != "f":
+        shown = type(value).__name__ if array is None else f"{array.dtype} {array.shape}"
+        raise DataError(
+            "a label of depth is metres for each pixel, floats of the size of the image",
+            received=f"{where}: {shown}, an image of {size}",
+            remedy="give metres as float32 (H, W), NaN or 0 where the depth is unknown",
+        )
+    metres = array.astype(np.float32)
+    metres[~(metres > 0) | np.isinf(metres)] = np.nan
+    return metres
+
+
+def _array(value: Any) -> npt.NDArray[Any] | None:
+    """Numbers of an array, a tensor or nested lists; None for anything else."""
+    if hasattr(value, "detach"):  # a tensor: this room imports no torch
+        value = value.detach().cpu()
+    if not hasattr(value, "__array__") and not isinstance(value, list | tuple):
+        return None
+    array: npt.NDArray[Any] = np.asarray(value)
+    return array if array.dtype.kind in "iubf" else None
+
+
+def _no_image(received: str) -> DataError:
+    return DataError(
+        "an image is RGB of 8 bits: Pillow's, or uint8 (H, W, 3) or (3, H, W)",
+        received=received,
+        remedy="give images as they were read, before they become floats, are normalised or augmented: the views and "
+        "the model do that",
+    )

@@ -1,0 +1,92 @@
+"""Footprints from the parameters that `albumentations.Compose(save_applied_params=True)` keeps of what it applied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import albumentations as A
+
+from kdcache.data.tracing.footprint import Footprint, no_window
+from kdcache.errors import DataError
+
+_RESIZES = ("Resize", "RandomScale", "LongestMaxSize", "SmallestMaxSize")
+_IN_PLACE = (
+    *("NoOp", "ToTensorV2", "CoarseDropout", "GridDropout", "PixelDropout", "MaskDropout", "XYMasking", "Erasing"),
+    *("ConstrainedCoarseDropout", "Morphological"),
+)
+"""Transforms of image and mask that move no pixel."""
+
+
+class TracedCompose:
+    """A composition whose result has `window` and `flip`, too. Picklable where the composition is."""
+
+    def __init__(self, transform: Any) -> None:
+        if not isinstance(transform, A.Compose):
+            raise DataError(
+                "a transform of albumentations is traced as albumentations.Compose, which keeps what it applied",
+                received=type(transform).__name__,
+                remedy="wrap it: kdcache.traced(A.Compose([...]))",
+            )
+        self.transform = copy.copy(transform)  # the random numbers stay those of the given one
+        self.transform.save_applied_params = True
+
+    def __call__(self, **named: Any) -> dict[str, Any]:
+        image = named.get("image")
+        if image is None or getattr(image, "ndim", 0) not in (2, 3):
+            raise DataError(
+                "a traced composition is given image=, an array (H, W, C)",
+                received=", ".join(named) or "nothing",
+                remedy="call it as augment(image=image, mask=mask)",
+            )
+        result: dict[str, Any] = self.transform(**named)
+        applied = result.pop("applied_transforms")
+        kinds = {type(part).__name__: type(part) for part in _parts(self.transform)}
+        after = [params["shape"][:2] for _, params in applied[1:]] + [_size(result["image"])]
+        shown = Footprint.whole(_size(image))
+        for (name, params), size in zip(applied, after, strict=True):
+            shown = _moved(shown, name, kinds.get(name), params, (int(size[0]), int(size[1])))
+        return {**result, "window": shown.window, "flip": shown.flip}
+
+    def __repr__(self) -> str:
+        return f"traced({self.transform!r})"
+
+
+def _moved(shown: Footprint, name: str, kind: Any, params: Mapping[str, Any], size: tuple[int, int]) -> Footprint:
+    """The footprint after a transform that made (H, W) pixels. Raises: DataError for one that moves otherwise."""
+    if name == "HorizontalFlip":
+        return shown.mirror()
+    if "crop_coords" in params:
+        left, top, right, bottom = map(int, params["crop_coords"])
+        padded = _padded(shown, params.get("pad_params") or {})
+        return padded.crop(top, left, bottom - top, right - left).resize(size)
+    if name in ("PadIfNeeded", "Pad"):
+        moved = _padded(shown, params)
+    elif name in _RESIZES:
+        moved = shown.resize(size)
+    elif name in _IN_PLACE or (isinstance(kind, type) and issubclass(kind, A.ImageOnlyTransform)):
+        moved = shown
+    else:
+        raise no_window(name)
+    if moved.size != size:
+        raise no_window(f"{name}, which made {size[0]}x{size[1]} pixels of {shown.size[0]}x{shown.size[1]}")
+    return moved
+
+
+def _padded(shown: Footprint, params: Mapping[str, Any]) -> Footprint:
+    left, top, right, bottom = (int(params.get(f"pad_{side}") or 0) for side in ("left", "top", "right", "bottom"))
+    return shown.pad(left, top, right, bottom)
+
+
+def _parts(compose: Any) -> Iterator[Any]:
+    """The transforms of a composition, at any depth."""
+    for part in getattr(compose, "transforms", ()):
+        yield part
+        yield from _parts(part)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """(H, W) of an array (H, W, C), or of the tensor (C, H, W) that ToTensorV2 makes."""
+    shape = image.shape if not hasattr(image, "is_floating_point") else image.shape[-2:]
+    return int(shape[0]), int(shape[1])

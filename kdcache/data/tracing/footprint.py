@@ -1,0 +1,60 @@
+"""The part of an image that pixels show, as crops, resizes and flips change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kdcache.errors import DataError
+
+Edges = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the pixels of a transformed image show of the image that it was.
+
+    Attributes:
+        window: edges (y0, x0, y1, x1) in pixels of the first image; beyond them lies padding.
+        flip: whether the window is shown mirrored, left and right.
+        size: (H, W) of the pixels now.
+    """
+
+    window: Edges
+    flip: bool
+    size: tuple[int, int]
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> Footprint:
+        """The footprint of an untransformed image of (H, W)."""
+        return cls((0.0, 0.0, float(size[0]), float(size[1])), False, size)
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Footprint:
+        """The footprint of a crop, in pixels as they are now; one that reaches beyond them pads."""
+        y0, x0, y1, x1 = self.window
+        rows, columns = self.size
+        if self.flip:
+            left = columns - left - width
+        down, across = (y1 - y0) / rows, (x1 - x0) / columns
+        window = (y0 + top * down, x0 + left * across, y0 + (top + height) * down, x0 + (left + width) * across)
+        return Footprint(window, self.flip, (height, width))
+
+    def pad(self, left: int, top: int, right: int, bottom: int) -> Footprint:
+        """The footprint with a margin around the pixels."""
+        return self.crop(-top, -left, self.size[0] + top + bottom, self.size[1] + left + right)
+
+    def resize(self, size: tuple[int, int]) -> Footprint:
+        """The footprint of the pixels at another size (H, W)."""
+        return replace(self, size=size)
+
+    def mirror(self) -> Footprint:
+        """The footprint of the mirrored pixels."""
+        return replace(self, flip=not self.flip)
+
+
+def no_window(transform: str) -> DataError:
+    """The error for a transform after which pixels show no window of their image."""
+    return DataError(
+        "targets are moved by windows: crops, resizes, padding and horizontal flips of the image",
+        received=f"{transform}, which moves pixels otherwise",
+        remedy="leave it out of what is traced; changes of colour may stay",
+    )

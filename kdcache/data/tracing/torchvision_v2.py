@@ -1,0 +1,154 @@
+"""Footprints that torchvision's v2 transforms move with the image: a kind of tensor with kernels of its own.
+
+https://docs.pytorch.org/vision/stable/auto_examples/transforms/plot_custom_tv_tensors.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from kdcache.data.tracing.footprint import Footprint, no_window
+from kdcache.errors import DataError
+
+_REFUSED = ("rotate", "affine", "perspective", "elastic", "vertical_flip", "five_crop", "ten_crop")
+
+
+class FootprintTensor(tv_tensors.TVTensor):  # type: ignore[misc]
+    """A footprint as (7,) float64: the window's edges, the flip, height and width."""
+
+    @classmethod
+    def of(cls, footprint: Footprint) -> FootprintTensor:
+        numbers = [*footprint.window, float(footprint.flip), *map(float, footprint.size)]
+        return torch.tensor(numbers, dtype=torch.float64).as_subclass(cls)
+
+
+def footprint_of(tensor: torch.Tensor) -> Footprint:
+    """The footprint that a tensor stands for."""
+    y0, x0, y1, x1, flip, height, width = tensor.as_subclass(torch.Tensor).tolist()
+    return Footprint((y0, x0, y1, x1), bool(flip), (int(height), int(width)))
+
+
+class TracedTransform:
+    """A v2 transform whose results are followed by the window and the flip. Picklable where the transform is."""
+
+    def __init__(self, transform: v2.Transform) -> None:
+        self.transform = transform
+        before_last = [part for whole in _composes(transform) for part in list(whole.transforms)[:-1]]
+        if any(isinstance(part, v2.ToPureTensor) for part in before_last):
+            raise DataError(
+                "transforms that are traced know images by their type until the last",
+                received="ToPureTensor before other transforms",
+                remedy="put it last",
+            )
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        height, width = _size_of(inputs)
+        *results, footprint = self.transform(*inputs, FootprintTensor.of(Footprint.whole((height, width))))
+        shown = footprint_of(footprint)
+        if (now := _size_of(results)) != shown.size:
+            raise no_window(f"a transform that made {now[0]}x{now[1]} pixels of {shown.size[0]}x{shown.size[1]} unseen")
+        return (*results, shown.window, shown.flip)
+
+    def __repr__(self) -> str:
+        return f"traced({self.transform!r})"
+
+
+def _size_of(inputs: Any) -> tuple[int, int]:
+    """(H, W) of the first image of a transform's inputs. Raises: DataError without one."""
+    leaves = torch.utils._pytree.tree_leaves(list(inputs))
+    for leaf in leaves:
+        if not isinstance(leaf, FootprintTensor) and (isinstance(leaf, torch.Tensor) or hasattr(leaf, "getbands")):
+            height, width = F.get_size(leaf)
+            return height, width
+    raise DataError(
+        "a traced transform is given an image: a tensor (C, H, W), a tv_tensors.Image, or one of Pillow",
+        received=", ".join(type(leaf).__name__ for leaf in leaves) or "nothing",
+        remedy="convert it first, torchvision.tv_tensors.Image(...), and masks with tv_tensors.Mask(...)",
+    )
+
+
+def _composes(transform: Any) -> Iterator[Any]:
+    """A transform and those inside it that have others in a list."""
+    if hasattr(transform, "transforms"):
+        yield transform
+        for part in transform.transforms:
+            yield from _composes(part)
+
+
+def _moves(functional: Any) -> Callable[[Callable[..., Footprint]], Callable[..., Footprint]]:
+    """Register a change of footprints as torchvision's kernel of a functional."""
+
+    def register(change: Callable[..., Footprint]) -> Callable[..., Footprint]:
+        @F.register_kernel(functional, FootprintTensor)  # type: ignore[untyped-decorator]
+        def kernel(tensor: torch.Tensor, *args: Any, **named: Any) -> FootprintTensor:
+            return FootprintTensor.of(change(footprint_of(tensor), *args, **named))
+
+        return change
+
+    return register
+
+
+def _resized(footprint: Footprint, size: Any, **named: Any) -> Footprint:
+    """The footprint after a resize, whose size torchvision itself finds."""
+    image = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, *footprint.size)
+    _, height, width = F.resize(image, size, F.InterpolationMode.NEAREST, named.get("max_size")).shape
+    return footprint.resize((height, width))
+
+
+@_moves(F.resize)
+def _resize(footprint: Footprint, size: Any, *args: Any, **named: Any) -> Footprint:
+    return _resized(footprint, size, **named)
+
+
+@_moves(F.crop)
+def _crop(footprint: Footprint, top: int, left: int, height: int, width: int) -> Footprint:
+    return footprint.crop(top, left, height, width)
+
+
+@_moves(F.resized_crop)
+def _resized_crop(
+    footprint: Footprint, top: int, left: int, height: int, width: int, size: Any, *args: Any, **named: Any
+) -> Footprint:
+    return _resized(footprint.crop(top, left, height, width), size)
+
+
+@_moves(F.center_crop)
+def _center_crop(footprint: Footprint, output_size: Any) -> Footprint:
+    sides = [output_size] if isinstance(output_size, int) else list(output_size)
+    height, width = sides[0], sides[-1]
+    rows, columns = footprint.size
+    # As torchvision: what is too small is padded first, the smaller half before, and then cropped at a rounded place.
+    before = [max((side - own) // 2, 0) for side, own in ((height, rows), (width, columns))]
+    after = [max((side - own + 1) // 2, 0) for side, own in ((height, rows), (width, columns))]
+    padded = footprint.pad(before[1], before[0], after[1], after[0])
+    top, left = (round((own - side) / 2.0) for own, side in zip(padded.size, (height, width), strict=True))
+    return padded.crop(top, left, height, width)
+
+
+@_moves(F.pad)
+def _pad(footprint: Footprint, padding: Any, *args: Any, **named: Any) -> Footprint:
+    sides = [padding] * 4 if isinstance(padding, int) else list(padding)
+    left, top, right, bottom = sides if len(sides) == 4 else (sides * 4)[:4]
+    return footprint.pad(left, top, right, bottom)
+
+
+@_moves(F.horizontal_flip)
+def _horizontal_flip(footprint: Footprint) -> Footprint:
+    return footprint.mirror()
+
+
+def _refuse(name: str) -> None:
+    def refuse(tensor: torch.Tensor, *args: Any, **named: Any) -> None:
+        raise no_window(name)
+
+    F.register_kernel(name, FootprintTensor)(refuse)
+
+
+for _name in _REFUSED:
+    _refuse(_name)

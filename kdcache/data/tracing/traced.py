@@ -1,0 +1,41 @@
+"""A transform of somebody's own, and beside its results the window and the flip that targets are moved by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kdcache.errors import DataError
+
+
+def traced(transform: Any) -> Callable[..., Any]:
+    """A transform that also returns what its pixels show, for `Cache.targets_for`.
+
+        augment = kdcache.traced(v2.Compose([v2.RandomResizedCrop((288, 384)), v2.RandomHorizontalFlip()]))
+        image, mask, window, flip = augment(image, mask)
+
+        augment = kdcache.traced(A.Compose([A.RandomResizedCrop((288, 384)), A.HorizontalFlip()]))
+        result = augment(image=image, mask=mask)                   # has "window" and "flip", too
+
+    The random numbers are those of the transform itself. Changes of colour pass; a rotation is refused.
+
+    Args:
+        transform: a `torchvision.transforms.v2` transform, or `albumentations.Compose`.
+    Returns: a function that takes what the transform takes. The window is (y0, x0, y1, x1) in pixels of the image that
+        it was given, the flip a bool: of torchvision's behind the other results, of albumentations' by these names.
+    Raises: DataError for another transform. The function raises it for one that moves pixels otherwise.
+    """
+    kinds = [kind.__module__.partition(".")[0] for kind in type(transform).__mro__]
+    if "torchvision" in kinds and ".v2" in "".join(kind.__module__ for kind in type(transform).__mro__):
+        from kdcache.data.tracing.torchvision_v2 import TracedTransform
+
+        return TracedTransform(transform)
+    if "albumentations" in kinds:
+        from kdcache.data.tracing.albumentations import TracedCompose
+
+        return TracedCompose(transform)
+    raise DataError(
+        "a transform that can be traced is one of torchvision.transforms.v2, or albumentations.Compose",
+        received=f"{type(transform).__module__}.{type(transform).__qualname__}",
+        remedy="use transforms of v2; or give Cache.targets_for the windows and flips that you draw yourself",
+    )

@@ -1,0 +1,124 @@
+"""Stored targets of samples, seen through the windows of an augmentation that is not kdcache's.
+
+The target of a sample's whole image is moved with a window, as `--augment warp` moves it.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdcache.data import Window, zoom_of
+from kdcache.errors import DataError, RecipeError
+from kdcache.store.format.codec import Array
+
+
+@dataclass(frozen=True)
+class SampleTargets:
+    """Stored targets of B samples and the part of their views that pixels show; `DistillLoss` takes it with labels.
+
+    Attributes:
+        arrays: path (`targets/<head>/<part>`) -> rows (B, ...).
+        window: (B, 4) float64 edges (y0, x0, y1, x1) in pixels of the stored view.
+        flip: (B,) bool, whether the window is shown mirrored.
+        inside: (B, 4) float64 edges, in pixels of the view, of what shows the image where the rest is grey; None is
+            the whole view.
+        zoom: (B,) float64, what targets in metres are divided by; None divides nothing.
+    """
+
+    arrays: dict[str, Array]
+    window: Array
+    flip: Array
+    inside: Array | None = None
+    zoom: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.window)
+
+
+def sample_numbers(ids: Sequence[str], numbers: Mapping[str, int], place: object) -> list[int]:
+    """The number of each id among a store's samples. Raises: DataError for ids that it does not have."""
+    if isinstance(ids, str):
+        raise DataError(
+            "targets_for takes the ids of a batch, a sequence of texts",
+            received=f"the text {ids!r}",
+            remedy=f"give a list: targets_for([{ids!r}], ...)",
+        )
+    unknown = [sample for sample in ids if sample not in numbers]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), list(numbers)[:5000], n=1, cutoff=0.3)
+        some = near or list(numbers)[:1]
+        raise DataError(
+            "ids are those of the store's samples",
+            received=f"{unknown[0]!r}, and {len(unknown)} of {len(ids)} in all that {place} does not have",
+            remedy=f"give ids as the store has them, for instance {some[0]!r}; cache.ids lists them",
+        )
+    return [numbers[sample] for sample in ids]
+
+
+def view_windows(windows: Any, flips: Any, shown_B4: Array, view_size: tuple[int, int]) -> tuple[Array, Array]:
+    """Windows in pixels of the images as windows in pixels of the views of these, with the flips.
+
+    Args:
+        windows: (B, 4) edges (y0, x0, y1, x1) in pixels of the images; None is the whole view.
+        flips: (B,) bool; None flips nothing.
+        shown_B4: (B, 4) float64, what the views show of their images.
+    Returns: (B, 4) float64 and (B,) bool.
+    Raises: DataError for other shapes, windows without an area, and those that show nothing of their view.
+    """
+    count = len(shown_B4)
+    edges = shown_B4 if windows is None else np.asarray(windows, np.float64)
+    flip = np.zeros(count, np.bool_) if flips is None else np.asarray(flips)
+    if edges.shape != (count, 4) or flip.shape != (count,):
+        raise DataError(
+            "targets_for takes a window of four edges and a flip for every id",
+            received=f"{count} ids, windows of shape {edges.shape}, flips of shape {flip.shape}",
+            remedy="give windows (B, 4), edges y0, x0, y1, x1 in pixels of the image, and flips (B,)",
+        )
+    _check_areas(edges, shown_B4)
+    # By ratios, so that a view of its image's size leaves every edge as it is.
+    low, long = shown_B4[:, :2], shown_B4[:, 2:] - shown_B4[:, :2]
+    ratio = np.asarray(view_size, np.float64) / long
+    moved = np.concatenate([(edges[:, :2] - low) * ratio, (edges[:, 2:] - low) * ratio], axis=1)
+    return moved, flip.astype(np.bool_)
+
+
+def view_zooms(window_B4: Array, view_size: tuple[int, int], depth_zoom: str | None) -> Array | None:
+    """What targets in metres are divided by, (B,); None divides nothing.
+
+    Args:
+        depth_zoom: divide, or keep; None has no rule for zoomed windows.
+    Raises: RecipeError for windows that zoom metres without a rule, and for another rule.
+    """
+    if depth_zoom not in (None, "divide", "keep"):
+        raise RecipeError("depth_zoom is divide or keep", received=repr(depth_zoom), remedy="use depth_zoom='divide'")
+    if depth_zoom == "keep":
+        return None
+    zooms = np.array([zoom_of(Window(*edges), view_size) for edges in window_B4.tolist()])
+    if depth_zoom is None and (np.abs(zooms - 1) > 1e-6).any():
+        raise RecipeError(
+            "a zoomed image looks nearer than it is: windows that zoom want a rule for targets in metres",
+            received=f"windows that zoom {zooms.min():.3g} to {zooms.max():.3g} times, and no depth_zoom",
+            remedy="give depth_zoom='divide', or 'keep'; or heads=['segmentation'], which leaves depth out",
+        )
+    return zooms if depth_zoom == "divide" else None
+
+
+def _check_areas(edges_B4: Array, shown_B4: Array) -> None:
+    """Refuse windows that are none. Raises: DataError."""
+    y0, x0, y1, x1 = edges_B4.T
+    empty = ~(np.isfinite(edges_B4).all(1) & (y0 < y1) & (x0 < x1))
+    apart = (y0 >= shown_B4[:, 2]) | (x0 >= shown_B4[:, 3]) | (y1 <= shown_B4[:, 0]) | (x1 <= shown_B4[:, 1])
+    shares = np.logical_and((edges_B4 <= 1).all(1), (shown_B4[:, 2:] > 1).all(1))
+    wrong: Array = np.any([empty, apart, shares], axis=0)
+    if wrong.any():
+        row = int(wrong.argmax())
+        bad, view = (", ".join(f"{edge:g}" for edge in edges[row]) for edges in (edges_B4, shown_B4))
+        raise DataError(
+            "a window is edges y0 < y1 and x0 < x1 in pixels of the image, and shows some of the view",
+            received=f"({bad}) in row {row}; the view shows ({view}) of its image",
+            remedy="give (top, left, top + height, left + width) of the crop"
+            + (", in pixels and not as shares of the image" if np.atleast_1d(shares)[row] else ""),
+        )
