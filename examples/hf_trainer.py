@@ -9,11 +9,28 @@ Trainer takes batches apart by their names, so they travel as dictionaries.
 import argparse
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainingArguments, set_seed
 
-from kdcache import Batch, CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
+from kdcache import (
+    Batch,
+    CacheDataset,
+    DistillLoss,
+    LabelledDataset,
+    evaluate_model,
+    load_teacher,
+    open_cache,
+    open_split,
+)
+
+MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) as the network's input, float32 (B, 3, H, W)."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
 
 class LossTrainer(Trainer):
@@ -27,17 +44,16 @@ class LossTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch = Batch.from_dict(inputs)
-        outputs = model(pixel_values=batch.pixels.permute(0, 3, 1, 2).float() / 255)
+        outputs = model(pixel_values=normalised(batch.pixels))
         losses = self.criterion(outputs.logits, batch)
         print(f"iteration {self.state.global_step + 1} loss {losses.loss.item():.8f} kl {losses.kl.item():.8f}")
         return (losses.loss, outputs) if return_outputs else losses.loss
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train a small SegFormer on labels and on what a store's teacher said."
-    )
+    parser = argparse.ArgumentParser(description="Train a small SegFormer on labels and on a store's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
+    parser.add_argument("--val", help="labelled images to validate on at the end")
     parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
@@ -70,6 +86,10 @@ def main() -> None:
         disable_tqdm=True,
     )
     LossTrainer(criterion, model=model, args=arguments, train_dataset=dataset).train()
+    if options.val:
+        val = open_split(options.val, "val")
+        network = load_teacher(model, val).model  # normalises by ImageNet's moments, as above
+        print(f"mIoU {evaluate_model(network.cpu(), val, dataset.size).miou:.4f}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,24 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from kdcache import Batch, CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
+from kdcache import (
+    Batch,
+    CacheDataset,
+    DistillLoss,
+    LabelledDataset,
+    evaluate_model,
+    load_teacher,
+    open_cache,
+    open_split,
+)
 from kdcache.train import sample_loader
+
+MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) as the network's input, float32 (B, 3, H, W)."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
 
 
 class Student(lightning.LightningModule):
@@ -27,7 +43,7 @@ class Student(lightning.LightningModule):
         self.lr = lr
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
-        logits = self.network(batch.pixels.permute(0, 3, 1, 2).float() / 255)
+        logits = self.network(normalised(batch.pixels))
         losses = self.criterion(logits, batch)
         self.log("loss", losses.loss, batch_size=len(logits))
         print(f"iteration {number + 1} loss {losses.loss.item():.8f} kl {losses.kl.item():.8f}")
@@ -46,8 +62,9 @@ def small_network(classes: int) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small network on labels and on what a store's teacher said.")
+    parser = argparse.ArgumentParser(description="Train a small network on labels and on a store's targets.")
     parser.add_argument("--data", default="scenes", help="labelled images")
+    parser.add_argument("--val", help="labelled images to validate on at the end")
     parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
@@ -77,6 +94,10 @@ def main() -> None:
         enable_model_summary=False,
     )
     trainer.fit(student, loader)
+    if options.val:
+        val = open_split(options.val, "val")
+        model = load_teacher(student.network, val).model  # normalises by ImageNet's moments, as above
+        print(f"mIoU {evaluate_model(model, val, dataset.size).miou:.4f}")
 
 
 if __name__ == "__main__":

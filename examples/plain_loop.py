@@ -11,11 +11,12 @@ import argparse
 
 import torch
 
-from kdcache import CacheDataset, DistillLoss, LabelledDataset, build_model, open_cache, open_split
+from kdcache import CacheDataset, DistillLoss, LabelledDataset, build_model, evaluate_model, open_cache, open_split
 from kdcache.train import sample_loader
 
-parser = argparse.ArgumentParser(description="Train kdcache:tiny on labels and on what a store's teacher said.")
+parser = argparse.ArgumentParser(description="Train kdcache:tiny on labels and on a store's targets.")
 parser.add_argument("--data", default="scenes", help="labelled images")
+parser.add_argument("--val", help="labelled images to validate on at the end")
 parser.add_argument("--cache", help="store that build-teacher-cache wrote; without one, labels alone teach")
 parser.add_argument(
     "--size", type=int, nargs=2, default=(288, 384), help="height and width of the images, without a store"
@@ -48,3 +49,6 @@ for number, batch in enumerate(loader, 1):
     optimizer.zero_grad()
     if number % 20 == 1 or options.iterations <= 20:
         print(f"iteration {number} loss {losses.loss.item():.8f} ce {losses.ce.item():.8f} kl {losses.kl.item():.8f}")
+if options.val:
+    metrics = evaluate_model(model.eval(), open_split(options.val, "val"), dataset.size, device=device)
+    print(f"mIoU {metrics.miou:.4f}")

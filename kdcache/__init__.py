@@ -1,7 +1,11 @@
 """kdcache: pay for the teacher once.
 
-A segmentation teacher runs over a data set one time; what it said is kept in a Zarr store; students are trained
-from that store.
+A segmentation teacher runs over a data set one time; its outputs are kept in a Zarr store; students are trained from
+that store.
+
+    kdcache.build_cache("camvid", "runs/teacher", "camvid.zarr")
+    run = kdcache.train("runs/student", model="kdcache:tiny", cache="camvid.zarr", val="camvid")
+    kdcache.compare(["runs/none", "runs/student"])
 
     cache = kdcache.open_cache("camvid.zarr")
     dataset = kdcache.CacheDataset(cache)                        # pixels, labels and targets, for any DataLoader
@@ -14,9 +18,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdcache.data import from_dataset as from_dataset
     from kdcache.data import open_split as open_split
-    from kdcache.data.memory import from_dataset as from_dataset
-    from kdcache.data.tracing import traced as traced
+    from kdcache.data import traced as traced
     from kdcache.distill import Batch as Batch
     from kdcache.distill import DistillLoss as DistillLoss
     from kdcache.distill import Target as Target
@@ -27,10 +31,13 @@ if TYPE_CHECKING:
     from kdcache.store import Records as Records
     from kdcache.store import open_cache as open_cache
     from kdcache.teacher import BuildOptions as BuildOptions
-    from kdcache.teacher import build_cache as build_cache
     from kdcache.teacher import load_teacher as load_teacher
     from kdcache.train import CacheDataset as CacheDataset
     from kdcache.train import LabelledDataset as LabelledDataset
+    from kdcache.verbs.build import build_cache as build_cache
+    from kdcache.verbs.compare import compare as compare
+    from kdcache.verbs.evaluate import evaluate as evaluate
+    from kdcache.verbs.train import train as train
 
 _HOMES = {
     "Batch": "kdcache.distill",
@@ -41,15 +48,18 @@ _HOMES = {
     "LabelledDataset": "kdcache.train",
     "Records": "kdcache.store",
     "Target": "kdcache.distill",
-    "build_cache": "kdcache.teacher",
+    "build_cache": "kdcache.verbs.build",
     "build_model": "kdcache.models",
+    "compare": "kdcache.verbs.compare",
+    "evaluate": "kdcache.verbs.evaluate",
     "evaluate_model": "kdcache.metrics",
-    "from_dataset": "kdcache.data.memory",
+    "from_dataset": "kdcache.data",
     "load_run": "kdcache.models.run",
     "load_teacher": "kdcache.teacher",
     "open_cache": "kdcache.store",
     "open_split": "kdcache.data",
-    "traced": "kdcache.data.tracing",
+    "traced": "kdcache.data",
+    "train": "kdcache.verbs.train",
 }
 
 __all__ = list(_HOMES)
@@ -59,6 +69,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
+    if name == "train":  # the room, which is called as the function is, whatever was imported before
+        return import_module("kdcache.train")
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from kdcache import shown
 from kdcache.errors import MismatchError, ModelError, RecipeError
 from kdcache.files import read_object
 from kdcache.heads import RegressionHead
@@ -54,7 +55,7 @@ class RunStream(BaseModel):
     taught: bool
 
 
-_LEFT_OUT = ("heads", "untrained", "streams", "stores")
+_LEFT_OUT = ("heads", "untrained", "streams", "stores", "validated_on")
 """Fields that are left out where they are empty."""
 
 
@@ -74,6 +75,7 @@ class RunModel(BaseModel):
     untrained: tuple[str, ...] = ()  # heads that are at random, for nothing was learnt of them
     streams: tuple[RunStream, ...] = ()  # where there are several, instead of `labels`
     stores: tuple[str, ...] = ()  # seals of the stores whose targets are learnt from
+    validated_on: str = ""  # digest of the split that it is validated on: it is known again wherever it lies
 
     @model_validator(mode="after")
     def _check_names(self) -> "RunModel":
@@ -106,7 +108,7 @@ class RunModel(BaseModel):
 
     def metadata(self) -> dict[str, str]:
         """The fields as exported files carry them: text as it is, the rest as JSON. Its training stays behind."""
-        fields = self.model_dump(mode="json", exclude={"trained_on", "labels", "streams", "stores"})
+        fields = self.model_dump(mode="json", exclude={"trained_on", "labels", "streams", "stores", "validated_on"})
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
     @classmethod
@@ -142,6 +144,28 @@ class Run:
         run = cls(*(named_weights(str(text)) or (Path(text),)))
         _ = run.model
         return run
+
+    def __repr__(self) -> str:
+        return shown.line("Run", self._facts)
+
+    def _repr_html_(self) -> str:
+        return shown.facts_table("Run", self._facts)
+
+    @property
+    def _facts(self) -> dict[str, object]:
+        """What is known of the run, in words; what its files do not say is None."""
+        result, recipe = self.result, self.recipe or {}
+        miou, rmse = result.get("best_miou"), result.get("best_depth_rmse")
+        return {
+            "folder": self,
+            "model": self.model.spec,
+            "trained on": recipe.get("cache") or recipe.get("data"),
+            "method": recipe.get("method"),
+            "best mIoU": None if miou is None else f"{100 * miou:.2f} % at iteration {result.get('best_step')}",
+            "best depth rmse": None if rmse is None else f"{rmse:.3g} m",
+            "iterations": result.get("iterations") or "not ended",
+            "size": shown.size_text(self.model.size),
+        }
 
     def __str__(self) -> str:
         return str(self.folder) if self.which is None else f"{self.folder}@{self.which}"

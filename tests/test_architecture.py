@@ -35,17 +35,26 @@ ALLOWED = {
     "listing": set[str](),
     "files": {"errors"},
     "heads": set[str](),
+    "progress": {"errors"},
+    "shown": set[str](),
     "settings": {"errors", "listing"},
     "data": {"errors", "files"},
-    "run_folder": {"heads", "errors", "files", "settings"},
+    "run_folder": {"shown", "heads", "errors", "files", "settings"},
     "models": {"heads", "listing", "errors", "files", "run_folder"},
-    "store": {"heads", "data", "errors"},
+    "store": {"shown", "heads", "data", "errors"},
     "distill": {"heads", KERNELS, "errors"},
-    "metrics": {"heads", "data", "models", "errors", "files", "settings"},
-    "teacher": {"heads", "data", "models", "store", "metrics", "errors", "files", "run_folder", "settings", KERNELS},
+    "metrics": {"shown", "heads", "data", "models", "errors", "files", "settings"},
+    "teacher": {
+        *("shown", "heads", "data", "models", "store", "metrics", "errors", "files", "run_folder", "settings"),
+        KERNELS,
+    },
     "train": {"heads", "data", "models", "store", "metrics", "distill", "errors", "files", "run_folder", "settings"},
-    "analysis": {"heads", "data", "models", "metrics", "errors", "files", "run_folder", "settings"},
+    "analysis": {"shown", "heads", "data", "models", "metrics", "errors", "files", "run_folder", "settings"},
     "bench": {"data", "models", "store", "distill", "metrics", "train", "errors", "files", KERNELS},
+    "verbs": {
+        *("heads", "data", "models", "store", "metrics", "teacher", "train", "analysis"),
+        *("errors", "run_folder", "settings", "progress"),
+    },
     "sweep": {"data", "metrics", "analysis", "errors", "files", "run_folder", "settings"},
 }
 """Room -> rooms it may import from."""
@@ -61,6 +70,8 @@ EXPORTED = [
     "Target",
     "build_cache",
     "build_model",
+    "compare",
+    "evaluate",
     "evaluate_model",
     "from_dataset",
     "load_run",
@@ -68,6 +79,7 @@ EXPORTED = [
     "open_cache",
     "open_split",
     "traced",
+    "train",
 ]
 
 
@@ -222,7 +234,8 @@ def test_exported_names() -> None:
 
     assert sorted(kdcache.__all__) == EXPORTED
     for name in EXPORTED:
-        assert getattr(kdcache, name).__name__ == name
+        assert getattr(kdcache, name).__name__ == ("kdcache.train" if name == "train" else name)
+        assert callable(getattr(kdcache, name))
     assert dir(kdcache) == sorted(["__doc__", "__version__", *EXPORTED])
     with pytest.raises(AttributeError, match="nothing"):
         kdcache.nothing  # noqa: B018
@@ -378,6 +391,7 @@ LISTED = [
     "train.run",
     "train.sources",
     "train.step",
+    "verbs",
 ]
 
 

@@ -2,26 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console, ConsoleOptions
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.segment import Segment
 from rich.table import Column, Table
-from rich.text import Text
 
 from kdcache.errors import one_line, plain_text
+from kdcache.progress import Bar
 
 _WIDEST = 1000
 """The most columns of a table in a file."""
@@ -77,100 +66,10 @@ class _Terminal(Console):
 OUT = _Terminal()
 ERRORS = _Terminal(stderr=True)
 
-_REST, _LEAST_NOTE = 47, 8
-"""Columns of a bar of ten, counts and times; columns below which a note is left out."""
-LINE_EVERY_S = 30
-"""How often a line tells how far the work is where no bar can."""
-
-
-class _Left(ProgressColumn):
-    """Time left; rich's own estimate needs two updates, until then it is that of all the time so far."""
-
-    def render(self, task: Task) -> Text:
-        left = seconds_left(task)
-        return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))), style="progress.remaining")
-
-
-class _Note(ProgressColumn):
-    """The task's note, as much as a narrow terminal has room for: the bar, its counts and its times come first."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(Column(no_wrap=True))
-        self._console = console
-
-    def render(self, task: Task) -> Text:
-        room = self._console.width - len(task.description) - _REST
-        text = Text(plain_text(task.fields.get("note", "")))
-        if room < _LEAST_NOTE:
-            return Text()
-        text.truncate(room, overflow="ellipsis")
-        return text
-
-
-def seconds_left(task: Task) -> float | None:
-    """Seconds until a task is complete, at its present rate; None before its first update, or without a total."""
-    if task.time_remaining is not None:
-        return task.time_remaining
-    done, remaining = task.completed - task.fields.get("begun", 0), task.remaining
-    return None if not done > 0 or remaining is None or task.elapsed is None else task.elapsed / done * remaining
-
-
-class _Bar(Progress):
-    """A bar on a terminal; elsewhere, in a file or a pipe, a line every 30 seconds. Under --quiet nothing."""
-
-    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
-        super().__init__(*columns, console=console, disable=console.quiet or not console.is_terminal)
-        self._ended = Event()
-        self._lines = Thread(target=self._print_lines, name="progress", daemon=True)
-
-    def add_task(  # type: ignore[override]
-        self, description: str, *, total: float | None = None, completed: int = 0, **fields: Any
-    ) -> TaskID:
-        return super().add_task(description, total=total, completed=completed, begun=completed, **fields)
-
-    def start(self) -> None:
-        super().start()
-        if self.disable and not self.console.quiet:
-            self._lines.start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        super().stop()
-
-    def _print_lines(self) -> None:
-        while not self._ended.wait(LINE_EVERY_S):
-            for task in self.tasks:
-                if not task.finished:
-                    self.console.print(_line(task), markup=False, highlight=False)
-
-
-def _line(task: Task) -> str:
-    """'teacher's pass: 40/367, 2.1/s, 0:00:19 so far, 0:02:35 left', and the task's note."""
-    so_far, left = task.elapsed or 0, seconds_left(task)
-    parts = [f"{task.completed:.0f}" + ("" if task.total is None else f"/{task.total:.0f}")]
-    if (done := task.completed - task.fields.get("begun", 0)) > 0:
-        rate = task.speed or done / so_far
-        parts.append(f"{rate:.3g}/s" if rate >= 0.1 else f"{1 / rate:.3g} s each")
-    parts.append(f"{timedelta(seconds=round(so_far))} so far")
-    if left is not None:
-        parts.append(f"{timedelta(seconds=round(left))} left")
-    if task.fields.get("note"):
-        parts.append(task.fields["note"])
-    return f"{task.description}: {', '.join(parts)}"
-
 
 def progress_bar() -> Progress:
     """What, how far, and how long it still takes, on stderr: a bar, or lines where that is not a terminal."""
-    return _Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        _Left(),
-        _Note(ERRORS),
-        console=ERRORS,
-    )
+    return Bar(ERRORS)
 
 
 @contextmanager

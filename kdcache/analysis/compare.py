@@ -13,7 +13,7 @@ from typing import Any
 
 from kdcache.analysis.comparison import Comparison, Row, RunScore, alike, collapse
 from kdcache.analysis.groups import Group, group_runs, nearest
-from kdcache.analysis.runs import Entry, find_runs, regressions_of
+from kdcache.analysis.runs import Entry, check_same_data, find_runs, regressions_of, validated_split
 from kdcache.analysis.spread import Blocks, Difference, Key, Spread, adjust, difference, resample
 from kdcache.analysis.stored_evaluations import (
     Evaluation,
@@ -27,9 +27,11 @@ from kdcache.data import Split, fold_alone, open_split
 from kdcache.data.sequences import sequences_of
 from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION
-from kdcache.metrics.cost import REPEATS, Cost, measure_cost
+from kdcache.metrics.cost import REPEATS, Cost, CostKey, keep_cost, kept_cost, measure_cost
 from kdcache.metrics.depth import DEPTH_METRICS, DepthRange
 from kdcache.models import PROBABILITIES, returns_probabilities
+from kdcache.models.registry import is_listed
+from kdcache.run_folder import Run
 from kdcache.settings.shared import DepthSettings
 
 Progress = Callable[[str, int, int], None]
@@ -148,10 +150,16 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
 def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None) -> Split:
     """The one split that all runs are judged on: the one that is named, or the one that their recipes validate on.
 
-    Raises: RecipeError when no recipe names one; MismatchError when these are other data.
+    Args:
+        data: where it is. Without `split`, it is the data set that the runs were validated on, wherever that is now.
+    Raises: RecipeError when no recipe names one; MismatchError when these are other data, by their digest.
     """
     if data is not None:
-        return open_split(data, split or "val")
+        own = {str(run.settings.get("val-split", "val")) for run in runs if "val" in run.settings}
+        opened = open_split(data, split or (own.pop() if len(own) == 1 else "val"))
+        if split is None:
+            check_same_data(runs, opened)
+        return opened
     named = {
         (str(run.settings["val"]), split or str(run.settings.get("val-split", "val"))): run
         for run in runs
@@ -164,7 +172,7 @@ def comparable_split(runs: Sequence[Entry], data: str | None, split: str | None)
             remedy="add --data, and --split if it is not val",
         )
     (_, first), *others = named.items()
-    source, *more = [_validated_on(run, *where) for where, run in named.items()]
+    source, *more = [validated_split(run, *where) for where, run in named.items()]
     for (_, run), other in zip(others, more, strict=True):
         if data_digest(other) != data_digest(source):
             raise MismatchError(
@@ -193,21 +201,6 @@ def choose_blocks(split: Split, by: str | None, task: str = SEGMENTATION) -> Blo
             remedy="give a pattern that names shorter sequences, or leave it out for an interval over images",
         )
     return blocks
-
-
-def _validated_on(run: Entry, data: str, split: str) -> Split:
-    """The split that a run was validated on.
-
-    Raises: DataError that names its recipe, whose paths begin where it was trained.
-    """
-    try:
-        return open_split(data, split)
-    except DataError as error:
-        raise DataError(
-            "the data that a run's recipe validates on is there, seen from this folder",
-            received=f"val = {data!r} in {run.text}/recipe.toml: {error.received}",
-            remedy="name the data with --data, or run this where the run was trained",
-        ) from error
 
 
 def choose_baseline(group: Group, groups: Sequence[Group], named: str | None = None) -> Group | None:
@@ -338,15 +331,41 @@ class _Judge:
         if entry.run is not None:
             key = (entry.run.model.spec, judging.size or entry.run.model.size)
         if key not in self._costs:
-            self._progress(f"timing {entry.name}", 0, 1)
-            model, description = entry.load(self._split.classes, judging.which, judging.size)
-            self.notes += [f"{entry.text} {PROBABILITIES}"] if returns_probabilities(model) else []
-            with memory_errors(judging.device, 1):
-                self._costs[key] = measure_cost(
-                    model, description.size, device=judging.device, repeats=self._options.repeats
-                )
-            self._progress(f"timing {entry.name}", 1, 1)
+            self._costs[key] = self._kept_cost(entry) or self._measured_cost(entry)
         return self._costs[key]
+
+    def _key(self, run: Run) -> CostKey | None:
+        """The key that a run's cost is kept by; None for code of somebody's own, which may change under its name."""
+        model, judging = run.model, self._options.judging
+        if not is_listed(model.spec):
+            return None
+        return CostKey.of(model.spec, len(model.class_names), judging.size or model.size, judging.device)
+
+    def _kept_cost(self, entry: Entry) -> Cost | None:
+        """The cost that was measured before beside a run, unless all is judged anew."""
+        key = None if entry.run is None or self._options.judging.fresh else self._key(entry.run)
+        if key is None or entry.run is None or not self._options.repeats:
+            return None
+        cost = kept_cost(entry.run.folder, key, self._options.repeats)
+        if cost is not None:
+            self.notes.append(
+                f"the time of {entry.name} at {key.size[0]}x{key.size[1]} was measured earlier, on such "
+                "a processor with as many threads; --fresh measures it again"
+            )
+        return cost
+
+    def _measured_cost(self, entry: Entry) -> Cost:
+        judging, repeats = self._options.judging, self._options.repeats
+        self._progress(f"timing {entry.name}", 0, 1)
+        model, description = entry.load(self._split.classes, judging.which, judging.size)
+        self.notes += [f"{entry.text} {PROBABILITIES}"] if returns_probabilities(model) else []
+        with memory_errors(judging.device, 1):
+            cost = measure_cost(model, description.size, device=judging.device, repeats=repeats)
+        if entry.run is not None and (key := self._key(entry.run)) is not None:
+            note = keep_cost(entry.run.folder, key, cost, repeats)
+            self.notes += [note] if note else []
+        self._progress(f"timing {entry.name}", 1, 1)
+        return cost
 
 
 def _difference(

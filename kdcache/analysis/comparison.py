@@ -16,6 +16,7 @@ from kdcache.metrics.chance import at_chance
 from kdcache.metrics.confusion import Metrics
 from kdcache.metrics.cost import Cost, Latency
 from kdcache.metrics.evaluate import TaskMetrics
+from kdcache.shown import html_table
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,13 @@ def alike(row: Row) -> str | None:
     )
 
 
+def _figure(spread: Spread, times: float) -> str:
+    """A mean and its deviation in the unit of a table."""
+    if math.isnan(spread.mean):
+        return "-"
+    return f"{times * spread.mean:.3g}" + ("" if math.isnan(spread.std) else f" ± {times * spread.std:.2g}")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The results of some runs on one split; fractions in 0..1.
@@ -196,6 +204,31 @@ class Comparison:
     notes: tuple[str, ...]
     smoke: bool = False
     depth_range: str | None = None
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} {miou}" for name, miou, *_ in self._score_rows)
+        return f"<Comparison on {self.data}, split {self.split}, {self.images} images: {scores}>"
+
+    def _repr_html_(self) -> str:
+        scores = {SEGMENTATION: "mIoU %", DEPTH: "depth rmse m"}
+        judged = [name for task, name in scores.items() if task in self.tasks]
+        header = ("", *judged, "beside", "verdict", "parameters M", "ms per image")
+        title = f"{self.data}, split {self.split}, {self.images} images"
+        return html_table(title if self.banner is None else f"{title}. {self.banner}", header, self._score_rows)
+
+    @property
+    def _score_rows(self) -> list[list[str]]:
+        """Row by row: name, score of each task, baseline, verdict, cost; the tables in full are those of `tables`."""
+        rows = []
+        for row in self.rows:
+            scores = [_figure(row.miou, 100)] if SEGMENTATION in self.tasks else []
+            scores += [_figure(row.depth_spread("rmse"), 1)] if DEPTH in self.tasks else []
+            gap = row.difference if row.difference is not None else row.depth_difference
+            beside = ["", ""] if gap is None else [gap.baseline, gap.verdict]
+            time = "" if row.cost.latency is None else f"{row.cost.latency.median_ms:.1f}"
+            name = f"{row.name} (teacher)" if row.teacher and "teacher" not in row.name else row.name
+            rows.append([name, *scores, *beside, f"{row.cost.parameters / 1e6:.2f}", time])
+        return rows
 
     @property
     def banner(self) -> str | None:

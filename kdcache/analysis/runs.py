@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache.data import ClassList, Fold, parse_fold
-from kdcache.errors import RecipeError
+from kdcache.data import ClassList, Fold, Split, open_split, parse_fold
+from kdcache.errors import DataError, MismatchError, RecipeError
 from kdcache.heads import RegressionHead
 from kdcache.models import SegmentationModel
 from kdcache.models.run import load_run, open_model, split_spec
@@ -78,6 +78,36 @@ def regressions_of(entry: Entry, classes: ClassList, which: str) -> Mapping[str,
     Raises: as `Entry.load`.
     """
     return entry.run.model.judged_heads if entry.run is not None else entry.load(classes, which, (1, 1))[1].judged_heads
+
+
+def check_same_data(runs: Sequence[Entry], split: Split) -> None:
+    """Refuse other data than runs recorded that they were validated on. Raises: MismatchError."""
+    digest = split.digest()
+    for run in runs:
+        recorded = "" if run.run is None else run.run.model.validated_on
+        if recorded not in ("", digest):
+            raise MismatchError(
+                "runs are compared on the data that they were validated on, wherever it is now",
+                received=f"{split.data}, split {split.split!r}, has other samples (digest {digest[:12]}) than "
+                f"{run.text} was validated on (digest {recorded[:12]}: {run.settings.get('val')})",
+                remedy="give --data the place where that data set is now; or judge on this one on purpose, and name "
+                "its split, too: --split",
+            )
+
+
+def validated_split(run: Entry, data: str, split: str) -> Split:
+    """The split that a run was validated on.
+
+    Raises: DataError that names its recipe, whose paths begin where it was trained.
+    """
+    try:
+        return open_split(data, split)
+    except DataError as error:
+        raise DataError(
+            "the data that a run's recipe validates on is there, seen from this folder",
+            received=f"val = {data!r} in {run.text}/recipe.toml: {error.received}",
+            remedy="name the data with --data, or run this where the run was trained",
+        ) from error
 
 
 def unnamed_classes(count: int) -> ClassList:

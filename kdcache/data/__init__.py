@@ -1,7 +1,7 @@
 """Data: samples and their layouts, procedural scenes, rendering of views, augmentation, checks.
 
     open_split(data, split) -> Split          ids, classes, tasks, image(i), label(i, task); of a folder, VOC, ...
-    memory.from_dataset(dataset, classes)     the same of a data set that the program holds: torch's, Hugging Face's
+    from_dataset(dataset, classes)            the same of a data set that the program holds: torch's, Hugging Face's
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
@@ -10,7 +10,7 @@
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
     convert                                   any data set as a folder of one's own
     restyle                                   a data set in the style of another one
-    tracing.traced                            what an augmentation of one's own shows of an image, for a store's targets
+    traced                                    what an augmentation of one's own shows of an image, for a store's targets
     folds_of, fold_alone, check_folds         parts of a split that a teacher has not seen, by id or by sequence
     shared_sequences                          videos of which some frames are judged and others trained on
     prefetch                                  ordered results from a bounded pool of threads
@@ -27,6 +27,7 @@ from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.download import download
+from kdcache.data.memory import DatasetSplit, from_dataset
 from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.augment import (
     Augmentation,
@@ -43,6 +44,7 @@ from kdcache.data.restyling.restyle import Restyled, Style, restyle
 from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Split
 from kdcache.data.scenes.generate import write_scenes
 from kdcache.data.sequences import SharedSequence, check_folds_by, folds_of, shared_sequences
+from kdcache.data.tracing import traced
 
 __all__ = [
     "DEPTH",
@@ -55,6 +57,7 @@ __all__ = [
     "ClassesByName",
     "Converted",
     "ConvertedSplit",
+    "DatasetSplit",
     "DepthReport",
     "Fold",
     "RandAugment",
@@ -77,6 +80,7 @@ __all__ = [
     "draw_window",
     "fold_alone",
     "folds_of",
+    "from_dataset",
     "id_hash",
     "inside_rectangle",
     "list_splits",
@@ -88,6 +92,7 @@ __all__ = [
     "render_depth",
     "restyle",
     "shared_sequences",
+    "traced",
     "write_scenes",
     "zoom_of",
 ]

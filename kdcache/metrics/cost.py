@@ -3,14 +3,20 @@
 FLOPs are those of convolutions, matrix products and attention, two for each multiply-add (MACs are half of them), as
 `torch.utils.flop_counter` counts; normalisations, activations and resizes are left out, as in most published tables.
 
+A cost is kept beside its run, in `cost-HxW-DIGEST.json`, for each network, size, device, number of threads and version
+of torch, and used again on the same machine.
+
 Latency is that of one image, normalised and on the device, to logits at the image's size. Neither decoding nor the
 copy to the device is in it. It is a property of the network: what it was trained on changes nothing.
 """
 
+import hashlib
+import json
 import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdcache.files import read_object, write_whole
 from kdcache.metrics.machine import cpu_name
 from kdcache.metrics.timing import no_garbage_collection
 from kdcache.models import SegmentationModel
@@ -50,12 +57,17 @@ class Latency:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image of `size` (H, W) costs; `latency` is None when time was not measured."""
+    """What one image of `size` (H, W) costs.
+
+    Attributes:
+        latency: None when time was not measured. reused: it was measured earlier, on the same machine.
+    """
 
     size: tuple[int, int]
     parameters: int
     flops: int
     latency: Latency | None
+    reused: bool = False
 
     @property
     def macs(self) -> int:
@@ -102,9 +114,14 @@ def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats:
         median_ms=statistics.median(samples_ms),
         repeats=len(samples_ms),
         warm_up=len(warmed),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        device=device_name(device),
         threads=torch.get_num_threads(),
     )
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU's model, or of the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def _calls(
@@ -124,3 +141,59 @@ def _calls(
 
 def _device(model: SegmentationModel) -> torch.device:
     return next(model.parameters(), torch.empty(0)).device
+
+
+@dataclass(frozen=True)
+class CostKey:
+    """Everything that a timing depends on.
+
+    Attributes:
+        size: (H, W) of the image. device: its name. threads: of the CPU.
+    """
+
+    spec: str
+    classes: int
+    size: tuple[int, int]
+    device: str
+    threads: int
+    torch: str
+
+    @classmethod
+    def of(cls, spec: str, classes: int, size: tuple[int, int], device: str) -> "CostKey":
+        """The key of a network on a device of this machine."""
+        return cls(spec, classes, size, device_name(torch.device(device)), torch.get_num_threads(), torch.__version__)
+
+    def path(self, folder: Path) -> Path:
+        """The file of the timing in a run's folder."""
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+        return folder / f"cost-{self.size[0]}x{self.size[1]}-{digest[:8]}.json"
+
+
+def kept_cost(folder: Path, key: CostKey, repeats: int) -> Cost | None:
+    """The cost that an earlier comparison measured in as many calls; None without one, and for a damaged file."""
+    content = read_object(key.path(folder))
+    try:
+        if content["key"] != json.loads(json.dumps(asdict(key))) or content["asked"] < repeats:
+            return None
+        latency = Latency(**content["latency"])
+        return Cost(key.size, int(content["parameters"]), int(content["flops"]), latency, reused=True)
+    except (KeyError, TypeError):
+        return None
+
+
+def keep_cost(folder: Path, key: CostKey, cost: Cost, repeats: int) -> str | None:
+    """Write a cost beside a run, whole or not at all; a note if that cannot be. One without a timing is not kept."""
+    if cost.latency is None:
+        return None
+    content: dict[str, Any] = {
+        "key": asdict(key),
+        "asked": repeats,
+        "parameters": cost.parameters,
+        "flops": cost.flops,
+        "latency": asdict(cost.latency),
+    }
+    try:
+        write_whole(key.path(folder), json.dumps(content, indent=1) + "\n")
+    except OSError as error:  # it costs the next comparison, no more
+        return f"the timing of {folder} could not be kept there ({error.strerror})"
+    return None

@@ -16,6 +16,7 @@ from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import DepthSettings, JudgeSettings
+from kdcache.shown import html_table
 
 Progress = Callable[[int, int], None]
 
@@ -26,6 +27,21 @@ class TaskMetrics:
 
     segmentation: Metrics | None = None
     depth: DepthMetrics | None = None
+
+    def __repr__(self) -> str:
+        shown = [] if self.segmentation is None else [f"mIoU {100 * self.segmentation.miou:.2f} %"]
+        shown += [] if self.depth is None else [f"depth rmse {self.depth.rmse:.3g} m"]
+        return f"<TaskMetrics: {', '.join(shown) or 'nothing judged'}>"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        if (own := self.segmentation) is not None:
+            figures = {"mIoU": own.miou, "mAcc": own.macc, "aAcc": own.aacc}
+            figures |= dict(zip(own.class_names, own.iou, strict=True))
+            rows += [(name, f"{100 * value:.2f} %") for name, value in figures.items()]
+        if self.depth is not None:
+            rows += [("depth rmse", f"{self.depth.rmse:.3g} m"), ("depth abs rel", f"{self.depth.abs_rel:.3g}")]
+        return html_table("Metrics; IoU by class", ("", ""), rows)
 
     def to_json(self) -> dict[str, Any]:
         """Segmentation alone as `Metrics` has it; else each task's numbers by its name, in `tasks`."""

@@ -18,6 +18,7 @@ import numpy as np
 from kdcache.data import inside_rectangle
 from kdcache.errors import CorruptError, IncompleteError, RecipeError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
+from kdcache.shown import facts_table, line
 from kdcache.store import ledger
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.open import open_place
@@ -57,6 +58,12 @@ class Cache:
     def __len__(self) -> int:
         """Number of records."""
         return self.manifest.records
+
+    def __repr__(self) -> str:
+        return line("Cache", {"store": self.place, **self.manifest.facts})
+
+    def _repr_html_(self) -> str:
+        return facts_table("Cache", {"store": self.place, **self.manifest.facts})
 
     def __reduce__(self) -> tuple[object, ...]:
         return Cache, (self.place, self.manifest, self.ledger)

@@ -22,6 +22,12 @@
 Teachers and students train in the same way: training from a store differs by its loss and its samples alone.
 """
 
+import sys
+from importlib import import_module
+from inspect import Signature, signature
+from types import ModuleType
+from typing import Any
+
 from kdcache.train.api import train
 from kdcache.train.config import TrainConfig, make_config, read_config
 from kdcache.train.distributed import pick_device
@@ -43,3 +49,20 @@ __all__ = [
     "sample_loader",
     "train",
 ]
+
+
+class _Room(ModuleType):
+    """The room, which is a function, too: `kdcache.train(out, model=...)` is `kdcache.verbs.train`.
+
+    A package's attribute is its room once anything of that was imported, and a function of that name would be hidden.
+    """
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return import_module("kdcache.verbs").train(*arguments, **settings)
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(import_module("kdcache.verbs").train)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -583,4 +583,5 @@ def test_data_that_is_elsewhere_is_named_with_its_recipe_and_the_flag(tmp_path: 
         comparable_split([run], None, None)
     assert f"'data/camvid' in {run.text}/recipe.toml" in caught.value.received
     assert "--data" in caught.value.remedy
+    run.run = None
     assert comparable_split([run], "scenes:32x48,train=2,val=2", None).split == "val"  # the remedy

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from kdcache.errors import DataError
+from kdcache.progress import seconds_left
 from kdcache_cli import console
 from kdcache_cli.app import _show
-from kdcache_cli.console import _Terminal, progress_bar, seconds_left
+from kdcache_cli.console import _Terminal, progress_bar
 
 NAMES = ["a[/]b", "[red]x", "[/bold]", "[link=http://x]y[/link]", "$x$", ":smile:", "\\", "[", "]"]
 COMMANDS = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "\x7f", "\u202egnp.exe", "\r", "\x08", "\x00", "\u2066x"]
@@ -91,7 +92,7 @@ def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
 def piped(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
     monkeypatch.setattr(console, "ERRORS", screen)
-    monkeypatch.setattr(console, "LINE_EVERY_S", 0.01)
+    monkeypatch.setattr("kdcache.progress.LINE_EVERY_S", 0.01)
     return screen
 
 

@@ -196,6 +196,18 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(f"docs/{name}" for name in listed) == sorted(set(TEXTS) - {"README.md"})
 
 
+def test_the_picture_of_the_pipeline_has_the_words_of_its_block() -> None:
+    names: dict[str, Any] = {}
+    exec((ROOT / "scripts" / "mermaid.py").read_text(encoding="utf-8"), names)
+    (block,) = re.findall(r"```mermaid\n(.*?)```", TEXTS["docs/how-a-cache-works.md"], re.DOTALL)
+    said = names["words"](block)
+    assert len(said) > 20
+    picture = (ROOT / "docs" / "assets" / "pipeline.svg").read_text(encoding="utf-8")
+    shown = " ".join(re.findall(r">([^<>]+)</text>", picture))
+    assert [words for words in said if words not in shown] == []
+    assert 'src="assets/pipeline.svg"' in names["picture"](block)
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path: Path) -> None:
     where = Path(sys.executable).parent

@@ -56,6 +56,7 @@ def run(name: str, folder: Path, *words: object) -> list[tuple[int, float, float
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert ("mIoU 0." in done.stdout) == ("--val" in words), done.stdout
     return [(int(number), float(loss), float(kl)) for number, loss, kl in LINE.findall(done.stdout)]
 
 
@@ -73,7 +74,7 @@ def test_a_teacher_takes_three_lines_of_the_public_interface(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_with_a_store_and_without(name: str, store: Path, tmp_path: Path) -> None:
-    taught, alone = run(name, tmp_path, "--cache", store), run(name, tmp_path)
+    taught, alone = run(name, tmp_path, "--cache", store, "--val", SCENES), run(name, tmp_path)
     for rows in (taught, alone):
         assert [number for number, _, _ in rows] == list(range(1, STEPS + 1))
     assert all(kl > 0 for _, _, kl in taught)
@@ -91,6 +92,45 @@ def test_the_plain_loop_is_the_trainer(store: Path, tmp_path: Path) -> None:
     expected = [(line["step"], line["loss"], line["kl"]) for line in lines if line["kind"] == "train"]
     for found, wanted in zip(run("plain_loop", tmp_path, "--cache", store), expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def distilled(text: str) -> str:
+    """A program with the changes of the diff in docs/loops.md, each of which fits one place."""
+    page = (FOLDER.parent / "docs" / "loops.md").read_text(encoding="utf-8")
+    diff = page.partition("<!-- the diff -->\n```diff\n")[2].partition("```")[0]
+    hunks = re.split(r"^@@.*@@$\n", diff, flags=re.MULTILINE)[1:]
+    assert len(hunks) == 5
+    for hunk in hunks:
+        lines = hunk.splitlines()
+        before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+        after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    return text
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_page_distil_somebody_s_own_loop(store: Path, tmp_path: Path) -> None:
+    text = (FOLDER / "own_loop.py").read_text(encoding="utf-8")
+    found = []
+    for name, program in (("alone", text), ("taught", distilled(text).replace('"camvid.zarr"', repr(str(store))))):
+        (tmp_path / f"{name}.py").write_text(program, encoding="utf-8")
+        words = ["--data", SCENES, "--size", "32", "48", "--iterations", "4", "--batch-size", "2"]
+        done = subprocess.run(
+            [sys.executable, "-W", "error", f"{name}.py", *words],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"^mIoU 0\.\d{4}$", done.stdout, re.MULTILINE)
+        found.append([float(loss) for loss in re.findall(r"^iteration \d+ loss ([\d.]+)$", done.stdout, re.MULTILINE)])
+    alone, taught = found
+    assert len(alone) == len(taught) == 4
+    assert taught[0] > alone[0], "the same crops, and one term more"
 
 
 # --- what the loops are made of ----------------------------------------------------------------------------

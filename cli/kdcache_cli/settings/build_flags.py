@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcache.errors import RecipeError
-from kdcache.heads import SEGMENTATION
 from kdcache.settings import names, read, read_values
 from kdcache.settings.building import STORED, VIEWS, BuildSettings, TeacherSettings
 from kdcache.settings.shared import DataSettings, ImageSettings, MachineSettings
 from kdcache_cli.console import ERRORS
-from kdcache_cli.settings.shared_flags import use_machine
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.data import Split
@@ -40,38 +38,17 @@ def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOp
     Raises: RecipeError without a size, where the teachers have none of their own.
     """
     from kdcache.data import open_split
-    from kdcache.models import Tta
-    from kdcache.teacher import BuildOptions, check_cross_fit, load_teachers
+    from kdcache.verbs.build import plan_build
 
     _check_views(settings)
     images, teacher = read(ImageSettings, settings), read(TeacherSettings, settings)
-    machine, options = read(MachineSettings, settings), read_values(BuildSettings, settings)
-    device = use_machine(machine.threads, machine.device)
+    options = read_values(BuildSettings, settings)
     source = open_split(read(DataSettings, settings).data, images.split)
-    loaded = load_teachers(
-        teacher.teacher,
-        source.classes,
-        weights=teacher.teacher_weights,
-        tta=None if teacher.tta is None else Tta.parse(teacher.tta),
-        folds=teacher.folds,
-        folds_by=teacher.folds_by,
-        class_map=teacher.class_map,
-        mean=teacher.mean,
-        std=teacher.std,
-        classified=not options["features_only"] and (not options["heads"] or SEGMENTATION in options["heads"]),
-    )
-    if teacher.folds is not None:
-        check_cross_fit(teacher.teacher, source, teacher.folds_by)
+    values = {**vars(read(MachineSettings, settings)), **vars(teacher), **options, "size": images.size}
+    source, loaded, build_options = plan_build(source, teacher.teacher, values)
     for note in loaded.notes:
         ERRORS.print(f"note: {note}", markup=False)
-    size = images.size or loaded.size
-    if size is None:
-        raise RecipeError(
-            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
-            received="no --size",
-            remedy="add --size HxW, for instance --size 288x384",
-        )
-    return source, loaded, BuildOptions(size=size, device=device, **options)
+    return source, loaded, build_options
 
 
 def _check_views(settings: Mapping[str, Any]) -> None:

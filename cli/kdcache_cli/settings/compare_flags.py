@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcache.settings import read
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
-from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.analysis.compare import CompareOptions
@@ -24,25 +22,13 @@ JUDGING = ("weights", "size", *DEPTH, "batch_size", "repeats", "threads", "devic
 
 def judging(settings: Mapping[str, Any]) -> "Judging":
     """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
-    from kdcache.analysis.stored_evaluations import Judging
+    from kdcache.verbs.compare import judging_of
 
-    judge, size = read(JudgeSettings, settings), shared_flags.parse_size(settings["size"])
-    device = shared_flags.use_machine(settings["threads"], settings["device"])
-    return Judging(judge.weights, size, judge.batch_size, str(device), judge.fresh, read(DepthSettings, settings))
+    return judging_of(settings)
 
 
 def compare_options(settings: Mapping[str, Any]) -> "CompareOptions":
     """How runs are compared. Raises: RecipeError for a value that is none."""
-    from kdcache.analysis.compare import CompareOptions
+    from kdcache.verbs.compare import options_of
 
-    rows = read(CompareSettings, settings)
-    return CompareOptions(
-        judging(settings),
-        rows.teacher,
-        rows.baseline,
-        rows.ignore,
-        rows.blocks_by,
-        rows.own_fold,
-        settings["repeats"],
-        rows.smoke,
-    )
+    return options_of(settings)

@@ -47,7 +47,7 @@ class TracedCompose:
         shown = Footprint.whole(_size(image))
         for (name, params), size in zip(applied, after, strict=True):
             shown = _moved(shown, name, kinds.get(name), params, (int(size[0]), int(size[1])))
-        return {**result, "window": shown.window, "flip": shown.flip}
+        return {**result, "window": shown.array, "flip": shown.flip}
 
     def __repr__(self) -> str:
         return f"traced({self.transform!r})"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from kdcache.errors import DataError
 
 Edges = tuple[float, float, float, float]
@@ -27,6 +30,11 @@ class Footprint:
     def whole(cls, size: tuple[int, int]) -> Footprint:
         """The footprint of an untransformed image of (H, W)."""
         return cls((0.0, 0.0, float(size[0]), float(size[1])), False, size)
+
+    @property
+    def array(self) -> npt.NDArray[np.float64]:
+        """The window as an array (4,), of which a loader makes (B, 4)."""
+        return np.array(self.window)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Footprint:
         """The footprint of a crop, in pixels as they are now; one that reaches beyond them pads."""

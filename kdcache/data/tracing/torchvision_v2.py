@@ -53,7 +53,7 @@ class TracedTransform:
         shown = footprint_of(footprint)
         if (now := _size_of(results)) != shown.size:
             raise no_window(f"a transform that made {now[0]}x{now[1]} pixels of {shown.size[0]}x{shown.size[1]} unseen")
-        return (*results, shown.window, shown.flip)
+        return (*results, shown.array, shown.flip)
 
     def __repr__(self) -> str:
         return f"traced({self.transform!r})"

@@ -21,8 +21,8 @@ def traced(transform: Any) -> Callable[..., Any]:
 
     Args:
         transform: a `torchvision.transforms.v2` transform, or `albumentations.Compose`.
-    Returns: a function that takes what the transform takes. The window is (y0, x0, y1, x1) in pixels of the image that
-        it was given, the flip a bool: of torchvision's behind the other results, of albumentations' by these names.
+    Returns: a function that takes what the transform takes. The window is an array (y0, x0, y1, x1) in pixels of the
+        image that it was given, the flip a bool; torchvision's come behind the other results, albumentations' by name.
     Raises: DataError for another transform. The function raises it for one that moves pixels otherwise.
     """
     kinds = [kind.__module__.partition(".")[0] for kind in type(transform).__mro__]

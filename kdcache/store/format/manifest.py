@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kdcache.errors import CorruptError, StoreError, VersionError
 from kdcache.heads import SEGMENTATION
+from kdcache.shown import size_text
 from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN
 
@@ -90,6 +91,22 @@ class Manifest(parts.Part):
     def regressions(self) -> dict[str, parts.Regression]:
         """Heads of numbers by name."""
         return {name: head for name, head in self.heads.items() if isinstance(head, parts.Regression)}
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The store in a few words, by what they are of."""
+        heads = []
+        for name, head in self.heads.items():
+            kept = f", {head.k} of {head.classes} classes" if isinstance(head, parts.Head) else f" in {head.unit}"
+            heads.append(f"{name} {size_text(head.size)}{kept}")
+        return {
+            "data": f"{self.dataset.name}, split {self.dataset.split}",
+            "samples": f"{self.dataset.samples:,}, {self.dataset.labelled:,} labelled",
+            "views": f"{self.view.views_per_sample} of {size_text(self.view.size)}, pixels {self.view.pixels}",
+            "heads": "; ".join(heads) or "none",
+            **({"features": ", ".join(self.features)} if self.features else {}),
+            "teacher": self.teacher.spec,
+        }
 
     @property
     def shards(self) -> int:

@@ -23,6 +23,7 @@ from kdcache.data import Split
 from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import Outputs
+from kdcache.shown import facts_table, line
 from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, store_exists
 from kdcache.store.format.manifest_models import Head, Regression, Repair
 from kdcache.teacher.build.manifest import plan_manifest
@@ -49,6 +50,7 @@ class BuildResult:
         complete: False when other workers have still to finish their shards: the last one seals the store.
         repair: of records that were damaged and taught again with other versions than the rest.
         damaged: records of the earlier store that could not be read, and were taught again.
+        out: the store.
     """
 
     manifest: Manifest
@@ -59,10 +61,29 @@ class BuildResult:
     reused: int = 0
     repair: Repair | None = None
     damaged: int = 0
+    out: str = ""
 
     @property
     def images_per_second(self) -> float:
         return self.records / self.seconds if self.seconds else 0.0
+
+    def __repr__(self) -> str:
+        return line("BuildResult", self._facts)
+
+    def _repr_html_(self) -> str:
+        return facts_table("BuildResult", self._facts)
+
+    @property
+    def _facts(self) -> dict[str, object]:
+        speed = f"{self.records:,} in {self.seconds:.1f} s, {self.images_per_second:.1f} images/s"
+        return {
+            "store": self.out,
+            "taught": speed if self.records else None,
+            "there before": self.kept or None,
+            "taken over": self.reused or None,
+            "state": "finished" if self.complete else "unfinished: other workers have shards to write",
+            **self.manifest.facts,
+        }
 
 
 class _Batch(NamedTuple):
@@ -133,7 +154,9 @@ def build_cache(
         seconds = time.perf_counter() - began
         complete = writer.seal()
     damaged = 0 if earlier is None else len(earlier.damaged)
-    return BuildResult(writer.manifest, taught, share - done, seconds, complete, reused, writer.repaired, damaged)
+    return BuildResult(
+        writer.manifest, taught, share - done, seconds, complete, reused, writer.repaired, damaged, str(out)
+    )
 
 
 def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: int) -> Array:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdcache.data import open_split
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION
@@ -173,6 +174,7 @@ def write_beginning(
             untrained=model.untrained,
             streams=_streams(config, datasets) if len(datasets) > 1 else (),
             stores=_stores(config, datasets),
+            validated_on="" if config.val is None else open_split(config.val, config.val_split).digest(),
         )
         write_run_model(run, run_model)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})

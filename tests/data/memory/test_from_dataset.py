@@ -195,7 +195,7 @@ ONES = np.ones((4, 6), np.uint8)
         ([{"image": ZEROS}], {"label": "mask"}, "no 'mask'"),
         ([{"image": ZEROS, "n": 1}, {"image": ZEROS, "n": 1}], {"ids": "n"}, "'1' twice"),
         ([{"image": ZEROS}], {"ids": "n"}, "leave ids out"),
-        ([(ZEROS, ONES)], {"ids": ["a", "b"]}, "2 ids, 1 samples"),
+        ([(ZEROS, ONES)], {"ids": ["a", "b"]}, "2 ids for 1 samples"),
         ([(ZEROS, ONES)], {"classes": 2}, "classes are names"),
         ([(ZEROS, ONES)], {"classes": "road"}, "classes are names"),
     ],

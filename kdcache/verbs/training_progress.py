@@ -1,14 +1,13 @@
-"""A training on the terminal. Imports torch: the verbs import it when they run, not for --help."""
+"""The progress of a training: a bar, its notes, a line per validation."""
 
 from rich.progress import Progress, TaskID
 
 from kdcache.metrics import DepthMetrics, Metrics
 from kdcache.train import Observer
-from kdcache_cli.console import ERRORS
 
 
 class TrainingProgress(Observer):
-    """A training on the terminal: a bar with losses and time left, a line per validation."""
+    """A training as one watches it: a bar with losses and time left, a line per validation."""
 
     def __init__(self, bar: Progress, title: str) -> None:
         self._bar = bar
@@ -18,12 +17,12 @@ class TrainingProgress(Observer):
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
         self._task = self._bar.add_task(self._title, total=iterations, completed=step, note="")
-        ERRORS.print(
+        self._bar.console.print(
             f"{self._title}: {parameters / 1e6:.2f} M parameters, iterations {step} to {iterations}", markup=False
         )
 
     def note(self, text: str) -> None:
-        ERRORS.print(f"note: {text}", markup=False)
+        self._bar.console.print(f"note: {text}", markup=False)
 
     def advanced(self, step: int) -> None:
         assert self._task is not None
@@ -46,12 +45,12 @@ class TrainingProgress(Observer):
 
     def gradients(self, step: int, norms: dict[str, float]) -> None:
         shown = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
-        ERRORS.print(f"  gradient norms at {step}: {shown}", markup=False)
+        self._bar.console.print(f"  gradient norms at {step}: {shown}", markup=False)
 
     def balanced(self, step: int, tasks: dict[str, dict[str, float]]) -> None:
         shown = [f"{task} {own['norm']:.3g} ({own['ratio']:.2g} times)" for task, own in tasks.items() if "norm" in own]
         if shown:
-            ERRORS.print(f"  gradient norms of the tasks at {step}: {', '.join(shown)}", markup=False)
+            self._bar.console.print(f"  gradient norms of the tasks at {step}: {', '.join(shown)}", markup=False)
 
     def validating(self, done: int, total: int) -> None:
         assert self._task is not None
@@ -61,15 +60,17 @@ class TrainingProgress(Observer):
         assert self._task is not None
         self._miou = f" mIoU {100 * metrics.miou:.2f}"
         self._bar.update(self._task, completed=step, note=self._miou.strip())
-        ERRORS.print(f"  iteration {step}:{self._miou}{' (best)' if best else ''}")
+        self._bar.console.print(f"  iteration {step}:{self._miou}{' (best)' if best else ''}")
 
     def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
         self._miou += f", depth rmse {metrics.rmse:.3g} m"
-        ERRORS.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m, abs_rel {metrics.abs_rel:.3g}")
+        self._bar.console.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m, abs_rel {metrics.abs_rel:.3g}")
 
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
-        ERRORS.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m of the EMA")
+        self._bar.console.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m of the EMA")
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
         self._miou += f", EMA {100 * metrics.miou:.2f}"
-        ERRORS.print(f"  iteration {step}: mIoU {100 * metrics.miou:.2f} of the EMA{' (best)' if best else ''}")
+        self._bar.console.print(
+            f"  iteration {step}: mIoU {100 * metrics.miou:.2f} of the EMA{' (best)' if best else ''}"
+        )

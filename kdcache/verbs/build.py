@@ -1,0 +1,124 @@
+"""`kdcache.build_cache`: a teacher's pass over a data set, into a store."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcache.data import Split
+from kdcache.errors import RecipeError
+from kdcache.heads import SEGMENTATION
+from kdcache.models import Tta
+from kdcache.progress import progress_bar
+from kdcache.settings import entries
+from kdcache.settings.building import BuildSettings, TeacherSettings
+from kdcache.settings.shared import ImageSettings, MachineSettings
+from kdcache.store import Worker, worker_of
+from kdcache.teacher import BuildOptions, BuildResult, Teacher, check_cross_fit, load_teacher, load_teachers
+from kdcache.teacher import build_cache as build
+from kdcache.train import pick_device
+from kdcache.verbs.arguments import checked, keywords, open_data
+
+TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings)
+Origin = str | Path | nn.Module | Teacher
+
+
+@keywords(*TABLES)
+def build_cache(
+    data: str | Path | Split,
+    teacher: Origin | Sequence[str],
+    out: str | Path,
+    *,
+    split: str | None = None,
+    worker: str | Worker | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> BuildResult:
+    """Run a teacher over a split once and keep its outputs, as `kdcache build-teacher-cache` does.
+
+        result = kdcache.build_cache("camvid", "runs/teacher", "camvid.zarr")
+        result = kdcache.build_cache(split, my_module, "mine.zarr", size=(288, 384), views=4)
+
+    Interrupted, the same call continues; a finished store is checked and left as it is.
+
+    Args:
+        data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
+        teacher: a run folder, SPEC@FILE and the like, or several as an ensemble; a module; or what `load_teacher` made.
+        out: the store, a folder or s3://BUCKET/PREFIX.
+        split: which split of the data, default train.
+        worker: "I/N" is this process's part of a build that several share.
+        progress: shows a bar, or lines where there is no terminal.
+        settings: as the flags of the verb, with their defaults: `help(kdcache.build_cache)` lists them. Sizes are
+            (H, W), or texts such as "288x384".
+    Raises: KDCacheError of every kind.
+    """
+    chosen = checked(build_cache, settings, *TABLES)
+    source, loaded, options = plan_build(open_data(data, split), teacher, chosen)
+    part = worker if isinstance(worker, Worker) else worker_of(worker)
+    with progress_bar(progress) as bar:
+        for note in loaded.notes:
+            bar.console.print(f"note: {note}", markup=False, soft_wrap=True)
+        task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
+        return build(
+            source, loaded, out, options, lambda done, total: bar.update(task, completed=done, total=total), part
+        )
+
+
+def plan_build(
+    source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any]
+) -> tuple[Split, Teacher, BuildOptions]:
+    """The split, the teacher and the options of a build; sets torch's threads.
+
+    Args:
+        settings: values by name, of the tables of teachers, images, builds and the machine.
+    Raises: RecipeError without a size, where the teachers have none of their own; as `load_teachers`.
+    """
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    device = pick_device(settings["device"])
+    options = {name: settings[name] for name in entries(BuildSettings) if settings.get(name) is not None}
+    options |= {name: settings[name] for name in ("top_k",) if name in settings}  # None measures how many it takes
+    classified = not settings["features_only"] and (not settings["heads"] or SEGMENTATION in settings["heads"])
+    loaded = _load(source, teacher, settings, classified)
+    size = settings["size"] or loaded.size
+    if size is None:
+        raise RecipeError(
+            "teachers that are no run of kdcache, or runs of several sizes, need the size of their images",
+            received="no --size",
+            remedy="add --size HxW, for instance --size 288x384; in Python size=(288, 384)",
+        )
+    return source, loaded, BuildOptions(size=size, device=device, **options)
+
+
+def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any], classified: bool) -> Teacher:
+    """The teacher of a build: as it is when it was loaded, else one or several by where they come from."""
+    of_one = {name: settings[name] for name in ("class_map", "mean", "std")}
+    of_several = {name: settings[name] for name in ("teacher_weights", "tta", "folds", "folds_by")}
+    if isinstance(teacher, Teacher | nn.Module):
+        held = "a teacher that was loaded" if isinstance(teacher, Teacher) else "a module"
+        beside = of_several | (of_one if isinstance(teacher, Teacher) else {})
+        if set_anyway := [name for name, value in beside.items() if value is not None]:
+            raise RecipeError(
+                f"{held} is used as it is",
+                received=", ".join(f"{name}={beside[name]!r}" for name in set_anyway),
+                remedy="leave them out; load_teacher takes class_map, mean and std, and runs or SPEC@FILE the others",
+            )
+        if isinstance(teacher, Teacher):
+            return teacher
+        return load_teacher(teacher, source, classified=classified, **of_one)
+    origins = [str(teacher)] if isinstance(teacher, str | Path) else [str(one) for one in teacher]
+    loaded = load_teachers(
+        origins,
+        source.classes,
+        weights=settings["teacher_weights"],
+        tta=None if settings["tta"] is None else Tta.parse(settings["tta"]),
+        folds=settings["folds"],
+        folds_by=settings["folds_by"],
+        classified=classified,
+        **of_one,
+    )
+    if settings["folds"] is not None:
+        check_cross_fit(origins, source, settings["folds_by"])
+    return loaded

@@ -1,0 +1,88 @@
+"""`kdcache.compare`: runs side by side."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.analysis.compare import CompareOptions
+from kdcache.analysis.compare import compare as compare_runs
+from kdcache.analysis.comparison import Comparison
+from kdcache.analysis.stored_evaluations import Judging
+from kdcache.data import Split
+from kdcache.progress import progress_bar
+from kdcache.run_folder import Run
+from kdcache.settings import read
+from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
+from kdcache.train import pick_device
+from kdcache.verbs.arguments import checked, keywords, spec_of
+
+TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
+
+
+@keywords(*TABLES)
+def compare(
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    *,
+    data: str | Path | Split | None = None,
+    split: str | None = None,
+    teacher: str | Path | Run | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Runs side by side: scores, distance to the baseline and its noise, cost, as `kdcache compare` prints them.
+
+        comparison = kdcache.compare(["runs/none", "runs/dist"], teacher="runs/teacher")
+
+    Runs that differ only in seed and fold are one row. Evaluations and timings are kept in the run folders, and used
+    again while weights and data, or network, size and machine are the same.
+
+    Args:
+        runs: run folders, folders that hold runs, RUN@best-ema, SPEC@FILE.
+        data, split: default: what the runs' recipes validate on.
+        teacher: a run or SPEC@FILE, shown apart.
+        progress: shows a bar, or lines where there is no terminal.
+        settings: as the flags of the verb, with their defaults: `help(kdcache.compare)` lists them.
+    Raises: KDCacheError of every kind.
+    """
+    chosen = checked(compare, settings, *TABLES) | {"teacher": None if teacher is None else str(teacher)}
+    texts = [str(runs)] if isinstance(runs, str | Path | Run) else [str(run) for run in runs]
+    place = None
+    if data is not None:
+        place, own = spec_of(data, "data")
+        split = split or own
+    with progress_bar(progress) as bar:
+        task = bar.add_task("comparing", total=None, note="")
+        return compare_runs(
+            texts,
+            place,
+            split,
+            options_of(chosen),
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+
+
+def judging_of(settings: Mapping[str, Any]) -> Judging:
+    """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
+    judge, depth = read(JudgeSettings, settings), read(DepthSettings, settings)
+    size = read(ImageSettings, {"size": settings["size"]}).size
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    device = pick_device(settings["device"])
+    return Judging(judge.weights, size, judge.batch_size, str(device), judge.fresh, depth)
+
+
+def options_of(settings: Mapping[str, Any]) -> CompareOptions:
+    """How runs are compared. Raises: RecipeError for a value that is none."""
+    rows = read(CompareSettings, settings)
+    return CompareOptions(
+        judging_of(settings),
+        rows.teacher,
+        rows.baseline,
+        rows.ignore,
+        rows.blocks_by,
+        rows.own_fold,
+        settings["repeats"],
+        rows.smoke,
+    )

@@ -1,0 +1,101 @@
+"""`kdcache.train`: a training into a run folder."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdcache.data import Split
+from kdcache.data.memory.opened import is_memory
+from kdcache.errors import RecipeError
+from kdcache.progress import progress_bar
+from kdcache.run_folder import Run
+from kdcache.settings.training import TRAINING
+from kdcache.train import make_config, pick_device
+from kdcache.train import train as run_training
+from kdcache.train.distributed import default_workers
+from kdcache.verbs.arguments import keywords, spec_of
+from kdcache.verbs.training_progress import TrainingProgress
+
+Data = str | Path | Split
+
+
+@keywords(*TRAINING, but=("verb",))
+def train(
+    out: str | Path,
+    *,
+    model: str,
+    data: Data | None = None,
+    val: Data | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Train a student from a store, or a model on labels alone, as `kdcache train-student` and `train-teacher` do.
+
+        teacher = kdcache.train("runs/teacher", model="kdcache:base", data="camvid", size=(288, 384))
+        run = kdcache.train("runs/student", model="kdcache:tiny", cache="camvid.zarr", val="camvid")
+
+    With a store it is `train-student`, without one `train-teacher`, which validates by default on the split val of
+    `data`; a data set in memory has no other split, and is not validated without `val`.
+
+    Args:
+        out: the run folder: new, empty, or with `resume` the run itself.
+        model: its spec, such as kdcache:tiny or path/to/file.py:function.
+        data, val: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
+        resume: goes on from the last checkpoint.
+        progress: shows a bar, or lines where there is no terminal.
+        settings: as the flags of the verbs, with their defaults: `help(kdcache.train)` lists them. Sizes are (H, W), or
+            texts such as "288x384".
+    Returns: the run: its folder, recipe, model and result.
+    Raises: KDCacheError of every kind; Interrupted when the user stops it, and then `resume=True` goes on.
+    """
+    if not isinstance(model, str):
+        kind = "a module" if isinstance(model, nn.Module) else type(model).__name__
+        raise RecipeError(
+            "a training names its model, so that its run can be opened again: a spec",
+            received=f"{kind} as model",
+            remedy="give model='path/to/file.py:function', a function of num_classes that returns the module; or train "
+            "the module in a loop of your own with DistillLoss (docs/loops.md)",
+        )
+    taught = settings.get("cache") is not None or any(map(_has_store, settings.get("stream") or ()))
+    verb = "train-student" if taught else "train-teacher"
+    places = _places(data, val, settings)
+    if not taught and val is None and data is not None and not is_memory(places["data"]):
+        places["val"] = places["data"]
+    if settings.get("workers") is None:
+        settings["workers"] = default_workers(pick_device(str(settings.get("device") or "auto")))
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    config = make_config(**{"verb": verb, "model": model, **given, **places})
+    with progress_bar(progress) as bar:
+        run_training(config, out, resume=resume, observer=TrainingProgress(bar, verb))
+    return Run.open(out)
+
+
+def _places(
+    data: str | Path | Split | None, val: str | Path | Split | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The specs of data and validation data, and the names of their splits where these come with them.
+
+    Raises: RecipeError as `spec_of`, and for a split beside which another name is given.
+    """
+    places: dict[str, Any] = {}
+    for name, split_name, value in (("data", "split", data), ("val", "val_split", val)):
+        if value is None:
+            continue
+        places[name], own = spec_of(value, name)
+        if own is None:
+            continue
+        if settings.get(split_name) not in (None, own):
+            raise RecipeError(
+                "a split that is given has its own name",
+                received=f"{name} is split {own!r}, and {split_name}={settings[split_name]!r} beside it",
+                remedy=f"leave {split_name} out",
+            )
+        places[split_name] = own
+    return places
+
+
+def _has_store(stream: Any) -> bool:
+    """Whether a stream, a table or a line, has a store."""
+    return "cache" in stream if isinstance(stream, dict) else "cache=" in str(stream)

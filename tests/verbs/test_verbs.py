@@ -1,0 +1,177 @@
+"""The way from data to a comparison in Python, and what it shows on the way."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import kdcache
+from kdcache import progress
+from kdcache.data import open_split
+from kdcache.errors import ModelError, RecipeError
+from kdcache.progress import Bar
+
+SCENES = "scenes:32x48,train=6,val=3"
+SHORT: dict[str, Any] = {"iterations": 2, "batch_size": 2, "device": "cpu", "gradients_every": 0}
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    def __init__(self, split: str) -> None:
+        self.scenes = open_split(SCENES, split)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.scenes.image(index), self.scenes.label(index)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Data in memory, a module as teacher, a store of them, and two runs."""
+    folder = tmp_path_factory.mktemp("verbs")
+    names = open_split(SCENES, "train").classes.names
+    data, val = (kdcache.from_dataset(Items(split), names, split=split) for split in ("train", "val"))
+    torch.manual_seed(5)
+    module = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 7, 1))
+    result = kdcache.build_cache(data, module, folder / "s.zarr", size=(32, 48), views=2, device="cpu", progress=False)
+    runs = [
+        kdcache.train(
+            folder / method,
+            model="kdcache:tiny",
+            cache=folder / "s.zarr",
+            method=method,
+            val=val,
+            progress=False,
+            **SHORT,
+        )
+        for method in ("none", "kl")
+    ]
+    return {"folder": folder, "data": data, "val": val, "module": module, "result": result, "runs": runs}
+
+
+def html_of(value: Any) -> str:
+    text: str = value._repr_html_()
+    assert text.startswith("<table>")
+    assert text.endswith("</table>")
+    return text
+
+
+def test_a_build_shows_what_it_made(world: dict[str, Any]) -> None:
+    result, cache = world["result"], kdcache.open_cache(world["folder"] / "s.zarr")
+    assert result.complete
+    assert result.records == 12
+    assert "12 in " in repr(result)
+    assert len(repr(result)) < 400
+    assert "2 of 32x48" in repr(cache)
+    assert "segmentation 8x12, 7 of 7 classes" in html_of(cache)
+    assert "memory:Sequential" in html_of(result)
+    again = kdcache.build_cache(world["data"], world["module"], result.out, size="32x48", views=2, progress=False)
+    assert again.kept == 12
+
+
+def test_runs_show_what_they_reached(world: dict[str, Any]) -> None:
+    run = world["runs"][1]
+    assert run.recipe["method"] == "kl"
+    assert run.recipe["val"] == world["val"].data
+    assert "best mIoU" in repr(run)
+    assert "kdcache:tiny" in html_of(run)
+
+
+def test_evaluations_are_kept_and_modules_are_judged(world: dict[str, Any]) -> None:
+    run = world["runs"][0]
+    metrics = kdcache.evaluate(run, world["val"], device="cpu", progress=False)
+    assert list(run.folder.glob("evaluation-val*.json"))
+    assert metrics == kdcache.evaluate(str(run.folder), world["val"], device="cpu", progress=False)
+    assert "mIoU" in repr(metrics)
+    assert "road" in html_of(metrics)
+    own = kdcache.evaluate(world["module"], SCENES, size=(32, 48), device="cpu", progress=False)
+    assert own.segmentation is not None
+    assert own.segmentation.miou >= 0
+    with pytest.raises(RecipeError, match="needs the size"):
+        kdcache.evaluate(world["module"], SCENES, progress=False)
+
+
+def test_a_comparison_shows_its_rows(world: dict[str, Any]) -> None:
+    comparison = kdcache.compare(world["runs"], repeats=0, device="cpu", progress=False)
+    assert comparison.data == world["val"].data
+    assert len(comparison.rows) == 2
+    assert len(repr(comparison)) < 300
+    assert "mIoU %" in html_of(comparison)
+    assert "&lt;" not in html_of(comparison)
+
+
+def test_a_teacher_by_itself_is_trained_on_labels(world: dict[str, Any], tmp_path: Path) -> None:
+    run = kdcache.train(tmp_path / "t", model="kdcache:tiny", data=SCENES, size=(32, 48), progress=False, **SHORT)
+    assert run.recipe is not None
+    assert (run.recipe["verb"], run.recipe["val"]) == ("train-teacher", SCENES)
+    unjudged = kdcache.train(
+        tmp_path / "u", model="kdcache:tiny", data=world["data"], size="32x48", progress=False, **SHORT
+    )
+    assert unjudged.recipe is not None
+    assert "val" not in unjudged.recipe
+    result = kdcache.build_cache(SCENES, run.folder, tmp_path / "s.zarr", views=1, device="cpu", progress=False)
+    assert result.records == 6
+
+
+def test_what_a_training_cannot_take_is_refused(world: dict[str, Any], tmp_path: Path) -> None:
+    out, model = tmp_path / "run", "kdcache:tiny"
+    with pytest.raises(RecipeError, match="names its model"):
+        kdcache.train(out, model=world["module"], data=SCENES)
+    with pytest.raises(RecipeError, match="has its own name"):
+        kdcache.train(out, model=model, data=world["data"], split="val", size=(32, 48))
+    with pytest.raises(RecipeError, match="--itrations"):
+        kdcache.train(out, model=model, data=SCENES, itrations=3)
+    with pytest.raises(RecipeError, match="something to train on"):
+        kdcache.train(out, model=model)
+    with pytest.raises(ModelError, match="has 7, the data set has 2"):
+        kdcache.build_cache(
+            kdcache.from_dataset([(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8))], ["a", "b"]),
+            world["module"], tmp_path / "s", size=(8, 8), progress=False,
+        )  # fmt: skip
+    with pytest.raises(RecipeError, match="is used as it is"):
+        kdcache.build_cache(world["data"], world["module"], tmp_path / "s", tta="flip", size=(32, 48), progress=False)
+    assert not out.exists()
+
+
+def test_progress_is_a_bar_where_one_can_move(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for console, bars in (
+        (Console(file=io.StringIO(), force_terminal=True), True),
+        (Console(file=io.StringIO()), False),
+        (Console(file=io.StringIO(), force_jupyter=True), None),
+    ):
+        for widgets in (None, object()):
+            monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name, widgets=widgets: widgets)
+            assert Bar(console).disable is not (bars if bars is not None else widgets is not None)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
+    with progress.progress_bar() as bar:
+        task = bar.add_task("building", total=4, note="n" * 100)
+        bar.update(task, completed=1)
+        while not (text := capsys.readouterr().err):
+            pass
+    assert text.startswith("building: 1/4, ")
+    assert "n" * 100 in text
+    with progress.progress_bar(shown=False) as bar:
+        bar.add_task("building", total=4, note="")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_room_and_a_function_share_a_name() -> None:
+    from kdcache.train import make_config
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        import kdcache.train as room
+    assert room is kdcache.train
+    assert callable(kdcache.train)
+    assert kdcache.train.make_config is make_config
