@@ -76,7 +76,7 @@ class JudgeSettings:
     weights: Weights = setting("best", "Weights of a run: best or last; of one with --ema also best-ema or last-ema.")
     batch_size: Count = setting(8, "Images per forward pass.", ranged=True)
     repeats: Annotated[int, Ge(0)] = setting(50, "Timed calls per model; 0 times none.", ranged=True)
-    fresh: bool = setting(False, "Evaluate again what was evaluated before.")
+    fresh: bool = setting(False, "Evaluate and time again what was evaluated and timed before.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,11 @@ class DepthSettings:
 class CompareSettings:
     """The data that runs are compared on, and what they are measured against."""
 
-    data: str | None = setting(None, "Data to judge on (default: what the runs' recipes validate on).")
+    data: str | None = setting(
+        None,
+        "Data to judge on (default: what the runs' recipes validate on). Without --split it is where that data set "
+        "is now, and another one is refused.",
+    )
     split: str | None = setting(None, "Which split of it (default: theirs, or val).")
     teacher: str | None = setting(None, "A run or SPEC@FILE, shown apart.", metavar="RUN")
     baseline: str | None = setting(

@@ -58,6 +58,7 @@ class _Room(ModuleType):
     """
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        """Train into a run folder: `help(kdcache.verbs.train)` has the settings and their defaults."""
         return import_module("kdcache.verbs").train(*arguments, **settings)
 
     @property

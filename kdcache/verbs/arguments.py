@@ -28,9 +28,8 @@ def keywords(*tables: type, but: tuple[str, ...] = ()) -> Callable[[Function], F
     def decorate(function: Function) -> Function:
         own = signature(function)
         first = [parameter for parameter in own.parameters.values() if parameter.kind is not Parameter.VAR_KEYWORD]
-        hints = _hints(*tables)
         settings = [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=default_of(entry), annotation=hints[name])
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default_of(entry), annotation=_type(entry))
             for name, entry in entries(*tables).items()
             if name not in own.parameters and name not in but
         ]
@@ -39,6 +38,11 @@ def keywords(*tables: type, but: tuple[str, ...] = ()) -> Callable[[Function], F
         return function
 
     return decorate
+
+
+def _type(entry: Entry) -> Any:
+    """The type of a setting's values, without marks."""
+    return entry.type | None if entry.optional or entry.setting.automatic else entry.type
 
 
 def default_of(entry: Entry) -> Any:

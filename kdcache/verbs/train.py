@@ -45,8 +45,8 @@ def train(
         data, val: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
         resume: goes on from the last checkpoint.
         progress: shows a bar, or lines where there is no terminal.
-        settings: as the flags of the verbs, with their defaults: `help(kdcache.train)` lists them. Sizes are (H, W), or
-            texts such as "288x384".
+        settings: as the flags of the verbs, with their defaults: `help(kdcache.verbs.train)` lists them. Sizes are
+            (H, W), or texts such as "288x384".
     Returns: the run: its folder, recipe, model and result.
     Raises: KDCacheError of every kind; Interrupted when the user stops it, and then `resume=True` goes on.
     """

@@ -25,12 +25,12 @@ def traced(transform: Any) -> Callable[..., Any]:
         image that it was given, the flip a bool; torchvision's come behind the other results, albumentations' by name.
     Raises: DataError for another transform. The function raises it for one that moves pixels otherwise.
     """
-    kinds = [kind.__module__.partition(".")[0] for kind in type(transform).__mro__]
-    if "torchvision" in kinds and ".v2" in "".join(kind.__module__ for kind in type(transform).__mro__):
+    homes = [kind.__module__ for kind in type(transform).__mro__]
+    if any(home.startswith("torchvision.transforms.v2") for home in homes):
         from kdcache.data.tracing.torchvision_v2 import TracedTransform
 
         return TracedTransform(transform)
-    if "albumentations" in kinds:
+    if any(home.partition(".")[0] == "albumentations" for home in homes):
         from kdcache.data.tracing.albumentations import TracedCompose
 
         return TracedCompose(transform)
