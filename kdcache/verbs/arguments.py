@@ -77,10 +77,10 @@ def checked(function: Callable[..., Any], settings: Mapping[str, Any], *tables: 
 def open_data(data: str | Path | Split, split: str | None, name: str = "data") -> Split:
     """The split of a data set by its spec or folder; a split is taken as it is.
 
-    Raises: RecipeError for another name than the split has; as `open_split`.
+    Raises: RecipeError for what is no data, and for another name than the split has; as `open_split`.
     """
     if not isinstance(data, Split):
-        return open_split(data, split or "train")
+        return open_split(_place(data, name), split or "train")
     if split not in (None, data.split):
         raise RecipeError(
             "a split that is given has its own name",
@@ -93,10 +93,10 @@ def open_data(data: str | Path | Split, split: str | None, name: str = "data") -
 def spec_of(data: str | Path | Split, name: str) -> tuple[str, str | None]:
     """(Spec, name of the split) by which a training opens data again; the name is None where data is a spec.
 
-    Raises: RecipeError for a split that its spec does not name, such as a part of another one.
+    Raises: RecipeError for what is no data, and for a split that its spec does not name, such as a part of another one.
     """
     if not isinstance(data, Split):
-        return str(data), None
+        return _place(data, name), None
     if open_split(data.data, data.split).digest() != data.digest():
         raise RecipeError(
             "a training opens its data by the name that its recipe keeps",
@@ -104,6 +104,18 @@ def spec_of(data: str | Path | Split, name: str) -> tuple[str, str | None]:
             remedy="give the whole, with limit_samples or fold; or make it one: kdcache.from_dataset(items, classes)",
         )
     return data.data, data.split
+
+
+def _place(data: Any, name: str) -> str:
+    """The folder or spec of data. Raises: RecipeError for anything else, such as somebody's data set."""
+    if isinstance(data, str | Path):
+        return str(data)
+    kind = type(data)
+    raise RecipeError(
+        f"{name} is a folder or a spec, or a split: of kdcache.open_split, or kdcache.from_dataset",
+        received=f"{kind.__module__}.{kind.__qualname__}",
+        remedy="make a split of it: kdcache.from_dataset(dataset, classes=[...]); of a DataLoader, of its .dataset",
+    )
 
 
 @cache

@@ -15,7 +15,7 @@ from kdcache.progress import progress_bar
 from kdcache.settings import entries
 from kdcache.settings.building import BuildSettings, TeacherSettings
 from kdcache.settings.shared import ImageSettings, MachineSettings
-from kdcache.store import Worker, worker_of
+from kdcache.store import worker_of
 from kdcache.teacher import BuildOptions, BuildResult, Teacher, check_cross_fit, load_teacher, load_teachers
 from kdcache.teacher import build_cache as build
 from kdcache.train import pick_device
@@ -32,7 +32,8 @@ def build_cache(
     out: str | Path,
     *,
     split: str | None = None,
-    worker: str | Worker | None = None,
+    worker: str | None = None,
+    take_over: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> BuildResult:
@@ -48,7 +49,8 @@ def build_cache(
         teacher: a run folder, SPEC@FILE and the like, or several as an ensemble; a module; or what `load_teacher` made.
         out: the store, a folder or s3://BUCKET/PREFIX.
         split: which split of the data, default train.
-        worker: "I/N" is this process's part of a build that several share.
+        worker: "I/N" is this process's part of a build that several share; "auto" as a scheduler numbers it.
+        take_over: writes the missing shards of the other workers, too.
         progress: shows a bar, or lines where there is no terminal.
         settings: as the flags of the verb, with their defaults: `help(kdcache.build_cache)` lists them. Sizes are
             (H, W), or texts such as "288x384".
@@ -56,7 +58,7 @@ def build_cache(
     """
     chosen = checked(build_cache, settings, *TABLES)
     source, loaded, options = plan_build(open_data(data, split), teacher, chosen)
-    part = worker if isinstance(worker, Worker) else worker_of(worker)
+    part = worker_of(worker, take_over)
     with progress_bar(progress) as bar:
         for note in loaded.notes:
             bar.console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -130,6 +130,10 @@ def test_what_a_training_cannot_take_is_refused(world: dict[str, Any], tmp_path:
         kdcache.train(out, model=model, data=world["data"], split="val", size=(32, 48))
     with pytest.raises(RecipeError, match="--itrations"):
         kdcache.train(out, model=model, data=SCENES, itrations=3)
+    with pytest.raises(RecipeError, match="val is a folder or a spec, or a split"):
+        kdcache.train(out, model=model, data=SCENES, val=torch.utils.data.DataLoader(Items("val")))
+    with pytest.raises(RecipeError, match="make a split of it"):
+        kdcache.build_cache(Items("train"), world["module"], tmp_path / "s", size=(32, 48))
     with pytest.raises(RecipeError, match="something to train on"):
         kdcache.train(out, model=model)
     with pytest.raises(ModelError, match="has 7, the data set has 2"):

@@ -1,9 +1,9 @@
 """What an augmentation that is not kdcache's shows of an image: its window, and whether that is mirrored.
 
-traced.py          `traced`: a transform of torchvision v2 or albumentations that also returns window and flip
-footprint.py       a window and a flip, moved by crops, resizes and flips
-torchvision_v2.py  footprints as a kind of tensor that torchvision's transforms move with the image
-albumentations.py  footprints from the parameters that albumentations keeps
+traced.py         `traced`: a transform of torchvision v2 or albumentations that also returns window and flip
+footprint.py      a window and a flip, moved by crops, resizes and flips
+torchvision.py    footprints as a kind of tensor that torchvision's transforms move with the image
+albumentations.py footprints from the parameters that albumentations keeps
 """
 
 from kdcache.data.tracing.footprint import Footprint

@@ -20,7 +20,10 @@ _IN_PLACE = (
 
 
 class TracedCompose:
-    """A composition whose result has `window` and `flip`, too. Picklable where the composition is."""
+    """A composition whose result has `window` and `flip`, too. Picklable where the composition is.
+
+    Raises: DataError for a transform that is no composition.
+    """
 
     def __init__(self, transform: Any) -> None:
         if not isinstance(transform, A.Compose):

@@ -27,7 +27,7 @@ def traced(transform: Any) -> Callable[..., Any]:
     """
     homes = [kind.__module__ for kind in type(transform).__mro__]
     if any(home.startswith("torchvision.transforms.v2") for home in homes):
-        from kdcache.data.tracing.torchvision_v2 import TracedTransform
+        from kdcache.data.tracing.torchvision import TracedTransform
 
         return TracedTransform(transform)
     if any(home.partition(".")[0] == "albumentations" for home in homes):

@@ -35,7 +35,10 @@ def footprint_of(tensor: torch.Tensor) -> Footprint:
 
 
 class TracedTransform:
-    """A v2 transform whose results are followed by the window and the flip. Picklable where the transform is."""
+    """A v2 transform whose results are followed by the window and the flip. Picklable where the transform is.
+
+    Raises: DataError for one that makes plain tensors before its last step.
+    """
 
     def __init__(self, transform: v2.Transform) -> None:
         self.transform = transform
