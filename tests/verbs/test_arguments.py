@@ -67,7 +67,7 @@ def test_a_signature_is_short_and_complete() -> None:
     shown = str(inspect.signature(kdcache.train))
     assert "temperature: float = 2.0" in shown
     assert ", size: " in shown
-    assert "Annotated" not in shown
+    assert "Spelling" not in shown
     assert "verb" not in inspect.signature(kdcache.train).parameters
     assert inspect.signature(kdcache.train) == inspect.signature(verbs.train)
 
