@@ -156,8 +156,8 @@ class TrainSettings:
 
     collapse: Literal["note", "refuse"] = _gate(
         "note",
-        "What a teacher is worth that gives images without labels to few classes only, fewer by half (as their entropy "
-        "counts them) than the labels have: a note, or no training.",
+        "For a teacher that gives images without labels to few classes only, fewer by half (as their entropy counts "
+        "them) than the labels have: note, or refuse to train.",
     )
 
     labels: Tasks = _part(

@@ -42,13 +42,13 @@ def bench_loader(
     batch_size: Annotated[int, _Option("--batch-size", min=1, help="Samples per batch of a loader.")] = 16,
     threads: Annotated[int, _Option("--threads", min=1, max=256, help="Threads of the ring.")] = 2,
     workers: Annotated[int, _Option("--workers", min=1, max=256, help="Processes of the DataLoader.")] = 2,
-    repeats: Annotated[int, _Option("--repeats", min=1, help="Turns of each contestant.")] = 7,
+    repeats: Annotated[int, _Option("--repeats", min=1, help="Timings of each of them, in turns.")] = 7,
     augment: Annotated[
         str, _Option("--augment", help="none; warp measures loaders and steps with drawn windows as well.")
     ] = "none",
     student: Annotated[str, _Option("--student", help="Model whose training step is fed.")] = "kdcache:tiny",
     steps: Annotated[
-        int, _Option("--steps", min=0, help="Training steps of each contestant; 0 leaves the steps out.")
+        int, _Option("--steps", min=0, help="Training steps with each of them; 0 leaves the steps out.")
     ] = 70,
     device: shared_flags.Device = MachineSettings.device,
     data: shared_flags.OptionalData = None,
@@ -124,7 +124,7 @@ def _print(report: "Report") -> None:
 
 
 def _table(turns: "Turns", report: "Report") -> Table:
-    """A line per contestant: medians, with the 20th and 80th percentile of the turns."""
+    """A line for each that was timed: medians, with the 20th and 80th percentile of the turns."""
     settings = report.settings
     title = TITLES[turns.kind].format(augment=turns.augment, batch_size=settings.batch_size, student=settings.student)
     unit = ["ms/step"] if turns.kind == "steps" else ["samples/s"]

@@ -1,4 +1,4 @@
-"""`kdcache inspect`: what a store is, and with --teacher-report what its teacher is worth."""
+"""`kdcache inspect`: what a store is, and with --teacher-report an audit of its teacher."""
 
 import json as json_module
 from pathlib import Path
@@ -41,11 +41,10 @@ def inspect(
     """Show what a store is: from what, how big, complete or not, compression, top-k
     mass; of depth its range, mean and median, and a histogram.
 
-    With --teacher-report, show what its teacher is worth, on whole images at view
-    size: IoU and accuracy per class, which classes it confuses, whether it is as
-    sure as it is right, what pseudo labels of it would keep, what --top-k would
-    cost; of depth its errors, by distance too; of features without a head which
-    channels vary. Tables here; report.json and pictures in --out. Needs the labels:
+    With --teacher-report, audit its teacher on whole images at view size: IoU and
+    accuracy per class, confusions, calibration, what thresholds of pseudo labels
+    keep, what --top-k loses; of depth its errors, by distance too; of features
+    without a head which channels vary. Tables here; report.json and pictures in --out. Needs the labels:
     those in the store, or --data for a store built with --pixels source.
 
     [dim]kdcache inspect camvid.zarr[/]

@@ -1,4 +1,4 @@
-"""What the teachers of several stores are worth, such as those of rounds of self-training, one after the other."""
+"""The scores of the teachers of several stores, such as those of rounds of self-training, one after the other."""
 
 import math
 from collections.abc import Sequence

@@ -203,7 +203,7 @@ def _meaning(gaps: Sequence[Difference]) -> list[str]:
             alike = "unknown" if math.isnan(gap.correlation) else f"{gap.correlation:.2f}"
             sentences.append(
                 f"Not paired by seed, the interval is {points(free.low)} to {points(free.high)}. The correlation of "
-                f"the pairs is {alike}; where it is about 0, pairing buys nothing."
+                f"the pairs is {alike}; where it is about 0, pairing narrows no interval."
             )
     elif any(gap.verdict == "within noise" for gap in tested):
         sentences.append("Within noise: these runs do not tell the row from its baseline. More seeds may.")
