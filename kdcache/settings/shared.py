@@ -49,7 +49,7 @@ class MachineSettings:
     """Device and CPU threads of a verb."""
 
     threads: Annotated[int, Ge(0)] = setting(0, "CPU threads; 0 lets torch choose.")
-    device: str = setting("auto", "auto, cpu or cuda.")
+    device: str = setting("auto", "auto, cpu or cuda.", metavar="auto|cpu|cuda", words=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,7 @@ class TrainSettings:
         REQUIRED,
         "What to train; see [bold]kdcache models[/]. MODEL+depth adds a depth head, MODEL+aux an auxiliary head of "
         "classes that serves the training alone.",
+        metavar="SPEC",
         code=True,
         words=listed_specs,
     )
@@ -89,6 +90,7 @@ class TrainSettings:
         "none (labels only, same pixels), or a sum such as kl or kl+at of kl, pseudo, at, sp, hint, cosine, "
         "cwd, dist, dkd, and dice, lovasz, auxiliary (of --model MODEL+aux), entropy, consistency and adversarial, "
         "which need no teacher. auto is dist; kl with --mix or --accumulate, which dist cannot follow.",
+        metavar="KIND+KIND",
         words=METHODS,
     )
     teacher: Literal["store", "labels"] = _loss(

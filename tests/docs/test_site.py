@@ -179,6 +179,17 @@ def test_front_pages_claim_no_gain_in_quality(page: str) -> None:
     assert not re.search(r"mIoU[^.]*\d\d\.\d", text), "no mIoU on a front page until a control is beside it"
 
 
+@pytest.mark.parametrize("folder", ["kdcache/analysis/report/templates", "cli/kdcache_cli/verbs", "docs"])
+def test_words_that_are_not_the_fields_are_gone(folder: str) -> None:
+    """Of losses that speak and of tables whose header is a verb."""
+    for path in sorted((ROOT / folder).rglob("*")):
+        if path.suffix in (".md", ".py", ".html") and path.name != "changelog.md":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(
+                r"\bis loud\b|>Mind<|\[red\]it does not|what the teacher (says|said)|\| is \|", text
+            ), path
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_pages_name_files_that_exist_and_no_machine(page: str) -> None:
     text = TEXTS[page]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 
 TABLES = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
 Runs = Annotated[
-    list[str], typer.Argument(help="Run folders, folders that hold runs, RUN@best-ema, or SPEC@FILE.", metavar="RUN...")
+    list[str], typer.Argument(help="Run folders, folders that hold runs, RUN@best-ema, or SPEC@FILE.", metavar="RUN")
 ]
 ROWS = ("data", "split", "teacher", "baseline", "ignore", "blocks_by", "own_fold")
 DEPTH = ("min_depth", "max_depth", "depth_crop")

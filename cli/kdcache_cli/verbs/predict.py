@@ -16,7 +16,7 @@ from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open
 def predict(
     run: Model,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders (with all below) or quoted patterns.")
+        list[str], typer.Argument(metavar="IMAGE", help="Files, folders (with all below) or quoted patterns.")
     ],
     out: Annotated[Path, typer.Option("--out", help="New or empty folder for labels/, overlays/, depth/.")],
     opacity: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from kdcache.analysis.compare import CompareOptions, compare
 from kdcache.analysis.per_image import MIOU
 from kdcache.analysis.report import ReportOptions, make_report
 from kdcache.analysis.report.page import page, write_report
+from kdcache.analysis.report.pictures import pictures
 from kdcache.analysis.report.samples import (
     RowPrediction,
     Sample,
@@ -148,6 +150,25 @@ def test_five_rows_and_six_images_are_small(three: Path) -> None:
     ]
     text = page(replace(found, rows=rows), find_runs([three / "runs" / "kl-0"]), title="A", samples=samples)
     assert len(text.encode()) < 4_000_000
+
+
+def test_the_first_slider_is_baseline_against_student_and_many_classes_fold(three: Path) -> None:
+    found = compare([three / "runs"], options=QUICK)
+    ids = np.zeros((4, 8), np.uint8)
+    classes, wrong = encode_classes(ids, COLOURS, (4, 8)), encode_wrong(ids, ids, COLOURS, (4, 8))
+    image = encode_image(np.zeros((4, 8, 3), np.uint8), (4, 8))
+    names = tuple(f"class-{number}" for number in range(30))
+    found = replace(found, class_names=names, class_colours=((1, 2, 3),) * 30)
+    predictions = tuple(RowPrediction(place, 0.5, (0.5,) * 30, classes, wrong) for place in range(2))
+    samples = [Sample("s", "best 1", MIOU, 0.5, (4, 8), tuple(range(30)), image, classes, predictions)]
+    text = str(pictures(found, samples, None))
+    places = {row.name: place for place, row in enumerate(found.rows)}
+    checked = dict(re.findall(r'name="(left|right)" value="(\w+)" checked', text))
+    assert checked == {"left": f"row{places['none']}", "right": f"row{places['kl']}"}
+    shown, _, folded = text[: text.index('class="samples"')].partition("<summary>6 more classes</summary>")
+    assert shown.count('data-class="') == 1 + 24
+    assert folded.count('data-class="') == 6
+    assert "more classes" not in str(pictures(found, [replace(samples[0], present=(0, 1))], None))
 
 
 def test_a_page_is_written_whole_or_not_at_all(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
