@@ -36,9 +36,10 @@ from triton.runtime.jit import JITFunction
 import kdcache_kernels.gpu
 from common import RESULTS, header, write
 from kdcache_kernels import LossProblem, PackedTarget
-from kdcache_kernels.gpu import argmax, counts, loss, topk
+from kdcache_kernels.gpu import argmax, counts, loss, relations, topk
 from kdcache_kernels.gpu.offline import compile_instead, gpu_target
 from kdcache_kernels.problem import Counted
+from kdcache_kernels.relations.problem import RelationProblem
 from kdcache_kernels.topk import index_dtype
 
 CAPABILITIES = ("80", "90")
@@ -108,6 +109,25 @@ def problem(cells: int, dtype: torch.dtype, **changes: Any) -> LossProblem:
     return LossProblem(**{**arguments, **changes})
 
 
+def relations_call(cells: int, dtype: torch.dtype, moved: bool = False) -> Callable[[], object]:
+    """The loss of relations of a student of `cells` cells along an axis and a dense target of 128.
+
+    Args:
+        moved: whether it is seen through a window, mirrored, and weighed by a gate and a mask.
+    """
+    options: dict[str, Any] = dict.fromkeys(("window", "flip", "pixel_weight", "counted", "count", "moments"))
+    if moved:
+        options |= {"window": empty(BATCH, 4, dtype=torch.float64), "flip": empty(BATCH, dtype=torch.bool)}
+        options |= {"pixel_weight": empty(BATCH, LABELS, LABELS), "count": empty()}
+        options |= {"counted": empty(BATCH, LABELS, LABELS, dtype=torch.bool)}
+        options |= {"moments": empty(6, CLASSES, dtype=torch.float64)}
+    student = empty(BATCH, CLASSES, cells, cells, dtype=dtype)
+    teacher = empty(BATCH, CLASSES, 128, 128, dtype=torch.float16)
+    size = (LABELS, LABELS)
+    made = RelationProblem(student, teacher, size, size, 1.0, 1.0, 1.0, **options, need_gradient=True)
+    return partial(relations.relation_loss, made)
+
+
 def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
     """Calls that together launch every kernel, for a student of each dtype, whose gradient has it too."""
     for dtype in dtypes:
@@ -115,6 +135,8 @@ def main_calls(*dtypes: torch.dtype) -> Iterator[Call]:
         for geometry, cells in CELLS.items():
             yield f"{geometry}, {name}", partial(loss.distill_loss, problem(cells, dtype))
         logits = empty(BATCH, CLASSES, 128, 128, dtype=dtype)
+        yield f"cell by cell, {name}", relations_call(128, dtype)
+        yield f"any window, {name}", relations_call(100, dtype, moved=True)
         yield name, partial(loss.scale_gradient, logits, empty(), dtype)
         yield f"k = {KEPT}, {name}", partial(topk.pack, logits, KEPT)
         yield f"dense, {name}", partial(topk.pack, logits, CLASSES)
@@ -174,6 +196,7 @@ def brief_calls() -> Iterator[Call]:
     yield "any", partial(topk.pack, logits, KEPT)
     yield "any", partial(argmax.argmax_confidence, target, (LABELS, LABELS), None, None)
     yield "any", count_call(None)
+    yield "any", relations_call(100, fp16, moved=True)
 
 
 def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
@@ -191,8 +214,8 @@ def compile_all(target: GPUTarget, calls: Iterator[Call]) -> list[Compiled]:
 def kernels_of_the_package() -> set[str]:
     """Names of the functions that are launched: those that end with `_kernel`."""
     launched = set()
-    for module in pkgutil.iter_modules(kdcache_kernels.gpu.__path__):
-        members = vars(importlib.import_module(f"kdcache_kernels.gpu.{module.name}")).values()
+    for module in pkgutil.walk_packages(kdcache_kernels.gpu.__path__, "kdcache_kernels.gpu."):
+        members = vars(importlib.import_module(module.name)).values()
         names = {member.fn.__name__ for member in members if isinstance(member, JITFunction)}
         launched |= {name for name in names if name.endswith("_kernel")}
     return launched

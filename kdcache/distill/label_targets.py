@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.target import Target
-from kdcache.distill.terms.cells import area_mean
+from kdcache_kernels.target_cells import area_mean
 from kdcache_kernels.window import Size
 
 LOG_FLOOR = -30.0

@@ -1,8 +1,9 @@
 """Distillation loss kernels for segmentation: from low-resolution logits to a loss at label resolution.
 
 This package knows tensors only: no store, no models, no command line, and nothing of kdcache.
-`distill_loss` is the loss, `pack` and `densify` the form in which targets are stored, `choose_k` how many
-classes that form must keep, `target_argmax_confidence` the classes and probabilities for gates and audits.
+`distill_loss` is the loss, `relation_loss` one of correlations, `pack` and `densify` the form in which targets are
+stored, `choose_k` how many classes that form must keep, `target_argmax_confidence` the classes and probabilities for
+gates and audits.
 Everything runs on the CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
 
     parts = distill_loss(student_logits, labels, target, kl_weight=1.0, temperature=2.0)
@@ -22,6 +23,8 @@ from .ops import (
 )
 from .problem import LossProblem
 from .reference import Denominators, LossParts, distill_loss_reference
+from .relations.ops import relation_loss, relation_moments
+from .relations.problem import average_moments
 from .topk import LOGIT_LIMIT, PackedTarget
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "ReferenceWarning",
     "ShapeError",
     "ValueRangeError",
+    "average_moments",
     "choose_k",
     "densify",
     "distill_denominators",
@@ -42,5 +46,7 @@ __all__ = [
     "distill_loss_reference",
     "gradient_error",
     "pack",
+    "relation_loss",
+    "relation_moments",
     "target_argmax_confidence",
 ]

@@ -84,10 +84,10 @@ def distill_loss_reference(problem: LossProblem) -> LossParts:
             teacher = _Upsampled.of_target(target, positions, size, dtype, temperature)
             kl = zero + temperature**2 * _kl_divergence(log_p_BCHW, student.lost, teacher, counted_BHW, problem)
         loss = problem.ce_weight * ce + problem.kl_weight * kl
-        return LossParts(*(_NanReachesAll.apply(part.to(dtype), logits_BChw) for part in (loss, ce, kl)))
+        return LossParts(*(NanReachesAll.apply(part.to(dtype), logits_BChw) for part in (loss, ce, kl)))
 
 
-class _NanReachesAll(torch.autograd.Function):
+class NanReachesAll(torch.autograd.Function):
     """The loss, with a gradient that is NaN at every logit where the loss is not finite.
 
     Autograd alone leaves 0 at logits that were taken out, and in images without counted pixels: an optimiser would
@@ -201,7 +201,7 @@ def _cross_entropy(
     if denominator is None:
         denominator = ce_weight_sum(labels_BHW, weight_C, ignore_index, num_classes)
     spoilt = (counted_BHW & (lost_BHW | wrong_BHW)).any()
-    return _divide(loss_BHW.sum(), denominator, spoilt)
+    return divide(loss_BHW.sum(), denominator, spoilt)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
@@ -226,7 +226,7 @@ def _kl_divergence(
         factor_BHW = torch.where(counted_BHW, problem.pixel_weight.to(loss_BHW.dtype), 0)
     denominator = counted_BHW.sum() if problem.kl_denominator is None else problem.kl_denominator
     spoilt = (counted_BHW & (lost_BHW | teacher.lost)).any()
-    return _divide((loss_BHW * factor_BHW).sum(), denominator, spoilt)
+    return divide((loss_BHW * factor_BHW).sum(), denominator, spoilt)
 
 
 def argmax_confidence_reference(
@@ -274,7 +274,7 @@ def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index:
     return torch.where(counted_BHW, weight_BHW, 0).sum(dtype=torch.float64)
 
 
-def _divide(total: Tensor, denominator: Tensor, spoilt: Tensor) -> Tensor:
+def divide(total: Tensor, denominator: Tensor, spoilt: Tensor) -> Tensor:
     """Return total / denominator, anything / 0 being 0, or NaN in value and gradient when spoilt."""
     divisor = denominator.to(torch.float64)
     scale = divisor.reciprocal().masked_fill(divisor == 0, 0).masked_fill(spoilt, torch.nan)

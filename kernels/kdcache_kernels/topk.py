@@ -53,12 +53,7 @@ class PackedTarget:
                 received=str(self.values.dtype),
                 remedy="Pack raw logits with kdcache_kernels.pack.",
             )
-        if len(self.view_size) != 2 or min(self.view_size) < 1:
-            raise ValueRangeError(
-                "view_size is (height, width) in pixels, each at least 1.",
-                received=repr(self.view_size),
-                remedy="Pass the size at which the teacher saw the view.",
-            )
+        check_view_size(self.view_size)
 
     @property
     def k(self) -> int:
@@ -162,6 +157,16 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
             "k lies between 1 and the number of classes.",
             received=f"k={k} with {num_classes} classes",
             remedy=f"Choose k up to {num_classes}; that keeps every class.",
+        )
+
+
+def check_view_size(view_size: tuple[int, int]) -> None:
+    """Refuse a size that is no pair of pixels. Raises: ValueRangeError."""
+    if len(view_size) != 2 or min(view_size) < 1:
+        raise ValueRangeError(
+            "view_size is (height, width) in pixels, each at least 1.",
+            received=repr(view_size),
+            remedy="Pass the size at which the teacher saw the view.",
         )
 
 

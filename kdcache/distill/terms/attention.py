@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, grid_of, unit, wide
-from kdcache.distill.terms.cells import resize
 from kdcache.distill.terms.spec import TermSpec
+from kdcache_kernels.target_cells import resize
 
 
 class Attention(Term):

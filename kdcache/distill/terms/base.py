@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from kdcache.distill.batch import Batch, PseudoLabels
 from kdcache.distill.outputs import StudentOutputs
 from kdcache.distill.target import Target, TargetFormat
-from kdcache.distill.terms.cells import Cells, lay_cells, resize, sample_view
 from kdcache.distill.terms.spec import (
     TermSpec,
     compares_features,
@@ -21,6 +20,7 @@ from kdcache.distill.terms.spec import (
     reads_teacher,
 )
 from kdcache.heads import DEPTH, SEGMENTATION
+from kdcache_kernels.target_cells import Cells, lay_cells, resize, sample_view
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
-from kdcache.distill.terms.cells import Cells
 from kdcache.distill.terms.features import Projected
 from kdcache.distill.terms.spec import TermSpec
+from kdcache_kernels.target_cells import Cells
 
 
 class ChannelLogits(Term):

@@ -24,9 +24,9 @@ from kdcache.distill import depth
 from kdcache.distill.batch import neighbours
 from kdcache.distill.target import Target
 from kdcache.distill.terms.base import HeadBatch, Term, TermBatch, TermTargets, divide, grid_of, wide
-from kdcache.distill.terms.cells import resample, resize
 from kdcache.distill.terms.spec import TermSpec
 from kdcache.heads import DEPTH, METRES, RegressionHead, clip, raw_of
+from kdcache_kernels.target_cells import resample, resize
 from kdcache_kernels.window import view_positions
 
 MIN_DEPTH = 1e-3

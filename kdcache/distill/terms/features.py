@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, grid_of, wide
-from kdcache.distill.terms.cells import Cells, resize
 from kdcache.distill.terms.spec import TermSpec
+from kdcache_kernels.target_cells import Cells, resize
 
 TINY = 1e-24
 """A sum of squares up to here is taken to be 0."""

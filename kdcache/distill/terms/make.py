@@ -34,7 +34,6 @@ _PLAIN: dict[str, type[Term]] = {
     "at": Attention,
     "sp": Similarity,
     "cwd": ChannelLogits,
-    "dist": Relations,
     "dkd": Decoupled,
 }
 
@@ -60,7 +59,7 @@ def make_term(
         student_taps: the student's features -> channels, most useful last.
         student_heads: what the student's heads are in training, by name; None is a head of segmentation alone.
         align_corners: whether the student's own final resize aligns corners.
-        impl: which kernels compute pseudo labels and their loss (see `kdcache_kernels.distill_loss`).
+        impl: which kernels compute pseudo labels and their loss, and `dist` (see `kdcache_kernels.distill_loss`).
         class_weight: (C,) of `pseudo` and `auxiliary`; None weighs every class 1.
         label_smoothing: of `auxiliary`.
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, for a term that standardises them.
@@ -117,6 +116,8 @@ def make_term(
             teacher_channels=targets.manifest.features[spec.teacher_tap].channels,
             moments=moments,
         )
+    if spec.kind == "dist":
+        return Relations(spec, targets, arrays, impl=impl)
     return _PLAIN[spec.kind](spec, targets, arrays)
 
 

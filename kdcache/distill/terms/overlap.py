@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
-from kdcache.distill.terms.cells import resize
 from kdcache.distill.terms.spec import TermSpec
+from kdcache_kernels.target_cells import resize
 
 
 class Overlap(Term):

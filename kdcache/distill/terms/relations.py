@@ -1,69 +1,66 @@
 """Relations: how predictions vary, and how alike the features of a batch's images are."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, grid_of, shared, unit, wide
-from kdcache.distill.terms.cells import Cells
 from kdcache.distill.terms.spec import TermSpec
-
-EPS = 1e-8
-"""Added to every variance: what varies by less than 1e-4 is rounding, or a class that is nowhere. The paper's code adds
-it to the product of the norms, which leaves gradients of 1e5 where a prediction is uniform."""
+from kdcache_kernels import average_moments, densify, relation_loss, relation_moments
+from kdcache_kernels.topk import compute_dtype
 
 
 class Relations(Term):
-    """`dist`: T^2 * (beta * inter + gamma * intra) of q_s, q_t = softmax(x / T).
+    """`dist`: T^2 * (beta * inter + gamma * intra) of q_s, q_t = softmax(x / T), in one operation.
 
     inter: mean over cells of 1 - pearson(q_s, q_t) over the classes; intra: mean over classes of 1 - pearson over the
     cells of the whole batch, of all processes together. Cells weigh by their share of counted pixels times the gate.
+    With one class, whose probabilities are constants without a correlation, it is 0.
 
     Default weight 1, beta = gamma = 1, temperature 1 (the authors' for segmentation): a gradient of 1 to 1.6 of CE's,
     and of 11 before a student has learnt anything.
     Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10.
     """
 
-    def __init__(self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = (), *, impl: str = "auto"
+    ) -> None:
         super().__init__(spec, targets, arrays)
         self.beta = 1.0 if spec.beta is None else spec.beta
         self.gamma = 1.0 if spec.gamma is None else spec.gamma
+        self.impl = impl
 
     def prepare(self, batch: TermBatch) -> None:
         if batch.target is not None:
             self.note_resize(batch.logits, batch.target.values)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        student_BChw, teacher_BChw, cells = self.both_logits(batch)
-        student_BChw, teacher_BChw = ((x / self.temperature).softmax(1) for x in (student_BChw, teacher_BChw))
-        inter = self.mean(1 - _over_classes(student_BChw, teacher_BChw), cells, count)
-        return self.temperature**2 * (self.beta * inter + self.gamma * self._intra(student_BChw, teacher_BChw, cells))
+        impl = "reference" if batch.logits.dtype == torch.float64 else self.impl
+        logits = batch.logits, self._dense(batch, impl)
+        predictions: dict[str, Any] = {
+            "view_size": self.targets.view_size,
+            "size": batch.size,
+            "temperature": self.temperature,
+            "window_B4": batch.window,
+            "flip_B": batch.flip,
+            "pixel_weight_BHW": batch.pixel_weight,
+            "counted_BHW": batch.counted,
+            "impl": impl,
+        }
+        moments = None
+        if self.gather is not None:
+            moments = average_moments(self.of_all(relation_moments(*logits, **predictions)[None]))
+        return relation_loss(*logits, **predictions, beta=self.beta, gamma=self.gamma, count=count, moments_6C=moments)
 
-    def _intra(self, student_BChw: Tensor, teacher_BChw: Tensor, cells: Cells) -> Tensor:
-        def of_class(x_BChw: Tensor) -> Tensor:
-            return (x_BChw * cells.weight[:, None]).sum((0, 2, 3))
-
-        # The means need no gradient: a mean that moves changes no sum of products of centred values.
-        count_C = cells.weight.sum().expand(self.targets.num_classes)
-        sums_3C = torch.stack([count_C, of_class(student_BChw.detach()), of_class(teacher_BChw)])
-        all_C, *sums = self.of_all(sums_3C[None]).mean(0).unbind()
-        per_cell_C = all_C.reciprocal().masked_fill(all_C == 0, 0)
-        means = [total * per_cell_C for total in sums]
-        s_BChw, t_BChw = (x - mean[:, None, None] for x, mean in zip((student_BChw, teacher_BChw), means, strict=True))
-        own_13C = torch.stack([of_class(x) for x in (s_BChw * t_BChw, s_BChw**2, t_BChw**2)])[None]
-        all_P3C = self.of_all(own_13C)
-        loss_C = (1 - correlation(*(all_P3C.mean(0) * per_cell_C).unbind())) * (all_C > 0)
-        return shared(loss_C.mean(), 1, all_P3C.shape[0])
-
-
-def _over_classes(student_BChw: Tensor, teacher_BChw: Tensor) -> Tensor:
-    """Pearson's correlation (B, h, w)."""
-    s_BChw, t_BChw = (x - x.mean(1, keepdim=True) for x in (student_BChw, teacher_BChw))
-    return correlation((s_BChw * t_BChw).sum(1), s_BChw.square().sum(1), t_BChw.square().sum(1))
-
-
-def correlation(st: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
-    """Pearson's correlation from sums of products of centred values; near 0 where one side hardly varies."""
-    return st * (ss + EPS).rsqrt() * (tt + EPS).rsqrt()
+    def _dense(self, batch: TermBatch, impl: str) -> Tensor:
+        """The teacher's logits (B, C, h, w) of all classes, of the view."""
+        target = batch.target
+        assert target is not None  # by `reads_target`
+        if target.indices is None:
+            return target.values
+        dtype = compute_dtype(batch.logits.dtype)
+        return densify(target.values, target.indices, target.tail, self.targets.num_classes, dtype, impl=impl)
 
 
 class Similarity(Term):

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from .. import library, ops
+from ..relations import library as relations
 from . import loss
 
 Launched = list[tuple[str, Any]]
@@ -66,7 +67,7 @@ def compile_instead(target: GPUTarget) -> Launched:
 def launch_from_meta_tensors() -> None:
     """Let the public functions launch Triton kernels for meta tensors from now on, forward and backward."""
     ops._DEVICES["triton"] = "meta"
-    for operator in vars(library).values():
+    for operator in (*vars(library).values(), *vars(relations).values()):
         if isinstance(operator, CustomOpDef):
             operator.register_fake(operator._init_fn)
     library.scale_gradient.register_fake(loss.scale_gradient)  # the operator itself asks for the device

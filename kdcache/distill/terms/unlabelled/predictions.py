@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
-from kdcache.distill.terms.cells import resize
 from kdcache.distill.terms.spec import TermSpec
+from kdcache_kernels.target_cells import resize
 
 _AUXILIARY_SHARE = 0.2
 """The default weight of the adversary of an auxiliary head, beside that of the last one: the authors' 0.0002."""

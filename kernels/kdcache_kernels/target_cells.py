@@ -1,4 +1,4 @@
-"""The grid on which a term compares two maps: the teacher's cells, laid over the student's image.
+"""The grid on which terms compare two maps: the teacher's cells, laid over the student's image.
 
 The teacher's array has h x w cells that tile its view. The same number of cells tile the student's image, which shows a
 window of that view, maybe mirrored. The teacher is sampled at their centres through the window; of a whole view,
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdcache_kernels.window import Size, area_matrix, view_positions
-from kdcache_kernels.window import resample as resample_eagerly
+from .window import Size, area_matrix, view_positions
+from .window import resample as resample_eagerly
 
 
 class Cells(NamedTuple):

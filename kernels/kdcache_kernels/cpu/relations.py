@@ -1,0 +1,376 @@
+"""The loss of relations on the CPU: two walks over the target's cells, and nothing in between but their probabilities.
+
+The first walk resamples the logits of a row of cells class by class into scratch that stays in the L2 cache, turns them
+into probabilities, and takes what both correlations need: sums over the classes of each cell, and over the cells of the
+row the mean of each class and products centred on it. Rows are then put together in float64; all of what is added is
+positive, so that nothing cancels however even a class is. The second walk reads the probabilities and writes the
+gradient in their place.
+
+Bitwise the same for any number of threads: a task is a row of cells, what it writes belongs to it alone, and every sum
+has one order.
+
+Legend: B batch, Bt B or 1 (the same for all images), C classes, H W the image, hs ws the student's own size, h w the
+target's cells, n cells of a tile.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..relations.problem import EPS, MOMENTS, RelationProblem, largest_logit
+from .geometry import Array
+from .math import FASTMATH, LN2, OPTIONS, exp2, kernel, njit
+from .target_cells import Grid, gather_cells, weigh_cells, whole_grid
+from .threads import run
+
+TILE = 128
+"""Most cells of a tile: rows of scratch have this length, a constant."""
+
+_f = np.float32
+_EPS = _f(EPS)
+_SUMS = {**OPTIONS, "fastmath": FASTMATH | {"reassoc"}}
+"""LLVM chooses the order of a sum, once, when it compiles."""
+
+
+@njit(**OPTIONS)
+def _read(c, row, start, limit, n, line, largest, usable):
+    """Read n logits of a class from a row of an array that lies under the cells as it is."""
+    own = row[start : start + n]
+    for j in range(n):
+        x = own[j]
+        line[c, j] = x
+        usable[j] &= abs(x) <= limit
+        largest[j] = max(largest[j], x)
+
+
+@njit(**OPTIONS)
+def _sample(c, upper, lower, down, left, following, right, limit, n, line, largest, usable):
+    """Read n logits of a class between two rows of an array."""
+    for j in range(n):
+        k, m, f = left[j], following[j], right[j]
+        a = upper[k] + f * (upper[m] - upper[k])
+        b = lower[k] + f * (lower[m] - lower[k])
+        x = a + down * (b - a)
+        line[c, j] = x
+        usable[j] &= abs(x) <= limit
+        largest[j] = max(largest[j], x)
+
+
+@njit(**OPTIONS)
+def _exponentials(c, line, scale, usable, largest, n, total):
+    for j in range(n):
+        e = exp2(scale * (line[c, j] - largest[j]) if usable[j] != 0 else _f(0))
+        line[c, j] = e
+        total[j] += e
+
+
+@njit(**OPTIONS)
+def _probabilities(c, s, t, inverse_s, inverse_t, even, n, st, ss, tt):
+    """Turn the exponentials of a class into probabilities; add their products, centred on the classes' mean."""
+    for j in range(n):
+        p, q = s[c, j] * inverse_s[j], t[c, j] * inverse_t[j]
+        s[c, j], t[c, j] = p, q
+        a, b = p - even, q - even
+        st[j] += a * b
+        ss[j] += a * a
+        tt[j] += b * b
+
+
+@njit(**OPTIONS)
+def _weigh(weighted, counted, weight, b, i, start, usable, own, n):
+    """Write the weights of n cells; of one that is lost 0 where it does not count, and NaN where it does."""
+    if not weighted:
+        for j in range(n):
+            own[j] = _f(1) if usable[j] != 0 else _f(np.nan)
+        return
+    counts, weighs = counted[b, i][start : start + n], weight[b, i][start : start + n]
+    for j in range(n):
+        own[j] = weighs[j] if usable[j] != 0 else (_f(np.nan) if counts[j] > 0 else _f(0))
+
+
+@njit(**OPTIONS)
+def _correlate(own, st, ss, tt, weight, slope, pull, n):
+    """Write what the gradient needs of n cells, and to `st` their weighted 1 - r."""
+    for j in range(n):
+        both = _f(1) / np.sqrt((ss[j] + _EPS) * (tt[j] + _EPS))
+        weight[j], slope[j], pull[j] = own[j], both, st[j] / (ss[j] + _EPS)
+        st[j] = own[j] * (_f(1) - st[j] * both)
+
+
+@njit(**OPTIONS)
+def _keep(c, line, row, start, n):
+    own = row[start : start + n]
+    for j in range(n):
+        own[j] = line[c, j]
+
+
+@njit(**_SUMS)
+def _sum(x, n):
+    result = _f(0)
+    for j in range(n):
+        result += x[j]
+    return result
+
+
+@njit(**_SUMS)
+def _weighted_sums(c, s, t, weight, n):
+    sum_s, sum_t = _f(0), _f(0)
+    for j in range(n):
+        sum_s += weight[j] * s[c, j]
+        sum_t += weight[j] * t[c, j]
+    return sum_s, sum_t
+
+
+@njit(**_SUMS)
+def _centred_sums(c, s, t, mean_s, mean_t, weight, n):
+    """Weighted sums of products of centred values, and of these: what the means' rounding has left."""
+    st, ss, tt, rest_s, rest_t = _f(0), _f(0), _f(0), _f(0), _f(0)
+    for j in range(n):
+        a, b = s[c, j] - mean_s, t[c, j] - mean_t
+        wa, wb = weight[j] * a, weight[j] * b
+        rest_s += wa
+        rest_t += wb
+        st += wa * b
+        ss += wa * a
+        tt += wb * b
+    return st, ss, tt, rest_s, rest_t
+
+
+@kernel
+def _relate(
+    first, last, student, s_above, s_below, s_down, s_left, s_next, s_right, s_moved,
+    teacher, t_above, t_below, t_down, t_left, t_next, t_right, t_moved,
+    counted, weight, scale, limit, keep, p_student, p_teacher, weights, slope, pull, inter, blocks,
+):  # fmt: skip
+    """Do the rows of cells `first` to `last`, numbered image by image.
+
+    Args:
+        student, teacher: (B, C, hs, ws) and (B, C, ht, wt) float32 logits; a row of cells lies between those above and
+            below, a cell between those on its left and next to it, by shares of the latter; see `Grid`.
+        counted, weight: (B, h, w), or with B = 0 ones.
+        scale: 1 / T in base 2. limit: of usable logits.
+        keep: whether the probabilities are written, with what the gradient needs beside them.
+        p_student, p_teacher: (B, C, h, w) results.
+        weights: (B, h, w) result: 0 where a cell is lost and does not count, NaN where it counts.
+        slope, pull: (B, h, w) results: r's derivative by a teacher's centred probability; what of the student's own
+            is subtracted there.
+        inter: (B, h) float64 result: weighted sum of 1 - r.
+        blocks: (B, h, tiles, 6, C) result: moments of the tiles, see `RelationProblem`.
+    """
+    _, h, tiles, _, C = blocks.shape
+    w = weights.shape[2]
+    weighted = weight.shape[0] > 0
+    s, t = np.empty((C, TILE), _f), np.empty((C, TILE), _f)
+    top_s, top_t, sum_s, sum_t = np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
+    st, ss, tt, own = np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
+    usable, even = np.empty(TILE, np.uint8), _f(1) / _f(C)
+    for task in range(first, last):
+        b, i = task // h, task % h
+        bt = b if t_above.shape[0] > 1 else 0
+        loss = 0.0
+        for tile in range(tiles):
+            start = tile * TILE
+            n = min(TILE, w - start)
+            top_s[:], top_t[:], usable[:] = -np.inf, -np.inf, 1
+            here = slice(start, start + n)
+            if s_moved:
+                left, following, right = s_left[0][here], s_next[0][here], s_right[0][here]
+                for c in range(C):
+                    upper, lower = student[b, c, s_above[0, i]], student[b, c, s_below[0, i]]
+                    _sample(c, upper, lower, s_down[0, i], left, following, right, limit, n, s, top_s, usable)
+            else:
+                for c in range(C):
+                    _read(c, student[b, c, i], start, limit, n, s, top_s, usable)
+            if t_moved:
+                left, following, right = t_left[bt][here], t_next[bt][here], t_right[bt][here]
+                for c in range(C):
+                    upper, lower = teacher[b, c, t_above[bt, i]], teacher[b, c, t_below[bt, i]]
+                    _sample(c, upper, lower, t_down[bt, i], left, following, right, limit, n, t, top_t, usable)
+            else:
+                for c in range(C):
+                    _read(c, teacher[b, c, i], start, limit, n, t, top_t, usable)
+            _weigh(weighted, counted, weight, b, i, start, usable, own, n)
+            sum_s[:], sum_t[:], st[:], ss[:], tt[:] = 0, 0, 0, 0, 0
+            for c in range(C):
+                _exponentials(c, s, scale, usable, top_s, n, sum_s)
+                _exponentials(c, t, scale, usable, top_t, n, sum_t)
+            for j in range(n):
+                sum_s[j], sum_t[j] = _f(1) / sum_s[j], _f(1) / sum_t[j]
+            for c in range(C):
+                _probabilities(c, s, t, sum_s, sum_t, even, n, st, ss, tt)
+            _correlate(own, st, ss, tt, weights[b, i][here], slope[b, i][here], pull[b, i][here], n)
+            loss += _sum(st, n)
+            moments = blocks[b, i, tile]
+            total = _sum(own, n)
+            inverse = _f(0) if total == 0 else _f(1) / total
+            for c in range(C):
+                a, d = _weighted_sums(c, s, t, own, n)
+                k, m = a * inverse, d * inverse
+                st_c, ss_c, tt_c, rest_s, rest_t = _centred_sums(c, s, t, k, m, own, n)
+                # A class that is alike everywhere has exactly its value as its mean: its factors reach 1 / EPS.
+                moments[0, c], moments[1, c], moments[2, c] = total, k + rest_s * inverse, m + rest_t * inverse
+                moments[3, c], moments[4, c], moments[5, c] = st_c, ss_c, tt_c
+            if keep:
+                for c in range(C):
+                    _keep(c, s, p_student[b, c, i], start, n)
+                    _keep(c, t, p_teacher[b, c, i], start, n)
+        inter[b, i] = loss
+
+
+@kernel
+def _add_up(blocks, moments):
+    """Put the moments (N, 6, C) of blocks of cells together, to those of all, (6, C) float64."""
+    N, _, C = blocks.shape
+    for c in range(C):
+        weight, s, t = 0.0, 0.0, 0.0
+        for n in range(N):
+            weight += blocks[n, 0, c]
+            s += np.float64(blocks[n, 0, c]) * blocks[n, 1, c]
+            t += np.float64(blocks[n, 0, c]) * blocks[n, 2, c]
+        s, t = (0.0, 0.0) if weight == 0 else (s / weight, t / weight)
+        st, ss, tt = 0.0, 0.0, 0.0
+        for n in range(N):
+            own, a, d = np.float64(blocks[n, 0, c]), blocks[n, 1, c] - s, blocks[n, 2, c] - t
+            st += blocks[n, 3, c] + own * a * d
+            ss += blocks[n, 4, c] + own * a * a
+            tt += blocks[n, 5, c] + own * d * d
+        moments[0, c], moments[1, c], moments[2, c] = weight, s, t
+        moments[3, c], moments[4, c], moments[5, c] = st, ss, tt
+
+
+@kernel
+def _learn(first, last, gradient, p_teacher, weights, slope, pull, factor, means, by_teacher, by_student):
+    """Write the gradient of the rows of cells `first` to `last` over the student's probabilities, both (B, C, h, w).
+
+    Args:
+        weights, slope, pull: (B, h, w), as `_relate` writes them.
+        factor: of inter, over T.
+        means: (2, C). by_teacher, by_student: (C,) factors of intra over T, of the centred probabilities.
+    """
+    _, C, h, w = gradient.shape
+    g, dot, steep, own = np.empty((C, TILE), _f), np.empty(TILE, _f), np.empty(TILE, _f), np.empty(TILE, _f)
+    even = _f(1) / _f(C)
+    for task in range(first, last):
+        b, i = task // h, task % h
+        for start in range(0, w, TILE):
+            here = slice(start, min(start + TILE, w))
+            n = here.stop - here.start
+            weight, lean = weights[b, i][here], pull[b, i][here]
+            dot[:] = 0
+            for j in range(n):
+                own[j] = -weight[j]
+                steep[j] = factor * slope[b, i][here][j] * own[j]
+            for c in range(C):
+                s, t, line = gradient[b, c, i][here], p_teacher[b, c, i][here], g[c]
+                mean_s, mean_t, k_t, k_s = means[0, c], means[1, c], by_teacher[c], by_student[c]
+                for j in range(n):
+                    p, q = s[j], t[j]
+                    x = steep[j] * ((q - even) - lean[j] * (p - even))
+                    x += own[j] * (k_t * (q - mean_t) - k_s * (p - mean_s))
+                    line[j] = x
+                    dot[j] += p * x
+            for c in range(C):
+                s, line = gradient[b, c, i][here], g[c]
+                for j in range(n):
+                    s[j] *= line[j] - dot[j]
+
+
+class _Walked(NamedTuple):
+    """The result of the first walk; the arrays as `_relate` has them.
+
+    Attributes:
+        student: how the student's logits lie under the cells.
+        counted: sum of the counted shares of all cells.
+        inter: weighted sum of 1 - r over the cells.
+        moments: (6, C) float64 of the own cells.
+    """
+
+    student: Grid
+    p_student: Tensor
+    p_teacher: Tensor
+    weights: Array
+    slope: Array
+    pull: Array
+    counted: float
+    inter: float
+    moments: Array
+
+
+def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
+    """Compute what `kdcache_kernels.relation_loss` documents, and its gradient, both float32.
+
+    Memory: the logits in float32 where they are not, and both probabilities, of which one becomes the gradient.
+    """
+    if problem.student.shape[0] == 0:
+        return torch.zeros(()), torch.zeros(problem.student.shape if problem.need_gradient else 0)
+    walked = _walk(problem, keep=problem.need_gradient)
+    moments = walked.moments if problem.moments is None else problem.moments.numpy()
+    count = walked.counted if problem.count is None else float(problem.count)
+    per_count, weight = (1 / count if count else 0.0), moments[0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_weight = np.where(weight == 0, 0, 1 / weight)
+    st, ss, tt = moments[3:] * per_weight
+    slope = 1 / np.sqrt((ss + EPS) * (tt + EPS))
+    intra = ((1 - st * slope) * (weight != 0)).mean()
+    T, C = problem.temperature, problem.student.shape[1]
+    loss = T * T * (problem.beta * walked.inter * per_count + problem.gamma * intra)
+    if not problem.need_gradient:
+        return torch.tensor(loss, dtype=torch.float32), torch.empty(0)
+    by_teacher = problem.gamma * T / C * per_weight * slope
+    factors = (x.astype(_f) for x in (moments[1:3], by_teacher, by_teacher * st / (ss + EPS)))
+    (B, _, h, _), cells = walked.p_student.shape, walked.p_student
+    run(
+        _learn, B * h, cells.numpy(), walked.p_teacher.numpy(), walked.weights, walked.slope, walked.pull,
+        _f(problem.beta * T * per_count), *factors,
+    )  # fmt: skip
+    gradient = cells
+    if problem.is_resized:
+        gradient = torch.empty(problem.student.shape)
+        rows, columns, _ = walked.student
+        run(gather_cells, B * C, cells.numpy(), *rows, *columns, gradient.numpy())
+    return torch.tensor(loss, dtype=torch.float32), gradient
+
+
+def relation_moments(problem: RelationProblem) -> Tensor:
+    """Compute what `kdcache_kernels.relation_moments` documents."""
+    if problem.student.shape[0] == 0:
+        return torch.zeros((MOMENTS, problem.student.shape[1]), dtype=torch.float64)
+    return torch.from_numpy(_walk(problem, keep=False).moments)
+
+
+def _walk(problem: RelationProblem, keep: bool) -> _Walked:
+    (B, C), (h, w) = problem.student.shape[:2], problem.grid
+    own = (problem.student.shape[2], problem.student.shape[3])
+    student = whole_grid(problem.grid, own, problem.grid)
+    if problem.window is None and problem.flip is None:
+        teacher = whole_grid(problem.view_size, problem.grid, problem.grid)
+    else:
+        teacher = Grid.of(problem.window, problem.flip, problem.view_size, problem.grid, problem.grid)
+    counted, weight = weigh_cells(problem)
+    logits_s, p_student = _float_logits(problem.student, (B, C, h, w) if keep else None, student.moved)
+    logits_t, p_teacher = _float_logits(problem.teacher, (B, C, h, w) if keep else None, teacher.moved)
+    weights, slope, pull = (np.empty((B, h, w), _f) for _ in range(3))
+    inter, blocks = np.empty((B, h)), np.empty((B, h, -(-w // TILE), MOMENTS, C), _f)
+    run(
+        _relate, B * h, logits_s.numpy(), *student.arguments, logits_t.numpy(), *teacher.arguments, counted, weight,
+        _f(1 / (LN2 * problem.temperature)), _f(largest_logit(problem.temperature)), keep,
+        p_student.numpy(), p_teacher.numpy(), weights, slope, pull, inter, blocks,
+    )  # fmt: skip
+    moments = np.empty((MOMENTS, C))
+    _add_up(blocks.reshape(-1, MOMENTS, C), moments)
+    total = float(counted.sum(dtype=np.float64)) if len(counted) else float(B * h * w)
+    return _Walked(student, p_student, p_teacher, weights, slope, pull, total, float(inter.sum()), moments)
+
+
+def _float_logits(logits: Tensor, results: torch.Size | tuple[int, ...] | None, moved: bool) -> tuple[Tensor, Tensor]:
+    """Return logits as the kernels read them, and where their probabilities go: into the copy, where there is one.
+
+    A row of cells that are not resampled is read by the task that writes it, and by no other.
+    """
+    floats = logits.detach().float().contiguous()
+    if results is None:
+        return floats, torch.empty((0,) * 4)
+    is_copy = floats.data_ptr() != logits.data_ptr()
+    return floats, floats if is_copy and not moved else torch.empty(results)

@@ -1,0 +1,159 @@
+"""The target's cells on the CPU: where they lie in both sets of logits, how much they count, and the way back.
+
+Legend: B batch, Bt B or 1 (the same for all images), C classes, H W the image, hs ws the student's own size, h w the
+target's cells.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..relations.problem import RelationProblem
+from ..window import Size, source_cells, view_positions
+from .geometry import Array, Taps
+from .math import OPTIONS, kernel, njit
+from .threads import run
+
+_f = np.float32
+
+
+class _Sampling(NamedTuple):
+    """Where the cells of a row or column lie between those of an array, each (Bt, n)."""
+
+    low: Array
+    following: Array
+    fraction: Array
+
+    @classmethod
+    def of(cls, position: Tensor, extent: int, cells: int) -> "_Sampling":
+        """Of positions in pixels of a view of `extent` pixels that `cells` cells tile; NaN has a weight of NaN."""
+        taps = Taps.of(source_cells(position, extent, cells, False).numpy(), cells)
+        return cls(taps.low, taps.low + (taps.fraction > 0), taps.fraction)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every cell is one of the array's, in their order."""
+        return bool((self.fraction == 0).all()) and bool((self.low == np.arange(self.low.shape[1])).all())
+
+
+class Grid(NamedTuple):
+    """How an array lies under the target's cells.
+
+    Attributes:
+        moved: whether it is resampled; else it is read as it is.
+    """
+
+    rows: _Sampling
+    columns: _Sampling
+    moved: bool
+
+    @classmethod
+    def of(cls, window: Tensor | None, flip: Tensor | None, view_size: Size, array: Size, grid: Size) -> "Grid":
+        at = view_positions(window, flip, view_size, grid, torch.device("cpu"))
+        rows = _Sampling.of(at.y, view_size[0], array[0])
+        columns = _Sampling.of(at.x, view_size[1], array[1])
+        return cls(rows, columns, array != grid or not (rows.is_identity and columns.is_identity))
+
+    @property
+    def arguments(self) -> tuple[Array | bool, ...]:
+        """The fields one by one: to find the type of a tuple takes numba longer than the rest of a call."""
+        return (*self.rows, *self.columns, self.moved)
+
+
+@lru_cache(maxsize=32)
+def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
+    return Grid.of(None, None, view_size, array, grid)
+
+
+@njit(**OPTIONS)
+def _share(cell, cells, pixel, pixels):
+    """The part of a cell that a pixel fills along an axis."""
+    return _f(min((cell + 1) * pixels, (pixel + 1) * cells) - max(cell * pixels, pixel * cells)) / _f(pixels)
+
+
+@kernel
+def _weigh_cells(first, last, inside_y, inside_x, counts, gate, counted, weight):
+    """Write how much the rows of cells `first` to `last` count, and that times the gate, each (B, h, w).
+
+    Args:
+        inside_y, inside_x: (Bt, H) and (Bt, W) bool.
+        counts, gate: (B, H, W) uint8 and float32, or with H = 0 ones.
+    """
+    _, h, w = counted.shape
+    H, W = inside_y.shape[1], inside_x.shape[1]
+    masked, gated = counts.shape[1] > 0, gate.shape[1] > 0
+    counted_W, weight_W, own = np.empty(W, _f), np.empty(W, _f), np.empty(W, np.uint8)
+    for task in range(first, last):
+        b, i = task // h, task % h
+        bt = b if inside_y.shape[0] > 1 else 0
+        counted_W[:], weight_W[:] = 0, 0
+        for y in range(i * H // h, ((i + 1) * H + h - 1) // h):
+            if not inside_y[bt, y]:
+                continue
+            share = _share(i, h, y, H)
+            own[:] = inside_x[bt]
+            if masked:
+                row = counts[b, y]
+                for x in range(W):
+                    own[x] &= row[x]
+            for x in range(W):
+                counted_W[x] += share if own[x] != 0 else _f(0)
+            if gated:
+                line = gate[b, y]
+                for x in range(W):
+                    # Chosen, not multiplied: a gate of a pixel that does not count may be NaN.
+                    weight_W[x] += share * line[x] if own[x] != 0 else _f(0)
+        for j in range(w):
+            count, total = _f(0), _f(0)
+            for x in range(j * W // w, ((j + 1) * W + w - 1) // w):
+                share = _share(j, w, x, W)
+                count += share * counted_W[x]
+                total += share * weight_W[x]
+            counted[b, i, j] = count
+            weight[b, i, j] = total if gated else count
+
+
+@kernel
+def gather_cells(first, last, cells, above, below, down, left, following, right, gradient):
+    """The transpose of the student's resize, for the planes `first` to `last`, numbered image by image.
+
+    Args:
+        cells: (B, C, h, w). gradient: (B, C, hs, ws) result.
+    """
+    _, C, h, w = cells.shape
+    line = np.empty(gradient.shape[3], _f)
+    for task in range(first, last):
+        source, plane = cells[task // C, task % C], gradient[task // C, task % C]
+        plane[:] = 0
+        for i in range(h):
+            line[:] = 0
+            for j in range(w):
+                share = right[0, j] * source[i, j]
+                line[left[0, j]] += source[i, j] - share
+                line[following[0, j]] += share
+            upper, lower = plane[above[0, i]], plane[below[0, i]]
+            for k in range(line.size):
+                upper[k] += line[k] - down[0, i] * line[k]
+            for k in range(line.size):
+                lower[k] += down[0, i] * line[k]
+
+
+def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
+    """Return how much cells count and weigh, (B, h, w) each; (0, h, w) where all of them count 1."""
+    B, (h, w) = problem.student.shape[0], problem.grid
+    ones = np.empty((0, h, w), _f)
+    if not problem.is_weighted:
+        return ones, ones
+    at = view_positions(problem.window, problem.flip, problem.view_size, problem.size, torch.device("cpu"))
+    inside_y, inside_x = ((~((x < 0) | (x > n))).numpy() for x, n in zip((at.y, at.x), problem.view_size, strict=True))
+    if problem.counted is None and problem.pixel_weight is None and inside_y.all() and inside_x.all():
+        return ones, ones
+    none = torch.empty((B, 0, 0))
+    counts = none.to(torch.uint8) if problem.counted is None else problem.counted.contiguous().view(torch.uint8)
+    gate = none if problem.pixel_weight is None else problem.pixel_weight.float().contiguous()
+    counted, weight = np.empty((B, h, w), _f), np.empty((B, h, w), _f)
+    run(_weigh_cells, B * h, inside_y, inside_x, counts.numpy(), gate.numpy(), counted, weight)
+    return counted, weight

@@ -1,0 +1,423 @@
+"""The loss of relations on CUDA: a cell of the target per lane, dynamic loops over the classes, no wait for the device.
+
+Six launches at most: tables of taps (with a window, a flip or two grids) and weights of cells (where they may be
+unequal) of `target_cells.py`, relations, classes, totals, gradient; one more carries the gradient back to a student's
+own grid. Probabilities are never written: the second walk computes them again from seven numbers per cell.
+
+Sums over cells are made of blocks: in each, the products of a class are centred on its own mean there, and classes
+puts blocks together in float64. All of what is added is positive, so that nothing cancels however even a class is. No
+class is held, so C has no limit and nothing is padded; no atomics, and every sum has one order.
+
+Legend: B batch, C classes, H W the image, hs ws the student's own size, h w the target's cells, N blocks of cells.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...errors import ShapeError
+from ...relations.problem import EPS, MOMENTS, RelationProblem, largest_logit
+from ..common import multiprocessors
+from ..geometry import Taps
+from .target_cells import Samples, cells_of_program, corners, gather_kernel, launch_tables, launch_weights, logit
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+VARIANCE = tl.constexpr(EPS)
+OFFSETS = 2**31
+"""Elements that an offset of 32 bits can reach."""
+ENTRIES = 1024
+"""Blocks of cells, or classes, that are read at a time."""
+BLOCKS = (128, 32)
+"""Cells of a program, the more the fewer steps its sums take; the fewer where the GPU would not be full."""
+PLANES = 7
+"""Numbers that the second walk reads of each cell; see `relations_kernel`."""
+
+
+@triton.jit
+def _take(x, limit, scale, top, total, lost):
+    """Take one more class into a softmax: the largest logit, the sum of exponentials below it, what is lost."""
+    usable = tl.abs(x) <= limit
+    x = tl.where(usable, x, 0.0)
+    e = tl.exp2(-tl.abs(x - top) * scale)
+    total = tl.where(x > top, total * e + 1.0, total + e)
+    return tl.maximum(top, x), total, tl.where(usable, lost, 1)
+
+
+@triton.jit
+def _probability(x, limit, scale, top, inverse):
+    """A class's; what is lost counts as the logit 0, so that it stays a number."""
+    return tl.exp2((tl.where(tl.abs(x) <= limit, x, 0.0) - top) * scale) * inverse
+
+
+@triton.jit(
+    do_not_specialize=[
+        "s_stride_b", "s_stride_h", "t_stride_b", "t_stride_h", "num_classes", "h", "w", "blocks", "num_blocks",
+    ],
+)  # fmt: skip
+def relations_kernel(
+    student, s_stride_b, s_stride_c, s_stride_h, s_stride_w, teacher, t_stride_b, t_stride_c, t_stride_h, t_stride_w,
+    t_batched, counted_ptr, weight_ptr, cells_ptr, blocks_ptr, inter_ptr, num_classes, h, w, plane, blocks, num_blocks,
+    limit, scale,
+    S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first walk: what both correlations need of each cell, and of each block of cells.
+
+    Args:
+        cells_ptr: (B, 7, h w) result: largest logit and inverse sum of exponentials of the student and of the teacher;
+            weight (NaN where a lost cell counts); r's derivative by a teacher's centred probability; how much of the
+            student's own is subtracted there.
+        blocks_ptr: (6, C, N) result: moments, see `RelationProblem`; of the weights only the first class's.
+        inter_ptr: (N,) float64 result: weighted sums of 1 - r.
+    """
+    image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
+    image64, program = image.to(tl.int64), tl.program_id(0)
+    S_SAMPLED: tl.constexpr = student.rows is not None
+    T_SAMPLED: tl.constexpr = teacher.rows is not None
+    s_corners = corners(student, image, 0, cell_n, h, w, s_stride_h, s_stride_w, S_FLAT)
+    t_corners = corners(teacher, image, t_batched, cell_n, h, w, t_stride_h, t_stride_w, T_FLAT)
+    s_start, t_start = student.logits + image64 * s_stride_b, teacher.logits + image64 * t_stride_b
+
+    s_top = tl.full((BLOCK,), -3e38, tl.float32)
+    t_top = s_top
+    s_sum = tl.zeros((BLOCK,), tl.float32)
+    t_sum = s_sum
+    lost = tl.zeros((BLOCK,), tl.int32)
+    s_ptr, t_ptr = s_start, t_start
+    for _ in range(num_classes):
+        s_top, s_sum, lost = _take(logit(s_ptr, s_corners, exists, S_SAMPLED), limit, scale, s_top, s_sum, lost)
+        t_top, t_sum, lost = _take(logit(t_ptr, t_corners, exists, T_SAMPLED), limit, scale, t_top, t_sum, lost)
+        s_ptr += s_stride_c
+        t_ptr += t_stride_c
+    s_inverse, t_inverse = 1.0 / s_sum, 1.0 / t_sum
+
+    weight = tl.where(exists, 1.0, 0.0)
+    counts = exists
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + image64 * plane + cell_n, mask=exists, other=0.0)
+        counts = tl.load(counted_ptr + image64 * plane + cell_n, mask=exists, other=0.0) > 0
+    weight = tl.where(lost == 0, weight, tl.where(counts, float("nan"), 0.0))
+    total = tl.sum(weight, 0)
+    share = weight * tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+
+    even = 1.0 / num_classes
+    st = tl.zeros((BLOCK,), tl.float32)
+    ss = st
+    tt = st
+    s_ptr, t_ptr, block_ptr = s_start, t_start, blocks_ptr + program
+    tl.store(block_ptr, total)
+    for _ in range(num_classes):
+        p = _probability(logit(s_ptr, s_corners, exists, S_SAMPLED), limit, scale, s_top, s_inverse)
+        q = _probability(logit(t_ptr, t_corners, exists, T_SAMPLED), limit, scale, t_top, t_inverse)
+        a, b = p - even, q - even
+        st += a * b
+        ss += a * a
+        tt += b * b
+        s_mean, t_mean = tl.sum(share * p, 0), tl.sum(share * q, 0)
+        a, b = p - s_mean, q - t_mean
+        wa, wb = weight * a, weight * b
+        step = num_classes * num_blocks
+        # A class that is alike everywhere has exactly its value as its mean: its factors reach 1 / EPS.
+        tl.store(block_ptr + step, s_mean + tl.sum(share * a, 0))
+        tl.store(block_ptr + 2 * step, t_mean + tl.sum(share * b, 0))
+        tl.store(block_ptr + 3 * step, tl.sum(wa * b, 0))
+        tl.store(block_ptr + 4 * step, tl.sum(wa * a, 0))
+        tl.store(block_ptr + 5 * step, tl.sum(wb * b, 0))
+        s_ptr += s_stride_c
+        t_ptr += t_stride_c
+        block_ptr += num_blocks
+
+    s_varied, t_varied = ss + VARIANCE, tt + VARIANCE
+    slope = 1.0 / tl.sqrt(s_varied * t_varied)
+    tl.store(inter_ptr + program, tl.sum(tl.where(exists, weight * (1.0 - st * slope), 0.0).to(tl.float64), 0))
+    cell_ptrs = cells_ptr + image64 * 7 * plane + cell_n
+    tl.store(cell_ptrs, s_top, mask=exists)
+    tl.store(cell_ptrs + plane, s_inverse, mask=exists)
+    tl.store(cell_ptrs + 2 * plane, t_top, mask=exists)
+    tl.store(cell_ptrs + 3 * plane, t_inverse, mask=exists)
+    tl.store(cell_ptrs + 4 * plane, weight, mask=exists)
+    tl.store(cell_ptrs + 5 * plane, slope, mask=exists)
+    tl.store(cell_ptrs + 6 * plane, st / s_varied, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_classes", "num_blocks", "num_counts", "cells"])
+def classes_kernel(
+    blocks_ptr, inter_ptr, counts_ptr, count_ptr, shared_ptr, moments_ptr, factors_ptr, intra_ptr, sums_ptr,
+    num_classes, num_blocks, num_counts, cells, gamma,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Programs 0 to C - 1: a class's moments, and what the gradient needs of them; program C: the sums over cells.
+
+    Args:
+        shared_ptr: (6, C) moments of the whole batch; None are the own.
+        moments_ptr: (6, C) float64 result, the own.
+        factors_ptr: (4, C) float32 result: both means; gamma / C by the derivatives of the correlation.
+        intra_ptr: (C,) float64 result: 1 - r.
+        sums_ptr: (2,) float64 result: the weighted sum of 1 - r over the cells, 1 / their count.
+    """
+    c = tl.program_id(0)
+    step = num_classes * num_blocks
+    if c == num_classes:
+        inter, count = tl.full((BLOCK,), 0.0, tl.float64), tl.full((BLOCK,), 0.0, tl.float64)
+        for start in range(0, num_blocks, BLOCK):
+            offs_n = start + tl.arange(0, BLOCK)
+            inter += tl.load(inter_ptr + offs_n, mask=offs_n < num_blocks, other=0.0)
+        total = cells * tl.full((), 1.0, tl.float64)
+        if counts_ptr is not None:
+            for start in range(0, num_counts, BLOCK):
+                offs_n = start + tl.arange(0, BLOCK)
+                count += tl.load(counts_ptr + offs_n, mask=offs_n < num_counts, other=0.0)
+            total = tl.sum(count, 0)
+        if count_ptr is not None:
+            total = tl.load(count_ptr).to(tl.float64)
+        tl.store(sums_ptr, tl.sum(inter, 0))
+        tl.store(sums_ptr + 1, tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total)))
+        return
+    block_ptr = blocks_ptr + c * num_blocks
+    zero = tl.full((BLOCK,), 0.0, tl.float64)
+    weight, s, t = zero, zero, zero
+    for start in range(0, num_blocks, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        exists = offs_n < num_blocks
+        own = tl.load(blocks_ptr + offs_n, mask=exists, other=0.0).to(tl.float64)
+        weight += own
+        s += own * tl.load(block_ptr + step + offs_n, mask=exists, other=0.0)
+        t += own * tl.load(block_ptr + 2 * step + offs_n, mask=exists, other=0.0)
+    total = tl.sum(weight, 0)
+    inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+    s_mean, t_mean = tl.sum(s, 0) * inverse, tl.sum(t, 0) * inverse
+    st_n, ss_n, tt_n = zero, zero, zero
+    for start in range(0, num_blocks, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        exists = offs_n < num_blocks
+        own = tl.load(blocks_ptr + offs_n, mask=exists, other=0.0).to(tl.float64)
+        a = tl.load(block_ptr + step + offs_n, mask=exists, other=0.0) - s_mean
+        b = tl.load(block_ptr + 2 * step + offs_n, mask=exists, other=0.0) - t_mean
+        st_n += tl.load(block_ptr + 3 * step + offs_n, mask=exists, other=0.0) + own * a * b
+        ss_n += tl.load(block_ptr + 4 * step + offs_n, mask=exists, other=0.0) + own * a * a
+        tt_n += tl.load(block_ptr + 5 * step + offs_n, mask=exists, other=0.0) + own * b * b
+    st, ss, tt = tl.sum(st_n, 0), tl.sum(ss_n, 0), tl.sum(tt_n, 0)
+    moments_ptr += c
+    tl.store(moments_ptr, total)
+    tl.store(moments_ptr + num_classes, s_mean)
+    tl.store(moments_ptr + 2 * num_classes, t_mean)
+    tl.store(moments_ptr + 3 * num_classes, st)
+    tl.store(moments_ptr + 4 * num_classes, ss)
+    tl.store(moments_ptr + 5 * num_classes, tt)
+    if shared_ptr is not None:
+        shared_ptr += c
+        total = tl.load(shared_ptr)
+        s_mean = tl.load(shared_ptr + num_classes)
+        t_mean = tl.load(shared_ptr + 2 * num_classes)
+        st = tl.load(shared_ptr + 3 * num_classes)
+        ss = tl.load(shared_ptr + 4 * num_classes)
+        tt = tl.load(shared_ptr + 5 * num_classes)
+    inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+    ss = ss * inverse + VARIANCE
+    slope = 1.0 / tl.sqrt(ss * (tt * inverse + VARIANCE))
+    st *= inverse
+    tl.store(intra_ptr + c, tl.where(total == 0, 0.0, 1.0 - st * slope))
+    by_teacher = gamma * inverse * slope / num_classes
+    factors_ptr += c
+    tl.store(factors_ptr, s_mean.to(tl.float32))
+    tl.store(factors_ptr + num_classes, t_mean.to(tl.float32))
+    tl.store(factors_ptr + 2 * num_classes, by_teacher.to(tl.float32))
+    tl.store(factors_ptr + 3 * num_classes, (by_teacher * st / ss).to(tl.float32))
+
+
+@triton.jit
+def _pull(p, q, even, steep, lean, weight, factors_ptr, num_classes):
+    """The gradient of a class by the student's probability."""
+    s_mean, t_mean = tl.load(factors_ptr), tl.load(factors_ptr + num_classes)
+    by_teacher, by_student = tl.load(factors_ptr + 2 * num_classes), tl.load(factors_ptr + 3 * num_classes)
+    intra = by_teacher * (q - t_mean) - by_student * (p - s_mean)
+    return steep * ((q - even) - lean * (p - even)) + weight * intra
+
+
+@triton.jit(
+    do_not_specialize=[
+        "s_stride_b", "s_stride_h", "t_stride_b", "t_stride_h", "num_classes", "h", "w", "blocks", "beta",
+    ],
+)  # fmt: skip
+def relations_gradient_kernel(
+    student, s_stride_b, s_stride_c, s_stride_h, s_stride_w, teacher, t_stride_b, t_stride_c, t_stride_h, t_stride_w,
+    t_batched, cells_ptr, factors_ptr, sums_ptr, gradient_ptr, num_classes, h, w, plane, blocks, limit, scale, beta,
+    temperature,
+    S_FLAT: tl.constexpr, T_FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second walk: the gradient by the student's logits on the cells, (B, C, h, w) float32."""
+    image, cell_n, exists = cells_of_program(plane, blocks, BLOCK)
+    image64 = image.to(tl.int64)
+    S_SAMPLED: tl.constexpr = student.rows is not None
+    T_SAMPLED: tl.constexpr = teacher.rows is not None
+    s_corners = corners(student, image, 0, cell_n, h, w, s_stride_h, s_stride_w, S_FLAT)
+    t_corners = corners(teacher, image, t_batched, cell_n, h, w, t_stride_h, t_stride_w, T_FLAT)
+    s_start, t_start = student.logits + image64 * s_stride_b, teacher.logits + image64 * t_stride_b
+
+    cell_ptrs = cells_ptr + image64 * 7 * plane + cell_n
+    s_top = tl.load(cell_ptrs, mask=exists, other=0.0)
+    s_inverse = tl.load(cell_ptrs + plane, mask=exists, other=0.0)
+    t_top = tl.load(cell_ptrs + 2 * plane, mask=exists, other=0.0)
+    t_inverse = tl.load(cell_ptrs + 3 * plane, mask=exists, other=0.0)
+    weight = -temperature * tl.load(cell_ptrs + 4 * plane, mask=exists, other=0.0)
+    slope = tl.load(cell_ptrs + 5 * plane, mask=exists, other=0.0)
+    lean = tl.load(cell_ptrs + 6 * plane, mask=exists, other=0.0)
+    steep = weight * slope * (beta * tl.load(sums_ptr + 1)).to(tl.float32)
+    even = 1.0 / num_classes
+
+    dot = tl.zeros((BLOCK,), tl.float32)
+    s_ptr, t_ptr, factor_ptr = s_start, t_start, factors_ptr
+    for _ in range(num_classes):
+        p = _probability(logit(s_ptr, s_corners, exists, S_SAMPLED), limit, scale, s_top, s_inverse)
+        q = _probability(logit(t_ptr, t_corners, exists, T_SAMPLED), limit, scale, t_top, t_inverse)
+        dot += p * _pull(p, q, even, steep, lean, weight, factor_ptr, num_classes)
+        s_ptr += s_stride_c
+        t_ptr += t_stride_c
+        factor_ptr += 1
+    s_ptr, t_ptr, factor_ptr = s_start, t_start, factors_ptr
+    gradient_ptrs = gradient_ptr + image64 * num_classes * plane + cell_n
+    for _ in range(num_classes):
+        p = _probability(logit(s_ptr, s_corners, exists, S_SAMPLED), limit, scale, s_top, s_inverse)
+        q = _probability(logit(t_ptr, t_corners, exists, T_SAMPLED), limit, scale, t_top, t_inverse)
+        pull = _pull(p, q, even, steep, lean, weight, factor_ptr, num_classes)
+        tl.store(gradient_ptrs, p * (pull - dot), mask=exists)
+        s_ptr += s_stride_c
+        t_ptr += t_stride_c
+        factor_ptr += 1
+        gradient_ptrs += plane
+
+
+@triton.jit(do_not_specialize=["num_classes", "beta", "gamma", "temperature"])
+def relations_totals_kernel(sums_ptr, intra_ptr, loss_ptr, num_classes, beta, gamma, temperature, BLOCK: tl.constexpr):
+    intra = tl.full((BLOCK,), 0.0, tl.float64)
+    for start in range(0, num_classes, BLOCK):
+        offs_c = start + tl.arange(0, BLOCK)
+        intra += tl.load(intra_ptr + offs_c, mask=offs_c < num_classes, other=0.0)
+    inter = tl.load(sums_ptr) * tl.load(sums_ptr + 1)
+    loss = beta * inter + gamma * (tl.sum(intra, 0) / num_classes)
+    tl.store(loss_ptr, (temperature * temperature * loss).to(tl.float32))
+
+
+class _Walked(NamedTuple):
+    """The result of the first walk, and what the second takes.
+
+    Attributes:
+        samples: the arguments with which both walks read the logits.
+        taps: those of the student's rows and columns; None where its grid is the cells'.
+        cells: (B, 7, h w), see `relations_kernel`.
+        factors, intra, sums, moments: as `classes_kernel` writes them.
+        block: cells of a program.
+    """
+
+    samples: tuple[Any, ...]
+    taps: tuple[Taps, Taps] | None
+    flat: dict[str, bool]
+    cells: Tensor
+    factors: Tensor
+    intra: Tensor
+    sums: Tensor
+    moments: Tensor
+    block: int
+
+
+def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
+    """Compute what `kdcache_kernels.relation_loss` documents, and its gradient, both float32; the same bits every time.
+
+    Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
+    Memory: the gradient on the cells and on the student's grid, 28 bytes per cell, 20 per class and block of cells.
+    """
+    student, device = problem.student, problem.student.device
+    shape = student.shape if problem.need_gradient else (0,)
+    if student.shape[0] == 0:
+        return torch.zeros((), device=device), torch.zeros(shape, device=device)
+    _check_offsets(problem)
+    with torch.cuda.device_of(student):
+        walked = _walk(problem)
+        loss = torch.empty((), device=device)
+        (B, C), T = student.shape[:2], problem.temperature
+        relations_totals_kernel[(1,)](
+            walked.sums, walked.intra, loss, C, problem.beta, problem.gamma, T, BLOCK=ENTRIES, num_warps=4
+        )
+        if not problem.need_gradient:
+            return loss, torch.empty(0, device=device)
+        h, w = problem.grid
+        cells = torch.empty((B, C, h, w), device=device)
+        blocks = triton.cdiv(h * w, walked.block)
+        relations_gradient_kernel[(B * blocks,)](
+            *walked.samples, walked.cells, walked.factors, walked.sums, cells, C, h, w, h * w, blocks,
+            largest_logit(T), LOG2_E.value / T, problem.beta, T, **walked.flat, BLOCK=walked.block, num_warps=1,
+        )  # fmt: skip
+        if walked.taps is None:
+            return loss, cells
+        gradient = torch.empty(student.shape, device=device)
+        hs, ws = student.shape[2:]
+        gather_kernel[(triton.cdiv(hs * ws, BLOCKS[0]), B * C)](
+            cells, *walked.taps, gradient, h, w, hs, ws, *(2 * triton.cdiv(n, m) + 3 for n, m in ((h, hs), (w, ws))),
+            BLOCK=BLOCKS[0], num_warps=4,
+        )  # fmt: skip
+        return loss, gradient
+
+
+def relation_moments(problem: RelationProblem) -> Tensor:
+    """Compute what `kdcache_kernels.relation_moments` documents."""
+    if problem.student.shape[0] == 0:
+        shape = (MOMENTS, problem.student.shape[1])
+        return torch.zeros(shape, dtype=torch.float64, device=problem.student.device)
+    _check_offsets(problem)
+    with torch.cuda.device_of(problem.student):
+        return _walk(problem).moments
+
+
+def _check_offsets(problem: RelationProblem) -> None:
+    """The kernels count the elements of one image in 32 bits, and those of a batch in 64."""
+    tensors = {"student_logits_BChw": problem.student, "teacher_logits_BChw": problem.teacher}
+    for name, tensor in tensors.items():
+        reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+        if max(reach, tensor[0].numel()) >= OFFSETS:
+            raise ShapeError(
+                f"one image of {name} has fewer than 2^31 logits, within as many elements of memory.",
+                received=f"{tuple(tensor.shape)} with strides {tensor.stride()}",
+                remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
+            )
+
+
+def _walk(problem: RelationProblem) -> _Walked:
+    student, teacher, device = problem.student.detach(), problem.teacher, problem.student.device
+    (B, C), (h, w) = student.shape[:2], problem.grid
+    if teacher.dtype == torch.float64:
+        teacher = teacher.float()
+    moved = problem.window is not None or problem.flip is not None
+    pixel_taps, cell_taps, student_taps = launch_tables(problem, moved)
+    block = BLOCKS[0] if B * triton.cdiv(h * w, BLOCKS[0]) >= 4 * multiprocessors(device) else BLOCKS[1]
+    if device.type == "cpu":  # the interpreter's time grows with the programs, hardly with the lanes
+        block = BLOCKS[0]
+    blocks = triton.cdiv(h * w, block)
+    counted, weight, counts = launch_weights(problem, pixel_taps, block)
+    samples = (
+        Samples(student, *student_taps), *student.stride(),
+        Samples(teacher, *cell_taps), *teacher.stride(), int(moved),
+    )  # fmt: skip
+    flat = {name: x.stride(2) == x.shape[3] * x.stride(3) for name, x in (("S_FLAT", student), ("T_FLAT", teacher))}
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    cells, moments, inter = (
+        empty(B, PLANES, h * w),
+        empty(MOMENTS, C, B * blocks),
+        empty(B * blocks, dtype=torch.float64),
+    )
+    relations_kernel[(B * blocks,)](
+        *samples, counted, weight, cells, moments, inter, C, h, w, h * w, blocks, B * blocks,
+        largest_logit(problem.temperature), LOG2_E.value / problem.temperature, **flat, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+    own, intra, sums = (empty(*shape, dtype=torch.float64) for shape in ((MOMENTS, C), (C,), (2,)))
+    factors = empty(4, C)
+    shared = None if problem.moments is None else problem.moments.contiguous()
+    classes_kernel[(C + 1,)](
+        moments, inter, counts, problem.count, shared, own, factors, intra, sums, C, B * blocks,
+        0 if counts is None else len(counts), B * h * w, problem.gamma, BLOCK=ENTRIES, num_warps=4,
+    )  # fmt: skip
+    return _Walked(samples, student_taps if problem.is_resized else None, flat, cells, factors, intra, sums, own, block)  # type: ignore[arg-type]

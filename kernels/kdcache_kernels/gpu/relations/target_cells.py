@@ -1,0 +1,248 @@
+"""The target's cells on CUDA: where they lie in both sets of logits, how much they count, and the way back.
+
+Legend: B batch, H W the image, hs ws the student's own size, h w the target's cells.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...relations.problem import RelationProblem
+from ..geometry import Taps, store_taps
+
+TABLE = 1024
+"""Entries of a table that are written at a time."""
+
+
+class Samples(NamedTuple):
+    """Logits under the target's cells, as kernels take them.
+
+    Attributes:
+        rows, columns: `Taps` of the cells; None where these are the array's own.
+    """
+
+    logits: Any
+    rows: Any
+    columns: Any
+
+
+@triton.jit(
+    do_not_specialize=["h", "w", "hs", "ws", "H", "W", "view_height", "view_width"],
+    do_not_specialize_on_alignment=["window_ptr", "flip_ptr"],
+)
+def tables_kernel(
+    window_ptr, flip_ptr, pixel_rows, pixel_columns, cell_rows, cell_columns, student_rows, student_columns,
+    h, w, hs, ws, H, W, view_height, view_width,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where pixels (if any are inside) and cells of an image lie in its view, and cells in the student's array."""
+    image = tl.program_id(0)
+    flip = image < 0
+    if student_rows is not None:  # every program writes the same
+        store_taps(student_rows, 0, h, h, hs, image, image, flip, False, False, BLOCK)
+        store_taps(student_columns, 0, w, w, ws, image, image, flip, False, False, BLOCK)
+    if cell_rows is not None:
+        MOVED: tl.constexpr = window_ptr is not None
+        y0 = tl.full((), 0.0, tl.float64)
+        x0, y1, x1 = y0, y0, y0
+        if MOVED:
+            y0 = tl.load(window_ptr + 4 * image)
+            x0 = tl.load(window_ptr + 4 * image + 1)
+            y1 = tl.load(window_ptr + 4 * image + 2)
+            x1 = tl.load(window_ptr + 4 * image + 3)
+        still = image < 0
+        if flip_ptr is not None:
+            flip = tl.load(flip_ptr + image) != 0
+        store_taps(pixel_rows, image * H, H, view_height, h, y0, y1, still, MOVED, False, BLOCK)
+        store_taps(pixel_columns, image * W, W, view_width, w, x0, x1, flip, MOVED, False, BLOCK)
+        store_taps(cell_rows, image * h, h, view_height, h, y0, y1, still, MOVED, False, BLOCK)
+        store_taps(cell_columns, image * w, w, view_width, w, x0, x1, flip, MOVED, False, BLOCK)
+
+
+@triton.jit
+def cells_of_program(plane, blocks, BLOCK: tl.constexpr):
+    """This program's image, its cells, and which of them there are."""
+    image = tl.program_id(0) // blocks
+    offs_n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return image, tl.where(offs_n < plane, offs_n, 0), offs_n < plane
+
+
+@triton.jit
+def _share(cell_n, cells, pixel_n, pixels):
+    """The part of a cell that a pixel fills along an axis, and whether it fills any."""
+    start_n = tl.maximum(cell_n * pixels, pixel_n * cells)
+    end_n = tl.minimum((cell_n + 1) * pixels, (pixel_n + 1) * cells)
+    return (end_n - start_n).to(tl.float32) / pixels, end_n > start_n
+
+
+@triton.jit(
+    do_not_specialize=[
+        "h", "w", "H", "W", "rows", "columns", "blocks",
+        "mask_stride_b", "mask_stride_h", "mask_stride_w", "gate_stride_b", "gate_stride_h", "gate_stride_w",
+    ],
+)  # fmt: skip
+def weights_kernel(
+    inside_y_ptr, inside_x_ptr, mask_ptr, mask_stride_b, mask_stride_h, mask_stride_w, gate_ptr, gate_stride_b,
+    gate_stride_h, gate_stride_w, counted_ptr, weight_ptr, totals_ptr, h, w, H, W, rows, columns, blocks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How much each cell counts and weighs, (B, h, w) each; and sums of the first over the programs' cells."""
+    image, cell_n, exists = cells_of_program(h * w, blocks, BLOCK)
+    image64 = image.to(tl.int64)
+    i_n, j_n = cell_n // w, cell_n % w
+    top_n, left_n = i_n * H // h, j_n * W // w
+    counted = tl.zeros((BLOCK,), tl.float32)
+    weight = counted
+    for dy in range(rows):
+        y_n = top_n + dy
+        share_y, fills_y = _share(i_n, h, y_n, H)
+        fills_y = fills_y & exists
+        if inside_y_ptr is not None:
+            fills_y = fills_y & (tl.load(inside_y_ptr + image * H + y_n, mask=fills_y, other=0) != 0)
+        counted_y = tl.zeros((BLOCK,), tl.float32)
+        weight_y = counted_y
+        for dx in range(columns):
+            x_n = left_n + dx
+            share_x, fills = _share(j_n, w, x_n, W)
+            fills = fills & fills_y
+            if inside_x_ptr is not None:
+                fills = fills & (tl.load(inside_x_ptr + image * W + x_n, mask=fills, other=0) != 0)
+            if mask_ptr is not None:
+                offs = image64 * mask_stride_b + y_n.to(tl.int64) * mask_stride_h + x_n.to(tl.int64) * mask_stride_w
+                fills = fills & (tl.load(mask_ptr + offs, mask=fills, other=0) != 0)
+            counted_y += tl.where(fills, share_x, 0.0)
+            if gate_ptr is not None:
+                offs = image64 * gate_stride_b + y_n.to(tl.int64) * gate_stride_h + x_n.to(tl.int64) * gate_stride_w
+                gate = tl.load(gate_ptr + offs, mask=fills, other=0).to(tl.float32)
+                # Chosen, not multiplied: a gate of a pixel that does not count may be NaN.
+                weight_y += tl.where(fills, share_x * gate, 0.0)
+        counted += share_y * counted_y
+        weight += share_y * weight_y
+    if gate_ptr is None:
+        weight = counted
+    offs = image64 * h * w + cell_n
+    tl.store(counted_ptr + offs, counted, mask=exists)
+    tl.store(weight_ptr + offs, weight, mask=exists)
+    tl.store(totals_ptr + tl.program_id(0), tl.sum(tl.where(exists, counted, 0.0).to(tl.float64), 0))
+
+
+@triton.jit
+def corners(samples, image, batched, cell_n, h, w, stride_h, stride_w, FLAT: tl.constexpr):
+    """Offsets of the four logits between which each cell lies, and its shares of the lower and the right ones."""
+    i_n, j_n = cell_n // w, cell_n % w
+    # With an else: the compiler also compiles what stands behind a return.
+    if samples.rows is None:
+        top_left = cell_n * stride_w if FLAT else i_n * stride_h + j_n * stride_w
+        top_right, bottom_left, bottom_right = top_left, top_left, top_left
+        down = tl.zeros(cell_n.shape, tl.float32)
+        right = down
+    else:
+        y_n, x_n = batched * image * h + i_n, batched * image * w + j_n
+        top_n, left_n = tl.load(samples.rows.index + y_n), tl.load(samples.columns.index + x_n)
+        down, right = tl.load(samples.rows.fraction + y_n), tl.load(samples.columns.fraction + x_n)
+        top, bottom = top_n * stride_h, (top_n + (down > 0).to(tl.int32)) * stride_h
+        left, after = left_n * stride_w, (left_n + (right > 0).to(tl.int32)) * stride_w
+        top_left, top_right, bottom_left, bottom_right = top + left, top + after, bottom + left, bottom + after
+    return top_left, top_right, bottom_left, bottom_right, down, right
+
+
+@triton.jit
+def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
+    """The logit of a class at each cell."""
+    x = tl.load(ptr + corners[0], mask=exists, other=0.0).to(tl.float32)
+    if SAMPLED:
+        next_x = tl.load(ptr + corners[1], mask=exists, other=0.0).to(tl.float32)
+        below = tl.load(ptr + corners[2], mask=exists, other=0.0).to(tl.float32)
+        next_below = tl.load(ptr + corners[3], mask=exists, other=0.0).to(tl.float32)
+        x += corners[5] * (next_x - x)
+        x += corners[4] * (below + corners[5] * (next_below - below) - x)
+    return x
+
+
+@triton.jit
+def _weight_of(taps, cell_n, pixel_n, exists):
+    """How much a cell takes of a pixel of the student's array along an axis."""
+    index_n = tl.load(taps.index + cell_n, mask=exists, other=-2)
+    fraction_n = tl.load(taps.fraction + cell_n, mask=exists, other=0.0)
+    return tl.where(index_n == pixel_n, 1.0 - fraction_n, tl.where(index_n + 1 == pixel_n, fraction_n, 0.0))
+
+
+@triton.jit(do_not_specialize=["h", "w", "hs", "ws", "rows", "columns"])
+def gather_kernel(cells_ptr, row_taps, column_taps, gradient_ptr, h, w, hs, ws, rows, columns, BLOCK: tl.constexpr):
+    """The transpose of the student's resize: a pixel of its array per lane; program (block, plane).
+
+    Args:
+        rows, columns: cells, at most, that one pixel enters along each axis.
+    """
+    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = offs_n < hs * ws
+    plane = tl.program_id(1).to(tl.int64)
+    y_n, x_n = offs_n // ws, offs_n % ws
+    # The first cell whose centre lies beyond the pixel before: (i + 1/2) hs / h - 1/2 > y - 1.
+    top_n = tl.maximum((2 * y_n - 1) * h // (2 * hs) - 1, 0)
+    left_n = tl.maximum((2 * x_n - 1) * w // (2 * ws) - 1, 0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    cells_ptr += plane * h * w
+    for dy in range(rows):
+        i_n = top_n + dy
+        here = exists & (i_n < h)
+        weight_y = _weight_of(row_taps, i_n, y_n, here)
+        line = tl.zeros((BLOCK,), tl.float32)
+        for dx in range(columns):
+            j_n = left_n + dx
+            cell = here & (j_n < w)
+            weight_x = _weight_of(column_taps, j_n, x_n, cell)
+            line += weight_x * tl.load(cells_ptr + i_n * w + j_n, mask=cell, other=0.0)
+        total += weight_y * line
+    tl.store(gradient_ptr + plane * hs * ws + offs_n, total, mask=exists)
+
+
+Axes = tuple[Taps, Taps] | tuple[None, None]
+"""Taps of rows and columns."""
+
+
+def launch_tables(problem: RelationProblem, moved: bool) -> tuple[Axes, Axes, Axes]:
+    """Return the taps of pixels and of cells in the view, and of cells in the student's array; None where not moved."""
+    B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
+
+    def taps(*shape: int) -> Taps:
+        kinds = (torch.int32, torch.float32, torch.uint8)
+        return Taps(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
+
+    pixels: Axes = (taps(B, H), taps(B, W)) if moved else (None, None)
+    cells: Axes = (taps(B, h), taps(B, w)) if moved else (None, None)
+    student: Axes = (taps(h), taps(w)) if problem.is_resized else (None, None)
+    if moved or problem.is_resized:
+        window = None if problem.window is None else problem.window.contiguous()
+        flip = None if problem.flip is None else problem.flip.contiguous().view(torch.uint8)
+        tables_kernel[(B if moved else 1,)](
+            window, flip, *pixels, *cells, *student, h, w, *problem.student.shape[2:], H, W, *problem.view_size,
+            BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return pixels, cells, student
+
+
+def launch_weights(
+    problem: RelationProblem, pixel_taps: Axes, block: int
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """Return how much cells count and weigh, (B, h, w), and partial sums of the first; None where each counts 1."""
+    if not problem.is_weighted:
+        return None, None, None
+    B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
+    blocks = triton.cdiv(h * w, block)
+    counted, weight = (torch.empty((B, h, w), device=device) for _ in range(2))
+    counts = torch.empty(B * blocks, dtype=torch.float64, device=device)
+    mask, gate = problem.counted, problem.pixel_weight
+    if gate is not None and gate.dtype == torch.bool:
+        gate = gate.view(torch.uint8)
+    weights_kernel[(B * blocks,)](
+        *(None if taps is None else taps.inside for taps in pixel_taps),
+        None if mask is None else mask.view(torch.uint8), *((0, 0, 0) if mask is None else mask.stride()),
+        gate, *((0, 0, 0) if gate is None else gate.stride()),
+        counted, weight, counts, h, w, H, W, triton.cdiv(H, h) + 1, triton.cdiv(W, w) + 1, blocks,
+        BLOCK=block, num_warps=1,
+    )  # fmt: skip
+    return counted, weight, counts

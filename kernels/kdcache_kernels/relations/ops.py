@@ -1,0 +1,177 @@
+"""The public functions of the loss of relations: they check their arguments and pick an implementation.
+
+Legend: B batch, C classes, hs ws the student's own size, h w the teacher's cells, H W the student's image.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..errors import ShapeError
+from ..ops import choose_implementation
+from ..topk import check_view_size
+from ..window import Size
+from . import library
+from .problem import MOMENTS, RelationProblem
+from .reference import relation_loss_reference, relation_moments_reference
+
+
+def relation_loss(
+    student_logits_BChw: Tensor,
+    teacher_logits_BChw: Tensor,
+    *,
+    view_size: Size,
+    size: Size,
+    temperature: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    window_B4: Tensor | None = None,
+    flip_B: Tensor | None = None,
+    pixel_weight_BHW: Tensor | None = None,
+    counted_BHW: Tensor | None = None,
+    count: Tensor | float | None = None,
+    moments_6C: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """How differently student and teacher relate classes to each other, and cells to each other, on the target's cells.
+
+    Computes `T^2 * (beta * inter + gamma * intra)` of q = softmax(logits / T): inter is the mean over cells of 1 -
+    Pearson's correlation of q_s and q_t over the classes; intra the mean over classes of 1 - their correlation over
+    the cells of the whole batch. 1e-8 is added to every variance. The teacher's h x w cells tile its view; as many tile
+    the student's image, and the teacher is sampled there, the student's logits are resized to them, both without
+    aligned corners. A cell counts by the share of its pixels that count, and weighs that times the gate. Without
+    counted cells loss and gradient are exactly 0. So they are with one class, whose probabilities are all 1: Pearson's
+    correlation of constants is undefined, and nothing can be learnt. A non-finite logit that enters a counted cell (or
+    one so large that logits / T overflow) makes the loss NaN, and its gradient at every logit of the batch.
+
+    Args:
+        student_logits_BChw: raw logits at their own size, float32, float16, bfloat16 or float64, any strides; alone
+            gets a gradient. Computed in float32 (the reference: in float64 when it is float64), also under autocast.
+        teacher_logits_BChw: (B, C, h, w) logits of all classes (`densify` makes them of a packed target).
+        view_size: (height, width) in pixels of the view that the teacher's cells tile.
+        size: (H, W) in pixels of the student's image.
+        temperature: > 0, dimensionless.
+        beta, gamma: >= 0, weights of inter and intra.
+        window_B4, flip_B: as in `distill_loss`; a window that shows nothing of the view counts nothing.
+        pixel_weight_BHW: gate, any dtype, taken as a number; does not shrink the denominator.
+        counted_BHW: bool, which pixels of the view count; None is all.
+        count: the denominator of inter in the place of the counted cells of this batch: the mean over the parts of a
+            larger one, over which the losses then average to its own.
+        moments_6C: of the whole batch, in the place of those of this part: `average_moments` of what
+            `relation_moments` returned for every part. The loss is then the whole batch's intra on every part.
+        impl: "auto", "triton", "numba" or "reference", as in `distill_loss`.
+    Returns: 0-dimensional, float32 (float64). Differentiable once; with the reference any number of times.
+    Raises: ShapeError, ValueRangeError naming the argument.
+    Memory: fused, on CUDA the gradient in float32; on the CPU up to four float32 tensors of the size of the teacher's
+        logits.
+    Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10. Oracle: kdcache_kernels.relations.reference.
+    """
+    checks.check_student(student_logits_BChw)
+    device, C = student_logits_BChw.device, student_logits_BChw.shape[1]
+    checks.check_scalar("count", count, device, "a sum over processes")
+    remedy = "Pass average_moments(torch.stack([...])) of what relation_moments returned."
+    checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, remedy)
+    if count is not None:
+        count = (
+            count.detach() if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=device)
+        )
+    family, problem = _problem(
+        impl,
+        student_logits_BChw,
+        teacher_logits_BChw,
+        view_size=view_size,
+        size=size,
+        temperature=temperature,
+        beta=beta,
+        gamma=gamma,
+        window=window_B4,
+        flip=flip_B,
+        pixel_weight=pixel_weight_BHW,
+        counted=counted_BHW,
+        count=count,
+        moments=None if moments_6C is None else moments_6C.detach(),
+        need_gradient=student_logits_BChw.requires_grad and torch.is_grad_enabled(),
+    )
+    if family == "reference":
+        return relation_loss_reference(problem)
+    with torch.autocast(device.type, enabled=False):
+        loss: Tensor = library.relation_loss(family, *library.relation_arguments(problem))[0]
+    return loss
+
+
+@torch.no_grad()
+def relation_moments(
+    student_logits_BChw: Tensor,
+    teacher_logits_BChw: Tensor,
+    *,
+    view_size: Size,
+    size: Size,
+    temperature: float = 1.0,
+    window_B4: Tensor | None = None,
+    flip_B: Tensor | None = None,
+    pixel_weight_BHW: Tensor | None = None,
+    counted_BHW: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The moments of the predictions of a part of a batch, which its parts share before `relation_loss`.
+
+    Args, Raises: as `relation_loss`.
+    Returns: (6, C) float64: weight of the cells, means of the student's and the teacher's probabilities, weighted sums
+        of the products of these minus their means (student with teacher, with itself; teacher with itself). NaN where a
+        logit that is not finite enters a counted cell.
+    """
+    family, problem = _problem(
+        impl,
+        student_logits_BChw.detach(),
+        teacher_logits_BChw,
+        view_size=view_size,
+        size=size,
+        temperature=temperature,
+        beta=1.0,
+        gamma=1.0,
+        window=window_B4,
+        flip=flip_B,
+        pixel_weight=pixel_weight_BHW,
+        counted=counted_BHW,
+        count=None,
+        moments=None,
+        need_gradient=False,
+    )
+    if family == "reference":
+        return relation_moments_reference(problem)
+    with torch.autocast(student_logits_BChw.device.type, enabled=False):
+        moments: Tensor = library.relation_moments(family, *library.relation_arguments(problem))
+    return moments
+
+
+def _problem(impl: str, student: Tensor, teacher: Tensor, **others: Any) -> tuple[str, RelationProblem]:
+    """Check the arguments; return the implementation and the problem that they are."""
+    checks.check_student(student)
+    (B, C), device = student.shape[:2], student.device
+    family = choose_implementation(impl, device, student.dtype)
+    checks.check_number("temperature", others["temperature"], above_zero=True)
+    for name in ("beta", "gamma"):
+        checks.check_number(name, others[name])
+    size = others["size"] = checks.check_size(None, others["size"])
+    check_view_size(others["view_size"])
+    if teacher.dim() != 4 or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:
+        raise ShapeError(
+            "teacher_logits_BChw is (B, C, h, w) with the batch size and the classes of student_logits_BChw.",
+            received=f"{tuple(teacher.shape)} {teacher.dtype}, not ({B}, {C}, h, w)",
+            remedy="Use a student with the store's class list; densify a target that keeps some classes.",
+        )
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    remedy = "Pass the logits of every class, as densify returns them."
+    checks.check_tensor("teacher_logits_BChw", teacher, tuple(teacher.shape), floats, device, remedy)
+    checks.check_window(others["window"], others["flip"], B, device)
+    remedy = "Pass one value per pixel of the image."
+    checks.check_tensor("pixel_weight_BHW", others["pixel_weight"], (B, *size), (), device, remedy)
+    checks.check_tensor("counted_BHW", others["counted"], (B, *size), (torch.bool,), device, remedy)
+    for name in ("window", "pixel_weight"):
+        others[name] = None if others[name] is None else others[name].detach()
+    problem = RelationProblem(student=student, teacher=teacher.detach(), **others)
+    if family == "reference" and not torch.compiler.is_compiling():
+        checks.check_window_values(problem.window, None)
+    return family, problem

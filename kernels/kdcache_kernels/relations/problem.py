@@ -1,0 +1,94 @@
+"""The input of the loss of relations, the same for every family, and the moments that processes exchange.
+
+Legend: B batch, C classes, P processes, hs ws the student's own size, h w the teacher's cells, H W the image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8
+"""Added to every variance: what varies by less than 1e-4 is rounding, or a class that is nowhere. The paper's code adds
+it to the product of the norms, which leaves gradients of 1e5 where a prediction is uniform."""
+MOMENTS = 6
+"""Numbers per class: weight, two means and three sums; see `moments` below."""
+
+
+@dataclass(frozen=True)
+class RelationProblem:
+    """The arguments of `kdcache_kernels.relation_loss`, checked.
+
+    Attributes:
+        student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides; float64 for the reference alone.
+        teacher: (B, C, h, w) logits of the view, any float dtype and strides.
+        view_size: (height, width) of the view in pixels.
+        size: (H, W) of the student's image in pixels.
+        temperature: > 0.
+        beta, gamma: weights of the parts over classes and over cells.
+        window: (B, 4) float64, any strides, pixels of the view; None is the whole view.
+        flip: (B,) bool, any stride; None mirrors nothing.
+        pixel_weight: (B, H, W), any dtype and strides; None weighs every pixel 1.
+        counted: (B, H, W) bool, any strides, which pixels of the view count; None is all.
+        count: 0-dimensional float on the device of the student; None is this batch's own counted cells.
+        moments: (6, C) float64: of each class the weight of all cells, the means of the student's and the teacher's
+            probabilities, and the weighted sums of products of these minus their means: student with teacher, student
+            with itself, teacher with itself. None is this batch's own.
+        need_gradient: whether the gradient is wanted.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    view_size: tuple[int, int]
+    size: tuple[int, int]
+    temperature: float
+    beta: float
+    gamma: float
+    window: Tensor | None
+    flip: Tensor | None
+    pixel_weight: Tensor | None
+    counted: Tensor | None
+    count: Tensor | None
+    moments: Tensor | None
+    need_gradient: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the teacher's cells."""
+        return self.teacher.shape[2], self.teacher.shape[3]
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the student's logits lie on another grid than the teacher's."""
+        return tuple(self.student.shape[2:]) != self.grid
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether cells may weigh unequally; else each counts 1. By the arguments, not by their values."""
+        return not (self.window is None and self.flip is None and self.pixel_weight is None and self.counted is None)
+
+
+def largest_logit(temperature: float) -> float:
+    """The largest logit for which every difference over the temperature is a float32; one beyond it is lost."""
+    return torch.finfo(torch.float32).max / 8 * min(1.0, temperature)
+
+
+def average_moments(moments_P6C: Tensor) -> Tensor:
+    """(6, C): the moments of the cells of several processes or parts; weights and sums as means over these.
+
+    Args:
+        moments_P6C: float64, of each part, as `relation_moments` returns them.
+    """
+    weight_PC, *means_2PC = moments_P6C[:, :3].unbind(1)
+    all_C = weight_PC.sum(0)
+    inverse_C = all_C.reciprocal().masked_fill(all_C == 0, 0)
+    means_2C = [(weight_PC * mean_PC).sum(0) * inverse_C for mean_PC in means_2PC]
+    s_PC, t_PC = (mean_PC - mean_C for mean_PC, mean_C in zip(means_2PC, means_2C, strict=True))
+    between_3PC = torch.stack([s_PC * t_PC, s_PC * s_PC, t_PC * t_PC]) * weight_PC
+    sums_3C = (moments_P6C[:, 3:] + between_3PC.transpose(0, 1)).mean(0)
+    return torch.cat([(all_C / len(moments_P6C))[None], torch.stack(means_2C), sums_3C])
+
+
+def correlation(st: Tensor, ss: Tensor, tt: Tensor) -> Tensor:
+    """Pearson's correlation from sums of products of centred values; near 0 where one side hardly varies."""
+    return st * (ss + EPS).rsqrt() * (tt + EPS).rsqrt()

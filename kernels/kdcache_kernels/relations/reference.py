@@ -1,0 +1,120 @@
+"""The loss of relations in plain PyTorch: the oracle of every test, and the fallback where no fused kernel runs.
+
+Legend: B batch, C classes, hs ws the student's own size, h w the teacher's cells.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference import NanReachesAll, divide
+from ..target_cells import Cells, lay_cells, resize, sample_view
+from ..topk import compute_dtype
+from .problem import RelationProblem, correlation, largest_logit
+
+
+class Predictions(NamedTuple):
+    """Both predictions on the teacher's cells.
+
+    Attributes:
+        student, teacher: (B, C, h, w) probabilities.
+        cells: how much each cell counts.
+        spoilt: 0-dimensional bool, whether a logit that is not finite enters a cell that counts.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    cells: Cells
+    spoilt: Tensor
+
+
+def relation_loss_reference(problem: RelationProblem) -> Tensor:
+    """Compute what `kdcache_kernels.relation_loss` documents, from arguments that it has checked.
+
+    Float32 throughout, under autocast too; float64 for float64 logits.
+    """
+    with torch.autocast(problem.student.device.type, enabled=False):
+        seen = predictions(problem)
+        weight_Bhw, counted_Bhw = seen.cells.weight, seen.cells.counted
+        s_BChw, t_BChw = (x - x.mean(1, keepdim=True) for x in (seen.student, seen.teacher))
+        r_Bhw = correlation(*(x.sum(1) for x in (s_BChw * t_BChw, s_BChw.square(), t_BChw.square())))
+        count = counted_Bhw.sum() if problem.count is None else problem.count
+        inter = divide(((1 - r_Bhw) * weight_Bhw).sum(), count, seen.spoilt)
+        loss = problem.temperature**2 * (problem.beta * inter + problem.gamma * _intra(seen, problem.moments))
+        if problem.student.shape[1] == 1:
+            loss = 0 * loss  # one class has no relations
+        return NanReachesAll.apply(loss, problem.student)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def relation_moments_reference(problem: RelationProblem) -> Tensor:
+    """Compute what `kdcache_kernels.relation_moments` documents."""
+    with torch.autocast(problem.student.device.type, enabled=False):
+        seen = predictions(problem)
+        weight, means_2C = _means(seen)
+        sums_3C = _centred_sums(seen, means_2C)
+        moments_6C = torch.cat([weight.expand(1, problem.student.shape[1]), means_2C, sums_3C]).double()
+        return moments_6C.masked_fill(seen.spoilt, torch.nan)
+
+
+def predictions(problem: RelationProblem) -> Predictions:
+    dtype = compute_dtype(problem.student.dtype)
+
+    def on_cells(logits: Tensor, move: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        usable_B1xx = (logits.detach().abs() <= largest_logit(problem.temperature)).all(1, keepdim=True)
+        moved_BChw, lost_B1hw = move(torch.where(usable_B1xx, logits, 0)), move((~usable_B1xx).to(dtype))
+        return (moved_BChw / problem.temperature).softmax(1), lost_B1hw[:, 0] > 0
+
+    cells = lay_cells(
+        problem.window,
+        problem.flip,
+        problem.pixel_weight,
+        problem.counted,
+        batch_size=problem.student.shape[0],
+        view_size=problem.view_size,
+        size=problem.size,
+        grid=problem.grid,
+        like=problem.student.new_empty(0, dtype=dtype),
+    )
+    student_BChw, lost_Bhw = on_cells(problem.student.to(dtype), lambda x: resize(x, problem.grid))
+    teacher_BChw, also_lost_Bhw = on_cells(
+        problem.teacher.detach().to(dtype),
+        lambda x: sample_view(x, problem.window, problem.flip, problem.view_size, dtype),
+    )
+    spoilt = ((lost_Bhw | also_lost_Bhw) & (cells.counted > 0)).any()
+    return Predictions(student_BChw, teacher_BChw, cells, spoilt)
+
+
+def _intra(seen: Predictions, moments_6C: Tensor | None) -> Tensor:
+    """Mean over the classes of 1 - Pearson's correlation over the cells; 0 without any that weighs."""
+    weight, means_2C = _means(seen)
+    if moments_6C is None:
+        sums_3C = _centred_sums(seen, means_2C)
+    else:
+        # The value is that of all parts; the gradient is that of the own one, for only the means would carry another,
+        # and a mean that moves changes no sum of products of centred values.
+        shared_6C = moments_6C.to(means_2C.dtype)
+        weight = shared_6C[0]
+        own_3C = _centred_sums(seen, shared_6C[1:3])
+        sums_3C = shared_6C[3:] + own_3C - own_3C.detach()
+    inverse = weight.reciprocal().masked_fill(weight == 0, 0)
+    return ((1 - correlation(*(sums_3C * inverse).unbind())) * (weight > 0)).mean()
+
+
+def _means(seen: Predictions) -> tuple[Tensor, Tensor]:
+    """The weight of all cells, 0-dimensional, and the means (2, C) of both predictions."""
+    weight = seen.cells.weight.sum()
+    sums_2C = torch.stack([_of_class(x, seen.cells.weight) for x in (seen.student, seen.teacher)])
+    return weight, sums_2C * weight.reciprocal().masked_fill(weight == 0, 0)
+
+
+def _centred_sums(seen: Predictions, means_2C: Tensor) -> Tensor:
+    """(3, C): weighted sums of products of student and teacher, minus their means."""
+    s_BChw, t_BChw = (x - m[:, None, None] for x, m in zip((seen.student, seen.teacher), means_2C, strict=True))
+    return torch.stack([_of_class(x, seen.cells.weight) for x in (s_BChw * t_BChw, s_BChw**2, t_BChw**2)])
+
+
+def _of_class(x_BChw: Tensor, weight_Bhw: Tensor) -> Tensor:
+    return (x_BChw * weight_Bhw[:, None]).sum((0, 2, 3))
