@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kdcache.errors import ModelError
+from kdcache.heads import SEGMENTATION
 from kdcache.listing import NEEDS, ModelInfo, TapInfo, lacks, pip_command
 from kdcache.models import callables
 from kdcache.models.added_heads import base_of
 from kdcache.models.added_heads.auxiliary import WithAuxiliary, split_auxiliary
 from kdcache.models.added_heads.depth import split_depth, with_depth
+from kdcache.models.added_heads.wrapper import WithoutClasses
 from kdcache.models.architectures import deeplab, hydra, segformer, smp, tiny, torchvision_heads
 from kdcache.models.native import SegmentationModel
 from kdcache.models.weights import count_classes, load_weights, read_metadata, read_state_dict
@@ -58,7 +60,8 @@ def build_model(
     Args:
         spec: a name that `list_models` shows, `module:function` or `path/to/file.py:function`; with `+depth` after it
             a depth head is added, with `+aux` an auxiliary head for training (see `kdcache.models.added_heads`).
-        num_classes: None takes the number that the weights have, or a `module:function`'s own.
+        num_classes: None takes the number that the weights have, or a `module:function`'s own; 0, of data without
+            classes, leaves the head of classes out.
         weights: None initialises at random and downloads nothing; `default` downloads the library's own
             weights once; anything else is a file or folder (see `read_state_dict`). What was loaded is
             `model.load_report`.
@@ -66,20 +69,20 @@ def build_model(
             own (ImageNet's but for some encoders' `default` weights).
         strict_head: whether every tensor must be in the weights. None is True without `num_classes` (a
             teacher as it was published) and False with it (an initialisation; see `load_weights`).
-    Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, or a foreign
-        function that fails.
+    Raises: ModelError for an unknown spec (with the nearest names), weights that do not fit, a foreign function that
+        fails, or a model that no class leaves without a head.
     """
     without, auxiliary = split_auxiliary(spec)
     base, depth = split_depth(without)
     builder, name = _home(base)
-    if num_classes is not None and num_classes < 1:
-        raise ModelError("num_classes must be at least 1", received=str(num_classes), remedy="count the data's classes")
+    if num_classes is not None and num_classes < 0:
+        raise ModelError("num_classes must be at least 0", received=str(num_classes), remedy="count the data's classes")
     strict = num_classes is None if strict_head is None else strict_head
     state = None if weights is None else _state(base, weights, whole=strict)
+    count = 1 if num_classes == 0 else num_classes  # no family builds a classifier of no class
     if builder is None:
-        model = callables.build(base, num_classes)
+        model = callables.build(base, count)
     else:
-        count = num_classes
         if count is None:
             if state is None:
                 raise ModelError(
@@ -91,6 +94,14 @@ def build_model(
         model = builder.build(name, count)
     if depth is not None:
         model = with_depth(without, model, depth)
+    if num_classes == 0 and SEGMENTATION in model.head_kinds:
+        model = WithoutClasses(model)
+        if not model.head_kinds:
+            raise ModelError(
+                "a model of data without classes has a head beside that of classes",
+                received=f"{spec}, which has none",
+                remedy=f"write {without}+depth for depth; or name classes in a classes.txt in the data folder",
+            )
     if auxiliary is not None:
         model = WithAuxiliary(spec, model, auxiliary)
     if state is not None:

@@ -140,6 +140,8 @@ def open_model(
         if count is None and is_function(parts[0]):  # its weights cannot be counted before it is built
             mapped = None if class_map is None else count_sources(class_map)
             count = mapped if description is None else len(description.class_names)
+        if description is not None and not description.class_names:
+            count = 0
         model = build_model(parts[0], count, weights=parts[1], strict_head=True).eval()
     if class_map is None and description is not None:
         names, colours = description.class_names, description.class_colours

@@ -23,7 +23,7 @@ from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.checks import check_adversaries, check_auxiliary, check_flip, check_processes, check_supervised
 from kdcache.train.config import TrainConfig
 from kdcache.train.criterion import make_criterion, needed_arrays, rare_order
-from kdcache.train.depth_validation import check_depth_labels, depth_errors
+from kdcache.train.depth_validation import check_depth_labels, check_first_depth, depth_errors
 from kdcache.train.distributed import World, pick_device, processes
 from kdcache.train.held_out import check_teacher
 from kdcache.train.input.loader import Draws
@@ -122,6 +122,9 @@ def make_trainer(
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(classes), weights=config.init, strict_head=False)
         model.untrained = untrained_heads(model, config.tasks, config.init)
+        judged = () if val is None else _judged(model, val, config)
+        if val is not None and DEPTH in judged:
+            check_first_depth(val)
         criterion = _combined([_criterion(source, model, device, observer) for source in sources], sources, config)
         for source in sources:
             with source.named():
@@ -146,7 +149,6 @@ def make_trainer(
             recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
             panels = None if val is None or config.size is None else sample_panels(model, val, config.size, device)
             watching = Observers([observer, Loggers(config.log, run, recipe, observer.note, panels)])
-        judged = () if val is None else _judged(model, val, config)
         return Trainer(
             model,
             streams,

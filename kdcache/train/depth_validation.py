@@ -50,6 +50,13 @@ def _depth_labels(dataset: DrawnDataset) -> Iterator[Array]:
             yield cache.read(cache.manifest.record(number), ["labels/depth"])["labels/depth"]
 
 
+def check_first_depth(split: Split) -> None:
+    """Read the first label of depth: a wrong unit is wrong in all of them. Raises: DataError."""
+    first = next((index for index in range(len(split)) if split.has_label(index, DEPTH)), None)
+    if first is not None:
+        split.label(first, DEPTH)
+
+
 def depth_errors(
     model: SegmentationModel,
     split: Split,

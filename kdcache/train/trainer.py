@@ -147,6 +147,8 @@ class Trainer:
         self.model.train()
         completed = False
         try:
+            if self._state.now.unjudged:
+                self._end_of_interval()
             with stop_requests() as stop:
                 for step in range(first, iterations):
                     stopping = self._one_step(step, batches, stop.is_set())
@@ -179,8 +181,14 @@ class Trainer:
         """Take a step; returns whether any process received a request to stop before it."""
         config = self.config
         began, cpu_began = time.perf_counter(), time.process_time()
-        with self._world.together(stop=stop) as agreed:
-            batch = cast("AnyBatch", next_batch(batches))
+        try:
+            with self._world.together(stop=stop) as agreed:
+                batch = cast("AnyBatch", next_batch(batches))
+        except KDCacheError:  # of a damaged sample: no step that was taken is lost
+            if step > self._first:
+                self._watch.check_finite()
+                self._state.save()
+            raise
         waited = time.perf_counter() - began
         prepared, losses, norms = self._learn(step, batch)
         if self._ema is not None:
@@ -288,18 +296,31 @@ class Trainer:
         return time.perf_counter() - began
 
     def _end_of_interval(self) -> None:
-        """Validate the weights and their moving average, keep the best of each, save.
+        """Validate, and save; also where a sample cannot be read: a resumed run begins with this validation then."""
+        now = self._state.now
+        now.unjudged = True
+        try:
+            self._judge()
+        except KDCacheError:
+            self._state.save()
+            raise
+        now.unjudged = False
+        self._state.save()
+
+    def _judge(self) -> None:
+        """Validate the weights and their moving average, and keep the best of each.
 
         The rate of `plateau` follows the weights, so that a training is the same with and without an average.
+        Everything is measured before anything changes.
         """
         if self._validate is None and self._validate_depth is not None:
             self._validate_depth_alone(self._validate_depth)
         elif self._validate is not None:
             step, metrics = self._state.now.step, self._validate(self.model)
-            best = self._state.keep_best(metrics.miou)
-            self._schedule.after_validation(metrics.miou)
             depth = None if self._validate_depth is None else self._validate_depth(self.model)
             averaged, ema_depth = self._validate_ema()
+            best = self._state.keep_best(metrics.miou)
+            self._schedule.after_validation(metrics.miou)
             beside = {} if averaged is None else {f"ema_{name}": v for name, v in averaged.to_json().items()}
             for prefix, own in (("depth", depth), ("ema_depth", ema_depth)):
                 beside |= {} if own is None else {f"{prefix}_{name}": value for name, value in own.to_json().items()}
@@ -313,18 +334,18 @@ class Trainer:
                 self.observer.validated_ema_depth(step, ema_depth)
             if step == self._iterations and (text := outcome(metrics)) is not None:
                 self.observer.note(text)
-        self._state.save()
 
     def _validate_depth_alone(self, validate: Callable[[SegmentationModel], DepthMetrics]) -> None:
         """Validate depth where no segmentation is: the best weights are those of the smallest rmse."""
         step, metrics = self._state.now.step, validate(self.model)
-        line = {f"depth_{name}": value for name, value in metrics.to_json().items()}
-        self._state.keep_best(-metrics.rmse)
-        self._schedule.after_validation(-metrics.rmse)
         averaged = None
         if self._ema is not None:
             with self._ema.in_place():
                 averaged = validate(self.model)
+        line = {f"depth_{name}": value for name, value in metrics.to_json().items()}
+        self._state.keep_best(-metrics.rmse)
+        self._schedule.after_validation(-metrics.rmse)
+        if averaged is not None:
             line |= {f"ema_depth_{name}": value for name, value in averaged.to_json().items()}
             self._state.keep_best(-averaged.rmse, ema=True)
         self._write_line("validation", step, line)

@@ -94,6 +94,14 @@ def test_a_slow_model_is_timed_less_often(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.repeats, found.warm_up) == (5, 1)
 
 
+@pytest.mark.parametrize(("classes", "heads"), [(0, 1), (7, 2)])
+def test_every_head_is_timed_up_to_its_map(classes: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, resized = build_model("kdcache:hydra", classes).eval(), []
+    monkeypatch.setattr(model, "upsample", lambda head, size: resized.append(head.shape[1]))
+    measure_latency(model, (32, 48), repeats=1)
+    assert resized == ([7, 1] if heads == 2 else [1]) * (len(resized) // heads)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_put_back_and_nothing_is_learnt(training: bool) -> None:
     model = build_model("kdcache:tiny", 7).train(training)

@@ -6,14 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from kdcache.data import ClassList, open_split
 from kdcache.errors import ModelError
 from kdcache.models import build_model
 from kdcache.models.export import export_model
-from kdcache.models.run import load_run
+from kdcache.models.run import load_run, open_model
+from kdcache.models.trust import trusting
 from kdcache.models.weights import save_weights
 from kdcache.run_folder import Run
+from kdcache.teacher import load_teacher
 from kdcache.train import make_config, train
 from kdcache.train.run.folder import untrained_heads
 
@@ -59,6 +65,49 @@ def test_depth_alone_is_trained_validated_and_its_best_is_the_smallest_rmse(
     again = train(make_config(**settings | {"ema": 0.5, "iterations": 12}), tmp_path / "run", resume=True)
     assert again["best_depth_rmse"] == result["best_depth_rmse"]
     assert Run.open(tmp_path / "run").model.untrained == (() if model == "own" else ("segmentation",))
+
+
+@pytest.mark.parametrize("model", ["own", "kdcache:hydra", "kdcache:tiny+depth"])
+def test_data_without_classes_teach_depth(model: str, alone: dict[str, Any], tmp_path: Path) -> None:
+    """As KITTI's and NYU's: the model has a head of depth alone, in the run, in what is exported, as a teacher."""
+    root = write_nyu(tmp_path / "nyu")
+    spec = alone["model"] if model == "own" else model
+    data = {"data": root, "val": root, "val_split": "test", "size": "32x48"}
+    train(make_config(**alone | data | {"model": spec, "iterations": 3}), tmp_path / "run")
+    trained, description = load_run(tmp_path / "run")
+    assert (description.class_names, description.untrained, set(trained.head_kinds)) == ((), (), {"depth"})
+    pixels = torch.from_numpy(open_split(root, "test").image(0))[None]
+    expected = trained(trained.normalise(pixels)).heads
+    assert set(expected) == {"depth"}
+    export_model(trained, description, tmp_path / "depth.safetensors")
+    with trusting(True):
+        teacher = load_teacher(f"{spec}@{tmp_path / 'depth.safetensors'}", open_split(root, "train").classes)
+        opened, _ = open_model(f"{spec}@{tmp_path / 'depth.safetensors'}", ClassList(()))
+    for again in (teacher.model, opened):
+        assert torch.equal(again(again.normalise(pixels)).heads["depth"], expected["depth"])
+    train(
+        make_config(**alone | {"model": spec, "val": root, "val_split": "test", "iterations": 1}), tmp_path / "judged"
+    )
+    assert Run.open(tmp_path / "judged").model.class_names
+
+
+def test_data_without_classes_want_another_head(alone: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"model": "kdcache:tiny", "data": write_nyu(tmp_path / "nyu"), "val": None, "size": "32x48"}
+    with pytest.raises(ModelError, match=r"write kdcache:tiny\+depth for depth; or name classes in a classes.txt"):
+        train(make_config(**alone | changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def write_nyu(root: Path) -> str:
+    """Scenes in the layout of NYU: photographs and millimetres, no classes."""
+    for split, place in (("train", "sync/kitchen"), ("val", "official_splits/test/kitchen")):
+        (root / place).mkdir(parents=True)
+        scenes = open_split(ALONE, split)
+        for number in range(len(scenes)):
+            millimetres = np.nan_to_num(1000 * scenes.label(number, "depth")).clip(0, 65535).astype(np.uint16)
+            Image.fromarray(scenes.image(number)).save(root / place / f"rgb_{number:05d}.jpg")
+            Image.fromarray(millimetres).save(root / place / f"sync_depth_{number:05d}.png")
+    return str(root)
 
 
 def test_a_head_is_at_random_where_neither_weights_nor_the_training_gave_it_values(tmp_path: Path) -> None:

@@ -1,31 +1,80 @@
-"""The wrapper of a model that adds a head on one of its taps."""
+"""Wrappers of a model that add a head on one of its taps, or leave its classes out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.heads import HeadKind
-from kdcache.models.native import SegmentationModel, in_eval_mode
+from kdcache.heads import SEGMENTATION, HeadKind
+from kdcache.models.native import Outputs, SegmentationModel, in_eval_mode
 
 _PROBE_PX = 128  # side of the image that finds the tap's channels
 _PREFIX = "model."
 
 
-class WithHead(SegmentationModel):
-    """A model and one more head; the state dict keeps the model's names, and adds those of the head.
+class Wrapper(SegmentationModel):
+    """A model with other heads; the state dict keeps the model's names.
 
     Attributes:
-        model: as it is without the head.
-        tap: where the head is.
-        prefix: of the head's names in the state dict.
+        model: as it is alone.
+        prefix: of the names in the state dict that the model does not have; "" without any.
+    Args:
+        num_classes, head_kinds, classifier_keys: of the whole.
+    """
+
+    prefix = ""
+
+    def __init__(
+        self,
+        spec: str,
+        model: SegmentationModel,
+        *,
+        num_classes: int,
+        head_kinds: Mapping[str, HeadKind],
+        classifier_keys: Iterable[str],
+    ) -> None:
+        super().__init__(
+            spec=spec,
+            num_classes=num_classes,
+            stride=model.stride,
+            taps=model.taps,
+            align_corners=model.align_corners,
+            backbone_prefix=model.backbone_prefix,
+            classifier_keys=tuple(classifier_keys),
+            head_kinds=head_kinds,
+        )
+        self.mean, self.std = model.mean, model.std
+        self.model = model
+        self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        self.model.check_taps(taps)
+
+    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.model.adopt_names(state)
+
+
+class WithoutClasses(Wrapper):
+    """A model of data without classes: it answers with its other heads, of which there may be none."""
+
+    def __init__(self, model: SegmentationModel) -> None:
+        kinds = {name: kind for name, kind in model.head_kinds.items() if name != SEGMENTATION}
+        super().__init__(model.spec, model, num_classes=0, head_kinds=kinds, classifier_keys=model.classifier_keys)
+
+    def forward(self, x_B3HW: Tensor, taps: Sequence[str] = ()) -> Outputs:
+        outputs = self.model(x_B3HW, taps)
+        return Outputs({name: outputs.heads[name] for name in self.head_kinds}, outputs.features)
+
+
+class WithHead(Wrapper):
+    """A model and one more head on one of its taps, `tap`.
+
     Args:
         head_kinds, classifier_keys: of the whole.
     Raises: ModelError for a tap that the model does not have.
     """
-
-    prefix: str
 
     def __init__(
         self,
@@ -38,26 +87,9 @@ class WithHead(SegmentationModel):
     ) -> None:
         model.check_taps([tap])
         super().__init__(
-            spec=spec,
-            num_classes=model.num_classes,
-            stride=model.stride,
-            taps=model.taps,
-            align_corners=model.align_corners,
-            backbone_prefix=model.backbone_prefix,
-            classifier_keys=tuple(classifier_keys),
-            head_kinds=head_kinds,
+            spec, model, num_classes=model.num_classes, head_kinds=head_kinds, classifier_keys=classifier_keys
         )
-        self.mean, self.std = model.mean, model.std
-        self.model = model
         self.tap = tap
-        self.register_state_dict_post_hook(_strip_prefix)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
-
-    def check_taps(self, taps: Iterable[str]) -> None:
-        self.model.check_taps(taps)
-
-    def adopt_names(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.model.adopt_names(state)
 
 
 def tap_channels(model: SegmentationModel, tap: str) -> int:
@@ -75,6 +107,7 @@ def _strip_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metad
 
 
 def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
-    assert isinstance(module, WithHead)
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(prefix + module.prefix)]:
+    assert isinstance(module, Wrapper)
+    own = tuple(prefix + name for name in (module.prefix,) if name)
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(own)]:
         state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)

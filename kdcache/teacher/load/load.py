@@ -117,6 +117,8 @@ def load_teacher(
         count = None  # that of the weights, which must be whole
         if is_function(spec):
             count = (len(classes) or None) if class_map is None else count_sources(class_map)
+        if description is not None and not description.class_names:
+            count = 0
         model = build_model(spec, count, weights=weights, mean=mean, std=std, strict_head=True)
         model.untrained = () if description is None else description.untrained
         report = model.load_report

@@ -34,6 +34,7 @@ class Progress:
         best_score: mIoU; of depth alone, the rmse below 0.
         waited: seconds of these that were spent waiting for data.
         prepared: seconds of preparing a step, which are no training.
+        unjudged: whether the validation of the last step is to be made, which a damaged sample had stopped.
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class Progress:
     cpu_seconds: float = 0.0
     waited: float = 0.0
     prepared: float = 0.0
+    unjudged: bool = False
 
 
 class RunState:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from kdcache.distill.terms.spec import of_depth, reads_labels
+from kdcache.distill.terms.spec import compares_features, of_depth, reads_labels
 from kdcache.errors import KDCacheError, RecipeError
 from kdcache.heads import SEGMENTATION
 from kdcache.store import Cache
@@ -128,9 +128,9 @@ def _check_both_learn(config: TrainConfig, sources: Sequence[Source]) -> None:
 
 
 def _shows_classes(source: Source) -> bool:
-    """Whether a stream has labels of segmentation that are used, or targets of it."""
+    """Whether a stream has labels of segmentation that are used, or targets of it or of features."""
     config, cache, split = source.config, source.cache, source.dataset.split
-    if source.stream.weight == 0 or config.reads_logits:
+    if source.stream.weight == 0 or config.reads_logits or any(map(compares_features, config.terms)):
         return source.stream.weight > 0
     if SEGMENTATION not in config.label_tasks or config.labels == "none":
         return False

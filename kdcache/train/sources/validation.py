@@ -17,8 +17,8 @@ def open_validation(config: TrainConfig) -> Split | None:
 
 
 def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> None:
-    """Raises: MismatchError when the classes of the validation data are not those of the training."""
-    if split.classes.names != classes.names:
+    """Raises: MismatchError when training and validation have other classes; either may have none."""
+    if classes.names and split.classes.names and split.classes.names != classes.names:
         raise MismatchError(
             "training and validation have the same classes in the same order",
             received=f"{', '.join(split.classes.names)} in {config.val} against {', '.join(classes.names)}",

@@ -139,7 +139,9 @@ def test_unknown_spec_names_the_nearest(spec: str, near: str) -> None:
 def test_count_of_classes_must_be_known() -> None:
     with pytest.raises(ModelError, match="neither num_classes nor weights"):
         build_model("kdcache:tiny", None)
-    with pytest.raises(ModelError, match="at least 1"):
+    with pytest.raises(ModelError, match="at least 0"):
+        build_model("kdcache:tiny", -1)
+    with pytest.raises(ModelError, match=r"write kdcache:tiny\+depth"):
         build_model("kdcache:tiny", 0)
     with pytest.raises(ModelError, match="kdcache:tiny, which has none"):
         build_model("kdcache:tiny", 3, weights="default")
