@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -200,6 +201,17 @@ def test_pages_name_files_that_exist_and_no_machine(page: str) -> None:
     for link in re.findall(r"\]\(((?!https?://)[^)#]+)", text):
         assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: no page {link}"
     assert not re.search(r"(?<![\w.])/(work|home|root|tmp|mnt)/", text), f"{page} names a machine's path"
+
+
+def test_pages_of_the_api_begin_with_what_they_are_about() -> None:
+    """A class or function, and no list of files; analysis and bench have none."""
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        if page.stem in ("index", "analysis", "bench"):
+            continue
+        first = re.search(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert first is not None
+        module, _, name = first[1].rpartition(".")
+        assert getattr(importlib.import_module(module), name).__doc__, page.name
 
 
 def test_every_page_is_in_the_navigation() -> None:

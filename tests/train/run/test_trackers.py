@@ -357,7 +357,7 @@ def test_wandb_goes_on_in_the_same_run_and_sends_nothing(
     written = b"".join(path.read_bytes() for path in (run / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
     for word in (b"train/loss", b"val/miou", b"gradients/ce", b"kdcache:tiny", b"images_per_second"):
         assert word in written, word
-    drawn = {path.name for path in (run / "wandb").glob("offline-run-*/files/media/images/samples/*/*.png")}
+    drawn = {path.name for path in (run / "wandb").glob("offline-run-*/files/media/images/samples/**/*.png")}
     assert {name.split("_")[0] for name in drawn} == {"segmentation"}
 
 
