@@ -204,9 +204,9 @@ def test_pages_name_files_that_exist_and_no_machine(page: str) -> None:
 
 
 def test_pages_of_the_api_begin_with_what_they_are_about() -> None:
-    """A class or function, and no list of files; analysis and bench have none."""
+    """A class or function, and no list of files; analysis and bench export none, verbs is functions alone."""
     for page in sorted((ROOT / "docs" / "api").glob("*.md")):
-        if page.stem in ("index", "analysis", "bench"):
+        if page.stem in ("index", "verbs", "analysis", "bench"):
             continue
         first = re.search(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert first is not None
