@@ -113,7 +113,7 @@ def writer_alone(split: Split, teacher: Teacher, options: BuildOptions, folder: 
     shutil.rmtree(folder, ignore_errors=True)
     with open_writer(folder, manifest, split.ids) as writer:
         watch = Stopwatch()
-        with ShardQueue(writer) as queue:
+        with ShardQueue(writer.manifest, writer.write_shard) as queue:
             for batch in itertools.chain.from_iterable(batches_of(manifest, shard) for shard in writer.missing):
                 inputs = [replace(item, record=record) for record, item in zip(batch, first, strict=False)]
                 queue.add(inputs, {path: rows[: len(inputs)] for path, rows in packed.items()})

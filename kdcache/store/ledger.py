@@ -132,12 +132,12 @@ def record_key(shard: int) -> str:
     return f"ledger/{shard:08d}.json"
 
 
-def publish_shard(place: Place, shard: int, records: tuple[int, int], files: Mapping[str, FileRecord]) -> None:
+def publish_shard(place: Place, record: ShardRecord) -> None:
     """Write the ledger record of a shard whose files are published already.
 
     Raises: StoreError when another worker has published the shard with other bytes.
     """
-    record = ShardRecord(shard=shard, records=records, files=dict(files))
+    shard = record.shard
     if not place.publish_exclusive(record_key(shard), canonical(record)) and read_shard_record(place, shard) != record:
         for key in (COMPLETE, record_key(shard)):  # its files may be some of each
             place.remove(key)

@@ -89,14 +89,18 @@ class StoreWriter:
                 release()
 
     def write_shard(self, shard: int, arrays: Mapping[str, Array | bytes]) -> None:
-        """Write one whole shard of every array and publish it.
+        """Write one whole shard of every array and publish it. Args, Raises: as `write_files`."""
+        self.finish(self.write_files(shard, arrays))
+
+    def write_files(self, shard: int, arrays: Mapping[str, Array | bytes]) -> ShardRecord:
+        """Write the files of one whole shard of every array, of which the ledger knows nothing yet.
 
         Args:
             shard: its number.
             arrays: path -> (records of the shard, ...) in the schema's type, or the file as it was encoded before.
+        Returns: its ledger record, for `finish`.
         Raises: StoreError when the disk is full; nothing half written counts as written.
         """
-        first, last = self.manifest.shard_range(shard)
         files = {}
         for spec in self._specs:
             rows = arrays[spec.path]
@@ -109,9 +113,13 @@ class StoreWriter:
                 crc32c=chunk_checksums(content, chunks).hex(),
             )
             self.place.publish(key, content)
-        ledger.publish_shard(self.place, shard, (first, last), files)
-        self.finished.add(shard)
-        release = self._claims.pop(shard, None)
+        return ShardRecord(shard=shard, records=self.manifest.shard_range(shard), files=files)
+
+    def finish(self, record: ShardRecord) -> None:
+        """Publish the ledger record of a shard whose files are written: from now on it counts."""
+        ledger.publish_shard(self.place, record)
+        self.finished.add(record.shard)
+        release = self._claims.pop(record.shard, None)
         if release is not None:
             release()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -94,3 +95,34 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(made: Path, tmp_path: Path) -> Iterator[Path]:
     """A copy of all of it, to be damaged."""
     return shutil.copytree(made, tmp_path / "world")
+
+
+def _unstamped(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files of a store without the time of its build, in the manifest, its spare and the seal's digests of them."""
+    stamp = json.loads(files["zarr.json"])["attributes"]["kdcache"]["created"]
+    seal = json.loads(files["complete.json"])
+    del seal["metadata"]["zarr.json"], seal["metadata"]["manifest.json"]
+    changed: dict[str, bytes] = {"manifest.json": b""}
+    changed |= {
+        "zarr.json": files["zarr.json"].replace(stamp.encode(), b""),
+        "complete.json": json.dumps(seal).encode(),
+    }
+    return files | changed
+
+
+@pytest.fixture(scope="session")
+def unstamped() -> Callable[[dict[str, bytes]], dict[str, bytes]]:
+    """The files of a store without the time of its build."""
+    return _unstamped
+
+
+@pytest.fixture(scope="module")
+def build(
+    made: Path, cli: Callable[..., Ended], tree: Callable[[Path], dict[str, bytes]]
+) -> tuple[list[object], dict[str, bytes]]:
+    """A command without its --out, and what one process makes of it."""
+    words = ["build-teacher-cache", "--data", made / "data", "--teacher", made / "teacher", "--shard-records", 1]
+    words += ["--threads", 1]
+    ended = cli(*words, "--out", made / "alone.zarr")
+    assert ended.code == 0, ended.err
+    return words, _unstamped(tree(made / "alone.zarr"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,32 +10,9 @@ from pathlib import Path
 import pytest
 
 
-def unstamped(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Files of a store without the time of its build, in the manifest, its spare and the seal's digests of them."""
-    stamp = json.loads(files["zarr.json"])["attributes"]["kdcache"]["created"]
-    seal = json.loads(files["complete.json"])
-    del seal["metadata"]["zarr.json"], seal["metadata"]["manifest.json"]
-    changed: dict[str, bytes] = {"manifest.json": b""}
-    changed |= {
-        "zarr.json": files["zarr.json"].replace(stamp.encode(), b""),
-        "complete.json": json.dumps(seal).encode(),
-    }
-    return files | changed
-
-
-@pytest.fixture(scope="module")
-def build(made, cli, tree) -> tuple[list[object], dict[str, bytes]]:
-    """A command without its --out, and what one process makes of it."""
-    words = ["build-teacher-cache", "--data", made / "data", "--teacher", made / "teacher", "--shard-records", 1]
-    words += ["--threads", 1]
-    ended = cli(*words, "--out", made / "alone.zarr")
-    assert ended.code == 0, ended.err
-    return words, unstamped(tree(made / "alone.zarr"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
-def test_builds_started_together(build, spawn, tree, tmp_path: Path, count: int) -> None:
+def test_builds_started_together(build, spawn, tree, unstamped, tmp_path: Path, count: int) -> None:
     words, alone = build
     builders = [spawn(*words, "--out", tmp_path / "s.zarr") for _ in range(count)]
     said = [builder.communicate(timeout=280) for builder in builders]
@@ -46,7 +22,7 @@ def test_builds_started_together(build, spawn, tree, tmp_path: Path, count: int)
 
 
 @pytest.mark.slow
-def test_torchrun(build, tree, tmp_path: Path) -> None:
+def test_torchrun(build, tree, unstamped, tmp_path: Path) -> None:
     words, alone = build
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0]
     command += ["-m", "kdcache_cli", *words, "--out", tmp_path / "s.zarr"]

@@ -1,12 +1,13 @@
 """`kdcache build-teacher-cache`: the teacher's pass, and what `extend` shares with it."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from kdcache.settings.building import BUILD
 from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
-from kdcache_cli.settings import build_flags, shared_flags
+from kdcache_cli.settings import build_flags, engine_flags, shared_flags
 from kdcache_cli.settings.signature import takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
@@ -15,12 +16,14 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.store import Cache, Worker
     from kdcache.teacher import BuildOptions
     from kdcache.teacher import Teacher as LoadedTeacher
+    from kdcache.teacher.build.ray_engine import RayEngine
 
 
 @takes(
     *BUILD,
     order=(
-        *("data", "teacher", "out", "split", "size", *build_flags.ORDER, "worker", "take_over", "threads", "device"),
+        *("data", "teacher", "out", "split", "size", *build_flags.ORDER, "worker", "take_over", *engine_flags.ORDER),
+        *("threads", "device"),
     ),
 )
 def build_teacher_cache(
@@ -28,6 +31,10 @@ def build_teacher_cache(
     out: build_flags.Out,
     worker: shared_flags.Worker = None,
     take_over: shared_flags.TakeOver = False,
+    engine: engine_flags.Engine = "local",
+    actors: engine_flags.Actors = None,
+    num_gpus: engine_flags.NumGpus = 0.0,
+    address: engine_flags.Address = None,
 ) -> None:
     """Run a teacher over a split once and keep its outputs.
 
@@ -45,8 +52,9 @@ def build_teacher_cache(
     """
     from kdcache.store import worker_of
 
+    chosen = engine_flags.engine_of(engine, partial(build_flags.prepare, settings), actors, num_gpus, address, worker)
     source, loaded, build_options = build_flags.prepare(settings)
-    teach_and_tell(source, loaded, out, build_options, worker_of(worker, take_over))
+    teach_and_tell(source, loaded, out, build_options, worker_of(worker, take_over), engine=chosen)
 
 
 def teach_and_tell(
@@ -56,6 +64,7 @@ def teach_and_tell(
     build_options: "BuildOptions",
     part: "Worker",
     reuse: "Cache | None" = None,
+    engine: "RayEngine | None" = None,
 ) -> None:
     """Run the teacher's pass with its progress, and print its result."""
     from kdcache.store import Records, open_cache, summarise
@@ -71,6 +80,7 @@ def teach_and_tell(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             worker=part,
             reuse=reuse,
+            engine=engine,
         )
     if result.damaged:
         OUT.print(f"{result.damaged} records of the earlier store are damaged: their targets were computed again")

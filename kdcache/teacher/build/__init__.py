@@ -11,5 +11,6 @@ statistics.py      small maps beside the targets
 shard_queue.py     records into whole shards
 reuse.py           what an earlier store holds already
 build.py           the pass
+ray_engine.py      the pass on a Ray cluster
 copy_fidelity.py   what a copy loses
 """

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from kdcache.teacher.build.statistics import measure
 from kdcache.teacher.load.forward import not_finite, out_of_memory, place, teach
 from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import pack
+
+if TYPE_CHECKING:
+    from kdcache.teacher.build.ray_engine import RayEngine
 
 Progress = Callable[[int, int], None]
 
@@ -115,6 +118,7 @@ def build_cache(
     progress: Progress | None = None,
     worker: Worker | None = None,
     reuse: Cache | None = None,
+    engine: "RayEngine | None" = None,
 ) -> BuildResult:
     """Run the teacher over every sample of `split` and write the store `out`.
 
@@ -122,6 +126,7 @@ def build_cache(
         progress: called with (records done, records), those that were there already included.
         worker: which part of a build that several processes share; default all of it.
         reuse: an earlier store of the same teacher, whose targets are taken over where they would be equal (reuse.py).
+        engine: actors that teach the shards in this process's place; default none.
     Raises: KDCacheError of every kind; what is finished stays, and the same call continues.
     """
     place(teacher.model, options.device)
@@ -137,13 +142,19 @@ def build_cache(
     with open_writer(out, manifest, split.ids, worker, checksums) as writer:
         share = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
         already = share - sum(map(manifest.shard_records, writer.missing))
-        work = _Pass(probe, writer.manifest, earlier)
+        work = Pass(probe, writer.manifest, earlier)
         done = taught = reused = 0
         began = time.perf_counter()
         if progress is not None:
             progress(already, share)
+        for record in () if engine is None else engine.records(writer):
+            writer.finish(record)
+            done += record.records[1] - record.records[0]
+            taught = done
+            if progress is not None:
+                progress(already + done, share)
         for shards in writer.passes():
-            with ShardQueue(writer) as queue:
+            with ShardQueue(writer.manifest, writer.write_shard) as queue:
                 for batch in work.batches(shards):
                     queue.add(batch.items, batch.rows)
                     done += len(batch.items)
@@ -189,7 +200,7 @@ def pack_batch(outputs: Outputs, heads: Mapping[str, Head | Regression], taps: S
     return packed
 
 
-class _Pass:
+class Pass:
     """The teacher over the records of some shards."""
 
     def __init__(self, probe: TeacherProbe, manifest: Manifest, reuse: Reuse | None) -> None:

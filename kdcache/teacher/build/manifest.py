@@ -65,16 +65,19 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
         build=Build(
             batch_size=options.batch_size,
             shard_records=options.shard_records,
-            device=_device_name(options.device),
+            device=device_name(options.device),
             threads=torch.get_num_threads(),
-            libraries={
-                "python": ".".join(map(str, sys.version_info[:3])),
-                **{name: _version(name) for name in ("torch", "pillow", "zarr", "numcodecs")},
-            },
+            libraries=libraries(),
         ),
         codec=options.codec,
         fidelity=figures,
     )
+
+
+def libraries() -> dict[str, str]:
+    """The versions here of what a record's bytes depend on, by name."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"python": python, **{name: _version(name) for name in ("torch", "pillow", "zarr", "numcodecs")}}
 
 
 def _depth(probe: TeacherProbe) -> DepthLabels | None:
@@ -154,7 +157,7 @@ def _top_k_and_fidelity(probe: TeacherProbe, classes: int, *, fidelity: bool) ->
     return k, measure_fidelity(on_device, k, options.codec, size, align_corners=align_corners)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

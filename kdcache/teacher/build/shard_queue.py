@@ -1,22 +1,26 @@
 """Records on their way into a store: collected into whole shards, which one thread writes meanwhile."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from kdcache.store import Manifest, StoreWriter
+from kdcache.store import Manifest
 from kdcache.store.format.schema import LABELLED, LABELLED_DEPTH, record_arrays
 from kdcache.teacher.build.render import Array, Rendered
 
 
 class ShardQueue:
-    """Collects records into whole shards and writes them in one background thread, at most one ahead."""
+    """Collects records into whole shards and writes them in one background thread, at most one ahead.
 
-    def __init__(self, writer: StoreWriter) -> None:
-        self._writer = writer
-        self._specs = record_arrays(writer.manifest)
+    Args:
+        write: takes a shard's number and its arrays: path -> (records of the shard, ...).
+    """
+
+    def __init__(self, manifest: Manifest, write: Callable[[int, Mapping[str, Array]], None]) -> None:
+        self._manifest, self._write = manifest, write
+        self._specs = record_arrays(manifest)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer")
         self._writing: Future[None] | None = None
         self._arrays: dict[str, Array] = {}
@@ -38,11 +42,11 @@ class ShardQueue:
         Args:
             outputs: of the teacher: path -> rows.
         """
-        shard = batch[0].record // self._writer.manifest.build.shard_records
-        first, last = self._writer.manifest.shard_range(shard)
+        shard = batch[0].record // self._manifest.build.shard_records
+        first, last = self._manifest.shard_range(shard)
         if not self._filled:
             self._arrays = {spec.path: np.empty((last - first, *spec.shape), spec.dtype) for spec in self._specs}
-        rows = {**outputs, **_record_rows(batch, self._writer.manifest)}
+        rows = {**outputs, **_record_rows(batch, self._manifest)}
         places = [item.record - first for item in batch]
         for path, array in self._arrays.items():
             array[places] = rows[path]
@@ -50,7 +54,7 @@ class ShardQueue:
         if self._filled == last - first:
             if self._writing is not None:
                 self._writing.result()
-            self._writing = self._pool.submit(self._writer.write_shard, shard, self._arrays)
+            self._writing = self._pool.submit(self._write, shard, self._arrays)
             self._arrays, self._filled = {}, 0
 
 

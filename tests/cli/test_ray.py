@@ -1,0 +1,161 @@
+"""Builds by the actors of a real Ray cluster on this machine: whoever dies, the store is one process's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache.errors import MismatchError, RecipeError
+from kdcache.store import open_cache
+from kdcache.teacher.build import ray_engine
+
+pytestmark = pytest.mark.slow
+ray = pytest.importorskip("ray")
+Build = tuple[list[object], dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without room and two nodes of a core each; what was removed is added again."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def start(build: Build, spawn: Callable[..., subprocess.Popen[str]], cluster: Any, tmp_path: Path):
+    """start() begins or continues the build of s.zarr by two actors."""
+
+    def begin() -> subprocess.Popen[str]:
+        words = [*build[0], "--out", tmp_path / "s.zarr", "--engine", "ray", "--actors", 2]
+        return spawn(*words, "--address", cluster.address)
+
+    return begin
+
+
+def wait_for_shards(store: Path, count: int, driver: subprocess.Popen[str], limit_s: float = 200) -> None:
+    end = time.monotonic() + limit_s
+    while len(list(store.glob("ledger/*.json"))) < count:
+        assert driver.poll() is None, driver.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.001)
+
+
+def actors() -> list[int]:
+    """Process numbers of the actors that run, by the title that Ray gives them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"ray::ShardTeacher"):
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def finish(driver: subprocess.Popen[str]) -> str:
+    out, err = driver.communicate(timeout=280)
+    assert driver.returncode == 0, err
+    return out
+
+
+def test_an_actor_is_killed(build, start, tree, unstamped, tmp_path: Path) -> None:
+    driver = start()
+    wait_for_shards(tmp_path / "s.zarr", 1, driver)
+    os.kill(actors()[0], signal.SIGKILL)
+    out = finish(driver)
+    assert "records" in out
+    assert unstamped(tree(tmp_path / "s.zarr")) == build[1]
+
+
+def test_a_node_is_lost_and_another_added(build, start, cluster, tree, unstamped, tmp_path: Path) -> None:
+    driver = start()
+    wait_for_shards(tmp_path / "s.zarr", 1, driver)
+    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    finish(driver)
+    assert unstamped(tree(tmp_path / "s.zarr")) == build[1]
+
+
+def test_the_driver_is_killed_and_the_same_command_goes_on(build, start, tree, unstamped, tmp_path: Path) -> None:
+    driver = start()
+    wait_for_shards(tmp_path / "s.zarr", 2, driver)
+    driver.kill()
+    driver.communicate()
+    assert "were there" in finish(start())
+    assert unstamped(tree(tmp_path / "s.zarr")) == build[1]
+
+
+def test_a_node_without_the_data_is_named(made: Path, cluster, cli, tmp_path: Path) -> None:
+    """The folder of the data is gone when the actors look for it: as on a node that does not have that disk."""
+    (tmp_path / "data").symlink_to(made / "data")
+    words = ["build-teacher-cache", "--data", tmp_path / "data", "--teacher", made / "teacher", "--threads", 1]
+    lost = tmp_path / "s.zarr"
+
+    def begin_and_lose(*arguments: Any, **named: Any) -> Any:
+        (tmp_path / "data").unlink()
+        return records(*arguments, **named)
+
+    records = ray_engine.RayEngine.records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_engine.RayEngine, "records", begin_and_lose)
+        ended = cli(*words, "--out", lost, "--engine", "ray", "--actors", 1, "--address", cluster.address)
+    assert ended.code == 2
+    assert "every node of a cluster sees the data" in ended.err
+    assert str(tmp_path / "data") in ended.err.replace("\n", "")
+    assert not open_or_none(lost)
+
+
+def open_or_none(store: Path) -> bool:
+    try:
+        open_cache(store)
+    except Exception:
+        return False
+    return True
+
+
+def test_other_libraries_are_refused(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
+    from kdcache.store import read_manifest
+
+    manifest = read_manifest(ray_engine.open_place(next(made.glob("*.zarr"))))
+    monkeypatch.setattr(ray_engine, "libraries", lambda: manifest.build.libraries | {"torch": "0.1"})
+    with pytest.raises(MismatchError, match=r"node here has torch 0\.1"):
+        ray_engine._check_libraries(manifest, "here")
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(ray_engine, "import_module", missing)
+    with pytest.raises(RecipeError, match=r"kdcache\[ray\]"):
+        ray_engine._import_ray()
+
+
+@pytest.mark.parametrize(
+    ("words", "received"),
+    [
+        (["--actors", 2], "--actors 2"),
+        (["--engine", "ray", "--worker", "0/2"], "--worker 0/2"),
+        (["--engine", "ray", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["--engine", "ray", "--num-gpus", 64], "64 GPU"),
+    ],
+)
+def test_wrong_flags(made: Path, cli, tmp_path: Path, words: list[object], received: str) -> None:
+    common = ["build-teacher-cache", "--data", made / "data", "--teacher", made / "teacher", "--threads", 1]
+    ended = cli(*common, "--out", tmp_path / "s.zarr", *words)
+    assert ended.code == 2, ended.out
+    assert received in ended.err
