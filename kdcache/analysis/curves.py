@@ -101,14 +101,17 @@ def _draw(axes: "Axes", lines: dict[str, Points]) -> None:
 
 
 def _draw_beside(axes: "Axes", lines: dict[str, Points]) -> None:
-    """Metres over the same steps, on an axis of their own at the right."""
+    """Metres over the same steps, on an axis of their own at the right; one legend has all lines."""
     right = axes.twinx()
     for number, (name, points) in enumerate(lines.items()):
         steps, values = zip(*points, strict=True)
         right.plot(steps, values, color=_LINES[-1 - number], linestyle="--", label=name)
     right.set_ylabel("m", fontsize=10)
     right.tick_params(labelsize=9)
-    right.legend(fontsize=9, framealpha=0.8, edgecolor="none", loc="center right")
+    if (covered := axes.get_legend()) is not None:
+        covered.remove()
+    lines_and_names = zip(axes.get_legend_handles_labels(), right.get_legend_handles_labels(), strict=True)
+    right.legend(*(left + own for left, own in lines_and_names), fontsize=9, framealpha=0.8, edgecolor="none")
 
 
 def _speed_title(speed: Points, batch_size: int | None) -> str:

@@ -91,3 +91,16 @@ def test_no_two_lines_look_alike(tmp_path: Path) -> None:
     drawn = draw_curves(curves, "title", BATCH).axes[0].lines
     assert len(drawn) == 12
     assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 12
+
+
+def test_one_legend_names_the_scores_of_both_tasks(tmp_path: Path) -> None:
+    scores = {"miou": 0.3, "macc": 0.4, "aacc": 0.5, "depth_rmse": 9.0}
+    lines = [{"kind": "train", "step": 1, "loss": 1.0}, {"kind": "validation", "step": 1, **scores}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = read_curves(Run(tmp_path))
+    assert curves is not None
+    figure = draw_curves(curves, "title", BATCH)
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend() is not None]
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [
+        ["mIoU", "mAcc", "aAcc", "rmse of depth"]
+    ]
