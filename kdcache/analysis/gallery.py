@@ -175,7 +175,8 @@ class Gallery:
         if self.teacher is not None:
             others["teacher"] = self.teacher.predict(self.split, number)
         if self.baseline is not None and self.baseline is not shown:
-            others[shorten(self.baseline.name, 40)] = self.baseline.predict(self.split, number)
+            name = shorten(self.baseline.name, 40)
+            others[name if self.layout == "row" else f"baseline: {name}"] = self.baseline.predict(self.split, number)
         name = shorten(shown.name, 40) if self.layout == "row" else "prediction"
         pictures: list[Panel] = [("image", pixels)]
         if SEGMENTATION in own.answers:

@@ -9,7 +9,7 @@ from kdcache.analysis.comparison import Comparison
 from kdcache.analysis.report.render import number, render
 from kdcache.analysis.report.scores import class_scores
 
-_SHOWN = 40
+_SHOWN = 24
 """Classes before the rest is folded away."""
 
 
