@@ -284,11 +284,12 @@ class Gallery:
 
 
 def _strip(pictures: Sequence[Panel]) -> Array:
-    """Image, ground truth and the last prediction of classes or depth, small and side by side; uint8 (H, W, 3)."""
+    """Image, ground truth and the last prediction, of classes or else of depth, small; uint8 (H, W, 3)."""
     named = {name: picture for name, picture in pictures if name != "overlay" and not _is_error(name)}
-    wanted: list[str] = [name for name in ("image", "ground truth", "depth, ground truth") if name in named]
-    wanted += [name for name in named if name not in wanted][-1:]
-    arrays = [one.rgb() if isinstance(one := named[name], DepthMap) else one for name in wanted[:1] + wanted[-2:]]
+    of_depth = [name for name in named if name.startswith("depth, ")]
+    answers = [name for name in named if name != "image" and name not in of_depth] or of_depth
+    wanted = ["image", *(name for name in answers[:-1] if name.endswith("ground truth")), *answers[-1:]]
+    arrays = [one.rgb() if isinstance(one := named[name], DepthMap) else one for name in wanted]
     small = []
     for place, array in enumerate(arrays):
         picture = Image.fromarray(array)
