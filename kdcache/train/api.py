@@ -20,7 +20,14 @@ from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
 from kdcache.models.trust import remember
 from kdcache.store.backend.durable import disk_space_errors
-from kdcache.train.checks import check_adversaries, check_auxiliary, check_flip, check_processes, check_supervised
+from kdcache.train.checks import (
+    check_adversaries,
+    check_auxiliary,
+    check_flip,
+    check_processes,
+    check_supervised,
+    warmup_notes,
+)
 from kdcache.train.config import TrainConfig
 from kdcache.train.criterion import make_criterion, needed_arrays, rare_order
 from kdcache.train.depth_validation import check_depth_labels, check_first_depth, depth_errors
@@ -142,6 +149,7 @@ def make_trainer(
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
         _note_all(_model_notes(config, model), observer.note)
+        _note_all(warmup_notes(config), observer.note)
         for source in sources:
             _note_all(_notes(source, val), source.note(observer.note))
         watching = observer

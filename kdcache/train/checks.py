@@ -1,8 +1,11 @@
 """Whether settings go together once the data, their augmentation and the number of processes are known."""
 
+from collections.abc import Iterator
+
 from kdcache.distill.terms.spec import compares_features
 from kdcache.errors import RecipeError
 from kdcache.models.added_heads import split_auxiliary
+from kdcache.settings.spelling import warmup_steps
 from kdcache.train.config import TrainConfig
 
 
@@ -84,3 +87,25 @@ def check_auxiliary(config: TrainConfig) -> None:
             received=f"--model {config.model} with --ce-weight 0 or auxiliary,weight=0 throughout",
             remedy=f"use --model {split_auxiliary(config.model)[0]}; or add --term auxiliary",
         )
+
+
+def warmup_notes(config: TrainConfig) -> Iterator[str]:
+    """Notes on warm-ups that the training ends before.
+
+    Args:
+        config: with its iterations.
+    """
+    assert config.iterations is not None, "resolve the settings first"
+    for flag, steps, what in (
+        (f"--warmup {config.warmup}", config.warmup if config.schedule != "plateau" else 0, "the learning rate"),
+        (
+            f"--distill-schedule {config.distill_schedule}",
+            warmup_steps(config.distill_schedule),
+            "the weight of the teacher's terms",
+        ),
+    ):
+        if steps > config.iterations:
+            yield (
+                f"{flag} is longer than the training of {config.iterations} iterations: {what} gets to "
+                f"{100 * config.iterations / steps:.0f} % of its value. Train longer, or warm up for fewer"
+            )

@@ -145,7 +145,8 @@ def test_a_training_from_voc(cli, tmp_path) -> None:
 
 
 def test_a_restyled_data_set_is_written_checked_and_continued(cli, tmp_path) -> None:
-    restyle = "data", "restyle", TINY.write("gta5", tmp_path / "game"), "--like", "scenes:32x48,train=2,val=1"
+    restyle = "data", "restyle", TINY.write("gta5", tmp_path / "game"), "--like", "scenes:40x56,train=2,val=1"
+    restyle = *restyle, "--resize"
     done = cli(*restyle, "--out", tmp_path / "new", "--beta", "0.05")
     assert done.code == 0, done.err
     assert f"{tmp_path / 'new'}: 3 images written, 0 kept; labels: 0 links, 3 files" in done.out
@@ -163,6 +164,8 @@ def test_a_restyled_data_set_is_written_checked_and_continued(cli, tmp_path) -> 
         (("--method", "gan"), "--method is fda or histogram"),
         (("--like", "nowhere"), "nowhere is no folder"),
         (("--like-split", "test"), "'test'"),
+        (("--like", "scenes:40x48,train=2"), "of 40x48 (height x width)"),
+        (("--like", "scenes:40x48,train=2"), "add --resize"),
         (("--out", Path(__file__).parent), "holds something else"),
     ],
 )

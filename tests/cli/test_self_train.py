@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_a_rule_that_there_is_not_is_refused(rule: str, cli, tmp_path: Path) -> 
     ended = cli("self-train", "--out", tmp_path, *SCENES, "--pseudo-labels", rule)
     assert ended.code == 2
     assert "0.2,0.25,0.3 or confidence:0.9" in ended.err
+
+
+@pytest.mark.parametrize("rounds", [0, -1, 100])
+def test_rounds_that_cannot_be_are_refused(rounds: int, cli, tmp_path: Path) -> None:
+    refused = cli("self-train", "--out", tmp_path / "out", "--smoke", "--dry-run", "--rounds", rounds)
+    assert refused.code == 2
+    for part in ("--rounds is a whole number from 1 to 99", rf"received +{rounds} ", "use --rounds 1"):
+        assert re.search(part, refused.err)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -121,5 +131,3 @@ def test_self_training_leaves_every_round(cli, tmp_path: Path) -> None:
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "What the teacher of each round gives" in page
     assert f"round 1 ({stores[0].ledger.completion.digest[:12]})" in page
-    refused = cli("self-train", "--out", tmp_path / "none", "--smoke", "--rounds", "0")
-    assert refused.code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,56 @@ def test_it_is_its_definition(normalise: str, masked: bool) -> None:
     assert confident(batch).item() == pytest.approx(share.item(), rel=1e-12)
 
 
+def surest(pseudo: PseudoLabels, shown: Tensor, share: float) -> Tensor:
+    """Class by class, the ceil(share * n) most confident of its n counted pixels, and whatever is as confident."""
+    kept = torch.zeros(shown.shape, dtype=torch.bool)
+    for name in range(C):
+        own = shown & (pseudo.label == name)
+        ranked = sorted(pseudo.confidence[own].tolist(), reverse=True)
+        if ranked:
+            kept |= own & (pseudo.confidence >= ranked[math.ceil(share * len(ranked)) - 1])
+    return kept
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("normalise", ["all", "share", "kept"])
+def test_by_a_quantile_the_surest_of_each_class_are_confident(normalise: str, masked: bool) -> None:
+    student, pseudo = inputs(batch=2)[0].double().requires_grad_(), pseudo_labels(weak_logits(), LABEL)
+    shown = torch.ones(2, *LABEL, dtype=torch.bool)
+    if masked:
+        shown[0, :, :11], shown[1, 5] = False, False
+    sure = surest(pseudo, shown, 0.4)
+    ce = F.cross_entropy(F.interpolate(student, LABEL, mode="bilinear"), pseudo.label.long(), reduction="none")
+    share = sure.sum().double() / shown.sum()
+    expected = {
+        "all": (ce * sure).sum() / shown.sum(),
+        "kept": (ce * sure).sum() / sure.sum(),
+        "share": share * (ce * shown).sum() / shown.sum(),
+    }[normalise]
+    term = consistency(by="ema", quantile=0.4, normalise=normalise)
+    batch = TermBatch(student, {}, VOID, None, {}, None, LABEL, shown=shown if masked else None, pseudo={"ema": pseudo})
+    value = term(batch)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+    gradient, wanted = (torch.autograd.grad(loss, student)[0] for loss in (value, expected))
+    assert (gradient - wanted).norm() <= 1e-12 * wanted.norm()
+    confident = with_companions([term])[1]
+    assert confident(batch).item() == pytest.approx(share.item(), rel=1e-12)
+
+
+def test_a_quantile_keeps_a_class_of_which_nothing_is_sure() -> None:
+    """Class 1 is on a quarter of the pixels, at 0.4 where the others are at 0.9."""
+    label = torch.zeros(2, *LABEL, dtype=torch.uint8)
+    label[:, : LABEL[0] // 4] = 1
+    pseudo = PseudoLabels(label, torch.where(label == 1, 0.4, 0.9).half())
+    student = inputs(batch=2)[0].double().requires_grad_()
+    batch = TermBatch(student, {}, VOID, None, {}, None, LABEL, pseudo={"student": pseudo})
+    pulls = []
+    for options in ({"threshold": 0.7}, {"quantile": 0.5}):
+        (gradient,) = torch.autograd.grad(consistency(**options)(batch), student)
+        pulls.append(bool((gradient[:, 1] < 0).any()))
+    assert pulls == [False, True], "a logit is raised only where its class is a pseudo label"
+
+
 def test_by_the_store_it_is_pseudo_with_defaults_of_its_own() -> None:
     student, label = inputs()
     batch = labelled(dense_target(), label)
@@ -140,6 +191,8 @@ def test_defaults_schedule_and_what_is_missing() -> None:
     term = consistency()
     assert (term.threshold, term.normalise, term.by, term.reads_teacher) == (0.968, "all", "student", False)
     assert "the student's own" in term.describe()
+    assert term.describe().endswith("confident is 0.968")
+    assert consistency(quantile=0.5).describe().endswith("confident is the surest 0.5 of each class")
     criterion = DistillLoss(ce_weight=0.0, kl_weight=0.0, further=[term, consistency(by="ema")], scheduled=True)
     assert labellers(criterion) == ("student", "ema")
     assert labellers(DistillLoss(further=[consistency(weight=0.0)])) == ()

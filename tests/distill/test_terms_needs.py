@@ -113,7 +113,11 @@ def test_a_spec_goes_through_a_recipe() -> None:
         ({"kind": "cosine", "distance": "mse"}, "options of cosine are"),
         ({"kind": "consistency", "threshold": 1.0}, "above 0 and below 1"),
         ({"kind": "consistency", "by": "teacher"}, "by of a term is one of student, ema, store"),
-        ({"kind": "consistency", "quantile": 0.5}, "options of consistency are weight, by, threshold, normalise"),
+        ({"kind": "consistency", "quantile": 0.5, "threshold": 0.9}, "leave one of them out"),
+        (
+            {"kind": "consistency", "class_weights": "sqrt"},
+            "options of consistency are weight, by, threshold, quantile",
+        ),
         ({"kind": "dice", "threshold": 0.5}, "options of dice are weight"),
     ],
 )

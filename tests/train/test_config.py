@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kdcache.errors import RecipeError
 from kdcache.train import TrainConfig, make_config, read_config
-from kdcache.train.checks import check_flip, check_processes
+from kdcache.train.checks import check_flip, check_processes, warmup_notes
 
 BASE: dict[str, Any] = {"verb": "train-student", "model": "kdcache:tiny", "cache": "x.zarr", "val": "x"}
 NAN, INFINITY = float("nan"), float("inf")
@@ -219,11 +219,34 @@ def test_warp_mirrors_stored_features_only_when_it_is_asked_to(kind: str) -> Non
 
 
 def test_what_one_process_alone_can_compute() -> None:
-    config = make_config(**BASE, term=["pseudo,quantile=0.5"])
-    check_processes(config, 1)
-    check_processes(make_config(**BASE, term=["pseudo,threshold=0.5"]), 2)
-    with pytest.raises(RecipeError, match="2 processes"):
-        check_processes(config, 2)
+    for term in ("pseudo", "consistency,by=student"):
+        config = make_config(**BASE, term=[f"{term},quantile=0.5"])
+        check_processes(config, 1)
+        check_processes(make_config(**BASE, term=[f"{term},threshold=0.5"]), 2)
+        with pytest.raises(RecipeError, match="2 processes"):
+            check_processes(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({}, []),
+        ({"warmup": 40, "distill_schedule": "warmup:40"}, []),
+        (
+            {"warmup": 160},
+            ["--warmup 160 is longer than the training of 40 iterations: the learning rate gets to 25 %"],
+        ),
+        (
+            {"warmup": 41, "distill_schedule": "warmup:50"},
+            ["the learning rate gets to 98 %", "--distill-schedule warmup:50 is longer than the training of 40"],
+        ),
+        ({"warmup": 160, "schedule": "plateau", "val": "scenes"}, []),
+    ],
+)
+def test_a_warm_up_that_the_training_ends_before_is_noted(changes: dict[str, Any], notes: list[str]) -> None:
+    texts = list(warmup_notes(make_config(**BASE | {"iterations": 40} | changes)))
+    assert len(texts) == len(notes)
+    assert all(note in text for note, text in zip(notes, texts, strict=True))
 
 
 floats = st.floats(1e-9, 1e6)

@@ -169,12 +169,12 @@ def test_a_step_is_the_definition(by: str, base: dict[str, Any], tmp_path: Path,
     assert row["weak_view_seconds"] > 0
 
 
-@pytest.mark.parametrize("by", ["student", "ema"])
+@pytest.mark.parametrize("term", ["by=student,threshold=0.16", "by=ema,threshold=0.16", "by=ema,quantile=0.3"])
 def test_a_killed_run_ends_as_if_nothing_had_happened(
-    by: str, base: dict[str, Any], nursery: Any, model_file: Callable[[str], str], tmp_path: Path, read_metrics: Read
+    term: str, base: dict[str, Any], nursery: Any, model_file: Callable[[str], str], tmp_path: Path, read_metrics: Read
 ) -> None:
     settings = base | {"model": model_file("dropout"), "iterations": 30, "val_every": 6, "val": SCENES}
-    settings |= {"stream": streams(f"by={by},threshold=0.16")}
+    settings |= {"stream": streams(term)}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(make_config(**settings), whole)
     nursery.kill_at_checkpoint(settings, killed)
@@ -214,6 +214,20 @@ def test_a_compiled_step_reads_pseudo_labels_as_labels(
     for one, two in zip(*rows, strict=True):
         for name in (name for name in one if "/" in name):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
+
+
+def test_by_a_quantile_the_surest_share_of_each_class_is_learnt_among_what_was_not_pasted(
+    base: dict[str, Any], tmp_path: Path, read_metrics: Read
+) -> None:
+    """At least it: equal confidences go together."""
+    rows = streams("by=ema,quantile=0.3,normalise=share", paste="classmix")
+    rows[1]["paste-from"] = "l"
+    notes = Notes()
+    train(make_config(**base | {"stream": rows}), tmp_path / "run", observer=notes)
+    for row in read_metrics(tmp_path / "run", "train"):
+        assert 0.3 - 1e-6 <= row["u/confident"] < 1
+        assert row["u/consistency"] > 0
+    assert any("confident is the surest 0.3 of each class" in text for text in notes.texts)
 
 
 def test_bf16_mixed_samples_a_schedule_and_a_single_source(

@@ -156,17 +156,24 @@ def restyle(
     ] = 0.01,
     split: Annotated[str, typer.Option("--split", help="Which split of the source.")] = "train",
     like_split: Annotated[str, typer.Option("--like-split", help="Which split of the target.")] = "train",
+    resize: Annotated[
+        bool,
+        typer.Option(
+            "--resize", help="Let fda resize the target's images to the size of the source's, where they differ."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides which target image goes with which image.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Working threads; 0: one per core, at most 8.")] = 0,
 ) -> None:
     """Write a data set in the style of another one, without a network.
 
-    Every image gets the style of one image of the target, drawn by the seed and the sample's id, and keeps its size
-    (fda resizes the target's image to it). OUT is a data set of layout folder: labels and depth are links to the
-    source's, or class ids and metres in files of their own where that has other numbers; OUT/restyled/SPLIT.csv
-    says which target image each had. Images that a network translated need no restyling: gta5:DIR,images=DIR2.
+    Every image gets the style of one image of the target, drawn by the seed and the sample's id, and keeps its size;
+    for fda the target's image has the same, or --resize gives it. OUT is a data set of layout folder: labels and
+    depth are links to the source's, or class ids and metres in files of their own where that has other numbers;
+    OUT/restyled/SPLIT.csv says which target image each had. Images that a network translated need no restyling:
+    gta5:DIR,images=DIR2.
 
-    [dim]kdcache data restyle gta5:/data/gta5 --like cityscapes:/data/cityscapes --out gta5-fda[/]
+    [dim]kdcache data restyle gta5:/data/gta5 --like cityscapes:/data/cityscapes --resize --out gta5-fda[/]
     [dim]kdcache data restyle scenes --like camvid --method histogram --out scenes-camvid[/]
     """
     from kdcache.data import Style
@@ -180,6 +187,7 @@ def restyle(
             Style(method, beta, seed),  # type: ignore[arg-type] # which refuses other methods
             split=split,
             like_split=like_split,
+            resize=resize,
             threads=threads or None,
             progress=lambda done, total: update("restyling", done, total),
         )

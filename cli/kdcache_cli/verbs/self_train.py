@@ -41,7 +41,9 @@ def self_train(
             help="The first round's teacher: a run, SPEC@FILE or SPEC@default (default: one is trained on --source).",
         ),
     ] = None,
-    rounds: Annotated[int, _Option("--rounds", min=1, max=99, help="How often a student becomes the teacher.")] = 3,
+    rounds: Annotated[
+        int, _Option("--rounds", help="How often a student is taught, 1 to 99; each teaches the next.")
+    ] = 3,
     pseudo_labels: Annotated[
         str,
         _Option(
@@ -92,6 +94,12 @@ def self_train(
 
     if out is None:
         raise RecipeError("self-training has a folder", received="no --out", remedy="add --out DIR")
+    if not 1 <= rounds <= 99:
+        raise RecipeError(
+            "--rounds is a whole number from 1 to 99",
+            received=str(rounds),
+            remedy="use --rounds 1 for one student of the first teacher, or more: each teaches the next",
+        )
     data = {name: value for name, value in (("source", source), ("target", target)) if value is not None}
     if not smoke and (lacking := [f"--{name}" for name in ("source", "target") if name not in data]):
         raise RecipeError(

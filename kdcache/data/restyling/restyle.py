@@ -31,7 +31,7 @@ from kdcache.data.prefetch import prefetch
 from kdcache.data.rendering.augment import id_hash
 from kdcache.data.restyling.transfer import fourier_transfer, match_histograms, replaced_frequencies
 from kdcache.data.sample import Pixels, Split
-from kdcache.errors import RecipeError
+from kdcache.errors import DataError, RecipeError
 from kdcache.files import check_own_folder, read_object, write_whole
 
 Method = Literal["fda", "histogram"]
@@ -94,6 +94,7 @@ def restyle(
     *,
     split: str = "train",
     like_split: str = "train",
+    resize: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Restyled:
@@ -104,12 +105,14 @@ def restyle(
             count.
         out: a new folder, or one that other splits of the same restyling are in.
         style: default `fda` with the authors' settings.
+        resize: whether `fda` may resize a target's image to the size of the source's; `histogram` takes any sizes.
         threads: working threads; by default one per core, at most 8.
         progress: called with (images done, images).
-    Raises: DataError for data that cannot be read; RecipeError for a folder that holds something else.
+    Raises: DataError for data that cannot be read, and without `resize` for images of two sizes; RecipeError for a
+        folder that holds something else.
     """
     style = style or Style()
-    work = _Work(open_split(source, split), open_split(like, like_split), Path(out), style)
+    work = _Work(open_split(source, split), open_split(like, like_split), Path(out), style, resize)
     work.prepare()
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
     total, written = len(work.source), 0
@@ -129,6 +132,7 @@ class _Work:
     target: Split
     out: Path
     style: Style
+    resize: bool
 
     @property
     def folder(self) -> FolderWriter:
@@ -139,6 +143,8 @@ class _Work:
         rule = "a restyled data set is written into a new or empty folder, or one that it was written into before"
         check_own_folder(self.out, SETTINGS, rule)
         self._check_settings(settings := self._settings())
+        if len(self.source):
+            self._pair(0)  # before anything is written
         (self.out / PAIRS).mkdir(parents=True, exist_ok=True)
         write_whole(self.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
         self.folder.write_beginning()
@@ -173,10 +179,25 @@ class _Work:
         )
 
     def _restyled(self, index: int) -> Pixels:
-        image, other = self.source.image(index), self.target.image(self.partner(index))
+        image, other = self._pair(index)
         if self.style.method == "histogram":
             return match_histograms(image, other)
         return fourier_transfer(image, other, self.style.beta)
+
+    def _pair(self, index: int) -> tuple[Pixels, Pixels]:
+        """A sample's image, and the one that gives it its style. Raises: DataError for two sizes that may not be."""
+        partner = self.partner(index)
+        image, other = self.source.image(index), self.target.image(partner)
+        if self.style.method == "fda" and image.shape != other.shape and not self.resize:
+            (height, width), (rows, columns) = image.shape[:2], other.shape[:2]
+            raise DataError(
+                "fda replaces the frequencies of an image by those of one of the same size",
+                received=f"{self.source.ids[index]} of {height}x{width} and {self.target.ids[partner]} of "
+                f"{rows}x{columns} (height x width)",
+                remedy="add --resize, which shows the target's images at the size of the source's; or use --method "
+                "histogram, which takes any sizes",
+            )
+        return image, other
 
     def _settings(self) -> dict[str, Any]:
         """Everything that images depend on, beside the source's own, as JSON."""

@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "lovasz": (),
     "auxiliary": (),
     "entropy": (),
-    "consistency": ("by", "threshold", "normalise"),
+    "consistency": ("by", "threshold", "quantile", "normalise"),
     "adversarial": ("against", "loss", "head"),
     "depth-l1": ("reference",),
     "depth-berhu": ("reference",),
@@ -64,7 +64,8 @@ class TermSpec:
         alpha, beta, gamma: weights of the parts of `dkd` (alpha, beta) and `dist` (beta, gamma); alpha of gradient
             matching in `depth-ssi`.
         threshold: the least probability of a pseudo label (`pseudo`, `consistency`), in (0, 1).
-        quantile: instead of `threshold`, the share of each class's pixels with a pseudo label, the most confident ones.
+        quantile: instead of `threshold`, the share of each class's pixels with a pseudo label, the most confident ones
+            of the batch.
         normalise: what `pseudo` and `consistency` are divided by; one of CHOICES.
         class_weights: of `pseudo`, by how rare a class is among the targets; one of CHOICES.
         standardise, projector, distance: of features: the teacher's channels, the student's projection and how both are

@@ -209,7 +209,15 @@ def test_parts_are_eager_and_it_is_said(
 # --- what is refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"method": "kl+sp"}, {"method": "dist"}, {"term": ["pseudo,quantile=0.5"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "kl+sp"},
+        {"method": "dist"},
+        {"term": ["pseudo,quantile=0.5"]},
+        {"term": ["consistency,by=student,quantile=0.5"]},
+    ],
+)
 def test_terms_of_the_whole_batch_are_refused(changes: dict[str, Any], student: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
         make_config(**(student | {"accumulate": 2} | changes))

@@ -29,12 +29,14 @@ class Consistency(Pseudo):
     The strong view is the student's image, the weak view the same pixels before the colour jitter, so that both have
     the same geometry and their pixels correspond one to one. p is of the student itself or of its moving average, each
     in eval mode and without gradient (`Batch.pseudo`); or of a stored teacher. Pixels without a label count as others
-    do, those of a replayed view that show no image do not. `normalise` is as of `Pseudo`; gates weigh a stored
-    teacher's pixels alone.
+    do, those of a replayed view that show no image do not. `normalise` and `quantile` are as of `Pseudo`: with a
+    quantile every class of the batch has a threshold of its own, so that sure classes do not crowd out the others.
+    Gates weigh a stored teacher's pixels alone.
 
     Default weight 1, threshold 0.968, all.
     Source: Sohn et al. 2020 (FixMatch), arXiv 2001.07685, equation 4; the threshold, and `share`, Tranheden et al. 2021
-    (DACS), arXiv 2007.08702; the moving average as teacher Tarvainen and Valpola 2017, arXiv 1703.01780.
+    (DACS), arXiv 2007.08702; the moving average as teacher Tarvainen and Valpola 2017, arXiv 1703.01780; thresholds by
+    class Zou et al. 2018 (CBST), arXiv 1810.07911, there of the whole data set and here of each batch.
     """
 
     default_threshold = 0.968
@@ -53,15 +55,14 @@ class Consistency(Pseudo):
     def describe(self) -> str:
         return (
             f"{self.kind}: pseudo labels of the weak view, without jitter, are {_WHOSE[self.by]}; learnt are "
-            f"{_DIVIDED[self.normalise]}; confident is {self.threshold:g}"
+            f"{_DIVIDED[self.normalise]}; confident is "
+            + (f"{self.threshold:g}" if self.quantile is None else f"the surest {self.quantile:g} of each class")
         )
 
     def confident_and_counted(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         """The number of confident pixels, and of counted ones, float64."""
-        _, confidence_BHW = self._best(batch)
-        return (confidence_BHW >= self.threshold).sum(dtype=torch.float64), (confidence_BHW > 0).sum(
-            dtype=torch.float64
-        )
+        _, confident_BHW, counted_BHW = self._confident(batch)
+        return confident_BHW.sum(dtype=torch.float64), counted_BHW.sum(dtype=torch.float64)
 
     def _best(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         if self.by == "store":

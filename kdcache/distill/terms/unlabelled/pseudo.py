@@ -86,12 +86,8 @@ class Pseudo(Term):
     @torch.no_grad()
     def _labels_and_count(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         """(B, H, W) int16 pseudo labels, NONE where there is none, and what `count` returns."""
-        argmax_BHW, confidence_BHW = self._best(batch)
-        if self.quantile is None:
-            confident_BHW = confidence_BHW >= self.threshold
-        else:
-            confident_BHW = most_confident(argmax_BHW, confidence_BHW, self.quantile, self.targets.num_classes)
-        argmax_BHW, counted_BHW = argmax_BHW.to(torch.int16), confidence_BHW > 0
+        argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)
+        argmax_BHW = argmax_BHW.to(torch.int16)
         labels_BHW = argmax_BHW.masked_fill(~confident_BHW, NONE)
         if self.normalise == "all":
             return labels_BHW, _sum(counted_BHW)
@@ -100,6 +96,15 @@ class Pseudo(Term):
         if self.class_weight is None:
             return labels_BHW, _sum(confident_BHW)
         return labels_BHW, _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
+
+    def _confident(self, batch: TermBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The most likely class of each pixel, (B, H, W), and which pixels are confident and which count, bool."""
+        argmax_BHW, confidence_BHW = self._best(batch)
+        if self.quantile is None:
+            confident_BHW = confidence_BHW >= self.threshold
+        else:
+            confident_BHW = most_confident(argmax_BHW, confidence_BHW, self.quantile, self.targets.num_classes)
+        return argmax_BHW, confident_BHW, confidence_BHW > 0
 
     def _best(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
         """The most likely class of each pixel, (B, H, W), and its probability, 0 where a pixel does not count."""
