@@ -59,7 +59,7 @@ RESTYLED = "fda-"
 FEW = ("student.iterations=4", "student.val-every=4", "student.warmup=0", "seeds=[0]")
 VERBS: Any = typer.main.get_command(app)
 BASELINE = "source only"
-ONLINE = ("EMA consistency", "EMA consistency, ClassMix, after source only")
+ONLINE = tuple(f"EMA consistency{more}" for more in ("", ", ClassMix, by class", ", ClassMix, after source only"))
 VOID = 255
 
 
