@@ -58,7 +58,16 @@ SUBSTITUTIONS = [
 """Pattern and what stands in its place, one after the other, in lines whose continuations are joined."""
 GROUPS = ("data", "kernels")
 """Verbs of two words begin with one of these."""
-FOREIGN_FLAGS = {"--max-restarts", "--help", "--install-completion", "--nproc-per-node", "--slow", "--kernels", "--dry"}
+FOREIGN_FLAGS = {
+    "--head",
+    "--max-restarts",
+    "--help",
+    "--install-completion",
+    "--nproc-per-node",
+    "--slow",
+    "--kernels",
+    "--dry",
+}
 _FENCE = re.compile(r'^```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?$')
 _NOT_RUN = re.compile(r"<!-- not run: (.*) -->")
 _START = re.compile(r"<!-- starts from: (.*) -->")
