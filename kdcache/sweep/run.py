@@ -9,10 +9,11 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 
 import tomli_w
 
-from kdcache.errors import RecipeError
+from kdcache.errors import KDCacheError, RecipeError
 from kdcache.files import read_object, write_whole
 from kdcache.sweep.curve import write_curve
 from kdcache.sweep.plan import Job, Sweep
@@ -22,6 +23,8 @@ RECORD = "sweep.toml"
 LOGS = "logs"
 """The folder for the output of jobs that run side by side."""
 _POLL_SECONDS = 1.0
+_LAST_LINES = 15
+"""Lines of a job's log in the message that it failed."""
 
 Runner = Callable[[Job], None]
 """Does a job; raises when it fails."""
@@ -162,6 +165,16 @@ def _first_difference(before: dict[str, str], now: dict[str, str]) -> str:
 def _flags_of(words: Sequence[str]) -> list[str]:
     """Flags with their values, as one types them."""
     return [part.strip() for part in " ".join(words).split(" --")]
+
+
+def failed(job: Job, how: str, log: Path) -> KDCacheError:
+    """The error of a job that a process of its own did not bring to its end; it has the last lines of its log."""
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
+    return KDCacheError(
+        "every job of a sweep must succeed",
+        received=f"{job.name} ended with {how}:\n" + "\n".join(last),
+        remedy=f"see {log}; the same sweep goes on with what is not done",
+    )
 
 
 def without_torchrun(environment: Sequence[tuple[str, str]]) -> dict[str, str]:

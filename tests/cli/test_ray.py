@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kdcache import ray_cluster
 from kdcache.errors import MismatchError, RecipeError
 from kdcache.store import open_cache
 from kdcache.teacher.build import ray_engine
@@ -54,12 +55,12 @@ def wait_for_shards(store: Path, count: int, driver: subprocess.Popen[str], limi
         time.sleep(0.001)
 
 
-def actors() -> list[int]:
-    """Process numbers of the actors that run, by the title that Ray gives them."""
+def processes(title: bytes = b"ray::ShardTeacher") -> list[int]:
+    """Process numbers of the actors or tasks that run, by the title that Ray gives them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::ShardTeacher"):
+            if path.read_bytes().startswith(title):
                 found.append(int(path.parent.name))
         except OSError:  # it has ended
             continue
@@ -75,7 +76,7 @@ def finish(driver: subprocess.Popen[str]) -> str:
 def test_an_actor_is_killed(build, start, tree, unstamped, tmp_path: Path) -> None:
     driver = start()
     wait_for_shards(tmp_path / "s.zarr", 1, driver)
-    os.kill(actors()[0], signal.SIGKILL)
+    os.kill(processes()[0], signal.SIGKILL)
     out = finish(driver)
     assert "records" in out
     assert unstamped(tree(tmp_path / "s.zarr")) == build[1]
@@ -97,6 +98,34 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(build, start, tree, u
     driver.communicate()
     assert "were there" in finish(start())
     assert unstamped(tree(tmp_path / "s.zarr")) == build[1]
+
+
+def test_a_job_of_a_sweep_is_killed(cluster, cli, spawn, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        'title = "mine"\n[data]\npath = "scenes:32x48,train=8,val=4"\n'
+        '[teacher]\nmodel = "kdcache:base"\nsize = "32x48"\niterations = 2\nbatch-size = 4\n'
+        '[student]\nmodel = "kdcache:tiny"\niterations = 80\nbatch-size = 4\nval-every = 10\n'
+        '[[arm]]\nname = "plain"\nmethod = "none"\n[[arm]]\nname = "taught"\nmethod = "kl"\n[show]\nnum = 1\n',
+        encoding="utf-8",
+    )
+    local = cli("sweep", recipe, "--out", tmp_path / "local")
+    assert local.code == 0, local.err
+    out = tmp_path / "out"
+    words = ["sweep", recipe, "--out", out, "--parallel", 2, "--engine", "ray", "--address", cluster.address]
+    driver = spawn(*words)
+    end = time.monotonic() + 250
+    while not list(out.glob("*/*/checkpoint.pt")):
+        assert driver.poll() is None, driver.communicate()
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+    os.kill(processes(b"ray::_do")[0], signal.SIGKILL)
+    finish(driver)
+    assert (out / "report.html").is_file()
+    weights = sorted(path.relative_to(out) for path in out.glob("*/*/last.safetensors"))
+    assert len(weights) == 3
+    for path in weights:
+        assert (out / path).read_bytes() == (tmp_path / "local" / path).read_bytes(), path
 
 
 def test_a_node_without_the_data_is_named(made: Path, cluster, cli, tmp_path: Path) -> None:
@@ -140,9 +169,9 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     def missing(name: str) -> Any:
         raise ImportError(name)
 
-    monkeypatch.setattr(ray_engine, "import_module", missing)
+    monkeypatch.setattr(ray_cluster, "import_module", missing)
     with pytest.raises(RecipeError, match=r"kdcache\[ray\]"):
-        ray_engine._import_ray()
+        ray_cluster.import_ray()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Flags of a build on several machines: its engine, and the actors of that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -36,6 +36,17 @@ Address = Annotated[
         help="Address of a running Ray cluster (default: RAY_ADDRESS, or a cluster of this machine alone).",
     ),
 ]
+SweepEngine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        "--engine",
+        rich_help_panel=_PANEL,
+        help="local: processes of this machine. ray: --parallel jobs at a time on a Ray cluster.",
+    ),
+]
+JobGpus = Annotated[
+    float, typer.Option("--num-gpus", min=0, rich_help_panel=_PANEL, help="GPUs of each job, also a part of one.")
+]
 ORDER = ("engine", "actors", "num_gpus", "address")
 
 
@@ -47,13 +58,7 @@ def engine_of(
     Raises: RecipeError for flags of another engine.
     """
     if engine == "local":
-        flags = {"--actors": actors, "--num-gpus": num_gpus, "--address": address}
-        if given := [f"{flag} {value}" for flag, value in flags.items() if value]:
-            raise RecipeError(
-                "--actors, --num-gpus and --address are those of --engine ray",
-                received=", ".join(given),
-                remedy="add --engine ray, or leave them out",
-            )
+        check_local({"--actors": actors, "--num-gpus": num_gpus, "--address": address})
         return None
     if worker is not None:
         raise RecipeError(
@@ -64,3 +69,13 @@ def engine_of(
     from kdcache.teacher.build.ray_engine import RayEngine
 
     return RayEngine(parts, actors, num_gpus, address)
+
+
+def check_local(flags: Mapping[str, object]) -> None:
+    """No flag of Ray has a value. Raises: RecipeError."""
+    if given := [f"{flag} {value}" for flag, value in flags.items() if value]:
+        raise RecipeError(
+            f"{', '.join(flags)} are those of --engine ray",
+            received=", ".join(given),
+            remedy="add --engine ray, or leave them out",
+        )

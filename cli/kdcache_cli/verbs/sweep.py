@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +16,14 @@ from rich.markup import escape
 
 from kdcache.errors import RecipeError
 from kdcache_cli.console import ERRORS, OUT
-from kdcache_cli.settings import shared_flags
+from kdcache_cli.settings import engine_flags, shared_flags
 from kdcache_cli.torchrun import numbered
 
 if TYPE_CHECKING:
     from kdcache.sweep import Job, Sweep, Watcher
+    from kdcache.sweep.run import Runner
 
 _Option = typer.Option
-_LAST_LINES = 15
-"""Lines of a job's log in the message that it failed."""
 
 
 def sweep(
@@ -52,10 +52,14 @@ def sweep(
     ] = None,
     parallel: Annotated[int, _Option("--parallel", min=1, help="Runs side by side, each a process.")] = 1,
     dry_run: Annotated[bool, _Option("--dry-run", help="Show the commands and do nothing.")] = False,
+    engine: engine_flags.SweepEngine = "local",
+    num_gpus: engine_flags.JobGpus = 0.0,
+    address: engine_flags.Address = None,
 ) -> None:
     """Many runs from one store: teachers, stores, students, then table, pictures and page.
 
-    Under torchrun the runs are shared out to its processes, each with its own GPU.
+    Under torchrun the runs are shared out to its processes, each with its own GPU;
+    on a Ray cluster they go wherever there is room.
 
     [dim]kdcache sweep voc-compare --smoke --out try[/]
 
@@ -75,14 +79,32 @@ def sweep(
         read = replace(read, seeds=shared_flags.parse_numbers(seeds, "--seeds"))
     folder, sources = _data_of(data or [], [str(table["name"]) for table in read.stream])
     planned = plan_sweep(read, folder, out, flags_of(verbs), sources)
-    do_sweep(planned, verbs, (recipe, *(change.partition("=")[2] for change in changes or ())), parallel, dry_run)
+    typed = (recipe, *(change.partition("=")[2] for change in changes or ()))
+    if engine == "local":
+        engine_flags.check_local({"--num-gpus": num_gpus, "--address": address})
+        do_sweep(planned, verbs, typed, parallel, dry_run)
+        return
+    from kdcache.ray_cluster import cluster
+    from kdcache_cli.ray_jobs import RayRunner
+
+    with nullcontext() if dry_run else cluster(address) as ray:
+        runner = None if dry_run else RayRunner(ray, planned, parallel, num_gpus)
+        do_sweep(planned, verbs, typed, parallel, dry_run, runner)
 
 
-def do_sweep(planned: "Sweep", verbs: Any, typed: Sequence[str], parallel: int, dry_run: bool) -> None:
+def do_sweep(
+    planned: "Sweep",
+    verbs: Any,
+    typed: Sequence[str],
+    parallel: int,
+    dry_run: bool,
+    runner: "Runner | None" = None,
+) -> None:
     """Do a sweep, or show its commands.
 
     Args:
         verbs: the command line. typed: the recipe, then the values that this command line names itself.
+        runner: does the jobs; default this process, or several of this machine.
     """
     from kdcache.sweep import check_data, run_jobs
 
@@ -97,7 +119,7 @@ def do_sweep(planned: "Sweep", verbs: Any, typed: Sequence[str], parallel: int, 
     alone = parallel == 1 and part[1] == 1
     run_jobs(
         planned,
-        _InProcess(verbs) if alone else _Apart(planned, parallel),
+        runner or (_InProcess(verbs) if alone else _Apart(planned, parallel)),
         parallel=parallel,
         part=part,
         watcher=_watcher(),
@@ -172,8 +194,8 @@ class _Apart:
         self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
 
     def __call__(self, job: "Job") -> None:
-        from kdcache.errors import KDCacheError
         from kdcache.sweep.plan import folder_name
+        from kdcache.sweep.run import failed
 
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
@@ -181,12 +203,7 @@ class _Apart:
             command = [sys.executable, "-m", "kdcache_cli", *job.next_words]
             done = subprocess.run(command, env=self._environment, stdout=file, stderr=file, check=False)
         if done.returncode:
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:]
-            raise KDCacheError(
-                "every job of a sweep must succeed",
-                received=f"{job.name} ended with {done.returncode}:\n" + "\n".join(last),
-                remedy=f"see {log}; the same sweep goes on with what is not done",
-            )
+            raise failed(job, f"code {done.returncode}", log)
 
 
 def _watcher() -> "Watcher":

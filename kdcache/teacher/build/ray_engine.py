@@ -10,15 +10,14 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from kdcache.data import Split
 from kdcache.errors import KDCacheError, MismatchError, RecipeError, StoreError
+from kdcache.ray_cluster import cluster
 from kdcache.store import Manifest, StoreWriter, Worker, read_manifest, store_exists
 from kdcache.store.backend.open import open_place
 from kdcache.store.ledger import ShardRecord
@@ -54,8 +53,7 @@ class RayEngine:
         Raises: RecipeError without Ray or without room in the cluster; StoreError, MismatchError for a node that lacks
             the data or has other libraries; what the teacher raises.
         """
-        ray = _import_ray()
-        with _cluster(ray, self.address):
+        with cluster(self.address) as ray:
             yield from self._records(ray, writer)
 
     def _records(self, ray: Any, writer: StoreWriter) -> Iterator[ShardRecord]:
@@ -205,50 +203,3 @@ def _lacks(node: str, what: str) -> StoreError:
         received=f"on node {node}: {what}",
         remedy="put them on a disk that all nodes share, or the store into an object store",
     )
-
-
-def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        return import_module("ray")
-    except ImportError:
-        raise RecipeError(
-            "--engine ray needs Ray",
-            received="no package ray",
-            remedy="pip install 'kdcache[ray]'; one machine needs no engine",
-        ) from None
-
-
-@contextmanager
-def _cluster(ray: Any, address: str | None) -> Iterator[None]:
-    """Inside, Ray is connected; a cluster of this machine that was started for this ends with it."""
-    if ray.is_initialized():
-        yield
-        return
-    if address is not None:
-        _check_address(address)
-    ray.init(
-        address=address,
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_address(address: str) -> None:
-    """Someone listens at HOST:PORT. Ray itself would wait for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():  # "auto", "local"
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise RecipeError(
-            "--address is that of a running Ray cluster",
-            received=f"{address}: {error}",
-            remedy="start one with ray start --head, which prints its address; or leave it out for this machine alone",
-        ) from error

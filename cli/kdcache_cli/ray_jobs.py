@@ -1,0 +1,80 @@
+"""The jobs of a sweep on a Ray cluster: each in a process of its own, wherever there is room.
+
+The sweep deals them out as it does to its own processes (run.py); a job whose process or node dies is begun again
+elsewhere by Ray, and goes on from its last checkpoint. All nodes see the data and the sweep's folder by the same paths.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import KDCacheError, RecipeError, StoreError
+from kdcache.sweep.plan import Job, Sweep, folder_name
+from kdcache.sweep.run import LOGS, failed
+
+MOST_DEATHS = 5
+"""Processes that one job may cost before it counts as their cause."""
+
+
+class RayRunner:
+    """Does jobs on a cluster that is connected.
+
+    Args:
+        ray: the module, of `kdcache.ray_cluster.cluster`.
+        parallel: how many jobs side by side; each gets its share of the cluster's CPUs, but at most those of a node.
+        num_gpus: of each job, also a part of one.
+    Raises: RecipeError where not even one has room.
+    """
+
+    def __init__(self, ray: Any, sweep: Sweep, parallel: int, num_gpus: float) -> None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus, gpus = ([node.get(kind, 0) for node in nodes] for kind in ("CPU", "GPU"))
+        share = max(1, min(int(sum(cpus) // parallel), int(max(cpus))))
+        if max(cpus) < 1 or max(gpus) < num_gpus:
+            raise RecipeError(
+                "a node of a cluster has room for a job: a CPU, and --num-gpus GPUs",
+                received=f"--num-gpus {num_gpus:g}, and nodes of at most {max(cpus):g} CPU and {max(gpus):g} GPU",
+                remedy="lower --num-gpus, or add nodes to the cluster",
+            )
+        self._ray, self._logs = ray, sweep.out.absolute() / LOGS
+        options = {"num_cpus": share, "num_gpus": num_gpus, "max_calls": 1, "max_retries": MOST_DEATHS}
+        self._job = ray.remote(**options)(_do)
+
+    def __call__(self, job: Job) -> None:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        log = self._logs / f"{folder_name(job.name)}.log"
+        try:
+            code = self._ray.get(self._job.remote(job, os.getcwd(), str(log)))
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, KDCacheError) else error from None
+        except self._ray.exceptions.WorkerCrashedError as error:
+            raise failed(job, f"its process died {MOST_DEATHS + 1} times", log) from error
+        if code:
+            raise failed(job, f"code {code}", log)
+
+
+def _do(job: Job, folder: str, log: str) -> int:
+    """A job in this process, which is its own; its output goes to the log. Returns: its exit code."""
+    from kdcache_cli.app import main  # which imports the verbs
+
+    try:
+        os.chdir(folder)
+        file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - the process ends with the job
+    except OSError as error:
+        raise StoreError(
+            "every node of a cluster sees the data and the folder of the sweep by the same paths",
+            received=f"on node {socket.gethostname()}: {error}",
+            remedy="put them on a disk that all nodes share",
+        ) from error
+    for descriptor in (1, 2):
+        os.dup2(file.fileno(), descriptor)
+    try:
+        main(list(job.next_words))
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0

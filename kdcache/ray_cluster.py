@@ -1,0 +1,65 @@
+"""A connection to a Ray cluster, for builds and sweeps on several machines."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from kdcache.errors import RecipeError
+
+
+def import_ray() -> Any:
+    """The module, which reports no usage. Raises: RecipeError where it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        return import_module("ray")
+    except ImportError:
+        raise RecipeError(
+            "--engine ray needs Ray",
+            received="no package ray",
+            remedy="pip install 'kdcache[ray]'; one machine needs no engine",
+        ) from None
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[Any]:
+    """Inside, Ray is connected; a cluster of this machine that was started for this ends with it.
+
+    Args:
+        address: as of `ray.init`; None is the cluster that RAY_ADDRESS names, or one of this machine.
+    Yields: the module.
+    Raises: RecipeError without Ray, or without a cluster at the address.
+    """
+    ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    if address is not None:
+        _check_address(address)
+    ray.init(
+        address=address,
+        include_dashboard=False if address is None else None,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Someone listens at HOST:PORT. Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise RecipeError(
+            "--address is that of a running Ray cluster",
+            received=f"{address}: {error}",
+            remedy="start one with ray start --head, which prints its address; or leave it out for this machine alone",
+        ) from error
