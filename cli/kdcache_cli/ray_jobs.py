@@ -5,6 +5,7 @@ elsewhere by Ray, and goes on from its last checkpoint. All nodes see the data a
 """
 
 import os
+import runpy
 import socket
 import sys
 from pathlib import Path
@@ -57,8 +58,6 @@ class RayRunner:
 
 def _do(job: Job, folder: str, log: str) -> int:
     """A job in this process, which is its own; its output goes to the log. Returns: its exit code."""
-    from kdcache_cli.app import main  # which imports the verbs
-
     try:
         os.chdir(folder)
         file = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - the process ends with the job
@@ -70,8 +69,9 @@ def _do(job: Job, folder: str, log: str) -> int:
         ) from error
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)
+    sys.argv = ["kdcache", *job.next_words]
     try:
-        main(list(job.next_words))
+        runpy.run_module("kdcache_cli", run_name="__main__")
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:

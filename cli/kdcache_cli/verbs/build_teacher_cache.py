@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     from kdcache.store import Cache, Worker
     from kdcache.teacher import BuildOptions
     from kdcache.teacher import Teacher as LoadedTeacher
-    from kdcache.teacher.build.ray_engine import RayEngine
+    from kdcache.teacher.build.build import Engine
 
 
 @takes(
@@ -64,7 +64,7 @@ def teach_and_tell(
     build_options: "BuildOptions",
     part: "Worker",
     reuse: "Cache | None" = None,
-    engine: "RayEngine | None" = None,
+    engine: "Engine | None" = None,
 ) -> None:
     """Run the teacher's pass with its progress, and print its result."""
     from kdcache.store import Records, open_cache, summarise

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import Outputs
 from kdcache.shown import facts_table, line
-from kdcache.store import Cache, Manifest, Worker, open_writer, round_targets, store_exists
+from kdcache.store import Cache, Manifest, StoreWriter, Worker, open_writer, round_targets, store_exists
 from kdcache.store.format.manifest_models import Head, Regression, Repair
+from kdcache.store.ledger import ShardRecord
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
@@ -37,10 +38,14 @@ from kdcache.teacher.load.forward import not_finite, out_of_memory, place, teach
 from kdcache.teacher.load.load import Teacher
 from kdcache_kernels import pack
 
-if TYPE_CHECKING:
-    from kdcache.teacher.build.ray_engine import RayEngine
-
 Progress = Callable[[int, int], None]
+
+
+class Engine(Protocol):
+    """Others that teach the missing shards of a store, and write their files."""
+
+    def records(self, writer: StoreWriter) -> Iterator[ShardRecord]:
+        """The ledger records of the shards, as their files are written; the build publishes them."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def build_cache(
     progress: Progress | None = None,
     worker: Worker | None = None,
     reuse: Cache | None = None,
-    engine: "RayEngine | None" = None,
+    engine: Engine | None = None,
 ) -> BuildResult:
     """Run the teacher over every sample of `split` and write the store `out`.
 

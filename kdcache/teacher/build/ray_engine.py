@@ -21,9 +21,12 @@ from kdcache.ray_cluster import cluster
 from kdcache.store import Manifest, StoreWriter, Worker, read_manifest, store_exists
 from kdcache.store.backend.open import open_place
 from kdcache.store.ledger import ShardRecord
+from kdcache.teacher.build.build import Pass
 from kdcache.teacher.build.manifest import device_name, libraries
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
+from kdcache.teacher.build.shard_queue import ShardQueue
+from kdcache.teacher.load.forward import place
 from kdcache.teacher.load.load import Teacher
 
 Parts = Callable[[], tuple[Split, Teacher, BuildOptions]]
@@ -134,8 +137,6 @@ class _ShardTeacher:
 
     def teach(self, shard: int) -> str:
         """Write the files of a shard. Returns: its ledger record as JSON."""
-        from kdcache.teacher.build.shard_queue import ShardQueue
-
         if self._writer is None:
             self._load()
         assert self._writer is not None
@@ -147,9 +148,6 @@ class _ShardTeacher:
         return records[0].model_dump_json()
 
     def _load(self) -> None:
-        from kdcache.teacher.build.build import Pass
-        from kdcache.teacher.load.forward import place
-
         task, node = self._task, socket.gethostname()
         manifest = Manifest.model_validate_json(task.manifest)
         _check_libraries(manifest, node)

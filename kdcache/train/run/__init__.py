@@ -6,5 +6,6 @@ checkpointing.py     what a run leaves and goes on from
 checkpoint_file.py   full state, replaced whole
 metrics_log.py       metrics.jsonl, environment, observers
 trackers.py          TensorBoard, W&B, Trackio
+sample_panels.py     pictures of fixed samples for them
 monitor.py           losses that are not finite, terms that do nothing
 """
