@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainingArguments, set_seed
 
-from kdcache import (
-    Batch,
-    CacheDataset,
-    DistillLoss,
-    LabelledDataset,
-    evaluate_model,
-    load_teacher,
-    open_cache,
-    open_split,
-)
+import kdcache
+from kdcache import Batch, CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
@@ -86,10 +78,9 @@ def main() -> None:
         disable_tqdm=True,
     )
     LossTrainer(criterion, model=model, args=arguments, train_dataset=dataset).train()
-    if options.val:
-        val = open_split(options.val, "val")
-        network = load_teacher(model, val).model  # normalises by ImageNet's moments, as above
-        print(f"mIoU {evaluate_model(network.cpu(), val, dataset.size).miou:.4f}")
+    if options.val:  # normalised by ImageNet's moments, as above
+        metrics = kdcache.evaluate(model, options.val, size=dataset.size)
+        print(f"mIoU {metrics.segmentation.miou:.4f}")
 
 
 if __name__ == "__main__":

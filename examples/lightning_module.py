@@ -13,16 +13,8 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from kdcache import (
-    Batch,
-    CacheDataset,
-    DistillLoss,
-    LabelledDataset,
-    evaluate_model,
-    load_teacher,
-    open_cache,
-    open_split,
-)
+import kdcache
+from kdcache import Batch, CacheDataset, DistillLoss, LabelledDataset, open_cache, open_split
 from kdcache.train import sample_loader
 
 MEAN, STD = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -94,10 +86,9 @@ def main() -> None:
         enable_model_summary=False,
     )
     trainer.fit(student, loader)
-    if options.val:
-        val = open_split(options.val, "val")
-        model = load_teacher(student.network, val).model  # normalises by ImageNet's moments, as above
-        print(f"mIoU {evaluate_model(model, val, dataset.size).miou:.4f}")
+    if options.val:  # normalised by ImageNet's moments, as above
+        metrics = kdcache.evaluate(student.network, options.val, size=dataset.size)
+        print(f"mIoU {metrics.segmentation.miou:.4f}")
 
 
 if __name__ == "__main__":

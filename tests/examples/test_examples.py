@@ -102,8 +102,8 @@ def distilled(text: str) -> str:
     assert len(hunks) == 5
     for hunk in hunks:
         lines = hunk.splitlines()
-        before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
-        after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
+        before = "".join(f"\n{line[1:]}" for line in lines if line[0] in " -")
+        after = "".join(f"\n{line[1:]}" for line in lines if line[0] in " +")
         assert text.count(before) == 1, before
         text = text.replace(before, after)
     return text

@@ -96,14 +96,8 @@ def load_teacher(
     """
     classes = classes.classes if isinstance(classes, Split) else classes
     classes = classes if isinstance(classes, ClassList) else ClassList(tuple(classes))
-    size, names, notes = None, None, list[str]()
-    trainings: tuple[Training | None, ...] = (None,)
-    parents: tuple[str, ...] = ()
     if isinstance(origin, nn.Module):
-        model = _in_memory(origin, heads, align_corners)
-        model.mean, model.std = mean or model.mean, std or model.std
-        origin = model.spec
-        notes += _full_size(model)
+        loaded = _of_module(origin, heads, align_corners)
     elif heads is not None or align_corners is not None:
         raise ModelError(
             "heads and align_corners describe a module that the program holds",
@@ -111,34 +105,73 @@ def load_teacher(
             remedy="leave them out: a run or a spec has its own",
         )
     elif (weighted := split_spec(str(origin))) is not None:
-        spec, weights = weighted
-        if (description := described(spec, weights)) is not None:
-            size, names = description.size, description.class_names
-        count = None  # that of the weights, which must be whole
-        if is_function(spec):
-            count = (len(classes) or None) if class_map is None else count_sources(class_map)
-        if description is not None and not description.class_names:
-            count = 0
-        model = build_model(spec, count, weights=weights, mean=mean, std=std, strict_head=True)
-        model.untrained = () if description is None else description.untrained
-        report = model.load_report
-        if report is not None and report.unused_auxiliary:
-            notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
+        loaded = _of_spec(str(origin), *weighted, len(classes), class_map)
     else:
-        run = Run.open(origin)
-        model, run_model = load_run(run, trust=trust)
-        size, names, trainings = run_model.size, run_model.class_names, trainings_of(run)
-        parents = run_model.stores
-        model.mean, model.std = mean or model.mean, std or model.std
+        loaded = _of_run(str(origin), trust=trust)
+    model, mapped = loaded.model, None
+    model.mean, model.std = mean or model.mean, std or model.std
     if model.untrained:
-        notes.append(f"{origin} learnt nothing of {', '.join(model.untrained)}: left out")
-    mapped = None
+        loaded.notes.append(f"{loaded.origin} learnt nothing of {', '.join(model.untrained)}: left out")
     if class_map is not None:
         table = read_class_map(class_map, model.num_classes, classes.names)
         model, mapped = ClassMapped(model, table), tuple(int(c) for c in table.tolist())
     elif SEGMENTATION in model.learnt_heads and classified:
-        _check_classes(str(origin), model.num_classes, names, classes)
-    return Teacher(model.eval(), str(origin), size, mapped, tuple(notes), trainings=trainings, parents=parents)
+        _check_classes(loaded.origin, model.num_classes, loaded.class_names, classes)
+    return Teacher(
+        model.eval(),
+        loaded.origin,
+        loaded.size,
+        mapped,
+        tuple(loaded.notes),
+        trainings=loaded.trainings,
+        parents=loaded.parents,
+    )
+
+
+@dataclass
+class _Loaded:
+    """A model as it comes from somewhere; fields as of `Teacher`."""
+
+    model: SegmentationModel
+    origin: str
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+    trainings: tuple[Training | None, ...] = (None,)
+    parents: tuple[str, ...] = ()
+
+
+def _of_run(origin: str, *, trust: bool) -> _Loaded:
+    run = Run.open(origin)
+    model, about = load_run(run, trust=trust)
+    return _Loaded(model, origin, about.size, about.class_names, trainings=trainings_of(run), parents=about.stores)
+
+
+def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str | Path | None) -> _Loaded:
+    """The model of `SPEC@FILE`.
+
+    Args:
+        classes, class_map: which number a function of the user's is called with; that of others is in the weights.
+    """
+    about, count = described(spec, weights), None
+    if is_function(spec):
+        count = (classes or None) if class_map is None else count_sources(class_map)
+    if about is not None and not about.class_names:
+        count = 0
+    model = build_model(spec, count, weights=weights, strict_head=True)
+    model.untrained = () if about is None else about.untrained
+    loaded = _Loaded(model, origin)
+    if about is not None:
+        loaded.size, loaded.class_names = about.size, about.class_names
+    report = model.load_report
+    if report is not None and report.unused_auxiliary:
+        loaded.notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")
+    return loaded
+
+
+def _of_module(module: nn.Module, heads: Mapping[str, Any] | None, align_corners: bool | None) -> _Loaded:
+    model = _in_memory(module, heads, align_corners)
+    return _Loaded(model, model.spec, notes=_full_size(model))
 
 
 def _in_memory(module: nn.Module, heads: Mapping[str, Any] | None, align_corners: bool | None) -> SegmentationModel:
