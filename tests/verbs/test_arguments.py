@@ -29,12 +29,13 @@ VERBS: dict[str, tuple[Callable[..., Any], tuple[type, ...]]] = {
     "compare": (kdcache.compare, JUDGED),
 }
 NOT_IN_PYTHON = {
+    "build-teacher-cache": {"engine", "actors", "num_gpus", "address"},
     "evaluate": {"json_file", "markdown", "listing", "class_map", "at_size"},
     "compare": {"markdown", "csv", "json_file", "text"},
     "train-student": {"recipe"},
     "train-teacher": {"recipe"},
 }
-"""Files that Python writes itself; a recipe is a dictionary there."""
+"""Files that Python writes itself; a recipe is a dictionary there; Ray's actors load teachers by their flags."""
 OWN = {"data", "split", "runs", "run", "teacher", "out", "model", "val", "resume", "worker", "take_over"}
 """Parameters of the functions, which take objects, too."""
 
