@@ -154,7 +154,9 @@ class CacheDataset(DrawnDataset):
         return prefetch(lambda record: self.cache.read(record, [path])[path], records, threads=2, ahead=8)
 
     def fields(self) -> dict[str, Field]:
-        fields = super().fields() | {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
+        fields = super().fields()
+        if self.augment == "warp":  # the others show whole views, for which None stands
+            fields |= {"window": ((4,), torch.float64), "flip": ((), torch.bool)}
         fields |= {f"arrays/{path}": self._field(path) for path in self.extras}
         if self._inside is not None:
             fields["inside"] = (4,), torch.float64
@@ -183,10 +185,9 @@ class CacheDataset(DrawnDataset):
         else:
             self._from_source(index, record, window, flip, out)
         self._jitter(rng, out)
-        assert out.window is not None
-        assert out.flip is not None
-        out.window[...] = (window.y0, window.x0, window.y1, window.x1)
-        out.flip[...] = flip
+        if out.window is not None and out.flip is not None:
+            out.window[...] = (window.y0, window.x0, window.y1, window.x1)
+            out.flip[...] = flip
         if out.inside is not None and self._inside is not None:
             out.inside[...] = self._inside[record]
         if out.zoom is not None:
