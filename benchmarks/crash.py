@@ -9,6 +9,7 @@ After every kill the store is opened: it must be refused as incomplete, or be th
 record. At the end it must be that build's file for file (the time stamp apart), no finished shard written twice.
 
     python benchmarks/crash.py --kills 50
+    python benchmarks/crash.py --kills 20 --engine ray [--bucket]    # actors, nodes, drivers: crash_ray.py
 
 Exits with 1 if anything differs. A failure is repeated, as far as chance allows, with the seed that is printed.
 """
@@ -21,12 +22,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common import header, write
+from crash_ray import RayBuilds, moto_bucket, two_nodes
 from doomed import DifferenceError, Doom, Process, Tally, import_everything
 from kdcache.errors import IncompleteError, KDCacheError, StoreError
 from kdcache.store import Cache, open_cache, read_manifest
@@ -159,6 +162,14 @@ class Trainings:
         tally.finished += 1
 
 
+def kill_on_ray(builds: Builds, kills: int, tally: Tally, *, in_bucket: bool) -> None:
+    """Kill builds on a cluster of two nodes, of the store that `builds` made without interruption."""
+    with moto_bucket() if in_bucket else nullcontext() as bucket, two_nodes() as cluster:
+        doomed = RayBuilds(builds.work, builds.words, open_cache(builds.clean), builds.rows, builds.rng, bucket)
+        while len(tally.kills) < kills:
+            doomed.kill(kills, tally, cluster)
+
+
 def written(store: Path) -> int:
     return len(ledger_files(store))
 
@@ -215,6 +226,8 @@ def main() -> None:
     parser.add_argument("--shard-records", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=40, help="of a training")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; default another each time")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--bucket", action="store_true", help="with ray: stores in an S3 server on loopback")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
@@ -234,11 +247,13 @@ def main() -> None:
         builds, trainings, failure = Tally(), Tally(), None
         try:
             doomed = Builds(work, words, rng)
+            if arguments.engine == "ray":
+                kill_on_ray(doomed, arguments.kills, builds, in_bucket=arguments.bucket)
             while len(builds.kills) < arguments.kills:
                 doomed.kill(arguments.kills, builds)
             words = ["--cache", doomed.clean, "--model", "kdcache:tiny", "--val", arguments.data, "--batch-size", 4]
             words += ["--val-every", max(1, arguments.iterations // 8), *common]
-            if arguments.training_kills:
+            if arguments.training_kills and arguments.engine == "local":
                 runs = Trainings(work, words, arguments.iterations, rng)
                 while len(trainings.kills) < arguments.training_kills:
                     runs.kill(arguments.training_kills, trainings)
@@ -252,7 +267,7 @@ def main() -> None:
         )
     if arguments.json:
         result = {"seed": seed, "failure": failure, "builds": vars(builds), "trainings": vars(trainings)}
-        write(arguments.json, {**header("crash"), **result})
+        write(arguments.json, {**header("crash" if arguments.engine == "local" else "crash-ray"), **result})
     sys.exit(failure is not None)
 
 
