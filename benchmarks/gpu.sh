@@ -3,7 +3,7 @@
 #     benchmarks/gpu.sh [--dry] [--kernels DIR] [--data DATA] [--results DIR] [--minutes N] [PART ...]
 # PART, all of them in this order when none is named:
 #     correctness  accuracy against float64 and the tests of the kernels: what nobody has run
-#     kernels      the loss beside its rivals, and the cases of trainings
+#     kernels      the losses beside their rivals, and the cases of trainings
 #     step         a training step, eager, compiled and graphed, beside one without a teacher
 #     rest         builds, the main job, gradients, loaders, a live teacher
 # and, when it is named, `effect`: the study of benchmarks/effect.py (DATA is CamVid), to be called until nothing is left;
@@ -101,6 +101,7 @@ correctness() {
 kernels() {
   bench kernels 240 "${shapes[@]}" --against eager,compile
   bench kernels-cases 100 "${shapes[@]}" --case trained,warp,gate --against eager
+  bench kernels-dist 60 "${shapes[@]}" --case dist,dist-warp --against eager,compile
 }
 
 step() {

@@ -29,6 +29,7 @@ RESULTS = {
     "accuracy": "correctness",
     "kernels": "kernels",
     "kernels-cases": "kernels",
+    "kernels-dist": "kernels",
     "steps": "step",
     "step": "step",
     "build": "rest",

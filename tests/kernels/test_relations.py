@@ -285,6 +285,19 @@ def test_relations_repeat_to_the_bit(backend, sizes):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"own": (7, 10)}], ids=str)
+def test_autocast_changes_no_bit(backend, sizes):
+    made = make(backend.device, **sizes)
+    results = []
+    for enabled in (False, True):
+        leaf = made.student.detach().requires_grad_()
+        with torch.autocast(backend.device.type, torch.bfloat16, enabled=enabled):
+            loss = relation_loss(leaf, made.teacher, impl=backend.impl, **made.options)
+            moments = made.moments(backend.impl)
+        results.append((loss.detach(), moments, *torch.autograd.grad(loss, leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.fused
 def test_the_gradient_is_scaled_in_float32(backend):
     made = make(backend.device, dtype=torch.float16)

@@ -38,7 +38,9 @@ def compile(
     shapes: Annotated[
         str, _Option("--shapes", help="BxCxHxW/STRIDE at label size, as a training has them, or presets.")
     ] = "",
-    case: Annotated[str, _Option("--case", help="plain, trained, warp, gate, as in bench-kernels; or all.")] = "all",
+    case: Annotated[
+        str, _Option("--case", help="plain, trained, warp, gate, dist, dist-warp, as in bench-kernels; or all.")
+    ] = "all",
     dtype: Annotated[str, _Option("--dtype", help="Dtypes of the logits: fp32, fp16, bf16.")] = "bf16",
     temperature: Annotated[str, _Option("--temperature", help="One or several, comma-separated.")] = "2",
     top_k: Annotated[

@@ -1,9 +1,9 @@
-"""The accuracy grid: the public loss against float64, every combination of what has gone wrong before.
+"""The accuracy grid: the public losses against float64, every combination of what has gone wrong before.
 
 The oracle is `impl="reference"` on float64 logits that were first rounded to the dtype under test, so a dtype's own
 rounding of its input is not counted. Images are a few dozen pixels wide: the errors that a kernel makes (a wrong tap, a
-pixel in the wrong term, a cancellation) do not need more. Of the 6,750 points the command line takes every fourth,
-along diagonals, so that every two values of two factors still meet; that takes about half a minute.
+pixel in the wrong term, a cancellation) do not need more. Of the 13,500 points the command line takes every fourth,
+along diagonals, so that every two values of two factors still meet; that takes about a minute.
 
 The gradient is taken of 2**n * loss, as a GradScaler would: an averaged gradient in float16 flushes to 0, which is no
 error of a kernel.
@@ -11,7 +11,8 @@ error of a kernel.
 Bounds: loss 1e-6 |L| + 1e-7 T^2; gradient, largest error over largest value, 2e-6 in float32, 1e-3 in float16 and 8e-3
 in bfloat16, which is what their rounding of the result costs. To these comes what float32 cannot know: an
 interpolated logit to 6e-8 of the largest, over T; the difference of two probabilities, of the order of 1 / T, to 6e-8;
-a sum over more than 25 classes to the square root of their number.
+a sum over more than 25 classes to the square root of their number. The loss of relations has bounds of its own
+(`rounding`) in the place of the latter: a correlation is as well known as its vectors are far from their means.
 
 Legend: B batch, C classes, H W label size, h w logits' own size.
 """
@@ -25,9 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcache.bench.kernels.losses import LOSSES
 from kdcache.bench.kernels.rivals import resolved
+from kdcache.bench.kernels.rounding import relation_rounding
 from kdcache.bench.kernels.shapes import DTYPES, KEPT, MOST_DENSE
-from kdcache_kernels import PackedTarget, distill_loss, pack
+from kdcache_kernels import PackedTarget, distill_loss, pack, relation_loss
+from kdcache_kernels.relations.problem import RelationProblem
 
 GRADIENT_BOUND = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}
 LOSS_RELATIVE, LOSS_PER_SQUARED_TEMPERATURE = 1e-6, 1e-7
@@ -46,7 +50,7 @@ WINDOWS = ("whole", "flip", "crop", "scale", "edge")
 VALUES = ("normal", "wide", "range")
 EVERY = 4
 """The command line checks one of so many points."""
-FACTORS = ("stride", "temperature", "num_classes", "window", "values")
+FACTORS = ("loss", "stride", "temperature", "num_classes", "window", "values")
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class CheckSettings:
     classes: tuple[int, ...] = CLASSES
     windows: tuple[str, ...] = WINDOWS
     values: tuple[str, ...] = VALUES
+    losses: tuple[str, ...] = tuple(LOSSES)
     every: int = 1
 
     def points(self) -> Iterator["Point"]:
         """The combinations: all, or those whose positions on the axes have a sum that `every` divides."""
-        grid = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
+        axes = (self.dtypes, self.strides, self.temperatures, self.classes, self.windows, self.values)
+        grid = (*axes, self.losses)
         for combination in itertools.product(*map(enumerate, grid)):
             positions, values = zip(*combination, strict=True)
             if sum(positions) % self.every == 0:
@@ -82,6 +88,7 @@ class Point:
     num_classes: int
     window: str
     values: str
+    loss: str = "distill"
 
 
 @dataclass(frozen=True)
@@ -156,46 +163,62 @@ def _worst(errors: Sequence[float]) -> float:
 def _judge(point: Point, device: torch.device, impl: str) -> Judged:
     student, arguments = _draw(point, device)
 
-    def run(logits: Tensor, implementation: str) -> tuple[float, Tensor]:
-        loss, gradient = _compute(point, logits, arguments, implementation)
-        return loss.item(), gradient.double() / _scale(point)
+    def run(logits: Tensor, implementation: str, scale: float) -> tuple[float, Tensor]:
+        loss, gradient = _compute(point, logits, arguments, implementation, scale)
+        return loss.item(), gradient.double() / scale
 
     rounded = student.to(DTYPES[point.dtype])
-    expected, expected_gradient = run(rounded.double(), "reference")
-    loss, gradient = run(rounded, impl)
+    expected, expected_gradient = run(rounded.double(), "reference", 1.0)
     largest = expected_gradient.abs().max().clamp_min(1e-30)
-    T, widest = point.temperature, rounded.abs().max().item()
-    per_squared_temperature = LOSS_PER_SQUARED_TEMPERATURE * max(1.0, math.sqrt(point.num_classes / 25))
+    loss, gradient = run(rounded, impl, _scale(point, largest.item()))
+    loss_rounding, gradient_rounding = _rounding(point, rounded, arguments, largest.item())
     return Judged(
         point,
         loss_error=abs(loss - expected),
-        loss_bound=LOSS_RELATIVE * abs(expected) + per_squared_temperature * T**2,
+        loss_bound=LOSS_RELATIVE * abs(expected) + loss_rounding,
         gradient_error=((gradient - expected_gradient).abs().max() / largest).item(),
-        gradient_bound=GRADIENT_BOUND[point.dtype] + ROUNDOFF * (widest / T + T),
+        gradient_bound=GRADIENT_BOUND[point.dtype] + gradient_rounding,
     )
+
+
+def _rounding(point: Point, student: Tensor, arguments: dict[str, Any], largest: float) -> tuple[float, float]:
+    """What float32 cannot know of the loss, and of the gradient as a share of its largest element."""
+    T = point.temperature
+    if point.loss == "dist":
+        loss, gradient = relation_rounding(_relation_problem(point, student, arguments))
+        return loss.item(), gradient.max().item() / largest
+    per_squared_temperature = LOSS_PER_SQUARED_TEMPERATURE * max(1.0, math.sqrt(point.num_classes / 25))
+    return per_squared_temperature * T**2, ROUNDOFF * (student.abs().max().item() / T + T)
 
 
 def launch(point: Point, device: torch.device) -> None:
     """Call what a check of a point calls of the implementation, and look at nothing."""
     student, arguments = _draw(point, device)
-    _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto")
+    _compute(point, student.to(DTYPES[point.dtype]), arguments, "auto", 1.0)
 
 
-def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str) -> tuple[Tensor, Tensor]:
-    """The loss at a point, and the gradient of its multiple by `_scale`."""
+def _compute(point: Point, logits: Tensor, arguments: dict[str, Any], impl: str, scale: float) -> tuple[Tensor, Tensor]:
+    """The loss at a point, and the gradient of a multiple of it."""
     leaf = logits.detach().requires_grad_()
-    loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=impl).loss
-    return loss, torch.autograd.grad(loss, leaf, torch.full_like(loss, _scale(point)))[0]
+    if point.loss == "dist":
+        loss = relation_loss(leaf, **arguments, temperature=point.temperature, impl=impl)
+    else:
+        loss = distill_loss(leaf, **arguments, kl_weight=1.0, temperature=point.temperature, impl=impl).loss
+    return loss, torch.autograd.grad(loss, leaf, torch.full_like(loss, scale))[0]
 
 
-def _scale(point: Point) -> float:
-    """The power of two that is nearest to the number of pixels."""
-    height, width = STRIDES[point.stride]
-    return float(2 ** round(math.log2(BATCH * height * width)))
+def _scale(point: Point, largest: float) -> float:
+    """The power of two that is nearest to the number of pixels, or of cells, where it keeps the gradient in float16.
+
+    That of relations has the steepness of a correlation, which is 1e4 where predictions are even.
+    """
+    height, width = NATIVE if point.loss == "dist" else STRIDES[point.stride]
+    scale = float(2 ** round(math.log2(BATCH * height * width)))
+    return scale if point.loss != "dist" else min(scale, 2.0 ** -round(math.log2(largest)))
 
 
 def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """The student's logits in float32 and the other arguments of `distill_loss`, drawn on the CPU."""
+    """The student's logits in float32 and the other arguments of the loss, drawn on the CPU."""
     C, size = point.num_classes, STRIDES[point.stride]
     generator = torch.Generator().manual_seed(1000 * C + len(point.window))
     # A crop has room beside it, so that its target has more cells than the student.
@@ -207,13 +230,37 @@ def _draw(point: Point, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
     labels[torch.rand(BATCH, *size, generator=generator) < 0.2] = IGNORE_INDEX
     labels[0, 0, 0] = 0
     window = _window(point.window, size, view)
-    return student.to(device), {
-        "labels_BHW": labels.to(device),
-        "target": PackedTarget(*pack(teacher, C if C <= MOST_DENSE else KEPT), C, view).to(device),
+    target = PackedTarget(*pack(teacher, C if C <= MOST_DENSE else KEPT), C, view)
+    where = {
         "window_B4": None if window is None else window.to(device),
         "flip_B": None if point.window in ("whole", "scale") else torch.tensor([False, True], device=device),
-        "ignore_index": IGNORE_INDEX,
     }
+    if point.loss == "dist":
+        dense = target.values if target.indices is None else target.densify()
+        counted = (labels != IGNORE_INDEX).to(device)
+        others = {"teacher_logits_BChw": dense.to(device), "view_size": view, "size": size, "counted_BHW": counted}
+    else:
+        others = {"labels_BHW": labels.to(device), "target": target.to(device), "ignore_index": IGNORE_INDEX}
+    return student.to(device), others | where
+
+
+def _relation_problem(point: Point, student: Tensor, arguments: dict[str, Any]) -> RelationProblem:
+    return RelationProblem(
+        student=student,
+        teacher=arguments["teacher_logits_BChw"],
+        view_size=arguments["view_size"],
+        size=arguments["size"],
+        temperature=point.temperature,
+        beta=1.0,
+        gamma=1.0,
+        window=arguments["window_B4"],
+        flip=arguments["flip_B"],
+        pixel_weight=None,
+        counted=arguments["counted_BHW"],
+        count=None,
+        moments=None,
+        need_gradient=False,
+    )
 
 
 def _logits(shape: tuple[int, ...], values: str, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,8 @@ pixel put every class into every warp, which costs a quarter more instructions.)
 What a rival may have before the clock starts is prepared here too (int64 labels, masks and their sums, dense float32
 teacher logits, sampling positions), so a rival never pays for our storage format.
 
-Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size.
+Legend: B batch, C classes, k kept classes, H W label size, h w logits' own size, H* W* the size at which student and
+teacher are compared: that of the labels, or of the logits where a kind compares cells.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from kdcache.bench.kernels.shapes import DTYPES, KINDS, LAYOUTS, Case, Shape
 from kdcache.data import draw_window
 from kdcache_kernels import PackedTarget, pack
+from kdcache_kernels.target_cells import area_mean
 from kdcache_kernels.window import view_positions
 
 VOID_SHARE = 0.1
@@ -45,8 +47,8 @@ class Inputs:
         window, flip: (B, 4) float64 and (B,) bool, as `kdcache_kernels.distill_loss` takes them.
         teacher: (B, C, h, w) float32, the same target dense; for the rivals, as all that follows.
         labels_int64: (B, H, W).
-        mask: (B, H, W) float32, 1 where the KL counts a pixel.
-        grid: (B, H, W, 2) float32, where to sample the teacher, in units of `grid_sample`; None samples whole views.
+        mask: (B, H*, W*) float32, 1 where the teacher's loss counts a pixel; of a cell the share of its pixels.
+        grid: (B, H*, W*, 2) float32, where to sample the teacher, in units of `grid_sample`; None samples whole views.
         ce_count, kl_count: 0-dimensional float32: the class weights of labelled pixels, and the sum of the mask.
     """
 
@@ -83,9 +85,12 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     class_weight = _class_weight(C, generator).to(device) if kind.trained else None
     window, flip = _windows(shape, device) if kind.drawn else (None, None)
     counted, grid = labelled if not kind.trained else torch.ones_like(labelled), None
+    compared = shape.native if kind.on_cells else shape.size
     if window is not None:
-        positions = view_positions(window, flip, shape.size, shape.size, device)
-        counted, grid = positions.inside(), _grid(positions.y, positions.x, shape.size)
+        counted = view_positions(window, flip, shape.size, shape.size, device).inside()
+        at = view_positions(window, flip, shape.size, compared, device)
+        grid = _grid(at.y, at.x, shape.size, compared)
+    mask = counted.float() if compared == shape.size else area_mean(counted[:, None].float(), compared)[:, 0]
     weight_BHW = labelled.float() if class_weight is None else class_weight[labels.clamp(0, C - 1)] * labelled
     return Inputs(
         student=student,
@@ -96,10 +101,10 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         flip=flip,
         teacher=target.densify().contiguous(),
         labels_int64=labels,
-        mask=counted.float(),
+        mask=mask,
         grid=grid,
         ce_count=weight_BHW.double().sum().float(),
-        kl_count=counted.sum().float(),
+        kl_count=mask.double().sum().float(),
     )
 
 
@@ -138,9 +143,8 @@ def _windows(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(corners, dtype=torch.float64, device=device), torch.tensor(flips, device=device)
 
 
-def _grid(y_BH: Tensor, x_BW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Positions in a view of `size` pixels as `grid_sample` takes them: from -1 to 1, edge to edge, x first."""
-    B, H, W = x_BW.shape[0], *size
-    y_BHW = (2 * y_BH / H - 1)[:, :, None].expand(B, H, W)
-    x_BHW = (2 * x_BW / W - 1)[:, None, :].expand(B, H, W)
+def _grid(y_BH: Tensor, x_BW: Tensor, view: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Positions in a view, in pixels, as `grid_sample` takes them: from -1 to 1, edge to edge, x first."""
+    y_BHW = (2 * y_BH / view[0] - 1)[:, :, None].expand(-1, *size)
+    x_BHW = (2 * x_BW / view[1] - 1)[:, None, :].expand(-1, *size)
     return torch.stack((x_BHW, y_BHW), -1).float()

@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.bench.kernels.inputs import Inputs
 from kdcache.bench.kernels.shapes import KINDS, Case
-from kdcache_kernels import distill_loss, target_argmax_confidence
+from kdcache_kernels import densify, distill_loss, relation_loss, target_argmax_confidence
+from kdcache_kernels.relations.problem import EPS
 
 
 class Targets(NamedTuple):
@@ -111,6 +113,49 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
     return ce / targets.ce_count + T * T * (kl_BHW * mask_BHW).sum() / targets.kl_count
 
 
+def our_relations(case: Case, inputs: Inputs, impl: str) -> Tensor:
+    """Return the loss of relations as `dist` calls it: a target of some classes is densified."""
+    target = inputs.target
+    dense = target.values
+    if target.indices is not None:
+        dense = densify(target.values, target.indices, target.tail, target.num_classes, impl=impl)
+    return relation_loss(
+        inputs.student,
+        dense,
+        view_size=target.view_size,
+        size=case.shape.size,
+        temperature=case.temperature,
+        window_B4=inputs.window,
+        flip_B=inputs.flip,
+        impl=impl,
+    )
+
+
+def eager_relations(student_BChw: Tensor, targets: Targets) -> Tensor:
+    """Return T^2 * (inter + intra) on cells that weigh what the mask says.
+
+    The mean over classes is 1 / C. That over cells needs no gradient: a mean that moves changes no sum of products of
+    centred values.
+    """
+    T, weight_B1hw = targets.temperature, targets.mask[:, None]
+    teacher_BChw = targets.teacher
+    if targets.grid is not None:
+        teacher_BChw = F.grid_sample(teacher_BChw, targets.grid, padding_mode="border", align_corners=False)
+    p_BChw, q_BChw = (F.softmax(x / T, 1) for x in (student_BChw.float(), teacher_BChw))
+    even = 1 / p_BChw.shape[1]
+    inter_Bhw = 1 - _correlation(p_BChw - even, q_BChw - even, None, 1)
+    p_mean, q_mean = ((x * weight_B1hw).sum((0, 2, 3), keepdim=True) / targets.kl_count for x in (p_BChw, q_BChw))
+    share_B1hw = weight_B1hw / targets.kl_count
+    intra_C = 1 - _correlation(p_BChw - p_mean.detach(), q_BChw - q_mean, share_B1hw, (0, 2, 3))
+    return T * T * ((inter_Bhw * targets.mask).sum() / targets.kl_count + intra_C.mean())
+
+
+def _correlation(a: Tensor, b: Tensor, share: Tensor | None, dims: int | tuple[int, ...]) -> Tensor:
+    weighed_a, weighed_b = (a, b) if share is None else (a * share, b * share)
+    st, ss, tt = (x.sum(dims) for x in (weighed_a * b, weighed_a * a, weighed_b * b))
+    return st * torch.rsqrt((ss + EPS) * (tt + EPS))
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss as both sides compute it.
@@ -126,7 +171,7 @@ class Loss:
     by_image: bool = True
 
 
-LOSSES = {"distill": Loss(our_loss, eager_loss)}
+LOSSES = {"distill": Loss(our_loss, eager_loss), "dist": Loss(our_relations, eager_relations, by_image=False)}
 """By `Kind.loss`."""
 
 

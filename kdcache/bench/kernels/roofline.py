@@ -14,6 +14,8 @@ largest one shows what binds:
 At 16x21x512x512/4 on an H200 that predicts 8, 11 and 53 microseconds: the kernel is bound by issue. A gate's own pass
 over the target is in none of them.
 
+The loss of relations works on cells: two exponentials and RELATIONS_INSTRUCTIONS per class-cell, and no label.
+
 For a rival only the bytes count: those its operations touch (`bytes_per_class_pixel`), for eager at T = 2 156 per
 class-pixel.
 """
@@ -35,8 +37,10 @@ from kdcache.bench.kernels.shapes import KINDS, Case
 
 INSTRUCTIONS_PER_CLASS_PIXEL = 20
 LANES_PER_SFU_LANE = 8
-COMPILED_BYTES_PER_CLASS_PIXEL = 33
-"""Inductor writes both upsampled tensors and two gradients in float32 and reads them again."""
+RELATIONS_INSTRUCTIONS = 180
+"""Per class-cell: those of the four loops over the classes, of whole views, as compiled for sm_90."""
+COMPILED_BYTES_PER_CLASS_PIXEL = {"distill": 33}
+"""By `Kind.loss`. Inductor writes both upsampled tensors and two gradients in float32 and reads them again."""
 CELL_STRIDES = (2, 4, 8)
 COPY_BYTES, EXP_ROUNDS, CEILING_REPEATS = 2**30, 1024, 20
 
@@ -77,8 +81,11 @@ def least_work(case: Case) -> Work:
     B, C = shape.batch, shape.num_classes
     logit_bytes = 4 if case.dtype == "fp32" else 2
     kept_bytes = 2 * case.k + (0 if case.k == C else case.k * (1 if C <= 256 else 2) + 2)
-    label_bytes = 1 if shape.ignore_index == 255 else 2
-    touched = B * h * w * (2 * C * logit_bytes + kept_bytes) + B * shape.height * shape.width * label_bytes
+    touched = B * h * w * (2 * C * logit_bytes + kept_bytes)
+    if KINDS[case.kind].on_cells:
+        class_cells = B * h * w * C
+        return Work(bytes=touched, exps=2 * class_cells, instructions=RELATIONS_INSTRUCTIONS * class_cells)
+    touched += B * shape.height * shape.width * (1 if shape.ignore_index == 255 else 2)
     softmaxes = 2 if case.temperature in (1, 2, 3, 4) else 3  # then exp(u) = exp(u / T)**T serves both temperatures
     cells = shape.divides and shape.stride in CELL_STRIDES and not KINDS[case.kind].drawn
     per_class_pixel = softmaxes * 4 / shape.stride**2 if cells else softmaxes
@@ -122,11 +129,12 @@ def _best_ms(work: Callable[[], Any]) -> float:
 
 def rival_fraction(name: str, case: Case, ceilings: Ceilings, milliseconds: float) -> float | None:
     """Return a rival's bytes over the copy speed and its time; None where its bytes are not known."""
-    if name.startswith("compile"):
-        per_class_pixel: float = COMPILED_BYTES_PER_CLASS_PIXEL
-    elif name in ("eager", "chunked"):
-        per_class_pixel = bytes_per_class_pixel(case)
+    if name in ("eager", "chunked"):
+        per_class_pixel: float | None = bytes_per_class_pixel(case)
     else:
+        known = COMPILED_BYTES_PER_CLASS_PIXEL if name.startswith("compile") else {}
+        per_class_pixel = known.get(KINDS[case.kind].loss)
+    if per_class_pixel is None:
         return None
     return per_class_pixel * case.shape.class_pixels / ceilings.copy_bytes / (milliseconds / 1e3)
 

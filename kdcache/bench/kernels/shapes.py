@@ -40,12 +40,19 @@ class Kind:
     drawn: bool = False
     threshold: float | None = None
 
+    @property
+    def on_cells(self) -> bool:
+        """Whether student and teacher are compared on the target's cells, and not in every pixel."""
+        return self.loss == "dist"
+
 
 KINDS = {
     "plain": Kind("cross-entropy and KL on labelled pixels", trained=False),
     "trained": Kind("class weights, and void pixels that the teacher teaches, of views that are replayed"),
     "warp": Kind("the same, through a window and a flip per image", drawn=True),
     "gate": Kind("as trained, where the teacher's confidence is at least 0.7", threshold=0.7),
+    "dist": Kind("the loss of relations alone, of views that are replayed", loss="dist"),
+    "dist-warp": Kind("the same, through a window and a flip per image", loss="dist", drawn=True),
 }
 """What --case chooses from."""
 

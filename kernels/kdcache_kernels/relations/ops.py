@@ -96,8 +96,7 @@ def relation_loss(
     )
     if family == "reference":
         return relation_loss_reference(problem)
-    with torch.autocast(device.type, enabled=False):
-        loss: Tensor = library.relation_loss(family, *library.relation_arguments(problem))[0]
+    loss: Tensor = library.relation_loss(family, *library.relation_arguments(problem))[0]
     return loss
 
 
@@ -141,8 +140,7 @@ def relation_moments(
     )
     if family == "reference":
         return relation_moments_reference(problem)
-    with torch.autocast(student_logits_BChw.device.type, enabled=False):
-        moments: Tensor = library.relation_moments(family, *library.relation_arguments(problem))
+    moments: Tensor = library.relation_moments(family, *library.relation_arguments(problem))
     return moments
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kdcache.bench.kernels import KINDS, PRESETS, RIVALS, Case, Settings, Shape, parse_names, parse_shapes, rivals
 from kdcache.bench.kernels.inputs import make_inputs
-from kdcache.bench.kernels.losses import our_loss
+from kdcache.bench.kernels.losses import loss_of
 from kdcache.bench.kernels.rivals import OURS, UnavailableError, prepare
 from kdcache.errors import RecipeError
 from kdcache_kernels import target_argmax_confidence
@@ -99,11 +99,16 @@ def test_kinds_are_what_they_are_called() -> None:
     drawn = {kind: make_inputs(Case(replace(SMALL, batch=8), kind=kind), CPU) for kind in KINDS}
     for kind, inputs in drawn.items():
         assert (inputs.class_weight is None) == (kind == "plain")
-        assert (inputs.window is None) == (inputs.flip is None) == (inputs.grid is None) == (kind != "warp")
-        void = inputs.labels == 255
-        assert bool(inputs.mask[void].any()) == (kind != "plain"), "void pixels teach"
-    assert drawn["trained"].mask.all()
-    assert 0 < drawn["warp"].mask.mean() < 1, "a window of the default zooms shows pixels beside the view"
+        still = (inputs.window is None, inputs.flip is None, inputs.grid is None)
+        assert still == 3 * (not kind.endswith("warp"),)
+        assert inputs.mask.shape[1:] == (SMALL.native if kind.startswith("dist") else SMALL.size)
+        assert inputs.mask.sum() == pytest.approx(inputs.kl_count.item())
+    assert not drawn["plain"].mask[drawn["plain"].labels == 255].any()
+    assert drawn["trained"].mask.all(), "void pixels teach"
+    assert drawn["dist"].mask.min() == pytest.approx(1)
+    for kind in ("warp", "dist-warp"):
+        assert 0 < drawn[kind].mask.mean() < 1, "a window of the default zooms shows pixels beside the view"
+    assert drawn["dist-warp"].mask.unique().numel() > 2, "cells on the edge count by a share"
 
 
 # Rivals compute the same loss and gradient
@@ -117,7 +122,7 @@ def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
         size = case.shape.size
         _, confidence = target_argmax_confidence(inputs.target, size, inputs.window, inputs.flip, impl="reference")
         assert 0.05 < (confidence >= kind.threshold).float().mean() < 0.95
-    loss = our_loss(case, replace(inputs, student=leaf), "reference")
+    loss = loss_of(case).ours(case, replace(inputs, student=leaf), "reference")
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
@@ -132,6 +137,10 @@ def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 def test_rivals_agree_with_the_reference(name: str, kind: str, temperature: float, classes: int, kept: int) -> None:
     torch.compiler.reset()
     case = Case(replace(SMALL, num_classes=classes), temperature=temperature, kept=kept, kind=kind)
+    if name == "chunked" and not loss_of(case).by_image:
+        with pytest.raises(UnavailableError, match=f"loss of {kind} compares images"):
+            prepare(name, case, make_inputs(case, CPU), "auto")
+        return
     expected_loss, expected = reference(case)
     step = prepare(name, case, make_inputs(case, CPU), "auto").step
     for _ in range(2):

@@ -64,6 +64,18 @@ def test_a_drawn_window_costs_an_exponential_per_softmax() -> None:
     assert roofline.least_work(case).exps == 2 * case.shape.class_pixels
 
 
+def test_the_least_work_of_relations_is_that_of_cells() -> None:
+    case = Case(PRESETS["voc"][0], dtype="bf16", kind="dist")
+    work, class_cells = roofline.least_work(case), 16 * 21 * 128 * 128
+    assert work.bytes == 6 * class_cells, "both logits and the gradient, two bytes each"
+    assert work.exps == 2 * class_cells
+    assert work.instructions == roofline.RELATIONS_INSTRUCTIONS * class_cells
+    ceilings = roofline.Ceilings(copy_bytes=1e12, exps=1.0)
+    assert roofline.rival_fraction("compile", case, ceilings, 1.0) is None, "nobody has counted its bytes"
+    touched = roofline.bytes_per_class_pixel(case) * 16
+    assert 100 < touched < 600, "bytes of a class-cell"
+
+
 def test_a_rivals_floor_is_its_own_bytes() -> None:
     ceilings = roofline.Ceilings(copy_bytes=1e12, exps=1.0)
     case = Case(PRESETS["voc"][0], dtype="bf16")
