@@ -152,7 +152,12 @@ class Loggers(Observer):
         if self._panels is None or self._drawn_at == step or not self._sinks:
             return
         self._drawn_at = step
-        pictures = {f"samples/{name}": picture for name, picture in self._panels().items()}
+        try:
+            pictures = {f"samples/{name}": picture for name, picture in self._panels().items()}
+        except Exception as error:
+            self._panels = None
+            self._note(f"no pictures of samples from now on: {_reason(error)}")
+            return
         self._each(lambda sink: sink.draw(step, pictures))
 
     def _write_scores(self, place: str, step: int, metrics: Metrics) -> None:
@@ -174,9 +179,12 @@ class Loggers(Observer):
                 self._failed(name, error)
 
     def _failed(self, name: str, error: Exception) -> None:
-        lines = (str(error) or "without a message").splitlines()
-        reason = f"{type(error).__name__}: {lines[0]}"[:SHOWN]
-        self._note(f"--log {name} failed and is left out from now on; metrics.jsonl goes on ({reason})")
+        self._note(f"--log {name} failed and is left out from now on; metrics.jsonl goes on ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    """A foreign error in one short line."""
+    return f"{type(error).__name__}: {(str(error) or 'without a message').splitlines()[0]}"[:SHOWN]
 
 
 class TensorBoard:

@@ -217,6 +217,19 @@ def test_a_logger_that_fails_is_said_once_and_the_training_goes_on(
     assert len(read_metrics(tmp_path, "train")) == 6
 
 
+def test_samples_that_cannot_be_drawn_end_no_training(tmp_path: Path, memory: list[Memory]) -> None:
+    def fail() -> dict[str, Any]:
+        raise MemoryError("no room\nfor it")
+
+    notes: list[str] = []
+    logger = Loggers(["wandb"], tmp_path, {}, notes.append, fail)
+    logger.started(step=0, iterations=2, parameters=1)
+    for step in (1, 2):
+        logger.validated(step, Metrics(("sky",), (0.5,), (0.5,), (10,), 0.5, 0.5, 0.6), True)
+    assert notes == ["no pictures of samples from now on: MemoryError: no room"]
+    assert [step for step, _ in memory[0].rows] == [1, 2]
+
+
 def test_one_that_cannot_begin_is_said_too(student: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     def refuse(_: Beginning) -> Any:
         raise TimeoutError
