@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = {name: ROOT / folder for name, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()}
 EXTRAS = {
+    "kdcache.data.layouts.own.polygons": "coco",
+    "kdcache.data.tracing.albumentations": "test",  # whoever calls it has it
     "kdcache.models.architectures.hub": "segformer",
     "kdcache.models.architectures.segformer": "segformer",
     "kdcache.models.architectures.smp": "smp",

@@ -18,7 +18,7 @@ def run_training(settings: dict[str, Any], out: Path, resume: bool) -> None:
     from kdcache.metrics import percent
     from kdcache.train import Interrupted, make_config, pick_device, train
     from kdcache.train.distributed import default_workers
-    from kdcache.verbs.training_progress import TrainingProgress
+    from kdcache.train.run.training_progress import TrainingProgress
 
     try:
         with shared_errors(), progress_bar() as bar:

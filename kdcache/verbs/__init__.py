@@ -5,7 +5,6 @@ build.py              `build_cache`: a teacher's pass into a store
 train.py              `train`: a training into a run folder
 evaluate.py           `evaluate`: metrics of a model on labelled data
 compare.py            `compare`: runs side by side
-training_progress.py  the progress of a training
 
 `kdcache.build_cache`, `kdcache.train`, `kdcache.evaluate` and `kdcache.compare` are these.
 """

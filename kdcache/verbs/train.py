@@ -14,8 +14,8 @@ from kdcache.settings.training import TRAINING
 from kdcache.train import make_config, pick_device
 from kdcache.train import train as run_training
 from kdcache.train.distributed import default_workers
+from kdcache.train.run.training_progress import TrainingProgress
 from kdcache.verbs.arguments import keywords, spec_of
-from kdcache.verbs.training_progress import TrainingProgress
 
 Data = str | Path | Split
 

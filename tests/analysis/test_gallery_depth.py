@@ -21,9 +21,8 @@ def shown(spec: str, split) -> Shown:
 
 def titles(spec: str, depth: str) -> list[str]:
     split = open_split(f"scenes:40x56,train=2,val=1{depth}", "val")
-    figure = Gallery(split)._one_model(shown(spec, split), 0, "title")
-    figure.draw_without_rendering()
-    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+    panels, _ = Gallery(split)._one_model(shown(spec, split), 0)
+    return [title for title, _ in panels]
 
 
 def test_depth_stands_below_the_classes() -> None:
@@ -37,7 +36,7 @@ def test_depth_stands_below_the_classes() -> None:
 def test_the_error_is_that_of_the_prediction() -> None:
     split = open_split("scenes:40x56,train=2,val=1,depth=exact", "val")
     model = shown("kdcache:tiny+depth", split)
-    pictures = dict(Gallery(split)._depth(model.predict(split, 0)))
+    pictures = dict(Gallery(split)._depth(model.predict(split, 0), {}, "prediction"))
     label, metres = pictures["depth, ground truth"].values, pictures["depth, prediction"].values
     error = next(one.values for name, one in pictures.items() if "error" in name)
     known = np.isfinite(label)

@@ -9,9 +9,12 @@ import pytest
 def sketched(monkeypatch) -> None:
     """Pictures are not drawn: that takes seconds, and tests/evaluate looks at them."""
 
-    def sketch(_: object, path, above: str | None = None) -> None:
+    def sketch(_: object, path, above: str | None = None, formats=("png",)) -> list:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+        files = [path.with_suffix(f".{name}") for name in formats]
+        for file in files:
+            file.write_bytes(b"")
+        return files
 
     for module in ("gallery", "visualise"):
         monkeypatch.setattr(f"kdcache.analysis.{module}.save_figure", sketch)

@@ -44,7 +44,7 @@ _CREW = """
 import json, os, signal, sys, time, traceback
 import numba, torch, torch._dynamo  # seconds, which no training then pays again
 torch.set_num_threads(1)
-import kdcache.train, kdcache.store, kdcache.verbs.training_progress, kdcache_cli.torchrun
+import kdcache.train, kdcache.store, kdcache.train.run.training_progress, kdcache_cli.torchrun
 from kdcache_cli.app import main
 
 # Nobody ends the other processes here as torchrun does, however late the first one is.

@@ -92,7 +92,7 @@ def _announce(step: int, title: str, command: str) -> None:
 def _train(run: Path, **settings: Any) -> None:
     from kdcache.metrics import percent
     from kdcache.train import Interrupted, make_config, train
-    from kdcache.verbs.training_progress import TrainingProgress
+    from kdcache.train.run.training_progress import TrainingProgress
 
     try:
         with progress_bar() as bar:
