@@ -58,6 +58,8 @@ class DistillLoss(nn.Module):
         class_weight: (C,) weights of the cross-entropy.
         label_smoothing: share of every label that is spread evenly over all classes, in [0, 1), as in
             `torch.nn.functional.cross_entropy`.
+        focal_gamma: exponent of the focal loss, at least 0: a pixel's cross-entropy is multiplied by (1 - p)^gamma of
+            its label's probability p. Not beside smoothed labels.
         distill_void: whether the teacher's terms count pixels without a label, too; not where labels are the targets.
         align_corners: whether the student's own final resize aligns corners.
         gate: which pixels the teacher's terms count, and how much; default all alike.
@@ -66,7 +68,7 @@ class DistillLoss(nn.Module):
         size: (H, W) of the labels of a whole view, where that has other proportions than the view.
         impl: which implementation computes it (see `kdcache_kernels.distill_loss`).
         balance: of the losses of two tasks; None adds them up.
-    Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2; focal Lin et al. 2017, arXiv 1708.02002.
     """
 
     class_weight: Tensor | None
@@ -81,6 +83,7 @@ class DistillLoss(nn.Module):
         temperature: float = 2.0,
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
         ignore_index: int = 255,
         distill_void: bool = True,
         align_corners: bool = False,
@@ -98,6 +101,7 @@ class DistillLoss(nn.Module):
         self.kl_weight = kl_weight
         self.temperature = temperature
         self.label_smoothing = label_smoothing
+        self.focal_gamma = focal_gamma
         self.ignore_index = ignore_index
         self.distill_void = distill_void and not isinstance(targets, LabelTargets)
         self._masks = TeacherMasks(targets, self.distill_void, ignore_index)
@@ -426,6 +430,7 @@ class DistillLoss(nn.Module):
             temperature=self.temperature,
             class_weight=self.class_weight,
             label_smoothing=self.label_smoothing,
+            focal_gamma=self.focal_gamma,
             ignore_index=self.ignore_index,
             window_B4=None if packed is None else batch.window,
             flip_B=None if packed is None else batch.flip,

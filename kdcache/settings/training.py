@@ -112,6 +112,11 @@ class TrainSettings:
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = _loss(
         0.0, "Share of every label that is spread over all classes, in the cross-entropy."
     )
+    focal_gamma: Weight = _loss(
+        0.0,
+        "Exponent of the focal loss: multiplies a pixel's cross-entropy by (1 - p)^gamma of its label's probability p; "
+        "2 is usual, 0 is the plain cross-entropy.",
+    )
     balance: Literal["fixed", "uncertainty"] = _loss(
         "fixed",
         "How the losses of two tasks become one: fixed weights (--task-weight), or weights that are learnt from each "

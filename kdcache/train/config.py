@@ -383,6 +383,12 @@ def _check_loss(config: TrainConfig) -> None:
             received="every loss weight is 0: nothing would be learnt",
             remedy="raise --ce-weight, --kl-weight or the weight of a --term",
         )
+    if config.focal_gamma > 0 and config.label_smoothing > 0:
+        raise RecipeError(
+            "the focal loss is one of labels that are not smoothed",
+            received=f"--focal-gamma {config.focal_gamma:g} with --label-smoothing {config.label_smoothing:g}",
+            remedy="leave one of them out",
+        )
 
 
 def _check_teaching(config: TrainConfig) -> None:

@@ -83,6 +83,7 @@ def make_criterion(
         temperature=config.temperature,
         class_weight=class_weight,
         label_smoothing=config.label_smoothing,
+        focal_gamma=config.focal_gamma,
         distill_void=config.distill_void,
         align_corners=model.align_corners,
         gate=gate,

@@ -50,6 +50,7 @@ WRONG = {
     "ce_weight": [-0.1, NAN, INFINITY, "much"],
     "kl_weight": [-1, NAN, INFINITY],
     "label_smoothing": [-0.1, 1.0, NAN],
+    "focal_gamma": [-0.1, NAN, INFINITY],
     "teacher": ["label", "model", None],
     "temperature": [0, -1, NAN, INFINITY],
     "balance": ["gradnorm", None],

@@ -14,7 +14,7 @@ _ORDER = (
     *("threads", "device", "resume", "recipe"),
     *names(TrainSettings, OPTIMIZATION),
     *("amp", "step", "workers", "val_every", "log_every", "gradients_every", "keep_every", "log"),
-    *("term", "label_smoothing", "class_weights"),
+    *("term", "label_smoothing", "focal_gamma", "class_weights"),
     *("scale", "flip", "jitter", "mix", "limit_samples", "fold", "val_fold", "folds_by"),
 )
 
