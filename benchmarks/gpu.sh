@@ -6,8 +6,10 @@
 #     kernels      the losses beside their rivals, and the cases of trainings
 #     step         a training step, eager, compiled and graphed, beside one without a teacher
 #     rest         builds, the main job, gradients, loaders, a live teacher
-# and, when it is named, `effect`: the study of benchmarks/effect.py (DATA is CamVid), to be called until nothing is left;
-# EFFECT names a folder that keeps its teachers and stores from one call to the next.
+# and, when they are named,
+#     tune         the loss at other limits of registers: KDCACHE_CELLS_REGISTERS, 128 by default
+#     effect       the study of benchmarks/effect.py (DATA is CamVid), to be called until nothing is left; EFFECT names a
+#                  folder that keeps its teachers and stores from one call to the next
 #
 # --kernels is a folder of `kdcache kernels compile`, carried here; without it all kernels are compiled first, which takes
 # 16 cores a minute or two. DATA is a data set in the folder layout with splits train and val; procedural scenes when left
@@ -25,8 +27,8 @@ while [ $# -gt 0 ]; do
       [ $# -gt 1 ] || { echo "$1 needs a value" >&2; exit 2; }
       declare "${1#--}=$2"
       shift ;;
-    correctness | kernels | step | rest | effect) parts+=("$1") ;;
-    *) echo "a part is correctness, kernels, step, rest or effect; received '$1'" >&2; exit 2 ;;
+    correctness | kernels | step | rest | tune | effect) parts+=("$1") ;;
+    *) echo "a part is correctness, kernels, step, rest, tune or effect; received '$1'" >&2; exit 2 ;;
   esac
   shift
 done
@@ -123,6 +125,14 @@ rest() {
     --json "$results/loader-$gpu.json"
   run live 90 "$python" benchmarks/live.py --device "$device" --data "$data" "${store[@]}" \
     --teacher "$work/teacher" --out "$work/live" "${live[@]}" --json "$results/live-$gpu.json"
+}
+
+tune() {
+  local registers
+  for registers in 128 152 168; do
+    KDCACHE_CELLS_REGISTERS=$registers bench "kernels-$registers-registers" 60 "${shapes[@]}" --case plain,trained \
+      --against none --no-memory
+  done
 }
 
 effect() {

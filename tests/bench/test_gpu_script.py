@@ -89,6 +89,12 @@ def test_a_part_alone(part, script, tmp_path) -> None:
     assert written(tmp_path) == {name for name, own in RESULTS.items() if own == part}
 
 
+def test_the_loss_is_measured_at_several_limits_of_registers(script, tmp_path) -> None:
+    code, output = script("tune")
+    assert code == 0, output
+    assert written(tmp_path) == {f"kernels-{limit}-registers" for limit in (128, 152, 168)}
+
+
 def test_what_fails_is_named_and_the_rest_is_run(script, tmp_path) -> None:
     code, output = script(fail="--check benchmarks/step.py")
     assert code == 1

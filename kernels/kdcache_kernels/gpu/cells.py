@@ -44,6 +44,7 @@ from .common import (
     load_label_factors,
     multiprocessors,
     pixels_of,
+    register_limit,
     strides_of,
 )
 from .prep import Prepared
@@ -66,10 +67,10 @@ from .surface import (
 
 EDGES = 1024
 """Elements of an edge that a program combines."""
-REGISTERS = 128
+REGISTERS = register_limit(128)
 """Per lane, so that 16 warps share a multiprocessor; about 20 values that the loops do not need are spilt.
 
-Nothing would be with 152, but 12 warps.
+Nothing would be with 152, but 12 warps. KDCACHE_CELLS_REGISTERS in the environment is another limit, for measurements.
 """
 
 

@@ -6,6 +6,7 @@ It costs about 20 instructions per pixel, once, against 20 per pixel and class f
 Legend: B batch, C classes, H W label size.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from ..errors import ValueRangeError
 from ..problem import LossProblem
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -215,6 +217,23 @@ def launch_options(lanes: int, registers: int, device: torch.device) -> dict[str
     target = gpu(device)
     options = {"num_warps": max(1, lanes // target.warp_size)}
     return options | {"maxnreg": registers} if target.backend == "cuda" else options
+
+
+def register_limit(default: int) -> int:
+    """Return the registers of a lane of the kernel for aligned cells, at most: of the environment, or the default.
+
+    Raises: ValueRangeError for one that no GPU has.
+    """
+    text = os.environ.get("KDCACHE_CELLS_REGISTERS", "")
+    if not text:
+        return default
+    if not (text.isdecimal() and 32 <= int(text) <= 255):
+        raise ValueRangeError(
+            "KDCACHE_CELLS_REGISTERS is a number of registers from 32 to 255.",
+            received=repr(text),
+            remedy=f"Leave it unset for {default}, or set 152, with which nothing is spilt.",
+        )
+    return int(text)
 
 
 def multiprocessors(device: torch.device) -> int:
