@@ -19,6 +19,7 @@ from .problem import LossProblem
 from .reference import LossParts
 
 _WEIGHTS = ("ce_weight", "kl_weight")
+_STUDENT, _NEED_GRADIENT = (LOSS_ARGUMENTS.index(name) for name in ("student", "need_gradient"))
 
 
 def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
@@ -26,9 +27,20 @@ def call_distill_loss(problem: LossProblem, family: str) -> LossParts:
     arguments = (family, *library.loss_arguments(problem))
     kind = problem.student.device.type
     with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # meta tensors have none
-        # A program that is compiled calls the operator, which alone it can trace.
-        loss, ce, kl, _ = (library.distill_loss if torch.compiler.is_compiling() else _Loss.apply)(*arguments)
+        loss, ce, kl, _ = _operator()(*arguments)
     return LossParts(loss, ce, kl)
+
+
+def _operator() -> Callable[..., Any]:
+    """The operator where a program is compiled, which can trace nothing else, and where nothing is differentiated."""
+    operator: Callable[..., Any] = library.distill_loss
+    if torch.compiler.is_compiling():
+        return operator
+    if torch._C._are_functorch_transforms_active():
+        operator = _TransformedLoss.apply
+    elif torch.is_grad_enabled():
+        operator = _Loss.apply
+    return operator
 
 
 def _each(function: Callable[..., Any], info: Any, in_dims: Any, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -56,24 +68,25 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the gradients of all arguments: the student and the weights alone have one."""
     loss, ce, kl, gradient, *tensors = ctx.saved_tensors
+    arguments = ctx.arguments.copy()
     for place, tensor in zip(ctx.places, tensors, strict=True):
-        ctx.arguments[place] = tensor
-    fields = dict(zip(LOSS_ARGUMENTS, ctx.arguments, strict=True))
+        arguments[place] = tensor
     grad_loss, grad_ce, grad_kl, _ = grads
-    result: dict[str, Tensor] = {}
+    result: list[Tensor | None] = [None] * len(arguments)
     if grad_loss is not None:
         for name, term in zip(_WEIGHTS, (ce, kl), strict=True):
-            if ctx.needs_input_grad[1 + LOSS_ARGUMENTS.index(name)]:
-                result[name] = (grad_loss * term.detach()).to(fields[name].dtype)
-    if fields["need_gradient"]:
+            place = LOSS_ARGUMENTS.index(name)
+            if ctx.needs_input_grad[1 + place]:
+                result[place] = (grad_loss * term.detach()).to(arguments[place].dtype)
+    if arguments[_NEED_GRADIENT]:
         if grad_ce is not None or grad_kl is not None:
-            arguments = _weighed(fields, grad_loss, (grad_ce, grad_kl))
-            result["student"] = _Once.apply(library.distill_gradient, ctx.family, *arguments)
+            fields = dict(zip(LOSS_ARGUMENTS, arguments, strict=True))
+            weighed = _weighed(fields, grad_loss, (grad_ce, grad_kl))
+            result[_STUDENT] = _once(library.distill_gradient, ctx.family, *weighed)
         elif grad_loss is not None:
             # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
-            factor = grad_loss.float() + 0 * loss
-            result["student"] = _Once.apply(library.scale_gradient, gradient, factor, fields["student"].dtype)
-    return None, *(result.get(name) for name in LOSS_ARGUMENTS)
+            result[_STUDENT] = _once(library.scale_gradient, gradient, grad_loss, loss, arguments[_STUDENT].dtype)
+    return None, *result
 
 
 def _weighed(
@@ -94,15 +107,13 @@ def _weighed(
 
 
 class _Loss(torch.autograd.Function):
-    """The operator for autograd and `torch.func`, whose transforms do not take an operator's own backward."""
+    """The operator for autograd."""
 
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return library.distill_loss(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _keep(ctx, inputs, output)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = library.distill_loss(*arguments)
+        _keep(ctx, arguments, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -116,13 +127,34 @@ class _Loss(torch.autograd.Function):
             "  remedy:   take torch.func.grad, vjp or jacrev; jacrev of jacrev with impl='reference' for a Hessian."
         )
 
+
+class _TransformedLoss(_Loss):
+    """The operator for `torch.func`, in the form that its transforms take.
+
+    It costs a call the time that reading a signature takes, and they do not take an operator's own backward.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return library.distill_loss(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _keep(ctx, inputs, output)
+
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _each(_Loss.apply, info, in_dims, arguments)
+        return _each(_TransformedLoss.apply, info, in_dims, arguments)
+
+
+def _once(operator: Callable[..., Tensor], *arguments: Any) -> Any:
+    """Call an operator of the backward, whose result is not differentiated again."""
+    differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return _Once.apply(operator, *arguments) if differentiated else operator(*arguments)
 
 
 class _Once(torch.autograd.Function):
-    """An operator of the backward, `_Once.apply(operator, *arguments)`: its result is not differentiated again."""
+    """An operator of the backward as one that raises where its result is differentiated; vmap takes it, too."""
 
     @staticmethod
     def forward(operator: Callable[..., Tensor], *arguments: Any) -> Tensor:

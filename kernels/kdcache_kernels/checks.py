@@ -231,15 +231,20 @@ def check_scalar(name: str, value: Tensor | float | None, device: torch.device, 
         check_number(name, value)
 
 
-def check_values(problem: LossProblem) -> None:
-    """Refuse values inside tensors that no kernel can use, where they may be read. Raises: ValueRangeError."""
+def check_values(problem: LossProblem, *, ids: bool = True) -> None:
+    """Refuse values inside tensors that no kernel can use, where they may be read.
+
+    Args:
+        ids: whether class ids are among them, of labels and of targets; not for kernels that refuse wrong ones.
+    Raises: ValueRangeError.
+    """
     check_class_weight_values(problem.class_weight)
-    if problem.use_ce:
+    if problem.use_ce and ids:
         assert problem.labels is not None
         check_class_ids(problem.labels, problem.student.shape[1], problem.ignore_index)
     if problem.target is not None:
         check_window_values(problem.window, problem.target.view_size)
-        if problem.target.indices is not None and may_read(problem.target.indices):
+        if ids and problem.target.indices is not None and may_read(problem.target.indices):
             check_ids(problem.target.indices, problem.target.num_classes)
 
 

@@ -92,7 +92,7 @@ def distill_loss(family: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, 
     """Return (loss, ce, kl, gradient); see `LossProblem` and `LossResult`."""
     problem = loss_problem(arguments)
     # Here and not before the operator: a compiled program does not run what stands around it.
-    checks.check_values(problem)
+    checks.check_values(problem, ids=family != "numba")
     result = _computed(problem, family)
     checks.explain_non_finite(problem, result.loss)
     return result.loss, result.ce, result.kl, result.gradient
@@ -122,7 +122,8 @@ def distill_gradient(family: str, *arguments: Any) -> Tensor:
     """Return d loss / d student in the student's dtype, contiguous; NaN everywhere where the loss is not finite."""
     problem = loss_problem(arguments)
     result = _computed(problem, family)
-    gradient: Tensor = scale_gradient(result.gradient, 1 + 0 * result.loss, problem.student.dtype)
+    one = torch.ones_like(result.loss)
+    gradient: Tensor = scale_gradient(result.gradient, one, result.loss, problem.student.dtype)
     return gradient
 
 
@@ -133,19 +134,20 @@ def _(family: str, *arguments: Any) -> Tensor:
 
 
 @torch.library.custom_op("kdcache::scale_gradient", mutates_args=())
-def scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * factor` in `dtype`, multiplied in float32: a factor rounded to bfloat16 would bias it.
+def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `gradient * factor` in `dtype`, NaN where the loss is not finite.
 
-    The result is contiguous, whatever the gradient is.
+    It is multiplied in float32: a factor rounded to bfloat16 would bias it. The result is contiguous, whatever the
+    gradient is.
     """
     if gradient.device.type == "cuda":
-        scaled: Tensor = _module("triton", "loss").scale_gradient(gradient, factor, dtype)
+        scaled: Tensor = _module("triton", "loss").scale_gradient(gradient, factor, loss, dtype)
         return scaled
-    return (gradient.contiguous().float() * factor).to(dtype)
+    return (gradient.contiguous().float() * (factor.float() + 0 * loss)).to(dtype)
 
 
 @scale_gradient.register_fake
-def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype, memory_format=torch.contiguous_format)
 
 

@@ -86,7 +86,7 @@ def test_opcheck_of_the_others(backend):
         torch.library.opcheck(library.argmax_confidence, arguments)
     gradient = torch.randn(2, 3, device=backend.device)
     factor = torch.ones((), device=backend.device)
-    torch.library.opcheck(library.scale_gradient, (gradient, factor, torch.float16))
+    torch.library.opcheck(library.scale_gradient, (gradient, factor, factor, torch.float16))
 
 
 @pytest.mark.parametrize("k", [2, C])

@@ -167,7 +167,7 @@ def test_scaling_a_gradient(layout, backend):
     """The operator of the backward, which a compiled program may hand a gradient with gaps."""
     gradient, factor = layout(torch.randn(2, 3, 4, 5, device=backend.device)), with_gaps(torch.tensor(0.5))
     scale = loss.scale_gradient if backend.impl == "triton" else library.scale_gradient
-    actual = scale(gradient, factor.to(backend.device), torch.float16)
+    actual = scale(gradient, factor.to(backend.device), torch.ones((), device=backend.device), torch.float16)
     torch.testing.assert_close(actual, (gradient * 0.5).half(), rtol=0, atol=0)
     assert actual.is_contiguous()
 

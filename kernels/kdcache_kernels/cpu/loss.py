@@ -32,6 +32,9 @@ from .topk import densify
 WIDEST = 80.0
 """Nats that logits may span at T = 1 and at T, for exponentials of float32 to neither overflow nor vanish."""
 
+PER_LOGIT, PER_LABEL, PER_CLASS = 2.0, 4.0, 1.2
+"""Nanoseconds of a thread, roughly: for a low-resolution logit, a label pixel, a class of a label pixel."""
+
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -127,7 +130,8 @@ def _to_nodes(logits_BChw: Tensor, temperature: float, limit: float, taps: Taps,
     lost = np.empty((B, h, w), np.bool_)
     ranges = np.empty((B, h), np.float32)
     scale = np.float32(1 / (LN2 * temperature))
-    run(to_nodes, B * h, logits_BChw.numpy(), scale, np.float32(limit), *taps, runs, values, lost, ranges)
+    arguments = (logits_BChw.numpy(), scale, np.float32(limit), *taps, runs, values, lost, ranges)
+    run(to_nodes, B * h, *arguments, nanoseconds=PER_LOGIT * logits_BChw.numel())
     return _Nodes(values, lost, float(ranges.max()))
 
 
@@ -152,7 +156,7 @@ def _count(problem: LossProblem, plan: Plan) -> _Pixels:
         count_pixels, B * H, labels.numpy(), problem.ignore_index, _class_weight(problem), label_weight.numpy(),
         problem.label_smoothing, pixel_weight.numpy(),
         plan.inside_y, plan.inside_x, problem.use_ce, problem.use_kl, not problem.distill_void,
-        plan.pitch, plan.offset, ids, weight, gate, spread, counts_BH3,
+        plan.pitch, plan.offset, ids, weight, gate, spread, counts_BH3, nanoseconds=PER_LABEL * ids.size,
     )  # fmt: skip
     weight_sum, counted, wrong = counts_BH3.sum((0, 1))
     if wrong and problem.labels is not None:
@@ -186,17 +190,20 @@ def _compute(
     )
     results = (problem.use_kl, problem.need_gradient, upper, lower, losses_Bh2)
     labels = (counted.ids, counted.weight, counted.gate, counted.spread)
+    cost = PER_CLASS * C * counted.ids.size
     if plan.columns is None:
-        run(cells, B * h, student.values, targets, *labels, *rows, *common, *results)
+        run(cells, B * h, student.values, targets, *labels, *rows, *common, *results, nanoseconds=cost)
     else:
         T_span = max(x.span for x in (student, target) if x is not None) * max(1.0, 1 / T)
         wide = not T_span <= WIDEST
-        run(pixels, B * h, student.values, targets, *labels, plan.columns, *rows, *common, wide, *results)
+        arguments = (student.values, targets, *labels, plan.columns, *rows, *common, wide, *results)
+        run(pixels, B * h, *arguments, nanoseconds=cost)
     ce, kl = LN2 * losses_Bh2.sum((0, 1))
     gradient_BChw = torch.empty((B, C, h, w) if problem.need_gradient else 0)
     if problem.need_gradient:
         index, fraction = (x[0] for x in plan.student_nodes)
-        run(from_nodes, B * h, upper, lower, index, fraction, gradient_BChw.numpy())
+        halves = (upper, lower, index, fraction, gradient_BChw.numpy())
+        run(from_nodes, B * h, *halves, nanoseconds=PER_LOGIT * upper.size)
     return gradient_BChw, float(ce) * per_ce, float(kl) * T * T * per_kl
 
 

@@ -4,10 +4,11 @@ A kernel is serial: `kernel(first, last, *arguments)` does the tasks first, ...,
 same place, so that the result does not depend on who did what. `run` cuts the tasks into chunks and lets the calling
 thread and the pool take one after the other. It takes the place of numba's own threading layers: of those, omp kills
 forked children and workqueue aborts on concurrent calls. A chunk costs some 15 microseconds of Python and a wake-up
-some 50, so a chunk should be worth a tenth of a millisecond or more.
+some 50, so a chunk is worth a tenth of a millisecond or more; a call that is not is the calling thread's alone.
 """
 
 import itertools
+import math
 import os
 import queue
 import threading
@@ -16,27 +17,29 @@ from typing import Any
 
 import torch
 
+CHUNK_NANOSECONDS = 100_000
 CHUNKS_PER_THREAD = 4
 """Enough for threads to even out when the machine gives one of them less time."""
 
 
-def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any) -> None:
+def run(kernel: Callable[..., Any], num_tasks: int, *arguments: Any, nanoseconds: float = math.inf) -> None:
     """Do the tasks 0, ..., num_tasks - 1 on as many threads as torch uses, and return when all are done.
 
     Args:
         kernel: called as kernel(first, last, *arguments), concurrently; what it returns is dropped.
         num_tasks: none is a call that does nothing.
+        nanoseconds: about how long one thread takes for all of them.
     Raises: the first error that a call raised, after the calls under way have ended; the others are left out.
     """
-    threads = min(torch.get_num_threads(), num_tasks)
     if num_tasks == 0:
         return
-    if threads == 1:
+    threads = min(torch.get_num_threads(), num_tasks)
+    chunks = int(min(num_tasks, threads * CHUNKS_PER_THREAD, max(1, nanoseconds / CHUNK_NANOSECONDS)))
+    if threads == 1 or chunks == 1:
         kernel(0, num_tasks, *arguments)
         return
-    chunks = min(num_tasks, threads * CHUNKS_PER_THREAD)
     edges = [chunk * num_tasks // chunks for chunk in range(chunks + 1)]
-    _Job(kernel, edges, arguments).run(threads - 1)
+    _Job(kernel, edges, arguments).run(min(threads, chunks) - 1)
 
 
 class _Job:

@@ -50,12 +50,13 @@ def totals_kernel(
 
 
 @triton.jit
-def scale_kernel(gradient_ptr, factor_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
-    """out = gradient * factor, multiplied in float32."""
+def scale_kernel(gradient_ptr, factor_ptr, loss_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
+    """out = gradient * factor, multiplied in float32; NaN where the loss is not finite."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < num_elements
     gradient = tl.load(gradient_ptr + offs_n, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs_n, (gradient * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=exists)
+    factor = tl.load(factor_ptr).to(tl.float32) + 0.0 * tl.load(loss_ptr)
+    tl.store(out_ptr + offs_n, (gradient * factor).to(out_ptr.dtype.element_ty), mask=exists)
 
 
 def distill_loss(problem: LossProblem) -> LossResult:
@@ -128,12 +129,13 @@ def _launch_all(problem: LossProblem, gradient: Tensor | None) -> tuple[Tensor, 
     return loss, ce, kl
 
 
-def scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `gradient * factor` in `dtype`, multiplied in float32.
+def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `gradient * factor` in `dtype`, multiplied in float32; NaN where the loss is not finite.
 
     Args:
         gradient: any floating dtype and strides.
-        factor: 0-dimensional float32 on the same device.
+        factor: 0-dimensional floats on the same device.
+        loss: 0-dimensional float32 there, too.
     Returns: a contiguous tensor.
     """
     gradient = gradient.contiguous()
@@ -141,6 +143,6 @@ def scale_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tens
     if gradient.numel():
         with torch.cuda.device_of(gradient):
             scale_kernel[(triton.cdiv(gradient.numel(), SCALED),)](
-                gradient, factor, out, gradient.numel(), BLOCK=SCALED, num_warps=8, enable_fp_fusion=False
+                gradient, factor, loss, out, gradient.numel(), BLOCK=SCALED, num_warps=8, enable_fp_fusion=False
             )
     return out

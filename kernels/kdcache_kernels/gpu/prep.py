@@ -302,10 +302,11 @@ def _launch_prepare(
 
     ranges, counts = empty(B, blocks[0] + blocks[1]), empty(B, blocks[2], 2, dtype=torch.float64)
     students = empty(B, C, h, w), empty(B, h, w, dtype=torch.uint8)
-    targets = empty(1, 1, 1, 1), empty(1, 1, 1, dtype=torch.uint8)
     values = indices = tail = None
     k, ht, wt, view = 0, 1, 1, (1, 1)
-    if target is not None:
+    if target is None:
+        targets = empty(1, 1, 1, 1), empty(1, 1, 1, dtype=torch.uint8)
+    else:
         k, ht, wt = target.values.shape[1:]
         view = target.view_size
         targets = empty(B, C, ht, wt), empty(B, ht, wt, dtype=torch.uint8)

@@ -308,7 +308,7 @@ class Tiling(NamedTuple):
         lanes: lanes per program, one warp of them on a GPU.
         block_sums: classes that are summed at once; divides their number.
         block_classes: classes whose gradient is computed at once.
-        programs: at most; each has a scratch buffer of 18 KB at stride 4 and 21 classes.
+        programs: at most; each has a scratch buffer of 21 KiB at stride 4 and 21 classes.
     """
 
     strip_rows: int
@@ -318,8 +318,12 @@ class Tiling(NamedTuple):
     programs: int
 
 
-def choose_tiling(problem: LossProblem) -> Tiling:
-    """One wave of ten warps per multiprocessor; for the interpreter, blocks that are large."""
+def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
+    """One wave of ten warps per multiprocessor; for the interpreter, blocks that are large.
+
+    Where the fast kernel takes whole views, only images whose logits span too much come here: programs of two warps per
+    multiprocessor do them, so that the rest does not pay the memory of a wave.
+    """
     B, C, h, w = problem.student.shape
     device = problem.student.device
     block_classes = min(4, triton.next_power_of_2(C))
@@ -328,7 +332,8 @@ def choose_tiling(problem: LossProblem) -> Tiling:
     wave = 10 * multiprocessors(device)
     lanes = gpu(device).warp_size
     strip_rows = min(h, max(2, triton.cdiv(B * h * (w + 1), (lanes - 1) * wave)))
-    return Tiling(strip_rows, lanes, 1, block_classes, wave + wave // 5)
+    rare = not all_images and problem.window is None
+    return Tiling(strip_rows, lanes, 1, block_classes, wave // 5 if rare else wave + wave // 5)
 
 
 def most_columns(w: int, W: int, align_corners: bool) -> int:
@@ -349,7 +354,7 @@ def launch(
     """
     B, C, h, w = problem.student.shape
     (H, W), device = problem.size, problem.student.device
-    tiling = choose_tiling(problem) if tiling is None else tiling
+    tiling = choose_tiling(problem, all_images=all_images) if tiling is None else tiling
     strips = triton.cdiv(h, tiling.strip_rows)
     num_lanes = B * strips * (w + 1)
     num_blocks = triton.cdiv(num_lanes, tiling.lanes - 1)

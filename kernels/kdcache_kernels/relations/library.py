@@ -72,7 +72,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     student = None
     if grad_loss is not None:
         # A loss that is not finite makes the whole gradient NaN: no part of it can be trusted.
-        student = scale_gradient(gradient, grad_loss.float() + 0 * loss, ctx.dtype)
+        student = scale_gradient(gradient, grad_loss, loss, ctx.dtype)
     return None, student, *(None for _ in _FIELDS[1:])
 
 

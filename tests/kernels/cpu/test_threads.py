@@ -43,6 +43,21 @@ def test_several_threads_take_part():
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize(("nanoseconds", "chunks"), [(0, 1), (199_999, 1), (250_000, 2), (10**9, 12)])
+def test_a_chunk_is_worth_a_tenth_of_a_millisecond(nanoseconds, chunks):
+    """At most four for each of three threads; one is the calling thread's."""
+    seen = []
+
+    def kernel(first, last):
+        seen.append((first, last, threading.get_ident()))
+
+    threads.run(kernel, 1000, nanoseconds=nanoseconds)
+    assert len(seen) == chunks
+    assert sorted(edges for *edges, _ in seen)[-1][1] == 1000
+    if chunks == 1:
+        assert seen == [(0, 1000, threading.get_ident())]
+
+
 def test_an_error_comes_out_and_the_pool_goes_on():
     def kernel(first, last):
         raise ArithmeticError(f"task {first}")

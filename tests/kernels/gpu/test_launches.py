@@ -1,0 +1,99 @@
+"""What a call costs the host: kernels that it launches and tensors that it allocates, counted."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton_cases import make_problem, windows
+
+pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from kdcache_kernels import ValueRangeError
+from kdcache_kernels.gpu import loss
+from kdcache_kernels.gpu.common import register_limit
+
+CELLS = ["prepare_kernel", "geometry_kernel", "cells_kernel", "combine_kernel", "tiles_kernel", "totals_kernel"]
+PIXELS = ["prepare_kernel", "geometry_kernel", "pixels_kernel", "tiles_kernel", "totals_kernel"]
+TILES = ["prepare_kernel", "geometry_kernel", "tiles_kernel", "totals_kernel"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the kernels that are launched from now on."""
+    names: list[str] = []
+
+    def counting(kind: type) -> None:
+        run = kind.run
+
+        def count(self, *arguments, **options):
+            names.append(self.fn.__name__)
+            with _disable_current_modes():  # the interpreter computes with torch
+                return run(self, *arguments, **options)
+
+        monkeypatch.setattr(kind, "run", count)
+
+    for kind in (JITFunction, InterpretedFunction):
+        counting(kind)
+    return names
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the operations of torch that return new memory, and those that compute anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = self.computed = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.allocated += 1
+            self.computed += "empty" not in function.name()
+        return result
+
+
+@pytest.mark.parametrize(
+    ("problem", "kernels", "allocated"),
+    [
+        (make_problem(2, (3, 3)), CELLS, 29),
+        (make_problem(2, (3, 3), window=windows([0, 0, 6, 6])), CELLS, 29),
+        (make_problem(1, (3, 3)), PIXELS, 28),
+        (make_problem(2, (3, 3), align_corners=True), TILES, 27),
+    ],
+    ids=["cells", "window", "pixels", "tiles"],
+)
+def test_a_call(problem, kernels, allocated, launched):
+    """Torch itself computes nothing: each of its operations would be one more launch."""
+    with Allocations() as counts:
+        loss.distill_loss(problem)
+    assert launched == kernels
+    assert (counts.allocated, counts.computed) == (allocated, 0)
+
+
+def test_a_call_without_a_gradient_combines_no_edges(launched):
+    loss.distill_loss(dataclasses.replace(make_problem(2, (3, 3)), need_gradient=False))
+    assert launched == [name for name in CELLS if name != "combine_kernel"]
+
+
+def test_a_backward_is_one_launch(launched):
+    gradient, factor = torch.ones(1, 3, 2, 2), torch.tensor(0.5)
+    with Allocations() as counts:
+        scaled = loss.scale_gradient(gradient, factor, torch.tensor(torch.nan), torch.float16)
+    assert launched == ["scale_kernel"]
+    assert (counts.allocated, counts.computed) == (1, 0)
+    assert scaled.isnan().all()
+
+
+def test_the_limit_of_registers_is_a_choice_of_the_environment(monkeypatch):
+    monkeypatch.delenv("KDCACHE_CELLS_REGISTERS", raising=False)
+    assert register_limit(128) == 128
+    monkeypatch.setenv("KDCACHE_CELLS_REGISTERS", "152")
+    assert register_limit(128) == 152
+    for wrong in ("31", "256", "many", "-1"):
+        monkeypatch.setenv("KDCACHE_CELLS_REGISTERS", wrong)
+        with pytest.raises(ValueRangeError, match=f"(?s)KDCACHE_CELLS_REGISTERS.*{wrong}"):
+            register_limit(128)
