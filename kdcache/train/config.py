@@ -29,7 +29,7 @@ from kdcache.settings.shared import CopySettings, ImageSettings, MachineSettings
 from kdcache.settings.streams import StreamSettings, check_rows, shares_of
 from kdcache.settings.training import DEFAULT_ITERATIONS, LEARNING_RATE, LEARNING_RATES, TRAINING, TrainSettings
 from kdcache.train.input.mix import Mix
-from kdcache.train.ranges import in_words
+from kdcache.train.ranges import check_focal, in_words
 from kdcache.train.streams import Stream, StreamOwn, check_pastes, flag_of, make_stream, read_tables
 from kdcache.train.term_setting import Terms, check_balance, check_consistency, learnt_tasks, with_auxiliary
 
@@ -383,12 +383,7 @@ def _check_loss(config: TrainConfig) -> None:
             received="every loss weight is 0: nothing would be learnt",
             remedy="raise --ce-weight, --kl-weight or the weight of a --term",
         )
-    if config.focal_gamma > 0 and config.label_smoothing > 0:
-        raise RecipeError(
-            "the focal loss is one of labels that are not smoothed",
-            received=f"--focal-gamma {config.focal_gamma:g} with --label-smoothing {config.label_smoothing:g}",
-            remedy="leave one of them out",
-        )
+    check_focal(config.focal_gamma, config.label_smoothing)
 
 
 def _check_teaching(config: TrainConfig) -> None:
@@ -428,8 +423,7 @@ def _check_label_teacher(config: TrainConfig) -> None:
     check_terms(config.terms, None)
     flags = {"--gate": config.gate != "none", "--class-trust": config.class_trust is not None}
     flags |= {"--class-balance": config.class_balance != "none"}
-    weighing = [flag for flag, used in flags.items() if used]
-    if weighing:
+    if weighing := [flag for flag, used in flags.items() if used]:
         raise RecipeError(
             f"{', '.join(flags)} weigh the targets that a store has of a teacher",
             received=f"{', '.join(weighing)} with --teacher labels",

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from kdcache.errors import RecipeError
+
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -38,3 +40,13 @@ def _range(bounds: Sequence[Any]) -> str:
     high = next((f" to {bound.le}" for bound in flat if isinstance(bound, Le)), "")
     high = next((f" to below {bound.lt}" for bound in flat if isinstance(bound, Lt)), high)
     return low + (high or " on" * low.startswith(" from"))
+
+
+def check_focal(focal_gamma: float, label_smoothing: float) -> None:
+    """Raises: RecipeError for a focal loss of smoothed labels."""
+    if focal_gamma > 0 and label_smoothing > 0:
+        raise RecipeError(
+            "the focal loss is one of labels that are not smoothed",
+            received=f"--focal-gamma {focal_gamma:g} with --label-smoothing {label_smoothing:g}",
+            remedy="leave one of them out",
+        )

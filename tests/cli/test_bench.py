@@ -98,14 +98,14 @@ def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_check_that_holds(cli, tmp_path, small_grid) -> None:
     ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--json", tmp_path / "c.json")
     assert ended.code == 0, ended.out + ended.err
-    assert "15 points, 0 missed a bound" in ended.out
+    assert "30 points, 0 missed a bound" in ended.out
     assert "window crop" in ended.out
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["theme"] == "kernel accuracy"
     assert told["impl"] == "reference"
-    assert len(told["rows"]) == 15
+    assert len(told["rows"]) == 30
     assert all(row["passed"] for row in told["rows"])
-    assert {row["factor"] for row in told["summary"]} == {"stride", "temperature", "num_classes", "window", "values"}
+    assert {row["factor"] for row in told["summary"]} == {"loss", "stride", "temperature", "num_classes", "window", "values"}
 
 
 def test_a_check_that_is_interrupted_leaves_what_it_judged(cli, tmp_path, small_grid, monkeypatch) -> None:
@@ -128,7 +128,7 @@ def test_a_check_that_fails(cli, small_grid, monkeypatch) -> None:
     monkeypatch.setitem(kernels.GRADIENT_BOUND, "fp32", -1.0)
     ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--dtype", "fp32")
     assert ended.code == 1
-    assert "5 points, 5 missed a bound" in ended.out
+    assert "10 points, 10 missed a bound" in ended.out
     assert "window=crop" in ended.out
 
 
