@@ -105,7 +105,14 @@ def test_a_check_that_holds(cli, tmp_path, small_grid) -> None:
     assert told["impl"] == "reference"
     assert len(told["rows"]) == 30
     assert all(row["passed"] for row in told["rows"])
-    assert {row["factor"] for row in told["summary"]} == {"loss", "stride", "temperature", "num_classes", "window", "values"}
+    assert {row["factor"] for row in told["summary"]} == {
+        "loss",
+        "stride",
+        "temperature",
+        "num_classes",
+        "window",
+        "values",
+    }
 
 
 def test_a_check_that_is_interrupted_leaves_what_it_judged(cli, tmp_path, small_grid, monkeypatch) -> None:
