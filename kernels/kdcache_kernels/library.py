@@ -9,6 +9,10 @@ of its target one by one: its schema, its call and the problem that it computes 
 Every operator takes the name of the family that computes it, "numba" or "triton". The families are imported when they
 are first used: together they cost a second that a program without a loss need not pay.
 
+`torch.compile` keeps compiled backwards on disk under a key that knows an operator's name and nothing of its backward
+(pytorch issue 144344). The digest of this package's sources therefore enters that key: programs that another version
+left behind are compiled anew.
+
 Legend: B batch, C classes, k kept classes, H W label size, h w the logits' own size.
 """
 
@@ -18,10 +22,14 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.compiler import config as compiler
 
 from . import checks
 from .problem import Counted, LossProblem, LossResult, gradient_dtype
+from .sources import digest_of
 from .topk import PackedTarget, argmax_dtype, index_dtype
+
+compiler.cache_key_tag = f"{compiler.cache_key_tag} kdcache_kernels {digest_of('**/*.py')}".strip()
 
 FAMILIES = {"numba": ".cpu", "triton": ".gpu"}
 """The sub-package of each family."""

@@ -12,10 +12,8 @@ Everything is inlined by force. A function of its own would exist twice in a pro
 once within the kernel, with other roundings, and which one is called would depend on where the kernel came from.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -25,22 +23,16 @@ from numba import types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
+from ..sources import digest_of
+
 _SETTINGS: Any = numba.config
 LN2 = float(np.log(2))
 FASTMATH = {"contract", "nsz", "arcp"}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH, "nogil": True, "forceinline": True}
 
 
-def _digest_of_sources() -> str:
-    """The digest of all files whose functions or constants enter the machine code; `topk.py` has a limit of logits."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for path in (*sorted(folder.glob("*.py")), folder.parent / "topk.py"):
-        digest.update(path.relative_to(folder.parent).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-_SOURCES = _digest_of_sources()
+_SOURCES = digest_of("cpu/*.py", "topk.py")
+"""All files whose functions or constants enter the machine code; `topk.py` has a limit of logits."""
 
 
 class _Cache(FunctionCache):
