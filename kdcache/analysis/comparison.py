@@ -263,6 +263,12 @@ class Comparison:
         values = [value(row) for row in self.contestants if not math.isnan(value(row))]
         return min(values, default=math.nan) if least else max(values, default=math.nan)
 
+    def is_best(self, row: Row, value: Callable[[Row], float], *, least: bool = False) -> bool:
+        """Whether a row has the best value of a column; where several rows are all equal, none is best."""
+        values = [value(other) for other in self.contestants]
+        all_equal = len(values) > 1 and len(set(values)) == 1
+        return not row.teacher and not all_equal and value(row) == self.best(value, least=least)
+
     def _best_depth(self) -> dict[str, Any]:
         if DEPTH not in self.tasks:
             return {}

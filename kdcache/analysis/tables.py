@@ -67,8 +67,8 @@ def _marked_depth(comparison: Comparison, row: Row, name: str, mark: Mark) -> st
     text = depth_figure(name, spread.mean)
     if not math.isnan(spread.std):
         text += f" ± {depth_figure(name, spread.std)}"
-    best = comparison.best(lambda other: other.depth_spread(name).mean, least=not name.startswith("delta"))
-    return f"{mark[0]}{text}{mark[1]}" if spread.mean == best and not row.teacher else text
+    is_best = comparison.is_best(row, lambda other: other.depth_spread(name).mean, least=not name.startswith("delta"))
+    return f"{mark[0]}{text}{mark[1]}" if is_best else text
 
 
 def difference_table(comparison: Comparison, task: str = SEGMENTATION) -> Table:
@@ -278,8 +278,8 @@ def _marked(
     text = percent(spread.mean)
     if deviation and not math.isnan(spread.std):
         text += f" ± {percent(spread.std)}"
-    best = comparison.best(lambda other: column(other).mean)
-    return f"{mark[0]}{text}{mark[1]}" if spread.mean == best and not row.teacher else text
+    is_best = comparison.is_best(row, lambda other: column(other).mean)
+    return f"{mark[0]}{text}{mark[1]}" if is_best else text
 
 
 def _about_differences(comparison: Comparison) -> list[str]:
