@@ -19,7 +19,7 @@ phases one after the other. The last span of a tile is no pixel's.
 import numpy as np
 
 from .math import ONE, OPTIONS, SQUARE, TILE, TWO, exp2, kernel, log2, njit, total
-from .terms import focal_terms, pixel_terms, smoothing_terms
+from .terms import any_counts, focal_terms, pixel_terms, smoothing_terms
 
 _f = np.float32
 _EIGHTH, _1, _3, _5, _7 = _f(1 / 8), _f(1 / 8), _f(3 / 8), _f(5 / 8), _f(7 / 8)
@@ -228,12 +228,16 @@ def cells(
             pull[:], even_pull[:] = 0, 0
             loss[:] = 0
             for y in range(starts[i], starts[i + 1]):
+                row_weight, row_gate = weight[b, y, tile], gate[b, y, tile]
+                taught = use_kl and any_counts(row_gate)
+                if not (taught or any_counts(row_weight) or (smooth and any_counts(spread[b, y, tile]))):
+                    continue
                 fraction = fractions[y]
                 j = target_rows[bt, y]
                 t_above, t_below = target[b, j, tile], target[b, min(j + 1, ht - 1), tile]
                 t_fraction = target_fractions[bt, y]
                 sum_T[:], sum_1[:] = 0, 0
-                if use_kl:
+                if taught:
                     sum_v[:], cross[:] = 0, 0
                 for c in range(C):
                     if form == TWO:
@@ -244,13 +248,13 @@ def cells(
                         _student_pixels_and_squares(c, n, root, e, sum_T, sum_1)
                     else:
                         _student_pixels(c, n, root, e, sum_T)
-                    if use_kl:
+                    if taught:
                         _target_nodes(c, n, t_above, t_below, t_fraction, value, lead, root)
                         _target_pixels(c, n, root, lead, v, sum_v, cross)
                 pixel_ids = ids[b, y, tile]
                 _own_logarithms(n, pixel_ids, e_1, _f(2) if form == SQUARE else _f(1), own)
                 pixel_terms(
-                    n, sum_1, sum_T, sum_v, cross, own, weight[b, y, tile], gate[b, y, tile],
+                    n, sum_1, sum_T, sum_v, cross, own, row_weight, row_gate,
                     factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,
                 )  # fmt: skip
                 if smooth:
@@ -261,7 +265,7 @@ def cells(
                     )  # fmt: skip
                     _even_gradient(n, fraction, even, even_pull)
                 if gamma > 0:
-                    focal_terms(n, sum_1, own, weight[b, y, tile], gamma, slope_1, hot, loss)
+                    focal_terms(n, sum_1, own, row_weight, gamma, slope_1, hot, loss)
                 if not need_gradient:
                     continue
                 slopes = (slope_1, slope_T, slope_v, hot)

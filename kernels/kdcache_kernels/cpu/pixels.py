@@ -11,7 +11,7 @@ Legend: B batch, C classes, H label rows, h w a tensor's own rows and columns, n
 import numpy as np
 
 from .math import OPTIONS, SQUARE, TILE, TWO, exp2, kernel, njit, total
-from .terms import focal_terms, pixel_terms, smoothing_terms
+from .terms import any_counts, focal_terms, pixel_terms, smoothing_terms
 
 _f = np.float32
 
@@ -163,6 +163,10 @@ def pixels(
             above, below = pair[i % 2], pair[next_i % 2]
             pull[:], even_pull[:], loss[:] = 0, 0, 0
             for y in range(starts[i], starts[i + 1]):
+                row_weight, row_gate = weight[b, y, tile], gate[b, y, tile]
+                taught = use_kl and any_counts(row_gate)
+                if not (taught or any_counts(row_weight) or (smooth and any_counts(spread[b, y, tile]))):
+                    continue
                 fraction, t_fraction = fractions[y], target_fractions[bt, y]
                 pixel_ids = ids[b, y, tile, 0]
                 sum_T[:], sum_1[:] = 0, 0
@@ -175,7 +179,7 @@ def pixels(
                     if form == TWO:
                         _student_exponentials(c, n, above, below, fraction, peak, temperature, e_1, sum_1)
                 _own_logarithms(n, pixel_ids, above, below, fraction, peak, scale_1, own)
-                if use_kl:
+                if taught:
                     j = target_rows[bt, y]
                     next_j = min(j + 1, ht - 1)
                     for row in (j, next_j):
@@ -190,7 +194,7 @@ def pixels(
                             v, sum_v, cross,
                         )  # fmt: skip
                 pixel_terms(
-                    n, sum_1, sum_T, sum_v, cross, own, weight[b, y, tile], gate[b, y, tile],
+                    n, sum_1, sum_T, sum_v, cross, own, row_weight, row_gate,
                     factors[0], factors[1], slope_1, slope_T, slope_v, hot, loss,
                 )  # fmt: skip
                 if smooth:
@@ -202,7 +206,7 @@ def pixels(
                         even_pull[0, k] += even[k] - fraction * even[k]
                         even_pull[1, k] += fraction * even[k]
                 if gamma > 0:
-                    focal_terms(n, sum_1, own, weight[b, y, tile], gamma, slope_1, hot, loss)
+                    focal_terms(n, sum_1, own, row_weight, gamma, slope_1, hot, loss)
                 if need_gradient:
                     slopes = (slope_1, slope_T, slope_v, hot)
                     for c in range(C):

@@ -13,6 +13,16 @@ _LN2 = _f(LN2)
 
 
 @njit(**OPTIONS)
+def any_counts(weight_Pn):
+    """Whether a pixel of a row has a weight other than 0; NaN is one."""
+    for p in range(weight_Pn.shape[0]):
+        for k in range(weight_Pn.shape[1]):
+            if weight_Pn[p, k] != 0:
+                return True
+    return False
+
+
+@njit(**OPTIONS)
 def pixel_terms(
     n, sum_1, sum_T, sum_v, cross, own, weight_Pn, gate_Pn, ce_factor, kl_factor, slope_1, slope_T, slope_v, hot, loss
 ):

@@ -103,6 +103,25 @@ def test_wide_logits_are_left_to_the_other_layout(monkeypatch):
     torch.testing.assert_close(actual[1].double(), expected[1], rtol=0, atol=2e-6 * expected[1].abs().max().item())
 
 
+@pytest.mark.parametrize("size", [(64, 96), (48, 80)], ids=["cells", "pixels"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"ce_weight": 0.0}], ids=["", "smoothed", "kl"])
+def test_rows_in_which_nothing_counts(size, options):
+    """They are left out; rows that count in one of the terms alone, and in neither, meet in a cell."""
+    student, labels, target = arguments(5, (16, 24), size, scale=2.0)
+    labels[:, : size[0] // 2 - 1] = 255
+    gate = torch.zeros(labels.shape)
+    gate[0, size[0] // 4 : size[0] // 2 + 3, 5:] = 1
+    loss, gradient = loss_and_gradient(student, labels, target, pixel_weight_BHW=gate, **options)
+    wide = {**options, "pixel_weight_BHW": gate.double()}
+    expected, exact = loss_and_gradient(student.double(), labels, target, "reference", **wide)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())
+    if "ce_weight" in options:
+        assert not gradient[1].any()
+    gate[0, 0, 0] = torch.nan
+    assert loss_and_gradient(student, labels, target, pixel_weight_BHW=gate, **options)[0].isnan()
+
+
 def test_exp2_and_log2_at_their_errors():
     x = np.linspace(-126, 127.49, 100_001, dtype=np.float32)
     exact = np.exp2(x.astype(np.float64))

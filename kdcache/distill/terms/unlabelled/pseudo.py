@@ -63,9 +63,13 @@ class Pseudo(Term):
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        pseudo_BHW, own = self._labels_and_count(batch)
-        count = own if count is None else count
-        if self.normalise == "share":
+        with torch.no_grad():
+            argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)
+            labelled_BHW = counted_BHW if self.normalise == "share" else confident_BHW
+            pseudo_BHW = argmax_BHW.to(torch.int16).masked_fill(~labelled_BHW, NONE)
+            if count is None and self.normalise != "kept":  # the labels that are kept are counted by the loss itself
+                count = self._count(argmax_BHW, confident_BHW, counted_BHW)
+        if count is not None and self.normalise == "share":
             confident, counted = count.unbind()
             count = torch.where(confident > 0, counted * counted / confident, 0)
         return distill_loss(
@@ -79,23 +83,20 @@ class Pseudo(Term):
             impl="reference" if batch.logits.dtype == torch.float64 else self.impl,
         ).loss
 
+    @torch.no_grad()
     def count(self, batch: TermBatch) -> Tensor:
         """The denominator, float64; for `share` the confident and the counted pixels, (2,)."""
-        return self._labels_and_count(batch)[1]
+        return self._count(*self._confident(batch))
 
-    @torch.no_grad()
-    def _labels_and_count(self, batch: TermBatch) -> tuple[Tensor, Tensor]:
-        """(B, H, W) int16 pseudo labels, NONE where there is none, and what `count` returns."""
-        argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)
-        argmax_BHW = argmax_BHW.to(torch.int16)
-        labels_BHW = argmax_BHW.masked_fill(~confident_BHW, NONE)
+    def _count(self, argmax_BHW: Tensor, confident_BHW: Tensor, counted_BHW: Tensor) -> Tensor:
+        """What `count` returns, from what `_confident` does."""
         if self.normalise == "all":
-            return labels_BHW, _sum(counted_BHW)
+            return _sum(counted_BHW)
         if self.normalise == "share":
-            return argmax_BHW.masked_fill(~counted_BHW, NONE), torch.stack([_sum(confident_BHW), _sum(counted_BHW)])
+            return torch.stack([_sum(confident_BHW), _sum(counted_BHW)])
         if self.class_weight is None:
-            return labels_BHW, _sum(confident_BHW)
-        return labels_BHW, _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
+            return _sum(confident_BHW)
+        return _sum(torch.where(confident_BHW, self.class_weight[argmax_BHW.long()], 0))
 
     def _confident(self, batch: TermBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The most likely class of each pixel, (B, H, W), and which pixels are confident and which count, bool."""
