@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -67,6 +67,7 @@ class RunModel(BaseModel):
     class_names: tuple[str, ...]
     class_colours: tuple[tuple[int, int, int], ...]
     size: tuple[int, int]
+    fit: Literal["squash", "crop", "pad"] = "squash"  # of images of another shape into the size
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     trained_on: str = ""  # digest of the store or the data set: a run resumes on nothing else
@@ -90,6 +91,8 @@ class RunModel(BaseModel):
     def _without_empty(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A model of segmentation alone, from one source, is described without the fields of others."""
         fields: dict[str, Any] = serialise(self)
+        if self.fit == "squash":  # as in the first runs
+            del fields["fit"]
         return {name: value for name, value in fields.items() if value or name not in _LEFT_OUT}
 
     @property
@@ -118,7 +121,9 @@ class RunModel(BaseModel):
             return None
         fields = {name: metadata[name] for name in cls.model_fields if name in metadata}
         try:
-            return cls.model_validate({n: value if n == "spec" else json.loads(value) for n, value in fields.items()})
+            return cls.model_validate(
+                {n: value if n in ("spec", "fit") else json.loads(value) for n, value in fields.items()}
+            )
         except ValueError as error:  # of json and of pydantic
             raise ModelError(
                 "the description in a weights file must be as kdcache export wrote it",

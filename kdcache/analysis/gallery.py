@@ -42,6 +42,7 @@ from kdcache.metrics.figures import (
     panels,
     save_figure,
 )
+from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, predicted_tasks, predictions
 from kdcache.models import SegmentationModel
 
@@ -68,6 +69,7 @@ class Shown:
     size: tuple[int, int]
     device: str
     scores: ImageScores
+    framing: Framing = Framing()
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -78,7 +80,15 @@ class Shown:
     def predict(self, split: Split, number: int) -> Predicted:
         """The prediction for one image, of the labels' own size, and its labels."""
         batches = predictions(
-            self.model, split, [number], self.size, tasks=self.heads, device=self.device, batch_size=1, threads=0
+            self.model,
+            split,
+            [number],
+            self.size,
+            tasks=self.heads,
+            device=self.device,
+            batch_size=1,
+            threads=0,
+            framing=self.framing,
         )
         with closing(batches):
             return next(batches)[0]

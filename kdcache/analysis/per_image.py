@@ -23,6 +23,7 @@ from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import Progress, check_tasks
+from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, predictions
 from kdcache.metrics.tables import depth_figure, percent
 from kdcache.models import SegmentationModel
@@ -110,12 +111,14 @@ def score_images(
     depth: DepthSettings | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = JudgeSettings.batch_size,
+    framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> ImageScores:
     """One pass over the images with a label of any task: scores of every task that the model predicts.
 
     Args:
         depth: pixels of labels of depth that count.
+        framing: how the model sees an image; default squashed to `size`.
     Raises: DataError when nothing is labelled, the model predicts nothing of it, or an image cannot be read.
     """
     labelled = [number for number in range(len(split)) if _has_label(split, number)]
@@ -129,7 +132,9 @@ def score_images(
     total = ConfusionMatrix(split.classes.names)
     errors = DepthErrors(DepthRange.of(model.regressions[DEPTH], depth)) if DEPTH in tasks else None
     images: list[ImageScore] = []
-    batches = predictions(model, split, labelled, size, tasks=tasks, device=device, batch_size=batch_size)
+    batches = predictions(
+        model, split, labelled, size, tasks=tasks, device=device, batch_size=batch_size, framing=framing
+    )
     with closing(batches):
         for batch in batches:
             images += [_score(prediction, split, total, errors) for prediction in batch]

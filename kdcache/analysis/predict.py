@@ -24,6 +24,7 @@ from kdcache.heads import RegressionHead
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.evaluate import Progress
 from kdcache.metrics.figures import Array, colour_ids, palette_png, png_bytes
+from kdcache.metrics.framing import Framing, at_image, slide
 from kdcache.metrics.predictions import METRES, answer_of
 from kdcache.models import SegmentationModel
 
@@ -46,7 +47,8 @@ class Input:
 class _Picture:
     input: Input
     whole: Array  # uint8 (H, W, 3), upright
-    small: Array  # uint8 (H, W, 3), at the size that the model sees
+    small: Array  # uint8 (H, W, 3), at the size that the model sees, or that it is cut into windows at
+    view: Window  # what that shows, in pixels of the image
 
 
 def find_images(paths: Sequence[str]) -> list[Input]:
@@ -105,6 +107,7 @@ def predict_images(
     device: torch.device | str = "cpu",
     batch_size: int = 4,
     options: PredictOptions | None = None,
+    framing: Framing | None = None,
     threads: int = 2,
     progress: Progress | None = None,
 ) -> Array:
@@ -117,11 +120,12 @@ def predict_images(
 
     Args:
         out: a folder that is not there yet, or empty.
+        framing: how the model sees an image of another shape, or in windows; default squashed to `size`.
         progress: called with (images done, images).
     Returns: pixels per class, int64 (C,).
     Raises: RecipeError for such a folder, or a depth that no PNG holds; DataError for an image that cannot be read.
     """
-    out, options = Path(out), options or PredictOptions()
+    out, options, framing = Path(out), options or PredictOptions(), framing or Framing()
     depth = model.regressions.get(DEPTH) if DEPTH in model.learnt_heads else None
     units = None if depth is None or options.depth_format != "png" else units_per_metre(depth)
     _prepare(out, classes if SEGMENTATION in model.learnt_heads else None, units)
@@ -130,16 +134,14 @@ def predict_images(
     counts = np.zeros(len(classes), np.int64)
     done = 0
     pictures = prefetch(
-        lambda index: _load(images[index], size), range(len(images)), threads=threads, ahead=2 * batch_size
+        lambda index: _load(images[index], size, framing), range(len(images)), threads=threads, ahead=2 * batch_size
     )
     with ThreadPoolExecutor(max(1, threads)) as writers:
         while batch := list(islice(pictures, batch_size)):
-            pixels = torch.from_numpy(np.stack([picture.small for picture in batch])).to(device)
-            outputs = model(model.normalise(pixels)).heads
-            heads = {name: head.float() for name, head in outputs.items() if name in model.learnt_heads}
-            if not all(bool(torch.isfinite(head).all()) for head in heads.values()):
+            outputs = _outputs(model, batch, size, framing, device, batch_size)
+            if not all(bool(torch.isfinite(head).all()) for heads in outputs for head in heads.values()):
                 _refuse_outputs(model, batch)
-            answers = [_answers(model, heads, place, picture) for place, picture in enumerate(batch)]
+            answers = [_answers(model, heads, picture, size) for heads, picture in zip(outputs, batch, strict=True)]
             writing = [
                 writers.submit(writer.write, picture, answer) for picture, answer in zip(batch, answers, strict=True)
             ]
@@ -168,25 +170,57 @@ def units_per_metre(head: RegressionHead) -> int:
     return fitting[0]
 
 
-def _answers(model: SegmentationModel, heads: dict[str, Tensor], place: int, picture: _Picture) -> dict[str, Array]:
+def _outputs(
+    model: SegmentationModel,
+    batch: Sequence[_Picture],
+    size: tuple[int, int],
+    framing: Framing,
+    device: torch.device | str,
+    batch_size: int,
+) -> list[dict[str, Tensor]]:
+    """The outputs of the heads that have learnt, (C, h, w) float32 by name, of each image."""
+    names = tuple(model.learnt_heads)
+    if framing.slides:
+        whole = [torch.from_numpy(picture.small).to(device) for picture in batch]
+        return [
+            slide(model, pixels, framing, size, names, batch_size=batch_size, name=str(picture.input.path))
+            for pixels, picture in zip(whole, batch, strict=True)
+        ]
+    pixels = torch.from_numpy(np.stack([picture.small for picture in batch])).to(device)
+    heads = model(model.normalise(pixels)).heads
+    return [{name: heads[name][place].float() for name in names} for place in range(len(batch))]
+
+
+def _answers(
+    model: SegmentationModel, heads: dict[str, Tensor], picture: _Picture, seen: tuple[int, int]
+) -> dict[str, Array]:
     """Class ids and depth (H, W) of one image, by task."""
     answers, size = dict[str, Array](), picture.whole.shape[:2]
     if SEGMENTATION in heads:
-        answers[SEGMENTATION] = argmax_at(model, heads[SEGMENTATION][place], size).cpu().numpy()
+        answers[SEGMENTATION] = argmax_at(model, heads[SEGMENTATION], size, picture.view, seen).cpu().numpy()
     if DEPTH in heads:
-        answers[DEPTH] = answer_of(model, DEPTH, heads[DEPTH][place], size).cpu().numpy()
+        answers[DEPTH] = answer_of(model, DEPTH, heads[DEPTH], size, picture.view, seen).cpu().numpy()
     return answers
 
 
-def argmax_at(model: SegmentationModel, logits_Chw: Tensor, size: tuple[int, int]) -> Tensor:
+def argmax_at(
+    model: SegmentationModel,
+    logits_Chw: Tensor,
+    size: tuple[int, int],
+    view: Window | None = None,
+    seen: tuple[int, int] | None = None,
+) -> Tensor:
     """The class of every pixel, uint8 (H, W), of logits upsampled to `size`.
 
     Class by class: a photograph of 12 megapixels takes 0.1 GB, not 1 GB for 20 classes.
+
+    Args:
+        view, seen: the part of the image that the model saw, and the size of its input, as of `at_image`.
     """
-    best_HW = model.upsample(logits_Chw[None, :1], size)[0, 0]
+    best_HW = at_image(model, logits_Chw[:1], size, view, seen)[0]
     argmax_HW = torch.zeros(best_HW.shape, dtype=torch.uint8, device=best_HW.device)
     for number in range(1, len(logits_Chw)):
-        logit_HW = model.upsample(logits_Chw[None, number : number + 1], size)[0, 0]
+        logit_HW = at_image(model, logits_Chw[number : number + 1], size, view, seen)[0]
         argmax_HW.masked_fill_(logit_HW > best_HW, number)
         best_HW = torch.maximum(best_HW, logit_HW)
     return argmax_HW
@@ -251,10 +285,13 @@ def _refuse_outputs(model: SegmentationModel, batch: Sequence[_Picture]) -> NoRe
     )
 
 
-def _load(image: Input, size: tuple[int, int]) -> _Picture:
+def _load(image: Input, size: tuple[int, int], framing: Framing) -> _Picture:
     whole_HW3 = read_image(image.path)
-    small_HW3, _ = render(whole_HW3, None, Window.full(*whole_HW3.shape[:2]), flip=False, size=size)
-    return _Picture(image, whole_HW3, small_HW3)
+    image_size = whole_HW3.shape[0], whole_HW3.shape[1]
+    view = Window.full(*image_size) if framing.slides else framing.view(image_size, size)
+    used = framing.scaled(image_size, size) if framing.slides else size
+    small_HW3, _ = render(whole_HW3, None, view, flip=False, size=used)
+    return _Picture(image, whole_HW3, small_HW3, view)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from kdcache.metrics.confusion import ImageCounts, Metrics, without_nan
 from kdcache.metrics.data_sets import OnDataSet, common_classes, common_mious
 from kdcache.metrics.depth import DEPTH_METRICS, DepthImages, DepthMetrics, DepthRange
 from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
+from kdcache.metrics.framing import Framing
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.metrics.predictions import metric_depth
 from kdcache.models.run import split_spec
@@ -103,6 +104,7 @@ def evaluate_run(
         which=which,
         fold=fold,
         depth=judged_range(description.judged_heads, split, judging.depth),
+        framing=Framing(description.fit),
     )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if metrics is not None:
@@ -129,6 +131,7 @@ class Record:
         size: (H, W) that the model sees. at_size: whether labels were resized to it, which is no published mIoU.
         class_map_sha256: digest of the map from its classes to those of the data.
         depth: pixels of depth that count; None where depth is not judged.
+        framing: how the model sees an image of another shape, or in windows.
     """
 
     which: str | None
@@ -144,6 +147,7 @@ class Record:
     at_size: bool = False
     class_map_sha256: str | None = None
     depth: DepthRange | None = None
+    framing: Framing = Framing()
 
     @classmethod
     def of(
@@ -159,6 +163,7 @@ class Record:
         at_size: bool = False,
         class_map: Path | None = None,
         depth: DepthRange | None = None,
+        framing: Framing | None = None,
     ) -> "Record":
         """The record of an evaluation; files are read for their digests."""
         return cls(
@@ -175,6 +180,7 @@ class Record:
             at_size,
             None if class_map is None else file_digest(class_map),
             depth,
+            framing or Framing(),
         )
 
     @property
@@ -186,6 +192,8 @@ class Record:
         fields: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # its tuples are lists, as in a file
         if self.depth is None:
             del fields["depth"]
+        if self.framing == Framing():  # as in the first evaluations
+            del fields["framing"]
         fold = None if self.fold is None else str(self.fold)
         return {"weights": fields.pop("which"), **fields, "fold": fold}
 
@@ -202,6 +210,10 @@ class Record:
         parts += [self.which] if self.which not in (None, "best") else []
         parts += [] if own_size else [f"{self.size[0]}x{self.size[1]}"]
         parts += ["at-size"] if self.at_size else []
+        parts += [] if self.framing.fit == "squash" else [self.framing.fit]
+        if self.framing.window is not None:
+            sizes = (self.framing.window, self.framing.steps)
+            parts += ["window", *(f"{height}x{width}" for height, width in sizes)]
         parts += [] if self.class_map_sha256 is None else [f"map-{self.class_map_sha256[:8]}"]
         if self.depth not in (None, DepthRange()):
             parts.append(f"depth-{self.depth.min_depth:g}-{self.depth.max_depth:g}")
@@ -329,6 +341,7 @@ def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress |
             depth=depth,
             device=judging.device,
             batch_size=judging.batch_size,
+            framing=Framing(description.fit),
             progress=progress,
         )
 

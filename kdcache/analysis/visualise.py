@@ -39,6 +39,7 @@ from kdcache.errors import RecipeError
 from kdcache.files import check_own_folder
 from kdcache.heads import SEGMENTATION
 from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
+from kdcache.metrics.framing import Framing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,9 +167,10 @@ def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) ->
             depth=judging.depth,
             device=judging.device,
             batch_size=judging.batch_size,
+            framing=Framing(description.fit),
             progress=lambda done, total: progress(f"scoring {run.name}", done, total),
         )
-    return Shown(run.title, model, description.size, judging.device, scores)
+    return Shown(run.title, model, description.size, judging.device, scores, Framing(description.fit))
 
 
 def _cases(

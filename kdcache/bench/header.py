@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from kdcache.metrics.machine import cpu_name
+from kdcache.metrics.timing import cpu_name
 
 
 def header(theme: str, command: str, environment: Mapping[str, Any]) -> dict[str, Any]:

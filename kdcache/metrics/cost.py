@@ -25,8 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcache.files import read_object, write_whole
-from kdcache.metrics.machine import cpu_name
-from kdcache.metrics.timing import no_garbage_collection
+from kdcache.metrics.timing import cpu_name, no_garbage_collection
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings

@@ -13,6 +13,7 @@ from kdcache.errors import DataError
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.confusion import ConfusionMatrix, ImageCounts, Metrics
 from kdcache.metrics.depth import DepthErrors, DepthMetrics, DepthRange
+from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, judged_tasks, predicted_tasks, predictions
 from kdcache.models import SegmentationModel
 from kdcache.settings.shared import DepthSettings, JudgeSettings
@@ -60,6 +61,7 @@ def evaluate_model(
     batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
+    framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
     """Metrics of `model` over the labelled samples of `split`, from one confusion matrix; with counts of every image.
@@ -69,6 +71,7 @@ def evaluate_model(
 
     Args:
         size: (H, W) the model sees.
+        framing: how it sees an image of another shape, or in windows; default squashed to `size`.
         progress: called with (images done, images).
     Raises: DataError when nothing is labelled or an image cannot be read.
     """
@@ -86,6 +89,7 @@ def evaluate_model(
         batch_size=batch_size,
         at_size=at_size,
         threads=threads,
+        framing=framing,
         progress=progress,
         each=count_image,
     )
@@ -101,6 +105,7 @@ def count_pixels(
     batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
+    framing: Framing | None = None,
     progress: Progress | None = None,
     part: tuple[int, int] = (0, 1),
     each: Callable[[Predicted, Tensor], None] | None = None,
@@ -116,7 +121,15 @@ def count_pixels(
     confusion = ConfusionMatrix(split.classes.names, IGNORE_INDEX)
     mine = labelled[part[0] :: part[1]]
     predicted_batches = predictions(
-        model, split, mine, size, device=device, batch_size=batch_size, at_size=at_size, threads=threads
+        model,
+        split,
+        mine,
+        size,
+        device=device,
+        batch_size=batch_size,
+        at_size=at_size,
+        threads=threads,
+        framing=framing,
     )
     done = 0
     with closing(predicted_batches):
@@ -141,6 +154,7 @@ def evaluate_tasks(
     batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
+    framing: Framing | None = None,
     progress: Progress | None = None,
 ) -> TaskMetrics:
     """Metrics of every task that `model` predicts and that `split` has labels of, in one pass; with those of images.
@@ -164,6 +178,7 @@ def evaluate_tasks(
         batch_size=batch_size,
         at_size=at_size,
         threads=threads,
+        framing=framing,
     )
     done = 0
     with closing(batches):

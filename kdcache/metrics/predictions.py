@@ -11,6 +11,7 @@ from torch import Tensor
 from kdcache.data import DEPTH, SEGMENTATION, Split, Window, prefetch, render, render_depth
 from kdcache.data.sample import TASKS
 from kdcache.heads import RegressionHead
+from kdcache.metrics.framing import Framing, at_image, slide
 from kdcache.models import SegmentationModel
 from kdcache.models.native import in_eval_mode
 from kdcache.settings.shared import JudgeSettings
@@ -45,7 +46,8 @@ class Predicted:
 @dataclass(frozen=True)
 class _Sample:
     number: int
-    pixels: Tensor  # uint8 (H, W, 3), at the run's size
+    pixels: Tensor  # uint8 (H, W, 3), at the run's size, or of the whole image where it is seen in windows
+    view: Window | None  # what they show of the image, where that is not the whole of it
     labels: dict[str, Tensor]
     size: tuple[int, int]  # of the labels and of the predictions
 
@@ -78,6 +80,7 @@ def predictions(
     batch_size: int = JudgeSettings.batch_size,
     at_size: bool = False,
     threads: int = 2,
+    framing: Framing | None = None,
 ) -> Generator[list[Predicted], None, None]:
     """Predictions for samples, a batch at a time; close it, and the model is back in its mode.
 
@@ -87,40 +90,88 @@ def predictions(
         numbers: samples of `split`, in the order of the predictions.
         size: (H, W) the model sees. at_size: whether labels are resized to it, instead of predictions to the labels'.
         tasks: those to predict, out of the model's; labels are read of these alone.
+        framing: how the model sees an image; default squashed to `size`.
+    Raises: RecipeError for windows larger than an image.
     """
+    framing = framing or Framing()
     samples = prefetch(
-        lambda index: _load(split, index, size, tasks, at_size), numbers, threads=threads, ahead=4 * batch_size
+        lambda index: _load(split, index, size, tasks, at_size, framing), numbers, threads=threads, ahead=4 * batch_size
     )
     with in_eval_mode(model):
         while batch := list(islice(samples, batch_size)):
-            yield _predict(model, batch, tasks, device)
+            if framing.slides:
+                yield [_slide(model, sample, split, size, tasks, device, framing, batch_size) for sample in batch]
+            else:
+                yield _predict(model, batch, size, tasks, device)
+
+
+@torch.inference_mode()
+def _slide(
+    model: SegmentationModel,
+    sample: _Sample,
+    split: Split,
+    size: tuple[int, int],
+    tasks: Sequence[str],
+    device: torch.device | str,
+    framing: Framing,
+    batch_size: int,
+) -> Predicted:
+    pixels, name = sample.pixels.to(device), f"image {split.ids[sample.number]}"
+    outputs = slide(model, pixels, framing, size, tuple(tasks), batch_size=batch_size, name=name)
+    answers = {task: answer_of(model, task, outputs[task], sample.size).cpu() for task in tasks}
+    return Predicted(sample.number, answers, sample.labels)
 
 
 @torch.inference_mode()
 def _predict(
-    model: SegmentationModel, batch: list[_Sample], tasks: Sequence[str], device: torch.device | str
+    model: SegmentationModel,
+    batch: list[_Sample],
+    size: tuple[int, int],
+    tasks: Sequence[str],
+    device: torch.device | str,
 ) -> list[Predicted]:
     pixels = torch.stack([sample.pixels for sample in batch]).to(device)
     heads = model(model.normalise(pixels)).heads
     return [
         Predicted(
             sample.number,
-            {task: answer_of(model, task, heads[task][place].float(), sample.size).cpu() for task in tasks},
+            {
+                task: answer_of(model, task, heads[task][place].float(), sample.size, sample.view, size).cpu()
+                for task in tasks
+            },
             sample.labels,
         )
         for place, sample in enumerate(batch)
     ]
 
 
-def answer_of(model: SegmentationModel, task: str, output_Chw: Tensor, size: tuple[int, int]) -> Tensor:
-    """The answer (H, W) to a task at `size` by a head's output: argmax uint8, or values in the head's unit."""
-    full_CHW = model.upsample(output_Chw[None], size)[0]
+def answer_of(
+    model: SegmentationModel,
+    task: str,
+    output_Chw: Tensor,
+    size: tuple[int, int],
+    view: Window | None = None,
+    seen: tuple[int, int] | None = None,
+) -> Tensor:
+    """The answer (H, W) to a task at `size` by a head's output: argmax uint8, or values in the head's unit.
+
+    Args:
+        view, seen: the part of the image that the model saw, and the size of its input, as of `at_image`.
+    """
+    full_CHW = at_image(model, output_Chw, size, view, seen)
     return full_CHW.argmax(0).to(torch.uint8) if task == SEGMENTATION else model.regressions[task].values(full_CHW)[0]
 
 
-def _load(split: Split, index: int, size: tuple[int, int], tasks: Sequence[str], at_size: bool) -> _Sample:
+def _load(
+    split: Split, index: int, size: tuple[int, int], tasks: Sequence[str], at_size: bool, framing: Framing
+) -> _Sample:
     image = split.image(index)
-    window = Window.full(*image.shape[:2])
+    image_size = image.shape[0], image.shape[1]
+    window, view = Window.full(*image_size), None
+    if framing.slides:
+        size = framing.scaled(image_size, size)
+    elif (seen := framing.view(image_size, size)) != window:
+        window, view = seen, None if at_size else seen
     label = split.label(index) if SEGMENTATION in tasks else None
     pixels, small = render(image, label, window, flip=False, size=size)
     labels: dict[str, Tensor] = {}
@@ -129,4 +180,4 @@ def _load(split: Split, index: int, size: tuple[int, int], tasks: Sequence[str],
     if DEPTH in tasks and (metres := split.label(index, DEPTH)) is not None:
         small_metres = render_depth(metres, window, flip=False, size=size) if at_size else np.ascontiguousarray(metres)
         labels[DEPTH] = torch.from_numpy(small_metres)
-    return _Sample(index, torch.from_numpy(pixels), labels, size if at_size else image.shape[:2])
+    return _Sample(index, torch.from_numpy(pixels), view, labels, size if at_size else image_size)

@@ -1,8 +1,10 @@
-"""Time that is measured without the garbage collector's."""
+"""Time that is measured without the garbage collector's, and the processor that it is measured on."""
 
 import gc
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -16,3 +18,12 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def cpu_name() -> str:
+    """The processor's model as the system names it, "unknown" where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

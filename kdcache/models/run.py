@@ -156,6 +156,7 @@ def open_model(
         class_names=names,
         class_colours=colours,
         size=used_size,
+        fit="squash" if description is None else description.fit,
         mean=model.mean,
         std=model.std,
         trained_on="" if description is None else description.trained_on,

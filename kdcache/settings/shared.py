@@ -13,6 +13,7 @@ FOLDS_BY = (
     "sample's id names its sequence, e.g. '^(.+)_'."
 )
 Weights = Literal["best", "last", "best-ema", "last-ema"]
+FitChoice = Literal["auto", "squash", "crop", "pad"]
 Crop = Literal["none", "garg"]
 """The part of a label of depth that is judged."""
 
@@ -38,10 +39,15 @@ class SourceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """Which images of the data, and how large: `size` is (H, W) in pixels."""
+    """Which images of the data, how large, and how they are fitted into that: `size` is (H, W) in pixels."""
 
     split: str = setting("train", "Which split of it.")
     size: Size | None = setting(None, "Height and width of the pixels, e.g. 288x384.", metavar="HxW")
+    fit: FitChoice = setting(
+        "auto",
+        "Images of another shape than --size are squashed into it, cropped to its shape, or padded, with a margin that "
+        "teaches nothing. auto pads where shapes differ by more than 5 %; a student has its store's.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdcache.data import Split
+from kdcache.data import Fit, Split
 from kdcache.distill import Criterion, DistillLoss, StreamLoss, choose_implementation
 from kdcache.distill.terms import labellers
 from kdcache.errors import RecipeError
@@ -16,9 +16,11 @@ from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics import DepthErrors, DepthMetrics, Metrics
 from kdcache.metrics.confusion import ConfusionMatrix
 from kdcache.metrics.evaluate import Progress, check_tasks, count_pixels
+from kdcache.metrics.framing import Framing
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.models import PROBABILITIES, SegmentationModel, build_model, returns_probabilities
 from kdcache.models.trust import remember
+from kdcache.run_folder import RECIPE
 from kdcache.store.backend.durable import disk_space_errors
 from kdcache.train.checks import (
     check_adversaries,
@@ -28,7 +30,7 @@ from kdcache.train.checks import (
     check_supervised,
     warmup_notes,
 )
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TrainConfig, read_config
 from kdcache.train.criterion import make_criterion, needed_arrays, rare_order
 from kdcache.train.depth_validation import check_depth_labels, check_first_depth, depth_errors
 from kdcache.train.distributed import World, pick_device, processes
@@ -103,6 +105,8 @@ def make_trainer(
         choose_implementation(config.impl, device, torch.float32)
         if config.threads:
             torch.set_num_threads(config.threads)
+        if resume and config.fit == "auto" and (run / RECIPE).is_file():
+            config = config.model_copy(update={"fit": read_config(run).fit})
         sources = open_sources(config, world.size * config.accumulate)
         datasets = [source.dataset for source in sources]
         for source in sources:
@@ -196,6 +200,7 @@ def _resolve(config: TrainConfig, sources: Sequence[Source], observer: Observer)
         source.config = own.resolved(len(dataset), dataset.size, shuffle, share)
     if not config.stream:
         return sources[0].config
+    config = config.model_copy(update={"fit": sources[0].config.fit})
     # An epoch takes as many batches as the stream that takes most.
     samples = max(math.ceil(len(source.dataset) * config.batch_size / source.rows) for source in sources)
     resolved = config.resolved(samples, sources[0].dataset.size, config.shuffle)
@@ -312,6 +317,11 @@ def _judged(model: SegmentationModel, val: Split, config: TrainConfig) -> tuple[
     return tuple(task for task in judged if task in config.tasks) or judged
 
 
+def _fit(config: TrainConfig) -> Fit:
+    """The fit of a training whose data are known."""
+    return "squash" if config.fit == "auto" else config.fit
+
+
 def _depth_validator(
     val: Split, config: TrainConfig, device: torch.device, world: World
 ) -> Callable[[SegmentationModel], DepthMetrics]:
@@ -320,7 +330,8 @@ def _depth_validator(
     def validate(model: SegmentationModel) -> DepthMetrics:
         assert config.size is not None
         with world.together():
-            errors = depth_errors(model, val, config.size, device=device, part=(world.rank, world.size))
+            part = (world.rank, world.size)
+            errors = depth_errors(model, val, config.size, device=device, part=part, framing=Framing(_fit(config)))
         return DepthErrors.merged(world.gather(errors)).metrics()
 
     return validate
@@ -338,7 +349,16 @@ def _validator(val: Split, config: TrainConfig, device: torch.device, observer: 
         model: SegmentationModel, at_once: int, part: tuple[int, int], progress: Progress | None = None
     ) -> ConfusionMatrix:
         assert config.size is not None
-        return count_pixels(model, val, config.size, device=device, batch_size=at_once, part=part, progress=progress)
+        return count_pixels(
+            model,
+            val,
+            config.size,
+            device=device,
+            batch_size=at_once,
+            part=part,
+            progress=progress,
+            framing=Framing(_fit(config)),
+        )
 
     def count_mine(model: SegmentationModel) -> ConfusionMatrix:
         try:

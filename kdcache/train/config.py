@@ -289,7 +289,7 @@ def read_config(run: Path) -> TrainConfig:
             remedy="give the --out of a training that was begun with this version",
         )
     try:
-        return TrainConfig.model_validate(recipe)
+        return TrainConfig.model_validate({"fit": "squash", **recipe})  # as the first runs, whose recipes have none
     except ValidationError as error:
         wrong = _refused(error, {})
         raise RecipeError(

@@ -12,6 +12,7 @@ from kdcache.distill.terms.depth import MIN_DEPTH
 from kdcache.errors import DataError
 from kdcache.heads import DEPTH, RegressionHead
 from kdcache.metrics.depth import DepthErrors, DepthRange
+from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import predictions
 from kdcache.models import SegmentationModel
 from kdcache.train.input.batch import Array
@@ -64,18 +65,28 @@ def depth_errors(
     *,
     device: torch.device,
     part: tuple[int, int] = (0, 1),
+    framing: Framing | None = None,
 ) -> DepthErrors:
     """Errors of a model's depth at the labels' own size; the raw output is resized, then becomes metres.
 
     Args:
         size: (H, W) the model sees.
         part: (i, n) takes every n-th labelled sample from the i-th on.
+        framing: how the model sees an image; default squashed to `size`.
     Raises: DataError for an image or label that cannot be read.
     """
     errors = DepthErrors(DepthRange.of(model.regressions[DEPTH]))
     labelled = [index for index in range(len(split)) if split.has_label(index, DEPTH)]
     batches = predictions(
-        model, split, labelled[part[0] :: part[1]], size, tasks=(DEPTH,), device=device, batch_size=1, threads=0
+        model,
+        split,
+        labelled[part[0] :: part[1]],
+        size,
+        tasks=(DEPTH,),
+        device=device,
+        batch_size=1,
+        threads=0,
+        framing=framing,
     )
     with closing(batches):
         for prediction in (one for batch in batches for one in batch):

@@ -91,7 +91,7 @@ def plan_build(
             received="no --size",
             remedy="add --size HxW, for instance --size 288x384; in Python size=(288, 384)",
         )
-    return source, loaded, BuildOptions(size=size, device=device, **options)
+    return source, loaded, BuildOptions(size=size, fit=settings.get("fit") or "auto", device=device, **options)
 
 
 def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any], classified: bool) -> Teacher:

@@ -44,7 +44,13 @@ def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOp
     images, teacher = read(ImageSettings, settings), read(TeacherSettings, settings)
     options = read_values(BuildSettings, settings)
     source = open_split(read(DataSettings, settings).data, images.split)
-    values = {**vars(read(MachineSettings, settings)), **vars(teacher), **options, "size": images.size}
+    values = {
+        **vars(read(MachineSettings, settings)),
+        **vars(teacher),
+        **options,
+        "size": images.size,
+        "fit": images.fit,
+    }
     source, loaded, build_options = plan_build(source, teacher.teacher, values)
     for note in loaded.notes:
         ERRORS.print(f"note: {note}", markup=False)

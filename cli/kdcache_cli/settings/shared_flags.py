@@ -18,12 +18,41 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
     import torch
 
     from kdcache import data
+    from kdcache.metrics import Framing
     from kdcache.store.backend.base import Place
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """'288x384' as (288, 384): height, then width. Raises: RecipeError for other text."""
     return cast("tuple[int, int] | None", entries(ImageSettings)["size"].read(text))
+
+
+def parse_framing(fit: str | None, window: str | None, stride: str | None, size: str | None, trained: str) -> "Framing":
+    """How a model sees images, from --fit, --window, --stride and --size.
+
+    Args:
+        trained: the fit that the model was trained with.
+    Raises: RecipeError for other text, and for strides that leave gaps.
+    """
+    from kdcache.metrics import Framing
+
+    if fit not in (None, "squash", "crop", "pad"):
+        raise RecipeError("--fit is one of squash, crop, pad", received=repr(fit), remedy="use --fit pad")
+    return Framing(
+        cast("Any", fit or trained),
+        window=_parse_pixels("--window", window),
+        stride=_parse_pixels("--stride", stride),
+        whole=parse_size(size) if window is not None else None,
+    )
+
+
+def _parse_pixels(flag: str, text: str | None) -> tuple[int, int] | None:
+    try:
+        return parse_size(text)
+    except RecipeError as error:
+        raise RecipeError(
+            error.rule.replace("--size", flag), received=error.received, remedy=f"for instance {flag} 512x512"
+        ) from error
 
 
 def parse_fold(fold: str | None, folds_by: str | None) -> "data.Fold | None":
@@ -124,6 +153,27 @@ Data = Annotated[str, flag(DataSettings, "data")]
 OptionalData = Annotated[str | None, flag(SourceSettings, "data")]
 Split = Annotated[str, flag(ImageSettings, "split")]
 Size = Annotated[str | None, flag(ImageSettings, "size")]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="squash|crop|pad",
+        help="How images of another shape become --size (default: as the run was trained; squash without a run). crop "
+        "sees as many crops as cover the image.",
+    ),
+]
+SlidingWindow = Annotated[
+    str | None,
+    typer.Option(
+        "--window",
+        metavar="HxW",
+        help="Slide a window of so many pixels over the image, at its own size or at --size, and average the logits.",
+    ),
+]
+Stride = Annotated[
+    str | None,
+    typer.Option("--stride", metavar="HxW", help="From a window to the next (default: two thirds of --window)."),
+]
 Device = Annotated[str, flag(MachineSettings, "device")]
 Threads = Annotated[int, flag(MachineSettings, "threads")]
 Worker = Annotated[

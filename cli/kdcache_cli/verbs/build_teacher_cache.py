@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for t
 @takes(
     *BUILD,
     order=(
-        *("data", "teacher", "out", "split", "size", *build_flags.ORDER, "worker", "take_over", *engine_flags.ORDER),
-        *("threads", "device"),
+        *("data", "teacher", "out", "split", "size", "fit", *build_flags.ORDER),
+        *("worker", "take_over", *engine_flags.ORDER, "threads", "device"),
     ),
 )
 def build_teacher_cache(

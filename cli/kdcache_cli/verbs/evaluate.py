@@ -49,6 +49,9 @@ def evaluate(
         Path | None, typer.Option("--class-map", help="Which class of the data each class of the model becomes.")
     ] = None,
     size: shared_flags.Size = None,
+    fit: shared_flags.Fit = None,
+    window: shared_flags.SlidingWindow = None,
+    stride: shared_flags.Stride = None,
     at_size: Annotated[
         bool, typer.Option("--at-size", help="Compare at the run's size instead of the labels' own.")
     ] = False,
@@ -81,6 +84,7 @@ def evaluate(
     are right, and the mIoU of these; quality-SPLIT.json in their folder.
 
     [dim]kdcache evaluate runs/student --data camvid[/]
+    [dim]kdcache evaluate runs/student --data camvid --window 288x288 --stride 192x192[/]
     [dim]kdcache evaluate runs/student --data gta5:/data/gta5 --data cityscapes:/data/city[/]
     [dim]kdcache evaluate camvid-pseudo --data camvid --split train[/]
     [dim]kdcache evaluate segformer:b2@weights.safetensors --data camvid --size 288x384[/]
@@ -90,7 +94,7 @@ def evaluate(
     from kdcache.data import ClassList, classes_by_name, fold_alone
     from kdcache.metrics import OnDataSet, evaluate_tasks
     from kdcache.models import PROBABILITIES, returns_probabilities
-    from kdcache.models.run import open_model
+    from kdcache.models.run import open_model, split_spec
     from kdcache.settings import read
 
     part = shared_flags.parse_fold(fold, folds_by)
@@ -99,6 +103,9 @@ def evaluate(
             "--weights": weights != JudgeSettings.weights,
             "--class-map": class_map is not None,
             "--size": size is not None,
+            "--fit": fit is not None,
+            "--window": window is not None,
+            "--stride": stride is not None,
             "--at-size": at_size,
             "--min-depth": min_depth != DepthSettings.min_depth,
             "--max-depth": max_depth != DepthSettings.max_depth,
@@ -113,7 +120,9 @@ def evaluate(
     several = len(sources) > 1
     depth = read(DepthSettings, {"min_depth": min_depth, "max_depth": max_depth, "depth_crop": depth_crop})
     classes = next((source.classes for source in sources if len(source.classes)), unnamed_classes)
-    model, description = open_model(run, classes, shared_flags.parse_size(size), which, class_map=class_map)
+    used_size = shared_flags.parse_size(size or (window if split_spec(run) else None))
+    model, description = open_model(run, classes, used_size, which, class_map=class_map)
+    framing = shared_flags.parse_framing(fit, window, stride, size, description.fit)
     if not several:
         check_classes(description, sources[0].classes, data[0])
     if part is not None:
@@ -137,6 +146,7 @@ def evaluate(
                 device=where,
                 batch_size=batch_size,
                 at_size=at_size,
+                framing=framing,
                 progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
             )
             results.append(OnDataSet.of(source, metrics))
@@ -152,6 +162,7 @@ def evaluate(
                     at_size=at_size,
                     class_map=class_map,
                     depth=depth_range,
+                    framing=framing,
                 )
             )
     if several:

@@ -45,7 +45,7 @@ _SHORT = {
 @takes(
     *BUILD,
     order=(
-        *("data", "teacher", "split", "size", *build_flags.ORDER, "threads", "device"),
+        *("data", "teacher", "split", "size", "fit", *build_flags.ORDER, "threads", "device"),
         *("out", "records", "student", "epochs", "json_file"),
     ),
     wording=_SHORT,

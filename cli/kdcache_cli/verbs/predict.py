@@ -28,6 +28,9 @@ def predict(
     ] = None,
     weights: Weights = JudgeSettings.weights,
     size: shared_flags.Size = None,
+    fit: shared_flags.Fit = None,
+    window: shared_flags.SlidingWindow = None,
+    stride: shared_flags.Stride = None,
     classes: ClassesFolder = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per forward pass.")] = 4,
     threads: shared_flags.Threads = MachineSettings.threads,
@@ -42,6 +45,7 @@ def predict(
     was trained at).
 
     [dim]kdcache predict runs/student photos --out predicted[/]
+    [dim]kdcache predict runs/student photos --window 512x512 --stride 341x341 --out predicted[/]
     """
     from kdcache.analysis.predict import (
         DEPTH_COLOURS,
@@ -53,11 +57,13 @@ def predict(
         predict_images,
     )
     from kdcache.data import DEPTH, SEGMENTATION, ClassList
+    from kdcache.models.run import split_spec
 
     where = shared_flags.use_machine(threads, device)
     options = PredictOptions(opacity, depth_format or "png")
     inputs = find_images(images)
-    model, description = open_model(run, size, weights, classes)
+    model, description = open_model(run, size or (window if split_spec(run) else None), weights, classes)
+    framing = shared_flags.parse_framing(fit, window, stride, size, description.fit)
     has_depth, has_classes = DEPTH in model.learnt_heads, SEGMENTATION in model.learnt_heads
     if depth_format is not None and not has_depth:
         raise RecipeError(
@@ -77,6 +83,7 @@ def predict(
             device=where,
             batch_size=batch_size,
             options=options,
+            framing=framing,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if has_classes:

@@ -9,7 +9,7 @@ from kdcache_cli.settings.signature import takes
 from kdcache_cli.training import Out, Resume, run_training
 
 _ORDER = (
-    *("cache", "model", "out", "val", "val_split", "data", "split", "stream", "size", "name", "init"),
+    *("cache", "model", "out", "val", "val_split", "data", "split", "stream", "size", "fit", "name", "init"),
     *("cache_dir", "cache_bytes", "threads", "device", "resume", "recipe"),
     *(name for panel in (LOSS, GATE, PART, VIEW, OPTIMIZATION, RUN) for name in names(TrainSettings, panel)),
 )

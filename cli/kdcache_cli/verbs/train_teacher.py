@@ -10,7 +10,7 @@ from kdcache_cli.settings.signature import takes
 from kdcache_cli.training import Out, Resume, run_training
 
 _ORDER = (
-    *("data", "model", "out", "val", "size", "split", "val_split", "stream", "name", "init"),
+    *("data", "model", "out", "val", "size", "fit", "split", "val_split", "stream", "name", "init"),
     *("threads", "device", "resume", "recipe"),
     *names(TrainSettings, OPTIMIZATION),
     *("amp", "step", "workers", "val_every", "log_every", "gradients_every", "keep_every", "log"),

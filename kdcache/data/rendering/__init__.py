@@ -1,5 +1,6 @@
 """From an image and a window to the pixels of a view.
 
+fit.py        squashed, cropped or padded: what a view at zoom 1 measures
 view.py       windows, and the one rendering that teacher and training share
 resample.py   resizing, antialiased
 compiled.py   the compiled loops of it

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.data.rendering.fit import middle_window
 from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import Window
 from kdcache.data.sample import Pixels
@@ -93,6 +94,8 @@ def draw_view(
     scale: tuple[float, float],
     flip: bool,
     share: tuple[float, float] | None = None,
+    *,
+    fitted: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[Window, bool]:
     """Window and flip of a view that a store keeps: a function of its arguments alone, so that any may be added later.
 
@@ -101,12 +104,14 @@ def draw_view(
         view: drawn as `draw_window` does, each from a generator of its own; without `share`, 0 is the whole image.
         image_size: (H, W) of the source, in whose pixels the window counts.
         share: of crops, what one shows at scale 1, as a part of the image's height and width.
+        fitted: what the whole image measures as it is fitted into the view, as a part of itself (`fitted_share`).
     Returns: the window, and whether the view is flipped after the resize.
     """
     if view == 0 and share is None:
-        return Window.full(*image_size), False
+        return middle_window(image_size, fitted), False
     rng = np.random.default_rng((seed, id_hash(sample), view))
-    return draw_window(rng, image_size, scale, flip, share or (1.0, 1.0))
+    shown = share or (1.0, 1.0)
+    return draw_window(rng, image_size, scale, flip, (shown[0] * fitted[0], shown[1] * fitted[1]))
 
 
 def inside_rectangle(

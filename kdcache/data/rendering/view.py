@@ -60,6 +60,10 @@ class Window:
         """This window in an image whose height is `fy` and whose width is `fx` times as large."""
         return Window(self.y0 * fy, self.x0 * fx, self.y1 * fy, self.x1 * fx)
 
+    def moved(self, y: float, x: float) -> Window:
+        """This window, `y` further down and `x` further right."""
+        return Window(self.y0 + y, self.x0 + x, self.y1 + y, self.x1 + x)
+
     def as_tuple(self) -> tuple[float, float, float, float]:
         """(y0, x0, y1, x1), as the store keeps it."""
         return self.y0, self.x0, self.y1, self.x1

@@ -143,6 +143,7 @@ class Manifest(parts.Part):
         """The value of the attribute `kdcache`. What older readers do not know is left out where it is empty."""
         unused: dict[str, Any] = {name: True for name in ("repairs", "depth") if not getattr(self, name)}
         unused |= {} if self.teacher.parents else {"teacher": {"parents"}}
+        unused |= {"view": {"fit"}} if self.view.fit == "squash" else {}
         return self.model_dump(mode="json", exclude=unused)
 
     def with_environment(self, of: "Manifest") -> "Manifest":

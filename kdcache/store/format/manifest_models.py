@@ -101,6 +101,8 @@ class View(Part):
     Attributes:
         kind: `full`: view 0 is the whole image resized, the others are drawn. `crop`: all are drawn, each a crop of
             `size` pixels out of the image at s times `image_size`.
+        fit: how an image of another shape is fitted into `size`, or into `image_size`: squashed (the only way of the
+            first stores), cropped, or padded with grey.
         teacher_size: (H, W) of what the teacher saw of the same windows, when that was another size.
     """
 
@@ -111,6 +113,7 @@ class View(Part):
     views_per_sample: Annotated[int, Field(ge=1, le=MOST_VIEWS)] = 1
     drawn: Drawn | None = None
     pixels: Literal["stored", "source"]
+    fit: Literal["squash", "crop", "pad"] = "squash"
 
     @model_validator(mode="after")
     def _views_after_the_first_are_drawn(self) -> "View":
@@ -130,7 +133,8 @@ class View(Part):
     @property
     def reaches_beyond(self) -> bool:
         """Whether a view may show what lies beyond its image, which is grey and must not teach."""
-        return self.drawn is not None and max(self.share or (1.0, 1.0)) > self.drawn.scale[0]
+        drawn = self.drawn is not None and max(self.share or (1.0, 1.0)) > self.drawn.scale[0]
+        return drawn or self.fit == "pad"
 
 
 class Head(Part):

@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.data import Split, Window, draw_view, pixel_checksum, prefetch, render, render_depth, zoom_of
+from kdcache.data import (
+    Split,
+    Window,
+    draw_view,
+    fitted_share,
+    pixel_checksum,
+    prefetch,
+    render,
+    render_depth,
+    whole_window,
+    zoom_of,
+)
 from kdcache.heads import DEPTH
 from kdcache.store import Manifest
 from kdcache.store.format.manifest_models import DepthLabels, View
@@ -67,7 +78,7 @@ def render_records(
             taught, _ = render(image, None, window, flip=flip, size=view.teacher_size)
         far = None
         if depth is not None and stored:
-            zoom = zoom_of(window, source_size, view.share or (1.0, 1.0)) if depth.zoom == "divide" else 1.0
+            zoom = zoom_of(window, source_size, _share(view, source_size)) if depth.zoom == "divide" else 1.0
             far = render_depth(metres, window, flip=flip, size=view.size, zoom=zoom)
         rendered.append(
             Rendered(
@@ -124,6 +135,15 @@ def _by_sample(records: Sequence[int], views: int) -> list[list[int]]:
 
 def _drawn(split: Split, view: View, sample: int, number: int, image_size: tuple[int, int]) -> tuple[Window, bool]:
     if view.drawn is None:
-        return Window.full(*image_size), False
-    drawn = view.drawn
-    return draw_view(drawn.seed, split.ids[sample], number, image_size, drawn.scale, drawn.flip, view.share)
+        return whole_window(view.fit, image_size, view.size), False
+    drawn, fitted = view.drawn, fitted_share(view.fit, image_size, view.image_size or view.size)
+    return draw_view(
+        drawn.seed, split.ids[sample], number, image_size, drawn.scale, drawn.flip, view.share, fitted=fitted
+    )
+
+
+def _share(view: View, image_size: tuple[int, int]) -> tuple[float, float]:
+    """What a view at zoom 1 measures, as a part of the image's height and width."""
+    fitted = fitted_share(view.fit, image_size, view.image_size or view.size)
+    shown = view.share or (1.0, 1.0)
+    return shown[0] * fitted[0], shown[1] * fitted[1]

@@ -87,6 +87,7 @@ def options_of(old: Manifest, **changes: Any) -> BuildOptions:
     options = {
         "depth_zoom": "none" if old.depth is None else old.depth.zoom,
         "size": old.view.image_size or old.view.size,
+        "fit": old.view.fit,
         "crop": None if old.view.image_size is None else old.view.size,
         "teacher_size": old.view.teacher_size,
         "heads": tuple(old.heads),

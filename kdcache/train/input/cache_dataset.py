@@ -10,7 +10,9 @@ from kdcache.data import (
     IGNORE_INDEX,
     Augmentation,
     ClassList,
+    Fit,
     Window,
+    fitted_share,
     id_hash,
     inside_rectangle,
     prefetch,
@@ -117,9 +119,15 @@ class CacheDataset(DrawnDataset):
         # Samples begin with different views, so that an epoch has about as many of each.
         turning = augment == "replay" and self._views > 1
         self._turns = [id_hash(cache.ids[number]) % self._views for number in self.indices] if turning else None
-        replayed_grey = augment == "replay" and cache.manifest.view.reaches_beyond
-        self._inside = _inside(cache) if replayed_grey else None
+        view = cache.manifest.view
+        grey = view.fit == "pad" or (augment == "replay" and view.reaches_beyond)
+        self._inside = _inside(cache) if grey else None
         self._zooms = augment == "warp" and depth_zoom == "divide" and DEPTH in self.heads
+
+    @property
+    def fit(self) -> Fit:
+        """How the store's images were fitted into its views."""
+        return self.cache.manifest.view.fit
 
     @property
     def own_classes(self) -> ClassList:
@@ -229,13 +237,18 @@ class CacheDataset(DrawnDataset):
         label = self.split.label(number) if SEGMENTATION in self.tasks else None
         self.source.check_image(record, image)
         shown, mirrored = self.source.window(record)
+        image_size = image.shape[0], image.shape[1]
+        fitted = fitted_share(self.fit, image_size, self.cache.manifest.view.image_size or self.cache.view_size)
         if self.augment == "warp":  # of view 0, which is the whole image
-            (height, width), (view_height, view_width) = image.shape[:2], self.cache.view_size
-            shown, mirrored = window.scaled(height / view_height, width / view_width), flip
+            view_height, view_width = self.cache.view_size
+            height, width = image_size[0] * fitted[0], image_size[1] * fitted[1]
+            moved, mirrored = window.scaled(height / view_height, width / view_width), flip
+            shown = moved if fitted == (1.0, 1.0) else moved.moved(shown.y0, shown.x0)
         render(image, label, shown, flip=mirrored, size=self.size, out=(out.pixels, out.label))
         if out.depth is not None:
             share = (1.0, 1.0) if self.augment == "warp" else self.cache.manifest.view.share or (1.0, 1.0)
-            zoom = zoom_of(shown, (image.shape[0], image.shape[1]), share) if self.depth_zoom == "divide" else 1.0
+            share = share[0] * fitted[0], share[1] * fitted[1]
+            zoom = zoom_of(shown, image_size, share) if self.depth_zoom == "divide" else 1.0
             metres = self.split.label(number, "depth")
             render_depth(metres, shown, flip=mirrored, size=self.size, zoom=zoom, out=out.depth)
 

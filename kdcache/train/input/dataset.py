@@ -17,10 +17,12 @@ from torch.utils.data import Dataset
 from kdcache.data import (
     Augmentation,
     ClassList,
+    Fit,
     Split,
     Window,
     colour_jitter,
     draw_window,
+    fitted_share,
     prefetch,
     render,
     render_depth,
@@ -233,8 +235,10 @@ class DrawnDataset(Dataset[Batch], ABC):
         if out.dice is not None:
             rng.random(out=out.dice, dtype=np.float32)
 
-    def _window(self, rng: np.random.Generator, height: int, width: int) -> tuple[Window, bool]:
-        return draw_window(rng, (height, width), self.augmentation.scale, self.augmentation.flip)
+    def _window(
+        self, rng: np.random.Generator, height: int, width: int, share: tuple[float, float] = (1.0, 1.0)
+    ) -> tuple[Window, bool]:
+        return draw_window(rng, (height, width), self.augmentation.scale, self.augmentation.flip, share)
 
 
 class LabelledDataset(DrawnDataset):
@@ -244,6 +248,7 @@ class LabelledDataset(DrawnDataset):
         part: which samples of the split; default all.
         tasks, depth_zoom: as of `DrawnDataset`.
         labelled_only: whether samples without a label of any of the tasks are left out.
+        fit: how images of another shape are fitted into `size`; a margin of grey has no labels.
     """
 
     def __init__(
@@ -256,9 +261,11 @@ class LabelledDataset(DrawnDataset):
         tasks: Sequence[str] = (SEGMENTATION,),
         depth_zoom: DepthZoom = "none",
         labelled_only: bool = True,
+        fit: Fit = "squash",
     ) -> None:
         super().__init__(size, Augmentation() if augmentation is None else augmentation, tasks, depth_zoom)
         self.split: Split = split
+        self.fit = fit
         used = (Part() if part is None else part).choose(split.ids)
         self._labels_used = used.labelled
         labelled = [number for number in used.samples if self._has_label(number)]
@@ -290,10 +297,12 @@ class LabelledDataset(DrawnDataset):
         source = self.indices[index]
         image = self.split.image(source)
         label = self._label(source, SEGMENTATION)
-        window, flip = self._window(rng, *image.shape[:2])
+        image_size = image.shape[0], image.shape[1]
+        share = fitted_share(self.fit, image_size, self.size)
+        window, flip = self._window(rng, *image_size, share)
         render(image, label, window, flip=flip, size=self.size, out=(out.pixels, out.label))
         if out.depth is not None:
-            zoom = zoom_of(window, (image.shape[0], image.shape[1])) if self.depth_zoom == "divide" else 1.0
+            zoom = zoom_of(window, image_size, share) if self.depth_zoom == "divide" else 1.0
             metres = self._label(source, DEPTH)
             render_depth(metres, window, flip=flip, size=self.size, zoom=zoom, out=out.depth)
         self._jitter(rng, out)

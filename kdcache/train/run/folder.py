@@ -166,6 +166,7 @@ def write_beginning(
             class_names=classes.names,
             class_colours=classes.colours,
             size=config.size,
+            fit="squash" if config.fit == "auto" else config.fit,
             mean=model.mean,
             std=model.std,
             trained_on=identity_of(datasets),

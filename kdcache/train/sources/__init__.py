@@ -2,6 +2,7 @@
 
 source.py      the data of every stream
 samples.py     the samples of one stream, from a store or a data folder
+fit.py         how images are fitted into the pixels
 labelled.py    whether they have the labels that a training learns from
 pasting.py     whether one stream can be pasted into another
 classes.py     classes that the streams share

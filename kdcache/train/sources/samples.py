@@ -130,6 +130,7 @@ def _of_folder(config: TrainConfig, labelled_only: bool) -> LabelledDataset:
         tasks=config.label_tasks,
         depth_zoom=config.depth_zoom,
         labelled_only=labelled_only,
+        fit="squash" if config.fit == "auto" else config.fit,
     )
     if len(dataset) == 0:
         raise DataError(

@@ -13,6 +13,7 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.input.cache_dataset import choose_augment
 from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.run.monitor import check_logits
+from kdcache.train.sources.fit import shared_fit
 from kdcache.train.sources.samples import drawn_scale, open_dataset, open_store
 from kdcache.train.streams import Stream, in_stream
 
@@ -70,12 +71,13 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
         with _named(stream.name):
             opened.append((stream, open_store(stream.config)))
     size = _shared_size(config, [cache for _, cache in opened]) if config.stream else config.size
+    fit = shared_fit(config, opened, size)
     sources = []
     for (stream, cache), count in zip(opened, rows, strict=True):
         with _named(stream.name):
             augment = choose_augment(stream.config.augment, cache)
             given = stream.config.model_copy(
-                update={"augment": augment, "size": size, "scale": drawn_scale(stream.config)}
+                update={"augment": augment, "size": size, "fit": fit, "scale": drawn_scale(stream.config)}
             )
             check_replays(given)
             if cache is not None and given.reads_targets:

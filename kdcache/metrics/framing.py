@@ -1,0 +1,202 @@
+"""How a model sees whole images: at its own size, squashed, padded or in windows; and its outputs put together again.
+
+A padded image is seen whole, amid grey, and its outputs are read where it lies. In windows, an image is cut into parts
+that overlap and cover it; their outputs are summed and divided by how often a pixel was seen (mmsegmentation's `slide`
+inference: the last window of a row ends at the border). A model that learnt from crops sees as many of them as cover
+the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.data import Fit, Window, whole_window
+from kdcache.errors import RecipeError
+from kdcache.models import SegmentationModel
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a model sees an image.
+
+    Args:
+        fit: how the image is fitted into the model's size; `crop` cuts it into windows of that size.
+        window: (H, W) of sliding windows, in pixels of the image, or of the image at `whole`.
+        stride: (H, W) from a window to the next, at most the window; default two thirds of it.
+        whole: (H, W) that the image is resized to before windows are cut, by `fit`; default its own size.
+
+    Raises: RecipeError for a stride without windows, or beyond them.
+    """
+
+    fit: Fit = "squash"
+    window: Size | None = None
+    stride: Size | None = None
+    whole: Size | None = None
+
+    def __post_init__(self) -> None:
+        if self.stride is not None and self.window is None:
+            raise RecipeError(
+                "--stride is the way from a sliding window to the next",
+                received=f"--stride {_text(self.stride)} without --window",
+                remedy="add --window HxW, or leave --stride out",
+            )
+        if self.window is not None and any(s > w for s, w in zip(self.steps, self.window, strict=True)):
+            raise RecipeError(
+                "windows cover the image: --stride is at most --window, in height and width",
+                received=f"--window {_text(self.window)} --stride {_text(self.steps)}",
+                remedy=f"use --stride {_text(_two_thirds(self.window))}, or leave it out",
+            )
+
+    @property
+    def slides(self) -> bool:
+        """Whether the model sees an image in parts."""
+        return self.window is not None or self.fit == "crop"
+
+    @property
+    def steps(self) -> Size:
+        """(H, W) from a window to the next."""
+        assert self.window is not None
+        return self.stride or _two_thirds(self.window)
+
+    def view(self, image_size: Size, size: Size) -> Window:
+        """The part of an image that the model sees, in the image's pixels, where it sees it at once.
+
+        Args:
+            size: (H, W) of the model's input.
+        """
+        return whole_window(self.fit, image_size, size)
+
+    def scaled(self, image_size: Size, size: Size) -> Size:
+        """(H, W) that an image is resized to before it is cut into parts.
+
+        Args:
+            size: (H, W) of the model's input, of which parts have the size where no window was asked for.
+        """
+        wanted = size if self.window is None else self.whole
+        if wanted is None:
+            return image_size
+        if self.fit == "squash":
+            return wanted
+        factors = [to / of for to, of in zip(wanted, image_size, strict=True)]
+        factor = max(factors) if self.fit == "crop" else min(factors)
+        least = wanted if self.fit == "crop" else (1, 1)
+        height, width = (max(1, low, round(side * factor)) for side, low in zip(image_size, least, strict=True))
+        return height, width
+
+    def parts(self, scaled: Size, size: Size, name: str) -> list[tuple[int, int]]:
+        """The first rows and columns of the windows that cover an image of (H, W) `scaled`.
+
+        Args:
+            name: of the image, for messages.
+        Raises: RecipeError for windows larger than the image.
+        """
+        window, step = (size, size) if self.window is None else (self.window, self.steps)
+        if any(w > side for w, side in zip(window, scaled, strict=True)):
+            raise RecipeError(
+                "a sliding window is at most as large as the image that it slides over",
+                received=f"--window {_text(window)}, and {name} of {_text(scaled)} (height x width)",
+                remedy="use a smaller --window, or a larger --size, which resizes the image before windows are cut",
+            )
+        rows, columns = (list(_starts(side, w, s)) for side, w, s in zip(scaled, window, step, strict=True))
+        return [(row, column) for row in rows for column in columns]
+
+    def part_size(self, size: Size) -> Size:
+        """(H, W) of a window."""
+        return self.window or size
+
+
+def slide(
+    model: SegmentationModel,
+    pixels_HW3: Tensor,
+    framing: Framing,
+    size: Size,
+    heads: tuple[str, ...],
+    *,
+    batch_size: int,
+    name: str = "an image",
+) -> dict[str, Tensor]:
+    """Outputs of a model for an image in windows, by head, (C, H, W) float32 at the pixels' size: means over windows.
+
+    Args:
+        pixels_HW3: uint8, on the model's device, of the size that `Framing.scaled` says.
+        size: (H, W) of the model's input where no window is asked for.
+        batch_size: windows of a forward pass.
+        name: of the image, for messages.
+    Raises: RecipeError for windows larger than the image.
+    """
+    height, width = pixels_HW3.shape[:2]
+    starts, (h, w) = framing.parts((height, width), size, name), framing.part_size(size)
+    sums: dict[str, Tensor] = {}
+    counts_HW = torch.zeros(height, width, device=pixels_HW3.device)
+    for first in range(0, len(starts), batch_size):
+        some = starts[first : first + batch_size]
+        windows = torch.stack([pixels_HW3[y : y + h, x : x + w] for y, x in some])
+        outputs = model(model.normalise(windows)).heads
+        for head in heads:
+            output_BChw = model.upsample(outputs[head].float(), (h, w))
+            if head not in sums:
+                sums[head] = output_BChw.new_zeros(output_BChw.shape[1], height, width)
+            for output_Chw, (y, x) in zip(output_BChw, some, strict=True):
+                sums[head][:, y : y + h, x : x + w] += output_Chw
+        for y, x in some:
+            counts_HW[y : y + h, x : x + w] += 1
+    return {head: total.div_(counts_HW) for head, total in sums.items()}
+
+
+def at_image(
+    model: SegmentationModel, output_Chw: Tensor, image_size: Size, view: Window | None = None, size: Size | None = None
+) -> Tensor:
+    """A head's output at an image's own size, (C, H, W), bilinear.
+
+    Args:
+        view: the part of the image that the model saw, in the image's pixels; None is the whole image.
+        size: (H, W) of the model's input, with `view`.
+    """
+    if view is None or view == Window.full(*image_size) or size is None:
+        return model.upsample(output_Chw[None], image_size)[0]
+    edges = ((view.y0, view.y1), (view.x0, view.x1))
+    (top, bottom, rows), (left, right, columns) = (
+        _taps(edge, image_size[axis], size[axis], output_Chw.shape[1 + axis], model.align_corners)
+        for axis, edge in enumerate(edges)
+    )
+    rows_H1 = torch.from_numpy(rows).to(output_Chw)[:, None]
+    columns_W = torch.from_numpy(columns).to(output_Chw)
+    wide_ChW = torch.lerp(output_Chw[:, :, left], output_Chw[:, :, right], columns_W)
+    return torch.lerp(wide_ChW[:, top], wide_ChW[:, bottom], rows_H1)
+
+
+def _taps(
+    edge: tuple[float, float], length: int, seen: int, stored: int, align_corners: bool
+) -> tuple[list[int], list[int], np.ndarray]:
+    """Of each of `length` pixels the two elements of an output that it lies between, and its way from one to the other.
+
+    Args:
+        edge: of the view, in the image's pixels. seen: pixels of the view. stored: elements of the output.
+    """
+    at = (np.arange(length) + 0.5 - edge[0]) / (edge[1] - edge[0])  # of the view, 0 to 1
+    place = (at * seen - 0.5) * ((stored - 1) / max(seen - 1, 1)) if align_corners else at * stored - 0.5
+    place = place.clip(0, stored - 1)
+    low = np.floor(place).astype(np.int64)
+    return low.tolist(), np.minimum(low + 1, stored - 1).tolist(), (place - low).astype(np.float32)
+
+
+def _starts(side: int, window: int, step: int) -> Iterator[int]:
+    """Where windows begin along an axis: every step, the last one moved back to the border."""
+    for number in range(math.ceil(max(side - window, 0) / step) + 1):
+        yield min(number * step, side - window)
+
+
+def _two_thirds(window: Size) -> Size:
+    return max(1, 2 * window[0] // 3), max(1, 2 * window[1] // 3)
+
+
+def _text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,51 @@
+"""How the images of a training are fitted into its pixels: one way for all of its streams."""
+
+from collections.abc import Sequence
+
+from kdcache.data import Fit, choose_fit, open_split
+from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
+from kdcache.errors import RecipeError
+from kdcache.store import Cache
+from kdcache.train.config import TrainConfig
+from kdcache.train.streams import Stream
+
+
+def shared_fit(
+    config: TrainConfig, opened: Sequence[tuple[Stream[TrainConfig], Cache | None]], size: tuple[int, int] | None
+) -> Fit:
+    """The fit of a training: that of its stores, else the one that is asked for or that suits its data.
+
+    Args:
+        opened: every stream with its store.
+        size: (H, W) of the pixels; None for the stores' views'.
+    Raises: RecipeError where stores differ, where another fit is asked for, and for a size of another shape than padded
+        or cropped views have.
+    """
+    stores = {cache.manifest.view.fit: cache for _, cache in opened if cache is not None}
+    if not stores:
+        chosen: set[Fit] = set()
+        for stream, _ in opened:
+            if size is not None and stream.config.data is not None:
+                chosen.add(choose_fit(config.fit, open_split(stream.config.data, stream.config.split), size))
+        return next((fit for fit in ("crop", "pad") if fit in chosen), "squash")
+    (fit, cache), *others = stores.items()
+    if others:
+        raise RecipeError(
+            "the images of all stores of a training are fitted into their views in one way",
+            received=", ".join(f"{cache.place} ({fit})" for fit, cache in stores.items()),
+            remedy=f"build the others again with --fit {fit}",
+        )
+    if config.fit not in ("auto", fit):
+        raise RecipeError(
+            "a training fits images as its store's views are, of which the targets are",
+            received=f"--fit {config.fit} for {cache.place}, built with --fit {fit}",
+            remedy=f"leave --fit out, or build a store with --fit {config.fit}",
+        )
+    if fit != "squash" and size is not None and squashed(cache.view_size, size) > MOST_SQUASHED:
+        height, width = cache.view_size
+        raise RecipeError(
+            "pixels of a training have the shape of its store's views where these are cropped or padded",
+            received=f"--size {size[0]}x{size[1]} for views of {height}x{width} with --fit {fit}",
+            remedy=f"use --size {height}x{width}, or build a store of that shape",
+        )
+    return fit

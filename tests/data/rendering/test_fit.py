@@ -1,0 +1,47 @@
+"""How images of one shape are fitted into pixels of another."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.data import Window, choose_fit, fitted_share, open_split, whole_window
+from kdcache.data.rendering.augment import draw_view
+
+SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
+
+
+@given(image=SIZES, size=SIZES, fit=st.sampled_from(["crop", "pad"]))
+def test_a_view_has_the_shape_of_the_pixels_and_touches_two_sides(image, size, fit) -> None:
+    window = whole_window(fit, image, size)
+    height, width = window.y1 - window.y0, window.x1 - window.x0
+    assert height * size[1] == pytest.approx(width * size[0], rel=1e-12)
+    share = fitted_share(fit, image, size)
+    assert 1.0 in share
+    assert (max(share) <= 1) if fit == "crop" else (min(share) >= 1)
+    assert window.y0 + window.y1 == pytest.approx(image[0], rel=1e-12)  # in the middle
+    assert window.x0 + window.x1 == pytest.approx(image[1], rel=1e-12)
+
+
+@given(size=st.tuples(st.integers(1, 500), st.integers(1, 500)), factor=st.integers(1, 9))
+def test_equal_shapes_are_fitted_in_one_way(size, factor) -> None:
+    image = size[0] * factor, size[1] * factor
+    for fit in ("squash", "crop", "pad"):
+        assert fitted_share(fit, image, size) == (1.0, 1.0)
+        assert whole_window(fit, image, size) == Window.full(*image)
+
+
+def test_the_first_view_is_the_fitted_image_and_others_are_drawn_in_it() -> None:
+    share = fitted_share("pad", (100, 300), (50, 50))
+    assert draw_view(0, "a", 0, (100, 300), (1.0, 1.0), False, fitted=share)[0] == whole_window(
+        "pad", (100, 300), (50, 50)
+    )
+    window, _ = draw_view(0, "a", 1, (100, 300), (2.0, 2.0), False, fitted=share)
+    assert (window.y1 - window.y0, window.x1 - window.x0) == pytest.approx((150, 150))
+
+
+def test_auto_pads_where_shapes_differ_by_more_than_a_twentieth() -> None:
+    for scenes, fit in (("100x100", "squash"), ("100x105", "squash"), ("105x100", "squash"), ("100x106", "pad")):
+        assert choose_fit("auto", open_split(f"scenes:{scenes},train=2,val=1", "train"), (50, 50)) == fit
+    assert choose_fit("crop", open_split("scenes:16x16,train=2,val=1", "train"), (50, 50)) == "crop"
