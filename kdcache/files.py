@@ -45,11 +45,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_own_folder(folder: Path, marker: str, rule: str) -> None:
+def check_own_folder(folder: Path, marker: str, rule: str, remedy: str = "give another folder with --out") -> None:
     """Refuse a folder to write into, unless it is new, empty, or holds the file `marker` of an earlier time.
 
     Args:
-        rule: the rule of the error's message.
+        rule, remedy: of the error's message.
     Raises: RecipeError.
     """
     if folder.is_dir():
@@ -57,7 +57,7 @@ def check_own_folder(folder: Path, marker: str, rule: str) -> None:
     else:
         problem = "is no folder" if folder.exists() else ""
     if problem:
-        raise RecipeError(rule, received=f"{folder} {problem}", remedy="give another folder with --out")
+        raise RecipeError(rule, received=f"{folder} {problem}", remedy=remedy)
 
 
 def is_partial(path: Path) -> bool:

@@ -225,7 +225,10 @@ def _one_class(report: SplitReport, number: int, classes: ClassList) -> str:
     finding = f"{report.split}: the labels ({report.labelled}) hold one class, {classes.names[number]!r} ({number})"
     if report.void_pixels and number == 0:
         share = 100 * report.shares()[1]
-        return f"{finding}, and {share:.1f} % void: where they are masks of 0 and 255, write 0 and 1, for 255 is void"
+        return (
+            f"{finding}, and {share:.1f} % void: where they are masks of 0 and 255, write 0 and 1, for 255 is void "
+            "(data convert --binary does)"
+        )
     return f"{finding}: there is nothing to tell apart; write the other classes' ids into the labels"
 
 

@@ -121,7 +121,7 @@ def _check_source(data: str, folder: Path) -> None:
             remedy="Convert each of them by itself.",
         )
     rule = "a data set is converted into a new or empty folder, or one that it was converted into before"
-    check_own_folder(folder, SETTINGS, rule)
+    check_own_folder(folder, SETTINGS, rule, "give another folder, or remove what is in it")
 
 
 def _open(data: str, name: str, place: LayoutRoot | None) -> tuple[Split, dict[str, str]]:
