@@ -5,7 +5,7 @@
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
-    choose_fit, fitted_share, whole_window    squashed, cropped or padded into a size
+    fitted_share, whole_window                squashed, cropped or padded into a size
     render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
     draw_window, colour_jitter, RandAugment   what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
@@ -24,7 +24,6 @@ from kdcache.data.by_name import ClassesByName, classes_by_name
 from kdcache.data.checks.check import CheckReport, check, class_weights
 from kdcache.data.checks.depth_report import DepthReport
 from kdcache.data.checks.split_report import SplitReport
-from kdcache.data.choose_fit import choose_fit
 from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
@@ -75,7 +74,6 @@ __all__ = [
     "check_fold_labels",
     "check_folds",
     "check_folds_by",
-    "choose_fit",
     "class_weights",
     "classes_by_name",
     "colour_jitter",

@@ -131,11 +131,6 @@ class Split(ABC):
         Raises: DataError naming the file.
         """
 
-    def image_size(self, index: int) -> tuple[int, int]:
-        """(H, W) of the image; of files from the header. Raises: DataError naming the file."""
-        shape = self.image(index).shape
-        return shape[0], shape[1]
-
     @overload
     def label(self, index: int, task: Literal["segmentation"] = ...) -> Pixels | None: ...
     @overload

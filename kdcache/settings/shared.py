@@ -46,7 +46,7 @@ class ImageSettings:
     fit: FitChoice = setting(
         "auto",
         "Images of another shape than --size are squashed into it, cropped to its shape, or padded, with a margin that "
-        "teaches nothing. auto pads where shapes differ by more than 5 %; a student has its store's.",
+        "teaches nothing. auto is that of a student's store, else squash.",
     )
 
 

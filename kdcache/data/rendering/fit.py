@@ -17,7 +17,7 @@ from kdcache.data.rendering.view import Window
 Fit = Literal["squash", "crop", "pad"]
 
 MOST_SQUASHED = 0.05
-"""By how much the shapes of images and pixels may differ before nothing is squashed unless it is asked for."""
+"""By how much the shapes of images and pixels may differ before squashing is no longer advised."""
 
 
 def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:

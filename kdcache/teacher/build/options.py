@@ -16,8 +16,7 @@ class BuildOptions(BuildSettings):
 
     Attributes:
         size: (H, W) of the views, or with `crop` of the whole image at zoom 1.
-        fit: how images of another shape are fitted into it: squash, crop, pad, or auto, which pads where shapes
-            differ by more than 5 %.
+        fit: how images of another shape are fitted into it: squash (auto is the same), crop or pad.
         heads: of the teacher's, those that are stored; () is all that it has learnt.
         features_only: no head is stored, only features.
         top_k: keeps that many classes, None measures how many it takes.

@@ -2,12 +2,11 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from kdcache.data import Split, choose_fit
+from kdcache.data import Split
 from kdcache.errors import ModelError, RecipeError
 from kdcache.heads import DEPTH, METRES, SEGMENTATION
 from kdcache.models import EnsembleModel, Outputs, SegmentationModel
@@ -85,7 +84,6 @@ class TeacherProbe:
         self.heads = heads_of(options, teacher)
         kinds = [teacher.model.head_kinds[name] for name in self.heads]
         self.metres = DEPTH in split.tasks or any(getattr(kind, "unit", None) == METRES for kind in kinds)
-        options = replace(options, fit=choose_fit(options.fit, split, options.size))
         self.split, self.teacher, self.options = split, teacher, with_zoom(options, metres=self.metres)
         self.view = view_of(self.options)
         self.folds = folds_of_split(teacher, split)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kdcache.data import Fit, choose_fit, open_split
+from kdcache.data import Fit
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 from kdcache.errors import RecipeError
 from kdcache.store import Cache
@@ -13,7 +13,7 @@ from kdcache.train.streams import Stream
 def shared_fit(
     config: TrainConfig, opened: Sequence[tuple[Stream[TrainConfig], Cache | None]], size: tuple[int, int] | None
 ) -> Fit:
-    """The fit of a training: that of its stores, else the one that is asked for or that suits its data.
+    """The fit of a training: that of its stores, else the one that is asked for; auto squashes.
 
     Args:
         opened: every stream with its store.
@@ -23,11 +23,7 @@ def shared_fit(
     """
     stores = {cache.manifest.view.fit: cache for _, cache in opened if cache is not None}
     if not stores:
-        chosen: set[Fit] = set()
-        for stream, _ in opened:
-            if size is not None and stream.config.data is not None:
-                chosen.add(choose_fit(config.fit, open_split(stream.config.data, stream.config.split), size))
-        return next((fit for fit in ("crop", "pad") if fit in chosen), "squash")
+        return "squash" if config.fit == "auto" else config.fit
     (fit, cache), *others = stores.items()
     if others:
         raise RecipeError(

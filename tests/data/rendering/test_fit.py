@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.data import Window, choose_fit, fitted_share, open_split, whole_window
+from kdcache.data import Window, fitted_share, whole_window
 from kdcache.data.rendering.augment import draw_view
+from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
@@ -41,7 +42,7 @@ def test_the_first_view_is_the_fitted_image_and_others_are_drawn_in_it() -> None
     assert (window.y1 - window.y0, window.x1 - window.x0) == pytest.approx((150, 150))
 
 
-def test_auto_pads_where_shapes_differ_by_more_than_a_twentieth() -> None:
-    for scenes, fit in (("100x100", "squash"), ("100x105", "squash"), ("105x100", "squash"), ("100x106", "pad")):
-        assert choose_fit("auto", open_split(f"scenes:{scenes},train=2,val=1", "train"), (50, 50)) == fit
-    assert choose_fit("crop", open_split("scenes:16x16,train=2,val=1", "train"), (50, 50)) == "crop"
+def test_shapes_differ_by_their_ratio_in_either_direction() -> None:
+    assert squashed((100, 105), (50, 50)) == squashed((105, 100), (50, 50)) == MOST_SQUASHED == 0.05
+    assert squashed((100, 106), (50, 50)) > MOST_SQUASHED
+    assert squashed((360, 480), (144, 192)) == 0
