@@ -359,7 +359,7 @@ class _Judge:
     def _measured_cost(self, entry: Entry) -> Cost:
         judging, repeats = self._options.judging, self._options.repeats
         self._progress(f"timing {entry.name}", 0, 1)
-        model, description = entry.load(self._split.classes, judging.which, judging.size)
+        model, description = judging.load(entry, self._split.classes)
         self.notes += [f"{entry.text} {PROBABILITIES}"] if returns_probabilities(model) else []
         with memory_errors(judging.device, 1):
             cost = measure_cost(model, description.size, device=judging.device, repeats=repeats)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.analysis.runs import Entry, check_classes
-from kdcache.data import Fold, Split, prefetch
+from kdcache.data import ClassList, Fit, Fold, Split, prefetch
 from kdcache.data.files import file_digest
 from kdcache.errors import ModelError
 from kdcache.files import read_object, replacing, write_whole
@@ -32,9 +32,10 @@ from kdcache.metrics.evaluate import Progress, TaskMetrics, evaluate_tasks
 from kdcache.metrics.framing import Framing
 from kdcache.metrics.oom import is_out_of_memory
 from kdcache.metrics.predictions import metric_depth
+from kdcache.models import SegmentationModel
 from kdcache.models.run import split_spec
 from kdcache.run_folder import Run, RunModel
-from kdcache.settings.shared import DepthSettings, JudgeSettings
+from kdcache.settings.shared import DepthSettings, FitChoice, ImageSettings, JudgeSettings
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Judging:
         size: (H, W) that the models see; None is that of each run.
         fresh: evaluate also what is kept.
         depth: the pixels of labels of depth that count.
+        fit, window, stride: how models see images of another shape, or in windows; auto is as each was trained.
     """
 
     which: str = JudgeSettings.weights
@@ -54,6 +56,22 @@ class Judging:
     device: str = "cpu"
     fresh: bool = False
     depth: DepthSettings = field(default_factory=DepthSettings)
+    fit: FitChoice = ImageSettings.fit
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+
+    def framing(self, trained: Fit = "squash") -> Framing:
+        """How a model sees an image. Raises: RecipeError for strides that leave gaps, or without windows.
+
+        Args:
+            trained: the fit that it was trained with.
+        """
+        images = ImageSettings(size=self.size, fit=self.fit)
+        return Framing.of(images, JudgeSettings(window=self.window, stride=self.stride), trained)
+
+    def load(self, entry: Entry, classes: ClassList) -> tuple[SegmentationModel, RunModel]:
+        """A model and its description, at the size that it sees; of SPEC@FILE that of its windows."""
+        return entry.load(classes, self.which, self.size or (self.window if entry.run is None else None))
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ def evaluate_run(
         which=which,
         fold=fold,
         depth=judged_range(description.judged_heads, split, judging.depth),
-        framing=Framing(description.fit),
+        framing=judging.framing(description.fit),
     )
     metrics = None if judging.fresh else _kept(run.folder, record.identity, split.classes.names)
     if metrics is not None:
@@ -331,7 +349,7 @@ def judged_range(heads: Mapping[str, RegressionHead], split: Split, settings: De
 
 
 def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress | None) -> TaskMetrics:
-    model, description = entry.load(split.classes, judging.which, judging.size)
+    model, description = judging.load(entry, split.classes)
     depth = None if judged_range(description.judged_heads, split, judging.depth) is None else judging.depth
     with memory_errors(judging.device, judging.batch_size):
         return evaluate_tasks(
@@ -341,7 +359,7 @@ def _evaluate(entry: Entry, split: Split, judging: Judging, progress: Progress |
             depth=depth,
             device=judging.device,
             batch_size=judging.batch_size,
-            framing=Framing(description.fit),
+            framing=judging.framing(description.fit),
             progress=progress,
         )
 
@@ -394,7 +412,8 @@ def _kept(folder: Path, identity: Mapping[str, Any], class_names: tuple[str, ...
     for path in sorted(folder.glob("evaluation-*.json")):
         content = read_object(path)
         try:
-            if all(content[key] == value for key, value in identity.items()):
+            same = all(content[key] == value for key, value in identity.items())
+            if same and content.get("framing") == identity.get("framing"):
                 metrics = metrics_of(content)
                 if metrics.segmentation is None or metrics.segmentation.class_names == class_names:
                     return _with_images(metrics, path.with_suffix(IMAGES), content["images_sha256"])

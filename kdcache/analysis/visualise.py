@@ -39,7 +39,6 @@ from kdcache.errors import RecipeError
 from kdcache.files import check_own_folder
 from kdcache.heads import SEGMENTATION
 from kdcache.metrics.figures import Format, Layout, draw_confusion, save_figure
-from kdcache.metrics.framing import Framing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,7 +157,8 @@ def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) ->
 
     Raises: as `Entry.load`; ModelError when memory does not suffice.
     """
-    model, description = run.load(split.classes, judging.which, judging.size)
+    model, description = judging.load(run, split.classes)
+    framing = judging.framing(description.fit)
     with memory_errors(judging.device, judging.batch_size):
         scores = score_images(
             model.to(judging.device),
@@ -167,10 +167,10 @@ def score_run(run: Entry, split: Split, judging: Judging, progress: Progress) ->
             depth=judging.depth,
             device=judging.device,
             batch_size=judging.batch_size,
-            framing=Framing(description.fit),
+            framing=framing,
             progress=lambda done, total: progress(f"scoring {run.name}", done, total),
         )
-    return Shown(run.title, model, description.size, judging.device, scores, Framing(description.fit))
+    return Shown(run.title, model, description.size, judging.device, scores, framing)
 
 
 def _cases(

@@ -5,7 +5,7 @@
     download(layout, folder)                  fetch a data set (PASCAL VOC), only when called
     classes_by_name(split, classes)           its labels in the classes of a model, joined by name
     render(image, label, window, ...)         the one rendering that teacher pass and training share
-    fitted_share, whole_window                squashed, cropped or padded into a size
+    choose_fit, fitted_share, whole_window    squashed, cropped or padded into a size
     render_depth, zoom_of                     the same of depth labels, and by how much a view is zoomed
     draw_window, colour_jitter, RandAugment   what is random for the student
     draw_view, id_hash, inside_rectangle      what is drawn once, for the views of a store
@@ -39,7 +39,7 @@ from kdcache.data.rendering.augment import (
     inside_rectangle,
 )
 from kdcache.data.rendering.depth import render_depth, zoom_of
-from kdcache.data.rendering.fit import Fit, fitted_share, whole_window
+from kdcache.data.rendering.fit import Fit, choose_fit, fitted_share, whole_window
 from kdcache.data.rendering.rand_augment import RandAugment
 from kdcache.data.rendering.view import OUTSIDE_RGB, Window, pixel_checksum, render
 from kdcache.data.restyling.restyle import Restyled, Style, restyle
@@ -74,6 +74,7 @@ __all__ = [
     "check_fold_labels",
     "check_folds",
     "check_folds_by",
+    "choose_fit",
     "class_weights",
     "classes_by_name",
     "colour_jitter",

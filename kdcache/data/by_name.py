@@ -49,6 +49,9 @@ class ClassesByName(Split):
     def image(self, index: int) -> Pixels:
         return self._whole.image(index)
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self._whole.image_size(index)
+
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         return self._whole.has_label(index, task)
 

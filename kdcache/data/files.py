@@ -52,13 +52,16 @@ def read_image(path: Path) -> Pixels:
         return np.array(image.convert("RGB"))
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
     """(height, width) of `read_image(path)`, from the file's header where the format allows it.
 
+    Args:
+        header_only: never decodes pixels, and so misses a rotation that a PNG names behind them.
     Raises: DataError for an unreadable file.
     """
     with _opened(path, "image") as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        exif = Image.Image.getexif(image) if header_only else image.getexif()
+        turned = exif.get(ExifTags.Base.Orientation) in _QUARTER_TURNS
         width, height = image.size
         return (width, height) if turned else (height, width)
 

@@ -41,6 +41,9 @@ class OneTask(Split):
     def image(self, index: int) -> Pixels:
         return self._whole.image(index)
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self._whole.image_size(index)
+
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         return task == self._task and self._whole.has_label(index, task)
 
@@ -82,6 +85,10 @@ class Joined(Split):
     def image(self, index: int) -> Pixels:
         part, own = self._at(index)
         return part.image(own)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        part, own = self._at(index)
+        return part.image_size(own)
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         part, own = self._at(index)

@@ -131,6 +131,11 @@ class Split(ABC):
         Raises: DataError naming the file.
         """
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(H, W) of an image; where a file's header has it, the pixels are not read. Raises: as `image`."""
+        height, width, _ = self.image(index).shape
+        return height, width
+
     @overload
     def label(self, index: int, task: Literal["segmentation"] = ...) -> Pixels | None: ...
     @overload

@@ -19,6 +19,7 @@ from torch import Tensor
 from kdcache.data import Fit, Window, whole_window
 from kdcache.errors import RecipeError
 from kdcache.models import SegmentationModel
+from kdcache.settings.shared import ImageSettings, JudgeSettings
 
 Size = tuple[int, int]
 
@@ -40,6 +41,17 @@ class Framing:
     window: Size | None = None
     stride: Size | None = None
     whole: Size | None = None
+
+    @classmethod
+    def of(cls, settings: ImageSettings, judge: JudgeSettings, trained: Fit = "squash") -> Framing:
+        """The framing that settings ask for.
+
+        Args:
+            trained: the fit that the model was trained with, which `auto` is.
+        Raises: as the constructor.
+        """
+        fit = trained if settings.fit == "auto" else settings.fit
+        return cls(fit, judge.window, judge.stride, None if judge.window is None else settings.size)
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.window is None:

@@ -46,7 +46,7 @@ class ImageSettings:
     fit: FitChoice = setting(
         "auto",
         "Images of another shape than --size are squashed into it, cropped to its shape, or padded, with a margin that "
-        "teaches nothing. auto is that of a student's store, else squash.",
+        "teaches nothing. auto: as the store or run at hand; new ones pad where shapes differ by more than 5 %.",
     )
 
 
@@ -80,6 +80,12 @@ class JudgeSettings:
     """How runs are evaluated and timed."""
 
     weights: Weights = setting("best", "Weights of a run: best or last; of one with --ema also best-ema or last-ema.")
+    window: Size | None = setting(
+        None,
+        "Slide a window of so many pixels over the image, at its own size or at --size, and average the logits.",
+        metavar="HxW",
+    )
+    stride: Size | None = setting(None, "From a window to the next (default: two thirds of --window).", metavar="HxW")
     batch_size: Count = setting(8, "Images per forward pass.", ranged=True)
     repeats: Annotated[int, Ge(0)] = setting(50, "Timed calls per model; 0 times none.", ranged=True)
     fresh: bool = setting(False, "Evaluate and time again what was evaluated and timed before.")

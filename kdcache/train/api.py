@@ -107,7 +107,7 @@ def make_trainer(
             torch.set_num_threads(config.threads)
         if resume and config.fit == "auto" and (run / RECIPE).is_file():
             config = config.model_copy(update={"fit": read_config(run).fit})
-        sources = open_sources(config, world.size * config.accumulate)
+        sources = open_sources(config, world.size * config.accumulate, observer.note)
         datasets = [source.dataset for source in sources]
         for source in sources:
             with source.named():
@@ -159,7 +159,8 @@ def make_trainer(
         watching = observer
         if config.log and world.first:
             recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-            panels = None if val is None or config.size is None else sample_panels(model, val, config.size, device)
+            seen = config.size
+            panels = None if val is None or seen is None else sample_panels(model, val, seen, device, _fit(config))
             watching = Observers([observer, Loggers(config.log, run, recipe, observer.note, panels)])
         return Trainer(
             model,

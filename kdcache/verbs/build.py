@@ -1,21 +1,21 @@
 """`kdcache.build_cache`: a teacher's pass over a data set, into a store."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdcache.data import Split
+from kdcache.data import Fit, Split, choose_fit
 from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import Tta
 from kdcache.progress import progress_bar
 from kdcache.settings import entries
 from kdcache.settings.building import BuildSettings, TeacherSettings
-from kdcache.settings.shared import ImageSettings, MachineSettings
-from kdcache.store import worker_of
+from kdcache.settings.shared import FitChoice, ImageSettings, MachineSettings
+from kdcache.store import read_manifest, store_exists, worker_of
 from kdcache.teacher import BuildOptions, BuildResult, Teacher, check_cross_fit, load_teacher, load_teachers
 from kdcache.teacher import build_cache as build
 from kdcache.train import pick_device
@@ -57,11 +57,15 @@ def build_cache(
     Raises: KDCacheError of every kind.
     """
     chosen = checked(build_cache, settings, *TABLES)
-    source, loaded, options = plan_build(open_data(data, split), teacher, chosen)
     part = worker_of(worker, take_over)
     with progress_bar(progress) as bar:
-        for note in loaded.notes:
-            bar.console.print(f"note: {note}", markup=False, soft_wrap=True)
+        source, loaded, options = plan_build(
+            open_data(data, split),
+            teacher,
+            chosen,
+            out,
+            lambda note: bar.console.print(f"note: {note}", markup=False, soft_wrap=True),
+        )
         task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
         return build(
             source, loaded, out, options, lambda done, total: bar.update(task, completed=done, total=total), part
@@ -69,12 +73,18 @@ def build_cache(
 
 
 def plan_build(
-    source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any]
+    source: Split,
+    teacher: Origin | Sequence[str],
+    settings: Mapping[str, Any],
+    out: str | Path | None,
+    note: Callable[[str], None],
 ) -> tuple[Split, Teacher, BuildOptions]:
     """The split, the teacher and the options of a build; sets torch's threads.
 
     Args:
         settings: values by name, of the tables of teachers, images, builds and the machine.
+        out: the store, which keeps its fit where it was begun before; None for none.
+        note: is called with what the user should know.
     Raises: RecipeError without a size, where the teachers have none of their own; as `load_teachers`.
     """
     if settings["threads"]:
@@ -91,7 +101,19 @@ def plan_build(
             received="no --size",
             remedy="add --size HxW, for instance --size 288x384; in Python size=(288, 384)",
         )
-    return source, loaded, BuildOptions(size=size, fit=settings.get("fit") or "auto", device=device, **options)
+    fit, reason = _fit(settings["fit"], source, size, out)
+    for text in (*loaded.notes, *([reason] if reason else [])):
+        note(text)
+    return source, loaded, BuildOptions(size=size, fit=fit, device=device, **options)
+
+
+def _fit(choice: FitChoice, source: Split, size: tuple[int, int], out: str | Path | None) -> tuple[Fit, str | None]:
+    """The fit that is asked for, else that of a store that was begun, else by the images' shapes, with a note."""
+    if choice != "auto":
+        return choice, None
+    if out is not None and store_exists(out):
+        return read_manifest(out).view.fit, None
+    return choose_fit(source, size)
 
 
 def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any], classified: bool) -> Teacher:

@@ -66,11 +66,18 @@ def compare(
 def judging_of(settings: Mapping[str, Any]) -> Judging:
     """How runs are evaluated; sets torch's threads. Raises: RecipeError for a value that is none."""
     judge, depth = read(JudgeSettings, settings), read(DepthSettings, settings)
-    size = read(ImageSettings, {"size": settings["size"]}).size
+    images = read(ImageSettings, {"size": settings["size"], "fit": settings["fit"]})
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = pick_device(settings["device"])
-    return Judging(judge.weights, size, judge.batch_size, str(device), judge.fresh, depth)
+    judging = Judging(
+        *(judge.weights, images.size, judge.batch_size, str(device), judge.fresh, depth),
+        fit=images.fit,
+        window=judge.window,
+        stride=judge.stride,
+    )
+    judging.framing()  # refuses windows and strides that do not go together before anything is opened
+    return judging
 
 
 def options_of(settings: Mapping[str, Any]) -> CompareOptions:

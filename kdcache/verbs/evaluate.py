@@ -67,7 +67,7 @@ def evaluate(
             (entry,) = _one(model, judging.which)
             return evaluate_run(entry, source, data_digest(source), judging, report, part).metrics
         teacher = model if isinstance(model, Teacher) else load_teacher(model, source)
-        size = judging.size or teacher.size
+        size = judging.size or teacher.size or judging.window
         if size is None:
             raise RecipeError(
                 "a model that is no run needs the size of its images",
@@ -83,6 +83,7 @@ def evaluate(
                 depth=depth,
                 device=judging.device,
                 batch_size=judging.batch_size,
+                framing=judging.framing(teacher.fit),
                 progress=report,
             )
 

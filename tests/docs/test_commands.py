@@ -39,7 +39,8 @@ SUBSTITUTIONS = [
     (r"--iterations \d+", "--iterations 2"),
     (r"(?m)^iterations = \d+", "iterations = 2"),
     (r"(--size |size = \")\d+x\d+", r"\g<1>48x64"),
-    (r"--crop \d+x\d+", "--crop 32x32"),
+    (r"--(crop|window) \d+x\d+", r"--\1 32x32"),
+    (r"--stride \d+x\d+", "--stride 16x16"),
     # Scenes have no sequences: the last digit stands for one.
     (r"--folds-by '[^']*'", "--folds-by '.$'"),
     (r"--teacher-size \d+x\d+", "--teacher-size 64x96"),

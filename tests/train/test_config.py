@@ -47,6 +47,7 @@ WRONG = {
     "val_fold": ["0/1", "3/2"],
     "folds_by": ["("],
     "size": ["32", "0x48", "32x", "32x48x3", "axb", (32,), (-1, 4)],
+    "fit": ["stretch", "", 3, None],
     "ce_weight": [-0.1, NAN, INFINITY, "much"],
     "kl_weight": [-1, NAN, INFINITY],
     "label_smoothing": [-0.1, 1.0, NAN],

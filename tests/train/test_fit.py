@@ -15,10 +15,13 @@ from torch.utils.data import default_collate
 from kdcache.data import IGNORE_INDEX, OUTSIDE_RGB, Augmentation, open_split
 from kdcache.distill import DistillLoss
 from kdcache.errors import RecipeError
+from kdcache.models import build_model
 from kdcache.run_folder import Run
 from kdcache.store import Records, open_cache
-from kdcache.train import CacheDataset, make_config, train
+from kdcache.train import CacheDataset, make_config, read_config, train
 from kdcache.train.input.dataset import LabelledDataset
+from kdcache.train.run.metrics_log import Observer
+from kdcache.train.run.sample_panels import sample_panels
 
 SQUARE = (32, 32)
 
@@ -95,6 +98,54 @@ def test_equal_shapes_are_trained_to_the_same_weights(tmp_path) -> None:
     assert "fit" not in (tmp_path / "auto/model.json").read_text()
 
 
+class Notes(Observer):
+    """The notes of a training."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_other_shapes_are_padded_unless_it_is_asked_otherwise(tmp_path, wide: str) -> None:
+    notes = Notes()
+    train(teacher(wide, size="32x32"), tmp_path / "auto", observer=notes)
+    train(teacher(wide, size="32x32", fit="pad"), tmp_path / "pad")
+    train(teacher(wide, size="32x32", fit="squash"), tmp_path / "squash")
+    auto, pad, squash = ((tmp_path / fit / "last.safetensors").read_bytes() for fit in ("auto", "pad", "squash"))
+    assert auto == pad != squash
+    assert Run(tmp_path / "auto").recipe["fit"] == "pad"
+    (text,) = (text for text in notes.texts if "--fit" in text)
+    assert "0 of 24x64 has another shape than 32x32 by 167 %" in text
+
+
+@pytest.mark.parametrize(("second", "fit"), [("24x64", "pad"), ("16x16", "squash")])
+def test_a_stream_of_another_shape_pads_all(second: str, fit: str, tmp_path) -> None:
+    streams = [
+        {"name": name, "data": f"scenes:{size},train=4,val=1", "share": 0.5}
+        for name, size in (("even", "32x32"), ("other", second))
+    ]
+    settings = {"verb": "train-student", "model": "kdcache:tiny", "size": "32x32", "stream": streams}
+    train(make_config(**settings, iterations=2, batch_size=2, workers=0), tmp_path / "run")
+    assert Run(tmp_path / "run").recipe["fit"] == fit
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_pictures_of_samples_show_the_image_alone(fit: str, wide: str) -> None:
+    split = open_split(wide, "val")
+    torch.manual_seed(0)
+    model = build_model("kdcache:tiny", len(split.classes))
+    panels = sample_panels(model, split, SQUARE, torch.device("cpu"), fit)()
+    assert len(panels) == 2
+    for picture in panels.values():
+        assert picture.shape == (12, 4 * 32 + 3 * 4, 3)  # 24 x 64 at half its size, four times
+        shown, label = picture[:, :32].astype(int), picture[:, 36:68]
+        assert np.abs(shown - np.array(OUTSIDE_RGB)).mean() > 20
+        colours = {tuple(colour) for colour in label.reshape(-1, 3).tolist()}
+        assert colours <= set(split.classes.colours)  # no void: every pixel has a label
+
+
 def test_a_run_remembers_its_fit(tmp_path, wide: str) -> None:
     train(teacher(wide, size="32x32", fit="pad"), tmp_path / "run")
     assert Run(tmp_path / "run").model.fit == "pad"
@@ -102,8 +153,6 @@ def test_a_run_remembers_its_fit(tmp_path, wide: str) -> None:
     # A run of the time before has no fit, and resumes as it began.
     recipe = tmp_path / "run/recipe.toml"
     recipe.write_text(recipe.read_text().replace('fit = "pad"\n', ""))
-    from kdcache.train import read_config
-
     assert read_config(tmp_path / "run").fit == "squash"
 
 

@@ -439,7 +439,7 @@ def test_a_stream_without_labels_teaches_by_its_entropy(
     unlabelled |= {"method": "none", "term": ["entropy,weight=1"]}
     settings = plain | {"val": None, "iterations": 60, "lr": 1e-2, "stream": [plain["stream"][0], unlabelled]}
     config = make_config(**settings)
-    assert len(open_sources(config, 1)[1].dataset) == (5 if source == "data" else 6)
+    assert len(open_sources(config, 1, print)[1].dataset) == (5 if source == "data" else 6)
     train(config, tmp_path / "run")
     entropies = [line["b/entropy"] for line in read_metrics(tmp_path / "run", "train")]
     assert 0 < entropies[-1] < 0.7 * entropies[0] < 0.7

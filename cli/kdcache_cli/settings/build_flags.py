@@ -32,9 +32,11 @@ ORDER = (
 """Flags that build-teacher-cache and plan share, by their panels."""
 
 
-def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOptions]":
+def prepare(settings: Mapping[str, Any], out: str | None = None) -> "tuple[Split, LoadedTeacher, BuildOptions]":
     """The split, the teacher and the options of a build, from the settings that build-teacher-cache and plan share.
 
+    Args:
+        out: the store; None where none is written.
     Raises: RecipeError without a size, where the teachers have none of their own.
     """
     from kdcache.data import open_split
@@ -51,10 +53,7 @@ def prepare(settings: Mapping[str, Any]) -> "tuple[Split, LoadedTeacher, BuildOp
         "size": images.size,
         "fit": images.fit,
     }
-    source, loaded, build_options = plan_build(source, teacher.teacher, values)
-    for note in loaded.notes:
-        ERRORS.print(f"note: {note}", markup=False)
-    return source, loaded, build_options
+    return plan_build(source, teacher.teacher, values, out, lambda note: ERRORS.print(f"note: {note}", markup=False))
 
 
 def _check_views(settings: Mapping[str, Any]) -> None:

@@ -16,8 +16,9 @@ Runs = Annotated[
     list[str], typer.Argument(help="Run folders, folders that hold runs, RUN@best-ema, or SPEC@FILE.", metavar="RUN")
 ]
 ROWS = ("data", "split", "teacher", "baseline", "ignore", "blocks_by", "own_fold")
+FRAMING = ("size", "fit", "window", "stride")
 DEPTH = ("min_depth", "max_depth", "depth_crop")
-JUDGING = ("weights", "size", *DEPTH, "batch_size", "repeats", "threads", "device", "fresh", "smoke")
+JUDGING = ("weights", *FRAMING, *DEPTH, "batch_size", "repeats", "threads", "device", "fresh", "smoke")
 
 
 def judging(settings: Mapping[str, Any]) -> "Judging":

@@ -2,14 +2,22 @@
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from kdcache.errors import RecipeError
-from kdcache.settings import entries
-from kdcache.settings.shared import CopySettings, DataSettings, ImageSettings, MachineSettings, SourceSettings
+from kdcache.settings import entries, read
+from kdcache.settings.shared import (
+    CopySettings,
+    DataSettings,
+    ImageSettings,
+    JudgeSettings,
+    MachineSettings,
+    SourceSettings,
+)
 from kdcache.settings.streams import term_line, to_line
 from kdcache.settings.training import TRAINING
 from kdcache_cli.settings.signature import flag
@@ -27,7 +35,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return cast("tuple[int, int] | None", entries(ImageSettings)["size"].read(text))
 
 
-def parse_framing(fit: str | None, window: str | None, stride: str | None, size: str | None, trained: str) -> "Framing":
+def parse_framing(settings: Mapping[str, str | None], trained: "data.Fit" = "squash") -> "Framing":
     """How a model sees images, from --fit, --window, --stride and --size.
 
     Args:
@@ -36,23 +44,7 @@ def parse_framing(fit: str | None, window: str | None, stride: str | None, size:
     """
     from kdcache.metrics import Framing
 
-    if fit not in (None, "squash", "crop", "pad"):
-        raise RecipeError("--fit is one of squash, crop, pad", received=repr(fit), remedy="use --fit pad")
-    return Framing(
-        cast("Any", fit or trained),
-        window=_parse_pixels("--window", window),
-        stride=_parse_pixels("--stride", stride),
-        whole=parse_size(size) if window is not None else None,
-    )
-
-
-def _parse_pixels(flag: str, text: str | None) -> tuple[int, int] | None:
-    try:
-        return parse_size(text)
-    except RecipeError as error:
-        raise RecipeError(
-            error.rule.replace("--size", flag), received=error.received, remedy=f"for instance {flag} 512x512"
-        ) from error
+    return Framing.of(read(ImageSettings, settings), read(JudgeSettings, settings), trained)
 
 
 def parse_fold(fold: str | None, folds_by: str | None) -> "data.Fold | None":
@@ -153,27 +145,9 @@ Data = Annotated[str, flag(DataSettings, "data")]
 OptionalData = Annotated[str | None, flag(SourceSettings, "data")]
 Split = Annotated[str, flag(ImageSettings, "split")]
 Size = Annotated[str | None, flag(ImageSettings, "size")]
-Fit = Annotated[
-    str | None,
-    typer.Option(
-        "--fit",
-        metavar="squash|crop|pad",
-        help="How images of another shape become --size (default: as the run was trained; squash without a run). crop "
-        "sees as many crops as cover the image.",
-    ),
-]
-SlidingWindow = Annotated[
-    str | None,
-    typer.Option(
-        "--window",
-        metavar="HxW",
-        help="Slide a window of so many pixels over the image, at its own size or at --size, and average the logits.",
-    ),
-]
-Stride = Annotated[
-    str | None,
-    typer.Option("--stride", metavar="HxW", help="From a window to the next (default: two thirds of --window)."),
-]
+Fit = Annotated[str, flag(ImageSettings, "fit")]
+SlidingWindow = Annotated[str | None, flag(JudgeSettings, "window")]
+Stride = Annotated[str | None, flag(JudgeSettings, "stride")]
 Device = Annotated[str, flag(MachineSettings, "device")]
 Threads = Annotated[int, flag(MachineSettings, "threads")]
 Worker = Annotated[

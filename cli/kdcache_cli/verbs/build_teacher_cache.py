@@ -52,8 +52,9 @@ def build_teacher_cache(
     """
     from kdcache.store import worker_of
 
-    chosen = engine_flags.engine_of(engine, partial(build_flags.prepare, settings), actors, num_gpus, address, worker)
-    source, loaded, build_options = build_flags.prepare(settings)
+    parts = partial(build_flags.prepare, settings, out)
+    chosen = engine_flags.engine_of(engine, parts, actors, num_gpus, address, worker)
+    source, loaded, build_options = parts()
     teach_and_tell(source, loaded, out, build_options, worker_of(worker, take_over), engine=chosen)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcache.settings import entries
-from kdcache.settings.shared import DepthSettings, JudgeSettings, MachineSettings
+from kdcache.settings.shared import DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TrainSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar, warn
 from kdcache_cli.settings import shared_flags
@@ -49,7 +49,7 @@ def evaluate(
         Path | None, typer.Option("--class-map", help="Which class of the data each class of the model becomes.")
     ] = None,
     size: shared_flags.Size = None,
-    fit: shared_flags.Fit = None,
+    fit: shared_flags.Fit = ImageSettings.fit,
     window: shared_flags.SlidingWindow = None,
     stride: shared_flags.Stride = None,
     at_size: Annotated[
@@ -103,7 +103,7 @@ def evaluate(
             "--weights": weights != JudgeSettings.weights,
             "--class-map": class_map is not None,
             "--size": size is not None,
-            "--fit": fit is not None,
+            "--fit": fit != ImageSettings.fit,
             "--window": window is not None,
             "--stride": stride is not None,
             "--at-size": at_size,
@@ -114,6 +114,8 @@ def evaluate(
         files = {"json_file": json_file, "markdown": markdown, "listing": listing}
         evaluate_pseudo_labels(Path(run), data, split, part, others=others, **files)
         return
+    seen = {"fit": fit, "window": window, "stride": stride, "size": size}
+    shared_flags.parse_framing(seen)  # what is wrong is refused before data and model are read
     where = shared_flags.use_machine(threads, device)
     which = entries(JudgeSettings)["weights"].read(weights)
     sources = _open(data, split or [TrainSettings.val_split])
@@ -122,7 +124,7 @@ def evaluate(
     classes = next((source.classes for source in sources if len(source.classes)), unnamed_classes)
     used_size = shared_flags.parse_size(size or (window if split_spec(run) else None))
     model, description = open_model(run, classes, used_size, which, class_map=class_map)
-    framing = shared_flags.parse_framing(fit, window, stride, size, description.fit)
+    framing = shared_flags.parse_framing(seen, description.fit)
     if not several:
         check_classes(description, sources[0].classes, data[0])
     if part is not None:

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from kdcache.errors import RecipeError
-from kdcache.settings.shared import JudgeSettings, MachineSettings
+from kdcache.settings.shared import ImageSettings, JudgeSettings, MachineSettings
 from kdcache_cli.console import OUT, figure_table, progress_bar
 from kdcache_cli.settings import shared_flags
 from kdcache_cli.settings.model_flags import ClassesFolder, Model, Weights, open_model
@@ -28,7 +28,7 @@ def predict(
     ] = None,
     weights: Weights = JudgeSettings.weights,
     size: shared_flags.Size = None,
-    fit: shared_flags.Fit = None,
+    fit: shared_flags.Fit = ImageSettings.fit,
     window: shared_flags.SlidingWindow = None,
     stride: shared_flags.Stride = None,
     classes: ClassesFolder = None,
@@ -59,11 +59,13 @@ def predict(
     from kdcache.data import DEPTH, SEGMENTATION, ClassList
     from kdcache.models.run import split_spec
 
+    seen = {"fit": fit, "window": window, "stride": stride, "size": size}
+    shared_flags.parse_framing(seen)  # what is wrong is refused before the model is read
     where = shared_flags.use_machine(threads, device)
     options = PredictOptions(opacity, depth_format or "png")
     inputs = find_images(images)
     model, description = open_model(run, size or (window if split_spec(run) else None), weights, classes)
-    framing = shared_flags.parse_framing(fit, window, stride, size, description.fit)
+    framing = shared_flags.parse_framing(seen, description.fit)
     has_depth, has_classes = DEPTH in model.learnt_heads, SEGMENTATION in model.learnt_heads
     if depth_format is not None and not has_depth:
         raise RecipeError(

@@ -19,7 +19,7 @@ _Option = typer.Option
     order=(
         *("runs", "out", "data", "split", "fold", "folds_by", "teacher", "baseline", "num", "ids", "class_name"),
         *("layout", "formats"),
-        *("weights", "size", *compare_flags.DEPTH, "batch_size", "threads", "device", "smoke"),
+        *("weights", *compare_flags.FRAMING, *compare_flags.DEPTH, "batch_size", "threads", "device", "smoke"),
     ),
     wording={
         "teacher": {"help": "A run or SPEC@FILE: a panel of every picture."},

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kdcache.data.checks.check import CheckReport
 from kdcache.data.layouts.base import VALIDATION
-from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 
 MOST_SIDE, MULTIPLE = 384, 32
 """The shorter side of the images that are suggested, at most, and what both sides are multiples of."""
@@ -29,9 +28,9 @@ def next_step(report: CheckReport) -> str:
     classes = any(split.labelled for split in report.splits.values())
     model = "kdcache:base" if classes else "kdcache:base+depth"
     folds = "" if labelled & {*VALIDATION} else " --fold 0/5 --val-split train --val-fold 0/5"
-    size = suggested_size(report)
-    fit = " --fit pad" if size != "HxW" and _others(report, size) else ""
-    return f"kdcache train-teacher --data {data} --model {model} --size {size}{fit}{folds} --out runs/teacher"
+    return (
+        f"kdcache train-teacher --data {data} --model {model} --size {suggested_size(report)}{folds} --out runs/teacher"
+    )
 
 
 def suggested_size(report: CheckReport) -> str:
@@ -42,13 +41,6 @@ def suggested_size(report: CheckReport) -> str:
     height, width = map(int, sizes.most_common(1)[0][0].split("x"))
     scale = min(1.0, MOST_SIDE / min(height, width))
     return "x".join(str(max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE)) for side in (height, width))
-
-
-def _others(report: CheckReport, size: str) -> bool:
-    """Whether images have another shape than a size, by more than 5 %."""
-    sizes = {tuple(map(int, text.split("x"))) for split in report.splits.values() for text in split.sizes}
-    height, width = map(int, size.split("x"))
-    return any(squashed((own[0], own[1]), (height, width)) > MOST_SQUASHED for own in sizes)
 
 
 def _name(report: CheckReport) -> str:

@@ -50,6 +50,9 @@ class FileSplit(Split):
         self._sizes[index] = (pixels.shape[0], pixels.shape[1])
         return pixels
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self._sizes.get(index) or image_size(self.image_path(index), header_only=True)
+
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         files = {SEGMENTATION: self._label_files, DEPTH: self._depth_files}.get(task)
         return files is not None and files[index] is not None

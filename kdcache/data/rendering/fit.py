@@ -13,11 +13,15 @@ from __future__ import annotations
 from typing import Literal
 
 from kdcache.data.rendering.view import Window
+from kdcache.data.sample import Split
 
 Fit = Literal["squash", "crop", "pad"]
 
 MOST_SQUASHED = 0.05
-"""By how much the shapes of images and pixels may differ before squashing is no longer advised."""
+"""By how much the shapes of images and pixels may differ before images are padded by default."""
+
+_LOOKED_AT = 500
+"""Images of a split, evenly spread, whose shapes decide."""
 
 
 def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
@@ -33,6 +37,24 @@ def fitted_share(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -
     if (fit == "crop") == (tall > wide):
         return wide / tall, 1.0
     return 1.0, tall / wide
+
+
+def choose_fit(split: Split, size: tuple[int, int]) -> tuple[Fit, str | None]:
+    """The fit of a build or a training that names none: pad where an image has another shape than its pixels.
+
+    Args:
+        size: (H, W) of the pixels.
+    Returns: the fit, and for `pad` a note that says why.
+    """
+    for index in range(0, len(split), max(1, len(split) // _LOOKED_AT)):
+        height, width = split.image_size(index)
+        if (other := squashed((height, width), size)) > MOST_SQUASHED:
+            return "pad", (
+                f"images are padded, and padding teaches nothing (--fit pad): {split.ids[index]} of {height}x{width} "
+                f"has another shape than {size[0]}x{size[1]} by {100 * other:.0f} %, more than "
+                f"{100 * MOST_SQUASHED:.0f} %; --fit crop or squash for the other ways"
+            )
+    return "squash", None
 
 
 def whole_window(fit: Fit, image_size: tuple[int, int], size: tuple[int, int]) -> Window:

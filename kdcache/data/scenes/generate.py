@@ -140,6 +140,9 @@ class ScenesSplit(Split):
         pixels: Pixels = self._sample(index)[0].copy()
         return pixels
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self.spec.height, self.spec.width
+
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         if self.split == _UNLABELLED or (task == DEPTH and self.spec.depth == "none"):
             return False

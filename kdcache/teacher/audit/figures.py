@@ -183,23 +183,22 @@ def _gradient(audit: Audit) -> "Figure":
 
 def _worst(audit: Audit, records: Records, rank: int, scored: Scored) -> "Figure":
     """Image, label, prediction, and where the two differ."""
-    pixels = records.pixels(scored.record)
     whole = read_whole(records, scored.record, labelled=True)
     assert whole.label is not None
-    argmax = whole.argmax.numpy()
-    counted = whole.label != IGNORE_INDEX
-    wrong = float((argmax != whole.label)[counted].mean())
+    pixels, argmax, label = map(whole.of_image, (records.pixels(scored.record), whole.argmax.numpy(), whole.label))
+    counted = label != IGNORE_INDEX
+    wrong = float((argmax != label)[counted].mean())
     colours, red = audit.class_colours, error_colour(audit.class_colours)
-    present = sorted({*np.unique(whole.label[counted]).tolist(), *np.unique(argmax).tolist()})
+    present = sorted({*np.unique(label[counted]).tolist(), *np.unique(argmax).tolist()})
     legend = [(audit.class_names[number], colours[number]) for number in present]
     title = f"{scored.sample}: mIoU {percent(scored.miou)}, number {rank} from the bottom"
     return panels(
         f"{title}; {percent(wrong)} % of pixels wrong",
         [
             ("image", pixels),
-            ("label", colour_ids(whole.label, colours)),
+            ("label", colour_ids(label, colours)),
             ("the teacher", colour_ids(argmax, colours)),
-            ("errors", mark_wrong(pixels, whole.label, argmax, red)),
+            ("errors", mark_wrong(pixels, label, argmax, red)),
         ],
         [*legend, ("void", VOID_RGB), ("wrong", red)],
     )

@@ -38,6 +38,13 @@ class Whole:
     inside: Array | None
     label: Array | None
 
+    def of_image(self, array_HW: Array) -> Array:
+        """The part of (H, W) or (H, W, 3) where the view shows its image; an image without a pixel there is kept."""
+        if self.inside is None or not self.inside.any():
+            return array_HW
+        rows, columns = np.flatnonzero(self.inside.any(1)), np.flatnonzero(self.inside.any(0))
+        return np.ascontiguousarray(array_HW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+
 
 def whole_records(cache: Cache) -> list[int]:
     """The first view of every sample: the whole image, unless all views are crops."""

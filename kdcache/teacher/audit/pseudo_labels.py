@@ -1,7 +1,7 @@
 """Pseudo labels out of a store: the teacher's class where it is sure, void elsewhere, as PNG files of a data folder.
 
     OUT/classes.txt                 names and colours
-    OUT/labels/<split>/<id>.png     ids at view size, 255 where the teacher is not sure enough, in the classes' colours
+    OUT/labels/<split>/<id>.png     ids at view size without padding, 255 where not sure enough, in the classes' colours
     OUT/images/<split>/<id>.png     on demand: the images at view size, which make OUT a data folder of its own
     OUT/pseudo-labels.json          from which store and by which rule: what is there is kept only when these are equal
 
@@ -97,7 +97,7 @@ def export_pseudo_labels(
     _check_out(out, settings := _settings(cache, rule))
     counts = ConfidenceCounts(len(classes))
     for whole in _with_progress(read_wholes(records), "counting confidences", len(files), progress):
-        counts.update(whole.argmax, whole.confidence, whole.label)
+        counts.update(whole.argmax, whole.confidence, whole.label, whole.inside)
     least = rule.threshold if rule.threshold is not None else counts.quantile_thresholds(rule.quantile or 0.0)
     coverage, half = counts.coverage(least), counts.threshold_keeping(0.5)
     if not any(coverage.selected):
@@ -118,10 +118,10 @@ def export_pseudo_labels(
         wholes = _with_progress(read_wholes(records, labels=False), "writing labels", len(files), progress)
         for file, whole in zip(files, wholes, strict=True):
             if not (path := labels / file).exists():
-                _write(path, palette_png(pseudo_label(whole, least_C), classes.colours))
+                _write(path, palette_png(whole.of_image(pseudo_label(whole, least_C)), classes.colours))
                 written += 1
             if images and not (path := pictures / file).exists():
-                _write(path, png_bytes(Image.fromarray(records.pixels(whole.record))))
+                _write(path, png_bytes(Image.fromarray(whole.of_image(records.pixels(whole.record)))))
     return Exported(classes.names, coverage, half, written, len(files) - written)
 
 
@@ -150,11 +150,12 @@ def _settings(cache: Cache, rule: Rule) -> dict[str, Any]:
 
 
 def _check_views(cache: Cache) -> None:
-    if cache.manifest.view.kind != "full":
+    view = cache.manifest.view
+    if view.kind != "full" or view.fit == "crop":
         raise MismatchError(
             "pseudo labels are of whole images",
-            received=f"{cache.place}, which keeps crops alone",
-            remedy="build a store without --crop: its first view of every sample is the whole image",
+            received=f"{cache.place}, which keeps crops alone" + (" (--fit crop)" if view.kind == "full" else ""),
+            remedy="build a store without --crop and --fit crop: its first view of every sample is the whole image",
         )
 
 

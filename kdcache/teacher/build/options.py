@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from kdcache.data import Fit
 from kdcache.errors import RecipeError
 from kdcache.settings.building import BuildSettings
-from kdcache.settings.shared import FitChoice
 from kdcache.store.format.manifest_models import LEAST_ZOOM, MOST_SIDE, MOST_VIEWS, MOST_ZOOM, Drawn, View
 
 
@@ -16,7 +16,7 @@ class BuildOptions(BuildSettings):
 
     Attributes:
         size: (H, W) of the views, or with `crop` of the whole image at zoom 1.
-        fit: how images of another shape are fitted into it: squash (auto is the same), crop or pad.
+        fit: how images of another shape are fitted into it.
         heads: of the teacher's, those that are stored; () is all that it has learnt.
         features_only: no head is stored, only features.
         top_k: keeps that many classes, None measures how many it takes.
@@ -34,7 +34,7 @@ class BuildOptions(BuildSettings):
     """
 
     size: tuple[int, int]
-    fit: FitChoice = "auto"
+    fit: Fit = "squash"
     fidelity: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -100,5 +100,5 @@ def view_of(options: BuildOptions) -> View:
         views_per_sample=options.views,
         drawn=drawn if options.views > 1 or crop is not None else None,
         pixels=options.pixels,
-        fit="squash" if options.fit == "auto" else options.fit,
+        fit=options.fit,
     )

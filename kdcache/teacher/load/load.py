@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kdcache.data import ClassList, Split
+from kdcache.data import ClassList, Fit, Split
 from kdcache.errors import MismatchError, ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import (
@@ -42,6 +42,7 @@ class Teacher:
         trainings: of each member, or of the one model, on each of its streams, as far as it is a run that records them;
             empty when not looked up.
         parents: seals of the stores that it learnt from, as far as it is a run that records them.
+        fit: how images of another shape were fitted into `size` in its training.
     """
 
     model: SegmentationModel
@@ -53,6 +54,7 @@ class Teacher:
     folds_by: str | None = None
     trainings: tuple[Training | None, ...] = ()
     parents: tuple[str, ...] = ()
+    fit: Fit = "squash"
 
     def model_for(self, fold: int | None) -> SegmentationModel:
         """The model that predicts the samples of a fold; with None the whole, of which the fingerprint is."""
@@ -125,6 +127,7 @@ def load_teacher(
         tuple(loaded.notes),
         trainings=loaded.trainings,
         parents=loaded.parents,
+        fit=loaded.fit,
     )
 
 
@@ -139,12 +142,15 @@ class _Loaded:
     notes: list[str] = field(default_factory=list)
     trainings: tuple[Training | None, ...] = (None,)
     parents: tuple[str, ...] = ()
+    fit: Fit = "squash"
 
 
 def _of_run(origin: str, *, trust: bool) -> _Loaded:
     run = Run.open(origin)
     model, about = load_run(run, trust=trust)
-    return _Loaded(model, origin, about.size, about.class_names, trainings=trainings_of(run), parents=about.stores)
+    loaded = _Loaded(model, origin, about.size, about.class_names, trainings=trainings_of(run), parents=about.stores)
+    loaded.fit = about.fit
+    return loaded
 
 
 def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str | Path | None) -> _Loaded:
@@ -162,7 +168,7 @@ def _of_spec(origin: str, spec: str, weights: str, classes: int, class_map: str 
     model.untrained = () if about is None else about.untrained
     loaded = _Loaded(model, origin)
     if about is not None:
-        loaded.size, loaded.class_names = about.size, about.class_names
+        loaded.size, loaded.class_names, loaded.fit = about.size, about.class_names, about.fit
     report = model.load_report
     if report is not None and report.unused_auxiliary:
         loaded.notes.append(f"auxiliary heads left out: {', '.join(report.unused_auxiliary)}")

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from kdcache.data import DEPTH, Split
+from kdcache.data import DEPTH, Fit, Split
 from kdcache.metrics.depth_figures import DepthMap, bar_end
 from kdcache.metrics.figures import Array, colour_ids, error_colour, mark_wrong
+from kdcache.metrics.framing import Framing
 from kdcache.metrics.predictions import Predicted, judged_tasks, predictions
 from kdcache.models import SegmentationModel
 
@@ -18,12 +21,14 @@ _GAP = 4
 
 
 def sample_panels(
-    model: SegmentationModel, split: Split, size: tuple[int, int], device: torch.device
+    model: SegmentationModel, split: Split, size: tuple[int, int], device: torch.device, fit: Fit = "squash"
 ) -> Callable[[], dict[str, Array]]:
     """A function that predicts four samples, evenly spread over a split, with the weights as they are then.
 
     Args:
-        size: (H, W) of the pixels that the model sees, and of each picture.
+        size: (H, W) of the pixels that the model sees, and of each picture, which is smaller where an image of another
+            shape is not squashed.
+        fit: how images of another shape are fitted into `size`.
     Returns: of it, by sample and task uint8 (H, W', 3): image, ground truth, prediction and, of classes, errors. It
         draws no random number and leaves the model as it was.
     """
@@ -32,22 +37,35 @@ def sample_panels(
 
     def draw() -> dict[str, Array]:
         batches = predictions(
-            model, split, numbers, size, tasks=tasks, device=device, batch_size=1, at_size=True, threads=0
+            model,
+            split,
+            numbers,
+            size,
+            tasks=tasks,
+            device=device,
+            batch_size=1,
+            at_size=fit == "squash",
+            threads=0,
+            framing=Framing(fit),
         )
         panels = {}
         with closing(batches):
             for batch in batches:
                 for own in batch:
                     for task in tasks:
-                        panels[f"{split.ids[own.number]}/{task}"] = _panel(split, own, task, size)
+                        panels[f"{split.ids[own.number]}/{task}"] = _panel(split, own, task, size, fit)
         return panels
 
     return draw
 
 
-def _panel(split: Split, own: Predicted, task: str, size: tuple[int, int]) -> Array:
-    pixels = _resized(split.image(own.number), size)
+def _panel(split: Split, own: Predicted, task: str, size: tuple[int, int], fit: Fit) -> Array:
+    image = split.image(own.number)
     answer, label = own.answers[task].numpy(), own.labels[task].numpy() if task in own.labels else None
+    if fit != "squash":  # both have the image's size
+        size = Framing("pad", window=(1, 1), whole=size).scaled((image.shape[0], image.shape[1]), size)
+        answer, label = _at(answer, size), None if label is None else _at(label, size)
+    pixels = _resized(image, size)
     if task == DEPTH:
         high = bar_end([answer] if label is None else [label, answer])
         pictures = [pixels, *(DepthMap(metres, high).rgb() for metres in (label, answer) if metres is not None)]
@@ -58,6 +76,15 @@ def _panel(split: Split, own: Predicted, task: str, size: tuple[int, int]) -> Ar
             pictures.append(mark_wrong(pixels, label, answer, error_colour(colours)))
     gap = np.full((size[0], _GAP, 3), 255, np.uint8)
     return np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
+
+
+def _at(values_HW: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
+    """Class ids or metres at another size, the nearest ones."""
+    rows, columns = (
+        ((np.arange(to) + 0.5) * side / to).astype(int) for side, to in zip(values_HW.shape, size, strict=True)
+    )
+    resized: npt.NDArray[Any] = values_HW[rows[:, None], columns]
+    return resized
 
 
 def _resized(pixels_HW3: Array, size: tuple[int, int]) -> Array:

@@ -1,8 +1,8 @@
 """How the images of a training are fitted into its pixels: one way for all of its streams."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from kdcache.data import Fit
+from kdcache.data import Fit, Split, choose_fit
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 from kdcache.errors import RecipeError
 from kdcache.store import Cache
@@ -11,19 +11,25 @@ from kdcache.train.streams import Stream
 
 
 def shared_fit(
-    config: TrainConfig, opened: Sequence[tuple[Stream[TrainConfig], Cache | None]], size: tuple[int, int] | None
+    config: TrainConfig,
+    opened: Sequence[tuple[Stream[TrainConfig], Cache | None, Split | None]],
+    size: tuple[int, int] | None,
+    note: Callable[[str], None],
 ) -> Fit:
-    """The fit of a training: that of its stores, else the one that is asked for; auto squashes.
+    """The fit of a training: that of its stores, else the one that is asked for, else by the shapes of its images.
 
     Args:
-        opened: every stream with its store.
+        opened: every stream with its store, or its data set.
         size: (H, W) of the pixels; None for the stores' views'.
+        note: is called with the reason where images are padded by default.
     Raises: RecipeError where stores differ, where another fit is asked for, and for a size of another shape than padded
         or cropped views have.
     """
-    stores = {cache.manifest.view.fit: cache for _, cache in opened if cache is not None}
+    stores = {cache.manifest.view.fit: cache for _, cache, _ in opened if cache is not None}
+    if not stores and config.fit != "auto":
+        return config.fit
     if not stores:
-        return "squash" if config.fit == "auto" else config.fit
+        return _by_shapes([split for _, _, split in opened if split is not None], size, note)
     (fit, cache), *others = stores.items()
     if others:
         raise RecipeError(
@@ -45,3 +51,15 @@ def shared_fit(
             remedy=f"use --size {height}x{width}, or build a store of that shape",
         )
     return fit
+
+
+def _by_shapes(splits: Sequence[Split], size: tuple[int, int] | None, note: Callable[[str], None]) -> Fit:
+    """The fit of data sets for which none is named: padded where any of them has images of another shape."""
+    for split in splits:
+        if size is None:  # which is refused later, by the rule of its own
+            break
+        fit, reason = choose_fit(split, size)
+        if reason is not None:
+            note(reason)
+            return fit
+    return "squash"

@@ -36,14 +36,25 @@ def open_store(config: TrainConfig) -> Cache | None:
     return cache
 
 
-def open_dataset(config: TrainConfig, cache: Cache | None, paste: str | None = None) -> DrawnDataset:
+def open_folder(config: TrainConfig) -> Split | None:
+    """Open the data set of a training; None when it draws from a store."""
+    return open_split(config.data, config.split) if config.cache is None and config.data is not None else None
+
+
+def open_dataset(
+    config: TrainConfig, cache: Cache | None, paste: str | None = None, split: Split | None = None
+) -> DrawnDataset:
     """Open the samples of a training.
 
     Args:
         paste: how another stream's samples are pasted into these, which need no labels of their own then.
+        split: the data set where there is no store; None opens it.
     """
     labelled_only = not (config.learns_unlabelled or paste is not None)
-    dataset = _of_folder(config, labelled_only) if cache is None else _of_store(config, cache, labelled_only)
+    if cache is None:
+        dataset: DrawnDataset = _of_folder(config, split or open_folder(config), labelled_only)
+    else:
+        dataset = _of_store(config, cache, labelled_only)
     if paste is None:
         check_labels(config, dataset)
     if paste is not None or config.mix is not None:
@@ -110,9 +121,8 @@ def _jitter(setting: float | str) -> float | RandAugment:
     return RandAugment(*operations)
 
 
-def _of_folder(config: TrainConfig, labelled_only: bool) -> LabelledDataset:
-    assert config.data is not None
-    split = open_split(config.data, config.split)
+def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) -> LabelledDataset:
+    assert split is not None
     if config.size is None:
         raise RecipeError(
             "training from a data folder needs the size of its pixels",

@@ -14,7 +14,7 @@ from kdcache.train.input.cache_dataset import choose_augment
 from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.run.monitor import check_logits
 from kdcache.train.sources.fit import shared_fit
-from kdcache.train.sources.samples import drawn_scale, open_dataset, open_store
+from kdcache.train.sources.samples import drawn_scale, open_dataset, open_folder, open_store
 from kdcache.train.streams import Stream, in_stream
 
 
@@ -58,22 +58,23 @@ class Source:
         return (lambda text: note(f"stream {name}: {text}")) if name else note
 
 
-def open_sources(config: TrainConfig, parts: int) -> list[Source]:
+def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -> list[Source]:
     """Open and check the data of every stream.
 
     Args:
         parts: number of processes times parts that share every batch.
+        note: is called with what the user should know.
     Raises: KDCacheError of every kind, with the name of the stream.
     """
     rows = config.rows(parts) if config.stream else [config.batch_size]
     opened = []
     for stream in config.streams:
         with _named(stream.name):
-            opened.append((stream, open_store(stream.config)))
-    size = _shared_size(config, [cache for _, cache in opened]) if config.stream else config.size
-    fit = shared_fit(config, opened, size)
+            opened.append((stream, open_store(stream.config), open_folder(stream.config)))
+    size = _shared_size(config, [cache for _, cache, _ in opened]) if config.stream else config.size
+    fit = shared_fit(config, opened, size, note)
     sources = []
-    for (stream, cache), count in zip(opened, rows, strict=True):
+    for (stream, cache, split), count in zip(opened, rows, strict=True):
         with _named(stream.name):
             augment = choose_augment(stream.config.augment, cache)
             given = stream.config.model_copy(
@@ -83,7 +84,7 @@ def open_sources(config: TrainConfig, parts: int) -> list[Source]:
             if cache is not None and given.reads_targets:
                 check_logits(cache, needed=given.reads_logits)
             own = given.model_copy(update={"flip": given.flip is not False})
-            dataset = open_dataset(own, cache, stream.paste)
+            dataset = open_dataset(own, cache, stream.paste, split)
             sources.append(Source(stream, given, own, cache, dataset, count))
     _check_both_learn(config, sources)
     by_name = {source.stream.name: source for source in sources}

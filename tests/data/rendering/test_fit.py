@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from kdcache.data import Window, fitted_share, whole_window
+from kdcache.data import Window, choose_fit, fitted_share, open_split, whole_window
 from kdcache.data.rendering.augment import draw_view
 from kdcache.data.rendering.fit import MOST_SQUASHED, squashed
 
@@ -46,3 +47,35 @@ def test_shapes_differ_by_their_ratio_in_either_direction() -> None:
     assert squashed((100, 105), (50, 50)) == squashed((105, 100), (50, 50)) == MOST_SQUASHED == 0.05
     assert squashed((100, 106), (50, 50)) > MOST_SQUASHED
     assert squashed((360, 480), (144, 192)) == 0
+
+
+def test_images_are_padded_from_5_percent_on_and_a_note_names_one() -> None:
+    split = open_split("scenes:40x42,train=2,val=1", "train")
+    assert choose_fit(split, (40, 40)) == choose_fit(split, (80, 84)) == ("squash", None)
+    fit, note = choose_fit(split, (42, 40))
+    assert fit == "pad"
+    assert f"{split.ids[0]} of 40x42 has another shape than 42x40 by 10 %, more than 5 %" in note
+
+
+def test_one_image_of_another_shape_is_enough_and_lies_as_its_camera_meant_it(tmp_path) -> None:
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    (tmp_path / "images/train").mkdir(parents=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter
+    for name, size, exif in (("a", (48, 32), Image.Exif()), ("b", (32, 48), turned)):
+        Image.new("RGB", size).save(tmp_path / f"images/train/{name}.jpg", exif=exif)
+    split = open_split(str(tmp_path), "train")
+    assert [split.image_size(index) for index in range(2)] == [(32, 48)] * 2
+    assert choose_fit(split, (64, 96))[0] == "squash"
+    Image.new("RGB", (32, 48)).save(tmp_path / "images/train/b.jpg")
+    fit, note = choose_fit(open_split(str(tmp_path), "train"), (64, 96))
+    assert fit == "pad"
+    assert "b of 48x32" in note
+
+
+def test_every_kind_of_split_has_the_sizes_of_its_images(tmp_path) -> None:
+    for data in ("scenes:24x40,train=3,val=1", "depth:scenes:24x40,train=3,val=1,depth=exact"):
+        split = open_split(data, "train")
+        assert split.image_size(2) == split.image(2).shape[:2] == (24, 40)
+    joined = open_split("scenes:24x40,train=1,val=1 + scenes:32x32,train=1,val=1,seed=5", "train")
+    assert sorted(joined.image_size(index) for index in range(2)) == [(24, 40), (32, 32)]

@@ -53,6 +53,23 @@ def built(request, tmp_path, teacher, folder_data, options):
     return open_cache(tmp_path / "s.zarr"), split
 
 
+def test_padding_is_no_pseudo_label(teacher, folder_data, options, tmp_path) -> None:
+    split = open_split(folder_data, "train")
+    build_cache(split, teacher, tmp_path / "pad.zarr", options(size=(52, 52), fit="pad"))
+    records = Records(open_cache(tmp_path / "pad.zarr"), split)
+    found = export_pseudo_labels(records, tmp_path / "out", Rule(quantile=0.999), images=True)
+    assert sum(found.coverage.predicted) == len(split) * 36 * 52  # of 52 x 52
+    for number, sample in enumerate(split.ids):
+        for kind in ("labels", "images"):
+            with Image.open(tmp_path / f"out/{kind}/train/{sample}.png") as picture:
+                assert picture.size == (52, 36)
+        with Image.open(tmp_path / f"out/images/train/{sample}.png") as picture:
+            assert (np.asarray(picture) == split.image(number)).all()
+    build_cache(split, teacher, tmp_path / "crop.zarr", options(size=(32, 32), fit="crop"))
+    with pytest.raises(MismatchError, match="--fit crop"):
+        export_pseudo_labels(Records(open_cache(tmp_path / "crop.zarr"), split), tmp_path / "c", Rule(threshold=0.5))
+
+
 @pytest.mark.parametrize("rule", [Rule(threshold=0.6), Rule(quantile=0.4)])
 def test_labels_are_what_the_teacher_is_sure_of(built, tmp_path, rule) -> None:
     cache, split = built
