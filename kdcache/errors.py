@@ -16,7 +16,6 @@ command line prints them in one panel and exits with 2.
 
 import logging
 import re
-import sys
 from typing import Self
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -55,19 +54,19 @@ class KDCacheError(Exception):
         rule: what must hold, in one sentence.
         received: what was found instead.
         remedy: what the user can do about it.
+        entry: words that name the entry of a rule whose own first words vary; None takes those of the rule.
 
     Attributes:
-        entry: the entry of docs/troubleshooting.md, E- and the file that raised it; empty for errors of other packages.
+        entry: the entry of docs/troubleshooting.md, as `entry_of` has it.
     """
 
-    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
+    def __init__(self, rule: str, *, received: str, remedy: str, entry: str | None = None) -> None:
         self.rule, self.received, self.remedy = map(plain_text, (rule, received, remedy))
-        self.entry = entry_of(sys._getframe(1).f_globals.get("__name__", ""))
+        self.entry = entry_of(self.rule if entry is None else entry)
         super().__init__(self.rule, self.received, self.remedy)
 
     def __str__(self) -> str:
-        docs = f"\n  see docs: {self.entry}" if self.entry else ""
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}{docs}"
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}\n  see docs: {self.entry}"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.rule, self.received, self.remedy), {"entry": self.entry}
@@ -79,10 +78,10 @@ class KDCacheError(Exception):
         return again
 
 
-def entry_of(module: str) -> str:
-    """The entry of docs/troubleshooting.md for the errors of a module; empty for a module of another package."""
-    package, _, file = module.partition(".")
-    return f"E-{package[8:]}{'.' * (package != 'kdcache')}{file}" if package.startswith("kdcache") and file else ""
+def entry_of(rule: str) -> str:
+    """The entry of docs/troubleshooting.md for a rule: E- and the rule's first four words, articles left out."""
+    words = [word for word in re.findall(r"\w+", rule.lower()) if word not in ("a", "an", "the")]
+    return "E-" + "-".join(words[:4])
 
 
 def _rebuild(kind: type[KDCacheError], rule: str, received: str, remedy: str) -> KDCacheError:

@@ -2,8 +2,8 @@
 
     python scripts/reference.py [--check]
 
-The flags are those that the command line is made of; the entries are the errors in the source, by the file that raises
-them. tests/docs/test_reference.py compares both pages with the code.
+The flags are those that the command line is made of; the entries are the errors in the source, by the first words of
+their rules. tests/docs/test_reference.py compares both pages with the code.
 """
 
 import ast
@@ -21,7 +21,7 @@ from kdcache_cli.app import app
 
 ROOT = Path(__file__).parents[1]
 CLI, TROUBLE = ROOT / "docs" / "cli.md", ROOT / "docs" / "troubleshooting.md"
-PACKAGES = {"kdcache": "kdcache", "kdcache_kernels": "kernels/kdcache_kernels", "kdcache_cli": "cli/kdcache_cli"}
+PACKAGES = ("kdcache", "kernels/kdcache_kernels", "cli/kdcache_cli")
 MARK = "<!-- What follows is written by scripts/reference.py. -->\n"
 HEAD = f"""# Command line
 
@@ -79,34 +79,88 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def errors() -> dict[str, tuple[str, list[tuple[str, str]]]]:
-    """Entry -> the first line of its file's docstring, and (rule, remedy) of each error; what varies is an ellipsis."""
-    entries = {}
-    for package, folder in PACKAGES.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            raised = list(dict.fromkeys(_raised(tree)))
-            if raised:
-                module = ".".join((package, *parts)).removesuffix(".__init__")
-                entries[entry_of(module)] = ((ast.get_docstring(tree) or "").partition("\n")[0], raised)
+def errors() -> dict[str, dict[str, list[str]]]:
+    """Entry -> rule -> its remedies, of every error in the source; what varies is an ellipsis.
+
+    Raises: ValueError for an error whose entry varies: it is given `entry=`.
+    """
+    trees = [
+        ast.parse(path.read_text("utf-8")) for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    shared = {name: helper for tree in trees for name, helper in _helpers(tree).items() if not name.startswith("_")}
+    entries: dict[str, dict[str, list[str]]] = {}
+    for tree in trees:
+        for entry, rule, remedy in _raised(tree, shared | _helpers(tree)):
+            remedies = entries.setdefault(entry, {}).setdefault(rule, [])
+            remedies += [remedy] * (remedy not in ("…", *remedies))
     return dict(sorted(entries.items()))
 
 
-def _raised(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Rule and remedy of every error that a file makes, in its order."""
-    constants = {
-        target.id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
+def is_error(call: ast.Call) -> bool:
+    """Whether a call makes an error of ours."""
+    named = isinstance(call.func, ast.Name) and call.func.id.endswith("Error")
+    return named and len(call.args) == 1 and any(word.arg == "remedy" for word in call.keywords)
+
+
+def _calls(tree: ast.Module) -> Iterator[tuple[ast.Call, ast.FunctionDef | None]]:
+    """Every call of a file by a plain name, and the innermost function that makes it."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    owners = {id(node): function for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node, owners.get(id(node))
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+
+
+def _helpers(tree: ast.Module) -> dict[str, tuple[ast.FunctionDef, ast.Call]]:
+    """Name -> function and error, of the functions that get the rule of an error as an argument."""
+    return {
+        function.name: (function, call)
+        for call, function in _calls(tree)
+        if is_error(call) and function and getattr(call.args[0], "id", None) in _parameters(function)
     }
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    for call in sorted(calls, key=lambda call: call.lineno):
-        named = {word.arg: word.value for word in call.keywords}
-        if isinstance(call.func, ast.Name) and call.func.id.endswith("Error") and "remedy" in named and call.args:
-            yield _text(call.args[0], constants), _text(named["remedy"], constants)
+
+
+def _raised(tree: ast.Module, helpers: dict[str, tuple[ast.FunctionDef, ast.Call]]) -> Iterator[tuple[str, str, str]]:
+    """Entry, rule and remedy of every error that a file makes, by itself or through a helper."""
+    of_helpers = [error for _, error in helpers.values()]
+    for call, owner in _calls(tree):
+        given = {word.arg: word.value for word in call.keywords}
+        if call in of_helpers or not (is_error(call) or call.func.id in helpers):
+            continue
+        texts = _constants(tree) | _constants(owner)
+        if is_error(call):
+            rule, made = call.args[0], given
+        else:
+            function, error = helpers[call.func.id]
+            given |= dict(zip(_parameters(function), call.args, strict=False))
+            given = {name: texts.get(getattr(node, "id", ""), node) for name, node in given.items()}
+            texts |= _constants(function) | given
+            rule, made = given[error.args[0].id], {word.arg: word.value for word in error.keywords}
+        if "entry" in made and not isinstance(made["entry"], ast.Constant):
+            continue  # the rule of another error, which has its entry
+        for each in (rule.body, rule.orelse) if isinstance(rule, ast.IfExp) else (rule,):
+            text = _text(each, texts)
+            words = _text(made["entry"], {}) if "entry" in made else text
+            yield entry_in_source(words), words if text == "…" else text, _text(made["remedy"], texts)
+
+
+def entry_in_source(words: str) -> str:
+    """The entry of a rule. Raises: ValueError when it depends on what varies in the rule."""
+    entries = {entry_of(words.replace("…", filler)) for filler in ("", "x", "y z")}
+    if len(entries) > 1:
+        raise ValueError(f"the first words of {words!r} vary: give the error entry=")
+    return entries.pop()
+
+
+def _constants(scope: ast.Module | ast.FunctionDef | None) -> dict[str, ast.expr]:
+    """Names that are given a value in a file, outside of functions, or in a function; and the value."""
+    nodes = ast.walk(scope) if isinstance(scope, ast.FunctionDef) else scope.body if scope else ()
+    assigned = [node for node in nodes if isinstance(node, ast.Assign)]
+    return {target.id: node.value for node in assigned for target in node.targets if isinstance(target, ast.Name)}
 
 
 def _text(node: ast.expr, constants: dict[str, ast.expr]) -> str:
@@ -125,16 +179,15 @@ def _text(node: ast.expr, constants: dict[str, ast.expr]) -> str:
 
 
 def error_entries() -> str:
-    """The entries of docs/troubleshooting.md, by room."""
-    lines, room = [], None
-    for entry, (about, raised) in errors().items():
-        if entry.partition(".")[0] != room:
-            room = entry.partition(".")[0]
-            lines.append(f"## {room[2:]}\n")
-        lines.append(f"### {entry} {{ #{entry} }}\n\n{_plain(about.replace('`', ''))}\n")
-        lines += [f"- **{_plain(rule)}**" + f" Remedy: {_plain(remedy)}" * (remedy != "…") for rule, remedy in raised]
-        lines.append("")
-    return "\n".join(lines)
+    """The entries of docs/troubleshooting.md, each with an anchor of its name."""
+    lines = []
+    for entry, rules in errors().items():
+        anchor = f'<a id="{entry}"></a>'
+        for rule, remedies in rules.items():
+            remedy = " Remedy: " + "; or: ".join(map(_plain, remedies)) if remedies else ""
+            lines.append(f"- {anchor}`{entry}`: **{_plain(rule)}**{remedy}")
+            anchor = ""
+    return "\n".join(lines) + "\n"
 
 
 def _plain(text: str) -> str:

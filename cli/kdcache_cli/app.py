@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from kdcache.errors import KDCacheError
 from kdcache_cli.console import ERRORS
+from kdcache_cli.parse_errors import parse_errors
 from kdcache_cli.settings import build_flags
 from kdcache_cli.settings.signature import show_plain_types
 from kdcache_cli.torchrun import one_voice
@@ -70,14 +71,15 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
 _GROUPS = {"data": "Data", "kernels": "Bench"}
 """Groups of verbs, by the heading that they stand under."""
 
-SYSTEM, DEFECT = "E-system", "E-defect"
-"""Entries of docs/troubleshooting.md for errors of the system, and for those that nobody foresaw."""
-
 _ALSO_SHORTER = ("plan", "build-teacher-cache", "extend")
 
 
 class _Verbs(TyperGroup):
-    """The group of verbs in the order of work, with a message about what Ctrl-C leaves behind; Typer prints none."""
+    """The group of verbs in the order of work, with messages of ours for Ctrl-C and for what the parser refuses."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with parse_errors():
+            return super().make_context(*args, **options)
 
     def list_commands(self, ctx: Any) -> list[str]:
         panels = {verb: list(_PANELS).index(panel) for panel, verbs in _PANELS.items() for verb in verbs}
@@ -97,7 +99,8 @@ class _Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with parse_errors(ctx):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             ERRORS.print("\nInterrupted. What was finished is kept: run the same command again to go on.")
             raise typer.Exit(130) from None
@@ -164,16 +167,11 @@ def main(args: Sequence[str] | None = None) -> None:
     ERRORS.quiet = "--quiet" in arguments
     try:
         with one_voice(), _trusting("--trust" in arguments):
-            app(args=words)
-    except KDCacheError as error:
-        if debug:
-            raise
-        _show(error.rule, error.received, error.remedy, error.entry)
-        sys.exit(2)
+            app(args=words, prog_name="kdcache")
     except Exception as error:
         if debug:
             raise
-        _show(*_foreign(error))
+        _show(_explained(error))
         sys.exit(2)
 
 
@@ -185,21 +183,25 @@ def _trusting(trust: bool) -> AbstractContextManager[None]:
     return trusting()
 
 
-def _foreign(error: Exception) -> tuple[str, str, str, str]:
-    """Rule, received, remedy and entry of an error that is not kdcache's own; the kernels' errors carry theirs."""
-    parts = [getattr(error, name, None) for name in ("rule", "received", "remedy", "entry")]
-    if all(isinstance(part, str) for part in parts):
-        return str(parts[0]), str(parts[1]), str(parts[2]), str(parts[3])
+def _explained(error: Exception) -> Any:
+    """An error with rule, received, remedy and entry: itself where it has them, as kdcache's and the kernels' do."""
+    if all(isinstance(getattr(error, name, None), str) for name in ("rule", "received", "remedy", "entry")):
+        return error
     if isinstance(error, PermissionError):
-        return "files must be readable and folders writable", str(error), "check the permissions", SYSTEM
-    received = f"{type(error).__name__}: {error}"
-    return "this should not have happened", received, "run again with --debug and report the traceback", DEFECT
-
-
-def _show(rule: str, received: str, remedy: str, entry: str) -> None:
-    docs = ("\n", ("see docs  ", "dim"), entry) if entry else ()
-    body = Text.assemble(
-        *((rule, "bold"), "\n", ("received  ", "dim"), received, "\n", ("remedy    ", "dim"), remedy, *docs)
+        return KDCacheError(
+            "files must be readable and folders writable",
+            received=str(error),
+            remedy="check the permissions, and whether the disk is mounted for writing",
+        )
+    return KDCacheError(
+        "this should not have happened: it is a defect of kdcache, or of a library",
+        received=f"{type(error).__name__}: {error}",
+        remedy="run again with --debug and report the traceback",
     )
+
+
+def _show(error: Any) -> None:
+    lines = (("received  ", error.received), ("remedy    ", error.remedy), ("see docs  ", error.entry))
+    body = Text.assemble((error.rule, "bold"), *(part for name, text in lines for part in ("\n", (name, "dim"), text)))
     with ERRORS.heard():
         ERRORS.print(Panel.fit(body, title="error", title_align="left", border_style="red"))

@@ -227,6 +227,7 @@ def _opened(path: Path, what: str) -> Iterator[Image.Image]:
 def _unreadable(path: Path, what: str, error: Exception) -> DataError:
     return DataError(
         f"Every {what} of a data set can be read.",
+        entry="every file of data can be read",
         received=f"{path}: {error or type(error).__name__}",
         remedy="Restore the file from its source, or remove the sample; `check` lists all such files.",
     )

@@ -61,9 +61,8 @@ def check_metadata(place: Place, completion: Completion, keys: Iterable[str]) ->
             failure = unreadable_metadata(place.describe(key), error, what)
             if key == ROOT and AGAIN in failure.remedy and read_spare(place) is None:
                 remedy = f"{AGAIN}: it writes this file anew, or says that it cannot"
-                raise CorruptError(
-                    failure.rule, received=f"{failure.received}; there is no spare of it", remedy=remedy
-                ) from error
+                received = f"{failure.received}; there is no spare of it"
+                raise failure.restated(received=received, remedy=remedy) from error
             raise failure from error
 
 

@@ -109,6 +109,7 @@ def _check(rounds: Flags) -> None:
         if not good:
             raise RecipeError(
                 f"{key} of [rounds] is {rule}",
+                entry="rounds of a recipe",
                 received=f"{key} = {rounds[key]!r}",
                 remedy=f"write {key} = {example}",
             )

@@ -253,13 +253,10 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
     fields = StreamOwn.model_fields | TrainConfig.model_fields
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, fields, n=1)
-        return RecipeError(
-            "every setting is one that a training has",
-            received=f"{flag} {value}",
-            remedy=f"did you mean --{flag_of(near[0])}?" if near else "leave it out: --help lists those there are",
-        )
+        remedy = f"did you mean --{flag_of(near[0])}?" if near else "leave it out: --help lists those there are"
+        return RecipeError("every setting is one that a training has", received=f"{flag} {value}", remedy=remedy)
     if first["type"] == "missing" and len(first["loc"]) == 1:
-        return RecipeError(f"a training needs {flag}", received=f"no {flag}", remedy=f"give {flag}")
+        return RecipeError("a training is given all that it needs", received=f"no {flag}", remedy=f"give {flag}")
     field = fields[name]
     entry, default = entries(*TRAINING, StreamSettings).get(name), field.get_default()
     rule = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else in_words(field)
@@ -268,6 +265,7 @@ def _refused(error: ValidationError, settings: Mapping[str, Any]) -> RecipeError
         rule, instance = entry.spelling.rule or rule, entry.spelling.example
     return RecipeError(
         f"{flag} is {rule}",
+        entry="flag has a value",
         received=f"{flag} {_as_typed(value)}",
         remedy=f"give one of these, for instance {flag} {instance}" if instance else "correct it, or leave it out",
     )
@@ -398,7 +396,7 @@ def _check_teaching(config: TrainConfig) -> None:
     weights = [f"{flag} {value}" for flag, value in weighing.items() if value is not None]
     if weights and not config.teaches:
         raise RecipeError(
-            f"{', '.join(weighing)} weigh the targets of a teacher",
+            f"the targets of a teacher are weighed by {', '.join(weighing)}",
             received=f"{', '.join(weights)} with --method {config.method}, which uses no teacher",
             remedy="leave them out, or choose another --method",
         )
@@ -425,7 +423,7 @@ def _check_label_teacher(config: TrainConfig) -> None:
     flags |= {"--class-balance": config.class_balance != "none"}
     if weighing := [flag for flag, used in flags.items() if used]:
         raise RecipeError(
-            f"{', '.join(flags)} weigh the targets that a store has of a teacher",
+            f"the targets that a store has of a teacher are weighed by {', '.join(flags)}",
             received=f"{', '.join(weighing)} with --teacher labels",
             remedy="leave one of them out",
         )

@@ -137,9 +137,10 @@ class World:
         """Return the error that the other processes raise."""
         if isinstance(error, KDCacheError):
             return error
-        parts = [getattr(error, name, None) for name in ("rule", "received", "remedy")]
+        parts = [getattr(error, name, None) for name in ("rule", "received", "remedy", "entry")]
         if all(isinstance(part, str) for part in parts):
-            return ModelError(str(parts[0]), received=str(parts[1]), remedy=str(parts[2]))
+            rule, received, remedy, entry = map(str, parts)
+            return ModelError(rule, received=received, remedy=remedy, entry=entry.removeprefix("E-"))
         return ModelError(
             "what every process of a training does must succeed on each",
             received=f"process {self.rank}: {type(error).__name__}: {error}",

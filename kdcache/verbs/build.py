@@ -126,6 +126,7 @@ def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str,
         if set_anyway := [name for name, value in beside.items() if value is not None]:
             raise RecipeError(
                 f"{held} is used as it is",
+                entry="loaded teacher is used as it is",
                 received=", ".join(f"{name}={beside[name]!r}" for name in set_anyway),
                 remedy="leave them out; load_teacher takes class_map, mean and std, and runs or SPEC@FILE the others",
             )

@@ -43,6 +43,7 @@ def check_number(name: str, value: float, *, above_zero: bool = False) -> None:
     if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
         raise ValueRangeError(
             f"{name} is finite and {'above 0' if above_zero else 'at least 0'}.",
+            entry="number is in range",
             received=f"{value}",
             remedy=f"Pass a valid {name}"
             + ("; 1 leaves the distributions as they are." if above_zero else "; 0 leaves its term out."),
@@ -86,12 +87,14 @@ def check_tensor(
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ShapeError(
             f"{name} is {shape}{' of ' + kinds if kinds else ''}.",
+            entry="tensor has a shape",
             received=f"{tuple(tensor.shape)} {tensor.dtype}",
             remedy=remedy,
         )
     if tensor.device != device:
         raise ShapeError(
             f"{name} is on the device of the other tensors.",
+            entry="tensors are on one device",
             received=f"{tensor.device} and {device}",
             remedy=f"Move {name} there with .to(..., non_blocking=True) before the call.",
         )

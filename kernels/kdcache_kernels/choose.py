@@ -93,6 +93,7 @@ def choose_k(
     if logits_BChw.dim() != 4 or logits_BChw.shape[1] != num_classes:
         raise ShapeError(
             f"logits_BChw is (B, {num_classes}, h, w), as num_classes says.",
+            entry="tensor has a shape",
             received=f"{tuple(logits_BChw.shape)}",
             remedy="Pass the class list of the teacher that made the logits.",
         )

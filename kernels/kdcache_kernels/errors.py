@@ -7,7 +7,7 @@
 They are laid out as kdcache's own errors are, without importing them: this package knows tensors only.
 """
 
-import sys
+import re
 from functools import partial
 
 
@@ -18,22 +18,22 @@ class KernelError(ValueError):
         rule: what must hold, naming the argument, in one sentence.
         received: the value or property found instead.
         remedy: a step that the caller can take.
+        entry: words that name the entry of a rule whose own first words vary; None takes those of the rule.
 
     Attributes:
-        entry: the entry of docs/troubleshooting.md, E- and the file that raised it; empty for errors of other packages.
+        entry: the entry of docs/troubleshooting.md, E- and the first four words, articles left out.
     """
 
-    def __init__(self, rule: str, *, received: str, remedy: str) -> None:
+    def __init__(self, rule: str, *, received: str, remedy: str, entry: str | None = None) -> None:
         super().__init__(rule, received, remedy)
         self.rule = rule
         self.received = received
         self.remedy = remedy
-        package, _, file = sys._getframe(1).f_globals.get("__name__", "").partition(".")
-        self.entry = f"E-kernels.{file}" if package == "kdcache_kernels" else ""
+        words = re.findall(r"\w+", (rule if entry is None else entry).lower())
+        self.entry = "E-" + "-".join([word for word in words if word not in ("a", "an", "the")][:4])
 
     def __str__(self) -> str:
-        docs = f"\n  see docs: {self.entry}" if self.entry else ""
-        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}{docs}"
+        return f"{self.rule}\n  received: {self.received}\n  remedy:   {self.remedy}\n  see docs: {self.entry}"
 
     def __reduce__(self) -> tuple[object, ...]:
         """Let an error cross a process boundary (a DataLoader worker) with its parts."""

@@ -347,6 +347,7 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -
     if impl != "auto":
         raise ValueRangeError(
             f"impl={impl!r} can take the tensors that are given.",
+            entry="impl can take the tensors",
             received=reason,
             remedy="Pass impl='auto', or impl='reference', which takes everything.",
         )

@@ -175,6 +175,7 @@ def check_device(name: str, device: torch.device) -> None:
     if device.type in NO_FLOAT64:
         raise ShapeError(
             f"{name} is on a device that has float64: the CPU, CUDA or ROCm.",
+            entry="tensor is where float64 is",
             received=str(device),
             remedy=f"Move {name} and what goes with it to the CPU, with .to('cpu'); the fused kernels run there.",
         )
@@ -219,12 +220,14 @@ def _check_part(
     if part is None or tuple(part.shape) != shape or part.dtype not in dtypes:
         raise ShapeError(
             f"{name} is {shape} of {dtypes[0]} where not every class is kept.",
+            entry="tensor has a shape",
             received="None" if part is None else f"{tuple(part.shape)} {part.dtype}",
             remedy="Pass values, indices and tail of one call of kdcache_kernels.pack.",
         )
     if part.device != device:
         raise ShapeError(
             f"{name} is on the device of values.",
+            entry="tensors are on one device",
             received=f"{part.device} and {device}",
             remedy="Move the whole target with PackedTarget.to.",
         )

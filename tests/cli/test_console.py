@@ -83,7 +83,7 @@ def test_bars_and_panels_take_any_name(monkeypatch, name) -> None:
     screen.clear_text()
     error = DataError(f"rule {name}", received=name, remedy=name)
     assert not {"\x1b", "\x9b", "\u202e"} & set(str(error))
-    _show(error.rule, error.received, error.remedy, error.entry)
+    _show(error)
     assert "\x1b]0" not in screen.text
     if name in NAMES:
         assert f"rule {name}" in screen.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import pickle
 import re
@@ -15,12 +16,12 @@ from typer.main import get_command
 
 from kdcache.data import open_split
 from kdcache.errors import DataError
-from kdcache_cli.app import DEFECT, SYSTEM, app, main
+from kdcache_cli.app import app, main
 
 ROOT = Path(__file__).parents[2]
 TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 CLI = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-ENTRIES = set(re.findall(r"^### (E-[\w.]+) \{ #\1 \}$", TROUBLE, re.MULTILINE))
+ENTRIES = re.findall(r'^- <a id="(E-[\w-]+)"></a>`\1`: ', TROUBLE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,27 @@ def test_every_verb_has_its_flags_as_the_help_shows_them(
 
 
 def test_every_error_has_an_entry_and_every_entry_an_error(reference: ModuleType) -> None:
-    assert set(reference.errors()) | {SYSTEM, DEFECT} == ENTRIES
-    for entry in ENTRIES:
-        assert TROUBLE.count(f"### {entry} ") == 1
+    assert list(reference.errors()) == ENTRIES
+    assert len(ENTRIES) > 400
+
+
+def test_every_error_in_the_source_is_seen(reference: ModuleType) -> None:
+    """What is raised with a received is raised with a rule that the page has; the makers of any error are these."""
+    makers = set()
+    for folder in reference.PACKAGES:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                words = {word.arg for word in node.keywords} if isinstance(node, ast.Call) else set()
+                if {"received", "remedy"} <= words and not reference.is_error(node):
+                    makers.add(ast.unparse(node.func))
+    assert makers == {"kind", "type(self)", "error.restated", "failure.restated", "partial"}
+
+
+def test_an_entry_does_not_vary(reference: ModuleType) -> None:
+    assert reference.entry_in_source("a split is one of …, or … of it") == "E-split-is-one-of"
+    for words in ("… is a number", "a class of … is one", "one two three four…"):
+        with pytest.raises(ValueError, match="entry="):
+            reference.entry_in_source(words)
 
 
 def test_an_error_names_its_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,16 +103,11 @@ def test_an_error_names_its_entry(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert caught.value.entry in capsys.readouterr().err
 
 
-def test_errors_of_other_packages_have_no_entry() -> None:
-    error = DataError("a rule", received="this", remedy="that")
-    assert error.entry == ""
-    assert "see docs" not in str(error)
-
-
 def test_what_nobody_foresaw_has_an_entry(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    for error, entry in ((PermissionError("no"), SYSTEM), (ZeroDivisionError("no"), DEFECT)):
+    entries = ("E-files-must-be-readable", "E-this-should-not-have")
+    for error, entry in zip((PermissionError("no"), ZeroDivisionError("no")), entries, strict=True):
 
         def fail(*_: object, error: Exception = error) -> None:
             raise error
@@ -101,4 +115,44 @@ def test_what_nobody_foresaw_has_an_entry(
         monkeypatch.setattr("kdcache_cli.verbs.models.list_models", fail)
         with pytest.raises(SystemExit):
             main(["models"])
+        assert entry in ENTRIES
         assert f"see docs  {entry}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "received", "remedy"),
+    [
+        ("plan --bacth-size 3", "kdcache plan --bacth-size", "did you mean --batch-size?"),
+        ("plan --zzz 3", "kdcache plan --zzz", "leave it out: kdcache plan --help lists"),
+        ("plan", "kdcache plan without --data", "add it, as kdcache plan --help shows"),
+        ("models --qiet", "kdcache models --qiet", "did you mean --quiet?"),
+        ("report", "kdcache report without RUN", "add it, as kdcache report --help shows"),
+        ("plan --batch-size x", "kdcache plan --batch-size x: ", "correct it"),
+        ("plan --batch-size", "kdcache plan: Option '--batch-size' requires an argument", "correct it"),
+        ("reprot runs", "kdcache: No such command 'reprot'.", "did you mean 'report'"),
+        ("data chek x", "kdcache data: No such command 'chek'.", "did you mean 'check'"),
+        ("--zzz", "kdcache --zzz", "leave it out: kdcache --help lists"),
+        ("models a b", "kdcache models: Got unexpected extra argument", "correct it"),
+    ],
+)
+def test_what_the_parser_refuses_has_an_entry(
+    typed: str, received: str, remedy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcache_cli.app.ERRORS.width", 200)
+    with pytest.raises(SystemExit) as ended:
+        main(typed.split())
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert received in shown
+    assert remedy in shown
+    assert set(re.findall(r"see docs  (E-[\w-]+)", shown)) < set(ENTRIES)
+    assert "see docs" in shown
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in ([], ["data"]):
+        with pytest.raises(SystemExit):
+            main(typed)
+        shown = capsys.readouterr()
+        assert "Usage" in shown.out + shown.err
+        assert "see docs" not in shown.out + shown.err

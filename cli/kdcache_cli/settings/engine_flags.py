@@ -76,6 +76,7 @@ def check_local(flags: Mapping[str, object]) -> None:
     if given := [f"{flag} {value}" for flag, value in flags.items() if value]:
         raise RecipeError(
             f"{', '.join(flags)} are those of --engine ray",
+            entry="flags of engine ray",
             received=", ".join(given),
             remedy="add --engine ray, or leave them out",
         )

@@ -125,6 +125,7 @@ class Layout(ABC):
         if split not in (names := self.splits(root)):
             raise DataError(
                 f"A split is {self.split_is}.",
+                entry="split is one of data",
                 received=f"{split!r} in {root}; there are: {', '.join(names) or 'none'}",
                 remedy="Name one of the splits that exist."
                 + (HOW_TO_SPLIT if split in VALIDATION and not {*VALIDATION} & {*names} and WHOLE in names else ""),
@@ -171,6 +172,7 @@ class Layout(ABC):
         if scan.orphans or scan.foreign:
             raise DataError(
                 self.pairing,
+                entry="every label has an image",
                 received=f"{describe_some(scan.orphans + scan.foreign)} in {root / scan.label_place}",
                 remedy=f"Give each label its image's name, as in {next(iter(scan.images.values()))!r}; "
                 "remove the labels that have no image.",

@@ -42,6 +42,7 @@ def download(layout: str, root: str | os.PathLike[str]) -> Path:
         source = f", from {_SOURCES[layout]}" if layout in _SOURCES else ""
         raise DataError(
             f"Only {Voc.name} can be downloaded; others need an account or an agreement.",
+            entry="data sets can be downloaded",
             received=f"{layout!r}",
             remedy=f"Fetch the data by hand{source}, and name the folder." if layout in LAYOUTS else f"Use {Voc.name}.",
         )

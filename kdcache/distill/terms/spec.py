@@ -234,6 +234,7 @@ def _refuse_option(kind: str, option: str) -> None:
     near = difflib.get_close_matches(option, options, n=1)
     raise RecipeError(
         f"the options of {kind} are {', '.join(options)}",
+        entry="options of a term",
         received=repr(option),
         remedy=f"did you mean {near[0]}?" if near else "leave it out",
     )
@@ -255,5 +256,8 @@ def _check_value(kind: str, option: str, value: Any) -> None:
         good, rule = value >= 0, "at least 0"
     if not good:
         raise RecipeError(
-            f"{option} of a term is {rule}", received=f"{option} = {value!r} of {kind}", remedy="correct it"
+            f"{option} of a term is {rule}",
+            received=f"{option} = {value!r} of {kind}",
+            remedy="correct it",
+            entry="options of a term",
         )

@@ -48,6 +48,7 @@ def check_loggers(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
                 f"--log {name} takes the package {name}",
+                entry="logger needs its package",
                 received="it is not installed",
                 remedy=f"pip install kdcache[{name}], or leave --log {name} out",
             )

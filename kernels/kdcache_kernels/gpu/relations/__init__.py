@@ -378,6 +378,7 @@ def _check_offsets(problem: RelationProblem) -> None:
         if max(reach, tensor[0].numel()) >= OFFSETS:
             raise ShapeError(
                 f"one image of {name} has fewer than 2^31 logits, within as many elements of memory.",
+                entry="image within 2^31 elements",
                 received=f"{tuple(tensor.shape)} with strides {tensor.stride()}",
                 remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
             )
