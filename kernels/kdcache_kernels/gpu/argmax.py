@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..topk import PackedTarget, argmax_dtype
+from .common import cdiv
 from .geometry import Taps, store_taps
 from .topk import BLOCK, OPTIONS, densify, first_class, pixels
 
@@ -149,10 +150,10 @@ def argmax_confidence(
             window, flip, rows, columns, H, W, h, w, *target.view_size,
             ALIGN_CORNERS=target.align_corners, BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-        _lost_kernel[(triton.cdiv(B * h * w, BLOCK),)](
+        _lost_kernel[(cdiv(B * h * w, BLOCK),)](
             logits_BChw, logits_BChw.stride(), lost_Bhw, B * h * w, h * w, num_classes, w, **OPTIONS
         )
-        _argmax_kernel[(triton.cdiv(B * H * W, BLOCK),)](
+        _argmax_kernel[(cdiv(B * H * W, BLOCK),)](
             logits_BChw, logits_BChw.stride(), lost_Bhw, rows, H if Bt > 1 else 0, columns, W if Bt > 1 else 0,
             argmax_BHW, confidence_BHW, B * H * W, num_classes, H, W, h, w, **OPTIONS,
         )  # fmt: skip

@@ -18,8 +18,8 @@ whatever w is:
 A logit's gradient takes from four cells. Left and right: a lane keeps what its cell gives the left corner and gets what
 the lane before gives its right one, by a shuffle; lane 0 only gives. Above and below: what a row of cells gives to the
 row of logits below waits in `edges` for the next row of cells. Where two strips meet, the halves of both are in `edges`
-and a small kernel adds them. So every logit is one sum in one order, without atomic addition, and its bits depend on
-neither `rows` nor NC.
+and a later launch adds them (`combine`). So every logit is one sum in one order, without atomic addition, and its bits
+depend on neither `rows` nor NC.
 
 Legend: B batch, C classes, h w student's size, ht wt target's size, S stride, NC lanes of a program, ROWS pixel rows
 done in a turn (S = 8 does 2 of its 8, so that the values per pixel fit the registers), GROUPS = S / ROWS turns for a
@@ -29,7 +29,6 @@ s_step) and (t_first, t_step): how the pixels of a row of a cell lie between its
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,15 +37,20 @@ from ..problem import LossProblem
 from .common import (
     LN2,
     WRONG,
+    Buffers,
+    Needs,
+    cdiv,
     gpu,
     integer_power,
     launch_options,
     load_label_factors,
     multiprocessors,
     pixels_of,
+    power_of_2,
     register_limit,
     strides_of,
 )
+from .geometry import target_tables
 from .prep import Prepared
 from .surface import (
     any_lost,
@@ -65,7 +69,7 @@ from .surface import (
     subtract,
 )
 
-EDGES = 1024
+EDGES = tl.constexpr(1024)
 """Elements of an edge that a program combines."""
 REGISTERS = register_limit(128)
 """Per lane, so that 16 warps share a multiprocessor; about 20 values that the loops do not need are spilt.
@@ -173,7 +177,7 @@ def _gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "h", "w", "ht", "wt", "blocks", "strips", "rows",
+        "h", "w", "ht", "wt", "target_batch", "first_partial", "blocks", "strips", "rows",
         "label_stride_b", "label_stride_h", "label_stride_w",
         "label_gate_stride_b", "label_gate_stride_h", "label_gate_stride_w",
         "gate_stride_b", "gate_stride_h", "gate_stride_w",
@@ -181,8 +185,8 @@ def _gradient(
 )  # fmt: skip
 def cells_kernel(
     student_ptr, student_lost_ptr, target_ptr, target_lost_ptr,
-    row_inside_ptr, column_inside_ptr, route_ptr, shift_ptr, factors_ptr, mix_ptr, gradient_ptr, edges_ptr,
-    partials_ptr, pixels, h, w, ht, wt, blocks, strips, rows,
+    tables_ptr, route_ptr, factors_ptr, mix_ptr, gradient_ptr, edges_ptr, partials_ptr, first_partial, pixels, h, w,
+    ht, wt, target_batch, blocks, strips, rows, target_scale,
     label_stride_b, label_stride_h, label_stride_w, label_gate_stride_b, label_gate_stride_h, label_gate_stride_w,
     gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     S: tl.constexpr, NC: tl.constexpr, POWER: tl.constexpr,
@@ -196,9 +200,10 @@ def cells_kernel(
     GROUPS: tl.constexpr = S // ROWS
     PLANES: tl.constexpr = 2 if GROUPS == 1 else 4
     pid = tl.program_id(0)
-    partials_ptr += 2 * pid
+    partials_ptr += 2 * (first_partial + pid)
     image = pid // blocks
-    if tl.load(route_ptr + image) == 0:
+    route_ptr += 4 * image
+    if tl.load(route_ptr) == 0:
         tl.store(partials_ptr, 0.0)
         tl.store(partials_ptr + 1, 0.0)
         return
@@ -218,11 +223,13 @@ def cells_kernel(
     t_step = s_step
     if pixels.USE_KL:
         target_ptr += base * (ht * wt)
-        row_shift = tl.load(shift_ptr + 3 * image)
-        column_shift = tl.load(shift_ptr + 3 * image + 1)
-        flip = tl.load(shift_ptr + 3 * image + 2) != 0
+        row_shift = tl.load(route_ptr + 1)
+        column_shift = tl.load(route_ptr + 2)
+        flip = tl.load(route_ptr + 3) != 0
         t_low = tl.where(flip, w - 2 - j, j) + column_shift
         t_column, t_first, t_step = interpolation(t_low, wt, flip, S)
+        if target_scale is not None:
+            t_step *= target_scale
     label_ptr = pixels.labels
     if label_ptr is not None:
         label_ptr += image.to(tl.int64) * label_stride_b
@@ -234,9 +241,12 @@ def cells_kernel(
     gate_ptr = pixels.gate
     if gate_ptr is not None:
         gate_ptr += image.to(tl.int64) * gate_stride_b
-    if row_inside_ptr is not None:
-        row_inside_ptr += image * (h * S)
-        column_inside_ptr += image * (w * S)
+    row_inside_ptr = tables_ptr
+    column_inside_ptr = tables_ptr
+    if tables_ptr is not None:
+        target_rows, target_columns = target_tables(tables_ptr, h * S, w * S, target_batch)
+        row_inside_ptr = target_rows.inside + image * (h * S)
+        column_inside_ptr = target_columns.inside + image * (w * S)
     if gradient_ptr is not None:
         gradient_ptr += base * (h * w)
         edges_ptr += base * strips * PLANES * w
@@ -260,12 +270,14 @@ def cells_kernel(
         x = j * S + S // 2
         s_top = tl.maximum(i, 0) * w
         s_bottom = tl.minimum(i + 1, h - 1) * w
-        student = (student_ptr + s_top + s_column, student_ptr + s_bottom + s_column, h * w, s_first, s_step)
+        student = (student_ptr + s_top + s_column, student_ptr + s_bottom + s_column, h * w, s_first, s_step, None)
         target = student
         if pixels.USE_KL:
             t_top = tl.minimum(tl.maximum(row_shift + i, 0), ht - 1) * wt
             t_bottom = tl.minimum(tl.maximum(row_shift + i + 1, 0), ht - 1) * wt
-            target = (target_ptr + t_top + t_column, target_ptr + t_bottom + t_column, ht * wt, t_first, t_step)
+            t_upper = target_ptr + t_top + t_column
+            t_lower = target_ptr + t_bottom + t_column
+            target = (t_upper, t_lower, ht * wt, t_first, t_step, target_scale)
         labels = (zero,)
         label_gate_ptrs = label_gate_ptr
         gate_ptrs = gate_ptr
@@ -293,7 +305,7 @@ def cells_kernel(
         even_label = zero
         if pixels.SMOOTH:
             even = label_moments(labels, label_gate_ptrs, label_gate_stride_h, label_gate_stride_w, 0, True, S, ROWS)
-            mix = (mix_ptr + s_top + s_column, mix_ptr + s_bottom + s_column, h * w, s_first, s_step)
+            mix = (mix_ptr + s_top + s_column, mix_ptr + s_bottom + s_column, h * w, s_first, s_step, None)
             even_label = label_factors[1] * contract(make_surface(load_corners(mix, 0), mix, y_first, S), even, S, ROWS)
 
         present = 0
@@ -334,25 +346,24 @@ def cells_kernel(
     tl.store(partials_ptr + 1, tl.sum(kl_sum, 0))
 
 
-@triton.jit(do_not_specialize=["num_classes", "h", "strips", "rows"])
-def combine_kernel(
-    edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The rows of logits where two strips meet: what the upper strip left below it, plus the lower strip's top."""
+@triton.jit
+def combine(program, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS: tl.constexpr):
+    """The rows of logits where two strips meet: what the upper strip left below it, plus the lower strip's top.
+
+    A row of an image takes ceil(C w / EDGES) programs.
+    """
     PLANES: tl.constexpr = 2 if GROUPS == 1 else 4
-    image = tl.program_id(0) // (strips - 1)
-    strip = tl.program_id(0) % (strips - 1) + 1
-    if tl.load(route_ptr + image) == 0:
-        return
     plane = num_classes * w
+    blocks = tl.cdiv(plane, EDGES)
+    image = program // blocks // (strips - 1)
+    strip = program // blocks % (strips - 1) + 1
     edges_ptr += (image.to(tl.int64) * strips + strip) * PLANES * plane
     gradient_ptr += image.to(tl.int64) * num_classes * (h * w) + (strip * rows - 1) * w
     bottom_plane = 1
     if GROUPS > 1:
         bottom_plane = 1 + (rows - 1) % 2
-    offs_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    exists = offs_n < plane
+    offs_n = program % blocks * EDGES + tl.arange(0, EDGES)
+    exists = (offs_n < plane) & (tl.load(route_ptr + 4 * image) == 1)
     before = tl.load(edges_ptr + (bottom_plane - PLANES) * plane + offs_n, mask=exists, other=0.0)
     value = before + tl.load(edges_ptr + offs_n, mask=exists, other=0.0)
     ptrs = gradient_ptr + offs_n // w * (h * w) + offs_n % w
@@ -373,57 +384,85 @@ class Tiling(NamedTuple):
 
 
 def choose_tiling(problem: LossProblem) -> Tiling:
-    """The rows with which the busiest of the GPU's schedulers works through the fewest, 4 to 16.
+    """The most of 4 to 16 rows with which the busiest of the GPU's schedulers works through the fewest.
 
-    The edges cost 8 bytes per class and logit column of a strip, so strips are not made thinner than 4 rows.
+    The edges cost 8 bytes per class and logit column of a strip, so strips are not made thinner than need be.
     """
     B, _, h, w = problem.student.shape
     # One warp: the lane shift is then a shuffle. Of 32 lanes, 31 own a cell.
     lanes = gpu(problem.student.device).warp_size
     if problem.student.device.type == "cpu":
         # The interpreter's time grows with the turns and programs, hardly with the lanes.
-        return Tiling(2, min(512, max(lanes, triton.next_power_of_2((h // 2 + 1) * (w + 1) + 1))))
+        return Tiling(2, min(512, max(lanes, power_of_2((h // 2 + 1) * (w + 1) + 1))))
     schedulers = 4 * multiprocessors(problem.student.device)
 
     def most_rows(rows: int) -> int:
-        programs = B * triton.cdiv(triton.cdiv(h + 1, rows) * (w + 1), lanes - 1)
-        return int(rows * triton.cdiv(programs, schedulers))
+        programs = B * cdiv(cdiv(h + 1, rows) * (w + 1), lanes - 1)
+        return int(rows * cdiv(programs, schedulers))
 
-    return Tiling(min(min(range(4, 17), key=most_rows), h + 1), lanes)
+    return Tiling(min(min(range(16, 3, -1), key=most_rows), h + 1), lanes)
+
+
+class Seams(NamedTuple):
+    """The rows of logits where strips meet, for `combine`: strips, their rows, turns for a row of cells, programs."""
+
+    strips: int
+    rows: int
+    groups: int
+    programs: int
+
+
+def _cut(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
+    """Strips of an image, and programs of all its strips."""
+    h, w = problem.student.shape[2:]
+    strips = cdiv(h + 1, tiling.rows)
+    return strips, cdiv(strips * (w + 1), tiling.lanes - 1)
+
+
+def _groups(stride: int) -> int:
+    return 4 if stride == 8 else 1
+
+
+def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
+    """What `launch` needs: 8 bytes per class, strip and logit column (16 at stride 8) for the edges."""
+    B, C, _, w = problem.student.shape
+    strips, blocks = _cut(problem, tiling)
+    return Needs(B * blocks, B * strips * (2 if _groups(stride) == 1 else 4) * C * w)
+
+
+def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
+    """What `combine` adds up after `launch`."""
+    B, C, _, w = problem.student.shape
+    strips, _ = _cut(problem, tiling)
+    return Seams(strips, tiling.rows, _groups(stride), B * (strips - 1) * cdiv(C * w, EDGES.value))
 
 
 def launch(
-    problem: LossProblem, prepared: Prepared, gradient: Tensor | None, stride: int, *, tiling: Tiling | None = None
-) -> Tensor:
+    problem: LossProblem,
+    prepared: Prepared,
+    gradient: Tensor | None,
+    buffers: Buffers,
+    tiling: Tiling,
+    *,
+    stride: int,
+) -> None:
     """Run the kernel on the images whose route is 1.
 
     Args:
-        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
+        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images, and `combine` the rest of it. None
+            leaves it out.
+        buffers: with what `needs` says.
         stride: label pixels per student cell, 2, 4 or 8.
-    Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
-    Memory: 8 bytes per class, strip and logit column (16 at stride 8) for the edges.
     """
-    (B, C, h, w), device = problem.student.shape, problem.student.device
-    rows, lanes = choose_tiling(problem) if tiling is None else tiling
-    strips = triton.cdiv(h + 1, rows)
-    blocks = triton.cdiv(strips * (w + 1), lanes - 1)
-    groups = 4 if stride == 8 else 1
-    partials = torch.empty((B * blocks, 2), dtype=torch.float64, device=device)
-    edges = None
-    if gradient is not None:
-        edges = torch.empty((B, strips, 2 if groups == 1 else 4, C, w), dtype=torch.float32, device=device)
+    (B, _, h, w), device = problem.student.shape, problem.student.device
+    strips, blocks = _cut(problem, tiling)
     cells_kernel[(B * blocks,)](
         prepared.student, prepared.student_lost, prepared.target, prepared.target_lost,
-        *((None, None) if problem.window is None else (prepared.target_rows.inside, prepared.target_columns.inside)),
-        prepared.route, prepared.shift, prepared.factors, prepared.mix, gradient, edges, partials,
+        None if problem.window is None else prepared.tables, prepared.route, prepared.factors, prepared.mix, gradient,
+        buffers.scratch, buffers.partials, buffers.first,
         pixels_of(problem)._replace(label_strides=None, gate_strides=None, label_gate_strides=None),
-        h, w, *prepared.target.shape[2:], blocks, strips, rows, *strides_of(problem), problem.temperature,
-        S=stride, NC=lanes, POWER=integer_power(problem.temperature),
-        num_stages=1, enable_fp_fusion=False, **launch_options(lanes, REGISTERS, device),
+        h, w, *prepared.target.shape[2:], prepared.target_batch, blocks, strips, tiling.rows,
+        prepared.target_scale, *strides_of(problem), problem.temperature,
+        S=stride, NC=tiling.lanes, POWER=integer_power(problem.temperature),
+        num_stages=1, enable_fp_fusion=False, **launch_options(tiling.lanes, REGISTERS, device),
     )  # fmt: skip
-    if gradient is not None and strips > 1:
-        combine_kernel[(B * (strips - 1), triton.cdiv(C * w, EDGES))](
-            edges, prepared.route, gradient, C, h, w, strips, rows,
-            GROUPS=groups, BLOCK=EDGES, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return partials

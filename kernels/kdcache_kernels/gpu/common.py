@@ -7,6 +7,7 @@ Legend: B batch, C classes, H W label size.
 """
 
 import os
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,23 @@ from triton.backends.compiler import GPUTarget
 
 from ..errors import ValueRangeError
 from ..problem import LossProblem
+
+
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up. (Triton's own is made for kernels too, and takes the host ten times as long.)"""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The lowest power of two from n on."""
+    return 1 << (n - 1).bit_length()
+
+
+@lru_cache(typed=True)
+def constant(value: Any) -> tl.constexpr:
+    """A constant for a kernel. Always the same object, which Triton's look-up of variants compares at no cost."""
+    return tl.constexpr(value)
+
 
 LN2 = tl.constexpr(0.6931471805599453)
 VOID = tl.constexpr(-1)
@@ -87,6 +105,32 @@ class Pixels(NamedTuple):
     SMOOTH: Any
     FOCAL: Any
     WEIGHED: Any
+
+
+class Needs(NamedTuple):
+    """What a loss kernel needs beside its problem.
+
+    Attributes:
+        programs: each of which leaves its sums of CE and KL.
+        scratch: float32 elements for a gradient, while it runs (of cells, until its edges are added up).
+    """
+
+    programs: int
+    scratch: int = 0
+
+
+class Buffers(NamedTuple):
+    """What the loss kernels of a call share.
+
+    Attributes:
+        partials: (P, 2) float64, partial sums of the pixels' weighted CE and KL, in nats.
+        scratch: float32, of the largest need: kernels use it one after the other. Empty without a gradient.
+        first: the row of `partials` that is the kernel's first.
+    """
+
+    partials: Tensor
+    scratch: Tensor
+    first: int = 0
 
 
 @triton.jit
@@ -269,13 +313,13 @@ def label_pixels(
         label_gate_strides=None,
         class_weight=None if class_weight is None else class_weight.detach().contiguous(),
         num_classes=num_classes,
-        USE_CE=tl.constexpr(use_ce),
-        USE_KL=tl.constexpr(use_kl),
-        DISTILL_VOID=tl.constexpr(distill_void or labels is None),
-        IGNORE_INDEX=tl.constexpr(ignore_index),
-        SMOOTH=tl.constexpr(False),
-        FOCAL=tl.constexpr(False),
-        WEIGHED=tl.constexpr(False),
+        USE_CE=constant(use_ce),
+        USE_KL=constant(use_kl),
+        DISTILL_VOID=constant(distill_void or labels is None),
+        IGNORE_INDEX=constant(ignore_index),
+        SMOOTH=constant(False),
+        FOCAL=constant(False),
+        WEIGHED=constant(False),
     )
 
 
@@ -291,9 +335,9 @@ def pixels_of(problem: LossProblem) -> Pixels:
         gate_strides=None if gate is None else gate.stride(),
         label_gate=_readable(label_gate),
         label_gate_strides=None if label_gate is None else label_gate.stride(),
-        SMOOTH=tl.constexpr(problem.label_smoothing > 0),
-        FOCAL=tl.constexpr(problem.focal_gamma > 0),
-        WEIGHED=tl.constexpr(label_gate is not None or problem.label_smoothing > 0 or problem.focal_gamma > 0),
+        SMOOTH=constant(problem.label_smoothing > 0),
+        FOCAL=constant(problem.focal_gamma > 0),
+        WEIGHED=constant(label_gate is not None or problem.label_smoothing > 0 or problem.focal_gamma > 0),
     )
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Counted
-from .common import label_pixels
+from .common import cdiv, label_pixels
 from .prep import COUNT_COLUMNS, COUNT_ROWS, count_block
 
 
@@ -37,7 +37,7 @@ def count(counted: Counted, device: torch.device) -> Tensor:
         counted.labels, counted.class_weight, counted.num_classes, counted.ignore_index,
         use_ce=counted.labels is not None, use_kl=use_kl, distill_void=counted.distill_void,
     )  # fmt: skip
-    blocks = triton.cdiv(H, COUNT_ROWS)
+    blocks = cdiv(H, COUNT_ROWS)
     counts = torch.empty((counted.batch * blocks, 2), dtype=torch.float64, device=device)
     if len(counts):
         with torch.cuda.device_of(counts):

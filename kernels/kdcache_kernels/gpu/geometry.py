@@ -44,6 +44,33 @@ class Taps(NamedTuple):
 
 
 @triton.jit
+def _table(tables_ptr, first, size):
+    """The taps of `size` pixels: three planes of 32 bits, from element `first` on."""
+    fraction = (tables_ptr + (first + size)).to(tl.pointer_type(tl.float32))
+    return Taps(tables_ptr + first, fraction, tables_ptr + (first + 2 * size))
+
+
+@triton.jit
+def student_tables(tables_ptr, H, W):
+    """The taps of rows and of columns in the student's grid."""
+    return _table(tables_ptr, 0, H), _table(tables_ptr, 3 * H, W)
+
+
+@triton.jit
+def target_tables(tables_ptr, H, W, target_batch):
+    """The taps of rows and of columns in the target's grid, of each of `target_batch` images."""
+    first = 3 * (H + W)
+    return _table(tables_ptr, first, target_batch * H), _table(
+        tables_ptr, first + 3 * target_batch * H, target_batch * W
+    )
+
+
+def tables_size(H: int, W: int, target_batch: int) -> int:
+    """Elements of all tables; `target_batch` is 0 where KL is off."""
+    return 3 * (H + W) * (1 + target_batch)
+
+
+@triton.jit
 def _double(x):
     """A scalar in float64; a method would not do, for Triton makes a constant of an argument that is 1."""
     return x * tl.full((), 1.0, tl.float64)
@@ -109,7 +136,8 @@ def store_taps(
         fraction = tl.where(fraction < 0, 0.0, fraction)
         tl.store(taps.index + first + offs_n, lower.to(tl.int32), mask=exists)
         tl.store(taps.fraction + first + offs_n, fraction.to(tl.float32), mask=exists)
-        tl.store(taps.inside + first + offs_n, is_inside(position, view).to(tl.uint8), mask=exists)
+        inside = is_inside(position, view).to(taps.inside.dtype.element_ty)
+        tl.store(taps.inside + first + offs_n, inside, mask=exists)
 
 
 @triton.jit
@@ -167,7 +195,7 @@ def _store_factors(
 @triton.jit(
     do_not_specialize=[
         "B", "h", "w", "ht", "wt", "H", "W", "view_height", "view_width", "num_ranges", "num_counts", "pixel_count",
-        "num_classes",
+        "num_classes", "target_batch",
     ],
     do_not_specialize_on_alignment=[
         "window_ptr", "flip_ptr", "class_weight_ptr", "ce_weight_ptr", "kl_weight_ptr", "ce_denominator_ptr",
@@ -176,7 +204,7 @@ def _store_factors(
 )  # fmt: skip
 def geometry_kernel(
     window_ptr, flip_ptr, ranges_ptr, counts_ptr, ce_weight_ptr, kl_weight_ptr, ce_denominator_ptr,
-    kl_denominator_ptr, row_taps, column_taps, target_row_taps, target_column_taps, route_ptr, shift_ptr, factors_ptr,
+    kl_denominator_ptr, tables_ptr, route_ptr, factors_ptr, target_batch,
     B, h, w, ht, wt, H, W, view_height, view_width, num_ranges, num_counts, pixel_count, temperature,
     class_weight_ptr, num_classes, smoothing, gamma,
     USE_CE: tl.constexpr, USE_KL: tl.constexpr, STUDENT_ALIGN: tl.constexpr, TARGET_ALIGN: tl.constexpr,
@@ -197,6 +225,7 @@ def geometry_kernel(
         )  # fmt: skip
         return
     if image == 0:
+        row_taps, column_taps = student_tables(tables_ptr, H, W)
         store_taps(row_taps, 0, H, H, h, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
         store_taps(column_taps, 0, W, W, w, image, image, image < 0, False, STUDENT_ALIGN, BLOCK)
     fast = image >= 0
@@ -207,6 +236,7 @@ def geometry_kernel(
         if flip_ptr is not None:
             flip = tl.load(flip_ptr + image) != 0
         if HAS_WINDOW or flip_ptr is not None or image == 0:
+            target_row_taps, target_column_taps = target_tables(tables_ptr, H, W, target_batch)
             store_taps(
                 target_row_taps, image * H, H, view_height, ht, y0, y1, image < 0, HAS_WINDOW, TARGET_ALIGN, BLOCK
             )
@@ -214,9 +244,9 @@ def geometry_kernel(
         row, row_aligned = _shift(h, ht, view_height, y0, y1)
         column, column_aligned = _shift(w, wt, view_width, x0, x1)
         fast = fast & row_aligned & column_aligned
-        tl.store(shift_ptr + 3 * image, row)
-        tl.store(shift_ptr + 3 * image + 1, column)
-        tl.store(shift_ptr + 3 * image + 2, flip.to(tl.int32))
+        tl.store(route_ptr + 4 * image + 1, row)
+        tl.store(route_ptr + 4 * image + 2, column)
+        tl.store(route_ptr + 4 * image + 3, flip.to(tl.int32))
     if FAST:
         if GUARD_RANGE:
             widest = tl.zeros((BLOCK,), tl.float32)
@@ -225,6 +255,6 @@ def geometry_kernel(
                 ranges_n = tl.load(ranges_ptr + image * num_ranges + offs_n, mask=offs_n < num_ranges, other=0.0)
                 widest = tl.maximum(widest, ranges_n)
             fast = fast & (tl.max(widest, 0) <= MOST_NATS)
-        tl.store(route_ptr + image, fast.to(tl.int32))
+        tl.store(route_ptr + 4 * image, fast.to(tl.int32))
     else:
-        tl.store(route_ptr + image, 0)
+        tl.store(route_ptr + 4 * image, 0)

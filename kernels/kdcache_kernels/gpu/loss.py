@@ -1,10 +1,14 @@
 """The distillation loss on CUDA: which kernels run, in which order, and their sum.
 
-Six launches at most and no wait for the device: prepare, geometry, the fast kernel (cells, with its combination of
-edges, or pixels), tiles, totals. Tiles takes any geometry and any range of logits; the fast kernel takes what meets
-the student's grid cell by cell, at a third of the time. Which image goes where is decided on the device, so both
+Five launches at most and no wait for the device: prepare, geometry, tiles, the fast kernel (cells or pixels), totals,
+which also adds up the edges of cells. Tiles takes any geometry and any range of logits; the fast kernel takes what
+meets the student's grid cell by cell, at a third of the time. Which image goes where is decided on the device, so both
 are launched, and each passes by the other's images in a few microseconds. Where the host knows that the fast
-kernel cannot run at all (sizes, aligned corners), tiles runs alone.
+kernel cannot run at all (sizes, aligned corners), tiles runs alone. Tiles comes first: its scratch is then free for
+the edges, which last until totals.
+
+Geometry has a launch of its own because all of its image's programs must be done: as a part of the loss kernels, each
+of their programs would sum up all counts, and their variants would be twice as many.
 
 Legend: B batch, C classes, h w student's size, P programs of a kernel.
 """
@@ -16,8 +20,9 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..problem import LossProblem, LossResult
-from .common import sum_pairs
-from .prep import prepare
+from . import cells, pixels, tiles
+from .common import Buffers, Needs, cdiv, sum_pairs
+from .prep import Prepared, fast_stride, prepare
 
 SUMS = 2048
 """Partial sums that the one program of totals reads at a time."""
@@ -28,25 +33,28 @@ SCALED = 4096
 
 
 @triton.jit(
-    do_not_specialize=["num_fast", "num_tiles"],
+    do_not_specialize=["num_partials", "num_classes", "h", "w", "strips", "rows"],
     do_not_specialize_on_alignment=["ce_weight_ptr", "kl_weight_ptr"],
 )
 def totals_kernel(
-    fast_ptr, tiles_ptr, num_fast, num_tiles, factors_ptr, ce_weight_ptr, kl_weight_ptr, loss_ptr, ce_ptr, kl_ptr,
-    HAS_FAST: tl.constexpr, BLOCK: tl.constexpr,
+    partials_ptr, num_partials, factors_ptr, ce_weight_ptr, kl_weight_ptr, loss_ptr, ce_ptr, kl_ptr, edges_ptr,
+    route_ptr, gradient_ptr, num_classes, h, w, strips, rows,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The terms and the loss from the (P, 2) partial sums of the kernels, in float64."""
-    ce, kl = sum_pairs(tiles_ptr, num_tiles, BLOCK)
-    if HAS_FAST:
-        fast_ce, fast_kl = sum_pairs(fast_ptr, num_fast, BLOCK)
-        ce += fast_ce
-        kl += fast_kl
-    ce *= tl.load(factors_ptr + 2).to(tl.float64)
-    kl *= tl.load(factors_ptr + 3).to(tl.float64)
-    loss = tl.load(ce_weight_ptr).to(tl.float64) * ce + tl.load(kl_weight_ptr).to(tl.float64) * kl
-    tl.store(loss_ptr, loss.to(tl.float32))
-    tl.store(ce_ptr, ce.to(tl.float32))
-    tl.store(kl_ptr, kl.to(tl.float32))
+    """The first program: the terms and the loss from (P, 2) partial sums, in float64. The others: seams of cells."""
+    if tl.program_id(0) > 0:
+        if edges_ptr is not None:
+            cells.combine(
+                tl.program_id(0) - 1, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS
+            )
+    else:
+        ce, kl = sum_pairs(partials_ptr, num_partials, BLOCK)
+        ce *= tl.load(factors_ptr + 2).to(tl.float64)
+        kl *= tl.load(factors_ptr + 3).to(tl.float64)
+        loss = tl.load(ce_weight_ptr).to(tl.float64) * ce + tl.load(kl_weight_ptr).to(tl.float64) * kl
+        tl.store(loss_ptr, loss.to(tl.float32))
+        tl.store(ce_ptr, ce.to(tl.float32))
+        tl.store(kl_ptr, kl.to(tl.float32))
 
 
 @triton.jit
@@ -63,8 +71,8 @@ def distill_loss(problem: LossProblem) -> LossResult:
     """Loss, terms and gradient of a checked problem; the same bits every time.
 
     Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
-    Memory: 4 bytes per logit of both inputs, the gradient, what cells keeps of its edges and tiles of its programs;
-    nothing of label size times C.
+    Memory: 4 bytes per logit of the student, and of the target where it is not read as it is; the gradient; the larger
+    of the edges of cells and the scratch of tiles; nothing of label size times C.
     """
     student, device = problem.student, problem.student.device
     _check_offsets(problem)
@@ -111,21 +119,46 @@ def _reach(tensor: Tensor) -> int:
 
 
 def _launch_all(problem: LossProblem, gradient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    from . import cells, pixels
-    from . import tiles as triton_tiles
-
+    stride = fast_stride(problem)
+    of_tiles = tiles.choose_tiling(problem, all_images=stride == 0)
+    slow, fast, seams = tiles.needs(problem, of_tiles), Needs(0), None
+    if stride > 1:
+        of_cells = cells.choose_tiling(problem)
+        fast, seams = cells.needs(problem, stride, of_cells), cells.seams(problem, stride, of_cells)
+    elif stride == 1:
+        of_pixels = pixels.choose_tiling(problem)
+        fast = pixels.needs(problem, of_pixels)
     prepared = prepare(problem)
-    fast = None
-    if prepared.stride > 1:
-        fast = cells.launch(problem, prepared, gradient, prepared.stride)
-    elif prepared.stride == 1:
-        fast = pixels.launch(problem, prepared, gradient)
-    tiles = triton_tiles.launch(problem, prepared, gradient, all_images=fast is None)
+    buffers = make_buffers(problem, slow, fast)
+    tiles.launch(problem, prepared, gradient, buffers, of_tiles, all_images=stride == 0)
+    after_tiles = buffers._replace(first=slow.programs)
+    if stride > 1:
+        cells.launch(problem, prepared, gradient, after_tiles, of_cells, stride=stride)
+    elif stride == 1:
+        pixels.launch(problem, prepared, gradient, after_tiles, of_pixels)
+    return add_up(problem, prepared, gradient, buffers, seams)
+
+
+def make_buffers(problem: LossProblem, *needs: Needs) -> Buffers:
+    """Memory for the kernels of a call: rows of partial sums for each in turn, and scratch that they share."""
+    device = problem.student.device
+    partials = torch.empty((sum(need.programs for need in needs), 2), dtype=torch.float64, device=device)
+    scratch = max(need.scratch for need in needs) if problem.need_gradient else 0
+    return Buffers(partials, torch.empty(scratch, device=device))
+
+
+def add_up(
+    problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, seams: cells.Seams | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, CE and KL; and of cells the rest of the gradient."""
     loss, ce, kl = (torch.empty((), dtype=torch.float32, device=problem.student.device) for _ in range(3))
-    totals_kernel[(1,)](
-        fast, tiles, 0 if fast is None else fast.shape[0], tiles.shape[0], prepared.factors, problem.ce_weight,
-        problem.kl_weight, loss, ce, kl,
-        HAS_FAST=fast is not None, BLOCK=SUMS, num_warps=8, enable_fp_fusion=False,
+    partials, (_, C, h, w) = buffers.partials, problem.student.shape
+    combines = seams is not None and gradient is not None and seams.programs > 0
+    strips, rows, groups, programs = seams if combines and seams is not None else cells.Seams(1, 1, 1, 0)
+    totals_kernel[(1 + programs,)](
+        partials, partials.shape[0], prepared.factors, problem.ce_weight, problem.kl_weight, loss, ce, kl,
+        *((buffers.scratch, prepared.route, gradient) if combines else (None, None, None)), C, h, w, strips, rows,
+        GROUPS=groups, BLOCK=SUMS, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return loss, ce, kl
 
@@ -143,7 +176,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor, loss: Tensor, dtype: torch.
     out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
     if gradient.numel():
         with torch.cuda.device_of(gradient):
-            scale_kernel[(triton.cdiv(gradient.numel(), SCALED),)](
+            scale_kernel[(cdiv(gradient.numel(), SCALED),)](
                 gradient, factor, loss, out, gradient.numel(), BLOCK=SCALED, num_warps=8, enable_fp_fusion=False
             )
     return out

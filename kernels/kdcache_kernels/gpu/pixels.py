@@ -16,7 +16,6 @@ base-2 logits / T. Blocks: c classes, n pixels.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +23,9 @@ from torch import Tensor
 from ..problem import LossProblem
 from .common import (
     LN2,
+    Buffers,
+    Needs,
+    cdiv,
     integer_power,
     label_terms,
     load_label_factors,
@@ -31,7 +33,9 @@ from .common import (
     multiprocessors,
     pixels_of,
     power,
+    power_of_2,
 )
+from .geometry import target_tables
 from .prep import Prepared
 from .sample import LOWEST_LOGIT, SMALL
 
@@ -111,26 +115,26 @@ def _gradient(
 
 
 @triton.jit
-def _target_pixels(
-    at_n, exists_n, image, shift_ptr, row_inside_ptr, column_inside_ptr, h, w, ht, wt, MOVED: tl.constexpr
-):
+def _target_pixels(at_n, exists_n, image, route_ptr, tables_ptr, target_batch, h, w, ht, wt, MOVED: tl.constexpr):
     """The target's pixel that each of an image's pixels `at_n` meets, and whether it lies in the view."""
     if not MOVED:
         return at_n, exists_n
     i = at_n // w
     j = at_n % w
-    row = tl.load(shift_ptr + 3 * image) + i
-    column = tl.load(shift_ptr + 3 * image + 1) + tl.where(tl.load(shift_ptr + 3 * image + 2) != 0, w - 1 - j, j)
+    route_ptr += 4 * image
+    row = tl.load(route_ptr + 1) + i
+    column = tl.load(route_ptr + 2) + tl.where(tl.load(route_ptr + 3) != 0, w - 1 - j, j)
     target_at_n = tl.minimum(tl.maximum(row, 0), ht - 1) * wt + tl.minimum(tl.maximum(column, 0), wt - 1)
-    row_inside = tl.load(row_inside_ptr + image * h + i, mask=exists_n, other=0)
-    column_inside = tl.load(column_inside_ptr + image * w + j, mask=exists_n, other=0)
+    rows, columns = target_tables(tables_ptr, h, w, target_batch)
+    row_inside = tl.load(rows.inside + image * h + i, mask=exists_n, other=0)
+    column_inside = tl.load(columns.inside + image * w + j, mask=exists_n, other=0)
     return target_at_n, (row_inside & column_inside) != 0
 
 
-@triton.jit(do_not_specialize=["batch", "h", "ht", "wt", "image_blocks", "num_blocks"])
+@triton.jit(do_not_specialize=["batch", "target_batch", "first_partial", "h", "ht", "wt", "image_blocks", "num_blocks"])
 def pixels_kernel(
-    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_inside_ptr, column_inside_ptr, route_ptr,
-    shift_ptr, factors_ptr, mix_ptr, gradient_ptr, partials_ptr, pixels, plane, target_plane, batch, h, w, ht, wt,
+    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, tables_ptr, route_ptr, factors_ptr, mix_ptr,
+    gradient_ptr, partials_ptr, first_partial, pixels, plane, target_plane, batch, target_batch, h, w, ht, wt,
     image_blocks, num_blocks, temperature,
     MOVED: tl.constexpr, SINGLE: tl.constexpr, POWER: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +158,7 @@ def pixels_kernel(
             at = block % image_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
             exists = at < plane
         # As blocks, because the interpreter makes no mask of a block's mask and a scalar's.
-        exists = exists & (tl.load(route_ptr + (image + at * 0)) == 1)
+        exists = exists & (tl.load(route_ptr + 4 * (image + at * 0)) == 1)
         if tl.max(exists.to(tl.int32), 0) > 0:
             image64 = tl.full((), 1, tl.int64) * image
             student_n = student_ptr + image64 * pixels.num_classes * plane + at
@@ -163,7 +167,7 @@ def pixels_kernel(
             in_view = exists
             if pixels.USE_KL:
                 target_at, in_view = _target_pixels(
-                    at, exists, image, shift_ptr, row_inside_ptr, column_inside_ptr, h, w, ht, wt, MOVED
+                    at, exists, image, route_ptr, tables_ptr, target_batch, h, w, ht, wt, MOVED
                 )
                 target_n = target_ptr + image64 * pixels.num_classes * target_plane + target_at
                 target_lost = tl.load(target_lost_ptr + image64 * target_plane + target_at, mask=exists, other=0)
@@ -218,8 +222,9 @@ def pixels_kernel(
                     student_n, target_n, gradient_n, exists, label, k_ce, pull, even, a, ku, kv, pixels, plane,
                     target_plane, temperature, absent_u, POWER, BLOCK_C,
                 )  # fmt: skip
-    tl.store(partials_ptr + 2 * pid, tl.sum(ce_sum, 0))
-    tl.store(partials_ptr + 2 * pid + 1, tl.sum(kl_sum, 0))
+    partials_ptr += 2 * (first_partial + pid)
+    tl.store(partials_ptr, tl.sum(ce_sum, 0))
+    tl.store(partials_ptr + 1, tl.sum(kl_sum, 0))
 
 
 class Tiling(NamedTuple):
@@ -240,7 +245,7 @@ class Tiling(NamedTuple):
 def choose_tiling(problem: LossProblem) -> Tiling:
     """One warp with four neighbouring pixels per lane, or where the classes are contiguous four warps along them."""
     C, h, w = problem.student.shape[1:]
-    classes = triton.next_power_of_2(C)
+    classes = power_of_2(C)
     processors = multiprocessors(problem.student.device)
     if h * w > 1:
         return Tiling(min(CLASSES, classes), PIXELS, 32 * processors, 1)
@@ -248,31 +253,36 @@ def choose_tiling(problem: LossProblem) -> Tiling:
     return Tiling(classes, ROW // classes, 16 * processors, 4)
 
 
-def launch(
-    problem: LossProblem, prepared: Prepared, gradient: Tensor | None, *, tiling: Tiling | None = None
-) -> Tensor:
+def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
+    """Blocks of an image, and of all."""
+    B, _, h, w = problem.student.shape
+    if h * w == 1:
+        return 1, cdiv(B, tiling.pixels)
+    image_blocks = cdiv(h * w, tiling.pixels)
+    return image_blocks, B * image_blocks
+
+
+def needs(problem: LossProblem, tiling: Tiling) -> Needs:
+    """What `launch` needs."""
+    return Needs(min(_blocks(problem, tiling)[1], tiling.programs))
+
+
+def launch(problem: LossProblem, prepared: Prepared, gradient: Tensor | None, buffers: Buffers, tiling: Tiling) -> None:
     """Run the kernel on the images whose route is 1.
 
     Args:
         prepared: this problem's, with stride 1.
         gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
-    Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
+        buffers: with what `needs` says.
     """
     B, _, h, w = problem.student.shape
     ht, wt = prepared.target.shape[2:]
-    device = problem.student.device
-    tiling = choose_tiling(problem) if tiling is None else tiling
-    single = h * w == 1
-    image_blocks = 1 if single else triton.cdiv(h * w, tiling.pixels)
-    num_blocks = triton.cdiv(B, tiling.pixels) if single else B * image_blocks
-    programs = min(num_blocks, tiling.programs)
-    partials = torch.empty((programs, 2), dtype=torch.float64, device=device)
-    pixels_kernel[(programs,)](
-        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.target_rows.inside,
-        prepared.target_columns.inside, prepared.route, prepared.shift, prepared.factors, prepared.mix, gradient,
-        partials, pixels_of(problem), h * w, ht * wt, B, h, w, ht, wt, image_blocks, num_blocks, problem.temperature,
-        MOVED=problem.window is not None or problem.flip is not None, SINGLE=single,
+    image_blocks, num_blocks = _blocks(problem, tiling)
+    pixels_kernel[(needs(problem, tiling).programs,)](
+        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.tables,
+        prepared.route, prepared.factors, prepared.mix, gradient, buffers.partials, buffers.first, pixels_of(problem),
+        h * w, ht * wt, B, prepared.target_batch, h, w, ht, wt, image_blocks, num_blocks, problem.temperature,
+        MOVED=problem.window is not None or problem.flip is not None, SINGLE=h * w == 1,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         BLOCK_C=tiling.classes, BLOCK_N=tiling.pixels, num_warps=tiling.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    return partials

@@ -5,15 +5,16 @@ and writes float32, contiguous, normalised and scaled for exp2: every later kern
 lost pixels and the range of the logits, and counts the pixels that the terms divide by. A second launch
 (`geometry`) writes tables of taps and decides which kernel takes which image.
 
-The price is 4 bytes per logit of both sets, 44 MB at 16 x 21 x 128^2 and 315 MB at 16 x 150 x 128^2. Stored in half
-precision, the kernels would convert, clamp and subtract in their inner loops, which are what bounds them.
+The price is 4 bytes per logit, 22 MB for each set at 16 x 21 x 128^2. A dense target that whole views meet cell by cell
+does not pay it: its float16 values, minus their maximum as they are, are read in place. That costs the kernel for
+cells a conversion per corner and one multiplication per class; the student's raw logits would cost a subtraction per
+corner beside it, and registers for the maxima, in the loops that bound it.
 
 Legend: B batch, C classes, k kept classes, h w student's size, ht wt target's size, H W label size.
 """
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
@@ -21,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
-from .common import label_pixels, load_pixel
-from .geometry import Taps, geometry_kernel, is_inside, load_window, view_positions
+from .common import cdiv, label_pixels, load_pixel, power_of_2
+from .geometry import geometry_kernel, is_inside, load_window, tables_size, view_positions
 from .topk import tail_fill
 
 LARGEST = torch.finfo(torch.float32).max
@@ -42,12 +43,12 @@ class Prepared:
         student: (B, C, h, w) float32, contiguous: (logit - largest of its pixel) * log2(e) / T; 0 where lost.
         student_lost: (B, h, w) uint8.
         target, target_lost: (B, C, ht, wt) and (B, ht, wt), the same; one element each when KL is off.
-        student_rows, student_columns: taps of shapes (H,) and (W,).
-        target_rows, target_columns: taps (Bt, H) and (Bt, W), Bt = B with a window or a flip, else 1; when KL is off,
-            of (1, 1).
-        route: (B,) int32: 1 where the fast kernel takes the image, 0 where tiles does.
-        shift: (B, 3) int32: row, column, flip (0 or 1): student cell (i, j) meets target cell (row + i, column + j),
-            flipped (row + i, column + w - 1 - j), clamped to the target's grid. Where route is 1 and KL is on.
+        target_scale: where `target` is float16 as it was packed, what takes it to base 2 at T: log2(e) / T. Else None.
+        tables: int32, the taps that `geometry.student_tables` and `target_tables` find in it.
+        target_batch: B with a window or a flip, else 1; 0 when KL is off.
+        route: (B, 4) int32: 1 where the fast kernel takes the image and 0 where tiles does; row, column, flip (0 or 1):
+            student cell (i, j) meets target cell (row + i, column + j), flipped (row + i, column + w - 1 - j), clamped
+            to the target's grid. The three where the first is 1 and KL is on.
         mix: (B, h, w) float32, the sum over the classes of class weight * student; None where labels are not smoothed.
         factors: (8,) float32: ce_weight / ce_denominator, kl_weight * T / kl_denominator (of the gradient),
             1 / ce_denominator, T^2 / kl_denominator (of the terms); 0 where the denominator is 0; and what
@@ -59,12 +60,10 @@ class Prepared:
     student_lost: Tensor
     target: Tensor
     target_lost: Tensor
-    student_rows: Taps
-    student_columns: Taps
-    target_rows: Taps
-    target_columns: Taps
+    target_scale: float | None
+    tables: Tensor
+    target_batch: int
     route: Tensor
-    shift: Tensor
     factors: Tensor
     mix: Tensor | None
     stride: int = 0
@@ -76,7 +75,11 @@ def _normalise(
     stretch,
     FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap."""
+    """A block of pixels of one image of dense logits. FLAT: its rows follow each other without a gap.
+
+    Without `out_ptr` they are read as they are: their range is then that of them and 0, and infinite where one is lost,
+    for the fast kernel cannot leave it out.
+    """
     _, stride_c, stride_h, stride_w = strides
     offs_n = block * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < plane
@@ -93,22 +96,27 @@ def _normalise(
         wrong = tl.maximum(wrong, tl.max(tl.where(tl.abs(x) <= limit, 0, 1), 0))
     usable = exists & (wrong == 0)
     largest = tl.where(usable, largest, 0.0)
+    smallest = tl.where(usable, smallest, 0.0)
     tl.store(lost_ptr + offs_n, wrong.to(tl.uint8), mask=exists)
-    tl.store(range_ptr, tl.max((largest - tl.where(usable, smallest, 0.0)) * stretch, 0))
-    mix = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, num_classes, BLOCK_C):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask = (offs_c < num_classes)[:, None] & exists[None, :]
-        x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
-        value = (tl.where(usable[None, :], x, 0.0) - largest[None, :]) * scale
-        tl.store(out_ptr + offs_c[:, None] * plane + offs_n[None, :], value, mask=mask)
+    if out_ptr is None:
+        span = tl.maximum(largest, 0.0) - tl.minimum(smallest, 0.0)
+        tl.store(range_ptr, tl.max(tl.where(wrong == 0, span * stretch, float("inf")), 0))
+    else:
+        tl.store(range_ptr, tl.max((largest - smallest) * stretch, 0))
+        mix = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, num_classes, BLOCK_C):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = (offs_c < num_classes)[:, None] & exists[None, :]
+            x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
+            value = (tl.where(usable[None, :], x, 0.0) - largest[None, :]) * scale
+            tl.store(out_ptr + offs_c[:, None] * plane + offs_n[None, :], value, mask=mask)
+            if mix_ptr is not None:
+                if class_weight_ptr is not None:
+                    weight = tl.load(class_weight_ptr + offs_c, mask=offs_c < num_classes, other=0.0).to(tl.float32)
+                    value = value * weight[:, None]
+                mix += tl.sum(tl.where(mask, value, 0.0), 0)
         if mix_ptr is not None:
-            if class_weight_ptr is not None:
-                weight = tl.load(class_weight_ptr + offs_c, mask=offs_c < num_classes, other=0.0).to(tl.float32)
-                value = value * weight[:, None]
-            mix += tl.sum(tl.where(mask, value, 0.0), 0)
-    if mix_ptr is not None:
-        tl.store(mix_ptr + offs_n, mix, mask=exists)
+            tl.store(mix_ptr + offs_n, mix, mask=exists)
 
 
 @triton.jit
@@ -205,7 +213,8 @@ def prepare_kernel(
     target_lost_ptr, mix_ptr, class_weight_ptr, pixels, window_ptr, flip_ptr, ranges_ptr, counts_ptr, plane,
     target_plane, k, h, w, ht, wt, H, W, view_height, view_width, student_blocks, target_blocks, count_blocks,
     student_limit, target_limit, scale, stretch,
-    FLAT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FLAT: tl.constexpr, STUDENT_C: tl.constexpr, TARGET_C: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Run for every image programs of the student's pixels, then of the target's, then those that count labels."""
     programs = student_blocks + target_blocks + count_blocks
@@ -220,24 +229,26 @@ def prepare_kernel(
         _normalise(
             student_ptr + image64 * student_strides[0], student_strides,
             student_out_ptr + image64 * num_classes * plane, student_lost_ptr + image64 * plane, ranges_ptr,
-            mix_ptr, class_weight_ptr, block, num_classes, plane, w, student_limit, scale, stretch, FLAT, BLOCK_C,
+            mix_ptr, class_weight_ptr, block, num_classes, plane, w, student_limit, scale, stretch, FLAT, STUDENT_C,
             BLOCK,
         )  # fmt: skip
     elif block < student_blocks + target_blocks:
         if target_ptr is not None:
-            out_ptr = target_out_ptr + image64 * num_classes * target_plane
+            out_ptr = target_out_ptr
+            if out_ptr is not None:
+                out_ptr += image64 * num_classes * target_plane
             lost_ptr = target_lost_ptr + image64 * target_plane
             if indices_ptr is not None:
                 _densify(
                     target_ptr + image64 * k * target_plane, indices_ptr + image64 * k * target_plane,
                     tail_ptr + image64 * target_plane, out_ptr, lost_ptr, ranges_ptr, block - student_blocks, k,
-                    num_classes, target_plane, target_limit, scale, stretch, BLOCK_C, BLOCK,
+                    num_classes, target_plane, target_limit, scale, stretch, TARGET_C, BLOCK,
                 )  # fmt: skip
             else:
                 _normalise(
                     target_ptr + image64 * num_classes * target_plane, (0, target_plane, wt, 1), out_ptr, lost_ptr,
                     ranges_ptr, None, None, block - student_blocks, num_classes, target_plane, wt, target_limit, scale,
-                    stretch, True, BLOCK_C, BLOCK,
+                    stretch, True, TARGET_C, BLOCK,
                 )  # fmt: skip
     else:
         block -= student_blocks + target_blocks
@@ -264,6 +275,26 @@ def fast_stride(problem: LossProblem) -> int:
     return stride
 
 
+def _scale(temperature: float) -> float:
+    """What takes logits to base 2 at T."""
+    return min(math.log2(math.e) / temperature, LARGEST)
+
+
+def _reads_packed(problem: LossProblem) -> bool:
+    """Whether the target's values are read where they are: dense ones that cells, and seldom tiles, takes."""
+    target = problem.target
+    if target is None or target.indices is not None or problem.window is not None:
+        return False
+    return fast_stride(problem) > 1 and 65504 * _scale(problem.temperature) < 1e30
+
+
+def _classes_at_once(num_classes: int, device: torch.device, *, pixel_per_lane: bool) -> int:
+    """Classes of a block of PIXELS pixels: one where these lie side by side, so that no lane reads another's."""
+    if pixel_per_lane and device.type != "cpu":  # the interpreter's time grows with the turns
+        return 1
+    return max(4, min(32, power_of_2(num_classes)))
+
+
 def prepare(problem: LossProblem) -> Prepared:
     """Launch the two kernels; B is at least 1. Memory: O(B C (h w + ht wt)), 4 bytes each."""
     target = problem.target
@@ -288,29 +319,33 @@ def _launch_prepare(
     counts_kl: bool,
     mix: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """Return (student, student_lost, target, target_lost), (B, programs) ranges and (B, programs, 2) counts."""
-    student, target, T = problem.student, problem.target, problem.temperature
+    """Return (student, student_lost, target, target_lost), (B, programs) ranges and (B, programs, 2) counts.
+
+    The target is its own values where these are read as they are.
+    """
+    student, target, T, device = problem.student, problem.target, problem.temperature, problem.student.device
     (B, C, h, w), (H, W) = student.shape, problem.size
     blocks = (
-        triton.cdiv(h * w, PIXELS),
-        0 if target is None else triton.cdiv(target.values.shape[2] * target.values.shape[3], PIXELS),
-        triton.cdiv(H, COUNT_ROWS) if counts_ce or counts_kl else 0,
+        cdiv(h * w, PIXELS),
+        0 if target is None else cdiv(target.values.shape[2] * target.values.shape[3], PIXELS),
+        cdiv(H, COUNT_ROWS) if counts_ce or counts_kl else 0,
     )
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=student.device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     ranges, counts = empty(B, blocks[0] + blocks[1]), empty(B, blocks[2], 2, dtype=torch.float64)
     students = empty(B, C, h, w), empty(B, h, w, dtype=torch.uint8)
-    values = indices = tail = None
+    values = indices = tail = target_out = None
     k, ht, wt, view = 0, 1, 1, (1, 1)
     if target is None:
         targets = empty(1, 1, 1, 1), empty(1, 1, 1, dtype=torch.uint8)
     else:
         k, ht, wt = target.values.shape[1:]
         view = target.view_size
-        targets = empty(B, C, ht, wt), empty(B, ht, wt, dtype=torch.uint8)
         values = target.values.contiguous()
+        target_out = None if _reads_packed(problem) else empty(B, C, ht, wt)
+        targets = values if target_out is None else target_out, empty(B, ht, wt, dtype=torch.uint8)
         indices = None if target.indices is None else target.indices.contiguous()
         tail = None if target.tail is None else target.tail.contiguous()
     counted = label_pixels(
@@ -318,15 +353,15 @@ def _launch_prepare(
         use_ce=counts_ce, use_kl=counts_kl, distill_void=problem.distill_void,
     )  # fmt: skip
     prepare_kernel[(B * sum(blocks),)](
-        student, student.stride(), *students, values, indices, tail, *targets, mix,
+        student, student.stride(), *students, values, indices, tail, target_out, targets[1], mix,
         None if mix is None else counted.class_weight, counted, window,
         None if window is None else flip, ranges, counts,
         h * w, ht * wt, k, h, w, ht, wt, H, W, *view, *blocks,
-        LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), min(math.log2(math.e) / T, LARGEST),
-        max(1.0, 1 / T),
+        LARGEST / 8 * min(1.0, T), min(LARGEST / 8 * T, LARGEST), _scale(T), max(1.0, 1 / T),
         FLAT=student.stride(2) == w * student.stride(3) or h == 1,
-        BLOCK_C=max(4, min(32, triton.next_power_of_2(C))), BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS,
-        num_warps=4, enable_fp_fusion=False,
+        STUDENT_C=_classes_at_once(C, device, pixel_per_lane=student.stride(3) == 1 and h * w >= PIXELS),
+        TARGET_C=_classes_at_once(C, device, pixel_per_lane=ht * wt >= PIXELS),
+        BLOCK=PIXELS, ROWS=COUNT_ROWS, COLUMNS=COUNT_COLUMNS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return (*students, *targets), ranges, counts
 
@@ -341,15 +376,14 @@ def _launch_geometry(
     ht, wt = (1, 1) if target is None else target.values.shape[2:]
     view = (1, 1) if target is None else target.view_size
 
-    taps = partial(Taps.empty, device)
-    Bt = B if window is not None or flip is not None else 1
-    targets = (taps(1, 1), taps(1, 1)) if target is None else (taps(Bt, H), taps(Bt, W))
-    tables = (taps(H), taps(W), *targets)
-    route, shift = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((B,), (B, 3)))
+    moved = window is not None or flip is not None
+    target_batch = 0 if target is None else B if moved else 1
+    tables = torch.empty(tables_size(H, W, target_batch), dtype=torch.int32, device=device)
+    route = torch.empty((B, 4), dtype=torch.int32, device=device)
     factors = torch.empty(8, dtype=torch.float32, device=device)
     geometry_kernel[(B + 1,)](
         window, flip, ranges, counts, problem.ce_weight, problem.kl_weight, problem.ce_denominator,
-        problem.kl_denominator, *tables, route, shift, factors,
+        problem.kl_denominator, tables, route, factors, target_batch,
         B, h, w, ht, wt, H, W, *view, ranges.shape[1], B * counts.shape[1], B * H * W, problem.temperature,
         None if mix is None or problem.class_weight is None else problem.class_weight.contiguous(),
         problem.student.shape[1], problem.label_smoothing, problem.focal_gamma,
@@ -357,4 +391,5 @@ def _launch_geometry(
         TARGET_ALIGN=target is not None and target.align_corners, FAST=stride > 0, GUARD_RANGE=stride > 1,
         COUNTS_CE=counts_ce, COUNTS_KL=counts_kl, BLOCK=TABLE, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return Prepared(*logits, *tables, route, shift, factors, mix, stride)
+    scale = _scale(problem.temperature) if _reads_packed(problem) else None
+    return Prepared(*logits, scale, tables, target_batch, route, factors, mix, stride)

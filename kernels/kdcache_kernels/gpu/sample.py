@@ -46,10 +46,20 @@ def first_pixel(taps, cell_n, size, steps):
 
 
 @triton.jit
+def load_logits(ptrs):
+    """Prepared logits; of packed ones, which are read as they are, 0 in place of one that is not finite."""
+    x = tl.load(ptrs)
+    if x.dtype == tl.float16:
+        x = x.to(tl.float32)
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    return x
+
+
+@triton.jit
 def along_row(row_n, columns, offset_c):
     """Logits on a low-resolution row, at one label column per lane; columns: left and right pixel, fraction."""
-    left_cn = tl.load((row_n + columns[0])[None, :] + offset_c[:, None])
-    right_cn = tl.load((row_n + columns[1])[None, :] + offset_c[:, None])
+    left_cn = load_logits((row_n + columns[0])[None, :] + offset_c[:, None])
+    right_cn = load_logits((row_n + columns[1])[None, :] + offset_c[:, None])
     return left_cn + columns[2][None, :] * (right_cn - left_cn)
 
 
@@ -148,11 +158,11 @@ def student_group(y_n, cell_n, taps, H):
 
 
 @triton.jit
-def target_group(at_qn, first_n, taps):
+def target_group(at_qn, first_n, taps, scale):
     """Where label rows lie between three target rows from `first_n` on.
 
     Returns: whether they lie there (the first always does), whether between the last two rows, the fraction, and the
-    weights of the three rows.
+    weights of the three rows, times `scale` (None for 1).
     """
     index_qn = tl.load(taps.index + at_qn)
     fraction_qn = tl.load(taps.fraction + at_qn)
@@ -164,6 +174,8 @@ def target_group(at_qn, first_n, taps):
         tl.where(below_qn, upper_qn, fraction_qn),
         tl.where(below_qn, fraction_qn, 0.0),
     )
+    if scale is not None:
+        weights = (weights[0] * scale, weights[1] * scale, weights[2] * scale)
     return reached_qn, below_qn, fraction_qn, weights
 
 
@@ -213,7 +225,7 @@ def visit(
     )
     lowest = s1
     if pixels.USE_KL:
-        lowest = tl.where(tl.abs(cross) == float("inf"), 0.0, tl.minimum(su, sv))
+        lowest = tl.where(tl.abs(cross) < float("inf"), tl.minimum(su, sv), 0.0)
         if pixels.USE_CE:
             lowest = tl.minimum(lowest, s1)
     peak_u = tl.zeros(live_qn.shape, tl.float32)

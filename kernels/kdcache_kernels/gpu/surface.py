@@ -10,7 +10,8 @@ not depend on how a compiler groups the rest of a kernel.
 
 Legend: S pixels of a cell's row; ROWS pixel rows of the cell that are done at a time; q row, r column of a pixel. A
 grid is a tuple: pointers to the left pixels of the rows above and below a cell, elements of a class, first and step of
-`interpolation`. Per-pixel values are tuples of ROWS * S blocks, because Triton keeps those in registers.
+`interpolation`, and what multiplies its logits, the step included; None for 1. Per-pixel values are tuples of ROWS * S
+blocks, because Triton keeps those in registers.
 """
 
 import triton
@@ -64,13 +65,21 @@ def load_corners(grid, c):
 @triton.jit
 def make_surface(corners, grid, y_first, S: tl.constexpr):
     """(value, dx, dy, dxy): the logit at the first pixel and its increments; rows start at `y_first` of the cell."""
-    first, step = grid[3], grid[4]
-    top = corners[1] - corners[0]
-    bottom = corners[3] - corners[2]
-    upper = tl.fma(top, first, corners[0])
-    rise = tl.fma(bottom, first, corners[2]) - upper
+    first, step, scale = grid[3], grid[4], grid[5]
+    # Converted here and not where they are loaded, classes ahead.
+    top_left = corners[0].to(tl.float32)
+    bottom_left = corners[2].to(tl.float32)
+    top = corners[1].to(tl.float32) - top_left
+    bottom = corners[3].to(tl.float32) - bottom_left
+    upper = tl.fma(top, first, top_left)
+    rise = tl.fma(bottom, first, bottom_left) - upper
     twist = (bottom - top) * step
-    return tl.fma(rise, y_first, upper), tl.fma(twist, y_first, top * step), rise * (1.0 / S), twist * (1.0 / S)
+    value = tl.fma(rise, y_first, upper)
+    per_row = 1.0 / S
+    if scale is not None:
+        value = value * scale
+        per_row = scale * (1.0 / S)
+    return value, tl.fma(twist, y_first, top * step), rise * per_row, twist * (1.0 / S)
 
 
 @triton.jit

@@ -29,13 +29,15 @@ target's base-2 logits / T at a label pixel. Blocks: c classes, q rows that are 
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..problem import LossProblem
 from .common import (
+    Buffers,
+    Needs,
+    cdiv,
     gpu,
     integer_power,
     launch_options,
@@ -43,8 +45,10 @@ from .common import (
     multiprocessors,
     pixels_of,
     power,
+    power_of_2,
     strides_of,
 )
+from .geometry import student_tables, target_tables
 from .prep import Prepared
 from .sample import (
     ROWS,
@@ -155,7 +159,8 @@ def _finish_row(sums_ptr, gradient_n, writes_n, num_classes, plane, BLOCK: tl.co
 
 @triton.jit(
     do_not_specialize=[
-        "h", "w", "H", "W", "ht", "wt", "target_batch", "strips", "strip_rows", "num_lanes", "num_blocks",
+        "h", "w", "H", "W", "ht", "wt", "target_batch", "first_partial",
+        "strips", "strip_rows", "num_lanes", "num_blocks",
         "most_columns", "scratch_size", "steps",
         "label_stride_b", "label_stride_h", "label_stride_w",
         "label_gate_stride_b", "label_gate_stride_h", "label_gate_stride_w",
@@ -163,15 +168,19 @@ def _finish_row(sums_ptr, gradient_n, writes_n, num_classes, plane, BLOCK: tl.co
     ],
 )  # fmt: skip
 def tiles_kernel(
-    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, row_taps, column_taps, target_row_taps,
-    target_column_taps, route_ptr, factors_ptr, mix_ptr, gradient_ptr, scratch_ptr, partials_ptr, pixels, h, w, H, W,
-    ht, wt, target_batch, strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, steps,
+    student_ptr, student_lost_ptr, target_ptr, target_lost_ptr, tables_ptr, route_ptr, factors_ptr, mix_ptr,
+    gradient_ptr, scratch_ptr, partials_ptr, first_partial, pixels, h, w, H, W, ht, wt,
+    target_batch, strips, strip_rows, num_lanes, num_blocks, most_columns, scratch_size, steps, target_scale,
     label_stride_b, label_stride_h, label_stride_w, label_gate_stride_b, label_gate_stride_h, label_gate_stride_w,
     gate_stride_b, gate_stride_h, gate_stride_w, temperature,
     ALL_IMAGES: tl.constexpr, POWER: tl.constexpr, BLOCK_SUMS: tl.constexpr, BLOCK_C: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Each program does every num_programs-th block of lanes; lanes are the cell columns -1 to w - 1 of all strips."""
     HAS_GRADIENT: tl.constexpr = gradient_ptr is not None
+    row_taps, column_taps = student_tables(tables_ptr, H, W)
+    target_row_taps, target_column_taps = row_taps, column_taps
+    if pixels.USE_KL:
+        target_row_taps, target_column_taps = target_tables(tables_ptr, H, W, target_batch)
     num_classes = pixels.num_classes
     pid = tl.program_id(0)
     lane = tl.arange(0, LANES)
@@ -193,7 +202,7 @@ def tiles_kernel(
         image = n // (w + 1) // strips
         first_row = n // (w + 1) % strips * strip_rows
         if not ALL_IMAGES:
-            alive = alive & (tl.load(route_ptr + image) == 0)
+            alive = alive & (tl.load(route_ptr + 4 * image) == 0)
         if tl.max(alive.to(tl.int32), 0) > 0:
             image64 = image.to(tl.int64)
             student_n = student_ptr + image64 * num_classes * sizes[1]
@@ -236,7 +245,7 @@ def tiles_kernel(
                     if pixels.USE_KL:
                         t_at = target_image[None, :] * H + rows
                         t_row = tl.load(target_row_taps.index + target_image * H + tl.minimum(y, H - 1))
-                        reached, below, t_fraction, weights = target_group(t_at, t_row, target_row_taps)
+                        reached, below, t_fraction, weights = target_group(t_at, t_row, target_row_taps, target_scale)
                         live = live & reached
                         in_view = live & (tl.load(target_row_taps.inside + t_at) != 0)
                         blend = (fraction, weights[0], weights[1], weights[2])  # type: ignore[assignment]
@@ -296,8 +305,9 @@ def tiles_kernel(
                     _finish_row(now_ptr, gradient_n, written, num_classes, sizes[1], BLOCK_C, LANES)
                     tl.debug_barrier()
                 i += 1
-    tl.store(partials_ptr + 2 * pid, tl.sum(ce_n, 0))
-    tl.store(partials_ptr + 2 * pid + 1, tl.sum(kl_n, 0))
+    partials_ptr += 2 * (first_partial + pid)
+    tl.store(partials_ptr, tl.sum(ce_n, 0))
+    tl.store(partials_ptr + 1, tl.sum(kl_n, 0))
 
 
 class Tiling(NamedTuple):
@@ -326,12 +336,12 @@ def choose_tiling(problem: LossProblem, *, all_images: bool = True) -> Tiling:
     """
     B, C, h, w = problem.student.shape
     device = problem.student.device
-    block_classes = min(4, triton.next_power_of_2(C))
+    block_classes = min(4, power_of_2(C))
     if device.type == "cpu":
-        return Tiling(h, min(512, triton.next_power_of_2(B * (w + 1) + 1)), C & -C, block_classes, 2)
+        return Tiling(h, min(512, power_of_2(B * (w + 1) + 1)), C & -C, block_classes, 2)
     wave = 10 * multiprocessors(device)
     lanes = gpu(device).warp_size
-    strip_rows = min(h, max(2, triton.cdiv(B * h * (w + 1), (lanes - 1) * wave)))
+    strip_rows = min(h, max(2, cdiv(B * h * (w + 1), (lanes - 1) * wave)))
     rare = not all_images and problem.window is None
     return Tiling(strip_rows, lanes, 1, block_classes, wave // 5 if rare else wave + wave // 5)
 
@@ -343,36 +353,55 @@ def most_columns(w: int, W: int, align_corners: bool) -> int:
     return max(1, -(-(W - 1) // (w - 1))) if align_corners else -(-W // w)
 
 
+def _blocks(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
+    """Lanes, and blocks of them."""
+    B, _, h, w = problem.student.shape
+    num_lanes = B * cdiv(h, tiling.strip_rows) * (w + 1)
+    return num_lanes, cdiv(num_lanes, tiling.lanes - 1)
+
+
+def _scratch_size(problem: LossProblem, tiling: Tiling) -> int:
+    """Scratch of a program."""
+    C, w = problem.student.shape[1], problem.student.shape[3]
+    columns = most_columns(w, problem.size[1], problem.align_corners)
+    return int(columns * ROWS.value * VALUES.value + 2 * C) * tiling.lanes
+
+
+def needs(problem: LossProblem, tiling: Tiling) -> Needs:
+    """What `launch` needs."""
+    programs = min(_blocks(problem, tiling)[1], tiling.programs)
+    return Needs(programs, programs * _scratch_size(problem, tiling))
+
+
 def launch(
-    problem: LossProblem, prepared: Prepared, gradient: Tensor | None, *, all_images: bool, tiling: Tiling | None = None
-) -> Tensor:
+    problem: LossProblem,
+    prepared: Prepared,
+    gradient: Tensor | None,
+    buffers: Buffers,
+    tiling: Tiling,
+    *,
+    all_images: bool,
+) -> None:
     """Run the kernel on all images, or on those whose route is 0.
 
     Args:
         gradient: (B, C, h, w) contiguous; the kernel writes the part of its images. None leaves it out.
-    Returns: (P, 2) float64 on the device: partial sums of the pixels' weighted CE and KL, in nats.
+        buffers: with what `needs` says.
     """
-    B, C, h, w = problem.student.shape
+    h, w = problem.student.shape[2:]
     (H, W), device = problem.size, problem.student.device
-    tiling = choose_tiling(problem, all_images=all_images) if tiling is None else tiling
-    strips = triton.cdiv(h, tiling.strip_rows)
-    num_lanes = B * strips * (w + 1)
-    num_blocks = triton.cdiv(num_lanes, tiling.lanes - 1)
-    programs = min(num_blocks, tiling.programs)
+    strips = cdiv(h, tiling.strip_rows)
+    num_lanes, num_blocks = _blocks(problem, tiling)
     columns = most_columns(w, W, problem.align_corners)
-    scratch_size = (columns * ROWS.value * VALUES.value + 2 * C) * tiling.lanes
-    scratch = torch.empty(0 if gradient is None else programs * scratch_size, device=device)
-    partials = torch.empty((programs, 2), dtype=torch.float64, device=device)
-    tiles_kernel[(programs,)](
-        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.student_rows,
-        prepared.student_columns, prepared.target_rows, prepared.target_columns, prepared.route, prepared.factors,
-        prepared.mix, gradient, scratch, partials,
+    tiles_kernel[(needs(problem, tiling).programs,)](
+        prepared.student, prepared.student_lost, prepared.target, prepared.target_lost, prepared.tables,
+        prepared.route, prepared.factors, prepared.mix, gradient, buffers.scratch, buffers.partials, buffers.first,
         pixels_of(problem)._replace(label_strides=None, gate_strides=None, label_gate_strides=None),
         h, w, H, W, *prepared.target.shape[2:],
-        prepared.target_rows.index.shape[0], strips, tiling.strip_rows, num_lanes, num_blocks, columns, scratch_size,
-        max(H, W).bit_length(), *strides_of(problem), problem.temperature, ALL_IMAGES=all_images,
+        prepared.target_batch, strips, tiling.strip_rows, num_lanes, num_blocks, columns,
+        _scratch_size(problem, tiling),
+        max(H, W).bit_length(), prepared.target_scale, *strides_of(problem), problem.temperature, ALL_IMAGES=all_images,
         POWER=integer_power(problem.temperature) if problem.use_ce and problem.use_kl else 0,
         BLOCK_SUMS=tiling.block_sums, BLOCK_C=tiling.block_classes, LANES=tiling.lanes,
         enable_fp_fusion=True, **launch_options(tiling.lanes, REGISTERS, device),
     )  # fmt: skip
-    return partials

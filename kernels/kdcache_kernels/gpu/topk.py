@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..topk import LOGIT_LIMIT, check_logits, check_packed, index_dtype
+from .common import cdiv
 
 BLOCK = 128
 OPTIONS = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
@@ -229,7 +230,7 @@ def pack(logits_BChw: Tensor, k: int) -> tuple[Tensor, Tensor | None, Tensor | N
     tail = torch.empty((B, 0 if dense else h, w), dtype=torch.float16, device=device)
     if values.numel() > 0:
         with torch.cuda.device_of(logits_BChw):
-            _pack_kernel[(triton.cdiv(B * h * w, BLOCK),)](
+            _pack_kernel[(cdiv(B * h * w, BLOCK),)](
                 logits_BChw, logits_BChw.stride(), values, indices, tail, B * h * w, h * w, num_classes, k, w,
                 DENSE=dense, **OPTIONS,
             )  # fmt: skip
@@ -248,7 +249,7 @@ def densify(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_cla
     dense_BChw = torch.empty((B, num_classes, h, w), dtype=torch.float32, device=values.device)
     if B > 0:
         with torch.cuda.device_of(values):
-            _densify_kernel[(triton.cdiv(B * h * w, BLOCK),)](
+            _densify_kernel[(cdiv(B * h * w, BLOCK),)](
                 values.contiguous(), indices.contiguous(), tail.contiguous(), dense_BChw,
                 B * h * w, h * w, num_classes, k, **OPTIONS,
             )  # fmt: skip

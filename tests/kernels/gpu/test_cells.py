@@ -19,21 +19,22 @@ pytest.importorskip("triton")
 
 def run(problem: LossProblem, rows: int = 1, lanes: int = 32) -> Result:
     """The kernel on a problem that must be its own; what it leaves out of the gradient stays NaN."""
-    from kdcache_kernels.gpu import cells
+    from kdcache_kernels.gpu import cells, loss
     from kdcache_kernels.gpu.prep import prepare
 
     prepared = prepare(problem)
     stride = problem.size[0] // problem.student.shape[2]
     assert prepared.stride == stride
-    assert prepared.route.tolist() == [1] * problem.student.shape[0]
+    assert prepared.route[:, 0].tolist() == [1] * problem.student.shape[0]
     gradient = None
     if problem.need_gradient:
         gradient = torch.full(problem.student.shape, torch.nan, dtype=problem.gradient_dtype, device=DEVICE)
     tiling = cells.Tiling(rows, lanes)
-    partials = cells.launch(problem, prepared, gradient, stride, tiling=tiling)
-    assert partials.dtype == torch.float64
-    ce, kl = (partials.sum(0) * prepared.factors[2:4]).float().tolist()
-    return Result(ce, kl, gradient)
+    buffers = loss.make_buffers(problem, cells.needs(problem, stride, tiling))
+    cells.launch(problem, prepared, gradient, buffers, tiling, stride=stride)
+    seams = cells.seams(problem, stride, tiling)
+    _, ce, kl = loss.add_up(problem, prepared, gradient, buffers, seams)
+    return Result(ce.item(), kl.item(), gradient)
 
 
 def assert_exact(problem: LossProblem, gradient_error: float = 2e-6, **tiling: int) -> Result:
@@ -187,9 +188,9 @@ def test_a_lost_student_pixel(counted, value):
 @pytest.mark.parametrize("flipped", [slow(False), True])
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_lost_target_pixel(counted, flipped):
-    """It spoils KL alone."""
+    """It spoils KL alone. Without a window its image would be of tiles, for dense values are then read as they are."""
     flip = torch.tensor([True], device=DEVICE) if flipped else None
-    problem = make_problem(2, (3, 4), distill_void=False, flip=flip)
+    problem = make_problem(2, (3, 4), distill_void=False, flip=flip, window=windows([0, 0, 6, 8]))
     problem.labels[0, :3, -3:] = VOID
     problem.labels[0, :3, :3] = VOID
     problem.target.values[0, :, 0, 0] = 0
@@ -202,6 +203,29 @@ def test_a_lost_target_pixel(counted, flipped):
     actual = run(problem)
     assert actual.ce == pytest.approx(exact(problem).ce, rel=1e-6)
     assert actual.kl != actual.kl
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_lost_pixel_of_a_target_that_is_read_as_it_is(bad, counted):
+    """Its image is of tiles; the other one is not."""
+    from kdcache_kernels.gpu import loss
+    from kdcache_kernels.gpu.prep import prepare
+
+    problem = make_problem(2, (3, 4), B=2, distill_void=False)
+    problem.labels[1, :3, :3] = VOID
+    problem.target.values[1, :, 0, 0] = 0
+    without = dataclasses.replace(problem, target=problem.target.map(torch.clone))
+    problem.target.values[1, 1, 0, 0] = bad
+    assert prepare(problem).route[:, 0].tolist() == [1, 0]
+    if counted:
+        problem.labels[1, 2, 2] = 1
+        actual = loss.distill_loss(problem)
+        assert actual.ce.isfinite()
+        assert actual.kl.isnan()
+        return
+    actual = loss.distill_loss(problem)
+    assert_close(Result(actual.ce.item(), actual.kl.item(), actual.gradient), without)
 
 
 def test_a_lost_pixel_counts_at_weight_0():
@@ -286,9 +310,13 @@ def test_images_of_another_kernel_are_passed_by():
     problem = make_problem(2, B=2)
     problem.student[1, 0] += 100
     prepared = prepare(problem)
-    assert prepared.route.tolist() == [1, 0]
+    assert prepared.route[:, 0].tolist() == [1, 0]
     gradient = torch.full(problem.student.shape, torch.nan, device=DEVICE)
-    partials = cells.launch(problem, prepared, gradient, 2, tiling=cells.Tiling(1, 32))
+    tiling = cells.Tiling(1, 32)
+    buffers = loss.make_buffers(problem, cells.needs(problem, 2, tiling))
+    cells.launch(problem, prepared, gradient, buffers, tiling, stride=2)
+    loss.add_up(problem, prepared, gradient, buffers, cells.seams(problem, 2, tiling))
+    partials = buffers.partials
     assert gradient[0].isfinite().all()
     assert gradient[1].isnan().all()
     assert not partials[partials.shape[0] // 2 :].any()

@@ -27,19 +27,21 @@ def make_problem(grid: tuple[int, int] = (3, 5), **options: object) -> LossProbl
 
 def run(problem: LossProblem, tiling: "Tiling | None" = None) -> Result:
     """The kernel on a problem that must be its own; what it leaves out of the gradient stays NaN."""
+    from kdcache_kernels.gpu import loss
     from kdcache_kernels.gpu import pixels as triton_pixels
     from kdcache_kernels.gpu.prep import prepare
 
     prepared = prepare(problem)
     assert prepared.stride == 1
-    assert prepared.route.tolist() == [1] * problem.student.shape[0]
+    assert prepared.route[:, 0].tolist() == [1] * problem.student.shape[0]
     gradient = None
     if problem.need_gradient:
         gradient = torch.full(problem.student.shape, torch.nan, dtype=problem.gradient_dtype, device=DEVICE)
-    partials = triton_pixels.launch(problem, prepared, gradient, tiling=tiling)
-    assert partials.dtype == torch.float64
-    ce, kl = (partials.sum(0) * prepared.factors[2:4]).float().tolist()
-    return Result(ce, kl, gradient)
+    tiling = triton_pixels.choose_tiling(problem) if tiling is None else tiling
+    buffers = loss.make_buffers(problem, triton_pixels.needs(problem, tiling))
+    triton_pixels.launch(problem, prepared, gradient, buffers, tiling)
+    _, ce, kl = loss.add_up(problem, prepared, gradient, buffers, None)
+    return Result(ce.item(), kl.item(), gradient)
 
 
 def assert_exact(problem: LossProblem, gradient_error: float = 2e-6, tiling: "Tiling | None" = None) -> Result:
@@ -250,9 +252,11 @@ def test_images_of_another_kernel_are_passed_by():
 
     problem = make_problem(B=2, target_grid=(5, 7), window=windows([0, 0, 3, 5], [0.5, 1, 3.5, 6]))
     prepared = prepare(problem)
-    assert prepared.route.tolist() == [1, 0]
+    assert prepared.route[:, 0].tolist() == [1, 0]
     gradient = torch.full(problem.student.shape, torch.nan, device=DEVICE)
-    triton_pixels.launch(problem, prepared, gradient)
+    tiling = triton_pixels.choose_tiling(problem)
+    buffers = loss.make_buffers(problem, triton_pixels.needs(problem, tiling))
+    triton_pixels.launch(problem, prepared, gradient, buffers, tiling)
     assert gradient[0].isfinite().all()
     assert gradient[1].isnan().all()
     expected = exact(problem)

@@ -98,9 +98,21 @@ def test_logits_are_normalised(layout, dtype):
     assert not prepared.target_lost.any()
 
 
+def test_dense_targets_of_whole_views_are_read_as_they_are():
+    problem = make()
+    prepared = prepare(problem)
+    assert prepared.target is problem.target.values
+    assert prepared.target_scale == pytest.approx(math.log2(math.e) / 2.5)
+    others = (replace(problem, window=torch.tensor([[0.0, 0, 6, 8]] * 2, device=DEVICE, dtype=torch.float64)),)
+    others += (make(k=2), make(grid=(6, 8)), make(size=(3, 4)), replace(problem, temperature=1e-30))
+    for other in others:
+        prepared = prepare(other)
+        assert (prepared.target.dtype, prepared.target_scale) == (torch.float32, None)
+
+
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
 def test_lost_pixels(temperature):
-    problem = make(B=1, student=(2, 4), temperature=temperature)
+    problem = make(B=1, student=(2, 4), size=(6, 12), temperature=temperature)
     limit = LARGEST / 8 * min(1.0, temperature)
     wrong = [math.nan, math.inf, -math.inf, 1.001 * limit, -1.001 * limit]
     right = [0.999 * limit, -0.999 * limit]
@@ -134,6 +146,16 @@ def test_packed_targets_are_spread(k):
     torch.testing.assert_close(prepared.target[:, :, 1:], expected[:, :, 1:], rtol=1e-6, atol=1e-5)
 
 
+def tables(problem: LossProblem) -> list[Taps]:
+    """Taps of the student's rows and columns, and of the target's (images, pixels)."""
+    prepared = prepare(problem)
+    (H, W), images = problem.size, prepared.target_batch
+    shapes = [(H,), (W,), (images, H), (images, W)]
+    parts = prepared.tables.split([3 * math.prod(shape) for shape in shapes])
+    planes = [part.view(3, *shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [Taps(index, fraction.view(torch.float32), inside) for index, fraction, inside in planes]
+
+
 def assert_taps(taps: Taps, position_BN: Tensor, n_view: int, n_in: int, align: bool) -> None:
     """To the bit: the fraction is the upper cell's entry of the hat matrix, and there are no others."""
     hat_BNn = hat_matrix(position_BN, n_view, n_in, align, torch.float64)
@@ -161,36 +183,37 @@ def test_tables_of_taps(align, flip, window):
         student=(7, 10), grid=(9, 13), size=(23, 31), view=(30, 41), window=window, flip=flip, align_corners=align
     )
     problem = replace(problem, target=replace(problem.target, align_corners=align))
-    prepared = prepare(problem)
+    rows, columns, target_rows, target_columns = tables(problem)
     whole = view_positions(None, None, (23, 31), (23, 31), DEVICE)
-    assert_taps(prepared.student_rows, whole.y, 23, 7, align)
-    assert_taps(prepared.student_columns, whole.x, 31, 10, align)
+    assert_taps(rows, whole.y, 23, 7, align)
+    assert_taps(columns, whole.x, 31, 10, align)
     positions = view_positions(problem.window, problem.flip, (30, 41), (23, 31), DEVICE)
-    assert_taps(prepared.target_rows, positions.y, 30, 9, align)
-    assert_taps(prepared.target_columns, positions.x, 41, 13, align)
-    inside = prepared.target_rows.inside.bool()[:, :, None] & prepared.target_columns.inside.bool()[:, None, :]
+    assert_taps(target_rows, positions.y, 30, 9, align)
+    assert_taps(target_columns, positions.x, 41, 13, align)
+    inside = target_rows.inside.bool()[:, :, None] & target_columns.inside.bool()[:, None, :]
     assert torch.equal(inside, positions.inside())
 
 
 @pytest.mark.parametrize("student", [(1, 300), (700, 1)], ids=str)
 def test_tables_of_one_cell_and_of_more_than_a_block(student):
     size = (2048 if student[0] > 1 else 1, 1100 if student[1] > 1 else 3)
-    prepared = prepare(make(B=1, C=1, student=student, size=size, labels=None, use_ce=False))
+    taps_of_axes = tables(make(B=1, C=1, student=student, size=size, labels=None, use_ce=False))
     positions = view_positions(None, None, size, size, DEVICE)
-    for taps in (prepared.student_rows, prepared.target_rows):
+    for taps in taps_of_axes[::2]:
         assert_taps(taps, positions.y, size[0], student[0], False)
-    for taps in (prepared.student_columns, prepared.target_columns):
+    for taps in taps_of_axes[1::2]:
         assert_taps(taps, positions.x, size[1], student[1], False)
 
 
 @pytest.mark.parametrize("window", [[math.nan] * 4, [6.0, 0, 9, 8], [0, -4, 6, 0], [0, 0, math.nan, 8]], ids=str)
 def test_a_window_that_shows_nothing(window):
     """NaN in the table, so that it shows in the loss."""
-    prepared = prepare(make(window=[[0, 0, 6, 8], window]))
-    assert prepared.target_rows.fraction[1].isnan().all() or prepared.target_columns.fraction[1].isnan().all()
-    assert (prepared.target_rows.index[1] >= 0).all()
-    assert prepared.target_rows.fraction[0].isfinite().all()
-    assert prepared.route.tolist() == [1, 0]
+    problem = make(window=[[0, 0, 6, 8], window])
+    _, _, rows, columns = tables(problem)
+    assert rows.fraction[1].isnan().all() or columns.fraction[1].isnan().all()
+    assert (rows.index[1] >= 0).all()
+    assert rows.fraction[0].isfinite().all()
+    assert prepare(problem).route[:, 0].tolist() == [1, 0]
 
 
 STRIDES = {
@@ -218,7 +241,7 @@ def test_the_host_knows_where_the_fast_kernels_cannot_run(stride, case):
     assert fast_stride(problem) == stride
     prepared = prepare(problem)
     assert prepared.stride == stride
-    assert prepared.route.tolist() == [int(stride > 0)] * 2
+    assert prepared.route[:, 0].tolist() == [int(stride > 0)] * 2
 
 
 # Of a 5 x 6 target in a view of 10 x 12, so that a cell is 2 x 2, for a student of 3 x 4.
@@ -241,18 +264,16 @@ def test_routes_and_shifts(size, window, shift):
     problem = make(grid=(5, 6), view=(10, 12), size=size, window=[window] * 2, flip=flip)
     prepared = prepare(problem)
     if shift is None:
-        assert prepared.route.tolist() == [0, 0]
+        assert prepared.route[:, 0].tolist() == [0, 0]
         return
-    assert prepared.route.tolist() == [1, 1]
-    assert prepared.shift.tolist() == [[*shift, 0], [*shift, 1]]
+    assert prepared.route[:, 0].tolist() == [1, 1]
+    assert prepared.route[:, 1:].tolist() == [[*shift, 0], [*shift, 1]]
     if size == (3, 4):
         # Every pixel is a cell's centre: what the shift says is what the table of taps says.
         j = torch.arange(4, device=DEVICE)
         columns = torch.stack([shift[1] + j, shift[1] + 3 - j]).clamp(0, 5)
         rows = (shift[0] + torch.arange(3, device=DEVICE)).clamp(0, 4).expand(2, 3)
-        nearest = [
-            (taps.index + taps.fraction.round()).long() for taps in (prepared.target_rows, prepared.target_columns)
-        ]
+        nearest = [(taps.index + taps.fraction.round()).long() for taps in tables(problem)[2:]]
         assert torch.equal(nearest[0], rows)
         assert torch.equal(nearest[1], columns)
 
@@ -277,11 +298,12 @@ def test_wide_logits_do_not_take_cells(where, nats, temperature, route):
     logits[1, 0, 2, 3], logits[1, 1, 2, 3] = 0, -nats
     if where == "packed target":
         problem.target.tail[:] = math.log(math.expm1(1.0))  # the third class has mass near that of the others
-    assert prepare(problem).route.tolist() == [1, route]
+    assert prepare(problem).route[:, 0].tolist() == [1, route]
     # The kernel for pixels takes any range, and a lost pixel has none.
-    assert prepare(replace(problem, size=(3, 4), labels=problem.labels[:, :3, :4])).route.tolist() == [1, 1]
+    assert prepare(replace(problem, size=(3, 4), labels=problem.labels[:, :3, :4])).route[:, 0].tolist() == [1, 1]
     logits[1, 0, 2, 3] = math.nan
-    assert prepare(problem).route.tolist() == [1, 1]
+    # Cells cannot leave out a lost pixel of a target that is read as it was packed.
+    assert prepare(problem).route[:, 0].tolist() == [1, int(where != "target")]
 
 
 FACTORS = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdcache_kernels import PackedTarget, pack
 from kdcache_kernels.gpu import loss as triton_loss
 from kdcache_kernels.gpu.prep import Prepared, prepare
-from kdcache_kernels.gpu.tiles import Tiling, choose_tiling, launch
+from kdcache_kernels.gpu.tiles import Tiling, choose_tiling, launch, needs
 from kdcache_kernels.problem import LossProblem
 from kdcache_kernels.reference import distill_loss_reference
 
@@ -88,8 +88,10 @@ def run(problem: LossProblem, tiling: Tiling | None = None, prepared: Prepared |
     all_images = prepared is None
     prepared = prepare(problem) if prepared is None else prepared
     gradient = torch.full(problem.student.shape, NAN, dtype=problem.gradient_dtype, device=DEVICE)
-    partials = launch(problem, prepared, gradient, all_images=all_images, tiling=tiling)
-    ce, kl = partials.sum(0) * prepared.factors[2:4]
+    tiling = choose_tiling(problem, all_images=all_images) if tiling is None else tiling
+    buffers = triton_loss.make_buffers(problem, needs(problem, tiling))
+    launch(problem, prepared, gradient, buffers, tiling, all_images=all_images)
+    ce, kl = buffers.partials.sum(0) * prepared.factors[2:4]
     return Found(ce, kl, gradient)
 
 
@@ -339,8 +341,10 @@ def test_without_a_gradient():
     problem = make(window=WINDOWS["crops"])
     whole = run(problem)
     prepared = prepare(problem)
-    partials = launch(problem, prepared, None, all_images=True, tiling=Tiling(2, 32, 4, 4, 3))
-    terms = partials.sum(0) * prepared.factors[2:4]
+    tiling = Tiling(2, 32, 4, 4, 3)
+    buffers = triton_loss.make_buffers(replace(problem, need_gradient=False), needs(problem, tiling))
+    launch(problem, prepared, None, buffers, tiling, all_images=True)
+    terms = buffers.partials.sum(0) * prepared.factors[2:4]
     torch.testing.assert_close(terms, torch.stack(whole[:2]), rtol=1e-14, atol=0)
 
 
@@ -396,7 +400,8 @@ def test_an_image_does_not_depend_on_its_batch():
 @pytest.mark.slow
 def test_images_of_another_route_are_left_alone():
     problem = mixed()
-    prepared = replace(prepare(problem), route=torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE))
+    prepared = prepare(problem)
+    prepared.route[:, 0] = torch.tensor([1, 0, 1], dtype=torch.int32, device=DEVICE)
     actual = run(problem, prepared=prepared)
     alone = run(part(problem, 1))
     assert actual.gradient[0].isnan().all()
@@ -412,7 +417,7 @@ def test_a_batch_of_both_routes(size):
     H, W = size
     window = [[H / 2, 0, 1.5 * H, W], [0.1, 0, 0.9 * H, W]]
     problem = make(student=(2, 3), grid=(2, 3), size=size, window=window, flip=[True, False])
-    assert prepare(problem).route.tolist() == [1, 0]
+    assert prepare(problem).route[:, 0].tolist() == [1, 0]
     actual, expected = triton_loss.distill_loss(problem), expect(problem)
     loss = 0.7 * expected.ce + 0.3 * expected.kl
     for a, b in zip(actual[:3], (loss, expected.ce, expected.kl), strict=True):
