@@ -113,8 +113,9 @@ def distill_loss(
         CUDA, where nothing waits for the device, a class id out of range or a window that is NaN or beside the view
         makes the loss NaN. KDCACHE_DEBUG=1 in the environment checks on every device, and raises for a loss that is
         not finite with the position of its cause.
-    Memory: fused, two float32 copies of the low-resolution logits and the gradient; never anything of label size times
-        classes. The reference keeps three (B, C, H, W) tensors for the backward and has eight at its peak.
+    Memory: fused, float32 copies of the low-resolution logits (on CUDA not of a dense target that is seen whole, cell
+        by cell) and the gradient; never anything of label size times classes. The reference keeps three (B, C, H, W)
+        tensors for the backward and has eight at its peak.
     Source: Hinton et al. 2015, section 2; smoothing Szegedy et al. 2016, arXiv 1512.00567, section 7; focal Lin et al.
         2017, arXiv 1708.02002. Oracle: kdcache_kernels.reference.
     """
