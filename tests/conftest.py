@@ -111,3 +111,21 @@ def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     s3_server.reset()
     s3_server.enter(monkeypatch, tmp_path / "copies")
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[Any]:
+    """The Hub's protocol on loopback (tests/sharing/hub_server.py)."""
+    from hub_server import Hub
+
+    server = Hub()
+    with server.serving():
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The Hub, empty, as this test's own; files on their way go to a folder of the test's own."""
+    hub_server.reset()
+    hub_server.enter(monkeypatch, tmp_path)
+    return hub_server

@@ -43,6 +43,7 @@ ALLOWED = {
     "run_folder": {"shown", "heads", "errors", "files", "settings"},
     "models": {"heads", "listing", "errors", "files", "run_folder"},
     "store": {"shown", "heads", "data", "errors"},
+    "sharing": {"shown", "store", "errors", "run_folder", "settings"},
     "distill": {"heads", KERNELS, "errors"},
     "metrics": {"shown", "heads", "data", "models", "errors", "files", "settings"},
     "teacher": {
@@ -391,6 +392,7 @@ LISTED = [
     "distill",
     "metrics",
     "models.architectures",
+    "sharing",
     "store",
     "store.backend",
     "store.format",

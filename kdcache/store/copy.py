@@ -83,8 +83,8 @@ def copy_store(
     """
     changes = changes or CopyChanges()
     _check_elsewhere(source, destination)
-    numbers = list(range(source.manifest.dataset.samples) if changes.samples is None else changes.samples)
-    manifest = _manifest(source, changes, numbers, fidelity)
+    numbers = _numbers(source, changes)
+    manifest = copied_manifest(source, changes, fidelity)
     with open_writer(destination, manifest, [source.ids[number] for number in numbers], worker) as writer:
         if writer.manifest.created != manifest.created:
             raise MismatchError(
@@ -124,8 +124,13 @@ def rounds(source: Manifest, codec: Codec | None) -> bool:
     return codec == "small" and source.codec != "small"
 
 
-def _manifest(source: Cache, changes: CopyChanges, numbers: Sequence[int], fidelity: Fidelity | None) -> Manifest:
-    manifest = source.manifest
+def _numbers(source: Cache, changes: CopyChanges) -> list[int]:
+    return list(range(source.manifest.dataset.samples) if changes.samples is None else changes.samples)
+
+
+def copied_manifest(source: Cache, changes: CopyChanges, fidelity: Fidelity | None = None) -> Manifest:
+    """The manifest of the copy that `copy_store` would write. Args, Raises: as `copy_store`."""
+    manifest, numbers = source.manifest, _numbers(source, changes)
     _check(source, changes)
     taps = manifest.features if changes.features is None else set(changes.features)
     pixels = changes.pixels or manifest.view.pixels
@@ -178,7 +183,7 @@ def _check(source: Cache, changes: CopyChanges) -> None:
         raise StoreError(
             "a store without pixels is used with exactly the data set that it was built from",
             received="some of the samples, and no pixels",
-            remedy="copy all samples, or some of a store that was built with --pixels stored",
+            remedy="copy all samples, or some of a store with pixels; onto the Hub with --pixels stored",
         )
 
 

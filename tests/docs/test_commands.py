@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -208,7 +209,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [name for name in NAMES if runnable(name)])
-def test_every_command_runs(name: str, world: Path, tmp_path: Path) -> None:
+def test_every_command_runs(name: str, world: Path, hub_server: Any, tmp_path: Path) -> None:
     start = _START.search((ROOT / name).read_text(encoding="utf-8"))
     for given in start[1].split(", ") if start else ():
         shutil.copytree(world / given, tmp_path / given)
@@ -216,7 +217,7 @@ def test_every_command_runs(name: str, world: Path, tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
+        **(hub_server.environment(tmp_path) if name == "docs/sharing.md" else {"HF_HUB_OFFLINE": "1"}),
     }
     for block in runnable(name):
         text = substituted(block.text)

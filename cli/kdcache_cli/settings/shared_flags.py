@@ -83,8 +83,13 @@ def open_place(store: str, cache_dir: str | None, cache_bytes: str | None) -> "P
     """The place of a store, with the folder for copies when that is remote."""
     from kdcache.store.backend.open import open_place
 
+    return open_place(store, *copies(cache_dir, cache_bytes))
+
+
+def copies(cache_dir: str | None, cache_bytes: str | None) -> tuple[Path | None, int | None]:
+    """The folder for copies of remote files, and its room in bytes. Raises: RecipeError for a room that is none."""
     room = entries(CopySettings)["cache_bytes"].read(cache_bytes)
-    return open_place(store, None if cache_dir is None else Path(cache_dir), room)
+    return None if cache_dir is None else Path(cache_dir), room
 
 
 def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:

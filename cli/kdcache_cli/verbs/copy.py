@@ -1,5 +1,6 @@
 """`kdcache copy`: a store into another place, codec or part."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,18 +10,23 @@ from rich.markup import escape
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
 from kdcache.settings.building import BuildSettings
-from kdcache_cli.console import OUT, bytes_text, progress_bar
+from kdcache_cli.console import OUT, bytes_text, progress_bar, progress_of_steps
 from kdcache_cli.settings import shared_flags
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for zarr
-    from kdcache.store import Cache
+    from kdcache.sharing import HubAddress
+    from kdcache.store import Cache, CopyChanges, Fidelity
 
 _Option = typer.Option
 
 
 def copy(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A complete store, a folder or s3://BUCKET/PREFIX (gs://, az://).")
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A complete store: a folder, s3://BUCKET/PREFIX (gs://, az://) or hf://datasets/USER/NAME.",
+        ),
     ],
     destination: Annotated[
         str, typer.Argument(metavar="DESTINATION", help="Where to: a new folder or address, or a copy to go on with.")
@@ -41,42 +47,94 @@ def copy(
         str | None, _Option("--features", help="Only these taps, comma-separated; '' for none (default: all).")
     ] = None,
     pixels: Annotated[
-        str | None, _Option("--pixels", help="source: without images and labels, which the data set gives then.")
+        str | None,
+        _Option(
+            "--pixels",
+            help="source: without images and labels, which the data set gives then. Onto the Hub that is the default, "
+            "for their licences: --pixels stored pushes them, too.",
+        ),
     ] = None,
+    licence: Annotated[
+        str | None,
+        _Option("--license", metavar="NAME", help="Of a store that goes onto the Hub, as the Hub names it: cc-by-4.0."),
+    ] = None,
+    private: Annotated[
+        bool, _Option("--private", help="A repository that is made on the Hub is a private one.")
+    ] = False,
     worker: shared_flags.Worker = None,
     take_over: shared_flags.TakeOver = False,
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Copy a store, to another disk or object store, into another codec or other
-    shards, in part.
+    """Copy a store, to another disk, object store or the Hub, into another codec or
+    other shards, in part.
 
     What stays as it is, is copied byte for byte, and every file is compared with
     its digest: fast, and exact. Interrupted, the same command continues; a
     finished copy is checked and left as it is. --codec small rounds targets, and
     the copy prints what that loses; nothing brings back what was rounded.
 
+    On the Hub a store is a data set of its own, with a card; it needs
+    pip install 'kdcache[hub]', and a token to push (HF_TOKEN, or hf auth login).
+
     [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]
     [dim]kdcache copy ade20k.zarr ade20k-small.zarr --codec small[/]
     [dim]kdcache copy ade20k.zarr tenth.zarr --samples 2000 --features ''[/]
+    [dim]kdcache copy camvid.zarr hf://datasets/me/camvid --license cc-by-4.0[/]
+    [dim]kdcache copy hf://datasets/me/camvid camvid.zarr[/]
     """
-    from kdcache.store import CopyChanges, copy_store, open_cache, store_exists, summarise, worker_of
-    from kdcache.store.copy import rounds
+    from kdcache.sharing import hub_address, opened
+    from kdcache.store import CopyChanges
 
-    cache = open_cache(shared_flags.open_place(source, cache_dir, cache_bytes))
+    folder, room = shared_flags.copies(cache_dir, cache_bytes)
+    address = hub_address(destination)
+    _check_flags(address, licence, private, worker, take_over)
     choices = entries(BuildSettings)
-    changes = CopyChanges(
-        codec=choices["codec"].read(codec),
-        shard_records=shard_records,
-        samples=_samples(cache, samples, ids),
-        features=None if features is None else tuple(tap for tap in features.split(",") if tap),
-        pixels=choices["pixels"].read(pixels),
-    )
-    fidelity = None
-    if rounds(cache.manifest, changes.codec) and not store_exists(destination):  # a copy that was begun has its figures
-        from kdcache.teacher import copied_fidelity  # which imports torch
+    with ExitStack() as until_copied:
+        with progress_of_steps("opening") as progress:
+            place = opened(source, cache_dir=folder, cache_bytes=room, progress=progress)
+            cache = until_copied.enter_context(place)
+        changes = CopyChanges(
+            codec=choices["codec"].read(codec),
+            shard_records=shard_records,
+            samples=_samples(cache, samples, ids),
+            features=None if features is None else tuple(tap for tap in features.split(",") if tap),
+            pixels=choices["pixels"].read(pixels),
+        )
+        if address is None:
+            _copy(cache, destination, changes, worker, take_over, cache_dir, cache_bytes)
+        else:
+            _push(cache, address, changes, licence, private, folder)
 
-        fidelity = copied_fidelity(cache, changes.codec)
+
+def _check_flags(
+    address: "HubAddress | None", licence: str | None, private: bool, worker: str | None, take_over: bool
+) -> None:
+    """Refuse flags that belong to another kind of place."""
+    on_hub = {"--license": licence is not None, "--private": private}
+    elsewhere = {"--worker": worker is not None, "--take-over": take_over}
+    wrong = [flag for flag, present in (on_hub if address is None else elsewhere).items() if present]
+    if wrong:
+        raise RecipeError(
+            "--license and --private are of copies onto the Hub, --worker and --take-over of any others",
+            received=f"{', '.join(wrong)} and a copy {'to another place' if address is None else 'onto the Hub'}",
+            remedy=f"leave {' and '.join(wrong)} out",
+        )
+
+
+def _copy(
+    cache: "Cache",
+    destination: str,
+    changes: "CopyChanges",
+    worker: str | None,
+    take_over: bool,
+    cache_dir: str | None,
+    cache_bytes: str | None,
+) -> None:
+    """Copy to a folder or an object store, and print what came of it."""
+    from kdcache.store import copy_store, open_cache, store_exists, summarise, worker_of
+
+    begun = store_exists(destination)  # a copy that was begun has its figures
     part = worker_of(worker, take_over)
     with progress_bar() as bar:
         task = bar.add_task(part.describe("copying"), total=None, note="")
@@ -84,7 +142,7 @@ def copy(
             cache,
             destination,
             changes,
-            fidelity=fidelity,
+            fidelity=None if begun else _fidelity(cache, changes),
             worker=part,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -107,6 +165,47 @@ def copy(
         )
     elif cache.manifest.fidelity is not None:
         OUT.print("what is lost beside the teacher is not known: the source itself has lost some of the targets")
+
+
+def _push(
+    cache: "Cache",
+    address: "HubAddress",
+    changes: "CopyChanges",
+    licence: str | None,
+    private: bool,
+    cache_dir: Path | None,
+) -> None:
+    """Copy onto the Hub, and print what came of it."""
+    from kdcache.sharing import push_store
+
+    with progress_of_steps("copying") as progress:
+        pushed = push_store(
+            cache,
+            address,
+            changes,
+            licence=licence,
+            private=private,
+            fidelity=_fidelity(cache, changes),
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    earlier = f" ({pushed.files - pushed.sent} were there)" if pushed.sent < pushed.files else ""
+    OUT.print(
+        f"[bold]{escape(str(address))}[/]: {pushed.files} files{earlier}, {bytes_text(pushed.sent_bytes)} sent, pixels "
+        f"{pushed.manifest.view.pixels}"
+    )
+    OUT.print(f"seal {pushed.seal}", highlight=False, soft_wrap=True)
+
+
+def _fidelity(cache: "Cache", changes: "CopyChanges") -> "Fidelity | None":
+    """What a copy that rounds loses; None for any other."""
+    from kdcache.store.copy import rounds
+
+    if not rounds(cache.manifest, changes.codec):
+        return None
+    from kdcache.teacher import copied_fidelity  # which imports torch
+
+    return copied_fidelity(cache, changes.codec)
 
 
 def _samples(cache: "Cache", count: int | None, ids: Path | None) -> list[int] | None:

@@ -19,8 +19,11 @@ _Option = typer.Option
 
 
 def inspect(
-    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX.")],
+    store: Annotated[str, typer.Argument(help="A store, a folder or s3://BUCKET/PREFIX; with --card also a run.")],
     json: Annotated[bool, _Option("--json", help="Machine-readable.")] = False,
+    card: Annotated[
+        bool, _Option("--card", help="Print how to train from it, build it again and cite it, in Markdown.")
+    ] = False,
     teacher_report: Annotated[
         bool, _Option("--teacher-report", help="Audit the teacher by what the store holds; writes pictures.")
     ] = False,
@@ -47,16 +50,34 @@ def inspect(
     without a head which channels vary. Tables here; report.json and pictures in --out. Needs the labels:
     those in the store, or --data for a store built with --pixels source.
 
+    With --card, a page in Markdown that goes with a store, or with a run: what it is, its
+    digests, the commands that train from it and make it again, versions and seeds, an
+    entry for a bibliography. The card of a data set on the Hub is the same page.
+
     [dim]kdcache inspect camvid.zarr[/]
+    [dim]kdcache inspect runs/student --card > runs/student/README.md[/]
     [dim]kdcache inspect camvid.zarr --teacher-report --out camvid-report[/]
     """
+    if not teacher_report:
+        _refuse_alone({"--data": data, "--split": split, "--out": out})
+    if card:
+        _refuse_beside_card({"--json": json, "--teacher-report": teacher_report})
+        _print_card(store, cache_dir, cache_bytes)
+        return
     if teacher_report:
         from kdcache_cli.verbs.inspect_teacher import report_teacher
 
         report_teacher(shared_flags.open_place(store, cache_dir, cache_bytes), data, split, out, worst, json)
         return
-    _refuse_alone({"--data": data, "--split": split, "--out": out})
+    from kdcache.run_folder import is_run
     from kdcache.store import inspect_store
+
+    if is_run(Path(store)):
+        raise RecipeError(
+            "inspect shows what a store is, and with --card what a run is",
+            received=f"{store}, a run, without --card",
+            remedy="add --card; kdcache compare and report have its scores",
+        )
 
     report = inspect_store(shared_flags.open_place(store, cache_dir, cache_bytes))
     if json:
@@ -75,6 +96,27 @@ def inspect(
     OUT.print(table)
     for statistics in report.values:
         _print_values(statistics)
+
+
+def _print_card(store: str, cache_dir: str | None, cache_bytes: str | None) -> None:
+    from kdcache.run_folder import Run, is_run
+    from kdcache.sharing import run_card, store_card
+    from kdcache.store import inspect_store
+
+    run = Path(store)
+    typer.echo(
+        run_card(Run.open(run))
+        if is_run(run)
+        else store_card(inspect_store(shared_flags.open_place(store, cache_dir, cache_bytes))),
+        nl=False,
+    )
+
+
+def _refuse_beside_card(flags: dict[str, bool]) -> None:
+    if beside := [name for name, value in flags.items() if value]:
+        raise RecipeError(
+            "--card prints a card alone", received=f"{', '.join(beside)} with it", remedy="leave one of them out"
+        )
 
 
 def _print_values(values: "ValueStatistics") -> None:

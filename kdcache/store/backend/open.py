@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from kdcache.errors import StoreError
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.local import Folder
 
@@ -12,12 +13,18 @@ def open_place(location: "str | Path | Place", cache_dir: Path | None = None, ca
     Args:
         cache_dir, cache_bytes: where copies of a remote store are kept, and how much of them; default kdcache in the
             user's cache folder, and half of what is free there.
-    Raises: StoreError for an address that is not understood, or without the extra `remote`.
+    Raises: StoreError for an address that is not understood, one on the Hub, or without the extra `remote`.
     """
     if isinstance(location, Place):
         return location
     if "://" not in str(location):
         return Folder(Path(location))
+    if str(location).startswith("hf://"):
+        raise StoreError(
+            "a store on the Hub is used by a copy of it",
+            received=str(location),
+            remedy=f"kdcache copy {location} STORE.zarr; then use STORE.zarr",
+        )
     from kdcache.store.backend.mirror import Mirror, default_base
     from kdcache.store.backend.object_store import Bucket  # obstore is an extra
 

@@ -1,0 +1,99 @@
+"""The command line that builds a store again, as its manifest has it.
+
+A manifest knows its data set and its teachers by digests, not where they lie: DATA and TEACHER stand for these.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from kdcache.settings import Entry, entries
+from kdcache.settings.building import BUILD
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.format.manifest_models import Augmented, Fingerprint
+
+_OTHER_HEAD = re.compile(r", ([A-Za-z0-9_+]+)=")
+"""What separates the teachers of several heads in a spec."""
+
+
+def build_command(manifest: Manifest) -> str:
+    """`kdcache build-teacher-cache` with the flags of a build, on several lines; defaults are left out."""
+    table = entries(*BUILD)
+    words = [
+        *_teachers(manifest.teacher),
+        *(word for name, value in _values(manifest).items() for word in _flag(table[name], value)),
+    ]
+    return " \\\n  ".join(["kdcache build-teacher-cache --data DATA", *words, "--out STORE.zarr"])
+
+
+def _teachers(teacher: Fingerprint) -> Iterator[str]:
+    count = len(teacher.members)
+    yield from (f"--teacher TEACHER{f'_{number + 1}' if count else ''}" for number in range(count or 1))
+    yield from (f"--teacher {head}=TEACHER_OF_{head.upper()}" for head in _OTHER_HEAD.findall(teacher.spec))
+
+
+def _values(manifest: Manifest) -> dict[str, Any]:
+    """The settings that a build's command gave, by their names; None stands for a default."""
+    view, teacher, build, head = manifest.view, manifest.teacher, manifest.build, manifest.segmentation
+    drawn, several = view.drawn, len(teacher.members) > 1
+    elsewhere = not several and not any(teacher.trainings)  # weights that are no run of kdcache, which knows its own
+    return {
+        "teacher_weights": _numbers(member.share for member in teacher.members)
+        if several and teacher.folds is None
+        else None,
+        "tta": None if teacher.tta is None else _tta(teacher.tta),
+        "folds": teacher.folds,
+        "folds_by": teacher.folds_by,
+        "class_map": None if teacher.class_map is None else "CLASS_MAP",
+        "mean": _numbers(teacher.mean) if elsewhere else None,
+        "std": _numbers(teacher.std) if elsewhere else None,
+        "precision": teacher.precision,
+        "split": manifest.dataset.split,
+        "size": view.image_size or view.size,
+        "crop": None if view.image_size is None else view.size,
+        "views": view.views_per_sample,
+        "view_seed": 0 if drawn is None else drawn.seed,
+        "view_scale": None if drawn is None else _colons(drawn.scale),
+        "view_flip": drawn is None or drawn.flip,
+        "depth_zoom": "none" if manifest.depth is None else manifest.depth.zoom,
+        "teacher_size": view.teacher_size,
+        "teacher_grid": "view" if head is not None and head.resampled else "own",
+        "heads": tuple(manifest.heads),
+        "features_only": not manifest.heads,
+        "top_k": None if head is None else head.k,
+        "raw_logits": head is not None and head.raw,
+        "features": tuple(manifest.features),
+        "statistics": tuple(s.kind if s.tap is None else f"at:{s.tap}" for s in manifest.statistics.values()),
+        "pixels": view.pixels,
+        "codec": manifest.codec,
+        "shard_records": build.shard_records,
+        "batch_size": build.batch_size,
+        "threads": build.threads,
+        "device": "cpu" if build.device == "cpu" else "cuda",
+    }
+
+
+def _flag(entry: Entry, value: Any) -> Iterator[str]:
+    if value is None or value == entry.default:
+        return
+    if isinstance(value, bool):
+        yield entry.flag if value else entry.flag.replace("--", "--no-", 1)
+        return
+    shown = entry.spelling is not None and entry.spelling.show is not None and not isinstance(value, str)
+    yield f"{entry.flag} {shlex.quote(entry.spelling.show(value) if shown else str(value))}"  # type: ignore[misc, union-attr]
+
+
+def _numbers(values: Any) -> str:
+    return ",".join(map(str, values))
+
+
+def _colons(values: Any) -> str:
+    return ":".join(map(str, values))
+
+
+def _tta(tta: Augmented) -> str:
+    words = ["flip"] if tta.flip else []
+    if tta.scales != (1.0,) or not words:
+        words.append(f"scales={_colons(tta.scales)}")
+    return ",".join(words)
