@@ -1,9 +1,9 @@
 """Distillation loss kernels for segmentation: from low-resolution logits to a loss at label resolution.
 
 This package knows tensors only: no store, no models, no command line, and nothing of kdcache.
-`distill_loss` is the loss, `relation_loss` one of correlations, `pack` and `densify` the form in which targets are
-stored, `choose_k` how many classes that form must keep, `target_argmax_confidence` the classes and probabilities for
-gates and audits.
+`distill_loss` is the loss, `relation_loss`, `decoupled_loss` and `channel_loss` are others, on the target's cells.
+`pack` and `densify` are the form in which targets are stored, `choose_k` how many classes that form must keep, and
+`target_argmax_confidence` the classes and probabilities for gates and audits.
 Everything runs on the CPU and on CUDA. Importing it imports torch, and neither Triton nor numba.
 
     parts = distill_loss(student_logits, labels, target, kl_weight=1.0, temperature=2.0)
@@ -12,6 +12,10 @@ Everything runs on the CPU and on CUDA. Importing it imports torch, and neither 
 
 from .choose import choose_k, gradient_error
 from .errors import KernelError, ShapeError, ValueRangeError
+from .on_cells.channels import channel_loss
+from .on_cells.decoupled import decoupled_loss
+from .on_cells.problem import average_moments
+from .on_cells.relations import relation_loss, relation_moments
 from .ops import (
     IMPLEMENTATIONS,
     ReferenceWarning,
@@ -23,8 +27,6 @@ from .ops import (
 )
 from .problem import LossProblem
 from .reference import Denominators, LossParts, distill_loss_reference
-from .relations.ops import relation_loss, relation_moments
-from .relations.problem import average_moments
 from .topk import LOGIT_LIMIT, PackedTarget
 
 __all__ = [
@@ -39,7 +41,9 @@ __all__ = [
     "ShapeError",
     "ValueRangeError",
     "average_moments",
+    "channel_loss",
     "choose_k",
+    "decoupled_loss",
     "densify",
     "distill_denominators",
     "distill_loss",

@@ -40,7 +40,7 @@ def _module(family: str, operation: str) -> Any:
     return importlib.import_module(f"{FAMILIES[family]}.{operation}", __package__)
 
 
-_SCHEMA_TYPES = {
+SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     tuple[int, int]: "SymInt[]",
@@ -52,7 +52,7 @@ _SCHEMA_TYPES = {
 
 def _schema_types(owner: type) -> dict[str, str]:
     """Return the type in an operator's schema of every field of a dataclass, but for a target."""
-    return {name: _SCHEMA_TYPES[hint] for name, hint in get_type_hints(owner).items() if name != "target"}
+    return {name: SCHEMA_TYPES[hint] for name, hint in get_type_hints(owner).items() if name != "target"}
 
 
 _PROBLEM_TYPES, _TARGET_TYPES = _schema_types(LossProblem), _schema_types(PackedTarget)

@@ -103,3 +103,12 @@ def resample(map_Bchw: Tensor, rows_BHh: Tensor, columns_BWw: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.einsum("bcij,bhi,bwj->bchw", map_Bchw, rows_BHh, columns_BWw)
     return resample_eagerly(map_Bchw, rows_BHh, columns_BWw)
+
+
+def labels_at_centres(labels_BHW: Tensor, grid: Size) -> Tensor:
+    """(B, h, w): the label of the pixel in which the centre of each cell lies."""
+    rows, columns = (
+        torch.arange(1, 2 * cells, 2, device=labels_BHW.device) * pixels // (2 * cells)
+        for cells, pixels in zip(grid, labels_BHW.shape[1:], strict=True)
+    )
+    return labels_BHW[:, rows][:, :, columns]

@@ -29,7 +29,7 @@ RESULTS = {
     "accuracy": "correctness",
     "kernels": "kernels",
     "kernels-cases": "kernels",
-    "kernels-dist": "kernels",
+    "kernels-on-cells": "kernels",
     "steps": "step",
     "step": "step",
     "build": "rest",

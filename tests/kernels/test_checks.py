@@ -222,7 +222,15 @@ def test_exported_names():
     assert set(kdcache_kernels.__all__) == {
         *("IMPLEMENTATIONS", "LOGIT_LIMIT", "Denominators", "KernelError", "LossParts", "LossProblem"),
         *("PackedTarget", "ReferenceWarning", "ShapeError", "ValueRangeError", "choose_k", "densify"),
-        *("average_moments", "distill_denominators", "distill_loss", "distill_loss_reference", "gradient_error"),
+        *(
+            "average_moments",
+            "channel_loss",
+            "decoupled_loss",
+            "distill_denominators",
+            "distill_loss",
+            "distill_loss_reference",
+            "gradient_error",
+        ),
         *("pack", "relation_loss", "relation_moments", "target_argmax_confidence"),
     }
     assert all(hasattr(kdcache_kernels, name) for name in kdcache_kernels.__all__)

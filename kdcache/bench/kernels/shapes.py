@@ -43,7 +43,7 @@ class Kind:
     @property
     def on_cells(self) -> bool:
         """Whether student and teacher are compared on the target's cells, and not in every pixel."""
-        return self.loss == "dist"
+        return self.loss != "distill"
 
 
 KINDS = {
@@ -53,6 +53,10 @@ KINDS = {
     "gate": Kind("as trained, where the teacher's confidence is at least 0.7", threshold=0.7),
     "dist": Kind("the loss of relations alone, of views that are replayed", loss="dist"),
     "dist-warp": Kind("the same, through a window and a flip per image", loss="dist", drawn=True),
+    "dkd": Kind("the decoupled loss alone, of labels and of views that are replayed", loss="dkd"),
+    "dkd-warp": Kind("the same, through a window and a flip per image", loss="dkd", drawn=True),
+    "cwd": Kind("the loss of channels alone, of raw logits and of views that are replayed", loss="cwd"),
+    "cwd-warp": Kind("the same, through a window and a flip per image", loss="cwd", drawn=True),
 }
 """What --case chooses from."""
 

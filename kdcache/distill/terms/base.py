@@ -20,7 +20,7 @@ from kdcache.distill.terms.spec import (
     reads_teacher,
 )
 from kdcache.heads import DEPTH, SEGMENTATION
-from kdcache_kernels.target_cells import Cells, lay_cells, resize, sample_view
+from kdcache_kernels.target_cells import Cells, lay_cells, sample_view
 from kdcache_kernels.topk import compute_dtype
 from kdcache_kernels.window import Size
 
@@ -250,17 +250,6 @@ class Term(nn.Module):
     def seen(self, batch: TermBatch, map_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
         """A map of the view as the student's image shows it, on as many cells."""
         return sample_view(map_Bchw, batch.window, batch.flip, self.targets.view_size, dtype)
-
-    def both_logits(self, batch: TermBatch) -> tuple[Tensor, Tensor, Cells]:
-        """Student's and teacher's logits (B, C, h, w) on the target's cells, and how much those count."""
-        assert batch.target is not None  # by `reads_target`
-        student_BChw = wide(batch.logits)
-        teacher_BChw = batch.target.dense(self.targets, student_BChw.dtype)
-        if MAXIMUM in self._arrays:
-            teacher_BChw = teacher_BChw + batch.stored[MAXIMUM][:, None].to(student_BChw.dtype)
-        teacher_BChw = self.seen(batch, teacher_BChw, student_BChw.dtype)
-        grid = grid_of(teacher_BChw)
-        return resize(student_BChw, grid), teacher_BChw, self.cells(batch, grid, student_BChw)
 
     def mean(self, loss_Bhw: Tensor, cells: Cells, count: Tensor | None) -> Tensor:
         """The mean of a loss (B, h, w) over the counted cells, or over `count` of them."""

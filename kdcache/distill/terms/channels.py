@@ -2,16 +2,22 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from kdcache.distill.terms.base import Term, TermBatch, TermTargets, divide, wide
+from kdcache.distill.terms.base import MAXIMUM, Term, TermBatch, TermTargets, wide
 from kdcache.distill.terms.features import Projected
+from kdcache.distill.terms.on_cells import OnCells, family_for, options_of
 from kdcache.distill.terms.spec import TermSpec
-from kdcache_kernels.target_cells import Cells
+from kdcache_kernels import channel_loss
 
 
-class ChannelLogits(Term):
+def images_counted(term: Term, batch: TermBatch) -> Tensor:
+    """How many images have a pixel that counts, 0-dimensional."""
+    counted_Bhw = term.cells(batch, term.grid(batch), wide(batch.logits)).counted
+    return (counted_Bhw > 0).flatten(1).any(1).to(counted_Bhw.dtype).sum()
+
+
+class ChannelLogits(OnCells):
     """`cwd` of logits: T^2 / C * sum over channels of KL(p_t || p_s), p = softmax of x / T over the positions.
 
     Mean over the images in which any pixel counts. A cell enters both distributions by its share of counted pixels
@@ -26,16 +32,13 @@ class ChannelLogits(Term):
     default_weight = 0.15
     default_temperature = 4.0
 
-    def prepare(self, batch: TermBatch) -> None:
-        if batch.target is not None:
-            self.note_resize(batch.logits, batch.target.values)
-
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        return channel_kl(self.temperature, *self.both_logits(batch), count)
+        maximum_Bhw = batch.stored[MAXIMUM] if MAXIMUM in self._arrays else None
+        return channel_loss(*self.both_raw(batch), maximum_Bhw, **self.options(batch), count=count)
 
     def count(self, batch: TermBatch) -> Tensor:
         """The number of images in which any pixel counts, 0-dimensional."""
-        return images_counted(self.cells(batch, self.grid(batch), wide(batch.logits)))
+        return images_counted(self, batch)
 
 
 class ChannelFeatures(Projected):
@@ -57,30 +60,11 @@ class ChannelFeatures(Projected):
         self.projection = nn.Identity() if alike else nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        return channel_kl(self.temperature, *self.both_features(batch), count)
+        student_Bchw = self.projection(wide(batch.features[self._student_tap]))
+        teacher_Bchw = self.standardised(batch.stored[self._arrays[0]], student_Bchw.dtype)
+        options = options_of(self, batch, family_for(student_Bchw.dtype, self.impl))
+        return channel_loss(student_Bchw, teacher_Bchw, **options, count=count)
 
     def count(self, batch: TermBatch) -> Tensor:
         """The number of images in which any pixel counts, 0-dimensional."""
-        return images_counted(self.cells(batch, self.grid(batch), wide(batch.logits)))
-
-
-def images_counted(cells: Cells) -> Tensor:
-    """How many images have a pixel that counts, 0-dimensional."""
-    return (cells.counted > 0).flatten(1).any(1).to(cells.counted.dtype).sum()
-
-
-def channel_kl(
-    temperature: float, student_Bchw: Tensor, teacher_Bchw: Tensor, cells: Cells, count: Tensor | None
-) -> Tensor:
-    """KL over the positions of each channel, mean over the channels, per image in which any pixel counts."""
-    weight_B1n = cells.weight.flatten(1)[:, None]
-    log_weight_B1n = torch.where(weight_B1n > 0, weight_B1n, 1).log()
-
-    def log_p(x_Bchw: Tensor) -> Tensor:
-        # A finite floor: an image without counted cells then has two equal distributions, where -inf would give NaN.
-        logits_Bcn = x_Bchw.flatten(2) / temperature + log_weight_B1n
-        return logits_Bcn.masked_fill(weight_B1n <= 0, -1e30).log_softmax(-1)
-
-    log_teacher_Bcn, log_student_Bcn = log_p(teacher_Bchw), log_p(student_Bchw)
-    kl_Bc = (log_teacher_Bcn.exp() * (log_teacher_Bcn - log_student_Bcn)).sum(-1)
-    return temperature**2 * divide(kl_Bc.mean(1).sum(), images_counted(cells) if count is None else count)
+        return images_counted(self, batch)

@@ -25,6 +25,7 @@ class Projected(Term):
         moments: (mean, standard deviation) of the teacher's channels, (c,) each, that standardise its features; None
             takes them as they are. They are kept in checkpoints. Source: Theia, Shang et al. 2024, arXiv 2407.20179;
             PHI-S, Ranzinger et al. 2024, arXiv 2410.01680, which compares ways to do so.
+        impl: which kernels compute it, where it is an operation (`cwd`).
     """
 
     teacher_mean: Tensor | None
@@ -39,8 +40,10 @@ class Projected(Term):
         student_channels: int,
         teacher_channels: int,
         moments: tuple[Tensor, Tensor] | None = None,
+        impl: str = "auto",
     ) -> None:
         super().__init__(spec, targets, arrays)
+        self.impl = impl
         self.projection: nn.Module = nn.Conv2d(student_channels, teacher_channels, 1)
         if spec.projector == "mlp":
             self.projection = nn.Sequential(
@@ -59,13 +62,18 @@ class Projected(Term):
         """Student's and teacher's features (B, c, h, w) on the teacher's cells, and how much those count."""
         student_Bchw = wide(batch.features[self._student_tap])
         teacher_Bchw = self.seen(batch, batch.stored[self._arrays[0]], student_Bchw.dtype)
-        if self.teacher_mean is not None and self.teacher_std is not None:
-            mean_c11, std_c11 = (x.to(teacher_Bchw.dtype)[:, None, None] for x in (self.teacher_mean, self.teacher_std))
-            teacher_Bchw = (teacher_Bchw - mean_c11) / std_c11
+        teacher_Bchw = self.standardised(teacher_Bchw, student_Bchw.dtype)
         grid = grid_of(teacher_Bchw)
         cells = self.cells(batch, grid, student_Bchw)
         # Before the resize, with which a 1x1 convolution commutes: the student's own grid is mostly the smaller one.
         return resize(self.projection(student_Bchw), grid), teacher_Bchw, cells
+
+    def standardised(self, teacher_Bchw: Tensor, dtype: torch.dtype) -> Tensor:
+        """The teacher's features less their channels' means, over the standard deviations; as they are without."""
+        if self.teacher_mean is None or self.teacher_std is None:
+            return teacher_Bchw
+        mean_c11, std_c11 = (x.to(dtype)[:, None, None] for x in (self.teacher_mean, self.teacher_std))
+        return (teacher_Bchw.to(dtype) - mean_c11) / std_c11
 
 
 class Hint(Projected):

@@ -1,17 +1,14 @@
 """Relations: how predictions vary, and how alike the features of a batch's images are."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from kdcache.distill.terms.base import Term, TermBatch, TermTargets, grid_of, shared, unit, wide
+from kdcache.distill.terms.on_cells import OnCells
 from kdcache.distill.terms.spec import TermSpec
-from kdcache_kernels import average_moments, densify, relation_loss, relation_moments
-from kdcache_kernels.topk import compute_dtype
+from kdcache_kernels import average_moments, relation_loss, relation_moments
 
 
-class Relations(Term):
+class Relations(OnCells):
     """`dist`: T^2 * (beta * inter + gamma * intra) of q_s, q_t = softmax(x / T), in one operation.
 
     inter: mean over cells of 1 - pearson(q_s, q_t) over the classes; intra: mean over classes of 1 - pearson over the
@@ -26,41 +23,16 @@ class Relations(Term):
     def __init__(
         self, spec: TermSpec, targets: TermTargets, arrays: tuple[str, ...] = (), *, impl: str = "auto"
     ) -> None:
-        super().__init__(spec, targets, arrays)
+        super().__init__(spec, targets, arrays, impl=impl)
         self.beta = 1.0 if spec.beta is None else spec.beta
         self.gamma = 1.0 if spec.gamma is None else spec.gamma
-        self.impl = impl
-
-    def prepare(self, batch: TermBatch) -> None:
-        if batch.target is not None:
-            self.note_resize(batch.logits, batch.target.values)
 
     def loss(self, batch: TermBatch, count: Tensor | None) -> Tensor:
-        impl = "reference" if batch.logits.dtype == torch.float64 else self.impl
-        logits = batch.logits, self._dense(batch, impl)
-        predictions: dict[str, Any] = {
-            "view_size": self.targets.view_size,
-            "size": batch.size,
-            "temperature": self.temperature,
-            "window_B4": batch.window,
-            "flip_B": batch.flip,
-            "pixel_weight_BHW": batch.pixel_weight,
-            "counted_BHW": batch.counted,
-            "impl": impl,
-        }
+        logits, options = self.both_raw(batch), self.options(batch)
         moments = None
         if self.gather is not None:
-            moments = average_moments(self.of_all(relation_moments(*logits, **predictions)[None]))
-        return relation_loss(*logits, **predictions, beta=self.beta, gamma=self.gamma, count=count, moments_6C=moments)
-
-    def _dense(self, batch: TermBatch, impl: str) -> Tensor:
-        """The teacher's logits (B, C, h, w) of all classes, of the view."""
-        target = batch.target
-        assert target is not None  # by `reads_target`
-        if target.indices is None:
-            return target.values
-        dtype = compute_dtype(batch.logits.dtype)
-        return densify(target.values, target.indices, target.tail, self.targets.num_classes, dtype, impl=impl)
+            moments = average_moments(self.of_all(relation_moments(*logits, **options)[None]))
+        return relation_loss(*logits, **options, beta=self.beta, gamma=self.gamma, count=count, moments_6C=moments)
 
 
 class Similarity(Term):

@@ -10,6 +10,6 @@ terms.py     a pixel's losses and the factors of its gradient
 math.py      exponentials, and the compiler's settings
 topk.py      packing and densifying
 argmax.py    the teacher's class and confidence
-relations.py the loss of relations, on target_cells.py
+on_cells/    the losses on cells
 threads.py   one budget of threads
 """

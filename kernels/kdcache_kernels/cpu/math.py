@@ -29,9 +29,13 @@ _SETTINGS: Any = numba.config
 LN2 = float(np.log(2))
 FASTMATH = {"contract", "nsz", "arcp"}
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH, "nogil": True, "forceinline": True}
+SUMS: dict[str, Any] = {**OPTIONS, "fastmath": FASTMATH | {"reassoc"}}
+"""LLVM chooses the order of a sum, once, when it compiles."""
+UNFUSED: dict[str, Any] = {**OPTIONS, "fastmath": FASTMATH - {"contract"}}
+"""A product is rounded before it is subtracted, so that equal ones leave 0."""
 
 
-_SOURCES = digest_of("cpu/*.py", "topk.py")
+_SOURCES = digest_of("cpu/**/*.py", "topk.py")
 """All files whose functions or constants enter the machine code; `topk.py` has a limit of logits."""
 
 
@@ -147,7 +151,7 @@ def log2(x):
     return _exponent(x) + m * (m * p + _L0)
 
 
-@njit(**{**OPTIONS, "fastmath": FASTMATH | {"reassoc"}})
+@njit(**SUMS)
 def total(x, start, n):
     """The float64 sum of n elements; LLVM chooses its order, once, when it compiles."""
     part = x[start : start + n]

@@ -13,5 +13,5 @@ pixels.py    pixel by pixel
 topk.py      packing and densifying
 argmax.py    the teacher's class and confidence
 offline.py   compiling all of it for a GPU that is not there
-relations/   the loss of relations, and the cells that it is taken on
+on_cells/    the losses on cells
 """

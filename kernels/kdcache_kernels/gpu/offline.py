@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from .. import library, ops
-from ..relations import library as relations
+from ..on_cells import library as on_cells
 from . import loss
 
 Launched = list[tuple[str, Any]]
@@ -67,7 +67,7 @@ def compile_instead(target: GPUTarget) -> Launched:
 def launch_from_meta_tensors() -> None:
     """Let the public functions launch Triton kernels for meta tensors from now on, forward and backward."""
     ops._DEVICES["triton"] = "meta"
-    for operator in (*vars(library).values(), *vars(relations).values()):
+    for operator in (*vars(library).values(), *vars(on_cells).values()):
         if isinstance(operator, CustomOpDef):
             operator.register_fake(operator._init_fn)
     library.scale_gradient.register_fake(loss.scale_gradient)  # the operator itself asks for the device

@@ -101,7 +101,7 @@ def test_kinds_are_what_they_are_called() -> None:
         assert (inputs.class_weight is None) == (kind == "plain")
         still = (inputs.window is None, inputs.flip is None, inputs.grid is None)
         assert still == 3 * (not kind.endswith("warp"),)
-        assert inputs.mask.shape[1:] == (SMALL.native if kind.startswith("dist") else SMALL.size)
+        assert inputs.mask.shape[1:] == (SMALL.native if KINDS[kind].on_cells else SMALL.size)
         assert inputs.mask.sum() == pytest.approx(inputs.kl_count.item())
     assert not drawn["plain"].mask[drawn["plain"].labels == 255].any()
     assert drawn["trained"].mask.all(), "void pixels teach"

@@ -21,7 +21,11 @@ import kdcache_kernels
 from kdcache_kernels.cpu import math as numba_math
 
 SOURCE = Path(kdcache_kernels.__file__).parent
-FAMILY = sorted(f"cpu.{path.stem}" for path in (SOURCE / "cpu").glob("*.py") if path.stem != "__init__")
+FAMILY = sorted(
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in (SOURCE / "cpu").rglob("*.py")
+    if path.stem != "__init__"
+)
 COPY = "copied_kernels"
 PROBE = """
 from .cpu.math import exp2, kernel
@@ -158,7 +162,7 @@ def test_what_threads_run_is_cached():
     assert kernels == {
         *("cells", "pixels", "to_nodes", "from_nodes", "count_pixels", "count_rows"),
         *("_pack_tasks", "_densify_tasks", "_argmax_tasks"),
-        *("gather_cells", "_relate", "_weigh_cells", "_learn"),
+        *("gather_cells", "_relate", "_weigh_cells", "_learn", "_decouple", "_compare"),
     }
 
 

@@ -1,19 +1,15 @@
-"""The public functions of the loss of relations: they check their arguments and pick an implementation.
+"""The loss of relations: how predictions vary over the classes of a cell, and over the cells of a class.
 
 Legend: B batch, C classes, hs ws the student's own size, h w the teacher's cells, H W the student's image.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ShapeError
-from ..ops import choose_implementation
-from ..topk import check_view_size
 from ..window import Size
 from . import library
+from .arguments import check_logits, checked, evaluate
 from .problem import MOMENTS, RelationProblem
 from .reference import relation_loss_reference, relation_moments_reference
 
@@ -66,18 +62,16 @@ def relation_loss(
     Raises: ShapeError, ValueRangeError naming the argument.
     Memory: fused, on CUDA the gradient in float32; on the CPU up to four float32 tensors of the size of the teacher's
         logits.
-    Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10. Oracle: kdcache_kernels.relations.reference.
+    Source: Huang et al. 2022, arXiv 2205.10536, equations 8 to 10. Oracle: kdcache_kernels.on_cells.reference.
     """
-    checks.check_student(student_logits_BChw)
+    check_logits(student_logits_BChw, teacher_logits_BChw)
     device, C = student_logits_BChw.device, student_logits_BChw.shape[1]
-    checks.check_scalar("count", count, device, "a sum over processes")
     remedy = "Pass average_moments(torch.stack([...])) of what relation_moments returned."
     checks.check_tensor("moments_6C", moments_6C, (MOMENTS, C), (torch.float64,), device, remedy)
-    if count is not None:
-        count = (
-            count.detach() if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=device)
-        )
-    family, problem = _problem(
+    return evaluate(
+        RelationProblem,
+        library.relation_loss,
+        relation_loss_reference,
         impl,
         student_logits_BChw,
         teacher_logits_BChw,
@@ -91,13 +85,8 @@ def relation_loss(
         pixel_weight=pixel_weight_BHW,
         counted=counted_BHW,
         count=count,
-        moments=None if moments_6C is None else moments_6C.detach(),
-        need_gradient=student_logits_BChw.requires_grad and torch.is_grad_enabled(),
+        moments=moments_6C,
     )
-    if family == "reference":
-        return relation_loss_reference(problem)
-    loss: Tensor = library.relation_loss(family, *library.relation_arguments(problem))[0]
-    return loss
 
 
 @torch.no_grad()
@@ -121,7 +110,8 @@ def relation_moments(
         of the products of these minus their means (student with teacher, with itself; teacher with itself). NaN where a
         logit that is not finite enters a counted cell.
     """
-    family, problem = _problem(
+    family, problem = checked(
+        RelationProblem,
         impl,
         student_logits_BChw.detach(),
         teacher_logits_BChw,
@@ -140,36 +130,5 @@ def relation_moments(
     )
     if family == "reference":
         return relation_moments_reference(problem)
-    moments: Tensor = library.relation_moments(family, *library.relation_arguments(problem))
+    moments: Tensor = library.relation_moments(family, *library.arguments_of(problem))
     return moments
-
-
-def _problem(impl: str, student: Tensor, teacher: Tensor, **others: Any) -> tuple[str, RelationProblem]:
-    """Check the arguments; return the implementation and the problem that they are."""
-    checks.check_student(student)
-    (B, C), device = student.shape[:2], student.device
-    family = choose_implementation(impl, device, student.dtype)
-    checks.check_number("temperature", others["temperature"], above_zero=True)
-    for name in ("beta", "gamma"):
-        checks.check_number(name, others[name])
-    size = others["size"] = checks.check_size(None, others["size"])
-    check_view_size(others["view_size"])
-    if teacher.dim() != 4 or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:
-        raise ShapeError(
-            "teacher_logits_BChw is (B, C, h, w) with the batch size and the classes of student_logits_BChw.",
-            received=f"{tuple(teacher.shape)} {teacher.dtype}, not ({B}, {C}, h, w)",
-            remedy="Use a student with the store's class list; densify a target that keeps some classes.",
-        )
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    remedy = "Pass the logits of every class, as densify returns them."
-    checks.check_tensor("teacher_logits_BChw", teacher, tuple(teacher.shape), floats, device, remedy)
-    checks.check_window(others["window"], others["flip"], B, device)
-    remedy = "Pass one value per pixel of the image."
-    checks.check_tensor("pixel_weight_BHW", others["pixel_weight"], (B, *size), (), device, remedy)
-    checks.check_tensor("counted_BHW", others["counted"], (B, *size), (torch.bool,), device, remedy)
-    for name in ("window", "pixel_weight"):
-        others[name] = None if others[name] is None else others[name].detach()
-    problem = RelationProblem(student=student, teacher=teacher.detach(), **others)
-    if family == "reference" and not torch.compiler.is_compiling():
-        checks.check_window_values(problem.window, None)
-    return family, problem

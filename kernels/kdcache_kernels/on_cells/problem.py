@@ -1,9 +1,10 @@
-"""The input of the loss of relations, the same for every family, and the moments that processes exchange.
+"""The input of the losses on cells, the same for every family, and the moments that processes exchange.
 
 Legend: B batch, C classes, P processes, hs ws the student's own size, h w the teacher's cells, H W the image.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ EPS = 1e-8
 """Added to every variance: what varies by less than 1e-4 is rounding, or a class that is nowhere. The paper's code adds
 it to the product of the norms, which leaves gradients of 1e5 where a prediction is uniform."""
 MOMENTS = 6
-"""Numbers per class: weight, two means and three sums; see `moments` below."""
+"""Numbers per class: weight, two means and three sums; see `RelationProblem.moments`."""
 
 
-@dataclass(frozen=True)
-class RelationProblem:
-    """The arguments of `kdcache_kernels.relation_loss`, checked.
+@dataclass(frozen=True, kw_only=True)
+class CellProblem:
+    """The arguments that all losses on cells have, checked.
 
     Attributes:
         student: (B, C, hs, ws) logits, float32, float16 or bfloat16, any strides; float64 for the reference alone.
@@ -25,16 +26,13 @@ class RelationProblem:
         view_size: (height, width) of the view in pixels.
         size: (H, W) of the student's image in pixels.
         temperature: > 0.
-        beta, gamma: weights of the parts over classes and over cells.
         window: (B, 4) float64, any strides, pixels of the view; None is the whole view.
         flip: (B,) bool, any stride; None mirrors nothing.
         pixel_weight: (B, H, W), any dtype and strides; None weighs every pixel 1.
         counted: (B, H, W) bool, any strides, which pixels of the view count; None is all.
-        count: 0-dimensional float on the device of the student; None is this batch's own counted cells.
-        moments: (6, C) float64: of each class the weight of all cells, the means of the student's and the teacher's
-            probabilities, and the weighted sums of products of these minus their means: student with teacher, student
-            with itself, teacher with itself. None is this batch's own.
+        count: 0-dimensional float on the device of the student; None is this batch's own.
         need_gradient: whether the gradient is wanted.
+        ONE_CLASS: whether the loss of a single class is more than 0.
     """
 
     student: Tensor
@@ -42,15 +40,13 @@ class RelationProblem:
     view_size: tuple[int, int]
     size: tuple[int, int]
     temperature: float
-    beta: float
-    gamma: float
     window: Tensor | None
     flip: Tensor | None
     pixel_weight: Tensor | None
     counted: Tensor | None
     count: Tensor | None
-    moments: Tensor | None
     need_gradient: bool
+    ONE_CLASS: ClassVar[bool] = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -63,9 +59,56 @@ class RelationProblem:
         return tuple(self.student.shape[2:]) != self.grid
 
     @property
+    def is_moved(self) -> bool:
+        """Whether the teacher's are seen through a window or mirrored. By the arguments, not by their values."""
+        return self.window is not None or self.flip is not None
+
+    @property
     def is_weighted(self) -> bool:
         """Whether cells may weigh unequally; else each counts 1. By the arguments, not by their values."""
-        return not (self.window is None and self.flip is None and self.pixel_weight is None and self.counted is None)
+        return self.is_moved or self.pixel_weight is not None or self.counted is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelationProblem(CellProblem):
+    """The arguments of `kdcache_kernels.relation_loss`.
+
+    Attributes:
+        beta, gamma: weights of the parts over classes and over cells.
+        moments: (6, C) float64: of each class the weight of all cells, the means of the student's and the teacher's
+            probabilities, and the weighted sums of products of these minus their means: student with teacher, student
+            with itself, teacher with itself. None is this batch's own.
+    """
+
+    beta: float
+    gamma: float
+    moments: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoupledProblem(CellProblem):
+    """The arguments of `kdcache_kernels.decoupled_loss`.
+
+    Attributes:
+        alpha, beta: weights of the parts of the target class and of the others.
+        labels: (B, H, W) integers, any strides; None is the teacher's best class everywhere.
+    """
+
+    alpha: float
+    beta: float
+    labels: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelProblem(CellProblem):
+    """The arguments of `kdcache_kernels.channel_loss`; its `count` is of images.
+
+    Attributes:
+        teacher_maximum: (B, h, w), any float dtype and strides, added to all logits of the teacher's cells; None is 0.
+    """
+
+    teacher_maximum: Tensor | None
+    ONE_CLASS: ClassVar[bool] = True
 
 
 def largest_logit(temperature: float) -> float:

@@ -1,4 +1,4 @@
-"""The loss of relations: every implementation against the reference in float64, and what the operator promises."""
+"""The losses on cells: every implementation against the reference in float64, and what the operators promise."""
 
 import math
 from dataclasses import replace
@@ -10,42 +10,62 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdcache.bench.kernels.rounding import relation_rounding
+from kdcache.bench.kernels.rounding import rounding
 from kdcache_kernels import (
     KernelError,
     ShapeError,
     ValueRangeError,
     average_moments,
+    channel_loss,
+    decoupled_loss,
     relation_loss,
     relation_moments,
 )
-from kdcache_kernels.gpu import relations as gpu_relations
-from kdcache_kernels.relations import library, ops
-from kdcache_kernels.relations.problem import RelationProblem
+from kdcache_kernels.gpu.on_cells import cells as gpu_cells
+from kdcache_kernels.on_cells import arguments, library
+from kdcache_kernels.on_cells.problem import CellProblem, ChannelProblem, DecoupledProblem, RelationProblem
+from kdcache_kernels.on_cells.reference import logits_on_cells
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """What the gradient's own dtype rounds of it; below 2^-14, float16 has steps of 2^-24."""
 SHARE = 5e-6
 """An error as a share of the largest element: ten times what these fixed cases have."""
 PREDICTION = ("view_size", "size", "temperature", "window_B4", "flip_B", "pixel_weight_BHW", "counted_BHW")
+FUNCTIONS = {"relations": relation_loss, "decoupled": decoupled_loss, "channels": channel_loss}
+PROBLEMS = {"relations": RelationProblem, "decoupled": DecoupledProblem, "channels": ChannelProblem}
+OPERATORS = {
+    "relations": library.relation_loss,
+    "decoupled": library.decoupled_loss,
+    "channels": library.channel_loss,
+}
+every_loss = pytest.mark.parametrize("kind", FUNCTIONS)
 
 
-class Relations(NamedTuple):
-    """The arguments of a call."""
+class Call(NamedTuple):
+    """The arguments of a call.
 
+    Attributes:
+        kind: a key of FUNCTIONS.
+    """
+
+    kind: str
     student: Tensor
     teacher: Tensor
     options: dict[str, Any]
 
-    def of(self, rows: slice) -> "Relations":
+    def of(self, rows: slice) -> "Call":
         """A part of the batch."""
         tensors = {name: value[rows] for name, value in self.options.items() if isinstance(value, Tensor)}
-        return Relations(self.student[rows], self.teacher[rows], self.options | tensors)
+        return Call(self.kind, self.student[rows], self.teacher[rows], self.options | tensors)
+
+    def value(self, student: Tensor, impl: str, **changes: Any) -> Tensor:
+        """The loss."""
+        return FUNCTIONS[self.kind](student, self.teacher, impl=impl, **(self.options | changes))
 
     def loss(self, impl: str, dtype: torch.dtype | None = None, **changes: Any) -> tuple[Tensor, Tensor]:
         """The loss and its gradient."""
         leaf = self.student.detach().to(dtype or self.student.dtype).requires_grad_()
-        loss = relation_loss(leaf, self.teacher, impl=impl, **(self.options | changes))
+        loss = self.value(leaf, impl, **changes)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     def moments(self, impl: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,6 +74,7 @@ class Relations(NamedTuple):
 
 
 def make(
+    kind: str = "relations",
     device: torch.device = torch.device("cpu"),
     *,
     B: int = 2,
@@ -66,11 +87,15 @@ def make(
     seed: int = 0,
     masks: bool = True,
     window: str = "crop",
-) -> Relations:
+) -> Call:
     generator = torch.Generator().manual_seed(seed)
     student = (scale * torch.randn(B, C, *own, generator=generator)).to(dtype)
     teacher = (scale * torch.randn(B, C, *grid, generator=generator)).half()
-    options: dict[str, Any] = {"view_size": (22, 34), "size": size, "temperature": 1.5, "beta": 0.5, "gamma": 2.0}
+    options: dict[str, Any] = {"view_size": (22, 34), "size": size, "temperature": 1.5}
+    if kind == "relations":
+        options |= {"beta": 0.5, "gamma": 2.0}
+    if kind == "decoupled":
+        options |= {"alpha": 2.0, "beta": 0.5}
     edges = {"whole": [0.0, 0, 22, 34], "crop": [3.3, 5.25, 14.8, 22], "over the edge": [-6.5, -3, 30, 50.5]}
     if window in edges:
         options["window_B4"] = torch.tensor([edges[window]] * B, dtype=torch.float64).reshape(B, 4).to(device)
@@ -78,19 +103,27 @@ def make(
     if masks:
         options["pixel_weight_BHW"] = torch.rand(B, *size, generator=generator).to(device)
         options["counted_BHW"] = (torch.rand(B, *size, generator=generator) < 0.7).to(device)
-    return Relations(student.to(device), teacher.to(device), options)
+        if kind == "decoupled":  # some are none of the classes
+            labels = torch.randint(0, C + 3, (B, *size), generator=generator).to(torch.uint8)
+            options["labels_BHW"] = labels.masked_fill(labels == C, 255).to(device)
+        if kind == "channels":
+            options["teacher_maximum_Bhw"] = (scale * torch.randn(B, *grid, generator=generator)).half().to(device)
+    return Call(kind, student.to(device), teacher.to(device), options)
 
 
-def problem_of(made: Relations, **others: Any) -> RelationProblem:
+def problem_of(made: Call, **others: Any) -> CellProblem:
     """What the public function makes of the arguments."""
-    names = {"window_B4": "window", "flip_B": "flip", "pixel_weight_BHW": "pixel_weight", "counted_BHW": "counted"}
-    absent = dict.fromkeys((*names.values(), "count", "moments"))
-    options = {names.get(name, name): value for name, value in made.options.items()}
-    arguments = absent | {"need_gradient": True} | options | others
-    return ops._problem("reference", made.student, made.teacher, **arguments)[1]
+    absent: dict[str, Any] = dict.fromkeys(("window", "flip", "pixel_weight", "counted", "count"))
+    absent |= {"relations": {"moments": None}, "decoupled": {"labels": None}, "channels": {"teacher_maximum": None}}[
+        made.kind
+    ]
+    short = {"window_B4", "flip_B", "pixel_weight_BHW", "counted_BHW", "labels_BHW", "teacher_maximum_Bhw"}
+    options = {name.rpartition("_")[0] if name in short else name: value for name, value in made.options.items()}
+    problem = absent | {"need_gradient": True} | options | others
+    return arguments.checked(PROBLEMS[made.kind], "reference", made.student, made.teacher, **problem)[1]
 
 
-def assert_exact(made: Relations, impl: str, share: float = math.inf) -> None:
+def assert_exact(made: Call, impl: str, share: float = math.inf) -> None:
     """To what the roundings of float32 may change, and one of the result.
 
     Args:
@@ -100,7 +133,7 @@ def assert_exact(made: Relations, impl: str, share: float = math.inf) -> None:
     expected, wanted = made.loss("reference", torch.float64)
     loss, gradient = made.loss(impl)
     assert (loss.dtype, gradient.dtype) == (torch.float32, made.student.dtype)
-    loss_bound, bound = relation_rounding(problem_of(made))
+    loss_bound, bound = rounding(problem_of(made))
     unit, subnormal = UNIT[gradient.dtype], 2.0**-25 if gradient.dtype == torch.float16 else 0.0
     assert abs(loss.double() - expected) <= loss_bound + UNIT[torch.float32] * expected
     error = (gradient - wanted).abs()
@@ -127,24 +160,28 @@ SIZES = [
 @pytest.mark.parametrize("masks", [False, True], ids=["all", "gated and counted"])
 @pytest.mark.parametrize("window", ["none", "whole", "crop", "over the edge"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_relations_are_those_of_exact_arithmetic(backend, sizes, window, masks):
-    share = math.inf if sizes.get("C") == 2 else SHARE  # of two classes, half of the gradient is rounding
-    assert_exact(make(backend.device, window=window, masks=masks, **sizes), backend.impl, share)
+@every_loss
+def test_losses_are_those_of_exact_arithmetic(backend, kind, sizes, window, masks):
+    # Of two classes, half of the gradient of relations is rounding.
+    share = math.inf if (kind, sizes.get("C")) == ("relations", 2) else SHARE
+    assert_exact(make(kind, backend.device, window=window, masks=masks, **sizes), backend.impl, share)
 
 
 @pytest.mark.interpreted(C=[33])
 @pytest.mark.parametrize("C", [19, 21, 33, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_relations_of_any_number_of_classes(backend, C, dtype):
-    assert_exact(make(backend.device, C=C, dtype=dtype, own=(4, 5), grid=(4, 5)), backend.impl, SHARE)
+@every_loss
+def test_losses_of_any_number_of_classes(backend, kind, C, dtype):
+    assert_exact(make(kind, backend.device, C=C, dtype=dtype, own=(4, 5), grid=(4, 5)), backend.impl, SHARE)
 
 
 @st.composite
-def drawn(draw: st.DrawFn) -> tuple[Relations, float]:
+def drawn(draw: st.DrawFn) -> Call:
     side = st.integers(1, 9)
     grid = (draw(side), draw(side))
     own = grid if draw(st.booleans()) else (draw(side), draw(side))
     made = make(
+        draw(st.sampled_from(sorted(FUNCTIONS))),
         B=draw(st.integers(0, 3)),
         C=draw(st.sampled_from([1, 2, 3, 19, 21, 33, 150])),
         own=own,
@@ -171,22 +208,21 @@ def drawn(draw: st.DrawFn) -> tuple[Relations, float]:
         options["counted_BHW"] = torch.zeros(size, dtype=torch.bool)
         if shut == "one image":
             options["counted_BHW"][1:] = True
-    return made._replace(student=student, options=options), student.shape[1]
+    return made._replace(student=student, options=options)
 
 
 @pytest.mark.native
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=drawn())
-def test_relations_of_drawn_inputs(backend, case):
-    made, _ = case
+def test_losses_of_drawn_inputs(backend, case):
     if backend.device.type == "cpu":
-        assert_exact(made, backend.impl)
+        assert_exact(case, backend.impl)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"own": (7, 10)}], ids=str)
 def test_moments_and_their_exchange(backend, sizes):
     """Two parts of a batch that share moments and count average to the whole: loss and gradient."""
-    whole = make(backend.device, B=3, **sizes)
+    whole = make(device=backend.device, B=3, **sizes)
     exact = whole.moments("reference", torch.float64)
     torch.testing.assert_close(whole.moments(backend.impl), exact, rtol=2e-5, atol=1e-7)
     loss, gradient = whole.loss(backend.impl)
@@ -200,17 +236,76 @@ def test_moments_and_their_exchange(backend, sizes):
     assert (torch.cat(gradients) / 3 - gradient).abs().max() <= 2e-6 * largest
 
 
-def test_gradients_are_those_of_the_value():
-    made = make(own=(7, 10), B=1)
+@pytest.mark.parametrize("kind", ["decoupled", "channels"])
+def test_parts_of_a_batch_average_to_it(backend, kind):
+    """Two processes that share a count: of cells, or of images."""
+    whole = make(kind, backend.device, B=4)
+    whole.options["counted_BHW"][0] = False
+    counts = {"decoupled": rounding_free_cells(whole), "channels": torch.tensor(3.0, dtype=torch.float64)}
+    count = counts[kind].to(backend.device)
+    loss, gradient = whole.loss(backend.impl)
+    losses, gradients = zip(
+        *(whole.of(rows).loss(backend.impl, count=count / 2) for rows in (slice(0, 2), slice(2, 4))), strict=True
+    )
+    assert sum(losses).item() / 2 == pytest.approx(loss.item(), rel=1e-6)
+    assert (torch.cat(gradients) / 2 - gradient).abs().max() <= 2e-6 * gradient.abs().max()
+
+
+def rounding_free_cells(made: Call) -> Tensor:
+    """The cells of a batch that count, float64."""
+    problem = problem_of(made._replace(student=made.student.double()))
+    return logits_on_cells(problem).cells.counted.sum()
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize("kind", ["decoupled", "channels"])
+def test_equal_logits_teach_nothing(backend, kind):
+    """Not even a rounding: no loss, no gradient."""
+    made = make(kind, backend.device, window="none")
+    made.options.pop("teacher_maximum_Bhw", None)
+    loss, gradient = made._replace(student=made.teacher.float()).loss(backend.impl)
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_labels_of_any_integer(backend, dtype):
+    """Below 0 and from C on there is no label; strides are any."""
+    made = make("decoupled", backend.device)
+    labels = made.options["labels_BHW"]
+    other = torch.where(labels == 255, -100, labels.long()).to(dtype)
+    other = torch.stack([other, other], -1).flatten(2)[:, :, ::2]
+    results = made.loss(backend.impl), made.loss(backend.impl, labels_BHW=other)
+    if backend.impl != "reference":  # which sums in another order
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-6)
+    without = made.loss(backend.impl, labels_BHW=None)
+    assert without[0].item() == pytest.approx(
+        made.loss(backend.impl, labels_BHW=other.clamp(max=-1))[0].item(), rel=1e-6
+    )
+    assert without[0].item() != pytest.approx(results[0][0].item(), rel=1e-3)
+
+
+def test_of_equal_logits_the_first_is_the_target(backend):
+    made = make("decoupled", backend.device, masks=False, window="none")
+    even = made._replace(teacher=torch.zeros_like(made.teacher))
+    first = torch.zeros(2, 23, 37, dtype=torch.uint8, device=backend.device)
+    losses = [call[0].item() for call in (even.loss(backend.impl), even.loss(backend.impl, labels_BHW=first))]
+    assert losses[0] == losses[1] != 0
+
+
+@every_loss
+def test_gradients_are_those_of_the_value(kind):
+    made = make(kind, own=(7, 10), B=1)
     student = made.student.double().requires_grad_()
-    call = lambda x: relation_loss(x, made.teacher, impl="reference", **made.options)  # noqa: E731
+    call = lambda x: made.value(x, "reference")  # noqa: E731
     assert torch.autograd.gradcheck(call, (student,), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (student,), fast_mode=True)
 
 
 def test_an_even_class_does_not_cancel(backend):
     """A class that is almost everywhere alike: its variance is 1e-8 of its mean square."""
-    made = make(backend.device, masks=False, window="none", C=3, scale=1e-2, grid=(8, 16), own=(8, 16))
+    made = make(device=backend.device, masks=False, window="none", C=3, scale=1e-2, grid=(8, 16), own=(8, 16))
     made.student[:, 0] += 4
     made.teacher[:, 0] += 4
     assert_exact(made, backend.impl)
@@ -222,8 +317,9 @@ def test_an_even_class_does_not_cancel(backend):
 @pytest.mark.interpreted(value=[float("inf")])
 @pytest.mark.parametrize("where", ["student", "teacher", "gate"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_shows_where_it_counts(backend, where, value):
-    made = make(backend.device, window="whole")
+@every_loss
+def test_what_is_not_finite_shows_where_it_counts(backend, kind, where, value):
+    made = make(kind, backend.device, window="whole")
     counted = torch.ones_like(made.options["counted_BHW"])
     counted[0, :12, :20] = False
     made.options["counted_BHW"] = counted
@@ -239,7 +335,7 @@ def test_what_is_not_finite_shows_where_it_counts(backend, where, value):
         if shows:
             assert not loss.isfinite()
             assert gradient.isnan().all()
-            assert where == "gate" or spoilt.moments(backend.impl).isnan().any()
+            assert where == "gate" or kind != "relations" or spoilt.moments(backend.impl).isnan().any()
         else:
             expected = made.loss(backend.impl)
             assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
@@ -247,8 +343,11 @@ def test_what_is_not_finite_shows_where_it_counts(backend, where, value):
 
 
 @pytest.mark.parametrize("how", ["none counted", "gate shut", "beside the view", "one class", "no image"])
-def test_where_there_is_nothing_to_learn(backend, how):
-    made = make(backend.device, B=0 if how == "no image" else 2, C=1 if how == "one class" else 5)
+@every_loss
+def test_where_there_is_nothing_to_learn(backend, kind, how):
+    if (kind, how) == ("channels", "one class"):
+        pytest.skip("a class alone has a distribution over the cells")
+    made = make(kind, backend.device, B=0 if how == "no image" else 2, C=1 if how == "one class" else 5)
     if how == "none counted":
         made.options["counted_BHW"] = torch.zeros_like(made.options["counted_BHW"])
     elif how == "gate shut":
@@ -262,8 +361,9 @@ def test_where_there_is_nothing_to_learn(backend, how):
     assert gradient.shape == made.student.shape
 
 
-def test_an_image_that_does_not_count_has_no_gradient(backend):
-    made = make(backend.device)
+@every_loss
+def test_an_image_that_does_not_count_has_no_gradient(backend, kind):
+    made = make(kind, backend.device)
     made.options["counted_BHW"][0] = False
     _, gradient = made.loss(backend.impl)
     assert (gradient[0] == 0).all()
@@ -271,8 +371,9 @@ def test_an_image_that_does_not_count_has_no_gradient(backend):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"own": (7, 10)}], ids=str)
-def test_relations_repeat_to_the_bit(backend, sizes):
-    made = make(backend.device, **sizes)
+@every_loss
+def test_losses_repeat_to_the_bit(backend, kind, sizes):
+    made = make(kind, backend.device, **sizes)
     first = made.loss(backend.impl)
     before = torch.get_num_threads()
     try:
@@ -286,56 +387,63 @@ def test_relations_repeat_to_the_bit(backend, sizes):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"own": (7, 10)}], ids=str)
-def test_autocast_changes_no_bit(backend, sizes):
-    made = make(backend.device, **sizes)
+@every_loss
+def test_autocast_changes_no_bit(backend, kind, sizes):
+    made = make(kind, backend.device, **sizes)
     results = []
     for enabled in (False, True):
         leaf = made.student.detach().requires_grad_()
         with torch.autocast(backend.device.type, torch.bfloat16, enabled=enabled):
-            loss = relation_loss(leaf, made.teacher, impl=backend.impl, **made.options)
+            loss = made.value(leaf, backend.impl)
             moments = made.moments(backend.impl)
         results.append((loss.detach(), moments, *torch.autograd.grad(loss, leaf)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.fused
-def test_the_gradient_is_scaled_in_float32(backend):
-    made = make(backend.device, dtype=torch.float16)
+@every_loss
+def test_the_gradient_is_scaled_in_float32(backend, kind):
+    made = make(kind, backend.device, dtype=torch.float16)
     leaf = made.student.requires_grad_()
-    loss = relation_loss(leaf, made.teacher, impl=backend.impl, **made.options)
+    loss = made.value(leaf, backend.impl)
     (gradient,) = torch.autograd.grad(loss, leaf, torch.tensor(2.0**16, device=backend.device))
     _, wanted = made.loss("reference", torch.float64)
     assert (gradient.double() / 2**16 - wanted).abs().max() <= 1e-3 * wanted.abs().max()
     assert (gradient != 0).float().mean() > 0.99
 
 
-def operator_arguments(device: torch.device, everything: bool) -> tuple[Any, ...]:
-    made = make(device, masks=everything, window="crop" if everything else "none")
+def operator_arguments(kind: str, device: torch.device, everything: bool) -> tuple[Any, ...]:
+    made = make(kind, device, masks=everything, window="crop" if everything else "none")
     others: dict[str, Any] = {}
     if everything:
-        others = {"count": torch.tensor(9.0, device=device), "moments": made.moments("reference")}
+        others = {"count": torch.tensor(9.0, device=device)}
+        if kind == "relations":
+            others["moments"] = made.moments("reference")
     made = made._replace(student=made.student.requires_grad_())
-    return library.relation_arguments(problem_of(made, **others))
+    return library.arguments_of(problem_of(made, **others))
 
 
 @pytest.mark.fused
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("everything", [False, True])
-def test_opcheck_of_relations(backend, everything):
-    arguments = operator_arguments(backend.device, everything)
-    torch.library.opcheck(library.relation_loss, (backend.impl, *arguments))
-    student, *others = arguments
-    torch.library.opcheck(library.relation_moments, (backend.impl, student.detach(), *others))
+@every_loss
+def test_opcheck_of_losses(backend, kind, everything):
+    arguments = operator_arguments(kind, backend.device, everything)
+    torch.library.opcheck(OPERATORS[kind], (backend.impl, *arguments))
+    if kind == "relations":
+        student, *others = arguments
+        torch.library.opcheck(library.relation_moments, (backend.impl, student.detach(), *others))
 
 
 @pytest.mark.fused
-def test_relations_in_a_compiled_step(backend):
-    made = make(backend.device)
+@every_loss
+def test_losses_in_a_compiled_step(backend, kind):
+    made = make(kind, backend.device)
     head = torch.nn.Conv2d(3, 5, 1).to(backend.device)
     pixels = torch.randn(2, 3, 6, 9, device=backend.device)
 
     def step(pixels: Tensor, teacher: Tensor) -> Tensor:
-        return relation_loss(head(pixels), teacher, impl=backend.impl, **made.options)
+        return FUNCTIONS[kind](head(pixels), teacher, impl=backend.impl, **made.options)
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
@@ -367,8 +475,6 @@ BAD_ARGUMENTS: dict[str, list[tuple[Any, type[KernelError] | None]]] = {
     "view_size": [((22, 0), ValueRangeError), ((22, 34, 3), ValueRangeError)],
     "size": [((0, 37), ShapeError)],
     "temperature": [(T, ValueRangeError) for T in (0.0, -1.0, NAN, math.inf)],
-    "beta": [(x, ValueRangeError) for x in (-1.0, NAN)],
-    "gamma": [(x, ValueRangeError) for x in (-1.0, math.inf)],
     "window_B4": [
         (with_window(0, 0, 22, 34)[:1], ShapeError),
         (with_window(0, 0, 22, 34).float(), ShapeError),
@@ -379,29 +485,56 @@ BAD_ARGUMENTS: dict[str, list[tuple[Any, type[KernelError] | None]]] = {
     "pixel_weight_BHW": [(PAGE[:, :4], ShapeError), (PAGE[0], ShapeError)],
     "counted_BHW": [(PAGE > 0, None), (PAGE[:, :, :36] > 0, ShapeError), (PAGE, ShapeError)],
     "count": [(torch.ones(1), ShapeError), (-1.0, ValueRangeError), (NAN, ValueRangeError)],
-    "moments_6C": [
-        (torch.zeros(5, 5, dtype=torch.float64), ShapeError),
-        (torch.zeros(6, 5), ShapeError),
-    ],
     "impl": [("fast", ValueRangeError)],
 }
+OWN_ARGUMENTS: dict[str, dict[str, list[tuple[Any, type[KernelError] | None]]]] = {
+    "relations": {
+        "beta": [(x, ValueRangeError) for x in (-1.0, NAN)],
+        "gamma": [(x, ValueRangeError) for x in (-1.0, math.inf)],
+        "moments_6C": [
+            (torch.zeros(5, 5, dtype=torch.float64), ShapeError),
+            (torch.zeros(6, 5), ShapeError),
+        ],
+    },
+    "decoupled": {
+        "alpha": [(x, ValueRangeError) for x in (-1.0, NAN)],
+        "beta": [(x, ValueRangeError) for x in (-1.0, math.inf)],
+        "labels_BHW": [
+            (PAGE.byte(), None),
+            (PAGE, ShapeError),
+            (PAGE.byte()[:, :4], ShapeError),
+            (PAGE.byte()[:1], ShapeError),
+        ],
+    },
+    "channels": {
+        "teacher_maximum_Bhw": [
+            (torch.zeros(2, 6, 9), None),
+            (torch.zeros(2, 6, 8), ShapeError),
+            (torch.zeros(2, 6, 9, dtype=torch.int32), ShapeError),
+        ],
+    },
+}
+ALL_ARGUMENTS = [
+    (kind, name, value, error)
+    for kind in FUNCTIONS
+    for name, cases in (BAD_ARGUMENTS | OWN_ARGUMENTS[kind]).items()
+    for value, error in cases
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [(name, value, error) for name, cases in BAD_ARGUMENTS.items() for value, error in cases],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("kind", "name", "value", "error"), ALL_ARGUMENTS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_every_family_names_the_argument_that_it_refuses(name, value, error, backend):
-    made = make(backend.device)
+def test_every_family_names_the_argument_that_it_refuses(kind, name, value, error, backend):
+    made = make(kind, backend.device)
     arguments = {"student_logits_BChw": made.student, "teacher_logits_BChw": made.teacher, "impl": backend.impl}
     on_device = value.to(backend.device) if isinstance(value, Tensor) else value
     call = {**arguments, **made.options, name: on_device}
     if error is None:
-        assert relation_loss(**call).isfinite()
+        assert FUNCTIONS[kind](**call).isfinite()
         return
-    functions = [relation_loss]
-    if name not in ("beta", "gamma", "count", "moments_6C"):
+    functions = [FUNCTIONS[kind]]
+    if kind == "relations" and name not in ("beta", "gamma", "count", "moments_6C"):
         call_of_moments = {key: x for key, x in call.items() if key not in ("beta", "gamma")}
         functions.append(lambda **_: relation_moments(**call_of_moments))
     for function in functions:
@@ -414,13 +547,23 @@ def test_every_family_names_the_argument_that_it_refuses(name, value, error, bac
             assert str(value.dtype) in caught.value.received
 
 
-@pytest.mark.parametrize("name", ["teacher_logits_BChw", "pixel_weight_BHW", "counted_BHW", "flip_B", "window_B4"])
-def test_every_family_refuses_tensors_of_another_device(name, backend):
-    made = make(backend.device)
+ELSEWHERE = ["teacher_logits_BChw", "pixel_weight_BHW", "counted_BHW", "flip_B", "window_B4"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in FUNCTIONS for name in ELSEWHERE),
+        ("decoupled", "labels_BHW"),
+        ("channels", "teacher_maximum_Bhw"),
+    ],
+)
+def test_every_family_refuses_tensors_of_another_device(kind, name, backend):
+    made = make(kind, backend.device)
     call = {"student_logits_BChw": made.student, "teacher_logits_BChw": made.teacher, **made.options}
     call[name] = call[name].to("meta")
     with pytest.raises(ShapeError, match=f"{name} is on the device of the other tensors") as caught:
-        relation_loss(**call, impl=backend.impl)
+        FUNCTIONS[kind](**call, impl=backend.impl)
     assert "meta" in caught.value.received
 
 
@@ -431,7 +574,7 @@ def test_logits_beyond_offsets_of_32_bits_are_refused(name, spread):
     shape = (1, 2, 4, 2**31) if spread else (1, 2, 2**15, 2**16)
     logits = torch.empty(shape, device="meta")[..., :: 2**30 if spread else 1]
     with pytest.raises(ShapeError, match=f"one image of {name}_logits_BChw has fewer than 2\\^31 logits") as caught:
-        gpu_relations._check_offsets(replace(made, **{name: logits}))
+        gpu_cells.check_offsets(replace(made, **{name: logits}))
     assert str(tuple(logits.shape)) in caught.value.received
     assert str(logits.stride()) in caught.value.received
     assert "reference" in caught.value.remedy

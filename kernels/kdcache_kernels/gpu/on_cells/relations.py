@@ -1,7 +1,7 @@
 """The loss of relations on CUDA: a cell of the target per lane, dynamic loops over the classes, no wait for the device.
 
 Six launches at most: tables of taps (with a window, a flip or two grids) and weights of cells (where they may be
-unequal) of `target_cells.py`, relations, classes, totals, gradient; one more carries the gradient back to a student's
+unequal) of `cells.py`, relations, classes, totals, gradient; one more carries the gradient back to a student's
 own grid. Probabilities are never written: the second walk computes them again from seven numbers per cell.
 
 Sums over cells are made of blocks: in each, the products of a class are centred on its own mean there, and classes
@@ -11,39 +11,19 @@ class is held, so C has no limit and nothing is padded; no atomics, and every su
 Legend: B batch, C classes, H W the image, hs ws the student's own size, h w the target's cells, N blocks of cells.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import ShapeError
-from ...relations.problem import EPS, MOMENTS, RelationProblem, largest_logit
-from ..common import multiprocessors
-from ..geometry import Taps
-from .target_cells import Samples, cells_of_program, corners, gather_kernel, launch_tables, launch_weights, logit
+from ...on_cells.problem import EPS, MOMENTS, RelationProblem, largest_logit
+from .cells import ENTRIES, LOG2_E, Laid, cells_of_program, check_offsets, corners, lay, logit, on_own_grid, take, weigh
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 VARIANCE = tl.constexpr(EPS)
-OFFSETS = 2**31
-"""Elements that an offset of 32 bits can reach."""
-ENTRIES = 1024
-"""Blocks of cells, or classes, that are read at a time."""
-BLOCKS = (128, 32)
-"""Cells of a program, the more the fewer steps its sums take; the fewer where the GPU would not be full."""
 PLANES = 7
 """Numbers that the second walk reads of each cell; see `relations_kernel`."""
-
-
-@triton.jit
-def _take(x, limit, scale, top, total, lost):
-    """Take one more class into a softmax: the largest logit, the sum of exponentials below it, what is lost."""
-    usable = tl.abs(x) <= limit
-    x = tl.where(usable, x, 0.0)
-    e = tl.exp2(-tl.abs(x - top) * scale)
-    total = tl.where(x > top, total * e + 1.0, total + e)
-    return tl.maximum(top, x), total, tl.where(usable, lost, 1)
 
 
 @triton.jit
@@ -87,18 +67,13 @@ def relations_kernel(
     lost = tl.zeros((BLOCK,), tl.int32)
     s_ptr, t_ptr = s_start, t_start
     for _ in range(num_classes):
-        s_top, s_sum, lost = _take(logit(s_ptr, s_corners, exists, S_SAMPLED), limit, scale, s_top, s_sum, lost)
-        t_top, t_sum, lost = _take(logit(t_ptr, t_corners, exists, T_SAMPLED), limit, scale, t_top, t_sum, lost)
+        s_top, s_sum, lost = take(logit(s_ptr, s_corners, exists, S_SAMPLED), limit, scale, s_top, s_sum, lost)
+        t_top, t_sum, lost = take(logit(t_ptr, t_corners, exists, T_SAMPLED), limit, scale, t_top, t_sum, lost)
         s_ptr += s_stride_c
         t_ptr += t_stride_c
     s_inverse, t_inverse = 1.0 / s_sum, 1.0 / t_sum
 
-    weight = tl.where(exists, 1.0, 0.0)
-    counts = exists
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + image64 * plane + cell_n, mask=exists, other=0.0)
-        counts = tl.load(counted_ptr + image64 * plane + cell_n, mask=exists, other=0.0) > 0
-    weight = tl.where(lost == 0, weight, tl.where(counts, float("nan"), 0.0))
+    weight = weigh(counted_ptr, weight_ptr, image64 * plane + cell_n, exists, lost)
     total = tl.sum(weight, 0)
     share = weight * tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
 
@@ -304,22 +279,17 @@ class _Walked(NamedTuple):
     """The result of the first walk, and what the second takes.
 
     Attributes:
-        samples: the arguments with which both walks read the logits.
-        taps: those of the student's rows and columns; None where its grid is the cells'.
+        laid: both sets of logits under the cells.
         cells: (B, 7, h w), see `relations_kernel`.
         factors, intra, sums, moments: as `classes_kernel` writes them.
-        block: cells of a program.
     """
 
-    samples: tuple[Any, ...]
-    taps: tuple[Taps, Taps] | None
-    flat: dict[str, bool]
+    laid: Laid
     cells: Tensor
     factors: Tensor
     intra: Tensor
     sums: Tensor
     moments: Tensor
-    block: int
 
 
 def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
@@ -332,7 +302,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
     shape = student.shape if problem.need_gradient else (0,)
     if student.shape[0] == 0:
         return torch.zeros((), device=device), torch.zeros(shape, device=device)
-    _check_offsets(problem)
+    check_offsets(problem)
     with torch.cuda.device_of(student):
         walked = _walk(problem)
         loss = torch.empty((), device=device)
@@ -344,20 +314,12 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
             return loss, torch.empty(0, device=device)
         h, w = problem.grid
         cells = torch.empty((B, C, h, w), device=device)
-        blocks = triton.cdiv(h * w, walked.block)
-        relations_gradient_kernel[(B * blocks,)](
-            *walked.samples, walked.cells, walked.factors, walked.sums, cells, C, h, w, h * w, blocks,
-            largest_logit(T), LOG2_E.value / T, problem.beta, T, **walked.flat, BLOCK=walked.block, num_warps=1,
+        laid = walked.laid
+        relations_gradient_kernel[(B * laid.blocks,)](
+            *laid.samples, walked.cells, walked.factors, walked.sums, cells, C, h, w, h * w, laid.blocks,
+            largest_logit(T), LOG2_E.value / T, problem.beta, T, **laid.flat, BLOCK=laid.block, num_warps=1,
         )  # fmt: skip
-        if walked.taps is None:
-            return loss, cells
-        gradient = torch.empty(student.shape, device=device)
-        hs, ws = student.shape[2:]
-        gather_kernel[(triton.cdiv(hs * ws, BLOCKS[0]), B * C)](
-            cells, *walked.taps, gradient, h, w, hs, ws, *(2 * triton.cdiv(n, m) + 3 for n, m in ((h, hs), (w, ws))),
-            BLOCK=BLOCKS[0], num_warps=4,
-        )  # fmt: skip
-        return loss, gradient
+        return loss, on_own_grid(problem, laid, cells)
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
@@ -365,60 +327,34 @@ def relation_moments(problem: RelationProblem) -> Tensor:
     if problem.student.shape[0] == 0:
         shape = (MOMENTS, problem.student.shape[1])
         return torch.zeros(shape, dtype=torch.float64, device=problem.student.device)
-    _check_offsets(problem)
+    check_offsets(problem)
     with torch.cuda.device_of(problem.student):
         return _walk(problem).moments
 
 
-def _check_offsets(problem: RelationProblem) -> None:
-    """The kernels count the elements of one image in 32 bits, and those of a batch in 64."""
-    tensors = {"student_logits_BChw": problem.student, "teacher_logits_BChw": problem.teacher}
-    for name, tensor in tensors.items():
-        reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-        if max(reach, tensor[0].numel()) >= OFFSETS:
-            raise ShapeError(
-                f"one image of {name} has fewer than 2^31 logits, within as many elements of memory.",
-                entry="image within 2^31 elements",
-                received=f"{tuple(tensor.shape)} with strides {tensor.stride()}",
-                remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
-            )
-
-
 def _walk(problem: RelationProblem) -> _Walked:
-    student, teacher, device = problem.student.detach(), problem.teacher, problem.student.device
-    (B, C), (h, w) = student.shape[:2], problem.grid
-    if teacher.dtype == torch.float64:
-        teacher = teacher.float()
-    moved = problem.window is not None or problem.flip is not None
-    pixel_taps, cell_taps, student_taps = launch_tables(problem, moved)
-    block = BLOCKS[0] if B * triton.cdiv(h * w, BLOCKS[0]) >= 4 * multiprocessors(device) else BLOCKS[1]
-    if device.type == "cpu":  # the interpreter's time grows with the programs, hardly with the lanes
-        block = BLOCKS[0]
-    blocks = triton.cdiv(h * w, block)
-    counted, weight, counts = launch_weights(problem, pixel_taps, block)
-    samples = (
-        Samples(student, *student_taps), *student.stride(),
-        Samples(teacher, *cell_taps), *teacher.stride(), int(moved),
-    )  # fmt: skip
-    flat = {name: x.stride(2) == x.shape[3] * x.stride(3) for name, x in (("S_FLAT", student), ("T_FLAT", teacher))}
+    (B, C), (h, w), device = problem.student.shape[:2], problem.grid, problem.student.device
+    laid = lay(problem)
+    num_blocks = B * laid.blocks
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     cells, moments, inter = (
         empty(B, PLANES, h * w),
-        empty(MOMENTS, C, B * blocks),
-        empty(B * blocks, dtype=torch.float64),
+        empty(MOMENTS, C, num_blocks),
+        empty(num_blocks, dtype=torch.float64),
     )
-    relations_kernel[(B * blocks,)](
-        *samples, counted, weight, cells, moments, inter, C, h, w, h * w, blocks, B * blocks,
-        largest_logit(problem.temperature), LOG2_E.value / problem.temperature, **flat, BLOCK=block, num_warps=1,
+    relations_kernel[(num_blocks,)](
+        *laid.samples, laid.counted, laid.weight, cells, moments, inter, C, h, w, h * w, laid.blocks, num_blocks,
+        largest_logit(problem.temperature), LOG2_E.value / problem.temperature, **laid.flat, BLOCK=laid.block,
+        num_warps=1,
     )  # fmt: skip
     own, intra, sums = (empty(*shape, dtype=torch.float64) for shape in ((MOMENTS, C), (C,), (2,)))
     factors = empty(4, C)
     shared = None if problem.moments is None else problem.moments.contiguous()
     classes_kernel[(C + 1,)](
-        moments, inter, counts, problem.count, shared, own, factors, intra, sums, C, B * blocks,
-        0 if counts is None else len(counts), B * h * w, problem.gamma, BLOCK=ENTRIES, num_warps=4,
+        moments, inter, laid.counts, problem.count, shared, own, factors, intra, sums, C, num_blocks,
+        0 if laid.counts is None else num_blocks, B * h * w, problem.gamma, BLOCK=ENTRIES, num_warps=4,
     )  # fmt: skip
-    return _Walked(samples, student_taps if problem.is_resized else None, flat, cells, factors, intra, sums, own, block)  # type: ignore[arg-type]
+    return _Walked(laid, cells, factors, intra, sums, own)

@@ -10,11 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...relations.problem import RelationProblem
+from ...errors import ShapeError
+from ...on_cells.problem import CellProblem
+from ..common import multiprocessors
 from ..geometry import Taps, store_taps
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 TABLE = 1024
 """Entries of a table that are written at a time."""
+OFFSETS = 2**31
+"""Elements that an offset of 32 bits can reach."""
+ENTRIES = 1024
+"""Blocks of cells, images or classes that are read at a time."""
+BLOCKS = (128, 32)
+"""Cells of a program, the more the fewer steps its sums take; the fewer where the GPU would not be full."""
 
 
 class Samples(NamedTuple):
@@ -163,6 +172,72 @@ def logit(ptr, corners, exists, SAMPLED: tl.constexpr):
 
 
 @triton.jit
+def take(x, limit, scale, top, total, lost):
+    """Take one more class into a softmax: the largest logit, the sum of exponentials below it, what is lost."""
+    usable = tl.abs(x) <= limit
+    x = tl.where(usable, x, 0.0)
+    e = tl.exp2(-tl.abs(x - top) * scale)
+    total = tl.where(x > top, total * e + 1.0, total + e)
+    return tl.maximum(top, x), total, tl.where(usable, lost, 1)
+
+
+@triton.jit
+def weigh(counted_ptr, weight_ptr, offs, exists, lost):
+    """The weights of cells; of one that is lost NaN where it counts, and 0 where it does not."""
+    weight = tl.where(exists, 1.0, 0.0)
+    counts = exists
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + offs, mask=exists, other=0.0)
+        counts = tl.load(counted_ptr + offs, mask=exists, other=0.0) > 0
+    return tl.where(lost == 0, weight, tl.where(counts, float("nan"), 0.0))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def images_kernel(counts_ptr, images_ptr, blocks, BLOCK: tl.constexpr):
+    """The counted cells of each image, (B,) float64, from the sums of its blocks."""
+    image = tl.program_id(0)
+    count = tl.full((BLOCK,), 0.0, tl.float64)
+    for start in range(0, blocks, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        count += tl.load(counts_ptr + image * blocks + offs_n, mask=offs_n < blocks, other=0.0)
+    tl.store(images_ptr + image, tl.sum(count, 0))
+
+
+@triton.jit
+def inverse_count(images_ptr, count_ptr, images, cells, OF_IMAGES: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / the denominator, float64: `count`, else the cells that count, or OF_IMAGES the images that have any.
+
+    Args:
+        images_ptr: as `images_kernel` has it; None counts every cell. cells: of an image.
+    """
+    total = tl.full((), 1.0, tl.float64) * images * (1 if OF_IMAGES else cells)
+    if count_ptr is not None:
+        total = tl.load(count_ptr).to(tl.float64)
+    elif images_ptr is not None:
+        counts = tl.full((BLOCK,), 0.0, tl.float64)
+        for start in range(0, images, BLOCK):
+            offs_b = start + tl.arange(0, BLOCK)
+            own = tl.load(images_ptr + offs_b, mask=offs_b < images, other=0.0)
+            counts += tl.where(own > 0, 1.0, 0.0).to(tl.float64) if OF_IMAGES else own
+        total = tl.sum(counts, 0)
+    return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+
+
+@triton.jit(do_not_specialize=["num_losses", "images", "cells", "factor"])
+def total_kernel(
+    losses_ptr, images_ptr, count_ptr, loss_ptr, num_losses, images, cells, factor,
+    OF_IMAGES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss: `factor` times the sum of what the programs have left, over the denominator."""
+    losses = tl.full((BLOCK,), 0.0, tl.float64)
+    for start in range(0, num_losses, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        losses += tl.load(losses_ptr + offs_n, mask=offs_n < num_losses, other=0.0)
+    per_count = inverse_count(images_ptr, count_ptr, images, cells, OF_IMAGES, BLOCK)
+    tl.store(loss_ptr, (factor * per_count * tl.sum(losses, 0)).to(tl.float32))
+
+
+@triton.jit
 def _weight_of(taps, cell_n, pixel_n, exists):
     """How much a cell takes of a pixel of the student's array along an axis."""
     index_n = tl.load(taps.index + cell_n, mask=exists, other=-2)
@@ -204,7 +279,7 @@ Axes = tuple[Taps, Taps] | tuple[None, None]
 """Taps of rows and columns."""
 
 
-def launch_tables(problem: RelationProblem, moved: bool) -> tuple[Axes, Axes, Axes]:
+def launch_tables(problem: CellProblem) -> tuple[Axes, Axes, Axes]:
     """Return the taps of pixels and of cells in the view, and of cells in the student's array; None where not moved."""
     B, (H, W), (h, w), device = problem.student.shape[0], problem.size, problem.grid, problem.student.device
 
@@ -212,6 +287,7 @@ def launch_tables(problem: RelationProblem, moved: bool) -> tuple[Axes, Axes, Ax
         kinds = (torch.int32, torch.float32, torch.uint8)
         return Taps(*(torch.empty(shape, dtype=kind, device=device) for kind in kinds))
 
+    moved = problem.is_moved
     pixels: Axes = (taps(B, H), taps(B, W)) if moved else (None, None)
     cells: Axes = (taps(B, h), taps(B, w)) if moved else (None, None)
     student: Axes = (taps(h), taps(w)) if problem.is_resized else (None, None)
@@ -226,7 +302,7 @@ def launch_tables(problem: RelationProblem, moved: bool) -> tuple[Axes, Axes, Ax
 
 
 def launch_weights(
-    problem: RelationProblem, pixel_taps: Axes, block: int
+    problem: CellProblem, pixel_taps: Axes, block: int
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     """Return how much cells count and weigh, (B, h, w), and partial sums of the first; None where each counts 1."""
     if not problem.is_weighted:
@@ -246,3 +322,82 @@ def launch_weights(
         BLOCK=block, num_warps=1,
     )  # fmt: skip
     return counted, weight, counts
+
+
+class Laid(NamedTuple):
+    """Both sets of logits under the target's cells.
+
+    Attributes:
+        samples: the arguments with which kernels read the logits: student, its strides, teacher, its strides, whether
+            images lie differently.
+        taps: those of the student's rows and columns; None where its grid is the cells'.
+        flat: constants, whether rows of cells follow each other in memory.
+        block, blocks: cells of a program, and programs of an image.
+        counted, weight: (B, h, w) how much cells count and weigh; None where each counts 1.
+        counts: (B blocks,) float64 sums of the first over the programs' cells.
+    """
+
+    samples: tuple[Any, ...]
+    taps: Axes
+    flat: dict[str, bool]
+    block: int
+    blocks: int
+    counted: Tensor | None
+    weight: Tensor | None
+    counts: Tensor | None
+
+
+def lay(problem: CellProblem) -> Laid:
+    """Lay both sets of logits of a problem under its cells."""
+    student, teacher, device = problem.student.detach(), problem.teacher, problem.student.device
+    B, (h, w) = student.shape[0], problem.grid
+    if teacher.dtype == torch.float64:
+        teacher = teacher.float()
+    pixel_taps, cell_taps, student_taps = launch_tables(problem)
+    block = BLOCKS[0] if B * triton.cdiv(h * w, BLOCKS[0]) >= 4 * multiprocessors(device) else BLOCKS[1]
+    if device.type == "cpu":  # the interpreter's time grows with the programs, hardly with the lanes
+        block = BLOCKS[0]
+    samples = (
+        Samples(student, *student_taps), *student.stride(),
+        Samples(teacher, *cell_taps), *teacher.stride(), int(problem.is_moved),
+    )  # fmt: skip
+    flat = {name: x.stride(2) == x.shape[3] * x.stride(3) for name, x in (("S_FLAT", student), ("T_FLAT", teacher))}
+    weights = launch_weights(problem, pixel_taps, block)
+    return Laid(samples, student_taps, flat, block, triton.cdiv(h * w, block), *weights)
+
+
+def launch_images(problem: CellProblem, laid: Laid) -> Tensor | None:
+    """Return the counted cells of each image, (B,) float64; None where all count or another denominator is set."""
+    if laid.counts is None or problem.count is not None:
+        return None
+    B = problem.student.shape[0]
+    images = torch.empty(B, dtype=torch.float64, device=problem.student.device)
+    images_kernel[(B,)](laid.counts, images, laid.blocks, BLOCK=ENTRIES, num_warps=4)
+    return images
+
+
+def on_own_grid(problem: CellProblem, laid: Laid, cells: Tensor) -> Tensor:
+    """Carry a gradient (B, C, h, w) on the cells back to the student's own grid."""
+    if not problem.is_resized:
+        return cells
+    gradient = torch.empty(problem.student.shape, device=cells.device)
+    (B, C, hs, ws), (h, w) = problem.student.shape, problem.grid
+    gather_kernel[(triton.cdiv(hs * ws, BLOCKS[0]), B * C)](
+        cells, *laid.taps, gradient, h, w, hs, ws, *(2 * triton.cdiv(n, m) + 3 for n, m in ((h, hs), (w, ws))),
+        BLOCK=BLOCKS[0], num_warps=4,
+    )  # fmt: skip
+    return gradient
+
+
+def check_offsets(problem: CellProblem) -> None:
+    """The kernels count the elements of one image in 32 bits, and those of a batch in 64. Raises: ShapeError."""
+    tensors = {"student_logits_BChw": problem.student, "teacher_logits_BChw": problem.teacher}
+    for name, tensor in tensors.items():
+        reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
+        if max(reach, tensor[0].numel()) >= OFFSETS:
+            raise ShapeError(
+                f"one image of {name} has fewer than 2^31 logits, within as many elements of memory.",
+                entry="image within 2^31 elements",
+                received=f"{tuple(tensor.shape)} with strides {tensor.stride()}",
+                remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
+            )

@@ -19,43 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..relations.problem import EPS, MOMENTS, RelationProblem, largest_logit
-from .geometry import Array
-from .math import FASTMATH, LN2, OPTIONS, exp2, kernel, njit
-from .target_cells import Grid, gather_cells, weigh_cells, whole_grid
-from .threads import run
-
-TILE = 128
-"""Most cells of a tile: rows of scratch have this length, a constant."""
+from ...on_cells.problem import EPS, MOMENTS, RelationProblem, largest_logit
+from ..geometry import Array
+from ..math import LN2, OPTIONS, SUMS, exp2, kernel, njit
+from ..threads import run
+from .cells import TILE, Laid, lay, on_own_grid, place_for, read_tile, weigh
 
 _f = np.float32
 _EPS = _f(EPS)
-_SUMS = {**OPTIONS, "fastmath": FASTMATH | {"reassoc"}}
-"""LLVM chooses the order of a sum, once, when it compiles."""
-
-
-@njit(**OPTIONS)
-def _read(c, row, start, limit, n, line, largest, usable):
-    """Read n logits of a class from a row of an array that lies under the cells as it is."""
-    own = row[start : start + n]
-    for j in range(n):
-        x = own[j]
-        line[c, j] = x
-        usable[j] &= abs(x) <= limit
-        largest[j] = max(largest[j], x)
-
-
-@njit(**OPTIONS)
-def _sample(c, upper, lower, down, left, following, right, limit, n, line, largest, usable):
-    """Read n logits of a class between two rows of an array."""
-    for j in range(n):
-        k, m, f = left[j], following[j], right[j]
-        a = upper[k] + f * (upper[m] - upper[k])
-        b = lower[k] + f * (lower[m] - lower[k])
-        x = a + down * (b - a)
-        line[c, j] = x
-        usable[j] &= abs(x) <= limit
-        largest[j] = max(largest[j], x)
 
 
 @njit(**OPTIONS)
@@ -79,18 +50,6 @@ def _probabilities(c, s, t, inverse_s, inverse_t, even, n, st, ss, tt):
 
 
 @njit(**OPTIONS)
-def _weigh(weighted, counted, weight, b, i, start, usable, own, n):
-    """Write the weights of n cells; of one that is lost 0 where it does not count, and NaN where it does."""
-    if not weighted:
-        for j in range(n):
-            own[j] = _f(1) if usable[j] != 0 else _f(np.nan)
-        return
-    counts, weighs = counted[b, i][start : start + n], weight[b, i][start : start + n]
-    for j in range(n):
-        own[j] = weighs[j] if usable[j] != 0 else (_f(np.nan) if counts[j] > 0 else _f(0))
-
-
-@njit(**OPTIONS)
 def _correlate(own, st, ss, tt, weight, slope, pull, n):
     """Write what the gradient needs of n cells, and to `st` their weighted 1 - r."""
     for j in range(n):
@@ -106,7 +65,7 @@ def _keep(c, line, row, start, n):
         own[j] = line[c, j]
 
 
-@njit(**_SUMS)
+@njit(**SUMS)
 def _sum(x, n):
     result = _f(0)
     for j in range(n):
@@ -114,7 +73,7 @@ def _sum(x, n):
     return result
 
 
-@njit(**_SUMS)
+@njit(**SUMS)
 def _weighted_sums(c, s, t, weight, n):
     sum_s, sum_t = _f(0), _f(0)
     for j in range(n):
@@ -123,7 +82,7 @@ def _weighted_sums(c, s, t, weight, n):
     return sum_s, sum_t
 
 
-@njit(**_SUMS)
+@njit(**SUMS)
 def _centred_sums(c, s, t, mean_s, mean_t, weight, n):
     """Weighted sums of products of centred values, and of these: what the means' rounding has left."""
     st, ss, tt, rest_s, rest_t = _f(0), _f(0), _f(0), _f(0), _f(0)
@@ -168,30 +127,17 @@ def _relate(
     usable, even = np.empty(TILE, np.uint8), _f(1) / _f(C)
     for task in range(first, last):
         b, i = task // h, task % h
-        bt = b if t_above.shape[0] > 1 else 0
         loss = 0.0
         for tile in range(tiles):
             start = tile * TILE
             n = min(TILE, w - start)
-            top_s[:], top_t[:], usable[:] = -np.inf, -np.inf, 1
             here = slice(start, start + n)
-            if s_moved:
-                left, following, right = s_left[0][here], s_next[0][here], s_right[0][here]
-                for c in range(C):
-                    upper, lower = student[b, c, s_above[0, i]], student[b, c, s_below[0, i]]
-                    _sample(c, upper, lower, s_down[0, i], left, following, right, limit, n, s, top_s, usable)
-            else:
-                for c in range(C):
-                    _read(c, student[b, c, i], start, limit, n, s, top_s, usable)
-            if t_moved:
-                left, following, right = t_left[bt][here], t_next[bt][here], t_right[bt][here]
-                for c in range(C):
-                    upper, lower = teacher[b, c, t_above[bt, i]], teacher[b, c, t_below[bt, i]]
-                    _sample(c, upper, lower, t_down[bt, i], left, following, right, limit, n, t, top_t, usable)
-            else:
-                for c in range(C):
-                    _read(c, teacher[b, c, i], start, limit, n, t, top_t, usable)
-            _weigh(weighted, counted, weight, b, i, start, usable, own, n)
+            top_s[:], top_t[:], usable[:] = -np.inf, -np.inf, 1
+            read_tile(b, i, start, n, student, s_above, s_below, s_down, s_left, s_next, s_right, s_moved, limit,
+                      s, top_s, usable)  # fmt: skip
+            read_tile(b, i, start, n, teacher, t_above, t_below, t_down, t_left, t_next, t_right, t_moved, limit,
+                      t, top_t, usable)  # fmt: skip
+            weigh(weighted, counted, weight, b, i, start, usable, own, n)
             sum_s[:], sum_t[:], st[:], ss[:], tt[:] = 0, 0, 0, 0, 0
             for c in range(C):
                 _exponentials(c, s, scale, usable, top_s, n, sum_s)
@@ -281,19 +227,17 @@ class _Walked(NamedTuple):
     """The result of the first walk; the arrays as `_relate` has them.
 
     Attributes:
-        student: how the student's logits lie under the cells.
-        counted: sum of the counted shares of all cells.
+        laid: both sets of logits under the cells.
         inter: weighted sum of 1 - r over the cells.
         moments: (6, C) float64 of the own cells.
     """
 
-    student: Grid
+    laid: Laid
     p_student: Tensor
     p_teacher: Tensor
     weights: Array
     slope: Array
     pull: Array
-    counted: float
     inter: float
     moments: Array
 
@@ -307,7 +251,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
         return torch.zeros(()), torch.zeros(problem.student.shape if problem.need_gradient else 0)
     walked = _walk(problem, keep=problem.need_gradient)
     moments = walked.moments if problem.moments is None else problem.moments.numpy()
-    count = walked.counted if problem.count is None else float(problem.count)
+    count = walked.laid.cells_counted if problem.count is None else float(problem.count)
     per_count, weight = (1 / count if count else 0.0), moments[0]
     with np.errstate(divide="ignore", invalid="ignore"):
         per_weight = np.where(weight == 0, 0, 1 / weight)
@@ -325,12 +269,7 @@ def relation_loss(problem: RelationProblem) -> tuple[Tensor, Tensor]:
         _learn, B * h, cells.numpy(), walked.p_teacher.numpy(), walked.weights, walked.slope, walked.pull,
         _f(problem.beta * T * per_count), *factors,
     )  # fmt: skip
-    gradient = cells
-    if problem.is_resized:
-        gradient = torch.empty(problem.student.shape)
-        rows, columns, _ = walked.student
-        run(gather_cells, B * C, cells.numpy(), *rows, *columns, gradient.numpy())
-    return torch.tensor(loss, dtype=torch.float32), gradient
+    return torch.tensor(loss, dtype=torch.float32), on_own_grid(problem, walked.laid, cells)
 
 
 def relation_moments(problem: RelationProblem) -> Tensor:
@@ -342,35 +281,15 @@ def relation_moments(problem: RelationProblem) -> Tensor:
 
 def _walk(problem: RelationProblem, keep: bool) -> _Walked:
     (B, C), (h, w) = problem.student.shape[:2], problem.grid
-    own = (problem.student.shape[2], problem.student.shape[3])
-    student = whole_grid(problem.grid, own, problem.grid)
-    if problem.window is None and problem.flip is None:
-        teacher = whole_grid(problem.view_size, problem.grid, problem.grid)
-    else:
-        teacher = Grid.of(problem.window, problem.flip, problem.view_size, problem.grid, problem.grid)
-    counted, weight = weigh_cells(problem)
-    logits_s, p_student = _float_logits(problem.student, (B, C, h, w) if keep else None, student.moved)
-    logits_t, p_teacher = _float_logits(problem.teacher, (B, C, h, w) if keep else None, teacher.moved)
+    laid = lay(problem)
+    p_student = place_for(problem.student, laid.logits_s, laid.student, (B, C, h, w) if keep else None)
+    p_teacher = place_for(problem.teacher, laid.logits_t, laid.teacher, (B, C, h, w) if keep else None)
     weights, slope, pull = (np.empty((B, h, w), _f) for _ in range(3))
     inter, blocks = np.empty((B, h)), np.empty((B, h, -(-w // TILE), MOMENTS, C), _f)
     run(
-        _relate, B * h, logits_s.numpy(), *student.arguments, logits_t.numpy(), *teacher.arguments, counted, weight,
-        _f(1 / (LN2 * problem.temperature)), _f(largest_logit(problem.temperature)), keep,
-        p_student.numpy(), p_teacher.numpy(), weights, slope, pull, inter, blocks,
+        _relate, B * h, *laid.arguments, _f(1 / (LN2 * problem.temperature)), _f(largest_logit(problem.temperature)),
+        keep, p_student.numpy(), p_teacher.numpy(), weights, slope, pull, inter, blocks,
     )  # fmt: skip
     moments = np.empty((MOMENTS, C))
     _add_up(blocks.reshape(-1, MOMENTS, C), moments)
-    total = float(counted.sum(dtype=np.float64)) if len(counted) else float(B * h * w)
-    return _Walked(student, p_student, p_teacher, weights, slope, pull, total, float(inter.sum()), moments)
-
-
-def _float_logits(logits: Tensor, results: torch.Size | tuple[int, ...] | None, moved: bool) -> tuple[Tensor, Tensor]:
-    """Return logits as the kernels read them, and where their probabilities go: into the copy, where there is one.
-
-    A row of cells that are not resampled is read by the task that writes it, and by no other.
-    """
-    floats = logits.detach().float().contiguous()
-    if results is None:
-        return floats, torch.empty((0,) * 4)
-    is_copy = floats.data_ptr() != logits.data_ptr()
-    return floats, floats if is_copy and not moved else torch.empty(results)
+    return _Walked(laid, p_student, p_teacher, weights, slope, pull, float(inter.sum()), moments)

@@ -1,5 +1,7 @@
 """The target's cells on the CPU: where they lie in both sets of logits, how much they count, and the way back.
 
+A kernel is `kernel(first, last, *laid.arguments, ...)`; it reads a tile of a row of cells, of all classes.
+
 Legend: B batch, Bt B or 1 (the same for all images), C classes, H W the image, hs ws the student's own size, h w the
 target's cells.
 """
@@ -11,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..relations.problem import RelationProblem
-from ..window import Size, source_cells, view_positions
-from .geometry import Array, Taps
-from .math import OPTIONS, kernel, njit
-from .threads import run
+from ...on_cells.problem import CellProblem, ChannelProblem
+from ...window import Size, source_cells, view_positions
+from ..geometry import Array, Taps
+from ..math import OPTIONS, kernel, njit
+from ..threads import run
+
+TILE = 128
+"""Most cells of a tile: rows of scratch have this length, a constant."""
 
 _f = np.float32
 
@@ -66,6 +71,57 @@ class Grid(NamedTuple):
 @lru_cache(maxsize=32)
 def whole_grid(view_size: Size, array: Size, grid: Size) -> Grid:
     return Grid.of(None, None, view_size, array, grid)
+
+
+@njit(**OPTIONS)
+def read_row(c, row, start, limit, n, line, largest, usable):
+    """Read n logits into row c of `line`, from a row of an array that lies under the cells as it is."""
+    own = row[start : start + n]
+    for j in range(n):
+        x = own[j]
+        line[c, j] = x
+        usable[j] &= abs(x) <= limit
+        largest[j] = max(largest[j], x)
+
+
+@njit(**OPTIONS)
+def sample_row(c, upper, lower, down, left, following, right, limit, n, line, largest, usable):
+    """Read n logits into row c of `line`, between two rows of an array."""
+    for j in range(n):
+        k, m, f = left[j], following[j], right[j]
+        a = upper[k] + f * (upper[m] - upper[k])
+        b = lower[k] + f * (lower[m] - lower[k])
+        x = a + down * (b - a)
+        line[c, j] = x
+        usable[j] &= abs(x) <= limit
+        largest[j] = max(largest[j], x)
+
+
+@njit(**OPTIONS)
+def read_tile(b, i, start, n, logits, above, below, down, left, following, right, moved, limit, line, largest, usable):
+    """Read the logits of all classes of n cells of row i of image b; note the largest, and which are not usable."""
+    bt = b if above.shape[0] > 1 else 0
+    if moved:
+        here = slice(start, start + n)
+        before, after, share = left[bt][here], following[bt][here], right[bt][here]
+        for c in range(logits.shape[1]):
+            upper, lower = logits[b, c, above[bt, i]], logits[b, c, below[bt, i]]
+            sample_row(c, upper, lower, down[bt, i], before, after, share, limit, n, line, largest, usable)
+    else:
+        for c in range(logits.shape[1]):
+            read_row(c, logits[b, c, i], start, limit, n, line, largest, usable)
+
+
+@njit(**OPTIONS)
+def weigh(weighted, counted, weight, b, i, start, usable, own, n):
+    """Write the weights of n cells; of one that is lost 0 where it does not count, and NaN where it does."""
+    if not weighted:
+        for j in range(n):
+            own[j] = _f(1) if usable[j] != 0 else _f(np.nan)
+        return
+    counts, weighs = counted[b, i][start : start + n], weight[b, i][start : start + n]
+    for j in range(n):
+        own[j] = weighs[j] if usable[j] != 0 else (_f(np.nan) if counts[j] > 0 else _f(0))
 
 
 @njit(**OPTIONS)
@@ -141,7 +197,7 @@ def gather_cells(first, last, cells, above, below, down, left, following, right,
                 lower[k] += down[0, i] * line[k]
 
 
-def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
+def weigh_cells(problem: CellProblem) -> tuple[Array, Array]:
     """Return how much cells count and weigh, (B, h, w) each; (0, h, w) where all of them count 1."""
     B, (h, w) = problem.student.shape[0], problem.grid
     ones = np.empty((0, h, w), _f)
@@ -157,3 +213,70 @@ def weigh_cells(problem: RelationProblem) -> tuple[Array, Array]:
     counted, weight = np.empty((B, h, w), _f), np.empty((B, h, w), _f)
     run(_weigh_cells, B * h, inside_y, inside_x, counts.numpy(), gate.numpy(), counted, weight)
     return counted, weight
+
+
+class Laid(NamedTuple):
+    """Both sets of logits under the target's cells.
+
+    Attributes:
+        student, teacher: how they lie there.
+        logits_s, logits_t: (B, C, hs, ws) and (B, C, ht, wt), float32 and contiguous.
+        counted, weight: (B, h, w) how much cells count and weigh, or with B = 0 ones.
+    """
+
+    student: Grid
+    teacher: Grid
+    logits_s: Tensor
+    logits_t: Tensor
+    counted: Array
+    weight: Array
+
+    @property
+    def arguments(self) -> tuple[Array | bool, ...]:
+        """Both arrays of logits, each with its place under the cells; then the weights."""
+        student = self.logits_s.numpy(), *self.student.arguments
+        return *student, self.logits_t.numpy(), *self.teacher.arguments, self.counted, self.weight
+
+    @property
+    def cells_counted(self) -> float:
+        """The sum of the shares of all cells that count."""
+        B, _, h, w = self.logits_t.shape
+        return float(self.counted.sum(dtype=np.float64)) if len(self.counted) else float(B * h * w)
+
+
+def lay(problem: CellProblem) -> Laid:
+    """Lay both sets of logits of a problem under its cells."""
+    own = (problem.student.shape[2], problem.student.shape[3])
+    student = whole_grid(problem.grid, own, problem.grid)
+    if problem.is_moved:
+        teacher = Grid.of(problem.window, problem.flip, problem.view_size, problem.grid, problem.grid)
+    else:
+        teacher = whole_grid(problem.view_size, problem.grid, problem.grid)
+    logits_s, logits_t = (x.detach().float().contiguous() for x in (problem.student, problem.teacher))
+    if isinstance(problem, ChannelProblem) and problem.teacher_maximum is not None:
+        logits_t = logits_t + problem.teacher_maximum[:, None].float()
+    return Laid(student, teacher, logits_s, logits_t, *weigh_cells(problem))
+
+
+def place_for(logits: Tensor, floats: Tensor, grid: Grid, shape: tuple[int, ...] | None) -> Tensor:
+    """Return where results of all classes and cells go: into the copy of the logits, where there is one to spare.
+
+    A row of cells that are not resampled is read by the task that writes it, and by no other.
+
+    Args:
+        shape: (B, C, h, w); None wants no results.
+    """
+    if shape is None:
+        return torch.empty((0,) * 4)
+    is_copy = floats.data_ptr() != logits.data_ptr()
+    return floats if is_copy and not grid.moved else torch.empty(shape)
+
+
+def on_own_grid(problem: CellProblem, laid: Laid, cells: Tensor) -> Tensor:
+    """Carry a gradient (B, C, h, w) on the cells back to the student's own grid."""
+    if not problem.is_resized:
+        return cells
+    gradient = torch.empty(problem.student.shape)
+    rows, columns, _ = laid.student
+    run(gather_cells, cells.shape[0] * cells.shape[1], cells.numpy(), *rows, *columns, gradient.numpy())
+    return gradient
