@@ -70,6 +70,30 @@ class Prepared:
 
 
 @triton.jit
+def _span_of_classes(pixel_ptrs, stride_c, exists, num_classes, limit, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest and the smallest logit of every pixel, and whether one of its classes is lost (int32)."""
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    if BLOCK_C == 1:
+        for _ in tl.range(0, num_classes, loop_unroll_factor=4):
+            x = tl.load(pixel_ptrs, mask=exists, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, x)
+            smallest = tl.minimum(smallest, x)
+            wrong = tl.where(tl.abs(x) <= limit, wrong, 1)
+            pixel_ptrs += stride_c
+    else:
+        for start in range(0, num_classes, BLOCK_C):
+            offs_c = start + tl.arange(0, BLOCK_C)
+            mask = (offs_c < num_classes)[:, None] & exists[None, :]
+            x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.where(mask, x, float("-inf")), 0))
+            smallest = tl.minimum(smallest, tl.min(tl.where(mask, x, float("inf")), 0))
+            wrong = tl.maximum(wrong, tl.max(tl.where(tl.abs(x) <= limit, 0, 1), 0))
+    return largest, smallest, wrong
+
+
+@triton.jit
 def _normalise(
     x_ptr, strides, out_ptr, lost_ptr, range_ptr, mix_ptr, class_weight_ptr, block, num_classes, plane, w, limit, scale,
     stretch,
@@ -84,16 +108,7 @@ def _normalise(
     offs_n = block * BLOCK + tl.arange(0, BLOCK)
     exists = offs_n < plane
     pixel_ptrs = x_ptr + (offs_n * stride_w if FLAT else offs_n // w * stride_h + offs_n % w * stride_w)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    smallest = tl.full((BLOCK,), float("inf"), tl.float32)
-    wrong = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, num_classes, BLOCK_C):
-        offs_c = start + tl.arange(0, BLOCK_C)
-        mask = (offs_c < num_classes)[:, None] & exists[None, :]
-        x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.where(mask, x, float("-inf")), 0))
-        smallest = tl.minimum(smallest, tl.min(tl.where(mask, x, float("inf")), 0))
-        wrong = tl.maximum(wrong, tl.max(tl.where(tl.abs(x) <= limit, 0, 1), 0))
+    largest, smallest, wrong = _span_of_classes(pixel_ptrs, stride_c, exists, num_classes, limit, BLOCK_C, BLOCK)
     usable = exists & (wrong == 0)
     largest = tl.where(usable, largest, 0.0)
     smallest = tl.where(usable, smallest, 0.0)
@@ -104,17 +119,30 @@ def _normalise(
     else:
         tl.store(range_ptr, tl.max((largest - smallest) * stretch, 0))
         mix = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, num_classes, BLOCK_C):
-            offs_c = start + tl.arange(0, BLOCK_C)
-            mask = (offs_c < num_classes)[:, None] & exists[None, :]
-            x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
-            value = (tl.where(usable[None, :], x, 0.0) - largest[None, :]) * scale
-            tl.store(out_ptr + offs_c[:, None] * plane + offs_n[None, :], value, mask=mask)
-            if mix_ptr is not None:
-                if class_weight_ptr is not None:
-                    weight = tl.load(class_weight_ptr + offs_c, mask=offs_c < num_classes, other=0.0).to(tl.float32)
-                    value = value * weight[:, None]
-                mix += tl.sum(tl.where(mask, value, 0.0), 0)
+        if BLOCK_C == 1:
+            out_ptrs = out_ptr + offs_n
+            for c in tl.range(0, num_classes, loop_unroll_factor=4):
+                x = tl.load(pixel_ptrs, mask=exists, other=0.0).to(tl.float32)
+                value = (tl.where(usable, x, 0.0) - largest) * scale
+                tl.store(out_ptrs, value, mask=exists)
+                if mix_ptr is not None:
+                    if class_weight_ptr is not None:
+                        value = value * tl.load(class_weight_ptr + c).to(tl.float32)
+                    mix += value
+                pixel_ptrs += stride_c
+                out_ptrs += plane
+        else:
+            for start in range(0, num_classes, BLOCK_C):
+                offs_c = start + tl.arange(0, BLOCK_C)
+                mask = (offs_c < num_classes)[:, None] & exists[None, :]
+                x = tl.load(pixel_ptrs[None, :] + offs_c[:, None] * stride_c, mask=mask, other=0.0).to(tl.float32)
+                value = (tl.where(usable[None, :], x, 0.0) - largest[None, :]) * scale
+                tl.store(out_ptr + offs_c[:, None] * plane + offs_n[None, :], value, mask=mask)
+                if mix_ptr is not None:
+                    if class_weight_ptr is not None:
+                        weight = tl.load(class_weight_ptr + offs_c, mask=offs_c < num_classes, other=0.0).to(tl.float32)
+                        value = value * weight[:, None]
+                    mix += tl.sum(tl.where(mask, value, 0.0), 0)
         if mix_ptr is not None:
             tl.store(mix_ptr + offs_n, mix, mask=exists)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcache_kernels import PackedTarget, pack
+from kdcache_kernels.gpu import prep
 from kdcache_kernels.gpu.geometry import Taps
 from kdcache_kernels.gpu.prep import fast_stride, prepare
 from kdcache_kernels.problem import LossProblem
@@ -62,11 +63,19 @@ def make(
     return replace(problem, **others)
 
 
+@pytest.fixture(params=["blocks", "lanes"])
+def classes_at_once(request, monkeypatch):
+    """Blocks of classes, as the interpreter takes them, or one at a time, as a GPU does where pixels are neighbours."""
+    if request.param == "lanes":
+        monkeypatch.setattr(prep, "_classes_at_once", lambda *_, **__: 1)
+
+
 def normalised(logits_BChw: Tensor, temperature: float) -> Tensor:
     logits_BChw = logits_BChw.float()
     return (logits_BChw - logits_BChw.amax(1, keepdim=True)) * (math.log2(math.e) / temperature)
 
 
+@pytest.mark.usefixtures("classes_at_once")
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
@@ -110,6 +119,7 @@ def test_dense_targets_of_whole_views_are_read_as_they_are():
         assert (prepared.target.dtype, prepared.target_scale) == (torch.float32, None)
 
 
+@pytest.mark.usefixtures("classes_at_once")
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 100.0])
 def test_lost_pixels(temperature):
     problem = make(B=1, student=(2, 4), size=(6, 12), temperature=temperature)
@@ -128,6 +138,7 @@ def test_lost_pixels(temperature):
     assert (prepared.target[0, :, 0, :3] == 0).all()
 
 
+@pytest.mark.usefixtures("classes_at_once")
 @pytest.mark.parametrize("k", [1, 6])
 def test_packed_targets_are_spread(k):
     problem = make(C=34, grid=(12, 11), k=k, temperature=0.5)
@@ -289,6 +300,7 @@ WIDE = {
 }
 
 
+@pytest.mark.usefixtures("classes_at_once")
 @pytest.mark.parametrize(("where", "nats", "temperature", "route"), WIDE.values(), ids=WIDE.keys())
 def test_wide_logits_do_not_take_cells(where, nats, temperature, route):
     problem = make(temperature=float(temperature), k=2 if where == "packed target" else None)
