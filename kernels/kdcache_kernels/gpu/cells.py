@@ -18,8 +18,8 @@ whatever w is:
 A logit's gradient takes from four cells. Left and right: a lane keeps what its cell gives the left corner and gets what
 the lane before gives its right one, by a shuffle; lane 0 only gives. Above and below: what a row of cells gives to the
 row of logits below waits in `edges` for the next row of cells. Where two strips meet, the halves of both are in `edges`
-and a later launch adds them (`combine`). So every logit is one sum in one order, without atomic addition, and its bits
-depend on neither `rows` nor NC.
+and the launch of the totals adds them (`loss`). So every logit is one sum in one order, without atomic addition, and its
+bits depend on neither `rows` nor NC.
 
 Legend: B batch, C classes, h w student's size, ht wt target's size, S stride, NC lanes of a program, ROWS pixel rows
 done in a turn (S = 8 does 2 of its 8, so that the values per pixel fit the registers), GROUPS = S / ROWS turns for a
@@ -69,8 +69,6 @@ from .surface import (
     subtract,
 )
 
-EDGES = tl.constexpr(1024)
-"""Elements of an edge that a program combines."""
 REGISTERS = register_limit(128)
 """Per lane, so that 16 warps share a multiprocessor; about 20 values that the loops do not need are spilt.
 
@@ -346,30 +344,6 @@ def cells_kernel(
     tl.store(partials_ptr + 1, tl.sum(kl_sum, 0))
 
 
-@triton.jit
-def combine(program, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS: tl.constexpr):
-    """The rows of logits where two strips meet: what the upper strip left below it, plus the lower strip's top.
-
-    A row of an image takes ceil(C w / EDGES) programs.
-    """
-    PLANES: tl.constexpr = 2 if GROUPS == 1 else 4
-    plane = num_classes * w
-    blocks = tl.cdiv(plane, EDGES)
-    image = program // blocks // (strips - 1)
-    strip = program // blocks % (strips - 1) + 1
-    edges_ptr += (image.to(tl.int64) * strips + strip) * PLANES * plane
-    gradient_ptr += image.to(tl.int64) * num_classes * (h * w) + (strip * rows - 1) * w
-    bottom_plane = 1
-    if GROUPS > 1:
-        bottom_plane = 1 + (rows - 1) % 2
-    offs_n = program % blocks * EDGES + tl.arange(0, EDGES)
-    exists = (offs_n < plane) & (tl.load(route_ptr + 4 * image) == 1)
-    before = tl.load(edges_ptr + (bottom_plane - PLANES) * plane + offs_n, mask=exists, other=0.0)
-    value = before + tl.load(edges_ptr + offs_n, mask=exists, other=0.0)
-    ptrs = gradient_ptr + offs_n // w * (h * w) + offs_n % w
-    tl.store(ptrs, value.to(gradient_ptr.dtype.element_ty), mask=exists)
-
-
 class Tiling(NamedTuple):
     """The sizes into which the work is cut; they change no bit of the gradient.
 
@@ -404,12 +378,11 @@ def choose_tiling(problem: LossProblem) -> Tiling:
 
 
 class Seams(NamedTuple):
-    """The rows of logits where strips meet, for `combine`: strips, their rows, turns for a row of cells, programs."""
+    """The rows of logits where strips meet: strips of an image, their rows of cells, turns for a row of cells."""
 
     strips: int
     rows: int
     groups: int
-    programs: int
 
 
 def _cut(problem: LossProblem, tiling: Tiling) -> tuple[int, int]:
@@ -431,10 +404,8 @@ def needs(problem: LossProblem, stride: int, tiling: Tiling) -> Needs:
 
 
 def seams(problem: LossProblem, stride: int, tiling: Tiling) -> Seams:
-    """What `combine` adds up after `launch`."""
-    B, C, _, w = problem.student.shape
-    strips, _ = _cut(problem, tiling)
-    return Seams(strips, tiling.rows, _groups(stride), B * (strips - 1) * cdiv(C * w, EDGES.value))
+    """What is to be added up after `launch`."""
+    return Seams(_cut(problem, tiling)[0], tiling.rows, _groups(stride))
 
 
 def launch(
@@ -449,8 +420,8 @@ def launch(
     """Run the kernel on the images whose route is 1.
 
     Args:
-        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images, and `combine` the rest of it. None
-            leaves it out.
+        gradient: (B, C, h, w) contiguous; the kernel writes the part of its images, but for their seams. None leaves it
+            out.
         buffers: with what `needs` says.
         stride: label pixels per student cell, 2, 4 or 8.
     """

@@ -26,10 +26,36 @@ from .prep import Prepared, fast_stride, prepare
 
 SUMS = 2048
 """Partial sums that the one program of totals reads at a time."""
+EDGES = tl.constexpr(1024)
+"""Elements of an edge that a program of totals combines."""
 OFFSETS = 2**31
 """Elements that an offset of 32 bits can reach."""
 SCALED = 4096
 """Elements of a program of scale_gradient."""
+
+
+@triton.jit
+def _combine(program, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS: tl.constexpr):
+    """The rows of logits where two strips meet: what the upper strip left below it, plus the lower strip's top.
+
+    A row of an image takes ceil(C w / EDGES) programs.
+    """
+    PLANES: tl.constexpr = 2 if GROUPS == 1 else 4
+    plane = num_classes * w
+    blocks = tl.cdiv(plane, EDGES)
+    image = program // blocks // (strips - 1)
+    strip = program // blocks % (strips - 1) + 1
+    edges_ptr += (image.to(tl.int64) * strips + strip) * PLANES * plane
+    gradient_ptr += image.to(tl.int64) * num_classes * (h * w) + (strip * rows - 1) * w
+    bottom_plane = 1
+    if GROUPS > 1:
+        bottom_plane = 1 + (rows - 1) % 2
+    offs_n = program % blocks * EDGES + tl.arange(0, EDGES)
+    exists = (offs_n < plane) & (tl.load(route_ptr + 4 * image) == 1)
+    before = tl.load(edges_ptr + (bottom_plane - PLANES) * plane + offs_n, mask=exists, other=0.0)
+    value = before + tl.load(edges_ptr + offs_n, mask=exists, other=0.0)
+    ptrs = gradient_ptr + offs_n // w * (h * w) + offs_n % w
+    tl.store(ptrs, value.to(gradient_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit(
@@ -44,9 +70,7 @@ def totals_kernel(
     """The first program: the terms and the loss from (P, 2) partial sums, in float64. The others: seams of cells."""
     if tl.program_id(0) > 0:
         if edges_ptr is not None:
-            cells.combine(
-                tl.program_id(0) - 1, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS
-            )
+            _combine(tl.program_id(0) - 1, edges_ptr, route_ptr, gradient_ptr, num_classes, h, w, strips, rows, GROUPS)
     else:
         ce, kl = sum_pairs(partials_ptr, num_partials, BLOCK)
         ce *= tl.load(factors_ptr + 2).to(tl.float64)
@@ -152,12 +176,12 @@ def add_up(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, CE and KL; and of cells the rest of the gradient."""
     loss, ce, kl = (torch.empty((), dtype=torch.float32, device=problem.student.device) for _ in range(3))
-    partials, (_, C, h, w) = buffers.partials, problem.student.shape
-    combines = seams is not None and gradient is not None and seams.programs > 0
-    strips, rows, groups, programs = seams if combines and seams is not None else cells.Seams(1, 1, 1, 0)
+    partials, (B, C, h, w) = buffers.partials, problem.student.shape
+    strips, rows, groups = cells.Seams(1, 1, 1) if seams is None or gradient is None else seams
+    programs = B * (strips - 1) * cdiv(C * w, EDGES.value)
     totals_kernel[(1 + programs,)](
         partials, partials.shape[0], prepared.factors, problem.ce_weight, problem.kl_weight, loss, ce, kl,
-        *((buffers.scratch, prepared.route, gradient) if combines else (None, None, None)), C, h, w, strips, rows,
+        *((buffers.scratch, prepared.route, gradient) if programs else (None, None, None)), C, h, w, strips, rows,
         GROUPS=groups, BLOCK=SUMS, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return loss, ce, kl
