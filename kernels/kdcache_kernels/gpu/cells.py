@@ -18,8 +18,8 @@ whatever w is:
 A logit's gradient takes from four cells. Left and right: a lane keeps what its cell gives the left corner and gets what
 the lane before gives its right one, by a shuffle; lane 0 only gives. Above and below: what a row of cells gives to the
 row of logits below waits in `edges` for the next row of cells. Where two strips meet, the halves of both are in `edges`
-and the launch of the totals adds them (`loss`). So every logit is one sum in one order, without atomic addition, and its
-bits depend on neither `rows` nor NC.
+and the launch of the totals adds them (`loss`). So every logit is one sum in one order, without atomic addition, and
+its bits depend on neither `rows` nor NC.
 
 Legend: B batch, C classes, h w student's size, ht wt target's size, S stride, NC lanes of a program, ROWS pixel rows
 done in a turn (S = 8 does 2 of its 8, so that the values per pixel fit the registers), GROUPS = S / ROWS turns for a
