@@ -61,7 +61,7 @@ def push_store(
 
     Args:
         licence: a name that the Hub has for it, such as cc-by-4.0.
-        private: makes a repository that is not there yet a private one.
+        private: makes a repository that is not there yet a private one, and refuses a public one.
         fidelity: as in `copy_store`.
         cache_dir: where the folder lies; default as for the copies of remote stores.
     Raises: StoreError for whatever keeps the push from ending well: before the first byte where that can be known.

@@ -35,9 +35,11 @@ def staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
     folder = (cache_dir or default_base()) / _FOLDER / name
     with disk_space_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{name}.lock")):
+        lock = folder.with_name(f"{name}.lock")
+        with FileLock(lock):
             yield folder
             shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink()  # while it is held: a process that waits for it checks that it is still there
 
 
 @contextmanager

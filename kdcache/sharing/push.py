@@ -83,7 +83,7 @@ def push(
 
     Args:
         card: README.md of the repository.
-        private: makes a repository that is not there yet a private one.
+        private: makes a repository that is not there yet a private one, and refuses a public one.
         progress: called with (files there, files of the store).
     Raises: StoreError when the Hub refuses, or holds other files in these files' places.
     """
@@ -91,7 +91,13 @@ def push(
     _check_sizes(folder, digests)
     with answers(address):
         hub().create_repo(address.repository, repo_type=DATASET, private=private or None, exist_ok=True)
-        present = _present(address)
+        present, found = _present(address), hub().dataset_info(address.repository)
+    if private and not found.private:
+        raise StoreError(
+            "--private pushes into a private repository",
+            received=f"{address}, which is there already and public",
+            remedy="make it private on the Hub, or give another NAME",
+        )
     missing = sorted(_missing(address, folder, digests, present), key=lambda key: key == COMPLETE)
     sent_bytes = sum((folder / key).stat().st_size for key in missing)
     done = len(digests) - len(missing)

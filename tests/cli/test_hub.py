@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,27 @@ def test_there_and_back(hub, made, cli, tree, tmp_path) -> None:
     assert "as published" in cli("verify", tmp_path / "back.zarr", "--seal", seal).out
     train = f"train-student --cache {tmp_path}/back.zarr --data {made}/data --model kdcache:tiny --iterations 2"
     assert cli(*train.split(), "--batch-size", 2, "--out", tmp_path / "run").code == 0
+
+
+def test_there_and_back_by_xet(hub, made, cli, spawn, tree, monkeypatch, tmp_path) -> None:
+    """As `test_there_and_back`, by the client's own transfer; its storage is hf_xet's, in a folder."""
+    hf_xet = pytest.importorskip("hf_xet")
+    store = tmp_path / "near.zarr"
+    assert cli("copy", made / "store.zarr", store, "--pixels", "source").code == 0
+    files = [path for path in sorted(store.rglob("*")) if path.is_file()]
+    for path, found in zip(files, hf_xet.hash_files([str(path) for path in files]), strict=True):
+        hub.xet_hashes[hashlib.sha256(path.read_bytes()).hexdigest()] = found.hash
+    hub.xet_storage = tmp_path / "xet"
+    hub.xet_storage.mkdir()
+    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    for words in ((store, PLACE, "--license", "mit"), (PLACE, tmp_path / "back.zarr")):
+        process = spawn("copy", *words)
+        out, err = process.communicate()
+        assert process.returncode == 0, (out, err)
+    assert tree(tmp_path / "back.zarr") == tree(store)
+    asked = {path.split("/")[-2] for _, path in hub.requests if "-token/" in path}
+    assert asked == {"xet-write-token", "xet-read-token"}
+    assert not any(path.startswith("/large/") or "/lfs/" in path for _, path in hub.requests)
 
 
 def test_again_sends_nothing(pushed, made, cli) -> None:
@@ -171,6 +193,14 @@ def test_a_repository_that_is_made_ready_is_pushed_into(hub, made, cli) -> None:
     hub.make(NAME, {}, private=True)
     assert cli("copy", made / "store.zarr", PLACE, "--license", "mit").code == 0
     assert hub.repositories[NAME].private
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, made, cli) -> None:
+    hub.make(NAME, {})
+    ended = cli("copy", made / "store.zarr", PLACE, "--license", "mit", "--private")
+    assert ended.code == 2
+    assert "there already and public" in " ".join(ended.err.split())
+    assert hub.sent == []
 
 
 def test_pulling_what_is_no_store(hub, cli, tmp_path) -> None:

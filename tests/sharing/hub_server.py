@@ -1,7 +1,8 @@
 """The Hub on loopback: as much of its HTTP protocol as huggingface_hub speaks to push and pull a data set.
 
 Repositories are made, files classed (`preupload`), large ones sent by the LFS protocol, all of them committed; trees
-are listed in pages, files resolved, the large ones by a redirect, in part where that is asked for. Xet is not spoken.
+are listed in pages, files resolved, the large ones by a redirect, in part where that is asked for. Of Xet there are the
+answers that name its storage, which is then the one in a folder that hf_xet itself has for tests: no server of it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,14 +33,20 @@ PAGE = 7  # entries of a tree in one answer, so that a small store has several
 
 
 class File(NamedTuple):
-    """A file of a commit; `sha256` of one that is kept by the LFS protocol."""
+    """A file of a commit; `sha256` of one that is kept by the LFS protocol, `xet` of one whose content Xet holds."""
 
     content: bytes
     sha256: str | None
+    xet: str = ""
+    xet_size: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.xet_size if self.xet else len(self.content)
 
     @property
     def oid(self) -> str:
-        pointer = b"" if self.sha256 is None else f"oid sha256:{self.sha256} size {len(self.content)}".encode()
+        pointer = b"" if self.sha256 is None else f"oid sha256:{self.sha256} size {self.size}".encode()
         content = self.content if self.sha256 is None else pointer
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -72,6 +80,7 @@ class Hub:
         hold_after: after so many objects sent or served, `held` is set, and the next are not answered: their client
             waits, or is killed.
         most_commits: after so many, the next is refused.
+        xet_storage: where a Xet client keeps contents. xet_hashes: SHA-256 of what it sends, to Xet's own digest.
     """
 
     def __init__(self) -> None:
@@ -87,6 +96,8 @@ class Hub:
         self.served: list[str] = []
         self.hold_after: int | None = None
         self.most_commits: int | None = None
+        self.xet_storage: Path | None = None
+        self.xet_hashes: dict[str, str] = {}
         self.status: int | None = None  # what every request is answered
         self.held = threading.Event()
         self.release.set()
@@ -231,15 +242,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, name: str, revision: str | None, *, body: bytes) -> None:
         sha, files = self._commit(name, revision or "main")
-        self._json({"id": name, "sha": sha, "siblings": [{"rfilename": path} for path in files], "tags": []})
+        siblings = [{"rfilename": path} for path in files]
+        private = self._repository(name).private
+        self._json({"id": name, "sha": sha, "private": private, "siblings": siblings, "tags": []})
 
     def tree(self, name: str, revision: str, *, body: bytes) -> None:
         _, files = self._commit(name, revision)
         folders = {"/".join(path.split("/")[:depth]) for path in files for depth in range(1, path.count("/") + 1)}
         entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in folders]
         for path, file in files.items():
-            large = {"lfs": {"oid": file.sha256, "size": len(file.content), "pointerSize": 130}} if file.sha256 else {}
-            entries.append({"type": "file", "oid": file.oid, "size": len(file.content), "path": path, **large})
+            large = {"lfs": {"oid": file.sha256, "size": file.size, "pointerSize": 130}} if file.sha256 else {}
+            large |= {"xetHash": file.xet} if file.xet else {}
+            entries.append({"type": "file", "oid": file.oid, "size": file.size, "path": path, **large})
         entries.sort(key=lambda entry: str(entry["path"]))
         first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
         link = f"{self.hub.endpoint}{urlsplit(self.path).path}?recursive=true&cursor={first + PAGE}"
@@ -316,6 +330,9 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), None)
+            elif value.get("oid") in self.hub.xet_hashes:
+                xet = self.hub.xet_hashes[value["oid"]]
+                files[value["path"]] = File(b"", value["oid"], xet, value["size"])
             elif line["key"] == "lfsFile":
                 content = self.hub.objects.get(value["oid"])
                 if content is None or len(content) != value["size"]:
@@ -336,9 +353,18 @@ class _Handler(BaseHTTPRequestHandler):
         if file.sha256 is None:
             self._content(file.content, headers)
             return
-        headers |= {"X-Linked-Size": str(len(file.content)), "X-Linked-Etag": f'"{file.sha256}"'}
+        headers |= {"X-Linked-Size": str(file.size), "X-Linked-Etag": f'"{file.sha256}"'}
+        if file.xet:
+            route = f"{self.hub.endpoint}/api/datasets/{name}/xet-read-token/{sha}"
+            headers |= {"X-Xet-Hash": file.xet, "X-Xet-Refresh-Route": route}
         elsewhere = self.hub.endpoint.replace("127.0.0.1", "localhost")  # a host of its own, as the Hub has for them
         self._send(302, b"", **headers, Location=f"{elsewhere}/large/{file.sha256}")
+
+    def xet_token(self, name: str, kind: str, _revision: str, *, body: bytes) -> None:
+        self._repository(name, write=kind == "write")
+        info = {"casUrl": f"local://{self.hub.xet_storage}", "exp": int(time.time()) + 3600, "accessToken": "token"}
+        names = {"Cas-Url": "casUrl", "Token-Expiration": "exp", "Access-Token": "accessToken"}
+        self._json(info, **{f"X-Xet-{header}": str(info[field]) for header, field in names.items()})
 
     def large(self, oid: str, *, body: bytes) -> None:
         if self.command == "GET":
@@ -379,6 +405,7 @@ _ROUTES = [
     ("POST", rf"/datasets/{_NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("PUT", "/lfs/([0-9a-f]{64})", "lfs_put"),
     ("POST", "/lfs/verify/([0-9a-f]{64})", "lfs_verify"),
+    ("GET", rf"/api/datasets/{_NAME}/xet-(read|write)-token/([^/]+)", "xet_token"),
     ("GET HEAD", rf"/datasets/{_NAME}/resolve/([^/]+)/(.+)", "resolve"),
     ("GET HEAD", "/large/([0-9a-f]{64})", "large"),
 ]

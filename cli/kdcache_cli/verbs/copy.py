@@ -59,7 +59,7 @@ def copy(
         _Option("--license", metavar="NAME", help="Of a store that goes onto the Hub, as the Hub names it: cc-by-4.0."),
     ] = None,
     private: Annotated[
-        bool, _Option("--private", help="A repository that is made on the Hub is a private one.")
+        bool, _Option("--private", help="The repository on the Hub is made, or is already, a private one.")
     ] = False,
     worker: shared_flags.Worker = None,
     take_over: shared_flags.TakeOver = False,
