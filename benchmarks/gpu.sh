@@ -40,14 +40,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 if [ -n "$dry" ]; then
-  device=cpu gpu=dry size=32x48 iterations=8 batch=4
+  device=cpu gpu=dry size=36x48 iterations=8 batch=4
   data=${data:-scenes:48x64,train=16,val=4,seed=0}
   results=${results:-$work/results}
   check=(--dtype fp32)
   shapes=(--shapes 1x3x16x16/4 --repeats 2 --no-memory) all=(--shapes 1x3x16x16/4 --case trained)
   arch=(--arch sm_90) pytest=(--collect-only)
   build=(--records 8 --repeats 1 --teachers kdcache:tiny) gradients=(--batches 1) steps=(--seconds 0.05 --repeats 1 --size 48x64)
-  step=(--teacher kdcache:base --student kdcache:tiny --size 32x48 --steps 1 --repeats 1)
+  step=(--teacher kdcache:base --student kdcache:tiny --size 36x48 --steps 1 --repeats 1 --no-bounds)
   loader=(--against decoder,direct,inline --records 8 --repeats 1 --steps 2) live=(--pairs 1 --iterations 8)
 else
   "$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "no usable GPU; --dry needs none")' || exit 1
