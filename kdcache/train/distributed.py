@@ -7,6 +7,8 @@ flag on the device could only be read by waiting for the device.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +18,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from kdcache.errors import KDCacheError, ModelError, RecipeError
 from kdcache.train.interrupt import Interrupted
 
 T = TypeVar("T")
+START_S = 1800
+"""Seconds that processes may start apart; torch waits as long for their first exchange."""
+_POLL_S = 0.02
 
 
 @dataclass
@@ -159,7 +165,9 @@ def processes() -> Iterator[World]:
         if World.of_environment().size == 1:
             yield World()
             return
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, size = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=_own_part(store, rank, size), rank=rank, world_size=size)
     rank = dist.get_rank()
     try:
         yield World(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
@@ -176,6 +184,52 @@ def processes() -> Iterator[World]:
         raise
     else:
         _leave(ours)
+
+
+def _own_part(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that these processes alone know, and none that ran before them.
+
+    torchrun restarts processes on the store of those that died. Their addresses are still there, and who reads one
+    before the new process has written its own waits for the dead (pytorch issue 135712); TORCHELASTIC_RESTART_COUNT
+    separates nothing, for machines count apart (108158). So process 0 names the part, and tells those alone that answer
+    with what they made up when they started.
+
+    Raises: ModelError for a process that does not start in time.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + START_S
+    name, waiting = (mine, set(range(1, size))) if rank == 0 else ("", {0})
+    if rank:
+        store.set(f"hello/{rank}", mine)
+    while True:
+        if rank == 0:
+            waiting = {other for other in waiting if not _welcomed(store, other, mine)}
+        else:
+            answered, _, name = _read(store, f"welcome/{rank}").partition(" ")
+            if answered == mine:
+                store.set(f"here/{rank}", name)
+                waiting.clear()
+        if not waiting:
+            return dist.PrefixStore(name, store)
+        if time.monotonic() > until:
+            raise ModelError(
+                "all processes of a training start",
+                received=f"process {rank} has waited {START_S} s for process {', '.join(map(str, sorted(waiting)))}",
+                remedy="see its output; start as many as WORLD_SIZE says",
+            )
+        time.sleep(_POLL_S)
+
+
+def _welcomed(store: dist.Store, other: int, name: str) -> bool:
+    """Whether another process knows the part's name; tells it."""
+    if _read(store, f"here/{other}") == name:
+        return True
+    store.set(f"welcome/{other}", f"{_read(store, f'hello/{other}')} {name}")
+    return False
+
+
+def _read(store: dist.Store, key: str) -> str:
+    """A value of the store; nothing where there is none."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _leave(ours: bool) -> None:

@@ -38,6 +38,8 @@ LOSS, NORM, WEIGHT = 1e-5, 1e-3, 1e-3
 """Of two processes beside one, in float32 over 10 to 20 steps: losses and gradient norms, relative; weights and running
 statistics, the norm of the difference over that of what training moved."""
 LONG = 24
+LIMIT_S = 250
+"""Seconds after which processes have hung: they take tens of seconds, and compile kernels on the first day."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "COLUMNS": "300"}
 
 _CREW = """
@@ -77,7 +79,7 @@ for line in sys.stdin:
             os._exit(code)
         pids.append(pid)
     print(json.dumps(pids), flush=True)
-    codes, ends = {}, float("inf")
+    codes, ends, ending = {}, time.monotonic() + job["limit"], signal.SIGTERM
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
@@ -85,9 +87,9 @@ for line in sys.stdin:
             if codes[pid] not in (0, 130):  # torchrun does not wait; here the others may end by themselves first
                 ends = min(ends, time.monotonic() + 20)
         elif time.monotonic() > ends:
-            ends = float("inf")
             for other in set(pids) - set(codes):
-                os.kill(other, signal.SIGTERM)
+                os.kill(other, ending)
+            ends, ending = time.monotonic() + 20, signal.SIGKILL
         else:
             time.sleep(0.01)
     print(json.dumps([codes[pid] for pid in pids]), flush=True)
@@ -124,7 +126,7 @@ class Crew:
             port = free.getsockname()[1]
         job = {"words": words, "preludes": [preludes.get(rank, "") for rank in range(ranks)], "port": port}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job | {"logs": str(self._logs())}) + "\n")
+        self._process.stdin.write(json.dumps(job | {"logs": str(self._logs()), "limit": LIMIT_S}) + "\n")
         self._process.stdin.flush()
         return self._line()
 
@@ -481,6 +483,28 @@ def test_batch_norm_on_a_cpu_takes_the_statistics_of_the_whole_batch(crew: Crew)
     assert ended.codes == [0, 0], ended.err
 
 
+_STARTS_LATE = """
+signal.alarm(60)
+os.environ |= {"MASTER_PORT": "<port>", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+from kdcache.train.distributed import processes
+time.sleep(<delay>)
+with processes() as world:
+    assert world.gather(world.rank) == [0, 1]
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_processes_that_torchrun_starts_again_do_not_wait_for_those_that_died(late: int, crew: Crew) -> None:
+    """torchrun keeps the store of those that died, with their addresses. Any process may be there a second earlier."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(3):
+        prelude = _STARTS_LATE.replace("<port>", str(store.port))
+        crew.start([], 2, {rank: prelude.replace("<delay>", str(int(rank == late))) for rank in (0, 1)})
+        ended = crew.wait()
+        assert ended.codes == [0, 0], ended.err
+
+
 # --- stopping and going on ---------------------------------------------------------------------------------
 
 
@@ -699,43 +723,64 @@ def test_random_numbers_of_processes_differ() -> None:
 # --- torchrun ----------------------------------------------------------------------------------------------
 
 
-def torchrun(words: list[str], *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, *options, "-m", "kdcache_cli", *words],
-        env=os.environ | ONE_THREAD,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Torchrun:
+    """torchrun with two processes of the command line, whose output goes to files: pipes would fill, or stay open."""
+
+    def __init__(self, folder: Path, words: list[str], *options: str) -> None:
+        folder.mkdir()
+        self.out, self.err = folder / "out", folder / "err"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(
+                [*command, "-m", "kdcache_cli", *words], env=os.environ | ONE_THREAD, stdout=out, stderr=err
+            )
+
+    def wait_for_lines(self, run: Path, count: int) -> None:
+        """Wait until a run's log has so many lines."""
+        self._wait(lambda: lines_of(run) >= count, f"{count} lines of a log")
+
+    def wait(self) -> int:
+        """Wait for its end; returns its exit code."""
+        self._wait(lambda: self.process.poll() is not None, "its end")
+        return self.process.returncode
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + LIMIT_S
+        while not condition():
+            ended = self.process.poll() is not None
+            if ended or time.monotonic() > end:
+                self.process.terminate()  # its processes first: it waits 30 s for them
+                self.process.wait(60)
+                pytest.fail(f"{what}: {'ended before' if ended else f'not in {LIMIT_S} s'}\n{self.err.read_text()}")
+            time.sleep(0.002)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3 * LIMIT_S)
 def test_torchrun_trains_and_says_what_is_wrong_once(uneven: dict[str, Any], tmp_path: Path) -> None:
-    started = torchrun(words_of(uneven, tmp_path / "run"))
-    out, err = started.communicate(timeout=200)
-    assert started.returncode == 0, err
-    assert out.count("best mIoU") == 1
+    started = Torchrun(tmp_path / "first", words_of(uneven, tmp_path / "run"))
+    assert started.wait() == 0, started.err.read_text()
+    assert started.out.read_text().count("best mIoU") == 1
     assert json.loads((tmp_path / "run" / "result.json").read_text())["iterations"] == 10
-    started = torchrun(words_of(uneven | {"batch_size": 3}, tmp_path / "other"))
-    out, err = started.communicate(timeout=200)
-    assert started.returncode != 0
+    started = Torchrun(tmp_path / "second", words_of(uneven | {"batch_size": 3}, tmp_path / "other"))
+    assert started.wait() != 0
+    err = started.err.read_text()
     assert err.count("--batch-size 3 for 2 processes") == 1
     assert err.count("exitcode  : 2") == 2
-    assert not out
+    assert not started.out.read_text()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * LIMIT_S)
 def test_torchrun_is_stopped_by_a_signal_and_goes_on(
     long: dict[str, Any], go: Callable[..., Ended], tmp_path: Path, read_metrics: Read
 ) -> None:
     run = tmp_path / "run"
-    started = torchrun(words_of(long, run))
-    wait_until(lambda: lines_of(run) >= 4, 200)
-    started.send_signal(signal.SIGTERM)
-    _, err = started.communicate(timeout=200)
-    assert started.returncode != 0
-    assert err.count("the state is saved") == 1
+    started = Torchrun(tmp_path / "torchrun", words_of(long, run))
+    started.wait_for_lines(run, 4)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.wait() != 0
+    assert started.err.read_text().count("the state is saved") == 1
     step = torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["step"]
     assert step == read_metrics(run, "train")[-1]["step"] < LONG
     assert go(long, run, 1, resume=True).codes == [0]
@@ -743,17 +788,17 @@ def test_torchrun_is_stopped_by_a_signal_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * LIMIT_S)
 def test_torchrun_restarts_after_a_killed_process_to_the_same_weights(
     long: dict[str, Any], go: Callable[..., Ended], tmp_path: Path, read_metrics: Read
 ) -> None:
     """One command with --resume: it begins the run, and goes on with it when torchrun starts it again."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert go(long, whole).codes == [0, 0]
-    started = torchrun(words_of(long, run, resume=True), "--max-restarts", "3")
-    wait_until(lambda: lines_of(run) > 12, 200)  # after the first checkpoint
-    os.kill(ranks_of(started.pid)[1], signal.SIGKILL)
-    _, err = started.communicate(timeout=300)
-    assert started.returncode == 0, err
+    started = Torchrun(tmp_path / "torchrun", words_of(long, run, resume=True), "--max-restarts", "3")
+    started.wait_for_lines(run, 13)  # after the first checkpoint
+    os.kill(ranks_of(started.process.pid)[1], signal.SIGKILL)
+    assert started.wait() == 0, started.err.read_text()
     assert read_metrics(run, "train")[-1]["step"] == LONG
     for name in ("last.safetensors", "best.safetensors"):
         assert (whole / name).read_bytes() == (run / name).read_bytes()
