@@ -205,7 +205,7 @@ FINAL = tuple(
         ("distilled", "final-16-raw", WINNER),
     )
 )
-LIVE = Arm("E6", "live, all", "final-16-raw", WINNER, LENGTH, FRESH[:2], "all", live="final")
+LIVE = Arm("E6", "live, all", "final-16-raw", WINNER, LENGTH, FRESH[:3], "all", live="final")
 ARMS = (*CONTROLS, *PLATEAU, *FEW, *OTHERS, *TRUSTED, *FINAL, LIVE)
 
 # Arms whose difference answers a question, each with its baseline: by stage and name.

@@ -98,12 +98,12 @@ def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_check_that_holds(cli, tmp_path, small_grid) -> None:
     ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--json", tmp_path / "c.json")
     assert ended.code == 0, ended.out + ended.err
-    assert "30 points, 0 missed a bound" in ended.out
+    assert "60 points, 0 missed a bound" in ended.out
     assert "window crop" in ended.out
     told = json.loads((tmp_path / "c.json").read_text())
     assert told["theme"] == "kernel accuracy"
     assert told["impl"] == "reference"
-    assert len(told["rows"]) == 30
+    assert len(told["rows"]) == 60
     assert all(row["passed"] for row in told["rows"])
     assert {row["factor"] for row in told["summary"]} == {
         "loss",
@@ -135,7 +135,7 @@ def test_a_check_that_fails(cli, small_grid, monkeypatch) -> None:
     monkeypatch.setitem(kernels.GRADIENT_BOUND, "fp32", -1.0)
     ended = cli("bench-kernels", "--check", "--device", "cpu", "--impl", "reference", "--dtype", "fp32")
     assert ended.code == 1
-    assert "10 points, 10 missed a bound" in ended.out
+    assert "20 points, 20 missed a bound" in ended.out
     assert "window=crop" in ended.out
 
 

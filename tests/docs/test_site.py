@@ -169,7 +169,7 @@ def test_the_picture_of_the_front_page_is_of_the_study() -> None:
             half = t_quantile(len(ends) - 1) * statistics.stdev(ends) / len(ends) ** 0.5
             assert curve["half"][-1] == pytest.approx(half, abs=6e-4)
     caption = " ".join(TEXTS["README.md"].split())
-    assert "*live* has two seeds and no band" in caption
+    assert "over three of *live*" in caption
     assert len(next(curve for label, curve in drawn.items() if label.startswith("live"))["seconds"]) > 2
 
 

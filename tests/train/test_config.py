@@ -170,7 +170,7 @@ def test_unknown_settings_are_refused_by_name() -> None:
         make_config(**BASE, learning_rate=1)
     with pytest.raises(RecipeError, match="did you mean --batch-size"):
         make_config(**BASE, batchsize=1)
-    with pytest.raises(RecipeError, match="needs --model"):
+    with pytest.raises(RecipeError, match="no --model"):
         make_config(verb="train-teacher", data="scenes")
 
 
