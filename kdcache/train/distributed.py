@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from kdcache.errors import KDCacheError, ModelError, RecipeError
@@ -186,7 +187,7 @@ def processes() -> Iterator[World]:
         _leave(ours)
 
 
-def _own_part(store: dist.Store, rank: int, size: int) -> dist.Store:
+def _own_part(store: Store, rank: int, size: int) -> Store:
     """A part of the store that these processes alone know, and none that ran before them.
 
     torchrun restarts processes on the store of those that died. Their addresses are still there, and who reads one
@@ -209,7 +210,7 @@ def _own_part(store: dist.Store, rank: int, size: int) -> dist.Store:
                 store.set(f"here/{rank}", name)
                 waiting.clear()
         if not waiting:
-            return dist.PrefixStore(name, store)
+            return PrefixStore(name, store)
         if time.monotonic() > until:
             raise ModelError(
                 "all processes of a training start",
@@ -219,7 +220,7 @@ def _own_part(store: dist.Store, rank: int, size: int) -> dist.Store:
         time.sleep(_POLL_S)
 
 
-def _welcomed(store: dist.Store, other: int, name: str) -> bool:
+def _welcomed(store: Store, other: int, name: str) -> bool:
     """Whether another process knows the part's name; tells it."""
     if _read(store, f"here/{other}") == name:
         return True
@@ -227,7 +228,7 @@ def _welcomed(store: dist.Store, other: int, name: str) -> bool:
     return False
 
 
-def _read(store: dist.Store, key: str) -> str:
+def _read(store: Store, key: str) -> str:
     """A value of the store; nothing where there is none."""
     return store.get(key).decode() if store.check([key]) else ""
 
