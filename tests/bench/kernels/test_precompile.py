@@ -99,7 +99,7 @@ def test_an_interruption_leaves_a_usable_folder_and_no_process(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_few_variants_serve_the_accuracy_check() -> None:
-    """428 of the fused KL before sizes and strides were left out of them, 171 since; 48 of the loss of relations."""
+    """428 of the fused KL before sizes and strides were left out of them, 293 with the losses on cells."""
     code = (
         "from kdcache.bench.kernels import *\nfrom kdcache.bench.kernels import precompile\n"
         f"precompile._start(Request('sm_90', None, CheckSettings(META, every={EVERY})))\n"
@@ -107,8 +107,8 @@ def test_few_variants_serve_the_accuracy_check() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list(CheckSettings(META, every=EVERY).points())) > 3300
-    assert 100 < int(done.stdout) <= 171 + 48
+    assert len(list(CheckSettings(META, every=EVERY).points())) > 3200
+    assert 100 < int(done.stdout) <= 293
 
 
 def made(folder: Path) -> Path:
