@@ -117,11 +117,12 @@ def decoupled_kernel(
     for c in range(num_classes):
         x, y = logit(s_ptr, s_corners, exists, S_SAMPLED), logit(t_ptr, t_corners, exists, T_SAMPLED)
         own = target == c
-        x, y = tl.where(compared, x, 0.0) - s_top, tl.where(compared, y, 0.0) - t_top
+        other = compared & ~own
+        x, y = tl.where(other, x - s_top, 0.0), tl.where(other, y - t_top, 0.0)
         # No factor of the exponentials: those of equal logits are equal, and leave nothing.
         p_other, q_other = tl.exp2(y * scale - t_log), tl.exp2(x * scale - s_log)
-        p_other, q_other = tl.where(own | ~compared, 0.0, p_other), tl.where(own | ~compared, 0.0, q_other)
-        difference += p_other * tl.where(own, 0.0, y - x)
+        p_other, q_other = tl.where(other, p_other, 0.0), tl.where(other, q_other, 0.0)
+        difference += p_other * (y - x)
         if gradient_ptr is not None:
             g = tl.where(own, pull, beta * weight * (q_other - p_other) - pull * q_other)
             tl.store(gradient_ptrs, factor * g, mask=exists)
