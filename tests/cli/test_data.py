@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torchvision.datasets
 
+from kdcache_cli.console import OUT
+
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data" / "tiny.py")))
 
 
@@ -44,6 +46,15 @@ def test_a_check_says_why_and_warns_without_failing(cli, tmp_path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert (len(report["problems"]), len(report["warnings"])) == (1, 0)
     assert report["why"] == "images/train/, images/val/ and classes.txt"
+
+
+def test_a_conversion_ends_with_a_command_that_can_be_copied(cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(OUT, "_force_terminal", True)
+    out = tmp_path / f"{'wide ' * 40}folder" / f"{'wider' * 40}"  # than any line
+    converted = cli("data", "convert", TINY.write("coco", tmp_path / "coco"), out)
+    assert converted.code == 0, converted.err
+    last = converted.out.rstrip().splitlines()[-1]
+    assert last == f"next: kdcache data check '{out}' --sheet sheet.png"
 
 
 def test_a_check_shows_depth_and_refuses_what_lies_beyond(cli, tmp_path) -> None:

@@ -135,7 +135,12 @@ def convert(
             OUT.print(f"  all of them: {out}/converted/{name}.csv", markup=False, highlight=False)
     if converted.unused:
         OUT.print(f"not converted: {', '.join(converted.unused)} (--split)", markup=False, highlight=False)
-    OUT.print(f"next: kdcache data check {shlex.quote(str(out))} --sheet sheet.png", markup=False, highlight=False)
+    OUT.print(
+        f"next: kdcache data check {shlex.quote(str(out))} --sheet sheet.png",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -62,7 +62,10 @@ def doubts_of(
     _doubt_labels(reports, place, doubts, whole=whole)
     for report in reports.values():
         _doubt_palettes(report, doubts)
-    _doubt_shares(reports, classes, doubts)
+    remedy = "leave them out of the class list"
+    if place is not None and not own:
+        remedy = f"list the data's own classes in {place.root / CLASSES_FILE}"
+    _doubt_shares(reports, classes, doubts, remedy)
     return doubts
 
 
@@ -181,7 +184,9 @@ def _doubt_palettes(report: SplitReport, doubts: Doubts) -> None:
     )
 
 
-def _doubt_shares(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
+def _doubt_shares(
+    reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts, remedy_for_unseen: str
+) -> None:
     """Labels without a class, with one, nearly without any; classes that no label has."""
     read = {name: report for name, report in reports.items() if sum(report.class_pixels) + report.void_pixels}
     seen = {name: {i for i, count in enumerate(report.class_pixels) if count} for name, report in read.items()}
@@ -201,7 +206,7 @@ def _doubt_shares(reports: Mapping[str, SplitReport], classes: ClassList, doubts
             )
     _doubt_mapped_twice(read, classes, doubts)
     if not doubts.problems:
-        _doubt_unseen(seen, classes, doubts)
+        _doubt_unseen(seen, classes, doubts, remedy_for_unseen)
 
 
 def _doubt_mapped_twice(reports: Mapping[str, SplitReport], classes: ClassList, doubts: Doubts) -> None:
@@ -232,13 +237,13 @@ def _one_class(report: SplitReport, number: int, classes: ClassList) -> str:
     return f"{finding}: there is nothing to tell apart; write the other classes' ids into the labels"
 
 
-def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubts: Doubts) -> None:
+def _doubt_unseen(seen: Mapping[str, Collection[int]], classes: ClassList, doubts: Doubts, remedy: str) -> None:
     everywhere = set().union(*seen.values())
     never = [name for number, name in enumerate(classes.names) if number not in everywhere]
     if seen and never:
         doubts.warnings.append(
             f"{len(never)} of {len(classes)} classes are in no label: {describe_some(never)}; they score nothing, so "
-            "check their ids, or leave them out of the class list"
+            f"check their ids, or {remedy}"
         )
     if "train" in seen:
         not_in_train = [classes.names[number] for number in sorted(everywhere - set(seen["train"]))]

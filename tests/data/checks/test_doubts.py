@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from kdcache.data.layouts.published.cityscapes import CLASSES as CITYSCAPES
 from kdcache.data.layouts.published.cityscapes import to_classes
 
 NAMES = ("road", "car", "sky")
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tiny.py")))
 
 
 def fill(builder, *values: int, splits: tuple[str, ...] = ("train", "val")) -> Path:
@@ -107,7 +110,20 @@ def test_void_above_ninety_percent_is_warned_of_with_its_share(builder, labelled
 
 
 def test_classes_that_no_label_has(builder) -> None:
-    assert "1 of 3 classes are in no label: 'car'" in the(check(fill(builder, 0, 2)).warnings)
+    warning = the(check(fill(builder, 0, 2)).warnings)
+    assert "1 of 3 classes are in no label: 'car'" in warning
+    assert "leave them out of the class list" in warning
+
+
+def test_the_classes_of_a_public_layout_give_way_to_a_list_of_ones_own(tmp_path) -> None:
+    root = TINY.write("voc", tmp_path / "set")
+    for file in (root / "SegmentationClass").glob("*.png"):
+        TINY.save_label(file, TINY.numbers("folder", file.stem))
+    warning = the(check(f"voc:{root}").warnings)
+    assert "18 of 21 classes are in no label" in warning
+    assert warning.endswith(f"list the data's own classes in {root / 'classes.txt'}")
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in NAMES))
+    assert sound(check(f"voc:{root}"))
 
 
 def test_classes_that_train_lacks(builder) -> None:
