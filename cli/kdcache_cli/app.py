@@ -1,5 +1,6 @@
 """The Typer app and its one door: errors become a panel and an exit code."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -183,15 +184,18 @@ def _trusting(trust: bool) -> AbstractContextManager[None]:
     return trusting()
 
 
+_OF_DISKS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR}
+
+
 def _explained(error: Exception) -> Any:
     """An error with rule, received, remedy and entry: itself where it has them, as kdcache's and the kernels' do."""
     if all(isinstance(getattr(error, name, None), str) for name in ("rule", "received", "remedy", "entry")):
         return error
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in _OF_DISKS):
         return KDCacheError(
             "files must be readable and folders writable",
             received=str(error),
-            remedy="check the permissions, and whether the disk is mounted for writing",
+            remedy="check the path, its permissions, the disk's room, and whether it is mounted for writing",
         )
     return KDCacheError(
         "this should not have happened: it is a defect of kdcache, or of a library",

@@ -59,8 +59,31 @@ class _Terminal(Console):
                 column._cells = [one_line(cell) if isinstance(cell, str) else cell for cell in column._cells]
                 if isinstance(column.header, str):
                     column.header = one_line(column.header)
+            if self.is_terminal and _cuts(self, renderable, options):
+                renderable = _upright(renderable)
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else plain_text(text), style, control)
+
+
+def _cuts(terminal: Console, table: Table, options: ConsoleOptions | None) -> bool:
+    """Whether the terminal is so narrow that numbers and words of the table lose their ends."""
+    shown = "".join(segment.text for segment in Console.render(terminal, table, options))
+    own = f"{table.title}" + "".join(str(part) for column in table.columns for part in (column.header, *column.cells))
+    return shown.count("…") > own.count("…")
+
+
+def _upright(table: Table) -> Table:
+    """A table turned over: below each other the columns of its first row, an empty line, those of the next."""
+    headers = [column.header for column in table.columns]
+    turned = Table(box=None, show_header=False, title=table.title, title_style=table.title_style)
+    turned.title_justify = table.title_justify
+    turned.add_column(style="dim")
+    turned.add_column(overflow="fold")
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        for header, cell in zip(headers, row, strict=True):
+            turned.add_row(header, cell)
+        turned.add_row()
+    return turned
 
 
 OUT = _Terminal()
@@ -78,6 +101,8 @@ def progress_of_steps(first: str) -> Iterator[Callable[[str, int, int], None]]:
     with progress_bar() as bar:
         task = bar.add_task(first, total=None, note="")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        if bar.tasks[0].total is None:  # there was nothing to do
+            bar.remove_task(task)
 
 
 @contextmanager

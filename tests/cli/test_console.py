@@ -16,7 +16,7 @@ from kdcache.errors import DataError
 from kdcache.progress import seconds_left
 from kdcache_cli import console
 from kdcache_cli.app import _show
-from kdcache_cli.console import _Terminal, progress_bar
+from kdcache_cli.console import _Terminal, figure_table, progress_bar
 
 NAMES = ["a[/]b", "[red]x", "[/bold]", "[link=http://x]y[/link]", "$x$", ":smile:", "\\", "[", "]"]
 COMMANDS = ["\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "\x7f", "\u202egnp.exe", "\r", "\x08", "\x00", "\u2066x"]
@@ -154,12 +154,41 @@ def test_a_line_in_a_pipe_is_not_broken() -> None:
     assert screen.text.count("\n") == 1
 
 
-def test_tables_in_a_file_are_as_wide_as_their_numbers() -> None:
+def test_tables_keep_their_numbers_and_in_a_file_their_rows() -> None:
     table = Table(*(f"column {number}" for number in range(20)), box=None)
     table.add_row(*(f"{number}.125" for number in range(20)))
     for terminal in (False, True):
         written = io.StringIO()
         screen = _Terminal(file=written, width=80, force_terminal=terminal)
         screen.print(table)
-        assert ("19.125" in written.getvalue()) is not terminal
+        assert "19.125" in written.getvalue()
+        assert (written.getvalue().count("\n") == 2) is not terminal
         assert screen.width == 80
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_a_table_that_a_terminal_has_no_room_for_is_turned_over(width) -> None:
+    table = figure_table("row", "points of mIoU", "verdict", title="Scores…")
+    table.add_row("kdcache:tiny", "-3.30", "inconclusive")
+    table.add_row("kdcache:base", "12.44", "inconclusive")
+    screen = Screen()
+    screen._force_terminal, screen.width = True, width
+    screen.print(table)
+    lines = [line.strip() for line in Text.from_ansi(screen.text).plain.splitlines() if line.strip()]
+    assert lines[0] == "Scores…"
+    assert all(number in screen.text for number in ("-3.30", "12.44"))
+    assert screen.text.count("inconclusive") == 2
+    assert ([line.split()[0] for line in lines[1:]] == ["row", "points", "verdict"] * 2) == (width == 30)
+
+
+def test_a_bar_of_nothing_to_do_is_gone_when_it_ends(monkeypatch) -> None:
+    screen = Screen()
+    screen._force_terminal = True
+    monkeypatch.setattr(console, "ERRORS", screen)
+    for total, left in ((None, ""), (1, "1/1")):
+        screen.clear_text()
+        with console.progress_of_steps("comparing") as update:
+            if total:
+                update("comparing", 1, total)
+        last = Text.from_ansi(screen.text).plain.rstrip().splitlines()[-1:]
+        assert (left in "".join(last)) if total else not any("0/?" in line for line in last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib.util
 import pickle
 import re
@@ -106,8 +107,9 @@ def test_an_error_names_its_entry(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_what_nobody_foresaw_has_an_entry(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    entries = ("E-files-must-be-readable", "E-this-should-not-have")
-    for error, entry in zip((PermissionError("no"), ZeroDivisionError("no")), entries, strict=True):
+    disk, defect = "E-files-must-be-readable", "E-this-should-not-have"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, entry in ((PermissionError("no"), disk), (full, disk), (ZeroDivisionError("no"), defect)):
 
         def fail(*_: object, error: Exception = error) -> None:
             raise error
