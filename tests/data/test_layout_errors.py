@@ -51,6 +51,14 @@ def test_a_folder_of_no_layout_lists_what_was_looked_for(tmp_path) -> None:
     assert all(f"{name}: {layout.looks_for}" in received for name, layout in LAYOUTS.items())
 
 
+@pytest.mark.parametrize("above", ["data", "downloads/data"])
+def test_a_folder_above_the_data_names_where_they_begin(above, tiny, tmp_path) -> None:
+    root = tiny.write("mmseg", tmp_path / above / "street")
+    (tmp_path / above / "notes").mkdir()
+    error = refusal(lambda: open_split(tmp_path / above.split("/")[0], "train"))
+    assert error.remedy == f"Name the folder where the data begin: {root} (mmseg)."
+
+
 def test_a_folder_of_two_layouts_names_both(tiny, tmp_path) -> None:
     tiny.write("voc", tmp_path / "VOCdevkit/VOC2012")
     tiny.write("ade20k", tmp_path / "ADEChallengeData2016")

@@ -32,6 +32,9 @@ LAYOUTS: dict[str, Layout] = {
     )
 }
 
+_MOST_FOLDERS = 20
+"""The most folders of a folder in which a data set is looked for to suggest it."""
+
 # Two characters at least: one is a Windows drive.
 _OTHER_IMAGES = re.compile(r"(?P<data>.+),\s*images=(?P<images>[^,]*)", re.DOTALL)
 _PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
@@ -104,6 +107,7 @@ def _layout_of(data: str) -> LayoutRoot:
         received=f"{folder}, which has none of\n"
         + "\n".join(f"  {layout.name}: {layout.looks_for}" for layout in LAYOUTS.values()),
         remedy=_nearly_a_folder(folder)
+        or _inside(folder)
         or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
     )
 
@@ -160,6 +164,17 @@ def _nearly_a_folder(folder: Path) -> str:
     if not folders_in(folder / IMAGES) and not holds_pictures(folder / IMAGES):
         steps.append(f"put pictures into {IMAGES}/<split>/")
     return f"To make it one's own data set: {'; '.join(steps)}." if steps else ""
+
+
+def _inside(folder: Path) -> str:
+    """A remedy that names folders, up to two levels in, where data sets begin; empty without any."""
+    children = [folder / name for name in folders_in(folder)[:_MOST_FOLDERS]]
+    grandchildren = [child / name for child in children for name in folders_in(child)[:_MOST_FOLDERS]]
+    for level in (children, grandchildren):
+        fits = [f"{one} ({names[0]})" for one in level if (names := [k for k, v in LAYOUTS.items() if v.find(one)])]
+        if fits:
+            return f"Name the folder where the data begin: {', '.join(fits[:3])}."
+    return ""
 
 
 def _named(layout: Layout, folder: Path) -> LayoutRoot:
