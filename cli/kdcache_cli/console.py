@@ -101,8 +101,11 @@ def progress_of_steps(first: str) -> Iterator[Callable[[str, int, int], None]]:
     with progress_bar() as bar:
         task = bar.add_task(first, total=None, note="")
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-        if bar.tasks[0].total is None:  # there was nothing to do
+        total = bar.tasks[0].total
+        if total is None:  # there was nothing to do
             bar.remove_task(task)
+        else:
+            bar.update(task, completed=total)
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def test_a_table_that_a_terminal_has_no_room_for_is_turned_over(width) -> None:
     assert ([line.split()[0] for line in lines[1:]] == ["row", "points", "verdict"] * 2) == (width == 30)
 
 
-def test_a_bar_of_nothing_to_do_is_gone_when_it_ends(monkeypatch) -> None:
+def test_a_bar_is_whole_when_it_ends_and_gone_where_there_was_nothing_to_do(monkeypatch) -> None:
     screen = Screen()
     screen._force_terminal = True
     monkeypatch.setattr(console, "ERRORS", screen)
@@ -189,6 +189,6 @@ def test_a_bar_of_nothing_to_do_is_gone_when_it_ends(monkeypatch) -> None:
         screen.clear_text()
         with console.progress_of_steps("comparing") as update:
             if total:
-                update("comparing", 1, total)
+                update("comparing", 0, total)
         last = Text.from_ansi(screen.text).plain.rstrip().splitlines()[-1:]
         assert (left in "".join(last)) if total else not any("0/?" in line for line in last)
