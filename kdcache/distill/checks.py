@@ -1,7 +1,9 @@
 """Checks of a batch before a loss reads it: a teacher term of weight has a target, and labels lie over the target."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,27 @@ if TYPE_CHECKING:
     from kdcache.distill.terms import Term
 
 Size = tuple[int, int]
+
+
+def check_weights(temperature: float, **weights: float) -> None:
+    """Check the numbers of a loss where it is made: a weight that is none would leave its term out in silence.
+
+    Raises: RecipeError.
+    """
+    for name, number in weights.items():
+        if not (isinstance(number, Real) and math.isfinite(number) and number >= 0):
+            raise RecipeError(
+                f"{name} of a loss is a number from 0 on",
+                entry="weight of loss is number",
+                received=f"{name}={number!r}",
+                remedy=f"pass {name}=0 to leave its term out",
+            )
+    if not (isinstance(temperature, Real) and math.isfinite(temperature) and temperature > 0):
+        raise RecipeError(
+            "the temperature of a loss is a number above 0",
+            received=f"temperature={temperature!r}",
+            remedy="pass temperature=1 to leave the distributions as they are",
+        )
 
 
 def check_targets(batch: Batch, form: TargetFormat | None, reading: Collection[str]) -> None:

@@ -25,6 +25,7 @@ from kdcache.distill.checks import (
     check_rows,
     check_taps,
     check_targets,
+    check_weights,
     labelled_batch,
     may_read_values,
     shows_otherwise,
@@ -54,7 +55,7 @@ class DistillLoss(nn.Module):
             classes.
         ce_weight, kl_weight: at least 0; a term of weight 0 is not computed. With KL at 1, the formula as it stands,
             its gradient is several times that of the labels.
-        temperature: temperature T of the KL term, above 0.
+        temperature: temperature T of the KL term, above 0. RecipeError for other numbers, here and for the weights.
         class_weight: (C,) weights of the cross-entropy.
         label_smoothing: share of every label that is spread evenly over all classes, in [0, 1), as in
             `torch.nn.functional.cross_entropy`.
@@ -95,10 +96,9 @@ class DistillLoss(nn.Module):
         balance: Balance | None = None,
     ) -> None:
         super().__init__()
-        self.targets = targets
-        self.balance = balance
-        self.ce_weight = ce_weight
-        self.kl_weight = kl_weight
+        check_weights(temperature, ce_weight=ce_weight, kl_weight=kl_weight)
+        self.targets, self.balance = targets, balance
+        self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.focal_gamma = focal_gamma

@@ -294,3 +294,17 @@ def test_a_student_of_another_class_list_is_refused(dense: Cache) -> None:
     batch = default_collate([CacheDataset(dense, augment="none")[0]])
     with pytest.raises((ValueError, ModelError), match=r"7|8"):
         DistillLoss(dense, ce_weight=0.0, kl_weight=1.0)(torch.randn(1, 8, 16, 24), batch)
+
+
+@pytest.mark.parametrize("name", ["ce_weight", "kl_weight", "temperature"])
+@pytest.mark.parametrize("number", [-1.0, float("nan"), float("inf"), "1"])
+def test_a_number_that_is_no_weight_is_refused_where_the_loss_is_made(name: str, number: object) -> None:
+    with pytest.raises(RecipeError) as caught:
+        DistillLoss(Format(), **{name: number})
+    assert f"{name}={number!r}" in caught.value.received
+    assert name in caught.value.remedy
+
+
+def test_a_temperature_of_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match="above 0"):
+        DistillLoss(Format(), temperature=0)

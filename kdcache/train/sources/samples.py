@@ -146,11 +146,12 @@ def _of_folder(config: TrainConfig, split: Split | None, labelled_only: bool) ->
         raise DataError(
             "training needs labelled images",
             received=f"{config.data}, split {config.split!r}: none of {len(split)} images has a label{_used(config)}",
-            remedy="give a labelled split with --split" if config.labels == "all" else _OTHER_LABELS,
+            remedy=_LABELLED_SPLIT if config.labels == "all" else _OTHER_LABELS,
         )
     return dataset
 
 
+_LABELLED_SPLIT = "give a labelled split with --split; or bring the labels to where docs/data.md says they lie"
 _OTHER_LABELS = "leave --labels out, or use a --method that learns without labels"
 
 

@@ -168,6 +168,15 @@ class Jittering(Scenes):
         return np.roll(image, self.reads, 1), label
 
 
+class Flipping(Scenes):
+    """Flips every fifth image that is read."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        self.reads = getattr(self, "reads", 0) + 1
+        return (image[:, ::-1], label[:, ::-1]) if self.reads % 5 == 0 else (image, label)
+
+
 class Broken(Scenes):
     def __getitem__(self, index: int) -> Any:
         raise FileNotFoundError("no such file")
@@ -181,6 +190,7 @@ ONES = np.ones((4, 6), np.uint8)
     ("dataset", "options", "message"),
     [
         (Jittering(), {}, "take the augmentation out"),
+        (Flipping(), {}, "take the augmentation out"),
         (Broken(), {}, "can be read by its number"),
         (iter([]), {}, "map-style"),
         ([], {}, "an empty data set"),
