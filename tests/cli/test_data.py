@@ -102,7 +102,7 @@ def test_a_defect_ends_a_check_with_1_and_is_explained(cli, tmp_path) -> None:
     [
         ("data check vco:{w}/voc", "'vco'", "voc:{w}/voc?"),
         ("data check voc:{w}/nowhere", "nowhere is no folder", "Check the path"),
-        ("data check {w}", "ade20k: images/training/", "Check the path"),
+        ("data check {w}", "ade20k: images/training/", "{w}/voc (voc)"),
         ("data check {w}/voc --download", "'{w}/voc'", "voc:/data --download"),
         ("data check cityscapes:{w}/voc --download", "'cityscapes'", "registration"),
         (
