@@ -101,19 +101,31 @@ def plan_build(
             received="no --size",
             remedy="add --size HxW, for instance --size 288x384; in Python size=(288, 384)",
         )
-    fit, reason = _fit(settings["fit"], source, size, out)
+    fit, reason = _fit(settings["fit"], source, size, out, loaded.fit)
     for text in (*loaded.notes, *([reason] if reason else [])):
         note(text)
     return source, loaded, BuildOptions(size=size, fit=fit, device=device, **options)
 
 
-def _fit(choice: FitChoice, source: Split, size: tuple[int, int], out: str | Path | None) -> tuple[Fit, str | None]:
-    """The fit that is asked for, else that of a store that was begun, else by the images' shapes, with a note."""
+def _fit(
+    choice: FitChoice, source: Split, size: tuple[int, int], out: str | Path | None, learnt: Fit
+) -> tuple[Fit, str | None]:
+    """The fit that is asked for, else that of a store that was begun, else by the images' shapes, with a note.
+
+    Args:
+        learnt: the teacher's: of images of several shapes it sees crops if it learnt from crops.
+    """
     if choice != "auto":
         return choice, None
     if out is not None and store_exists(out):
         return read_manifest(out).view.fit, None
-    return choose_fit(source, size)
+    fit, reason = choose_fit(source, size)
+    if fit == "pad" and learnt == "crop":
+        return (
+            learnt,
+            "images are cropped, as the teacher learnt them (--fit crop); --fit pad or squash for the other ways",
+        )
+    return fit, reason
 
 
 def _load(source: Split, teacher: Origin | Sequence[str], settings: Mapping[str, Any], classified: bool) -> Teacher:

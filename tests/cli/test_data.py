@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torchvision.datasets
 
@@ -55,6 +56,19 @@ def test_a_conversion_ends_with_a_command_that_can_be_copied(cli, tmp_path, monk
     assert converted.code == 0, converted.err
     last = converted.out.rstrip().splitlines()[-1]
     assert last == f"next: kdcache data check '{out}' --sheet sheet.png"
+
+
+def test_a_conversion_counts_labels_and_warns_of_masks_of_0_and_255(cli, tmp_path) -> None:
+    root = tmp_path / "set"
+    TINY.save_image(root / "images/a.jpg")
+    TINY.save_label(root / "masks/a.png", np.resize([0, 255], TINY.SIZE).astype(np.uint8))
+    (root / "classes.txt").write_text("background\nroad\n")
+    converted = cli("data", "convert", root, tmp_path / "out")
+    assert "1 images written (1 hard link; labels: 1 hard link), 0 kept, 0 left out" in converted.out
+    assert "hold 'background' and void alone" in converted.err
+    binary = cli("data", "convert", root, tmp_path / "binary", "--binary")
+    assert "labels: 1 file)" in binary.out
+    assert "warning" not in binary.err
 
 
 def test_a_check_shows_depth_and_refuses_what_lies_beyond(cli, tmp_path) -> None:

@@ -93,6 +93,14 @@ def test_a_store_is_padded_by_default_and_goes_on_as_it_was_begun(runs: Path, tm
     assert before.view.fit == "squash"
 
 
+def test_a_store_of_a_teacher_of_crops_is_cropped_where_others_are_padded(tmp_path: Path, capsys: Any) -> None:
+    kdcache.train(tmp_path / "crop", model="kdcache:tiny", data=WIDE, size=(32, 32), fit="crop", **SHORT)
+    for data, fit in ((WIDE, "crop"), ("scenes:32x32,train=2,val=1", "squash")):
+        kdcache.build_cache(data, tmp_path / "crop", tmp_path / f"{fit}.zarr", device="cpu")
+        assert read_manifest(tmp_path / f"{fit}.zarr").view.fit == fit
+    assert "images are cropped, as the teacher learnt them" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [

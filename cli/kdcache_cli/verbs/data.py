@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,16 +124,21 @@ def convert(
         )
     OUT.print(f"layout [bold]{converted.layout}[/]: {escape(converted.why)}", highlight=False)
     for name, part in converted.splits.items():
-        kinds = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in part.links.items())
+        written = f" ({_counts(part.links)}; labels: {_counts(part.labels)})" if part.written else ""
         OUT.print(
-            f"[bold]{escape(name)}[/]: {part.written} images written ({kinds or 'none'}), {part.kept} kept, "
-            f"{len(part.dropped)} left out",
+            f"[bold]{escape(name)}[/]: {part.written} images written{written}, {part.kept} kept, {len(part.dropped)} "
+            "left out",
             highlight=False,
         )
         for item, why in list(part.dropped.items())[:3]:
             OUT.print(f"  left out {escape(item)}: {escape(why)}", highlight=False)
         if part.dropped:
             OUT.print(f"  all of them: {out}/converted/{name}.csv", markup=False, highlight=False)
+        if part.one_class is not None:
+            warn(
+                f"the labels of {name} hold {part.one_class!r} and void alone, which teaches nothing: where they are "
+                "masks of 0 and 255, add --binary and give a new folder"
+            )
     if converted.unused:
         OUT.print(f"not converted: {', '.join(converted.unused)} (--split)", markup=False, highlight=False)
     OUT.print(
@@ -203,6 +209,12 @@ def restyle(
         f"links, {restyled.copied} files",
         highlight=False,
     )
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    """For instance "3 hard links, 1 copy"."""
+    plurals = {"copy": "copies"}
+    return ", ".join(f"{n} {kind if n == 1 else plurals.get(kind, f'{kind}s')}" for kind, n in kinds.items()) or "none"
 
 
 def _write_sheet(data: str, splits: list[str] | None, path: Path) -> None:

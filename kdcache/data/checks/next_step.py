@@ -34,11 +34,14 @@ def next_step(report: CheckReport) -> str:
 
 
 def suggested_size(report: CheckReport) -> str:
-    """HxW of the most frequent size of train, shrunk to 384 pixels of the shorter side and rounded to 32."""
-    sizes = Counter(report.splits["train"].sizes)
-    if not sizes:
+    """HxW of the most frequent size in train's most frequent shape, at most 384 on the shorter side, rounded to 32."""
+    shapes: dict[float, Counter[tuple[int, int]]] = {}
+    for size, images in report.splits["train"].sizes.items():
+        height, width = map(int, size.split("x"))
+        shapes.setdefault(round(height / width, 1), Counter())[height, width] += images
+    if not shapes:
         return "HxW"
-    height, width = map(int, sizes.most_common(1)[0][0].split("x"))
+    ((height, width), _), *_ = max(shapes.values(), key=Counter.total).most_common(1)
     scale = min(1.0, MOST_SIDE / min(height, width))
     return "x".join(str(max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE)) for side in (height, width))
 

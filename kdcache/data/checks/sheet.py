@@ -73,14 +73,17 @@ def overlay(image_HW3: Pixels, label_HW: Pixels, classes: ClassList, opacity: fl
 
 
 def _spread(splits: Sequence[Split], samples: int) -> list[tuple[Split, int]]:
-    """(split, number) of samples, evenly spread over those with labels, as many of each split."""
-    places = []
-    for number, split in enumerate(splits):
-        labelled = [i for i in range(len(split)) if split.has_label(i) or split.has_label(i, DEPTH)]
-        of = labelled or list(range(len(split)))
-        count = min(samples * (number + 1) // len(splits) - samples * number // len(splits), len(of))
-        places += [(split, of[at * len(of) // count]) for at in range(count)]
-    return places
+    """(split, number) of samples, evenly spread over those with labels, as many of each split as far as it has them."""
+    labelled = [[i for i in range(len(split)) if split.has_label(i) or split.has_label(i, DEPTH)] for split in splits]
+    numbers = labelled if any(labelled) else [list(range(len(split))) for split in splits]
+    counts = [0] * len(splits)
+    for done, at in enumerate(sorted(range(len(splits)), key=lambda at: len(numbers[at]))):
+        counts[at] = min((samples - sum(counts)) // (len(splits) - done), len(numbers[at]))
+    return [
+        (split, of[at * len(of) // count])
+        for split, of, count in zip(splits, numbers, counts, strict=True)
+        for at in range(count)
+    ]
 
 
 def _tile(split: Split, index: int, seen: np.ndarray) -> Image.Image:

@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from kdcache.data.layouts.base import VALIDATION
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes
 from kdcache.data.layouts.registry import LayoutRoot, find_layout
 from kdcache.data.prefetch import prefetch
-from kdcache.data.sample import Pixels, Split, ids_out_of_range
+from kdcache.data.sample import IGNORE_INDEX, Pixels, Split, ids_out_of_range
 from kdcache.data.scenes.generate import is_scenes
 from kdcache.errors import DataError, RecipeError
 from kdcache.files import check_own_folder, read_object, write_whole
@@ -50,13 +51,26 @@ class ConvertedSplit:
     Attributes:
         written, kept: images written now, and there from before.
         links: how many of those written are hard links, links, copies.
+        labels: the same of the labels written now; "file" counts those that are drawn, mapped or decoded.
         dropped: sample or file -> why it was left out.
+        one_class: the name of the class that is all that the labels written now hold beside void; None without.
     """
 
     written: int
     kept: int
-    links: Mapping[Link, int]
+    links: Mapping[str, int]
+    labels: Mapping[str, int]
     dropped: Mapping[str, str]
+    one_class: str | None = None
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a sample's image and label became, and which numbers its label has."""
+
+    image: Link
+    label: str | None
+    ids: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -160,15 +174,18 @@ def _write_split(
 ) -> ConvertedSplit:
     writer = FolderWriter(split, folder, hard=True)
     writer.write_beginning()
-    links: dict[Link, int] = {}
-    kept = written = 0
+    links: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    ids: set[int] = set()
+    kept = 0
     results = prefetch(partial(_write, writer, binary), range(len(split)), threads=threads, ahead=2 * threads + 1)
     for index, result in enumerate(results):
         if result == "kept":
             kept += 1
-        elif result in ("hard link", "link", "copy"):
-            links[result] = links.get(result, 0) + 1  # type: ignore[index,call-overload]
-            written += 1
+        elif isinstance(result, _Written):
+            links[result.image] += 1
+            labels.update([result.label] if result.label else [])
+            ids |= result.ids
         else:
             dropped[split.ids[index]] = result
         if progress is not None:
@@ -177,6 +194,7 @@ def _write_split(
     csv.writer(report, lineterminator="\n").writerows([("left out", "why"), *sorted(dropped.items())])
     (folder / REPORTS).mkdir(exist_ok=True)
     write_whole(folder / REPORTS / f"{split.split}.csv", report.getvalue())
+    written = links.total()
     if not written + kept:
         raise DataError(
             "A split has samples that a training can use.",
@@ -185,11 +203,13 @@ def _write_split(
             remedy=f"See {folder / REPORTS / split.split}.csv for every sample, and kdcache data check for remedies.",
         )
     writer.publish()
-    return ConvertedSplit(written, kept, links, dropped)
+    held = ids - {IGNORE_INDEX}
+    alone = split.classes.names[held.pop()] if len(held) == 1 and IGNORE_INDEX in ids else None
+    return ConvertedSplit(written, kept, links, labels, dropped, alone)
 
 
-def _write(writer: FolderWriter, binary: bool, index: int) -> str:
-    """Write a sample, its image last: what its image became, `kept`, or why the sample is left out."""
+def _write(writer: FolderWriter, binary: bool, index: int) -> _Written | str:
+    """Write a sample, its image last: what it became, `kept`, or why it is left out."""
     split = writer.source
     own = split.image_path(index) if isinstance(split, FileSplit) else None
     path = writer.image_file(index, ".png" if own is None else own.suffix)
@@ -203,14 +223,15 @@ def _write(writer: FolderWriter, binary: bool, index: int) -> str:
             label = (label != 0).astype(np.uint8) if binary else label
             if why := _unusable(label, image, len(split.classes)):
                 return why
-        writer.write_label(index, label if binary else None)
+        labelled = writer.write_label(index, label if binary else None)
         writer.write_depth(index)
     except DataError as error:
         return f"{error.rule} {error.received}"
+    ids = frozenset() if label is None else frozenset(np.unique(label).tolist())
     if own is None:
         save_png(image, path)
-        return "copy"
-    return link_file(own, path, hard=True)
+        return _Written("copy", labelled, ids)
+    return _Written(link_file(own, path, hard=True), labelled, ids)
 
 
 def _unusable(label: Pixels, image: Pixels, classes: int) -> str:

@@ -61,21 +61,22 @@ class FolderWriter:
             return None
         return self.out / LABELS / self.source.split / f"{self.source.ids[index]}.png"
 
-    def write_label(self, index: int, label: Pixels | None = None) -> None:
+    def write_label(self, index: int, label: Pixels | None = None) -> Link | Literal["file"] | None:
         """Write or link a sample's label, unless it is there.
 
         Args:
             label: class ids (H, W), which are not the file's numbers; None takes the source's own.
+        Returns: what it became, a link or copy of the source's, or a file of its own; None where nothing was written.
         """
         path = self.label_file(index)
         if path is None or path.exists():
-            return
+            return None
         own = self.source.label_path(index) if isinstance(self.source, FileSplit) else None
         if own is not None and label is None and self.source.label_map is None and is_plain_label(own):
-            link_file(own, path, hard=self.hard)
-            return
+            return link_file(own, path, hard=self.hard)
         # A defect of the source's stays for `data check` to name.
         save_png(np.asarray(self.source.raw_label(index)) if label is None else label, path)
+        return "file"
 
     def write_depth(self, index: int) -> None:
         """Write or link a sample's depth, unless it is there or the sample has none."""

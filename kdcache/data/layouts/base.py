@@ -100,6 +100,12 @@ class Layout(ABC):
             classes = "the layout's own classes" if self._classes(root) else "no classes"
         return f"{self.looks_for}; {classes}"
 
+    @property
+    def requirement(self) -> str:
+        """What a folder of this layout has, and where, for messages."""
+        below = " or ".join(f"{home}/" for home in self.homes if home)
+        return f"{self.looks_for}, here or in {below}" if below else self.looks_for
+
     def colour_codes(self, root: Path) -> ColourCodes | None:
         """The colours that labels in RGB may have: those of `classes.txt`; None where a class has none there.
 

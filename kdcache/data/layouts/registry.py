@@ -105,7 +105,7 @@ def _layout_of(data: str) -> LayoutRoot:
     raise DataError(
         "A data folder has a layout that kdcache knows.",
         received=f"{folder}, which has none of\n"
-        + "\n".join(f"  {layout.name}: {layout.looks_for}" for layout in LAYOUTS.values()),
+        + "\n".join(f"  {layout.name}: {layout.requirement}" for layout in LAYOUTS.values()),
         remedy=_nearly_a_folder(folder)
         or _inside(folder)
         or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
@@ -183,7 +183,7 @@ def _named(layout: Layout, folder: Path) -> LayoutRoot:
         return LayoutRoot(layout, root)
     fits = [other.name for other in LAYOUTS.values() if other.find(folder) is not None]
     raise DataError(
-        f"A folder of layout {layout.name} has {layout.looks_for}.",
+        f"A folder of layout {layout.name} has {layout.requirement}.",
         entry="folder is of its layout",
         received=f"{folder}, which has not" + (f", but is of layout {fits[0]}" if fits else ""),
         remedy=f"Name it {fits[0]}:{folder}." if fits else "Check the path, or restore what is missing.",

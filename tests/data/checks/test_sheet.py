@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from kdcache.data import check, open_split, write_scenes
-from kdcache.data.checks.next_step import next_step
+from kdcache.data.checks.check import CheckReport
+from kdcache.data.checks.next_step import next_step, suggested_size
 from kdcache.data.checks.sheet import TILE, overlay, write_sheet
+from kdcache.data.checks.split_report import SplitReport
 from kdcache.data.sample import ClassList
 from kdcache.errors import RecipeError
 
@@ -34,6 +36,17 @@ def test_twelve_samples_of_all_splits_are_on_the_sheet(tmp_path) -> None:
     assert np.array_equal(first, overlay(image, label, splits[0].classes))
 
 
+def test_splits_without_labels_and_small_ones_leave_their_tiles_to_others(builder, tmp_path) -> None:
+    for name in "abcdefghijklmno":
+        builder.pair(name)
+    builder.pair("v", "val")
+    for name in "xyz":
+        builder.image(f"{name}.png", "test")
+    splits = [open_split(builder.root, name) for name in ("test", "train", "val")]
+    names = write_sheet(splits, tmp_path / "sheet.png")
+    assert [sum(name.startswith(split) for name in names) for split in ("test", "train", "val")] == [0, 11, 1]
+
+
 @pytest.mark.parametrize("name", ["sheet.jpg", "nowhere/sheet.png"])
 def test_a_sheet_is_a_png_in_a_folder(name, tmp_path) -> None:
     with pytest.raises(RecipeError, match="--sheet"):
@@ -45,6 +58,13 @@ def test_a_sample_that_cannot_be_read_leaves_a_tile(builder, tmp_path) -> None:
     builder.image("b.png").write_bytes(b"nothing")
     builder.label("b.png")
     assert len(write_sheet([open_split(builder.root, "train")], tmp_path / "sheet.png")) == 2
+
+
+def test_the_suggested_size_has_the_shape_of_most_images() -> None:
+    sizes = {"360x270": 14, "240x320": 13, "360x480": 14, "375x500": 1}
+    splits = {"train": SplitReport("train", images=42, labelled=42, sizes=sizes)}
+    report = CheckReport("d", "folder", "d", ClassList(("a", "b")), splits, [])
+    assert suggested_size(report) == "352x480"
 
 
 def test_a_check_ends_with_the_command_to_run_next(builder, tiny, tmp_path) -> None:

@@ -119,7 +119,10 @@ def test_masks_of_0_and_255(tiny, tmp_path) -> None:
     with pytest.raises(RecipeError, match="two classes"):
         convert(root, tmp_path / "out", binary=True)
     (root / "classes.txt").write_text("background\nroad\n")
-    convert(root, tmp_path / "out", binary=True)
+    asis = convert(root, tmp_path / "asis").splits["train"]
+    assert (asis.one_class, asis.labels) == ("background", {"hard link": 2})
+    train = convert(root, tmp_path / "out", binary=True).splits["train"]
+    assert (train.one_class, train.labels) == (None, {"file": 2})
     assert np.array_equal(open_split(tmp_path / "out", "train").label(0), np.resize([0, 1], tiny.SIZE))
     assert check(tmp_path / "out").problems == []
     # The source is as it was, for what is written is no link to it.

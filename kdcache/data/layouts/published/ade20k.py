@@ -38,9 +38,7 @@ class Ade20k(Layout):
     """The layout of ADEChallengeData2016."""
 
     name: ClassVar[str] = "ade20k"
-    looks_for: ClassVar[str] = (
-        f"{IMAGES}/training/ and {LABELS}/training/ (or validation), here or in ADEChallengeData2016/"
-    )
+    looks_for: ClassVar[str] = f"{IMAGES}/training/ and {LABELS}/training/ (or validation)"
     homes: ClassVar[tuple[str, ...]] = ("", "ADEChallengeData2016")
     split_is: ClassVar[str] = f"train ({IMAGES}/training) or val ({IMAGES}/validation)"
 

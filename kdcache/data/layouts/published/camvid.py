@@ -49,7 +49,7 @@ class CamVid(Layout):
     """The layout of CamVid as SegNet has it."""
 
     name: ClassVar[str] = "camvid"
-    looks_for: ClassVar[str] = "train.txt, val.txt or test.txt beside a folder such as trainannot/, here or in CamVid/"
+    looks_for: ClassVar[str] = "train.txt, val.txt or test.txt beside a folder such as trainannot/"
     homes: ClassVar[tuple[str, ...]] = ("", "CamVid")
     split_is: ClassVar[str] = "a list (train.txt, val.txt, test.txt, trainval.txt)"
     listed: ClassVar[bool] = True

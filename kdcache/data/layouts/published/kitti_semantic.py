@@ -25,7 +25,7 @@ class KittiSemantic(Layout):
     """The layout of KITTI's semantic segmentation of 2015."""
 
     name: ClassVar[str] = "kitti-semantic"
-    looks_for: ClassVar[str] = f"training/{IMAGES}/ and training/{LABELS}/, here or in data_semantics/"
+    looks_for: ClassVar[str] = f"training/{IMAGES}/ and training/{LABELS}/"
     homes: ClassVar[tuple[str, ...]] = ("", "data_semantics")
     split_is: ClassVar[str] = f"train (training/{IMAGES}) or test (testing/{IMAGES})"
 

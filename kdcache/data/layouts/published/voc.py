@@ -56,7 +56,7 @@ class Voc(Layout):
     """The layout of PASCAL VOC's segmentation."""
 
     name: ClassVar[str] = "voc"
-    looks_for: ClassVar[str] = f"{IMAGES}/ and {LISTS}/, here, in VOC2012/ or in VOCdevkit/VOC2012/"
+    looks_for: ClassVar[str] = f"{IMAGES}/ and {LISTS}/"
     homes: ClassVar[tuple[str, ...]] = ("", "VOC2012", "VOCdevkit/VOC2012")
     split_is: ClassVar[str] = f"a list below {LISTS} ({AUGMENTED} needs {AUGMENTED_LABELS}/ too)"
     listed: ClassVar[bool] = True
