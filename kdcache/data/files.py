@@ -107,8 +107,8 @@ def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path
         raise DataError(
             "A label in RGB needs a classes.txt with a colour of its own for every class.",
             received=f"{kind} in {path}",
-            remedy="Write `name r g b` for every class into classes.txt; or save the ids as an 8-bit single-channel "
-            "PNG (255 = void), not their colours.",
+            remedy="Write `name r g b` for every class into classes.txt, no colour twice; or save the ids as an 8-bit "
+            "single-channel PNG (255 = void), not their colours.",
         )
     if pixels.shape[2] == 4 and not (pixels[..., 3] == 255).all():
         raise DataError(

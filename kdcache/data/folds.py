@@ -106,6 +106,9 @@ class SplitPart(Split):
     def image_size(self, index: int) -> tuple[int, int]:
         return self._whole.image_size(self._numbers[index])
 
+    def origin(self, index: int) -> str:
+        return self._whole.origin(self._numbers[index])
+
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         return self._whole.has_label(self._numbers[index], task)
 

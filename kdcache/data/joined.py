@@ -44,6 +44,9 @@ class OneTask(Split):
     def image_size(self, index: int) -> tuple[int, int]:
         return self._whole.image_size(index)
 
+    def origin(self, index: int) -> str:
+        return self._whole.origin(index)
+
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         return task == self._task and self._whole.has_label(index, task)
 
@@ -89,6 +92,10 @@ class Joined(Split):
     def image_size(self, index: int) -> tuple[int, int]:
         part, own = self._at(index)
         return part.image_size(own)
+
+    def origin(self, index: int) -> str:
+        part, own = self._at(index)
+        return part.origin(own)
 
     def has_label(self, index: int, task: str = SEGMENTATION) -> bool:
         part, own = self._at(index)

@@ -168,6 +168,10 @@ class Split(ABC):
         """The label of depth, not compared with the image, for reports: its numbers may be negative or of no unit."""
         return self._depth(index)
 
+    def origin(self, index: int) -> str:
+        """A name of the sample's image that an image of another split has only if it is the same one; reads no file."""
+        return f"{self.data} {self.split} {self.ids[index]}"
+
     def content_digests(self, index: int) -> tuple[str | None, ...]:
         """SHA-256 of what the image and the labels hold, here of their arrays.
 

@@ -51,6 +51,7 @@ from kdcache.train.sources import (
     Source,
     check_pasting,
     check_validation,
+    judged_by_its_own,
     open_sources,
     open_validation,
     share_classes,
@@ -270,7 +271,7 @@ def _model_notes(config: TrainConfig, model: SegmentationModel) -> Iterator[str]
 
 
 def _notes(source: Source, val: Split | None) -> Iterator[str]:
-    """Notes on the rows of a stream, how labels are shared out, what warp works on, and sequences that are judged."""
+    """Notes on the rows of a stream, how labels are shared out, what warp works on, and what is judged."""
     config, dataset, cache = source.config, source.dataset, source.cache
     if source.stream.name:
         yield f"{source.rows} of {config.batch_size} rows of every batch, {len(dataset)} samples, weight " + (
@@ -294,7 +295,7 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
     if cache is not None and config.augment == "warp":
         changed = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
         yield f"augmentation warp {changed}, and moves the targets alike"
-    if (text := shared_with_judge(config, dataset, val)) is not None:
+    if (text := judged_by_its_own(dataset, val) or shared_with_judge(config, dataset, val)) is not None:
         yield text
 
 

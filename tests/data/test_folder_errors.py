@@ -187,6 +187,17 @@ def test_two_labels_of_one_image(builder) -> None:
     assert "1 labels belong to no image: 'a.png'" in report.problems[0]
 
 
+def test_masks_saved_as_jpeg_and_numbers_from_1_are_named_for_what_they_are(builder, new_builder) -> None:
+    builder.image("a.png")
+    Image.fromarray(np.zeros((6, 8), np.uint8)).save(builder.label("a.png").with_suffix(".jpg"))
+    (builder.root / "labels/train/a.png").unlink()
+    assert "a JPEG changes numbers and colours: save the original labels as .png" in check(builder.root).problems[0]
+    other = new_builder("other").classes()
+    other.image("a.png")
+    other.label("a.png", np.resize([1, 2, 3], (6, 8)).astype(np.uint8))
+    assert "count from 1: subtract 1" in check(other.root).problems[0]
+
+
 def test_a_label_that_only_pretends_to_be_png(builder) -> None:
     builder.image("a.png")
     path = builder.label("a.png")

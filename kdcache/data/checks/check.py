@@ -251,7 +251,7 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
             fits = depth.shape == reading.size
             reading.depth = DepthCounts.of(depth, max_depth) if fits else describe_sizes(depth.shape, reading.size)
     except DataError as error:
-        reading.defects["unreadable"] = f"{error.received}. {error.remedy}"
+        reading.defects["unreadable"] = f"{error.rule.rstrip('.')}: {error.received}. {error.remedy}"
     return reading
 
 

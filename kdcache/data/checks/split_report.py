@@ -56,9 +56,12 @@ class SplitReport:
 
     def problems(self) -> list[str]:
         """One sentence per kind of defect, with how many, the first few, and a remedy."""
+        naming = "give each its image's name and .png, with an end such as _mask or without, or remove it"
+        if any(name.lower().endswith((".jpg", ".jpeg")) for name in self.without_image):
+            naming = "a JPEG changes numbers and colours: save the original labels as .png"
         kinds = (
             (self.clashes, "images share their id with another image", "rename or remove one of each"),
-            (self.without_image, "labels belong to no image", "give each its image's name and .png, or remove it"),
+            (self.without_image, "labels belong to no image", naming),
             (self.missing, "files are missing", "restore them"),
             (
                 list(self.unreadable),
@@ -73,7 +76,7 @@ class SplitReport:
             (
                 list(self.out_of_range),
                 f"labels have ids that are no class ({self._stray_ids()})",
-                f"complete the class list, or write {IGNORE_INDEX} for void",
+                self._stray_remedy(),
             ),
         )
         return [
@@ -81,6 +84,13 @@ class SplitReport:
             for names, what, remedy in kinds
             if names
         ] + self.depth.problems(self.split)
+
+    def _stray_remedy(self) -> str:
+        count = len(self.class_pixels)
+        strays = {int(number) for ids in self.out_of_range.values() for number in ids}
+        if strays == {count} and self.class_pixels[:1] == [0]:
+            return f"no pixel has 0, so they seem to count from 1: subtract 1, or write {IGNORE_INDEX} for void"
+        return f"complete the class list, or write {IGNORE_INDEX} for void"
 
     def _stray_ids(self, most: int = 6) -> str:
         """Which ids are no class, in how many files and pixels: `12 in 5 files, 250 pixels`."""

@@ -40,6 +40,9 @@ class FileSplit(Split):
         """The absolute path of the image's file."""
         return self._root / self._image_files[index]
 
+    def origin(self, index: int) -> str:
+        return str(self.image_path(index))
+
     def label_path(self, index: int) -> Path | None:
         """The absolute path of the label's own file; None without one, and of labels that are drawn."""
         name = None if self._drawn is not None else self._label_files[index]

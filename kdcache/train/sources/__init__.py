@@ -13,12 +13,13 @@ from kdcache.train.sources.classes import share_classes
 from kdcache.train.sources.pasting import check_pasting
 from kdcache.train.sources.samples import open_dataset
 from kdcache.train.sources.source import Source, open_sources
-from kdcache.train.sources.validation import check_validation, open_validation, shared_with_judge
+from kdcache.train.sources.validation import check_validation, judged_by_its_own, open_validation, shared_with_judge
 
 __all__ = [
     "Source",
     "check_pasting",
     "check_validation",
+    "judged_by_its_own",
     "open_dataset",
     "open_sources",
     "open_validation",

@@ -26,6 +26,24 @@ def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> N
         )
 
 
+def judged_by_its_own(dataset: DrawnDataset, val: Split | None) -> str | None:
+    """A warning that counts the images of the validation data that the training learns from, or None.
+
+    Of a store that keeps its pixels nothing is known here, for its images have no files.
+    """
+    if val is None or dataset.split is None:
+        return None
+    trained = {dataset.split.origin(index) for index in dataset.indices}
+    shared = [name for index, name in enumerate(val.ids) if val.origin(index) in trained]
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} of {len(val)} validation images are trained on too, such as {shared[0]!r}: the score says "
+        "little about other images. Remedy: take them out of one of the two; where --val-fold I/K judges a fold, leave "
+        "it out of the training with --fold I/K"
+    )
+
+
 def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:
     """A warning that names the sequences of which the training sees some samples and is judged on others, or None.
 

@@ -12,7 +12,7 @@ from kdcache.data import write_scenes
 from kdcache.errors import RecipeError
 from kdcache.store import open_cache
 from kdcache.train import make_config
-from kdcache.train.sources import open_dataset, open_validation, shared_with_judge
+from kdcache.train.sources import judged_by_its_own, open_dataset, open_validation, shared_with_judge
 
 VIDEOS = [f"{video}_{frame:04d}" for video in ("bus", "tram") for frame in range(0, 120, 30)]
 
@@ -46,6 +46,25 @@ def test_sequences_that_judge_and_training_share(
     config = make_config(**(settings | {"data": videos, "val": videos} | changes))
     dataset = open_dataset(config, None)
     text = shared_with_judge(config, dataset, open_validation(config))
+    assert (text is None) if shared is None else (text is not None and shared in text), text
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({}, None),
+        ({"val_split": "train"}, "8 of 8 validation images are trained on too, such as 'bus_0000'"),
+        ({"val_split": "train", "val_fold": "0/2"}, "leave it out of the training with --fold I/K"),
+        ({"val_split": "train", "val_fold": "0/2", "fold": "0/2"}, None),
+        ({"val_split": "train", "val": "segmentation:"}, "8 of 8 validation images"),
+    ],
+)
+def test_images_that_judge_and_training_share(
+    settings: dict[str, Any], videos: str, changes: dict[str, Any], shared: str | None
+) -> None:
+    val = changes.get("val", "") + videos
+    config = make_config(**(settings | {"data": videos} | changes | {"val": val}))
+    text = judged_by_its_own(open_dataset(config, None), open_validation(config))
     assert (text is None) if shared is None else (text is not None and shared in text), text
 
 
