@@ -88,8 +88,9 @@ def _entries(folder: Path) -> list[Entry]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"A data folder has a {CLASSES_FILE} in UTF-8.",
-            received=f"{path}: {error}",
-            remedy="Write one class name per line, in the order of the ids in the labels.",
+            received=f"{path} does not exist" if isinstance(error, FileNotFoundError) else f"{path}: {error}",
+            remedy="Write one class name per line, in the order of the ids in the labels; `name r g b` where they hold "
+            "colours.",
         ) from error
     parsed = [entry for number, line in enumerate(text.splitlines(), 1) if (entry := _parse(path, number, line))]
     if not parsed:

@@ -133,11 +133,24 @@ def _small_numbers(numbers: npt.NDArray[Any], kind: str, path: Path) -> Pixels:
 
 
 def _label_kind(path: Path, image: Image.Image) -> tuple[str, int]:
-    """What a label's pixels are, in words, and the bits of a channel. Raises: DataError for another format."""
+    """What a label's pixels are, in words, and the bits of a channel.
+
+    Raises: DataError for another format, and for a TIFF of several pages of one size (smaller ones are overviews).
+    """
     if image.format == "PNG":
         kind = _png_kind(path)
         return kind, int(kind.partition("-")[0])
     if image.format == "TIFF":
+        if (pages := getattr(image, "n_frames", 1)) > 1:
+            whole = image.size
+            image.seek(1)
+            if image.size == whole:
+                raise DataError(
+                    "A label is one picture.",
+                    received=f"a TIFF of {pages} pages in {path}",
+                    remedy="Save the page with the class ids as a file of its own.",
+                )
+            image.seek(0)
         bits = image.tag_v2.get(258, (1,))[0]  # type: ignore[attr-defined] # BitsPerSample
         return f"TIFF of {bits} bits, mode {image.mode}", int(bits)
     raise DataError(

@@ -223,8 +223,12 @@ def _refuse_unknown(spec: str) -> NoReturn:
     near = difflib.get_close_matches(spec, specs, n=3, cutoff=0.5)
     near += [names[n] for n in difflib.get_close_matches(spec.rpartition(":")[2], names, n=3)]
     hint = " or ".join(dict.fromkeys(near)) or ", ".join(specs)
+    model, at, weights = spec.partition("@")
+    remedy = f"did you mean {hint}?" if near else f"known names: {hint}"
+    if at and model in specs:
+        remedy = f"name the model alone, {model}, and the weights that a training begins with by --init {weights}"
     raise ModelError(
         "a model is one that `kdcache models` lists, module:function, or path/to/file.py:function",
         received=repr(spec),
-        remedy=f"did you mean {hint}?" if near else f"known names: {hint}",
+        remedy=remedy,
     )

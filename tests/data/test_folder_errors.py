@@ -198,6 +198,40 @@ def test_masks_saved_as_jpeg_and_numbers_from_1_are_named_for_what_they_are(buil
     assert "count from 1: subtract 1" in check(other.root).problems[0]
 
 
+def test_a_tiff_of_pages_is_refused_and_one_with_an_overview_read(builder) -> None:
+    builder.image("a.png")
+    pages = [Image.fromarray(np.zeros(size, np.uint8)) for size in ((6, 8), (6, 8), (3, 4))]
+    path = builder.label("a.png").with_suffix(".tif")
+    (builder.root / "labels/train/a.png").unlink()
+    pages[0].save(path, save_all=True, append_images=pages[1:2])
+    assert "a TIFF of 2 pages in" in refusal(lambda: open_split(builder.root, "train").label(0)).received
+    pages[0].save(path, save_all=True, append_images=pages[2:])
+    assert open_split(builder.root, "train").label(0).shape == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("set.zip", "Unpack it, and name the folder."),
+        ("set/images/train", "Name the folder where the data begin: {root}/set (folder)."),
+    ],
+)
+def test_an_archive_and_a_folder_within_the_data_have_a_remedy(new_builder, tmp_path, name, remedy) -> None:
+    new_builder("set").classes().pair("a")
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    assert refusal(lambda: open_split(tmp_path / name, "train")).remedy.startswith(remedy.format(root=tmp_path))
+
+
+def test_a_second_label_of_an_image_is_named_by_its_file(builder) -> None:
+    for name in "ab":
+        builder.image(f"{name}.png")
+        builder.label(f"{name}_mask.png")
+    builder.label("a.png")
+    problem = check(builder.root).problems[0]
+    assert "1 labels belong to no image: 'a.png'" in problem
+    assert "an image has one label" in problem
+
+
 def test_a_label_that_only_pretends_to_be_png(builder) -> None:
     builder.image("a.png")
     path = builder.label("a.png")

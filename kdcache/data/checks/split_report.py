@@ -56,7 +56,7 @@ class SplitReport:
 
     def problems(self) -> list[str]:
         """One sentence per kind of defect, with how many, the first few, and a remedy."""
-        naming = "give each its image's name and .png, with an end such as _mask or without, or remove it"
+        naming = "call each after its image, as the others are, with .png, or remove it: an image has one label"
         if any(name.lower().endswith((".jpg", ".jpeg")) for name in self.without_image):
             naming = "a JPEG changes numbers and colours: save the original labels as .png"
         kinds = (

@@ -150,7 +150,7 @@ class Layout(ABC):
                 "A split has at least one image.",
                 received=f"none in {root / scan.image_place}" + (f" for split {split!r}" if self.listed else ""),
                 remedy=f"Put images there ({', '.join(IMAGE_SUFFIXES)})"
-                + (", and their names into the list." if self.listed else "."),
+                + (", and their names into the list." if self.listed else ", or remove the folder."),
             )
         return scan
 

@@ -81,10 +81,12 @@ def _layout_of(data: str) -> LayoutRoot:
     """The layout and the root of a folder or LAYOUT:FOLDER. Raises: DataError as `find_layout`."""
     name, folder = split_prefix(data)
     if not folder.is_dir():
+        archive = folder.name.lower().endswith((".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"))
         raise DataError(
             "A data set is a folder.",
             received=f"{folder} {'is a file' if folder.exists() else 'is no folder'}",
-            remedy="Check the path. What kdcache reads: " + ", ".join(LAYOUTS) + ", or the built-in scenes.",
+            remedy=("Unpack it, and name the folder. " if archive and folder.exists() else "Check the path. ")
+            + f"What kdcache reads: {', '.join(LAYOUTS)}, or the built-in scenes.",
         )
     if name is not None:
         return _with_its_classes(_named(LAYOUTS[name], folder), folder)
@@ -108,6 +110,7 @@ def _layout_of(data: str) -> LayoutRoot:
         + "\n".join(f"  {layout.name}: {layout.requirement}" for layout in LAYOUTS.values()),
         remedy=_nearly_a_folder(folder)
         or _inside(folder)
+        or _around(folder)
         or "Check the path, or lay the data out as images/<split>, labels/<split> and classes.txt.",
     )
 
@@ -174,6 +177,17 @@ def _inside(folder: Path) -> str:
         fits = [f"{one} ({names[0]})" for one in level if (names := [k for k, v in LAYOUTS.items() if v.find(one)])]
         if fits:
             return f"Name the folder where the data begin: {', '.join(fits[:3])}."
+    return ""
+
+
+def _around(folder: Path) -> str:
+    """A remedy that names the folder, up to three levels above, of whose data set this one is a part; empty without."""
+    folder = folder.absolute()
+    for above in folder.parents[:3]:
+        roots = {name: layout.find(above) for name, layout in LAYOUTS.items()}
+        fits = [name for name, root in roots.items() if root is not None and folder.is_relative_to(root)]
+        if fits:
+            return f"Name the folder where the data begin: {above} ({fits[0]})."
     return ""
 
 

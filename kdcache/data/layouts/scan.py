@@ -235,9 +235,9 @@ def pictures_in(folder: Path) -> dict[str, str]:
     return {name[: name.rindex(".")]: name for name in names}
 
 
-def names_below(folder: Path) -> list[str]:
-    """Paths of the pictures below a folder, through links, without suffix; none without such a folder."""
-    return [name for name, _ in _files(folder)]
+def names_below(folder: Path) -> dict[str, str]:
+    """Paths of the pictures below a folder, through links, by these without suffix; none without such a folder."""
+    return dict(_files(folder))
 
 
 def is_picture(name: str) -> bool:

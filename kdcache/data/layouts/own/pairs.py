@@ -48,7 +48,8 @@ def scan_pairs(root: Path, image_place: str, label_place: str, label_ids: LabelI
     )
     if not label_end or together:
         return scan
-    strays = [name for name in labels if not name.endswith((label_end, *BESIDE, *(end for end in LABEL_ENDS if end)))]
+    known = (label_end, *BESIDE, *(end for end in LABEL_ENDS if end))
+    strays = [path for name, path in labels.items() if not name.endswith(known)]
     return replace(scan, orphans=scan.orphans + sorted(strays))
 
 
