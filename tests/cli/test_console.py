@@ -118,11 +118,11 @@ def test_a_narrow_terminal_keeps_counts_and_times(monkeypatch, width: int) -> No
     monkeypatch.setattr(console, "ERRORS", screen)
     with progress_bar() as bar:
         task = bar.add_task("train-student", total=60000, completed=10000, note="")
-        bar.update(task, completed=30000, note="loss 1.790 ce 1.462 dist 0.328 3.2 img/s, 42 % waiting mIoU 45.10")
+        bar.update(task, completed=30000, note="mIoU 45.10 loss 1.790 ce 1.462 dist 0.328 3.2 img/s, 42 % waiting")
     lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.text).splitlines() if line.strip()]
     assert re.match(r"train-student .*30000/60000 0:00:0\d left 0:0\d:\d\d", lines[-1])
     assert len(lines[-1].rstrip()) <= width
-    assert ("loss 1.790 ce" in lines[-1]) == (width == 120)
+    assert ("mIoU 45.10 loss 1.790 ce" in lines[-1]) == (width == 120)
 
 
 def test_quiet_has_no_lines(monkeypatch) -> None:

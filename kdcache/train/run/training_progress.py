@@ -13,7 +13,7 @@ class TrainingProgress(Observer):
         self._bar = bar
         self._title = title
         self._task: TaskID | None = None
-        self._miou = ""
+        self._scores: dict[str, str] = {}
 
     def started(self, *, step: int, iterations: int, parameters: int) -> None:
         self._task = self._bar.add_task(self._title, total=iterations, completed=step, note="")
@@ -32,7 +32,11 @@ class TrainingProgress(Observer):
         assert self._task is not None
         terms = " ".join(f"{name} {values[name]:.3f}" for name in self._terms(values))
         speed = f"{values['images_per_second']:.1f} img/s, {100 * values['wait_share']:.0f} % waiting"
-        self._bar.update(self._task, completed=step, note=f"loss {values['loss']:.3f} {terms} {speed}{self._miou}")
+        self._bar.update(self._task, completed=step, note=self._note(f"loss {values['loss']:.3f} {terms} {speed}"))
+
+    def _note(self, text: str) -> str:
+        """The scores of the last validation, then a text: a narrow terminal cuts what stands last."""
+        return f"{', '.join(f'{name} {score}' for name, score in self._scores.items())} {text}".strip()
 
     @staticmethod
     def _terms(values: dict[str, float]) -> list[str]:
@@ -54,23 +58,23 @@ class TrainingProgress(Observer):
 
     def validating(self, done: int, total: int) -> None:
         assert self._task is not None
-        self._bar.update(self._task, note=f"validating {done}/{total}{self._miou}")
+        self._bar.update(self._task, note=self._note(f"validating {done}/{total}"))
 
     def validated(self, step: int, metrics: Metrics, best: bool) -> None:
         assert self._task is not None
-        self._miou = f" mIoU {100 * metrics.miou:.2f}"
-        self._bar.update(self._task, completed=step, note=self._miou.strip())
-        self._bar.console.print(f"  iteration {step}:{self._miou}{' (best)' if best else ''}")
+        self._scores["mIoU"] = f"{100 * metrics.miou:.2f}"
+        self._bar.update(self._task, completed=step, note=self._note(""))
+        self._bar.console.print(f"  iteration {step}: mIoU {self._scores['mIoU']}{' (best)' if best else ''}")
 
     def validated_depth(self, step: int, metrics: DepthMetrics) -> None:
-        self._miou += f", depth rmse {metrics.rmse:.3g} m"
+        self._scores["depth rmse"] = f"{metrics.rmse:.3g} m"
         self._bar.console.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m, abs_rel {metrics.abs_rel:.3g}")
 
     def validated_ema_depth(self, step: int, metrics: DepthMetrics) -> None:
         self._bar.console.print(f"  iteration {step}: depth rmse {metrics.rmse:.3g} m of the EMA")
 
     def validated_ema(self, step: int, metrics: Metrics, best: bool) -> None:
-        self._miou += f", EMA {100 * metrics.miou:.2f}"
+        self._scores["EMA"] = f"{100 * metrics.miou:.2f}"
         self._bar.console.print(
             f"  iteration {step}: mIoU {100 * metrics.miou:.2f} of the EMA{' (best)' if best else ''}"
         )
