@@ -191,7 +191,8 @@ def test_masks_saved_as_jpeg_and_numbers_from_1_are_named_for_what_they_are(buil
     builder.image("a.png")
     Image.fromarray(np.zeros((6, 8), np.uint8)).save(builder.label("a.png").with_suffix(".jpg"))
     (builder.root / "labels/train/a.png").unlink()
-    assert "a JPEG changes numbers and colours: save the original labels as .png" in check(builder.root).problems[0]
+    assert "A JPEG changes numbers and colours: save the original labels" in check(builder.root).problems[0]
+    assert "A JPEG changes" in refusal(lambda: open_split(builder.root, "train")).remedy
     other = new_builder("other").classes()
     other.image("a.png")
     other.label("a.png", np.resize([1, 2, 3], (6, 8)).astype(np.uint8))

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kdcache.data.checks.depth_report import DepthReport
-from kdcache.data.layouts.file_split import describe_some
+from kdcache.data.layouts.file_split import describe_some, lossy
 from kdcache.data.sample import IGNORE_INDEX
 
 
@@ -57,11 +57,9 @@ class SplitReport:
     def problems(self) -> list[str]:
         """One sentence per kind of defect, with how many, the first few, and a remedy."""
         naming = "call each after its image, as the others are, with .png, or remove it: an image has one label"
-        if any(name.lower().endswith((".jpg", ".jpeg")) for name in self.without_image):
-            naming = "a JPEG changes numbers and colours: save the original labels as .png"
         kinds = (
             (self.clashes, "images share their id with another image", "rename or remove one of each"),
-            (self.without_image, "labels belong to no image", naming),
+            (self.without_image, "labels belong to no image", lossy(self.without_image) or naming),
             (self.missing, "files are missing", "restore them"),
             (
                 list(self.unreadable),

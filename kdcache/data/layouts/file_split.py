@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from kdcache.data.files import file_digest, image_size, read_image, read_label
@@ -143,6 +144,13 @@ def describe_ids(bad: dict[int, int]) -> str:
 def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
     """The sizes, (H, W), of a label that does not fit and its image, in words."""
     return f"label {label[0]} x {label[1]}, image {image[0]} x {image[1]} (height x width)"
+
+
+def lossy(labels: Iterable[str]) -> str:
+    """A remedy for labels that are JPEGs by their names; empty where none is."""
+    if not any(name.lower().endswith((".jpg", ".jpeg")) for name in labels):
+        return ""
+    return "A JPEG changes numbers and colours: save the original labels as .png."
 
 
 def describe_some(names: list[str], most: int = 3) -> str:
