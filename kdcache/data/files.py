@@ -94,11 +94,16 @@ def read_label(path: Path, colours: ColourCodes | None = None) -> Pixels:
         )
 
 
+def label_kind(path: Path) -> str:
+    """What a label's pixels are, in words, such as `8-bit palette`; of PNG and TIFF. Raises: DataError."""
+    with _opened(path, "label") as image:
+        return _label_kind(path, image)[0]
+
+
 def is_plain_label(path: Path) -> bool:
     """Whether a label is a PNG whose 8-bit levels or palette indices are its numbers. Raises: DataError."""
-    with _opened(path, "label") as image:
-        kind, _ = _label_kind(path, image)
-        return kind == "8-bit grey" or kind.endswith("-bit palette")
+    kind = label_kind(path)
+    return kind == "8-bit grey" or kind.endswith("-bit palette")
 
 
 def _ids_of_colours(pixels: Pixels, colours: ColourCodes | None, kind: str, path: Path) -> Pixels:

@@ -71,6 +71,17 @@ def test_a_conversion_counts_labels_and_warns_of_masks_of_0_and_255(cli, tmp_pat
     assert "warning" not in binary.err
 
 
+def test_a_check_names_the_kinds_of_labels_and_the_most_frequent_sizes(cli, tmp_path) -> None:
+    (tmp_path / "classes.txt").write_text("road 9 9 9\ncar 200 0 0\n")
+    for number, height in enumerate((32, 40, 40, 33, 34, 35)):
+        TINY.save_image(tmp_path / f"images/train/{number}.png", (height, 48))
+        label = np.full((height, 48, 3), 9, np.uint8) if number else np.resize([0, 1], (height, 48)).astype(np.uint8)
+        TINY.save_label(tmp_path / f"labels/train/{number}.png", label)
+    found = cli("data", "check", tmp_path).out
+    assert "train: 6 images, 6 labelled (8-bit RGB, 8-bit grey); sizes 2 of 40x48, 1 of 32x48" in found
+    assert "and 1 other sizes" in found
+
+
 def test_a_check_shows_depth_and_refuses_what_lies_beyond(cli, tmp_path) -> None:
     data = "scenes:32x48,train=4,val=1,depth=sparse,tasks=halves"
     looked = cli("data", "check", data, "--json", tmp_path / "report.json", "--max-depth", "80")

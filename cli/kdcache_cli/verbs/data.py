@@ -237,9 +237,12 @@ def _download(data: str) -> None:
 
 
 def _print_split(name: str, part: "SplitReport", names: tuple[str, ...]) -> None:
-    sizes = ", ".join(f"{count} of {size}" for size, count in list(part.sizes.items())[:4])
+    sizes = sorted(part.sizes.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{count} of {size}" for size, count in sizes[:4])
+    shown += f" and {len(sizes) - 4} other sizes" if len(sizes) > 4 else ""
+    kinds = f" ({', '.join(part.label_kinds)})" if part.label_kinds else ""
     deep = f", {part.depth.labelled} with depth" if part.depth.labelled else ""
-    OUT.print(f"[bold]{escape(name)}[/]: {part.images} images, {part.labelled} labelled{deep}; sizes {sizes}")
+    OUT.print(f"[bold]{escape(name)}[/]: {part.images} images, {part.labelled} labelled{kinds}{deep}; sizes {shown}")
     if part.digest:
         OUT.print(f"digest {part.digest[:16]}")
     if part.depth.labelled:

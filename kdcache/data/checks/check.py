@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kdcache.data.checks.depth_report import DepthCounts
 from kdcache.data.checks.doubts import doubts_of, wrong_palette
 from kdcache.data.checks.split_report import SplitReport
+from kdcache.data.files import label_kind
 from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.file_split import FileSplit, describe_sizes, describe_some
@@ -75,12 +76,14 @@ class CheckReport:
 
 @dataclass
 class _Reading:
-    """Size, counts and defects of one sample, read by one thread; a defect has the name of its table of the report.
+    """Size, kind of label, counts and defects of one sample, read by one thread.
 
+    A defect has the name of its table of the report.
     `depth` is what was counted of it, or why its size does not fit.
     """
 
     size: tuple[int, int] | None = None
+    kind: str | None = None
     counts: npt.NDArray[np.int64] | int = 0
     digests: tuple[str | None, ...] | None = None
     pixels: int | None = None
@@ -201,6 +204,7 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
     """Fill the report from the contents; returns (sample, checksum of its pixels)."""
     counts = np.zeros(256, np.int64)
     sizes: Counter[tuple[int, int]] = Counter()
+    kinds: Counter[str] = Counter()
     total = hashlib.sha256(split.digest().encode("ascii"))
     images, digested = [], 0
     read = partial(_read, split, max_depth=report.depth.max_depth)
@@ -208,6 +212,8 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
     for index, (sample, reading) in enumerate(zip(split.ids, readings, strict=True)):
         if reading.size is not None:
             sizes[reading.size] += 1
+        if reading.kind is not None:
+            kinds[reading.kind] += 1
         counts += reading.counts
         for table, defect in reading.defects.items():
             if defect:
@@ -226,6 +232,7 @@ def _read_split(split: Split, report: SplitReport, progress: Progress | None, th
     report.class_pixels = counts[: len(split.classes)].tolist()
     report.void_pixels = int(counts[IGNORE_INDEX])
     report.sizes = {f"{h}x{w}": count for (h, w), count in sorted(sizes.items())}
+    report.label_kinds = dict(kinds.most_common())
     report.digest = total.hexdigest() if digested == len(split) else None
     return images
 
@@ -238,6 +245,8 @@ def _read(split: Split, index: int, *, max_depth: float | None) -> _Reading:
         reading.size = (image.shape[0], image.shape[1])
         reading.pixels = pixel_checksum(image)
         label = split.raw_label(index)
+        if isinstance(split, FileSplit) and (path := split.label_path(index)) is not None:
+            reading.kind = label_kind(path)
         if label is not None and label.shape != reading.size:
             reading.defects["mismatched"] = describe_sizes(label.shape, reading.size)
         elif label is not None:

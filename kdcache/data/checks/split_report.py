@@ -19,6 +19,7 @@ class SplitReport:
         depth: the labels of depth.
         class_pixels: pixels per class id; void_pixels: pixels of 255; over all readable labels.
         sizes: "HxW" -> number of images of that upright size.
+        label_kinds: what the files of labels hold, such as `8-bit palette` -> number of those that could be read.
         out_of_range: sample -> id (as text, for JSON) -> pixels, for ids that are no class.
         without_label: samples without one of segmentation; no problem by itself.
         without_image: label files that no image has (a wrong suffix included).
@@ -38,6 +39,7 @@ class SplitReport:
     class_pixels: list[int] = field(default_factory=list)
     void_pixels: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
+    label_kinds: dict[str, int] = field(default_factory=dict)
     out_of_range: dict[str, dict[str, int]] = field(default_factory=dict)
     without_label: list[str] = field(default_factory=list)
     without_image: list[str] = field(default_factory=list)
