@@ -26,6 +26,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats that keep every number; in lower case."""
 
+UNREAD_LABEL_SUFFIXES = (".gif", ".npy", ".npz", ".mat", ".pgm", ".ppm")
+"""Formats that labels are kept in elsewhere, which are not read: named where nothing else is there."""
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _QUARTER_TURNS = (5, 6, 7, 8)

@@ -199,6 +199,17 @@ def test_masks_saved_as_jpeg_and_numbers_from_1_are_named_for_what_they_are(buil
     assert "count from 1: subtract 1" in check(other.root).problems[0]
 
 
+@pytest.mark.parametrize("suffix", ["gif", "npy"])
+def test_labels_of_another_format_alone_are_named(builder, suffix) -> None:
+    builder.image("a.png")
+    (builder.root / "labels/train").mkdir(parents=True)
+    (builder.root / f"labels/train/a_mask.{suffix}").write_bytes(b"x")
+    assert f"1 labels belong to no image: 'a_mask.{suffix}'" in check(builder.root).problems[0]
+    assert "Save the ids in these files as .png." in check(builder.root).problems[0]
+    builder.label("a.png")
+    assert "belong" not in " ".join(check(builder.root).problems)
+
+
 def test_a_tiff_of_pages_is_refused_and_one_with_an_overview_read(builder) -> None:
     builder.image("a.png")
     pages = [Image.fromarray(np.zeros(size, np.uint8)) for size in ((6, 8), (6, 8), (3, 4))]

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kdcache.data.checks.depth_report import DepthReport
-from kdcache.data.layouts.file_split import describe_some, lossy
+from kdcache.data.layouts.file_split import describe_some, saved_as_png
 from kdcache.data.sample import IGNORE_INDEX
 
 
@@ -61,7 +61,7 @@ class SplitReport:
         naming = "call each after its image, as the others are, with .png, or remove it: an image has one label"
         kinds = (
             (self.clashes, "images share their id with another image", "rename or remove one of each"),
-            (self.without_image, "labels belong to no image", lossy(self.without_image) or naming),
+            (self.without_image, "labels belong to no image", saved_as_png(self.without_image) or naming),
             (self.missing, "files are missing", "restore them"),
             (
                 list(self.unreadable),

@@ -10,7 +10,7 @@ from typing import ClassVar
 from kdcache.data.classes import CLASSES_FILE, read_classes, read_colour_codes
 from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.files import IMAGE_SUFFIXES
-from kdcache.data.layouts.file_split import FileSplit, describe_some, lossy
+from kdcache.data.layouts.file_split import FileSplit, describe_some, saved_as_png
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.scan import WHOLE, Scan, replace_images
 from kdcache.data.sample import IGNORE_INDEX, ClassList
@@ -180,7 +180,7 @@ class Layout(ABC):
                 self.pairing,
                 entry="every label has an image",
                 received=f"{describe_some(scan.orphans + scan.foreign)} in {root / scan.label_place}",
-                remedy=lossy(scan.orphans + scan.foreign)
+                remedy=saved_as_png(scan.orphans + scan.foreign)
                 or f"Give each label its image's name, as in {next(iter(scan.images.values()))!r}; "
                 "remove the labels that have no image.",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from kdcache.data.files import file_digest, image_size, read_image, read_label
+from kdcache.data.files import LABEL_SUFFIXES, file_digest, image_size, read_image, read_label
 from kdcache.data.layouts.depth import DepthUnit, check_depth
 from kdcache.data.layouts.label_ids import numbers_in
 from kdcache.data.layouts.scan import Scan
@@ -146,11 +146,12 @@ def describe_sizes(label: tuple[int, ...], image: tuple[int, ...]) -> str:
     return f"label {label[0]} x {label[1]}, image {image[0]} x {image[1]} (height x width)"
 
 
-def lossy(labels: Iterable[str]) -> str:
-    """A remedy for labels that are JPEGs by their names; empty where none is."""
-    if not any(name.lower().endswith((".jpg", ".jpeg")) for name in labels):
-        return ""
-    return "A JPEG changes numbers and colours: save the original labels as .png."
+def saved_as_png(labels: Iterable[str]) -> str:
+    """A remedy for labels that are by their names no PNGs or TIFFs; empty where all are."""
+    others = [name.lower() for name in labels if not name.lower().endswith(LABEL_SUFFIXES)]
+    if any(name.endswith((".jpg", ".jpeg")) for name in others):
+        return "A JPEG changes numbers and colours: save the original labels as .png."
+    return "Save the ids in these files as .png." if others else ""
 
 
 def describe_some(names: list[str], most: int = 3) -> str:

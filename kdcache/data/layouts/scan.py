@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from kdcache.data.files import IMAGE_SUFFIXES, LABEL_SUFFIXES
+from kdcache.data.files import IMAGE_SUFFIXES, LABEL_SUFFIXES, UNREAD_LABEL_SUFFIXES
 from kdcache.data.layouts.depth import DEPTH_SUFFIXES, DepthReader, DepthScan
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.sample import Pixels
@@ -41,7 +41,7 @@ class Scan:
         label_ids: what the numbers in the labels mean.
         image_place, label_place: the folders that were searched, below the data set's folder.
         orphans: labels that no image has, below `label_place`.
-        foreign: pictures below `label_place` that are neither PNG nor TIFF.
+        foreign: pictures below `label_place` that are neither PNG nor TIFF; where there is no label, also other files.
         clashes: (id, first, second) of images with one id; the first is in `images`.
         missing: files that a list or their siblings call for and that are not there.
         depth: the files of depth; None where the layout or the split has none.
@@ -102,6 +102,8 @@ def scan_folders(
             scan.orphans.append(path)
         else:
             scan.labels[sample] = f"{label_place}/{path}"
+    if not scan.labels and not together:
+        scan.foreign.extend(path for _, path in sorted(_files(root / label_place, UNREAD_LABEL_SUFFIXES)))
     return scan
 
 
