@@ -68,10 +68,14 @@ class RayEngine:
         actors = [kind.remote(task) for _ in range(min(count, len(todo)))]
         # An actor gets a shard when it runs: one without room must not keep a shard waiting.
         running: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
-        while todo or any(shard is not None for _, shard in running.values()):
+
+        def hand_out() -> None:
             while todo and free:
                 actor, following = free.popleft(), todo.popleft()
                 running[actor.teach.remote(following)] = (actor, following)
+
+        while todo or any(shard is not None for _, shard in running.values()):
+            hand_out()
             (ended, *_), _ = ray.wait(list(running), num_returns=1)
             actor, shard = running.pop(ended)
             try:
@@ -86,6 +90,7 @@ class RayEngine:
                 running[actor.ready.remote()] = (actor, None)
                 continue
             free.append(actor)
+            hand_out()  # before the ledger is written, so that no actor waits for it
             if record is not None:
                 yield ShardRecord.model_validate_json(record)
 
