@@ -126,7 +126,9 @@ def progress_bar(shown: bool = True) -> Bar:
     Args:
         shown: False shows nothing.
     """
-    return Bar(Console(stderr=True, quiet=not shown, markup=False, emoji=False, highlight=False))
+    console = Console(stderr=True, quiet=not shown, markup=False, emoji=False, highlight=False)
+    console.soft_wrap = not (console.is_terminal or console.is_jupyter)  # a file has no width
+    return Bar(console)
 
 
 def _shows_bars(console: Console) -> bool:

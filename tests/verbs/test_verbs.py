@@ -157,6 +157,9 @@ def test_progress_is_a_bar_where_one_can_move(
         for widgets in (None, object()):
             monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name, widgets=widgets: widgets)
             assert Bar(console).disable is not (bars if bars is not None else widgets is not None)
+    with progress.progress_bar() as bar:
+        bar.console.print("a note " * 20)
+    assert capsys.readouterr().err == "a note " * 20 + "\n"
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     with progress.progress_bar() as bar:
         task = bar.add_task("building", total=4, note="n" * 100)

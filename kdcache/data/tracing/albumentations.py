@@ -35,12 +35,12 @@ class TracedCompose:
         self.transform = copy.copy(transform)  # the random numbers stay those of the given one
         self.transform.save_applied_params = True
 
-    def __call__(self, **named: Any) -> dict[str, Any]:
+    def __call__(self, *unnamed: Any, **named: Any) -> dict[str, Any]:
         image = named.get("image")
-        if image is None or getattr(image, "ndim", 0) not in (2, 3):
+        if unnamed or image is None or getattr(image, "ndim", 0) not in (2, 3):
             raise DataError(
                 "a traced composition is given image=, an array (H, W, C)",
-                received=", ".join(named) or "nothing",
+                received=f"{len(unnamed)} arguments without a name" if unnamed else ", ".join(named) or "nothing",
                 remedy="call it as augment(image=image, mask=mask)",
             )
         result: dict[str, Any] = self.transform(**named)

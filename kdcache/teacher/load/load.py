@@ -22,6 +22,7 @@ from kdcache.models import (
 )
 from kdcache.models.run import described, load_run, split_spec
 from kdcache.run_folder import Run
+from kdcache.shown import facts_table, line, size_text
 from kdcache.store.format.manifest_models import Training
 from kdcache.teacher.load.provenance import trainings_of
 
@@ -55,6 +56,24 @@ class Teacher:
     trainings: tuple[Training | None, ...] = ()
     parents: tuple[str, ...] = ()
     fit: Fit = "squash"
+
+    def __repr__(self) -> str:
+        return line("Teacher", self._facts)
+
+    def _repr_html_(self) -> str:
+        return facts_table("Teacher", self._facts)
+
+    @property
+    def _facts(self) -> dict[str, object]:
+        return {
+            "origin": self.origin,
+            "network": type(self.model).__name__,
+            "parameters": f"{sum(weights.numel() for weights in self.model.parameters()):,}",
+            "trained at": size_text(self.size) if self.size else None,
+            "classes mapped": len(self.class_map) if self.class_map else None,
+            "folds": self.folds,
+            "notes": "; ".join(self.notes) or None,
+        }
 
     def model_for(self, fold: int | None) -> SegmentationModel:
         """The model that predicts the samples of a fold; with None the whole, of which the fingerprint is."""

@@ -184,6 +184,8 @@ def test_what_albumentations_moves_otherwise_is_refused() -> None:
         traced(a.HorizontalFlip())
     with pytest.raises(DataError, match="is given image="):
         traced(a.Compose([a.HorizontalFlip()]))(mask=image)
+    with pytest.raises(DataError, match="2 arguments without a name"):
+        traced(a.Compose([a.HorizontalFlip()]))(image, image)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -45,6 +45,8 @@ def test_a_module_teaches_what_it_says(tmp_path: Path) -> None:
     teacher = load_teacher(module, SPLIT, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     assert not module.training
     assert teacher.notes == ()
+    assert repr(teacher) == "<Teacher memory:Net: network WrappedModel, parameters 343>"
+    assert "<th>parameters</th><td>343</td>" in teacher._repr_html_()
     build(teacher, tmp_path / "s.zarr")
     cache = open_cache(tmp_path / "s.zarr")
     assert cache.manifest.teacher.spec == "memory:Net"
