@@ -323,7 +323,7 @@ class _Judge:
             lambda done, total: self._progress(f"evaluating {run.name}", done, total),
             own,
         )
-        self.notes += [evaluation.note] if evaluation.note else []
+        self.notes += [note for note in (run.note, evaluation.note) if note]
         return RunScore(run.text, *run.key, evaluation.metrics, evaluation.reused, self._split.classes.names)
 
     def cost(self, entry: Entry) -> Cost:

@@ -48,6 +48,13 @@ class Entry:
         fold, by = self.settings.get("fold", self.settings.get("val-fold")), self.settings.get("folds-by")
         return None if fold is None else f"{fold}" + ("" if by is None else f" by {by}")
 
+    @property
+    def note(self) -> str | None:
+        """A note on a training that did not end: a score of the weights so far is not one of the whole."""
+        if self.run is None or not self.settings or self.run.result:
+            return None
+        return f"the training of {self.text} has not ended (no whole result.json): it is judged by the weights so far"
+
     def own_fold(self) -> Fold:
         """The fold that this run was not trained on. Raises: RecipeError for a run that left out none."""
         if self.fold is None:

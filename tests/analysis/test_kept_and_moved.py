@@ -114,3 +114,15 @@ def test_runs_from_before_digests_were_recorded_are_judged_on_any_data(world: Pa
         del content["validated_on"]
         path.write_text(json.dumps(content))
     assert compare([world / "runs"], "scenes:48x64,train=2,val=3", options=CompareOptions(repeats=0)).images == 3
+
+
+def test_a_training_that_did_not_end_is_named(world: Path, measured: list[Any]) -> None:
+    def named() -> list[str]:
+        return [note for note in compare([world / "runs"], options=TIMED).notes if "has not ended" in note]
+
+    assert named() == []
+    result = min((world / "runs").glob("*/result.json"))
+    result.write_text(result.read_text()[:20])
+    assert len(named()) == 1
+    result.unlink()
+    assert f"{result.parent.name} has not ended" in named()[0]
