@@ -1,8 +1,9 @@
 """Are the gradients from the store those of live distillation?
 
-The student's gradient of the KL term alone, once from the store and once from the teacher run on freshly rendered
-pixels, layer by layer, for T in 1, 2, 4. The bound is |g_store - g_live| <= tolerance * (|g_layer| + 1e-3 |g|) with
-tolerance 2e-3 for a student at initialisation and 5e-3 for a trained one. Exits with 1 when a layer is beyond.
+The student's gradient of the KL term alone, once from the store and once from the teacher run on its views, rendered
+afresh from the data set, layer by layer, for T in 1, 2, 4. Views may be padded, cropped and flipped; what lies outside
+the image counts in neither. The bound is |g_store - g_live| <= tolerance * (|g_layer| + 1e-3 |g|) with tolerance 2e-3
+for a student at initialisation and 5e-3 for a trained one. Exits with 1 when a layer is beyond.
 
     python benchmarks/gradients.py --data camvid --cache camvid.zarr --teacher runs/teacher --student runs/student-kl
 """
@@ -14,58 +15,64 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from common import header, write
-from kdcache.data import Split, Window, open_split, render
-from kdcache.distill import DistillLoss
+from kdcache.data import IGNORE_INDEX, Augmentation, render
+from kdcache.distill import Batch, DistillLoss
 from kdcache.models import SegmentationModel, build_model
 from kdcache.models.run import load_run
-from kdcache.store import Cache, open_cache
+from kdcache.store import Cache
+from kdcache.store.records import Records
 from kdcache.teacher import load_teacher
 from kdcache.train import CacheDataset
 
 TOLERANCE = {"initial": 2e-3, "trained": 5e-3}
 
 
-def from_store(student: SegmentationModel, cache: Cache, records: list[int], temperature: float) -> list[torch.Tensor]:
-    dataset = CacheDataset(cache, augment="none")
-    batch = default_collate([dataset[record] for record in records])
-    device = next(student.parameters()).device
+def from_store(student: SegmentationModel, cache: Cache, batch: Batch, temperature: float) -> list[Tensor]:
     criterion = DistillLoss(cache, ce_weight=0.0, kl_weight=1.0, temperature=temperature)
-    batch = batch.to(device)
     loss = criterion(student(student.normalise(batch.pixels)), batch).loss
     return list(torch.autograd.grad(loss, list(student.parameters())))
+
+
+def rendered(records: Records, record: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the student sees, which of its pixels show the image, and what the teacher sees of the same window."""
+    assert records.split is not None
+    view = records.cache.manifest.view
+    image, (window, flip) = records.split.image(record // view.views_per_sample), records.window(record)
+    everywhere = np.zeros(image.shape[:2], np.uint8)
+    pixels, label = render(image, everywhere, window, flip=flip, size=records.cache.view_size)
+    taught = pixels if view.teacher_size is None else records.render(record, view.teacher_size)[0]
+    return torch.from_numpy(pixels), torch.from_numpy(label != IGNORE_INDEX), torch.from_numpy(taught)
 
 
 def from_teacher(
     student: SegmentationModel,
     teacher: SegmentationModel,
-    split: Split,
-    records: list[int],
-    size: tuple[int, int],
+    pixels: Tensor,
+    shown: Tensor,
+    taught: Tensor,
     temperature: float,
-) -> list[torch.Tensor]:
-    """The gradient by plain torch: both upsampled to the image, float32, KL averaged over pixels."""
-    images = [split.image(record) for record in records]
-    pixels = np.stack([render(i, None, Window.full(*i.shape[:2]), flip=False, size=size)[0] for i in images])
-    device = next(student.parameters()).device
-    tensor = torch.from_numpy(pixels).to(device)
+) -> list[Tensor]:
+    """The gradient by plain torch: both upsampled to the view, float32, KL averaged over the pixels of the image."""
+    size = (pixels.shape[1], pixels.shape[2])
     with torch.no_grad():
-        teacher_logits = teacher.upsample(teacher(teacher.normalise(tensor)).logits, size)
-    logits = student.upsample(student(student.normalise(tensor)).logits, size)
+        teacher_logits = teacher.upsample(teacher(teacher.normalise(taught)).logits, size)
+    logits = student.upsample(student(student.normalise(pixels)).logits, size)
     divergence = F.kl_div(
         F.log_softmax(logits / temperature, 1),
         F.log_softmax(teacher_logits / temperature, 1),
         reduction="none",
         log_target=True,
     )
-    loss = temperature**2 * divergence.sum(1).mean()
+    loss = temperature**2 * divergence.sum(1)[shown].mean()
     return list(torch.autograd.grad(loss, list(student.parameters())))
 
 
-def compare(names: list[str], store: list[torch.Tensor], live: list[torch.Tensor]) -> tuple[float, str]:
+def compare(names: list[str], store: list[Tensor], live: list[Tensor]) -> tuple[float, str]:
     """Largest |difference| / (|g_layer| + 1e-3 |g|) over layers, and that layer's name."""
     total = torch.stack([g.double().square().sum() for g in live]).sum().sqrt()
     worst, where = 0.0, ""
@@ -79,7 +86,7 @@ def compare(names: list[str], store: list[torch.Tensor], live: list[torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", help="default the one that the store was built from")
     parser.add_argument("--cache", required=True)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", required=True, help="run of a trained student; its model is also tried untrained")
@@ -90,9 +97,11 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.backends.cudnn.deterministic = True
-    split = open_split(arguments.data, arguments.split)
-    cache = open_cache(arguments.cache)
+    records = Records.open(arguments.cache, arguments.data, arguments.split)
+    cache, split = records.cache, records.split
+    assert split is not None
     assert cache.head.dense, "the claim is about k = C"
+    dataset = CacheDataset(records, augment="replay", augmentation=Augmentation.off())
     teacher = load_teacher(arguments.teacher, split.classes).model.to(device)
     trained, description = load_run(arguments.student)
     torch.manual_seed(0)
@@ -104,9 +113,13 @@ def main() -> None:
         names = [name for name, _ in student.named_parameters()]
         for temperature in (1.0, 2.0, 4.0):
             worst, where = 0.0, ""
-            for records in order.reshape(arguments.batches, -1).tolist():
-                stored = from_store(student, cache, records, temperature)
-                live = from_teacher(student, teacher, split, records, cache.view_size, temperature)
+            for views in order.reshape(arguments.batches, -1):
+                drawn = [(int(view) % len(dataset), int(view) // len(dataset)) for view in views]  # sample, epoch
+                batch = default_collate([dataset.draw(*each, np.random.default_rng(0)) for each in drawn])
+                afresh = default_collate([rendered(records, dataset.record(*each)) for each in drawn])
+                pixels, shown, taught = (tensor.to(device) for tensor in afresh)
+                stored = from_store(student, cache, batch.to(device), temperature)
+                live = from_teacher(student, teacher, pixels, shown, taught, temperature)
                 worst, where = max((worst, where), compare(names, stored, live))
             rows.append(
                 {
