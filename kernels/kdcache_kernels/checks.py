@@ -9,13 +9,14 @@ Legend: B batch, C classes, H W label size, h w the student's own size.
 
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, ValueRangeError
+from .errors import ShapeError, ValueRangeError, describe
 from .problem import LossProblem
-from .topk import PackedTarget, check_device, check_ids
+from .topk import PackedTarget, check_device, check_ids, is_dense, is_logits
 from .window import window_misses_view
 
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -38,13 +39,21 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or debugging()
 
 
-def check_number(name: str, value: float, *, above_zero: bool = False) -> None:
-    """Refuse a number that is not finite, negative, or zero where it must be above zero. Raises: ValueRangeError."""
-    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number; a tensor of one is."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
+    """Refuse what is no finite number, or is negative, or zero where it must be above. Raises: ValueRangeError."""
+    if not is_finite(value) or value < 0 or (above_zero and value == 0):
         raise ValueRangeError(
             f"{name} is finite and {'above 0' if above_zero else 'at least 0'}.",
             entry="number is in range",
-            received=f"{value}",
+            received=f"{value!r}",
             remedy=f"Pass a valid {name}"
             + ("; 1 leaves the distributions as they are." if above_zero else "; 0 leaves its term out."),
         )
@@ -52,16 +61,16 @@ def check_number(name: str, value: float, *, above_zero: bool = False) -> None:
 
 def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
     """Refuse a share outside [0, 1), a negative exponent, and both at once. Raises: ValueRangeError."""
-    if not 0 <= label_smoothing < 1:
+    if not (is_finite(label_smoothing) and 0 <= label_smoothing < 1):
         raise ValueRangeError(
             "label_smoothing is a share of every label, at least 0 and below 1.",
-            received=f"{label_smoothing}",
+            received=f"{label_smoothing!r}",
             remedy="0.1 is usual; 0 leaves the labels as they are.",
         )
-    if not (math.isfinite(focal_gamma) and focal_gamma >= 0):
+    if not (is_finite(focal_gamma) and focal_gamma >= 0):
         raise ValueRangeError(
             "focal_gamma is finite and at least 0.",
-            received=f"{focal_gamma}",
+            received=f"{focal_gamma!r}",
             remedy="2 is usual; 0 is the plain cross-entropy.",
         )
     if label_smoothing > 0 and focal_gamma > 0:
@@ -69,6 +78,14 @@ def check_label_terms(label_smoothing: float, focal_gamma: float) -> None:
             "focal_gamma is for labels that are not smoothed.",
             received=f"focal_gamma {focal_gamma} and label_smoothing {label_smoothing}",
             remedy="Leave one of them at 0.",
+        )
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Refuse what is no integer, such as None. Raises: ValueRangeError."""
+    if not hasattr(ignore_index, "__index__"):
+        raise ValueRangeError(
+            "ignore_index is an integer.", received=repr(ignore_index), remedy="Pass -1 where no pixel is void."
         )
 
 
@@ -80,43 +97,50 @@ def check_tensor(
     device: torch.device,
     remedy: str,
 ) -> None:
-    """Refuse a tensor of another shape, dtype or device; no dtypes means any. None passes. Raises: ShapeError."""
+    """Refuse what is no dense tensor of a shape, dtype and device; no dtypes means real ones. None passes.
+
+    Raises: ShapeError.
+    """
     if tensor is None:
         return
-    if tuple(tensor.shape) != shape or (dtypes and tensor.dtype not in dtypes):
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if (
+        not is_dense(tensor)
+        or tuple(tensor.shape) != shape
+        or (tensor.dtype not in dtypes if dtypes else tensor.is_complex())
+    ):
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "real numbers"
         raise ShapeError(
-            f"{name} is {shape}{' of ' + kinds if kinds else ''}.",
+            f"{name} is {shape} of {kinds}, a dense tensor.",
             entry="tensor has a shape",
-            received=f"{tuple(tensor.shape)} {tensor.dtype}",
+            received=describe(tensor),
             remedy=remedy,
         )
     if tensor.device != device:
         raise ShapeError(
             f"{name} is on the device of the other tensors.",
             entry="tensors are on one device",
-            received=f"{tensor.device} and {device}",
+            received=f"{describe(tensor)}; they are on {device}",
             remedy=f"Move {name} there with .to(..., non_blocking=True) before the call.",
         )
 
 
 def check_student(logits: Tensor) -> None:
     """Refuse anything but (B, C, h, w) floats of at least one class and pixel. Raises: ShapeError."""
-    if logits.dim() != 4 or not logits.is_floating_point() or min(logits.shape[1:]) < 1:
+    if not is_logits(logits) or min(logits.shape[1:]) < 1:
         raise ShapeError(
             "student_logits_BChw is a (B, C, h, w) tensor of floats.",
-            received=f"{tuple(logits.shape)} {logits.dtype}",
+            received=describe(logits),
             remedy="Pass the raw output of the student's head, before any resize or softmax.",
         )
-    check_device("student_logits_BChw", logits.device)
+    check_device("student_logits_BChw", logits)
 
 
 def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int, int]:
     """Return the label size (H, W) from the labels or from `size`, which must agree. Raises: ShapeError."""
-    if labels is not None and labels.dim() != 3:
+    if labels is not None and not (is_dense(labels) and labels.dim() == 3):
         raise ShapeError(
             "labels_BHW is a (B, H, W) tensor.",
-            received=f"{tuple(labels.shape)} {labels.dtype}",
+            received=describe(labels),
             remedy="Drop a channel axis with squeeze(1); turn one-hot labels into ids with argmax(1).",
         )
     if labels is None and size is None:
@@ -124,6 +148,12 @@ def check_size(labels: Tensor | None, size: tuple[int, int] | None) -> tuple[int
             "size is given where labels_BHW is not.",
             received="neither",
             remedy="Pass size=(H, W), the resolution at which the loss is taken.",
+        )
+    if size is not None and (not hasattr(size, "__len__") or len(size) != 2):
+        raise ShapeError(
+            "size is a pair (H, W) in pixels.",
+            received=repr(size),
+            remedy="Pass size=(H, W), such as labels.shape[1:].",
         )
     label_size = None if labels is None else (labels.shape[1], labels.shape[2])
     wanted = label_size if size is None else (int(size[0]), int(size[1]))
@@ -207,30 +237,44 @@ def check_window_values(window: Tensor | None, view_size: tuple[int, int] | None
         )
 
 
+def check_packed_target(target: PackedTarget) -> None:
+    """Refuse anything else, such as raw logits. Raises: ShapeError."""
+    if not isinstance(target, PackedTarget):
+        raise ShapeError(
+            "target is a PackedTarget.",
+            received=describe(target),
+            remedy="Pack raw logits: PackedTarget(*pack(logits, k), num_classes, view_size).",
+        )
+
+
 def check_target(target: PackedTarget, num_classes: int, batch: int, device: torch.device) -> None:
-    """Refuse a target of other classes, another batch or on another device. Raises: ShapeError."""
+    """Refuse what is no packed target, or one of other classes, of another batch or device. Raises: ShapeError."""
+    check_packed_target(target)
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
             "target has the batch size and the classes of student_logits_BChw.",
-            received=f"(B, C) is ({target.batch_size}, {target.num_classes}), not ({batch}, {num_classes})",
+            received=f"(B, C) is ({target.batch_size}, {target.num_classes}), not ({batch}, {num_classes}); "
+            f"values {describe(target.values)}",
             remedy="Use a student with the store's class list, and one record per image.",
         )
     if target.device != device:
         raise ShapeError(
             "target is on the device of student_logits_BChw.",
-            received=f"{target.device} and {device}",
+            received=f"values {describe(target.values)}; the student is on {device}",
             remedy="Move it with target.to(device, non_blocking=True) before the call.",
         )
 
 
-def check_scalar(name: str, value: Tensor | float | None, device: torch.device, example: str) -> None:
-    """Refuse what is neither a number of at least 0 nor a 0-dimensional tensor on the device. None passes.
+def check_scalar(
+    name: str, value: Tensor | float | None, device: torch.device, example: str, *, optional: bool = False
+) -> None:
+    """Refuse what is neither a number of at least 0 nor a 0-dimensional tensor on the device, nor an optional None.
 
     Raises: ShapeError, ValueRangeError.
     """
     if isinstance(value, Tensor):
         check_tensor(name, value, (), (), device, f"Pass a 0-dimensional tensor, such as {example}.")
-    elif value is not None:
+    elif value is not None or not optional:
         check_number(name, value)
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ShapeError, ValueRangeError
-from .topk import check_logits, compute_dtype, densify, pack
+from .checks import is_finite
+from .errors import ShapeError, ValueRangeError, describe
+from .topk import check_logits, compute_dtype, densify, is_logits, pack
 
 DENSE_UP_TO = 32
 CANDIDATES = (8, 16, 32, 64)
@@ -45,7 +46,7 @@ def gradient_error(
     Memory: O(C*H*W): one image at a time.
     Source: T * (p_s - p_t) is the gradient in Hinton et al. 2015, section 2.1.
     """
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not (is_finite(temperature) and temperature > 0):
         raise ValueRangeError(
             "temperature is finite and above 0.",
             received=f"{temperature}",
@@ -90,11 +91,11 @@ def choose_k(
         The table is empty up to 32 classes.
     Raises: ShapeError when the logits do not have num_classes classes.
     """
-    if logits_BChw.dim() != 4 or logits_BChw.shape[1] != num_classes:
+    if not is_logits(logits_BChw) or logits_BChw.shape[1] != num_classes:
         raise ShapeError(
             f"logits_BChw is (B, {num_classes}, h, w), as num_classes says.",
             entry="tensor has a shape",
-            received=f"{tuple(logits_BChw.shape)}",
+            received=describe(logits_BChw),
             remedy="Pass the class list of the teacher that made the logits.",
         )
     table: dict[int, dict[float, float]] = {}

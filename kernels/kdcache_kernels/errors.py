@@ -1,7 +1,7 @@
 """The errors a user of kdcache_kernels can meet.
 
     KernelError (a ValueError)
-    ├── ShapeError          a tensor has the wrong shape, dtype or device
+    ├── ShapeError          a tensor has the wrong shape, dtype, layout or device
     └── ValueRangeError     a number, a class id or a name is outside its range
 
 They are laid out as kdcache's own errors are, without importing them: this package knows tensors only.
@@ -9,6 +9,10 @@ They are laid out as kdcache's own errors are, without importing them: this pack
 
 import re
 from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class KernelError(ValueError):
@@ -42,8 +46,17 @@ class KernelError(ValueError):
 
 
 class ShapeError(KernelError):
-    """A tensor has the wrong shape, dtype or device."""
+    """A tensor has the wrong shape, dtype, layout or device."""
 
 
 class ValueRangeError(KernelError):
     """A number, a class id or a name is outside its range."""
+
+
+def describe(value: Any) -> str:
+    """A tensor's shape, dtype and strides, and where it is unless on the CPU; the type of anything else."""
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
+    strides = f"strides {value.stride()}" if value.layout == torch.strided else str(value.layout)
+    place = "" if value.device.type == "cpu" else f", on {value.device}"
+    return f"{tuple(value.shape)} {value.dtype}, {strides}{place}"

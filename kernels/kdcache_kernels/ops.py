@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, checks, library, topk
-from .errors import ShapeError, ValueRangeError
+from .errors import ShapeError, ValueRangeError, describe
 from .problem import LossProblem
 from .reference import (
     Denominators,
@@ -122,7 +122,7 @@ def distill_loss(
     checks.check_student(student_logits_BChw)
     B, num_classes = student_logits_BChw.shape[:2]
     device = student_logits_BChw.device
-    family = choose_implementation(impl, device, student_logits_BChw.dtype)
+    family = choose_implementation(impl, device, student_logits_BChw.dtype, student_logits_BChw=student_logits_BChw)
     checks.check_number("temperature", temperature, above_zero=True)
     checks.check_scalar("ce_weight", ce_weight, device, "a scheduled weight")
     checks.check_scalar("kl_weight", kl_weight, device, "a scheduled weight")
@@ -132,10 +132,11 @@ def distill_loss(
     checks.check_tensor("pixel_weight_BHW", pixel_weight_BHW, (B, *size), (), device, remedy)
     checks.check_tensor("ce_pixel_weight_BHW", ce_pixel_weight_BHW, (B, *size), (), device, remedy)
     checks.check_label_terms(label_smoothing, focal_gamma)
+    checks.check_ignore_index(ignore_index)
     checks.check_class_weight(class_weight, num_classes, device)
     checks.check_window(window_B4, flip_B, B, device)
-    checks.check_scalar("ce_denominator", ce_denominator, device, "a sum reduced over ranks")
-    checks.check_scalar("kl_denominator", kl_denominator, device, "a sum reduced over ranks")
+    checks.check_scalar("ce_denominator", ce_denominator, device, "a sum reduced over ranks", optional=True)
+    checks.check_scalar("kl_denominator", kl_denominator, device, "a sum reduced over ranks", optional=True)
     if target is not None:
         checks.check_target(target, num_classes, B, device)
     use_ce = labels_BHW is not None and (isinstance(ce_weight, Tensor) or ce_weight > 0)
@@ -205,17 +206,20 @@ def distill_denominators(
     Memory: fused, nothing of label size; the reference several times the labels in int64.
     """
     size = checks.check_size(labels_BHW, size)
+    if target is not None:
+        checks.check_packed_target(target)
     anchor = target.values if labels_BHW is None and target is not None else labels_BHW
     if anchor is None:
         raise ShapeError(
             "labels_BHW or target is given.", received="neither", remedy="Pass what distill_loss will get."
         )
     B, device = anchor.shape[0], anchor.device
-    topk.check_device("labels_BHW", device)
+    topk.check_device("labels_BHW", anchor)
     remedy = "Pass one id per pixel."
     checks.check_tensor("labels_BHW", labels_BHW, (B, *size), checks.LABEL_DTYPES, device, remedy)
     checks.check_class_weight(class_weight, num_classes, device)
-    family = choose_implementation(impl, device, torch.float32)
+    checks.check_ignore_index(ignore_index)
+    family = choose_implementation(impl, device, torch.float32, labels_BHW=anchor)
     if target is not None:
         checks.check_target(target, num_classes, B, device)
         checks.check_window(window_B4, flip_B, B, device)
@@ -255,11 +259,12 @@ def target_argmax_confidence(
     Raises: ShapeError, ValueRangeError naming the argument.
     Memory: the results, and the target once in float32; the reference O(C*H*W): one image at a time.
     """
+    checks.check_packed_target(target)
     size = checks.check_size(None, size)
     checks.check_window(window_B4, flip_B, target.batch_size, target.device)
     checks.check_window_values(window_B4, None)
     window_B4 = None if window_B4 is None else window_B4.detach()
-    family = choose_implementation(impl, target.device, torch.float32)
+    family = choose_implementation(impl, target.device, torch.float32, target=target.values)
     if family == "reference":
         return argmax_confidence_reference(target, size, window_B4, flip_B)
     result: tuple[Tensor, Tensor] = library.argmax_confidence(
@@ -286,7 +291,7 @@ def pack(logits_BChw: Tensor, k: int, *, impl: str = "auto") -> tuple[Tensor, Te
     Memory: the result; the reference O(B*C*h*w), 12 bytes per element more when k < C.
     """
     topk.check_logits(logits_BChw, k)
-    family = choose_implementation(impl, logits_BChw.device, logits_BChw.dtype)
+    family = choose_implementation(impl, logits_BChw.device, logits_BChw.dtype, logits_BChw=logits_BChw)
     if family == "reference":
         return topk.pack(logits_BChw, k)
     values, *sparse = library.pack(logits_BChw.detach(), k, family)
@@ -316,21 +321,27 @@ def densify(
         impl: one of IMPLEMENTATIONS.
     Returns: (B, C, h, w); contiguous when k < C.
     Raises: ShapeError, ValueRangeError naming the argument. A class id of C or more is an error on the CPU;
-        on CUDA, where checking would synchronise, the pixel is NaN.
+        on CUDA, where checking would synchronise, the pixel is NaN (with KDCACHE_DEBUG=1 an error too).
     """
     topk.check_packed(values, indices, tail, num_classes)
     values = values.detach()
     dense = indices is None or tail is None
-    family = "reference" if dense or dtype != torch.float32 else choose_implementation(impl, values.device, dtype)
+    family = "reference"
+    if not dense and dtype == torch.float32:
+        family = choose_implementation(impl, values.device, dtype, values=values)
     if family == "reference" or indices is None or tail is None:
         return topk.densify(values, indices, tail, num_classes, dtype)
+    if checks.debugging() and checks.may_read(indices):
+        topk.check_ids(indices, num_classes)
     result: Tensor = library.densify(values, indices, tail, num_classes, family)
     return result
 
 
-def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype, **arguments: Tensor) -> str:
     """Return "triton", "numba" or "reference" for tensors of this device and dtype.
 
+    Args:
+        arguments: the tensor that has them, by its name, which an error describes.
     Raises: ValueRangeError for an implementation that does not exist or cannot take them.
     """
     if impl not in IMPLEMENTATIONS:
@@ -349,7 +360,7 @@ def choose_implementation(impl: str, device: torch.device, dtype: torch.dtype) -
         raise ValueRangeError(
             f"impl={impl!r} can take the tensors that are given.",
             entry="impl can take the tensors",
-            received=reason,
+            received="; ".join((*(f"{name} is {describe(x)}" for name, x in arguments.items()), reason)),
             remedy="Pass impl='auto', or impl='reference', which takes everything.",
         )
     if not torch.compiler.is_compiling():

@@ -12,11 +12,12 @@ Legend: B batch, C classes, k kept classes, h w target pixels.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, ValueRangeError
+from .errors import ShapeError, ValueRangeError, describe
 
 NO_FLOAT64 = ("mps",)
 """Devices without float64, in which positions, sums and windows are."""
@@ -50,7 +51,7 @@ class PackedTarget:
         if self.values.dtype != torch.float16:
             raise ShapeError(
                 "values is float16.",
-                received=str(self.values.dtype),
+                received=describe(self.values),
                 remedy="Pack raw logits with kdcache_kernels.pack.",
             )
         check_view_size(self.view_size)
@@ -142,15 +143,25 @@ def argmax_dtype(num_classes: int) -> torch.dtype:
     return torch.uint8 if num_classes <= 256 else torch.int16
 
 
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor with an element at every place, as all kernels read them."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def is_logits(value: Any) -> bool:
+    """Whether a value is a dense tensor of floats with four axes."""
+    return is_dense(value) and value.dim() == 4 and value.is_floating_point()
+
+
 def check_logits(logits_BChw: Tensor, k: int) -> None:
     """Refuse logits that are not (B, C, h, w) floats, and k outside 1 to C. Raises: ShapeError, ValueRangeError."""
-    if logits_BChw.dim() != 4 or not logits_BChw.is_floating_point():
+    if not is_logits(logits_BChw):
         raise ShapeError(
             "logits_BChw is a (B, C, h, w) tensor of floats.",
-            received=f"{tuple(logits_BChw.shape)} {logits_BChw.dtype}",
+            received=describe(logits_BChw),
             remedy="Pass the raw output of one head, before any softmax.",
         )
-    check_device("logits_BChw", logits_BChw.device)
+    check_device("logits_BChw", logits_BChw)
     num_classes = logits_BChw.shape[1]
     if not 1 <= k <= num_classes:
         raise ValueRangeError(
@@ -162,7 +173,7 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
 
 def check_view_size(view_size: tuple[int, int]) -> None:
     """Refuse a size that is no pair of pixels. Raises: ValueRangeError."""
-    if len(view_size) != 2 or min(view_size) < 1:
+    if not hasattr(view_size, "__len__") or len(view_size) != 2 or min(view_size) < 1:
         raise ValueRangeError(
             "view_size is (height, width) in pixels, each at least 1.",
             received=repr(view_size),
@@ -170,31 +181,31 @@ def check_view_size(view_size: tuple[int, int]) -> None:
         )
 
 
-def check_device(name: str, device: torch.device) -> None:
-    """Refuse a device without float64, which every implementation needs. Raises: ShapeError."""
-    if device.type in NO_FLOAT64:
+def check_device(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor on a device without float64, which every implementation needs. Raises: ShapeError."""
+    if tensor.device.type in NO_FLOAT64:
         raise ShapeError(
             f"{name} is on a device that has float64: the CPU, CUDA or ROCm.",
             entry="tensor is where float64 is",
-            received=str(device),
+            received=describe(tensor),
             remedy=f"Move {name} and what goes with it to the CPU, with .to('cpu'); the fused kernels run there.",
         )
 
 
 def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, num_classes: int) -> None:
     """Check shapes, dtypes and devices, never values: nothing here waits for a device. Raises: ShapeError."""
-    if values.dim() != 4 or not values.is_floating_point():
+    if not is_logits(values):
         raise ShapeError(
             "values is a (B, k, h, w) tensor of floats.",
-            received=f"{tuple(values.shape)} {values.dtype}",
+            received=describe(values),
             remedy="Pass the values that kdcache_kernels.pack returned.",
         )
-    check_device("values", values.device)
+    check_device("values", values)
     B, k, h, w = values.shape
     if not 1 <= k <= num_classes or min(h, w) < 1:
         raise ShapeError(
             "values keeps 1 to num_classes classes of at least one pixel.",
-            received=f"{tuple(values.shape)} with num_classes={num_classes}",
+            received=f"{describe(values)}, with num_classes={num_classes}",
             remedy="Pass the number of classes of the teacher that was packed.",
         )
     if k == num_classes:
@@ -217,18 +228,18 @@ def _check_part(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
-    if part is None or tuple(part.shape) != shape or part.dtype not in dtypes:
+    if part is None or not is_dense(part) or tuple(part.shape) != shape or part.dtype not in dtypes:
         raise ShapeError(
             f"{name} is {shape} of {dtypes[0]} where not every class is kept.",
             entry="tensor has a shape",
-            received="None" if part is None else f"{tuple(part.shape)} {part.dtype}",
+            received=describe(part),
             remedy="Pass values, indices and tail of one call of kdcache_kernels.pack.",
         )
     if part.device != device:
         raise ShapeError(
             f"{name} is on the device of values.",
             entry="tensors are on one device",
-            received=f"{part.device} and {device}",
+            received=f"{describe(part)}; values is on {device}",
             remedy="Move the whole target with PackedTarget.to.",
         )
 

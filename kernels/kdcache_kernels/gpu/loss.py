@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import ShapeError, describe
 from ..problem import LossProblem, LossResult
 from . import cells, pixels, tiles
 from .common import Buffers, Needs, cdiv, sum_pairs
@@ -132,7 +132,7 @@ def _check_offsets(problem: LossProblem) -> None:
             raise ShapeError(
                 f"one image of {name} lies within 2^31 elements of memory.",
                 entry="image within 2^31 elements",
-                received=f"{tuple(tensor.shape)} with strides {tensor.stride()}",
+                received=describe(tensor),
                 remedy=f"Pass {name}.contiguous(), or crop the images where that is as long.",
             )
 

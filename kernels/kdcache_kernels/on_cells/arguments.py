@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..errors import ShapeError
+from ..errors import ShapeError, describe
 from ..ops import choose_implementation
-from ..topk import check_view_size
+from ..topk import check_view_size, is_logits
 from .library import arguments_of
 from .problem import CellProblem
 
@@ -26,10 +26,10 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
     """Refuse logits that are not (B, C, h, w) floats of the same images and classes. Raises: ShapeError."""
     checks.check_student(student)
     B, C = student.shape[:2]
-    if teacher.dim() != 4 or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:
+    if not is_logits(teacher) or tuple(teacher.shape[:2]) != (B, C) or min(teacher.shape[2:]) < 1:
         raise ShapeError(
-            "teacher_logits_BChw is (B, C, h, w) with the batch size and the classes of student_logits_BChw.",
-            received=f"{tuple(teacher.shape)} {teacher.dtype}, not ({B}, {C}, h, w)",
+            "teacher_logits_BChw is (B, C, h, w) floats with the batch size and the classes of student_logits_BChw.",
+            received=f"{describe(teacher)}; not ({B}, {C}, h, w)",
             remedy="Use a student with the store's class list; densify a target that keeps some classes.",
         )
     remedy = "Pass the logits of every class, as densify returns them."
@@ -49,7 +49,7 @@ def evaluate(
 ) -> Tensor:
     """Return a loss, 0-dimensional: check the arguments, and compute it by the operator or the reference."""
     check_logits(student, teacher)
-    checks.check_scalar("count", count, student.device, "a sum over processes")
+    checks.check_scalar("count", count, student.device, "a sum over processes", optional=True)
     if isinstance(count, Tensor):
         count = count.detach()
     elif count is not None:
@@ -69,7 +69,7 @@ def checked(kind: type[Problem], impl: str, student: Tensor, teacher: Tensor, **
     """
     check_logits(student, teacher)
     B, device = student.shape[0], student.device
-    family = choose_implementation(impl, device, student.dtype)
+    family = choose_implementation(impl, device, student.dtype, student_logits_BChw=student)
     checks.check_number("temperature", others["temperature"], above_zero=True)
     for name in WEIGHTS:
         checks.check_number(name, others.get(name, 0.0))

@@ -110,6 +110,7 @@ def relation_moments(
         of the products of these minus their means (student with teacher, with itself; teacher with itself). NaN where a
         logit that is not finite enters a counted cell.
     """
+    check_logits(student_logits_BChw, teacher_logits_BChw)
     family, problem = checked(
         RelationProblem,
         impl,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...errors import ShapeError
+from ...errors import ShapeError, describe
 from ...on_cells.problem import CellProblem
 from ..common import multiprocessors
 from ..geometry import Taps, store_taps
@@ -389,15 +389,22 @@ def on_own_grid(problem: CellProblem, laid: Laid, cells: Tensor) -> Tensor:
     return gradient
 
 
-def check_offsets(problem: CellProblem) -> None:
-    """The kernels count the elements of one image in 32 bits, and those of a batch in 64. Raises: ShapeError."""
-    tensors = {"student_logits_BChw": problem.student, "teacher_logits_BChw": problem.teacher}
+def check_offsets(problem: CellProblem, **others: Tensor | None) -> None:
+    """The kernels count the elements of one image in 32 bits, and those of a batch in 64.
+
+    Args:
+        others: tensors by their names that kernels read cell by cell as they read the logits; None passes.
+    Raises: ShapeError.
+    """
+    tensors = {"student_logits_BChw": problem.student, "teacher_logits_BChw": problem.teacher, **others}
     for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         reach = sum((n - 1) * abs(stride) for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if max(reach, tensor[0].numel()) >= OFFSETS:
             raise ShapeError(
-                f"one image of {name} has fewer than 2^31 logits, within as many elements of memory.",
+                f"one image of {name} has fewer than 2^31 elements, within as many of memory.",
                 entry="image within 2^31 elements",
-                received=f"{tuple(tensor.shape)} with strides {tensor.stride()}",
+                received=describe(tensor),
                 remedy=f"Pass {name}.contiguous(), crop the images, or pass impl='reference'.",
             )

@@ -138,7 +138,7 @@ def channel_loss(problem: ChannelProblem) -> tuple[Tensor, Tensor]:
     shape = student.shape if problem.need_gradient else (0,)
     if B == 0:
         return torch.zeros((), device=device), torch.zeros(shape, device=device)
-    check_offsets(problem)
+    check_offsets(problem, teacher_maximum_Bhw=maximum)
     if maximum is not None and maximum.dtype == torch.float64:
         maximum = maximum.float()
     with torch.cuda.device_of(student):
