@@ -33,6 +33,7 @@ DEPTH_HEAD = "depth_head."
 AUXILIARY_HEAD = "aux_classifier."
 """The prefix of the tensors of an auxiliary head that was added to a model, and of torchvision's."""
 _AUXILIARY = (AUXILIARY_HEAD, "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
+_WRITTEN = "state_sha256"  # in the header of a file that `save_weights` wrote
 _COUNTER = "num_batches_tracked"  # absent from old files, and unused while BatchNorm has a momentum
 _NAMED = 4  # names shown per kind of misfit
 
@@ -77,9 +78,10 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict as safetensors, with texts in its header."""
+    """Write a state dict as safetensors, with texts and the digest of its tensors in its header."""
     # Copies: the format takes no two tensors that share memory, as tied weights do.
-    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, path, metadata)
+    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    save_file(state, path, {**(metadata or {}), _WRITTEN: _digest(state)})
 
 
 def load_weights(model: SegmentationModel, state: Mapping[str, Tensor], *, strict_head: bool) -> LoadReport:
@@ -172,14 +174,20 @@ def state_digest(module: nn.Module) -> str:
 
     Raises: ModelError for a state dict that holds more than tensors.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    state = module.state_dict()
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelError(
                 "a state dict must hold tensors to have a digest",
                 received=f"{name} of type {type(value).__name__}",
                 remedy="drop get_extra_state from that module",
             )
+    return _digest(state)
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         row_major = value.detach().cpu().contiguous()
         digest.update(row_major.reshape(-1).view(torch.uint8).numpy().data)
@@ -204,9 +212,17 @@ def _file_of(path: Path) -> Path:
 
 def _read_safetensors(path: Path) -> object:
     try:
-        return load_file(path, device="cpu")
+        state = load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
+    written = read_metadata(path).get(_WRITTEN)
+    if written is not None and _digest(state) != written:  # the format itself has no checksum
+        raise ModelError(
+            "a weights file holds the tensors that were written into it",
+            received=f"{path}, whose tensors have another SHA-256 than its header names",
+            remedy="copy it again; a run may have others, as RUN@last",
+        )
+    return state
 
 
 def _read_torch(path: Path) -> object:

@@ -14,7 +14,7 @@ from torchvision.models import mobilenet_v3_large
 
 from kdcache.errors import ModelError
 from kdcache.models import build_model, load_weights, read_state_dict, state_digest
-from kdcache.models.weights import count_classes
+from kdcache.models.weights import count_classes, save_weights
 
 
 def _state(num_classes: int = 4) -> dict[str, Tensor]:
@@ -226,6 +226,24 @@ def test_digest_sees_shape_and_handles_scalars_and_bfloat16() -> None:
     assert state_digest(a) != state_digest(b)
     a.register_buffer("y", torch.tensor(1))
     assert len(state_digest(a)) == 64
+
+
+def test_a_byte_that_was_flipped_in_written_weights_is_noticed(tmp_path: Path) -> None:
+    """The format has no checksum: a weight may be any number, so that its header names the digest of all."""
+    model = build_model("kdcache:tiny", 3)
+    path, again = tmp_path / "w.safetensors", tmp_path / "again.safetensors"
+    for file in (path, again):
+        save_weights(model, file)
+    whole = path.read_bytes()
+    assert again.read_bytes() == whole
+    assert read_state_dict(path).keys() == model.state_dict().keys()
+    tensors = 8 + int.from_bytes(whole[:8], "little")
+    for place in (tensors, (tensors + len(whole)) // 2, len(whole) - 1, whole.index(b"state_sha256") + 20):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"w\.safetensors, whose tensors have another SHA-256"):
+            read_state_dict(path)
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -286,7 +286,9 @@ class Trackio:
         self._run.log(dict(values), step=step)
 
     def draw(self, step: int, pictures: Mapping[str, Array]) -> None:
-        """Trackio gets scalars alone."""
+        import trackio
+
+        self._run.log({name: trackio.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def close(self, completed: bool) -> None:
         with redirect_stdout(io.StringIO()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from kdcache.data import open_split
 from kdcache.errors import RecipeError
@@ -395,6 +396,16 @@ def test_trackio_has_the_run(
     assert {name for name, _, _ in rows} == {"my-run"}
     losses = {step for _, step, values in rows if "train/loss" in str(values)}
     assert losses == {1, 2, 3, 4, 5, 6}
+    drawn = 0
+    for _, step, values in rows:
+        pictures = {name: value for name, value in json.loads(values).items() if name.startswith("samples/")}
+        for name, picture in pictures.items():
+            assert name.endswith("/segmentation")
+            with Image.open(tmp_path / "trackio" / "media" / picture["file_path"]) as panel:
+                assert len(panel.getcolors(panel.width * panel.height)) > 2, step
+            drawn += 1
+    validations = {step for _, step, values in rows if "val/miou" in json.loads(values)}
+    assert drawn == len(validations) * len(open_split(student["val"], "val"))
 
 
 @pytest.mark.slow
