@@ -117,7 +117,7 @@ app = typer.Typer(
     help="Pay for the teacher once: run a segmentation teacher one time, keep its outputs in a Zarr store, "
     "train any number of students from it.\n\n"
     "The usual way: [bold]train-teacher[/], [bold]build-teacher-cache[/], [bold]train-student[/], "
-    "[bold]evaluate[/]. New here? [bold]kdcache demo[/] does all of it in four minutes.",
+    "[bold]evaluate[/]. New here? [bold]kdcache demo[/] does all of it in three minutes.",
 )
 
 

@@ -116,7 +116,9 @@ def _licence(manifest: Manifest, licence: str) -> str:
 def _train_from(manifest: Manifest, name: str, address: str | None, seal: str | None) -> str:
     """The commands that fetch, check and use a store."""
     store = f"{name.removesuffix('.zarr')}.zarr"
-    fetch = ["pip install 'kdcache[hub]'", f"kdcache copy {address} {store}"] if address else []
+    fetch = (
+        ["pip install '.[hub]'   # once, in a clone of kdcache", f"kdcache copy {address} {store}"] if address else []
+    )
     check = [f"kdcache verify {store} --seal {seal}"] if seal else []
     data = " --data DATA" if manifest.view.pixels == "source" else ""
     train = [f"kdcache train-student --cache {store}{data} --model kdcache:tiny --out runs/student"]

@@ -54,6 +54,7 @@ def test_a_comparison(place, cli) -> None:
     difference = found["rows"][0]["difference"]
     assert (difference["baseline"], difference["paired"]) == ("none", True)
     assert f"{100 * difference['mean']:+.2f}" in told.out
+    assert "Not shown. The best row" in told.out, "the answer of the report, before the tables"
     assert "**" not in told.out, "what is best is bold, not starred"
     for text in ("none (baseline)", "within noise", "IoU %", "GFLOPs", "batch size 1, 3 calls after 10", "pedestrian"):
         assert text in told.out

@@ -68,6 +68,7 @@ def _to_json(comparison: "Comparison") -> str:
 
 
 def _show(comparison: "Comparison") -> None:
+    from kdcache.analysis.report.summary import headline
     from kdcache.analysis.tables import (
         DISTANCE_TITLES,
         class_table,
@@ -80,6 +81,8 @@ def _show(comparison: "Comparison") -> None:
 
     if comparison.banner is not None:
         OUT.print(f"[yellow]{escape(comparison.banner)}[/]", highlight=False)
+    answer, sentence, _ = headline(comparison)
+    OUT.print(f"[bold]{answer}[/] {escape(sentence)}\n", highlight=False)
     _print("Scores and what is noise", comparison, *score_table(comparison))
     for task, title in DISTANCE_TITLES.items():
         header, rows = difference_table(comparison, task)
@@ -97,7 +100,7 @@ def _show(comparison: "Comparison") -> None:
     _print("Cost of one image", comparison, *cost_table(comparison))
     OUT.print()
     for line in legend(comparison):
-        OUT.print(f"[dim]{escape(line)}[/]", highlight=False)
+        OUT.print(f"[dim]- {escape(line)}[/]", highlight=False)
 
 
 def _print(title: str, comparison: "Comparison", header: list[str], rows: list[list[str]]) -> None:

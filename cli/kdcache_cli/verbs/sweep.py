@@ -69,8 +69,10 @@ def sweep(
 
     verbs = context.find_root().command
     if recipe is None:
-        for name, title in list_recipes().items():
-            OUT.print(f"[bold]{escape(name)}[/]  {escape(title)}", highlight=False)
+        recipes = list_recipes()
+        width = max(map(len, recipes))
+        for name, title in recipes.items():
+            OUT.print(f"[bold]{escape(name):<{width}}[/]  {escape(title)}", highlight=False)
         return
     if out is None:
         raise RecipeError("a sweep has a folder", received="no --out", remedy="add --out DIR")

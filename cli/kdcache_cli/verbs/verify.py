@@ -77,7 +77,7 @@ def verify(
             f"argmax agreement {100 * agreement.argmax:.3f} %, KL {agreement.kl:.2e} nats, largest logit error "
             f"{agreement.largest_error:.2e}",
         )
-    OUT.print(f"{agreement.records} records against the teacher: {'; '.join(parts)}")
+    OUT.print(f"{agreement.records} records against the teacher, at native stride: {'; '.join(parts)}")
     OUT.print(
         "[green]the store holds the targets of this teacher[/]"
         if agreement.ok

@@ -123,6 +123,8 @@ def _answer(every: Sequence[Difference], of_the_loss: int = 0) -> str:
     signs = {gap.mean > 0 for gap in gaps}
     if len(signs) > 1 or len(gaps) < len(every):
         return "Unknown: the rows disagree, and one run shows little."
+    if all(gap.resampled is not None and gap.resampled.low <= 0 <= gap.resampled.high for gap in gaps):
+        return "Unknown: one run shows little, and the interval over images includes zero."
     return f"It {'looks' if signs == {True} else 'does not look'} so, but one run shows little."
 
 

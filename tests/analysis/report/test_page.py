@@ -251,6 +251,19 @@ def test_the_headline_is_honest(gap: float, half: float, answer: str, words: str
     assert words in sentence
 
 
+@pytest.mark.parametrize(
+    ("low", "answer"),
+    [
+        (0.01, "It looks so, but one run shows little."),
+        (-0.01, "Unknown: one run shows little, and the interval over images includes zero."),
+    ],
+)
+def test_one_run_looks_like_nothing_where_other_images_may_turn_it_round(low: float, answer: str) -> None:
+    kl = row("kl", (0.9, 0.5, 0.4), 0.02, NAN)
+    gap = replace(kl.difference, resampled=Resampled("images", 30, low, 0.05))
+    assert headline(comparison((replace(kl, difference=gap), ROWS[2])))[0] == answer
+
+
 def many(*gaps: tuple[float, float]) -> Comparison:
     """Rows kl0, kl1, ... of (difference, p), adjusted together; the first has the highest mIoU."""
     found = adjust(
