@@ -1,7 +1,6 @@
 """Doing the jobs of a sweep. What is done is not repeated; what was interrupted goes on.
 
-One process does them in order. `parallel` runs several side by side; torchrun's processes share them out by their
-numbers, without messages: whoever needs a job of another waits for the file that it leaves.
+One process does them in order; `parallel` runs several side by side, each as soon as what it needs is done.
 """
 
 import shlex
@@ -22,7 +21,6 @@ from kdcache.sweep.summary import write_details
 RECORD = "sweep.toml"
 LOGS = "logs"
 """The folder for the output of jobs that run side by side."""
-_POLL_SECONDS = 1.0
 _LAST_LINES = 15
 """Lines of a job's log in the message that it failed."""
 
@@ -48,28 +46,24 @@ def run_jobs(
     runner: Runner,
     *,
     parallel: int = 1,
-    part: tuple[int, int] = (0, 1),
     watcher: Watcher | None = None,
 ) -> None:
     """Do the jobs of a sweep that are not done yet.
 
     Args:
         parallel: how many side by side; their runner must be safe to call from several threads.
-        part: (i, n) does every n-th job of the trainings, from the i-th on; what shows them is done by the first.
     Raises: what a runner raises, after the jobs that were begun beside it have ended; RecipeError for a folder of
         another sweep.
     """
-    if part[0] == 0:
-        _record(sweep)
+    _record(sweep)
     watching = watcher or Watcher()
-    if parallel == 1 and part[1] == 1:
+    if parallel == 1:
         for number, job in enumerate(sweep.jobs, 1):
             _do(sweep, job, number, runner, watching)
     else:
-        _Shared(sweep, runner, watching, part).run(parallel)
-    if part[0] == 0:
-        write_details(sweep)
-        write_curve(sweep)
+        _SideBySide(sweep, runner, watching).run(parallel)
+    write_details(sweep)
+    write_curve(sweep)
 
 
 def is_done(job: Job) -> bool:
@@ -88,15 +82,12 @@ def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher) -
     watcher.finished(job, number, total, time.monotonic() - began)
 
 
-class _Shared:
-    """Jobs that are begun as soon as what they need is done, here or by another process."""
+class _SideBySide:
+    """Jobs that are begun as soon as what they need is done."""
 
-    def __init__(self, sweep: Sweep, runner: Runner, watcher: Watcher, part: tuple[int, int]) -> None:
+    def __init__(self, sweep: Sweep, runner: Runner, watcher: Watcher) -> None:
         self._sweep, self._runner, self._watcher = sweep, runner, watcher
-        self._by_name = {job.name: job for job in sweep.jobs}
-        trainings = [job for job in sweep.jobs if job.done is not None]
-        mine = trainings[part[0] :: part[1]] + ([] if part[0] else [job for job in sweep.jobs if job.done is None])
-        self._waiting = [job for job in sweep.jobs if job in mine]
+        self._waiting = list(sweep.jobs)
         self._ended: set[str] = set()
 
     def run(self, parallel: int) -> None:
@@ -106,10 +97,7 @@ class _Shared:
                 for job in [job for job in self._waiting if self._ready(job)][: parallel - len(under_way)]:
                     self._waiting.remove(job)
                     under_way[pool.submit(self._one, job)] = job
-                if not under_way:
-                    time.sleep(_POLL_SECONDS)  # for another process
-                    continue
-                ended, _ = wait(under_way, _POLL_SECONDS, FIRST_COMPLETED)
+                ended, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in ended:
                     job = under_way.pop(future)
                     if (error := future.exception()) is not None:
@@ -122,7 +110,7 @@ class _Shared:
         _do(self._sweep, job, self._sweep.jobs.index(job) + 1, self._runner, self._watcher)
 
     def _ready(self, job: Job) -> bool:
-        return all(name in self._ended or is_done(self._by_name[name]) for name in job.needs)
+        return self._ended.issuperset(job.needs)
 
 
 def _record(sweep: Sweep) -> None:
@@ -175,14 +163,3 @@ def failed(job: Job, how: str, log: Path) -> KDCacheError:
         received=f"{job.name} ended with {how}:\n" + "\n".join(last),
         remedy=f"see {log}; the same sweep goes on with what is not done",
     )
-
-
-def without_torchrun(environment: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """An environment for a job's own process: it trains alone, on this process's GPU."""
-    own = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    remaining = {key: value for key, value in environment if not key.startswith(own)}
-    local = dict(environment).get("LOCAL_RANK")
-    if local is not None:
-        visible = remaining.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        remaining["CUDA_VISIBLE_DEVICES"] = visible[int(local)] if len(visible) > int(local) and visible[0] else local
-    return remaining

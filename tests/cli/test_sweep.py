@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from kdcache_cli import torchrun
+
 RUNS = {
     "camvid-segformer": ["B0", "KD(KL) w=1.0", "KD(KL) w=0.5", "KD(AT)", "KD(SP)"],
     "voc-compare": ["Without KD (Baseline)", "Response-Based", "Feature-Based"],
@@ -133,6 +135,17 @@ def test_what_is_wrong_is_said(words: tuple[str, ...], named: str, cli, tmp_path
     assert ended.code == 2
     assert named in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_of_torchrun_are_refused(rank: int, cli, tmp_path: Path, monkeypatch) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torchrun, "GRACE_S", 0)
+    ended = cli("sweep", "voc-compare", "--smoke", "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert ("--engine ray" in ended.err) == (rank == 0)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

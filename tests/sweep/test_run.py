@@ -1,4 +1,4 @@
-"""Doing jobs: order, resumption, side by side, shared by processes; a folder of another sweep."""
+"""Doing jobs: order, resumption, side by side; a folder of another sweep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_plan import RECIPE
 
 from kdcache.errors import RecipeError
 from kdcache.sweep import Job, Sweep, Watcher, run_jobs
-from kdcache.sweep.run import RECORD, without_torchrun
+from kdcache.sweep.run import RECORD
 
 
 def sweep_of(out: Path, jobs: dict[str, tuple[str, ...]]) -> Sweep:
@@ -91,19 +91,6 @@ def test_a_job_that_fails_lets_the_other_end_and_begins_no_more(tmp_path: Path) 
     assert doing.done == ["teacher", "pair2"]
 
 
-def test_processes_share_the_trainings_and_the_first_shows_them(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path / "out", ALONE)
-    doing = [Doing(), Doing()]
-    others = threading.Thread(target=run_jobs, args=(sweep, doing[1]), kwargs={"part": (1, 2)})
-    run = threading.Thread(target=run_jobs, args=(sweep, doing[0]), kwargs={"part": (0, 2)})
-    run.start()
-    others.start()
-    run.join(60)
-    others.join(60)
-    assert doing[0].done == ["teacher", "run2", "TABLE"]
-    assert doing[1].done == ["run1", "last"]
-
-
 def test_another_sweep_s_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     sweep = sweep_of(out, ALONE)
@@ -134,18 +121,3 @@ def test_watchers_hear_what_begins_ends_and_is_kept(tmp_path: Path) -> None:
     run_jobs(sweep, Doing(), watcher=Noting())
     run_jobs(sweep, Doing(), watcher=Noting())
     assert events == ["1/2 a", "2/2 b", "kept a", "kept b"]
-
-
-def test_a_job_s_process_trains_alone_on_its_gpu() -> None:
-    environment = {
-        "RANK": "3",
-        "WORLD_SIZE": "4",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "x",
-        "TORCHELASTIC_RUN_ID": "y",
-        "HOME": "/h",
-    }
-    assert without_torchrun(list(environment.items())) == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "1"}
-    visible = without_torchrun([*environment.items(), ("CUDA_VISIBLE_DEVICES", "5,7")])
-    assert visible["CUDA_VISIBLE_DEVICES"] == "7"
-    assert without_torchrun([("HOME", "/h")]) == {"HOME": "/h"}

@@ -17,7 +17,7 @@ from rich.markup import escape
 from kdcache.errors import RecipeError
 from kdcache_cli.console import ERRORS, OUT
 from kdcache_cli.settings import engine_flags, shared_flags
-from kdcache_cli.torchrun import numbered
+from kdcache_cli.torchrun import numbered, shared_errors
 
 if TYPE_CHECKING:
     from kdcache.sweep import Job, Sweep, Watcher
@@ -58,8 +58,8 @@ def sweep(
 ) -> None:
     """Many runs from one store: teachers, stores, students, then table, pictures and page.
 
-    Under torchrun the runs are shared out to its processes, each with its own GPU;
-    on a Ray cluster they go wherever there is room.
+    With --parallel several runs share this machine; with --engine ray they go
+    wherever a Ray cluster has room, each with its own GPU by --num-gpus 1.
 
     [dim]kdcache sweep voc-compare --smoke --out try[/]
 
@@ -114,20 +114,14 @@ def do_sweep(
         for job in planned.jobs:
             OUT.print(f"[dim]# {escape(job.name)}[/]\nkdcache {escape(shlex.join(job.next_words))}", soft_wrap=True)
         return
+    with shared_errors():
+        _check_alone()
     _check_code(planned, *typed)
     if planned.sources:
         check_data(planned)
-    part = numbered()
-    alone = parallel == 1 and part[1] == 1
-    run_jobs(
-        planned,
-        runner or (_InProcess(verbs) if alone else _Apart(planned, parallel)),
-        parallel=parallel,
-        part=part,
-        watcher=_watcher(),
-    )
-    if part[0] == 0:
-        _show(planned)
+    runner = runner or (_InProcess(verbs) if parallel == 1 else _Apart(planned, parallel))
+    run_jobs(planned, runner, parallel=parallel, watcher=_watcher())
+    _show(planned)
 
 
 def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None, dict[str, str]]:
@@ -166,6 +160,18 @@ def _check_code(planned: "Sweep", recipe: str, *typed: str) -> None:
             check_trusted(model, recipe)
 
 
+def _check_alone() -> None:
+    """One process leads a sweep. Raises: RecipeError under torchrun."""
+    rank, size = numbered()
+    if size > 1:
+        raise RecipeError(
+            "one process leads a sweep and hands out its runs",
+            received=f"process {rank} of {size}",
+            remedy="start it once, with --parallel N; sweep --engine ray --num-gpus 1 gives each run a GPU. Where RANK "
+            "and WORLD_SIZE are left in the shell, unset them",
+        )
+
+
 def flags_of(group: Any) -> dict[str, set[str]]:
     """The flags of every verb of the command line, without dashes."""
     return {
@@ -188,12 +194,10 @@ class _Apart:
     """Each job in a process of its own, with its share of the cores and its output in a log."""
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:
-        from kdcache.sweep.run import LOGS, without_torchrun
+        from kdcache.sweep.run import LOGS
 
         self._logs = sweep.out / LOGS
-        self._environment = without_torchrun(list(os.environ.items()))
-        side_by_side = parallel * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
+        self._environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel)), **os.environ}
 
     def __call__(self, job: "Job") -> None:
         from kdcache.sweep.plan import folder_name
