@@ -1,8 +1,9 @@
 """`kdcache.build_cache`: a teacher's pass over a data set, into a store."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,16 +13,20 @@ from kdcache.errors import RecipeError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import Tta
 from kdcache.progress import progress_bar
-from kdcache.settings import entries
+from kdcache.settings import entries, read
 from kdcache.settings.building import BuildSettings, TeacherSettings
+from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import FitChoice, ImageSettings, MachineSettings
-from kdcache.store import read_manifest, store_exists, worker_of
+from kdcache.store import Worker, read_manifest, store_exists, worker_of
 from kdcache.teacher import BuildOptions, BuildResult, Teacher, check_cross_fit, load_teacher, load_teachers
 from kdcache.teacher import build_cache as build
 from kdcache.train import pick_device
 from kdcache.verbs.arguments import checked, keywords, open_data
 
-TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings)
+if TYPE_CHECKING:
+    from kdcache.teacher.build.ray_engine import Parts, RayEngine
+
+TABLES = (ImageSettings, TeacherSettings, BuildSettings, MachineSettings, EngineSettings)
 Origin = str | Path | nn.Module | Teacher
 
 
@@ -42,7 +47,8 @@ def build_cache(
         result = kdcache.build_cache("camvid", "runs/teacher", "camvid.zarr")
         result = kdcache.build_cache(split, my_module, "mine.zarr", size=(288, 384), views=4)
 
-    Interrupted, the same call continues; a finished store is checked and left as it is.
+    Interrupted, the same call continues; a finished store is checked and left as it is. With engine="ray" the actors of
+    a Ray cluster teach the shards; data and teacher in memory are pickled, and each actor gets a copy.
 
     Args:
         data: folder or spec of a data set, or a split: of `open_split`, or `from_dataset`.
@@ -58,18 +64,53 @@ def build_cache(
     """
     chosen = checked(build_cache, settings, *TABLES)
     part = worker_of(worker, take_over)
+    parts = partial(_prepare, data, split, teacher, chosen, out)
+    engine = engine_of(read(EngineSettings, chosen), partial(parts, print), part)
     with progress_bar(progress) as bar:
-        source, loaded, options = plan_build(
-            open_data(data, split),
-            teacher,
-            chosen,
-            out,
+        source, loaded, options = parts(
             lambda note: bar.console.print(f"note: {note}", markup=False, soft_wrap=True),
         )
         task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
         return build(
-            source, loaded, out, options, lambda done, total: bar.update(task, completed=done, total=total), part
+            source,
+            loaded,
+            out,
+            options,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            part,
+            engine=engine,
         )
+
+
+def _prepare(
+    data: str | Path | Split,
+    split: str | None,
+    teacher: Origin | Sequence[str],
+    settings: Mapping[str, Any],
+    out: str | Path,
+    note: Callable[[str], None],
+) -> tuple[Split, Teacher, BuildOptions]:
+    return plan_build(open_data(data, split), teacher, settings, out, note)
+
+
+def engine_of(settings: EngineSettings, parts: "Parts", part: Worker) -> "RayEngine | None":
+    """The engine of a build, None for this process alone.
+
+    Args:
+        parts: as of `RayEngine`. part: this process's, which is all of it under Ray.
+    Raises: RecipeError for settings of another engine; as `RayEngine`.
+    """
+    if not settings.is_ray:
+        return None
+    if part.count > 1:
+        raise RecipeError(
+            "--engine ray hands out shards itself",
+            received=f"worker {part.index} of {part.count}, by --worker or RANK and WORLD_SIZE",
+            remedy="leave them out; --actors says how many work",
+        )
+    from kdcache.teacher.build.ray_engine import RayEngine
+
+    return RayEngine(parts, settings.actors, settings.num_gpus, settings.address)
 
 
 def plan_build(

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import kdcache
 from kdcache import ray_cluster
-from kdcache.errors import MismatchError, RecipeError
+from kdcache.data import open_split
+from kdcache.errors import MismatchError, RecipeError, StoreError
 from kdcache.store import open_cache
 from kdcache.teacher.build import ray_engine
 
@@ -136,16 +144,112 @@ def test_a_node_without_the_data_is_named(made: Path, cluster, cli, tmp_path: Pa
 
     def begin_and_lose(*arguments: Any, **named: Any) -> Any:
         (tmp_path / "data").unlink()
-        return records(*arguments, **named)
+        return shards(*arguments, **named)
 
-    records = ray_engine.RayEngine.records
+    shards = ray_engine.RayEngine.shards
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray_engine.RayEngine, "records", begin_and_lose)
+        patch.setattr(ray_engine.RayEngine, "shards", begin_and_lose)
         ended = cli(*words, "--out", lost, "--engine", "ray", "--actors", 1, "--address", cluster.address)
     assert ended.code == 2
     assert "every node of a cluster sees the data" in ended.err
     assert str(tmp_path / "data") in ended.err.replace("\n", "")
     assert not open_or_none(lost)
+
+
+def test_an_extended_store_is_one_process_s(made: Path, cluster, cli, tree, unstamped, tmp_path: Path) -> None:
+    """Its records are counted as there, the damaged ones of the earlier store too."""
+    old = shutil.copytree(made / "store.zarr", tmp_path / "old.zarr")
+    damaged = next(path for path in sorted(old.glob("targets/*/values/c/0/*/*/*")) if path.is_file())
+    content = bytearray(damaged.read_bytes())
+    content[100] ^= 1
+    damaged.write_bytes(content)
+    words = ["extend", old, "--data", made / "data", "--teacher", made / "teacher", "--views", 2, "--threads", 1]
+    words += ["--shard-records", 2]
+    ends = [
+        cli(*words, "--out", tmp_path / "one.zarr"),
+        cli(*words, "--out", tmp_path / "ray.zarr", "--engine", "ray", "--actors", 2, "--address", cluster.address),
+    ]
+    assert [ended.code for ended in ends] == [0, 0], ends[1].err
+    told = [re.search(r"\(\d+ taught, \d+ taken over\)", ended.out) for ended in ends]
+    assert told[0] is not None
+    assert told[1] is not None
+    assert told[0][0] == told[1][0]
+    assert all("records of the earlier store are damaged" in ended.out for ended in ends)
+    assert unstamped(tree(tmp_path / "ray.zarr")) == unstamped(tree(tmp_path / "one.zarr"))
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    """Images in memory; `lost` cannot be pickled."""
+
+    def __init__(self, lost: object = None) -> None:
+        self.scenes, self.lost = open_split("scenes:32x48,train=6,val=2", "train"), lost
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.scenes.image(index), self.scenes.label(index)
+
+
+def test_python_with_data_and_a_teacher_in_memory(cluster, tree, unstamped, tmp_path: Path) -> None:
+    data = kdcache.from_dataset(Items(), open_split("scenes", "train").classes.names)
+    torch.manual_seed(5)
+    module = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 7, 1))
+    settings: dict[str, Any] = {"size": (32, 48), "views": 2, "shard_records": 2, "threads": 1, "progress": False}
+    kdcache.build_cache(data, module, tmp_path / "one.zarr", **settings)
+    result = kdcache.build_cache(
+        data, module, tmp_path / "ray.zarr", engine="ray", actors=2, address=cluster.address, **settings
+    )
+    assert (result.complete, result.records) == (True, 12)
+    assert unstamped(tree(tmp_path / "ray.zarr")) == unstamped(tree(tmp_path / "one.zarr"))
+
+
+def test_what_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
+    data = kdcache.from_dataset(Items(threading.Lock()), open_split("scenes", "train").classes.names)
+    with pytest.raises(RecipeError, match="lock") as refused:
+        kdcache.build_cache(data, nn.Conv2d(3, 7, 4, 4), tmp_path / "s.zarr", engine="ray", size=(32, 48))
+    assert "can be pickled" in refused.value.rule
+    assert not (tmp_path / "s.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "received"),
+    [
+        ({"actors": 2}, "--actors 2"),
+        ({"engine": "ray", "worker": "0/2"}, "worker 0 of 2"),
+        ({"engine": "spark"}, "engine='spark'"),
+    ],
+)
+def test_wrong_settings_in_python(settings: dict[str, Any], received: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        kdcache.build_cache("scenes", "runs/none", tmp_path / "s.zarr", **settings)
+    assert received in refused.value.received
+
+
+class _Elsewhere:
+    """An object of a module that the nodes do not have."""
+
+    def __reduce__(self) -> Any:
+        return import_module, ("kdcache_of_the_driver_alone",)
+
+
+def test_a_node_without_a_module_is_named(cluster, tmp_path: Path) -> None:
+    """An actor that cannot even start would otherwise be started again without end."""
+    teacher = nn.Conv2d(3, 7, 4, 4)
+    teacher.elsewhere = _Elsewhere()  # type: ignore[assignment]
+    settings: dict[str, Any] = {"size": (32, 48), "threads": 1, "progress": False, "address": cluster.address}
+    with pytest.raises(StoreError, match="kdcache_of_the_driver_alone") as refused:
+        kdcache.build_cache("scenes:32x48,train=6,val=2", teacher, tmp_path / "s.zarr", engine="ray", **settings)
+    assert "has their modules" in refused.value.rule
+
+
+def test_an_actor_larger_than_every_node_is_refused(cluster, tmp_path: Path) -> None:
+    """The two nodes have a core each: an actor of two would wait for ever."""
+    settings: dict[str, Any] = {"size": (32, 48), "threads": 2, "progress": False, "address": cluster.address}
+    with pytest.raises(RecipeError, match="has room for an actor"):
+        kdcache.build_cache(
+            "scenes:32x48,train=6,val=2", nn.Conv2d(3, 7, 4, 4), tmp_path / "s.zarr", engine="ray", **settings
+        )
 
 
 def open_or_none(store: Path) -> bool:
@@ -178,7 +282,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     ("words", "received"),
     [
         (["--actors", 2], "--actors 2"),
-        (["--engine", "ray", "--worker", "0/2"], "--worker 0/2"),
+        (["--engine", "ray", "--worker", "0/2"], "worker 0 of 2"),
         (["--engine", "ray", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
         (["--engine", "ray", "--num-gpus", 64], "64 GPU"),
     ],

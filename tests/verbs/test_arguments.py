@@ -15,6 +15,7 @@ from kdcache.data import fold_alone, open_split
 from kdcache.errors import RecipeError
 from kdcache.settings import entries
 from kdcache.settings.building import BUILD
+from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import CompareSettings, DepthSettings, ImageSettings, JudgeSettings, MachineSettings
 from kdcache.settings.training import TRAINING
 from kdcache.verbs.arguments import checked, spec_of
@@ -22,20 +23,19 @@ from kdcache_cli.app import app
 
 JUDGED = (ImageSettings, CompareSettings, JudgeSettings, DepthSettings, MachineSettings)
 VERBS: dict[str, tuple[Callable[..., Any], tuple[type, ...]]] = {
-    "build-teacher-cache": (kdcache.build_cache, BUILD),
+    "build-teacher-cache": (kdcache.build_cache, (*BUILD, EngineSettings)),
     "train-student": (kdcache.train, TRAINING),
     "train-teacher": (kdcache.train, TRAINING),
     "evaluate": (kdcache.evaluate, JUDGED),
     "compare": (kdcache.compare, JUDGED),
 }
 NOT_IN_PYTHON = {
-    "build-teacher-cache": {"engine", "actors", "num_gpus", "address"},
     "evaluate": {"json_file", "markdown", "listing", "class_map", "at_size"},
     "compare": {"markdown", "csv", "json_file", "text"},
     "train-student": {"recipe"},
     "train-teacher": {"recipe"},
 }
-"""Files that Python writes itself; a recipe is a dictionary there; Ray's actors load teachers by their flags."""
+"""Files that Python writes itself; a recipe is a dictionary there."""
 OWN = {"data", "split", "runs", "run", "teacher", "out", "model", "val", "resume", "worker", "take_over"}
 """Parameters of the functions, which take objects, too."""
 

@@ -5,25 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from kdcache.settings import entries, read
 from kdcache.settings.building import BUILD
+from kdcache.settings.engine import EngineSettings
 from kdcache_cli.console import OUT, bytes_text, progress_bar, warn
-from kdcache_cli.settings import build_flags, engine_flags, shared_flags
+from kdcache_cli.settings import build_flags, shared_flags
 from kdcache_cli.settings.signature import takes
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
-    from kdcache.data import Split
     from kdcache.metrics import Metrics
-    from kdcache.store import Cache, Worker
-    from kdcache.teacher import BuildOptions
-    from kdcache.teacher import Teacher as LoadedTeacher
-    from kdcache.teacher.build.build import Engine
+    from kdcache.teacher.build.ray_engine import Parts
 
 
 @takes(
-    *BUILD,
+    *(*BUILD, EngineSettings),
     order=(
         *("data", "teacher", "out", "split", "size", "fit", *build_flags.ORDER),
-        *("worker", "take_over", *engine_flags.ORDER, "threads", "device"),
+        *("worker", "take_over", *entries(EngineSettings), "threads", "device"),
     ),
 )
 def build_teacher_cache(
@@ -31,10 +29,6 @@ def build_teacher_cache(
     out: build_flags.Out,
     worker: shared_flags.Worker = None,
     take_over: shared_flags.TakeOver = False,
-    engine: engine_flags.Engine = "local",
-    actors: engine_flags.Actors = None,
-    num_gpus: engine_flags.NumGpus = 0.0,
-    address: engine_flags.Address = None,
 ) -> None:
     """Run a teacher over a split once and keep its outputs.
 
@@ -50,27 +44,23 @@ def build_teacher_cache(
     [dim]kdcache build-teacher-cache ... --views 8 --crop 288x288 --view-scale 0.5:2[/]
     [dim]torchrun --nproc-per-node 8 -m kdcache_cli build-teacher-cache --data ... --out s3://bucket/camvid.zarr[/]
     """
-    from kdcache.store import worker_of
-
-    parts = partial(build_flags.prepare, settings, out)
-    chosen = engine_flags.engine_of(engine, parts, actors, num_gpus, address, worker)
-    source, loaded, build_options = parts()
-    teach_and_tell(source, loaded, out, build_options, worker_of(worker, take_over), engine=chosen)
+    teach_and_tell(partial(build_flags.prepare, settings, out), settings, out, worker, take_over)
 
 
-def teach_and_tell(
-    source: "Split",
-    teacher: "LoadedTeacher",
-    out: str,
-    build_options: "BuildOptions",
-    part: "Worker",
-    reuse: "Cache | None" = None,
-    engine: "Engine | None" = None,
-) -> None:
-    """Run the teacher's pass with its progress, and print its result."""
-    from kdcache.store import Records, open_cache, summarise
+def teach_and_tell(parts: "Parts", settings: dict[str, Any], out: str, worker: str | None, take_over: bool) -> None:
+    """Run the teacher's pass with its progress, and print its result.
+
+    Args:
+        parts: as of `RayEngine`. settings: with those of the engine.
+    """
+    from kdcache.store import Records, open_cache, summarise, worker_of
     from kdcache.teacher import build_cache, score_cache
+    from kdcache.verbs.build import engine_of
 
+    part = worker_of(worker, take_over)
+    engine = engine_of(read(EngineSettings, settings), parts, part)
+    source, teacher, build_options, *old = parts()
+    reuse = old[0] if old else None
     with progress_bar() as bar:
         task = bar.add_task(part.describe("teacher's pass"), total=None, note="")
         result = build_cache(

@@ -1,20 +1,27 @@
 """`kdcache extend`: a larger store, in which no target is computed twice."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcache.errors import RecipeError
 from kdcache.settings import entries, read, read_values
 from kdcache.settings.building import BUILD, BuildSettings, TeacherSettings
+from kdcache.settings.engine import EngineSettings
 from kdcache.settings.shared import CopySettings, MachineSettings
 from kdcache_cli.console import ERRORS
 from kdcache_cli.settings import build_flags, shared_flags
 from kdcache_cli.settings.signature import takes
 from kdcache_cli.verbs.build_teacher_cache import teach_and_tell
 
-_Option = typer.Option
+if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
+    from kdcache.data import Split
+    from kdcache.store import Cache
+    from kdcache.teacher import BuildOptions, Teacher
+
 _LIKE_OLD = {
     "split": {"help": "Which split of it (default: OLD's)."},
     "features": {"help": "Comma-separated taps to store besides OLD's."},
@@ -26,11 +33,11 @@ _LIKE_OLD = {
 
 
 @takes(
-    *(*BUILD, CopySettings),
+    *(*BUILD, EngineSettings, CopySettings),
     order=(
         *("old", "data", "teacher", "out", "split", "views", "view_seed", "view_scale", "view_flip", "depth_zoom"),
         *("features", "statistics", "pixels", "codec", "shard_records", "class_map", "batch_size", "render_threads"),
-        *("worker", "take_over", "threads", "device", "cache_dir", "cache_bytes"),
+        *("worker", "take_over", *entries(EngineSettings), "threads", "device", "cache_dir", "cache_bytes"),
     ),
     unset=("split", *entries(BuildSettings)),
     wording=_LIKE_OLD,
@@ -55,10 +62,16 @@ def extend(
     [dim]kdcache extend camvid.zarr --data camvid-more --teacher runs/teacher --out camvid-more.zarr[/]
     [dim]kdcache extend camvid.zarr --data camvid --teacher runs/teacher --views 4 --out camvid-4.zarr[/]
     """
+    _check_place(old, out)
+    teach_and_tell(partial(_prepare, settings, old), settings, out, worker, take_over)
+
+
+def _prepare(settings: Mapping[str, Any], old: str) -> "tuple[Split, Teacher, BuildOptions, Cache]":
+    """The split, the teacher and the options of a build, and the store that it takes over."""
     import torch
 
     from kdcache.data import open_split
-    from kdcache.store import open_cache, worker_of
+    from kdcache.store import open_cache
     from kdcache.teacher import check_cross_fit, load_like, options_of
     from kdcache.train import pick_device
 
@@ -67,7 +80,6 @@ def extend(
         torch.set_num_threads(machine.threads)
     earlier = open_cache(shared_flags.open_place(old, settings["cache_dir"], settings["cache_bytes"]))
     manifest = earlier.manifest
-    _check_place(old, out)
     source = open_split(settings["data"], settings["split"] or manifest.dataset.split)
     loaded = load_like(
         manifest.teacher,
@@ -83,8 +95,7 @@ def extend(
     changes = {name: value for name, value in read_values(BuildSettings, settings).items() if value is not None}
     changes["features"] = tuple(dict.fromkeys([*manifest.features, *changes.get("features", ())]))
     changes["statistics"] = (*options_of(manifest).statistics, *changes.get("statistics", ()))
-    build_options = options_of(manifest, **changes, device=pick_device(machine.device))
-    teach_and_tell(source, loaded, out, build_options, worker_of(worker, take_over), earlier)
+    return source, loaded, options_of(manifest, **changes, device=pick_device(machine.device)), earlier
 
 
 def _check_place(old: str, out: str) -> None:

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from kdcache import settings
 from kdcache.errors import RecipeError
+from kdcache.settings.engine import EngineSettings
 from kdcache_cli.console import ERRORS, OUT
-from kdcache_cli.settings import engine_flags, shared_flags
+from kdcache_cli.settings import shared_flags
+from kdcache_cli.settings.signature import flag
 from kdcache_cli.torchrun import numbered, shared_errors
 
 if TYPE_CHECKING:
@@ -52,9 +55,9 @@ def sweep(
     ] = None,
     parallel: Annotated[int, _Option("--parallel", min=1, help="Runs side by side, each a process.")] = 1,
     dry_run: Annotated[bool, _Option("--dry-run", help="Show the commands and do nothing.")] = False,
-    engine: engine_flags.SweepEngine = "local",
-    num_gpus: engine_flags.JobGpus = 0.0,
-    address: engine_flags.Address = None,
+    engine: Annotated[str, flag(EngineSettings, "engine")] = "local",
+    num_gpus: Annotated[float, flag(EngineSettings, "num_gpus")] = 0.0,
+    address: Annotated[str | None, flag(EngineSettings, "address")] = None,
 ) -> None:
     """Many runs from one store: teachers, stores, students, then table, pictures and page.
 
@@ -68,6 +71,7 @@ def sweep(
     from kdcache.sweep import list_recipes, plan_sweep, read_recipe
 
     verbs = context.find_root().command
+    chosen = settings.read(EngineSettings, {"engine": engine, "num_gpus": num_gpus, "address": address})
     if recipe is None:
         recipes = list_recipes()
         width = max(map(len, recipes))
@@ -82,8 +86,7 @@ def sweep(
     folder, sources = _data_of(data or [], [str(table["name"]) for table in read.stream])
     planned = plan_sweep(read, folder, out, flags_of(verbs), sources)
     typed = (recipe, *(change.partition("=")[2] for change in changes or ()))
-    if engine == "local":
-        engine_flags.check_local({"--num-gpus": num_gpus, "--address": address})
+    if not chosen.is_ray:
         do_sweep(planned, verbs, typed, parallel, dry_run)
         return
     from kdcache.ray_cluster import cluster

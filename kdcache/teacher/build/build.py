@@ -41,11 +41,25 @@ from kdcache_kernels import pack
 Progress = Callable[[int, int], None]
 
 
+class TaughtShard(NamedTuple):
+    """A shard whose files an engine has written.
+
+    Attributes:
+        record: of the ledger, which knows nothing of it yet.
+        taught, reused, damaged: how many of its records, as in `BuildResult`.
+    """
+
+    record: ShardRecord
+    taught: int
+    reused: int
+    damaged: int
+
+
 class Engine(Protocol):
     """Others that teach the missing shards of a store, and write their files."""
 
-    def records(self, writer: StoreWriter) -> Iterator[ShardRecord]:
-        """The ledger records of the shards, as their files are written; the build publishes them."""
+    def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
+        """The shards, as their files are written; the build publishes their records."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +162,14 @@ def build_cache(
         share = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
         already = share - sum(map(manifest.shard_records, writer.missing))
         work = Pass(probe, writer.manifest, earlier)
-        done = taught = reused = 0
+        done = taught = reused = damaged = 0
         began = time.perf_counter()
         if progress is not None:
             progress(already, share)
-        for record in () if engine is None else engine.records(writer):
-            writer.finish(record)
-            done += record.records[1] - record.records[0]
-            taught = done
+        for shard in () if engine is None else engine.shards(writer):
+            writer.finish(shard.record)
+            done += shard.record.records[1] - shard.record.records[0]
+            taught, reused, damaged = taught + shard.taught, reused + shard.reused, damaged + shard.damaged
             if progress is not None:
                 progress(already + done, share)
         for shards in writer.passes():
@@ -169,7 +183,7 @@ def build_cache(
                         progress(already + done, share)
         seconds = time.perf_counter() - began
         complete = writer.seal()
-    damaged = 0 if earlier is None else len(earlier.damaged)
+    damaged += 0 if earlier is None else len(earlier.damaged)
     return BuildResult(
         writer.manifest, taught, share - done, seconds, complete, reused, writer.repaired, damaged, str(out)
     )

@@ -7,6 +7,7 @@ starts the actor again where there is room; the same command goes on after the d
 """
 
 import os
+import re
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -17,19 +18,21 @@ import torch
 
 from kdcache.data import Split
 from kdcache.errors import KDCacheError, MismatchError, RecipeError, StoreError
-from kdcache.ray_cluster import cluster
-from kdcache.store import Manifest, StoreWriter, Worker, read_manifest, store_exists
+from kdcache.ray_cluster import cluster, import_ray
+from kdcache.store import Cache, Manifest, StoreWriter, Worker, read_manifest, store_exists
 from kdcache.store.backend.open import open_place
 from kdcache.store.ledger import ShardRecord
-from kdcache.teacher.build.build import Pass
+from kdcache.teacher.build.build import Pass, TaughtShard
 from kdcache.teacher.build.manifest import device_name, libraries
 from kdcache.teacher.build.options import BuildOptions
 from kdcache.teacher.build.probe import TeacherProbe
+from kdcache.teacher.build.reuse import Reuse
 from kdcache.teacher.build.shard_queue import ShardQueue
 from kdcache.teacher.load.forward import place
 from kdcache.teacher.load.load import Teacher
 
-Parts = Callable[[], tuple[Split, Teacher, BuildOptions]]
+Parts = Callable[[], tuple[Split, Teacher, BuildOptions] | tuple[Split, Teacher, BuildOptions, Cache]]
+"""Makes what a build consists of, and the earlier store that it takes over, if any."""
 MOST_DEATHS = 5
 """Processes that one shard may cost before it counts as their cause."""
 
@@ -39,10 +42,11 @@ class RayEngine:
     """The actors of a build.
 
     Args:
-        parts: makes the split, the teacher and the options, on every node; it is pickled.
+        parts: is called on every node, for which Ray pickles it.
         actors: how many; None is as many as the cluster has room for.
         num_gpus: of each actor, also a part of one.
         address: of a running cluster, as of `ray.init`; None is the one that RAY_ADDRESS names, or one of this machine.
+    Raises: RecipeError without Ray, and for parts that cannot be pickled.
     """
 
     parts: Parts
@@ -50,21 +54,24 @@ class RayEngine:
     num_gpus: float = 0.0
     address: str | None = None
 
-    def records(self, writer: StoreWriter) -> Iterator[ShardRecord]:
-        """The records of the missing shards, as their files are written; for `StoreWriter.finish`.
+    def __post_init__(self) -> None:
+        _check_pickled(self.parts)
 
-        Raises: RecipeError without Ray or without room in the cluster; StoreError, MismatchError for a node that lacks
-            the data or has other libraries; what the teacher raises.
+    def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
+        """The missing shards, as their files are written.
+
+        Raises: RecipeError without room in the cluster; StoreError, MismatchError for a node that lacks the data or has
+            other libraries; what the teacher raises.
         """
         with cluster(self.address) as ray:
-            yield from self._records(ray, writer)
+            yield from self._shards(ray, writer)
 
-    def _records(self, ray: Any, writer: StoreWriter) -> Iterator[ShardRecord]:
+    def _shards(self, ray: Any, writer: StoreWriter) -> Iterator[TaughtShard]:
         threads = writer.manifest.build.threads
         count = self._room(ray, threads)
         kind = ray.remote(_actor_class(ray)).options(num_cpus=threads, num_gpus=self.num_gpus, max_restarts=-1)
         task = _Task(self.parts, os.getcwd(), str(writer.place), writer.manifest.model_dump_json())
-        todo, deaths, free = deque(writer.missing), Counter[int](), deque[Any]()
+        todo, deaths, free = deque(writer.missing), Counter[Any](), deque[Any]()
         actors = [kind.remote(task) for _ in range(min(count, len(todo)))]
         # An actor gets a shard when it runs: one without room must not keep a shard waiting.
         running: dict[Any, tuple[Any, int | None]] = {actor.ready.remote(): (actor, None) for actor in actors}
@@ -79,44 +86,64 @@ class RayEngine:
             (ended, *_), _ = ray.wait(list(running), num_returns=1)
             actor, shard = running.pop(ended)
             try:
-                record = ray.get(ended)
+                taught = ray.get(ended)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, KDCacheError) else error from None
             except ray.exceptions.RayActorError as error:
                 if shard is not None:
                     todo.appendleft(shard)
-                    deaths[shard] += 1
-                    _check_deaths(shard, deaths[shard], error)
+                deaths[actor if shard is None else shard] += 1
+                _check_deaths(shard, deaths[actor if shard is None else shard], error)
                 running[actor.ready.remote()] = (actor, None)
                 continue
+            del deaths[actor]
             free.append(actor)
             hand_out()  # before the ledger is written, so that no actor waits for it
-            if record is not None:
-                yield ShardRecord.model_validate_json(record)
+            if taught is not None:
+                yield taught
 
     def _room(self, ray: Any, threads: int) -> int:
         """How many actors to start. Raises: RecipeError where not even one has room."""
-        resources = ray.cluster_resources()
-        rooms = {"CPU": (resources.get("CPU", 0), threads), "GPU": (resources.get("GPU", 0), self.num_gpus)}
-        fits = min(int(there / each) for there, each in rooms.values() if each > 0)
+        needs = {kind: each for kind, each in (("CPU", threads), ("GPU", self.num_gpus)) if each > 0}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fits = sum(min(int(node.get(kind, 0) / each) for kind, each in needs.items()) for node in nodes)
         if fits < 1:
-            wanted = ", ".join(f"{each:g} {name}" for name, (_, each) in rooms.items() if each > 0)
-            there = ", ".join(f"{there:g} {name}" for name, (there, _) in rooms.items())
+            wanted = ", ".join(f"{each:g} {kind}" for kind, each in needs.items())
+            there = "; ".join(", ".join(f"{node.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU")) for node in nodes)
             raise RecipeError(
-                "a cluster has room for an actor: as many CPUs as --threads, and --num-gpus GPUs",
-                received=f"{wanted} for each, and a cluster with {there}",
+                "a node of a cluster has room for an actor: as many CPUs as --threads, and --num-gpus GPUs",
+                received=f"{wanted} for each, and nodes with {there}",
                 remedy="lower --threads or --num-gpus, or add nodes to the cluster",
             )
         return self.actors or fits
 
 
-def _check_deaths(shard: int, deaths: int, error: Exception) -> None:
-    if deaths >= MOST_DEATHS:
-        raise StoreError(
-            f"a shard is taught within {MOST_DEATHS} attempts",
-            received=f"shard {shard} ended {deaths} processes, the last with {str(error).splitlines()[0]}",
-            remedy="look at the memory of the nodes (ray logs); lower --batch-size or --shard-records",
+def _check_pickled(parts: Parts) -> None:
+    """Raises: RecipeError without Ray, and for objects that cannot be pickled."""
+    try:
+        import_ray().cloudpickle.dumps(parts)  # classes and functions of `__main__` go along
+    except (TypeError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            "actors get the data and the teacher by their addresses, or as objects that can be pickled",
+            received=f"{type(error).__name__}: {error}",
+            remedy="give a folder or spec, and a run or file.py:function; or take what cannot be pickled, such as open "
+            "files and locks, out of the objects; or leave --engine ray out",
         ) from error
+
+
+def _check_deaths(shard: int | None, deaths: int, error: Exception) -> None:
+    """Raises: StoreError for a shard that keeps ending its processes; where it is None, for one that cannot start."""
+    if deaths < MOST_DEATHS:
+        return
+    lines = str(error).strip().splitlines()
+    if shard is None:
+        node = re.search(r"\bip=([\w.:]+)", str(error))
+        raise _lacks(node[1] if node else "?", f"an actor cannot start: {lines[-1]}") from error
+    raise StoreError(
+        f"a shard is taught within {MOST_DEATHS} attempts",
+        received=f"shard {shard} ended {deaths} processes, the last with {lines[0]}",
+        remedy="look at the memory of the nodes (ray logs); lower --batch-size or --shard-records",
+    ) from error
 
 
 @dataclass(frozen=True)
@@ -136,21 +163,30 @@ class _ShardTeacher:
         self._task = task
         self._writer: StoreWriter | None = None
         self._work: Any = None
+        self._reuse: Reuse | None = None
 
     def ready(self) -> None:
         """Returns when the actor runs."""
 
-    def teach(self, shard: int) -> str:
-        """Write the files of a shard. Returns: its ledger record as JSON."""
+    def teach(self, shard: int) -> TaughtShard:
+        """Write the files of a shard."""
         if self._writer is None:
             self._load()
         assert self._writer is not None
         records: list[ShardRecord] = []
+        taught = reused = 0
+        before = self._damaged
         writer = self._writer
         with ShardQueue(writer.manifest, lambda *rows: records.append(writer.write_files(*rows))) as queue:
             for batch in self._work.batches([shard]):
                 queue.add(batch.items, batch.rows)
-        return records[0].model_dump_json()
+                taught += len(batch.items) if batch.taught else 0
+                reused += sum(item.old is not None for item in batch.items)
+        return TaughtShard(records[0], taught, reused, self._damaged - before)
+
+    @property
+    def _damaged(self) -> int:
+        return 0 if self._reuse is None else len(self._reuse.damaged)
 
     def _load(self) -> None:
         task, node = self._task, socket.gethostname()
@@ -159,8 +195,8 @@ class _ShardTeacher:
         try:
             os.chdir(task.folder)
             torch.set_num_threads(manifest.build.threads)
-            split, teacher, options = task.parts()
-        except (OSError, KDCacheError) as error:
+            split, teacher, options, *earlier = task.parts()
+        except (OSError, ImportError, KDCacheError) as error:
             raise _lacks(node, str(error).replace("\n", " ")) from error
         if not store_exists(task.store) or read_manifest(open_place(task.store)).created != manifest.created:
             raise _lacks(node, f"{task.store} there is not the store that the driver began")
@@ -168,7 +204,8 @@ class _ShardTeacher:
             raise _differs(node, f"{device}, and {manifest.build.device} where the store was begun")
         place(teacher.model, options.device)
         self._writer = StoreWriter(open_place(task.store), manifest, Worker())
-        self._work = Pass(TeacherProbe(split, teacher, replace(options, fidelity=False)), manifest, None)
+        self._reuse = Reuse(earlier[0], manifest) if earlier else None
+        self._work = Pass(TeacherProbe(split, teacher, replace(options, fidelity=False)), manifest, self._reuse)
 
 
 def _actor_class(ray: Any) -> type:
@@ -202,7 +239,7 @@ def _differs(node: str, what: str) -> MismatchError:
 
 def _lacks(node: str, what: str) -> StoreError:
     return StoreError(
-        "every node of a cluster sees the data, the teacher and the store by the same paths",
+        "every node of a cluster sees the data, the teacher and the store by the same paths, and has their modules",
         received=f"on node {node}: {what}",
         remedy="put them on a disk that all nodes share, or the store into an object store",
     )

@@ -1,0 +1,43 @@
+"""The table of the engines of builds and sweeps: this machine, or a Ray cluster."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from kdcache.errors import RecipeError
+from kdcache.settings.setting import Entry, entries, setting
+from kdcache.settings.spelling import Count
+
+_engine = partial(setting, panel="Several machines")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Who does the work of a build or a sweep; all but `engine` are of Ray."""
+
+    engine: Literal["local", "ray"] = _engine(
+        "local", "local: this machine. ray: actors or jobs on a Ray cluster, which this process leads."
+    )
+    actors: Count | None = _engine(None, "Actors of --engine ray (default: as many as have room).", ranged=True)
+    num_gpus: Annotated[float, Ge(0)] = _engine(
+        0.0, "GPUs of each actor or job of --engine ray, also a part of one.", ranged=True
+    )
+    address: str | None = _engine(
+        None, "Address of a running Ray cluster (default: RAY_ADDRESS, or a cluster of this machine alone)."
+    )
+
+    @property
+    def is_ray(self) -> bool:
+        """Whether Ray does the work. Raises: RecipeError for settings of Ray without it."""
+        table: dict[str, Entry] = entries(EngineSettings)
+        mine = {entry.flag: getattr(self, name) for name, entry in table.items() if name != "engine"}
+        if self.engine == "local" and any(mine.values()):
+            raise RecipeError(
+                f"{', '.join(mine)} are those of --engine ray",
+                entry="flags of engine ray",
+                received=", ".join(f"{flag} {value}" for flag, value in mine.items() if value),
+                remedy="add --engine ray, or leave them out",
+            )
+        return self.engine == "ray"
