@@ -28,7 +28,8 @@ def cluster(address: str | None) -> Iterator[Any]:
     """Inside, Ray is connected; a cluster of this machine that was started for this ends with it.
 
     Args:
-        address: as of `ray.init`; None is the cluster that RAY_ADDRESS names, or one of this machine.
+        address: as of `ray.init`, where RAY_ADDRESS goes before; None is the cluster that `ray start` began on this
+            machine, else one that is started.
     Yields: the module.
     Raises: RecipeError without Ray, or without a cluster at the address.
     """
@@ -36,14 +37,18 @@ def cluster(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    if address is not None:
-        _check_address(address)
-    ray.init(
-        address=address,
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    asked = os.environ.get("RAY_ADDRESS") or address
+    if asked is not None:
+        _check_address(asked)
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    except (ConnectionError, ValueError) as error:
+        raise _no_cluster(asked or "the last cluster that ray start began", error) from error
     try:
         yield ray
     finally:
@@ -58,8 +63,13 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise RecipeError(
-            "--address is that of a running Ray cluster",
-            received=f"{address}: {error}",
-            remedy="start one with ray start --head, which prints its address; or leave it out for this machine alone",
-        ) from error
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> RecipeError:
+    return RecipeError(
+        "--address, and RAY_ADDRESS before it, are those of a running Ray cluster",
+        received=f"{address}: {' '.join(str(error).split())}",
+        remedy="start one with ray start --head, which prints its address; where it asks for a token, set "
+        "RAY_AUTH_MODE=token, and the token as Ray's documentation has it; or leave both out for this machine alone",
+    )

@@ -25,7 +25,9 @@ class EngineSettings:
         0.0, "GPUs of each actor or job of --engine ray, also a part of one.", ranged=True
     )
     address: str | None = _engine(
-        None, "Address of a running Ray cluster (default: RAY_ADDRESS, or a cluster of this machine alone)."
+        None,
+        "Address of a running Ray cluster, or auto (default: RAY_ADDRESS, or the cluster that ray start began on this "
+        "machine, or one that is started for this command).",
     )
 
     @property

@@ -240,7 +240,8 @@ def test_a_node_without_a_module_is_named(cluster, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"size": (32, 48), "threads": 1, "progress": False, "address": cluster.address}
     with pytest.raises(StoreError, match="kdcache_of_the_driver_alone") as refused:
         kdcache.build_cache("scenes:32x48,train=6,val=2", teacher, tmp_path / "s.zarr", engine="ray", **settings)
-    assert "has their modules" in refused.value.rule
+    assert "actors start on every node" in refused.value.rule
+    assert re.match(r"on node [\d.]+: ", refused.value.received)
 
 
 def test_an_actor_larger_than_every_node_is_refused(cluster, tmp_path: Path) -> None:
@@ -285,6 +286,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         (["--engine", "ray", "--worker", "0/2"], "worker 0 of 2"),
         (["--engine", "ray", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
         (["--engine", "ray", "--num-gpus", 64], "64 GPU"),
+        (["--engine", "ray", "--address", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_flags(made: Path, cli, tmp_path: Path, words: list[object], received: str) -> None:

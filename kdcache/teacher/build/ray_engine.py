@@ -45,7 +45,7 @@ class RayEngine:
         parts: is called on every node, for which Ray pickles it.
         actors: how many; None is as many as the cluster has room for.
         num_gpus: of each actor, also a part of one.
-        address: of a running cluster, as of `ray.init`; None is the one that RAY_ADDRESS names, or one of this machine.
+        address: as of `kdcache.ray_cluster.cluster`.
     Raises: RecipeError without Ray, and for parts that cannot be pickled.
     """
 
@@ -138,7 +138,12 @@ def _check_deaths(shard: int | None, deaths: int, error: Exception) -> None:
     lines = str(error).strip().splitlines()
     if shard is None:
         node = re.search(r"\bip=([\w.:]+)", str(error))
-        raise _lacks(node[1] if node else "?", f"an actor cannot start: {lines[-1]}") from error
+        raise StoreError(
+            "actors start on every node, which has kdcache and the modules of the data and the teacher",
+            received=(f"on node {node[1]}: " if node else "") + lines[-1],
+            remedy="install them there, in the versions of this process; if the cluster has ended, start it again: the "
+            "same command goes on",
+        ) from error
     raise StoreError(
         f"a shard is taught within {MOST_DEATHS} attempts",
         received=f"shard {shard} ended {deaths} processes, the last with {lines[0]}",
@@ -239,7 +244,7 @@ def _differs(node: str, what: str) -> MismatchError:
 
 def _lacks(node: str, what: str) -> StoreError:
     return StoreError(
-        "every node of a cluster sees the data, the teacher and the store by the same paths, and has their modules",
+        "every node of a cluster sees the data, the teacher and the store by the same paths",
         received=f"on node {node}: {what}",
         remedy="put them on a disk that all nodes share, or the store into an object store",
     )
