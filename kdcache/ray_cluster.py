@@ -28,8 +28,8 @@ def cluster(address: str | None) -> Iterator[Any]:
     """Inside, Ray is connected; a cluster of this machine that was started for this ends with it.
 
     Args:
-        address: as of `ray.init`, where RAY_ADDRESS goes before; None is the cluster that `ray start` began on this
-            machine, else one that is started.
+        address: as of `ray.init`; None and "auto" are RAY_ADDRESS, else the cluster that `ray start` began on this
+            machine, else, for None, one that is started.
     Yields: the module.
     Raises: RecipeError without Ray, or without a cluster at the address.
     """
@@ -37,9 +37,10 @@ def cluster(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    asked = os.environ.get("RAY_ADDRESS") or address
-    if asked is not None:
-        _check_address(asked)
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
+    if address is not None:
+        _check_address(address)
     try:
         ray.init(
             address=address,
@@ -48,7 +49,7 @@ def cluster(address: str | None) -> Iterator[Any]:
             logging_level="ERROR",
         )
     except (ConnectionError, ValueError) as error:
-        raise _no_cluster(asked or "the last cluster that ray start began", error) from error
+        raise _no_cluster(address or "the last cluster that ray start began", error) from error
     try:
         yield ray
     finally:
@@ -67,9 +68,10 @@ def _check_address(address: str) -> None:
 
 
 def _no_cluster(address: str, error: Exception) -> RecipeError:
+    reason = str(error.__cause__ or error).strip().splitlines()[-1]  # a traceback's last line
     return RecipeError(
-        "--address, and RAY_ADDRESS before it, are those of a running Ray cluster",
-        received=f"{address}: {' '.join(str(error).split())}",
+        "--address, or RAY_ADDRESS without one, is that of a running Ray cluster",
+        received=f"{address}: {reason.partition('. ')[0]}",
         remedy="start one with ray start --head, which prints its address; where it asks for a token, set "
         "RAY_AUTH_MODE=token, and the token as Ray's documentation has it; or leave both out for this machine alone",
     )

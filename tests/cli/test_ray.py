@@ -279,6 +279,15 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         ray_cluster.import_ray()
 
 
+def test_what_a_cluster_answers_is_one_line() -> None:
+    """Ray hangs the answer of a cluster, such as that a token is missing, onto its error as a traceback in a text."""
+    error = ConnectionError("Failed to connect to Ray cluster")
+    error.__cause__ = RuntimeError(
+        "Traceback:\n  File x\nray.AuthenticationError: token is missing. Note: much more.\n"
+    )
+    assert ray_cluster._no_cluster("a:1", error).received == "a:1: ray.AuthenticationError: token is missing"
+
+
 @pytest.mark.parametrize(
     ("words", "received"),
     [
@@ -294,3 +303,20 @@ def test_wrong_flags(made: Path, cli, tmp_path: Path, words: list[object], recei
     ended = cli(*common, "--out", tmp_path / "s.zarr", *words)
     assert ended.code == 2, ended.out
     assert received in ended.err
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_an_address_goes_before_the_one_of_the_environment(
+    made: Path, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `ray.init` has it: RAY_ADDRESS is for commands that name none, or auto."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    common = ["build-teacher-cache", "--data", made / "data", "--teacher", made / "teacher", "--threads", 1]
+    for words, received in (
+        ([], "127.0.0.1:1"),
+        (["--address", "auto"], "127.0.0.1:1"),
+        (["--address", "no:2"], "no:2"),
+    ):
+        ended = cli(*common, "--out", tmp_path / "s.zarr", "--engine", "ray", *words)
+        assert ended.code == 2, ended.out
+        assert received in ended.err

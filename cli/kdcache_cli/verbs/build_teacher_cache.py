@@ -44,10 +44,10 @@ def build_teacher_cache(
     [dim]kdcache build-teacher-cache ... --views 8 --crop 288x288 --view-scale 0.5:2[/]
     [dim]torchrun --nproc-per-node 8 -m kdcache_cli build-teacher-cache --data ... --out s3://bucket/camvid.zarr[/]
     """
-    teach_and_tell(partial(build_flags.prepare, settings, out), settings, out, worker, take_over)
+    run_build(partial(build_flags.prepare, settings, out), settings, out, worker, take_over)
 
 
-def teach_and_tell(parts: "Parts", settings: dict[str, Any], out: str, worker: str | None, take_over: bool) -> None:
+def run_build(parts: "Parts", settings: dict[str, Any], out: str, worker: str | None, take_over: bool) -> None:
     """Run the teacher's pass with its progress, and print its result.
 
     Args:

@@ -15,7 +15,7 @@ from kdcache.settings.shared import CopySettings, MachineSettings
 from kdcache_cli.console import ERRORS
 from kdcache_cli.settings import build_flags, shared_flags
 from kdcache_cli.settings.signature import takes
-from kdcache_cli.verbs.build_teacher_cache import teach_and_tell
+from kdcache_cli.verbs.build_teacher_cache import run_build
 
 if TYPE_CHECKING:  # the verbs import what they need: --help must not wait for torch
     from kdcache.data import Split
@@ -63,7 +63,7 @@ def extend(
     [dim]kdcache extend camvid.zarr --data camvid --teacher runs/teacher --views 4 --out camvid-4.zarr[/]
     """
     _check_place(old, out)
-    teach_and_tell(partial(_prepare, settings, old), settings, out, worker, take_over)
+    run_build(partial(_prepare, settings, old), settings, out, worker, take_over)
 
 
 def _prepare(settings: Mapping[str, Any], old: str) -> "tuple[Split, Teacher, BuildOptions, Cache]":

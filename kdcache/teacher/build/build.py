@@ -9,7 +9,7 @@ of records.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,9 @@ class TaughtShard(NamedTuple):
 
 class Engine(Protocol):
     """Others that teach the missing shards of a store, and write their files."""
+
+    def connected(self, manifest: Manifest) -> AbstractContextManager[None]:
+        """Inside, they are within reach. Raises where they are not, or have no room for such a build."""
 
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
         """The shards, as their files are written; the build publishes their records."""
@@ -158,7 +161,11 @@ def build_cache(
         manifest = plan_extended(probe, reuse)
         earlier = Reuse(reuse, manifest)
     checksums = partial(_checksums, split, manifest, options)
-    with open_writer(out, manifest, split.ids, worker, checksums) as writer:
+    with (
+        # A store is begun where somebody can go on with it.
+        nullcontext() if engine is None or store_exists(out) else engine.connected(manifest),
+        open_writer(out, manifest, split.ids, worker, checksums) as writer,
+    ):
         share = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
         already = share - sum(map(manifest.shard_records, writer.missing))
         work = Pass(probe, writer.manifest, earlier)

@@ -11,6 +11,7 @@ import re
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,11 +58,18 @@ class RayEngine:
     def __post_init__(self) -> None:
         _check_pickled(self.parts)
 
+    @contextmanager
+    def connected(self, manifest: Manifest) -> Iterator[None]:
+        """Inside, Ray is connected. Raises: RecipeError without a cluster, or without room in it."""
+        with cluster(self.address) as ray:
+            self._room(ray, manifest.build.threads)
+            yield
+
     def shards(self, writer: StoreWriter) -> Iterator[TaughtShard]:
         """The missing shards, as their files are written.
 
-        Raises: RecipeError without room in the cluster; StoreError, MismatchError for a node that lacks the data or has
-            other libraries; what the teacher raises.
+        Raises: RecipeError as `connected`; StoreError, MismatchError for a node that lacks the data or has other
+            libraries; what the teacher raises.
         """
         with cluster(self.address) as ray:
             yield from self._shards(ray, writer)
@@ -201,8 +209,10 @@ class _ShardTeacher:
             os.chdir(task.folder)
             torch.set_num_threads(manifest.build.threads)
             split, teacher, options, *earlier = task.parts()
-        except (OSError, ImportError, KDCacheError) as error:
-            raise _lacks(node, str(error).replace("\n", " ")) from error
+        except KDCacheError as error:
+            raise _lacks(node, f"{error.rule}: {error.received.splitlines()[0]}") from error
+        except (OSError, ImportError) as error:
+            raise _lacks(node, str(error)) from error
         if not store_exists(task.store) or read_manifest(open_place(task.store)).created != manifest.created:
             raise _lacks(node, f"{task.store} there is not the store that the driver began")
         if (device := device_name(options.device)) != manifest.build.device:
