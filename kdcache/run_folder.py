@@ -188,9 +188,11 @@ class Run:
                 remedy="give the --out of a training",
             ) from error
         except ValidationError as error:
+            first = error.errors()[0]
+            field = "".join(f", {part}" for part in first["loc"])
             raise RecipeError(
                 "a run's model.json must be well formed, its class names unique and not empty",
-                received=f"{path} " + (f"holds {error.errors()[0]['msg']}" if path.stat().st_size else "is empty"),
+                received=f"{path} " + (f"holds {first['msg']}{field}" if path.stat().st_size else "is empty"),
                 remedy="restore it from a copy; or delete it and repeat the training with --resume, which writes it "
                 "again",
             ) from error
@@ -226,12 +228,16 @@ class Run:
         if not path.is_file():
             present = sorted(file.stem for file in self.folder.glob("*.safetensors"))
             other = which.removesuffix("-ema")
+            if other != which and other in present:
+                remedy = f"use --weights {other}, or runs of a training with --ema 0.999"
+            elif self.result:
+                remedy = "restore it from a copy" + (f", or use --weights {present[0]}" if present else "")
+            else:
+                remedy = "let the training finish (the same command with --resume), or give only runs that have them"
             raise RecipeError(
                 f"a run is used by its weights, here {path.name}",
-                received=f"{self.folder} has " + (", ".join(present) if present else "no weights yet"),
-                remedy=f"use --weights {other}, or runs of a training with --ema 0.999"
-                if other != which and other in present
-                else "let the training finish (the same command with --resume), or give only runs that have them",
+                received=f"{self.folder} has " + (", ".join(present) or f"no weights{'' if self.result else ' yet'}"),
+                remedy=remedy,
             )
         return path
 

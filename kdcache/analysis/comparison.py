@@ -173,11 +173,12 @@ def alike(row: Row) -> str | None:
     )
 
 
-def _figure(spread: Spread, times: float) -> str:
-    """A mean and its deviation in the unit of a table."""
+def _figure(spread: Spread, times: float, digits: int) -> str:
+    """A mean and its deviation in the unit of a table, with as many digits after the point."""
     if math.isnan(spread.mean):
         return "-"
-    return f"{times * spread.mean:.3g}" + ("" if math.isnan(spread.std) else f" ± {times * spread.std:.2g}")
+    deviation = "" if math.isnan(spread.std) else f" ± {times * spread.std:.{digits}f}"
+    return f"{times * spread.mean:.{digits}f}{deviation}"
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ class Comparison:
         """Row by row: name, score of each task, baseline, verdict, cost; the tables in full are those of `tables`."""
         rows = []
         for row in self.rows:
-            scores = [_figure(row.miou, 100)] if SEGMENTATION in self.tasks else []
-            scores += [_figure(row.depth_spread("rmse"), 1)] if DEPTH in self.tasks else []
+            scores = [_figure(row.miou, 100, 1)] if SEGMENTATION in self.tasks else []
+            scores += [_figure(row.depth_spread("rmse"), 1, 3)] if DEPTH in self.tasks else []
             gap = row.difference if row.difference is not None else row.depth_difference
             beside = ["", ""] if gap is None else [gap.baseline, gap.verdict]
             time = "" if row.cost.latency is None else f"{row.cost.latency.median_ms:.1f}"

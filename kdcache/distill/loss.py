@@ -100,13 +100,11 @@ class DistillLoss(nn.Module):
         self.targets, self.balance = targets, balance
         self.ce_weight, self.kl_weight = ce_weight, kl_weight
         self.temperature = temperature
-        self.label_smoothing = label_smoothing
-        self.focal_gamma = focal_gamma
+        self.label_smoothing, self.focal_gamma = label_smoothing, focal_gamma
         self.ignore_index = ignore_index
         self.distill_void = distill_void and not isinstance(targets, LabelTargets)
         self._masks = TeacherMasks(targets, self.distill_void, ignore_index)
-        self.align_corners = align_corners
-        self.impl = impl
+        self.align_corners, self.impl = align_corners, impl
         self.gate = gate or Gate()
         self.further = nn.ModuleList(further)
         self._size = size
@@ -114,6 +112,9 @@ class DistillLoss(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
         # On the device, and changed in place: a CUDA graph reads this very tensor.
         self.register_buffer("distill_weight_scale", torch.ones(()) if scheduled else None, persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"ce_weight={self.ce_weight}, kl_weight={self.kl_weight}, temperature={self.temperature}"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ CASES = {
     "teacher of other names": (renamed_classes, BUILD, "pedestrian, vehicle"),
     "teacher without weights": (nothing, BUILD.replace("{w}/teacher", "kdcache:tiny"), "a model without weights"),
     "teacher that is nowhere": (nothing, BUILD.replace("{w}/teacher", "{w}/none"), "none does not exist"),
-    "teacher not trained yet": (no_weights, BUILD, "has no weights yet"),
+    "teacher not trained yet": (no_weights, BUILD, "has no weights"),
     "teacher without size": (
         nothing, BUILD.replace("{w}/teacher", "kdcache:tiny@{w}/teacher/best.safetensors"), "no --size"),
     "occupied out, build": (occupied, BUILD, "new holds something else"),
@@ -136,7 +136,7 @@ CASES = {
         SOURCE + " --data {w}/data --batch-size 6", "renders differently"),
     "flipped byte": (flipped, STUDENT + " --batch-size 6", "targets/segmentation/values"),
     "flipped byte, loader process": (flipped, STUDENT + " --batch-size 6 --workers 1", "targets/segmentation/values"),
-    "run without checkpoint": (no_weights, "evaluate {w}/teacher --data {w}/data", "has no weights yet"),
+    "run without checkpoint": (no_weights, "evaluate {w}/teacher --data {w}/data", "has no weights"),
     "run that is none": (nothing, "evaluate {w}/data --data {w}/data", "has no model.json"),
     "evaluated on other classes": (renamed_classes, "evaluate {w}/teacher --data {w}/data", "pedestrian, vehicle"),
     "verified against other data": (

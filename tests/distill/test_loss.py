@@ -79,6 +79,11 @@ def test_loss_and_gradient_are_those_of_float64(name: str, kind: str, moved: boo
     assert (gradient - wanted).norm() <= 3e-6 * wanted.norm()
 
 
+def test_its_repr_names_its_weights() -> None:
+    shown = repr(DistillLoss(ce_weight=0, kl_weight=0.3, temperature=4))
+    assert shown.startswith("DistillLoss(\n  ce_weight=0, kl_weight=0.3, temperature=4\n")
+
+
 def test_a_whole_view_is_an_interpolation() -> None:
     """The independent sampling above agrees with the resize that everyone uses."""
     target = dense_target(moved=False)

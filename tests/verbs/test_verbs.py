@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def test_a_comparison_shows_its_rows(world: dict[str, Any]) -> None:
     assert comparison.data == world["val"].data
     assert len(comparison.rows) == 2
     assert len(repr(comparison)) < 300
+    assert re.search(r"images: \w+ \d+\.\d, \w+ \d+\.\d>", repr(comparison))
     assert "mIoU %" in html_of(comparison)
     assert "&lt;" not in html_of(comparison)
 
