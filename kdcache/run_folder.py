@@ -282,9 +282,18 @@ def is_run(folder: Path) -> bool:
 
 
 def named_weights(text: str) -> tuple[Path, str] | None:
-    """(Folder of a run, one of WEIGHTS) of `RUN@WEIGHTS`; None for any other text."""
+    """(Folder of a run, one of WEIGHTS) of `RUN@WEIGHTS`; None for any other text. Raises: RecipeError for others."""
     folder, _, which = text.rpartition("@")
-    return (Path(folder), which) if which in WEIGHTS and (Path(folder) / MODEL).is_file() else None
+    if not (Path(folder) / MODEL).is_file() or (Path(text) / MODEL).is_file():
+        return None
+    if which not in WEIGHTS:
+        raise RecipeError(
+            f"weights that are named with a run are one of {', '.join(WEIGHTS)}",
+            entry="weights named with a run",
+            received=text,
+            remedy=f"for instance {folder}@{WEIGHTS[0]}; {folder} alone is its best weights, or those of --weights",
+        )
+    return Path(folder), which
 
 
 def weights_path(folder: Path, which: str) -> Path:

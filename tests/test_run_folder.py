@@ -68,7 +68,7 @@ def test_weights_may_be_named_with_the_run(folder: Path) -> None:
     (folder / "best-ema.safetensors").unlink()
     with pytest.raises(RecipeError, match="use --weights best, or runs of a training with --ema"):
         run.weights()
-    with pytest.raises(RecipeError, match="does not exist"):
+    with pytest.raises(RecipeError, match="one of best, last, best-ema, last-ema"):
         Run.open(f"{folder}@newest")
 
 

@@ -86,7 +86,9 @@ def compare(
     left_out = [f"{run.text} has no row of its own: it is the --teacher" for run in named if run not in members]
     if not members:
         raise RecipeError(
-            "a comparison has runs besides the teacher", received="the teacher alone", remedy="name some runs"
+            "a comparison has runs besides the teacher",
+            received="the teacher alone" if teachers else "none",
+            remedy="name some runs",
         )
     source = comparable_split(members, data, split)
     judging, depth_range = one_range(options.judging, [*members, *teachers], source)

@@ -90,7 +90,7 @@ def split_spec(text: str) -> tuple[str, str] | None:
         raise ModelError(
             "a trained model comes with weights: a run folder, SPEC@FILE or SPEC@default",
             received=f"{text!r}, a model without weights",
-            remedy=f"give {text}@FILE, or {text}@default for the library's own weights (downloaded)",
+            remedy=f"give {text}@FILE, or a model whose library publishes weights as @default (downloaded)",
         )
     return None
 

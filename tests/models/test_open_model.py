@@ -66,7 +66,7 @@ def test_split_spec(text: str, parts: tuple[str, str] | None) -> None:
 
 
 def test_a_spec_alone_is_no_trained_model() -> None:
-    with pytest.raises(ModelError, match=r"without weights[\s\S]*kdcache:tiny@default"):
+    with pytest.raises(ModelError, match=r"without weights[\s\S]*kdcache:tiny@FILE"):
         split_spec("kdcache:tiny")
 
 

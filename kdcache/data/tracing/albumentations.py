@@ -46,9 +46,9 @@ class TracedCompose:
         result: dict[str, Any] = self.transform(**named)
         applied = result.pop("applied_transforms")
         kinds = {type(part).__name__: type(part) for part in _parts(self.transform)}
-        after = [params["shape"][:2] for _, params in applied[1:]] + [_size(result["image"])]
+        sizes = [params["shape"][:2] for _, params in applied] + [_size(result["image"])]
         shown = Footprint.whole(_size(image))
-        for (name, params), size in zip(applied, after, strict=True):
+        for (name, params), size in zip(applied, sizes[1:], strict=True):
             shown = _moved(shown, name, kinds.get(name), params, (int(size[0]), int(size[1])))
         return {**result, "window": shown.array, "flip": shown.flip}
 

@@ -149,6 +149,8 @@ def compositions(a: Any) -> dict[str, Any]:
         "padded": [a.PadIfNeeded(64, 80), a.RandomCrop(60, 70), a.HorizontalFlip()],
         "a crop that pads": [a.RandomCrop(64, 40, pad_if_needed=True)],
         "a crop with a class": [a.CropNonEmptyMaskIfExists(20, 30), a.HorizontalFlip()],
+        "often nothing": [a.HorizontalFlip()],
+        "nothing": [],
         "nested, and colours": [
             a.OneOf([a.RandomSizedCrop((20, 40), (20, 30), **nearest), a.Resize(20, 30, **nearest)], p=1.0),
             a.ColorJitter(p=1.0),
@@ -159,7 +161,15 @@ def compositions(a: Any) -> dict[str, Any]:
     }
 
 
-NAMES = ("resized crop and flip", "flip before the crop", "padded", "a crop that pads", "a crop with a class")
+NAMES = (
+    "nothing",
+    "often nothing",
+    "resized crop and flip",
+    "flip before the crop",
+    "padded",
+    "a crop that pads",
+    "a crop with a class",
+)
 
 
 @pytest.mark.filterwarnings("ignore")
