@@ -9,7 +9,7 @@
     OUT/visualise.json                                         every score; marks the folder as one of these
 
 Of a run that predicts depth alone images are ranked by their rmse, `success_rank1_<sample>_rmse1.2345.png`.
-Beside each PNG lies the same picture in the other formats that are asked for.
+Beside each PNG lies the same picture in the other formats of `--format`.
 Predictions are made at the label's own size, scored image by image and dropped; those that are shown are made again.
 Memory does not grow with the number of images.
 """

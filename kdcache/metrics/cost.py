@@ -113,12 +113,12 @@ def measure_latency(model: SegmentationModel, size: tuple[int, int], *, repeats:
         median_ms=statistics.median(samples_ms),
         repeats=len(samples_ms),
         warm_up=len(warmed),
-        device=device_name(device),
+        device=hardware_name(device),
         threads=torch.get_num_threads(),
     )
 
 
-def device_name(device: torch.device) -> str:
+def hardware_name(device: torch.device) -> str:
     """The name of a GPU's model, or of the processor's."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
@@ -161,7 +161,7 @@ class CostKey:
     @classmethod
     def of(cls, spec: str, classes: int, size: tuple[int, int], device: str) -> "CostKey":
         """The key of a network on a device of this machine."""
-        return cls(spec, classes, size, device_name(torch.device(device)), torch.get_num_threads(), torch.__version__)
+        return cls(spec, classes, size, hardware_name(torch.device(device)), torch.get_num_threads(), torch.__version__)
 
     def path(self, folder: Path) -> Path:
         """The file of the timing in a run's folder."""

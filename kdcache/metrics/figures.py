@@ -27,7 +27,7 @@ VOID_RGB = (224, 224, 192)  # as in PASCAL VOC; black is a class there
 WRONG_RGB = (225, 30, 45)
 _REDS = (WRONG_RGB, (255, 0, 96), (255, 64, 32), (190, 0, 70), (255, 0, 170), (255, 110, 110), (150, 0, 0))
 _APART = 60.0
-"""Distance in RGB from which two colours are told apart at a glance."""
+"""Distance in RGB from which two colours are distinct at a glance."""
 Format = Literal["png", "svg", "pdf"]
 Layout = Literal["grid", "row"]
 INK = "#303030"

@@ -90,7 +90,7 @@ class Framing:
         """(H, W) that an image is resized to before it is cut into parts.
 
         Args:
-            size: (H, W) of the model's input, of which parts have the size where no window was asked for.
+            size: (H, W) of the model's input, of which parts have the size where there is no window.
         """
         wanted = size if self.window is None else self.whole
         if wanted is None:
@@ -139,7 +139,7 @@ def slide(
 
     Args:
         pixels_HW3: uint8, on the model's device, of the size that `Framing.scaled` says.
-        size: (H, W) of the model's input where no window is asked for.
+        size: (H, W) of the model's input where there is no window.
         batch_size: windows of a forward pass.
         name: of the image, for messages.
     Raises: RecipeError for windows larger than the image.

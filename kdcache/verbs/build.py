@@ -151,7 +151,7 @@ def plan_build(
 def _fit(
     choice: FitChoice, source: Split, size: tuple[int, int], out: str | Path | None, learnt: Fit
 ) -> tuple[Fit, str | None]:
-    """The fit that is asked for, else that of a store that was begun, else by the images' shapes, with a note.
+    """The fit of the settings, else that of a store that was begun, else by the images' shapes, with a note.
 
     Args:
         learnt: the teacher's: of images of several shapes it sees crops if it learnt from crops.

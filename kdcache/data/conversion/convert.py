@@ -75,7 +75,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of a conversion, by split; `unused` names the splits that were not asked for."""
+    """The result of a conversion, by split; `unused` names the splits that were left out."""
 
     layout: str
     why: str

@@ -16,13 +16,13 @@ def shared_fit(
     size: tuple[int, int] | None,
     note: Callable[[str], None],
 ) -> Fit:
-    """The fit of a training: that of its stores, else the one that is asked for, else by the shapes of its images.
+    """The fit of a training: that of its stores, else that of the settings, else by the shapes of its images.
 
     Args:
         opened: every stream with its store, or its data set.
         size: (H, W) of the pixels; None for the stores' views'.
         note: is called with the reason where images are padded by default.
-    Raises: RecipeError where stores differ, where another fit is asked for, and for a size of another shape than padded
+    Raises: RecipeError where stores differ, where the settings differ, and for a size of another shape than padded
         or cropped views have.
     """
     stores = {cache.manifest.view.fit: cache for _, cache, _ in opened if cache is not None}

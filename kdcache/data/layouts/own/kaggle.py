@@ -124,7 +124,7 @@ def _beside(root: Path, splits: list[str]) -> Places:
 
 
 def _together(root: Path, splits: list[str]) -> Places:
-    """Pairs of images and masks in one folder, told apart by what their names end with."""
+    """Pairs of images and masks in one folder, distinguished by how their names end."""
     flat = [split for split in splits if holds_pictures(root / split)]
     pairs = [split for split in flat if ends_of(names := names_below(root / split), names, together=True)[1]]
     return {split: (split, split) for split in flat} if pairs else {}
