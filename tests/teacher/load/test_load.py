@@ -91,7 +91,7 @@ def test_published_weights(monkeypatch, classes) -> None:
 def test_a_bare_spec_has_no_weights(classes) -> None:
     error = refusal(ModelError, "kdcache:tiny", classes)
     assert "kdcache:tiny@FILE" in error.remedy
-    assert "kdcache:tiny@default" in error.remedy
+    assert "as @default (downloaded)" in error.remedy
 
 
 def test_what_is_not_there(tmp_path, classes, run_folder) -> None:
