@@ -22,7 +22,7 @@ _IN_PLACE = (
 class TracedCompose:
     """A composition whose result has `window` and `flip`, too. Picklable where the composition is.
 
-    Raises: DataError for a transform that is no composition.
+    Raises: DataError for a transform that is no composition, or holds one after which pixels show no window.
     """
 
     def __init__(self, transform: Any) -> None:
@@ -32,6 +32,9 @@ class TracedCompose:
                 received=type(transform).__name__,
                 remedy="wrap it: kdcache.traced(A.Compose([...]))",
             )
+        for part in _parts(transform):  # at once, though it may be applied to few images
+            if not _may_show_window(part):
+                raise no_window(type(part).__name__)
         self.transform = copy.copy(transform)  # the random numbers stay those of the given one
         self.transform.save_applied_params = True
 
@@ -54,6 +57,13 @@ class TracedCompose:
 
     def __repr__(self) -> str:
         return f"traced({self.transform!r})"
+
+
+def _may_show_window(part: Any) -> bool:
+    """Whether `_moved` knows a transform, or is to see what it does: crops name their windows as they are applied."""
+    known = type(part).__name__ in ("HorizontalFlip", "PadIfNeeded", "Pad", *_RESIZES, *_IN_PLACE)
+    crops = any(kind.__module__ == A.RandomCrop.__module__ for kind in type(part).__mro__)
+    return known or crops or isinstance(part, (A.BaseCompose, A.ImageOnlyTransform))
 
 
 def _moved(shown: Footprint, name: str, kind: Any, params: Mapping[str, Any], size: tuple[int, int]) -> Footprint:
@@ -84,9 +94,10 @@ def _padded(shown: Footprint, params: Mapping[str, Any]) -> Footprint:
 
 def _parts(compose: Any) -> Iterator[Any]:
     """The transforms of a composition, at any depth."""
-    for part in getattr(compose, "transforms", ()):
+    for part in compose.transforms:
         yield part
-        yield from _parts(part)
+        if isinstance(part, A.BaseCompose):
+            yield from _parts(part)
 
 
 def _size(image: Any) -> tuple[int, int]:

@@ -189,7 +189,9 @@ def test_what_albumentations_moves_otherwise_is_refused() -> None:
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     for transform in (a.Rotate(p=1.0), a.D4(p=1.0), a.VerticalFlip(p=1.0), a.GridDistortion(p=1.0)):
         with pytest.raises(DataError, match=type(transform).__name__):
-            traced(a.Compose([transform]))(image=image)
+            traced(a.Compose([transform]))
+    with pytest.raises(DataError, match="Rotate"):
+        traced(a.Compose([a.HorizontalFlip(), a.OneOf([a.RandomCrop(8, 8), a.Rotate(p=0.01)])]))
     with pytest.raises(DataError, match="wrap it"):
         traced(a.HorizontalFlip())
     with pytest.raises(DataError, match="is given image="):
