@@ -34,12 +34,12 @@ from kdcache.distill.checks import (
 from kdcache.distill.counts import Counts
 from kdcache.distill.gate import Gate
 from kdcache.distill.label_targets import LabelTargets
-from kdcache.distill.masks import TeacherMasks, counted_in, times
+from kdcache.distill.masks import TeacherMasks
 from kdcache.distill.merged_targets import MergedTargets
 from kdcache.distill.outputs import Losses, Outputs, StudentOutputs, unpacked
 from kdcache.distill.target import TargetFormat
 from kdcache.heads import TASKS
-from kdcache_kernels import distill_denominators, distill_loss
+from kdcache_kernels import PastedTarget, distill_denominators, distill_loss
 from kdcache_kernels.topk import compute_dtype
 
 if TYPE_CHECKING:
@@ -204,8 +204,9 @@ class DistillLoss(nn.Module):
             zero = torch.zeros((), device=batch.any_label.device)
             return zero, zero
         teaching = self.kl_weight > 0 and self._teaches(batch)
-        views = self._masks.views(batch) if teaching else []
-        target = batch.target if teaching and not views else None
+        other = self._masks.pasted(batch) if teaching else None
+        counted_BHW = self._masks.counted_apart(batch, other) if teaching else None
+        target = batch.target if teaching and counted_BHW is None else None
         num_classes = self.targets.num_classes if self.targets is not None else 256
         ce, kl = distill_denominators(
             batch.label,
@@ -215,9 +216,10 @@ class DistillLoss(nn.Module):
             ignore_index=self.ignore_index,
             window_B4=None if target is None else batch.window,
             flip_B=None if target is None else batch.flip,
+            pasted=None if target is None else self._masks.pasted_target(other),
             distill_void=self.distill_void,
         )
-        return ce, counted_in(views) if views else kl
+        return ce, kl if counted_BHW is None else counted_BHW.sum().double()
 
     def forward(
         self,
@@ -399,16 +401,11 @@ class DistillLoss(nn.Module):
             return zero, zero, zero
         if not by_teacher:
             return self._call(logits, replace(batch, targets=None), None, counts, ce_weight, kl_weight)
-        views = self._masks.views(batch)
-        if not views:
-            return self._call(logits, batch, gate, counts, ce_weight, kl_weight)
-        (_, mask_BHW), *pasted = views
-        count = counted_in(views) if counts is None else counts.kl
-        loss, ce, kl = self._call(logits, batch, times(mask_BHW, gate), counts, ce_weight, kl_weight, count)
-        for other, mask_BHW in pasted:
-            more = self._call(logits, other, times(mask_BHW, self._gate(other)), counts, 0.0, kl_weight, count)
-            loss, kl = loss + more[0], kl + more[2]
-        return loss, ce, kl
+        other = self._masks.pasted(batch)
+        weight, counted_BHW = self._masks.weight(batch, gate, other, None if other is None else self._gate(other))
+        count = counted_BHW.sum(dtype=torch.float32) if counts is None and counted_BHW is not None else None
+        pasted = self._masks.pasted_target(other)
+        return self._call(logits, batch, weight, counts, ce_weight, kl_weight, count, pasted)
 
     def _call(
         self,
@@ -419,6 +416,7 @@ class DistillLoss(nn.Module):
         ce_weight: float,
         kl_weight: float,
         kl_count: Tensor | None = None,
+        pasted: PastedTarget | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         target = batch.target
         packed = None if target is None or self.targets is None else target.packed(self.targets)
@@ -436,6 +434,7 @@ class DistillLoss(nn.Module):
             window_B4=None if packed is None else batch.window,
             flip_B=None if packed is None else batch.flip,
             pixel_weight_BHW=weight,
+            pasted=pasted,
             distill_void=self.distill_void,
             align_corners=self.align_corners,
             ce_denominator=None if counts is None else counts.ce,

@@ -1,6 +1,5 @@
 """Which pixels of a batch the teacher's terms count: those in the view that show the image, and whose target it is."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from kdcache.distill.batch import SEGMENTATION, Batch
 from kdcache.distill.target import TargetFormat
+from kdcache_kernels import PastedTarget
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,42 @@ class TeacherMasks:
     distill_void: bool
     ignore_index: int
 
-    def views(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        """Pairs of a batch and the mask (B, H, W) of its pixels that KL counts; empty where the fused loss counts them.
+    def counted_apart(self, batch: Batch, other: Batch | None) -> Tensor | None:
+        """Which pixels (B, H, W) KL counts; None where the fused loss finds them by itself.
 
-        The first is the batch itself; where pixels are pasted, the second has their targets, if there are any.
+        Args:
+            other: the batch with the targets of pixels that were pasted, as `pasted` has it.
         """
+        if batch.inside is None and (batch.own is None or (other is not None and other.inside is None)):
+            return None
+        counted_BHW = self._counted_by_kl(batch, batch.own)
+        if other is not None and other.own is not None:
+            counted_BHW = counted_BHW | self._counted_by_kl(other, ~other.own)
+        return counted_BHW
+
+    def pasted(self, batch: Batch) -> Batch | None:
+        """The batch with the targets of the pixels that were pasted; None where there are none."""
         if batch.own is None:
-            return [] if batch.inside is None else [(batch, self._counted_by_kl(batch, None))]
-        own, other = (batch, self._counted_by_kl(batch, batch.own)), batch.with_pasted_targets()
-        return [own] if other.target is None else [own, (other, self._counted_by_kl(other, ~batch.own))]
+            return None
+        other = batch.with_pasted_targets()
+        return None if other.target is None else other
+
+    def weight(
+        self, batch: Batch, gate_BHW: Tensor | None, other: Batch | None, other_gate_BHW: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Weights (B, H, W) of KL by the gates of both targets, None for 1; and `counted_apart`, which enters them."""
+        weight_BHW, counted_BHW = gate_BHW, self.counted_apart(batch, other)
+        if gate_BHW is not None and other_gate_BHW is not None and batch.own is not None:
+            weight_BHW = torch.where(batch.own, gate_BHW, other_gate_BHW)
+        if counted_BHW is not None:
+            weight_BHW = counted_BHW.float() if weight_BHW is None else weight_BHW * counted_BHW
+        return weight_BHW, counted_BHW
+
+    def pasted_target(self, other: Batch | None) -> PastedTarget | None:
+        """The targets of pixels that were pasted, as the fused loss takes them; `other` as `pasted` returns it."""
+        if other is None or other.own is None or other.target is None or self.targets is None:
+            return None
+        return PastedTarget(~other.own, other.target.packed(self.targets), other.window, other.flip)
 
     def counted(self, batch: Batch, own_BHW: Tensor | None = None) -> Tensor | None:
         """Which pixels (B, H, W) of the view the teacher's terms count; None is all."""
@@ -62,13 +89,3 @@ class TeacherMasks:
         inside_BHW = batch.in_view(self.targets, batch.size).expand_as(batch.label)
         counted_BHW = self.counted(batch, own_BHW)
         return inside_BHW if counted_BHW is None else inside_BHW & counted_BHW
-
-
-def counted_in(views: Sequence[tuple[Batch, Tensor]]) -> Tensor:
-    """The number of pixels that KL counts of some views, 0-dimensional float32."""
-    return torch.stack([mask_BHW.sum(dtype=torch.float32) for _, mask_BHW in views]).sum()
-
-
-def times(mask_BHW: Tensor, gate_BHW: Tensor | None) -> Tensor:
-    """A mask as weights of pixels, times a gate; None is 1."""
-    return mask_BHW.float() if gate_BHW is None else gate_BHW * mask_BHW

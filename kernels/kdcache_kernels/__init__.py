@@ -25,7 +25,7 @@ from .ops import (
     pack,
     target_argmax_confidence,
 )
-from .problem import LossProblem
+from .problem import LossProblem, PastedTarget
 from .reference import Denominators, LossParts, distill_loss_reference
 from .topk import LOGIT_LIMIT, PackedTarget
 
@@ -37,6 +37,7 @@ __all__ = [
     "LossParts",
     "LossProblem",
     "PackedTarget",
+    "PastedTarget",
     "ReferenceWarning",
     "ShapeError",
     "ValueRangeError",

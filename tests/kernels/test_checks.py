@@ -149,7 +149,7 @@ def test_exported_names():
     assert kdcache_kernels.__all__ == sorted(kdcache_kernels.__all__, key=lambda n: (not n.isupper(), n))
     assert set(kdcache_kernels.__all__) == {
         *("IMPLEMENTATIONS", "LOGIT_LIMIT", "Denominators", "KernelError", "LossParts", "LossProblem"),
-        *("PackedTarget", "ReferenceWarning", "ShapeError", "ValueRangeError", "choose_k", "densify"),
+        *("PackedTarget", "PastedTarget", "ReferenceWarning", "ShapeError", "ValueRangeError", "choose_k", "densify"),
         *(
             "average_moments",
             "channel_loss",

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcache_kernels import LossParts, LossProblem, PackedTarget, ShapeError, ValueRangeError, densify, library, pack
+from kdcache_kernels import (
+    LossParts,
+    LossProblem,
+    PackedTarget,
+    PastedTarget,
+    ShapeError,
+    ValueRangeError,
+    densify,
+    library,
+    pack,
+)
 from kdcache_kernels import target_argmax_confidence as argmax_confidence
 
 C, GRID, SIZE = 5, (3, 4), (12, 16)
@@ -72,6 +82,25 @@ def test_opcheck_of_the_loss(backend, k, everything):
 def test_opcheck_without_a_target(backend):
     arguments = library.loss_arguments(dataclasses.replace(problem(backend.device, C, False), target=None))
     torch.library.opcheck(library.distill_loss, (backend.impl, *arguments))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_opcheck_of_pasted_pixels(backend):
+    whole = problem(backend.device, 2, True)
+    pasted = PastedTarget(whole.labels == 1, whole.target, whole.window, whole.flip)
+    arguments = library.loss_arguments(dataclasses.replace(whole, pasted=pasted))
+    torch.library.opcheck(library.distill_loss, (backend.impl, *arguments))
+
+
+def test_a_problem_comes_back_from_its_arguments(backend):
+    whole = problem(backend.device, 2, True)
+    pasted = PastedTarget(whole.labels == 1, whole.target, whole.window, whole.flip)
+    for one in (whole, dataclasses.replace(whole, pasted=pasted), dataclasses.replace(whole, target=None)):
+        arguments = library.loss_arguments(one)
+        again = library.loss_arguments(library.loss_problem(arguments))
+        assert len(arguments) == len(again) == len(library.LOSS_ARGUMENTS)
+        pairs = zip(arguments, again, strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def test_opcheck_of_the_others(backend):

@@ -53,9 +53,9 @@ def bench_kernels(
         _Option(
             "--case",
             help="What a step computes: plain (labelled pixels), trained (class weights, void pixels that learn from "
-            "the teacher), warp (a window and a flip per image), gate (confident pixels), dist, dkd, cwd (the "
-            "losses of these terms alone, of whole views), dist-warp, dkd-warp, cwd-warp (through windows); or "
-            "[bold]all[/].",
+            "the teacher), warp (a window and a flip per image), gate (confident pixels), mix (a third of "
+            "an image pasted from another), dist, dkd, cwd (the losses of these terms alone, of whole views), "
+            "dist-warp, dkd-warp, cwd-warp (through windows); or [bold]all[/].",
         ),
     ] = "plain",
     layout: Annotated[str, _Option("--layout", help="Layout of the student's logits: nchw, channels_last.")] = "nchw",

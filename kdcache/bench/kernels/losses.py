@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.bench.kernels.inputs import Inputs
+from kdcache.bench.kernels.inputs import Inputs, neighbours
 from kdcache.bench.kernels.shapes import KINDS, Case
 from kdcache_kernels import (
+    PastedTarget,
     channel_loss,
     decoupled_loss,
     densify,
@@ -33,12 +34,18 @@ from kdcache_kernels.target_cells import labels_at_centres
 
 
 class Targets(NamedTuple):
-    """What eager learns from, of all images or of one, and its settings; tensors as in `Inputs`."""
+    """What eager learns from, of all images or of one, and its settings; tensors as in `Inputs`.
+
+    Attributes:
+        other_teacher: that of the pasted pixels.
+    """
 
     teacher: Tensor
     labels: Tensor
     mask: Tensor
     grid: Tensor | None
+    pasted: Tensor | None
+    other_teacher: Tensor | None
     class_weight: Tensor | None
     ce_count: Tensor
     kl_count: Tensor
@@ -54,6 +61,8 @@ class Targets(NamedTuple):
             labels=self.labels[rows],
             mask=self.mask[rows],
             grid=None if self.grid is None else self.grid[rows],
+            pasted=None if self.pasted is None else self.pasted[rows],
+            other_teacher=None if self.other_teacher is None else self.other_teacher[rows],
         )
 
 
@@ -64,6 +73,8 @@ def targets_of(case: Case, inputs: Inputs) -> Targets:
         inputs.labels_int64,
         inputs.mask,
         inputs.grid,
+        inputs.pasted,
+        None if inputs.pasted is None else neighbours(inputs.teacher),
         inputs.class_weight,
         inputs.ce_count,
         inputs.kl_count,
@@ -91,6 +102,7 @@ def our_loss(case: Case, inputs: Inputs, impl: str) -> Tensor:
         window_B4=inputs.window,
         flip_B=inputs.flip,
         pixel_weight_BHW=weight,
+        pasted=None if inputs.pasted is None else PastedTarget(inputs.pasted, inputs.target.map(neighbours)),
         distill_void=kind.trained,
         impl=impl,
     ).loss
@@ -105,6 +117,9 @@ def eager_loss(student_BChw: Tensor, targets: Targets) -> Tensor:
         teacher_BCHW = F.interpolate(teacher_BChw, size, mode="bilinear", align_corners=False)
     else:
         teacher_BCHW = F.grid_sample(teacher_BChw, targets.grid, padding_mode="border", align_corners=False)
+    if targets.pasted is not None and targets.other_teacher is not None:
+        other_BCHW = F.interpolate(targets.other_teacher / T, size, mode="bilinear", align_corners=False)
+        teacher_BCHW = torch.where(targets.pasted[:, None], other_BCHW, teacher_BCHW)
     log_q_BCHW = F.log_softmax(teacher_BCHW, 1)
     weight, ignore = targets.class_weight, targets.ignore_index
     if T == 1:
