@@ -250,6 +250,7 @@ def check_packed_target(target: PackedTarget, name: str = "target") -> None:
     if not isinstance(target, PackedTarget):
         raise ShapeError(
             f"{name} is a PackedTarget.",
+            entry="target is a PackedTarget",
             received=describe(target),
             remedy="Pack raw logits: PackedTarget(*pack(logits, k), num_classes, view_size).",
         )
@@ -263,6 +264,7 @@ def check_target(
     if (target.num_classes, target.batch_size) != (num_classes, batch):
         raise ShapeError(
             f"{name} has the batch size and the classes of student_logits_BChw.",
+            entry="target has the batch size and the classes of student_logits_BChw",
             received=f"(B, C) is ({target.batch_size}, {target.num_classes}), not ({batch}, {num_classes}); "
             f"values {describe(target.values)}",
             remedy="Use a student with the store's class list, and one record per image.",
@@ -270,6 +272,7 @@ def check_target(
     if target.device != device:
         raise ShapeError(
             f"{name} is on the device of student_logits_BChw.",
+            entry="target is on the device of student_logits_BChw",
             received=f"values {describe(target.values)}; the student is on {device}",
             remedy="Move it with target.to(device, non_blocking=True) before the call.",
         )
