@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from kdcache.sweep import Job
 from kdcache_cli import torchrun
+from kdcache_cli.verbs import sweep
 
 RUNS = {
     "camvid-segformer": ["B0", "KD(KL) w=1.0", "KD(KL) w=0.5", "KD(AT)", "KD(SP)"],
@@ -144,7 +150,7 @@ def test_processes_of_torchrun_are_refused(rank: int, cli, tmp_path: Path, monke
     monkeypatch.setattr(torchrun, "GRACE_S", 0)
     ended = cli("sweep", "voc-compare", "--smoke", "--out", tmp_path / "out")
     assert ended.code == 2
-    assert ("--engine ray" in ended.err) == (rank == 0)
+    assert ("--parallel N" in ended.err) == (rank == 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -183,6 +189,34 @@ def test_a_sweep_side_by_side_that_fails_says_why_and_goes_on(cli, tmp_path: Pat
     assert whole.code == 0, whole.err
     assert (tmp_path / "new" / "report.html").is_file()
     assert len(list((tmp_path / "new" / "logs").iterdir())) == 8
+
+
+def test_jobs_side_by_side_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of those that the command may use, each held by as few jobs as there can be; a GPU that a job names stays."""
+    taken: dict[str, str | None] = {}
+    meet = threading.Barrier(3)
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        taken[command[-1]] = env.get("CUDA_VISIBLE_DEVICES")
+        meet.wait(timeout=60)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    apart = sweep._Apart(SimpleNamespace(out=tmp_path), 3)
+    for _ in range(2):
+        jobs = [Job(f"job {n}", ("train-student", f"{n}"), None) for n in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(apart, jobs))
+        assert sorted(gpu or "" for gpu in taken.values()) in (["3", "3", "5"], ["3", "5", "5"])
+    meet = threading.Barrier(1)
+    apart(Job("pinned", ("train-student", "--device", "cuda:1"), None))
+    assert taken["cuda:1"] == "3,5"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    sweep._Apart(SimpleNamespace(out=tmp_path), 2)(Job("none", ("train-student", "cpu"), None))
+    assert taken["cpu"] is None
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,8 +62,8 @@ def sweep(
 ) -> None:
     """Many runs from one store: teachers, stores, students, then table, pictures and page.
 
-    With --parallel several runs share this machine; with --engine ray they go
-    wherever a Ray cluster has room, each with its own GPU by --num-gpus 1.
+    With --parallel several runs share this machine, each on one of its GPUs; with
+    --engine ray they go wherever a Ray cluster has room for --num-gpus.
 
     [dim]kdcache sweep voc-compare --smoke --out try[/]
 
@@ -170,8 +171,8 @@ def _check_alone() -> None:
         raise RecipeError(
             "one process leads a sweep and hands out its runs",
             received=f"process {rank} of {size}",
-            remedy="start it once, with --parallel N; sweep --engine ray --num-gpus 1 gives each run a GPU. Where RANK "
-            "and WORLD_SIZE are left in the shell, unset them",
+            remedy="start it once, with --parallel N, which takes all GPUs in turn. Where RANK and WORLD_SIZE are left "
+            "in the shell, unset them",
         )
 
 
@@ -194,13 +195,17 @@ class _InProcess:
 
 
 class _Apart:
-    """Each job in a process of its own, with its share of the cores and its output in a log."""
+    """Each job in a process of its own, with its share of the cores, one of the GPUs and its output in a log."""
 
     def __init__(self, sweep: "Sweep", parallel: int) -> None:
         from kdcache.sweep.run import LOGS
 
         self._logs = sweep.out / LOGS
         self._environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel)), **os.environ}
+        places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _visible_gpus()] or [{}]
+        self._free: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for number in range(parallel):
+            self._free.put(places[number % len(places)])
 
     def __call__(self, job: "Job") -> None:
         from kdcache.sweep.plan import folder_name
@@ -208,11 +213,25 @@ class _Apart:
 
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{folder_name(job.name)}.log"
-        with log.open("w", encoding="utf-8") as file:
-            command = [sys.executable, "-m", "kdcache_cli", *job.next_words]
-            done = subprocess.run(command, env=self._environment, stdout=file, stderr=file, check=False)
+        command = [sys.executable, "-m", "kdcache_cli", *job.next_words]
+        place = self._free.get()
+        pinned = any(word.startswith("cuda:") for word in job.next_words)
+        environment = self._environment if pinned else self._environment | place
+        try:
+            with log.open("w", encoding="utf-8") as file:
+                done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
+        finally:
+            self._free.put(place)
         if done.returncode:
             raise failed(job, f"code {done.returncode}", log)
+
+
+def _visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 
 def _watcher() -> "Watcher":
