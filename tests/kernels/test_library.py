@@ -84,6 +84,7 @@ def test_opcheck_without_a_target(backend):
     torch.library.opcheck(library.distill_loss, (backend.impl, *arguments))
 
 
+@pytest.mark.native
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_opcheck_of_pasted_pixels(backend):
     whole = problem(backend.device, 2, True)
