@@ -100,7 +100,8 @@ def distill_loss(problem: LossProblem) -> LossResult:
 
     Raises: ShapeError for an image of 2^31 logits or more, or whose elements lie so far apart.
     Memory: 4 bytes per logit of the student, and of the target where it is not read as it is; the gradient; the larger
-    of the edges of cells and the scratch of tiles; nothing of label size times C.
+    of the edges of cells and the scratch of tiles; nothing of label size times C. With pasted pixels three gradients at
+    a time, each rounded to its dtype before they are added, and masks and weights of label size.
     """
     if problem.pasted is not None:
         return _add(*(distill_loss(part) for part in split_pasted(problem)))
