@@ -241,8 +241,9 @@ def distill_denominators(
     if labels_BHW is not None:
         ce = ce_weight_sum(labels_BHW.long(), class_weight, ignore_index, num_classes).double()
     if target is not None:
-        shown = (target, labels_BHW, size, ignore_index, window_B4, flip_B, distill_void)
-        counted = kl_pixels(*shown)[0] if pasted is None else pasted_pixels(pasted, *shown)
+        counted, _ = kl_pixels(target, labels_BHW, size, ignore_index, window_B4, flip_B, distill_void)
+        if pasted is not None:
+            counted = pasted_pixels(pasted, counted, labels_BHW, size, ignore_index, distill_void)
         kl = counted.sum().double()
     return Denominators(ce, kl)
 

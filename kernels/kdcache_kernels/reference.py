@@ -305,8 +305,9 @@ def split_pasted(problem: LossProblem) -> tuple[LossProblem, LossProblem]:
     assert target is not None
     denominator = problem.kl_denominator
     if denominator is None:
-        shown = (target, problem.labels, problem.size, problem.ignore_index, problem.window, problem.flip)
-        denominator = pasted_pixels(pasted, *shown, problem.distill_void).sum().double()
+        of_labels = (problem.labels, problem.size, problem.ignore_index)
+        own_BHW, _ = kl_pixels(target, *of_labels, problem.window, problem.flip, problem.distill_void)
+        denominator = pasted_pixels(pasted, own_BHW, *of_labels, problem.distill_void).sum().double()
     weight = torch.ones(pasted.mask.shape, device=pasted.mask.device) if weight is None else weight
     common: dict[str, Any] = {"pasted": None, "kl_denominator": denominator}
     own = replace(problem, pixel_weight=weight.masked_fill(pasted.mask, 0), **common)
@@ -318,19 +319,15 @@ def split_pasted(problem: LossProblem) -> tuple[LossProblem, LossProblem]:
 
 def pasted_pixels(
     pasted: PastedTarget,
-    target: PackedTarget,
+    own_BHW: Tensor,
     labels_BHW: Tensor | None,
     size: Size,
     ignore_index: int,
-    window_B4: Tensor | None,
-    flip_B: Tensor | None,
     distill_void: bool,
 ) -> Tensor:
-    """Return the (B, H, W) bool pixels that the KL term counts, each in the view of the target that teaches it."""
-    own_BHW, _ = kl_pixels(target, labels_BHW, size, ignore_index, window_B4, flip_B, distill_void)
-    others = (pasted.window, pasted.flip, distill_void)
-    other_BHW, _ = kl_pixels(pasted.target, labels_BHW, size, ignore_index, *others)
-    return torch.where(pasted.mask, other_BHW, own_BHW)
+    """Return `own_BHW`, which pixels KL counts of an image's own target, with those that were pasted of theirs."""
+    shown = (labels_BHW, size, ignore_index, pasted.window, pasted.flip, distill_void)
+    return torch.where(pasted.mask, kl_pixels(pasted.target, *shown)[0], own_BHW)
 
 
 def ce_weight_sum(labels_BHW: Tensor, class_weight: Tensor | None, ignore_index: int, num_classes: int) -> Tensor:

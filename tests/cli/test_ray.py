@@ -170,10 +170,10 @@ def test_an_extended_store_is_one_process_s(made: Path, cluster, cli, tree, unst
         cli(*words, "--out", tmp_path / "ray.zarr", "--engine", "ray", "--actors", 2, "--address", cluster.address),
     ]
     assert [ended.code for ended in ends] == [0, 0], ends[1].err
-    told = [re.search(r"\(\d+ taught, \d+ taken over\)", ended.out) for ended in ends]
-    assert told[0] is not None
-    assert told[1] is not None
-    assert told[0][0] == told[1][0]
+    counts = [re.search(r"\(\d+ taught, \d+ taken over\)", ended.out) for ended in ends]
+    assert counts[0] is not None
+    assert counts[1] is not None
+    assert counts[0][0] == counts[1][0]
     assert all("records of the earlier store are damaged" in ended.out for ended in ends)
     assert unstamped(tree(tmp_path / "ray.zarr")) == unstamped(tree(tmp_path / "one.zarr"))
 
@@ -309,7 +309,7 @@ def test_wrong_flags(made: Path, cli, tmp_path: Path, words: list[object], recei
 def test_an_address_goes_before_the_one_of_the_environment(
     made: Path, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `ray.init` has it: RAY_ADDRESS is for commands that name none, or auto."""
+    """RAY_ADDRESS is for commands that name no address, or auto, as `ray.init` has it."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     common = ["build-teacher-cache", "--data", made / "data", "--teacher", made / "teacher", "--threads", 1]
     for words, received in (

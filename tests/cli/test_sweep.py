@@ -192,7 +192,7 @@ def test_a_sweep_side_by_side_that_fails_says_why_and_goes_on(cli, tmp_path: Pat
 
 
 def test_jobs_side_by_side_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of those that the command may use, each held by as few jobs as there can be; a GPU that a job names stays."""
+    """Jobs share the GPUs that the command may use as evenly as they can; a GPU that a job names stays."""
     taken: dict[str, str | None] = {}
     meet = threading.Barrier(3)
 

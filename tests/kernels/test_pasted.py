@@ -136,7 +136,7 @@ def test_any_shapes(seed, size, grid, k, temperature, void):
 
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_nothing_and_everything_pasted(distill_loss, everywhere, device):
-    """Is the call with that target alone."""
+    """A call in which one target teaches all pixels is the call with that target alone."""
     z, y, own, pasted = batch(device)
     pasted = moved(pasted, device, mask=torch.full_like(pasted.mask, everywhere))
     one = distill_loss(z, y, own, pasted=pasted, kl_weight=1.0)
@@ -162,7 +162,7 @@ def test_parts_of_a_batch_add_up(distill_loss, device):
 
 @pytest.mark.native
 def test_gradients_of_terms(distill_loss, device):
-    """Of KL alone, and by a weight that is learnt."""
+    """KL alone has a gradient, and a learnt weight has the term as its own."""
     z, y, own, pasted = batch(device)
     weight = torch.tensor(0.7, device=device, requires_grad=True)
     parts = distill_loss(z, y, own, pasted=pasted, kl_weight=weight, temperature=2.0)
