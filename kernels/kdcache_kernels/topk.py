@@ -21,6 +21,8 @@ from .errors import ShapeError, ValueRangeError, describe
 
 NO_FLOAT64 = ("mps",)
 """Devices without float64, in which positions, sums and windows are."""
+MOST_CLASSES = 2**16
+"""Classes that a target of the top k can have: its ids are uint16."""
 LOGIT_LIMIT = 6e4
 """Bound of stored values and tails: exact in float16, far below its overflow, and 0 after any softmax."""
 
@@ -140,7 +142,9 @@ def index_dtype(num_classes: int) -> torch.dtype:
 
 def argmax_dtype(num_classes: int) -> torch.dtype:
     """Return the dtype of class ids that a comparison takes, which uint16 does not."""
-    return torch.uint8 if num_classes <= 256 else torch.int16
+    if num_classes <= 256:
+        return torch.uint8
+    return torch.int16 if num_classes <= 2**15 else torch.int32
 
 
 def is_dense(value: Any) -> bool:
@@ -169,6 +173,7 @@ def check_logits(logits_BChw: Tensor, k: int) -> None:
             received=f"k={k} with {num_classes} classes",
             remedy=f"Choose k up to {num_classes}; that keeps every class.",
         )
+    _check_ids_fit(k, num_classes)
 
 
 def check_view_size(view_size: tuple[int, int]) -> None:
@@ -216,9 +221,20 @@ def check_packed(values: Tensor, indices: Tensor | None, tail: Tensor | None, nu
                 remedy="Pass None for both; the values are in class order.",
             )
         return
+    _check_ids_fit(k, num_classes)
     ids = index_dtype(num_classes)
     _check_part("indices", indices, (B, k, h, w), (ids,), values.device)
     _check_part("tail", tail, (B, h, w), (torch.float16, torch.float32, torch.float64), values.device)
+
+
+def _check_ids_fit(k: int, num_classes: int) -> None:
+    if k < num_classes > MOST_CLASSES:
+        raise ValueRangeError(
+            f"Cannot keep the top {k} of {num_classes} classes: class ids are stored in 16 bits.",
+            entry="class ids have 16 bits",
+            received=f"{num_classes} classes, at most {MOST_CLASSES}",
+            remedy="Merge classes (--class-map), or keep every class with k = num_classes.",
+        )
 
 
 def _check_part(

@@ -52,6 +52,17 @@ def test_any_size(size, align_corners, backend):
     assert_exact(random_target(3, 3, (1, 1), (1, 1), backend.device, align_corners=align_corners), size, backend)
 
 
+@pytest.mark.parametrize(("num_classes", "dtype"), [(32768, torch.int16), (32769, torch.int32), (70000, torch.int32)])
+def test_ids_of_many_classes_are_not_negative(num_classes, dtype, device):
+    logits = torch.zeros(1, num_classes, 1, 1, device=device)
+    logits[0, num_classes - 1] = 1
+    target = PackedTarget(*pack(logits, num_classes), num_classes, (2, 2))
+    for impl in ("auto", "reference"):
+        ids, _ = target_argmax_confidence(target, (2, 2), impl=impl)
+        assert ids.dtype == dtype
+        assert (ids == num_classes - 1).all()
+
+
 @pytest.mark.interpreted(num_classes=[1, 2, 21, 257])
 @pytest.mark.parametrize("num_classes", [1, 2, 21, 150, 256, 257])
 def test_any_number_of_classes(num_classes, backend):

@@ -80,6 +80,21 @@ def test_many_classes(num_classes, dtype, device):
     assert dense.argmax(1).item() == num_classes - 1
 
 
+def test_class_ids_end_at_sixteen_bits(device):
+    """The last id of 65,536 classes is kept; of more classes none wraps round: only dense targets are made."""
+    logits = torch.zeros(1, 65536, 1, 1, device=device)
+    logits[0, 65535] = 1
+    assert pack(logits, 2)[1].long().flatten().tolist() == [65535, 0]
+    many = torch.zeros(1, 70000, 1, 1, device=device)
+    many[0, 69999] = 1
+    with pytest.raises(ValueRangeError, match="top 2 of 70000 classes"):
+        pack(many, 2)
+    values, indices, tail = pack(logits, 2)
+    with pytest.raises(ValueRangeError, match="70000 classes"):
+        PackedTarget(values, indices, tail, 70000, (1, 1))
+    assert pack(many, 70000)[0].argmax().item() == 69999
+
+
 def test_tail_is_the_log_odds_of_the_rest(device):
     logits = random_logits((1, 30, 2, 2), device)
     _, indices, tail = pack(logits, 4)

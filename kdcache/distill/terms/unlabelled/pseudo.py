@@ -66,7 +66,9 @@ class Pseudo(Term):
         with torch.no_grad():
             argmax_BHW, confident_BHW, counted_BHW = self._confident(batch)
             labelled_BHW = counted_BHW if self.normalise == "share" else confident_BHW
-            pseudo_BHW = argmax_BHW.to(torch.int16).masked_fill(~labelled_BHW, NONE)
+            pseudo_BHW = argmax_BHW.to(torch.promote_types(argmax_BHW.dtype, torch.int16)).masked_fill(
+                ~labelled_BHW, NONE
+            )
             if count is None and self.normalise != "kept":  # the labels that are kept are counted by the loss itself
                 count = self._count(argmax_BHW, confident_BHW, counted_BHW)
         if count is not None and self.normalise == "share":
