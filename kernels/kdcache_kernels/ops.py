@@ -265,8 +265,8 @@ def target_argmax_confidence(
         window_B4, flip_B: as in `distill_loss`.
         impl: one of IMPLEMENTATIONS.
     Returns: (argmax, confidence), (B, H, W) each: uint8 (int16 above 256 classes, int32 above 32,768), the
-        lowest id of equal ones; and float16. Outside the view the argmax is that of the nearest edge and the confidence 0.
-        Where a NaN of the target enters, the confidence is NaN.
+        lowest id of equal ones; and float16. Outside the view the argmax is that of the nearest edge and the
+        confidence 0. Where a NaN of the target enters, the confidence is NaN.
     Raises: ShapeError, ValueRangeError naming the argument.
     Memory: the results, and the target once in float32; the reference O(C*H*W): one image at a time.
     """
