@@ -38,6 +38,8 @@ METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
 WEIGHTS: tuple[str, ...] = get_args(Weights)
+VERBS = ("train-teacher", "train-student")
+"""What a run's recipe may name as its verb."""
 
 
 class RunStream(BaseModel):
@@ -226,7 +228,7 @@ class Run:
         which = self.which or which
         path = weights_path(self.folder, which)
         if not path.is_file():
-            present = sorted(file.stem for file in self.folder.glob("*.safetensors"))
+            present = sorted(name for name in WEIGHTS if weights_path(self.folder, name).is_file())
             other = which.removesuffix("-ema")
             if other != which and other in present:
                 remedy = f"use --weights {other}, or runs of a training with --ema 0.999"

@@ -130,6 +130,14 @@ def is_function(spec: str) -> bool:
     return _home(base_of(spec))[0] is None
 
 
+def is_shipped(spec: str) -> bool:
+    """Return True for a spec that kdcache itself offers, with well-formed heads behind it: safe to suggest."""
+    try:
+        return not is_function(spec)
+    except ModelError:
+        return False
+
+
 def describe_models() -> list[ModelInfo]:
     """What `kdcache.listing` has in its table, computed: models built without memory or arithmetic (meta device).
 
@@ -223,10 +231,10 @@ def _refuse_unknown(spec: str) -> NoReturn:
     near = difflib.get_close_matches(spec, specs, n=3, cutoff=0.5)
     near += [names[n] for n in difflib.get_close_matches(spec.rpartition(":")[2], names, n=3)]
     hint = " or ".join(dict.fromkeys(near)) or ", ".join(specs)
-    model, at, weights = spec.partition("@")
+    model, at, _ = spec.partition("@")
     remedy = f"did you mean {hint}?" if near else f"known names: {hint}"
     if at and model in specs:
-        remedy = f"name the model alone, {model}, and the weights that a training begins with by --init {weights}"
+        remedy = f"name the model alone, {model}, and the weights that a training begins with by --init FILE"
     raise ModelError(
         "a model is one that `kdcache models` lists, module:function, or path/to/file.py:function",
         received=repr(spec),

@@ -10,7 +10,7 @@ from kdcache.files import replacing, write_whole
 from kdcache.models.added_heads import split_auxiliary
 from kdcache.models.class_map import ClassMapped, count_sources, read_class_map
 from kdcache.models.native import SegmentationModel
-from kdcache.models.registry import build_model, is_function
+from kdcache.models.registry import build_model, is_function, is_shipped
 from kdcache.models.trust import check_trusted, trusting
 from kdcache.models.weights import load_weights, read_metadata, read_state_dict, save_weights
 from kdcache.run_folder import MODEL, WEIGHTS, Run, RunModel, named_weights, weights_path
@@ -188,6 +188,9 @@ def described(spec: str, weights: str) -> RunModel | None:
         raise ModelError(
             "weights are used with the model that they were exported from",
             received=f"{spec} with {weights}, which is of {description.spec}",
-            remedy=f"give {description.spec}@{weights}",
+            remedy=f"give {description.spec}@{weights}"
+            if is_shipped(description.spec)
+            else "give the model that they belong to as SPEC@FILE. Code that a weights file names is not suggested: "
+            "read that code before you name it",
         )
     return description

@@ -20,6 +20,7 @@ from kdcache.errors import ModelError
 from kdcache.models.added_heads import base_of
 from kdcache.models.registry import is_function
 
+_REMEDY = "name a model that `kdcache models` lists; or restore the file from a copy that you trust"
 _TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
@@ -33,6 +34,15 @@ def trusting(trust: bool = True) -> Iterator[None]:
         _TRUSTING.reset(token)
 
 
+@contextmanager
+def named_by(where: str) -> Iterator[None]:
+    """Let errors about a spec that the file `where` brings name that file, and nothing out of it as their remedy."""
+    try:
+        yield
+    except ModelError as error:
+        raise error.restated(received=f"{where}: {error.received}", remedy=_REMEDY) from error
+
+
 def check_trusted(spec: str, where: str) -> None:
     """Refuse to import a function that a file names, unless it is trusted.
 
@@ -40,7 +50,11 @@ def check_trusted(spec: str, where: str) -> None:
         where: the file or folder that names it.
     Raises: ModelError saying what would have been imported, and how to allow it.
     """
-    if _TRUSTING.get() or not is_function(spec):
+    if _TRUSTING.get():
+        return
+    with named_by(where):
+        base_of(spec)
+    if not is_function(spec):
         return
     source, function = _resolved(spec)
     if [source, function] in _remembered():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kdcache import shown
 from kdcache.errors import plain_text
-from kdcache.run_folder import ENVIRONMENT, RECIPE, WEIGHTS, Run, weights_path
+from kdcache.run_folder import ENVIRONMENT, RECIPE, VERBS, WEIGHTS, Run, weights_path
 from kdcache.sharing.rebuild import build_command
 from kdcache.store.format.manifest import Manifest
 from kdcache.store.summary import StoreSummary
@@ -155,9 +155,9 @@ def _rebuild(manifest: Manifest) -> str:
 
 
 def _retrain(run: Run, recipe: dict[str, object]) -> str:
-    verb = str(recipe.get("verb", "train-student"))
-    if run.recipe_text is None:
-        return f"The folder has no {RECIPE}: its settings are not known."
+    verb = recipe.get("verb", VERBS[-1])
+    if run.recipe_text is None or verb not in VERBS:
+        return f"The folder has no {RECIPE} of a training: its settings are not known."
     command = f"kdcache {verb} --recipe {RECIPE} --out RUN"
     machine = run.environment
     packages = {"python": machine.get("python"), **machine.get("packages", {})}

@@ -166,7 +166,7 @@ CASES = {
     "--iterations 0": (nothing, STUDENT + " --iterations 0", "--iterations"),
     "nothing to learn": (nothing, STUDENT + " --method kl --ce-weight 0 --kl-weight 0", "every loss weight is 0"),
     "unknown --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tinny"), "did you mean kdcache:tiny"),
-    "weights behind --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tiny@w.pth"), "by --init w.pth"),
+    "weights behind --model": (nothing, STUDENT.replace("kdcache:tiny", "kdcache:tiny@w.pth"), "by --init FILE"),
     "--weights foo": (nothing, "evaluate {w}/teacher --data {w}/data --weights foo", "best"),
     "recipe with an unknown key": (
         recipe("temprature = 2.0\n"), STUDENT + " --recipe {w}/recipe.toml", "did you mean 'temperature'"),

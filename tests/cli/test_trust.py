@@ -169,3 +169,64 @@ def test_a_sweep_takes_code_that_its_command_line_names(here, cli, monkeypatch) 
     base = ["sweep", here / "s.toml", "--data", here / "data", "--out", here / "swept"]
     cli(*base, "--set", 'student.model="foreign_code:build"')
     assert began
+
+
+def remedy_of(ended) -> str:
+    """What a message tells its reader to do."""
+    assert ended.code == 2, ended.out
+    return ended.err.partition("│ remedy ")[2]
+
+
+def rename(run, spec: str) -> None:
+    about = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(about | {"spec": spec}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "suggested"), [("foreign_code:build", False), ("kdcache:nothing", False), ("kdcache:base", True)]
+)
+def test_a_remedy_names_the_model_of_weights_only_if_kdcache_has_it(here, cli, spec, suggested) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from kdcache.run_folder import Run
+
+    about = Run.open(here / "teacher").model.metadata()
+    save_file(load_file(here / "teacher/best.safetensors"), here / "w.safetensors", about | {"spec": spec})
+    ended = cli("predict", f"kdcache:tiny@{here}/w.safetensors", here / "data/images/val", "--out", here / "new")
+    assert f"which is of {spec}" in ended.err
+    assert (f"{spec}@" in remedy_of(ended)) is suggested
+    assert not imported(here)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["foreign_code:build+dept", "foreign_code:build+depth,as=x", "foreign_code:build+aux,tap=", "kdcache:tiny@$(id)",
+     "kdcache:tiny+depth,tap=$(id)", "kdcache:tiny+aux,tap=$(id)"],
+)  # fmt: skip
+def test_no_remedy_spells_what_a_file_spells(here, cli, spec) -> None:
+    """Of a run's description and of a recipe."""
+    rename(here / "theirs", spec)
+    (here / "r.toml").write_text(f'model = "{spec}"\n')
+    for command in (READERS["evaluate"], TRAIN + " --recipe {w}/r.toml --out {w}/new"):
+        remedy = remedy_of(cli(*command.format(w=here, r=here / "theirs").split()))
+        assert "foreign_code" not in remedy
+        assert "$(id)" not in remedy
+        assert remedy.strip()
+    assert not imported(here)
+
+
+def test_no_command_takes_its_verb_from_a_recipe(here, cli) -> None:
+    (here / "r.toml").write_text('verb = "x; touch imported"\n')
+    assert "touch" not in remedy_of(cli("train-teacher", "--recipe", here / "r.toml", "--out", here / "new"))
+    shutil.copy(here / "r.toml", here / "theirs/recipe.toml")
+    assert "kdcache x" not in cli("inspect", here / "theirs", "--card").out
+    (here / "r.toml").write_text('verb = "train-student"\n')
+    assert "run kdcache train-student" in remedy_of(cli("train-teacher", "--recipe", here / "r.toml"))
+
+
+def test_a_sweep_suggests_no_model_of_its_recipe(here, cli) -> None:
+    (here / "s.toml").write_text(
+        SWEEP.format(teacher="", student="kdcache:tiny").replace('model = ""', 'spec = "foreign_code:build"')
+    )
+    ended = cli("sweep", here / "s.toml", "--data", here / "data", "--out", here / "swept")
+    assert "foreign_code" not in remedy_of(ended)

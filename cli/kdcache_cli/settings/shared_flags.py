@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from kdcache.errors import RecipeError
+from kdcache.run_folder import VERBS
 from kdcache.settings import entries, read
 from kdcache.settings.shared import (
     CopySettings,
@@ -109,7 +110,7 @@ def _load_recipe(context: typer.Context, path: Path | None) -> Path | None:
         raise RecipeError(
             "a recipe is used with its own verb",
             received=f"{path} is for {verb}, the command is {context.info_name}",
-            remedy=f"run kdcache {verb} --recipe {path}",
+            remedy=f"run kdcache {verb} --recipe {path}" if verb in VERBS else f"verb is one of {', '.join(VERBS)}",
         )
     flags = {parameter.name for parameter in context.command.params if parameter.name}
     values = {}

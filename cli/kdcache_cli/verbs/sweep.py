@@ -152,15 +152,17 @@ def _data_of(values: Sequence[str], streams: Sequence[str]) -> tuple[str | None,
 def _check_code(planned: "Sweep", recipe: str, *typed: str) -> None:
     """Refuse code that the recipe names, and not this command line: its jobs would name it on theirs."""
     from kdcache.models.run import split_spec
-    from kdcache.models.trust import check_trusted
+    from kdcache.models.trust import check_trusted, named_by
 
     spec = planned.recipe.teacher.get("spec")
-    weighted = None if spec is None else split_spec(str(spec))
+    given = {value.strip(" '\"") for value in typed}
+    with nullcontext() if str(spec) in given else named_by(recipe):
+        weighted = None if spec is None else split_spec(str(spec))
     named = {} if weighted is None else {weighted[0]: str(spec)}
     for job in planned.jobs:
         named |= {value: value for flag, value in pairwise(job.words) if flag == "--model"}
     for model, text in named.items():
-        if not any(value.strip(" '\"") == text for value in typed):
+        if text not in given:
             check_trusted(model, recipe)
 
 

@@ -12,7 +12,7 @@ from kdcache.analysis.report.render import render
 from kdcache.analysis.runs import Entry
 from kdcache.heads import DEPTH, SEGMENTATION
 from kdcache.metrics.tables import depth_figure, percent
-from kdcache.run_folder import RECIPE
+from kdcache.run_folder import RECIPE, VERBS
 from kdcache.settings.streams import rows_of, shares_of
 
 _SCORES: dict[str, tuple[str, Callable[[RunScore], str]]] = {
@@ -37,7 +37,7 @@ def recipes(comparison: Comparison, runs: Mapping[str, Entry], command: str | No
 def again(entry: Entry) -> str | None:
     """The command that trains a run again; None for what no recipe describes."""
     verb = entry.settings.get("verb")
-    if entry.run is None or not isinstance(verb, str):
+    if entry.run is None or verb not in VERBS:
         return None
     folder = str(entry.run.folder)
     return shlex.join(["kdcache", verb, "--recipe", f"{folder}/{RECIPE}", "--out", f"{folder}-again"])

@@ -54,7 +54,7 @@ def split_auxiliary(spec: str) -> tuple[str, AuxiliarySpec | None]:
     if spelled["options"] is None:
         return model, AuxiliarySpec()
     key, _, tap = spelled["options"].partition("=")
-    if key != "tap" or not tap or "," in tap:
+    if key != "tap" or not re.fullmatch(r"[\w.-]+", tap):
         raise ModelError(
             "an auxiliary head is MODEL+aux, with the option ,tap=NAME",
             received=f"{spec!r}: {spelled['options']!r}",

@@ -7,6 +7,7 @@
 Two 3x3 convolutions, at the tap's stride; the second has one channel. Shapes: c channels of the tap.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -24,6 +25,8 @@ _CHANNELS = 32
 _START = 8
 """The first predictions are `max_depth` divided by this, whatever the image shows."""
 _OPTIONS = ("tap", "as", "max")
+_VALUE = re.compile(r"[\w.+-]+")
+"""Of an option: a name or a number, nothing that a shell reads."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def split_depth(spec: str) -> tuple[str, DepthSpec | None]:
     values = dict[str, str]()
     for option in options:
         name, _, value = option.partition("=")
-        if name not in _OPTIONS or name in values or not value or (name == "tap" and model == text):
+        if name not in _OPTIONS or name in values or not _VALUE.fullmatch(value) or (name == "tap" and model == text):
             raise _refused(spec, repr(option), f"{model}+{DEPTH},tap=head,as=exp,max=10")
         values[name] = value
     try:
