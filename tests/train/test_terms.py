@@ -115,12 +115,11 @@ def test_weights_that_do_nothing_or_everything_are_told_once(rich_student: dict[
     assert sum("dkd dominates the loss" in text for text in notes.texts) == 1
 
 
-def test_ten_times_the_labels_is_told_and_judged_after_a_second_look() -> None:
+def test_ten_times_the_labels_is_told_after_a_second_look() -> None:
     watch = Watch(["loss"], World(), lambda step: [])
     norms = {"ce": 2.0, "dist": 50.0, "kl": 19.0, "at": 0.1, "cwd": 300.0}
     first = list(watch.lopsided(0, norms))
-    assert [text.split(":")[0] for text in first] == ["dist dominates the loss at the start", "cwd dominates the loss"]
-    assert "25 times" in first[0]
+    assert [text.split(":")[0] for text in first] == ["cwd dominates the loss"]
     second = list(watch.lopsided(100, norms | {"kl": 21.0, "at": 0.01}))
     assert [text.split(":")[0] for text in second] == [
         "dist dominates the loss",

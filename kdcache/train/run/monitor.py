@@ -204,15 +204,11 @@ class Watch:
             stream, slash, part = name.rpartition("/")
             ce = norms.get(f"{stream}{slash}ce", 0.0)
             share = norm / ce if ce and part not in ("ce", "loss") else 1.0
-            if LITTLE <= share <= MUCH or name in self._noted:
-                continue
-            times = f"its gradient is {share:.2g} times that of cross-entropy"
-            if step == 0 and MUCH < share <= MUCH_AT_FIRST:
-                yield f"{name} dominates the loss at the start: {times}; its share later in the training counts"
+            if LITTLE <= share <= (MUCH_AT_FIRST if step == 0 else MUCH) or name in self._noted:
                 continue
             self._noted.add(name)
             verdict = "hardly does anything" if share < LITTLE else "dominates the loss"
-            yield f"{name} {verdict}: {times}; change its weight"
+            yield f"{name} {verdict}: its gradient is {share:.2g} times that of cross-entropy; change its weight"
 
 
 def _evened(tasks: Mapping[str, Mapping[str, float]]) -> str:
