@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Generator, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ hypothesis.settings.load_profile("ci" if "CI" in os.environ else "anew")
 Tree = dict[str, bytes]
 
 _MEMORY = Path("/dev/shm")
+_ALLOWED_SKIPS = Path(__file__).with_name("allowed-skips.toml")
 _MEMORY_BYTES = 2**30  # a container's 64 MiB are too few
 
 
@@ -38,6 +41,33 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.basetemp is None and _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_BYTES:
         config.option.basetemp = tempfile.mkdtemp(prefix="kdcache-tests-", dir=_MEMORY)
         config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let CI fail for every skip and expected failure of a test that allowed-skips.toml does not list."""
+    report = yield
+    _fail_unless_allowed(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Do the same for a file that is skipped as a whole."""
+    report = yield
+    _fail_unless_allowed(report)
+    return report
+
+
+def _fail_unless_allowed(report: pytest.TestReport | pytest.CollectReport) -> None:
+    expected_failure: str | None = getattr(report, "wasxfail", None)
+    if "CI" not in os.environ or not (report.skipped or expected_failure is not None):
+        return
+    reason = str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else f"xfail: {expected_failure}"
+    reason, test = reason.removeprefix("Skipped: "), report.nodeid.partition("[")[0]
+    allowed = tomllib.loads(_ALLOWED_SKIPS.read_text(encoding="utf-8"))
+    if not any(fnmatchcase(reason, pattern) and test in tests for pattern, tests in allowed.items()):
+        report.outcome, report.longrepr = "failed", f"{test} is skipped and not in {_ALLOWED_SKIPS.name}: {reason}"
 
 
 @pytest.fixture(scope="session", autouse=True)
