@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,15 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdcache.errors import ModelError
+from kdcache.models.checkpoint import CHOICES, HARMLESS, some, unwrap
+from kdcache.models.class_names import names_beside, names_in
 from kdcache.models.native import LoadReport, SegmentationModel
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """What a folder of weights holds, as Hugging Face's hub has them; the first that is there is read."""
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
-_LIGHTNING = "pytorch-lightning_version"
-_ATTRIBUTES = ("model.", "student.", "network.", "net.")  # of a LightningModule, where it has several with tensors
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _IMAGE_HEADS = ("classifier.", "fc.")
 DEPTH_HEAD = "depth_head."
 """The prefix of the tensors of a depth head that was added to a model."""
@@ -35,20 +34,42 @@ AUXILIARY_HEAD = "aux_classifier."
 _AUXILIARY = (AUXILIARY_HEAD, "auxlayer.", "auxiliary_head.", "aux_head.", "aux.")
 _WRITTEN = "state_sha256"  # in the header of a file that `save_weights` wrote
 _COUNTER = "num_batches_tracked"  # absent from old files, and unused while BatchNorm has a momentum
-_NAMED = 4  # names shown per kind of misfit
+
+
+class Weights(NamedTuple):
+    """What a file of weights holds.
+
+    Attributes:
+        class_names: by class id, as the file or one next to it has them; () where they are not known.
+        notes: what a user should know, such as which of two kinds of weights these are.
+    """
+
+    state: dict[str, Tensor]
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a weights file onto the CPU.
+    """Read the tensors of a weights file onto the CPU; arguments and errors as of `read_weights`."""
+    return read_weights(path).state
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a weights file onto the CPU.
 
     Takes `.safetensors`, or torch files read with `weights_only=True`, or a folder with one of HUB_FILES. A
     dictionary under `state_dict`, `model` and the like is unwrapped, and so are the prefixes that
     DistributedDataParallel and torch.compile put before names. Of a checkpoint of Lightning, the network is taken: the
     module's one attribute with tensors, or the first of several that is called model, student, network or net.
 
-    Raises: ModelError naming the file: missing, of another kind, truncated, or holding pickled objects.
+    Of raw and averaged weights (EMA) in one checkpoint those of its `state_dict` are taken; FILE:ema and FILE:raw
+    choose.
+
+    Raises: ModelError naming the file: missing, of another kind, truncated, holding pickled objects, or without the
+        weights that are chosen.
     """
-    path = _file_of(Path(path))
+    path, choice = split_choice(path)
+    path = _file_of(path)
     if path.suffix == ".safetensors":
         content = _read_safetensors(path)
     elif path.suffix in _TORCH_SUFFIXES:
@@ -59,7 +80,27 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             received=str(path),
             remedy="save the state dict with safetensors.torch.save_file",
         )
-    return _unwrap(content, path)
+    state, notes = unwrap(content, path, choice)
+    names = names_in(read_metadata(path)) if path.suffix == ".safetensors" else names_in(content)
+    return Weights(state, names or names_beside(path), notes)
+
+
+def split_choice(text: str | Path) -> tuple[Path, str | None]:
+    """(FILE, ema or raw) of FILE:ema or FILE:raw; (the path, None) of any other path, also one that ends so.
+
+    Raises: ModelError for another word after the colon of a file that is there.
+    """
+    path, (file, colon, choice) = Path(text), str(text).rpartition(":")
+    if not colon or path.exists() or not Path(file).exists():
+        return path, None
+    if choice not in CHOICES:
+        raise ModelError(
+            f"Unknown weights {choice!r} of {file}",
+            entry="unknown weights of a file",
+            received=str(text),
+            remedy="give FILE:ema for averaged weights, FILE:raw for raw ones, or FILE alone",
+        )
+    return Path(file), choice
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -67,7 +108,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     Raises: ModelError for a file that is missing or damaged.
     """
-    path = _file_of(Path(path))
+    path = _file_of(split_choice(path)[0])
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -161,7 +202,7 @@ def count_classes(state: Mapping[str, Tensor], classifier_keys: Sequence[str]) -
     if name not in state:
         raise ModelError(
             "the number of classes must be given, or readable from the weights",
-            received=f"weights without {name} (found {_names(list(state))})",
+            received=f"weights without {name} (found {some(list(state))})",
             remedy="give the number of classes, or the weights of the whole model",
         )
     return int(state[name].shape[0])
@@ -227,7 +268,7 @@ def _read_safetensors(path: Path) -> object:
 
 def _read_torch(path: Path) -> object:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # about pickle protocols: a refusal follows where it matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -249,48 +290,6 @@ def _damaged(path: Path, error: Exception) -> ModelError:
         "a weights file must be whole and of the kind that its suffix names",
         received=f"{path} of {path.stat().st_size} bytes ({reason})",
         remedy="copy or download it again",
-    )
-
-
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    lightning = isinstance(content, Mapping) and _LIGHTNING in content
-    while isinstance(content, Mapping):
-        inner = next((content[k] for k in _CONTAINERS if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise _not_a_state_dict(path, f"{type(content).__name__} without tensors")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise _not_a_state_dict(path, f"{name!r} of type {type(value).__name__}")
-    state: dict[str, Tensor] = dict(content)
-    if lightning:
-        state = _network_of(state, path)
-    while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), ""):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
-
-
-def _network_of(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors of the network of a LightningModule, under its own names."""
-    attributes = list(dict.fromkeys(f"{name.partition('.')[0]}." for name in state if "." in name))
-    only = attributes[0] if len(attributes) == 1 else None
-    attribute = next((name for name in _ATTRIBUTES if name in attributes), only)
-    if attribute is None:
-        raise ModelError(
-            "a Lightning checkpoint's network is its one attribute with tensors, or model, student, network or net",
-            received=f"{path} with {_names(attributes) or 'no attributes'}",
-            remedy="save the network alone: torch.save(module.NETWORK.state_dict(), NEW)",
-        )
-    return {name.removeprefix(attribute): value for name, value in state.items() if name.startswith(attribute)}
-
-
-def _not_a_state_dict(path: Path, content: str) -> ModelError:
-    return ModelError(
-        "weights must be a dictionary of names and tensors",
-        received=f"{path} with {content}",
-        remedy="save model.state_dict() alone",
     )
 
 
@@ -333,13 +332,9 @@ def _differs_in_classes(model: SegmentationModel, name: str, own: Tensor, value:
 
 def _refuse_misfit(model: SegmentationModel, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    misfits = "; ".join(f"{len(names)} {kind}: {_names(names)}" for kind, names in kinds.items() if names)
+    misfits = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names)
     raise ModelError(
         f"the weights must be those of {model.spec}",
         received=misfits,
         remedy="check the model's name (kdcache models lists them) and the file",
     )
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])

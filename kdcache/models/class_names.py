@@ -1,0 +1,123 @@
+"""The class names that come with weights, and how they agree with the data's.
+
+They are in the header of a safetensors file, in `meta.dataset_meta.classes` of a checkpoint of mmengine, in the
+`id2label` of a config.json next to the weights, or in a run's model.json. Names that only number the classes (LABEL_0)
+say nothing.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import MismatchError
+from kdcache.files import read_object
+
+_KEYS = ("class_names", "classes", "id2label", "names", "categories")
+_PARTS = ("meta", "dataset_meta", "hyper_parameters", "config")
+"""Tables of a checkpoint that may have them."""
+_BESIDE = ("config.json", "model.json")
+_PLACEHOLDER = re.compile(r"(label|class|cls|category|id|c)?[\s_-]*\d+", re.IGNORECASE)
+_SHOWN = 20
+
+
+def names_in(content: object) -> tuple[str, ...]:
+    """The class names in a checkpoint, a header or a configuration, by class id; () without any."""
+    return next(_names_in(content), ())
+
+
+def names_beside(weights: Path) -> tuple[str, ...]:
+    """The class names in a file next to weights; () without any."""
+    return next((names for name in _BESIDE for names in _names_in(read_object(weights.parent / name))), ())
+
+
+def compare_names(origin: str, theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """Compare the names that came with weights with the data's, whatever their case, spaces, "_" and "-".
+
+    Returns: a warning for other names in the same places; None if nothing differs, and for other numbers of classes.
+    Raises: MismatchError, with the class map to write, if a name of the data stands for another class.
+    """
+    if len(theirs) != len(ours):
+        return None
+    their_keys, our_keys = _keys(theirs), _keys(ours)
+    differ = [n for n, (a, b) in enumerate(zip(their_keys, our_keys, strict=True)) if a and b and a != b]
+    if not differ:
+        return None
+    both = f"{_listed(theirs, differ)} in the weights, {_listed(ours, differ)} in the data"
+    moved = [number for number in differ if their_keys[number] in our_keys]
+    if not moved:
+        return (
+            f"{origin} has other class names than the data: {both}. Each class is taken to be the one of its number. "
+            f"If that is right, --class-map FILE with {class_map_text(theirs, ours, ours)} says so"
+        )
+    raise MismatchError(
+        f"Classes in another order: class {moved[0]} is {theirs[moved[0]]} in {origin} and {ours[moved[0]]} in the "
+        "data",
+        entry="classes in another order",
+        received=both,
+        remedy=f"write {class_map_text(theirs, ours)} into a file and give it as --class-map FILE (build, plan, "
+        "verify, evaluate), or list classes.txt in the order of the weights",
+    )
+
+
+def class_map_text(theirs: Sequence[str], ours: Sequence[str], default: Sequence[str] = ()) -> str:
+    """A class map by name, in JSON: classes without a counterpart become `default`'s, or "?"."""
+    by_key = {key: name for key, name in zip(_keys(ours), ours, strict=True) if key}
+    table = {}
+    for number, key in enumerate(_keys(theirs)):
+        table[str(number)] = by_key.get(key or "", default[number] if number < len(default) else "?")
+    return json.dumps(table, ensure_ascii=False)
+
+
+def _names_in(content: object) -> Iterator[tuple[str, ...]]:
+    if not isinstance(content, Mapping):
+        return
+    lowered = {str(key).lower(): value for key, value in content.items()}
+    for key in _KEYS:
+        if (names := _sequence(lowered.get(key))) and not all(map(_PLACEHOLDER.fullmatch, names)):
+            yield names
+    for part in _PARTS:
+        yield from _names_in(lowered.get(part))
+
+
+def _sequence(value: Any) -> tuple[str, ...]:
+    """Names by id out of a list, a table with ids, or the text of one; () for anything else."""
+    if isinstance(value, str):
+        value = _parsed(value)
+    if isinstance(value, Mapping):
+        try:
+            value = {int(key): name for key, name in value.items()}
+        except (TypeError, ValueError):
+            return ()
+        if sorted(value) != list(range(len(value))):
+            return ()
+        value = [value[number] for number in range(len(value))]
+    if not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+        return ()
+    return tuple(name.strip() for name in value)
+
+
+def _parsed(text: str) -> object:
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return text.split(",")
+
+
+def _keys(names: Sequence[str]) -> list[str | None]:
+    """What is compared of names: None of placeholders; names as they are if two would be equal otherwise."""
+    known = [None if _PLACEHOLDER.fullmatch(name) else name for name in names]
+    keys = [None if name is None else re.sub(r"[\s_-]+", "", name).casefold() for name in known]
+    found = [key for key in keys if key is not None]
+    return keys if len(set(found)) == len(found) else known
+
+
+def _listed(names: Sequence[str], differ: Sequence[int]) -> str:
+    if len(names) <= _SHOWN:
+        return ", ".join(names)
+    rest = ", ..." if len(differ) > _SHOWN else ""
+    return ", ".join(f"{number} {names[number]}" for number in differ[:_SHOWN]) + rest
