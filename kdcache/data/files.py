@@ -1,12 +1,17 @@
 """Decoding one image, label or depth file, and refusing what would decode to something else than meant.
 
-Pillow is forgiving where training must not be: it clips 16-bit pictures to white, stretches the ids of
-4-bit grey labels (5 becomes 85) and ignores the camera's rotation. All of that is settled here.
+Pillow is forgiving where training must not be: it clips 16-bit grey to white, keeps the high byte of 16-bit RGB (12-bit
+pictures turn black), stretches the ids of 4-bit grey labels (5 becomes 85) and ignores the camera's rotation. All of
+that is settled here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin
 
 from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.sample import Pixels
-from kdcache.errors import DataError
+from kdcache.errors import DataError, RecipeError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Compared in lower case."""
@@ -29,30 +34,131 @@ LABEL_SUFFIXES = (".png", ".tif", ".tiff")
 UNREAD_LABEL_SUFFIXES = (".gif", ".npy", ".npz", ".mat", ".pgm", ".ppm")
 """Formats that labels are kept in elsewhere, which are not read: named where nothing else is there."""
 
+MEGAPIXELS = "KDCACHE_MAX_MEGAPIXELS"
+"""The environment variable with the megapixels up to which a picture is read, instead of Pillow's limit (179)."""
+
+_TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _QUARTER_TURNS = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
 
-def read_image(path: Path) -> Pixels:
+def read_image(path: Path, bits: int | None = None) -> Pixels:
     """Decode an image file to uint8 (H, W, 3) RGB, turned upright by its EXIF orientation.
 
     Alpha is dropped, grey and palette images become RGB.
 
-    Raises: DataError for an unreadable file or one with more than 8 bits per channel.
+    Args:
+        bits: the significant bits of images of 16 bits per channel, 9 to 16: their levels are shifted right to 8 bits.
+            None refuses such images.
+    Raises: DataError for an unreadable file, or one with more than 8 bits per channel; RecipeError for levels beyond
+        `bits`.
     """
+    stored, plain = _header_bits(path)
+    if stored > 8:
+        if bits is None or stored > 16 or not plain:
+            raise _too_deep(path, stored, scaled=stored <= 16 and plain)
+        return _scaled(_levels(path), bits, path)
     with _opened(path, "image") as image:
-        if image.mode.startswith(("I", "F")):
-            raise DataError(
-                "Images have 8 bits per channel.",
-                received=f"mode {image.mode} in {path}",
-                remedy="Convert the image to 8-bit RGB with the scaling that your data needs.",
-            )
+        if image.mode.startswith(("I", "F")):  # of another format than PNG and TIFF
+            raise _too_deep(path, 16 if image.mode.startswith("I;16") else 32, scaled=False)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "P" and "transparency" in image.info:
             return np.array(image.convert("RGBA").convert("RGB"))  # straight to RGB, Pillow warns
         return np.array(image.convert("RGB"))
+
+
+def channel_bits(path: Path) -> int:
+    """Return the bits per channel that the header of a PNG or TIFF names; 8 for other and for damaged files.
+
+    Pillow's mode does not tell: RGB of 16 bits has the same one as RGB of 8.
+    """
+    return _header_bits(path)[0]
+
+
+def _header_bits(path: Path) -> tuple[int, bool]:
+    """The bits per channel, and whether these are whole numbers without a sign."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(26)
+            if header.startswith(_PNG_SIGNATURE) and len(header) == 26:
+                return header[24], True
+            if header.startswith(_TIFF_SIGNATURES):
+                directory = TiffImagePlugin.ImageFileDirectory_v2(header[: 16 if b"+" in header[:4] else 8])
+                file.seek(directory.next)
+                directory.load(file)
+                kinds = {*directory.get(TiffImagePlugin.SAMPLEFORMAT, (1,))}
+                return max(map(int, directory.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))), kinds == {1}
+    except Exception:  # Pillow says what is wrong with the file, where it is decoded
+        pass
+    return 8, True
+
+
+def _levels(path: Path) -> npt.NDArray[np.uint16]:
+    """Decode an image of 9 to 16 bits per channel: uint16 (H, W, 3) of grey or RGB, upright.
+
+    Pillow keeps one byte of each level of RGB, the high one. Told the other order of bytes, it keeps the low one.
+
+    Raises: DataError for an unreadable file, and for channels that Pillow decodes in another way.
+    """
+    planes: list[npt.NDArray[np.uint16]] = []
+    for other_order in (False, True):
+        with _opened(path, "image") as image:
+            assert isinstance(image, ImageFile.ImageFile)
+            grey = image.mode.startswith("I")
+            if not (grey or all(_raw_mode(tile.args) for tile in image.tile)):
+                raise _too_deep(path, channel_bits(path), scaled=False)
+            if other_order:
+                image.tile = [tile._replace(args=_other_order(tile.args)) for tile in image.tile]
+            ImageOps.exif_transpose(image, in_place=True)
+            if grey:
+                grey_HW: npt.NDArray[np.uint16] = np.array(image).astype(np.uint16)
+                return np.repeat(grey_HW[..., None], 3, axis=2)
+            planes.append(np.array(image)[..., :3].astype(np.uint16))
+    high_HW3, low_HW3 = planes
+    return (high_HW3 << 8) | low_HW3
+
+
+def _raw_mode(args: Any) -> re.Match[str] | None:
+    """The raw mode in the arguments of Pillow's decoder, such as `RGB;16B`; None for one of other channels or bits."""
+    return re.fullmatch(r"(RGB[AX]?;16)([BLN])", args if isinstance(args, str) else args[0])
+
+
+def _other_order(args: Any) -> Any:
+    """The arguments of Pillow's decoder with the other order of bytes in its raw mode."""
+    raw = _raw_mode(args)
+    assert raw is not None, args
+    little = raw[2] == "L" or (raw[2] == "N" and sys.byteorder == "little")
+    swapped = raw[1] + ("B" if little else "L")
+    return swapped if isinstance(args, str) else (swapped, *args[1:])
+
+
+def _scaled(levels_HW3: npt.NDArray[np.uint16], bits: int, path: Path) -> Pixels:
+    """The 8 high bits of levels of `bits` bits. Raises: RecipeError for a level beyond them."""
+    if (most := int(levels_HW3.max())) >= 1 << bits:
+        raise RecipeError(
+            f"Cannot scale {path.name} from {bits} bits: it has a level of {most}",
+            entry="image has levels beyond bits",
+            received=f"{path}; {bits} bits hold 0 to {(1 << bits) - 1}",
+            remedy=f"Give --bits {most.bit_length()}, or the number of bits that your camera writes.",
+        )
+    return (levels_HW3 >> (bits - 8)).astype(np.uint8)
+
+
+def _too_deep(path: Path, bits: int, *, scaled: bool) -> DataError:
+    remedy = "Save it as 8-bit RGB, or as PNG of 16 bits in RGB or grey: kdcache data convert --bits N scales that."
+    if scaled:
+        remedy = (
+            "Scale the data once: kdcache data convert SRC DST --bits N, with N the bits in use (12 for many cameras, "
+            "else 16). Then use DST."
+        )
+    return DataError(
+        f"Cannot read {path.name}: it has {bits} bits per channel",
+        entry="image has more than 8 bits",
+        received=f"{path}; images have 8 bits per channel",
+        remedy=remedy,
+    )
 
 
 def image_size(path: Path, *, header_only: bool = False) -> tuple[int, int]:
@@ -236,13 +342,50 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def _opened(path: Path, what: str) -> Iterator[Image.Image]:
+    limit = _most_pixels()
+    if limit is not None:
+        Image.MAX_IMAGE_PIXELS = limit
     try:
         with Image.open(path) as image:
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError(f"{image.width * image.height} pixels, the limit is {limit}")
             yield image
     except (DataError, MemoryError):
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(path, error) from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise _unreadable(path, what, error) from error
+
+
+def _most_pixels() -> int | None:
+    """The limit that the environment sets, in pixels; None leaves it to Pillow. Raises: DataError for no number."""
+    text = os.environ.get(MEGAPIXELS, "").strip()
+    if not text:
+        return None
+    try:
+        megapixels = float(text)
+    except ValueError:
+        megapixels = math.nan
+    if not 0 < megapixels < math.inf:
+        raise DataError(
+            f"Cannot use {MEGAPIXELS}={text}: it is no number above 0",
+            entry="megapixels are number above 0",
+            received=repr(text),
+            remedy=f"Set it to the megapixels of your largest image, such as {MEGAPIXELS}=400, or unset it.",
+        )
+    return int(megapixels * 1e6)
+
+
+def _too_large(path: Path, error: Exception | Warning) -> DataError:
+    pixels = re.search(r"\d+", str(error))
+    megapixels = math.ceil(int(pixels[0]) / 1e6) if pixels else 400
+    return DataError(
+        f"Cannot read {path.name}: it has {megapixels} megapixels, more than the limit",
+        entry="image has more pixels than limit",
+        received=f"{path}: {error}",
+        remedy=f"If you trust the file, raise the limit: export {MEGAPIXELS}={megapixels}. Or cut it into tiles.",
+    )
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> DataError:

@@ -105,7 +105,7 @@ def test_a_truncated_label_is_named(builder) -> None:
 def test_a_16_bit_image(builder) -> None:
     path = builder.image("a.png")
     Image.fromarray(np.full((6, 8), 60000, np.uint16)).save(path)
-    assert "I;16" in refusal(lambda: open_split(builder.root, "train").image(0)).received
+    assert "16 bits per channel" in refusal(lambda: open_split(builder.root, "train").image(0)).rule
 
 
 def test_a_label_of_another_size_shows_both(builder) -> None:

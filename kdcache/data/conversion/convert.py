@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.data.conversion.folder_writer import FolderWriter, Link, link_file, save_png
+from kdcache.data.files import channel_bits, read_image
 from kdcache.data.joined import parts_of, task_of
 from kdcache.data.layout import list_splits, open_split
 from kdcache.data.layouts.base import VALIDATION
@@ -89,6 +90,7 @@ def convert(
     *,
     splits: Sequence[str] | None = None,
     binary: bool = False,
+    bits: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Converted:
@@ -99,12 +101,21 @@ def convert(
         out: a new folder, or one that the same data were converted into.
         splits: which; by default train, val and test, and where there is none of these all.
         binary: masks in which 0 is the first of two classes and every other number the second, 255 too.
+        bits: the significant bits, 9 to 16, of images of 16 bits per channel, which become PNGs of 8 bits; None leaves
+            such images out.
         threads: working threads; by default one per core, at most 8.
         progress: called with (split, samples done, samples).
     Raises: DataError for data that cannot be opened, or of which no sample is left; RecipeError for a folder that holds
-        something else, and for `binary` with other than two classes.
+        something else, for `binary` with other than two classes, and for `bits` that do not fit.
     """
     data, folder = os.fspath(source), Path(out)
+    if bits is not None and not 8 < bits <= 16:
+        raise RecipeError(
+            f"Cannot scale images from {bits} bits to 8",
+            entry="images are scaled from bits",
+            received=f"--bits {bits}",
+            remedy="Give the bits in use of 16, from 9 to 16. Images of 8 bits need no --bits.",
+        )
     _check_source(data, folder)
     place = None if is_scenes(data) else find_layout(data)
     names = list_splits(data)
@@ -118,11 +129,12 @@ def convert(
             remedy="write the two names into classes.txt, or leave --binary out",
         )
     layout, why = ("scenes", "drawn, no files") if place is None else (place.layout.name, place.layout.why(place.root))
-    _prepare(folder, {"source": _absolute(data), "layout": layout, "classes": list(classes.names), "binary": binary})
+    settings = {"source": _absolute(data), "layout": layout, "classes": list(classes.names), "binary": binary}
+    _prepare(folder, settings | {"bits": bits})
     threads = min(os.cpu_count() or 1, 8) if threads is None else threads
     converted = {}
     for split, dropped in opened:
-        converted[split.split] = _write_split(split, dropped, folder, binary, threads, progress)
+        converted[split.split] = _write_split(split, dropped, folder, binary, bits, threads, progress)
     unused = tuple(name for name in names if name not in converted)
     return Converted(layout, why, converted, unused)
 
@@ -170,7 +182,13 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _write_split(
-    split: Split, dropped: dict[str, str], folder: Path, binary: bool, threads: int, progress: Progress | None
+    split: Split,
+    dropped: dict[str, str],
+    folder: Path,
+    binary: bool,
+    bits: int | None,
+    threads: int,
+    progress: Progress | None,
 ) -> ConvertedSplit:
     writer = FolderWriter(split, folder, hard=True)
     writer.write_beginning()
@@ -178,7 +196,7 @@ def _write_split(
     labels: Counter[str] = Counter()
     ids: set[int] = set()
     kept = 0
-    results = prefetch(partial(_write, writer, binary), range(len(split)), threads=threads, ahead=2 * threads + 1)
+    results = prefetch(partial(_write, writer, binary, bits), range(len(split)), threads=threads, ahead=2 * threads + 1)
     for index, result in enumerate(results):
         if result == "kept":
             kept += 1
@@ -208,17 +226,19 @@ def _write_split(
     return ConvertedSplit(written, kept, links, labels, dropped, alone)
 
 
-def _write(writer: FolderWriter, binary: bool, index: int) -> _Written | str:
+def _write(writer: FolderWriter, binary: bool, bits: int | None, index: int) -> _Written | str:
     """Write a sample, its image last: what it became, `kept`, or why it is left out."""
     split = writer.source
     own = split.image_path(index) if isinstance(split, FileSplit) else None
-    path = writer.image_file(index, ".png" if own is None else own.suffix)
+    scaled = own is not None and bits is not None and channel_bits(own) > 8
+    path = writer.image_file(index, ".png" if own is None or scaled else own.suffix)
     if path.exists():
         return "kept"
     if ".." in (parts := PurePosixPath(split.ids[index])).parts or parts.is_absolute():
         return "its name leads out of the folder"
     try:
-        image, label = split.image(index), split.raw_label(index)
+        image = read_image(own, bits) if own is not None and scaled else split.image(index)
+        label = split.raw_label(index)
         if label is not None:
             label = (label != 0).astype(np.uint8) if binary else label
             if why := _unusable(label, image, len(split.classes)):
@@ -228,7 +248,7 @@ def _write(writer: FolderWriter, binary: bool, index: int) -> _Written | str:
     except DataError as error:
         return f"{error.rule} {error.received}"
     ids = frozenset() if label is None else frozenset(np.unique(label).tolist())
-    if own is None:
+    if own is None or scaled:
         save_png(image, path)
         return _Written("copy", labelled, ids)
     return _Written(link_file(own, path, hard=True), labelled, ids)

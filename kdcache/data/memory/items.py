@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,9 @@ def image_of(value: Any, where: str) -> Pixels:
     Raises: DataError for anything else; floats have been normalised, and nobody knows how.
     """
     if isinstance(value, Image.Image):
-        if value.mode.startswith(("I", "F")):
-            raise _no_image(f"{where}: a picture of mode {value.mode}")
+        raw = " ".join(str(tile.args) for tile in getattr(value, "tile", ()))  # of a file not yet decoded
+        if value.mode.startswith(("I", "F")) or re.search(";16[BLN]", raw):
+            raise _no_image(f"{where}: a picture of mode {value.mode} {raw}".rstrip())
         upright = ImageOps.exif_transpose(value)
         return np.array((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
     array = _array(value)
