@@ -1,7 +1,6 @@
-"""kdcache: pay for the teacher once.
+"""Offline knowledge distillation for semantic segmentation.
 
-A segmentation teacher runs over a data set one time; its outputs are kept in a Zarr store; students are trained from
-that store.
+Run the teacher once over a data set, keep its outputs in a cache, and train students from that cache.
 
     kdcache.build_cache("camvid", "runs/teacher", "camvid.zarr")
     run = kdcache.train("runs/student", model="kdcache:tiny", cache="camvid.zarr", val="camvid")

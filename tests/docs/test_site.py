@@ -93,7 +93,7 @@ FIGURES: list[tuple[str, Callable[[Any], float], str, tuple[str, ...]]] = [
         for end, text in texts.items()
     ),
     *(
-        ("live-replay-cpu.json", lambda d, end=end: abs(d["cached_minus_live"][end]), text, METHODS)
+        ("live-replay-cpu.json", lambda d, end=end: abs(d["cached_minus_live"][end]), text, (*FRONT, *METHODS))
         for end, text in (("mean", "0.03"), ("low", "1.13"), ("high", "1.19"))
     ),
     ("kernels-cpu.json", rival(0, "eager", "best"), "6.5", (*FRONT, BENCHMARKS, "docs/kernels.md")),
@@ -151,7 +151,7 @@ def test_no_page_repeats_a_withdrawn_claim(page: str) -> None:
     assert not re.search(WITHDRAWN, " ".join(TEXTS[page].split()))
 
 
-def test_the_picture_of_the_front_page_is_of_the_study() -> None:
+def test_the_picture_of_the_study_is_of_its_rows() -> None:
     """What the picture holds as text is what the rows give: means over seeds, intervals, seconds of the fastest run."""
     rows = json.loads((RESULTS / "study-cpu.json").read_text(encoding="utf-8"))["rows"]
     drawn = json.loads(Image.open(ROOT / "docs" / "assets" / "study.png").text["Description"])
@@ -168,16 +168,7 @@ def test_the_picture_of_the_front_page_is_of_the_study() -> None:
         else:
             half = t_quantile(len(ends) - 1) * statistics.stdev(ends) / len(ends) ** 0.5
             assert curve["half"][-1] == pytest.approx(half, abs=6e-4)
-    caption = " ".join(TEXTS["README.md"].split())
-    assert "over three of *live*" in caption
     assert len(next(curve for label, curve in drawn.items() if label.startswith("live"))["seconds"]) > 2
-
-
-@pytest.mark.parametrize("page", FRONT)
-def test_front_pages_claim_no_gain_in_quality(page: str) -> None:
-    text = " ".join(TEXTS[page].split())
-    assert "labels in the teacher's place" in text, "the control is named wherever the gain is"
-    assert not re.search(r"mIoU[^.]*\d\d\.\d", text), "no mIoU on a front page until a control is beside it"
 
 
 @pytest.mark.parametrize("folder", ["kdcache/analysis/report/templates", "cli/kdcache_cli/verbs", "docs"])
