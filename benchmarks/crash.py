@@ -16,6 +16,7 @@ Exits with 1 if anything differs. A failure is repeated, as far as chance allows
 
 import argparse
 import hashlib
+import os
 import random
 import signal
 import sys
@@ -25,6 +26,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+# A fork keeps one thread only. Libraries read this when they are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 

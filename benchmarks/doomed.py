@@ -127,4 +127,6 @@ def import_everything() -> None:
     for package in (kdcache, kdcache_kernels):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose threads: set OMP_NUM_THREADS=1"
+    assert len(os.listdir("/proc/self/task")) == 1, (
+        "a fork would lose threads: set OMP_NUM_THREADS=1 before the first import"
+    )
