@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 from kdcache.data.joined import Joined, OneTask, parts_of, task_of
-from kdcache.data.layouts.registry import find_layout
+from kdcache.data.layouts.registry import LayoutRoot, convert_command, find_layout
 from kdcache.data.memory import opened
 from kdcache.data.sample import Split
 from kdcache.data.scenes.generate import ScenesSpec, ScenesSplit, is_scenes
+from kdcache.errors import DataError
 
 
-def open_split(data: str | os.PathLike[str], split: str) -> Split:
+def open_split(data: str | os.PathLike[str], split: str, *, exports: bool = False) -> Split:
     """Open one split of a data set.
 
     Args:
@@ -26,6 +27,7 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
             `memory:NAME@DIGEST` is what `from_dataset` made.
         split: its name, such as `train`; of all where several are joined. `val` means `valid` or `validation` where
             that is what there is, and the other way round.
+        exports: also open exports of labelling tools, which other verbs than `data convert` and `data check` do not.
     Raises: DataError with what is missing or malformed.
     """
     data = os.fspath(data)
@@ -38,11 +40,11 @@ def open_split(data: str | os.PathLike[str], split: str) -> Split:
         return ScenesSplit(data, split)
     if opened.is_memory(data):
         return opened.find(data, split)
-    layout, root, images = find_layout(data)
+    layout, root, images = _find(data, exports)
     return layout.open(data, root, split, images)
 
 
-def list_splits(data: str | os.PathLike[str]) -> list[str]:
+def list_splits(data: str | os.PathLike[str], *, exports: bool = False) -> list[str]:
     """Names of the splits that `open_split` would find, sorted; of joined data sets those that all of them have.
 
     Some hold the same images on purpose, as `trainval` of VOC does.
@@ -57,5 +59,18 @@ def list_splits(data: str | os.PathLike[str]) -> list[str]:
         return ScenesSpec.parse(data).splits()
     if opened.is_memory(data):
         return opened.names(data)
-    layout, root, _ = find_layout(data)
+    layout, root, _ = _find(data, exports)
     return layout.splits(root)
+
+
+def _find(data: str, exports: bool) -> LayoutRoot:
+    """The layout of a folder. Raises: DataError for an export of a labelling tool, unless these are asked for."""
+    place = find_layout(data)
+    if place.layout.live or exports:
+        return place
+    raise DataError(
+        f"Cannot use {data} as it is: it is an export of a labelling tool",
+        entry="cannot use an export",
+        received=f"{place.layout.name}: {place.layout.why(place.root).partition(';')[0]}",
+        remedy=f"Convert it, then use the new folder: {convert_command(data)}",
+    )

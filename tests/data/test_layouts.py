@@ -18,7 +18,8 @@ from kdcache.data.folds import SplitPart
 from kdcache.data.layouts.label_ids import id_table
 from kdcache.data.layouts.registry import LAYOUTS, find_layout, split_prefix
 
-WITH_LABELS = [name for name in LAYOUTS if name not in ("kitti-semantic", "kitti-depth", "nyu")]
+WITHOUT = ("kitti-semantic", "kitti-depth", "nyu")
+WITH_LABELS = [name for name, layout in LAYOUTS.items() if layout.live and name not in WITHOUT]
 SPLITS = {name: ["train", "val"] for name in WITH_LABELS} | {"voc": ["train", "trainval", "val"]}
 PREFIXES = {"cityscapes": ("{split}stadt/{split}stadt_", "_leftImg8bit"), "ade20k": ("ADE_{split}_", "")}
 

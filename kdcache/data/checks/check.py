@@ -128,7 +128,7 @@ def check(
     reports: dict[str, SplitReport] = {}
     where: dict[int, list[str]] = {}
     classes: ClassList | None = None
-    for name in splits if splits is not None else list_splits(data):
+    for name in splits if splits is not None else list_splits(data, exports=True):
         split, report = _open(data, name, layout_root)
         report.depth.max_depth = max_depth
         classes = split.classes

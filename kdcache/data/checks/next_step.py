@@ -8,6 +8,8 @@ from pathlib import Path
 
 from kdcache.data.checks.check import CheckReport
 from kdcache.data.layouts.base import VALIDATION
+from kdcache.data.layouts.own.coco import Coco
+from kdcache.data.layouts.registry import LAYOUTS, convert_command
 
 MOST_SIDE, MULTIPLE = 384, 32
 """The shorter side of the images that are suggested, at most, and what both sides are multiples of."""
@@ -21,8 +23,8 @@ def next_step(report: CheckReport) -> str:
     labelled = {name for name, split in report.splits.items() if split.labelled or split.depth.labelled}
     if not labelled:
         return f"kdcache build-teacher-cache --data {data} --teacher RUN --out {_name(report)}.zarr"
-    if report.layout == "coco":
-        return f"kdcache data convert {data} {_name(report)}-folder"
+    if report.layout in LAYOUTS and (report.layout == Coco.name or not LAYOUTS[report.layout].live):
+        return convert_command(report.data)
     if "train" not in labelled:
         return f"kdcache evaluate RUN --data {data} --split {min(labelled)}"
     classes = any(split.labelled for split in report.splits.values())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from kdcache.data.classes import CLASSES_FILE, read_classes, read_colour_codes
+from kdcache.data.classes import CLASSES_FILE, read_classes, read_colour_codes, read_numbers
 from kdcache.data.colour_codes import ColourCodes
 from kdcache.data.files import IMAGE_SUFFIXES
 from kdcache.data.layouts.file_split import FileSplit, describe_some, saved_as_png
-from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.data.layouts.label_ids import LabelIds, Seen, id_table
 from kdcache.data.layouts.scan import WHOLE, Scan, replace_images
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
@@ -30,6 +31,26 @@ def _numbers_of_lines(layout: str) -> LabelIds:
     )
 
 
+def _numbers_of_classes(numbers: Mapping[int, int]) -> LabelIds:
+    """The meaning of labels that hold the numbers of `classes.txt`: a class id or void for each."""
+    classes = {index for index in numbers.values() if index != IGNORE_INDEX}
+    # Numbers that are not listed stay as they are, so they are no class; those that would pass for one are refused.
+    unlisted = sorted(classes - numbers.keys())
+    remedy = f"Add a line for it to {CLASSES_FILE}: `NAME: NUMBER`, or `void: NUMBER` where it means no class."
+
+    def check(seen: Seen, path: Path) -> None:
+        if strange := [number for number in unlisted if seen[number]]:
+            raise DataError(
+                f"Cannot read {path.name}: {CLASSES_FILE} does not list its number {strange[0]}",
+                entry="classes.txt does not list number",
+                received=f"{', '.join(map(str, strange))} in {path}",
+                remedy=remedy,
+            )
+
+    table = id_table({**dict.fromkeys(unlisted, IGNORE_INDEX), **numbers})
+    return LabelIds(f"Labels hold the numbers of {CLASSES_FILE}, or {IGNORE_INDEX} (void).", remedy, table, check)
+
+
 class Layout(ABC):
     """One way in which data sets lie on disk. Stateless: `root` is the folder that `find` returned.
 
@@ -40,6 +61,8 @@ class Layout(ABC):
         split_is: what a split is, for messages.
         pairing: which label belongs to which image, for messages.
         listed: splits are lists that may name an image twice on purpose.
+        live: verbs open it as it lies; others only `data convert` and `data check` read.
+        restore: the fix for files that a split calls for, without the full stop.
     """
 
     name: ClassVar[str]
@@ -48,6 +71,8 @@ class Layout(ABC):
     split_is: ClassVar[str]
     pairing: ClassVar[str] = "Every label is a PNG or TIFF with the path of its image (another suffix)."
     listed: ClassVar[bool] = False
+    live: ClassVar[bool] = True
+    restore: ClassVar[str] = "Restore the files from their source"
 
     @abstractmethod
     def matches(self, root: Path) -> bool:
@@ -137,7 +162,9 @@ class Layout(ABC):
                 + (HOW_TO_SPLIT if split in VALIDATION and not {*VALIDATION} & {*names} and WHOLE in names else ""),
             )
         scan = self._scan(root, split)
-        if self.lists_classes(root):
+        if scan.drawn is None and (numbers := read_numbers(root)) is not None:
+            scan = replace(scan, label_ids=_numbers_of_classes(numbers))
+        elif self.lists_classes(root):
             scan = replace(scan, label_ids=_numbers_of_lines(self.name))
         if (colours := self.colour_codes(root)) is not None and scan.label_ids.colours is None:
             scan = replace(scan, label_ids=replace(scan.label_ids, colours=colours))
@@ -214,6 +241,5 @@ class Layout(ABC):
         return DataError(
             "Every file that a split calls for is there.",
             received=f"no {describe_some(scan.missing)} in {root}, split {split!r}",
-            remedy="Restore the files from their source"
-            + (", or take their lines out of the list." if self.listed else "."),
+            remedy=self.restore + (", or take their lines out of the list." if self.listed else "."),
         )

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 from kdcache.data.classes import CLASSES_FILE, read_classes
 from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.exports.cvat import Cvat, CvatMasks
+from kdcache.data.layouts.exports.label_studio import LabelStudio, LabelStudioBrush
+from kdcache.data.layouts.exports.labelme import LabelMe, LabelMeVoc
+from kdcache.data.layouts.exports.yolo import Yolo
 from kdcache.data.layouts.own.coco import Coco
 from kdcache.data.layouts.own.folder import IMAGES, LABELS, Folder
 from kdcache.data.layouts.own.kaggle import Kaggle
@@ -29,6 +34,7 @@ LAYOUTS: dict[str, Layout] = {
     for layout in (
         *(Folder(), Mmseg(), Kaggle(), Coco()),
         *(CamVid(), Voc(), Cityscapes(), Gta5(), Ade20k(), KittiSemantic(), KittiDepth(), Nyu()),
+        *(Cvat(), CvatMasks(), LabelMe(), LabelMeVoc(), LabelStudio(), LabelStudioBrush(), Yolo()),
     )
 }
 
@@ -38,6 +44,12 @@ _MOST_FOLDERS = 20
 # Two characters at least: one is a Windows drive.
 _OTHER_IMAGES = re.compile(r"(?P<data>.+),\s*images=(?P<images>[^,]*)", re.DOTALL)
 _PREFIXED = re.compile(r"(?P<name>[A-Za-z0-9][\w.+-]+):(?P<path>.*)", re.DOTALL)
+
+
+def convert_command(data: str) -> str:
+    """The command that converts a data set into a folder beside it."""
+    out = f"{split_prefix(split_images(data)[0])[1].resolve().name or 'data'}-folder"
+    return f"kdcache data convert {shlex.quote(data)} {shlex.quote(out)}"
 
 
 class LayoutRoot(NamedTuple):
@@ -85,7 +97,11 @@ def _layout_of(data: str) -> LayoutRoot:
         raise DataError(
             "A data set is a folder.",
             received=f"{folder} {'is a file' if folder.exists() else 'is no folder'}",
-            remedy=("Unpack it, and name the folder. " if archive and folder.exists() else "Check the path. ")
+            remedy=(
+                f"{'Unpack it, and name the' if archive else 'Name its'} folder. "
+                if folder.exists()
+                else "Check the path. "
+            )
             + f"What kdcache reads: {', '.join(LAYOUTS)}, or the built-in scenes.",
         )
     if name is not None:
@@ -96,6 +112,8 @@ def _layout_of(data: str) -> LayoutRoot:
         candidates = [
             one for one in candidates if not isinstance(one.layout, Gta5) or not (one.root / CLASSES_FILE).is_file()
         ]
+    # Exports look for files of their tools alone, the others also for names of folders.
+    candidates = [one for one in candidates if not one.layout.live] or candidates
     if len(candidates) == 1:
         return _with_its_classes(candidates[0], folder)
     if candidates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -144,12 +145,13 @@ def test_files_are_copied_where_no_link_is_possible(tmp_path, monkeypatch) -> No
 
 
 def test_a_name_that_leads_out_of_the_folder_is_left_out(tiny, tmp_path) -> None:
-    import json
-
     root = tiny.write("coco", tmp_path / "set")
+    tiny.save_image(tmp_path / "outside.jpg")
     path = root / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
-    content["images"][0]["file_name"] = "../train2017/b.jpg"
+    for image, name in zip(content["images"], ("../../outside.jpg", "../train2017/a.jpg"), strict=False):
+        image["file_name"] = name
     path.write_text(json.dumps(content))
     train = convert(root, tmp_path / "out").splits["train"]
-    assert train.dropped == {"../train2017/b": "its name leads out of the folder"}
+    assert list(train.dropped) == ["train2017/../../outside.jpg"]
+    assert open_split(tmp_path / "out", "train").ids == ("a", "c.1")

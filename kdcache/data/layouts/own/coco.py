@@ -2,7 +2,11 @@
 
     annotations/instances_train2017.json    images in train2017/ or images/train2017/; the split is `train`
     annotations/SPLIT.json                  images in SPLIT/, images/SPLIT/ or images/
+    annotations/instances_default.json      images in images/ or images/default/; the split is `train` (CVAT)
     SPLIT/_annotations.coco.json            images beside it (Roboflow)
+    result.json, SPLIT/result.json          or any other name, with images in images/ (Label Studio); else `train`
+
+Names of images may have backslashes, or other folders before them (pictures.py).
 
 Classes are the background and the file's categories in the order of their ids; a category called background takes its
 place. A `classes.txt` picks and orders them by name: categories that it does not list are void. polygons.py has the
@@ -23,9 +27,11 @@ from typing import Any, ClassVar
 
 from kdcache.data.classes import CLASSES_FILE
 from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.exports.base import SPLITS, files_of, head_has
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.own.polygons import Annotation, Drawing, PolygonLabels
-from kdcache.data.layouts.scan import Scan, folders_in, is_picture
+from kdcache.data.layouts.pictures import Pictures, holds_masks
+from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, is_picture
 from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
@@ -47,9 +53,11 @@ class Coco(Layout):
     name: ClassVar[str] = "coco"
     looks_for: ClassVar[str] = (
         f"{ANNOTATIONS}/{_OF_OBJECTS}SPLIT.json or {ANNOTATIONS}/SPLIT.json beside SPLIT/ or images/, or "
-        f"SPLIT/{ROBOFLOW}"
+        f"SPLIT/{ROBOFLOW}, or another JSON file of COCO in the folder or in SPLIT/"
     )
     split_is: ClassVar[str] = f"a file of annotations, {ANNOTATIONS}/{_OF_OBJECTS}SPLIT.json or SPLIT/{ROBOFLOW}"
+
+    restore: ClassVar[str] = "Put the images below this folder, under their own names"
 
     def matches(self, root: Path) -> bool:
         return bool(_files(root))
@@ -90,16 +98,18 @@ class Coco(Layout):
             dict[str, Drawing](),
             set[Any](),
         )
+        pictures = Pictures(root, place)
         for image in content["images"]:
-            path = f"{place}/{image['file_name']}".lstrip("/")
-            sample = str(image["file_name"]).rpartition(".")[0] or str(image["file_name"])
+            found = pictures.find(str(image["file_name"]), place, *({"images", ""} if place in ("images", "") else ()))
+            path = found or f"{place}/{image['file_name']}".lstrip("/")
+            sample = path.removeprefix(f"{place}/").rpartition(".")[0] or path
             repeated = sample in drawings or image["id"] in numbers
             numbers.add(image["id"])
             drawings[sample] = Drawing((image["height"], image["width"]), own.get(image["id"], []))
             if repeated:
                 clashes.append((sample, path, f"image {image['id']} of {file.name}"))
                 continue
-            if not (root / path).is_file():
+            if found is None:
                 missing.append(path)
                 continue
             files[sample] = path
@@ -126,7 +136,26 @@ def _files(root: Path) -> dict[str, Path]:
     for name in folders_in(root):
         if name != ANNOTATIONS and (root / name / ROBOFLOW).is_file():
             files.setdefault(name, root / name / ROBOFLOW)
-    return files
+    if not files and not holds_masks(root):
+        files = _anywhere(root)
+    return {WHOLE: files["default"]} if list(files) == ["default"] else files
+
+
+def _anywhere(root: Path) -> dict[str, Path]:
+    """Files of annotations of any name: in folders of splits, else in the root, where one alone is `train`."""
+    folders = [name for name in folders_in(root) if name in SPLITS]
+    listed = [(name, path) for name in folders for path in files_of(root / name, ".json", 0) if _is_coco(path)]
+    if not listed:
+        whole = [path for path in files_of(root, ".json", 0) if _is_coco(path)]
+        named = [(path.stem.removeprefix(_OF_OBJECTS), path) for path in whole]
+        listed = [(WHOLE, whole[0])] if len(whole) == 1 and named[0][0] not in SPLITS else named
+    return dict(listed[::-1])
+
+
+def _is_coco(path: Path) -> bool:
+    return any(head_has(path, "{", key) for key in ("images", "annotations", "categories")) and not head_has(
+        path, "{", "shapes"
+    )
 
 
 def _first(root: Path) -> Path:
@@ -137,13 +166,13 @@ def _first(root: Path) -> Path:
 
 def _image_place(root: Path, split: str, file: Path) -> str:
     """The folder of a split's images below the root."""
-    if file.name == ROBOFLOW:
+    if file.name == ROBOFLOW or (file.parent != root and file.parent.name != ANNOTATIONS):
         return file.parent.name
     name = file.stem.removeprefix(_OF_OBJECTS)
     for place in (name, f"images/{name}", split, f"images/{split}", "images", ""):
         if (root / place).is_dir() and (place or any(is_picture(path.name) for path in root.iterdir())):
             return place
-    return name
+    return name if file.parent.name == ANNOTATIONS else ""
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -4,10 +4,11 @@
     images/SPLIT/**.jpg     masks/SPLIT/**.png
     images/**.jpg           masks/**.png                one split, unless train.txt, val.txt, test.txt divide it
     SPLIT/**.png            SPLIT_labels/**.png         or SPLIT_masks/
-    SPLIT/a_sat.jpg         SPLIT/a_mask.png            pairs in one folder
+    SPLIT/a_sat.jpg         SPLIT/a_mask.png            pairs in one folder; of Roboflow with SPLIT/_classes.csv
 
 Masks may end with `_mask`, `_L` and the like (pairs.py). Classes are those of `classes.txt`, else of `class_dict.csv`,
-whose columns are name, r, g, b.
+whose columns are name, r, g, b, else of Roboflow's `_classes.csv`, whose columns are Pixel Value and Class. In these
+tables a name such as void or unlabeled is no class.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from typing import ClassVar
 from kdcache.data.classes import CLASSES_FILE, colour_codes, read_classes
 from kdcache.data.colour_codes import Colour, ColourCodes
 from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.label_ids import VOID_NAMES, LabelIds, id_table
 from kdcache.data.layouts.own.folder import LABEL_IDS
 from kdcache.data.layouts.own.pairs import described, ends_of, scan_pairs
 from kdcache.data.layouts.scan import WHOLE, Scan, folders_in, holds_pictures, keep_listed, lists_in, names_below
-from kdcache.data.sample import ClassList
+from kdcache.data.sample import IGNORE_INDEX, ClassList
 from kdcache.errors import DataError
 
 IMAGES = ("images", "image", "imgs", "img")
 MASKS = ("masks", "mask", "annotations", "labels", "label")
 SPLITS = ("train", "val", "valid", "validation", "test")
 CLASS_TABLE = "class_dict.csv"
-_VOID_NAMES = ("void", "unlabelled", "unlabeled", "unknown", "ignore")
+ROBOFLOW_TABLE = "_classes.csv"
 
 Places = dict[str, tuple[str, str]]
 """Split -> folder of images, folder of masks."""
@@ -41,7 +43,8 @@ class Kaggle(Layout):
     name: ClassVar[str] = "kaggle"
     looks_for: ClassVar[str] = (
         "SPLIT/images/ and SPLIT/masks/; or images/ and masks/; or SPLIT/ and SPLIT_labels/ (or SPLIT_masks/); or "
-        f"SPLIT/ with pairs such as a_sat.jpg and a_mask.png; with {CLASSES_FILE} or {CLASS_TABLE}"
+        f"SPLIT/ with pairs such as a_sat.jpg and a_mask.png; with {CLASSES_FILE}, {CLASS_TABLE} or "
+        f"SPLIT/{ROBOFLOW_TABLE}"
     )
     split_is: ClassVar[str] = "train, val (or valid) or test, by folder or by list"
     pairing: ClassVar[str] = "Every mask is a PNG or TIFF with the name of its image, or one that ends with _mask."
@@ -58,28 +61,68 @@ class Kaggle(Layout):
         seen = [f"{image}/ with {mask}/" if image != mask else f"pairs in {image}/" for image, mask in places.values()]
         lists = ", divided by " + ", ".join(f"{name}.txt" for name in lists_in(root, SPLITS)) if "" in places else ""
         lists = lists if lists_in(root, SPLITS) else ""
-        return f"{', '.join(seen[:4])}{lists}{described(self._scan(root, splits[0]))}; the classes of {_file(root)}"
+        return (
+            f"{', '.join(seen[:4])}{lists}{described(self._scan(root, splits[0]))}; the classes of {self._file(root)}"
+        )
 
     def colour_codes(self, root: Path) -> ColourCodes | None:
-        if _file(root) == CLASSES_FILE:
+        if self._file(root) != CLASS_TABLE:
             return super().colour_codes(root)
         rows = _read_table(root / CLASS_TABLE)
-        classes = [colour for name, colour in rows if name.lower() not in _VOID_NAMES]
-        void = [colour for name, colour in rows if name.lower() in _VOID_NAMES]
+        classes = [colour for name, colour in rows if name.lower() not in VOID_NAMES]
+        void = [colour for name, colour in rows if name.lower() in VOID_NAMES]
         return colour_codes(classes, void, str(root / CLASS_TABLE))
 
     def _classes(self, root: Path) -> ClassList:
-        if _file(root) == CLASSES_FILE:
+        if self._file(root) == CLASSES_FILE:
             return read_classes(root)
-        rows = [row for row in _read_table(root / CLASS_TABLE) if row[0].lower() not in _VOID_NAMES]
+        if self._file(root) != CLASS_TABLE:
+            names = self._roboflow(root).values()
+            return ClassList(tuple(name for name in names if name.lower() not in VOID_NAMES))
+        rows = [row for row in _read_table(root / CLASS_TABLE) if row[0].lower() not in VOID_NAMES]
         return ClassList(tuple(name for name, _ in rows), tuple(colour for _, colour in rows))
 
     def _scan(self, root: Path, split: str) -> Scan:
         places, classes = self._places(root), self.classes(root)
         if "" not in places:
-            return scan_pairs(root, *places[split], LABEL_IDS, classes)
+            return scan_pairs(root, *places[split], self._label_ids(root, classes), classes)
         scan = scan_pairs(root, *places[""], LABEL_IDS, classes)
         return keep_listed(scan, root, f"{split}.txt") if lists_in(root, SPLITS) else scan
+
+    def _file(self, root: Path) -> str:
+        """The file that has the classes, below the root."""
+        if (root / CLASSES_FILE).is_file() or (root / CLASS_TABLE).is_file():
+            return CLASSES_FILE if (root / CLASSES_FILE).is_file() else CLASS_TABLE
+        return next(iter(self._roboflow_tables(root)), CLASSES_FILE)
+
+    def _roboflow_tables(self, root: Path) -> list[str]:
+        files = [f"{images}/{ROBOFLOW_TABLE}" for images, _ in self._places(root).values()]
+        return [file for file in files if (root / file).is_file()]
+
+    def _roboflow(self, root: Path) -> dict[int, str]:
+        """Names by the numbers in the masks. Raises: DataError for tables of other columns, or that differ."""
+        tables = {file: _read_roboflow(root / file) for file in self._roboflow_tables(root)}
+        first, *others = tables
+        if odd := next((file for file in others if tables[file] != tables[first]), None):
+            raise DataError(
+                f"Cannot join the splits of {root}: {first} and {odd} list other classes",
+                entry="cannot join splits",
+                received=f"{tables[first]} and {tables[odd]}",
+                remedy="Export all splits at once, or convert each one by itself with --split.",
+            )
+        return tables[first]
+
+    def _label_ids(self, root: Path, classes: ClassList) -> LabelIds:
+        if not self._file(root).endswith(ROBOFLOW_TABLE):
+            return LABEL_IDS
+        void = {number: IGNORE_INDEX for number, name in self._roboflow(root).items() if name.lower() in VOID_NAMES}
+        numbers = {number: n for n, number in enumerate(sorted(self._roboflow(root).keys() - void.keys()))} | void
+        table = None if all(number == index for number, index in numbers.items()) else id_table(numbers)
+        return LabelIds(
+            f"Masks hold the pixel values of {self._file(root)}, or {IGNORE_INDEX} (void).",
+            f"Complete {ROBOFLOW_TABLE}, or export again.",
+            table,
+        )
 
     def _places(self, root: Path) -> Places:
         """The folders of every split; of images that folders do not divide, those of the split ""."""
@@ -134,11 +177,6 @@ def _first(wanted: tuple[str, ...], names: list[str]) -> str:
     return next((name for name in wanted if name in names), "")
 
 
-def _file(root: Path) -> str:
-    """The file that has the classes."""
-    return CLASS_TABLE if (root / CLASS_TABLE).is_file() and not (root / CLASSES_FILE).is_file() else CLASSES_FILE
-
-
 def _read_table(path: Path) -> list[tuple[str, Colour]]:
     """Names and colours of a table of classes, those of void too. Raises: DataError for a table of other columns."""
     try:
@@ -152,6 +190,24 @@ def _read_table(path: Path) -> list[tuple[str, Colour]]:
             remedy=f"Correct it, or write a {CLASSES_FILE} beside it: `name r g b`, a line for every class.",
         ) from error
     return read
+
+
+def _read_roboflow(path: Path) -> dict[int, str]:
+    """Names by pixel value, sorted. Raises: DataError for a table of other columns."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            _, *rows = [row for row in csv.reader(file, skipinitialspace=True) if any(map(str.strip, row))]
+        names = {int(number): name.strip() for number, name in rows}
+        if len(names) < len(rows) or not all(0 <= number < IGNORE_INDEX for number in names):
+            raise ValueError("a pixel value twice, or one outside of 0 to 254")
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise DataError(
+            f"Cannot read the classes in {path}",
+            entry="cannot read the classes",
+            received=f"{type(error).__name__} {error}",
+            remedy="Write the columns Pixel Value and Class, or a classes.txt in the root, a name a line.",
+        ) from error
+    return dict(sorted(names.items()))
 
 
 def _colour(row: dict[str, str]) -> Colour:

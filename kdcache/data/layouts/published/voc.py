@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from kdcache.data.classes import CLASSES_FILE
 from kdcache.data.layouts.base import Layout
 from kdcache.data.layouts.label_ids import LabelIds
 from kdcache.data.layouts.scan import Scan, keep_listed, lists_in, scan_folders
@@ -62,6 +63,8 @@ class Voc(Layout):
     listed: ClassVar[bool] = True
 
     def matches(self, root: Path) -> bool:
+        if (root / "labelmap.txt").is_file() and not (root / CLASSES_FILE).is_file():
+            return False  # CVAT's, with other classes
         return (root / IMAGES).is_dir() and (root / LISTS).is_dir()
 
     def splits(self, root: Path) -> list[str]:

@@ -1,0 +1,172 @@
+"""What the exports of labelling tools share: from a tool's images and shapes to the samples of a split.
+
+Splits are folders or subsets called train, val, valid, validation or test; what is in none of them is `train`. Classes
+are the background and the tool's, in the tool's order, else by name. A `classes.txt` in the export picks and orders
+them: names that it does not list are void, and so are unlabelled pixels if it lists no background.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from kdcache.data.classes import CLASSES_FILE
+from kdcache.data.layouts.base import VALIDATION, Layout
+from kdcache.data.layouts.exports.shapes import Item, ShapeLabels
+from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.data.layouts.pictures import Pictures
+from kdcache.data.layouts.scan import WHOLE, Scan, folders_in
+from kdcache.data.sample import IGNORE_INDEX, ClassList
+from kdcache.errors import DataError
+
+SPLITS = ("train", *VALIDATION, "test")
+IMAGES = ("images", "jpegimages", "data")
+"""Folders of images, in lower case, which are no part of a sample's id."""
+BACKGROUND = "background"
+BACKGROUNDS = (BACKGROUND, "_background_")
+IGNORED = "__ignore__"
+MOST_BYTES = 1 << 30
+"""The largest file of annotations that is read."""
+
+LABEL_IDS = LabelIds(
+    "Label ids are the background's and the tool's classes, or 255 (void).",
+    f"Correct the classes, or the names in {CLASSES_FILE}.",
+)
+
+
+class Export(Layout):
+    """An export whose labels are drawn."""
+
+    live: ClassVar[bool] = False
+    split_is: ClassVar[str] = f"a folder or a subset of the export ({', '.join(SPLITS)}); all else is {WHOLE}"
+    restore: ClassVar[str] = "Put the images below this folder, under their own names"
+
+    @abstractmethod
+    def found(self, root: Path) -> str:
+        """The file below the root that makes a folder this export; empty for another folder."""
+
+    @abstractmethod
+    def items(self, root: Path) -> dict[str, list[Item]]:
+        """The images of every split. Raises: DataError for a file that cannot be read."""
+
+    def names(self, root: Path) -> list[str]:
+        """Names of the classes in the tool's order; by default those of the shapes, sorted."""
+        items = (item for split in self.items(root).values() for item in split)
+        return sorted({shape.label for item in items for shape in item.shapes or ()})
+
+    def matches(self, root: Path) -> bool:
+        return bool(self.found(root))
+
+    def splits(self, root: Path) -> list[str]:
+        return sorted(self.items(root))
+
+    def why(self, root: Path) -> str:
+        classes = f"the classes of {CLASSES_FILE}" if self.lists_classes(root) else f"{BACKGROUND} and its classes"
+        return f"{self.found(root)}; {classes}; of shapes that overlap the later one counts"
+
+    def lists_classes(self, root: Path) -> bool:
+        return (root / CLASSES_FILE).is_file()
+
+    def _classes(self, root: Path) -> ClassList:
+        names = list(dict.fromkeys(name for name in self.names(root) if name != IGNORED))
+        background = next((name for name in names if name.lower() in BACKGROUNDS), BACKGROUND)
+        objects = [name for name in names if name.lower() not in BACKGROUNDS]
+        if not objects:
+            raise DataError(
+                f"Cannot find a labelled shape in {root}",
+                entry="cannot find labelled shape",
+                received=f"{self.found(root)}, in which nothing is labelled",
+                remedy="Label the images in the tool, and export again.",
+            )
+        return ClassList((background, *objects))
+
+    def _scan(self, root: Path, split: str) -> Scan:
+        pictures, names = Pictures(root), self.classes(root).names
+        scan = Scan({}, {}, LABEL_IDS, "", "")
+        items: dict[str, Item] = {}
+        for item in self.items(root)[split]:
+            path = pictures.find(item.image, *item.folders)
+            if path is None:
+                scan.missing.append(item.image.replace("\\", "/").rpartition("/")[2])
+                continue
+            sample = sample_id(path, split)
+            if sample in items:
+                scan.clashes.append((sample, scan.images[sample], path))
+                continue
+            items[sample], scan.images[sample] = item, path
+            if item.shapes is not None:
+                scan.labels[sample] = item.file
+        images = dict(sorted(scan.images.items()))
+        class_of = {name: number for number, name in enumerate(names)} | {IGNORED: IGNORE_INDEX}
+        background = next((class_of[name] for name in names if name.lower() in BACKGROUNDS), IGNORE_INDEX)
+        class_of |= dict.fromkeys(BACKGROUNDS, background)
+        drawn = ShapeLabels(items, {name: root / path for name, path in images.items()}, class_of, background)
+        return Scan(images, scan.labels, LABEL_IDS, "", "", clashes=scan.clashes, missing=scan.missing, drawn=drawn)
+
+
+def sample_id(path: str, split: str) -> str:
+    """The id of an image: its path without the folders of images and of the split, and without its suffix."""
+    parts = PurePosixPath(path).parts
+    while len(parts) > 1 and parts[0].lower() in (*IMAGES, *SPLITS, split.lower()):
+        parts = parts[1:]
+    return "/".join(parts).rpartition(".")[0]
+
+
+def split_of(path: str) -> str:
+    """The split of a file by its first folders: images/train/a.json and train/a.json are of `train`."""
+    return next((part.lower() for part in PurePosixPath(path).parts[:-1] if part.lower() in SPLITS), WHOLE)
+
+
+def files_of(root: Path, suffix: str, depth: int = 2) -> Iterator[Path]:
+    """Yield the files with a suffix in a folder and its folders, sorted within each."""
+    yield from sorted(path for path in root.glob(f"*{suffix}") if path.is_file() and not path.name.startswith("."))
+    for name in folders_in(root) if depth else ():
+        yield from files_of(root / name, suffix, depth - 1)
+
+
+def head_of(path: Path) -> str:
+    """The first 64 KiB of a text file, without what precedes its text; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(1 << 16).decode("utf-8-sig", "replace").lstrip()
+    except OSError:
+        return ""
+
+
+def head_has(path: Path, begin: str, *keys: str) -> bool:
+    """Return True if a JSON file begins with a bracket, and its head has all the keys."""
+    head = head_of(path)
+    return head.startswith(begin) and all(re.search(rf'"{key}"\s*:', head) for key in keys)
+
+
+def read_text(path: Path) -> str:
+    """Read a file of annotations. Raises: DataError if it cannot be read, or is larger than 1 GiB."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES >> 30} GiB")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises: DataError for a file that is none."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception | str) -> DataError:
+    """The error for a file of annotations that is not what its tool writes."""
+    kind = "" if isinstance(error, str) else f"{type(error).__name__} "
+    return DataError(
+        f"Cannot read the annotations in {path}",
+        entry="cannot read the annotations",
+        received=f"{kind}{str(error)[:160]}",
+        remedy="Export again, or remove the file.",
+    )

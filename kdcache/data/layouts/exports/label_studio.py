@@ -1,0 +1,162 @@
+"""Label Studio: the JSON export, and "Brush labels to PNG".
+
+    project-1-at-2026-01-31-12-00.json          a list of tasks, with shapes in percent, or brush strokes
+    task-1-annotation-2-by-1-tag-car-0.png      a mask of one class; the JSON (or JSON-MIN) beside says which image a
+                                                task has, or the images are called 1.jpg, 2.jpg ... after their tasks
+
+Images lie in any folder below. Their names are found behind /data/upload/, /data/local-files/?d= and the prefix of
+eight digits that an upload gets. Of several annotations of a task the first counts that was not cancelled. own/coco.py
+reads COCO exports.
+Source: https://labelstud.io/guide/export
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import unquote
+
+from kdcache.data.layouts.exports.base import Export, files_of, head_has, read_json, split_of, unreadable
+from kdcache.data.layouts.exports.shapes import Item, Point, Shape, turned, turned_ellipse
+from kdcache.data.layouts.pictures import Pictures, holds_masks
+from kdcache.data.layouts.scan import WHOLE, is_picture
+from kdcache.errors import DataError
+
+_BRUSHED = re.compile(r"task-(?P<task>\d+)-annotation-(?P<annotation>\d+)-by-[^-]*-[^-]+-(?P<label>.+)-\d+\.png")
+"""Behind `by` the author, the name of the control in the labelling setup, the class, and the number of the stroke."""
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-(?=.)")
+
+Task = dict[str, Any]
+
+
+class LabelStudio(Export):
+    """The layout of Label Studio's JSON."""
+
+    name: ClassVar[str] = "label-studio"
+    looks_for: ClassVar[str] = "the JSON export of Label Studio, a list of tasks with annotations"
+
+    def found(self, root: Path) -> str:
+        files = [path for path in files_of(root, ".json", 1) if head_has(path, "[", "annotations", "result")]
+        return "" if not files or _brushed(root) or holds_masks(root) else files[0].relative_to(root).as_posix()
+
+    def items(self, root: Path) -> dict[str, list[Item]]:
+        items: dict[str, list[Item]] = defaultdict(list)
+        pictures = Pictures(root)
+        for path in files_of(root, ".json", 1):
+            if head_has(path, "[", "annotations", "result"):
+                file = path.relative_to(root).as_posix()
+                for task in _tasks(path, path.stat().st_mtime_ns):
+                    name, folders = _image(task, pictures), (file.rpartition("/")[0], "")
+                    items[split_of(pictures.find(name, *folders) or file)].append(_item(task, name, file, folders))
+        return items
+
+
+class LabelStudioBrush(Export):
+    """The layout of Label Studio's brush labels as PNG."""
+
+    name: ClassVar[str] = "label-studio-brush"
+    looks_for: ClassVar[str] = "PNGs of Label Studio's brush labels, task-1-annotation-2-by-1-tag-car-0.png"
+
+    def found(self, root: Path) -> str:
+        return next((path.relative_to(root).as_posix() for path in _brushed(root)), "")
+
+    def items(self, root: Path) -> dict[str, list[Item]]:
+        masks: dict[int, dict[int, list[Shape]]] = defaultdict(lambda: defaultdict(list))
+        for path in _brushed(root):
+            if match := _BRUSHED.fullmatch(path.name):
+                shape = Shape(match["label"], "file", data=str(path))
+                masks[int(match["task"])][int(match["annotation"])].append(shape)
+        images = _images_of_tasks(root)
+        if unknown := sorted(masks.keys() - images.keys()):
+            raise DataError(
+                f"Cannot tell which image task {unknown[0]} has in {self.found(root)}",
+                entry="cannot tell which image",
+                received=f"{len(unknown)} of {len(masks)} tasks of no known image",
+                remedy="Export the project as JSON too, and put that file into this folder with the images. The JSON "
+                "alone is enough: it has the brush strokes.",
+            )
+        file = self.found(root)
+        return {WHOLE: [Item(images[task], file, tuple(shapes[min(shapes)])) for task, shapes in masks.items()]}
+
+
+def _brushed(root: Path) -> list[Path]:
+    """The PNGs of brush labels in a folder and the folders in it."""
+    return [path for path in files_of(root, ".png", 1) if _BRUSHED.fullmatch(path.name)]
+
+
+def _images_of_tasks(root: Path) -> dict[int, str]:
+    """Names of the images by the numbers of tasks, from JSON or JSON-MIN, else from the images' own names."""
+    pictures = Pictures(root)
+    for path in files_of(root, ".json", 1):
+        if head_has(path, "["):
+            return {int(task.get("id", -1)): _image(task, pictures) for task in _tasks(path, path.stat().st_mtime_ns)}
+    numbered = (path for suffix in (".jpg", ".jpeg", ".png") for path in files_of(root, suffix, 1))
+    return {int(path.stem): path.relative_to(root).as_posix() for path in numbered if path.stem.isdecimal()}
+
+
+@lru_cache(maxsize=16)
+def _tasks(path: Path, changed: int) -> list[Task]:
+    """The tasks of a JSON file, read once. Raises: DataError."""
+    tasks = read_json(path)
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise unreadable(path, "it is no list of tasks")
+    return tasks
+
+
+def _image(task: Task, pictures: Pictures) -> str:
+    """The name of a task's image: a value of its data (of JSON-MIN: of itself) with the suffix of a picture."""
+    data = task.get("data", task)
+    values = [data.get("image"), *data.values()] if isinstance(data, dict) else []
+    for value in values:
+        if isinstance(value, str):
+            name = unquote(value.rpartition("?d=")[2].partition("?")[0])
+            if is_picture(name.replace("\\", "/").rpartition("/")[2]):
+                folder, slash, tail = name.replace("\\", "/").rpartition("/")
+                original = f"{folder}{slash}{_UPLOADED.sub('', tail)}"
+                return name if pictures.find(name) is not None else original
+    return f"task {task.get('id')}, which has no image"
+
+
+def _item(task: Task, name: str, file: str, folders: tuple[str, ...]) -> Item:
+    try:
+        annotations = [one for one in task["annotations"] if not one.get("was_cancelled")]
+        regions = [one for one in annotations[0]["result"] if _label(one)] if annotations else []
+        sizes = {(int(one["original_height"]), int(one["original_width"])) for one in regions}
+        shapes = tuple(_shape(one) for one in regions)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise unreadable(Path(file), f"task {task.get('id')}: {type(error).__name__} {error}") from error
+    return Item(name, file, shapes if annotations else None, sizes.pop() if len(sizes) == 1 else None, folders)
+
+
+def _label(region: Task) -> str:
+    """The class of a region; empty for what has none, such as a choice for the whole image."""
+    value = region.get("value")
+    names = [value[key] for key in value if key.endswith("labels") and value[key]] if isinstance(value, dict) else []
+    return str(names[0][0]) if names else ""
+
+
+def _shape(region: Task) -> Shape:
+    """A region; what has no area fails when the label is drawn."""
+    label, value, kind = _label(region), region["value"], str(region.get("type", "")).removesuffix("labels")
+    if region.get("image_rotation"):
+        return Shape(label, f"image turned by {region['image_rotation']} degrees, and {kind}")
+    if "rle" in value:
+        return Shape(label, "brush", data=value["rle"])
+    if "points" in value:
+        return Shape(label, "polygon", tuple((float(x), float(y)) for x, y in value["points"]), scale=100)
+    width, height = float(region["original_width"]), float(region["original_height"])
+    turn = float(value.get("rotation", 0))
+    x, y = float(value.get("x", 0)) * width / 100, float(value.get("y", 0)) * height / 100
+    if "radiusX" in value:
+        radii = float(value["radiusX"]) * width / 100, float(value["radiusY"]) * height / 100
+        return turned_ellipse(label, (x, y), radii, turn)
+    if "width" in value and "height" in value and "rectangle" in kind:
+        right, bottom = x + float(value["width"]) * width / 100, y + float(value["height"]) * height / 100
+        corners: tuple[Point, ...] = ((x, y), (right, y), (right, bottom), (x, bottom))
+        if not turn:
+            return Shape(label, "rectangle", (corners[0], corners[2]))
+        return Shape(label, "polygon", turned(corners, turn, corners[0]))
+    return Shape(label, kind)

@@ -1,0 +1,157 @@
+"""LabelMe: a JSON file beside each image, and the folders that labelme2voc makes of them.
+
+    a.jpg  a.json                       polygons, rectangles, circles and masks; also in train/ and val/, or JSON in a
+                                        folder beside that of the images
+    labels.txt                          the order of the classes, if it lies there; else they are sorted
+    JPEGImages/  class_names.txt        labelme2voc: SegmentationClassPNG/ or SegmentationClass/ with .png or .npy
+
+An image without a JSON file has no label. Pixels of no shape are `_background_`, those of `__ignore__` are void.
+Source: https://github.com/wkentaro/labelme, examples/semantic_segmentation.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kdcache.data.files import LABEL_SUFFIXES, file_digest
+from kdcache.data.layouts.base import Layout
+from kdcache.data.layouts.exports.base import (
+    IGNORED,
+    Export,
+    files_of,
+    head_has,
+    read_json,
+    read_text,
+    split_of,
+    unreadable,
+)
+from kdcache.data.layouts.exports.shapes import Item, Shape
+from kdcache.data.layouts.label_ids import LabelIds
+from kdcache.data.layouts.pictures import holds_masks, is_mask
+from kdcache.data.layouts.scan import WHOLE, Scan, names_below, scan_folders
+from kdcache.data.sample import IGNORE_INDEX, ClassList, Pixels
+
+_KINDS = {"mask": "png", "oriented_rectangle": "polygon"}
+LISTED = "labels.txt"
+IMAGES, NAMES = "JPEGImages", "class_names.txt"
+PNGS = ("SegmentationClass", "SegmentationClassPNG")
+ARRAYS = ("SegmentationClass", "SegmentationClassNpy", "SegmentationClassnpy")
+
+
+class LabelMe(Export):
+    """The layout of LabelMe's JSON files."""
+
+    name: ClassVar[str] = "labelme"
+    looks_for: ClassVar[str] = "JSON files of LabelMe (shapes, imagePath), beside the images or in folders"
+
+    def found(self, root: Path) -> str:
+        first = next((path for path in files_of(root, ".json") if head_has(path, "{", "shapes")), None)
+        return "" if first is None or holds_masks(root) else first.relative_to(root).as_posix()
+
+    def items(self, root: Path) -> dict[str, list[Item]]:
+        items: dict[str, list[Item]] = defaultdict(list)
+        labelled: set[str] = set()
+        for path in files_of(root, ".json", depth=8):
+            if head_has(path, "{", "shapes"):
+                item = _read(path, path.stat().st_mtime_ns, path.relative_to(root).as_posix())
+                items[split_of(item.file)].append(item)
+                labelled.add(posixpath.basename(item.file).removesuffix(".json"))
+        for name, picture in names_below(root).items():
+            if posixpath.basename(name) not in labelled and not is_mask(picture):
+                items[split_of(picture)].append(Item(picture, "", None))
+        return items
+
+    def names(self, root: Path) -> list[str]:
+        if (root / LISTED).is_file():
+            return [line.strip() for line in read_text(root / LISTED).splitlines() if line.strip()]
+        return super().names(root)
+
+
+class LabelMeVoc(Layout):
+    """The layout of labelme2voc."""
+
+    name: ClassVar[str] = "labelme2voc"
+    live: ClassVar[bool] = False
+    looks_for: ClassVar[str] = f"{IMAGES}/, {NAMES} and {PNGS[0]}/"
+    split_is: ClassVar[str] = f"{WHOLE!r}, which is all of it"
+
+    def matches(self, root: Path) -> bool:
+        return (root / NAMES).is_file() and (root / IMAGES).is_dir()
+
+    def splits(self, root: Path) -> list[str]:
+        return [WHOLE]
+
+    def lists_classes(self, root: Path) -> bool:
+        return False
+
+    def why(self, root: Path) -> str:
+        return f"{NAMES} beside {IMAGES}/; its classes"
+
+    def _classes(self, root: Path) -> ClassList:
+        lines = [line.strip() for line in read_text(root / NAMES).splitlines()]
+        return ClassList(tuple(line for line in lines if line and line != IGNORED))
+
+    def _scan(self, root: Path, split: str) -> Scan:
+        ids = LabelIds("Label ids are the lines of class_names.txt, or 255 (void).", f"Complete {NAMES}.")
+        for place in PNGS:
+            if any(path.lower().endswith(LABEL_SUFFIXES) for path in names_below(root / place).values()):
+                return scan_folders(root, IMAGES, place, ids)
+        scan = scan_folders(root, IMAGES, "", ids, label_end="\0")  # images alone
+        for place in ARRAYS:
+            for path in files_of(root / place, ".npy"):
+                if (sample := path.relative_to(root / place).as_posix().removesuffix(".npy")) in scan.images:
+                    scan.labels[sample] = f"{place}/{sample}.npy"
+        drawn = _Arrays({sample: root / path for sample, path in scan.labels.items()})
+        return Scan(scan.images, scan.labels, ids, IMAGES, ARRAYS[0], drawn=drawn)
+
+
+class _Arrays:
+    """Labels in .npy files, in which -1 is void."""
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self._files = files
+
+    def label(self, sample: str) -> Pixels:
+        """The label, uint8 (H, W). Raises: DataError for an array that is none."""
+        path = self._files[sample]
+        try:
+            label = np.load(path, mmap_mode="r", allow_pickle=False)  # a map is never larger than its file
+            if label.ndim != 2 or label.dtype.kind not in "iu" or not -1 <= label.min() <= label.max() <= IGNORE_INDEX:
+                raise ValueError(f"{label.dtype} {label.shape}, not ids from -1 to {IGNORE_INDEX} (height, width)")
+        except (OSError, ValueError, EOFError) as error:
+            raise unreadable(path, error) from error
+        return np.where(label == -1, IGNORE_INDEX, label).astype(np.uint8)
+
+    def digest(self, sample: str) -> str:
+        """SHA-256 of the file."""
+        return file_digest(self._files[sample])
+
+
+@lru_cache(maxsize=1 << 17)
+def _read(path: Path, changed: int, file: str) -> Item:
+    """The image and the shapes of a JSON file, read once. Raises: DataError."""
+    content = read_json(path)
+    try:
+        size = content.get("imageHeight"), content.get("imageWidth")
+        declared = None if None in size else (int(size[0]), int(size[1]))
+        shapes = tuple(_shape(one) for one in content["shapes"])
+        name = str(content.get("imagePath") or f"{path.stem}.jpg")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise unreadable(path, error) from error
+    return Item(name, file, shapes, declared, (posixpath.dirname(file),))
+
+
+def _shape(one: dict[str, Any]) -> Shape:
+    label, kind = str(one["label"]), str(one.get("shape_type") or "polygon")
+    points = tuple((float(x), float(y)) for x, y in one["points"])
+    if kind == "circle" and len(points) == 2:
+        (cx, cy), (px, py) = points
+        radius = float(np.hypot(px - cx, py - cy))
+        return Shape(label, "ellipse", ((cx - radius, cy - radius), (cx + radius, cy + radius)))
+    return Shape(label, _KINDS.get(kind, kind), points, one.get("mask"))

@@ -1,0 +1,241 @@
+"""Labels that are drawn from shapes by Pillow: a later shape covers an earlier one, the rest is the background.
+
+Pillow draws as LabelMe does: the pixels of an outline belong to the shape.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from kdcache.data.files import file_digest, image_size
+from kdcache.data.layouts.file_split import describe_sizes
+from kdcache.data.sample import IGNORE_INDEX, Pixels
+from kdcache.errors import DataError
+
+Mask = npt.NDArray[np.bool_]
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One annotation.
+
+    Attributes:
+        label: the name of its class.
+        kind: polygon, rectangle or ellipse (`points`, those of the last two are two corners); runs, png, brush or file
+            (`data`); anything else cannot be drawn.
+        points: (x, y) in pixels; in parts of the image's width and height if `scale` is 1, in percent if it is 100.
+        data: of runs: lengths of pixels outside and inside in turn, by rows of the box of `points`; of png: base64 of a
+            mask, at the box of `points`; of brush: Label Studio's bytes; of file: the path of a mask of the image.
+        scale: what the width and the height of the image are in `points`; 0 for pixels.
+    """
+
+    label: str
+    kind: str
+    points: tuple[Point, ...] = ()
+    data: Any = None
+    scale: float = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image of an export and its shapes.
+
+    Attributes:
+        image: its name, as the export has it.
+        file: the file with its annotations, below the data set's folder.
+        shapes: in the order in which they are drawn; None for an image that nobody labelled.
+        size: (H, W) as the export has it; None if it has none.
+        folders: where the name may begin, below the data set's folder.
+    """
+
+    image: str
+    file: str
+    shapes: tuple[Shape, ...] | None
+    size: tuple[int, int] | None = None
+    folders: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True, eq=False)
+class ShapeLabels:
+    """Labels of a split, drawn when they are read.
+
+    Attributes:
+        items, images: by sample; images are paths.
+        class_of: class ids by name; other names are void.
+        background: the class id of pixels of no shape, or 255.
+    """
+
+    items: Mapping[str, Item]
+    images: Mapping[str, Path]
+    class_of: Mapping[str, int]
+    background: int
+
+    def label(self, sample: str) -> Pixels:
+        """Draw the label of a sample, uint8 (H, W). Raises: DataError naming the file and the shape."""
+        item, size = self.items[sample], image_size(self.images[sample])
+        if item.size not in (None, size):
+            raise DataError(
+                f"Cannot draw the label of {self.images[sample].name}: it has another size in {item.file}",
+                entry="cannot draw the label",
+                received=describe_sizes(item.size or size, size),
+                remedy="Restore the image that was labelled, or label this one again.",
+            )
+        return draw(item.shapes or (), size, self.class_of, self.background, f"{item.file}, image {item.image!r}")
+
+    def digest(self, sample: str) -> str:
+        """SHA-256 of a sample's shapes and classes, as hex."""
+        shapes = self.items[sample].shapes or ()
+        files = [file_digest(Path(shape.data)) for shape in shapes if shape.kind == "file"]
+        plain = [asdict(shape) | ({"data": None} if shape.kind == "file" else {}) for shape in shapes]
+        content = [plain, files, sorted(self.class_of.items()), self.background]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def draw(
+    shapes: Sequence[Shape], size: tuple[int, int], class_of: Mapping[str, int], background: int, where: str
+) -> Pixels:
+    """Draw class ids (H, W), uint8.
+
+    Args:
+        where: the file and the image, for messages.
+    Raises: DataError for a shape that cannot be drawn.
+    """
+    canvas = Image.new("L", size[::-1], background)
+    pen = ImageDraw.Draw(canvas)
+    for number, shape in enumerate(shapes, 1):
+        ink = class_of.get(shape.label, IGNORE_INDEX)
+        try:
+            points = _points(shape, size)
+            if shape.kind == "polygon":
+                pen.polygon(points, fill=ink, outline=ink)
+            elif shape.kind in ("rectangle", "ellipse"):
+                (x0, y0), (x1, y1) = points
+                box = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+                (pen.rectangle if shape.kind == "rectangle" else pen.ellipse)(box, fill=ink, outline=ink)
+            elif shape.kind in _MASKS:
+                mask, corner = _MASKS[shape.kind](shape, size)
+                canvas.paste(
+                    ink, (*corner, corner[0] + mask.shape[1], corner[1] + mask.shape[0]), Image.fromarray(mask)
+                )
+            else:
+                raise ValueError("only polygons, rectangles, ellipses and masks have an area")
+        except (ValueError, TypeError, IndexError, OverflowError, SyntaxError, OSError) as error:
+            raise DataError(
+                f"Cannot draw shape {number} of {where}",
+                entry="cannot draw shape",
+                received=f"{shape.kind} of {shape.label!r}: {error}",
+                remedy="Correct or remove the shape in the tool, and export again. "
+                "kdcache data convert leaves out images that have such.",
+            ) from error
+    return np.array(canvas)
+
+
+def turned(points: Sequence[Point], degrees: float, centre: Point) -> tuple[Point, ...]:
+    """Turn points around a centre, clockwise in an image."""
+    angle = np.deg2rad(degrees)
+    sine, cosine = float(np.sin(angle)), float(np.cos(angle))
+    cx, cy = centre
+    return tuple(
+        (cx + (x - cx) * cosine - (y - cy) * sine, cy + (x - cx) * sine + (y - cy) * cosine) for x, y in points
+    )
+
+
+def turned_ellipse(label: str, centre: Point, radii: Point, degrees: float, scale: float = 0) -> Shape:
+    """An ellipse as a shape; a polygon of 90 points if it is turned."""
+    (cx, cy), (rx, ry) = centre, radii
+    if not degrees:
+        return Shape(label, "ellipse", ((cx - rx, cy - ry), (cx + rx, cy + ry)), scale=scale)
+    angles = np.deg2rad(np.arange(0, 360, 4))
+    outline = [(cx + rx * float(np.cos(a)), cy + ry * float(np.sin(a))) for a in angles]
+    return Shape(label, "polygon", turned(outline, degrees, centre), scale=scale)
+
+
+def _points(shape: Shape, size: tuple[int, int]) -> list[Point]:
+    """The points in pixels. Raises: ValueError for too few, or for what lies far outside of the image."""
+    factor = (size[1] / shape.scale, size[0] / shape.scale) if shape.scale else (1.0, 1.0)
+    points = [(float(x) * factor[0], float(y) * factor[1]) for x, y in shape.points]
+    if not all(abs(x) < 1e6 and abs(y) < 1e6 for x, y in points):
+        raise ValueError("a point that is no number, or far outside of the image")
+    least = {"polygon": 3, "rectangle": 2, "ellipse": 2}.get(shape.kind, 0)
+    if len(points) < least:
+        raise ValueError(f"{len(points)} points, at least {least} are needed")
+    return points
+
+
+def _of_runs(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
+    (left, top), (right, bottom) = ((int(x), int(y)) for x, y in shape.points)
+    height, width = bottom - top, right - left
+    runs = [int(run) for run in shape.data]
+    if not 0 < height <= size[0] or not 0 < width <= size[1] or min(runs) < 0 or sum(runs) != height * width:
+        raise ValueError(f"run lengths that do not cover {height} x {width} pixels (height x width)")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width), (left, top)
+
+
+def _of_png(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
+    with Image.open(io.BytesIO(base64.b64decode(shape.data, validate=True))) as image:
+        if image.width > size[1] or image.height > size[0]:
+            raise ValueError(f"a mask of {image.height} x {image.width} pixels (height x width), larger than the image")
+        mask = np.asarray(image.convert("L")) > 0
+    (left, top), *_ = shape.points
+    return mask, (int(left), int(top))
+
+
+def _of_file(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
+    with Image.open(shape.data) as image:
+        if (image.height, image.width) != size:
+            raise ValueError(f"{describe_sizes((image.height, image.width), size)} in {shape.data}")
+        return np.asarray(image.convert("L")) > 0, (0, 0)
+
+
+def _of_brush(shape: Shape, size: tuple[int, int]) -> tuple[Mask, tuple[int, int]]:
+    """Decode Label Studio's brush: RGBA of the image, its runs packed by rle-pack.
+
+    32 bits: the number of values. 5 bits: bits of a value, less 1. Four times 4 bits: bits of a length, less 1. Then
+    per run a bit (1: one value, repeated; 0: as many values), 2 bits that choose the bits of its length, and its length
+    less 1.
+    Source: https://github.com/thi-ng/umbrella, package rle-pack.
+    """
+    bits = np.unpackbits(np.array(shape.data, np.uint8))
+    place = 0
+
+    def read(count: int, words: int = 1) -> npt.NDArray[np.int64]:
+        nonlocal place
+        part = bits[place : place + count * words]
+        if len(part) < count * words:
+            raise ValueError("brush strokes that end too early")
+        place += count * words
+        return part.reshape(words, count) @ (1 << np.arange(count, dtype=np.int64)[::-1])
+
+    total, word = int(read(32)[0]), int(read(5)[0]) + 1
+    lengths = [int(read(4)[0]) + 1 for _ in range(4)]
+    if total != size[0] * size[1] * 4:
+        raise ValueError(f"brush strokes of {total} values, where the image has {size[0]} x {size[1]} x 4")
+    values, done = np.zeros(total, np.uint8), 0
+    while done < total:
+        same = read(1)[0]
+        run = int(read(lengths[int(read(2)[0])])[0]) + 1
+        if run > total - done:
+            raise ValueError("brush strokes that do not fit the image")
+        values[done : done + run] = read(word, 1 if same else run)
+        done += run
+    return values.reshape(*size, 4)[..., 3] > 0, (0, 0)
+
+
+_MASKS: dict[str, Callable[[Shape, tuple[int, int]], tuple[Mask, tuple[int, int]]]] = {
+    "runs": _of_runs,
+    "png": _of_png,
+    "file": _of_file,
+    "brush": _of_brush,
+}

@@ -1,0 +1,141 @@
+"""YOLO's polygons: a text file for each image, `class x y x y ...` in parts of the image's width and height.
+
+    data.yaml                           names, as a list or by number; or classes.txt, a name a line
+    images/train/a.jpg  labels/train/a.txt      or train/images/ and train/labels/, or images/ and labels/
+
+Classes are the background and the names. An image without a text file shows the background alone, as Ultralytics takes
+it, if its split has any.
+Source: https://docs.ultralytics.com/datasets/segment
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kdcache.data.classes import CLASSES_FILE
+from kdcache.data.layouts.exports.base import Export, files_of, read_text, split_of, unreadable
+from kdcache.data.layouts.exports.shapes import Item, Shape
+from kdcache.data.layouts.scan import folders_in, is_picture, names_below
+from kdcache.errors import DataError
+
+IMAGES, LABELS = "images", "labels"
+
+
+class Yolo(Export):
+    """The layout of YOLO's polygons."""
+
+    name: ClassVar[str] = "yolo"
+    looks_for: ClassVar[str] = f"{IMAGES}/ and {LABELS}/ with text files, data.yaml or {CLASSES_FILE}"
+
+    def found(self, root: Path) -> str:
+        places = _places(root)
+        if not places or not all(_holds_texts(root / labels) for labels in places.values() if (root / labels).is_dir()):
+            return ""
+        return next((path.name for path in _tables(root)), next(iter(places.values())) + "/")
+
+    def lists_classes(self, root: Path) -> bool:
+        return False
+
+    def names(self, root: Path) -> list[str]:
+        return list(_names(root).values())
+
+    def items(self, root: Path) -> dict[str, list[Item]]:
+        items: dict[str, list[Item]] = defaultdict(list)
+        names = _names(root)
+        for images, labels in _places(root).items():
+            texts = {
+                path.relative_to(root / labels).as_posix().removesuffix(".txt"): path
+                for path in files_of(root / labels, ".txt", depth=8)
+            }
+            for sample, image in names_below(root / images).items():
+                path = texts.pop(sample, None)
+                shapes = _read(path, names) if path is not None else () if texts else None
+                split = split_of(f"{images}/{image}")
+                items[split].append(Item(f"{images}/{image}", f"{labels}/{sample}.txt", shapes))
+            items[split_of(f"{labels}/a")] += [Item(f"{images}/{name}.jpg", "", None) for name in sorted(texts)]
+        return {split: found for split, found in items.items() if found}
+
+
+def _places(root: Path) -> dict[str, str]:
+    """The folders of labels by those of images."""
+    splits = [name for name in folders_in(root) if (root / name / IMAGES).is_dir() and (root / name / LABELS).is_dir()]
+    whole = {IMAGES: LABELS} if (root / IMAGES).is_dir() and (root / LABELS).is_dir() else {}
+    return whole | {f"{name}/{IMAGES}": f"{name}/{LABELS}" for name in splits}
+
+
+def _holds_texts(folder: Path) -> bool:
+    """Return True if the first label below a folder is a text file. Lists of names and classes are none."""
+    for _, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in names:
+            if is_picture(name):
+                return False
+            if name.endswith(".txt") and name != CLASSES_FILE:
+                return True
+    return False
+
+
+def _tables(root: Path) -> list[Path]:
+    return [*files_of(root, ".yaml", 0), *files_of(root, ".yml", 0), *(p for p in [root / CLASSES_FILE] if p.is_file())]
+
+
+def _names(root: Path) -> dict[int, str]:
+    """Names of the classes by number. Raises: DataError without a file that lists them."""
+    for path in _tables(root):
+        if path.name == CLASSES_FILE:
+            return dict(enumerate(line.strip() for line in read_text(path).splitlines() if line.strip()))
+        content = _read_yaml(path)
+        if isinstance(content, dict) and (names := content.get("names")) is not None:
+            try:
+                listed = {
+                    int(n): str(name)
+                    for n, name in (names if isinstance(names, dict) else dict(enumerate(names))).items()
+                }
+                if len(listed) != int(content.get("nc", len(listed))):
+                    raise ValueError(f"nc is {content['nc']}, names lists {len(listed)}")
+            except (TypeError, ValueError) as error:
+                raise unreadable(path, error) from error
+            return dict(sorted(listed.items()))
+    raise DataError(
+        f"Missing data.yaml in {root}",
+        entry="missing data yaml",
+        received=f"polygons of YOLO in {LABELS}/, and no file with the names of their classes",
+        remedy=f"Write data.yaml with `names: [first, second]`, or {CLASSES_FILE} with a name a line.",
+    )
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    if path.stat().st_size > 1 << 20:
+        raise unreadable(path, "it is larger than 1 MiB")
+    try:
+        return yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise unreadable(path, error) from error
+
+
+def _read(path: Path, names: dict[int, str]) -> tuple[Shape, ...]:
+    """The polygons of a text file; what cannot be drawn fails when the label is."""
+    return tuple(
+        _shape(line.split(), names, number)
+        for number, line in enumerate(read_text(path).splitlines(), 1)
+        if line.strip()
+    )
+
+
+def _shape(words: list[str], names: dict[int, str], line: int) -> Shape:
+    try:
+        numbers = [float(word) for word in words]
+        name = names[int(words[0])]
+    except (ValueError, KeyError):
+        return Shape("", f"line {line}, {' '.join(words[:3])!r}, which is of no class and")
+    if len(numbers) < 7 or len(numbers) % 2 == 0:
+        kind = "a box alone" if len(numbers) == 5 else f"{len(numbers)} numbers, no polygon,"
+        return Shape(name, f"line {line}, {kind}")
+    if not all(-0.01 <= x <= 1.01 for x in numbers[1:]):
+        return Shape(name, f"line {line}, numbers that are no parts of the image's size (0 to 1),")
+    return Shape(name, "polygon", tuple(zip(numbers[1::2], numbers[2::2], strict=True)), scale=1)

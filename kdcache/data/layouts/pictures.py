@@ -1,0 +1,76 @@
+"""The image that an annotation file means: tools write other folders, other separators and whole URLs."""
+
+from __future__ import annotations
+
+import posixpath
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+from kdcache.data.layouts.scan import names_below
+
+MASKS = {"labels", "label", "masks", "mask", "annotations", "ann_dir", "segmentationclass", "segmentationobject"}
+"""Folders whose pictures are labels, in lower case."""
+
+
+class Pictures:
+    """The images below a folder of a data set, found by the names that annotation files have for them.
+
+    Args:
+        root: the data set's folder. No name leads out of it.
+        place: the folder below it that is searched for a file name alone; empty for all of it.
+    """
+
+    def __init__(self, root: Path, place: str = "") -> None:
+        self._root, self._place = root, place
+
+    def find(self, name: str, *folders: str) -> str | None:
+        """Return the path of an image below the root; None if no file, or more than one, can be meant.
+
+        A backslash is a separator, unless a file has it in its name. The name is looked up below each folder, then
+        as the end of the path of a picture.
+
+        Args:
+            name: as the annotation file has it.
+            folders: where it may begin, below the root.
+        """
+        plain = name if "\\" not in name else name.replace("\\", "/")
+        tail = posixpath.basename(plain)
+        for spelling in dict.fromkeys((name, plain, tail)):
+            for folder in folders or ("",):
+                path = posixpath.normpath(posixpath.join(folder, spelling))
+                if is_inside(path) and (self._root / path).is_file():
+                    return path
+        ends = plain.split("/")[::-1]
+        common = {path: _common(path.split("/")[::-1], ends) for path in self._by_name.get(tail, [])}
+        best = [path for path, length in common.items() if length == max(common.values())]
+        return best[0] if len(best) == 1 else None
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for below in names_below(self._root / self._place).values():
+            path = posixpath.join(self._place, below)
+            if not is_mask(path):
+                found[posixpath.basename(path)].append(path)
+        return found
+
+
+def is_inside(path: str) -> bool:
+    """Return True if a normalised path below a folder stays below it."""
+    return not path.startswith(("/", "../")) and path != ".."
+
+
+def is_mask(path: str) -> bool:
+    """Return True if a picture lies in a folder of labels."""
+    return not MASKS.isdisjoint(part.lower() for part in path.split("/")[:-1])
+
+
+def holds_masks(root: Path) -> bool:
+    """Return True if label pictures lie below a folder: what annotates them besides is not their labels."""
+    return any(is_mask(path) for path in names_below(root).values())
+
+
+def _common(one: list[str], other: list[str]) -> int:
+    """The number of equal items that two lists begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
