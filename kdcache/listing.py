@@ -66,8 +66,8 @@ def lacks(family: str) -> bool:
 
 
 def pip_command(family: str) -> str:
-    """What installs the extra that brings a family of models."""
-    return f"pip install kdcache[{family}]"
+    """Return what installs the extra of a family of models, in a clone of kdcache."""
+    return f"pip install '.[{family}]'"
 
 
 def _table(pattern: str) -> list[ModelInfo]:

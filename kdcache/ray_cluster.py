@@ -19,7 +19,7 @@ def import_ray() -> Any:
         raise RecipeError(
             "--engine ray needs Ray",
             received="no package ray",
-            remedy="pip install 'kdcache[ray]'; one machine needs no engine",
+            remedy="in a clone of kdcache: pip install '.[ray]'. One machine needs no engine",
         ) from None
 
 

@@ -37,6 +37,8 @@ EXTRAS = {
 """Module -> the extras that bring what it imports beyond the dependencies of all."""
 RIVALS = {"tensorstore", "zarrs"}
 """What `bench-loader` measures where it is installed, and names where it is not."""
+OTHER_TEXTS = {"CHANGELOG.md", "NOTES.md", "docs/cli.md", "docs/troubleshooting.md"}
+"""History, and pages that scripts/reference.py makes of the code."""
 NOT_IN_THE_ARCHIVE = {".gitignore", ".ci/run"}
 
 
@@ -136,6 +138,13 @@ def tracked() -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"not a checkout of git: {error}")
     return [name for name in names.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_text_installs_kdcache_from_an_index_that_lacks_it(tracked: list[str]) -> None:
+    kinds = (".py", ".md", ".ipynb", ".toml", ".yml", ".sh")
+    texts = [ROOT / name for name in tracked if Path(name).suffix in kinds and name not in OTHER_TEXTS]
+    told = re.compile(r"pip install (-\w+ )*['\"]?kdcache\b")
+    assert [path for path in texts if told.search(path.read_text(encoding="utf-8"))] == []
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,7 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
         raise ModelError(
             "ONNX files are written by onnx and onnxscript",
             received=f"no module {' and '.join(lacking)}",
-            remedy="pip install kdcache[onnx]",
+            remedy="in a clone of kdcache: pip install '.[onnx]'",
         )
     program, free = _trace(deployed, description)
     names = deployed.names
@@ -185,7 +185,7 @@ def _write_onnx(deployed: Deployed, description: RunModel, metadata: dict[str, s
     _name_axes(made.model, deployed.raw, free)
     made.save(path, external_data=False)
     if importlib.util.find_spec("onnxruntime") is None:
-        return free, None, "onnxruntime is not installed (pip install kdcache[onnx])"
+        return free, None, "onnxruntime is not installed (pip install '.[onnx]')"
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()

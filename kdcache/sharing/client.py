@@ -23,7 +23,7 @@ except ImportError as error:
     raise StoreError(
         "stores on the Hub need huggingface_hub",
         received=f"it cannot be imported ({error})",
-        remedy='install it with: pip install "kdcache[hub]"',
+        remedy="in a clone of kdcache: pip install '.[hub]'",
     ) from error
 
 __all__ = ["DATASET", "NOT_THERE", "CommitOperationAdd", "RepoFile"]

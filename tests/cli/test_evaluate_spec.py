@@ -216,10 +216,10 @@ def test_models_without_the_extras_name_the_command() -> None:
         for words in (["models"], ["models", "--json"])
     ]
     assert "segformer:b0" in results[0]
-    assert "pip install kdcache[segformer]" in results[0]
-    assert "pip install kdcache[smp]" in results[0]
+    assert "pip install '.[segformer]'" in results[0]
+    assert "pip install '.[smp]'" in results[0]
     rows = {row["spec"]: row for row in json.loads(results[1])}
-    assert rows["segformer:b2"] == {"spec": "segformer:b2", "install": "pip install kdcache[segformer]"}
+    assert rows["segformer:b2"] == {"spec": "segformer:b2", "install": "pip install '.[segformer]'"}
     assert rows["kdcache:tiny"]["parameters"] == 142269
 
 

@@ -255,7 +255,7 @@ def test_without_the_extra(made, tmp_path) -> None:
     words = ["copy", str(made / "store.zarr"), PLACE, "--license", "mit"]
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert 'pip install "kdcache[hub]"' in ended.stderr
+    assert "pip install '.[hub]'" in ended.stderr
 
 
 def test_a_store_that_is_damaged_is_not_pushed(hub, made, cli, tmp_path) -> None:

@@ -91,5 +91,5 @@ def test_a_remote_cache_without_obstore(tmp_path) -> None:
     words = ["train-student", "--cache", "s3://bucket/x", "--model", "kdcache:tiny", "--out", str(tmp_path / "run")]
     ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert 'pip install "kdcache[remote]"' in ended.stderr
+    assert "pip install '.[remote]'" in ended.stderr
     assert not (tmp_path / "run").exists()

@@ -253,7 +253,7 @@ def test_without_onnxruntime_it_says_that_nobody_checked(tmp_path: Path, monkeyp
     image = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
     assert session(tmp_path / "m.onnx").run(None, {"image": image})[0].shape == (1, 3, 64, 96)
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda n: None if n == "onnx" else find(n))
-    with pytest.raises(ModelError, match=r"pip install kdcache\[onnx\]"):
+    with pytest.raises(ModelError, match=r"pip install '\.\[onnx\]'"):
         export_model(model, description, tmp_path / "n.onnx")
 
 

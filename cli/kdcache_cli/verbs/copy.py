@@ -74,8 +74,8 @@ def copy(
     finished copy is checked and left as it is. --codec small rounds targets, and
     the copy prints what that loses; nothing brings back what was rounded.
 
-    On the Hub a store is a data set of its own, with a card; it needs
-    pip install 'kdcache[hub]', and a token to push (HF_TOKEN, or hf auth login).
+    On the Hub a store is a data set of its own, with a card. It needs the extra
+    hub of kdcache, and a token to push (HF_TOKEN, or hf auth login).
 
     [dim]kdcache copy camvid.zarr s3://bucket/camvid.zarr[/]
     [dim]kdcache copy ade20k.zarr ade20k-small.zarr --codec small[/]

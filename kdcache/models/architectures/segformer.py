@@ -1,4 +1,4 @@
-"""SegFormer B0 to B5 from transformers' modules (`pip install kdcache[segformer]`), built from a configuration.
+"""SegFormer B0 to B5 from transformers' modules (`pip install '.[segformer]'`), built from a configuration.
 
 Tensors have the names of the published checkpoints (`segformer.encoder.block.0.0...`) in every state dict, whatever
 the installed transformers calls its modules: a run and a teacher's fingerprint survive its upgrades, the hub's files
@@ -140,7 +140,7 @@ def build(name: str, num_classes: int) -> SegmentationModel:
         raise ModelError(
             "segformer:* is built from the modules of transformers 5",
             received=f"transformers {transformers.__version__}, which names them otherwise",
-            remedy="pip install -U kdcache[segformer]",
+            remedy="in a clone of kdcache: pip install -U '.[segformer]'",
         )
     return SegFormer(name, num_classes, network)
 

@@ -1,4 +1,4 @@
-"""Networks of segmentation_models_pytorch as `smp:ARCH-ENCODER` (`pip install kdcache[smp]`), at their native stride.
+"""Networks of segmentation_models_pytorch as `smp:ARCH-ENCODER` (`pip install '.[smp]'`), at their native stride.
 
     smp:unet-resnet18, smp:deeplabv3plus-resnet101, smp:segformer-mit_b0, smp:upernet-tu-convnext_tiny, ...
 

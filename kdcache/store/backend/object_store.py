@@ -32,7 +32,7 @@ except ImportError as error:
     raise StoreError(
         "stores in object stores need obstore",
         received=f"it cannot be imported ({error})",
-        remedy='install it with: pip install "kdcache[remote]"',
+        remedy="in a clone of kdcache: pip install '.[remote]'",
     ) from error
 
 T = TypeVar("T")

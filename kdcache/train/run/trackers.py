@@ -50,7 +50,7 @@ def check_loggers(names: Sequence[str]) -> None:
                 f"--log {name} takes the package {name}",
                 entry="logger needs its package",
                 received="it is not installed",
-                remedy=f"pip install kdcache[{name}], or leave --log {name} out",
+                remedy=f"in a clone of kdcache: pip install '.[{name}]'. Or leave --log {name} out",
             )
 
 

@@ -262,6 +262,6 @@ def test_without_the_extra_the_pip_command_is_named() -> None:
         "build_model('segformer:b0', 3)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "'pip install kdcache[segformer]': ['segformer:b0'" in done.stdout
+    assert "\"pip install '.[segformer]'\": ['segformer:b0'" in done.stdout
     assert "ModelError" in done.stderr
-    assert "pip install kdcache[segformer]" in done.stderr
+    assert "pip install '.[segformer]'" in done.stderr

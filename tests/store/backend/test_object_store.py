@@ -528,4 +528,4 @@ def test_without_obstore_there_is_a_remedy(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(StoreError, match="need obstore") as caught:
         open_cache("s3://bucket/x")
-    assert 'pip install "kdcache[remote]"' in caught.value.remedy
+    assert "pip install '.[remote]'" in caught.value.remedy

@@ -88,7 +88,7 @@ def load_pycocotools() -> Any:
         raise DataError(
             "Polygons of COCO's annotations are drawn by pycocotools.",
             received="pycocotools, which is not installed",
-            remedy="Install it: pip install 'kdcache[coco]'.",
+            remedy="In a clone of kdcache: pip install '.[coco]'.",
         ) from error
     return mask
 
