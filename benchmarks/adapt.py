@@ -33,8 +33,8 @@ from kdcache.data.classes import write_classes
 from kdcache.data.scenes.street import CLASSES
 from kdcache.run_folder import RESULT, Run
 from kdcache.sweep import Job, Sweep, plan_sweep, read_recipe
+from kdcache.sweep.inputs import is_done
 from kdcache.sweep.plan import folder_name
-from kdcache.sweep.run import is_done
 from kdcache_cli.app import app
 from kdcache_cli.verbs.sweep import flags_of
 

@@ -45,6 +45,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def user_cache() -> Path:
+    """Return the folder of what may be lost: KDCACHE_CACHE_DIR, or kdcache in the user's cache folder."""
+    own = os.environ.get("KDCACHE_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
+
+
 def check_own_folder(folder: Path, marker: str, rule: str, remedy: str = "give another folder with --out") -> None:
     """Refuse a folder to write into, unless it is new, empty, or holds the file `marker` of an earlier time.
 

@@ -16,14 +16,17 @@
     shared_sequences                          videos of which some frames are judged and others trained on
     prefetch                                  ordered results from a bounded pool of threads
     check, class_weights                      a report on a whole data set, and weights from its counts
+    read_contents, short_digests              digests of what the samples hold: data sets are the same if these are
 
 Everything wrong with a user's data is a `DataError`; wrong arguments of a caller are `ValueError`.
 """
 
 from kdcache.data.by_name import ClassesByName, classes_by_name
+from kdcache.data.changes import UNRECORDED, Changes, changed_data, content_changes
 from kdcache.data.checks.check import CheckReport, check, class_weights
 from kdcache.data.checks.depth_report import DepthReport
 from kdcache.data.checks.split_report import SplitReport
+from kdcache.data.contents import Contents, read_contents, remembered_digests, short_digests
 from kdcache.data.conversion.convert import Converted, ConvertedSplit, convert
 from kdcache.data.folds import Fold, check_fold_labels, check_folds, fold_alone, parse_fold
 from kdcache.data.layout import list_splits, open_split
@@ -53,10 +56,13 @@ __all__ = [
     "IGNORE_INDEX",
     "OUTSIDE_RGB",
     "SEGMENTATION",
+    "UNRECORDED",
     "Augmentation",
+    "Changes",
     "CheckReport",
     "ClassList",
     "ClassesByName",
+    "Contents",
     "Converted",
     "ConvertedSplit",
     "DatasetSplit",
@@ -70,6 +76,7 @@ __all__ = [
     "SplitReport",
     "Style",
     "Window",
+    "changed_data",
     "check",
     "check_fold_labels",
     "check_folds",
@@ -78,6 +85,7 @@ __all__ = [
     "class_weights",
     "classes_by_name",
     "colour_jitter",
+    "content_changes",
     "convert",
     "download",
     "draw_view",
@@ -93,10 +101,13 @@ __all__ = [
     "parse_fold",
     "pixel_checksum",
     "prefetch",
+    "read_contents",
+    "remembered_digests",
     "render",
     "render_depth",
     "restyle",
     "shared_sequences",
+    "short_digests",
     "traced",
     "whole_window",
     "write_scenes",

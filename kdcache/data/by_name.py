@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Depth, Pixels, Split
+from kdcache.data.sample import DEPTH, IGNORE_INDEX, SEGMENTATION, ClassList, Depth, FileDigest, Pixels, Split
 from kdcache.errors import MismatchError
 
 
@@ -62,8 +62,8 @@ class ClassesByName(Split):
     def raw_depth(self, index: int) -> Depth | None:
         return self._whole.raw_depth(index)
 
-    def content_digests(self, index: int) -> tuple[str | None, ...]:
-        return self._whole.content_digests(index)
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        return self._whole.content_digests(index, of_file)
 
     def _segmentation(self, index: int) -> Pixels | None:
         label = self._whole.label(index)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.data.prefetch import prefetch
-from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, Pixels, Split
+from kdcache.data.sample import DEPTH, SEGMENTATION, Depth, FileDigest, Pixels, Split
 from kdcache.data.sequences import folds_of
 from kdcache.errors import RecipeError
 
@@ -118,8 +118,8 @@ class SplitPart(Split):
     def raw_depth(self, index: int) -> Depth | None:
         return self._whole.raw_depth(self._numbers[index])
 
-    def content_digests(self, index: int) -> tuple[str | None, ...]:
-        return self._whole.content_digests(self._numbers[index])
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        return self._whole.content_digests(self._numbers[index], of_file)
 
     def _segmentation(self, index: int) -> Pixels | None:
         return self._whole.label(self._numbers[index])

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdcache.data.sample import DEPTH, SEGMENTATION, TASKS, ClassList, Depth, Pixels, Split
+from kdcache.data.sample import DEPTH, SEGMENTATION, TASKS, ClassList, Depth, FileDigest, Pixels, Split
 from kdcache.errors import DataError
 
 JOINT = " + "
@@ -55,6 +55,10 @@ class OneTask(Split):
 
     def raw_depth(self, index: int) -> Depth | None:
         return self._whole.raw_depth(index) if self._task == DEPTH else None
+
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        image, label, *depth = self._whole.content_digests(index, of_file)
+        return (image, label) if self._task == SEGMENTATION else (image, None, *depth)
 
     def _segmentation(self, index: int) -> Pixels | None:
         return self._whole.label(index) if self._task == SEGMENTATION else None
@@ -109,9 +113,9 @@ class Joined(Split):
         part, own = self._at(index)
         return part.raw_depth(own)
 
-    def content_digests(self, index: int) -> tuple[str | None, ...]:
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
         part, own = self._at(index)
-        return part.content_digests(own)
+        return part.content_digests(own, of_file)
 
     def digest(self) -> str:
         """SHA-256 over the digests of the parts."""

@@ -15,9 +15,10 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, Literal, overload
 
 import numpy as np
@@ -38,6 +39,7 @@ DEPTH: Final = "depth"
 TASKS = (SEGMENTATION, DEPTH)
 
 Pixels = npt.NDArray[np.uint8]
+FileDigest = Callable[[Path], str]
 Depth = npt.NDArray[np.float32]
 
 
@@ -172,10 +174,13 @@ class Split(ABC):
         """A name of the sample's image that an image of another split has only if it is the same one; reads no file."""
         return f"{self.data} {self.split} {self.ids[index]}"
 
-    def content_digests(self, index: int) -> tuple[str | None, ...]:
-        """SHA-256 of what the image and the labels hold, here of their arrays.
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        """Return the SHA-256 of the image, of the label (None without one) and, if any, of the depth.
 
-        The label of segmentation comes second (None without one), that of depth third, where there is one.
+        Here they are digests of the arrays. A split of files returns digests of the files' bytes.
+
+        Args:
+            of_file: how a split of files takes a file's digest. None reads the file.
         """
         segmentation, depth = self._segmentation(index), self._depth(index)
         return (

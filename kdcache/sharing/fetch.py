@@ -9,10 +9,10 @@ from typing import Any
 from filelock import FileLock
 
 from kdcache.errors import CorruptError, StoreError
+from kdcache.files import user_cache
 from kdcache.sharing.address import HubAddress
 from kdcache.sharing.client import DATASET, answers, hub, snapshot_download, tqdm
 from kdcache.store.backend.durable import disk_space_errors
-from kdcache.store.backend.mirror import default_base
 from kdcache.store.ledger import COMPLETE, WHOLE
 from kdcache.store.recovery import ROOT, SPARE
 
@@ -32,7 +32,7 @@ def staging(name: str, cache_dir: Path | None) -> Iterator[Path]:
         name: what identifies what goes through it.
         cache_dir: where it lies; default as for the copies of remote stores.
     """
-    folder = (cache_dir or default_base()) / _FOLDER / name
+    folder = (cache_dir or user_cache()) / _FOLDER / name
     with disk_space_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f"{name}.lock")

@@ -4,6 +4,7 @@
     backend/        where its files are: a folder, an object store
     ledger.py       which shards are finished, and the seal
     worker.py       the numbers of processes that write a store together
+    freshness.py    whether a data set still is what a store was built from
     writer.py       whole shards by one owner
     recovery.py     what a build makes good in a damaged store
     copy.py         a store into another codec, other shards, in part
@@ -23,6 +24,7 @@ from kdcache.store.copy import CopyChanges, CopyResult, copy_store
 from kdcache.store.format.codec import round_targets
 from kdcache.store.format.manifest import Codec, Manifest
 from kdcache.store.format.manifest_models import Fidelity, Fingerprint
+from kdcache.store.freshness import data_changes
 from kdcache.store.reader import Cache, open_cache, read_manifest, store_exists
 from kdcache.store.records import Records
 from kdcache.store.subset import evenly_spread, samples_of_ids, spread_samples
@@ -47,6 +49,7 @@ __all__ = [
     "VerifyReport",
     "Worker",
     "copy_store",
+    "data_changes",
     "evenly_spread",
     "inspect_store",
     "open_cache",

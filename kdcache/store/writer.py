@@ -12,7 +12,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from kdcache.errors import MismatchError, VersionError
+from kdcache.data import Changes, Split, changed_data
+from kdcache.errors import MismatchError, StoreError, VersionError
 from kdcache.store import ledger, recovery
 from kdcache.store.backend.base import MAX_JSON_BYTES, Place, Release
 from kdcache.store.backend.open import open_place
@@ -33,8 +34,10 @@ from kdcache.store.format.manifest import Manifest
 from kdcache.store.format.manifest_models import Repair
 from kdcache.store.format.schema import ArraySpec, chunk_records, create_arrays, metadata_keys, record_arrays, shard_key
 from kdcache.store.format.shard import chunk_checksums
+from kdcache.store.freshness import BuiltFrom, Recorded, columns_of, data_changes
 from kdcache.store.ledger import FileRecord, ShardRecord
 from kdcache.store.reader import read_manifest, store_exists
+from kdcache.store.sample_ids import read_ids
 from kdcache.store.worker import Worker
 
 _SETTING = threading.Lock()
@@ -129,25 +132,24 @@ class StoreWriter:
         keys = [*metadata_keys(self.manifest), *([recovery.SPARE] if self.place.exists(recovery.SPARE) else [])]
         return ledger.seal(self.place, self.manifest.shards, keys)
 
-    def repair(
-        self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], checksums: Callable[[int], Array] | None
-    ) -> None:
+    def repair(self, now: Manifest, doubtful: Mapping[int, ShardRecord | None], data: BuiltFrom | None) -> None:
         """Prepare to write damaged shards again. All that could refuse it is checked before anything is given up.
 
         Args:
             now: what the command would begin: its libraries and device are those of today.
             doubtful: shards that were finished once, with their records where these could be read.
-            checksums: as in `open_writer`.
+            data: as in `open_writer`.
         Raises: MismatchError.
         """
         begun = {shard for repair in self.manifest.repairs for shard in repair.shards}
         again = {shard: doubtful.get(shard) for shard in self.missing if shard in doubtful or shard in begun}
         other = self.manifest.differences(now)  # in the environment alone
-        if other and (set(self.missing) != set(again) or (again and checksums is None)):
+        if other and (set(self.missing) != set(again) or (again and data is None)):
             raise _another(self.place, other)
-        if checksums is not None:
+        if data is not None:
             for shard, record in again.items():
-                self._check_pixels(shard, record, checksums(shard), needed=bool(other))
+                for path, rendered in data.checksums(shard).items():
+                    self._check_rendered(path, shard, record, rendered, needed=bool(other))
         if other and again:
             self._note(now, sorted(again))
         if doubtful:
@@ -156,9 +158,16 @@ class StoreWriter:
         for shard in doubtful:
             self.place.remove(ledger.record_key(shard))
 
-    def _check_pixels(self, shard: int, record: ShardRecord | None, rendered: Array, *, needed: bool) -> None:
-        """The pixels of a shard are those that were taught on. Raises MismatchError, where `needed` also if unknown."""
-        spec = next(spec for spec in self._specs if spec.path == "records/pixel_checksum")
+    def _check_rendered(
+        self, path: str, shard: int, record: ShardRecord | None, rendered: Array, *, needed: bool
+    ) -> None:
+        """Compare the checksums of a shard's pixels or labels with the stored ones, if the store has them.
+
+        Raises: MismatchError if they differ, and if `needed` also if they are not known.
+        """
+        spec = next((spec for spec in self._specs if spec.path == path), None)
+        if spec is None:
+            return
         key = shard_key(spec, shard)
         file = None if record is None else record.files[key]
         stored = ledger.read_or_none(self.place, key, MAX_JSON_BYTES)
@@ -172,13 +181,37 @@ class StoreWriter:
             rows = None if stored is None else self._encoder.decode(spec, shard, stored)
             same = not needed if rows is None else np.array_equal(rows, rendered)
         if not same:
+            what = "labels" if path == "records/label_checksum" else "images"
             raise MismatchError(
-                "damaged records are taught again on the pixels that were taught on",
-                received=f"the images of shard {shard} of {self.place} render to other pixels now, or what they "
-                "rendered to is lost",
-                remedy="restore the images, or the versions that the store was built with (kdcache inspect --json); "
+                f"Cannot repair shard {shard} of {self.place}: its {what} have changed since the build",
+                entry="damaged records are taught again",
+                received=f"the {what} of its records render otherwise now, or what they rendered to is lost",
+                remedy=f"restore the {what}, or the versions that the store was built with (kdcache inspect --json); "
                 "or build into a new folder",
             )
+
+    def recorded(self, shards: Collection[int]) -> Recorded:
+        """Return what some finished shards say of the data set. Raises: as `read_ids`."""
+        manifest, names = self.manifest, columns_of(self.manifest)
+        specs = {spec.path: spec for spec in self._specs}
+        columns = {
+            name: np.zeros((manifest.records, *spec.shape), spec.dtype)
+            for name in names
+            if (spec := specs.get(f"records/{name}")) is not None
+        }
+        known = np.zeros(manifest.records, np.bool_)
+        for shard in shards if names else ():
+            first, last = manifest.shard_range(shard)
+            for name, rows in columns.items():
+                spec = specs[f"records/{name}"]
+                content = self._encoder.decode(spec, shard, self.place.read(shard_key(spec, shard)))
+                assert content is not None, (name, shard)  # its digest was compared
+                rows[first:last] = content
+            known[first:last] = True
+        ids = read_ids(self.place, manifest)
+        return Recorded(
+            ids, manifest.dataset.class_names, manifest.view.views_per_sample, columns, known, manifest.view.size
+        )
 
     def _note(self, now: Manifest, shards: list[int]) -> None:
         """Have the manifest say that shards are written again in another environment."""
@@ -232,7 +265,7 @@ def open_writer(
     manifest: Manifest,
     ids: Sequence[str],
     worker: Worker | None = None,
-    checksums: Callable[[int], Array] | None = None,
+    data: BuiltFrom | None = None,
 ) -> StoreWriter:
     """Create the store, or continue one that an equal command began.
 
@@ -241,8 +274,8 @@ def open_writer(
     nothing is left but to repair shards that were finished once; the manifest then says so.
 
     Args:
-        checksums: of the pixels of a shard's records, as they render now (`records/pixel_checksum`). A shard is written
-            again only if these are the stored ones; None does not compare.
+        data: the data set behind the build, which must hold what it held before. A shard is written again only if its
+            pixels and labels render as they did. None compares neither.
     Raises:
         StoreError: the place holds something else.
         MismatchError: a store is there that was begun with other inputs, or pixels are others now; it is left as it is.
@@ -256,7 +289,10 @@ def open_writer(
     present = read_manifest(place)
     differences = present.differences(manifest.with_environment(present))
     completion = recovery.read_seal(place)
+    writer = StoreWriter(place, present, worker)
     if differences:
+        if data is not None and data.split is not None and all(text.startswith("dataset.") for text in differences):
+            _check_dataset(writer, data.split, completion)
         raise _another(place, differences, intact=recovery.is_intact(place, completion))
     files = _metadata(present, ids)
     same = present.build.libraries == manifest.build.libraries
@@ -264,10 +300,36 @@ def open_writer(
         recovery.restore_metadata(place, files, completion, same_libraries=same)
         recovery.restore_spare(place, completion)
     state = recovery.examine_shards(place, present, sorted(worker.shards(present.shards)), completion)
-    writer = StoreWriter(place, present, worker)
     writer.finished = state.whole
-    writer.repair(manifest, state.doubtful, checksums)
+    if data is not None and data.split is not None:
+        _check_data(writer, data.split, data_changes(writer.recorded(state.whole), data.split))
+    writer.repair(manifest, state.doubtful, data)
     return writer
+
+
+def _check_dataset(writer: StoreWriter, split: Split, completion: ledger.Completion | None) -> None:
+    """Refuse a data set with other classes, samples or labels than the store's. Raises: MismatchError."""
+    place, manifest = writer.place, writer.manifest
+    try:
+        shards = sorted(writer.worker.shards(manifest.shards))
+        recorded = writer.recorded(recovery.examine_shards(place, manifest, shards, completion).whole)
+    except StoreError:  # it is damaged: the manifest says what differs
+        return
+    _check_data(writer, split, data_changes(recorded, split))
+
+
+def _check_data(writer: StoreWriter, split: Split, changes: Changes) -> None:
+    """Refuse a data set that is not what a store was begun with. Raises: MismatchError."""
+    if not changes:
+        return
+    place = writer.place
+    remedy = f"restore the data set, or build the data as it is now into a new --out; {place} stays as it is"
+    if ledger.read_completion(place) is not None:
+        remedy = (
+            f"restore the data set, or renew it: kdcache extend {place} --data {split.data} --teacher TEACHER "
+            f"--out NEW keeps the targets of unchanged images; {place} stays as it is"
+        )
+    raise changed_data(place, changes, split, remedy)
 
 
 def _another(place: Place, differences: Sequence[str], *, intact: bool = True) -> MismatchError:

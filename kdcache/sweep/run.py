@@ -13,8 +13,9 @@ from pathlib import Path
 import tomli_w
 
 from kdcache.errors import KDCacheError, RecipeError
-from kdcache.files import read_object, write_whole
+from kdcache.files import write_whole
 from kdcache.sweep.curve import write_curve
+from kdcache.sweep.inputs import Inputs
 from kdcache.sweep.plan import Job, Sweep
 from kdcache.sweep.summary import write_details
 
@@ -53,40 +54,38 @@ def run_jobs(
     Args:
         parallel: how many side by side; their runner must be safe to call from several threads.
     Raises: what a runner raises, after the jobs that were begun beside it have ended; RecipeError for a folder of
-        another sweep.
+        another sweep; MismatchError for data that changed since the first run.
     """
     _record(sweep)
-    watching = watcher or Watcher()
+    watching, inputs = watcher or Watcher(), Inputs(sweep)
     if parallel == 1:
         for number, job in enumerate(sweep.jobs, 1):
-            _do(sweep, job, number, runner, watching)
+            _do(sweep, job, number, runner, watching, inputs)
     else:
-        _SideBySide(sweep, runner, watching).run(parallel)
+        _SideBySide(sweep, runner, watching, inputs).run(parallel)
     write_details(sweep)
     write_curve(sweep)
 
 
-def is_done(job: Job) -> bool:
-    """Whether the file that a job leaves at its end is there and not empty: a crash or a copy may have emptied it."""
-    return job.done is not None and bool(read_object(job.done))
-
-
-def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher) -> None:
+def _do(sweep: Sweep, job: Job, number: int, runner: Runner, watcher: Watcher, inputs: Inputs) -> None:
     total = len(sweep.jobs)
-    if is_done(job):
+    if inputs.are_done(job):
         watcher.kept(job, number, total)
         return
     began = time.monotonic()
     watcher.started(job, number, total)
+    digest = inputs.digest(job)
     runner(job)
+    if job.done is not None:
+        inputs.record(job, digest)
     watcher.finished(job, number, total, time.monotonic() - began)
 
 
 class _SideBySide:
     """Jobs that are begun as soon as what they need is done."""
 
-    def __init__(self, sweep: Sweep, runner: Runner, watcher: Watcher) -> None:
-        self._sweep, self._runner, self._watcher = sweep, runner, watcher
+    def __init__(self, sweep: Sweep, runner: Runner, watcher: Watcher, inputs: Inputs) -> None:
+        self._sweep, self._runner, self._watcher, self._inputs = sweep, runner, watcher, inputs
         self._waiting = list(sweep.jobs)
         self._ended: set[str] = set()
 
@@ -107,7 +106,7 @@ class _SideBySide:
                     self._ended.add(job.name)
 
     def _one(self, job: Job) -> None:
-        _do(self._sweep, job, self._sweep.jobs.index(job) + 1, self._runner, self._watcher)
+        _do(self._sweep, job, self._sweep.jobs.index(job) + 1, self._runner, self._watcher, self._inputs)
 
     def _ready(self, job: Job) -> bool:
         return self._ended.issuperset(job.needs)

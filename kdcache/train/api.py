@@ -42,7 +42,14 @@ from kdcache.train.input.shard_prefetch import check_room
 from kdcache.train.input.streams import StreamDraws, stream_seed
 from kdcache.train.pseudo_labels import check_collapse, pseudo_notes
 from kdcache.train.run.checkpoint_file import FILE as CHECKPOINT
-from kdcache.train.run.folder import check_folder, hold_folder, identity_of, untrained_heads, write_beginning
+from kdcache.train.run.folder import (
+    check_folder,
+    check_samples,
+    hold_folder,
+    identity_of,
+    untrained_heads,
+    write_beginning,
+)
 from kdcache.train.run.lock import RunLock
 from kdcache.train.run.metrics_log import Observer, Observers
 from kdcache.train.run.sample_panels import sample_panels
@@ -54,6 +61,7 @@ from kdcache.train.sources import (
     judged_by_its_own,
     open_sources,
     open_validation,
+    read_samples,
     share_classes,
     shared_with_judge,
 )
@@ -123,7 +131,10 @@ def make_trainer(
                 _note_collapse(source, sources, observer)
         config = _resolve(config, sources, observer)
         identity = identity_of(datasets)
-        if world.first:
+        samples = read_samples(datasets, val) if world.first else None
+        if samples is not None:
+            if resume:
+                check_samples(run, samples)
             check_folder(config, run, resume, identity)
             if run.is_dir() and lock is not None:  # soon: what follows takes time and is for nothing
                 lock.take()
@@ -148,15 +159,19 @@ def make_trainer(
     with world.together():
         if world.first:
             hold_folder(config, run, resume, identity, lock)
-            write_beginning(config, run, model, datasets, world.size)
+            write_beginning(config, run, model, datasets, world.size, samples)
             if (text := remember(config.model)) is not None:
                 observer.note(text)
             if resume and not (run / CHECKPOINT).is_file():
                 observer.note(f"{run} holds no checkpoint: the training begins at its first step")
         _note_all(_model_notes(config, model), observer.note)
         _note_all(warmup_notes(config), observer.note)
+        own = None if samples is None else judged_by_its_own(samples)
+        if own is not None:
+            observer.note(own)
         for source in sources:
-            _note_all(_notes(source, val), source.note(observer.note))
+            notes = _notes(source, None if own is not None else val)
+            _note_all(notes, source.note(observer.note))
         watching = observer
         if config.log and world.first:
             recipe = config.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -295,7 +310,7 @@ def _notes(source: Source, val: Split | None) -> Iterator[str]:
     if cache is not None and config.augment == "warp":
         changed = "enlarges the stored views" if cache.pixels_stored else "crops the images of the data set"
         yield f"augmentation warp {changed}, and moves the targets alike"
-    if (text := judged_by_its_own(dataset, val) or shared_with_judge(config, dataset, val)) is not None:
+    if (text := shared_with_judge(config, dataset, val)) is not None:
         yield text
 
 

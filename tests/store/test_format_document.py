@@ -217,7 +217,7 @@ def test_the_reader_refuses(script, reader, store) -> None:
         reader.read(array, 0)
     group = store / "zarr.json"
     about = group.read_text()
-    group.write_text(about.replace('"version": 1', '"version": 3'))
+    group.write_text(about.replace('"version": 3', '"version": 4'))
     assert "no complete store" in run(script, store, 0).stderr
     group.write_text(about)
     (store / "complete.json").unlink()
@@ -228,7 +228,7 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
     manifest = variant.manifest
     head = manifest.heads["segmentation"]
     size = {"R": manifest.records, "N": manifest.dataset.samples, "k": head.k, "h": head.size[0], "w": head.size[1]}
-    size |= {"H": manifest.view.size[0], "W": manifest.view.size[1], "2": 2, "3": 3, "4": 4}
+    size |= {"H": manifest.view.size[0], "W": manifest.view.size[1], "2": 2, "3": 3, "4": 4, "16": 16}
     size["U"] = sum(len(sample.encode()) for sample in variant.ids)
     present = {
         "always": True,
@@ -236,6 +236,8 @@ def test_the_table_of_arrays_is_what_a_store_has(variant, variant_store) -> None
         "per tap": True,
         "per statistic": True,
         "raw logits": head.raw,
+        "version 3": True,
+        "depth digests": False,
         "regression": False,
         "depth labels": False,
         "pixels stored": manifest.view.pixels == "stored",

@@ -240,7 +240,7 @@ def test_a_missing_file_is_refused_at_opening(store, name) -> None:
     assert str(store) in caught.value.received
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, 1.5, [1]])
+@pytest.mark.parametrize("version", [0, 4, "1", None, 1.5, [1]])
 def test_another_version(store, version) -> None:
     content = json.loads((store / "zarr.json").read_bytes())
     content["attributes"]["kdcache"]["version"] = version
@@ -347,7 +347,7 @@ def test_a_manifest_without_its_head_is_refused(fuzzed) -> None:
             content = json.loads(whole)
             content["attributes"]["kdcache"]["heads"] = heads
             file.write_text(json.dumps(content))
-            refusal(CorruptError, lambda: inspect_store(fuzzed))
+            refusal(CorruptError, lambda: open_cache(fuzzed))
     finally:
         file.write_bytes(whole)
 

@@ -15,6 +15,7 @@ import pytest
 from kdcache.errors import KDCacheError, MismatchError, StoreError
 from kdcache.store import open_cache, open_writer, read_manifest, verify_files
 from kdcache.store.backend.local import Folder
+from kdcache.store.freshness import BuiltFrom
 
 SEAL, WHOLE, RECORD, SPARE = "complete.json", "ledger.jsonl", "ledger/00000001.json", "manifest.json"
 VALUES = "targets/segmentation/values/c/1/0/0/0"
@@ -397,7 +398,7 @@ class TestWithoutSpare:
         edits = {
             "another teacher": (b'"probe": [', b'"probe": [7.0,'),
             "another format": (b'"format": "kdcache"', b'"format": "kdcachf"'),
-            "another version": (b'"version": 1', b'"version": 3'),
+            "another version": (b'"version": 3', b'"version": 4'),
             "not ours": (b'"kdcache": {', b'"kdcachf": {'),
         }
         if how in edits:
@@ -469,8 +470,10 @@ class TestWithOtherVersions:
         return wanted.changed(build={"libraries": self.NOW, "device": "NVIDIA X"})
 
     @staticmethod
-    def pixels(plan: Any) -> Callable[[int], Any]:
-        return lambda shard: plan.rows(shard)["records/pixel_checksum"]
+    def pixels(plan: Any, more: int = 0, path: str = "records/pixel_checksum") -> BuiltFrom:
+        """What the data set renders to now: the stored checksums, or others in one array."""
+        paths = ("records/pixel_checksum", "records/label_checksum")
+        return BuiltFrom(None, lambda shard: {p: plan.rows(shard)[p] + np.uint64(more * (p == path)) for p in paths})
 
     def repair(self, files: OnDisk, now: Any, *, seal: bool = True) -> list[int]:
         with open_writer(files.location, now.manifest, now.ids, None, self.pixels(now)) as writer:
@@ -522,15 +525,15 @@ class TestWithOtherVersions:
         assert self.repair(files, now) == []
         assert files.read() == clean
 
-    @pytest.mark.parametrize("key", [VALUES, "records/pixel_checksum/c/1"])
+    @pytest.mark.parametrize("array", ["records/pixel_checksum", "records/label_checksum"])
+    @pytest.mark.parametrize("key", [VALUES, "records/pixel_checksum/c/1", "records/label_checksum/c/1"])
     @pytest.mark.parametrize("versions", ["others", "the same"])
-    def test_other_pixels_are_refused_before_anything_is_given_up(self, files, now, wanted, key, versions) -> None:
+    def test_other_data_are_refused_before_anything_is_given_up(self, files, now, wanted, key, versions, array) -> None:
         files.put(key, b"")
         before = files.read()
         plan = now if versions == "others" else wanted
-        other = lambda shard: plan.rows(shard)["records/pixel_checksum"] + np.uint64(1)  # noqa: E731
-        with pytest.raises(MismatchError, match="other pixels"):
-            open_writer(files.location, plan.manifest, plan.ids, None, other)
+        with pytest.raises(MismatchError, match="have changed since the build"):
+            open_writer(files.location, plan.manifest, plan.ids, None, self.pixels(plan, 1, array))
         assert files.read() == before
 
     def test_another_teacher_is_refused(self, files, now) -> None:

@@ -6,11 +6,15 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_plan import RECIPE
 
-from kdcache.errors import RecipeError
+from kdcache.data import write_scenes
+from kdcache.errors import MismatchError, RecipeError
 from kdcache.sweep import Job, Sweep, Watcher, run_jobs
+from kdcache.sweep.inputs import INPUTS
 from kdcache.sweep.run import RECORD
 
 
@@ -71,9 +75,55 @@ def test_a_result_that_says_nothing_is_none(tmp_path: Path, left: str | None) ->
         result.mkdir()
     else:
         result.write_text(left)
-    doing: list[str] = []
-    run_jobs(sweep, lambda job: doing.append(job.name))
-    assert doing == ["run1", "TABLE"]
+    if left is None:
+        result.rmdir()
+    again = Doing()
+    run_jobs(sweep, again)
+    assert again.done == ["run1", "TABLE"]
+
+
+def test_what_needs_another_result_is_done_again(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path / "out", ALONE)
+    run_jobs(sweep, Doing())
+    (tmp_path / "out" / "teacher").write_text('{"iterations": 2}')
+    again = Doing()
+    run_jobs(sweep, again)
+    assert again.done == ["run1", "run2", "TABLE"]  # their files are the same again, so "last" is done
+
+
+def test_a_cache_is_always_checked_again(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path / "out", {"store": (), "run": ("store",)})
+    sweep = replace(sweep, jobs=(replace(sweep.jobs[0], words=("build-teacher-cache",)), sweep.jobs[1]))
+    run_jobs(sweep, Doing())
+    again = Doing()
+    run_jobs(sweep, again)
+    assert again.done == ["store"]
+
+
+def test_a_file_is_no_proof_that_a_job_was_done(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path / "out", {"run": ()})
+    run_jobs(sweep, Doing())
+    (tmp_path / "out" / INPUTS).unlink()
+    again = Doing()
+    run_jobs(sweep, again)
+    assert again.done == ["run"]
+
+
+def test_changed_data_is_named_with_its_samples(tmp_path: Path) -> None:
+    data = write_scenes(tmp_path / "data", "scenes:32x32,train=4,val=2")
+    job = Job("run", ("verb", "--data", str(data), "--val", str(data)), tmp_path / "out" / "run")
+    sweep = Sweep(RECIPE, tmp_path / "out", (job,), {})
+    run_jobs(sweep, Doing())
+    label = sorted((data / "labels" / "val").rglob("*.png"))[0]
+    before = label.read_bytes()
+    Image.fromarray((np.array(Image.open(label)) + 1) % 3).save(label)
+    with pytest.raises(MismatchError, match="1 label differs") as caught:
+        run_jobs(sweep, Doing())
+    assert label.stem in caught.value.rule
+    label.write_bytes(before)
+    again = Doing()
+    run_jobs(sweep, again)
+    assert again.done == []
 
 
 def test_side_by_side_after_what_they_need(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`kdcache verify`: every byte of a store, and its teacher."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -9,6 +9,9 @@ from rich.markup import escape
 from kdcache.settings.shared import MachineSettings
 from kdcache_cli.console import OUT, bytes_text, progress_bar
 from kdcache_cli.settings import shared_flags
+
+if TYPE_CHECKING:
+    from kdcache.store.backend.base import Place
 
 _Option = typer.Option
 
@@ -31,15 +34,15 @@ def verify(
     cache_dir: shared_flags.CacheDir = None,
     cache_bytes: shared_flags.CacheBytes = None,
 ) -> None:
-    """Check every byte of a store; with --teacher, also that it holds the targets
-    of that teacher.
+    """Check every byte of a cache. With --data, also that the data set is what it
+    was built from. With --teacher, also that it holds that teacher's targets.
 
     Who may write to a store can change a file and the digests with it. Against
     that, publish the seal's digest, which this verb prints, in another place, and
     give it with --seal.
 
-    Exits with 1 when a file is damaged or the teacher is another, with 2 when the
-    seal is not the one that was published.
+    Exits with 1 when a file is damaged, the data have changed or the teacher is
+    another, with 2 when the seal is not the one that was published.
     """
     from kdcache.data import ClassList
     from kdcache.store import Records, read_manifest, verify_files
@@ -58,7 +61,10 @@ def verify(
         OUT.print(report.remedy)
         raise typer.Exit(1)
     OUT.print(f"seal {report.seal}" + (", as published" if seal else ""), highlight=False, soft_wrap=True)
+    same_data = data is None or _check_data(place, data, split)
     if not teacher:
+        if not same_data:
+            raise typer.Exit(1)
         return
     manifest = read_manifest(place)
     dataset = manifest.dataset
@@ -83,5 +89,29 @@ def verify(
         if agreement.ok
         else "[red]the store does not hold the targets of this teacher[/]"
     )
-    if not agreement.ok:
+    if not (agreement.ok and same_data):
         raise typer.Exit(1)
+
+
+def _check_data(place: "Place", data: str, split: str | None) -> bool:
+    """Print whether a data set is what a cache was built from, and return it. Every file is read."""
+    from kdcache.data import open_split
+    from kdcache.store import data_changes, open_cache
+
+    cache = open_cache(place)
+    source = open_split(data, split or cache.manifest.dataset.split)
+    with progress_bar() as bar:
+        task = bar.add_task("comparing the data set", total=None, note="")
+        changes = data_changes(
+            cache, source, indexed=False, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    for note in changes.notes():
+        OUT.print(f"note: {note}", markup=False)
+    if changes:
+        OUT.print(f"[red]the data set has changed since the build:[/] {escape(changes.describe())}")
+        OUT.print("to renew the cache, run kdcache extend with this data set, its teacher and a new --out")
+    elif changes.recorded:
+        OUT.print(f"[green]the data set is what the cache was built from:[/] {len(source)} samples compared")
+    else:
+        OUT.print(f"the {len(source)} sample ids and the classes are the cache's")
+    return not changes

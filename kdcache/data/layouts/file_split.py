@@ -9,7 +9,7 @@ from kdcache.data.files import LABEL_SUFFIXES, file_digest, image_size, read_ima
 from kdcache.data.layouts.depth import DepthUnit, check_depth
 from kdcache.data.layouts.label_ids import numbers_in
 from kdcache.data.layouts.scan import Scan
-from kdcache.data.sample import DEPTH, SEGMENTATION, ClassList, Depth, Pixels, Split, ids_out_of_range
+from kdcache.data.sample import DEPTH, SEGMENTATION, ClassList, Depth, FileDigest, Pixels, Split, ids_out_of_range
 from kdcache.errors import DataError
 
 
@@ -111,14 +111,15 @@ class FileSplit(Split):
         check_depth(depth, path)
         return depth
 
-    def content_digests(self, index: int) -> tuple[str | None, ...]:
-        """SHA-256 of the bytes of the image file, the label file (None without one) and, if any, the depth file."""
+    def content_digests(self, index: int, of_file: FileDigest | None = None) -> tuple[str | None, ...]:
+        """Return the SHA-256 of the image file, of the label file (None without one) and, if any, of the depth file."""
+        digest_of = of_file or file_digest
         path, depth = self.label_path(index), self.depth_path(index)
-        label = None if path is None else file_digest(path)
+        label = None if path is None else digest_of(path)
         if self._drawn is not None and self._label_files[index] is not None:
             label = self._drawn.digest(self.ids[index])
-        digests = file_digest(self.image_path(index)), label
-        return digests if depth is None else (*digests, file_digest(depth))
+        digests = digest_of(self.image_path(index)), label
+        return digests if depth is None else (*digests, digest_of(depth))
 
     def _check_size(self, index: int, shape: tuple[int, ...], path: Path | None) -> None:
         if shape != (size := self._size(index)):

@@ -186,12 +186,6 @@ class Mirror:
         self._lock("held").write_text(str(held), encoding="ascii")
 
 
-def default_base() -> Path:
-    """KDCACHE_CACHE_DIR, or kdcache in the user's cache folder."""
-    own = os.environ.get("KDCACHE_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdcache"
-
-
 def _opened(path: Path, size: int | None) -> int | None:
     """Descriptor of a copy that is there, marked as used; None when there is none of that size."""
     try:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from kdcache.errors import StoreError
+from kdcache.files import user_cache
 from kdcache.store.backend.base import Place
 from kdcache.store.backend.local import Folder
 
@@ -25,7 +26,7 @@ def open_place(location: "str | Path | Place", cache_dir: Path | None = None, ca
             received=str(location),
             remedy=f"kdcache copy {location} STORE.zarr; then use STORE.zarr",
         )
-    from kdcache.store.backend.mirror import Mirror, default_base
+    from kdcache.store.backend.mirror import Mirror
     from kdcache.store.backend.object_store import Bucket  # obstore is an extra
 
-    return Bucket(str(location), Mirror(cache_dir or default_base(), cache_bytes))
+    return Bucket(str(location), Mirror(cache_dir or user_cache(), cache_bytes))

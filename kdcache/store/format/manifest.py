@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,14 +14,16 @@ from kdcache.shown import size_text
 from kdcache.store.format import manifest_models as parts
 from kdcache.store.format.damage import AGAIN
 
-FORMAT_VERSION = 2
-"""The version of stores with any heads or none; those of segmentation alone are of version 1, as they always were."""
+FORMAT_VERSION: Final = 3
+"""The version of every store that is built now: its records hold digests of image and labels."""
 # What a claim of more would ask of memory is an attack or an accident.
 MAX_SHARDS = 2**20
 MAX_RECORD_BYTES = 2**28
 """The most bytes of a record in one array, decoded."""
 
 Codec = Literal["default", "small", "none"]
+_NAMES = ("name",)
+"""Fields of the data set that are no part of its identity: a folder may be renamed."""
 
 
 class Manifest(parts.Part):
@@ -33,7 +35,7 @@ class Manifest(parts.Part):
     """
 
     format: Literal["kdcache"] = "kdcache"
-    version: Literal[1, 2] = 1
+    version: Literal[1, 2, 3] = FORMAT_VERSION
     created: str
     created_by: str
     records: parts.Count
@@ -51,7 +53,7 @@ class Manifest(parts.Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Manifest":
-        if self.version != version_of(self.heads, depth=self.depth is not None):
+        if not self.records_contents and self.version != _first_version(self.heads, depth=self.depth is not None):
             depth = "" if self.depth is None else " and depth"
             raise ValueError(f"heads has {', '.join(self.heads) or 'none'}{depth} in version {self.version}")
         if self.depth is not None and self.depth.labelled > self.dataset.samples:
@@ -76,6 +78,11 @@ class Manifest(parts.Part):
             if math.prod(size) > MAX_RECORD_BYTES:
                 raise ValueError(f"{name}: a record of {math.prod(size)} bytes is larger than {MAX_RECORD_BYTES}")
         return self
+
+    @property
+    def records_contents(self) -> bool:
+        """Whether each record has digests of its image and labels: only then a changed label can be noticed."""
+        return self.version >= 3
 
     @property
     def segmentation(self) -> parts.Head | None:
@@ -132,7 +139,7 @@ class Manifest(parts.Part):
         if self.depth != other.depth:
             differences.append(f"depth: {self.depth} against {other.depth}")
         for part in ("dataset", "view", "build"):
-            differences += parts.part_differences(part, getattr(self, part), getattr(other, part))
+            differences += parts.part_differences(part, getattr(self, part), getattr(other, part), but=_NAMES)
         for name in ("heads", "features", "statistics", "codec"):
             mine, others = getattr(self, name), getattr(other, name)
             if mine != others:
@@ -152,8 +159,8 @@ class Manifest(parts.Part):
         return self.model_copy(update={"build": self.build.model_copy(update=same)})
 
 
-def version_of(heads: Mapping[str, parts.Head | parts.Regression], *, depth: bool = False) -> Literal[1, 2]:
-    """The format's version of a store with these heads.
+def _first_version(heads: Mapping[str, parts.Head | parts.Regression], *, depth: bool) -> int:
+    """Return the version, 1 or 2, that a store with these heads had before records had digests.
 
     Args:
         depth: whether its manifest has `depth`.

@@ -6,7 +6,7 @@ is misread teaches the wrong thing without a sound.
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -404,12 +404,12 @@ class Fidelity(Part):
         )
 
 
-def part_differences(title: str, one: Part, other: Part) -> list[str]:
-    """Fields of two equal-typed parts that differ, as 'title.field: a against b'."""
+def part_differences(title: str, one: Part, other: Part, but: Collection[str] = ()) -> list[str]:
+    """Return the fields of two equal-typed parts that differ, as 'title.field: a against b', leaving some out."""
     return [
         f"{title}.{field}: {unlike(getattr(one, field), getattr(other, field))}"
         for field in type(one).model_fields
-        if getattr(one, field) != getattr(other, field)
+        if field not in but and getattr(one, field) != getattr(other, field)
     ]
 
 

@@ -12,6 +12,8 @@
     pixels/image             (R, H, W, 3)   uint8     with --pixels stored
     records/*                (R, ...)                 sample, view, window, flip, pixel_checksum, labelled;
                                                       source_size of views that reach beyond it; fold of cross-fitting
+    records/*_digest         (R, 16)        uint8     image, label, depth: of the data set's files; zeros without one
+    records/label_checksum   (R)            uint64    of the rendered label; this and the digests from version 3 on
     samples/id_bytes, id_ends                         the ids, UTF-8, end to end
 
 Chunks hold one record in image-sized arrays and a whole shard in small ones, so that a random read decodes
@@ -60,6 +62,13 @@ _RECORD_ARRAYS = (
 )
 
 
+_CONTENTS = (
+    ArraySpec("records/image_digest", (16,), "uint8"),
+    ArraySpec("records/label_digest", (16,), "uint8"),
+    ArraySpec("records/label_checksum", (), "uint64"),
+)
+
+
 def head_arrays(manifest: Manifest, head: str) -> list[ArraySpec]:
     """values, for a top-k head indices and tail, for raw logits their maximum; of a regression values alone."""
     entry = manifest.heads[head]
@@ -88,6 +97,10 @@ def record_arrays(manifest: Manifest) -> list[ArraySpec]:
             arrays.append(ArraySpec("labels/depth", manifest.view.size, "float32"))
         arrays.append(ArraySpec("pixels/image", (*manifest.view.size, 3), "uint8"))
     arrays += _RECORD_ARRAYS
+    if manifest.records_contents:
+        arrays += _CONTENTS
+        if manifest.depth is not None and manifest.depth.labelled:
+            arrays.append(ArraySpec("records/depth_digest", (16,), "uint8"))
     if manifest.view.reaches_beyond:
         arrays.append(ArraySpec("records/source_size", (2,), "int32"))
     if manifest.teacher.folds is not None:

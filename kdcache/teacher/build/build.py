@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.data import Split
+from kdcache.data import Split, remembered_digests
+from kdcache.data.sample import FileDigest
 from kdcache.errors import ModelError
 from kdcache.heads import SEGMENTATION
 from kdcache.models import Outputs
 from kdcache.shown import facts_table, line
 from kdcache.store import Cache, Manifest, StoreWriter, Worker, open_writer, round_targets, store_exists
 from kdcache.store.format.manifest_models import Head, Regression, Repair
+from kdcache.store.freshness import BuiltFrom
 from kdcache.store.ledger import ShardRecord
 from kdcache.teacher.build.manifest import plan_manifest
 from kdcache.teacher.build.options import BuildOptions
@@ -160,15 +162,16 @@ def build_cache(
     else:
         manifest = plan_extended(probe, reuse)
         earlier = Reuse(reuse, manifest)
-    checksums = partial(_checksums, split, manifest, options)
+    data = BuiltFrom(split, partial(_checksums, split, manifest, options))
     with (
         # A store is begun where somebody can go on with it.
         nullcontext() if engine is None or store_exists(out) else engine.connected(manifest),
-        open_writer(out, manifest, split.ids, worker, checksums) as writer,
+        open_writer(out, manifest, split.ids, worker, data) as writer,
+        remembered_digests(split.data) as of_file,
     ):
         share = sum(map(manifest.shard_records, writer.worker.shards(manifest.shards)))
         already = share - sum(map(manifest.shard_records, writer.missing))
-        work = Pass(probe, writer.manifest, earlier)
+        work = Pass(probe, writer.manifest, earlier, of_file)
         done = taught = reused = damaged = 0
         began = time.perf_counter()
         if progress is not None:
@@ -196,10 +199,13 @@ def build_cache(
     )
 
 
-def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: int) -> Array:
-    """Checksums of the pixels that the records of a shard render to now."""
-    rendered = render_batches(split, manifest, [shard], threads=options.render_threads, ahead=False)
-    return np.array([item.checksum for item in rendered], np.uint64)
+def _checksums(split: Split, manifest: Manifest, options: BuildOptions, shard: int) -> dict[str, Array]:
+    """Return the checksums of pixels and labels that the records of a shard render to now, by their arrays."""
+    rendered = list(render_batches(split, manifest, [shard], threads=options.render_threads, ahead=False))
+    return {
+        "records/pixel_checksum": np.array([item.checksum for item in rendered], np.uint64),
+        "records/label_checksum": np.array([item.label_checksum for item in rendered], np.uint64),
+    }
 
 
 def pack_batch(outputs: Outputs, heads: Mapping[str, Head | Regression], taps: Sequence[str]) -> dict[str, Tensor]:
@@ -229,10 +235,12 @@ def pack_batch(outputs: Outputs, heads: Mapping[str, Head | Regression], taps: S
 class Pass:
     """The teacher over the records of some shards."""
 
-    def __init__(self, probe: TeacherProbe, manifest: Manifest, reuse: Reuse | None) -> None:
+    def __init__(
+        self, probe: TeacherProbe, manifest: Manifest, reuse: Reuse | None, of_file: FileDigest | None = None
+    ) -> None:
         self._split, self._teacher, self._options = probe.split, probe.teacher, probe.options
         self._folds, self._taps = probe.folds, probe.taps
-        self._manifest, self._reuse = manifest, reuse
+        self._manifest, self._reuse, self._of_file = manifest, reuse, of_file
 
     def batches(self, shards: Iterable[int]) -> Iterator[_Batch]:
         """Every record of the shards, shard after shard.
@@ -254,7 +262,10 @@ class Pass:
         manifest, reuse, options = self._manifest, self._reuse, self._options
         waiting: dict[tuple[bool, int | None], list[Rendered]] = {}
         ahead = options.device.type != "cpu"
-        for item in render_batches(self._split, manifest, shards, threads=options.render_threads, ahead=ahead):
+        rendered = render_batches(
+            self._split, manifest, shards, threads=options.render_threads, ahead=ahead, of_file=self._of_file
+        )
+        for item in rendered:
             if reuse is not None:
                 item = replace(item, old=reuse.find(item, self._split.ids[item.sample]))
             if self._folds is not None:

@@ -12,7 +12,7 @@ from kdcache.errors import ModelError, RecipeError
 from kdcache.heads import DEPTH, SEGMENTATION, RegressionHead
 from kdcache.models import PROBABILITIES, Outputs, returns_probabilities
 from kdcache.store import Fidelity, Manifest, evenly_spread
-from kdcache.store.format.manifest import version_of, well_formed_parts
+from kdcache.store.format.manifest import well_formed_parts
 from kdcache.store.format.manifest_models import Build, Dataset, DepthLabels, Feature, Head, Regression
 from kdcache.teacher.build.fidelity import measure_fidelity
 from kdcache.teacher.build.probe import TeacherProbe
@@ -43,7 +43,6 @@ def plan_manifest(probe: TeacherProbe, *, fidelity: bool = True) -> Manifest:
     grid = (1, 1) if segmentation is None else segmentation.size  # of no statistic then
     feature_shapes = {tap: output.features[tap].shape[1:] for tap in options.features}
     return Manifest(
-        version=version_of(heads, depth=probe.metres),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         created_by=f"kdcache {_version('kdcache')}",
         records=len(split) * options.views,

@@ -16,9 +16,11 @@ from kdcache.data import (
     prefetch,
     render,
     render_depth,
+    short_digests,
     whole_window,
     zoom_of,
 )
+from kdcache.data.sample import FileDigest
 from kdcache.heads import DEPTH
 from kdcache.store import Manifest
 from kdcache.store.format.manifest_models import DepthLabels, View
@@ -45,6 +47,8 @@ class Rendered:
     flip: bool
     source_size: tuple[int, int]
     checksum: int
+    digests: Array  # uint8 (3, 16), as `short_digests`
+    label_checksum: int
     labelled: bool
     depth: Array | None = None  # float32 (H, W) metres, NaN where unknown; None where no depth is stored
     depth_labelled: bool = False
@@ -53,12 +57,17 @@ class Rendered:
 
 
 def render_records(
-    split: Split, view: View, records: Iterable[int], depth: DepthLabels | None = None
+    split: Split,
+    view: View,
+    records: Iterable[int],
+    depth: DepthLabels | None = None,
+    of_file: FileDigest | None = None,
 ) -> list[Rendered]:
     """Views of one sample, which is read once.
 
     Args:
         depth: what is stored of labels of depth; None is nothing.
+        of_file: as in `Split.content_digests`.
     Raises: DataError as `Split.image` and `Split.label`.
     """
     numbers = list(records)
@@ -67,6 +76,7 @@ def render_records(
     depth_labelled = depth is not None and split.has_label(sample, DEPTH)
     stored = depth is not None and bool(depth.labelled) and view.pixels == "stored"
     metres = split.label(sample, "depth") if stored and depth_labelled else None
+    digests = short_digests(split, sample, of_file)
     rendered = []
     source_size = image.shape[0], image.shape[1]
     for record in numbers:
@@ -92,6 +102,8 @@ def render_records(
                 flip=flip,
                 source_size=source_size,
                 checksum=pixel_checksum(pixels),
+                digests=digests,
+                label_checksum=pixel_checksum(small),
                 labelled=label is not None,
                 depth=far,
                 depth_labelled=depth_labelled,
@@ -101,14 +113,20 @@ def render_records(
 
 
 def render_batches(
-    split: Split, manifest: Manifest, shards: Iterable[int], *, threads: int, ahead: bool
+    split: Split,
+    manifest: Manifest,
+    shards: Iterable[int],
+    *,
+    threads: int,
+    ahead: bool,
+    of_file: FileDigest | None = None,
 ) -> Iterator[Rendered]:
     """The records of some shards in order, rendered by threads: far ahead, or a batch of the teacher's at a time.
 
     A CPU teacher's threads meet at a barrier after every operation. Rendering at the same time keeps one of them from
     its core and the others waiting: with a small teacher that took a third of the build's CPU time.
     """
-    work = lambda records: render_records(split, manifest.view, records, manifest.depth)  # noqa: E731
+    work = lambda records: render_records(split, manifest.view, records, manifest.depth, of_file)  # noqa: E731
     step, views = manifest.build.batch_size, manifest.view.views_per_sample
     batches = (_by_sample(batch, views) for shard in shards for batch in batches_of(manifest, shard))
     if ahead:

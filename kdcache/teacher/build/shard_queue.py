@@ -67,6 +67,10 @@ def _record_rows(batch: Sequence[Rendered], manifest: Manifest) -> dict[str, Any
         "records/pixel_checksum": np.array([item.checksum for item in batch], np.uint64),
         "records/labelled": [LABELLED * item.labelled + LABELLED_DEPTH * item.depth_labelled for item in batch],
     }
+    if manifest.records_contents:
+        image, label, depth = np.stack([item.digests for item in batch], axis=1)
+        rows |= {"records/image_digest": image, "records/label_digest": label, "records/depth_digest": depth}
+        rows["records/label_checksum"] = np.array([item.label_checksum for item in batch], np.uint64)
     if manifest.view.reaches_beyond:
         rows["records/source_size"] = [item.source_size for item in batch]
     if manifest.teacher.folds is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.data import open_split
+from kdcache.data import changed_data, open_split
 from kdcache.errors import RecipeError
 from kdcache.files import clear_partials, is_partial, write_whole
 from kdcache.heads import DEPTH, SEGMENTATION
@@ -16,6 +16,7 @@ from kdcache.models import SegmentationModel
 from kdcache.models.run import describe_weights, write_run_model
 from kdcache.models.weights import DEPTH_HEAD
 from kdcache.run_folder import ENVIRONMENT, METRICS, MODEL, RECIPE, Run, RunModel, RunStream
+from kdcache.run_samples import SAMPLES, RunSamples
 from kdcache.settings import entries
 from kdcache.settings.shared import CopySettings, MachineSettings, SourceSettings
 from kdcache.store.backend.durable import disk_space_errors
@@ -26,7 +27,7 @@ from kdcache.train.run.checkpoint_file import KEPT
 from kdcache.train.run.lock import LOCK, RunLock
 from kdcache.train.run.metrics_log import environment, write_json
 
-BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS}
+BEGINNING = {RECIPE, MODEL, ENVIRONMENT, METRICS, SAMPLES}
 EVENTS = "events.out.tfevents."  # of tensorboard
 # What may change between a run's start and its resumption without changing what it learns.
 PLACES = {*entries(SourceSettings, CopySettings), "cache", "val"}
@@ -92,6 +93,14 @@ def check_folder(config: TrainConfig, run: Path, resume: bool, identity: str) ->
         )
 
 
+def check_samples(run: Path, samples: RunSamples) -> None:
+    """Refuse to resume a run on data that changed since it was begun. Raises: MismatchError naming the samples."""
+    before = RunSamples.read(run)
+    if before is not None and (changes := before.changes(samples)):
+        remedy = "restore the data set, or begin another run with a new --out"
+        raise changed_data(run, changes, None, remedy)
+
+
 def _torchrun_restarts() -> bool:
     """Whether torchrun starts this command again when a process dies: one command then begins and resumes a run."""
     return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
@@ -151,7 +160,12 @@ def untrained_heads(model: SegmentationModel, tasks: Sequence[str], init: str | 
 
 
 def write_beginning(
-    config: TrainConfig, run: Path, model: SegmentationModel, datasets: Sequence[DrawnDataset], processes: int
+    config: TrainConfig,
+    run: Path,
+    model: SegmentationModel,
+    datasets: Sequence[DrawnDataset],
+    processes: int,
+    samples: RunSamples | None,
 ) -> None:
     """Write the files that a reader of the folder needs, before the first step."""
     assert config.size is not None
@@ -178,6 +192,8 @@ def write_beginning(
             validated_on="" if config.val is None else open_split(config.val, config.val_split).digest(),
         )
         write_run_model(run, run_model)
+        if samples is not None:
+            samples.write(run)
         write_json(run / ENVIRONMENT, environment() | {"processes": processes})
 
 

@@ -2,6 +2,7 @@
 
 source.py      the data of every stream
 samples.py     the samples of one stream, from a store or a data folder
+fresh.py       whether data that are named with a cache still are what it was built from
 fit.py         how images are fitted into the pixels
 labelled.py    whether they have the labels that a training learns from
 pasting.py     whether one stream can be pasted into another
@@ -13,7 +14,13 @@ from kdcache.train.sources.classes import share_classes
 from kdcache.train.sources.pasting import check_pasting
 from kdcache.train.sources.samples import open_dataset
 from kdcache.train.sources.source import Source, open_sources
-from kdcache.train.sources.validation import check_validation, judged_by_its_own, open_validation, shared_with_judge
+from kdcache.train.sources.validation import (
+    check_validation,
+    judged_by_its_own,
+    open_validation,
+    read_samples,
+    shared_with_judge,
+)
 
 __all__ = [
     "Source",
@@ -23,6 +30,7 @@ __all__ = [
     "open_dataset",
     "open_sources",
     "open_validation",
+    "read_samples",
     "share_classes",
     "shared_with_judge",
 ]

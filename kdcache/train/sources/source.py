@@ -14,6 +14,7 @@ from kdcache.train.input.cache_dataset import choose_augment
 from kdcache.train.input.dataset import DrawnDataset
 from kdcache.train.run.monitor import check_logits
 from kdcache.train.sources.fit import shared_fit
+from kdcache.train.sources.fresh import check_same_data
 from kdcache.train.sources.samples import drawn_scale, open_dataset, open_folder, open_store
 from kdcache.train.streams import Stream, in_stream
 
@@ -71,6 +72,8 @@ def open_sources(config: TrainConfig, parts: int, note: Callable[[str], None]) -
     for stream in config.streams:
         with _named(stream.name):
             opened.append((stream, open_store(stream.config), open_folder(stream.config)))
+            if (cache := opened[-1][1]) is not None:
+                check_same_data(stream.config.model_copy(update={"val": config.val}), cache, note)
     size = _shared_size(config, [cache for _, cache, _ in opened]) if config.stream else config.size
     fit = shared_fit(config, opened, size, note)
     sources = []

@@ -1,9 +1,13 @@
 """What a training is validated on."""
 
 import itertools
+from collections.abc import Sequence
 
-from kdcache.data import ClassList, Split, fold_alone, open_split, shared_sequences
+import numpy as np
+
+from kdcache.data import ClassList, Contents, Split, fold_alone, open_split, read_contents, shared_sequences
 from kdcache.errors import MismatchError
+from kdcache.run_samples import RunSamples
 from kdcache.train.config import TrainConfig
 from kdcache.train.input.dataset import DrawnDataset
 
@@ -26,22 +30,35 @@ def check_validation(config: TrainConfig, classes: ClassList, split: Split) -> N
         )
 
 
-def judged_by_its_own(dataset: DrawnDataset, val: Split | None) -> str | None:
-    """A warning that counts the images of the validation data that the training learns from, or None.
-
-    Of a store that keeps its pixels nothing is known here, for its images have no files.
-    """
-    if val is None or dataset.split is None:
-        return None
-    trained = {dataset.split.origin(index) for index in dataset.indices}
-    shared = [name for index, name in enumerate(val.ids) if val.origin(index) in trained]
-    if not shared:
+def judged_by_its_own(samples: RunSamples) -> str | None:
+    """Return a warning that counts the validation images that the training learns from, or None."""
+    shared = () if samples.validation is None else samples.trained_on(samples.validation)
+    if samples.validation is None or not shared:
         return None
     return (
-        f"{len(shared)} of {len(val)} validation images are trained on too, such as {shared[0]!r}: the score says "
-        "little about other images. Remedy: take them out of one of the two; where --val-fold I/K judges a fold, leave "
-        "it out of the training with --fold I/K"
+        f"{len(shared)} of {len(samples.validation.ids)} validation images are trained on too, such as {shared[0]!r}: "
+        "the score says little about other images. Remedy: take them out of one of the two; where --val-fold I/K "
+        "judges a fold, leave it out of the training with --fold I/K"
     )
+
+
+def read_samples(datasets: Sequence[DrawnDataset], val: Split | None) -> RunSamples:
+    """Return the digests of what a training learns from and is validated on. Raises: DataError; CorruptError."""
+    streams = tuple(map(_drawn_contents, datasets))
+    return RunSamples(datasets[0].classes.names, streams, None if val is None else read_contents(val))
+
+
+def _drawn_contents(dataset: DrawnDataset) -> Contents | None:
+    """Return the digests of the samples that are drawn; None of a cache that does not record them."""
+    numbers, cache = list(dataset.indices), dataset.cache
+    if cache is None:
+        assert dataset.split is not None
+        return read_contents(dataset.split, numbers)
+    if not cache.manifest.records_contents:
+        return None
+    records = [cache.manifest.record(number) for number in numbers]
+    image, label = (cache.column(name)[records] for name in ("image_digest", "label_digest"))
+    return Contents(tuple(cache.ids[number] for number in numbers), image, label, np.zeros_like(image))
 
 
 def shared_with_judge(config: TrainConfig, dataset: DrawnDataset, val: Split | None) -> str | None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from kdcache.errors import CorruptError, StoreError
 from kdcache.store import CopyChanges, Manifest, Records, copy_store, inspect_store, open_cache, verify_files
-from kdcache.store.format.manifest import FORMAT_VERSION, version_of
+from kdcache.store.format.manifest import FORMAT_VERSION
 from kdcache.store.format.manifest_models import Head, Regression
 from kdcache.store.format.schema import record_arrays
 
@@ -43,9 +43,12 @@ KINDS = {
 
 def with_heads(plan: Any, heads: dict[str, Any], **options: Any) -> Any:
     """A plan of a store with these heads, whose regressions lie in their range."""
-    made = plan(k=5, classes=5, **options)
+    made = plan(k=5, classes=5, **{name: value for name, value in options.items() if name != "version"})
     fields = made.manifest.model_dump(mode="python")
-    fields |= {"version": version_of(heads), "heads": {name: head.model_dump() for name, head in heads.items()}}
+    fields |= {
+        "version": options.get("version", FORMAT_VERSION),
+        "heads": {name: head.model_dump() for name, head in heads.items()},
+    }
     made.manifest = Manifest.model_validate(fields)
     rng = np.random.default_rng(1)
     for spec in record_arrays(made.manifest):
@@ -61,7 +64,7 @@ def test_what_is_written_is_read(plan, tmp_path, kind) -> None:
     made = with_heads(plan, KINDS[kind])
     path = made.write(tmp_path / "store.zarr")
     cache = open_cache(path)
-    assert cache.manifest.version == 2
+    assert cache.manifest.version == 3
     assert list(cache.manifest.heads) == list(KINDS[kind])
     for record in (0, len(cache) - 1):
         for array, row in cache.read(record, list(cache.specs)).items():
@@ -87,14 +90,25 @@ def test_targets_of_classes_are_refused_where_there_are_none(plan, tmp_path, kin
         _ = cache.head
 
 
-def test_segmentation_alone_stays_of_version_1(plan) -> None:
-    manifest = plan().manifest
-    assert manifest.version == 1 == version_of(manifest.heads)
-    content = manifest.to_json()
-    assert content["version"] == 1
-    del content["heads"]["segmentation"]["kind"]  # the default, as of any older reader
-    assert Manifest.model_validate_json(json.dumps(content)) == manifest
-    assert FORMAT_VERSION == 2
+def test_every_new_store_is_of_version_3_and_records_contents(plan) -> None:
+    for manifest in (plan().manifest, with_heads(plan, KINDS["both"]).manifest):
+        assert manifest.version == 3 == FORMAT_VERSION == manifest.to_json()["version"]
+        paths = {spec.path for spec in record_arrays(manifest)}
+        assert {"records/image_digest", "records/label_digest", "records/label_checksum"} <= paths
+
+
+@pytest.mark.parametrize(("kind", "version"), [("classes", 1), ("both", 2)])
+def test_stores_of_earlier_versions_are_written_and_read_as_they_were(plan, tmp_path, kind, version) -> None:
+    heads = {"segmentation": SEGMENTATION} if kind == "classes" else KINDS[kind]
+    earlier = with_heads(plan, heads, version=version)
+    assert not any("digest" in path for path in earlier.arrays)
+    content = earlier.manifest.to_json()
+    del content["heads"]["segmentation"]["kind"]  # the default, as in the first stores
+    assert Manifest.model_validate_json(json.dumps(content)) == earlier.manifest
+    cache = open_cache(earlier.write(tmp_path / "earlier.zarr"))
+    assert cache.manifest.version == version
+    for path, rows in earlier.arrays.items():
+        np.testing.assert_array_equal(cache.read(4, [path])[path], rows[4])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,7 @@ def test_values_are_float16_where_the_range_allows_it(bounds, dtype) -> None:
 )
 def test_a_manifest_whose_heads_do_not_fit_is_refused(plan, change, message) -> None:
     fields = with_heads(plan, KINDS["both"]).manifest.model_dump(mode="python") | change
-    fields["version"] = change.get("version", 1 if set(fields["heads"]) == {"segmentation"} else 2)
+    fields["version"] = change.get("version", FORMAT_VERSION)
     with pytest.raises(ValidationError, match=message):
         Manifest.model_validate(fields)
 

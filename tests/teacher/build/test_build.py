@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.data import Split, Window, open_split, pixel_checksum, render
+from kdcache.data import Split, Window, open_split, pixel_checksum, render, short_digests
 from kdcache.errors import DataError, KDCacheError, MismatchError, ModelError, RecipeError
 from kdcache.models import Outputs
 from kdcache.store import inspect_store, open_cache, verify_files
@@ -116,6 +116,9 @@ def test_the_store_holds_what_the_teacher_says(tmp_path, teacher, split, folder_
                 "records/flip": np.uint8(0),
                 "records/pixel_checksum": np.uint64(pixel_checksum(view)),
                 "records/labelled": np.uint8(1),
+                "records/image_digest": short_digests(source, record)[0],
+                "records/label_digest": short_digests(source, record)[1],
+                "records/label_checksum": np.uint64(pixel_checksum(small)),
             }
             stored = cache.read(record, list(cache.specs))
             assert set(stored) == set(wanted)

@@ -12,7 +12,7 @@ from kdcache.data import write_scenes
 from kdcache.errors import RecipeError
 from kdcache.store import open_cache
 from kdcache.train import make_config
-from kdcache.train.sources import judged_by_its_own, open_dataset, open_validation, shared_with_judge
+from kdcache.train.sources import judged_by_its_own, open_dataset, open_validation, read_samples, shared_with_judge
 
 VIDEOS = [f"{video}_{frame:04d}" for video in ("bus", "tram") for frame in range(0, 120, 30)]
 
@@ -64,7 +64,7 @@ def test_images_that_judge_and_training_share(
 ) -> None:
     val = changes.get("val", "") + videos
     config = make_config(**(settings | {"data": videos} | changes | {"val": val}))
-    text = judged_by_its_own(open_dataset(config, None), open_validation(config))
+    text = judged_by_its_own(read_samples([open_dataset(config, None)], open_validation(config)))
     assert (text is None) if shared is None else (text is not None and shared in text), text
 
 

@@ -1,0 +1,134 @@
+"""How a data set differs from what something was made from, in words that name the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdcache.data.contents import Contents, read_contents
+from kdcache.data.sample import Split
+from kdcache.errors import MismatchError
+
+UNRECORDED = "This cache does not record labels, so changed labels cannot be noticed."
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs between a data set and what was made from it. It is true if anything does.
+
+    Attributes:
+        classes: how the class list differs, in words. Empty if it does not.
+        added, removed: ids of samples that only the data set has, and that it no longer has.
+        images, labels, depths: ids of samples whose image or label is another one now.
+        same: ids of samples whose files differ and whose pixels and labels do not.
+        recorded: False if what was made does not say what its labels held.
+    """
+
+    classes: str = ""
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    depths: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()
+    recorded: bool = True
+
+    def __bool__(self) -> bool:
+        return bool(self.classes or self.added or self.removed or self.images or self.labels or self.depths)
+
+    def describe(self) -> str:
+        """Return the changes in one line, with the samples that they are of."""
+        counted = [
+            (self.labels, "label differs", "labels differ"),
+            (self.images, "image differs", "images differ"),
+            (self.depths, "depth label differs", "depth labels differ"),
+            (self.added, "sample was added", "samples were added"),
+            (self.removed, "sample was removed", "samples were removed"),
+        ]
+        parts = [self.classes] if self.classes else []
+        parts += [f"{len(ids)} {many if len(ids) > 1 else one} ({named(ids)})" for ids, one, many in counted if ids]
+        return ", ".join(parts)
+
+    def notes(self) -> list[str]:
+        """Return what the user should know although nothing changed."""
+        if not self.recorded:
+            return [UNRECORDED]
+        if self.same:
+            return [f"{len(self.same)} samples have the same content in another file ({named(self.same)})"]
+        return []
+
+
+def name_changes(class_names: Sequence[str], ids: Sequence[str], split: Split) -> dict[str, Any]:
+    """Return the fields of `Changes` that names show: classes, added, removed."""
+    before, now = set(ids), set(split.ids)
+    return {
+        "classes": class_changes(tuple(class_names), split.classes.names),
+        "added": tuple(sample for sample in split.ids if sample not in before),
+        "removed": tuple(sample for sample in ids if sample not in now),
+    }
+
+
+def class_changes(before: tuple[str, ...], now: tuple[str, ...]) -> str:
+    """Return how a class list differs, in words; empty if it does not."""
+    if before == now:
+        return ""
+    if sorted(before) == sorted(now):
+        return f"the classes are in another order ({', '.join(now)}, before {', '.join(before)})"
+    if len(before) == len(now):
+        pairs = [f"{old!r} is now {new!r}" for old, new in zip(before, now, strict=True) if old != new]
+        return "classes were renamed: " + ", ".join(pairs[:_MOST_NAMED])
+    parts = [f"class {name!r} was added" for name in now if name not in before]
+    parts += [f"class {name!r} was removed" for name in before if name not in now]
+    return ", ".join(parts[:_MOST_NAMED])
+
+
+def changed_data(what: object, changes: Changes, split: Split | None, remedy: str) -> MismatchError:
+    """Return the error for a data set that is not what `what` was made from.
+
+    Args:
+        split: the data set now. None if there are several.
+    """
+    headline = f"The data set has changed since {what} was made: {changes.describe()}"
+    if split is not None and len(changes.added) == len(split.ids):
+        headline = f"{split.data} is not the data set that {what} was made from: it has none of its samples"
+    where = "the data of the first command" if split is None else f"{split.data}, split {split.split!r}"
+    return MismatchError(headline, entry="data set has changed", received=where, remedy=remedy)
+
+
+def named(ids: Sequence[str]) -> str:
+    """Return the first few ids and how many more there are."""
+    more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
+    return ", ".join(map(repr, ids[:_MOST_NAMED])) + more
+
+
+def content_changes(before: Contents, class_names: Sequence[str], split: Split) -> Changes:
+    """Compare a data set with the digests of an earlier time. Raises: DataError for a file that cannot be read."""
+    return digest_changes(before, read_contents(split), class_changes(tuple(class_names), split.classes.names))
+
+
+def digest_changes(before: Contents, now: Contents, classes: str = "") -> Changes:
+    """Compare the digests of two times.
+
+    Args:
+        classes: as `class_changes` returned it.
+    """
+    at_now = {sample: number for number, sample in enumerate(now.ids)}
+    at_before = {sample: number for number, sample in enumerate(before.ids)}
+    shared = [sample for sample in before.ids if sample in at_now]
+    olds, news = [at_before[sample] for sample in shared], [at_now[sample] for sample in shared]
+    differ: dict[str, Any] = {
+        name: tuple(
+            shared[at] for at in np.flatnonzero((getattr(before, part)[olds] != getattr(now, part)[news]).any(1))
+        )
+        for name, part in (("images", "image"), ("labels", "label"), ("depths", "depth"))
+    }
+    return Changes(
+        classes=classes,
+        added=tuple(sample for sample in now.ids if sample not in at_before),
+        removed=tuple(sample for sample in before.ids if sample not in at_now),
+        **differ,
+    )

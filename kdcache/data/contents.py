@@ -1,0 +1,173 @@
+"""What the samples of a split hold, as digests: two data sets are the same if these are, whatever their folders' names.
+
+Reading every file again takes time, so a private index in the user's cache folder remembers the digest of each file
+with its size, times and inode. Losing the index costs time only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.data.files import file_digest
+from kdcache.data.prefetch import prefetch
+from kdcache.data.sample import FileDigest, Split
+from kdcache.files import user_cache
+
+Progress = Callable[[int, int], None]
+DIGEST_BYTES = 16
+_FRESH_NS = 2_000_000_000
+"""Nanoseconds: a file changed this recently may change once more without a trace in its times."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The digests of the samples of a split.
+
+    Attributes:
+        ids: the sample ids.
+        image, label, depth: uint8 (N, 16), the first bytes of `Split.content_digests`; zeros without a label.
+    """
+
+    ids: tuple[str, ...]
+    image: npt.NDArray[np.uint8]
+    label: npt.NDArray[np.uint8]
+    depth: npt.NDArray[np.uint8]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of ids and digests."""
+        whole = hashlib.sha256("\n".join(self.ids).encode())
+        for array in (self.image, self.label, self.depth):
+            whole.update(array.tobytes())
+        return whole.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types, the digests in base64. `from_json` reverses it."""
+        parts = {"image": self.image, "label": self.label, "depth": self.depth}
+        return {"ids": list(self.ids)} | {
+            name: base64.b64encode(rows.tobytes()).decode() for name, rows in parts.items() if rows.any()
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Contents:
+        """Return the contents that `to_json` described. Raises: ValueError, TypeError, KeyError for other values."""
+        ids = tuple(map(str, value["ids"]))
+        size = len(ids) * DIGEST_BYTES
+        parts = (
+            base64.b64decode(value[name]) if name in value else bytes(size) for name in ("image", "label", "depth")
+        )
+        return cls(ids, *(np.frombuffer(part, np.uint8).reshape(len(ids), DIGEST_BYTES) for part in parts))
+
+
+def short_digests(split: Split, index: int, of_file: FileDigest | None = None) -> npt.NDArray[np.uint8]:
+    """Return the digests of a sample's image, label and depth, uint8 (3, 16), zeros without a label."""
+    image, label, *depth = split.content_digests(index, of_file)
+    rows = np.zeros((3, DIGEST_BYTES), np.uint8)
+    for row, digest in zip(rows, (image, label, depth[0] if depth else None), strict=True):
+        if digest is not None:
+            row[:] = np.frombuffer(bytes.fromhex(digest[: 2 * DIGEST_BYTES]), np.uint8)
+    return rows
+
+
+def read_contents(
+    split: Split,
+    numbers: Sequence[int] | None = None,
+    *,
+    indexed: bool = True,
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> Contents:
+    """Return the digests of samples of a split.
+
+    Args:
+        numbers: which samples. None reads all of them.
+        indexed: trust the private index for files whose size, times and inode are the recorded ones.
+        progress: called with (samples done, samples).
+    Raises: DataError naming a file that cannot be read.
+    """
+    numbers = range(len(split)) if numbers is None else numbers
+    rows = np.zeros((len(numbers), 3, DIGEST_BYTES), np.uint8)
+    with remembered_digests(split.data) if indexed else nullcontext(file_digest) as of_file:
+        read = prefetch(lambda number: short_digests(split, number, of_file), numbers, threads=threads, ahead=64)
+        for at, digests in enumerate(read):
+            rows[at] = digests
+            if progress is not None:
+                progress(at + 1, len(numbers))
+    ids = tuple(split.ids[number] for number in numbers)
+    return Contents(ids, *(np.ascontiguousarray(rows[:, part]) for part in range(3)))
+
+
+@contextmanager
+def remembered_digests(data: str) -> Iterator[FileDigest]:
+    """Yield a function that returns the digest of a file, and remembers it in the private index of a data set."""
+    name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:16]
+    index = _Index(user_cache() / "digests" / f"{name}.sqlite")
+    try:
+        yield index.digest
+    finally:
+        index.close()
+
+
+class _Index:
+    """The digests of files that were read before, in an SQLite file. Without it, files are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._known: dict[str, tuple[str, str]] = {}
+        self._new: dict[str, tuple[str, str]] = {}
+        with suppress(OSError, sqlite3.Error), self._opened() as database:
+            self._known = {path: (state, digest) for path, state, digest in database.execute("SELECT * FROM digests")}
+
+    def digest(self, path: Path) -> str:
+        """Return the SHA-256 of a file. Raises: DataError if it cannot be read."""
+        state = _state_of(path)
+        known = self._known.get(str(path))
+        if known is not None and state is not None and known[0] == state:
+            return known[1]
+        digest = file_digest(path)
+        if state is not None and state == _state_of(path):
+            with self._lock:
+                self._new[str(path)] = (state, digest)
+        return digest
+
+    def close(self) -> None:
+        """Remember what was read."""
+        rows = [(path, *entry) for path, entry in self._new.items()]
+        with suppress(OSError, sqlite3.Error):
+            if rows:
+                with self._opened() as database, database:
+                    database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", rows)
+
+    @contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        database: Any = sqlite3.connect(self._path, timeout=5)
+        try:
+            database.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, state TEXT, digest TEXT)")
+            yield database
+        finally:
+            database.close()
+
+
+def _state_of(path: Path) -> str | None:
+    """Return what a change of the file would change; None for a file that may be changing now."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if max(status.st_mtime_ns, status.st_ctime_ns) > time.time_ns() - _FRESH_NS:
+        return None
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"

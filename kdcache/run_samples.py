@@ -1,0 +1,79 @@
+"""What a run learnt from and was validated on, as digests of its samples: samples.json in the run's folder.
+
+With it a resumed training notices changed data, and a score on images that were trained on is called one.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdcache.data import Changes, Contents, Split, read_contents
+from kdcache.data.changes import class_changes, digest_changes
+from kdcache.files import read_object, write_whole
+
+SAMPLES = "samples.json"
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """The digests of a run's samples.
+
+    Attributes:
+        class_names: of the labels.
+        streams: the samples that were drawn from each stream. None for a cache that does not record them.
+        validation: the split that the run is validated on. None without one.
+    """
+
+    class_names: tuple[str, ...]
+    streams: tuple[Contents | None, ...]
+    validation: Contents | None = None
+
+    def write(self, run: Path) -> None:
+        """Write samples.json into a run's folder, whole or not at all."""
+        streams = [None if stream is None else stream.to_json() for stream in self.streams]
+        validation = None if self.validation is None else self.validation.to_json()
+        content = {"class_names": self.class_names, "streams": streams, "validation": validation}
+        write_whole(run / SAMPLES, json.dumps(content) + "\n")
+
+    @classmethod
+    def read(cls, run: Path) -> "RunSamples | None":
+        """Return a run's samples; None for a run of an earlier version, or if the file is damaged."""
+        content = read_object(run / SAMPLES)
+        try:
+            streams = tuple(None if stream is None else Contents.from_json(stream) for stream in content["streams"])
+            validation = None if content["validation"] is None else Contents.from_json(content["validation"])
+            return cls(tuple(map(str, content["class_names"])), streams, validation)
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def changes(self, now: "RunSamples") -> Changes:
+        """Return what differs now in the data that the run learnt from, or else in its validation data."""
+        classes = class_changes(self.class_names, now.class_names)
+        pairs = [*zip(self.streams, now.streams, strict=False), (self.validation, now.validation)]
+        for before, after in pairs:
+            if before is not None and after is not None and (changes := digest_changes(before, after, classes)):
+                return changes
+        return Changes(classes=classes)
+
+    def trained_on(self, judged: Contents) -> tuple[str, ...]:
+        """Return the ids of the judged samples whose image is one that the run was trained on."""
+        trained = {row.tobytes() for stream in self.streams if stream is not None for row in stream.image}
+        return tuple(name for name, row in zip(judged.ids, judged.image, strict=True) if row.tobytes() in trained)
+
+
+def judged_on_training(run: Path, split: Split) -> tuple[str, ...]:
+    """Return the ids of a split's samples that a run was trained on; none if the run does not record its samples.
+
+    Raises: DataError for a file that cannot be read.
+    """
+    samples = RunSamples.read(run)
+    return () if samples is None else samples.trained_on(read_contents(split))
+
+
+def seen_warning(run: object, seen: Sequence[str], total: int) -> str:
+    """Return the warning about a score on images that a run was trained on."""
+    return (
+        f"{len(seen)} of the {total} images were trained on by {run}, such as {seen[0]!r}: the score says little about "
+        "other images. Judge it on images that it has not seen"
+    )

@@ -1,0 +1,151 @@
+"""Whether a data set still is what a store was built from: the one comparison that every command makes.
+
+A file with another digest is not yet a change: it is rendered again, and changed only if its pixels or its label are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kdcache.data import Changes, Contents, Split, Window, pixel_checksum, prefetch, read_contents, render
+from kdcache.data.changes import name_changes
+from kdcache.store.format.codec import Array
+from kdcache.store.format.manifest import Manifest
+from kdcache.store.reader import Cache
+
+COLUMNS = ("image_digest", "label_digest", "label_checksum", "pixel_checksum", "window", "flip")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What records say of the data set that they were made from.
+
+    Attributes:
+        ids: of the samples. class_names: of their labels.
+        views: records of each sample.
+        columns: COLUMNS, and `depth_digest` if there is one, each (R, ...).
+        known: (R,) bool, which records have these rows.
+        size: (H, W) of the views.
+    """
+
+    ids: Sequence[str]
+    class_names: tuple[str, ...]
+    views: int
+    columns: Mapping[str, Array]
+    known: Array
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BuiltFrom:
+    """The data set behind a build.
+
+    Attributes:
+        split: the data set. With None only checksums are compared.
+        checksums: of a shard's records as they render now, by the array that holds them: path -> (records,).
+    """
+
+    split: Split | None
+    checksums: Callable[[int], Mapping[str, Array]]
+
+
+def recorded_in(cache: Cache) -> Recorded:
+    """Return what a complete store says of its data set."""
+    manifest = cache.manifest
+    names = columns_of(manifest)
+    return Recorded(
+        ids=cache.ids,
+        class_names=manifest.dataset.class_names,
+        views=manifest.view.views_per_sample,
+        columns={name: cache.column(name) for name in names},
+        known=np.full(len(cache), bool(names)),
+        size=manifest.view.size,
+    )
+
+
+def columns_of(manifest: Manifest) -> tuple[str, ...]:
+    """Return the columns that a comparison needs; none of a store that does not record contents."""
+    if not manifest.records_contents:
+        return ()
+    return (*COLUMNS, "depth_digest") if manifest.depth is not None and manifest.depth.labelled else COLUMNS
+
+
+def data_changes(
+    source: Cache | Recorded,
+    split: Split,
+    *,
+    indexed: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Changes:
+    """Compare a data set with what a store was built from.
+
+    Args:
+        indexed: as in `read_contents`; False reads every file.
+        progress: called with (samples read, samples).
+    Raises: DataError for a file that cannot be read; CorruptError for a damaged store.
+    """
+    recorded = recorded_in(source) if isinstance(source, Cache) else source
+    changes = name_changes(recorded.class_names, recorded.ids, split)
+    if not recorded.columns:
+        return Changes(**changes, recorded=False)
+    numbers = {sample: number for number, sample in enumerate(split.ids)}
+    shared = [number for number, sample in enumerate(recorded.ids) if sample in numbers]
+    contents = read_contents(split, [numbers[recorded.ids[n]] for n in shared], indexed=indexed, progress=progress)
+    return Changes(**changes, **_content_changes(recorded, split, shared, contents))
+
+
+@dataclass
+class _Found:
+    images: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    depths: list[str] = field(default_factory=list)
+    same: list[str] = field(default_factory=list)
+
+
+def _content_changes(recorded: Recorded, split: Split, shared: Sequence[int], contents: Contents) -> dict[str, Any]:
+    """Return the fields of `Changes` that contents show.
+
+    Args:
+        shared: numbers of the recorded samples that the split has. contents: theirs, in that order.
+    """
+    columns, views = recorded.columns, recorded.views
+    records = (np.array(shared, np.int64)[:, None] * views + np.arange(views)).reshape(-1)
+    records = records[recorded.known[records]]
+    at = np.searchsorted(shared, records // views)
+    digests = {"image_digest": contents.image, "label_digest": contents.label, "depth_digest": contents.depth}
+    differs = {name: (columns[name][records] != rows[at]).any(1) for name, rows in digests.items() if name in columns}
+    doubtful = differs["image_digest"] | differs["label_digest"]
+    found = _Found()
+    by_sample: dict[int, list[int]] = {}
+    for place in np.flatnonzero(doubtful).tolist():
+        by_sample.setdefault(int(at[place]), []).append(int(records[place]))
+    numbers = {sample: number for number, sample in enumerate(split.ids)}
+
+    def again(item: tuple[int, list[int]]) -> tuple[bool, bool]:
+        return _rendered_changes(recorded, split, numbers[contents.ids[item[0]]], item[1])
+
+    for (sample, its), (image, label) in zip(
+        by_sample.items(), prefetch(again, by_sample.items(), threads=2, ahead=8), strict=True
+    ):
+        had, has = columns["label_digest"][its[0]].any(), contents.label[sample].any()
+        name = contents.ids[sample]
+        found.images += [name] if image else []
+        found.labels += [name] if label or bool(had) != bool(has) else []
+        found.same += [name] if not (image or label or bool(had) != bool(has)) else []
+    if "depth_digest" in differs:
+        found.depths = [contents.ids[sample] for sample in np.unique(at[differs["depth_digest"]]).tolist()]
+    return {name: tuple(ids) for name, ids in vars(found).items()}
+
+
+def _rendered_changes(recorded: Recorded, split: Split, number: int, records: Sequence[int]) -> tuple[bool, bool]:
+    """Return whether the pixels, and whether the labels of a sample's records render otherwise now."""
+    image, label = split.image(number), split.label(number)
+    columns, images, labels = recorded.columns, False, False
+    for record in records:
+        window, flip = Window(*columns["window"][record].tolist()), bool(columns["flip"][record])
+        pixels, small = render(image, label, window, flip=flip, size=recorded.size)
+        images |= pixel_checksum(pixels) != int(columns["pixel_checksum"][record])
+        labels |= pixel_checksum(small) != int(columns["label_checksum"][record])
+    return images, labels

@@ -1,0 +1,117 @@
+"""What each job of a sweep depends on: a job is done if the digest of its inputs is the recorded one.
+
+OUT/inputs.json has the contents of the data at the first run, and the inputs of each job that was done.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from kdcache.data import Contents, changed_data, content_changes, open_split, read_contents
+from kdcache.data.files import file_digest
+from kdcache.errors import RecipeError
+from kdcache.files import read_object, write_whole
+from kdcache.settings.shared import ImageSettings
+from kdcache.settings.streams import parse_stream
+from kdcache.settings.training import TrainSettings
+from kdcache.sweep.plan import Job, Sweep
+
+INPUTS = "inputs.json"
+_REPEATED = "build-teacher-cache"
+"""A verb that checks what is there and leaves it, so its jobs are always done: a damaged cache is repaired."""
+
+
+class Inputs:
+    """The inputs of a sweep's jobs, in its folder.
+
+    Raises: MismatchError naming the samples of a data set that changed since the first run; DataError.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._path, self._lock = sweep.out / INPUTS, threading.Lock()
+        self._jobs = {job.name: job for job in sweep.jobs}
+        recorded = read_object(self._path)
+        self._done: dict[str, str] = {str(name): str(digest) for name, digest in recorded.get("jobs", {}).items()}
+        self._data: dict[str, Any] = dict(recorded.get("data", {}))
+        self._digests = dict[str, str]()
+        for job in sweep.jobs:
+            for data, split in _data_of(job):
+                self._compare(data, split, sweep.out)
+        self._write()
+
+    def are_done(self, job: Job) -> bool:
+        """Return True if the job left its file at its end, and its inputs are what they were."""
+        return is_done(job) and job.words[0] != _REPEATED and self._done.get(job.name) == self.digest(job)
+
+    def digest(self, job: Job) -> str:
+        """Return the SHA-256 of a job's command, of its data, and of what the jobs before it left."""
+        data = [self._digests[_key(*pair)] for pair in _data_of(job)]
+        before = [self._left(self._jobs[name]) for name in job.needs]
+        return hashlib.sha256(json.dumps([job.words, data, before]).encode()).hexdigest()
+
+    def record(self, job: Job, digest: str) -> None:
+        """Remember that a job was done with these inputs."""
+        with self._lock:
+            self._done[job.name] = digest
+            self._write()
+
+    def _left(self, job: Job) -> str:
+        return file_digest(job.done) if job.done is not None and job.done.is_file() else ""
+
+    def _compare(self, data: str, split: str, out: Path) -> None:
+        key = _key(data, split)
+        if key in self._digests:
+            return
+        opened = open_split(data, split)
+        contents = read_contents(opened)
+        self._digests[key] = contents.digest
+        known = self._data.get(key)
+        if known is None:
+            self._data[key] = {"classes": list(opened.classes.names), **contents.to_json()}
+            return
+        try:
+            before, classes = Contents.from_json(known), tuple(known["classes"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise RecipeError(
+                f"Cannot read {self._path}",
+                received=f"the contents of {key}: {error}",
+                remedy="restore it from a copy, or give another --out",
+            ) from error
+        if changes := content_changes(before, classes, opened):
+            remedy = (
+                f"restore the data set; or give another --out, and {out} keeps the results of the data as they were"
+            )
+            raise changed_data(out, changes, opened, remedy)
+
+    def _write(self) -> None:
+        write_whole(self._path, json.dumps({"data": self._data, "jobs": self._done}, indent=1) + "\n")
+
+
+def is_done(job: Job) -> bool:
+    """Return True if the file that a job leaves at its end is there and not empty, as a crash may have left it."""
+    return job.done is not None and bool(read_object(job.done))
+
+
+def _key(data: str, split: str) -> str:
+    return f"{split} of {data}"
+
+
+def _data_of(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield the data sets that a job's command names, each with its split."""
+    words = job.words
+    flags: dict[str, list[str]] = {}
+    for flag, value in pairwise(words):
+        if flag.startswith("--"):
+            flags.setdefault(flag, []).append(value)
+    split = flags.get("--split", [ImageSettings.split])[-1]
+    if "--cache" not in flags:
+        yield from ((data, split) for data in flags.get("--data", []))
+    yield from ((data, flags.get("--val-split", [TrainSettings.val_split])[-1]) for data in flags.get("--val", []))
+    for stream in flags.get("--stream", []):
+        table = parse_stream(stream)
+        if "data" in table and "cache" not in table:
+            yield str(table["data"]), str(table.get("split", split))
